@@ -1,0 +1,128 @@
+"""One error tree: every refusal and failure a client can see, with its wire code, HTTP status and retry flag.
+
+CierzoError
+├── InvalidRequest        the request cannot be served as it is: field, limit, value
+│   └── ProtocolError     the bytes on the wire are not the protocol
+│       └── VersionMismatch, FrameTooLarge, UnknownMethod
+├── Overloaded            a bounded queue is full: try again after `retry_after_s`
+├── Draining              the server finishes its work and takes no more
+├── CoreFailed            the core process died or a step failed
+├── ConnectionLost        (client side) the server went away in the middle
+├── ConfigError           a setting is unknown, malformed or does not fit: field, limit, value
+└── CheckpointError       a checkpoint is not what its config says: tensor or file named
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CierzoError(Exception):
+    """Base. `field`, `limit` and `value` say what was wrong with what, as text, where that applies."""
+
+    code: ClassVar[str] = "internal"
+    http_status: ClassVar[int] = 500
+    retry: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        limit: object = None,
+        value: object = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.limit = None if limit is None else str(limit)
+        self.value = None if value is None else str(value)[:200]
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(CierzoError):
+    """The request cannot be served as it stands, now or later."""
+
+    code = "invalid_request"
+    http_status = 400
+
+
+class ProtocolError(InvalidRequest):
+    """The peer sent something that is not a frame of this protocol."""
+
+    code = "protocol_error"
+
+
+class VersionMismatch(ProtocolError):
+    """Client and server speak different versions of the protocol."""
+
+    code = "version_mismatch"
+
+
+class FrameTooLarge(ProtocolError):
+    """A frame announces more bytes than the limit."""
+
+    code = "frame_too_large"
+    http_status = 413
+
+
+class UnknownMethod(ProtocolError):
+    """The frame's tag names no method."""
+
+    code = "unknown_method"
+    http_status = 404
+
+
+class Overloaded(CierzoError):
+    """A bounded queue is full; `retry_after_s` is a hint."""
+
+    code = "overloaded"
+    http_status = 429
+    retry = True
+
+
+class Draining(CierzoError):
+    """The server finishes what it has and accepts nothing new."""
+
+    code = "draining"
+    http_status = 503
+    retry = True
+
+
+class CoreFailed(CierzoError):
+    """The core process died, or a step failed for this request."""
+
+    code = "core_failed"
+    http_status = 500
+    retry = True
+
+
+class ConnectionLost(CierzoError):
+    """The connection to the server ended before the answer did."""
+
+    code = "connection_lost"
+    http_status = 503
+    retry = True
+
+
+class ConfigError(CierzoError):
+    """A setting is unknown, malformed, or does not fit the machine or the model."""
+
+    code = "config_error"
+
+
+class CheckpointError(CierzoError):
+    """A checkpoint misses a file or a tensor, has one too many, or one of the wrong shape or dtype."""
+
+    code = "checkpoint_error"
+
+
+def _tree(root: type[CierzoError]) -> dict[str, type[CierzoError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+BY_CODE: dict[str, type[CierzoError]] = _tree(CierzoError)

@@ -1,0 +1,326 @@
+"""Everything that crosses a socket, as frozen tagged structs. docs/rpc.md is the same in words.
+
+A frame is a 4-byte big-endian length and one MessagePack map whose "type" names the struct. Two dialects
+share it: client <-> front end (the public RPC) and front end <-> core (inside one version of the package,
+not public).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from cierzo.scheduler.params import SamplingParams
+from cierzo.scheduler.plan import Finish, FinishReason, TokenDelta, TokenLogprobs
+
+PROTOCOL_VERSION = 1
+MAGIC = "cierzo"
+
+__all__ = ["Finish", "FinishReason", "SamplingParams", "TokenDelta", "TokenLogprobs"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all messages: an unknown field is an error, not a silence."""
+
+
+# --- client -> front end -----------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="hello"):
+    """First frame of a connection."""
+
+    magic: str = MAGIC
+    version: int = PROTOCOL_VERSION
+    client: str = ""
+
+
+class ToolCall(Message):
+    """A call that an assistant message of the history made. `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+class ChatMessage(Message):
+    """One turn. `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = []
+    tool_call_id: str = ""
+
+
+class Generate(Message, tag="generate", omit_defaults=True):
+    """Start a generation. Exactly one of `text`, `messages`, `token_ids`.
+
+    `stream` is an id that the client chooses, unique among its open streams of this connection.
+    `output_token_ids` resumes: tokens already generated for this prompt (needs the seed of the first run).
+    `deltas` false asks for the final record alone. `priority`: lower runs first. `deadline_s` counts from arrival.
+    """
+
+    stream: int
+    text: str | None = None
+    messages: list[ChatMessage] | None = None
+    token_ids: list[int] | None = None
+    sampling: SamplingParams = SamplingParams()
+    output_token_ids: list[int] = []
+    reasoning_effort: str | None = None
+    priority: int = 0
+    deadline_s: float | None = None
+    deltas: bool = True
+
+
+class Cancel(Message, tag="cancel"):
+    """End stream `stream` now; its final record says "cancelled"."""
+
+    stream: int
+
+
+class Ping(Message, tag="ping"):
+    """Answered by Pong with the same `stream`, by the front end alone."""
+
+    stream: int
+
+
+class GetHealth(Message, tag="health"):
+    """Is the core alive and taking requests?"""
+
+    stream: int
+
+
+class GetStats(Message, tag="stats"):
+    """Counters and gauges of front end, scheduler and cache."""
+
+    stream: int
+
+
+class GetModel(Message, tag="model"):
+    """What is served, and its limits."""
+
+    stream: int
+
+
+class Drain(Message, tag="drain"):
+    """Refuse new requests, finish those accepted, then answer."""
+
+    stream: int
+
+
+ClientMessage = Hello | Generate | Cancel | Ping | GetHealth | GetStats | GetModel | Drain
+
+# --- front end -> client -----------------------------------------------------------------------------------
+
+
+class Limits(Message):
+    """What the front end enforces on this connection."""
+
+    max_frame_bytes: int
+    max_streams: int
+    max_model_len: int
+    max_samples: int
+
+
+class Welcome(Message, tag="welcome"):
+    """Answer to Hello."""
+
+    version: int
+    server: str
+    model: str
+    limits: Limits
+
+
+class Delta(Message, tag="delta", omit_defaults=True):
+    """New output of one sample of a stream. `text` may lag behind `token_ids` (incomplete characters, stops)."""
+
+    stream: int
+    sample: int = 0
+    token_ids: list[int] = []
+    text: str = ""
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class Usage(Message):
+    """Token counts; `cached_tokens` of the prompt came from the prefix cache."""
+
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+
+
+class Timings(Message):
+    """Seconds: waiting for the first step, to the first token, and from there to the end; for the stream."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    total_s: float
+
+
+class SampleEnd(Message, omit_defaults=True):
+    """How one sample ended. `stop` is the stop string or token id that ended it, if one did.
+
+    With `Generate.deltas` false, `token_ids`, `text` and `logprobs` carry the whole output; else they are empty.
+    """
+
+    sample: int
+    finish_reason: FinishReason
+    output_tokens: int
+    stop: str | int | None = None
+    message: str = ""
+    preemptions: int = 0
+    token_ids: list[int] = []
+    text: str = ""
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class Final(Message, tag="final"):
+    """Last message of a stream that was accepted. `seed` repeats a generation."""
+
+    stream: int
+    samples: list[SampleEnd]
+    usage: Usage
+    timings: Timings
+    seed: int
+
+
+class Failure(Message, tag="error", omit_defaults=True):
+    """Last message of a stream that was refused or failed; `stream` -1: the connection itself, which closes."""
+
+    stream: int
+    code: str
+    message: str
+    field: str | None = None
+    limit: str | None = None
+    value: str | None = None
+    retry: bool = False
+    retry_after_s: float | None = None
+
+
+class Pong(Message, tag="pong"):
+    """Answer to Ping."""
+
+    stream: int
+
+
+class Health(Message, tag="health_reply"):
+    """`state` is loading, ready, draining or failed."""
+
+    stream: int
+    state: str
+    uptime_s: float
+
+
+class CoreStats(Message):
+    """Gauges and counters of scheduler and cache, as the core last published them."""
+
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    total_blocks: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+
+
+class Stats(Message, tag="stats_reply"):
+    """Counters since the start of the front end, and the core's last gauges."""
+
+    stream: int
+    connections: int
+    streams: int
+    accepted: int
+    refused: int
+    finished: int
+    core_restarts: int
+    core: CoreStats
+
+
+class ModelInfo(Message, tag="model_reply"):
+    """What is served. `eos_token_ids` end a generation unless `ignore_eos`."""
+
+    stream: int
+    name: str
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_model_len: int
+    block_tokens: int
+    num_blocks: int
+    eos_token_ids: list[int]
+    has_tokenizer: bool
+    has_chat_template: bool
+
+
+class Drained(Message, tag="drained"):
+    """Answer to Drain: nothing is running any more."""
+
+    stream: int
+
+
+ServerMessage = (
+    Welcome | Delta | Final | Failure | Pong | Health | Stats | ModelInfo | Drained
+)  # Hello is answered by Welcome; every other client message by the reply that carries its stream id
+
+# --- front end -> core -------------------------------------------------------------------------------------
+
+
+class Submit(Message, tag="submit", omit_defaults=True):
+    """A validated request. `sampling.seed` is set, `deadline_s` counts from when the core reads this.
+
+    Prompt and generated tokens travel apart because the form in which a token is computed belongs to it.
+    `first_sample`: the samples are numbered from here (a restart resubmits only those that still run).
+    """
+
+    request_id: int
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    output_token_ids: list[int] = []
+    priority: int = 0
+    deadline_s: float | None = None
+    first_sample: int = 0
+
+
+class Abort(Message, tag="abort"):
+    """Stop a request (sample None: all its samples), and report it finished with `reason`."""
+
+    request_id: int
+    sample: int | None = None
+    reason: FinishReason = "cancelled"
+
+
+class Shutdown(Message, tag="shutdown"):
+    """Leave the loop now."""
+
+
+CoreCommand = Submit | Abort | Shutdown
+
+# --- core -> front end -------------------------------------------------------------------------------------
+
+
+class Ready(Message, tag="ready"):
+    """The model is loaded and the loop runs. `startup` is the text that the front end prints."""
+
+    startup: str
+
+
+class StepOutput(Message, tag="step", omit_defaults=True):
+    """All that one step has for the front end, in one frame."""
+
+    deltas: list[TokenDelta]
+    stats: CoreStats | None = None
+
+
+class CoreError(Message, tag="core_error"):
+    """The core cannot go on (checkpoint unreadable, out of memory, ...); it exits after this."""
+
+    code: str
+    message: str
+
+
+CoreEvent = Ready | StepOutput | CoreError

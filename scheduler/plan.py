@@ -1,0 +1,100 @@
+"""The values that cross the scheduler's border: a plan out, a result in, token deltas out.
+
+A step computes, for every request in it, some of the tokens that are known but not yet computed. There is
+no prefill phase and no decode phase: a prompt chunk, a generated token, a recomputation after a preemption
+and a resumed stream are all `SeqPlan(start, token_ids)`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from cierzo.scheduler.params import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "failed"]
+RequestKey = tuple[int, int]  # (request id, sample index); one running sequence each
+
+
+class Admission(msgspec.Struct, frozen=True, gc=False):
+    """What a runner must know of a sequence, once per epoch: sent with the first plan after (re)admission."""
+
+    sampling: SamplingParams
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
+
+
+class SeqPlan(msgspec.Struct, frozen=True, gc=False):
+    """One sequence's share of a step.
+
+    Computes `token_ids` at positions start .. start+len-1. Positions below `num_prompt_tokens` are computed in
+    expanded form, the others in absorbed form (docs/architecture.md, "Exact"). `new_block_ids` are appended
+    to the block table row `slot`; with an `admission` they replace the row. If `samples`, the last
+    token's logits give one new token, at position start+len.
+    """
+
+    key: RequestKey
+    slot: int
+    epoch: int
+    start: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    new_block_ids: list[int]
+    samples: bool
+    admission: Admission | None
+
+
+class StepPlan(msgspec.Struct, frozen=True, gc=False):
+    """What one step computes, in the order in which rows are laid out. Empty when there is nothing to do."""
+
+    step: int
+    seqs: list[SeqPlan]
+    num_tokens: int
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log-probabilities at one output position: of the chosen token, and of the most likely ones."""
+
+    token_id: int
+    logprob: float
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+class StepResult(msgspec.Struct, frozen=True, gc=False):
+    """What a step produced: for each sequence of the plan its new tokens (empty where it does not sample).
+
+    `logprobs[i]` is None where sequence i asked for none; `failures` maps sequence indices to the reason why
+    their result must not be used (for instance logits that are not finite).
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[TokenLogprobs] | None] | None = None
+    failures: dict[int, str] = {}
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How a sequence ended, and what it cost. Times in seconds; `stop_token_id` set when a token ended it."""
+
+    reason: FinishReason
+    message: str
+    stop_token_id: int | None
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    preemptions: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """New tokens of one sequence, in order; `finish` is set exactly once, on the last delta."""
+
+    request_id: int
+    sample: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish: Finish | None
