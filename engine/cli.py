@@ -1,0 +1,272 @@
+"""The `cierzo` command: one function per subcommand, options derived from the structs that hold them.
+
+Heavy modules are imported inside the subcommand that needs them, so that `--help` and the RPC clients
+start at once and without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cierzo import __version__
+from cierzo.engine.config import EngineOptions, cache_dir
+from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.engine.messages import SamplingParams
+
+DEMO = "demo"
+DEFAULT_RPC = "127.0.0.1:7071"
+NOT_ON_THE_COMMAND_LINE = {"model", "kernels", "frontend"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; errors of the tree are printed as one line, and give exit status 2 (1 for a failed run)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except CierzoError as error:
+        print(f"cierzo: {error.code}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("cierzo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="cierzo", description="A serving engine for Mistral Small 4.")
+    parser.add_argument("--version", action="version", version=f"cierzo {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _serve_command(_command(commands, "serve", _serve, "serve a checkpoint over the RPC"))
+    _generate_command(_command(commands, "generate", _generate, "generate in this process, without a server"))
+    _chat_command(_command(commands, "chat", _chat, "talk to a running server"))
+    _demo_command(_command(commands, "demo", _demo, "serve the demo model and ask it one question"))
+    _make_command(_command(commands, "make-checkpoint", _make, "write a random checkpoint"))
+    info = _command(commands, "info", _info, "describe a checkpoint")
+    info.add_argument("checkpoint", metavar="CHECKPOINT", help=f"folder in Hugging Face layout, or '{DEMO}'")
+    _bench_commands(_command(commands, "bench", None, "measure a running server"))
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int] | None, text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    if run is not None:
+        parser.set_defaults(run=run)
+    return parser
+
+
+# --- options from structs ----------------------------------------------------------------------------------
+
+
+def _add_struct(parser: argparse.ArgumentParser, struct: type[msgspec.Struct], skip: set[str]) -> None:
+    """One option per field: its type converts, its Meta description is the help text."""
+    for field in msgspec.structs.fields(struct):
+        if field.name in skip:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        inner, description = _unwrap(field.type)
+        default = None if field.default is msgspec.NODEFAULT else field.default
+        if inner == (bool,):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=description)
+            continue
+        choices = [choice for choice in inner if isinstance(choice, str)]
+        convert = next((kind for kind in inner if kind in (int, float)), str)
+        parser.add_argument(
+            flag,
+            type=convert,
+            choices=choices or None,
+            default=default,
+            metavar=None if choices else {int: "N", float: "X", str: "TEXT"}[convert],
+            help=description or " ",
+        )
+
+
+def _unwrap(annotation: Any) -> tuple[tuple[Any, ...], str]:
+    """((types or literal values), description) of an annotation such as Annotated[int | None, Meta(...)]."""
+    description = ""
+    if hasattr(annotation, "__metadata__"):
+        description = annotation.__metadata__[0].description or ""
+        annotation = annotation.__origin__
+    arguments = getattr(annotation, "__args__", None)
+    return (tuple(a for a in arguments if a is not type(None)) if arguments else (annotation,)), description
+
+
+def _options(arguments: argparse.Namespace, **more: Any) -> EngineOptions:
+    names = {field.name for field in msgspec.structs.fields(EngineOptions)} - NOT_ON_THE_COMMAND_LINE
+    return EngineOptions(
+        model=_checkpoint(arguments.checkpoint), **{n: getattr(arguments, n) for n in names}, **more
+    )
+
+
+def _checkpoint(name: str) -> str:
+    """The folder meant by a CHECKPOINT argument; 'demo' prepares the demo model where that was not yet done."""
+    if name != DEMO or Path(DEMO).is_dir():
+        return name
+    from cierzo.engine.weights.gguf import prepare_demo
+
+    return str(prepare_demo(cache_dir()))
+
+
+SAMPLING_HELP = {
+    "max_tokens": "output tokens, at most",
+    "temperature": "0: greedy",
+    "top_k": "keep the k most likely tokens; 0: all",
+    "top_p": "keep the most likely tokens up to this probability mass",
+    "seed": "repeats a generation; default: a new one each time",
+}
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    defaults = SamplingParams()
+    for name, text in SAMPLING_HELP.items():
+        kind = float if name in ("temperature", "top_p") else int
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=kind, default=getattr(defaults, name), metavar="N", help=text
+        )
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in SAMPLING_HELP}
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=f"folder in Hugging Face layout, or '{DEMO}'")
+    _add_struct(parser, EngineOptions, skip=NOT_ON_THE_COMMAND_LINE)
+
+
+# --- commands ----------------------------------------------------------------------------------------------
+
+
+def _serve_command(parser: argparse.ArgumentParser) -> None:
+    _add_engine(parser)
+    parser.add_argument("--rpc", default=DEFAULT_RPC, metavar="HOST:PORT|unix:PATH", help="where to listen")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from cierzo.engine.frontend.config import FrontendConfig
+    from cierzo.engine.launch import serve
+
+    return serve(_options(arguments, frontend=FrontendConfig(rpc=arguments.rpc)))
+
+
+def _generate_command(parser: argparse.ArgumentParser) -> None:
+    _add_engine(parser)
+    _add_sampling(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="text to continue, as it is")
+    what.add_argument("--message", metavar="TEXT", help="a user's message, rendered by the chat template")
+    what.add_argument("--token-ids", metavar="IDS", help="prompt as token ids, separated by commas")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from cierzo.engine.llm import LLM
+
+    sampling = SamplingParams(**_sampling(arguments))
+    options = msgspec.structs.asdict(_options(arguments))
+    with LLM(options.pop("model"), **options) as llm:
+        if arguments.message is not None:
+            output = llm.chat([{"role": "user", "content": arguments.message}], sampling)
+        else:
+            prompt = arguments.prompt if arguments.token_ids is None else _token_ids(arguments.token_ids)
+            output = llm.generate([prompt], sampling)[0]
+    print(output.text or ",".join(map(str, output.token_ids)))
+    return 0
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--token-ids must be integers separated by commas, got {text!r}", field="token_ids", value=text
+        ) from None
+
+
+def _chat_command(parser: argparse.ArgumentParser) -> None:
+    _add_sampling(parser)
+    parser.add_argument("--rpc", default=DEFAULT_RPC, metavar="HOST:PORT|unix:PATH", help="server to talk to")
+    parser.add_argument("--message", metavar="TEXT", help="one message; default: read them from the terminal")
+    parser.add_argument("--system", metavar="TEXT", help="a system message")
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from cierzo.engine.demo import chat
+
+    return chat(arguments.rpc, arguments.message, arguments.system, _sampling(arguments))
+
+
+def _demo_command(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", default="What is the mistral wind?", metavar="TEXT", help="the question")
+    _add_sampling(parser)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from cierzo.engine.demo import demo
+
+    return demo(_checkpoint(DEMO), arguments.prompt, _sampling(arguments))
+
+
+def _make_command(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="FOLDER", help="folder to write; must not exist")
+    parser.add_argument("--like", choices=("small4", "small3"), required=True, help="whose architecture")
+    parser.add_argument(
+        "--scale",
+        default="tiny",
+        metavar="tiny|mini|full|X",
+        help="tiny: a few MB; mini: the benchmark checkpoint in proportion; full: true size; X: a factor in (0, 1]",
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="stored number format")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+
+
+def _make(arguments: argparse.Namespace) -> int:
+    from cierzo.engine.weights.make import make_checkpoint
+
+    make_checkpoint(
+        Path(arguments.path),
+        like=arguments.like,
+        scale=arguments.scale,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+        progress=True,
+    )
+    return _print_info(arguments.path)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    return _print_info(_checkpoint(arguments.checkpoint))
+
+
+def _print_info(path: str) -> int:
+    from cierzo.engine.weights.info import describe
+
+    print(describe(Path(path)))
+    return 0
+
+
+def _bench_commands(parser: argparse.ArgumentParser) -> None:
+    from cierzo.bench import load
+
+    benches = parser.add_subparsers(required=True, metavar="BENCH")
+    load.add_arguments(_command(benches, "load", load.main, "load a running server: closed or open loop"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,265 @@
+"""Settings: what a user may say (`EngineOptions`), and what the engine runs with (`EngineConfig`).
+
+`resolve()` is the only way from one to the other: afterwards there is no "auto" and no None, and each part
+gets its own section. This is the one file of the package that reads environment variables.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from cierzo.cache.config import CacheConfig
+from cierzo.cache.layout import CacheLayout, plan_capacity
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.model.config import ModelConfig, read_model_config
+from cierzo.kernels.config import KernelsConfig
+from cierzo.scheduler.config import SchedulerConfig
+
+GIB = 1 << 30
+SERVED_CONTEXT_TOKENS = 262_144  # the longest context that the makers of Small 4 serve (model.md 1.1)
+AUTO_KV_BYTES = 8 * GIB
+AUTO_KV_MEMORY_SHARE = 0.25
+AUTO_KV_REQUEST_TOKENS = 8192
+ENVIRONMENT_PREFIX = "CIERZO_"
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a user may set; None leaves the choice to `resolve`. The descriptions are the command line's help."""
+
+    model: str
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="where the model runs; auto: the CPU")] = (
+        "auto"
+    )
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"], Meta(description="weights, activations, KV; auto: bfloat16")
+    ] = "auto"
+    threads: Annotated[int | None, Meta(description="CPU threads of the core; default: all usable ones")] = None
+    max_model_len: Annotated[
+        int | None,
+        Meta(description="longest prompt + output, tokens; default: what model and KV budget hold, at most 262144"),
+    ] = None
+    kv_cache_gib: Annotated[
+        float | None,
+        Meta(description="KV cache, GiB; default: a quarter of the free memory, at most 8, no more than is of use"),
+    ] = None
+    block_tokens: Annotated[int, Meta(description="tokens per KV block")] = 32
+    prefix_caching: Annotated[bool, Meta(description="reuse the KV blocks of equal prompt beginnings")] = True
+    budget_tokens: Annotated[int, Meta(description="tokens computed in one step, at most")] = 2048
+    max_chunk_tokens: Annotated[
+        int, Meta(description="tokens of one prompt in one step while others wait, at most")
+    ] = 1024
+    max_running: Annotated[int, Meta(description="sequences that run at once, at most")] = 256
+    max_waiting: Annotated[int, Meta(description="sequences that wait, at most; further ones are refused")] = 4096
+    softmax_scale: Annotated[
+        float | None, Meta(description="attention's softmax scale; default: (query-key width)^-0.5")
+    ] = None
+    runner: Annotated[
+        Literal["model", "fake"], Meta(description="fake: deterministic tokens without a model, for load tests")
+    ] = "model"
+    kernels: KernelsConfig = KernelsConfig()
+    frontend: FrontendConfig = FrontendConfig()
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Resolved settings, one section per part; crosses to the core process as it is."""
+
+    checkpoint: str
+    name: str
+    device: str
+    dtype: str
+    threads: int
+    runner: str
+    model: ModelConfig
+    layout: CacheLayout
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    kernels: KernelsConfig
+    frontend: FrontendConfig
+
+    def describe(self) -> str:
+        """The resolved settings and the capacity plan, as printed at start."""
+        rows = [
+            ("model", f"{self.name} ({self.model.architecture}, {self.model.num_layers} layers)"),
+            ("runner", f"{self.runner} on {self.device}, {self.dtype}, {self.threads} threads"),
+            ("max_model_len", f"{self.scheduler.max_model_len:,} tokens"),
+            (
+                "step",
+                f"{self.scheduler.budget_tokens:,} tokens, chunks of {self.scheduler.max_chunk_tokens:,} "
+                f"beside others, {self.scheduler.max_running:,} running, {self.scheduler.max_waiting:,} waiting",
+            ),
+            ("prefix cache", "on" if self.cache.prefix_caching else "off"),
+        ]
+        lines = [f"{key:<14} {value}" for key, value in rows]
+        return "\n".join([*lines, str(plan_capacity(self.layout, self.cache.num_blocks))])
+
+
+def resolve(options: EngineOptions) -> EngineConfig:
+    """Turn options into a whole configuration.
+
+    Raises ConfigError naming field, limit and value, or CheckpointError where config.json is at fault.
+    """
+    check_environment()
+    _require(options)
+    path = Path(options.model)
+    model = read_model_config(path)
+    if options.softmax_scale is not None:
+        model = msgspec.structs.replace(model, softmax_scale_override=options.softmax_scale)
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
+    layout = model.cache_layout(options.block_tokens, dtype)
+    num_blocks, max_model_len = _kv_room(options, model, layout)
+    return EngineConfig(
+        checkpoint=str(path.resolve()),
+        name=path.resolve().name,
+        device="cpu" if options.device == "auto" else options.device,
+        dtype=dtype,
+        threads=options.threads or usable_cpus(),
+        runner=options.runner,
+        model=model,
+        layout=layout,
+        cache=CacheConfig(
+            block_tokens=options.block_tokens,
+            num_blocks=num_blocks,
+            prefix_caching=options.prefix_caching,
+            hash_key=secrets.token_hex(16),
+        ),
+        scheduler=SchedulerConfig(
+            budget_tokens=options.budget_tokens,
+            max_chunk_tokens=min(options.max_chunk_tokens, options.budget_tokens),
+            max_running=min(options.max_running, options.budget_tokens),
+            max_waiting=options.max_waiting,
+            max_model_len=max_model_len,
+        ),
+        kernels=options.kernels,
+        frontend=options.frontend,
+    )
+
+
+def _require(options: EngineOptions) -> None:
+    """Positive integers where integers are asked for; types themselves were checked on decoding."""
+    for field in ("block_tokens", "budget_tokens", "max_chunk_tokens", "max_running", "max_waiting"):
+        _at_least_one(field, getattr(options, field))
+    for field in ("threads", "max_model_len"):
+        if getattr(options, field) is not None:
+            _at_least_one(field, getattr(options, field))
+    for name in ("kv_cache_gib", "softmax_scale"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(
+                f"{name} must be a positive number, got {value}", field=name, limit="> 0", value=value
+            )
+
+
+def _at_least_one(field: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{field} must be at least 1, got {value}", field=field, limit=1, value=value)
+
+
+def _kv_room(options: EngineOptions, model: ModelConfig, layout: CacheLayout) -> tuple[int, int]:
+    """(num_blocks, max_model_len). An explicit length that does not fit is refused with the numbers."""
+    ceiling = min(model.max_position_embeddings, SERVED_CONTEXT_TOKENS)
+    wanted = options.max_model_len or ceiling
+    if wanted > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {wanted:,} is more than the model's max_position_embeddings "
+            f"{model.max_position_embeddings:,}",
+            field="max_model_len",
+            limit=model.max_position_embeddings,
+            value=wanted,
+        )
+    if options.kv_cache_gib is not None:
+        num_blocks = int(options.kv_cache_gib * GIB // layout.bytes_per_block)
+    else:
+        num_blocks = _auto_blocks(options, wanted, layout)
+    held_tokens = num_blocks * layout.block_tokens
+    if options.max_model_len is not None and wanted > held_tokens:
+        needed_gib = -(-wanted // layout.block_tokens) * layout.bytes_per_block / GIB
+        raise ConfigError(
+            f"max_model_len {wanted:,} needs {needed_gib:.3f} GiB of KV cache "
+            f"({layout.bytes_per_token:,} bytes per token); the budget of "
+            f"{num_blocks * layout.bytes_per_block / GIB:.3f} GiB holds {held_tokens:,} tokens",
+            field="max_model_len",
+            limit=held_tokens,
+            value=wanted,
+        )
+    if num_blocks < 1:
+        raise ConfigError(
+            f"kv_cache_gib {options.kv_cache_gib} holds no block of {layout.bytes_per_block:,} bytes",
+            field="kv_cache_gib",
+            limit=f">= {layout.bytes_per_block / GIB:.6f}",
+            value=options.kv_cache_gib,
+        )
+    return num_blocks, min(wanted, held_tokens)
+
+
+def _auto_blocks(options: EngineOptions, max_model_len: int, layout: CacheLayout) -> int:
+    """A share of the free memory, but no more than four longest requests or a full batch of usual ones use."""
+    affordable_bytes = min(AUTO_KV_BYTES, int(available_memory_bytes() * AUTO_KV_MEMORY_SHARE))
+    usual_tokens = options.max_running * min(max_model_len, AUTO_KV_REQUEST_TOKENS)
+    useful_tokens = min(options.max_running * max_model_len, max(4 * max_model_len, usual_tokens))
+    useful_blocks = -(-useful_tokens // layout.block_tokens) + options.max_running
+    return min(affordable_bytes // layout.bytes_per_block, useful_blocks)
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping: the kernel's MemAvailable, cut to the container's limit."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit = "".join(_lines(Path("/sys/fs/cgroup/memory.max")))
+    used = "".join(_lines(Path("/sys/fs/cgroup/memory.current")))
+    if limit.isdigit() and used.isdigit():
+        available = min(available, max(int(limit) - int(used), 0))
+    return available
+
+
+def usable_cpus() -> int:
+    """CPUs of this process's affinity mask, cut to the container's CPU limit (cgroup v2 cpu.max)."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = " ".join(_lines(Path("/sys/fs/cgroup/cpu.max"))).partition(" ")
+    if quota.isdigit() and period.strip().isdigit():
+        cpus = min(cpus, max(1, int(quota) // int(period)))
+    return cpus
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+
+
+# --- environment -------------------------------------------------------------------------------------------
+
+_KNOWN_VARIABLES = {"CIERZO_CACHE_DIR": "folder for converted and packed checkpoints"}
+
+
+def check_environment() -> None:
+    """An unknown CIERZO_ variable is an error: a misspelt setting must not pass in silence."""
+    for name in os.environ:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in _KNOWN_VARIABLES:
+            known = ", ".join(sorted(_KNOWN_VARIABLES))
+            raise ConfigError(f"unknown environment variable {name}; known: {known}", field=name, limit=known)
+
+
+def cache_dir() -> Path:
+    """Where converted checkpoints are kept: CIERZO_CACHE_DIR, else cierzo/ in the user's cache folder."""
+    chosen = os.environ.get("CIERZO_CACHE_DIR")
+    if chosen is not None:
+        if not chosen or not Path(chosen).is_absolute():
+            raise ConfigError(
+                f"CIERZO_CACHE_DIR must be an absolute path, got {chosen!r}",
+                field="CIERZO_CACHE_DIR",
+                limit="an absolute path",
+                value=chosen,
+            )
+        return Path(chosen)
+    user_cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(user_cache) if user_cache else Path.home() / ".cache") / "cierzo"
