@@ -140,8 +140,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in SAMPLING_HELP}
+def _sampling(arguments: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(**{name: getattr(arguments, name) for name in SAMPLING_HELP})
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +161,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from cierzo.engine.frontend.config import FrontendConfig
     from cierzo.engine.launch import serve
 
-    return serve(_options(arguments, frontend=FrontendConfig(rpc=arguments.rpc)))
+    return serve(_options(arguments, frontend=FrontendConfig(address=arguments.rpc)))
 
 
 def _generate_command(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +176,7 @@ def _generate_command(parser: argparse.ArgumentParser) -> None:
 def _generate(arguments: argparse.Namespace) -> int:
     from cierzo.engine.llm import LLM
 
-    sampling = SamplingParams(**_sampling(arguments))
+    sampling = _sampling(arguments)
     options = msgspec.structs.asdict(_options(arguments))
     with LLM(options.pop("model"), **options) as llm:
         if arguments.message is not None:
@@ -205,7 +205,7 @@ def _chat_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from cierzo.engine.demo import chat
+    from cierzo.engine.terminal import chat
 
     return chat(arguments.rpc, arguments.message, arguments.system, _sampling(arguments))
 
@@ -216,7 +216,7 @@ def _demo_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from cierzo.engine.demo import demo
+    from cierzo.engine.terminal import demo
 
     return demo(_checkpoint(DEMO), arguments.prompt, _sampling(arguments))
 
