@@ -1,0 +1,143 @@
+"""Which implementations each operation has, and which one runs: chosen by `bind` once, at start.
+
+How the files hang together, with `rms_norm` as the example:
+
+- `ops/norm.py` holds what callers call: the docstring (shapes, dtypes, padding, errors), the argument check,
+  and then `return bound.rms_norm(x, weight, eps)`, with `from cierzo.kernels.registry import bound`.
+- `ref/norm.py` holds the function of the same name and signature in plain torch: the definition of correct.
+- The table below holds one line per implementation. `_torch("norm", "rms_norm", ...)` registers the
+  reference; any other implementation is one source file and one line, placed before the reference:
+  `Implementation("rms_norm", "avx512", "cierzo.kernels.cpu.launch:rms_norm", ("cpu",), exact=True)`.
+
+A new operation is therefore: ops/, ref/, its name in a `_torch` line, and a row in the test cases. Nothing is
+imported before it is chosen, so a target may need libraries that the machine at hand lacks.
+
+The order of the table is the order of preference. `exact` says that a row's bits do not depend on the rows
+beside it; the torch reference's matmul, softmax and SDPA cannot promise that, and the start-up table says so.
+
+    table = bind(KernelsConfig(), "cpu")      # once per process, before the first operation is called
+    print(table.describe())
+
+One process computes on one kind of device, hence one table per process; `bind` again replaces it (tests do).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cierzo.kernels.config import KernelsConfig
+
+
+class KernelChoiceError(ValueError):
+    """The configuration names an operation or implementation that does not exist or cannot run here."""
+
+
+class NotBoundError(RuntimeError):
+    """An operation was called before `bind`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to compute one operation; `target` is "module:function", imported when chosen."""
+
+    operation: str
+    name: str
+    target: str
+    devices: tuple[str, ...]
+    exact: bool
+
+    def load(self) -> Callable[..., Any]:
+        """Import the target."""
+        module, _, function = self.target.partition(":")
+        return getattr(importlib.import_module(module), function)
+
+
+def _torch(file: str, *operations: str, exact: bool = False) -> list[Implementation]:
+    """The plain-torch references of `operations` in ref/<file>.py. They run on any device of torch's."""
+    return [
+        Implementation(name, "torch", f"cierzo.kernels.ref.{file}:{name}", ("cpu", "cuda"), exact)
+        for name in operations
+    ]
+
+
+IMPLEMENTATIONS: list[Implementation] = [
+    *_torch("norm", "rms_norm", "add_rms_norm"),
+    *_torch("rope", "rope_tables", "apply_rope"),
+    *_torch("linear", "linear", "lm_head", "gated_mlp"),
+    *_torch("moe", "route", "expert_mlp"),
+    *_torch("moe", "group_by_expert", exact=True),
+    *_torch("attention", "write_latents", "write_keys_values", exact=True),
+    *_torch("attention", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
+    *_torch("attention", "gqa_prefill", "gqa_decode"),
+]
+
+
+class Bound:
+    """The callables in force, one attribute per operation; empty until `bind`."""
+
+    def __getattr__(self, name: str) -> Any:  # reached only for what is not bound
+        raise NotBoundError(
+            f"operation {name!r} is not bound: call kernels.registry.bind(KernelsConfig(), device) at start"
+        )
+
+
+bound = Bound()
+
+
+@dataclass(frozen=True, slots=True)
+class BoundTable:
+    """What `bind` chose for `device`, in the table's order."""
+
+    device: str
+    chosen: tuple[Implementation, ...]
+
+    def describe(self) -> str:
+        """A small text table: each operation's implementation, and where bits depend on the batch."""
+        lines = [f"kernels on {self.device}"]
+        for choice in self.chosen:
+            note = "" if choice.exact else "  bits depend on the batch"
+            lines.append(f"  {choice.operation:<18} {choice.name:<8}{note}".rstrip())
+        return "\n".join(lines)
+
+
+def operations() -> tuple[str, ...]:
+    """All operation names, in the table's order."""
+    return tuple(dict.fromkeys(row.operation for row in IMPLEMENTATIONS))
+
+
+def implementations(operation: str, device: str) -> list[Implementation]:
+    """Those of `operation` that run on `device` ("cpu", "cuda", "cuda:1"), best first."""
+    kind = device.partition(":")[0]
+    return [row for row in IMPLEMENTATIONS if row.operation == operation and kind in row.devices]
+
+
+def bind(config: KernelsConfig, device: str) -> BoundTable:
+    """Choose, import and put in force one implementation per operation. Raises KernelChoiceError."""
+    known = operations()
+    for name in config.implementations:
+        if name not in known:
+            raise KernelChoiceError(f"unknown operation {name!r}; known: {', '.join(known)}")
+    chosen = tuple(_choose(name, config.implementations.get(name), device) for name in known)
+    callables = {choice.operation: choice.load() for choice in chosen}
+    vars(bound).clear()
+    vars(bound).update(callables)
+    return BoundTable(device, chosen)
+
+
+def _choose(operation: str, wanted: str | None, device: str) -> Implementation:
+    """The wanted implementation, or the best one for the device."""
+    runnable = implementations(operation, device)
+    if not runnable:
+        raise KernelChoiceError(f"operation {operation!r} has no implementation for device {device!r}")
+    if wanted is None:
+        return runnable[0]
+    for choice in runnable:
+        if choice.name == wanted:
+            return choice
+    names = ", ".join(choice.name for choice in runnable)
+    raise KernelChoiceError(
+        f"operation {operation!r} has no implementation {wanted!r} on {device!r}; known: {names}"
+    )
