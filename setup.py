@@ -16,6 +16,7 @@ RUNTIME = [
 ]
 DEMO = ["gguf>=0.10"]
 TEST = [
+    "setuptools>=77",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",

@@ -1,0 +1,66 @@
+"""Every command explains itself and refuses what it does not know."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import pytest
+
+from cierzo.engine.cli import build_parser
+
+
+def _commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, child in _children(parser).items():
+        yield from _commands(child, (*path, name))
+
+
+def _children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions[0].choices) if actions else {}
+
+
+def _find(path: tuple[str, ...]) -> argparse.ArgumentParser:
+    parser = build_parser()
+    for name in path:
+        parser = _children(parser)[name]
+    return parser
+
+
+COMMANDS = [pytest.param(path, id=" ".join(("cierzo", *path))) for path in _commands(build_parser())]
+
+
+def test_the_commands_are_those_promised() -> None:
+    promised = {"serve", "generate", "chat", "demo", "make-checkpoint", "info", "bench"}
+    assert promised <= set(_children(build_parser()))
+    assert "load" in _children(_find(("bench",)))
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_help_says_what_every_option_is(path: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args([*path, "--help"])
+    assert ended.value.code == 0
+    assert "usage: cierzo" in capsys.readouterr().out
+    bare = [
+        action.option_strings or action.dest
+        for action in _find(path)._actions
+        if not isinstance(action, argparse._SubParsersAction) and not (action.help or "").strip()
+    ]
+    assert not bare, f"without a help text: {bare}"
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_unknown_options_are_refused(path: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    needed = [
+        word
+        for action in _find(path)._actions
+        if action.required and not isinstance(action, argparse._SubParsersAction)
+        for word in (*action.option_strings[:1], str(next(iter(action.choices))) if action.choices else "1")
+    ]
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args([*path, *needed, "--no-such-option", "1"])
+    assert ended.value.code == 2
+    if not _children(_find(path)):
+        assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""What is built, what is imported at start, and what the tracked files may say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDERS = ("kernels", "cache", "scheduler", "engine", "bench")
+MAX_CLIENT_IMPORT_S = 0.15
+
+
+def _python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_ordinary_build_has_every_file(root: Path, tracked: list[Path], tmp_path: Path) -> None:
+    """src/cierzo is made of symbolic links: a build must follow them, and take sources that are not Python."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path), "--no-compile"]
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=60)
+    built = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    wanted = {f"cierzo/{path}" for path in tracked if path.parts[0] in FOLDERS}
+    missing = sorted((wanted | {"cierzo/__init__.py", "cierzo/py.typed"}) - built)
+    assert not missing, f"not built (a package without __init__.py, or no package_data in setup.py): {missing}"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "cierzo",
+        "cierzo.engine",
+        "cierzo.engine.cli",
+        "cierzo.engine.config",
+        "cierzo.engine.frontend.client",
+        "cierzo.engine.frontend.frontend",
+        "cierzo.scheduler.scheduler",
+        "cierzo.cache.manager",
+    ],
+)
+def test_starts_without_torch(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    assert _python(code).strip() == ""
+
+
+def test_client_imports_fast() -> None:
+    """CPU seconds, so that a busy machine does not fail it; the least of three, so that a cold disk does not."""
+    code = "import time; t = time.process_time(); import cierzo.engine.frontend.client; "
+    code += "print(time.process_time() - t)"
+    assert min(float(_python(code)) for _ in range(3)) < MAX_CLIENT_IMPORT_S
+
+
+def test_no_path_of_a_machine_is_tracked(root: Path, tracked: list[Path]) -> None:
+    home = re.compile(r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+)/")
+    found = [f"{path}:{number}" for path, number, line in _lines(root, tracked) if home.search(line)]
+    assert not found, "\n".join(found)
+
+
+def test_documents_referred_to_exist(root: Path, tracked: list[Path]) -> None:
+    """A pointer to a page that a reader does not have helps no one."""
+    present = {path.name for path in tracked}
+    found = [
+        f"{path}:{number} {name}"
+        for path, number, line in _lines(root, tracked)
+        for name in re.findall(r"[\w-]+\.md\b", line)
+        if name not in present
+    ]
+    assert not found, "\n".join(found)
+
+
+def _lines(root: Path, tracked: list[Path]) -> list[tuple[Path, int, str]]:
+    texts = [path for path in tracked if path.suffix in {".py", ".md", ".toml", ".json", ".cpp", ".cu", ".h", ""}]
+    return [
+        (path, number, line)
+        for path in texts
+        for number, line in enumerate((root / path).read_text(encoding="utf-8").splitlines(), start=1)
+    ]
+
+
+def test_faults_of_the_mutation_list_can_be_applied(root: Path) -> None:
+    """`make mutants` takes minutes and runs by hand: here the list is kept from rotting."""
+    lists = sorted((root / "tests/mutants").glob("*.json"))
+    wrong = []
+    for path in lists:
+        for fault in json.loads(path.read_text(encoding="utf-8")):
+            source = (root / fault["file"]).read_text(encoding="utf-8")
+            if source.count(fault["find"]) != 1 or fault["find"] == fault["replace"]:
+                wrong.append(
+                    f"{path.name}: {fault['find']!r} is {source.count(fault['find'])} times in {fault['file']}"
+                )
+            wrong += [f"{path.name}: no {test}" for test in fault["tests"].split() if not _exists(root, test)]
+    assert not wrong, "\n".join(wrong)
+    assert sum(len(json.loads(path.read_text(encoding="utf-8"))) for path in lists) >= 12
+
+
+def _exists(root: Path, test: str) -> bool:
+    return (root / test.partition("::")[0]).exists()
