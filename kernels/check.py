@@ -7,7 +7,7 @@ kept to a few hundred nanoseconds per argument and never touches a tensor's valu
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, NoReturn
 
 
@@ -57,6 +57,6 @@ def _fail(operation: str, name: str, message: str) -> NoReturn:
     raise ArgumentError(f"{operation}: {name} {message}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _split(letters: str) -> tuple[str, ...]:
     return tuple(letters.split())

@@ -1,0 +1,247 @@
+"""config.json -> `ModelConfig`: every hyperparameter that the models read, and an error for what they cannot do.
+
+Knows transformers' `mistral4`, `mistral` and `llama`, and `mistral3`, which wraps one of the first two as its
+`text_config`. A field that would change the arithmetic and is missing, malformed or unsupported is a
+CheckpointError that names it; fields that have no bearing on inference are ignored. No torch here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from cierzo.cache.layout import CacheLayout
+from cierzo.engine.model.fields import Fields, read_json
+from cierzo.engine.model.rope_config import RopeConfig, read_rope
+
+LATENT_NORM_EPS = 1e-6  # transformers' Mistral4 builds its two latent norms with this, whatever rms_norm_eps says
+
+
+class _Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base: crosses to the core process as it is."""
+
+
+class MlaConfig(_Struct, tag="mla"):
+    """Multi-head latent attention: R is `kv_lora_rank`, P `qk_rope_head_dim`, V `v_head_dim`."""
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+class GqaConfig(_Struct, tag="gqa"):
+    """Grouped-query attention: `num_heads / num_kv_heads` query heads share one key-value head."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+class MoeConfig(_Struct):
+    """Routed experts: E is `num_experts`, K `experts_per_token`, F `expert_width`; layers below
+    `first_dense_layers` have one dense MLP instead."""
+
+    num_experts: int
+    experts_per_token: int
+    expert_width: int
+    num_shared_experts: int
+    num_groups: int
+    top_groups: int
+    first_dense_layers: int
+    renormalise: bool
+    routed_scale: float
+
+
+class QueryScaling(_Struct):
+    """Llama-4's: the query at position p is multiplied by 1 + beta ln(1 + floor(p / original_positions))."""
+
+    beta: float
+    original_positions: int
+
+
+class ModelConfig(_Struct):
+    """A model's architecture. `softmax_scale_override` replaces (query-key width)^-0.5 (model.md 1.3)."""
+
+    architecture: Literal["mistral4", "mistral", "llama"]
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_width: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    attention: MlaConfig | GqaConfig
+    moe: MoeConfig | None
+    rope: RopeConfig
+    query_scaling: QueryScaling | None
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    softmax_scale_override: float | None = None
+
+    @property
+    def softmax_scale(self) -> float:
+        """What scores are multiplied by. No YaRN magnitude term: model.md 1.3 has the reasons."""
+        if self.softmax_scale_override is not None:
+            return self.softmax_scale_override
+        attention = self.attention
+        if isinstance(attention, MlaConfig):
+            return (attention.qk_nope_head_dim + attention.qk_rope_head_dim) ** -0.5
+        return attention.head_dim**-0.5
+
+    def cache_layout(self, block_tokens: int, dtype: str, world: int = 1) -> CacheLayout:
+        """What one rank's KV cache holds. Latents are whole on every rank, key-value heads are divided."""
+        if isinstance(self.attention, MlaConfig):
+            values = self.attention.kv_lora_rank + self.attention.qk_rope_head_dim
+            return CacheLayout(
+                kind="mla",
+                num_layers=self.num_layers,
+                block_tokens=block_tokens,
+                latent_values=values,
+                dtype=dtype,
+            )
+        return CacheLayout(
+            kind="gqa",
+            num_layers=self.num_layers,
+            block_tokens=block_tokens,
+            num_kv_heads=self.attention.num_kv_heads // world,
+            head_dim=self.attention.head_dim,
+            dtype=dtype,
+        )
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read `path`/config.json, and the end-of-text ids of `path`/generation_config.json where there is one."""
+    outer = Fields(read_json(path / "config.json"))
+    outer.only("quantization_config", (None,), default=None)
+    fields = outer
+    if outer.string("model_type") == "mistral3":
+        fields = outer.section("text_config")
+        fields.inherit(outer, "tie_word_embeddings", "bos_token_id", "eos_token_id")
+        fields.only("quantization_config", (None,), default=None)
+    architecture = fields.string("model_type")
+    if architecture == "mistral4":
+        config = _mistral4(fields)
+    elif architecture in ("mistral", "llama"):
+        config = _dense(fields, architecture)
+    else:
+        raise fields.error("model_type", architecture, "mistral4, mistral, llama, or mistral3 around one of them")
+    eos = (*config.eos_token_ids, *_generation_eos(path))
+    return msgspec.structs.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
+
+
+def _mistral4(fields: Fields) -> ModelConfig:
+    heads = fields.integer("num_attention_heads")
+    fields.only("num_key_value_heads", (heads, None), default=None)
+    attention = MlaConfig(
+        q_lora_rank=fields.optional_integer("q_lora_rank"),
+        kv_lora_rank=fields.integer("kv_lora_rank"),
+        qk_nope_head_dim=fields.integer("qk_nope_head_dim"),
+        qk_rope_head_dim=fields.even("qk_rope_head_dim"),
+        v_head_dim=fields.integer("v_head_dim"),
+    )
+    qk_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+    fields.only("head_dim", (qk_dim, None), default=None)
+    rope, parameters = read_rope(
+        fields,
+        dim=attention.qk_rope_head_dim,
+        interleaved=fields.boolean("rope_interleave"),
+        rotated_share=attention.qk_rope_head_dim / qk_dim,
+    )
+    beta = parameters.number("llama_4_scaling_beta", minimum=0.0)
+    scaling = QueryScaling(beta=beta, original_positions=parameters.integer("original_max_position_embeddings"))
+    return _model(fields, attention, _moe(fields), rope, scaling if beta else None)
+
+
+def _moe(fields: Fields) -> MoeConfig:
+    moe = MoeConfig(
+        num_experts=fields.integer("n_routed_experts"),
+        experts_per_token=fields.integer("num_experts_per_tok"),
+        expert_width=fields.integer("moe_intermediate_size"),
+        num_shared_experts=fields.integer("n_shared_experts"),
+        num_groups=fields.integer("n_group"),
+        top_groups=fields.integer("topk_group"),
+        first_dense_layers=fields.integer("first_k_dense_replace", minimum=0),
+        renormalise=fields.boolean("norm_topk_prob"),
+        routed_scale=fields.number("routed_scaling_factor"),
+    )
+    if moe.num_experts % moe.num_groups:
+        raise fields.error("n_group", moe.num_groups, f"a divisor of n_routed_experts {moe.num_experts}")
+    group_experts = moe.num_experts // moe.num_groups
+    if moe.num_groups > 1 and group_experts < 2:  # a group is ranked by its two best experts
+        raise fields.error("n_group", moe.num_groups, "groups of at least two experts")
+    if moe.top_groups > moe.num_groups:
+        raise fields.error("topk_group", moe.top_groups, f"at most n_group {moe.num_groups}")
+    if moe.experts_per_token > moe.top_groups * group_experts:
+        limit = f"at most {moe.top_groups * group_experts}, the experts in topk_group groups"
+        raise fields.error("num_experts_per_tok", moe.experts_per_token, limit)
+    return moe
+
+
+def _dense(fields: Fields, architecture: str) -> ModelConfig:
+    heads = fields.integer("num_attention_heads")
+    hidden = fields.integer("hidden_size")
+    if architecture == "mistral":
+        kv_heads = fields.integer("num_key_value_heads")
+        _refuse_sliding_window(fields)
+    else:
+        kv_heads = fields.optional_integer("num_key_value_heads", default=None) or heads
+        fields.only("mlp_bias", (False,), default=False)
+        fields.only("pretraining_tp", (1, None), default=None)
+    if heads % kv_heads:
+        raise fields.error("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
+    head_dim = fields.optional_integer("head_dim", default=None) or hidden // heads
+    if head_dim % 2:
+        raise fields.error("head_dim", head_dim, "an even number")
+    attention = GqaConfig(num_kv_heads=kv_heads, head_dim=head_dim)
+    rope, _ = read_rope(fields, dim=head_dim, interleaved=False, rotated_share=1.0)
+    return _model(fields, attention, None, rope, None)
+
+
+def _model(
+    fields: Fields,
+    attention: MlaConfig | GqaConfig,
+    moe: MoeConfig | None,
+    rope: RopeConfig,
+    query_scaling: QueryScaling | None,
+) -> ModelConfig:
+    """What all architectures have."""
+    fields.only("attention_bias", (False,), default=False)
+    fields.only("hidden_act", ("silu",))
+    architecture = fields.string("model_type")
+    if architecture != "mistral":
+        fields.only("sliding_window", (None,), default=None)
+    return ModelConfig(
+        architecture=architecture,  # type: ignore[arg-type]  # one of the three: read_model_config has checked
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=fields.integer("hidden_size"),
+        num_layers=fields.integer("num_hidden_layers"),
+        num_heads=fields.integer("num_attention_heads"),
+        mlp_width=fields.integer("intermediate_size"),
+        max_position_embeddings=fields.integer("max_position_embeddings"),
+        rms_norm_eps=fields.number("rms_norm_eps", minimum=0.0),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
+        attention=attention,
+        moe=moe,
+        rope=rope,
+        query_scaling=query_scaling,
+        bos_token_id=fields.optional_integer("bos_token_id", default=None, minimum=0),
+        eos_token_ids=fields.ids("eos_token_id"),
+    )
+
+
+def _refuse_sliding_window(fields: Fields) -> None:
+    """A window of at least the whole context never cuts anything; transformers' default, when it is missing, is
+    4096, so that a missing field means something and has to be written."""
+    longest = fields.integer("max_position_embeddings")
+    window = fields.optional_integer("sliding_window")
+    if window is not None and window < longest:
+        raise fields.error("sliding_window", window, f"null, or at least max_position_embeddings {longest}")
+
+
+def _generation_eos(path: Path) -> tuple[int, ...]:
+    file = path / "generation_config.json"
+    return Fields(read_json(file), file="generation_config.json").ids("eos_token_id") if file.exists() else ()

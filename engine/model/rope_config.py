@@ -1,0 +1,88 @@
+"""The rotary embedding's settings, in both spellings that checkpoints use.
+
+New: `rope_parameters` {rope_theta, rope_type, ...}. Old: `rope_theta` beside a `rope_scaling` that is null or
+{rope_type or type, ...}.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from cierzo.engine.model.fields import Fields
+
+
+class YarnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """YaRN's blend of frequencies; `magnitude` multiplies cos and sin."""
+
+    factor: float
+    original_positions: int
+    beta_fast: float
+    beta_slow: float
+    magnitude: float
+
+
+class RopeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dim` values of each head rotate, in pairs (2i, 2i+1) if `interleaved`, else (i, i + dim/2)."""
+
+    dim: int
+    theta: float
+    interleaved: bool
+    yarn: YarnConfig | None
+
+
+def read_rope(fields: Fields, *, dim: int, interleaved: bool, rotated_share: float) -> tuple[RopeConfig, Fields]:
+    """The rope settings, and the object they were read from (mistral4 keeps its query scaling there too).
+
+    `rotated_share` is the share of a head's values that rotate: a partial_rotary_factor must agree with it.
+    """
+    if fields.has("rope_parameters"):
+        parameters = fields.section("rope_parameters")
+        theta = parameters if parameters.has("rope_theta") else fields
+    else:
+        parameters = fields.section("rope_scaling") if fields.has("rope_scaling") else Fields({}, "rope_scaling.")
+        theta = fields
+    if parameters.has("partial_rotary_factor"):
+        share = parameters.number("partial_rotary_factor")
+        if not math.isclose(share, rotated_share):
+            raise parameters.error("partial_rotary_factor", share, f"{rotated_share:g}")
+    rope = RopeConfig(
+        dim=dim,
+        theta=theta.number("rope_theta", minimum=1.0),
+        interleaved=interleaved,
+        yarn=_yarn(parameters),
+    )
+    return rope, parameters
+
+
+def _yarn(parameters: Fields) -> YarnConfig | None:
+    spelling = "rope_type" if parameters.has("rope_type") else "type"
+    kind = parameters.string(spelling, "default")
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise parameters.error(spelling, kind, "default or yarn")
+    parameters.only("truncate", (True, None), default=None)
+    factor = parameters.number("factor", minimum=1.0)
+    return YarnConfig(
+        factor=factor,
+        original_positions=parameters.integer("original_max_position_embeddings"),
+        beta_fast=parameters.number("beta_fast", 32.0),
+        beta_slow=parameters.number("beta_slow", 1.0),
+        magnitude=_magnitude(parameters, factor),
+    )
+
+
+def _magnitude(parameters: Fields, factor: float) -> float:
+    """The factor on cos and sin (transformers' `_compute_yarn_parameters`): given, or a ratio that is 1 for
+    mscale = mscale_all_dim, or YaRN's own 0.1 ln(factor) + 1. Small 4's published form and the form with
+    attention_factor 1.0 both give 1."""
+    if parameters.has("attention_factor"):
+        return parameters.number("attention_factor")
+    mscale = parameters.number("mscale", 0.0) if parameters.has("mscale") else 0.0
+    all_dim = parameters.number("mscale_all_dim", 0.0) if parameters.has("mscale_all_dim") else 0.0
+    log = 0.1 * math.log(factor)
+    if mscale and all_dim:
+        return (mscale * log + 1.0) / (all_dim * log + 1.0)
+    return log + 1.0
