@@ -1,0 +1,194 @@
+"""What the files of a Hugging Face-layout checkpoint hold, read from their headers alone: no torch, no tensor data.
+
+A safetensors file is: 8 bytes little-endian header length; a JSON header
+{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}; the data, which the offsets count
+into (https://huggingface.co/docs/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cierzo.engine.errors import CheckpointError
+
+DTYPE_BITS: Mapping[str, int] = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies: its file, its dtype (safetensors' spelling) and shape, and its size in bytes."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises CheckpointError naming the file if it is missing, unreadable or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing", field=path.name) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", field=path.name) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object", field=path.name)
+    return value
+
+
+def read_checkpoint_headers(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of a checkpoint folder, by name, in the order of the shards.
+
+    Every shard's length is compared with its header, so that nothing mapped later can lie beyond the file's end.
+
+    Raises CheckpointError naming the file or the tensor: folder, config.json, index or shard missing; shard
+    truncated or malformed; a tensor that the index places in a shard that lacks it, that a shard holds and the
+    index does not name, or that two shards hold; a quantised checkpoint.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: a checkpoint is a folder with config.json", value=folder)
+    check_not_quantised(folder)
+    placed = _read_index(folder)
+    if placed is None:
+        tensors = read_shard_header(folder / SINGLE_NAME)
+    else:
+        tensors = _read_shards(folder, placed)
+    for info in tensors.values():
+        if info.dtype.startswith(("F8", "F4")):
+            raise CheckpointError(
+                f"tensor {info.name} is {info.dtype}: quantised checkpoints are not supported yet",
+                field=info.name,
+                value=info.dtype,
+            )
+    return tensors
+
+
+def check_not_quantised(folder: Path) -> None:
+    """Raise CheckpointError if the folder has no config.json, or one that says the weights are quantised."""
+    config = read_json(folder / "config.json")
+    inner = config.get("text_config")
+    for section in (config, inner if isinstance(inner, dict) else {}):
+        quantisation = section.get("quantization_config")
+        if quantisation:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+            raise CheckpointError(
+                f"{folder / 'config.json'}: quantization_config ({method}): quantised checkpoints are not"
+                " supported yet",
+                field="quantization_config",
+                value=method,
+            )
+
+
+def read_shard_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, after checking that the file is exactly as long as they need."""
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or length > min(file_bytes - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path} is truncated: {file_bytes} bytes, its header alone announces {8 + length}",
+                    field=path.name,
+                )
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing", field=path.name) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: the header cannot be read: {error}", field=path.name) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is no JSON object", field=path.name)
+    return _check_layout(path, header, file_bytes - 8 - length)
+
+
+def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
+    """Header entries -> TensorInfo; the tensors must fill the file's data without hole, overlap or excess."""
+    spans: list[tuple[int, int, TensorInfo]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            shape = tuple(int(size) for size in entry["shape"])
+            begin, end = (int(offset) for offset in entry["data_offsets"])
+            num_bytes = math.prod(shape) * DTYPE_BITS[entry["dtype"]] // 8
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: tensor {name}: malformed entry ({error!r})", field=name) from error
+        if end - begin != num_bytes or min(shape, default=0) < 0:
+            raise CheckpointError(
+                f"{path}: tensor {name}: {end - begin} bytes for {entry['dtype']} {list(shape)}", field=name
+            )
+        spans.append((begin, end, TensorInfo(name, path, entry["dtype"], shape, num_bytes)))
+    reached = 0
+    for begin, end, info in sorted(spans, key=lambda span: span[:2]):
+        if begin != reached:
+            raise CheckpointError(
+                f"{path}: tensor {info.name} begins at {begin}, not at {reached}", field=info.name
+            )
+        reached = end
+        if end > data_bytes:
+            raise CheckpointError(
+                f"{path} is truncated: {data_bytes} bytes of data, tensor {info.name} ends at {end}",
+                field=info.name,
+                limit=data_bytes,
+                value=end,
+            )
+    if reached != data_bytes:
+        raise CheckpointError(f"{path}: {data_bytes - reached} bytes after the last tensor", field=path.name)
+    return {info.name: info for _, _, info in spans}
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> shard file name as the index says it; None for a checkpoint of one unsharded file."""
+    index_path, single_path = folder / INDEX_NAME, folder / SINGLE_NAME
+    if not index_path.exists():
+        if single_path.exists():
+            return None
+        others = sorted(path.name for pattern in _OTHER_FORMATS for path in folder.glob(pattern))
+        hint = f" ({others[0]} is of a format that is not supported yet)" if others else ""
+        raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}{hint}", field=INDEX_NAME)
+    if single_path.exists():
+        raise CheckpointError(f"{folder} holds both {INDEX_NAME} and {SINGLE_NAME}", field=INDEX_NAME)
+    placed = read_json(index_path).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{index_path}: weight_map is missing or empty", field="weight_map")
+    for name, file in placed.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index_path}: tensor {name}: {file!r} is no file name", field=name)
+    return placed
+
+
+_OTHER_FORMATS = ("consolidated*.safetensors", "pytorch_model*.bin", "*.gguf")
+
+
+def _read_shards(folder: Path, placed: dict[str, str]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(placed.values())):
+        for name, info in read_shard_header(folder / file).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} is in both {tensors[name].file} and {info.file}", field=name)
+            tensors[name] = info
+    for name, file in placed.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise CheckpointError(f"{folder / file} lacks tensor {name}, which the index places there", field=name)
+    for name in tensors:
+        if name not in placed:
+            raise CheckpointError(f"{tensors[name].file}: tensor {name} is not in the index", field=name)
+    return tensors
