@@ -1,0 +1,37 @@
+"""Digests of token blocks: a keyed chain, so that equal digests mean equal prefixes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+DIGEST_BYTES = 16
+ROOT_DIGEST = bytes(DIGEST_BYTES)  # the parent of a sequence's first block
+
+
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
+    """Token ids as consecutive native 32-bit words: what is hashed, and what a hit is compared with."""
+    return array("I", token_ids).tobytes()
+
+
+class BlockHasher:
+    """Hashes one block at a time; a digest covers everything before its block through `parent`.
+
+    `key` (0 to 64 bytes) makes digests unpredictable to clients, who must not be able to craft collisions.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        blake2b(key=key, digest_size=DIGEST_BYTES)  # refuses a key that is too long, now
+
+    def digest(self, parent: bytes, packed: bytes, num_prompt_tokens: int, salt: bytes) -> bytes:
+        """Digest of a full block.
+
+        `packed` are its tokens by `pack_tokens`. `num_prompt_tokens` says how many of them, from the left, are
+        prompt tokens: those are computed in another form than generated ones and differ in bits, so the same
+        tokens in the other form are another block. `salt` separates sequences that must not share.
+        """
+        # Every field but the last has a fixed width, or a length before it: no two inputs spell the same bytes.
+        head = num_prompt_tokens.to_bytes(4, "little") + len(salt).to_bytes(4, "little") + salt
+        return blake2b(parent + head + packed, digest_size=DIGEST_BYTES, key=self._key).digest()

@@ -1,0 +1,81 @@
+"""What one token and one block of KV cache weigh, and how many requests fit. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+CacheDtype = Literal["bfloat16", "float32"]
+VALUE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
+PLANNED_CONTEXTS = (4_096, 32_768, 262_144)  # tokens
+KIB = 1 << 10
+GIB = 1 << 30
+
+
+class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shape of one layer's pages (B blocks of S = `block_tokens` tokens)::
+
+        mla   latents [B, S, latent_values]   latent_values = R + P: normed latent, then rotated rope key
+        gqa   keys, values [B, S, num_kv_heads, head_dim] each
+
+    The fields of the other kind are 0.
+    """
+
+    kind: Literal["mla", "gqa"]
+    num_layers: int
+    block_tokens: int
+    dtype: CacheDtype
+    latent_values: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+
+    @property
+    def values_per_token(self) -> int:
+        """Values that one token keeps in one layer."""
+        return self.latent_values if self.kind == "mla" else 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token over all layers."""
+        return self.num_layers * self.values_per_token * VALUE_BYTES[self.dtype]
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block over all layers."""
+        return self.bytes_per_token * self.block_tokens
+
+
+class CapacityPlan(msgspec.Struct, frozen=True):
+    """What a pool of `num_blocks` blocks holds; `str()` is the text printed at start."""
+
+    bytes_per_token: int
+    block_tokens: int
+    num_blocks: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit."""
+        return self.num_blocks * self.block_tokens
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole pool."""
+        return self.num_tokens * self.bytes_per_token
+
+    def requests(self, context_tokens: int) -> int:
+        """How many requests of this length (prompt and output) fit side by side, sharing nothing."""
+        return self.num_blocks // -(-context_tokens // self.block_tokens)
+
+    def __str__(self) -> str:
+        fits = ", ".join(f"{self.requests(tokens):,} of {tokens // KIB}k" for tokens in PLANNED_CONTEXTS)
+        return (
+            f"KV cache       {self.total_bytes / GIB:.3f} GiB: {self.num_blocks:,} blocks of "
+            f"{self.block_tokens} tokens, {self.num_tokens:,} tokens at {self.bytes_per_token:,} bytes each\n"
+            f"fits requests  {fits} tokens"
+        )
+
+
+def plan_capacity(layout: CacheLayout, num_blocks: int) -> CapacityPlan:
+    """The plan of a pool of `num_blocks` blocks with this layout."""
+    return CapacityPlan(layout.bytes_per_token, layout.block_tokens, num_blocks)

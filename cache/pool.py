@@ -1,0 +1,48 @@
+"""The cache's tensors. The only file of this folder that imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cierzo.cache.layout import CacheLayout
+
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class MlaPages:
+    """One layer of latents: [B, S, R+P], contiguous; the normed latent first, then the rotated rope key."""
+
+    latents: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GqaPages:
+    """One layer of keys (rotated) and values: [B, S, Hk, d] each, contiguous."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class KVPool:
+    """All layers' pages, allocated once. Written by the model's forward pass, at the slots its inputs name."""
+
+    def __init__(self, layout: CacheLayout, num_blocks: int, device: torch.device | str) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.layers: list[MlaPages | GqaPages] = [
+            self._pages(layout, num_blocks, torch.device(device)) for _ in range(layout.num_layers)
+        ]
+
+    @staticmethod
+    def _pages(layout: CacheLayout, num_blocks: int, device: torch.device) -> MlaPages | GqaPages:
+        dtype = DTYPES[layout.dtype]
+        rows = (num_blocks, layout.block_tokens)
+        if layout.kind == "mla":
+            return MlaPages(torch.zeros(*rows, layout.latent_values, dtype=dtype, device=device))
+        heads = (layout.num_kv_heads, layout.head_dim)
+        keys, values = (torch.zeros(*rows, *heads, dtype=dtype, device=device) for _ in range(2))
+        return GqaPages(keys, values)
