@@ -1,0 +1,121 @@
+"""Who waits, in which order: a heap that allows removal, and the gate that holds siblings back."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from cierzo.scheduler.plan import RequestKey
+from cierzo.scheduler.request import Request
+
+HeapEntry = tuple[float, int, Request]
+COMPACT_ABOVE = 64  # dead entries
+
+
+class RequestHeap:
+    """Requests by an ascending (number, unique number); O(log n) for each operation, removal included.
+
+    A removed request's entry stays in the heap as a dead one until it surfaces, or until dead entries outnumber
+    the living: memory follows the number of living ones.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[HeapEntry] = []
+        self._live: dict[RequestKey, HeapEntry] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Request]:
+        """The living, in the order in which they came."""
+        return (entry[2] for entry in self._live.values())
+
+    def __contains__(self, key: RequestKey) -> bool:
+        return key in self._live
+
+    def push(self, request: Request, order: tuple[float, int]) -> None:
+        """Add a request that is not in the heap."""
+        assert request.key not in self._live, f"request {request.key} is queued twice"
+        entry = (*order, request)
+        self._live[request.key] = entry
+        heapq.heappush(self._heap, entry)
+
+    def first(self) -> HeapEntry | None:
+        """The least entry, or None."""
+        heap = self._heap
+        while heap and self._live.get(heap[0][2].key) is not heap[0]:
+            heapq.heappop(heap)
+        return heap[0] if heap else None
+
+    def discard(self, request: Request) -> None:
+        """Remove a request if it is there."""
+        if self._live.pop(request.key, None) is None:
+            return
+        if len(self._heap) > 2 * len(self._live) + COMPACT_ABOVE:
+            self._heap = list(self._live.values())
+            heapq.heapify(self._heap)
+
+
+class SiblingGate:
+    """Samples of one request share a prompt: one of them, the leader, computes it while the others are held.
+
+    The others then find the prompt's blocks in the prefix index. A leader that ends early hands the lead on.
+    """
+
+    def __init__(self) -> None:
+        self._leaders: dict[int, Request] = {}
+        self._held: dict[int, dict[RequestKey, Request]] = {}
+        self._num_held = 0
+
+    def __len__(self) -> int:
+        return self._num_held
+
+    def enter(self, request: Request) -> bool:
+        """Whether the newcomer may queue now, as the leader; else it is held."""
+        request_id = request.key[0]
+        if request_id not in self._leaders:
+            self._leaders[request_id] = request
+            return True
+        self._held.setdefault(request_id, {})[request.key] = request
+        self._num_held += 1
+        return False
+
+    def prompt_computed(self, request: Request) -> list[Request]:
+        """The leader's prompt is in the cache: those who may queue now. Empty for any other request."""
+        request_id = request.key[0]
+        if self._leaders.get(request_id) is not request:
+            return []
+        del self._leaders[request_id]
+        released = list(self._held.pop(request_id, {}).values())
+        self._num_held -= len(released)
+        return released
+
+    def ended(self, request: Request) -> Request | None:
+        """A request is over, at whatever point: the new leader, who may queue now, if there is one."""
+        request_id = request.key[0]
+        held = self._held.get(request_id, {})
+        if held.pop(request.key, None) is not None:
+            self._num_held -= 1
+            if not held:
+                del self._held[request_id]
+            return None
+        if self._leaders.get(request_id) is not request:
+            return None
+        if not held:
+            del self._leaders[request_id]
+            return None
+        heir = held.pop(next(iter(held)))
+        self._num_held -= 1
+        if not held:
+            del self._held[request_id]
+        self._leaders[request_id] = heir
+        return heir
+
+    def check(self, live: dict[RequestKey, Request]) -> None:
+        """Assert that whoever is held has a living leader, so that someone will let it go."""
+        for request_id, held in self._held.items():
+            assert held, f"request {request_id} keeps an empty list of held siblings"
+            leader = self._leaders.get(request_id)
+            assert leader is not None, f"siblings of {request_id} are held by no one"
+            assert live.get(leader.key) is leader, f"siblings of {request_id} are held by a dead leader"
+        assert self._num_held == sum(map(len, self._held.values())), f"{self._num_held} held, {self._held}"

@@ -1,0 +1,417 @@
+"""The scheduler: decides what each step computes, and owns every request from arrival to end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from cierzo.cache.manager import KVCacheManager
+from cierzo.scheduler import policy
+from cierzo.scheduler.config import SchedulerConfig
+from cierzo.scheduler.plan import (
+    FinishReason,
+    RequestKey,
+    SeqPlan,
+    StepPlan,
+    StepResult,
+    TokenDelta,
+    TokenLogprobs,
+)
+from cierzo.scheduler.queue import RequestHeap, SiblingGate
+from cierzo.scheduler.request import DuplicateRequest, NewRequest, QueueFull, Request, State
+from cierzo.scheduler.stop import stop_rule
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Gauges (`running`, `waiting`: sequences) and counters since the start."""
+
+    running: int
+    waiting: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+    finished: int
+
+
+class Scheduler:
+    """Continuous batching on one token budget.
+
+    A step computes, for each request in it, some of (known tokens - computed tokens): see `plan.py`. Calls come
+    from one thread: `add` and `abort` at any moment, `schedule` and `commit` once per step, `take_deltas` after.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, cache: KVCacheManager, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        _require(config, cache)
+        self._config = config
+        self._cache = cache
+        self._clock = clock
+        self._live: dict[int, dict[int, Request]] = {}  # request id -> sample -> request
+        self._running: dict[RequestKey, Request] = {}  # in admission order
+        self._waiting = RequestHeap()
+        self._gate = SiblingGate()
+        self._deadlines = RequestHeap()
+        self._free_slots = list(range(config.max_running - 1, -1, -1))  # a stack
+        self._deltas: list[TokenDelta] = []
+        self._num_arrivals = 0
+        self._num_epochs = 0
+        self._num_steps = 0
+        self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._num_preemptions = self._num_finished = 0
+
+    # --- requests in and out -----------------------------------------------------------------------------------
+
+    def add(self, new: NewRequest) -> None:
+        """Accept a sequence: from now on it ends exactly once, in a delta with `finish`.
+
+        Raises QueueFull, DuplicateRequest; ValueError for an empty prompt, one beyond max_model_len, or no seed.
+        """
+        key = (new.request_id, new.sample)
+        self._refuse(new, key)
+        config = self._config
+        num_prompt_tokens = len(new.prompt_token_ids)
+        tokens = [*new.prompt_token_ids, *new.output_token_ids]
+        arrived_at = self._clock() if new.arrival_s is None else new.arrival_s
+        order = policy.waiting_order(arrived_at, new.priority, config.priority_aging_s, self._num_arrivals)
+        request = Request(
+            key=key,
+            new=new,
+            tokens=tokens,
+            num_prompt_tokens=num_prompt_tokens,
+            blocks=self._cache.open(tokens, num_prompt_tokens),
+            stop=stop_rule(new.sampling, new.eos_token_ids, num_prompt_tokens, config.max_model_len),
+            order=order,
+            arrived_at=arrived_at,
+        )
+        self._num_arrivals += 1
+        self._live.setdefault(new.request_id, {})[new.sample] = request
+        if self._ends_on_arrival(request):
+            return
+        if new.deadline_s is not None:
+            self._deadlines.push(request, (arrived_at + new.deadline_s, order[1]))
+        if new.sampling.n == 1 or not self._cache.prefix_caching or self._gate.enter(request):
+            self._enqueue(request)
+
+    def abort(self, request_id: int, sample: int | None = None, reason: FinishReason = "cancelled") -> int:
+        """End one sample, or all of a request, now: how many ended. Unknown ones (already over) count nothing."""
+        samples = self._live.get(request_id, {})
+        if sample is None:
+            ended = list(samples.values())
+        else:
+            ended = [samples[sample]] if sample in samples else []
+        for request in ended:
+            self._finish(request, reason)
+        return len(ended)
+
+    def take_deltas(self) -> list[TokenDelta]:
+        """Everything that happened since the last call, in order."""
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def has_work(self) -> bool:
+        """Whether any accepted sequence has not ended."""
+        return bool(self._live)
+
+    def stats(self) -> SchedulerStats:
+        """Gauges and counters of this moment."""
+        return SchedulerStats(
+            running=len(self._running),
+            waiting=len(self._waiting) + len(self._gate),
+            steps=self._num_steps,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            output_tokens=self._output_tokens,
+            preemptions=self._num_preemptions,
+            finished=self._num_finished,
+        )
+
+    # --- one step ----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """The next step: tokens to decode first, then prompts that run, then prompts that wait."""
+        now = self._clock()
+        self._expire(now)
+        preemptions = self._num_preemptions
+        decodes, prefills = self._plan_decodes()
+        budget_tokens = self._config.budget_tokens - len(decodes)
+        seqs = [*decodes.values()]
+        budget_tokens = self._plan_chunks(prefills, seqs, budget_tokens)
+        if preemptions == self._num_preemptions:  # else there is no room, and the victims are first in line
+            budget_tokens = self._admit(seqs, budget_tokens, now)
+        self._num_steps += 1
+        return StepPlan(self._num_steps, seqs, self._config.budget_tokens - budget_tokens)
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Take in what a step produced. Results of sequences that ended or were preempted since are dropped.
+
+        Raises ValueError if the result does not fit the plan.
+        """
+        if len(result.token_ids) != len(plan.seqs):
+            raise ValueError(f"{len(result.token_ids)} results for a plan of {len(plan.seqs)} sequences")
+        now = self._clock()
+        running, failures, logprobs = self._running, result.failures, result.logprobs
+        for index, seq in enumerate(plan.seqs):
+            request = running.get(seq.key)
+            if request is None or request.epoch != seq.epoch or request.num_computed != seq.start:
+                continue
+            if failures and index in failures:
+                self._finish(request, "failed", failures[index])
+                continue
+            request.num_computed = computed = seq.start + len(seq.token_ids)
+            if computed >= request.blocks.next_index_tokens:
+                self._cache.index(request.blocks, computed)
+            if seq.samples:
+                self._append(request, result.token_ids[index], logprobs[index] if logprobs else None, now)
+
+    def check(self) -> None:
+        """Assert every invariant of scheduler and cache. O(tokens): for tests and idle moments."""
+        live = {request.key: request for samples in self._live.values() for request in samples.values()}
+        for request in live.values():
+            places = (request.key in self._waiting, request.key in self._running)
+            assert places == (request.state is State.WAITING, request.state is State.RUNNING), request
+            if request.state is State.RUNNING:
+                assert request.num_computed < len(request.tokens) < request.stop.limit_tokens, request
+                assert request.num_computed <= request.blocks.capacity_tokens, request
+            else:
+                assert not request.blocks.block_ids, request
+                assert (request.num_computed, request.slot) == (0, -1), request
+        assert len(live) == len(self._running) + len(self._waiting) + len(self._gate), live
+        slots = [*self._free_slots, *(request.slot for request in self._running.values())]
+        assert sorted(slots) == list(range(self._config.max_running)), f"slots {slots}"
+        assert all(live.get(request.key) is request for request in self._deadlines), "a dead request has a deadline"
+        self._gate.check(live)
+        self._cache.check(request.blocks for request in self._running.values())
+
+    # --- arrival -----------------------------------------------------------------------------------------------
+
+    def _refuse(self, new: NewRequest, key: RequestKey) -> None:
+        """Raise if the sequence cannot be accepted."""
+        config = self._config
+        if new.sample in self._live.get(new.request_id, {}):
+            raise DuplicateRequest(f"request {key} is still alive")
+        if new.sampling.seed is None:
+            raise ValueError(f"request {key} has no seed")
+        if not 1 <= len(new.prompt_token_ids) <= config.max_model_len:
+            raise ValueError(
+                f"request {key}: prompt of {len(new.prompt_token_ids)} tokens, must be 1 to {config.max_model_len}"
+            )
+        if len(self._waiting) + len(self._gate) >= config.max_waiting:
+            raise QueueFull(f"{config.max_waiting} sequences are waiting (max_waiting)")
+
+    def _ends_on_arrival(self, request: Request) -> bool:
+        """A resumed sequence may be complete already, and a prompt may leave no room for a token."""
+        if request.new.output_token_ids:
+            token_id = request.tokens[-1]
+            reason = request.stop.check(token_id, len(request.tokens))
+            if reason is not None:
+                self._finish(request, reason, stop_token_id=token_id if reason == "stop" else None)
+            return reason is not None
+        if len(request.tokens) >= request.stop.limit_tokens:
+            self._finish(request, "length")
+            return True
+        return False
+
+    def _enqueue(self, request: Request) -> None:
+        if request.state is not State.WAITING:
+            request.move(State.WAITING)
+        self._waiting.push(request, request.order)
+
+    # --- planning ----------------------------------------------------------------------------------------------
+
+    def _expire(self, now: float) -> None:
+        """End every sequence whose deadline has passed."""
+        while (entry := self._deadlines.first()) is not None and entry[0] <= now:
+            self._finish(entry[2], "deadline")
+
+    def _plan_decodes(self) -> tuple[dict[RequestKey, SeqPlan], list[Request]]:
+        """Plans of all running sequences that lack one token, and the others: both in admission order.
+
+        `max_running` is at most the budget, so that these always fit in it.
+        """
+        plans: dict[RequestKey, SeqPlan] = {}
+        others: list[Request] = []
+        for request in [*self._running.values()]:
+            if request.state is not State.RUNNING:
+                continue  # preempted by one before it
+            start, tokens, blocks = request.num_computed, request.tokens, request.blocks
+            if len(tokens) - start != 1:
+                others.append(request)
+                continue
+            new_block_ids: list[int] = []
+            if start >= blocks.capacity_tokens:
+                grown = self._grow(request, start + 1, plans)
+                if grown is None:
+                    continue
+                new_block_ids = grown
+            key = request.key
+            plans[key] = SeqPlan(
+                key,
+                request.slot,
+                request.epoch,
+                start,
+                [tokens[start]],
+                request.num_prompt_tokens,
+                new_block_ids,
+                True,
+                None,
+            )
+        return plans, others
+
+    def _grow(self, request: Request, num_tokens: int, plans: dict[RequestKey, SeqPlan]) -> list[int] | None:
+        """Blocks for `num_tokens` tokens, preempting for them if need be; None if `request` itself had to go."""
+        while (new := self._cache.allocate(request.blocks, num_tokens)) is None:
+            victim = policy.choose_victim(self._running.values())
+            self._preempt(victim)
+            plans.pop(victim.key, None)
+            if victim is request:
+                return None
+        return new
+
+    def _plan_chunks(self, prefills: list[Request], seqs: list[SeqPlan], budget_tokens: int) -> int:
+        """Append chunks of the running prompts; the budget left. Their blocks were allocated at admission."""
+        for request in prefills:
+            if budget_tokens == 0:
+                break
+            if request.state is State.RUNNING:
+                budget_tokens -= self._plan_chunk(request, seqs, budget_tokens, [], admitted=False)
+        return budget_tokens
+
+    def _plan_chunk(
+        self, request: Request, seqs: list[SeqPlan], budget_tokens: int, block_ids: list[int], *, admitted: bool
+    ) -> int:
+        """Append the next chunk of a prompt (or of what a preemption lost): its number of tokens."""
+        start, num_tokens = request.num_computed, len(request.tokens)
+        contended = len(self._running) + len(self._waiting) > 1
+        max_chunk_tokens = self._config.max_chunk_tokens
+        count = policy.chunk_tokens(num_tokens - start, budget_tokens, max_chunk_tokens, contended)
+        seqs.append(
+            SeqPlan(
+                key=request.key,
+                slot=request.slot,
+                epoch=request.epoch,
+                start=start,
+                token_ids=request.tokens[start : start + count],
+                num_prompt_tokens=request.num_prompt_tokens,
+                new_block_ids=block_ids,
+                samples=start + count == num_tokens,
+                admission=request.admission() if admitted else None,
+            )
+        )
+        return count
+
+    def _admit(self, seqs: list[SeqPlan], budget_tokens: int, now: float) -> int:
+        """Start waiting sequences in order, until the first that finds no room; the budget left."""
+        while budget_tokens > 0 and self._free_slots and (entry := self._waiting.first()) is not None:
+            request = entry[2]
+            cached_tokens = self._cache.admit(request.blocks, policy.reserve_blocks(len(self._running)))
+            if cached_tokens is None:
+                break
+            self._start(request, cached_tokens, now)
+            block_ids = [*request.blocks.block_ids]
+            budget_tokens -= self._plan_chunk(request, seqs, budget_tokens, block_ids, admitted=True)
+        return budget_tokens
+
+    def _start(self, request: Request, cached_tokens: int, now: float) -> None:
+        self._waiting.discard(request)
+        request.move(State.RUNNING)
+        request.slot = self._free_slots.pop()
+        request.epoch = self._num_epochs  # never given twice: a late result cannot meet a later run
+        request.num_computed = cached_tokens
+        self._num_epochs += 1
+        self._running[request.key] = request
+        if request.admitted_at is None:
+            request.admitted_at = now
+            request.num_cached_prompt_tokens = min(cached_tokens, request.num_prompt_tokens)
+            self._prompt_tokens += request.num_prompt_tokens
+            self._cached_tokens += request.num_cached_prompt_tokens
+
+    # --- taking in ---------------------------------------------------------------------------------------------
+
+    def _append(self, request: Request, new: list[int], logprobs: list[TokenLogprobs] | None, now: float) -> None:
+        """Take in sampled tokens up to the one that ends the sequence, and report them."""
+        if request.first_token_at is None:
+            self._first_token(request, now)
+        tokens, check = request.tokens, request.stop.check
+        for count, token_id in enumerate(new, 1):
+            tokens.append(token_id)
+            reason = check(token_id, len(tokens))
+            if reason is not None:
+                self._output_tokens += count
+                logprobs = None if logprobs is None else logprobs[:count]
+                stop_token_id = token_id if reason == "stop" else None
+                self._finish(request, reason, "", new[:count], logprobs, stop_token_id)
+                return
+        self._output_tokens += len(new)
+        request_id, sample = request.key
+        self._deltas.append(TokenDelta(request_id, sample, new, logprobs, None))
+
+    def _first_token(self, request: Request, now: float) -> None:
+        request.first_token_at = now
+        for sibling in self._gate.prompt_computed(request):
+            self._enqueue(sibling)
+
+    # --- leaving -----------------------------------------------------------------------------------------------
+
+    def _preempt(self, request: Request) -> None:
+        """Back into the queue, at its old place; what it computed will be computed again, or found again."""
+        self._leave_slot(request)
+        request.move(State.WAITING)
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        self._waiting.push(request, request.order)
+
+    def _leave_slot(self, request: Request) -> None:
+        """A running sequence gives slot and blocks back."""
+        del self._running[request.key]
+        self._free_slots.append(request.slot)
+        request.slot = -1
+        request.num_computed = 0
+        self._cache.free(request.blocks)
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        message: str = "",
+        token_ids: list[int] | None = None,
+        logprobs: list[TokenLogprobs] | None = None,
+        stop_token_id: int | None = None,
+    ) -> None:
+        """The single release point: every accepted sequence passes here once, from whatever state."""
+        if request.state is State.RUNNING:
+            self._leave_slot(request)
+        request.move(State.ENDED)
+        self._waiting.discard(request)
+        self._deadlines.discard(request)
+        request_id, sample = request.key
+        samples = self._live[request_id]
+        del samples[sample]
+        if not samples:
+            del self._live[request_id]
+        heir = self._gate.ended(request)
+        if heir is not None:
+            self._enqueue(heir)
+        self._num_finished += 1
+        finish = request.finish(reason, message, stop_token_id, self._clock())
+        self._deltas.append(TokenDelta(request_id, sample, token_ids or [], logprobs, finish))
+
+
+def _require(config: SchedulerConfig, cache: KVCacheManager) -> None:
+    """Limits without which a step could stall: every running sequence gets a token, any one request fits."""
+    if not 1 <= config.max_running <= config.budget_tokens:
+        raise ValueError(
+            f"max_running={config.max_running} must be 1 to budget_tokens={config.budget_tokens}: "
+            f"each running sequence may need a token in the same step"
+        )
+    if config.max_chunk_tokens < 1:
+        raise ValueError(f"max_chunk_tokens={config.max_chunk_tokens} must be >= 1")
+    capacity = cache.num_blocks * cache.block_tokens
+    if not 1 <= config.max_model_len <= capacity:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} must be 1 to {capacity}, the tokens the cache holds"
+        )
