@@ -190,7 +190,7 @@ def _dequantised(name: str, tensor: ReaderTensor, shape: _LlamaShape) -> Iterato
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
     """Reorder the rows of q or k, [heads * head_dim, D]: per head from x0 y0 x1 y1 ... to x0 x1 ... y0 y1 ...
 
-    (x, y) are the pairs that RoPE rotates. GGUF's converter put them side by side (llama.cpp, convert_hf_to_gguf.py,
+    (x, y) are the pairs that RoPE rotates. GGUF's converter put them side by side (llama.cpp, convert_hf_to_gguf,
     `LlamaModel.permute`); `LlamaForCausalLM` rotates the first half of a head against the second.
     """
     rows, columns = weight.shape
