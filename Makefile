@@ -60,8 +60,12 @@ mutants: $(STAMP) ## put known faults into the code, one at a time: each must tu
 compat: ## run the tests with other versions of torch and Python, in environments of their own (by hand: GBs)
 	$(PYTHON) tests/compat.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(COMPAT)
 
-bench-offline: $(STAMP) ## compare our throughput with that of transformers on small checkpoints
-	$(BIN)/python -m cierzo.bench.offline
+# Random weights in the proportions of Mistral Small 3 and 4.
+build/checkpoints/%: | $(STAMP)
+	$(BIN)/cierzo make-checkpoint $@ --like $* --scale mini
+
+bench-offline: build/checkpoints/small3 build/checkpoints/small4 ## compare our throughput with transformers'
+	$(BIN)/python -m cierzo.bench.offline $^
 
 bench-step: $(STAMP) ## time the step loop apart from the model
 	$(BIN)/python -m cierzo.bench.step

@@ -1,0 +1,191 @@
+"""`cierzo bench load`: load a running server over the RPC and report what its clients see.
+
+Closed loop (`--concurrency C`): C clients, each sends its next request when the last one is answered; this
+measures capacity. Open loop (`--rate R`): requests arrive as a Poisson process whether or not earlier ones are
+answered, as they do from the world; this measures latency under a given load. In the open loop, latencies count
+from the moment at which a request was due, so that a client that falls behind hides nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import uvloop
+from tqdm import tqdm
+
+from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
+from cierzo.bench.report import make_report, write_report
+from cierzo.bench.traces import poisson_arrivals, random_prompt
+from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.engine.frontend.client import Client
+from cierzo.engine.messages import Delta, Final
+
+PROGRESS_AFTER_S = 2.0
+
+
+class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One load. Exactly one of `concurrency` (closed loop) and `rate` (requests per second, open loop) is set.
+
+    Prompts are `prompt`, or else `input_tokens` random token ids. Every answer has exactly `output_tokens`.
+    """
+
+    rpc: str
+    requests: int
+    concurrency: int | None = None
+    rate: float | None = None
+    connections: int = 1
+    prompt: str | None = None
+    input_tokens: int = 32
+    output_tokens: int = 16
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `cierzo bench load`."""
+    parser.add_argument("--rpc", default="127.0.0.1:7071", metavar="HOST:PORT|unix:PATH", help="server to load")
+    parser.add_argument("--requests", type=_positive, default=100, metavar="N", help="requests in all")
+    loop = parser.add_mutually_exclusive_group()
+    loop.add_argument("--concurrency", type=_positive, metavar="C", help="closed loop of C clients (default: 8)")
+    loop.add_argument("--rate", type=_positive_float, metavar="R", help="open loop, requests per second (Poisson)")
+    parser.add_argument(
+        "--connections", type=_positive, default=1, metavar="K", help="connections that share the load"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="the prompt of every request; default: random tokens")
+    what.add_argument(
+        "--input-tokens", type=_positive, default=32, metavar="N", help="length of a random prompt, tokens"
+    )
+    parser.add_argument(
+        "--output-tokens", type=_positive, default=16, metavar="N", help="length of an answer, tokens"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and arrival times")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and raw samples here")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the load, print the table; exit status 1 if a request failed. Raises CierzoError without a server."""
+    settings = LoadSettings(
+        rpc=arguments.rpc,
+        requests=arguments.requests,
+        concurrency=arguments.concurrency or (None if arguments.rate else 8),
+        rate=arguments.rate,
+        connections=arguments.connections,
+        prompt=arguments.prompt,
+        input_tokens=arguments.input_tokens,
+        output_tokens=arguments.output_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    result = uvloop.run(run_load(settings))
+    print(result_table(result))
+    if arguments.json is not None:
+        command = " ".join(["cierzo", *sys.argv[1:]])
+        report = make_report("load", command=command, started=started, settings=settings, results=result)
+        write_report(report, arguments.json)
+    return 1 if result.errors else 0
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def _positive_float(text: str) -> float:
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    return number
+
+
+async def run_load(settings: LoadSettings) -> LoadResult:
+    """Connect, send every request, and gather what each of them saw.
+
+    A refused or failed request is a sample with its error code. Raises ConfigError for settings that contradict
+    each other, ConnectionLost where no server answers.
+    """
+    if (settings.concurrency is None) == (settings.rate is None):
+        raise ConfigError("exactly one of concurrency and rate must be given", field="rate", value=settings.rate)
+    clients = [await Client.connect(settings.rpc) for _ in range(settings.connections)]
+    try:
+        vocab_size = (await clients[0].model()).vocab_size
+        return await _Load(settings, clients, vocab_size).run()
+    finally:
+        for client in clients:
+            await client.close()
+
+
+class _Load:
+    """One run: the clients, the clock's zero, and the samples so far."""
+
+    def __init__(self, settings: LoadSettings, clients: list[Client], vocab_size: int) -> None:
+        self.settings = settings
+        self.clients = clients
+        self.vocab_size = vocab_size
+        self.samples: list[RequestSample] = []
+        self.zero = 0.0
+        self.progress = tqdm(total=settings.requests, unit="req", delay=PROGRESS_AFTER_S, leave=False)
+
+    async def run(self) -> LoadResult:
+        self.zero = time.perf_counter()
+        with self.progress:
+            await (self._closed_loop() if self.settings.concurrency else self._open_loop())
+        return summarise_load(self.samples, time.perf_counter() - self.zero)
+
+    async def _closed_loop(self) -> None:
+        indices = iter(range(self.settings.requests))  # shared: each client takes the next one
+
+        async def client_loop() -> None:
+            for index in indices:
+                await self._request(index, time.perf_counter() - self.zero)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self.settings.concurrency or 1, self.settings.requests)):
+                group.create_task(client_loop())
+
+    async def _open_loop(self) -> None:
+        assert self.settings.rate is not None
+        arrivals = poisson_arrivals(self.settings.requests, self.settings.rate, self.settings.seed)
+        async with asyncio.TaskGroup() as group:
+            for index, due_s in enumerate(arrivals):
+                await asyncio.sleep(max(0.0, due_s - (time.perf_counter() - self.zero)))
+                group.create_task(self._request(index, due_s))
+
+    async def _request(self, index: int, due_s: float) -> None:
+        delta_s: list[float] = []
+        delta_tokens: list[int] = []
+        error = None
+        start_s = time.perf_counter() - self.zero
+        try:
+            async for message in self._stream(index):
+                if isinstance(message, Delta) and message.token_ids:
+                    delta_s.append(time.perf_counter() - self.zero)
+                    delta_tokens.append(len(message.token_ids))
+        except CierzoError as failure:
+            error = failure.code
+        end_s = time.perf_counter() - self.zero
+        self.samples.append(RequestSample(due_s, start_s, delta_s, delta_tokens, end_s, error))
+        self.progress.update()
+
+    def _stream(self, index: int) -> AsyncIterator[Delta | Final]:
+        settings = self.settings
+        random_ids = None
+        if settings.prompt is None:
+            random_ids = random_prompt(index, settings.input_tokens, self.vocab_size, settings.seed)
+        return self.clients[index % len(self.clients)].generate(
+            text=settings.prompt,
+            token_ids=random_ids,
+            max_tokens=settings.output_tokens,
+            ignore_eos=True,
+            temperature=settings.temperature,
+            seed=settings.seed + index,
+        )

@@ -1,0 +1,54 @@
+"""Results as JSON: what ran, on what machine, with which versions, and every raw sample."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cierzo.bench.machine import Machine, describe_machine
+
+PACKAGES = ("cierzo", "torch", "transformers", "numpy", "msgspec", "uvloop")
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of one benchmark. `settings` and `results` are the benchmark's own frozen structs."""
+
+    benchmark: str
+    command: str
+    started: str
+    machine: Machine
+    versions: dict[str, str]
+    settings: Any
+    results: Any
+
+
+def make_report(benchmark: str, *, command: str, started: str, settings: Any, results: Any) -> Report:
+    """Add machine and versions; `started` is UTC, ISO 8601."""
+    return Report(
+        benchmark=benchmark,
+        command=command,
+        started=started,
+        machine=describe_machine(),
+        versions=installed_versions(),
+        settings=settings,
+        results=results,
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that can move a figure; those that are not installed are left out."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write indented JSON; raises OSError where the path cannot be written."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
