@@ -8,22 +8,18 @@ CheckpointError that names it; fields that have no bearing on inference are igno
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import msgspec
 
-from cierzo.cache.layout import CacheLayout
+from cierzo.cache.layout import CacheDtype, CacheLayout
 from cierzo.engine.model.fields import Fields, read_json
 from cierzo.engine.model.rope_config import RopeConfig, read_rope
 
 LATENT_NORM_EPS = 1e-6  # transformers' Mistral4 builds its two latent norms with this, whatever rms_norm_eps says
 
 
-class _Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base: crosses to the core process as it is."""
-
-
-class MlaConfig(_Struct, tag="mla"):
+class MlaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="mla"):
     """Multi-head latent attention: R is `kv_lora_rank`, P `qk_rope_head_dim`, V `v_head_dim`."""
 
     q_lora_rank: int | None
@@ -33,14 +29,14 @@ class MlaConfig(_Struct, tag="mla"):
     v_head_dim: int
 
 
-class GqaConfig(_Struct, tag="gqa"):
+class GqaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="gqa"):
     """Grouped-query attention: `num_heads / num_kv_heads` query heads share one key-value head."""
 
     num_kv_heads: int
     head_dim: int
 
 
-class MoeConfig(_Struct):
+class MoeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Routed experts: E is `num_experts`, K `experts_per_token`, F `expert_width`; layers below
     `first_dense_layers` have one dense MLP instead."""
 
@@ -55,14 +51,14 @@ class MoeConfig(_Struct):
     routed_scale: float
 
 
-class QueryScaling(_Struct):
+class QueryScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Llama-4's: the query at position p is multiplied by 1 + beta ln(1 + floor(p / original_positions))."""
 
     beta: float
     original_positions: int
 
 
-class ModelConfig(_Struct):
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A model's architecture. `softmax_scale_override` replaces (query-key width)^-0.5 (model.md 1.3)."""
 
     architecture: Literal["mistral4", "mistral", "llama"]
@@ -94,6 +90,7 @@ class ModelConfig(_Struct):
 
     def cache_layout(self, block_tokens: int, dtype: str, world: int = 1) -> CacheLayout:
         """What one rank's KV cache holds. Latents are whole on every rank, key-value heads are divided."""
+        value_type = cast(CacheDtype, dtype)
         if isinstance(self.attention, MlaConfig):
             values = self.attention.kv_lora_rank + self.attention.qk_rope_head_dim
             return CacheLayout(
@@ -101,7 +98,7 @@ class ModelConfig(_Struct):
                 num_layers=self.num_layers,
                 block_tokens=block_tokens,
                 latent_values=values,
-                dtype=dtype,
+                dtype=value_type,
             )
         return CacheLayout(
             kind="gqa",
@@ -109,7 +106,7 @@ class ModelConfig(_Struct):
             block_tokens=block_tokens,
             num_kv_heads=self.attention.num_kv_heads // world,
             head_dim=self.attention.head_dim,
-            dtype=dtype,
+            dtype=value_type,
         )
 
 

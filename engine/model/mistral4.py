@@ -1,0 +1,44 @@
+"""Mistral Small 4's text model: MLA and, above the first dense layers, a mixture of experts."""
+
+from __future__ import annotations
+
+import torch
+
+from cierzo.engine.model.config import MlaConfig, ModelConfig, MoeConfig
+from cierzo.engine.model.decoder import Attention, Decoder, Mlp, Specs, outer_specs
+from cierzo.engine.model.layers import GatedMlp, Parameters, Shard
+from cierzo.engine.model.mla import MultiHeadLatentAttention
+from cierzo.engine.model.moe import MixtureOfExperts
+
+
+def specs(config: ModelConfig) -> Specs:
+    """Every parameter of the model, as transformers' Mistral4ForCausalLM saves it."""
+    mla, moe = _parts(config)
+    found = outer_specs(config)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        found |= MultiHeadLatentAttention.specs(f"{prefix}self_attn.", config, mla)
+        if layer < moe.first_dense_layers:
+            found |= GatedMlp.specs(f"{prefix}mlp.", config.hidden_size, config.mlp_width)
+        else:
+            found |= MixtureOfExperts.specs(f"{prefix}mlp.", config.hidden_size, moe)
+    return found
+
+
+def build(config: ModelConfig, parameters: Parameters, shard: Shard, device: torch.device) -> Decoder:
+    """The model on one rank."""
+    mla, moe = _parts(config)
+    layers: list[tuple[Attention, Mlp]] = []
+    for layer in range(config.num_layers):
+        own = parameters.within(f"model.layers.{layer}.")
+        attention = MultiHeadLatentAttention.build(own.within("self_attn."), config, mla, shard)
+        dense = layer < moe.first_dense_layers
+        inner = own.within("mlp.")
+        layers.append((attention, GatedMlp.build(inner) if dense else MixtureOfExperts.build(inner, moe)))
+    return Decoder(config, parameters, layers, shard, device)
+
+
+def _parts(config: ModelConfig) -> tuple[MlaConfig, MoeConfig]:
+    assert isinstance(config.attention, MlaConfig), config.attention
+    assert config.moe is not None
+    return config.attention, config.moe

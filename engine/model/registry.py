@@ -1,0 +1,71 @@
+"""Architecture name -> the module that knows its parameters and builds it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cierzo.engine.errors import CheckpointError
+from cierzo.engine.model import mistral, mistral4
+from cierzo.engine.model.config import ModelConfig
+from cierzo.engine.model.decoder import Decoder
+from cierzo.engine.model.layers import AllReduce, Parameters, Shard
+from cierzo.engine.weights.loader import ParameterSpec
+
+ARCHITECTURES: dict[str, ModuleType] = {"mistral4": mistral4, "mistral": mistral, "llama": mistral}
+
+
+def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """Every parameter of the model, under its text-only name."""
+    return ARCHITECTURES[config.architecture].specs(config)
+
+
+def build_model(
+    config: ModelConfig,
+    parameters: dict[str, Tensor],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    rank: int = 0,
+    world: int = 1,
+    all_reduce: AllReduce | None = None,
+) -> Decoder:
+    """The model of this rank, from the parameters that `load_parameters` gave it (already cut for the rank).
+
+    `all_reduce` sums a [T,D] tensor over all ranks; needed from world 2 on. The operations must be bound
+    (kernels.registry.bind) before the model runs. Raises CheckpointError for a parameter that is missing, left
+    over, of the wrong shape, dtype or device.
+    """
+    if all_reduce is None:
+        if world > 1:
+            raise ValueError(f"world {world} needs an all_reduce")
+        all_reduce = _alone
+    shard = Shard(rank, world, all_reduce)
+    _check(parameters, parameter_specs(config), shard, torch.device(device), dtype)
+    module = ARCHITECTURES[config.architecture]
+    return module.build(config, Parameters(parameters), shard, torch.device(device))
+
+
+def _alone(partial: Tensor) -> Tensor:
+    """The sum over one rank."""
+    return partial
+
+
+def _check(
+    parameters: dict[str, Tensor],
+    specs: dict[str, ParameterSpec],
+    shard: Shard,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    for name in [*(specs.keys() - parameters.keys()), *(parameters.keys() - specs.keys())]:
+        raise CheckpointError(f"parameter {name} is {'missing' if name in specs else 'left over'}", field=name)
+    for name, spec in specs.items():
+        tensor, shape = parameters[name], list(spec.shape)
+        if spec.shard_axis is not None:
+            shape[spec.shard_axis] = shard.width(shape[spec.shard_axis], name)
+        if list(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != device.type:
+            found = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise CheckpointError(f"parameter {name} is {found}, must be {shape} {dtype} on {device}", field=name)

@@ -1,0 +1,167 @@
+"""Attention over paged memory, and the writes into it.
+
+Letters: T query rows, H heads, R latent rank, P rope dims, V value dims, B blocks, S tokens per block, N segments,
+M rows of the block tables, W their width; Hq and Hk query and key-value heads, d their width.
+
+    pages [B,S,...]     token j of a sequence lives in pages[table[j // S], j % S]: its slot is table[j//S]*S + j%S
+    block_tables [M,W]  row r: the block ids of one sequence, in order; what lies beyond its last block is
+                        arbitrary (stale ids, huge numbers) and is not read; nor may the unwritten rest of its last
+                        block, or any other page, reach a result: all of it may hold NaN
+    a segment           n consecutive query rows, the last n of a context of c tokens that is already in the pages;
+                        its row i sees positions 0 .. c-n+i. n may be 0, then nothing of it is read
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cierzo.kernels import check
+from cierzo.kernels.registry import bound
+
+
+@dataclass(frozen=True, slots=True)
+class PagedQueries:
+    """N segments of query rows, and where their contexts lie.
+
+    query_starts: int32 [N+1], first row of each segment, and the end. context_lengths: int32 [N], tokens in the
+    context, the segment's own included. table_rows: int32 [N], row of block_tables. block_tables: int32 [M,W].
+    query_lengths, contexts: the first two on the host, as lengths.
+    """
+
+    query_starts: Tensor
+    context_lengths: Tensor
+    table_rows: Tensor
+    block_tables: Tensor
+    query_lengths: list[int]
+    contexts: list[int]
+
+
+def write_latents(pages: Tensor, slots: Tensor, latents: Tensor, rope_keys: Tensor) -> None:
+    """pages[slot] = [latent | rope key], in place, for each of T tokens.
+
+    pages [B,S,R+P] contiguous; slots int64 [T], distinct; latents [T,R] (after their norm), rope_keys [T,P]
+    (rotated, not normed); one dtype, rows may be strided.
+    """
+    names = check.sizes(
+        "write_latents",
+        pages=(pages, "B S W"),
+        slots=(slots, "T"),
+        latents=(latents, "T R"),
+        rope_keys=(rope_keys, "T P"),
+    )
+    check.require(
+        "write_latents", names["W"] == names["R"] + names["P"], f"pages {list(pages.shape)} are not R+P wide"
+    )
+    check.same_dtype("write_latents", pages=pages, latents=latents, rope_keys=rope_keys)
+    check.dtype("write_latents", torch.int64, slots=slots)
+    bound.write_latents(pages, slots, latents, rope_keys)
+
+
+def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """k_pages[slot] = key and v_pages[slot] = value, in place, for each of T tokens.
+
+    k_pages, v_pages [B,S,Hk,d] contiguous; slots int64 [T], distinct; keys (rotated), values [T,Hk,d], one dtype.
+    """
+    check.sizes(
+        "write_keys_values",
+        k_pages=(k_pages, "B S Hk d"),
+        v_pages=(v_pages, "B S Hk d"),
+        slots=(slots, "T"),
+        keys=(keys, "T Hk d"),
+        values=(values, "T Hk d"),
+    )
+    check.same_dtype("write_keys_values", k_pages=k_pages, v_pages=v_pages, keys=keys, values=values)
+    check.dtype("write_keys_values", torch.int64, slots=slots)
+    bound.write_keys_values(k_pages, v_pages, slots, keys, values)
+
+
+def mla_absorb(q: Tensor, w_uk: Tensor) -> Tensor:
+    """Move the key expansion to the query: [q_nope | q_rope] -> [q_nope W_UK | q_rope], new [T,H,R+P].
+
+    q [T,H,nope+P], w_uk [H,nope,R], one dtype. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
+    """
+    names = check.sizes("mla_absorb", q=(q, "T H Q"), w_uk=(w_uk, "H nope R"))
+    check.require("mla_absorb", names["Q"] > names["nope"], f"q {list(q.shape)} has no rope part")
+    check.same_dtype("mla_absorb", q=q, w_uk=w_uk)
+    return bound.mla_absorb(q, w_uk)
+
+
+def mla_unabsorb(latents: Tensor, w_uv: Tensor) -> Tensor:
+    """Each head's mix of latents -> its value: latents [T,H,R], w_uv [H,V,R], one dtype -> new [T,H,V]."""
+    check.sizes("mla_unabsorb", latents=(latents, "T H R"), w_uv=(w_uv, "H V R"))
+    check.same_dtype("mla_unabsorb", latents=latents, w_uv=w_uv)
+    return bound.mla_unabsorb(latents, w_uv)
+
+
+def mla_prefill(
+    q: Tensor, pages: Tensor, w_uk: Tensor, w_uv: Tensor, queries: PagedQueries, scale: float
+) -> Tensor:
+    """Causal attention in expanded form -> new [T,H,V].
+
+    Every context token's latent c and rope key k_r become, for each head, the key [W_UK c | k_r] and the value
+    W_UV c; softmax(scale q k) in fp32. q [T,H,nope+P], rotated and with every other factor applied; pages
+    [B,S,R+P]; w_uk [H,nope,R]; w_uv [H,V,R]; one dtype, q may be strided. Rows past the last segment: zero.
+    """
+    names = check.sizes(
+        "mla_prefill", q=(q, "T H Q"), pages=(pages, "B S W"), w_uk=(w_uk, "H nope R"), w_uv=(w_uv, "H V R")
+    )
+    check.require(
+        "mla_prefill",
+        names["Q"] - names["nope"] == names["W"] - names["R"] > 0,
+        f"rope parts differ: q {list(q.shape)}, w_uk {list(w_uk.shape)}, pages {list(pages.shape)}",
+    )
+    check.same_dtype("mla_prefill", q=q, pages=pages, w_uk=w_uk, w_uv=w_uv)
+    _check_queries("mla_prefill", q, queries)
+    return bound.mla_prefill(q, pages, w_uk, w_uv, queries, scale)
+
+
+def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, rank: int) -> Tensor:
+    """Causal attention in absorbed form -> new [T,H,R]: all heads share the key pages[slot] and the value
+    pages[slot][:rank]; softmax(scale q k) in fp32.
+
+    q [T,H,R+P] from mla_absorb; pages [B,S,R+P]; one dtype, q may be strided; `rank` is R. Most segments have
+    one row; any length is allowed. Rows past the last segment: zero.
+    """
+    names = check.sizes("mla_decode", q=(q, "T H W"), pages=(pages, "B S W"))
+    check.require("mla_decode", 0 < rank <= names["W"], f"rank {rank} of pages {list(pages.shape)}")
+    check.same_dtype("mla_decode", q=q, pages=pages)
+    _check_queries("mla_decode", q, queries)
+    return bound.mla_decode(q, pages, queries, scale, rank)
+
+
+def gqa_prefill(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+    """Causal grouped-query attention for few long segments -> new [T,Hq,d]. See gqa_decode."""
+    _check_gqa("gqa_prefill", q, k_pages, v_pages, queries)
+    return bound.gqa_prefill(q, k_pages, v_pages, queries, scale)
+
+
+def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+    """Causal grouped-query attention for many short segments -> new [T,Hq,d].
+
+    q [T,Hq,d], rotated; k_pages, v_pages [B,S,Hk,d], one dtype, q may be strided; query head h uses key-value
+    head h // (Hq/Hk); softmax(scale q k) in fp32. Any segment length is allowed. Rows past the last segment: zero.
+    """
+    _check_gqa("gqa_decode", q, k_pages, v_pages, queries)
+    return bound.gqa_decode(q, k_pages, v_pages, queries, scale)
+
+
+def _check_gqa(operation: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries) -> None:
+    names = check.sizes(operation, q=(q, "T Hq d"), k_pages=(k_pages, "B S Hk d"), v_pages=(v_pages, "B S Hk d"))
+    check.require(
+        operation, names["Hq"] % names["Hk"] == 0, f"{names['Hq']} query heads, {names['Hk']} shared ones"
+    )
+    check.same_dtype(operation, q=q, k_pages=k_pages, v_pages=v_pages)
+    _check_queries(operation, q, queries)
+
+
+def _check_queries(operation: str, q: Tensor, queries: PagedQueries) -> None:
+    """Cheap, and on host values alone: a wrong length here would read another sequence's memory."""
+    lengths, contexts = queries.query_lengths, queries.contexts
+    rows = sum(lengths)
+    check.require(operation, len(lengths) == len(contexts), f"{len(lengths)} lengths, {len(contexts)} contexts")
+    check.require(operation, rows <= q.shape[0], f"segments have {rows} rows, q has {q.shape[0]}")
+    for length, context in zip(lengths, contexts, strict=True):
+        check.require(operation, 0 <= length <= context or length == 0, f"{length} rows in a context of {context}")

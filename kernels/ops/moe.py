@@ -1,0 +1,68 @@
+"""Mixture of experts. Letters: T tokens, D hidden width, E experts, K experts per token, F expert width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cierzo.kernels import check
+from cierzo.kernels.registry import bound
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroups:
+    """The T*K (token, slot) pairs, sorted by expert.
+
+    order: int64 [T*K]; order[i] = token * K + slot of the i-th sorted pair; within an expert, ascending.
+    starts: int64 [E+1]; expert e has the sorted pairs starts[e] .. starts[e+1]-1.
+    """
+
+    order: Tensor
+    starts: Tensor
+
+
+def route(
+    x: Tensor, weight: Tensor, *, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Each token's K experts and their weights -> (int64 [T,K], fp32 [T,K]), best expert first.
+
+    p = softmax(x weight^T) over all E experts, in fp32. With `groups` > 1 the experts stand in that many equal
+    groups; only the `top_groups` with the greatest sum of their two best p compete. The K greatest p win; their
+    weights are p, divided by their sum if `renormalise`, times `scale`. Ties, among groups and among experts,
+    go to the lower id. x [T,D]; weight [E,D] (fp32 is exact and quickest; any float dtype).
+    Source: model.md 1.5; transformers' Mistral4TopkRouter.
+    """
+    check.sizes("route", x=(x, "T D"), weight=(weight, "E D"))
+    experts = weight.shape[0]
+    check.require("route", experts % groups == 0, f"{experts} experts in {groups} equal groups")
+    check.require("route", 1 <= top_groups <= groups, f"top_groups {top_groups} of {groups} groups")
+    check.require("route", groups == top_groups or experts >= 2 * groups, "a group needs two experts to be ranked")
+    eligible = experts // groups * top_groups
+    check.require("route", 1 <= top_k <= eligible, f"top_k {top_k} of {eligible} eligible experts")
+    return bound.route(x, weight, top_k, groups, top_groups, renormalise, scale)
+
+
+def group_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertGroups:
+    """Sort the pairs of expert_ids int64 [T,K] by expert, keeping the order of tokens. Ids are in [0, E)."""
+    check.sizes("group_by_expert", expert_ids=(expert_ids, "T K"))
+    check.dtype("group_by_expert", torch.int64, expert_ids=expert_ids)
+    return ExpertGroups(*bound.group_by_expert(expert_ids, num_experts))
+
+
+def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, groups: ExpertGroups) -> Tensor:
+    """sum over a token's slots, in slot order and in fp32, of weight * MLP of that slot's expert -> new [T,D].
+
+    x [T,D]; gate_up [E,2F,D], the first F rows the gate; down [E,D,F]; one dtype, to which each expert's output
+    may be rounded before the sum; weights fp32 [T,K]; groups from group_by_expert. One pass over the experts that
+    have tokens: the others' weights are not read and may hold anything. Intermediates may exceed fp16's range.
+    T may be 0.
+    """
+    names = check.sizes(
+        "expert_mlp", x=(x, "T D"), gate_up=(gate_up, "E G D"), down=(down, "E D F"), weights=(weights, "T K")
+    )
+    check.require("expert_mlp", names["G"] == 2 * names["F"], f"gate_up {list(gate_up.shape)} is not [E,2F,D]")
+    check.same_dtype("expert_mlp", x=x, gate_up=gate_up, down=down)
+    check.dtype("expert_mlp", torch.float32, weights=weights)
+    return bound.expert_mlp(x, gate_up, down, weights, groups.order, groups.starts)

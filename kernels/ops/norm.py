@@ -1,0 +1,31 @@
+"""RMS normalisation. Letters: T tokens, D hidden width."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cierzo.kernels import check
+from cierzo.kernels.registry import bound
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, row by row -> new [T,D], in x's dtype.
+
+    x [T,D] bf16 or fp32, rows may be strided; weight [D] of the same dtype. The statistics are fp32; the
+    normalised row is rounded to x's dtype before it meets the weight (transformers' order). T may be 0.
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4.
+    """
+    check.sizes("rms_norm", x=(x, "T D"), weight=(weight, "D"))
+    check.same_dtype("rms_norm", x=x, weight=weight)
+    return bound.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x, in place; then rms_norm(residual, weight, eps) -> new [T,D].
+
+    x, residual [T,D] and weight [D] of one dtype, bf16 or fp32; the sum is rounded to it before it is
+    normalised. `residual` must not overlap x.
+    """
+    check.sizes("add_rms_norm", x=(x, "T D"), residual=(residual, "T D"), weight=(weight, "D"))
+    check.same_dtype("add_rms_norm", x=x, residual=residual, weight=weight)
+    return bound.add_rms_norm(x, residual, weight, eps)

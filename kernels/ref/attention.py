@@ -1,0 +1,190 @@
+"""Attention over paged memory in plain torch.
+
+Two ways through the pages. Segments of one row (decoding) go together: contexts of similar length are gathered,
+padded and masked; the padding repeats the sequence's own first token, so that no unwritten memory is ever read.
+A longer segment goes by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cierzo.kernels.ops.attention import PagedQueries
+
+MASK_ELEMENTS = 1 << 24  # of one causal mask; longer prompts are cut into pieces of rows
+Gather = Callable[[Tensor], tuple[Tensor, Tensor]]  # slots [...] -> keys and values [..., Hk, d]
+
+
+def write_latents(pages: Tensor, slots: Tensor, latents: Tensor, rope_keys: Tensor) -> None:
+    """See ops/attention.py."""
+    rank = latents.shape[1]
+    flat = pages.view(-1, pages.shape[-1])
+    flat[:, :rank].index_copy_(0, slots, latents)
+    flat[:, rank:].index_copy_(0, slots, rope_keys)
+
+
+def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """See ops/attention.py."""
+    k_pages.view(-1, *keys.shape[1:]).index_copy_(0, slots, keys)
+    v_pages.view(-1, *values.shape[1:]).index_copy_(0, slots, values)
+
+
+def mla_absorb(q: Tensor, w_uk: Tensor) -> Tensor:
+    """See ops/attention.py."""
+    nope = w_uk.shape[1]
+    absorbed = torch.bmm(q[..., :nope].transpose(0, 1), w_uk).transpose(0, 1)
+    return torch.cat((absorbed, q[..., nope:]), dim=-1)
+
+
+def mla_unabsorb(latents: Tensor, w_uv: Tensor) -> Tensor:
+    """See ops/attention.py."""
+    return torch.bmm(latents.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+
+
+def mla_prefill(
+    q: Tensor, pages: Tensor, w_uk: Tensor, w_uv: Tensor, queries: PagedQueries, scale: float
+) -> Tensor:
+    """See ops/attention.py."""
+    heads, nope, rank = w_uk.shape
+    flat = pages.view(-1, pages.shape[-1])
+
+    def expand(slots: Tensor) -> tuple[Tensor, Tensor]:
+        latents, rope_keys = flat[slots].split((rank, flat.shape[1] - rank), dim=-1)
+        keys = q.new_empty(len(slots), heads, q.shape[-1])
+        keys[..., :nope] = functional.linear(latents, w_uk.reshape(-1, rank)).unflatten(-1, (heads, nope))
+        keys[..., nope:] = rope_keys[:, None]
+        return keys, functional.linear(latents, w_uv.reshape(-1, rank)).unflatten(-1, (heads, -1))
+
+    out = q.new_empty(q.shape[0], heads, 1, w_uv.shape[1])
+    _by_segment(out, q[:, :, None], expand, queries, pages.shape[1], scale, longer_than=0)
+    return out.flatten(1, 2)
+
+
+def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, rank: int) -> Tensor:
+    """See ops/attention.py."""
+    flat = pages.view(-1, 1, pages.shape[-1])
+
+    def gather(slots: Tensor) -> tuple[Tensor, Tensor]:
+        latents = flat[slots]
+        return (
+            latents,
+            latents,
+        )  # values as wide as keys keep SDPA on its fused path; the rope part is cut off below
+
+    out = q.new_empty(q.shape[0], 1, q.shape[1], q.shape[2])
+    _by_batch(out, q[:, None], gather, queries, pages.shape[1], scale)
+    _by_segment(out, q[:, None], gather, queries, pages.shape[1], scale, longer_than=1)
+    return out[:, 0, :, :rank]
+
+
+def gqa_prefill(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+    """See ops/attention.py."""
+    gather, grouped = _gqa(q, k_pages, v_pages)
+    out = torch.empty_like(grouped)
+    _by_segment(out, grouped, gather, queries, k_pages.shape[1], scale, longer_than=0)
+    return out.flatten(1, 2)
+
+
+def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+    """See ops/attention.py."""
+    gather, grouped = _gqa(q, k_pages, v_pages)
+    out = torch.empty_like(grouped)
+    _by_batch(out, grouped, gather, queries, k_pages.shape[1], scale)
+    _by_segment(out, grouped, gather, queries, k_pages.shape[1], scale, longer_than=1)
+    return out.flatten(1, 2)
+
+
+def _gqa(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> tuple[Gather, Tensor]:
+    keys, values = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
+    return lambda slots: (keys[slots], values[slots]), q.unflatten(1, (k_pages.shape[2], -1))
+
+
+def _by_segment(
+    out: Tensor, q: Tensor, gather: Gather, queries: PagedQueries, block_tokens: int, scale: float, longer_than: int
+) -> None:
+    """Segments of more than `longer_than` rows, one by one. q [T,Hk,G,dk], out [T,Hk,G,dv]; also clears the rows
+    past the last segment."""
+    start = 0
+    for index, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
+        if length > longer_than:
+            keys, values = gather(_slots(queries, [index], [context], block_tokens)[0])
+            rows = slice(start, start + length)
+            out[rows] = _causal(q[rows], keys, values, scale)
+        start += length
+    out[start:].zero_()
+
+
+def _causal(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """q [n,Hk,G,dk] at the end of a context of keys [c,Hk,dk], values [c,Hk,dv] -> [n,Hk,G,dv]."""
+    length, context, group = q.shape[0], keys.shape[0], q.shape[2]
+    q = q.permute(1, 2, 0, 3)  # heads that share keys: SDPA's batch is Hk, its heads are G, its keys are not copied
+    keys = keys.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
+    values = values.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
+    if length == context:
+        return functional.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale).permute(
+            2, 0, 1, 3
+        )
+    pieces = []
+    positions = torch.arange(context, device=q.device)
+    step = max(1, MASK_ELEMENTS // context)
+    for first in range(0, length, step):
+        piece = q[:, :, first : first + step]
+        last_seen = torch.arange(
+            context - length + first, context - length + first + piece.shape[2], device=q.device
+        )
+        mask = positions <= last_seen[:, None]
+        pieces.append(functional.scaled_dot_product_attention(piece, keys, values, attn_mask=mask, scale=scale))
+    return torch.cat(pieces, dim=2).permute(2, 0, 1, 3)
+
+
+def _by_batch(
+    out: Tensor, q: Tensor, gather: Gather, queries: PagedQueries, block_tokens: int, scale: float
+) -> None:
+    """All segments of one row, contexts of similar length together. q [T,Hk,G,dk], out [T,Hk,G,dv]."""
+    for rows, members, contexts in _similar_lengths(queries):
+        keys, values = gather(_slots(queries, members, contexts, block_tokens))  # [n,L,Hk,d]
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        mask = None
+        if min(contexts) < max(contexts):
+            lengths = torch.tensor(contexts, device=q.device)
+            mask = (torch.arange(max(contexts), device=q.device) < lengths[:, None])[:, None, None]
+        whole = len(rows) == q.shape[0]
+        batch = q if whole else q[rows]
+        result = functional.scaled_dot_product_attention(batch, keys, values, attn_mask=mask, scale=scale)
+        if whole:
+            out.copy_(result)
+        else:
+            out[rows] = result
+
+
+def _similar_lengths(queries: PagedQueries) -> list[tuple[list[int], list[int], list[int]]]:
+    """(rows, segments, contexts) of the one-row segments, by power of two of the context: padding at most doubles
+    what is read, however unequal the sequences are."""
+    buckets: dict[int, tuple[list[int], list[int], list[int]]] = {}
+    start = 0
+    for index, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
+        if length == 1:
+            rows, members, contexts = buckets.setdefault(context.bit_length(), ([], [], []))
+            rows.append(start)
+            members.append(index)
+            contexts.append(context)
+        start += length
+    return list(buckets.values())
+
+
+def _slots(queries: PagedQueries, members: list[int], contexts: list[int], block_tokens: int) -> Tensor:
+    """Slots of the members' context tokens -> int64 [n, longest]. A shorter context is padded with its own first
+    token, which is valid memory; table entries beyond a sequence's blocks are not looked at."""
+    device = queries.block_tables.device
+    positions = torch.arange(max(contexts), device=device)
+    tables = queries.block_tables[queries.table_rows[members].long(), : -(-max(contexts) // block_tokens)].long()
+    if min(contexts) < max(contexts):
+        lengths = torch.tensor(contexts, device=device)[:, None]
+        padded = torch.where(positions < lengths, positions, 0)
+        return tables.gather(1, padded // block_tokens) * block_tokens + padded % block_tokens
+    blocks = tables[:, positions // block_tokens]
+    return blocks * block_tokens + positions % block_tokens

@@ -1,0 +1,61 @@
+"""Mixture of experts in plain torch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def route(
+    x: Tensor, weight: Tensor, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See ops/moe.py."""
+    scores = functional.linear(x.float(), weight.float()).softmax(-1)
+    eligible = scores if groups == top_groups else _mask_groups(scores, groups, top_groups)
+    weights, ids = _largest(eligible, top_k)
+    if renormalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * scale if scale != 1.0 else weights
+
+
+def _mask_groups(scores: Tensor, groups: int, top_groups: int) -> Tensor:
+    """-1, less than any probability, for every expert outside its row's best groups."""
+    grouped = scores.unflatten(-1, (groups, -1))
+    _, best = _largest(grouped.topk(2, dim=-1).values.sum(-1), top_groups)
+    outside = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores.device).scatter_(1, best, False)
+    return grouped.masked_fill(outside[..., None], -1.0).flatten(-2)
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Like topk, but ties go to the lower index: torch's topk leaves them open."""
+    ordered, indices = values.sort(dim=-1, descending=True, stable=True)
+    return ordered[..., :count], indices[..., :count]
+
+
+def group_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """See ops/moe.py."""
+    sorted_ids, order = expert_ids.flatten().sort(stable=True)
+    starts = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, device=expert_ids.device))
+    return order, starts
+
+
+def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """See ops/moe.py."""
+    slots = weights.shape[1]
+    rows = x[order // slots]
+    outputs = torch.empty_like(rows)
+    bounds = starts.tolist()
+    for expert, (start, end) in enumerate(pairwise(bounds)):
+        if start < end:
+            gate, up = functional.linear(rows[start:end], gate_up[expert]).chunk(2, dim=-1)
+            torch.mm(functional.silu(gate).mul_(up), down[expert].t(), out=outputs[start:end])
+    by_slot = torch.empty_like(outputs)
+    by_slot[order] = outputs
+    by_slot = by_slot.view(-1, slots, x.shape[1])
+    total = by_slot[:, 0].float() * weights[:, :1]
+    for slot in range(1, slots):
+        total.addcmul_(by_slot[:, slot].float(), weights[:, slot : slot + 1])
+    return total.to(x.dtype)
