@@ -25,7 +25,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 # --- client -> front end -----------------------------------------------------------------------------------
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     """First frame of a connection."""
 
     magic: str = MAGIC
@@ -33,7 +33,7 @@ class Hello(Message, tag="hello"):
     client: str = ""
 
 
-class ToolCall(Message):
+class ToolCall(Message, frozen=True):
     """A call that an assistant message of the history made. `arguments` is JSON text."""
 
     name: str
@@ -41,7 +41,7 @@ class ToolCall(Message):
     id: str = ""
 
 
-class ChatMessage(Message):
+class ChatMessage(Message, frozen=True):
     """One turn. `role` is system, user, assistant or tool."""
 
     role: str
@@ -51,7 +51,7 @@ class ChatMessage(Message):
     tool_call_id: str = ""
 
 
-class Generate(Message, tag="generate", omit_defaults=True):
+class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     """Start a generation. Exactly one of `text`, `messages`, `token_ids`.
 
     `stream` is an id that the client chooses, unique among its open streams of this connection.
@@ -71,37 +71,37 @@ class Generate(Message, tag="generate", omit_defaults=True):
     deltas: bool = True
 
 
-class Cancel(Message, tag="cancel"):
+class Cancel(Message, frozen=True, tag="cancel"):
     """End stream `stream` now; its final record says "cancelled"."""
 
     stream: int
 
 
-class Ping(Message, tag="ping"):
+class Ping(Message, frozen=True, tag="ping"):
     """Answered by Pong with the same `stream`, by the front end alone."""
 
     stream: int
 
 
-class GetHealth(Message, tag="health"):
+class GetHealth(Message, frozen=True, tag="health"):
     """Is the core alive and taking requests?"""
 
     stream: int
 
 
-class GetStats(Message, tag="stats"):
+class GetStats(Message, frozen=True, tag="stats"):
     """Counters and gauges of front end, scheduler and cache."""
 
     stream: int
 
 
-class GetModel(Message, tag="model"):
+class GetModel(Message, frozen=True, tag="model"):
     """What is served, and its limits."""
 
     stream: int
 
 
-class Drain(Message, tag="drain"):
+class Drain(Message, frozen=True, tag="drain"):
     """Refuse new requests, finish those accepted, then answer."""
 
     stream: int
@@ -112,7 +112,7 @@ ClientMessage = Hello | Generate | Cancel | Ping | GetHealth | GetStats | GetMod
 # --- front end -> client -----------------------------------------------------------------------------------
 
 
-class Limits(Message):
+class Limits(Message, frozen=True):
     """What the front end enforces on this connection."""
 
     max_frame_bytes: int
@@ -121,7 +121,7 @@ class Limits(Message):
     max_samples: int
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, frozen=True, tag="welcome"):
     """Answer to Hello."""
 
     version: int
@@ -130,7 +130,7 @@ class Welcome(Message, tag="welcome"):
     limits: Limits
 
 
-class Delta(Message, tag="delta", omit_defaults=True):
+class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
     """New output of one sample of a stream. `text` may lag behind `token_ids` (incomplete characters, stops)."""
 
     stream: int
@@ -140,7 +140,7 @@ class Delta(Message, tag="delta", omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
 
 
-class Usage(Message):
+class Usage(Message, frozen=True):
     """Token counts; `cached_tokens` of the prompt came from the prefix cache."""
 
     prompt_tokens: int
@@ -148,7 +148,7 @@ class Usage(Message):
     cached_tokens: int
 
 
-class Timings(Message):
+class Timings(Message, frozen=True):
     """Seconds: waiting for the first step, to the first token, and from there to the end; for the stream."""
 
     queue_s: float
@@ -157,7 +157,7 @@ class Timings(Message):
     total_s: float
 
 
-class SampleEnd(Message, omit_defaults=True):
+class SampleEnd(Message, frozen=True, omit_defaults=True):
     """How one sample ended. `stop` is the stop string or token id that ended it, if one did.
 
     With `Generate.deltas` false, `token_ids`, `text` and `logprobs` carry the whole output; else they are empty.
@@ -174,7 +174,7 @@ class SampleEnd(Message, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
 
 
-class Final(Message, tag="final"):
+class Final(Message, frozen=True, tag="final"):
     """Last message of a stream that was accepted. `seed` repeats a generation."""
 
     stream: int
@@ -184,7 +184,7 @@ class Final(Message, tag="final"):
     seed: int
 
 
-class Failure(Message, tag="error", omit_defaults=True):
+class Failure(Message, frozen=True, tag="error", omit_defaults=True):
     """Last message of a stream that was refused or failed; `stream` -1: the connection itself, which closes."""
 
     stream: int
@@ -197,13 +197,13 @@ class Failure(Message, tag="error", omit_defaults=True):
     retry_after_s: float | None = None
 
 
-class Pong(Message, tag="pong"):
+class Pong(Message, frozen=True, tag="pong"):
     """Answer to Ping."""
 
     stream: int
 
 
-class Health(Message, tag="health_reply"):
+class Health(Message, frozen=True, tag="health_reply"):
     """`state` is loading, ready, draining or failed."""
 
     stream: int
@@ -211,7 +211,7 @@ class Health(Message, tag="health_reply"):
     uptime_s: float
 
 
-class CoreStats(Message):
+class CoreStats(Message, frozen=True):
     """Gauges and counters of scheduler and cache, as the core last published them."""
 
     running: int = 0
@@ -227,7 +227,7 @@ class CoreStats(Message):
     finished: int = 0
 
 
-class Stats(Message, tag="stats_reply"):
+class Stats(Message, frozen=True, tag="stats_reply"):
     """Counters since the start of the front end, and the core's last gauges."""
 
     stream: int
@@ -240,7 +240,7 @@ class Stats(Message, tag="stats_reply"):
     core: CoreStats
 
 
-class ModelInfo(Message, tag="model_reply"):
+class ModelInfo(Message, frozen=True, tag="model_reply"):
     """What is served. `eos_token_ids` end a generation unless `ignore_eos`."""
 
     stream: int
@@ -257,7 +257,7 @@ class ModelInfo(Message, tag="model_reply"):
     has_chat_template: bool
 
 
-class Drained(Message, tag="drained"):
+class Drained(Message, frozen=True, tag="drained"):
     """Answer to Drain: nothing is running any more."""
 
     stream: int
@@ -270,7 +270,7 @@ ServerMessage = (
 # --- front end -> core -------------------------------------------------------------------------------------
 
 
-class Submit(Message, tag="submit", omit_defaults=True):
+class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     """A validated request. `sampling.seed` is set, `deadline_s` counts from when the core reads this.
 
     Prompt and generated tokens travel apart because the form in which a token is computed belongs to it.
@@ -286,7 +286,7 @@ class Submit(Message, tag="submit", omit_defaults=True):
     first_sample: int = 0
 
 
-class Abort(Message, tag="abort"):
+class Abort(Message, frozen=True, tag="abort"):
     """Stop a request (sample None: all its samples), and report it finished with `reason`."""
 
     request_id: int
@@ -294,7 +294,7 @@ class Abort(Message, tag="abort"):
     reason: FinishReason = "cancelled"
 
 
-class Shutdown(Message, tag="shutdown"):
+class Shutdown(Message, frozen=True, tag="shutdown"):
     """Leave the loop now."""
 
 
@@ -303,20 +303,20 @@ CoreCommand = Submit | Abort | Shutdown
 # --- core -> front end -------------------------------------------------------------------------------------
 
 
-class Ready(Message, tag="ready"):
+class Ready(Message, frozen=True, tag="ready"):
     """The model is loaded and the loop runs. `startup` is the text that the front end prints."""
 
     startup: str
 
 
-class StepOutput(Message, tag="step", omit_defaults=True):
+class StepOutput(Message, frozen=True, tag="step", omit_defaults=True):
     """All that one step has for the front end, in one frame."""
 
     deltas: list[TokenDelta]
     stats: CoreStats | None = None
 
 
-class CoreError(Message, tag="core_error"):
+class CoreError(Message, frozen=True, tag="core_error"):
     """The core cannot go on (checkpoint unreadable, out of memory, ...); it exits after this."""
 
     code: str
