@@ -1,0 +1,112 @@
+"""`cierzo serve`: the front end in this process, the core in another, and what signals mean."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.errors import CoreFailed
+from cierzo.engine.frontend.core_link import CoreLink, Spawn, spawn_worker
+from cierzo.engine.frontend.frontend import Frontend
+from cierzo.engine.frontend.prompt import PromptEncoder
+from cierzo.engine.frontend.rpc import RpcServer
+from cierzo.engine.messages import ModelInfo
+
+log = logging.getLogger(__name__)
+
+HEALTH_CHECK_S = 0.5
+DRAIN_S = 30.0
+EXIT_INTERRUPTED = 130
+
+
+def serve(options: EngineOptions) -> int:
+    """Serve until SIGINT or SIGTERM, or until the core dies too often. Gives the exit status.
+
+    Raises ConfigError (the port in use included) and CheckpointError before anything is served.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = resolve(options)
+    print(config.describe(), flush=True)
+    return uvloop.run(_serve(config))
+
+
+async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
+    """Bind first, so that a port in use is known before the weights are read; take requests once they are."""
+    signals = _signals()
+    prompts = PromptEncoder.load(Path(config.checkpoint))
+    link = CoreLink(config.frontend, config, spawn)
+    frontend = Frontend(config.frontend, model_info(config, prompts), prompts, link)
+    server = RpcServer(config.frontend, frontend)
+    await server.start()
+    try:
+        startup = await _first(link.start(frontend), signals.get())
+        if not isinstance(startup, str):
+            return EXIT_INTERRUPTED
+        print(f"{startup}\nready: {config.name} at {server.address}", flush=True)
+        return await _until_stopped(signals, frontend)
+    finally:
+        await server.close()
+        await frontend.close()
+        await link.close()
+
+
+def _signals() -> asyncio.Queue[signal.Signals]:
+    """SIGINT and SIGTERM, as they come."""
+    queue: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, queue.put_nowait, number)
+    return queue
+
+
+async def _until_stopped(signals: asyncio.Queue[signal.Signals], frontend: Frontend) -> int:
+    """SIGINT stops at once; SIGTERM first lets the open requests finish, for a while or until a second signal."""
+    reason = await _first(signals.get(), _failed(frontend))
+    if reason is None:
+        raise CoreFailed("the core died too often; see the log above")
+    if reason == signal.SIGTERM and frontend.num_streams:
+        log.info("draining %d requests, at most %g s", frontend.num_streams, DRAIN_S)
+        frontend.drain()
+        await _first(frontend.drained(), signals.get(), asyncio.sleep(DRAIN_S))
+    return 0
+
+
+async def _failed(frontend: Frontend) -> None:
+    while frontend.health != "failed":
+        await asyncio.sleep(HEALTH_CHECK_S)
+
+
+async def _first(*awaitables: Coroutine[Any, Any, Any]) -> Any:
+    """The result of whatever ends first; the others are cancelled, and their end is waited for."""
+    tasks = [asyncio.ensure_future(each) for each in awaitables]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(task for task in tasks if task.done()).result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def model_info(config: EngineConfig, prompts: PromptEncoder) -> ModelInfo:
+    """What clients are told of the model."""
+    return ModelInfo(
+        stream=0,
+        name=config.name,
+        architecture=config.model.architecture,
+        dtype=config.dtype,
+        device=config.device,
+        vocab_size=config.model.vocab_size,
+        max_model_len=config.scheduler.max_model_len,
+        block_tokens=config.cache.block_tokens,
+        num_blocks=config.cache.num_blocks,
+        eos_token_ids=list(config.model.eos_token_ids),
+        has_tokenizer=prompts.tokenizer is not None,
+        has_chat_template=prompts.template is not None,
+    )

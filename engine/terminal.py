@@ -1,0 +1,104 @@
+"""Talking to a server from a terminal: `cierzo chat`, and `cierzo demo`, which brings its own server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from cierzo.engine.errors import CierzoError, CoreFailed
+from cierzo.engine.frontend.client import SyncClient
+from cierzo.engine.messages import ChatMessage, Final, SamplingParams
+
+POLL_S = 0.05
+STOP_TIMEOUT_S = 15.0
+
+
+def chat(address: str, message: str | None, system: str | None, sampling: SamplingParams) -> int:
+    """One message, or a conversation read from the terminal until its end (Ctrl-D)."""
+    history = [ChatMessage(role="system", content=system)] if system else []
+    with SyncClient(address) as client:
+        if message is not None:
+            _turn(client, [*history, ChatMessage(role="user", content=message)], sampling)
+            return 0
+        while (line := _read_line()) is not None:
+            history.append(ChatMessage(role="user", content=line))
+            try:
+                history.append(ChatMessage(role="assistant", content=_turn(client, history, sampling)))
+            except CierzoError as error:
+                history.pop()
+                print(f"cierzo: {error.code}: {error}", file=sys.stderr)
+    return 0
+
+
+def demo(checkpoint: str, prompt: str, sampling: SamplingParams) -> int:
+    """Start a server of the checkpoint, ask it one question over the RPC, stop it."""
+    with tempfile.TemporaryDirectory(prefix="cierzo-demo-") as folder:
+        address = f"unix:{Path(folder) / 'rpc.sock'}"
+        server = subprocess.Popen(
+            [sys.executable, "-m", "cierzo.engine", "serve", checkpoint, "--rpc", address], start_new_session=True
+        )
+        try:
+            with _connect(address, server) as client:
+                print(f"\n> {prompt}\n", flush=True)
+                _turn(client, [ChatMessage(role="user", content=prompt)], sampling)
+        finally:
+            server.terminate()
+            try:
+                server.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+    return 0
+
+
+def _connect(address: str, server: subprocess.Popen[bytes]) -> SyncClient:
+    """A client of the starting server, once that is ready."""
+    while server.poll() is None:
+        try:
+            client = SyncClient(address)
+        except CierzoError:
+            time.sleep(POLL_S)  # not listening yet
+            continue
+        while server.poll() is None:
+            if client.health().state == "ready":
+                return client
+            time.sleep(POLL_S)
+    raise CoreFailed(f"the server ended before it was ready, with status {server.returncode}")
+
+
+def _turn(client: SyncClient, messages: list[ChatMessage], sampling: SamplingParams) -> str:
+    """Stream one answer into the terminal; it ends with a line of what it took. Gives the answer's text."""
+    answer = []
+    started = time.monotonic()
+    first = 0.0
+    generation = client.generate(messages=messages, sampling=sampling)
+    for delta in generation:
+        first = first or time.monotonic()
+        answer.append(delta.text)
+        print(delta.text, end="", flush=True)
+    print(f"\n\n{_summary(generation.final, first - started, time.monotonic() - first)}", flush=True)
+    return "".join(answer)
+
+
+def _summary(final: Final, first_token_s: float, decode_s: float) -> str:
+    """As seen by this client. Tokens/s is of the tokens after the first one, whose time is the prompt's."""
+    usage = final.usage
+    rate = (usage.output_tokens - 1) / decode_s if decode_s > 0 else 0.0
+    return (
+        f"[{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.output_tokens} output "
+        f"tokens, time to first token {first_token_s:.3f} s, {rate:.1f} tokens/s]"
+    )
+
+
+def _read_line() -> str | None:
+    """The next line that is not empty; None at the end of input."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return None
+        if line:
+            return line
