@@ -153,7 +153,8 @@ def _attention(model: ModelConfig) -> str:
             heads = (
                 f"MLA, {model.num_heads} heads of {mla.qk_nope_head_dim}+{mla.qk_rope_head_dim}/{mla.v_head_dim}"
             )
-            return f"{heads}, latent {mla.kv_lora_rank}+{mla.qk_rope_head_dim}, query latent {mla.q_lora_rank}"
+            query = "" if mla.q_lora_rank is None else f", query latent {mla.q_lora_rank}"
+            return f"{heads}, latent {mla.kv_lora_rank}+{mla.qk_rope_head_dim}{query}"
         case GqaConfig() as gqa:
             return f"GQA, {model.num_heads} query and {gqa.num_kv_heads} KV heads of {gqa.head_dim}"
 
