@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from cierzo.bench.latency import LoadResult, RequestSample, result_table, summar
 from cierzo.bench.report import make_report, write_report
 from cierzo.bench.traces import poisson_arrivals, random_prompt
 from cierzo.engine.errors import CierzoError, ConfigError
-from cierzo.engine.frontend.client import Client
-from cierzo.engine.messages import Delta, Final
+from cierzo.engine.frontend.client import Client, Generation
 
 PROGRESS_AFTER_S = 2.0
 
@@ -117,7 +115,7 @@ async def run_load(settings: LoadSettings) -> LoadResult:
         raise ConfigError("exactly one of concurrency and rate must be given", field="rate", value=settings.rate)
     clients = [await Client.connect(settings.rpc) for _ in range(settings.connections)]
     try:
-        vocab_size = (await clients[0].model()).vocab_size
+        vocab_size = (await clients[0].model_info()).vocab_size
         return await _Load(settings, clients, vocab_size).run()
     finally:
         for client in clients:
@@ -133,7 +131,7 @@ class _Load:
         self.vocab_size = vocab_size
         self.samples: list[RequestSample] = []
         self.zero = 0.0
-        self.progress = tqdm(total=settings.requests, unit="req", delay=PROGRESS_AFTER_S, leave=False)
+        self.progress = tqdm(total=settings.requests, unit="req", delay=PROGRESS_AFTER_S, leave=False, disable=None)
 
     async def run(self) -> LoadResult:
         self.zero = time.perf_counter()
@@ -166,17 +164,17 @@ class _Load:
         error = None
         start_s = time.perf_counter() - self.zero
         try:
-            async for message in self._stream(index):
-                if isinstance(message, Delta) and message.token_ids:
+            async for delta in self._generate(index):
+                if delta.token_ids:
                     delta_s.append(time.perf_counter() - self.zero)
-                    delta_tokens.append(len(message.token_ids))
+                    delta_tokens.append(len(delta.token_ids))
         except CierzoError as failure:
             error = failure.code
         end_s = time.perf_counter() - self.zero
         self.samples.append(RequestSample(due_s, start_s, delta_s, delta_tokens, end_s, error))
         self.progress.update()
 
-    def _stream(self, index: int) -> AsyncIterator[Delta | Final]:
+    def _generate(self, index: int) -> Generation:
         settings = self.settings
         random_ids = None
         if settings.prompt is None:

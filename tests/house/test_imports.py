@@ -35,7 +35,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.frontend",
         "engine.messages",
         "engine.errors",
-        "engine.config",
         "scheduler.params",
         "scheduler.plan",
     ),
