@@ -28,6 +28,13 @@ def _find(path: tuple[str, ...]) -> argparse.ArgumentParser:
     return parser
 
 
+def _words(action: argparse.Action) -> list[str]:
+    """A use of the option or argument; a subcommand has none."""
+    if isinstance(action, argparse._SubParsersAction):
+        return []
+    return [*action.option_strings[:1], str(next(iter(action.choices))) if action.choices else "1"]
+
+
 COMMANDS = [pytest.param(path, id=" ".join(("cierzo", *path))) for path in _commands(build_parser())]
 
 
@@ -53,14 +60,12 @@ def test_help_says_what_every_option_is(path: tuple[str, ...], capsys: pytest.Ca
 
 @pytest.mark.parametrize("path", COMMANDS)
 def test_unknown_options_are_refused(path: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    needed = [
-        word
-        for action in _find(path)._actions
-        if action.required and not isinstance(action, argparse._SubParsersAction)
-        for word in (*action.option_strings[:1], str(next(iter(action.choices))) if action.choices else "1")
-    ]
+    groups = _find(path)._mutually_exclusive_groups
+    needed = [action for action in _find(path)._actions if action.required]
+    needed += [group._group_actions[0] for group in groups if group.required]
+    words = [word for action in needed for word in _words(action)]
     with pytest.raises(SystemExit) as ended:
-        build_parser().parse_args([*path, *needed, "--no-such-option", "1"])
+        build_parser().parse_args([*path, *words, "--no-such-option", "1"])
     assert ended.value.code == 2
     if not _children(_find(path)):
         assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
