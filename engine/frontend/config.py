@@ -18,7 +18,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     - `max_pending_bytes`: merged output that one connection may leave unread before it is closed.
 
     Requests:
-    - `max_open_requests`: generations open over all connections.
+    - `max_open_samples`: answers being generated over all connections (a request with n = 4 counts as 4).
+    - `max_open_tokens`: prompt tokens of all open requests together; it bounds the memory of waiting requests.
     - `max_samples`: largest `n`.
     - `max_stop_strings`, `max_stop_chars`: number and length of stop strings, `max_stop_token_ids` of stop tokens.
     - `max_logprobs`: most alternatives reported per token.
@@ -41,7 +42,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     high_water_bytes: int = 256 * 1024
     max_pending_bytes: int = 8 * 1024 * 1024
 
-    max_open_requests: int = 4096
+    max_open_samples: int = 4096
+    max_open_tokens: int = 8 * 1024 * 1024
     max_samples: int = 16
     max_stop_strings: int = 16
     max_stop_chars: int = 256

@@ -1,0 +1,240 @@
+"""The front end's side of the core process: starts it, speaks with it, starts it again when it dies.
+
+The link listens on a private Unix socket and hands its path to the new process. Then: our EngineConfig, its Ready
+(or CoreError), and from there commands one way, steps the other. When the socket ends, the process is taken for
+dead, whatever the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, cast
+
+import msgspec
+
+from cierzo.engine.errors import BY_CODE, CierzoError, CoreFailed
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.frames import FrameSplitter, pack
+from cierzo.engine.messages import CoreCommand, CoreError, CoreEvent, Ready, Shutdown, StepOutput
+
+log = logging.getLogger(__name__)
+
+MAX_CORE_FRAME_BYTES = 1 << 30  # our own process: the bound only tells a frame from garbage
+STOP_TIMEOUT_S = 10.0
+_decode = msgspec.msgpack.Decoder(CoreEvent).decode
+
+
+class CoreProcess(Protocol):
+    """What is needed of a process; `asyncio.subprocess.Process` has it."""
+
+    async def wait(self) -> int:
+        """Wait for its end; the exit status."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once; ProcessLookupError if it has ended."""
+        ...
+
+
+Spawn = Callable[[str], Awaitable[CoreProcess]]  # path of the socket -> a process that connects to it
+
+
+class CoreEvents(Protocol):
+    """Who is told: the `Frontend`."""
+
+    def core_ready(self) -> None:
+        """A core takes commands."""
+        ...
+
+    def core_step(self, step: StepOutput) -> None:
+        """It has finished a step."""
+        ...
+
+    def core_lost(self) -> None:
+        """It has died; another one is being started."""
+        ...
+
+    def core_failed(self, error: CierzoError) -> None:
+        """It has died too often; there will be no other."""
+        ...
+
+
+async def spawn_worker(socket_path: str) -> CoreProcess:
+    """The real core process, in a session of its own: a Ctrl-C in the terminal is for the front end to handle."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "cierzo.engine.worker", "--socket", socket_path, start_new_session=True
+    )
+
+
+class _Pipe(asyncio.Protocol):
+    """The socket to one core process."""
+
+    def __init__(self, hello: bytes | bytearray, on_step: Callable[[StepOutput], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[Ready] = loop.create_future()
+        self.lost: asyncio.Future[None] = loop.create_future()
+        self.last_error: CierzoError | None = None
+        self.transport: asyncio.Transport | None = None
+        self._hello = hello
+        self._on_step = on_step
+        self._splitter = FrameSplitter(MAX_CORE_FRAME_BYTES)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if self.transport is not None:  # the path is private, so this is a bug; the first one stays
+            cast(asyncio.Transport, transport).abort()
+            return
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.write(self._hello)
+
+    def data_received(self, data: bytes) -> None:
+        for body in self._splitter.feed(data):
+            event = _decode(body)
+            if isinstance(event, StepOutput):
+                self._on_step(event)
+            elif isinstance(event, CoreError):
+                self.last_error = BY_CODE.get(event.code, CoreFailed)(event.message)
+            elif not self.ready.done():
+                self.ready.set_result(event)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+
+class CoreLink:
+    """Keeps one core process running. `start` it, `send` to it, `close` it."""
+
+    def __init__(
+        self,
+        config: FrontendConfig,
+        engine_config: msgspec.Struct,
+        spawn: Spawn = spawn_worker,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._hello = pack([engine_config])
+        self._spawn = spawn
+        self._clock = clock
+        self._events: CoreEvents | None = None
+        self._pipe: _Pipe | None = None
+        self._process: CoreProcess | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    async def start(self, events: CoreEvents) -> str:
+        """Start the process and wait until it is ready; its start-up text. `events` hears of all that follows.
+
+        Raises the core's own error (CheckpointError, ...) or CoreFailed: a first start is not tried again.
+        """
+        self._events = events
+        ready = await self._launch()
+        events.core_ready()
+        self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
+        return ready.startup
+
+    def send(self, command: CoreCommand) -> None:
+        """Write a command. To a core that has just died it is lost; `core_lost` and `core_ready` then follow."""
+        pipe = self._pipe
+        if pipe is not None and pipe.transport is not None and not pipe.lost.done():
+            pipe.transport.write(pack((command,)))
+
+    async def close(self) -> None:
+        """End the process: politely, then after a while not."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        self.send(Shutdown())
+        if self._process is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+        await self._reap()
+
+    async def _launch(self) -> Ready:
+        """One process, from its start to its Ready."""
+        assert self._events is not None
+        folder = tempfile.mkdtemp(prefix="cierzo-core-")  # mode 0700
+        try:
+            path = os.path.join(folder, "core.sock")
+            pipe = self._pipe = _Pipe(self._hello, self._events.core_step)
+            listener = await asyncio.get_running_loop().create_unix_server(lambda: pipe, path)
+            try:
+                os.chmod(path, 0o600)
+                self._process = await self._spawn(path)
+                return await self._first_words(pipe, self._process)
+            finally:
+                listener.close()
+        except BaseException:
+            await self._reap()
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def _first_words(self, pipe: _Pipe, process: CoreProcess) -> Ready:
+        ended = asyncio.ensure_future(process.wait())
+        try:
+            news: set[asyncio.Future[Any]] = {pipe.ready, pipe.lost, ended}
+            limit = self._config.core_start_timeout_s
+            await asyncio.wait(news, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if pipe.ready.done():
+                return pipe.ready.result()
+            if not pipe.lost.done() and not ended.done():
+                raise CoreFailed(
+                    f"the core process was not ready within {limit} s", field="core_start_timeout_s", limit=limit
+                )
+            if pipe.transport is not None:
+                await pipe.lost  # its last words may still be on the way
+            raise pipe.last_error or CoreFailed("the core process ended before it was ready")
+        finally:
+            ended.cancel()
+
+    async def _supervise(self) -> None:
+        """Start the core again whenever it dies, within the limit."""
+        assert self._events is not None
+        deaths: deque[float] = deque()
+        while True:
+            assert self._pipe is not None
+            await self._pipe.lost
+            error: CierzoError = self._pipe.last_error or CoreFailed("the core process died")
+            self._events.core_lost()
+            await self._reap()
+            while True:
+                log.error("the core is gone: %s; starting it again", error.message)
+                deaths.append(self._clock())
+                while deaths[0] < deaths[-1] - self._config.core_restart_window_s:
+                    deaths.popleft()
+                if len(deaths) > self._config.max_core_restarts:
+                    self._events.core_failed(_too_often(error, self._config))
+                    return
+                try:
+                    await self._launch()
+                    break
+                except CierzoError as again:
+                    error = again
+            self._events.core_ready()
+
+    async def _reap(self) -> None:
+        """No process and no socket is left behind."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        if self._pipe is not None and self._pipe.transport is not None:
+            self._pipe.transport.abort()
+
+
+def _too_often(error: CierzoError, config: FrontendConfig) -> CoreFailed:
+    return CoreFailed(
+        f"the core process died more than {config.max_core_restarts} times "
+        f"within {config.core_restart_window_s:g} s; last: {error.message}",
+        field="max_core_restarts",
+        limit=config.max_core_restarts,
+    )

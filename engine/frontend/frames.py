@@ -1,0 +1,63 @@
+"""Frames: a 4-byte big-endian length, then that many bytes of MessagePack. Every socket of the engine uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from struct import Struct as Layout
+
+import msgspec
+
+from cierzo.engine.errors import FrameTooLarge
+
+_LENGTH = Layout(">I")
+_NO_LENGTH = bytes(_LENGTH.size)
+_encode_into = msgspec.msgpack.Encoder().encode_into
+
+
+def pack(messages: Iterable[msgspec.Struct]) -> bytearray:
+    """The frames of `messages`, one after the other, ready for one write."""
+    frames = bytearray()
+    for message in messages:
+        start = len(frames)
+        frames += _NO_LENGTH
+        _encode_into(message, frames, start + 4)
+        _LENGTH.pack_into(frames, start, len(frames) - start - 4)
+    return frames
+
+
+class FrameSplitter:
+    """Cuts the byte stream of one connection into frame bodies; keeps at most one unfinished frame."""
+
+    __slots__ = ("_max_frame_bytes", "_needed", "_rest")
+
+    def __init__(self, max_frame_bytes: int) -> None:
+        self._max_frame_bytes = max_frame_bytes
+        self._rest = bytearray()
+        self._needed = 0
+
+    def feed(self, data: bytes) -> Iterator[memoryview]:
+        """Yield the bodies completed by `data`; raises FrameTooLarge at a length above the limit."""
+        if self._rest:
+            self._rest += data
+            if len(self._rest) < self._needed:
+                return
+            data = bytes(self._rest)
+            self._rest.clear()
+        view, start, end = memoryview(data), 0, len(data)
+        self._needed = _LENGTH.size
+        while end - start >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(data, start)
+            if size > self._max_frame_bytes:
+                raise FrameTooLarge(
+                    f"a frame of {size} bytes exceeds the limit of {self._max_frame_bytes}",
+                    field="frame",
+                    limit=self._max_frame_bytes,
+                    value=size,
+                )
+            body = start + _LENGTH.size
+            if body + size > end:
+                self._needed = _LENGTH.size + size
+                break
+            yield view[body : body + size]
+            start = body + size
+        self._rest += view[start:]

@@ -1,0 +1,88 @@
+"""The RPC's methods: one function per message a client may send. The row of a new method goes here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from cierzo.engine.errors import CierzoError, ProtocolError
+from cierzo.engine.frontend.frontend import Frontend
+from cierzo.engine.frontend.stream import Sink
+from cierzo.engine.messages import (
+    Cancel,
+    ClientMessage,
+    Drain,
+    Generate,
+    GetHealth,
+    GetModel,
+    GetStats,
+    Health,
+    Hello,
+    Ping,
+    Pong,
+    Stats,
+)
+
+
+class Methods:
+    """Answers messages; what a method raises becomes the Failure of the message's stream."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+        self._table: dict[type, Callable[[Sink, Any], None]] = {
+            Generate: self._generate,
+            Cancel: self._cancel,
+            Ping: self._ping,
+            GetHealth: self._health,
+            GetStats: self._stats,
+            GetModel: self._model,
+            Drain: self._drain,
+        }
+
+    def dispatch(self, sink: Sink, message: ClientMessage) -> None:
+        """Run the method of `message`. Raises ProtocolError for a second Hello and for a negative stream id."""
+        method = self._table.get(type(message))
+        if method is None or isinstance(message, Hello):
+            raise ProtocolError("hello is said once, first", field="type", value="hello")
+        if message.stream < 0:
+            raise ProtocolError("a stream id is negative", field="stream", limit="at least 0", value=message.stream)
+        method(sink, message)
+
+    def _generate(self, sink: Sink, message: Generate) -> None:
+        try:
+            self._frontend.generate(sink, message)
+        except CierzoError as error:
+            self._frontend.fail(sink, message.stream, error)
+
+    def _cancel(self, sink: Sink, message: Cancel) -> None:
+        self._frontend.cancel(sink, message.stream)
+
+    def _ping(self, sink: Sink, message: Ping) -> None:
+        sink.put(Pong(stream=message.stream))
+
+    def _health(self, sink: Sink, message: GetHealth) -> None:
+        frontend = self._frontend
+        sink.put(Health(stream=message.stream, state=frontend.health, uptime_s=frontend.uptime_s))
+
+    def _stats(self, sink: Sink, message: GetStats) -> None:
+        frontend, counters = self._frontend, self._frontend.counters
+        sink.put(
+            Stats(
+                stream=message.stream,
+                connections=frontend.num_connections,
+                streams=frontend.num_streams,
+                accepted=counters.accepted,
+                refused=counters.refused,
+                finished=counters.finished,
+                core_restarts=counters.core_restarts,
+                core=frontend.core_stats,
+            )
+        )
+
+    def _model(self, sink: Sink, message: GetModel) -> None:
+        sink.put(msgspec.structs.replace(self._frontend.model, stream=message.stream))
+
+    def _drain(self, sink: Sink, message: Drain) -> None:
+        self._frontend.drain(sink, message.stream)

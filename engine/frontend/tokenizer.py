@@ -1,0 +1,166 @@
+"""The checkpoint's tokenizer.json, without transformers: text to token ids, and the bytes of each token id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import tokenizers
+
+from cierzo.engine.errors import CheckpointError
+
+LONG_TEXT_CHARS = 4096  # from here on the interpreter lock is released while encoding
+
+
+class AddedToken(msgspec.Struct, frozen=True):
+    """A special token where tokenizer_config.json writes it out as an object."""
+
+    content: str
+
+
+class NamedTemplate(msgspec.Struct, frozen=True):
+    """One of several chat templates of a checkpoint."""
+
+    name: str
+    template: str
+
+
+class TokenizerConfig(msgspec.Struct, frozen=True):
+    """What is read of tokenizer_config.json; the rest of it is for transformers."""
+
+    add_bos_token: bool = False
+    bos_token: str | AddedToken | None = None
+    eos_token: str | AddedToken | None = None
+    chat_template: str | list[NamedTemplate] | None = None
+
+    def spelling(self, role: str) -> str:
+        """The text of `bos_token` or `eos_token`, "" where there is none."""
+        token: str | AddedToken | None = getattr(self, role)
+        if token is None:
+            return ""
+        return token if isinstance(token, str) else token.content
+
+
+class _Step(msgspec.Struct, frozen=True):
+    """One node of tokenizer.json's "decoder"."""
+
+    type: str
+    decoders: list[_Step] = []
+    content: str | None = None
+    start: int = 0
+
+
+class _File(msgspec.Struct, frozen=True):
+    decoder: _Step | None = None
+
+
+class Tokenizer:
+    """Encodes and decodes. Knows the two ways in which tokens spell bytes: byte-level BPE (GPT-2, Tekken) and
+    SentencePiece with byte fallback (Llama 2, older Mistral)."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, config: TokenizerConfig | None = None) -> None:
+        """Raises CheckpointError for a decoder of another kind."""
+        config = config or TokenizerConfig()
+        steps = _flat(msgspec.json.decode(inner.to_str(), type=_File).decoder)
+        kinds = {step.type for step in steps}
+        self._byte_level = "ByteLevel" in kinds
+        if not self._byte_level and "ByteFallback" not in kinds:
+            raise CheckpointError(
+                "tokenizer.json has a decoder of unknown kind",
+                field="decoder",
+                limit="ByteLevel, ByteFallback",
+                value=", ".join(sorted(kinds)) or None,
+            )
+        self.strip_leading_space = any(step.type == "Strip" and step.start > 0 for step in steps)
+        self._inner = inner
+        self._special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        self._bytes: dict[int, bytes] = {}
+        self.bos_token = config.spelling("bos_token")
+        self.eos_token = config.spelling("eos_token")
+        bos_token_id = inner.token_to_id(self.bos_token) if self.bos_token else None
+        self._leading_id = bos_token_id if config.add_bos_token else None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a plain text, behind a beginning-of-text token where the checkpoint wants one."""
+        ids = self._encode(text, add_special_tokens=True)
+        if self._leading_id is not None and ids[:1] != [self._leading_id]:
+            ids.insert(0, self._leading_id)
+        return ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a rendered chat, which spells out its special tokens itself."""
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) < LONG_TEXT_CHARS:
+            ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
+        # `encode` keeps the interpreter lock: a long text would stall the front end even from a thread.
+        encoded = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoded[0].ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids`, without special tokens."""
+        text = b"".join(map(self.token_bytes, token_ids)).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.strip_leading_space else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's bytes in the text; empty for special tokens and for ids the tokenizer does not have."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spelled(token_id)
+        return known
+
+    def _spelled(self, token_id: int) -> bytes:
+        token: str | None = None if token_id in self._special else self._inner.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._byte_level:
+            # Added tokens may hold characters that stand for no byte: then they are plain text.
+            spelled = [_BYTE_OF.get(char) for char in token]
+            return token.encode() if None in spelled else bytes(byte for byte in spelled if byte is not None)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        return token.replace("\u2581", " ").encode()
+
+
+def load_tokenizer(checkpoint_dir: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint, None where there is no tokenizer.json; raises CheckpointError."""
+    path = checkpoint_dir / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path} cannot be read: {error}", field="tokenizer.json") from error
+    inner.no_padding()
+    inner.no_truncation()
+    return Tokenizer(inner, read_tokenizer_config(checkpoint_dir))
+
+
+def read_tokenizer_config(checkpoint_dir: Path) -> TokenizerConfig:
+    """tokenizer_config.json, or its defaults where the file is missing; raises CheckpointError."""
+    path = checkpoint_dir / "tokenizer_config.json"
+    if not path.exists():
+        return TokenizerConfig()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=TokenizerConfig)
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", field="tokenizer_config.json") from error
+
+
+def _flat(step: _Step | None) -> list[_Step]:
+    if step is None:
+        return []
+    return [step, *(inner for child in step.decoders for inner in _flat(child))]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, the others for 256, 257, ..."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()

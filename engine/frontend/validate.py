@@ -1,0 +1,174 @@
+"""Raw in, validated out: what a client asked becomes a `Submit`, or an InvalidRequest with field, limit and value.
+
+Past this file nothing checks a request again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit
+
+MAX_SEED = 2**63 - 1
+MAX_BIAS = 100.0
+ROLES = ("system", "user", "assistant", "tool")
+REASONING_EFFORTS = ("none", "low", "medium", "high")
+
+
+def fields(message: Generate, config: FrontendConfig, model: ModelInfo) -> None:
+    """Check everything but the prompt's tokens: cheap, and before a long text is encoded. Raises InvalidRequest."""
+    _prompt_kind(message)
+    _sampling(message.sampling, config, model)
+    _within("priority", message.priority, -config.max_abs_priority, config.max_abs_priority)
+    if message.deadline_s is not None:
+        _within("deadline_s", message.deadline_s, 0, config.max_deadline_s, above=True)
+    if message.output_token_ids:
+        _resume(message, model)
+
+
+def request(message: Generate, prompt_token_ids: list[int], request_id: int, seed: int, model: ModelInfo) -> Submit:
+    """The `Submit` of a message that passed `fields`. `max_tokens` is cut to what is left of `max_model_len`.
+
+    Raises InvalidRequest if the prompt is empty, too long, or has ids outside the vocabulary.
+    """
+    source = next(name for name in ("token_ids", "text", "messages") if getattr(message, name) is not None)
+    if not prompt_token_ids:
+        raise InvalidRequest("the prompt is empty", field=source, limit="at least 1 token", value=0)
+    _token_ids(source, prompt_token_ids, model.vocab_size)
+    room = model.max_model_len - len(prompt_token_ids)
+    if room <= len(message.output_token_ids):
+        raise InvalidRequest(
+            f"{len(prompt_token_ids)} prompt and {len(message.output_token_ids)} output tokens leave no room "
+            f"for another one in a context of {model.max_model_len}",
+            field=source,
+            limit=model.max_model_len - len(message.output_token_ids) - 1,
+            value=len(prompt_token_ids),
+        )
+    max_tokens = min(message.sampling.max_tokens, room)
+    return Submit(
+        request_id=request_id,
+        prompt_token_ids=prompt_token_ids,
+        sampling=msgspec.structs.replace(message.sampling, seed=seed, max_tokens=max_tokens),
+        output_token_ids=message.output_token_ids,
+        priority=message.priority,
+        deadline_s=message.deadline_s,
+    )
+
+
+def _prompt_kind(message: Generate) -> None:
+    given = [name for name in ("text", "messages", "token_ids") if getattr(message, name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest(
+            "exactly one of text, messages and token_ids is needed",
+            field=given[1] if given else "text",
+            limit="exactly one of text, messages, token_ids",
+            value=", ".join(given) or "none",
+        )
+    if message.messages is not None:
+        if not message.messages:
+            raise InvalidRequest("messages is empty", field="messages", limit="at least 1", value=0)
+        for index, turn in enumerate(message.messages):
+            _one_of(f"messages[{index}].role", turn.role, ROLES)
+    if message.reasoning_effort is not None:
+        _one_of("reasoning_effort", message.reasoning_effort, REASONING_EFFORTS)
+        if message.messages is None:
+            raise InvalidRequest("reasoning_effort needs messages", field="reasoning_effort", limit="with messages")
+
+
+def _sampling(params: SamplingParams, config: FrontendConfig, model: ModelInfo) -> None:
+    _within("sampling.max_tokens", params.max_tokens, 1, math.inf)
+    _within("sampling.min_tokens", params.min_tokens, 0, params.max_tokens)
+    if params.temperature != 0:
+        _within("sampling.temperature", params.temperature, 0.001, 100)
+    _within("sampling.top_k", params.top_k, 0, model.vocab_size)
+    _within("sampling.top_p", params.top_p, 0, 1, above=True)
+    _within("sampling.min_p", params.min_p, 0, 1)
+    _within("sampling.repetition_penalty", params.repetition_penalty, 0.01, 100)
+    _within("sampling.presence_penalty", params.presence_penalty, -2, 2)
+    _within("sampling.frequency_penalty", params.frequency_penalty, -2, 2)
+    _within("sampling.n", params.n, 1, config.max_samples)
+    if params.seed is not None:
+        _within("sampling.seed", params.seed, 0, MAX_SEED)
+    if params.logprobs is not None:
+        _within("sampling.logprobs", params.logprobs, 0, min(config.max_logprobs, model.vocab_size))
+    if params.logit_bias:
+        _count("sampling.logit_bias", params.logit_bias, config.max_logit_bias)
+        _token_ids("sampling.logit_bias", params.logit_bias, model.vocab_size)
+        for token_id, bias in params.logit_bias.items():
+            _within(f"sampling.logit_bias[{token_id}]", bias, -MAX_BIAS, MAX_BIAS)
+    if params.stop_token_ids:
+        _count("sampling.stop_token_ids", params.stop_token_ids, config.max_stop_token_ids)
+        _token_ids("sampling.stop_token_ids", params.stop_token_ids, model.vocab_size)
+    if params.stop:
+        _stop_strings(params.stop, config, model)
+
+
+def _stop_strings(stop: tuple[str, ...], config: FrontendConfig, model: ModelInfo) -> None:
+    if not model.has_tokenizer:
+        raise InvalidRequest("stop strings need a tokenizer; the served checkpoint has none", field="sampling.stop")
+    _count("sampling.stop", stop, config.max_stop_strings)
+    for index, string in enumerate(stop):
+        _within(f"sampling.stop[{index}]", len(string), 1, config.max_stop_chars, unit=" characters")
+
+
+def _resume(message: Generate, model: ModelInfo) -> None:
+    """A resumed generation is one sample, repeatable, and not over yet."""
+    params, done = message.sampling, message.output_token_ids
+    _token_ids("output_token_ids", done, model.vocab_size)
+    if params.n != 1:
+        raise InvalidRequest("output_token_ids resume one sample", field="sampling.n", limit=1, value=params.n)
+    if params.seed is None and params.temperature != 0:
+        raise InvalidRequest("a sampled generation resumes with its seed only", field="sampling.seed")
+    if len(done) >= params.max_tokens:
+        raise InvalidRequest(
+            "the generation has already ended: max_tokens is reached",
+            field="output_token_ids",
+            limit=params.max_tokens - 1,
+            value=len(done),
+        )
+    ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *model.eos_token_ids)
+    if done[-1] in ends and len(done) > params.min_tokens:
+        raise InvalidRequest(
+            "the generation has already ended: its last token stops it", field="output_token_ids", value=done[-1]
+        )
+
+
+def _within(field: str, value: float, low: float, high: float, *, above: bool = False, unit: str = "") -> None:
+    """`value` must lie in low..high (or above `low`, if `above`); NaN lies nowhere, infinity is never meant."""
+    if (low < value if above else low <= value) and value <= high and not math.isinf(value):
+        return
+    limit = f"{'more than ' if above else ''}{low} to {high}{unit}" if high != math.inf else f"at least {low}{unit}"
+    raise InvalidRequest(f"{field} is {value}{unit}, allowed: {limit}", field=field, limit=limit, value=value)
+
+
+def _count(field: str, values: Sequence[object] | dict[int, float], most: int) -> None:
+    if len(values) > most:
+        raise InvalidRequest(
+            f"{field} has {len(values)} entries, allowed: {most}", field=field, limit=most, value=len(values)
+        )
+
+
+def _token_ids(field: str, token_ids: Sequence[int] | dict[int, float], vocab_size: int) -> None:
+    lowest, highest = min(token_ids), max(token_ids)
+    if lowest < 0 or highest >= vocab_size:
+        raise InvalidRequest(
+            f"{field} holds a token id outside the vocabulary of {vocab_size}",
+            field=field,
+            limit=f"0 to {vocab_size - 1}",
+            value=lowest if lowest < 0 else highest,
+        )
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidRequest(
+            f"{field} is {value[:50]!r}, allowed: {', '.join(allowed)}",
+            field=field,
+            limit=", ".join(allowed),
+            value=value,
+        )
