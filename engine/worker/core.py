@@ -1,0 +1,169 @@
+"""`EngineCore`: scheduler, cache manager, batch builder and runner, joined into one step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from cierzo.cache.manager import KVCacheManager
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.messages import Abort, CoreStats, Finish, Submit, TokenDelta
+from cierzo.engine.worker.batch import Batch, BatchBuilder
+from cierzo.engine.worker.fake import FakeRunner
+from cierzo.scheduler.plan import StepPlan, StepResult
+from cierzo.scheduler.request import NewRequest, QueueFull
+from cierzo.scheduler.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """What computes a step. `launch` queues it, `collect` waits for its result; one step at a time."""
+
+    def launch(self, plan: StepPlan, batch: Batch) -> None:
+        """Start the step. `batch` may be overwritten once `collect` has returned."""
+        ...
+
+    def collect(self) -> StepResult:
+        """The result of the step launched last."""
+        ...
+
+
+class EngineCore:
+    """The engine without sockets and text: requests in, token deltas out, one step at a time, one thread.
+
+    Every sequence that `submit` takes ends in exactly one delta that carries a `Finish`.
+    """
+
+    def __init__(
+        self, config: EngineConfig, runner: Runner | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Loads the model unless a `runner` is given. Raises CheckpointError, ConfigError."""
+        limits = config.scheduler
+        self._eos_token_ids = config.model.eos_token_ids
+        self._cache = KVCacheManager(config.cache)
+        self._scheduler = Scheduler(limits, self._cache, clock)
+        self._builder = BatchBuilder(
+            max_tokens=limits.budget_tokens,
+            max_running=limits.max_running,
+            max_blocks=self._cache.blocks_for(limits.max_model_len),
+            block_tokens=config.cache.block_tokens,
+        )
+        self._runner = make_runner(config) if runner is None else runner
+        self._refused: list[TokenDelta] = []
+
+    def submit(self, submit: Submit) -> None:
+        """Take a request, one sequence per sample; a sample that finds the queue full ends as failed at once.
+
+        Raises DuplicateRequest for a (request id, sample) that is alive, and ValueError for what validation should
+        have caught: no seed, an empty prompt, one longer than max_model_len.
+        """
+        prompt, output = tuple(submit.prompt_token_ids), tuple(submit.output_token_ids)
+        for sample in range(submit.first_sample, submit.first_sample + submit.sampling.n):
+            new = NewRequest(
+                request_id=submit.request_id,
+                sample=sample,
+                prompt_token_ids=prompt,
+                output_token_ids=output,
+                sampling=submit.sampling,
+                eos_token_ids=self._eos_token_ids,
+                priority=submit.priority,
+                deadline_s=submit.deadline_s,
+            )
+            try:
+                self._scheduler.add(new)
+            except QueueFull as error:
+                self._refused.append(_refusal(new, f"overloaded: {error}"))
+
+    def abort(self, abort: Abort) -> None:
+        """End a request, or one sample of it, with `reason`. Nothing happens if it has ended already."""
+        self._scheduler.abort(abort.request_id, abort.sample, abort.reason)
+
+    def step_plain(self) -> list[TokenDelta]:
+        """Schedule, build, run, commit: all that happened since the last call, in order.
+
+        If the runner raises, the sequences of this step end as failed and the core lives on. MemoryError and
+        KeyboardInterrupt pass.
+        """
+        plan = self._scheduler.schedule()
+        if plan.seqs:
+            self._scheduler.commit(plan, self._run(plan))
+        return self.take_deltas()
+
+    def take_deltas(self) -> list[TokenDelta]:
+        """What happened since the last call, without a step."""
+        deltas = self._scheduler.take_deltas()
+        if self._refused:
+            deltas += self._refused
+            self._refused = []
+        return deltas
+
+    def has_work(self) -> bool:
+        """Whether a sequence runs or waits, or a refusal is still to be told."""
+        return self._scheduler.has_work() or bool(self._refused)
+
+    def stats(self) -> CoreStats:
+        """Gauges and counters of scheduler and cache."""
+        scheduler, cache = self._scheduler.stats(), self._cache.stats()
+        return CoreStats(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            free_blocks=cache.free,
+            cached_blocks=cache.cached,
+            total_blocks=cache.total,
+            steps=scheduler.steps,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+            output_tokens=scheduler.output_tokens,
+            preemptions=scheduler.preemptions,
+            finished=scheduler.finished,
+        )
+
+    def check(self) -> None:
+        """Assert the invariants of scheduler and cache; for tests and idle moments."""
+        self._scheduler.check()
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        try:
+            self._runner.launch(plan, self._builder.build(plan))
+            return self._runner.collect()
+        except MemoryError:
+            raise
+        except Exception as error:
+            log.exception("step %d failed", plan.step)
+            reason = f"step {plan.step} failed: {type(error).__name__}: {error}"
+            count = len(plan.seqs)
+            return StepResult([[] for _ in range(count)], None, dict.fromkeys(range(count), reason))
+
+
+def make_runner(config: EngineConfig) -> Runner:
+    """The runner that the configuration names; torch is imported for a model alone."""
+    if config.runner == "fake":
+        return FakeRunner(
+            vocab_size=config.model.vocab_size,
+            num_blocks=config.cache.num_blocks,
+            block_tokens=config.cache.block_tokens,
+            max_running=config.scheduler.max_running,
+            reads="last",
+        )
+    from cierzo.engine.worker.runner import load_runner
+
+    return load_runner(config)
+
+
+def _refusal(new: NewRequest, message: str) -> TokenDelta:
+    finish = Finish(
+        reason="failed",
+        message=message,
+        stop_token_id=None,
+        prompt_tokens=len(new.prompt_token_ids),
+        output_tokens=len(new.output_token_ids),
+        cached_tokens=0,
+        preemptions=0,
+        queue_s=0.0,
+        prefill_s=0.0,
+        decode_s=0.0,
+    )
+    return TokenDelta(new.request_id, new.sample, [], None, finish)

@@ -1,0 +1,189 @@
+"""A runner without a model: the next token is a function of what it reads back through the block table.
+
+It writes a word per token into a "cache" of numpy, at the batch's cache slots, as a model writes keys and values.
+A word mixes the token, its position and its form, so that a wrong block, a stale entry, a wrong position or a
+prompt token that was computed as a generated one changes what follows. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cierzo.cache.config import CacheConfig
+from cierzo.engine.config import EngineConfig, EngineOptions
+from cierzo.engine.model.config import GqaConfig, ModelConfig
+from cierzo.engine.model.rope_config import RopeConfig
+from cierzo.engine.worker.batch import Batch, Segments
+from cierzo.scheduler.config import SchedulerConfig
+from cierzo.scheduler.plan import RequestKey, SeqPlan, StepPlan, StepResult, TokenLogprobs
+
+Words = NDArray[np.uint64]
+Script = Callable[[RequestKey, int], int]  # (request, index in its output) -> token id
+
+_ONE = np.uint64(1)
+
+
+def mix(words: Words) -> Words:
+    """A 64-bit finaliser, elementwise (splitmix64; Steele, Lea, Flood, OOPSLA 2014)."""
+    words = (words + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def fake_config(
+    scheduler: SchedulerConfig, cache: CacheConfig, *, vocab_size: int = 32_000, eos_token_ids: tuple[int, ...] = ()
+) -> EngineConfig:
+    """A configuration without a checkpoint: limits as given, around a model of one narrow layer."""
+    model = ModelConfig(
+        architecture="llama",
+        vocab_size=vocab_size,
+        hidden_size=8,
+        num_layers=1,
+        num_heads=1,
+        mlp_width=8,
+        max_position_embeddings=max(scheduler.max_model_len, 1 << 18),
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        attention=GqaConfig(num_kv_heads=1, head_dim=8),
+        moe=None,
+        rope=RopeConfig(dim=8, theta=10_000.0, interleaved=False, yarn=None),
+        query_scaling=None,
+        bos_token_id=None,
+        eos_token_ids=eos_token_ids,
+    )
+    options = EngineOptions(model="fake")
+    return EngineConfig(
+        checkpoint="",
+        name="fake",
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        runner="fake",
+        model=model,
+        layout=model.cache_layout(cache.block_tokens, "float32"),
+        cache=cache,
+        scheduler=scheduler,
+        kernels=options.kernels,
+        frontend=options.frontend,
+    )
+
+
+class FakeRunner:
+    """A `Runner` for tests and load. Of the sampling parameters it honours seed and sample index alone.
+
+    `reads` "context": the next token depends on every token of the context, read anew (for tests; cost grows with
+    the context). "last": on the last token alone (for benchmarks; constant cost). `script` overrides the tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        num_blocks: int,
+        block_tokens: int,
+        max_running: int,
+        reads: Literal["context", "last"] = "context",
+        script: Script | None = None,
+    ) -> None:
+        self._vocab_size = np.uint64(vocab_size)
+        self._block_tokens = block_tokens
+        self._reads = reads
+        self._script = script
+        self._cache = np.zeros(num_blocks * block_tokens, np.uint64)
+        self._seeds = np.zeros(max_running, np.uint64)
+        self._num_logprobs: list[int | None] = [None] * max_running
+        self._result = StepResult([])
+
+    def launch(self, plan: StepPlan, batch: Batch) -> None:
+        """Write the step's tokens to the cache and choose the next ones."""
+        for seq in plan.seqs:
+            if seq.admission is not None:
+                self._admit(seq)
+        self._write(batch)
+        slots, contexts = self._ends(batch)
+        words = (
+            self._read_last(batch, slots, contexts) if self._reads == "last" else self._read(batch, slots, contexts)
+        )
+        mixed = mix(words ^ self._seeds[slots] ^ mix(contexts.astype(np.uint64)))
+        tokens: list[int] = (mixed % self._vocab_size).astype(np.int64).tolist()
+        if self._script is not None:
+            sampling = [plan.seqs[index] for index in batch.sample_seqs]
+            tokens = [self._script(seq.key, _output_index(seq)) for seq in sampling]
+        self._result = self._results(plan, batch, tokens)
+
+    def collect(self) -> StepResult:
+        """The result of the step launched last."""
+        return self._result
+
+    def _admit(self, seq: SeqPlan) -> None:
+        assert seq.admission is not None
+        sampling = seq.admission.sampling
+        words = mix(np.array([sampling.seed or 0, seq.key[1]], np.uint64))
+        self._seeds[seq.slot] = (words << np.array([0, 1], np.uint64)).sum()
+        self._num_logprobs[seq.slot] = sampling.logprobs
+
+    def _write(self, batch: Batch) -> None:
+        words = mix(batch.token_ids.astype(np.uint64)) + mix(batch.positions.astype(np.uint64) << _ONE)
+        words[: batch.num_expanded] += _ONE  # the form belongs to the token
+        self._cache[batch.cache_slots] = mix(words)
+
+    def _ends(self, batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Block table row and context length of every sampling row, by the segment that it ends."""
+        rows, expanded = batch.sample_rows, batch.num_expanded
+        slots = np.empty(len(rows), np.int32)
+        contexts = np.empty(len(rows), np.int32)
+        for group, first, chosen in (
+            (batch.expanded, 0, rows < expanded),
+            (batch.absorbed, expanded, rows >= expanded),
+        ):
+            index = _segment_that_ends(group, rows[chosen] - first)
+            slots[chosen] = group.table_rows[index]
+            contexts[chosen] = group.context_lengths[index]
+        return slots, contexts
+
+    def _read_last(self, batch: Batch, slots: NDArray[np.int32], contexts: NDArray[np.int32]) -> Words:
+        blocks, offsets = np.divmod(contexts - 1, self._block_tokens)
+        return self._cache[batch.block_tables[slots, blocks].astype(np.int64) * self._block_tokens + offsets]
+
+    def _read(self, batch: Batch, slots: NDArray[np.int32], contexts: NDArray[np.int32]) -> Words:
+        sums = np.empty(len(slots), np.uint64)
+        pages = self._cache.reshape(-1, self._block_tokens)
+        for row, (slot, context) in enumerate(zip(slots.tolist(), contexts.tolist(), strict=True)):
+            blocks = batch.block_tables[slot, : -(-context // self._block_tokens)]
+            words = pages[blocks].reshape(-1)[:context]
+            sums[row] = (words * (mix(np.arange(context, dtype=np.uint64)) | _ONE)).sum()
+        return sums
+
+    def _results(self, plan: StepPlan, batch: Batch, tokens: list[int]) -> StepResult:
+        token_ids: list[list[int]] = [[] for _ in plan.seqs]
+        logprobs: list[list[TokenLogprobs] | None] | None = None
+        for index, token in zip(batch.sample_seqs, tokens, strict=True):
+            token_ids[index] = [token]
+            count = self._num_logprobs[plan.seqs[index].slot]
+            if count is not None:
+                if logprobs is None:
+                    logprobs = [None] * len(plan.seqs)
+                logprobs[index] = [self._made_up(token, count)]
+        return StepResult(token_ids, logprobs)
+
+    def _made_up(self, token: int, count: int) -> TokenLogprobs:
+        """Numbers that are recognisable and fall: the chosen token first, its neighbours after it."""
+        vocab_size = int(self._vocab_size)
+        top = [(token + rank) % vocab_size for rank in range(min(count, vocab_size))]
+        return TokenLogprobs(token, -0.5, top, [-0.5 - rank for rank in range(len(top))])
+
+
+def _segment_that_ends(group: Segments, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    ends = group.query_starts[1:] - 1
+    index = np.searchsorted(ends, rows)
+    assert np.array_equal(ends[index], rows), f"sampling rows {rows} are no ends of segments {ends}"
+    return index
+
+
+def _output_index(seq: SeqPlan) -> int:
+    return seq.start + len(seq.token_ids) - seq.num_prompt_tokens

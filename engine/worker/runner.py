@@ -1,0 +1,120 @@
+"""`ModelRunner`: a batch through the model and the sampler. Owns cache tensors and sampler state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cierzo.cache.pool import DTYPES, KVPool
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.model.inputs import ModelInputs
+from cierzo.engine.model.registry import build_model, parameter_specs
+from cierzo.engine.weights.loader import Progress, load_parameters
+from cierzo.engine.weights.reader import CheckpointReader
+from cierzo.engine.worker.batch import Batch, Segments
+from cierzo.engine.worker.sampling import Sampler
+from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.registry import bind
+from cierzo.scheduler.plan import StepPlan, StepResult, TokenLogprobs
+
+
+class Model(Protocol):
+    """What the runner needs of a model."""
+
+    def forward(self, inputs: ModelInputs, kv: KVPool) -> Tensor:
+        """Hidden states [T,D], final norm applied; the tokens' cache entries are written to `kv`."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 [M,N] of hidden [M,D]."""
+        ...
+
+
+class ModelRunner:
+    """Runs a model on one device. The forward pass goes in `launch`; sampling and reading back in `collect`."""
+
+    def __init__(self, model: Model, kv: KVPool, max_running: int, device: torch.device | str = "cpu") -> None:
+        self._model = model
+        self._kv = kv
+        self._device = torch.device(device)
+        self._sampler = Sampler(max_running, device)
+        self._plan = StepPlan(0, [], 0)
+        self._sample_seqs: list[int] = []
+        self._logits: Tensor | None = None
+        self.startup = ""
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, batch: Batch) -> None:
+        """Forward pass of the whole batch; logits of the rows that sample, and of no others."""
+        for seq in plan.seqs:
+            if seq.admission is not None:
+                self._sampler.admit(seq.slot, seq.key[1], seq.admission)
+        self._plan, self._sample_seqs, self._logits = plan, batch.sample_seqs, None
+        hidden = self._model.forward(self._inputs(batch), self._kv)
+        if self._sample_seqs:
+            self._logits = self._model.logits(hidden[self._to_device(batch.sample_rows)])
+
+    @torch.inference_mode()
+    def collect(self) -> StepResult:
+        """Sample, and lay the tokens out by sequence of the plan."""
+        seqs = self._plan.seqs
+        token_ids: list[list[int]] = [[] for _ in seqs]
+        if self._logits is None:
+            return StepResult(token_ids)
+        sampling = [seqs[index] for index in self._sample_seqs]
+        positions = [seq.start + len(seq.token_ids) for seq in sampling]
+        sampled = self._sampler.sample(self._logits, [seq.slot for seq in sampling], positions)
+        self._logits = None
+        for index, token_id in zip(self._sample_seqs, sampled.token_ids, strict=True):
+            token_ids[index] = [token_id]
+        logprobs: list[list[TokenLogprobs] | None] | None = None
+        if sampled.logprobs is not None:
+            logprobs = [None] * len(seqs)
+            for index, entry in zip(self._sample_seqs, sampled.logprobs, strict=True):
+                logprobs[index] = entry
+        failures = {self._sample_seqs[row]: reason for row, reason in sampled.failures.items()}
+        return StepResult(token_ids, logprobs, failures)
+
+    def _inputs(self, batch: Batch) -> ModelInputs:
+        tables = self._to_device(batch.block_tables)
+        return ModelInputs(
+            token_ids=self._to_device(batch.token_ids),
+            positions=self._to_device(batch.positions),
+            cache_slots=self._to_device(batch.cache_slots),
+            num_expanded=batch.num_expanded,
+            expanded=self._queries(batch.expanded, tables),
+            absorbed=self._queries(batch.absorbed, tables),
+        )
+
+    def _queries(self, segments: Segments, tables: Tensor) -> PagedQueries:
+        return PagedQueries(
+            query_starts=self._to_device(segments.query_starts),
+            context_lengths=self._to_device(segments.context_lengths),
+            table_rows=self._to_device(segments.table_rows),
+            block_tables=tables,
+            query_lengths=segments.lengths,
+            contexts=segments.contexts,
+        )
+
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        """A view of the builder's buffer on the CPU, a copy elsewhere."""
+        return torch.from_numpy(array).to(self._device)
+
+
+def load_runner(config: EngineConfig, progress: Progress | None = None) -> ModelRunner:
+    """Bind the kernels, load the checkpoint, allocate the cache. Raises CheckpointError, ConfigError."""
+    torch.set_num_threads(config.threads)
+    table = bind(config.kernels, config.device)
+    dtype, device = DTYPES[config.dtype], torch.device(config.device)
+    reader = CheckpointReader(Path(config.checkpoint))
+    specs = parameter_specs(config.model)
+    parameters = load_parameters(reader, specs, dtype=dtype, device=device, progress=progress)
+    model = build_model(config.model, parameters, device=device, dtype=dtype)
+    kv = KVPool(config.layout, config.cache.num_blocks, device)
+    runner = ModelRunner(model, kv, config.scheduler.max_running, device)
+    runner.startup = table.describe()
+    return runner
