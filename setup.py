@@ -32,7 +32,7 @@ setup(
     description="A custom-kernel serving engine for Mistral Small 4",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     package_dir={"": "src"},
