@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 MODEL = ("kernels", "cache.layout", "cache.pool", "engine.model", "engine.weights", "engine.errors")
 WORKER = (*MODEL, "cache", "scheduler", "engine.worker", "engine.messages", "engine.config")
-FRONTEND = ("engine.frontend", "engine.messages", "engine.errors", "scheduler.params", "scheduler.plan")
 CLIENT = ("engine.frontend.client", "engine.llm", "engine.messages", "engine.errors", "kernels", "bench")
 EVERYTHING = ("kernels", "cache", "scheduler", "engine", "bench")
 
@@ -32,8 +31,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.model": MODEL,
     "engine.weights": MODEL,
     "engine.worker": WORKER,
-    "engine.frontend": FRONTEND,
-    "engine.frontend.service": (*FRONTEND, "engine.config"),  # starts the core, which needs the whole configuration
+    "engine.frontend": (
+        "engine.frontend",
+        "engine.messages",
+        "engine.errors",
+        "scheduler.params",
+        "scheduler.plan",
+    ),
     "engine.gateway": ("engine.gateway", "engine.frontend.client", "engine.messages", "engine.errors"),
     "engine": EVERYTHING,  # llm, launch, cli and what they alone use
     "bench": CLIENT,
