@@ -13,7 +13,7 @@ class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request, times in seconds from the start of the run.
 
     `due_s` is when it should have been sent, `start_s` when it was; delta i brought `delta_tokens[i]` tokens at
-    `delta_s[i]`. `error` is the code it was refused or failed with.
+    `delta_s[i]`. `error` is the code it was refused or failed with, `message` the server's words.
     """
 
     due_s: float
@@ -21,11 +21,12 @@ class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
     delta_s: list[float]
     delta_tokens: list[int]
     end_s: float
-    error: str | None
+    error: str | None = None
+    message: str = ""
 
 
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Latencies in seconds, over the requests that were answered; `errors` counts the others by code."""
+    """Latencies in seconds of the requests that were answered; `errors` counts the others by code and message."""
 
     elapsed_s: float
     answered: int
@@ -46,7 +47,7 @@ def summarise_load(samples: list[RequestSample], elapsed_s: float) -> LoadResult
     return LoadResult(
         elapsed_s=elapsed_s,
         answered=len(answered),
-        errors=dict(Counter(sample.error for sample in samples if sample.error is not None)),
+        errors=dict(Counter(f"{s.error}: {s.message}" for s in samples if s.error is not None)),
         requests_per_s=len(answered) / elapsed_s,
         output_tokens_per_s=num_tokens / elapsed_s,
         time_to_first_token_s=summarise([s.delta_s[0] - s.due_s for s in answered if s.delta_s]),
@@ -74,10 +75,11 @@ def result_table(result: LoadResult) -> str:
     ]
     lines = [f"{'latency, ms':22}" + "".join(f"{name:>10}" for name in ("p50", "p90", "p99", "max"))]
     for name, s in rows:
-        lines.append(f"{name:22}" + "".join(f"{value * 1e3:10.2f}" for value in (s.p50, s.p90, s.p99, s.max)))
+        figures = [f"{value * 1e3:.2f}" for value in (s.p50, s.p90, s.p99, s.max)] if s.count else ["-"] * 4
+        lines.append(f"{name:22}" + "".join(f"{figure:>10}" for figure in figures))
     lines.append(
         f"{result.answered} answered in {result.elapsed_s:.2f} s: {result.requests_per_s:,.1f} requests/s, "
         f"{result.output_tokens_per_s:,.0f} output tokens/s"
     )
-    lines += [f"{count} failed: {code}" for code, count in sorted(result.errors.items())]
+    lines += [f"{count} failed: {error}" for error, count in sorted(result.errors.items())]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import sys
 import time
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from cierzo.bench.latency import LoadResult, RequestSample, result_table, summar
 from cierzo.bench.report import make_report, write_report
 from cierzo.bench.traces import poisson_arrivals, random_prompt
 from cierzo.engine.errors import CierzoError, ConfigError
-from cierzo.engine.frontend.client import Client, Generation
+from cierzo.engine.frontend.client import Client
+from cierzo.engine.messages import Delta
 
 PROGRESS_AFTER_S = 2.0
 
@@ -161,7 +163,7 @@ class _Load:
     async def _request(self, index: int, due_s: float) -> None:
         delta_s: list[float] = []
         delta_tokens: list[int] = []
-        error = None
+        error: CierzoError | None = None
         start_s = time.perf_counter() - self.zero
         try:
             async for delta in self._generate(index):
@@ -169,12 +171,13 @@ class _Load:
                     delta_s.append(time.perf_counter() - self.zero)
                     delta_tokens.append(len(delta.token_ids))
         except CierzoError as failure:
-            error = failure.code
+            error = failure
         end_s = time.perf_counter() - self.zero
-        self.samples.append(RequestSample(due_s, start_s, delta_s, delta_tokens, end_s, error))
+        told = (error.code, error.message) if error else ()
+        self.samples.append(RequestSample(due_s, start_s, delta_s, delta_tokens, end_s, *told))
         self.progress.update()
 
-    def _generate(self, index: int) -> Generation:
+    def _generate(self, index: int) -> AsyncIterator[Delta]:
         settings = self.settings
         random_ids = None
         if settings.prompt is None:

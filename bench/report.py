@@ -50,5 +50,5 @@ def installed_versions() -> dict[str, str]:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write indented JSON; raises OSError where the path cannot be written."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    """Write one line of JSON; raises OSError where the path cannot be written."""
+    path.write_bytes(msgspec.json.encode(report) + b"\n")

@@ -79,7 +79,7 @@ def test_closed_loop_keeps_its_concurrency(clients: list[ScriptedClient]) -> Non
     assert len(client.requests) == len(result.samples) == 20
     assert all(len(r["token_ids"]) == 4 and r["text"] is None and r["ignore_eos"] for r in client.requests)
     assert len({tuple(r["token_ids"]) for r in client.requests}) > 1
-    assert (result.answered, result.errors) == (15, {"overloaded": 5})
+    assert (result.answered, result.errors) == (15, {"overloaded: full": 5})
     assert result.output_tokens_per_s == pytest.approx(15 * 4 / result.elapsed_s)
     assert result.requests_per_s == pytest.approx(15 / result.elapsed_s)
 
@@ -107,8 +107,8 @@ def test_contradicting_settings_are_refused(clients: list[ScriptedClient]) -> No
 
 
 def test_latencies_count_from_the_due_moment_and_per_token() -> None:
-    answered = RequestSample(1.0, 1.5, [2.0, 2.4, 2.5], [1, 2, 1], 2.6, None)
-    refused = RequestSample(1.0, 1.25, [], [], 1.3, "overloaded")
+    answered = RequestSample(1.0, 1.5, [2.0, 2.4, 2.5], [1, 2, 1], 2.6)
+    refused = RequestSample(1.0, 1.25, [], [], 1.3, "overloaded", "full")
     result = summarise_load([answered, refused], elapsed_s=4.0)
     assert result.time_to_first_token_s.p50 == pytest.approx(1.0)
     assert result.end_to_end_s.max == pytest.approx(1.6)
@@ -118,7 +118,8 @@ def test_latencies_count_from_the_due_moment_and_per_token() -> None:
     assert (result.requests_per_s, result.output_tokens_per_s) == (0.25, 1.0)
     table = result_table(result)
     assert "1000.00" in table
-    assert "1 failed: overloaded" in table
+    assert "0.00" not in result_table(summarise_load([refused], elapsed_s=1.0)).splitlines()[1]
+    assert "1 failed: overloaded: full" in table
 
 
 def _parse(*words: str) -> argparse.Namespace:
