@@ -30,6 +30,10 @@ class Runner(Protocol):
         """The result of the step launched last."""
         ...
 
+    def describe(self) -> str:
+        """What runs, as printed at start."""
+        ...
+
 
 class EngineCore:
     """The engine without sockets and text: requests in, token deltas out, one step at a time, one thread.
@@ -120,6 +124,10 @@ class EngineCore:
             preemptions=scheduler.preemptions,
             finished=scheduler.finished,
         )
+
+    def describe_runner(self) -> str:
+        """What computes the steps, as printed at start."""
+        return self._runner.describe()
 
     def check(self) -> None:
         """Assert the invariants of scheduler and cache; for tests and idle moments."""

@@ -120,6 +120,10 @@ class FakeRunner:
         """The result of the step launched last."""
         return self._result
 
+    def describe(self) -> str:
+        """What runs, as printed at start."""
+        return "fake runner    tokens are made up; no model is loaded"
+
     def _admit(self, seq: SeqPlan) -> None:
         assert seq.admission is not None
         sampling = seq.admission.sampling

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from cierzo.cache.pool import DTYPES, KVPool
 from cierzo.engine.config import EngineConfig
+from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.weights.loader import Progress, load_parameters
@@ -18,7 +22,7 @@ from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.sampling import Sampler
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.registry import bind
+from cierzo.kernels.registry import KernelChoiceError, bind
 from cierzo.scheduler.plan import StepPlan, StepResult, TokenLogprobs
 
 
@@ -37,7 +41,9 @@ class Model(Protocol):
 class ModelRunner:
     """Runs a model on one device. The forward pass goes in `launch`; sampling and reading back in `collect`."""
 
-    def __init__(self, model: Model, kv: KVPool, max_running: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: Model, kv: KVPool, max_running: int, device: torch.device | str = "cpu", description: str = ""
+    ) -> None:
         self._model = model
         self._kv = kv
         self._device = torch.device(device)
@@ -45,7 +51,7 @@ class ModelRunner:
         self._plan = StepPlan(0, [], 0)
         self._sample_seqs: list[int] = []
         self._logits: Tensor | None = None
-        self.startup = ""
+        self._description = description
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, batch: Batch) -> None:
@@ -79,6 +85,10 @@ class ModelRunner:
         failures = {self._sample_seqs[row]: reason for row, reason in sampled.failures.items()}
         return StepResult(token_ids, logprobs, failures)
 
+    def describe(self) -> str:
+        """The kernels in force, as printed at start."""
+        return self._description
+
     def _inputs(self, batch: Batch) -> ModelInputs:
         tables = self._to_device(batch.block_tables)
         return ModelInputs(
@@ -105,16 +115,33 @@ class ModelRunner:
         return torch.from_numpy(array).to(self._device)
 
 
-def load_runner(config: EngineConfig, progress: Progress | None = None) -> ModelRunner:
-    """Bind the kernels, load the checkpoint, allocate the cache. Raises CheckpointError, ConfigError."""
+def load_runner(config: EngineConfig) -> ModelRunner:
+    """Bind the kernels, load the checkpoint, allocate the cache. Raises CheckpointError, ConfigError.
+
+    A progress bar appears on a terminal if it takes more than two seconds.
+    """
     torch.set_num_threads(config.threads)
-    table = bind(config.kernels, config.device)
     dtype, device = DTYPES[config.dtype], torch.device(config.device)
-    reader = CheckpointReader(Path(config.checkpoint))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: torch finds no GPU here", field="device", limit="cpu", value="cuda")
+    try:
+        table = bind(config.kernels, config.device)
+    except KernelChoiceError as error:
+        raise ConfigError(str(error), field="kernels") from error
     specs = parameter_specs(config.model)
-    parameters = load_parameters(reader, specs, dtype=dtype, device=device, progress=progress)
+    with CheckpointReader(Path(config.checkpoint)) as reader, _progress_bar() as progress:
+        parameters = load_parameters(reader, specs, dtype=dtype, device=device, progress=progress)
     model = build_model(config.model, parameters, device=device, dtype=dtype)
     kv = KVPool(config.layout, config.cache.num_blocks, device)
-    runner = ModelRunner(model, kv, config.scheduler.max_running, device)
-    runner.startup = table.describe()
-    return runner
+    return ModelRunner(model, kv, config.scheduler.max_running, device, table.describe())
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    with tqdm(desc="loading", unit="B", unit_scale=True, delay=2.0, disable=None, leave=False) as bar:
+
+        def show(done_bytes: int, total_bytes: int) -> None:
+            bar.total = total_bytes
+            bar.update(done_bytes - bar.n)
+
+        yield show

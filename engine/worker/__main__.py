@@ -1,0 +1,22 @@
+"""`python -m cierzo.engine.worker --socket PATH`: the core process. Started by the front end, not by hand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from cierzo.engine.worker.process import run
+
+
+def main() -> int:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(
+        prog="cierzo.engine.worker", description="The core process.", allow_abbrev=False
+    )
+    parser.add_argument("--socket", required=True, metavar="PATH", help="Unix socket of the front end")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    return run(parser.parse_args().socket)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

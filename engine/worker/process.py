@@ -1,0 +1,172 @@
+"""The core process: a plain loop around `EngineCore`, between the front end's commands and its own steps."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.errors import CierzoError, CoreFailed
+from cierzo.engine.messages import Abort, CoreError, CoreStats, Ready, Shutdown, StepOutput, Submit, TokenDelta
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.pipe import CorePipe, PipeClosed
+
+log = logging.getLogger(__name__)
+
+STATS_INTERVAL_S = 0.1
+DELTAS_PER_FRAME = 8192
+LAST_WORDS_S = 5.0
+HANGUP_POLL_MS = 200
+
+
+class CoreLoop:
+    """Drain commands, step, publish; until the front end goes away or says Shutdown.
+
+    While the front end does not read, deltas gather here and the steps go on. What gathers is bounded by what runs:
+    every delta belongs to a request that the front end itself has sent and counts.
+    """
+
+    def __init__(self, core: EngineCore, pipe: CorePipe, clock: Callable[[], float] = time.monotonic) -> None:
+        self._core = core
+        self._pipe = pipe
+        self._clock = clock
+        self._unsent: list[TokenDelta] = []
+        self._next_stats_s = clock()
+        self._stats_are_old = True
+
+    def run(self) -> None:
+        """Turn after turn, until Shutdown or the end of the socket."""
+        with contextlib.suppress(PipeClosed):
+            while self.turn():
+                pass
+
+    def turn(self) -> bool:
+        """One turn; False after Shutdown. Raises PipeClosed. Waits only while there is nothing to compute."""
+        core, pipe = self._core, self._pipe
+        if not core.has_work():
+            self._wait()
+        for command in pipe.receive():
+            match command:
+                case Submit():
+                    core.submit(command)
+                case Abort():
+                    core.abort(command)
+                case Shutdown():
+                    return False
+            self._stats_are_old = True
+        if core.has_work():
+            self._unsent += core.step_plain()
+            self._stats_are_old = True
+        else:
+            self._unsent += core.take_deltas()  # of aborts
+        self._publish()
+        return True
+
+    def _wait(self) -> None:
+        """Until a command comes, the socket takes more of what is kept, or the last figures are due."""
+        if self._pipe.backlog_bytes:
+            self._pipe.wait(None)
+        elif self._stats_are_old:
+            self._pipe.wait(max(0.0, self._next_stats_s - self._clock()))
+        else:
+            self._core.check()
+            self._pipe.wait(None)
+
+    def _publish(self) -> None:
+        """One frame with all there is; none while an earlier one is still on its way out."""
+        pipe = self._pipe
+        pipe.flush()
+        while not pipe.backlog_bytes:
+            stats = self._stats()
+            if not self._unsent and stats is None:
+                return
+            pipe.send(StepOutput(deltas=self._unsent[:DELTAS_PER_FRAME], stats=stats))
+            self._unsent = self._unsent[DELTAS_PER_FRAME:]
+
+    def _stats(self) -> CoreStats | None:
+        """Figures for the next frame, if they have changed and are due."""
+        now = self._clock()
+        if not self._stats_are_old or now < self._next_stats_s:
+            return None
+        self._next_stats_s = now + STATS_INTERVAL_S
+        self._stats_are_old = False
+        return self._core.stats()
+
+
+def run(socket_path: str) -> int:
+    """Connect, read the configuration, load, say Ready, loop. The exit status: 1 if the core could not go on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front end, which then ends this process
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(socket_path)
+    pipe = CorePipe(connection)
+    try:
+        config = _read_config(pipe)
+        with _ends_with_front_end(connection):
+            core = EngineCore(config)
+        pipe.send(Ready(startup=f"{config.describe()}\n{core.describe_runner()}"))
+        CoreLoop(core, pipe).run()
+    except PipeClosed:
+        return 0
+    except CierzoError as error:
+        _last_words(pipe, CoreError(code=error.code, message=error.message))
+        return 1
+    except Exception as error:
+        log.exception("the core cannot go on")
+        _last_words(pipe, CoreError(code=CoreFailed.code, message=f"{type(error).__name__}: {error}"))
+        return 1
+    finally:
+        pipe.close()
+    return 0
+
+
+def _read_config(pipe: CorePipe) -> EngineConfig:
+    """The first frame; whatever follows it stays in the pipe."""
+    while (body := pipe.receive_frame()) is None:
+        pipe.wait(None)
+    return msgspec.msgpack.decode(body, type=EngineConfig)
+
+
+@contextmanager
+def _ends_with_front_end(connection: socket.socket) -> Iterator[None]:
+    """While a checkpoint loads nobody reads the socket: a thread ends the process if the front end is gone."""
+    poll, loaded = select.poll(), threading.Event()
+    poll.register(connection, getattr(select, "POLLRDHUP", select.POLLHUP))
+
+    def watch() -> None:
+        while not loaded.is_set():
+            if poll.poll(HANGUP_POLL_MS) and not loaded.is_set():
+                os._exit(1)
+
+    threading.Thread(target=watch, name="front-end-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        loaded.set()
+
+
+def _last_words(pipe: CorePipe, error: CoreError) -> None:
+    """Tell the front end why, if it listens; what was kept goes first."""
+    with contextlib.suppress(PipeClosed):
+        _drain(pipe)
+        if not pipe.backlog_bytes:
+            pipe.send(error)
+            _drain(pipe)
+
+
+def _drain(pipe: CorePipe) -> None:
+    """Until what was kept has gone out, or nothing has moved for a while."""
+    backlog_bytes = -1
+    while pipe.backlog_bytes not in (0, backlog_bytes):
+        backlog_bytes = pipe.backlog_bytes
+        pipe.wait_writable(LAST_WORDS_S)
+        pipe.flush()

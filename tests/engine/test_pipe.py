@@ -1,0 +1,265 @@
+"""The core process: its pipe never sticks and loses nothing, and it ends when the front end does."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cierzo.cache.config import CacheConfig
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.messages import (
+    Abort,
+    CoreCommand,
+    CoreError,
+    CoreEvent,
+    Ready,
+    SamplingParams,
+    Shutdown,
+    StepOutput,
+    Submit,
+    TokenDelta,
+)
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.fake import fake_config
+from cierzo.engine.worker.pipe import CorePipe, PipeClosed
+from cierzo.engine.worker.process import STATS_INTERVAL_S, CoreLoop
+from cierzo.scheduler.config import SchedulerConfig
+
+CONFIG = fake_config(
+    SchedulerConfig(budget_tokens=32, max_running=8, max_model_len=512, max_chunk_tokens=32),
+    CacheConfig(block_tokens=8, num_blocks=512, hash_key="00" * 16),
+)
+
+
+class Peer:
+    """The front end's end of a socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(30)
+        self.socket = connection
+        self._received = b""
+
+    def send(self, *messages: msgspec.Struct) -> None:
+        for message in messages:
+            body = msgspec.msgpack.encode(message)
+            self.socket.sendall(len(body).to_bytes(4, "big") + body)
+
+    def receive(self) -> CoreEvent | None:
+        """The next event, None at the end of the stream."""
+        while len(self._received) < 4 or len(self._received) < 4 + int.from_bytes(self._received[:4], "big"):
+            more = self.socket.recv(65_536)
+            if not more:
+                assert not self._received
+                return None
+            self._received += more
+        end = 4 + int.from_bytes(self._received[:4], "big")
+        body, self._received = self._received[4:end], self._received[end:]
+        return msgspec.msgpack.decode(body, type=CoreEvent)
+
+    def deltas(self, num_finished: int) -> list[TokenDelta]:
+        """All deltas up to the one that finishes the `num_finished`th sequence."""
+        found: list[TokenDelta] = []
+        while sum(delta.finish is not None for delta in found) < num_finished:
+            event = self.receive()
+            assert isinstance(event, StepOutput), event
+            found += event.deltas
+        return found
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[CorePipe, Peer]]:
+    """A pipe with a small socket buffer, and its peer."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    pipe, peer = CorePipe(ours), Peer(theirs)
+    yield pipe, peer
+    pipe.close()
+    theirs.close()
+
+
+def submit(request_id: int, max_tokens: int = 5, n: int = 1) -> Submit:
+    params = SamplingParams(max_tokens=max_tokens, seed=0, n=n, ignore_eos=True)
+    return Submit(request_id=request_id, prompt_token_ids=[1, 2, request_id], sampling=params)
+
+
+class Clock:
+    """Time that moves when told."""
+
+    def __init__(self) -> None:
+        self.now = 5.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# --- pipe --------------------------------------------------------------------------------------------------
+
+
+def test_frames_are_cut_however_they_arrive(ends: tuple[CorePipe, Peer]) -> None:
+    pipe, peer = ends
+    commands: list[CoreCommand] = [submit(1), Abort(request_id=1), Shutdown()]
+    stream = b""
+    for command in commands:
+        body = msgspec.msgpack.encode(command)
+        stream += len(body).to_bytes(4, "big") + body
+    got: list[CoreCommand] = []
+    for start in range(0, len(stream), 7):
+        peer.socket.sendall(stream[start : start + 7])
+        got += pipe.receive()
+    assert got == commands
+    peer.send(*commands)
+    peer.socket.close()
+    with pytest.raises(PipeClosed):
+        got += pipe.receive()
+
+
+def test_the_last_commands_before_the_end_are_delivered(ends: tuple[CorePipe, Peer]) -> None:
+    pipe, peer = ends
+    peer.send(Abort(request_id=1), Abort(request_id=2))
+    peer.socket.close()
+    assert pipe.receive_frame() is not None
+    assert pipe.receive_frame() is not None
+    with pytest.raises(PipeClosed):
+        pipe.receive_frame()
+
+
+# --- loop --------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_front_end_holds_nothing_up_and_misses_nothing(ends: tuple[CorePipe, Peer]) -> None:
+    pipe, peer = ends
+    core = EngineCore(CONFIG)
+    loop = CoreLoop(core, pipe)
+    peer.send(*(submit(request_id, max_tokens=400) for request_id in range(8)))
+    assert loop.turn()
+    while core.has_work():
+        assert loop.turn()
+    assert pipe.backlog_bytes > 0  # 3200 tokens are more than the socket holds
+    core.check()
+    found: list[TokenDelta] = []
+
+    def read() -> None:
+        found.extend(peer.deltas(8))
+        peer.send(Shutdown())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    loop.run()
+    reader.join()
+    for request_id in range(8):
+        tokens = [t for delta in found if delta.request_id == request_id for t in delta.token_ids]
+        alone = EngineCore(CONFIG)
+        alone.submit(submit(request_id, max_tokens=400))
+        expected: list[int] = []
+        while alone.has_work():
+            expected += [t for delta in alone.step_plain() for t in delta.token_ids]
+        assert tokens == expected
+
+
+def test_figures_are_sent_when_they_change_but_not_more_often_than_due(ends: tuple[CorePipe, Peer]) -> None:
+    pipe, peer = ends
+    clock = Clock()
+    loop = CoreLoop(EngineCore(CONFIG), pipe, clock)
+    peer.send(submit(1, max_tokens=3), submit(2, max_tokens=5))
+    events = []
+    for _ in range(4):
+        loop.turn()
+        events.append(peer.receive())
+    assert [event.stats is not None for event in events] == [True, False, False, False]
+    clock.now += STATS_INTERVAL_S
+    loop.turn()
+    last = peer.receive()
+    assert (last.stats.running, last.stats.finished, last.stats.output_tokens) == (0, 2, 8)
+
+
+def test_an_abort_is_answered_although_no_step_runs(ends: tuple[CorePipe, Peer]) -> None:
+    pipe, peer = ends
+    loop = CoreLoop(EngineCore(CONFIG), pipe)
+    peer.send(submit(1, max_tokens=400, n=2))
+    loop.turn()
+    peer.send(Abort(request_id=1))
+    loop.turn()
+    deltas = peer.deltas(2)
+    assert [delta.finish.reason for delta in deltas if delta.finish] == ["cancelled", "cancelled"]
+
+
+def test_the_loop_ends_on_shutdown_and_on_a_closed_socket(ends: tuple[CorePipe, Peer]) -> None:
+    pipe, peer = ends
+    core = EngineCore(CONFIG)
+    peer.send(submit(1, max_tokens=400), Shutdown())
+    CoreLoop(core, pipe).run()
+    assert core.has_work()
+    peer.socket.close()
+    CoreLoop(core, pipe).run()
+
+
+# --- process -----------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A core process and the socket to it."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "core.sock"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            listener.settimeout(60)
+            command = [sys.executable, "-m", "cierzo.engine.worker", "--socket", str(path)]
+            self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
+            self.peer = Peer(listener.accept()[0])
+
+    def exit_status(self) -> int:
+        self.process.communicate(timeout=30)
+        return self.process.returncode
+
+
+@pytest.fixture
+def core_process(tmp_path: Path) -> Iterator[Process]:
+    process = Process(tmp_path)
+    yield process
+    process.peer.socket.close()
+    process.process.kill()
+    process.process.communicate()
+
+
+def test_a_core_process_serves_ignores_ctrl_c_and_ends_with_its_front_end(core_process: Process) -> None:
+    peer = core_process.peer
+    peer.send(CONFIG, submit(1))  # the command may overtake the load
+    ready = peer.receive()
+    assert isinstance(ready, Ready)
+    assert "fake" in ready.startup
+    core_process.process.send_signal(signal.SIGINT)
+    assert sum(len(delta.token_ids) for delta in peer.deltas(1)) == 5
+    peer.socket.close()
+    assert core_process.exit_status() == 0
+
+
+def test_a_core_that_cannot_load_says_why(core_process: Process, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(CONFIG, runner="model", checkpoint=str(tmp_path / "nowhere"))
+    core_process.peer.send(config)
+    event = core_process.peer.receive()
+    assert isinstance(event, CoreError)
+    assert event.code == "checkpoint_error"
+    assert "nowhere" in event.message
+    assert core_process.peer.receive() is None
+    assert core_process.exit_status() == 1
+
+
+def test_a_config_of_another_version_is_refused(core_process: Process) -> None:
+    core_process.peer.send(SamplingParams())
+    event = core_process.peer.receive()
+    assert isinstance(event, CoreError)
+    assert core_process.exit_status() == 1
+
+
+def test_the_config_survives_the_wire() -> None:
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(CONFIG), type=EngineConfig) == CONFIG
