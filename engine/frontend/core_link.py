@@ -194,6 +194,7 @@ class CoreLink:
             raise pipe.last_error or CoreFailed("the core process ended before it was ready")
         finally:
             ended.cancel()
+            await asyncio.gather(ended, return_exceptions=True)
 
     async def _supervise(self) -> None:
         """Start the core again whenever it dies, within the limit."""
@@ -201,7 +202,7 @@ class CoreLink:
         deaths: deque[float] = deque()
         while True:
             assert self._pipe is not None
-            await self._pipe.lost
+            await asyncio.wait({self._pipe.lost})  # unlike `await`, its cancellation leaves the future alone
             error: CierzoError = self._pipe.last_error or CoreFailed("the core process died")
             self._events.core_lost()
             await self._reap()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -29,14 +30,17 @@ from cierzo.engine.messages import (
     CoreError,
     CoreStats,
     Finish,
+    Hello,
     Message,
     ModelInfo,
     Ready,
+    ServerMessage,
     Shutdown,
     StepOutput,
     Submit,
     TokenDelta,
     TokenLogprobs,
+    Welcome,
 )
 
 BOS, EOS, VOCAB = 256, 257, 300
@@ -102,6 +106,7 @@ class FakeCore(asyncio.Protocol):
             if self.hello is None:
                 self.hello = bytes(body)
                 if self.owner.silent:
+                    self.owner.news.set()
                     return
                 error = self.owner.error
                 self.say(Ready(startup="fake core") if error is None else error)
@@ -278,7 +283,7 @@ def run() -> Callable[[Coroutine[Any, Any, None]], None]:
 
 @pytest.fixture
 def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager[House]]:
-    """`async with serving(max_samples=2) as house`: keywords are FrontendConfig's, besides `cores`, `clock`, `text`."""
+    """`async with serving(max_samples=2) as house`: the keywords are FrontendConfig's, and three of our own."""
 
     @asynccontextmanager
     async def start(
@@ -338,3 +343,61 @@ def clock() -> FakeClock:
 @pytest.fixture
 def model_info() -> ModelInfo:
     return model()
+
+
+class Peer:
+    """A client that may say anything."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def raw(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    def frame(self, body: bytes) -> None:
+        self.raw(len(body).to_bytes(4, "big") + body)
+
+    def say(self, message: object) -> None:
+        self.frame(msgspec.msgpack.encode(message))
+
+    async def hear(self) -> Any:
+        """The next message, None at the end of the connection."""
+        try:
+            size = int.from_bytes(await self.reader.readexactly(4), "big")
+            return msgspec.msgpack.decode(await self.reader.readexactly(size), type=ServerMessage)
+        except (asyncio.IncompleteReadError, ConnectionResetError):
+            return None
+
+    async def hear_until(self, kind: type) -> Any:
+        """The next message of a kind; others are passed over."""
+        while not isinstance(message := await self.hear(), kind | None):
+            pass
+        return message
+
+    async def close(self) -> None:
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+
+HELLO = Hello(client="test")
+
+
+@pytest.fixture
+def peering() -> Callable[..., AbstractAsyncContextManager[Peer]]:
+    """`async with peering(house) as peer`: connected and, unless `hello=None`, welcomed."""
+
+    @asynccontextmanager
+    async def connect(house: House, hello: Hello | None = HELLO) -> AsyncIterator[Peer]:
+        host, port = house.address.split(":")
+        peer = Peer(*await asyncio.open_connection(host, int(port)))
+        try:
+            if hello is not None:
+                peer.say(hello)
+                assert isinstance(await peer.hear(), Welcome)
+            yield peer
+        finally:
+            await peer.close()
+
+    return connect
