@@ -29,7 +29,7 @@ class SequenceBlocks:
     """The blocks of one sequence, written by the manager alone.
 
     `tokens` is the owner's list of known tokens (it only ever appends); the first `num_prompt_tokens` are the
-    prompt. `digests` outlive `free`: a sequence that waits or was preempted is never hashed twice.
+    prompt. `digests` and `packed` outlive `free`: a sequence that waits or was preempted is never hashed twice.
     """
 
     tokens: list[int]
@@ -40,7 +40,8 @@ class SequenceBlocks:
     num_indexed: int = 0  # leading blocks whose content has a place in the index, in this block or in its twin
     next_index_tokens: int = 0  # computed tokens at which the next block is due for `index`
     tail_uid: int = ROOT_UID  # node of the last of them
-    digests: list[bytes] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)  # of the leading full blocks, as far as they were asked for
+    packed: list[bytes] = field(default_factory=list)  # their tokens
     refused_blocks: int = 0  # free blocks the last refused `admit` asked for; 0: none was refused
     refused_matched: int = 0  # blocks it found in the index
 
@@ -118,8 +119,7 @@ class KVCacheManager:
         if not self.prefix_caching:
             return
         for position in range(blocks.num_indexed, num_computed_tokens // self.block_tokens):
-            digest = self._digest(blocks, position)
-            content = self._content(blocks, position, blocks.tail_uid)
+            digest, content = self._identity(blocks, position, blocks.tail_uid)
             node, displaced = self._index.insert(digest, content, blocks.block_ids[position])
             if displaced is not None:
                 self._pool.discard(displaced)
@@ -156,10 +156,7 @@ class KVCacheManager:
             return matched
         parent_uid = ROOT_UID
         for position in range((len(blocks.tokens) - 1) // self.block_tokens):
-            digest = self._digest(blocks, position)
-            if digest not in self._index:
-                break
-            node = self._index.find(digest, self._content(blocks, position, parent_uid))
+            node = self._index.find(*self._identity(blocks, position, parent_uid))
             if node is None:
                 break
             matched.append(node)
@@ -175,7 +172,7 @@ class KVCacheManager:
         position = blocks.refused_matched
         if not self.prefix_caching or position >= (len(blocks.tokens) - 1) // self.block_tokens:
             return False
-        return self._digest(blocks, position) in self._index
+        return self._identity(blocks, position, ROOT_UID)[0] in self._index
 
     def _extend(self, blocks: SequenceBlocks, num_blocks: int) -> list[int]:
         new, num_evicted = self._pool.take(num_blocks)
@@ -200,20 +197,19 @@ class KVCacheManager:
         """How many of the tokens of block number `position` are prompt tokens."""
         return min(max(blocks.num_prompt_tokens - position * self.block_tokens, 0), self.block_tokens)
 
-    def _packed(self, blocks: SequenceBlocks, position: int) -> bytes:
-        start = position * self.block_tokens
-        return pack_tokens(blocks.tokens[start : start + self.block_tokens])
-
-    def _content(self, blocks: SequenceBlocks, position: int, parent_uid: int) -> BlockContent:
+    def _identity(self, blocks: SequenceBlocks, position: int, parent_uid: int) -> tuple[bytes, BlockContent]:
+        """Digest and content of full block number `position`; all before it were asked for earlier, or are now."""
+        while len(blocks.digests) <= position:
+            self._hash_next(blocks)
         num_prompt_tokens = self._prompt_tokens_in(blocks, position)
-        return BlockContent(parent_uid, self._packed(blocks, position), num_prompt_tokens, blocks.salt)
+        content = BlockContent(parent_uid, blocks.packed[position], num_prompt_tokens, blocks.salt)
+        return blocks.digests[position], content
 
-    def _digest(self, blocks: SequenceBlocks, position: int) -> bytes:
-        """Digest of full block number `position`, computed once per handle."""
-        digests = blocks.digests
-        while len(digests) <= position:
-            nth = len(digests)
-            parent = digests[-1] if digests else ROOT_DIGEST
-            num_prompt_tokens = self._prompt_tokens_in(blocks, nth)
-            digests.append(self._hasher.digest(parent, self._packed(blocks, nth), num_prompt_tokens, blocks.salt))
-        return digests[position]
+    def _hash_next(self, blocks: SequenceBlocks) -> None:
+        position = len(blocks.digests)
+        start = position * self.block_tokens
+        packed = pack_tokens(blocks.tokens[start : start + self.block_tokens])
+        parent = blocks.digests[-1] if blocks.digests else ROOT_DIGEST
+        digest = self._hasher.digest(parent, packed, self._prompt_tokens_in(blocks, position), blocks.salt)
+        blocks.digests.append(digest)
+        blocks.packed.append(packed)

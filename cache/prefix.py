@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 ROOT_UID = 0  # parent of first blocks
 
 
-@dataclass(slots=True, frozen=True)
-class BlockContent:
+class BlockContent(msgspec.Struct, frozen=True, gc=False):
     """What a full block holds. Two blocks of equal content, parent included, hold the same bits."""
 
     parent_uid: int
@@ -17,8 +16,7 @@ class BlockContent:
     salt: bytes
 
 
-@dataclass(slots=True, frozen=True)
-class PrefixNode:
+class PrefixNode(msgspec.Struct, frozen=True, eq=False, gc=False):
     """An indexed block. `uid` is never given twice, so that a node cannot be taken for a later one's parent."""
 
     uid: int
