@@ -251,7 +251,7 @@ def add_samples(traffic: Traffic, request_id: int, operation: tuple) -> None:  #
         )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(machines(), st.lists(st.one_of(ADD, ADD, ADD, STEP, STEP, ABORT), min_size=6, max_size=30))
 def test_random_traffic(traffic: Traffic, operations: list[tuple]) -> None:  # type: ignore[type-arg]
     num_requests = 0
