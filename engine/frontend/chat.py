@@ -91,9 +91,15 @@ def _for_template(message: ChatMessage) -> dict[str, Any]:
     return turn
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """As transformers does it: no escaping of HTML or of non-ASCII text."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As in transformers: unlike Jinja's own filter, it escapes neither HTML nor non-ASCII text."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> NoReturn:

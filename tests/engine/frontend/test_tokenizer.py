@@ -1,0 +1,139 @@
+"""Our reading of tokenizer.json against the tokenizers library itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from cierzo.engine.errors import CheckpointError, InvalidRequest
+from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.prompt import PromptEncoder
+from cierzo.engine.frontend.tokenizer import LONG_TEXT_CHARS, Tokenizer, load_tokenizer
+from cierzo.engine.messages import ChatMessage, Generate
+
+CORPUS = ["the quick brown fox, naïve café €5 🙂 日本語 and the lazy dog\n\tthe end  of the day"] * 3
+
+
+def _byte_level():
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    inner.train_from_iterator(CORPUS, trainer)
+    inner.add_tokens(["<two words>", "plain€"])
+    return inner
+
+
+def _sentence_piece():
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "é",
+    ]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, [("\u2581", "a")], byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.add_special_tokens(["<s>", "</s>", "<unk>"])
+    return inner
+
+
+INNERS = {"byte level": _byte_level(), "sentence piece": _sentence_piece()}
+OURS = {name: Tokenizer(inner) for name, inner in INNERS.items()}
+
+
+@pytest.mark.parametrize("kind", INNERS)
+@given(text=st.text("ab né€🙂\n the quick", max_size=30))
+def test_text_comes_back(kind, text):
+    inner, ours = INNERS[kind], OURS[kind]
+    token_ids = ours.encode(text)
+    assert token_ids == inner.encode(text).ids
+    assert ours.decode(token_ids) == inner.decode(token_ids) == text
+
+
+@given(st.lists(st.integers(0, 331), max_size=20))
+def test_any_tokens_read_as_the_library_reads_them(token_ids):
+    """Broken characters, special and added tokens included."""
+    inner, ours = INNERS["byte level"], OURS["byte level"]
+    expected = inner.decode(token_ids, skip_special_tokens=True)
+    assert ours.decode(token_ids) == expected
+    detokenizer = Detokenizer(ours)
+    assert "".join([detokenizer.push([token_id]) for token_id in token_ids]) + detokenizer.flush() == expected
+
+
+def test_long_texts_are_encoded_alike():
+    text = CORPUS[0] * (LONG_TEXT_CHARS // len(CORPUS[0]) + 1)
+    assert OURS["byte level"].encode(text) == INNERS["byte level"].encode(text).ids
+    assert OURS["byte level"].encode_rendered("<s>" + text)[0] == INNERS["byte level"].token_to_id("<s>")
+
+
+def test_a_beginning_of_text_is_put_once(tokenizer):
+    assert tokenizer.encode("ab") == [256, 97, 98]
+    assert tokenizer.encode("<s>ab") == [256, 97, 98]
+    assert tokenizer.encode_rendered("ab") == [97, 98]
+    assert tokenizer.encode("") == [256]
+
+
+def test_ids_beyond_the_vocabulary_are_no_text(tokenizer):
+    assert tokenizer.token_bytes(131_000) == b""
+    assert tokenizer.decode([256, 104, 105, 258, 257]) == "hi<two words>"
+
+
+def test_loading(tmp_path):
+    assert load_tokenizer(tmp_path) is None
+    assert PromptEncoder.load(tmp_path) == PromptEncoder(None, None)
+    INNERS["byte level"].save(str(tmp_path / "tokenizer.json"))
+    bos = INNERS["byte level"].token_to_id("<s>")
+    assert load_tokenizer(tmp_path).encode("a")[0] != bos
+    config = {"add_bos_token": True, "bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ bos_token }}x"}))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("a")[0] == bos
+    assert (loaded.bos_token, loaded.eos_token) == ("<s>", "</s>")
+    encoder = PromptEncoder.load(tmp_path)
+    message = Generate(stream=0, messages=[ChatMessage(role="user", content="Hi")])
+    assert encoder.encode(message) == [bos, *loaded.encode_rendered("x")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("tokenizer.json", "{}"), ("tokenizer_config.json", '{"bos_token": 3}')]
+)
+def test_broken_files_are_named(tmp_path, name, text):
+    INNERS["byte level"].save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError) as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.field == name
+
+
+def test_an_unknown_decoder_is_refused():
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    inner.decoder = decoders.WordPiece()
+    with pytest.raises(CheckpointError, match="unknown kind"):
+        Tokenizer(inner)
+
+
+def test_prompts_that_cannot_be_encoded(tokenizer):
+    for encoder, message, field in (
+        (PromptEncoder(), Generate(stream=0, text="x"), "text"),
+        (PromptEncoder(), Generate(stream=0, messages=[]), "messages"),
+        (PromptEncoder(tokenizer), Generate(stream=0, messages=[]), "messages"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            encoder.encode(message)
+        assert caught.value.field == field
+    assert PromptEncoder().encode(Generate(stream=0, token_ids=[5])) == [5]

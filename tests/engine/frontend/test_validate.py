@@ -1,0 +1,142 @@
+"""Every parameter's limits: the last good value passes, the first bad one is named with field, limit and value."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from msgspec.structs import replace
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend import validate
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
+
+CONFIG = FrontendConfig(max_samples=4, max_logprobs=5, max_stop_strings=2, max_stop_chars=3, max_stop_token_ids=2)
+PLAIN = Generate(stream=1, token_ids=[1, 2, 3])
+NAN, INF = math.nan, math.inf
+
+SAMPLING = {
+    "max_tokens": ([1, 10**12], [0, -1]),
+    "min_tokens": ([0, 256], [-1, 257]),
+    "temperature": ([0, 0.001, 100], [-0.1, 0.0001, 100.1, NAN, INF, -INF]),
+    "top_k": ([0, 300], [-1, 301]),
+    "top_p": ([0.01, 1], [0, -0.5, 1.01, NAN, INF]),
+    "min_p": ([0, 1], [-0.1, 1.1, NAN]),
+    "repetition_penalty": ([0.01, 100], [0, -1, 101, NAN, INF]),
+    "presence_penalty": ([-2, 2], [-2.1, 2.1, NAN]),
+    "frequency_penalty": ([-2, 2], [-2.1, 2.1, NAN, -INF]),
+    "n": ([1, 4], [0, -1, 5]),
+    "seed": ([0, 2**63 - 1, None], [-1, 2**63]),
+    "logprobs": ([0, 5, None], [-1, 6]),
+    "stop_token_ids": ([(), (0, 299)], [(300,), (-1,), (1, 2, 3)]),
+    "logit_bias": ([{}, {299: -100.0, 0: 100.0}], [{300: 1.0}, {-1: 1.0}, dict.fromkeys(range(1025), 0.0)]),
+    "stop": ([(), ("abc", "d")], [("a", "b", "c")]),
+}
+SAMPLING_CASES = [(name, value, ok) for name, (good, bad) in SAMPLING.items() for ok in (True, False) for value in
+                  (good if ok else bad)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "ok"), SAMPLING_CASES)
+def test_sampling_parameters(model_info, name, value, ok):
+    message = replace(PLAIN, sampling=SamplingParams(**{name: value}))
+    if ok:
+        validate.fields(message, CONFIG, model_info)
+        return
+    with pytest.raises(InvalidRequest) as caught:
+        validate.fields(message, CONFIG, model_info)
+    assert caught.value.field == f"sampling.{name}"
+    assert caught.value.limit is not None
+    assert caught.value.value is not None
+
+
+@pytest.mark.parametrize(
+    ("field", "sampling"),
+    [
+        ("sampling.logit_bias[7]", {"logit_bias": {7: NAN}}),
+        ("sampling.logit_bias[7]", {"logit_bias": {7: 100.5}}),
+        ("sampling.stop[1]", {"stop": ("a", "")}),
+        ("sampling.stop[0]", {"stop": ("abcd",)}),
+    ],
+)
+def test_entries_of_collections(model_info, field, sampling):
+    with pytest.raises(InvalidRequest) as caught:
+        validate.fields(replace(PLAIN, sampling=SamplingParams(**sampling)), CONFIG, model_info)
+    assert caught.value.field == field
+
+
+USER = [ChatMessage(role="user", content="Hi")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"token_ids": None}, "text"),
+        ({"text": "x"}, "token_ids"),
+        ({"messages": USER}, "token_ids"),
+        ({"token_ids": None, "messages": []}, "messages"),
+        ({"token_ids": None, "messages": [*USER, ChatMessage(role="robot")]}, "messages[1].role"),
+        ({"token_ids": None, "messages": USER, "reasoning_effort": "huge"}, "reasoning_effort"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"priority": 101}, "priority"),
+        ({"priority": -101}, "priority"),
+        ({"deadline_s": 0.0}, "deadline_s"),
+        ({"deadline_s": NAN}, "deadline_s"),
+        ({"deadline_s": INF}, "deadline_s"),
+        ({"deadline_s": 86_401.0}, "deadline_s"),
+        ({"output_token_ids": [300]}, "output_token_ids"),
+        ({"output_token_ids": [1]}, "sampling.seed"),
+        ({"output_token_ids": [1], "sampling": SamplingParams(seed=1, n=2)}, "sampling.n"),
+        ({"output_token_ids": [1, 2], "sampling": SamplingParams(seed=1, max_tokens=2)}, "output_token_ids"),
+        ({"output_token_ids": [1, 257], "sampling": SamplingParams(seed=1)}, "output_token_ids"),
+    ],
+)
+def test_the_other_fields(model_info, changes, field):
+    with pytest.raises(InvalidRequest) as caught:
+        validate.fields(replace(PLAIN, **changes), CONFIG, model_info)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"token_ids": None, "text": ""},
+        {"token_ids": None, "messages": USER, "reasoning_effort": "none"},
+        {"priority": -100, "deadline_s": 86_400.0},
+        {"output_token_ids": [1, 2], "sampling": SamplingParams(temperature=0)},
+        {"output_token_ids": [1, 257], "sampling": SamplingParams(seed=1, ignore_eos=True)},
+    ],
+)
+def test_good_requests_pass(model_info, changes):
+    validate.fields(replace(PLAIN, **changes), CONFIG, model_info)
+
+
+def test_stop_strings_need_a_tokenizer(model_info):
+    message = replace(PLAIN, sampling=SamplingParams(stop=("x",)))
+    with pytest.raises(InvalidRequest, match="tokenizer"):
+        validate.fields(message, CONFIG, replace(model_info, has_tokenizer=False))
+
+
+def test_the_request_carries_the_seed_and_what_room_there_is(model_info):
+    message = replace(PLAIN, sampling=SamplingParams(max_tokens=5000), priority=2, deadline_s=3.0)
+    submit = validate.request(message, [7] * 4000, 11, 99, model_info)
+    assert (submit.request_id, submit.sampling.seed, submit.sampling.max_tokens) == (11, 99, 96)
+    assert (submit.priority, submit.deadline_s, len(submit.prompt_token_ids)) == (2, 3.0, 4000)
+    assert validate.request(PLAIN, [7] * 4095, 1, 1, model_info).sampling.max_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompt", "limit", "value"),
+    [
+        ({}, [], "at least 1 token", "0"),
+        ({}, [1, 300], "0 to 299", "300"),
+        ({}, [-1, 5], "0 to 299", "-1"),
+        ({}, [1] * 4096, "4095", "4096"),
+        ({"output_token_ids": [1] * 10}, [1] * 4086, "4085", "4086"),
+    ],
+)
+def test_bad_prompts(model_info, changes, prompt, limit, value):
+    with pytest.raises(InvalidRequest) as caught:
+        validate.request(replace(PLAIN, **changes), prompt, 1, 1, model_info)
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("token_ids", limit, value)
