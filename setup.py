@@ -14,13 +14,14 @@ RUNTIME = [
     "jinja2>=3.1",
     "tqdm>=4.66",
 ]
-DEMO = ["gguf>=0.10"]
+DEMO = ["gguf>=0.17"]
 TEST = [
     "setuptools>=77",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
     "transformers>=5.23,<5.24",
+    "accelerate>=1.0",  # transformers refuses gguf_file= without it
     "psutil>=6",
     "ruff>=0.9",
     "mypy>=1.14",

@@ -1,0 +1,146 @@
+"""Real weights, real English: our model against transformers, which loads the original GGUF file itself.
+
+Both compute in float32. The oracle is asked for all positions of a text at once: if its most likely token after
+every prefix of (prompt + our answer) is our next token, then its own greedy answer is ours, by induction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from cierzo.cache.pool import KVPool
+from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.decoder import Decoder
+from cierzo.engine.model.inputs import ModelInputs
+from cierzo.engine.model.registry import build_model, parameter_specs
+from cierzo.engine.weights.loader import load_parameters
+from cierzo.engine.weights.reader import CheckpointReader
+from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.registry import bind
+
+DATA = Path(__file__).parent / "data"
+BLOCK_TOKENS = 16
+NUM_PROMPTS, NUM_OUTPUT_TOKENS = 20, 64
+CHUNK_TOKENS = 150
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New tokens of one sequence: its row in the block tables, the tokens, and how many stand before them."""
+
+    row: int
+    token_ids: list[int]
+    start: int
+
+
+class Ours:
+    """Our model over pages: sequence r owns the blocks r * W ... r * W + W - 1."""
+
+    def __init__(self, folder: Path, num_sequences: int, max_tokens: int) -> None:
+        bind(KernelsConfig(), "cpu")
+        config = read_model_config(folder)
+        with CheckpointReader(folder) as reader:
+            parameters = load_parameters(reader, parameter_specs(config), dtype=torch.float32, device="cpu")
+        self.model: Decoder = build_model(config, parameters, device="cpu", dtype=torch.float32)
+        self.width = -(-max_tokens // BLOCK_TOKENS)
+        num_blocks = num_sequences * self.width
+        self.tables = torch.arange(num_blocks, dtype=torch.int32).reshape(num_sequences, self.width)
+        self.pool = KVPool(config.cache_layout(BLOCK_TOKENS, "float32"), num_blocks, "cpu")
+
+    def step(self, pieces: Sequence[Piece], generated: bool) -> Tensor:
+        """Compute the pieces in one step -> logits fp32 [rows, vocab]; `generated`: in absorbed form."""
+        positions = [range(piece.start, piece.start + len(piece.token_ids)) for piece in pieces]
+        first_slot = self.width * BLOCK_TOKENS
+        segments, nothing = self._segments(pieces), self._segments([])
+        inputs = ModelInputs(
+            token_ids=torch.tensor([token for piece in pieces for token in piece.token_ids]),
+            positions=torch.tensor([position for span in positions for position in span]),
+            cache_slots=torch.tensor(
+                [p.row * first_slot + i for p, span in zip(pieces, positions, strict=True) for i in span]
+            ),
+            num_expanded=0 if generated else sum(len(piece.token_ids) for piece in pieces),
+            expanded=nothing if generated else segments,
+            absorbed=segments if generated else nothing,
+        )
+        return self.model.logits(self.model.forward(inputs, self.pool))
+
+    def _segments(self, pieces: Sequence[Piece]) -> PagedQueries:
+        lengths = [len(piece.token_ids) for piece in pieces]
+        contexts = [piece.start + len(piece.token_ids) for piece in pieces]
+        starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        return PagedQueries(
+            query_starts=torch.tensor(starts, dtype=torch.int32),
+            context_lengths=torch.tensor(contexts, dtype=torch.int32),
+            table_rows=torch.tensor([piece.row for piece in pieces], dtype=torch.int32),
+            block_tables=self.tables,
+            query_lengths=lengths,
+            contexts=contexts,
+        )
+
+    def greedy(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+        """All prompts in one step, then all sequences side by side, a token each per step."""
+        pieces = [Piece(row, prompt, 0) for row, prompt in enumerate(prompts)]
+        last = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
+        answers: list[list[int]] = [[] for _ in prompts]
+        logits = self.step(pieces, generated=False)[last]
+        for number in range(num_tokens):
+            for answer, token in zip(answers, logits.argmax(-1).tolist(), strict=True):
+                answer.append(token)
+            if number < num_tokens - 1:
+                pieces = [
+                    Piece(row, answer[-1:], len(prompt) + len(answer) - 1)
+                    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+                ]
+                logits = self.step(pieces, generated=True)
+        return answers
+
+    def score(self, token_ids: list[int]) -> Tensor:
+        """Logits [len, vocab] after every token of a prompt that is prefilled in chunks."""
+        starts = range(0, len(token_ids), CHUNK_TOKENS)
+        chunks = [Piece(0, token_ids[start : start + CHUNK_TOKENS], start) for start in starts]
+        return torch.cat([self.step([chunk], generated=False) for chunk in chunks])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Tokenizer:
+    """The demo model's."""
+    return Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+
+
+def test_greedy_answers_are_those_of_transformers(smollm2: Path, smollm2_oracle: Any, tokenizer: Tokenizer) -> None:
+    lines = (DATA / "english_prompts.txt").read_text().splitlines()
+    prompts = [tokenizer.encode(line).ids for line in lines]
+    assert len(prompts) == NUM_PROMPTS
+    longest = max(map(len, prompts)) + NUM_OUTPUT_TOKENS
+    answers = Ours(smollm2, NUM_PROMPTS, longest).greedy(prompts, NUM_OUTPUT_TOKENS)
+    for line, prompt, answer in zip(lines, prompts, answers, strict=True):
+        with torch.inference_mode():
+            scored = smollm2_oracle(torch.tensor([prompt + answer[:-1]]), logits_to_keep=NUM_OUTPUT_TOKENS)
+        assert scored.logits[0].argmax(-1).tolist() == answer, line
+
+
+def test_perplexity_of_a_longer_text_is_that_of_transformers(
+    smollm2: Path, smollm2_oracle: Any, tokenizer: Tokenizer
+) -> None:
+    tokens = tokenizer.encode((DATA / "english_text.txt").read_text()).ids
+    assert len(tokens) > 4 * CHUNK_TOKENS
+    with torch.inference_mode():
+        expected = _perplexity(smollm2_oracle(torch.tensor([tokens])).logits[0], tokens)
+    found = _perplexity(Ours(smollm2, 1, len(tokens)).score(tokens), tokens)
+    assert 5 < expected < 40  # a model of this size that reads English; a broken one is far above
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+def _perplexity(logits: Tensor, token_ids: list[int]) -> float:
+    losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(token_ids[1:]))
+    return math.exp(losses.item())
