@@ -113,7 +113,7 @@ def run(socket_path: str) -> int:
         config = _read_config(pipe)
         with _ends_with_front_end(connection):
             core = EngineCore(config)
-        pipe.send(Ready(startup=f"{config.describe()}\n{core.describe_runner()}"))
+        pipe.send(Ready(startup=core.describe_runner()))
         CoreLoop(core, pipe).run()
     except PipeClosed:
         return 0

@@ -1,0 +1,313 @@
+"""`LLM`: the engine inside the caller's process, without sockets.
+
+    llm = LLM("path/to/checkpoint", dtype="float32")
+    outs = llm.generate([[1, 2, 3], "text"], SamplingParams(max_tokens=16, temperature=0.0, logprobs=5))
+    outs[0].token_ids, outs[0].text, outs[0].finish_reason, outs[0].logprobs, outs[0].samples[0]
+
+Requests are validated, detokenized and cut at stop strings by the code that serves the RPC.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from operator import index
+from os import PathLike, fspath
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+from tqdm import tqdm
+
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.errors import ConfigError, InvalidRequest
+from cierzo.engine.frontend import validate
+from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.frontend import SEED_BITS
+from cierzo.engine.frontend.prompt import PromptEncoder
+from cierzo.engine.frontend.stream import Sample
+from cierzo.engine.launch import model_info
+from cierzo.engine.messages import (
+    Abort,
+    ChatMessage,
+    FinishReason,
+    Generate,
+    SamplingParams,
+    Submit,
+    TokenDelta,
+    TokenLogprobs,
+    Usage,
+)
+from cierzo.engine.worker.core import EngineCore
+
+Prompt = str | Sequence[int]
+PROGRESS_AFTER_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOutput:
+    """One answer. `stop` is the stop string or token id that ended it, if one did; the string is not in `text`.
+
+    `text` is empty without a tokenizer; `logprobs` is None unless asked for, else one entry per token. `message`
+    says why an answer failed.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None
+    stop: str | int | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one prompt gave: its samples, and what they cost together. `seed` repeats it."""
+
+    prompt_token_ids: list[int]
+    samples: list[SampleOutput]
+    usage: Usage
+    seed: int
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of sample 0."""
+        return self.samples[0].token_ids
+
+    @property
+    def text(self) -> str:
+        """Text of sample 0."""
+        return self.samples[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why sample 0 ended."""
+        return self.samples[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        """Log-probabilities of sample 0."""
+        return self.samples[0].logprobs
+
+
+class LLM:
+    """A checkpoint, loaded, and the engine around it. Not for use from several threads at once."""
+
+    def __init__(self, model: str | PathLike[str], **settings: Any) -> None:
+        """Load the checkpoint in folder `model`. `settings` are the fields of `EngineOptions`.
+
+        Raises ConfigError for a setting that is unknown or does not fit, CheckpointError.
+        """
+        self._config = resolve(_options(fspath(model), settings))
+        self._prompts = PromptEncoder.load(Path(self._config.checkpoint))
+        self._info = model_info(self._config, self._prompts)
+        self._core: EngineCore | None = EngineCore(self._config)
+        self._num_requests = 0
+
+    @property
+    def config(self) -> EngineConfig:
+        """The resolved settings."""
+        return self._config
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Output]:
+        """Continue each prompt (text, or token ids); one prompt alone may be given without its list.
+
+        `sampling` is for all prompts, or one each; None: the defaults. `progress` shows a bar on a terminal if it
+        takes more than two seconds. The outputs are in the order of the prompts. Raises InvalidRequest, before
+        anything runs, for a prompt or parameter that the RPC would refuse too.
+        """
+        prompts = _listed(prompts)
+        params = _each(sampling, len(prompts))
+        messages = [_message(prompt, params) for prompt, params in zip(prompts, params, strict=True)]
+        return self._run(messages, progress)
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage | Mapping[str, Any]],
+        sampling: SamplingParams | None = None,
+        *,
+        reasoning_effort: str | None = None,
+    ) -> Output:
+        """Answer a conversation, rendered by the checkpoint's chat template. Raises InvalidRequest."""
+        try:
+            turns = msgspec.convert([_builtin(turn) for turn in messages], list[ChatMessage])
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(str(error), field="messages") from error
+        params = SamplingParams() if sampling is None else sampling
+        message = Generate(stream=0, messages=turns, sampling=params, reasoning_effort=reasoning_effort)
+        return self._run([message], progress=False)[0]
+
+    def close(self) -> None:
+        """Let go of model and cache; further calls raise RuntimeError."""
+        self._core = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, messages: list[Generate], progress: bool) -> list[Output]:
+        if self._core is None:
+            raise RuntimeError("this LLM is closed")
+        run = _Run(self._core, self._config.scheduler.max_waiting)
+        for message in messages:
+            run.add(self._submit(message), self._prompts)
+        run.finish(progress)
+        return [job.output() for job in run.jobs.values()]
+
+    def _submit(self, message: Generate) -> Submit:
+        validate.fields(message, self._config.frontend, self._info)
+        token_ids = self._prompts.encode(message)
+        seed = message.sampling.seed
+        seed = secrets.randbits(SEED_BITS) if seed is None else seed
+        self._num_requests += 1
+        return validate.request(message, token_ids, self._num_requests, seed, self._info)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One prompt on its way."""
+
+    submit: Submit
+    samples: list[Sample]
+    texts: list[list[str]] = field(default_factory=list)
+    logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
+
+    def output(self) -> Output:
+        finishes = [sample.finish for sample in self.samples if sample.finish is not None]
+        usage = Usage(
+            prompt_tokens=len(self.submit.prompt_token_ids),
+            output_tokens=sum(len(sample.token_ids) for sample in self.samples),
+            cached_tokens=max(finish.cached_tokens for finish in finishes),
+        )
+        asked = self.submit.sampling.logprobs is not None
+        samples = [
+            SampleOutput(
+                token_ids=sample.token_ids,
+                text="".join(self.texts[sample.index]),
+                finish_reason=sample.reason(finish),
+                logprobs=self.logprobs[sample.index] if asked else None,
+                stop=sample.stop,
+                message=finish.message,
+            )
+            for sample, finish in zip(self.samples, finishes, strict=True)
+        ]
+        assert self.submit.sampling.seed is not None
+        return Output(self.submit.prompt_token_ids, samples, usage, self.submit.sampling.seed)
+
+
+class _Run:
+    """One call of `generate`: its requests through the core until all have ended."""
+
+    def __init__(self, core: EngineCore, max_waiting: int) -> None:
+        self.jobs: dict[int, _Job] = {}
+        self._core = core
+        self._max_waiting = max_waiting
+        self._live = 0  # sequences in the core
+
+    def add(self, submit: Submit, prompts: PromptEncoder) -> None:
+        """A validated request, to be submitted when there is room."""
+        params, tokenizer = submit.sampling, prompts.tokenizer
+        detokenizers = [
+            None if tokenizer is None else Detokenizer(tokenizer, params.stop, params.min_tokens)
+            for _ in range(params.n)
+        ]
+        samples = [Sample(index, detokenizer, []) for index, detokenizer in enumerate(detokenizers)]
+        self.jobs[submit.request_id] = _Job(submit, samples, [[] for _ in samples], [[] for _ in samples])
+
+    def finish(self, progress: bool) -> None:
+        """Step until every sample has ended. Interrupted, the core is left without them."""
+        pending = deque(self.jobs.values())
+        total = sum(len(job.samples) for job in pending)
+        disable = None if progress else True  # None: only on a terminal
+        with tqdm(total=total, unit="answer", delay=PROGRESS_AFTER_S, disable=disable) as bar:
+            try:
+                while pending or self._live:
+                    self._feed(pending)
+                    for delta in self._core.step_plain():
+                        bar.update(self._take(delta))
+            except BaseException:
+                for request_id in self.jobs:
+                    self._core.abort(Abort(request_id=request_id))
+                self._core.take_deltas()
+                raise
+
+    def _feed(self, pending: deque[_Job]) -> None:
+        """Submit what the waiting queue can hold for certain."""
+        while pending and (not self._live or self._live + len(pending[0].samples) <= self._max_waiting):
+            job = pending.popleft()
+            self._core.submit(job.submit)
+            self._live += len(job.samples)
+
+    def _take(self, delta: TokenDelta) -> int:
+        """Hand a delta to its sample: 1 if that was its last, else 0."""
+        job = self.jobs[delta.request_id]
+        sample = job.samples[delta.sample]
+        if not sample.cut:
+            _, text, logprobs = sample.take(delta)
+            job.texts[delta.sample].append(text)
+            job.logprobs[delta.sample] += logprobs or []
+            if sample.cut and delta.finish is None:
+                self._core.abort(Abort(request_id=delta.request_id, sample=delta.sample))
+        if delta.finish is None:
+            return 0
+        sample.end(delta.finish)
+        self._live -= 1
+        return 1
+
+
+def _options(model: str, settings: dict[str, Any]) -> EngineOptions:
+    known = EngineOptions.__struct_fields__
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}; known: {', '.join(known)}", field=name, limit=list(known))
+    try:
+        return msgspec.convert(msgspec.to_builtins(EngineOptions(model=model, **settings)), EngineOptions)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, from one or several."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _each(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling or SamplingParams()] * count
+    if len(sampling) != count:
+        raise InvalidRequest(
+            f"{len(sampling)} sampling parameters for {count} prompts",
+            field="sampling",
+            limit=count,
+            value=len(sampling),
+        )
+    return list(sampling)
+
+
+def _message(prompt: Prompt, sampling: SamplingParams) -> Generate:
+    """As a client would send it: types are checked where a client's are checked by decoding."""
+    try:
+        given = {"text": prompt} if isinstance(prompt, str) else {"token_ids": [index(i) for i in prompt]}
+        return msgspec.convert({"type": "generate", "stream": 0, **given, "sampling": _builtin(sampling)}, Generate)
+    except (TypeError, msgspec.ValidationError) as error:
+        raise InvalidRequest(f"not a prompt or parameter: {error}", field="prompt") from error
+
+
+def _builtin(value: Any) -> Any:
+    return msgspec.to_builtins(value) if isinstance(value, msgspec.Struct) else value

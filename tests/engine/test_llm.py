@@ -1,0 +1,187 @@
+"""`LLM` on tiny random checkpoints: the whole path from prompt to text, in one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from cierzo.engine import LLM, SamplingParams
+from cierzo.engine.errors import ConfigError, InvalidRequest
+from cierzo.engine.weights.make import make_checkpoint
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.fake import FakeRunner
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True, logprobs=3, seed=1)
+SETTINGS = {"dtype": "float32", "threads": 1, "max_model_len": 128, "kv_cache_gib": 0.02, "block_tokens": 8}
+PROMPTS = [[1, 2, 3], [7] * 30, list(range(100, 150)), [9]]
+
+
+@pytest.fixture(scope="module", params=["small4", "small3"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("llm") / request.param, like=request.param, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token id = byte, up to 255; the others have no text."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("llm") / "bytes", like="small3", dtype="float32")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    spelled = {chr(byte): byte for byte in printable}
+    spelled |= {
+        chr(256 + rank): byte for rank, byte in enumerate(byte for byte in range(256) if byte not in printable)
+    }
+    assert set(spelled) == set(alphabet)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=spelled, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def says(folder: Path, text: str) -> LLM:
+    """An engine whose every answer is `text`, byte by byte."""
+    llm = LLM(folder, runner="fake", **SETTINGS)
+    config = llm.config
+    answer = text.encode()
+    runner = FakeRunner(
+        vocab_size=config.model.vocab_size,
+        num_blocks=config.cache.num_blocks,
+        block_tokens=config.cache.block_tokens,
+        max_running=config.scheduler.max_running,
+        script=lambda key, index: answer[index % len(answer)],
+    )
+    llm._core = EngineCore(config, runner)
+    return llm
+
+
+def test_answers_are_the_same_alone_batched_chunked_and_from_the_cache(checkpoint: Path) -> None:
+    with LLM(checkpoint, prefix_caching=False, **SETTINGS) as llm:
+        alone = [llm.generate(prompt, GREEDY)[0] for prompt in PROMPTS]
+    with LLM(checkpoint, budget_tokens=8, max_running=3, **SETTINGS) as llm:
+        together = llm.generate(PROMPTS, GREEDY)
+        again = llm.generate(PROMPTS, GREEDY)
+        assert again[2].usage.cached_tokens > 0
+    for one, two, three in zip(alone, together, again, strict=True):
+        # Torch's matmul changes last bits with the number of rows, so a near tie may flip; before one, all agree.
+        for number, entry in enumerate(one.logprobs):
+            top = entry.top_logprobs
+            for other in (two, three):
+                assert entry.logprob == pytest.approx(other.logprobs[number].logprob, abs=1e-4)
+            if top[0] - top[1] < 1e-3:
+                break
+            assert one.token_ids[number] == two.token_ids[number] == three.token_ids[number]
+        assert len(one.token_ids) == 10
+        assert one.finish_reason == "length"
+
+
+def test_samples_and_seeds(checkpoint: Path) -> None:
+    params = SamplingParams(max_tokens=6, n=3, ignore_eos=True, temperature=1.0)
+    with LLM(checkpoint, **SETTINGS) as llm:
+        (first,) = llm.generate([[5, 6]], params)
+        assert len({tuple(sample.token_ids) for sample in first.samples}) == 3
+        assert first.token_ids == first.samples[0].token_ids
+        assert first.logprobs is None
+        assert first.usage.output_tokens == 18
+        other = llm.generate([[5, 6]], params)[0]
+        assert other.seed != first.seed
+
+
+def test_a_prompt_may_stand_alone_or_be_of_numpy(checkpoint: Path) -> None:
+    with LLM(checkpoint, runner="fake", **SETTINGS) as llm:
+        expected = llm.generate([[1, 2, 3]], GREEDY)[0].token_ids
+        assert llm.generate([1, 2, 3], GREEDY)[0].token_ids == expected
+        assert llm.generate(np.array([1, 2, 3]), GREEDY)[0].token_ids == expected
+        assert llm.generate([], GREEDY) == []
+        several = llm.generate([[1, 2, 3], [1, 2, 3]], [GREEDY, SamplingParams(max_tokens=2)])
+        assert [len(output.token_ids) for output in several] == [10, 2]
+
+
+def test_more_prompts_than_the_queue_holds(checkpoint: Path) -> None:
+    with LLM(checkpoint, runner="fake", max_waiting=3, max_running=2, **SETTINGS) as llm:
+        outputs = llm.generate([[i] for i in range(20)], SamplingParams(max_tokens=3, n=2, ignore_eos=True))
+        assert all(sample.finish_reason == "length" for output in outputs for sample in output.samples)
+        assert [output.prompt_token_ids for output in outputs] == [[i] for i in range(20)]
+
+
+def test_text_is_cut_at_the_token_that_completes_a_stop_string(with_tokenizer: Path) -> None:
+    with says(with_tokenizer, "über alle Berge") as llm:
+        params = SamplingParams(max_tokens=16, ignore_eos=True, logprobs=0)
+        assert llm.generate("Wohin?", params)[0].text == "über alle Berge"
+        output = llm.generate(
+            "Wohin?", SamplingParams(max_tokens=16, ignore_eos=True, logprobs=0, stop=("lle", "erg"))
+        )[0]
+        assert (output.text, output.finish_reason, output.samples[0].stop) == ("über a", "stop", "lle")
+        assert bytes(output.token_ids).decode() == "über alle"
+        assert len(output.logprobs) == len(output.token_ids)
+        assert output.usage.prompt_tokens == 6
+        llm._core.check()
+        assert not llm._core.has_work()
+
+
+def test_an_interrupted_call_leaves_nothing_behind(with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = says(with_tokenizer, "abc")
+    steps = iter(range(100))
+    plain = llm._core.step_plain
+
+    def interrupted() -> list:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        return plain()
+
+    monkeypatch.setattr(llm._core, "step_plain", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1], [2]], SamplingParams(max_tokens=50))
+    assert not llm._core.has_work()
+    assert llm.generate([[1]], SamplingParams(max_tokens=3))[0].text == "abc"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "field"),
+    [
+        ("text", {}, "text"),  # no tokenizer
+        ([], {}, "token_ids"),
+        ([1, 10**6], {}, "token_ids"),
+        ([1] * 128, {}, "token_ids"),
+        ([1.5], {}, "prompt"),
+        ([1], {"temperature": float("nan")}, "sampling.temperature"),
+        ([1], {"top_p": -1.0}, "sampling.top_p"),
+        ([1], {"max_tokens": "3"}, "prompt"),
+        ([1], {"stop": ("x",)}, "sampling.stop"),
+        ([1], {"n": 10**6}, "sampling.n"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(
+    checkpoint: Path, prompt: object, params: dict[str, object], field: str
+) -> None:
+    with LLM(checkpoint, runner="fake", **SETTINGS) as llm:
+        with pytest.raises(InvalidRequest) as caught:
+            llm.generate([[1], prompt], SamplingParams(**params))
+        assert caught.value.field == field
+        assert not llm._core.has_work()
+
+
+def test_bad_settings_and_a_closed_engine(checkpoint: Path) -> None:
+    for settings in ({"colour": "red"}, {"threads": "many"}, {"max_model_len": 0}):
+        with pytest.raises(ConfigError):
+            LLM(checkpoint, **settings)
+    llm = LLM(checkpoint, runner="fake", **SETTINGS)
+    with pytest.raises(InvalidRequest, match="2 sampling parameters for 1"):
+        llm.generate([[1]], [GREEDY, GREEDY])
+    with pytest.raises(InvalidRequest):
+        llm.chat([{"role": "user", "content": "hello"}])
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate([[1]])
+
+
+def test_the_package_is_lazy() -> None:
+    code = (
+        "import sys, cierzo.engine as e; e.SamplingParams; sys.exit('torch' in sys.modules or hasattr(e, 'nope'))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
