@@ -112,20 +112,20 @@ class Sampler:
         """
         at = np.array(slots, np.int64)
         values, token_ids = ops.peaks(logits)
-        failures = dict.fromkeys(torch.nonzero(~torch.isfinite(values)).view(-1).tolist(), NOT_FINITE)
-        reports = np.flatnonzero(self._num_logprobs[at] >= 0)
+        finite = torch.isfinite(values).cpu().numpy()
+        reports = np.flatnonzero((self._num_logprobs[at] >= 0) & finite)
         scores = ops.log_probabilities(logits[self._on_device(reports)]) if reports.size else None
         edited = self._edit(logits, slots, positions)
         if edited:
             rows = self._on_device(np.array(edited))
             token_ids[rows] = ops.peaks(logits[rows])[1]
-        random = [row for row in np.flatnonzero(self._temperature[at] > 0).tolist() if row not in failures]
-        if random:
-            self._draw(logits, token_ids, np.array(random), at, np.array(positions, np.int64))
+        random = np.flatnonzero((self._temperature[at] > 0) & finite)
+        if random.size:
+            self._draw(logits, token_ids, random, at, np.array(positions, np.int64))
         chosen: list[int] = token_ids.tolist()
         self._remember(slots, chosen)
         logprobs = None if scores is None else self._report(scores, reports, at, chosen)
-        return Sampled(chosen, logprobs, failures)
+        return Sampled(chosen, logprobs, dict.fromkeys(np.flatnonzero(~finite).tolist(), NOT_FINITE))
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
