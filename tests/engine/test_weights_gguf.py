@@ -124,6 +124,7 @@ def test_the_chat_template_and_special_tokens_are_those_of_the_file(smollm2: Pat
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
     )
+    assert isinstance(rendered, str)
     assert rendered.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert read_model_config(smollm2).eos_token_ids == (2,)
