@@ -27,7 +27,8 @@ from cierzo.engine.llm import LLM
 from cierzo.engine.messages import SamplingParams
 
 PROGRESS_AFTER_S = 2.0
-Generate = Callable[[list[list[int]]], int]  # prompts [batch][input_tokens] -> output tokens generated
+WARM_UP_TOKENS = 2  # one from a prompt, one from a decoding step
+Generate = Callable[[list[list[int]], int], int]  # prompts, tokens of each answer -> tokens generated in all
 
 
 class OfflineSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=3, metavar="N", help="rounds; the two sides alternate in each"
     )
     parser.add_argument("--input-tokens", type=int, default=64, metavar="N", help="length of a prompt, tokens")
-    parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help="length of an answer, tokens")
+    parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="length of an answer, tokens")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="weights and activations"
     )
@@ -115,7 +116,7 @@ def compare(checkpoint: str, settings: OfflineSettings) -> list[OfflineRow]:
     Raises ConfigError or CheckpointError for a folder that is no checkpoint.
     """
     vocab_size = _config(checkpoint)["vocab_size"]
-    theirs = _transformers(checkpoint, settings)
+    theirs = _transformers(checkpoint, settings.dtype)
     torch.set_num_threads(settings.threads)
     context = settings.input_tokens + settings.output_tokens
     with LLM(
@@ -126,7 +127,7 @@ def compare(checkpoint: str, settings: OfflineSettings) -> list[OfflineRow]:
         max_running=max(settings.batches),
         prefix_caching=False,
     ) as llm:
-        ours = _cierzo(llm, settings)
+        ours = _cierzo(llm)
         total = len(settings.batches) * (settings.rounds + 1)
         with tqdm(
             total=total, unit="round", desc=Path(checkpoint).name, delay=PROGRESS_AFTER_S, leave=False
@@ -147,49 +148,51 @@ def _compare_batch(
     bar: tqdm[Any],
 ) -> OfflineRow:
     rates: tuple[list[float], list[float]] = ([], [])
-    for round_number in range(settings.rounds + 1):  # round 0 warms both up and is not counted
+    for round_number in range(settings.rounds + 1):
         first = round_number * 1_000_000
         prompts = [random_prompt(first + i, settings.input_tokens, vocab_size, settings.seed) for i in range(batch)]
-        order = (0, 1) if round_number % 2 else (1, 0)  # neither side always goes first
-        for side in order:
-            rate = _tokens_per_s((ours, theirs)[side], prompts, settings.output_tokens)
-            if round_number:
-                rates[side].append(rate)
+        for side in (0, 1) if round_number % 2 else (1, 0):  # neither side always goes first
+            if round_number == 0:
+                (ours, theirs)[side](prompts, WARM_UP_TOKENS)
+            else:
+                rates[side].append(_tokens_per_s((ours, theirs)[side], prompts, settings.output_tokens))
         bar.update()
     return OfflineRow(checkpoint=checkpoint, batch=batch, ours=rates[0], theirs=rates[1])
 
 
 def _tokens_per_s(generate: Generate, prompts: list[list[int]], output_tokens: int) -> float:
     start = time.perf_counter()
-    generated = generate(prompts)
+    generated = generate(prompts, output_tokens)
     elapsed_s = time.perf_counter() - start
     if generated != len(prompts) * output_tokens:
         raise RuntimeError(f"{generated} tokens instead of {len(prompts)} x {output_tokens}: no fair comparison")
     return generated / elapsed_s
 
 
-def _cierzo(llm: LLM, settings: OfflineSettings) -> Generate:
-    sampling = SamplingParams(max_tokens=settings.output_tokens, temperature=0.0, ignore_eos=True)
-
-    def generate(prompts: list[list[int]]) -> int:
+def _cierzo(llm: LLM) -> Generate:
+    def generate(prompts: list[list[int]], output_tokens: int) -> int:
+        sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
         return sum(len(output.token_ids) for output in llm.generate(prompts, sampling))
 
     return generate
 
 
-def _transformers(checkpoint: str, settings: OfflineSettings) -> Generate:
+def _transformers(checkpoint: str, dtype: str) -> Generate:
     """The class that config.json names: transformers' own AutoModel does not map mistral4's text model."""
     import transformers
 
     model_class = getattr(transformers, _config(checkpoint)["architectures"][0])
-    model = model_class.from_pretrained(checkpoint, dtype=getattr(torch, settings.dtype)).eval()
-    length = settings.output_tokens
-    greedy = transformers.GenerationConfig(
-        max_new_tokens=length, min_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    model = model_class.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
 
     @torch.inference_mode()
-    def generate(prompts: list[list[int]]) -> int:
+    def generate(prompts: list[list[int]], output_tokens: int) -> int:
+        greedy = transformers.GenerationConfig(
+            max_new_tokens=output_tokens,
+            min_new_tokens=output_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         ids = torch.tensor(prompts)
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
         return (output.shape[1] - ids.shape[1]) * output.shape[0]
