@@ -1,0 +1,76 @@
+"""Choice of implementations, and the argument checks."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from cierzo.kernels import check, registry
+from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.registry import Implementation, KernelChoiceError, NotBoundError, bind
+
+
+def test_every_implementation_loads_and_has_a_public_operation() -> None:
+    for row in registry.IMPLEMENTATIONS:
+        assert callable(row.load()), row
+    for operation in registry.operations():
+        file = (
+            next(r.target for r in registry.IMPLEMENTATIONS if r.operation == operation)
+            .split(":")[0]
+            .split(".")[-1]
+        )
+        public = getattr(__import__(f"cierzo.kernels.ops.{file}", fromlist=["x"]), operation)
+        assert inspect.getdoc(public), operation
+
+
+def test_default_is_the_first_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    better = Implementation("rms_norm", "better", "cierzo.kernels.ref.norm:rms_norm", ("cuda",), exact=True)
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", [better, *registry.IMPLEMENTATIONS])
+    chosen = {row.operation: row.name for row in bind(KernelsConfig(), "cuda:1").chosen}
+    assert chosen["rms_norm"] == "better"
+    assert chosen["linear"] == "torch"
+    assert bind(KernelsConfig(), "cpu").chosen[0].name == "torch"
+    override = KernelsConfig(implementations={"rms_norm": "torch"})
+    assert bind(override, "cuda").chosen[0].name == "torch"
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(KernelChoiceError, match=r"unknown operation 'rms'; known: .*rms_norm, add_rms_norm"):
+        bind(KernelsConfig(implementations={"rms": "torch"}), "cpu")
+    with pytest.raises(KernelChoiceError, match=r"'rms_norm' has no implementation 'fast' on 'cpu'; known: torch"):
+        bind(KernelsConfig(implementations={"rms_norm": "fast"}), "cpu")
+    with pytest.raises(KernelChoiceError, match="no implementation for device 'tpu'"):
+        bind(KernelsConfig(), "tpu")
+
+
+def test_a_refused_choice_leaves_the_bound_ones() -> None:
+    bind(KernelsConfig(), "cpu")
+    with pytest.raises(KernelChoiceError):
+        bind(KernelsConfig(implementations={"rms_norm": "fast"}), "cpu")
+    assert callable(registry.bound.rms_norm)
+
+
+def test_an_operation_before_bind_says_so() -> None:
+    with pytest.raises(NotBoundError, match=r"'rms_norm' is not bound: call"):
+        registry.Bound().rms_norm(1)
+
+
+def test_the_table_says_where_bits_depend_on_the_batch() -> None:
+    text = bind(KernelsConfig(), "cpu").describe()
+    lines = {line.split()[0]: line for line in text.splitlines()[1:]}
+    assert set(lines) == set(registry.operations())
+    assert "bits depend on the batch" in lines["mla_decode"]
+    assert "bits depend" not in lines["write_latents"]
+
+
+def test_sizes_are_named_in_errors() -> None:
+    a, b = torch.zeros(2, 3), torch.zeros(4, 5)
+    assert check.sizes("f", a=(a, "T D"), b=(b, "* 5")) == {"T": 2, "D": 3}
+    with pytest.raises(check.ArgumentError, match=r"f: b \[N D\] needs D = 3, has shape \[4, 5\]"):
+        check.sizes("f", a=(a, "T D"), b=(b, "N D"))
+    with pytest.raises(check.ArgumentError, match=r"f: b must have 3 axes \[N D X\], has shape \[4, 5\]"):
+        check.sizes("f", b=(b, "N D X"))
+    with pytest.raises(check.ArgumentError, match="needs 6 = 6"):
+        check.sizes("f", b=(b, "N 6"))
