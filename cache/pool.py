@@ -28,7 +28,11 @@ class GqaPages:
 
 
 class KVPool:
-    """All layers' pages, allocated once. Written by the model's forward pass, at the slots its inputs name."""
+    """All layers' pages, allocated once. Written by the model's forward pass, at the slots its inputs name.
+
+    Unwritten memory holds anything: no operation may let it reach a result. So a CPU's pages cost memory only
+    once they are used.
+    """
 
     def __init__(self, layout: CacheLayout, num_blocks: int, device: torch.device | str) -> None:
         self.layout = layout
@@ -42,7 +46,7 @@ class KVPool:
         dtype = DTYPES[layout.dtype]
         rows = (num_blocks, layout.block_tokens)
         if layout.kind == "mla":
-            return MlaPages(torch.zeros(*rows, layout.latent_values, dtype=dtype, device=device))
+            return MlaPages(torch.empty(*rows, layout.latent_values, dtype=dtype, device=device))
         heads = (layout.num_kv_heads, layout.head_dim)
-        keys, values = (torch.zeros(*rows, *heads, dtype=dtype, device=device) for _ in range(2))
+        keys, values = (torch.empty(*rows, *heads, dtype=dtype, device=device) for _ in range(2))
         return GqaPages(keys, values)

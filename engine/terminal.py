@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from cierzo.engine.errors import CierzoError, CoreFailed
 from cierzo.engine.frontend.client import SyncClient
@@ -35,6 +37,7 @@ def chat(address: str, message: str | None, system: str | None, sampling: Sampli
 
 def demo(checkpoint: str, prompt: str, sampling: SamplingParams) -> int:
     """Start a server of the checkpoint, ask it one question over the RPC, stop it."""
+    signal.signal(signal.SIGTERM, _terminated)  # the server must not outlive the demo
     with tempfile.TemporaryDirectory(prefix="cierzo-demo-") as folder:
         address = f"unix:{Path(folder) / 'rpc.sock'}"
         server = subprocess.Popen(
@@ -52,6 +55,10 @@ def demo(checkpoint: str, prompt: str, sampling: SamplingParams) -> int:
                 server.kill()
                 server.wait()
     return 0
+
+
+def _terminated(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _connect(address: str, server: subprocess.Popen[bytes]) -> SyncClient:
