@@ -59,7 +59,7 @@ class QueryScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A model's architecture. `softmax_scale_override` replaces (query-key width)^-0.5 (model.md 1.3)."""
+    """A model's architecture. `softmax_scale_override` replaces (query-key width)^-0.5."""
 
     architecture: Literal["mistral4", "mistral", "llama"]
     vocab_size: int
@@ -80,7 +80,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def softmax_scale(self) -> float:
-        """What scores are multiplied by. No YaRN magnitude term: model.md 1.3 has the reasons."""
+        """What scores are multiplied by.
+
+        Without YaRN's magnitude term, whatever mscale_all_dim says: Small 4's own params.json has apply_scale
+        false, and vLLM and SGLang compute it so (vllm#57563, sglang#26203). transformers from July 2026 on and
+        llama.cpp multiply by (0.1 ln 128 + 1)^2 = 2.2 here; the override lets one compare on real weights.
+        """
         if self.softmax_scale_override is not None:
             return self.softmax_scale_override
         attention = self.attention

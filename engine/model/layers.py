@@ -96,7 +96,7 @@ class PositionTables:
 
 
 def query_scale(positions: Tensor, beta: float, original_positions: int) -> Tensor:
-    """Llama-4's factor on the query, 1 + beta ln(1 + floor(p / original_positions)) -> fp32 [T] (model.md 1.4)."""
+    """Llama-4's factor on the query, 1 + beta ln(1 + floor(p / original_positions)) -> fp32 [T]."""
     return 1.0 + beta * torch.log(1.0 + torch.floor(positions / original_positions))
 
 

@@ -1,8 +1,8 @@
 """Multi-head latent attention: prompt rows in expanded form, generated rows in absorbed form.
 
 Cached per token: [ latent after its norm (R) | rope key after its rotation, not normed (P) ]. Nothing cached
-depends on the query's scale, so a prefix is reusable at its positions. Source: DeepSeek-V2, arXiv 2405.04434;
-model.md 2 has the shapes of Small 4.
+depends on the query's scale, so a prefix is reusable at its positions. Source: DeepSeek-V2, arXiv 2405.04434.
+Small 4: 32 heads, R 256, P 64, nope 64, V 128, hence 320 cached values per token and layer.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def lm_head(hidden: Tensor, weight: Tensor) -> Tensor:
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """(silu(x gate^T) * (x up^T)) down^T -> new [T,D]. x [T,D], gate, up [F,D], down [D,F], one dtype.
 
-    The product may exceed fp16's range (model.md 1.6): no implementation may compute it in fp16.
+    With Small 4's weights the product may exceed fp16's range: no implementation may compute it in fp16.
     Source: Shazeer 2020, arXiv 2002.05202 (SwiGLU).
     """
     check.sizes("gated_mlp", x=(x, "T D"), gate=(gate, "F D"), up=(up, "F D"), down=(down, "D F"))

@@ -32,7 +32,7 @@ def route(
     groups; only the `top_groups` with the greatest sum of their two best p compete. The K greatest p win; their
     weights are p, divided by their sum if `renormalise`, times `scale`. Ties, among groups and among experts,
     go to the lower id. x [T,D]; weight [E,D] (fp32 is exact and quickest; any float dtype).
-    Source: model.md 1.5; transformers' Mistral4TopkRouter.
+    Source: transformers' Mistral4TopkRouter, which computes in the model's dtype and leaves ties open.
     """
     check.sizes("route", x=(x, "T D"), weight=(weight, "E D"))
     experts = weight.shape[0]

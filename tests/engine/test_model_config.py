@@ -25,7 +25,7 @@ YARN = {
     "llama_4_scaling_beta": 0.1,
     "partial_rotary_factor": 0.5,
 }
-SMALL4: dict[str, Any] = {  # the published text_config, by model.md 1
+SMALL4: dict[str, Any] = {  # the published text_config
     "model_type": "mistral4",
     "vocab_size": 131072,
     "hidden_size": 4096,
@@ -111,7 +111,7 @@ def test_small3(tmp_path: Path) -> None:
 
 
 def test_softmax_scale_has_no_yarn_term_in_either_form(tmp_path: Path) -> None:
-    """The published form, and the one that makes transformers agree (model.md 1.3)."""
+    """The published form, and the one that makes transformers agree."""
     published = read(tmp_path, SMALL4)
     oracle = read(tmp_path, SMALL4, rope_parameters=YARN | {"attention_factor": 1.0, "mscale_all_dim": 0.0})
     for config in (published, oracle):

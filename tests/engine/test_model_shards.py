@@ -20,7 +20,7 @@ from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.registry import bind
 
 WORLD = 2
-NAMES = ["moe_two_shared", "moe_no_q_lora", "moe_dense_first", "mistral"]
+NAMES = ["moe_two_shared", "moe_no_q_lora", "moe_dense_first", "moe_tied", "mistral"]
 
 
 def cut(whole: Tensor, spec: ParameterSpec, rank: int, world: int) -> Tensor:
@@ -145,7 +145,7 @@ def test_several_ranks_need_an_all_reduce() -> None:
 
 
 def test_query_scale_of_small4() -> None:
-    """model.md 1.4: exactly 1 up to position 8191."""
+    """Exactly 1 up to position 8191."""
     positions = torch.tensor([0, 8191, 8192, 16384, 32768, 65536, 131072, 262143, 1048575])
     expected = [1.0, 1.0, 1.069315, 1.109861, 1.160944, 1.219723, 1.283321, 1.346574, 1.485203]
     scale = query_scale(positions, 0.1, 8192)

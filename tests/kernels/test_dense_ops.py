@@ -60,7 +60,7 @@ def test_add_rms_norm(implementation: str, dtype: torch.dtype) -> None:
     close(result, wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double(), dtype)
 
 
-# model.md 1.2: Small 4's inverse frequencies
+# Small 4's inverse frequencies, as transformers and vLLM compute them
 SMALL4 = """
 1.000000e+00 7.498942e-01 5.623413e-01 4.216965e-01 3.162278e-01 2.371374e-01 1.778279e-01 1.333521e-01
 1.000000e-01 7.498942e-02 5.623413e-02 4.216965e-02 3.162278e-02 2.190385e-02 1.506835e-02 1.028190e-02
