@@ -51,7 +51,7 @@ MOE = {
 
 
 def _yarn(original_positions: int = 8192, factor: float = 128.0) -> dict[str, object]:
-    """Small 4's rope settings, in the form that makes transformers leave YaRN's magnitude out of the softmax scale."""
+    """Small 4's, in the form that makes transformers leave YaRN's magnitude out of the softmax scale."""
     return {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
