@@ -13,7 +13,8 @@ M rows of the block tables, W their width; Hq and Hk query and key-value heads, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class PagedQueries:
 
     query_starts: int32 [N+1], first row of each segment, and the end. context_lengths: int32 [N], tokens in the
     context, the segment's own included. table_rows: int32 [N], row of block_tables. block_tables: int32 [M,W].
-    query_lengths, contexts: the first two on the host, as lengths.
+    query_lengths, contexts: the first two on the host, as lengths. scratch: what an implementation derived from
+    the other fields in one layer and finds again in the next; it dies with the step.
     """
 
     query_starts: Tensor
@@ -37,6 +39,7 @@ class PagedQueries:
     block_tables: Tensor
     query_lengths: list[int]
     contexts: list[int]
+    scratch: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 def write_latents(pages: Tensor, slots: Tensor, latents: Tensor, rope_keys: Tensor) -> None:

@@ -111,11 +111,19 @@ def _by_segment(
     start = 0
     for index, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
         if length > longer_than:
-            keys, values = gather(_slots(queries, [index], [context], block_tokens)[0])
+            keys, values = gather(_segment_slots(queries, index, context, block_tokens))
             rows = slice(start, start + length)
             out[rows] = _causal(q[rows], keys, values, scale)
         start += length
     out[start:].zero_()
+
+
+def _segment_slots(queries: PagedQueries, index: int, context: int, block_tokens: int) -> Tensor:
+    """Slots of one segment's context -> int64 [c]; the same in every layer of a step."""
+    key = ("segment", index, block_tokens)
+    if key not in queries.scratch:
+        queries.scratch[key] = _slots(queries, [index], [context], block_tokens)[0]
+    return queries.scratch[key]
 
 
 def _causal(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -145,20 +153,31 @@ def _by_batch(
     out: Tensor, q: Tensor, gather: Gather, queries: PagedQueries, block_tokens: int, scale: float
 ) -> None:
     """All segments of one row, contexts of similar length together. q [T,Hk,G,dk], out [T,Hk,G,dv]."""
-    for rows, members, contexts in _similar_lengths(queries):
-        keys, values = gather(_slots(queries, members, contexts, block_tokens))  # [n,L,Hk,d]
+    for rows, slots, mask in _batches(queries, block_tokens):
+        keys, values = gather(slots)  # [n,L,Hk,d]
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        mask = None
-        if min(contexts) < max(contexts):
-            lengths = torch.tensor(contexts, device=q.device)
-            mask = (torch.arange(max(contexts), device=q.device) < lengths[:, None])[:, None, None]
         whole = len(rows) == q.shape[0]
-        batch = q if whole else q[rows]
-        result = functional.scaled_dot_product_attention(batch, keys, values, attn_mask=mask, scale=scale)
+        result = functional.scaled_dot_product_attention(
+            q if whole else q[rows], keys, values, attn_mask=mask, scale=scale
+        )
         if whole:
             out.copy_(result)
         else:
             out[rows] = result
+
+
+def _batches(queries: PagedQueries, block_tokens: int) -> list[tuple[list[int], Tensor, Tensor | None]]:
+    """(rows, slots [n,L], mask [n,1,1,L]) of the one-row segments; the same in every layer of a step."""
+    if ("batches", block_tokens) not in queries.scratch:
+        batches = []
+        for rows, members, contexts in _similar_lengths(queries):
+            mask = None
+            if min(contexts) < max(contexts):
+                positions = torch.arange(max(contexts), device=queries.block_tables.device)
+                mask = (positions < positions.new_tensor(contexts)[:, None])[:, None, None]
+            batches.append((rows, _slots(queries, members, contexts, block_tokens), mask))
+        queries.scratch["batches", block_tokens] = batches
+    return queries.scratch["batches", block_tokens]
 
 
 def _similar_lengths(queries: PagedQueries) -> list[tuple[list[int], list[int], list[int]]]:
@@ -179,11 +198,10 @@ def _similar_lengths(queries: PagedQueries) -> list[tuple[list[int], list[int], 
 def _slots(queries: PagedQueries, members: list[int], contexts: list[int], block_tokens: int) -> Tensor:
     """Slots of the members' context tokens -> int64 [n, longest]. A shorter context is padded with its own first
     token, which is valid memory; table entries beyond a sequence's blocks are not looked at."""
-    device = queries.block_tables.device
-    positions = torch.arange(max(contexts), device=device)
+    positions = torch.arange(max(contexts), device=queries.block_tables.device)
     tables = queries.block_tables[queries.table_rows[members].long(), : -(-max(contexts) // block_tokens)].long()
     if min(contexts) < max(contexts):
-        lengths = torch.tensor(contexts, device=device)[:, None]
+        lengths = positions.new_tensor(contexts)[:, None]
         padded = torch.where(positions < lengths, positions, 0)
         return tables.gather(1, padded // block_tokens) * block_tokens + padded % block_tokens
     blocks = tables[:, positions // block_tokens]
