@@ -55,6 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults are shown where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        hidden = action.default is None or isinstance(action.default, bool)
+        return action.help if hidden else super()._get_help_string(action)
+
+
 def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int] | None, text: str
 ) -> argparse.ArgumentParser:
@@ -62,7 +70,7 @@ def _command(
         name,
         help=text,
         description=text[0].upper() + text[1:] + ".",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     if run is not None:

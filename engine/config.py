@@ -57,6 +57,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 1024
     max_running: Annotated[int, Meta(description="sequences that run at once, at most")] = 256
     max_waiting: Annotated[int, Meta(description="sequences that wait, at most; further ones are refused")] = 4096
+    priority_aging_s: Annotated[
+        float, Meta(description="seconds of waiting that one level of priority is worth")
+    ] = 30.0
     softmax_scale: Annotated[
         float | None, Meta(description="attention's softmax scale; default: (query-key width)^-0.5")
     ] = None
@@ -135,6 +138,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
             max_running=min(options.max_running, options.budget_tokens),
             max_waiting=options.max_waiting,
             max_model_len=max_model_len,
+            priority_aging_s=options.priority_aging_s,
         ),
         kernels=options.kernels,
         frontend=options.frontend,
@@ -148,7 +152,7 @@ def _require(options: EngineOptions) -> None:
     for field in ("threads", "max_model_len"):
         if getattr(options, field) is not None:
             _at_least_one(field, getattr(options, field))
-    for name in ("kv_cache_gib", "softmax_scale"):
+    for name in ("kv_cache_gib", "softmax_scale", "priority_aging_s"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(
