@@ -122,6 +122,9 @@ def test_text_is_cut_at_the_token_that_completes_a_stop_string(with_tokenizer: P
         assert output.usage.prompt_tokens == 6
         llm._core.check()
         assert not llm._core.has_work()
+        before = llm._core.stats().output_tokens
+        llm.generate("Wohin?", SamplingParams(max_tokens=100, ignore_eos=True, stop=("lle",)))
+        assert llm._core.stats().output_tokens == before + 10
 
 
 def test_an_interrupted_call_leaves_nothing_behind(with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ class Peer:
     """The front end's end of a socket."""
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.settimeout(30)
+        connection.settimeout(10)
         self.socket = connection
         self._received = b""
 
@@ -147,8 +147,10 @@ def test_a_slow_front_end_holds_nothing_up_and_misses_nothing(ends: tuple[CorePi
     found: list[TokenDelta] = []
 
     def read() -> None:
-        found.extend(peer.deltas(8))
-        peer.send(Shutdown())
+        try:
+            found.extend(peer.deltas(8))
+        finally:
+            peer.send(Shutdown())
 
     reader = threading.Thread(target=read)
     reader.start()
