@@ -59,10 +59,10 @@ class EngineCore:
         self._refused: list[TokenDelta] = []
 
     def submit(self, submit: Submit) -> None:
-        """Take a request, one sequence per sample; a sample that finds the queue full ends as failed at once.
+        """Take a request, one sequence per sample.
 
-        Raises DuplicateRequest for a (request id, sample) that is alive, and ValueError for what validation should
-        have caught: no seed, an empty prompt, one longer than max_model_len.
+        A sample ends as failed at once if the queue is full, or if it is what validation should have caught: no seed,
+        an empty prompt, one longer than max_model_len. Raises DuplicateRequest for one that is alive already.
         """
         prompt, output = tuple(submit.prompt_token_ids), tuple(submit.output_token_ids)
         for sample in range(submit.first_sample, submit.first_sample + submit.sampling.n):
@@ -80,6 +80,8 @@ class EngineCore:
                 self._scheduler.add(new)
             except QueueFull as error:
                 self._refused.append(_refusal(new, f"overloaded: {error}"))
+            except ValueError as error:
+                self._refused.append(_refusal(new, f"invalid: {error}"))
 
     def abort(self, abort: Abort) -> None:
         """End a request, or one sample of it, with `reason`. Nothing happens if it has ended already."""

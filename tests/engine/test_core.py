@@ -270,6 +270,16 @@ def test_a_full_queue_refuses_sample_by_sample_and_a_duplicate_is_an_error() -> 
     assert "overloaded" in outcomes[1, 2].finish.message
 
 
+def test_what_validation_missed_fails_its_request_and_no_other() -> None:
+    core = make_core()
+    core.submit(submit(1, [1] * 40))
+    core.submit(submit(2, [1], ignore_eos=True))
+    outcomes = finish_all(core)
+    assert outcomes[1, 0].finish.reason == "failed"
+    assert outcomes[1, 0].finish.message.startswith("invalid: ")
+    assert outcomes[2, 0].finish.reason == "length"
+
+
 class Breaking(FakeRunner):
     """Raises in the given step, or reports the given failure of a request."""
 
