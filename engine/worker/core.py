@@ -61,7 +61,7 @@ class EngineCore:
     def submit(self, submit: Submit) -> None:
         """Take a request, one sequence per sample.
 
-        A sample ends as failed at once if the queue is full, or if it is what validation should have caught: no seed,
+        A sample ends as failed at once if the queue is full, and for what validation should have caught: no seed,
         an empty prompt, one longer than max_model_len. Raises DuplicateRequest for one that is alive already.
         """
         prompt, output = tuple(submit.prompt_token_ids), tuple(submit.output_token_ids)
