@@ -132,7 +132,7 @@ def _resume(message: Generate, model: ModelInfo) -> None:
             value=len(done),
         )
     ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *model.eos_token_ids)
-    if done[-1] in ends and len(done) > params.min_tokens:
+    if done[-1] in ends and len(done) >= params.min_tokens:
         raise InvalidRequest(
             "the generation has already ended: its last token stops it", field="output_token_ids", value=done[-1]
         )
