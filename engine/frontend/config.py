@@ -19,7 +19,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     Requests:
     - `max_open_samples`: answers being generated over all connections (a request with n = 4 counts as 4).
-    - `max_open_tokens`: prompt tokens of all open requests together; it bounds the memory of waiting requests.
+    - `max_open_tokens`: prompt and resumed tokens of all open requests together: bounds the memory they take.
     - `max_samples`: largest `n`.
     - `max_stop_strings`, `max_stop_chars`: number and length of stop strings, `max_stop_token_ids` of stop tokens.
     - `max_logprobs`: most alternatives reported per token.

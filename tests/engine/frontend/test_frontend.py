@@ -357,6 +357,29 @@ def test_what_ended_while_the_core_was_dead_is_not_run_again(run, serving, cores
     run(body())
 
 
+def test_samples_that_had_ended_do_not_run_again(run, serving, cores):
+    cores.free, cores.answer = False, lambda submit, sample: [65, 257, 1] if sample == 0 else [66, 67, 68]
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            generation = client.generate(token_ids=[1], n=2)
+            await cores.until(lambda: cores.now.submits)
+            cores.now.step()
+            cores.now.step()
+            await client.ping()
+            cores.now.kill()
+            await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
+            assert [(submit.first_sample, submit.sampling.n) for submit in cores.now.submits] == [(1, 1)]
+            cores.now.step()
+            got = {0: [], 1: []}
+            async for delta in generation:
+                got[delta.sample] += delta.token_ids
+            assert got == {0: [65, 257], 1: [66, 67, 68]}
+            assert [end.finish_reason for end in generation.final.samples] == ["stop", "length"]
+
+    run(body())
+
+
 def test_requests_while_the_core_loads_are_refused(run, serving, cores):
     cores.free = False
 
