@@ -201,9 +201,12 @@ class Frontend:
         """The core is gone and a new one is on its way: end what needs no core to end."""
         self.state = "loading"
         self.counters.core_restarts += 1
-        now = self._clock()
+        now, loop = self._clock(), asyncio.get_running_loop()
         for stream in list(self._streams.values()):
             self._settle(stream, now)
+            remaining_s = stream.remaining_s(now)
+            if remaining_s is not None and stream.request_id in self._streams:
+                loop.call_later(remaining_s, self._deadline_without_core, stream.request_id)
 
     def core_failed(self, error: CierzoError) -> None:
         """There will be no core any more: every open stream fails with `error`."""
@@ -343,6 +346,11 @@ class Frontend:
             self._end_here(stream, "deadline")
         elif stream.submit is not None and stream.end_cut(now):
             self._finish(stream, flush=True)
+
+    def _deadline_without_core(self, request_id: int) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None and self.state == "loading":
+            self._end_here(stream, "deadline")
 
     def _end_here(self, stream: Stream, reason: FinishReason) -> None:
         stream.end_all(reason, self._clock())

@@ -386,16 +386,17 @@ def test_requests_while_the_core_loads_are_refused(run, serving, cores):
     async def body():
         async with serving(cores=cores) as house, await Client.connect(house.address) as client:
             open_stream = client.generate(token_ids=[1], max_tokens=3)
-            await cores.until(lambda: cores.now.submits)
+            short_lived = client.generate(token_ids=[2], deadline_s=0.05)
+            await cores.until(lambda: len(cores.now.submits) == 2)
             cores.silent = True
             cores.now.kill()
             await cores.until(lambda: len(cores.lives) == 2 and cores.now.hello)
             assert (await client.health()).state == "loading"
             with pytest.raises(Overloaded, match="loading"):
                 await client.complete(token_ids=[1])
-            cancelled = open_stream
-            cancelled.cancel()  # there is no core to ask
-            assert (await _all(cancelled))[2].samples[0].finish_reason == "cancelled"
+            open_stream.cancel()  # there is no core to ask
+            assert (await _all(open_stream))[2].samples[0].finish_reason == "cancelled"
+            assert (await _all(short_lived))[2].samples[0].finish_reason == "deadline"
 
     run(body())
 
