@@ -141,7 +141,9 @@ def resolve(options: EngineOptions) -> EngineConfig:
             priority_aging_s=options.priority_aging_s,
         ),
         kernels=options.kernels,
-        frontend=options.frontend,
+        frontend=msgspec.structs.replace(  # what the front end admits, the core's queue must take
+            options.frontend, max_open_samples=min(options.frontend.max_open_samples, options.max_waiting)
+        ),
     )
 
 
