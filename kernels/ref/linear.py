@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
+
+PAIRED_ROW_WIDTH = 1280
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """See ops/linear.py."""
+    if x.shape[0] == 1 and x.dtype is torch.bfloat16 and x.shape[1] >= PAIRED_ROW_WIDTH and not x.is_cuda:
+        # torch 2.13 on the CPU reads bf16 weights 6 to 14 % faster for two rows than for one, from this width on
+        return functional.linear(x.expand(2, -1), weight)[:1]
     return functional.linear(x, weight)
 
 
 def lm_head(hidden: Tensor, weight: Tensor) -> Tensor:
     """See ops/linear.py."""
-    return functional.linear(hidden, weight).float()
+    return linear(hidden, weight).float()
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """See ops/linear.py."""
-    activation = functional.silu(functional.linear(x, gate), inplace=True)
-    return functional.linear(activation.mul_(functional.linear(x, up)), down)
+    activation = functional.silu(linear(x, gate), inplace=True)
+    return linear(activation.mul_(linear(x, up)), down)
