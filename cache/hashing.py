@@ -5,13 +5,16 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from struct import Struct
 
 DIGEST_BYTES = 16
+TOKEN_BYTES = array("I").itemsize
 ROOT_DIGEST = bytes(DIGEST_BYTES)  # the parent of a sequence's first block
+_HEAD = Struct("<II")  # prompt tokens in the block, bytes of salt
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
-    """Token ids as consecutive native 32-bit words: what is hashed, and what a hit is compared with."""
+    """Token ids as consecutive native words of TOKEN_BYTES (4): what is hashed, and what a hit is compared with."""
     return array("I", token_ids).tobytes()
 
 
@@ -22,8 +25,7 @@ class BlockHasher:
     """
 
     def __init__(self, key: bytes) -> None:
-        self._key = key
-        blake2b(key=key, digest_size=DIGEST_BYTES)  # refuses a key that is too long, now
+        self._keyed = blake2b(key=key, digest_size=DIGEST_BYTES)  # refuses a key that is too long, now
 
     def digest(self, parent: bytes, packed: bytes, num_prompt_tokens: int, salt: bytes) -> bytes:
         """Digest of a full block.
@@ -33,5 +35,7 @@ class BlockHasher:
         tokens in the other form are another block. `salt` separates sequences that must not share.
         """
         # Every field but the last has a fixed width, or a length before it: no two inputs spell the same bytes.
-        head = num_prompt_tokens.to_bytes(4, "little") + len(salt).to_bytes(4, "little") + salt
-        return blake2b(parent + head + packed, digest_size=DIGEST_BYTES, key=self._key).digest()
+        head = _HEAD.pack(num_prompt_tokens, len(salt))
+        state = self._keyed.copy()  # has the key's block behind it, half of the work
+        state.update(parent + head + salt + packed)
+        return state.digest()

@@ -20,8 +20,10 @@ import msgspec
 
 from cierzo.cache.block_pool import BlockPool
 from cierzo.cache.config import CacheConfig
-from cierzo.cache.hashing import ROOT_DIGEST, BlockHasher, pack_tokens
+from cierzo.cache.hashing import ROOT_DIGEST, TOKEN_BYTES, BlockHasher, pack_tokens
 from cierzo.cache.prefix import ROOT_UID, BlockContent, PrefixIndex, PrefixNode
+
+HASHED_AT_ONCE = 64  # blocks, if so many are full: a lookup may stop at the first
 
 
 @dataclass(slots=True, eq=False)
@@ -29,7 +31,7 @@ class SequenceBlocks:
     """The blocks of one sequence, written by the manager alone.
 
     `tokens` is the owner's list of known tokens (it only ever appends); the first `num_prompt_tokens` are the
-    prompt. `digests` and `packed` outlive `free`: a sequence that waits or was preempted is never hashed twice.
+    prompt. `contents` outlives `free`: a sequence that waits or was preempted is never hashed twice.
     """
 
     tokens: list[int]
@@ -40,8 +42,7 @@ class SequenceBlocks:
     num_indexed: int = 0  # leading blocks whose content has a place in the index, in this block or in its twin
     next_index_tokens: int = 0  # computed tokens at which the next block is due for `index`
     tail_uid: int = ROOT_UID  # node of the last of them
-    digests: list[bytes] = field(default_factory=list)  # of the leading full blocks, as far as they were asked for
-    packed: list[bytes] = field(default_factory=list)  # their tokens
+    contents: list[BlockContent] = field(default_factory=list)  # of the leading full blocks, as far as asked for
     refused_blocks: int = 0  # free blocks the last refused `admit` asked for; 0: none was refused
     refused_matched: int = 0  # blocks it found in the index
 
@@ -119,8 +120,8 @@ class KVCacheManager:
         if not self.prefix_caching:
             return
         for position in range(blocks.num_indexed, num_computed_tokens // self.block_tokens):
-            digest, content = self._identity(blocks, position, blocks.tail_uid)
-            node, displaced = self._index.insert(digest, content, blocks.block_ids[position])
+            content = self._content(blocks, position)
+            node, displaced = self._index.insert(blocks.tail_uid, content, blocks.block_ids[position])
             if displaced is not None:
                 self._pool.discard(displaced)
             self._advance(blocks, position + 1, node.uid)
@@ -142,7 +143,7 @@ class KVCacheManager:
             held = blocks.block_ids
             assert len(set(held)) == len(held), f"a sequence holds a block twice: {held}"
             assert blocks.capacity_tokens == len(held) * self.block_tokens, blocks
-            assert blocks.num_indexed <= min(len(held), len(blocks.digests)), blocks
+            assert blocks.num_indexed <= min(len(held), len(blocks.contents)), blocks
             references.update(held)
         expected = [references[block_id] for block_id in range(self.num_blocks)]
         self._pool.check(expected, self._index.indexed_blocks())
@@ -156,7 +157,7 @@ class KVCacheManager:
             return matched
         parent_uid = ROOT_UID
         for position in range((len(blocks.tokens) - 1) // self.block_tokens):
-            node = self._index.find(*self._identity(blocks, position, parent_uid))
+            node = self._index.find(parent_uid, self._content(blocks, position))
             if node is None:
                 break
             matched.append(node)
@@ -172,7 +173,7 @@ class KVCacheManager:
         position = blocks.refused_matched
         if not self.prefix_caching or position >= (len(blocks.tokens) - 1) // self.block_tokens:
             return False
-        return self._identity(blocks, position, ROOT_UID)[0] in self._index
+        return self._content(blocks, position).digest in self._index
 
     def _extend(self, blocks: SequenceBlocks, num_blocks: int) -> list[int]:
         new, num_evicted = self._pool.take(num_blocks)
@@ -193,23 +194,22 @@ class KVCacheManager:
         blocks.tail_uid = tail_uid
         blocks.next_index_tokens = (num_indexed + 1) * self.block_tokens if self.prefix_caching else sys.maxsize
 
-    def _prompt_tokens_in(self, blocks: SequenceBlocks, position: int) -> int:
-        """How many of the tokens of block number `position` are prompt tokens."""
-        return min(max(blocks.num_prompt_tokens - position * self.block_tokens, 0), self.block_tokens)
+    def _content(self, blocks: SequenceBlocks, position: int) -> BlockContent:
+        """Of full block number `position`."""
+        if len(blocks.contents) <= position:
+            num_full = len(blocks.tokens) // self.block_tokens
+            self._hash_until(blocks, min(position + HASHED_AT_ONCE, num_full))
+        return blocks.contents[position]
 
-    def _identity(self, blocks: SequenceBlocks, position: int, parent_uid: int) -> tuple[bytes, BlockContent]:
-        """Digest and content of full block number `position`; all before it were asked for earlier, or are now."""
-        while len(blocks.digests) <= position:
-            self._hash_next(blocks)
-        num_prompt_tokens = self._prompt_tokens_in(blocks, position)
-        content = BlockContent(parent_uid, blocks.packed[position], num_prompt_tokens, blocks.salt)
-        return blocks.digests[position], content
-
-    def _hash_next(self, blocks: SequenceBlocks) -> None:
-        position = len(blocks.digests)
-        start = position * self.block_tokens
-        packed = pack_tokens(blocks.tokens[start : start + self.block_tokens])
-        parent = blocks.digests[-1] if blocks.digests else ROOT_DIGEST
-        digest = self._hasher.digest(parent, packed, self._prompt_tokens_in(blocks, position), blocks.salt)
-        blocks.digests.append(digest)
-        blocks.packed.append(packed)
+    def _hash_until(self, blocks: SequenceBlocks, num_blocks: int) -> None:
+        """Pack and hash the leading `num_blocks` full blocks, as far as they are not yet."""
+        size, contents = self.block_tokens, blocks.contents
+        start = len(contents) * size
+        packed = pack_tokens(blocks.tokens[start : num_blocks * size])
+        digest = contents[-1].digest if contents else ROOT_DIGEST
+        for offset in range(0, len(packed), size * TOKEN_BYTES):
+            block = packed[offset : offset + size * TOKEN_BYTES]
+            num_prompt_tokens = min(max(blocks.num_prompt_tokens - start, 0), size)
+            digest = self._hasher.digest(digest, block, num_prompt_tokens, blocks.salt)
+            contents.append(BlockContent(digest, block, num_prompt_tokens, blocks.salt))
+            start += size

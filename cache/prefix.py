@@ -8,9 +8,9 @@ ROOT_UID = 0  # parent of first blocks
 
 
 class BlockContent(msgspec.Struct, frozen=True, gc=False):
-    """What a full block holds. Two blocks of equal content, parent included, hold the same bits."""
+    """What a full block holds. Two blocks of equal content behind the same parent hold the same bits."""
 
-    parent_uid: int
+    digest: bytes
     packed: bytes
     num_prompt_tokens: int
     salt: bytes
@@ -20,9 +20,13 @@ class PrefixNode(msgspec.Struct, frozen=True, eq=False, gc=False):
     """An indexed block. `uid` is never given twice, so that a node cannot be taken for a later one's parent."""
 
     uid: int
+    parent_uid: int
     block_id: int
-    digest: bytes
     content: BlockContent
+
+    def is_of(self, parent_uid: int, content: BlockContent) -> bool:
+        """Whether it stands for this content behind this parent."""
+        return self.parent_uid == parent_uid and self.content == content
 
 
 class PrefixIndex:
@@ -49,26 +53,26 @@ class PrefixIndex:
         """Whether the block is indexed."""
         return self._by_block[block_id] is not None
 
-    def find(self, digest: bytes, content: BlockContent) -> PrefixNode | None:
-        """The node of exactly this content, or None."""
-        node = self._by_digest.get(digest)
-        return node if node is not None and node.content == content else None
+    def find(self, parent_uid: int, content: BlockContent) -> PrefixNode | None:
+        """The node of exactly this content behind this parent, or None."""
+        node = self._by_digest.get(content.digest)
+        return node if node is not None and node.is_of(parent_uid, content) else None
 
-    def insert(self, digest: bytes, content: BlockContent, block_id: int) -> tuple[PrefixNode, int | None]:
+    def insert(self, parent_uid: int, content: BlockContent, block_id: int) -> tuple[PrefixNode, int | None]:
         """Index a block that is not indexed yet: (the content's node, the block that lost its place or None).
 
-        If another block with this content is indexed already, its node is returned and `block_id` stays
-        outside. A different content under the same digest gives way.
+        If another block with this content and parent is indexed already, its node is returned and `block_id` stays
+        outside. A different one under the same digest gives way.
         """
         assert self._by_block[block_id] is None, f"block {block_id} is indexed already"
-        old = self._by_digest.get(digest)
-        if old is not None and old.content == content:
+        old = self._by_digest.get(content.digest)
+        if old is not None and old.is_of(parent_uid, content):
             return old, None
         if old is not None:
             self._by_block[old.block_id] = None
         self._last_uid += 1
-        node = PrefixNode(self._last_uid, block_id, digest, content)
-        self._by_digest[digest] = node
+        node = PrefixNode(self._last_uid, parent_uid, block_id, content)
+        self._by_digest[content.digest] = node
         self._by_block[block_id] = node
         return node, None if old is None else old.block_id
 
@@ -77,7 +81,7 @@ class PrefixIndex:
         node = self._by_block[block_id]
         assert node is not None, f"block {block_id} is not indexed"
         self._by_block[block_id] = None
-        del self._by_digest[node.digest]
+        del self._by_digest[node.content.digest]
 
     def indexed_blocks(self) -> set[int]:
         """Ids of all indexed blocks, after asserting that both directions of the index agree."""
@@ -85,5 +89,5 @@ class PrefixIndex:
         by_digest = {node.block_id: node for node in self._by_digest.values()}
         assert by_block == by_digest, f"the index disagrees with itself: {by_block} against {by_digest}"
         assert all(self._by_block[block_id] is node for block_id, node in by_block.items())
-        assert all(self._by_digest[node.digest] is node for node in by_block.values())
+        assert all(self._by_digest[node.content.digest] is node for node in by_block.values())
         return set(by_block)
