@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral
 from operator import index
@@ -124,12 +125,14 @@ class LLM:
 
         `sampling` is for all prompts, or one each; None: the defaults. `progress` shows a bar on a terminal if it
         takes more than two seconds. The outputs are in the order of the prompts. Raises InvalidRequest, before
-        anything runs, for a prompt or parameter that the RPC would refuse too.
+        anything runs, for a prompt or parameter that the RPC would refuse too: the message says which prompt's.
         """
         prompts = _listed(prompts)
-        params = _each(sampling, len(prompts))
-        messages = [_message(prompt, params) for prompt, params in zip(prompts, params, strict=True)]
-        return self._run(messages, progress)
+        submits = []
+        for number, (prompt, params) in enumerate(zip(prompts, _each(sampling, len(prompts)), strict=True)):
+            with _naming_prompt(number, len(prompts)):
+                submits.append(self._submit(_message(prompt, params)))
+        return self._run(submits, progress)
 
     def chat(
         self,
@@ -145,7 +148,7 @@ class LLM:
             raise InvalidRequest(str(error), field="messages") from error
         params = SamplingParams() if sampling is None else sampling
         message = Generate(stream=0, messages=turns, sampling=params, reasoning_effort=reasoning_effort)
-        return self._run([message], progress=False)[0]
+        return self._run([self._submit(message)], progress=False)[0]
 
     def close(self) -> None:
         """Let go of model and cache; further calls raise RuntimeError."""
@@ -159,12 +162,12 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _run(self, messages: list[Generate], progress: bool) -> list[Output]:
+    def _run(self, submits: list[Submit], progress: bool) -> list[Output]:
         if self._core is None:
             raise RuntimeError("this LLM is closed")
         run = _Run(self._core, self._config.scheduler.max_waiting)
-        for message in messages:
-            run.add(self._submit(message), self._prompts)
+        for submit in submits:
+            run.add(submit, self._prompts)
         run.finish(progress)
         return [job.output() for job in run.jobs.values()]
 
@@ -229,7 +232,7 @@ class _Run:
         self.jobs[submit.request_id] = _Job(submit, samples, [[] for _ in samples], [[] for _ in samples])
 
     def finish(self, progress: bool) -> None:
-        """Step until every sample has ended. Interrupted, the core is left without them."""
+        """Step until every sample has ended. Interrupted, wherever that was, the core is left as good as new."""
         pending = deque(self.jobs.values())
         total = sum(len(job.samples) for job in pending)
         disable = None if progress else True  # None: only on a terminal
@@ -240,9 +243,7 @@ class _Run:
                     for delta in self._core.step_plain():
                         bar.update(self._take(delta))
             except BaseException:
-                for request_id in self.jobs:
-                    self._core.abort(Abort(request_id=request_id))
-                self._core.take_deltas()
+                self._core.reset()
                 raise
 
     def _feed(self, pending: deque[_Job]) -> None:
@@ -267,6 +268,18 @@ class _Run:
         sample.end(delta.finish)
         self._live -= 1
         return 1
+
+
+@contextmanager
+def _naming_prompt(number: int, count: int) -> Iterator[None]:
+    """Of several prompts, say which one was refused."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if count == 1:
+            raise
+        message = f"prompt {number}: {error.message}"
+        raise InvalidRequest(message, field=error.field, limit=error.limit, value=error.value) from error
 
 
 def _options(model: str, settings: dict[str, Any]) -> EngineOptions:

@@ -46,9 +46,9 @@ class EngineCore:
     ) -> None:
         """Loads the model unless a `runner` is given. Raises CheckpointError, ConfigError."""
         limits = config.scheduler
-        self._eos_token_ids = config.model.eos_token_ids
-        self._cache = KVCacheManager(config.cache)
-        self._scheduler = Scheduler(limits, self._cache, clock)
+        self._config = config
+        self._clock = clock
+        self.reset()
         self._builder = BatchBuilder(
             max_tokens=limits.budget_tokens,
             max_running=limits.max_running,
@@ -56,6 +56,14 @@ class EngineCore:
             block_tokens=config.cache.block_tokens,
         )
         self._runner = make_runner(config) if runner is None else runner
+
+    def reset(self) -> None:
+        """Forget every request, without a word, and the prefix cache; the model stays loaded.
+
+        For a caller who was interrupted within a call: scheduler and cache may then disagree with each other.
+        """
+        self._cache = KVCacheManager(self._config.cache)
+        self._scheduler = Scheduler(self._config.scheduler, self._cache, self._clock)
         self._refused: list[TokenDelta] = []
 
     def submit(self, submit: Submit) -> None:
@@ -72,7 +80,7 @@ class EngineCore:
                 prompt_token_ids=prompt,
                 output_token_ids=output,
                 sampling=submit.sampling,
-                eos_token_ids=self._eos_token_ids,
+                eos_token_ids=self._config.model.eos_token_ids,
                 priority=submit.priority,
                 deadline_s=submit.deadline_s,
             )

@@ -109,12 +109,7 @@ class FakeRunner:
         words = (
             self._read_last(batch, slots, contexts) if self._reads == "last" else self._read(batch, slots, contexts)
         )
-        mixed = mix(words ^ self._seeds[slots] ^ mix(contexts.astype(np.uint64)))
-        tokens: list[int] = (mixed % self._vocab_size).astype(np.int64).tolist()
-        if self._script is not None:
-            sampling = [plan.seqs[index] for index in batch.sample_seqs]
-            tokens = [self._script(seq.key, _output_index(seq)) for seq in sampling]
-        self._result = self._results(plan, batch, tokens)
+        self._result = self._choose(plan, batch, mix(words ^ self._seeds[slots] ^ mix(contexts.astype(np.uint64))))
 
     def collect(self) -> StepResult:
         """The result of the step launched last."""
@@ -163,7 +158,12 @@ class FakeRunner:
             sums[row] = (words * (mix(np.arange(context, dtype=np.uint64)) | _ONE)).sum()
         return sums
 
-    def _results(self, plan: StepPlan, batch: Batch, tokens: list[int]) -> StepResult:
+    def _choose(self, plan: StepPlan, batch: Batch, words: Words) -> StepResult:
+        """The step's result; `words` holds one for each row that samples, made of all that its token depends on."""
+        tokens: list[int] = (words % self._vocab_size).astype(np.int64).tolist()
+        if self._script is not None:
+            sampling = [plan.seqs[index] for index in batch.sample_seqs]
+            tokens = [self._script(seq.key, _output_index(seq)) for seq in sampling]
         token_ids: list[list[int]] = [[] for _ in plan.seqs]
         logprobs: list[list[TokenLogprobs] | None] | None = None
         for index, token in zip(batch.sample_seqs, tokens, strict=True):

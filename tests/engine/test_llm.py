@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -144,6 +148,43 @@ def test_an_interrupted_call_leaves_nothing_behind(with_tokenizer: Path, monkeyp
     assert llm.generate([[1]], SamplingParams(max_tokens=3))[0].text == "abc"
 
 
+def test_an_interruption_at_any_line_leaves_a_usable_engine(with_tokenizer: Path) -> None:
+    """Ctrl-C comes between two lines of the scheduler as well, where its books do not balance."""
+    llm = LLM(with_tokenizer, runner="fake", **(SETTINGS | {"kv_cache_gib": 0.002, "max_running": 4}))
+    prompts, params = [[i, *([5] * 20)] for i in range(6)], SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
+    expected = [output.token_ids for output in llm.generate(prompts, params)]
+    rng = random.Random(0)
+    for _ in range(40):
+        with pytest.raises(KeyboardInterrupt), interruption_after(rng.randrange(4000)):
+            llm.generate(prompts, params)
+        llm._core.check()
+        assert not llm._core.has_work()
+        assert [output.token_ids for output in llm.generate(prompts, params)] == expected
+
+
+@contextmanager
+def interruption_after(lines: int) -> Iterator[None]:
+    """Raise KeyboardInterrupt before some line of scheduler or cache."""
+    left = lines
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal left
+        if "/scheduler/" not in frame.f_code.co_filename and "/cache/" not in frame.f_code.co_filename:
+            return None
+        left -= event == "line"
+        if left < 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "field"),
     [
@@ -166,6 +207,10 @@ def test_bad_requests_are_refused_before_anything_runs(
         with pytest.raises(InvalidRequest) as caught:
             llm.generate([[1], prompt], SamplingParams(**params))
         assert caught.value.field == field
+        assert caught.value.message.startswith("prompt 0: " if params else "prompt 1: ")
+        with pytest.raises(InvalidRequest) as caught:
+            llm.generate([prompt], SamplingParams(**params))
+        assert not caught.value.message.startswith("prompt ")
         assert not llm._core.has_work()
 
 
