@@ -48,12 +48,12 @@ class Block:
 
 def outer_specs(config: ModelConfig) -> Specs:
     """What every model has around its layers' attention and MLP, named as transformers names it."""
-    table = (config.vocab_size, config.hidden_size)
+    table, tied = (config.vocab_size, config.hidden_size), config.tie_word_embeddings
     specs = {
-        "model.embed_tokens.weight": ParameterSpec(table),
+        "model.embed_tokens.weight": ParameterSpec(table, twin="lm_head.weight" if tied else None),
         "model.norm.weight": ParameterSpec((config.hidden_size,)),
     }
-    if not config.tie_word_embeddings:
+    if not tied:
         specs["lm_head.weight"] = ParameterSpec(table, shard_axis=0)
     for layer in range(config.num_layers):
         for name in ("input_layernorm", "post_attention_layernorm"):

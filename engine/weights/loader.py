@@ -28,11 +28,14 @@ class ParameterSpec:
     shard_axis: the axis cut into `world` equal slices; None: every rank holds the whole.
     sections: how many equal sections the shard axis consists of, each cut on its own (2 for a fused gate_up,
         so that a rank gets its slice of the gate and its slice of the up projection, in this order).
+    twin: a parameter that is this one by definition (the head, where embeddings are tied). Checkpoints rarely store
+        it; one that does must store the same values.
     """
 
     shape: tuple[int, ...]
     shard_axis: int | None = None
     sections: int = 1
+    twin: str | None = None
 
 
 def load_parameters(
@@ -54,10 +57,12 @@ def load_parameters(
 
     progress: called with (bytes done, bytes in all) after each parameter.
     Raises CheckpointError naming the tensor, and what was expected and found, when one is missing, left over, of
-    another shape or of no floating-point dtype; ValueError when a shape does not divide among `world` ranks.
+    another shape or of no floating-point dtype, or differs from its twin; ValueError when a shape does not divide
+    among `world` ranks.
     """
     mapped = map_names(reader.tensors)
     _check_complete(reader.tensors, specs, mapped)
+    _check_twins(reader, specs, mapped)
     if mapped.vision:
         _log.info("%s: %d vision tensors skipped: text only", reader.folder, len(mapped.vision))
     total_bytes = sum(_stored_bytes(reader, name, mapped) for name in specs)
@@ -109,12 +114,31 @@ def _check_complete(tensors: Mapping[str, TensorInfo], specs: Mapping[str, Param
         else:
             _check_experts(tensors, name, spec.shape, mapped.experts[name])
             used.update(mapped.experts[name].values())
+    used.update(mapped.whole[twin] for twin in _stored_twins(specs, mapped).values())
     used.update(mapped.vision, mapped.ignored)
     left_over = [name for name in tensors if name not in used]
     if left_over:
         raise CheckpointError(
             f"tensor {left_over[0]} has no place in this model{_others(left_over)}", field=left_over[0]
         )
+
+
+def _stored_twins(specs: Mapping[str, ParameterSpec], mapped: NameMap) -> dict[str, str]:
+    """Parameter -> its twin, where the checkpoint has one."""
+    return {name: spec.twin for name, spec in specs.items() if spec.twin is not None and spec.twin in mapped.whole}
+
+
+def _check_twins(reader: CheckpointReader, specs: Mapping[str, ParameterSpec], mapped: NameMap) -> None:
+    """A twin with values of its own contradicts the config: whichever were used could be the wrong one."""
+    for name, twin in _stored_twins(specs, mapped).items():
+        _check_tensor(reader.tensors[mapped.whole[twin]], specs[name].shape)
+        tensor = reader.read(mapped.whole[name])
+        if not torch.equal(tensor, reader.read(mapped.whole[twin]).to(tensor.dtype)):
+            raise CheckpointError(
+                f"tensors {mapped.whole[twin]} and {mapped.whole[name]} differ, but the config ties them "
+                "(tie_word_embeddings)",
+                field=mapped.whole[twin],
+            )
 
 
 def _check_tensor(info: TensorInfo, shape: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ from cierzo.kernels.ops import sampling as ops
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import Admission, TokenLogprobs
 
-NOT_FINITE = "the model's logits are not finite (NaN or infinity)"
+NOT_FINITE = "the model's logits are not finite (NaN or infinity), or min_tokens leaves no token to choose"
 
 
 class TokenHistory:
@@ -118,7 +118,8 @@ class Sampler:
         edited = self._edit(logits, slots, positions)
         if edited:
             rows = self._on_device(np.array(edited))
-            token_ids[rows] = ops.peaks(logits[rows])[1]
+            values[rows], token_ids[rows] = ops.peaks(logits[rows])
+            finite &= torch.isfinite(values).cpu().numpy()
         random = np.flatnonzero((self._temperature[at] > 0) & finite)
         if random.size:
             self._draw(logits, token_ids, random, at, np.array(positions, np.int64))

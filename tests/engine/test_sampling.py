@@ -218,6 +218,20 @@ def test_logits_that_are_not_finite_fail_their_request_alone() -> None:
         assert answers[0, 0].tokens == directly(requests[0], 0)[0]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_leaves_itself_no_token_fails_alone(temperature: float) -> None:
+    """Every token stops, and none may before min_tokens; possible with a small vocabulary."""
+    base = {"max_tokens": 5, "temperature": temperature, "seed": 1, "logprobs": 1}
+    nothing = SamplingParams(**base, stop_token_ids=tuple(range(VOCAB)), min_tokens=3)
+    requests = [
+        Submit(request_id=0, prompt_token_ids=[4], sampling=SamplingParams(**base)),
+        Submit(request_id=1, prompt_token_ids=[4], sampling=nothing),
+    ]
+    answers = run(requests)
+    assert (answers[1, 0].finish.reason, answers[1, 0].finish.message) == ("failed", NOT_FINITE)
+    assert answers[0, 0].tokens == directly(requests[0], 0)[0]
+
+
 def test_only_rows_that_sample_reach_the_logits() -> None:
     model = TableModel()
     request = Submit(

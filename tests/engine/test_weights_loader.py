@@ -208,6 +208,23 @@ def test_tied_embeddings_have_no_head_to_load(tmp_path: Path) -> None:
         load(checkpoint(tmp_path, stored), specs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tied_embeddings_may_be_stored_twice_but_must_agree(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Many checkpoints out there keep the head beside the embeddings that it is tied to."""
+    stored, name = tensors(), "model.embed_tokens.weight"
+    specs = {key: spec for key, spec in SPECS.items() if key != "lm_head.weight"}
+    specs[name] = ParameterSpec(SPECS[name].shape, twin="lm_head.weight")
+    expected = {key: stored[key] for key in specs}
+    stored["lm_head.weight"] = stored[name].clone().to(dtype)
+    assert_same(load(checkpoint(tmp_path, stored), specs), expected)
+    stored["lm_head.weight"][9, 7] += 1
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ"):
+        load(checkpoint(tmp_path, stored), specs)
+    stored["lm_head.weight"] = torch.ones(9, HIDDEN)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: shape \[9, 8\], expected \[10, 8\]"):
+        load(checkpoint(tmp_path, stored), specs)
+
+
 def test_progress_counts_bytes_to_the_end(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     stored = tensors()
