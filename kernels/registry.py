@@ -24,6 +24,7 @@ One process computes on one kind of device, hence one table per process; `bind` 
 from __future__ import annotations
 
 import importlib
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -97,11 +98,14 @@ class BoundTable:
     chosen: tuple[Implementation, ...]
 
     def describe(self) -> str:
-        """A small text table: each operation's implementation, and where bits depend on the batch."""
-        lines = [f"kernels on {self.device}"]
+        """The operations of each implementation, and where a row's bits depend on the rows beside it."""
+        groups: dict[tuple[str, bool], list[str]] = {}
         for choice in self.chosen:
-            note = "" if choice.exact else "  bits depend on the batch"
-            lines.append(f"  {choice.operation:<18} {choice.name:<8}{note}".rstrip())
+            groups.setdefault((choice.name, choice.exact), []).append(choice.operation)
+        lines = [f"kernels on {self.device}"]
+        for (name, exact), names in groups.items():
+            lines.append(f"  {name}, {'exact' if exact else 'bits depend on the rows beside'}")
+            lines += textwrap.wrap(", ".join(names), 100, initial_indent="    ", subsequent_indent="    ")
         return "\n".join(lines)
 
 
