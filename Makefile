@@ -16,7 +16,7 @@ STAMP = .venv/.installed
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test lint mutants compat bench-offline bench-step bench-rpc clean
+.PHONY: help venv demo serve test lint mutants soak compat bench-offline bench-step bench-rpc clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ lint: $(STAMP) ## check style, format and types
 
 mutants: $(STAMP) ## put known faults into the code, one at a time: each must turn a test red
 	$(BIN)/python tests/mutants/run.py
+
+soak: $(STAMP) ## random traffic through scheduler, cache and sampler for MINUTES=10 (by hand)
+	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10)
 
 compat: ## run the tests with other versions of torch and Python, in environments of their own (by hand: GBs)
 	$(PYTHON) tests/compat.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(COMPAT)
