@@ -20,7 +20,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = msgspec.json.decode(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} is no checkpoint: it has no {file.name}", field=file.name) from None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}", field=file.name) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object", field=file.name)

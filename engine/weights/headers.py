@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing", field=path.name) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", field=path.name) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object", field=path.name)
@@ -112,7 +112,7 @@ def read_shard_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing", field=path.name) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header cannot be read: {error}", field=path.name) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is no JSON object", field=path.name)

@@ -245,7 +245,12 @@ def test_missing_rope_fields_are_named(tmp_path: Path, field: str) -> None:
 def test_files_that_are_no_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         read_model_config(tmp_path)
-    for text, message in (("{", "cannot be read"), ("[]", "holds no JSON object")):
-        (tmp_path / "config.json").write_text(text)
+    for content, message in (
+        (b"{", "cannot be read"),
+        (b'{"a": "\xff"}', "cannot be read"),
+        (b"[" * 10**5, "cannot be read"),
+        (b"[]", "holds no JSON object"),
+    ):
+        (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(CheckpointError, match=message):
             read_model_config(tmp_path)

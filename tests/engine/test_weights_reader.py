@@ -91,6 +91,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard cut in its header": (lambda f: os.truncate(f / FIRST, 20), f"{FIRST} is truncated: 20 bytes"),
     "shard empty": (lambda f: os.truncate(f / FIRST, 0), f"{FIRST} is truncated: 0 bytes"),
     "shard too long": (lambda f: (f / SECOND).open("ab").write(b"x"), "1 bytes after the last tensor"),
+    "header too deep": (
+        lambda f: (f / SECOND).write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5),
+        "header cannot be read",
+    ),
     "header not JSON": (lambda f: (f / SECOND).write_bytes(b"\x04" + b"\0" * 7 + b"{{{{"), "header cannot be read"),
     "header lies": (wrong_span, r"tensor c: 10 bytes for F16 \[6\]"),
     "index names more": (lambda f: edit_index(f, d=SECOND), f"{SECOND} lacks tensor d"),
