@@ -74,7 +74,7 @@ def fake_config(
 
 
 class FakeRunner:
-    """A `Runner` for tests and load. Of the sampling parameters it honours seed and sample index alone.
+    """A `Runner` for tests and load. Of the sampling parameters it honours seed and number of logprobs alone.
 
     `reads` "context": the next token depends on every token of the context, read anew (for tests; cost grows with
     the context). "last": on the last token alone (for benchmarks; constant cost). `script` overrides the tokens.
