@@ -21,7 +21,7 @@ import uvloop
 from tqdm import tqdm
 
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
-from cierzo.bench.report import make_report, write_report
+from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.traces import poisson_arrivals, random_prompt
 from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.frontend.client import Client
@@ -85,6 +85,8 @@ def main(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         seed=arguments.seed,
     )
+    if arguments.json is not None:
+        check_writable(arguments.json)  # before the load, not after it
     started = datetime.now(UTC).isoformat(timespec="seconds")
     result = uvloop.run(run_load(settings))
     print(result_table(result))
@@ -96,14 +98,18 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if not text.isdecimal() or (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return number
 
 
 def _positive_float(text: str) -> float:
-    if not 0 < (number := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, and finite, got {text!r}")
     return number
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import msgspec
 
 from cierzo.bench.machine import Machine, describe_machine
+from cierzo.engine.errors import ConfigError
 
 PACKAGES = ("cierzo", "torch", "transformers", "numpy", "msgspec", "uvloop")
 
@@ -47,6 +49,13 @@ def installed_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def check_writable(path: Path) -> None:
+    """Raise ConfigError where `write_report` could not write `path`, and leave the path as it is."""
+    file = path.resolve()
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written", field="json", value=path)
 
 
 def write_report(report: Report, path: Path) -> None:

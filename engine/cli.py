@@ -17,11 +17,14 @@ import msgspec
 from cierzo import __version__
 from cierzo.engine.config import EngineOptions, cache_dir
 from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import SamplingParams
+from cierzo.engine.options import add_options, chosen
 
 DEMO = "demo"
 DEFAULT_RPC = "127.0.0.1:7071"
-NOT_ON_THE_COMMAND_LINE = {"model", "kernels", "frontend"}
+NOT_OF_THE_ENGINE = {"model", "kernels", "frontend"}
+NOT_OF_ONE_ANSWER = {"n", "logprobs", "logit_bias"}  # a terminal shows one answer, and its text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:  # a path that cannot be read or written, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"cierzo: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,47 +85,12 @@ def _command(
     return parser
 
 
-# --- options from structs ----------------------------------------------------------------------------------
-
-
-def _add_struct(parser: argparse.ArgumentParser, struct: type[msgspec.Struct], skip: set[str]) -> None:
-    """One option per field: its type converts, its Meta description is the help text."""
-    for field in msgspec.structs.fields(struct):
-        if field.name in skip:
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        inner, description = _unwrap(field.type)
-        default = None if field.default is msgspec.NODEFAULT else field.default
-        if inner == (bool,):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=description)
-            continue
-        choices = [choice for choice in inner if isinstance(choice, str)]
-        convert = next((kind for kind in inner if kind in (int, float)), str)
-        parser.add_argument(
-            flag,
-            type=convert,
-            choices=choices or None,
-            default=default,
-            metavar=None if choices else {int: "N", float: "X", str: "TEXT"}[convert],
-            help=description or " ",
-        )
-
-
-def _unwrap(annotation: Any) -> tuple[tuple[Any, ...], str]:
-    """((types or literal values), description) of an annotation such as Annotated[int | None, Meta(...)]."""
-    description = ""
-    if hasattr(annotation, "__metadata__"):
-        description = annotation.__metadata__[0].description or ""
-        annotation = annotation.__origin__
-    arguments = getattr(annotation, "__args__", None)
-    return (tuple(a for a in arguments if a is not type(None)) if arguments else (annotation,)), description
+# --- options -----------------------------------------------------------------------------------------------
 
 
 def _options(arguments: argparse.Namespace, **more: Any) -> EngineOptions:
-    names = {field.name for field in msgspec.structs.fields(EngineOptions)} - NOT_ON_THE_COMMAND_LINE
-    return EngineOptions(
-        model=_checkpoint(arguments.checkpoint), **{n: getattr(arguments, n) for n in names}, **more
-    )
+    given = chosen(arguments, EngineOptions, skip=NOT_OF_THE_ENGINE)
+    return EngineOptions(model=_checkpoint(arguments.checkpoint), **given, **more)
 
 
 def _checkpoint(name: str) -> str:
@@ -130,31 +102,17 @@ def _checkpoint(name: str) -> str:
     return str(prepare_demo(cache_dir()))
 
 
-SAMPLING_HELP = {
-    "max_tokens": "output tokens, at most",
-    "temperature": "0: greedy",
-    "top_k": "keep the k most likely tokens; 0: all",
-    "top_p": "keep the most likely tokens up to this probability mass",
-    "seed": "repeats a generation; default: a new one each time",
-}
-
-
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    defaults = SamplingParams()
-    for name, text in SAMPLING_HELP.items():
-        kind = float if name in ("temperature", "top_p") else int
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=kind, default=getattr(defaults, name), metavar="N", help=text
-        )
+    add_options(parser.add_argument_group("sampling"), SamplingParams, skip=NOT_OF_ONE_ANSWER)
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(**{name: getattr(arguments, name) for name in SAMPLING_HELP})
+    return SamplingParams(**chosen(arguments, SamplingParams, skip=NOT_OF_ONE_ANSWER))
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=f"folder in Hugging Face layout, or '{DEMO}'")
-    _add_struct(parser, EngineOptions, skip=NOT_ON_THE_COMMAND_LINE)
+    add_options(parser, EngineOptions, skip=NOT_OF_THE_ENGINE)
 
 
 # --- commands ----------------------------------------------------------------------------------------------
@@ -163,13 +121,14 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 def _serve_command(parser: argparse.ArgumentParser) -> None:
     _add_engine(parser)
     parser.add_argument("--rpc", default=DEFAULT_RPC, metavar="HOST:PORT|unix:PATH", help="where to listen")
+    add_options(parser.add_argument_group("limits of the front end"), FrontendConfig, skip={"address"})
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from cierzo.engine.frontend.config import FrontendConfig
     from cierzo.engine.launch import serve
 
-    return serve(_options(arguments, frontend=FrontendConfig(address=arguments.rpc)))
+    limits = chosen(arguments, FrontendConfig, skip={"address"})
+    return serve(_options(arguments, frontend=FrontendConfig(address=arguments.rpc, **limits)))
 
 
 def _generate_command(parser: argparse.ArgumentParser) -> None:

@@ -40,28 +40,38 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], Meta(description="weights, activations, KV; auto: bfloat16")
     ] = "auto"
-    threads: Annotated[int | None, Meta(description="CPU threads of the core; default: all usable ones")] = None
+    threads: Annotated[int | None, Meta(ge=1, description="CPU threads of the core; default: all usable ones")] = (
+        None
+    )
     max_model_len: Annotated[
         int | None,
-        Meta(description="longest prompt + output, tokens; default: what model and KV budget hold, at most 262144"),
+        Meta(
+            ge=1,
+            description="longest prompt + output, tokens; default: what model and KV budget hold, at most 262144",
+        ),
     ] = None
     kv_cache_gib: Annotated[
         float | None,
-        Meta(description="KV cache, GiB; default: a quarter of the free memory, at most 8, no more than is of use"),
+        Meta(
+            gt=0,
+            description="KV cache, GiB; default: a quarter of the free memory, at most 8, no more than is of use",
+        ),
     ] = None
-    block_tokens: Annotated[int, Meta(description="tokens per KV block")] = 32
+    block_tokens: Annotated[int, Meta(ge=1, description="tokens per KV block")] = 32
     prefix_caching: Annotated[bool, Meta(description="reuse the KV blocks of equal prompt beginnings")] = True
-    budget_tokens: Annotated[int, Meta(description="tokens computed in one step, at most")] = 2048
+    budget_tokens: Annotated[int, Meta(ge=1, description="tokens computed in one step, at most")] = 2048
     max_chunk_tokens: Annotated[
-        int, Meta(description="tokens of one prompt in one step while others wait, at most")
+        int, Meta(ge=1, description="tokens of one prompt in one step while others wait, at most")
     ] = 1024
-    max_running: Annotated[int, Meta(description="sequences that run at once, at most")] = 256
-    max_waiting: Annotated[int, Meta(description="sequences that wait, at most; further ones are refused")] = 4096
+    max_running: Annotated[int, Meta(ge=1, description="sequences that run at once, at most")] = 256
+    max_waiting: Annotated[
+        int, Meta(ge=1, description="sequences that wait, at most; further ones are refused")
+    ] = 4096
     priority_aging_s: Annotated[
-        float, Meta(description="seconds of waiting that one level of priority is worth")
+        float, Meta(gt=0, description="seconds of waiting that one level of priority is worth")
     ] = 30.0
     softmax_scale: Annotated[
-        float | None, Meta(description="attention's softmax scale; default: (query-key width)^-0.5")
+        float | None, Meta(gt=0, description="attention's softmax scale; default: (query-key width)^-0.5")
     ] = None
     runner: Annotated[
         Literal["model", "fake"], Meta(description="fake: deterministic tokens without a model, for load tests")
@@ -110,6 +120,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
     """
     check_environment()
     _require(options)
+    _require(options.frontend)
     path = Path(options.model)
     model = read_model_config(path)
     if options.softmax_scale is not None:
@@ -147,24 +158,21 @@ def resolve(options: EngineOptions) -> EngineConfig:
     )
 
 
-def _require(options: EngineOptions) -> None:
-    """Positive integers where integers are asked for; types themselves were checked on decoding."""
-    for field in ("block_tokens", "budget_tokens", "max_chunk_tokens", "max_running", "max_waiting"):
-        _at_least_one(field, getattr(options, field))
-    for field in ("threads", "max_model_len"):
-        if getattr(options, field) is not None:
-            _at_least_one(field, getattr(options, field))
-    for name in ("kv_cache_gib", "softmax_scale", "priority_aging_s"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(
-                f"{name} must be a positive number, got {value}", field=name, limit="> 0", value=value
-            )
-
-
-def _at_least_one(field: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{field} must be at least 1, got {value}", field=field, limit=1, value=value)
+def _require(settings: msgspec.Struct) -> None:
+    """Numbers must be finite and within the bounds of their field's Meta; types were checked on decoding."""
+    for field in msgspec.structs.fields(type(settings)):
+        value = getattr(settings, field.name)
+        for meta in getattr(field.type, "__metadata__", ()):
+            if value is None:
+                continue
+            if meta.gt is not None and not meta.gt < value < float("inf"):
+                limit = f"a number above {meta.gt}"
+            elif meta.ge is not None and not meta.ge <= value:
+                limit = f"at least {meta.ge}"
+            else:
+                continue
+            name = field.name
+            raise ConfigError(f"{name} must be {limit}, got {value}", field=name, limit=limit, value=value)
 
 
 def _kv_room(options: EngineOptions, model: ModelConfig, layout: CacheLayout) -> tuple[int, int]:
@@ -180,6 +188,7 @@ def _kv_room(options: EngineOptions, model: ModelConfig, layout: CacheLayout) ->
             value=wanted,
         )
     if options.kv_cache_gib is not None:
+        _require_memory(options, options.kv_cache_gib)
         num_blocks = int(options.kv_cache_gib * GIB // layout.bytes_per_block)
     else:
         num_blocks = _auto_blocks(options, wanted, layout)
@@ -202,6 +211,18 @@ def _kv_room(options: EngineOptions, model: ModelConfig, layout: CacheLayout) ->
             value=options.kv_cache_gib,
         )
     return num_blocks, min(wanted, held_tokens)
+
+
+def _require_memory(options: EngineOptions, kv_cache_gib: float) -> None:
+    """Pages cost memory only as they fill: a budget that is not there would end the server late, and for good."""
+    free_gib = available_memory_bytes() / GIB
+    if options.device != "cuda" and kv_cache_gib > free_gib:
+        raise ConfigError(
+            f"kv_cache_gib is {kv_cache_gib:g}, and {free_gib:.1f} GiB of memory are free",
+            field="kv_cache_gib",
+            limit=f"{free_gib:.1f}",
+            value=kv_cache_gib,
+        )
 
 
 def _auto_blocks(options: EngineOptions, max_model_len: int, layout: CacheLayout) -> int:

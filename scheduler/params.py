@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -15,19 +18,27 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     alone, None: nothing); they are an fp32 log-softmax of the raw logits, before penalties and temperature.
     """
 
-    max_tokens: int = 256
-    min_tokens: int = 0
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    seed: int | None = None
-    n: int = 1
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
+    max_tokens: Annotated[int, Meta(description="output tokens, at most")] = 256
+    min_tokens: Annotated[int, Meta(description="output tokens before which nothing stops the answer")] = 0
+    temperature: Annotated[float, Meta(description="0: greedy")] = 0.7
+    top_k: Annotated[int, Meta(description="keep the k most likely tokens; 0: all")] = 0
+    top_p: Annotated[float, Meta(description="keep the most likely tokens up to this probability mass")] = 1.0
+    min_p: Annotated[
+        float, Meta(description="keep tokens of at least this share of the likeliest one's probability; 0: all")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, Meta(description="divides the logits of tokens that prompt or output hold; 1: off")
+    ] = 1.0
+    presence_penalty: Annotated[float, Meta(description="taken off the logits of tokens that the output holds")] = (
+        0.0
+    )
+    frequency_penalty: Annotated[float, Meta(description="the same, for each time that it holds them")] = 0.0
+    logit_bias: Annotated[dict[int, float], Meta(description="added to the logits of token ids")] = {}
+    seed: Annotated[int | None, Meta(description="repeats a generation; default: a new one each time")] = None
+    n: Annotated[int, Meta(description="answers to the same prompt")] = 1
+    stop: Annotated[tuple[str, ...], Meta(description="a text that ends the answer, and is not part of it")] = ()
+    stop_token_ids: Annotated[
+        tuple[int, ...], Meta(description="a token id that ends the answer, and is part of it")
+    ] = ()
+    ignore_eos: Annotated[bool, Meta(description="the model's own end tokens do not end the answer")] = False
+    logprobs: Annotated[int | None, Meta(description="most likely tokens reported beside each chosen one")] = None

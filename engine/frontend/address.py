@@ -39,4 +39,5 @@ def parse_address(text: str) -> Address:
     host = host.removeprefix("[").removesuffix("]")
     if colon and host and port.isascii() and port.isdigit() and int(port) < 65536:
         return TcpAddress(host, int(port))
-    raise ConfigError(f"{text!r} is not an address", field="address", limit="HOST:PORT or unix:PATH", value=text)
+    form = "HOST:PORT or unix:PATH"
+    raise ConfigError(f"{text!r} is not an address: {form}", field="address", limit=form, value=text)

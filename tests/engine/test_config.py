@@ -1,0 +1,90 @@
+"""Options become a whole configuration, or a ConfigError with field, limit and value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cierzo.engine import config
+from cierzo.engine.config import GIB, EngineOptions, resolve
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.weights.make import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small checkpoint: 3,072 bytes of KV per token, positions up to 131,072."""
+    return str(make_checkpoint(tmp_path_factory.mktemp("config") / "tiny", like="small3"))
+
+
+NAN, INF = float("nan"), float("inf")
+REFUSED = {
+    "threads": [0, -1],
+    "max_model_len": [0, 131_073],
+    "kv_cache_gib": [0.0, -1.0, NAN, INF, 1e-7, 1e6],
+    "block_tokens": [0],
+    "budget_tokens": [0],
+    "max_chunk_tokens": [0],
+    "max_running": [0],
+    "max_waiting": [0],
+    "priority_aging_s": [0.0, NAN],
+    "softmax_scale": [0.0, INF],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values]
+)
+def test_values_out_of_bounds_are_refused(checkpoint: str, field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field) as caught:
+        resolve(EngineOptions(model=checkpoint, **{field: value}))
+    assert (caught.value.field, caught.value.value) == (field, str(value))
+    assert caught.value.limit
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_connections", 0), ("max_logprobs", -1), ("handshake_timeout_s", NAN)]
+)
+def test_limits_of_the_front_end_have_bounds_too(checkpoint: str, field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field):
+        resolve(EngineOptions(model=checkpoint, frontend=FrontendConfig(**{field: value})))
+
+
+def test_a_length_that_does_not_fit_is_refused_with_the_numbers(checkpoint: str) -> None:
+    kv_cache_gib = 10 * 32 * 3072 / GIB
+    assert resolve(EngineOptions(model=checkpoint, kv_cache_gib=kv_cache_gib)).scheduler.max_model_len == 320
+    with pytest.raises(ConfigError, match=r"holds 320 tokens") as caught:
+        resolve(EngineOptions(model=checkpoint, kv_cache_gib=kv_cache_gib, max_model_len=321))
+    assert (caught.value.limit, caught.value.value) == ("320", "321")
+
+
+def test_a_budget_beyond_the_free_memory_is_refused(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "available_memory_bytes", lambda: GIB)
+    assert resolve(EngineOptions(model=checkpoint, kv_cache_gib=0.9)).cache.num_blocks == int(0.9 * GIB) // (
+        32 * 3072
+    )
+    with pytest.raises(ConfigError, match=r"1\.0 GiB of memory are free"):
+        resolve(EngineOptions(model=checkpoint, kv_cache_gib=1.1))
+    resolve(EngineOptions(model=checkpoint, kv_cache_gib=1.1, device="cuda"))  # its memory is another one
+
+
+def test_the_front_end_admits_what_the_queue_takes(checkpoint: str) -> None:
+    assert resolve(EngineOptions(model=checkpoint, max_waiting=7)).frontend.max_open_samples == 7
+
+
+def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIERZO_CACHEDIR", "/x")
+    with pytest.raises(ConfigError, match="CIERZO_CACHEDIR") as caught:
+        config.check_environment()
+    assert caught.value.limit == "CIERZO_CACHE_DIR"
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CIERZO_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert config.cache_dir() == tmp_path / "cierzo"
+    monkeypatch.setenv("CIERZO_CACHE_DIR", "relative")
+    with pytest.raises(ConfigError, match="absolute"):
+        config.cache_dir()
