@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,6 +37,7 @@ from cierzo.engine.messages import (
 
 log = logging.getLogger(__name__)
 
+MAX_DEATHS = 2  # of cores, in a row, that had a request of which no other sign was seen
 SEED_BITS = 53  # a seed that was drawn here survives clients whose numbers are doubles
 
 
@@ -97,6 +99,8 @@ class Frontend:
         self._sinks: dict[Sink, dict[int, Stream]] = {}  # by the client's stream id
         self._open_samples = 0
         self._open_tokens = 0
+        self._to_resume: deque[Stream] = deque()
+        self._on_trial: Stream | None = None
         self._encoding: set[asyncio.Task[None]] = set()
         self._draining = False
         self._drain_waiters: list[tuple[Sink, int]] = []
@@ -191,22 +195,25 @@ class Frontend:
     def core_ready(self) -> None:
         """A core is up; if it replaces one that died, it gets all that the old one had not finished."""
         self.state = "ready"
-        now = self._clock()
-        for stream in list(self._streams.values()):
-            self._settle(stream, now)
-            for submit in stream.resubmissions(now):
-                self._core.send(submit)
+        self._to_resume.extend(stream for stream in self._streams.values() if stream.submit is not None)
+        self._resume_next()
 
     def core_lost(self) -> None:
         """The core is gone and a new one is on its way: end what needs no core to end."""
         self.state = "loading"
         self.counters.core_restarts += 1
+        suspect, self._on_trial = self._on_trial, None
+        self._to_resume.clear()
         now, loop = self._clock(), asyncio.get_running_loop()
         for stream in list(self._streams.values()):
+            stream.deaths += stream.sent_s is not None
+            stream.sent_s = None
             self._settle(stream, now)
             remaining_s = stream.remaining_s(now)
             if remaining_s is not None and stream.request_id in self._streams:
                 loop.call_later(remaining_s, self._deadline_without_core, stream.request_id)
+        if suspect is not None and suspect.deaths >= MAX_DEATHS and suspect.request_id in self._streams:
+            self._end_here(suspect, "failed", "the core process died each time that it began this request")
 
     def core_failed(self, error: CierzoError) -> None:
         """There will be no core any more: every open stream fails with `error`."""
@@ -299,8 +306,31 @@ class Frontend:
         stream.num_tokens = num_tokens
         self._open_tokens += num_tokens
         self.counters.accepted += 1
-        if self.state == "ready":
-            self._core.send(submit)
+        if self._on_trial is not None:
+            self._to_resume.append(stream)
+        elif self.state == "ready":
+            self._send(stream)
+
+    def _send(self, stream: Stream) -> None:
+        """Give the core what is left of a stream, unless it ends before that."""
+        now = self._clock()
+        self._settle(stream, now)
+        if stream.request_id in self._streams:
+            stream.sent_s = now - stream.arrived
+            for submit in stream.submits(now):
+                self._core.send(submit)
+
+    def _resume_next(self) -> None:
+        """After a death the new core gets the streams one by one, each once the one before has shown life.
+
+        If it dies of a stream again, it dies while that one is on trial: then that one ends, and the others go on.
+        """
+        self._on_trial = None
+        while self._to_resume and self._on_trial is None:
+            stream = self._to_resume.popleft()
+            if stream.request_id in self._streams:
+                self._send(stream)
+                self._on_trial = stream if stream.sent_s is not None else None
 
     def _detokenizer(self, submit: Submit) -> Detokenizer | None:
         """A new one, which has seen what a resumed request brings."""
@@ -318,6 +348,10 @@ class Frontend:
         return detokenizer
 
     def _deliver(self, stream: Stream, delta: TokenDelta) -> None:
+        if stream is self._on_trial:
+            self._resume_next()
+        if stream.first_token_s is None and delta.token_ids:
+            stream.first_token_s = self._clock() - stream.arrived
         sample = stream.samples[delta.sample]
         was_cut = sample.cut
         message = stream.take(sample, delta)
@@ -332,13 +366,13 @@ class Frontend:
     def _abort(self, stream: Stream, reason: FinishReason) -> None:
         """The core reports the end of what it has; without it, or before it heard of the stream, we end it here."""
         stream.aborted = reason
-        if stream.submit is not None and self.state == "ready":
+        if stream.sent_s is not None and self.state == "ready":
             self._core.send(Abort(request_id=stream.request_id, reason=reason))
         else:
             self._end_here(stream, reason)
 
     def _settle(self, stream: Stream, now: float) -> None:
-        """While no core is there: the ends that it would have reported."""
+        """While no core has it: the ends that a core would have reported."""
         remaining_s = stream.remaining_s(now)
         if stream.aborted is not None:
             self._end_here(stream, stream.aborted)
@@ -349,11 +383,11 @@ class Frontend:
 
     def _deadline_without_core(self, request_id: int) -> None:
         stream = self._streams.get(request_id)
-        if stream is not None and self.state == "loading":
+        if stream is not None and stream.sent_s is None:
             self._end_here(stream, "deadline")
 
-    def _end_here(self, stream: Stream, reason: FinishReason) -> None:
-        stream.end_all(reason, self._clock())
+    def _end_here(self, stream: Stream, reason: FinishReason, message: str = "") -> None:
+        stream.end_all(reason, self._clock(), message)
         self._finish(stream, flush=True)
 
     def _finish(self, stream: Stream, *, flush: bool = False) -> None:

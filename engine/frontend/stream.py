@@ -83,7 +83,11 @@ class Sample:
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One accepted request. `submit` is None while its prompt is still being encoded; `arrived` in seconds."""
+    """One accepted request. `submit` is None while its prompt is still being encoded.
+
+    `arrived` is a time of the clock in seconds; `sent_s` (None: the core that runs now has not got it) and
+    `first_token_s` count from there. `deaths`: how many cores have died that had it.
+    """
 
     request_id: int
     stream_id: int
@@ -94,6 +98,9 @@ class Stream:
     arrived: float
     submit: Submit | None = None
     aborted: FinishReason | None = None
+    sent_s: float | None = None
+    first_token_s: float | None = None
+    deaths: int = 0
     samples: list[Sample] = field(default_factory=list)
     running: int = 0
 
@@ -126,33 +133,35 @@ class Stream:
             self.running -= 1
         return self.running == 0
 
-    def end_all(self, reason: FinishReason, now: float) -> None:
+    def end_all(self, reason: FinishReason, now: float, message: str = "") -> None:
         """End what still runs without the core's word: it is not there to be asked."""
         self.samples = self.samples or [Sample(index, None, []) for index in range(self.num_samples)]
         self.running = sum(sample.finish is None for sample in self.samples)
         for sample in self.samples:
-            self._end_here(sample, reason, now)
+            self._end_here(sample, reason, now, message)
 
     def end_cut(self, now: float) -> bool:
         """End the samples whose stop string was found, as if the core had answered; True if none is left."""
         for sample in self.samples:
             if sample.cut:
-                self._end_here(sample, "stop", now)
+                self._end_here(sample, "stop", now, "")
         return self.running == 0
 
-    def _end_here(self, sample: Sample, reason: FinishReason, now: float) -> None:
+    def _end_here(self, sample: Sample, reason: FinishReason, now: float, message: str) -> None:
         prompt_tokens = 0 if self.submit is None else len(self.submit.prompt_token_ids)
-        waited_s = now - self.arrived
-        self.end(sample, Finish(reason, "", None, prompt_tokens, len(sample.token_ids), 0, 0, waited_s, 0.0, 0.0))
+        output_tokens, waited_s = len(sample.token_ids), now - self.arrived
+        self.end(sample, Finish(reason, message, None, prompt_tokens, output_tokens, 0, 0, waited_s, 0.0, 0.0))
 
-    def resubmissions(self, now: float) -> list[Submit]:
-        """What a new core must be told to go on with: one `Submit` for each sample that still runs.
+    def submits(self, now: float) -> list[Submit]:
+        """What a core must be told to compute the rest: one `Submit` for all samples, or, once tokens have come,
+        one for each sample that still runs.
 
         The same tokens follow, as the seed is kept and random numbers belong to (seed, sample, position).
         """
         submit = self.submit
-        if submit is None:
-            return []
+        assert submit is not None
+        if self.first_token_s is None and self.running == len(self.samples):
+            return [msgspec.structs.replace(submit, deadline_s=self.remaining_s(now))]
         return [
             msgspec.structs.replace(
                 submit,
@@ -175,9 +184,6 @@ class Stream:
         """The last message, once no sample runs."""
         ends = [(sample, sample.finish) for sample in self.samples if sample.finish is not None]
         finishes = [finish for _, finish in ends]
-        first_token_s = min((f.queue_s + f.prefill_s for f in finishes), default=0.0)
-        queue_s = min((f.queue_s for f in finishes), default=0.0)
-        last_token_s = max((f.queue_s + f.prefill_s + f.decode_s for f in finishes), default=0.0)
         prompt_tokens = 0 if self.submit is None else len(self.submit.prompt_token_ids)
         return Final(
             stream=self.stream_id,
@@ -187,13 +193,25 @@ class Stream:
                 output_tokens=sum(len(sample.token_ids) for sample in self.samples),
                 cached_tokens=min(min((f.cached_tokens for f in finishes), default=0), prompt_tokens),
             ),
-            timings=Timings(
-                queue_s=queue_s,
-                prefill_s=first_token_s - queue_s,
-                decode_s=last_token_s - first_token_s,
-                total_s=now - self.arrived,
-            ),
+            timings=self._timings(finishes, now - self.arrived),
             seed=0 if self.submit is None else self.submit.sampling.seed or 0,
+        )
+
+    def _timings(self, finishes: list[Finish], total_s: float) -> Timings:
+        """By the front end's clock, but for the wait inside the core, which only the core knows.
+
+        If a core has died since the first token, nobody knows that wait any more: it counts as prefill.
+        """
+        started_s = (self.sent_s or 0.0) + min(finish.queue_s for finish in finishes)
+        first_token_s = total_s if self.first_token_s is None else self.first_token_s
+        if not any(finish.prefill_s for finish in finishes):
+            started_s = total_s  # it never ran
+        queue_s = started_s if started_s <= first_token_s else 0.0
+        return Timings(
+            queue_s=queue_s,
+            prefill_s=first_token_s - queue_s,
+            decode_s=total_s - first_token_s,
+            total_s=total_s,
         )
 
     def _sample_end(self, sample: Sample, finish: Finish) -> SampleEnd:

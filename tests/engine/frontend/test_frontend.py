@@ -306,7 +306,9 @@ def test_streams_survive_the_death_of_the_core(run, serving, cores):
                 first.step()
             await client.ping()
             first.kill()
-            await cores.until(lambda: len(cores.lives) == 2 and len(cores.now.submits) == 3)
+            await cores.until(lambda: len(cores.lives) == 2 and len(cores.now.submits) == 2)
+            cores.now.step()  # the first stream lives: the next one may come
+            await cores.until(lambda: len(cores.now.submits) == 3)
             samples = [(s.first_sample, s.sampling.n, len(s.output_token_ids)) for s in cores.now.submits]
             assert samples == [(0, 1, 4), (1, 1, 4), (0, 1, 4)]
             cores.free = True
@@ -413,6 +415,8 @@ def test_a_core_that_keeps_dying_is_given_up(run, serving, cores, clock):
             stream = client.generate(token_ids=[1], max_tokens=5)
             for life in range(1, 5):
                 await cores.until(lambda life=life: len(cores.lives) == life and cores.now.submits)
+                cores.now.step()
+                await anext(stream)
                 if life == 2:
                     clock.now += 61  # the first death is forgotten
                 cores.now.kill()
@@ -424,6 +428,92 @@ def test_a_core_that_keeps_dying_is_given_up(run, serving, cores, clock):
                 await client.complete(token_ids=[1])
             assert len(cores.lives) == 4
             assert house.frontend.num_streams == 0
+
+    run(body())
+
+
+def test_a_request_that_kills_the_core_fails_alone(run, serving, cores):
+    """Four streams; the core dies whenever it has got the third. Nothing else is lost, and the core is kept."""
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            streams = [client.generate(token_ids=[i], max_tokens=3, seed=0) for i in range(3)]
+            cancelled = client.generate(token_ids=[3], deadline_s=60.0)
+            await cores.until(lambda: len(cores.now.submits) == 4)
+            cores.now.kill()
+            for number in (0, 1, 2):
+                await cores.until(lambda n=number: len(cores.lives) == 2 and len(cores.now.submits) == n + 1)
+                assert cores.now.submits[-1].prompt_token_ids == [number]
+                if number == 1:
+                    cancelled.cancel()  # the core has not got it
+                    assert (await _all(cancelled))[2].samples[0].finish_reason == "cancelled"
+                    late = client.generate(token_ids=[7], max_tokens=3, seed=0)  # waits for its turn as well
+                    await client.ping()
+                if number < 2:
+                    cores.now.step()
+            cores.now.kill()  # while the third is on trial
+            failed = (await _all(streams[2]))[2].samples[0]
+            assert (failed.finish_reason, failed.output_tokens) == ("failed", 0)
+            assert "each time that it began this request" in failed.message
+            cores.free = True
+            await cores.until(lambda: len(cores.lives) == 3 and cores.now.submits)
+            cores.now.go_on()
+            for first, stream in ((0, streams[0]), (1, streams[1]), (7, late)):
+                assert (await _all(stream))[0] == [first, first + 7, first + 14]
+            assert (house.frontend.num_streams, (await client.stats()).core_restarts) == (0, 2)
+
+    run(body())
+
+
+def test_one_death_in_its_first_step_is_no_proof_against_a_request(run, serving, cores):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            old = client.generate(token_ids=[1], max_tokens=2, seed=0)
+            await cores.until(lambda: cores.now.submits)
+            cores.now.step()
+            cores.now.kill()
+            await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
+            new = client.generate(token_ids=[2], max_tokens=2, seed=0)
+            await client.ping()
+            cores.now.step()  # the old one ends; the new one is sent
+            await cores.until(lambda: len(cores.now.submits) == 2)
+            cores.free = True
+            cores.now.kill()
+            await cores.until(lambda: len(cores.lives) == 3 and cores.now.submits)
+            cores.now.go_on()
+            assert [(await _all(stream))[0] for stream in (old, new)] == [[1, 8], [2, 9]]
+
+    run(body())
+
+
+def test_timings_add_up_across_cores(run, serving, cores, clock):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores, clock=clock) as house, await Client.connect(house.address) as client:
+            streams = [client.generate(token_ids=[i], max_tokens=2) for i in (1, 2)]
+            await cores.until(lambda: len(cores.now.submits) == 2)
+            del cores.now.running[1, 0]  # the first core never comes to the second one
+            clock.now += 1.0
+            cores.now.step()
+            await anext(streams[0])
+            clock.now += 2.0
+            cores.now.kill()
+            await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
+            cores.now.step()
+            await _all(streams[0])
+            await cores.until(lambda: len(cores.now.submits) == 2)
+            for _ in range(2):
+                clock.now += 4.0
+                cores.now.step()
+                await client.ping()
+            first, second = streams[0].final.timings, (await _all(streams[1]))[2].timings
+            assert (first.queue_s, first.prefill_s, first.decode_s, first.total_s) == (0.0, 1.0, 2.0, 3.0)
+            waits = (second.queue_s, second.prefill_s, second.decode_s, second.total_s)
+            assert waits == pytest.approx((3.1, 3.9, 4.0, 11.0))  # the fake core waits 0.1 s
 
     run(body())
 
