@@ -130,7 +130,7 @@ def compare(checkpoint: str, settings: OfflineSettings) -> list[OfflineRow]:
         ours = _cierzo(llm)
         total = len(settings.batches) * (settings.rounds + 1)
         with tqdm(
-            total=total, unit="round", desc=Path(checkpoint).name, delay=PROGRESS_AFTER_S, leave=False
+            total=total, unit="round", desc=Path(checkpoint).name, delay=PROGRESS_AFTER_S, leave=False, disable=None
         ) as bar:
             return [
                 _compare_batch(checkpoint, batch, ours, theirs, vocab_size, settings, bar)

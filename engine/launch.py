@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 from collections.abc import Coroutine
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import uvloop
 
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.errors import CoreFailed
+from cierzo.engine.errors import ConfigError, CoreFailed
 from cierzo.engine.frontend.core_link import CoreLink, Spawn, spawn_worker
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 HEALTH_CHECK_S = 0.5
 DRAIN_S = 30.0
-EXIT_INTERRUPTED = 130
+SPARE_FILES = 64  # descriptors besides the connections: sockets to the core, logs, libraries
 
 
 def serve(options: EngineOptions) -> int:
@@ -33,8 +34,23 @@ def serve(options: EngineOptions) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = resolve(options)
+    _allow_files(config.frontend.max_connections + SPARE_FILES)
     print(config.describe(), flush=True)
     return uvloop.run(_serve(config))
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise this process's limit of open files to what the connections need; ConfigError if that is not allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise ConfigError(
+            f"max_connections and {SPARE_FILES} files more need {wanted} open files; the system allows {hard}",
+            field="max_connections",
+            limit=hard - SPARE_FILES,
+            value=wanted - SPARE_FILES,
+        )
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
@@ -47,8 +63,8 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     await server.start()
     try:
         startup = await _first(link.start(frontend), signals.get())
-        if not isinstance(startup, str):
-            return EXIT_INTERRUPTED
+        if isinstance(startup, signal.Signals):
+            return 128 + startup
         print(f"{startup}\nready: {config.name} at {server.address}", flush=True)
         return await _until_stopped(signals, frontend)
     finally:

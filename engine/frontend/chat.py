@@ -58,7 +58,7 @@ def load_chat_template(checkpoint_dir: Path) -> ChatTemplate | None:
     config = read_tokenizer_config(checkpoint_dir)
     path = checkpoint_dir / "chat_template.jinja"
     if path.exists():
-        source = path.read_text(encoding="utf-8")
+        source = _read(path)
     elif isinstance(config.chat_template, str):
         source = config.chat_template
     elif config.chat_template:
@@ -73,6 +73,13 @@ def load_chat_template(checkpoint_dir: Path) -> ChatTemplate | None:
     else:
         return None
     return ChatTemplate(source, config.spelling("bos_token"), config.spelling("eos_token"))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", field="chat_template") from error
 
 
 def _for_template(message: ChatMessage) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -29,7 +30,7 @@ from cierzo.engine.messages import CoreCommand, CoreError, CoreEvent, Ready, Shu
 log = logging.getLogger(__name__)
 
 MAX_CORE_FRAME_BYTES = 1 << 30  # our own process: the bound only tells a frame from garbage
-STOP_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 2.0  # a core in a longer step than this is killed: it has nothing to save
 _decode = msgspec.msgpack.Decoder(CoreEvent).decode
 
 
@@ -78,13 +79,16 @@ async def spawn_worker(socket_path: str) -> CoreProcess:
 class _Pipe(asyncio.Protocol):
     """The socket to one core process."""
 
-    def __init__(self, hello: bytes | bytearray, on_step: Callable[[StepOutput], None]) -> None:
+    def __init__(
+        self, hello: bytes | bytearray, on_connect: Callable[[], None], on_step: Callable[[StepOutput], None]
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[Ready] = loop.create_future()
         self.lost: asyncio.Future[None] = loop.create_future()
         self.last_error: CierzoError | None = None
         self.transport: asyncio.Transport | None = None
         self._hello = hello
+        self._on_connect = on_connect
         self._on_step = on_step
         self._splitter = FrameSplitter(MAX_CORE_FRAME_BYTES)
 
@@ -93,6 +97,7 @@ class _Pipe(asyncio.Protocol):
             cast(asyncio.Transport, transport).abort()
             return
         self.transport = cast(asyncio.Transport, transport)
+        self._on_connect()
         self.transport.write(self._hello)
 
     def data_received(self, data: bytes) -> None:
@@ -160,10 +165,11 @@ class CoreLink:
     async def _launch(self) -> Ready:
         """One process, from its start to its Ready."""
         assert self._events is not None
-        folder = tempfile.mkdtemp(prefix="cierzo-core-")  # mode 0700
+        folder = tempfile.mkdtemp(prefix="cierzo-core-")  # mode 0700; gone as soon as the core is connected
+        remove_folder = partial(shutil.rmtree, folder, ignore_errors=True)
         try:
             path = os.path.join(folder, "core.sock")
-            pipe = self._pipe = _Pipe(self._hello, self._events.core_step)
+            pipe = self._pipe = _Pipe(self._hello, remove_folder, self._events.core_step)
             listener = await asyncio.get_running_loop().create_unix_server(lambda: pipe, path)
             try:
                 os.chmod(path, 0o600)
@@ -175,7 +181,7 @@ class CoreLink:
             await self._reap()
             raise
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder()
 
     async def _first_words(self, pipe: _Pipe, process: CoreProcess) -> Ready:
         ended = asyncio.ensure_future(process.wait())

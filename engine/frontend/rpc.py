@@ -56,6 +56,7 @@ class _Envelope(msgspec.Struct):
 _decode = msgspec.msgpack.Decoder(ClientMessage).decode
 _decode_hello = msgspec.msgpack.Decoder(_AnyHello).decode
 _decode_envelope = msgspec.msgpack.Decoder(_Envelope).decode
+_UNDECODABLE = (msgspec.DecodeError, RecursionError)  # the latter: maps within maps within maps ...
 _METHODS = {cast(str, cls.__struct_config__.tag) for cls in get_args(ClientMessage)}
 
 
@@ -164,7 +165,7 @@ class Connection(asyncio.Protocol):
             return
         try:
             message = _decode(body)
-        except msgspec.DecodeError as error:
+        except _UNDECODABLE as error:
             self._undecodable(body, error)
             return
         try:
@@ -179,7 +180,7 @@ class Connection(asyncio.Protocol):
     def _greet(self, body: memoryview) -> None:
         try:
             hello = _decode_hello(body)
-        except msgspec.DecodeError as error:
+        except _UNDECODABLE as error:
             raise ProtocolError(f"the first frame is no hello: {error}", field="type", limit="hello") from error
         if hello.magic != MAGIC:
             raise ProtocolError("hello has the wrong magic", field="magic", limit=MAGIC, value=hello.magic)
@@ -196,11 +197,11 @@ class Connection(asyncio.Protocol):
         self._server.frontend.connect(self)
         self.put(self._server.welcome())
 
-    def _undecodable(self, body: memoryview, error: msgspec.DecodeError) -> None:
+    def _undecodable(self, body: memoryview, error: Exception) -> None:
         """End the stream that the message is about, or raise ProtocolError if that cannot be read."""
         try:
             envelope = _decode_envelope(body)
-        except msgspec.DecodeError:
+        except _UNDECODABLE:
             raise ProtocolError(f"a frame holds no message: {error}", field="frame") from error
         reason = _reason(envelope, str(error))
         if envelope.stream < 0:

@@ -50,12 +50,13 @@ def write_tensors(
     plans: the tensors in the order in which they are written.
     pieces: gives a tensor's data as arrays whose bytes, one after another, are the tensor in row-major order.
     max_shard_bytes: a shard takes tensors up to this size; a larger tensor gets a shard of its own.
-    progress: show a bar with bytes written.
+    progress: show a bar with bytes written, on a terminal, if it takes more than two seconds.
     """
     shards = _split(plans, max_shard_bytes)
     placed: dict[str, str] = {}
     total_bytes = sum(plan.num_bytes for plan in plans)
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, disable=not progress) as bar:
+    disable = None if progress else True  # None: only on a terminal
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, delay=2.0, disable=disable) as bar:
         for number, shard in enumerate(shards, start=1):
             name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             _write_shard(folder / name, shard, pieces, bar)

@@ -172,6 +172,11 @@ def test_an_existing_folder_stays_unless_told_otherwise(tmp_path: Path) -> None:
     assert len(list(path.glob("*.safetensors"))) == 1  # nothing of the earlier one is left
 
 
+def test_a_progress_bar_is_for_terminals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_checkpoint(tmp_path / "new", like="small3", progress=True)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_overwriting_spares_what_is_no_checkpoint(tmp_path: Path) -> None:
     precious = tmp_path / "home" / "thesis.txt"
     precious.parent.mkdir()

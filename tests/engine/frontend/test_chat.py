@@ -83,3 +83,9 @@ def test_where_templates_are_found(tmp_path):
         load_chat_template(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("own file")
     assert load_chat_template(tmp_path).render([USER]) == "own file"
+
+
+def test_a_template_that_is_no_text_is_an_error_of_the_checkpoint(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_chat_template(tmp_path)

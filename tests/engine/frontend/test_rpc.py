@@ -55,6 +55,8 @@ ENDS_THE_CONNECTION = {
     "wrong magic": (None, {"type": "hello", "magic": "other", "version": 1}, "protocol_error", "magic"),
     "no hello": (None, {"type": "ping", "stream": 1}, "protocol_error", "type"),
     "garbage instead of hello": (None, b"\xc1\xc1\xc1", "protocol_error", "type"),
+    "maps without end": (Hello(), b"\x81\xa1x" * 50_000, "protocol_error", "frame"),
+    "maps without end for hello": (None, b"\x81\xa1x" * 50_000, "protocol_error", "type"),
     "an empty frame": (Hello(), b"", "protocol_error", "frame"),
     "truncated body": (Hello(), msgspec.msgpack.encode(Ping(stream=3))[:-1], "protocol_error", "frame"),
     "no map": (Hello(), [1, 2], "protocol_error", "frame"),

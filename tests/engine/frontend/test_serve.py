@@ -1,0 +1,116 @@
+"""`cierzo serve` as a process: signals, exit status, and what is left behind. And its start, in this process."""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import uvloop
+from msgspec.structs import replace
+
+from cierzo.cache.config import CacheConfig
+from cierzo.engine import launch
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.frontend.client import SyncClient
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.weights.make import make_checkpoint
+from cierzo.engine.worker.fake import fake_config
+from cierzo.scheduler.config import SchedulerConfig
+
+DEADLINE_S = 20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small; the fake runner reads its config.json alone."""
+    return make_checkpoint(tmp_path_factory.mktemp("serve") / "tiny", like="small3")
+
+
+@pytest.fixture
+def start(checkpoint, tmp_path):
+    """Start a server on `tmp_path`'s socket and give it, and its core's process id, once it is ready."""
+    servers = []
+
+    def ready() -> tuple[subprocess.Popen[str], int]:
+        command = [sys.executable, "-m", "cierzo.engine", "serve", str(checkpoint), "--runner", "fake"]
+        address = f"unix:{tmp_path / 'rpc.sock'}"
+        server = subprocess.Popen(
+            [*command, "--rpc", address],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+        servers.append(server)
+        assert any(line.startswith("ready: tiny at unix:") for line in server.stdout)
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text(encoding="ascii").split()
+        return server, int(children[0])
+
+    yield ready
+    for server in servers:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+def _ends(pid: int) -> bool:
+    """Whether a process, which need not be a child of ours, ends in time."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([handle], [], [], DEADLINE_S)[0])
+    finally:
+        os.close(handle)
+
+
+def test_nothing_is_left_of_a_killed_server_and_the_next_one_takes_its_place(start, tmp_path):
+    first, core = start()
+    with SyncClient(f"unix:{tmp_path / 'rpc.sock'}") as client:
+        next(client.generate(token_ids=[1], max_tokens=100_000, ignore_eos=True))
+        first.kill()
+        assert _ends(core)
+    second, core = start()  # over the socket that the first one left
+    assert [path.name for path in tmp_path.iterdir()] == ["rpc.sock"]
+    with SyncClient(f"unix:{tmp_path / 'rpc.sock'}") as client:
+        next(client.generate(token_ids=[1], max_tokens=100_000, ignore_eos=True))
+        second.send_signal(signal.SIGINT)  # in the middle of a stream
+        assert second.wait(DEADLINE_S) == 0
+    assert _ends(core)
+    assert not list(tmp_path.iterdir())
+
+
+CONFIG = fake_config(SchedulerConfig(max_model_len=64), CacheConfig(num_blocks=8, hash_key="00" * 16))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_core_loads(cores, tmp_path, number):
+    cores.silent = True  # never ready
+
+    async def spawn(path):
+        core = await cores(path)
+        os.kill(os.getpid(), number)
+        return core
+
+    frontend = FrontendConfig(address=f"unix:{tmp_path / 'rpc.sock'}")
+    assert uvloop.run(launch._serve(replace(CONFIG, frontend=frontend), spawn)) == 128 + number
+    assert cores.now.exited.done()
+    assert not list(tmp_path.iterdir())
+
+
+def test_open_files_follow_the_connections(monkeypatch):
+    limits, was = [], (100, 5000)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: was)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.append(pair))
+    launch._allow_files(90)
+    launch._allow_files(1024)
+    assert limits == [(1024, 5000)]
+    with pytest.raises(ConfigError, match="the system allows 5000") as caught:
+        launch._allow_files(5001)
+    assert (caught.value.field, caught.value.limit) == ("max_connections", str(5000 - launch.SPARE_FILES))
