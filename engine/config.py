@@ -6,10 +6,11 @@ gets its own section. This is the one file of the package that reads environment
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -29,6 +30,9 @@ AUTO_KV_MEMORY_SHARE = 0.25
 AUTO_KV_REQUEST_TOKENS = 8192
 ENVIRONMENT_PREFIX = "CIERZO_"
 
+Count = Annotated[int, Meta(ge=1)]
+Amount = Annotated[float, Meta(gt=0)]
+
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a user may set; None leaves the choice to `resolve`. The descriptions are the command line's help."""
@@ -40,38 +44,28 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], Meta(description="weights, activations, KV; auto: bfloat16")
     ] = "auto"
-    threads: Annotated[int | None, Meta(ge=1, description="CPU threads of the core; default: all usable ones")] = (
-        None
-    )
+    threads: Annotated[Count | None, Meta(description="CPU threads of the core; default: all usable ones")] = None
     max_model_len: Annotated[
-        int | None,
-        Meta(
-            ge=1,
-            description="longest prompt + output, tokens; default: what model and KV budget hold, at most 262144",
-        ),
+        Count | None,
+        Meta(description="longest prompt + output, tokens; default: what model and KV budget hold, at most 262144"),
     ] = None
     kv_cache_gib: Annotated[
-        float | None,
-        Meta(
-            gt=0,
-            description="KV cache, GiB; default: a quarter of the free memory, at most 8, no more than is of use",
-        ),
+        Amount | None,
+        Meta(description="KV cache, GiB; default: a quarter of the free memory, at most 8, no more than is of use"),
     ] = None
-    block_tokens: Annotated[int, Meta(ge=1, description="tokens per KV block")] = 32
+    block_tokens: Annotated[Count, Meta(description="tokens per KV block")] = 32
     prefix_caching: Annotated[bool, Meta(description="reuse the KV blocks of equal prompt beginnings")] = True
-    budget_tokens: Annotated[int, Meta(ge=1, description="tokens computed in one step, at most")] = 2048
+    budget_tokens: Annotated[Count, Meta(description="tokens computed in one step, at most")] = 2048
     max_chunk_tokens: Annotated[
-        int, Meta(ge=1, description="tokens of one prompt in one step while others wait, at most")
+        Count, Meta(description="tokens of one prompt in one step while others wait, at most")
     ] = 1024
-    max_running: Annotated[int, Meta(ge=1, description="sequences that run at once, at most")] = 256
-    max_waiting: Annotated[
-        int, Meta(ge=1, description="sequences that wait, at most; further ones are refused")
-    ] = 4096
+    max_running: Annotated[Count, Meta(description="sequences that run at once, at most")] = 256
+    max_waiting: Annotated[Count, Meta(description="sequences that wait, at most; further ones are refused")] = 4096
     priority_aging_s: Annotated[
-        float, Meta(gt=0, description="seconds of waiting that one level of priority is worth")
+        Amount, Meta(description="seconds of waiting that one level of priority is worth")
     ] = 30.0
     softmax_scale: Annotated[
-        float | None, Meta(gt=0, description="attention's softmax scale; default: (query-key width)^-0.5")
+        Amount | None, Meta(description="attention's softmax scale; default: (query-key width)^-0.5")
     ] = None
     runner: Annotated[
         Literal["model", "fake"], Meta(description="fake: deterministic tokens without a model, for load tests")
@@ -162,9 +156,7 @@ def _require(settings: msgspec.Struct) -> None:
     """Numbers must be finite and within the bounds of their field's Meta; types were checked on decoding."""
     for field in msgspec.structs.fields(type(settings)):
         value = getattr(settings, field.name)
-        for meta in getattr(field.type, "__metadata__", ()):
-            if value is None:
-                continue
+        for meta in () if value is None else _metas(field.type):
             if meta.gt is not None and not meta.gt < value < float("inf"):
                 limit = f"a number above {meta.gt}"
             elif meta.ge is not None and not meta.ge <= value:
@@ -173,6 +165,12 @@ def _require(settings: msgspec.Struct) -> None:
                 continue
             name = field.name
             raise ConfigError(f"{name} must be {limit}, got {value}", field=name, limit=limit, value=value)
+
+
+def _metas(annotation: Any) -> tuple[Meta, ...]:
+    """The Metas of a field; those of Annotated[Count | None, Meta(...)] stand at two levels."""
+    parts = (annotation, *getattr(getattr(annotation, "__origin__", None), "__args__", ()))
+    return tuple(itertools.chain(*(getattr(part, "__metadata__", ()) for part in parts)))
 
 
 def _kv_room(options: EngineOptions, model: ModelConfig, layout: CacheLayout) -> tuple[int, int]:

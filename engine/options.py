@@ -53,9 +53,12 @@ def chosen(
 
 def _unwrap(annotation: Any) -> tuple[tuple[Any, ...], str]:
     """((types or literal values), description) of an annotation such as Annotated[int | None, Meta(...)]."""
-    description = ""
-    if hasattr(annotation, "__metadata__"):
-        description = annotation.__metadata__[0].description or ""
-        annotation = annotation.__origin__
-    arguments = getattr(annotation, "__args__", None)
-    return tuple(kind for kind in arguments or (annotation,) if kind not in (type(None), ...)), description
+    metas = getattr(annotation, "__metadata__", ())
+    description = next((meta.description for meta in metas if meta.description), "")
+    bare = _bare(annotation)
+    parts = map(_bare, getattr(bare, "__args__", (bare,)))
+    return tuple(part for part in parts if part not in (type(None), ...)), description
+
+
+def _bare(annotation: Any) -> Any:
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
