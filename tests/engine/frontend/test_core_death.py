@@ -1,0 +1,265 @@
+"""A core that dies, again and again or for one request's sake; and one that cannot start."""
+
+from __future__ import annotations
+
+import pytest
+
+from cierzo.engine.errors import CheckpointError, CoreFailed, Overloaded
+from cierzo.engine.frontend.client import Client
+from cierzo.engine.messages import CoreError
+
+
+async def _all(generation):
+    """(token ids, text, final) of a one-sample generation."""
+    deltas = [delta async for delta in generation]
+    return [t for d in deltas for t in d.token_ids], "".join(d.text for d in deltas), generation.final
+
+
+def test_streams_survive_the_death_of_the_core(run, serving, cores):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            arguments = {"token_ids": [1, 2], "max_tokens": 9, "seed": 3, "n": 2}
+            generation = client.generate(**arguments)
+            drawn = client.generate(token_ids=[5], max_tokens=6)  # its seed is drawn here, and kept
+            await cores.until(lambda: len(cores.now.submits) == 2)
+            first = cores.now
+            for _ in range(4):
+                first.step()
+            await client.ping()
+            first.kill()
+            await cores.until(lambda: len(cores.lives) == 2 and len(cores.now.submits) == 2)
+            cores.now.step()  # the first stream lives: the next one may come
+            await cores.until(lambda: len(cores.now.submits) == 3)
+            samples = [(s.first_sample, s.sampling.n, len(s.output_token_ids)) for s in cores.now.submits]
+            assert samples == [(0, 1, 4), (1, 1, 4), (0, 1, 4)]
+            cores.free = True
+            cores.now.go_on()
+            token_ids = {0: [], 1: []}
+            async for delta in generation:
+                token_ids[delta.sample] += delta.token_ids
+            unbroken = await client.complete(**arguments)
+            assert token_ids == {end.sample: end.token_ids for end in unbroken.samples}
+            got, _, final = await _all(drawn)
+            assert got == [(5 + final.seed + 7 * position) % 256 for position in range(6)]
+            stats = await client.stats()
+            assert (stats.core_restarts, stats.finished) == (1, 3)
+
+    run(body())
+
+
+def test_what_ended_while_the_core_was_dead_is_not_run_again(run, serving, cores, clock):
+    cores.free = False
+    cores.answer = lambda submit, sample: list(b"xSTOPyyyy")
+
+    async def body():
+        async with serving(cores=cores, clock=clock) as house, await Client.connect(house.address) as client:
+            late = client.generate(token_ids=[1], deadline_s=5.0)
+            cut = client.generate(token_ids=[2], stop=["STOP"])
+            cancelled = client.generate(token_ids=[3])
+            lasting = client.generate(token_ids=[4], deadline_s=50.0)
+            await cores.until(lambda: len(cores.now.submits) == 4)
+            dead = cores.now
+            dead.data_received = lambda data: None  # it hears nothing any more
+            for _ in range(5):
+                dead.step()
+            assert (await anext(cut)).text == "x"
+            cancelled.cancel()
+            await client.ping()
+            clock.now += 10
+            dead.kill()
+            await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
+            (again,) = cores.now.submits
+            assert (again.prompt_token_ids, again.deadline_s) == ([4], 40.0)
+            ends = [(await _all(stream))[2].samples[0] for stream in (late, cut, cancelled)]
+            assert [end.finish_reason for end in ends] == ["deadline", "stop", "cancelled"]
+            assert (ends[1].stop, ends[1].output_tokens) == ("STOP", 5)
+            cores.free = True
+            cores.now.go_on()
+            assert len((await _all(lasting))[0]) == 9
+
+    run(body())
+
+
+def test_samples_that_had_ended_do_not_run_again(run, serving, cores):
+    cores.free, cores.answer = False, lambda submit, sample: [65, 257, 1] if sample == 0 else [66, 67, 68]
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            generation = client.generate(token_ids=[1], n=2)
+            await cores.until(lambda: cores.now.submits)
+            cores.now.step()
+            cores.now.step()
+            await client.ping()
+            cores.now.kill()
+            await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
+            assert [(submit.first_sample, submit.sampling.n) for submit in cores.now.submits] == [(1, 1)]
+            cores.now.step()
+            got = {0: [], 1: []}
+            async for delta in generation:
+                got[delta.sample] += delta.token_ids
+            assert got == {0: [65, 257], 1: [66, 67, 68]}
+            assert [end.finish_reason for end in generation.final.samples] == ["stop", "length"]
+
+    run(body())
+
+
+def test_requests_while_the_core_loads_are_refused(run, serving, cores):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            open_stream = client.generate(token_ids=[1], max_tokens=3)
+            short_lived = client.generate(token_ids=[2], deadline_s=0.05)
+            await cores.until(lambda: len(cores.now.submits) == 2)
+            cores.silent = True
+            cores.now.kill()
+            await cores.until(lambda: len(cores.lives) == 2 and cores.now.hello)
+            assert (await client.health()).state == "loading"
+            with pytest.raises(Overloaded, match="loading"):
+                await client.complete(token_ids=[1])
+            open_stream.cancel()  # there is no core to ask
+            assert (await _all(open_stream))[2].samples[0].finish_reason == "cancelled"
+            assert (await _all(short_lived))[2].samples[0].finish_reason == "deadline"
+
+    run(body())
+
+
+def test_a_core_that_keeps_dying_is_given_up(run, serving, cores, clock):
+    cores.free = False
+
+    async def body():
+        limits = {"max_core_restarts": 2, "core_restart_window_s": 60.0}
+        async with (
+            serving(cores=cores, clock=clock, **limits) as house,
+            await Client.connect(house.address) as client,
+        ):
+            stream = client.generate(token_ids=[1], max_tokens=5)
+            for life in range(1, 5):
+                await cores.until(lambda life=life: len(cores.lives) == life and cores.now.submits)
+                cores.now.step()
+                await anext(stream)
+                if life == 2:
+                    clock.now += 61  # the first death is forgotten
+                cores.now.kill()
+            with pytest.raises(CoreFailed) as caught:
+                await _all(stream)
+            assert (caught.value.field, caught.value.limit) == ("max_core_restarts", "2")
+            assert (await client.health()).state == "failed"
+            with pytest.raises(CoreFailed):
+                await client.complete(token_ids=[1])
+            assert len(cores.lives) == 4
+            assert house.frontend.num_streams == 0
+
+    run(body())
+
+
+def test_a_request_that_kills_the_core_fails_alone(run, serving, cores):
+    """Four streams; the core dies whenever it has got the third. Nothing else is lost, and the core is kept."""
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            streams = [client.generate(token_ids=[i], max_tokens=3, seed=0) for i in range(3)]
+            cancelled = client.generate(token_ids=[3], deadline_s=60.0)
+            await cores.until(lambda: len(cores.now.submits) == 4)
+            cores.now.kill()
+            for number in (0, 1, 2):
+                await cores.until(lambda n=number: len(cores.lives) == 2 and len(cores.now.submits) == n + 1)
+                assert cores.now.submits[-1].prompt_token_ids == [number]
+                if number == 1:
+                    cancelled.cancel()  # the core has not got it
+                    assert (await _all(cancelled))[2].samples[0].finish_reason == "cancelled"
+                    late = client.generate(token_ids=[7], max_tokens=3, seed=0)  # waits for its turn as well
+                    await client.ping()
+                if number < 2:
+                    cores.now.step()
+            cores.now.kill()  # while the third is on trial
+            failed = (await _all(streams[2]))[2].samples[0]
+            assert (failed.finish_reason, failed.output_tokens) == ("failed", 0)
+            assert "each time that it began this request" in failed.message
+            cores.free = True
+            await cores.until(lambda: len(cores.lives) == 3 and cores.now.submits)
+            cores.now.go_on()
+            for first, stream in ((0, streams[0]), (1, streams[1]), (7, late)):
+                assert (await _all(stream))[0] == [first, first + 7, first + 14]
+            assert (house.frontend.num_streams, (await client.stats()).core_restarts) == (0, 2)
+
+    run(body())
+
+
+def test_one_death_in_its_first_step_is_no_proof_against_a_request(run, serving, cores):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            old = client.generate(token_ids=[1], max_tokens=2, seed=0)
+            await cores.until(lambda: cores.now.submits)
+            cores.now.step()
+            cores.now.kill()
+            await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
+            new = client.generate(token_ids=[2], max_tokens=2, seed=0)
+            await client.ping()
+            cores.now.step()  # the old one ends; the new one is sent
+            await cores.until(lambda: len(cores.now.submits) == 2)
+            cores.free = True
+            cores.now.kill()
+            await cores.until(lambda: len(cores.lives) == 3 and cores.now.submits)
+            cores.now.go_on()
+            assert [(await _all(stream))[0] for stream in (old, new)] == [[1, 8], [2, 9]]
+
+    run(body())
+
+
+def test_timings_add_up_across_cores(run, serving, cores, clock):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores, clock=clock) as house, await Client.connect(house.address) as client:
+            streams = [client.generate(token_ids=[i], max_tokens=2) for i in (1, 2)]
+            await cores.until(lambda: len(cores.now.submits) == 2)
+            del cores.now.running[1, 0]  # the first core never comes to the second one
+            clock.now += 1.0
+            cores.now.step()
+            await anext(streams[0])
+            clock.now += 2.0
+            cores.now.kill()
+            await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
+            cores.now.step()
+            await _all(streams[0])
+            await cores.until(lambda: len(cores.now.submits) == 2)
+            for _ in range(2):
+                clock.now += 4.0
+                cores.now.step()
+                await client.ping()
+            first, second = streams[0].final.timings, (await _all(streams[1]))[2].timings
+            assert (first.queue_s, first.prefill_s, first.decode_s, first.total_s) == (0.0, 1.0, 2.0, 3.0)
+            waits = (second.queue_s, second.prefill_s, second.decode_s, second.total_s)
+            assert waits == pytest.approx((3.1, 3.9, 4.0, 11.0))  # the fake core waits 0.1 s
+
+    run(body())
+
+
+def test_a_core_that_cannot_start_says_why(run, serving, cores):
+    cores.error = CoreError(code="checkpoint_error", message="shard 2 is truncated")
+
+    async def body():
+        with pytest.raises(CheckpointError, match="shard 2"):
+            async with serving(cores=cores):
+                pass
+
+    run(body())
+
+
+def test_a_core_that_never_gets_ready(run, serving, cores):
+    cores.silent = True
+
+    async def body():
+        with pytest.raises(CoreFailed) as caught:
+            async with serving(cores=cores, core_start_timeout_s=0.02):
+                pass
+        assert caught.value.field == "core_start_timeout_s"
+        assert cores.now.exited.done()
+
+    run(body())
