@@ -202,8 +202,9 @@ def _kv_room(options: EngineOptions, model: ModelConfig, layout: CacheLayout) ->
             value=wanted,
         )
     if num_blocks < 1:
+        budget = "the free memory" if options.kv_cache_gib is None else f"kv_cache_gib {options.kv_cache_gib:g}"
         raise ConfigError(
-            f"kv_cache_gib {options.kv_cache_gib} holds no block of {layout.bytes_per_block:,} bytes",
+            f"{budget} holds no block of {layout.bytes_per_block:,} bytes",
             field="kv_cache_gib",
             limit=f">= {layout.bytes_per_block / GIB:.6f}",
             value=options.kv_cache_gib,

@@ -123,6 +123,9 @@ def run(socket_path: str) -> int:
     except CierzoError as error:
         _last_words(pipe, CoreError(code=error.code, message=error.message))
         return 1
+    except MemoryError as error:
+        _last_words(pipe, CoreError(code=CoreFailed.code, message=f"out of memory: {error}"))
+        return 1
     except Exception as error:
         log.exception("the core cannot go on")
         _last_words(pipe, CoreError(code=CoreFailed.code, message=f"{type(error).__name__}: {error}"))

@@ -256,6 +256,15 @@ def test_a_core_that_cannot_load_says_why(core_process: Process, tmp_path: Path)
     assert core_process.exit_status() == 1
 
 
+def test_a_core_without_memory_says_so(core_process: Process) -> None:
+    scheduler = msgspec.structs.replace(CONFIG.scheduler, budget_tokens=10**15)
+    core_process.peer.send(msgspec.structs.replace(CONFIG, scheduler=scheduler))
+    event = core_process.peer.receive()
+    assert isinstance(event, CoreError)
+    assert (event.code, event.message[:14]) == ("core_failed", "out of memory:")
+    assert core_process.exit_status() == 1
+
+
 def test_a_config_of_another_version_is_refused(core_process: Process) -> None:
     core_process.peer.send(SamplingParams())
     event = core_process.peer.receive()
