@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from cierzo import __version__
-from cierzo.engine.config import EngineOptions, cache_dir
+from cierzo.engine.config import EngineOptions
 from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import SamplingParams
@@ -94,12 +94,9 @@ def _options(arguments: argparse.Namespace, **more: Any) -> EngineOptions:
 
 
 def _checkpoint(name: str) -> str:
-    """The folder meant by a CHECKPOINT argument; 'demo' prepares the demo model where that was not yet done."""
-    if name != DEMO or Path(DEMO).is_dir():
-        return name
-    from cierzo.engine.weights.gguf import prepare_demo
+    from cierzo.engine.launch import checkpoint_folder
 
-    return str(prepare_demo(cache_dir()))
+    return checkpoint_folder(name)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -147,10 +144,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     options = msgspec.structs.asdict(_options(arguments))
     with LLM(options.pop("model"), **options) as llm:
         if arguments.message is not None:
-            output = llm.chat([{"role": "user", "content": arguments.message}], sampling)
+            output = llm.chat([{"role": "user", "content": arguments.message}], sampling, progress=True)
         else:
             prompt = arguments.prompt if arguments.token_ids is None else _token_ids(arguments.token_ids)
-            output = llm.generate([prompt], sampling)[0]
+            output = llm.generate([prompt], sampling, progress=True)[0]
     print(output.text or ",".join(map(str, output.token_ids)))
     return 0
 
@@ -178,8 +175,10 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _demo_command(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", default="What is the mistral wind?", metavar="TEXT", help="the question")
+    parser.add_argument("--prompt", default="Why is the sky blue?", metavar="TEXT", help="the question")
     _add_sampling(parser)
+    # what SmolLM2's makers recommend for chatting; at higher temperatures a model this small loses the thread
+    parser.set_defaults(temperature=0.2, top_p=0.9)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import uvloop
 
-from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.config import EngineConfig, EngineOptions, cache_dir, resolve
 from cierzo.engine.errors import ConfigError, CoreFailed
 from cierzo.engine.frontend.core_link import CoreLink, Spawn, spawn_worker
 from cierzo.engine.frontend.frontend import Frontend
@@ -22,6 +22,7 @@ from cierzo.engine.messages import ModelInfo
 
 log = logging.getLogger(__name__)
 
+DEMO = "demo"
 HEALTH_CHECK_S = 0.5
 DRAIN_S = 30.0
 SPARE_FILES = 64  # descriptors besides the connections: sockets to the core, logs, libraries
@@ -108,6 +109,15 @@ async def _first(*awaitables: Coroutine[Any, Any, Any]) -> Any:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def checkpoint_folder(name: str) -> str:
+    """The folder meant by a CHECKPOINT argument; "demo" prepares the demo model where that was not yet done."""
+    if name != DEMO or Path(DEMO).is_dir():
+        return name
+    from cierzo.engine.weights.gguf import prepare_demo
+
+    return str(prepare_demo(cache_dir()))
 
 
 def model_info(config: EngineConfig, prompts: PromptEncoder) -> ModelInfo:

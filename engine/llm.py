@@ -31,7 +31,7 @@ from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.frontend import SEED_BITS
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.stream import Sample
-from cierzo.engine.launch import model_info
+from cierzo.engine.launch import checkpoint_folder, model_info
 from cierzo.engine.messages import (
     Abort,
     ChatMessage,
@@ -99,11 +99,11 @@ class LLM:
     """A checkpoint, loaded, and the engine around it. Not for use from several threads at once."""
 
     def __init__(self, model: str | PathLike[str], **settings: Any) -> None:
-        """Load the checkpoint in folder `model`. `settings` are the fields of `EngineOptions`.
+        """Load the checkpoint in folder `model` ("demo": the demo model). `settings`: fields of `EngineOptions`.
 
         Raises ConfigError for a setting that is unknown or does not fit, CheckpointError.
         """
-        self._config = resolve(_options(fspath(model), settings))
+        self._config = resolve(_options(checkpoint_folder(fspath(model)), settings))
         self._prompts = PromptEncoder.load(Path(self._config.checkpoint))
         self._info = model_info(self._config, self._prompts)
         self._core: EngineCore | None = EngineCore(self._config)
@@ -140,6 +140,7 @@ class LLM:
         sampling: SamplingParams | None = None,
         *,
         reasoning_effort: str | None = None,
+        progress: bool = False,
     ) -> Output:
         """Answer a conversation, rendered by the checkpoint's chat template. Raises InvalidRequest."""
         try:
@@ -148,7 +149,7 @@ class LLM:
             raise InvalidRequest(str(error), field="messages") from error
         params = SamplingParams() if sampling is None else sampling
         message = Generate(stream=0, messages=turns, sampling=params, reasoning_effort=reasoning_effort)
-        return self._run([self._submit(message)], progress=False)[0]
+        return self._run([self._submit(message)], progress)[0]
 
     def close(self) -> None:
         """Let go of model and cache; further calls raise RuntimeError."""
@@ -234,14 +235,18 @@ class _Run:
     def finish(self, progress: bool) -> None:
         """Step until every sample has ended. Interrupted, wherever that was, the core is left as good as new."""
         pending = deque(self.jobs.values())
-        total = sum(len(job.samples) for job in pending)
+        total = sum(len(job.samples) * job.submit.sampling.max_tokens for job in pending)
         disable = None if progress else True  # None: only on a terminal
-        with tqdm(total=total, unit="answer", delay=PROGRESS_AFTER_S, disable=disable) as bar:
+        with tqdm(total=total, unit="token", delay=PROGRESS_AFTER_S, disable=disable, leave=False) as bar:
             try:
                 while pending or self._live:
                     self._feed(pending)
                     for delta in self._core.step_plain():
-                        bar.update(self._take(delta))
+                        self._take(delta)
+                        bar.update(len(delta.token_ids))
+                        if delta.finish is not None:  # what it was allowed to say, and did not
+                            allowed = self.jobs[delta.request_id].submit.sampling.max_tokens
+                            bar.total -= max(allowed - delta.finish.output_tokens, 0)
             except BaseException:
                 self._core.reset()
                 raise
@@ -253,8 +258,8 @@ class _Run:
             self._core.submit(job.submit)
             self._live += len(job.samples)
 
-    def _take(self, delta: TokenDelta) -> int:
-        """Hand a delta to its sample: 1 if that was its last, else 0."""
+    def _take(self, delta: TokenDelta) -> None:
+        """Hand a delta to its sample."""
         job = self.jobs[delta.request_id]
         sample = job.samples[delta.sample]
         if not sample.cut:
@@ -263,11 +268,9 @@ class _Run:
             job.logprobs[delta.sample] += logprobs or []
             if sample.cut and delta.finish is None:
                 self._core.abort(Abort(request_id=delta.request_id, sample=delta.sample))
-        if delta.finish is None:
-            return 0
-        sample.end(delta.finish)
-        self._live -= 1
-        return 1
+        if delta.finish is not None:
+            sample.end(delta.finish)
+            self._live -= 1
 
 
 @contextmanager

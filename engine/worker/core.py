@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from cierzo.cache.manager import KVCacheManager
-from cierzo.engine.config import EngineConfig
+from cierzo.engine.config import EngineConfig, spin_briefly
 from cierzo.engine.messages import Abort, CoreStats, Finish, Submit, TokenDelta
 from cierzo.engine.worker.batch import Batch, BatchBuilder
 from cierzo.engine.worker.fake import FakeRunner
@@ -166,6 +166,7 @@ def make_runner(config: EngineConfig) -> Runner:
             max_running=config.scheduler.max_running,
             reads="last",
         )
+    spin_briefly()
     from cierzo.engine.worker.runner import load_runner
 
     return load_runner(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,17 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("CIERZO_CACHE_DIR", "relative")
     with pytest.raises(ConfigError, match="absolute"):
         config.cache_dir()
+
+
+def test_no_request_may_ask_for_more_samples_than_can_wait(checkpoint: str) -> None:
+    front_end = resolve(EngineOptions(model=checkpoint, max_waiting=3)).frontend
+    assert (front_end.max_samples, front_end.max_open_samples) == (3, 3)
+
+
+def test_threads_spin_briefly_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    config.spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    config.spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"

@@ -233,3 +233,9 @@ def test_the_package_is_lazy() -> None:
         "import sys, cierzo.engine as e; e.SamplingParams; sys.exit('torch' in sys.modules or hasattr(e, 'nope'))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_demo_is_a_name_for_the_demo_model(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cierzo.engine.weights.gguf.prepare_demo", lambda cache_dir: smollm2)
+    with LLM("demo", runner="fake", kv_cache_gib=0.02) as llm:
+        assert llm.config.checkpoint == str(smollm2.resolve())
