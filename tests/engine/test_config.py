@@ -99,7 +99,7 @@ def test_no_request_may_ask_for_more_samples_than_can_wait(checkpoint: str) -> N
 def test_threads_spin_briefly_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     config.spin_briefly()
-    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert os.environ["GOMP_SPINCOUNT"] == "5000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     config.spin_briefly()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
