@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from cierzo import __version__
-from cierzo.engine.config import EngineOptions
+from cierzo.engine.config import EngineOptions, check_environment
 from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import SamplingParams
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; errors of the tree are printed as one line, and give exit status 2 (1 for a failed run)."""
     arguments = build_parser().parse_args(argv)
     try:
+        check_environment()
         return int(arguments.run(arguments))
     except CierzoError as error:
         print(f"cierzo: {error.code}: {error}", file=sys.stderr)

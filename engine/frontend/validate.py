@@ -83,8 +83,7 @@ def _prompt_kind(message: Generate) -> None:
 def _sampling(params: SamplingParams, config: FrontendConfig, model: ModelInfo) -> None:
     _within("sampling.max_tokens", params.max_tokens, 1, math.inf)
     _within("sampling.min_tokens", params.min_tokens, 0, params.max_tokens)
-    if params.temperature != 0:
-        _within("sampling.temperature", params.temperature, 0.001, 100)
+    _within("sampling.temperature", params.temperature, 0.001, 100, or_zero=True)
     _within("sampling.top_k", params.top_k, 0, model.vocab_size)
     _within("sampling.top_p", params.top_p, 0, 1, above=True)
     _within("sampling.min_p", params.min_p, 0, 1)
@@ -138,11 +137,17 @@ def _resume(message: Generate, model: ModelInfo) -> None:
         )
 
 
-def _within(field: str, value: float, low: float, high: float, *, above: bool = False, unit: str = "") -> None:
-    """`value` must lie in low..high (or above `low`, if `above`); NaN lies nowhere, infinity is never meant."""
+def _within(
+    field: str, value: float, low: float, high: float, *, above: bool = False, or_zero: bool = False, unit: str = ""
+) -> None:
+    """`value` must lie in low..high (or above `low`, if `above`; or be 0, if `or_zero`); NaN lies nowhere, and
+    infinity is never meant."""
     if (low < value if above else low <= value) and value <= high and not math.isinf(value):
         return
+    if or_zero and value == 0:
+        return
     limit = f"{'more than ' if above else ''}{low} to {high}{unit}" if high != math.inf else f"at least {low}{unit}"
+    limit = f"0, or {limit}" if or_zero else limit
     raise InvalidRequest(f"{field} is {value}{unit}, allowed: {limit}", field=field, limit=limit, value=value)
 
 

@@ -72,3 +72,12 @@ def test_an_error_is_one_line(words, status, text, tmp_path, capsys) -> None:
     assert text in error
     assert error.startswith("cierzo: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["info", "x"], ["chat"], ["make-checkpoint", "x", "--like", "small3"]])
+def test_every_command_refuses_an_unknown_variable(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CIERZO_THREDS", "2")
+    assert main(words) == 2
+    assert "unknown environment variable CIERZO_THREDS" in capsys.readouterr().err

@@ -140,3 +140,8 @@ def test_bad_prompts(model_info, changes, prompt, limit, value):
     with pytest.raises(InvalidRequest) as caught:
         validate.request(replace(PLAIN, **changes), prompt, 1, 1, model_info)
     assert (caught.value.field, caught.value.limit, caught.value.value) == ("token_ids", limit, value)
+
+
+def test_the_limit_of_temperature_names_zero_too(model_info):
+    with pytest.raises(InvalidRequest, match=r"allowed: 0, or 0.001 to 100"):
+        validate.fields(replace(PLAIN, sampling=SamplingParams(temperature=-1)), CONFIG, model_info)
