@@ -27,6 +27,7 @@ import importlib
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from cierzo.kernels.config import KernelsConfig
@@ -64,7 +65,15 @@ def _torch(file: str, *operations: str, exact: bool = False) -> list[Implementat
     ]
 
 
+def _native(*operations: str) -> list[Implementation]:
+    """C++ kernels of kernels/cpu/, where the library is built and the CPU has one of its instruction sets."""
+    return [
+        Implementation(name, "native", f"cierzo.kernels.cpu.launch:{name}", ("cpu",), True) for name in operations
+    ]
+
+
 IMPLEMENTATIONS: list[Implementation] = [
+    *_native("rms_norm", "add_rms_norm"),
     *_torch("norm", "rms_norm", "add_rms_norm"),
     *_torch("rope", "rope_tables", "apply_rope"),
     *_torch("linear", "linear", "lm_head", "gated_mlp"),
@@ -115,9 +124,16 @@ def operations() -> tuple[str, ...]:
 
 
 def implementations(operation: str, device: str) -> list[Implementation]:
-    """Those of `operation` that run on `device` ("cpu", "cuda", "cuda:1"), best first."""
+    """Those of `operation` that run on `device` ("cpu", "cuda", "cuda:1") here, best first."""
     kind = device.partition(":")[0]
-    return [row for row in IMPLEMENTATIONS if row.operation == operation and kind in row.devices]
+    rows = [row for row in IMPLEMENTATIONS if row.operation == operation and kind in row.devices]
+    return rows if has_native() else [row for row in rows if row.name != "native"]
+
+
+@cache
+def has_native() -> bool:
+    """Whether the C++ kernels run here: built, and on a CPU with one of their instruction sets."""
+    return bool(importlib.import_module("cierzo.kernels.cpu.native").available())
 
 
 def bind(config: KernelsConfig, device: str) -> BoundTable:

@@ -1,0 +1,197 @@
+// What crosses from Python: one struct of arguments per operation, mirrored in abi.py (a test compares the sizes).
+//
+// Every operation is `int cierzo_<instruction set>_<name>(const <Name>Args*, int threads)`. Pointers are to memory
+// of the caller's; strides and widths are in elements, unless a name says bytes. Letters as in ops/.
+#pragma once
+
+#include <cstdint>
+
+enum Dtype : int32_t { DTYPE_F32 = 0, DTYPE_BF16 = 1 };
+
+// Number formats of packed weights; kernels/formats/ defines the layouts.
+enum Format : int32_t { FORMAT_F32 = 0, FORMAT_BF16 = 1, FORMAT_INT8 = 2, FORMAT_INT4 = 3, FORMAT_NVFP4 = 4 };
+
+// Number formats of cached keys and values. INT8: a row's values, then their scale as a float (for latents: latent,
+// rope key, scale of the latent, scale of the rope key).
+enum KvFormat : int32_t { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2 };
+
+// Packed weights [experts, n, k]. `paired`: n = 2F rows, of which panel p holds gate rows 16p.. and up rows 16p..
+struct Matrix {
+    const uint8_t* data;
+    int64_t experts, n, k;
+    int64_t expert_bytes;
+    int32_t format, paired;
+};
+
+struct NormArgs {  // rms_norm; with a residual, add_rms_norm
+    const void* x;
+    int64_t rows, width, x_stride;
+    void* residual;  // or null
+    int64_t residual_stride;
+    const void* weight;
+    void* out;
+    int64_t out_stride;
+    float eps;
+    int32_t dtype;
+};
+
+struct RopeArgs {  // apply_rope, in place, x [rows, heads, width]
+    void* x;
+    int64_t rows, heads, width, row_stride, head_stride;
+    const float* cos;
+    const float* sin;
+    const float* query_scale;  // [rows], multiplies all `scaled_width` values that end where x's rope part ends; or null
+    int64_t scaled_width;
+    int32_t interleaved, dtype;
+};
+
+struct LinearArgs {  // linear, lm_head
+    const void* x;
+    int64_t rows, x_stride;
+    const Matrix* weight;
+    void* out;
+    int64_t out_stride;
+    int32_t dtype, out_dtype;
+};
+
+struct GatedMlpArgs {
+    const void* x;
+    int64_t rows, x_stride;
+    const Matrix* gate_up;
+    const Matrix* down;
+    void* out;
+    int64_t out_stride;
+    int32_t dtype;
+};
+
+struct RouteArgs {
+    const void* x;
+    int64_t rows, width, x_stride;
+    const float* weight;  // [experts, width]
+    int64_t experts, top_k, groups, top_groups;
+    int64_t* ids;      // [rows, top_k]
+    float* weights;    // [rows, top_k]
+    float scale;
+    int32_t renormalise, dtype;
+};
+
+struct GroupArgs {
+    const int64_t* ids;  // [pairs]
+    int64_t pairs, experts;
+    int64_t* order;   // [pairs]
+    int64_t* starts;  // [experts + 1]
+};
+
+struct ExpertMlpArgs {
+    const void* x;
+    int64_t rows, x_stride;
+    const Matrix* gate_up;
+    const Matrix* down;
+    const Matrix* shared_gate_up;  // or null
+    const Matrix* shared_down;
+    const float* weights;  // [rows, slots]
+    int64_t slots;
+    const int64_t* order;
+    const int64_t* starts;
+    void* out;
+    int64_t out_stride;
+    int32_t dtype;
+};
+
+// PagedQueries, and the pages' geometry. Segment s has query rows query_starts[s] .. query_starts[s+1]-1.
+struct PagedArgs {
+    const int32_t* query_starts;
+    const int32_t* context_lengths;
+    const int32_t* table_rows;
+    const int32_t* block_tables;
+    int64_t segments, table_stride, block_tokens;
+    int64_t rows;  // T: rows past the last segment are written as zero
+};
+
+struct WriteLatentsArgs {
+    uint8_t* pages;
+    const int64_t* slots;
+    int64_t rows, rank, rope;
+    const void* latents;
+    int64_t latent_stride;
+    const void* rope_keys;
+    int64_t rope_stride;
+    int32_t kv_format, dtype;
+};
+
+struct WriteKeysValuesArgs {
+    uint8_t* key_pages;
+    uint8_t* value_pages;
+    const int64_t* slots;
+    int64_t rows, heads, width;
+    const void* keys;
+    const void* values;
+    int64_t key_stride, value_stride;  // from row to row; heads are contiguous
+    int32_t kv_format, dtype;
+};
+
+struct MlaAbsorbArgs {  // out [T,H,R+P] = [q_nope W_UK | q_rope]
+    const void* q;
+    int64_t rows, q_stride, nope, rope;
+    const Matrix* w_uk;  // [heads, R, nope]: transposed when it was packed
+    void* out;
+    int32_t dtype;
+};
+
+struct MlaUnabsorbArgs {  // out [T,H,V]
+    const void* latents;  // [T,H,R]
+    int64_t rows, row_stride, head_stride;
+    const Matrix* w_uv;  // [heads, V, R]
+    void* out;
+    int32_t dtype;
+};
+
+struct MlaDecodeArgs {
+    const void* q;  // [T,H,R+P]
+    int64_t heads, rank, rope, q_stride, q_head_stride;
+    const uint8_t* pages;
+    PagedArgs paged;
+    void* out;  // [T,H,R]
+    float scale;
+    int32_t kv_format, dtype;
+};
+
+struct MlaPrefillArgs {
+    const void* q;  // [T,H,nope+P]
+    int64_t heads, rank, rope, nope, value_width, q_stride, q_head_stride;
+    const uint8_t* pages;
+    const Matrix* w_uk;  // [heads, nope, R]
+    const Matrix* w_uv;  // [heads, V, R]
+    PagedArgs paged;
+    void* out;  // [T,H,V]
+    float scale;
+    int32_t kv_format, dtype;
+};
+
+struct GqaArgs {  // gqa_prefill, gqa_decode
+    const void* q;  // [T,Hq,d]
+    int64_t query_heads, kv_heads, width, q_stride, q_head_stride;
+    const uint8_t* key_pages;
+    const uint8_t* value_pages;
+    PagedArgs paged;
+    void* out;  // [T,Hq,d]
+    float scale;
+    int32_t kv_format, dtype;
+};
+
+// One box of a weight tensor -> panels of a packed matrix (see formats/). Source rows are [n, k] with strides.
+struct PackArgs {
+    const void* source;
+    int64_t experts, n, k;
+    int64_t expert_stride, row_stride, column_stride;  // of the source, in elements
+    uint8_t* target;
+    int64_t expert_bytes;
+    int32_t format, paired, dtype;  // dtype of the source
+};
+
+struct PeaksArgs {
+    const float* logits;
+    int64_t rows, vocab, stride;
+    float* values;
+    int64_t* ids;
+};

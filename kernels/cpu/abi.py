@@ -1,0 +1,129 @@
+"""abi.h in ctypes: one structure of arguments per operation. Fields, order and letters as there."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+FORMATS = {"float32": 0, "bf16": 1, "int8": 2, "int4": 3, "nvfp4": 4}
+KV_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+
+
+def _fields(text: str) -> list[tuple[str, type]]:
+    """`"p: x weight | i64: rows width | f32: eps | i32: dtype"` -> the fields, in this order."""
+    kinds = {"p": c_void_p, "i64": c_int64, "i32": c_int32, "f32": c_float}
+    found: list[tuple[str, type]] = []
+    for part in text.split("|"):
+        kind, _, names = part.partition(":")
+        found += [(name, kinds[kind.strip()]) for name in names.split()]
+    return found
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = _fields("p: data | i64: experts n k expert_bytes | i32: format paired")
+
+
+class NormArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: x | i64: rows width x_stride | p: residual | i64: residual_stride | p: weight out | i64: out_stride"
+        "| f32: eps | i32: dtype"
+    )
+
+
+class RopeArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: x | i64: rows heads width row_stride head_stride | p: cos sin query_scale | i64: scaled_width"
+        "| i32: interleaved dtype"
+    )
+
+
+class LinearArgs(ctypes.Structure):
+    _fields_ = _fields("p: x | i64: rows x_stride | p: weight out | i64: out_stride | i32: dtype out_dtype")
+
+
+class GatedMlpArgs(ctypes.Structure):
+    _fields_ = _fields("p: x | i64: rows x_stride | p: gate_up down out | i64: out_stride | i32: dtype")
+
+
+class RouteArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: x | i64: rows width x_stride | p: weight | i64: experts top_k groups top_groups | p: ids weights"
+        "| f32: scale | i32: renormalise dtype"
+    )
+
+
+class GroupArgs(ctypes.Structure):
+    _fields_ = _fields("p: ids | i64: pairs experts | p: order starts")
+
+
+class ExpertMlpArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: x | i64: rows x_stride | p: gate_up down shared_gate_up shared_down weights | i64: slots"
+        "| p: order starts out | i64: out_stride | i32: dtype"
+    )
+
+
+class PagedArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: query_starts context_lengths table_rows block_tables | i64: segments table_stride block_tokens rows"
+    )
+
+
+class WriteLatentsArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: pages slots | i64: rows rank rope | p: latents | i64: latent_stride | p: rope_keys | i64: rope_stride"
+        "| i32: kv_format dtype"
+    )
+
+
+class WriteKeysValuesArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: key_pages value_pages slots | i64: rows heads width | p: keys values | i64: key_stride value_stride"
+        "| i32: kv_format dtype"
+    )
+
+
+class MlaAbsorbArgs(ctypes.Structure):
+    _fields_ = _fields("p: q | i64: rows q_stride nope rope | p: w_uk out | i32: dtype")
+
+
+class MlaUnabsorbArgs(ctypes.Structure):
+    _fields_ = _fields("p: latents | i64: rows row_stride head_stride | p: w_uv out | i32: dtype")
+
+
+class MlaDecodeArgs(ctypes.Structure):
+    _fields_ = [
+        *_fields("p: q | i64: heads rank rope q_stride q_head_stride | p: pages"),
+        ("paged", PagedArgs),
+        *_fields("p: out | f32: scale | i32: kv_format dtype"),
+    ]
+
+
+class MlaPrefillArgs(ctypes.Structure):
+    _fields_ = [
+        *_fields("p: q | i64: heads rank rope nope value_width q_stride q_head_stride | p: pages w_uk w_uv"),
+        ("paged", PagedArgs),
+        *_fields("p: out | f32: scale | i32: kv_format dtype"),
+    ]
+
+
+class GqaArgs(ctypes.Structure):
+    _fields_ = [
+        *_fields("p: q | i64: query_heads kv_heads width q_stride q_head_stride | p: key_pages value_pages"),
+        ("paged", PagedArgs),
+        *_fields("p: out | f32: scale | i32: kv_format dtype"),
+    ]
+
+
+class PackArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: source | i64: experts n k expert_stride row_stride column_stride | p: target | i64: expert_bytes"
+        "| i32: format paired dtype"
+    )
+
+
+class PeaksArgs(ctypes.Structure):
+    _fields_ = _fields("p: logits | i64: rows vocab stride | p: values ids")

@@ -1,0 +1,104 @@
+// Threads that run one operation together, and the scratch memory they share.
+//
+// A kernel is a function that every thread of the team calls with the same arguments (SPMD). Work is claimed item by
+// item from one counter, so that a thread that the host slows down takes fewer items; which thread computes an item
+// never changes its bits. `each` ends with a barrier: what it wrote is then visible to the whole team.
+#pragma once
+
+#include <omp.h>
+#include <sched.h>
+
+#include "simd.h"
+
+// One per process, in common.cpp: claims, barrier, and the arena.
+struct Crew {
+    int64_t next;
+    int32_t arrived;
+    int32_t generation;
+    char* arena;
+    size_t arena_bytes;
+};
+extern "C" Crew* cierzo_enter();            // waits until no other operation runs
+extern "C" void cierzo_leave(Crew* crew);
+extern "C" [[noreturn]] void cierzo_arena_full(size_t wanted_bytes, size_t arena_bytes);
+
+namespace {
+
+constexpr int SPINS = 4000;  // pauses before a waiting thread offers its core to others: tens of microseconds
+
+class Team {
+   public:
+    const int rank, size;
+
+    Team(Crew* crew, int rank, int size) : rank(rank), size(size), crew_(crew) {}
+
+    // All threads wait for each other; the counter of claims starts anew.
+    void barrier() {
+        if (size == 1) {
+            crew_->next = 0;
+            return;
+        }
+        const int32_t generation = __atomic_load_n(&crew_->generation, __ATOMIC_ACQUIRE);
+        if (__atomic_add_fetch(&crew_->arrived, 1, __ATOMIC_ACQ_REL) == size) {
+            crew_->arrived = 0;
+            crew_->next = 0;
+            __atomic_store_n(&crew_->generation, generation + 1, __ATOMIC_RELEASE);
+            return;
+        }
+        for (int spins = 0; __atomic_load_n(&crew_->generation, __ATOMIC_ACQUIRE) == generation; ++spins)
+            spins < SPINS ? _mm_pause() : void(sched_yield());
+    }
+
+    // body(i) for every i in [0, count), each by one thread; then a barrier.
+    template <class Body>
+    void each(int64_t count, Body body) {
+        for (int64_t i = claim(); i < count; i = claim()) body(i);
+        barrier();
+    }
+
+    // Scratch shared by the team: uninitialised, 64-byte aligned. All threads must ask for the same, in the same
+    // order. It lasts until the operation ends, or `reset` goes back to an earlier `mark` (all threads, past a barrier).
+    template <class T>
+    T* scratch(int64_t count) {
+        const size_t bytes = (size_t(count) * sizeof(T) + 63) & ~size_t(63);
+        if (used_ + bytes > crew_->arena_bytes) cierzo_arena_full(used_ + bytes, crew_->arena_bytes);
+        T* memory = reinterpret_cast<T*>(crew_->arena + used_);
+        used_ += bytes;
+        return memory;
+    }
+
+    // Scratch of this thread alone: a slice of what the team allocates for all.
+    template <class T>
+    T* own_scratch(int64_t count) {
+        const int64_t padded = (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+        return reinterpret_cast<T*>(scratch<char>(padded * size) + padded * rank);
+    }
+
+    size_t mark() const { return used_; }
+    void reset(size_t mark) { used_ = mark; }
+
+   private:
+    int64_t claim() { return __atomic_fetch_add(&crew_->next, 1, __ATOMIC_RELAXED); }
+
+    Crew* crew_;
+    size_t used_ = 0;
+};
+
+// Runs body(team) on `threads` threads, or on as many as OpenMP grants.
+template <class Body>
+int run(int threads, Body body) {
+    Crew* crew = cierzo_enter();
+#pragma omp parallel num_threads(threads)
+    {
+        Team team(crew, omp_get_thread_num(), omp_get_num_threads());
+        body(team);
+    }
+    cierzo_leave(crew);
+    return 0;
+}
+
+INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace

@@ -1,0 +1,100 @@
+"""`PackedMatrix`: weights in the order in which the CPU kernels read them.
+
+A matrix [n, k] is cut into panels of 32 outputs; the kernels compute one panel for several rows of activations at a
+time, so that 32 consecutive weights of one k feed two vectors. n is padded to whole panels, k to whole groups; the
+padding is zero. Experts follow each other, `expert_bytes` apart.
+
+    panel 0                                    panel 1
+    +-------------------------------------+    +-----
+    | group 0 of k | group 1 | ... |      |    | ...       [experts][panels][groups] of
+
+    format   group of k   bytes of a group of a panel
+    float32      1        32 floats
+    bf16         2        [32 outputs][2 k]
+    int8        64        codes uint8 [16][32 outputs][4 k], value + 128; then scales half[32]
+    int4        32        codes [4][32 outputs][4 bytes]: byte b of octet o holds k = 8 o + b in its low half, and
+                          k = 8 o + 4 + b in its high half; then scales half[32], minima half[32]
+    nvfp4       32        codes as int4's, two groups of 16 in one; then e4m3 scales [2 groups][32 outputs]. Before
+                          the first group, a panel has 32 floats: the global scale of each output
+
+    value    float32, bf16: as it is.  int8: (code - 128) * scale.  int4: code * scale + minimum.
+             nvfp4: e2m1(code) * scale * global scale
+
+`paired`: n = 2F, gate above up. Panel p then holds the gate rows 16p .. 16p+15 and the up rows 16p .. 16p+15, so
+that both factors of silu(gate) * up meet in one thread; F is padded to 16.
+
+A panel is a multiple of 64 bytes, and starts at one, in every format.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cierzo.kernels.cpu import abi
+
+PANEL = 32  # outputs
+ALIGNMENT = 64  # bytes
+GROUP_K = {"float32": 1, "bf16": 2, "int8": 64, "int4": 32, "nvfp4": 32}
+GROUP_BYTES = {"float32": 128, "bf16": 128, "int8": 2112, "int4": 640, "nvfp4": 576}  # of one panel
+HEADER_BYTES = {"float32": 0, "bf16": 0, "int8": 0, "int4": 0, "nvfp4": 128}  # of one panel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedMatrix:
+    """Weights [n, k] or [experts, n, k] in one of the formats above. Never written after it is made.
+
+    data: uint8 [experts * expert_bytes], 64-byte aligned, often a view of a mapped file. dtype: of the activations
+    that it is multiplied with. `shape`, `dtype` and `dim` are there so that a door can check it like a tensor.
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    paired: bool
+    data: Tensor
+    descriptor: abi.Matrix
+
+    @property
+    def address(self) -> int:
+        """Of the C struct that describes it."""
+        return ctypes.addressof(self.descriptor)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return self.data.numel()
+
+
+Matrix = Tensor | PackedMatrix
+
+
+def packed_bytes(format: str, n: int, k: int, paired: bool = False) -> int:
+    """Bytes of one expert's [n, k]."""
+    panels = -(-(n // 2) // (PANEL // 2)) if paired else -(-n // PANEL)
+    return panels * (HEADER_BYTES[format] + -(-k // GROUP_K[format]) * GROUP_BYTES[format])
+
+
+def view_packed(
+    format: str, shape: tuple[int, ...], dtype: torch.dtype, paired: bool, data: Tensor
+) -> PackedMatrix:
+    """Describe packed bytes that lie in `data`, uint8. Raises ValueError where they cannot be that matrix."""
+    *experts, n, k = shape
+    num_experts = experts[0] if experts else 1
+    each = packed_bytes(format, n, k, paired)
+    if data.numel() != num_experts * each or data.data_ptr() % ALIGNMENT:
+        raise ValueError(
+            f"{format} {list(shape)} takes {num_experts * each} bytes at a multiple of {ALIGNMENT}, "
+            f"got {data.numel()} at {data.data_ptr() % ALIGNMENT}"
+        )
+    descriptor = abi.Matrix(data.data_ptr(), num_experts, n, k, each, abi.FORMATS[format], int(paired))
+    return PackedMatrix(format, tuple(shape), dtype, paired, data, descriptor)
+
+
+def empty_packed(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes], aligned as the kernels want it."""
+    memory = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % ALIGNMENT :][:num_bytes]
