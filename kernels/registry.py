@@ -7,7 +7,7 @@ How the files hang together, with `rms_norm` as the example:
 - `ref/norm.py` holds the function of the same name and signature in plain torch: the definition of correct.
 - The table below holds one line per implementation. `_torch("norm", "rms_norm", ...)` registers the
   reference; any other implementation is one source file and one line, placed before the reference:
-  `Implementation("rms_norm", "avx512", "cierzo.kernels.cpu.launch:rms_norm", ("cpu",), exact=True)`.
+  `Implementation("rms_norm", "native", "cierzo.kernels.cpu.launch.norm:rms_norm", ("cpu",), exact=True)`.
 
 A new operation is therefore: ops/, ref/, its name in a `_torch` line, and a row in the test cases. Nothing is
 imported before it is chosen, so a target may need libraries that the machine at hand lacks.
@@ -73,7 +73,7 @@ def _native(*operations: str) -> list[Implementation]:
 
 
 IMPLEMENTATIONS: list[Implementation] = [
-    *_native("rms_norm", "add_rms_norm"),
+    *_native("norm", "rms_norm", "add_rms_norm"),
     *_torch("norm", "rms_norm", "add_rms_norm"),
     *_torch("rope", "rope_tables", "apply_rope"),
     *_torch("linear", "linear", "lm_head", "gated_mlp"),

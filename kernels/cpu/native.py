@@ -77,7 +77,7 @@ def available() -> tuple[str, ...]:
 
 
 def select(instruction_set: str = "auto") -> str:
-    """Have all further calls use `instruction_set`, or the best one. Raises NativeError for one that is not here."""
+    """Have all further calls use `instruction_set`, or the best one. Raises NativeError."""
     names = available()
     if instruction_set == "auto" and names:
         instruction_set = names[0]

@@ -1,4 +1,4 @@
-"""The doors' operations in C++: torch tensors in, one native call, torch tensors out."""
+"""RMS normalisation in C++."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.cpu import abi, native
+from cierzo.kernels.cpu.tensors import rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -36,8 +37,3 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Ten
     )
     native.call("norm", args)
     return out
-
-
-def rows(x: Tensor) -> Tensor:
-    """x with its last axis contiguous, as the kernels take it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
