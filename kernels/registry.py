@@ -65,11 +65,10 @@ def _torch(file: str, *operations: str, exact: bool = False) -> list[Implementat
     ]
 
 
-def _native(*operations: str) -> list[Implementation]:
-    """C++ kernels of kernels/cpu/, where the library is built and the CPU has one of its instruction sets."""
-    return [
-        Implementation(name, "native", f"cierzo.kernels.cpu.launch:{name}", ("cpu",), True) for name in operations
-    ]
+def _native(file: str, *operations: str) -> list[Implementation]:
+    """C++ kernels (cpu/launch/<file>.py), where the library is built and the CPU has one of its instruction sets."""
+    module = f"cierzo.kernels.cpu.launch.{file}"
+    return [Implementation(name, "native", f"{module}:{name}", ("cpu",), exact=True) for name in operations]
 
 
 IMPLEMENTATIONS: list[Implementation] = [
