@@ -66,7 +66,7 @@ def _torch(file: str, *operations: str, exact: bool = False) -> list[Implementat
 
 
 def _native(file: str, *operations: str) -> list[Implementation]:
-    """C++ kernels (cpu/launch/<file>.py), where the library is built and the CPU has one of its instruction sets."""
+    """C++ kernels (cpu/launch/<file>.py), where the library is built and the CPU can run it."""
     module = f"cierzo.kernels.cpu.launch.{file}"
     return [Implementation(name, "native", f"{module}:{name}", ("cpu",), exact=True) for name in operations]
 
