@@ -1,5 +1,7 @@
 // The C entry points of one instruction set: NAME(rms_norm) is cierzo_<set>_rms_norm.
 #include "abi.h"
+#include "dense.h"
+#include "gemm.h"
 #include "norm.h"
 #include "simd.h"
 #include "team.h"
@@ -15,3 +17,5 @@
     }
 
 EXPORT(norm, NormArgs, norm)
+EXPORT(linear, LinearArgs, linear)
+EXPORT(gated_mlp, GatedMlpArgs, gated_mlp)

@@ -1,0 +1,197 @@
+// Products of rows of activations with packed weights, out[r][n] = sum over k of x[r][k] w[n][k].
+//
+// Weights lie in panels of 32 outputs (kernels/formats/packed.py), activations are packed into tiles of a few rows; a
+// format's kernel multiplies one tile with one panel, for which it holds tile rows x 32 sums in registers.
+//
+//             k ->                           A weight is loaded once for all rows of a tile, an activation once for
+//          +--------+                        32 outputs. Every sum is one chain over all of k in ascending order:
+//    rows  | tile   |   panel: [k] x 32      its bits do not depend on the height of the tile, hence not on the
+//          +--------+                        rows beside it. Nothing here splits k.
+//
+// A format is a struct with what Bf16Kernel has:
+//   MAX_ROWS                tallest tile
+//   row_bytes(k)            of a row within a tile, a multiple of 64: a tile of n rows takes n times that
+//   pack(...)               rows of activations -> a tile
+//   multiply<ROWS, PANELS>  one tile, times PANELS neighbouring panels -> out float [PANELS][ROWS][32]
+#pragma once
+
+#include "abi.h"
+#include "team.h"
+
+namespace {
+
+constexpr int PANEL = 32;  // outputs
+
+// Rows of activations in memory. With `order`, row i is row order[i] / slots of x.
+struct Activations {
+    const void* x;
+    int64_t stride;
+    int32_t dtype;
+    const int64_t* order;
+    int64_t slots;
+
+    template <class T>
+    INLINE const T* row(int64_t i) const {
+        return static_cast<const T*>(x) + (order == nullptr ? i : order[i] / slots) * stride;
+    }
+};
+
+// What to bring into the second-level cache while a panel is multiplied: two lines for every two that are read.
+struct Ahead {
+    const uint8_t* at;
+    int64_t step;  // bytes from one call to the next
+
+    INLINE void next() {
+        _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(at + 64), _MM_HINT_T1);
+        at += step;
+    }
+};
+
+INLINE bf16 as_bf16(bf16 value) { return value; }
+INLINE bf16 as_bf16(float value) { return narrow(value); }
+
+// Sums of a tile in registers: chains of one addition per step, two vectors for each row of each panel.
+template <int ROWS, int PANELS>
+struct Sums {
+    F32 of[PANELS][ROWS][2];
+
+    INLINE Sums() {
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; ++p)
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; ++r) of[p][r][0] = of[p][r][1] = zero();
+    }
+    INLINE void store_to(float* out) const {
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; ++p)
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; ++r) {
+                store(out + (p * ROWS + r) * PANEL, of[p][r][0]);
+                store(out + (p * ROWS + r) * PANEL + LANES, of[p][r][1]);
+            }
+    }
+};
+
+// bf16 weights, panel [k / 2][32][2]; tile [k / 2][rows] pairs. Activations are rounded to bf16.
+struct Bf16Kernel {
+#if CIERZO_AVX512
+    static constexpr int MAX_ROWS = 12;
+#else
+    static constexpr int MAX_ROWS = 3;
+#endif
+
+    static int64_t row_bytes(int64_t k) { return (divide_up(k, 2) * int64_t(sizeof(Pair)) + 63) & ~int64_t(63); }
+
+    template <class T>
+    static void pack(uint8_t* tile, const Activations& x, int64_t first_row, int rows, int64_t k) {
+        Pair* target = reinterpret_cast<Pair*>(tile);
+        for (int r = 0; r < rows; ++r) {
+            const T* row = x.row<T>(first_row + r);
+            int64_t i = 0;
+            for (; i < k / 2; ++i) target[i * rows + r] = make_pair(as_bf16(row[2 * i]), as_bf16(row[2 * i + 1]));
+            if (k & 1) target[i * rows + r] = make_pair(as_bf16(row[k - 1]), bf16{0});
+        }
+    }
+
+    template <int ROWS, int PANELS>
+    static void multiply(const uint8_t* panel, int64_t panel_bytes, const uint8_t* tile, int64_t k, Ahead ahead,
+                         float* out) {
+        Sums<ROWS, PANELS> sums;
+        const Pair* x = reinterpret_cast<const Pair*>(tile);
+        for (int64_t pairs = divide_up(k, 2); pairs > 0; --pairs, panel += 128, x += ROWS) {
+#pragma GCC unroll 4
+            for (int p = 0; p < PANELS; ++p) {
+                const Bits w0 = load_bits(panel + p * panel_bytes), w1 = load_bits(panel + p * panel_bytes + 64);
+#pragma GCC unroll 16
+                for (int r = 0; r < ROWS; ++r) {
+                    const PairVector both = repeat_pair(x + r);
+                    sums.of[p][r][0] = dot_pair(sums.of[p][r][0], w0, both);
+                    sums.of[p][r][1] = dot_pair(sums.of[p][r][1], w1, both);
+                }
+                ahead.next();
+            }
+        }
+        sums.store_to(out);
+    }
+};
+
+// float32 weights, panel [k][32]; tile [k][rows] floats.
+struct F32Kernel {
+    static constexpr int MAX_ROWS = Bf16Kernel::MAX_ROWS;
+
+    static int64_t row_bytes(int64_t k) { return (k * int64_t(sizeof(float)) + 63) & ~int64_t(63); }
+
+    template <class T>
+    static void pack(uint8_t* tile, const Activations& x, int64_t first_row, int rows, int64_t k) {
+        float* target = reinterpret_cast<float*>(tile);
+        for (int r = 0; r < rows; ++r) {
+            const T* row = x.row<T>(first_row + r);
+            for (int64_t i = 0; i < k; ++i) target[i * rows + r] = widen(row[i]);
+        }
+    }
+
+    template <int ROWS, int PANELS>
+    static void multiply(const uint8_t* panel, int64_t panel_bytes, const uint8_t* tile, int64_t k, Ahead ahead,
+                         float* out) {
+        Sums<ROWS, PANELS> sums;
+        const float* x = reinterpret_cast<const float*>(tile);
+        for (; k > 0; --k, panel += 128, x += ROWS) {
+#pragma GCC unroll 4
+            for (int p = 0; p < PANELS; ++p) {
+                const float* w = reinterpret_cast<const float*>(panel + p * panel_bytes);
+                const F32 w0 = load(w), w1 = load(w + LANES);
+#pragma GCC unroll 16
+                for (int r = 0; r < ROWS; ++r) {
+                    const F32 value = set(x[r]);
+                    sums.of[p][r][0] = fma(value, w0, sums.of[p][r][0]);
+                    sums.of[p][r][1] = fma(value, w1, sums.of[p][r][1]);
+                }
+                ahead.next();
+            }
+        }
+        sums.store_to(out);
+    }
+};
+
+// body(kernel) with the kernel of a matrix's format.
+template <class Body>
+INLINE void with_kernel(const Matrix& weight, Body body) {
+    switch (weight.format) {
+        case FORMAT_F32: return body(F32Kernel{});
+        case FORMAT_BF16: return body(Bf16Kernel{});
+    }
+}
+
+// Rows cut into tiles, as even as possible: 64 rows in tiles of at most 12 are 11, 11, 11, 11, 10, 10.
+struct Tiling {
+    int64_t rows, count;
+
+    Tiling(int64_t rows, int max_rows) : rows(rows), count(divide_up(rows, max_rows)) {}
+    INLINE int64_t start(int64_t tile) const { return tile * (rows / count) + smaller(tile, rows % count); }
+    INLINE int height(int64_t tile) const { return int(start(tile + 1) - start(tile)); }
+};
+
+template <class Kernel>
+INLINE void pack_tile(uint8_t* tiles, const Activations& x, int64_t first_row, int rows, int64_t k) {
+    uint8_t* tile = tiles + first_row * Kernel::row_bytes(k);
+    x.dtype == DTYPE_BF16 ? Kernel::template pack<bf16>(tile, x, first_row, rows, k)
+                          : Kernel::template pack<float>(tile, x, first_row, rows, k);
+}
+
+// Kernel::multiply<rows, PANELS>, rows being known at run time only.
+template <class Kernel, int PANELS, int ROWS>
+INLINE void multiply_up_to(int rows, const uint8_t* panel, int64_t panel_bytes, const uint8_t* tile, int64_t k,
+                           Ahead ahead, float* out) {
+    if constexpr (ROWS > 0) {
+        if (rows == ROWS) return Kernel::template multiply<ROWS, PANELS>(panel, panel_bytes, tile, k, ahead, out);
+        multiply_up_to<Kernel, PANELS, ROWS - 1>(rows, panel, panel_bytes, tile, k, ahead, out);
+    }
+}
+template <class Kernel>
+__attribute__((noinline)) void multiply(int rows, const uint8_t* panel, int64_t panel_bytes, const uint8_t* tile,
+                                        int64_t k, Ahead ahead, float* out) {
+    multiply_up_to<Kernel, 1, Kernel::MAX_ROWS>(rows, panel, panel_bytes, tile, k, ahead, out);
+}
+
+}  // namespace
