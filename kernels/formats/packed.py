@@ -1,8 +1,9 @@
 """`PackedMatrix`: weights in the order in which the CPU kernels read them.
 
 A matrix [n, k] is cut into panels of 32 outputs; the kernels compute one panel for several rows of activations at a
-time, so that 32 consecutive weights of one k feed two vectors. n is padded to whole panels, k to whole groups; the
-padding is zero. Experts follow each other, `expert_bytes` apart.
+time, so that 32 consecutive weights of one k feed two vectors. n is padded to whole panels and k to whole groups,
+with zeros; only int4 repeats the last column, for a zero would stretch the last group's range. The activations that
+meet the padding are zero. Experts follow each other, `expert_bytes` apart.
 
     panel 0                                    panel 1
     +-------------------------------------+    +-----
@@ -72,10 +73,19 @@ class PackedMatrix:
 Matrix = Tensor | PackedMatrix
 
 
+def num_panels(n: int, paired: bool) -> int:
+    """Panels of n outputs; a paired matrix pads its two halves apart."""
+    return -(-(n // 2) // (PANEL // 2)) if paired else -(-n // PANEL)
+
+
+def panel_bytes(format: str, k: int) -> int:
+    """Bytes of one panel: 32 outputs, all of k."""
+    return HEADER_BYTES[format] + -(-k // GROUP_K[format]) * GROUP_BYTES[format]
+
+
 def packed_bytes(format: str, n: int, k: int, paired: bool = False) -> int:
     """Bytes of one expert's [n, k]."""
-    panels = -(-(n // 2) // (PANEL // 2)) if paired else -(-n // PANEL)
-    return panels * (HEADER_BYTES[format] + -(-k // GROUP_K[format]) * GROUP_BYTES[format])
+    return num_panels(n, paired) * panel_bytes(format, k)
 
 
 def view_packed(
