@@ -6,8 +6,9 @@ from typing import Literal
 
 import msgspec
 
-CacheDtype = Literal["bfloat16", "float32"]
-VALUE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
+CacheDtype = Literal["bfloat16", "float32", "int8"]
+VALUE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4, "int8": 1}
+SCALE_BYTES = 4  # int8: of each latent, rope key, key and value
 PLANNED_CONTEXTS = (4_096, 32_768, 262_144)  # tokens
 KIB = 1 << 10
 GIB = 1 << 30
@@ -19,6 +20,7 @@ class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         mla   latents [B, S, latent_values]   latent_values = R + P: normed latent, then rotated rope key
         gqa   keys, values [B, S, num_kv_heads, head_dim] each
 
+    At int8 the last axis is of bytes, with the scales behind the values: R + P + 8, head_dim + 4.
     The fields of the other kind are 0.
     """
 
@@ -36,9 +38,16 @@ class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return self.latent_values if self.kind == "mla" else 2 * self.num_kv_heads * self.head_dim
 
     @property
+    def page_width(self) -> int:
+        """Length of the pages' last axis."""
+        values, num_scales = (self.latent_values, 2) if self.kind == "mla" else (self.head_dim, 1)
+        return values + num_scales * SCALE_BYTES if self.dtype == "int8" else values
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of one token over all layers."""
-        return self.num_layers * self.values_per_token * VALUE_BYTES[self.dtype]
+        rows = 1 if self.kind == "mla" else 2 * self.num_kv_heads
+        return self.num_layers * rows * self.page_width * VALUE_BYTES[self.dtype]
 
     @property
     def bytes_per_block(self) -> int:

@@ -9,19 +9,23 @@ from torch import Tensor
 
 from cierzo.cache.layout import CacheLayout
 
-DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Of the pages. INT8 rows carry their scales, as bytes.
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.uint8}
 
 
 @dataclass(frozen=True, slots=True)
 class MlaPages:
-    """One layer of latents: [B, S, R+P], contiguous; the normed latent first, then the rotated rope key."""
+    """One layer of latents: [B, S, R+P], contiguous; the normed latent first, then the rotated rope key.
+
+    At int8 uint8 [B, S, R+P+8] with both scales.
+    """
 
     latents: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class GqaPages:
-    """One layer of keys (rotated) and values: [B, S, Hk, d] each, contiguous."""
+    """One layer of keys (rotated) and values: [B, S, Hk, d] each, contiguous; at int8 uint8 [B, S, Hk, d+4]."""
 
     keys: Tensor
     values: Tensor
@@ -46,7 +50,7 @@ class KVPool:
         dtype = DTYPES[layout.dtype]
         rows = (num_blocks, layout.block_tokens)
         if layout.kind == "mla":
-            return MlaPages(torch.empty(*rows, layout.latent_values, dtype=dtype, device=device))
-        heads = (layout.num_kv_heads, layout.head_dim)
+            return MlaPages(torch.empty(*rows, layout.page_width, dtype=dtype, device=device))
+        heads = (layout.num_kv_heads, layout.page_width)
         keys, values = (torch.empty(*rows, *heads, dtype=dtype, device=device) for _ in range(2))
         return GqaPages(keys, values)

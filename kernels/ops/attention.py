@@ -9,6 +9,8 @@ M rows of the block tables, W their width; Hq and Hk query and key-value heads, 
                         block, or any other page, reach a result: all of it may hold NaN
     a segment           n consecutive query rows, the last n of a context of c tokens that is already in the pages;
                         its row i sees positions 0 .. c-n+i. n may be 0, then nothing of it is read
+    INT8 pages          of dtype uint8 beside a q or keys of any dtype: rows hold codes, then 4 bytes for each scale
+                        (formats/kv_int8.py), so they are R+P+8 or d+4 wide. They are read as values of q's dtype
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels import check
+from cierzo.kernels.formats import kv_int8
 from cierzo.kernels.registry import bound
 
 
@@ -46,19 +49,17 @@ def write_latents(pages: Tensor, slots: Tensor, latents: Tensor, rope_keys: Tens
     """pages[slot] = [latent | rope key], in place, for each of T tokens.
 
     pages [B,S,R+P] contiguous; slots int64 [T], distinct; latents [T,R] (after their norm), rope_keys [T,P]
-    (rotated, not normed); one dtype, rows may be strided.
+    (rotated, not normed); one dtype, rows may be strided. INT8 pages [B,S,R+P+8]: both are quantised.
     """
     names = check.sizes(
         "write_latents",
-        pages=(pages, "B S W"),
+        pages=(pages, "B S *"),
         slots=(slots, "T"),
         latents=(latents, "T R"),
         rope_keys=(rope_keys, "T P"),
     )
-    check.require(
-        "write_latents", names["W"] == names["R"] + names["P"], f"pages {list(pages.shape)} are not R+P wide"
-    )
-    check.same_dtype("write_latents", pages=pages, latents=latents, rope_keys=rope_keys)
+    check.same_dtype("write_latents", latents=latents, rope_keys=rope_keys)
+    _check_pages("write_latents", names["R"] + names["P"], 2, latents=latents, pages=pages)
     check.dtype("write_latents", torch.int64, slots=slots)
     bound.write_latents(pages, slots, latents, rope_keys)
 
@@ -67,16 +68,18 @@ def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Ten
     """k_pages[slot] = key and v_pages[slot] = value, in place, for each of T tokens.
 
     k_pages, v_pages [B,S,Hk,d] contiguous; slots int64 [T], distinct; keys (rotated), values [T,Hk,d], one dtype.
+    INT8 pages [B,S,Hk,d+4]: each key and value is quantised.
     """
-    check.sizes(
+    names = check.sizes(
         "write_keys_values",
-        k_pages=(k_pages, "B S Hk d"),
-        v_pages=(v_pages, "B S Hk d"),
-        slots=(slots, "T"),
         keys=(keys, "T Hk d"),
         values=(values, "T Hk d"),
+        slots=(slots, "T"),
+        k_pages=(k_pages, "B S Hk *"),
+        v_pages=(v_pages, "B S Hk *"),
     )
-    check.same_dtype("write_keys_values", k_pages=k_pages, v_pages=v_pages, keys=keys, values=values)
+    check.same_dtype("write_keys_values", keys=keys, values=values)
+    _check_pages("write_keys_values", names["d"], 1, keys=keys, k_pages=k_pages, v_pages=v_pages)
     check.dtype("write_keys_values", torch.int64, slots=slots)
     bound.write_keys_values(k_pages, v_pages, slots, keys, values)
 
@@ -106,17 +109,16 @@ def mla_prefill(
 
     Every context token's latent c and rope key k_r become, for each head, the key [W_UK c | k_r] and the value
     W_UV c; softmax(scale q k) in fp32. q [T,H,nope+P], rotated and with every other factor applied; pages
-    [B,S,R+P]; w_uk [H,nope,R]; w_uv [H,V,R]; one dtype, q may be strided. Rows past the last segment: zero.
+    [B,S,R+P] of its dtype, or INT8 [B,S,R+P+8]; w_uk [H,nope,R]; w_uv [H,V,R], one dtype; q may be strided. Rows
+    past the last segment: zero.
     """
     names = check.sizes(
-        "mla_prefill", q=(q, "T H Q"), pages=(pages, "B S W"), w_uk=(w_uk, "H nope R"), w_uv=(w_uv, "H V R")
+        "mla_prefill", q=(q, "T H Q"), pages=(pages, "B S *"), w_uk=(w_uk, "H nope R"), w_uv=(w_uv, "H V R")
     )
-    check.require(
-        "mla_prefill",
-        names["Q"] - names["nope"] == names["W"] - names["R"] > 0,
-        f"rope parts differ: q {list(q.shape)}, w_uk {list(w_uk.shape)}, pages {list(pages.shape)}",
-    )
-    check.same_dtype("mla_prefill", q=q, pages=pages, w_uk=w_uk, w_uv=w_uv)
+    rope = names["Q"] - names["nope"]
+    check.require("mla_prefill", rope > 0, f"q {list(q.shape)} has no rope part beside w_uk {list(w_uk.shape)}")
+    check.same_dtype("mla_prefill", q=q, w_uk=w_uk, w_uv=w_uv)
+    _check_pages("mla_prefill", names["R"] + rope, 2, q=q, pages=pages)
     _check_queries("mla_prefill", q, queries)
     return bound.mla_prefill(q, pages, w_uk, w_uv, queries, scale)
 
@@ -125,12 +127,12 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
     """Causal attention in absorbed form -> new [T,H,R]: all heads share the key pages[slot] and the value
     pages[slot][:rank]; softmax(scale q k) in fp32.
 
-    q [T,H,R+P] from mla_absorb; pages [B,S,R+P]; one dtype, q may be strided; `rank` is R. Most segments have
-    one row; any length is allowed. Rows past the last segment: zero.
+    q [T,H,R+P] from mla_absorb; pages [B,S,R+P] of its dtype, or INT8 [B,S,R+P+8]; q may be strided; `rank` is R.
+    Most segments have one row; any length is allowed. Rows past the last segment: zero.
     """
-    names = check.sizes("mla_decode", q=(q, "T H W"), pages=(pages, "B S W"))
-    check.require("mla_decode", 0 < rank <= names["W"], f"rank {rank} of pages {list(pages.shape)}")
-    check.same_dtype("mla_decode", q=q, pages=pages)
+    names = check.sizes("mla_decode", q=(q, "T H W"), pages=(pages, "B S *"))
+    check.require("mla_decode", 0 < rank <= names["W"], f"rank {rank} of q {list(q.shape)}")
+    _check_pages("mla_decode", names["W"], 2, q=q, pages=pages)
     _check_queries("mla_decode", q, queries)
     return bound.mla_decode(q, pages, queries, scale, rank)
 
@@ -144,20 +146,35 @@ def gqa_prefill(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueri
 def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
     """Causal grouped-query attention for many short segments -> new [T,Hq,d].
 
-    q [T,Hq,d], rotated; k_pages, v_pages [B,S,Hk,d], one dtype, q may be strided; query head h uses key-value
-    head h // (Hq/Hk); softmax(scale q k) in fp32. Any segment length is allowed. Rows past the last segment: zero.
+    q [T,Hq,d], rotated; k_pages, v_pages [B,S,Hk,d] of its dtype, or INT8 [B,S,Hk,d+4]; q may be strided; query
+    head h uses key-value head h // (Hq/Hk); softmax(scale q k) in fp32. Any segment length is allowed. Rows past
+    the last segment: zero.
     """
     _check_gqa("gqa_decode", q, k_pages, v_pages, queries)
     return bound.gqa_decode(q, k_pages, v_pages, queries, scale)
 
 
 def _check_gqa(operation: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries) -> None:
-    names = check.sizes(operation, q=(q, "T Hq d"), k_pages=(k_pages, "B S Hk d"), v_pages=(v_pages, "B S Hk d"))
+    names = check.sizes(operation, q=(q, "T Hq d"), k_pages=(k_pages, "B S Hk *"), v_pages=(v_pages, "B S Hk *"))
     check.require(
         operation, names["Hq"] % names["Hk"] == 0, f"{names['Hq']} query heads, {names['Hk']} shared ones"
     )
-    check.same_dtype(operation, q=q, k_pages=k_pages, v_pages=v_pages)
+    _check_pages(operation, names["d"], 1, q=q, k_pages=k_pages, v_pages=v_pages)
     _check_queries(operation, q, queries)
+
+
+def _check_pages(operation: str, width: int, num_scales: int, /, **tensors: Tensor) -> None:
+    """First what is written or asked, then the pages: `width` wide and of its dtype, or INT8."""
+    first, *names = tensors
+    int8 = tensors[names[0]].dtype == kv_int8.PAGES_DTYPE
+    wide = width + num_scales * kv_int8.SCALE_BYTES if int8 else width
+    for name in names:
+        pages = tensors[name]
+        if int8:
+            check.dtype(operation, kv_int8.PAGES_DTYPE, **{name: pages})
+        else:
+            check.same_dtype(operation, **{first: tensors[first], name: pages})
+        check.require(operation, pages.shape[-1] == wide, f"{name} {list(pages.shape)} must be {wide} wide")
 
 
 def _check_queries(operation: str, q: Tensor, queries: PagedQueries) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cierzo.kernels.formats import kv_int8
 from cierzo.kernels.ops.attention import PagedQueries
 
 MASK_ELEMENTS = 1 << 24  # of one causal mask; longer prompts are cut into pieces of rows
@@ -23,14 +24,18 @@ def write_latents(pages: Tensor, slots: Tensor, latents: Tensor, rope_keys: Tens
     """See ops/attention.py."""
     rank = latents.shape[1]
     flat = pages.view(-1, pages.shape[-1])
+    if pages.dtype == kv_int8.PAGES_DTYPE:
+        flat.index_copy_(0, slots, kv_int8.quantise_latents(latents, rope_keys))
+        return
     flat[:, :rank].index_copy_(0, slots, latents)
     flat[:, rank:].index_copy_(0, slots, rope_keys)
 
 
 def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """See ops/attention.py."""
-    k_pages.view(-1, *keys.shape[1:]).index_copy_(0, slots, keys)
-    v_pages.view(-1, *values.shape[1:]).index_copy_(0, slots, values)
+    for pages, written in ((k_pages, keys), (v_pages, values)):
+        rows = kv_int8.quantise(written) if pages.dtype == kv_int8.PAGES_DTYPE else written
+        pages.flatten(0, 1).index_copy_(0, slots, rows)
 
 
 def mla_absorb(q: Tensor, w_uk: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ def mla_prefill(
     flat = pages.view(-1, pages.shape[-1])
 
     def expand(slots: Tensor) -> tuple[Tensor, Tensor]:
-        latents, rope_keys = flat[slots].split((rank, flat.shape[1] - rank), dim=-1)
+        latents, rope_keys = _read_latents(flat[slots], rank, q.dtype).tensor_split((rank,), dim=-1)
         keys = q.new_empty(len(slots), heads, q.shape[-1])
         keys[..., :nope] = functional.linear(latents, w_uk.reshape(-1, rank)).unflatten(-1, (heads, nope))
         keys[..., nope:] = rope_keys[:, None]
@@ -69,11 +74,8 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
     flat = pages.view(-1, 1, pages.shape[-1])
 
     def gather(slots: Tensor) -> tuple[Tensor, Tensor]:
-        latents = flat[slots]
-        return (
-            latents,
-            latents,
-        )  # values as wide as keys keep SDPA on its fused path; the rope part is cut off below
+        latents = _read_latents(flat[slots], rank, q.dtype)
+        return latents, latents  # as wide as keys, SDPA keeps to its fused path; the rope part is cut off below
 
     out = q.new_empty(q.shape[0], 1, q.shape[1], q.shape[2])
     _by_batch(out, q[:, None], gather, queries, pages.shape[1], scale)
@@ -100,7 +102,21 @@ def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQuerie
 
 def _gqa(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> tuple[Gather, Tensor]:
     keys, values = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
-    return lambda slots: (keys[slots], values[slots]), q.unflatten(1, (k_pages.shape[2], -1))
+
+    def gather(slots: Tensor) -> tuple[Tensor, Tensor]:
+        return _read_heads(keys[slots], q.dtype), _read_heads(values[slots], q.dtype)
+
+    return gather, q.unflatten(1, (k_pages.shape[2], -1))
+
+
+def _read_latents(rows: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """Rows of pages of latents -> [..., R+P]."""
+    return kv_int8.dequantise_latents(rows, rank, dtype) if rows.dtype == kv_int8.PAGES_DTYPE else rows
+
+
+def _read_heads(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of pages of keys or values -> [..., d]."""
+    return kv_int8.dequantise(rows, dtype) if rows.dtype == kv_int8.PAGES_DTYPE else rows
 
 
 def _by_segment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 
@@ -32,20 +33,31 @@ def test_the_plan_as_printed() -> None:
     assert "64 of 4k, 8 of 32k, 1 of 256k" in text
 
 
-@pytest.mark.parametrize(("dtype", "torch_dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
-def test_pages_have_the_layouts_shape_and_weight(dtype: str, torch_dtype: torch.dtype) -> None:
+def test_int8_rows_carry_their_scales() -> None:
+    """Small 4: 36 layers of 256 + 64 bytes and two floats; Small 3: a float for each key and each value."""
+    assert msgspec.structs.replace(SMALL4, dtype="int8").bytes_per_token == 36 * 328
+    assert msgspec.structs.replace(SMALL3, dtype="int8").bytes_per_token == 40 * 2 * 8 * 132
+
+
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype", "mla_width", "gqa_width"),
+    [("bfloat16", torch.bfloat16, 6, 8), ("float32", torch.float32, 6, 8), ("int8", torch.uint8, 14, 12)],
+)
+def test_pages_have_the_layouts_shape_and_weight(
+    dtype: str, torch_dtype: torch.dtype, mla_width: int, gqa_width: int
+) -> None:
     mla = CacheLayout(kind="mla", num_layers=2, block_tokens=4, latent_values=6, dtype=dtype)  # type: ignore[arg-type]
     pool = KVPool(mla, 3, "cpu")
     assert len(pool.layers) == 2
     for pages in pool.layers:
         assert isinstance(pages, MlaPages)
-        assert (pages.latents.shape, pages.latents.dtype) == ((3, 4, 6), torch_dtype)
+        assert (pages.latents.shape, pages.latents.dtype) == ((3, 4, mla_width), torch_dtype)
     assert sum(p.latents.nbytes for p in pool.layers if isinstance(p, MlaPages)) == 3 * mla.bytes_per_block
     gqa = CacheLayout(kind="gqa", num_layers=2, block_tokens=4, num_kv_heads=2, head_dim=8, dtype=dtype)  # type: ignore[arg-type]
     num_bytes = 0
     for pages in KVPool(gqa, 3, "cpu").layers:
         assert isinstance(pages, GqaPages)
-        assert pages.keys.shape == pages.values.shape == (3, 4, 2, 8)
+        assert pages.keys.shape == pages.values.shape == (3, 4, 2, gqa_width)
         assert pages.keys.data_ptr() != pages.values.data_ptr()
         num_bytes += pages.keys.nbytes + pages.values.nbytes
     assert num_bytes == 3 * gqa.bytes_per_block
