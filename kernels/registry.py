@@ -74,7 +74,9 @@ def _native(file: str, *operations: str) -> list[Implementation]:
 IMPLEMENTATIONS: list[Implementation] = [
     *_native("norm", "rms_norm", "add_rms_norm"),
     *_torch("norm", "rms_norm", "add_rms_norm"),
-    *_torch("rope", "rope_tables", "apply_rope"),
+    *_torch("rope", "rope_tables", exact=True),
+    *_native("rope", "apply_rope"),
+    *_torch("rope", "apply_rope", exact=True),
     *_torch("linear", "linear", "lm_head", "gated_mlp"),
     *_torch("moe", "route", "expert_mlp"),
     *_torch("moe", "group_by_expert", exact=True),

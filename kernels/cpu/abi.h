@@ -37,11 +37,12 @@ struct NormArgs {  // rms_norm; with a residual, add_rms_norm
 
 struct RopeArgs {  // apply_rope, in place, x [rows, heads, width]
     void* x;
-    int64_t rows, heads, width, row_stride, head_stride;
-    const float* cos;
+    int64_t rows, heads, width;
+    int64_t turned;  // P: the last so many values of each head are rotated
+    int64_t row_stride, head_stride;
+    const float* cos;  // [rows, P/2]
     const float* sin;
-    const float* query_scale;  // [rows], multiplies all `scaled_width` values that end where x's rope part ends; or null
-    int64_t scaled_width;
+    const float* scale;  // [rows], multiplies whole heads after the rotation; or null
     int32_t interleaved, dtype;
 };
 

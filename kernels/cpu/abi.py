@@ -35,8 +35,7 @@ class NormArgs(ctypes.Structure):
 
 class RopeArgs(ctypes.Structure):
     _fields_ = _fields(
-        "p: x | i64: rows heads width row_stride head_stride | p: cos sin query_scale | i64: scaled_width"
-        "| i32: interleaved dtype"
+        "p: x | i64: rows heads width turned row_stride head_stride | p: cos sin scale | i32: interleaved dtype"
     )
 
 

@@ -3,6 +3,7 @@
 #include "dense.h"
 #include "gemm.h"
 #include "norm.h"
+#include "rope.h"
 #include "simd.h"
 #include "team.h"
 
@@ -10,12 +11,17 @@
 #define JOIN(a, b, c) a##b##_##c
 #define EXPAND(a, b, c) JOIN(a, b, c)
 #define NAME(operation) EXPAND(cierzo_, CIERZO_SET, operation)
-#define EXPORT(operation, Args, kernel)                                    \
-    extern "C" VISIBLE int NAME(operation)(const Args* args, int threads);        \
-    extern "C" VISIBLE int NAME(operation)(const Args* args, int threads) {       \
-        return run(threads, [args](Team& team) { kernel(team, *args); });         \
+#define EXPORT_ON(operation, Args, kernel, on)                              \
+    extern "C" VISIBLE int NAME(operation)(const Args* args, int threads);  \
+    extern "C" VISIBLE int NAME(operation)(const Args* args, int threads) { \
+        return run(on, [args](Team& team) { kernel(team, *args); });        \
     }
+#define EXPORT(operation, Args, kernel) EXPORT_ON(operation, Args, kernel, threads)
+// Light operations: small ones run on the calling thread alone.
+#define EXPORT_LIGHT(operation, Args, kernel, values) \
+    EXPORT_ON(operation, Args, kernel, threads_worth(values, threads))
 
-EXPORT(norm, NormArgs, norm)
+EXPORT_LIGHT(norm, NormArgs, norm, args->rows * args->width)
+EXPORT_LIGHT(rope, RopeArgs, rope, args->rows * args->heads * args->turned)
 EXPORT(linear, LinearArgs, linear)
 EXPORT(gated_mlp, GatedMlpArgs, gated_mlp)

@@ -6,26 +6,31 @@
 
 namespace {
 
-// sum of squares over 16 lanes, then their tree: one order whatever the rows beside. The row is rounded to T before
-// it meets the weight, as in transformers.
+// The squares are summed in four vectors, then over these and their lanes as a tree: one order whatever the rows
+// beside. The row is rounded to T before it meets the weight, as in transformers. `out` may be `residual` or x.
 template <class T>
 void norm_row(const T* x, T* residual, const T* weight, T* out, int64_t width, float eps) {
-    F32 squares = zero();
-    for (int64_t i = 0; i < width; i += LANES) {
-        const int n = int(smaller(LANES, width - i));
+    constexpr int CHAINS = 4;
+    F32 squares[CHAINS] = {zero(), zero(), zero(), zero()};
+    const auto add = [&](int64_t i, int n, int chain) {
         F32 value = load(x + i, n);
         if (residual != nullptr) {
-            store(residual + i, value + load(residual + i, n), n);
-            value = load(residual + i, n);
+            value = rounded_to(T{}, value + load(residual + i, n));
+            store(residual + i, value, n);
         }
-        squares = fma(value, value, squares);
-    }
+        squares[chain] = fma(value, value, squares[chain]);
+    };
+    int64_t i = 0;
+    for (; i + CHAINS * LANES <= width; i += CHAINS * LANES)
+        for (int chain = 0; chain < CHAINS; ++chain) add(i + chain * LANES, LANES, chain);
+    for (; i < width; i += LANES) add(i, int(smaller(LANES, width - i)), 0);
+
+    const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const F32 factor = set(1.0f / __builtin_sqrtf(total / float(width) + eps));
     const T* row = residual != nullptr ? residual : x;
-    const F32 factor = set(1.0f / __builtin_sqrtf(sum(squares) / float(width) + eps));
-    for (int64_t i = 0; i < width; i += LANES) {
+    for (i = 0; i < width; i += LANES) {
         const int n = int(smaller(LANES, width - i));
-        store(out + i, load(row + i, n) * factor, n);
-        store(out + i, load(out + i, n) * load(weight + i, n), n);
+        store(out + i, rounded_to(T{}, load(row + i, n) * factor) * load(weight + i, n), n);
     }
 }
 

@@ -111,6 +111,13 @@ INLINE F32 power_of_two(F32 n) {  // 2^n of whole numbers n within a float's exp
         _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
 }
 
+INLINE F32 rounded_to(bf16, F32 a) {  // a as a bf16 holds it
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(round_to_bf16(a)), 16))};
+}
+INLINE F32 swap_pairs(F32 a) { return {_mm512_permute_ps(a.v, 0xb1)}; }  // lanes 1 0 3 2 5 4 ...
+INLINE uint32_t at_least(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }  // bit i: lane i, a >= b
+INLINE uint32_t unordered(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }  // either is NaN
+
 INLINE Bits load_bits(const void* p) { return {_mm512_loadu_si512(p)}; }
 INLINE void store_bits(void* p, Bits a) { _mm512_storeu_si512(p, a.v); }
 INLINE Bits zero_bits() { return {_mm512_setzero_si512()}; }
@@ -238,6 +245,22 @@ INLINE __m256 power8(__m256 n) {
 }
 INLINE F32 power_of_two(F32 n) { return {power8(n.lo), power8(n.hi)}; }
 
+INLINE F32 rounded_to(bf16, F32 a) {
+    alignas(32) bf16 lanes[LANES];
+    store(lanes, a);
+    return load(lanes);
+}
+INLINE F32 swap_pairs(F32 a) { return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)}; }
+INLINE uint32_t mask16(__m256 low, __m256 high) {
+    return uint32_t(_mm256_movemask_ps(low)) | uint32_t(_mm256_movemask_ps(high)) << 8;
+}
+INLINE uint32_t at_least(F32 a, F32 b) {
+    return mask16(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ));
+}
+INLINE uint32_t unordered(F32 a, F32 b) {
+    return mask16(_mm256_cmp_ps(a.lo, b.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, b.hi, _CMP_UNORD_Q));
+}
+
 INLINE Bits load_bits(const void* p) {
     const __m256i* half = static_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(half), _mm256_loadu_si256(half + 1)};
@@ -271,6 +294,8 @@ INLINE __m256i dot8(__m256i acc, __m256i u, __m256i s) {
 INLINE Bits dot_bytes(Bits acc, Bits u, Bits s) { return {dot8(acc.lo, u.lo, s.lo), dot8(acc.hi, u.hi, s.hi)}; }
 
 #endif
+
+INLINE F32 rounded_to(float, F32 a) { return a; }
 
 // Sums and maxima over the 16 lanes, in one fixed order: a tree over halves.
 INLINE float sum(F32 a) {

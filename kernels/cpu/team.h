@@ -88,6 +88,12 @@ class Team {
 template <class Body>
 int run(int threads, Body body) {
     Crew* crew = cierzo_enter();
+    if (threads == 1) {
+        Team team(crew, 0, 1);
+        body(team);
+        cierzo_leave(crew);
+        return 0;
+    }
 #pragma omp parallel num_threads(threads)
     {
         Team team(crew, omp_get_thread_num(), omp_get_num_threads());
@@ -96,6 +102,11 @@ int run(int threads, Body body) {
     cierzo_leave(crew);
     return 0;
 }
+
+// The threads that an operation on `values` numbers is worth: waking the others costs as much as some microseconds
+// of a light operation (a norm, a rotation), and far more where another process has their core.
+constexpr int64_t VALUES_ALONE = 1 << 15;
+INLINE int threads_worth(int64_t values, int threads) { return values < VALUES_ALONE ? 1 : threads; }
 
 INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -51,16 +51,23 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, magnitude: float = 1.0) -> 
     return bound.rope_tables(positions, inv_freq, magnitude)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
-    """Rotate x [T,H,P] IN PLACE by the tables' angles; computed in fp32, rounded once to x's dtype.
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scale: Tensor | None = None) -> None:
+    """Rotate the last P values of each head of x [T,H,W] IN PLACE; then multiply its heads by `scale`, if any.
 
-    cos, sin fp32 [T,P/2]. A pair is (x[2i], x[2i+1]) if `interleaved`, else (x[i], x[i+P/2]); both members stay
-    where they were, so cached keys and queries of one model always agree. x may be a strided view (the rope
-    part of a query); bf16 or fp32. (a, b) -> (a cos - b sin, b cos + a sin).
+    cos, sin fp32 [T,P/2], P <= W. The rotation is computed in fp32 and rounded once to x's dtype, bf16 or fp32:
+    (a, b) -> (a cos - b sin, b cos + a sin). A pair is (x[2i], x[2i+1]) of the P values if `interleaved`, else
+    (x[i], x[i+P/2]); both members stay where they were, so cached keys and queries of one model always agree.
+    scale fp32 [T] (Llama-4's factor on the query) multiplies all W values; the product is rounded once more.
+    Rows and heads of x may be strided, the values of a head are contiguous.
     """
-    check.sizes("apply_rope", x=(x, "T H P"), cos=(cos, "T F"), sin=(sin, "T F"))
-    check.require("apply_rope", x.shape[-1] == 2 * cos.shape[-1], f"x {list(x.shape)}, cos {list(cos.shape)}")
-    bound.apply_rope(x, cos, sin, interleaved)
+    names = check.sizes("apply_rope", x=(x, "T H W"), cos=(cos, "T F"), sin=(sin, "T F"))
+    check.require("apply_rope", names["W"] >= 2 * names["F"], f"x {list(x.shape)}, cos {list(cos.shape)}")
+    check.require("apply_rope", x.stride(2) == 1, f"the values of a head must be contiguous, strides {x.stride()}")
+    check.dtype("apply_rope", torch.float32, cos=cos, sin=sin)
+    if scale is not None:
+        check.sizes("apply_rope", x=(x, "T H W"), scale=(scale, "T"))
+        check.dtype("apply_rope", torch.float32, scale=scale)
+    bound.apply_rope(x, cos, sin, interleaved, scale)
 
 
 def _powers(dim: int, theta: float) -> Tensor:
