@@ -39,13 +39,10 @@ void multiply_block(const Panels& w, int64_t first_panel, int64_t last_panel, co
         const int64_t end = smaller(start + chunk, last_tile);
         for (int64_t panel = first_panel; panel < last_panel; ++panel) {
             const uint8_t* weights = w.data + panel * w.bytes;
-            const int64_t share = w.bytes / (end - start);  // of the next panel, for each tile to bring in
-            const int64_t step = panel + 1 < last_panel ? 128 / (end - start) : 0;
             for (int64_t tile = start; tile < end; ++tile) {
                 const int64_t row = x.tiling.start(tile);
                 const int rows = x.tiling.height(tile);
-                const Ahead ahead{weights + (step == 0 ? 0 : w.bytes + (tile - start) * share), step};
-                multiply<Kernel>(rows, weights, w.bytes, x.data + row * row_bytes, w.k, ahead, values);
+                multiply<Kernel>(rows, weights, x.data + row * row_bytes, w.k, values);
                 epilogue(panel, row, rows, values);
             }
         }

@@ -9,10 +9,12 @@
 //          +--------+                        rows beside it. Nothing here splits k.
 //
 // A format is a struct with what Bf16Kernel has:
-//   MAX_ROWS                tallest tile
-//   row_bytes(k)            of a row within a tile, a multiple of 64: a tile of n rows takes n times that
-//   pack(...)               rows of activations -> a tile
-//   multiply<ROWS, PANELS>  one tile, times PANELS neighbouring panels -> out float [PANELS][ROWS][32]
+//   MAX_ROWS             tallest tile
+//   row_bytes(k)         of a row within a tile, a multiple of 64: a tile of n rows takes n times that
+//   pack<T>(...)         rows of activations -> a tile
+//   multiply<ROWS>(...)  a tile times a panel -> out float [ROWS][32]
+// One panel is multiplied at a time, also with one row: two chains of additions keep up with the memory. Nothing is
+// prefetched here: a panel is read straight through, which the CPU foresees better than fixed distances do.
 #pragma once
 
 #include "abi.h"
@@ -36,40 +38,24 @@ struct Activations {
     }
 };
 
-// What to bring into the second-level cache while a panel is multiplied: two lines for every two that are read.
-struct Ahead {
-    const uint8_t* at;
-    int64_t step;  // bytes from one call to the next
-
-    INLINE void next() {
-        _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(at + 64), _MM_HINT_T1);
-        at += step;
-    }
-};
-
 INLINE bf16 as_bf16(bf16 value) { return value; }
 INLINE bf16 as_bf16(float value) { return narrow(value); }
 
-// Sums of a tile in registers: chains of one addition per step, two vectors for each row of each panel.
-template <int ROWS, int PANELS>
+// The sums of a tile in registers: two vectors for each row.
+template <int ROWS>
 struct Sums {
-    F32 of[PANELS][ROWS][2];
+    F32 of[ROWS][2];
 
     INLINE Sums() {
-#pragma GCC unroll 4
-        for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; ++r) of[p][r][0] = of[p][r][1] = zero();
+        for (int r = 0; r < ROWS; ++r) of[r][0] = of[r][1] = zero();
     }
     INLINE void store_to(float* out) const {
-#pragma GCC unroll 4
-        for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; ++r) {
-                store(out + (p * ROWS + r) * PANEL, of[p][r][0]);
-                store(out + (p * ROWS + r) * PANEL + LANES, of[p][r][1]);
-            }
+        for (int r = 0; r < ROWS; ++r) {
+            store(out + r * PANEL, of[r][0]);
+            store(out + r * PANEL + LANES, of[r][1]);
+        }
     }
 };
 
@@ -94,22 +80,17 @@ struct Bf16Kernel {
         }
     }
 
-    template <int ROWS, int PANELS>
-    static void multiply(const uint8_t* panel, int64_t panel_bytes, const uint8_t* tile, int64_t k, Ahead ahead,
-                         float* out) {
-        Sums<ROWS, PANELS> sums;
+    template <int ROWS>
+    static void multiply(const uint8_t* panel, const uint8_t* tile, int64_t k, float* out) {
+        Sums<ROWS> sums;
         const Pair* x = reinterpret_cast<const Pair*>(tile);
         for (int64_t pairs = divide_up(k, 2); pairs > 0; --pairs, panel += 128, x += ROWS) {
-#pragma GCC unroll 4
-            for (int p = 0; p < PANELS; ++p) {
-                const Bits w0 = load_bits(panel + p * panel_bytes), w1 = load_bits(panel + p * panel_bytes + 64);
+            const Bits w0 = load_bits(panel), w1 = load_bits(panel + 64);
 #pragma GCC unroll 16
-                for (int r = 0; r < ROWS; ++r) {
-                    const PairVector both = repeat_pair(x + r);
-                    sums.of[p][r][0] = dot_pair(sums.of[p][r][0], w0, both);
-                    sums.of[p][r][1] = dot_pair(sums.of[p][r][1], w1, both);
-                }
-                ahead.next();
+            for (int r = 0; r < ROWS; ++r) {
+                const PairVector both = repeat_pair(x + r);
+                sums.of[r][0] = dot_pair(sums.of[r][0], w0, both);
+                sums.of[r][1] = dot_pair(sums.of[r][1], w1, both);
             }
         }
         sums.store_to(out);
@@ -131,23 +112,18 @@ struct F32Kernel {
         }
     }
 
-    template <int ROWS, int PANELS>
-    static void multiply(const uint8_t* panel, int64_t panel_bytes, const uint8_t* tile, int64_t k, Ahead ahead,
-                         float* out) {
-        Sums<ROWS, PANELS> sums;
+    template <int ROWS>
+    static void multiply(const uint8_t* panel, const uint8_t* tile, int64_t k, float* out) {
+        Sums<ROWS> sums;
         const float* x = reinterpret_cast<const float*>(tile);
-        for (; k > 0; --k, panel += 128, x += ROWS) {
-#pragma GCC unroll 4
-            for (int p = 0; p < PANELS; ++p) {
-                const float* w = reinterpret_cast<const float*>(panel + p * panel_bytes);
-                const F32 w0 = load(w), w1 = load(w + LANES);
+        const float* w = reinterpret_cast<const float*>(panel);
+        for (; k > 0; --k, w += PANEL, x += ROWS) {
+            const F32 w0 = load(w), w1 = load(w + LANES);
 #pragma GCC unroll 16
-                for (int r = 0; r < ROWS; ++r) {
-                    const F32 value = set(x[r]);
-                    sums.of[p][r][0] = fma(value, w0, sums.of[p][r][0]);
-                    sums.of[p][r][1] = fma(value, w1, sums.of[p][r][1]);
-                }
-                ahead.next();
+            for (int r = 0; r < ROWS; ++r) {
+                const F32 value = set(x[r]);
+                sums.of[r][0] = fma(value, w0, sums.of[r][0]);
+                sums.of[r][1] = fma(value, w1, sums.of[r][1]);
             }
         }
         sums.store_to(out);
@@ -179,19 +155,15 @@ INLINE void pack_tile(uint8_t* tiles, const Activations& x, int64_t first_row, i
                           : Kernel::template pack<float>(tile, x, first_row, rows, k);
 }
 
-// Kernel::multiply<rows, PANELS>, rows being known at run time only.
-template <class Kernel, int PANELS, int ROWS>
-INLINE void multiply_up_to(int rows, const uint8_t* panel, int64_t panel_bytes, const uint8_t* tile, int64_t k,
-                           Ahead ahead, float* out) {
-    if constexpr (ROWS > 0) {
-        if (rows == ROWS) return Kernel::template multiply<ROWS, PANELS>(panel, panel_bytes, tile, k, ahead, out);
-        multiply_up_to<Kernel, PANELS, ROWS - 1>(rows, panel, panel_bytes, tile, k, ahead, out);
-    }
+// Kernel::multiply<rows>, rows being known at run time only.
+template <class Kernel, int ROWS>
+INLINE void multiply_up_to(int rows, const uint8_t* panel, const uint8_t* tile, int64_t k, float* out) {
+    if (rows == ROWS) return Kernel::template multiply<ROWS>(panel, tile, k, out);
+    if constexpr (ROWS > 1) multiply_up_to<Kernel, ROWS - 1>(rows, panel, tile, k, out);
 }
 template <class Kernel>
-__attribute__((noinline)) void multiply(int rows, const uint8_t* panel, int64_t panel_bytes, const uint8_t* tile,
-                                        int64_t k, Ahead ahead, float* out) {
-    multiply_up_to<Kernel, 1, Kernel::MAX_ROWS>(rows, panel, panel_bytes, tile, k, ahead, out);
+__attribute__((noinline)) void multiply(int rows, const uint8_t* panel, const uint8_t* tile, int64_t k, float* out) {
+    multiply_up_to<Kernel, Kernel::MAX_ROWS>(rows, panel, tile, k, out);
 }
 
 }  // namespace
