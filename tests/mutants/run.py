@@ -63,7 +63,7 @@ class Tree:
             raise SystemExit(f"the tests would import {done.stdout.strip()}, not the copy in {self.root}")
 
     def test(self, tests: str) -> tuple[int, str]:
-        """pytest's exit status and output; a run past the limit counts as failed (a fault may hang)."""
+        """pytest's exit status and output; a run that hangs past the limit or dies of a signal counts as failed."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
         try:
             done = subprocess.run(
@@ -71,7 +71,8 @@ class Tree:
             )
         except subprocess.TimeoutExpired:
             return PYTEST_FAILED, f"still running after {TIMEOUT_S:.0f} s"
-        return done.returncode, done.stdout + done.stderr
+        status = PYTEST_FAILED if done.returncode < 0 else done.returncode
+        return status, done.stdout + done.stderr
 
     def survives(self, fault: Fault) -> bool:
         """Whether the tests stay green with the fault in place. A tree that cannot be imported proves nothing."""
