@@ -78,6 +78,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_native("rope", "apply_rope"),
     *_torch("rope", "apply_rope", exact=True),
     *_torch("linear", "linear", "lm_head", "gated_mlp"),
+    *_native("moe", "route", "group_by_expert"),
     *_torch("moe", "route", "expert_mlp"),
     *_torch("moe", "group_by_expert", exact=True),
     *_torch("attention", "write_latents", "write_keys_values", exact=True),

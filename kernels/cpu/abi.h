@@ -67,11 +67,11 @@ struct GatedMlpArgs {
 
 struct RouteArgs {
     const void* x;
-    int64_t rows, width, x_stride;
-    const float* weight;  // [experts, width]
-    int64_t experts, top_k, groups, top_groups;
-    int64_t* ids;      // [rows, top_k]
-    float* weights;    // [rows, top_k]
+    int64_t rows, x_stride;
+    const Matrix* weight;  // [experts, hidden], float32 or, beside activations of bf16, bf16
+    int64_t top_k, groups, top_groups;
+    int64_t* ids;    // [rows, top_k]
+    float* weights;  // [rows, top_k]
     float scale;
     int32_t renormalise, dtype;
 };

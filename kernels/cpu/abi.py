@@ -49,7 +49,7 @@ class GatedMlpArgs(ctypes.Structure):
 
 class RouteArgs(ctypes.Structure):
     _fields_ = _fields(
-        "p: x | i64: rows width x_stride | p: weight | i64: experts top_k groups top_groups | p: ids weights"
+        "p: x | i64: rows x_stride | p: weight | i64: top_k groups top_groups | p: ids weights"
         "| f32: scale | i32: renormalise dtype"
     )
 

@@ -4,6 +4,7 @@
 #include "gemm.h"
 #include "norm.h"
 #include "rope.h"
+#include "route.h"
 #include "simd.h"
 #include "team.h"
 
@@ -25,3 +26,5 @@ EXPORT_LIGHT(norm, NormArgs, norm, args->rows * args->width)
 EXPORT_LIGHT(rope, RopeArgs, rope, args->rows * args->heads * args->turned)
 EXPORT(linear, LinearArgs, linear)
 EXPORT(gated_mlp, GatedMlpArgs, gated_mlp)
+EXPORT_LIGHT(route, RouteArgs, route, args->rows * args->weight->n * args->weight->k)
+EXPORT_LIGHT(group_by_expert, GroupArgs, group_by_expert, 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels import check
+from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.registry import bound
 
 
@@ -24,14 +25,15 @@ class ExpertGroups:
 
 
 def route(
-    x: Tensor, weight: Tensor, *, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
+    x: Tensor, weight: Matrix, *, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Each token's K experts and their weights -> (int64 [T,K], fp32 [T,K]), best expert first.
 
     p = softmax(x weight^T) over all E experts, in fp32. With `groups` > 1 the experts stand in that many equal
     groups; only the `top_groups` with the greatest sum of their two best p compete. The K greatest p win; their
     weights are p, divided by their sum if `renormalise`, times `scale`. Ties, among groups and among experts,
-    go to the lower id. x [T,D]; weight [E,D] (fp32 is exact and quickest; any float dtype).
+    go to the lower id. x [T,D]; weight [E,D] in any float dtype: products and sums are fp32, so that bf16 weights
+    beside a bf16 x lose nothing. A row with a NaN gets some K experts, and NaN as their weights.
     Source: transformers' Mistral4TopkRouter, which computes in the model's dtype and leaves ties open.
     """
     check.sizes("route", x=(x, "T D"), weight=(weight, "E D"))

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cierzo.kernels.formats.pack import as_tensor
+from cierzo.kernels.formats.packed import Matrix
+
 
 def route(
-    x: Tensor, weight: Tensor, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
+    x: Tensor, weight: Matrix, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See ops/moe.py."""
-    scores = functional.linear(x.float(), weight.float()).softmax(-1)
+    scores = functional.linear(x.float(), as_tensor(weight).float()).softmax(-1)
     eligible = scores if groups == top_groups else _mask_groups(scores, groups, top_groups)
     weights, ids = _largest(eligible, top_k)
     if renormalise:

@@ -20,7 +20,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    x = rows(x)
+    x, weight = rows(x), weight.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     args = abi.NormArgs(
         x.data_ptr(),
@@ -29,7 +29,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Ten
         x.stride(0),
         None if residual is None else residual.data_ptr(),
         0 if residual is None else residual.stride(0),
-        weight.contiguous().data_ptr(),
+        weight.data_ptr(),
         out.data_ptr(),
         out.stride(0),
         eps,

@@ -1,0 +1,60 @@
+"""Routing and grouping in C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cierzo.kernels import check
+from cierzo.kernels.cpu import abi, native
+from cierzo.kernels.cpu.tensors import rows
+from cierzo.kernels.formats.pack import pack
+from cierzo.kernels.formats.packed import Matrix, PackedMatrix
+
+
+def route(
+    x: Tensor, weight: Matrix, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See ops/moe.py."""
+    x = rows(x)
+    packed = weight if isinstance(weight, PackedMatrix) else _pack(weight, x.dtype)
+    ids = torch.empty((x.shape[0], top_k), dtype=torch.int64)
+    weights = torch.empty((x.shape[0], top_k), dtype=torch.float32)
+    args = abi.RouteArgs(
+        x.data_ptr(),
+        x.shape[0],
+        x.stride(0),
+        packed.address,
+        top_k,
+        groups,
+        top_groups,
+        ids.data_ptr(),
+        weights.data_ptr(),
+        scale,
+        renormalise,
+        abi.DTYPES[x.dtype],
+    )
+    native.call("route", args)
+    return ids, weights
+
+
+def _pack(weight: Tensor, dtype: torch.dtype) -> PackedMatrix:
+    """A bf16 kernel rounds its activations: it is for those that are bf16 already."""
+    if weight.dtype == dtype == torch.bfloat16:
+        return pack(weight, "bf16")
+    return pack(weight.float(), "float32")
+
+
+def group_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """See ops/moe.py."""
+    expert_ids = expert_ids.contiguous()
+    pairs = expert_ids.numel()
+    order = torch.empty(pairs, dtype=torch.int64)
+    starts = torch.empty(num_experts + 1, dtype=torch.int64)
+    args = abi.GroupArgs(expert_ids.data_ptr(), pairs, num_experts, order.data_ptr(), starts.data_ptr())
+    native.call("group_by_expert", args)
+    grouped = int(starts[num_experts])
+    check.require(
+        "group_by_expert", grouped == pairs, f"{pairs - grouped} expert ids are not in 0 .. {num_experts - 1}"
+    )
+    return order, starts
