@@ -22,10 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cierzo.engine.errors import CheckpointError
 from cierzo.engine.weights import mapping, packed_file
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.packed_file import Entry, Index, UnusableFile
 from cierzo.engine.weights.reader import CheckpointReader
+from cierzo.kernels.formats.pack import PackError, pack_into
 from cierzo.kernels.formats.packed import PANEL, PackedMatrix, empty_packed, packed_bytes, view_packed
 
 _log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ SMALL_BYTES = 32 << 20  # packed in less time than a user notices: no file
 PIECE_BYTES = 64 << 20  # packed at a time: about what packing takes beside the weights
 
 Make = Callable[[], Tensor]
-PackInto = Callable[[Tensor, PackedMatrix], None]
+PackInto = Callable[[Tensor, str, bool, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class PackedStore:
     """Gives PackedMatrix objects, and fills them all at once.
 
     variant: what the file is named after: number format, and rank where there are several. dtype: of the
-    activations. pack_into: packs a tensor [.., n, k] into the bytes of a matrix of the same shape.
+    activations.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class PackedStore:
         cache_dir: Path,
         *,
         dtype: torch.dtype,
-        pack_into: PackInto,
+        pack_into: PackInto = pack_into,
     ) -> None:
         self._reader = reader
         self._variant = variant
@@ -95,8 +97,9 @@ class PackedStore:
     def fill(self, progress: Progress | None = None) -> str:
         """Map the packed weights, or pack them first; says in a line what was done.
 
-        progress: called with (bytes done, bytes in all) while packing. Raises CheckpointError, and whatever `make`
-        and `pack_into` raise. A file that cannot be used or written is no error: one line is logged.
+        progress: called with (bytes done, bytes in all) while packing. Raises what `make` raises, and
+        CheckpointError naming the matrix that its format cannot hold (NaN in int8). A file that cannot be used or
+        written is no error: a line is logged, and the next place is tried.
         """
         how = self._fill(progress)
         self._requests = {}
@@ -167,19 +170,18 @@ class PackedStore:
     def _pack(self, progress: Progress | None, file: int | None = None) -> None:
         """Pack every matrix piece by piece: into `file`, or into the memory that is reserved for it."""
         files = {info.file for info in self._reader.tensors.values()}
-        buffer, done_bytes, total_bytes = torch.empty(0), 0, self.num_bytes
+        buffer, done_bytes, total_bytes = empty_packed(0), 0, self.num_bytes
         for request in self._requests.values():
             entry = request.entry
             source = _checked(request.make(), entry)
             for rows, begin, end in _pieces(entry):
-                if file is None:
-                    target = request.matrix.data[begin:end]
-                else:
-                    if buffer.numel() < end - begin:
-                        buffer = empty_packed(end - begin)
-                    target = buffer[: end - begin]
-                piece = source[rows]
-                self._pack_into(piece, view_packed(entry.format, piece.shape, self._dtype, entry.paired, target))
+                if file is not None and buffer.numel() < end - begin:
+                    buffer = empty_packed(end - begin)
+                target = request.matrix.data[begin:end] if file is None else buffer[: end - begin]
+                try:
+                    self._pack_into(source[rows], entry.format, entry.paired, target)
+                except PackError as error:
+                    raise CheckpointError(f"{entry.key}, from {rows.start} on: {error}", field=entry.key) from error
                 if file is not None:
                     packed_file.write_all(file, target.numpy().data, entry.offset + begin)
                     mapping.begin_writing(file, entry.offset + begin, end - begin)

@@ -22,7 +22,8 @@ from cierzo.engine.errors import CheckpointError
 from cierzo.engine.weights import mapping, packed, packed_file
 from cierzo.engine.weights.packed import PackedStore
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.packed import PANEL, PackedMatrix, empty_packed, packed_bytes, view_packed
+from cierzo.kernels.formats.pack import PackError, pack, pack_into
+from cierzo.kernels.formats.packed import PANEL, PackedMatrix
 
 GENERATOR = torch.Generator().manual_seed(5)
 TENSORS: dict[str, Tensor] = {  # odd sizes, several panels, experts
@@ -34,28 +35,8 @@ TENSORS: dict[str, Tensor] = {  # odd sizes, several panels, experts
 PAIRED = {"gate_up", "mlp"}
 
 
-def pack_into(source: Tensor, matrix: PackedMatrix) -> None:
-    """bf16 as formats/packed.py draws it."""
-    n, k = source.shape[-2:]
-    rows = source.reshape(-1, n, k)
-    if matrix.paired:
-        half = n // 2
-        padded = rows.new_zeros(len(rows), 2, -(-half // 16) * 16, k)
-        padded[:, 0, :half], padded[:, 1, :half] = rows[:, :half], rows[:, half:]
-        rows = padded.unflatten(2, (-1, 16)).transpose(1, 2).flatten(1, 3)
-    n = rows.shape[1]
-    full = rows.new_zeros(len(rows), -(-n // PANEL) * PANEL, -(-k // 2) * 2)
-    full[:, :n, :k] = rows
-    panels = full.unflatten(1, (-1, PANEL)).unflatten(3, (-1, 2)).transpose(2, 3).contiguous()
-    matrix.data.copy_(panels.view(torch.uint8).flatten())
-
-
 def expected(name: str) -> Tensor:
-    source = TENSORS[name]
-    experts = source.shape[0] if source.dim() == 3 else 1
-    data = empty_packed(experts * packed_bytes("bf16", *source.shape[-2:], paired=name in PAIRED))
-    pack_into(source, view_packed("bf16", tuple(source.shape), torch.bfloat16, name in PAIRED, data))
-    return data
+    return pack(TENSORS[name], "bf16", paired=name in PAIRED).data
 
 
 class Start:
@@ -353,18 +334,19 @@ def test_a_file_that_cannot_be_mapped(folder: Path, cache: Path, monkeypatch: py
 
 
 def test_an_error_while_packing_leaves_nothing(folder: Path, cache: Path) -> None:
-    def fail(source: Tensor, matrix: PackedMatrix) -> None:
-        raise CheckpointError("tensor x: NaN")
+    def fail(*arguments: object) -> None:
+        raise PackError("int8 cannot hold NaN")
 
-    with pytest.raises(CheckpointError, match="NaN"):
+    with pytest.raises(CheckpointError, match="lm_head, from 0 on: int8 cannot hold NaN") as caught:
         Start(folder, cache, pack=fail)
+    assert caught.value.field == "lm_head"
     assert os.listdir(folder / ".cierzo") == []
     assert in_cache(cache) == []
 
 
 def test_misuse() -> None:
     reader: Any = None
-    store = PackedStore(reader, "bf16", Path(), dtype=torch.bfloat16, pack_into=pack_into)
+    store = PackedStore(reader, "bf16", Path(), dtype=torch.bfloat16)
     store.matrix("a", (4, 4), lambda: torch.zeros(4, 4), format="bf16")
     with pytest.raises(ValueError, match="a was asked for already"):
         store.matrix("a", (4, 4), lambda: torch.zeros(4, 4), format="bf16")
@@ -372,7 +354,7 @@ def test_misuse() -> None:
 
 def test_a_tensor_of_another_shape(folder: Path, cache: Path) -> None:
     with CheckpointReader(folder) as reader:
-        store = PackedStore(reader, "bf16", cache, dtype=torch.bfloat16, pack_into=pack_into)
+        store = PackedStore(reader, "bf16", cache, dtype=torch.bfloat16)
         store.matrix("a", (4, 4), lambda: torch.zeros(4, 5), format="bf16")
         with pytest.raises(ValueError, match=r"matrix a: made \[4, 5\] instead of \[4, 4\]"):
             store.fill()
@@ -386,10 +368,10 @@ def test_a_second_starter_waits_and_maps(folder: Path, cache: Path, monkeypatch:
     packs, waits = threading.Event(), threading.Event()
     monkeypatch.setattr(packed_file._log, "info", lambda *text: waits.set())
 
-    def wait_for_the_second(source: Tensor, matrix: PackedMatrix) -> None:
+    def wait_for_the_second(*arguments: Any) -> None:
         packs.set()
         assert waits.wait(60)
-        pack_into(source, matrix)
+        pack_into(*arguments)
 
     starts: list[Start] = []
     first = threading.Thread(target=lambda: starts.append(Start(folder, cache, pack=wait_for_the_second)))
@@ -439,8 +421,8 @@ folder, where = sys.argv[1:]
 if where == "memory":
     packed.SMALL_BYTES = 1 << 40
 torch.set_num_threads(1)
-copy = lambda source, matrix: matrix.data.copy_(source.reshape(-1).view(torch.uint8))
-copy(torch.zeros(4, 4), type("M", (), {"data": torch.zeros(64, dtype=torch.uint8)}))
+copy = lambda source, format, paired, target: target.copy_(source.reshape(-1).view(torch.uint8))
+copy(torch.zeros(4, 4), "", False, torch.zeros(64, dtype=torch.uint8))
 with CheckpointReader(folder) as reader:
     store = PackedStore(reader, "bf16", Path(folder) / "cache", dtype=torch.bfloat16, pack_into=copy)
     weights = []
