@@ -180,13 +180,15 @@ struct GqaArgs {  // gqa_prefill, gqa_decode
     int32_t kv_format, dtype;
 };
 
-// One box of a weight tensor -> panels of a packed matrix (see formats/). Source rows are [n, k] with strides.
+// Experts of a weight tensor -> a packed matrix (see formats/). `refused` becomes the place in [experts, n, k] of the
+// first weight that the format cannot hold, if there is one; the target's content is then undefined.
 struct PackArgs {
     const void* source;
     int64_t experts, n, k;
     int64_t expert_stride, row_stride, column_stride;  // of the source, in elements
     uint8_t* target;
     int64_t expert_bytes;
+    int64_t* refused;
     int32_t format, paired, dtype;  // dtype of the source
 };
 

@@ -120,7 +120,7 @@ class GqaArgs(ctypes.Structure):
 class PackArgs(ctypes.Structure):
     _fields_ = _fields(
         "p: source | i64: experts n k expert_stride row_stride column_stride | p: target | i64: expert_bytes"
-        "| i32: format paired dtype"
+        "| p: refused | i32: format paired dtype"
     )
 
 

@@ -3,6 +3,7 @@
 #include "dense.h"
 #include "gemm.h"
 #include "norm.h"
+#include "pack.h"
 #include "rope.h"
 #include "route.h"
 #include "simd.h"
@@ -28,3 +29,4 @@ EXPORT(linear, LinearArgs, linear)
 EXPORT(gated_mlp, GatedMlpArgs, gated_mlp)
 EXPORT_LIGHT(route, RouteArgs, route, args->rows * args->weight->n * args->weight->k)
 EXPORT_LIGHT(group_by_expert, GroupArgs, group_by_expert, 0)
+EXPORT(pack, PackArgs, pack)

@@ -75,6 +75,10 @@ INLINE F32 load(const bf16* p, int n) {
 INLINE F32 load_half(const uint16_t* p) {  // IEEE half precision
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+INLINE void store_half(uint16_t* p, F32 a) {  // to nearest even
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE F32 round_to_half(F32 a) { return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))}; }
 INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
 INLINE void store(float* p, F32 a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
 INLINE __m256i round_to_bf16(F32 a) {
@@ -104,6 +108,7 @@ INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
 INLINE F32 where_less(F32 a, F32 b, F32 yes, F32 no) {  // a < b ? yes : no
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
+INLINE bool any_less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) != 0; }  // in some lane
 INLINE F32 keep(F32 a, int n, F32 rest) { return {_mm512_mask_blend_ps(first(n), rest.v, a.v)}; }  // first n of a
 INLINE F32 round(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 INLINE F32 power_of_two(F32 n) {  // 2^n of whole numbers n within a float's exponents
@@ -123,8 +128,11 @@ INLINE void store_bits(void* p, Bits a) { _mm512_storeu_si512(p, a.v); }
 INLINE Bits zero_bits() { return {_mm512_setzero_si512()}; }
 INLINE Bits repeat(int32_t value) { return {_mm512_set1_epi32(value)}; }
 INLINE Bits operator&(Bits a, Bits b) { return {_mm512_and_si512(a.v, b.v)}; }
+INLINE Bits operator|(Bits a, Bits b) { return {_mm512_or_si512(a.v, b.v)}; }
+INLINE Bits shift_left(Bits a, int n) { return {_mm512_slli_epi32(a.v, unsigned(n))}; }  // of 16 int32
 INLINE Bits shift_right(Bits a, int n) { return {_mm512_srli_epi32(a.v, unsigned(n))}; }
 INLINE F32 to_f32(Bits a) { return {_mm512_cvtepi32_ps(a.v)}; }  // of 16 int32
+INLINE Bits to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }  // to nearest, ties to even
 INLINE F32 as_f32(Bits a) { return {_mm512_castsi512_ps(a.v)}; }
 INLINE F32 low_bf16(Bits a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }  // element 0 of each pair
 INLINE F32 high_bf16(Bits a) {
@@ -180,6 +188,12 @@ INLINE F32 load_half(const uint16_t* p) {
     const __m128i* half = reinterpret_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(half)), _mm256_cvtph_ps(_mm_loadu_si128(half + 1))};
 }
+INLINE __m128i half8(__m256 a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+INLINE void store_half(uint16_t* p, F32 a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half8(a.lo));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + 1, half8(a.hi));
+}
+INLINE F32 round_to_half(F32 a) { return {_mm256_cvtph_ps(half8(a.lo)), _mm256_cvtph_ps(half8(a.hi))}; }
 INLINE void store(float* p, F32 a) {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
@@ -229,6 +243,10 @@ INLINE F32 where_less(F32 a, F32 b, F32 yes, F32 no) {
     return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
             _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
 }
+INLINE bool any_less(F32 a, F32 b) {
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ),
+                                           _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))) != 0;
+}
 INLINE F32 keep(F32 a, int n, F32 rest) {
     const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const __m256 low = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), index));
@@ -272,7 +290,10 @@ INLINE void store_bits(void* p, Bits a) {
 INLINE Bits zero_bits() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 INLINE Bits repeat(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
 INLINE Bits operator&(Bits a, Bits b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+INLINE Bits operator|(Bits a, Bits b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+INLINE Bits shift_left(Bits a, int n) { return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)}; }
 INLINE Bits shift_right(Bits a, int n) { return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)}; }
+INLINE Bits to_int(F32 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 INLINE F32 to_f32(Bits a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 INLINE F32 as_f32(Bits a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 INLINE F32 low_bf16(Bits a) {

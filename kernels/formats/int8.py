@@ -3,7 +3,7 @@
     scale = the smallest half >= (largest |weight| of the group) / 127        code = round(weight / scale)
 
 Rounding the scale up means that no weight is clipped, and that the scale of weights too small for a half is 2^-24,
-not 0. So |error| <= scale / 2, which is largest / 254 plus half a part in a thousand, or 2^-25 for tiny weights.
+not 0. So |error| <= scale / 2 <= (largest / 254) (1 + 2^-10) + 2^-25.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cierzo.kernels import registry
+from cierzo.kernels.cpu.launch import pack as launch
 from cierzo.kernels.formats import definition
 from cierzo.kernels.formats.packed import (
     ALIGNMENT,
@@ -49,11 +51,15 @@ def pack_into(weight: Tensor, format: str, paired: bool, target: Tensor) -> None
     wanted = experts * packed_bytes(format, n, k, paired)
     if target.dtype != torch.uint8 or target.numel() != wanted or target.data_ptr() % ALIGNMENT:
         raise PackError(f"{format} {list(weight.shape)} takes {wanted} aligned bytes, target has {target.numel()}")
-    bad = definition.refused(weight, format)
-    if bad is not None:
-        place = [int(i) for i in torch.unravel_index(torch.tensor(bad), weight.shape)]
-        raise PackError(f"{format} cannot hold the weight at {place}: {weight.flatten()[bad].item()}")
-    target.copy_(definition.pack(weight, format, paired))
+    if registry.has_native():
+        refused = launch.pack(weight, format, paired, target)
+    else:
+        refused = definition.refused(weight, format)
+        if refused is None:
+            target.copy_(definition.pack(weight, format, paired))
+    if refused is not None:
+        place = [int(i) for i in torch.unravel_index(torch.tensor(refused), weight.shape)]
+        raise PackError(f"{format} cannot hold the weight at {place}: {weight[tuple(place)].item()}")
 
 
 def unpack(packed: PackedMatrix, dtype: torch.dtype | None = None) -> Tensor:
