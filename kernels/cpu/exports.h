@@ -1,6 +1,7 @@
 // The C entry points of one instruction set: NAME(rms_norm) is cierzo_<set>_rms_norm.
 #include "abi.h"
 #include "dense.h"
+#include "experts.h"
 #include "gemm.h"
 #include "norm.h"
 #include "pack.h"
@@ -30,3 +31,4 @@ EXPORT(gated_mlp, GatedMlpArgs, gated_mlp)
 EXPORT_LIGHT(route, RouteArgs, route, args->rows * args->weight->n * args->weight->k)
 EXPORT_LIGHT(group_by_expert, GroupArgs, group_by_expert, 0)
 EXPORT(pack, PackArgs, pack)
+EXPORT(expert_mlp, ExpertMlpArgs, expert_mlp)

@@ -130,15 +130,6 @@ struct F32Kernel {
     }
 };
 
-// body(kernel) with the kernel of a matrix's format.
-template <class Body>
-INLINE void with_kernel(const Matrix& weight, Body body) {
-    switch (weight.format) {
-        case FORMAT_F32: return body(F32Kernel{});
-        case FORMAT_BF16: return body(Bf16Kernel{});
-    }
-}
-
 // Rows cut into tiles, as even as possible: 64 rows in tiles of at most 12 are 11, 11, 11, 11, 10, 10.
 struct Tiling {
     int64_t rows, count;
@@ -148,22 +139,35 @@ struct Tiling {
     INLINE int height(int64_t tile) const { return int(start(tile + 1) - start(tile)); }
 };
 
+// A format's kernel behind pointers: what uses it is compiled once for all formats.
+struct Microkernel {
+    int max_rows;
+    int64_t (*row_bytes)(int64_t k);
+    void (*pack)(uint8_t* tile, const Activations& x, int64_t first_row, int rows, int64_t k);
+    void (*multiply)(int rows, const uint8_t* panel, const uint8_t* tile, int64_t k, float* out);
+};
+
 template <class Kernel>
-INLINE void pack_tile(uint8_t* tiles, const Activations& x, int64_t first_row, int rows, int64_t k) {
-    uint8_t* tile = tiles + first_row * Kernel::row_bytes(k);
+void pack_tile(uint8_t* tile, const Activations& x, int64_t first_row, int rows, int64_t k) {
     x.dtype == DTYPE_BF16 ? Kernel::template pack<bf16>(tile, x, first_row, rows, k)
                           : Kernel::template pack<float>(tile, x, first_row, rows, k);
 }
 
-// Kernel::multiply<rows>, rows being known at run time only.
-template <class Kernel, int ROWS>
+template <class Kernel, int ROWS = Kernel::MAX_ROWS>
 INLINE void multiply_up_to(int rows, const uint8_t* panel, const uint8_t* tile, int64_t k, float* out) {
     if (rows == ROWS) return Kernel::template multiply<ROWS>(panel, tile, k, out);
     if constexpr (ROWS > 1) multiply_up_to<Kernel, ROWS - 1>(rows, panel, tile, k, out);
 }
 template <class Kernel>
-__attribute__((noinline)) void multiply(int rows, const uint8_t* panel, const uint8_t* tile, int64_t k, float* out) {
-    multiply_up_to<Kernel, Kernel::MAX_ROWS>(rows, panel, tile, k, out);
+void multiply_tile(int rows, const uint8_t* panel, const uint8_t* tile, int64_t k, float* out) {
+    multiply_up_to<Kernel>(rows, panel, tile, k, out);
 }
+
+template <class Kernel>
+constexpr Microkernel behind_pointers() {
+    return {Kernel::MAX_ROWS, Kernel::row_bytes, pack_tile<Kernel>, multiply_tile<Kernel>};
+}
+constexpr Microkernel MICROKERNELS[] = {behind_pointers<F32Kernel>(), behind_pointers<Bf16Kernel>()};  // by Format
+constexpr int TALLEST_TILE = 16;  // at least every MAX_ROWS
 
 }  // namespace

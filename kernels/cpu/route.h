@@ -91,7 +91,7 @@ void route(Team& team, const RouteArgs& args) {
     float* logits = team.scratch<float>(args.rows * padded);
     float* group_scores = team.own_scratch<float>(divide_up(args.groups, LANES) * LANES);
     product(team, {args.x, args.x_stride, args.dtype, nullptr, 1}, args.rows, *args.weight,
-            {logits, padded, DTYPE_F32});
+            {logits, padded, args.weight->n, DTYPE_F32});
     team.each(divide_up(args.rows, ROWS), [&](int64_t piece) {
         for (int64_t row = piece * ROWS; row < smaller(args.rows, (piece + 1) * ROWS); ++row)
             choose_experts(args, logits + row * padded, group_scores, args.ids + row * args.top_k,
