@@ -104,8 +104,7 @@ def query_scale(positions: Tensor, beta: float, original_positions: int) -> Tens
 class GatedMlp:
     """down(silu(gate x) * up x), its width divided among ranks: returns this rank's partial sum."""
 
-    gate: Tensor
-    up: Tensor
+    gate_up: Tensor
     down: Tensor
 
     @staticmethod
@@ -120,8 +119,9 @@ class GatedMlp:
     @classmethod
     def build(cls, parameters: Parameters) -> GatedMlp:
         """From a layer's parameters."""
-        return cls(*(parameters[f"{name}_proj.weight"] for name in ("gate", "up", "down")))
+        gate, up, down = (parameters[f"{name}_proj.weight"] for name in ("gate", "up", "down"))
+        return cls(torch.cat([gate, up]), down)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T,D] -> [T,D]."""
-        return linear.gated_mlp(x, self.gate, self.up, self.down)
+        return linear.gated_mlp(x, self.gate_up, self.down)

@@ -61,5 +61,5 @@ class MixtureOfExperts:
             scale=config.routed_scale,
         )
         groups = moe.group_by_expert(ids, config.num_experts)
-        routed = moe.expert_mlp(x, self.gate_up, self.down, weights, groups)
-        return routed.add_(self.shared.forward(x))
+        shared = self.shared
+        return moe.expert_mlp(x, self.gate_up, self.down, weights, groups, shared.gate_up, shared.down)

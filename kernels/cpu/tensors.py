@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cierzo.kernels import check
+from cierzo.kernels.formats.pack import as_packed
+from cierzo.kernels.formats.packed import Matrix, PackedMatrix
+
 
 def rows(x: Tensor) -> Tensor:
     """x with its last axis contiguous, as the kernels take it."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def packed_for(operation: str, matrix: Matrix, paired: bool = False) -> PackedMatrix:
+    """matrix as the kernels read it; a plain tensor is packed, for this call alone. Raises ArgumentError."""
+    if not isinstance(matrix, PackedMatrix):
+        return as_packed(matrix, paired)
+    if matrix.paired != paired:
+        wanted = "paired (gate beside up)" if paired else "in plain order"
+        check.require(operation, False, f"packed weights {list(matrix.shape)} must be {wanted}")
+    return matrix

@@ -5,29 +5,32 @@ from __future__ import annotations
 from torch import Tensor
 
 from cierzo.kernels import check
+from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.registry import bound
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Matrix) -> Tensor:
     """x @ weight^T -> new [T,N], in x's dtype. x [T,D], weight [N,D], one dtype, fp32 accumulation."""
     check.sizes("linear", x=(x, "T D"), weight=(weight, "N D"))
     check.same_dtype("linear", x=x, weight=weight)
     return bound.linear(x, weight)
 
 
-def lm_head(hidden: Tensor, weight: Tensor) -> Tensor:
+def lm_head(hidden: Tensor, weight: Matrix) -> Tensor:
     """Logits of the rows that sample -> fp32 [M,N]. hidden [M,D], weight [N,D] of one dtype."""
     check.sizes("lm_head", hidden=(hidden, "M D"), weight=(weight, "N D"))
     check.same_dtype("lm_head", hidden=hidden, weight=weight)
     return bound.lm_head(hidden, weight)
 
 
-def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """(silu(x gate^T) * (x up^T)) down^T -> new [T,D]. x [T,D], gate, up [F,D], down [D,F], one dtype.
+def gated_mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+    """(silu(x gate^T) * (x up^T)) down^T -> new [T,D]. x [T,D], gate_up [2F,D], down [D,F], one dtype.
 
-    With Small 4's weights the product may exceed fp16's range: no implementation may compute it in fp16.
+    The first F rows of gate_up are the gate; a PackedMatrix of it is `paired`. With Small 4's weights the product
+    may exceed fp16's range: no implementation may compute it in fp16.
     Source: Shazeer 2020, arXiv 2002.05202 (SwiGLU).
     """
-    check.sizes("gated_mlp", x=(x, "T D"), gate=(gate, "F D"), up=(up, "F D"), down=(down, "D F"))
-    check.same_dtype("gated_mlp", x=x, gate=gate, up=up, down=down)
-    return bound.gated_mlp(x, gate, up, down)
+    names = check.sizes("gated_mlp", x=(x, "T D"), gate_up=(gate_up, "G D"), down=(down, "D F"))
+    check.require("gated_mlp", names["G"] == 2 * names["F"], f"gate_up {list(gate_up.shape)} is not [2F,D]")
+    check.same_dtype("gated_mlp", x=x, gate_up=gate_up, down=down)
+    return bound.gated_mlp(x, gate_up, down)

@@ -53,13 +53,23 @@ def group_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertGroups:
     return ExpertGroups(*bound.group_by_expert(expert_ids, num_experts))
 
 
-def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, groups: ExpertGroups) -> Tensor:
-    """sum over a token's slots, in slot order and in fp32, of weight * MLP of that slot's expert -> new [T,D].
+def expert_mlp(
+    x: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    weights: Tensor,
+    groups: ExpertGroups,
+    shared_gate_up: Matrix | None = None,
+    shared_down: Matrix | None = None,
+) -> Tensor:
+    """sum over a token's slots of weight * MLP of that slot's expert, plus the shared expert's MLP -> new [T,D].
 
-    x [T,D]; gate_up [E,2F,D], the first F rows the gate; down [E,D,F]; one dtype, to which each expert's output
-    may be rounded before the sum; weights fp32 [T,K]; groups from group_by_expert. One pass over the experts that
-    have tokens: the others' weights are not read and may hold anything. Intermediates may exceed fp16's range.
-    T may be 0.
+    x [T,D]; gate_up [E,2F,D], the first F rows the gate; down [E,D,F]; weights fp32 [T,K]; groups from
+    group_by_expert. shared_gate_up [2S,D] and shared_down [D,S], or neither: an expert of every token, of weight 1.
+    One dtype, but for weights; packed gate_ups are `paired`. MLPs as in linear.gated_mlp, whose outputs may be
+    rounded to that dtype before the sum; the sum is fp32, slot by slot in order, the shared expert last.
+    One pass over the experts that have tokens: the others' weights are not read and may hold anything.
+    Intermediates may exceed fp16's range. T may be 0.
     """
     names = check.sizes(
         "expert_mlp", x=(x, "T D"), gate_up=(gate_up, "E G D"), down=(down, "E D F"), weights=(weights, "T K")
@@ -67,4 +77,14 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, groups
     check.require("expert_mlp", names["G"] == 2 * names["F"], f"gate_up {list(gate_up.shape)} is not [E,2F,D]")
     check.same_dtype("expert_mlp", x=x, gate_up=gate_up, down=down)
     check.dtype("expert_mlp", torch.float32, weights=weights)
-    return bound.expert_mlp(x, gate_up, down, weights, groups.order, groups.starts)
+    if shared_gate_up is not None:
+        _check_shared(x, shared_gate_up, shared_down)
+    return bound.expert_mlp(x, gate_up, down, weights, groups.order, groups.starts, shared_gate_up, shared_down)
+
+
+def _check_shared(x: Tensor, gate_up: Matrix, down: Matrix | None) -> None:
+    check.require("expert_mlp", down is not None, "shared_gate_up without shared_down")
+    names = check.sizes("expert_mlp", x=(x, "T D"), shared_gate_up=(gate_up, "G D"), shared_down=(down, "D S"))
+    shape = list(gate_up.shape)
+    check.require("expert_mlp", names["G"] == 2 * names["S"], f"shared_gate_up {shape} is not [2S,D]")
+    check.same_dtype("expert_mlp", x=x, shared_gate_up=gate_up, shared_down=down)

@@ -6,23 +6,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cierzo.kernels.formats.pack import as_tensor
+from cierzo.kernels.formats.packed import Matrix
+
 PAIRED_ROW_WIDTH = 1280
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Matrix) -> Tensor:
     """See ops/linear.py."""
+    weight = as_tensor(weight)
     if x.shape[0] == 1 and x.dtype is torch.bfloat16 and x.shape[1] >= PAIRED_ROW_WIDTH and not x.is_cuda:
         # torch 2.13 on the CPU reads bf16 weights 6 to 14 % faster for two rows than for one, from this width on
         return functional.linear(x.expand(2, -1), weight)[:1]
     return functional.linear(x, weight)
 
 
-def lm_head(hidden: Tensor, weight: Tensor) -> Tensor:
+def lm_head(hidden: Tensor, weight: Matrix) -> Tensor:
     """See ops/linear.py."""
     return linear(hidden, weight).float()
 
 
-def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def gated_mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     """See ops/linear.py."""
-    activation = functional.silu(linear(x, gate), inplace=True)
-    return linear(activation.mul_(linear(x, up)), down)
+    gate, up = linear(x, gate_up).chunk(2, dim=-1)
+    return linear(functional.silu(gate).mul_(up), down)

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ref.linear import gated_mlp
 
 
 def route(
@@ -45,20 +46,36 @@ def group_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     return order, starts
 
 
-def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+def expert_mlp(
+    x: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    weights: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    shared_gate_up: Matrix | None,
+    shared_down: Matrix | None,
+) -> Tensor:
     """See ops/moe.py."""
     slots = weights.shape[1]
     rows = x[order // slots]
-    outputs = torch.empty_like(rows)
-    bounds = starts.tolist()
-    for expert, (start, end) in enumerate(pairwise(bounds)):
-        if start < end:
-            gate, up = functional.linear(rows[start:end], gate_up[expert]).chunk(2, dim=-1)
-            torch.mm(functional.silu(gate).mul_(up), down[expert].t(), out=outputs[start:end])
+    outputs = _each_expert(rows, as_tensor(gate_up), as_tensor(down), starts.tolist())
     by_slot = torch.empty_like(outputs)
     by_slot[order] = outputs
     by_slot = by_slot.view(-1, slots, x.shape[1])
     total = by_slot[:, 0].float() * weights[:, :1]
     for slot in range(1, slots):
         total.addcmul_(by_slot[:, slot].float(), weights[:, slot : slot + 1])
+    if shared_gate_up is not None and shared_down is not None:
+        total += gated_mlp(x, shared_gate_up, shared_down)
     return total.to(x.dtype)
+
+
+def _each_expert(rows: Tensor, gate_up: Tensor, down: Tensor, bounds: list[int]) -> Tensor:
+    """Rows bounds[e] .. bounds[e+1]-1 through expert e's MLP."""
+    outputs = torch.empty_like(rows)
+    for expert, (start, end) in enumerate(pairwise(bounds)):
+        if start < end:
+            gate, up = functional.linear(rows[start:end], gate_up[expert]).chunk(2, dim=-1)
+            torch.mm(functional.silu(gate).mul_(up), down[expert].t(), out=outputs[start:end])
+    return outputs

@@ -1,4 +1,4 @@
-"""Routing and grouping in C++."""
+"""Routing, grouping and the experts' MLPs in C++."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cierzo.kernels import check
 from cierzo.kernels.cpu import abi, native
-from cierzo.kernels.cpu.tensors import rows
+from cierzo.kernels.cpu.tensors import packed_for, rows
 from cierzo.kernels.formats.pack import pack
 from cierzo.kernels.formats.packed import Matrix, PackedMatrix
 
@@ -58,3 +58,40 @@ def group_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tenso
         "group_by_expert", grouped == pairs, f"{pairs - grouped} expert ids are not in 0 .. {num_experts - 1}"
     )
     return order, starts
+
+
+def expert_mlp(
+    x: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    expert_weights: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    shared_gate_up: Matrix | None,
+    shared_down: Matrix | None,
+) -> Tensor:
+    """See ops/moe.py."""
+    x, expert_weights = rows(x), expert_weights.contiguous()
+    routed = packed_for("expert_mlp", gate_up, paired=True), packed_for("expert_mlp", down)
+    shared = None
+    if shared_gate_up is not None and shared_down is not None:
+        shared = packed_for("expert_mlp", shared_gate_up, paired=True), packed_for("expert_mlp", shared_down)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    args = abi.ExpertMlpArgs(
+        x.data_ptr(),
+        x.shape[0],
+        x.stride(0),
+        routed[0].address,
+        routed[1].address,
+        None if shared is None else shared[0].address,
+        None if shared is None else shared[1].address,
+        expert_weights.data_ptr(),
+        expert_weights.shape[1],
+        order.data_ptr(),
+        starts.data_ptr(),
+        out.data_ptr(),
+        out.shape[1],
+        abi.DTYPES[x.dtype],
+    )
+    native.call("expert_mlp", args)
+    return out
