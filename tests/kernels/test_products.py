@@ -1,0 +1,182 @@
+"""Dense products and the experts in C++: every instruction set, odd sizes, poison; a row's bits are its own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.cpu import native
+from cierzo.kernels.formats.pack import pack, unpack
+from cierzo.kernels.formats.packed import PackedMatrix
+from cierzo.kernels.ops import linear, moe
+from cierzo.kernels.registry import bind
+
+BF16, F32 = torch.bfloat16, torch.float32
+FORMATS = [("float32", F32), ("bf16", BF16), ("float32", BF16)]  # of weights, and their activations
+
+
+@pytest.fixture(autouse=True)
+def _bound() -> None:
+    bind(KernelsConfig(), "cpu")
+
+
+def rows_of(count: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """A view with NaN on both sides of every row."""
+    wide = torch.full((count, width + 5), math.nan, dtype=dtype)
+    wide[:, 2 : width + 2] = torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return wide[:, 2 : width + 2]
+
+
+def packed_weights(
+    format: str, dtype: torch.dtype, *shape: int, paired: bool = False, seed: int = 1
+) -> PackedMatrix:
+    """Random, such that products of normal rows are normal."""
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=random) * shape[-1] ** -0.5
+    return pack(weight.to(dtype), format, dtype, paired)
+
+
+def exact_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = (x.double() @ gate_up.double().T).chunk(2, -1)
+    return (silu(gate) * up) @ down.double().T
+
+
+def near(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert result.dtype == dtype
+    tolerance = 2e-2 if dtype == BF16 else 2e-5
+    torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("format", "dtype"), FORMATS)
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(0, 5, 3), (1, 1, 1), (2, 33, 7), (13, 40, 65), (70, 31, 130), (27, 160, 64)]
+)
+def test_products_of_odd_sizes(
+    instruction_set: str, rows: int, n: int, k: int, format: str, dtype: torch.dtype
+) -> None:
+    x, weight = rows_of(rows, k, dtype), packed_weights(format, dtype, n, k)
+    expected = x.double() @ unpack(weight, torch.float64).T
+    near(linear.lm_head(x, weight), expected, F32)
+    near(linear.linear(x, weight), expected, dtype)
+
+
+@pytest.mark.parametrize(("format", "dtype"), FORMATS)
+@pytest.mark.parametrize(("rows", "width", "hidden"), [(0, 4, 4), (1, 1, 1), (5, 37, 23), (29, 64, 67)])
+def test_gated_mlps_of_odd_sizes(
+    instruction_set: str, rows: int, width: int, hidden: int, format: str, dtype: torch.dtype
+) -> None:
+    x = rows_of(rows, hidden, dtype)
+    gate_up = packed_weights(format, dtype, 2 * width, hidden, paired=True)
+    down = packed_weights(format, dtype, hidden, width, seed=2)
+    near(linear.gated_mlp(x, gate_up, down), exact_mlp(x, unpack(gate_up), unpack(down)), dtype)
+
+
+@pytest.mark.parametrize(("format", "dtype"), FORMATS)
+def test_a_row_has_its_bits_alone_and_in_any_company(instruction_set: str, format: str, dtype: torch.dtype) -> None:
+    hidden, width = 131, 75
+    x, weight = rows_of(71, hidden, dtype), packed_weights(format, dtype, 70, hidden)
+    gate_up = packed_weights(format, dtype, 2 * width, hidden, paired=True)
+    down = packed_weights(format, dtype, hidden, width, seed=2)
+    native.set_threads(2)
+    products, outputs = linear.lm_head(x, weight), linear.gated_mlp(x, gate_up, down)
+    native.set_threads(1)
+    for count in range(72):
+        rows = slice(71 - count, 71) if count % 2 else slice(0, count)
+        assert torch.equal(linear.lm_head(x[rows], weight), products[rows])
+        assert torch.equal(linear.gated_mlp(x[rows], gate_up, down), outputs[rows])
+
+
+@pytest.mark.parametrize(("format", "dtype"), FORMATS)
+def test_a_row_that_is_not_finite_is_lost_alone(instruction_set: str, format: str, dtype: torch.dtype) -> None:
+    x, weight = rows_of(30, 9, dtype), packed_weights(format, dtype, 40, 9)
+    sound = linear.linear(x, weight)
+    x[4, 8], x[17, 0] = math.nan, math.inf
+    poisoned = linear.linear(x, weight)
+    rest = [row for row in range(30) if row not in (4, 17)]
+    assert torch.equal(poisoned[rest], sound[rest])
+    assert poisoned[4].isnan().all()
+    assert not poisoned[17].isfinite().any()
+
+
+def route_of(tokens: int, experts: int, slots: int, popular: int) -> tuple[Tensor, Tensor]:
+    """Distinct experts per token, never the last two; the first slot of every third token is `popular`."""
+    random = torch.Generator().manual_seed(tokens)
+    ids = torch.rand(tokens, experts - 2, generator=random).argsort(1)
+    ids[::3] = torch.where(ids[::3] == popular, ids[::3, :1], ids[::3])
+    ids[::3, 0] = popular
+    return ids[:, :slots].contiguous(), torch.rand(tokens, slots, generator=random)
+
+
+class Experts:
+    """Weights of 9 odd experts, of which two hold NaN, and of a shared one."""
+
+    hidden, width, shared_width, count = 67, 23, 41, 9
+
+    def __init__(self, format: str, dtype: torch.dtype) -> None:
+        of = (format, dtype)
+        random = torch.Generator().manual_seed(3)
+        gate_up = torch.randn(self.count, 2 * self.width, self.hidden, generator=random).to(dtype) / 8
+        down = torch.randn(self.count, self.hidden, self.width, generator=random).to(dtype) / 5
+        gate_up[-2:], down[-2:] = math.nan, math.nan
+        self.gate_up, self.down = pack(gate_up, *of, paired=True), pack(down, *of)
+        self.shared_gate_up = packed_weights(*of, 2 * self.shared_width, self.hidden, paired=True, seed=5)
+        self.shared_down = packed_weights(*of, self.hidden, self.shared_width, seed=6)
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor, shared: bool) -> Tensor:
+        groups = moe.group_by_expert(ids, self.count)
+        others = (self.shared_gate_up, self.shared_down) if shared else ()
+        return moe.expert_mlp(x, self.gate_up, self.down, weights, groups, *others)
+
+    def expected(self, x: Tensor, ids: Tensor, weights: Tensor, shared: bool) -> Tensor:
+        total = torch.zeros(len(x), self.hidden, dtype=torch.float64)
+        if shared:
+            total += exact_mlp(x, unpack(self.shared_gate_up), unpack(self.shared_down))
+        gate_up, down = unpack(self.gate_up), unpack(self.down)
+        for token, chosen in enumerate(ids.tolist()):
+            for slot, expert in enumerate(chosen):
+                total[token] += weights[token, slot] * exact_mlp(x[token], gate_up[expert], down[expert])
+        return total
+
+
+@pytest.mark.parametrize(("format", "dtype"), FORMATS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_experts_of_odd_sizes(instruction_set: str, shared: bool, format: str, dtype: torch.dtype) -> None:
+    experts = Experts(format, dtype)
+    for tokens in (0, 1, 2, 60):
+        x, (ids, weights) = rows_of(tokens, experts.hidden, dtype), route_of(tokens, experts.count, 3, popular=2)
+        near(experts.run(x, ids, weights, shared), experts.expected(x, ids, weights, shared), dtype)
+
+
+@pytest.mark.parametrize(("format", "dtype"), FORMATS)
+def test_a_token_has_its_bits_alone_and_in_any_company(
+    instruction_set: str, format: str, dtype: torch.dtype
+) -> None:
+    experts = Experts(format, dtype)
+    x, (ids, weights) = rows_of(70, experts.hidden, dtype), route_of(70, experts.count, 3, popular=2)
+    native.set_threads(2)
+    whole = experts.run(x, ids, weights, shared=True)
+    x[33] = math.nan
+    spoiled = experts.run(x, ids, weights, shared=True)
+    assert spoiled[33].isnan().all()
+    native.set_threads(1)
+    for rows in (slice(0, 1), slice(69, 70), slice(3, 5), slice(20, 33), slice(34, 70)):
+        own = experts.run(x[rows], ids[rows], weights[rows], shared=True)
+        assert torch.equal(own, whole[rows])
+        assert torch.equal(own, spoiled[rows])
+
+
+def test_packed_weights_in_the_wrong_order_are_refused() -> None:
+    x, plain = torch.ones(2, 8), pack(torch.ones(8, 8), "float32")
+    with pytest.raises(ArgumentError, match=r"gated_mlp: packed weights \[8, 8\] must be paired"):
+        linear.gated_mlp(x, plain, pack(torch.ones(8, 4), "float32"))
+    with pytest.raises(ArgumentError, match=r"linear: packed weights \[8, 8\] must be in plain order"):
+        linear.linear(x, pack(torch.ones(8, 8), "float32", paired=True))
+    groups = moe.group_by_expert(torch.zeros(2, 1, dtype=torch.int64), 1)
+    with pytest.raises(ArgumentError, match="shared_gate_up without shared_down"):
+        moe.expert_mlp(x, torch.ones(1, 8, 8), torch.ones(1, 8, 4), torch.ones(2, 1), groups, torch.ones(8, 8))
