@@ -85,6 +85,8 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_torch("attention", "write_latents", "write_keys_values", exact=True),
     *_torch("attention", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
     *_torch("attention", "gqa_prefill", "gqa_decode"),
+    *_native("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw"),
+    *_native("sampling", "log_probabilities", "top_tokens"),
     *_torch("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw", exact=True),
     *_torch("sampling", "log_probabilities", "top_tokens", exact=True),
 ]

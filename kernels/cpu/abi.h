@@ -192,9 +192,49 @@ struct PackArgs {
     int32_t format, paired, dtype;  // dtype of the source
 };
 
+// Rows of logits are `stride` apart, of results contiguous.
 struct PeaksArgs {
     const float* logits;
     int64_t rows, vocab, stride;
     float* values;
     int64_t* ids;
+};
+
+struct LogProbabilitiesArgs {
+    const float* logits;
+    int64_t rows, vocab, stride;
+    float* out;  // [rows, vocab]
+};
+
+struct TopTokensArgs {
+    const float* scores;
+    int64_t rows, vocab, stride, count;
+    float* values;  // [rows, count]
+    int64_t* ids;   // [rows, count]
+};
+
+struct DrawArgs {  // the parameters are [rows]
+    const float* logits;
+    int64_t rows, vocab, stride;
+    const double* temperatures;
+    const int64_t* top_ks;
+    const double* top_ps;
+    const double* min_ps;
+    const int64_t* seeds;
+    const int64_t* samples;
+    const int64_t* positions;
+    int64_t* token_ids;
+};
+
+struct EditArgs {  // add_bias, mask_tokens, apply_penalties; what one of them does not read may be null
+    float* logits;
+    int64_t rows, vocab, stride, entries;
+    const int64_t* at_rows;    // [entries]
+    const int64_t* token_ids;  // [entries]
+    const float* bias;         // [entries]
+    const int64_t* output_counts;  // [entries]
+    const float* repetition;       // [rows]
+    const float* presence;         // [rows]
+    const float* frequency;        // [rows]
+    int64_t* wrong;                // increased by the number of entries outside the logits
 };

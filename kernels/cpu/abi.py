@@ -126,3 +126,24 @@ class PackArgs(ctypes.Structure):
 
 class PeaksArgs(ctypes.Structure):
     _fields_ = _fields("p: logits | i64: rows vocab stride | p: values ids")
+
+
+class LogProbabilitiesArgs(ctypes.Structure):
+    _fields_ = _fields("p: logits | i64: rows vocab stride | p: out")
+
+
+class TopTokensArgs(ctypes.Structure):
+    _fields_ = _fields("p: scores | i64: rows vocab stride count | p: values ids")
+
+
+class DrawArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: logits | i64: rows vocab stride| p: temperatures top_ks top_ps min_ps seeds samples positions token_ids"
+    )
+
+
+class EditArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: logits | i64: rows vocab stride entries"
+        "| p: at_rows token_ids bias output_counts repetition presence frequency wrong"
+    )

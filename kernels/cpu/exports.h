@@ -7,6 +7,7 @@
 #include "pack.h"
 #include "rope.h"
 #include "route.h"
+#include "sample.h"
 #include "simd.h"
 #include "team.h"
 
@@ -32,3 +33,10 @@ EXPORT_LIGHT(route, RouteArgs, route, args->rows * args->weight->n * args->weigh
 EXPORT_LIGHT(group_by_expert, GroupArgs, group_by_expert, 0)
 EXPORT(pack, PackArgs, pack)
 EXPORT(expert_mlp, ExpertMlpArgs, expert_mlp)
+EXPORT_LIGHT(peaks, PeaksArgs, peaks, (args->rows - 1) * args->vocab)  // a row is one thread's
+EXPORT_LIGHT(log_probabilities, LogProbabilitiesArgs, log_probabilities, (args->rows - 1) * args->vocab)
+EXPORT_LIGHT(top_tokens, TopTokensArgs, top_tokens, (args->rows - 1) * args->vocab)
+EXPORT_LIGHT(draw, DrawArgs, draw, (args->rows - 1) * args->vocab)
+EXPORT_LIGHT(add_bias, EditArgs, add_bias, args->entries)
+EXPORT_LIGHT(mask_tokens, EditArgs, mask_tokens, args->entries)
+EXPORT_LIGHT(apply_penalties, EditArgs, apply_penalties, args->entries)

@@ -224,9 +224,12 @@ def _candidates(scores: Tensor, top_k: int, top_p: float, min_p: float) -> tuple
         kept = scores >= _top_p_threshold(scores, peak, top_p)
         token_ids, scores = token_ids[kept], scores[kept]
     if min_p > 0.0:
-        kept = scores >= peak + (math.log(min_p) - 1e-6)  # spares most masses; the next line decides
+        least = math.ceil(min_p * 2.0**_MASS_BITS)
+        kept = scores >= peak + (
+            math.log((least - 0.5) * 2.0**-_MASS_BITS) - 1e-6
+        )  # below, no mass rounds to least
         token_ids, scores = token_ids[kept], scores[kept]
-        kept = _masses(scores, peak) >= math.ceil(min_p * 2.0**_MASS_BITS)
+        kept = _masses(scores, peak) >= least
         token_ids, scores = token_ids[kept], scores[kept]
     return token_ids, scores
 

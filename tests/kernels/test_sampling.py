@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from cierzo.kernels import registry
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.cpu import native
 from cierzo.kernels.ops import sampling as ops
 from cierzo.kernels.ref import sampling as ref
-from cierzo.kernels.registry import IMPLEMENTATIONS, bound
 
 F = 0xFFFFFFFF
 PI_COUNTER = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
 
 
-@pytest.fixture(autouse=True)
-def _reference() -> None:
-    """Only the operations under test: the table's other targets need not be importable here."""
-    vars(bound).update(
-        {
-            row.operation: row.load()
-            for row in IMPLEMENTATIONS
-            if row.target.startswith("cierzo.kernels.ref.sampling")
-        }
-    )
+IMPLEMENTATIONS = ["torch", *(f"native-{name}" for name in native.available())]
+
+
+def use(name: str) -> None:
+    """Bind this file's operations, and nothing else: other targets need not be importable here."""
+    kind, _, instruction_set = name.partition("-")
+    if kind == "native":
+        native.select(instruction_set)
+    chosen = [row for row in registry.IMPLEMENTATIONS if row.target.split(":")[0].endswith(".sampling")]
+    vars(registry.bound).update({row.operation: row.load() for row in chosen if row.name == kind})
+
+
+@pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs once per implementation."""
+    use(request.param)
+    yield request.param
+    if native.available():
+        native.select()
+        native.set_threads(0)
 
 
 def draws(
