@@ -83,6 +83,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_torch("moe", "route", "expert_mlp"),
     *_torch("moe", "group_by_expert", exact=True),
     *_torch("attention", "write_latents", "write_keys_values", exact=True),
+    *_native("attention", "mla_prefill", "gqa_prefill"),
     *_torch("attention", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
     *_torch("attention", "gqa_prefill", "gqa_decode"),
     *_native("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw"),

@@ -3,6 +3,8 @@
 #include "dense.h"
 #include "experts.h"
 #include "gemm.h"
+#include "gqa_prefill.h"
+#include "mla_prefill.h"
 #include "norm.h"
 #include "pack.h"
 #include "rope.h"
@@ -40,3 +42,5 @@ EXPORT_LIGHT(draw, DrawArgs, draw, (args->rows - 1) * args->vocab)
 EXPORT_LIGHT(add_bias, EditArgs, add_bias, args->entries)
 EXPORT_LIGHT(mask_tokens, EditArgs, mask_tokens, args->entries)
 EXPORT_LIGHT(apply_penalties, EditArgs, apply_penalties, args->entries)
+EXPORT(mla_prefill, MlaPrefillArgs, mla_prefill)
+EXPORT(gqa_prefill, GqaArgs, gqa_prefill)

@@ -1,0 +1,92 @@
+// Grouped-query attention of prompt tokens: cached keys are transposed and cached values joined in pairs, once for all
+// rows of a segment and all query heads that share them.
+#pragma once
+
+#include "flash.h"
+#include "kv.h"
+
+namespace {
+
+template <class T>
+class CachedKeysValues {
+   public:
+    CachedKeysValues(Team& team, const GqaArgs& args)
+        : args_(args),
+          row_words_(flash::round_up(flash::words<T>(args.width), LANES)),
+          rows_(team.own_scratch<flash::Word>(LANES * row_words_)) {
+        std::memset(rows_, 0, size_t(LANES * row_words_) * sizeof(flash::Word));  // padding stays zero
+    }
+
+    int64_t most_heads() const { return 1; }
+    int64_t expansion() const { return 16; }
+
+    void load(int64_t segment, int64_t first, int64_t) {
+        segment_ = segment;
+        first_ = first;
+    }
+
+    void expand(int64_t head, int64_t tokens, flash::Word* keys, flash::Word* values) const {
+        with_kv_type(args_.kv_format, [&](auto cached) { expand_from<decltype(cached)>(head, tokens, keys, values); });
+    }
+
+   private:
+    template <class Cached>
+    void expand_from(int64_t head, int64_t tokens, flash::Word* keys, flash::Word* values) const {
+        const int64_t head_bytes = head_row_bytes<Cached>(args_.width), row_bytes = args_.kv_heads * head_bytes;
+        const CachedRows key_rows = cached_rows(args_.paged, segment_, args_.key_pages, row_bytes);
+        const CachedRows value_rows = cached_rows(args_.paged, segment_, args_.value_pages, row_bytes);
+        for (int64_t t = 0; t < flash::round_up(tokens, flash::PANEL); t += LANES) {
+            const int64_t valid = larger(0, smaller(LANES, tokens - t));
+            const auto row = [&](const CachedRows& rows, int64_t i) {
+                return head_of<Cached>(rows.at(first_ + t + i) + head * head_bytes, args_.width);
+            };
+            put_keys(keys + t / flash::PANEL * row_words_ * flash::PANEL + t % flash::PANEL, valid,
+                     [&](int64_t i) { return row(key_rows, i); });
+            put_values(values, t, valid, [&](int64_t i) { return row(value_rows, i); });
+        }
+    }
+
+    // 16 keys, the first `valid` from row(i), the others zero.
+    template <class Row>
+    void put_keys(flash::Word* panel, int64_t valid, Row row) const {
+        for (int64_t i = 0; i < valid; ++i)
+            copy_run(row(i), args_.width, reinterpret_cast<T*>(rows_ + i * row_words_));
+        std::memset(rows_ + valid * row_words_, 0, size_t((LANES - valid) * row_words_) * sizeof(flash::Word));
+        for (int64_t column = 0; column < row_words_; column += LANES)
+            flash::transpose(rows_ + column, row_words_, panel + column * flash::PANEL, flash::PANEL);
+    }
+
+    template <class Row>
+    void put_values(flash::Word* values, int64_t t, int64_t valid, Row row) const {
+        for (int64_t i = 0; i < LANES; i += 2)
+            for (int64_t dim = 0; dim < args_.width; dim += LANES) {
+                const int n = int(smaller(LANES, args_.width - dim));
+                flash::put<T>(values + dim / flash::PANEL * flash::Shape::values_stride<T>(), t + i,
+                              dim % flash::PANEL / LANES, i < valid ? ::load(row(i), dim, n) : zero(),
+                              i + 1 < valid ? ::load(row(i + 1), dim, n) : zero());
+            }
+    }
+
+    const GqaArgs& args_;
+    const int64_t row_words_;
+    flash::Word* rows_;
+    int64_t segment_ = 0, first_ = 0;
+};
+
+template <class T>
+void gqa_prefill_in(Team& team, const GqaArgs& args) {
+    const size_t mark = team.mark();
+    CachedKeysValues<T> source(team, args);
+    flash::run<T>(team,
+                  {args.q, args.q_stride, args.q_head_stride, args.out, args.kv_heads,
+                   args.query_heads / args.kv_heads, args.paged,
+                   flash::Shape::of<T>(args.width, 0, args.width, args.scale)},
+                  source);
+    team.reset(mark);
+}
+
+void gqa_prefill(Team& team, const GqaArgs& args) {
+    args.dtype == DTYPE_BF16 ? gqa_prefill_in<bf16>(team, args) : gqa_prefill_in<float>(team, args);
+}
+
+}  // namespace

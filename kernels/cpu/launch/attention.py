@@ -1,0 +1,85 @@
+"""Attention over paged memory in C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cierzo.kernels.cpu import abi, native
+from cierzo.kernels.cpu.tensors import rows
+from cierzo.kernels.formats.pack import as_packed
+from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.attention import PagedQueries
+
+
+def mla_prefill(
+    q: Tensor, pages: Tensor, w_uk: Matrix, w_uv: Matrix, queries: PagedQueries, scale: float
+) -> Tensor:
+    """See ops/attention.py."""
+    q, keys, values = rows(q), as_packed(w_uk), as_packed(w_uv)
+    heads, nope, rank = keys.shape
+    value_width = values.shape[1]
+    out = torch.empty(q.shape[0], heads, value_width, dtype=q.dtype)
+    args = abi.MlaPrefillArgs(
+        q.data_ptr(),
+        heads,
+        rank,
+        q.shape[2] - nope,
+        nope,
+        value_width,
+        q.stride(0),
+        q.stride(1),
+        pages.data_ptr(),
+        keys.address,
+        values.address,
+        _paged(queries, q.shape[0], pages.shape[1]),
+        out.data_ptr(),
+        scale,
+        abi.KV_FORMATS[pages.dtype],
+        abi.DTYPES[q.dtype],
+    )
+    native.call("mla_prefill", args)
+    return out
+
+
+def gqa_prefill(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+    """See ops/attention.py."""
+    return _gqa("gqa_prefill", q, k_pages, v_pages, queries, scale)
+
+
+def _gqa(
+    operation: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float
+) -> Tensor:
+    q = rows(q)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    args = abi.GqaArgs(
+        q.data_ptr(),
+        q.shape[1],
+        k_pages.shape[2],
+        q.shape[2],
+        q.stride(0),
+        q.stride(1),
+        k_pages.data_ptr(),
+        v_pages.data_ptr(),
+        _paged(queries, q.shape[0], k_pages.shape[1]),
+        out.data_ptr(),
+        scale,
+        abi.KV_FORMATS[k_pages.dtype],
+        abi.DTYPES[q.dtype],
+    )
+    native.call(operation, args)
+    return out
+
+
+def _paged(queries: PagedQueries, num_rows: int, block_tokens: int) -> abi.PagedArgs:
+    """`queries` for a batch of `num_rows` rows and pages of `block_tokens`. Tables keep their strides."""
+    return abi.PagedArgs(
+        queries.query_starts.data_ptr(),
+        queries.context_lengths.data_ptr(),
+        queries.table_rows.data_ptr(),
+        queries.block_tables.data_ptr(),
+        len(queries.contexts),
+        queries.block_tables.stride(0),
+        block_tokens,
+        num_rows,
+    )
