@@ -356,10 +356,10 @@ struct Runner {
     void finish(int64_t head, int64_t panel) const {
         const Lanes lanes = shape().lanes(memory(head, panel));
         for (int64_t half = 0; half <= last_lane(panel) % PANEL; half += LANES) {
-            const F32 totals = load(lanes.totals + half);
+            const F32 inverse = set(1.0f) / load(lanes.totals + half);
             for (int64_t dim = 0; dim < shape().value_width; dim += LANES) {
                 float* block = lanes.sums + dim * PANEL + half;
-                for (int64_t i = 0; i < LANES; ++i) store(block + i * PANEL, load(block + i * PANEL) / totals);
+                for (int64_t i = 0; i < LANES; ++i) store(block + i * PANEL, load(block + i * PANEL) * inverse);
                 transpose(reinterpret_cast<Word*>(block), PANEL, reinterpret_cast<Word*>(work.out), LANES);
                 const int width = int(smaller(LANES, shape().value_width - dim));
                 for (int64_t i = 0; i < smaller(LANES, item.lanes - panel * PANEL - half); ++i) {
@@ -405,13 +405,13 @@ struct Cut {
 // expansion: what making keys and values costs, in lanes that attend to them. Rows are cut only where the threads
 // would otherwise wait for each other longer than it takes to make keys and values twice.
 INLINE Cut cut(const Problem& problem, int threads, int64_t most_heads, int64_t expansion) {
-    int64_t segments = 0, lanes = 0;
+    int64_t all_lanes = 0, lanes = 1;  // of the longest segment
     for (int64_t s = 0; s < problem.paged.segments; ++s) {
         const int64_t rows = segment_rows(problem.paged, s);
-        segments += rows > 0;
+        all_lanes += rows * problem.group;
         lanes = larger(lanes, rows * problem.group);
     }
-    const int64_t units = segments * problem.heads;
+    const int64_t units = divide_up(all_lanes * problem.heads, lanes);  // as many as if all were as long
     Cut best{larger(1, smaller(most_heads, units / (4 * threads))), 1};
     int64_t best_cost = divide_up(units, threads) * (lanes + expansion);
     for (int64_t pieces = 2; pieces <= smaller(16, lanes / (4 * PANEL)); ++pieces) {

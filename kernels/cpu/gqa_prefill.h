@@ -17,7 +17,7 @@ class CachedKeysValues {
         std::memset(rows_, 0, size_t(LANES * row_words_) * sizeof(flash::Word));  // padding stays zero
     }
 
-    int64_t most_heads() const { return 1; }
+    int64_t most_heads() const { return args_.kv_heads; }
     int64_t expansion() const { return 16; }
 
     void load(int64_t segment, int64_t first, int64_t) {
@@ -30,6 +30,11 @@ class CachedKeysValues {
     }
 
    private:
+    // Rows of one head lie too far apart for the hardware to see them coming.
+    static INLINE void fetch(const uint8_t* row, int64_t bytes) {
+        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
+    }
+
     template <class Cached>
     void expand_from(int64_t head, int64_t tokens, flash::Word* keys, flash::Word* values) const {
         const int64_t head_bytes = head_row_bytes<Cached>(args_.width), row_bytes = args_.kv_heads * head_bytes;
@@ -37,6 +42,10 @@ class CachedKeysValues {
         const CachedRows value_rows = cached_rows(args_.paged, segment_, args_.value_pages, row_bytes);
         for (int64_t t = 0; t < flash::round_up(tokens, flash::PANEL); t += LANES) {
             const int64_t valid = larger(0, smaller(LANES, tokens - t));
+            for (int64_t i = LANES; i < smaller(2 * LANES, tokens - t); ++i) {
+                fetch(key_rows.at(first_ + t + i) + head * head_bytes, head_bytes);
+                fetch(value_rows.at(first_ + t + i) + head * head_bytes, head_bytes);
+            }
             const auto row = [&](const CachedRows& rows, int64_t i) {
                 return head_of<Cached>(rows.at(first_ + t + i) + head * head_bytes, args_.width);
             };

@@ -32,7 +32,7 @@ def mla_prefill(
         pages.data_ptr(),
         keys.address,
         values.address,
-        _paged(queries, q.shape[0], pages.shape[1]),
+        paged_args(queries, pages.shape[1], q.shape[0]),
         out.data_ptr(),
         scale,
         abi.KV_FORMATS[pages.dtype],
@@ -61,7 +61,7 @@ def _gqa(
         q.stride(1),
         k_pages.data_ptr(),
         v_pages.data_ptr(),
-        _paged(queries, q.shape[0], k_pages.shape[1]),
+        paged_args(queries, k_pages.shape[1], q.shape[0]),
         out.data_ptr(),
         scale,
         abi.KV_FORMATS[k_pages.dtype],
@@ -71,15 +71,21 @@ def _gqa(
     return out
 
 
-def _paged(queries: PagedQueries, num_rows: int, block_tokens: int) -> abi.PagedArgs:
-    """`queries` for a batch of `num_rows` rows and pages of `block_tokens`. Tables keep their strides."""
-    return abi.PagedArgs(
-        queries.query_starts.data_ptr(),
-        queries.context_lengths.data_ptr(),
-        queries.table_rows.data_ptr(),
-        queries.block_tables.data_ptr(),
-        len(queries.contexts),
-        queries.block_tables.stride(0),
-        block_tokens,
-        num_rows,
-    )
+def paged_args(queries: PagedQueries, block_tokens: int, num_rows: int) -> abi.PagedArgs:
+    """The segments as the kernels take them; kept in the queries' scratch, for the next layer."""
+    key = ("native", block_tokens, num_rows)
+    if key not in queries.scratch:
+        tensors = [
+            tensor.contiguous()
+            for tensor in (queries.query_starts, queries.context_lengths, queries.table_rows, queries.block_tables)
+        ]
+        args = abi.PagedArgs(
+            *(tensor.data_ptr() for tensor in tensors),
+            len(queries.query_lengths),
+            tensors[-1].stride(0),
+            block_tokens,
+            num_rows,
+        )
+        queries.scratch[key] = args, tensors  # the tensors stay alive with it
+    found: abi.PagedArgs = queries.scratch[key][0]
+    return found
