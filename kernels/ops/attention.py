@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cierzo.kernels import check
 from cierzo.kernels.formats import kv_int8
+from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.registry import bound
 
 
@@ -103,7 +104,7 @@ def mla_unabsorb(latents: Tensor, w_uv: Tensor) -> Tensor:
 
 
 def mla_prefill(
-    q: Tensor, pages: Tensor, w_uk: Tensor, w_uv: Tensor, queries: PagedQueries, scale: float
+    q: Tensor, pages: Tensor, w_uk: Matrix, w_uv: Matrix, queries: PagedQueries, scale: float
 ) -> Tensor:
     """Causal attention in expanded form -> new [T,H,V].
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from cierzo.kernels.formats import kv_int8
+from cierzo.kernels.formats.pack import as_tensor
+from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 
 MASK_ELEMENTS = 1 << 24  # of one causal mask; longer prompts are cut into pieces of rows
@@ -51,9 +53,10 @@ def mla_unabsorb(latents: Tensor, w_uv: Tensor) -> Tensor:
 
 
 def mla_prefill(
-    q: Tensor, pages: Tensor, w_uk: Tensor, w_uv: Tensor, queries: PagedQueries, scale: float
+    q: Tensor, pages: Tensor, w_uk: Matrix, w_uv: Matrix, queries: PagedQueries, scale: float
 ) -> Tensor:
     """See ops/attention.py."""
+    w_uk, w_uv = as_tensor(w_uk), as_tensor(w_uv)
     heads, nope, rank = w_uk.shape
     flat = pages.view(-1, pages.shape[-1])
 

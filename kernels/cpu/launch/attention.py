@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cierzo.kernels import check
 from cierzo.kernels.cpu import abi, native
-from cierzo.kernels.cpu.tensors import rows
-from cierzo.kernels.formats.pack import as_packed
-from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.cpu.tensors import packed_for, rows
+from cierzo.kernels.formats.pack import FORMAT_OF
+from cierzo.kernels.formats.packed import Matrix, PackedMatrix
 from cierzo.kernels.ops.attention import PagedQueries
 
 
@@ -16,7 +17,7 @@ def mla_prefill(
     q: Tensor, pages: Tensor, w_uk: Matrix, w_uv: Matrix, queries: PagedQueries, scale: float
 ) -> Tensor:
     """See ops/attention.py."""
-    q, keys, values = rows(q), as_packed(w_uk), as_packed(w_uv)
+    q, keys, values = rows(q), _expander("w_uk", w_uk), _expander("w_uv", w_uv)
     heads, nope, rank = keys.shape
     value_width = values.shape[1]
     out = torch.empty(q.shape[0], heads, value_width, dtype=q.dtype)
@@ -40,6 +41,14 @@ def mla_prefill(
     )
     native.call("mla_prefill", args)
     return out
+
+
+def _expander(name: str, weight: Matrix) -> PackedMatrix:
+    """What makes keys or values from latents. It is an operand beside them, in their number format."""
+    packed = packed_for("mla_prefill", weight)
+    format = FORMAT_OF[packed.dtype]
+    check.require("mla_prefill", packed.format == format, f"{name} must be packed as {format}, is {packed.format}")
+    return packed
 
 
 def gqa_prefill(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
