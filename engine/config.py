@@ -44,6 +44,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], Meta(description="weights, activations, KV; auto: bfloat16")
     ] = "auto"
+    weights: Annotated[
+        Literal["auto", "bf16", "int8", "int4", "nvfp4"],
+        Meta(description="number format of the weights; auto: that of dtype. lm_head keeps 8 bits at least"),
+    ] = "auto"
+    kv_dtype: Annotated[
+        Literal["auto", "int8"], Meta(description="number format of the KV cache; auto: that of dtype")
+    ] = "auto"
     threads: Annotated[Count | None, Meta(description="CPU threads of the core; default: all usable ones")] = None
     max_model_len: Annotated[
         Count | None,
@@ -81,6 +88,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     name: str
     device: str
     dtype: str
+    weights: str
     threads: int
     runner: str
     model: ModelConfig
@@ -95,6 +103,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         rows = [
             ("model", f"{self.name} ({self.model.architecture}, {self.model.num_layers} layers)"),
             ("runner", f"{self.runner} on {self.device}, {self.dtype}, {self.threads} threads"),
+            ("number formats", f"weights {self.weights}, KV cache {self.layout.dtype}"),
             ("max_model_len", f"{self.scheduler.max_model_len:,} tokens"),
             (
                 "step",
@@ -120,13 +129,14 @@ def resolve(options: EngineOptions) -> EngineConfig:
     if options.softmax_scale is not None:
         model = msgspec.structs.replace(model, softmax_scale_override=options.softmax_scale)
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    layout = model.cache_layout(options.block_tokens, dtype)
+    layout = model.cache_layout(options.block_tokens, dtype if options.kv_dtype == "auto" else options.kv_dtype)
     num_blocks, max_model_len = _kv_room(options, model, layout)
     return EngineConfig(
         checkpoint=str(path.resolve()),
         name=path.resolve().name,
         device="cpu" if options.device == "auto" else options.device,
         dtype=dtype,
+        weights=_weights(options, dtype),
         threads=options.threads or usable_cpus(),
         runner=options.runner,
         model=model,
@@ -152,6 +162,17 @@ def resolve(options: EngineOptions) -> EngineConfig:
             max_samples=min(options.frontend.max_samples, options.max_waiting),
         ),
     )
+
+
+def _weights(options: EngineOptions, dtype: str) -> str:
+    """The weights' number format. Activations in fp32 are not multiplied with rounded weights unasked."""
+    if options.weights == "auto":
+        return "bf16" if dtype == "bfloat16" else "float32"
+    if options.weights == "bf16" and dtype != "bfloat16":
+        raise ConfigError(
+            f"weights bf16 needs dtype bfloat16, got {dtype}", field="weights", limit="dtype bfloat16", value=dtype
+        )
+    return options.weights
 
 
 def _require(settings: msgspec.Struct) -> None:

@@ -90,6 +90,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_native("sampling", "log_probabilities", "top_tokens"),
     *_torch("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw", exact=True),
     *_torch("sampling", "log_probabilities", "top_tokens", exact=True),
+    *_torch("block", "mla_block", "gqa_block", "mlp_block", "moe_block"),
 ]
 
 
@@ -111,6 +112,11 @@ class BoundTable:
 
     device: str
     chosen: tuple[Implementation, ...]
+
+    @property
+    def uses_native(self) -> bool:
+        """Whether any operation runs in C++, and weights are wanted in its order."""
+        return any(choice.name == "native" for choice in self.chosen)
 
     def describe(self) -> str:
         """The operations of each implementation, and where a row's bits depend on the rows beside it."""

@@ -5,7 +5,6 @@ h = x + attention(norm(x));  x' = h + mlp(norm'(h));  hidden = final_norm(x_last
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,35 +14,26 @@ from torch.nn import functional
 from cierzo.cache.pool import GqaPages, KVPool, MlaPages
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.layers import Parameters, PositionTables, Shard, StepTables
+from cierzo.engine.model.layers import Parameters, PositionTables, Shard
 from cierzo.engine.weights.loader import ParameterSpec
 from cierzo.kernels.ops import linear, norm
+from cierzo.kernels.ops.block import StepRows
 
 Specs = dict[str, ParameterSpec]
 
 
 class Attention(Protocol):
-    """Writes the step's rows into the pages, then attends; returns this rank's partial sum [T,D]."""
+    """Adds x to the residual, writes the step's rows into the pages, attends; this rank's partial sum [T,D]."""
 
-    def forward(self, x: Tensor, inputs: ModelInputs, tables: StepTables, pages: MlaPages | GqaPages) -> Tensor:
-        """x [T,D] -> [T,D]."""
+    def forward(self, x: Tensor | None, residual: Tensor, rows: StepRows, pages: MlaPages | GqaPages) -> Tensor:
+        """x, residual [T,D] -> [T,D]."""
 
 
 class Mlp(Protocol):
-    """A dense MLP or a mixture of experts; returns this rank's partial sum [T,D]."""
+    """Adds x to the residual; a dense MLP or a mixture of experts; returns this rank's partial sum [T,D]."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T,D] -> [T,D]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One decoder layer; `norm_after` is the next layer's input norm, or the final norm."""
-
-    attention: Attention
-    middle_norm: Tensor
-    mlp: Mlp
-    norm_after: Tensor
+    def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
+        """x, residual [T,D] -> [T,D]."""
 
 
 def outer_specs(config: ModelConfig) -> Specs:
@@ -74,48 +64,30 @@ class Decoder:
     ) -> None:
         self.config = config
         self.shard = shard
+        self.layers = layers
         self.tables = PositionTables(config, device)
         self.embedding = parameters["model.embed_tokens.weight"]
-        self.first_norm = parameters["model.layers.0.input_layernorm.weight"]
-        self.blocks = [
-            Block(
-                attention,
-                _norm(parameters, index, "post_attention_layernorm"),
-                mlp,
-                _norm_after(parameters, index, len(layers)),
-            )
-            for index, (attention, mlp) in enumerate(layers)
-        ]
+        self.final_norm = parameters["model.norm.weight"]
         if config.tie_word_embeddings:
             rows = shard.width(config.vocab_size, "vocab_size")
-            self.head = self.embedding[shard.rank * rows : (shard.rank + 1) * rows]
+            tied = self.embedding[shard.rank * rows : (shard.rank + 1) * rows]
+            self.head = parameters.derived("lm_head", tuple(tied.shape), lambda: tied, role="head")
         else:
-            self.head = parameters["lm_head.weight"]
+            self.head = parameters.matrix("lm_head.weight", role="head")
 
     @torch.inference_mode()
     def forward(self, inputs: ModelInputs, kv: KVPool) -> Tensor:
         """Compute the step's T rows, writing their cache entries into `kv` -> hidden [T,D], final norm applied."""
-        eps = self.config.rms_norm_eps
-        tables = self.tables.of(inputs)
+        rows = self.tables.rows(inputs)
         residual = functional.embedding(inputs.token_ids, self.embedding)
-        x = norm.rms_norm(residual, self.first_norm, eps)
-        for block, pages in zip(self.blocks, kv.layers, strict=True):
-            x = self.shard.all_reduce(block.attention.forward(x, inputs, tables, pages))
-            x = norm.add_rms_norm(x, residual, block.middle_norm, eps)
-            x = self.shard.all_reduce(block.mlp.forward(x))
-            x = norm.add_rms_norm(x, residual, block.norm_after, eps)
-        return x
+        x: Tensor | None = None
+        for (attention, mlp), pages in zip(self.layers, kv.layers, strict=True):
+            x = self.shard.all_reduce(attention.forward(x, residual, rows, pages))
+            x = self.shard.all_reduce(mlp.forward(x, residual))
+        assert x is not None, "a model has layers"
+        return norm.add_rms_norm(x, residual, self.final_norm, self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [M,D] -> fp32 [M,vocab]; with several ranks, this rank's vocab / world columns."""
         return linear.lm_head(hidden, self.head)
-
-
-def _norm(parameters: Parameters, layer: int, name: str) -> Tensor:
-    return parameters[f"model.layers.{layer}.{name}.weight"]
-
-
-def _norm_after(parameters: Parameters, layer: int, layers: int) -> Tensor:
-    last = layer == layers - 1
-    return parameters["model.norm.weight"] if last else _norm(parameters, layer + 1, "input_layernorm")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +18,12 @@ from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.kernels.ops import linear, rope
+from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops import block, rope
+from cierzo.kernels.ops.block import MlpWeights, StepRows
 
+# What a matrix is for: that decides its number format (engine/weights/matrices.py).
+MatrixRole = Literal["linear", "experts", "latent", "router", "head"]
 AllReduce = Callable[[Tensor], Tensor]
 
 
@@ -42,11 +47,44 @@ class Shard:
         return whole // self.world
 
 
-class Parameters:
-    """A layer's view of the model's parameters: `Parameters(all, "model.layers.3.")["mlp.gate.weight"]`."""
+class MatrixSource(Protocol):
+    """Gives a model its matrices, in whatever form the kernels want them."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    def matrix(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        make: Callable[[], Tensor],
+        *,
+        paired: bool = False,
+        role: MatrixRole = "linear",
+    ) -> Matrix:
+        """What `make` would give, [n,k] or [experts,n,k], known as `key` among the model's matrices."""
+        ...
+
+
+class PlainMatrices:
+    """As they are: what the plain-torch reference multiplies with."""
+
+    def matrix(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        make: Callable[[], Tensor],
+        *,
+        paired: bool = False,
+        role: MatrixRole = "linear",
+    ) -> Matrix:
+        """The tensor itself."""
+        return make()
+
+
+class Parameters:
+    """A layer's view of the model's parameters: `Parameters(all, matrices, "layers.3.")["mlp.gate.weight"]`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], matrices: MatrixSource, prefix: str = "") -> None:
         self._tensors = tensors
+        self._matrices = matrices
         self._prefix = prefix
 
     def __getitem__(self, name: str) -> Tensor:
@@ -54,23 +92,34 @@ class Parameters:
 
     def within(self, prefix: str) -> Parameters:
         """The view one level down."""
-        return Parameters(self._tensors, self._prefix + prefix)
+        return Parameters(self._tensors, self._matrices, self._prefix + prefix)
 
+    def matrix(self, *names: str, paired: bool = False, role: MatrixRole = "linear") -> Matrix:
+        """The named parameters, one above the other along their rows."""
+        parts = [self[name] for name in names]
+        rows = sum(part.shape[-2] for part in parts)
 
-@dataclass(frozen=True, slots=True)
-class StepTables:
-    """What depends on positions alone: made once per step, used by every layer.
+        def make() -> Tensor:
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
-    cos, sin: fp32 [T,P/2]. query_scale: fp32 [T,1,1], or None where it is 1 for every row.
-    """
+        shape = (*parts[0].shape[:-2], rows, parts[0].shape[-1])
+        return self.derived(" + ".join(names), shape, make, paired=paired, role=role)
 
-    cos: Tensor
-    sin: Tensor
-    query_scale: Tensor | None
+    def derived(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        make: Callable[[], Tensor],
+        *,
+        paired: bool = False,
+        role: MatrixRole = "linear",
+    ) -> Matrix:
+        """A matrix made of this layer's parameters, under a name of its own."""
+        return self._matrices.matrix(self._prefix + key, shape, make, paired=paired, role=role)
 
 
 class PositionTables:
-    """Makes the StepTables of one model on one device."""
+    """Makes the StepRows of one model on one device: what depends on positions alone is made once per step."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         settings = config.rope
@@ -86,13 +135,13 @@ class PositionTables:
         self.inv_freq = inv_freq.to(device)
         self.scaling = config.query_scaling
 
-    def of(self, inputs: ModelInputs) -> StepTables:
-        """The tables of a step's rows."""
+    def rows(self, inputs: ModelInputs) -> StepRows:
+        """What all layers of this step share."""
         cos, sin = rope.rope_tables(inputs.positions, self.inv_freq, self.magnitude)
         scale = None
         if self.scaling is not None and inputs.longest_context > self.scaling.original_positions:
-            scale = query_scale(inputs.positions, self.scaling.beta, self.scaling.original_positions)[:, None, None]
-        return StepTables(cos, sin, scale)
+            scale = query_scale(inputs.positions, self.scaling.beta, self.scaling.original_positions)
+        return StepRows(cos, sin, scale, inputs.cache_slots, inputs.num_expanded, inputs.expanded, inputs.absorbed)
 
 
 def query_scale(positions: Tensor, beta: float, original_positions: int) -> Tensor:
@@ -102,10 +151,9 @@ def query_scale(positions: Tensor, beta: float, original_positions: int) -> Tens
 
 @dataclass(frozen=True, slots=True)
 class GatedMlp:
-    """down(silu(gate x) * up x), its width divided among ranks: returns this rank's partial sum."""
+    """down(silu(gate x) * up x), its width divided among ranks."""
 
-    gate_up: Tensor
-    down: Tensor
+    weights: MlpWeights
 
     @staticmethod
     def specs(prefix: str, hidden: int, width: int) -> dict[str, ParameterSpec]:
@@ -117,11 +165,18 @@ class GatedMlp:
         }
 
     @classmethod
-    def build(cls, parameters: Parameters) -> GatedMlp:
-        """From a layer's parameters."""
-        gate, up, down = (parameters[f"{name}_proj.weight"] for name in ("gate", "up", "down"))
-        return cls(torch.cat([gate, up]), down)
+    def build(cls, parameters: Parameters, norm: Tensor, eps: float) -> GatedMlp:
+        """From a layer's parameters, and the norm before it."""
+        return cls(MlpWeights(norm, *gate_up_down(parameters), eps))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T,D] -> [T,D]."""
-        return linear.gated_mlp(x, self.gate_up, self.down)
+    def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
+        """See kernels' mlp_block; this rank's partial sum."""
+        return block.mlp_block(x, residual, self.weights)
+
+
+def gate_up_down(parameters: Parameters) -> tuple[Matrix, Matrix]:
+    """The two matrices of a gated MLP: gate above up, and down."""
+    return (
+        parameters.matrix("gate_proj.weight", "up_proj.weight", paired=True),
+        parameters.matrix("down_proj.weight"),
+    )

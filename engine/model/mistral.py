@@ -10,23 +10,17 @@ from torch import Tensor
 from cierzo.cache.pool import GqaPages, MlaPages
 from cierzo.engine.model.config import GqaConfig, ModelConfig
 from cierzo.engine.model.decoder import Attention, Decoder, Mlp, Specs, outer_specs
-from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.layers import GatedMlp, Parameters, Shard, StepTables
+from cierzo.engine.model.layers import GatedMlp, Parameters, Shard
 from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.kernels.ops import attention as attend
-from cierzo.kernels.ops import linear, rope
+from cierzo.kernels.ops import block
+from cierzo.kernels.ops.block import GqaWeights, StepRows
 
 
 @dataclass(frozen=True, slots=True)
 class GroupedQueryAttention:
     """One layer's attention on one rank, with its share of the query and of the key-value heads."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    head_dim: int
-    scale: float
+    weights: GqaWeights
 
     @staticmethod
     def specs(prefix: str, config: ModelConfig, gqa: GqaConfig) -> Specs:
@@ -45,34 +39,25 @@ class GroupedQueryAttention:
 
     @classmethod
     def build(
-        cls, parameters: Parameters, config: ModelConfig, gqa: GqaConfig, shard: Shard
+        cls, parameters: Parameters, norm: Tensor, config: ModelConfig, gqa: GqaConfig, shard: Shard
     ) -> GroupedQueryAttention:
-        """From a layer's parameters."""
-        shard.width(config.num_heads, "num_attention_heads")
-        shard.width(gqa.num_kv_heads, "num_key_value_heads")
-        query, key, value, output = (parameters[f"{name}_proj.weight"] for name in "qkvo")
-        return cls(query, key, value, output, gqa.head_dim, config.softmax_scale)
-
-    def forward(self, x: Tensor, inputs: ModelInputs, tables: StepTables, pages: MlaPages | GqaPages) -> Tensor:
-        """x [T,D] -> this rank's partial sum [T,D]; writes the rows' keys and values first."""
-        assert isinstance(pages, GqaPages), type(pages)
-        q, k, v = (
-            linear.linear(x, weight).unflatten(1, (-1, self.head_dim))
-            for weight in (self.query, self.key, self.value)
+        """From a layer's parameters, and the norm before it."""
+        return cls(
+            GqaWeights(
+                norm=norm,
+                qkv=parameters.matrix(*(f"{name}_proj.weight" for name in "qkv")),
+                output=parameters.matrix("o_proj.weight"),
+                query_heads=shard.width(config.num_heads, "num_attention_heads"),
+                kv_heads=shard.width(gqa.num_kv_heads, "num_key_value_heads"),
+                eps=config.rms_norm_eps,
+                scale=config.softmax_scale,
+            )
         )
-        rope.apply_rope(q, tables.cos, tables.sin, interleaved=False)
-        rope.apply_rope(k, tables.cos, tables.sin, interleaved=False)
-        attend.write_keys_values(pages.keys, pages.values, inputs.cache_slots, k, v)
-        return linear.linear(self._attend(q, inputs, pages).flatten(1), self.output)
 
-    def _attend(self, q: Tensor, inputs: ModelInputs, pages: GqaPages) -> Tensor:
-        prompt, generated = q[: inputs.num_expanded], q[inputs.num_expanded :]
-        results = []
-        if len(prompt):
-            results.append(attend.gqa_prefill(prompt, pages.keys, pages.values, inputs.expanded, self.scale))
-        if len(generated):
-            results.append(attend.gqa_decode(generated, pages.keys, pages.values, inputs.absorbed, self.scale))
-        return results[0] if len(results) == 1 else torch.cat(results)
+    def forward(self, x: Tensor | None, residual: Tensor, rows: StepRows, pages: MlaPages | GqaPages) -> Tensor:
+        """See kernels' gqa_block; this rank's partial sum."""
+        assert isinstance(pages, GqaPages), type(pages)
+        return block.gqa_block(x, residual, self.weights, rows, pages.keys, pages.values)
 
 
 def specs(config: ModelConfig) -> Specs:
@@ -91,8 +76,9 @@ def build(config: ModelConfig, parameters: Parameters, shard: Shard, device: tor
     layers: list[tuple[Attention, Mlp]] = []
     for layer in range(config.num_layers):
         own = parameters.within(f"model.layers.{layer}.")
-        attention = GroupedQueryAttention.build(own.within("self_attn."), config, _gqa(config), shard)
-        layers.append((attention, GatedMlp.build(own.within("mlp."))))
+        norms = own["input_layernorm.weight"], own["post_attention_layernorm.weight"]
+        attention = GroupedQueryAttention.build(own.within("self_attn."), norms[0], config, _gqa(config), shard)
+        layers.append((attention, GatedMlp.build(own.within("mlp."), norms[1], config.rms_norm_eps)))
     return Decoder(config, parameters, layers, shard, device)
 
 

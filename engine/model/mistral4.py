@@ -31,10 +31,12 @@ def build(config: ModelConfig, parameters: Parameters, shard: Shard, device: tor
     layers: list[tuple[Attention, Mlp]] = []
     for layer in range(config.num_layers):
         own = parameters.within(f"model.layers.{layer}.")
-        attention = MultiHeadLatentAttention.build(own.within("self_attn."), config, mla, shard)
+        norm, middle = own["input_layernorm.weight"], own["post_attention_layernorm.weight"]
+        attention = MultiHeadLatentAttention.build(own.within("self_attn."), norm, config, mla, shard)
+        inner, eps = own.within("mlp."), config.rms_norm_eps
         dense = layer < moe.first_dense_layers
-        inner = own.within("mlp.")
-        layers.append((attention, GatedMlp.build(inner) if dense else MixtureOfExperts.build(inner, moe)))
+        mlp = GatedMlp.build(inner, middle, eps) if dense else MixtureOfExperts.build(inner, middle, eps, moe)
+        layers.append((attention, mlp))
     return Decoder(config, parameters, layers, shard, device)
 
 

@@ -9,47 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cierzo.cache.pool import GqaPages, MlaPages
 from cierzo.engine.model.config import LATENT_NORM_EPS, MlaConfig, ModelConfig
-from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.layers import Parameters, Shard, StepTables
+from cierzo.engine.model.layers import Parameters, Shard
 from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.kernels.ops import attention, linear, norm, rope
-
-
-@dataclass(frozen=True, slots=True)
-class QueryProjection:
-    """x -> queries [T, H*(nope+P)]; through a normed latent where the model has a q_lora_rank."""
-
-    down: Tensor | None
-    latent_norm: Tensor | None
-    up: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T,D] -> this rank's heads, flat."""
-        if self.down is not None and self.latent_norm is not None:
-            x = norm.rms_norm(linear.linear(x, self.down), self.latent_norm, LATENT_NORM_EPS)
-        return linear.linear(x, self.up)
+from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops import block
+from cierzo.kernels.ops.block import MlaWeights, StepRows
 
 
 @dataclass(frozen=True, slots=True)
 class MultiHeadLatentAttention:
-    """One layer's attention on one rank, with its share of the heads and all of the latents.
+    """One layer's attention on one rank, with its share of the heads and all of the latents."""
 
-    w_uk [H,nope,R] and w_uv [H,V,R] are kv_b_proj, taken apart at load.
-    """
-
-    query: QueryProjection
-    kv_down: Tensor
-    kv_norm: Tensor
-    w_uk: Tensor
-    w_uv: Tensor
-    output: Tensor
-    interleaved: bool
-    scale: float
+    weights: MlaWeights
 
     @staticmethod
     def specs(prefix: str, config: ModelConfig, mla: MlaConfig) -> dict[str, ParameterSpec]:
@@ -75,52 +50,39 @@ class MultiHeadLatentAttention:
 
     @classmethod
     def build(
-        cls, parameters: Parameters, config: ModelConfig, mla: MlaConfig, shard: Shard
+        cls, parameters: Parameters, norm: Tensor, config: ModelConfig, mla: MlaConfig, shard: Shard
     ) -> MultiHeadLatentAttention:
-        """From a layer's parameters."""
+        """From a layer's parameters, and the norm before it. kv_b_proj is taken apart: W_UK above W_UV, by head."""
         heads = shard.width(config.num_heads, "num_attention_heads")
-        if mla.q_lora_rank is None:
-            query = QueryProjection(None, None, parameters["q_proj.weight"])
-        else:
-            names = ("q_a_proj.weight", "q_a_layernorm.weight", "q_b_proj.weight")
-            query = QueryProjection(*(parameters[name] for name in names))
-        kv_up = parameters["kv_b_proj.weight"].view(heads, -1, mla.kv_lora_rank)
-        w_uk, w_uv = kv_up.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=1)
+        nope, value, rank = mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank
+        latent = mla.q_lora_rank is not None
+        by_head = parameters["kv_b_proj.weight"].view(heads, nope + value, rank)
+        w_uk, w_uv = by_head.split((nope, value), dim=1)
+
+        def part(name: str, tensor: Tensor) -> Matrix:
+            return parameters.derived(name, tuple(tensor.shape), tensor.contiguous, role="latent")
+
         return cls(
-            query=query,
-            kv_down=parameters["kv_a_proj_with_mqa.weight"],
-            kv_norm=parameters["kv_a_layernorm.weight"],
-            w_uk=w_uk.contiguous(),
-            w_uv=w_uv.contiguous(),
-            output=parameters["o_proj.weight"],
-            interleaved=config.rope.interleaved,
-            scale=config.softmax_scale,
+            MlaWeights(
+                norm=norm,
+                down=parameters.matrix(
+                    "q_a_proj.weight" if latent else "q_proj.weight", "kv_a_proj_with_mqa.weight"
+                ),
+                query_norm=parameters["q_a_layernorm.weight"] if latent else None,
+                query_up=parameters.matrix("q_b_proj.weight") if latent else None,
+                kv_norm=parameters["kv_a_layernorm.weight"],
+                w_uk=part("w_uk", w_uk),
+                w_uk_t=part("w_uk_t", w_uk.transpose(1, 2)),
+                w_uv=part("w_uv", w_uv),
+                output=parameters.matrix("o_proj.weight"),
+                eps=config.rms_norm_eps,
+                latent_eps=LATENT_NORM_EPS,
+                scale=config.softmax_scale,
+                interleaved=config.rope.interleaved,
+            )
         )
 
-    def forward(self, x: Tensor, inputs: ModelInputs, tables: StepTables, pages: MlaPages | GqaPages) -> Tensor:
-        """x [T,D] -> this rank's partial sum [T,D]; writes the rows' latents first."""
+    def forward(self, x: Tensor | None, residual: Tensor, rows: StepRows, pages: MlaPages | GqaPages) -> Tensor:
+        """See kernels' mla_block; this rank's partial sum."""
         assert isinstance(pages, MlaPages), type(pages)
-        heads, nope, rank = self.w_uk.shape
-        q = self.query.forward(x).view(x.shape[0], heads, -1)
-        latent, rope_key = linear.linear(x, self.kv_down).tensor_split((rank,), dim=-1)
-        rope.apply_rope(q[..., nope:], tables.cos, tables.sin, self.interleaved)
-        rope.apply_rope(rope_key[:, None], tables.cos, tables.sin, self.interleaved)
-        if tables.query_scale is not None:
-            q.mul_(tables.query_scale)
-        latent = norm.rms_norm(latent, self.kv_norm, LATENT_NORM_EPS)
-        attention.write_latents(pages.latents, inputs.cache_slots, latent, rope_key)
-        return linear.linear(self._attend(q, inputs, pages.latents).flatten(1), self.output)
-
-    def _attend(self, q: Tensor, inputs: ModelInputs, latents: Tensor) -> Tensor:
-        """q [T,H,nope+P] -> [T,H,V], each row in its own form."""
-        expanded, absorbed = q[: inputs.num_expanded], q[inputs.num_expanded :]
-        results = []
-        if len(expanded):
-            results.append(
-                attention.mla_prefill(expanded, latents, self.w_uk, self.w_uv, inputs.expanded, self.scale)
-            )
-        if len(absorbed):
-            wide = attention.mla_absorb(absorbed, self.w_uk)
-            mixed = attention.mla_decode(wide, latents, inputs.absorbed, self.scale, self.w_uk.shape[2])
-            results.append(attention.mla_unabsorb(mixed, self.w_uv))
-        return results[0] if len(results) == 1 else torch.cat(results)
+        return block.mla_block(x, residual, self.weights, rows, pages.latents)

@@ -7,24 +7,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cierzo.engine.model.config import MoeConfig
-from cierzo.engine.model.layers import GatedMlp, Parameters
+from cierzo.engine.model.layers import GatedMlp, Parameters, gate_up_down
 from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.kernels.ops import moe
+from cierzo.kernels.ops import block
+from cierzo.kernels.ops.block import MoeWeights
 
 
 @dataclass(frozen=True, slots=True)
 class MixtureOfExperts:
-    """One layer's experts on one rank: all of them, each with its share of the width F.
+    """One layer's experts on one rank: all of them, each with its share of the width. The router is whole on every
+    rank, so that all ranks choose the same experts."""
 
-    router fp32 [E,D], whole on every rank, so that all ranks choose the same experts; gate_up [E,2F,D], down
-    [E,D,F], used where they lie.
-    """
-
-    router: Tensor
-    gate_up: Tensor
-    down: Tensor
-    shared: GatedMlp
-    config: MoeConfig
+    weights: MoeWeights
 
     @staticmethod
     def specs(prefix: str, hidden: int, config: MoeConfig) -> dict[str, ParameterSpec]:
@@ -38,28 +32,26 @@ class MixtureOfExperts:
         }
 
     @classmethod
-    def build(cls, parameters: Parameters, config: MoeConfig) -> MixtureOfExperts:
-        """From a layer's parameters."""
+    def build(cls, parameters: Parameters, norm: Tensor, eps: float, config: MoeConfig) -> MixtureOfExperts:
+        """From a layer's parameters, and the norm before it."""
+        shared_gate_up, shared_down = gate_up_down(parameters.within("shared_experts."))
         return cls(
-            router=parameters["gate.weight"].float(),  # exact, and spares the router a conversion in every step
-            gate_up=parameters["experts.gate_up_proj"],
-            down=parameters["experts.down_proj"],
-            shared=GatedMlp.build(parameters.within("shared_experts.")),
-            config=config,
+            MoeWeights(
+                norm=norm,
+                router=parameters.matrix("gate.weight", role="router"),
+                gate_up=parameters.matrix("experts.gate_up_proj", paired=True, role="experts"),
+                down=parameters.matrix("experts.down_proj", role="experts"),
+                shared_gate_up=shared_gate_up,
+                shared_down=shared_down,
+                eps=eps,
+                top_k=config.experts_per_token,
+                groups=config.num_groups,
+                top_groups=config.top_groups,
+                renormalise=config.renormalise,
+                scale=config.routed_scale,
+            )
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T,D] -> this rank's partial sum [T,D]."""
-        config = self.config
-        ids, weights = moe.route(
-            x,
-            self.router,
-            top_k=config.experts_per_token,
-            groups=config.num_groups,
-            top_groups=config.top_groups,
-            renormalise=config.renormalise,
-            scale=config.routed_scale,
-        )
-        groups = moe.group_by_expert(ids, config.num_experts)
-        shared = self.shared
-        return moe.expert_mlp(x, self.gate_up, self.down, weights, groups, shared.gate_up, shared.down)
+    def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
+        """See kernels' moe_block; this rank's partial sum."""
+        return block.moe_block(x, residual, self.weights)

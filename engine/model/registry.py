@@ -11,7 +11,7 @@ from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model import mistral, mistral4
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.decoder import Decoder
-from cierzo.engine.model.layers import AllReduce, Parameters, Shard
+from cierzo.engine.model.layers import AllReduce, MatrixSource, Parameters, PlainMatrices, Shard
 from cierzo.engine.weights.loader import ParameterSpec
 
 ARCHITECTURES: dict[str, ModuleType] = {"mistral4": mistral4, "mistral": mistral, "llama": mistral}
@@ -31,10 +31,12 @@ def build_model(
     rank: int = 0,
     world: int = 1,
     all_reduce: AllReduce | None = None,
+    matrices: MatrixSource | None = None,
 ) -> Decoder:
     """The model of this rank, from the parameters that `load_parameters` gave it (already cut for the rank).
 
-    `all_reduce` sums a [T,D] tensor over all ranks; needed from world 2 on. The operations must be bound
+    `all_reduce` sums a [T,D] tensor over all ranks; needed from world 2 on. `matrices` gives the weights that are
+    multiplied with in the form that the kernels want; by default as they are. The operations must be bound
     (kernels.registry.bind) before the model runs. Raises CheckpointError for a parameter that is missing, left
     over, of the wrong shape, dtype or device.
     """
@@ -45,7 +47,7 @@ def build_model(
     shard = Shard(rank, world, all_reduce)
     _check(parameters, parameter_specs(config), shard, torch.device(device), dtype)
     module = ARCHITECTURES[config.architecture]
-    return module.build(config, Parameters(parameters), shard, torch.device(device))
+    return module.build(config, Parameters(parameters, matrices or PlainMatrices()), shard, torch.device(device))
 
 
 def _alone(partial: Tensor) -> Tensor:

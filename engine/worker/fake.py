@@ -62,6 +62,7 @@ def fake_config(
         name="fake",
         device="cpu",
         dtype="float32",
+        weights="float32",
         threads=1,
         runner="fake",
         model=model,

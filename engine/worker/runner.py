@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,17 +14,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cierzo.cache.pool import DTYPES, KVPool
-from cierzo.engine.config import EngineConfig
+from cierzo.engine.config import EngineConfig, cache_dir
 from cierzo.engine.errors import ConfigError
+from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.inputs import ModelInputs
+from cierzo.engine.model.layers import MatrixSource, PlainMatrices
 from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.weights.loader import Progress, load_parameters
+from cierzo.engine.weights.matrices import PLAIN_WEIGHTS, PackedMatrices
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.sampling import Sampler
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.registry import KernelChoiceError, bind
 from cierzo.scheduler.plan import StepPlan, StepResult, TokenLogprobs
+
+log = logging.getLogger(__name__)
 
 
 class Model(Protocol):
@@ -116,9 +122,15 @@ class ModelRunner:
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:
-    """Bind the kernels, load the checkpoint, allocate the cache. Raises CheckpointError, ConfigError.
+    """A runner of the checkpoint's model. Raises CheckpointError, ConfigError."""
+    model, kv, description = load_model(config)
+    return ModelRunner(model, kv, config.scheduler.max_running, config.device, description)
 
-    A progress bar appears on a terminal if it takes more than two seconds.
+
+def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
+    """Bind the kernels, load the checkpoint, allocate the cache -> also the table of kernels, as text.
+
+    A progress bar appears on a terminal if it takes more than two seconds. Raises CheckpointError, ConfigError.
     """
     torch.set_num_threads(config.threads)
     dtype, device = DTYPES[config.dtype], torch.device(config.device)
@@ -131,9 +143,22 @@ def load_runner(config: EngineConfig) -> ModelRunner:
     specs = parameter_specs(config.model)
     with CheckpointReader(Path(config.checkpoint)) as reader, _progress_bar() as progress:
         parameters = load_parameters(reader, specs, dtype=dtype, device=device, progress=progress)
-    model = build_model(config.model, parameters, device=device, dtype=dtype)
-    kv = KVPool(config.layout, config.cache.num_blocks, device)
-    return ModelRunner(model, kv, config.scheduler.max_running, device, table.describe())
+
+        def build(matrices: MatrixSource) -> Decoder:
+            return build_model(config.model, parameters, device=device, dtype=dtype, matrices=matrices)
+
+        if table.uses_native:
+            matrices = PackedMatrices(reader, config.weights, dtype, cache_dir())
+            model = build(matrices)
+            log.info("weights: %s", matrices.fill(progress))
+        elif config.weights == PLAIN_WEIGHTS[dtype]:
+            model = build(PlainMatrices())
+        else:
+            limit = f"{PLAIN_WEIGHTS[dtype]} without the native kernels"
+            raise ConfigError(
+                f"weights must be {limit}, got {config.weights}", field="weights", limit=limit, value=config.weights
+            )
+    return model, KVPool(config.layout, config.cache.num_blocks, device), table.describe()
 
 
 @contextmanager

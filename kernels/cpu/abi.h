@@ -237,4 +237,88 @@ struct EditArgs {  // add_bias, mask_tokens, apply_penalties; what one of them d
     const float* presence;         // [rows]
     const float* frequency;        // [rows]
     int64_t* wrong;                // increased by the number of entries outside the logits
+// --- the halves of a decoder layer (block.h) ---
+
+struct BlockInput {
+    const void* x;   // [rows, hidden], added to the residual; or null
+    void* residual;  // [rows, hidden]
+    void* out;       // [rows, hidden]
+    int64_t rows, hidden;
+    int32_t dtype, kv_format;
+};
+
+struct StepArgs {  // StepRows
+    const float* cos;
+    const float* sin;
+    const float* query_scale;  // or null
+    const int64_t* slots;
+    int64_t num_expanded;
+    PagedArgs expanded, absorbed;
+};
+
+struct MlaLayer {  // MlaWeights
+    const void* norm;
+    const Matrix* down;
+    const void* query_norm;   // or null, and then
+    const Matrix* query_up;   // null too
+    const void* kv_norm;
+    const Matrix* w_uk;
+    const Matrix* w_uk_t;
+    const Matrix* w_uv;
+    const Matrix* output;
+    int64_t heads, nope, rope, rank, value_width;
+    float eps, latent_eps, scale;
+    int32_t interleaved;
+};
+
+struct MlaBlockArgs {
+    BlockInput in;
+    const MlaLayer* layer;
+    const StepArgs* step;
+    uint8_t* pages;
+};
+
+struct GqaLayer {  // GqaWeights
+    const void* norm;
+    const Matrix* qkv;
+    const Matrix* output;
+    int64_t query_heads, kv_heads, width;
+    float eps, scale;
+};
+
+struct GqaBlockArgs {
+    BlockInput in;
+    const GqaLayer* layer;
+    const StepArgs* step;
+    uint8_t* key_pages;
+    uint8_t* value_pages;
+};
+
+struct MlpLayer {  // MlpWeights
+    const void* norm;
+    const Matrix* gate_up;
+    const Matrix* down;
+    float eps;
+};
+
+struct MlpBlockArgs {
+    BlockInput in;
+    const MlpLayer* layer;
+};
+
+struct MoeLayer {  // MoeWeights
+    const void* norm;
+    const Matrix* router;
+    const Matrix* gate_up;
+    const Matrix* down;
+    const Matrix* shared_gate_up;
+    const Matrix* shared_down;
+    int64_t top_k, groups, top_groups;
+    float eps, scale;
+    int32_t renormalise;
+};
+
+struct MoeBlockArgs {
+    BlockInput in;
+    const MoeLayer* layer;
 };

@@ -147,3 +147,53 @@ class EditArgs(ctypes.Structure):
         "p: logits | i64: rows vocab stride entries"
         "| p: at_rows token_ids bias output_counts repetition presence frequency wrong"
     )
+
+
+class BlockInput(ctypes.Structure):
+    _fields_ = _fields("p: x residual out | i64: rows hidden | i32: dtype kv_format")
+
+
+class StepArgs(ctypes.Structure):
+    _fields_ = [
+        *_fields("p: cos sin query_scale slots | i64: num_expanded"),
+        ("expanded", PagedArgs),
+        ("absorbed", PagedArgs),
+    ]
+
+
+class MlaLayer(ctypes.Structure):
+    _fields_ = _fields(
+        "p: norm down query_norm query_up kv_norm w_uk w_uk_t w_uv output | i64: heads nope rope rank value_width"
+        "| f32: eps latent_eps scale | i32: interleaved"
+    )
+
+
+class MlaBlockArgs(ctypes.Structure):
+    _fields_ = [("input", BlockInput), *_fields("p: layer step pages")]
+
+
+class GqaLayer(ctypes.Structure):
+    _fields_ = _fields("p: norm qkv output | i64: query_heads kv_heads width | f32: eps scale")
+
+
+class GqaBlockArgs(ctypes.Structure):
+    _fields_ = [("input", BlockInput), *_fields("p: layer step key_pages value_pages")]
+
+
+class MlpLayer(ctypes.Structure):
+    _fields_ = _fields("p: norm gate_up down | f32: eps")
+
+
+class MlpBlockArgs(ctypes.Structure):
+    _fields_ = [("input", BlockInput), *_fields("p: layer")]
+
+
+class MoeLayer(ctypes.Structure):
+    _fields_ = _fields(
+        "p: norm router gate_up down shared_gate_up shared_down | i64: top_k groups top_groups"
+        "| f32: eps scale | i32: renormalise"
+    )
+
+
+class MoeBlockArgs(ctypes.Structure):
+    _fields_ = [("input", BlockInput), *_fields("p: layer")]

@@ -85,18 +85,19 @@ def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Ten
     bound.write_keys_values(k_pages, v_pages, slots, keys, values)
 
 
-def mla_absorb(q: Tensor, w_uk: Tensor) -> Tensor:
+def mla_absorb(q: Tensor, w_uk_t: Matrix) -> Tensor:
     """Move the key expansion to the query: [q_nope | q_rope] -> [q_nope W_UK | q_rope], new [T,H,R+P].
 
-    q [T,H,nope+P], w_uk [H,nope,R], one dtype. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
+    q [T,H,nope+P]; w_uk_t [H,R,nope], W_UK of each head with its axes exchanged; one dtype.
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
     """
-    names = check.sizes("mla_absorb", q=(q, "T H Q"), w_uk=(w_uk, "H nope R"))
+    names = check.sizes("mla_absorb", q=(q, "T H Q"), w_uk_t=(w_uk_t, "H R nope"))
     check.require("mla_absorb", names["Q"] > names["nope"], f"q {list(q.shape)} has no rope part")
-    check.same_dtype("mla_absorb", q=q, w_uk=w_uk)
-    return bound.mla_absorb(q, w_uk)
+    check.same_dtype("mla_absorb", q=q, w_uk_t=w_uk_t)
+    return bound.mla_absorb(q, w_uk_t)
 
 
-def mla_unabsorb(latents: Tensor, w_uv: Tensor) -> Tensor:
+def mla_unabsorb(latents: Tensor, w_uv: Matrix) -> Tensor:
     """Each head's mix of latents -> its value: latents [T,H,R], w_uv [H,V,R], one dtype -> new [T,H,V]."""
     check.sizes("mla_unabsorb", latents=(latents, "T H R"), w_uv=(w_uv, "H V R"))
     check.same_dtype("mla_unabsorb", latents=latents, w_uv=w_uv)

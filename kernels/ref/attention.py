@@ -40,16 +40,17 @@ def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Ten
         pages.flatten(0, 1).index_copy_(0, slots, rows)
 
 
-def mla_absorb(q: Tensor, w_uk: Tensor) -> Tensor:
+def mla_absorb(q: Tensor, w_uk_t: Matrix) -> Tensor:
     """See ops/attention.py."""
-    nope = w_uk.shape[1]
-    absorbed = torch.bmm(q[..., :nope].transpose(0, 1), w_uk).transpose(0, 1)
+    w_uk_t = as_tensor(w_uk_t)
+    nope = w_uk_t.shape[2]
+    absorbed = torch.bmm(q[..., :nope].transpose(0, 1), w_uk_t.transpose(1, 2)).transpose(0, 1)
     return torch.cat((absorbed, q[..., nope:]), dim=-1)
 
 
-def mla_unabsorb(latents: Tensor, w_uv: Tensor) -> Tensor:
+def mla_unabsorb(latents: Tensor, w_uv: Matrix) -> Tensor:
     """See ops/attention.py."""
-    return torch.bmm(latents.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+    return torch.bmm(latents.transpose(0, 1), as_tensor(w_uv).transpose(1, 2)).transpose(0, 1)
 
 
 def mla_prefill(

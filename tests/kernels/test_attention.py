@@ -101,7 +101,7 @@ def test_both_forms_of_mla_agree() -> None:
     case = make_case("mixed", NOPE + P, H, torch.float32, entry=(R + P,))
     w_uk, w_uv = kv_weights(torch.float32)
     expanded = attention.mla_prefill(case.q, case.pages, w_uk, w_uv, case.queries, SCALE)
-    wide = attention.mla_absorb(case.q, w_uk)
+    wide = attention.mla_absorb(case.q, w_uk.transpose(1, 2))
     mixed = attention.mla_decode(wide, case.pages, case.queries, SCALE, R)
     torch.testing.assert_close(attention.mla_unabsorb(mixed, w_uv), expanded, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,169 @@
+"""The halves of a decoder layer, each one call: addition to the residual stream, norm, and all that follows.
+
+    residual += x;  out = attention or MLP (rms_norm(residual))
+
+x is the other half's result (None before the first layer); with several ranks it is their sum. Each block equals
+the composition of the single operations (ref/block.py): an implementation may run it in one go, so that a step
+crosses from Python twice a layer, and not thirty times. `scratch`, in what is handed in, holds what an
+implementation derived from the other fields and finds again in its next call.
+
+Letters: T rows of the step, D hidden width, H heads, R latent rank, P rope dims, V value dims, Q latent rank of the
+query, E experts, K experts per token, F expert or MLP width; Hq and Hk query and key-value heads, d their width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from cierzo.kernels import check
+from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.registry import bound
+
+Scratch = dict[object, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepRows:
+    """What the rows of a step are, the same for every layer: first the prompt tokens, then the generated ones.
+
+    cos, sin: fp32 [T,P/2]. query_scale: fp32 [T], or None where it is 1 for every row. cache_slots: int64 [T].
+    num_expanded: rows of the first kind. expanded, absorbed: the segments of each kind, counted from its first row.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    query_scale: Tensor | None
+    cache_slots: Tensor
+    num_expanded: int
+    expanded: PagedQueries
+    absorbed: PagedQueries
+    scratch: Scratch = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MlaWeights:
+    """Multi-head latent attention. norm [D], eps: of the residual stream.
+
+    down: [Q+R+P, D], the query's latent above the keys' and values'; query_norm [Q]; query_up [H(nope+P), Q].
+    Without a latent query: down [H(nope+P)+R+P, D], and neither of the others. kv_norm [R]. w_uk [H,nope,R];
+    w_uk_t [H,R,nope], the same with its axes exchanged; w_uv [H,V,R]; output [D, H V].
+    """
+
+    norm: Tensor
+    down: Matrix
+    query_norm: Tensor | None
+    query_up: Matrix | None
+    kv_norm: Tensor
+    w_uk: Matrix
+    w_uk_t: Matrix
+    w_uv: Matrix
+    output: Matrix
+    eps: float
+    latent_eps: float
+    scale: float
+    interleaved: bool
+    scratch: Scratch = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GqaWeights:
+    """Grouped-query attention. norm [D]; qkv [(Hq+2Hk) d, D], queries above keys above values; output [D, Hq d]."""
+
+    norm: Tensor
+    qkv: Matrix
+    output: Matrix
+    query_heads: int
+    kv_heads: int
+    eps: float
+    scale: float
+    scratch: Scratch = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MlpWeights:
+    """norm [D]; gate_up [2F,D], the gate above; down [D,F]."""
+
+    norm: Tensor
+    gate_up: Matrix
+    down: Matrix
+    eps: float
+    scratch: Scratch = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MoeWeights:
+    """norm [D]; router [E,D]; gate_up [E,2F,D], down [E,D,F]; shared [2F',D] and [D,F']. The other
+    fields are route's."""
+
+    norm: Tensor
+    router: Matrix
+    gate_up: Matrix
+    down: Matrix
+    shared_gate_up: Matrix
+    shared_down: Matrix
+    eps: float
+    top_k: int
+    groups: int
+    top_groups: int
+    renormalise: bool
+    scale: float
+    scratch: Scratch = field(default_factory=dict, repr=False)
+
+
+def mla_block(x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Tensor:
+    """Attention in each row's form; writes the rows' latents into `pages` first -> new [T,D].
+
+    x, residual [T,D]; pages [B,S,R+P], or uint8 [B,S,R+P+8] (see attention.py).
+    """
+    _check("mla_block", x, residual, weights.norm)
+    return bound.mla_block(x, residual, weights, rows, pages)
+
+
+def gqa_block(
+    x: Tensor | None, residual: Tensor, weights: GqaWeights, rows: StepRows, k_pages: Tensor, v_pages: Tensor
+) -> Tensor:
+    """Grouped-query attention, halves of each head rotated; writes keys and values first -> new [T,D]."""
+    _check("gqa_block", x, residual, weights.norm)
+    return bound.gqa_block(x, residual, weights, rows, k_pages, v_pages)
+
+
+def mlp_block(x: Tensor | None, residual: Tensor, weights: MlpWeights) -> Tensor:
+    """A gated MLP -> new [T,D]."""
+    _check("mlp_block", x, residual, weights.norm)
+    return bound.mlp_block(x, residual, weights)
+
+
+def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor:
+    """Router, experts and shared expert -> new [T,D]."""
+    _check("moe_block", x, residual, weights.norm)
+    return bound.moe_block(x, residual, weights)
+
+
+def _check(operation: str, x: Tensor | None, residual: Tensor, norm: Tensor) -> None:
+    check.sizes(operation, residual=(residual, "T D"), norm=(norm, "D"))
+    check.same_dtype(operation, residual=residual, norm=norm)
+    check.require(operation, residual.is_contiguous(), "residual must be contiguous: it is written in place")
+    if x is not None:
+        check.require(
+            operation,
+            x.shape == residual.shape and x.dtype == residual.dtype and x.is_contiguous(),
+            f"x is {list(x.shape)} {x.dtype}, residual {list(residual.shape)} {residual.dtype}; contiguous",
+        )
+
+
+def query_width(weights: MlaWeights) -> int:
+    """Columns of `down` that belong to the query: Q, or H(nope+P) without a latent query."""
+    return weights.down.shape[0] - weights.kv_norm.shape[0] - rope_width(weights)
+
+
+def rope_width(weights: MlaWeights) -> int:
+    """P."""
+    heads, nope, _ = weights.w_uk.shape
+    if weights.query_up is not None:
+        return weights.query_up.shape[0] // heads - nope
+    rank = weights.kv_norm.shape[0]
+    return (weights.down.shape[0] - rank - heads * nope) // (heads + 1)

@@ -1,0 +1,95 @@
+"""The blocks as compositions of single operations, each in the implementation that is bound."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cierzo.kernels.ops import attention, linear, moe, norm, rope
+from cierzo.kernels.ops.block import (
+    GqaWeights,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+    StepRows,
+    query_width,
+    rope_width,
+)
+
+
+def mla_block(x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Tensor:
+    """See ops/block.py."""
+    heads, nope, rank = weights.w_uk.shape
+    width, rope_dims = query_width(weights), rope_width(weights)
+    down = linear.linear(_normed(x, residual, weights.norm, weights.eps), weights.down)
+    q, kv = down.tensor_split((width,), dim=-1)
+    if weights.query_up is not None and weights.query_norm is not None:
+        q = linear.linear(norm.rms_norm(q, weights.query_norm, weights.latent_eps), weights.query_up)
+    q = q.reshape(q.shape[0], heads, nope + rope_dims)
+    latent, rope_key = kv.tensor_split((rank,), dim=-1)
+    rope.apply_rope(q, rows.cos, rows.sin, weights.interleaved, rows.query_scale)
+    rope.apply_rope(rope_key[:, None], rows.cos, rows.sin, weights.interleaved)
+    latent = norm.rms_norm(latent, weights.kv_norm, weights.latent_eps)
+    attention.write_latents(pages, rows.cache_slots, latent, rope_key)
+    return linear.linear(_attend(q, weights, rows, pages).flatten(1), weights.output)
+
+
+def _attend(q: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Tensor:
+    """q [T,H,nope+P] -> [T,H,V], each row in its own form."""
+    expanded, absorbed = q[: rows.num_expanded], q[rows.num_expanded :]
+    results = []
+    if len(expanded):
+        results.append(
+            attention.mla_prefill(expanded, pages, weights.w_uk, weights.w_uv, rows.expanded, weights.scale)
+        )
+    if len(absorbed):
+        wide = attention.mla_absorb(absorbed, weights.w_uk_t)
+        mixed = attention.mla_decode(wide, pages, rows.absorbed, weights.scale, weights.w_uk.shape[2])
+        results.append(attention.mla_unabsorb(mixed, weights.w_uv))
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def gqa_block(
+    x: Tensor | None, residual: Tensor, weights: GqaWeights, rows: StepRows, k_pages: Tensor, v_pages: Tensor
+) -> Tensor:
+    """See ops/block.py."""
+    heads = (weights.query_heads, weights.kv_heads, weights.kv_heads)
+    qkv = linear.linear(_normed(x, residual, weights.norm, weights.eps), weights.qkv)
+    q, k, v = qkv.unflatten(1, (sum(heads), -1)).split(heads, dim=1)
+    rope.apply_rope(q, rows.cos, rows.sin, interleaved=False)
+    rope.apply_rope(k, rows.cos, rows.sin, interleaved=False)
+    attention.write_keys_values(k_pages, v_pages, rows.cache_slots, k, v)
+    expanded, absorbed = q[: rows.num_expanded], q[rows.num_expanded :]
+    results = []
+    if len(expanded):
+        results.append(attention.gqa_prefill(expanded, k_pages, v_pages, rows.expanded, weights.scale))
+    if len(absorbed):
+        results.append(attention.gqa_decode(absorbed, k_pages, v_pages, rows.absorbed, weights.scale))
+    attended = results[0] if len(results) == 1 else torch.cat(results)
+    return linear.linear(attended.flatten(1), weights.output)
+
+
+def mlp_block(x: Tensor | None, residual: Tensor, weights: MlpWeights) -> Tensor:
+    """See ops/block.py."""
+    return linear.gated_mlp(_normed(x, residual, weights.norm, weights.eps), weights.gate_up, weights.down)
+
+
+def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor:
+    """See ops/block.py."""
+    normed = _normed(x, residual, weights.norm, weights.eps)
+    ids, shares = moe.route(
+        normed,
+        weights.router,
+        top_k=weights.top_k,
+        groups=weights.groups,
+        top_groups=weights.top_groups,
+        renormalise=weights.renormalise,
+        scale=weights.scale,
+    )
+    groups = moe.group_by_expert(ids, weights.router.shape[0])
+    shared = (weights.shared_gate_up, weights.shared_down)
+    return moe.expert_mlp(normed, weights.gate_up, weights.down, shares, groups, *shared)
+
+
+def _normed(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return norm.rms_norm(residual, weight, eps) if x is None else norm.add_rms_norm(x, residual, weight, eps)

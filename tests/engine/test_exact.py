@@ -1,0 +1,220 @@
+"""Promise 1, with real arithmetic: whatever happens to a request, its tokens and log-probabilities stay the same.
+
+Random loads go through the engine on the native kernels: other requests beside it, prompts cut into chunks, few
+blocks (so that requests are preempted and computed again), prefixes shared through the cache, answers resumed after
+some of their tokens, one or two threads. Each answer is compared with that of the same request alone, in one chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cierzo.cache.pool import GqaPages
+from cierzo.engine.config import GIB, EngineConfig, EngineOptions, resolve
+from cierzo.engine.messages import SamplingParams, Submit
+from cierzo.engine.model.config import read_model_config
+from cierzo.engine.weights.make import make_checkpoint
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.runner import ModelRunner, load_runner
+from cierzo.kernels.registry import has_native
+
+pytestmark = pytest.mark.skipif(
+    not has_native(), reason="the reference is not exact, and its start-up table says so"
+)
+
+FAMILIES, PREFIX_TOKENS = 2, 320  # prompts begin with one of two texts, long enough for several splits of attention
+MAX_LEN = 400
+CASES: dict[str, dict[str, Any]] = {
+    "small4-bf16": {},
+    "small4-float32": {"dtype": "float32"},
+    "small4-int8": {"weights": "int8", "kv_dtype": "int8"},
+    "small4-int4": {"weights": "int4"},
+    "small3-bf16": {},
+    "small3-int8": {"weights": "int8", "kv_dtype": "int8"},
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request: a family's text up to `shared` tokens, then `own` tokens of its own."""
+
+    family: int
+    shared: int
+    own: int
+    max_tokens: int
+    temperature: float
+    seed: int
+
+    def prompt(self, vocab_size: int) -> list[int]:
+        random = torch.Generator().manual_seed(self.family)
+        text = torch.randint(vocab_size, (PREFIX_TOKENS,), generator=random)[: self.shared]
+        own = torch.randint(vocab_size, (self.own,), generator=random.manual_seed(1000 + self.seed))
+        return [*text.tolist(), *own.tolist()]
+
+    def submit(self, request_id: int, vocab_size: int, output: tuple[int, ...] = ()) -> Submit:
+        sampling = SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=0.9,
+            seed=self.seed,
+            logprobs=2,
+            ignore_eos=True,
+        )
+        return Submit(
+            request_id=request_id,
+            prompt_token_ids=self.prompt(vocab_size),
+            output_token_ids=list(output),
+            sampling=sampling,
+        )
+
+
+@dataclass(frozen=True)
+class World:
+    """How the engine is set up, and how many steps pass before each request arrives."""
+
+    block_tokens: int
+    spare_blocks: int
+    budget_tokens: int
+    chunk_tokens: int
+    prefix_caching: bool
+    threads: int
+    arrivals: tuple[int, ...]
+    resumed: tuple[bool, ...]
+
+
+asks = st.builds(
+    Ask,
+    family=st.integers(0, FAMILIES - 1),
+    shared=st.one_of(st.integers(0, 40), st.integers(120, PREFIX_TOKENS)),
+    own=st.integers(1, 30),
+    max_tokens=st.integers(1, 9),
+    temperature=st.sampled_from([0.0, 0.8]),
+    seed=st.integers(0, 3),
+)
+worlds = st.builds(
+    World,
+    block_tokens=st.sampled_from([4, 16, 32]),
+    spare_blocks=st.integers(0, 40),
+    budget_tokens=st.sampled_from([16, 48, 200, 512]),
+    chunk_tokens=st.sampled_from([8, 33, 512]),
+    prefix_caching=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+    arrivals=st.tuples(*[st.integers(0, 5)] * 5),
+    resumed=st.tuples(*[st.booleans()] * 5),
+)
+
+Answer = list[tuple[int, float, tuple[int, ...], tuple[float, ...]]]
+
+
+@dataclass
+class Engine:
+    """One model, loaded once; a core on it per world, its pages full of NaN."""
+
+    folder: Path
+    options: dict[str, Any]
+    alone: dict[Ask, Answer] = field(default_factory=dict)
+
+    def config(self, world: World | None = None) -> EngineConfig:
+        block_tokens = 32 if world is None else world.block_tokens
+        layout = read_model_config(self.folder).cache_layout(block_tokens, self.options.get("kv_dtype", "bfloat16"))
+        num_blocks = -(-MAX_LEN // block_tokens) + (2 if world is None else world.spare_blocks)
+        settings = (
+            {}
+            if world is None
+            else {
+                "budget_tokens": world.budget_tokens,
+                "max_chunk_tokens": world.chunk_tokens,
+                "max_running": min(4, world.budget_tokens),
+                "prefix_caching": world.prefix_caching,
+            }
+        )
+        width = 2 if self.options.get("dtype") == "float32" else 1
+        return resolve(
+            EngineOptions(
+                model=str(self.folder),
+                block_tokens=block_tokens,
+                max_model_len=MAX_LEN,
+                threads=1 if world is None else world.threads,
+                kv_cache_gib=(num_blocks + 0.5) * layout.bytes_per_block * width / GIB,
+                **self.options,
+                **settings,
+            )
+        )
+
+    def core(self, world: World | None = None) -> EngineCore:
+        config = self.config(world)
+        runner = load_runner(config)
+        poison(runner)
+        return EngineCore(config, runner)
+
+    def answer_alone(self, ask: Ask) -> Answer:
+        if ask not in self.alone:
+            core = self.core()
+            core.submit(ask.submit(1, core_vocab(self.folder)))
+            self.alone[ask] = drain(core)[1]
+        return self.alone[ask]
+
+
+def poison(runner: ModelRunner) -> None:
+    for layer in runner._kv.layers:
+        for pages in (layer.keys, layer.values) if isinstance(layer, GqaPages) else (layer.latents,):
+            pages.fill_(255 if pages.dtype == torch.uint8 else float("nan"))
+
+
+@cache
+def core_vocab(folder: Path) -> int:
+    return read_model_config(folder).vocab_size
+
+
+def drain(core: EngineCore, arrivals: dict[int, list[Submit]] | None = None) -> dict[int, Answer]:
+    """Step until nothing is left; requests arrive before the step of their number."""
+    answers: dict[int, Answer] = {}
+    step = 0
+    waiting = dict(arrivals or {})
+    while core.has_work() or waiting:
+        for submit in waiting.pop(step, []):
+            core.submit(submit)
+        for delta in core.step_plain():
+            assert delta.finish is None or delta.finish.reason == "length", delta.finish
+            entries = delta.logprobs or []
+            answers.setdefault(delta.request_id, []).extend(
+                (entry.token_id, entry.logprob, tuple(entry.top_token_ids), tuple(entry.top_logprobs))
+                for entry in entries
+            )
+        core.check()
+        step += 1
+    return answers
+
+
+@pytest.fixture(scope="module", params=CASES)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    like = request.param.partition("-")[0]
+    folder = make_checkpoint(tmp_path_factory.mktemp("exact") / like, like=like, scale="tiny")
+    return Engine(folder, CASES[request.param])
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(requests=st.lists(asks, min_size=2, max_size=5), world=worlds)
+def test_a_request_is_the_same_whatever_happens_around_it(
+    engine: Engine, requests: list[Ask], world: World
+) -> None:
+    vocab_size = core_vocab(engine.folder)
+    expected = [engine.answer_alone(ask) for ask in requests]
+    arrivals: dict[int, list[Submit]] = {}
+    skipped = []
+    for index, ask in enumerate(requests):
+        known = len(expected[index]) // 2 if world.resumed[index] else 0
+        output = tuple(entry[0] for entry in expected[index][:known])
+        arrivals.setdefault(world.arrivals[index], []).append(ask.submit(index, vocab_size, output))
+        skipped.append(known)
+    answers = drain(engine.core(world), arrivals)
+    for index in range(len(requests)):
+        assert answers[index] == expected[index][skipped[index] :], (index, requests[index])
