@@ -237,6 +237,8 @@ struct EditArgs {  // add_bias, mask_tokens, apply_penalties; what one of them d
     const float* presence;         // [rows]
     const float* frequency;        // [rows]
     int64_t* wrong;                // increased by the number of entries outside the logits
+};
+
 // --- the halves of a decoder layer (block.h) ---
 
 struct BlockInput {
