@@ -13,8 +13,7 @@
 //   row_bytes(k)         of a row within a tile, a multiple of 64: a tile of n rows takes n times that
 //   pack<T>(...)         rows of activations -> a tile
 //   multiply<ROWS>(...)  a tile times a panel -> out float [ROWS][32]
-// One panel is multiplied at a time, also with one row: two chains of additions keep up with the memory. Nothing is
-// prefetched here: a panel is read straight through, which the CPU foresees better than fixed distances do.
+// One panel is multiplied at a time, also with one row: two chains of additions keep up with the memory.
 #pragma once
 
 #include "abi.h"
@@ -41,6 +40,18 @@ struct Activations {
 INLINE bf16 as_bf16(bf16 value) { return value; }
 INLINE bf16 as_bf16(float value) { return narrow(value); }
 
+// Fetches what lies some way behind p, the next 128 bytes of a panel, that take CYCLES to multiply. The CPU foresees
+// by itself what is read fast; where arithmetic fills its window it would ask too late (Zen 4: 8 rows gain 25 %, 12
+// rows 15 %, while 4 rows lose as much). Past the panel lies the next one; past the last, nothing is harmed.
+template <int CYCLES>
+INLINE void look_ahead(const uint8_t* p) {
+    constexpr int64_t DISTANCE = 8192;
+    if constexpr (CYCLES >= 12) {
+        _mm_prefetch(reinterpret_cast<const char*>(p + DISTANCE), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(p + DISTANCE + 64), _MM_HINT_T1);
+    }
+}
+
 // The sums of a tile in registers: two vectors for each row.
 template <int ROWS>
 struct Sums {
@@ -66,6 +77,11 @@ struct Bf16Kernel {
 #else
     static constexpr int MAX_ROWS = 3;
 #endif
+#if CIERZO_DOT
+    static constexpr int PAIR_CYCLES = 2;  // of a row
+#else
+    static constexpr int PAIR_CYCLES = 4;
+#endif
 
     static int64_t row_bytes(int64_t k) { return (divide_up(k, 2) * int64_t(sizeof(Pair)) + 63) & ~int64_t(63); }
 
@@ -85,6 +101,7 @@ struct Bf16Kernel {
         Sums<ROWS> sums;
         const Pair* x = reinterpret_cast<const Pair*>(tile);
         for (int64_t pairs = divide_up(k, 2); pairs > 0; --pairs, panel += 128, x += ROWS) {
+            look_ahead<ROWS * PAIR_CYCLES>(panel);
             const Bits w0 = load_bits(panel), w1 = load_bits(panel + 64);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
@@ -118,6 +135,7 @@ struct F32Kernel {
         const float* x = reinterpret_cast<const float*>(tile);
         const float* w = reinterpret_cast<const float*>(panel);
         for (; k > 0; --k, w += PANEL, x += ROWS) {
+            look_ahead<ROWS * 2>(reinterpret_cast<const uint8_t*>(w));
             const F32 w0 = load(w), w1 = load(w + LANES);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
