@@ -1,4 +1,4 @@
-"""The machine that a figure belongs to. Measured limits (bandwidth, arithmetic) come with the kernels."""
+"""The machine that a figure belongs to, and what it can do at most: `python -m cierzo.bench.machine`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,39 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     python: str
 
 
+class Ceiling(msgspec.Struct, frozen=True, kw_only=True):
+    """The best rate found, in 10^9 a second, and what reached it."""
+
+    rate: float
+    reached_by: str
+
+
+class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
+    """What no kernel can pass: bytes read from memory a second, and operations (a multiplication and an addition are
+    two). `threads` is how many computed; None where nothing here can measure it."""
+
+    threads: int
+    read_one_thread: Ceiling
+    read: Ceiling
+    bf16: Ceiling
+    float32: Ceiling
+    int8: Ceiling | None
+
+    def __str__(self) -> str:
+        lines = [
+            ("memory, 1 thread", "GB/s", self.read_one_thread),
+            (f"memory, {self.threads} threads", "GB/s", self.read),
+            ("bf16 product", "GFLOP/s", self.bf16),
+            ("float32 product", "GFLOP/s", self.float32),
+            ("int8 product", "GOP/s", self.int8),
+        ]
+        return "\n".join(
+            f"{name:18} {found.rate:7.1f} {unit:8} {found.reached_by}"
+            for name, unit, found in lines
+            if found is not None
+        )
+
+
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
 
@@ -38,6 +71,13 @@ def describe_machine() -> Machine:
     )
 
 
+def measure_ceilings() -> Ceilings:
+    """A few seconds, on the threads that torch is set to. Other work on the machine lowers what it finds."""
+    from cierzo.bench.ceilings import measure  # imports torch, which those who only describe the machine can spare
+
+    return measure()
+
+
 def _fields(path: Path) -> dict[str, str]:
     """`name : value` lines; the first of each name (the first core speaks for all)."""
     found: dict[str, str] = {}
@@ -46,3 +86,17 @@ def _fields(path: Path) -> dict[str, str]:
             name, _, value = line.partition(":")
             found.setdefault(name.strip(), value.strip())
     return found
+
+
+def main() -> int:
+    """Print the machine and its ceilings."""
+    machine = describe_machine()
+    print(
+        f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB, {' '.join(machine.instruction_sets)}"
+    )
+    print(measure_ceilings())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

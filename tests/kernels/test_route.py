@@ -108,3 +108,11 @@ def test_an_id_that_is_no_experts_is_refused(instruction_set: str) -> None:
     for wrong in (8, -1, 2**40):
         with pytest.raises(ArgumentError, match=r"group_by_expert: 1 expert ids are not in 0 \.\. 7"):
             moe.group_by_expert(torch.tensor([[3, wrong]]), 8)
+
+
+def test_a_router_that_would_round_is_refused(instruction_set: str) -> None:
+    x, weight = torch.zeros(2, 64), torch.zeros(8, 64)
+    with pytest.raises(ArgumentError, match="route: a router packed as bf16 would round"):
+        route(x, pack(weight, "bf16"))
+    with pytest.raises(ArgumentError, match="route: a router packed as int8 would round"):
+        route(x.bfloat16(), pack(weight.bfloat16(), "int8"))

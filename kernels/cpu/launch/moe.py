@@ -8,8 +8,7 @@ from torch import Tensor
 from cierzo.kernels import check
 from cierzo.kernels.cpu import abi, native
 from cierzo.kernels.cpu.tensors import packed_for, rows
-from cierzo.kernels.formats.pack import pack
-from cierzo.kernels.formats.packed import Matrix, PackedMatrix
+from cierzo.kernels.formats.packed import Matrix
 
 
 def route(
@@ -17,7 +16,12 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """See ops/moe.py."""
     x = rows(x)
-    packed = weight if isinstance(weight, PackedMatrix) else _pack(weight, x.dtype)
+    if isinstance(weight, Tensor) and not weight.dtype == x.dtype == torch.bfloat16:
+        weight = weight.float()
+    packed = packed_for("route", weight)
+    # the bf16 kernel rounds its activations, which is for those that are bf16 already
+    exact = packed.format == "float32" or (packed.format == "bf16" and x.dtype == torch.bfloat16)
+    check.require("route", exact, f"a router packed as {packed.format} would round what it meets, {x.dtype}")
     ids = torch.empty((x.shape[0], top_k), dtype=torch.int64)
     weights = torch.empty((x.shape[0], top_k), dtype=torch.float32)
     args = abi.RouteArgs(
@@ -36,13 +40,6 @@ def route(
     )
     native.call("route", args)
     return ids, weights
-
-
-def _pack(weight: Tensor, dtype: torch.dtype) -> PackedMatrix:
-    """A bf16 kernel rounds its activations: it is for those that are bf16 already."""
-    if weight.dtype == dtype == torch.bfloat16:
-        return pack(weight, "bf16")
-    return pack(weight.float(), "float32")
 
 
 def group_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,54 @@
+"""The ceilings are measured by what is there, and say by what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cierzo.bench import ceilings
+from cierzo.bench.machine import Ceilings, measure_ceilings
+from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.cpu import native
+from cierzo.kernels.cpu.launch.memory import read_memory
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(ceilings, "SIDE", 64)
+    monkeypatch.setattr(ceilings, "ROUNDS", 3)
+
+
+def rates(found: Ceilings) -> list[float]:
+    measured = (found.read_one_thread, found.read, found.bf16, found.float32, found.int8)
+    return [ceiling.rate for ceiling in measured if ceiling is not None]
+
+
+def test_every_ceiling_is_measured_and_printed() -> None:
+    found = measure_ceilings()
+    assert all(rate > 0 for rate in rates(found))
+    assert found.threads == torch.get_num_threads()
+    assert len(str(found).splitlines()) == len(rates(found))
+    assert f"{found.read.rate:.1f} GB/s" in str(found)
+
+
+def test_torch_measures_where_the_library_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "has_native", lambda: False)
+    found = measure_ceilings()
+    assert found.read.reached_by == "torch.sum"
+    assert found.bf16.reached_by == found.float32.reached_by == "torch.mm"
+    assert found.int8 is None
+
+
+@pytest.mark.parametrize("name", native.available())
+def test_every_float_is_read_once(name: str) -> None:
+    native.select(name)
+    try:
+        for threads, count in ((1, 0), (1, 1), (2, 16), (1, 300_001), (2, 1_000_003)):
+            native.set_threads(threads)
+            assert read_memory(torch.ones(count)) == count
+        with pytest.raises(ArgumentError, match="contiguous"):
+            read_memory(torch.ones(9)[::2])
+    finally:
+        native.select()
+        native.set_threads(0)
