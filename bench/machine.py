@@ -28,8 +28,8 @@ class Ceiling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
-    """What no kernel can pass: bytes read from memory a second, and operations (a multiplication and an addition are
-    two). `threads` is how many computed; None where nothing here can measure it."""
+    """What no kernel can pass: bytes read from memory a second, and operations, of which a multiplication and an
+    addition are two. `threads` is how many computed; None where nothing here can measure it."""
 
     threads: int
     read_one_thread: Ceiling
@@ -91,9 +91,8 @@ def _fields(path: Path) -> dict[str, str]:
 def main() -> int:
     """Print the machine and its ceilings."""
     machine = describe_machine()
-    print(
-        f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB, {' '.join(machine.instruction_sets)}"
-    )
+    sets = " ".join(machine.instruction_sets)
+    print(f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB, {sets}")
     print(measure_ceilings())
     return 0
 

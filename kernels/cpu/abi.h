@@ -131,6 +131,31 @@ struct WriteKeysValuesArgs {
     int32_t kv_format, dtype;
 };
 
+struct WriteNormedLatentsArgs {
+    uint8_t* pages;
+    const int64_t* slots;
+    int64_t rows, rank, rope;
+    const void* kv;  // [rows, rank + rope]
+    int64_t kv_stride;
+    const void* norm_weight;
+    const float* cos;  // [rows, rope / 2]
+    const float* sin;
+    float eps;
+    int32_t interleaved, kv_format, dtype;
+};
+
+struct RotateAndWriteArgs {  // rotate_and_write_keys_values
+    uint8_t* key_pages;
+    uint8_t* value_pages;
+    const int64_t* slots;
+    int64_t rows, query_heads, kv_heads, width;
+    void* qkv;  // [rows, (query_heads + 2 kv_heads) width]
+    int64_t qkv_stride;
+    const float* cos;  // [rows, width / 2]
+    const float* sin;
+    int32_t interleaved, kv_format, dtype;
+};
+
 struct MlaAbsorbArgs {  // out [T,H,R+P] = [q_nope W_UK | q_rope]
     const void* q;
     int64_t rows, q_stride, nope, rope;
@@ -190,6 +215,12 @@ struct PackArgs {
     int64_t expert_bytes;
     int64_t* refused;
     int32_t format, paired, dtype;  // dtype of the source
+};
+
+struct ReadMemoryArgs {
+    const float* values;
+    int64_t count;
+    double* sum;
 };
 
 // Rows of logits are `stride` apart, of results contiguous.

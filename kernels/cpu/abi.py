@@ -85,6 +85,20 @@ class WriteKeysValuesArgs(ctypes.Structure):
     )
 
 
+class WriteNormedLatentsArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: pages slots | i64: rows rank rope | p: kv | i64: kv_stride | p: norm_weight cos sin | f32: eps"
+        "| i32: interleaved kv_format dtype"
+    )
+
+
+class RotateAndWriteArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "p: key_pages value_pages slots | i64: rows query_heads kv_heads width | p: qkv | i64: qkv_stride"
+        "| p: cos sin | i32: interleaved kv_format dtype"
+    )
+
+
 class MlaAbsorbArgs(ctypes.Structure):
     _fields_ = _fields("p: q | i64: rows q_stride nope rope | p: w_uk out | i32: dtype")
 
@@ -122,6 +136,10 @@ class PackArgs(ctypes.Structure):
         "p: source | i64: experts n k expert_stride row_stride column_stride | p: target | i64: expert_bytes"
         "| p: refused | i32: format paired dtype"
     )
+
+
+class ReadMemoryArgs(ctypes.Structure):
+    _fields_ = _fields("p: values | i64: count | p: sum")
 
 
 class PeaksArgs(ctypes.Structure):

@@ -5,6 +5,7 @@
 #include "gemm.h"
 #include "gqa_prefill.h"
 #include "mla_prefill.h"
+#include "memory.h"
 #include "norm.h"
 #include "pack.h"
 #include "rope.h"
@@ -44,3 +45,4 @@ EXPORT_LIGHT(mask_tokens, EditArgs, mask_tokens, args->entries)
 EXPORT_LIGHT(apply_penalties, EditArgs, apply_penalties, args->entries)
 EXPORT(mla_prefill, MlaPrefillArgs, mla_prefill)
 EXPORT(gqa_prefill, GqaArgs, gqa_prefill)
+EXPORT(read_memory, ReadMemoryArgs, read_memory)

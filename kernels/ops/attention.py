@@ -85,6 +85,72 @@ def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Ten
     bound.write_keys_values(k_pages, v_pages, slots, keys, values)
 
 
+def write_normed_latents(
+    pages: Tensor,
+    slots: Tensor,
+    kv: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+) -> None:
+    """pages[slot] = [rms_norm(latent) | rotated rope key], in place: write_latents and what it needs, in one pass.
+
+    kv [T,R+P], the projection's rows [latent | rope key], may be strided and is not changed; norm_weight [R], one
+    dtype; cos, sin fp32 [T,P/2] (apply_rope's); pages and slots as for write_latents.
+    """
+    names = check.sizes(
+        "write_normed_latents",
+        pages=(pages, "B S *"),
+        slots=(slots, "T"),
+        kv=(kv, "T W"),
+        norm_weight=(norm_weight, "R"),
+        cos=(cos, "T F"),
+        sin=(sin, "T F"),
+    )
+    check.require(
+        "write_normed_latents",
+        names["W"] == names["R"] + 2 * names["F"],
+        f"kv {list(kv.shape)} is not R+P wide: norm_weight {list(norm_weight.shape)}, cos {list(cos.shape)}",
+    )
+    check.same_dtype("write_normed_latents", kv=kv, norm_weight=norm_weight)
+    check.dtype("write_normed_latents", torch.float32, cos=cos, sin=sin)
+    check.dtype("write_normed_latents", torch.int64, slots=slots)
+    _check_pages("write_normed_latents", names["W"], 2, kv=kv, pages=pages)
+    bound.write_normed_latents(pages, slots, kv, norm_weight, eps, cos, sin, interleaved)
+
+
+def rotate_and_write_keys_values(
+    k_pages: Tensor, v_pages: Tensor, slots: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> None:
+    """Rotate the queries of qkv IN PLACE, write its rotated keys and its values to the pages.
+
+    qkv [T,(Hq+2Hk)d]: a token's queries, keys, values, head by head; its keys' memory may hold anything afterwards.
+    Rows may be strided. cos, sin fp32 [T,d/2] (apply_rope's); pages and slots as for write_keys_values.
+    """
+    names = check.sizes(
+        "rotate_and_write_keys_values",
+        qkv=(qkv, "T W"),
+        slots=(slots, "T"),
+        cos=(cos, "T F"),
+        sin=(sin, "T F"),
+        k_pages=(k_pages, "B S Hk *"),
+        v_pages=(v_pages, "B S Hk *"),
+    )
+    width = 2 * names["F"]
+    heads = names["W"] // width
+    check.require(
+        "rotate_and_write_keys_values",
+        names["W"] == heads * width and heads > 2 * names["Hk"] and qkv.stride(1) == 1,
+        f"qkv {list(qkv.shape)} is not (Hq+2Hk)d wide and contiguous, for Hk = {names['Hk']}, d = {width}",
+    )
+    check.dtype("rotate_and_write_keys_values", torch.float32, cos=cos, sin=sin)
+    check.dtype("rotate_and_write_keys_values", torch.int64, slots=slots)
+    _check_pages("rotate_and_write_keys_values", width, 1, qkv=qkv, k_pages=k_pages, v_pages=v_pages)
+    bound.rotate_and_write_keys_values(k_pages, v_pages, slots, qkv, cos, sin, interleaved)
+
+
 def mla_absorb(q: Tensor, w_uk_t: Matrix) -> Tensor:
     """Move the key expansion to the query: [q_nope | q_rope] -> [q_nope W_UK | q_rope], new [T,H,R+P].
 

@@ -17,6 +17,7 @@ from cierzo.kernels.formats import kv_int8
 from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ref import norm, rope
 
 MASK_ELEMENTS = 1 << 24  # of one causal mask; longer prompts are cut into pieces of rows
 Gather = Callable[[Tensor], tuple[Tensor, Tensor]]  # slots [...] -> keys and values [..., Hk, d]
@@ -38,6 +39,34 @@ def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Ten
     for pages, written in ((k_pages, keys), (v_pages, values)):
         rows = kv_int8.quantise(written) if pages.dtype == kv_int8.PAGES_DTYPE else written
         pages.flatten(0, 1).index_copy_(0, slots, rows)
+
+
+def write_normed_latents(
+    pages: Tensor,
+    slots: Tensor,
+    kv: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+) -> None:
+    """See ops/attention.py."""
+    latents, rope_keys = kv.tensor_split((norm_weight.shape[0],), dim=1)
+    rope_keys = rope_keys.clone()
+    rope.apply_rope(rope_keys[:, None], cos, sin, interleaved, None)
+    write_latents(pages, slots, norm.rms_norm(latents, norm_weight, eps), rope_keys)
+
+
+def rotate_and_write_keys_values(
+    k_pages: Tensor, v_pages: Tensor, slots: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> None:
+    """See ops/attention.py."""
+    heads = qkv.unflatten(1, (-1, 2 * cos.shape[1]))
+    shared = k_pages.shape[2]
+    turned, values = heads[:, :-shared], heads[:, -shared:]
+    rope.apply_rope(turned, cos, sin, interleaved, None)
+    write_keys_values(k_pages, v_pages, slots, turned[:, -shared:], values)
 
 
 def mla_absorb(q: Tensor, w_uk_t: Matrix) -> Tensor:
