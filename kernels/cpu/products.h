@@ -1,7 +1,7 @@
 // Several products at once, shared among the team: the row blocks of one matrix, or the experts of a layer.
 #pragma once
 
-#include "gemm.h"
+#include "microkernels.h"
 
 namespace {
 

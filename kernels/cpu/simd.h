@@ -58,6 +58,9 @@ struct F32 {
 struct Bits {  // 64 bytes: 16 int32, 32 bf16 or 64 int8
     __m512i v;
 };
+struct Int32 {  // 16 sums of products of bytes. gcc shuffles registers where they have __m512i's element type.
+    int v __attribute__((vector_size(64)));
+};
 
 INLINE F32 zero() { return {_mm512_setzero_ps()}; }
 INLINE F32 set(float value) { return {_mm512_set1_ps(value)}; }
@@ -74,6 +77,10 @@ INLINE F32 load(const bf16* p, int n) {
 }
 INLINE F32 load_half(const uint16_t* p) {  // IEEE half precision
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+INLINE F32 load_e4m3(const uint8_t* p) {  // of positive numbers; times 2^-8
+    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm512_cvtph_ps(_mm256_slli_epi16(words, 7))};
 }
 INLINE void store_half(uint16_t* p, F32 a) {  // to nearest even
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
@@ -122,6 +129,8 @@ INLINE F32 rounded_to(bf16, F32 a) {  // a as a bf16 holds it
 INLINE F32 swap_pairs(F32 a) { return {_mm512_permute_ps(a.v, 0xb1)}; }  // lanes 1 0 3 2 5 4 ...
 INLINE uint32_t at_least(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }  // bit i: lane i, a >= b
 INLINE uint32_t unordered(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }  // either is NaN
+INLINE __m256 lower_half(F32 a) { return _mm512_castps512_ps256(a.v); }
+INLINE __m256 upper_half(F32 a) { return _mm512_extractf32x8_ps(a.v, 1); }
 
 INLINE Bits load_bits(const void* p) { return {_mm512_loadu_si512(p)}; }
 INLINE void store_bits(void* p, Bits a) { _mm512_storeu_si512(p, a.v); }
@@ -133,25 +142,32 @@ INLINE Bits shift_left(Bits a, int n) { return {_mm512_slli_epi32(a.v, unsigned(
 INLINE Bits shift_right(Bits a, int n) { return {_mm512_srli_epi32(a.v, unsigned(n))}; }
 INLINE F32 to_f32(Bits a) { return {_mm512_cvtepi32_ps(a.v)}; }  // of 16 int32
 INLINE Bits to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }  // to nearest, ties to even
+INLINE __m128i to_bytes(Bits a) { return _mm512_cvtepi32_epi8(a.v); }  // of 16 int32 that are int8
 INLINE F32 as_f32(Bits a) { return {_mm512_castsi512_ps(a.v)}; }
 INLINE F32 low_bf16(Bits a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }  // element 0 of each pair
 INLINE F32 high_bf16(Bits a) {
     return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int(0xffff0000u))))};
 }
-INLINE Bits look_up(Bits table, Bits indices) { return {_mm512_shuffle_epi8(table.v, indices.v)}; }  // 16 bytes, 4x
+INLINE Bits load_table(const uint8_t* p) {  // 16 bytes, for look_up
+    return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+INLINE Bits look_up(Bits table, Bits indices) { return {_mm512_shuffle_epi8(table.v, indices.v)}; }  // indices < 16
 
 // acc[i] += sum over j < 4 of u[4i + j] * s[4i + j]: unsigned bytes times signed bytes, exact in int32.
-INLINE Bits dot_bytes(Bits acc, Bits u, Bits s) {
+INLINE Int32 dot_bytes(Int32 acc, Bits u, Bits s) {
+    const __m512i sum = (__m512i)acc.v;
 #if CIERZO_DOT
-    return {_mm512_dpbusd_epi32(acc.v, u.v, s.v)};
+    return {(decltype(acc.v))_mm512_dpbusd_epi32(sum, u.v, s.v)};
 #else
     // vpmaddubsw alone would saturate at int16: even and odd bytes are widened instead.
     const __m512i low = _mm512_set1_epi16(0xff);
     const __m512i even = _mm512_madd_epi16(_mm512_and_si512(u.v, low), _mm512_srai_epi16(_mm512_slli_epi16(s.v, 8), 8));
     const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(u.v, 8), _mm512_srai_epi16(s.v, 8));
-    return {_mm512_add_epi32(acc.v, _mm512_add_epi32(even, odd))};
+    return {(decltype(acc.v))_mm512_add_epi32(sum, _mm512_add_epi32(even, odd))};
 #endif
 }
+INLINE Int32 repeat_int(int32_t value) { return {(decltype(Int32::v))_mm512_set1_epi32(value)}; }
+INLINE F32 to_f32(Int32 a) { return {_mm512_cvtepi32_ps((__m512i)a.v)}; }
 
 #else  // AVX2 + FMA
 
@@ -187,6 +203,11 @@ INLINE F32 load(const bf16* p, int n) {
 INLINE F32 load_half(const uint16_t* p) {
     const __m128i* half = reinterpret_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(half)), _mm256_cvtph_ps(_mm_loadu_si128(half + 1))};
+}
+INLINE F32 load_e4m3(const uint8_t* p) {
+    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i halves = _mm256_slli_epi16(words, 7);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 }
 INLINE __m128i half8(__m256 a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
 INLINE void store_half(uint16_t* p, F32 a) {
@@ -269,6 +290,8 @@ INLINE F32 rounded_to(bf16, F32 a) {
     return load(lanes);
 }
 INLINE F32 swap_pairs(F32 a) { return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)}; }
+INLINE __m256 lower_half(F32 a) { return a.lo; }
+INLINE __m256 upper_half(F32 a) { return a.hi; }
 INLINE uint32_t mask16(__m256 low, __m256 high) {
     return uint32_t(_mm256_movemask_ps(low)) | uint32_t(_mm256_movemask_ps(high)) << 8;
 }
@@ -295,6 +318,10 @@ INLINE Bits shift_left(Bits a, int n) { return {_mm256_slli_epi32(a.lo, n), _mm2
 INLINE Bits shift_right(Bits a, int n) { return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)}; }
 INLINE Bits to_int(F32 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 INLINE F32 to_f32(Bits a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+INLINE __m128i to_bytes(Bits a) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+    return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
 INLINE F32 as_f32(Bits a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 INLINE F32 low_bf16(Bits a) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a.hi, 16))};
@@ -302,6 +329,10 @@ INLINE F32 low_bf16(Bits a) {
 INLINE F32 high_bf16(Bits a) {
     const __m256i high = _mm256_set1_epi32(int(0xffff0000u));
     return {_mm256_castsi256_ps(_mm256_and_si256(a.lo, high)), _mm256_castsi256_ps(_mm256_and_si256(a.hi, high))};
+}
+INLINE Bits load_table(const uint8_t* p) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {table, table};
 }
 INLINE Bits look_up(Bits table, Bits indices) {
     return {_mm256_shuffle_epi8(table.lo, indices.lo), _mm256_shuffle_epi8(table.hi, indices.hi)};
@@ -312,26 +343,26 @@ INLINE __m256i dot8(__m256i acc, __m256i u, __m256i s) {
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 }
-INLINE Bits dot_bytes(Bits acc, Bits u, Bits s) { return {dot8(acc.lo, u.lo, s.lo), dot8(acc.hi, u.hi, s.hi)}; }
+using Int32 = Bits;  // 16 sums of products of bytes
+INLINE Int32 dot_bytes(Int32 acc, Bits u, Bits s) { return {dot8(acc.lo, u.lo, s.lo), dot8(acc.hi, u.hi, s.hi)}; }
+INLINE Int32 repeat_int(int32_t value) { return repeat(value); }
 
 #endif
 
 INLINE F32 rounded_to(float, F32 a) { return a; }
 
-// Sums and maxima over the 16 lanes, in one fixed order: a tree over halves.
+// Sums and maxima over the 16 lanes, in one fixed order: a tree over halves. Where there is a NaN, a maximum is open.
 INLINE float sum(F32 a) {
-    alignas(64) float lanes[LANES];
-    store(lanes, a);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+    const __m256 eight = _mm256_add_ps(lower_half(a), upper_half(a));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 INLINE float peak(F32 a) {
-    alignas(64) float lanes[LANES];
-    store(lanes, a);
-    float best = lanes[0];
-    for (int i = 1; i < LANES; ++i) best = lanes[i] > best ? lanes[i] : best;
-    return best;
+    const __m256 eight = _mm256_max_ps(lower_half(a), upper_half(a));
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
 // e^x, relative error below 2e-7; 0 below -87.3, NaN stays. x = n ln 2 + r, |r| <= ln 2 / 2, e^r by Taylor's series.

@@ -21,7 +21,6 @@ from cierzo.kernels.formats.int8 import inverse
 GROUP = 32
 STEPS = 15
 LARGEST = 65504.0  # a minimum beyond is beyond half precision
-RELATIVE_RMS = 0.073  # root of mean square, against that of normally distributed weights
 SMALLEST_SCALE = 2.0**-24
 INSETS = (0.0, 0.5, 1.0)
 REFINEMENTS = 2

@@ -14,7 +14,6 @@ from torch import Tensor
 GROUP = 64
 OFFSET = 128  # codes are stored unsigned
 LARGEST = 127 * 65504.0  # a weight beyond needs a scale beyond half precision
-RELATIVE_RMS = 0.0065  # root of mean square, against that of normally distributed weights
 
 
 def encode(rows: Tensor) -> Tensor:

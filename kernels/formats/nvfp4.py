@@ -17,7 +17,6 @@ VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 LARGEST_SCALE = 448.0  # of e4m3
 LARGEST = 2.0**127  # a row's scales times its codes must not overflow
 SMALLEST = 2.0**-100  # rows below it become zero
-RELATIVE_RMS = 0.11  # root of mean square, against that of normally distributed weights
 HEADER_BYTES = 128
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BF16_RELATIVE_RMS = 2.0**-9  # of float32 weights; what is bf16 already does not change
-
 
 def encode_float32(rows: Tensor) -> Tensor:
     """rows [P,32,k] -> uint8 [P, bytes of a panel]: one k a group."""

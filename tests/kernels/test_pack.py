@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cierzo.kernels.cpu import native
 from cierzo.kernels.cpu.launch import pack as launch
 from cierzo.kernels.formats import definition, int4
 from cierzo.kernels.formats.pack import PackError, as_packed, as_tensor, pack, pack_into, unpack
@@ -74,8 +73,8 @@ def test_misuse_is_named() -> None:
 def test_errors_are_within_the_stated_bound(format: str) -> None:
     weight = normal(64, 4096)
     relative = (unpack(pack(weight, format)) - weight).square().mean().sqrt() / weight.square().mean().sqrt()
-    bound = definition.FORMATS[format].relative_rms
-    assert bound * 0.75 <= relative <= bound
+    bound = definition.FORMATS[format].weight_error
+    assert bound * 0.8 <= relative <= bound
 
 
 def hostile_weights(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -103,9 +102,7 @@ def hostile_weights(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("instruction_set", native.available())
 def test_the_native_packer_equals_the_definition(instruction_set: str, dtype: torch.dtype) -> None:
-    native.select(instruction_set)
     for name, weight in hostile_weights(dtype).items():
         for format in FORMATS:
             for paired in (False, True):
@@ -113,26 +110,20 @@ def test_the_native_packer_equals_the_definition(instruction_set: str, dtype: to
                 assert launch.pack(weight, format, paired, target) is None
                 wrong = (target != definition.pack(weight, format, paired)).nonzero()
                 assert not len(wrong), f"{name} {format} {paired}: {len(wrong)} of {len(target)}, first {wrong[0]}"
-    native.select()
 
 
-@pytest.mark.parametrize("instruction_set", native.available())
 def test_the_native_packer_keeps_nan_and_rounds_as_the_definition(instruction_set: str) -> None:
     """Float32 that bf16 cannot hold: every kind of NaN, infinities, halfway cases, subnormals."""
-    native.select(instruction_set)
     patterns = [0x7F800001, 0xFFC12345, 0x7F800000, 0xFF800000, 0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x00008001]
     weight = torch.tensor(patterns, dtype=torch.int64).to(torch.int32).view(torch.float32).expand(1, 3, -1)
     for format in ("float32", "bf16"):
         target = empty_packed(packed_bytes(format, 3, len(patterns)))
         launch.pack(weight, format, False, target)
         assert torch.equal(target, definition.pack(weight, format, False))
-    native.select()
 
 
-@pytest.mark.parametrize("instruction_set", native.available())
 @pytest.mark.parametrize("format", QUANTISED)
 def test_the_native_packer_names_the_first_weight_that_does_not_fit(format: str, instruction_set: str) -> None:
-    native.select(instruction_set)
     target = empty_packed(2 * packed_bytes(format, 130, 70))
     for bad in (float("nan"), float("-inf"), definition.FORMATS[format].largest * 1.01):
         weight = normal(2, 130, 70)
@@ -140,7 +131,6 @@ def test_the_native_packer_names_the_first_weight_that_does_not_fit(format: str,
         assert launch.pack(weight, format, False, target) == definition.refused(weight, format)
         weight[0, 129, 69] = bad
         assert launch.pack(weight, format, False, target) == 130 * 70 - 1
-    native.select()
 
 
 @pytest.mark.parametrize("bits", [2, 15])
