@@ -16,7 +16,7 @@ STAMP = .venv/.installed
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test lint mutants soak compat bench-offline bench-step bench-rpc clean
+.PHONY: help venv demo serve test lint mutants soak compat bench-offline bench-step bench-rpc peers clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,12 @@ bench-step: $(STAMP) ## time the step loop apart from the model
 
 bench-rpc: $(STAMP) ## requests and tokens per second over the RPC, with a fake model
 	$(BIN)/python -m cierzo.bench.rpc
+
+# Each peer gets an environment of its own below build/peers. PEERS="--quick" or any of its other options.
+peers: $(STAMP) ## compare us with transformers, vLLM and llama.cpp (hours; PEERS=--quick: 40 minutes)
+	$(BIN)/python -m cierzo.bench.peers.environments $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install 'matplotlib>=3.8'  # the extra [bench]
+	$(BIN)/python -m cierzo.bench.peers $(PEERS)
 
 clean: ## remove environments, builds and caches of tools
 	rm -rf .venv .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

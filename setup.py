@@ -19,6 +19,7 @@ RUNTIME = [
     "tqdm>=4.66",
 ]
 DEMO = ["gguf>=0.17"]
+BENCH = ["matplotlib>=3.8"]  # the pictures of bench/peers
 TEST = [
     "setuptools>=77",
     "pytest>=8",
@@ -89,6 +90,6 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     package_data={"cierzo": ["py.typed"]},
     install_requires=RUNTIME,
-    extras_require={"demo": DEMO, "test": DEMO + TEST},
+    extras_require={"demo": DEMO, "bench": BENCH, "test": DEMO + TEST},
     entry_points={"console_scripts": ["cierzo=cierzo.engine.cli:main"]},
 )

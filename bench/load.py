@@ -12,9 +12,10 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Protocol
 
 import msgspec
 import uvloop
@@ -28,12 +29,33 @@ from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta
 
 PROGRESS_AFTER_S = 2.0
+SHARED_INDEX = -1  # no request's: the random prompt that all others may begin with
+
+
+class LoadClient(Protocol):
+    """What a load needs of a connection; `Client` has it."""
+
+    def generate(self, **request: Any) -> AsyncIterator[Delta]:
+        """Stream one answer."""
+        ...
+
+    async def model_info(self) -> Any:
+        """An object with a `vocab_size`."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the connection."""
+        ...
+
+
+Connect = Callable[[str], Awaitable[LoadClient]]
 
 
 class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """One load. Exactly one of `concurrency` (closed loop) and `rate` (requests per second, open loop) is set.
 
-    Prompts are `prompt`, or else `input_tokens` random token ids. Every answer has exactly `output_tokens`.
+    Prompts are `prompt`, or else `input_tokens` random token ids, of which the first `shared_tokens` are the same
+    in all, as a system prompt is. Every answer has exactly `output_tokens`.
     """
 
     rpc: str
@@ -43,6 +65,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     connections: int = 1
     prompt: str | None = None
     input_tokens: int = 32
+    shared_tokens: int = 0
     output_tokens: int = 16
     temperature: float = 0.0
     seed: int = 0
@@ -64,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input-tokens", type=_positive, default=32, metavar="N", help="length of a random prompt, tokens"
     )
     parser.add_argument(
+        "--shared-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how much of the random prompts is the same in all",
+    )
+    parser.add_argument(
         "--output-tokens", type=_positive, default=16, metavar="N", help="length of an answer, tokens"
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy")
@@ -81,6 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
         connections=arguments.connections,
         prompt=arguments.prompt,
         input_tokens=arguments.input_tokens,
+        shared_tokens=arguments.shared_tokens,
         output_tokens=arguments.output_tokens,
         temperature=arguments.temperature,
         seed=arguments.seed,
@@ -113,15 +144,24 @@ def _positive_float(text: str) -> float:
     return number
 
 
-async def run_load(settings: LoadSettings) -> LoadResult:
+async def run_load(settings: LoadSettings, connect: Connect | None = None) -> LoadResult:
     """Connect, send every request, and gather what each of them saw.
 
-    A refused or failed request is a sample with its error code. Raises ConfigError for settings that contradict
-    each other, ConnectionLost where no server answers.
+    A refused or failed request is a sample with its error code. `connect` opens a connection to `settings.rpc` for
+    a server that does not speak our RPC. Raises ConfigError for settings that contradict each other, ConnectionLost
+    where no server answers.
     """
     if (settings.concurrency is None) == (settings.rate is None):
         raise ConfigError("exactly one of concurrency and rate must be given", field="rate", value=settings.rate)
-    clients = [await Client.connect(settings.rpc) for _ in range(settings.connections)]
+    if not 0 <= settings.shared_tokens < settings.input_tokens:
+        raise ConfigError(
+            f"shared_tokens must be 0 to {settings.input_tokens - 1}, got {settings.shared_tokens}",
+            field="shared_tokens",
+            limit=settings.input_tokens - 1,
+            value=settings.shared_tokens,
+        )
+    connect = connect or Client.connect
+    clients = [await connect(settings.rpc) for _ in range(settings.connections)]
     try:
         vocab_size = (await clients[0].model_info()).vocab_size
         return await _Load(settings, clients, vocab_size).run()
@@ -133,7 +173,7 @@ async def run_load(settings: LoadSettings) -> LoadResult:
 class _Load:
     """One run: the clients, the clock's zero, and the samples so far."""
 
-    def __init__(self, settings: LoadSettings, clients: list[Client], vocab_size: int) -> None:
+    def __init__(self, settings: LoadSettings, clients: list[LoadClient], vocab_size: int) -> None:
         self.settings = settings
         self.clients = clients
         self.vocab_size = vocab_size
@@ -187,7 +227,9 @@ class _Load:
         settings = self.settings
         random_ids = None
         if settings.prompt is None:
-            random_ids = random_prompt(index, settings.input_tokens, self.vocab_size, settings.seed)
+            shared = random_prompt(SHARED_INDEX, settings.shared_tokens, self.vocab_size, settings.seed)
+            own_tokens = settings.input_tokens - settings.shared_tokens
+            random_ids = shared + random_prompt(index, own_tokens, self.vocab_size, settings.seed)
         return self.clients[index % len(self.clients)].generate(
             text=settings.prompt,
             token_ids=random_ids,

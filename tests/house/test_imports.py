@@ -43,6 +43,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench": CLIENT,
     "bench.step": (*CLIENT, *WORKER),
     "bench.gpu": (*CLIENT, *WORKER),
+    "bench.peers.workers": (*CLIENT, *WORKER),
 }
 FORBIDDEN = {("scheduler", "cache.pool")}
 WITHOUT_TORCH = ("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config")

@@ -1,0 +1,88 @@
+"""What is measured of each engine: the cells of the table, and the arithmetic from raw times to a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+HIGHER_IS_BETTER = {"decode", "prefill", "served", "agreement"}
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One column. `kind` says how it is measured; sizes that a kind does not use are 0.
+
+    decode: `batch` requests of `prompt_tokens`, `new_tokens` each, greedy, without end token; tokens per second of
+    the time in which all of them decode. prefill: one prompt of `prompt_tokens` to its first token. served: a
+    closed loop of `batch` clients over the server's own protocol, `requests` of `prompt_tokens` (of which
+    `shared_tokens` begin every prompt) and `new_tokens`. agreement: `batch` sequences of `prompt_tokens`. load,
+    memory: by-products.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    batch: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    requests: int = 0
+    shared_tokens: int = 0
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of it is better: rates and agreement, not seconds and gigabytes."""
+        return self.kind in HIGHER_IS_BETTER
+
+
+LOAD = Cell(name="load", kind="load", unit="s")
+SERVED_LOAD = Cell(name="load-served", kind="load", unit="s")
+MEMORY = Cell(name="memory", kind="memory", unit="GB")
+SERVED_MEMORY = Cell(name="memory-served", kind="memory", unit="GB")
+AGREEMENT = Cell(name="agreement", kind="agreement", unit="%", batch=4, prompt_tokens=64)
+BY_PRODUCTS = (LOAD, SERVED_LOAD, MEMORY, SERVED_MEMORY)
+
+
+def cells(*, quick: bool) -> tuple[Cell, ...]:
+    """The columns in order, without the by-products; `quick` has the same ones with fewer tokens and requests."""
+    new_tokens, requests = (32, 32) if quick else (64, 96)
+    return (
+        AGREEMENT,
+        *(
+            Cell(name=f"decode-{b}", kind="decode", unit="tok/s", batch=b, prompt_tokens=128, new_tokens=new_tokens)
+            for b in (1, 8, 32)
+        ),
+        *(Cell(name=f"prefill-{n}", kind="prefill", unit="tok/s", prompt_tokens=n) for n in (512, 2048, 8192)),
+        Cell(
+            name="served",
+            kind="served",
+            unit="req/s",
+            batch=32,
+            requests=requests,
+            prompt_tokens=512,
+            new_tokens=64,
+        ),
+        Cell(
+            name="chat",
+            kind="served",
+            unit="req/s",
+            batch=32,
+            requests=requests,
+            prompt_tokens=1152,
+            shared_tokens=1024,
+            new_tokens=64,
+        ),
+    )
+
+
+def decode_rate(times_s: Sequence[Sequence[float]]) -> float:
+    """Tokens per second of all requests together, from each one's token times.
+
+    Counted from the moment at which every request has its first token, so that no prefill is in it, to that of the
+    first request's last token, so that all of them decode all the time. Raises ValueError where no such time is.
+    """
+    start = max(times[0] for times in times_s)
+    end = min(times[-1] for times in times_s)
+    tokens = sum(start < time <= end for times in times_s for time in times)
+    if tokens == 0:
+        raise ValueError(f"no step in which all {len(times_s)} requests decode: raise the number of new tokens")
+    return tokens / (end - start)

@@ -1,0 +1,112 @@
+"""What an engine is to the benchmark: a name, settings, and two ways to run it, offline and as a server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from cierzo.bench.load import LoadClient
+from cierzo.bench.peers.cells import Cell
+
+Logprobs = list[list[list[tuple[int, float]]]]  # sequence, position, likeliest tokens with their log-probabilities
+
+
+class EngineFailed(Exception):
+    """A cell that could not be measured; the message says why, and where the engine's log is."""
+
+
+class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One row of the table: a peer (or us) in one setting.
+
+    `weight_bits` is what a weight of a linear layer takes in memory. An engine that is not `usual` was tried, and
+    runs when it is named.
+    """
+
+    name: str
+    peer: str
+    number_format: str
+    weight_bits: float
+    setting: str
+    options: dict[str, Any] = {}
+    usual: bool = True
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """A figure in its cell's unit, what it came from, and the command if the cell has one of its own."""
+
+    value: float
+    raw: Any
+    command: str = ""
+
+
+class Offline(Protocol):
+    """An engine without its server, loaded. `load_s` is None where loading is timed with the server."""
+
+    command: str
+    load_s: float | None
+
+    def measure(self, cell: Cell, seed: int) -> Measured:
+        """A decode or prefill cell, on random prompts of this seed. Raises EngineFailed."""
+        ...
+
+    def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
+        """The likeliest next tokens at each position of forced sequences. Raises EngineFailed."""
+        ...
+
+    def peak_memory_gb(self) -> float:
+        """Most resident memory of its processes so far, 1e9 bytes."""
+        ...
+
+    def close(self) -> None:
+        """End its processes."""
+        ...
+
+
+class Server(msgspec.Struct, frozen=True):
+    """How to start a server, and how to connect to it: ConnectionLost until it takes requests."""
+
+    command: list[str]
+    connect: Callable[[], Awaitable[LoadClient]]
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """A checkpoint under a name of its own."""
+
+    name: str
+    path: Path
+
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return config
+
+    @property
+    def vocab_size(self) -> int:
+        """Prompts are token ids below this."""
+        return int(self.config()["vocab_size"])
+
+    @property
+    def is_small4(self) -> bool:
+        """MLA and experts, as in Mistral Small 4; else dense, as Mistral Small 3."""
+        return bool(self.config()["model_type"] == "mistral4")
+
+
+class Peer(Protocol):
+    """One file of this folder: the engines of one project, and how they run. Paths are below `folder`."""
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Its rows of the table."""
+        ...
+
+    def offline(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Offline:
+        """Convert the checkpoint if need be, and load it. Raises EngineFailed."""
+        ...
+
+    def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server | None:
+        """Convert the checkpoint if need be; None for an engine that has no server."""
+        ...

@@ -1,0 +1,76 @@
+"""cierzo, in each of its weight formats."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cierzo.bench.load import LoadClient
+from cierzo.bench.peers.engine import Checkpoint, Engine, Server
+from cierzo.bench.peers.process import Worker
+from cierzo.bench.peers.served import free_port
+from cierzo.engine.errors import ConnectionLost
+from cierzo.engine.frontend.client import Client
+
+PEER = "cierzo"
+MAX_MODEL_LEN = 16_384
+COMMON = {"max_model_len": MAX_MODEL_LEN}
+ENGINES = (
+    Engine(
+        name="cierzo-bf16",
+        peer=PEER,
+        number_format="bf16",
+        weight_bits=16,
+        setting="as it comes: exact",
+        options=COMMON,
+    ),
+    Engine(
+        name="cierzo-int8",
+        peer=PEER,
+        number_format="int8",
+        weight_bits=8,
+        setting="exact, int8 weights",
+        options={**COMMON, "weights": "int8"},
+    ),
+    Engine(
+        name="cierzo-int4",
+        peer=PEER,
+        number_format="int4",
+        weight_bits=4,
+        setting="exact, int4 weights",
+        options={**COMMON, "weights": "int4"},
+    ),
+)
+
+
+class Cierzo:
+    """This package, from this interpreter."""
+
+    engines = ENGINES
+
+    def offline(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Worker:
+        """The engine core, stepped by a worker."""
+        log = folder / "logs" / f"{engine.name}-{checkpoint.name}.log"
+        return Worker(
+            [sys.executable],
+            "cierzo_backend",
+            checkpoint.path,
+            engine.options,
+            vocab_size=checkpoint.vocab_size,
+            log=log,
+        )
+
+    def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server:
+        """`cierzo serve` on a loopback port."""
+        address = f"127.0.0.1:{free_port()}"
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in engine.options.items()]
+        command = [sys.executable, "-m", "cierzo.engine", "serve", str(checkpoint.path), "--rpc", address, *options]
+
+        async def connect() -> LoadClient:
+            client = await Client.connect(address)
+            if (await client.health()).state == "ready":
+                return client
+            await client.close()
+            raise ConnectionLost("loading")
+
+        return Server(command, connect)
