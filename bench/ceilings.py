@@ -34,7 +34,9 @@ def measure() -> Ceilings:
         Ceiling(rate=sorted(rates)[ROUNDS // 2], reached_by=reader) for rates in zip(*reads, strict=True)
     )
     del buffer
-    products = {name: _product(*arguments) for name, arguments in _PRODUCTS.items()}
+    products = {
+        format: _product(dtype, format) for format, dtype in _PRODUCTS.items() if has_native() or format != "int8"
+    }
     return Ceilings(
         threads=threads,
         read_one_thread=one_thread,
@@ -58,10 +60,7 @@ def _read_rate(buffer: Tensor, threads: int) -> float:
         torch.set_num_threads(before)
 
 
-_PRODUCTS = {
-    "bf16": (torch.bfloat16, "bf16"),
-    "float32": (torch.float32, "float32"),
-}
+_PRODUCTS = {"bf16": torch.bfloat16, "float32": torch.float32, "int8": torch.bfloat16}  # dtype of the activations
 
 
 def _product(dtype: torch.dtype, format: str) -> Ceiling:
