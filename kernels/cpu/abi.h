@@ -257,16 +257,15 @@ struct DrawArgs {  // the parameters are [rows]
     int64_t* token_ids;
 };
 
-struct EditArgs {  // add_bias, mask_tokens, apply_penalties; what one of them does not read may be null
+struct PenaltiesArgs {  // apply_penalties
     float* logits;
     int64_t rows, vocab, stride, entries;
-    const int64_t* at_rows;    // [entries]
-    const int64_t* token_ids;  // [entries]
-    const float* bias;         // [entries]
-    const int64_t* output_counts;  // [entries]
-    const float* repetition;       // [rows]
-    const float* presence;         // [rows]
-    const float* frequency;        // [rows]
+    const int64_t* at_rows;        // [entries], as the next two
+    const int64_t* token_ids;
+    const int64_t* output_counts;
+    const float* repetition;       // [rows], as the next two
+    const float* presence;
+    const float* frequency;
     int64_t* wrong;                // increased by the number of entries outside the logits
 };
 

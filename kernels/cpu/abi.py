@@ -160,10 +160,10 @@ class DrawArgs(ctypes.Structure):
     )
 
 
-class EditArgs(ctypes.Structure):
+class PenaltiesArgs(ctypes.Structure):
     _fields_ = _fields(
         "p: logits | i64: rows vocab stride entries"
-        "| p: at_rows token_ids bias output_counts repetition presence frequency wrong"
+        "| p: at_rows token_ids output_counts repetition presence frequency wrong"
     )
 
 

@@ -1,4 +1,4 @@
-// From logits towards tokens: peaks, log-probabilities, the largest few, and changes to single logits.
+// From logits towards tokens: peaks, log-probabilities, the largest few, and penalties.
 #pragma once
 
 #include "abi.h"
@@ -112,36 +112,22 @@ void top_tokens(Team& team, const TopTokensArgs& args) {
     team.reset(mark);
 }
 
-// edit(entry, logit) for every entry. Entries that are outside the logits are left out, and counted.
-template <class Edit>
-void edit_logits(Team& team, const EditArgs& args, Edit edit) {
+// Entries that are outside the logits are left out, and counted.
+void apply_penalties(Team& team, const PenaltiesArgs& args) {
     constexpr int64_t ENTRIES = 1024;  // per claim
     team.each(divide_up(args.entries, ENTRIES), [&](int64_t piece) {
         int64_t wrong = 0;
         for (int64_t j = piece * ENTRIES; j < smaller(args.entries, (piece + 1) * ENTRIES); ++j) {
-            const int64_t row = args.at_rows[j], id = args.token_ids[j];
-            const bool inside = uint64_t(row) < uint64_t(args.rows) && uint64_t(id) < uint64_t(args.vocab);
-            wrong += !inside;
-            if (inside) edit(j, row, args.logits[row * args.stride + id]);
+            const int64_t row = args.at_rows[j], id = args.token_ids[j], count = args.output_counts[j];
+            if (uint64_t(row) >= uint64_t(args.rows) || uint64_t(id) >= uint64_t(args.vocab)) {
+                ++wrong;
+                continue;
+            }
+            float& logit = args.logits[row * args.stride + id];
+            const float scaled = logit > 0 ? logit / args.repetition[row] : logit * args.repetition[row];
+            logit = scaled - args.frequency[row] * float(count) - args.presence[row] * float(count > 0);
         }
         if (wrong > 0) __atomic_fetch_add(args.wrong, wrong, __ATOMIC_RELAXED);
-    });
-}
-
-void add_bias(Team& team, const EditArgs& args) {
-    edit_logits(team, args, [&](int64_t j, int64_t, float& logit) { logit += args.bias[j]; });
-}
-
-void mask_tokens(Team& team, const EditArgs& args) {
-    edit_logits(team, args, [&](int64_t, int64_t, float& logit) { logit = -__builtin_inff(); });
-}
-
-void apply_penalties(Team& team, const EditArgs& args) {
-    edit_logits(team, args, [&](int64_t j, int64_t row, float& logit) {
-        const int64_t count = args.output_counts[j];
-        const float factor = args.repetition[row];
-        const float scaled = logit > 0 ? logit / factor : logit * factor;
-        logit = scaled - args.frequency[row] * float(count) - args.presence[row] * float(count > 0);
     });
 }
 

@@ -117,28 +117,24 @@ def test_log_probabilities_are_rounded_once(instruction_set: str) -> None:
             assert torch.equal(ops.log_probabilities(logits[row : row + 1])[0], together[row])
 
 
-def test_edits_are_the_references(instruction_set: str) -> None:
+def test_penalties_are_the_references(instruction_set: str) -> None:
     generator = torch.Generator().manual_seed(3)
     wide = torch.randn(40, 1003, generator=generator)
     rows = torch.arange(40).repeat_interleave(900)
     ids = torch.cat([torch.randperm(1000, generator=generator)[:900] for _ in range(40)])
     counts = torch.randint(0, 4, (36_000,), generator=generator)
-    bias, penalties = torch.randn(36_000, generator=generator), torch.rand(3, 40, generator=generator) + 0.5
+    penalties = torch.rand(3, 40, generator=generator) + 0.5
     native.set_threads(2)
-    for name, arguments in (
-        ("add_bias", (rows, ids, bias)),
-        ("apply_penalties", (rows, ids, counts, *penalties)),
-        ("mask_tokens", (rows, ids)),
-    ):
-        got, expected = wide.clone(), wide.clone()
-        getattr(ops, name)(got[:, 2:1002], *arguments)
-        getattr(ref, name)(expected[:, 2:1002], *arguments)
-        assert torch.equal(got, expected), name
+    got, expected = wide.clone(), wide.clone()
+    ops.apply_penalties(got[:, 2:1002], rows, ids, counts, *penalties)
+    ref.apply_penalties(expected[:, 2:1002], rows, ids, counts, *penalties)
+    assert torch.equal(got, expected)
 
 
 def test_an_entry_outside_the_logits_is_refused(instruction_set: str) -> None:
-    logits = torch.zeros(2, 8)
+    logits, halves = torch.ones(2, 8), torch.full((2,), 0.5)
     for row, token in ((2, 0), (0, 8), (-1, 0), (0, -1)):
-        with pytest.raises(ArgumentError, match="1 entries lie outside"):
-            ops.mask_tokens(logits, torch.tensor([1, row]), torch.tensor([3, token]))
-    assert torch.equal(logits[0], torch.zeros(8))
+        rows, ids = torch.tensor([1, row]), torch.tensor([3, token])
+        with pytest.raises(ArgumentError, match="apply_penalties: 1 entries lie outside"):
+            ops.apply_penalties(logits, rows, ids, torch.ones_like(ids), halves, halves, halves)
+    assert torch.equal(logits[0], torch.ones(8))

@@ -28,7 +28,8 @@ def use(name: str) -> None:
     if kind == "native":
         native.select(instruction_set)
     chosen = [row for row in registry.IMPLEMENTATIONS if row.target.split(":")[0].endswith(".sampling")]
-    vars(registry.bound).update({row.operation: row.load() for row in chosen if row.name == kind})
+    for name in ("torch", kind):  # not every operation has a native form
+        vars(registry.bound).update({row.operation: row.load() for row in chosen if row.name == name})
 
 
 @pytest.fixture(autouse=True, params=IMPLEMENTATIONS)

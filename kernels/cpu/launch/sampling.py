@@ -12,11 +12,6 @@ from cierzo.kernels.cpu import abi, native
 from cierzo.kernels.cpu.tensors import rows
 
 
-def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor) -> None:
-    """See ops/sampling.py."""
-    _edit("add_bias", logits, rows, token_ids, bias=bias)
-
-
 def apply_penalties(
     logits: Tensor,
     rows: Tensor,
@@ -27,34 +22,22 @@ def apply_penalties(
     frequency: Tensor,
 ) -> None:
     """See ops/sampling.py."""
-    penalties = {"repetition": repetition, "presence": presence, "frequency": frequency}
-    _edit("apply_penalties", logits, rows, token_ids, output_counts=output_counts, **penalties)
-
-
-def mask_tokens(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
-    """See ops/sampling.py."""
-    _edit("mask_tokens", logits, rows, token_ids)
-
-
-def _edit(operation: str, logits: Tensor, at_rows: Tensor, token_ids: Tensor, **values: Tensor) -> None:
-    check.require(
-        operation, logits.stride(1) == 1, f"logits have strides {logits.stride()}, but are edited in place"
-    )
-    tensors = {name: tensor.contiguous() for name, tensor in values.items()}
-    at_rows, token_ids = at_rows.contiguous(), token_ids.contiguous()
+    entries = (rows, token_ids, output_counts)
+    tensors = [values.contiguous() for values in (*entries, repetition, presence, frequency)]
+    contiguous = logits.stride(1) == 1
+    check.require("apply_penalties", contiguous, f"logits are edited in place, but have strides {logits.stride()}")
     wrong = ctypes.c_int64()
-    args = abi.EditArgs(
+    args = abi.PenaltiesArgs(
         logits.data_ptr(),
         *logits.shape,
         logits.stride(0),
         token_ids.numel(),
-        at_rows.data_ptr(),
-        token_ids.data_ptr(),
-        wrong=ctypes.addressof(wrong),
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        *(values.data_ptr() for values in tensors),
+        ctypes.addressof(wrong),
     )
-    native.call(operation, args)
-    check.require(operation, wrong.value == 0, f"{wrong.value} entries lie outside logits {list(logits.shape)}")
+    native.call("apply_penalties", args)
+    count = wrong.value
+    check.require("apply_penalties", count == 0, f"{count} entries lie outside logits {list(logits.shape)}")
 
 
 def peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
