@@ -1,9 +1,11 @@
 // The C entry points of one instruction set: NAME(rms_norm) is cierzo_<set>_rms_norm.
 #include "abi.h"
+#include "cache_write.h"
 #include "dense.h"
 #include "experts.h"
 #include "gemm.h"
 #include "gqa_prefill.h"
+#include "mla_decode.h"
 #include "mla_prefill.h"
 #include "memory.h"
 #include "microkernels.h"
@@ -46,3 +48,6 @@ EXPORT_LIGHT(apply_penalties, PenaltiesArgs, apply_penalties, args->entries)
 EXPORT(mla_prefill, MlaPrefillArgs, mla_prefill)
 EXPORT(gqa_prefill, GqaArgs, gqa_prefill)
 EXPORT(read_memory, ReadMemoryArgs, read_memory)
+EXPORT(write_latents, WriteLatentsArgs, write_latents)
+EXPORT(write_keys_values, WriteKeysValuesArgs, write_keys_values)
+EXPORT(mla_decode, MlaDecodeArgs, mla_decode)

@@ -1,4 +1,4 @@
-"""Attention over paged memory in C++."""
+"""Attention over paged memory in C++, and the writes into it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,69 @@ from cierzo.kernels.cpu.tensors import packed_for, rows
 from cierzo.kernels.formats.pack import FORMAT_OF
 from cierzo.kernels.formats.packed import Matrix, PackedMatrix
 from cierzo.kernels.ops.attention import PagedQueries
+
+
+def write_latents(pages: Tensor, slots: Tensor, latents: Tensor, rope_keys: Tensor) -> None:
+    """See ops/attention.py."""
+    latents, rope_keys, slots = rows(latents), rows(rope_keys), slots.contiguous()
+    args = abi.WriteLatentsArgs(
+        pages.data_ptr(),
+        slots.data_ptr(),
+        slots.shape[0],
+        latents.shape[1],
+        rope_keys.shape[1],
+        latents.data_ptr(),
+        latents.stride(0),
+        rope_keys.data_ptr(),
+        rope_keys.stride(0),
+        abi.KV_FORMATS[pages.dtype],
+        abi.DTYPES[latents.dtype],
+    )
+    native.call("write_latents", args)
+
+
+def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """See ops/attention.py."""
+    keys, values, slots = keys.flatten(1), values.flatten(1), slots.contiguous()
+    keys, values = rows(keys), rows(values)
+    args = abi.WriteKeysValuesArgs(
+        k_pages.data_ptr(),
+        v_pages.data_ptr(),
+        slots.data_ptr(),
+        slots.shape[0],
+        k_pages.shape[2],
+        keys.shape[1] // k_pages.shape[2],
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.stride(0),
+        values.stride(0),
+        abi.KV_FORMATS[k_pages.dtype],
+        abi.DTYPES[keys.dtype],
+    )
+    native.call("write_keys_values", args)
+
+
+def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, rank: int) -> Tensor:
+    """See ops/attention.py."""
+    q = rows(q)
+    num_rows, heads, width = q.shape
+    out = torch.empty(num_rows, heads, rank, dtype=q.dtype)
+    args = abi.MlaDecodeArgs(
+        q.data_ptr(),
+        heads,
+        rank,
+        width - rank,
+        q.stride(0),
+        q.stride(1),
+        pages.data_ptr(),
+        paged_args(queries, pages.shape[1], num_rows),
+        out.data_ptr(),
+        scale,
+        abi.KV_FORMATS[pages.dtype],
+        abi.DTYPES[q.dtype],
+    )
+    native.call("mla_decode", args)
+    return out
 
 
 def mla_prefill(

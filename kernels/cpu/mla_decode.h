@@ -1,0 +1,61 @@
+// MLA in absorbed form: every head shares the key, a cached row, and the value, the latent in it.
+#pragma once
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t MANY_GROUPS = 4;  // of 16 rows, that share one reading of the memory
+
+template <class Steps, class T, class Query>
+void mla_decode_with(Team& team, const MlaDecodeArgs& args) {
+    const size_t mark = team.mark();
+    const PagedArgs& paged = args.paged;
+    const int64_t row_bytes = latent_row_bytes<T>(args.rank, args.rope);
+    const Query* q = static_cast<const Query*>(args.q);
+    Query* out = static_cast<Query*>(args.out);
+    clear_spare_rows(team, paged, out, args.heads * args.rank);
+
+    Plan plan(team, paged, 1, args.heads, MANY_GROUPS * LANES);
+    if (plan.items() < 2 * team.size) plan = Plan(team, paged, 1, args.heads, LANES);
+    const auto memory_of = [&](int64_t segment) {
+        return Latents<T>{cached_rows(paged, segment, args.pages, row_bytes), args.rank, args.rope};
+    };
+    LaneAttention<Steps, Latents<T>> lanes(team, Latents<T>{{args.pages, nullptr, paged.block_tokens, row_bytes}, args.rank, args.rope}, MANY_GROUPS);
+    const int64_t floats = State::floats(args.rank);
+    const int64_t all = MANY_GROUPS * floats;
+    run_plan(
+        team, plan, all, divide_up(args.rank, SLICE),
+        [&](const Work& work, int64_t split, float* partial) {
+            const Rows rows(paged, work.segment, args.heads);
+            const auto row_of = [&](int64_t row) {
+                return q + rows.query_row(row) * args.q_stride + row % args.heads * args.q_head_stride;
+            };
+            lanes.attend(memory_of(work.segment), rows, work, split, row_of, args.scale, partial);
+        },
+        [&](const Work& work, int64_t slice, const float* partials) {
+            const Rows rows(paged, work.segment, args.heads);
+            for (int64_t g = 0; g * LANES < work.rows; ++g) {
+                const int64_t first = work.first + g * LANES;
+                add_partials<Query>(partials + g * floats, all, work.splits, smaller(LANES, work.rows - g * LANES),
+                                    slice * SLICE, smaller((slice + 1) * SLICE, args.rank), [&](int64_t row) {
+                    return out + (rows.query * args.heads + first + row) * args.rank;
+                });
+            }
+        });
+    team.reset(mark);
+}
+
+void mla_decode(Team& team, const MlaDecodeArgs& args) {
+    with_kv_type(args.kv_format, [&](auto cached) {
+        using T = decltype(cached);
+        if (args.dtype == DTYPE_F32) return mla_decode_with<FloatSteps, T, float>(team, args);
+#if CIERZO_DOT
+        mla_decode_with<PairSteps, T, bf16>(team, args);
+#else
+        mla_decode_with<FloatSteps, T, bf16>(team, args);
+#endif
+    });
+}
+
+}  // namespace
