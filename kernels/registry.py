@@ -82,7 +82,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_native("moe", "route", "group_by_expert", "expert_mlp"),
     *_torch("moe", "route", "expert_mlp"),
     *_torch("moe", "group_by_expert", exact=True),
-    *_native("attention", "write_latents", "write_keys_values", "mla_decode"),
+    *_native("attention", "write_latents", "write_keys_values", "mla_decode", "gqa_decode"),
     *_torch("attention", "write_latents", "write_keys_values", "rotate_and_write_keys_values", exact=True),
     *_torch("attention", "write_normed_latents"),
     *_native("attention", "mla_prefill", "gqa_prefill"),

@@ -4,6 +4,7 @@
 #include "dense.h"
 #include "experts.h"
 #include "gemm.h"
+#include "gqa_decode.h"
 #include "gqa_prefill.h"
 #include "mla_decode.h"
 #include "mla_prefill.h"
@@ -51,3 +52,4 @@ EXPORT(read_memory, ReadMemoryArgs, read_memory)
 EXPORT(write_latents, WriteLatentsArgs, write_latents)
 EXPORT(write_keys_values, WriteKeysValuesArgs, write_keys_values)
 EXPORT(mla_decode, MlaDecodeArgs, mla_decode)
+EXPORT(gqa_decode, GqaArgs, gqa_decode)

@@ -64,6 +64,11 @@ INLINE Run<T> head_of(const uint8_t* row, int64_t width) {
     return run_of<T>(row, 0, width, 0);
 }
 
+template <class T>
+INLINE Run<T> run_at(const T* values) {  // float or bf16 anywhere in memory
+    return {values};
+}
+
 INLINE F32 load_codes(const int8_t* p) {
 #if CIERZO_AVX512
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};

@@ -5,6 +5,26 @@
 
 namespace {
 
+// What all heads attend to: the key is a cached row, the value is the latent that it starts with.
+template <class T>
+struct Latents {
+    using Cached = T;
+    CachedRows rows;
+    int64_t rank, rope;
+
+    INLINE int64_t key_width() const { return rank + rope; }
+    INLINE int64_t value_width() const { return rank; }
+    INLINE const uint8_t* key_at(int64_t position) const { return rows.at(position); }
+    INLINE int64_t together(int64_t position) const { return rows.together(position); }
+    INLINE int64_t stride_bytes() const { return rows.row_bytes; }
+    template <class Value>
+    INLINE void copy_key(int64_t position, Value* target) const {
+        const uint8_t* row = rows.at(position);
+        copy_run(latent_of<T>(row, rank, rope), rank, target);
+        copy_run(rope_key_of<T>(row, rank, rope), rope, target + rank);
+    }
+};
+
 constexpr int64_t MANY_GROUPS = 4;  // of 16 rows, that share one reading of the memory
 
 template <class Steps, class T, class Query>
@@ -31,7 +51,7 @@ void mla_decode_with(Team& team, const MlaDecodeArgs& args) {
             const auto row_of = [&](int64_t row) {
                 return q + rows.query_row(row) * args.q_stride + row % args.heads * args.q_head_stride;
             };
-            lanes.attend(memory_of(work.segment), rows, work, split, row_of, args.scale, partial);
+            lanes.attend(memory_of(work.segment), rows, work, split, row_of, args.scale * LOG2_E, partial);
         },
         [&](const Work& work, int64_t slice, const float* partials) {
             const Rows rows(paged, work.segment, args.heads);
@@ -47,14 +67,8 @@ void mla_decode_with(Team& team, const MlaDecodeArgs& args) {
 }
 
 void mla_decode(Team& team, const MlaDecodeArgs& args) {
-    with_kv_type(args.kv_format, [&](auto cached) {
-        using T = decltype(cached);
-        if (args.dtype == DTYPE_F32) return mla_decode_with<FloatSteps, T, float>(team, args);
-#if CIERZO_DOT
-        mla_decode_with<PairSteps, T, bf16>(team, args);
-#else
-        mla_decode_with<FloatSteps, T, bf16>(team, args);
-#endif
+    with_steps(args.dtype, args.kv_format, [&](auto steps, auto cached, auto query) {
+        mla_decode_with<decltype(steps), decltype(cached), decltype(query)>(team, args);
     });
 }
 

@@ -1,4 +1,4 @@
-// 16 vectors of 16 lanes, transposed: element j of vector i becomes element i of vector j.
+// 16 vectors of 16 lanes, transposed (element j of vector i becomes element i of vector j), or summed each into a lane.
 #pragma once
 
 #include "simd.h"
@@ -34,6 +34,33 @@ INLINE void transpose(F32 (&rows)[LANES]) {
         rows[j + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
     }
 }
+
+// Lane i: the sum over vector i, in the same order for every i.
+INLINE F32 sums(const F32 (&rows)[LANES]) {
+    __m512 half[8], quarter[4], eighth[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+        half[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v),
+                                _mm512_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(half[2 * i]), b = _mm512_castps_pd(half[2 * i + 1]);
+        quarter[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+        eighth[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quarter[2 * i], quarter[2 * i + 1], 0x88),
+                                  _mm512_shuffle_f32x4(quarter[2 * i], quarter[2 * i + 1], 0xdd));
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(eighth[0], eighth[1], 0x88),
+                          _mm512_shuffle_f32x4(eighth[0], eighth[1], 0xdd))};
+}
+
+INLINE F32 peak_everywhere(F32 a) {  // the largest lane, in all lanes
+    __m512 v = _mm512_max_ps(a.v, _mm512_shuffle_f32x4(a.v, a.v, 0x4e));
+    v = _mm512_max_ps(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+    v = _mm512_max_ps(v, _mm512_permute_ps(v, 0x4e));
+    return {_mm512_max_ps(v, _mm512_permute_ps(v, 0xb1))};
+}
 #else
 INLINE void transpose(F32 (&rows)[LANES]) {
     float square[LANES][LANES], turned[LANES][LANES];
@@ -42,6 +69,12 @@ INLINE void transpose(F32 (&rows)[LANES]) {
         for (int j = 0; j < LANES; ++j) turned[j][i] = square[i][j];
     for (int i = 0; i < LANES; ++i) rows[i] = load(turned[i]);
 }
+INLINE F32 sums(const F32 (&rows)[LANES]) {
+    float lanes[LANES];
+    for (int i = 0; i < LANES; ++i) lanes[i] = sum(rows[i]);
+    return load(lanes);
+}
+INLINE F32 peak_everywhere(F32 a) { return set(peak(a)); }
 #endif
 
 }  // namespace

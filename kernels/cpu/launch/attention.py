@@ -119,6 +119,11 @@ def gqa_prefill(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueri
     return _gqa("gqa_prefill", q, k_pages, v_pages, queries, scale)
 
 
+def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+    """See ops/attention.py."""
+    return _gqa("gqa_decode", q, k_pages, v_pages, queries, scale)
+
+
 def _gqa(
     operation: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float
 ) -> Tensor:
