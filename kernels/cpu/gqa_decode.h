@@ -14,6 +14,7 @@
 #include "transpose.h"
 
 namespace {
+namespace decode {
 
 constexpr int64_t HEAD_CHUNK = 32;   // tokens; a split starts at a multiple
 constexpr int64_t QUERIES_EACH = 8;  // query rows that share one reading of the memory
@@ -298,9 +299,11 @@ void gqa_decode_with(Team& team, const GqaArgs& args) {
     team.reset(mark);
 }
 
+}  // namespace decode
+
 void gqa_decode(Team& team, const GqaArgs& args) {
-    with_steps(args.dtype, args.kv_format, [&](auto steps, auto cached, auto query) {
-        gqa_decode_with<decltype(steps), decltype(cached), decltype(query)>(team, args);
+    decode::with_steps(args.dtype, args.kv_format, [&](auto steps, auto cached, auto query) {
+        decode::gqa_decode_with<decltype(steps), decltype(cached), decltype(query)>(team, args);
     });
 }
 

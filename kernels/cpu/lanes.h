@@ -14,6 +14,7 @@
 #include "transpose.h"
 
 namespace {
+namespace decode {
 
 constexpr int CHUNK = 32;  // tokens; a split starts at a multiple
 
@@ -290,4 +291,5 @@ INLINE void add_partials(const float* partials, int64_t apart, int64_t splits, i
     }
 }
 
+}  // namespace decode
 }  // namespace

@@ -4,6 +4,7 @@
 #include "lanes.h"
 
 namespace {
+namespace decode {
 
 // What all heads attend to: the key is a cached row, the value is the latent that it starts with.
 template <class T>
@@ -66,9 +67,11 @@ void mla_decode_with(Team& team, const MlaDecodeArgs& args) {
     team.reset(mark);
 }
 
+}  // namespace decode
+
 void mla_decode(Team& team, const MlaDecodeArgs& args) {
-    with_steps(args.dtype, args.kv_format, [&](auto steps, auto cached, auto query) {
-        mla_decode_with<decltype(steps), decltype(cached), decltype(query)>(team, args);
+    decode::with_steps(args.dtype, args.kv_format, [&](auto steps, auto cached, auto query) {
+        decode::mla_decode_with<decltype(steps), decltype(cached), decltype(query)>(team, args);
     });
 }
 

@@ -12,6 +12,7 @@
 #include "kv.h"
 
 namespace {
+namespace decode {
 
 constexpr int64_t SHORT_SPLIT = 256, SHORT_SPLITS = 16, LONG_SPLIT = 1024;  // tokens, but for the number
 constexpr int64_t SHORT_END = SHORT_SPLIT * SHORT_SPLITS;
@@ -120,4 +121,5 @@ INLINE void clear_spare_rows(Team& team, const PagedArgs& paged, T* out, int64_t
     if (team.rank == 0) std::memset(out + used * width, 0, size_t((paged.rows - used) * width) * sizeof(T));
 }
 
+}  // namespace decode
 }  // namespace

@@ -6,6 +6,7 @@
 #include "kv.h"
 
 namespace {
+namespace decode {
 
 constexpr float LOWEST = -3.402823466e38f;  // a score that no weight comes of
 constexpr float LOG2_E = 1.44269504f;       // weights are powers of two
@@ -120,4 +121,5 @@ INLINE void with_steps(int32_t dtype, int32_t kv_format, Body body) {
         kv_format == KV_INT8 ? body(Bf16Steps{}, int8_t{}, bf16{}) : body(Bf16Steps{}, bf16{}, bf16{});
 }
 
+}  // namespace decode
 }  // namespace
