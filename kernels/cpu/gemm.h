@@ -70,29 +70,62 @@ struct Sums {
     }
 };
 
+#if CIERZO_AVX512
+constexpr int FLOAT_ROWS = 12;  // with their sums, weights and an activation all registers are in use
+#else
+constexpr int FLOAT_ROWS = 3;
+#endif
+constexpr int FLOAT_CYCLES = 2;  // of a row and 32 weights, on a CPU that multiplies 16 in a cycle
+#if CIERZO_DOT
+constexpr int PAIR_CYCLES = 2;
+#else
+constexpr int PAIR_CYCLES = 4;
+#endif
+
+// Rows of 32-bit words become columns: target[i * rows + r] = sources[r][i], i < count.
+INLINE void transpose_words(void* target, const void* const* sources, int rows, int64_t count) {
+    if (rows == 1) return void(std::memcpy(target, sources[0], size_t(count) * 4));
+    uint32_t* out = static_cast<uint32_t*>(target);
+    const int64_t whole = rows < 4 ? 0 : count & ~int64_t(3);
+    for (int r = 0; r < rows && whole > 0; r += 4) {
+        const int first = int(smaller(r, rows - 4));  // the last four may be some of the ones before
+        const __m128i* const* row = reinterpret_cast<const __m128i* const*>(sources + first);
+        for (int64_t i = 0; i < whole / 4; ++i) {
+            const __m128i a = _mm_loadu_si128(row[0] + i), b = _mm_loadu_si128(row[1] + i);
+            const __m128i c = _mm_loadu_si128(row[2] + i), d = _mm_loadu_si128(row[3] + i);
+            const __m128i ab01 = _mm_unpacklo_epi32(a, b), ab23 = _mm_unpackhi_epi32(a, b);
+            const __m128i cd01 = _mm_unpacklo_epi32(c, d), cd23 = _mm_unpackhi_epi32(c, d);
+            uint32_t* to = out + 4 * i * rows + first;
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi64(ab01, cd01));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + rows), _mm_unpackhi_epi64(ab01, cd01));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * rows), _mm_unpacklo_epi64(ab23, cd23));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 3 * rows), _mm_unpackhi_epi64(ab23, cd23));
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        const char* source = static_cast<const char*>(sources[r]);
+        for (int64_t i = whole; i < count; ++i) std::memcpy(out + i * rows + r, source + 4 * i, 4);
+    }
+}
+
 // bf16 weights, panel [k / 2][32][2]; tile [k / 2][rows] pairs. Activations are rounded to bf16.
 struct Bf16Kernel {
-#if CIERZO_AVX512
-    static constexpr int MAX_ROWS = 12;
-#else
-    static constexpr int MAX_ROWS = 3;
-#endif
-#if CIERZO_DOT
-    static constexpr int PAIR_CYCLES = 2;  // of a row
-#else
-    static constexpr int PAIR_CYCLES = 4;
-#endif
+    static constexpr int MAX_ROWS = FLOAT_ROWS;
 
     static int64_t row_bytes(int64_t k) { return (divide_up(k, 2) * int64_t(sizeof(Pair)) + 63) & ~int64_t(63); }
 
     template <class T>
     static void pack(uint8_t* tile, const Activations& x, int64_t first_row, int rows, int64_t k) {
         Pair* target = reinterpret_cast<Pair*>(tile);
+        const void* sources[MAX_ROWS];
+        for (int r = 0; r < rows; ++r) sources[r] = x.row<T>(first_row + r);
+        constexpr bool words = sizeof(T) == 2 && sizeof(Pair) == 4;  // two activations are a pair as they lie
+        if (words) transpose_words(target, sources, rows, k / 2);
         for (int r = 0; r < rows; ++r) {
-            const T* row = x.row<T>(first_row + r);
-            int64_t i = 0;
-            for (; i < k / 2; ++i) target[i * rows + r] = make_pair(as_bf16(row[2 * i]), as_bf16(row[2 * i + 1]));
-            if (k & 1) target[i * rows + r] = make_pair(as_bf16(row[k - 1]), bf16{0});
+            const T* row = static_cast<const T*>(sources[r]);
+            for (int64_t i = words ? k / 2 : 0; i < k / 2; ++i)
+                target[i * rows + r] = make_pair(as_bf16(row[2 * i]), as_bf16(row[2 * i + 1]));
+            if (k & 1) target[k / 2 * rows + r] = make_pair(as_bf16(row[k - 1]), bf16{0});
         }
     }
 
@@ -116,17 +149,18 @@ struct Bf16Kernel {
 
 // float32 weights, panel [k][32]; tile [k][rows] floats.
 struct F32Kernel {
-    static constexpr int MAX_ROWS = Bf16Kernel::MAX_ROWS;
+    static constexpr int MAX_ROWS = FLOAT_ROWS;
 
     static int64_t row_bytes(int64_t k) { return (k * int64_t(sizeof(float)) + 63) & ~int64_t(63); }
 
     template <class T>
     static void pack(uint8_t* tile, const Activations& x, int64_t first_row, int rows, int64_t k) {
         float* target = reinterpret_cast<float*>(tile);
-        for (int r = 0; r < rows; ++r) {
-            const T* row = x.row<T>(first_row + r);
-            for (int64_t i = 0; i < k; ++i) target[i * rows + r] = widen(row[i]);
-        }
+        const void* sources[MAX_ROWS];
+        for (int r = 0; r < rows; ++r) sources[r] = x.row<T>(first_row + r);
+        if (sizeof(T) == 4) return transpose_words(target, sources, rows, k);
+        for (int r = 0; r < rows; ++r)
+            for (int64_t i = 0; i < k; ++i) target[i * rows + r] = widen(static_cast<const T*>(sources[r])[i]);
     }
 
     template <int ROWS>
@@ -135,7 +169,7 @@ struct F32Kernel {
         const float* x = reinterpret_cast<const float*>(tile);
         const float* w = reinterpret_cast<const float*>(panel);
         for (; k > 0; --k, w += PANEL, x += ROWS) {
-            look_ahead<ROWS * 2>(reinterpret_cast<const uint8_t*>(w));
+            look_ahead<ROWS * FLOAT_CYCLES>(reinterpret_cast<const uint8_t*>(w));
             const F32 w0 = load(w), w1 = load(w + LANES);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
