@@ -86,6 +86,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_torch("attention", "write_latents", "write_keys_values", "rotate_and_write_keys_values", exact=True),
     *_torch("attention", "write_normed_latents"),
     *_native("attention", "mla_prefill", "gqa_prefill"),
+    *_native("attention", "mla_absorb", "mla_unabsorb"),
     *_torch("attention", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
     *_torch("attention", "gqa_prefill", "gqa_decode"),
     *_native("sampling", "apply_penalties", "peaks", "draw", "log_probabilities", "top_tokens"),

@@ -1,5 +1,6 @@
 // The C entry points of one instruction set: NAME(rms_norm) is cierzo_<set>_rms_norm.
 #include "abi.h"
+#include "absorb.h"
 #include "cache_write.h"
 #include "dense.h"
 #include "experts.h"
@@ -53,3 +54,5 @@ EXPORT(write_latents, WriteLatentsArgs, write_latents)
 EXPORT(write_keys_values, WriteKeysValuesArgs, write_keys_values)
 EXPORT(mla_decode, MlaDecodeArgs, mla_decode)
 EXPORT(gqa_decode, GqaArgs, gqa_decode)
+EXPORT(mla_absorb, MlaAbsorbArgs, mla_absorb)
+EXPORT(mla_unabsorb, MlaUnabsorbArgs, mla_unabsorb)

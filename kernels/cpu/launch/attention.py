@@ -53,6 +53,44 @@ def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Ten
     native.call("write_keys_values", args)
 
 
+def mla_absorb(q: Tensor, w_uk_t: Matrix) -> Tensor:
+    """See ops/attention.py."""
+    weight = packed_for("mla_absorb", w_uk_t)
+    heads, rank, nope = weight.shape
+    q = q if q.stride(2) == 1 and q.stride(1) == q.shape[2] else q.contiguous()
+    rope = q.shape[2] - nope
+    out = torch.empty(q.shape[0], heads, rank + rope, dtype=q.dtype)
+    args = abi.MlaAbsorbArgs(
+        q.data_ptr(),
+        q.shape[0],
+        q.stride(0),
+        nope,
+        rope,
+        weight.address,
+        out.data_ptr(),
+        abi.DTYPES[q.dtype],
+    )
+    native.call("mla_absorb", args)
+    return out
+
+
+def mla_unabsorb(latents: Tensor, w_uv: Matrix) -> Tensor:
+    """See ops/attention.py."""
+    weight, latents = packed_for("mla_unabsorb", w_uv), rows(latents)
+    out = torch.empty(*latents.shape[:2], weight.shape[1], dtype=latents.dtype)
+    args = abi.MlaUnabsorbArgs(
+        latents.data_ptr(),
+        latents.shape[0],
+        latents.stride(0),
+        latents.stride(1),
+        weight.address,
+        out.data_ptr(),
+        abi.DTYPES[latents.dtype],
+    )
+    native.call("mla_unabsorb", args)
+    return out
+
+
 def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, rank: int) -> Tensor:
     """See ops/attention.py."""
     q = rows(q)
