@@ -1,12 +1,20 @@
-"""Packages the five top-level folders as `cierzo`; src/cierzo links to each of them."""
+"""Packages the five top-level folders as `cierzo`; src/cierzo links to each of them.
 
+Read from the environment: CIERZO_NATIVE=0 leaves out the C++ kernels, a list (CIERZO_NATIVE=avx2,avx512) leaves out
+the other instruction sets; CXX names the compiler, CXXFLAGS and LDFLAGS add to its options.
+"""
+
+import hashlib
 import os
 import platform
+import shlex
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, SetupError
 
 RUNTIME = [
     "torch>=2.11,<2.14",
@@ -32,47 +40,93 @@ TEST = [
     "mypy>=1.14",
 ]
 
-KERNELS = Path("kernels/cpu")
+KERNELS = Path("src/cierzo/kernels/cpu")
+OBJECTS = Path("build/kernels")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 # One translation unit per instruction set; common.cpp asks the CPU which it has and runs anywhere.
-FLAGS = {
-    "common.cpp": [],
-    "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512.cpp": AVX512,
-    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+INSTRUCTION_SETS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 # Sums keep the order in which they are written (no contraction, no reassociation). -fopenmp is for the compiler
 # alone: the runtime is the one that torch brings (kernels/cpu/native.py).
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
-COMMON += ["-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-g0"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-g0"]
+WITHOUT = "CIERZO_NATIVE=0 installs cierzo without its C++ kernels: plain torch only, and slow"
 
 
 class BuildKernels(build_ext):
-    """Compiles the instruction sets side by side, each with its own flags."""
+    """Compiles the instruction sets side by side, each with its own flags, and only what has changed."""
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-
-        def compile_one(source):
-            return self.compiler.compile(
-                [str(KERNELS / source)],
-                output_dir=self.build_temp,
-                extra_postargs=[*COMMON, *FLAGS[source]],
-                depends=ext.depends,
-            )[0]
-
+        OBJECTS.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, FLAGS))
-        self.compiler.link_shared_object(objects, str(target), target_lang="c++")
+            objects = list(pool.map(compile_object, ["common", *wanted_sets()]))
+        finished = target.with_suffix(f".{os.getpid()}")
+        run_compiler("-shared", *objects, "-o", finished, *shlex.split(os.environ.get("LDFLAGS", "")))
+        finished.replace(target)  # a process that has the old one mapped keeps it
+        for stale in set(OBJECTS.glob("*.o")) - set(objects):
+            stale.unlink(missing_ok=True)
+
+
+def wanted_sets():
+    """The instruction sets to build: all, unless CIERZO_NATIVE names some or none."""
+    wanted = os.environ.get("CIERZO_NATIVE", "1")
+    names = list(INSTRUCTION_SETS) if wanted == "1" else [] if wanted == "0" else wanted.split(",")
+    for name in names:
+        if name not in INSTRUCTION_SETS:
+            raise SetupError(f"CIERZO_NATIVE is 0, 1, or of {','.join(INSTRUCTION_SETS)}, not {wanted!r}")
+    return names
+
+
+def compile_object(name):
+    """Compile <name>.cpp, unless an object of the same sources and command is there."""
+    abi = hashlib.sha256((KERNELS / "abi.py").read_bytes()).hexdigest()  # common.cpp tells it: native.py compares
+    arguments = [*FLAGS, *INSTRUCTION_SETS.get(name, [f'-DCIERZO_ABI="{abi}"'])]
+    arguments += shlex.split(os.environ.get("CXXFLAGS", ""))
+    digest = hashlib.sha256(repr((compiler(), arguments)).encode())
+    for path in [KERNELS / f"{name}.cpp", *sorted(KERNELS.glob("*.h"))]:
+        digest.update(path.read_bytes())
+    target = OBJECTS / f"{name}-{digest.hexdigest()[:16]}.o"
+    if not target.exists():
+        unfinished = target.with_suffix(f".{os.getpid()}")
+        run_compiler(*arguments, "-c", KERNELS / f"{name}.cpp", "-o", unfinished)
+        unfinished.replace(target)
+    return target
+
+
+def compiler():
+    """The command that compiles and links C++."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+def run_compiler(*arguments):
+    """Run it. On failure the installation ends, with a message that says what to do."""
+    command = [*compiler(), *map(str, arguments)]
+    try:
+        done = subprocess.run(command, check=False)
+    except FileNotFoundError:
+        raise CompileError(
+            f"\n\ncierzo's CPU kernels are C++, and there is no compiler {command[0]!r}."
+            f"\nInstall g++ (Debian, Ubuntu: apt install g++), or name a compiler with CXX=.\n{WITHOUT}.\n"
+        ) from None
+    if done.returncode:
+        raise CompileError(
+            f"\n\ncierzo's CPU kernels do not compile; what {command[0]} says stands above. The command was\n"
+            f"  {shlex.join(command)}\nThey are built with GCC 12, on x86-64.\n{WITHOUT}.\n"
+        )
 
 
 def native_kernels():
-    """The C++ kernels, unless CIERZO_NATIVE=0 asks for the plain-torch reference alone, or the CPU is no x86-64."""
-    if os.environ.get("CIERZO_NATIVE", "1") == "0" or platform.machine() not in ("x86_64", "AMD64"):
-        return []
-    sources = [str(KERNELS / source) for source in FLAGS]
-    return [Extension("cierzo.kernels.cpu._native", sources, depends=[str(path) for path in KERNELS.glob("*.h")])]
+    """The C++ kernels as an extension module; none where CIERZO_NATIVE=0 says so, or on another machine."""
+    if platform.machine() in ("x86_64", "AMD64") and wanted_sets():
+        return [Extension("cierzo.kernels.cpu._native", [str(KERNELS / "common.cpp")])]
+    for earlier in KERNELS.glob("_native*.so"):  # of an editable installation: it would still be found
+        earlier.unlink()
+    return []
 
 
 setup(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -20,7 +21,7 @@ from cierzo.cache.layout import CacheLayout, plan_capacity
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.model.config import ModelConfig, read_model_config
-from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.scheduler.config import SchedulerConfig
 
 GIB = 1 << 30
@@ -52,6 +53,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Literal["auto", "int8"], Meta(description="number format of the KV cache; auto: that of dtype")
     ] = "auto"
     threads: Annotated[Count | None, Meta(description="CPU threads of the core; default: all usable ones")] = None
+    pin_threads: Annotated[bool, Meta(description="keep each of them on a CPU of its own")] = False
+    instruction_set: Annotated[
+        InstructionSet,
+        Meta(description="of the CPU kernels; auto: the best there is; reference: plain torch instead of them"),
+    ] = "auto"
     max_model_len: Annotated[
         Count | None,
         Meta(description="longest prompt + output, tokens; default: what model and KV budget hold, at most 262144"),
@@ -90,6 +96,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: str
     weights: str
     threads: int
+    pin_threads: bool
     runner: str
     model: ModelConfig
     layout: CacheLayout
@@ -100,9 +107,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def describe(self) -> str:
         """The resolved settings and the capacity plan, as printed at start."""
+        threads = "pinned threads" if self.pin_threads else "threads"
         rows = [
             ("model", f"{self.name} ({self.model.architecture}, {self.model.num_layers} layers)"),
-            ("runner", f"{self.runner} on {self.device}, {self.dtype}, {self.threads} threads"),
+            ("runner", f"{self.runner} on {self.device}, {self.dtype}, {self.threads} {threads}"),
             ("number formats", f"weights {self.weights}, KV cache {self.layout.dtype}"),
             ("max_model_len", f"{self.scheduler.max_model_len:,} tokens"),
             (
@@ -138,6 +146,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
         dtype=dtype,
         weights=_weights(options, dtype),
         threads=options.threads or usable_cpus(),
+        pin_threads=options.pin_threads,
         runner=options.runner,
         model=model,
         layout=layout,
@@ -155,7 +164,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
             max_model_len=max_model_len,
             priority_aging_s=options.priority_aging_s,
         ),
-        kernels=options.kernels,
+        kernels=_kernels(options),
         frontend=msgspec.structs.replace(  # what the front end admits, the core's queue must take
             options.frontend,
             max_open_samples=min(options.frontend.max_open_samples, options.max_waiting),
@@ -270,12 +279,26 @@ def available_memory_bytes() -> int:
 
 
 def usable_cpus() -> int:
-    """CPUs of this process's affinity mask, cut to the container's CPU limit (cgroup v2 cpu.max)."""
+    """CPUs of this process's affinity mask, cut to the CPU limit of its container or service."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = " ".join(_lines(Path("/sys/fs/cgroup/cpu.max"))).partition(" ")
-    if quota.isdigit() and period.strip().isdigit():
-        cpus = min(cpus, max(1, int(quota) // int(period)))
-    return cpus
+    return min([cpus, *(max(1, int(limit)) for limit in _cpu_limits())])
+
+
+def _cpu_limits(root: Path = Path("/")) -> Iterator[float]:
+    """CPU time per time that the control groups of this process allow, version 1 and 2, each with all its parents."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mount, files = root / "sys/fs/cgroup", ("cpu.max",)
+        elif "cpu" in controllers.split(","):
+            mount, files = root / "sys/fs/cgroup/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))  # a container may see its own group as the mount's root
+        for folder in (group, *group.parents):
+            numbers = " ".join(line for file in files for line in _lines(mount / folder / file)).split()
+            if len(numbers) == 2 and all(map(str.isdigit, numbers)):  # else "max" or -1: no limit
+                yield int(numbers[0]) / int(numbers[1])
 
 
 def _lines(path: Path) -> list[str]:
@@ -287,7 +310,11 @@ def _lines(path: Path) -> list[str]:
 
 # --- environment -------------------------------------------------------------------------------------------
 
-_KNOWN_VARIABLES = {"CIERZO_CACHE_DIR": "folder for converted and packed checkpoints"}
+_KNOWN_VARIABLES = {
+    "CIERZO_CACHE_DIR": "folder for converted and packed checkpoints",
+    "CIERZO_INSTRUCTION_SET": "what instruction_set is where nothing else is said",
+    "CIERZO_NATIVE": "0: the installation leaves out the C++ kernels (setup.py)",
+}
 
 
 def check_environment() -> None:
@@ -296,6 +323,30 @@ def check_environment() -> None:
         if name.startswith(ENVIRONMENT_PREFIX) and name not in _KNOWN_VARIABLES:
             known = ", ".join(sorted(_KNOWN_VARIABLES))
             raise ConfigError(f"unknown environment variable {name}; known: {known}", field=name, limit=known)
+
+
+def _kernels(options: EngineOptions) -> KernelsConfig:
+    """The kernels' section; its "auto" is left to `bind`, which knows the CPU."""
+    wanted = options.instruction_set
+    if wanted == "auto":
+        wanted = options.kernels.instruction_set
+    if wanted == "auto":
+        wanted = _default_instruction_set()
+    return msgspec.structs.replace(options.kernels, instruction_set=wanted)
+
+
+def _default_instruction_set() -> InstructionSet:
+    chosen = os.environ.get("CIERZO_INSTRUCTION_SET", "auto")
+    try:
+        return msgspec.convert(chosen, InstructionSet)
+    except msgspec.ValidationError:
+        known = ", ".join(get_args(InstructionSet))
+        raise ConfigError(
+            f"CIERZO_INSTRUCTION_SET must be one of {known}, got {chosen!r}",
+            field="CIERZO_INSTRUCTION_SET",
+            limit=known,
+            value=chosen,
+        ) from None
 
 
 def spin_briefly() -> None:

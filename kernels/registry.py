@@ -108,12 +108,21 @@ class Bound:
 bound = Bound()
 
 
+# What "auto" means in this process; tests force it.
+default_instruction_set: str = "auto"
+
+
 @dataclass(frozen=True, slots=True)
 class BoundTable:
-    """What `bind` chose for `device`, in the table's order."""
+    """What `bind` chose for `device`, in the table's order.
+
+    instruction_set: of the C++ kernels, or "reference"; then `reason` says why there are none.
+    """
 
     device: str
     chosen: tuple[Implementation, ...]
+    instruction_set: str
+    reason: str = ""
 
     @property
     def uses_native(self) -> bool:
@@ -124,8 +133,9 @@ class BoundTable:
         """The operations of each implementation, and where a row's bits depend on the rows beside it."""
         groups: dict[tuple[str, bool], list[str]] = {}
         for choice in self.chosen:
-            groups.setdefault((choice.name, choice.exact), []).append(choice.operation)
-        lines = [f"kernels on {self.device}"]
+            name = f"native {self.instruction_set}" if choice.name == "native" else choice.name
+            groups.setdefault((name, choice.exact), []).append(choice.operation)
+        lines = [f"kernels on {self.device}" + (f" (no native ones: {self.reason})" if self.reason else "")]
         for (name, exact), names in groups.items():
             lines.append(f"  {name}, {'exact' if exact else 'bits depend on the rows beside'}")
             lines += textwrap.wrap(", ".join(names), 100, initial_indent="    ", subsequent_indent="    ")
@@ -137,17 +147,37 @@ def operations() -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.operation for row in IMPLEMENTATIONS))
 
 
-def implementations(operation: str, device: str) -> list[Implementation]:
-    """Those of `operation` that run on `device` ("cpu", "cuda", "cuda:1") here, best first."""
+def implementations(operation: str, device: str, instruction_set: str = "auto") -> list[Implementation]:
+    """Those of `operation` that run on `device` ("cpu", "cuda", "cuda:1") here, best first.
+
+    Raises KernelChoiceError if the native library is there and broken, or lacks the instruction set.
+    """
     kind = device.partition(":")[0]
     rows = [row for row in IMPLEMENTATIONS if row.operation == operation and kind in row.devices]
-    return rows if has_native() else [row for row in rows if row.name != "native"]
+    if any(row.name == "native" for row in rows) and _instruction_set(instruction_set)[0] == "reference":
+        return [row for row in rows if row.name != "native"]
+    return rows
 
 
 @cache
 def has_native() -> bool:
-    """Whether the C++ kernels run here: built, and on a CPU with one of their instruction sets."""
+    """Whether C++ kernels run here: built, and on a CPU with one of their instruction sets."""
     return bool(importlib.import_module("cierzo.kernels.cpu.native").available())
+
+
+def _instruction_set(wanted: str) -> tuple[str, str]:
+    """The instruction set that runs when `wanted` is; and if that is "reference", why."""
+    native = importlib.import_module("cierzo.kernels.cpu.native")
+    if wanted == "auto":
+        wanted = default_instruction_set
+    try:
+        if wanted == "reference":
+            return wanted, "chosen"
+        if wanted == "auto" and not native.available():
+            return "reference", native.missing()
+        return native.supported(wanted), ""
+    except native.NativeError as error:
+        raise KernelChoiceError(str(error)) from error
 
 
 def bind(config: KernelsConfig, device: str) -> BoundTable:
@@ -156,16 +186,21 @@ def bind(config: KernelsConfig, device: str) -> BoundTable:
     for name in config.implementations:
         if name not in known:
             raise KernelChoiceError(f"unknown operation {name!r}; known: {', '.join(known)}")
-    chosen = tuple(_choose(name, config.implementations.get(name), device) for name in known)
+    wanted = config.instruction_set
+    chosen = tuple(_choose(name, config.implementations.get(name), device, wanted) for name in known)
     callables = {choice.operation: choice.load() for choice in chosen}
+    on_cpu = device.partition(":")[0] == "cpu"
+    instruction_set, reason = _instruction_set(wanted) if on_cpu else ("reference", "")
+    if instruction_set != "reference":
+        importlib.import_module("cierzo.kernels.cpu.native").select(instruction_set)
     vars(bound).clear()
     vars(bound).update(callables)
-    return BoundTable(device, chosen)
+    return BoundTable(device, chosen, instruction_set, reason)
 
 
-def _choose(operation: str, wanted: str | None, device: str) -> Implementation:
+def _choose(operation: str, wanted: str | None, device: str, instruction_set: str) -> Implementation:
     """The wanted implementation, or the best one for the device."""
-    runnable = implementations(operation, device)
+    runnable = implementations(operation, device, instruction_set)
     if not runnable:
         raise KernelChoiceError(f"operation {operation!r} has no implementation for device {device!r}")
     if wanted is None:

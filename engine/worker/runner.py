@@ -25,6 +25,7 @@ from cierzo.engine.weights.matrices import PLAIN_WEIGHTS, PackedMatrices
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.sampling import Sampler
+from cierzo.kernels.cpu import native
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.registry import KernelChoiceError, bind
 from cierzo.scheduler.plan import StepPlan, StepResult, TokenLogprobs
@@ -140,6 +141,10 @@ def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
         table = bind(config.kernels, config.device)
     except KernelChoiceError as error:
         raise ConfigError(str(error), field="kernels") from error
+    try:
+        native.set_threads(config.threads, config.pin_threads)
+    except native.NativeError as error:
+        raise ConfigError(f"pin_threads: {error}", field="pin_threads") from error
     specs = parameter_specs(config.model)
     with CheckpointReader(Path(config.checkpoint)) as reader, _progress_bar() as progress:
         parameters = load_parameters(reader, specs, dtype=dtype, device=device, progress=progress)

@@ -1,12 +1,19 @@
 // What all instruction sets share: which of them this CPU has, and the team's one arena. Compiled for any x86-64.
 
+#include <omp.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+
+#define VISIBLE __attribute__((visibility("default")))
+#ifndef CIERZO_ABI
+#define CIERZO_ABI ""
+#endif
 
 struct Crew {  // as in team.h
     int64_t next;
@@ -17,6 +24,8 @@ struct Crew {  // as in team.h
 };
 
 namespace {
+
+constexpr int MAX_CPUS = 8192;
 
 pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 Crew crew{};
@@ -54,8 +63,9 @@ void cierzo_leave(Crew*) { pthread_mutex_unlock(&mutex); }
     std::abort();
 }
 
-// Bit 0: AVX2 with FMA and F16C; bit 1: AVX-512 F, BW, DQ, VL; bit 2: that with BF16 and VNNI.
-__attribute__((visibility("default"))) int cierzo_instruction_sets() {
+// Which instruction sets this CPU has. Bit 0: AVX2 with FMA and F16C; bit 1: AVX-512 F, BW, DQ, VL; bit 2: that with
+// BF16 and VNNI.
+VISIBLE int cierzo_instruction_sets() {
     __builtin_cpu_init();
     int found = 0;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) found |= 1;
@@ -64,5 +74,25 @@ __attribute__((visibility("default"))) int cierzo_instruction_sets() {
         found |= 2;
     if ((found & 2) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) found |= 4;
     return found;
+}
+
+// The digest of the abi.py that this library was built beside; empty if it was built by hand.
+VISIBLE const char* cierzo_abi() { return CIERZO_ABI; }
+
+// Bind thread i of a team of `threads` to CPU cpus[i]; each to all of them if `together`. These are the threads that
+// run operations called from this thread with as many threads. Gives how many could not be bound.
+VISIBLE int cierzo_bind_threads(int threads, const int* cpus, int num_cpus, int together) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : failed)
+    {
+        cpu_set_t* set = CPU_ALLOC(MAX_CPUS);
+        const size_t bytes = CPU_ALLOC_SIZE(MAX_CPUS);
+        CPU_ZERO_S(bytes, set);
+        for (int i = 0; i < num_cpus; ++i)
+            if (together || i == omp_get_thread_num() % num_cpus) CPU_SET_S(cpus[i], bytes, set);
+        failed += sched_setaffinity(0, bytes, set) != 0;
+        CPU_FREE(set);
+    }
+    return failed;
 }
 }

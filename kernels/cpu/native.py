@@ -1,4 +1,4 @@
-"""The compiled library: where it lies, which of its instruction sets runs, with how many threads.
+"""The compiled library: where it lies, which of its instruction sets runs, with how many threads, on which CPUs.
 
 One binary holds every kernel once per instruction set; `select` picks the set, at start. The library is compiled
 against OpenMP but not linked to a runtime: it uses the one that torch has brought into the process, so that there
@@ -8,8 +8,11 @@ is one pool of threads and not two.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.machinery
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import torch
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")  # best first
 _BITS = {"avx2": 1, "avx512": 2, "avx512_bf16": 4}
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)[-.][^/]*$")
+_REBUILD = "build them again (make venv, or python setup.py build_ext --inplace)"
 
 
 class NativeError(RuntimeError):
@@ -30,6 +34,7 @@ class _State:
     library: ctypes.CDLL | None = None
     instruction_set: str = ""
     threads: int = 0  # 0: torch's number
+    all_cpus: tuple[int, ...] = ()  # those of the process, while its threads are pinned to one each
     functions: dict[str, Any] = field(default_factory=dict)
 
 
@@ -46,10 +51,11 @@ def library_path() -> Path | None:
 
 
 def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes mapped into this process; more than one would fight over the cores."""
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    paths = dict.fromkeys(line.split(maxsplit=5)[5] for line in maps if line.count(" ") > 5 and "/" in line)
-    return [path for path in paths if _OPENMP.search(path)]
+    """Paths of the OpenMP runtimes mapped into this process, torch's first; a second one would fight for the cores."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    mapped = dict.fromkeys(line.split(maxsplit=5)[5] for line in maps if "/" in line)
+    torchs = str(Path(torch.__file__).parent)  # torch/lib or torch.libs
+    return sorted(filter(_OPENMP.search, mapped), key=lambda path: not path.startswith(torchs))
 
 
 def load() -> ctypes.CDLL:
@@ -57,32 +63,67 @@ def load() -> ctypes.CDLL:
     if _state.library is None:
         path = library_path()
         if path is None:
-            raise NativeError("the native kernels are not built: install without CIERZO_NATIVE=0")
+            raise NativeError("cierzo was installed without its native kernels (CIERZO_NATIVE=0)")
         torch.get_num_threads()  # importing torch has mapped its OpenMP runtime
         for runtime in openmp_runtimes():
             ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
         try:
-            _state.library = ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path))
         except OSError as error:
-            raise NativeError(f"the native kernels cannot be loaded: {error}") from error
+            raise NativeError(f"the native kernels cannot be loaded: {error}; {_REBUILD}") from error
+        _check_abi(library)
+        _state.library = library
     return _state.library
 
 
+def _check_abi(library: ctypes.CDLL) -> None:
+    """A library of another version would read other arguments than Python writes."""
+    try:
+        library.cierzo_abi.restype = ctypes.c_char_p
+        built = library.cierzo_abi()
+    except AttributeError:
+        built = b"none"
+    ours = hashlib.sha256(Path(__file__).with_name("abi.py").read_bytes()).hexdigest().encode()
+    if built not in (ours, b""):
+        raise NativeError(f"the native kernels were built for another version of cierzo; {_REBUILD}")
+
+
 def available() -> tuple[str, ...]:
-    """The instruction sets of this library that this CPU has, best first; empty without library or AVX2."""
+    """The instruction sets of this library that this CPU has, best first; empty without library or AVX2.
+
+    Raises NativeError for a library that is there and cannot be used.
+    """
     if library_path() is None:
         return ()
-    found = load().cierzo_instruction_sets()
-    return tuple(name for name in INSTRUCTION_SETS if found & _BITS[name])
+    library = load()
+    found = library.cierzo_instruction_sets()
+    return tuple(
+        name for name in INSTRUCTION_SETS if found & _BITS[name] and hasattr(library, f"cierzo_{name}_norm")
+    )
 
 
-def select(instruction_set: str = "auto") -> str:
-    """Have all further calls use `instruction_set`, or the best one. Raises NativeError."""
+def missing() -> str:
+    """Why `available` is empty."""
+    if library_path() is None:
+        return "installed with CIERZO_NATIVE=0"
+    built = "the CPU has none of the instruction sets that were built"
+    return built if load().cierzo_instruction_sets() else "the CPU has no AVX2"
+
+
+def supported(instruction_set: str = "auto") -> str:
+    """The set that is meant: this one, or the best one. Raises NativeError if it cannot run here."""
     names = available()
     if instruction_set == "auto" and names:
         instruction_set = names[0]
     if instruction_set not in names:
-        raise NativeError(f"instruction set {instruction_set!r} is not available; this CPU has {', '.join(names)}")
+        there = f"there are {', '.join(names)}" if names else missing()
+        raise NativeError(f"instruction set {instruction_set!r} cannot run here: {there}")
+    return instruction_set
+
+
+def select(instruction_set: str = "auto") -> str:
+    """Have all further calls use `instruction_set`, or the best one. Raises NativeError."""
+    instruction_set = supported(instruction_set)
     if instruction_set != _state.instruction_set:
         _state.instruction_set = instruction_set
         _state.functions.clear()
@@ -94,16 +135,57 @@ def instruction_set() -> str:
     return _state.instruction_set or select()
 
 
-def set_threads(threads: int) -> None:
-    """Threads of each operation from now on."""
+def set_threads(threads: int, pinned: bool = False) -> None:
+    """Threads of each operation that the calling thread runs from now on; `pinned`: each stays on one CPU.
+
+    The CPUs are those that the process may use, one of each core first. Without `pinned` an earlier pinning is
+    undone. Raises NativeError where the system refuses.
+    """
+    if _state.all_cpus:
+        _bind(_state.threads, _state.all_cpus, together=True)
+        _state.all_cpus = ()
     _state.threads = threads
+    if pinned:
+        cpus = tuple(sorted(os.sched_getaffinity(0)))
+        _bind(threads, cores_first(cpus), together=False)
+        _state.all_cpus = cpus
+
+
+def _bind(threads: int, cpus: Sequence[int], together: bool) -> None:
+    array = (ctypes.c_int * len(cpus))(*cpus)
+    failed = load().cierzo_bind_threads(threads, array, len(cpus), int(together))
+    if failed:
+        raise NativeError(f"{failed} of {threads} threads cannot be bound to CPUs {', '.join(map(str, cpus))}")
+
+
+def cores_first(cpus: Sequence[int], topology: Path = Path("/sys/devices/system/cpu")) -> list[int]:
+    """The same CPUs, ordered so that no core has two threads while another has none."""
+
+    def place_in_core(cpu: int) -> int:
+        try:
+            listed = (topology / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
+        except OSError:
+            return 0
+        siblings = {int(number) for part in re.findall(r"\d+-\d+|\d+", listed) for number in _span(part)}
+        return sum(other < cpu for other in siblings.intersection(cpus))
+
+    return sorted(cpus, key=lambda cpu: (place_in_core(cpu), cpu))
+
+
+def _span(text: str) -> range:
+    """"3" or "0-7" as Linux lists CPUs."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 def call(operation: str, args: ctypes.Structure) -> None:
     """Run `cierzo_<set>_<operation>(args, threads)`."""
     function = _state.functions.get(operation)
     if function is None:
-        function = getattr(load(), f"cierzo_{instruction_set()}_{operation}")
+        try:
+            function = getattr(load(), f"cierzo_{instruction_set()}_{operation}")
+        except AttributeError:
+            raise NativeError(f"the native kernels have no {operation}; {_REBUILD}") from None
         function.argtypes = (ctypes.c_void_p, ctypes.c_int)
         _state.functions[operation] = function
     function(ctypes.addressof(args), _state.threads or torch.get_num_threads())
