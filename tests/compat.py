@@ -61,7 +61,8 @@ def run_pair(python: str, torch: str, torch_index: str | None, tests: list[str])
 
 def _is_installed(environment: Path) -> bool:
     stamp = environment / ".installed"
-    return stamp.exists() and stamp.stat().st_mtime > (ROOT / "setup.py").stat().st_mtime
+    sources = [ROOT / "setup.py", *(ROOT / "kernels/cpu").glob("*.[ch]*"), ROOT / "kernels/cpu/abi.py"]
+    return stamp.exists() and stamp.stat().st_mtime > max(path.stat().st_mtime for path in sources)
 
 
 def find_interpreter(version: str) -> str | None:

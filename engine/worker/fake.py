@@ -64,6 +64,7 @@ def fake_config(
         dtype="float32",
         weights="float32",
         threads=1,
+        pin_threads=False,
         runner="fake",
         model=model,
         layout=model.cache_layout(cache.block_tokens, "float32"),

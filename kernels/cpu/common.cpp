@@ -79,17 +79,16 @@ VISIBLE int cierzo_instruction_sets() {
 // The digest of the abi.py that this library was built beside; empty if it was built by hand.
 VISIBLE const char* cierzo_abi() { return CIERZO_ABI; }
 
-// Bind thread i of a team of `threads` to CPU cpus[i]; each to all of them if `together`. These are the threads that
-// run operations called from this thread with as many threads. Gives how many could not be bound.
-VISIBLE int cierzo_bind_threads(int threads, const int* cpus, int num_cpus, int together) {
+// Bind thread i of a team of `threads` to CPU cpus[i % num_cpus]. They are the threads that run operations called from
+// this thread with as many threads. Gives how many could not be bound.
+VISIBLE int cierzo_pin_threads(int threads, const int* cpus, int num_cpus) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : failed)
     {
         cpu_set_t* set = CPU_ALLOC(MAX_CPUS);
         const size_t bytes = CPU_ALLOC_SIZE(MAX_CPUS);
         CPU_ZERO_S(bytes, set);
-        for (int i = 0; i < num_cpus; ++i)
-            if (together || i == omp_get_thread_num() % num_cpus) CPU_SET_S(cpus[i], bytes, set);
+        CPU_SET_S(cpus[omp_get_thread_num() % num_cpus], bytes, set);
         failed += sched_setaffinity(0, bytes, set) != 0;
         CPU_FREE(set);
     }

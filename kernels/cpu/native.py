@@ -13,6 +13,7 @@ import importlib.machinery
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def library_path() -> Path | None:
 
 
 def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes mapped into this process, torch's first; a second one would fight for the cores."""
+    """Paths of the OpenMP runtimes in this process, torch's first; a second one would fight for the cores."""
     maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     mapped = dict.fromkeys(line.split(maxsplit=5)[5] for line in maps if "/" in line)
     torchs = str(Path(torch.__file__).parent)  # torch/lib or torch.libs
@@ -138,24 +139,23 @@ def instruction_set() -> str:
 def set_threads(threads: int, pinned: bool = False) -> None:
     """Threads of each operation that the calling thread runs from now on; `pinned`: each stays on one CPU.
 
-    The CPUs are those that the process may use, one of each core first. Without `pinned` an earlier pinning is
-    undone. Raises NativeError where the system refuses.
+    The CPUs are those that the process may use, one of each core first. A thread that is started from a pinned one
+    inherits its CPU. Without `pinned` an earlier pinning is undone, for every thread of the process. Raises
+    NativeError where the system refuses.
     """
     if _state.all_cpus:
-        _bind(_state.threads, _state.all_cpus, together=True)
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(int(thread), _state.all_cpus)
         _state.all_cpus = ()
     _state.threads = threads
     if pinned:
-        cpus = tuple(sorted(os.sched_getaffinity(0)))
-        _bind(threads, cores_first(cpus), together=False)
-        _state.all_cpus = cpus
-
-
-def _bind(threads: int, cpus: Sequence[int], together: bool) -> None:
-    array = (ctypes.c_int * len(cpus))(*cpus)
-    failed = load().cierzo_bind_threads(threads, array, len(cpus), int(together))
-    if failed:
-        raise NativeError(f"{failed} of {threads} threads cannot be bound to CPUs {', '.join(map(str, cpus))}")
+        cpus = sorted(os.sched_getaffinity(0))
+        ordered = (ctypes.c_int * len(cpus))(*cores_first(cpus))
+        failed = load().cierzo_pin_threads(threads, ordered, len(cpus))
+        _state.all_cpus = tuple(cpus)
+        if failed:
+            raise NativeError(f"{failed} of {threads} threads cannot be bound to CPUs {', '.join(map(str, cpus))}")
 
 
 def cores_first(cpus: Sequence[int], topology: Path = Path("/sys/devices/system/cpu")) -> list[int]:
@@ -173,7 +173,7 @@ def cores_first(cpus: Sequence[int], topology: Path = Path("/sys/devices/system/
 
 
 def _span(text: str) -> range:
-    """"3" or "0-7" as Linux lists CPUs."""
+    """ "3" or "0-7" as Linux lists CPUs."""
     first, _, last = text.partition("-")
     return range(int(first), int(last or first) + 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from cierzo.engine.config import GIB, EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.weights.make import make_checkpoint
+from cierzo.kernels.config import KernelsConfig
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("CIERZO_CACHEDIR", "/x")
     with pytest.raises(ConfigError, match="CIERZO_CACHEDIR") as caught:
         config.check_environment()
-    assert caught.value.limit == "CIERZO_CACHE_DIR"
+    assert caught.value.limit == "CIERZO_CACHE_DIR, CIERZO_INSTRUCTION_SET, CIERZO_NATIVE"
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -103,3 +105,57 @@ def test_threads_spin_briefly_unless_the_user_decides(monkeypatch: pytest.Monkey
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     config.spin_briefly()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
+def test_the_instruction_set_is_the_options_then_the_environments(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(**options: Any) -> str:
+        return resolve(EngineOptions(model=checkpoint, **options)).kernels.instruction_set
+
+    monkeypatch.delenv("CIERZO_INSTRUCTION_SET", raising=False)
+    assert chosen() == "auto"
+    monkeypatch.setenv("CIERZO_INSTRUCTION_SET", "avx512")
+    assert chosen() == "avx512"
+    assert chosen(kernels=KernelsConfig(instruction_set="avx2")) == "avx2"
+    assert chosen(instruction_set="reference", kernels=KernelsConfig(instruction_set="avx2")) == "reference"
+    monkeypatch.setenv("CIERZO_INSTRUCTION_SET", "avx1024")
+    with pytest.raises(ConfigError, match="CIERZO_INSTRUCTION_SET must be one of auto, avx512_bf16") as caught:
+        chosen()
+    assert caught.value.value == "avx1024"
+
+
+V1 = {"cpu.cfs_quota_us": "150000", "cpu.cfs_period_us": "100000"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limits"),
+    [
+        ("0::/", {"cpu.max": "250000 100000"}, [2.5]),
+        ("0::/", {"cpu.max": "max 100000"}, []),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, [0.5]),
+        ("0::/not/seen/from/here", {"cpu.max": "300000 100000"}, [3.0]),
+        ("3:cpu,cpuacct:/\n0::/", {f"cpu/{name}": value for name, value in V1.items()}, [1.5]),
+        ("3:cpu:/docker/x", {f"cpu/docker/x/{name}": value for name, value in V1.items()}, [1.5]),
+        ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, []),
+        ("3:cpuset:/", {f"cpu/{name}": value for name, value in V1.items()}, []),
+        ("", {}, []),
+    ],
+)
+def test_the_limits_of_control_groups(
+    tmp_path: Path, groups: str, files: dict[str, str], limits: list[float]
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert list(config._cpu_limits(tmp_path)) == limits
+
+
+@pytest.mark.parametrize(("limits", "expected"), [([], 3), ([2.9, 8.0], 2), ([0.2], 1), ([4.0], 3)])
+def test_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch, limits: list[float], expected: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7})
+    monkeypatch.setattr(config, "_cpu_limits", lambda: iter(limits))
+    assert config.usable_cpus() == expected
