@@ -41,7 +41,6 @@ TEST = [
 ]
 
 KERNELS = Path("src/cierzo/kernels/cpu")
-OBJECTS = Path("build/kernels")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 # One translation unit per instruction set; common.cpp asks the CPU which it has and runs anywhere.
 INSTRUCTION_SETS = {
@@ -62,13 +61,14 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        OBJECTS.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_object, ["common", *wanted_sets()]))
+            objects = list(pool.map(lambda name: compile_object(name, folder), ["common", *wanted_sets()]))
         finished = target.with_suffix(f".{os.getpid()}")
         run_compiler("-shared", *objects, "-o", finished, *shlex.split(os.environ.get("LDFLAGS", "")))
         finished.replace(target)  # a process that has the old one mapped keeps it
-        for stale in set(OBJECTS.glob("*.o")) - set(objects):
+        for stale in set(folder.glob("*.o")) - set(objects):
             stale.unlink(missing_ok=True)
 
 
@@ -82,15 +82,15 @@ def wanted_sets():
     return names
 
 
-def compile_object(name):
-    """Compile <name>.cpp, unless an object of the same sources and command is there."""
+def compile_object(name, folder):
+    """Compile <name>.cpp, unless `folder` has an object of the same sources and command."""
     abi = hashlib.sha256((KERNELS / "abi.py").read_bytes()).hexdigest()  # common.cpp tells it: native.py compares
     arguments = [*FLAGS, *INSTRUCTION_SETS.get(name, [f'-DCIERZO_ABI="{abi}"'])]
     arguments += shlex.split(os.environ.get("CXXFLAGS", ""))
     digest = hashlib.sha256(repr((compiler(), arguments)).encode())
     for path in [KERNELS / f"{name}.cpp", *sorted(KERNELS.glob("*.h"))]:
         digest.update(path.read_bytes())
-    target = OBJECTS / f"{name}-{digest.hexdigest()[:16]}.o"
+    target = folder / f"{name}-{digest.hexdigest()[:16]}.o"
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}")
         run_compiler(*arguments, "-c", KERNELS / f"{name}.cpp", "-o", unfinished)

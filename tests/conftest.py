@@ -1,6 +1,8 @@
-"""CIERZO_INSTRUCTION_SET forces the whole suite to one instruction set, or to the reference."""
+"""CIERZO_INSTRUCTION_SET forces the whole suite to one instruction set, or to the reference; --sanitized."""
 
 from __future__ import annotations
+
+import pytest
 
 from cierzo.engine.config import default_instruction_set
 from cierzo.kernels import registry
@@ -8,3 +10,15 @@ from cierzo.kernels import registry
 # Engines read the variable by themselves; this is for tests that bind without one, and for the lists of
 # implementations that tests are made from, hence before any of them is imported.
 registry.default_instruction_set = default_instruction_set()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sanitized", metavar="LIBRARY", help="repeat native calls under sanitizers (make sanitize)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    library = config.getoption("--sanitized")
+    if library:
+        from sanitized import Recorder
+
+        config.pluginmanager.register(Recorder(library))

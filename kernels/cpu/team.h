@@ -7,6 +7,9 @@
 
 #include <omp.h>
 #include <sched.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "simd.h"
 
@@ -23,6 +26,20 @@ extern "C" void cierzo_leave(Crew* crew);
 extern "C" [[noreturn]] void cierzo_arena_full(size_t wanted_bytes, size_t arena_bytes);
 
 namespace {
+
+// In a build under AddressSanitizer, scratch memory ends where it was asked to end: touching what lies behind it is an
+// error, as is touching what was never asked for.
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t FENCE_BYTES = 64, FENCED_BYTES = size_t(32) << 20;
+INLINE char* fence(char* memory, size_t wanted, size_t bytes) {
+    ASAN_UNPOISON_MEMORY_REGION(memory, wanted);  // never poisoned before: the whole team does this, each in its time
+    ASAN_POISON_MEMORY_REGION(memory + wanted, bytes - wanted);
+    return memory;
+}
+#else
+constexpr size_t FENCE_BYTES = 0, FENCED_BYTES = 0;
+INLINE char* fence(char* memory, size_t, size_t) { return memory; }
+#endif
 
 constexpr int SPINS = 4000;  // pauses before a waiting thread offers its core to others: tens of microseconds
 
@@ -60,24 +77,30 @@ class Team {
     // order. It lasts until the operation ends, or `reset` goes back to an earlier `mark` (all threads, past a barrier).
     template <class T>
     T* scratch(int64_t count) {
-        const size_t bytes = (size_t(count) * sizeof(T) + 63) & ~size_t(63);
-        if (used_ + bytes > crew_->arena_bytes) cierzo_arena_full(used_ + bytes, crew_->arena_bytes);
-        T* memory = reinterpret_cast<T*>(crew_->arena + used_);
-        used_ += bytes;
-        return memory;
+        const size_t bytes = padded(size_t(count) * sizeof(T));
+        return reinterpret_cast<T*>(fence(take(bytes), size_t(count) * sizeof(T), bytes));
     }
 
     // Scratch of this thread alone: a slice of what the team allocates for all.
     template <class T>
     T* own_scratch(int64_t count) {
-        const int64_t padded = (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-        return reinterpret_cast<T*>(scratch<char>(padded * size) + padded * rank);
+        const size_t bytes = padded(size_t(count) * sizeof(T));
+        char* all = take(bytes * size);
+        return reinterpret_cast<T*>(fence(all + bytes * rank, size_t(count) * sizeof(T), bytes));
     }
 
     size_t mark() const { return used_; }
     void reset(size_t mark) { used_ = mark; }
 
    private:
+    static size_t padded(size_t bytes) { return ((bytes + 63) & ~size_t(63)) + FENCE_BYTES; }
+
+    char* take(size_t bytes) {
+        if (used_ + bytes > crew_->arena_bytes) cierzo_arena_full(used_ + bytes, crew_->arena_bytes);
+        used_ += bytes;
+        return crew_->arena + used_ - bytes;
+    }
+
     int64_t claim() { return __atomic_fetch_add(&crew_->next, 1, __ATOMIC_RELAXED); }
 
     Crew* crew_;
@@ -88,6 +111,7 @@ class Team {
 template <class Body>
 int run(int threads, Body body) {
     Crew* crew = cierzo_enter();
+    fence(crew->arena, 0, FENCED_BYTES);
     if (threads == 1) {
         Team team(crew, 0, 1);
         body(team);
