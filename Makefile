@@ -69,11 +69,11 @@ lint: $(STAMP) ## check style, format and types
 mutants: $(KERNELS) ## put known faults into the code, one at a time: each must turn a test red
 	$(BIN)/python tests/mutants/run.py
 
-# Its own build of the kernels; --sanitized runs that on whatever the tests hand to the one in use.
-sanitize: export CXXFLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize: export LDFLAGS = -fsanitize=address,undefined -fopenmp
-sanitize: $(KERNELS) ## run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (by hand)
-	$(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
+# A build of its own; --sanitized has it repeat whatever the tests hand to the kernels in use.
+SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: $(KERNELS) ## repeat the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (by hand)
+	CXXFLAGS="-O1 -g -fno-omit-frame-pointer $(SANITIZERS)" LDFLAGS="$(SANITIZERS) -fopenmp" \
+	  $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
 	$(BIN)/python -m pytest tests/kernels --deselect tests/kernels/test_native.py --sanitized build/sanitized
 
 soak: $(KERNELS) ## random traffic through scheduler, cache and sampler for MINUTES=10 (by hand)

@@ -13,12 +13,12 @@ registry.default_instruction_set = default_instruction_set()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sanitized", metavar="LIBRARY", help="repeat native calls under sanitizers (make sanitize)")
+    parser.addoption("--sanitized", metavar="FOLDER", help="repeat native calls under sanitizers (make sanitize)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    library = config.getoption("--sanitized")
-    if library:
+    folder = config.getoption("--sanitized")
+    if folder:
         from sanitized import Recorder
 
-        config.pluginmanager.register(Recorder(library))
+        config.pluginmanager.register(Recorder(folder))

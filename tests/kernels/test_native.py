@@ -32,6 +32,9 @@ def _as_it_was() -> Iterator[None]:
 # --- what crosses to C -------------------------------------------------------------------------------------
 
 
+IN_C = {"input": "in"}  # a keyword of Python
+
+
 def structures() -> list[type[ctypes.Structure]]:
     found = [each for each in vars(abi).values() if isinstance(each, type) and issubclass(each, ctypes.Structure)]
     return [each for each in found if each is not ctypes.Structure]
@@ -42,7 +45,7 @@ def test_structures_lie_in_memory_as_abi_h_says(tmp_path: Path) -> None:
     lines = []
     for each in structures():
         lines.append(f"sizeof({each.__name__})")
-        lines += [f"offsetof({each.__name__}, {name})" for name, _ in each._fields_]
+        lines += [f"offsetof({each.__name__}, {IN_C.get(name, name)})" for name, _ in each._fields_]
     source = '#include <cstddef>\n#include <cstdio>\n#include "abi.h"\nint main() {\n'
     source += "".join(f'  std::printf("%zu\\n", {line});\n' for line in lines) + "}\n"
     (tmp_path / "sizes.cpp").write_text(source)

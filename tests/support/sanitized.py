@@ -1,10 +1,11 @@
 """Repeats every native call of the tests in a process whose native library is built under sanitizers.
 
-`pytest --sanitized LIBRARY` (make sanitize) registers a `Recorder`. At each call it takes the struct of arguments
-and all memory that it points to, has the engine's own library compute, and hands the copy to sanitized_worker.py: a
-process without torch, which lays every tensor into memory of its own that ends where the tensor ends, calls the same
-operation, and returns what it wrote. That must be, bit for bit, what the engine's library wrote; so the debug build is
-known to compute the same thing. The other instruction sets of this CPU are run on it too, without a comparison.
+`pytest --sanitized FOLDER` (make sanitize) registers a `Recorder`; the library lies somewhere below FOLDER. At each
+call the recorder takes the struct of arguments and all memory that it points to, has the engine's own library
+compute, and hands the copy to sanitized_worker.py: a process without torch, which lays every tensor into memory of
+its own that ends where the tensor ends, calls the same operation, and returns what it wrote. That must be, bit for
+bit, what the engine's library wrote; so the debug build is known to compute the same thing. The other instruction
+sets of this CPU are run on it too, without a comparison.
 
 Which memory a pointer belongs to is known because launchers take it from `Tensor.data_ptr` or `ctypes.addressof`.
 """
@@ -148,7 +149,7 @@ class Worker:
         gcc = os.environ.get("CXX", "g++").split()[0]
         named = [gcc, "-print-file-name=libasan.so"]
         preload = subprocess.run(named, check=True, capture_output=True, text=True).stdout.strip()
-        self._errors: IO[bytes] = tempfile.TemporaryFile()
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, closed with the worker
         self._process = subprocess.Popen(
             [sys.executable, "-I", str(WORKER), library],
             stdin=subprocess.PIPE,
@@ -184,8 +185,8 @@ class Worker:
 class Recorder:
     """The pytest plugin."""
 
-    def __init__(self, library: str) -> None:
-        self._library = str(Path(library).resolve())
+    def __init__(self, folder: str) -> None:
+        (self._library,) = map(str, Path(folder).resolve().rglob("_native*.so"))
         self._worker: Worker | None = None
         self._seen: dict[int, _Piece] = {}
         self._done: set[bytes] = set()
