@@ -23,10 +23,14 @@ def _fields(text: str) -> list[tuple[str, type]]:
 
 
 class Matrix(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: data | i64: experts n k expert_bytes | i32: format paired")
 
 
 class NormArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: x | i64: rows width x_stride | p: residual | i64: residual_stride | p: weight out | i64: out_stride"
         "| f32: eps | i32: dtype"
@@ -34,20 +38,28 @@ class NormArgs(ctypes.Structure):
 
 
 class RopeArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: x | i64: rows heads width turned row_stride head_stride | p: cos sin scale | i32: interleaved dtype"
     )
 
 
 class LinearArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: x | i64: rows x_stride | p: weight out | i64: out_stride | i32: dtype out_dtype")
 
 
 class GatedMlpArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: x | i64: rows x_stride | p: gate_up down out | i64: out_stride | i32: dtype")
 
 
 class RouteArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: x | i64: rows x_stride | p: weight | i64: top_k groups top_groups | p: ids weights"
         "| f32: scale | i32: renormalise dtype"
@@ -55,10 +67,14 @@ class RouteArgs(ctypes.Structure):
 
 
 class GroupArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: ids | i64: pairs experts | p: order starts")
 
 
 class ExpertMlpArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: x | i64: rows x_stride | p: gate_up down shared_gate_up shared_down weights | i64: slots"
         "| p: order starts out | i64: out_stride | i32: dtype"
@@ -66,12 +82,16 @@ class ExpertMlpArgs(ctypes.Structure):
 
 
 class PagedArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: query_starts context_lengths table_rows block_tables | i64: segments table_stride block_tokens rows"
     )
 
 
 class WriteLatentsArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: pages slots | i64: rows rank rope | p: latents | i64: latent_stride | p: rope_keys | i64: rope_stride"
         "| i32: kv_format dtype"
@@ -79,6 +99,8 @@ class WriteLatentsArgs(ctypes.Structure):
 
 
 class WriteKeysValuesArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: key_pages value_pages slots | i64: rows heads width | p: keys values | i64: key_stride value_stride"
         "| i32: kv_format dtype"
@@ -86,6 +108,8 @@ class WriteKeysValuesArgs(ctypes.Structure):
 
 
 class WriteNormedLatentsArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: pages slots | i64: rows rank rope | p: kv | i64: kv_stride | p: norm_weight cos sin | f32: eps"
         "| i32: interleaved kv_format dtype"
@@ -93,6 +117,8 @@ class WriteNormedLatentsArgs(ctypes.Structure):
 
 
 class RotateAndWriteArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: key_pages value_pages slots | i64: rows query_heads kv_heads width | p: qkv | i64: qkv_stride"
         "| p: cos sin | i32: interleaved kv_format dtype"
@@ -100,14 +126,20 @@ class RotateAndWriteArgs(ctypes.Structure):
 
 
 class MlaAbsorbArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: q | i64: rows q_stride nope rope | p: w_uk out | i32: dtype")
 
 
 class MlaUnabsorbArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: latents | i64: rows row_stride head_stride | p: w_uv out | i32: dtype")
 
 
 class MlaDecodeArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = [
         *_fields("p: q | i64: heads rank rope q_stride q_head_stride | p: pages"),
         ("paged", PagedArgs),
@@ -116,6 +148,8 @@ class MlaDecodeArgs(ctypes.Structure):
 
 
 class MlaPrefillArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = [
         *_fields("p: q | i64: heads rank rope nope value_width q_stride q_head_stride | p: pages w_uk w_uv"),
         ("paged", PagedArgs),
@@ -124,6 +158,8 @@ class MlaPrefillArgs(ctypes.Structure):
 
 
 class GqaArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = [
         *_fields("p: q | i64: query_heads kv_heads width q_stride q_head_stride | p: key_pages value_pages"),
         ("paged", PagedArgs),
@@ -132,6 +168,8 @@ class GqaArgs(ctypes.Structure):
 
 
 class PackArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: source | i64: experts n k expert_stride row_stride column_stride | p: target | i64: expert_bytes"
         "| p: refused | i32: format paired dtype"
@@ -139,34 +177,40 @@ class PackArgs(ctypes.Structure):
 
 
 class ReadMemoryArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: values | i64: count | p: sum")
 
 
-class PackNvfp4Args(ctypes.Structure):
-    """One expert's NVFP4 codes and scales, and where their packed form goes."""
-
-    _fields_ = _fields("p: codes scales whole | i64: n k | p: target | i32: paired")
-
-
 class PeaksArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: logits | i64: rows vocab stride | p: values ids")
 
 
 class LogProbabilitiesArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: logits | i64: rows vocab stride | p: out")
 
 
 class TopTokensArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: scores | i64: rows vocab stride count | p: values ids")
 
 
 class DrawArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: logits | i64: rows vocab stride| p: temperatures top_ks top_ps min_ps seeds samples positions token_ids"
     )
 
 
 class PenaltiesArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: logits | i64: rows vocab stride entries"
         "| p: at_rows token_ids output_counts repetition presence frequency wrong"
@@ -174,10 +218,14 @@ class PenaltiesArgs(ctypes.Structure):
 
 
 class BlockInput(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: x residual out | i64: rows hidden | i32: dtype kv_format")
 
 
 class StepArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = [
         *_fields("p: cos sin query_scale slots | i64: num_expanded"),
         ("expanded", PagedArgs),
@@ -186,6 +234,8 @@ class StepArgs(ctypes.Structure):
 
 
 class MlaLayer(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: norm down query_norm query_up kv_norm w_uk w_uk_t w_uv output | i64: heads nope rope rank value_width"
         "| f32: eps latent_eps scale | i32: interleaved"
@@ -193,26 +243,38 @@ class MlaLayer(ctypes.Structure):
 
 
 class MlaBlockArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = [("input", BlockInput), *_fields("p: layer step pages")]
 
 
 class GqaLayer(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: norm qkv output | i64: query_heads kv_heads width | f32: eps scale")
 
 
 class GqaBlockArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = [("input", BlockInput), *_fields("p: layer step key_pages value_pages")]
 
 
 class MlpLayer(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields("p: norm gate_up down | f32: eps")
 
 
 class MlpBlockArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = [("input", BlockInput), *_fields("p: layer")]
 
 
 class MoeLayer(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = _fields(
         "p: norm router gate_up down shared_gate_up shared_down | i64: top_k groups top_groups"
         "| f32: eps scale | i32: renormalise"
@@ -220,4 +282,6 @@ class MoeLayer(ctypes.Structure):
 
 
 class MoeBlockArgs(ctypes.Structure):
+    """As in abi.h."""
+
     _fields_ = [("input", BlockInput), *_fields("p: layer")]

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "abi.h"
-#include "cache_write.h"
+#include "absorb.h"
 #include "dense.h"
 #include "experts.h"
 #include "gqa_decode.h"
@@ -155,7 +155,10 @@ void mla_block(Team& team, const MlaBlockArgs& args) {
     const char* x = normed(team, args.in, w.norm, w.eps);
     char* down = values(team, rows * w.down->n, dtype);
     multiply(team, x, rows, args.in.hidden, w.down, down, dtype);
-    write_latents_of(team, args, down);
+    const StepArgs& step = *args.step;
+    const int64_t queries = w.down->n - w.rank - w.rope;
+    write_normed_latents(team, {args.pages, step.slots, rows, w.rank, w.rope, at(down, queries, dtype), w.down->n,
+                                w.kv_norm, step.cos, step.sin, w.latent_eps, w.interleaved, args.in.kv_format, dtype});
     int64_t q_stride;
     const char* q = mla_queries(team, args, down, &q_stride);
     const char* attended = mla_attention(team, args, q, q_stride);
@@ -170,7 +173,8 @@ void gqa_block(Team& team, const GqaBlockArgs& args) {
     const char* x = normed(team, args.in, w.norm, w.eps);
     char* qkv = values(team, rows * stride, dtype);
     multiply(team, x, rows, args.in.hidden, w.qkv, qkv, dtype);
-    rotate_and_write(team, args, qkv);
+    rotate_and_write_keys_values(team, {args.key_pages, args.value_pages, step.slots, rows, w.query_heads, w.kv_heads,
+                                        w.width, qkv, stride, step.cos, step.sin, 0, args.in.kv_format, dtype});
     char* attended = values(team, rows * query_values, dtype);
     GqaArgs attention{};
     attention.query_heads = w.query_heads;

@@ -1,5 +1,6 @@
 // The C entry points of one instruction set: NAME(rms_norm) is cierzo_<set>_rms_norm.
 #include "abi.h"
+#include "block.h"
 #include "absorb.h"
 #include "cache_write.h"
 #include "dense.h"
@@ -41,7 +42,6 @@ EXPORT(gated_mlp, GatedMlpArgs, gated_mlp)
 EXPORT_LIGHT(route, RouteArgs, route, args->rows * args->weight->n * args->weight->k)
 EXPORT_LIGHT(group_by_expert, GroupArgs, group_by_expert, 0)
 EXPORT(pack, PackArgs, pack)
-EXPORT(pack_nvfp4, PackNvfp4Args, pack_nvfp4)
 EXPORT(expert_mlp, ExpertMlpArgs, expert_mlp)
 EXPORT_LIGHT(peaks, PeaksArgs, peaks, (args->rows - 1) * args->vocab)  // a row is one thread's
 EXPORT_LIGHT(log_probabilities, LogProbabilitiesArgs, log_probabilities, (args->rows - 1) * args->vocab)
@@ -55,5 +55,12 @@ EXPORT(write_latents, WriteLatentsArgs, write_latents)
 EXPORT(write_keys_values, WriteKeysValuesArgs, write_keys_values)
 EXPORT(mla_decode, MlaDecodeArgs, mla_decode)
 EXPORT(gqa_decode, GqaArgs, gqa_decode)
+EXPORT(mla_block, MlaBlockArgs, mla_block)
+EXPORT(gqa_block, GqaBlockArgs, gqa_block)
+EXPORT(mlp_block, MlpBlockArgs, mlp_block)
+EXPORT(moe_block, MoeBlockArgs, moe_block)
+EXPORT_LIGHT(write_normed_latents, WriteNormedLatentsArgs, write_normed_latents, args->rows * args->rank)
+EXPORT_LIGHT(rotate_and_write_keys_values, RotateAndWriteArgs, rotate_and_write_keys_values,
+             args->rows * args->query_heads * args->width)
 EXPORT(mla_absorb, MlaAbsorbArgs, mla_absorb)
 EXPORT(mla_unabsorb, MlaUnabsorbArgs, mla_unabsorb)

@@ -12,7 +12,8 @@ import hashlib
 import importlib.machinery
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")  # best first
 _BITS = {"avx2": 1, "avx512": 2, "avx512_bf16": 4}
+Observer = Callable[[str, ctypes.Structure, float], None]
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)[-.][^/]*$")
 _REBUILD = "build them again (make venv, or python setup.py build_ext --inplace)"
 
@@ -37,6 +39,7 @@ class _State:
     threads: int = 0  # 0: torch's number
     all_cpus: tuple[int, ...] = ()  # those of the process, while its threads are pinned to one each
     functions: dict[str, Any] = field(default_factory=dict)
+    observer: Observer | None = None
 
 
 _state = _State()
@@ -188,4 +191,15 @@ def call(operation: str, args: ctypes.Structure) -> None:
             raise NativeError(f"the native kernels have no {operation}; {_REBUILD}") from None
         function.argtypes = (ctypes.c_void_p, ctypes.c_int)
         _state.functions[operation] = function
-    function(ctypes.addressof(args), _state.threads or torch.get_num_threads())
+    threads = _state.threads or torch.get_num_threads()
+    if _state.observer is None:
+        function(ctypes.addressof(args), threads)
+        return
+    begin = time.perf_counter()
+    function(ctypes.addressof(args), threads)
+    _state.observer(operation, args, time.perf_counter() - begin)
+
+
+def observe(observer: Observer | None) -> None:
+    """Have `observer` told of every call from now on: operation, arguments, seconds. None: nobody any more."""
+    _state.observer = observer

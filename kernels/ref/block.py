@@ -19,18 +19,17 @@ from cierzo.kernels.ops.block import (
 
 def mla_block(x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Tensor:
     """See ops/block.py."""
-    heads, nope, rank = weights.w_uk.shape
+    heads, nope, _ = weights.w_uk.shape
     width, rope_dims = query_width(weights), rope_width(weights)
     down = linear.linear(_normed(x, residual, weights.norm, weights.eps), weights.down)
     q, kv = down.tensor_split((width,), dim=-1)
     if weights.query_up is not None and weights.query_norm is not None:
         q = linear.linear(norm.rms_norm(q, weights.query_norm, weights.latent_eps), weights.query_up)
     q = q.reshape(q.shape[0], heads, nope + rope_dims)
-    latent, rope_key = kv.tensor_split((rank,), dim=-1)
     rope.apply_rope(q, rows.cos, rows.sin, weights.interleaved, rows.query_scale)
-    rope.apply_rope(rope_key[:, None], rows.cos, rows.sin, weights.interleaved)
-    latent = norm.rms_norm(latent, weights.kv_norm, weights.latent_eps)
-    attention.write_latents(pages, rows.cache_slots, latent, rope_key)
+    attention.write_normed_latents(
+        pages, rows.cache_slots, kv, weights.kv_norm, weights.latent_eps, rows.cos, rows.sin, weights.interleaved
+    )
     return linear.linear(_attend(q, weights, rows, pages).flatten(1), weights.output)
 
 
@@ -55,10 +54,10 @@ def gqa_block(
     """See ops/block.py."""
     heads = (weights.query_heads, weights.kv_heads, weights.kv_heads)
     qkv = linear.linear(_normed(x, residual, weights.norm, weights.eps), weights.qkv)
-    q, k, v = qkv.unflatten(1, (sum(heads), -1)).split(heads, dim=1)
-    rope.apply_rope(q, rows.cos, rows.sin, interleaved=False)
-    rope.apply_rope(k, rows.cos, rows.sin, interleaved=False)
-    attention.write_keys_values(k_pages, v_pages, rows.cache_slots, k, v)
+    attention.rotate_and_write_keys_values(
+        k_pages, v_pages, rows.cache_slots, qkv, rows.cos, rows.sin, interleaved=False
+    )
+    q = qkv.unflatten(1, (sum(heads), -1))[:, : weights.query_heads]
     expanded, absorbed = q[: rows.num_expanded], q[rows.num_expanded :]
     results = []
     if len(expanded):

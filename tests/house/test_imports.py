@@ -42,6 +42,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine": EVERYTHING,  # llm, launch, cli and what they alone use
     "bench": CLIENT,
     "bench.step": (*CLIENT, *WORKER),
+    "bench.sequences": (*CLIENT, *WORKER),  # and the two that run a model by hand
+    "bench.context": (*CLIENT, *WORKER),
+    "bench.profile": (*CLIENT, *WORKER),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.peers.workers": (*CLIENT, *WORKER),
 }

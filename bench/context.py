@@ -1,0 +1,163 @@
+"""`python -m cierzo.bench.context CHECKPOINT`: what a long context costs, for one request alone.
+
+decode   one generated token after a context of synthetic cache entries, context by context. Attention's share is
+         what a step takes beyond one with hardly any context; its limit is the larger of bytes / read bandwidth
+         and operations / GEMM rate, both measured at start.
+prefill  one prompt computed in chunks: each chunk's time, and the process's memory. Both forms of a layer's cost
+         grow linearly with the context; memory must not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+from tqdm import tqdm
+
+from cierzo.bench.machine import Ceilings, measure_ceilings
+from cierzo.bench.report import make_report, write_report
+from cierzo.bench.sequences import Sequences
+from cierzo.bench.stats import median
+from cierzo.engine.config import EngineOptions, resolve
+from cierzo.engine.model.config import MlaConfig, ModelConfig
+
+BASE_CONTEXT = 32  # tokens: what a step costs without attention to speak of
+PROGRESS_AFTER_S = 2.0
+
+
+class DecodeRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds of one step at one context, and attention's rates and share of its limit."""
+
+    context: int
+    step_ms: float
+    attention_ms: float
+    gflop_per_s: float
+    gb_per_s: float
+    share: float
+
+
+class ChunkRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One chunk of a prompt: where it starts, its time, and the process's resident memory after it."""
+
+    start: int
+    tokens: int
+    ms: float
+    resident_gb: float
+
+
+def attention_work(config: ModelConfig, context: int) -> tuple[float, float]:
+    """(operations, bytes in bf16) of one generated token's attention over a context, all layers."""
+    attention = config.attention
+    if isinstance(attention, MlaConfig):
+        row = attention.kv_lora_rank + attention.qk_rope_head_dim
+        operations = 2 * config.num_heads * (row + attention.kv_lora_rank)
+    else:
+        row = 2 * attention.num_kv_heads * attention.head_dim
+        operations = 4 * config.num_heads * attention.head_dim
+    return config.num_layers * context * operations, config.num_layers * context * row * 2
+
+
+def measure_decode(
+    sequence: Sequences, config: ModelConfig, contexts: Sequence[int], ceilings: Ceilings, repeats: int
+) -> list[DecodeRow]:
+    """One row per context, each the median of `repeats` steps."""
+    sequence.fill()
+    rows = []
+    for context in tqdm(contexts, desc="decode", delay=PROGRESS_AFTER_S, leave=False, disable=None):
+        steps, bases = [], []
+        for _ in range(repeats + 1):  # the first warms up
+            bases.append(sequence.step([(BASE_CONTEXT - 1, 1)], generated=True))
+            steps.append(sequence.step([(context - 1, 1)], generated=True))
+        step_s, attention_s = median(steps[1:]), median(steps[1:]) - median(bases[1:])
+        operations, num_bytes = attention_work(config, context)
+        limit_s = max(operations / ceilings.bf16.rate, num_bytes / ceilings.read.rate) / 1e9
+        rows.append(
+            DecodeRow(
+                context=context,
+                step_ms=step_s * 1e3,
+                attention_ms=attention_s * 1e3,
+                gflop_per_s=operations / attention_s / 1e9,
+                gb_per_s=num_bytes / attention_s / 1e9,
+                share=limit_s / attention_s,
+            )
+        )
+    return rows
+
+
+def measure_prefill(sequence: Sequences, tokens: int, chunk_tokens: int) -> list[ChunkRow]:
+    """One row per chunk of one prompt."""
+    rows = []
+    for start in tqdm(
+        range(0, tokens, chunk_tokens), desc="prefill", delay=PROGRESS_AFTER_S, leave=False, disable=None
+    ):
+        count = min(chunk_tokens, tokens - start)
+        seconds = sequence.step([(start, count)], generated=False)
+        rows.append(ChunkRow(start=start, tokens=count, ms=seconds * 1e3, resident_gb=resident_gb()))
+    return rows
+
+
+def resident_gb() -> float:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize() / 1e9
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, measure, print, write JSON if asked."""
+    parser = argparse.ArgumentParser(
+        prog="cierzo.bench.context", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--decode", type=int, nargs="*", default=[], metavar="TOKENS", help="contexts to decode at")
+    parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS", help="length of the prompt")
+    parser.add_argument("--chunk-tokens", type=int, default=1024, metavar="N", help="prompt tokens of one step")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps of each context")
+    parser.add_argument("--kv-dtype", choices=("auto", "int8"), default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
+    arguments = parser.parse_args(argv)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    longest = max(*arguments.decode, arguments.prefill, BASE_CONTEXT)
+    options = EngineOptions(model=arguments.checkpoint, kv_dtype=arguments.kv_dtype)
+    layout = resolve(options).layout
+    gib = (longest + 2 * layout.block_tokens) * layout.bytes_per_token / 2**30
+    config = resolve(msgspec.structs.replace(options, max_model_len=longest, kv_cache_gib=gib))
+    ceilings = measure_ceilings()
+    sequence = Sequences(config, 1, longest)
+    decode = measure_decode(sequence, config.model, arguments.decode, ceilings, arguments.repeats)
+    prefill = measure_prefill(sequence, arguments.prefill, arguments.chunk_tokens) if arguments.prefill else []
+    print(_table(decode, prefill, ceilings))
+    if arguments.json is not None:
+        command = shlex.join(["python", "-m", "cierzo.bench.context", *(sys.argv[1:] if argv is None else argv)])
+        results = {"ceilings": ceilings, "decode": decode, "prefill": prefill}
+        write_report(
+            make_report("context", command=command, started=started, settings=vars(arguments), results=results),
+            arguments.json,
+        )
+    return 0
+
+
+def _table(decode: list[DecodeRow], prefill: list[ChunkRow], ceilings: Ceilings) -> str:
+    lines = [f"limits: {ceilings.read.rate:.1f} GB/s, {ceilings.bf16.rate:.0f} GFLOP/s"]
+    if decode:
+        lines.append(f"{'context':>9}{'step ms':>10}{'attention ms':>14}{'GFLOP/s':>9}{'GB/s':>7}{'of limit':>10}")
+    for row in decode:
+        lines.append(
+            f"{row.context:9,}{row.step_ms:10.1f}{row.attention_ms:14.1f}{row.gflop_per_s:9.0f}{row.gb_per_s:7.1f}"
+            f"{row.share:10.0%}"
+        )
+    if prefill:
+        lines.append(f"{'start':>9}{'tokens':>8}{'chunk ms':>10}{'resident GB':>13}")
+    step = max(1, len(prefill) // 16)
+    for chunk in [*prefill[:-1:step], *prefill[-1:]]:
+        lines.append(f"{chunk.start:9,}{chunk.tokens:8,}{chunk.ms:10.1f}{chunk.resident_gb:13.3f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
