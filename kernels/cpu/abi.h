@@ -224,6 +224,16 @@ struct ReadMemoryArgs {
 };
 
 // Rows of logits are `stride` apart, of results contiguous.
+// NVFP4 as checkpoints have it: codes [n, k / 2], two columns a byte, scales [n, k / 16], a global scale for each row.
+struct PackNvfp4Args {
+    const uint8_t* codes;
+    const uint8_t* scales;
+    const float* whole;
+    int64_t n, k;
+    uint8_t* target;
+    int32_t paired;
+};
+
 struct PeaksArgs {
     const float* logits;
     int64_t rows, vocab, stride;

@@ -182,6 +182,12 @@ class ReadMemoryArgs(ctypes.Structure):
     _fields_ = _fields("p: values | i64: count | p: sum")
 
 
+class PackNvfp4Args(ctypes.Structure):
+    """One expert's NVFP4 codes and scales, and where their packed form goes."""
+
+    _fields_ = _fields("p: codes scales whole | i64: n k | p: target | i32: paired")
+
+
 class PeaksArgs(ctypes.Structure):
     """As in abi.h."""
 

@@ -42,6 +42,7 @@ EXPORT(gated_mlp, GatedMlpArgs, gated_mlp)
 EXPORT_LIGHT(route, RouteArgs, route, args->rows * args->weight->n * args->weight->k)
 EXPORT_LIGHT(group_by_expert, GroupArgs, group_by_expert, 0)
 EXPORT(pack, PackArgs, pack)
+EXPORT(pack_nvfp4, PackNvfp4Args, pack_nvfp4)
 EXPORT(expert_mlp, ExpertMlpArgs, expert_mlp)
 EXPORT_LIGHT(peaks, PeaksArgs, peaks, (args->rows - 1) * args->vocab)  // a row is one thread's
 EXPORT_LIGHT(log_probabilities, LogProbabilitiesArgs, log_probabilities, (args->rows - 1) * args->vocab)

@@ -353,4 +353,36 @@ void pack(Team& team, const PackArgs& args) {
     args.dtype == DTYPE_BF16 ? pack_panels<bf16>(team, args) : pack_panels<float>(team, args);
 }
 
+// 8 codes, neighbours sharing a byte -> byte b has codes b and 4 + b.
+INLINE uint32_t octet_of(uint32_t word) {
+    const uint32_t even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;  // codes 0 2 4 6, and 1 3 5 7
+    const uint32_t first = (even & 0xff) | (odd & 0xff) << 8 | (even & 0xff00) << 8 | (odd & 0xff00) << 16;
+    const uint32_t second = (even >> 16 & 0xff) | (odd >> 8 & 0xff00) | (even >> 8 & 0xff0000) | (odd & 0xff000000);
+    return first | second << 4;
+}
+
+void pack_nvfp4(Team& team, const PackNvfp4Args& args) {
+    constexpr int64_t BYTES = Nvfp4Packer::BYTES;
+    const int64_t section = args.paired ? args.n / 2 : args.n, height = args.paired ? PANEL / 2 : PANEL;
+    const int64_t panel_bytes = Nvfp4Packer::HEADER_BYTES + divide_up(args.k, 32) * BYTES;
+    team.each(divide_up(section, height), [&](int64_t panel) {
+        uint8_t* header = args.target + panel * panel_bytes;
+        uint8_t* groups = header + Nvfp4Packer::HEADER_BYTES;
+        std::memset(header, 0, size_t(panel_bytes));
+        for (int64_t o = 0; o < PANEL; ++o) {
+            const int64_t at = panel * height + o % height, row = o / height * section + at;
+            if (at >= section) continue;
+            std::memcpy(header + 4 * o, args.whole + row, 4);
+            for (int64_t i = 0; i < args.k / 8; ++i) {
+                uint32_t word;
+                std::memcpy(&word, args.codes + row * (args.k / 2) + 4 * i, 4);
+                word = octet_of(word);
+                std::memcpy(groups + i / 4 * BYTES + i % 4 * 128 + 4 * o, &word, 4);
+            }
+            for (int64_t i = 0; i < args.k / 16; ++i)
+                groups[i / 2 * BYTES + OCTETS_BYTES + i % 2 * PANEL + o] = args.scales[row * (args.k / 16) + i];
+        }
+    });
+}
+
 }  // namespace

@@ -33,3 +33,12 @@ def pack(weight: Tensor, format: str, paired: bool, target: Tensor) -> int | Non
     )
     native.call("pack", args)
     return None if refused.value == _NONE else refused.value
+
+
+def pack_nvfp4(codes: Tensor, scales: Tensor, whole: Tensor, paired: bool, target: Tensor) -> None:
+    """codes uint8 [n, k/2], scales uint8 [n, k/16], whole float32 [n], contiguous, -> target, as nvfp4 packed."""
+    n, k = codes.shape[0], 2 * codes.shape[1]
+    args = abi.PackNvfp4Args(
+        codes.data_ptr(), scales.data_ptr(), whole.data_ptr(), n, k, target.data_ptr(), int(paired)
+    )
+    native.call("pack_nvfp4", args)
