@@ -17,6 +17,7 @@
 
 #include "abi.h"
 #include "team.h"
+#include "transpose.h"
 
 namespace {
 namespace flash {
@@ -81,37 +82,12 @@ INLINE void put(Word* panel, int64_t row, int64_t vector, F32 even, F32 odd) {
 
 // to[column][row] = from[row][column], 16 x 16.
 INLINE void transpose(const Word* from, int64_t from_stride, Word* to, int64_t to_stride) {
-#if CIERZO_AVX512
-    __m512i a[LANES], b[LANES];
+    F32 rows[LANES];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < LANES; i += 4) {  // a[i + j]: column j of each quarter, rows i to i + 3
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-        const __m512i top_even = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88);
-        const __m512i top_odd = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
-        const __m512i bottom_even = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
-        const __m512i bottom_odd = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
-        _mm512_storeu_si512(to + j * to_stride, _mm512_shuffle_i32x4(top_even, bottom_even, 0x88));
-        _mm512_storeu_si512(to + (j + 4) * to_stride, _mm512_shuffle_i32x4(top_odd, bottom_odd, 0x88));
-        _mm512_storeu_si512(to + (j + 8) * to_stride, _mm512_shuffle_i32x4(top_even, bottom_even, 0xdd));
-        _mm512_storeu_si512(to + (j + 12) * to_stride, _mm512_shuffle_i32x4(top_odd, bottom_odd, 0xdd));
-    }
-#else
-    for (int column = 0; column < LANES; ++column)
-        for (int row = 0; row < LANES; ++row) to[column * to_stride + row] = from[row * from_stride + column];
-#endif
+    for (int i = 0; i < LANES; ++i) rows[i] = as_f32(load_bits(from + i * from_stride));
+    ::transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(to + i * to_stride), rows[i]);
 }
 
 // ---- products and softmax --------------------------------------------------------------------------------------
@@ -289,7 +265,6 @@ struct Workspace {
     Word* values;
     float* scores;
     Word* rows;  // [16][key_rows]
-    float* out;  // [16][16]
 };
 
 template <class T>
@@ -358,15 +333,14 @@ struct Runner {
         for (int64_t half = 0; half <= last_lane(panel) % PANEL; half += LANES) {
             const F32 inverse = set(1.0f) / load(lanes.totals + half);
             for (int64_t dim = 0; dim < shape().value_width; dim += LANES) {
-                float* block = lanes.sums + dim * PANEL + half;
-                for (int64_t i = 0; i < LANES; ++i) store(block + i * PANEL, load(block + i * PANEL) * inverse);
-                transpose(reinterpret_cast<Word*>(block), PANEL, reinterpret_cast<Word*>(work.out), LANES);
+                F32 block[LANES];
+                for (int64_t i = 0; i < LANES; ++i) block[i] = load(lanes.sums + (dim + i) * PANEL + half) * inverse;
+                ::transpose(block);
                 const int width = int(smaller(LANES, shape().value_width - dim));
                 for (int64_t i = 0; i < smaller(LANES, item.lanes - panel * PANEL - half); ++i) {
                     const int64_t lane = panel * PANEL + half + i;
                     const int64_t row = batch_row(lane) * problem.heads * problem.group + query_head(head, lane);
-                    store(static_cast<T*>(problem.out) + row * shape().value_width + dim,
-                          load(work.out + i * LANES), width);
+                    store(static_cast<T*>(problem.out) + row * shape().value_width + dim, block[i], width);
                 }
             }
         }
@@ -452,8 +426,7 @@ void run(Team& team, const Problem& problem, Source& source) {
                          team.own_scratch<Word>(shape.keys_words()),
                          team.own_scratch<Word>(shape.values_words<T>()),
                          team.own_scratch<float>(BLOCK * PANEL),
-                         team.own_scratch<Word>(LANES * shape.key_rows),
-                         team.own_scratch<float>(LANES * LANES)};
+                         team.own_scratch<Word>(LANES * shape.key_rows)};
     team.barrier();
     team.each(count + 1, [&](int64_t i) {
         if (i < count) return Runner<T>{problem, items[i], work}.run(source);
