@@ -1,9 +1,10 @@
 """Does an engine compute this model? Its next-token distributions against transformers' in float32.
 
 Sequences of random tokens are forced upon every engine. At each position three things are compared:
-- top 1: whether its likeliest next token is the one that transformers has there. Random weights give flat logits,
-  and bf16 rounds the two best ones to a tie now and then, so no engine in bf16 reaches 100 %;
-- clear: the same over the positions where transformers' best is ahead of its second by more than `CLEAR_NATS`;
+- top 1: whether its likeliest next token is the one that transformers has there. Random weights give flat logits
+  (on small4-mini the best token leads the second by less than 0.1 nats at half of the positions), so that rounding
+  to bf16 alone changes the first place now and then: transformers' own bf16 reaches 89 % there;
+- near: whether transformers gives that token at most `NEAR_NATS` less than its best, which tells ties from errors;
 - RMS: of the difference in log-probability, over the engine's `COUNT` likeliest tokens of every position.
 The softmax scale is the makers' (`apply_scale` false) on both sides.
 """
@@ -25,7 +26,7 @@ from cierzo.bench.peers.transformers import worker
 from cierzo.bench.traces import random_prompt
 
 COUNT = 20
-CLEAR_NATS = 0.05
+NEAR_NATS = 0.1
 LIMIT_PERCENT = 95.0
 SEED = 765_432
 FILE = "logprobs.npy"
@@ -33,13 +34,12 @@ Table = NDArray[np.float32]
 
 
 class Agreement(msgspec.Struct, frozen=True):
-    """Percent, percent and nats; `positions` in all, `clear_positions` among them."""
+    """Two shares of the positions in percent, and the RMS in nats."""
 
     top1_percent: float
-    clear_percent: float
+    near_percent: float
     rms_logprob: float
     positions: int
-    clear_positions: int
 
 
 def sequences(cell: Cell, vocab_size: int) -> list[list[int]]:
@@ -71,15 +71,12 @@ def compare(found: Logprobs, table: Table) -> Measured:
         raise ValueError(f"{[len(sequence) for sequence in found]} positions instead of {table.shape[:2]}")
     top = np.array(found)  # [sequence, position, rank, (token, log-probability)]
     tokens = top[..., 0].astype(np.int64)
-    difference = top[..., 1] - np.take_along_axis(table, tokens, axis=-1)
-    second, best = np.sort(np.partition(table, -2, axis=-1)[..., -2:], axis=-1).transpose(2, 0, 1)
-    equal = tokens[..., 0] == table.argmax(axis=-1)
-    clear = best - second > CLEAR_NATS
+    theirs = np.take_along_axis(table, tokens, axis=-1)
+    behind = table.max(axis=-1) - theirs[..., 0]  # what transformers gives its own choice more than the engine's
     agreement = Agreement(
-        top1_percent=100 * float(equal.mean()),
-        clear_percent=100 * float(equal[clear].mean()) if clear.any() else 100.0,
-        rms_logprob=float(np.sqrt(np.mean(difference**2))),
-        positions=int(equal.size),
-        clear_positions=int(clear.sum()),
+        top1_percent=100 * float(np.mean(tokens[..., 0] == table.argmax(axis=-1))),
+        near_percent=100 * float(np.mean(behind <= NEAR_NATS)),
+        rms_logprob=float(np.sqrt(np.mean((top[..., 1] - theirs) ** 2))),
+        positions=behind.size,
     )
     return Measured(agreement.top1_percent, agreement)

@@ -19,7 +19,10 @@ SMALL4_OVER_SMALL3 = ("small4", "small3")
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine in one cell. `rounds` and `values` go together; `roof` in the cell's unit; `error` if none ran."""
+    """One engine in one cell. `rounds` and `values` go together; `roof` in the cell's unit; `error` if none ran.
+
+    `note`: what the figure does not say: how near an agreement is, how many requests got no answer.
+    """
 
     checkpoint: str
     engine: str
@@ -30,6 +33,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     median: float | None = None
     spread: float | None = None
     roof: float | None = None
+    note: str = ""
     error: str = ""
 
 
@@ -72,10 +76,20 @@ def rows(
                         median=median(list(values.values())) if values else None,
                         spread=spread(list(values.values())) if values else None,
                         roof=limit,
+                        note=_note(samples, checkpoint, cell, engine),
                         error="" if values else error,
                     )
                 )
     return found
+
+
+def _note(samples: Samples, checkpoint: Checkpoint, cell: Cell, engine: Engine) -> str:
+    raws = [sample.raw for sample in samples.of(checkpoint.name, cell, engine.name) if sample.value is not None]
+    if cell.kind == "agreement" and raws:
+        return f"near {raws[-1]['near_percent']:.1f} %, RMS {raws[-1]['rms_logprob']:.4f} nats"
+    if cell.kind == "served" and (lost := sum(sum(raw["errors"].values()) for raw in raws)):
+        return f"{lost} of {len(raws) * cell.requests} requests got no answer"
+    return ""
 
 
 def ratios(

@@ -1,4 +1,4 @@
-"""The figures as text: a table for each checkpoint, then the ratios, then what could not be measured."""
+"""The figures as text: a table for each checkpoint, then the ratios, notes, and what could not be measured."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ def table(rows: Sequence[Row], ratios: Sequence[Ratio], cells: Sequence[Cell], e
     parts = [_checkpoint_table(name, rows, cells, engines) for name in _distinct(row.checkpoint for row in rows)]
     if ratios:
         parts.append("\n".join(["times as good (median of paired rounds)", *map(_ratio_line, ratios)]))
+    notes = [f"{row.checkpoint} {row.engine} {row.cell}: {row.note}" for row in rows if row.note]
+    if notes:
+        parts.append("\n".join(["notes", *notes]))
     failed = [f"{row.checkpoint} {row.engine} {row.cell}: {row.error}" for row in rows if row.error]
     if failed:
         parts.append("\n".join(["not measured", *failed]))

@@ -161,3 +161,23 @@ def test_bad_options_are_refused(words: tuple[str, ...], capsys: pytest.CaptureF
         _parse(*words)
     assert ended.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_prompts_may_share_their_beginning(clients: list[ScriptedClient]) -> None:
+    settings = LoadSettings(rpc="unix:/nowhere", requests=5, concurrency=1, input_tokens=8, shared_tokens=6)
+    asyncio.run(run_load(settings))
+    prompts = [request["token_ids"] for request in clients[0].requests]
+    assert {len(prompt) for prompt in prompts} == {8}
+    assert len({tuple(prompt[:6]) for prompt in prompts}) == 1
+    assert len({tuple(prompt[6:]) for prompt in prompts}) > 1
+    with pytest.raises(ConfigError, match="shared_tokens must be 0 to 7, got 8"):
+        asyncio.run(run_load(msgspec.structs.replace(settings, shared_tokens=8)))
+
+
+def test_another_protocol_brings_its_own_connection(clients: list[ScriptedClient]) -> None:
+    async def connect(address: str) -> ScriptedClient:
+        return await ScriptedClient.connect("unix:/nowhere")
+
+    settings = LoadSettings(rpc="http://elsewhere", requests=3, concurrency=2, input_tokens=4)
+    assert asyncio.run(run_load(settings, connect)).answered == 3
+    assert clients[0].closed

@@ -1,0 +1,133 @@
+"""What is made of a checkpoint for a peer: the same weights under other names, and kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cierzo.bench.peers import environments, mistral_native
+from cierzo.bench.peers.kept import kept
+from cierzo.bench.peers.llamacpp import converter_config
+from cierzo.bench.peers.process import WORKERS
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.weights.make import make_checkpoint
+from cierzo.engine.weights.shapes import shape_of
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In several shards."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    return make_checkpoint(folder, like="small4", scale="tiny", max_shard_bytes=2_000_000)
+
+
+def test_the_native_layout_has_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
+    mistral_native.convert(checkpoint, tmp_path)
+    index = json.loads((tmp_path / "consolidated.safetensors.index.json").read_text())["weight_map"]
+    native: dict[str, torch.Tensor] = {}
+    for path in sorted(tmp_path.glob("*.safetensors")):
+        part = load_file(path)
+        assert all(index[name] == path.name for name in part)
+        native |= part
+    theirs: dict[str, torch.Tensor] = {}
+    for path in checkpoint.glob("*.safetensors"):
+        theirs |= load_file(path)
+    assert len(list(checkpoint.glob("*.safetensors"))) > 1
+    assert set(index) == set(native)
+    assert sum(t.numel() for t in native.values()) == sum(t.numel() for t in theirs.values())
+    gate_up = theirs["model.layers.1.mlp.experts.gate_up_proj"]
+    width = gate_up.shape[1] // 2
+    for expert in (0, 3, gate_up.shape[0] - 1):
+        name = f"layers.1.experts.{expert}"
+        assert torch.equal(native[f"{name}.w1.weight"], gate_up[expert, :width])
+        assert torch.equal(native[f"{name}.w3.weight"], gate_up[expert, width:])
+        down = theirs["model.layers.1.mlp.experts.down_proj"][expert]
+        assert torch.equal(native[f"{name}.w2.weight"], down)
+    assert torch.equal(
+        native["layers.2.attention.wkv_b.weight"], theirs["model.layers.2.self_attn.kv_b_proj.weight"]
+    )
+    assert torch.equal(native["output.weight"], theirs["lm_head.weight"])
+
+
+def test_params_leave_the_magnitude_term_out() -> None:
+    params = mistral_native.params(shape_of("small4", "mini").config("bfloat16"))
+    assert params["yarn"]["apply_scale"] is False
+    assert (params["moe"]["num_experts"], params["moe"]["expert_hidden_dim"]) == (128, 512)
+    assert params["llama_4_scaling"] == {"original_max_position_embeddings": 8192, "beta": 0.1}
+
+
+def test_an_unknown_tensor_is_named() -> None:
+    with pytest.raises(KeyError, match=r"model\.layers\.0\.extra"):
+        dict(mistral_native._native({"model.layers.0.extra": {}}))
+
+
+def test_llama_cpps_converter_gets_a_factor_that_cancels_its_own() -> None:
+    """It multiplies cos and sin by m A and the scale by (m A)^2, m = 1 + 0.1 ln 128: A must be 1 / m."""
+    config = shape_of("small4", "mini").config("bfloat16")
+    changed = converter_config(config)
+    assert changed["architectures"] == ["Mistral3ForConditionalGeneration"]
+    assert changed["gguf_attention_factor"] * (1 + 0.1 * math.log(128)) == pytest.approx(1)
+    assert not [name for name in changed["rope_parameters"] if name.startswith("mscale")]
+    dense = shape_of("small3", "mini").config("bfloat16")
+    assert converter_config(dense) == dense
+
+
+def test_what_was_made_is_kept_until_its_source_changes(checkpoint: Path, tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "file").write_text(str(len(made)))
+
+    target = tmp_path / "target"
+    for recipe, count in ((1, 1), (1, 1), (2, 2)):
+        assert (kept(target, checkpoint, recipe, make) / "file").read_text() == str(count)
+    other = make_checkpoint(tmp_path / "other", like="small3", scale="tiny")
+    assert (kept(target, other, 2, make) / "file").read_text() == "3"
+
+
+def test_what_could_not_be_finished_is_not_kept(checkpoint: Path, tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise RuntimeError("disk full")
+
+    target = tmp_path / "target"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="disk full"):
+            kept(target, checkpoint, 1, fail)
+        assert not target.exists()
+
+
+def test_environments_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str]) -> None:
+        commands.append(command)
+        (tmp_path / "transformers").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(environments, "_run", run)
+    with pytest.raises(ConfigError, match="make peers"):
+        environments.python("transformers", tmp_path)
+    environments.build("transformers", tmp_path, torch_index="https://index.example")
+    packages = [command[command.index("install") + 1 :] for command in commands if "install" in command]
+    assert packages[0] == ["--index-url", "https://index.example", environments.TORCH], "torch first and alone"
+    assert "transformers==5.23.0" in packages[1]
+    assert environments.python("transformers", tmp_path) == tmp_path / "transformers" / "bin" / "python"
+    commands.clear()
+    environments.build("transformers", tmp_path)
+    assert commands == []
+
+
+@pytest.mark.parametrize("path", sorted(WORKERS.glob("*.py")), ids=lambda path: path.name)
+def test_scripts_for_other_environments_need_nothing_of_ours(path: Path) -> None:
+    """Only our own backend may import this package."""
+    if path.name != "cierzo_backend.py":
+        assert "cierzo" not in path.read_text()
+    subprocess.run([sys.executable, "-m", "py_compile", str(path)], check=True, capture_output=True)
