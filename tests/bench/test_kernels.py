@@ -73,6 +73,14 @@ def test_cold_weights_fill_more_than_a_cache() -> None:
     assert len(make.cold(lambda: (make.matrix(32, 64),))) == (1 << 14) // (32 * 64 * 2) + 1
 
 
+def test_weights_are_used_in_turn() -> None:
+    seen: list[int] = []
+    run = kernels._runner(seen.append, Call([(0,), (1,), (2,)], 0))
+    run(4)
+    run(3)
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
 def test_the_ceiling_is_the_longer_of_bytes_and_operations() -> None:
     assert kernels.least_seconds(Call([], 10**10), ROOF, "bf16") == 1.0
     assert kernels.least_seconds(Call([], 10**10, 10**12), ROOF, "bf16") == 10.0

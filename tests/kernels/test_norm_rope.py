@@ -57,6 +57,12 @@ def test_a_row_is_normed_alike_alone_and_in_any_company(instruction_set: str, dt
         assert torch.equal(norm.rms_norm(x[row : row + 1], weight, 1e-6)[0], together[row])
 
 
+def test_a_row_is_rounded_before_it_meets_the_weight(instruction_set: str) -> None:
+    """transformers' order: in bf16 1 / sqrt(1.9) is 0.7265625, times 1.5 is 1.09375; in one go it is 1.0859375."""
+    x, weight = torch.ones(1, 80).bfloat16(), torch.full((80,), 1.5).bfloat16()
+    assert norm.rms_norm(x, weight, 0.9).tolist() == [[1.09375] * 80]
+
+
 def test_a_residual_too_large_for_its_square_and_a_row_of_zeros(instruction_set: str) -> None:
     x, weight = torch.zeros(2, 40), torch.ones(40)
     x[0] = 1e25
