@@ -83,7 +83,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_torch("moe", "route", "expert_mlp"),
     *_torch("moe", "group_by_expert", exact=True),
     *_native("attention", "write_latents", "write_keys_values", "mla_decode", "gqa_decode"),
-    *_native("latents", "write_normed_latents", "rotate_and_write_keys_values"),
+    *_native("attention", "write_normed_latents", "rotate_and_write_keys_values"),
     *_torch("attention", "write_latents", "write_keys_values", "rotate_and_write_keys_values", exact=True),
     *_torch("attention", "write_normed_latents"),
     *_native("attention", "mla_prefill", "gqa_prefill"),

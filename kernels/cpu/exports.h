@@ -8,6 +8,7 @@
 #include "gemm.h"
 #include "gqa_decode.h"
 #include "gqa_prefill.h"
+#include "latents.h"
 #include "mla_decode.h"
 #include "mla_prefill.h"
 #include "memory.h"
@@ -52,16 +53,16 @@ EXPORT_LIGHT(apply_penalties, PenaltiesArgs, apply_penalties, args->entries)
 EXPORT(mla_prefill, MlaPrefillArgs, mla_prefill)
 EXPORT(gqa_prefill, GqaArgs, gqa_prefill)
 EXPORT(read_memory, ReadMemoryArgs, read_memory)
-EXPORT(write_latents, WriteLatentsArgs, write_latents)
-EXPORT(write_keys_values, WriteKeysValuesArgs, write_keys_values)
+EXPORT_LIGHT(write_latents, WriteLatentsArgs, write_latents, args->rows * (args->rank + args->rope))
+EXPORT_LIGHT(write_keys_values, WriteKeysValuesArgs, write_keys_values, args->rows * args->heads * args->width * 2)
 EXPORT(mla_decode, MlaDecodeArgs, mla_decode)
 EXPORT(gqa_decode, GqaArgs, gqa_decode)
 EXPORT(mla_block, MlaBlockArgs, mla_block)
 EXPORT(gqa_block, GqaBlockArgs, gqa_block)
 EXPORT(mlp_block, MlpBlockArgs, mlp_block)
 EXPORT(moe_block, MoeBlockArgs, moe_block)
-EXPORT_LIGHT(write_normed_latents, WriteNormedLatentsArgs, write_normed_latents, args->rows * args->rank)
-EXPORT_LIGHT(rotate_and_write_keys_values, RotateAndWriteArgs, rotate_and_write_keys_values,
-             args->rows * args->query_heads * args->width)
 EXPORT(mla_absorb, MlaAbsorbArgs, mla_absorb)
 EXPORT(mla_unabsorb, MlaUnabsorbArgs, mla_unabsorb)
+EXPORT_LIGHT(write_normed_latents, WriteNormedLatentsArgs, write_normed_latents, args->rows * (args->rank + args->rope))
+EXPORT_LIGHT(rotate_and_write_keys_values, RotateAndWriteArgs, rotate_and_write_keys_values,
+             args->rows * (args->query_heads + 2 * args->kv_heads) * args->width)

@@ -15,7 +15,7 @@ from cierzo.kernels.cpu import native
 from cierzo.kernels.ops import attention, norm, rope
 from cierzo.kernels.registry import bind, operations
 
-KINDS = ["torch"]
+KINDS = ["torch", *(f"native-{name}" for name in native.available())]
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = 1e-6
 
