@@ -74,6 +74,15 @@ def test_a_large_vocabulary_on_two_threads(instruction_set: str) -> None:
         assert torch.equal(ops.draw(logits, *changed), ref.draw(logits.contiguous(), *changed))
 
 
+def test_top_p_counts_what_top_k_left(instruction_set: str) -> None:
+    """Flat rows of which top-k keeps more than half: half of that mass is far less than half of the row's."""
+    logits = torch.randn(64, 400, generator=torch.Generator().manual_seed(6)) * 0.1
+    parameters = random_parameters(random.Random(2), 64)
+    for values, wanted in zip(parameters[:4], (1.0, 250, 0.5, 0.0), strict=True):
+        values.fill_(wanted)
+    assert torch.equal(ops.draw(logits, *parameters), ref.draw(logits, *parameters))
+
+
 def test_largest_tokens_and_peaks_are_the_references(instruction_set: str) -> None:
     draw = random.Random(5)
     native.set_threads(2)
