@@ -114,19 +114,18 @@ def route_of(tokens: int, experts: int, slots: int, popular: int) -> tuple[Tenso
 
 
 class Experts:
-    """Weights of 9 odd experts, of which two hold NaN, and of a shared one."""
+    """Weights of odd experts, of which the last two hold NaN, and of a shared one."""
 
-    hidden, width, shared_width, count = 67, 23, 41, 9
-
-    def __init__(self, format: str, dtype: torch.dtype) -> None:
-        of = (format, dtype)
+    def __init__(self, format: str, dtype: torch.dtype, hidden: int = 67, width: int = 23, count: int = 9) -> None:
+        of, shared_width = (format, dtype), width + 18
         random = torch.Generator().manual_seed(3)
-        gate_up = torch.randn(self.count, 2 * self.width, self.hidden, generator=random).to(dtype) / 8
-        down = torch.randn(self.count, self.hidden, self.width, generator=random).to(dtype) / 5
+        gate_up = torch.randn(count, 2 * width, hidden, generator=random).to(dtype) * hidden**-0.5
+        down = torch.randn(count, hidden, width, generator=random).to(dtype) * width**-0.5
         gate_up[-2:], down[-2:] = math.nan, math.nan
+        self.hidden, self.count = hidden, count
         self.gate_up, self.down = pack(gate_up, *of, paired=True), pack(down, *of)
-        self.shared_gate_up = packed_weights(*of, 2 * self.shared_width, self.hidden, paired=True, seed=5)
-        self.shared_down = packed_weights(*of, self.hidden, self.shared_width, seed=6)
+        self.shared_gate_up = packed_weights(*of, 2 * shared_width, hidden, paired=True, seed=5)
+        self.shared_down = packed_weights(*of, hidden, shared_width, seed=6)
 
     def run(self, x: Tensor, ids: Tensor, weights: Tensor, shared: bool) -> Tensor:
         groups = moe.group_by_expert(ids, self.count)
@@ -169,6 +168,22 @@ def test_a_token_has_its_bits_alone_and_in_any_company(
         own = experts.run(x[rows], ids[rows], weights[rows], shared=True)
         assert torch.equal(own, whole[rows])
         assert torch.equal(own, spoiled[rows])
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("float32", F32), ("bf16", BF16)])
+def test_more_rows_than_stay_in_the_cache(instruction_set: str, format: str, dtype: torch.dtype) -> None:
+    tokens, hidden = 230, 3001  # blocks of about 100 rows
+    x, weight = rows_of(tokens, hidden, dtype), packed_weights(format, dtype, 40, hidden)
+    whole = linear.lm_head(x, weight)
+    near(whole, x.double() @ unpack(weight, torch.float64).T, F32)
+    experts = Experts(format, dtype, hidden, width=11, count=5)
+    ids, weights = torch.tensor([[2, 0]]).expand(tokens, 2), torch.full((tokens, 2), 0.5)
+    mixed = experts.run(x, ids, weights, shared=True)
+    for rows in (slice(0, 1), slice(95, 97), slice(100, 230)):
+        assert torch.equal(linear.lm_head(x[rows], weight), whole[rows])
+        assert torch.equal(experts.run(x[rows], ids[rows], weights[rows], shared=True), mixed[rows])
+    few = slice(150, 156)
+    near(mixed[few], experts.expected(x[few], ids[few], weights[few], shared=True), dtype)
 
 
 def test_packed_weights_in_the_wrong_order_are_refused() -> None:
