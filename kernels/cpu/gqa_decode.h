@@ -155,9 +155,10 @@ struct HeadAttention {
                     values_ahead = {v.at(next), head_bytes};
                 }
                 for (int64_t r = 0; r < work.rows; r += group) {
-                    const int64_t tokens = smaller(end - start, smaller(HEAD_CHUNK, rows.sees(work.first + r) - start));
+                    const int64_t tokens = smaller(smaller(HEAD_CHUNK, end - start), rows.sees(work.first + r) - start);
                     const int64_t i = head * work.rows + r;
-                    if (tokens > 0) step(queries + i * padded, tokens, scale, keys_ahead, values_ahead, partial + i * floats);
+                    if (tokens > 0)
+                        step(queries + i * padded, tokens, scale, keys_ahead, values_ahead, partial + i * floats);
                     keys_ahead.bytes = values_ahead.bytes = 0;
                 }
             }
@@ -200,12 +201,14 @@ struct HeadAttention {
             with_heads(group - r, [&](auto count) {
                 constexpr int ROWS = count.value, FEW = Steps::VECTORS;
                 float* out = partial + r * floats + 2 * LANES;
-                const Value* w = weights + r * HEAD_CHUNK;
+                const Value* row_weights = weights + r * HEAD_CHUNK;
                 int64_t i = 0;
                 for (; i + HEAD_VECTORS * LANES <= padded; i += HEAD_VECTORS * LANES)
-                    add_values<Steps, ROWS, HEAD_VECTORS>(values, tokens, width, i, w, factors + r, values_ahead, out, floats);
+                    add_values<Steps, ROWS, HEAD_VECTORS>(values, tokens, width, i, row_weights, factors + r,
+                                                          values_ahead, out, floats);
                 for (; i < padded; i += FEW * LANES)
-                    add_values<Steps, ROWS, FEW>(values, tokens, width, i, w, factors + r, values_ahead, out, floats);
+                    add_values<Steps, ROWS, FEW>(values, tokens, width, i, row_weights, factors + r, values_ahead, out,
+                                                 floats);
                 values_ahead.bytes = 0;
             });
     }
@@ -220,7 +223,8 @@ struct HeadAttention {
             store(row + t, score);
             peaks = max(peaks, keep(score, int(tokens - t), set(LOWEST)));
         }
-        const F32 before = load(state), largest = max(before, peak_everywhere(peaks)), factor = power(before - largest);
+        const F32 before = load(state), largest = max(before, peak_everywhere(peaks));
+        const F32 factor = power(before - largest);
         F32 total = load(state + LANES) * factor;
         for (int64_t t = 0; t < tokens; t += LANES) {
             F32 weight = keep(power(load(row + t) - largest), int(tokens - t), zero());
@@ -273,7 +277,7 @@ void gqa_decode_with(Team& team, const GqaArgs& args) {
         together = 1;
     }
     HeadAttention<Steps, T> attention(team, together, group, width);
-    const int64_t apart = together * group * QUERIES_EACH * attention.floats;
+    const int64_t apart = together * plan.most_rows * attention.floats;
     run_plan(
         team, plan, apart, together,
         [&](const Work& work, int64_t split, float* partial) {

@@ -1,12 +1,12 @@
-// Attention for many rows that share their keys and values: 16 rows are the 16 lanes of a vector.
+// MLA decode's arithmetic: 16 rows, (query row, head) pairs that share keys and values, are the 16 lanes of a vector.
 //
-//     scores    lanes += q[cell] * key[token][cell]           q packed as [cell][16 rows], the key's cell repeated
-//     weights   exp(score - largest so far), lane by lane
-//     output    lanes += weight[token] * value[token][i]      one vector for each i, the value repeated
+//     scores    lanes += q[cell] * key[token][cell]         q packed as [cell][16 rows], the key's cell repeated
+//     weights   2^(score - largest so far), lane by lane
+//     output    lanes += weight[token] * value[token][i]    a vector of rows for each value i, the value repeated
 //
-// So no step mixes rows, and none needs its lanes transposed: a row's bits cannot depend on the others. A cell is
-// the 4 bytes that are repeated: two bf16 where the CPU multiplies pairs, else a float; for the output the pair is of
-// two neighbouring tokens, interleaved once for all rows. Tokens are taken CHUNK at a time with a running maximum.
+// So no step mixes rows and nothing is added up across lanes: a row's bits cannot depend on the others. For the output
+// a cell is of two neighbouring tokens where the CPU multiplies pairs; they are interleaved once for all rows. Tokens
+// are taken CHUNK at a time, with a running maximum.
 #pragma once
 
 #include "split.h"
@@ -24,46 +24,54 @@ constexpr int TILE = 16;  // sums held in registers
 constexpr int TILE = 4;
 #endif
 
+// What all heads attend to: the key is a cached row, the value is the latent that it starts with.
+template <class T>
+struct Latents {
+    CachedRows rows;
+    int64_t rank, rope;
+
+    INLINE int64_t width() const { return rank + rope; }
+    template <class Value>
+    INLINE void copy(int64_t position, Value* target) const {
+        const uint8_t* row = rows.at(position);
+        copy_run(latent_of<T>(row, rank, rope), rank, target);
+        copy_run(rope_key_of<T>(row, rank, rope), rope, target + rank);
+    }
+};
+
 // A chunk of tokens as the steps want it. Keys are read where they lie, four at a time, if a block holds all four in
 // the steps' own type; else they are copied. Values are interleaved.
-template <class Steps>
+template <class Steps, class T>
 struct Chunk {
     using Value = typename Steps::Value;
-    const Value* quads[CHUNK / 4];
-    const Value* found[CHUNK + 1];  // values of each token
-    int64_t key_stride;    // values from key to key
-    int64_t value_cells;   // of a token, padded
-    Value* copies;         // [CHUNK][key_stride]
-    Value* values;         // [CHUNK / PACK][value_cells][PACK]
-    Value* zeros;          // of a token that is not there
+    bool direct;
     int64_t tokens;
+    int64_t key_stride;             // values from key to key
+    int64_t value_cells;            // of a token, padded to what one vector of each token gives
+    const Value* quads[CHUNK / 4];  // keys of tokens 4 i .. 4 i + 3
+    const Value* found[CHUNK];      // values of each token
+    Value* copies;                  // [CHUNK][key_stride]
+    Value* values;                  // [CHUNK / PACK][value_cells][PACK]
+    Value* zeros;                   // of a token that is not there
 
-    template <class Memory>
-    Chunk(Team& team, const Memory& memory) {
-        key_stride = memory.stride_bytes() / int64_t(sizeof(Value));
-        if (!direct(memory)) key_stride = divide_up(memory.key_width(), LANES) * LANES;
-        value_cells = divide_up(memory.value_width(), 32) * 32;
+    Chunk(Team& team, int64_t rank, int64_t rope) {
+        const int64_t width = rank + rope;
+        direct = std::is_same<T, Value>::value && width % Steps::PACK == 0;
+        key_stride = direct ? width : divide_up(width, LANES) * LANES;
+        value_cells = divide_up(rank, LANES * Steps::PACK) * LANES * Steps::PACK;
         copies = team.own_scratch<Value>(CHUNK * key_stride);
         values = team.own_scratch<Value>(CHUNK * value_cells);
-        zeros = team.own_scratch<Value>(memory.value_width());
-        std::memset(zeros, 0, size_t(memory.value_width()) * sizeof(Value));
-    }
-
-    template <class Memory>
-    static INLINE bool direct(const Memory& memory) {
-        return std::is_same<typename Memory::Cached, Value>::value && memory.key_width() % Steps::PACK == 0;
+        zeros = team.own_scratch<Value>(rank);
+        std::memset(zeros, 0, size_t(rank) * sizeof(Value));
     }
 
     // Tokens first .. first + count - 1. Not every row sees those from first + guarded on.
-    template <class Memory>
-    INLINE void read(const Memory& memory, int64_t first, int64_t count, int64_t guarded) {
+    INLINE void read(const Latents<T>& memory, int64_t first, int64_t count, int64_t guarded) {
         tokens = count;
         for (int64_t t = 0; t < count; t += 4) {
-            const bool whole = t + 4 <= smaller(count, guarded);
-            if (direct(memory) && whole && memory.together(first + t) >= 4) {
-                const Value* keys = reinterpret_cast<const Value*>(memory.key_at(first + t));
-                quads[t / 4] = keys;
-                for (int i = 0; i < 4; ++i) found[t + i] = keys + i * key_stride;
+            if (direct && t + 4 <= smaller(count, guarded) && memory.rows.together(first + t) >= 4) {
+                quads[t / 4] = reinterpret_cast<const Value*>(memory.rows.at(first + t));
+                for (int i = 0; i < 4; ++i) found[t + i] = quads[t / 4] + i * key_stride;
                 continue;
             }
             quads[t / 4] = copies + t * key_stride;
@@ -73,34 +81,35 @@ struct Chunk {
         for (int64_t quad = divide_up(count, 4); quad < divide_up(count, TILE) * (TILE / 4); ++quad)
             quads[quad] = quads[0];  // scores that nobody asks for
     }
-    // Values of TILE tokens from `first` on.
-    INLINE void interleave(int64_t first, int64_t width) {
-        for (int64_t t = first; t < smaller(first + TILE, tokens); t += Steps::PACK)
-            for (int64_t i = 0; i < width; i += LANES * Steps::PACK) {
-                F32 rows[Steps::PACK], vectors[Steps::VECTORS];
-                for (int token = 0; token < Steps::PACK; ++token) rows[token] = Steps::cells(found[t + token] + i, width - i);
-                Steps::interleave(rows, vectors);
-                for (int v = 0; v < Steps::VECTORS; ++v)
-                    store(reinterpret_cast<float*>(values + t * value_cells + i * Steps::PACK) + v * LANES, vectors[v]);
-            }
-    }
 
-    // Where a row does not see a token, weight zero times a value that is not finite would be NaN. Rows that see such
-    // a token get their NaN from its key instead.
-    template <class Memory>
-    INLINE const Value* copy(const Memory& memory, int64_t position, Value* key, bool guarded) {
-        const int64_t width = memory.key_width();
-        for (int64_t i = width; i < divide_up(width, Steps::PACK) * Steps::PACK; ++i) narrow_to(key + i, 0);
-        memory.copy_key(position, key);
-        if (!guarded || finite(key, memory.value_width())) return key;
+    // Copies a key, and says where its value is. Where a row does not see a token, its weight of zero times a value
+    // that is not finite would be NaN: such a value is taken for zero, and rows that see it get NaN from the key.
+    INLINE const Value* copy(const Latents<T>& memory, int64_t position, Value* key, bool guarded) const {
+        const int64_t width = memory.width();
+        std::memset(key + width, 0, size_t(key_stride - width) * sizeof(Value));
+        memory.copy(position, key);
+        if (!guarded || finite(key, memory.rank)) return key;
         for (int64_t i = 0; i < width; ++i) narrow_to(key + i, __builtin_nanf(""));
         return zeros;
     }
-    static INLINE bool finite(const Value* values, int64_t width) {
+    static INLINE bool finite(const Value* values, int64_t count) {
         F32 poison = zero();
-        for (int64_t i = 0; i < width; i += LANES)
-            poison = fma(load(values + i, int(smaller(LANES, width - i))), zero(), poison);
+        for (int64_t i = 0; i < count; i += LANES)
+            poison = fma(load(values + i, int(smaller(LANES, count - i))), zero(), poison);
         return sum(poison) == 0;
+    }
+
+    // The values of TILE tokens from `first` on.
+    INLINE void interleave(int64_t first, int64_t rank) {
+        for (int64_t t = first; t < smaller(first + TILE, tokens); t += Steps::PACK) {
+            float* cells = reinterpret_cast<float*>(values + t * value_cells);
+            for (int64_t i = 0; i < rank; i += LANES * Steps::PACK) {
+                F32 rows[Steps::PACK], vectors[Steps::VECTORS];
+                for (int p = 0; p < Steps::PACK; ++p) rows[p] = Steps::cells(found[t + p] + i, rank - i);
+                Steps::interleave(rows, vectors);
+                for (int v = 0; v < Steps::VECTORS; ++v, cells += LANES) store(cells, vectors[v]);
+            }
+        }
     }
 };
 
@@ -146,7 +155,13 @@ struct State {
     INLINE float* largest() const { return at; }
     INLINE float* total() const { return at + LANES; }
     INLINE float* out() const { return at + 2 * LANES; }
-    static INLINE int64_t floats(int64_t value_width) { return (2 + divide_up(value_width, LANES) * LANES) * LANES; }
+    static INLINE int64_t floats(int64_t values) { return (2 + divide_up(values, LANES) * LANES) * LANES; }
+
+    INLINE void clear(int64_t floats) {  // of rows that see nothing; with 0 floats the output is left for later
+        store(largest(), set(LOWEST));
+        store(total(), zero());
+        if (floats > 0) std::memset(out(), 0, size_t(floats - 2 * LANES) * sizeof(float));
+    }
 };
 
 // Scores -> weights, cells [tokens / PACK][16 rows]. Returns what earlier output is to be multiplied with. A row sees
@@ -192,84 +207,87 @@ INLINE void output_tile(const typename Steps::Value* weights, const typename Ste
     for (int i = 0; i < TILE; ++i) store(out + i * LANES, sums[i]);
 }
 
-// One thread's part of the attention of lanes to a memory: its scratch, and one split at a time.
-template <class Steps, class Memory>
+// One thread's part: its scratch, and one split of some work at a time.
+template <class Steps, class T>
 struct LaneAttention {
     using Value = typename Steps::Value;
-    int64_t cells, floats;  // of a packed query; of a partial result
-    Chunk<Steps> chunk;
+    int64_t rank, rope;
+    int64_t cells, floats;  // of a packed query; of a group's partial result
+    Chunk<Steps, T> chunk;
     F32* queries;    // [groups][cells]
-    float* sees;     // [groups][16 rows] positions
+    float* sees;     // [groups][16 rows]: positions
     float* scores;   // [CHUNK][16 rows]
-    Value* weights;  // [CHUNK][16 rows]
+    Value* weights;  // [CHUNK / PACK][16 rows][PACK]
 
-    LaneAttention(Team& team, const Memory& memory, int64_t max_groups)
-        : cells(divide_up(memory.key_width(), Steps::PACK)),
-          floats(State::floats(memory.value_width())),
-          chunk(team, memory),
+    LaneAttention(Team& team, int64_t rank, int64_t rope, int64_t max_groups)
+        : rank(rank),
+          rope(rope),
+          cells(divide_up(rank + rope, Steps::PACK)),
+          floats(State::floats(rank)),
+          chunk(team, rank, rope),
           queries(team.own_scratch<F32>(max_groups * cells)),
           sees(team.own_scratch<float>(max_groups * LANES)),
           scores(team.own_scratch<float>(CHUNK * LANES)),
           weights(team.own_scratch<Value>(CHUNK * LANES)) {}
 
-    // One split of `work`; row_of(row) is where a row's query lies. The scale is for scores in powers of two.
+    // row_of(row) is where a row's query lies. The scale is for scores in powers of two.
     template <class RowOf>
-    void attend(const Memory& memory, const Rows& rows, const Work& work, int64_t split, RowOf row_of, float scale,
+    void attend(const CachedRows& cached, const Rows& rows, const Work& work, int64_t split, RowOf row_of, float scale,
                 float* partial) {
-        const int64_t groups = divide_up(work.rows, LANES);
-        const int64_t begin = split_start(split);
+        const Latents<T> memory{cached, rank, rope};
+        const int64_t begin = split_start(split), groups = divide_up(work.rows, LANES);
         const int64_t end = smaller(split_start(split + 1), rows.sees(work.first + work.rows - 1));
         for (int64_t t = begin; t < smaller(begin + CHUNK, end); t += 4)
-            Coming{memory.key_at(t), 4 * memory.stride_bytes()}.lines();
+            Coming{cached.at(t), 4 * cached.row_bytes}.lines();
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t first = work.first + g * LANES, count = smaller(LANES, work.rows - g * LANES);
-            pack_queries<Steps>(first, count, memory.key_width(), row_of, queries + g * cells);
+            pack_queries<Steps>(first, count, rank + rope, row_of, queries + g * cells);
             for (int r = 0; r < LANES; ++r) sees[g * LANES + r] = float(rows.sees(first + smaller(r, count - 1)));
-            const State state{partial + g * floats};
-            store(state.largest(), set(LOWEST));
-            store(state.total(), zero());
-            if (sees[g * LANES + LANES - 1] <= float(begin))  // the loop below will pass it by
-                std::memset(state.out(), 0, size_t(floats - 2 * LANES) * sizeof(float));
+            State{partial + g * floats}.clear(last_seen(g) > begin ? 0 : floats);
         }
         for (int64_t start = begin; start < end; start += CHUNK) {
             chunk.read(memory, start, smaller(CHUNK, end - start), int64_t(sees[0]) - start);
-            bool fresh = true;
+            bool first = true;  // of the groups: it prepares the values, and brings the next chunk nearer
             for (int64_t g = 0; g < groups; ++g) {
-                if (sees[g * LANES + LANES - 1] <= float(start)) continue;
-                step(memory, g, start, fresh ? end : 0, fresh, scale, start == begin, {partial + g * floats});
-                fresh = false;
+                if (last_seen(g) <= start) continue;
+                score(cached, g, start, first, end, scale);
+                add(g, start, start == begin, State{partial + g * floats});
+                first = false;
             }
         }
     }
 
-    // One chunk for one group of 16 rows; meanwhile the next chunk comes nearer, up to position `coming_end`.
-    INLINE void step(const Memory& memory, int64_t g, int64_t start, int64_t coming_end, bool fresh, float scale, bool first,
-                     State state) {
+    INLINE int64_t last_seen(int64_t group) const { return int64_t(sees[group * LANES + LANES - 1]); }
+
+    // Scores of the chunk's tokens for one group.
+    INLINE void score(const CachedRows& cached, int64_t group, int64_t start, bool first, int64_t end, float scale) {
         for (int64_t t = 0; t < chunk.tokens; t += TILE) {
             Coming coming{reinterpret_cast<const uint8_t*>(queries), 0};
-            if (start + CHUNK + t < coming_end)
-                coming = {memory.key_at(start + CHUNK + t), divide_up(TILE * memory.stride_bytes(), cells)};
-            score_tile<Steps>(queries + g * cells, cells, chunk.quads + t / 4, chunk.key_stride, set(scale), coming,
+            if (first && start + CHUNK + t < end)
+                coming = {cached.at(start + CHUNK + t), divide_up(TILE * cached.row_bytes, cells)};
+            score_tile<Steps>(queries + group * cells, cells, chunk.quads + t / 4, chunk.key_stride, set(scale), coming,
                               scores + t * LANES);
-            if (fresh) chunk.interleave(t, memory.value_width());
+            if (first) chunk.interleave(t, rank);
         }
-        const F32 here = load(sees + g * LANES) - set(float(start));
-        const bool all = sees[g * LANES] >= float(start + chunk.tokens);
-        const F32 factor = all ? weigh<Steps, true>(scores, chunk.tokens, here, state, weights)
-                               : weigh<Steps, false>(scores, chunk.tokens, here, state, weights);
-        for (int64_t i = 0; i < memory.value_width(); i += TILE)
-            output_tile<Steps>(weights, chunk.values + i * Steps::PACK, divide_up(chunk.tokens, Steps::PACK),
-                               chunk.value_cells, factor, first, state.out() + i * LANES);
+    }
+
+    // Adds the chunk, which starts at position `start`, to what the group has so far; or begins with it.
+    INLINE void add(int64_t group, int64_t start, bool begins, State state) {
+        const int64_t tokens = chunk.tokens;
+        const F32 here = load(sees + group * LANES) - set(float(start));
+        const F32 factor = sees[group * LANES] >= float(start + tokens)
+                               ? weigh<Steps, true>(scores, tokens, here, state, weights)
+                               : weigh<Steps, false>(scores, tokens, here, state, weights);
+        for (int64_t i = 0; i < rank; i += TILE)
+            output_tile<Steps>(weights, chunk.values + i * Steps::PACK, divide_up(tokens, Steps::PACK),
+                               chunk.value_cells, factor, begins, state.out() + i * LANES);
     }
 };
 
-constexpr int64_t SLICE = 64;  // values, of what is added up in one claim
-
-// Adds up the partials of 16 rows, `apart` floats from split to split, and writes values [first, last) of each row:
-// out_of(row) is where row `row` of the 16 goes.
-template <class T, class OutOf>
-INLINE void add_partials(const float* partials, int64_t apart, int64_t splits, int64_t rows, int64_t first, int64_t last,
-                         OutOf out_of) {
+// Adds up the partials of one group, `apart` floats from split to split, and writes values [first, last) of its rows.
+template <class T>
+void add_partials(const float* partials, int64_t apart, int64_t splits, int64_t rows, int64_t first, int64_t last,
+                  T* out, int64_t out_stride) {
     F32 largest = set(LOWEST), total = zero();
     for (int64_t s = 0; s < splits; ++s) largest = max(largest, load(partials + s * apart));
     for (int64_t s = 0; s < splits; ++s) {
@@ -287,7 +305,7 @@ INLINE void add_partials(const float* partials, int64_t apart, int64_t splits, i
         }
         for (int j = 0; j < LANES; ++j) sums[j] = sums[j] * share;
         transpose(sums);
-        for (int r = 0; r < rows; ++r) store(static_cast<T*>(out_of(r)) + i, sums[r], int(smaller(LANES, last - i)));
+        for (int r = 0; r < rows; ++r) store(out + r * out_stride + i, sums[r], int(smaller(LANES, last - i)));
     }
 }
 

@@ -51,10 +51,15 @@ struct Rows {
 // All work of a step in the order of its segments, in every thread's own scratch; one entry more ends it.
 struct Plan {
     Work* works;
-    int64_t count;
+    int64_t count = 0, most_rows = 0;
 
-    Plan(Team& team, const PagedArgs& paged, int64_t heads, int64_t group, int64_t rows_each) : count(0) {
-        for (int64_t s = 0; s < paged.segments; ++s) count += heads * divide_up(Rows(paged, s, group).count(), rows_each);
+    // `heads` are key-value heads, `group` the query heads of each. A work has at most `rows_each` rows.
+    Plan(Team& team, const PagedArgs& paged, int64_t heads, int64_t group, int64_t rows_each) {
+        for (int64_t s = 0; s < paged.segments; ++s) {
+            const int64_t rows = Rows(paged, s, group).count();
+            count += heads * divide_up(rows, rows_each);
+            most_rows = larger(most_rows, smaller(rows, rows_each));
+        }
         works = team.own_scratch<Work>(count + 1);
         Work* next = works;
         int64_t item = 0, partial = 0;
@@ -88,6 +93,7 @@ struct Plan {
 // one of `slices` slices of the result, and writes it.
 template <class Attend, class Finish>
 void run_plan(Team& team, const Plan& plan, int64_t floats, int64_t slices, Attend attend, Finish finish) {
+    if (plan.count == 0) return team.barrier();
     float* own = team.own_scratch<float>(floats);
     const int64_t most = larger(1, PARTIALS_BYTES / (floats * int64_t(sizeof(float))));
     const size_t mark = team.mark();
@@ -97,7 +103,9 @@ void run_plan(Team& team, const Plan& plan, int64_t floats, int64_t slices, Atte
         const int64_t count = works[end].partial - works[start].partial;
         team.reset(mark);
         float* partials = team.scratch<float>(count * floats);
-        const auto partials_of = [&](const Work& work) { return partials + (work.partial - works[start].partial) * floats; };
+        const auto partials_of = [&](const Work& work) {
+            return partials + (work.partial - works[start].partial) * floats;
+        };
         team.each(works[end].item - works[start].item, [&](int64_t i) {
             const Work& work = plan.of_item(works[start].item + i);
             const int64_t split = work.splits - 1 - (works[start].item + i - work.item);  // the long ones first
@@ -111,7 +119,6 @@ void run_plan(Team& team, const Plan& plan, int64_t floats, int64_t slices, Atte
             if (work.splits > 1) finish(work, i % slices, partials_of(work));
         });
     }
-    if (plan.count == 0) team.barrier();
 }
 
 // Rows past the last segment; visible to all after the next barrier.

@@ -66,7 +66,8 @@ struct PairSteps {
         return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16((__mmask32(1) << left) - 1, p))};
     }
     static INLINE F32 cells(const int8_t* p, int64_t left) {
-        const F32 low = FloatSteps::cells(p, left), high = left > LANES ? FloatSteps::cells(p + LANES, left - LANES) : zero();
+        const F32 low = FloatSteps::cells(p, left);
+        const F32 high = left > LANES ? FloatSteps::cells(p + LANES, left - LANES) : zero();
         return {(__m512)_mm512_cvtne2ps_pbh(high.v, low.v)};
     }
     // Two tokens' values -> pairs of each value: the first 16, the last 16.

@@ -45,7 +45,8 @@ INLINE F32 sums(const F32 (&rows)[LANES]) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         const __m512d a = _mm512_castps_pd(half[2 * i]), b = _mm512_castps_pd(half[2 * i + 1]);
-        quarter[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+        quarter[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                   _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i)
