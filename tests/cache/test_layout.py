@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 import torch
 
 from cierzo.cache.layout import CacheLayout, plan_capacity
-from cierzo.cache.pool import GqaPages, KVPool, MlaPages
+from cierzo.cache.pool import HUGE_PAGE_BYTES, GqaPages, KVPool, MlaPages
 
 SMALL4 = CacheLayout(kind="mla", num_layers=36, block_tokens=32, latent_values=320, dtype="bfloat16")
 SMALL3 = CacheLayout(kind="gqa", num_layers=40, block_tokens=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
@@ -61,3 +63,25 @@ def test_pages_have_the_layouts_shape_and_weight(
         assert pages.keys.data_ptr() != pages.values.data_ptr()
         num_bytes += pages.keys.nbytes + pages.values.nbytes
     assert num_bytes == 3 * gqa.bytes_per_block
+
+
+def test_large_pools_ask_for_huge_memory_pages() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("this system has no transparent huge pages")
+    pool = KVPool(msgspec.structs.replace(SMALL4, num_layers=1), 1024, "cpu")
+    pages = pool.layers[0]
+    assert isinstance(pages, MlaPages)
+    assert "hg" in memory_flags(pages.latents.data_ptr() + HUGE_PAGE_BYTES)
+
+
+def memory_flags(address: int) -> list[str]:
+    """What the kernel keeps about the mapping of this process that holds `address`."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        name, _, rest = line.partition(":" if line[0].isupper() else " ")
+        if not line[0].isupper():
+            first, last = (int(end, 16) for end in name.split("-"))
+            inside = first <= address < last
+        elif inside and name == "VmFlags":
+            return rest.split()
+    return []
