@@ -4,7 +4,8 @@
 
 A list is tests/mutants/<part>.json: objects with `file`, `find` (occurs exactly once in it), `replace`, `tests`
 (arguments of pytest) and `why` (the fault in words). Exit status 1 if a fault survives. The unchanged copy must
-pass every named test first, else a red test would prove nothing.
+pass every named test first, else a red test would prove nothing. For a fault in C++ the copy's native library is
+built again, for the best instruction set of this CPU alone, and with little optimisation: it is quicker.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300.0
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "build", "*.egg-info")
 PYTEST_PASSED, PYTEST_FAILED = 0, 1
+COMPILED = (".cpp", ".h", "cpu/abi.py")  # the library tells which abi.py it was built beside
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,6 +35,11 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replace: str
     tests: str
     why: str
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the native library must be built again for it."""
+        return self.file.endswith(COMPILED)
 
 
 class Tree:
@@ -48,6 +55,24 @@ class Tree:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
         self._check_imports()
+
+    def build(self) -> None:
+        """Compile what is in the tree now. A tree that does not compile proves nothing."""
+        environment = self.environment | {"CIERZO_NATIVE": best_instruction_set(), "CXXFLAGS": "-O1"}
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{done.stdout}{done.stderr}\nthe copy does not compile")
+
+    def build_unchanged(self) -> None:
+        """The library that all faults in Python are tried with."""
+        self.build()
+        (self._library,) = (self.root / "kernels/cpu").glob("_native*.so")
+        self._unchanged = self._library.read_bytes()
+
+    def _restore_library(self) -> None:
+        self._library.unlink()  # not overwritten: a test that hangs may have it mapped
+        self._library.write_bytes(self._unchanged)
 
     def _check_imports(self) -> None:
         code = "import cierzo.scheduler.params as m, os; print(os.path.realpath(m.__file__))"
@@ -82,12 +107,27 @@ class Tree:
             raise SystemExit(f"{fault.find!r} occurs {sound.count(fault.find)} times in {fault.file}, not once")
         path.write_text(sound.replace(fault.find, fault.replace), encoding="utf-8")
         try:
+            if fault.is_compiled:
+                self.build()
             status, output = self.test(fault.tests)
         finally:
             path.write_text(sound, encoding="utf-8")
+            if fault.is_compiled:
+                self._restore_library()
         if status not in (PYTEST_PASSED, PYTEST_FAILED):
             raise SystemExit(f"pytest ended with {status} for {fault}:\n{output}")
         return status == PYTEST_PASSED
+
+
+def best_instruction_set() -> str:
+    """Of this CPU and the installed library."""
+    code = "from cierzo.kernels.cpu.native import available; print(*available()[:1])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    if not done.stdout.strip():
+        raise SystemExit("faults in C++ need a CPU and an installation with native kernels")
+    return done.stdout.strip()
 
 
 def read_faults(words: list[str]) -> list[Fault]:
@@ -108,6 +148,8 @@ def main(words: list[str]) -> int:
         raise SystemExit("no fault matches")
     with tempfile.TemporaryDirectory(prefix="cierzo-mutants-") as folder:
         tree = Tree(Path(folder) / "tree")
+        if any(fault.is_compiled for fault in faults):
+            tree.build_unchanged()
         needed = sorted({test for fault in faults for test in fault.tests.split()})
         print(f"unchanged: {' '.join(needed)}", flush=True)
         status, output = tree.test(" ".join(needed))
