@@ -12,7 +12,7 @@
 // A lane is one query row of one query head; heads that share keys stand side by side. Softmax runs down the tokens,
 // lane by lane, in blocks at multiples of BLOCK tokens of the sequence. Each lane is a chain of its own: which lanes
 // stand beside it, in which panel it stands, and where its chunk began do not reach its bits. A token that a lane must
-// not see gets the score -inf and the weight 0, which adds exactly nothing.
+// not see gets the score -inf and the weight 0, which adds exactly nothing as long as its value is finite.
 #pragma once
 
 #include "abi.h"

@@ -71,7 +71,9 @@ class ExpandedLatents {
     void expand_keys(int64_t head, const flash::Word* latents, flash::Word* keys) const {
         for (int64_t n = 0; n < args_.nope; n += flash::TILE)
             flash::multiply<T, 2>(weight(*args_.w_uk, head, n), latents, latent_words_,
-                                  [&](int row, int v, F32 even, F32 odd) { flash::put<T>(keys, n + row, v, even, odd); });
+                                  [&](int row, int v, F32 even, F32 odd) {
+                                      flash::put<T>(keys, n + row, v, even, odd);
+                                  });
         std::memcpy(keys + nope_words_ * flash::PANEL, latents + latent_words_ * flash::PANEL,
                     size_t(rope_words_ * flash::PANEL) * sizeof(flash::Word));
     }
