@@ -7,7 +7,7 @@ every prefix of (prompt + our answer) is our next token, then its own greedy ans
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from cierzo.cache.pool import KVPool
 from cierzo.engine.model.config import read_model_config
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.inputs import ModelInputs
+from cierzo.engine.model.layers import MatrixRole
 from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.formats.pack import pack
+from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.registry import bind
+from cierzo.kernels.registry import bind, has_native
 
 DATA = Path(__file__).parent / "data"
 BLOCK_TOKENS = 16
@@ -43,15 +46,34 @@ class Piece:
     start: int
 
 
+class RoundedMatrices:
+    """Every matrix in one number format, in memory."""
+
+    def __init__(self, weights: str) -> None:
+        self._weights = weights
+
+    def matrix(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        make: Callable[[], Tensor],
+        *,
+        paired: bool = False,
+        role: MatrixRole = "linear",
+    ) -> Matrix:
+        return pack(make(), self._weights, paired=paired)
+
+
 class Ours:
     """Our model over pages: sequence r owns the blocks r * W ... r * W + W - 1."""
 
-    def __init__(self, folder: Path, num_sequences: int, max_tokens: int) -> None:
+    def __init__(self, folder: Path, num_sequences: int, max_tokens: int, weights: str | None = None) -> None:
         bind(KernelsConfig(), "cpu")
         config = read_model_config(folder)
         with CheckpointReader(folder) as reader:
             parameters = load_parameters(reader, parameter_specs(config), dtype=torch.float32, device="cpu")
-        self.model: Decoder = build_model(config, parameters, device="cpu", dtype=torch.float32)
+        matrices = None if weights is None else RoundedMatrices(weights)
+        self.model: Decoder = build_model(config, parameters, device="cpu", dtype=torch.float32, matrices=matrices)
         self.width = -(-max_tokens // BLOCK_TOKENS)
         num_blocks = num_sequences * self.width
         self.tables = torch.arange(num_blocks, dtype=torch.int32).reshape(num_sequences, self.width)
@@ -139,6 +161,20 @@ def test_perplexity_of_a_longer_text_is_that_of_transformers(
     found = _perplexity(Ours(smollm2, 1, len(tokens)).score(tokens), tokens)
     assert 5 < expected < 40  # a model of this size that reads English; a broken one is far above
     assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.skipif(not has_native(), reason="packed weights are for the native kernels alone")
+@pytest.mark.parametrize(("weights", "bound"), [("int8", 0.005), ("int4", 0.03), ("nvfp4", 0.15)])
+def test_rounded_weights_keep_the_perplexity(
+    smollm2: Path, tokenizer: Tokenizer, weights: str, bound: float
+) -> None:
+    """Against our own float32, which the test above holds to transformers'. Activations are rounded too."""
+    tokens = tokenizer.encode((DATA / "english_text.txt").read_text()).ids
+    exact, rounded = (
+        _perplexity(Ours(smollm2, 1, len(tokens), choice).score(tokens), tokens) for choice in (None, weights)
+    )
+    assert rounded != exact
+    assert abs(rounded / exact - 1) < bound, (exact, rounded)
 
 
 def _perplexity(logits: Tensor, token_ids: list[int]) -> float:
