@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from tqdm import tqdm
@@ -65,10 +66,16 @@ class StepRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, print a table, write JSON if asked."""
+    """Parse and run."""
     parser = argparse.ArgumentParser(
         prog="cierzo.bench.step", description=__doc__.splitlines()[0], allow_abbrev=False
     )
+    add_arguments(parser)
+    return run(parser.parse_args(argv), sys.argv[1:] if argv is None else argv)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of both kinds of measurement."""
     parser.add_argument("--running", type=int, nargs="+", default=[64, 512], metavar="N", help="running requests")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 131_072], metavar="N", help="tokens")
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="timed steps of each row")
@@ -78,7 +85,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--block-tokens", type=int, default=32, metavar="N", help="tokens per KV block")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of output lengths and prompts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
-    arguments = parser.parse_args(argv)
+    model = parser.add_argument_group("a model's step, operation by operation, instead")
+    model.add_argument("--profile", metavar="CHECKPOINT", help="measure this model's kernels")
+    model.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32], metavar="N", help="sequences decoding")
+    model.add_argument("--prompts", type=int, nargs="*", default=[2048], metavar="N", help="tokens of one prompt")
+    model.add_argument("--weights", default="auto", metavar="FORMAT", help="number format of the weights")
+
+
+def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    """Measure, print a table, write JSON if asked."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    if arguments.profile is not None:
+        settings, results = _profile(arguments)
+    else:
+        settings, results = _loop(arguments)
+    if arguments.json is not None:
+        text = shlex.join(["python", "-m", "cierzo.bench.step", *command])
+        report = make_report("step", command=text, started=started, settings=settings, results=results)
+        write_report(report, arguments.json)
+    return 0
+
+
+def _loop(arguments: argparse.Namespace) -> tuple[StepSettings, list[StepRow]]:
     settings = StepSettings(
         running=tuple(arguments.running),
         contexts=tuple(arguments.contexts),
@@ -87,18 +115,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         block_tokens=arguments.block_tokens,
         seed=arguments.seed,
     )
-    started = datetime.now(UTC).isoformat(timespec="seconds")
     print(HEADER)
     rows = []
     for running, context in itertools.product(settings.running, settings.contexts):
         rows.append(measure(settings, running, context))
         print(_line(rows[-1]), flush=True)
-    if arguments.json is not None:
-        command = shlex.join(["python", "-m", "cierzo.bench.step", *(sys.argv[1:] if argv is None else argv)])
-        write_report(
-            make_report("step", command=command, started=started, settings=settings, results=rows), arguments.json
-        )
-    return 0
+    return settings, rows
+
+
+def _profile(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    from cierzo.bench import profile
+
+    ceilings, steps = profile.profile(
+        arguments.profile, arguments.batches, arguments.prompts, weights=arguments.weights
+    )
+    print(profile.table(ceilings, steps))
+    settings = {"checkpoint": arguments.profile, "weights": arguments.weights}
+    return settings, {"ceilings": ceilings, "steps": steps}
 
 
 def measure(settings: StepSettings, running: int, context: int) -> StepRow:

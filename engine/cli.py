@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     _make_command(_command(commands, "make-checkpoint", _make, "write a random checkpoint"))
     info = _command(commands, "info", _info, "describe a checkpoint")
     info.add_argument("checkpoint", metavar="CHECKPOINT", help=f"folder in Hugging Face layout, or '{DEMO}'")
-    _bench_commands(_command(commands, "bench", None, "measure a running server"))
+    _bench_commands(_command(commands, "bench", None, "measure"))
     return parser
 
 
@@ -229,10 +229,14 @@ def _print_info(path: str) -> int:
 
 
 def _bench_commands(parser: argparse.ArgumentParser) -> None:
-    from cierzo.bench import load
+    from cierzo.bench import load, step
+
+    def run_step(arguments: argparse.Namespace) -> int:
+        return step.run(arguments, sys.argv[3:])
 
     benches = parser.add_subparsers(required=True, metavar="BENCH")
     load.add_arguments(_command(benches, "load", load.main, "load a running server: closed or open loop"))
+    step.add_arguments(_command(benches, "step", run_step, "time the step loop, or a model's step by operation"))
 
 
 if __name__ == "__main__":
