@@ -95,10 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     """Measure, print a table, write JSON if asked."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    if arguments.profile is not None:
-        settings, results = _profile(arguments)
-    else:
-        settings, results = _loop(arguments)
+    settings, results = _loop(arguments) if arguments.profile is None else _profile(arguments)
     if arguments.json is not None:
         text = shlex.join(["python", "-m", "cierzo.bench.step", *command])
         report = make_report("step", command=text, started=started, settings=settings, results=results)
@@ -106,7 +103,7 @@ def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     return 0
 
 
-def _loop(arguments: argparse.Namespace) -> tuple[StepSettings, list[StepRow]]:
+def _loop(arguments: argparse.Namespace) -> tuple[Any, Any]:
     settings = StepSettings(
         running=tuple(arguments.running),
         contexts=tuple(arguments.contexts),
@@ -123,7 +120,7 @@ def _loop(arguments: argparse.Namespace) -> tuple[StepSettings, list[StepRow]]:
     return settings, rows
 
 
-def _profile(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+def _profile(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from cierzo.bench import profile
 
     ceilings, steps = profile.profile(
