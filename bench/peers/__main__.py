@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="cierzo.bench.peers", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     names = [cell.name for cell in cells(quick=True)]
-    parser.add_argument("--quick", action="store_true", help="one round, fewer tokens and requests")
+    parser.add_argument("--quick", action="store_true", help="one round; fewer tokens, requests and clients")
     parser.add_argument(
         "--engines", type=_among(list(ENGINES)), default=USUAL, metavar="A,B", help=f"of {', '.join(ENGINES)}"
     )

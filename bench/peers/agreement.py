@@ -6,7 +6,8 @@ Sequences of random tokens are forced upon every engine. At each position three 
   to bf16 alone changes the first place now and then: transformers' own bf16 reaches 89 % there;
 - near: whether transformers gives that token at most `NEAR_NATS` less than its best, which tells ties from errors;
 - RMS: of the difference in log-probability, over the engine's `COUNT` likeliest tokens of every position.
-The softmax scale is the makers' (`apply_scale` false) on both sides.
+The softmax scale is the makers' (`apply_scale` false) on both sides. With the one that transformers has by itself,
+first choices on small4-mini agree at 42 % of the positions, 68 % are near, and the RMS is 0.17 nats, not 0.03.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from cierzo.bench.traces import random_prompt
 
 COUNT = 20
 NEAR_NATS = 0.1
-LIMIT_PERCENT = 95.0
 SEED = 765_432
 FILE = "logprobs.npy"
 Table = NDArray[np.float32]

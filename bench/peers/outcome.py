@@ -33,7 +33,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """All figures; `samples` are the raw ones, but for the times of single requests. Ceilings by round."""
+    """All figures; `samples` are those of every round, but for the times of single tokens. Ceilings by round."""
 
     ceilings: list[Any]
     rows: list[Row]
@@ -84,8 +84,10 @@ def _describe(found: Limits | None) -> str:
 
 
 def _short(sample: Sample) -> Sample:
-    """Without the times of single requests, which the file of samples keeps."""
-    if sample.cell.kind != "served" or not isinstance(sample.raw, dict):
-        return sample
-    raw = {name: value for name, value in sample.raw.items() if name != "samples"}
-    return msgspec.structs.replace(sample, raw=raw)
+    """Without the times of single tokens and requests, which the file of samples keeps."""
+    if sample.cell.kind in ("decode", "prefill") and isinstance(sample.raw, list):
+        return msgspec.structs.replace(sample, raw=None)
+    if sample.cell.kind == "served" and isinstance(sample.raw, dict):
+        raw = {name: value for name, value in sample.raw.items() if name != "samples"}
+        return msgspec.structs.replace(sample, raw=raw)
+    return sample

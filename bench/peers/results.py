@@ -14,6 +14,7 @@ from cierzo.bench.peers.samples import Samples
 from cierzo.bench.stats import median, paired_ratio, spread
 
 OURS = "cierzo"
+AGREEMENT_PERCENT = 95  # of first choices: less is told, and timed all the same
 NUMBER_FORMATS = ("bf16", "int8", "int4")
 SMALL4_OVER_SMALL3 = ("small4", "small3")
 
@@ -86,7 +87,8 @@ def rows(
 def _note(samples: Samples, checkpoint: Checkpoint, cell: Cell, engine: Engine) -> str:
     raws = [sample.raw for sample in samples.of(checkpoint.name, cell, engine.name) if sample.value is not None]
     if cell.kind == "agreement" and raws:
-        return f"near {raws[-1]['near_percent']:.1f} %, RMS {raws[-1]['rms_logprob']:.4f} nats"
+        below = f"below {AGREEMENT_PERCENT} %, " if raws[-1]["top1_percent"] < AGREEMENT_PERCENT else ""
+        return f"{below}near {raws[-1]['near_percent']:.1f} %, RMS {raws[-1]['rms_logprob']:.4f} nats"
     if cell.kind == "served" and (lost := sum(sum(raw["errors"].values()) for raw in raws)):
         return f"{lost} of {len(raws) * cell.requests} requests got no answer"
     return ""

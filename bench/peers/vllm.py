@@ -25,6 +25,7 @@ MODEL = "checkpoint"
 LAYOUT_VERSION = 1  # of mistral_native.py: raise it when what it writes changes
 COMMON = {"max_model_len": 16_384, "max_num_seqs": 32}
 KV_CACHE_GIB = 4  # 98 KB a token of small4-mini: 32 requests of the chat load, 1,216 tokens each, take 3.6 GiB
+PRELOAD = "preload"  # a library of its environment, not an option of vLLM
 ENGINES = (
     Engine(
         name="vllm",
@@ -33,6 +34,15 @@ ENGINES = (
         weight_bits=16,
         setting="compiled (its default), OpenMP threads bound to cores",
         options=COMMON,
+    ),
+    Engine(
+        name="vllm-iomp",
+        peer=PEER,
+        number_format="bf16",
+        weight_bits=16,
+        setting="compiled, with Intel's OpenMP preloaded, as its start-up log advises",
+        options={**COMMON, PRELOAD: "libiomp5.so"},
+        usual=False,
     ),
     Engine(
         name="vllm-eager",
@@ -56,10 +66,10 @@ class Vllm:
         path, options = _layout(checkpoint, folder)
         log = folder / "logs" / f"{engine.name}-{checkpoint.name}.log"
         return Worker(
-            _python(checkpoint, folder),
+            _python(engine, checkpoint, folder),
             "vllm_backend",
             path,
-            {**engine.options, **options},
+            {**_options(engine), **options},
             vocab_size=checkpoint.vocab_size,
             log=log,
         )
@@ -69,8 +79,8 @@ class Vllm:
         path, options = _layout(checkpoint, folder)
         port = free_port()
         flags = {"model": path, "served_model_name": MODEL, "port": port, "dtype": "bfloat16"}
-        flags |= {"skip_tokenizer_init": True, "disable_uvicorn_access_log": True, **engine.options, **options}
-        command = [*_python(checkpoint, folder), "-m", "vllm.entrypoints.openai.api_server"]
+        flags |= {"skip_tokenizer_init": True, "disable_uvicorn_access_log": True, **_options(engine), **options}
+        command = [*_python(engine, checkpoint, folder), "-m", "vllm.entrypoints.openai.api_server"]
         for name, value in flags.items():
             flag = "--" + name.replace("_", "-")
             command += [flag] if value is True else [flag, str(value)]
@@ -90,7 +100,12 @@ def _layout(checkpoint: Checkpoint, folder: Path) -> tuple[Path, dict[str, Any]]
     return path, {"config_format": "mistral", "load_format": "mistral"}
 
 
-def _python(checkpoint: Checkpoint, folder: Path) -> list[str]:
+def _options(engine: Engine) -> dict[str, Any]:
+    return {name: value for name, value in engine.options.items() if name != PRELOAD}
+
+
+def _python(engine: Engine, checkpoint: Checkpoint, folder: Path) -> list[str]:
+    interpreter = python(PEER, folder)
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     settings = {
         "HF_HUB_OFFLINE": "1",
@@ -100,7 +115,9 @@ def _python(checkpoint: Checkpoint, folder: Path) -> list[str]:
     }
     if checkpoint.is_small4:
         settings["VLLM_MLA_DISABLE"] = "1"
-    return ["env", *(f"{name}={value}" for name, value in settings.items()), str(python(PEER, folder))]
+    if PRELOAD in engine.options:
+        settings["LD_PRELOAD"] = str(interpreter.parents[1] / "lib" / engine.options[PRELOAD])
+    return ["env", *(f"{name}={value}" for name, value in settings.items()), str(interpreter)]
 
 
 def _body(prompt: list[int], num_tokens: int) -> dict[str, Any]:
