@@ -25,13 +25,15 @@ def quantise(x: Tensor) -> Tensor:
     scale = torch.where(peak.isfinite(), peak / 127, torch.nan)
     codes = (x / scale).round().clamp(-127, 127)
     codes = torch.where(scale > 0, codes, 0)  # a scale of zero or NaN says it all
-    return torch.cat((codes.to(torch.int8).view(torch.uint8), scale.view(torch.uint8)), -1)
+    scale_bytes = scale.flatten().view(torch.uint8).unflatten(0, (*scale.shape[:-1], SCALE_BYTES))
+    return torch.cat((codes.to(torch.int8).view(torch.uint8), scale_bytes), -1)
 
 
 def dequantise(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [..., n+4] -> [..., n], computed in fp32, rounded to `dtype`."""
     codes, scale = rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:]
-    return (codes.view(torch.int8) * scale.contiguous().view(torch.float32)).to(dtype)
+    scale = scale.clone(memory_format=torch.contiguous_format)  # aligned, as a row's own bytes need not be
+    return (codes.view(torch.int8) * scale.view(torch.float32)).to(dtype)
 
 
 def quantise_latents(latents: Tensor, rope_keys: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""Sequences in pages: the same tokens cut into any segments, in blocks of any size, as values or INT8 rows.
+
+Pages, tables and blocks are poisoned and scattered as in paged_cases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from paged_cases import HUGE, NAN, make_queries
+from torch import Tensor
+
+from cierzo.kernels.formats import kv_int8
+from cierzo.kernels.ops import attention
+from cierzo.kernels.ops.attention import PagedQueries
+
+Segment = tuple[int, int, int]  # a sequence, its first row and the one past its last
+SCALE = 0.3
+
+
+@dataclass(frozen=True)
+class Form:
+    """Sizes of one attention over pages. MLA has a rank; GQA has kv_heads, of `width` values each."""
+
+    heads: int
+    rank: int = 0
+    rope: int = 0
+    kv_heads: int = 0
+    width: int = 0
+
+    @property
+    def q_width(self) -> int:
+        return self.width or self.rank + self.rope
+
+    @property
+    def entry(self) -> tuple[int, ...]:
+        """Shape of what is cached of a token."""
+        return (self.rank + self.rope,) if self.rank else (2, self.kv_heads, self.width)
+
+    def pages_of(self, cached: Tensor, int8: bool) -> list[Tensor]:
+        """Rows of each of the pages, of values [c, *entry]."""
+        parts = [cached] if self.rank else list(cached.unbind(1))
+        if not int8:
+            return parts
+        if self.rank:
+            return [kv_int8.quantise_latents(*cached.tensor_split((self.rank,), dim=1))]
+        return [kv_int8.quantise(part) for part in parts]
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense context [c, *entry] -> keys [c,H,d], values [c,H,dv]."""
+        if self.rank:
+            keys = context[:, None].expand(-1, self.heads, -1)
+            return keys, keys[..., : self.rank]
+        keys, values = context.repeat_interleave(self.heads // self.kv_heads, dim=2).unbind(1)
+        return keys, values
+
+    def decode(self, q: Tensor, pages: list[Tensor], queries: PagedQueries, scale: float = SCALE) -> Tensor:
+        """The door's result."""
+        if self.rank:
+            return attention.mla_decode(q, pages[0], queries, scale, self.rank)
+        return attention.gqa_decode(q, pages[0], pages[1], queries, scale)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Queries [L,H,d] and cached values [L, *entry]."""
+
+    q: Tensor
+    cached: Tensor
+
+
+def random_sequence(form: Form, dtype: torch.dtype, length: int, seed: int) -> Sequence:
+    """Standard normal values."""
+    random = torch.Generator().manual_seed(seed)
+    q = torch.randn(length, form.heads, form.q_width, generator=random).to(dtype)
+    return Sequence(q, torch.randn(length, *form.entry, generator=random).to(dtype))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Segments of sequences. Of a sequence, what lies behind its last segment is not in the pages."""
+
+    form: Form
+    q: Tensor
+    pages: list[Tensor]
+    queries: PagedQueries
+
+    def decode(self) -> list[Tensor]:
+        """One result per segment."""
+        result = self.form.decode(self.q, self.pages, self.queries)
+        return list(result.split(self.queries.query_lengths))
+
+
+def make_batch(
+    form: Form, sequences: list[Sequence], segments: list[Segment], block_tokens: int = 16, int8: bool = False
+) -> Batch:
+    """Segments of one sequence share its blocks."""
+    contexts = [max((last for which, _, last in segments if which == i), default=0) for i in range(len(sequences))]
+    needed = [-(-context // block_tokens) for context in contexts]
+    ids = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(len(segments)))
+    tables = torch.full((len(sequences), max(needed) + 2), HUGE, dtype=torch.int32)
+    pages: list[Tensor] = []
+    used = 0
+    for row, (sequence, context) in enumerate(zip(sequences, contexts, strict=True)):
+        own = ids[used : used + needed[row]]
+        used += needed[row]
+        tables[row, : len(own)] = own.int()
+        positions = torch.arange(context)
+        slots = own[positions // block_tokens] * block_tokens + positions % block_tokens
+        for part, rows in enumerate(form.pages_of(sequence.cached[:context], int8)):
+            if part == len(pages):
+                poison = 255 if int8 else NAN  # a scale of 255s is a NaN
+                pages.append(torch.full((len(ids) * block_tokens, *rows.shape[1:]), poison, dtype=rows.dtype))
+            pages[part][slots] = rows
+    q = torch.cat([sequences[which].q[first:last] for which, first, last in segments])
+    lengths = [(last - first, last) for _, first, last in segments]
+    queries = make_queries(lengths, torch.tensor([which for which, _, _ in segments]), tables)
+    return Batch(form, q, [page.unflatten(0, (-1, block_tokens)) for page in pages], queries)
