@@ -127,9 +127,9 @@ int run(int threads, Body body) {
     return 0;
 }
 
-// The threads that an operation on `values` numbers is worth: waking the others costs as much as some microseconds
-// of a light operation (a norm, a rotation), and far more where another process has their core.
-constexpr int64_t VALUES_ALONE = 1 << 15;
+// The threads that a light operation (a norm, a rotation) on `values` numbers is worth. One thread takes some 20
+// microseconds for VALUES_ALONE; waking the others takes a few, and milliseconds where another process has their core.
+constexpr int64_t VALUES_ALONE = 1 << 17;
 INLINE int threads_worth(int64_t values, int threads) { return values < VALUES_ALONE ? 1 : threads; }
 
 INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

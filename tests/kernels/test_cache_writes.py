@@ -61,7 +61,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "rank", "turned"), [(1, 10, 4), (9, 256, 64), (300, 67, 34)])
+@pytest.mark.parametrize(("rows", "rank", "turned"), [(1, 10, 4), (9, 256, 64), (1400, 67, 34)])
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_latents_are_normed_and_keys_rotated(
     rows: int, rank: int, turned: int, interleaved: bool, dtype: torch.dtype, int8: bool
@@ -81,7 +81,7 @@ def test_latents_are_normed_and_keys_rotated(
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "heads", "shared", "width"), [(1, 4, 2, 128), (130, 6, 2, 34)])
+@pytest.mark.parametrize(("rows", "heads", "shared", "width"), [(1, 4, 2, 128), (400, 6, 2, 34)])
 def test_queries_are_rotated_and_keys_and_values_written(
     rows: int, heads: int, shared: int, width: int, dtype: torch.dtype, int8: bool
 ) -> None:
