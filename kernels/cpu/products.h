@@ -5,8 +5,10 @@
 
 namespace {
 
-constexpr int64_t BLOCK_BYTES = 512 << 10;  // of packed rows that a panel meets in turn, from the second-level cache;
-constexpr int64_t BLOCK_ROWS = 96;          // or these, from the third: reading the panel once more would cost more
+// Rows that a panel meets in turn: as many as the second-level cache holds beside it; or, where rows are long, this
+// many from the third, lest panels are fetched from memory too often.
+constexpr int64_t BLOCK_BYTES = 512 << 10;
+constexpr int64_t BLOCK_ROWS = 96;
 
 // How pieces of shared work shrink: each is half of a thread's fair part of what is left, but at least LEAST_COST. A
 // long run through memory is faster than several short ones (a start costs the time of 20 KB), and the last pieces
