@@ -1,7 +1,8 @@
 """`make peers`: cierzo beside transformers, vLLM and llama.cpp, on the same checkpoints, in one run.
 
 Engines are measured in alternation, one in memory at a time; a run that is interrupted goes on where it stopped, as
-long as the code is the same. The table is printed; JSON with every raw sample's figure and a PNG go to --output.
+long as the code is the same. The table is printed, and goes to --output with JSON of every round and a PNG. A round
+of all takes about an hour and a half on two cores.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         close_rounds=arguments.rounds or (1 if arguments.quick else CLOSE_ROUNDS),
         folder=folder,
     )
-    commit = current_commit()
+    commit = arguments.commit or current_commit()
     samples = Samples(arguments.samples or folder / "samples.jsonl", commit)
     if not arguments.report:
         Run(plan, PEERS, samples, commit).measure()
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoints", type=_split, default=CHECKPOINTS, metavar="A,B", help="small4, small3, or folders"
     )
     parser.add_argument(
-        "--rounds", type=int, metavar="N", help=f"default: {ROUNDS}, {CLOSE_ROUNDS} where a ratio is close"
+        "--rounds", type=_positive, metavar="N", help=f"default: {ROUNDS}, {CLOSE_ROUNDS} where a ratio is close"
     )
     parser.add_argument("--report", action="store_true", help="measure nothing, report what was measured")
     parser.add_argument(
@@ -98,9 +99,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--samples", type=Path, metavar="FILE", help="default: samples.jsonl in --folder")
     parser.add_argument(
+        "--commit", metavar="NAME", help="go on with the samples of this one, though HEAD has changed since"
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("bench/results"), metavar="DIR", help="where JSON, table and PNG go"
     )
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def _split(text: str) -> list[str]:

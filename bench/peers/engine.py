@@ -43,26 +43,30 @@ class Measured(msgspec.Struct, frozen=True):
     command: str = ""
 
 
-class Offline(Protocol):
-    """An engine without its server, loaded. `load_s` is None where loading is timed with the server."""
+class Session(Protocol):
+    """A loaded engine. `load_s` is the time from its start to its first token; None where nothing stays loaded."""
 
     command: str
     load_s: float | None
 
     def measure(self, cell: Cell, seed: int) -> Measured:
-        """A decode or prefill cell, on random prompts of this seed. Raises EngineFailed."""
-        ...
-
-    def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
-        """The likeliest next tokens at each position of forced sequences. Raises EngineFailed."""
+        """A cell, on random prompts of this seed. Raises EngineFailed."""
         ...
 
     def peak_memory_gb(self) -> float:
-        """Most resident memory of its processes so far, 1e9 bytes."""
+        """Most resident memory of its processes so far, 1e9 bytes; 0 if they are gone."""
         ...
 
     def close(self) -> None:
         """End its processes."""
+        ...
+
+
+class Offline(Session, Protocol):
+    """An engine without its server: decode, prefill and agreement cells."""
+
+    def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
+        """The likeliest next tokens at each position of forced sequences. Raises EngineFailed."""
         ...
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from cierzo.bench.peers import agreement, ceilings
 from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, SERVED_LOAD, SERVED_MEMORY, Cell
-from cierzo.bench.peers.engine import Checkpoint, Engine, Measured, Offline, Peer
+from cierzo.bench.peers.engine import Checkpoint, Engine, Measured, Offline, Peer, Session
 from cierzo.bench.peers.results import close_pairs, ratios
 from cierzo.bench.peers.samples import Sample, Samples
 from cierzo.bench.peers.served import RunningServer
@@ -92,8 +93,10 @@ class Run:
                     and not self._samples.has(checkpoint.name, cell, engine.name, number)
                 ]
                 one = _One(self, checkpoint, engine, number)
-                self._offline(one, [cell for cell in pending if cell.kind != "served"])
-                self._served(one, [cell for cell in pending if cell.kind == "served"])
+                served = [cell for cell in pending if cell.kind == "served"]
+                offline = [cell for cell in pending if cell.kind != "served"]
+                self._cells(one, offline, functools.partial(self._offline, one), LOAD, MEMORY)
+                self._cells(one, served, functools.partial(self._served, one), SERVED_LOAD, SERVED_MEMORY)
 
     def _ceilings(self, number: int) -> None:
         if self._samples.has("", CEILINGS, MACHINE, number):
@@ -107,33 +110,45 @@ class Run:
         else:
             self.record("", CEILINGS, MACHINE, number, started, measured)
 
-    def _offline(self, one: _One, pending: list[Cell]) -> None:
+    def _offline(self, one: _One) -> Offline:
+        return self._peers[one.engine.peer].offline(one.engine, one.checkpoint, self.plan.folder)
+
+    def _served(self, one: _One) -> RunningServer | None:
+        server = self._peers[one.engine.peer].server(one.engine, one.checkpoint, self.plan.folder)
+        log = self.plan.folder / "logs" / f"{one.engine.name}-{one.checkpoint.name}-server.log"
+        return None if server is None else RunningServer(server, log)
+
+    def _cells(
+        self, one: _One, pending: list[Cell], start: Callable[[], Session | None], load: Cell, memory: Cell
+    ) -> None:
         """A session for the cells; after a failure a new one for those that are left."""
         while pending:
             started = _now()
             try:
-                session = self._peers[one.engine.peer].offline(one.engine, one.checkpoint, self.plan.folder)
-            except Exception as error:  # whatever it is, the other cells go on
+                session = start()
+            except Exception as error:  # whatever it is, the other engines go on
                 for cell in pending:
                     one.failed(cell, started, error)
                 return
+            if session is None:  # an engine without a server
+                return
             try:
                 if session.load_s is not None:
-                    one.done(LOAD, started, Measured(session.load_s, None), session.command)
+                    one.done(load, started, Measured(session.load_s, None), session.command)
                 failed = False
                 while pending and not failed:
                     failed = not self._cell(one, pending.pop(0), session)
                 if (peak_gb := session.peak_memory_gb()) > 0:
-                    one.done(MEMORY, started, Measured(peak_gb, None), session.command)
+                    one.done(memory, started, Measured(peak_gb, None), session.command)
             finally:
                 session.close()
 
-    def _cell(self, one: _One, cell: Cell, session: Offline) -> bool:
+    def _cell(self, one: _One, cell: Cell, session: Session) -> bool:
         """Measure and record one cell; False if that failed."""
         started = _now()
         try:
             if cell == AGREEMENT:
-                measured = self._agreement(one, session)
+                measured = self._agreement(one, cast(Offline, session))
             else:
                 measured = session.measure(cell, _seed(one.round, cell))
         except Exception as error:  # whatever it is, the other cells go on
@@ -146,34 +161,6 @@ class Run:
         table = agreement.reference(one.checkpoint, AGREEMENT, self.plan.folder)
         forced = agreement.sequences(AGREEMENT, one.checkpoint.vocab_size)
         return agreement.compare(session.top_logprobs(forced, agreement.COUNT), table)
-
-    def _served(self, one: _One, pending: list[Cell]) -> None:
-        """A server for the cells; none if the engine has none."""
-        while pending:
-            started = _now()
-            try:
-                server = self._peers[one.engine.peer].server(one.engine, one.checkpoint, self.plan.folder)
-                if server is None:
-                    return
-                running = RunningServer(server, self.plan.folder / "logs" / f"{one.engine.name}-server.log")
-            except Exception as error:  # whatever it is, the other cells go on
-                for cell in pending:
-                    one.failed(cell, started, error)
-                return
-            with running:
-                one.done(SERVED_LOAD, started, Measured(running.load_s, None), running.command)
-                failed = False
-                while pending and not failed:
-                    cell, started = pending.pop(0), _now()
-                    try:
-                        measured = running.measure(cell, _seed(one.round, cell))
-                    except Exception as error:  # whatever it is, the other cells go on
-                        one.failed(cell, started, error)
-                        failed = True
-                    else:
-                        one.done(cell, started, measured, running.command)
-                if (peak_gb := running.peak_memory_gb()) > 0:
-                    one.done(SERVED_MEMORY, started, Measured(peak_gb, None), running.command)
 
     def record(
         self,

@@ -34,6 +34,7 @@ class RunningServer:
         """Start it. Raises EngineFailed if it ends, or is not ready in time."""
         self._server = server
         self._log = log
+        self.load_s: float | None = None
         self.command = shlex.join(server.command)
         start = time.monotonic()
         self._process = spawn(server.command, log, stdin=subprocess.DEVNULL)
