@@ -26,7 +26,7 @@ from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cpu import native
 from cierzo.kernels.registry import bind
 
-BLOCKS = ("mla_block", "gqa_block", "mlp_block", "moe_block")
+BLOCKS = ("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block")
 REPEATS = 7
 CONTEXT = 160  # tokens before a generated one: the middle of a 128 + 64 request
 

@@ -93,8 +93,8 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_native("sampling", "apply_penalties", "peaks", "draw", "log_probabilities", "top_tokens"),
     *_torch("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw", exact=True),
     *_torch("sampling", "log_probabilities", "top_tokens", exact=True),
-    *_native("block", "mla_block", "gqa_block", "mlp_block", "moe_block"),
-    *_torch("block", "mla_block", "gqa_block", "mlp_block", "moe_block"),
+    *_native("block", "mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"),
+    *_torch("block", "mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"),
 ]
 
 

@@ -11,29 +11,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cierzo.cache.pool import GqaPages, KVPool, MlaPages
+from cierzo.cache.pool import KVPool, MlaPages
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.layers import Parameters, PositionTables, Shard
 from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.kernels.ops import linear, norm
-from cierzo.kernels.ops.block import StepRows
+from cierzo.kernels.ops import block, linear, norm
+from cierzo.kernels.ops.block import GqaWeights, Half, MlaWeights, MlpWeights, MoeWeights
 
 Specs = dict[str, ParameterSpec]
 
 
-class Attention(Protocol):
-    """Adds x to the residual, writes the step's rows into the pages, attends; this rank's partial sum [T,D]."""
+class LayerHalf(Protocol):
+    """An attention, a dense MLP or a mixture of experts: what kernels' blocks compute with."""
 
-    def forward(self, x: Tensor | None, residual: Tensor, rows: StepRows, pages: MlaPages | GqaPages) -> Tensor:
-        """x, residual [T,D] -> [T,D]."""
-
-
-class Mlp(Protocol):
-    """Adds x to the residual; a dense MLP or a mixture of experts; returns this rank's partial sum [T,D]."""
-
-    def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
-        """x, residual [T,D] -> [T,D]."""
+    @property
+    def weights(self) -> MlaWeights | GqaWeights | MlpWeights | MoeWeights:
+        """This rank's share."""
 
 
 def outer_specs(config: ModelConfig) -> Specs:
@@ -58,13 +52,15 @@ class Decoder:
         self,
         config: ModelConfig,
         parameters: Parameters,
-        layers: list[tuple[Attention, Mlp]],
+        layers: list[tuple[LayerHalf, LayerHalf]],
         shard: Shard,
         device: torch.device,
     ) -> None:
         self.config = config
         self.shard = shard
         self.layers = layers
+        self._pool: KVPool | None = None
+        self._halves: list[Half] = []
         self.tables = PositionTables(config, device)
         self.embedding = parameters["model.embed_tokens.weight"]
         self.final_norm = parameters["model.norm.weight"]
@@ -80,12 +76,23 @@ class Decoder:
         """Compute the step's T rows, writing their cache entries into `kv` -> hidden [T,D], final norm applied."""
         rows = self.tables.rows(inputs)
         residual = functional.embedding(inputs.token_ids, self.embedding)
+        if self._pool is not kv:
+            self._pool, self._halves = kv, self._with_pages(kv)
+        eps = self.config.rms_norm_eps
+        if self.shard.world == 1:
+            return block.decoder(residual, self._halves, rows, self.final_norm, eps)
         x: Tensor | None = None
-        for (attention, mlp), pages in zip(self.layers, kv.layers, strict=True):
-            x = self.shard.all_reduce(attention.forward(x, residual, rows, pages))
-            x = self.shard.all_reduce(mlp.forward(x, residual))
+        for half in self._halves:  # each half gives this rank's partial sum
+            x = self.shard.all_reduce(block.run_half(x, residual, half, rows))
         assert x is not None, "a model has layers"
-        return norm.add_rms_norm(x, residual, self.final_norm, self.config.rms_norm_eps)
+        return norm.add_rms_norm(x, residual, self.final_norm, eps)
+
+    def _with_pages(self, kv: KVPool) -> list[Half]:
+        halves = []
+        for (attention, mlp), pages in zip(self.layers, kv.layers, strict=True):
+            tensors = (pages.latents,) if isinstance(pages, MlaPages) else (pages.keys, pages.values)
+            halves += [Half(attention.weights, tensors), Half(mlp.weights)]
+        return halves
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.weights.loader import ParameterSpec
 from cierzo.kernels.formats.packed import Matrix
-from cierzo.kernels.ops import block, rope
+from cierzo.kernels.ops import rope
 from cierzo.kernels.ops.block import MlpWeights, StepRows
 
 # What a matrix is for: that decides its number format (engine/weights/matrices.py).
@@ -168,10 +168,6 @@ class GatedMlp:
     def build(cls, parameters: Parameters, norm: Tensor, eps: float) -> GatedMlp:
         """From a layer's parameters, and the norm before it."""
         return cls(MlpWeights(norm, *gate_up_down(parameters), eps))
-
-    def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
-        """See kernels' mlp_block; this rank's partial sum."""
-        return block.mlp_block(x, residual, self.weights)
 
 
 def gate_up_down(parameters: Parameters) -> tuple[Matrix, Matrix]:

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cierzo.cache.pool import GqaPages, MlaPages
 from cierzo.engine.model.config import GqaConfig, ModelConfig
-from cierzo.engine.model.decoder import Attention, Decoder, Mlp, Specs, outer_specs
+from cierzo.engine.model.decoder import Decoder, LayerHalf, Specs, outer_specs
 from cierzo.engine.model.layers import GatedMlp, Parameters, Shard
 from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.kernels.ops import block
-from cierzo.kernels.ops.block import GqaWeights, StepRows
+from cierzo.kernels.ops.block import GqaWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +52,6 @@ class GroupedQueryAttention:
             )
         )
 
-    def forward(self, x: Tensor | None, residual: Tensor, rows: StepRows, pages: MlaPages | GqaPages) -> Tensor:
-        """See kernels' gqa_block; this rank's partial sum."""
-        assert isinstance(pages, GqaPages), type(pages)
-        return block.gqa_block(x, residual, self.weights, rows, pages.keys, pages.values)
-
 
 def specs(config: ModelConfig) -> Specs:
     """Every parameter of the model, as transformers' MistralForCausalLM and LlamaForCausalLM save it."""
@@ -73,7 +66,7 @@ def specs(config: ModelConfig) -> Specs:
 
 def build(config: ModelConfig, parameters: Parameters, shard: Shard, device: torch.device) -> Decoder:
     """The model on one rank."""
-    layers: list[tuple[Attention, Mlp]] = []
+    layers: list[tuple[LayerHalf, LayerHalf]] = []
     for layer in range(config.num_layers):
         own = parameters.within(f"model.layers.{layer}.")
         norms = own["input_layernorm.weight"], own["post_attention_layernorm.weight"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cierzo.engine.model.config import MlaConfig, ModelConfig, MoeConfig
-from cierzo.engine.model.decoder import Attention, Decoder, Mlp, Specs, outer_specs
+from cierzo.engine.model.decoder import Decoder, LayerHalf, Specs, outer_specs
 from cierzo.engine.model.layers import GatedMlp, Parameters, Shard
 from cierzo.engine.model.mla import MultiHeadLatentAttention
 from cierzo.engine.model.moe import MixtureOfExperts
@@ -28,7 +28,7 @@ def specs(config: ModelConfig) -> Specs:
 def build(config: ModelConfig, parameters: Parameters, shard: Shard, device: torch.device) -> Decoder:
     """The model on one rank."""
     mla, moe = _parts(config)
-    layers: list[tuple[Attention, Mlp]] = []
+    layers: list[tuple[LayerHalf, LayerHalf]] = []
     for layer in range(config.num_layers):
         own = parameters.within(f"model.layers.{layer}.")
         norm, middle = own["input_layernorm.weight"], own["post_attention_layernorm.weight"]

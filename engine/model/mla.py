@@ -11,13 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cierzo.cache.pool import GqaPages, MlaPages
 from cierzo.engine.model.config import LATENT_NORM_EPS, MlaConfig, ModelConfig
 from cierzo.engine.model.layers import Parameters, Shard
 from cierzo.engine.weights.loader import ParameterSpec
 from cierzo.kernels.formats.packed import Matrix
-from cierzo.kernels.ops import block
-from cierzo.kernels.ops.block import MlaWeights, StepRows
+from cierzo.kernels.ops.block import MlaWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +79,3 @@ class MultiHeadLatentAttention:
                 interleaved=config.rope.interleaved,
             )
         )
-
-    def forward(self, x: Tensor | None, residual: Tensor, rows: StepRows, pages: MlaPages | GqaPages) -> Tensor:
-        """See kernels' mla_block; this rank's partial sum."""
-        assert isinstance(pages, MlaPages), type(pages)
-        return block.mla_block(x, residual, self.weights, rows, pages.latents)

@@ -9,7 +9,6 @@ from torch import Tensor
 from cierzo.engine.model.config import MoeConfig
 from cierzo.engine.model.layers import GatedMlp, Parameters, gate_up_down
 from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.kernels.ops import block
 from cierzo.kernels.ops.block import MoeWeights
 
 
@@ -51,7 +50,3 @@ class MixtureOfExperts:
                 scale=config.routed_scale,
             )
         )
-
-    def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
-        """See kernels' moe_block; this rank's partial sum."""
-        return block.moe_block(x, residual, self.weights)

@@ -364,3 +364,21 @@ struct MoeBlockArgs {
     BlockInput in;
     const MoeLayer* layer;
 };
+
+enum LayerKind : int32_t { LAYER_MLA = 0, LAYER_GQA = 1, LAYER_MLP = 2, LAYER_MOE = 3 };
+
+struct LayerHalf {
+    const void* layer;  // MlaLayer, GqaLayer, MlpLayer or MoeLayer
+    uint8_t* pages;     // of an attention: latents, or keys
+    uint8_t* value_pages;
+    int32_t kind;
+};
+
+struct DecoderArgs {  // all layers, then the final norm
+    BlockInput in;    // x is null
+    const LayerHalf* halves;
+    int64_t count;
+    const StepArgs* step;
+    const void* final_norm;
+    float eps;
+};

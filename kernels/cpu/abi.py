@@ -291,3 +291,15 @@ class MoeBlockArgs(ctypes.Structure):
     """As in abi.h."""
 
     _fields_ = [("input", BlockInput), *_fields("p: layer")]
+
+
+class LayerHalf(ctypes.Structure):
+    """As in abi.h."""
+
+    _fields_ = _fields("p: layer pages value_pages | i32: kind")
+
+
+class DecoderArgs(ctypes.Structure):
+    """As in abi.h."""
+
+    _fields_ = [("input", BlockInput), *_fields("p: halves | i64: count | p: step final_norm | f32: eps")]

@@ -1,4 +1,4 @@
-// The halves of a decoder layer in one call: single operations one after another, inside one parallel region.
+// The halves of a decoder layer, and all layers, in one call: single operations one after another, inside one parallel region.
 #pragma once
 
 #include "abi.h"
@@ -29,18 +29,24 @@ INLINE const char* at(const void* base, int64_t index, int32_t dtype) {
     return static_cast<const char*>(base) + index * (dtype == DTYPE_BF16 ? 2 : 4);
 }
 
-// residual += x, unless there is none yet; then its norm, in scratch [rows, hidden].
-char* normed(Team& team, const BlockInput& in, const void* weight, float eps) {
-    char* out = values(team, in.rows * in.hidden, in.dtype);
+// residual += x, unless there is none yet; then its norm.
+INLINE NormArgs norm_args(const BlockInput& in, const void* weight, float eps) {
     NormArgs args{};
     args.x = in.x == nullptr ? in.residual : in.x;
     args.rows = in.rows;
     args.width = args.x_stride = args.residual_stride = args.out_stride = in.hidden;
     args.residual = in.x == nullptr ? nullptr : in.residual;
     args.weight = weight;
-    args.out = out;
     args.eps = eps;
     args.dtype = in.dtype;
+    return args;
+}
+
+// The same, in scratch [rows, hidden].
+char* normed(Team& team, const BlockInput& in, const void* weight, float eps) {
+    NormArgs args = norm_args(in, weight, eps);
+    char* out = values(team, in.rows * in.hidden, in.dtype);
+    args.out = out;
     norm(team, args);
     return out;
 }
@@ -221,6 +227,31 @@ void moe_block(Team& team, const MoeBlockArgs& args) {
     group_by_expert(team, {ids, pairs, w.router->n, order, starts});
     expert_mlp(team, {x, rows, hidden, w.gate_up, w.down, w.shared_gate_up, w.shared_down, shares, w.top_k, order,
                       starts, args.in.out, hidden, dtype});
+}
+
+// All layers and the final norm. Halves write in turn into two buffers, the last norm into the result.
+void decoder(Team& team, const DecoderArgs& args) {
+    BlockInput in = args.in;
+    const int64_t count = in.rows * in.hidden;
+    char* buffers[2] = {values(team, count, in.dtype), values(team, count, in.dtype)};
+    const size_t mark = team.mark();
+    for (int64_t i = 0; i < args.count; ++i) {
+        const LayerHalf& half = args.halves[i];
+        in.out = buffers[i % 2];
+        switch (half.kind) {
+            case LAYER_MLA: mla_block(team, {in, static_cast<const MlaLayer*>(half.layer), args.step, half.pages}); break;
+            case LAYER_GQA:
+                gqa_block(team, {in, static_cast<const GqaLayer*>(half.layer), args.step, half.pages, half.value_pages});
+                break;
+            case LAYER_MLP: mlp_block(team, {in, static_cast<const MlpLayer*>(half.layer)}); break;
+            case LAYER_MOE: moe_block(team, {in, static_cast<const MoeLayer*>(half.layer)}); break;
+        }
+        in.x = in.out;
+        team.reset(mark);
+    }
+    NormArgs last = norm_args(in, args.final_norm, args.eps);
+    last.out = args.in.out;
+    norm(team, last);
 }
 
 }  // namespace

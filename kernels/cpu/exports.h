@@ -66,3 +66,4 @@ EXPORT(mla_unabsorb, MlaUnabsorbArgs, mla_unabsorb)
 EXPORT_LIGHT(write_normed_latents, WriteNormedLatentsArgs, write_normed_latents, args->rows * (args->rank + args->rope))
 EXPORT_LIGHT(rotate_and_write_keys_values, RotateAndWriteArgs, rotate_and_write_keys_values,
              args->rows * (args->query_heads + 2 * args->kv_heads) * args->width)
+EXPORT(decoder, DecoderArgs, decoder)

@@ -13,6 +13,7 @@ query, E experts, K experts per token, F expert or MLP width; Hq and Hk query an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +115,14 @@ class MoeWeights:
     scratch: Scratch = field(default_factory=dict, repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Half:
+    """One half of a layer: its weights, and the pages of an attention (latents; or keys, values)."""
+
+    weights: MlaWeights | GqaWeights | MlpWeights | MoeWeights
+    pages: tuple[Tensor, ...] = ()
+
+
 def mla_block(x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Tensor:
     """Attention in each row's form; writes the rows' latents into `pages` first -> new [T,D].
 
@@ -141,6 +150,30 @@ def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor
     """Router, experts and shared expert -> new [T,D]."""
     _check("moe_block", x, residual, weights.norm)
     return bound.moe_block(x, residual, weights)
+
+
+def decoder(residual: Tensor, halves: Sequence[Half], rows: StepRows, final_norm: Tensor, eps: float) -> Tensor:
+    """All layers of a model on one rank, each half on the sum of those before it; then the final norm -> new [T,D].
+
+    residual [T,D], the embedded tokens, is written in place. An implementation may run all of it in one call:
+    between two layers, the weights that stream by have driven the interpreter out of the caches.
+    """
+    _check("decoder", None, residual, final_norm)
+    return bound.decoder(residual, halves, rows, final_norm, eps)
+
+
+def run_half(x: Tensor | None, residual: Tensor, half: Half, rows: StepRows) -> Tensor:
+    """One half of a layer, whatever it is -> new [T,D]."""
+    weights, pages = half.weights, half.pages
+    match weights:
+        case MlaWeights():
+            return mla_block(x, residual, weights, rows, *pages)
+        case GqaWeights():
+            return gqa_block(x, residual, weights, rows, *pages)
+        case MlpWeights():
+            return mlp_block(x, residual, weights)
+        case MoeWeights():
+            return moe_block(x, residual, weights)
 
 
 def _check(operation: str, x: Tensor | None, residual: Tensor, norm: Tensor) -> None:

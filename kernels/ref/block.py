@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cierzo.kernels.ops import attention, linear, moe, norm, rope
 from cierzo.kernels.ops.block import (
     GqaWeights,
+    Half,
     MlaWeights,
     MlpWeights,
     MoeWeights,
     StepRows,
     query_width,
     rope_width,
+    run_half,
 )
 
 
@@ -88,6 +92,14 @@ def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor
     groups = moe.group_by_expert(ids, weights.router.shape[0])
     shared = (weights.shared_gate_up, weights.shared_down)
     return moe.expert_mlp(normed, weights.gate_up, weights.down, shares, groups, *shared)
+
+
+def decoder(residual: Tensor, halves: Sequence[Half], rows: StepRows, final_norm: Tensor, eps: float) -> Tensor:
+    """See ops/block.py."""
+    x: Tensor | None = None
+    for half in halves:
+        x = run_half(x, residual, half, rows)
+    return _normed(x, residual, final_norm, eps)
 
 
 def _normed(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -7,6 +7,7 @@ step, in the step's. So a call hands over a dozen numbers, however much it compu
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from cierzo.kernels.cpu import abi, native
 from cierzo.kernels.cpu.launch.attention import paged_args
 from cierzo.kernels.formats.pack import as_packed
 from cierzo.kernels.formats.packed import Matrix
-from cierzo.kernels.ops.block import GqaWeights, MlaWeights, MlpWeights, MoeWeights, StepRows, rope_width
+from cierzo.kernels.ops.block import GqaWeights, Half, MlaWeights, MlpWeights, MoeWeights, StepRows, rope_width
 
 
 def mla_block(x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Tensor:
@@ -52,6 +53,37 @@ def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor
     block, out = _input(x, residual)
     native.call("moe_block", abi.MoeBlockArgs(block, layer.address))
     return out
+
+
+def decoder(residual: Tensor, halves: Sequence[Half], rows: StepRows, final_norm: Tensor, eps: float) -> Tensor:
+    """See ops/block.py."""
+    first = halves[0].weights.scratch
+    kept = first.get("decoder")
+    if kept is None or kept[0] is not halves:
+        kept = first["decoder"] = (halves, _halves(halves))
+    structs = kept[1]
+    pages = halves[0].pages[0]
+    block, out = _input(None, residual, pages)
+    native.call(
+        "decoder",
+        abi.DecoderArgs(
+            block, ctypes.addressof(structs), len(halves), _step(rows, pages), final_norm.data_ptr(), eps
+        ),
+    )
+    return out
+
+
+def _halves(halves: Sequence[Half]) -> Any:
+    """The C array of all halves; their layers are kept by their weights."""
+    return (abi.LayerHalf * len(halves))(*(_half(half) for half in halves))
+
+
+def _half(half: Half) -> abi.LayerHalf:
+    weights = half.weights
+    kind, make = _KINDS[type(weights)]
+    layer = weights.scratch.get("layer") or make(weights)
+    pages = [page.data_ptr() for page in half.pages] + [None, None]
+    return abi.LayerHalf(layer.address, pages[0], pages[1], kind)
 
 
 class _Layer:
@@ -170,3 +202,11 @@ def _gate_up_down(gate_up: Matrix, down: Matrix) -> tuple[Any, Any]:
 def _keep(weights: Any, struct: ctypes.Structure, *matrices: object) -> _Layer:
     layer = weights.scratch["layer"] = _Layer(struct, *matrices)
     return layer
+
+
+_KINDS: dict[type, tuple[int, Callable[[Any], _Layer]]] = {  # as in abi.h
+    MlaWeights: (0, _mla_layer),
+    GqaWeights: (1, _gqa_layer),
+    MlpWeights: (2, _mlp_layer),
+    MoeWeights: (3, _moe_layer),
+}
