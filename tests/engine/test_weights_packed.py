@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -284,18 +285,20 @@ def test_nowhere_to_write(folder: Path, cache: Path, caplog: pytest.LogCaptureFi
     assert caplog.messages[-1] == "packed weights are kept nowhere: the next start packs them again"
 
 
-@pytest.fixture
-def small_files(folder: Path) -> Iterator[None]:
-    """No file may grow beyond 8 KB, as on a disk that becomes full."""
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 8 KB, as on a disk that becomes full. (Nor may the file that pytest reports into.)"""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_disk_that_becomes_full(folder: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    start = Start(folder, cache)
+    with small_files():
+        start = Start(folder, cache)
     start.check()
     assert start.how.endswith("packed into memory")
     assert "File too large" in caplog.text
