@@ -18,7 +18,7 @@ from cierzo.bench.kernel_cases import (
 )
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.ops.block import GqaWeights, MlaWeights, MlpWeights, MoeWeights, StepRows
+from cierzo.kernels.ops.block import GqaWeights, Half, MlaWeights, MlpWeights, MoeWeights, StepRows
 
 BLOCK_TOKENS = 32
 EPS = 1e-6
@@ -276,3 +276,16 @@ def moe_block(model: Model, size: Size, make: Maker) -> Call | None:
     moved = expert_bytes(model, size, *routed) + weight_bytes(router, *shared) + 4 * x.numel() * VALUE_BYTES
     flops = 2 * rows * hidden * (3 * (model.top_k * width + model.mlp_width) + model.experts)
     return Call([(x, residual, layer)], moved, flops)
+
+
+@case
+def decoder(model: Model, size: Size, make: Maker) -> Call | None:
+    """One layer of the model and its final norm, in one call: its two halves together."""
+    first = (mla_block if model.rank else gqa_block)(model, size, make)
+    second = (moe_block if model.experts else mlp_block)(model, size, make)
+    assert first is not None
+    assert second is not None
+    _, residual, attention, rows, *pages = first.arguments[0]
+    halves = [Half(attention, tuple(pages)), Half(second.arguments[0][2])]
+    calls = [(residual, halves, rows, make.noise(model.hidden), EPS)]
+    return Call(calls, first.num_bytes + second.num_bytes, first.flops + second.flops)

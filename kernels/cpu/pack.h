@@ -103,7 +103,7 @@ void pack_plain(const PanelRows<T>& rows, uint8_t* target, int64_t bytes, int32_
 
 // What a quantised format's packer has: begin() writes what stands before the first group of a panel, encode() a group.
 struct Int8Packer {
-    static constexpr int GROUP = 64, BYTES = GROUP * PANEL + 2 * PANEL, HEADER_BYTES = 0;
+    static constexpr int GROUP = 32, BYTES = GROUP * PANEL + 2 * PANEL, HEADER_BYTES = 0;
     static constexpr float LARGEST = 127 * 65504.0f;
     static constexpr bool REPEAT_LAST = false;
 

@@ -129,19 +129,19 @@ constexpr int BYTE_ROWS = 8, NIBBLE_ROWS = 8, E2M1_ROWS = 6;  // tallest tiles: 
 constexpr int BYTE_ROWS = 4, NIBBLE_ROWS = 4, E2M1_ROWS = 4;
 #endif
 
-struct Int8Kernel : QuantisedTile<64, 1, OffsetStart<128>> {
+struct Int8Kernel : QuantisedTile<32, 1, OffsetStart<128>> {
     static constexpr int MAX_ROWS = BYTE_ROWS;
 
     template <int ROWS>
     static void multiply(const uint8_t* panel, const uint8_t* tile, int64_t k, float* out) {
         Sums<ROWS> sums;
-        for (int64_t groups = divide_up(k, 64); groups > 0; --groups, panel += 2112, tile += ROWS * ROW_BYTES) {
+        for (int64_t groups = divide_up(k, 32); groups > 0; --groups, panel += 1088, tile += ROWS * ROW_BYTES) {
             const Group x(tile, ROWS);
             GroupSums<ROWS> group(x.starts);
 #pragma GCC unroll 1
-            for (int i = 0; i < 16; ++i)
+            for (int i = 0; i < 8; ++i)
                 group.add(load_bits(panel + i * 128), load_bits(panel + i * 128 + 64), x.words + i * ROWS);
-            const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + 2048);
+            const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + 1024);
             group.scale_into(sums, load_half(scales), load_half(scales + LANES), x.scales);
         }
         sums.store_to(out);

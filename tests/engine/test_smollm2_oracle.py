@@ -24,6 +24,7 @@ from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.layers import MatrixRole
 from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.weights.loader import load_parameters
+from cierzo.engine.weights.matrices import formats
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.pack import pack
@@ -47,10 +48,10 @@ class Piece:
 
 
 class RoundedMatrices:
-    """Every matrix in one number format, in memory."""
+    """Matrices in the number formats that --weights gives them, in memory."""
 
     def __init__(self, weights: str) -> None:
-        self._weights = weights
+        self._formats = formats(weights, "float32")
 
     def matrix(
         self,
@@ -61,7 +62,7 @@ class RoundedMatrices:
         paired: bool = False,
         role: MatrixRole = "linear",
     ) -> Matrix:
-        return pack(make(), self._weights, paired=paired)
+        return pack(make(), self._formats[role], paired=paired)
 
 
 class Ours:
@@ -164,11 +165,15 @@ def test_perplexity_of_a_longer_text_is_that_of_transformers(
 
 
 @pytest.mark.skipif(not has_native(), reason="packed weights are for the native kernels alone")
-@pytest.mark.parametrize(("weights", "bound"), [("int8", 0.005), ("int4", 0.03), ("nvfp4", 0.15)])
+@pytest.mark.parametrize(("weights", "bound"), [("int8", 0.012), ("int4", 0.01), ("nvfp4", 0.2)])
 def test_rounded_weights_keep_the_perplexity(
     smollm2: Path, tokenizer: Tokenizer, weights: str, bound: float
 ) -> None:
-    """Against our own float32, which the test above holds to transformers'. Activations are rounded too."""
+    """Against our own float32, which the test above holds to transformers'. Activations are rounded too.
+
+    The demo model's weights lie on int4's grid, so that only activations and lm_head are rounded there: 0.3 % over
+    4,900 tokens. int8 adds 0.3 % more; a text of this length scatters by as much again.
+    """
     tokens = tokenizer.encode((DATA / "english_text.txt").read_text()).ids
     exact, rounded = (
         _perplexity(Ours(smollm2, 1, len(tokens), choice).score(tokens), tokens) for choice in (None, weights)

@@ -18,7 +18,7 @@ from cierzo.kernels.ops import linear, moe
 from cierzo.kernels.registry import bind
 
 QUANTISED = ["int8", "int4", "nvfp4"]
-ROW_GROUP = {"int8": 64, "int4": 32, "nvfp4": 32}
+ROW_GROUP = {"int8": 32, "int4": 32, "nvfp4": 32}
 
 
 @pytest.fixture(autouse=True)
