@@ -70,7 +70,7 @@ INLINE int64_t mass_of(double score, double peak) {
     series = series * r + 1.0 / 2;
     series = series * r + 1.0;
     series = series * r + 1.0;
-    return to_whole(series * double_of((e + 1023 + MASS_BITS) << 52));
+    return to_whole(series * double_of(int64_t(uint64_t(e + 1023 + MASS_BITS) << 52)));
 }
 
 struct Counter {
