@@ -151,7 +151,7 @@ class Worker:
         preload = subprocess.run(named, check=True, capture_output=True, text=True).stdout.strip()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, closed with the worker
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(WORKER), library],
+            [sys.executable, "-I", str(WORKER), library, native.load().cierzo_abi().decode()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

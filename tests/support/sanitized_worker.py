@@ -52,6 +52,9 @@ def run(library: ctypes.CDLL, symbol: str, threads: int, regions: list[Region], 
 def main() -> None:
     """Until the input ends."""
     library = ctypes.CDLL(sys.argv[1])
+    library.cierzo_abi.restype = ctypes.c_char_p
+    if library.cierzo_abi().decode() != sys.argv[2]:
+        sys.exit("the sanitized library is of another version than the one in use")
     while True:
         try:
             symbol, threads, regions, fixups = pickle.load(sys.stdin.buffer)
