@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import importlib.machinery
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -108,6 +109,8 @@ def available() -> tuple[str, ...]:
 
 def missing() -> str:
     """Why `available` is empty."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"there are none for {platform.machine()}"
     if library_path() is None:
         return "installed with CIERZO_NATIVE=0"
     built = "the CPU has none of the instruction sets that were built"

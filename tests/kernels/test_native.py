@@ -104,6 +104,13 @@ def test_without_the_library_the_reference_runs_and_says_why(monkeypatch: pytest
         bind(KernelsConfig(instruction_set="avx2"), "cpu")
 
 
+def test_on_another_machine_the_reference_runs_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library_path", lambda: None)
+    monkeypatch.setattr(native.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(registry, "default_instruction_set", "auto")
+    assert "(no native ones: there are none for aarch64)" in bind(KernelsConfig(), "cpu").describe()
+
+
 @pytest.mark.parametrize(
     ("found", "reason"),
     [(0, "the CPU has no AVX2"), (8, "the CPU has none of the instruction sets that were built")],
