@@ -125,7 +125,8 @@ void run_plan(Team& team, const Plan& plan, int64_t floats, int64_t slices, Atte
 template <class T>
 INLINE void clear_spare_rows(Team& team, const PagedArgs& paged, T* out, int64_t width) {
     const int64_t used = paged.query_starts[paged.segments];
-    if (team.rank == 0) std::memset(out + used * width, 0, size_t((paged.rows - used) * width) * sizeof(T));
+    if (team.rank == 0 && used < paged.rows)
+        std::memset(out + used * width, 0, size_t((paged.rows - used) * width) * sizeof(T));
 }
 
 }  // namespace decode
