@@ -101,26 +101,42 @@ void pack_plain(const PanelRows<T>& rows, uint8_t* target, int64_t bytes, int32_
     }
 }
 
-// What a quantised format's packer has: begin() writes what stands before the first group of a panel, encode() a group.
+// What a quantised format's packer has: begin() writes what stands before a panel's first group, encode() a group.
 struct Int8Packer {
-    static constexpr int GROUP = 32, BYTES = GROUP * PANEL + 2 * PANEL, HEADER_BYTES = 0;
-    static constexpr float LARGEST = 127 * 65504.0f;
+    static constexpr int GROUP = 64, BYTES = GROUP * PANEL + 2 * PANEL, HEADER_BYTES = 0;
+    static constexpr float LARGEST = 127 * 65504.0f / 8;
     static constexpr bool REPEAT_LAST = false;
 
     template <class T>
     static void begin(const PanelRows<T>&, uint8_t*) {}
 
-    // The smallest half not below 1/127 of the largest weight: no code is beyond 127.
+    // The smallest half not below largest / 127.03: no code is beyond 127.
     static void scales(const Tile<GROUP>& tile, int half, uint16_t* target) {
         alignas(64) float exact[LANES], rounded[LANES];
-        const F32 scale = tile.largest(half) / set(127.0f);
+        const F32 scale = tile.largest(half) / set(127.03125f);
         store(exact, scale);
         store(rounded, round_to_half(scale));
         store_half(target, scale);
         for (int i = 0; i < LANES; ++i) target[i] = uint16_t(target[i] + (rounded[i] < exact[i]));
     }
 
-    static void encode(const Tile<GROUP>& tile, const uint8_t*, uint8_t* target) {
+    // Of each output's 64 weights, in the order of sums of rotate() in int8.py.
+    static void rotate(Tile<GROUP>& tile) {
+        for (int distance = 1; distance < GROUP; distance *= 2)
+            for (int i = 0; i < GROUP; ++i)
+                for (int o = 0; (i & distance) == 0 && o < PANEL; o += LANES) {
+                    float* first = tile.at[i] + o;
+                    float* second = tile.at[i + distance] + o;
+                    const F32 a = load(first), b = load(second);
+                    store(first, a + b);
+                    store(second, a - b);
+                }
+        for (auto& row : tile.at)
+            for (int o = 0; o < PANEL; o += LANES) store(row + o, load(row + o) * set(0.125f));
+    }
+
+    static void encode(Tile<GROUP>& tile, const uint8_t*, uint8_t* target) {
+        rotate(tile);
         for (int half = 0; half < 2; ++half) {
             uint16_t* scale = reinterpret_cast<uint16_t*>(target + GROUP * PANEL) + half * LANES;
             scales(tile, half, scale);

@@ -1,11 +1,11 @@
-// Products with quantised weights. The activations of a row are quantised too, group of k by group, to signed bytes and
-// a float scale; unsigned weights times signed activations are summed exactly, in int32, and each group's sum is scaled
+// Products with quantised weights. A row's activations are quantised too, group of k by group, to signed bytes and a
+// float scale; unsigned weights times signed activations are summed exactly, in int32, and each group's sum is scaled
 // and added to the output's, in the order of k.
 //
 //     out = sum over groups g of  scale_w[g] scale_x[g] (sum over k in g of (code_w[k] - offset) code_x[k])
 //
 // The offset (128 in int8, 12 in nvfp4) costs nothing: sums start at -offset * (sum of the group's code_x). int4 has a
-// minimum instead, which adds minimum[g] * (scale_x[g] * sum of code_x).
+// minimum instead, which adds minimum[g] * (scale_x[g] * sum of code_x). int8's groups are rotated (formats/int8.py).
 // A NaN or an infinity among a group's activations makes its scale NaN, hence the outputs of that row, and no other's.
 #pragma once
 
@@ -13,30 +13,82 @@
 
 namespace {
 
+// x + swapped where a lane's number lacks the bit `distance`, swapped - x where it has it.
+template <int DISTANCE>
+INLINE F32 butterfly(F32 x) {
+    alignas(64) float signs[LANES];
+    for (int i = 0; i < LANES; ++i) signs[i] = i & DISTANCE ? -1.0f : 1.0f;
+    return fma(x, load(signs), swap_at<DISTANCE>(x));
+}
+
+// H x over 64 values.
+INLINE void rotate(F32 (&x)[4]) {
+    for (F32& v : x) v = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(v))));
+    const F32 a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
+    x[0] = a + c;
+    x[1] = b + d;
+    x[2] = a - c;
+    x[3] = b - d;
+}
+INLINE void rotate(F32 (&)[2]) {}
+
+#if CIERZO_AVX512
+constexpr int BYTE_ROWS = 8, NIBBLE_ROWS = 8, E2M1_ROWS = 6;  // tallest tiles: as measured
+#else
+constexpr int BYTE_ROWS = 4, NIBBLE_ROWS = 4, E2M1_ROWS = 4;
+#endif
+constexpr int MOST_ROWS = 8;
+
+// How a format takes activations: in groups of GROUP, of which each GROUP / SUMS have a sum, and what sums start from.
+struct Int8Rows {
+    static constexpr int GROUP = 64, SUMS = 1;
+    static constexpr bool ROTATED = true;
+    using Start = int32_t;
+    static INLINE Start start(float, float total) { return -128 * int32_t(total); }
+};
+struct Int4Rows {
+    static constexpr int GROUP = 32, SUMS = 1;
+    static constexpr bool ROTATED = false;
+    using Start = float;  // what the minimum is multiplied with
+    static INLINE Start start(float scale, float total) { return scale * total; }
+};
+struct Nvfp4Rows {
+    static constexpr int GROUP = 32, SUMS = 2;
+    static constexpr bool ROTATED = false;
+    using Start = int32_t;
+    static INLINE Start start(float, float total) { return -12 * int32_t(total); }
+};
+
 // Activations of one row in one group.
-template <int GROUP, int SUMS>
+template <class Rows>
 struct QuantisedGroup {
-    alignas(16) int8_t codes[GROUP];
-    float totals[SUMS];  // of the codes of each GROUP / SUMS
+    static constexpr int VECTORS = Rows::GROUP / LANES, SHARE = VECTORS / Rows::SUMS;
+    alignas(16) int8_t codes[Rows::GROUP];
+    float totals[Rows::SUMS];  // of codes
     float scale;
 
     template <class T>
-    INLINE QuantisedGroup(const T* x, int64_t count) {
-        constexpr int VECTORS = GROUP / LANES;
-        F32 values[VECTORS], largest = zero();
+    INLINE void quantise(const T* x, int64_t count) {
+        F32 values[VECTORS];
         for (int v = 0; v < VECTORS; ++v) {
             const int64_t left = count - v * LANES;
             values[v] = left >= LANES ? load(x + v * LANES) : left > 0 ? load(x + v * LANES, int(left)) : zero();
-            largest = max(max(values[v], zero() - values[v]), largest);
+            if (Rows::ROTATED) values[v] = values[v] * set(1.0f / 64);  // now no sum of 64 overflows
         }
-        const float most = peak(largest);
-        const F32 factor = set(most < 0x1p-100f ? 0.0f : 127.0f / most);
-        scale = most < 0x1p-100f ? 0.0f : most / 127.0f;
+        if (Rows::ROTATED) rotate(values);
+        F32 highest = values[0], lowest = values[0];
+        for (int v = 1; v < VECTORS; ++v) {
+            highest = max(highest, values[v]);
+            lowest = min(lowest, values[v]);
+        }
+        const float most = peak(max(highest, zero() - lowest));
+        const float factor = most < 0x1p-115f ? 0.0f : 127.0f / most;
+        scale = most < 0x1p-115f ? 0.0f : most * ((Rows::ROTATED ? 8.0f : 1.0f) / 127.0f);
         bool finite = true;
-        for (int s = 0; s < SUMS; ++s) {
+        for (int s = 0; s < Rows::SUMS; ++s) {
             F32 total = zero();
-            for (int v = s * VECTORS / SUMS; v < (s + 1) * VECTORS / SUMS; ++v) {
-                const F32 rounded = round(values[v] * factor);
+            for (int v = s * SHARE; v < (s + 1) * SHARE; ++v) {
+                const F32 rounded = round(values[v] * set(factor));
                 total = total + rounded;
                 _mm_store_si128(reinterpret_cast<__m128i*>(codes) + v, to_bytes(to_int(rounded)));
             }
@@ -49,45 +101,44 @@ struct QuantisedGroup {
     }
 };
 
-// Tiles of quantised activations. A group: [GROUP / 4][rows] words of 4 codes, [rows] float scales, and what
-// Start::of(scale, total) makes of each total, [SUMS][rows].
-template <int GROUP, int SUMS, class Start>
+// Tiles of quantised activations. A group: [GROUP / 4][rows] words of 4 codes, [rows] scales, [SUMS][rows] starts.
+template <class Rows>
 struct QuantisedTile {
-    using Word = typename Start::Type;
-    static constexpr int ROW_BYTES = GROUP + 4 + 4 * SUMS;  // of a group
+    static constexpr int GROUP = Rows::GROUP, ROW_BYTES = GROUP + 4 + 4 * Rows::SUMS;  // of a group
 
     static int64_t row_bytes(int64_t k) { return (divide_up(k, GROUP) * ROW_BYTES + 63) & ~int64_t(63); }
 
     template <class T>
     static void pack(uint8_t* tile, const Activations& x, int64_t first_row, int rows, int64_t k) {
+        QuantisedGroup<Rows> groups[MOST_ROWS];
+        const void* codes[MOST_ROWS];
+        const T* sources[MOST_ROWS];
         for (int r = 0; r < rows; ++r) {
-            const T* row = x.row<T>(first_row + r);
-            for (int64_t g = 0; g < divide_up(k, GROUP); ++g) {
-                const QuantisedGroup<GROUP, SUMS> group(row + g * GROUP, k - g * GROUP);
-                const Group target(tile + g * rows * ROW_BYTES, rows);
-                for (int i = 0; i < GROUP / 4; ++i) std::memcpy(&target.words[i * rows + r], group.codes + 4 * i, 4);
-                target.scales[r] = group.scale;
-                for (int s = 0; s < SUMS; ++s) target.starts[s * rows + r] = Start::of(group.scale, group.totals[s]);
+            codes[r] = groups[r].codes;
+            sources[r] = x.row<T>(first_row + r);
+        }
+        for (int64_t first = 0; first < k; first += GROUP, tile += rows * ROW_BYTES) {
+            const Group target(tile, rows);
+            for (int r = 0; r < rows; ++r) {
+                groups[r].quantise(sources[r] + first, k - first);
+                target.scales[r] = groups[r].scale;
+                for (int s = 0; s < Rows::SUMS; ++s)
+                    target.starts[s * rows + r] = Rows::start(groups[r].scale, groups[r].totals[s]);
             }
+            transpose_words(target.words, codes, rows, GROUP / 4);
         }
     }
 
     struct Group {
         int32_t* words;
         float* scales;
-        Word* starts;
+        typename Rows::Start* starts;
 
         INLINE Group(const uint8_t* tile, int rows)
             : words(reinterpret_cast<int32_t*>(const_cast<uint8_t*>(tile))),
               scales(reinterpret_cast<float*>(words + GROUP / 4 * rows)),
-              starts(reinterpret_cast<Word*>(scales + rows)) {}
+              starts(reinterpret_cast<typename Rows::Start*>(scales + rows)) {}
     };
-};
-
-template <int OFFSET>
-struct OffsetStart {
-    using Type = int32_t;
-    static INLINE int32_t of(float, float total) { return -OFFSET * int32_t(total); }
 };
 
 // Sums of a tile within a group of k.
@@ -123,25 +174,19 @@ struct GroupSums {
     }
 };
 
-#if CIERZO_AVX512
-constexpr int BYTE_ROWS = 8, NIBBLE_ROWS = 8, E2M1_ROWS = 6;  // tallest tiles: as measured
-#else
-constexpr int BYTE_ROWS = 4, NIBBLE_ROWS = 4, E2M1_ROWS = 4;
-#endif
-
-struct Int8Kernel : QuantisedTile<32, 1, OffsetStart<128>> {
+struct Int8Kernel : QuantisedTile<Int8Rows> {
     static constexpr int MAX_ROWS = BYTE_ROWS;
 
     template <int ROWS>
     static void multiply(const uint8_t* panel, const uint8_t* tile, int64_t k, float* out) {
         Sums<ROWS> sums;
-        for (int64_t groups = divide_up(k, 32); groups > 0; --groups, panel += 1088, tile += ROWS * ROW_BYTES) {
+        for (int64_t groups = divide_up(k, 64); groups > 0; --groups, panel += 2112, tile += ROWS * ROW_BYTES) {
             const Group x(tile, ROWS);
             GroupSums<ROWS> group(x.starts);
 #pragma GCC unroll 1
-            for (int i = 0; i < 8; ++i)
+            for (int i = 0; i < 16; ++i)
                 group.add(load_bits(panel + i * 128), load_bits(panel + i * 128 + 64), x.words + i * ROWS);
-            const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + 1024);
+            const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + 2048);
             group.scale_into(sums, load_half(scales), load_half(scales + LANES), x.scales);
         }
         sums.store_to(out);
@@ -161,12 +206,7 @@ struct Octet {
     }
 };
 
-struct MinimumStart {
-    using Type = float;
-    static INLINE float of(float scale, float total) { return scale * total; }
-};
-
-struct Int4Kernel : QuantisedTile<32, 1, MinimumStart> {
+struct Int4Kernel : QuantisedTile<Int4Rows> {
     static constexpr int MAX_ROWS = NIBBLE_ROWS;
 
     template <int ROWS>
@@ -197,7 +237,7 @@ struct Int4Kernel : QuantisedTile<32, 1, MinimumStart> {
 
 // Codes become twice their value plus 12, as bytes; load_e4m3 leaves out a factor of 2^8. Both are made good in the
 // global scale, by which a row's sums are multiplied at the end.
-struct Nvfp4Kernel : QuantisedTile<32, 2, OffsetStart<12>> {
+struct Nvfp4Kernel : QuantisedTile<Nvfp4Rows> {
     static constexpr int MAX_ROWS = E2M1_ROWS;
 
     template <int ROWS>

@@ -126,7 +126,13 @@ INLINE F32 power_of_two(F32 n) {  // 2^n of whole numbers n within a float's exp
 INLINE F32 rounded_to(bf16, F32 a) {  // a as a bf16 holds it
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(round_to_bf16(a)), 16))};
 }
-INLINE F32 swap_pairs(F32 a) { return {_mm512_permute_ps(a.v, 0xb1)}; }  // lanes 1 0 3 2 5 4 ...
+template <int DISTANCE>
+INLINE F32 swap_at(F32 a) {  // lane i of the result is lane i ^ DISTANCE
+    if constexpr (DISTANCE == 1) return {_mm512_permute_ps(a.v, 0xb1)};
+    if constexpr (DISTANCE == 2) return {_mm512_permute_ps(a.v, 0x4e)};
+    if constexpr (DISTANCE == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
+    if constexpr (DISTANCE == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
+}
 INLINE uint32_t at_least(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }  // bit i: lane i, a >= b
 INLINE uint32_t unordered(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }  // either is NaN
 INLINE __m256 lower_half(F32 a) { return _mm512_castps512_ps256(a.v); }
@@ -289,7 +295,13 @@ INLINE F32 rounded_to(bf16, F32 a) {
     store(lanes, a);
     return load(lanes);
 }
-INLINE F32 swap_pairs(F32 a) { return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)}; }
+template <int DISTANCE>
+INLINE F32 swap_at(F32 a) {
+    if constexpr (DISTANCE == 1) return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)};
+    if constexpr (DISTANCE == 2) return {_mm256_permute_ps(a.lo, 0x4e), _mm256_permute_ps(a.hi, 0x4e)};
+    if constexpr (DISTANCE == 4) return {_mm256_permute2f128_ps(a.lo, a.lo, 1), _mm256_permute2f128_ps(a.hi, a.hi, 1)};
+    if constexpr (DISTANCE == 8) return {a.hi, a.lo};
+}
 INLINE __m256 lower_half(F32 a) { return a.lo; }
 INLINE __m256 upper_half(F32 a) { return a.hi; }
 INLINE uint32_t mask16(__m256 low, __m256 high) {
@@ -350,6 +362,7 @@ INLINE Int32 repeat_int(int32_t value) { return repeat(value); }
 #endif
 
 INLINE F32 rounded_to(float, F32 a) { return a; }
+INLINE F32 swap_pairs(F32 a) { return swap_at<1>(a); }  // lanes 1 0 3 2 5 4 ...
 
 // Sums and maxima over the 16 lanes, in one fixed order: a tree over halves. Where there is a NaN, a maximum is open.
 INLINE float sum(F32 a) {

@@ -12,13 +12,13 @@ meet the padding are zero. Experts follow each other, `expert_bytes` apart.
     format   group of k   bytes of a group of a panel
     float32      1        32 floats
     bf16         2        [32 outputs][2 k]
-    int8        32        codes uint8 [8][32 outputs][4 k], value + 128; then scales half[32]
+    int8        64        codes uint8 [16][32 outputs][4 k], value + 128; then scales half[32]
     int4        32        codes [4][32 outputs][4 bytes]: byte b of octet o holds k = 8 o + b in its low half, and
                           k = 8 o + 4 + b in its high half; then scales half[32], minima half[32]
     nvfp4       32        codes as int4's, two groups of 16 in one; then e4m3 scales [2 groups][32 outputs]. Before
                           the first group, a panel has 32 floats: the global scale of each output
 
-    value    float32, bf16: as it is.  int8: (code - 128) * scale.  int4: code * scale + minimum.
+    value    float32, bf16: as it is.  int8: (code - 128) * scale, rotated (int8.py).  int4: code * scale + minimum.
              nvfp4: e2m1(code) * scale * global scale
 
 `paired`: n = 2F, gate above up. Panel p then holds the gate rows 16p .. 16p+15 and the up rows 16p .. 16p+15, so
@@ -39,8 +39,8 @@ from cierzo.kernels.cpu import abi
 
 PANEL = 32  # outputs
 ALIGNMENT = 64  # bytes
-GROUP_K = {"float32": 1, "bf16": 2, "int8": 32, "int4": 32, "nvfp4": 32}
-GROUP_BYTES = {"float32": 128, "bf16": 128, "int8": 1088, "int4": 640, "nvfp4": 576}  # of one panel
+GROUP_K = {"float32": 1, "bf16": 2, "int8": 64, "int4": 32, "nvfp4": 32}
+GROUP_BYTES = {"float32": 128, "bf16": 128, "int8": 2112, "int4": 640, "nvfp4": 576}  # of one panel
 HEADER_BYTES = {"float32": 0, "bf16": 0, "int8": 0, "int4": 0, "nvfp4": 128}  # of one panel
 
 

@@ -165,14 +165,15 @@ def test_perplexity_of_a_longer_text_is_that_of_transformers(
 
 
 @pytest.mark.skipif(not has_native(), reason="packed weights are for the native kernels alone")
-@pytest.mark.parametrize(("weights", "bound"), [("int8", 0.012), ("int4", 0.01), ("nvfp4", 0.2)])
+@pytest.mark.parametrize(("weights", "bound"), [("int8", 0.005), ("int4", 0.01), ("nvfp4", 0.2)])
 def test_rounded_weights_keep_the_perplexity(
     smollm2: Path, tokenizer: Tokenizer, weights: str, bound: float
 ) -> None:
     """Against our own float32, which the test above holds to transformers'. Activations are rounded too.
 
-    The demo model's weights lie on int4's grid, so that only activations and lm_head are rounded there: 0.3 % over
-    4,900 tokens. int8 adds 0.3 % more; a text of this length scatters by as much again.
+    Over 7,182 tokens int8 raises it by 0.10 % and int4 by 0.40 %, each with a standard error of 0.09; a text of this
+    length scatters by three times that. The demo model's weights lie on int4's grid, so that only activations and
+    lm_head are rounded there.
     """
     tokens = tokenizer.encode((DATA / "english_text.txt").read_text()).ids
     exact, rounded = (

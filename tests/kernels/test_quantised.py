@@ -12,13 +12,14 @@ from torch.nn.functional import pad, silu
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cpu import native
 from cierzo.kernels.formats.definition import FORMATS
+from cierzo.kernels.formats.int8 import rotate
 from cierzo.kernels.formats.pack import pack, unpack
-from cierzo.kernels.formats.packed import PackedMatrix
+from cierzo.kernels.formats.packed import PackedMatrix, view_packed
 from cierzo.kernels.ops import linear, moe
 from cierzo.kernels.registry import bind
 
 QUANTISED = ["int8", "int4", "nvfp4"]
-ROW_GROUP = {"int8": 32, "int4": 32, "nvfp4": 32}
+ROW_GROUP = {"int8": 64, "int4": 32, "nvfp4": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +39,25 @@ def rows_of(count: int, width: int, dtype: torch.dtype = torch.float32, seed: in
 
 
 def quantised(x: Tensor, format: str) -> Tensor:
-    """What the kernels make of activations [T,k]: 8 bits of the largest in each group of k. float64."""
+    """What the kernels make of activations [T,k], k padded to whole groups: 8 bits of the largest in each."""
     size = ROW_GROUP[format]
     groups = pad(x.float(), (0, -x.shape[1] % size)).unflatten(1, (-1, size))
+    groups = rotate(groups) if format == "int8" else groups
     largest = groups.abs().amax(-1, keepdim=True)
     codes = (groups * torch.where(largest > 0, 127 / largest, 0.0)).round()
-    return (codes.double() * (largest / 127).double()).flatten(1)[:, : x.shape[1]]
+    values = codes.double() * (largest / 127).double()
+    return (rotate(values) if format == "int8" else values).flatten(1)
+
+
+def values(weight: PackedMatrix) -> Tensor:
+    """Of k in whole groups: int8's rotation spreads rounding errors into the padding."""
+    *outer, k = weight.shape
+    shape = (*outer, k + -k % ROW_GROUP[weight.format])
+    return unpack(view_packed(weight.format, shape, weight.dtype, weight.paired, weight.data), torch.float64)
 
 
 def product(x: Tensor, weight: PackedMatrix) -> Tensor:
-    return quantised(x, weight.format) @ unpack(weight, torch.float64).transpose(-2, -1)
+    return quantised(x, weight.format) @ values(weight).T
 
 
 def mlp(x: Tensor, gate_up: Tensor, down: Tensor, format: str) -> Tensor:
@@ -81,7 +91,7 @@ def test_products_of_odd_sizes(instruction_set: str, dtype: torch.dtype, format:
 def test_gated_mlps(instruction_set: str, format: str) -> None:
     x = rows_of(11, 75)
     gate_up, down = pack(normal(74, 75, seed=1) / 8, format, paired=True), pack(normal(75, 37, seed=2), format)
-    close(linear.gated_mlp(x, gate_up, down), mlp(x, unpack(gate_up).double(), unpack(down).double(), format))
+    close(linear.gated_mlp(x, gate_up, down), mlp(x, values(gate_up), values(down), format))
 
 
 @pytest.mark.parametrize("format", QUANTISED)
@@ -93,11 +103,11 @@ def test_experts(instruction_set: str, format: str) -> None:
         pack(normal(4, 74, 75, seed=1) / 8, format, paired=True),
         pack(normal(4, 75, 37, seed=2), format),
     )
-    wide_gate_up, wide_down = unpack(gate_up).double(), unpack(down).double()
+    wide_gate_up, wide_down = values(gate_up), values(down)
     for matrix in (gate_up, down):
         matrix.data[3 * len(matrix.data) // 4 :] = 0xFF
     shared = pack(normal(20, 75, seed=4) / 8, format, paired=True), pack(normal(75, 10, seed=5), format)
-    expected = mlp(x, *(unpack(matrix).double() for matrix in shared), format)
+    expected = mlp(x, *(values(matrix) for matrix in shared), format)
     for slot in range(2):
         for token, expert in enumerate(ids[:, slot].tolist()):
             one = mlp(x[token : token + 1], wide_gate_up[expert], wide_down[expert], format)
