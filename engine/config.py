@@ -68,10 +68,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = None
     block_tokens: Annotated[Count, Meta(description="tokens per KV block")] = 32
     prefix_caching: Annotated[bool, Meta(description="reuse the KV blocks of equal prompt beginnings")] = True
-    budget_tokens: Annotated[Count, Meta(description="tokens computed in one step, at most")] = 2048
+    budget_tokens: Annotated[Count, Meta(description="tokens computed in one step, at most")] = 1024
     max_chunk_tokens: Annotated[
         Count, Meta(description="tokens of one prompt in one step while others wait, at most")
-    ] = 1024
+    ] = 512
     max_running: Annotated[Count, Meta(description="sequences that run at once, at most")] = 256
     max_waiting: Annotated[Count, Meta(description="sequences that wait, at most; further ones are refused")] = 4096
     priority_aging_s: Annotated[

@@ -12,8 +12,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     that arrived at t is ordered by t + p * priority_aging_s, so a lower level runs first and no level starves.
     """
 
-    budget_tokens: int = 2048
-    max_chunk_tokens: int = 1024
+    budget_tokens: int = 1024
+    max_chunk_tokens: int = 512
     max_running: int = 256
     max_waiting: int = 4096
     max_model_len: int = 8192

@@ -269,7 +269,7 @@ def test_llm_agrees_with_transformers(checkpoints: Checkpoints, name: str) -> No
 
 def test_positions_beyond_8192(checkpoints: Checkpoints) -> None:
     """A prompt in chunks of 2048, an answer across Small 4's original context, and a hit that ends below it."""
-    engine = Engine(checkpoints(FAR), num_blocks=280, block_tokens=32, max_model_len=8300)
+    engine = Engine(checkpoints(FAR), num_blocks=280, block_tokens=32, max_model_len=8300, budget_tokens=2048)
     prompt = random.Random(1).choices(range(vocab_size(FAR)), k=8180)
     (first,) = engine.run(prompt)
     (second,) = engine.run(prompt + first.tokens)  # what was generated comes again as prompt
