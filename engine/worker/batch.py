@@ -159,14 +159,18 @@ class BatchBuilder:
         """Token ids, positions and cache slots of all rows, each in a few array operations."""
         expanded, absorbed = self._expanded, self._absorbed
         self._token_ids[:num_tokens] = expanded.tokens + absorbed.tokens
-        lengths = np.array(expanded.lengths + absorbed.lengths, np.int64)
         starts = np.array(expanded.starts + absorbed.starts, np.int64)
         slots = np.array(expanded.slots + absorbed.slots, np.int64)
-        first_rows = np.cumsum(lengths) - lengths
         positions = self._positions[:num_tokens]
-        np.add(np.arange(num_tokens), np.repeat(starts - first_rows, lengths), out=positions)
+        if len(starts) == num_tokens:  # one token each: at one sequence, every array operation counts
+            positions[:] = starts
+        else:
+            lengths = np.array(expanded.lengths + absorbed.lengths, np.int64)
+            first_rows = np.cumsum(lengths) - lengths
+            np.add(np.arange(num_tokens), np.repeat(starts - first_rows, lengths), out=positions)
+            slots = np.repeat(slots, lengths)
         block_indices, offsets = np.divmod(positions, self._block_tokens)
-        blocks = self._block_tables[np.repeat(slots, lengths), block_indices]
+        blocks = self._block_tables[slots, block_indices]
         np.multiply(blocks, self._block_tokens, out=self._cache_slots[:num_tokens], dtype=np.int64)
         self._cache_slots[:num_tokens] += offsets
 

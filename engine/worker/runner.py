@@ -68,7 +68,9 @@ class ModelRunner:
                 self._sampler.admit(seq.slot, seq.key[1], seq.admission)
         self._plan, self._sample_seqs, self._logits = plan, batch.sample_seqs, None
         hidden = self._model.forward(self._inputs(batch), self._kv)
-        if self._sample_seqs:
+        if batch.num_expanded == 0 and len(self._sample_seqs) == len(hidden):  # decodes alone: all rows, in order
+            self._logits = self._model.logits(hidden)
+        elif self._sample_seqs:
             self._logits = self._model.logits(hidden[self._to_device(batch.sample_rows)])
 
     @torch.inference_mode()

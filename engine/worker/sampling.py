@@ -6,6 +6,7 @@ and its order are those of `kernels/ops/sampling.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +93,7 @@ class Sampler:
         self._sample = np.zeros(max_running, np.int64)
         self._num_logprobs = np.full(max_running, -1, np.int64)
         self._edits: list[Edits | None] = [None] * max_running
+        self._plain = [True] * max_running  # the largest logit it is, and nothing else is asked for
 
     def admit(self, slot: int, sample: int, admission: Admission) -> None:
         """A sequence (sample number `sample` of its request) takes `slot`; whatever was there is forgotten."""
@@ -103,23 +105,27 @@ class Sampler:
         self._seed[slot] = np.uint64((params.seed or 0) & (2**64 - 1)).astype(np.int64)
         self._sample[slot] = sample
         self._num_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
-        self._edits[slot] = _edits(admission)
+        self._edits[slot] = edits = _edits(admission)
+        self._plain[slot] = params.temperature == 0 and params.logprobs is None and edits is None
 
     def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> Sampled:
         """Choose a token for each of M rows; row i is for the sequence in slots[i], at position positions[i].
 
         logits fp32 [M,N], raw; may be overwritten. A row whose logits are not finite is reported in `failures`.
         """
-        at = np.array(slots, np.int64)
         values, token_ids = ops.peaks(logits)
-        finite = torch.isfinite(values).cpu().numpy()
+        if all(self._plain[slot] for slot in slots):  # at one sequence, every array operation counts
+            failed = {row: NOT_FINITE for row, value in enumerate(values.tolist()) if not math.isfinite(value)}
+            return Sampled(token_ids.tolist(), None, failed)
+        at = np.array(slots, np.int64)
+        finite = np.isfinite(values.cpu().numpy())
         reports = np.flatnonzero((self._num_logprobs[at] >= 0) & finite)
         scores = ops.log_probabilities(logits[self._on_device(reports)]) if reports.size else None
         edited = self._edit(logits, slots, positions)
         if edited:
             rows = self._on_device(np.array(edited))
             values[rows], token_ids[rows] = ops.peaks(logits[rows])
-            finite &= torch.isfinite(values).cpu().numpy()
+            finite &= np.isfinite(values.cpu().numpy())
         random = np.flatnonzero((self._temperature[at] > 0) & finite)
         if random.size:
             self._draw(logits, token_ids, random, at, np.array(positions, np.int64))

@@ -4,11 +4,11 @@
     scale   = the smallest half >= largest |rotated| of the group / 127.03        code = round(rotated / scale)
 
 H / 8 is orthogonal, and its own inverse: a product of rotated weights and rotated activations is that of the
-weights and the activations. What changes is their rounding. Trained models have a few activations that are far larger than
-their neighbours and alone decide the scale; rotated, their size is shared by all 64. The demo model's perplexity
-over 7,182 tokens rises by 0.10 %, standard error 0.08, instead of 0.43 %, with half the divergence of groups of 32
-that are not rotated. Rotations of whole rows, as in QuaRot (Ashkboos et al. 2024, arXiv 2404.00456), would have to
-be undone elsewhere in the model; these stay within a group.
+weights and the activations. What changes is their rounding. Trained models have a few activations that are far
+larger than their neighbours and alone decide the scale; rotated, their size is shared by all 64. The demo model's
+perplexity over 7,182 tokens rises by 0.10 %, standard error 0.08, instead of 0.43 %, with half the divergence of
+groups of 32 that are not rotated. Rotations of whole rows, as in QuaRot (Ashkboos et al. 2024, arXiv 2404.00456),
+would have to be undone elsewhere in the model; these stay within a group.
 
 Scales are rounded up, so that no weight is clipped, and weights too small for a half have the scale 2^-24, not 0.
 Each rotated weight, hence the root mean square over a group of weights, is off by scale / 2 at most, which is

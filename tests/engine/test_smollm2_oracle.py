@@ -171,9 +171,9 @@ def test_rounded_weights_keep_the_perplexity(
 ) -> None:
     """Against our own float32, which the test above holds to transformers'. Activations are rounded too.
 
-    Over 7,182 tokens int8 raises it by 0.10 % and int4 by 0.40 %, each with a standard error of 0.09; a text of this
-    length scatters by three times that. The demo model's weights lie on int4's grid, so that only activations and
-    lm_head are rounded there.
+    Over 7,182 tokens int8 raises it by 0.10 % and int4 by 0.40 %, each with a standard error of 0.09; a text of
+    this length scatters by three times that. The demo model's weights lie on int4's grid, so that only activations
+    and lm_head are rounded there.
     """
     tokens = tokenizer.encode((DATA / "english_text.txt").read_text()).ids
     exact, rounded = (
