@@ -155,8 +155,16 @@ def another_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file.write("\n")
 
 
-def another_version(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_file, "PACKING_VERSION", -1)
+def another_way_of_packing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one format, by one bit."""
+
+    def pack_otherwise(weight: Tensor, format: str, *, paired: bool) -> PackedMatrix:
+        packed = pack(weight, format, paired=paired)
+        packed.data[-1] ^= format == "int8"
+        return packed
+
+    monkeypatch.setattr(packed_file, "pack", pack_otherwise)
+    monkeypatch.setattr(packed_file, "layout", packed_file.layout.__wrapped__)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +173,7 @@ def another_version(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (another_seed, "was packed from another checkpoint"),
         (touched, "was packed from another checkpoint"),
         (another_config, "was packed from another checkpoint"),
-        (another_version, "holds another layout or other matrices"),
+        (another_way_of_packing, "holds another layout or other matrices"),
     ],
 )
 def test_a_stale_file_is_replaced(
