@@ -45,6 +45,8 @@ class SequenceBlocks:
     contents: list[BlockContent] = field(default_factory=list)  # of the leading full blocks, as far as asked for
     refused_blocks: int = 0  # free blocks the last refused `admit` asked for; 0: none was refused
     refused_matched: int = 0  # blocks it found in the index
+    coming: bytes | None = None  # digest of the block that it computes next, if all tokens of that are known
+    num_found: int = 0  # leading blocks that `is_coming` found in the index
 
 
 class CacheStats(msgspec.Struct, frozen=True, gc=False):
@@ -68,6 +70,7 @@ class KVCacheManager:
         self._hasher = BlockHasher(bytes.fromhex(config.hash_key))
         self._pool = BlockPool(config.num_blocks)
         self._index = PrefixIndex(config.num_blocks)
+        self._coming: Counter[bytes] = Counter()  # of all handles that hold blocks
 
     @property
     def num_free(self) -> int:
@@ -106,7 +109,21 @@ class KVCacheManager:
         if matched:
             self._advance(blocks, len(matched), matched[-1].uid)
         self._extend(blocks, total - len(matched))
+        self._announce(blocks)
         return len(matched) * self.block_tokens
+
+    def is_coming(self, blocks: SequenceBlocks) -> bool:
+        """Whether the first block that an empty handle would not find is the next one that another computes.
+
+        Then it is worth waiting for; whoever is admitted now computes it a second time. Digests alone are compared:
+        a collision costs a wait. O(1), but for what the index has gained since the last call.
+        """
+        last = (len(blocks.tokens) - 1) // self.block_tokens if self._coming else 0
+        position = blocks.num_found
+        while position < last and self._content(blocks, position).digest in self._index:
+            position += 1
+        blocks.num_found = position
+        return position < last and self._content(blocks, position).digest in self._coming
 
     def allocate(self, blocks: SequenceBlocks, num_tokens: int) -> list[int] | None:
         """Make room for the first `num_tokens` tokens: the new block ids, or None (nothing changed: no room)."""
@@ -125,6 +142,7 @@ class KVCacheManager:
             if displaced is not None:
                 self._pool.discard(displaced)
             self._advance(blocks, position + 1, node.uid)
+        self._announce(blocks)
 
     def free(self, blocks: SequenceBlocks) -> None:
         """Give all blocks back. The tail goes first, so that it is evicted before the prefix it stands on."""
@@ -139,13 +157,18 @@ class KVCacheManager:
     def check(self, handles: Iterable[SequenceBlocks]) -> None:
         """Assert every invariant, given all handles that hold blocks. O(blocks): for tests and idle moments."""
         references: Counter[int] = Counter()
+        coming: Counter[bytes] = Counter()
         for blocks in handles:
             held = blocks.block_ids
+            if blocks.coming is not None:
+                coming[blocks.coming] += 1
+                assert blocks.coming == blocks.contents[blocks.num_indexed].digest, blocks
             assert len(set(held)) == len(held), f"a sequence holds a block twice: {held}"
             assert blocks.capacity_tokens == len(held) * self.block_tokens, blocks
             assert blocks.num_indexed <= min(len(held), len(blocks.contents)), blocks
             references.update(held)
         expected = [references[block_id] for block_id in range(self.num_blocks)]
+        assert coming == self._coming
         self._pool.check(expected, self._index.indexed_blocks())
 
     # --- inside ------------------------------------------------------------------------------------------------
@@ -175,6 +198,21 @@ class KVCacheManager:
             return False
         return self._content(blocks, position).digest in self._index
 
+    def _announce(self, blocks: SequenceBlocks) -> None:
+        """Say which block this handle computes next. What generated tokens will fill, nobody knows yet."""
+        self._withdraw(blocks)
+        position = blocks.num_indexed
+        if self.prefix_caching and (position + 1) * self.block_tokens <= len(blocks.tokens):
+            blocks.coming = self._content(blocks, position).digest
+            self._coming[blocks.coming] += 1
+
+    def _withdraw(self, blocks: SequenceBlocks) -> None:
+        if blocks.coming is not None:
+            self._coming[blocks.coming] -= 1
+            if not self._coming[blocks.coming]:
+                del self._coming[blocks.coming]
+            blocks.coming = None
+
     def _extend(self, blocks: SequenceBlocks, num_blocks: int) -> list[int]:
         new, num_evicted = self._pool.take(num_blocks)
         for block_id in new[num_blocks - num_evicted :]:
@@ -186,7 +224,8 @@ class KVCacheManager:
     def _reset(self, blocks: SequenceBlocks) -> None:
         blocks.block_ids = []
         blocks.capacity_tokens = 0
-        blocks.refused_blocks = blocks.refused_matched = 0
+        blocks.refused_blocks = blocks.refused_matched = blocks.num_found = 0
+        self._withdraw(blocks)
         self._advance(blocks, 0, ROOT_UID)
 
     def _advance(self, blocks: SequenceBlocks, num_indexed: int, tail_uid: int) -> None:

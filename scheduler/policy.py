@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from cierzo.scheduler.request import Request
 
+MAX_LOOKED_PAST = 64  # waiting sequences in one step, each asked once; more, and a step would be spent on asking
+
 
 def waiting_order(arrived_at: float, priority: int, priority_aging_s: float, sequence: int) -> tuple[float, int]:
     """Place in the queue, least first. `sequence` counts arrivals and breaks ties.

@@ -305,15 +305,26 @@ class Scheduler:
         return count
 
     def _admit(self, seqs: list[SeqPlan], budget_tokens: int, now: float) -> int:
-        """Start waiting sequences in order, until the first that finds no room; the budget left."""
+        """Start waiting sequences in order, until the first that finds no room; the budget left.
+
+        One whose next block another sequence is about to compute is looked past: it finds that block later, instead
+        of computing it too. Its place stays, and so does that of all who share a prefix that is being computed.
+        """
+        looked_past: list[Request] = []
         while budget_tokens > 0 and self._free_slots and (entry := self._waiting.first()) is not None:
             request = entry[2]
+            if len(looked_past) < policy.MAX_LOOKED_PAST and self._cache.is_coming(request.blocks):
+                self._waiting.discard(request)
+                looked_past.append(request)
+                continue
             cached_tokens = self._cache.admit(request.blocks, policy.reserve_blocks(len(self._running)))
             if cached_tokens is None:
                 break
             self._start(request, cached_tokens, now)
             block_ids = [*request.blocks.block_ids]
             budget_tokens -= self._plan_chunk(request, seqs, budget_tokens, block_ids, admitted=True)
+        for request in looked_past:
+            self._waiting.push(request, request.order)
         return budget_tokens
 
     def _start(self, request: Request, cached_tokens: int, now: float) -> None:

@@ -57,6 +57,34 @@ def test_only_full_computed_blocks_are_indexed() -> None:
     assert cache.stats().indexed == 2
 
 
+def test_a_block_is_coming_while_another_sequence_computes_it() -> None:
+    """Its next one, and no later one: what it shares with the waiting sequence ends where it differs."""
+    cache = manager(16)
+    first = cache.open([1, 2, 3, 4, 5, 6, 7], 7)
+    same, other, short = (cache.open(t, len(t)) for t in ([1, 2, 3, 4, 9, 9, 9], [9, 2, 3], [1, 2]))
+    assert not cache.is_coming(same)
+    cache.admit(first)
+    assert [cache.is_coming(blocks) for blocks in (same, other, short)] == [True, False, False]
+    cache.index(first, 3)
+    assert cache.is_coming(same)
+    cache.index(first, 4)
+    assert not cache.is_coming(same)
+    assert cache.admit(same) == 4
+    cache.check([first, same])
+    cache.free(first)
+    cache.check([same])
+
+
+def test_nothing_is_coming_from_those_who_left_or_without_a_prefix_cache() -> None:
+    for prefix_caching in (True, False):
+        cache = manager(16, prefix_caching=prefix_caching)
+        first, second = cache.open([1, 2, 3], 3), cache.open([1, 2, 3], 3)
+        cache.admit(first)
+        assert cache.is_coming(second) == prefix_caching
+        cache.free(first)
+        assert not cache.is_coming(second)
+
+
 def test_a_refusal_changes_nothing() -> None:
     cache = manager(4)
     first = computed(cache, [1, 2, 3, 4])

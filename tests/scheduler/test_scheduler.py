@@ -319,6 +319,26 @@ def test_samples_wait_for_the_first_and_share_its_prompt() -> None:
     assert bench.cache.num_free == 64 - 6 - 2 - 1 - 1  # the sample took one block beside the shared five
 
 
+def test_a_prefix_of_two_requests_is_computed_once() -> None:
+    """The second waits for what the first computes, is overtaken meanwhile, and starts with the first own token."""
+    bench = Bench()
+    bench.add(1, range(20))
+    bench.add(2, [*range(12), *range(30, 35)])
+    bench.add(3, [50, 51])
+    assert bench.shape(bench.step()) == [(1, 0, 8), (3, 0, 2)]
+    assert bench.shape(bench.step()) == [(3, 2, 1), (1, 8, 8)]
+    assert bench.shape(bench.step()) == [(3, 3, 1), (1, 16, 4), (2, 12, 5)]
+
+
+def test_who_waits_for_a_prefix_computes_it_when_the_first_is_gone() -> None:
+    bench = Bench()
+    bench.add(1, range(20))
+    bench.add(2, range(20))
+    assert bench.shape(bench.step()) == [(1, 0, 8)]
+    bench.scheduler.abort(1)
+    assert bench.shape(bench.step()) == [(2, 8, 12)]
+
+
 @pytest.mark.parametrize("when", ["queued", "running"])
 def test_the_samples_go_on_when_the_first_is_gone(when: str) -> None:
     bench = Bench()
