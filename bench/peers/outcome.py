@@ -19,6 +19,8 @@ from cierzo.bench.peers.table import table
 from cierzo.bench.report import make_report, write_report
 from cierzo.engine.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[2]  # of the repository
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked for, of which versions."""
@@ -84,7 +86,8 @@ def _describe(found: Limits | None) -> str:
 
 
 def _short(sample: Sample) -> Sample:
-    """Without the times of single tokens and requests, which the file of samples keeps."""
+    """Without the times of single tokens and requests, which the file of samples keeps; paths from the root."""
+    sample = msgspec.structs.replace(sample, command=sample.command.replace(f"{ROOT}/", ""))
     if sample.cell.kind in ("decode", "prefill") and isinstance(sample.raw, list):
         return msgspec.structs.replace(sample, raw=None)
     if sample.cell.kind == "served" and isinstance(sample.raw, dict):
