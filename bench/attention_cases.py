@@ -18,10 +18,19 @@ from cierzo.bench.kernel_cases import (
 )
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.ops.block import GqaWeights, Half, MlaWeights, MlpWeights, MoeWeights, StepRows
+from cierzo.kernels.ops.block import (
+    DecoderWeights,
+    GqaWeights,
+    Half,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+    StepRows,
+)
 
 BLOCK_TOKENS = 32
 EPS = 1e-6
+TOKENS = 32  # of the vocabulary of a decoder without a head to speak of
 
 
 def queries_of(size: Size, rows_each: int) -> PagedQueries:
@@ -280,12 +289,14 @@ def moe_block(model: Model, size: Size, make: Maker) -> Call | None:
 
 @case
 def decoder(model: Model, size: Size, make: Maker) -> Call | None:
-    """One layer of the model and its final norm, in one call: its two halves together."""
+    """One layer of the model in one call: its two halves, between an embedding and a head of a few tokens."""
     first = (mla_block if model.rank else gqa_block)(model, size, make)
     second = (moe_block if model.experts else mlp_block)(model, size, make)
     assert first is not None
     assert second is not None
     _, residual, attention, rows, *pages = first.arguments[0]
     halves = [Half(attention, tuple(pages)), Half(second.arguments[0][2])]
-    calls = [(residual, halves, rows, make.noise(model.hidden), EPS)]
+    head = make.matrix(TOKENS, model.hidden)
+    weights = DecoderWeights(make.noise(TOKENS, model.hidden), halves, make.noise(model.hidden), EPS, head)
+    calls = [(torch.arange(len(residual)) % TOKENS, weights, rows, None)]
     return Call(calls, first.num_bytes + second.num_bytes, first.flops + second.flops)

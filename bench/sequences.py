@@ -51,7 +51,7 @@ class Sequences:
 
     def logits(self, inputs: ModelInputs, rows: Tensor) -> Tensor:
         """One step -> fp32 logits of `rows`."""
-        return self.model.logits(self.model.forward(inputs, self.pool)[rows])
+        return self.model.logits(inputs, self.pool, rows)
 
     def inputs(self, pieces: list[tuple[int, int]], generated: bool) -> ModelInputs:
         """The step in which sequence i computes the i-th (start, count), all of them in one form."""

@@ -74,9 +74,8 @@ def _native(file: str, *operations: str) -> list[Implementation]:
 IMPLEMENTATIONS: list[Implementation] = [
     *_native("norm", "rms_norm", "add_rms_norm"),
     *_torch("norm", "rms_norm", "add_rms_norm"),
-    *_torch("rope", "rope_tables", exact=True),
-    *_native("rope", "apply_rope"),
-    *_torch("rope", "apply_rope", exact=True),
+    *_native("rope", "rope_tables", "apply_rope"),
+    *_torch("rope", "rope_tables", "apply_rope", exact=True),
     *_native("linear", "linear", "lm_head", "gated_mlp"),
     *_torch("linear", "linear", "lm_head", "gated_mlp"),
     *_native("moe", "route", "group_by_expert", "expert_mlp"),

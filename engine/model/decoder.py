@@ -9,15 +9,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cierzo.cache.pool import KVPool, MlaPages
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.layers import Parameters, PositionTables, Shard
 from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.kernels.ops import block, linear, norm
-from cierzo.kernels.ops.block import GqaWeights, Half, MlaWeights, MlpWeights, MoeWeights
+from cierzo.kernels.ops import block
+from cierzo.kernels.ops.block import DecoderWeights, GqaWeights, Half, MlaWeights, MlpWeights, MoeWeights
 
 Specs = dict[str, ParameterSpec]
 
@@ -59,8 +58,6 @@ class Decoder:
         self.config = config
         self.shard = shard
         self.layers = layers
-        self._pool: KVPool | None = None
-        self._halves: list[Half] = []
         self.tables = PositionTables(config, device)
         self.embedding = parameters["model.embed_tokens.weight"]
         self.final_norm = parameters["model.norm.weight"]
@@ -70,31 +67,25 @@ class Decoder:
             self.head = parameters.derived("lm_head", tuple(tied.shape), lambda: tied, role="head")
         else:
             self.head = parameters.matrix("lm_head.weight", role="head")
+        self._pool: KVPool | None = None  # whose pages are in `_weights`
+        self._weights: DecoderWeights | None = None
 
     @torch.inference_mode()
-    def forward(self, inputs: ModelInputs, kv: KVPool) -> Tensor:
-        """Compute the step's T rows, writing their cache entries into `kv` -> hidden [T,D], final norm applied."""
-        rows = self.tables.rows(inputs)
-        residual = functional.embedding(inputs.token_ids, self.embedding)
-        if self._pool is not kv:
-            self._pool, self._halves = kv, self._with_pages(kv)
-        eps = self.config.rms_norm_eps
-        if self.shard.world == 1:
-            return block.decoder(residual, self._halves, rows, self.final_norm, eps)
-        x: Tensor | None = None
-        for half in self._halves:  # each half gives this rank's partial sum
-            x = self.shard.all_reduce(block.run_half(x, residual, half, rows))
-        assert x is not None, "a model has layers"
-        return norm.add_rms_norm(x, residual, self.final_norm, eps)
+    def logits(self, inputs: ModelInputs, kv: KVPool, logit_rows: Tensor | None = None) -> Tensor:
+        """Compute the step's T rows, writing their cache entries into `kv` -> fp32 [M,vocab] of `logit_rows`.
 
-    def _with_pages(self, kv: KVPool) -> list[Half]:
+        logit_rows: int64 [M], or None for all. With several ranks, this rank's vocab / world columns.
+        """
+        rows = self.tables.rows(inputs)
+        if self._pool is not kv or self._weights is None:
+            self._pool, self._weights = kv, self._with_pages(kv)
+        if self.shard.world == 1:
+            return block.decoder(inputs.token_ids, self._weights, rows, logit_rows)
+        return block.run_decoder(inputs.token_ids, self._weights, rows, logit_rows, self.shard.all_reduce)
+
+    def _with_pages(self, kv: KVPool) -> DecoderWeights:
         halves = []
         for (attention, mlp), pages in zip(self.layers, kv.layers, strict=True):
             tensors = (pages.latents,) if isinstance(pages, MlaPages) else (pages.keys, pages.values)
             halves += [Half(attention.weights, tensors), Half(mlp.weights)]
-        return halves
-
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [M,D] -> fp32 [M,vocab]; with several ranks, this rank's vocab / world columns."""
-        return linear.lm_head(hidden, self.head)
+        return DecoderWeights(self.embedding, halves, self.final_norm, self.config.rms_norm_eps, self.head)

@@ -36,12 +36,8 @@ log = logging.getLogger(__name__)
 class Model(Protocol):
     """What the runner needs of a model."""
 
-    def forward(self, inputs: ModelInputs, kv: KVPool) -> Tensor:
-        """Hidden states [T,D], final norm applied; the tokens' cache entries are written to `kv`."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 [M,N] of hidden [M,D]."""
+    def logits(self, inputs: ModelInputs, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
+        """fp32 [M,N] of the rows `logit_rows`, None: of all; every token's cache entry is written to `kv`."""
         ...
 
 
@@ -67,18 +63,17 @@ class ModelRunner:
             if seq.admission is not None:
                 self._sampler.admit(seq.slot, seq.key[1], seq.admission)
         self._plan, self._sample_seqs, self._logits = plan, batch.sample_seqs, None
-        hidden = self._model.forward(self._inputs(batch), self._kv)
-        if batch.num_expanded == 0 and len(self._sample_seqs) == len(hidden):  # decodes alone: all rows, in order
-            self._logits = self._model.logits(hidden)
-        elif self._sample_seqs:
-            self._logits = self._model.logits(hidden[self._to_device(batch.sample_rows)])
+        # Rows lie prompts first, samples in the order of the plan: the same where every row is a decode.
+        every = batch.num_expanded == 0 and len(batch.sample_rows) == len(batch.token_ids)
+        logit_rows = None if every else self._to_device(batch.sample_rows)
+        self._logits = self._model.logits(self._inputs(batch), self._kv, logit_rows)
 
     @torch.inference_mode()
     def collect(self) -> StepResult:
         """Sample, and lay the tokens out by sequence of the plan."""
         seqs = self._plan.seqs
         token_ids: list[list[int]] = [[] for _ in seqs]
-        if self._logits is None:
+        if self._logits is None or not self._sample_seqs:
             return StepResult(token_ids)
         sampling = [seqs[index] for index in self._sample_seqs]
         positions = [seq.start + len(seq.token_ids) for seq in sampling]

@@ -46,6 +46,16 @@ struct RopeArgs {  // apply_rope, in place, x [rows, heads, width]
     int32_t interleaved, dtype;
 };
 
+struct RopeTablesArgs {
+    const int64_t* positions;
+    int64_t rows;
+    const float* inv_freq;
+    int64_t width;
+    float* cos;  // [rows, width], as sin
+    float* sin;
+    float magnitude;
+};
+
 struct LinearArgs {  // linear, lm_head
     const void* x;
     int64_t rows, x_stride;
@@ -374,11 +384,23 @@ struct LayerHalf {
     int32_t kind;
 };
 
-struct DecoderArgs {  // all layers, then the final norm
-    BlockInput in;    // x is null
+struct DecoderModel {  // DecoderWeights
+    const void* embedding;
+    int64_t vocab, hidden;
     const LayerHalf* halves;
     int64_t count;
-    const StepArgs* step;
     const void* final_norm;
+    const Matrix* head;
     float eps;
+    int32_t dtype, kv_format;
+};
+
+struct DecoderArgs {  // from token ids to logits
+    const DecoderModel* model;
+    const int64_t* token_ids;
+    int64_t rows;
+    const StepArgs* step;
+    const int64_t* logit_rows;  // null: all, in order
+    int64_t logit_count;
+    float* logits;  // [logit_count, head->n]
 };

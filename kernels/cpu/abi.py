@@ -45,6 +45,12 @@ class RopeArgs(ctypes.Structure):
     )
 
 
+class RopeTablesArgs(ctypes.Structure):
+    """As in abi.h."""
+
+    _fields_ = _fields("p: positions | i64: rows | p: inv_freq | i64: width | p: cos sin | f32: magnitude")
+
+
 class LinearArgs(ctypes.Structure):
     """As in abi.h."""
 
@@ -299,7 +305,16 @@ class LayerHalf(ctypes.Structure):
     _fields_ = _fields("p: layer pages value_pages | i32: kind")
 
 
+class DecoderModel(ctypes.Structure):
+    """As in abi.h."""
+
+    _fields_ = _fields(
+        "p: embedding | i64: vocab hidden | p: halves | i64: count | p: final_norm head | f32: eps"
+        "| i32: dtype kv_format"
+    )
+
+
 class DecoderArgs(ctypes.Structure):
     """As in abi.h."""
 
-    _fields_ = [("input", BlockInput), *_fields("p: halves | i64: count | p: step final_norm | f32: eps")]
+    _fields_ = _fields("p: model token_ids | i64: rows | p: step logit_rows | i64: logit_count | p: logits")

@@ -1,4 +1,5 @@
-// The halves of a decoder layer, and all layers, in one call: single operations one after another, inside one parallel region.
+// The halves of a decoder layer, and a whole model, in one call: single operations one after another, inside one
+// parallel region.
 #pragma once
 
 #include "abi.h"
@@ -230,13 +231,27 @@ void moe_block(Team& team, const MoeBlockArgs& args) {
 }
 
 // All layers and the final norm. Halves write in turn into two buffers, the last norm into the result.
+// A model from token ids to logits. An id that is none becomes NaN, which shows in its own sequence's logits alone.
 void decoder(Team& team, const DecoderArgs& args) {
-    BlockInput in = args.in;
-    const int64_t count = in.rows * in.hidden;
-    char* buffers[2] = {values(team, count, in.dtype), values(team, count, in.dtype)};
+    const DecoderModel& model = *args.model;
+    const int64_t row_bytes = model.hidden * (model.dtype == DTYPE_BF16 ? 2 : 4), count = args.rows * model.hidden;
+    BlockInput in{};
+    in.rows = args.rows;
+    in.hidden = model.hidden;
+    in.dtype = model.dtype;
+    in.kv_format = model.kv_format;
+    char* residual = values(team, count, model.dtype);
+    char* buffers[2] = {values(team, count, model.dtype), values(team, count, model.dtype)};
+    team.each(args.rows, [&](int64_t row) {
+        const int64_t id = args.token_ids[row];
+        char* out = residual + row * row_bytes;
+        if (id < 0 || id >= model.vocab) return void(std::memset(out, 0xff, size_t(row_bytes)));
+        std::memcpy(out, static_cast<const char*>(model.embedding) + id * row_bytes, size_t(row_bytes));
+    });
+    in.residual = residual;
     const size_t mark = team.mark();
-    for (int64_t i = 0; i < args.count; ++i) {
-        const LayerHalf& half = args.halves[i];
+    for (int64_t i = 0; i < model.count; ++i) {
+        const LayerHalf& half = model.halves[i];
         in.out = buffers[i % 2];
         switch (half.kind) {
             case LAYER_MLA: mla_block(team, {in, static_cast<const MlaLayer*>(half.layer), args.step, half.pages}); break;
@@ -249,9 +264,29 @@ void decoder(Team& team, const DecoderArgs& args) {
         in.x = in.out;
         team.reset(mark);
     }
-    NormArgs last = norm_args(in, args.final_norm, args.eps);
-    last.out = args.in.out;
-    norm(team, last);
+    if (args.logit_count == 0) return;
+    if (args.logit_rows != nullptr) {
+        in.rows = args.logit_count;
+        char* chosen[2] = {values(team, in.rows * model.hidden, model.dtype),
+                           values(team, in.rows * model.hidden, model.dtype)};
+        team.each(in.rows, [&](int64_t i) {
+            const int64_t from = args.logit_rows[i] * row_bytes, to = i * row_bytes;
+            std::memcpy(chosen[0] + to, static_cast<const char*>(in.x) + from, size_t(row_bytes));
+            std::memcpy(chosen[1] + to, residual + from, size_t(row_bytes));
+        });
+        in.x = chosen[0];
+        in.residual = chosen[1];
+    }
+    LinearArgs head{};
+    head.x = normed(team, in, model.final_norm, model.eps);
+    head.rows = in.rows;
+    head.x_stride = model.hidden;
+    head.weight = model.head;
+    head.out = args.logits;
+    head.out_stride = model.head->n;
+    head.dtype = model.dtype;
+    head.out_dtype = DTYPE_F32;
+    linear(team, head);
 }
 
 }  // namespace

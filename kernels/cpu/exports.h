@@ -67,3 +67,4 @@ EXPORT_LIGHT(write_normed_latents, WriteNormedLatentsArgs, write_normed_latents,
 EXPORT_LIGHT(rotate_and_write_keys_values, RotateAndWriteArgs, rotate_and_write_keys_values,
              args->rows * (args->query_heads + 2 * args->kv_heads) * args->width)
 EXPORT(decoder, DecoderArgs, decoder)
+EXPORT_LIGHT(rope_tables, RopeTablesArgs, rope_tables, args->rows * args->width * 16)

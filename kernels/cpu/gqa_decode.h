@@ -224,10 +224,10 @@ struct HeadAttention {
             peaks = max(peaks, keep(score, int(tokens - t), set(LOWEST)));
         }
         const F32 before = load(state), largest = max(before, peak_everywhere(peaks));
-        const F32 factor = power(before - largest);
+        const F32 factor = exp2(before - largest);
         F32 total = load(state + LANES) * factor;
         for (int64_t t = 0; t < tokens; t += LANES) {
-            F32 weight = keep(power(load(row + t) - largest), int(tokens - t), zero());
+            F32 weight = keep(exp2(load(row + t) - largest), int(tokens - t), zero());
             total = total + weight;
             if constexpr (HAS_SCALE<T>) weight = keep(weight * load(value_scales + t), int(tokens - t), zero());
             store(weights + r * HEAD_CHUNK + t, weight);
@@ -247,14 +247,14 @@ void add_row(const float* partials, int64_t apart, int64_t splits, int64_t width
     for (int64_t s = 0; s < splits; ++s) largest = max(largest, load(partials + s * apart));
     for (int64_t s = 0; s < splits; ++s) {
         const float* partial = partials + s * apart;
-        totals = fma(load(partial + LANES), power(load(partial) - largest), totals);
+        totals = fma(load(partial + LANES), exp2(load(partial) - largest), totals);
     }
     const F32 share = set(1.0f / sum(totals));
     for (int64_t i = 0; i < width; i += LANES) {
         F32 value = zero();
         for (int64_t s = 0; s < splits; ++s) {
             const float* partial = partials + s * apart;
-            value = fma(load(partial + 2 * LANES + i), power(load(partial) - largest), value);
+            value = fma(load(partial + 2 * LANES + i), exp2(load(partial) - largest), value);
         }
         store(out + i, value * share, int(smaller(LANES, width - i)));
     }

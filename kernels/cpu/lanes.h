@@ -175,10 +175,10 @@ INLINE F32 weigh(const float* scores, int64_t tokens, F32 sees, State state, typ
         largest = max(largest, ALL ? score : where_less(set(float(t)), sees, score, set(LOWEST)));
     }
     const auto weight = [&](int64_t t) {
-        const F32 w = power(load(scores + t * LANES) - largest);
+        const F32 w = exp2(load(scores + t * LANES) - largest);
         return ALL ? w : where_less(set(float(t)), sees, w, zero());
     };
-    const F32 factor = power(before - largest);
+    const F32 factor = exp2(before - largest);
     F32 total = load(state.total()) * factor;
     for (int64_t t = 0; t < tokens; t += Steps::PACK) {
         const F32 even = weight(t), odd = Steps::PACK == 2 && t + 1 < tokens ? weight(t + 1) : zero();
@@ -292,7 +292,7 @@ void add_partials(const float* partials, int64_t apart, int64_t splits, int64_t 
     for (int64_t s = 0; s < splits; ++s) largest = max(largest, load(partials + s * apart));
     for (int64_t s = 0; s < splits; ++s) {
         const float* partial = partials + s * apart;
-        total = fma(load(partial + LANES), power(load(partial) - largest), total);
+        total = fma(load(partial + LANES), exp2(load(partial) - largest), total);
     }
     const F32 share = set(1) / total;
     for (int64_t i = first; i < last; i += LANES) {
@@ -300,7 +300,7 @@ void add_partials(const float* partials, int64_t apart, int64_t splits, int64_t 
         for (int j = 0; j < LANES; ++j) sums[j] = zero();
         for (int64_t s = 0; s < splits; ++s) {
             const float* partial = partials + s * apart;
-            const F32 factor = power(load(partial) - largest);
+            const F32 factor = exp2(load(partial) - largest);
             for (int j = 0; j < LANES; ++j) sums[j] = fma(load(partial + (2 + i + j) * LANES), factor, sums[j]);
         }
         for (int j = 0; j < LANES; ++j) sums[j] = sums[j] * share;

@@ -6,6 +6,17 @@
 
 namespace {
 
+// The C library's cosine and sine take any angle: a context's last positions turn the first pairs 262,144 radians.
+void rope_tables(Team& team, const RopeTablesArgs& args) {
+    team.each(args.rows, [&](int64_t row) {
+        for (int64_t i = row * args.width; i < (row + 1) * args.width; ++i) {
+            const float angle = float(args.positions[row]) * args.inv_freq[i - row * args.width];
+            args.cos[i] = __builtin_cosf(angle) * args.magnitude;
+            args.sin[i] = __builtin_sinf(angle) * args.magnitude;
+        }
+    });
+}
+
 // The angles of one row, spread over the values that they turn: value j of a head becomes
 // x[j] cos[j] + x[its partner] sin[j], every product and the sum rounded, as in the reference.
 struct Rotation {

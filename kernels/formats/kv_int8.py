@@ -25,8 +25,8 @@ def quantise(x: Tensor) -> Tensor:
     scale = torch.where(peak.isfinite(), peak / 127, torch.nan)
     codes = (x / scale).round().clamp(-127, 127)
     codes = torch.where(scale > 0, codes, 0)  # a scale of zero or NaN says it all
-    scale_bytes = scale.flatten().view(torch.uint8).unflatten(0, (*scale.shape[:-1], SCALE_BYTES))
-    return torch.cat((codes.to(torch.int8).view(torch.uint8), scale_bytes), -1)
+    scale = scale.clone(memory_format=torch.contiguous_format)  # amax leaves strides that a view of bytes refuses
+    return torch.cat((codes.to(torch.int8).view(torch.uint8), scale.view(torch.uint8)), -1)
 
 
 def dequantise(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,19 +8,22 @@ crosses from Python twice a layer, and not thirty times. `scratch`, in what is h
 implementation derived from the other fields and finds again in its next call.
 
 Letters: T rows of the step, D hidden width, H heads, R latent rank, P rope dims, V value dims, Q latent rank of the
-query, E experts, K experts per token, F expert or MLP width; Hq and Hk query and key-value heads, d their width.
+query, E experts, K experts per token, F expert or MLP width; Hq and Hk query and key-value heads, d their width;
+M rows whose logits are wanted, N logits of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from cierzo.kernels import check
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops import linear, norm
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.registry import bound
 
@@ -123,6 +126,19 @@ class Half:
     pages: tuple[Tensor, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderWeights:
+    """embedding [N,D]; attention and MLP of each layer in turn, each on the sum of those before it; final_norm [D],
+    eps; head [N,D]."""
+
+    embedding: Tensor
+    halves: Sequence[Half]
+    final_norm: Tensor
+    eps: float
+    head: Matrix
+    scratch: Scratch = field(default_factory=dict, repr=False)
+
+
 def mla_block(x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Tensor:
     """Attention in each row's form; writes the rows' latents into `pages` first -> new [T,D].
 
@@ -152,14 +168,33 @@ def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor
     return bound.moe_block(x, residual, weights)
 
 
-def decoder(residual: Tensor, halves: Sequence[Half], rows: StepRows, final_norm: Tensor, eps: float) -> Tensor:
-    """All layers of a model on one rank, each half on the sum of those before it; then the final norm -> new [T,D].
+def decoder(token_ids: Tensor, weights: DecoderWeights, rows: StepRows, logit_rows: Tensor | None) -> Tensor:
+    """A whole model on one rank: the step's tokens -> logits, new fp32 [M,N].
 
-    residual [T,D], the embedded tokens, is written in place. An implementation may run all of it in one call:
-    between two layers, the weights that stream by have driven the interpreter out of the caches.
+    token_ids int64 [T], in [0, N). logit_rows int64 [M], in [0, T): whose logits; None: all T, in order. An
+    implementation may run all of it in one call: the weights that stream by drive the interpreter out of the
+    caches, so that each operation in between costs several times its usual microseconds.
     """
-    _check("decoder", None, residual, final_norm)
-    return bound.decoder(residual, halves, rows, final_norm, eps)
+    check.sizes("decoder", token_ids=(token_ids, "T"), slots=(rows.cache_slots, "T"))
+    return bound.decoder(token_ids, weights, rows, logit_rows)
+
+
+def run_decoder(
+    token_ids: Tensor,
+    weights: DecoderWeights,
+    rows: StepRows,
+    logit_rows: Tensor | None,
+    all_reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The same half by half, the ranks' sums added up by `all_reduce` -> this rank's columns of the logits."""
+    residual = functional.embedding(token_ids, weights.embedding)
+    x: Tensor | None = None
+    for half in weights.halves:
+        x = all_reduce(run_half(x, residual, half, rows))
+    assert x is not None, "a model has layers"
+    if logit_rows is not None:
+        x, residual = x[logit_rows], residual[logit_rows]
+    return linear.lm_head(norm.add_rms_norm(x, residual, weights.final_norm, weights.eps), weights.head)
 
 
 def run_half(x: Tensor | None, residual: Tensor, half: Half, rows: StepRows) -> Tensor:

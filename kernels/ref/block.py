@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from cierzo.kernels.ops import attention, linear, moe, norm, rope
 from cierzo.kernels.ops.block import (
+    DecoderWeights,
     GqaWeights,
-    Half,
     MlaWeights,
     MlpWeights,
     MoeWeights,
     StepRows,
     query_width,
     rope_width,
-    run_half,
+    run_decoder,
 )
 
 
@@ -94,12 +92,9 @@ def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor
     return moe.expert_mlp(normed, weights.gate_up, weights.down, shares, groups, *shared)
 
 
-def decoder(residual: Tensor, halves: Sequence[Half], rows: StepRows, final_norm: Tensor, eps: float) -> Tensor:
+def decoder(token_ids: Tensor, weights: DecoderWeights, rows: StepRows, logit_rows: Tensor | None) -> Tensor:
     """See ops/block.py."""
-    x: Tensor | None = None
-    for half in halves:
-        x = run_half(x, residual, half, rows)
-    return _normed(x, residual, final_norm, eps)
+    return run_decoder(token_ids, weights, rows, logit_rows, lambda partial: partial)
 
 
 def _normed(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:

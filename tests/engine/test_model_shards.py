@@ -20,6 +20,8 @@ from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.registry import bind
 
 WORLD = 2
+TOKENS = torch.arange(12) * 7
+LOGIT_ROWS = torch.tensor([11, 0, 1, 2, 3, 5, 8, 9, 10])
 NAMES = ["moe_two_shared", "moe_no_q_lora", "moe_dense_first", "moe_tied", "mistral"]
 
 
@@ -49,8 +51,8 @@ class Meeting:
         return all_reduce
 
 
-def compute(name: str, rank: int, world: int, all_reduce: AllReduce | None) -> tuple[Tensor, Tensor]:
-    """One step of 9 prompt and 3 generated rows of one sequence -> hidden, logits."""
+def compute(name: str, rank: int, world: int, all_reduce: AllReduce | None, token_ids: Tensor = TOKENS) -> Tensor:
+    """One step of 9 prompt and 3 generated rows of one sequence -> this rank's logits of LOGIT_ROWS."""
     config = read_config(name)
     specs = parameter_specs(config)
     parameters = {key: cut(value, specs[key], rank, world) for key, value in parameters_of(name).items()}
@@ -61,22 +63,40 @@ def compute(name: str, rank: int, world: int, all_reduce: AllReduce | None) -> t
     tables = torch.tensor([[5, 2, 7]], dtype=torch.int32)
     slots = torch.tensor([20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31])
     expanded, absorbed = make_queries([(9, 9, 0)], tables), make_queries([(3, 12, 0)], tables)
-    inputs = ModelInputs(torch.arange(12) * 7, torch.arange(12), slots, 9, expanded, absorbed)
-    hidden = model.forward(inputs, pool)
-    return hidden, model.logits(hidden)
+    inputs = ModelInputs(token_ids, torch.arange(12), slots, 9, expanded, absorbed)
+    return model.logits(inputs, pool, LOGIT_ROWS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_compute_what_one_does(name: str) -> None:
     bind(KernelsConfig(), "cpu")
-    hidden, logits = compute(name, 0, 1, None)
+    logits = compute(name, 0, 1, None)
     meeting = Meeting(WORLD)
     with ThreadPoolExecutor(WORLD) as threads:
         ranks = list(threads.map(lambda rank: compute(name, rank, WORLD, meeting.of(rank)), range(WORLD)))
-    for other, _ in ranks:
-        torch.testing.assert_close(other, hidden, rtol=1e-4, atol=1e-4)
-    parts = torch.cat([part for _, part in ranks], dim=-1)
-    torch.testing.assert_close(parts, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(ranks, dim=-1), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_in_one_call_is_its_operations_one_by_one(name: str) -> None:
+    bind(KernelsConfig(), "cpu")
+    together = compute(name, 0, 1, None)
+    blocks = ("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block")
+    bind(KernelsConfig(implementations=dict.fromkeys(blocks, "torch")), "cpu")
+    assert torch.equal(compute(name, 0, 1, None), together)
+
+
+@pytest.mark.parametrize("token_id", [-1, 96, 2**40])
+def test_a_token_beyond_the_vocabulary_is_refused_or_seen(token_id: int) -> None:
+    """In C++ its row is NaN, and so are those of its sequence that attend to it."""
+    table = bind(KernelsConfig(), "cpu")
+    tokens = TOKENS.clone()
+    tokens[5] = token_id
+    if not table.uses_native:
+        with pytest.raises(IndexError):
+            compute("mistral", 0, 1, None, tokens)
+        return
+    assert compute("mistral", 0, 1, None, tokens)[LOGIT_ROWS >= 5].isnan().all()
 
 
 def test_a_rank_holds_its_share() -> None:
@@ -165,9 +185,7 @@ def test_bfloat16_runs_and_stays_near_float32() -> None:
         tables = torch.tensor([[5, 2, 7]], dtype=torch.int32)
         slots = torch.tensor([20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31])
         queries = make_queries([(9, 9, 0)], tables), make_queries([(3, 12, 0)], tables)
-        inputs = ModelInputs(torch.arange(12) * 7, torch.arange(12), slots, 9, *queries)
-        hidden = model.forward(inputs, pool)
-        exact, _ = compute(name, 0, 1, None)
-        assert hidden.dtype == torch.bfloat16
-        assert model.logits(hidden).dtype == torch.float32
-        assert (hidden.float() - exact).norm() / exact.norm() < 0.1
+        inputs = ModelInputs(TOKENS, torch.arange(12), slots, 9, *queries)
+        logits, exact = model.logits(inputs, pool, LOGIT_ROWS), compute(name, 0, 1, None)
+        assert logits.dtype == torch.float32
+        assert (logits - exact).norm() / exact.norm() < 0.1

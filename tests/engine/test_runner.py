@@ -37,14 +37,15 @@ class SuspiciousModel:
         self.crossings = 0  # steps that hold both forms of one sequence
         self.num_rows = 0
 
-    def forward(self, inputs: ModelInputs, kv: KVPool) -> Tensor:
+    def logits(self, inputs: ModelInputs, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
         rows = len(inputs.token_ids)
         groups = ((inputs.expanded, 0, inputs.num_expanded), (inputs.absorbed, inputs.num_expanded, rows))
         for queries, first, last in groups:
             self.check(queries, inputs.positions[first:last], inputs.cache_slots[first:last])
         self.crossings += bool({*inputs.expanded.table_rows.tolist()} & {*inputs.absorbed.table_rows.tolist()})
         self.num_rows += rows
-        return inputs.token_ids[:, None].float()
+        chosen = inputs.token_ids if logit_rows is None else inputs.token_ids[logit_rows]
+        return torch.sin(chosen[:, None].float() * torch.arange(1, VOCAB + 1))
 
     def check(self, queries: PagedQueries, positions: Tensor, cache_slots: Tensor) -> None:
         for tensor in (queries.query_starts, queries.context_lengths, queries.table_rows, queries.block_tables):
@@ -58,9 +59,6 @@ class SuspiciousModel:
         rows = queries.table_rows.repeat_interleave(torch.tensor(queries.query_lengths, dtype=torch.int64))
         blocks = queries.block_tables[rows, positions // BLOCK_TOKENS]
         assert torch.equal(cache_slots, blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return torch.sin(hidden * torch.arange(1, VOCAB + 1))
 
 
 def test_tensors_and_host_copies_agree_in_every_step() -> None:

@@ -46,14 +46,13 @@ class TableModel:
         self.breaks = breaks
         self.num_rows = 0
 
-    def forward(self, inputs: ModelInputs, kv: KVPool) -> Tensor:
-        return torch.stack([inputs.token_ids, inputs.positions], dim=1)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        self.num_rows += len(hidden)
-        rows = torch.stack([row_of(token_id, position) for token_id, position in hidden.tolist()])
+    def logits(self, inputs: ModelInputs, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
+        chosen = slice(None) if logit_rows is None else logit_rows
+        token_ids, positions = inputs.token_ids[chosen], inputs.positions[chosen]
+        self.num_rows += len(token_ids)
+        rows = TABLE[(token_ids * 31 + positions) % len(TABLE)]
         if self.breaks:
-            rows[hidden[:, 0] == BROKEN, 3] = math.nan
+            rows[token_ids == BROKEN, 3] = math.nan
         return rows
 
 

@@ -95,7 +95,7 @@ class Ours:
             expanded=nothing if generated else segments,
             absorbed=segments if generated else nothing,
         )
-        return self.model.logits(self.model.forward(inputs, self.pool))
+        return self.model.logits(inputs, self.pool)
 
     def _segments(self, pieces: Sequence[Piece]) -> PagedQueries:
         lengths = [len(piece.token_ids) for piece in pieces]

@@ -183,8 +183,7 @@ class Ours:
         """Compute each piece (sequence, next tokens, whether they are generated) -> its logits [n, vocab]."""
         ordered = [piece for piece in pieces if not piece[2]] + [piece for piece in pieces if piece[2]]
         inputs = self._inputs(ordered)
-        hidden = self.model.forward(inputs, self.pool)
-        logits = self.model.logits(hidden).split([len(tokens) for _, tokens, _ in ordered])
+        logits = self.model.logits(inputs, self.pool).split([len(tokens) for _, tokens, _ in ordered])
         return [logits[next(i for i, one in enumerate(ordered) if one is piece)] for piece in pieces]
 
     def _inputs(self, pieces: list[tuple[Sequence, list[int], bool]]) -> ModelInputs:

@@ -1,4 +1,4 @@
-"""The halves of a decoder layer in C++: one native call each.
+"""The halves of a decoder layer in C++, and a whole model: one native call each.
 
 What C needs of a layer's weights is laid out at the first call and kept in their `scratch`; what it needs of a
 step, in the step's. So a call hands over a dozen numbers, however much it computes.
@@ -7,7 +7,7 @@ step, in the step's. So a call hands over a dozen numbers, however much it compu
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,16 @@ from cierzo.kernels.cpu import abi, native
 from cierzo.kernels.cpu.launch.attention import paged_args
 from cierzo.kernels.formats.pack import as_packed
 from cierzo.kernels.formats.packed import Matrix
-from cierzo.kernels.ops.block import GqaWeights, Half, MlaWeights, MlpWeights, MoeWeights, StepRows, rope_width
+from cierzo.kernels.ops.block import (
+    DecoderWeights,
+    GqaWeights,
+    Half,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+    StepRows,
+    rope_width,
+)
 
 
 def mla_block(x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Tensor:
@@ -55,27 +64,43 @@ def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor
     return out
 
 
-def decoder(residual: Tensor, halves: Sequence[Half], rows: StepRows, final_norm: Tensor, eps: float) -> Tensor:
+def decoder(token_ids: Tensor, weights: DecoderWeights, rows: StepRows, logit_rows: Tensor | None) -> Tensor:
     """See ops/block.py."""
-    first = halves[0].weights.scratch
-    kept = first.get("decoder")
-    if kept is None or kept[0] is not halves:
-        kept = first["decoder"] = (halves, _halves(halves))
-    structs = kept[1]
-    pages = halves[0].pages[0]
-    block, out = _input(None, residual, pages)
-    native.call(
-        "decoder",
-        abi.DecoderArgs(
-            block, ctypes.addressof(structs), len(halves), _step(rows, pages), final_norm.data_ptr(), eps
-        ),
+    model = weights.scratch.get("layer") or _decoder_model(weights)
+    token_ids = token_ids.contiguous()
+    count = len(token_ids)
+    if logit_rows is not None:
+        logit_rows = logit_rows.contiguous()
+        count = len(logit_rows)
+    logits = torch.empty((count, weights.head.shape[0]), dtype=torch.float32)
+    args = abi.DecoderArgs(
+        model.address,
+        token_ids.data_ptr(),
+        len(token_ids),
+        _step(rows, weights.halves[0].pages[0]),
+        None if logit_rows is None else logit_rows.data_ptr(),
+        count,
+        logits.data_ptr(),
     )
-    return out
+    native.call("decoder", args)
+    return logits
 
 
-def _halves(halves: Sequence[Half]) -> Any:
-    """The C array of all halves; their layers are kept by their weights."""
-    return (abi.LayerHalf * len(halves))(*(_half(half) for half in halves))
+def _decoder_model(weights: DecoderWeights) -> _Layer:
+    halves = (abi.LayerHalf * len(weights.halves))(*(_half(half) for half in weights.halves))
+    head = as_packed(weights.head)
+    struct = abi.DecoderModel(
+        weights.embedding.data_ptr(),
+        *weights.embedding.shape,
+        ctypes.addressof(halves),
+        len(halves),
+        weights.final_norm.data_ptr(),
+        head.address,
+        weights.eps,
+        abi.DTYPES[weights.embedding.dtype],
+        abi.KV_FORMATS[weights.halves[0].pages[0].dtype],
+    )
+    return _keep(weights, struct, halves, head)
 
 
 def _half(half: Half) -> abi.LayerHalf:

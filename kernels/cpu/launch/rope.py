@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cierzo.kernels.cpu import abi, native
+
+
+def rope_tables(positions: Tensor, inv_freq: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
+    """See ops/rope.py."""
+    positions, inv_freq = positions.contiguous(), inv_freq.contiguous()
+    shape = (positions.shape[0], inv_freq.shape[0])
+    cos, sin = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.float32)
+    args = abi.RopeTablesArgs(
+        positions.data_ptr(),
+        shape[0],
+        inv_freq.data_ptr(),
+        shape[1],
+        cos.data_ptr(),
+        sin.data_ptr(),
+        magnitude,
+    )
+    native.call("rope_tables", args)
+    return cos, sin
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scale: Tensor | None) -> None:

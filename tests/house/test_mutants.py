@@ -1,0 +1,21 @@
+"""The lists of faults follow the code: what `make mutants` would change is there, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LISTS = sorted((ROOT / "tests" / "mutants").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
+def test_every_fault_has_its_place(path: Path) -> None:
+    faults = msgspec.json.decode(path.read_bytes())
+    assert faults
+    for fault in faults:
+        sound = (ROOT / fault["file"]).read_text(encoding="utf-8")
+        assert sound.count(fault["find"]) == 1, f"{fault['file']}: {fault['find']!r}"
+        assert all((ROOT / test.split("::")[0]).exists() for test in fault["tests"].split() if "/" in test)
