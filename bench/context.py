@@ -134,9 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(_table(decode, prefill, ceilings))
     if arguments.json is not None:
         command = shlex.join(["python", "-m", "cierzo.bench.context", *(sys.argv[1:] if argv is None else argv)])
+        settings = vars(arguments) | {"json": None}
         results = {"ceilings": ceilings, "decode": decode, "prefill": prefill}
         write_report(
-            make_report("context", command=command, started=started, settings=vars(arguments), results=results),
+            make_report("context", command=command, started=started, settings=settings, results=results),
             arguments.json,
         )
     return 0

@@ -1,9 +1,10 @@
 """`cierzo bench step --profile CHECKPOINT`: where a step's time goes, operation by operation.
 
-A step is computed twice. As in use, each half of a layer is one native call: the time in native calls against the
-time of the whole step says what Python and torch add. Then the halves are taken apart into their operations, which
-gives the table: calls, time, bytes, GB/s, GFLOP/s, and the share of the limit, where the limit of an operation is
-the larger of bytes / read bandwidth and operations / GEMM rate of this machine, measured at start.
+A step is computed twice. The engine computes it as in use, the whole model in one native call: the time in native
+calls against that of the whole step, scheduler and sampler included, says what Python and torch add. Then the model
+is taken apart into its operations, which gives the table: calls, time, bytes, GB/s, GFLOP/s, and the share of the
+limit, where the limit of an operation is the larger of bytes / read bandwidth and operations / GEMM rate of this
+machine, measured at start.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from cierzo.bench.sequences import Sequences
 from cierzo.bench.stats import median
 from cierzo.bench.work import work
 from cierzo.engine.config import EngineOptions, resolve
+from cierzo.engine.messages import Submit
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.runner import ModelRunner
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cpu import native
 from cierzo.kernels.registry import bind
+from cierzo.scheduler.params import SamplingParams
 
 BLOCKS = ("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block")
 REPEATS = 7
+ENGINE_STEPS = 32  # of each batch that decodes
 CONTEXT = 160  # tokens before a generated one: the middle of a 128 + 64 request
 
 
@@ -84,47 +90,71 @@ def profile(
     checkpoint: str, batches: list[int], prompts: list[int], **options: Any
 ) -> tuple[Ceilings, list[StepProfile]]:
     """Generated tokens of `batches` sequences, and prompts of so many tokens."""
-    longest = max([CONTEXT, *prompts])
-    base = EngineOptions(model=checkpoint, **options)
+    longest = max([CONTEXT, *prompts]) + 2 * ENGINE_STEPS
+    base = EngineOptions(model=checkpoint, prefix_caching=False, **options)
     layout = resolve(base).layout
     count = max([1, *batches])
     blocks = count * (-(-longest // layout.block_tokens) + 1)
     gib = (blocks + 1) * layout.bytes_per_block / 2**30
-    sequences = Sequences(
-        resolve(msgspec.structs.replace(base, max_model_len=longest, kv_cache_gib=gib)), count, longest
+    config = resolve(
+        msgspec.structs.replace(base, max_model_len=longest, kv_cache_gib=gib, budget_tokens=max(longest, count))
     )
-    sequences.fill()
+    sequences = Sequences(config, count, longest)
+    core = EngineCore(config, ModelRunner(sequences.model, sequences.pool, config.scheduler.max_running))
     ceilings = measure_ceilings()
-    steps = [(f"decode {batch}", [(CONTEXT - 1, 1)] * batch, True) for batch in batches]
-    steps += [(f"prefill {tokens}", [(0, tokens)], False) for tokens in prompts]
-    return ceilings, [_profile(sequences, ceilings, *step) for step in steps]
+    found = []
+    for batch in batches:
+        engine = _engine(core, config.model.vocab_size, [CONTEXT - ENGINE_STEPS // 2] * batch, ENGINE_STEPS)
+        pieces = [(CONTEXT - 1, 1)] * batch
+        found.append(_profile(sequences, ceilings, f"decode {batch}", engine, pieces, generated=True))
+    for tokens in prompts:
+        engine = [run for _ in range(REPEATS) for run in _engine(core, config.model.vocab_size, [tokens], 0)]
+        found.append(_profile(sequences, ceilings, f"prefill {tokens}", engine, [(0, tokens)], generated=False))
+    return ceilings, found
+
+
+def _engine(core: EngineCore, vocab_size: int, prompts: list[int], new_tokens: int) -> list[tuple[float, float]]:
+    """(seconds of a step, seconds of it in native calls) of each step in which all decode; without new tokens, of
+    the one step that computes the prompts."""
+    bind(KernelsConfig(), "cpu")
+    core.reset()
+    for number, tokens in enumerate(prompts):
+        prompt = [(position * 31 + number * 1017) % vocab_size for position in range(tokens)]
+        sampling = SamplingParams(max_tokens=new_tokens + 1, temperature=0.0, seed=0, ignore_eos=True)
+        core.submit(Submit(request_id=number, prompt_token_ids=prompt, sampling=sampling))
+    runs = []
+    while core.has_work():
+        with _watching() as totals:
+            begin = time.perf_counter()
+            deltas = core.step_plain()
+            seconds = time.perf_counter() - begin
+        if new_tokens == 0 or sum(len(delta.token_ids) for delta in deltas) == len(prompts):
+            runs.append((seconds, sum(total.seconds for total in totals.values())))
+    return runs[1:] if new_tokens else runs  # the first has still computed a prompt
 
 
 def _profile(
-    sequences: Sequences, ceilings: Ceilings, name: str, pieces: list[tuple[int, int]], generated: bool
+    sequences: Sequences,
+    ceilings: Ceilings,
+    name: str,
+    engine: list[tuple[float, float]],
+    pieces: list[tuple[int, int]],
+    *,
+    generated: bool,
 ) -> StepProfile:
-    bind(KernelsConfig(), "cpu")
-    sequences.step(pieces, generated)
-    wholes, natives = [], []
-    for _ in range(REPEATS):
-        with _watching() as totals:
-            begin = time.perf_counter()
-            sequences.step(pieces, generated)
-            wholes.append(time.perf_counter() - begin)
-        natives.append(sum(total.seconds for total in totals.values()))
     bind(KernelsConfig(implementations=dict.fromkeys(BLOCKS, "torch")), "cpu")
+    sequences.step(pieces, generated)
     runs = []
     for _ in range(REPEATS):
         with _watching() as totals:
             sequences.step(pieces, generated)
         runs.append(totals)
     bind(KernelsConfig(), "cpu")
-    step_s, native_s = median(wholes), median(natives)
     return StepProfile(
         step=name,
-        step_ms=step_s * 1e3,
-        native_ms=native_s * 1e3,
-        overhead=median([1 - part / whole for part, whole in zip(natives, wholes, strict=True)]),
+        step_ms=median([whole for whole, _ in engine]) * 1e3,
+        native_ms=median([native for _, native in engine]) * 1e3,
+        overhead=median([1 - native / whole for whole, native in engine]),
         operations=[_row(operation, [run[operation] for run in runs], ceilings) for operation in runs[-1]],
     )
 

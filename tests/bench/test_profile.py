@@ -1,0 +1,29 @@
+"""The profile of a step, on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cierzo.bench import profile
+from cierzo.bench.machine import Ceiling, Ceilings
+from cierzo.engine.weights.make import make_checkpoint
+from cierzo.kernels.registry import has_native
+
+ONE = Ceiling(rate=1.0, reached_by="nobody")
+CEILINGS = Ceilings(threads=1, read_one_thread=ONE, read=ONE, bf16=ONE, float32=ONE, int8=None)
+
+
+@pytest.mark.skipif(not has_native(), reason="only native calls are timed")
+def test_every_kind_of_step_is_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "measure_ceilings", lambda: CEILINGS)
+    checkpoint = make_checkpoint(tmp_path / "model", like="small4", scale="tiny")
+    ceilings, steps = profile.profile(str(checkpoint), [1, 3], [40], threads=1)
+    assert [step.step for step in steps] == ["decode 1", "decode 3", "prefill 40"]
+    for step in steps:
+        attention = "mla_prefill" if step.step == "prefill 40" else "mla_decode"
+        calls = {row.operation: row.calls for row in step.operations}
+        assert (calls[attention], calls["expert_mlp"], calls["rope_tables"]) == (3, 3, 1)
+        assert 0 < step.native_ms < step.step_ms
+    assert "around them" in profile.table(ceilings, steps)
