@@ -81,7 +81,7 @@ def test_a_worker_that_dies_says_where_its_log_is(log: Path) -> None:
 def test_tools(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, peak_gb = run_tool([sys.executable, "-c", "print('x' * 3)"], log)
     assert output == "xxx\n"
-    assert 0.003 < peak_gb < 1
+    assert 0.003 < peak_gb < 4  # Linux counts what the forking process held, here pytest after many tests
     with pytest.raises(EngineFailed, match=r"exit status 5, see .*worker\.log: .*no memory"):
         run_tool([sys.executable, "-c", "import sys; print('no memory', file=sys.stderr); sys.exit(5)"], log)
     with pytest.raises(EngineFailed, match="no end after 0 s"):

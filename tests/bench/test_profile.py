@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from native_only import needs_native
 
 from cierzo.bench import profile
 from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.engine.weights.make import make_checkpoint
-from cierzo.kernels.registry import has_native
 
 ONE = Ceiling(rate=1.0, reached_by="nobody")
 CEILINGS = Ceilings(threads=1, read_one_thread=ONE, read=ONE, bf16=ONE, float32=ONE, int8=None)
 
 
-@pytest.mark.skipif(not has_native(), reason="only native calls are timed")
+@needs_native
 def test_every_kind_of_step_is_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "measure_ceilings", lambda: CEILINGS)
     checkpoint = make_checkpoint(tmp_path / "model", like="small4", scale="tiny")

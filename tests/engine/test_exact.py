@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native_only import needs_native
 
 from cierzo.cache.pool import GqaPages
 from cierzo.engine.config import GIB, EngineConfig, EngineOptions, resolve
@@ -24,11 +25,8 @@ from cierzo.engine.model.config import read_model_config
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import ModelRunner, load_runner
-from cierzo.kernels.registry import has_native
 
-pytestmark = pytest.mark.skipif(
-    not has_native(), reason="the reference is not exact, and its start-up table says so"
-)
+pytestmark = needs_native  # the reference is not exact, and its start-up table says so
 
 FAMILIES, PREFIX_TOKENS = 2, 320  # prompts begin with one of two texts, long enough for several splits of attention
 MAX_LEN = 400

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from native_only import needs_native
 
 from cierzo.engine.weights.make import make_checkpoint
-from cierzo.kernels.registry import has_native
 
 # A tiny model goes first, so that the code of torch and ours is in memory before anything is counted.
 GROWTH = """
@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny, model
 
 
-@pytest.mark.skipif(not has_native(), reason="packed weights are for the native kernels alone")
+@needs_native
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 def test_a_model_takes_its_packed_weights_and_hardly_more(models: tuple[Path, Path], weights: str) -> None:
     """At the first start, which packs, and at the second. Every expert is used: all of the file is touched."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_only import needs_native
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.pack import pack
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.registry import bind, has_native
+from cierzo.kernels.registry import bind
 
 DATA = Path(__file__).parent / "data"
 BLOCK_TOKENS = 16
@@ -164,7 +165,7 @@ def test_perplexity_of_a_longer_text_is_that_of_transformers(
     assert found == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.skipif(not has_native(), reason="packed weights are for the native kernels alone")
+@needs_native
 @pytest.mark.parametrize(("weights", "bound"), [("int8", 0.005), ("int4", 0.01), ("nvfp4", 0.2)])
 def test_rounded_weights_keep_the_perplexity(
     smollm2: Path, tokenizer: Tokenizer, weights: str, bound: float

@@ -6,12 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from cierzo.kernels import registry
+from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cpu import native
 
 
 @pytest.fixture(params=native.available())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Native calls use this set; afterwards the best one again, and torch's number of threads."""
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Native calls use this set, whatever the suite is forced to; afterwards the best one, and torch's threads."""
+    monkeypatch.setattr(registry, "default_instruction_set", request.param)
+    registry.bind(KernelsConfig(), "cpu")
     yield native.select(request.param)
     native.select()
     native.set_threads(0)

@@ -161,7 +161,7 @@ def test_poison_stays_in_the_rows_that_see_it(instruction_set: str, form: Form, 
     assert torch.equal(poisoned[2], clean[2])
 
 
-def test_partial_results_past_their_limit_come_in_turns() -> None:
+def test_partial_results_past_their_limit_come_in_turns(instruction_set: str) -> None:
     """300 rows of 16 heads and 1024 values in three splits: more than is kept of partial results at a time."""
     form = Form(heads=16, rank=1024, rope=1)
     sequence = random_sequence(form, torch.bfloat16, 900, seed=3)

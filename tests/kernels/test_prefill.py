@@ -275,7 +275,7 @@ def test_a_nan_stays_in_the_rows_that_see_it(instruction_set: str, model: Model)
     assert poisoned[50:].isnan().all()
 
 
-def test_a_quantised_expander_is_refused_by_name() -> None:
+def test_a_quantised_expander_is_refused_by_name(instruction_set: str) -> None:
     w_uk, w_uv = Model(heads=2, nope=32, rope=4, rank=64, value_width=32).weights(torch.bfloat16)
     case = make_case("mixed", 36, 2, torch.bfloat16, entry=(68,))
     with pytest.raises(ArgumentError, match="mla_prefill: w_uv must be packed as bf16, is int8"):

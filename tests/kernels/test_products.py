@@ -186,7 +186,7 @@ def test_more_rows_than_stay_in_the_cache(instruction_set: str, format: str, dty
     near(mixed[few], experts.expected(x[few], ids[few], weights[few], shared=True), dtype)
 
 
-def test_packed_weights_in_the_wrong_order_are_refused() -> None:
+def test_packed_weights_in_the_wrong_order_are_refused(instruction_set: str) -> None:
     x, plain = torch.ones(2, 8), pack(torch.ones(8, 8), "float32")
     with pytest.raises(ArgumentError, match=r"gated_mlp: packed weights \[8, 8\] must be paired"):
         linear.gated_mlp(x, plain, pack(torch.ones(8, 4), "float32"))
