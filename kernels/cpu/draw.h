@@ -35,8 +35,8 @@ INLINE int64_t to_whole(double value) { return bits_of(value + SHIFT) - SHIFT_BI
 // ln x of a positive normal double: x = 2^e m, m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)).
 INLINE double exact_log(double x) {
     constexpr int64_t SQRT_HALF = 0x3fe6a09e667f3bcd, BIAS = 1023;
-    const int64_t e = int64_t(uint64_t(bits_of(x) - SQRT_HALF + (BIAS << 52)) >> 52) - BIAS;
-    const double m = double_of(bits_of(x) - int64_t(uint64_t(e) << 52));
+    const int64_t e = int64_t((uint64_t(bits_of(x)) - SQRT_HALF + (BIAS << 52)) >> 52) - BIAS;  // unsigned: of NaN too
+    const double m = double_of(int64_t(uint64_t(bits_of(x)) - (uint64_t(e) << 52)));
     const double s = (m - 1) / (m + 1);
     const double z = s * s;
     double series = 1.0 / 13;

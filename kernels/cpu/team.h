@@ -32,7 +32,8 @@ namespace {
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t FENCE_BYTES = 64, FENCED_BYTES = size_t(32) << 20;
 INLINE char* fence(char* memory, size_t wanted, size_t bytes) {
-    ASAN_UNPOISON_MEMORY_REGION(memory, wanted);  // never poisoned before: the whole team does this, each in its time
+    wanted = (wanted + 7) & ~size_t(7);  // whole granules: the team does this together, and always alike
+    ASAN_UNPOISON_MEMORY_REGION(memory, wanted);
     ASAN_POISON_MEMORY_REGION(memory + wanted, bytes - wanted);
     return memory;
 }

@@ -164,7 +164,7 @@ class Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            pickle.dump((symbol, threads, call.regions(), call.fixups()), self._process.stdin)
+            pickle.dump((symbol, threads, call.regions(), call.fixups(), len(call.structs)), self._process.stdin)
             self._process.stdin.flush()
             after: list[bytes] = pickle.load(self._process.stdout)
             return after

@@ -1,7 +1,8 @@
 """Runs native calls from its standard input under sanitizers (sanitized.py). No torch, no numpy: nothing of theirs.
 
-A call is (symbol, threads, regions, fixups). Each region becomes an allocation of exactly its size, so that
-AddressSanitizer sees the first byte beyond it; a region that was not aligned to 16 bytes is not aligned here.
+A call is (symbol, threads, regions, fixups, how many of the regions are structs of arguments). Each region becomes
+an allocation of exactly its size, so that AddressSanitizer sees the first byte beyond it; a region that was not
+aligned to 16 bytes is not aligned here.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ def allocate(size: int, place: int) -> tuple[int, int]:
     return block.value, block.value + slack
 
 
-def run(library: ctypes.CDLL, symbol: str, threads: int, regions: list[Region], fixups: list[Fixup]) -> list[bytes]:
-    """Call it; the regions afterwards, without those that hold pointers."""
+def run(
+    library: ctypes.CDLL, symbol: str, threads: int, regions: list[Region], fixups: list[Fixup], num_structs: int
+) -> list[bytes]:
+    """Call it; the regions afterwards, without the structs: they hold pointers."""
     blocks, places = zip(*(allocate(len(data), place) for data, place in regions), strict=True)
     for (data, _), address in zip(regions, places, strict=True):
         ctypes.memmove(address, data, len(data))
@@ -38,12 +41,8 @@ def run(library: ctypes.CDLL, symbol: str, threads: int, regions: list[Region], 
     function = getattr(library, symbol)
     function.argtypes = (ctypes.c_void_p, ctypes.c_int)
     function(places[0], threads)
-    structs = {region for region, _, _, _ in fixups}
-    after = [
-        ctypes.string_at(address, len(data))
-        for number, ((data, _), address) in enumerate(zip(regions, places, strict=True))
-        if number not in structs
-    ]
+    tensors = list(zip(regions, places, strict=True))[num_structs:]
+    after = [ctypes.string_at(address, len(data)) for (data, _), address in tensors]
     for block in blocks:
         malloc.free(block)
     return after
@@ -57,10 +56,10 @@ def main() -> None:
         sys.exit("the sanitized library is of another version than the one in use")
     while True:
         try:
-            symbol, threads, regions, fixups = pickle.load(sys.stdin.buffer)
+            call = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(run(library, symbol, threads, regions, fixups), sys.stdout.buffer)
+        pickle.dump(run(library, *call), sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
 
