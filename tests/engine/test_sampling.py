@@ -26,7 +26,7 @@ from cierzo.scheduler.plan import Admission, Finish
 VOCAB = 40
 EOS = 39
 TABLE = torch.randn(211, VOCAB, generator=torch.Generator().manual_seed(5)) * 2
-BROKEN = 13  # a token after which the model's logits are NaN, where a test wants that
+BROKEN = 13  # a token after which one of the model's logits is what a test wants
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def row_of(token_id: int, position: int) -> Tensor:
 class TableModel:
     """Logits are a function of the last token and its position. Counts the rows that reach `logits`."""
 
-    def __init__(self, breaks: bool = False) -> None:
+    def __init__(self, breaks: float | None = None) -> None:
         self.breaks = breaks
         self.num_rows = 0
 
@@ -51,8 +51,8 @@ class TableModel:
         token_ids, positions = inputs.token_ids[chosen], inputs.positions[chosen]
         self.num_rows += len(token_ids)
         rows = TABLE[(token_ids * 31 + positions) % len(TABLE)]
-        if self.breaks:
-            rows[token_ids == BROKEN, 3] = math.nan
+        if self.breaks is not None:
+            rows[token_ids == BROKEN, 3] = self.breaks
         return rows
 
 
@@ -200,7 +200,12 @@ def _seeded(params: SamplingParams, seed: int) -> SamplingParams:
     return SamplingParams(**{**fields, "seed": seed})
 
 
-def test_logits_that_are_not_finite_fail_their_request_alone() -> None:
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+def test_logits_that_are_not_finite_fail_their_request_alone(logit: float) -> None:
+    greedy = SamplingParams(max_tokens=5, temperature=0.0, seed=1)
+    alone = run([Submit(request_id=0, prompt_token_ids=[BROKEN], sampling=greedy)], TableModel(logit))
+    assert alone[0, 0].finish is not None
+    assert alone[0, 0].finish.message == NOT_FINITE
     good = SamplingParams(max_tokens=5, temperature=0.7, seed=1, logprobs=1)
     bias = SamplingParams(max_tokens=5, temperature=0.7, seed=1, logit_bias={3: 1.0})
     requests = [
@@ -208,7 +213,7 @@ def test_logits_that_are_not_finite_fail_their_request_alone() -> None:
         Submit(request_id=1, prompt_token_ids=[BROKEN], sampling=good),
         Submit(request_id=2, prompt_token_ids=[BROKEN], sampling=bias),
     ]
-    answers = run(requests, TableModel(breaks=True))
+    answers = run(requests, TableModel(logit))
     for request_id in (1, 2):
         finish = answers[request_id, 0].finish
         assert finish is not None
