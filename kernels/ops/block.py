@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -176,6 +177,9 @@ def decoder(token_ids: Tensor, weights: DecoderWeights, rows: StepRows, logit_ro
     caches, so that each operation in between costs several times its usual microseconds.
     """
     check.sizes("decoder", token_ids=(token_ids, "T"), slots=(rows.cache_slots, "T"))
+    check.dtype("decoder", torch.int64, token_ids=token_ids)
+    if logit_rows is not None:
+        check.dtype("decoder", torch.int64, logit_rows=logit_rows)
     return bound.decoder(token_ids, weights, rows, logit_rows)
 
 

@@ -48,6 +48,7 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, magnitude: float = 1.0) -> 
     """
     check.sizes("rope_tables", positions=(positions, "T"), inv_freq=(inv_freq, "F"))
     check.dtype("rope_tables", torch.float32, inv_freq=inv_freq)
+    check.dtype("rope_tables", torch.int64, positions=positions)
     return bound.rope_tables(positions, inv_freq, magnitude)
 
 

@@ -16,6 +16,7 @@ from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.layers import AllReduce, query_scale
 from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.weights.loader import ParameterSpec
+from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.registry import bind
 
@@ -97,6 +98,13 @@ def test_a_token_beyond_the_vocabulary_is_refused_or_seen(token_id: int) -> None
             compute("mistral", 0, 1, None, tokens)
         return
     assert compute("mistral", 0, 1, None, tokens)[LOGIT_ROWS >= 5].isnan().all()
+
+
+def test_token_ids_of_another_width_are_refused() -> None:
+    """C++ would read two as one."""
+    bind(KernelsConfig(), "cpu")
+    with pytest.raises(ArgumentError, match=r"decoder: token_ids must have dtype torch\.int64"):
+        compute("mistral", 0, 1, None, TOKENS.int())
 
 
 def test_a_rank_holds_its_share() -> None:
