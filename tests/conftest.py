@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from cierzo.engine.config import default_instruction_set
 from cierzo.kernels import registry
+
+# Triton reads it when a kernel is defined: in this process they run in its interpreter, on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # Engines read the variable by themselves; this is for tests that bind without one, and for the lists of
 # implementations that tests are made from, hence before any of them is imported.

@@ -1,0 +1,106 @@
+"""What a launch of a Triton kernel and its compilation ahead of time have in common: a `Configuration`.
+
+A kernel is compiled once per configuration and never again: integers and floats at run time are not specialised
+(`kernel` sees to that), pointers always count as aligned to 16 bytes (`launch` refuses others), and whatever else
+the code depends on is a constant. So the number of rows of a step compiles nothing, and what is compiled and
+inspected without a GPU is what runs on one.
+
+    @kernel
+    def _scale(x_ptr, out_ptr, count, factor, BLOCK: tl.constexpr): ...
+
+    launch(Configuration(_scale, {"x_ptr": "*bf16", "out_ptr": "*fp32", "count": "i32", "factor": "fp32"},
+                         {"BLOCK": 256}, num_warps=4), grid, x_ptr=x, out_ptr=out, count=7, factor=0.5)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from cierzo.kernels.check import ArgumentError
+
+ALIGNMENT = 16  # bytes: the widest load of one thread
+POINTER = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+_LIMITS = {"i32": 1 << 31, "i64": 1 << 63}
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """triton.jit. Pointers are the parameters called `*_ptr`; other parameters are constants or not specialised."""
+    scalars = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if not name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
+    ]
+    return triton.jit(do_not_specialize=scalars)(function)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Configuration:
+    """One way to compile a kernel.
+
+    types: of the arguments at run time: "*bf16" and the like (POINTER), "i32", "i64", "fp32". constants: the
+    constexprs. Sums of products keep the order and rounding that the source gives them: no contraction to fused
+    multiply-adds, which a compiler is free to choose otherwise the next time.
+    """
+
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @property
+    def name(self) -> str:
+        """The kernel's, without the underscore that says it is its file's own."""
+        return str(self.kernel.__name__).lstrip("_")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+
+
+def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Run `grid` programs on torch's current stream; a grid without programs does nothing.
+
+    Raises ArgumentError, before anything runs, for a tensor of another dtype, on another device than the rest or
+    not aligned, and for an integer that does not fit.
+    """
+    if 0 in grid:
+        return
+    device: torch.device | None = None
+    for name, kind in configuration.types.items():
+        value = arguments[name]
+        if isinstance(value, Tensor):
+            _check_tensor(configuration.name, name, kind, value)
+            if device is not None and value.device != device:
+                raise ArgumentError(f"{configuration.name}: {name} is on {value.device}, not on {device}")
+            device = value.device
+        elif kind in _LIMITS and not -_LIMITS[kind] <= value < _LIMITS[kind]:
+            raise ArgumentError(f"{configuration.name}: {name} is {value}, more than {kind} holds")
+    configuration.kernel[grid](**arguments, **configuration.constants, **configuration.options)
+
+
+def _check_tensor(operation: str, name: str, kind: str, value: Tensor) -> None:
+    if POINTER.get(value.dtype) != kind:
+        raise ArgumentError(f"{operation}: {name} has dtype {value.dtype}, the kernel takes {kind}")
+    if value.data_ptr() % ALIGNMENT:
+        raise ArgumentError(
+            f"{operation}: {name} starts {value.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}"
+        )
