@@ -2,7 +2,7 @@
 
 decode   one generated token after a context of synthetic cache entries, context by context. Attention's share is
          what a step takes beyond one with hardly any context; its limit is the larger of bytes / read bandwidth
-         and operations / GEMM rate, both measured at start.
+         and operations / GEMM rate, both measured just before: a shared machine's rates change within minutes.
 prefill  one prompt computed in chunks: each chunk's time, and the process's memory. Both forms of a layer's cost
          grow linearly with the context; memory must not grow.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 from tqdm import tqdm
 
-from cierzo.bench.machine import Ceilings, measure_ceilings
+from cierzo.bench.machine import measure_ceilings
 from cierzo.bench.report import make_report, write_report
 from cierzo.bench.sequences import Sequences
 from cierzo.bench.stats import median
@@ -32,13 +32,17 @@ PROGRESS_AFTER_S = 2.0
 
 
 class DecodeRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of one step at one context, and attention's rates and share of its limit."""
+    """Milliseconds of one step at one context, and attention's rates and share of its limit.
+
+    limit_ms: what attention would take at the ceilings measured beside it.
+    """
 
     context: int
     step_ms: float
     attention_ms: float
     gflop_per_s: float
     gb_per_s: float
+    limit_ms: float
     share: float
 
 
@@ -64,12 +68,13 @@ def attention_work(config: ModelConfig, context: int) -> tuple[float, float]:
 
 
 def measure_decode(
-    sequence: Sequences, config: ModelConfig, contexts: Sequence[int], ceilings: Ceilings, repeats: int
+    sequence: Sequences, config: ModelConfig, contexts: Sequence[int], repeats: int
 ) -> list[DecodeRow]:
     """One row per context, each the median of `repeats` steps."""
     sequence.fill()
     rows = []
     for context in tqdm(contexts, desc="decode", delay=PROGRESS_AFTER_S, leave=False, disable=None):
+        ceilings = measure_ceilings()
         steps, bases = [], []
         for _ in range(repeats + 1):  # the first warms up
             bases.append(sequence.step([(BASE_CONTEXT - 1, 1)], generated=True))
@@ -84,6 +89,7 @@ def measure_decode(
                 attention_ms=attention_s * 1e3,
                 gflop_per_s=operations / attention_s / 1e9,
                 gb_per_s=num_bytes / attention_s / 1e9,
+                limit_ms=limit_s * 1e3,
                 share=limit_s / attention_s,
             )
         )
@@ -127,15 +133,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     layout = resolve(options).layout
     gib = (longest + 2 * layout.block_tokens) * layout.bytes_per_token / 2**30
     config = resolve(msgspec.structs.replace(options, max_model_len=longest, kv_cache_gib=gib))
-    ceilings = measure_ceilings()
     sequence = Sequences(config, 1, longest)
-    decode = measure_decode(sequence, config.model, arguments.decode, ceilings, arguments.repeats)
+    decode = measure_decode(sequence, config.model, arguments.decode, arguments.repeats)
     prefill = measure_prefill(sequence, arguments.prefill, arguments.chunk_tokens) if arguments.prefill else []
-    print(_table(decode, prefill, ceilings))
+    print(_table(decode, prefill))
     if arguments.json is not None:
         command = shlex.join(["python", "-m", "cierzo.bench.context", *(sys.argv[1:] if argv is None else argv)])
         settings = vars(arguments) | {"json": None}
-        results = {"ceilings": ceilings, "decode": decode, "prefill": prefill}
+        results = {"decode": decode, "prefill": prefill}
         write_report(
             make_report("context", command=command, started=started, settings=settings, results=results),
             arguments.json,
@@ -143,14 +148,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _table(decode: list[DecodeRow], prefill: list[ChunkRow], ceilings: Ceilings) -> str:
-    lines = [f"limits: {ceilings.read.rate:.1f} GB/s, {ceilings.bf16.rate:.0f} GFLOP/s"]
+def _table(decode: list[DecodeRow], prefill: list[ChunkRow]) -> str:
+    lines = []
     if decode:
-        lines.append(f"{'context':>9}{'step ms':>10}{'attention ms':>14}{'GFLOP/s':>9}{'GB/s':>7}{'of limit':>10}")
+        heads = f"{'context':>9}{'step ms':>10}{'attention ms':>14}{'GFLOP/s':>9}{'GB/s':>7}"
+        lines.append(f"{heads}{'limit ms':>10}{'of limit':>10}")
     for row in decode:
         lines.append(
             f"{row.context:9,}{row.step_ms:10.1f}{row.attention_ms:14.1f}{row.gflop_per_s:9.0f}{row.gb_per_s:7.1f}"
-            f"{row.share:10.0%}"
+            f"{row.limit_ms:10.1f}{row.share:10.0%}"
         )
     if prefill:
         lines.append(f"{'start':>9}{'tokens':>8}{'chunk ms':>10}{'resident GB':>13}")

@@ -37,7 +37,7 @@ def _add_rms_norm(
 
 @kernel
 def _normed(x, weight_ptr, eps, columns, inside, D: tl.constexpr):
-    """fp32 row -> its norm times the weight, in the weight's dtype; rounded once before the weight (ops/norm.py)."""
+    """fp32 row -> its norm times the weight, in the weight's dtype; rounded before it meets the weight."""
     dtype = weight_ptr.dtype.element_ty
     scaled = (x * tl.rsqrt(tl.sum(x * x) / D + eps)).to(dtype).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
