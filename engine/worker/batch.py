@@ -45,7 +45,8 @@ class Batch:
 
     `token_ids`, `positions`, `cache_slots` int64[T], where a cache slot is block * S + offset in the block.
     `sample_rows` int64[M]: row in T whose logits are wanted; `sample_seqs` list[M]: index in `plan.seqs`.
-    `block_tables` int32[max_running, W]; entries beyond a sequence's blocks may be anything.
+    `block_tables` int32[max_running, W]; entries beyond a sequence's blocks may be anything. `changed_rows`: those
+    that differ from the batch before.
     """
 
     token_ids: Int64
@@ -57,6 +58,7 @@ class Batch:
     sample_rows: Int64
     sample_seqs: list[int]
     block_tables: Int32
+    changed_rows: list[int]
 
 
 class _Group:
@@ -120,9 +122,11 @@ class BatchBuilder:
         expanded, absorbed = self._expanded, self._absorbed
         expanded.clear()
         absorbed.clear()
+        changed_rows = []
         for seq in plan.seqs:
             if seq.new_block_ids or seq.admission is not None:
                 self._extend_table(seq)
+                changed_rows.append(seq.slot)
             start, tokens = seq.start, seq.token_ids
             prompt_tokens = seq.num_prompt_tokens - start
             if prompt_tokens <= 0:
@@ -147,6 +151,7 @@ class BatchBuilder:
             sample_rows=sample_rows,
             sample_seqs=sample_seqs,
             block_tables=self._block_tables,
+            changed_rows=changed_rows,
         )
 
     def _extend_table(self, seq: SeqPlan) -> None:

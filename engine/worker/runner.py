@@ -6,10 +6,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +23,8 @@ from cierzo.engine.weights.loader import Progress, load_parameters
 from cierzo.engine.weights.matrices import PLAIN_WEIGHTS, PackedMatrices
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.batch import Batch, Segments
+from cierzo.engine.worker.device_inputs import DeviceInputs
+from cierzo.engine.worker.graphs import DecodeGraphs, cuda_recorder
 from cierzo.engine.worker.sampling import Sampler
 from cierzo.kernels.cpu import native
 from cierzo.kernels.ops.attention import PagedQueries
@@ -42,14 +43,27 @@ class Model(Protocol):
 
 
 class ModelRunner:
-    """Runs a model on one device. The forward pass goes in `launch`; sampling and reading back in `collect`."""
+    """Runs a model on one device. The forward pass goes in `launch`; sampling and reading back in `collect`.
+
+    staged: batches are copied to the device in one piece, instead of being read where they lie. graphs: for decode
+    steps; needs `staged`, whose block tables stay where they are.
+    """
 
     def __init__(
-        self, model: Model, kv: KVPool, max_running: int, device: torch.device | str = "cpu", description: str = ""
+        self,
+        model: Model,
+        kv: KVPool,
+        max_running: int,
+        device: torch.device | str = "cpu",
+        description: str = "",
+        *,
+        staged: DeviceInputs | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._kv = kv
-        self._device = torch.device(device)
+        self._staged = staged
+        self._graphs = graphs
         self._sampler = Sampler(max_running, device)
         self._plan = StepPlan(0, [], 0)
         self._sample_seqs: list[int] = []
@@ -65,8 +79,12 @@ class ModelRunner:
         self._plan, self._sample_seqs, self._logits = plan, batch.sample_seqs, None
         # Rows lie prompts first, samples in the order of the plan: the same where every row is a decode.
         every = batch.num_expanded == 0 and len(batch.sample_rows) == len(batch.token_ids)
-        logit_rows = None if every else self._to_device(batch.sample_rows)
-        self._logits = self._model.logits(self._inputs(batch), self._kv, logit_rows)
+        inputs, sample_rows = _in_place(batch) if self._staged is None else self._staged.load(batch)
+        if self._graphs is not None and self._graphs.fits(inputs):
+            logits = self._graphs.logits(inputs)
+            self._logits = logits if every else logits[sample_rows]
+        else:
+            self._logits = self._model.logits(inputs, self._kv, None if every else sample_rows)
 
     @torch.inference_mode()
     def collect(self) -> StepResult:
@@ -93,36 +111,50 @@ class ModelRunner:
         """The kernels in force, as printed at start."""
         return self._description
 
-    def _inputs(self, batch: Batch) -> ModelInputs:
-        tables = self._to_device(batch.block_tables)
-        return ModelInputs(
-            token_ids=self._to_device(batch.token_ids),
-            positions=self._to_device(batch.positions),
-            cache_slots=self._to_device(batch.cache_slots),
-            num_expanded=batch.num_expanded,
-            expanded=self._queries(batch.expanded, tables),
-            absorbed=self._queries(batch.absorbed, tables),
-        )
 
-    def _queries(self, segments: Segments, tables: Tensor) -> PagedQueries:
-        return PagedQueries(
-            query_starts=self._to_device(segments.query_starts),
-            context_lengths=self._to_device(segments.context_lengths),
-            table_rows=self._to_device(segments.table_rows),
-            block_tables=tables,
-            query_lengths=segments.lengths,
-            contexts=segments.contexts,
-        )
+def _in_place(batch: Batch) -> tuple[ModelInputs, Tensor]:
+    """Views of the builder's buffers, and of the sample rows."""
+    tables = torch.from_numpy(batch.block_tables)
+    inputs = ModelInputs(
+        token_ids=torch.from_numpy(batch.token_ids),
+        positions=torch.from_numpy(batch.positions),
+        cache_slots=torch.from_numpy(batch.cache_slots),
+        num_expanded=batch.num_expanded,
+        expanded=_queries(batch.expanded, tables),
+        absorbed=_queries(batch.absorbed, tables),
+    )
+    return inputs, torch.from_numpy(batch.sample_rows)
 
-    def _to_device(self, array: NDArray[Any]) -> Tensor:
-        """A view of the builder's buffer on the CPU, a copy elsewhere."""
-        return torch.from_numpy(array).to(self._device)
+
+def _queries(segments: Segments, tables: Tensor) -> PagedQueries:
+    return PagedQueries(
+        query_starts=torch.from_numpy(segments.query_starts),
+        context_lengths=torch.from_numpy(segments.context_lengths),
+        table_rows=torch.from_numpy(segments.table_rows),
+        block_tables=tables,
+        query_lengths=segments.lengths,
+        contexts=segments.contexts,
+    )
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:
     """A runner of the checkpoint's model. Raises CheckpointError, ConfigError."""
     model, kv, description = load_model(config)
-    return ModelRunner(model, kv, config.scheduler.max_running, config.device, description)
+    device, limits = torch.device(config.device), config.scheduler
+    if device.type == "cpu":
+        return ModelRunner(model, kv, limits.max_running, device, description)
+    graphs = DecodeGraphs(
+        model,
+        kv,
+        max_running=limits.max_running,
+        max_model_len=limits.max_model_len,
+        padding_slot=config.cache.num_blocks * config.cache.block_tokens,
+        device=device,
+        record=cuda_recorder(),
+    )
+    return ModelRunner(
+        model, kv, limits.max_running, device, description, staged=DeviceInputs(device), graphs=graphs
+    )
 
 
 def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
@@ -160,7 +192,9 @@ def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
             raise ConfigError(
                 f"weights must be {limit}, got {config.weights}", field="weights", limit=limit, value=config.weights
             )
-    return model, KVPool(config.layout, config.cache.num_blocks, device), table.describe()
+    # One block more than the cache manager knows of: padding of recorded steps is written there.
+    spare_blocks = 0 if device.type == "cpu" else 1
+    return model, KVPool(config.layout, config.cache.num_blocks + spare_blocks, device), table.describe()
 
 
 @contextmanager

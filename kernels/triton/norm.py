@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
@@ -73,6 +75,14 @@ def add_rms_norm_configuration(pointer: str, width: int, stride: int, residual_s
     types = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr"), pointer) | {"eps": "fp32"}
     constants = {"X_STRIDE": stride, "RESIDUAL_STRIDE": residual_stride, **_row(width)}
     return Configuration(_add_rms_norm, types, constants, num_warps=_warps(width))
+
+
+def configurations() -> Iterator[tuple[str, Configuration]]:
+    """What Small 4 and Small 3 run: hidden rows, and the latent queries that lie beside latent keys."""
+    for model, hidden in (("small4", 4096), ("small3", 5120)):
+        yield f"{model} hidden", rms_norm_configuration("*bf16", hidden, hidden)
+        yield f"{model} hidden", add_rms_norm_configuration("*bf16", hidden, hidden, hidden)
+    yield "small4 query latent", rms_norm_configuration("*bf16", 1024, 1024 + 320)
 
 
 def _row(width: int) -> dict[str, int]:

@@ -1,0 +1,181 @@
+"""Decode steps recorded once as CUDA graphs and replayed: no launch of a kernel waits for Python.
+
+A graph has fixed sizes: it is recorded for a number of sequences and an upper bound of their contexts, each from a
+short list (`buckets`), and serves every step that fits. Rows beyond a step's own are padding: segments without rows
+(so that attention gives zeros for them), whose cache entries go to a block that no sequence owns.
+
+    a step of 5 sequences, the longest context 9,000 tokens -> the graph of (8 sequences, 32,768 tokens)
+    query_starts  0 1 2 3 4 5 5 5 5       context_lengths  120 9000 7 64 4096 0 0 0
+
+Kernels take their grids from the bound, and the lengths that count from the device. As no kernel's arithmetic
+depends on the number of rows or the grid, a replayed step has the bits of a launched one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cierzo.cache.pool import KVPool
+from cierzo.engine.model.inputs import ModelInputs
+from cierzo.kernels.ops.attention import PagedQueries
+
+# Between powers of two a step of many sequences would compute up to twice what it must.
+MOST_DOUBLED = 16
+STEP = 16
+SHORTEST_BOUND = 8192  # tokens
+BOUND_FACTOR = 4
+
+
+class Recording(Protocol):
+    """Work that was recorded."""
+
+    def replay(self) -> None:
+        """Do it again, on what now lies in the memory that it read."""
+        ...
+
+
+Recorder = Callable[[Callable[[], None]], Recording]
+
+
+class Forward(Protocol):
+    """What is recorded: a model's logits."""
+
+    def logits(self, inputs: ModelInputs, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
+        """fp32 [T,N] of all rows."""
+        ...
+
+
+def buckets(most: int) -> list[int]:
+    """Numbers of sequences that graphs are recorded for: 1, 2, 4, 8, 16, 32, 48 .. up to `most`."""
+    doubled = [1 << power for power in range(MOST_DOUBLED.bit_length()) if 1 << power < most]
+    stepped = range(MOST_DOUBLED + STEP, most, STEP)
+    return [*doubled, *stepped, most]
+
+
+def bounds(longest: int) -> list[int]:
+    """Upper bounds of contexts, tokens: 8192, 32768, 131072 .. up to `longest`."""
+    found = []
+    bound = SHORTEST_BOUND
+    while bound < longest:
+        found.append(bound)
+        bound *= BOUND_FACTOR
+    return [*found, longest]
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    inputs: ModelInputs
+    recording: Recording
+    logits: Tensor
+
+
+class DecodeGraphs:
+    """Graphs of one model, recorded at their first use or by `record_all`.
+
+    padding_slot: cache slot that nobody reads. record: torch's CUDA graphs on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: Forward,
+        kv: KVPool,
+        *,
+        max_running: int,
+        max_model_len: int,
+        padding_slot: int,
+        device: torch.device,
+        record: Recorder,
+    ) -> None:
+        self._model, self._kv = model, kv
+        self._buckets, self._bounds = buckets(max_running), bounds(max_model_len)
+        self._padding_slot = padding_slot
+        self._device = device
+        self._record = record
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+
+    def fits(self, inputs: ModelInputs) -> bool:
+        """Whether the step is one generated token for each of its sequences."""
+        count = len(inputs.token_ids)
+        return inputs.num_expanded == 0 and 0 < count == len(inputs.absorbed.contexts) <= self._buckets[-1]
+
+    def logits(self, inputs: ModelInputs) -> Tensor:
+        """fp32 [T,N] of a step that fits; valid until the next replay."""
+        count = len(inputs.token_ids)
+        size = next(size for size in self._buckets if size >= count)
+        bound = next(bound for bound in self._bounds if bound >= inputs.longest_context)
+        graph = self._graphs.get((size, bound))
+        if graph is None:
+            graph = self._graphs[size, bound] = self._new_graph(size, bound, inputs.absorbed.block_tables)
+        self._load(graph.inputs, inputs, count)
+        graph.recording.replay()
+        return graph.logits[:count]
+
+    def record_all(self, block_tables: Tensor) -> None:
+        """Record every graph now, the largest first, whose memory the others then share."""
+        for size in reversed(self._buckets):
+            for bound in reversed(self._bounds):
+                if (size, bound) not in self._graphs:
+                    self._graphs[size, bound] = self._new_graph(size, bound, block_tables)
+
+    def _new_graph(self, size: int, bound: int, block_tables: Tensor) -> _Graph:
+        def integers(count: int, dtype: torch.dtype, value: int = 0) -> Tensor:
+            return torch.full((count,), value, dtype=dtype, device=self._device)
+
+        queries = PagedQueries(
+            query_starts=integers(size + 1, torch.int32),
+            context_lengths=integers(size, torch.int32),
+            table_rows=integers(size, torch.int32),
+            block_tables=block_tables,
+            query_lengths=[1] * size,
+            contexts=[bound] * size,
+        )
+        nothing = PagedQueries(
+            integers(1, torch.int32), integers(0, torch.int32), integers(0, torch.int32), block_tables, [], []
+        )
+        slots = integers(size, torch.int64, self._padding_slot)
+        inputs = ModelInputs(integers(size, torch.int64), integers(size, torch.int64), slots, 0, nothing, queries)
+        found: list[Tensor] = []
+
+        def forward() -> None:
+            queries.scratch.clear()  # what an earlier run derived lies in memory that is not the recording's
+            found[:] = [self._model.logits(inputs, self._kv, None)]
+
+        recording = self._record(forward)
+        return _Graph(inputs, recording, found[0])
+
+    def _load(self, target: ModelInputs, source: ModelInputs, count: int) -> None:
+        """The step's rows, and padding behind them."""
+        target.token_ids[:count] = source.token_ids
+        target.positions[:count] = source.positions
+        target.cache_slots[:count] = source.cache_slots
+        target.cache_slots[count:] = self._padding_slot
+        into, queries = target.absorbed, source.absorbed
+        into.query_starts[: count + 1] = queries.query_starts
+        into.query_starts[count + 1 :] = count
+        into.context_lengths[:count] = queries.context_lengths
+        into.context_lengths[count:] = 0
+        into.table_rows[:count] = queries.table_rows
+
+
+def cuda_recorder() -> Recorder:
+    """torch's CUDA graphs, all in one pool of memory."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(work: Callable[[], None]) -> Recording:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # kernels are compiled and workspaces made before the recording
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            work()
+        return graph
+
+    return record

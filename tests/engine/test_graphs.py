@@ -1,0 +1,119 @@
+"""Recorded decode steps: the same tokens and log-probabilities as steps that are launched one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace as Inputs
+
+import msgspec
+import pytest
+import torch
+
+from cierzo.cache.pool import KVPool
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.messages import Submit, TokenDelta
+from cierzo.engine.weights.make import make_checkpoint
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.device_inputs import DeviceInputs
+from cierzo.engine.worker.graphs import DecodeGraphs, Recording, bounds, buckets
+from cierzo.engine.worker.runner import ModelRunner, load_model
+from cierzo.scheduler.params import SamplingParams
+
+MAX_RUNNING = 6
+CPU = torch.device("cpu")
+
+
+class Repeated:
+    """Stands in for a CUDA graph: it does the work again, into the memory that it first wrote its result to."""
+
+    recordings = 0
+    replays = 0
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        Repeated.recordings += 1
+        work()
+        self._work = work
+
+    def replay(self) -> None:
+        Repeated.replays += 1
+        found = next(
+            cell.cell_contents for cell in self._work.__closure__ or () if type(cell.cell_contents) is list
+        )
+        (kept,) = found
+        self._work()
+        kept.copy_(found[0])
+        found[0] = kept
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("graphs") / "model", like="small4", scale="tiny")
+    options = EngineOptions(
+        model=str(checkpoint), max_running=MAX_RUNNING, budget_tokens=32, block_tokens=4, kv_cache_gib=0.001
+    )
+    return resolve(options)
+
+
+def run(config: EngineConfig, *, graphs: bool) -> list[list[tuple[int, list[int], object]]]:
+    """Tokens and log-probabilities of a load in which sequences come, grow past blocks, and go."""
+    model, kv, _ = load_model(config)
+    spacious = KVPool(config.layout, kv.num_blocks + 1, CPU)
+    for pages in spacious.layers:
+        pages.latents.fill_(torch.nan)  # what is never written may hold anything
+    recorded = DecodeGraphs(
+        model,
+        spacious,
+        max_running=MAX_RUNNING,
+        max_model_len=config.scheduler.max_model_len,
+        padding_slot=kv.num_blocks * config.cache.block_tokens,
+        device=CPU,
+        record=Repeated,
+    )
+    runner = ModelRunner(
+        model, spacious, MAX_RUNNING, CPU, staged=DeviceInputs(CPU), graphs=recorded if graphs else None
+    )
+    core = EngineCore(config, runner)
+    found: dict[int, list[TokenDelta]] = {}
+    for number in range(10):
+        params = SamplingParams(max_tokens=3 + 4 * number, seed=number, logprobs=2, ignore_eos=True)
+        core.submit(Submit(request_id=number, prompt_token_ids=[*range(5, 8 + 5 * number)], sampling=params))
+    for _ in range(400):
+        for delta in core.step_plain():
+            found.setdefault(delta.request_id, []).append(delta)
+    assert all(deltas[-1].finish is not None for deltas in found.values())
+    assert [deltas[-1].finish.reason for deltas in found.values() if deltas[-1].finish] == 10 * ["length"]
+    return [
+        [(delta.sample, delta.token_ids, msgspec.to_builtins(delta.logprobs)) for delta in found[number]]
+        for number in range(10)
+    ]
+
+
+def test_tokens_are_equal_with_graphs_on_and_off(config: EngineConfig) -> None:
+    Repeated.recordings = Repeated.replays = 0
+    assert run(config, graphs=True) == run(config, graphs=False)
+    assert 2 <= Repeated.recordings <= len(buckets(MAX_RUNNING)) * len(bounds(config.scheduler.max_model_len))
+    assert Repeated.replays > 40
+
+
+def test_buckets_and_bounds_end_where_the_limits_do() -> None:
+    assert buckets(1) == [1]
+    assert buckets(6) == [1, 2, 4, 6]
+    assert buckets(70) == [1, 2, 4, 8, 16, 32, 48, 64, 70]
+    assert bounds(4096) == [4096]
+    assert bounds(262_144) == [8192, 32_768, 131_072, 262_144]
+
+
+def test_a_recording_is_no_step_of_a_prompt(config: EngineConfig) -> None:
+    class Never(Recording):
+        def replay(self) -> None: ...
+
+    model, kv, _ = load_model(config)
+    graphs = DecodeGraphs(
+        model, kv, max_running=2, max_model_len=64, padding_slot=0, device=CPU, record=lambda work: Never()
+    )
+    def inputs(rows: int, expanded: int, sequences: int) -> Inputs:
+        return Inputs(token_ids=torch.zeros(rows), num_expanded=expanded, absorbed=Inputs(contexts=[1] * sequences))
+
+    assert graphs.fits(inputs(2, 0, 2))
+    for rows, expanded, sequences in ((2, 1, 1), (3, 0, 3), (0, 0, 0), (2, 0, 1)):
+        assert not graphs.fits(inputs(rows, expanded, sequences))
