@@ -57,7 +57,7 @@ def slots_of(size: Size) -> Tensor:
 
 def pages_of(size: Size, make: Maker, *entry: int) -> Tensor:
     """[B,S,...]: all contexts."""
-    return make.noise(size.sequences * size.context // BLOCK_TOKENS, BLOCK_TOKENS, *entry)
+    return make.pages(size.sequences * size.context // BLOCK_TOKENS, BLOCK_TOKENS, *entry)
 
 
 def pairs_seen(size: Size) -> int:
@@ -143,7 +143,7 @@ def mla_decode(model: Model, size: Size, make: Maker) -> Call | None:
         return None
     width = model.rank + model.rope
     q, pages = make.noise(size.rows, model.heads, width), pages_of(size, make, width)
-    moved = (pages.numel() + q.numel() + size.rows * model.heads * model.rank) * VALUE_BYTES
+    moved = pages.nbytes + (q.numel() + size.rows * model.heads * model.rank) * VALUE_BYTES
     flops = 2 * pairs_seen(size) * model.heads * (width + model.rank)
     return Call([(q, pages, queries_of(size, 1), 0.1, model.rank)], moved, flops)
 
@@ -156,7 +156,7 @@ def mla_prefill(model: Model, size: Size, make: Maker) -> Call | None:
     heads, rank, nope, value_dim = model.heads, model.rank, model.nope, model.value_dim
     q = make.noise(size.rows, heads, nope + model.rope)
     pages, weights = pages_of(size, make, rank + model.rope), _expanders(model, make)
-    moved = (q.numel() + pages.numel() + size.rows * heads * value_dim) * VALUE_BYTES + weight_bytes(*weights)
+    moved = pages.nbytes + (q.numel() + size.rows * heads * value_dim) * VALUE_BYTES + weight_bytes(*weights)
     expansion = 2 * size.sequences * size.context * heads * (nope + value_dim) * rank
     flops = expansion + 2 * pairs_seen(size) * heads * (nope + model.rope + value_dim)
     return Call([(q, pages, *weights, queries_of(size, size.rows_each), 0.1)], moved, flops)
@@ -184,7 +184,7 @@ def _gqa(model: Model, size: Size, make: Maker) -> Call | None:
         return None
     q = make.noise(size.rows, model.heads, model.head_dim)
     keys, values = (pages_of(size, make, model.kv_heads, model.head_dim) for _ in range(2))
-    moved = (2 * q.numel() + 2 * keys.numel()) * VALUE_BYTES
+    moved = 2 * q.numel() * VALUE_BYTES + 2 * keys.nbytes
     flops = 4 * pairs_seen(size) * model.heads * model.head_dim
     return Call([(q, keys, values, queries_of(size, size.rows_each), 0.1)], moved, flops)
 

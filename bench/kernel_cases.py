@@ -1,5 +1,7 @@
 """What each operation is timed with: one function per operation, from a model and a size to calls.
 
+Imports torch and numpy alone: a machine that is lent for half an hour has little else (bench/gpu).
+
 A `Call` says what one call must move and compute at least: every byte it reads and writes once, two operations for
 each product that the mathematics asks for. Letters as in kernels/ops/.
 """
@@ -10,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
 from cierzo.kernels.formats.pack import pack
-from cierzo.kernels.formats.packed import Matrix, PackedMatrix
+from cierzo.kernels.formats.packed import Matrix
 
 COLD_BYTES = 96 << 20  # of weights in turn, so that no cache of ours holds them from one call to the next
 NOISE = 65_521  # random values that all tensors repeat; a prime, so that no two rows are equal
@@ -23,7 +24,8 @@ DTYPE = torch.bfloat16
 VALUE_BYTES = 2
 
 
-class Model(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
     """The sizes of one layer, and the vocabulary. Zeros: the model has no such part."""
 
     name: str
@@ -63,7 +65,8 @@ SMALL3 = Model(name="small3", hidden=1280, heads=16, vocab=32_768, mlp_width=844
 MODELS = {model.name: model for model in (SMALL4, SMALL3)}
 
 
-class Size(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
     """A step: `sequences` with `rows_each` rows, the last ones of a context."""
 
     name: str
@@ -105,12 +108,19 @@ class Maker:
 
     native: bool
     format: str
+    device: str = "cpu"
+    seed: int = 0
+    kv_dtype: torch.dtype = DTYPE
 
     def noise(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
         """Normal values; the same ones again and again."""
         count = torch.Size(shape).numel()
-        values = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)).to(dtype)
+        values = torch.randn(NOISE, generator=torch.Generator().manual_seed(self.seed)).to(self.device, dtype)
         return values.repeat(count // NOISE + 1)[:count].view(shape)
+
+    def pages(self, *shape: int) -> Tensor:
+        """Cache entries."""
+        return self.noise(*shape, dtype=self.kv_dtype)
 
     def matrix(self, *shape: int, paired: bool = False, format: str | None = None) -> Matrix:
         """Weights [n,k] or [experts,n,k] of standard deviation 0.02."""
@@ -126,7 +136,7 @@ class Maker:
 def weight_bytes(*matrices: Matrix) -> int:
     """Bytes of plain or packed weights."""
     return sum(
-        matrix.num_bytes if isinstance(matrix, PackedMatrix) else matrix.numel() * matrix.element_size()
+        matrix.numel() * matrix.element_size() if isinstance(matrix, Tensor) else matrix.num_bytes
         for matrix in matrices
     )
 

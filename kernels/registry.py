@@ -28,9 +28,10 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cierzo.kernels.config import KernelsConfig
+if TYPE_CHECKING:
+    from cierzo.kernels.config import KernelsConfig  # a msgspec Struct; to run kernels alone takes torch alone
 
 
 class KernelChoiceError(ValueError):

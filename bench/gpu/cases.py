@@ -1,0 +1,102 @@
+"""Small 4 and Small 3 at full size, and the calls of bench/kernel_cases.py on a device."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cierzo.bench import attention_cases  # noqa: F401 (registers its cases)
+from cierzo.bench.kernel_cases import CASES, Call, Maker, Model, Size
+from cierzo.kernels.formats.device import DeviceMatrix, dequantise, quantise
+from cierzo.kernels.formats.packed import Matrix
+
+SMALL4 = Model(
+    name="small4",
+    hidden=4096,
+    heads=32,
+    vocab=131_072,
+    mlp_width=2048,
+    query_rank=1024,
+    rank=256,
+    rope=64,
+    nope=64,
+    value_dim=128,
+    experts=128,
+    top_k=4,
+    expert_width=2048,
+)
+SMALL3 = Model(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_width=32_768, kv_heads=8, head_dim=128)
+MODELS = {model.name: model for model in (SMALL4, SMALL3)}
+
+WEIGHTS = ("bf16", "fp8", "nvfp4")
+KV = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+# Operations that multiply by weights of a number format; those that read pages; those that are compositions.
+WEIGHTED = ("linear", "lm_head", "gated_mlp", "expert_mlp")
+PAGED = ("write_latents", "write_normed_latents", "write_keys_values", "rotate_and_write_keys_values")
+PAGED += ("mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill")
+COMPOSED = ("mla_block", "gqa_block", "mlp_block", "moe_block", "decoder")
+SINGLE = tuple(name for name in CASES if name not in COMPOSED)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMaker(Maker):
+    """Weights as GPU kernels read them."""
+
+    def matrix(self, *shape: int, paired: bool = False, format: str | None = None) -> Matrix:
+        """Weights [n,k] or [experts,n,k] of standard deviation 0.02."""
+        plain = self.noise(*shape) * 0.02
+        wanted = format or self.format
+        return plain if wanted == "bf16" else quantise(plain, wanted)
+
+
+def formats_of(operation: str) -> tuple[str, ...]:
+    """The number formats that an operation is run with, of weights or of pages."""
+    return WEIGHTS if operation in WEIGHTED else tuple(KV) if operation in PAGED else ("bf16",)
+
+
+def make_call(operation: str, model: Model, size: Size, format: str, device: torch.device, seed: int = 0) -> Call | None:
+    """The case on the device; None where the model has no such operation."""
+    kv_dtype = KV.get(format, torch.bfloat16) if operation in PAGED else torch.bfloat16
+    weights = format if operation in WEIGHTED else "bf16"
+    maker = DeviceMaker(native=False, format=weights, device=str(device), seed=seed, kv_dtype=kv_dtype)
+    call = CASES[operation](model, size, maker)
+    if call is None:
+        return None
+    return dataclasses.replace(call, arguments=[moved(arguments, device) for arguments in call.arguments])
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors, and what holds tensors, on the device."""
+    return mapped(value, lambda tensor: tensor.to(device))
+
+
+def widened(value: Any) -> Any:
+    """Floats as fp32 copies, weights dequantised: what the reference computes with to be the better one."""
+    return mapped(
+        value,
+        lambda tensor: tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor,
+        lambda matrix: dequantise(matrix).float(),
+    )
+
+
+def mapped(value: Any, change: Any, change_matrix: Any = None) -> Any:
+    """A copy of nested tuples, lists and dataclasses with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, DeviceMatrix) and change_matrix is not None:
+        return change_matrix(value)
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(part, change, change_matrix) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {
+            field.name: mapped(getattr(value, field.name), change, change_matrix)
+            for field in dataclasses.fields(value)
+            if field.name != "scratch"  # derived from the rest, on the other device
+        }
+        return dataclasses.replace(value, **parts, **({"scratch": {}} if hasattr(value, "scratch") else {}))
+    return value

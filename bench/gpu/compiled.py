@@ -1,0 +1,98 @@
+"""Every kernel compiled ahead of time, on a machine without a GPU: `python -m cierzo.bench.gpu.compiled`, `make gpu-report`.
+
+Per configuration: registers and spills of a thread, shared memory of a program, the widths of its loads, and which
+matrix instructions it has. Spills on sm_90 and more shared memory than a card has are faults; exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import cierzo.kernels.triton as package
+
+SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program; CUDA programming guide, table of
+# technical specifications per compute capability
+
+
+def modules() -> list[str]:
+    """Those that list configurations."""
+    names = [f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
+    return [name for name in names if hasattr(importlib.import_module(name), "configurations")]
+
+
+def configurations() -> Iterator[tuple[str, str, Any]]:
+    """(module, what for, Configuration) of every kernel."""
+    for name in modules():
+        for purpose, configuration in importlib.import_module(name).configurations():
+            yield name, purpose, configuration
+
+
+def compile_one(number: int, capability: int) -> tuple[int, Any, str]:
+    """The number-th configuration, compiled in this process: (number, Compiled or None, error)."""
+    from cierzo.kernels.triton.compile import compile_ahead
+
+    _, _, configuration = list(configurations())[number]
+    try:
+        return number, compile_ahead(configuration, capability), ""
+    except Exception as error:  # whatever a compiler says is part of the report
+        return number, None, f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def compile_all(capability: int, workers: int | None = None) -> list[tuple[str, str, Any, Any, str]]:
+    """(module, what for, Configuration, Compiled or None, error) of every configuration."""
+    listed = list(configurations())
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        found = list(pool.map(compile_one, range(len(listed)), [capability] * len(listed)))
+    return [(*listed[number], compiled, error) for number, compiled, error in found]
+
+
+def warm(capability: int) -> dict[str, int]:
+    """Fill Triton's cache for this card; how many were compiled, how many failed."""
+    errors = [error for *_, error in compile_all(capability)]
+    return {"configurations": len(errors), "failed": sum(map(bool, errors))}
+
+
+def faults(compiled: Any, capability: int) -> list[str]:
+    """What a kernel must not have."""
+    found = []
+    if compiled.spill_bytes and capability == 90:
+        found.append(f"spills {compiled.spill_bytes} bytes")
+    if compiled.shared_bytes > SHARED_LIMIT_BYTES[capability]:
+        found.append(f"needs {compiled.shared_bytes} bytes of shared memory")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; exit status 1 if a kernel has a fault or does not compile."""
+    parser = argparse.ArgumentParser(prog="cierzo.bench.gpu.compiled", description=__doc__.splitlines()[0])
+    parser.add_argument("--capability", type=int, default=90, choices=sorted(SHARED_LIMIT_BYTES))
+    capability = parser.parse_args(argv).capability
+    print(f"{'kernel':24}{'for':40}{'registers':>10}{'spills':>8}{'shared':>9}  loads, copies, matrix instructions")
+    bad = 0
+    for _, purpose, configuration, compiled, error in compile_all(capability):
+        if compiled is None:
+            print(f"{configuration.name:24}{purpose:40}  DOES NOT COMPILE: {error}")
+            bad += 1
+            continue
+        wrong = faults(compiled, capability)
+        bad += bool(wrong)
+        print(
+            f"{configuration.name:24}{purpose:40}{compiled.registers:10}{compiled.spill_bytes:8}"
+            f"{compiled.shared_bytes:9}  {_instructions(compiled)}{'  FAULT: ' + ', '.join(wrong) if wrong else ''}"
+        )
+    return 1 if bad else 0
+
+
+def _instructions(compiled: Any) -> str:
+    kinds = ("LDG.E.128", "LDG.E.64", "LDG.E.U8", "LDG.E.U16", "LDGSTS", "UTMALDG", "HGMMA", "QGMMA", "HMMA", "IMMA")
+    return " ".join(f"{kind} {compiled.count(kind)}" for kind in kinds if compiled.count(kind))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

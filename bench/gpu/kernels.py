@@ -1,0 +1,164 @@
+"""Every kernel at the sizes of a serving step, beside torch's own operations, as shares of the card's measured limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cierzo.bench.gpu.cases import SMALL3, SMALL4, make_call
+from cierzo.bench.gpu.timing import samples
+from cierzo.bench.kernel_cases import Model, Size
+from cierzo.kernels import registry
+from cierzo.kernels.formats.device import dequantise
+from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.attention import PagedQueries
+
+SIZES = (
+    *(Size(name=f"decode {n}", sequences=n, rows_each=1, context=4096) for n in (1, 8, 64, 256)),
+    Size(name="decode 1 of 256k", sequences=1, rows_each=1, context=262_144),
+    Size(name="prefill 4096", sequences=1, rows_each=4096, context=4096),
+    Size(name="prefill 8192", sequences=1, rows_each=8192, context=8192),
+    Size(name="prefill 16384", sequences=1, rows_each=16_384, context=16_384),
+)
+MODELS = (SMALL4, SMALL3)
+
+
+def measure(
+    operation: str, model: Model, size: Size, format: str, device: torch.device, limits: dict[str, float]
+) -> dict[str, Any] | None:
+    """us, GB/s, TFLOP/s and share of the limit, ours and torch's; None where the model lacks the operation."""
+    call = make_call(operation, model, size, format, device)
+    if call is None:
+        return None
+    choice = registry.implementations(operation, "cuda")[0]
+    found: dict[str, Any] = {"bytes": call.num_bytes, "flops": call.flops, "implementation": choice.name}
+    limit_s = max(
+        call.num_bytes / limits["copy_gb_per_s"] / 1e9, call.flops / limits["bf16_tflop_per_s"] / 1e12
+    )
+    times, replayed = samples(choice.load(), call.arguments, device)
+    found |= _figures(times, call.num_bytes, call.flops, limit_s) | {"replayed": replayed}
+    baseline = BASELINES.get(operation)
+    if baseline is not None:
+        prepared = [baseline(arguments) for arguments in call.arguments[:2]]
+        times, replayed = samples(lambda run: run(), [(run,) for run in prepared], device)
+        found["torch"] = _figures(times, call.num_bytes, call.flops, limit_s) | {"replayed": replayed}
+    return found
+
+
+def _figures(times: list[float], num_bytes: int, flops: int, limit_s: float) -> dict[str, Any]:
+    ordered = sorted(times)
+    seconds = ordered[len(ordered) // 2]
+    return {
+        "us": seconds * 1e6,
+        "samples_us": [sample * 1e6 for sample in times],
+        "gb_per_s": num_bytes / seconds / 1e9,
+        "tflop_per_s": flops / seconds / 1e12,
+        "share": limit_s / seconds,
+    }
+
+
+# --- what torch has for the same ---------------------------------------------------------------------------
+
+
+def _plain(matrix: Matrix) -> Tensor:
+    return matrix if isinstance(matrix, Tensor) else dequantise(matrix)
+
+
+def _linear(arguments: tuple[Any, ...]) -> Callable[[], Any]:
+    """Quantised weights are dequantised in every call, as an engine without kernels for them does."""
+    x, weight = arguments
+    return lambda: functional.linear(x, _plain(weight).to(x.dtype))
+
+
+def _gated_mlp(arguments: tuple[Any, ...]) -> Callable[[], Any]:
+    x, gate_up, down = arguments
+
+    def run() -> Tensor:
+        gate, up = functional.linear(x, _plain(gate_up).to(x.dtype)).chunk(2, dim=-1)
+        return functional.linear(functional.silu(gate) * up, _plain(down).to(x.dtype))
+
+    return run
+
+
+def _expert_mlp(arguments: tuple[Any, ...]) -> Callable[[], Any]:
+    """torch._grouped_mm over the grouped rows, then the sum over slots and the shared expert."""
+    x, gate_up, down, weights, order, starts, shared_gate_up, shared_down = arguments
+    slots = weights.shape[1]
+    ends = starts[1:].int()
+
+    def run() -> Tensor:
+        rows = x[order // slots]
+        first, second = _plain(gate_up).to(x.dtype), _plain(down).to(x.dtype)
+        gate, up = torch._grouped_mm(rows, first.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        mixed = torch._grouped_mm(functional.silu(gate) * up, second.transpose(1, 2), offs=ends)
+        shares = weights.flatten()[order].to(x.dtype)
+        total = torch.zeros_like(x).index_add_(0, order // slots, mixed * shares[:, None])
+        return total + _gated_mlp((x, shared_gate_up, shared_down))()
+
+    return run
+
+
+def _gqa(arguments: tuple[Any, ...]) -> Callable[[], Any]:
+    """scaled_dot_product_attention over contexts that lie contiguous already: it has no pages to walk."""
+    q, keys, values, queries, scale = arguments
+    count = len(queries.contexts)
+    k, v = (_gathered(pages, queries).to(q.dtype).transpose(1, 2) for pages in (keys, values))
+    rows = q.unflatten(0, (count, -1)).transpose(1, 2)
+    causal = rows.shape[2] > 1
+
+    def run() -> Tensor:
+        return functional.scaled_dot_product_attention(rows, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+
+    return run
+
+
+def _mla_decode(arguments: tuple[Any, ...]) -> Callable[[], Any]:
+    q, pages, queries, scale, rank = arguments
+    keys = _gathered(pages, queries).to(q.dtype)[:, None]
+    rows = q.unflatten(0, (len(queries.contexts), -1)).transpose(1, 2)
+    heads = rows.shape[1]
+
+    def run() -> Tensor:
+        k = keys.expand(-1, heads, -1, -1)
+        return functional.scaled_dot_product_attention(rows, k, k[..., :rank], scale=scale)
+
+    return run
+
+
+def _mla_prefill(arguments: tuple[Any, ...]) -> Callable[[], Any]:
+    q, pages, w_uk, w_uv, queries, scale = arguments
+    latents = _gathered(pages, queries).to(q.dtype)
+    rank = w_uk.shape[2]
+    rows = q.unflatten(0, (len(queries.contexts), -1)).transpose(1, 2)
+
+    def run() -> Tensor:
+        nope = torch.einsum("bcr,hnr->bhcn", latents[..., :rank], w_uk)
+        rope = latents[:, None, :, rank:].expand(-1, w_uk.shape[0], -1, -1)
+        values = torch.einsum("bcr,hvr->bhcv", latents[..., :rank], w_uv)
+        return functional.scaled_dot_product_attention(
+            rows, torch.cat([nope, rope], -1), values, is_causal=True, scale=scale
+        )
+
+    return run
+
+
+def _gathered(pages: Tensor, queries: PagedQueries) -> Tensor:
+    """[N, context, ...] of sequences that are equally long."""
+    blocks = queries.block_tables[queries.table_rows.long()].long()
+    return pages[blocks].flatten(1, 2)
+
+
+BASELINES: dict[str, Callable[[tuple[Any, ...]], Callable[[], Any]]] = {
+    "linear": _linear,
+    "lm_head": _linear,
+    "gated_mlp": _gated_mlp,
+    "expert_mlp": _expert_mlp,
+    "gqa_decode": _gqa,
+    "gqa_prefill": _gqa,
+    "mla_decode": _mla_decode,
+    "mla_prefill": _mla_prefill,
+}
