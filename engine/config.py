@@ -30,6 +30,8 @@ AUTO_KV_BYTES = 8 * GIB
 AUTO_KV_MEMORY_SHARE = 0.25
 AUTO_KV_REQUEST_TOKENS = 8192
 ENVIRONMENT_PREFIX = "CIERZO_"
+# Number formats of weights that have kernels; MatrixSource says which matrices keep more bits.
+WEIGHTS = {"cpu": ("bf16", "int8", "int4", "nvfp4"), "cuda": ("bf16", "fp8", "nvfp4")}
 
 Count = Annotated[int, Meta(ge=1)]
 Amount = Annotated[float, Meta(gt=0)]
@@ -46,8 +48,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Literal["auto", "bfloat16", "float32"], Meta(description="weights, activations, KV; auto: bfloat16")
     ] = "auto"
     weights: Annotated[
-        Literal["auto", "bf16", "int8", "int4", "nvfp4"],
-        Meta(description="number format of the weights; auto: that of dtype. lm_head keeps 8 bits at least"),
+        Literal["auto", "bf16", "fp8", "int8", "int4", "nvfp4"],
+        Meta(
+            description="number format of the weights; auto: that of dtype. On a CPU bf16, int8, int4, nvfp4; on a GPU "
+            "bf16, fp8, nvfp4. lm_head keeps 8 bits at least"
+        ),
     ] = "auto"
     kv_dtype: Annotated[
         Literal["auto", "int8"], Meta(description="number format of the KV cache; auto: that of dtype")
@@ -177,6 +182,15 @@ def _weights(options: EngineOptions, dtype: str) -> str:
     """The weights' number format. Activations in fp32 are not multiplied with rounded weights unasked."""
     if options.weights == "auto":
         return "bf16" if dtype == "bfloat16" else "float32"
+    known = WEIGHTS["cuda" if options.device == "cuda" else "cpu"]
+    if options.weights not in known:
+        limit = ", ".join(known)
+        raise ConfigError(
+            f"weights on {options.device} must be one of {limit}, got {options.weights}",
+            field="weights",
+            limit=limit,
+            value=options.weights,
+        )
     if options.weights == "bf16" and dtype != "bfloat16":
         raise ConfigError(
             f"weights bf16 needs dtype bfloat16, got {dtype}", field="weights", limit="dtype bfloat16", value=dtype

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,6 +18,7 @@ from cierzo.bench.gpu import conformance, kernels
 from cierzo.bench.gpu.cases import MODELS, SINGLE, formats_of
 from cierzo.bench.gpu.cells import ROOT, Cells, commit, describe
 from cierzo.bench.gpu.timing import ceilings
+from cierzo.bench.kernel_cases import Model, Size
 from cierzo.kernels import registry
 
 PART_S = 480  # no cell is begun after this many seconds of a part
@@ -27,7 +28,7 @@ Task = tuple[str, Callable[[], Any]]
 class Choice:
     """What KernelsConfig says by default, on a machine without msgspec."""
 
-    implementations: dict[str, str] = {}
+    implementations: ClassVar[dict[str, str]] = {}
     instruction_set = "auto"
 
 
@@ -49,7 +50,7 @@ def conformance_tasks(device: torch.device) -> Iterator[Task]:
                 for format in formats_of(operation):
                     name = f"{operation}, {model.name}, {size.name}, {format}"
 
-                    def run(operation: str = operation, model=model, size=size, format: str = format) -> Any:  # type: ignore[no-untyped-def]
+                    def run(operation: str = operation, model: Model = model, size: Size = size, format: str = format) -> Any:
                         found = conformance.check(operation, model, size, format, device, seed)
                         return None if found is None else found | {"seed": seed}
 
@@ -64,7 +65,7 @@ def kernel_tasks(device: torch.device, limits: dict[str, float]) -> Iterator[Tas
                 for format in formats_of(operation):
                     name = f"{operation}, {model.name}, {size.name}, {format}"
 
-                    def run(operation: str = operation, model=model, size=size, format: str = format) -> Any:  # type: ignore[no-untyped-def]
+                    def run(operation: str = operation, model: Model = model, size: Size = size, format: str = format) -> Any:
                         return kernels.measure(operation, model, size, format, device, limits)
 
                     yield name, run
@@ -108,7 +109,9 @@ def _short(results: Any) -> str:
             f"{results['us']:.1f} us, {results['gb_per_s']:.0f} GB/s, {results['tflop_per_s']:.1f} TFLOP/s, "
             f"{results['share']:.0%} of the limit{beside}"
         )
-    return ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in results.items())
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in results.items()
+    )
 
 
 PARTS = ("compile", "conformance", "ceilings", "kernels", "served")

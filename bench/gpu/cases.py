@@ -37,8 +37,10 @@ KV = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 # Operations that multiply by weights of a number format; those that read pages; those that are compositions.
 WEIGHTED = ("linear", "lm_head", "gated_mlp", "expert_mlp")
-PAGED = ("write_latents", "write_normed_latents", "write_keys_values", "rotate_and_write_keys_values")
-PAGED += ("mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill")
+PAGED = (
+    *("write_latents", "write_normed_latents", "write_keys_values", "rotate_and_write_keys_values"),
+    *("mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill"),
+)
 COMPOSED = ("mla_block", "gqa_block", "mlp_block", "moe_block", "decoder")
 SINGLE = tuple(name for name in CASES if name not in COMPOSED)
 
@@ -59,7 +61,9 @@ def formats_of(operation: str) -> tuple[str, ...]:
     return WEIGHTS if operation in WEIGHTED else tuple(KV) if operation in PAGED else ("bf16",)
 
 
-def make_call(operation: str, model: Model, size: Size, format: str, device: torch.device, seed: int = 0) -> Call | None:
+def make_call(
+    operation: str, model: Model, size: Size, format: str, device: torch.device, seed: int = 0
+) -> Call | None:
     """The case on the device; None where the model has no such operation."""
     kv_dtype = KV.get(format, torch.bfloat16) if operation in PAGED else torch.bfloat16
     weights = format if operation in WEIGHTED else "bf16"

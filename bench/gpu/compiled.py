@@ -1,4 +1,4 @@
-"""Every kernel compiled ahead of time, on a machine without a GPU: `python -m cierzo.bench.gpu.compiled`, `make gpu-report`.
+"""Every kernel compiled ahead of time, without a GPU: `python -m cierzo.bench.gpu.compiled`, `make gpu-report`.
 
 Per configuration: registers and spills of a thread, shared memory of a program, the widths of its loads, and which
 matrix instructions it has. Spills on sm_90 and more shared memory than a card has are faults; exit status 1.
@@ -16,7 +16,11 @@ from typing import Any
 
 import cierzo.kernels.triton as package
 
-SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program; CUDA programming guide, table of
+SHARED_LIMIT_BYTES = {
+    80: 163 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+}  # of a program; CUDA programming guide, table of
 # technical specifications per compute capability
 
 
@@ -90,7 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _instructions(compiled: Any) -> str:
-    kinds = ("LDG.E.128", "LDG.E.64", "LDG.E.U8", "LDG.E.U16", "LDGSTS", "UTMALDG", "HGMMA", "QGMMA", "HMMA", "IMMA")
+    kinds = (
+        "LDG.E.128",
+        "LDG.E.64",
+        "LDG.E.U8",
+        "LDG.E.U16",
+        "LDGSTS",
+        "UTMALDG",
+        "HGMMA",
+        "QGMMA",
+        "HMMA",
+        "IMMA",
+    )
     return " ".join(f"{kind} {compiled.count(kind)}" for kind in kinds if compiled.count(kind))
 
 

@@ -1,4 +1,4 @@
-"""On the device: every operation against the plain-torch reference in fp32, and a row's bits whatever stands beside it.
+"""On the device: every operation against the plain-torch reference in fp32; a row's bits, whatever is beside it.
 
 Inputs are random and new in every run; memory that outputs may be made of holds NaN beforehand.
 """
@@ -48,7 +48,9 @@ class Failed(Exception):
     """An operation is wrong on this device; the text says how."""
 
 
-def check(operation: str, model: Model, size: Size, format: str, device: torch.device, seed: int) -> dict[str, Any] | None:
+def check(
+    operation: str, model: Model, size: Size, format: str, device: torch.device, seed: int
+) -> dict[str, Any] | None:
     """Deviation from the reference, and whether rows keep their bits; None where the model lacks the operation.
 
     Raises Failed.
@@ -87,7 +89,9 @@ def outputs(operation: str, function: Callable[..., Any], arguments: tuple[Any, 
 
 def cloned(value: Any) -> Any:
     """Copies of the tensors that a call may change; large weights are shared."""
-    return mapped(value, lambda tensor: tensor.clone() if tensor.nbytes < 1 << 30 else tensor, lambda matrix: matrix)
+    return mapped(
+        value, lambda tensor: tensor.clone() if tensor.nbytes < 1 << 30 else tensor, lambda matrix: matrix
+    )
 
 
 def poison(device: torch.device) -> None:
@@ -116,7 +120,9 @@ def _deviation(got: Tensor, wanted: Tensor) -> float:
     return relative
 
 
-def _check_again(operation: str, function: Callable[..., Any], arguments: tuple[Any, ...], first: list[Tensor]) -> None:
+def _check_again(
+    operation: str, function: Callable[..., Any], arguments: tuple[Any, ...], first: list[Tensor]
+) -> None:
     for again, before in zip(outputs(operation, function, cloned(arguments)), first, strict=True):
         if not _equal(again, before):
             raise Failed(f"{operation}: a second call on the same arguments gives other bits")

@@ -1,4 +1,4 @@
-"""Every kernel at the sizes of a serving step, beside torch's own operations, as shares of the card's measured limits."""
+"""Every kernel at the sizes of a serving step, beside torch's own, as shares of the card's measured limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cierzo.bench.gpu.cases import SMALL3, SMALL4, make_call
 from cierzo.bench.gpu.timing import samples
 from cierzo.bench.kernel_cases import Model, Size
 from cierzo.kernels import registry
-from cierzo.kernels.formats.device import dequantise
+from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 
@@ -36,9 +36,7 @@ def measure(
         return None
     choice = registry.implementations(operation, "cuda")[0]
     found: dict[str, Any] = {"bytes": call.num_bytes, "flops": call.flops, "implementation": choice.name}
-    limit_s = max(
-        call.num_bytes / limits["copy_gb_per_s"] / 1e9, call.flops / limits["bf16_tflop_per_s"] / 1e12
-    )
+    limit_s = max(call.num_bytes / limits["copy_gb_per_s"] / 1e9, call.flops / limits["bf16_tflop_per_s"] / 1e12)
     times, replayed = samples(choice.load(), call.arguments, device)
     found |= _figures(times, call.num_bytes, call.flops, limit_s) | {"replayed": replayed}
     baseline = BASELINES.get(operation)
@@ -65,7 +63,7 @@ def _figures(times: list[float], num_bytes: int, flops: int, limit_s: float) -> 
 
 
 def _plain(matrix: Matrix) -> Tensor:
-    return matrix if isinstance(matrix, Tensor) else dequantise(matrix)
+    return as_tensor(matrix)
 
 
 def _linear(arguments: tuple[Any, ...]) -> Callable[[], Any]:

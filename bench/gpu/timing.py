@@ -14,7 +14,9 @@ COPY_BYTES = 1 << 30
 SIDE = 8192
 
 
-def samples(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], device: torch.device) -> tuple[list[float], bool]:
+def samples(
+    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], device: torch.device
+) -> tuple[list[float], bool]:
     """Seconds of a call, several samples; and whether a graph was replayed (else the calls were launched)."""
     if device.type != "cuda":
         return _launched(function, calls, time.perf_counter, lambda: None), False
@@ -48,7 +50,10 @@ def _events(work: Callable[[], None], repeats: int) -> float:
 
 
 def _launched(
-    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], clock: Callable[[], float], wait: Callable[[], Any]
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    clock: Callable[[], float],
+    wait: Callable[[], Any],
 ) -> list[float]:
     found = []
     for _ in range(SAMPLES):

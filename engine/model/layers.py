@@ -48,7 +48,11 @@ class Shard:
 
 
 class MatrixSource(Protocol):
-    """Gives a model its matrices, in whatever form the kernels want them."""
+    """Gives a model its matrices, in whatever form the kernels want them, and its other tensors, where they run."""
+
+    def tensor(self, stored: Tensor) -> Tensor:
+        """A parameter that nothing is multiplied with: norms, the embedding."""
+        ...
 
     def matrix(
         self,
@@ -66,6 +70,13 @@ class MatrixSource(Protocol):
 class PlainMatrices:
     """As they are: what the plain-torch reference multiplies with."""
 
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+
+    def tensor(self, stored: Tensor) -> Tensor:
+        """The tensor itself, on the device."""
+        return stored.to(self._device)
+
     def matrix(
         self,
         key: str,
@@ -75,8 +86,8 @@ class PlainMatrices:
         paired: bool = False,
         role: MatrixRole = "linear",
     ) -> Matrix:
-        """The tensor itself."""
-        return make()
+        """The tensor itself, on the device."""
+        return make().to(self._device)
 
 
 class Parameters:
@@ -88,6 +99,10 @@ class Parameters:
         self._prefix = prefix
 
     def __getitem__(self, name: str) -> Tensor:
+        return self._matrices.tensor(self.stored(name))
+
+    def stored(self, name: str) -> Tensor:
+        """A parameter as it was loaded, on the host: a matrix is carried nowhere before its format is known."""
         return self._tensors[self._prefix + name]
 
     def within(self, prefix: str) -> Parameters:
@@ -96,7 +111,7 @@ class Parameters:
 
     def matrix(self, *names: str, paired: bool = False, role: MatrixRole = "linear") -> Matrix:
         """The named parameters, one above the other along their rows."""
-        parts = [self[name] for name in names]
+        parts = [self.stored(name) for name in names]
         rows = sum(part.shape[-2] for part in parts)
 
         def make() -> Tensor:
@@ -170,9 +185,9 @@ class GatedMlp:
         return cls(MlpWeights(norm, *gate_up_down(parameters), eps))
 
 
-def gate_up_down(parameters: Parameters) -> tuple[Matrix, Matrix]:
+def gate_up_down(parameters: Parameters, role: MatrixRole = "linear") -> tuple[Matrix, Matrix]:
     """The two matrices of a gated MLP: gate above up, and down."""
     return (
-        parameters.matrix("gate_proj.weight", "up_proj.weight", paired=True),
-        parameters.matrix("down_proj.weight"),
+        parameters.matrix("gate_proj.weight", "up_proj.weight", paired=True, role=role),
+        parameters.matrix("down_proj.weight", role=role),
     )

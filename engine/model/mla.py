@@ -54,7 +54,7 @@ class MultiHeadLatentAttention:
         heads = shard.width(config.num_heads, "num_attention_heads")
         nope, value, rank = mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank
         latent = mla.q_lora_rank is not None
-        by_head = parameters["kv_b_proj.weight"].view(heads, nope + value, rank)
+        by_head = parameters.stored("kv_b_proj.weight").view(heads, nope + value, rank)
         w_uk, w_uv = by_head.split((nope, value), dim=1)
 
         def part(name: str, tensor: Tensor) -> Matrix:

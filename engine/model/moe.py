@@ -33,7 +33,7 @@ class MixtureOfExperts:
     @classmethod
     def build(cls, parameters: Parameters, norm: Tensor, eps: float, config: MoeConfig) -> MixtureOfExperts:
         """From a layer's parameters, and the norm before it."""
-        shared_gate_up, shared_down = gate_up_down(parameters.within("shared_experts."))
+        shared_gate_up, shared_down = gate_up_down(parameters.within("shared_experts."), role="experts")
         return cls(
             MoeWeights(
                 norm=norm,

@@ -35,19 +35,21 @@ def build_model(
 ) -> Decoder:
     """The model of this rank, from the parameters that `load_parameters` gave it (already cut for the rank).
 
-    `all_reduce` sums a [T,D] tensor over all ranks; needed from world 2 on. `matrices` gives the weights that are
-    multiplied with in the form that the kernels want; by default as they are. The operations must be bound
-    (kernels.registry.bind) before the model runs. Raises CheckpointError for a parameter that is missing, left
-    over, of the wrong shape, dtype or device.
+    device: where the model runs; `matrices` carries the parameters there, in the form that the kernels want: by
+    default as they are. `all_reduce` sums a [T,D] tensor over all ranks; needed from world 2 on. The operations
+    must be bound (kernels.registry.bind) before the model runs. Raises CheckpointError for a parameter that is missing,
+    left over, of the wrong shape or dtype.
     """
     if all_reduce is None:
         if world > 1:
             raise ValueError(f"world {world} needs an all_reduce")
         all_reduce = _alone
     shard = Shard(rank, world, all_reduce)
-    _check(parameters, parameter_specs(config), shard, torch.device(device), dtype)
+    _check(parameters, parameter_specs(config), shard, dtype)
     module = ARCHITECTURES[config.architecture]
-    return module.build(config, Parameters(parameters, matrices or PlainMatrices()), shard, torch.device(device))
+    return module.build(
+        config, Parameters(parameters, matrices or PlainMatrices(device)), shard, torch.device(device)
+    )
 
 
 def _alone(partial: Tensor) -> Tensor:
@@ -56,11 +58,7 @@ def _alone(partial: Tensor) -> Tensor:
 
 
 def _check(
-    parameters: dict[str, Tensor],
-    specs: dict[str, ParameterSpec],
-    shard: Shard,
-    device: torch.device,
-    dtype: torch.dtype,
+    parameters: dict[str, Tensor], specs: dict[str, ParameterSpec], shard: Shard, dtype: torch.dtype
 ) -> None:
     for name in [*(specs.keys() - parameters.keys()), *(parameters.keys() - specs.keys())]:
         raise CheckpointError(f"parameter {name} is {'missing' if name in specs else 'left over'}", field=name)
@@ -68,6 +66,6 @@ def _check(
         tensor, shape = parameters[name], list(spec.shape)
         if spec.shard_axis is not None:
             shape[spec.shard_axis] = shard.width(shape[spec.shard_axis], name)
-        if list(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != device.type:
-            found = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            raise CheckpointError(f"parameter {name} is {found}, must be {shape} {dtype} on {device}", field=name)
+        if list(tensor.shape) != shape or tensor.dtype != dtype:
+            found = f"{list(tensor.shape)} {tensor.dtype}"
+            raise CheckpointError(f"parameter {name} is {found}, must be {shape} {dtype}", field=name)

@@ -12,8 +12,9 @@ from cierzo.engine.model.layers import MatrixRole
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.packed import PackedStore
 from cierzo.engine.weights.reader import CheckpointReader
+from cierzo.kernels.formats.device import quantise
 from cierzo.kernels.formats.pack import pack_into
-from cierzo.kernels.formats.packed import PackedMatrix
+from cierzo.kernels.formats.packed import Matrix, PackedMatrix
 
 PLAIN_WEIGHTS = {torch.bfloat16: "bf16", torch.float32: "float32"}  # the weights' format that is no rounding
 
@@ -29,6 +30,40 @@ def formats(weights: str, plain: str) -> dict[MatrixRole, str]:
     return {"linear": weights, "experts": weights, "latent": plain, "router": plain, "head": head}
 
 
+def device_formats(weights: str, plain: str) -> dict[MatrixRole, str]:
+    """The same on a GPU, where the checkpoints' own formats run: in nvfp4 the experts have 4 bits, and what else is
+    multiplied with has 8. The head stays as it is in them."""
+    others = "fp8" if weights == "nvfp4" else weights
+    return {"linear": others, "experts": weights, "latent": plain, "router": plain, "head": plain}
+
+
+class DeviceMatrices:
+    """Gives matrices in the memory of a GPU, each quantised there. weights: "bf16", "fp8" or "nvfp4"."""
+
+    def __init__(self, weights: str, dtype: torch.dtype, device: torch.device) -> None:
+        plain = PLAIN_WEIGHTS[dtype]
+        self._plain = plain
+        self._formats = device_formats(weights, plain)
+        self._device = device
+
+    def tensor(self, stored: Tensor) -> Tensor:
+        """See MatrixSource."""
+        return stored.to(self._device)
+
+    def matrix(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        make: Callable[[], Tensor],
+        *,
+        paired: bool = False,
+        role: MatrixRole = "linear",
+    ) -> Matrix:
+        """See MatrixSource."""
+        plain, format = make().to(self._device), self._formats[role]
+        return plain if format == self._plain else quantise(plain, format)
+
+
 class PackedMatrices:
     """Gives matrices whose values are there after `fill`. weights: "float32", "bf16", "int8", "int4" or "nvfp4"."""
 
@@ -37,6 +72,10 @@ class PackedMatrices:
         self._formats = formats(weights, plain)
         variant = weights if dtype == torch.bfloat16 else f"{weights}-{plain}"
         self._store = PackedStore(reader, variant, cache_dir, dtype=dtype, pack_into=pack_into)
+
+    def tensor(self, stored: Tensor) -> Tensor:
+        """The tensor itself: it lies where the kernels read it."""
+        return stored
 
     def matrix(
         self,

@@ -20,7 +20,7 @@ from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.layers import MatrixSource, PlainMatrices
 from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.weights.loader import Progress, load_parameters
-from cierzo.engine.weights.matrices import PLAIN_WEIGHTS, PackedMatrices
+from cierzo.engine.weights.matrices import PLAIN_WEIGHTS, DeviceMatrices, PackedMatrices
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.device_inputs import DeviceInputs
@@ -139,7 +139,11 @@ def _queries(segments: Segments, tables: Tensor) -> PagedQueries:
 
 def load_runner(config: EngineConfig) -> ModelRunner:
     """A runner of the checkpoint's model. Raises CheckpointError, ConfigError."""
-    model, kv, description = load_model(config)
+    return make_runner(config, *load_model(config))
+
+
+def make_runner(config: EngineConfig, model: Model, kv: KVPool, description: str) -> ModelRunner:
+    """The runner of a model on the configuration's device."""
     device, limits = torch.device(config.device), config.scheduler
     if device.type == "cpu":
         return ModelRunner(model, kv, limits.max_running, device, description)
@@ -176,7 +180,7 @@ def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
         raise ConfigError(f"pin_threads: {error}", field="pin_threads") from error
     specs = parameter_specs(config.model)
     with CheckpointReader(Path(config.checkpoint)) as reader, _progress_bar() as progress:
-        parameters = load_parameters(reader, specs, dtype=dtype, device=device, progress=progress)
+        parameters = load_parameters(reader, specs, dtype=dtype, device="cpu", progress=progress)
 
         def build(matrices: MatrixSource) -> Decoder:
             return build_model(config.model, parameters, device=device, dtype=dtype, matrices=matrices)
@@ -185,6 +189,8 @@ def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
             matrices = PackedMatrices(reader, config.weights, dtype, cache_dir())
             model = build(matrices)
             log.info("weights: %s", matrices.fill(progress))
+        elif device.type == "cuda":
+            model = build(DeviceMatrices(config.weights, dtype, device))
         elif config.weights == PLAIN_WEIGHTS[dtype]:
             model = build(PlainMatrices())
         else:
@@ -192,9 +198,14 @@ def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
             raise ConfigError(
                 f"weights must be {limit}, got {config.weights}", field="weights", limit=limit, value=config.weights
             )
-    # One block more than the cache manager knows of: padding of recorded steps is written there.
-    spare_blocks = 0 if device.type == "cpu" else 1
-    return model, KVPool(config.layout, config.cache.num_blocks + spare_blocks, device), table.describe()
+    return model, make_pool(config), table.describe()
+
+
+def make_pool(config: EngineConfig) -> KVPool:
+    """The cache's tensors. On a GPU they have one block more than the cache manager knows of: padding of recorded
+    steps is written there."""
+    spare_blocks = 0 if config.device == "cpu" else 1
+    return KVPool(config.layout, config.cache.num_blocks + spare_blocks, config.device)
 
 
 @contextmanager

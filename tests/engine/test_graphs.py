@@ -111,6 +111,7 @@ def test_a_recording_is_no_step_of_a_prompt(config: EngineConfig) -> None:
     graphs = DecodeGraphs(
         model, kv, max_running=2, max_model_len=64, padding_slot=0, device=CPU, record=lambda work: Never()
     )
+
     def inputs(rows: int, expanded: int, sequences: int) -> Inputs:
         return Inputs(token_ids=torch.zeros(rows), num_expanded=expanded, absorbed=Inputs(contexts=[1] * sequences))
 

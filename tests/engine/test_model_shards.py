@@ -151,7 +151,7 @@ def test_parameters_that_do_not_fit_are_named() -> None:
     key = "model.norm.weight"
     refused(f"parameter {key} is missing", **{key: None})
     refused("parameter lm_head.bias is left over", **{"lm_head.bias": torch.zeros(96)})
-    refused(rf"parameter {key} is \[47\] torch.float32 on cpu, must be \[48\]", **{key: torch.zeros(47)})
+    refused(rf"parameter {key} is \[47\] torch.float32, must be \[48\]", **{key: torch.zeros(47)})
     refused(rf"parameter {key} is \[48\] torch.float64", **{key: torch.zeros(48).double()})
     refused(r"lm_head.weight 96 cannot be divided among 5 ranks", world=5)
 
