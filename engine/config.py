@@ -50,8 +50,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weights: Annotated[
         Literal["auto", "bf16", "fp8", "int8", "int4", "nvfp4"],
         Meta(
-            description="number format of the weights; auto: that of dtype. On a CPU bf16, int8, int4, nvfp4; on a GPU "
-            "bf16, fp8, nvfp4. lm_head keeps 8 bits at least"
+            description="number format of the weights; auto: that of dtype. On a CPU bf16, int8, int4, nvfp4; on "
+            "a GPU bf16, fp8, nvfp4. lm_head keeps 8 bits at least"
         ),
     ] = "auto"
     kv_dtype: Annotated[
@@ -77,6 +77,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_chunk_tokens: Annotated[
         Count, Meta(description="tokens of one prompt in one step while others wait, at most")
     ] = 512
+    overlap: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(description="begin a step before the one before has ended; auto: where a GPU would wait otherwise"),
+    ] = "auto"
     max_running: Annotated[Count, Meta(description="sequences that run at once, at most")] = 256
     max_waiting: Annotated[Count, Meta(description="sequences that wait, at most; further ones are refused")] = 4096
     priority_aging_s: Annotated[
@@ -102,6 +106,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weights: str
     threads: int
     pin_threads: bool
+    overlap: bool
     runner: str
     model: ModelConfig
     layout: CacheLayout
@@ -124,6 +129,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"beside others, {self.scheduler.max_running:,} running, {self.scheduler.max_waiting:,} waiting",
             ),
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
+            ("steps", "overlapped" if self.overlap else "one by one"),
         ]
         lines = [f"{key:<14} {value}" for key, value in rows]
         return "\n".join([*lines, str(plan_capacity(self.layout, self.cache.num_blocks))])
@@ -152,6 +158,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
         weights=_weights(options, dtype),
         threads=options.threads or usable_cpus(),
         pin_threads=options.pin_threads,
+        overlap=options.device == "cuda" if options.overlap == "auto" else options.overlap == "on",
         runner=options.runner,
         model=model,
         layout=layout,

@@ -166,7 +166,7 @@ def run_load(core: EngineCore, concurrent: int, requests: int) -> dict[str, Any]
     for _ in range(concurrent):
         send()
     while core.has_work():
-        for delta in core.step_plain():
+        for delta in core.step():
             now = time.perf_counter()
             times.setdefault(delta.request_id, []).extend([now] * len(delta.token_ids))
             if delta.finish is None:

@@ -37,8 +37,8 @@ def build_model(
 
     device: where the model runs; `matrices` carries the parameters there, in the form that the kernels want: by
     default as they are. `all_reduce` sums a [T,D] tensor over all ranks; needed from world 2 on. The operations
-    must be bound (kernels.registry.bind) before the model runs. Raises CheckpointError for a parameter that is missing,
-    left over, of the wrong shape or dtype.
+    must be bound (kernels.registry.bind) before the model runs. Raises CheckpointError for a parameter that is
+    missing, left over, of the wrong shape or dtype.
     """
     if all_reduce is None:
         if world > 1:
