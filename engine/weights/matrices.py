@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cierzo.engine.model.layers import MatrixRole
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.packed import PackedStore
+from cierzo.engine.weights.quantised import Parameter
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.pack import pack_into
 from cierzo.kernels.formats.packed import PackedMatrix
 
 PLAIN_WEIGHTS = {torch.bfloat16: "bf16", torch.float32: "float32"}  # the weights' format that is no rounding
@@ -36,13 +35,13 @@ class PackedMatrices:
         plain = PLAIN_WEIGHTS[dtype]
         self._formats = formats(weights, plain)
         variant = weights if dtype == torch.bfloat16 else f"{weights}-{plain}"
-        self._store = PackedStore(reader, variant, cache_dir, dtype=dtype, pack_into=pack_into)
+        self._store = PackedStore(reader, variant, cache_dir, dtype=dtype)
 
     def matrix(
         self,
         key: str,
         shape: tuple[int, ...],
-        make: Callable[[], Tensor],
+        make: Callable[[], Parameter],
         *,
         paired: bool = False,
         role: MatrixRole = "linear",
