@@ -38,8 +38,8 @@ PIECE_ELEMENTS = 1 << 22
 _LARGEST_FP8 = 448.0
 _FP8_STEP = 6 * WEIGHT_STD / _LARGEST_FP8  # six standard deviations are held, the rest is cut
 _SMALLEST_CODE = 0x60  # of NVFP4 scales: 32 .. 448
-_E2M1_STD = 2.93  # of uniform codes; their scales' root mean square is about 185
-_DIVISOR = _E2M1_STD * 185 / WEIGHT_STD
+_E2M1_STD, _SCALE_RMS = 2.93, 202  # of uniform codes and scales
+_DIVISOR = _E2M1_STD * _SCALE_RMS / WEIGHT_STD
 _ACTIVATION_SCALE = 0.03125
 
 
