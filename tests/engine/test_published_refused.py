@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from loading import load, logits
+from native_only import needs_native
 from published import SMALL4, Published
 from torch import Tensor
 
@@ -18,9 +19,6 @@ from cierzo.engine.model.config import read_model_config
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.quantised import StoredParameter
 from cierzo.engine.worker.runner import load_model
-from cierzo.kernels import registry
-
-needs_native = pytest.mark.skipif(not registry.has_native(), reason="packed weights need the native library")
 
 
 def refused(folder: Path) -> CheckpointError:
