@@ -27,6 +27,7 @@ RUNTIME = [
     "tqdm>=4.66",
 ]
 DEMO = ["gguf>=0.17"]
+CUDA = ["triton>=3.6"]  # the GPU kernels; torch for CUDA brings its own
 BENCH = ["matplotlib>=3.8"]  # the pictures of bench/peers
 TEST = [
     "setuptools>=77",
@@ -144,6 +145,6 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     package_data={"cierzo": ["py.typed"]},
     install_requires=RUNTIME,
-    extras_require={"demo": DEMO, "bench": BENCH, "test": DEMO + TEST},
+    extras_require={"cuda": CUDA, "demo": DEMO, "bench": BENCH, "test": DEMO + TEST},
     entry_points={"console_scripts": ["cierzo=cierzo.engine.cli:main"]},
 )

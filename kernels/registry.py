@@ -24,6 +24,7 @@ One process computes on one kind of device, hence one table per process; `bind` 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,14 +73,23 @@ def _native(file: str, *operations: str) -> list[Implementation]:
     return [Implementation(name, "native", f"{module}:{name}", ("cpu",), exact=True) for name in operations]
 
 
+def _triton(file: str, *operations: str) -> list[Implementation]:
+    """GPU kernels (triton/<file>.py), where the package triton is installed."""
+    module = f"cierzo.kernels.triton.{file}"
+    return [Implementation(name, "triton", f"{module}:{name}", ("cuda",), exact=True) for name in operations]
+
+
 IMPLEMENTATIONS: list[Implementation] = [
     *_native("norm", "rms_norm", "add_rms_norm"),
+    *_triton("norm", "rms_norm", "add_rms_norm"),
     *_torch("norm", "rms_norm", "add_rms_norm"),
     *_native("rope", "rope_tables", "apply_rope"),
     *_torch("rope", "rope_tables", "apply_rope", exact=True),
     *_native("linear", "linear", "lm_head", "gated_mlp"),
+    *_triton("linear", "linear", "lm_head", "gated_mlp"),
     *_torch("linear", "linear", "lm_head", "gated_mlp"),
     *_native("moe", "route", "group_by_expert", "expert_mlp"),
+    *_triton("moe", "expert_mlp"),
     *_torch("moe", "route", "expert_mlp"),
     *_torch("moe", "group_by_expert", exact=True),
     *_native("attention", "write_latents", "write_keys_values", "mla_decode", "gqa_decode"),
@@ -88,6 +98,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_torch("attention", "write_normed_latents"),
     *_native("attention", "mla_prefill", "gqa_prefill"),
     *_native("attention", "mla_absorb", "mla_unabsorb"),
+    *_triton("linear", "mla_absorb", "mla_unabsorb"),
     *_torch("attention", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
     *_torch("attention", "gqa_prefill", "gqa_decode"),
     *_native("sampling", "apply_penalties", "peaks", "draw", "log_probabilities", "top_tokens"),
@@ -162,6 +173,12 @@ def implementations(operation: str, device: str, instruction_set: str = "auto") 
 
 
 @cache
+def has_triton() -> bool:
+    """Whether the package is installed; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
 def has_native() -> bool:
     """Whether C++ kernels run here: built, and on a CPU with one of their instruction sets."""
     return bool(importlib.import_module("cierzo.kernels.cpu.native").available())
@@ -205,10 +222,12 @@ def _choose(operation: str, wanted: str | None, device: str, instruction_set: st
     runnable = implementations(operation, device, instruction_set)
     if not runnable:
         raise KernelChoiceError(f"operation {operation!r} has no implementation for device {device!r}")
-    if wanted is None:
-        return runnable[0]
     for choice in runnable:
-        if choice.name == wanted:
+        if wanted in (None, choice.name):
+            if choice.name == "triton" and not has_triton():
+                raise KernelChoiceError(
+                    f"operation {operation!r} needs the package triton on {device!r}: pip install cierzo[cuda]"
+                )
             return choice
     names = ", ".join(choice.name for choice in runnable)
     raise KernelChoiceError(

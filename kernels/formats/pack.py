@@ -1,4 +1,4 @@
-"""Weights into packed matrices and back: `pack`, `pack_into`, `unpack`; and a door's `Matrix` as either kind."""
+"""Weights into packed matrices and back: `pack`, `pack_into`, `unpack`; and a door's `Matrix` as another kind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from cierzo.kernels import registry
 from cierzo.kernels.cpu.launch import pack as launch
 from cierzo.kernels.formats import definition
+from cierzo.kernels.formats.device import DeviceMatrix, dequantise
 from cierzo.kernels.formats.packed import (
     ALIGNMENT,
     GROUP_K,
@@ -71,13 +72,17 @@ def as_packed(matrix: Matrix, paired: bool = False) -> PackedMatrix:
     """A door's argument in packed form: a plain tensor is packed, exactly, in its own dtype."""
     if isinstance(matrix, PackedMatrix):
         return matrix
+    if isinstance(matrix, DeviceMatrix):
+        raise PackError(f"a matrix of format {matrix.format} is for a GPU: the CPU kernels have another order")
     if matrix.dtype not in FORMAT_OF:
         raise PackError(f"weights are float32 or bfloat16, got {matrix.dtype}")
     return pack(matrix, FORMAT_OF[matrix.dtype], paired=paired)
 
 
 def as_tensor(matrix: Matrix) -> Tensor:
-    """A door's argument as a plain tensor, dequantised if it is packed."""
+    """A door's argument as a plain tensor, dequantised, in the activations' dtype, if it is another kind."""
+    if isinstance(matrix, DeviceMatrix):
+        return dequantise(matrix).to(matrix.dtype)
     return unpack(matrix) if isinstance(matrix, PackedMatrix) else matrix
 
 

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.cpu import abi
+from cierzo.kernels.formats.device import DeviceMatrix
 
 PANEL = 32  # outputs
 ALIGNMENT = 64  # bytes
@@ -70,7 +71,7 @@ class PackedMatrix:
         return self.data.numel()
 
 
-Matrix = Tensor | PackedMatrix
+Matrix = Tensor | PackedMatrix | DeviceMatrix  # what an operation takes as weights
 
 
 def num_panels(n: int, paired: bool) -> int:

@@ -1,0 +1,62 @@
+"""Problem -> tile. Pure functions: of the weights' sizes and format alone, so that a row's bits are its own.
+
+Two tiles for one matrix, a narrow one for few tokens and a wide one for many, would be faster at both ends. An MMA
+instruction of 16 columns and one of 64 very likely add the products of an output in the same order, and K is walked
+in the same steps; but "very likely" is not a proof, and there is none without the card. Until a test on it finds the
+bits equal, WIDTH_KEEPS_BITS stays False, and one tile serves every number of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cierzo.kernels.triton.product import Weights
+
+WIDTH_KEEPS_BITS = False  # see above: set it where tests on a card have shown it
+FEW_TOKENS = 16  # of one product, or of one expert on average
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program computes, and with what. See product.py."""
+
+    block_n: int
+    block_t: int
+    block_k: int
+    tokens_on_m: bool = False
+    num_warps: int = 4
+    num_stages: int = 4
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Of a kernel."""
+        blocks = {"BLOCK_N": self.block_n, "BLOCK_T": self.block_t, "BLOCK_K": self.block_k}
+        return {**blocks, "TOKENS_ON_M": self.tokens_on_m}
+
+
+# (format, paired) -> tile. Those of fp32, which tests use, run without tensor cores.
+TILES = {
+    ("bf16", False): Tile(block_n=128, block_t=64, block_k=64),
+    ("bf16", True): Tile(block_n=64, block_t=64, block_k=64),
+    ("fp8", False): Tile(block_n=128, block_t=64, block_k=64),
+    ("fp8", True): Tile(block_n=64, block_t=64, block_k=64),
+    ("nvfp4", False): Tile(block_n=128, block_t=64, block_k=64),
+    ("nvfp4", True): Tile(block_n=64, block_t=64, block_k=64),
+    ("mxfp4", False): Tile(block_n=128, block_t=64, block_k=64),
+    ("mxfp4", True): Tile(block_n=64, block_t=64, block_k=64),
+    ("fp32", False): Tile(block_n=32, block_t=32, block_k=32),
+    ("fp32", True): Tile(block_n=32, block_t=32, block_k=32),
+}
+NARROW = 16  # tokens of the second form's tile
+
+
+def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> Tile:
+    """For weights, and activations of a type such as "*bf16". tokens: of one product; it counts only where the width
+    of a tile has been shown to keep the bits."""
+    if activations == "*fp32":
+        return TILES["fp32", paired]
+    chosen = TILES["bf16" if weights.format == "plain" else weights.format, paired]
+    if WIDTH_KEEPS_BITS and tokens <= FEW_TOKENS:
+        return replace(chosen, block_t=NARROW)
+    return chosen

@@ -1,0 +1,245 @@
+"""A tile of x @ weight^T in any format: what the kernels that multiply by weights have in common.
+
+    x [tokens, K]        rows anywhere, values of a row side by side
+    weights [ROWS, K]    of one expert; `paired`: ROWS = 2F, gate above up, and the tile is silu(gate) * up
+
+One program computes BLOCK_T tokens times BLOCK_N outputs, and walks all of K in steps of BLOCK_K, in order: an
+output is one chain of MMA instructions that other rows do not reach. Weights become the activations' dtype in
+registers, without rounding where that is bf16 (formats/device.py); scales of whole rows multiply the finished sum,
+those of blocks of k the sum of their steps.
+
+TOKENS_ON_M says which operand is which. The MMA of Hopper has 64 rows, M, and 8 to 256 columns, N. Few tokens fit
+N: then weights stand on M, where they may also come from registers, as widened codes do. Many tokens fill M.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.formats.device import GROUP, DeviceMatrix
+from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.triton.launch import POINTER, kernel
+
+E2M1_BIAS = tl.constexpr(2.0**126)  # between the exponents of e2m1 and of fp32
+LARGEST_MATRIX = 1 << 31  # weights of one expert, whose offsets are 32 bits wide
+
+
+@kernel
+def product(
+    x_ptr, x_rows, x_inside, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, PAIRED: tl.constexpr,
+    FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK_T, BLOCK_N]. x_rows: int64 [BLOCK_T], where rows start, in values; rows that are not x_inside are
+    not read and count as zeros. outputs: int32 [BLOCK_N], the weights' rows, past the end too (nothing past it is
+    read; those columns mean nothing). expert: int64."""
+    TOTAL: tl.constexpr = ROWS // 2 if PAIRED else ROWS
+    rows = tl.minimum(outputs, TOTAL - 1)
+    codes_ptr += expert * EXPERT_STRIDE
+    if FORMAT != "plain":
+        scales_ptr += expert * (tl.cdiv(ROWS, SCALE_N) * tl.cdiv(K, SCALE_K))
+    if FORMAT == "nvfp4":
+        row_scales_ptr += expert * ROWS
+    first = tl.zeros((BLOCK_T, BLOCK_N) if TOKENS_ON_M else (BLOCK_N, BLOCK_T), tl.float32)
+    second = first
+    for k in range(0, K, BLOCK_K):
+        columns = k + tl.arange(0, BLOCK_K)
+        mask = x_inside[:, None] if K % BLOCK_K == 0 else x_inside[:, None] & (columns < K)[None, :]
+        x = tl.load(x_ptr + x_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+        first = _step(
+            first, x, codes_ptr, scales_ptr, rows, k,
+            FORMAT, K, ROW_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_K, TOKENS_ON_M,
+        )  # fmt: skip
+        if PAIRED:
+            second = _step(
+                second, x, codes_ptr, scales_ptr, rows + TOTAL, k,
+                FORMAT, K, ROW_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_K, TOKENS_ON_M,
+            )  # fmt: skip
+    result = _finished(first, scales_ptr, row_scales_ptr, rows, FORMAT, K, SCALE_N, SCALE_K, TOKENS_ON_M)
+    if PAIRED:
+        up = _finished(second, scales_ptr, row_scales_ptr, rows + TOTAL, FORMAT, K, SCALE_N, SCALE_K, TOKENS_ON_M)
+        decay = tl.exp(-tl.abs(result))  # of neither sign does it overflow
+        result = result * tl.where(result >= 0, 1.0, decay) / (1.0 + decay) * up
+    return result
+
+
+@kernel
+def _step(
+    total, x, codes_ptr, scales_ptr, rows, k,
+    FORMAT: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
+):  # fmt: skip
+    """The sum so far, plus the products of columns k .. k + BLOCK_K - 1."""
+    if FORMAT == "nvfp4" or FORMAT == "mxfp4":
+        weights = _four_bits(codes_ptr, scales_ptr, rows, k, FORMAT, K, ROW_STRIDE, SCALE_K, BLOCK_N, BLOCK_K)
+    else:
+        columns = k + tl.arange(0, BLOCK_K)
+        pointers = codes_ptr + rows[:, None] * ROW_STRIDE + columns[None, :]
+        if K % BLOCK_K == 0:
+            weights = tl.load(pointers)
+        else:
+            weights = tl.load(pointers, mask=(columns < K)[None, :], other=0.0)
+    weights = weights.to(x.dtype)
+    if FORMAT == "fp8" and SCALE_K < K:
+        tl.static_assert(SCALE_K % BLOCK_K == 0)
+        if TOKENS_ON_M:
+            part = tl.dot(x, tl.trans(weights), input_precision="ieee")
+        else:
+            part = tl.dot(weights, tl.trans(x), input_precision="ieee")
+        scales = tl.load(scales_ptr + rows // SCALE_N * tl.cdiv(K, SCALE_K) + k // SCALE_K)
+        total += part * (scales[None, :] if TOKENS_ON_M else scales[:, None])
+    elif TOKENS_ON_M:
+        total = tl.dot(x, tl.trans(weights), total, input_precision="ieee")
+    else:
+        total = tl.dot(weights, tl.trans(x), total, input_precision="ieee")
+    return total
+
+
+@kernel
+def _four_bits(
+    codes_ptr, scales_ptr, rows, k,
+    FORMAT: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, GROUP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Widened weights [BLOCK_N, BLOCK_K], fp32, without their rows' scales."""
+    octets = k // 2 + tl.arange(0, BLOCK_K // 2)
+    groups = k // GROUP_K + tl.arange(0, BLOCK_K // GROUP_K)
+    pointers = codes_ptr + rows[:, None] * ROW_STRIDE + octets[None, :]
+    scale_pointers = scales_ptr + rows[:, None] * (K // GROUP_K) + groups[None, :]
+    if K % BLOCK_K == 0:
+        codes = tl.load(pointers)
+        scales = tl.load(scale_pointers)
+    else:
+        codes = tl.load(pointers, mask=(octets < K // 2)[None, :], other=0)
+        if FORMAT == "nvfp4":
+            scales = tl.load(scale_pointers, mask=(groups < K // GROUP_K)[None, :], other=0.0)
+        else:
+            scales = tl.load(scale_pointers, mask=(groups < K // GROUP_K)[None, :], other=0)
+    if FORMAT == "nvfp4":
+        steps = scales.to(tl.float32)
+    else:
+        steps = e8m0(scales)
+    values = tl.reshape(tl.join(e2m1(codes), e2m1(codes >> 4)), (BLOCK_N, BLOCK_K // GROUP_K, GROUP_K))
+    return tl.reshape(values * steps[:, :, None], (BLOCK_N, BLOCK_K))
+
+
+@kernel
+def e2m1(codes):
+    """uint8, of which the low four bits are a code -> fp32. Its exponent and mantissa are put where fp32 has its
+    own, which makes 0.5, e2m1's one subnormal number, subnormal too: a product with 2^126 corrects all alike."""
+    wide = codes.to(tl.uint32)
+    return (((wide & 7) << 22) | ((wide & 8) << 28)).to(tl.float32, bitcast=True) * E2M1_BIAS
+
+
+@kernel
+def e8m0(scales):
+    """uint8 -> the fp32 power of two, 2^(scale - 127); 255 is NaN."""
+    wide = scales.to(tl.uint32)
+    bits = tl.where(wide == 0, 0x00400000, tl.where(wide == 255, 0x7FC00000, wide << 23))
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@kernel
+def _finished(
+    total, scales_ptr, row_scales_ptr, rows,
+    FORMAT: tl.constexpr, K: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
+):  # fmt: skip
+    """Sums [BLOCK_T, BLOCK_N], with the scales that hold for all of k."""
+    if not TOKENS_ON_M:
+        total = tl.trans(total)
+    if FORMAT == "fp8" and SCALE_K >= K:
+        total *= tl.load(scales_ptr + rows // SCALE_N)[None, :]
+    elif FORMAT == "nvfp4":
+        total *= tl.load(row_scales_ptr + rows)[None, :]
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """How a matrix lies in memory: what a kernel is compiled for.
+
+    rows, k: of one expert. strides: of a row and of an expert, in codes' elements (bytes of 4-bit formats).
+    scale_block: rows and columns of one scale.
+    """
+
+    format: str  # "plain", or a DeviceMatrix's
+    pointer: str  # of the codes, such as "*bf16"
+    rows: int
+    k: int
+    row_stride: int
+    expert_stride: int
+    scale_block: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def of(cls, operation: str, matrix: Matrix) -> Weights:
+        """Raises ArgumentError for what the kernels cannot read: a packed matrix, columns that are not side by side."""
+        if isinstance(matrix, DeviceMatrix):
+            return cls.stored(matrix.format, matrix.shape[-2], matrix.shape[-1], matrix.block)
+        if not isinstance(matrix, Tensor):
+            raise ArgumentError(f"{operation}: weights of format {matrix.format} are packed for a CPU")
+        *_, rows, k = matrix.shape
+        if matrix.dtype not in (torch.bfloat16, torch.float32) or (matrix.stride(-1) != 1 and k > 1):
+            raise ArgumentError(
+                f"{operation}: weights are bfloat16 or float32 with a row's values side by side, "
+                f"got {matrix.dtype} with strides {list(matrix.stride())}"
+            )
+        if (rows - 1) * matrix.stride(-2) + k > LARGEST_MATRIX:
+            raise ArgumentError(f"{operation}: one matrix of {list(matrix.shape)} is more than 2^31 values wide")
+        expert_stride = matrix.stride(0) if matrix.dim() == 3 else 0
+        return cls("plain", POINTER[matrix.dtype], rows, k, matrix.stride(-2), expert_stride)
+
+    @classmethod
+    def stored(cls, format: str, rows: int, k: int, block: tuple[int, int] | None = None) -> Weights:
+        """Contiguous ones of a format: "bf16", "float32", "fp8" with scales of `block` (a row's own by default)..."""
+        if format in ("bf16", "float32"):
+            return cls("plain", "*bf16" if format == "bf16" else "*fp32", rows, k, k, rows * k)
+        if format == "fp8":
+            return cls(format, "*fp8e4nv", rows, k, k, rows * k, block or (1, k))
+        return cls(format, "*u8", rows, k, k // 2, rows * k // 2, (1, GROUP[format]))
+
+    def types(self, prefix: str = "") -> dict[str, str]:
+        """Of the pointers that a kernel takes for it."""
+        types = {f"{prefix}codes_ptr": self.pointer}
+        if self.format != "plain":
+            kinds = {"fp8": "*fp32", "nvfp4": "*fp8e4nv", "mxfp4": "*u8"}
+            types[f"{prefix}scales_ptr"] = kinds[self.format]
+        if self.format == "nvfp4":
+            types[f"{prefix}row_scales_ptr"] = "*fp32"
+        return types
+
+    def without(self, prefix: str = "") -> dict[str, Any]:
+        """Constants in place of the pointers that it has not."""
+        names = {f"{prefix}{name}_ptr" for name in ("codes", "scales", "row_scales")}
+        return dict.fromkeys(sorted(names - self.types(prefix).keys()), None)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Of a kernel."""
+        block = {"SCALE_N": self.scale_block[0], "SCALE_K": self.scale_block[1]}
+        strides = {"ROW_STRIDE": self.row_stride, "EXPERT_STRIDE": self.expert_stride}
+        return {"FORMAT": self.format, "ROWS": self.rows, "K": self.k, **strides, **block}
+
+
+def pointers(matrix: Matrix, prefix: str = "") -> dict[str, Tensor]:
+    """The arguments that Weights.types names."""
+    if isinstance(matrix, Tensor):
+        return {f"{prefix}codes_ptr": matrix}
+    assert isinstance(matrix, DeviceMatrix), type(matrix)
+    found = {f"{prefix}codes_ptr": matrix.codes, f"{prefix}scales_ptr": matrix.scales}
+    if matrix.row_scales is not None:
+        found[f"{prefix}row_scales_ptr"] = matrix.row_scales
+    return found
+
+
+def row_stride(operation: str, name: str, x: Tensor) -> int:
+    """Between the rows of x [T,...], in values. Raises ArgumentError if those of the last axis are not side by side."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ArgumentError(f"{operation}: {name} has strides {list(x.stride())}, a row's values are side by side")
+    return x.stride(0) if x.shape[0] != 1 else x[0].numel()  # of one row the stride may be anything

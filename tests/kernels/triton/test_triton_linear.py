@@ -1,0 +1,139 @@
+"""Dense products in Triton's interpreter, against the reference on the same, dequantised, weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.formats.device import DeviceMatrix, dequantise, quantise
+from cierzo.kernels.formats.pack import as_packed, as_tensor
+from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ref import attention as attention_ref
+from cierzo.kernels.ref import linear as ref
+from cierzo.kernels.triton import linear
+
+FORMATS = ["plain", "fp8", "nvfp4", "mxfp4"]
+# Relative to the largest output. fp32: another order of addition. bf16: the result is rounded once, by up to 2^-9, and
+# so is what lies between the two products of an MLP; weights widen to bf16 without rounding in every format.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+
+
+def rows(tokens: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Strided, aligned to 16 bytes, beside NaN."""
+    wide = torch.full((tokens, width + 16), torch.nan)
+    wide[:, :width] = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+    return wide.to(dtype)[:, :width]
+
+
+def weights(format: str, *shape: int, dtype: torch.dtype, seed: int = 1) -> Matrix:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return values if format == "plain" else quantise(values, format)
+
+
+def close(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    bound = TOLERANCE[dtype] * max(expected.abs().max().item(), 1e-30) if expected.numel() else 0.0
+    torch.testing.assert_close(result.float(), expected.float(), rtol=0.0, atol=bound)
+
+
+def wide(matrix: Matrix) -> Tensor:
+    """Not rounded to bf16: kernels do not."""
+    return dequantise(matrix) if isinstance(matrix, DeviceMatrix) else as_tensor(matrix).float()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("tokens", "outputs", "k"), [(0, 5, 32), (1, 1, 32), (2, 131, 96), (67, 40, 160)])
+def test_linear_is_the_references(tokens: int, outputs: int, k: int, format: str, dtype: torch.dtype) -> None:
+    x, weight = rows(tokens, k, dtype), weights(format, outputs, k, dtype=dtype)
+    result = linear.linear(x, weight)
+    assert result.dtype == dtype
+    close(result, ref.linear(x.float(), wide(weight)), dtype)
+    logits = linear.lm_head(x, weight)
+    assert logits.dtype == torch.float32
+    close(logits, ref.lm_head(x.float(), wide(weight)), torch.float32)  # not rounded to bf16
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_odd_sizes(dtype: torch.dtype) -> None:
+    """Columns that are no whole 16 bytes, in the formats that allow them."""
+    for k in (1, 7, 77):
+        x = torch.randn(3, k, generator=torch.Generator().manual_seed(k)).to(dtype)
+        for format in ("plain", "fp8"):
+            weight = weights(format, 9, k, dtype=dtype)
+            close(linear.linear(x, weight), ref.linear(x.float(), wide(weight)), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("block", [(150, 320), (1, 320), (75, 320), (128, 128), (50, 64)])
+def test_scales_of_blocks(block: tuple[int, int], dtype: torch.dtype) -> None:
+    values = torch.randn(150, 320, generator=torch.Generator().manual_seed(3))
+    values *= 10.0 ** torch.arange(-2, 3).repeat_interleave(64)  # so that a block's scale matters
+    weight, x = quantise(values, "fp8", dtype, block), rows(3, 320, dtype)
+    close(linear.linear(x, weight), ref.linear(x.float(), wide(weight)), dtype)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_has_the_same_bits_alone_and_in_company(format: str) -> None:
+    for dtype in TOLERANCE:
+        x, weight = rows(70, 96, dtype), weights(format, 40, 96, dtype=dtype)
+        together = linear.linear(x, weight)
+        assert torch.equal(together, linear.linear(x, weight))
+        for row in (0, 1, 63, 64, 69):
+            assert torch.equal(linear.linear(x[row : row + 1], weight)[0], together[row])
+        assert torch.equal(linear.linear(x[60:], weight), together[60:])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_gated_mlp(format: str, dtype: torch.dtype) -> None:
+    gate_up, down = weights(format, 128, 96, dtype=dtype), weights(format, 96, 64, dtype=dtype, seed=2)
+    for tokens in (0, 1, 5):
+        x = rows(tokens, 96, dtype)
+        result = linear.gated_mlp(x, gate_up, down)
+        assert result.dtype == dtype
+        close(result, ref.gated_mlp(x.float(), wide(gate_up), wide(down)), dtype)
+
+
+def test_intermediates_may_exceed_fp16() -> None:
+    x, gate_up = torch.full((1, 32), 100.0).bfloat16(), torch.full((64, 32), 1.0).bfloat16()
+    result = linear.gated_mlp(x, gate_up, torch.full((32, 32), 0.5).bfloat16())
+    assert torch.equal(result, torch.full((1, 32), 3200.0**2 * 16).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_products_of_heads(format: str, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(5)
+    for tokens in (0, 1, 3):
+        q = torch.randn(tokens, 4, 32 + 24, generator=random).to(dtype)[:, :3]
+        w_uk_t = weights(format, 3, 40, 32, dtype=dtype)
+        result = linear.mla_absorb(q, w_uk_t)
+        assert result.shape == (tokens, 3, 64)
+        close(result, attention_ref.mla_absorb(q.float(), wide(w_uk_t)), dtype)
+        assert torch.equal(result[..., 40:], q[..., 32:])
+        latents = torch.randn(tokens, 3, 64, generator=random).to(dtype)
+        w_uv = weights(format, 3, 24, 64, dtype=dtype)
+        result = linear.mla_unabsorb(latents, w_uv)
+        close(result, attention_ref.mla_unabsorb(latents.float(), wide(w_uv)), dtype)
+
+
+def test_a_plain_matrix_may_be_a_part_of_another() -> None:
+    """W_UV of each head stands between the rows of W_UK."""
+    both = torch.randn(3, 5 + 8, 64, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, 3, 64)
+    result = linear.mla_unabsorb(latents, both[:, 5:])
+    close(result, attention_ref.mla_unabsorb(latents, both[:, 5:]), torch.float32)
+
+
+def test_what_kernels_cannot_read_is_refused() -> None:
+    x, weight = torch.zeros(2, 32), torch.zeros(8, 32)
+    with pytest.raises(ArgumentError, match="linear: weights of format float32 are packed for a CPU"):
+        linear.linear(x, as_packed(weight))
+    with pytest.raises(ArgumentError, match=r"linear: weights are .*, got torch.float32 with strides \[1, 8\]"):
+        linear.linear(x, torch.zeros(32, 8).T)
+    with pytest.raises(ArgumentError, match=r"linear: x has strides \[1, 2\]"):
+        linear.linear(torch.zeros(32, 2).T, weight)
+    with pytest.raises(ArgumentError, match="linear: x_ptr starts 4 bytes past a multiple of 16"):
+        linear.linear(torch.zeros(2, 40)[:, 1:33], weight)
