@@ -71,10 +71,17 @@ def _native(file: str, *operations: str) -> list[Implementation]:
     return [Implementation(name, "native", f"{module}:{name}", ("cpu",), exact=True) for name in operations]
 
 
+def _triton(file: str, *operations: str) -> list[Implementation]:
+    """GPU kernels in Triton (triton/<file>.py)."""
+    module = f"cierzo.kernels.triton.{file}"
+    return [Implementation(name, "triton", f"{module}:{name}", ("cuda",), exact=True) for name in operations]
+
+
 IMPLEMENTATIONS: list[Implementation] = [
     *_native("norm", "rms_norm", "add_rms_norm"),
     *_torch("norm", "rms_norm", "add_rms_norm"),
     *_native("rope", "rope_tables", "apply_rope"),
+    *_triton("rope", "rope_tables", "apply_rope"),
     *_torch("rope", "rope_tables", "apply_rope", exact=True),
     *_native("linear", "linear", "lm_head", "gated_mlp"),
     *_torch("linear", "linear", "lm_head", "gated_mlp"),
@@ -83,10 +90,14 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_torch("moe", "group_by_expert", exact=True),
     *_native("attention", "write_latents", "write_keys_values", "mla_decode", "gqa_decode"),
     *_native("attention", "write_normed_latents", "rotate_and_write_keys_values"),
+    *_triton("cache_write", "write_latents", "write_keys_values"),
+    *_triton("cache_write", "write_normed_latents", "rotate_and_write_keys_values"),
     *_torch("attention", "write_latents", "write_keys_values", "rotate_and_write_keys_values", exact=True),
     *_torch("attention", "write_normed_latents"),
     *_native("attention", "mla_prefill", "gqa_prefill"),
     *_native("attention", "mla_absorb", "mla_unabsorb"),
+    *_triton("mla", "mla_decode", "mla_prefill"),
+    *_triton("gqa", "gqa_decode", "gqa_prefill"),
     *_torch("attention", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
     *_torch("attention", "gqa_prefill", "gqa_decode"),
     *_native("sampling", "apply_penalties", "peaks", "draw", "log_probabilities", "top_tokens"),
