@@ -55,7 +55,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ),
     ] = "auto"
     kv_dtype: Annotated[
-        Literal["auto", "int8"], Meta(description="number format of the KV cache; auto: that of dtype")
+        Literal["auto", "fp8", "int8"],
+        Meta(description="number format of the KV cache; auto: that of dtype; fp8 on GPUs, int8 on CPUs"),
     ] = "auto"
     threads: Annotated[Count | None, Meta(description="CPU threads of the core; default: all usable ones")] = None
     pin_threads: Annotated[bool, Meta(description="keep each of them on a CPU of its own")] = False
@@ -148,7 +149,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
     if options.softmax_scale is not None:
         model = msgspec.structs.replace(model, softmax_scale_override=options.softmax_scale)
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    layout = model.cache_layout(options.block_tokens, dtype if options.kv_dtype == "auto" else options.kv_dtype)
+    layout = model.cache_layout(options.block_tokens, _kv_dtype(options, dtype))
     num_blocks, max_model_len = _kv_room(options, model, layout)
     return EngineConfig(
         checkpoint=str(path.resolve()),
@@ -203,6 +204,24 @@ def _weights(options: EngineOptions, dtype: str) -> str:
             f"weights bf16 needs dtype bfloat16, got {dtype}", field="weights", limit="dtype bfloat16", value=dtype
         )
     return options.weights
+
+
+def _kv_dtype(options: EngineOptions, dtype: str) -> str:
+    """The cache's number format. Of those with a byte each kind of device has kernels for one: GPUs convert e4m3 in
+    one instruction, CPUs multiply int8. On a CPU the plain-torch reference, asked for by name, reads FP8 too."""
+    if options.kv_dtype == "auto":
+        return dtype
+    on_gpu = options.device == "cuda"
+    right = "fp8" if on_gpu else "int8"
+    if options.kv_dtype != right and (on_gpu or _kernels(options).instruction_set != "reference"):
+        where = "on a GPU" if on_gpu else "on a CPU"
+        raise ConfigError(
+            f"kv_dtype {options.kv_dtype} has no kernels {where}; {right} has, in the same space",
+            field="kv_dtype",
+            limit=right,
+            value=options.kv_dtype,
+        )
+    return options.kv_dtype
 
 
 def _require(settings: msgspec.Struct) -> None:

@@ -98,7 +98,7 @@ def _decoder_model(weights: DecoderWeights) -> _Layer:
         head.address,
         weights.eps,
         abi.DTYPES[weights.embedding.dtype],
-        abi.KV_FORMATS[weights.halves[0].pages[0].dtype],
+        kv_format(weights.halves[0].pages[0]),
     )
     return _keep(weights, struct, halves, head)
 
@@ -131,7 +131,7 @@ def _input(x: Tensor | None, residual: Tensor, pages: Tensor | None = None) -> t
         tokens,
         hidden,
         abi.DTYPES[residual.dtype],
-        0 if pages is None else abi.KV_FORMATS[pages.dtype],
+        0 if pages is None else kv_format(pages),
     ), out
 
 
