@@ -79,6 +79,12 @@ def _triton(file: str, *operations: str) -> list[Implementation]:
     return [Implementation(name, "triton", f"{module}:{name}", ("cuda",), exact=True) for name in operations]
 
 
+def _cuda(file: str, *operations: str) -> list[Implementation]:
+    """CUDA C++ kernels (cuda/launch/<file>.py). `bind` refuses them where a GPU or CuPy is missing."""
+    module = f"cierzo.kernels.cuda.launch.{file}"
+    return [Implementation(name, "cuda", f"{module}:{name}", ("cuda",), exact=True) for name in operations]
+
+
 IMPLEMENTATIONS: list[Implementation] = [
     *_native("norm", "rms_norm", "add_rms_norm"),
     *_triton("norm", "rms_norm", "add_rms_norm"),
@@ -91,6 +97,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_torch("linear", "linear", "lm_head", "gated_mlp"),
     *_native("moe", "route", "group_by_expert", "expert_mlp"),
     *_triton("moe", "expert_mlp"),
+    *_cuda("moe", "route", "group_by_expert"),
     *_torch("moe", "route", "expert_mlp"),
     *_torch("moe", "group_by_expert", exact=True),
     *_native("attention", "write_latents", "write_keys_values", "mla_decode", "gqa_decode"),
@@ -212,6 +219,8 @@ def bind(config: KernelsConfig, device: str) -> BoundTable:
             raise KernelChoiceError(f"unknown operation {name!r}; known: {', '.join(known)}")
     wanted = config.instruction_set
     chosen = tuple(_choose(name, config.implementations.get(name), device, wanted) for name in known)
+    if any(choice.name == "cuda" for choice in chosen):
+        importlib.import_module("cierzo.kernels.cuda.launch.device").require()
     callables = {choice.operation: choice.load() for choice in chosen}
     on_cpu = device.partition(":")[0] == "cpu"
     instruction_set, reason = _instruction_set(wanted) if on_cpu else ("reference", "")
