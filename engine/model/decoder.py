@@ -64,7 +64,9 @@ class Decoder:
         self.final_norm = parameters["model.norm.weight"]
         if config.tie_word_embeddings:
             rows = shard.width(config.vocab_size, "vocab_size")
-            tied = as_tensor(parameters.stored("model.embed_tokens.weight"))[shard.rank * rows : (shard.rank + 1) * rows]
+            tied = as_tensor(parameters.stored("model.embed_tokens.weight"))[
+                shard.rank * rows : (shard.rank + 1) * rows
+            ]
             self.head = parameters.derived("lm_head", tuple(tied.shape), lambda: tied, role="head")
         else:
             self.head = parameters.matrix("lm_head.weight", role="head")

@@ -58,7 +58,9 @@ class MultiHeadLatentAttention:
 
         def part(name: str, begin: int, width: int, transposed: bool = False) -> Matrix:
             def make() -> Tensor:
-                by_head = as_tensor(parameters.stored("kv_b_proj.weight")).view(heads, nope + value, rank)[:, begin : begin + width]
+                by_head = as_tensor(parameters.stored("kv_b_proj.weight")).view(heads, nope + value, rank)[
+                    :, begin : begin + width
+                ]
                 return (by_head.transpose(1, 2) if transposed else by_head).contiguous()
 
             shape = (heads, rank, width) if transposed else (heads, width, rank)

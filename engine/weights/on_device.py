@@ -70,10 +70,10 @@ def _kept_nvfp4(parameter: StoredParameter) -> DeviceMatrix:
         codes.append(torch.cat([one.codes for one in stored]))
         scales.append(torch.cat([one.scales.view(torch.uint8) for one in stored]))
         rows.append(torch.cat([torch.full((len(one.codes),), 1 / one.divisor) for one in stored]))
-    tensors = [torch.stack(codes), torch.stack(scales).view(torch.float8_e4m3fn), torch.stack(rows)]
+    stacked, groups, whole = torch.stack(codes), torch.stack(scales).view(torch.float8_e4m3fn), torch.stack(rows)
     if not parameter.fused:
-        tensors = [tensor[0] for tensor in tensors]
-    return formats.nvfp4(*tensors, parameter.dtype)
+        stacked, groups, whole = stacked[0], groups[0], whole[0]
+    return formats.nvfp4(stacked, groups, whole, parameter.dtype)
 
 
 def _quantised(parameter: Parameter, format: str, device: torch.device) -> DeviceMatrix:
@@ -89,4 +89,3 @@ def _quantised(parameter: Parameter, format: str, device: torch.device) -> Devic
 
 def _name(parameter: Parameter) -> str:
     return "a plain tensor" if isinstance(parameter, Tensor) else parameter.experts[0][0].name
-

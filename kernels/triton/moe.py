@@ -169,7 +169,9 @@ def expert_mlp(
     inner, outputs = x.new_empty(rows, inner_width), x.new_empty(rows, width)
     pointer = POINTER[x.dtype]
 
-    def run(configuration: Configuration, chosen: Tile, across: int, first: dict[str, Tensor], *matrices: Any) -> None:
+    def run(
+        configuration: Configuration, chosen: Tile, across: int, first: dict[str, Tensor], *matrices: Any
+    ) -> None:
         tiles = most_tiles(tokens, slots, experts, chosen.block_t, together)
         shared = pointers(matrices[1], "shared_") if together else {}
         grid = (tiles * triton.cdiv(across, chosen.block_n),)
@@ -225,7 +227,14 @@ def down_configuration(
 
 
 def _grouped(
-    of: Any, types: dict[str, str], weights: Weights, chosen: Tile, experts: int, slots: int, shared: bool, more: Any
+    of: Any,
+    types: dict[str, str],
+    weights: Weights,
+    chosen: Tile,
+    experts: int,
+    slots: int,
+    shared: bool,
+    more: Any,
 ) -> Configuration:
     shared_names = ("shared_codes_ptr", "shared_scales_ptr", "shared_row_scales_ptr")
     missing = weights.without("shared_") if shared else dict.fromkeys(shared_names, None)
