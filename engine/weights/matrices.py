@@ -48,7 +48,7 @@ class DeviceMatrices:
 
     def tensor(self, stored: Parameter) -> Tensor:
         """See MatrixSource."""
-        return as_tensor(stored).to(self._device)
+        return as_tensor(stored).to(self._device, copy=True)  # a mapped tensor may start anywhere
 
     def matrix(
         self,

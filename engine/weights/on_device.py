@@ -26,7 +26,7 @@ def on_device(parameter: Parameter, format: str, plain: str, device: torch.devic
     bad scale, and for weights that the format cannot hold.
     """
     if format == plain:
-        return as_tensor(parameter).to(device)
+        return as_tensor(parameter).to(device, copy=True)
     try:
         kept = _kept(parameter, format)
         return kept.to(device) if kept is not None else _quantised(parameter, format, device)

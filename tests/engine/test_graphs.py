@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace as Inputs
 
 import msgspec
 import pytest
 import torch
+from graph_repeater import Repeated
 
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
@@ -21,28 +21,6 @@ from cierzo.scheduler.params import SamplingParams
 
 MAX_RUNNING = 6
 CPU = torch.device("cpu")
-
-
-class Repeated:
-    """Stands in for a CUDA graph: it does the work again, into the memory that it first wrote its result to."""
-
-    recordings = 0
-    replays = 0
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        Repeated.recordings += 1
-        work()
-        self._work = work
-
-    def replay(self) -> None:
-        Repeated.replays += 1
-        found = next(
-            cell.cell_contents for cell in self._work.__closure__ or () if type(cell.cell_contents) is list
-        )
-        (kept,) = found
-        self._work()
-        kept.copy_(found[0])
-        found[0] = kept
 
 
 @pytest.fixture(scope="module")
