@@ -3,8 +3,8 @@
 As it is (Triton 3.6 to 3.9), bf16 and e4m3 values are integers to it: a dot or a product of them is garbage, in
 silence; a cast of fp32 to bf16 truncates; to e4m3 it misrounds, and NaN of e4m3 is read as 480. Here casts go
 through torch's own, dots of 8- and 16-bit floats are computed in fp32, and arithmetic on bf16 or e4m3 raises:
-kernels compute in fp32. What this proves is loops, masks, addresses and the order of splits; the bits of an MMA's sum
-are the device's.
+kernels compute in fp32. What this proves is loops, masks, addresses and the order of splits; the bits of an MMA's
+sum are the device's.
 
 TRITON_INTERPRET must be set before a kernel's module is imported (tests/conftest.py does), `repair` called once.
 """
