@@ -20,7 +20,8 @@ class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         mla   latents [B, S, latent_values]   latent_values = R + P: normed latent, then rotated rope key
         gqa   keys, values [B, S, num_kv_heads, head_dim] each
 
-    At fp8 values are e4m3 without a scale. At int8 the last axis is of bytes, with the scales behind the values: R + P + 8, head_dim + 4.
+    At fp8 values are e4m3 without a scale. At int8 the last axis is of bytes, with the scales behind the values:
+    R + P + 8, head_dim + 4.
     The fields of the other kind are 0.
     """
 

@@ -2,9 +2,9 @@
 
     float8_e4m3fn [..., R+P] or [..., d]
 
-The normed latents, keys and values of the models served stay far below 448, the largest number of the format: what
-is larger is clamped to it, infinity too, as the GPU's own conversion does. NaN stays NaN. Error: to nearest, ties to
-even, 3 bits after the leading one: at most 6.25 % of a value above 2^-6, 2^-10 below.
+Normed latents, keys and values of the models served stay far below 448, the format's largest number: what is larger
+is clamped to it, infinity too, as the GPU's own conversion does. NaN stays NaN. To nearest, ties to even, 3 bits
+after the leading one: the error is at most 6.25 % of a value above 2^-6, and 2^-10 below.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ M rows of the block tables, W their width; Hq and Hk query and key-value heads, 
                         its row i sees positions 0 .. c-n+i. n may be 0, then nothing of it is read
     INT8 pages          of dtype uint8 beside a q or keys of any dtype: rows hold codes, then 4 bytes for each scale
                         (formats/kv_int8.py), so they are R+P+8 or d+4 wide. They are read as values of q's dtype
-    FP8 pages           of dtype float8_e4m3fn beside a q or keys of any dtype, as wide as the values, with the scale
-                        1; what is written is rounded to nearest and clamped to 448 (formats/kv_fp8.py)
+    FP8 pages           of dtype float8_e4m3fn beside a q or keys of any dtype, as wide as the values; what is
+                        written is rounded to nearest and clamped to 448 (formats/kv_fp8.py). There is no scale
 
 Wherever pages "of q's dtype, or INT8" are named below, FP8 pages of the width of the former may stand as well. The
 C++ kernels read no FP8, the GPU's no INT8: each refuses it by name.

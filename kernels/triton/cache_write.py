@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cierzo.kernels import check
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.norm import normed
+from cierzo.kernels.triton.norm import _normed
 from cierzo.kernels.triton.paged import PAGES, RANK, ROPE, SMALL3_HEADS, SMALL3_WIDTH, require_pages
 from cierzo.kernels.triton.rope import load_pairs, rotated, store_pairs
 
@@ -55,7 +55,7 @@ def _write_normed_latents(
     columns = tl.arange(0, BLOCK_R)
     inside = columns < R
     latent = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
-    latent = normed(latent, weight_ptr, eps, columns, inside, R)
+    latent = _normed(latent, weight_ptr, eps, columns, inside, R)
     tl.store(page + columns, stored(latent, dtype), mask=inside)
     pairs = tl.arange(0, BLOCK_F)
     cos = tl.load(cos_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]

@@ -1,8 +1,8 @@
 """Causal attention of prompt tokens over keys and values that were brought together in a workspace.
 
-    round            a stretch of each sequence's context: at most WORKSPACE_TOKENS tokens in all
-    gather           pages -> rows [C, ...] of the queries' dtype, in order of position; a stretch is padded with zeros
-                     to whole tiles of TOKENS, so that what follows reads nothing unwritten and needs no mask
+    round            a stretch of each sequence's context, at most WORKSPACE_TOKENS tokens in all
+    gather           pages -> rows [C, ...] of the queries' dtype, by position; a stretch is padded with zeros to
+                     whole tiles of TOKENS, so that what follows reads nothing unwritten and needs no mask
     (mla expands)    latents -> keys and values of every head
     flash            a program is ROWS consecutive query rows of one segment, and one head. It walks through its
                      stretch in tiles of TOKENS. Between rounds its largest score, sum and values lie in memory,
@@ -15,7 +15,6 @@ sequence's own written rows may reach its other rows of the same tiles; it never
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.paged import LOG2_E, load_tile, page_rows, tile_width
+from cierzo.kernels.triton.paged import load_tile, page_rows, tile_width
 
 ROWS = 128  # query rows of a program
 TOKENS = 64  # of a tile; stretches begin at its multiples. With 128 the carried form spills registers
@@ -147,7 +146,7 @@ def _flash(
     state = query * H + head
     offsets *= H
     whole = offsets[:, None] * V + columns[None, :]
-    if CARRIED:
+    if CARRIED:  # noqa: SIM102 (decided when it is compiled)
         if tl.load(tile + 5) == 0:  # not the first stretch
             largest = tl.load(largest_ptr + state + offsets, mask=inside, other=float("-inf"))
             total = tl.load(total_ptr + state + offsets, mask=inside, other=0.0)
@@ -167,7 +166,7 @@ def _flash(
             HK, A, B, V, SHARED_STRIDE, BLOCK_A, BLOCK_B, BLOCK_V, TOKENS, True,
         )  # fmt: skip
 
-    if CARRIED:
+    if CARRIED:  # noqa: SIM102 (as above)
         if tl.load(tile + 6) == 0:  # not the last stretch
             tl.store(largest_ptr + state + offsets, largest, mask=inside)
             tl.store(total_ptr + state + offsets, total, mask=inside)

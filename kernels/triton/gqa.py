@@ -27,7 +27,7 @@ from cierzo.kernels.triton.paged import (
     require_pages,
     tile_width,
 )
-from cierzo.kernels.triton.split import Partials, Shape, split_start
+from cierzo.kernels.triton.split import Partials, Shape, round_items, split_start
 
 TOKENS = 64  # of a tile; a split is a multiple of it
 
@@ -35,15 +35,19 @@ TOKENS = 64  # of a tile; a split is a multiple of it
 @kernel
 def _gqa_attend(
     q_ptr, k_pages_ptr, v_pages_ptr, query_starts_ptr, context_lengths_ptr, table_rows_ptr, tables_ptr, items_ptr,
-    firsts_ptr, partials_ptr, maxima_ptr, sums_ptr, segments, round_start, table_stride, factor,
+    firsts_ptr, partials_ptr, maxima_ptr, sums_ptr, segment_start, segment_end, tile_start, tile_end, table_stride,
+    factor,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
     kv_head = tl.program_id(1)
-    item = round_start + slot
-    if item >= tl.load(firsts_ptr + segments):
+    begin, end = round_items(
+        firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end, SHORT, SHORTS, LONG
+    )
+    item = begin + slot
+    if item >= end:
         return
     segment = tl.load(items_ptr + item * 4)
     first_row = tl.load(items_ptr + item * 4 + 1)
@@ -107,10 +111,10 @@ def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQuerie
     configuration = decode_configuration(
         POINTER[q.dtype], POINTER[k_pages.dtype], shape, k_pages.shape[1], (q.stride(0), q.stride(1))
     )
-    for which, (start, end) in enumerate(plan.rounds):
+    for part in plan.rounds:
         launch(
             configuration,
-            (end - start, shared),
+            (part.capacity, shared),
             q_ptr=q,
             k_pages_ptr=k_pages,
             v_pages_ptr=v_pages,
@@ -123,12 +127,11 @@ def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQuerie
             partials_ptr=partials.values,
             maxima_ptr=partials.maxima,
             sums_ptr=partials.sums,
-            segments=len(queries.query_lengths),
-            round_start=start,
             table_stride=queries.block_tables.stride(0),
             factor=scale * LOG2_E,
+            **part.arguments(),
         )
-        split.combine(out, partials, queries, plan, shape, which)
+        split.combine(out, partials, queries, plan, shape, part)
     return out
 
 
@@ -158,7 +161,7 @@ def decode_configuration(
         {"q_ptr": pointer, "k_pages_ptr": pages, "v_pages_ptr": pages}
         | dict.fromkeys(tables, "*i32")
         | dict.fromkeys(("partials_ptr", "maxima_ptr", "sums_ptr"), "*fp32")
-        | dict.fromkeys(("segments", "round_start", "table_stride"), "i32")
+        | dict.fromkeys(("segment_start", "segment_end", "tile_start", "tile_end", "table_stride"), "i32")
         | {"factor": "fp32"}
     )
     constants = {

@@ -37,7 +37,7 @@ from cierzo.kernels.triton.paged import (
     tile_width,
     value_bits,
 )
-from cierzo.kernels.triton.split import Partials, Shape, split_start
+from cierzo.kernels.triton.split import Partials, Shape, round_items, split_start
 
 # Tokens of a tile (a split is a multiple of it) and tiles under way, by the bits of a cached value: what lets two
 # programs of 64 rows share a multiprocessor's memory, so that one's softmax hides behind the other's products.
@@ -47,15 +47,19 @@ TILES = {8: (64, 2), 16: (32, 3), 32: (32, 2)}
 @kernel
 def _mla_attend(
     q_ptr, pages_ptr, query_starts_ptr, context_lengths_ptr, table_rows_ptr, tables_ptr, items_ptr, firsts_ptr,
-    partials_ptr, maxima_ptr, sums_ptr, segments, round_start, table_stride, factor,
+    partials_ptr, maxima_ptr, sums_ptr, segment_start, segment_end, tile_start, tile_end, table_stride,
+    factor,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
-    item = round_start + slot
-    if item >= tl.load(firsts_ptr + segments):
+    begin, end = round_items(
+        firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end, SHORT, SHORTS, LONG
+    )
+    item = begin + slot
+    if item >= end:
         return
     segment = tl.load(items_ptr + item * 4)
     first_row = tl.load(items_ptr + item * 4 + 1)
@@ -122,10 +126,10 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
     configuration = decode_configuration(
         POINTER[q.dtype], POINTER[pages.dtype], shape, width - rank, pages.shape[1], (q.stride(0), q.stride(1))
     )
-    for which, (start, end) in enumerate(plan.rounds):
+    for part in plan.rounds:
         launch(
             configuration,
-            (end - start,),
+            (part.capacity,),
             q_ptr=q,
             pages_ptr=pages,
             query_starts_ptr=queries.query_starts,
@@ -137,12 +141,11 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
             partials_ptr=partials.values,
             maxima_ptr=partials.maxima,
             sums_ptr=partials.sums,
-            segments=len(queries.query_lengths),
-            round_start=start,
             table_stride=queries.block_tables.stride(0),
             factor=scale * LOG2_E,
+            **part.arguments(),
         )
-        split.combine(out, partials, queries, plan, shape, which)
+        split.combine(out, partials, queries, plan, shape, part)
     return out
 
 
@@ -178,7 +181,7 @@ def decode_configuration(
         {"q_ptr": pointer, "pages_ptr": pages}
         | dict.fromkeys(tables, "*i32")
         | dict.fromkeys(("partials_ptr", "maxima_ptr", "sums_ptr"), "*fp32")
-        | dict.fromkeys(("segments", "round_start", "table_stride"), "i32")
+        | dict.fromkeys(("segment_start", "segment_end", "tile_start", "tile_end", "table_stride"), "i32")
         | {"factor": "fp32"}
     )
     tokens, stages = TILES[value_bits(pages)]

@@ -12,7 +12,7 @@ from cierzo.kernels.triton.launch import kernel
 LOG2_E = 1.4426950408889634  # softmax by exp2: the factor goes into the scale
 SUPPORTED = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
-# The sizes that `configurations` of each file are about: Mistral Small 4 whole and in tensor-parallel shards, Small 3.
+# The sizes that each file's `configurations` are about: Small 4 and Small 3, whole and in tensor-parallel shards.
 BLOCK_TOKENS = 32  # the cache's default
 PAGES = {"bf16": "*bf16", "fp8": "*fp8e4nv"}
 SMALL4_HEADS = (32, 16, 8, 4)

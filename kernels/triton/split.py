@@ -1,9 +1,9 @@
 """Decoding cut into work: splits of a context at fixed positions, each one program, and their sum in order.
 
 A context is cut at absolute positions, the same whatever stands beside it. An item is one split for one tile of
-rows, ROWS of a segment's (query token, head) pairs that share a key-value head; it leaves a partial result: for each
-row the largest score, the sum of weights, and the weighted sum of values, fp32. The partials of a row are then added
-in order of position. Which rows share a tile changes no row's bits: each is a row of the same products.
+rows: ROWS of a segment's (query token, head) pairs that share a key-value head. It leaves a partial result: for
+each row the largest score, the sum of weights, and the weighted sum of values, fp32. The partials of a row are then
+added in order of position. Which rows share a tile changes no row's bits: each is a row of the same products.
 
     position   0    512   1024  ..  8192       9216       10240   ..
                |  0  |  1  |  ..     |   16     |   17     |     short splits first: many programs for a context of
@@ -13,8 +13,8 @@ in order of position. Which rows share a tile changes no row's bits: each is a r
                 ^ firsts[0]                                             ^ firsts[1]      ^ firsts[N]
 
 The items are made on the device (`_plan`, once a step) from query_starts and context_lengths alone, so a captured
-graph makes them anew at each replay. The host decides how many programs run: from its own lists, or, for a graph,
-`bound_items`. Programs past firsts[N] exit.
+graph makes them anew at each replay. The host decides how many programs run: as many as its own lists ask for, which
+are upper bounds in a graph, or `bound_items`, where more is known of the sum. Programs past the last item exit.
 """
 
 from __future__ import annotations
@@ -75,23 +75,44 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """items int32 [I,4]; firsts int32 [N+1]; row_segments int32 [T], -1 past the last segment.
+class Round:
+    """Items whose partials are kept at the same time: those of some segments, or of some tiles of one segment.
 
-    rounds: [start, end) of items whose partials are kept at the same time; no tile of rows lies in two.
+    tile_end is -1 for whole segments. capacity: items that there is room for. The device's own lengths say which
+    items these are; the host's, which may be bounds, only how many at most.
     """
+
+    segment_start: int
+    segment_end: int
+    tile_start: int
+    tile_end: int
+    capacity: int
+
+    def arguments(self) -> dict[str, int]:
+        """Of the kernels."""
+        return {
+            "segment_start": self.segment_start,
+            "segment_end": self.segment_end,
+            "tile_start": self.tile_start,
+            "tile_end": self.tile_end,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """items int32 [I,4]; firsts int32 [N+1]; row_segments int32 [T], -1 past the last segment; the rounds."""
 
     items: Tensor
     firsts: Tensor
     row_segments: Tensor
-    rounds: list[tuple[int, int]]
+    rounds: list[Round]
 
 
 def bound_items(queries: PagedQueries, items: int) -> None:
-    """Launch this many items in each decoding of the step, whatever the host's lists say: for a captured graph.
+    """Launch this many items in each decoding of the step, in one round, whatever the host's lists say.
 
-    It must be at least the sum over segments of ceil(length G / ROWS) times its splits; rows that do not fit come
-    out as NaN.
+    For a captured graph of which more is known than each context's bound. It must be at least the sum over segments
+    of ceil(length G / ROWS) times the context's splits; rows that do not fit come out as NaN.
     """
     queries.scratch[_BOUND] = items
 
@@ -107,6 +128,21 @@ def split_count(context, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.con
     """Splits of the first `context` positions."""
     rest = context - SHORT * SHORTS
     return tl.where(rest <= 0, (context + SHORT - 1) // SHORT, SHORTS + (rest + LONG - 1) // LONG)
+
+
+@kernel
+def round_items(
+    firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
+    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """First item of a round, and the one past its last."""
+    begin = tl.load(firsts_ptr + segment_start)
+    end = tl.load(firsts_ptr + segment_end)
+    if tile_end >= 0:
+        splits = split_count(tl.load(context_lengths_ptr + segment_start), SHORT, SHORTS, LONG)
+        end = tl.minimum(end, begin + tile_end * splits)
+        begin += tile_start * splits
+    return begin, end
 
 
 @kernel
@@ -145,8 +181,8 @@ def _plan(
 
 @kernel
 def _combine(
-    partials_ptr, maxima_ptr, sums_ptr, out_ptr, query_starts_ptr, context_lengths_ptr, firsts_ptr, row_segments_ptr,
-    round_start, round_end, rows_end,
+    partials_ptr, maxima_ptr, sums_ptr, out_ptr, query_starts_ptr, context_lengths_ptr, firsts_ptr,
+    row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
     HK: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -165,15 +201,18 @@ def _combine(
     context = tl.load(context_lengths_ptr + segment)
     row = (query - start) * G + head % G
     first = tl.load(firsts_ptr + segment) + row // ROWS * split_count(context, SHORT, SHORTS, LONG)
-    if (first < round_start) | (first >= rows_end):
+    begin, end = round_items(
+        firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end, SHORT, SHORTS, LONG
+    )
+    if (first < begin) | (first >= end):
         return  # of another round
     splits = split_count(context - length + query - start + 1, SHORT, SHORTS, LONG)
-    if first + splits > round_end:  # past a bound that was too small
+    if first - begin + splits > capacity:  # past a bound that was too small
         tl.store(out, (zero + float("nan")).to(out_ptr.dtype.element_ty), mask=wide)
         return
     lanes = tl.arange(0, CHUNK)
     step = HK * ROWS
-    base = (first - round_start).to(tl.int64) * step + head // G * ROWS + row % ROWS
+    base = (first - begin).to(tl.int64) * step + head // G * ROWS + row % ROWS
     largest = float("-inf")
     for split in range(0, splits, CHUNK):
         maxima = tl.load(
@@ -204,11 +243,10 @@ def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
 def _new_plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
     segments, device = len(queries.query_lengths), queries.block_tables.device
     if _BOUND in queries.scratch:
-        bound = queries.scratch[_BOUND]
-        rounds = [(0, bound)]
+        rounds = [Round(0, segments, 0, -1, queries.scratch[_BOUND])]
     else:
         rounds = _rounds(queries, shape)
-        bound = rounds[-1][1]
+    bound = sum(part.capacity for part in rounds)
     items = torch.empty(bound, ITEM, dtype=torch.int32, device=device)
     firsts = torch.zeros(segments + 1, dtype=torch.int32, device=device)
     row_segments = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
@@ -226,18 +264,24 @@ def _new_plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
     return Plan(items, firsts, row_segments, rounds)
 
 
-def _rounds(queries: PagedQueries, shape: Shape) -> list[tuple[int, int]]:
-    """At least one, cut between tiles of rows."""
+def _rounds(queries: PagedQueries, shape: Shape) -> list[Round]:
+    """At least one. A segment that is too much for a round has rounds of its own, cut between its tiles."""
     most = max(1, PARTIAL_BYTES // shape.item_bytes)
-    rounds, start, end = [], 0, 0
-    for length, context in zip(queries.query_lengths, queries.contexts, strict=True):
-        splits = SPLITS.count(context)
-        for _ in range(-(-length * shape.group // shape.rows)):
-            if end > start and end + splits - start > most:
-                rounds.append((start, end))
-                start = end
-            end += splits
-    return [*rounds, (start, end)]
+    rounds, start, held = [], 0, 0
+    for segment, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
+        tiles, splits = -(-length * shape.group // shape.rows), SPLITS.count(context)
+        if held and held + tiles * splits > most:
+            rounds.append(Round(start, segment, 0, -1, held))
+            start, held = segment, 0
+        if tiles * splits > most:  # so nothing is held: start == segment, or what lies between has no items
+            together = max(1, most // splits)
+            for first in range(0, tiles, together):
+                last = min(first + together, tiles)
+                rounds.append(Round(segment, segment + 1, first, last, (last - first) * splits))
+            start = segment + 1
+        else:
+            held += tiles * splits
+    return [*rounds, Round(start, len(queries.query_lengths), 0, -1, held)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,15 +295,14 @@ class Partials:
     @classmethod
     def empty(cls, plan: Plan, shape: Shape) -> Partials:
         """Room for the largest round."""
-        size = (max(end - start for start, end in plan.rounds), shape.kv_heads, shape.rows)
+        size = (max(part.capacity for part in plan.rounds), shape.kv_heads, shape.rows)
         device = plan.items.device
         maxima, sums = (torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
         return cls(torch.empty(*size, shape.width, dtype=torch.float32, device=device), maxima, sums)
 
 
-def combine(out: Tensor, partials: Partials, queries: PagedQueries, plan: Plan, shape: Shape, which: int) -> None:
-    """Add up one round's partials into out [T, Hk G, W]; the first also clears the rows past the last segment."""
-    start, end = plan.rounds[which]
+def combine(out: Tensor, partials: Partials, queries: PagedQueries, plan: Plan, shape: Shape, part: Round) -> None:
+    """Add up one round's partials into out [T, Hk G, W], and clear the rows past the last segment."""
     launch(
         combine_configuration(POINTER[out.dtype], shape),
         (out.shape[0], out.shape[1]),
@@ -271,9 +314,8 @@ def combine(out: Tensor, partials: Partials, queries: PagedQueries, plan: Plan, 
         context_lengths_ptr=queries.context_lengths,
         firsts_ptr=plan.firsts,
         row_segments_ptr=plan.row_segments,
-        round_start=start,
-        round_end=end,
-        rows_end=end if which + 1 < len(plan.rounds) else (1 << 31) - 1,
+        capacity=part.capacity,
+        **part.arguments(),
     )
 
 
@@ -290,7 +332,7 @@ def combine_configuration(pointer: str, shape: Shape) -> Configuration:
         dict.fromkeys(("partials_ptr", "maxima_ptr", "sums_ptr"), "*fp32")
         | {"out_ptr": pointer}
         | dict.fromkeys(("query_starts_ptr", "context_lengths_ptr", "firsts_ptr", "row_segments_ptr"), "*i32")
-        | dict.fromkeys(("round_start", "round_end", "rows_end"), "i32")
+        | dict.fromkeys(("segment_start", "segment_end", "tile_start", "tile_end", "capacity"), "i32")
     )
     constants = {
         "HK": shape.kv_heads,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -172,13 +171,13 @@ def test_partials_past_their_limit_come_in_rounds(monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(a, b) for a, b in zip(decode(batch()), together, strict=True))
 
 
-def test_a_bound_of_items_changes_nothing_and_the_device_has_the_say() -> None:
+def test_bounds_change_nothing_and_the_device_has_the_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a captured graph: the host's lists are those of the capture, the device's those of the step."""
     sequences = [random_sequence(FORM, torch.bfloat16, LENGTH, seed) for seed in (1, 2)]
     batch = make_batch(FORM, sequences, [(0, LENGTH - 1, LENGTH), (1, 199, 200), (1, 0, 0)])
     expected = decode(batch)
     queries = batch.queries
-    longer = make_queries([(1, 4000), (1, 4000), (0, 0)], queries.table_rows, queries.block_tables)
+    longer = make_queries([(1, 900), (1, 900), (0, 0)], queries.table_rows, queries.block_tables)
     queries = type(queries)(
         queries.query_starts,
         queries.context_lengths,
@@ -190,6 +189,11 @@ def test_a_bound_of_items_changes_nothing_and_the_device_has_the_say() -> None:
     split.bound_items(queries, 40)
     bounded = Batch(batch.form, batch.q, batch.pages, queries)
     assert all(torch.equal(a, b) for a, b in zip(decode(bounded), expected, strict=True))
+    queries.scratch.clear()  # by the lists alone, in one round, and in many
+    assert all(torch.equal(a, b) for a, b in zip(decode(bounded), expected, strict=True))
+    queries.scratch.clear()
+    monkeypatch.setattr(split, "PARTIAL_BYTES", 1)
+    assert all(torch.equal(a, b) for a, b in zip(decode(bounded), expected, strict=True))
     queries.scratch.clear()
     split.bound_items(queries, SMALL.count(LENGTH))  # no room for the second
     first, second, _ = decode(bounded)
@@ -198,9 +202,9 @@ def test_a_bound_of_items_changes_nothing_and_the_device_has_the_say() -> None:
 
 
 @pytest.fixture
-def far_pages() -> Iterator[Tensor]:
+def far_pages() -> Tensor:
     """More than 2^31 values, most of them never touched."""
-    yield torch.empty((2**31 + 2**24) // (16 * 32), 32, 16, dtype=torch.float8_e4m3fn)
+    return torch.empty((2**31 + 2**24) // (16 * 32), 32, 16, dtype=torch.float8_e4m3fn)
 
 
 def test_addresses_past_32_bits(far_pages: Tensor) -> None:
@@ -223,6 +227,6 @@ def test_misuse_is_refused_by_name() -> None:
     w_uk, w_uv = weights(torch.bfloat16, nope=12)
     with pytest.raises(ArgumentError, match="mla_prefill: w_uv is packed; on a GPU it must be a tensor"):
         mla.mla_prefill(batch.q, batch.pages[0], w_uk, pack(w_uv, "bf16"), batch.queries, SCALE)
+    wide = torch.zeros(1, 3, 17, dtype=torch.bfloat16)[..., 1:]
     with pytest.raises(ArgumentError, match="mla_attend: q_ptr starts 2 bytes past a multiple of 16"):
-        wide = torch.zeros(1, 3, 17, dtype=torch.bfloat16)[..., 1:]
         mla.mla_decode(wide, batch.pages[0], batch.queries, SCALE, FORM.rank)
