@@ -100,7 +100,7 @@ class Parameters:
         self._prefix = prefix
 
     def __getitem__(self, name: str) -> Tensor:
-        """The values of one that is used as it is, where the model runs; a quantised one's are computed each time."""
+        """The values of one that is used as it is, where the model runs; a quantised one's are computed anew."""
         return self._matrices.tensor(self.stored(name))
 
     def stored(self, name: str) -> Parameter:

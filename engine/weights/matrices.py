@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cierzo.engine.model.layers import MatrixRole
 from cierzo.engine.weights.loader import Progress
-from cierzo.engine.weights.packed import PackedStore
 from cierzo.engine.weights.on_device import on_device
+from cierzo.engine.weights.packed import PackedStore
 from cierzo.engine.weights.quantised import Parameter, as_tensor
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.formats.packed import Matrix, PackedMatrix

@@ -1,4 +1,4 @@
-"""Parameters in the memory of a GPU: a checkpoint's own codes and scales as they are, where they are of the format."""
+"""Parameters in the memory of a GPU: a checkpoint's own codes and scales, where they are of the format."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from cierzo.kernels.formats.packed import Matrix
 def on_device(parameter: Parameter, format: str, plain: str, device: torch.device) -> Matrix:
     """The matrix in `format` on the device; `plain` is that of the activations, which tensors have.
 
-    Codes of another format, or plain weights, are quantised there, an expert at a time. Raises CheckpointError for a
-    bad scale, and for weights that the format cannot hold.
+    Codes of another format, or plain weights, are quantised there, an expert at a time. Raises CheckpointError for
+    a bad scale, and for weights that the format cannot hold.
     """
     if format == plain:
         return as_tensor(parameter).to(device, copy=True)

@@ -129,13 +129,13 @@ def linear_configuration(
             **weights.without(),
             **weights.constants,
             **chosen.constants,
-            **{
+            
                 "X_STRIDE": strides[0],
                 "X_HEAD": strides[1],
                 "OUT_STRIDE": out_strides[0],
-                "OUT_HEAD": out_strides[1],
-            },
-            **{"COPIED": copied, "COPY_BLOCK": triton.next_power_of_2(copied), "PAIRED": paired},
+                "OUT_HEAD": out_strides[1]
+            ,
+            "COPIED": copied, "COPY_BLOCK": triton.next_power_of_2(copied), "PAIRED": paired,
         },
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,

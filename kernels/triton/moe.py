@@ -243,7 +243,7 @@ def _grouped(
         of,
         {
             **types,
-            **{"order_ptr": "*i64", "starts_ptr": "*i64", "tokens": "i32"},
+            "order_ptr": "*i64", "starts_ptr": "*i64", "tokens": "i32",
             **weights.types(),
             **(weights.types("shared_") if shared else {}),
         },

@@ -17,7 +17,7 @@ def _rms_norm(x_ptr, weight_ptr, out_ptr, eps, X_STRIDE: tl.constexpr, D: tl.con
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     x = tl.load(x_ptr + row * X_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * D + columns, normed(x, weight_ptr, eps, columns, inside, D), mask=inside)
+    tl.store(out_ptr + row * D + columns, _normed(x, weight_ptr, eps, columns, inside, D), mask=inside)
 
 
 @kernel
@@ -33,12 +33,12 @@ def _add_rms_norm(
     total = x + tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
     total = total.to(residual_ptr.dtype.element_ty)
     tl.store(residual_row, total, mask=inside)
-    value = normed(total.to(tl.float32), weight_ptr, eps, columns, inside, D)
+    value = _normed(total.to(tl.float32), weight_ptr, eps, columns, inside, D)
     tl.store(out_ptr + row * D + columns, value, mask=inside)
 
 
 @kernel
-def normed(x, weight_ptr, eps, columns, inside, D: tl.constexpr):
+def _normed(x, weight_ptr, eps, columns, inside, D: tl.constexpr):
     """fp32 row -> its norm times the weight, in the weight's dtype; rounded before it meets the weight."""
     dtype = weight_ptr.dtype.element_ty
     scaled = (x * tl.rsqrt(tl.sum(x * x) / D + eps)).to(dtype).to(tl.float32)

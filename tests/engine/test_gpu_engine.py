@@ -1,4 +1,4 @@
-"""The engine on a GPU's kernels, in Triton's interpreter and on fibers: a whole model, staged, recorded, overlapped.
+"""The engine on a GPU's kernels, in Triton's interpreter and on fibers: a model staged, recorded, overlapped.
 
 What it shows is that the parts fit: names, shapes, formats, pages, graphs; and that a request's tokens are the same
 alone and in company, plain and overlapped. An MMA's bits are the device's.

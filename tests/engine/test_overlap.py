@@ -1,4 +1,4 @@
-"""Overlapped steps give the tokens of steps one by one, whatever comes between: stops, preemptions, aborts, failures."""
+"""Overlapped steps give the tokens of steps one by one, whatever comes between: stops, preemptions, failures."""
 
 from __future__ import annotations
 
