@@ -13,8 +13,8 @@ added in order of position. Which rows share a tile changes no row's bits: each 
                 ^ firsts[0]                                             ^ firsts[1]      ^ firsts[N]
 
 The items are made on the device (`_plan`, once a step) from query_starts and context_lengths alone, so a captured
-graph makes them anew at each replay. The host decides how many programs run: as many as its own lists ask for, which
-are upper bounds in a graph, or `bound_items`, where more is known of the sum. Programs past the last item exit.
+graph makes them anew at each replay. The host decides how many programs run: as many as its own lists ask for (in a
+graph they are upper bounds), or `bound_items`, where more is known of the sum. Programs past the last item exit.
 """
 
 from __future__ import annotations

@@ -55,6 +55,20 @@ def test_limits_of_the_front_end_have_bounds_too(checkpoint: str, field: str, va
         resolve(EngineOptions(model=checkpoint, frontend=FrontendConfig(**{field: value})))
 
 
+def test_a_cache_of_one_byte_is_in_the_format_that_the_device_has_kernels_for(checkpoint: str) -> None:
+    for device, right, wrong in (("cpu", "int8", "fp8"), ("cuda", "fp8", "int8")):
+        options: dict[str, Any] = {"model": checkpoint, "device": device, "instruction_set": "auto"}
+        if config.default_instruction_set() != "reference" or device == "cuda":
+            with pytest.raises(
+                ConfigError, match=f"kv_dtype {wrong} has no kernels on a [CG]PU; {right} has"
+            ) as caught:
+                resolve(EngineOptions(**options, kv_dtype=wrong))
+            assert (caught.value.field, caught.value.limit, caught.value.value) == ("kv_dtype", right, wrong)
+        assert resolve(EngineOptions(**options, kv_dtype=right)).layout.dtype == right
+    options = {"model": checkpoint, "instruction_set": "reference"}
+    assert resolve(EngineOptions(**options, kv_dtype="fp8")).layout.dtype == "fp8"
+
+
 def test_a_length_that_does_not_fit_is_refused_with_the_numbers(checkpoint: str) -> None:
     kv_cache_gib = 10 * 32 * 3072 / GIB
     assert resolve(EngineOptions(model=checkpoint, kv_cache_gib=kv_cache_gib)).scheduler.max_model_len == 320

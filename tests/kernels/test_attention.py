@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from paged_cases import SEGMENTS, TOLERANCE, PagedCase, attend, make_case
+from paged_cases import SEGMENTS, TOLERANCE, PagedCase, attend, make_case, make_queries
 from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.ops import attention
-from cierzo.kernels.registry import bind, implementations
+from cierzo.kernels.ref import attention as ref
+from cierzo.kernels.registry import bind, has_native, implementations
 
 DTYPES = [torch.float32, torch.bfloat16]
 H, NOPE, P, R, V = 3, 6, 4, 10, 7
@@ -160,3 +161,27 @@ def test_errors_name_operation_argument_and_size() -> None:
     case.queries.contexts[1] = 11
     with pytest.raises(ArgumentError, match="12 rows in a context of 11"):
         attention.mla_decode(case.q, case.pages, case.queries, SCALE, R)
+
+
+def test_fp8_pages_are_read_and_written_by_the_reference_and_refused_by_name_elsewhere() -> None:
+    """Values that e4m3 holds come back as they were; what is too large is clamped."""
+    random = torch.Generator().manual_seed(1)
+    cached = torch.randn(20, 12, generator=random).to(torch.float8_e4m3fn).float()
+    plain, pages = torch.zeros(5, 4, 12), torch.zeros(5, 4, 12).to(torch.float8_e4m3fn)
+    slots = torch.randperm(20, generator=random)
+    for memory in (plain, pages):
+        ref.write_latents(memory, slots, cached[:, :8], cached[:, 8:])
+    assert torch.equal(pages.float(), plain)
+    queries = make_queries([(1, 20)], torch.tensor([0]), torch.arange(5, dtype=torch.int32)[None])
+    q = torch.randn(1, 3, 12, generator=random)
+    got = ref.mla_decode(q, pages, queries, 0.3, 8)
+    assert torch.equal(got, ref.mla_decode(q, plain, queries, 0.3, 8))
+    ref.write_latents(pages, slots[:1], torch.full((1, 8), 1e9), torch.full((1, 4), -float("inf")))
+    assert pages.float().view(20, 12)[slots[0]].tolist() == [448.0] * 8 + [-448.0] * 4
+    if has_native():
+        from cierzo.kernels.cpu.launch import attention as native
+
+        with pytest.raises(
+            ArgumentError, match=r"pages have dtype torch\.float8_e4m3fn; on a CPU they are torch\.float32"
+        ):
+            native.mla_decode(q, pages, queries, 0.3, 8)

@@ -37,8 +37,10 @@ def prefill(batch: Batch) -> list[Tensor]:
     return list(result.split(batch.queries.query_lengths))
 
 
-@pytest.mark.parametrize("name", SEGMENTS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.float32, name) for name in SEGMENTS] + [(torch.bfloat16, name) for name in ("mixed", "decode_unequal")],
+)
 def test_hostile_cases(dtype: torch.dtype, name: str) -> None:
     case = make_case(name, FORM.q_width, FORM.heads, dtype, entry=FORM.entry, margin=8)
     pages = [page.contiguous() for page in case.pages.unbind(2)]
@@ -54,7 +56,7 @@ def test_hostile_cases(dtype: torch.dtype, name: str) -> None:
         torch.testing.assert_close(result.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8 pages"])
+@pytest.mark.parametrize("kind", ["float32", "fp8 pages"])
 def test_a_row_has_its_bits_alone_and_beside_others(kind: str) -> None:
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     sequences = [random_sequence(FORM, dtype, LENGTH, seed) for seed in (1, 2)]
@@ -85,8 +87,8 @@ def test_a_prompts_row_has_its_bits_however_it_is_cut(dtype: torch.dtype, monkey
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_small_3s_sizes(fp8: bool) -> None:
-    form = Form(heads=32, kv_heads=8, width=128)
+def test_the_sizes_of_a_shard_of_small_3(fp8: bool) -> None:
+    form = Form(heads=8, kv_heads=2, width=128)
     sequence = random_sequence(form, torch.bfloat16, 150, seed=8)
     sequence = Sequence(sequence.q * 0.2, sequence.cached)  # as they are, each would attend to one token alone
     batch = make_batch(form, [sequence], [(0, 149, 150), (0, 65, 68), (0, 0, 1)], block_tokens=32, fp8=fp8)
