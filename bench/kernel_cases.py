@@ -111,6 +111,7 @@ class Maker:
     device: str = "cpu"
     seed: int = 0
     kv_dtype: torch.dtype = DTYPE
+    cold_bytes: int = COLD_BYTES
 
     def noise(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
         """Normal values; the same ones again and again."""
@@ -128,9 +129,9 @@ class Maker:
         return pack(plain, format or self.format, paired=paired) if self.native else plain
 
     def cold(self, make: Callable[[], tuple[Matrix, ...]]) -> list[tuple[Matrix, ...]]:
-        """As many of what `make` makes as fill COLD_BYTES."""
+        """As many of what `make` makes as fill `cold_bytes`."""
         first = make()
-        return [first, *(make() for _ in range(COLD_BYTES // weight_bytes(*first)))]
+        return [first, *(make() for _ in range(self.cold_bytes // weight_bytes(*first)))]
 
 
 def weight_bytes(*matrices: Matrix) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cierzo.bench import attention_cases  # noqa: F401 (registers its cases)
-from cierzo.bench.kernel_cases import CASES, Call, Maker, Model, Size
+from cierzo.bench.kernel_cases import CASES, COLD_BYTES, Call, Maker, Model, Size
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, quantise
 from cierzo.kernels.formats.packed import Matrix
 
@@ -62,12 +62,19 @@ def formats_of(operation: str) -> tuple[str, ...]:
 
 
 def make_call(
-    operation: str, model: Model, size: Size, format: str, device: torch.device, seed: int = 0
+    operation: str,
+    model: Model,
+    size: Size,
+    format: str,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    cold_bytes: int = COLD_BYTES,
 ) -> Call | None:
     """The case on the device; None where the model has no such operation."""
     kv_dtype = KV.get(format, torch.bfloat16) if operation in PAGED else torch.bfloat16
     weights = format if operation in WEIGHTED else "bf16"
-    maker = DeviceMaker(native=False, format=weights, device=str(device), seed=seed, kv_dtype=kv_dtype)
+    maker = DeviceMaker(False, weights, str(device), seed, kv_dtype, cold_bytes)
     call = CASES[operation](model, size, maker)
     if call is None:
         return None

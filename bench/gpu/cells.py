@@ -22,10 +22,11 @@ class Cells:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.all: list[Cell] = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if line.endswith("}"):  # a run may have been stopped within a line
-                    self.all.append(json.loads(line))
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole, _, torn = text.rpartition("\n")  # a run may have been stopped within a line
+        if torn:
+            path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        self.all += [json.loads(line) for line in whole.splitlines()]
 
     def has(self, part: str, name: str) -> bool:
         """Whether the cell was measured; one that failed is tried again."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cierzo.bench.gpu.conformance import Failed
 from cierzo.bench.stats import percentile
+from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.messages import Submit
 from cierzo.engine.model.decoder import Decoder
@@ -215,7 +216,7 @@ def _reference() -> KernelsConfig:
 
 def _slice_logits(model: Decoder, config: EngineConfig, device: torch.device) -> Tensor:
     """fp32 [2,N]: of a prompt's last token, and of the token after it."""
-    pool = make_pool(config)
+    pool = KVPool(config.layout, config.cache.num_blocks, device)
     prompt = 37
     block = config.cache.block_tokens
     tables = torch.arange(-(-(prompt + 1) // block), dtype=torch.int32, device=device)[None]

@@ -1,10 +1,10 @@
 """Decode steps recorded once as CUDA graphs and replayed: no launch of a kernel waits for Python.
 
-A graph has fixed sizes: it is recorded for a number of sequences and an upper bound of their contexts, each from a
-short list (`buckets`), and serves every step that fits. Rows beyond a step's own are padding: segments without rows
+A graph has fixed sizes: it is recorded for a number of sequences and an upper bound of the sum of their contexts,
+each from a short list, and serves every step that fits. Rows beyond a step's own are padding: segments without rows
 (so that attention gives zeros for them), whose cache entries go to a block that no sequence owns.
 
-    a step of 5 sequences, the longest context 9,000 tokens -> the graph of (8 sequences, 32,768 tokens)
+    a step of 5 sequences and 13,287 tokens of context -> the graph of (8 sequences, 32,768 tokens)
     query_starts  0 1 2 3 4 5 5 5 5       context_lengths  120 9000 7 64 4096 0 0 0
 
 Kernels take their grids from the bound, and the lengths that count from the device. As no kernel's arithmetic
@@ -27,7 +27,7 @@ from cierzo.kernels.ops.attention import PagedQueries
 # Between powers of two a step of many sequences would compute up to twice what it must.
 MOST_DOUBLED = 16
 STEP = 16
-SHORTEST_BOUND = 8192  # tokens
+LEAST_BOUND = 8192  # tokens
 BOUND_FACTOR = 4
 
 
@@ -57,14 +57,12 @@ def buckets(most: int) -> list[int]:
     return [*doubled, *stepped, most]
 
 
-def bounds(longest: int) -> list[int]:
-    """Upper bounds of contexts, tokens: 8192, 32768, 131072 .. up to `longest`."""
-    found = []
-    bound = SHORTEST_BOUND
-    while bound < longest:
-        found.append(bound)
+def bound_of(tokens: int) -> int:
+    """The least of 8192, 32768, 131072 .. that is not below `tokens`."""
+    bound = LEAST_BOUND
+    while bound < tokens:
         bound *= BOUND_FACTOR
-    return [*found, longest]
+    return bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,8 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Graphs of one model, recorded at their first use or by `record_all`.
+    """Graphs of one model, each recorded at its first use: kernels are compiled for sizes that are no graph's own, so
+    that takes no longer than a few steps.
 
     padding_slot: cache slot that nobody reads. record: torch's CUDA graphs on a GPU.
     """
@@ -92,7 +91,7 @@ class DecodeGraphs:
         record: Recorder,
     ) -> None:
         self._model, self._kv = model, kv
-        self._buckets, self._bounds = buckets(max_running), bounds(max_model_len)
+        self._buckets, self._longest = buckets(max_running), max_model_len
         self._padding_slot = padding_slot
         self._device = device
         self._record = record
@@ -107,20 +106,13 @@ class DecodeGraphs:
         """fp32 [T,N] of a step that fits; valid until the next replay."""
         count = len(inputs.token_ids)
         size = next(size for size in self._buckets if size >= count)
-        bound = next(bound for bound in self._bounds if bound >= inputs.longest_context)
+        bound = bound_of(sum(inputs.absorbed.contexts))
         graph = self._graphs.get((size, bound))
         if graph is None:
             graph = self._graphs[size, bound] = self._new_graph(size, bound, inputs.absorbed.block_tables)
         self._load(graph.inputs, inputs, count)
         graph.recording.replay()
         return graph.logits[:count]
-
-    def record_all(self, block_tables: Tensor) -> None:
-        """Record every graph now, the largest first, whose memory the others then share."""
-        for size in reversed(self._buckets):
-            for bound in reversed(self._bounds):
-                if (size, bound) not in self._graphs:
-                    self._graphs[size, bound] = self._new_graph(size, bound, block_tables)
 
     def _new_graph(self, size: int, bound: int, block_tables: Tensor) -> _Graph:
         def integers(count: int, dtype: torch.dtype, value: int = 0) -> Tensor:
@@ -132,7 +124,8 @@ class DecodeGraphs:
             table_rows=integers(size, torch.int32),
             block_tables=block_tables,
             query_lengths=[1] * size,
-            contexts=[bound] * size,
+            contexts=[self._longest] * size,
+            total_context=bound,
         )
         nothing = PagedQueries(
             integers(1, torch.int32), integers(0, torch.int32), integers(0, torch.int32), block_tables, [], []

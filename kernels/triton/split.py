@@ -13,8 +13,9 @@ added in order of position. Which rows share a tile changes no row's bits: each 
                 ^ firsts[0]                                             ^ firsts[1]      ^ firsts[N]
 
 The items are made on the device (`_plan`, once a step) from query_starts and context_lengths alone, so a captured
-graph makes them anew at each replay. The host decides how many programs run: as many as its own lists ask for (in a
-graph they are upper bounds), or `bound_items`, where more is known of the sum. Programs past the last item exit.
+graph makes them anew at each replay. The host decides how many programs run: as many as its own lists ask for, which
+in a graph are upper bounds, or as `total_context` does. Programs past the last item exit; rows that find no room,
+because a bound was none, come out as NaN.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ ROWS = (
 # empty, whatever the number of heads, and the tokens of a draft find room in the tile of the first
 ITEM = 4  # int32 of an item: segment, first row, split, nothing
 PARTIAL_BYTES = 256 << 20  # of partial results at a time; past it, items run in rounds
-_BOUND = "triton decode items"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +106,6 @@ class Plan:
     firsts: Tensor
     row_segments: Tensor
     rounds: list[Round]
-
-
-def bound_items(queries: PagedQueries, items: int) -> None:
-    """Launch this many items in each decoding of the step, in one round, whatever the host's lists say.
-
-    For a captured graph of which more is known than each context's bound. It must be at least the sum over segments
-    of ceil(length G / ROWS) times the context's splits; rows that do not fit come out as NaN.
-    """
-    queries.scratch[_BOUND] = items
 
 
 @kernel
@@ -242,11 +233,13 @@ def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
 
 def _new_plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
     segments, device = len(queries.query_lengths), queries.block_tables.device
-    if _BOUND in queries.scratch:
-        rounds = [Round(0, segments, 0, -1, queries.scratch[_BOUND])]
-    else:
-        rounds = _rounds(queries, shape)
+    rounds = _rounds(queries, shape)
     bound = sum(part.capacity for part in rounds)
+    if queries.total_context:
+        tiles = max(-(-length * shape.group // shape.rows) for length in queries.query_lengths)
+        together = tiles * (segments * (SPLITS.shorts + 1) + queries.total_context // SPLITS.long)
+        if together < bound:
+            bound, rounds = together, [Round(0, segments, 0, -1, together)]
     items = torch.empty(bound, ITEM, dtype=torch.int32, device=device)
     firsts = torch.zeros(segments + 1, dtype=torch.int32, device=device)
     row_segments = torch.full((num_rows,), -1, dtype=torch.int32, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -180,27 +181,19 @@ def test_bounds_change_nothing_and_the_device_has_the_say(monkeypatch: pytest.Mo
     expected = decode(batch)
     queries = batch.queries
     longer = make_queries([(1, 900), (1, 900), (0, 0)], queries.table_rows, queries.block_tables)
-    queries = type(queries)(
-        queries.query_starts,
-        queries.context_lengths,
-        queries.table_rows,
-        queries.block_tables,
-        longer.query_lengths,
-        longer.contexts,
+    lists = dataclasses.replace(queries, query_lengths=longer.query_lengths, contexts=longer.contexts, scratch={})
+    bounded = Batch(
+        batch.form, batch.q, batch.pages, dataclasses.replace(lists, total_context=sum(queries.contexts))
     )
-    split.bound_items(queries, 40)
-    bounded = Batch(batch.form, batch.q, batch.pages, queries)
     assert all(torch.equal(a, b) for a, b in zip(decode(bounded), expected, strict=True))
+    queries = lists
+    bounded = Batch(batch.form, batch.q, batch.pages, lists)
     queries.scratch.clear()  # by the lists alone, in one round, and in many
     assert all(torch.equal(a, b) for a, b in zip(decode(bounded), expected, strict=True))
     queries.scratch.clear()
     monkeypatch.setattr(split, "PARTIAL_BYTES", 1)
     assert all(torch.equal(a, b) for a, b in zip(decode(bounded), expected, strict=True))
     queries.scratch.clear()
-    split.bound_items(queries, SMALL.count(LENGTH))  # no room for the second
-    first, second, _ = decode(bounded)
-    assert torch.equal(first, expected[0])
-    assert second.isnan().all()
 
 
 @pytest.fixture

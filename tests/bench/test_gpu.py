@@ -1,0 +1,132 @@
+"""The command for a GPU machine, on the CPU: its cells, its checks, which must be able to fail, its served load."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cuda_on_cpu
+import pytest
+import torch
+import triton_interpreter
+
+from cierzo.bench.gpu import __main__ as command
+from cierzo.bench.gpu import conformance, kernels, served
+from cierzo.bench.gpu.cases import SINGLE, formats_of
+from cierzo.bench.gpu.cells import Cells
+from cierzo.bench.gpu.timing import ceilings
+from cierzo.bench.kernel_cases import Model, Size
+from cierzo.kernels import registry
+from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.cuda.launch import device
+from cierzo.kernels.cuda.launch.kernel import running_on
+
+CPU = torch.device("cpu")
+TINY4 = Model(
+    name="tiny4", hidden=64, heads=2, vocab=160, mlp_width=32, query_rank=32, rank=32, rope=16, nope=16,
+    value_dim=16, experts=8, top_k=2, expert_width=32,
+)  # fmt: skip
+TINY3 = Model(name="tiny3", hidden=64, heads=4, vocab=160, mlp_width=96, kv_heads=2, head_dim=16)
+SIZES = (
+    Size(name="decode", sequences=2, rows_each=1, context=64),
+    Size(name="prefill", sequences=1, rows_each=20, context=32),
+)
+
+
+@pytest.fixture(autouse=True)
+def _gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not cuda_on_cpu.available():
+        pytest.skip("no g++ on Linux")
+    triton_interpreter.repair()
+    monkeypatch.setattr(device, "require", lambda: None)
+    with running_on(cuda_on_cpu.CpuBackend()):
+        registry.bind(KernelsConfig(), "cuda")
+        yield
+    registry.bind(KernelsConfig(), "cpu")
+
+
+@pytest.mark.parametrize("operation", SINGLE)
+def test_every_operation_conforms(operation: str) -> None:
+    seen = 0
+    for model in (TINY4, TINY3):
+        for size in SIZES:
+            for format in formats_of(operation):
+                found = conformance.check(operation, model, size, format, CPU, seed=3)
+                seen += found is not None
+    assert seen
+
+
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cierzo.kernels.triton import norm
+
+    right = norm.rms_norm
+    monkeypatch.setattr(norm, "rms_norm", lambda x, weight, eps: right(x, weight, eps) * 1.05)
+    with pytest.raises(conformance.Failed, match="deviates by"):
+        conformance.check("rms_norm", TINY4, SIZES[0], "bf16", CPU, seed=0)
+
+    def mixing(x: Any, weight: Any, eps: float) -> Any:
+        return right(x, weight, eps) + 1e-3 * len(x)
+
+    monkeypatch.setattr(norm, "rms_norm", mixing)
+    with pytest.raises(conformance.Failed, match="row 0 has other bits alone"):
+        conformance.check("rms_norm", TINY4, SIZES[0], "bf16", CPU, seed=0)
+
+
+def test_kernels_are_timed_beside_torch() -> None:
+    limits = ceilings(CPU)
+    found = kernels.measure("expert_mlp", TINY4, SIZES[0], "nvfp4", CPU, limits, 0)
+    assert found is not None
+    assert found["implementation"] == "triton"
+    assert found["us"] > 0
+    assert len(found["samples_us"]) > 1
+    dense = kernels.measure("linear", TINY4, SIZES[0], "fp8", CPU, limits, 0)
+    assert dense is not None
+    assert dense["torch"]["us"] > 0
+    assert kernels.measure("gqa_decode", TINY4, SIZES[0], "bf16", CPU, limits, 0) is None
+
+
+def test_cells_resume_and_a_failure_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = Cells(tmp_path / "cells.jsonl")
+    calls: list[str] = []
+
+    def fails() -> None:
+        calls.append("b")
+        raise RuntimeError("no room")
+
+    def tasks() -> Iterator[tuple[str, Any]]:
+        yield "a", lambda: calls.append("a") or {"us": 1.0, "gb_per_s": 1.0, "tflop_per_s": 0.0, "share": 0.5}
+        yield "b", fails
+        yield "c", lambda: calls.append("c")
+
+    assert command.run_part(cells, "part", tasks(), 10) == 1
+    assert calls == ["a", "b", "c"]
+    cells.path.write_text(cells.path.read_text() + '{"part": "part", "na')  # stopped within a line
+    again = Cells(cells.path)
+    assert command.run_part(again, "part", tasks(), 10) == 1
+    assert calls == ["a", "b", "c", "b"]  # what failed is tried again
+    assert command.run_part(Cells(cells.path), "other", tasks(), -1) == 0
+    assert "b  FAILED  RuntimeError: no room" in capsys.readouterr().out
+    assert [json.loads(line)["name"] for line in cells.path.read_text().splitlines() if line.endswith("}")]
+
+
+def test_kernels_need_no_package_of_ours_beside_torch() -> None:
+    code = (
+        "import sys\nfor name in ('msgspec', 'uvloop', 'safetensors', 'tqdm'): sys.modules[name] = None\n"
+        "import cierzo.bench.gpu.__main__, cierzo.bench.gpu.compiled"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert command.main([]) == 2
+    assert "torch finds no GPU here" in capsys.readouterr().err
+
+
+def test_a_model_of_random_weights_has_the_references_logits() -> None:
+    assert served.check_slice("small4", "nvfp4", CPU, "tiny")["deviation"] < served.TOLERANCE
