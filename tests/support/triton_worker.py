@@ -1,7 +1,7 @@
 """What tests ask of Triton's compiler, which is not there where its interpreter is: prints JSON.
 
-    triton_worker.py compile NAME...    each named configuration, compiled for sm_90
-    triton_worker.py bind               each configuration's difference from what Triton's launcher would compile
+triton_worker.py compile NAME...    each named configuration, compiled for sm_90
+triton_worker.py bind               each configuration's difference from what Triton's launcher would compile
 """
 
 from __future__ import annotations
