@@ -17,7 +17,7 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test lint mutants sanitize soak compat bench-offline bench-step bench-rpc peers clean again
+.PHONY: help venv demo serve test lint mutants sanitize soak compat bench-offline bench-step bench-rpc peers gpu gpu-bundle gpu-report clean again
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -100,6 +100,20 @@ peers: $(KERNELS) ## compare us with transformers, vLLM and llama.cpp (hours; PE
 	$(BIN)/python -m cierzo.bench.peers.environments $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install 'matplotlib>=3.8'  # the extra [bench]
 	$(BIN)/python -m cierzo.bench.peers $(PEERS)
+
+# On a machine with a GPU, which need not have anything of ours installed: torch, triton, cupy and numpy do; the parts
+# that serve a model also take what gpu-bundle fetched. GPU="--parts conformance" or any of its other options.
+BUNDLE = build/gpu-bundle
+gpu: ## check and measure kernels and models on this machine's GPU (by hand: half an hour; GPU=--help)
+	PYTHONPATH=src:$(BUNDLE) $(PYTHON) -m cierzo.bench.gpu $(GPU)
+
+gpu-bundle: ## fetch the wheels that make gpu wants beside torch, for a machine with GPU_PYTHON=3.12
+	$(PYTHON) -m pip install --quiet --target $(BUNDLE) --upgrade --only-binary=:all: --no-deps \
+	  --python-version $(or $(GPU_PYTHON),3.12) --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 \
+	  'msgspec>=0.19' 'uvloop>=0.21' 'tqdm>=4.66'
+
+gpu-report: $(KERNELS) ## compile every GPU kernel for H100, without one: registers, spills, instructions
+	$(BIN)/python -m cierzo.bench.gpu.compiled $(REPORT)
 
 clean: ## remove environments, builds and caches of tools
 	rm -rf kernels/cpu/_native*.so .venv .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

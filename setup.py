@@ -29,6 +29,7 @@ RUNTIME = [
 DEMO = ["gguf>=0.17"]
 CUDA = ["triton>=3.6"]  # the GPU kernels; torch for CUDA brings its own
 BENCH = ["matplotlib>=3.8"]  # the pictures of bench/peers
+CUDA = ["triton>=3.6", "cupy-cuda13x>=13.6"]  # what compiles and launches the kernels for GPUs
 TEST = [
     "setuptools>=77",
     "pytest>=8",
@@ -37,6 +38,8 @@ TEST = [
     "transformers>=5.23,<5.24",
     "accelerate>=1.0",  # transformers refuses gguf_file= without it
     "psutil>=6",
+    "triton==3.9.*",  # the kernels run in its interpreter, and are compiled by it, without a GPU
+    "nvidia-cuda-nvrtc==13.0.*",  # compiles CUDA C++ without a GPU
     "ruff>=0.9",
     "mypy>=1.14",
 ]
@@ -143,7 +146,7 @@ setup(
     packages=find_packages("src"),
     ext_modules=native_kernels(),
     cmdclass={"build_ext": BuildKernels},
-    package_data={"cierzo": ["py.typed"]},
+    package_data={"cierzo": ["py.typed"], "cierzo.kernels.cuda": ["*.cu", "*.cuh"]},
     install_requires=RUNTIME,
     extras_require={"cuda": CUDA, "demo": DEMO, "bench": BENCH, "test": DEMO + TEST},
     entry_points={"console_scripts": ["cierzo=cierzo.engine.cli:main"]},

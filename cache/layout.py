@@ -6,8 +6,8 @@ from typing import Literal
 
 import msgspec
 
-CacheDtype = Literal["bfloat16", "float32", "int8"]
-VALUE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4, "int8": 1}
+CacheDtype = Literal["bfloat16", "float32", "fp8", "int8"]
+VALUE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4, "fp8": 1, "int8": 1}
 SCALE_BYTES = 4  # int8: of each latent, rope key, key and value
 PLANNED_CONTEXTS = (4_096, 32_768, 262_144)  # tokens
 KIB = 1 << 10
@@ -20,7 +20,8 @@ class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         mla   latents [B, S, latent_values]   latent_values = R + P: normed latent, then rotated rope key
         gqa   keys, values [B, S, num_kv_heads, head_dim] each
 
-    At int8 the last axis is of bytes, with the scales behind the values: R + P + 8, head_dim + 4.
+    At fp8 values are e4m3 without a scale. At int8 the last axis is of bytes, with the scales behind the values:
+    R + P + 8, head_dim + 4.
     The fields of the other kind are 0.
     """
 

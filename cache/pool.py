@@ -12,7 +12,12 @@ from torch import Tensor
 from cierzo.cache.layout import CacheLayout
 
 # Of the pages. INT8 rows carry their scales, as bytes.
-DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.uint8}
+DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.uint8,
+}
 
 HUGE_PAGE_BYTES = 1 << 21
 _MADV_HUGEPAGE = 14

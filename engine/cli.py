@@ -58,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     _demo_command(_command(commands, "demo", _demo, "serve the demo model and ask it one question"))
     _make_command(_command(commands, "make-checkpoint", _make, "write a random checkpoint"))
     info = _command(commands, "info", _info, "describe a checkpoint")
-    info.add_argument("checkpoint", metavar="CHECKPOINT", help=f"folder in Hugging Face layout, or '{DEMO}'")
+    info.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help=f"folder in Hugging Face's or Mistral's layout, or '{DEMO}'"
+    )
     _bench_commands(_command(commands, "bench", None, "measure"))
     return parser
 
@@ -109,7 +111,9 @@ def _sampling(arguments: argparse.Namespace) -> SamplingParams:
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=f"folder in Hugging Face layout, or '{DEMO}'")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help=f"folder in Hugging Face's or Mistral's layout, or '{DEMO}'"
+    )
     add_options(parser, EngineOptions, skip=NOT_OF_THE_ENGINE)
 
 
@@ -198,6 +202,12 @@ def _make_command(parser: argparse.ArgumentParser) -> None:
         help="tiny: a few MB; mini: the benchmark checkpoint in proportion; full: true size; X: a factor in (0, 1]",
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="stored number format")
+    parser.add_argument(
+        "--checkpoint-format",
+        choices=("hf", "hf-fp8", "native", "native-fp8", "native-nvfp4"),
+        default="hf",
+        help="Hugging Face's or Mistral's own layout, and what is quantised",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
@@ -210,6 +220,7 @@ def _make(arguments: argparse.Namespace) -> int:
         like=arguments.like,
         scale=arguments.scale,
         dtype=arguments.dtype,
+        checkpoint_format=arguments.checkpoint_format,
         seed=arguments.seed,
         overwrite=arguments.overwrite,
         progress=True,

@@ -50,12 +50,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weights: Annotated[
         Literal["auto", "bf16", "fp8", "int8", "int4", "nvfp4"],
         Meta(
-            description="number format of the weights; auto: that of dtype. On a CPU bf16, int8, int4, nvfp4; on a GPU "
-            "bf16, fp8, nvfp4. lm_head keeps 8 bits at least"
+            description="number format of the weights; auto: that of dtype. On a CPU bf16, int8, int4, nvfp4; on "
+            "a GPU bf16, fp8, nvfp4. lm_head keeps 8 bits at least"
         ),
     ] = "auto"
     kv_dtype: Annotated[
-        Literal["auto", "int8"], Meta(description="number format of the KV cache; auto: that of dtype")
+        Literal["auto", "fp8", "int8"],
+        Meta(description="number format of the KV cache; auto: that of dtype; fp8 on GPUs, int8 on CPUs"),
     ] = "auto"
     threads: Annotated[Count | None, Meta(description="CPU threads of the core; default: all usable ones")] = None
     pin_threads: Annotated[bool, Meta(description="keep each of them on a CPU of its own")] = False
@@ -77,6 +78,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_chunk_tokens: Annotated[
         Count, Meta(description="tokens of one prompt in one step while others wait, at most")
     ] = 512
+    overlap: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(description="begin a step before the one before has ended; auto: where a GPU would wait otherwise"),
+    ] = "auto"
     max_running: Annotated[Count, Meta(description="sequences that run at once, at most")] = 256
     max_waiting: Annotated[Count, Meta(description="sequences that wait, at most; further ones are refused")] = 4096
     priority_aging_s: Annotated[
@@ -102,6 +107,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weights: str
     threads: int
     pin_threads: bool
+    overlap: bool
     runner: str
     model: ModelConfig
     layout: CacheLayout
@@ -124,6 +130,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"beside others, {self.scheduler.max_running:,} running, {self.scheduler.max_waiting:,} waiting",
             ),
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
+            ("steps", "overlapped" if self.overlap else "one by one"),
         ]
         lines = [f"{key:<14} {value}" for key, value in rows]
         return "\n".join([*lines, str(plan_capacity(self.layout, self.cache.num_blocks))])
@@ -142,7 +149,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
     if options.softmax_scale is not None:
         model = msgspec.structs.replace(model, softmax_scale_override=options.softmax_scale)
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    layout = model.cache_layout(options.block_tokens, dtype if options.kv_dtype == "auto" else options.kv_dtype)
+    layout = model.cache_layout(options.block_tokens, _kv_dtype(options, dtype))
     num_blocks, max_model_len = _kv_room(options, model, layout)
     return EngineConfig(
         checkpoint=str(path.resolve()),
@@ -152,6 +159,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
         weights=_weights(options, dtype),
         threads=options.threads or usable_cpus(),
         pin_threads=options.pin_threads,
+        overlap=options.device == "cuda" if options.overlap == "auto" else options.overlap == "on",
         runner=options.runner,
         model=model,
         layout=layout,
@@ -196,6 +204,24 @@ def _weights(options: EngineOptions, dtype: str) -> str:
             f"weights bf16 needs dtype bfloat16, got {dtype}", field="weights", limit="dtype bfloat16", value=dtype
         )
     return options.weights
+
+
+def _kv_dtype(options: EngineOptions, dtype: str) -> str:
+    """The cache's number format. Of those with a byte each kind of device has kernels for one: GPUs convert e4m3 in
+    one instruction, CPUs multiply int8. On a CPU the plain-torch reference, asked for by name, reads FP8 too."""
+    if options.kv_dtype == "auto":
+        return dtype
+    on_gpu = options.device == "cuda"
+    right = "fp8" if on_gpu else "int8"
+    if options.kv_dtype != right and (on_gpu or _kernels(options).instruction_set != "reference"):
+        where = "on a GPU" if on_gpu else "on a CPU"
+        raise ConfigError(
+            f"kv_dtype {options.kv_dtype} has no kernels {where}; {right} has, in the same space",
+            field="kv_dtype",
+            limit=right,
+            value=options.kv_dtype,
+        )
+    return options.kv_dtype
 
 
 def _require(settings: msgspec.Struct) -> None:

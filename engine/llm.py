@@ -241,7 +241,7 @@ class _Run:
             try:
                 while pending or self._live:
                     self._feed(pending)
-                    for delta in self._core.step_plain():
+                    for delta in self._core.step():
                         self._take(delta)
                         bar.update(len(delta.token_ids))
                         if delta.finish is not None:  # what it was allowed to say, and did not

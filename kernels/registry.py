@@ -79,26 +79,38 @@ def _triton(file: str, *operations: str) -> list[Implementation]:
     return [Implementation(name, "triton", f"{module}:{name}", ("cuda",), exact=True) for name in operations]
 
 
+def _cuda(file: str, *operations: str) -> list[Implementation]:
+    """CUDA C++ kernels (cuda/launch/<file>.py). `bind` refuses them where a GPU or CuPy is missing."""
+    module = f"cierzo.kernels.cuda.launch.{file}"
+    return [Implementation(name, "cuda", f"{module}:{name}", ("cuda",), exact=True) for name in operations]
+
+
 IMPLEMENTATIONS: list[Implementation] = [
     *_native("norm", "rms_norm", "add_rms_norm"),
     *_triton("norm", "rms_norm", "add_rms_norm"),
     *_torch("norm", "rms_norm", "add_rms_norm"),
     *_native("rope", "rope_tables", "apply_rope"),
+    *_triton("rope", "rope_tables", "apply_rope"),
     *_torch("rope", "rope_tables", "apply_rope", exact=True),
     *_native("linear", "linear", "lm_head", "gated_mlp"),
     *_triton("linear", "linear", "lm_head", "gated_mlp"),
     *_torch("linear", "linear", "lm_head", "gated_mlp"),
     *_native("moe", "route", "group_by_expert", "expert_mlp"),
     *_triton("moe", "expert_mlp"),
+    *_cuda("moe", "route", "group_by_expert"),
     *_torch("moe", "route", "expert_mlp"),
     *_torch("moe", "group_by_expert", exact=True),
     *_native("attention", "write_latents", "write_keys_values", "mla_decode", "gqa_decode"),
     *_native("attention", "write_normed_latents", "rotate_and_write_keys_values"),
+    *_triton("cache_write", "write_latents", "write_keys_values"),
+    *_triton("cache_write", "write_normed_latents", "rotate_and_write_keys_values"),
     *_torch("attention", "write_latents", "write_keys_values", "rotate_and_write_keys_values", exact=True),
     *_torch("attention", "write_normed_latents"),
     *_native("attention", "mla_prefill", "gqa_prefill"),
     *_native("attention", "mla_absorb", "mla_unabsorb"),
     *_triton("linear", "mla_absorb", "mla_unabsorb"),
+    *_triton("mla", "mla_decode", "mla_prefill"),
+    *_triton("gqa", "gqa_decode", "gqa_prefill"),
     *_torch("attention", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
     *_torch("attention", "gqa_prefill", "gqa_decode"),
     *_native("sampling", "apply_penalties", "peaks", "draw", "log_probabilities", "top_tokens"),
@@ -207,6 +219,8 @@ def bind(config: KernelsConfig, device: str) -> BoundTable:
             raise KernelChoiceError(f"unknown operation {name!r}; known: {', '.join(known)}")
     wanted = config.instruction_set
     chosen = tuple(_choose(name, config.implementations.get(name), device, wanted) for name in known)
+    if any(choice.name == "cuda" for choice in chosen):
+        importlib.import_module("cierzo.kernels.cuda.launch.device").require()
     callables = {choice.operation: choice.load() for choice in chosen}
     on_cpu = device.partition(":")[0] == "cpu"
     instruction_set, reason = _instruction_set(wanted) if on_cpu else ("reference", "")

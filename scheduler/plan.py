@@ -15,6 +15,7 @@ from cierzo.scheduler.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "failed"]
 RequestKey = tuple[int, int]  # (request id, sample index); one running sequence each
+PENDING = -1  # a token that a step in flight is about to choose: the runner knows it, and nobody else yet
 
 
 class Admission(msgspec.Struct, frozen=True, gc=False):
@@ -32,7 +33,7 @@ class SeqPlan(msgspec.Struct, frozen=True, gc=False):
     Computes `token_ids` at positions start .. start+len-1. Positions below `num_prompt_tokens` are computed in
     expanded form, the others in absorbed form (docs/architecture.md, "Exact"). `new_block_ids` are appended
     to the block table row `slot`; with an `admission` they replace the row. If `samples`, the last
-    token's logits give one new token, at position start+len.
+    token's logits give one new token, at position start+len. The last of `token_ids` may be PENDING.
     """
 
     key: RequestKey
@@ -47,11 +48,15 @@ class SeqPlan(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepPlan(msgspec.Struct, frozen=True, gc=False):
-    """What one step computes, in the order in which rows are laid out. Empty when there is nothing to do."""
+    """What one step computes, in the order in which rows are laid out. Empty when there is nothing to do.
+
+    ahead: some of its tokens are PENDING.
+    """
 
     step: int
     seqs: list[SeqPlan]
     num_tokens: int
+    ahead: bool = False
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -65,8 +65,10 @@ LEGAL_MOVES = {
 class Request:
     """A live sequence. Only the scheduler writes it; `blocks` belongs to the cache manager.
 
-    `tokens` are all known tokens, prompt first; the first `num_computed` of them are in the cache. Times are
-    readings of the scheduler's clock, in seconds.
+    `tokens` are all known tokens, prompt first; the first `num_computed` of them are in the cache. Steps in flight
+    will have computed `num_planned`, and will have chosen `num_pending` tokens more, 0 or 1. Between steps that run
+    one by one, num_planned is num_computed, and nothing is pending. Times are readings of the scheduler's clock, in
+    seconds.
     """
 
     key: RequestKey
@@ -79,6 +81,8 @@ class Request:
     arrived_at: float
     state: State = State.HELD
     num_computed: int = 0
+    num_planned: int = 0
+    num_pending: int = 0
     slot: int = -1
     epoch: int = -1
     num_cached_prompt_tokens: int = 0  # at the first admission

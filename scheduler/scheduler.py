@@ -11,6 +11,7 @@ from cierzo.cache.manager import KVCacheManager
 from cierzo.scheduler import policy
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.plan import (
+    PENDING,
     FinishReason,
     RequestKey,
     SeqPlan,
@@ -42,6 +43,9 @@ class Scheduler:
 
     A step computes, for each request in it, some of (known tokens - computed tokens): see `plan.py`. Calls come
     from one thread: `add` and `abort` at any moment, `schedule` and `commit` once per step, `take_deltas` after.
+    One more step may be scheduled before the one in flight is committed: it takes for granted that every sequence
+    goes on, and what it computes for one that does not is dropped. Memory that is freed meanwhile may be given away
+    at once, as a device runs its steps in order.
     """
 
     def __init__(
@@ -133,7 +137,10 @@ class Scheduler:
     # --- one step ----------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """The next step: tokens to decode first, then prompts that run, then prompts that wait."""
+        """The next step: tokens to decode first, then prompts that run, then prompts that wait.
+
+        Every plan is committed, in order.
+        """
         now = self._clock()
         self._expire(now)
         preemptions = self._num_preemptions
@@ -144,7 +151,8 @@ class Scheduler:
         if preemptions == self._num_preemptions:  # else there is no room, and the victims are first in line
             budget_tokens = self._admit(seqs, budget_tokens, now)
         self._num_steps += 1
-        return StepPlan(self._num_steps, seqs, self._config.budget_tokens - budget_tokens)
+        ahead = any(seq.token_ids[-1] == PENDING for seq in decodes.values())
+        return StepPlan(self._num_steps, seqs, self._config.budget_tokens - budget_tokens, ahead)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what a step produced. Results of sequences that ended or were preempted since are dropped.
@@ -176,10 +184,13 @@ class Scheduler:
             assert places == (request.state is State.WAITING, request.state is State.RUNNING), request
             if request.state is State.RUNNING:
                 assert request.num_computed < len(request.tokens) < request.stop.limit_tokens, request
-                assert request.num_computed <= request.blocks.capacity_tokens, request
+                assert request.num_computed <= request.num_planned <= request.blocks.capacity_tokens, request
+                assert request.num_planned < len(request.tokens) + request.num_pending, request
+                assert 0 <= request.num_pending <= 2, request
             else:
                 assert not request.blocks.block_ids, request
                 assert (request.num_computed, request.slot) == (0, -1), request
+                assert (request.num_planned, request.num_pending) == (0, 0), request
         assert len(live) == len(self._running) + len(self._waiting) + len(self._gate), live
         slots = [*self._free_slots, *(request.slot for request in self._running.values())]
         assert sorted(slots) == list(range(self._config.max_running)), f"slots {slots}"
@@ -231,15 +242,19 @@ class Scheduler:
     def _plan_decodes(self) -> tuple[dict[RequestKey, SeqPlan], list[Request]]:
         """Plans of all running sequences that lack one token, and the others: both in admission order.
 
-        `max_running` is at most the budget, so that these always fit in it.
+        `max_running` is at most the budget, so that these always fit in it. A sequence that a step in flight is
+        sure to end is in neither.
         """
         plans: dict[RequestKey, SeqPlan] = {}
         others: list[Request] = []
         for request in [*self._running.values()]:
             if request.state is not State.RUNNING:
                 continue  # preempted by one before it
-            start, tokens, blocks = request.num_computed, request.tokens, request.blocks
-            if len(tokens) - start != 1:
+            start, tokens, blocks = request.num_planned, request.tokens, request.blocks
+            num_tokens = len(tokens) + request.num_pending
+            if num_tokens >= request.stop.limit_tokens:
+                continue
+            if num_tokens - start != 1:
                 others.append(request)
                 continue
             new_block_ids: list[int] = []
@@ -249,12 +264,14 @@ class Scheduler:
                     continue
                 new_block_ids = grown
             key = request.key
+            request.num_planned += 1
+            request.num_pending += 1
             plans[key] = SeqPlan(
                 key,
                 request.slot,
                 request.epoch,
                 start,
-                [tokens[start]],
+                [tokens[start] if start < len(tokens) else PENDING],
                 request.num_prompt_tokens,
                 new_block_ids,
                 True,
@@ -285,10 +302,13 @@ class Scheduler:
         self, request: Request, seqs: list[SeqPlan], budget_tokens: int, block_ids: list[int], *, admitted: bool
     ) -> int:
         """Append the next chunk of a prompt (or of what a preemption lost): its number of tokens."""
-        start, num_tokens = request.num_computed, len(request.tokens)
+        start, num_tokens = request.num_planned, len(request.tokens)
         contended = len(self._running) + len(self._waiting) > 1
         max_chunk_tokens = self._config.max_chunk_tokens
         count = policy.chunk_tokens(num_tokens - start, budget_tokens, max_chunk_tokens, contended)
+        samples = start + count == num_tokens
+        request.num_planned += count
+        request.num_pending += samples
         seqs.append(
             SeqPlan(
                 key=request.key,
@@ -298,7 +318,7 @@ class Scheduler:
                 token_ids=request.tokens[start : start + count],
                 num_prompt_tokens=request.num_prompt_tokens,
                 new_block_ids=block_ids,
-                samples=start + count == num_tokens,
+                samples=samples,
                 admission=request.admission() if admitted else None,
             )
         )
@@ -332,7 +352,7 @@ class Scheduler:
         request.move(State.RUNNING)
         request.slot = self._free_slots.pop()
         request.epoch = self._num_epochs  # never given twice: a late result cannot meet a later run
-        request.num_computed = cached_tokens
+        request.num_computed = request.num_planned = cached_tokens
         self._num_epochs += 1
         self._running[request.key] = request
         if request.admitted_at is None:
@@ -347,6 +367,7 @@ class Scheduler:
         """Take in sampled tokens up to the one that ends the sequence, and report them."""
         if request.first_token_at is None:
             self._first_token(request, now)
+        request.num_pending -= 1
         tokens, check = request.tokens, request.stop.check
         for count, token_id in enumerate(new, 1):
             tokens.append(token_id)
@@ -381,7 +402,7 @@ class Scheduler:
         del self._running[request.key]
         self._free_slots.append(request.slot)
         request.slot = -1
-        request.num_computed = 0
+        request.num_computed = request.num_planned = request.num_pending = 0
         self._cache.free(request.blocks)
 
     def _finish(

@@ -50,7 +50,9 @@ def conformance_tasks(device: torch.device) -> Iterator[Task]:
                 for format in formats_of(operation):
                     name = f"{operation}, {model.name}, {size.name}, {format}"
 
-                    def run(operation: str = operation, model: Model = model, size: Size = size, format: str = format) -> Any:
+                    def run(
+                        operation: str = operation, model: Model = model, size: Size = size, format: str = format
+                    ) -> Any:
                         found = conformance.check(operation, model, size, format, device, seed)
                         return None if found is None else found | {"seed": seed}
 
@@ -65,7 +67,9 @@ def kernel_tasks(device: torch.device, limits: dict[str, float]) -> Iterator[Tas
                 for format in formats_of(operation):
                     name = f"{operation}, {model.name}, {size.name}, {format}"
 
-                    def run(operation: str = operation, model: Model = model, size: Size = size, format: str = format) -> Any:
+                    def run(
+                        operation: str = operation, model: Model = model, size: Size = size, format: str = format
+                    ) -> Any:
                         return kernels.measure(operation, model, size, format, device, limits)
 
                     yield name, run

@@ -27,6 +27,7 @@ from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.weights.matrices import DeviceMatrices
+from cierzo.engine.weights.quantised import Parameter
 from cierzo.engine.weights.shapes import shape_of
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import make_pool, make_runner
@@ -50,9 +51,9 @@ class RandomMatrices(DeviceMatrices):
     """Matrices made where they run. Experts of a quantised matrix repeat one that was quantised: every byte is read
     from its own place, and making them takes no room to speak of."""
 
-    def tensor(self, stored: Tensor) -> Tensor:
+    def tensor(self, stored: Parameter) -> Tensor:
         """Norms of ones; the embedding, random."""
-        if stored.dim() == 1:
+        if len(stored.shape) == 1:
             return torch.ones(stored.shape, dtype=stored.dtype, device=self._device)
         return self._random(stored.shape, stored.dtype)
 
@@ -60,7 +61,7 @@ class RandomMatrices(DeviceMatrices):
         self,
         key: str,
         shape: tuple[int, ...],
-        make: Callable[[], Tensor],
+        make: Callable[[], Parameter],
         *,
         paired: bool = False,
         role: Any = "linear",
@@ -166,7 +167,7 @@ def run_load(core: EngineCore, concurrent: int, requests: int) -> dict[str, Any]
     for _ in range(concurrent):
         send()
     while core.has_work():
-        for delta in core.step_plain():
+        for delta in core.step():
             now = time.perf_counter()
             times.setdefault(delta.request_id, []).extend([now] * len(delta.token_ids))
             if delta.finish is None:

@@ -1,8 +1,9 @@
 """config.json -> `ModelConfig`: every hyperparameter that the models read, and an error for what they cannot do.
 
 Knows transformers' `mistral4`, `mistral` and `llama`, and `mistral3`, which wraps one of the first two as its
-`text_config`. A field that would change the arithmetic and is missing, malformed or unsupported is a
-CheckpointError that names it; fields that have no bearing on inference are ignored. No torch here.
+`text_config`; params.json, where a folder has that instead, is read by `params_json`. A field that would change
+the arithmetic and is missing, malformed or unsupported is a CheckpointError that names it; fields that have no
+bearing on inference are ignored. No torch here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import msgspec
 from cierzo.cache.layout import CacheDtype, CacheLayout
 from cierzo.engine.model.fields import Fields, read_json
 from cierzo.engine.model.rope_config import RopeConfig, read_rope
+from cierzo.engine.weights.layout import PARAMS_NAME, find_format
 
 LATENT_NORM_EPS = 1e-6  # transformers' Mistral4 builds its two latent norms with this, whatever rms_norm_eps says
 
@@ -116,23 +118,30 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """Read `path`/config.json, and the end-of-text ids of `path`/generation_config.json where there is one."""
-    outer = Fields(read_json(path / "config.json"))
-    outer.only("quantization_config", (None,), default=None)
+    """Read `path`/config.json, or params.json where that is the layout of the folder (`find_layout`), and the
+    end-of-text ids of `path`/generation_config.json where there is one. A quantisation that cannot be loaded is
+    refused here already."""
+    if find_format(path).layout == "native":
+        from cierzo.engine.model.params_json import read_params  # needs this module's classes
+
+        config = read_params(Fields(read_json(path / PARAMS_NAME), file=PARAMS_NAME))
+    else:
+        config = _read_config(Fields(read_json(path / "config.json")))
+    eos = (*config.eos_token_ids, *_generation_eos(path))
+    return msgspec.structs.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
+
+
+def _read_config(outer: Fields) -> ModelConfig:
     fields = outer
     if outer.string("model_type") == "mistral3":
         fields = outer.section("text_config")
         fields.inherit(outer, "tie_word_embeddings", "bos_token_id", "eos_token_id")
-        fields.only("quantization_config", (None,), default=None)
     architecture = fields.string("model_type")
     if architecture == "mistral4":
-        config = _mistral4(fields)
-    elif architecture in ("mistral", "llama"):
-        config = _dense(fields, architecture)
-    else:
-        raise fields.error("model_type", architecture, "mistral4, mistral, llama, or mistral3 around one of them")
-    eos = (*config.eos_token_ids, *_generation_eos(path))
-    return msgspec.structs.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
+        return _mistral4(fields)
+    if architecture in ("mistral", "llama"):
+        return _dense(fields, architecture)
+    raise fields.error("model_type", architecture, "mistral4, mistral, llama, or mistral3 around one of them")
 
 
 def _mistral4(fields: Fields) -> ModelConfig:
@@ -170,17 +179,24 @@ def _moe(fields: Fields) -> MoeConfig:
         renormalise=fields.boolean("norm_topk_prob"),
         routed_scale=fields.number("routed_scaling_factor"),
     )
+    check_groups(fields, moe, ("n_routed_experts", "n_group", "topk_group"))
+    return moe
+
+
+def check_groups(fields: Fields, moe: MoeConfig, names: tuple[str, str, str]) -> None:
+    """Raise CheckpointError where the chosen experts cannot be chosen. names: those of the file's fields that
+    number experts, groups and the groups chosen."""
+    experts, groups, top_groups = names
     if moe.num_experts % moe.num_groups:
-        raise fields.error("n_group", moe.num_groups, f"a divisor of n_routed_experts {moe.num_experts}")
+        raise fields.error(groups, moe.num_groups, f"a divisor of {experts} {moe.num_experts}")
     group_experts = moe.num_experts // moe.num_groups
     if moe.num_groups > 1 and group_experts < 2:  # a group is ranked by its two best experts
-        raise fields.error("n_group", moe.num_groups, "groups of at least two experts")
+        raise fields.error(groups, moe.num_groups, "groups of at least two experts")
     if moe.top_groups > moe.num_groups:
-        raise fields.error("topk_group", moe.top_groups, f"at most n_group {moe.num_groups}")
+        raise fields.error(top_groups, moe.top_groups, f"at most {groups} {moe.num_groups}")
     if moe.experts_per_token > moe.top_groups * group_experts:
-        limit = f"at most {moe.top_groups * group_experts}, the experts in topk_group groups"
+        limit = f"at most {moe.top_groups * group_experts}, the experts in {top_groups} groups"
         raise fields.error("num_experts_per_tok", moe.experts_per_token, limit)
-    return moe
 
 
 def _dense(fields: Fields, architecture: str) -> ModelConfig:

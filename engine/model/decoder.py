@@ -15,6 +15,7 @@ from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.layers import Parameters, PositionTables, Shard
 from cierzo.engine.weights.loader import ParameterSpec
+from cierzo.engine.weights.quantised import as_tensor
 from cierzo.kernels.ops import block
 from cierzo.kernels.ops.block import DecoderWeights, GqaWeights, Half, MlaWeights, MlpWeights, MoeWeights
 
@@ -63,7 +64,9 @@ class Decoder:
         self.final_norm = parameters["model.norm.weight"]
         if config.tie_word_embeddings:
             rows = shard.width(config.vocab_size, "vocab_size")
-            tied = parameters.stored("model.embed_tokens.weight")[shard.rank * rows : (shard.rank + 1) * rows]
+            tied = as_tensor(parameters.stored("model.embed_tokens.weight"))[
+                shard.rank * rows : (shard.rank + 1) * rows
+            ]
             self.head = parameters.derived("lm_head", tuple(tied.shape), lambda: tied, role="head")
         else:
             self.head = parameters.matrix("lm_head.weight", role="head")

@@ -18,6 +18,7 @@ from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.weights.loader import ParameterSpec
+from cierzo.engine.weights.quantised import Parameter, above_each_other, as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops import rope
 from cierzo.kernels.ops.block import MlpWeights, StepRows
@@ -50,7 +51,7 @@ class Shard:
 class MatrixSource(Protocol):
     """Gives a model its matrices, in whatever form the kernels want them, and its other tensors, where they run."""
 
-    def tensor(self, stored: Tensor) -> Tensor:
+    def tensor(self, stored: Parameter) -> Tensor:
         """A parameter that nothing is multiplied with: norms, the embedding."""
         ...
 
@@ -58,7 +59,7 @@ class MatrixSource(Protocol):
         self,
         key: str,
         shape: tuple[int, ...],
-        make: Callable[[], Tensor],
+        make: Callable[[], Parameter],
         *,
         paired: bool = False,
         role: MatrixRole = "linear",
@@ -73,49 +74,50 @@ class PlainMatrices:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
 
-    def tensor(self, stored: Tensor) -> Tensor:
+    def tensor(self, stored: Parameter) -> Tensor:
         """The tensor itself, on the device."""
-        return stored.to(self._device)
+        return as_tensor(stored).to(self._device)
 
     def matrix(
         self,
         key: str,
         shape: tuple[int, ...],
-        make: Callable[[], Tensor],
+        make: Callable[[], Parameter],
         *,
         paired: bool = False,
         role: MatrixRole = "linear",
     ) -> Matrix:
-        """The tensor itself, on the device."""
-        return make().to(self._device)
+        """The tensor itself, on the device; of a quantised one, its values."""
+        return as_tensor(make()).to(self._device)
 
 
 class Parameters:
     """A layer's view of the model's parameters: `Parameters(all, matrices, "layers.3.")["mlp.gate.weight"]`."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], matrices: MatrixSource, prefix: str = "") -> None:
-        self._tensors = tensors
+    def __init__(self, parameters: Mapping[str, Parameter], matrices: MatrixSource, prefix: str = "") -> None:
+        self._parameters = parameters
         self._matrices = matrices
         self._prefix = prefix
 
     def __getitem__(self, name: str) -> Tensor:
+        """The values of one that is used as it is, where the model runs; a quantised one's are computed anew."""
         return self._matrices.tensor(self.stored(name))
 
-    def stored(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Parameter:
         """A parameter as it was loaded, on the host: a matrix is carried nowhere before its format is known."""
-        return self._tensors[self._prefix + name]
+        return self._parameters[self._prefix + name]
 
     def within(self, prefix: str) -> Parameters:
         """The view one level down."""
-        return Parameters(self._tensors, self._matrices, self._prefix + prefix)
+        return Parameters(self._parameters, self._matrices, self._prefix + prefix)
 
     def matrix(self, *names: str, paired: bool = False, role: MatrixRole = "linear") -> Matrix:
         """The named parameters, one above the other along their rows."""
         parts = [self.stored(name) for name in names]
         rows = sum(part.shape[-2] for part in parts)
 
-        def make() -> Tensor:
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+        def make() -> Parameter:
+            return above_each_other(parts)
 
         shape = (*parts[0].shape[:-2], rows, parts[0].shape[-1])
         return self.derived(" + ".join(names), shape, make, paired=paired, role=role)
@@ -124,7 +126,7 @@ class Parameters:
         self,
         key: str,
         shape: tuple[int, ...],
-        make: Callable[[], Tensor],
+        make: Callable[[], Parameter],
         *,
         paired: bool = False,
         role: MatrixRole = "linear",

@@ -29,8 +29,10 @@ class GroupedQueryAttention:
             gqa.num_kv_heads * gqa.head_dim,
         )
         return {
-            f"{prefix}q_proj.weight": ParameterSpec((width, hidden), shard_axis=0),
-            f"{prefix}k_proj.weight": ParameterSpec((kv_width, hidden), shard_axis=0),
+            f"{prefix}q_proj.weight": ParameterSpec((width, hidden), shard_axis=0, rotated_heads=config.num_heads),
+            f"{prefix}k_proj.weight": ParameterSpec(
+                (kv_width, hidden), shard_axis=0, rotated_heads=gqa.num_kv_heads
+            ),
             f"{prefix}v_proj.weight": ParameterSpec((kv_width, hidden), shard_axis=0),
             f"{prefix}o_proj.weight": ParameterSpec((hidden, width), shard_axis=1),
         }

@@ -14,6 +14,7 @@ from torch import Tensor
 from cierzo.engine.model.config import LATENT_NORM_EPS, MlaConfig, ModelConfig
 from cierzo.engine.model.layers import Parameters, Shard
 from cierzo.engine.weights.loader import ParameterSpec
+from cierzo.engine.weights.quantised import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.block import MlaWeights
 
@@ -54,11 +55,16 @@ class MultiHeadLatentAttention:
         heads = shard.width(config.num_heads, "num_attention_heads")
         nope, value, rank = mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank
         latent = mla.q_lora_rank is not None
-        by_head = parameters.stored("kv_b_proj.weight").view(heads, nope + value, rank)
-        w_uk, w_uv = by_head.split((nope, value), dim=1)
 
-        def part(name: str, tensor: Tensor) -> Matrix:
-            return parameters.derived(name, tuple(tensor.shape), tensor.contiguous, role="latent")
+        def part(name: str, begin: int, width: int, transposed: bool = False) -> Matrix:
+            def make() -> Tensor:
+                by_head = as_tensor(parameters.stored("kv_b_proj.weight")).view(heads, nope + value, rank)[
+                    :, begin : begin + width
+                ]
+                return (by_head.transpose(1, 2) if transposed else by_head).contiguous()
+
+            shape = (heads, rank, width) if transposed else (heads, width, rank)
+            return parameters.derived(name, shape, make, role="latent")
 
         return cls(
             MlaWeights(
@@ -69,9 +75,9 @@ class MultiHeadLatentAttention:
                 query_norm=parameters["q_a_layernorm.weight"] if latent else None,
                 query_up=parameters.matrix("q_b_proj.weight") if latent else None,
                 kv_norm=parameters["kv_a_layernorm.weight"],
-                w_uk=part("w_uk", w_uk),
-                w_uk_t=part("w_uk_t", w_uk.transpose(1, 2)),
-                w_uv=part("w_uv", w_uv),
+                w_uk=part("w_uk", 0, nope),
+                w_uk_t=part("w_uk_t", 0, nope, transposed=True),
+                w_uv=part("w_uv", nope, value),
                 output=parameters.matrix("o_proj.weight"),
                 eps=config.rms_norm_eps,
                 latent_eps=LATENT_NORM_EPS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -13,6 +14,7 @@ from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.layers import AllReduce, MatrixSource, Parameters, PlainMatrices, Shard
 from cierzo.engine.weights.loader import ParameterSpec
+from cierzo.engine.weights.quantised import Parameter
 
 ARCHITECTURES: dict[str, ModuleType] = {"mistral4": mistral4, "mistral": mistral, "llama": mistral}
 
@@ -24,7 +26,7 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
 
 def build_model(
     config: ModelConfig,
-    parameters: dict[str, Tensor],
+    parameters: Mapping[str, Parameter],
     *,
     device: torch.device | str,
     dtype: torch.dtype,
@@ -37,8 +39,8 @@ def build_model(
 
     device: where the model runs; `matrices` carries the parameters there, in the form that the kernels want: by
     default as they are. `all_reduce` sums a [T,D] tensor over all ranks; needed from world 2 on. The operations
-    must be bound (kernels.registry.bind) before the model runs. Raises CheckpointError for a parameter that is missing,
-    left over, of the wrong shape or dtype.
+    must be bound (kernels.registry.bind) before the model runs. Raises CheckpointError for a parameter that is
+    missing, left over, of the wrong shape or dtype.
     """
     if all_reduce is None:
         if world > 1:
@@ -58,7 +60,7 @@ def _alone(partial: Tensor) -> Tensor:
 
 
 def _check(
-    parameters: dict[str, Tensor], specs: dict[str, ParameterSpec], shard: Shard, dtype: torch.dtype
+    parameters: Mapping[str, Parameter], specs: dict[str, ParameterSpec], shard: Shard, dtype: torch.dtype
 ) -> None:
     for name in [*(specs.keys() - parameters.keys()), *(parameters.keys() - specs.keys())]:
         raise CheckpointError(f"parameter {name} is {'missing' if name in specs else 'left over'}", field=name)

@@ -60,8 +60,12 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise CheckpointError(f"{target} exists already, and is not to be overwritten", field="path", value=target)
     # Overwriting removes a whole folder: refuse to do that to anything but an earlier checkpoint.
-    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
+    if not target.is_dir() or (any(target.iterdir()) and not _is_checkpoint(target)):
         raise CheckpointError(f"{target} is not a checkpoint: not overwritten", field="path", value=target)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "params.json"))
 
 
 def _prefix(target: Path) -> str:

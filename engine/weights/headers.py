@@ -1,4 +1,4 @@
-"""What the files of a Hugging Face-layout checkpoint hold, read from their headers alone: no torch, no tensor data.
+"""What the files of a checkpoint folder hold, read from their headers alone: no torch, no tensor data.
 
 A safetensors file is: 8 bytes little-endian header length; a JSON header
 {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}; the data, which the offsets count
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.model.fields import read_json
+from cierzo.engine.weights.layout import PARAMS_NAME, CheckpointFormat, find_format
 
 DTYPE_BITS: Mapping[str, int] = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
@@ -22,7 +24,7 @@ DTYPE_BITS: Mapping[str, int] = {
 }  # fmt: skip
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
-INDEX_NAME = "model.safetensors.index.json"
+INDEX_NAME = "model.safetensors.index.json"  # of Hugging Face's layout
 SINGLE_NAME = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
@@ -42,60 +44,29 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises CheckpointError naming the file if it is missing, unreadable or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing", field=path.name) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", field=path.name) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object", field=path.name)
-    return value
-
-
-def read_checkpoint_headers(folder: Path) -> dict[str, TensorInfo]:
-    """All tensors of a checkpoint folder, by name, in the order of the shards.
+def read_checkpoint_headers(folder: Path) -> tuple[CheckpointFormat, dict[str, TensorInfo]]:
+    """A checkpoint folder's format, and all its tensors by name, in the order of the shards.
 
     Every shard's length is compared with its header, so that nothing mapped later can lie beyond the file's end.
 
-    Raises CheckpointError naming the file or the tensor: folder, config.json, index or shard missing; shard
+    Raises CheckpointError naming the file or the tensor: folder, config, index or shard missing; shard
     truncated or malformed; a tensor that the index places in a shard that lacks it, that a shard holds and the
-    index does not name, or that two shards hold; a quantised checkpoint.
+    index does not name, or that two shards hold; a quantisation that is unknown, or not declared.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: a checkpoint is a folder with config.json", value=folder)
-    check_not_quantised(folder)
-    placed = _read_index(folder)
-    if placed is None:
-        tensors = read_shard_header(folder / SINGLE_NAME)
-    else:
-        tensors = _read_shards(folder, placed)
+    format = find_format(folder)
+    placed = _read_index(folder, format)
+    tensors = read_shard_header(placed) if isinstance(placed, Path) else _read_shards(folder, placed)
     for info in tensors.values():
-        if info.dtype.startswith(("F8", "F4")):
+        if format.scheme == "plain" and info.dtype.startswith(("F8", "F4")):
             raise CheckpointError(
-                f"tensor {info.name} is {info.dtype}: quantised checkpoints are not supported yet",
+                f"tensor {info.name} is {info.dtype}, but {format.config_name} declares no quantisation",
                 field=info.name,
+                limit=", ".join(FLOAT_DTYPES),
                 value=info.dtype,
             )
-    return tensors
-
-
-def check_not_quantised(folder: Path) -> None:
-    """Raise CheckpointError if the folder has no config.json, or one that says the weights are quantised."""
-    config = read_json(folder / "config.json")
-    inner = config.get("text_config")
-    for section in (config, inner if isinstance(inner, dict) else {}):
-        quantisation = section.get("quantization_config")
-        if quantisation:
-            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-            raise CheckpointError(
-                f"{folder / 'config.json'}: quantization_config ({method}): quantised checkpoints are not"
-                " supported yet",
-                field="quantization_config",
-                value=method,
-            )
+    return format, tensors
 
 
 def read_shard_header(path: Path) -> dict[str, TensorInfo]:
@@ -155,17 +126,21 @@ def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> dict[s
     return {info.name: info for _, _, info in spans}
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> shard file name as the index says it; None for a checkpoint of one unsharded file."""
-    index_path, single_path = folder / INDEX_NAME, folder / SINGLE_NAME
+def _read_index(folder: Path, format: CheckpointFormat) -> dict[str, str] | Path:
+    """Tensor name -> shard file name as the index says it; the file alone for a checkpoint of one file."""
+    index_path = folder / f"{format.stem}.safetensors.index.json"
+    single_path = folder / f"{format.stem}.safetensors"
     if not index_path.exists():
         if single_path.exists():
-            return None
-        others = sorted(path.name for pattern in _OTHER_FORMATS for path in folder.glob(pattern))
-        hint = f" ({others[0]} is of a format that is not supported yet)" if others else ""
-        raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}{hint}", field=INDEX_NAME)
+            return single_path
+        patterns = (_OTHER_FORMATS[format.layout], *_UNREADABLE)
+        others = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+        missing = f"{folder} holds neither {index_path.name} nor {single_path.name}"
+        raise CheckpointError(missing + _hint(others), field=index_path.name)
     if single_path.exists():
-        raise CheckpointError(f"{folder} holds both {INDEX_NAME} and {SINGLE_NAME}", field=INDEX_NAME)
+        raise CheckpointError(
+            f"{folder} holds both {index_path.name} and {single_path.name}", field=index_path.name
+        )
     placed = read_json(index_path).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{index_path}: weight_map is missing or empty", field="weight_map")
@@ -175,7 +150,18 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return placed
 
 
-_OTHER_FORMATS = ("consolidated*.safetensors", "pytorch_model*.bin", "*.gguf")
+_OTHER_FORMATS = {"hf": "consolidated*.safetensors", "native": "model*.safetensors"}
+_UNREADABLE = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")
+
+
+def _hint(others: list[str]) -> str:
+    """What the folder holds instead, and what that lacks."""
+    if not others:
+        return ""
+    if others[0].endswith(".safetensors"):
+        config = PARAMS_NAME if others[0].startswith("consolidated") else "config.json"
+        return f" ({others[0]} would need {config} beside it)"
+    return f" ({others[0]} is of a format that is not supported)"
 
 
 def _read_shards(folder: Path, placed: dict[str, str]) -> dict[str, TensorInfo]:

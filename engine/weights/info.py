@@ -10,7 +10,8 @@ import msgspec
 
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, read_model_config
 from cierzo.engine.weights.headers import TensorInfo, read_checkpoint_headers
-from cierzo.engine.weights.names import map_names
+from cierzo.engine.weights.layout import CheckpointFormat
+from cierzo.engine.weights.names import PACKED, map_names
 
 # The first that a parameter's name contains is its component.
 _COMPONENTS = (
@@ -40,6 +41,7 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
     """A checkpoint's architecture and sizes; `str()` is what `cierzo info` prints."""
 
     folder: str
+    format: str
     model: ModelConfig
     components: tuple[ComponentSize, ...]
     dtypes: tuple[str, ...]
@@ -64,7 +66,7 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
         return sum(component.num_bytes for component in self.components)
 
     def __str__(self) -> str:
-        rows = [*_model_rows(self.model), *self._size_rows()]
+        rows = [("format", self.format), *_model_rows(self.model), *self._size_rows()]
         return "\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in rows)
 
     def _size_rows(self) -> Iterable[tuple[str, str]]:
@@ -86,13 +88,14 @@ def describe(path: Path | str) -> CheckpointInfo:
     the architecture (loading does that).
     """
     folder = Path(path)
-    tensors = read_checkpoint_headers(folder)
+    format, tensors = read_checkpoint_headers(folder)
     model = read_model_config(folder)
     layout = model.cache_layout(block_tokens=1, dtype="bfloat16")
     return CheckpointInfo(
         folder=str(folder),
+        format=str(format),
         model=model,
-        components=_components(tensors, model),
+        components=_components(tensors, format, model),
         dtypes=tuple(sorted({info.dtype for info in tensors.values()})),
         num_tensors=len(tensors),
         num_shards=len({info.file for info in tensors.values()}),
@@ -101,14 +104,23 @@ def describe(path: Path | str) -> CheckpointInfo:
     )
 
 
-def _components(tensors: dict[str, TensorInfo], model: ModelConfig) -> tuple[ComponentSize, ...]:
-    vision = set(map_names(tensors).vision)
+def _components(
+    tensors: dict[str, TensorInfo], format: CheckpointFormat, model: ModelConfig
+) -> tuple[ComponentSize, ...]:
+    """Scales of quantised matrices count as bytes of their component, not as parameters."""
+    mapped = map_names(tensors, format)
+    vision = set(mapped.vision)
+    scales = {scale: owner for owner, roles in mapped.companions.items() for scale in roles.values()}
+    plain = {tensor: name for name, tensor in mapped.whole.items()}
+    plain |= {tensor: name for name, parts in mapped.experts.items() for tensor in parts.values()}
     parameters: Counter[str] = Counter()
     num_bytes: Counter[str] = Counter()
     for name, info in tensors.items():
-        component = "vision" if name in vision else _component(name)
-        parameters[component] += info.num_elements
+        owner = scales.get(name, name)
+        component = "vision" if name in vision else _component(plain.get(owner, owner))
         num_bytes[component] += info.num_bytes
+        if name not in scales:  # two codes of 4 bits are stored as one byte
+            parameters[component] += info.num_elements * (2 if name.endswith(PACKED) else 1)
     order = ["embedding", *(name for _, name in _COMPONENTS[3:]), "norms", "output head", "vision", "other"]
     return tuple(
         ComponentSize(name, parameters[name], _active(name, parameters, model), num_bytes[name])

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.weights.headers import FLOAT_DTYPES, TensorInfo
+from cierzo.engine.weights.headers import TensorInfo
 from cierzo.engine.weights.names import NameMap, map_names
+from cierzo.engine.weights.quantised import Parameter
 from cierzo.engine.weights.reader import CheckpointReader, Range
+from cierzo.engine.weights.stored import check_matrix, check_plain, is_stored, read_stored
 
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-Parts = Mapping[tuple[int, int], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,15 @@ class ParameterSpec:
         so that a rank gets its slice of the gate and its slice of the up projection, in this order).
     twin: a parameter that is this one by definition (the head, where embeddings are tied). Checkpoints rarely store
         it; one that does must store the same values.
+    rotated_heads: how many heads the rows consist of whose values the rotary embedding pairs as (i, i + d/2).
+        Mistral-native checkpoints store such rows in the order of pairs (2i, 2i+1), and are brought into this one.
     """
 
     shape: tuple[int, ...]
     shard_axis: int | None = None
     sections: int = 1
     twin: str | None = None
+    rotated_heads: int | None = None
 
 
 def load_parameters(
@@ -47,34 +51,36 @@ def load_parameters(
     rank: int = 0,
     world: int = 1,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Parameter]:
     """Load every parameter in `specs`, this rank's slice of it, as `dtype` on `device`.
 
-    Names are the text-only spelling (`model.layers.0...`, `lm_head.weight`), whatever prefix the checkpoint uses;
-    experts stored one by one are stacked into `experts.gate_up_proj` and `experts.down_proj`. Vision tensors are
-    skipped, and their number is logged. Only this rank's slices are read. On the CPU a tensor whose dtype agrees
-    aliases the mapped file, so that loading costs nothing until it is touched: parameters must not be written to.
+    Names are the text-only spelling (`model.layers.0...`, `lm_head.weight`), whatever the checkpoint's is. Vision
+    tensors and scales of activations are skipped, and their numbers are logged. Only this rank's slices are read.
+    A parameter that is quantised, stored expert by expert or in another order is a StoredParameter, whose values
+    are computed when it is packed. On the CPU any other whose dtype agrees aliases the mapped file, so that loading
+    costs nothing until it is touched: parameters must not be written to.
 
     progress: called with (bytes done, bytes in all) after each parameter.
     Raises CheckpointError naming the tensor, and what was expected and found, when one is missing, left over, of
-    another shape or of no floating-point dtype, or differs from its twin; ValueError when a shape does not divide
+    another shape or of no dtype that fits, or differs from its twin; ValueError when a shape does not divide
     among `world` ranks.
     """
-    mapped = map_names(reader.tensors)
+    mapped = map_names(reader.tensors, reader.format)
     _check_complete(reader.tensors, specs, mapped)
     _check_twins(reader, specs, mapped)
-    if mapped.vision:
-        _log.info("%s: %d vision tensors skipped: text only", reader.folder, len(mapped.vision))
+    _log_skipped(reader, mapped)
     total_bytes = sum(_stored_bytes(reader, name, mapped) for name in specs)
     done_bytes = 0
-    parameters: dict[str, Tensor] = {}
+    parameters: dict[str, Parameter] = {}
     for name, spec in specs.items():
         ranges = rank_ranges(spec, rank, world)
-        if name in mapped.whole:
+        if is_stored(reader.tensors, mapped, name, spec.rotated_heads):
+            stored = read_stored(reader, mapped, name, spec.rotated_heads, dtype, torch.device(device))
+            whole = world == 1 or spec.shard_axis is None
+            parameters[name] = stored if whole else stored.cut(spec.shard_axis or 0, ranges)
+        else:
             tensor = _read_ranges(reader, mapped.whole[name], spec.shard_axis, ranges)
             parameters[name] = tensor.to(device=device, dtype=dtype)
-        else:
-            parameters[name] = _stack(reader, mapped.experts[name], spec, ranges, dtype).to(device)
         done_bytes += _stored_bytes(reader, name, mapped)
         if progress is not None:
             progress(done_bytes, total_bytes)
@@ -109,11 +115,9 @@ def _check_complete(tensors: Mapping[str, TensorInfo], specs: Mapping[str, Param
     used: set[str] = set()
     for name, spec in specs.items():
         if name in mapped.whole:
-            _check_tensor(tensors[mapped.whole[name]], spec.shape)
-            used.add(mapped.whole[name])
+            used.update(check_matrix(tensors, mapped, mapped.whole[name], spec.shape))
         else:
-            _check_experts(tensors, name, spec.shape, mapped.experts[name])
-            used.update(mapped.experts[name].values())
+            used.update(_check_experts(tensors, mapped, name, spec.shape))
     used.update(mapped.whole[twin] for twin in _stored_twins(specs, mapped).values())
     used.update(mapped.vision, mapped.ignored)
     left_over = [name for name in tensors if name not in used]
@@ -131,7 +135,7 @@ def _stored_twins(specs: Mapping[str, ParameterSpec], mapped: NameMap) -> dict[s
 def _check_twins(reader: CheckpointReader, specs: Mapping[str, ParameterSpec], mapped: NameMap) -> None:
     """A twin with values of its own contradicts the config: whichever were used could be the wrong one."""
     for name, twin in _stored_twins(specs, mapped).items():
-        _check_tensor(reader.tensors[mapped.whole[twin]], specs[name].shape)
+        check_plain(reader.tensors[mapped.whole[twin]], specs[name].shape)
         tensor = reader.read(mapped.whole[name])
         if not torch.equal(tensor, reader.read(mapped.whole[twin]).to(tensor.dtype)):
             raise CheckpointError(
@@ -141,34 +145,32 @@ def _check_twins(reader: CheckpointReader, specs: Mapping[str, ParameterSpec], m
             )
 
 
-def _check_tensor(info: TensorInfo, shape: tuple[int, ...]) -> None:
-    if info.shape != shape:
-        raise CheckpointError(
-            f"tensor {info.name}: shape {list(info.shape)}, expected {list(shape)}",
-            field=info.name,
-            limit=list(shape),
-            value=list(info.shape),
-        )
-    if info.dtype not in FLOAT_DTYPES:
-        expected = ", ".join(FLOAT_DTYPES)
-        raise CheckpointError(
-            f"tensor {info.name}: dtype {info.dtype}, expected one of {expected}",
-            field=info.name,
-            limit=expected,
-            value=info.dtype,
-        )
-
-
-def _check_experts(tensors: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...], parts: Parts) -> None:
-    num_parts = _parts_of(name)
+def _check_experts(
+    tensors: Mapping[str, TensorInfo], mapped: NameMap, name: str, shape: tuple[int, ...]
+) -> Iterator[str]:
+    """Every expert has its matrices; gives their tensors' names."""
+    parts, num_parts = mapped.experts[name], _parts_of(name)
     for expert in range(shape[0]):
         for part in range(num_parts):
             if (expert, part) not in parts:
                 raise CheckpointError(f"{name}: part {part} of expert {expert} is missing", field=name)
-            _check_tensor(tensors[parts[expert, part]], (shape[1] // num_parts, shape[2]))
+            yield from check_matrix(tensors, mapped, parts[expert, part], (shape[1] // num_parts, shape[2]))
     for (expert, _), tensor in parts.items():
         if expert >= shape[0]:
             raise CheckpointError(f"tensor {tensor}: there are {shape[0]} experts only", field=tensor)
+
+
+def _log_skipped(reader: CheckpointReader, mapped: NameMap) -> None:
+    if mapped.vision:
+        _log.info("%s: %d vision tensors skipped: text only", reader.folder, len(mapped.vision))
+    skipped = sum("activation scale" in roles for roles in mapped.companions.values())
+    if skipped:
+        _log.info(
+            "%s: %d scales of activations not used: the kernels here take activations in 16 bits, or scale them as "
+            "they come",
+            reader.folder,
+            skipped,
+        )
 
 
 def _parts_of(name: str) -> int:
@@ -180,7 +182,8 @@ def _others(names: list[str]) -> str:
 
 
 def _stored_bytes(reader: CheckpointReader, name: str, mapped: NameMap) -> int:
-    stored = [mapped.whole[name]] if name in mapped.whole else mapped.experts[name].values()
+    stored = [mapped.whole[name]] if name in mapped.whole else list(mapped.experts[name].values())
+    stored += [scale for tensor in stored for scale in mapped.companions.get(tensor, {}).values()]
     return sum(reader.tensors[tensor].num_bytes for tensor in stored)
 
 
@@ -190,31 +193,3 @@ def _read_ranges(reader: CheckpointReader, name: str, axis: int | None, ranges: 
         return reader.read(name)
     pieces = [reader.read(name, axis, span) for span in ranges]
     return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=axis)
-
-
-def _stack(
-    reader: CheckpointReader, parts: Parts, spec: ParameterSpec, ranges: list[Range], dtype: torch.dtype
-) -> Tensor:
-    """This rank's part of a fused parameter [E, rows, columns] out of its experts' matrices.
-
-    A matrix is the box [1, rows / parts, columns] of the whole, at (expert, part * rows / parts, 0). What it gives
-    to this rank is that box cut with the rank's ranges.
-    """
-    axis = spec.shard_axis or 0
-    rows = spec.shape[1] // (1 + max(part for _, part in parts))
-    shape = list(spec.shape)
-    shape[axis] = sum(end - begin for begin, end in ranges)
-    stacked = torch.empty(shape, dtype=dtype)
-    for (expert, part), name in parts.items():
-        box = [(expert, expert + 1), (part * rows, (part + 1) * rows), (0, spec.shape[2])]
-        local = 0  # where the range begins in this rank's tensor
-        for begin, end in ranges:
-            low, high = max(begin, box[axis][0]), min(end, box[axis][1])
-            if low < high:
-                target = [slice(*span) for span in box]
-                target[axis] = slice(local + low - begin, local + high - begin)
-                span = (low - box[axis][0], high - box[axis][0])
-                matrix = reader.read(name) if axis == 0 else reader.read(name, axis - 1, span)
-                stacked[tuple(target)] = matrix
-            local += end - begin
-    return stacked

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from cierzo.engine.model.layers import MatrixRole
 from cierzo.engine.weights.loader import Progress
+from cierzo.engine.weights.on_device import on_device
 from cierzo.engine.weights.packed import PackedStore
+from cierzo.engine.weights.quantised import Parameter, as_tensor
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.device import quantise
-from cierzo.kernels.formats.pack import pack_into
 from cierzo.kernels.formats.packed import Matrix, PackedMatrix
 
 PLAIN_WEIGHTS = {torch.bfloat16: "bf16", torch.float32: "float32"}  # the weights' format that is no rounding
@@ -46,22 +46,21 @@ class DeviceMatrices:
         self._formats = device_formats(weights, plain)
         self._device = device
 
-    def tensor(self, stored: Tensor) -> Tensor:
+    def tensor(self, stored: Parameter) -> Tensor:
         """See MatrixSource."""
-        return stored.to(self._device)
+        return as_tensor(stored).to(self._device, copy=True)  # a mapped tensor may start anywhere
 
     def matrix(
         self,
         key: str,
         shape: tuple[int, ...],
-        make: Callable[[], Tensor],
+        make: Callable[[], Parameter],
         *,
         paired: bool = False,
         role: MatrixRole = "linear",
     ) -> Matrix:
-        """See MatrixSource."""
-        plain, format = make().to(self._device), self._formats[role]
-        return plain if format == self._plain else quantise(plain, format)
+        """See MatrixSource. Raises CheckpointError for a matrix that its format cannot hold."""
+        return on_device(make(), self._formats[role], self._plain, self._device)
 
 
 class PackedMatrices:
@@ -71,17 +70,17 @@ class PackedMatrices:
         plain = PLAIN_WEIGHTS[dtype]
         self._formats = formats(weights, plain)
         variant = weights if dtype == torch.bfloat16 else f"{weights}-{plain}"
-        self._store = PackedStore(reader, variant, cache_dir, dtype=dtype, pack_into=pack_into)
+        self._store = PackedStore(reader, variant, cache_dir, dtype=dtype)
 
-    def tensor(self, stored: Tensor) -> Tensor:
+    def tensor(self, stored: Parameter) -> Tensor:
         """The tensor itself: it lies where the kernels read it."""
-        return stored
+        return as_tensor(stored)
 
     def matrix(
         self,
         key: str,
         shape: tuple[int, ...],
-        make: Callable[[], Tensor],
+        make: Callable[[], Parameter],
         *,
         paired: bool = False,
         role: MatrixRole = "linear",

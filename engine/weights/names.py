@@ -1,12 +1,25 @@
-"""Checkpoint spellings -> the one spelling that models use: `model.layers.N...`, `lm_head.weight`."""
+"""Checkpoint spellings -> the one spelling that models use: `model.layers.N...`, `lm_head.weight`.
+
+A quantised matrix has companions beside it, which are no parameters of their own:
+
+    hf, fp8          X.weight + X.weight_scale_inv, X.activation_scale; a fused stack of experts, which has no
+                     ".weight", Y + Y_scale_inv, Y_activation_scale
+    native, fp8      X.weight + X.qscale_weight, X.qscale_act
+    native, nvfp4    X.weight_packed + X.weight_scale, X.weight_global_scale, X.input_global_scale
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.weights.layout import CheckpointFormat
+
+# What a companion is to its matrix. The scales of activations are known, and not used on the CPU.
+Role = Literal["scale", "global scale", "activation scale"]
 
 # A multimodal checkpoint nests the text model: Mistral 3's published spelling, and that of transformers 5.
 _PREFIXES = (
@@ -14,10 +27,58 @@ _PREFIXES = (
     ("model.language_model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
-_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_VISION = {
+    "hf": ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+    "native": ("vision_encoder.", "vision_language_adapter.", "pre_mm_projector_norm.", "patch_merger."),
+}
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _FUSED = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
 _INV_FREQ = ".rotary_emb.inv_freq"  # old llama checkpoints store this buffer; it follows from the config
+
+_NATIVE_OUTER = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+_NATIVE_INNER = {
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attention.wq_a": "self_attn.q_a_proj",
+    "attention.q_a_norm": "self_attn.q_a_layernorm",
+    "attention.wq_b": "self_attn.q_b_proj",
+    "attention.wkv_a_with_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attention.kv_a_norm": "self_attn.kv_a_layernorm",
+    "attention.wkv_b": "self_attn.kv_b_proj",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "gate": "mlp.gate",
+}
+_NATIVE_MLPS = {"feed_forward": "mlp", "shared_experts": "mlp.shared_experts"}
+_NATIVE_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_NATIVE_INNER |= {f"{a}.{w}": f"{b}.{p}" for a, b in _NATIVE_MLPS.items() for w, p in _NATIVE_PARTS.items()}
+_NATIVE_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_NATIVE_EXPERT = re.compile(r"experts\.(\d+)\.(w[123])")
+_HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+PACKED = ".weight_packed"
+# (layout, scheme) -> (what the companion's name ends with, what its matrix' name ends with instead, role)
+_COMPANIONS: dict[tuple[str, str], tuple[tuple[str, str, Role], ...]] = {
+    ("hf", "fp8"): (
+        (".weight_scale_inv", ".weight", "scale"),
+        (".activation_scale", ".weight", "activation scale"),
+        (".experts.gate_up_proj_scale_inv", ".experts.gate_up_proj", "scale"),
+        (".experts.down_proj_scale_inv", ".experts.down_proj", "scale"),
+        (".experts.gate_up_proj_activation_scale", ".experts.gate_up_proj", "activation scale"),
+        (".experts.down_proj_activation_scale", ".experts.down_proj", "activation scale"),
+    ),
+    ("native", "fp8"): (
+        (".qscale_weight", ".weight", "scale"),
+        (".qscale_act", ".weight", "activation scale"),
+    ),
+    ("native", "nvfp4"): (
+        (".weight_scale", PACKED, "scale"),
+        (".weight_global_scale", PACKED, "global scale"),
+        (".input_global_scale", PACKED, "activation scale"),
+    ),
+}
 
 
 @dataclass(slots=True)
@@ -27,34 +88,83 @@ class NameMap:
     whole: parameter -> its tensor.
     experts: fused parameter -> {(expert, part): tensor}, for checkpoints that keep each expert's matrices apart.
         Part 0 and 1 of `gate_up_proj` are the gate's and the up projection's rows; `down_proj` has part 0 alone.
+    companions: tensor of a quantised matrix -> {role: tensor}. The matrix itself may be missing.
     vision: tensors of the vision tower and its projector.
     ignored: buffers that follow from the config.
     """
 
+    format: CheckpointFormat
     whole: dict[str, str] = field(default_factory=dict)
     experts: dict[str, dict[tuple[int, int], str]] = field(default_factory=dict)
+    companions: dict[str, dict[Role, str]] = field(default_factory=dict)
     vision: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
 
-def map_names(names: Iterable[str]) -> NameMap:
+def map_names(names: Iterable[str], format: CheckpointFormat) -> NameMap:
     """Sort tensor names; raises CheckpointError when two of them are the same parameter."""
-    mapped = NameMap()
+    mapped = NameMap(format)
     for name in names:
-        if name.startswith(_VISION):
+        owner = _owner(name, format)
+        if name.startswith(_VISION[format.layout]):
             mapped.vision.append(name)
         elif name.endswith(_INV_FREQ):
             mapped.ignored.append(name)
+        elif owner is not None:
+            mapped.companions.setdefault(owner[0], {})[owner[1]] = name
         else:
-            _place(mapped, name, _plain(name))
+            _place(mapped, name, _plain(name, format))
     return mapped
 
 
-def _plain(name: str) -> str:
+def companion(name: str, role: Role, format: CheckpointFormat) -> str:
+    """What the companion of the tensor `name` is called in this format; `name` itself where there is none."""
+    for suffix, owner, found in _COMPANIONS.get((format.layout, format.scheme), ()):
+        if found == role and name.endswith(owner):
+            return name.removesuffix(owner) + suffix
+    return name
+
+
+def native_name(name: str) -> str:
+    """The native spelling of a parameter ("model.layers.0.mlp.gate.weight" -> "layers.0.gate.weight"). Experts are
+    named one by one: "model.layers.0.mlp.experts.3.up_proj.weight". Raises KeyError for an unknown one."""
+    stem, dot, suffix = name.rpartition(".")
+    layer = _HF_LAYER.fullmatch(stem)
+    if layer is None:
+        return next(native for native, hf in _NATIVE_OUTER.items() if hf == stem) + dot + suffix
+    expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)", layer[2])
+    if expert is not None:
+        part = {hf: native for native, hf in _NATIVE_PARTS.items()}[expert[2]]
+        return f"layers.{layer[1]}.experts.{expert[1]}.{part}{dot}{suffix}"
+    return f"layers.{layer[1]}." + {hf: native for native, hf in _NATIVE_INNER.items()}[layer[2]] + dot + suffix
+
+
+def _owner(name: str, format: CheckpointFormat) -> tuple[str, Role] | None:
+    for suffix, owner, role in _COMPANIONS.get((format.layout, format.scheme), ()):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix) + owner, role
+    return None
+
+
+def _plain(name: str, format: CheckpointFormat) -> str:
+    """The models' name of a tensor; an unknown one stays as it is, and has no place in any model."""
+    if format.layout == "native":
+        stem = name.removesuffix(PACKED if format.scheme == "nvfp4" and name.endswith(PACKED) else ".weight")
+        return name if stem == name else _plain_native(stem) + ".weight"
     for prefix, plain in _PREFIXES:
         if name.startswith(prefix):
             return plain + name[len(prefix) :]
     return name
+
+
+def _plain_native(stem: str) -> str:
+    layer = _NATIVE_LAYER.fullmatch(stem)
+    if layer is None:
+        return _NATIVE_OUTER.get(stem, stem)
+    expert = _NATIVE_EXPERT.fullmatch(layer[2])
+    if expert is not None:
+        return f"model.layers.{layer[1]}.mlp.experts.{expert[1]}.{_NATIVE_PARTS[expert[2]]}"
+    return f"model.layers.{layer[1]}.{_NATIVE_INNER[layer[2]]}" if layer[2] in _NATIVE_INNER else stem
 
 
 def _place(mapped: NameMap, name: str, plain: str) -> None:

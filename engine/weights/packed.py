@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ from cierzo.engine.errors import CheckpointError
 from cierzo.engine.weights import mapping, packed_file
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.packed_file import Entry, Index, UnusableFile
+from cierzo.engine.weights.quantised import Parameter, pack_parameter
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.pack import PackError, pack_into
+from cierzo.kernels.formats.pack import PackError
 from cierzo.kernels.formats.packed import PANEL, PackedMatrix, empty_packed, packed_bytes, view_packed
 
 _log = logging.getLogger(__name__)
@@ -35,8 +37,8 @@ _log = logging.getLogger(__name__)
 SMALL_BYTES = 32 << 20  # packed in less time than a user notices: no file
 PIECE_BYTES = 64 << 20  # packed at a time: about what packing takes beside the weights
 
-Make = Callable[[], Tensor]
-PackInto = Callable[[Tensor, str, bool, Tensor], None]
+Make = Callable[[], Parameter]
+PackInto = Callable[[Any, str, bool, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class PackedStore:
         cache_dir: Path,
         *,
         dtype: torch.dtype,
-        pack_into: PackInto = pack_into,
+        pack_into: PackInto = pack_parameter,
     ) -> None:
         self._reader = reader
         self._variant = variant
@@ -81,7 +83,8 @@ class PackedStore:
         """The matrix [n, k] or [experts, n, k] packed from `make()`; its values are there after `fill`.
 
         key: names it among the others, such as "model.layers.3.self_attn.qkv_a". make: called only if the matrix is
-        packed, once; the tensor may alias the checkpoint's file, and is let go before the next one is made.
+        packed, once; what it gives may alias the checkpoint's file or be quantised there, and is let go before the
+        next one is made.
         """
         if key in self._requests:
             raise ValueError(f"matrix {key} was asked for already")
@@ -126,7 +129,8 @@ class PackedStore:
     def _index(self) -> Index:
         files = {info.file for info in self._reader.tensors.values()}
         entries = tuple(request.entry for request in self._requests.values())
-        return Index(packed_file.checkpoint_digest(self._reader.folder, files), packed_file.layout(), entries)
+        config = self._reader.folder / self._reader.format.config_name
+        return Index(packed_file.checkpoint_digest(config, files), packed_file.layout(), entries)
 
     def _paths(self, index: Index) -> tuple[Path, Path]:
         """Where the file may be, best first."""
@@ -191,7 +195,7 @@ class PackedStore:
                     progress(done_bytes, total_bytes)
 
 
-def _checked(source: Tensor, entry: Entry) -> Tensor:
+def _checked(source: Parameter, entry: Entry) -> Parameter:
     if tuple(source.shape) != entry.shape:
         raise ValueError(f"matrix {entry.key}: made {list(source.shape)} instead of {list(entry.shape)}")
     return source

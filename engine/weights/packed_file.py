@@ -73,14 +73,14 @@ def layout() -> str:
     return digest.hexdigest()[:16]
 
 
-def checkpoint_digest(folder: Path, files: Iterable[Path]) -> str:
-    """Of config.json and the safetensors `files` of a checkpoint, without reading all of them.
+def checkpoint_digest(config: Path, files: Iterable[Path]) -> str:
+    """Of `config` (config.json or params.json) and a checkpoint's safetensors `files`, without reading all of them.
 
     Of each: name, length, time of the last change in whole seconds (what archives and images keep), header, and 64
     pieces of 4096 bytes spread evenly. A checkpoint that was changed and has the same digest would have to be
     changed within the same second, and outside of every sample.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(config.read_bytes())
     for path in sorted(set(files)):
         with path.open("rb") as file:
             status = os.fstat(file.fileno())

@@ -18,7 +18,7 @@ Range = tuple[int, int]
 
 
 class CheckpointReader:
-    """Gives the tensors of a Hugging Face-layout folder by their checkpoint names.
+    """Gives the tensors of a checkpoint folder by their checkpoint names.
 
     Opening reads and checks the headers only (`read_checkpoint_headers` says what is refused, and how). Shards are
     mapped at their first use. Use it as a context manager; tensors stay valid after `close`.
@@ -26,7 +26,8 @@ class CheckpointReader:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(read_checkpoint_headers(self.folder))
+        self.format, tensors = read_checkpoint_headers(self.folder)
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self._open_files: dict[Path, Any] = {}
 
     def read(self, name: str, axis: int = 0, span: Range | None = None) -> Tensor:

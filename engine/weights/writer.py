@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cierzo.engine.weights.headers import DTYPE_BITS, INDEX_NAME, SINGLE_NAME
+from cierzo.engine.weights.headers import DTYPE_BITS
 
 Pieces = Iterable[np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """A tensor to be written: name, shape, dtype in safetensors' spelling ("BF16", "F32")."""
+    """A tensor to be written: name, shape, dtype in safetensors' spelling ("BF16", "U8")."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,6 +41,7 @@ def write_tensors(
     plans: Sequence[TensorPlan],
     pieces: Callable[[TensorPlan], Pieces],
     *,
+    stem: str = "model",
     max_shard_bytes: int,
     progress: bool = False,
     label: str = "writing",
@@ -49,6 +50,7 @@ def write_tensors(
 
     plans: the tensors in the order in which they are written.
     pieces: gives a tensor's data as arrays whose bytes, one after another, are the tensor in row-major order.
+    stem: what the names begin with, if not with "model".
     max_shard_bytes: a shard takes tensors up to this size; a larger tensor gets a shard of its own.
     progress: show a bar with bytes written, on a terminal, if it takes more than two seconds.
     """
@@ -58,12 +60,19 @@ def write_tensors(
     disable = None if progress else True  # None: only on a terminal
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, delay=2.0, disable=disable) as bar:
         for number, shard in enumerate(shards, start=1):
-            name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = (
+                f"{stem}.safetensors"
+                if len(shards) == 1
+                else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+            )
             _write_shard(folder / name, shard, pieces, bar)
             placed.update((plan.name, name) for plan in shard)
     if len(shards) > 1:
         metadata = {"total_parameters": sum(plan.num_elements for plan in plans), "total_size": total_bytes}
-        write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(placed.items()))})
+        write_json(
+            folder / f"{stem}.safetensors.index.json",
+            {"metadata": metadata, "weight_map": dict(sorted(placed.items()))},
+        )
 
 
 def write_json(path: Path, value: object) -> None:

@@ -18,10 +18,12 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from cierzo.scheduler.plan import SeqPlan, StepPlan
+from cierzo.scheduler.plan import PENDING, SeqPlan, StepPlan
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+
+_NOTHING = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,7 +48,8 @@ class Batch:
     `token_ids`, `positions`, `cache_slots` int64[T], where a cache slot is block * S + offset in the block.
     `sample_rows` int64[M]: row in T whose logits are wanted; `sample_seqs` list[M]: index in `plan.seqs`.
     `block_tables` int32[max_running, W]; entries beyond a sequence's blocks may be anything. `changed_rows`: those
-    that differ from the batch before.
+    that differ from the batch before. `pending_rows`, `pending_slots` int64[J]: rows in T whose token is the one
+    that the step before chose for the sequence in a slot; `token_ids` holds nothing of use there.
     """
 
     token_ids: Int64
@@ -59,6 +62,8 @@ class Batch:
     sample_seqs: list[int]
     block_tables: Int32
     changed_rows: list[int]
+    pending_rows: Int64
+    pending_slots: Int64
 
 
 class _Group:
@@ -141,6 +146,7 @@ class BatchBuilder:
         num_tokens = num_expanded + len(absorbed.tokens)
         self._fill_rows(num_tokens)
         sample_rows, sample_seqs = self._samples(plan, segments, num_expanded)
+        pending = self._pending(num_tokens) if plan.ahead else (_NOTHING, _NOTHING)
         return Batch(
             token_ids=self._token_ids[:num_tokens],
             positions=self._positions[:num_tokens],
@@ -152,6 +158,8 @@ class BatchBuilder:
             sample_seqs=sample_seqs,
             block_tables=self._block_tables,
             changed_rows=changed_rows,
+            pending_rows=pending[0],
+            pending_slots=pending[1],
         )
 
     def _extend_table(self, seq: SeqPlan) -> None:
@@ -178,6 +186,16 @@ class BatchBuilder:
         blocks = self._block_tables[slots, block_indices]
         np.multiply(blocks, self._block_tokens, out=self._cache_slots[:num_tokens], dtype=np.int64)
         self._cache_slots[:num_tokens] += offsets
+
+    def _pending(self, num_tokens: int) -> tuple[Int64, Int64]:
+        """Rows whose token is pending, and the slots of their sequences."""
+        groups = (self._expanded, self._absorbed)
+        slots, lengths = (
+            np.array(groups[0].slots + groups[1].slots, np.int64),
+            groups[0].lengths + groups[1].lengths,
+        )
+        rows = np.flatnonzero(self._token_ids[:num_tokens] == PENDING)
+        return rows, np.repeat(slots, lengths)[rows]
 
     def _samples(
         self, plan: StepPlan, segments: tuple[Segments, Segments], num_expanded: int

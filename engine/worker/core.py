@@ -20,14 +20,18 @@ log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """What computes a step. `launch` queues it, `collect` waits for its result; one step at a time."""
+    """What computes a step. `launch` queues it, `collect` waits for its result.
+
+    One step more may be launched before a step's result is collected. Its PENDING tokens are those that the step
+    before chooses.
+    """
 
     def launch(self, plan: StepPlan, batch: Batch) -> None:
-        """Start the step. `batch` may be overwritten once `collect` has returned."""
+        """Start the step. `batch` may be overwritten once this has returned."""
         ...
 
     def collect(self) -> StepResult:
-        """The result of the step launched last."""
+        """The result of the step launched first of those not collected."""
         ...
 
     def describe(self) -> str:
@@ -65,6 +69,7 @@ class EngineCore:
         self._cache = KVCacheManager(self._config.cache)
         self._scheduler = Scheduler(self._config.scheduler, self._cache, self._clock)
         self._refused: list[TokenDelta] = []
+        self._flying: tuple[StepPlan, StepResult | None] | None = None  # launched; a result if that failed
 
     def submit(self, submit: Submit) -> None:
         """Take a request, one sequence per sample.
@@ -95,15 +100,32 @@ class EngineCore:
         """End a request, or one sample of it, with `reason`. Nothing happens if it has ended already."""
         self._scheduler.abort(abort.request_id, abort.sample, abort.reason)
 
-    def step_plain(self) -> list[TokenDelta]:
-        """Schedule, build, run, commit: all that happened since the last call, in order.
+    def step(self) -> list[TokenDelta]:
+        """One step, as configured: all that happened since the last call, in order.
 
-        If the runner raises, the sequences of this step end as failed and the core lives on. MemoryError and
+        If the runner raises, the sequences of that step end as failed and the core lives on. MemoryError and
         KeyboardInterrupt pass.
         """
+        return self.step_overlapped() if self._config.overlap else self.step_plain()
+
+    def step_plain(self) -> list[TokenDelta]:
+        """Schedule, build, run, commit."""
         plan = self._scheduler.schedule()
         if plan.seqs:
-            self._scheduler.commit(plan, self._run(plan))
+            self._scheduler.commit(plan, self._launch(plan) or self._collect(plan))
+        return self.take_deltas()
+
+    def step_overlapped(self) -> list[TokenDelta]:
+        """Schedule, build and launch one step while the one before runs; then commit that one.
+
+        The same tokens as `step_plain` gives, each a call later.
+        """
+        plan = self._scheduler.schedule()
+        before, self._flying = self._flying, None
+        if plan.seqs:
+            self._flying = (plan, self._launch(plan))
+        if before is not None:
+            self._scheduler.commit(before[0], before[1] or self._collect(before[0]))
         return self.take_deltas()
 
     def take_deltas(self) -> list[TokenDelta]:
@@ -115,8 +137,8 @@ class EngineCore:
         return deltas
 
     def has_work(self) -> bool:
-        """Whether a sequence runs or waits, or a refusal is still to be told."""
-        return self._scheduler.has_work() or bool(self._refused)
+        """Whether a sequence runs or waits, a step is in flight, or a refusal is still to be told."""
+        return self._scheduler.has_work() or self._flying is not None or bool(self._refused)
 
     def stats(self) -> CoreStats:
         """Gauges and counters of scheduler and cache."""
@@ -143,17 +165,31 @@ class EngineCore:
         """Assert the invariants of scheduler and cache; for tests and idle moments."""
         self._scheduler.check()
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _launch(self, plan: StepPlan) -> StepResult | None:
+        """None; a result if the step failed already."""
         try:
             self._runner.launch(plan, self._builder.build(plan))
+        except MemoryError:
+            raise
+        except Exception as error:
+            return _failed(plan, error)
+        return None
+
+    def _collect(self, plan: StepPlan) -> StepResult:
+        try:
             return self._runner.collect()
         except MemoryError:
             raise
         except Exception as error:
-            log.exception("step %d failed", plan.step)
-            reason = f"step {plan.step} failed: {type(error).__name__}: {error}"
-            count = len(plan.seqs)
-            return StepResult([[] for _ in range(count)], None, dict.fromkeys(range(count), reason))
+            return _failed(plan, error)
+
+
+def _failed(plan: StepPlan, error: Exception) -> StepResult:
+    """Every sequence of the step ends for the same reason."""
+    log.error("step %d failed", plan.step, exc_info=error)
+    reason = f"step {plan.step} failed: {type(error).__name__}: {error}"
+    count = len(plan.seqs)
+    return StepResult([[] for _ in range(count)], None, dict.fromkeys(range(count), reason))
 
 
 def make_runner(config: EngineConfig) -> Runner:

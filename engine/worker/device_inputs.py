@@ -8,6 +8,7 @@ sequences have 8 MB. So the tables stay on the device, and only the rows that ha
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -23,26 +24,32 @@ ALIGNMENT = 16  # bytes: where every array starts, as kernels want it
 
 
 class DeviceInputs:
-    """Owns the staging memory and its twin on the device. A batch's tensors are valid until the next one."""
+    """Owns the staging memory and its twin on the device. A batch's tensors are valid until the next but one: a
+    step may be launched while the one before still runs."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pinned = device.type == "cuda"
-        self._host = torch.empty(0, dtype=torch.uint8)
-        self._twin = torch.empty(0, dtype=torch.uint8, device=device)
+        self._staging = deque((torch.empty(0, dtype=torch.uint8), torch.empty(0)) for _ in range(2))
         self._tables: Tensor | None = None
 
-    def load(self, batch: Batch) -> tuple[ModelInputs, Tensor]:
-        """The batch on the device, and its sample rows, int64 [M]."""
+    def load(self, batch: Batch, chosen: Tensor) -> tuple[ModelInputs, Tensor]:
+        """The batch on the device, and its sample rows, int64 [M].
+
+        chosen: int64 [max_running], on the device, the token that each slot's sequence was given last.
+        """
         tables = self.tables(batch)
         groups = (batch.expanded, batch.absorbed)
         arrays: list[NDArray[Any]] = [batch.token_ids, batch.positions, batch.cache_slots, batch.sample_rows]
+        arrays += [batch.pending_rows, batch.pending_slots]
         for group in groups:
             arrays += [group.query_starts, group.context_lengths, group.table_rows]
         copies = self._copy(arrays)
-        token_ids, positions, cache_slots, sample_rows = copies[:4]
+        token_ids, positions, cache_slots, sample_rows, pending_rows, pending_slots = copies[:6]
+        if len(batch.pending_rows):
+            token_ids[pending_rows] = chosen[pending_slots]
         expanded, absorbed = (
-            _queries(group, copies[first : first + 3], tables) for group, first in zip(groups, (4, 7), strict=True)
+            _queries(group, copies[first : first + 3], tables) for group, first in zip(groups, (6, 9), strict=True)
         )
         inputs = ModelInputs(token_ids, positions, cache_slots, batch.num_expanded, expanded, absorbed)
         return inputs, sample_rows
@@ -59,17 +66,19 @@ class DeviceInputs:
     def _copy(self, arrays: list[NDArray[Any]]) -> list[Tensor]:
         """Twins of the arrays, through one copy."""
         starts = np.cumsum([0, *(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays)]).tolist()
-        if self._host.numel() < starts[-1]:
-            self._host = torch.empty(2 * starts[-1], dtype=torch.uint8, pin_memory=self._pinned)
-            self._twin = torch.empty(2 * starts[-1], dtype=torch.uint8, device=self._device)
-        staging = self._host.numpy()
+        host, twin = self._staging.popleft()
+        if host.numel() < starts[-1]:
+            host = torch.empty(2 * starts[-1], dtype=torch.uint8, pin_memory=self._pinned)
+            twin = torch.empty(2 * starts[-1], dtype=torch.uint8, device=self._device)
+        self._staging.append((host, twin))
+        staging = host.numpy()
         for array, start in zip(arrays, starts, strict=False):
             staging[start : start + array.nbytes] = array.view(np.uint8)
-        # The copy may still run when this returns: nothing writes to the staging memory before the step's result
-        # has been read.
-        self._twin[: starts[-1]].copy_(self._host[: starts[-1]], non_blocking=True)
+        # The copy may still run when this returns: this memory is written to again when the step's result has been
+        # read, at the earliest.
+        twin[: starts[-1]].copy_(host[: starts[-1]], non_blocking=True)
         return [
-            self._twin[start : start + array.nbytes].view(_TORCH[array.dtype])
+            twin[start : start + array.nbytes].view(_TORCH[array.dtype])
             for array, start in zip(arrays, starts, strict=False)
         ]
 

@@ -7,6 +7,7 @@ prompt token that was computed as a generated one changes what follows. No torch
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
@@ -65,6 +66,7 @@ def fake_config(
         weights="float32",
         threads=1,
         pin_threads=False,
+        overlap=False,
         runner="fake",
         model=model,
         layout=model.cache_layout(cache.block_tokens, "float32"),
@@ -99,23 +101,26 @@ class FakeRunner:
         self._cache = np.zeros(num_blocks * block_tokens, np.uint64)
         self._seeds = np.zeros(max_running, np.uint64)
         self._num_logprobs: list[int | None] = [None] * max_running
-        self._result = StepResult([])
+        self._chosen = np.zeros(max_running, np.int64)  # the last token of every slot
+        self._results: deque[StepResult] = deque()
 
     def launch(self, plan: StepPlan, batch: Batch) -> None:
         """Write the step's tokens to the cache and choose the next ones."""
         for seq in plan.seqs:
             if seq.admission is not None:
                 self._admit(seq)
+        batch.token_ids[batch.pending_rows] = self._chosen[batch.pending_slots]
         self._write(batch)
         slots, contexts = self._ends(batch)
         words = (
             self._read_last(batch, slots, contexts) if self._reads == "last" else self._read(batch, slots, contexts)
         )
-        self._result = self._choose(plan, batch, mix(words ^ self._seeds[slots] ^ mix(contexts.astype(np.uint64))))
+        words = mix(words ^ self._seeds[slots] ^ mix(contexts.astype(np.uint64)))
+        self._results.append(self._choose(plan, batch, words))
 
     def collect(self) -> StepResult:
-        """The result of the step launched last."""
-        return self._result
+        """The result of the step launched first of those not collected."""
+        return self._results.popleft()
 
     def describe(self) -> str:
         """What runs, as printed at start."""
@@ -170,6 +175,7 @@ class FakeRunner:
         logprobs: list[list[TokenLogprobs] | None] | None = None
         for index, token in zip(batch.sample_seqs, tokens, strict=True):
             token_ids[index] = [token]
+            self._chosen[plan.seqs[index].slot] = token
             count = self._num_logprobs[plan.seqs[index].slot]
             if count is not None:
                 if logprobs is None:

@@ -67,7 +67,7 @@ class CoreLoop:
                     return False
             self._stats_are_old = True
         if core.has_work():
-            self._unsent += core.step_plain()
+            self._unsent += core.step()
             self._stats_are_old = True
         else:
             self._unsent += core.take_deltas()  # of aborts

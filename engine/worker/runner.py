@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +28,7 @@ from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.device_inputs import DeviceInputs
 from cierzo.engine.worker.graphs import DecodeGraphs, cuda_recorder
-from cierzo.engine.worker.sampling import Sampler
+from cierzo.engine.worker.sampling import Sampled, Sampler
 from cierzo.kernels.cpu import native
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.registry import KernelChoiceError, bind
@@ -42,11 +45,21 @@ class Model(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that was launched: sequences of its plan, which of them sample, and what gives their tokens."""
+
+    num_seqs: int
+    sample_seqs: list[int]
+    sampled: Callable[[], Sampled]
+
+
 class ModelRunner:
     """Runs a model on one device. The forward pass goes in `launch`; sampling and reading back in `collect`.
 
     staged: batches are copied to the device in one piece, instead of being read where they lie. graphs: for decode
-    steps; needs `staged`, whose block tables stay where they are.
+    steps; needs `staged`, whose block tables stay where they are. overlap: a step may be launched before the one
+    before is collected; else its tokens are chosen in `collect`.
     """
 
     def __init__(
@@ -59,15 +72,16 @@ class ModelRunner:
         *,
         staged: DeviceInputs | None = None,
         graphs: DecodeGraphs | None = None,
+        overlap: bool = False,
     ) -> None:
+        self._overlap = overlap
         self._model = model
         self._kv = kv
         self._staged = staged
         self._graphs = graphs
         self._sampler = Sampler(max_running, device)
-        self._plan = StepPlan(0, [], 0)
-        self._sample_seqs: list[int] = []
-        self._logits: Tensor | None = None
+        self._chosen = torch.zeros(max_running, dtype=torch.int64, device=device)  # the last token of every slot
+        self._steps: deque[_Step] = deque()
         self._description = description
 
     @torch.inference_mode()
@@ -76,36 +90,54 @@ class ModelRunner:
         for seq in plan.seqs:
             if seq.admission is not None:
                 self._sampler.admit(seq.slot, seq.key[1], seq.admission)
-        self._plan, self._sample_seqs, self._logits = plan, batch.sample_seqs, None
         # Rows lie prompts first, samples in the order of the plan: the same where every row is a decode.
         every = batch.num_expanded == 0 and len(batch.sample_rows) == len(batch.token_ids)
-        inputs, sample_rows = _in_place(batch) if self._staged is None else self._staged.load(batch)
+        inputs, sample_rows = self._inputs(batch)
         if self._graphs is not None and self._graphs.fits(inputs):
             logits = self._graphs.logits(inputs)
-            self._logits = logits if every else logits[sample_rows]
+            logits = logits if every else logits[sample_rows]
         else:
-            self._logits = self._model.logits(inputs, self._kv, None if every else sample_rows)
+            logits = self._model.logits(inputs, self._kv, None if every else sample_rows)
+        self._steps.append(self._sample(plan, batch, logits))
 
     @torch.inference_mode()
     def collect(self) -> StepResult:
-        """Sample, and lay the tokens out by sequence of the plan."""
-        seqs = self._plan.seqs
-        token_ids: list[list[int]] = [[] for _ in seqs]
-        if self._logits is None or not self._sample_seqs:
+        """Tokens by sequence of the plan, when they are there."""
+        step = self._steps.popleft()
+        token_ids: list[list[int]] = [[] for _ in range(step.num_seqs)]
+        if not step.sample_seqs:
             return StepResult(token_ids)
-        sampling = [seqs[index] for index in self._sample_seqs]
-        positions = [seq.start + len(seq.token_ids) for seq in sampling]
-        sampled = self._sampler.sample(self._logits, [seq.slot for seq in sampling], positions)
-        self._logits = None
-        for index, token_id in zip(self._sample_seqs, sampled.token_ids, strict=True):
+        sampled = step.sampled()
+        for index, token_id in zip(step.sample_seqs, sampled.token_ids, strict=True):
             token_ids[index] = [token_id]
         logprobs: list[list[TokenLogprobs] | None] | None = None
         if sampled.logprobs is not None:
-            logprobs = [None] * len(seqs)
-            for index, entry in zip(self._sample_seqs, sampled.logprobs, strict=True):
+            logprobs = [None] * step.num_seqs
+            for index, entry in zip(step.sample_seqs, sampled.logprobs, strict=True):
                 logprobs[index] = entry
-        failures = {self._sample_seqs[row]: reason for row, reason in sampled.failures.items()}
+        failures = {step.sample_seqs[row]: reason for row, reason in sampled.failures.items()}
         return StepResult(token_ids, logprobs, failures)
+
+    def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor) -> _Step:
+        """Choose the step's tokens: at once if the next step may be launched before they are collected."""
+        sampling = [plan.seqs[index] for index in batch.sample_seqs]
+        slots = [seq.slot for seq in sampling]
+        positions = [seq.start + len(seq.token_ids) for seq in sampling]
+        if not slots:
+            return _Step(len(plan.seqs), [], Sampled([]).itself)
+        if self._overlap:
+            chosen, sampled = self._sampler.launch(logits, slots, positions)
+            self._chosen[torch.tensor(slots).to(self._chosen.device)] = chosen
+        else:
+            sampled = partial(self._sampler.sample, logits, slots, positions)
+        return _Step(len(plan.seqs), batch.sample_seqs, sampled)
+
+    def _inputs(self, batch: Batch) -> tuple[ModelInputs, Tensor]:
+        if self._staged is not None:
+            return self._staged.load(batch, self._chosen)
+        if len(batch.pending_rows):
+            batch.token_ids[batch.pending_rows] = self._chosen.numpy()[batch.pending_slots]
+        return _in_place(batch)
 
     def describe(self) -> str:
         """The kernels in force, as printed at start."""
@@ -146,7 +178,7 @@ def make_runner(config: EngineConfig, model: Model, kv: KVPool, description: str
     """The runner of a model on the configuration's device."""
     device, limits = torch.device(config.device), config.scheduler
     if device.type == "cpu":
-        return ModelRunner(model, kv, limits.max_running, device, description)
+        return ModelRunner(model, kv, limits.max_running, device, description, overlap=config.overlap)
     graphs = DecodeGraphs(
         model,
         kv,
@@ -157,7 +189,14 @@ def make_runner(config: EngineConfig, model: Model, kv: KVPool, description: str
         record=cuda_recorder(),
     )
     return ModelRunner(
-        model, kv, limits.max_running, device, description, staged=DeviceInputs(device), graphs=graphs
+        model,
+        kv,
+        limits.max_running,
+        device,
+        description,
+        staged=DeviceInputs(device),
+        graphs=graphs,
+        overlap=config.overlap,
     )
 
 

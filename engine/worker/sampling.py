@@ -7,7 +7,7 @@ and its order are those of `kernels/ops/sampling.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,10 @@ class Sampled:
     logprobs: list[list[TokenLogprobs] | None] | None = None
     failures: dict[int, str] = field(default_factory=dict)
 
+    def itself(self) -> Sampled:
+        """For those who wait for nothing."""
+        return self
+
 
 class Sampler:
     """Sampling state of all slots, and the one call per step that uses it."""
@@ -107,6 +111,30 @@ class Sampler:
         self._num_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         self._edits[slot] = edits = _edits(admission)
         self._plain[slot] = params.temperature == 0 and params.logprobs is None and edits is None
+
+    def launch(
+        self, logits: Tensor, slots: list[int], positions: list[int]
+    ) -> tuple[Tensor, Callable[[], Sampled]]:
+        """The same as `sample`, without waiting for the device: tokens, int64 [M], there, and what gives the rest.
+
+        Rows that need the host in between (edits that count earlier tokens, log-probabilities) make it wait.
+        """
+        if any(self._edits[slot] is not None or self._num_logprobs[slot] >= 0 for slot in slots):
+            sampled = self.sample(logits, slots, positions)
+            return self._on_device(np.array(sampled.token_ids, np.int64)), sampled.itself
+        values, token_ids = ops.peaks(logits)
+        at = np.array(slots, np.int64)
+        random = np.flatnonzero(self._temperature[at] > 0)
+        if random.size:
+            self._draw(logits, token_ids, random, at, np.array(positions, np.int64))
+        arrived = _to_host(values, token_ids)
+
+        def sampled_later() -> Sampled:
+            peaks, tokens = arrived()
+            failed = {row: NOT_FINITE for row, value in enumerate(peaks.tolist()) if not math.isfinite(value)}
+            return Sampled(tokens.tolist(), None, failed)
+
+        return token_ids, sampled_later
 
     def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> Sampled:
         """Choose a token for each of M rows; row i is for the sequence in slots[i], at position positions[i].
@@ -214,6 +242,23 @@ class Sampler:
             top = token_ids[index][:count], values[index][:count]
             found[row] = [TokenLogprobs(tokens[index], own[index], *top)]
         return found
+
+
+def _to_host(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Begin to copy; the function waits for the copies' end."""
+    if tensors[0].device.type != "cuda":
+        return lambda: tensors
+    copies = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors)
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> tuple[Tensor, ...]:
+        done.synchronize()
+        return copies
+
+    return wait
 
 
 def _edits(admission: Admission) -> Edits | None:

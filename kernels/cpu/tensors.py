@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cierzo.kernels import check
+from cierzo.kernels.cpu import abi
 from cierzo.kernels.formats.pack import as_packed
 from cierzo.kernels.formats.packed import Matrix, PackedMatrix
 
@@ -12,6 +13,15 @@ from cierzo.kernels.formats.packed import Matrix, PackedMatrix
 def rows(x: Tensor) -> Tensor:
     """x with its last axis contiguous, as the kernels take it."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def kv_format(pages: Tensor) -> int:
+    """abi.h's number of the pages' format. Raises ArgumentError for one that no C++ kernel reads."""
+    known = ", ".join(str(dtype) for dtype in abi.KV_FORMATS)
+    check.require(
+        "attention", pages.dtype in abi.KV_FORMATS, f"pages have dtype {pages.dtype}; on a CPU they are {known}"
+    )
+    return abi.KV_FORMATS[pages.dtype]
 
 
 def packed_for(operation: str, matrix: Matrix, paired: bool = False) -> PackedMatrix:

@@ -47,7 +47,7 @@ class StoredMatrix:
     @classmethod
     def read(cls, name: str, tensor: Callable[[str], Tensor]) -> StoredMatrix:
         """`tensor` gives a tensor of the checkpoint by its name. Raises PackError if they do not fit together."""
-        codes, scales, divisor = (tensor(f"{name}.{suffix}") for suffix in _SUFFIXES)
+        codes, scales, divisor = (tensor(f"{name}.{suffix}") for suffix in SUFFIXES)
         if codes.dtype != torch.uint8 or scales.dtype != torch.float8_e4m3fn or divisor.numel() != 1:
             raise PackError(
                 f"{name}: NVFP4 is uint8, float8_e4m3fn and one divisor, got {codes.dtype}, {scales.dtype}"
@@ -56,13 +56,13 @@ class StoredMatrix:
         if 2 * half_k % SCALE_GROUP or list(scales.shape) != [n, 2 * half_k // SCALE_GROUP]:
             raise PackError(f"{name}: codes {list(codes.shape)} do not fit scales {list(scales.shape)}")
         if not 2.0**-100 <= float(divisor) <= 2.0**100:
-            raise PackError(f"{name}: global scale {float(divisor)}")
+            raise PackError(f"{name}: global scale {float(divisor)}, must be in 2^-100 .. 2^100")
         if (scales.view(torch.uint8) > LARGEST_CODE).any():
             raise PackError(f"{name}: a scale is NaN or negative")
         return cls(name, codes, scales, float(divisor))
 
 
-_SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale")
+SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
 def load_into(parts: Sequence[StoredMatrix], paired: bool, target: Tensor) -> None:
@@ -90,6 +90,17 @@ def define(codes: Tensor, scales: Tensor, whole: Tensor, paired: bool) -> Tensor
     rows = to_panels(pad(columns, (0, missing))[None], paired)
     scale_rows = to_panels(pad(scales, (0, missing // SCALE_GROUP))[None], paired)
     return nvfp4.assemble(rows, scale_rows, to_panels(whole[None, :, None], paired)[..., 0]).flatten()
+
+
+def dequantise(part: StoredMatrix) -> Tensor:
+    """The weights, float32 [n,k]: exactly those that the packed form of the same codes and scales has."""
+    n, half_k = part.codes.shape
+    columns = _VALUES_OF_BYTE.index_select(0, part.codes.flatten().int()).view(n, -1, SCALE_GROUP)
+    return (columns * (part.scales.float() * (1 / part.divisor))[..., None]).view(n, 2 * half_k)
+
+
+_SIGNED = torch.cat([nvfp4.VALUES, -nvfp4.VALUES])
+_VALUES_OF_BYTE = torch.stack([_SIGNED.repeat(16), _SIGNED.repeat_interleave(16)], 1)  # [byte, low and high half]
 
 
 def load(experts: Sequence[Sequence[StoredMatrix]], dtype: torch.dtype, paired: bool = False) -> PackedMatrix:

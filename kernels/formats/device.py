@@ -16,6 +16,7 @@ scales of whole rows or blocks multiply fp32 sums. Matrices of bf16 or float32 s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -131,11 +132,29 @@ def quantise(
     dtype = dtype or weight.dtype
     if weight.dim() == 2:
         return _quantise(weight, format, dtype, block)
-    made = [_quantise(expert, format, dtype, block) for expert in weight]
-    codes, scales = torch.cat([one.codes for one in made]), torch.cat([one.scales for one in made])
-    whole = [one.row_scales for one in made if one.row_scales is not None]
-    row_scales = torch.cat(whole) if whole else None
-    return DeviceMatrix(format, tuple(weight.shape), dtype, codes, scales, row_scales, made[0].block)
+    return stack([_quantise(expert, format, dtype, block) for expert in weight])
+
+
+def stack(matrices: Sequence[DeviceMatrix]) -> DeviceMatrix:
+    """[n,k] matrices of one format and size -> [E,n,k]."""
+    first = matrices[0]
+    if any((one.format, one.shape, one.block) != (first.format, first.shape, first.block) for one in matrices):
+        raise DeviceFormatError(f"{first.format} {list(first.shape)}: matrices that are stacked must be alike")
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        kind = tensors[0].dtype
+        return torch.cat([t.view(torch.uint8) for t in tensors]).view(kind)
+
+    row_scales = [one.row_scales for one in matrices if one.row_scales is not None]
+    return DeviceMatrix(
+        first.format,
+        (len(matrices), *first.shape),
+        first.dtype,
+        joined([one.codes for one in matrices]),
+        joined([one.scales for one in matrices]),
+        joined(row_scales) if row_scales else None,
+        first.block,
+    )
 
 
 def dequantise(matrix: DeviceMatrix) -> Tensor:

@@ -11,6 +11,11 @@ M rows of the block tables, W their width; Hq and Hk query and key-value heads, 
                         its row i sees positions 0 .. c-n+i. n may be 0, then nothing of it is read
     INT8 pages          of dtype uint8 beside a q or keys of any dtype: rows hold codes, then 4 bytes for each scale
                         (formats/kv_int8.py), so they are R+P+8 or d+4 wide. They are read as values of q's dtype
+    FP8 pages           of dtype float8_e4m3fn beside a q or keys of any dtype, as wide as the values; what is
+                        written is rounded to nearest and clamped to 448 (formats/kv_fp8.py). There is no scale
+
+Wherever pages "of q's dtype, or INT8" are named below, FP8 pages of the width of the former may stand as well. The
+C++ kernels read no FP8, the GPU's no INT8: each refuses it by name.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels import check
-from cierzo.kernels.formats import kv_int8
+from cierzo.kernels.formats import kv_fp8, kv_int8
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.registry import bound
 
@@ -232,14 +237,15 @@ def _check_gqa(operation: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, quer
 
 
 def _check_pages(operation: str, width: int, num_scales: int, /, **tensors: Tensor) -> None:
-    """First what is written or asked, then the pages: `width` wide and of its dtype, or INT8."""
+    """First what is written or asked, then the pages: `width` wide and of its dtype, or FP8, or INT8."""
     first, *names = tensors
-    int8 = tensors[names[0]].dtype == kv_int8.PAGES_DTYPE
+    kind = tensors[names[0]].dtype
+    int8 = kind == kv_int8.PAGES_DTYPE
     wide = width + num_scales * kv_int8.SCALE_BYTES if int8 else width
     for name in names:
         pages = tensors[name]
-        if int8:
-            check.dtype(operation, kv_int8.PAGES_DTYPE, **{name: pages})
+        if int8 or kind == kv_fp8.PAGES_DTYPE:
+            check.dtype(operation, kind, **{name: pages})
         else:
             check.same_dtype(operation, **{first: tensors[first], name: pages})
         check.require(operation, pages.shape[-1] == wide, f"{name} {list(pages.shape)} must be {wide} wide")

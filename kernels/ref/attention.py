@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cierzo.kernels.formats import kv_int8
+from cierzo.kernels.formats import kv_fp8, kv_int8
 from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
@@ -30,6 +30,8 @@ def write_latents(pages: Tensor, slots: Tensor, latents: Tensor, rope_keys: Tens
     if pages.dtype == kv_int8.PAGES_DTYPE:
         flat.index_copy_(0, slots, kv_int8.quantise_latents(latents, rope_keys))
         return
+    if pages.dtype == kv_fp8.PAGES_DTYPE:
+        flat, latents, rope_keys = (flat.view(torch.uint8), *map(_fp8_bytes, (latents, rope_keys)))
     flat[:, :rank].index_copy_(0, slots, latents)
     flat[:, rank:].index_copy_(0, slots, rope_keys)
 
@@ -37,8 +39,12 @@ def write_latents(pages: Tensor, slots: Tensor, latents: Tensor, rope_keys: Tens
 def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """See ops/attention.py."""
     for pages, written in ((k_pages, keys), (v_pages, values)):
-        rows = kv_int8.quantise(written) if pages.dtype == kv_int8.PAGES_DTYPE else written
-        pages.flatten(0, 1).index_copy_(0, slots, rows)
+        flat, rows = pages.flatten(0, 1), written
+        if pages.dtype == kv_int8.PAGES_DTYPE:
+            rows = kv_int8.quantise(written)
+        elif pages.dtype == kv_fp8.PAGES_DTYPE:
+            flat, rows = flat.view(torch.uint8), _fp8_bytes(written)
+        flat.index_copy_(0, slots, rows)
 
 
 def write_normed_latents(
@@ -142,14 +148,19 @@ def _gqa(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> tuple[Gather, Tensor]:
     return gather, q.unflatten(1, (k_pages.shape[2], -1))
 
 
+def _fp8_bytes(x: Tensor) -> Tensor:
+    """As bytes, which torch copies by index on every device."""
+    return kv_fp8.quantise(x).view(torch.uint8)
+
+
 def _read_latents(rows: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     """Rows of pages of latents -> [..., R+P]."""
-    return kv_int8.dequantise_latents(rows, rank, dtype) if rows.dtype == kv_int8.PAGES_DTYPE else rows
+    return kv_int8.dequantise_latents(rows, rank, dtype) if rows.dtype == kv_int8.PAGES_DTYPE else rows.to(dtype)
 
 
 def _read_heads(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of pages of keys or values -> [..., d]."""
-    return kv_int8.dequantise(rows, dtype) if rows.dtype == kv_int8.PAGES_DTYPE else rows
+    return kv_int8.dequantise(rows, dtype) if rows.dtype == kv_int8.PAGES_DTYPE else rows.to(dtype)
 
 
 def _by_segment(

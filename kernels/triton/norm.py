@@ -33,8 +33,8 @@ def _add_rms_norm(
     total = x + tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
     total = total.to(residual_ptr.dtype.element_ty)
     tl.store(residual_row, total, mask=inside)
-    normed = _normed(total.to(tl.float32), weight_ptr, eps, columns, inside, D)
-    tl.store(out_ptr + row * D + columns, normed, mask=inside)
+    value = _normed(total.to(tl.float32), weight_ptr, eps, columns, inside, D)
+    tl.store(out_ptr + row * D + columns, value, mask=inside)
 
 
 @kernel

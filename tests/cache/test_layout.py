@@ -43,7 +43,12 @@ def test_int8_rows_carry_their_scales() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "torch_dtype", "mla_width", "gqa_width"),
-    [("bfloat16", torch.bfloat16, 6, 8), ("float32", torch.float32, 6, 8), ("int8", torch.uint8, 14, 12)],
+    [
+        ("bfloat16", torch.bfloat16, 6, 8),
+        ("float32", torch.float32, 6, 8),
+        ("fp8", torch.float8_e4m3fn, 6, 8),
+        ("int8", torch.uint8, 14, 12),
+    ],
 )
 def test_pages_have_the_layouts_shape_and_weight(
     dtype: str, torch_dtype: torch.dtype, mla_width: int, gqa_width: int

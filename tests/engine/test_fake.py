@@ -49,7 +49,8 @@ def run(
         )
         step = StepPlan(1, [plan], len(part))
         runner.launch(step, builder.build(step))
-    return runner.collect()
+        result = runner.collect()
+    return result
 
 
 def test_chunks_and_blocks_make_no_difference() -> None:

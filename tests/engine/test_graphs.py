@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace as Inputs
 
 import msgspec
 import pytest
 import torch
+from graph_repeater import Repeated
 
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
@@ -23,28 +23,6 @@ MAX_RUNNING = 6
 CPU = torch.device("cpu")
 
 
-class Repeated:
-    """Stands in for a CUDA graph: it does the work again, into the memory that it first wrote its result to."""
-
-    recordings = 0
-    replays = 0
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        Repeated.recordings += 1
-        work()
-        self._work = work
-
-    def replay(self) -> None:
-        Repeated.replays += 1
-        found = next(
-            cell.cell_contents for cell in self._work.__closure__ or () if type(cell.cell_contents) is list
-        )
-        (kept,) = found
-        self._work()
-        kept.copy_(found[0])
-        found[0] = kept
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("graphs") / "model", like="small4", scale="tiny")
@@ -54,7 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     return resolve(options)
 
 
-def run(config: EngineConfig, *, graphs: bool) -> list[list[tuple[int, list[int], object]]]:
+def run(config: EngineConfig, *, graphs: bool, overlap: bool = False) -> list[list[tuple[int, list[int], object]]]:
     """Tokens and log-probabilities of a load in which sequences come, grow past blocks, and go."""
     model, kv, _ = load_model(config)
     spacious = KVPool(config.layout, kv.num_blocks + 1, CPU)
@@ -70,15 +48,24 @@ def run(config: EngineConfig, *, graphs: bool) -> list[list[tuple[int, list[int]
         record=Repeated,
     )
     runner = ModelRunner(
-        model, spacious, MAX_RUNNING, CPU, staged=DeviceInputs(CPU), graphs=recorded if graphs else None
+        model,
+        spacious,
+        MAX_RUNNING,
+        CPU,
+        staged=DeviceInputs(CPU),
+        graphs=recorded if graphs else None,
+        overlap=overlap,
     )
-    core = EngineCore(config, runner)
+    core = EngineCore(msgspec.structs.replace(config, overlap=overlap), runner)
     found: dict[int, list[TokenDelta]] = {}
     for number in range(10):
-        params = SamplingParams(max_tokens=3 + 4 * number, seed=number, logprobs=2, ignore_eos=True)
+        temperature, logprobs = (0.0, 0.9)[number % 2], (None, 2)[number % 3 == 1]
+        params = SamplingParams(
+            max_tokens=3 + 4 * number, seed=number, temperature=temperature, logprobs=logprobs, ignore_eos=True
+        )
         core.submit(Submit(request_id=number, prompt_token_ids=[*range(5, 8 + 5 * number)], sampling=params))
     for _ in range(400):
-        for delta in core.step_plain():
+        for delta in core.step():
             found.setdefault(delta.request_id, []).append(delta)
     assert all(deltas[-1].finish is not None for deltas in found.values())
     assert [deltas[-1].finish.reason for deltas in found.values() if deltas[-1].finish] == 10 * ["length"]
@@ -90,9 +77,13 @@ def run(config: EngineConfig, *, graphs: bool) -> list[list[tuple[int, list[int]
 
 def test_tokens_are_equal_with_graphs_on_and_off(config: EngineConfig) -> None:
     Repeated.recordings = Repeated.replays = 0
-    assert run(config, graphs=True) == run(config, graphs=False)
-    assert 2 <= Repeated.recordings <= len(buckets(MAX_RUNNING)) * len(bounds(config.scheduler.max_model_len))
-    assert Repeated.replays > 40
+    plain = run(config, graphs=False)
+    assert run(config, graphs=True) == plain
+    assert run(config, graphs=True, overlap=True) == plain
+    assert run(config, graphs=False, overlap=True) == plain
+    sizes = len(buckets(MAX_RUNNING)) * len(bounds(config.scheduler.max_model_len))
+    assert 4 <= Repeated.recordings <= 2 * sizes  # of both runs with graphs
+    assert Repeated.replays > 80
 
 
 def test_buckets_and_bounds_end_where_the_limits_do() -> None:

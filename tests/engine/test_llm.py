@@ -134,14 +134,14 @@ def test_text_is_cut_at_the_token_that_completes_a_stop_string(with_tokenizer: P
 def test_an_interrupted_call_leaves_nothing_behind(with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = says(with_tokenizer, "abc")
     steps = iter(range(100))
-    plain = llm._core.step_plain
+    plain = llm._core.step
 
     def interrupted() -> list:
         if next(steps) == 2:
             raise KeyboardInterrupt
         return plain()
 
-    monkeypatch.setattr(llm._core, "step_plain", interrupted)
+    monkeypatch.setattr(llm._core, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[1], [2]], SamplingParams(max_tokens=50))
     assert not llm._core.has_work()

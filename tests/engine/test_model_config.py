@@ -205,7 +205,7 @@ def test_missing_fields_are_named(tmp_path: Path, field: str) -> None:
         (SMALL4, "norm_topk_prob", 1),
         (SMALL4, "rms_norm_eps", None),
         (SMALL4, "qk_rope_head_dim", 63),
-        (SMALL4, "quantization_config", {"quant_method": "fp8"}),
+        (SMALL4, "quantization_config", ["fp8"]),
         (SMALL4, "eos_token_id", "</s>"),
         (SMALL3, "sliding_window", 4096),
         (SMALL3, "num_key_value_heads", 7),

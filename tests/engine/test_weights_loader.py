@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.weights.loader import ParameterSpec, load_parameters, rank_ranges
+from cierzo.engine.weights.quantised import as_tensor
 from cierzo.engine.weights.reader import CheckpointReader
 
 EXPERTS, WIDTH, HIDDEN = 4, 6, 8
@@ -51,7 +52,8 @@ def checkpoint(folder: Path, stored: dict[str, Tensor]) -> Path:
 
 def load(folder: Path, specs: dict[str, ParameterSpec] = SPECS, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     with CheckpointReader(folder) as reader:
-        return load_parameters(reader, specs, dtype=torch.float32, device="cpu", rank=rank, world=world)
+        found = load_parameters(reader, specs, dtype=torch.float32, device="cpu", rank=rank, world=world)
+        return {name: as_tensor(parameter) for name, parameter in found.items()}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ from cierzo.engine.weights.headers import INDEX_NAME
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.make import make_checkpoint
+from cierzo.engine.weights.published import WEIGHT_STD
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.weights.shapes import shape_of
 
@@ -125,7 +126,7 @@ def test_weights_are_normal_and_norms_are_one(made: Callable[[str], Path]) -> No
                 assert bool((values == 1).all())
             else:
                 assert values.mean().abs() < 0.002
-                assert abs(values.std() - make.WEIGHT_STD) < 0.001
+                assert abs(values.std() - WEIGHT_STD) < 0.001
 
 
 def test_values_depend_on_seed_and_name_alone(tmp_path: Path, made: Callable[[str], Path]) -> None:

@@ -58,26 +58,26 @@ def wrong_span(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "no config": (lambda f: (f / "config.json").unlink(), "it has no config.json"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json cannot be read"),
     "config a list": (lambda f: write(f / "config.json", []), "no JSON object"),
     "quantised": (
         lambda f: write(f / "config.json", {"quantization_config": {"quant_method": "fp8"}}),
-        r"quantization_config \(fp8\): quantised checkpoints are not supported yet",
+        r"config.json: quantization_config.activation_scheme is missing",
     ),
     "quantised inside": (
         lambda f: write(f / "config.json", {"text_config": {"quantization_config": {"quant_method": "nvfp4"}}}),
-        "nvfp4.*not supported yet",
+        "text_config.quantization_config.quant_method is 'nvfp4', must be \"fp8\"",
     ),
     "fp8 tensor": (
         lambda f: save_file({"c": torch.zeros(5, dtype=torch.float8_e4m3fn)}, f / SECOND),
-        "tensor c is F8_E4M3: quantised checkpoints are not supported yet",
+        "tensor c is F8_E4M3, but config.json declares no quantisation",
     ),
     "no index": (lambda f: (f / INDEX_NAME).unlink(), "neither model.safetensors.index.json nor model.safetensors"),
     "other format": (
         lambda f: [(f / INDEX_NAME).rename(f / "old"), (f / FIRST).rename(f / "consolidated.safetensors")],
-        "consolidated.safetensors is of a format that is not supported yet",
+        "consolidated.safetensors would need params.json beside it",
     ),
     "index and single file": (lambda f: save_file({"d": torch.ones(1)}, f / SINGLE_NAME), "holds both"),
     "index not JSON": (lambda f: (f / INDEX_NAME).write_text("nonsense"), "index.json cannot be read"),

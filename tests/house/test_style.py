@@ -31,7 +31,8 @@ def _lines_without_docstring(node: Function) -> int:
 
 
 def _function_limit(node: Function) -> int:
-    jitted = any("triton" in ast.unparse(d) and "jit" in ast.unparse(d) for d in node.decorator_list)
+    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+    jitted = any(name == "kernel" or ("triton" in name and "jit" in name) for name in decorators)
     return MAX_TRITON_LINES if jitted else MAX_FUNCTION_LINES
 
 

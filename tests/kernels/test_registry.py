@@ -10,6 +10,7 @@ import torch
 
 from cierzo.kernels import check, registry
 from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.registry import Implementation, KernelChoiceError, NotBoundError, bind
 
 
@@ -28,6 +29,7 @@ def test_every_implementation_loads_and_has_a_public_operation() -> None:
 
 
 def test_default_is_the_first_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "require", lambda: None)  # as on a machine with a GPU
     better = Implementation("rms_norm", "better", "cierzo.kernels.ref.norm:rms_norm", ("cuda",), exact=True)
     monkeypatch.setattr(registry, "IMPLEMENTATIONS", [better, *registry.IMPLEMENTATIONS])
     monkeypatch.setattr(Implementation, "load", lambda row: row)
@@ -61,6 +63,14 @@ def test_unknown_names_list_the_known_ones() -> None:
         bind(KernelsConfig(implementations={"rms_norm": "fast"}), "cpu")
     with pytest.raises(KernelChoiceError, match="no implementation for device 'tpu'"):
         bind(KernelsConfig(), "tpu")
+
+
+def test_cuda_kernels_are_refused_at_start_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "missing", lambda: "no CuPy: pip install it")
+    with pytest.raises(KernelChoiceError, match=r"the CUDA kernels cannot run: no CuPy: pip install it"):
+        bind(KernelsConfig(), "cuda")
+    in_torch = dict.fromkeys(registry.operations(), "torch")
+    assert {row.name for row in bind(KernelsConfig(implementations=in_torch), "cuda").chosen} == {"torch"}
 
 
 def test_a_refused_choice_leaves_the_bound_ones() -> None:

@@ -44,9 +44,19 @@ class PagedCase:
 
 
 def make_case(
-    name: str, width: int, heads: int, dtype: torch.dtype, *, entry: tuple[int, ...], block_tokens: int = 5
+    name: str,
+    width: int,
+    heads: int,
+    dtype: torch.dtype,
+    *,
+    entry: tuple[int, ...],
+    block_tokens: int = 5,
+    margin: int = 2,
 ) -> PagedCase:
-    """`entry` is the shape of one token's values in the pages; q is [T, heads, width], with two rows to spare."""
+    """`entry` is the shape of one token's values in the pages; q is [T, heads, width], with two rows to spare.
+
+    It starts `margin` values into wider memory: with 8, at a multiple of 16 bytes, as kernels for GPUs want it.
+    """
     segments = SEGMENTS[name]
     random = torch.Generator().manual_seed(len(name))
     needed = [-(-context // block_tokens) for _, context in segments]
@@ -65,8 +75,8 @@ def make_case(
             pages[own[position // block_tokens], position % block_tokens] = values[position]
         contexts.append(values.double())
     total = sum(length for length, _ in segments)
-    wide = torch.full((total + 2, heads + 1, width + 3), NAN, dtype=dtype)
-    q = wide[:, :heads, 2 : width + 2]
+    wide = torch.full((total + 2, heads + 1, width + margin + 1), NAN, dtype=dtype)
+    q = wide[:, :heads, margin : width + margin]
     q.copy_(torch.randn(q.shape, generator=random))
     return PagedCase(q, make_queries(segments, rows, tables), contexts, pages)
 

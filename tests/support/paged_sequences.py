@@ -1,4 +1,4 @@
-"""Sequences in pages: the same tokens cut into any segments, in blocks of any size, as values or INT8 rows.
+"""Sequences in pages: the same tokens cut into any segments, in blocks of any size, as values, FP8 or INT8 rows.
 
 Pages, tables and blocks are poisoned and scattered as in paged_cases.
 """
@@ -11,7 +11,7 @@ import torch
 from paged_cases import HUGE, NAN, make_queries
 from torch import Tensor
 
-from cierzo.kernels.formats import kv_int8
+from cierzo.kernels.formats import kv_fp8, kv_int8
 from cierzo.kernels.ops import attention
 from cierzo.kernels.ops.attention import PagedQueries
 
@@ -38,9 +38,11 @@ class Form:
         """Shape of what is cached of a token."""
         return (self.rank + self.rope,) if self.rank else (2, self.kv_heads, self.width)
 
-    def pages_of(self, cached: Tensor, int8: bool) -> list[Tensor]:
+    def pages_of(self, cached: Tensor, int8: bool, fp8: bool = False) -> list[Tensor]:
         """Rows of each of the pages, of values [c, *entry]."""
         parts = [cached] if self.rank else list(cached.unbind(1))
+        if fp8:
+            return [kv_fp8.quantise(part) for part in parts]
         if not int8:
             return parts
         if self.rank:
@@ -93,7 +95,12 @@ class Batch:
 
 
 def make_batch(
-    form: Form, sequences: list[Sequence], segments: list[Segment], block_tokens: int = 16, int8: bool = False
+    form: Form,
+    sequences: list[Sequence],
+    segments: list[Segment],
+    block_tokens: int = 16,
+    int8: bool = False,
+    fp8: bool = False,
 ) -> Batch:
     """Segments of one sequence share its blocks."""
     contexts = [max((last for which, _, last in segments if which == i), default=0) for i in range(len(sequences))]
@@ -108,11 +115,13 @@ def make_batch(
         tables[row, : len(own)] = own.int()
         positions = torch.arange(context)
         slots = own[positions // block_tokens] * block_tokens + positions % block_tokens
-        for part, rows in enumerate(form.pages_of(sequence.cached[:context], int8)):
+        for part, rows in enumerate(form.pages_of(sequence.cached[:context], int8, fp8)):
+            kind, rows = rows.dtype, rows.view(torch.uint8) if fp8 else rows
             if part == len(pages):
-                poison = 255 if int8 else NAN  # a scale of 255s is a NaN
-                pages.append(torch.full((len(ids) * block_tokens, *rows.shape[1:]), poison, dtype=rows.dtype))
-            pages[part][slots] = rows
+                poison = 255 if int8 or fp8 else NAN  # an e4m3, or a scale, of 255s is a NaN
+                memory = torch.full((len(ids) * block_tokens, *rows.shape[1:]), poison, dtype=rows.dtype)
+                pages.append(memory.view(kind))
+            pages[part].view(rows.dtype)[slots] = rows
     q = torch.cat([sequences[which].q[first:last] for which, first, last in segments])
     lengths = [(last - first, last) for _, first, last in segments]
     queries = make_queries(lengths, torch.tensor([which for which, _, _ in segments]), tables)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cierzo.kernels import check
 from cierzo.kernels.cpu import abi, native
-from cierzo.kernels.cpu.tensors import packed_for, rows
+from cierzo.kernels.cpu.tensors import kv_format, packed_for, rows
 from cierzo.kernels.formats.pack import FORMAT_OF
 from cierzo.kernels.formats.packed import Matrix, PackedMatrix
 from cierzo.kernels.ops.attention import PagedQueries
@@ -26,7 +26,7 @@ def write_latents(pages: Tensor, slots: Tensor, latents: Tensor, rope_keys: Tens
         latents.stride(0),
         rope_keys.data_ptr(),
         rope_keys.stride(0),
-        abi.KV_FORMATS[pages.dtype],
+        kv_format(pages),
         abi.DTYPES[latents.dtype],
     )
     native.call("write_latents", args)
@@ -47,7 +47,7 @@ def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Ten
         values.data_ptr(),
         keys.stride(0),
         values.stride(0),
-        abi.KV_FORMATS[k_pages.dtype],
+        kv_format(k_pages),
         abi.DTYPES[keys.dtype],
     )
     native.call("write_keys_values", args)
@@ -79,7 +79,7 @@ def write_normed_latents(
         sin.data_ptr(),
         eps,
         interleaved,
-        abi.KV_FORMATS[pages.dtype],
+        kv_format(pages),
         abi.DTYPES[kv.dtype],
     )
     native.call("write_normed_latents", args)
@@ -104,7 +104,7 @@ def rotate_and_write_keys_values(
         cos.data_ptr(),
         sin.data_ptr(),
         interleaved,
-        abi.KV_FORMATS[k_pages.dtype],
+        kv_format(k_pages),
         abi.DTYPES[qkv.dtype],
     )
     native.call("rotate_and_write_keys_values", args)
@@ -164,7 +164,7 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
         paged_args(queries, pages.shape[1], num_rows),
         out.data_ptr(),
         scale,
-        abi.KV_FORMATS[pages.dtype],
+        kv_format(pages),
         abi.DTYPES[q.dtype],
     )
     native.call("mla_decode", args)
@@ -194,7 +194,7 @@ def mla_prefill(
         paged_args(queries, pages.shape[1], q.shape[0]),
         out.data_ptr(),
         scale,
-        abi.KV_FORMATS[pages.dtype],
+        kv_format(pages),
         abi.DTYPES[q.dtype],
     )
     native.call("mla_prefill", args)
@@ -236,7 +236,7 @@ def _gqa(
         paged_args(queries, k_pages.shape[1], q.shape[0]),
         out.data_ptr(),
         scale,
-        abi.KV_FORMATS[k_pages.dtype],
+        kv_format(k_pages),
         abi.DTYPES[q.dtype],
     )
     native.call(operation, args)

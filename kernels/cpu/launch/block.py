@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cierzo.kernels.cpu import abi, native
 from cierzo.kernels.cpu.launch.attention import paged_args
+from cierzo.kernels.cpu.tensors import kv_format
 from cierzo.kernels.formats.pack import as_packed
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.block import (
@@ -98,7 +99,7 @@ def _decoder_model(weights: DecoderWeights) -> _Layer:
         head.address,
         weights.eps,
         abi.DTYPES[weights.embedding.dtype],
-        abi.KV_FORMATS[weights.halves[0].pages[0].dtype],
+        kv_format(weights.halves[0].pages[0]),
     )
     return _keep(weights, struct, halves, head)
 
@@ -131,7 +132,7 @@ def _input(x: Tensor | None, residual: Tensor, pages: Tensor | None = None) -> t
         tokens,
         hidden,
         abi.DTYPES[residual.dtype],
-        0 if pages is None else abi.KV_FORMATS[pages.dtype],
+        0 if pages is None else kv_format(pages),
     ), out
 
 

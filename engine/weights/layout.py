@@ -1,0 +1,141 @@
+"""How a checkpoint folder is written: whose files and names, and how its matrices are stored. No torch here.
+
+    layout    config         tensors                          names
+    hf        config.json    model*.safetensors               model.layers.0.self_attn.o_proj.weight
+    native    params.json    consolidated*.safetensors        layers.0.attention.wo.weight
+
+    scheme    stored as                                                     in layout
+    plain     floating-point tensors                                        hf, native
+    fp8       e4m3, one scale a tensor: weight = code * scale               hf, native
+    nvfp4     compressed-tensors' nvfp4-pack-quantized, of experts alone    native
+
+Sources: the published formats of Mistral Small 4 and Small 3; transformers' FineGrainedFP8Config; vLLM's
+transformers_utils/configs/mistral.py; compressed-tensors' QuantizationConfig.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cierzo.engine.model.fields import Fields, read_json
+
+_log = logging.getLogger(__name__)
+
+Layout = Literal["hf", "native"]
+Scheme = Literal["plain", "fp8", "nvfp4"]
+CONFIG_NAME = "config.json"
+PARAMS_NAME = "params.json"
+_FILE_STEM: dict[Layout, str] = {"hf": "model", "native": "consolidated"}
+_LAYOUT_TEXT = {"hf": "Hugging Face", "native": "Mistral-native"}
+_SCHEME_TEXT = {
+    "plain": "not quantised",
+    "fp8": "FP8, one scale a matrix",
+    "nvfp4": "NVFP4 (compressed-tensors), experts only",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFormat:
+    """Layout and scheme of a folder; `str()` is what `cierzo info` prints."""
+
+    layout: Layout
+    scheme: Scheme
+
+    @property
+    def config_name(self) -> str:
+        """The file that says what the model is."""
+        return CONFIG_NAME if self.layout == "hf" else PARAMS_NAME
+
+    @property
+    def stem(self) -> str:
+        """What the names of the tensors' files begin with."""
+        return _FILE_STEM[self.layout]
+
+    def __str__(self) -> str:
+        return f"{_LAYOUT_TEXT[self.layout]}, {_SCHEME_TEXT[self.scheme]}"
+
+
+def find_layout(folder: Path) -> Layout:
+    """Which of the two layouts is read in a folder: Hugging Face's wherever it is whole.
+
+    The base repository of Small 4 holds both, with the same weights; its config.json and model*.safetensors are
+    then read. Raises nothing: what is missing is told by who reads it.
+    """
+    has_config, has_params = ((folder / name).is_file() for name in (CONFIG_NAME, PARAMS_NAME))
+    if not has_params:
+        return "hf"
+    if has_config and _has_tensors(folder, "hf"):
+        if _has_tensors(folder, "native"):
+            _log.info("%s holds %s and %s: %s is read", folder, CONFIG_NAME, PARAMS_NAME, CONFIG_NAME)
+        return "hf"
+    return "native" if not has_config or _has_tensors(folder, "native") else "hf"
+
+
+def find_format(folder: Path) -> CheckpointFormat:
+    """Layout and scheme of a folder, from its config.json or params.json alone.
+
+    Raises CheckpointError naming field, limit and value where the file is missing or malformed, or declares
+    weights of any other kind.
+    """
+    layout = find_layout(folder)
+    if layout == "native":
+        return CheckpointFormat(layout, _native_scheme(Fields(read_json(folder / PARAMS_NAME), file=PARAMS_NAME)))
+    outer = Fields(read_json(folder / CONFIG_NAME))
+    sections = [outer, outer.section("text_config")] if outer.has("text_config") else [outer]
+    declared = [section.section("quantization_config") for section in sections if _declares(section)]
+    for one in declared:
+        _check_fp8(one)
+    return CheckpointFormat(layout, "fp8" if declared else "plain")
+
+
+def _has_tensors(folder: Path, layout: Layout) -> bool:
+    return any(folder.glob(f"{_FILE_STEM[layout]}*.safetensors"))
+
+
+def _declares(fields: Fields) -> bool:
+    value = fields.get("quantization_config", None)
+    return value is not None and value != {}
+
+
+def _check_fp8(fields: Fields) -> None:
+    """transformers' `fp8` as Mistral publishes it: one scale a matrix. Scales in blocks, or scales of activations
+    that are computed on the way, are other formats. Where `modules_to_not_convert` applies, tensors' dtypes say."""
+    fields.only("quant_method", ("fp8",))
+    fields.only("activation_scheme", ("static",))
+    fields.only("weight_block_size", (None,), default=None)
+    fields.only("fmt", ("e4m3", None), default=None)
+
+
+def _native_scheme(params: Fields) -> Scheme:
+    """`quantization`, or `quantization_config`: published params.json have either, or the same in both."""
+    names = [name for name in ("quantization", "quantization_config") if params.has(name)]
+    if not names:
+        return "plain"
+    if len(names) == 2 and params.get(names[0]) != params.get(names[1]):
+        raise params.error(names[1], params.get(names[1]), "the same as quantization")
+    fields = params.section(names[0])
+    if fields.has("qformat_weight"):
+        fields.only("qformat_weight", ("fp8_e4m3",))
+        fields.only("qscheme_act", ("TENSOR", None), default=None)
+        return "fp8"
+    _check_nvfp4(fields)
+    return "nvfp4"
+
+
+def _check_nvfp4(fields: Fields) -> None:
+    """One group of 4-bit float weights with a scale for 16; which matrices it applies to, their tensors say."""
+    fields.only("quant_method", ("compressed-tensors",))
+    fields.only("format", ("nvfp4-pack-quantized",))
+    fields.only("kv_cache_scheme", (None,), default=None)
+    groups = fields.section("config_groups")
+    names: list[Any] = list(fields.get("config_groups"))
+    if len(names) != 1:
+        raise fields.error("config_groups", names, "one group")
+    weights = groups.section(names[0]).section("weights")
+    weights.only("num_bits", (4,))
+    weights.only("type", ("float",))
+    weights.only("group_size", (16,))
+    weights.only("symmetric", (True,), default=True)

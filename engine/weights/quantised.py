@@ -1,0 +1,240 @@
+"""Parameters whose values are computed when they are packed, one matrix or one expert at a time.
+
+A checkpoint is memory-mapped, and a stored parameter only says which of its bytes it is made of: a model of 119 B
+weights in 4 or 8 bits is never there in 16. Rows are put into another order when their values are computed, and
+scales are looked at then too: a start that maps packed weights reads none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cierzo.engine.errors import CheckpointError
+from cierzo.kernels.formats import compressed_tensors
+from cierzo.kernels.formats.pack import PackError, pack_into
+from cierzo.kernels.formats.packed import packed_bytes
+
+Range = tuple[int, int]
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-100, 2.0**100  # far beyond any model's; a product stays a float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScaledMatrix:
+    """[n,k]: weight = code * scale, or the code itself where there is no scale.
+
+    name: of its tensor. codes: float8_e4m3fn, or floating-point. scale: one number of any floating-point dtype,
+    scale_name its tensor. order: int64 [n], which row of `codes` each row is; None: its own.
+    """
+
+    name: str
+    codes: Tensor
+    scale: Tensor | None = None
+    scale_name: str = ""
+    order: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k)."""
+        return (len(self.codes) if self.order is None else len(self.order), self.codes.shape[1])
+
+    def rows(self, begin: int, end: int) -> ScaledMatrix:
+        """Some of its rows."""
+        if self.order is None:
+            return replace(self, codes=self.codes[begin:end])
+        return replace(self, order=self.order[begin:end])
+
+    def columns(self, begin: int, end: int) -> ScaledMatrix:
+        """Some of its columns."""
+        return replace(self, codes=self.codes[:, begin:end])
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """The weights [n,k]: float32 products of codes and scale; without a scale, as stored, in `dtype`.
+
+        NaN codes (0x7F, 0xFF) stay NaN: the formats with scales refuse them, bf16 and float32 hold them. Raises
+        CheckpointError for a scale that is no positive number.
+        """
+        codes = self.kept_codes()
+        return codes.to(dtype) if self.scale is None else codes.float() * self.checked_scale()
+
+    def kept_codes(self) -> Tensor:
+        """[n,k], in order."""
+        if self.order is None:
+            return self.codes
+        codes = self.codes  # by bytes: not every operation knows 8-bit floats
+        return (codes.view(torch.uint8) if codes.dtype.itemsize == 1 else codes)[self.order].view(codes.dtype)
+
+    def checked_scale(self) -> float:
+        """Raises CheckpointError for one that is no positive number."""
+        assert self.scale is not None, self.name
+        scale = float(self.scale)
+        if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:  # NaN is refused too
+            limit = "2^-100 .. 2^100"
+            raise CheckpointError(
+                f"tensor {self.scale_name}: the scale of {self.name} is {scale}, must be in {limit}",
+                field=self.scale_name,
+                limit=limit,
+                value=scale,
+            )
+        return scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Nvfp4Matrix:
+    """[n,k] as compressed-tensors stores it. name: "layers.3.experts.7.w1"; tensors: see `StoredMatrix`."""
+
+    name: str
+    codes: Tensor
+    scales: Tensor
+    divisor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k)."""
+        return len(self.codes), 2 * self.codes.shape[1]
+
+    def rows(self, begin: int, end: int) -> Nvfp4Matrix:
+        """Some of its rows."""
+        return replace(self, codes=self.codes[begin:end], scales=self.scales[begin:end])
+
+    def columns(self, begin: int, end: int) -> Nvfp4Matrix:
+        """Some of its columns. Raises CheckpointError where they would cut a group that has one scale."""
+        group = compressed_tensors.SCALE_GROUP
+        if begin % group or end % group:
+            raise CheckpointError(
+                f"{self.name}: columns {begin} to {end} of an NVFP4 matrix, must be multiples of {group}",
+                field=self.name,
+                limit=f"multiples of {group}",
+                value=(begin, end),
+            )
+        codes = self.codes[:, begin // 2 : end // 2]
+        return replace(self, codes=codes, scales=self.scales[:, begin // group : end // group])
+
+    def stored(self) -> compressed_tensors.StoredMatrix:
+        """Its tensors, checked. Raises CheckpointError for a scale that is none."""
+        tensors = (self.codes, self.scales, self.divisor)
+        named = dict(zip((f"{self.name}.{suffix}" for suffix in compressed_tensors.SUFFIXES), tensors, strict=True))
+        try:
+            return compressed_tensors.StoredMatrix.read(self.name, named.__getitem__)
+        except PackError as error:
+            raise CheckpointError(str(error), field=self.name) from error
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """The weights, float32 [n,k]. Raises CheckpointError as `stored` does."""
+        return compressed_tensors.dequantise(self.stored())
+
+
+StoredMatrix = ScaledMatrix | Nvfp4Matrix
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredParameter:
+    """A parameter [n,k] or [E,n,k] of which nothing is computed yet.
+
+    experts: each expert's matrices, which lie one above the other; [n,k] is one expert, and not `fused`.
+    dtype, device: of `tensor()`.
+    """
+
+    experts: tuple[tuple[StoredMatrix, ...], ...]
+    fused: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, k) or (E, n, k)."""
+        inner = (sum(part.shape[0] for part in self.experts[0]), self.experts[0][0].shape[1])
+        return (len(self.experts), *inner) if self.fused else inner
+
+    def __getitem__(self, rows: slice) -> StoredParameter:
+        """A stretch of the first axis."""
+        begin, end, _ = rows.indices(self.shape[0])
+        return self.cut(0, [(begin, end)])
+
+    def cut(self, axis: int, ranges: Sequence[Range]) -> StoredParameter:
+        """The ranges along `axis`, one after the other."""
+        axis -= self.fused
+        if axis < 0:
+            return replace(self, experts=tuple(parts for a, b in ranges for parts in self.experts[a:b]))
+        if axis == 0:
+            return replace(self, experts=tuple(_rows(parts, ranges) for parts in self.experts))
+        ((begin, end),) = ranges
+        return replace(
+            self, experts=tuple(tuple(part.columns(begin, end) for part in parts) for parts in self.experts)
+        )
+
+    def tensor(self) -> Tensor:
+        """All values, rounded to `dtype`: for parameters that are no large matrix, and for the reference."""
+        experts = [_values(parts, self.dtype).to(self.dtype) for parts in self.experts]
+        return (torch.stack(experts) if self.fused else experts[0]).to(self.device)
+
+
+Parameter = Tensor | StoredParameter
+
+
+def as_tensor(parameter: Parameter) -> Tensor:
+    """Its values."""
+    return parameter if isinstance(parameter, Tensor) else parameter.tensor()
+
+
+def above_each_other(parts: Sequence[Parameter]) -> Parameter:
+    """[n,k] parameters, or [E,n,k] ones, joined along n."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) == len(parts):
+        return torch.cat(tensors, dim=-2)
+    stored = [_as_stored(part) for part in parts]
+    rows = zip(*(part.experts for part in stored), strict=True)
+    return replace(stored[0], experts=tuple(tuple(one for each in row for one in each) for row in rows))
+
+
+def pack_parameter(weight: Parameter, format: str, paired: bool, target: Tensor) -> None:
+    """pack_into, of a stored parameter too: each expert's values in turn. NVFP4 stays NVFP4, code for code.
+
+    Raises PackError naming the matrix whose values the format cannot hold, CheckpointError for a bad scale.
+    """
+    if isinstance(weight, Tensor):
+        pack_into(weight, format, paired, target)
+        return
+    *_, n, k = weight.shape
+    each = packed_bytes(format, n, k, paired)
+    for number, parts in enumerate(weight.experts):
+        part = target[number * each : (number + 1) * each]
+        kept = [one.stored() for one in parts if format == "nvfp4" and isinstance(one, Nvfp4Matrix)]
+        try:
+            if len(kept) == len(parts):
+                compressed_tensors.load_into(kept, paired, part)
+            else:
+                pack_into(_values(parts, weight.dtype), format, paired, part)
+        except PackError as error:
+            raise PackError(f"{' + '.join(one.name for one in parts)}: {error}") from error
+
+
+def _values(parts: Sequence[StoredMatrix], dtype: torch.dtype) -> Tensor:
+    values = [part.values(dtype) for part in parts]
+    return values[0] if len(values) == 1 else torch.cat(values)
+
+
+def _rows(parts: Sequence[StoredMatrix], ranges: Sequence[Range]) -> tuple[StoredMatrix, ...]:
+    """The ranges of rows of matrices that lie one above the other."""
+    found: list[StoredMatrix] = []
+    for begin, end in ranges:
+        top = 0  # of the part, among all rows
+        for part in parts:
+            low, high = max(begin - top, 0), min(end - top, part.shape[0])
+            if low < high:
+                found.append(part.rows(low, high))
+            top += part.shape[0]
+    return tuple(found)
+
+
+def _as_stored(part: Parameter) -> StoredParameter:
+    if isinstance(part, StoredParameter):
+        return part
+    experts = part if part.dim() == 3 else part[None]
+    matrices = tuple((ScaledMatrix("a plain tensor", one),) for one in experts)
+    return StoredParameter(matrices, part.dim() == 3, part.dtype, part.device)

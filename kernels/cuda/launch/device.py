@@ -1,0 +1,73 @@
+"""The backend of a GPU: CuPy compiles the sources once, and launches them on torch's current stream."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cierzo.kernels.cuda.launch.kernel import OPTIONS, SOURCES, Kernel, LaunchError
+from cierzo.kernels.registry import KernelChoiceError
+
+INSTALL = "pip install 'cierzo[cuda]'"
+
+
+def missing() -> str:
+    """Why the CUDA kernels cannot run here; "" if they can."""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU, or was built without CUDA"
+    try:
+        importlib.import_module("cupy")
+    except ImportError as error:
+        return f"CuPy cannot be imported ({error}): {INSTALL}"
+    return ""
+
+
+def require() -> None:
+    """Raises KernelChoiceError, with what is missing and how to get it, where the CUDA kernels cannot run."""
+    reason = missing()
+    if reason:
+        raise KernelChoiceError(f"the CUDA kernels cannot run: {reason}")
+
+
+class CupyBackend:
+    """Sources are compiled at their first launch, for the device at hand, and kept (by CuPy on disk too)."""
+
+    device_type = "cuda"
+
+    def __init__(self) -> None:
+        require()
+        self._cupy: Any = importlib.import_module("cupy")
+        self._functions: dict[tuple[str, int], Any] = {}
+
+    def run(
+        self,
+        kernel: Kernel,
+        device: torch.device,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        values: Sequence[np.generic],
+    ) -> None:
+        """See Backend."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        stream = torch.cuda.current_stream(index).cuda_stream
+        try:
+            with self._cupy.cuda.Device(index), self._cupy.cuda.ExternalStream(stream, index):
+                self._function(kernel, index)(grid, (threads, 1, 1), tuple(values), shared_mem=shared_bytes)
+        except (self._cupy.cuda.driver.CUDADriverError, self._cupy.cuda.runtime.CUDARuntimeError) as error:
+            raise LaunchError(str(error)) from error
+        except self._cupy.cuda.compiler.CompileException as error:
+            raise LaunchError(f"NVRTC: {error}") from error
+
+    def _function(self, kernel: Kernel, index: int) -> Any:
+        key = (kernel.name, index)
+        if key not in self._functions:
+            # The included file is part of the text, so that CuPy's cache on disk notices a change of it.
+            text = "".join((SOURCES / name).read_text(encoding="utf-8") for name in ("common.cuh", kernel.source))
+            module = self._cupy.RawModule(code=text, options=OPTIONS, backend="nvrtc")
+            self._functions[key] = module.get_function(kernel.name)
+        return self._functions[key]

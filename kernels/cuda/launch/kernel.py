@@ -1,0 +1,171 @@
+"""A CUDA C++ kernel as its launchers see it, and the one way to launch it.
+
+    SCALE = Kernel("scale.cu", "scale", {"values": "*f32", "count": "i32", "factor": "f32"})
+    launch(SCALE, grid=(4,), threads=256, values=tensor, count=1000, factor=0.5)
+
+Launchers hand over tensors and numbers; the backend in force gets addresses. On a GPU that is CuPy's (device.py).
+Tests put another in its place, which runs the same sources on the CPU: grids, sizes and checks are then proved too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cierzo.kernels.check import ArgumentError
+
+SOURCES = Path(__file__).parents[1]
+# Of NVRTC. Sums keep the order and the rounding that the sources give them.
+OPTIONS = ("-std=c++17", "--fmad=false", f"-I{SOURCES}")
+POINTERS = {
+    "*f32": torch.float32,
+    "*f64": torch.float64,
+    "*bf16": torch.bfloat16,
+    "*i64": torch.int64,
+    "*bytes": torch.uint8,
+}
+SCALARS: dict[str, type[np.generic]] = {"i32": np.int32, "i64": np.int64, "f32": np.float32}
+_LIMITS = {"i32": 1 << 31, "i64": 1 << 63}
+MOST_GRID = (2**31 - 1, 65535, 65535)
+MOST_THREADS = 1024
+MOST_SHARED_BYTES = 48 << 10  # of a block, without asking the driver for more
+
+
+class LaunchError(RuntimeError):
+    """A kernel could not be launched, or ended in an error; the message has its arguments."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kernel:
+    """`source`: a file beside this folder; `name`: of an extern "C" function in it.
+
+    types: its parameters in order: a pointer (POINTERS; null where a launch gives None), or a number (SCALARS).
+    """
+
+    source: str
+    name: str
+    types: Mapping[str, str]
+
+
+class Backend(Protocol):
+    """What runs kernels."""
+
+    @property
+    def device_type(self) -> str:
+        """Of the tensors that its kernels reach: "cuda", or "cpu" in tests."""
+
+    def run(
+        self,
+        kernel: Kernel,
+        device: torch.device,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        values: Sequence[np.generic],
+    ) -> None:
+        """Launch on the device's current stream; raise LaunchError with what the runtime says."""
+
+
+_backends: list[Backend] = []  # the one in force is the last
+
+
+def backend() -> Backend:
+    """The backend in force; CuPy's, made at first use. Raises KernelChoiceError where a GPU or CuPy is missing."""
+    if not _backends:
+        from cierzo.kernels.cuda.launch.device import CupyBackend
+
+        _backends.append(CupyBackend())
+    return _backends[-1]
+
+
+@contextmanager
+def running_on(other: Backend) -> Any:
+    """Another backend until the block ends."""
+    _backends.append(other)
+    try:
+        yield other
+    finally:
+        _backends.remove(other)
+
+
+def launch(kernel: Kernel, *, grid: Sequence[int], threads: int, shared_bytes: int = 0, **arguments: Any) -> None:
+    """Run `grid` blocks of `threads` on the current stream; a grid without blocks does nothing.
+
+    Raises ArgumentError, before anything runs, for a tensor of another dtype or on another device, and for a number
+    or a grid past its limit; LaunchError for what the driver refuses.
+    """
+    x, y, z, *_ = (*grid, 1, 1, 1)
+    blocks = (x, y, z)
+    if 0 in blocks:
+        return
+    for axis, (size, limit) in enumerate(zip(blocks, MOST_GRID, strict=True)):
+        _require(kernel, size <= limit, f"grid[{axis}] is {size}, at most {limit}")
+    _require(kernel, 0 < threads <= MOST_THREADS, f"threads is {threads}, must be 1 .. {MOST_THREADS}")
+    _require(
+        kernel, shared_bytes <= MOST_SHARED_BYTES, f"shared_bytes is {shared_bytes}, at most {MOST_SHARED_BYTES}"
+    )
+    _require(kernel, set(arguments) == set(kernel.types), f"takes {', '.join(kernel.types)}, got {[*arguments]}")
+    runner = backend()
+    device = _device_of(kernel, arguments, runner.device_type)
+    values = [_value(kernel, name, kind, arguments[name]) for name, kind in kernel.types.items()]
+    try:
+        runner.run(kernel, device, blocks, threads, shared_bytes, values)
+    except LaunchError as error:
+        shape = f"grid {blocks}, {threads} threads, {shared_bytes} bytes shared"
+        shown = ", ".join(f"{name}={_shown(value)}" for name, value in arguments.items())
+        raise LaunchError(f"{kernel.source}: {kernel.name}({shown}), {shape}: {error}") from error
+
+
+def _device_of(kernel: Kernel, arguments: Mapping[str, Any], kind: str) -> torch.device:
+    device: torch.device | None = None
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) or value.is_pinned():
+            continue
+        _require(kernel, value.device.type == kind, f"{name} is on {value.device}, the kernel runs on {kind}")
+        if device is not None:
+            _require(kernel, value.device == device, f"{name} is on {value.device}, not on {device}")
+        device = value.device
+    return device or torch.device(kind)
+
+
+def _value(kernel: Kernel, name: str, kind: str, value: Any) -> np.generic:
+    """An argument as the bytes that the kernel gets."""
+    if kind in POINTERS:
+        if value is None:
+            return np.uint64(0)
+        right = isinstance(value, Tensor) and value.dtype == POINTERS[kind]
+        _require(kernel, right, f"{name} must be a tensor of {POINTERS[kind]}, is {_shown(value)}")
+        return np.uint64(value.data_ptr())
+    limit = _LIMITS.get(kind)
+    if limit is not None:
+        _require(kernel, -limit <= value < limit, f"{name} is {value}, more than {kind} holds")
+    return SCALARS[kind](value)
+
+
+def _require(kernel: Kernel, holds: bool, message: str) -> None:
+    if not holds:
+        raise ArgumentError(f"{kernel.name}: {message}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)} at {value.data_ptr():#x}"
+    return str(value)
+
+
+def is_aligned(tensor: Tensor, elements: int) -> bool:
+    """Whether every row of a matrix starts at a multiple of `elements` of its elements."""
+    whole = tensor.data_ptr() % (elements * tensor.element_size()) == 0
+    return whole and tensor.stride(0) % elements == 0
+
+
+def divide_up(count: int, by: int) -> int:
+    """How many pieces of `by` cover `count`."""
+    return -(-count // by)

@@ -1,0 +1,140 @@
+"""Launchers of the router and of the grouping (route.cu). Their arguments are those of ops/moe.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cierzo.kernels.check import require
+from cierzo.kernels.cuda.launch.kernel import MOST_SHARED_BYTES, Kernel, divide_up, is_aligned, launch
+from cierzo.kernels.formats.packed import Matrix
+
+MOST_EXPERTS = 256  # of the router: eight to a lane
+MOST_TOP_K = 32  # a lane each
+MOST_GROUPED = MOST_SHARED_BYTES // 4  # experts: a warp's counters
+_ROWS = 8  # of a tile of logits
+_WARPS = 4
+_WARP = 32
+_KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+_LOGITS = {
+    (x, weight): Kernel(
+        "route.cu",
+        f"route_logits_{x}_{weight}",
+        {
+            "x": f"*{x}",
+            "x_stride": "i64",
+            "x_aligned": "i32",
+            "weight": f"*{weight}",
+            "weight_stride": "i64",
+            "weight_aligned": "i32",
+            "logits": "*f32",
+            "rows": "i32",
+            "experts": "i32",
+            "width": "i32",
+        },
+    )
+    for x in _KINDS.values()
+    for weight in _KINDS.values()
+}
+_CHOOSE = Kernel(
+    "route.cu",
+    "route_choose",
+    {
+        "logits": "*f32",
+        "ids": "*i64",
+        "weights": "*f32",
+        **dict.fromkeys(("rows", "experts", "top_k", "groups", "top_groups", "renormalise"), "i32"),
+        "scale": "f32",
+    },
+)
+_GROUP = Kernel(
+    "route.cu",
+    "group_by_expert",
+    {"ids": "*i64", "order": "*i64", "starts": "*i64", "pairs": "i32", "experts": "i32"},
+)
+KERNELS = (*_LOGITS.values(), _CHOOSE, _GROUP)
+
+
+def route(
+    x: Tensor, weight: Matrix, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See ops/moe.py. At most 256 experts; x and weight fp32 or bf16. Two launches: logits, choice."""
+    if not isinstance(weight, Tensor):
+        require("route", False, "weight is packed for the CPU")
+        raise AssertionError
+    for name, value in (("x", x), ("weight", weight)):
+        require("route", value.dtype in _KINDS, f"{name} must be float32 or bfloat16, has dtype {value.dtype}")
+    experts = weight.shape[0]
+    require("route", experts <= MOST_EXPERTS, f"weight has {experts} experts, at most {MOST_EXPERTS}")
+    require("route", top_k <= MOST_TOP_K, f"top_k is {top_k}, at most {MOST_TOP_K}")
+    rows = x.shape[0]
+    logits = _logits(x, weight)
+    ids = torch.empty((rows, top_k), dtype=torch.int64, device=x.device)
+    weights = torch.empty((rows, top_k), dtype=torch.float32, device=x.device)
+    launch(
+        _CHOOSE,
+        grid=(divide_up(rows, _WARPS),),
+        threads=_WARPS * _WARP,
+        logits=logits,
+        ids=ids,
+        weights=weights,
+        rows=rows,
+        experts=experts,
+        top_k=top_k,
+        groups=groups,
+        top_groups=top_groups,
+        renormalise=renormalise,
+        scale=scale,
+    )
+    return ids, weights
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """fp32 [T,E]: every logit by the same steps whatever the rows beside it."""
+    rows, width = x.shape
+    experts = weight.shape[0]
+    if width and x.stride(1) != 1:
+        x = x.contiguous()
+    if width and weight.stride(1) != 1:
+        weight = weight.contiguous()
+    logits = torch.empty((rows, experts), dtype=torch.float32, device=x.device)
+    launch(
+        _LOGITS[_KINDS[x.dtype], _KINDS[weight.dtype]],
+        grid=(divide_up(rows, _ROWS), divide_up(experts, _WARPS)),
+        threads=_WARPS * _WARP,
+        x=x,
+        x_stride=x.stride(0),
+        x_aligned=is_aligned(x, 4),
+        weight=weight,
+        weight_stride=weight.stride(0),
+        weight_aligned=is_aligned(weight, 4),
+        logits=logits,
+        rows=rows,
+        experts=experts,
+        width=width,
+    )
+    return logits
+
+
+def group_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """See ops/moe.py. One launch of one block; ids that are no expert's are left out, as nobody waits for it."""
+    limit = f"num_experts is {num_experts}, must be 1 .. {MOST_GROUPED}"
+    require("group_by_expert", 1 <= num_experts <= MOST_GROUPED, limit)
+    ids = expert_ids.contiguous()
+    pairs = ids.numel()
+    order = torch.empty(pairs, dtype=torch.int64, device=ids.device)
+    starts = torch.empty(num_experts + 1, dtype=torch.int64, device=ids.device)
+    warps = min(max(1, divide_up(pairs, _WARP)), 32, MOST_SHARED_BYTES // (4 * num_experts))
+    launch(
+        _GROUP,
+        grid=(1,),
+        threads=warps * _WARP,
+        shared_bytes=4 * warps * num_experts,
+        ids=ids,
+        order=order,
+        starts=starts,
+        pairs=pairs,
+        experts=num_experts,
+    )
+    return order, starts

@@ -1,0 +1,59 @@
+"""Latents to the keys or values of every head: rows [C, R+...] times a matrix [N, R], N = heads times width.
+
+A program makes a tile of ROWS tokens and COLUMNS values; every value is one chain of products over R in order, so
+it does not depend on how many tokens there are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+
+ROWS, COLUMNS, DEPTH = 128, 128, 64
+
+
+@kernel
+def _expand(
+    latents_ptr, weight_ptr, out_ptr, num_rows,
+    STRIDE: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = (rows < num_rows)[:, None]
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for depth in range(0, R, DEPTH):
+        inner = tl.arange(0, DEPTH)
+        deep = (depth + inner < R if R % DEPTH != 0 else inner < DEPTH)[None, :]
+        left = tl.load(latents_ptr + rows[:, None] * STRIDE + depth + inner[None, :], mask=live & deep, other=0.0)
+        inside = (columns < N)[:, None] & deep
+        right = tl.load(weight_ptr + columns[:, None] * R + depth + inner[None, :], mask=inside, other=0.0)
+        acc = tl.dot(left, right.T, acc, input_precision="ieee")
+    out = out_ptr + rows[:, None] * N + columns[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live & (columns < N)[None, :])
+
+
+def expand(latents: Tensor, weight: Tensor) -> Tensor:
+    """latents [C,R+...], any C, columns past R ignored; weight [H,n,R] contiguous -> [C,H,n]."""
+    heads, width, rank = weight.shape
+    out = torch.empty(len(latents), heads, width, dtype=weight.dtype, device=weight.device)
+    launch(
+        expand_configuration(POINTER[weight.dtype], rank, heads * width, latents.stride(0)),
+        (triton.cdiv(heads * width, COLUMNS), triton.cdiv(len(latents), ROWS)),
+        latents_ptr=latents,
+        weight_ptr=weight,
+        out_ptr=out,
+        num_rows=len(latents),
+    )
+    return out
+
+
+def expand_configuration(pointer: str, rank: int, columns: int, stride: int) -> Configuration:
+    """columns: N; stride: of the latents' rows."""
+    types = dict.fromkeys(("latents_ptr", "weight_ptr", "out_ptr"), pointer) | {"num_rows": "i32"}
+    constants = {"STRIDE": stride, "R": rank, "N": columns, "ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH}
+    return Configuration(_expand, types, constants, num_warps=8)

@@ -1,0 +1,323 @@
+"""Causal attention of prompt tokens over keys and values that were brought together in a workspace.
+
+    round            a stretch of each sequence's context, at most WORKSPACE_TOKENS tokens in all
+    gather           pages -> rows [C, ...] of the queries' dtype, by position; a stretch is padded with zeros to
+                     whole tiles of TOKENS, so that what follows reads nothing unwritten and needs no mask
+    (mla expands)    latents -> keys and values of every head
+    flash            a program is ROWS consecutive query rows of one segment, and one head. It walks through its
+                     stretch in tiles of TOKENS. Between rounds its largest score, sum and values lie in memory,
+                     fp32, hence a stretch's length changes no bits
+
+Every row meets the same tiles of tokens in the same order, at multiples of TOKENS of the sequence, whatever rows
+stand beside it and wherever its chunk began. A token that a row must not see gets the weight 0. So a NaN in a
+sequence's own written rows may reach its other rows of the same tiles; it never reaches another sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.paged import load_tile, page_rows, tile_width
+
+ROWS = 128  # query rows of a program
+TOKENS = 64  # of a tile; stretches begin at its multiples. With 128 the carried form spills registers
+WORKSPACE_TOKENS = 16_384  # of a round; Small 4's keys and values are then 201 MB
+GATHERED = 32  # tokens of a program of `_gather`
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One stretch of every segment that has one.
+
+    num_tokens: C, a multiple of TOKENS. gathers int32 [C/TOKENS,4]: table row, first position, end of the stretch.
+    tiles int32 [n,8]: segment, first row in it, first position, end, its row in the workspace, whether this is the
+    rows' first stretch, and their last.
+    """
+
+    num_tokens: int
+    gathers: Tensor
+    tiles: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """Keys in two parts, and values. keys [C,Hk,A]; values [C,Hk,V]. shared [C,*]: its columns from
+    shared_column on, B in number, are a part that all heads share; B may be 0."""
+
+    keys: Tensor
+    shared: Tensor
+    shared_column: int
+    shared_width: int
+    values: Tensor
+
+
+@kernel
+def _gather(
+    pages_ptr, table_rows_ptr, tables_ptr, gathers_ptr, out_ptr, table_stride,
+    W: tl.constexpr, S: tl.constexpr, TOKENS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    offset = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    segment = tl.load(gathers_ptr + chunk * 4)
+    positions = tl.load(gathers_ptr + chunk * 4 + 1) + offset
+    live = positions < tl.load(gathers_ptr + chunk * 4 + 2)
+    table = tables_ptr + tl.load(table_rows_ptr + segment).to(tl.int64) * table_stride
+    columns = tl.arange(0, BLOCK)
+    values = load_tile(pages_ptr, page_rows(table, positions, live, S), live, columns, W, W, BLOCK)
+    rows = chunk.to(tl.int64) * TOKENS + offset
+    target = out_ptr + rows[:, None] * W + columns[None, :]
+    tl.store(target, values.to(tl.float32).to(out_ptr.dtype.element_ty), mask=(columns < W)[None, :])
+
+
+@kernel
+def _step(
+    q, q_shared, keys_ptr, shared_ptr, values_ptr, row, position, sees, acc, largest, total, factor,
+    HK: tl.constexpr, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, SHARED_STRIDE: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TOKENS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of tokens for ROWS query rows; pointers are those of the head."""
+    rows = row.to(tl.int64) + tl.arange(0, TOKENS)
+    live = tl.full((TOKENS,), True, tl.int1)
+    keys = load_tile(keys_ptr, rows, live, tl.arange(0, BLOCK_A), HK * A, A, BLOCK_A)
+    scores = tl.dot(q, keys.T, input_precision="ieee")
+    if B > 0:
+        shared = load_tile(shared_ptr, rows, live, tl.arange(0, BLOCK_B), SHARED_STRIDE, B, BLOCK_B)
+        scores = tl.dot(q_shared, shared.T, scores, input_precision="ieee")
+    scores *= factor
+    if MASKED:
+        positions = position + tl.arange(0, TOKENS)
+        scores = tl.where(positions[None, :] < sees[:, None], scores, float("-inf"))
+    peak = tl.maximum(largest, tl.max(scores, 1))
+    weights = tl.exp2(scores - peak[:, None])
+    fade = tl.exp2(largest - peak)
+    total = total * fade + tl.sum(weights, 1)
+    values = load_tile(values_ptr, rows, live, tl.arange(0, BLOCK_V), HK * V, V, BLOCK_V)
+    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
+    return acc, peak, total
+
+
+@kernel
+def _flash(
+    q_ptr, keys_ptr, shared_ptr, values_ptr, out_ptr, acc_ptr, largest_ptr, total_ptr, tiles_ptr, query_starts_ptr,
+    context_lengths_ptr, factor,
+    H: tl.constexpr, HK: tl.constexpr, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr,
+    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, SHARED_STRIDE: tl.constexpr, SHARED_COLUMN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TOKENS: tl.constexpr,
+    CARRIED: tl.constexpr,
+):  # fmt: skip
+    tile = tiles_ptr + tl.program_id(0) * 8
+    head = tl.program_id(1)
+    segment = tl.load(tile)
+    first_row = tl.load(tile + 1)
+    begin = tl.load(tile + 2)
+    end = tl.load(tile + 3)
+    workspace_row = tl.load(tile + 4)
+    start = tl.load(query_starts_ptr + segment)
+    length = tl.load(query_starts_ptr + segment + 1) - start
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < length
+    sees_first = tl.load(context_lengths_ptr + segment) - length + first_row + 1
+    sees = sees_first + tl.arange(0, ROWS)
+    # 64-bit addresses of the tile, 32-bit offsets in it: half the registers
+    query = (start + first_row).to(tl.int64)
+    offsets = tl.arange(0, ROWS)
+    q_tile = q_ptr + query * Q_TOKEN + head * Q_HEAD
+    q = load_tile(q_tile, offsets, inside, tl.arange(0, BLOCK_A), Q_TOKEN, A, BLOCK_A)
+    q_shared = q
+    if B > 0:
+        q_shared = load_tile(q_tile + A, offsets, inside, tl.arange(0, BLOCK_B), Q_TOKEN, B, BLOCK_B)
+    kv_head = (head // (H // HK)).to(tl.int64)
+    keys = keys_ptr + kv_head * A
+    values = values_ptr + kv_head * V
+    shared = shared_ptr + SHARED_COLUMN
+
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    columns = tl.arange(0, BLOCK_V)
+    kept = inside[:, None] & (columns < V)[None, :]
+    state = query * H + head
+    offsets *= H
+    whole = offsets[:, None] * V + columns[None, :]
+    if CARRIED:  # noqa: SIM102 (decided when it is compiled)
+        if tl.load(tile + 5) == 0:  # not the first stretch
+            largest = tl.load(largest_ptr + state + offsets, mask=inside, other=float("-inf"))
+            total = tl.load(total_ptr + state + offsets, mask=inside, other=0.0)
+            acc = tl.load(acc_ptr + state * V + whole, mask=kept, other=0.0)
+
+    all_see = tl.maximum(begin, tl.minimum(end, sees_first) // TOKENS * TOKENS)  # up to here no row needs a mask
+    for position in range(begin, all_see, TOKENS):
+        acc, largest, total = _step(
+            q, q_shared, keys, shared, values, workspace_row + position - begin, position, sees,
+            acc, largest, total, factor,
+            HK, A, B, V, SHARED_STRIDE, BLOCK_A, BLOCK_B, BLOCK_V, TOKENS, False,
+        )  # fmt: skip
+    for position in range(all_see, end, TOKENS):
+        acc, largest, total = _step(
+            q, q_shared, keys, shared, values, workspace_row + position - begin, position, sees,
+            acc, largest, total, factor,
+            HK, A, B, V, SHARED_STRIDE, BLOCK_A, BLOCK_B, BLOCK_V, TOKENS, True,
+        )  # fmt: skip
+
+    if CARRIED:  # noqa: SIM102 (as above)
+        if tl.load(tile + 6) == 0:  # not the last stretch
+            tl.store(largest_ptr + state + offsets, largest, mask=inside)
+            tl.store(total_ptr + state + offsets, total, mask=inside)
+            tl.store(acc_ptr + state * V + whole, acc, mask=kept)
+            return
+    tl.store(out_ptr + state * V + whole, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)
+
+
+def rounds(queries: PagedQueries) -> list[Round]:
+    """Of this step; made once, found again in the next layer."""
+    key = ("triton prefill rounds", WORKSPACE_TOKENS)
+    if key not in queries.scratch:
+        device = queries.block_tables.device
+        queries.scratch[key] = [
+            Round(len(gathers) * TOKENS, _table(gathers, device), _table(tiles, device))
+            for gathers, tiles in _cut(queries)
+        ]
+    return queries.scratch[key]
+
+
+def _table(rows: list[list[int]], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32).to(device)
+
+
+def _cut(queries: PagedQueries) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """gathers and tiles of each round."""
+    found: list[tuple[list[list[int]], list[list[int]]]] = []
+    room = 0
+    for segment, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
+        begin = 0
+        while length and begin < context:
+            if room == 0:
+                found.append(([], []))
+                room = WORKSPACE_TOKENS // TOKENS
+            gathers, tiles = found[-1]
+            end = min(context, begin + room * TOKENS)
+            tiles += _tiles(segment, length, context, begin, end, len(gathers) * TOKENS)
+            gathers += [[segment, first, end, 0] for first in range(begin, end, TOKENS)]
+            room = WORKSPACE_TOKENS // TOKENS - len(gathers)
+            begin = end
+    for _, tiles in found:
+        tiles.sort(key=lambda tile: tile[2] - tile[3])  # the long ones first, so that they do not come last alone
+    return found
+
+
+def _tiles(segment: int, length: int, context: int, begin: int, end: int, workspace_row: int) -> list[list[int]]:
+    """Of one segment, those with a row that sees past `begin`."""
+    tiles = []
+    for first in range(0, length, ROWS):
+        seen = context - length + min(first + ROWS, length)
+        if seen > begin:
+            tiles.append([segment, first, begin, min(seen, end), workspace_row, begin == 0, seen <= end, 0])
+    return tiles
+
+
+def gather(pages: Tensor, queries: PagedQueries, of: Round, dtype: torch.dtype) -> Tensor:
+    """pages [B,S,...] -> [C,W], W the values of a token; zeros where a stretch has no token."""
+    width = pages[0, 0].numel()
+    out = torch.empty(of.num_tokens, width, dtype=dtype, device=pages.device)
+    launch(
+        gather_configuration(POINTER[dtype], POINTER[pages.dtype], width, pages.shape[1]),
+        (len(of.gathers), TOKENS // GATHERED),
+        pages_ptr=pages,
+        table_rows_ptr=queries.table_rows,
+        tables_ptr=queries.block_tables,
+        gathers_ptr=of.gathers,
+        out_ptr=out,
+        table_stride=queries.block_tables.stride(0),
+    )
+    return out
+
+
+class Flash:
+    """One call's attention, round by round, into out [T,H,V]; rows past the last segment are cleared."""
+
+    def __init__(self, q: Tensor, out: Tensor, queries: PagedQueries, factor: float) -> None:
+        """factor: of the scores, log2 e included."""
+        self._q, self._out, self._queries, self._factor = q, out, queries, factor
+        self._carried = len(rounds(queries)) > 1
+        size = out.shape if self._carried else (1, 1, 1)
+        self._acc = torch.empty(size, dtype=torch.float32, device=out.device)
+        self._largest, self._total = torch.empty_like(self._acc[..., 0]), torch.empty_like(self._acc[..., 0])
+        out[sum(queries.query_lengths) :].zero_()
+
+    def attend(self, of: Round, operands: Operands) -> None:
+        """One round's keys and values."""
+        keys, values = operands.keys, operands.values
+        configuration = flash_configuration(
+            POINTER[self._q.dtype],
+            (self._q.shape[1], keys.shape[1]),
+            (keys.shape[2], operands.shared_width, values.shape[2]),
+            (self._q.stride(0), self._q.stride(1)),
+            (operands.shared.stride(0), operands.shared_column),
+            self._carried,
+        )
+        launch(
+            configuration,
+            (len(of.tiles), self._q.shape[1]),
+            q_ptr=self._q,
+            keys_ptr=keys,
+            shared_ptr=operands.shared,
+            values_ptr=values,
+            out_ptr=self._out,
+            acc_ptr=self._acc,
+            largest_ptr=self._largest,
+            total_ptr=self._total,
+            tiles_ptr=of.tiles,
+            query_starts_ptr=self._queries.query_starts,
+            context_lengths_ptr=self._queries.context_lengths,
+            factor=self._factor,
+        )
+
+
+def gather_configuration(pointer: str, pages: str, width: int, block_tokens: int) -> Configuration:
+    """pointer: of the workspace, such as "*bf16"."""
+    types = {"pages_ptr": pages, "table_rows_ptr": "*i32", "tables_ptr": "*i32", "gathers_ptr": "*i32"}
+    constants = {"W": width, "S": block_tokens, "TOKENS": TOKENS, "SLICE": GATHERED, "BLOCK": tile_width(width)}
+    return Configuration(_gather, types | {"out_ptr": pointer, "table_stride": "i32"}, constants)
+
+
+def flash_configuration(
+    pointer: str,
+    heads: tuple[int, int],
+    widths: tuple[int, int, int],
+    strides: tuple[int, int],
+    shared: tuple[int, int],
+    carried: bool,
+) -> Configuration:
+    """heads: of queries, and of keys; widths: A, B, V of Operands; strides: of q's tokens and heads;
+    shared: the stride of its rows, and its first column."""
+    types = (
+        dict.fromkeys(("q_ptr", "keys_ptr", "shared_ptr", "values_ptr", "out_ptr"), pointer)
+        | dict.fromkeys(("acc_ptr", "largest_ptr", "total_ptr"), "*fp32")
+        | dict.fromkeys(("tiles_ptr", "query_starts_ptr", "context_lengths_ptr"), "*i32")
+        | {"factor": "fp32"}
+    )
+    constants = {
+        "H": heads[0],
+        "HK": heads[1],
+        "A": widths[0],
+        "B": widths[1],
+        "V": widths[2],
+        "Q_TOKEN": strides[0],
+        "Q_HEAD": strides[1],
+        "SHARED_STRIDE": shared[0],
+        "SHARED_COLUMN": shared[1],
+        "ROWS": ROWS,
+        "BLOCK_A": tile_width(widths[0]),
+        "BLOCK_B": tile_width(widths[1]) if widths[1] else 16,
+        "BLOCK_V": tile_width(widths[2]),
+        "TOKENS": TOKENS,
+        "CARRIED": carried,
+    }
+    return Configuration(_flash, types, constants, num_warps=8, num_stages=3)

@@ -1,0 +1,346 @@
+"""Decoding cut into work: splits of a context at fixed positions, each one program, and their sum in order.
+
+A context is cut at absolute positions, the same whatever stands beside it. An item is one split for one tile of
+rows: ROWS of a segment's (query token, head) pairs that share a key-value head. It leaves a partial result: for
+each row the largest score, the sum of weights, and the weighted sum of values, fp32. The partials of a row are then
+added in order of position. Which rows share a tile changes no row's bits: each is a row of the same products.
+
+    position   0    512   1024  ..  8192       9216       10240   ..
+               |  0  |  1  |  ..     |   16     |   17     |     short splits first: many programs for a context of
+                                                                  a thousand tokens; long ones bound the partials
+
+    items      | segment 0: tile 0: splits 0 1 2, tile 1: splits 0 1 2 | segment 1: ... |      int32 [I, 4]
+                ^ firsts[0]                                             ^ firsts[1]      ^ firsts[N]
+
+The items are made on the device (`_plan`, once a step) from query_starts and context_lengths alone, so a captured
+graph makes them anew at each replay. The host decides how many programs run: as many as its own lists ask for, which
+are upper bounds in a graph, or `bound_items`, where more is known of the sum. Programs past the last item exit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.paged import tile_width
+
+ROWS = (
+    64  # of a tile: what a product of a whole warp group takes. Reading pages costs more than the rows that stand
+)
+# empty, whatever the number of heads, and the tokens of a draft find room in the tile of the first
+ITEM = 4  # int32 of an item: segment, first row, split, nothing
+PARTIAL_BYTES = 256 << 20  # of partial results at a time; past it, items run in rounds
+_BOUND = "triton decode items"
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """`shorts` splits of `short` tokens, then splits of `long` tokens."""
+
+    short: int
+    shorts: int
+    long: int
+
+    def count(self, context: int) -> int:
+        """Splits of a context."""
+        rest = context - self.short * self.shorts
+        return -(-context // self.short) if rest <= 0 else self.shorts + -(-rest // self.long)
+
+    def constants(self) -> dict[str, int]:
+        """As the kernels name them."""
+        return {"SHORT": self.short, "SHORTS": self.shorts, "LONG": self.long}
+
+
+SPLITS = Splits(512, 16, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of one decoding: KV heads, query heads of each, width of a result, rows of a tile."""
+
+    kv_heads: int
+    group: int
+    width: int
+    rows: int = ROWS
+
+    @property
+    def item_bytes(self) -> int:
+        """Of the partials of one item."""
+        return 4 * self.kv_heads * self.rows * (self.width + 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Items whose partials are kept at the same time: those of some segments, or of some tiles of one segment.
+
+    tile_end is -1 for whole segments. capacity: items that there is room for. The device's own lengths say which
+    items these are; the host's, which may be bounds, only how many at most.
+    """
+
+    segment_start: int
+    segment_end: int
+    tile_start: int
+    tile_end: int
+    capacity: int
+
+    def arguments(self) -> dict[str, int]:
+        """Of the kernels."""
+        return {
+            "segment_start": self.segment_start,
+            "segment_end": self.segment_end,
+            "tile_start": self.tile_start,
+            "tile_end": self.tile_end,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """items int32 [I,4]; firsts int32 [N+1]; row_segments int32 [T], -1 past the last segment; the rounds."""
+
+    items: Tensor
+    firsts: Tensor
+    row_segments: Tensor
+    rounds: list[Round]
+
+
+def bound_items(queries: PagedQueries, items: int) -> None:
+    """Launch this many items in each decoding of the step, in one round, whatever the host's lists say.
+
+    For a captured graph of which more is known than each context's bound. It must be at least the sum over segments
+    of ceil(length G / ROWS) times the context's splits; rows that do not fit come out as NaN.
+    """
+    queries.scratch[_BOUND] = items
+
+
+@kernel
+def split_start(split, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr):
+    """First position of a split."""
+    return tl.where(split < SHORTS, split * SHORT, SHORT * SHORTS + (split - SHORTS) * LONG)
+
+
+@kernel
+def split_count(context, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr):
+    """Splits of the first `context` positions."""
+    rest = context - SHORT * SHORTS
+    return tl.where(rest <= 0, (context + SHORT - 1) // SHORT, SHORTS + (rest + LONG - 1) // LONG)
+
+
+@kernel
+def round_items(
+    firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
+    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """First item of a round, and the one past its last."""
+    begin = tl.load(firsts_ptr + segment_start)
+    end = tl.load(firsts_ptr + segment_end)
+    if tile_end >= 0:
+        splits = split_count(tl.load(context_lengths_ptr + segment_start), SHORT, SHORTS, LONG)
+        end = tl.minimum(end, begin + tile_end * splits)
+        begin += tile_start * splits
+    return begin, end
+
+
+@kernel
+def _plan(
+    query_starts_ptr, context_lengths_ptr, items_ptr, firsts_ptr, row_segments_ptr, segments, limit,
+    G: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    first = 0
+    for base in range(0, segment, BLOCK):
+        others = base + lanes
+        live = others < segment
+        start = tl.load(query_starts_ptr + others, mask=live, other=0)
+        length = tl.load(query_starts_ptr + others + 1, mask=live, other=0) - start
+        context = tl.load(context_lengths_ptr + others, mask=live, other=0)
+        first += tl.sum((length * G + ROWS - 1) // ROWS * split_count(context, SHORT, SHORTS, LONG))
+    start = tl.load(query_starts_ptr + segment)
+    length = tl.load(query_starts_ptr + segment + 1) - start
+    splits = split_count(tl.load(context_lengths_ptr + segment), SHORT, SHORTS, LONG)
+    count = (length * G + ROWS - 1) // ROWS * splits
+    tl.store(firsts_ptr + segment, first)
+    if segment == segments - 1:
+        tl.store(firsts_ptr + segments, first + count)
+    for base in range(0, count, BLOCK):
+        index = base + lanes
+        fits = (index < count) & (first + index < limit)
+        item = items_ptr + (first + index) * 4
+        tl.store(item, segment + 0 * index, mask=fits)
+        tl.store(item + 1, index // splits * ROWS, mask=fits)
+        tl.store(item + 2, index % splits, mask=fits)
+    for base in range(0, length, BLOCK):
+        tl.store(row_segments_ptr + start + base + lanes, segment + 0 * lanes, mask=base + lanes < length)
+
+
+@kernel
+def _combine(
+    partials_ptr, maxima_ptr, sums_ptr, out_ptr, query_starts_ptr, context_lengths_ptr, firsts_ptr,
+    row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
+    HK: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    query = tl.program_id(0)
+    head = tl.program_id(1)
+    segment = tl.load(row_segments_ptr + query)
+    columns = tl.arange(0, BLOCK_W)
+    wide = columns < W
+    out = out_ptr + (query.to(tl.int64) * (HK * G) + head) * W + columns
+    zero = tl.zeros((BLOCK_W,), tl.float32)
+    if segment < 0:
+        tl.store(out, zero.to(out_ptr.dtype.element_ty), mask=wide)
+        return
+    start = tl.load(query_starts_ptr + segment)
+    length = tl.load(query_starts_ptr + segment + 1) - start
+    context = tl.load(context_lengths_ptr + segment)
+    row = (query - start) * G + head % G
+    first = tl.load(firsts_ptr + segment) + row // ROWS * split_count(context, SHORT, SHORTS, LONG)
+    begin, end = round_items(
+        firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end, SHORT, SHORTS, LONG
+    )
+    if (first < begin) | (first >= end):
+        return  # of another round
+    splits = split_count(context - length + query - start + 1, SHORT, SHORTS, LONG)
+    if first - begin + splits > capacity:  # past a bound that was too small
+        tl.store(out, (zero + float("nan")).to(out_ptr.dtype.element_ty), mask=wide)
+        return
+    lanes = tl.arange(0, CHUNK)
+    step = HK * ROWS
+    base = (first - begin).to(tl.int64) * step + head // G * ROWS + row % ROWS
+    largest = float("-inf")
+    for split in range(0, splits, CHUNK):
+        maxima = tl.load(
+            maxima_ptr + base + (split + lanes) * step, mask=split + lanes < splits, other=float("-inf")
+        )
+        largest = tl.maximum(largest, tl.max(maxima))
+    total = 0.0
+    acc = zero
+    for split in range(0, splits, CHUNK):
+        live = split + lanes < splits
+        rows = base + (split + lanes) * step
+        weights = tl.exp2(tl.load(maxima_ptr + rows, mask=live, other=float("-inf")) - largest)
+        total += tl.sum(weights * tl.load(sums_ptr + rows, mask=live, other=0.0))
+        inside = live[:, None] & wide[None, :]
+        parts = tl.load(partials_ptr + rows[:, None] * W + columns[None, :], mask=inside, other=0.0)
+        acc += tl.sum(weights[:, None] * parts, axis=0)
+    tl.store(out, (acc / total).to(out_ptr.dtype.element_ty), mask=wide)
+
+
+def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
+    """Of this step; made once, found again in the next layer. num_rows: T."""
+    key = ("triton decode plan", shape, num_rows, SPLITS)
+    if key not in queries.scratch:
+        queries.scratch[key] = _new_plan(queries, shape, num_rows)
+    return queries.scratch[key]
+
+
+def _new_plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
+    segments, device = len(queries.query_lengths), queries.block_tables.device
+    if _BOUND in queries.scratch:
+        rounds = [Round(0, segments, 0, -1, queries.scratch[_BOUND])]
+    else:
+        rounds = _rounds(queries, shape)
+    bound = sum(part.capacity for part in rounds)
+    items = torch.empty(bound, ITEM, dtype=torch.int32, device=device)
+    firsts = torch.zeros(segments + 1, dtype=torch.int32, device=device)
+    row_segments = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
+    launch(
+        plan_configuration(shape),
+        (segments,),
+        query_starts_ptr=queries.query_starts,
+        context_lengths_ptr=queries.context_lengths,
+        items_ptr=items,
+        firsts_ptr=firsts,
+        row_segments_ptr=row_segments,
+        segments=segments,
+        limit=bound,
+    )
+    return Plan(items, firsts, row_segments, rounds)
+
+
+def _rounds(queries: PagedQueries, shape: Shape) -> list[Round]:
+    """At least one. A segment that is too much for a round has rounds of its own, cut between its tiles."""
+    most = max(1, PARTIAL_BYTES // shape.item_bytes)
+    rounds, start, held = [], 0, 0
+    for segment, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
+        tiles, splits = -(-length * shape.group // shape.rows), SPLITS.count(context)
+        if held and held + tiles * splits > most:
+            rounds.append(Round(start, segment, 0, -1, held))
+            start, held = segment, 0
+        if tiles * splits > most:  # so nothing is held: start == segment, or what lies between has no items
+            together = max(1, most // splits)
+            for first in range(0, tiles, together):
+                last = min(first + together, tiles)
+                rounds.append(Round(segment, segment + 1, first, last, (last - first) * splits))
+            start = segment + 1
+        else:
+            held += tiles * splits
+    return [*rounds, Round(start, len(queries.query_lengths), 0, -1, held)]
+
+
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """Of the items of one round: values fp32 [I,Hk,ROWS,W]; maxima (base 2), sums fp32 [I,Hk,ROWS]."""
+
+    values: Tensor
+    maxima: Tensor
+    sums: Tensor
+
+    @classmethod
+    def empty(cls, plan: Plan, shape: Shape) -> Partials:
+        """Room for the largest round."""
+        size = (max(part.capacity for part in plan.rounds), shape.kv_heads, shape.rows)
+        device = plan.items.device
+        maxima, sums = (torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
+        return cls(torch.empty(*size, shape.width, dtype=torch.float32, device=device), maxima, sums)
+
+
+def combine(out: Tensor, partials: Partials, queries: PagedQueries, plan: Plan, shape: Shape, part: Round) -> None:
+    """Add up one round's partials into out [T, Hk G, W], and clear the rows past the last segment."""
+    launch(
+        combine_configuration(POINTER[out.dtype], shape),
+        (out.shape[0], out.shape[1]),
+        partials_ptr=partials.values,
+        maxima_ptr=partials.maxima,
+        sums_ptr=partials.sums,
+        out_ptr=out,
+        query_starts_ptr=queries.query_starts,
+        context_lengths_ptr=queries.context_lengths,
+        firsts_ptr=plan.firsts,
+        row_segments_ptr=plan.row_segments,
+        capacity=part.capacity,
+        **part.arguments(),
+    )
+
+
+def plan_configuration(shape: Shape) -> Configuration:
+    """Of the kernel that makes the items."""
+    tables = ("query_starts_ptr", "context_lengths_ptr", "items_ptr", "firsts_ptr", "row_segments_ptr")
+    types = dict.fromkeys(tables, "*i32") | dict.fromkeys(("segments", "limit"), "i32")
+    return Configuration(_plan, types, {"G": shape.group, "ROWS": shape.rows, **SPLITS.constants(), "BLOCK": 256})
+
+
+def combine_configuration(pointer: str, shape: Shape) -> Configuration:
+    """pointer: of the result, such as "*bf16"."""
+    types = (
+        dict.fromkeys(("partials_ptr", "maxima_ptr", "sums_ptr"), "*fp32")
+        | {"out_ptr": pointer}
+        | dict.fromkeys(("query_starts_ptr", "context_lengths_ptr", "firsts_ptr", "row_segments_ptr"), "*i32")
+        | dict.fromkeys(("segment_start", "segment_end", "tile_start", "tile_end", "capacity"), "i32")
+    )
+    constants = {
+        "HK": shape.kv_heads,
+        "G": shape.group,
+        "ROWS": shape.rows,
+        "W": shape.width,
+        "BLOCK_W": tile_width(shape.width),
+        **SPLITS.constants(),
+        "CHUNK": 16,
+    }
+    return Configuration(_combine, types, constants)

@@ -1,0 +1,118 @@
+"""The engine on a GPU's kernels, in Triton's interpreter and on fibers: a model staged, recorded, overlapped.
+
+What it shows is that the parts fit: names, shapes, formats, pages, graphs; and that a request's tokens are the same
+alone and in company, plain and overlapped. An MMA's bits are the device's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cuda_on_cpu
+import msgspec
+import pytest
+import torch
+import triton_interpreter
+from graph_repeater import Repeated
+
+from cierzo.cache.pool import KVPool
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.messages import Submit
+from cierzo.engine.model.decoder import Decoder
+from cierzo.engine.model.registry import build_model, parameter_specs
+from cierzo.engine.weights.loader import load_parameters
+from cierzo.engine.weights.make import make_checkpoint
+from cierzo.engine.weights.matrices import DeviceMatrices
+from cierzo.engine.weights.reader import CheckpointReader
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.device_inputs import DeviceInputs
+from cierzo.engine.worker.graphs import DecodeGraphs
+from cierzo.engine.worker.runner import ModelRunner
+from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.cuda.launch import device
+from cierzo.kernels.cuda.launch.kernel import running_on
+from cierzo.kernels.registry import bind
+from cierzo.scheduler.params import SamplingParams
+
+CPU = torch.device("cpu")
+MAX_RUNNING = 3
+PROMPTS = ([5, 9, 2, 11, 7], [3] * 9, [8, 1])
+NEW_TOKENS = (3, 2, 3)
+MODELS = (("small4", "nvfp4"), ("small4", "fp8"), ("small3", "bf16"))
+
+
+@pytest.fixture(autouse=True)
+def _gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not cuda_on_cpu.available():
+        pytest.skip("no g++ on Linux")
+    triton_interpreter.repair()
+    monkeypatch.setattr(device, "require", lambda: None)
+    with running_on(cuda_on_cpu.CpuBackend()):
+        bind(KernelsConfig(), "cuda")
+        yield
+    bind(KernelsConfig(), "cpu")
+
+
+def make_config(folder: Path, like: str) -> EngineConfig:
+    checkpoint = make_checkpoint(folder / "model", like=like, scale="tiny")
+    options = EngineOptions(
+        model=str(checkpoint),
+        max_running=MAX_RUNNING,
+        budget_tokens=12,
+        block_tokens=16,
+        max_model_len=64,
+        kv_cache_gib=0.001,
+        prefix_caching=False,
+    )
+    return resolve(options)
+
+
+def load(config: EngineConfig, weights: str) -> Decoder:
+    with CheckpointReader(Path(config.checkpoint)) as reader:
+        specs = parameter_specs(config.model)
+        parameters = load_parameters(reader, specs, dtype=torch.bfloat16, device="cpu")
+        matrices = DeviceMatrices(weights, torch.bfloat16, CPU)
+        return build_model(config.model, parameters, device=CPU, dtype=torch.bfloat16, matrices=matrices)
+
+
+def run(config: EngineConfig, model: Decoder, chosen: tuple[int, ...], *, whole: bool) -> dict[int, list[int]]:
+    """Tokens of some of the requests. whole: graphs and overlap too."""
+    pool = KVPool(config.layout, config.cache.num_blocks + 1, CPU)
+    graphs = DecodeGraphs(
+        model,
+        pool,
+        max_running=MAX_RUNNING,
+        max_model_len=config.scheduler.max_model_len,
+        padding_slot=config.cache.num_blocks * config.cache.block_tokens,
+        device=CPU,
+        record=Repeated,
+    )
+    runner = ModelRunner(
+        model,
+        pool,
+        MAX_RUNNING,
+        CPU,
+        staged=DeviceInputs(CPU),
+        graphs=graphs if whole else None,
+        overlap=whole,
+    )
+    core = EngineCore(msgspec.structs.replace(config, overlap=whole), runner)
+    for number in chosen:
+        params = SamplingParams(max_tokens=NEW_TOKENS[number], seed=number, ignore_eos=True)
+        core.submit(Submit(request_id=number, prompt_token_ids=PROMPTS[number], sampling=params))
+    found: dict[int, list[int]] = {number: [] for number in chosen}
+    while core.has_work():
+        for delta in core.step():
+            found[delta.request_id] += delta.token_ids
+            assert delta.finish is None or delta.finish.reason == "length", delta.finish
+    return found
+
+
+@pytest.mark.parametrize(("like", "weights"), MODELS)
+def test_tokens_are_the_same_alone_and_in_company(tmp_path: Path, like: str, weights: str) -> None:
+    config = make_config(tmp_path, like)
+    model = load(config, weights)
+    together = run(config, model, (0, 1, 2), whole=True)
+    assert [len(together[number]) for number in range(3)] == list(NEW_TOKENS)
+    assert run(config, model, (1,), whole=False)[1] == together[1]

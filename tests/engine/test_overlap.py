@@ -1,0 +1,131 @@
+"""Overlapped steps give the tokens of steps one by one, whatever comes between: stops, preemptions, failures."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cierzo.cache.config import CacheConfig
+from cierzo.engine.messages import Abort, Submit, TokenDelta
+from cierzo.engine.worker.batch import Batch
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.fake import FakeRunner, fake_config
+from cierzo.scheduler.config import SchedulerConfig
+from cierzo.scheduler.params import SamplingParams
+from cierzo.scheduler.plan import StepPlan, StepResult
+
+VOCAB = 11  # small, so that stop tokens come early
+BLOCK_TOKENS = 4
+STEPS = 600
+
+
+class Deferring(FakeRunner):
+    """As a GPU does, it has results when they are collected; how many steps were in flight at once is counted."""
+
+    deepest = 0
+    fails_at = -1
+
+    def launch(self, plan: StepPlan, batch: Batch) -> None:
+        super().launch(plan, batch)
+        self.deepest = max(self.deepest, len(self._results))
+
+    def collect(self) -> StepResult:
+        result = super().collect()
+        self.fails_at -= 1
+        if self.fails_at == 0:
+            raise RuntimeError("lost")
+        return result
+
+
+def make_core(num_blocks: int, fails_at: int = -1) -> tuple[EngineCore, Deferring]:
+    limits = SchedulerConfig(budget_tokens=12, max_chunk_tokens=5, max_running=4, max_model_len=40)
+    cache = CacheConfig(block_tokens=BLOCK_TOKENS, num_blocks=num_blocks)
+    runner = Deferring(vocab_size=VOCAB, num_blocks=num_blocks, block_tokens=BLOCK_TOKENS, max_running=4)
+    runner.fails_at = fails_at
+    return EngineCore(fake_config(limits, cache, vocab_size=VOCAB), runner), runner
+
+
+def run(
+    seed: int, num_blocks: int, *, overlapped: bool, aborts: bool = False
+) -> tuple[dict[int, list[int]], dict[int, str], int]:
+    """Tokens and end of every request of a random load, and the number of preemptions."""
+    core, runner = make_core(num_blocks)
+    step = core.step_overlapped if overlapped else core.step_plain
+    rng = random.Random(seed)
+    tokens: dict[int, list[int]] = {}
+    ends: dict[int, str] = {}
+
+    def take(deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            assert delta.request_id not in ends, "a sequence goes on after its end"
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            if delta.finish is not None:
+                ends[delta.request_id] = delta.finish.reason
+                assert delta.finish.output_tokens == len(tokens[delta.request_id])
+
+    for number in range(12):
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 20))]
+        params = SamplingParams(
+            max_tokens=rng.randrange(1, 18), seed=number, stop_token_ids=(rng.randrange(VOCAB),)
+        )
+        core.submit(Submit(request_id=number, prompt_token_ids=prompt, sampling=params))
+        for _ in range(rng.randrange(4)):
+            take(step())
+        if aborts and number % 4 == 3:
+            core.abort(Abort(request_id=number - 1))
+        core.check()
+    for _ in range(STEPS):
+        if not core.has_work():
+            break
+        take(step())
+        core.check()
+    assert not core.has_work()
+    assert set(ends) == set(range(12))
+    assert runner.deepest == (2 if overlapped else 1)
+    return tokens, ends, core.stats().preemptions
+
+
+@pytest.mark.parametrize("num_blocks", [10, 12, 200])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1 << 30))
+def test_the_same_tokens(num_blocks: int, seed: int) -> None:
+    plain = run(seed, num_blocks, overlapped=False)
+    overlapped = run(seed, num_blocks, overlapped=True)
+    assert overlapped[:2] == plain[:2]
+
+
+def test_little_memory_makes_it_preempt_in_flight() -> None:
+    assert run(7, 10, overlapped=True)[2] > 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1 << 30))
+def test_who_is_not_aborted_keeps_its_tokens(seed: int) -> None:
+    whole = run(seed, 12, overlapped=True)
+    tokens, ends, _ = run(seed, 12, overlapped=True, aborts=True)
+    for number, reason in ends.items():
+        if reason == "cancelled":
+            assert tokens.get(number, []) == whole[0][number][: len(tokens.get(number, []))]
+        else:
+            assert tokens[number] == whole[0][number]
+
+
+def test_a_step_that_fails_ends_its_sequences_and_no_other() -> None:
+    core, _ = make_core(40, fails_at=3)
+    ends: dict[int, str] = {}
+    for number in range(2):
+        params = SamplingParams(max_tokens=9, seed=number, ignore_eos=True)
+        core.submit(Submit(request_id=number, prompt_token_ids=[1, 2, 3], sampling=params))
+    for turn in range(60):
+        if turn == 6:
+            params = SamplingParams(max_tokens=5, seed=9, ignore_eos=True)
+            core.submit(Submit(request_id=2, prompt_token_ids=[1, 2, 3], sampling=params))
+        for delta in core.step_overlapped():
+            if delta.finish is not None:
+                ends[delta.request_id] = delta.finish.reason
+        core.check()
+    assert ends == {0: "failed", 1: "failed", 2: "length"}
+    assert not core.has_work()

@@ -1,0 +1,52 @@
+"""Grouping by expert in CUDA C++, on the CPU: the reference's very order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.ops import moe
+from cierzo.kernels.ref import moe as ref
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 8])
+@pytest.mark.parametrize("experts", [1, 4, 128, 256, 1000])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 300])
+def test_groups_are_in_the_order_of_the_pairs(tokens: int, experts: int, top_k: int) -> None:
+    ids = torch.randint(0, experts, (tokens, top_k), generator=torch.Generator().manual_seed(tokens))
+    before = ids.clone()
+    groups = moe.group_by_expert(ids, experts)
+    order, starts = ref.group_by_expert(ids, experts)
+    assert torch.equal(groups.order, order)
+    assert torch.equal(groups.starts, starts)
+    assert torch.equal(ids, before)
+
+
+def test_thousands_of_tokens_and_all_on_one_expert() -> None:
+    random = torch.Generator().manual_seed(0)
+    skewed = torch.randint(0, 128, (5000, 4), generator=random).clamp_(min=100)
+    for ids in (skewed, torch.full((5000, 4), 77), torch.full((3, 4), 127)):
+        groups = moe.group_by_expert(ids, 128)
+        order, starts = ref.group_by_expert(ids, 128)
+        assert torch.equal(groups.order, order)
+        assert torch.equal(groups.starts, starts)
+
+
+def test_a_strided_view_is_grouped_as_its_copy() -> None:
+    wide = torch.randint(0, 32, (50, 9), generator=torch.Generator().manual_seed(1))
+    groups, copied = (moe.group_by_expert(ids, 32) for ids in (wide[:, 2:6], wide[:, 2:6].clone()))
+    assert torch.equal(groups.order, copied.order)
+
+
+def test_ids_that_are_no_experts_are_left_out() -> None:
+    groups = moe.group_by_expert(torch.tensor([[3, -1], [2**40, 3], [8, 0]]), 8)
+    assert groups.starts.tolist() == [0, 1, 1, 1, 3, 3, 3, 3, 3]
+    assert groups.order[:3].tolist() == [5, 0, 3]
+
+
+def test_more_experts_than_counters_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"group_by_expert: num_experts is 12289, must be 1 \.\. 12288"):
+        moe.group_by_expert(torch.zeros(1, 1, dtype=torch.int64), 12289)

@@ -1,0 +1,49 @@
+"""Every CUDA source compiles for the GPUs it is meant for, and its kernels are those that the launchers name."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import cuda_on_cpu
+import nvrtc
+import pytest
+
+from cierzo.kernels.cuda.launch.kernel import OPTIONS, SOURCES, Kernel
+
+FILES = sorted(SOURCES.glob("*.cu"))
+LAUNCHERS = sorted(path.stem for path in (SOURCES / "launch").glob("*.py") if path.stem not in ("__init__",))
+MOST_REGISTERS = 128  # then a multiprocessor holds 16 warps at least
+STACK_BYTES: dict[str, int] = {}  # of the kernels that keep an array which they index
+
+pytestmark = pytest.mark.skipif(nvrtc.library() is None, reason="nvidia-cuda-nvrtc is not installed")
+
+
+def kernels() -> list[Kernel]:
+    modules = [importlib.import_module(f"cierzo.kernels.cuda.launch.{name}") for name in LAUNCHERS]
+    return [kernel for module in modules for kernel in getattr(module, "KERNELS", ())]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_source_compiles_without_spills(path: Path, architecture: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    found = nvrtc.usage(nvrtc.compile_cubin(text, OPTIONS, architecture))
+    assert set(found) == set(cuda_on_cpu.kernel_names(text))
+    for name, used in found.items():
+        print(f"{name} {architecture}: {used}")
+        assert used.stack_bytes <= STACK_BYTES.get(name, 0), (name, used)
+        assert used.registers <= MOST_REGISTERS, (name, used)
+
+
+def test_launchers_name_kernels_that_exist() -> None:
+    named = {(kernel.source, kernel.name) for kernel in kernels()}
+    defined = {
+        (path.name, name) for path in FILES for name in cuda_on_cpu.kernel_names(path.read_text(encoding="utf-8"))
+    }
+    assert named == defined
+
+
+def test_a_source_that_does_not_compile_is_told() -> None:
+    with pytest.raises(AssertionError, match="error: identifier"):
+        nvrtc.compile_cubin('extern "C" __global__ void f() { nothing(); }', OPTIONS, "sm_90")

@@ -1,0 +1,111 @@
+"""The GPU code of attention, rotations and cache writes, compiled for H100 and H200 without one.
+
+In a process of its own: in this one kernels are defined for the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have
+ROOT = Path(__file__).resolve().parents[3]
+
+COMPILE = """
+import json, sys
+from cierzo.kernels.triton import cache_write, gqa, mla, rope
+from cierzo.kernels.triton.compile import compile_ahead
+
+wanted = set(json.loads(sys.argv[1]))
+report = {}
+for module in (mla, gqa, rope, cache_write):
+    for name, configuration in module.configurations():
+        if name in wanted:
+            compiled = compile_ahead(configuration)
+            report[name] = {
+                "registers": compiled.registers,
+                "spilled": compiled.spill_bytes,
+                "shared": compiled.shared_bytes,
+                "instructions": compiled.instructions,
+            }
+print(json.dumps(report))
+"""
+DECODE = [
+    "mla_decode 32 heads, bf16 pages",
+    "mla_decode 32 heads, fp8 pages",
+    "mla_decode 4 heads, fp8 pages",
+    "gqa_decode 32/8 heads, bf16 pages",
+    "gqa_decode 32/8 heads, fp8 pages",
+]
+PREFILL = [
+    "mla_prefill 32 heads, flash",
+    "mla_prefill 32 heads, flash, carried",
+    "mla_prefill 32 heads, expand keys",
+    "gqa_prefill 32/8 heads, flash, carried",
+]
+OTHERS = [
+    "mla_decode 32 heads, plan",
+    "mla_decode 32 heads, combine",
+    "mla_prefill gather, fp8 pages",
+    "rope_tables Small 4",
+    "apply_rope 32 heads",
+    "write_normed_latents, fp8 pages",
+    "rotate_and_write_keys_values 32/8 heads, fp8 pages",
+]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, json.dumps(DECODE + PREFILL + OTHERS)]
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def count(report: dict[str, Any], *prefixes: str) -> int:
+    return sum(number for name, number in report["instructions"].items() if name.startswith(prefixes))
+
+
+def test_nothing_spills_and_shared_memory_suffices(compiled: dict[str, Any]) -> None:
+    assert set(compiled) == {*DECODE, *PREFILL, *OTHERS}
+    for name, report in compiled.items():
+        assert report["spilled"] == 0, name
+        assert report["shared"] <= SHARED_BYTES, name
+
+
+@pytest.mark.parametrize("name", DECODE + PREFILL)
+def test_products_run_on_a_warp_group_and_operands_come_16_bytes_at_a_time(
+    compiled: dict[str, Any], name: str
+) -> None:
+    report = compiled[name]
+    assert count(report, "HGMMA")
+    assert not count(report, "HMMA")
+    assert count(report, "LDGSTS.E.BYPASS.128")
+    assert not count(report, "LDGSTS.E.64", "LDGSTS.E.BYPASS.64")
+
+
+@pytest.mark.parametrize("name", DECODE[:1] + DECODE[3:4])
+def test_two_programs_of_decoding_share_a_multiprocessor(compiled: dict[str, Any], name: str) -> None:
+    """One's softmax then hides behind the other's products."""
+    assert 2 * compiled[name]["shared"] <= SHARED_BYTES
+    assert compiled[name]["registers"] <= 255
+
+
+@pytest.mark.parametrize(
+    "name", ["mla_prefill gather, fp8 pages", "apply_rope 32 heads", "mla_decode 32 heads, combine"]
+)
+def test_what_only_moves_bytes_moves_16_at_a_time(compiled: dict[str, Any], name: str) -> None:
+    assert count(compiled[name], "LDG.E.128")
+
+
+def test_tables_do_without_the_hardwares_sine(compiled: dict[str, Any]) -> None:
+    """Its error grows with the angle, and positions reach 262,144."""
+    assert not count(compiled["rope_tables Small 4"], "MUFU.SIN", "MUFU.COS")
