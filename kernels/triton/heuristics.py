@@ -58,8 +58,8 @@ NARROW = 16  # tokens of the second form's tile
 
 def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> Tile:
     """For weights, and activations of a type such as "*bf16". tokens: of one product; it counts only where the
-    width of a tile has been shown to keep the bits. Raises ArgumentError for scales whose columns are not whole steps
-    of a tile."""
+    width of a tile has been shown to keep the bits. Raises ArgumentError for scales whose columns are not whole
+    steps of a tile."""
     format = "bf16" if weights.format == "plain" else weights.format
     chosen = TILES["fp32" if activations == "*fp32" else format, paired]
     block_k = weights.scale_block[1]

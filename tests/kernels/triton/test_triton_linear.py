@@ -153,7 +153,7 @@ def test_what_kernels_cannot_read_is_refused() -> None:
         linear.linear(x, torch.zeros(32, 8).T)
     with pytest.raises(ArgumentError, match=r"linear: x has strides \[1, 2\]"):
         linear.linear(torch.zeros(32, 2).T, weight)
-    with pytest.raises(ArgumentError, match="fp8 scales of 24 columns: kernels take multiples of 32, or all k"):
+    with pytest.raises(ArgumentError, match="fp8 scales of 24 columns: kernels take multiples of 32, or all of k"):
         linear.linear(torch.zeros(2, 96), quantise(torch.ones(8, 96), "fp8", block=(8, 24)))
     with pytest.raises(ArgumentError, match="linear: x_ptr starts 4 bytes past a multiple of 16"):
         linear.linear(torch.zeros(2, 40)[:, 1:33], weight)
