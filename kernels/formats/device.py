@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,9 +30,9 @@ GROUP = {"nvfp4": 16, "mxfp4": 32}  # weights of a row that share a scale
 FORMATS = ("fp8", *GROUP)
 SMALLEST = 2.0**-100  # what is smaller becomes zero: its scale would leave fp32's normal range
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Root mean square of the errors of `quantise`, relative to that of normally distributed weights: bounds, which tests
-# check. e4m3 keeps 4 significant bits (a relative error of 2^-4 / sqrt(12) * 1.4 or less); e2m1 has the steps
-# 0.5, 1 and 2 below 6, and its group's peak becomes 6; mxfp4's power of two wastes up to half of that range.
+# Root mean square of the errors of `quantise`, relative to that of normally distributed weights: bounds, which
+# tests check. e4m3 keeps four significant bits; e2m1 has the steps 0.5, 1 and 2 below 6, and its group's peak
+# becomes 6; mxfp4's power of two wastes up to half of that range.
 WEIGHT_ERROR = {"fp8": 0.028, "nvfp4": 0.1, "mxfp4": 0.13}
 
 
@@ -43,8 +44,8 @@ class DeviceFormatError(ValueError):
 class DeviceMatrix:
     """Weights [n,k] or [E,n,k] in one of the formats above; E is 1 in the tensors of the former. Never written.
 
-    dtype: of the activations that it is multiplied with. block: (rows, columns) of one scale. `shape`, `dtype` and
-    `dim` are there so that a door can check it like a tensor.
+    dtype: of the activations that it is multiplied with. block: (rows, columns) of one scale. `shape` and `dtype`
+    are there so that a door can check it like a tensor.
     """
 
     format: str
@@ -61,10 +62,6 @@ class DeviceMatrix:
         tensors = (self.codes, self.scales, self.row_scales)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    def dim(self) -> int:
-        """2 or 3."""
-        return len(self.shape)
-
     def to(self, device: torch.device | str) -> DeviceMatrix:
         """A copy there."""
         row_scales = None if self.row_scales is None else self.row_scales.to(device)
@@ -75,9 +72,9 @@ class DeviceMatrix:
 def fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype, block: tuple[int, int] | None = None) -> DeviceMatrix:
     """A checkpoint's own codes, e4m3 [n,k] or [E,n,k], and the multipliers of their blocks, of any float dtype.
 
-    scales: [n/b, k/c], or [E, n/b, k/c], rounded up, for blocks of (b, c), such as (128, 128); without `block`, the
-    shape says it: one number a matrix (0-d, [1], [E], [1,1], [E,1,1]), one a row ([n], [n,1], [E,n], [E,n,1]), or one
-    for each of the equal parts stacked in a matrix ([E,2,1]: gate and up). Raises DeviceFormatError.
+    scales: [n/b, k/c], or [E, n/b, k/c], rounded up, for blocks of (b, c), such as (128, 128); without `block`,
+    their number says it: one a matrix (0-d, [1], [E], [1,1], [E,1,1]), one a row ([n], [n,1], [E,n], [E,n,1]), or
+    one for each of the equal parts stacked in a matrix ([E,2,1]: gate and up). Raises DeviceFormatError.
     """
     if codes.dtype != E4M3 or codes.dim() not in (2, 3):
         raise DeviceFormatError(f"fp8: codes are e4m3 [n,k] or [E,n,k], got {codes.dtype} {list(codes.shape)}")
@@ -95,9 +92,10 @@ def fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype, block: tuple[int, int
 
 
 def nvfp4(codes: Tensor, scales: Tensor, row_scales: Tensor, dtype: torch.dtype) -> DeviceMatrix:
-    """A checkpoint's own: uint8 [n,k/2] or [E,n,k/2], e4m3 [.., n, k/16], and multipliers of rows, [.., n], [E] or one.
+    """A checkpoint's own: uint8 [n,k/2] or [E,n,k/2], e4m3 [.., n, k/16], and multipliers.
 
-    The multiplier of compressed-tensors is 1 / weight_global_scale. Raises DeviceFormatError.
+    row_scales: of rows [.., n], of matrices [E], or one. That of compressed-tensors is 1 / weight_global_scale.
+    Raises DeviceFormatError.
     """
     shape = _four_bits("nvfp4", codes, scales, E4M3)
     experts, n = (1, *shape)[-3], shape[-2]
@@ -123,22 +121,18 @@ def quantise(
 ) -> DeviceMatrix:
     """weight [n,k] or [E,n,k] of any float dtype -> the nearest codes under the scale that takes each peak in.
 
-    Errors: WEIGHT_ERROR. dtype: of the activations, the weight's by default. block: of fp8's scales, (rows, columns);
-    one scale a row by default. Raises DeviceFormatError for an unknown format, a k that is not whole groups, and
-    weights that are not finite.
+    Errors: WEIGHT_ERROR. dtype: of the activations, the weight's by default. block: (rows, columns) of fp8's
+    scales; one scale a row by default. Experts are converted one by one, in the memory of one. Raises
+    DeviceFormatError for an unknown format, a k that is not whole groups, and weights that are not finite.
     """
     if format not in FORMATS:
         raise DeviceFormatError(f"unknown number format {format!r}; known: {', '.join(FORMATS)}")
     if weight.dim() not in (2, 3) or 0 in weight.shape:
         raise DeviceFormatError(f"weights are [n,k] or [E,n,k], got {list(weight.shape)}")
-    if not bool(weight.isfinite().all()):
-        raise DeviceFormatError(f"{format} cannot hold weights that are not finite")
-    wide, dtype = _three(weight).float(), dtype or weight.dtype
-    if format == "fp8":
-        made = _quantise_fp8(wide, block or (1, wide.shape[2]), dtype)
-    else:
-        made = _quantise_e2m1(wide, format, dtype)
-    return DeviceMatrix(format, tuple(weight.shape), dtype, made.codes, made.scales, made.row_scales, made.block)
+    dtype = dtype or weight.dtype
+    if weight.dim() == 2:
+        return _quantise(weight, format, dtype, block)
+    return stack([_quantise(expert, format, dtype, block) for expert in weight])
 
 
 def stack(matrices: Sequence[DeviceMatrix]) -> DeviceMatrix:
@@ -180,20 +174,29 @@ def dequantise(matrix: DeviceMatrix) -> Tensor:
     return values.reshape(matrix.shape)
 
 
+def _quantise(weight: Tensor, format: str, dtype: torch.dtype, block: tuple[int, int] | None) -> DeviceMatrix:
+    """weight [n,k]."""
+    if not bool(weight.isfinite().all()):
+        raise DeviceFormatError(f"{format} cannot hold weights that are not finite")
+    if format == "fp8":
+        return _quantise_fp8(weight.float(), block or (1, weight.shape[1]), dtype)
+    return _quantise_e2m1(weight.float(), format, dtype)
+
+
 def _quantise_fp8(weight: Tensor, block: tuple[int, int], dtype: torch.dtype) -> DeviceMatrix:
-    rows, columns = (-(-size // part) for size, part in zip(weight.shape[1:], block, strict=True))
-    padded = weight.new_zeros(weight.shape[0], rows * block[0], columns * block[1])
-    padded[:, : weight.shape[1], : weight.shape[2]] = weight.abs()
-    peaks = padded.view(-1, rows, block[0], columns, block[1]).amax((2, 4))
+    rows, columns = (-(-size // part) for size, part in zip(weight.shape, block, strict=True))
+    padded = weight.new_zeros(rows * block[0], columns * block[1])
+    padded[: weight.shape[0], : weight.shape[1]] = weight.abs()
+    peaks = padded.view(rows, block[0], columns, block[1]).amax((1, 3))
     scales = torch.where(peaks >= SMALLEST, peaks / LARGEST_E4M3, 1.0)
-    quotients = weight / _spread(scales, block, weight)
+    quotients = weight / _spread(scales[None], block, weight[None])[0]
     return fp8(quotients.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3), scales, dtype, block)
 
 
 def _quantise_e2m1(weight: Tensor, format: str, dtype: torch.dtype) -> DeviceMatrix:
-    if weight.shape[2] % GROUP[format]:
-        raise DeviceFormatError(f"{format}: {weight.shape[2]} columns are not whole groups of {GROUP[format]}")
-    groups = weight.unflatten(2, (-1, GROUP[format]))
+    if weight.shape[1] % GROUP[format]:
+        raise DeviceFormatError(f"{format}: {weight.shape[1]} columns are not whole groups of {GROUP[format]}")
+    groups = weight.unflatten(1, (-1, GROUP[format]))
     peaks = groups.abs().amax(-1)
     if format == "mxfp4":  # the least power of two under which the peak is at most 6
         exponents = torch.ceil(torch.log2(peaks.clamp_min(2.0**-126) / LARGEST_E2M1)).clamp(-126, 127)
@@ -203,7 +206,7 @@ def _quantise_e2m1(weight: Tensor, format: str, dtype: torch.dtype) -> DeviceMat
         whole = torch.where(highest >= SMALLEST, highest / (LARGEST_E2M1 * LARGEST_E4M3), 1.0)
         scales = (peaks / (LARGEST_E2M1 * whole[..., None])).clamp_max(LARGEST_E4M3).to(E4M3)
         steps = scales.float() * whole[..., None]
-    codes = _e2m1(torch.where(steps[..., None] > 0, groups / steps[..., None], 0.0)).flatten(2)
+    codes = _e2m1(torch.where(steps[..., None] > 0, groups / steps[..., None], 0.0)).flatten(1)
     packed = codes[..., 0::2] | codes[..., 1::2] << 4
     if whole is None:
         return mxfp4(packed, scales, dtype)
@@ -213,7 +216,7 @@ def _quantise_e2m1(weight: Tensor, format: str, dtype: torch.dtype) -> DeviceMat
 def _e2m1(values: Tensor) -> Tensor:
     """The nearest codes, ties to the even one; beyond 6 the code of 6."""
     size, codes = values.abs(), torch.zeros_like(values, dtype=torch.uint8)
-    for number, (low, high) in enumerate(zip(E2M1, E2M1[1:], strict=False)):
+    for number, (low, high) in enumerate(pairwise(E2M1)):
         middle = (low + high) / 2
         codes += size >= middle if number % 2 else size > middle
     return torch.where(values < 0, codes + 8, codes)

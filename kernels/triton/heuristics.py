@@ -1,9 +1,9 @@
 """Problem -> tile. Pure functions: of the weights' sizes and format alone, so that a row's bits are its own.
 
-Two tiles for one matrix, a narrow one for few tokens and a wide one for many, would be faster at both ends. An MMA
-instruction of 16 columns and one of 64 very likely add the products of an output in the same order, and K is walked
-in the same steps; but "very likely" is not a proof, and there is none without the card. Until a test on it finds the
-bits equal, WIDTH_KEEPS_BITS stays False, and one tile serves every number of tokens.
+Two tiles for one matrix, a narrow one for few tokens and a wide one for many, would be faster at both ends. MMA
+instructions of 16 columns and of 64, and with operands exchanged, very likely add the products of an output in the
+same order, and K is walked in the same steps; but "very likely" is not a proof, and there is none without the card.
+Until a test on it finds the bits equal, WIDTH_KEEPS_BITS stays False, and one tile serves every number of tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.triton.product import Weights
 
 WIDTH_KEEPS_BITS = False  # see above: set it where tests on a card have shown it
@@ -35,16 +36,20 @@ class Tile:
         return {**blocks, "TOKENS_ON_M": self.tokens_on_m}
 
 
-# (format, paired) -> tile. Those of fp32, which tests use, run without tensor cores.
+# (format, paired) -> tile, chosen by what the compiler makes of it for sm_90, not yet by timing. bf16 weights stand
+# on M. Widened codes could too, from registers, but then the compiler copies the codes in pieces of 8 or 4 bytes,
+# laid out for the MMA; with tokens on M it copies 16 bytes at a time and needs fewer registers. Of 4-bit formats a
+# step is 128 of k: the scales of 64 are fewer than the 4 bytes a thread from which on they are copied ahead.
+# fp32, which tests use, runs without tensor cores.
 TILES = {
     ("bf16", False): Tile(block_n=128, block_t=64, block_k=64),
     ("bf16", True): Tile(block_n=64, block_t=64, block_k=64),
-    ("fp8", False): Tile(block_n=128, block_t=64, block_k=64),
-    ("fp8", True): Tile(block_n=64, block_t=64, block_k=64),
-    ("nvfp4", False): Tile(block_n=128, block_t=64, block_k=64),
-    ("nvfp4", True): Tile(block_n=64, block_t=64, block_k=64),
-    ("mxfp4", False): Tile(block_n=128, block_t=64, block_k=64),
-    ("mxfp4", True): Tile(block_n=64, block_t=64, block_k=64),
+    ("fp8", False): Tile(block_n=128, block_t=64, block_k=64, tokens_on_m=True),
+    ("fp8", True): Tile(block_n=64, block_t=64, block_k=64, tokens_on_m=True),
+    ("nvfp4", False): Tile(block_n=128, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
+    ("nvfp4", True): Tile(block_n=64, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
+    ("mxfp4", False): Tile(block_n=128, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
+    ("mxfp4", True): Tile(block_n=64, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
     ("fp32", False): Tile(block_n=32, block_t=32, block_k=32),
     ("fp32", True): Tile(block_n=32, block_t=32, block_k=32),
 }
@@ -52,11 +57,18 @@ NARROW = 16  # tokens of the second form's tile
 
 
 def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> Tile:
-    """For weights, and activations of a type such as "*bf16". tokens: of one product; it counts only where the width
-    of a tile has been shown to keep the bits."""
+    """For weights, and activations of a type such as "*bf16". tokens: of one product; it counts only where the
+    width of a tile has been shown to keep the bits. Raises ArgumentError for scales whose columns are not whole
+    steps of a tile."""
+    format = "bf16" if weights.format == "plain" else weights.format
+    chosen = TILES["fp32" if activations == "*fp32" else format, paired]
+    block_k = weights.scale_block[1]
+    if format == "fp8" and block_k < weights.k and block_k % chosen.block_k:
+        raise ArgumentError(
+            f"fp8 scales of {block_k} columns: kernels take multiples of {chosen.block_k}, or all of k"
+        )
     if activations == "*fp32":
-        return TILES["fp32", paired]
-    chosen = TILES["bf16" if weights.format == "plain" else weights.format, paired]
+        return chosen
     if WIDTH_KEEPS_BITS and tokens <= FEW_TOKENS:
-        return replace(chosen, block_t=NARROW)
+        return replace(chosen, block_t=NARROW, tokens_on_m=False)
     return chosen

@@ -26,7 +26,7 @@ def _linear(
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
-    """out[t, head] = x[t, head] @ weight[head]^T; then COPIED values of x, which follow its first K, as they are."""
+    """out[t, head] = x[t, head] @ weight[head]^T, then COPIED values of x, those that follow its first K."""
     N: tl.constexpr = ROWS // 2 if PAIRED else ROWS
     head = tl.program_id(1).to(tl.int64)
     tile_n, tile_t = _tile(tl.program_id(0), tokens, N, BLOCK_N, BLOCK_T)
@@ -41,7 +41,7 @@ def _linear(
     )  # fmt: skip
     mask = inside[:, None] & (outputs < N)[None, :]
     tl.store(out_ptr + out_rows[:, None] + outputs[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
-    if COPIED > 0:
+    if COPIED > 0:  # noqa: SIM102 (joined, the rest would be compiled for COPIED = 0 too)
         if tile_n == 0:
             columns = tl.arange(0, COPY_BLOCK)
             copy_mask = inside[:, None] & (columns < COPIED)[None, :]
@@ -129,13 +129,13 @@ def linear_configuration(
             **weights.without(),
             **weights.constants,
             **chosen.constants,
-            
-                "X_STRIDE": strides[0],
-                "X_HEAD": strides[1],
-                "OUT_STRIDE": out_strides[0],
-                "OUT_HEAD": out_strides[1]
-            ,
-            "COPIED": copied, "COPY_BLOCK": triton.next_power_of_2(copied), "PAIRED": paired,
+            "X_STRIDE": strides[0],
+            "X_HEAD": strides[1],
+            "OUT_STRIDE": out_strides[0],
+            "OUT_HEAD": out_strides[1],
+            "COPIED": copied,
+            "COPY_BLOCK": triton.next_power_of_2(copied),
+            "PAIRED": paired,
         },
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,

@@ -68,7 +68,7 @@ def _expert_gate_up(
     expert, start, end = _expert_rows(starts_ptr, tokens, tile_t, E, LANES, SLOTS, SHARED, BLOCK_T)
     if expert >= E + SHARED:
         return
-    if SHARED:
+    if SHARED:  # noqa: SIM102 (joined, the rest would be compiled without a shared expert too)
         if expert == E:
             expert = expert * 0
             codes_ptr = shared_codes_ptr
@@ -105,7 +105,7 @@ def _expert_down(
     expert, start, end = _expert_rows(starts_ptr, tokens, tile_t, E, LANES, SLOTS, SHARED, BLOCK_T)
     if expert >= E + SHARED:
         return
-    if SHARED:
+    if SHARED:  # noqa: SIM102 (joined, the rest would be compiled without a shared expert too)
         if expert == E:
             expert = expert * 0
             codes_ptr = shared_codes_ptr
@@ -133,7 +133,7 @@ def _sum_slots(
     outputs_ptr, weights_ptr, out_ptr, tokens,
     D: tl.constexpr, SLOTS: tl.constexpr, WITH_SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[token] = the sum of weight * output over its slots, in their order, and the shared expert's output last."""
+    """out[token] = the sum of weight * output over its slots, in their order; the shared expert's output last."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
@@ -243,7 +243,9 @@ def _grouped(
         of,
         {
             **types,
-            "order_ptr": "*i64", "starts_ptr": "*i64", "tokens": "i32",
+            "order_ptr": "*i64",
+            "starts_ptr": "*i64",
+            "tokens": "i32",
             **weights.types(),
             **(weights.types("shared_") if shared else {}),
         },

@@ -8,8 +8,8 @@ output is one chain of MMA instructions that other rows do not reach. Weights be
 registers, without rounding where that is bf16 (formats/device.py); scales of whole rows multiply the finished sum,
 those of blocks of k the sum of their steps.
 
-TOKENS_ON_M says which operand is which. The MMA of Hopper has 64 rows, M, and 8 to 256 columns, N. Few tokens fit
-N: then weights stand on M, where they may also come from registers, as widened codes do. Many tokens fill M.
+TOKENS_ON_M says which operand is which. The MMA of Hopper has 64 rows, M, and 8 to 256 columns, N: with weights on
+M a tile may have fewer than 64 tokens, down to 16.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Weights:
 
     @classmethod
     def of(cls, operation: str, matrix: Matrix) -> Weights:
-        """Raises ArgumentError for what the kernels cannot read: a packed matrix, columns that are not side by side."""
+        """Raises ArgumentError for what kernels cannot read: a packed matrix, columns that are not side by side."""
         if isinstance(matrix, DeviceMatrix):
             return cls.stored(matrix.format, matrix.shape[-2], matrix.shape[-1], matrix.block)
         if not isinstance(matrix, Tensor):
@@ -197,7 +197,7 @@ class Weights:
 
     @classmethod
     def stored(cls, format: str, rows: int, k: int, block: tuple[int, int] | None = None) -> Weights:
-        """Contiguous ones of a format: "bf16", "float32", "fp8" with scales of `block` (a row's own by default)..."""
+        """Contiguous ones of a format: "bf16", "float32", or a DeviceMatrix's; fp8 has a scale a row by default."""
         if format in ("bf16", "float32"):
             return cls("plain", "*bf16" if format == "bf16" else "*fp32", rows, k, k, rows * k)
         if format == "fp8":
@@ -239,7 +239,7 @@ def pointers(matrix: Matrix, prefix: str = "") -> dict[str, Tensor]:
 
 
 def row_stride(operation: str, name: str, x: Tensor) -> int:
-    """Between the rows of x [T,...], in values. Raises ArgumentError if those of the last axis are not side by side."""
+    """Between the rows of x [T,...], in values. Raises ArgumentError if those of a row are not side by side."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ArgumentError(f"{operation}: {name} has strides {list(x.stride())}, a row's values are side by side")
     return x.stride(0) if x.shape[0] != 1 else x[0].numel()  # of one row the stride may be anything

@@ -34,19 +34,25 @@ def _worker(*arguments: str) -> Any:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
 def test_some_configurations_compile_for_sm_90() -> None:
-    """Nothing spills, the tensor cores work, and what is loaded in the loop is loaded 16 bytes at a time."""
+    """Nothing spills, the tensor cores work, and what the loop reads comes 16 bytes at a time and ahead of its use:
+    but for NVFP4's scales, and for a loop of one step, which has nothing to be ahead of."""
     for name, compiled in _worker("compile", *COMPILED).items():
         assert compiled["spill_bytes"] == 0, name
         assert compiled["registers"] <= 255, name
         instructions = compiled["instructions"]
         assert any(found.startswith(COMPILED[name]) for found in instructions), name
-        wide = [found for found in instructions if found.startswith(("LDG", "LDGSTS")) and ".128" in found]
-        assert wide, name
+        copies = {found: number for found, number in instructions.items() if found.startswith("LDGSTS")}
+        wide = sum(number for found, number in copies.items() if ".128" in found)
+        if "sum_slots" in name or "absorb" in name:
+            assert any(found.startswith("LDG.") and ".128" in found for found in instructions), name
+        else:
+            assert wide >= 24, name
+            assert "nvfp4" in name or wide == sum(copies.values()), name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
 def test_what_is_compiled_ahead_is_what_a_launch_would_compile() -> None:
-    """Signature, constants and attributes of every configuration, as Triton's launcher derives them from tensors."""
+    """Signature, constants and attributes of every configuration, as Triton's launcher derives them."""
     differences = _worker("bind")
     assert len(differences) > 20
     assert {name: found for name, found in differences.items() if found} == {}

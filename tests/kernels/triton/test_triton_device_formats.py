@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused() -> None:
     codes = torch.zeros(4, 32, dtype=torch.uint8)
     with pytest.raises(DeviceFormatError, match=r"nvfp4: codes \[4, 32\] do not fit scales \[4, 2\]"):
         device.nvfp4(codes, torch.zeros(4, 2).to(torch.float8_e4m3fn), torch.ones(1), torch.bfloat16)
-    with pytest.raises(DeviceFormatError, match="mxfp4 is uint8 and torch.uint8, got"):
+    with pytest.raises(DeviceFormatError, match=r"mxfp4 is uint8 and torch\.uint8, got"):
         device.mxfp4(codes, torch.zeros(4, 2), torch.bfloat16)
     with pytest.raises(DeviceFormatError, match=r"fp8: scales \[3\] do not fit \[4, 32\]"):
         device.fp8(codes.view(torch.float8_e4m3fn), torch.zeros(3), torch.bfloat16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,11 +14,11 @@ from cierzo.kernels.formats.pack import as_packed, as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ref import attention as attention_ref
 from cierzo.kernels.ref import linear as ref
-from cierzo.kernels.triton import linear
+from cierzo.kernels.triton import heuristics, linear
 
 FORMATS = ["plain", "fp8", "nvfp4", "mxfp4"]
-# Relative to the largest output. fp32: another order of addition. bf16: the result is rounded once, by up to 2^-9, and
-# so is what lies between the two products of an MLP; weights widen to bf16 without rounding in every format.
+# Relative to the largest output. fp32: another order of addition. bf16: the result is rounded once, by up to 2^-9,
+# and so is what lies between the two products of an MLP; weights widen to bf16 without rounding in every format.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 
 
@@ -96,6 +98,22 @@ def test_gated_mlp(format: str, dtype: torch.dtype) -> None:
         close(result, ref.gated_mlp(x.float(), wide(gate_up), wide(down)), dtype)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_narrow_form_and_exchanged_operands_compute_the_same(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not yet in use: heuristics.WIDTH_KEEPS_BITS."""
+    x, gate_up = rows(3, 96, torch.bfloat16), weights(format, 128, 96, dtype=torch.bfloat16)
+    down = weights(format, 96, 64, dtype=torch.bfloat16, seed=2)
+    expected = ref.gated_mlp(x.float(), wide(gate_up), wide(down))
+    monkeypatch.setattr(heuristics, "WIDTH_KEEPS_BITS", True)
+    close(linear.gated_mlp(x, gate_up, down), expected, torch.bfloat16)
+    exchanged = {name: replace(tile, tokens_on_m=not tile.tokens_on_m) for name, tile in heuristics.TILES.items()}
+    monkeypatch.setattr(heuristics, "TILES", exchanged)
+    monkeypatch.setattr(heuristics, "WIDTH_KEEPS_BITS", False)
+    close(linear.gated_mlp(x, gate_up, down), expected, torch.bfloat16)
+
+
 def test_intermediates_may_exceed_fp16() -> None:
     x, gate_up = torch.full((1, 32), 100.0).bfloat16(), torch.full((64, 32), 1.0).bfloat16()
     result = linear.gated_mlp(x, gate_up, torch.full((32, 32), 0.5).bfloat16())
@@ -135,5 +153,7 @@ def test_what_kernels_cannot_read_is_refused() -> None:
         linear.linear(x, torch.zeros(32, 8).T)
     with pytest.raises(ArgumentError, match=r"linear: x has strides \[1, 2\]"):
         linear.linear(torch.zeros(32, 2).T, weight)
+    with pytest.raises(ArgumentError, match="fp8 scales of 24 columns: kernels take multiples of 32, or all of k"):
+        linear.linear(torch.zeros(2, 96), quantise(torch.ones(8, 96), "fp8", block=(8, 24)))
     with pytest.raises(ArgumentError, match="linear: x_ptr starts 4 bytes past a multiple of 16"):
         linear.linear(torch.zeros(2, 40)[:, 1:33], weight)
