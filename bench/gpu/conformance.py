@@ -24,6 +24,7 @@ SIZES = (
     Size(name="prefill", sequences=2, rows_each=150, context=416),
 )
 TOLERANCE = 1e-2  # of the root mean square: bf16 keeps 8 bits of every input, sum and result
+TOLERANCE_FP8 = 3e-2  # where results are written in 4 bits: a last bit of bf16 may turn the rounding of some
 CHOICES = 1e-2  # the share of choices between near equals that may fall otherwise
 POISON_BYTES = 256 << 20
 LARGEST_E4M3 = 448.0
@@ -109,7 +110,9 @@ def _deviation(got: Tensor, wanted: Tensor) -> float:
         if share > CHOICES:
             raise Failed(f"{share:.2%} of the integers differ")
         return share
+    tolerance = TOLERANCE
     if got.dtype == torch.float8_e4m3fn:
+        tolerance = TOLERANCE_FP8
         wanted = wanted.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(got.dtype).float()
         got = got.float()
     difference = got.double() - wanted.double()
@@ -119,8 +122,8 @@ def _deviation(got: Tensor, wanted: Tensor) -> float:
     scale = float(wanted.double()[finite].square().mean().sqrt()) if finite.any() else 0.0
     error = float(difference[finite].square().mean().sqrt()) if finite.any() else 0.0
     relative = error / scale if scale else error
-    if not relative <= TOLERANCE:
-        raise Failed(f"deviates by {relative:.2e} of the values, more than {TOLERANCE}")
+    if not relative <= tolerance:
+        raise Failed(f"deviates by {relative:.2e} of the values, more than {tolerance}")
     return relative
 
 

@@ -73,8 +73,8 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Graphs of one model, each recorded at its first use: kernels are compiled for sizes that are no graph's own, so
-    that takes no longer than a few steps.
+    """Graphs of one model, each recorded at its first use: kernels are compiled for sizes that are no graph's own,
+    so that takes no longer than a few steps.
 
     padding_slot: cache slot that nobody reads. record: torch's CUDA graphs on a GPU.
     """

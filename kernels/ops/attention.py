@@ -39,8 +39,9 @@ class PagedQueries:
     query_starts: int32 [N+1], first row of each segment, and the end. context_lengths: int32 [N], tokens in the
     context, the segment's own included. table_rows: int32 [N], row of block_tables. block_tables: int32 [M,W].
     query_lengths, contexts: the first two on the host, as lengths. In a recorded step they are upper bounds, and
-    those on the device count; total_context is then one of the sum of its contexts (0: that of `contexts`). scratch: what an implementation derived from
-    the other fields in one layer and finds again in the next; it dies with the step.
+    those on the device count; total_context is then an upper bound of the sum of its contexts (0: their sum).
+    scratch: what an implementation derived from the other fields in one layer and finds again in the next; it dies
+    with the step.
     """
 
     query_starts: Tensor

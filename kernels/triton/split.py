@@ -13,9 +13,9 @@ added in order of position. Which rows share a tile changes no row's bits: each 
                 ^ firsts[0]                                             ^ firsts[1]      ^ firsts[N]
 
 The items are made on the device (`_plan`, once a step) from query_starts and context_lengths alone, so a captured
-graph makes them anew at each replay. The host decides how many programs run: as many as its own lists ask for, which
-in a graph are upper bounds, or as `total_context` does. Programs past the last item exit; rows that find no room,
-because a bound was none, come out as NaN.
+graph makes them anew at each replay. The host decides how many programs run: as many as its own lists ask for,
+which in a graph are upper bounds, or as `total_context` does. Programs past the last item exit; rows that find no
+room, because a bound was none, come out as NaN.
 """
 
 from __future__ import annotations
