@@ -99,6 +99,8 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_torch("attention", "gqa_prefill", "gqa_decode"),
     *_cuda("blocks", "copy_blocks", "gather_blocks", "scatter_blocks"),
     *_torch("blocks", "copy_blocks", "gather_blocks", "scatter_blocks", exact=True),
+    *_cuda("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw"),
+    *_cuda("sampling", "log_probabilities", "top_tokens"),
     *_native("sampling", "apply_penalties", "peaks", "draw", "log_probabilities", "top_tokens"),
     *_torch("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw", exact=True),
     *_torch("sampling", "log_probabilities", "top_tokens", exact=True),
