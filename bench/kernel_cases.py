@@ -278,6 +278,40 @@ def expert_mlp(model: Model, size: Size, make: Maker) -> Call | None:
     return Call([(x, *routed, shares, order.indices, starts, *shared)], moved, flops)
 
 
+# --- blocks of the cache ------------------------------------------------------------------------------------
+
+BLOCK_TOKENS = 16
+
+
+def pages_of(model: Model, size: Size, make: Maker) -> tuple[Tensor, int]:
+    """One layer's pages, for twice the blocks of the longest context; and how many are moved: a context's."""
+    width = model.rank + model.rope or model.kv_heads * model.head_dim
+    moved = -(-size.context // BLOCK_TOKENS)
+    return make.noise(2 * moved * BLOCK_TOKENS, width).view(2 * moved, BLOCK_TOKENS, width), moved
+
+
+@case
+def copy_blocks(model: Model, size: Size, make: Maker) -> Call:
+    """A prefix, from the front of the pages to their end."""
+    pages, count = pages_of(model, size, make)
+    pairs = torch.stack([torch.arange(count), torch.arange(2 * count - 1, count - 1, -1)], dim=1)
+    return Call([(pages, pairs)], pages.nbytes)
+
+
+@case
+def gather_blocks(model: Model, size: Size, make: Maker) -> Call:
+    """A context's blocks, every second one of the pages."""
+    pages, count = pages_of(model, size, make)
+    return Call([(pages, torch.arange(count) * 2, torch.empty_like(pages[:count]))], pages.nbytes)
+
+
+@case
+def scatter_blocks(model: Model, size: Size, make: Maker) -> Call:
+    """And back."""
+    pages, count = pages_of(model, size, make)
+    return Call([(pages, torch.arange(count) * 2, pages[:count].clone())], pages.nbytes)
+
+
 # --- sampling ----------------------------------------------------------------------------------------------
 
 SEEN = 100  # tokens of each row that an edit changes

@@ -40,6 +40,9 @@ IN_PLACE: dict[str, tuple[int, ...]] = {
     "add_bias": (0,),
     "apply_penalties": (0,),
     "mask_tokens": (0,),
+    "copy_blocks": (0,),
+    "gather_blocks": (2,),
+    "scatter_blocks": (0,),
 }
 # Whose rows are those of the first argument, each on its own.
 ROWWISE = ("rms_norm", "linear", "lm_head", "gated_mlp", "mla_absorb", "mla_unabsorb", "peaks", "log_probabilities")

@@ -243,6 +243,21 @@ inline void release_barrier() {
     failed = true;
 }
 
+// Some of the threads that can go on, in any order. Mostly those of one warp: it runs ahead of the others, to the next
+// barrier at most.
+inline void shuffle(std::vector<int>& order) {
+    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_numbers() % i]);
+    if (random_numbers() % 8 == 0) {
+        order.resize(1 + random_numbers() % order.size());
+        return;
+    }
+    const int warp = order[0] / 32;
+    size_t kept = 0;
+    for (size_t i = 0; i < order.size(); ++i)
+        if (order[i] / 32 == warp) order[kept++] = order[i];
+    order.resize(kept);
+}
+
 inline void run_block(char* stacks) {
     if (__start_cuda_shared) memset(__start_cuda_shared, POISON, __stop_cuda_shared - __start_cuda_shared);
     for (size_t i = 0; i < threads.size(); ++i) {
@@ -268,8 +283,7 @@ inline void run_block(char* stacks) {
         }
         if (returned == threads.size()) return;
         if (order.empty()) release_barrier();
-        if (shuffled)
-            for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_numbers() % i]);
+        if (shuffled && !order.empty()) shuffle(order);
         for (size_t i = 0; i < order.size() && !failed; ++i) run(threads[order[i]]);
     }
 }

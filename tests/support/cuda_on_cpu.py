@@ -24,7 +24,15 @@ from cierzo.kernels.cuda.launch.kernel import SOURCES, Kernel, LaunchError
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "cuda_on_cpu"
 FLAGS = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
-FLAGS += ["-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Werror"]
+FLAGS += [
+    "-U_FORTIFY_SOURCE",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+    "-Werror",
+]
 KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(')
 
 

@@ -126,7 +126,7 @@ def launch(kernel: Kernel, *, grid: Sequence[int], threads: int, shared_bytes: i
 def _device_of(kernel: Kernel, arguments: Mapping[str, Any], kind: str) -> torch.device:
     device: torch.device | None = None
     for name, value in arguments.items():
-        if not isinstance(value, Tensor) or value.is_pinned():
+        if not isinstance(value, Tensor) or (kind == "cuda" and value.device.type == "cpu" and value.is_pinned()):
             continue
         _require(kernel, value.device.type == kind, f"{name} is on {value.device}, the kernel runs on {kind}")
         if device is not None:

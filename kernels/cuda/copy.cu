@@ -1,0 +1,37 @@
+// Blocks of cache pages from one place to another (ops/blocks.py).
+#include "common.cuh"
+
+namespace {
+
+// `count` blocks: number ids[j * id_stride] of a side, or j where it has no ids. A number that the side does not have
+// is left out. grid.x: blocks; grid.y: pieces of one.
+template <class Value>
+__device__ __forceinline__ void copy(const unsigned char* source, unsigned char* destination, const i64* source_ids,
+                                     const i64* destination_ids, i64 id_stride, i64 sources, i64 destinations,
+                                     i64 block_bytes) {
+    const i64 j = blockIdx.x;
+    const i64 from = source_ids ? source_ids[j * id_stride] : j;
+    const i64 to = destination_ids ? destination_ids[j * id_stride] : j;
+    if (u64(from) >= u64(sources) || u64(to) >= u64(destinations)) return;
+    const Value* read = reinterpret_cast<const Value*>(source + from * block_bytes);
+    Value* write = reinterpret_cast<Value*>(destination + to * block_bytes);
+    const i64 values = block_bytes / i64(sizeof(Value)), step = i64(gridDim.y) * blockDim.x;
+#pragma unroll 4
+    for (i64 i = i64(blockIdx.y) * blockDim.x + threadIdx.x; i < values; i += step) write[i] = read[i];
+}
+
+}  // namespace
+
+// All addresses and sizes are multiples of 16 bytes.
+extern "C" __global__ void __launch_bounds__(256)
+    copy_blocks_16(const unsigned char* source, unsigned char* destination, const i64* source_ids,
+                   const i64* destination_ids, i64 id_stride, i64 sources, i64 destinations, i64 block_bytes) {
+    copy<uint4>(source, destination, source_ids, destination_ids, id_stride, sources, destinations, block_bytes);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    copy_blocks_1(const unsigned char* source, unsigned char* destination, const i64* source_ids,
+                  const i64* destination_ids, i64 id_stride, i64 sources, i64 destinations, i64 block_bytes) {
+    copy<unsigned char>(source, destination, source_ids, destination_ids, id_stride, sources, destinations,
+                        block_bytes);
+}

@@ -1,0 +1,179 @@
+"""Launchers of sampling (sampling.cu). Their arguments are those of ops/sampling.py.
+
+Nothing here waits for the device. Entries of an edit that lie outside the logits are therefore left out in silence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cierzo.kernels.check import require
+from cierzo.kernels.cuda.launch.kernel import MOST_THREADS, Kernel, divide_up, launch
+
+MOST_VOCAB = 1 << 18  # masses of 2^44 then add up to less than 2^63
+MOST_TOP = 1024  # tokens that top_tokens sorts in shared memory
+_ROW = {"logits": "*f32", "stride": "i64", "vocab": "i32"}
+_EDIT = {
+    "logits": "*f32",
+    **dict.fromkeys(("stride", "width", "rows", "vocab"), "i64"),
+    "at_rows": "*i64",
+    "token_ids": "*i64",
+    "entries": "i64",
+}
+_EDIT_THREADS = 256
+_DRAW_THREADS = 512  # they need more registers than 1024 threads can have
+
+
+def _kernel(name: str, types: dict[str, str]) -> Kernel:
+    return Kernel("sampling.cu", name, types)
+
+
+_ADD_BIAS = _kernel("sample_add_bias", {**_EDIT, "bias": "*f32"})
+_MASK_TOKENS = _kernel("sample_mask_tokens", _EDIT)
+_APPLY_PENALTIES = _kernel(
+    "sample_apply_penalties",
+    {**_EDIT, "output_counts": "*i64", **dict.fromkeys(("repetition", "presence", "frequency"), "*f32")},
+)
+_PEAKS = _kernel("sample_peaks", {**_ROW, "values": "*f32", "ids": "*i64"})
+_DRAW = _kernel(
+    "sample_draw",
+    {
+        **_ROW,
+        "temperatures": "*f64",
+        "top_ks": "*i64",
+        "top_ps": "*f64",
+        "min_ps": "*f64",
+        **dict.fromkeys(("seeds", "samples", "positions", "token_ids"), "*i64"),
+    },
+)
+_LOG_PROBABILITIES = _kernel("sample_log_probabilities", {**_ROW, "out": "*f32"})
+_TOP_TOKENS = _kernel(
+    "sample_top_tokens",
+    {"scores": "*f32", "stride": "i64", "vocab": "i32", "count": "i32", "values": "*f32", "ids": "*i64"},
+)
+KERNELS = (_ADD_BIAS, _MASK_TOKENS, _APPLY_PENALTIES, _PEAKS, _DRAW, _LOG_PROBABILITIES, _TOP_TOKENS)
+
+
+# --- edits -------------------------------------------------------------------------------------------------
+
+
+def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor) -> None:
+    """See ops/sampling.py."""
+    _edit(_ADD_BIAS, logits, rows, token_ids, bias=bias)
+
+
+def apply_penalties(
+    logits: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    output_counts: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+) -> None:
+    """See ops/sampling.py."""
+    by_row = {"repetition": repetition, "presence": presence, "frequency": frequency}
+    _edit(_APPLY_PENALTIES, logits, rows, token_ids, output_counts=output_counts, **by_row)
+
+
+def mask_tokens(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
+    """See ops/sampling.py."""
+    _edit(_MASK_TOKENS, logits, rows, token_ids)
+
+
+def _edit(kernel: Kernel, logits: Tensor, rows: Tensor, token_ids: Tensor, **more: Tensor) -> None:
+    values: dict[str, Any] = {name: value.contiguous() for name, value in more.items()}
+    launch(
+        kernel,
+        grid=(divide_up(rows.numel(), _EDIT_THREADS),),
+        threads=_EDIT_THREADS,
+        logits=logits,
+        stride=logits.stride(0),
+        width=logits.stride(1),
+        rows=logits.shape[0],
+        vocab=logits.shape[1],
+        at_rows=rows.contiguous(),
+        token_ids=token_ids.contiguous(),
+        entries=rows.numel(),
+        **values,
+    )
+
+
+# --- a block a row -----------------------------------------------------------------------------------------
+
+
+def peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """See ops/sampling.py."""
+    logits = _rows("peaks", logits)
+    values = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    _launch_rows(_PEAKS, logits=logits, values=values, ids=ids)
+    return values, ids
+
+
+def draw(
+    logits: Tensor,
+    temperatures: Tensor,
+    top_ks: Tensor,
+    top_ps: Tensor,
+    min_ps: Tensor,
+    seeds: Tensor,
+    samples: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """See ops/sampling.py. The reference's very tokens, and a token too where the logits mean nothing."""
+    logits = _rows("draw", logits)
+    token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    _launch_rows(
+        _DRAW,
+        _DRAW_THREADS,
+        logits=logits,
+        temperatures=temperatures.contiguous(),
+        top_ks=top_ks.contiguous(),
+        top_ps=top_ps.contiguous(),
+        min_ps=min_ps.contiguous(),
+        seeds=seeds.contiguous(),
+        samples=samples.contiguous(),
+        positions=positions.contiguous(),
+        token_ids=token_ids,
+    )
+    return token_ids
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """See ops/sampling.py. Rounded once, from a sum that is exact but for 2^-45 a token."""
+    logits = _rows("log_probabilities", logits)
+    out = torch.empty(tuple(logits.shape), dtype=torch.float32, device=logits.device)
+    _launch_rows(_LOG_PROBABILITIES, logits=logits, out=out)
+    return out
+
+
+def top_tokens(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """See ops/sampling.py. More than 1024 tokens of a row are sorted by torch, all of the row."""
+    if count > MOST_TOP:
+        values, ids = scores.sort(dim=1, descending=True, stable=True)
+        return values[:, :count].contiguous(), ids[:, :count].contiguous()
+    scores = _rows("top_tokens", scores)
+    values = torch.empty((scores.shape[0], count), dtype=torch.float32, device=scores.device)
+    ids = torch.empty((scores.shape[0], count), dtype=torch.int64, device=scores.device)
+    if count:
+        _launch_rows(_TOP_TOKENS, scores=scores, count=count, values=values, ids=ids)
+    return values, ids
+
+
+def _rows(operation: str, logits: Tensor) -> Tensor:
+    """Logits whose rows lie in one piece each."""
+    vocab = logits.shape[1]
+    require(operation, 0 < vocab <= MOST_VOCAB, f"logits have N = {vocab}, must be 1 .. {MOST_VOCAB}")
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _launch_rows(kernel: Kernel, most_threads: int = MOST_THREADS, **arguments: Any) -> None:
+    """A block a row, four values a thread at least: short rows take few threads. Results do not depend on it."""
+    logits = next(value for name, value in arguments.items() if name in ("logits", "scores"))
+    rows, vocab = logits.shape
+    threads = min(most_threads, 32 * divide_up(vocab, 128))
+    launch(kernel, grid=(rows,), threads=threads, stride=logits.stride(0), vocab=vocab, **arguments)
