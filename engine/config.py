@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from cierzo.cache.config import CacheConfig
 from cierzo.cache.layout import CacheLayout, plan_capacity
+from cierzo.engine import device_memory
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.model.config import ModelConfig, read_model_config
@@ -257,11 +258,12 @@ def _kv_room(options: EngineOptions, model: ModelConfig, layout: CacheLayout) ->
             limit=model.max_position_embeddings,
             value=wanted,
         )
+    room = _kv_room_bytes(options, model)
     if options.kv_cache_gib is not None:
-        _require_memory(options, options.kv_cache_gib)
+        _require_memory(options.kv_cache_gib, room)
         num_blocks = int(options.kv_cache_gib * GIB // layout.bytes_per_block)
     else:
-        num_blocks = _auto_blocks(options, wanted, layout)
+        num_blocks = _auto_blocks(options, wanted, layout, room)
     held_tokens = num_blocks * layout.block_tokens
     if options.max_model_len is not None and wanted > held_tokens:
         needed_gib = -(-wanted // layout.block_tokens) * layout.bytes_per_block / GIB
@@ -284,10 +286,20 @@ def _kv_room(options: EngineOptions, model: ModelConfig, layout: CacheLayout) ->
     return num_blocks, min(wanted, held_tokens)
 
 
-def _require_memory(options: EngineOptions, kv_cache_gib: float) -> None:
+def _kv_room_bytes(options: EngineOptions, model: ModelConfig) -> int:
+    """Memory that the KV cache may take: of a GPU, what the weights leave. Without a driver to ask, the core says
+    that there is no GPU."""
+    if options.device != "cuda":
+        return available_memory_bytes()
+    free = device_memory.free_bytes()
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
+    return AUTO_KV_BYTES if free is None else device_memory.kv_room_bytes(model, _weights(options, dtype), free)
+
+
+def _require_memory(kv_cache_gib: float, room: int) -> None:
     """Pages cost memory only as they fill: a budget that is not there would end the server late, and for good."""
-    free_gib = available_memory_bytes() / GIB
-    if options.device != "cuda" and kv_cache_gib > free_gib:
+    free_gib = room / GIB
+    if kv_cache_gib > free_gib:
         raise ConfigError(
             f"kv_cache_gib is {kv_cache_gib:g}, and {free_gib:.1f} GiB of memory are free",
             field="kv_cache_gib",
@@ -296,9 +308,10 @@ def _require_memory(options: EngineOptions, kv_cache_gib: float) -> None:
         )
 
 
-def _auto_blocks(options: EngineOptions, max_model_len: int, layout: CacheLayout) -> int:
-    """A share of the free memory, but no more than four longest requests or a full batch of usual ones use."""
-    affordable_bytes = min(AUTO_KV_BYTES, int(available_memory_bytes() * AUTO_KV_MEMORY_SHARE))
+def _auto_blocks(options: EngineOptions, max_model_len: int, layout: CacheLayout, room: int) -> int:
+    """A share of the free memory, all that is left on a GPU, but no more than four longest requests or a full batch
+    of usual ones use."""
+    affordable_bytes = room if options.device == "cuda" else min(AUTO_KV_BYTES, int(room * AUTO_KV_MEMORY_SHARE))
     usual_tokens = options.max_running * min(max_model_len, AUTO_KV_REQUEST_TOKENS)
     useful_tokens = min(options.max_running * max_model_len, max(4 * max_model_len, usual_tokens))
     useful_blocks = -(-useful_tokens // layout.block_tokens) + options.max_running

@@ -18,6 +18,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "scheduler": ("scheduler", "cache"),
     "engine.errors": (),
     "engine.messages": ("scheduler.params", "scheduler.plan"),
+    "engine.device_memory": ("engine.model.config", "engine.errors"),
     "engine.config": (
         "cache.config",
         "cache.layout",
@@ -25,6 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "kernels.config",
         "engine.frontend.config",
         "engine.model.config",
+        "engine.device_memory",
         "engine.errors",
     ),
     "engine.metrics": ("engine.messages",),
