@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cierzo.kernels.cuda.launch.kernel import OPTIONS, SOURCES, Kernel, LaunchError
+from cierzo.kernels.cuda.launch.kernel import OPTIONS, Kernel, LaunchError, program
 from cierzo.kernels.registry import KernelChoiceError
 
 INSTALL = "pip install 'cierzo[cuda]'"
@@ -66,8 +66,6 @@ class CupyBackend:
     def _function(self, kernel: Kernel, index: int) -> Any:
         key = (kernel.name, index)
         if key not in self._functions:
-            # The included file is part of the text, so that CuPy's cache on disk notices a change of it.
-            text = "".join((SOURCES / name).read_text(encoding="utf-8") for name in ("common.cuh", kernel.source))
-            module = self._cupy.RawModule(code=text, options=OPTIONS, backend="nvrtc")
+            module = self._cupy.RawModule(code=program(kernel.source), options=OPTIONS, backend="nvrtc")
             self._functions[key] = module.get_function(kernel.name)
         return self._functions[key]

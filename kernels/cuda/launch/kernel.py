@@ -9,6 +9,7 @@ Tests put another in its place, which runs the same sources on the CPU: grids, s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,6 +159,12 @@ def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)} at {value.data_ptr():#x}"
     return str(value)
+
+
+def program(source: str) -> str:
+    """What NVRTC gets: the source, and a digest of what it may include, lest a cache of binaries miss a change."""
+    included = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.cuh")))
+    return (SOURCES / source).read_text(encoding="utf-8") + f"\n// {hashlib.sha256(included).hexdigest()}\n"
 
 
 def is_aligned(tensor: Tensor, elements: int) -> bool:

@@ -9,7 +9,7 @@ import cuda_on_cpu
 import nvrtc
 import pytest
 
-from cierzo.kernels.cuda.launch.kernel import OPTIONS, SOURCES, Kernel
+from cierzo.kernels.cuda.launch.kernel import OPTIONS, SOURCES, Kernel, program
 
 FILES = sorted(SOURCES.glob("*.cu"))
 LAUNCHERS = sorted(path.stem for path in (SOURCES / "launch").glob("*.py") if path.stem not in ("__init__",))
@@ -27,7 +27,7 @@ def kernels() -> list[Kernel]:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_source_compiles_without_spills(path: Path, architecture: str) -> None:
-    text = path.read_text(encoding="utf-8")
+    text = program(path.name)
     found = nvrtc.usage(nvrtc.compile_cubin(text, OPTIONS, architecture))
     assert set(found) == set(cuda_on_cpu.kernel_names(text))
     for name, used in found.items():

@@ -1,0 +1,87 @@
+"""The GPU's backend against a stand-in for CuPy: what is compiled, what is handed over, how errors come back."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cierzo.kernels.cuda.launch import device
+from cierzo.kernels.cuda.launch.device import CupyBackend
+from cierzo.kernels.cuda.launch.kernel import OPTIONS, SOURCES, Kernel, LaunchError
+
+COPY = Kernel("copy.cu", "copy_blocks_16", {"count": "i32"})
+
+
+class DriverError(Exception):
+    """CuPy's, of a launch."""
+
+
+class CompileError(Exception):
+    """CuPy's, of NVRTC."""
+
+
+class Cupy:
+    """Records what it is asked for."""
+
+    def __init__(self) -> None:
+        self.modules: list[tuple[str, tuple[str, ...]]] = []
+        self.calls: list[tuple[Any, ...]] = []
+        self.entered: list[Any] = []
+        self.error: Exception | None = None
+        self.cuda = SimpleNamespace(
+            Device=lambda index: self._within(("device", index)),
+            ExternalStream=lambda address, index: self._within(("stream", address, index)),
+            driver=SimpleNamespace(CUDADriverError=DriverError),
+            runtime=SimpleNamespace(CUDARuntimeError=DriverError),
+            compiler=SimpleNamespace(CompileException=CompileError),
+        )
+
+    @contextlib.contextmanager
+    def _within(self, what: Any) -> Any:
+        self.entered.append(what)
+        yield
+
+    def RawModule(self, *, code: str, options: tuple[str, ...], backend: str) -> Any:
+        """One compilation."""
+        self.modules.append((code, options))
+        return SimpleNamespace(get_function=lambda name: self._launch)
+
+    def _launch(self, grid: Any, block: Any, values: Any, *, shared_mem: int) -> None:
+        if self.error:
+            raise self.error
+        self.calls.append((grid, block, values, shared_mem))
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Cupy:
+    found = Cupy()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0xABC))
+    monkeypatch.setattr(device.importlib, "import_module", lambda name: found)
+    return found
+
+
+def test_a_kernel_is_compiled_once_and_launched_on_torchs_stream(cupy: Cupy) -> None:
+    backend, values = CupyBackend(), [np.int32(5)]
+    for _ in range(2):
+        backend.run(COPY, torch.device("cuda"), (2, 3, 1), 64, 16, values)
+    ((code, options),) = cupy.modules
+    assert code.startswith((SOURCES / "copy.cu").read_text(encoding="utf-8"))
+    assert options == OPTIONS
+    assert cupy.calls == [((2, 3, 1), (64, 1, 1), (5,), 16)] * 2
+    assert cupy.entered == [("device", 1), ("stream", 0xABC, 1)] * 2
+    backend.run(COPY, torch.device("cuda", 0), (1, 1, 1), 32, 0, values)
+    assert len(cupy.modules) == 2  # another device, another module
+
+
+@pytest.mark.parametrize("error", [DriverError("illegal address"), CompileError("illegal address")])
+def test_errors_come_back_as_ours(cupy: Cupy, error: Exception) -> None:
+    cupy.error = error
+    with pytest.raises(LaunchError, match="illegal address"):
+        CupyBackend().run(COPY, torch.device("cuda"), (1, 1, 1), 32, 0, [np.int32(5)])
