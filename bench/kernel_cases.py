@@ -111,7 +111,7 @@ class Maker:
     device: str = "cpu"
     seed: int = 0
     kv_dtype: torch.dtype = DTYPE
-    cold_bytes: int = COLD_BYTES
+    cold_bytes: int | None = None  # COLD_BYTES
 
     def noise(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
         """Normal values; the same ones again and again."""
@@ -131,7 +131,8 @@ class Maker:
     def cold(self, make: Callable[[], tuple[Matrix, ...]]) -> list[tuple[Matrix, ...]]:
         """As many of what `make` makes as fill `cold_bytes`."""
         first = make()
-        return [first, *(make() for _ in range(self.cold_bytes // weight_bytes(*first)))]
+        wanted = COLD_BYTES if self.cold_bytes is None else self.cold_bytes
+        return [first, *(make() for _ in range(wanted // weight_bytes(*first)))]
 
 
 def weight_bytes(*matrices: Matrix) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cierzo.bench import attention_cases  # noqa: F401 (registers its cases)
-from cierzo.bench.kernel_cases import CASES, COLD_BYTES, Call, Maker, Model, Size
+from cierzo.bench.kernel_cases import CASES, Call, Maker, Model, Size
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, quantise
 from cierzo.kernels.formats.packed import Matrix
 
@@ -69,7 +69,7 @@ def make_call(
     device: torch.device,
     *,
     seed: int = 0,
-    cold_bytes: int = COLD_BYTES,
+    cold_bytes: int | None = None,
 ) -> Call | None:
     """The case on the device; None where the model has no such operation."""
     kv_dtype = KV.get(format, torch.bfloat16) if operation in PAGED else torch.bfloat16

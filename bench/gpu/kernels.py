@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cierzo.bench.gpu.cases import SMALL3, SMALL4, make_call
 from cierzo.bench.gpu.timing import samples
-from cierzo.bench.kernel_cases import COLD_BYTES, Model, Size
+from cierzo.bench.kernel_cases import Model, Size
 from cierzo.kernels import registry
 from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
@@ -34,7 +34,7 @@ def measure(
     format: str,
     device: torch.device,
     limits: dict[str, float],
-    cold_bytes: int = COLD_BYTES,
+    cold_bytes: int | None = None,
 ) -> dict[str, Any] | None:
     """us, GB/s, TFLOP/s and share of the limit, ours and torch's; None where the model lacks the operation."""
     call = make_call(operation, model, size, format, device, cold_bytes=cold_bytes)
