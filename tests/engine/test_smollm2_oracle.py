@@ -26,6 +26,7 @@ from cierzo.engine.model.layers import MatrixRole
 from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.matrices import formats
+from cierzo.engine.weights.quantised import Parameter, as_tensor
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.pack import pack
@@ -54,16 +55,19 @@ class RoundedMatrices:
     def __init__(self, weights: str) -> None:
         self._formats = formats(weights, "float32")
 
+    def tensor(self, stored: Parameter) -> Tensor:
+        return as_tensor(stored)
+
     def matrix(
         self,
         key: str,
         shape: tuple[int, ...],
-        make: Callable[[], Tensor],
+        make: Callable[[], Parameter],
         *,
         paired: bool = False,
         role: MatrixRole = "linear",
     ) -> Matrix:
-        return pack(make(), self._formats[role], paired=paired)
+        return pack(as_tensor(make()), self._formats[role], paired=paired)
 
 
 class Ours:
