@@ -27,7 +27,6 @@ RUNTIME = [
     "tqdm>=4.66",
 ]
 DEMO = ["gguf>=0.17"]
-CUDA = ["triton>=3.6"]  # the GPU kernels; torch for CUDA brings its own
 BENCH = ["matplotlib>=3.8"]  # the pictures of bench/peers
 CUDA = ["triton>=3.6", "cupy-cuda13x>=13.6"]  # what compiles and launches the kernels for GPUs
 TEST = [

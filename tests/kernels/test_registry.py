@@ -37,8 +37,8 @@ def test_default_is_the_first_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
     chosen = {row.operation: row.name for row in bind(KernelsConfig(), "cuda:1").chosen}
     assert chosen["rms_norm"] == "better"
     assert chosen["linear"] == chosen["expert_mlp"] == "triton"
-    assert chosen["draw"] == chosen["route"] == "cuda"
-    assert chosen["mlp_block"] == "torch"
+    assert chosen["route"] == chosen["draw"] == "cuda"
+    assert chosen["decoder"] == "torch"
     assert bind(KernelsConfig(instruction_set="reference"), "cpu").chosen[0].name == "torch"
     override = KernelsConfig(implementations={"rms_norm": "torch"})
     assert bind(override, "cuda").chosen[0].name == "torch"
