@@ -77,17 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cierzo.bench.gpu.compiled", description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, default=90, choices=sorted(SHARED_LIMIT_BYTES))
     capability = parser.parse_args(argv).capability
-    print(f"{'kernel':24}{'for':40}{'registers':>10}{'spills':>8}{'shared':>9}  loads, copies, matrix instructions")
+    print(f"{'kernel':24}{'for':58}{'registers':>10}{'spills':>8}{'shared':>9}  loads, copies, matrix instructions")
     bad = 0
     for _, purpose, configuration, compiled, error in compile_all(capability):
         if compiled is None:
-            print(f"{configuration.name:24}{purpose:40}  DOES NOT COMPILE: {error}")
+            print(f"{configuration.name:24}{purpose:58}  DOES NOT COMPILE: {error}")
             bad += 1
             continue
         wrong = faults(compiled, capability)
         bad += bool(wrong)
         print(
-            f"{configuration.name:24}{purpose:40}{compiled.registers:10}{compiled.spill_bytes:8}"
+            f"{configuration.name:24}{purpose:58}{compiled.registers:10}{compiled.spill_bytes:8}"
             f"{compiled.shared_bytes:9}  {_instructions(compiled)}{'  FAULT: ' + ', '.join(wrong) if wrong else ''}"
         )
     return 1 if bad else 0
