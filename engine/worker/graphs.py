@@ -7,7 +7,8 @@ each from a short list, and serves every step that fits. Rows beyond a step's ow
     a step of 5 sequences and 13,287 tokens of context -> the graph of (8 sequences, 32,768 tokens)
     query_starts  0 1 2 3 4 5 5 5 5       context_lengths  120 9000 7 64 4096 0 0 0
 
-Kernels take their grids from the bound, and the lengths that count from the device. As no kernel's arithmetic
+Kernels take their grids from the bound, and the lengths that count from the device (the plain-torch reference does
+not, and runs without graphs). As no kernel's arithmetic
 depends on the number of rows or the grid, a replayed step has the bits of a launched one.
 """
 

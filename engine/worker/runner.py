@@ -179,14 +179,20 @@ def make_runner(config: EngineConfig, model: Model, kv: KVPool, description: str
     device, limits = torch.device(config.device), config.scheduler
     if device.type == "cpu":
         return ModelRunner(model, kv, limits.max_running, device, description, overlap=config.overlap)
-    graphs = DecodeGraphs(
-        model,
-        kv,
-        max_running=limits.max_running,
-        max_model_len=limits.max_model_len,
-        padding_slot=config.cache.num_blocks * config.cache.block_tokens,
-        device=device,
-        record=cuda_recorder(),
+    by_name = config.kernels.implementations
+    host_reads = any(by_name.get(name) == "torch" for name in ("mla_decode", "gqa_decode"))
+    graphs = (
+        None
+        if host_reads
+        else DecodeGraphs(
+            model,
+            kv,
+            max_running=limits.max_running,
+            max_model_len=limits.max_model_len,
+            padding_slot=config.cache.num_blocks * config.cache.block_tokens,
+            device=device,
+            record=cuda_recorder(),
+        )
     )
     return ModelRunner(
         model,
