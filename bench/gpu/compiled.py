@@ -12,6 +12,7 @@ import os
 import pkgutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import cierzo.kernels.triton as package
@@ -51,7 +52,8 @@ def compile_one(number: int, capability: int) -> tuple[int, Any, str]:
 def compile_all(capability: int, workers: int | None = None) -> list[tuple[str, str, Any, Any, str]]:
     """(module, what for, Configuration, Compiled or None, error) of every configuration."""
     listed = list(configurations())
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+    # Not forked: this process may hold a card already, whose driver does not survive that.
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         found = list(pool.map(compile_one, range(len(listed)), [capability] * len(listed)))
     return [(*listed[number], compiled, error) for number, compiled, error in found]
 

@@ -6,6 +6,7 @@ time between tokens. Before a model is timed, two layers of it must give the log
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import time
@@ -105,6 +106,9 @@ def tasks(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
 
             yield f"{name} {weights}, {concurrent} concurrent", run
         held.clear()
+        gc.collect()
+        if device.type == "cuda":  # the next model's plan asks the driver what is free
+            torch.cuda.empty_cache()
 
 
 def make_config(
