@@ -25,10 +25,17 @@ STEPS = 600
 class Deferring(FakeRunner):
     """As a GPU does, it has results when they are collected; how many steps were in flight at once is counted."""
 
+    ends: dict[int, int]  # slot -> tokens at which its sequence ends
     deepest = 0
     fails_at = -1
 
     def launch(self, plan: StepPlan, batch: Batch) -> None:
+        for seq in plan.seqs:
+            if seq.admission is not None:
+                ends = len(seq.admission.prompt_token_ids) + seq.admission.sampling.max_tokens
+                self.ends[seq.slot] = ends
+            # the last token of a sequence is not computed: nobody asks for the one after it
+            assert seq.start + len(seq.token_ids) < self.ends[seq.slot], seq
         super().launch(plan, batch)
         self.deepest = max(self.deepest, len(self._results))
 
@@ -45,6 +52,7 @@ def make_core(num_blocks: int, fails_at: int = -1) -> tuple[EngineCore, Deferrin
     cache = CacheConfig(block_tokens=BLOCK_TOKENS, num_blocks=num_blocks)
     runner = Deferring(vocab_size=VOCAB, num_blocks=num_blocks, block_tokens=BLOCK_TOKENS, max_running=4)
     runner.fails_at = fails_at
+    runner.ends = {}
     return EngineCore(fake_config(limits, cache, vocab_size=VOCAB), runner), runner
 
 

@@ -117,3 +117,11 @@ def test_what_does_not_fit_is_refused() -> None:
         quantise(torch.full((2, 2), torch.inf), "fp8")
     with pytest.raises(PackError, match="a matrix of format fp8 is for a GPU"):
         as_packed(quantise(torch.zeros(2, 2), "fp8"))
+
+
+def test_halfway_between_two_codes_the_even_one_is_taken() -> None:
+    """Codes 0 to 7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; a group whose peak is 6 has the scale 1 in mxfp4."""
+    halves = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
+    weight = torch.tensor([[6.0, *halves, *(-half for half in halves), *[0.0] * 17]])
+    even = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
+    assert device.dequantise(device.quantise(weight, "mxfp4"))[0, :15].tolist() == [6.0, *even, *(-v for v in even)]
