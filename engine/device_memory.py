@@ -10,8 +10,9 @@ from cierzo.engine.model.config import MlaConfig, ModelConfig
 GIB = 1 << 30
 USABLE_SHARE = 0.95  # of the free memory: the allocator's rounding, and CUDA's own needs
 WORKSPACE_BYTES = 4 * GIB  # activations of a step, attention's partials and workspaces, CUDA graphs
-# Bytes of a weight, its scales included: one fp32 a row of FP8; an e4m3 for 16 NVFP4 codes.
-BYTES = {"bf16": 2.0, "float32": 4.0, "fp8": 1.0, "nvfp4": 0.5625}
+# Bytes of a weight, its scales included: one fp32 a row of FP8 and int8; an e4m3 for 16 NVFP4 codes, two halves for
+# 32 of int4.
+BYTES = {"bf16": 2.0, "float32": 4.0, "fp8": 1.0, "int8": 1.0, "nvfp4": 0.5625, "int4": 0.625}
 
 
 def weight_bytes(model: ModelConfig, weights: str) -> int:
