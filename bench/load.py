@@ -144,12 +144,14 @@ def _positive_float(text: str) -> float:
     return number
 
 
-async def run_load(settings: LoadSettings, connect: Connect | None = None) -> LoadResult:
+async def run_load(
+    settings: LoadSettings, connect: Connect | None = None, clock: Callable[[], float] = time.perf_counter
+) -> LoadResult:
     """Connect, send every request, and gather what each of them saw.
 
     A refused or failed request is a sample with its error code. `connect` opens a connection to `settings.rpc` for
-    a server that does not speak our RPC. Raises ConfigError for settings that contradict each other, ConnectionLost
-    where no server answers.
+    a server that does not speak our RPC; `clock` tells seconds. Raises ConfigError for settings that contradict
+    each other, ConnectionLost where no server answers.
     """
     if (settings.concurrency is None) == (settings.rate is None):
         raise ConfigError("exactly one of concurrency and rate must be given", field="rate", value=settings.rate)
@@ -164,7 +166,7 @@ async def run_load(settings: LoadSettings, connect: Connect | None = None) -> Lo
     clients = [await connect(settings.rpc) for _ in range(settings.connections)]
     try:
         vocab_size = (await clients[0].model_info()).vocab_size
-        return await _Load(settings, clients, vocab_size).run()
+        return await _Load(settings, clients, vocab_size, clock).run()
     finally:
         for client in clients:
             await client.close()
@@ -173,8 +175,11 @@ async def run_load(settings: LoadSettings, connect: Connect | None = None) -> Lo
 class _Load:
     """One run: the clients, the clock's zero, and the samples so far."""
 
-    def __init__(self, settings: LoadSettings, clients: list[LoadClient], vocab_size: int) -> None:
+    def __init__(
+        self, settings: LoadSettings, clients: list[LoadClient], vocab_size: int, clock: Callable[[], float]
+    ) -> None:
         self.settings = settings
+        self.clock = clock
         self.clients = clients
         self.vocab_size = vocab_size
         self.samples: list[RequestSample] = []
@@ -182,17 +187,17 @@ class _Load:
         self.progress = tqdm(total=settings.requests, unit="req", delay=PROGRESS_AFTER_S, leave=False, disable=None)
 
     async def run(self) -> LoadResult:
-        self.zero = time.perf_counter()
+        self.zero = self.clock()
         with self.progress:
             await (self._closed_loop() if self.settings.concurrency else self._open_loop())
-        return summarise_load(self.samples, time.perf_counter() - self.zero)
+        return summarise_load(self.samples, self.clock() - self.zero)
 
     async def _closed_loop(self) -> None:
         indices = iter(range(self.settings.requests))  # shared: each client takes the next one
 
         async def client_loop() -> None:
             for index in indices:
-                await self._request(index, time.perf_counter() - self.zero)
+                await self._request(index, self.clock() - self.zero)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self.settings.concurrency or 1, self.settings.requests)):
@@ -203,22 +208,22 @@ class _Load:
         arrivals = poisson_arrivals(self.settings.requests, self.settings.rate, self.settings.seed)
         async with asyncio.TaskGroup() as group:
             for index, due_s in enumerate(arrivals):
-                await asyncio.sleep(max(0.0, due_s - (time.perf_counter() - self.zero)))
+                await asyncio.sleep(max(0.0, due_s - (self.clock() - self.zero)))
                 group.create_task(self._request(index, due_s))
 
     async def _request(self, index: int, due_s: float) -> None:
         delta_s: list[float] = []
         delta_tokens: list[int] = []
         error: CierzoError | None = None
-        start_s = time.perf_counter() - self.zero
+        start_s = self.clock() - self.zero
         try:
             async for delta in self._generate(index):
                 if delta.token_ids:
-                    delta_s.append(time.perf_counter() - self.zero)
+                    delta_s.append(self.clock() - self.zero)
                     delta_tokens.append(len(delta.token_ids))
         except CierzoError as failure:
             error = failure
-        end_s = time.perf_counter() - self.zero
+        end_s = self.clock() - self.zero
         told = (error.code, error.message) if error else ()
         self.samples.append(RequestSample(due_s, start_s, delta_s, delta_tokens, end_s, *told))
         self.progress.update()

@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
@@ -21,7 +20,10 @@ from cierzo.cache.layout import CacheLayout, plan_capacity
 from cierzo.engine import device_memory
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.model.config import ModelConfig, read_model_config
+from cierzo.engine.host import available_memory_bytes, usable_cpus
+from cierzo.engine.model.config import ModelConfig, named_model_config, read_model_config
+from cierzo.engine.profiles import Profile, ProfileName, choose
+from cierzo.engine.roofline.device import Device, find_device
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.scheduler.config import SchedulerConfig
 
@@ -42,9 +44,17 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What a user may set; None leaves the choice to `resolve`. The descriptions are the command line's help."""
 
     model: str
-    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="where the model runs; auto: the CPU")] = (
-        "auto"
-    )
+    profile: Annotated[
+        ProfileName,
+        Meta(description="what settings that are not given are chosen for; docs/architecture.md has the reasons"),
+    ] = "balanced"
+    device: Annotated[
+        str,
+        Meta(
+            description="where the model runs: cpu, cuda, or simulated:NAME for a card that is not here (h100, "
+            "h200, 4xh100, a device file): nothing is computed then, tokens are made up; auto: the CPU"
+        ),
+    ] = "auto"
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], Meta(description="weights, activations, KV; auto: bfloat16")
     ] = "auto"
@@ -56,7 +66,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ),
     ] = "auto"
     kv_dtype: Annotated[
-        Literal["auto", "fp8", "int8"],
+        Literal["auto", "bf16", "fp8", "int8"],
         Meta(description="number format of the KV cache; auto: that of dtype; fp8 on GPUs, int8 on CPUs"),
     ] = "auto"
     threads: Annotated[Count | None, Meta(description="CPU threads of the core; default: all usable ones")] = None
@@ -75,15 +85,24 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = None
     block_tokens: Annotated[Count, Meta(description="tokens per KV block")] = 32
     prefix_caching: Annotated[bool, Meta(description="reuse the KV blocks of equal prompt beginnings")] = True
-    budget_tokens: Annotated[Count, Meta(description="tokens computed in one step, at most")] = 1024
+    budget_tokens: Annotated[
+        Count | None, Meta(description="tokens computed in one step, at most; default: the profile's")
+    ] = None
     max_chunk_tokens: Annotated[
-        Count, Meta(description="tokens of one prompt in one step while others wait, at most")
-    ] = 512
+        Count | None,
+        Meta(description="tokens of one prompt in one step while others wait, at most; default: the profile's"),
+    ] = None
     overlap: Annotated[
         Literal["auto", "on", "off"],
         Meta(description="begin a step before the one before has ended; auto: where a GPU would wait otherwise"),
     ] = "auto"
-    max_running: Annotated[Count, Meta(description="sequences that run at once, at most")] = 256
+    max_running: Annotated[
+        Count | None, Meta(description="sequences that run at once, at most; default: the profile's")
+    ] = None
+    graph_sequences: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="sequences of the largest decode step recorded as a CUDA graph; default: the profile's"),
+    ] = None
     max_waiting: Annotated[Count, Meta(description="sequences that wait, at most; further ones are refused")] = 4096
     priority_aging_s: Annotated[
         Amount, Meta(description="seconds of waiting that one level of priority is worth")
@@ -109,7 +128,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     threads: int
     pin_threads: bool
     overlap: bool
+    graph_sequences: int
     runner: str
+    profile: str
+    card: Device | None  # that is simulated
     model: ModelConfig
     layout: CacheLayout
     cache: CacheConfig
@@ -122,6 +144,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         threads = "pinned threads" if self.pin_threads else "threads"
         rows = [
             ("model", f"{self.name} ({self.model.architecture}, {self.model.num_layers} layers)"),
+            ("profile", self.profile),
             ("runner", f"{self.runner} on {self.device}, {self.dtype}, {self.threads} {threads}"),
             ("number formats", f"weights {self.weights}, KV cache {self.layout.dtype}"),
             ("max_model_len", f"{self.scheduler.max_model_len:,} tokens"),
@@ -133,6 +156,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
         ]
+        if self.card is not None:
+            rows.append(("simulation", f"{self.card.describe()}; nothing is computed, tokens are made up"))
         lines = [f"{key:<14} {value}" for key, value in rows]
         return "\n".join([*lines, str(plan_capacity(self.layout, self.cache.num_blocks))])
 
@@ -145,23 +170,31 @@ def resolve(options: EngineOptions) -> EngineConfig:
     check_environment()
     _require(options)
     _require(options.frontend)
+    card = _card(options)
+    kind = card.kind if card is not None else "cuda" if options.device == "cuda" else "cpu"
+    profile = choose(options, kind)
+    options = msgspec.structs.replace(options, **msgspec.structs.asdict(profile))
     path = Path(options.model)
-    model = read_model_config(path)
+    model = (named_model_config(options.model) if card is not None else None) or read_model_config(path)
     if options.softmax_scale is not None:
         model = msgspec.structs.replace(model, softmax_scale_override=options.softmax_scale)
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    layout = model.cache_layout(options.block_tokens, _kv_dtype(options, dtype))
-    num_blocks, max_model_len = _kv_room(options, model, layout)
+    layout = model.cache_layout(options.block_tokens, _kv_dtype(options, kind, dtype))
+    room = _kv_room_bytes(options, kind, card, model)
+    num_blocks, max_model_len = _kv_room(options, profile, kind, model, layout, room)
     return EngineConfig(
         checkpoint=str(path.resolve()),
         name=path.resolve().name,
         device="cpu" if options.device == "auto" else options.device,
         dtype=dtype,
-        weights=_weights(options, dtype),
+        weights=_weights(options, kind, dtype),
         threads=options.threads or usable_cpus(),
         pin_threads=options.pin_threads,
-        overlap=options.device == "cuda" if options.overlap == "auto" else options.overlap == "on",
-        runner=options.runner,
+        overlap=kind == "cuda" if options.overlap == "auto" else options.overlap == "on",
+        graph_sequences=profile.graph_sequences,
+        runner=options.runner if card is None else "simulated",
+        profile=options.profile,
+        card=card,
         model=model,
         layout=layout,
         cache=CacheConfig(
@@ -171,9 +204,9 @@ def resolve(options: EngineOptions) -> EngineConfig:
             hash_key=secrets.token_hex(16),
         ),
         scheduler=SchedulerConfig(
-            budget_tokens=options.budget_tokens,
-            max_chunk_tokens=min(options.max_chunk_tokens, options.budget_tokens),
-            max_running=min(options.max_running, options.budget_tokens),
+            budget_tokens=profile.budget_tokens,
+            max_chunk_tokens=min(profile.max_chunk_tokens, profile.budget_tokens),
+            max_running=min(profile.max_running, profile.budget_tokens),
             max_waiting=options.max_waiting,
             max_model_len=max_model_len,
             priority_aging_s=options.priority_aging_s,
@@ -187,11 +220,24 @@ def resolve(options: EngineOptions) -> EngineConfig:
     )
 
 
-def _weights(options: EngineOptions, dtype: str) -> str:
+def _card(options: EngineOptions) -> Device | None:
+    """The simulated one. Raises ConfigError for a device that there is not."""
+    prefix, _, name = options.device.partition(":")
+    if prefix == "simulated":
+        return find_device(name)
+    if options.device not in ("auto", "cpu", "cuda"):
+        limit = "auto, cpu, cuda or simulated:NAME"
+        raise ConfigError(
+            f"device must be {limit}, got {options.device!r}", field="device", limit=limit, value=options.device
+        )
+    return None
+
+
+def _weights(options: EngineOptions, kind: str, dtype: str) -> str:
     """The weights' number format. Activations in fp32 are not multiplied with rounded weights unasked."""
     if options.weights == "auto":
         return "bf16" if dtype == "bfloat16" else "float32"
-    known = WEIGHTS["cuda" if options.device == "cuda" else "cpu"]
+    known = WEIGHTS[kind]
     if options.weights not in known:
         limit = ", ".join(known)
         raise ConfigError(
@@ -207,12 +253,21 @@ def _weights(options: EngineOptions, dtype: str) -> str:
     return options.weights
 
 
-def _kv_dtype(options: EngineOptions, dtype: str) -> str:
+def _kv_dtype(options: EngineOptions, kind: str, dtype: str) -> str:
     """The cache's number format. Of those with a byte each kind of device has kernels for one: GPUs convert e4m3 in
     one instruction, CPUs multiply int8. On a CPU the plain-torch reference, asked for by name, reads FP8 too."""
     if options.kv_dtype == "auto":
         return dtype
-    on_gpu = options.device == "cuda"
+    if options.kv_dtype == "bf16":
+        if dtype != "bfloat16":
+            raise ConfigError(
+                f"kv_dtype bf16 needs dtype bfloat16, got {dtype}",
+                field="kv_dtype",
+                limit="dtype bfloat16",
+                value=dtype,
+            )
+        return dtype
+    on_gpu = kind == "cuda"
     right = "fp8" if on_gpu else "int8"
     if options.kv_dtype != right and (on_gpu or _kernels(options).instruction_set != "reference"):
         where = "on a GPU" if on_gpu else "on a CPU"
@@ -246,7 +301,9 @@ def _metas(annotation: Any) -> tuple[Meta, ...]:
     return tuple(itertools.chain(*(getattr(part, "__metadata__", ()) for part in parts)))
 
 
-def _kv_room(options: EngineOptions, model: ModelConfig, layout: CacheLayout) -> tuple[int, int]:
+def _kv_room(
+    options: EngineOptions, profile: Profile, kind: str, model: ModelConfig, layout: CacheLayout, room: int
+) -> tuple[int, int]:
     """(num_blocks, max_model_len). An explicit length that does not fit is refused with the numbers."""
     ceiling = min(model.max_position_embeddings, SERVED_CONTEXT_TOKENS)
     wanted = options.max_model_len or ceiling
@@ -258,12 +315,11 @@ def _kv_room(options: EngineOptions, model: ModelConfig, layout: CacheLayout) ->
             limit=model.max_position_embeddings,
             value=wanted,
         )
-    room = _kv_room_bytes(options, model)
     if options.kv_cache_gib is not None:
         _require_memory(options.kv_cache_gib, room)
         num_blocks = int(options.kv_cache_gib * GIB // layout.bytes_per_block)
     else:
-        num_blocks = _auto_blocks(options, wanted, layout, room)
+        num_blocks = _auto_blocks(profile.max_running, kind, wanted, layout, room)
     held_tokens = num_blocks * layout.block_tokens
     if options.max_model_len is not None and wanted > held_tokens:
         needed_gib = -(-wanted // layout.block_tokens) * layout.bytes_per_block / GIB
@@ -286,14 +342,17 @@ def _kv_room(options: EngineOptions, model: ModelConfig, layout: CacheLayout) ->
     return num_blocks, min(wanted, held_tokens)
 
 
-def _kv_room_bytes(options: EngineOptions, model: ModelConfig) -> int:
+def _kv_room_bytes(options: EngineOptions, kind: str, card: Device | None, model: ModelConfig) -> int:
     """Memory that the KV cache may take: of a GPU, what the weights leave. Without a driver to ask, the core says
     that there is no GPU."""
-    if options.device != "cuda":
+    if card is None and kind == "cpu":
         return available_memory_bytes()
-    free = device_memory.free_bytes()
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    return AUTO_KV_BYTES if free is None else device_memory.kv_room_bytes(model, _weights(options, dtype), free)
+    weights = _weights(options, kind, dtype)
+    if card is not None:
+        return device_memory.kv_room_bytes(model, weights, card.memory_bytes, card.cards)
+    free = device_memory.free_bytes()
+    return AUTO_KV_BYTES if free is None else device_memory.kv_room_bytes(model, weights, free)
 
 
 def _require_memory(kv_cache_gib: float, room: int) -> None:
@@ -308,56 +367,14 @@ def _require_memory(kv_cache_gib: float, room: int) -> None:
         )
 
 
-def _auto_blocks(options: EngineOptions, max_model_len: int, layout: CacheLayout, room: int) -> int:
+def _auto_blocks(max_running: int, kind: str, max_model_len: int, layout: CacheLayout, room: int) -> int:
     """A share of the free memory, all that is left on a GPU, but no more than four longest requests or a full batch
     of usual ones use."""
-    affordable_bytes = room if options.device == "cuda" else min(AUTO_KV_BYTES, int(room * AUTO_KV_MEMORY_SHARE))
-    usual_tokens = options.max_running * min(max_model_len, AUTO_KV_REQUEST_TOKENS)
-    useful_tokens = min(options.max_running * max_model_len, max(4 * max_model_len, usual_tokens))
-    useful_blocks = -(-useful_tokens // layout.block_tokens) + options.max_running
+    affordable_bytes = room if kind == "cuda" else min(AUTO_KV_BYTES, int(room * AUTO_KV_MEMORY_SHARE))
+    usual_tokens = max_running * min(max_model_len, AUTO_KV_REQUEST_TOKENS)
+    useful_tokens = min(max_running * max_model_len, max(4 * max_model_len, usual_tokens))
+    useful_blocks = -(-useful_tokens // layout.block_tokens) + max_running
     return min(affordable_bytes // layout.bytes_per_block, useful_blocks)
-
-
-def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping: the kernel's MemAvailable, cut to the container's limit."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    limit = "".join(_lines(Path("/sys/fs/cgroup/memory.max")))
-    used = "".join(_lines(Path("/sys/fs/cgroup/memory.current")))
-    if limit.isdigit() and used.isdigit():
-        available = min(available, max(int(limit) - int(used), 0))
-    return available
-
-
-def usable_cpus() -> int:
-    """CPUs of this process's affinity mask, cut to the CPU limit of its container or service."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([cpus, *(max(1, int(limit)) for limit in _cpu_limits())])
-
-
-def _cpu_limits(root: Path = Path("/")) -> Iterator[float]:
-    """CPU time per time that this process's control groups, version 1 and 2, and all their parents allow."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        mount, files = root / "sys/fs/cgroup", ["cpu.max"]
-        if "cpu" in controllers.split(","):
-            mount, files = mount / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-        elif controllers:
-            continue
-        group = PurePosixPath(path.lstrip("/"))  # a container may see its own group as the mount's root
-        for folder in (group, *group.parents):
-            numbers = " ".join(line for file in files for line in _lines(mount / folder / file)).split()
-            if len(numbers) == 2 and all(map(str.isdigit, numbers)):  # else "max" or -1: no limit
-                yield int(numbers[0]) / int(numbers[1])
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
 
 
 # --- environment -------------------------------------------------------------------------------------------

@@ -52,16 +52,18 @@ def free_bytes() -> int | None:
         return None
 
 
-def kv_room_bytes(model: ModelConfig, weights: str, free: int) -> int:
-    """What is left for the KV cache of `free` bytes. Raises ConfigError, with the numbers, if that is nothing."""
+def kv_room_bytes(model: ModelConfig, weights: str, free: int, cards: int = 1) -> int:
+    """What is left for the KV cache of `free` bytes on each of `cards` GPUs, between which the weights are divided.
+    Raises ConfigError, with the numbers, if that is nothing."""
     needed = weight_bytes(model, weights)
-    room = int(free * USABLE_SHARE) - needed - WORKSPACE_BYTES
+    room = int(cards * free * USABLE_SHARE) - needed - cards * WORKSPACE_BYTES
     if room <= 0:
+        each = f"each of {cards} GPUs" if cards > 1 else "the GPU"
         raise ConfigError(
-            f"the GPU has {free / GIB:.1f} GiB free; weights in {weights} take {needed / GIB:.1f} GiB, workspaces "
-            f"{WORKSPACE_BYTES / GIB:.0f}: nothing is left for the KV cache",
+            f"{each} has {free / GIB:.1f} GiB free; weights in {weights} take {needed / GIB:.1f} GiB, workspaces "
+            f"{cards * WORKSPACE_BYTES / GIB:.0f}: nothing is left for the KV cache",
             field="weights",
-            limit=f"{free * USABLE_SHARE / GIB:.1f} GiB",
-            value=f"{(needed + WORKSPACE_BYTES) / GIB:.1f} GiB",
+            limit=f"{cards * free * USABLE_SHARE / GIB:.1f} GiB",
+            value=f"{(needed + cards * WORKSPACE_BYTES) / GIB:.1f} GiB",
         )
     return room

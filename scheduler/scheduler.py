@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -38,6 +38,15 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     finished: int
 
 
+class Steady(msgspec.Struct, frozen=True, gc=False):
+    """So many coming `steps` in which each of `sequences` decodes a token, and nothing else happens of itself; in
+    the first of them they have `context_tokens` together."""
+
+    steps: int
+    sequences: int = 0
+    context_tokens: int = 0
+
+
 class Scheduler:
     """Continuous batching on one token budget.
 
@@ -65,6 +74,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_epochs = 0
         self._num_steps = 0
+        self._blocked = False  # whoever waits found no room, and nothing has changed since
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._num_preemptions = self._num_finished = 0
 
@@ -176,6 +186,36 @@ class Scheduler:
             if seq.samples:
                 self._append(request, result.token_ids[index], logprobs[index] if logprobs else None, now)
 
+    def steady(self) -> Steady:
+        """What is sure of the coming steps, if nobody adds or aborts. Not while a step is in flight."""
+        running = self._running.values()
+        others = len(self._gate) or (self._waiting and not self._blocked) or self._deadlines.first() is not None
+        if others or not running or any(len(one.tokens) - one.num_planned != 1 for one in running):
+            return Steady(0)
+        before_an_end = min(one.stop.limit_tokens - len(one.tokens) for one in running) - 1
+        with_room = self._cache.num_free // len(running) * self._cache.block_tokens
+        context_tokens = sum(len(one.tokens) for one in running)
+        return Steady(max(0, min(before_an_end, with_room)), len(running), context_tokens)
+
+    def advance(self, num_steps: int, token_ids: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """`num_steps` steps of `steady` at once, for a runner that makes tokens up: one for each slot, which ends
+        nothing. Gives the blocks that slots gained. Leaves everything as single steps do."""
+        grown = []
+        for request in self._running.values():
+            new, blocks = [token_ids[request.slot]] * num_steps, request.blocks
+            request.tokens += new
+            request.num_computed = request.num_planned = computed = request.num_computed + num_steps
+            if computed > blocks.capacity_tokens:
+                block_ids = self._cache.allocate(blocks, computed)
+                assert block_ids is not None, f"{num_steps} steps are more than steady() allows"
+                grown.append((request.slot, block_ids))
+            if computed >= blocks.next_index_tokens:
+                self._cache.index(blocks, computed)
+            self._deltas.append(TokenDelta(*request.key, new, None, None))
+        self._num_steps += num_steps
+        self._output_tokens += num_steps * len(self._running)
+        return grown
+
     def check(self) -> None:
         """Assert every invariant of scheduler and cache. O(tokens): for tests and idle moments."""
         live = {request.key: request for samples in self._live.values() for request in samples.values()}
@@ -231,6 +271,7 @@ class Scheduler:
         if request.state is not State.WAITING:
             request.move(State.WAITING)
         self._waiting.push(request, request.order)
+        self._blocked = False
 
     # --- planning ----------------------------------------------------------------------------------------------
 
@@ -331,6 +372,7 @@ class Scheduler:
         of computing it too. Its place stays, and so does that of all who share a prefix that is being computed.
         """
         looked_past: list[Request] = []
+        num_running = len(self._running)
         while budget_tokens > 0 and self._free_slots and (entry := self._waiting.first()) is not None:
             request = entry[2]
             if len(looked_past) < policy.MAX_LOOKED_PAST and self._cache.is_coming(request.blocks):
@@ -345,6 +387,7 @@ class Scheduler:
             budget_tokens -= self._plan_chunk(request, seqs, budget_tokens, block_ids, admitted=True)
         for request in looked_past:
             self._waiting.push(request, request.order)
+        self._blocked = budget_tokens > 0 and not looked_past and len(self._running) == num_running
         return budget_tokens
 
     def _start(self, request: Request, cached_tokens: int, now: float) -> None:
@@ -399,6 +442,7 @@ class Scheduler:
 
     def _leave_slot(self, request: Request) -> None:
         """A running sequence gives slot and blocks back."""
+        self._blocked = False
         del self._running[request.key]
         self._free_slots.append(request.slot)
         request.slot = -1

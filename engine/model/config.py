@@ -17,6 +17,7 @@ from cierzo.cache.layout import CacheDtype, CacheLayout
 from cierzo.engine.model.fields import Fields, read_json
 from cierzo.engine.model.rope_config import RopeConfig, read_rope
 from cierzo.engine.weights.layout import PARAMS_NAME, find_format
+from cierzo.engine.weights.shapes import shape_of
 
 LATENT_NORM_EPS = 1e-6  # transformers' Mistral4 builds its two latent norms with this, whatever rms_norm_eps says
 
@@ -129,6 +130,13 @@ def read_model_config(path: Path) -> ModelConfig:
         config = _read_config(Fields(read_json(path / "config.json")))
     eos = (*config.eos_token_ids, *_generation_eos(path))
     return msgspec.structs.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
+
+
+def named_model_config(name: str) -> ModelConfig | None:
+    """Of "small4" or "small3" at true size, where no checkpoint is at hand; None for any other name or folder."""
+    if name not in ("small4", "small3") or Path(name).is_dir():
+        return None
+    return _read_config(Fields(shape_of(name, "full").config("bfloat16")))
 
 
 def _read_config(outer: Fields) -> ModelConfig:

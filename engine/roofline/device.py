@@ -1,8 +1,7 @@
 """A device as the roofline sees it: what it can do at most, and which share of that kernels reach.
 
-Named ones are data sheets with stated shares: `h100`, `h200`, and several of one kind, as in `4xh100`. A file (JSON of
-a `Device`) describes any other, the CPU of this machine too (`python -m cierzo.bench.calibrate`). Where the GPU bench has
-left results, they take the place of the stated shares (`engine/roofline/measured.py`).
+Named ones are data sheets with stated shares: `h100`, `h200`, and several of one kind, as in `4xh100`. A file (JSON
+of a `Device`) describes any other, the CPU of this machine too (`python -m cierzo.bench.calibrate`).
 """
 
 from __future__ import annotations
@@ -20,8 +19,11 @@ from numpy.typing import NDArray
 from cierzo.engine.errors import ConfigError
 
 Positive = Annotated[float, Meta(gt=0)]
-Share = Annotated[float, Meta(gt=0, le=4)]  # above 1: of a ceiling that was read at a bad moment of a shared machine
+Share = Annotated[
+    float, Meta(gt=0, le=4)
+]  # above 1: of a ceiling that was read at a bad moment of a shared machine
 Rate = Literal["fp32", "bf16", "fp8", "int8"]
+Kind = Literal["memory", "experts", "products", "attention"]
 Number = float | NDArray[np.float64]  # of one step, or of several
 GB = 1e9
 
@@ -39,7 +41,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Rates are those of one card: bytes per second from memory, operations per second by the number format that is
     multiplied (a multiplication and an addition are two). `stated` holds a share of the limit by kind of operation:
     "memory" for all that waits for memory, "experts", "products", "attention" for what waits for arithmetic.
-    `measured` holds, by operation, shares found at several sizes, ascending; they count in place of the stated ones.
+    `measured` holds shares found at several sizes of an operation, ascending; they take the stated ones' place.
     `step_overhead_s` passes in each step whatever it computes, `row_overhead_s` for each sequence in it.
 
     Several cards: weights are divided (experts and dense products), attention and its cache by sequences, so that
@@ -54,7 +56,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     cards: Annotated[int, Meta(ge=1)] = 1
     kind: Literal["cuda", "cpu"] = "cuda"
     link_bytes_per_s: Annotated[float, Meta(ge=0)] = 0.0
-    stated: dict[Literal["memory", "experts", "products", "attention"], Share]
+    stated: dict[Kind, Share]
     measured: dict[str, list[MeasuredShare]] = {}
     step_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     row_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
@@ -65,8 +67,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.cards * self.memory_bytes
 
     def measured_share(self, operation: str, limit_s: Number) -> Number | None:
-        """The share found for calls of this size: linear in log(limit_s) between two, the nearest outside them. None
-        for an operation that was not measured."""
+        """The share found for calls of this size: linear in log(limit_s) between two, the nearest outside them.
+        None for an operation that was not measured."""
         found = self.measured.get(operation)
         if not found:
             return None
@@ -78,14 +80,14 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         rates = ", ".join(f"{rate / 1e12:,.4g} TFLOP/s {name}" for name, rate in self.operations_per_s.items())
         shares = f"{len(self.measured)} operations measured" if self.measured else "shares stated, not measured"
         cards = f"{self.cards} cards of " if self.cards > 1 else ""
-        return (
-            f"{self.name}: {cards}{self.bytes_per_s / GB:,.4g} GB/s, {rates}, {self.memory_bytes / GB:,.0f} GB; {shares}"
-        )
+        memory = f"{self.bytes_per_s / GB:,.4g} GB/s, {rates}, {self.memory_bytes / GB:,.0f} GB"
+        return f"{self.name}: {cards}{memory}; {shares}"
 
 
-# What to plan with (kernels.md B.1 and B.7): four fifths of the memory's rate; of the arithmetic 40 % in grouped
-# products and 60 % in dense ones and attention; a step's launches and the host 1.0 ms, 1.8 with exchanges between cards.
-STATED = {"memory": 0.8, "experts": 0.4, "products": 0.6, "attention": 0.6}
+# What to plan with: four fifths of the memory's rate (the best published decode kernels reach 85 to 89 % on these
+# cards); of the arithmetic 40 % in grouped products, 60 % in dense ones and attention (their best published rows:
+# 60 to 78 %); launches and host 1.0 ms a step, 1.8 with exchanges between cards.
+STATED: dict[Kind, float] = {"memory": 0.8, "experts": 0.4, "products": 0.6, "attention": 0.6}
 ONE_CARD_OVERHEAD_S, CARDS_OVERHEAD_S = 1.0e-3, 1.8e-3
 NVLINK_BYTES_PER_S = 450e9  # 900 GB/s both ways
 HOPPER_RATES: dict[Rate, float] = {"bf16": 989.5e12, "fp8": 1979e12}
@@ -114,7 +116,7 @@ def named(name: str) -> Device | None:
 
 
 def find_device(name: str) -> Device:
-    """A named device, or the one in a file. Raises ConfigError for an unknown name, or what is wrong in the file."""
+    """A named device, or the one in a file. Raises ConfigError for an unknown name and for a malformed file."""
     found = named(name)
     if found is not None:
         return found

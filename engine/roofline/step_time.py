@@ -1,4 +1,4 @@
-"""A step's work on a device, in seconds: operation after operation, each at the share of its limit that it reaches."""
+"""A step's work on a device, in seconds: one operation after another, each at the share of its limit it reaches."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from cierzo.engine.roofline.work import Work
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """Where a step's time goes; seconds. memory_s: of operations that wait for memory, arithmetic_s: the others.
-    limit_s: what the device could not be below with kernels without fault: all bytes, or all operations."""
+    num_bytes, operations: on all cards together.
+    limit_s: below that no kernels could bring it: all bytes, or all operations, at the device's rates."""
 
     memory_s: Number
     arithmetic_s: Number
     exchange_s: Number
     overhead_s: Number
     limit_s: Number
+    num_bytes: Number
+    operations: Number
 
     @property
     def total_s(self) -> Number:
@@ -32,12 +35,16 @@ def step_time(device: Device, works: Sequence[Work], *, rows: Number, exchanged_
     """rows: sequences of the step. exchanged_bytes: what several cards send each other, of `exchanged`."""
     memory_s: Number = 0.0
     arithmetic_s: Number = 0.0
+    num_bytes: Number = 0.0
+    operations: Number = 0.0
     all_bytes_s: Number = 0.0
     all_operations_s: Number = 0.0
     for work in works:
         shared = work.num_bytes - work.replicated_bytes
         bytes_s = (shared / device.cards + work.replicated_bytes) / device.bytes_per_s
         operations_s = work.operations / device.cards / device.operations_per_s[work.rate]
+        num_bytes = num_bytes + shared + work.replicated_bytes * device.cards
+        operations = operations + work.operations
         all_bytes_s = all_bytes_s + bytes_s
         all_operations_s = all_operations_s + operations_s
         bound = np.maximum(bytes_s, operations_s)
@@ -54,6 +61,8 @@ def step_time(device: Device, works: Sequence[Work], *, rows: Number, exchanged_
         exchange_s=exchange_s,
         overhead_s=device.step_overhead_s + device.row_overhead_s * rows,
         limit_s=np.maximum(all_bytes_s, all_operations_s),
+        num_bytes=num_bytes,
+        operations=operations,
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -19,9 +18,8 @@ import numpy as np
 from cierzo.cache.layout import VALUE_BYTES, CacheLayout
 from cierzo.engine.device_memory import BYTES
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, MoeConfig
-from cierzo.engine.roofline.device import Number, Rate
+from cierzo.engine.roofline.device import Kind, Number, Rate
 
-Kind = Literal["memory", "experts", "products", "attention"]
 Distinct = Callable[[Number], Number]  # tokens of a step -> experts that have any, in a layer on average
 
 
@@ -77,7 +75,7 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """All calls of one operation in a step. `replicated_bytes`: of its bytes, those that each of several cards reads."""
+    """All calls of one operation in a step. `replicated_bytes`: of them each of several cards reads all."""
 
     operation: str
     kind: Kind
@@ -105,7 +103,11 @@ def uniform_distinct(moe: MoeConfig) -> Distinct:
 
 
 def step_work(
-    model: ModelConfig, layout: CacheLayout, formats: NumberFormats, step: StepShape, distinct: Distinct | None = None
+    model: ModelConfig,
+    layout: CacheLayout,
+    formats: NumberFormats,
+    step: StepShape,
+    distinct: Distinct | None = None,
 ) -> list[Work]:
     """The operations of a step. distinct: of a model with experts; by default as if chosen at random."""
     counted = _Counter(model, layout, formats, step)
@@ -131,10 +133,8 @@ class _Counter:
         rows = 1 if layout.kind == "mla" else 2 * layout.num_kv_heads
         self.cached_bytes = rows * layout.page_width * VALUE_BYTES[layout.dtype]  # of a token, one layer
 
-    def product(
-        self, name: str, calls: int, k: int, n: int, rows: Number, format: str, *, heads: int = 0
-    ) -> Work:
-        """rows x [k] with a matrix [n,k], or with one for each of `heads`; nothing is read where there are no rows."""
+    def product(self, name: str, calls: int, k: int, n: int, rows: Number, format: str, *, heads: int = 0) -> Work:
+        """rows x [k] with a matrix [n,k], or one for each of `heads`; nothing is read where there are no rows."""
         matrices = calls * (heads or 1)
         weights = matrices * n * k * BYTES[format] * np.minimum(rows, 1.0)
         moved = weights + matrices * rows * (k + n) * self.value_bytes
@@ -145,7 +145,9 @@ class _Counter:
         """Two of hidden rows a layer, each with a residual, and the last one."""
         calls = 2 * self.model.num_layers + 1
         values = 4 * calls * self.model.hidden_size * self.step.tokens
-        yield Work("norm", "memory", calls, values, values * self.value_bytes, self.formats.rate(self.formats.plain))
+        yield Work(
+            "norm", "memory", calls, values, values * self.value_bytes, self.formats.rate(self.formats.plain)
+        )
 
     def attention(self) -> Iterator[Work]:
         """Projections and the attention itself."""
@@ -173,8 +175,11 @@ class _Counter:
         read = cached * step.absorbed_context
         yield Work("mla_decode", "attention", layers, scores * step.absorbed_pairs, read, rate)
         expansion = rank * (nope + values)
-        computed = 2.0 * layers * heads * (
-            step.expanded_pairs * (nope + rope + values) + step.expanded_context * expansion
+        computed = (
+            2.0
+            * layers
+            * heads
+            * (step.expanded_pairs * (nope + rope + values) + step.expanded_context * expansion)
         )
         yield Work("mla_prefill", "attention", layers, computed, cached * step.expanded_context, rate)
 

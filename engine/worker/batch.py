@@ -162,11 +162,16 @@ class BatchBuilder:
             pending_slots=pending[1],
         )
 
+    def extend_table(self, slot: int, block_ids: list[int]) -> None:
+        """Append to the row of a sequence that goes on."""
+        held = self._num_blocks[slot]
+        self._block_tables[slot, held : held + len(block_ids)] = block_ids
+        self._num_blocks[slot] = held + len(block_ids)
+
     def _extend_table(self, seq: SeqPlan) -> None:
         held = 0 if seq.admission is not None else self._num_blocks[seq.slot]
-        total = held + len(seq.new_block_ids)
-        self._block_tables[seq.slot, held:total] = seq.new_block_ids
-        self._num_blocks[seq.slot] = total
+        self._num_blocks[seq.slot] = held
+        self.extend_table(seq.slot, seq.new_block_ids)
 
     def _fill_rows(self, num_tokens: int) -> None:
         """Token ids, positions and cache slots of all rows, each in a few array operations."""

@@ -202,6 +202,10 @@ def make_runner(config: EngineConfig) -> Runner:
             max_running=config.scheduler.max_running,
             reads="last",
         )
+    if config.runner == "simulated":
+        from cierzo.engine.worker.simulated import SimulatedRunner, WallClock
+
+        return SimulatedRunner(config, WallClock())
     spin_briefly()
     from cierzo.engine.worker.runner import load_runner
 

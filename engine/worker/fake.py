@@ -67,7 +67,10 @@ def fake_config(
         threads=1,
         pin_threads=False,
         overlap=False,
+        graph_sequences=0,
         runner="fake",
+        profile="balanced",
+        card=None,
         model=model,
         layout=model.cache_layout(cache.block_tokens, "float32"),
         cache=cache,
@@ -180,14 +183,14 @@ class FakeRunner:
             if count is not None:
                 if logprobs is None:
                     logprobs = [None] * len(plan.seqs)
-                logprobs[index] = [self._made_up(token, count)]
+                logprobs[index] = [made_up_logprobs(token, count, int(self._vocab_size))]
         return StepResult(token_ids, logprobs)
 
-    def _made_up(self, token: int, count: int) -> TokenLogprobs:
-        """Numbers that are recognisable and fall: the chosen token first, its neighbours after it."""
-        vocab_size = int(self._vocab_size)
-        top = [(token + rank) % vocab_size for rank in range(min(count, vocab_size))]
-        return TokenLogprobs(token, -0.5, top, [-0.5 - rank for rank in range(len(top))])
+
+def made_up_logprobs(token: int, count: int, vocab_size: int) -> TokenLogprobs:
+    """Numbers that are recognisable and fall: the chosen token first, its neighbours after it."""
+    top = [(token + rank) % vocab_size for rank in range(min(count, vocab_size))]
+    return TokenLogprobs(token, -0.5, top, [-0.5 - rank for rank in range(len(top))])
 
 
 def _segment_that_ends(group: Segments, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -183,11 +183,11 @@ def make_runner(config: EngineConfig, model: Model, kv: KVPool, description: str
     host_reads = any(by_name.get(name) == "torch" for name in ("mla_decode", "gqa_decode"))
     graphs = (
         None
-        if host_reads
+        if host_reads or not config.graph_sequences
         else DecodeGraphs(
             model,
             kv,
-            max_running=limits.max_running,
+            max_running=min(config.graph_sequences, limits.max_running),
             max_model_len=limits.max_model_len,
             padding_slot=config.cache.num_blocks * config.cache.block_tokens,
             device=device,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cierzo.engine import config
+from cierzo.engine import config, host
 from cierzo.engine.config import GIB, EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.frontend.config import FrontendConfig
@@ -165,11 +165,11 @@ def test_the_limits_of_control_groups(
         path = tmp_path / "sys/fs/cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
-    assert list(config._cpu_limits(tmp_path)) == limits
+    assert list(host._cpu_limits(tmp_path)) == limits
 
 
 @pytest.mark.parametrize(("limits", "expected"), [([], 3), ([2.9, 8.0], 2), ([0.2], 1), ([4.0], 3)])
 def test_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch, limits: list[float], expected: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7})
-    monkeypatch.setattr(config, "_cpu_limits", lambda: iter(limits))
-    assert config.usable_cpus() == expected
+    monkeypatch.setattr(host, "_cpu_limits", lambda: iter(limits))
+    assert host.usable_cpus() == expected

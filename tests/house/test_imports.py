@@ -7,7 +7,7 @@ import graphlib
 from collections.abc import Iterator
 
 MODEL = ("kernels", "cache.layout", "cache.pool", "engine.model", "engine.weights", "engine.errors")
-WORKER = (*MODEL, "cache", "scheduler", "engine.worker", "engine.messages", "engine.config")
+WORKER = (*MODEL, "engine.roofline", "cache", "scheduler", "engine.worker", "engine.messages", "engine.config")
 CLIENT = ("engine.frontend.client", "engine.llm", "engine.messages", "engine.errors", "kernels", "bench")
 EVERYTHING = ("kernels", "cache", "scheduler", "engine", "bench")
 
@@ -27,6 +27,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.frontend.config",
         "engine.model.config",
         "engine.device_memory",
+        "engine.host",
+        "engine.profiles",
+        "engine.roofline.device",
+        "engine.errors",
+    ),
+    "engine.host": (),
+    "engine.profiles": (),
+    "engine.roofline": (
+        "engine.roofline",
+        "engine.model.config",
+        "engine.device_memory",
+        "cache.layout",
         "engine.errors",
     ),
     "engine.metrics": ("engine.messages",),
@@ -47,11 +59,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.sequences": (*CLIENT, *WORKER),  # and the two that run a model by hand
     "bench.context": (*CLIENT, *WORKER),
     "bench.profile": (*CLIENT, *WORKER),
+    "bench.virtual": (*CLIENT, *WORKER),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.peers.workers": (*CLIENT, *WORKER),
 }
 FORBIDDEN = {("scheduler", "cache.pool")}
-WITHOUT_TORCH = ("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config")
+WITHOUT_TORCH = (
+    *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
+    *("engine.roofline", "engine.profiles", "engine.host"),
+)
 WITH_TORCH = "cache.pool"
 
 
