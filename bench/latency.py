@@ -26,8 +26,10 @@ class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Latencies in seconds of the requests that were answered; `errors` counts the others by code and message."""
+    """Latencies in seconds of the requests that were answered; `errors` counts the others by code and message.
+    `device` is what the server says that it computes on, if it does."""
 
+    device: str
     elapsed_s: float
     answered: int
     errors: dict[str, int]
@@ -40,11 +42,12 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     samples: list[RequestSample]
 
 
-def summarise_load(samples: list[RequestSample], elapsed_s: float) -> LoadResult:
+def summarise_load(samples: list[RequestSample], elapsed_s: float, device: str = "") -> LoadResult:
     """Latencies count from `due_s`. A delta of k tokens after a gap of g seconds counts as k gaps of g / k."""
     answered = [sample for sample in samples if sample.error is None]
     num_tokens = sum(sum(sample.delta_tokens) for sample in answered)
     return LoadResult(
+        device=device,
         elapsed_s=elapsed_s,
         answered=len(answered),
         errors=dict(Counter(f"{s.error}: {s.message}" for s in samples if s.error is not None)),
@@ -65,6 +68,11 @@ def _token_gaps(sample: RequestSample) -> list[float]:
     return gaps
 
 
+def is_simulated(device: str) -> bool:
+    """Whether what a server says of its device means that it computes nothing."""
+    return device.startswith("simulated:")
+
+
 def result_table(result: LoadResult) -> str:
     """The figures as text, latencies in milliseconds."""
     rows = [
@@ -73,7 +81,8 @@ def result_table(result: LoadResult) -> str:
         ("end to end", result.end_to_end_s),
         ("sent too late by", result.send_lag_s),
     ]
-    lines = [f"{'latency, ms':22}" + "".join(f"{name:>10}" for name in ("p50", "p90", "p99", "max"))]
+    lines = [f"SIMULATION of {result.device.partition(':')[2]}"] if is_simulated(result.device) else []
+    lines += [f"{'latency, ms':22}" + "".join(f"{name:>10}" for name in ("p50", "p90", "p99", "max"))]
     for name, s in rows:
         figures = [f"{value * 1e3:.2f}" for value in (s.p50, s.p90, s.p99, s.max)] if s.count else ["-"] * 4
         lines.append(f"{name:22}" + "".join(f"{figure:>10}" for figure in figures))

@@ -40,7 +40,7 @@ class LoadClient(Protocol):
         ...
 
     async def model_info(self) -> Any:
-        """An object with a `vocab_size`."""
+        """An object with a `vocab_size`, and perhaps a `device`."""
         ...
 
     async def close(self) -> None:
@@ -165,8 +165,8 @@ async def run_load(
     connect = connect or Client.connect
     clients = [await connect(settings.rpc) for _ in range(settings.connections)]
     try:
-        vocab_size = (await clients[0].model_info()).vocab_size
-        return await _Load(settings, clients, vocab_size, clock).run()
+        info = await clients[0].model_info()
+        return await _Load(settings, clients, info, clock).run()
     finally:
         for client in clients:
             await client.close()
@@ -176,12 +176,13 @@ class _Load:
     """One run: the clients, the clock's zero, and the samples so far."""
 
     def __init__(
-        self, settings: LoadSettings, clients: list[LoadClient], vocab_size: int, clock: Callable[[], float]
+        self, settings: LoadSettings, clients: list[LoadClient], info: Any, clock: Callable[[], float]
     ) -> None:
         self.settings = settings
         self.clock = clock
         self.clients = clients
-        self.vocab_size = vocab_size
+        self.vocab_size: int = info.vocab_size
+        self.device: str = getattr(info, "device", "")  # other engines need not say
         self.samples: list[RequestSample] = []
         self.zero = 0.0
         self.progress = tqdm(total=settings.requests, unit="req", delay=PROGRESS_AFTER_S, leave=False, disable=None)
@@ -190,7 +191,7 @@ class _Load:
         self.zero = self.clock()
         with self.progress:
             await (self._closed_loop() if self.settings.concurrency else self._open_loop())
-        return summarise_load(self.samples, self.clock() - self.zero)
+        return summarise_load(self.samples, self.clock() - self.zero, self.device)
 
     async def _closed_loop(self) -> None:
         indices = iter(range(self.settings.requests))  # shared: each client takes the next one

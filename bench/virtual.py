@@ -69,6 +69,7 @@ class SimulatedServer:
         self.clock = VirtualClock()
         self.core = VirtualCore(config, self.clock, distinct)
         self.vocab_size = config.model.vocab_size
+        self.device = config.device
         self._most_steps = 1 if step_at_a_time else MOST_STEPS
         self._streams: dict[int, asyncio.Queue[TokenDelta]] = {}
         self._arrivals: list[Submit] = []
@@ -156,7 +157,7 @@ class SimulatedClient:
                 return
 
     async def model_info(self) -> Any:
-        """An object with a `vocab_size`."""
+        """The server itself has what is asked for."""
         return self._server
 
     async def close(self) -> None:

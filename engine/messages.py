@@ -228,9 +228,11 @@ class CoreStats(Message, frozen=True):
 
 
 class Stats(Message, frozen=True, tag="stats_reply"):
-    """Counters since the start of the front end, and the core's last gauges."""
+    """Counters since the start of the front end, and the core's last gauges. `device` is the model's: figures of a
+    simulated one say so."""
 
     stream: int
+    device: str
     connections: int
     streams: int
     accepted: int

@@ -71,6 +71,7 @@ class Methods:
         sink.put(
             Stats(
                 stream=message.stream,
+                device=frontend.model.device,
                 connections=frontend.num_connections,
                 streams=frontend.num_streams,
                 accepted=counters.accepted,

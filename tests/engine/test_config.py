@@ -173,3 +173,62 @@ def test_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch, limits: list
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7})
     monkeypatch.setattr(host, "_cpu_limits", lambda: iter(limits))
     assert host.usable_cpus() == expected
+
+
+# --- profiles ----------------------------------------------------------------------------------------------
+
+
+def test_a_profile_fills_what_is_left_open(checkpoint: str) -> None:
+    found = resolve(EngineOptions(model=checkpoint, profile="throughput"))
+    limits = found.scheduler
+    assert (limits.budget_tokens, limits.max_chunk_tokens, limits.max_running) == (2048, 1024, 64)
+    assert (found.weights, found.overlap, found.layout.dtype) == ("int8", False, "bfloat16")
+    latency = resolve(EngineOptions(model="small4", profile="latency", device="simulated:h200"))
+    assert (latency.weights, latency.layout.dtype, latency.overlap) == ("nvfp4", "fp8", True)
+    assert (latency.graph_sequences, latency.scheduler.max_running) == (32, 32)
+    assert "profile        latency" in latency.describe()
+
+
+def test_what_is_given_counts_whatever_the_profile_says(checkpoint: str) -> None:
+    found = resolve(
+        EngineOptions(
+            model="small4",
+            profile="throughput",
+            device="simulated:2xh200",
+            weights="fp8",
+            kv_dtype="bf16",
+            overlap="off",
+            budget_tokens=1000,
+            max_running=77,
+            graph_sequences=0,
+        )
+    )
+    limits = found.scheduler
+    assert (limits.budget_tokens, limits.max_chunk_tokens, limits.max_running) == (1000, 1000, 77)
+    assert (found.weights, found.layout.dtype, found.overlap, found.graph_sequences) == (
+        "fp8",
+        "bfloat16",
+        False,
+        0,
+    )
+    plain = resolve(EngineOptions(model=checkpoint, profile="throughput", weights="bf16"))
+    assert plain.weights == "bf16"
+
+
+def test_no_profile_rounds_what_is_asked_for_in_float32(checkpoint: str) -> None:
+    found = resolve(EngineOptions(model=checkpoint, profile="latency", dtype="float32"))
+    assert (found.weights, found.layout.dtype) == ("float32", "float32")
+
+
+def test_without_a_profile_everything_is_as_it_was(checkpoint: str) -> None:
+    found = resolve(EngineOptions(model=checkpoint))
+    limits = found.scheduler
+    assert (limits.budget_tokens, limits.max_chunk_tokens, limits.max_running) == (1024, 512, 256)
+    assert (found.weights, found.profile, found.card) == ("bf16", "balanced", None)
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "simulated", "simulated:", "cuda:0", "simulated:h999"])
+def test_a_device_that_there_is_not_is_refused(checkpoint: str, device: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(EngineOptions(model=checkpoint, device=device))
+    assert caught.value.field == "device"

@@ -1,0 +1,181 @@
+"""The roofline: works against sums written out by hand, devices, and the times that follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from cierzo.engine import device_memory
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.model.config import ModelConfig, named_model_config
+from cierzo.engine.roofline.device import STATED, Device, MeasuredShare, find_device, named
+from cierzo.engine.roofline.step_time import exchanged, step_time
+from cierzo.engine.roofline.work import NumberFormats, StepShape, Work, step_work
+
+DECODE_ONE = StepShape(absorbed_tokens=1.0, absorbed_pairs=2048.0, absorbed_context=2048.0, sampled=1.0)
+
+
+def model(name: str) -> ModelConfig:
+    found = named_model_config(name)
+    assert found is not None
+    return found
+
+
+def works(name: str, step: StepShape, weights: str = "fp8", kv: str = "fp8") -> dict[str, Work]:
+    config = model(name)
+    found = step_work(config, config.cache_layout(32, kv), NumberFormats(weights=weights), step)
+    return {work.operation: work for work in found}
+
+
+def test_a_decoded_token_of_small_4_reads_its_weights_and_latents_once() -> None:
+    found = works("small4", DECODE_ONE)
+    expert, rows = 3 * 4096 * 2048, 2 * (4096 + 2048) * 2
+    assert found["expert_mlp"].num_bytes == pytest.approx(36 * 5 * (expert + rows))  # four chosen, one shared
+    assert found["expert_mlp"].operations == pytest.approx(36 * 5 * 2 * expert)
+    assert found["mla_decode"].num_bytes == 36 * 2048 * 320
+    assert found["mla_decode"].operations == 36 * 2 * 32 * 2048 * (320 + 256)
+    assert found["mla_prefill"].operations == 0
+    assert found["lm_head"].num_bytes == pytest.approx(2 * 131_072 * 4096, rel=1e-3)
+    linear = 4096 * 1344 + 1024 * 4096 + 4096 * 4096
+    assert found["linear"].num_bytes == pytest.approx(36 * linear, rel=2e-3)
+    assert found["linear"].calls == 3 * 36
+
+
+def test_a_decoded_token_of_small_3_reads_its_weights_keys_and_values_once() -> None:
+    found = works("small3", DECODE_ONE, "bf16", "bfloat16")
+    assert found["gated_mlp"].num_bytes == pytest.approx(40 * 3 * 5120 * 32_768 * 2, rel=1e-3)
+    assert found["gqa_decode"].num_bytes == 40 * 2048 * 2 * 8 * 128 * 2
+    assert found["gqa_decode"].operations == 40 * 4 * 2048 * 32 * 128
+    assert "expert_mlp" not in found
+
+
+def test_all_weights_that_a_large_step_reads_are_those_that_the_memory_plan_counts() -> None:
+    """Two counts of one thing, written apart: of the plan's bytes a step leaves out the embedding, and the second
+    copy of W_UK."""
+    many = 4096.0
+    step = StepShape(expanded_tokens=many, absorbed_tokens=many, sampled=many)
+    for name, weights in (("small4", "fp8"), ("small4", "nvfp4"), ("small3", "bf16"), ("small3", "fp8")):
+        config = model(name)
+        layout = config.cache_layout(32, "fp8")
+        formats = NumberFormats(weights=weights)
+        read = sum(float(work.num_bytes) for work in step_work(config, layout, formats, step))
+        twice = StepShape(expanded_tokens=2 * many, absorbed_tokens=2 * many, sampled=2 * many)
+        rows = sum(float(work.num_bytes) for work in step_work(config, layout, formats, twice)) - read
+        embedding = 2 * config.vocab_size * config.hidden_size
+        assert read - rows == pytest.approx(device_memory.weight_bytes(config, weights) - embedding, rel=0.005)
+
+
+@pytest.mark.parametrize(("tokens", "distinct"), [(1.0, 4.0), (8.0, 28.7), (64.0, 111.2), (512.0, 128.0)])
+def test_distinct_experts_of_random_routing(tokens: float, distinct: float) -> None:
+    """Published: "111 of 128 experts loaded at batch 64" (InferenceX, gpt-oss)."""
+    step = StepShape(absorbed_tokens=tokens, sampled=tokens)
+    expert = 36 * 3 * 4096 * 2048
+    rows = 36 * tokens * 5 * 2 * (4096 + 2048) * 2
+    assert (works("small4", step)["expert_mlp"].num_bytes - rows) / expert - 1 == pytest.approx(distinct, abs=0.06)
+
+
+def test_a_step_of_nothing_takes_the_overhead_alone() -> None:
+    for name in ("small4", "small3"):
+        device = find_device("h200")
+        time = step_time(device, [*works(name, StepShape()).values()], rows=0.0)
+        assert time.total_s == device.step_overhead_s
+        assert time.limit_s == time.num_bytes == time.operations == 0
+
+
+def test_an_array_of_steps_takes_what_each_takes_alone() -> None:
+    context = np.array([1.0, 5_000.0, 2_000_000.0])
+    count = np.full(3, 16.0)
+    shapes = StepShape(
+        absorbed_tokens=count,
+        absorbed_pairs=context,
+        absorbed_context=context,
+        expanded_tokens=count,
+        sampled=count,
+    )
+    device = find_device("4xh100")
+    whole = step_time(device, [*works("small4", shapes).values()], rows=count, exchanged_bytes=count)
+    for index in range(3):
+        one = StepShape(
+            absorbed_tokens=16.0,
+            absorbed_pairs=context[index],
+            absorbed_context=context[index],
+            expanded_tokens=16.0,
+            sampled=16.0,
+        )
+        alone = step_time(device, [*works("small4", one).values()], rows=16.0, exchanged_bytes=16.0)
+        assert np.atleast_1d(whole.total_s)[index] == pytest.approx(float(alone.total_s), rel=1e-12)
+
+
+def test_formats_change_bytes_and_rates() -> None:
+    def expert_bytes(weights: str) -> float:
+        return float(works("small4", DECODE_ONE, weights)["expert_mlp"].num_bytes)
+
+    assert expert_bytes("nvfp4") / expert_bytes("fp8") == pytest.approx(0.5625, rel=1e-2)
+    both = NumberFormats(weights="fp8", activations="fp8")
+    assert (both.rate("fp8"), both.rate("bf16"), NumberFormats(weights="fp8").rate("fp8")) == (
+        "fp8",
+        "bf16",
+        "bf16",
+    )
+    on_cpu = NumberFormats(weights="int4", on_gpu=False)
+    assert (on_cpu.head, on_cpu.rate("int4"), on_cpu.rate("bf16")) == ("int8", "int8", "bf16")
+    assert NumberFormats(weights="float32", plain="float32", on_gpu=False).rate("float32") == "fp32"
+
+
+def test_several_cards_divide_experts_and_keep_attentions_weights() -> None:
+    one, four = find_device("h100"), find_device("4xh100")
+    found = [*works("small4", DECODE_ONE).values()]
+    alone, together = (step_time(device, found, rows=1.0) for device in (one, four))
+    whole = sum(float(work.replicated_bytes) for work in found)
+    shared = sum(float(work.num_bytes) for work in found) - whole
+    assert alone.limit_s == pytest.approx((shared + whole) / one.bytes_per_s)
+    assert together.limit_s == pytest.approx((shared / 4 + whole) / one.bytes_per_s)
+    assert together.num_bytes == pytest.approx(shared + 4 * whole)
+    assert exchanged(4096, 36, 64.0, 4) == 2 * 36 * 64 * 4096 * 2 * 3 / 4
+
+
+def test_measured_shares_take_the_stated_ones_place() -> None:
+    stated = find_device("h100")
+    found = works("small4", DECODE_ONE)
+    experts = found["expert_mlp"]
+    call_s = float(experts.num_bytes) / stated.bytes_per_s / experts.calls
+    shares = [MeasuredShare(call_s / 10, 0.2), MeasuredShare(call_s * 10, 0.6)]
+    measured = msgspec.structs.replace(stated, measured={"expert_mlp": shares})
+    assert measured.measured_share("expert_mlp", call_s) == pytest.approx(0.4)  # half way, in the logarithm
+    assert measured.measured_share("expert_mlp", call_s / 1e6) == pytest.approx(0.2)
+    assert measured.measured_share("expert_mlp", call_s * 1e6) == pytest.approx(0.6)
+    assert measured.measured_share("linear", call_s) is None
+    before, after = (float(step_time(device, [experts], rows=0.0).memory_s) for device in (stated, measured))
+    assert before / after == pytest.approx(0.4 / STATED["memory"])
+
+
+def test_a_device_file_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    card = msgspec.structs.replace(find_device("h100"), name="mine", bytes_per_s=1e12)
+    path.write_bytes(msgspec.json.encode(card))
+    assert find_device(str(path)) == card
+    for wrong, said in (
+        ({"cards": 0}, "cards"),
+        ({"bytes_per_s": -1.0}, "bytes_per_s"),
+        ({"colour": "red"}, "colour"),
+        ({"stated": {"memory": 5.0}}, "stated"),
+    ):
+        path.write_bytes(msgspec.json.encode(msgspec.to_builtins(card) | wrong))
+        with pytest.raises(ConfigError, match=said):
+            find_device(str(path))
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"card\.json"):
+        find_device(str(path))
+
+
+def test_names_of_devices() -> None:
+    two = named("2xh200")
+    assert isinstance(two, Device)
+    assert (two.cards, two.total_memory_bytes, two.link_bytes_per_s > 0) == (2, 282_000_000_000, True)
+    for name in ("b200", "0xh100", "h100x2", "", "4x"):
+        assert named(name) is None
+        with pytest.raises(ConfigError, match="h100, h200"):
+            find_device(name)
