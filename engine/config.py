@@ -23,7 +23,8 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.host import available_memory_bytes, usable_cpus
 from cierzo.engine.model.config import ModelConfig, named_model_config, read_model_config
 from cierzo.engine.profiles import Profile, ProfileName, choose
-from cierzo.engine.roofline.device import Device, find_device
+from cierzo.engine.roofline.cards import find_device
+from cierzo.engine.roofline.device import Device
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.scheduler.config import SchedulerConfig
 

@@ -48,7 +48,7 @@ def step_time(device: Device, works: Sequence[Work], *, rows: Number, exchanged_
         all_bytes_s = all_bytes_s + bytes_s
         all_operations_s = all_operations_s + operations_s
         bound = np.maximum(bytes_s, operations_s)
-        share = device.measured_share(work.operation, bound / work.calls)
+        share = device.measured_share(work.operation, work.format, bound / work.calls)
         stated = bytes_s / device.stated["memory"], operations_s / device.stated[work.kind]
         took = np.maximum(*stated) if share is None else bound / share
         waits = stated[0] >= stated[1]

@@ -75,7 +75,8 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """All calls of one operation in a step. `replicated_bytes`: of them each of several cards reads all."""
+    """All calls of one operation in a step. `format`: of its weights or pages. `replicated_bytes`: of them each of
+    several cards reads all."""
 
     operation: str
     kind: Kind
@@ -83,6 +84,7 @@ class Work:
     operations: Number
     num_bytes: Number
     rate: Rate
+    format: str
     replicated_bytes: Number = 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -131,6 +133,7 @@ class _Counter:
         self.model, self.layout, self.formats, self.step = model, layout, formats, step
         self.value_bytes = BYTES[formats.plain]
         rows = 1 if layout.kind == "mla" else 2 * layout.num_kv_heads
+        self.pages = "bf16" if layout.dtype == "bfloat16" else layout.dtype
         self.cached_bytes = rows * layout.page_width * VALUE_BYTES[layout.dtype]  # of a token, one layer
 
     def product(self, name: str, calls: int, k: int, n: int, rows: Number, format: str, *, heads: int = 0) -> Work:
@@ -139,15 +142,14 @@ class _Counter:
         weights = matrices * n * k * BYTES[format] * np.minimum(rows, 1.0)
         moved = weights + matrices * rows * (k + n) * self.value_bytes
         operations = 2.0 * matrices * rows * n * k
-        return Work(name, "products", calls, operations, moved, self.formats.rate(format))
+        return Work(name, "products", calls, operations, moved, self.formats.rate(format), format)
 
     def norms(self) -> Iterator[Work]:
         """Two of hidden rows a layer, each with a residual, and the last one."""
         calls = 2 * self.model.num_layers + 1
         values = 4 * calls * self.model.hidden_size * self.step.tokens
-        yield Work(
-            "norm", "memory", calls, values, values * self.value_bytes, self.formats.rate(self.formats.plain)
-        )
+        plain = self.formats.plain
+        yield Work("norm", "memory", calls, values, values * self.value_bytes, self.formats.rate(plain), plain)
 
     def attention(self) -> Iterator[Work]:
         """Projections and the attention itself."""
@@ -173,7 +175,7 @@ class _Counter:
         scores = 2.0 * layers * heads * (rank + rope + rank)
         cached = layers * self.cached_bytes
         read = cached * step.absorbed_context
-        yield Work("mla_decode", "attention", layers, scores * step.absorbed_pairs, read, rate)
+        yield Work("mla_decode", "attention", layers, scores * step.absorbed_pairs, read, rate, self.pages)
         expansion = rank * (nope + values)
         computed = (
             2.0
@@ -181,7 +183,7 @@ class _Counter:
             * heads
             * (step.expanded_pairs * (nope + rope + values) + step.expanded_context * expansion)
         )
-        yield Work("mla_prefill", "attention", layers, computed, cached * step.expanded_context, rate)
+        yield Work("mla_prefill", "attention", layers, computed, cached * step.expanded_context, rate, self.pages)
 
     def _gqa(self, gqa: GqaConfig) -> Iterator[Work]:
         model, step, width = self.model, self.step, gqa.head_dim
@@ -193,7 +195,9 @@ class _Counter:
             ("gqa_decode", step.absorbed_pairs, step.absorbed_context),
             ("gqa_prefill", step.expanded_pairs, step.expanded_context),
         ):
-            yield Work(name, "attention", layers, 4.0 * layers * heads * width * pairs, cached * context, rate)
+            yield Work(
+                name, "attention", layers, 4.0 * layers * heads * width * pairs, cached * context, rate, self.pages
+            )
 
     def experts(self, moe: MoeConfig, distinct: Distinct) -> Iterator[Work]:
         """Routing; then the experts that have rows, each read once, and the shared one, in one operation."""
@@ -205,7 +209,9 @@ class _Counter:
         reads = distinct(tokens) + shared * np.minimum(tokens, 1.0)
         rows = tokens * (moe.experts_per_token + shared)
         moved = layers * (reads * matrix * BYTES[format] + rows * 2 * (hidden + width) * self.value_bytes)
-        yield Work("expert_mlp", "experts", layers, 2.0 * layers * rows * matrix, moved, self.formats.rate(format))
+        yield Work(
+            "expert_mlp", "experts", layers, 2.0 * layers * rows * matrix, moved, self.formats.rate(format), format
+        )
 
     def gated_mlp(self, name: str, layers: int, width: int, format: str) -> Iterator[Work]:
         """gate and up, then down."""
@@ -213,7 +219,7 @@ class _Counter:
         weights = layers * 3 * hidden * width * BYTES[format] * np.minimum(tokens, 1.0)
         moved = weights + layers * tokens * 2 * (hidden + width) * self.value_bytes
         operations = 2.0 * layers * tokens * 3 * hidden * width
-        yield Work(name, "products", layers, operations, moved, self.formats.rate(format))
+        yield Work(name, "products", layers, operations, moved, self.formats.rate(format), format)
 
 
 def _replicated(work: Work) -> Work:

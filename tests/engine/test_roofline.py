@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 from cierzo.engine import device_memory
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig, named_model_config
-from cierzo.engine.roofline.device import STATED, Device, MeasuredShare, find_device, named
+from cierzo.engine.roofline.cards import STATED, find_device, named
+from cierzo.engine.roofline.device import Device, MeasuredShare
+from cierzo.engine.roofline.measured import with_measured
 from cierzo.engine.roofline.step_time import exchanged, step_time
 from cierzo.engine.roofline.work import NumberFormats, StepShape, Work, step_work
 
@@ -144,10 +148,10 @@ def test_measured_shares_take_the_stated_ones_place() -> None:
     call_s = float(experts.num_bytes) / stated.bytes_per_s / experts.calls
     shares = [MeasuredShare(call_s / 10, 0.2), MeasuredShare(call_s * 10, 0.6)]
     measured = msgspec.structs.replace(stated, measured={"expert_mlp": shares})
-    assert measured.measured_share("expert_mlp", call_s) == pytest.approx(0.4)  # half way, in the logarithm
-    assert measured.measured_share("expert_mlp", call_s / 1e6) == pytest.approx(0.2)
-    assert measured.measured_share("expert_mlp", call_s * 1e6) == pytest.approx(0.6)
-    assert measured.measured_share("linear", call_s) is None
+    assert measured.measured_share("expert_mlp", "fp8", call_s) == pytest.approx(0.4)  # half way, in the logarithm
+    assert measured.measured_share("expert_mlp", "fp8", call_s / 1e6) == pytest.approx(0.2)
+    assert measured.measured_share("expert_mlp", "fp8", call_s * 1e6) == pytest.approx(0.6)
+    assert measured.measured_share("linear", "fp8", call_s) is None
     before, after = (float(step_time(device, [experts], rows=0.0).memory_s) for device in (stated, measured))
     assert before / after == pytest.approx(0.4 / STATED["memory"])
 
@@ -179,3 +183,32 @@ def test_names_of_devices() -> None:
         assert named(name) is None
         with pytest.raises(ConfigError, match="h100, h200"):
             find_device(name)
+
+
+def cell(name: str, us: float, part: str = "kernels", error: str = "") -> dict[str, Any]:
+    results = {"bytes": 3.35e6, "flops": 1e6, "us": us, "share": 0.1}  # 1 us of an H100's memory
+    return {"part": part, "name": name, "error": error, "results": results}
+
+
+def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path: Path) -> None:
+    device = find_device("h100")
+    assert with_measured(device, "h100", tmp_path) == device
+    cells = [
+        cell("linear, small4, decode 1, fp8", 2.0),
+        cell("linear, small4, decode 8, bf16", 4.0),
+        cell("linear, small4, decode 64, fp8", 9.0, error="lost"),
+        cell("linear, small4, decode 1, fp8", 9.0, part="conformance"),
+    ]
+    path = tmp_path / "gpu-nvidia-h100-80gb-hbm3-abc.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in cells), encoding="utf-8")
+    found = with_measured(device, "h100", tmp_path)
+    assert {name: [one.share for one in shares] for name, shares in found.measured.items()} == {
+        "linear fp8": [pytest.approx(0.5)],
+        "linear bf16": [pytest.approx(0.25)],
+    }
+    assert path.name in found.source
+    assert "measured" in found.describe()
+    assert with_measured(device, "h200", tmp_path) == device
+    path.write_text('{"part": "kernels"}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="line 1"):
+        with_measured(device, "h100", tmp_path)

@@ -29,6 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.device_memory",
         "engine.host",
         "engine.profiles",
+        "engine.roofline.cards",
         "engine.roofline.device",
         "engine.errors",
     ),

@@ -1,0 +1,63 @@
+"""Devices by name, and from files.
+
+Named ones are data sheets with stated shares: `h100`, `h200`, and several of one kind, as in `4xh100`; where the
+GPU bench has left results of a card, these take the place of the stated ones (measured.py). A file (JSON of a
+`Device`) describes any other, the CPU of this machine too (`python -m cierzo.bench.calibrate`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.roofline.device import Device, Kind, Rate
+from cierzo.engine.roofline.measured import with_measured
+
+# What to plan with: four fifths of the memory's rate (the best published decode kernels reach 85 to 89 % on these
+# cards); of the arithmetic 40 % in grouped products, 60 % in dense ones and attention (their best published rows:
+# 60 to 78 %); launches and host 1.0 ms a step, 1.8 with exchanges between cards.
+STATED: dict[Kind, float] = {"memory": 0.8, "experts": 0.4, "products": 0.6, "attention": 0.6}
+ONE_CARD_OVERHEAD_S, CARDS_OVERHEAD_S = 1.0e-3, 1.8e-3
+NVLINK_BYTES_PER_S = 450e9  # 900 GB/s both ways
+HOPPER_RATES: dict[Rate, float] = {"bf16": 989.5e12, "fp8": 1979e12}
+DATA_SHEETS = {"h100": (3.35e12, 80_000_000_000), "h200": (4.8e12, 141_000_000_000)}
+_NAMED = re.compile(rf"(?:([1-9]\d*)x)?({'|'.join(DATA_SHEETS)})")
+
+
+def named(name: str) -> Device | None:
+    """A card of the data sheets, or several, as `4xh100`; None for another name."""
+    match = _NAMED.fullmatch(name)
+    if match is None:
+        return None
+    cards, card = int(match[1] or 1), match[2]
+    bytes_per_s, memory_bytes = DATA_SHEETS[card]
+    device = Device(
+        name=name,
+        source=f"data sheet of the {card.upper()} SXM; shares stated in engine/roofline/cards.py",
+        bytes_per_s=bytes_per_s,
+        operations_per_s=HOPPER_RATES,
+        memory_bytes=memory_bytes,
+        cards=cards,
+        link_bytes_per_s=NVLINK_BYTES_PER_S if cards > 1 else 0.0,
+        stated=STATED,
+        step_overhead_s=ONE_CARD_OVERHEAD_S if cards == 1 else CARDS_OVERHEAD_S,
+    )
+    return with_measured(device, card)
+
+
+def find_device(name: str) -> Device:
+    """A named device, or the one in a file. Raises ConfigError for an unknown name and for a malformed file."""
+    found = named(name)
+    if found is not None:
+        return found
+    path = Path(name)
+    if not path.is_file():
+        limit = f"{', '.join(DATA_SHEETS)}, several as in 4xh100, or a JSON file"
+        raise ConfigError(f"device {name!r}: must be {limit}", field="device", limit=limit, value=name)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Device)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"device file {name}: {error}", field="device", value=name) from error

@@ -1,0 +1,56 @@
+"""What the GPU bench has measured of a card takes the place of the stated shares.
+
+`make gpu` leaves lines of JSON in bench/results, `gpu-<card>-<commit>.jsonl`: a cell's kernel, its bytes and
+operations and the time it took. The newest file of a card counts. Without one, or in an installation without the
+folder, a device keeps its stated shares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.roofline.device import Device, MeasuredShare
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
+
+
+def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
+    """`device` with the shares found on a card of this name ("h200"), if there are any. Raises ConfigError for a
+    file that is not what the GPU bench writes."""
+    files = [path for path in folder.glob("gpu-*.jsonl") if card in path.stem.split("-")]
+    if not files:
+        return device
+    newest = max(files, key=lambda path: path.stat().st_mtime)
+    shares: dict[str, dict[float, float]] = defaultdict(dict)
+    for number, line in enumerate(newest.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            cell = json.loads(line)
+            if cell["part"] == "kernels" and not cell["error"] and cell["results"]:
+                operation, limit_s, seconds = _measurement(device, cell)
+                shares[operation][limit_s] = limit_s / seconds
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{newest.name}, line {number}: {error}", field="device", value=newest.name
+            ) from error
+    measured = {
+        operation: [MeasuredShare(limit_s, found[limit_s]) for limit_s in sorted(found)]
+        for operation, found in shares.items()
+    }
+    source = f"{device.source}; kernels as in bench/results/{newest.name}" if measured else device.source
+    return msgspec.structs.replace(device, measured=measured, source=source)
+
+
+def _measurement(device: Device, cell: dict[str, Any]) -> tuple[str, float, float]:
+    """(operation and number format, seconds at the data sheet's limits, seconds that it took). Products
+    are computed in bf16, but for those that the bench says to have FP8 activations."""
+    operation, _, _, format = str(cell["name"]).split(", ")
+    found = cell["results"]
+    rate = device.operations_per_s["fp8" if format.endswith("x fp8") else "bf16"]
+    limit_s = max(found["bytes"] / device.bytes_per_s, found["flops"] / rate)
+    return f"{operation} {format}", limit_s, found["us"] / 1e6
