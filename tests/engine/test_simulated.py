@@ -12,11 +12,15 @@ from cierzo.bench.latency import LoadResult, result_table
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.device_memory import weight_bytes
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.messages import Submit
+from cierzo.engine.roofline.work import StepShape
+from cierzo.engine.worker.batch import BatchBuilder
 from cierzo.engine.worker.core import EngineCore, make_runner
-from cierzo.engine.worker.simulated import SimulatedRunner, VirtualClock, VirtualCore
+from cierzo.engine.worker.simulated import SimulatedRunner, VirtualClock, VirtualCore, shape_of
 from cierzo.scheduler.params import SamplingParams
+from cierzo.scheduler.plan import SeqPlan, StepPlan
 
 
 def configure(model: str = "small4", card: str = "h200", **options: Any) -> EngineConfig:
@@ -75,6 +79,25 @@ def test_steps_taken_together_change_nothing(settings: dict[str, Any], kv_cache_
     assert totals[0].distinct_experts == pytest.approx(totals[1].distinct_experts)
     if kv_cache_gib < 1 and settings.get("concurrency") == 30:
         assert preemptions[0] > 0
+
+
+def test_a_batch_is_counted_row_by_row() -> None:
+    """Prompt rows at 3..7 of one sequence and 0..1 of another, a generated row at 40."""
+    builder = BatchBuilder(max_tokens=32, max_running=4, max_blocks=16, block_tokens=4)
+    rows = [((1, 0), 3, 5, 9), ((2, 0), 0, 2, 2), ((3, 0), 40, 1, 30)]
+    seqs = [
+        SeqPlan(key, slot, slot, start, [0] * count, prompt, [*range(16)], True, None)
+        for slot, (key, start, count, prompt) in enumerate(rows)
+    ]
+    found = shape_of(builder.build(StepPlan(1, seqs, 8)))
+    pairs = [sum(range(start + 1, start + count + 1)) for _, start, count, _ in rows]
+    assert found == StepShape(7.0, float(pairs[0] + pairs[1]), 8.0 + 2.0, 1.0, float(pairs[2]), 41.0, 3.0)
+
+
+def test_the_cache_of_several_cards_is_what_weights_and_workspaces_leave() -> None:
+    config = configure(card="4xh100", kv_dtype="bf16")
+    left = 4 * 80e9 * 0.95 - weight_bytes(config.model, "nvfp4") - 4 * (4 << 30)
+    assert config.cache.num_blocks * config.layout.bytes_per_block == pytest.approx(left, rel=1e-3)
 
 
 def test_time_passes_as_the_roofline_says() -> None:
