@@ -108,6 +108,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     priority_aging_s: Annotated[
         Amount, Meta(description="seconds of waiting that one level of priority is worth")
     ] = 30.0
+    expert_statistics: Annotated[
+        bool, Meta(description="count which experts the tokens choose; costs COST of a step")
+    ] = False
     softmax_scale: Annotated[
         Amount | None, Meta(description="attention's softmax scale; default: (query-key width)^-0.5")
     ] = None
@@ -133,6 +136,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     runner: str
     profile: str
     card: Device | None  # that is simulated
+    expert_statistics: bool
     model: ModelConfig
     layout: CacheLayout
     cache: CacheConfig
@@ -156,6 +160,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ),
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
+            ("experts", "counted" if self.expert_statistics else "not counted"),
         ]
         if self.card is not None:
             rows.append(("simulation", f"{self.card.describe()}; nothing is computed, tokens are made up"))
@@ -196,6 +201,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
         runner=options.runner if card is None else "simulated",
         profile=options.profile,
         card=card,
+        expert_statistics=_expert_statistics(options, model, card),
         model=model,
         layout=layout,
         cache=CacheConfig(
@@ -232,6 +238,21 @@ def _card(options: EngineOptions) -> Device | None:
             f"device must be {limit}, got {options.device!r}", field="device", limit=limit, value=options.device
         )
     return None
+
+
+def _expert_statistics(options: EngineOptions, model: ModelConfig, card: Device | None) -> bool:
+    """Whether to count experts: where there are some that choose."""
+    if options.expert_statistics and (model.moe is None or options.runner != "model" or card is not None):
+        without = f"{Path(options.model).name} ({model.architecture})"
+        if model.moe is not None:
+            without = "the fake runner" if card is None else "a simulated card"
+        raise ConfigError(
+            f"expert_statistics: {without} has no experts",
+            field="expert_statistics",
+            limit="a model with experts",
+            value=without,
+        )
+    return options.expert_statistics
 
 
 def _weights(options: EngineOptions, kind: str, dtype: str) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import msgspec
 
+from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import Finish, FinishReason, TokenDelta, TokenLogprobs
 
 PROTOCOL_VERSION = 1
 MAGIC = "cierzo"
 
-__all__ = ["Finish", "FinishReason", "SamplingParams", "TokenDelta", "TokenLogprobs"]
+__all__ = ["ExpertStatistics", "Finish", "FinishReason", "SamplingParams", "TokenDelta", "TokenLogprobs"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,6 +96,12 @@ class GetStats(Message, frozen=True, tag="stats"):
     stream: int
 
 
+class GetExperts(Message, frozen=True, tag="experts"):
+    """Which experts the tokens chose; refused by a server that does not count."""
+
+    stream: int
+
+
 class GetModel(Message, frozen=True, tag="model"):
     """What is served, and its limits."""
 
@@ -107,7 +114,7 @@ class Drain(Message, frozen=True, tag="drain"):
     stream: int
 
 
-ClientMessage = Hello | Generate | Cancel | Ping | GetHealth | GetStats | GetModel | Drain
+ClientMessage = Hello | Generate | Cancel | Ping | GetHealth | GetStats | GetExperts | GetModel | Drain
 
 # --- front end -> client -----------------------------------------------------------------------------------
 
@@ -211,8 +218,19 @@ class Health(Message, frozen=True, tag="health_reply"):
     uptime_s: float
 
 
+class ExpertSummary(Message, frozen=True):
+    """Distinct experts of a step, on average over MoE layers and steps; and the largest of the layers' imbalances:
+    tokens of the most chosen expert over those of the mean one."""
+
+    distinct_per_step: float
+    largest_imbalance: float
+
+
 class CoreStats(Message, frozen=True):
-    """Gauges and counters of scheduler and cache, as the core last published them."""
+    """Gauges and counters of scheduler and cache, as the core last published them.
+
+    `experts` is None unless the core counts them, and has counted a step.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -225,6 +243,7 @@ class CoreStats(Message, frozen=True):
     output_tokens: int = 0
     preemptions: int = 0
     finished: int = 0
+    experts: ExpertSummary | None = None
 
 
 class Stats(Message, frozen=True, tag="stats_reply"):
@@ -242,6 +261,13 @@ class Stats(Message, frozen=True, tag="stats_reply"):
     core: CoreStats
 
 
+class Experts(Message, frozen=True, tag="experts_reply"):
+    """All that the core had counted when it read the question."""
+
+    stream: int
+    statistics: ExpertStatistics
+
+
 class ModelInfo(Message, frozen=True, tag="model_reply"):
     """What is served. `eos_token_ids` end a generation unless `ignore_eos`."""
 
@@ -257,6 +283,7 @@ class ModelInfo(Message, frozen=True, tag="model_reply"):
     eos_token_ids: list[int]
     has_tokenizer: bool
     has_chat_template: bool
+    counts_experts: bool = False
 
 
 class Drained(Message, frozen=True, tag="drained"):
@@ -266,7 +293,7 @@ class Drained(Message, frozen=True, tag="drained"):
 
 
 ServerMessage = (
-    Welcome | Delta | Final | Failure | Pong | Health | Stats | ModelInfo | Drained
+    Welcome | Delta | Final | Failure | Pong | Health | Stats | Experts | ModelInfo | Drained
 )  # Hello is answered by Welcome; every other client message by the reply that carries its stream id
 
 # --- front end -> core -------------------------------------------------------------------------------------
@@ -296,11 +323,15 @@ class Abort(Message, frozen=True, tag="abort"):
     reason: FinishReason = "cancelled"
 
 
+class ReadExperts(Message, frozen=True, tag="read_experts"):
+    """Send the expert statistics with the next frame."""
+
+
 class Shutdown(Message, frozen=True, tag="shutdown"):
     """Leave the loop now."""
 
 
-CoreCommand = Submit | Abort | Shutdown
+CoreCommand = Submit | Abort | ReadExperts | Shutdown
 
 # --- core -> front end -------------------------------------------------------------------------------------
 
@@ -316,6 +347,7 @@ class StepOutput(Message, frozen=True, tag="step", omit_defaults=True):
 
     deltas: list[TokenDelta]
     stats: CoreStats | None = None
+    experts: ExpertStatistics | None = None
 
 
 class CoreError(Message, frozen=True, tag="core_error"):

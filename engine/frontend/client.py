@@ -27,8 +27,11 @@ from cierzo.engine.messages import (
     ChatMessage,
     Delta,
     Drain,
+    Experts,
+    ExpertStatistics,
     Final,
     Generate,
+    GetExperts,
     GetHealth,
     GetModel,
     GetStats,
@@ -121,6 +124,10 @@ class Client:
         """Counters and gauges of the server."""
         return cast(Stats, await self._link.call(GetStats))
 
+    async def experts(self) -> ExpertStatistics:
+        """Which experts the tokens chose since the core's start. Raises InvalidRequest where nobody counts them."""
+        return cast(Experts, await self._link.call(GetExperts)).statistics
+
     async def model_info(self) -> ModelInfo:
         """What is served."""
         return cast(ModelInfo, await self._link.call(GetModel))
@@ -205,6 +212,10 @@ class SyncClient:
     def stats(self) -> Stats:
         """As `Client.stats`."""
         return self._run(self._client.stats())
+
+    def experts(self) -> ExpertStatistics:
+        """As `Client.experts`."""
+        return self._run(self._client.experts())
 
     def model_info(self) -> ModelInfo:
         """As `Client.model_info`."""

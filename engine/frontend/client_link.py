@@ -17,6 +17,7 @@ from cierzo.engine.messages import (
     Failure,
     Final,
     Generate,
+    GetExperts,
     GetHealth,
     GetModel,
     GetStats,
@@ -170,7 +171,7 @@ class ClientLink(asyncio.Protocol):
             self.send(msgspec.structs.replace(request, stream=stream))
         return Generation(self, stream, inbox)
 
-    async def call(self, method: type[Ping | GetHealth | GetStats | GetModel | Drain]) -> Any:
+    async def call(self, method: type[Ping | GetHealth | GetStats | GetExperts | GetModel | Drain]) -> Any:
         """Send a message that has one answer, and wait for it."""
         if self._error is not None:
             raise self._error

@@ -15,7 +15,8 @@ class ModelInputs:
 
     token_ids, positions, cache_slots: int64 [T]; cache_slots[i] = block * S + offset is where row i's cache entry
     is written before anything reads it. num_expanded: rows of the first kind. expanded, absorbed: the segments of
-    each kind, their rows counted from its first one.
+    each kind, their rows counted from its first one. expert_ids: contiguous int64 [MoE layers,T,K], written by the
+    model: the experts that each of these layers chose for each row; None: nobody asks.
     """
 
     token_ids: Tensor
@@ -24,6 +25,7 @@ class ModelInputs:
     num_expanded: int
     expanded: PagedQueries
     absorbed: PagedQueries
+    expert_ids: Tensor | None = None
 
     @property
     def longest_context(self) -> int:

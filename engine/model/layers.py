@@ -158,7 +158,16 @@ class PositionTables:
         scale = None
         if self.scaling is not None and inputs.longest_context > self.scaling.original_positions:
             scale = query_scale(inputs.positions, self.scaling.beta, self.scaling.original_positions)
-        return StepRows(cos, sin, scale, inputs.cache_slots, inputs.num_expanded, inputs.expanded, inputs.absorbed)
+        return StepRows(
+            cos,
+            sin,
+            scale,
+            inputs.cache_slots,
+            inputs.num_expanded,
+            inputs.expanded,
+            inputs.absorbed,
+            inputs.expert_ids,
+        )
 
 
 def query_scale(positions: Tensor, beta: float, original_positions: int) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Protocol
 
 from cierzo.cache.manager import KVCacheManager
 from cierzo.engine.config import EngineConfig, spin_briefly
-from cierzo.engine.messages import Abort, CoreStats, Finish, Submit, TokenDelta
+from cierzo.engine.messages import Abort, CoreStats, ExpertStatistics, Finish, Submit, TokenDelta
 from cierzo.engine.worker.batch import Batch, BatchBuilder
+from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.fake import FakeRunner
 from cierzo.scheduler.plan import StepPlan, StepResult
 from cierzo.scheduler.request import NewRequest, QueueFull
@@ -25,6 +26,10 @@ class Runner(Protocol):
     One step more may be launched before a step's result is collected. Its PENDING tokens are those that the step
     before chooses.
     """
+
+    @property
+    def experts(self) -> ExpertCounter | None:
+        """What counts the experts of its steps, if anything does."""
 
     def launch(self, plan: StepPlan, batch: Batch) -> None:
         """Start the step. `batch` may be overwritten once this has returned."""
@@ -155,7 +160,12 @@ class EngineCore:
             output_tokens=scheduler.output_tokens,
             preemptions=scheduler.preemptions,
             finished=scheduler.finished,
+            experts=None if self._runner.experts is None else self._runner.experts.summary(),
         )
+
+    def expert_statistics(self) -> ExpertStatistics | None:
+        """What was counted since the start, `reset` or not; None unless configured."""
+        return None if self._runner.experts is None else self._runner.experts.statistics()
 
     def describe_runner(self) -> str:
         """What computes the steps, as printed at start."""

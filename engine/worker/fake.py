@@ -71,6 +71,7 @@ def fake_config(
         runner="fake",
         profile="balanced",
         card=None,
+        expert_statistics=False,
         model=model,
         layout=model.cache_layout(cache.block_tokens, "float32"),
         cache=cache,
@@ -97,6 +98,7 @@ class FakeRunner:
         reads: Literal["context", "last"] = "context",
         script: Script | None = None,
     ) -> None:
+        self.experts = None  # it has none
         self._vocab_size = np.uint64(vocab_size)
         self._block_tokens = block_tokens
         self._reads = reads

@@ -110,12 +110,19 @@ class DecodeGraphs:
         bound = bound_of(sum(inputs.absorbed.contexts))
         graph = self._graphs.get((size, bound))
         if graph is None:
-            graph = self._graphs[size, bound] = self._new_graph(size, bound, inputs.absorbed.block_tables)
+            graph = self._graphs[size, bound] = self._new_graph(size, bound, inputs)
         self._load(graph.inputs, inputs, count)
         graph.recording.replay()
+        if inputs.expert_ids is not None and graph.inputs.expert_ids is not None:
+            inputs.expert_ids.copy_(graph.inputs.expert_ids[:, :count])
         return graph.logits[:count]
 
-    def _new_graph(self, size: int, bound: int, block_tables: Tensor) -> _Graph:
+    def _new_graph(self, size: int, bound: int, like: ModelInputs) -> _Graph:
+        block_tables, expert_ids = like.absorbed.block_tables, like.expert_ids
+        if expert_ids is not None:
+            layers, _, top_k = expert_ids.shape
+            expert_ids = expert_ids.new_empty((layers, size, top_k))
+
         def integers(count: int, dtype: torch.dtype, value: int = 0) -> Tensor:
             return torch.full((count,), value, dtype=dtype, device=self._device)
 
@@ -132,7 +139,9 @@ class DecodeGraphs:
             integers(1, torch.int32), integers(0, torch.int32), integers(0, torch.int32), block_tables, [], []
         )
         slots = integers(size, torch.int64, self._padding_slot)
-        inputs = ModelInputs(integers(size, torch.int64), integers(size, torch.int64), slots, 0, nothing, queries)
+        inputs = ModelInputs(
+            integers(size, torch.int64), integers(size, torch.int64), slots, 0, nothing, queries, expert_ids
+        )
         found: list[Tensor] = []
 
         def forward() -> None:

@@ -18,7 +18,18 @@ import msgspec
 
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.errors import CierzoError, CoreFailed
-from cierzo.engine.messages import Abort, CoreError, CoreStats, Ready, Shutdown, StepOutput, Submit, TokenDelta
+from cierzo.engine.messages import (
+    Abort,
+    CoreError,
+    CoreStats,
+    ExpertStatistics,
+    ReadExperts,
+    Ready,
+    Shutdown,
+    StepOutput,
+    Submit,
+    TokenDelta,
+)
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.pipe import CorePipe, PipeClosed
 
@@ -43,6 +54,7 @@ class CoreLoop:
         self._pipe = pipe
         self._clock = clock
         self._unsent: list[TokenDelta] = []
+        self._experts_wanted = False
         self._next_stats_s = clock()
         self._stats_are_old = True
 
@@ -63,6 +75,8 @@ class CoreLoop:
                     core.submit(command)
                 case Abort():
                     core.abort(command)
+                case ReadExperts():
+                    self._experts_wanted = True
                 case Shutdown():
                     return False
             self._stats_are_old = True
@@ -89,11 +103,16 @@ class CoreLoop:
         pipe = self._pipe
         pipe.flush()
         while not pipe.backlog_bytes:
-            stats = self._stats()
-            if not self._unsent and stats is None:
+            stats, experts = self._stats(), self._experts()
+            if not self._unsent and stats is None and experts is None:
                 return
-            pipe.send(StepOutput(deltas=self._unsent[:DELTAS_PER_FRAME], stats=stats))
+            pipe.send(StepOutput(deltas=self._unsent[:DELTAS_PER_FRAME], stats=stats, experts=experts))
             self._unsent = self._unsent[DELTAS_PER_FRAME:]
+
+    def _experts(self) -> ExpertStatistics | None:
+        """For the next frame, if the front end has asked."""
+        wanted, self._experts_wanted = self._experts_wanted, False
+        return self._core.expert_statistics() if wanted else None
 
     def _stats(self) -> CoreStats | None:
         """Figures for the next frame, if they have changed and are due."""

@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from cierzo.cache.pool import DTYPES, KVPool
 from cierzo.engine.config import EngineConfig, cache_dir
 from cierzo.engine.errors import ConfigError
+from cierzo.engine.expert_statistics import Phase
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.layers import MatrixSource, PlainMatrices
@@ -27,8 +28,9 @@ from cierzo.engine.weights.matrices import PLAIN_WEIGHTS, DeviceMatrices, Packed
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.device_inputs import DeviceInputs
+from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs, cuda_recorder
-from cierzo.engine.worker.sampling import Sampled, Sampler
+from cierzo.engine.worker.sampling import Sampled, Sampler, to_host
 from cierzo.kernels.cpu import native
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.registry import KernelChoiceError, bind
@@ -47,11 +49,13 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that was launched: sequences of its plan, which of them sample, and what gives their tokens."""
+    """A step that was launched: sequences of its plan, which of them sample, and what gives their tokens, and the
+    experts of its own."""
 
     num_seqs: int
     sample_seqs: list[int]
     sampled: Callable[[], Sampled]
+    count_experts: Callable[[], None]
 
 
 class ModelRunner:
@@ -59,7 +63,7 @@ class ModelRunner:
 
     staged: batches are copied to the device in one piece, instead of being read where they lie. graphs: for decode
     steps; needs `staged`, whose block tables stay where they are. overlap: a step may be launched before the one
-    before is collected; else its tokens are chosen in `collect`.
+    before is collected; else its tokens are chosen in `collect`. experts: counts those of every step collected.
     """
 
     def __init__(
@@ -73,7 +77,9 @@ class ModelRunner:
         staged: DeviceInputs | None = None,
         graphs: DecodeGraphs | None = None,
         overlap: bool = False,
+        experts: ExpertCounter | None = None,
     ) -> None:
+        self.experts = experts
         self._overlap = overlap
         self._model = model
         self._kv = kv
@@ -93,17 +99,21 @@ class ModelRunner:
         # Rows lie prompts first, samples in the order of the plan: the same where every row is a decode.
         every = batch.num_expanded == 0 and len(batch.sample_rows) == len(batch.token_ids)
         inputs, sample_rows = self._inputs(batch)
+        if self.experts is not None:
+            shape = (len(self.experts.layers), len(batch.token_ids), self.experts.top_k)
+            inputs = replace(inputs, expert_ids=inputs.token_ids.new_empty(shape))
         if self._graphs is not None and self._graphs.fits(inputs):
             logits = self._graphs.logits(inputs)
             logits = logits if every else logits[sample_rows]
         else:
             logits = self._model.logits(inputs, self._kv, None if every else sample_rows)
-        self._steps.append(self._sample(plan, batch, logits))
+        self._steps.append(self._sample(plan, batch, logits, self._experts_of(inputs)))
 
     @torch.inference_mode()
     def collect(self) -> StepResult:
         """Tokens by sequence of the plan, when they are there."""
         step = self._steps.popleft()
+        step.count_experts()
         token_ids: list[list[int]] = [[] for _ in range(step.num_seqs)]
         if not step.sample_seqs:
             return StepResult(token_ids)
@@ -118,19 +128,28 @@ class ModelRunner:
         failures = {step.sample_seqs[row]: reason for row, reason in sampled.failures.items()}
         return StepResult(token_ids, logprobs, failures)
 
-    def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor) -> _Step:
+    def _experts_of(self, inputs: ModelInputs) -> Callable[[], None]:
+        """Begin to bring a step's chosen experts to the host; what counts them once they are there."""
+        counter, expert_ids = self.experts, inputs.expert_ids
+        if counter is None or expert_ids is None:
+            return _nothing
+        arrived = to_host(expert_ids)
+        phase: Phase = "prefill" if inputs.num_expanded else "decode"
+        return lambda: counter.add(arrived()[0].numpy(), phase)
+
+    def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor, count_experts: Callable[[], None]) -> _Step:
         """Choose the step's tokens: at once if the next step may be launched before they are collected."""
         sampling = [plan.seqs[index] for index in batch.sample_seqs]
         slots = [seq.slot for seq in sampling]
         positions = [seq.start + len(seq.token_ids) for seq in sampling]
         if not slots:
-            return _Step(len(plan.seqs), [], Sampled([]).itself)
+            return _Step(len(plan.seqs), [], Sampled([]).itself, count_experts)
         if self._overlap:
             chosen, sampled = self._sampler.launch(logits, slots, positions)
             self._chosen[torch.tensor(slots).to(self._chosen.device)] = chosen
         else:
             sampled = partial(self._sampler.sample, logits, slots, positions)
-        return _Step(len(plan.seqs), batch.sample_seqs, sampled)
+        return _Step(len(plan.seqs), batch.sample_seqs, sampled, count_experts)
 
     def _inputs(self, batch: Batch) -> tuple[ModelInputs, Tensor]:
         if self._staged is not None:
@@ -142,6 +161,10 @@ class ModelRunner:
     def describe(self) -> str:
         """The kernels in force, as printed at start."""
         return self._description
+
+
+def _nothing() -> None:
+    pass
 
 
 def _in_place(batch: Batch) -> tuple[ModelInputs, Tensor]:
@@ -177,8 +200,11 @@ def load_runner(config: EngineConfig) -> ModelRunner:
 def make_runner(config: EngineConfig, model: Model, kv: KVPool, description: str) -> ModelRunner:
     """The runner of a model on the configuration's device."""
     device, limits = torch.device(config.device), config.scheduler
+    experts = ExpertCounter.of(config.model) if config.expert_statistics else None
     if device.type == "cpu":
-        return ModelRunner(model, kv, limits.max_running, device, description, overlap=config.overlap)
+        return ModelRunner(
+            model, kv, limits.max_running, device, description, overlap=config.overlap, experts=experts
+        )
     by_name = config.kernels.implementations
     host_reads = any(by_name.get(name) == "torch" for name in ("mla_decode", "gqa_decode"))
     graphs = (
@@ -203,6 +229,7 @@ def make_runner(config: EngineConfig, model: Model, kv: KVPool, description: str
         staged=DeviceInputs(device),
         graphs=graphs,
         overlap=config.overlap,
+        experts=experts,
     )
 
 

@@ -127,7 +127,7 @@ class Sampler:
         random = np.flatnonzero(self._temperature[at] > 0)
         if random.size:
             self._draw(logits, token_ids, random, at, np.array(positions, np.int64))
-        arrived = _to_host(values, token_ids)
+        arrived = to_host(values, token_ids)
 
         def sampled_later() -> Sampled:
             peaks, tokens = arrived()
@@ -244,7 +244,7 @@ class Sampler:
         return found
 
 
-def _to_host(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def to_host(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """Begin to copy; the function waits for the copies' end."""
     if tensors[0].device.type != "cuda":
         return lambda: tensors

@@ -306,6 +306,7 @@ struct StepArgs {  // StepRows
     const int64_t* slots;
     int64_t num_expanded;
     PagedArgs expanded, absorbed;
+    int64_t* expert_ids;  // [MoE layers, rows, top_k], written; or null
 };
 
 struct MlaLayer {  // MlaWeights
@@ -373,6 +374,7 @@ struct MoeLayer {  // MoeWeights
 struct MoeBlockArgs {
     BlockInput in;
     const MoeLayer* layer;
+    int64_t* expert_ids;  // [rows, top_k], written; or null
 };
 
 enum LayerKind : int32_t { LAYER_MLA = 0, LAYER_GQA = 1, LAYER_MLP = 2, LAYER_MOE = 3 };

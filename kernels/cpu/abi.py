@@ -242,6 +242,7 @@ class StepArgs(ctypes.Structure):
         *_fields("p: cos sin query_scale slots | i64: num_expanded"),
         ("expanded", PagedArgs),
         ("absorbed", PagedArgs),
+        *_fields("p: expert_ids"),
     ]
 
 
@@ -296,7 +297,7 @@ class MoeLayer(ctypes.Structure):
 class MoeBlockArgs(ctypes.Structure):
     """As in abi.h."""
 
-    _fields_ = [("input", BlockInput), *_fields("p: layer")]
+    _fields_ = [("input", BlockInput), *_fields("p: layer expert_ids")]
 
 
 class LayerHalf(ctypes.Structure):

@@ -220,7 +220,7 @@ void moe_block(Team& team, const MoeBlockArgs& args) {
     const int64_t rows = args.in.rows, hidden = args.in.hidden, pairs = rows * w.top_k;
     const int32_t dtype = args.in.dtype;
     const char* x = normed(team, args.in, w.norm, w.eps);
-    int64_t* ids = team.scratch<int64_t>(pairs);
+    int64_t* ids = args.expert_ids != nullptr ? args.expert_ids : team.scratch<int64_t>(pairs);
     float* shares = team.scratch<float>(pairs);
     int64_t* order = team.scratch<int64_t>(pairs);
     int64_t* starts = team.scratch<int64_t>(w.router->n + 1);
@@ -249,6 +249,7 @@ void decoder(Team& team, const DecoderArgs& args) {
         std::memcpy(out, static_cast<const char*>(model.embedding) + id * row_bytes, size_t(row_bytes));
     });
     in.residual = residual;
+    int64_t* expert_ids = args.step->expert_ids;
     const size_t mark = team.mark();
     for (int64_t i = 0; i < model.count; ++i) {
         const LayerHalf& half = model.halves[i];
@@ -259,7 +260,12 @@ void decoder(Team& team, const DecoderArgs& args) {
                 gqa_block(team, {in, static_cast<const GqaLayer*>(half.layer), args.step, half.pages, half.value_pages});
                 break;
             case LAYER_MLP: mlp_block(team, {in, static_cast<const MlpLayer*>(half.layer)}); break;
-            case LAYER_MOE: moe_block(team, {in, static_cast<const MoeLayer*>(half.layer)}); break;
+            case LAYER_MOE: {
+                const MoeLayer* layer = static_cast<const MoeLayer*>(half.layer);
+                moe_block(team, {in, layer, expert_ids});
+                if (expert_ids != nullptr) expert_ids += args.rows * layer->top_k;
+                break;
+            }
         }
         in.x = in.out;
         team.reset(mark);

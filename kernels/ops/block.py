@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from cierzo.kernels import check
 from cierzo.kernels.formats.packed import Matrix
-from cierzo.kernels.ops import linear, norm
+from cierzo.kernels.ops import linear, moe, norm
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.registry import bound
 
@@ -37,6 +37,7 @@ class StepRows:
 
     cos, sin: fp32 [T,P/2]. query_scale: fp32 [T], or None where it is 1 for every row. cache_slots: int64 [T].
     num_expanded: rows of the first kind. expanded, absorbed: the segments of each kind, counted from its first row.
+    expert_ids: contiguous int64 [MoE layers,T,K], written: what each of them chose, best first; None: not wanted.
     """
 
     cos: Tensor
@@ -46,6 +47,7 @@ class StepRows:
     num_expanded: int
     expanded: PagedQueries
     absorbed: PagedQueries
+    expert_ids: Tensor | None = None
     scratch: Scratch = field(default_factory=dict, repr=False)
 
 
@@ -163,10 +165,12 @@ def mlp_block(x: Tensor | None, residual: Tensor, weights: MlpWeights) -> Tensor
     return bound.mlp_block(x, residual, weights)
 
 
-def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor:
-    """Router, experts and shared expert -> new [T,D]."""
+def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights, expert_ids: Tensor | None = None) -> Tensor:
+    """Router, experts and shared expert -> new [T,D]. expert_ids: as in StepRows, of this layer, [T,K]."""
     _check("moe_block", x, residual, weights.norm)
-    return bound.moe_block(x, residual, weights)
+    if expert_ids is not None:
+        moe.check_expert_ids("moe_block", expert_ids, residual.shape[0], weights.top_k)
+    return bound.moe_block(x, residual, weights, expert_ids)
 
 
 def decoder(token_ids: Tensor, weights: DecoderWeights, rows: StepRows, logit_rows: Tensor | None) -> Tensor:
@@ -180,6 +184,9 @@ def decoder(token_ids: Tensor, weights: DecoderWeights, rows: StepRows, logit_ro
     check.dtype("decoder", torch.int64, token_ids=token_ids)
     if logit_rows is not None:
         check.dtype("decoder", torch.int64, logit_rows=logit_rows)
+    if rows.expert_ids is not None:
+        top_ks = [half.weights.top_k for half in weights.halves if isinstance(half.weights, MoeWeights)]
+        moe.check_expert_ids("decoder", rows.expert_ids, len(top_ks), len(token_ids), *top_ks[:1])
     return bound.decoder(token_ids, weights, rows, logit_rows)
 
 
@@ -193,16 +200,20 @@ def run_decoder(
     """The same half by half, the ranks' sums added up by `all_reduce` -> this rank's columns of the logits."""
     residual = functional.embedding(token_ids, weights.embedding)
     x: Tensor | None = None
+    expert_ids = iter(() if rows.expert_ids is None else rows.expert_ids)
     for half in weights.halves:
-        x = all_reduce(run_half(x, residual, half, rows))
+        chosen = next(expert_ids, None) if isinstance(half.weights, MoeWeights) else None
+        x = all_reduce(run_half(x, residual, half, rows, chosen))
     assert x is not None, "a model has layers"
     if logit_rows is not None:
         x, residual = x[logit_rows], residual[logit_rows]
     return linear.lm_head(norm.add_rms_norm(x, residual, weights.final_norm, weights.eps), weights.head)
 
 
-def run_half(x: Tensor | None, residual: Tensor, half: Half, rows: StepRows) -> Tensor:
-    """One half of a layer, whatever it is -> new [T,D]."""
+def run_half(
+    x: Tensor | None, residual: Tensor, half: Half, rows: StepRows, expert_ids: Tensor | None = None
+) -> Tensor:
+    """One half of a layer, whatever it is -> new [T,D]. expert_ids: see moe_block."""
     weights, pages = half.weights, half.pages
     match weights:
         case MlaWeights():
@@ -212,7 +223,7 @@ def run_half(x: Tensor | None, residual: Tensor, half: Half, rows: StepRows) -> 
         case MlpWeights():
             return mlp_block(x, residual, weights)
         case MoeWeights():
-            return moe_block(x, residual, weights)
+            return moe_block(x, residual, weights, expert_ids)
 
 
 def _check(operation: str, x: Tensor | None, residual: Tensor, norm: Tensor) -> None:

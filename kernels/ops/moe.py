@@ -25,7 +25,15 @@ class ExpertGroups:
 
 
 def route(
-    x: Tensor, weight: Matrix, *, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
+    x: Tensor,
+    weight: Matrix,
+    *,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    renormalise: bool,
+    scale: float,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each token's K experts and their weights -> (int64 [T,K], fp32 [T,K]), best expert first.
 
@@ -33,7 +41,8 @@ def route(
     groups; only the `top_groups` with the greatest sum of their two best p compete. The K greatest p win; their
     weights are p, divided by their sum if `renormalise`, times `scale`. Ties, among groups and among experts,
     go to the lower id. x [T,D]; weight [E,D] in any float dtype: products and sums are fp32, so that bf16 weights
-    beside a bf16 x lose nothing. A row with a NaN gets some K experts, and NaN as their weights.
+    beside a bf16 x lose nothing. A row with a NaN gets some K experts, and NaN as their weights. ids: contiguous
+    int64 [T,K], written and given back; None: new.
     Source: transformers' Mistral4TopkRouter, which computes in the model's dtype and leaves ties open.
     """
     check.sizes("route", x=(x, "T D"), weight=(weight, "E D"))
@@ -43,7 +52,16 @@ def route(
     check.require("route", groups == top_groups or experts >= 2 * groups, "a group needs two experts to be ranked")
     eligible = experts // groups * top_groups
     check.require("route", 1 <= top_k <= eligible, f"top_k {top_k} of {eligible} eligible experts")
-    return bound.route(x, weight, top_k, groups, top_groups, renormalise, scale)
+    if ids is not None:
+        check_expert_ids("route", ids, x.shape[0], top_k)
+    return bound.route(x, weight, top_k, groups, top_groups, renormalise, scale, ids)
+
+
+def check_expert_ids(operation: str, expert_ids: Tensor, *shape: int) -> None:
+    """Where chosen experts are written: contiguous int64 of this shape."""
+    fits = expert_ids.shape == shape and expert_ids.dtype == torch.int64 and expert_ids.is_contiguous()
+    found = f"{list(expert_ids.shape)} {expert_ids.dtype}, strides {list(expert_ids.stride())}"
+    check.require(operation, fits, f"expert ids must be contiguous int64 {list(shape)}, are {found}")
 
 
 def group_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertGroups:

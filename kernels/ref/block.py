@@ -75,7 +75,7 @@ def mlp_block(x: Tensor | None, residual: Tensor, weights: MlpWeights) -> Tensor
     return linear.gated_mlp(_normed(x, residual, weights.norm, weights.eps), weights.gate_up, weights.down)
 
 
-def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor:
+def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights, expert_ids: Tensor | None = None) -> Tensor:
     """See ops/block.py."""
     normed = _normed(x, residual, weights.norm, weights.eps)
     ids, shares = moe.route(
@@ -86,6 +86,7 @@ def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor
         top_groups=weights.top_groups,
         renormalise=weights.renormalise,
         scale=weights.scale,
+        ids=expert_ids,
     )
     groups = moe.group_by_expert(ids, weights.router.shape[0])
     shared = (weights.shared_gate_up, weights.shared_down)

@@ -14,15 +14,22 @@ from cierzo.kernels.ref.linear import gated_mlp
 
 
 def route(
-    x: Tensor, weight: Matrix, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
+    x: Tensor,
+    weight: Matrix,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    renormalise: bool,
+    scale: float,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ops/moe.py."""
     scores = functional.linear(x.float(), as_tensor(weight).float()).softmax(-1)
     eligible = scores if groups == top_groups else _mask_groups(scores, groups, top_groups)
-    weights, ids = _largest(eligible, top_k)
+    weights, chosen = _largest(eligible, top_k)
     if renormalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids, weights * scale if scale != 1.0 else weights
+    return chosen if ids is None else ids.copy_(chosen), weights * scale if scale != 1.0 else weights
 
 
 def _mask_groups(scores: Tensor, groups: int, top_groups: int) -> Tensor:

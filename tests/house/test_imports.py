@@ -7,8 +7,13 @@ import graphlib
 from collections.abc import Iterator
 
 MODEL = ("kernels", "cache.layout", "cache.pool", "engine.model", "engine.weights", "engine.errors")
-WORKER = (*MODEL, "engine.roofline", "cache", "scheduler", "engine.worker", "engine.messages", "engine.config")
-CLIENT = ("engine.frontend.client", "engine.llm", "engine.messages", "engine.errors", "kernels", "bench")
+WORKER = (
+    *MODEL,
+    *("engine.roofline", "cache", "scheduler", "engine.worker"),
+    *("engine.messages", "engine.expert_statistics", "engine.config"),
+)
+MESSAGES = ("engine.messages", "engine.expert_statistics", "engine.errors")
+CLIENT = ("engine.frontend.client", "engine.llm", *MESSAGES, "kernels", "bench")
 EVERYTHING = ("kernels", "cache", "scheduler", "engine", "bench")
 
 # Room -> rooms it may import. A module belongs to the longest name that fits it.
@@ -17,7 +22,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cache": ("cache",),
     "scheduler": ("scheduler", "cache"),
     "engine.errors": (),
-    "engine.messages": ("scheduler.params", "scheduler.plan"),
+    "engine.expert_statistics": (),
+    "engine.messages": ("scheduler.params", "scheduler.plan", "engine.expert_statistics"),
     "engine.device_memory": ("engine.model.config", "engine.errors"),
     "engine.config": (
         "cache.config",
@@ -67,7 +73,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 FORBIDDEN = {("scheduler", "cache.pool")}
 WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
-    *("engine.roofline", "engine.profiles", "engine.host"),
+    *("engine.roofline", "engine.profiles", "engine.host", "engine.expert_statistics"),
 )
 WITH_TORCH = "cache.pool"
 

@@ -57,11 +57,12 @@ def mlp_block(x: Tensor | None, residual: Tensor, weights: MlpWeights) -> Tensor
     return out
 
 
-def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights) -> Tensor:
+def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights, expert_ids: Tensor | None = None) -> Tensor:
     """See ops/block.py."""
     layer = weights.scratch.get("layer") or _moe_layer(weights)
     block, out = _input(x, residual)
-    native.call("moe_block", abi.MoeBlockArgs(block, layer.address))
+    chosen = None if expert_ids is None else expert_ids.data_ptr()
+    native.call("moe_block", abi.MoeBlockArgs(block, layer.address, chosen))
     return out
 
 
@@ -149,6 +150,7 @@ def _step(rows: StepRows, pages: Tensor) -> int:
             rows.num_expanded,
             paged_args(rows.expanded, block_tokens, rows.num_expanded),
             paged_args(rows.absorbed, block_tokens, len(rows.cache_slots) - rows.num_expanded),
+            None if rows.expert_ids is None else rows.expert_ids.data_ptr(),
         )
         step = rows.scratch["step"] = _Layer(struct)
     return step.address

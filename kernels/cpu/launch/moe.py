@@ -12,7 +12,14 @@ from cierzo.kernels.formats.packed import Matrix
 
 
 def route(
-    x: Tensor, weight: Matrix, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
+    x: Tensor,
+    weight: Matrix,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    renormalise: bool,
+    scale: float,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ops/moe.py."""
     x = rows(x)
@@ -22,7 +29,8 @@ def route(
     # the bf16 kernel rounds its activations, which is for those that are bf16 already
     exact = packed.format == "float32" or (packed.format == "bf16" and x.dtype == torch.bfloat16)
     check.require("route", exact, f"a router packed as {packed.format} would round what it meets, {x.dtype}")
-    ids = torch.empty((x.shape[0], top_k), dtype=torch.int64)
+    if ids is None:
+        ids = torch.empty((x.shape[0], top_k), dtype=torch.int64)
     weights = torch.empty((x.shape[0], top_k), dtype=torch.float32)
     args = abi.RouteArgs(
         x.data_ptr(),

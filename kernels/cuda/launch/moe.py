@@ -57,7 +57,14 @@ KERNELS = (*_LOGITS.values(), _CHOOSE, _GROUP)
 
 
 def route(
-    x: Tensor, weight: Matrix, top_k: int, groups: int, top_groups: int, renormalise: bool, scale: float
+    x: Tensor,
+    weight: Matrix,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    renormalise: bool,
+    scale: float,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ops/moe.py. At most 256 experts; x and weight fp32 or bf16. Two launches: logits, choice."""
     if not isinstance(weight, Tensor):
@@ -70,7 +77,8 @@ def route(
     require("route", top_k <= MOST_TOP_K, f"top_k is {top_k}, at most {MOST_TOP_K}")
     rows = x.shape[0]
     logits = _logits(x, weight)
-    ids = torch.empty((rows, top_k), dtype=torch.int64, device=x.device)
+    if ids is None:
+        ids = torch.empty((rows, top_k), dtype=torch.int64, device=x.device)
     weights = torch.empty((rows, top_k), dtype=torch.float32, device=x.device)
     launch(
         _CHOOSE,
