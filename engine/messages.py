@@ -13,7 +13,7 @@ from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import Finish, FinishReason, TokenDelta, TokenLogprobs
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = "cierzo"
 
 __all__ = ["ExpertStatistics", "Finish", "FinishReason", "SamplingParams", "TokenDelta", "TokenLogprobs"]

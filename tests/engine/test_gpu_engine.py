@@ -27,6 +27,7 @@ from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.device_inputs import DeviceInputs
+from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs
 from cierzo.engine.worker.runner import ModelRunner
 from cierzo.kernels.config import KernelsConfig
@@ -76,7 +77,14 @@ def load(config: EngineConfig, weights: str) -> Decoder:
         return build_model(config.model, parameters, device=CPU, dtype=torch.bfloat16, matrices=matrices)
 
 
-def run(config: EngineConfig, model: Decoder, chosen: tuple[int, ...], *, whole: bool) -> dict[int, list[int]]:
+def run(
+    config: EngineConfig,
+    model: Decoder,
+    chosen: tuple[int, ...],
+    *,
+    whole: bool,
+    experts: ExpertCounter | None = None,
+) -> dict[int, list[int]]:
     """Tokens of some of the requests. whole: graphs and overlap too."""
     pool = KVPool(config.layout, config.cache.num_blocks + 1, CPU)
     graphs = DecodeGraphs(
@@ -96,6 +104,7 @@ def run(config: EngineConfig, model: Decoder, chosen: tuple[int, ...], *, whole:
         staged=DeviceInputs(CPU),
         graphs=graphs if whole else None,
         overlap=whole,
+        experts=experts,
     )
     core = EngineCore(msgspec.structs.replace(config, overlap=whole), runner)
     for number in chosen:
@@ -113,6 +122,12 @@ def run(config: EngineConfig, model: Decoder, chosen: tuple[int, ...], *, whole:
 def test_tokens_are_the_same_alone_and_in_company(tmp_path: Path, like: str, weights: str) -> None:
     config = make_config(tmp_path, like)
     model = load(config, weights)
-    together = run(config, model, (0, 1, 2), whole=True)
+    counters = [None if config.model.moe is None else ExpertCounter.of(config.model) for _ in range(2)]
+    together = run(config, model, (0, 1, 2), whole=True, experts=counters[0])
     assert [len(together[number]) for number in range(3)] == list(NEW_TOKENS)
-    assert run(config, model, (1,), whole=False)[1] == together[1]
+    assert run(config, model, (1,), whole=False, experts=counters[1])[1] == together[1]
+    for counter, least in zip(counters, (sum(map(len, PROMPTS)) + sum(NEW_TOKENS) - 3, 10), strict=True):
+        if counter is not None:
+            statistics = counter.statistics()
+            assert statistics.tokens >= least
+            assert {sum(counts) for counts in statistics.expert_tokens} == {statistics.tokens * statistics.top_k}

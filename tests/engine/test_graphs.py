@@ -16,6 +16,7 @@ from cierzo.engine.messages import Submit, TokenDelta
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.device_inputs import DeviceInputs
+from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs, Recording, bound_of, buckets
 from cierzo.engine.worker.runner import ModelRunner, load_model
 from cierzo.scheduler.params import SamplingParams
@@ -33,7 +34,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     return resolve(options)
 
 
-def run(config: EngineConfig, *, graphs: bool, overlap: bool = False) -> list[list[tuple[int, list[int], object]]]:
+def run(
+    config: EngineConfig, *, graphs: bool, overlap: bool = False, experts: ExpertCounter | None = None
+) -> list[list[tuple[int, list[int], object]]]:
     """Tokens and log-probabilities of a load in which sequences come, grow past blocks, and go."""
     model, kv, _ = load_model(config)
     spacious = KVPool(config.layout, kv.num_blocks + 1, CPU)
@@ -56,6 +59,7 @@ def run(config: EngineConfig, *, graphs: bool, overlap: bool = False) -> list[li
         staged=DeviceInputs(CPU),
         graphs=recorded if graphs else None,
         overlap=overlap,
+        experts=experts,
     )
     core = EngineCore(msgspec.structs.replace(config, overlap=overlap), runner)
     found: dict[int, list[TokenDelta]] = {}
@@ -85,6 +89,20 @@ def test_tokens_are_equal_with_graphs_on_and_off(config: EngineConfig) -> None:
     assert run(config, graphs=False, overlap=True) == plain
     assert 4 <= Repeated.recordings <= 2 * len(buckets(MAX_RUNNING))  # of both runs with graphs
     assert Repeated.replays > 80
+
+
+@needs_native
+@pytest.mark.parametrize("overlap", [False, True])
+def test_experts_of_recorded_steps_are_counted_without_their_padding(config: EngineConfig, overlap: bool) -> None:
+    """Overlapped, a step's choices are read after the next one was launched: each has its own."""
+    launched, recorded = ExpertCounter.of(config.model), ExpertCounter.of(config.model)
+    tokens = run(config, graphs=False, overlap=overlap, experts=launched)
+    assert run(config, graphs=True, overlap=overlap, experts=recorded) == tokens
+    statistics = recorded.statistics()
+    assert statistics == launched.statistics()
+    assert {bucket.most_tokens for bucket in statistics.decode} == {1, 2, 4, 8}
+    assert statistics.decode[-1].tokens % MAX_RUNNING  # steps of five, in the graph of six
+    assert {sum(counts) for counts in statistics.expert_tokens} == {statistics.tokens * statistics.top_k}
 
 
 def test_buckets_and_bounds_end_where_the_limits_do() -> None:

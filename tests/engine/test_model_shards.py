@@ -52,7 +52,14 @@ class Meeting:
         return all_reduce
 
 
-def compute(name: str, rank: int, world: int, all_reduce: AllReduce | None, token_ids: Tensor = TOKENS) -> Tensor:
+def compute(
+    name: str,
+    rank: int,
+    world: int,
+    all_reduce: AllReduce | None,
+    token_ids: Tensor = TOKENS,
+    expert_ids: Tensor | None = None,
+) -> Tensor:
     """One step of 9 prompt and 3 generated rows of one sequence -> this rank's logits of LOGIT_ROWS."""
     config = read_config(name)
     specs = parameter_specs(config)
@@ -64,7 +71,7 @@ def compute(name: str, rank: int, world: int, all_reduce: AllReduce | None, toke
     tables = torch.tensor([[5, 2, 7]], dtype=torch.int32)
     slots = torch.tensor([20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31])
     expanded, absorbed = make_queries([(9, 9, 0)], tables), make_queries([(3, 12, 0)], tables)
-    inputs = ModelInputs(token_ids, torch.arange(12), slots, 9, expanded, absorbed)
+    inputs = ModelInputs(token_ids, torch.arange(12), slots, 9, expanded, absorbed, expert_ids)
     return model.logits(inputs, pool, LOGIT_ROWS)
 
 
@@ -85,6 +92,45 @@ def test_a_model_in_one_call_is_its_operations_one_by_one(name: str) -> None:
     blocks = ("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block")
     bind(KernelsConfig(implementations=dict.fromkeys(blocks, "torch")), "cpu")
     assert torch.equal(compute(name, 0, 1, None), together)
+
+
+@pytest.mark.parametrize("name", ["moe", "moe_dense_first", "moe_groups"])
+def test_chosen_experts_surface_however_it_is_computed(name: str) -> None:
+    """In one call, operation by operation, and on each of two ranks; of the layers that have experts alone."""
+    config = read_config(name)
+    assert config.moe is not None
+    shape = (config.num_layers - config.moe.first_dense_layers, len(TOKENS), config.moe.experts_per_token)
+    chosen = torch.full((4, *shape), -1)
+    bind(KernelsConfig(), "cpu")
+    logits = compute(name, 0, 1, None, expert_ids=chosen[0])
+    assert torch.equal(logits, compute(name, 0, 1, None))
+    meeting = Meeting(WORLD)
+    with ThreadPoolExecutor(WORLD) as threads:
+        list(threads.map(lambda r: compute(name, r, WORLD, meeting.of(r), TOKENS, chosen[1 + r]), range(WORLD)))
+    blocks = ("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block")
+    bind(KernelsConfig(implementations=dict.fromkeys(blocks, "torch")), "cpu")
+    compute(name, 0, 1, None, expert_ids=chosen[3])
+    for each in chosen[1:]:
+        assert torch.equal(each, chosen[0])
+    assert 0 <= int(chosen.min()) <= int(chosen.max()) < config.moe.num_experts
+    distinct = chosen[0].sort(-1).values.diff(dim=-1)
+    assert bool((distinct > 0).all())  # a token's experts are different ones
+
+
+def test_a_place_for_experts_that_does_not_fit_is_refused() -> None:
+    """C++ would write beyond its end."""
+    bind(KernelsConfig(), "cpu")
+    for wrong in (
+        torch.zeros(2, 12, 2).long(),
+        torch.zeros(1, 11, 2).long(),
+        torch.zeros(1, 12, 3).long(),
+        torch.zeros(1, 12, 2),
+        torch.zeros(1, 2, 12).long().mT,
+    ):
+        with pytest.raises(ArgumentError, match=r"decoder: expert ids must be contiguous int64 \[1, 12, 2\]"):
+            compute("moe_dense_first", 0, 1, None, expert_ids=wrong)
+    with pytest.raises(ArgumentError, match=r"decoder: expert ids must be contiguous int64 \[0, 12\]"):
+        compute("mistral", 0, 1, None, expert_ids=torch.zeros(0, 12, 2).long())
 
 
 @pytest.mark.parametrize("token_id", [-1, 96, 2**40])

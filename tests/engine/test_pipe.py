@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from cierzo.cache.config import CacheConfig
@@ -20,6 +21,8 @@ from cierzo.engine.messages import (
     CoreCommand,
     CoreError,
     CoreEvent,
+    ExpertSummary,
+    ReadExperts,
     Ready,
     SamplingParams,
     Shutdown,
@@ -27,7 +30,8 @@ from cierzo.engine.messages import (
     Submit,
     TokenDelta,
 )
-from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.core import EngineCore, make_runner
+from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.pipe import CorePipe, PipeClosed
 from cierzo.engine.worker.process import STATS_INTERVAL_S, CoreLoop
@@ -191,6 +195,29 @@ def test_an_abort_is_answered_although_no_step_runs(ends: tuple[CorePipe, Peer])
     loop.turn()
     deltas = peer.deltas(2)
     assert [delta.finish.reason for delta in deltas if delta.finish] == ["cancelled", "cancelled"]
+
+
+def test_expert_statistics_are_sent_once_for_each_question(ends: tuple[CorePipe, Peer]) -> None:
+    pipe, peer = ends
+    runner = make_runner(CONFIG)
+    runner.experts = counter = ExpertCounter([2], 4, 2)
+    clock = Clock()
+    loop = CoreLoop(EngineCore(CONFIG, runner), pipe, clock)
+    peer.send(ReadExperts())
+    loop.turn()  # with nothing to compute
+    first = peer.receive()
+    assert first.experts == counter.statistics()
+    assert first.stats.experts is None
+    counter.add(np.array([[[0, 3], [0, 1]]]), "decode")
+    peer.send(submit(1, max_tokens=3))
+    loop.turn()
+    assert peer.receive().experts is None
+    clock.now += STATS_INTERVAL_S
+    peer.send(ReadExperts())
+    loop.turn()
+    last = peer.receive()
+    assert last.experts.expert_tokens == [[2, 1, 0, 1]]
+    assert last.stats.experts == ExpertSummary(distinct_per_step=3.0, largest_imbalance=2.0)
 
 
 def test_the_loop_ends_on_shutdown_and_on_a_closed_socket(ends: tuple[CorePipe, Peer]) -> None:

@@ -63,6 +63,28 @@ def test_ties_go_to_the_lower_expert(implementation: str) -> None:
     assert ids.tolist() == [[0, 1, 2]] * 70
 
 
+@pytest.mark.parametrize("implementation", choices("route"))
+def test_experts_are_written_where_they_are_wanted(implementation: str) -> None:
+    use("route", implementation)
+    x, weight = torch.randn(5, D, generator=torch.Generator().manual_seed(1)), torch.eye(E, D)
+    settings = {"top_k": 3, "groups": 1, "top_groups": 1, "renormalise": True, "scale": 1.0}
+    around = torch.full((3, 5, 3), -1)
+    ids, weights = moe.route(x, weight, **settings, ids=around[1])
+    want_ids, want = moe.route(x, weight, **settings)
+    assert ids.data_ptr() == around[1].data_ptr()
+    assert torch.equal(around[1], want_ids)
+    assert torch.equal(weights, want)
+    assert bool((around[[0, 2]] == -1).all())
+    for wrong in (
+        torch.zeros(5, 4).long(),
+        torch.zeros(4, 3).long(),
+        torch.zeros(5, 3),
+        torch.zeros(3, 5).long().T,
+    ):
+        with pytest.raises(ArgumentError, match=r"route: expert ids must be contiguous int64 \[5, 3\]"):
+            moe.route(x, weight, **settings, ids=wrong)
+
+
 @pytest.mark.parametrize("implementation", choices("group_by_expert"))
 def test_grouping_is_stable(implementation: str) -> None:
     use("group_by_expert", implementation)

@@ -274,9 +274,9 @@ def test_importing_the_client_is_light():
 def test_version_mismatch_is_told_apart(run, serving, monkeypatch):
     async def body():
         async with serving() as house:
-            monkeypatch.setattr("cierzo.engine.frontend.rpc.PROTOCOL_VERSION", 2)
+            monkeypatch.setattr("cierzo.engine.frontend.rpc.PROTOCOL_VERSION", 3)
             with pytest.raises(VersionMismatch) as caught:
                 await Client.connect(house.address)
-            assert (caught.value.limit, caught.value.value) == ("2", "1")
+            assert (caught.value.limit, caught.value.value) == ("3", "2")
 
     run(body())

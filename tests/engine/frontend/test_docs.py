@@ -12,11 +12,21 @@ import pytest
 
 from cierzo.engine import messages
 from cierzo.engine.errors import BY_CODE
+from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import ClientMessage, SamplingParams, ServerMessage
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "rpc.md").read_text(encoding="utf-8")
-PARTS = (messages.Limits, messages.Usage, messages.Timings, messages.SampleEnd, messages.CoreStats)
+PARTS = (
+    messages.Limits,
+    messages.Usage,
+    messages.Timings,
+    messages.SampleEnd,
+    messages.CoreStats,
+    messages.ExpertSummary,
+    ExpertStatistics,
+    StepBucket,
+)
 STRUCTS = [*get_args(ClientMessage), *get_args(ServerMessage), *PARTS, messages.ChatMessage, messages.ToolCall]
 
 

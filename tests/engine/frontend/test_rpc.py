@@ -44,7 +44,7 @@ async def _still_serves(house):
         assert (await client.complete(token_ids=[1], max_tokens=2)).usage.output_tokens == 2
 
 
-HELLO = {"type": "hello", "magic": "cierzo", "version": 1}
+HELLO = {"type": "hello", "magic": "cierzo", "version": 2}
 ENDS_THE_CONNECTION = {
     "wrong version": (
         None,
@@ -52,7 +52,7 @@ ENDS_THE_CONNECTION = {
         "version_mismatch",
         "version",
     ),
-    "wrong magic": (None, {"type": "hello", "magic": "other", "version": 1}, "protocol_error", "magic"),
+    "wrong magic": (None, {"type": "hello", "magic": "other", "version": 2}, "protocol_error", "magic"),
     "no hello": (None, {"type": "ping", "stream": 1}, "protocol_error", "type"),
     "garbage instead of hello": (None, b"\xc1\xc1\xc1", "protocol_error", "type"),
     "maps without end": (Hello(), b"\x81\xa1x" * 50_000, "protocol_error", "frame"),
@@ -230,7 +230,7 @@ def test_the_welcome_tells_the_limits(run, serving, peering):
             peer.say(Hello(client="test"))
             welcome = await peer.hear()
             assert isinstance(welcome, Welcome)
-            assert (welcome.model, welcome.version) == ("fake", 1)
+            assert (welcome.model, welcome.version) == ("fake", 2)
             limits = welcome.limits
             assert (limits.max_streams, limits.max_samples, limits.max_model_len) == (7, 3, 4096)
 

@@ -89,6 +89,18 @@ def test_no_rows_and_thousands() -> None:
     torch.testing.assert_close(weights.double(), want.double(), rtol=2e-5, atol=0.0)
 
 
+def test_experts_are_written_where_they_are_wanted() -> None:
+    x, weight = rows_and_router(5, 40, 33, BF16)
+    around = torch.full((3, 5, 4), -1)
+    settings = {"top_k": 4, "groups": 1, "top_groups": 1, "renormalise": True, "scale": 2.5}
+    ids, weights = moe.route(x, weight, **settings, ids=around[1])
+    want_ids, want = route(x, weight)
+    assert ids.data_ptr() == around[1].data_ptr()
+    assert torch.equal(around[1], want_ids)
+    assert torch.equal(weights, want)
+    assert bool((around[[0, 2]] == -1).all())
+
+
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_probabilities_are_left_as_they_are_unless_asked(renormalise: bool) -> None:
     x, weight = rows_and_router(9, 40, 33, F32)
