@@ -240,13 +240,14 @@ def _print_info(path: str) -> int:
 
 
 def _bench_commands(parser: argparse.ArgumentParser) -> None:
-    from cierzo.bench import load, step
+    from cierzo.bench import experts, load, step
 
     def run_step(arguments: argparse.Namespace) -> int:
         return step.run(arguments, sys.argv[3:])
 
     benches = parser.add_subparsers(required=True, metavar="BENCH")
     load.add_arguments(_command(benches, "load", load.main, "load a running server: closed or open loop"))
+    experts.add_arguments(_command(benches, "experts", experts.main, "count which experts real traffic chooses"))
     step.add_arguments(_command(benches, "step", run_step, "time the step loop, or a model's step by operation"))
 
 

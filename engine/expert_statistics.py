@@ -95,23 +95,31 @@ def expected_distinct(statistics: ExpertStatistics, layer: int, tokens: float, p
     decode or of prefill steps alone; the shares are those of all tokens. Raises ValueError where nothing was
     counted, and for negative tokens.
     """
+    distinct = independent_distinct(statistics, layer, tokens)
+    if tokens < 1:
+        return distinct
+    points = [(0.0, 1.0)]
+    for bucket in statistics.buckets(phase):
+        mean_tokens = bucket.tokens / bucket.steps
+        ratio = bucket.distinct[layer] / bucket.steps / independent_distinct(statistics, layer, mean_tokens)
+        if mean_tokens > 1:
+            points.append((math.log2(mean_tokens), ratio))
+    distinct *= _interpolated(points, math.log2(tokens))
+    return min(max(distinct, float(statistics.top_k)), float(statistics.num_experts))
+
+
+def independent_distinct(statistics: ExpertStatistics, layer: int, tokens: float) -> float:
+    """f(T) of `expected_distinct`: as if tokens chose independently. Raises as that does."""
     if not 0 <= layer < len(statistics.layers):
         raise ValueError(f"layer {layer} of {len(statistics.layers)} MoE layers")
     if not 0 <= tokens < math.inf:
         raise ValueError(f"tokens {tokens}: a step has 0 or more")
-    if statistics.tokens == 0:
+    counts, total = statistics.expert_tokens[layer], statistics.tokens
+    if total == 0:
         raise ValueError("the expert statistics hold no steps")
     if tokens < 1:
         return tokens * statistics.top_k
-    shares = [count / statistics.tokens for count in statistics.expert_tokens[layer]]
-    points = [(0.0, 1.0)]
-    for bucket in statistics.buckets(phase):
-        mean_tokens = bucket.tokens / bucket.steps
-        ratio = bucket.distinct[layer] / bucket.steps / _independent(shares, mean_tokens)
-        if mean_tokens > 1:
-            points.append((math.log2(mean_tokens), ratio))
-    distinct = _independent(shares, tokens) * _interpolated(points, math.log2(tokens))
-    return min(max(distinct, float(statistics.top_k)), float(statistics.num_experts))
+    return sum(1.0 if n >= total else -math.expm1(tokens * math.log1p(-n / total)) for n in counts)
 
 
 def difference(later: ExpertStatistics, earlier: ExpertStatistics) -> ExpertStatistics:
@@ -130,11 +138,6 @@ def difference(later: ExpertStatistics, earlier: ExpertStatistics) -> ExpertStat
     if min((bucket.steps for bucket in (*found.decode, *found.prefill)), default=0) < 0:
         raise ValueError("the earlier expert statistics hold more steps than the later: the engine began anew")
     return found
-
-
-def _independent(shares: list[float], tokens: float) -> float:
-    """f(T), T >= 1."""
-    return sum(1.0 if p >= 1 else -math.expm1(tokens * math.log1p(-p)) for p in shares)
 
 
 def _interpolated(points: list[tuple[float, float]], x: float) -> float:

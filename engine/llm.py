@@ -35,6 +35,7 @@ from cierzo.engine.launch import checkpoint_folder, model_info
 from cierzo.engine.messages import (
     Abort,
     ChatMessage,
+    ExpertStatistics,
     FinishReason,
     Generate,
     SamplingParams,
@@ -150,6 +151,12 @@ class LLM:
         params = SamplingParams() if sampling is None else sampling
         message = Generate(stream=0, messages=turns, sampling=params, reasoning_effort=reasoning_effort)
         return self._run([self._submit(message)], progress)[0]
+
+    def expert_statistics(self) -> ExpertStatistics | None:
+        """Which experts all calls so far have chosen; None without the setting of this name."""
+        if self._core is None:
+            raise RuntimeError("this LLM is closed")
+        return self._core.expert_statistics()
 
     def close(self) -> None:
         """Let go of model and cache; further calls raise RuntimeError."""
