@@ -160,8 +160,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ),
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
-            ("experts", "counted" if self.expert_statistics else "not counted"),
         ]
+        if self.model.moe is not None:
+            rows.append(("experts", "counted" if self.expert_statistics else "not counted"))
         if self.card is not None:
             rows.append(("simulation", f"{self.card.describe()}; nothing is computed, tokens are made up"))
         lines = [f"{key:<14} {value}" for key, value in rows]

@@ -9,9 +9,11 @@ import pytest
 from msgspec.structs import replace
 
 from cierzo.cache.config import CacheConfig
+from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.core_link import spawn_worker
+from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
 
@@ -75,5 +77,27 @@ def test_a_checkpoint_that_cannot_be_read(run, serving, spawn, children, tmp_pat
             ):
                 pass
         assert children[0].returncode is not None
+
+    run(body())
+
+
+def test_experts_that_a_model_chose_are_read_through_the_server(run, serving, spawn, tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "tiny", like="small4", scale="tiny")
+    config = resolve(EngineOptions(model=str(checkpoint), kv_cache_gib=0.01, expert_statistics=True))
+
+    async def body():
+        async with (
+            serving(engine_config=config, spawn=spawn, counts_experts=True) as house,
+            await Client.connect(house.address) as client,
+        ):
+            nothing = await client.experts()
+            assert (nothing.layers, nothing.tokens) == ([0, 1, 2], 0)
+            await client.complete(token_ids=[5, 6, 7], max_tokens=4, ignore_eos=True)
+            counted = await client.experts()
+            assert (counted.steps("prefill"), counted.steps("decode"), counted.tokens) == (1, 3, 6)
+            assert {sum(counts) for counts in counted.expert_tokens} == {6 * counted.top_k}
+            while (summary := (await client.stats()).core.experts) is None:  # the next figures are due in 0.1 s
+                pass
+            assert summary.largest_imbalance <= counted.num_experts / counted.top_k
 
     run(body())
