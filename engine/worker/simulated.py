@@ -131,6 +131,7 @@ class SimulatedRunner:
     def __init__(self, config: EngineConfig, clock: Clock, distinct: Distinct | None = None) -> None:
         assert config.card is not None
         self.model = StepModel(config, config.card, distinct)
+        self.experts = None  # nothing is routed
         self.totals = StepTotals()
         self.token_ids = [0] * config.scheduler.max_running  # that a slot's sequence always gets
         self._num_logprobs: list[int | None] = [None] * config.scheduler.max_running

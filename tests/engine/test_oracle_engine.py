@@ -56,7 +56,7 @@ class WatchedRunner:
     """A model runner over pages full of NaN that remembers which segments each step computed."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
+        self._runner, self.experts = runner, runner.experts
         self.expanded: list[list[int]] = []  # per step: lengths of its segments
         self.absorbed: list[list[int]] = []
         self.admitted_at: list[int] = []  # first computed position of each admission
