@@ -16,6 +16,10 @@ from cierzo.engine.model.config import ModelConfig
 
 PHASES: tuple[Phase, Phase] = ("decode", "prefill")
 BUCKETS = 32  # steps of up to 2^31 tokens
+# Between two steps numpy's code and the counts are out of the CPU's caches, and cost ten times what they cost for
+# the second of several steps: so several are counted together, few enough that nobody sees the pause.
+MOST_WAITING_STEPS = 64
+MOST_WAITING_TOKENS = 1024
 
 
 class ExpertCounter:
@@ -30,6 +34,8 @@ class ExpertCounter:
         self._steps = np.zeros((len(PHASES), BUCKETS), np.int64)
         self._tokens = np.zeros((len(PHASES), BUCKETS), np.int64)
         self._distinct = np.zeros((len(PHASES), BUCKETS, len(layers)), np.int64)
+        self._waiting: list[tuple[NDArray[np.int64], Phase]] = []
+        self._waiting_tokens = 0
         # ids of layer l are moved to l E .. l E + E - 1, so that one pass counts all layers
         self._first = (np.arange(len(layers)) * num_experts)[:, None, None]
 
@@ -41,7 +47,19 @@ class ExpertCounter:
         return cls(layers, model.moe.num_experts, model.moe.experts_per_token)
 
     def add(self, expert_ids: NDArray[np.int64], phase: Phase) -> None:
-        """A step's int64 [L,T,K], T > 0, each in [0, E)."""
+        """A step's int64 [L,T,K], T > 0, each in [0, E); it is kept for a while, and must not change."""
+        self._waiting.append((expert_ids, phase))
+        self._waiting_tokens += expert_ids.shape[1]
+        if len(self._waiting) >= MOST_WAITING_STEPS or self._waiting_tokens >= MOST_WAITING_TOKENS:
+            self._count_waiting()
+
+    def _count_waiting(self) -> None:
+        for expert_ids, phase in self._waiting:
+            self._count(expert_ids, phase)
+        self._waiting.clear()
+        self._waiting_tokens = 0
+
+    def _count(self, expert_ids: NDArray[np.int64], phase: Phase) -> None:
         tokens = expert_ids.shape[1]
         counts = np.bincount((expert_ids + self._first).ravel(), minlength=self._expert_tokens.size)
         counts = counts.reshape(self._expert_tokens.shape)
@@ -53,6 +71,7 @@ class ExpertCounter:
 
     def summary(self) -> ExpertSummary | None:
         """The figures that every CoreStats carries; None before the first step."""
+        self._count_waiting()
         steps = int(self._steps.sum())
         if not steps:
             return None
@@ -64,6 +83,7 @@ class ExpertCounter:
 
     def statistics(self) -> ExpertStatistics:
         """All that was counted."""
+        self._count_waiting()
         return ExpertStatistics(
             layers=self.layers,
             num_experts=self.num_experts,

@@ -185,7 +185,10 @@ def decoder(token_ids: Tensor, weights: DecoderWeights, rows: StepRows, logit_ro
     if logit_rows is not None:
         check.dtype("decoder", torch.int64, logit_rows=logit_rows)
     if rows.expert_ids is not None:
-        top_ks = [half.weights.top_k for half in weights.halves if isinstance(half.weights, MoeWeights)]
+        top_ks = weights.scratch.get("top_ks")
+        if top_ks is None:
+            top_ks = [half.weights.top_k for half in weights.halves if isinstance(half.weights, MoeWeights)]
+            weights.scratch["top_ks"] = top_ks
         moe.check_expert_ids("decoder", rows.expert_ids, len(top_ks), len(token_ids), *top_ks[:1])
     return bound.decoder(token_ids, weights, rows, logit_rows)
 
