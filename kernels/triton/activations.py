@@ -10,7 +10,7 @@ four rows, each by its expert's scale, and the product reads them side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -166,9 +166,9 @@ def code_types(static: bool) -> dict[str, str]:
     return {"codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32", **({"static_ptr": "*fp32"} if static else {})}
 
 
-def scale_types(names: str, pointer: str) -> dict[str, str]:
+def scale_types(names: Iterable[str], pointer: str) -> dict[str, str]:
     """Of the pointers to scales that e4m3 rows have, and others have not."""
-    return dict.fromkeys(names.split(), "*fp32") if pointer == "*fp8e4nv" else {}
+    return dict.fromkeys(names, "*fp32") if pointer == "*fp8e4nv" else {}
 
 
 def row_constants(width: int) -> dict[str, int]:

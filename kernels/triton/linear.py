@@ -153,7 +153,7 @@ def linear_configuration(
     copied: int = 0,
 ) -> Configuration:
     """types: of x and of the result. strides: of a token and of a head, in values."""
-    scaled = {**scale_types("x_scales_ptr", types[0]), **scale_types("static_ptr out_scales_ptr", types[1])}
+    scaled = {**scale_types(["x_scales_ptr"], types[0]), **scale_types(["static_ptr", "out_scales_ptr"], types[1])}
     return Configuration(
         _linear,
         {"x_ptr": types[0], **weights.types(), "out_ptr": types[1], **scaled, "tokens": "i32"},
