@@ -1,7 +1,7 @@
 """Rows of activations in eight bits: what FP8 tensor cores multiply with FP8 weights.
 
     code [T,K]   e4m3 of clamp(x / scale of the row, -448, 448), to nearest, ties to even
-    scale [T]    static: the checkpoint's, one of a matrix, or of an expert's; else of the row: its largest |x| / 448
+    scale [T]    static: the checkpoint's, one of a matrix, or of an expert's; else the row's: its largest |x| / 448
     product      (code . weight's code) * scale * weight's scale, in fp32
 
 A row's codes are a function of the row, and of the static scale where there is one. NaN stays NaN, and its row's
@@ -47,7 +47,7 @@ def takes_fp8(matrix: Matrix) -> bool:
     return isinstance(matrix, DeviceMatrix) and matrix.activations == "fp8"
 
 
-def static_scales(matrix: Matrix) -> Tensor | None:
+def static_scales(matrix: Matrix | None) -> Tensor | None:
     """The scales of a matrix's activations, fp32 [E]; None: each row has its own, or none."""
     return matrix.activation_scales if isinstance(matrix, DeviceMatrix) else None
 

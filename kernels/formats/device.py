@@ -89,9 +89,7 @@ class DeviceMatrix:
         whole = (self.row_scales, self.activation_scales)
         row_scales, activation_scales = (None if t is None else t.to(device) for t in whole)
         codes, scales = self.codes.to(device), self.scales.to(device)
-        return replace(
-            self, codes=codes, scales=scales, row_scales=row_scales, activation_scales=activation_scales
-        )
+        return replace(self, codes=codes, scales=scales, row_scales=row_scales, activation_scales=activation_scales)
 
 
 def fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype, block: tuple[int, int] | None = None) -> DeviceMatrix:
@@ -142,8 +140,8 @@ def mxfp4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> DeviceMatrix:
 
 
 def in_fp8(matrix: DeviceMatrix, scales: Tensor | None = None) -> DeviceMatrix:
-    """The same matrix, multiplied with activations in fp8. scales: static ones, of any float dtype and shape, one an
-    expert (one of [n,k]), each the multiplier of a code. Raises DeviceFormatError for other formats and numbers."""
+    """The same matrix, multiplied with activations in fp8. scales: static ones, multipliers of codes, of any float
+    dtype, one an expert, or one of [n,k]. Raises DeviceFormatError for other formats, numbers and values."""
     if matrix.format != "fp8":
         raise DeviceFormatError(f"activations in fp8 meet weights in fp8 alone, got {matrix.format}")
     if scales is None:

@@ -1,8 +1,8 @@
 """Dense products. Letters: T tokens, D hidden width, F MLP width, N outputs, M rows, vocab.
 
 A DeviceMatrix whose `activations` are "fp8" is multiplied with rows in FP8 (formats/activations.py), by its static
-scales or each row by its own. Rows may come quantised already, by those scales (norm.rms_norm_fp8); what lies between
-the products of an MLP may be rounded to the dtype before it is quantised.
+scales or each row by its own. Rows may come quantised already, by those scales (norm.rms_norm_fp8); what lies
+between the products of an MLP may be rounded to the dtype before it is quantised.
 """
 
 from __future__ import annotations

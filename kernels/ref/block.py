@@ -106,8 +106,8 @@ def _normed(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> T
 
 
 def _normed_for(matrix: Matrix, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Rows:
-    """The norm as the one matrix that reads it takes it. The router and the experts, which have scales of their own,
-    share theirs, and so get it in the model's dtype."""
+    """The norm, as the one matrix that reads it takes it. What the router reads, and each expert by a scale of its
+    own, stays in the model's dtype."""
     if not takes_fp8(matrix):
         return _normed(x, residual, weight, eps)
     scale = static_scales(matrix)

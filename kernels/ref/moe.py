@@ -61,8 +61,7 @@ def expert_mlp(
     """See ops/moe.py."""
     slots = weights.shape[1]
     rows = x[order // slots]
-    gate_up, down = (matrix if takes_fp8(matrix) else as_tensor(matrix) for matrix in (gate_up, down))
-    outputs = _each_expert(rows, gate_up, down, starts.tolist())
+    outputs = _each_expert(rows, _by_expert(gate_up), _by_expert(down), starts.tolist())
     by_slot = torch.empty_like(outputs)
     by_slot[order] = outputs
     by_slot = by_slot.view(-1, slots, x.shape[1])
@@ -72,6 +71,11 @@ def expert_mlp(
     if shared_gate_up is not None and shared_down is not None:
         total += gated_mlp(x, shared_gate_up, shared_down)
     return total.to(x.dtype)
+
+
+def _by_expert(matrix: Matrix) -> Tensor | DeviceMatrix:
+    """What gives an expert's matrix by its number."""
+    return matrix if isinstance(matrix, DeviceMatrix) and takes_fp8(matrix) else as_tensor(matrix)
 
 
 def _each_expert(

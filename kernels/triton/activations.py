@@ -1,11 +1,11 @@
 """Rows of activations into e4m3 codes, each row with its scale (formats/activations.py), a program a row.
 
 Products take codes alone: quantising on load, every tile of outputs would do the same row again, and a row's own
-scale is not known before its end. What writes rows can write codes: norms (norm.py), and the product before a static
-scale (`store_rows`).
+scale is not known before its end. What writes rows can write codes: norms (norm.py), and a product whose result
+meets a static scale (`store_tile`). The bits are those of the kernels here.
 
-The experts' rows are put into the order in which they are multiplied (moe.py): a token that goes to four experts has
-four rows, each by its expert's scale, and the product reads them side by side.
+The experts' rows are put into the order in which they are multiplied (moe.py): a token that goes to four experts
+has four rows, each by its expert's scale, and the product reads them side by side.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from cierzo.kernels.formats.activations import QuantisedRows
+from cierzo.kernels.formats.activations import QuantisedRows, Rows
 from cierzo.kernels.formats.device import E4M3, LARGEST_E4M3, SMALLEST
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.product import row_stride
@@ -37,12 +37,14 @@ def e4m3(values, scales):
 @kernel
 def row_scale(values):
     """Of one row, fp32; its NaN do not count."""
-    peak = tl.max(tl.abs(values))
+    peak = tl.max(tl.where(values == values, tl.abs(values), 0.0))
     return tl.where(peak >= LEAST_PEAK, tl.div_rn(peak, LARGEST), 1.0)
 
 
 @kernel
-def store_row(values, static_ptr, codes_ptr, scales_ptr, row, columns, inside, K: tl.constexpr, STATIC: tl.constexpr):
+def store_row(
+    values, static_ptr, codes_ptr, scales_ptr, row, columns, inside, K: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
     """One row [BLOCK], fp32, zeros where it is not inside: its codes, and its scale, *static_ptr where STATIC."""
     if STATIC:
         scale = tl.load(static_ptr)
@@ -105,7 +107,7 @@ def _quantise_pairs(
 
 def quantise_rows(x: Tensor, scale: Tensor | None) -> QuantisedRows:
     """See formats/activations.py; x [T,K], whose rows may be strided."""
-    rows = empty_rows(x.shape[0], x.shape[1], x)
+    rows = empty_rows(x, *x.shape)
     stride = row_stride("quantise_rows", "x", x)
     configuration = rows_configuration(POINTER[x.dtype], x.shape[1], stride, scale is not None)
     launch(configuration, (x.shape[0],), x_ptr=x, **row_pointers(rows, scale))
@@ -115,10 +117,10 @@ def quantise_rows(x: Tensor, scale: Tensor | None) -> QuantisedRows:
 def quantise_pairs(
     x: Tensor, order: Tensor, starts: Tensor, slots: int, scales: tuple[Tensor | None, Tensor | None], shared: bool
 ) -> QuantisedRows:
-    """[T*K + T, D] in the order of moe.py; without the last T where there is no shared expert. scales: static ones of
-    the experts, [E], and of the shared one, [1], both or neither."""
+    """[T*K + T, D] in the order of moe.py; without the last T where there is no shared expert. scales: static ones
+    of the experts, [E], and of the shared one, [1], both or neither."""
     tokens, width, experts = x.shape[0], x.shape[1], len(starts) - 1
-    rows = empty_rows(tokens * slots + (tokens if shared else 0), width, x)
+    rows = empty_rows(x, tokens * slots + (tokens if shared else 0), width)
     stride = row_stride("quantise_pairs", "x", x)
     static = scales[0] is not None
     configuration = pairs_configuration(POINTER[x.dtype], width, stride, experts, slots, static, shared)
@@ -128,7 +130,7 @@ def quantise_pairs(
     return rows
 
 
-def empty_rows(count: int, width: int, like: Tensor) -> QuantisedRows:
+def empty_rows(like: Rows, count: int, width: int) -> QuantisedRows:
     """[count, width], of rows like those of `like`."""
     codes = torch.empty(count, width, dtype=E4M3, device=like.device)
     return QuantisedRows(codes, torch.empty(count, dtype=torch.float32, device=like.device), like.dtype)

@@ -90,7 +90,7 @@ def gated_mlp_into(x: Rows, gate_up: Matrix, down: Matrix, out: Tensor) -> Tenso
     if static is None:
         _multiply("gated_mlp", x, gate_up, inner, paired=True)
         return _multiply("gated_mlp", inner, down, out)
-    rows = empty_rows(*inner.shape, inner)
+    rows = empty_rows(x, *inner.shape)
     _multiply("gated_mlp", x, gate_up, rows.codes, paired=True, static=static, out_scales=rows.scales)
     return _multiply("gated_mlp", rows, down, out)
 

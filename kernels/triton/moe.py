@@ -67,8 +67,8 @@ def _expert_gate_up(
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
-    """inner[row] = silu(gate) * up of the row's token. e4m3 x lies in the order of rows, with a scale each; e4m3 inner
-    is made by the scale of its expert, static_ptr[expert]."""
+    """inner[row] = silu(gate) * up of the row's token. e4m3 x lies in the order of rows, with a scale each; e4m3
+    inner is made by the scale of its expert, static_ptr[expert]."""
     F: tl.constexpr = ROWS // 2
     across: tl.constexpr = tl.cdiv(F, BLOCK_N)
     tile_t = tl.program_id(0) // across
@@ -200,10 +200,11 @@ def expert_mlp(
 
     rows: Rows = x
     if takes_fp8(gate_up):
-        scales = static_scales(gate_up), static_scales(shared_gate_up) if together and shared_gate_up is not None else None
-        rows = quantise_pairs(x, order, starts, slots, scales, together)
+        rows = quantise_pairs(
+            x, order, starts, slots, (static_scales(gate_up), static_scales(shared_gate_up)), together
+        )
     inner = x.new_empty(pairs + (tokens if together else 0), inner_width)
-    codes = empty_rows(*inner.shape, inner) if static_scales(down) is not None else None
+    codes = empty_rows(x, *inner.shape) if static_scales(down) is not None else None
     first = {**_operand("x", rows), **_operand("inner", inner if codes is None else codes), **_static(down)}
     first |= _static(shared_down, "shared_") if together else {}
     types = POINTER[first["x_ptr"].dtype], POINTER[first["inner_ptr"].dtype]
@@ -254,12 +255,18 @@ def _operand(name: str, rows: Rows) -> dict[str, Tensor]:
 
 def _static(matrix: Matrix | None, prefix: str = "") -> dict[str, Tensor]:
     """The static scales of a matrix's activations, if it has any."""
-    scales = None if matrix is None else static_scales(matrix)
+    scales = static_scales(matrix)
     return {} if scales is None else {f"{prefix}static_ptr": scales}
 
 
 def gate_up_configuration(
-    pointers_of: tuple[str, str], weights: Weights, chosen: Tile, experts: int, slots: int, shared: bool, stride: int
+    pointers_of: tuple[str, str],
+    weights: Weights,
+    chosen: Tile,
+    experts: int,
+    slots: int,
+    shared: bool,
+    stride: int,
 ) -> Configuration:
     """pointers_of: x and inner, "*fp8e4nv" if they are codes. stride: of x's rows."""
     types = {"x_ptr": pointers_of[0], **scale_types(["x_scales_ptr"], pointers_of[0]), "inner_ptr": pointers_of[1]}

@@ -78,7 +78,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> QuantisedRows:
     """See ops/norm.py."""
-    rows = empty_rows(*x.shape, x)
+    rows = empty_rows(x, *x.shape)
     configuration = rms_norm_configuration(POINTER[x.dtype], x.shape[1], x.stride(0), _scaled(scale))
     launch(configuration, (len(x),), x_ptr=x, weight_ptr=weight, eps=eps, **row_pointers(rows, scale))
     return rows
@@ -96,7 +96,7 @@ def add_rms_norm_fp8(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None
 ) -> QuantisedRows:
     """See ops/norm.py."""
-    rows = empty_rows(*x.shape, x)
+    rows = empty_rows(x, *x.shape)
     strides = x.stride(0), residual.stride(0)
     configuration = add_rms_norm_configuration(POINTER[x.dtype], x.shape[1], *strides, _scaled(scale))
     tensors = {"x_ptr": x, "residual_ptr": residual, "weight_ptr": weight}

@@ -9,8 +9,8 @@ registers, without rounding where that is bf16 (formats/device.py); scales of wh
 those of blocks of k the sum of their steps.
 
 e4m3 activations (formats/activations.py) meet e4m3 weights as they are. Hopper's FP8 MMA adds up in fewer bits than
-fp32 has (some 14, by measurements that others published); so each step of BLOCK_K columns, 128, is a chain of its own,
-whose sum is added to the fp32 total: max_num_imprecise_acc, the same for every row, size and width of a tile.
+fp32 has (some 14, by measurements that others published); so each step of BLOCK_K columns, 128, is a chain of its
+own, whose sum is added to the fp32 total: max_num_imprecise_acc, the same for every row, size and width of a tile.
 
 TOKENS_ON_M says which operand is which. The MMA of Hopper has 64 rows, M, and 8 to 256 columns, N: with weights on
 M a tile may have fewer than 64 tokens, down to 16.
@@ -42,8 +42,8 @@ def product(
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BLOCK_T, BLOCK_N]. x_rows: int64 [BLOCK_T], where rows start, in values; rows that are not x_inside are
-    not read and count as zeros. x_scales: of e4m3 rows, fp32 [BLOCK_T]; else None. outputs: int32 [BLOCK_N], the weights' rows, past the end too (nothing past it is
-    read; those columns mean nothing). expert: int64."""
+    not read and count as zeros. x_scales: fp32 [BLOCK_T], of e4m3 rows; else None. outputs: int32 [BLOCK_N], the
+    weights' rows, past the end too (nothing past it is read; those columns mean nothing). expert: int64."""
     TOTAL: tl.constexpr = ROWS // 2 if PAIRED else ROWS
     rows = tl.minimum(outputs, TOTAL - 1)
     codes_ptr += expert * EXPERT_STRIDE

@@ -39,7 +39,13 @@ CPU = torch.device("cpu")
 MAX_RUNNING = 3
 PROMPTS = ([5, 9, 2, 11, 7], [3] * 9, [8, 1])
 NEW_TOKENS = (3, 2, 3)
-MODELS = (("small4", "nvfp4"), ("small4", "fp8"), ("small3", "bf16"))
+MODELS = (
+    ("small4", "nvfp4", "bf16"),
+    ("small4", "fp8", "bf16"),
+    ("small4", "fp8", "fp8"),
+    ("small3", "bf16", "bf16"),
+    ("small3", "fp8", "fp8"),
+)
 
 
 @pytest.fixture(autouse=True)
