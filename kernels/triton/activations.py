@@ -43,14 +43,14 @@ def row_scale(values):
 
 @kernel
 def store_row(
-    values, static_ptr, codes_ptr, scales_ptr, row, columns, inside, K: tl.constexpr, STATIC: tl.constexpr,
+    values, static_ptr, codes_ptr, scales_ptr, row, columns, inside, D: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     """One row [BLOCK], fp32, zeros where it is not inside: its codes, and its scale, *static_ptr where STATIC."""
     if STATIC:
         scale = tl.load(static_ptr)
     else:
         scale = row_scale(values)
-    tl.store(codes_ptr + row * K + columns, e4m3(values, tl.broadcast_to(scale, values.shape)), mask=inside)
+    tl.store(codes_ptr + row * D + columns, e4m3(values, tl.broadcast_to(scale, values.shape)), mask=inside)
     tl.store(scales_ptr + row, scale)
 
 
@@ -71,19 +71,19 @@ def store_tile(
 @kernel
 def _quantise_rows(
     x_ptr, static_ptr, codes_ptr, scales_ptr,
-    X_STRIDE: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr,
+    X_STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < K
+    inside = columns < D
     x = tl.load(x_ptr + row * X_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
-    store_row(x, static_ptr, codes_ptr, scales_ptr, row, columns, inside, K, STATIC)
+    store_row(x, static_ptr, codes_ptr, scales_ptr, row, columns, inside, D, STATIC)
 
 
 @kernel
 def _quantise_pairs(
     x_ptr, order_ptr, starts_ptr, static_ptr, shared_static_ptr, codes_ptr, scales_ptr, tokens,
-    X_STRIDE: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, LANES: tl.constexpr,
+    X_STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, LANES: tl.constexpr,
     SLOTS: tl.constexpr, STATIC: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """codes[row] of the row's token, in the order of moe.py; the scale is that of the row's expert where STATIC."""
@@ -100,9 +100,9 @@ def _quantise_pairs(
             if row >= pairs:
                 static_ptr = shared_static_ptr
     columns = tl.arange(0, BLOCK)
-    inside = columns < K
+    inside = columns < D
     x = tl.load(x_ptr + token * X_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
-    store_row(x, static_ptr, codes_ptr, scales_ptr, row, columns, inside, K, STATIC)
+    store_row(x, static_ptr, codes_ptr, scales_ptr, row, columns, inside, D, STATIC)
 
 
 def quantise_rows(x: Tensor, scale: Tensor | None) -> QuantisedRows:
@@ -175,7 +175,7 @@ def scale_types(names: Iterable[str], pointer: str) -> dict[str, str]:
 
 def row_constants(width: int) -> dict[str, int]:
     """Of a kernel that holds a row."""
-    return {"K": width, "BLOCK": next_power_of_2(width)}
+    return {"D": width, "BLOCK": next_power_of_2(width)}
 
 
 def row_warps(width: int) -> int:

@@ -23,40 +23,40 @@ from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 @kernel
 def _rms_norm(
     x_ptr, weight_ptr, out_ptr, static_ptr, codes_ptr, scales_ptr, eps,
-    X_STRIDE: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
+    X_STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     """Into out, or where CODES into codes and scales."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < K
+    inside = columns < D
     x = tl.load(x_ptr + row * X_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
-    value = _normed(x, weight_ptr, eps, columns, inside, K)
+    value = _normed(x, weight_ptr, eps, columns, inside, D)
     if CODES:
-        store_row(value.to(tl.float32), static_ptr, codes_ptr, scales_ptr, row, columns, inside, K, STATIC)
+        store_row(value.to(tl.float32), static_ptr, codes_ptr, scales_ptr, row, columns, inside, D, STATIC)
     else:
-        tl.store(out_ptr + row * K + columns, value, mask=inside)
+        tl.store(out_ptr + row * D + columns, value, mask=inside)
 
 
 @kernel
 def _add_rms_norm(
     x_ptr, residual_ptr, weight_ptr, out_ptr, static_ptr, codes_ptr, scales_ptr, eps,
-    X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     CODES: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     """The same of the sum."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < K
+    inside = columns < D
     x = tl.load(x_ptr + row * X_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
     residual_row = residual_ptr + row * RESIDUAL_STRIDE + columns
     total = x + tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
     total = total.to(residual_ptr.dtype.element_ty)
     tl.store(residual_row, total, mask=inside)
-    value = _normed(total.to(tl.float32), weight_ptr, eps, columns, inside, K)
+    value = _normed(total.to(tl.float32), weight_ptr, eps, columns, inside, D)
     if CODES:
-        store_row(value.to(tl.float32), static_ptr, codes_ptr, scales_ptr, row, columns, inside, K, STATIC)
+        store_row(value.to(tl.float32), static_ptr, codes_ptr, scales_ptr, row, columns, inside, D, STATIC)
     else:
-        tl.store(out_ptr + row * K + columns, value, mask=inside)
+        tl.store(out_ptr + row * D + columns, value, mask=inside)
 
 
 @kernel
