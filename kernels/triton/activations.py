@@ -106,7 +106,7 @@ def _quantise_pairs(
 
 
 def quantise_rows(x: Tensor, scale: Tensor | None) -> QuantisedRows:
-    """See formats/activations.py; x [T,K], whose rows may be strided."""
+    """See formats/activations.py; x [T,D], whose rows may be strided."""
     rows = empty_rows(x, *x.shape)
     stride = row_stride("quantise_rows", "x", x)
     configuration = rows_configuration(POINTER[x.dtype], x.shape[1], stride, scale is not None)
