@@ -34,7 +34,7 @@ SMALL3 = Model(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_width=32
 MODELS = {model.name: model for model in (SMALL4, SMALL3)}
 
 WEIGHTS = ("bf16", "fp8", "nvfp4")
-BY_FP8 = {"fp8 by fp8": None, "fp8 by fp8, static": 0.0625}  # activations in FP8: by row, or by this scale
+BY_FP8 = {"fp8 x fp8": None, "static fp8 x fp8": 0.0625}  # activations in FP8: by row, or by this scale
 KV = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 # Operations that multiply by weights of a number format; those that read pages; those that are compositions.

@@ -67,7 +67,7 @@ def warm(capability: int) -> dict[str, int]:
 def faults(purpose: str, compiled: Any, capability: int) -> list[str]:
     """What a kernel must not have, or lacks."""
     found = []
-    if "by fp8" in purpose and capability == 90 and not compiled.count("QGMMA"):
+    if "x fp8" in purpose and capability == 90 and not compiled.count("QGMMA"):
         found.append("multiplies FP8 in another format: no QGMMA")
     if compiled.spill_bytes and capability == 90:
         found.append(f"spills {compiled.spill_bytes} bytes")

@@ -107,7 +107,7 @@ def tasks(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Each model's slice, then its loads; a model that does not fit the card is a cell that says so."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 34
     for name, weights, activations in MODELS:
-        label = f"{name} {weights}" + (" by fp8" if activations == "fp8" else "")
+        label = f"{name} {weights}" + (" x fp8" if activations == "fp8" else "")
         yield f"{label}, slice", partial(check_slice, name, weights, device, activations=activations)
         held: list[EngineCore] = []
         make = partial(make_core, name, weights, activations, device, total)

@@ -202,7 +202,7 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
             types = "*fp8e4nv" if in_fp8 else "*bf16", "*fp32" if name == "lm_head" else "*bf16"
             strides = (k, 0), (outputs // 2 if paired else outputs, 0)
             chosen = tile(weights, types[0], paired)
-            label = f"{model} {name} {format}" + (" by fp8" if in_fp8 else "")
+            label = f"{model} {name} {format}" + (" x fp8" if in_fp8 else "")
             yield label, linear_configuration(types, weights, chosen, *strides, paired)
             if in_fp8 and paired:
                 types = types[0], "*fp8e4nv"

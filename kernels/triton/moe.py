@@ -333,7 +333,7 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
         # fp8: a scale an expert for the rows of gate and of up
         up = Weights.stored(format, 2 * inner_width, width, (inner_width, width))
         down = Weights.stored(format, width, inner_width, (width, inner_width))
-        for of_rows, kind in (("*bf16", ""), ("*fp8e4nv", " by fp8"), ("*fp8e4nv", " by fp8, static")):
+        for of_rows, kind in (("*bf16", ""), ("*fp8e4nv", " x fp8"), ("*fp8e4nv", " x fp8, static")):
             if kind and format != "fp8":
                 continue
             chosen = tile(up, of_rows, paired=True)

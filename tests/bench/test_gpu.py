@@ -83,7 +83,7 @@ def test_kernels_are_timed_beside_torch() -> None:
     assert found["implementation"] == "triton"
     assert found["us"] > 0
     assert len(found["samples_us"]) > 1
-    for format in ("fp8", "fp8 by fp8", "fp8 by fp8, static"):
+    for format in ("fp8", "fp8 x fp8", "static fp8 x fp8"):
         dense = kernels.measure("linear", TINY4, SIZES[0], format, CPU, limits, 0)
         assert dense is not None
         assert dense["torch"]["us"] > 0

@@ -24,11 +24,11 @@ COMPILED = {
 }
 # FP8 by FP8: one of each kernel and kind of result
 BY_FP8 = (
-    "linear: small4 o_proj fp8 by fp8",
-    "linear: small3 gate_up fp8 by fp8",
-    "linear: small3 gate_up fp8 by fp8, static",
-    "moe: small4 expert_gate_up fp8 by fp8, static",
-    "moe: small4 expert_down fp8 by fp8",
+    "linear: small4 o_proj fp8 x fp8",
+    "linear: small3 gate_up fp8 x fp8",
+    "linear: small3 gate_up fp8 x fp8, static",
+    "moe: small4 expert_gate_up fp8 x fp8, static",
+    "moe: small4 expert_down fp8 x fp8",
 )
 
 
