@@ -66,6 +66,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             "a GPU bf16, fp8, nvfp4. lm_head keeps 8 bits at least"
         ),
     ] = "auto"
+    activations: Annotated[
+        Literal["auto", "bf16", "fp8"],
+        Meta(
+            description="number format of what fp8 weights are multiplied with; auto: that of dtype; fp8 on a GPU "
+            "alone, by the checkpoint's scales, or row by row where it has none"
+        ),
+    ] = "auto"
     kv_dtype: Annotated[
         Literal["auto", "bf16", "fp8", "int8"],
         Meta(description="number format of the KV cache; auto: that of dtype; fp8 on GPUs, int8 on CPUs"),
@@ -129,6 +136,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str
     dtype: str
     weights: str
+    activations: str
     threads: int
     pin_threads: bool
     overlap: bool
@@ -151,7 +159,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("model", f"{self.name} ({self.model.architecture}, {self.model.num_layers} layers)"),
             ("profile", self.profile),
             ("runner", f"{self.runner} on {self.device}, {self.dtype}, {self.threads} {threads}"),
-            ("number formats", f"weights {self.weights}, KV cache {self.layout.dtype}"),
+            (
+                "number formats",
+                f"weights {self.weights}, activations {self.activations}, KV cache {self.layout.dtype}",
+            ),
             ("max_model_len", f"{self.scheduler.max_model_len:,} tokens"),
             (
                 "step",
@@ -195,6 +206,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
         device="cpu" if options.device == "auto" else options.device,
         dtype=dtype,
         weights=_weights(options, kind, dtype),
+        activations=_activations(options, kind, dtype),
         threads=options.threads or usable_cpus(),
         pin_threads=options.pin_threads,
         overlap=kind == "cuda" if options.overlap == "auto" else options.overlap == "on",
@@ -274,6 +286,28 @@ def _weights(options: EngineOptions, kind: str, dtype: str) -> str:
             f"weights bf16 needs dtype bfloat16, got {dtype}", field="weights", limit="dtype bfloat16", value=dtype
         )
     return options.weights
+
+
+def _activations(options: EngineOptions, kind: str, dtype: str) -> str:
+    """The number format of what weights are multiplied with. Those in FP8 meet it in FP8, on the tensor cores of a
+    GPU, only where that is asked for: it rounds what dtype would hold."""
+    plain = "bf16" if dtype == "bfloat16" else "float32"
+    if options.activations in ("auto", plain):
+        return plain
+    if options.activations == "bf16":
+        limit, value = "dtype bfloat16", dtype
+    elif kind != "cuda":
+        limit, value = "device cuda", options.device
+    elif options.weights != "fp8":
+        limit, value = "weights fp8", options.weights
+    else:
+        return "fp8"
+    raise ConfigError(
+        f"activations {options.activations} needs {limit}, got {value}",
+        field="activations",
+        limit=limit,
+        value=value,
+    )
 
 
 def _kv_dtype(options: EngineOptions, kind: str, dtype: str) -> str:

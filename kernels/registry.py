@@ -88,7 +88,8 @@ def _cuda(file: str, *operations: str) -> list[Implementation]:
 IMPLEMENTATIONS: list[Implementation] = [
     *_native("norm", "rms_norm", "add_rms_norm"),
     *_triton("norm", "rms_norm", "add_rms_norm"),
-    *_torch("norm", "rms_norm", "add_rms_norm"),
+    *_triton("norm", "rms_norm_fp8", "add_rms_norm_fp8"),
+    *_torch("norm", "rms_norm", "add_rms_norm", "rms_norm_fp8", "add_rms_norm_fp8"),
     *_native("rope", "rope_tables", "apply_rope"),
     *_triton("rope", "rope_tables", "apply_rope"),
     *_torch("rope", "rope_tables", "apply_rope", exact=True),

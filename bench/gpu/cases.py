@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cierzo.bench import attention_cases  # noqa: F401 (registers its cases)
-from cierzo.bench.kernel_cases import CASES, Call, Maker, Model, Size
-from cierzo.kernels.formats.device import DeviceMatrix, dequantise, quantise
+from cierzo.bench.kernel_cases import CASES, VALUE_BYTES, Call, Maker, Model, Size, case
+from cierzo.kernels.formats.activations import takes_fp8
+from cierzo.kernels.formats.device import DeviceMatrix, dequantise, in_fp8, quantise
 from cierzo.kernels.formats.packed import Matrix
 
 SMALL4 = Model(
@@ -33,6 +34,7 @@ SMALL3 = Model(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_width=32
 MODELS = {model.name: model for model in (SMALL4, SMALL3)}
 
 WEIGHTS = ("bf16", "fp8", "nvfp4")
+BY_FP8 = {"fp8 x fp8": None, "static fp8 x fp8": 0.0625}  # activations in FP8: by row, or by this scale
 KV = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 # Operations that multiply by weights of a number format; those that read pages; those that are compositions.
@@ -42,7 +44,6 @@ PAGED = (
     *("mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill"),
 )
 COMPOSED = ("mla_block", "gqa_block", "mlp_block", "moe_block", "decoder")
-SINGLE = tuple(name for name in CASES if name not in COMPOSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,39 @@ class DeviceMaker(Maker):
         """Weights [n,k] or [experts,n,k] of standard deviation 0.02."""
         plain = self.noise(*shape) * 0.02
         wanted = format or self.format
+        if wanted in BY_FP8:
+            static = BY_FP8[wanted]
+            experts = shape[0] if len(shape) == 3 else 1
+            scales = None if static is None else torch.full((experts,), static, device=self.device)
+            return in_fp8(quantise(plain, "fp8"), scales)
         return plain if wanted == "bf16" else quantise(plain, wanted)
+
+
+@case
+def rms_norm_fp8(model: Model, size: Size, make: Maker) -> Call:
+    """The hidden rows, each into codes by its own scale."""
+    x, weight = make.noise(size.rows, model.hidden), make.noise(model.hidden)
+    moved = x.numel() * (VALUE_BYTES + 1) + model.hidden * VALUE_BYTES + size.rows * 4
+    return Call([(x, weight, 1e-6, None)], moved)
+
+
+@case
+def add_rms_norm_fp8(model: Model, size: Size, make: Maker) -> Call:
+    """Their sum with the residual, by a static scale."""
+    x, residual = make.noise(size.rows, model.hidden), make.noise(size.rows, model.hidden)
+    scale = torch.full((1,), 0.0625, device=make.device)
+    moved = x.numel() * (3 * VALUE_BYTES + 1) + model.hidden * VALUE_BYTES + size.rows * 4
+    return Call([(x * 0, residual, make.noise(model.hidden), 1e-6, scale)], moved)
+
+
+SINGLE = tuple(name for name in CASES if name not in COMPOSED)
 
 
 def formats_of(operation: str) -> tuple[str, ...]:
     """The number formats that an operation is run with, of weights or of pages."""
-    return WEIGHTS if operation in WEIGHTED else tuple(KV) if operation in PAGED else ("bf16",)
+    if operation in WEIGHTED:  # no published checkpoint quantises the head
+        return WEIGHTS if operation == "lm_head" else (*WEIGHTS, *BY_FP8)
+    return tuple(KV) if operation in PAGED else ("bf16",)
 
 
 def make_call(
@@ -87,11 +115,14 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def widened(value: Any) -> Any:
-    """Floats as fp32 copies, weights dequantised: what the reference computes with to be the better one."""
+    """Floats as fp32 copies, weights dequantised: what the reference computes with to be the better one. Matrices
+    whose activations are in FP8 stay so: those codes are part of the result."""
     return mapped(
         value,
         lambda tensor: tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor,
-        lambda matrix: dequantise(matrix).float(),
+        lambda matrix: (
+            dataclasses.replace(matrix, dtype=torch.float32) if takes_fp8(matrix) else dequantise(matrix).float()
+        ),
     )
 
 

@@ -64,9 +64,11 @@ def warm(capability: int) -> dict[str, int]:
     return {"configurations": len(errors), "failed": sum(map(bool, errors))}
 
 
-def faults(compiled: Any, capability: int) -> list[str]:
-    """What a kernel must not have."""
+def faults(purpose: str, compiled: Any, capability: int) -> list[str]:
+    """What a kernel must not have, or lacks."""
     found = []
+    if "x fp8" in purpose and capability == 90 and not compiled.count("QGMMA"):
+        found.append("multiplies FP8 in another format: no QGMMA")
     if compiled.spill_bytes and capability == 90:
         found.append(f"spills {compiled.spill_bytes} bytes")
     if compiled.shared_bytes > SHARED_LIMIT_BYTES[capability]:
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{configuration.name:24}{purpose:58}  DOES NOT COMPILE: {error}")
             bad += 1
             continue
-        wrong = faults(compiled, capability)
+        wrong = faults(purpose, compiled, capability)
         bad += bool(wrong)
         print(
             f"{configuration.name:24}{purpose:58}{compiled.registers:10}{compiled.spill_bytes:8}"

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cierzo.bench.gpu.cases import make_call, mapped, widened
+from cierzo.bench.gpu.cases import BY_FP8, make_call, mapped, widened
 from cierzo.bench.kernel_cases import Model, Size
 from cierzo.kernels import registry
+from cierzo.kernels.formats.activations import QuantisedRows
 from cierzo.kernels.ops.attention import PagedQueries
 
 SIZES = (
@@ -24,7 +25,7 @@ SIZES = (
     Size(name="prefill", sequences=2, rows_each=150, context=416),
 )
 TOLERANCE = 1e-2  # of the root mean square: bf16 keeps 8 bits of every input, sum and result
-TOLERANCE_FP8 = 3e-2  # where results are written in 4 bits: a last bit of bf16 may turn the rounding of some
+TOLERANCE_FP8 = 3e-2  # where values are rounded to 4 bits: a last bit of bf16 may turn the rounding of some
 CHOICES = 1e-2  # the share of choices between near equals that may fall otherwise
 POISON_BYTES = 256 << 20
 LARGEST_E4M3 = 448.0
@@ -32,6 +33,7 @@ LARGEST_E4M3 = 448.0
 # What is changed in place, by position among the arguments. Of qkv, the queries alone are defined afterwards.
 IN_PLACE: dict[str, tuple[int, ...]] = {
     "add_rms_norm": (1,),
+    "add_rms_norm_fp8": (1,),
     "apply_rope": (0,),
     "write_latents": (0,),
     "write_normed_latents": (0,),
@@ -45,7 +47,10 @@ IN_PLACE: dict[str, tuple[int, ...]] = {
     "scatter_blocks": (0,),
 }
 # Whose rows are those of the first argument, each on its own.
-ROWWISE = ("rms_norm", "linear", "lm_head", "gated_mlp", "mla_absorb", "mla_unabsorb", "peaks", "log_probabilities")
+ROWWISE = (
+    *("rms_norm", "rms_norm_fp8", "linear", "lm_head", "gated_mlp", "mla_absorb", "mla_unabsorb"),
+    *("peaks", "log_probabilities"),
+)
 ATTENTION = ("mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill")
 
 
@@ -69,7 +74,8 @@ def check(
     poison(device)
     got = outputs(operation, function, cloned(arguments))
     wanted = outputs(operation, reference, widened(cloned(arguments)))
-    deviation = max((_deviation(a, b) for a, b in zip(got, wanted, strict=True)), default=0.0)
+    tolerance = TOLERANCE_FP8 if format in BY_FP8 else TOLERANCE
+    deviation = max((_deviation(a, b, tolerance) for a, b in zip(got, wanted, strict=True)), default=0.0)
     _check_again(operation, function, arguments, got)
     rows = 0
     for pieces in _companies(operation, function, arguments):
@@ -83,13 +89,20 @@ def check(
 def outputs(operation: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
     """What it returns, and what it changed."""
     result = function(*arguments)
-    returned = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+    returned = [] if result is None else tensors_of(result)
     changed = [arguments[index] for index in IN_PLACE.get(operation, ())]
     if operation == "rotate_and_write_keys_values":
         keys, qkv = arguments[0], arguments[3]
         queries = qkv.shape[1] - 2 * keys.shape[2] * 2 * arguments[4].shape[1]
         changed.append(qkv[:, :queries])
     return [*returned, *changed]
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """Of one tensor, several, or quantised rows."""
+    if isinstance(result, QuantisedRows):
+        return [result.codes, result.scales]
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
 def cloned(value: Any) -> Any:
@@ -104,7 +117,7 @@ def poison(device: torch.device) -> None:
     torch.full((POISON_BYTES // 4,), torch.nan, device=device)
 
 
-def _deviation(got: Tensor, wanted: Tensor) -> float:
+def _deviation(got: Tensor, wanted: Tensor, tolerance: float) -> float:
     """Root mean square of the difference, relative to that of the values; of integers, the share that differs."""
     if got.shape != wanted.shape:
         raise Failed(f"shape {list(got.shape)}, must be {list(wanted.shape)}")
@@ -113,10 +126,9 @@ def _deviation(got: Tensor, wanted: Tensor) -> float:
         if share > CHOICES:
             raise Failed(f"{share:.2%} of the integers differ")
         return share
-    tolerance = TOLERANCE
     if got.dtype == torch.float8_e4m3fn:
         tolerance = TOLERANCE_FP8
-        wanted = wanted.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(got.dtype).float()
+        wanted = wanted.float().clamp(-LARGEST_E4M3, LARGEST_E4M3).to(got.dtype).float()
         got = got.float()
     difference = got.double() - wanted.double()
     finite = wanted.isfinite()
@@ -157,13 +169,11 @@ def _companies(operation: str, function: Callable[..., Any], arguments: tuple[An
         return
     if operation not in ROWWISE:
         return
-    whole = function(*arguments)
-    whole = [whole] if isinstance(whole, Tensor) else list(whole)
+    whole = tensors_of(function(*arguments))
     count = len(arguments[0])
     for start, stop in {(0, 1), (count - 1, count), (0, count // 2), (count // 3, count)}:
         if start < stop:
-            part = function(arguments[0][start:stop].clone(), *arguments[1:])
-            part = [part] if isinstance(part, Tensor) else list(part)
+            part = tensors_of(function(arguments[0][start:stop].clone(), *arguments[1:]))
             yield [(f"row {start}", a, b[start:stop]) for a, b in zip(part, whole, strict=True)]
 
 

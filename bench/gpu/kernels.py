@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cierzo.bench.gpu.cases import SMALL3, SMALL4, make_call
+from cierzo.bench.gpu.cases import BY_FP8, SMALL3, SMALL4, make_call
 from cierzo.bench.gpu.timing import samples
 from cierzo.bench.kernel_cases import Model, Size
 from cierzo.kernels import registry
+from cierzo.kernels.formats.activations import quantise_rows, static_scales, takes_fp8
+from cierzo.kernels.formats.device import DeviceMatrix
 from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
@@ -42,7 +44,8 @@ def measure(
         return None
     choice = registry.implementations(operation, "cuda")[0]
     found: dict[str, Any] = {"bytes": call.num_bytes, "flops": call.flops, "implementation": choice.name}
-    limit_s = max(call.num_bytes / limits["copy_gb_per_s"] / 1e9, call.flops / limits["bf16_tflop_per_s"] / 1e12)
+    rate = limits.get("fp8_tflop_per_s" if format in BY_FP8 else "bf16_tflop_per_s", limits["bf16_tflop_per_s"])
+    limit_s = max(call.num_bytes / limits["copy_gb_per_s"] / 1e9, call.flops / rate / 1e12)
     times, replayed = samples(choice.load(), call.arguments, device)
     found |= _figures(times, call.num_bytes, call.flops, limit_s) | {"replayed": replayed}
     baseline = BASELINES.get(operation)
@@ -75,15 +78,25 @@ def _plain(matrix: Matrix) -> Tensor:
 def _linear(arguments: tuple[Any, ...]) -> Callable[[], Any]:
     """Quantised weights are dequantised in every call, as an engine without kernels for them does."""
     x, weight = arguments
+    if takes_fp8(weight):
+        return lambda: _scaled(x, weight)
     return lambda: functional.linear(x, _plain(weight).to(x.dtype))
+
+
+def _scaled(x: Tensor, weight: DeviceMatrix) -> Tensor:
+    """torch._scaled_mm, of rows that torch quantises too: a scale for each row of both."""
+    rows = quantise_rows(x, static_scales(weight))
+    scales = rows.scales[:, None], weight.scales[0].T
+    return torch._scaled_mm(rows.codes, weight.codes[0].T, *scales, out_dtype=torch.bfloat16)
 
 
 def _gated_mlp(arguments: tuple[Any, ...]) -> Callable[[], Any]:
     x, gate_up, down = arguments
 
     def run() -> Tensor:
-        gate, up = functional.linear(x, _plain(gate_up).to(x.dtype)).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate) * up, _plain(down).to(x.dtype))
+        gate, up = _linear((x, gate_up))().chunk(2, dim=-1)
+        product: Tensor = _linear((functional.silu(gate) * up, down))()
+        return product
 
     return run
 

@@ -50,6 +50,10 @@ class NumberFormats(msgspec.Struct, frozen=True, kw_only=True):
             return "fp8" if self.activations == "fp8" and weights == "fp8" else "bf16"
         return "bf16" if weights == "bf16" else "int8"
 
+    def measured_as(self, weights: str) -> str:
+        """What the GPU bench calls products with these weights (bench/gpu/cases.py)."""
+        return "fp8 x fp8" if self.rate(weights) == "fp8" else weights
+
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
@@ -142,7 +146,8 @@ class _Counter:
         weights = matrices * n * k * BYTES[format] * np.minimum(rows, 1.0)
         moved = weights + matrices * rows * (k + n) * self.value_bytes
         operations = 2.0 * matrices * rows * n * k
-        return Work(name, "products", calls, operations, moved, self.formats.rate(format), format)
+        rate, measured_as = self.formats.rate(format), self.formats.measured_as(format)
+        return Work(name, "products", calls, operations, moved, rate, measured_as)
 
     def norms(self) -> Iterator[Work]:
         """Two of hidden rows a layer, each with a residual, and the last one."""
@@ -209,9 +214,8 @@ class _Counter:
         reads = distinct(tokens) + shared * np.minimum(tokens, 1.0)
         rows = tokens * (moe.experts_per_token + shared)
         moved = layers * (reads * matrix * BYTES[format] + rows * 2 * (hidden + width) * self.value_bytes)
-        yield Work(
-            "expert_mlp", "experts", layers, 2.0 * layers * rows * matrix, moved, self.formats.rate(format), format
-        )
+        rate, measured_as = self.formats.rate(format), self.formats.measured_as(format)
+        yield Work("expert_mlp", "experts", layers, 2.0 * layers * rows * matrix, moved, rate, measured_as)
 
     def gated_mlp(self, name: str, layers: int, width: int, format: str) -> Iterator[Work]:
         """gate and up, then down."""
@@ -219,7 +223,8 @@ class _Counter:
         weights = layers * 3 * hidden * width * BYTES[format] * np.minimum(tokens, 1.0)
         moved = weights + layers * tokens * 2 * (hidden + width) * self.value_bytes
         operations = 2.0 * layers * tokens * 3 * hidden * width
-        yield Work(name, "products", layers, operations, moved, self.formats.rate(format), format)
+        rate, measured_as = self.formats.rate(format), self.formats.measured_as(format)
+        yield Work(name, "products", layers, operations, moved, rate, measured_as)
 
 
 def _replicated(work: Work) -> Work:

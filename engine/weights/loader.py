@@ -55,7 +55,8 @@ def load_parameters(
     """Load every parameter in `specs`, this rank's slice of it, as `dtype` on `device`.
 
     Names are the text-only spelling (`model.layers.0...`, `lm_head.weight`), whatever the checkpoint's is. Vision
-    tensors and scales of activations are skipped, and their numbers are logged. Only this rank's slices are read.
+    tensors are skipped, and scales of activations used on GPUs alone; their numbers are logged. Only this rank's
+    slices are read.
     A parameter that is quantised, stored expert by expert or in another order is a StoredParameter, whose values
     are computed when it is packed. On the CPU any other whose dtype agrees aliases the mapped file, so that loading
     costs nothing until it is touched: parameters must not be written to.
@@ -166,8 +167,8 @@ def _log_skipped(reader: CheckpointReader, mapped: NameMap) -> None:
     skipped = sum("activation scale" in roles for roles in mapped.companions.values())
     if skipped:
         _log.info(
-            "%s: %d scales of activations not used: the kernels here take activations in 16 bits, or scale them as "
-            "they come",
+            "%s: %d scales of activations not used, but for FP8 matrices' where `activations` is fp8: elsewhere "
+            "kernels take activations in 16 bits, or scale them as they come",
             reader.folder,
             skipped,
         )

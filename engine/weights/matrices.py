@@ -38,13 +38,15 @@ def device_formats(weights: str, plain: str) -> dict[MatrixRole, str]:
 
 
 class DeviceMatrices:
-    """Gives matrices in the memory of a GPU, each quantised there. weights: "bf16", "fp8" or "nvfp4"."""
+    """Gives matrices in the memory of a GPU, each quantised there. weights: "bf16", "fp8" or "nvfp4". activations:
+    "fp8" where fp8 matrices are multiplied with those."""
 
-    def __init__(self, weights: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, weights: str, dtype: torch.dtype, device: torch.device, activations: str = "bf16") -> None:
         plain = PLAIN_WEIGHTS[dtype]
         self._plain = plain
         self._formats = device_formats(weights, plain)
         self._device = device
+        self._fp8_activations = activations == "fp8"
 
     def tensor(self, stored: Parameter) -> Tensor:
         """See MatrixSource."""
@@ -60,7 +62,8 @@ class DeviceMatrices:
         role: MatrixRole = "linear",
     ) -> Matrix:
         """See MatrixSource. Raises CheckpointError for a matrix that its format cannot hold."""
-        return on_device(make(), self._formats[role], self._plain, self._device)
+        format = self._formats[role]
+        return on_device(make(), format, self._plain, self._device, fp8_activations=self._fp8_activations)
 
 
 class PackedMatrices:

@@ -18,7 +18,7 @@ from typing import Literal
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.weights.layout import CheckpointFormat
 
-# What a companion is to its matrix. The scales of activations are known, and not used on the CPU.
+# What a companion is to its matrix. Scales of activations are used where a GPU takes these in FP8 (on_device.py).
 Role = Literal["scale", "global scale", "activation scale"]
 
 # A multimodal checkpoint nests the text model: Mistral 3's published spelling, and that of transformers 5.

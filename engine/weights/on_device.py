@@ -19,17 +19,24 @@ from cierzo.kernels.formats.device import DeviceFormatError, DeviceMatrix
 from cierzo.kernels.formats.packed import Matrix
 
 
-def on_device(parameter: Parameter, format: str, plain: str, device: torch.device) -> Matrix:
+def on_device(
+    parameter: Parameter, format: str, plain: str, device: torch.device, *, fp8_activations: bool = False
+) -> Matrix:
     """The matrix in `format` on the device; `plain` is that of the activations, which tensors have.
 
-    Codes of another format, or plain weights, are quantised there, an expert at a time. Raises CheckpointError for
-    a bad scale, and for weights that the format cannot hold.
+    Codes of another format, or plain weights, are quantised there, an expert at a time. fp8_activations: fp8
+    matrices are multiplied with activations in fp8, by the checkpoint's scales if it has them. Raises
+    CheckpointError for a bad scale, and for weights that the format cannot hold.
     """
     if format == plain:
         return as_tensor(parameter).to(device, copy=True)
     try:
         kept = _kept(parameter, format)
-        return kept.to(device) if kept is not None else _quantised(parameter, format, device)
+        matrix = kept.to(device) if kept is not None else _quantised(parameter, format, device)
+        if fp8_activations and format == "fp8":
+            scales = _activation_scales(parameter)
+            return formats.in_fp8(matrix, None if scales is None else scales.to(device))
+        return matrix
     except DeviceFormatError as error:
         raise CheckpointError(f"{_name(parameter)}: {error}", field=_name(parameter)) from error
 
@@ -61,6 +68,34 @@ def _kept_fp8(parameter: StoredParameter) -> DeviceMatrix:
     if not parameter.fused:
         stacked, rows = stacked[0], rows[0]
     return formats.fp8(stacked, rows, parameter.dtype)
+
+
+def _activation_scales(parameter: Parameter) -> Tensor | None:
+    """fp32 [E], or [1] of [n,k]; None where the checkpoint has none. Matrices that lie above one another meet the
+    same activations: where their scales differ, the largest holds them all. Raises CheckpointError where one has
+    none and another has."""
+    if isinstance(parameter, Tensor):
+        return None
+    largest = []
+    for expert in parameter.experts:
+        scales = [part.activation_scale for part in expert if isinstance(part, ScaledMatrix)]
+        present = [scale.float().reshape(1) for scale in scales if scale is not None]
+        if present and len(present) < len(expert):
+            raise _partly(parameter)
+        largest += [torch.cat(present).amax(0, keepdim=True)] if present else []
+    if largest and len(largest) < len(parameter.experts):
+        raise _partly(parameter)
+    return torch.cat(largest) if largest else None
+
+
+def _partly(parameter: StoredParameter) -> CheckpointError:
+    name = next(
+        part.name
+        for expert in parameter.experts
+        for part in expert
+        if not isinstance(part, ScaledMatrix) or part.activation_scale is None
+    )
+    return CheckpointError(f"{name} has no scale of its activations, and what lies beside it has", field=name)
 
 
 def _kept_nvfp4(parameter: StoredParameter) -> DeviceMatrix:

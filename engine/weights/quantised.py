@@ -27,7 +27,8 @@ class ScaledMatrix:
     """[n,k]: weight = code * scale, or the code itself where there is no scale.
 
     name: of its tensor. codes: float8_e4m3fn, or floating-point. scale: one number of any floating-point dtype,
-    scale_name its tensor. order: int64 [n], which row of `codes` each row is; None: its own.
+    scale_name its tensor. order: int64 [n], which row of `codes` each row is; None: its own. activation_scale: [1],
+    the static one of the activations that it is multiplied with in FP8, if the checkpoint has it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ScaledMatrix:
     scale: Tensor | None = None
     scale_name: str = ""
     order: Tensor | None = None
+    activation_scale: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

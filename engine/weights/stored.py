@@ -113,7 +113,7 @@ def check_plain(info: TensorInfo, shape: tuple[int, ...]) -> None:
 def _check_activation_scale(
     tensors: Mapping[str, TensorInfo], mapped: NameMap, info: TensorInfo, shape: tuple[int, ...]
 ) -> Iterator[str]:
-    """It is not used, and so may be missing; but it must be one."""
+    """Few computations use it, and so it may be missing; but it must be one."""
     name = mapped.companions.get(info.name, {}).get("activation scale")
     if name is not None:
         _check(tensors[name], FLOAT_DTYPES, [(), (1,)] if len(shape) == 2 else [shape[:1], (shape[0], 1, 1)])
@@ -152,14 +152,26 @@ def _matrix(reader: CheckpointReader, mapped: NameMap, name: str) -> StoredMatri
         return Nvfp4Matrix(name.removesuffix(PACKED), reader.read(name), scales, divisor)
     if reader.tensors[name].dtype != FP8:
         return ScaledMatrix(name, reader.read(name))
-    return ScaledMatrix(name, reader.read(name), reader.read(roles["scale"]), roles["scale"])
+    matrix = ScaledMatrix(name, reader.read(name), reader.read(roles["scale"]), roles["scale"])
+    activations = roles.get("activation scale")
+    return matrix if activations is None else replace(matrix, activation_scale=reader.read(activations).flatten())
 
 
 def _fused(reader: CheckpointReader, mapped: NameMap, name: str) -> tuple[tuple[StoredMatrix, ...], ...]:
     """Each expert of a quantised [E,n,k] with scales [E,1,1]: gate and up share theirs."""
-    scale_name = mapped.companions[name]["scale"]
+    roles = mapped.companions[name]
+    scale_name, activations = roles["scale"], roles.get("activation scale")
     codes, scales = reader.read(name), reader.read(scale_name).flatten()
+    of_activations = None if activations is None else reader.read(activations).flatten()
     return tuple(
-        (ScaledMatrix(f"{name}[{expert}]", codes[expert], scales[expert], f"{scale_name}[{expert}]"),)
+        (
+            ScaledMatrix(
+                f"{name}[{expert}]",
+                codes[expert],
+                scales[expert],
+                f"{scale_name}[{expert}]",
+                activation_scale=None if of_activations is None else of_activations[expert : expert + 1],
+            ),
+        )
         for expert in range(len(codes))
     )

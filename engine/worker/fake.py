@@ -64,6 +64,7 @@ def fake_config(
         device="cpu",
         dtype="float32",
         weights="float32",
+        activations="float32",
         threads=1,
         pin_threads=False,
         overlap=False,

@@ -262,7 +262,7 @@ def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
             model = build(matrices)
             log.info("weights: %s", matrices.fill(progress))
         elif device.type == "cuda":
-            model = build(DeviceMatrices(config.weights, dtype, device))
+            model = build(DeviceMatrices(config.weights, dtype, device, config.activations))
         elif config.weights == PLAIN_WEIGHTS[dtype]:
             model = build(PlainMatrices())
         else:

@@ -72,7 +72,8 @@ class StepModel:
     def __init__(self, config: EngineConfig, device: Device, distinct: Distinct | None = None) -> None:
         """distinct: of a model with experts, as measured; by default as if chosen at random."""
         plain = "bf16" if config.dtype == "bfloat16" else config.dtype
-        self.formats = NumberFormats(weights=config.weights, plain=plain, on_gpu=device.kind == "cuda")
+        on_gpu, activations = device.kind == "cuda", config.activations
+        self.formats = NumberFormats(weights=config.weights, plain=plain, activations=activations, on_gpu=on_gpu)
         self.device = device
         self.distinct = distinct
         if distinct is None and config.model.moe is not None:

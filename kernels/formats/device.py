@@ -12,13 +12,16 @@
 The order is that of the published checkpoints, whose tensors are taken over as they are. Kernels widen a code to
 the activations' bf16, which holds every e4m3 number and every product of an e2m1 number and its scale exactly;
 scales of whole rows or blocks multiply fp32 sums. Matrices of bf16 or float32 stay plain tensors.
+
+An fp8 matrix may ask for activations in fp8 too (`in_fp8`, activations.py): codes are then multiplied as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,8 +47,9 @@ class DeviceFormatError(ValueError):
 class DeviceMatrix:
     """Weights [n,k] or [E,n,k] in one of the formats above; E is 1 in the tensors of the former. Never written.
 
-    dtype: of the activations that it is multiplied with. block: (rows, columns) of one scale. `shape` and `dtype`
-    are there so that a door can check it like a tensor.
+    dtype: of the activations that it is multiplied with. block: (rows, columns) of one scale. activations: "plain",
+    as they come; "fp8": quantised before the product, by the static activation_scales, fp32 [E], where a checkpoint
+    has them, else row by row. `shape` and `dtype` are there so that a door can check it like a tensor.
     """
 
     format: str
@@ -55,6 +59,24 @@ class DeviceMatrix:
     scales: Tensor
     row_scales: Tensor | None
     block: tuple[int, int]
+    activations: Literal["plain", "fp8"] = "plain"
+    activation_scales: Tensor | None = None
+
+    def __getitem__(self, expert: int) -> DeviceMatrix:
+        """One expert's [n,k], in the same memory."""
+        one = slice(expert, expert + 1)
+        whole = (self.codes, self.scales, self.row_scales, self.activation_scales)
+        codes, scales, row_scales, activation_scales = (None if t is None else t[one] for t in whole)
+        assert codes is not None
+        assert scales is not None
+        return replace(
+            self,
+            shape=self.shape[1:],
+            codes=codes,
+            scales=scales,
+            row_scales=row_scales,
+            activation_scales=activation_scales,
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -64,9 +86,10 @@ class DeviceMatrix:
 
     def to(self, device: torch.device | str) -> DeviceMatrix:
         """A copy there."""
-        row_scales = None if self.row_scales is None else self.row_scales.to(device)
+        whole = (self.row_scales, self.activation_scales)
+        row_scales, activation_scales = (None if t is None else t.to(device) for t in whole)
         codes, scales = self.codes.to(device), self.scales.to(device)
-        return DeviceMatrix(self.format, self.shape, self.dtype, codes, scales, row_scales, self.block)
+        return replace(self, codes=codes, scales=scales, row_scales=row_scales, activation_scales=activation_scales)
 
 
 def fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype, block: tuple[int, int] | None = None) -> DeviceMatrix:
@@ -116,6 +139,21 @@ def mxfp4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> DeviceMatrix:
     return DeviceMatrix("mxfp4", shape, dtype, codes, scales, None, (1, GROUP["mxfp4"]))
 
 
+def in_fp8(matrix: DeviceMatrix, scales: Tensor | None = None) -> DeviceMatrix:
+    """The same matrix, multiplied with activations in fp8. scales: static ones, multipliers of codes, of any float
+    dtype, one an expert, or one of [n,k]. Raises DeviceFormatError for other formats, numbers and values."""
+    if matrix.format != "fp8":
+        raise DeviceFormatError(f"activations in fp8 meet weights in fp8 alone, got {matrix.format}")
+    if scales is None:
+        return replace(matrix, activations="fp8", activation_scales=None)
+    if scales.numel() != len(matrix.codes):
+        raise DeviceFormatError(f"fp8: activation scales {list(scales.shape)} do not fit {list(matrix.shape)}")
+    scales = scales.float().flatten().contiguous()
+    if not bool(((scales >= SMALLEST) & (scales <= 1 / SMALLEST)).all()):
+        raise DeviceFormatError("fp8: an activation scale is not in 2^-100 .. 2^100")
+    return replace(matrix, activations="fp8", activation_scales=scales)
+
+
 def quantise(
     weight: Tensor, format: str, dtype: torch.dtype | None = None, block: tuple[int, int] | None = None
 ) -> DeviceMatrix:
@@ -140,6 +178,8 @@ def stack(matrices: Sequence[DeviceMatrix]) -> DeviceMatrix:
     first = matrices[0]
     if any((one.format, one.shape, one.block) != (first.format, first.shape, first.block) for one in matrices):
         raise DeviceFormatError(f"{first.format} {list(first.shape)}: matrices that are stacked must be alike")
+    if any(one.activations != "plain" for one in matrices):
+        raise DeviceFormatError("matrices are stacked before their activations are said to be in fp8")
 
     def joined(tensors: Sequence[Tensor]) -> Tensor:
         kind = tensors[0].dtype

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cierzo.kernels import check
+from cierzo.kernels.formats.activations import QuantisedRows
 from cierzo.kernels.registry import bound
 
 
@@ -29,3 +31,30 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     check.sizes("add_rms_norm", x=(x, "T D"), residual=(residual, "T D"), weight=(weight, "D"))
     check.same_dtype("add_rms_norm", x=x, residual=residual, weight=weight)
     return bound.add_rms_norm(x, residual, weight, eps)
+
+
+def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> QuantisedRows:
+    """rms_norm, then formats/activations.py quantise_rows, to the bit -> new [T,D].
+
+    For a product that takes its activations in FP8. scale: fp32 [1], static; None: each row has its own.
+    """
+    check.sizes("rms_norm_fp8", x=(x, "T D"), weight=(weight, "D"))
+    check.same_dtype("rms_norm_fp8", x=x, weight=weight)
+    _check_scale("rms_norm_fp8", scale)
+    return bound.rms_norm_fp8(x, weight, eps, scale)
+
+
+def add_rms_norm_fp8(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None
+) -> QuantisedRows:
+    """add_rms_norm, then quantise_rows, to the bit -> new [T,D]. The residual keeps its dtype."""
+    check.sizes("add_rms_norm_fp8", x=(x, "T D"), residual=(residual, "T D"), weight=(weight, "D"))
+    check.same_dtype("add_rms_norm_fp8", x=x, residual=residual, weight=weight)
+    _check_scale("add_rms_norm_fp8", scale)
+    return bound.add_rms_norm_fp8(x, residual, weight, eps, scale)
+
+
+def _check_scale(operation: str, scale: Tensor | None) -> None:
+    if scale is not None:
+        check.sizes(operation, scale=(scale, "1"))
+        check.dtype(operation, torch.float32, scale=scale)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
+from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops import attention, linear, moe, norm, rope
 from cierzo.kernels.ops.block import (
     DecoderWeights,
@@ -23,10 +25,11 @@ def mla_block(x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: Ste
     """See ops/block.py."""
     heads, nope, _ = weights.w_uk.shape
     width, rope_dims = query_width(weights), rope_width(weights)
-    down = linear.linear(_normed(x, residual, weights.norm, weights.eps), weights.down)
+    down = linear.linear(_normed_for(weights.down, x, residual, weights.norm, weights.eps), weights.down)
     q, kv = down.tensor_split((width,), dim=-1)
     if weights.query_up is not None and weights.query_norm is not None:
-        q = linear.linear(norm.rms_norm(q, weights.query_norm, weights.latent_eps), weights.query_up)
+        normed = _normed_for(weights.query_up, None, q, weights.query_norm, weights.latent_eps)
+        q = linear.linear(normed, weights.query_up)
     q = q.reshape(q.shape[0], heads, nope + rope_dims)
     rope.apply_rope(q, rows.cos, rows.sin, weights.interleaved, rows.query_scale)
     attention.write_normed_latents(
@@ -55,7 +58,7 @@ def gqa_block(
 ) -> Tensor:
     """See ops/block.py."""
     heads = (weights.query_heads, weights.kv_heads, weights.kv_heads)
-    qkv = linear.linear(_normed(x, residual, weights.norm, weights.eps), weights.qkv)
+    qkv = linear.linear(_normed_for(weights.qkv, x, residual, weights.norm, weights.eps), weights.qkv)
     attention.rotate_and_write_keys_values(
         k_pages, v_pages, rows.cache_slots, qkv, rows.cos, rows.sin, interleaved=False
     )
@@ -72,7 +75,8 @@ def gqa_block(
 
 def mlp_block(x: Tensor | None, residual: Tensor, weights: MlpWeights) -> Tensor:
     """See ops/block.py."""
-    return linear.gated_mlp(_normed(x, residual, weights.norm, weights.eps), weights.gate_up, weights.down)
+    normed = _normed_for(weights.gate_up, x, residual, weights.norm, weights.eps)
+    return linear.gated_mlp(normed, weights.gate_up, weights.down)
 
 
 def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights, expert_ids: Tensor | None = None) -> Tensor:
@@ -100,3 +104,14 @@ def decoder(token_ids: Tensor, weights: DecoderWeights, rows: StepRows, logit_ro
 
 def _normed(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm.rms_norm(residual, weight, eps) if x is None else norm.add_rms_norm(x, residual, weight, eps)
+
+
+def _normed_for(matrix: Matrix, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Rows:
+    """The norm, as the one matrix that reads it takes it. What the router reads, and each expert by a scale of its
+    own, stays in the model's dtype."""
+    if not takes_fp8(matrix):
+        return _normed(x, residual, weight, eps)
+    scale = static_scales(matrix)
+    if x is None:
+        return norm.rms_norm_fp8(residual, weight, eps, scale)
+    return norm.add_rms_norm_fp8(x, residual, weight, eps, scale)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cierzo.kernels.formats.activations import takes_fp8
+from cierzo.kernels.formats.device import DeviceMatrix
 from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ref.linear import gated_mlp
@@ -66,7 +68,7 @@ def expert_mlp(
     """See ops/moe.py."""
     slots = weights.shape[1]
     rows = x[order // slots]
-    outputs = _each_expert(rows, as_tensor(gate_up), as_tensor(down), starts.tolist())
+    outputs = _each_expert(rows, _by_expert(gate_up), _by_expert(down), starts.tolist())
     by_slot = torch.empty_like(outputs)
     by_slot[order] = outputs
     by_slot = by_slot.view(-1, slots, x.shape[1])
@@ -78,11 +80,17 @@ def expert_mlp(
     return total.to(x.dtype)
 
 
-def _each_expert(rows: Tensor, gate_up: Tensor, down: Tensor, bounds: list[int]) -> Tensor:
+def _by_expert(matrix: Matrix) -> Tensor | DeviceMatrix:
+    """What gives an expert's matrix by its number."""
+    return matrix if isinstance(matrix, DeviceMatrix) and takes_fp8(matrix) else as_tensor(matrix)
+
+
+def _each_expert(
+    rows: Tensor, gate_up: Tensor | DeviceMatrix, down: Tensor | DeviceMatrix, bounds: list[int]
+) -> Tensor:
     """Rows bounds[e] .. bounds[e+1]-1 through expert e's MLP."""
     outputs = torch.empty_like(rows)
     for expert, (start, end) in enumerate(pairwise(bounds)):
         if start < end:
-            gate, up = functional.linear(rows[start:end], gate_up[expert]).chunk(2, dim=-1)
-            torch.mm(functional.silu(gate).mul_(up), down[expert].t(), out=outputs[start:end])
+            outputs[start:end] = gated_mlp(rows[start:end], gate_up[expert], down[expert])
     return outputs

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from cierzo.kernels.formats.activations import QuantisedRows, quantise_rows
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ops/norm.py."""
@@ -15,3 +17,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     """See ops/norm.py."""
     residual.add_(x)
     return rms_norm(residual, weight, eps)
+
+
+def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> QuantisedRows:
+    """See ops/norm.py."""
+    return quantise_rows(rms_norm(x, weight, eps), scale)
+
+
+def add_rms_norm_fp8(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None
+) -> QuantisedRows:
+    """See ops/norm.py."""
+    return quantise_rows(add_rms_norm(x, residual, weight, eps), scale)

@@ -46,6 +46,8 @@ TILES = {
     ("bf16", True): Tile(block_n=64, block_t=64, block_k=64),
     ("fp8", False): Tile(block_n=128, block_t=64, block_k=64, tokens_on_m=True),
     ("fp8", True): Tile(block_n=64, block_t=64, block_k=64, tokens_on_m=True),
+    ("fp8 x fp8", False): Tile(block_n=128, block_t=128, block_k=128, tokens_on_m=True, num_warps=8, num_stages=4),
+    ("fp8 x fp8", True): Tile(block_n=64, block_t=128, block_k=128, tokens_on_m=True, num_warps=8, num_stages=4),
     ("nvfp4", False): Tile(block_n=128, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
     ("nvfp4", True): Tile(block_n=64, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
     ("mxfp4", False): Tile(block_n=128, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
@@ -60,8 +62,10 @@ def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> T
     """For weights, and activations of a type such as "*bf16". tokens: of one product; it counts only where the
     width of a tile has been shown to keep the bits. Raises ArgumentError for scales whose columns are not whole
     steps of a tile."""
-    format = "bf16" if weights.format == "plain" else weights.format
-    chosen = TILES["fp32" if activations == "*fp32" else format, paired]
+    kind = format = "bf16" if weights.format == "plain" else weights.format
+    if activations == "*fp8e4nv":
+        kind = f"{format} x fp8"
+    chosen = TILES["fp32" if activations == "*fp32" else kind, paired]
     block_k = weights.scale_block[1]
     if format == "fp8" and block_k < weights.k and block_k % chosen.block_k:
         raise ArgumentError(

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.triton.activations import empty_rows, quantise_rows, scale_types, store_tile
 from cierzo.kernels.triton.heuristics import Tile, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
@@ -19,14 +22,15 @@ TOGETHER = tl.constexpr(8)  # tiles of tokens whose programs follow each other, 
 
 @kernel
 def _linear(
-    x_ptr, codes_ptr, scales_ptr, row_scales_ptr, out_ptr, tokens,
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, row_scales_ptr, out_ptr, static_ptr, out_scales_ptr, tokens,
     X_STRIDE: tl.constexpr, X_HEAD: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_HEAD: tl.constexpr,
     COPIED: tl.constexpr, COPY_BLOCK: tl.constexpr, PAIRED: tl.constexpr,
     FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
-    """out[t, head] = x[t, head] @ weight[head]^T, then COPIED values of x, those that follow its first K."""
+    """out[t, head] = x[t, head] @ weight[head]^T, then COPIED values of x, those that follow its first K. x and out
+    may be e4m3, each with scales of its rows: of x the quantised rows, of out by *static_ptr."""
     N: tl.constexpr = ROWS // 2 if PAIRED else ROWS
     head = tl.program_id(1).to(tl.int64)
     tile_n, tile_t = _tile(tl.program_id(0), tokens, N, BLOCK_N, BLOCK_T)
@@ -35,12 +39,16 @@ def _linear(
     x_rows = token.to(tl.int64) * X_STRIDE + head * X_HEAD
     out_rows = token.to(tl.int64) * OUT_STRIDE + head * OUT_HEAD
     outputs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_scales = None
+    if x_scales_ptr is not None:
+        x_scales = tl.load(x_scales_ptr + token, mask=inside, other=0.0)
     total = product(
-        x_ptr, x_rows, inside, codes_ptr, scales_ptr, row_scales_ptr, head, outputs, PAIRED,
+        x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, head, outputs, PAIRED,
         FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
     )  # fmt: skip
     mask = inside[:, None] & (outputs < N)[None, :]
-    tl.store(out_ptr + out_rows[:, None] + outputs[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+    first = tile_n == 0
+    store_tile(total, out_ptr, out_rows, outputs, mask, static_ptr, out_scales_ptr, token, inside, first)
     if COPIED > 0:  # noqa: SIM102 (joined, the rest would be compiled for COPIED = 0 too)
         if tile_n == 0:
             columns = tl.arange(0, COPY_BLOCK)
@@ -60,9 +68,9 @@ def _tile(program, tokens, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.c
     return within // height, first + within % height
 
 
-def linear(x: Tensor, weight: Matrix) -> Tensor:
+def linear(x: Rows, weight: Matrix) -> Tensor:
     """See ops/linear.py."""
-    return _multiply("linear", x, weight, x.new_empty(x.shape[0], weight.shape[0]))
+    return _multiply("linear", x, weight, _empty(x, weight.shape[0]))
 
 
 def lm_head(hidden: Tensor, weight: Matrix) -> Tensor:
@@ -71,16 +79,24 @@ def lm_head(hidden: Tensor, weight: Matrix) -> Tensor:
     return _multiply("lm_head", hidden, weight, out)
 
 
-def gated_mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+def gated_mlp(x: Rows, gate_up: Matrix, down: Matrix) -> Tensor:
     """See ops/linear.py."""
-    return gated_mlp_into(x, gate_up, down, x.new_empty(x.shape))
+    return gated_mlp_into(x, gate_up, down, _empty(x, x.shape[1]))
 
 
-def gated_mlp_into(x: Tensor, gate_up: Matrix, down: Matrix, out: Tensor) -> Tensor:
-    """gated_mlp, written to rows of out."""
-    inner = x.new_empty(x.shape[0], down.shape[1])
-    _multiply("gated_mlp", x, gate_up, inner, paired=True)
-    return _multiply("gated_mlp", inner, down, out)
+def gated_mlp_into(x: Rows, gate_up: Matrix, down: Matrix, out: Tensor) -> Tensor:
+    """gated_mlp, written to rows of out. By a static scale, the first product writes what the second takes."""
+    static, inner = static_scales(down), _empty(x, down.shape[1])
+    if static is None:
+        _multiply("gated_mlp", x, gate_up, inner, paired=True)
+        return _multiply("gated_mlp", inner, down, out)
+    rows = empty_rows(x, *inner.shape)
+    _multiply("gated_mlp", x, gate_up, rows.codes, paired=True, static=static, out_scales=rows.scales)
+    return _multiply("gated_mlp", rows, down, out)
+
+
+def _empty(x: Rows, width: int) -> Tensor:
+    return torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
 
 
 def mla_absorb(q: Tensor, w_uk_t: Matrix) -> Tensor:
@@ -96,10 +112,23 @@ def mla_unabsorb(latents: Tensor, w_uv: Matrix) -> Tensor:
 
 
 def _multiply(
-    operation: str, x: Tensor, matrix: Matrix, out: Tensor, paired: bool = False, copied: int = 0
+    operation: str,
+    x: Rows,
+    matrix: Matrix,
+    out: Tensor,
+    paired: bool = False,
+    copied: int = 0,
+    static: Tensor | None = None,
+    out_scales: Tensor | None = None,
 ) -> Tensor:
+    """static, out_scales: of an e4m3 out, the scale that it is made by and the rows' copies of it."""
     weights = Weights.of(operation, matrix)
     tokens = x.shape[0]
+    if isinstance(x, Tensor) and takes_fp8(matrix):
+        if x.dim() == 3:
+            raise ArgumentError(f"{operation}: heads are multiplied in 16 bits, the matrix takes FP8")
+        x = quantise_rows(x, static_scales(matrix))
+    x, x_scales = (x, None) if isinstance(x, Tensor) else (x.codes, x.scales)
     strides = (row_stride(operation, "x", x), x.stride(1)) if x.dim() == 3 else (row_stride(operation, "x", x), 0)
     out_strides = (out.stride(0) if tokens != 1 else out[0].numel(), out.stride(1) if x.dim() == 3 else 0)
     chosen = tile(weights, POINTER[x.dtype], paired, tokens)
@@ -108,7 +137,9 @@ def _multiply(
     outputs = weights.rows // 2 if paired else weights.rows
     tiles = triton.cdiv(tokens, chosen.block_t) * triton.cdiv(outputs, chosen.block_n)
     heads = x.shape[1] if x.dim() == 3 else 1
-    launch(configuration, (tiles, heads), x_ptr=x, out_ptr=out, tokens=tokens, **pointers(matrix))
+    scales = {"x_scales_ptr": x_scales, "static_ptr": static, "out_scales_ptr": out_scales}
+    present = {name: tensor for name, tensor in scales.items() if tensor is not None}
+    launch(configuration, (tiles, heads), x_ptr=x, out_ptr=out, tokens=tokens, **present, **pointers(matrix))
     return out
 
 
@@ -122,11 +153,13 @@ def linear_configuration(
     copied: int = 0,
 ) -> Configuration:
     """types: of x and of the result. strides: of a token and of a head, in values."""
+    scaled = {**scale_types(["x_scales_ptr"], types[0]), **scale_types(["static_ptr", "out_scales_ptr"], types[1])}
     return Configuration(
         _linear,
-        {"x_ptr": types[0], **weights.types(), "out_ptr": types[1], "tokens": "i32"},
+        {"x_ptr": types[0], **weights.types(), "out_ptr": types[1], **scaled, "tokens": "i32"},
         {
             **weights.without(),
+            **dict.fromkeys({"x_scales_ptr", "static_ptr", "out_scales_ptr"} - scaled.keys()),
             **weights.constants,
             **chosen.constants,
             "X_STRIDE": strides[0],
@@ -159,16 +192,21 @@ SIZES = (
 
 def configurations() -> Iterator[tuple[str, Configuration]]:
     """What serving Small 4 and Small 3 launches here, by model, operation and format."""
-    for format in ("bf16", "fp8", "nvfp4"):
+    for format, of_x in (("bf16", "bf16"), ("fp8", "bf16"), ("nvfp4", "bf16"), ("fp8", "fp8")):
         for model, name, outputs, k in SIZES:
             if name == "lm_head" and format != "bf16":
                 continue  # no published checkpoint quantises it
             paired = name.endswith("gate_up")
             weights = Weights.stored(format, outputs, k)
-            types = "*bf16", "*fp32" if name == "lm_head" else "*bf16"
+            in_fp8 = of_x == "fp8"
+            types = "*fp8e4nv" if in_fp8 else "*bf16", "*fp32" if name == "lm_head" else "*bf16"
             strides = (k, 0), (outputs // 2 if paired else outputs, 0)
-            chosen = tile(weights, "*bf16", paired)
-            yield f"{model} {name} {format}", linear_configuration(types, weights, chosen, *strides, paired)
+            chosen = tile(weights, types[0], paired)
+            label = f"{model} {name} {format}" + (" x fp8" if in_fp8 else "")
+            yield label, linear_configuration(types, weights, chosen, *strides, paired)
+            if in_fp8 and paired:
+                types = types[0], "*fp8e4nv"
+                yield f"{label}, static", linear_configuration(types, weights, chosen, *strides, paired)
     absorb, unabsorb = Weights.stored("bf16", 256, 64), Weights.stored("bf16", 128, 256)
     for name, weights, width, copied in (("absorb", absorb, 128, 64), ("unabsorb", unabsorb, 256, 0)):
         out = weights.rows + copied

@@ -8,6 +8,9 @@ The pairs of tokens and slots are sorted by expert, and the shared expert's toke
     inner [T*K + T, F]    in that order: written by the first launch, read by the second
     outputs [T*K + T, D]  row token * K + slot, so that the third finds a token's slots side by side
 
+Experts that take their activations in FP8 get them so: `x` in that order, by a kernel before the first launch, and
+`inner` from the first launch, where the scales are static, or by a kernel before the second.
+
 Each launch has a program for every tile of rows that there could be, for the host does not know how many tokens an
 expert has; a program finds its expert and its rows in `starts`, and those past the last tile return at once.
 """
@@ -21,7 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.triton.activations import empty_rows, quantise_pairs, quantise_rows, scale_types, store_tile
 from cierzo.kernels.triton.heuristics import Tile, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.linear import gated_mlp_into
@@ -54,14 +59,16 @@ def _expert_rows(
 
 @kernel
 def _expert_gate_up(
-    x_ptr, order_ptr, starts_ptr, codes_ptr, scales_ptr, row_scales_ptr,
-    shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr, inner_ptr, tokens,
+    x_ptr, x_scales_ptr, order_ptr, starts_ptr, codes_ptr, scales_ptr, row_scales_ptr,
+    shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr, inner_ptr, static_ptr, shared_static_ptr,
+    inner_scales_ptr, tokens,
     X_STRIDE: tl.constexpr, E: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
     FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
-    """inner[row] = silu(gate) * up of the row's token."""
+    """inner[row] = silu(gate) * up of the row's token. e4m3 x lies in the order of rows, with a scale each; e4m3
+    inner is made by the scale of its expert, static_ptr[expert]."""
     F: tl.constexpr = ROWS // 2
     across: tl.constexpr = tl.cdiv(F, BLOCK_N)
     tile_t = tl.program_id(0) // across
@@ -76,23 +83,34 @@ def _expert_gate_up(
                 scales_ptr = shared_scales_ptr
             if FORMAT == "nvfp4":
                 row_scales_ptr = shared_row_scales_ptr
+            if static_ptr is not None:
+                static_ptr = shared_static_ptr
     rows = start + tl.arange(0, BLOCK_T)
     inside = rows < end
-    pairs = tokens.to(tl.int64) * SLOTS
-    pair = tl.load(order_ptr + rows, mask=inside & (rows < pairs), other=0)
-    token = tl.where(rows < pairs, pair // SLOTS, rows - pairs)
+    x_scales = None
+    if x_scales_ptr is not None:
+        x_rows = rows * X_STRIDE
+        x_scales = tl.load(x_scales_ptr + rows, mask=inside, other=0.0)
+    else:
+        pairs = tokens.to(tl.int64) * SLOTS
+        pair = tl.load(order_ptr + rows, mask=inside & (rows < pairs), other=0)
+        token = tl.where(rows < pairs, pair // SLOTS, rows - pairs)
+        x_rows = token * X_STRIDE
     outputs = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
     total = product(
-        x_ptr, token * X_STRIDE, inside, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, True,
+        x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, True,
         FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
     )  # fmt: skip
     mask = inside[:, None] & (outputs < F)[None, :]
-    tl.store(inner_ptr + rows[:, None] * F + outputs[None, :], total.to(inner_ptr.dtype.element_ty), mask=mask)
+    if static_ptr is not None:
+        static_ptr += expert
+    first = tl.program_id(0) % across == 0
+    store_tile(total, inner_ptr, rows * F, outputs, mask, static_ptr, inner_scales_ptr, rows, inside, first)
 
 
 @kernel
 def _expert_down(
-    inner_ptr, order_ptr, starts_ptr, codes_ptr, scales_ptr, row_scales_ptr,
+    inner_ptr, inner_scales_ptr, order_ptr, starts_ptr, codes_ptr, scales_ptr, row_scales_ptr,
     shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr, outputs_ptr, tokens,
     E: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
     FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
@@ -116,8 +134,11 @@ def _expert_down(
     rows = start + tl.arange(0, BLOCK_T)
     inside = rows < end
     outputs = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_scales = None
+    if inner_scales_ptr is not None:
+        x_scales = tl.load(inner_scales_ptr + rows, mask=inside, other=0.0)
     total = product(
-        inner_ptr, rows * K, inside, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, False,
+        inner_ptr, rows * K, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, False,
         FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
     )  # fmt: skip
     pairs = tokens.to(tl.int64) * SLOTS
@@ -164,10 +185,10 @@ def expert_mlp(
     width, inner_width, experts = x.shape[1], down.shape[2], down.shape[0]
     up_weights, down_weights = Weights.of("expert_mlp", gate_up), Weights.of("expert_mlp", down)
     with_shared = shared_gate_up is not None and shared_down is not None
-    together = with_shared and _alike(up_weights, shared_gate_up) and _alike(down_weights, shared_down)
-    rows = tokens * slots + (tokens if with_shared else 0)
-    inner, outputs = x.new_empty(rows, inner_width), x.new_empty(rows, width)
-    pointer = POINTER[x.dtype]
+    together = with_shared and _alike(gate_up, shared_gate_up) and _alike(down, shared_down)
+    pairs = tokens * slots
+    outputs = x.new_empty(pairs + (tokens if with_shared else 0), width)
+    groups = {"order_ptr": order, "starts_ptr": starts}
 
     def run(
         configuration: Configuration, chosen: Tile, across: int, first: dict[str, Tensor], *matrices: Any
@@ -175,21 +196,34 @@ def expert_mlp(
         tiles = most_tiles(tokens, slots, experts, chosen.block_t, together)
         shared = pointers(matrices[1], "shared_") if together else {}
         grid = (tiles * triton.cdiv(across, chosen.block_n),)
-        launch(configuration, grid, **first, **pointers(matrices[0]), **shared, tokens=tokens)
+        launch(configuration, grid, **first, **groups, **pointers(matrices[0]), **shared, tokens=tokens)
 
-    groups = {"order_ptr": order, "starts_ptr": starts}
-    chosen = tile(up_weights, pointer, True, tokens * slots // experts)
-    stride = row_stride("expert_mlp", "x", x)
-    configuration = gate_up_configuration(pointer, up_weights, chosen, experts, slots, together, stride)
-    run(configuration, chosen, inner_width, {"x_ptr": x, "inner_ptr": inner, **groups}, gate_up, shared_gate_up)
-    chosen = tile(down_weights, pointer, False, tokens * slots // experts)
-    configuration = down_configuration(pointer, down_weights, chosen, experts, slots, together)
-    run(configuration, chosen, width, {"inner_ptr": inner, "outputs_ptr": outputs, **groups}, down, shared_down)
+    rows: Rows = x
+    if takes_fp8(gate_up):
+        rows = quantise_pairs(
+            x, order, starts, slots, (static_scales(gate_up), static_scales(shared_gate_up)), together
+        )
+    inner = x.new_empty(pairs + (tokens if together else 0), inner_width)
+    codes = empty_rows(x, *inner.shape) if static_scales(down) is not None else None
+    first = {**_operand("x", rows), **_operand("inner", inner if codes is None else codes), **_static(down)}
+    first |= _static(shared_down, "shared_") if together else {}
+    types = POINTER[first["x_ptr"].dtype], POINTER[first["inner_ptr"].dtype]
+    chosen = tile(up_weights, types[0], True, pairs // experts)
+    stride = row_stride("expert_mlp", "x", first["x_ptr"])
+    configuration = gate_up_configuration(types, up_weights, chosen, experts, slots, together, stride)
+    run(configuration, chosen, inner_width, first, gate_up, shared_gate_up)
+    if codes is None and takes_fp8(down):
+        codes = quantise_rows(inner, None)
+    first = _operand("inner", inner if codes is None else codes)
+    types = POINTER[first["inner_ptr"].dtype], POINTER[outputs.dtype]
+    chosen = tile(down_weights, types[0], False, pairs // experts)
+    configuration = down_configuration(types, down_weights, chosen, experts, slots, together)
+    run(configuration, chosen, width, {**first, "outputs_ptr": outputs}, down, shared_down)
     if shared_gate_up is not None and shared_down is not None and not together:
-        gated_mlp_into(x, shared_gate_up, shared_down, outputs[tokens * slots :])
+        gated_mlp_into(x, shared_gate_up, shared_down, outputs[pairs:])
     out = x.new_empty(x.shape)
     grid = (tokens, triton.cdiv(width, SUM_BLOCK))
-    configuration = sum_configuration(pointer, width, slots, with_shared)
+    configuration = sum_configuration(POINTER[x.dtype], width, slots, with_shared)
     launch(configuration, grid, outputs_ptr=outputs, weights_ptr=weights, out_ptr=out, tokens=tokens)
     return out
 
@@ -201,29 +235,58 @@ def most_tiles(tokens: int, slots: int, experts: int, block_t: int, shared: bool
     return used + (pairs - used) // block_t + (triton.cdiv(tokens, block_t) if shared else 0)
 
 
-def _alike(weights: Weights, shared: Matrix | None) -> bool:
+def _alike(matrix: Matrix, shared: Matrix | None) -> bool:
     """Whether one kernel reads both: the shared expert's strides matter only within it."""
     if shared is None:
         return False
-    other = Weights.of("expert_mlp", shared)
+    one, other = Weights.of("expert_mlp", matrix), Weights.of("expert_mlp", shared)
     fields = ("format", "pointer", "rows", "k", "row_stride", "scale_block")
-    return all(getattr(weights, field) == getattr(other, field) for field in fields)
+    same_rows = takes_fp8(matrix) == takes_fp8(shared)
+    same_scales = (static_scales(matrix) is None) == (static_scales(shared) is None)
+    return same_rows and same_scales and all(getattr(one, field) == getattr(other, field) for field in fields)
+
+
+def _operand(name: str, rows: Rows) -> dict[str, Tensor]:
+    """The pointers of rows that are read or written."""
+    if isinstance(rows, Tensor):
+        return {f"{name}_ptr": rows}
+    return {f"{name}_ptr": rows.codes, f"{name}_scales_ptr": rows.scales}
+
+
+def _static(matrix: Matrix | None, prefix: str = "") -> dict[str, Tensor]:
+    """The static scales of a matrix's activations, if it has any."""
+    scales = static_scales(matrix)
+    return {} if scales is None else {f"{prefix}static_ptr": scales}
 
 
 def gate_up_configuration(
-    pointer: str, weights: Weights, chosen: Tile, experts: int, slots: int, shared: bool, stride: int
+    pointers_of: tuple[str, str],
+    weights: Weights,
+    chosen: Tile,
+    experts: int,
+    slots: int,
+    shared: bool,
+    stride: int,
 ) -> Configuration:
-    """pointer: of the activations. stride: of their rows."""
-    types = {"x_ptr": pointer, "inner_ptr": pointer}
-    return _grouped(_expert_gate_up, types, weights, chosen, experts, slots, shared, {"X_STRIDE": stride})
+    """pointers_of: x and inner, "*fp8e4nv" if they are codes. stride: of x's rows."""
+    types = {"x_ptr": pointers_of[0], **scale_types(["x_scales_ptr"], pointers_of[0]), "inner_ptr": pointers_of[1]}
+    written = ("static_ptr", "shared_static_ptr", "inner_scales_ptr")
+    wanted = [name for name in written if shared or not name.startswith("shared")]
+    types |= scale_types(wanted, pointers_of[1])
+    missing = dict.fromkeys({"x_scales_ptr", *written} - types.keys())
+    return _grouped(
+        _expert_gate_up, types, weights, chosen, experts, slots, shared, {"X_STRIDE": stride, **missing}
+    )
 
 
 def down_configuration(
-    pointer: str, weights: Weights, chosen: Tile, experts: int, slots: int, shared: bool
+    pointers_of: tuple[str, str], weights: Weights, chosen: Tile, experts: int, slots: int, shared: bool
 ) -> Configuration:
-    """pointer: of the activations."""
-    types = {"inner_ptr": pointer, "outputs_ptr": pointer}
-    return _grouped(_expert_down, types, weights, chosen, experts, slots, shared, {})
+    """pointers_of: inner, "*fp8e4nv" if it is codes, and outputs."""
+    scales = scale_types(["inner_scales_ptr"], pointers_of[0])
+    types = {"inner_ptr": pointers_of[0], **scales, "outputs_ptr": pointers_of[1]}
+    missing: dict[str, Any] = {} if scales else {"inner_scales_ptr": None}
+    return _grouped(_expert_down, types, weights, chosen, experts, slots, shared, missing)
 
 
 def _grouped(
@@ -270,11 +333,16 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
         # fp8: a scale an expert for the rows of gate and of up
         up = Weights.stored(format, 2 * inner_width, width, (inner_width, width))
         down = Weights.stored(format, width, inner_width, (width, inner_width))
-        chosen = tile(up, "*bf16", paired=True)
-        yield (
-            f"small4 expert_gate_up {format}",
-            gate_up_configuration("*bf16", up, chosen, experts, slots, True, width),
-        )
-        chosen = tile(down, "*bf16", paired=False)
-        yield f"small4 expert_down {format}", down_configuration("*bf16", down, chosen, experts, slots, True)
+        for of_rows, kind in (("*bf16", ""), ("*fp8e4nv", " x fp8"), ("*fp8e4nv", " x fp8, static")):
+            if kind and format != "fp8":
+                continue
+            chosen = tile(up, of_rows, paired=True)
+            types = of_rows, "*fp8e4nv" if kind.endswith("static") else "*bf16"
+            configuration = gate_up_configuration(types, up, chosen, experts, slots, True, width)
+            yield f"small4 expert_gate_up {format}{kind}", configuration
+            if kind.endswith("static"):
+                continue  # the same
+            chosen = tile(down, of_rows, paired=False)
+            configuration = down_configuration((of_rows, "*bf16"), down, chosen, experts, slots, True)
+            yield f"small4 expert_down {format}{kind}", configuration
     yield "small4 sum_slots bf16", sum_configuration("*bf16", width, slots, True)

@@ -8,6 +8,10 @@ output is one chain of MMA instructions that other rows do not reach. Weights be
 registers, without rounding where that is bf16 (formats/device.py); scales of whole rows multiply the finished sum,
 those of blocks of k the sum of their steps.
 
+e4m3 activations (formats/activations.py) meet e4m3 weights as they are. Hopper's FP8 MMA adds up in fewer bits than
+fp32 has (some 14, by measurements that others published); so each step of BLOCK_K columns, 128, is a chain of its
+own, whose sum is added to the fp32 total: max_num_imprecise_acc, the same for every row, size and width of a tile.
+
 TOKENS_ON_M says which operand is which. The MMA of Hopper has 64 rows, M, and 8 to 256 columns, N: with weights on
 M a tile may have fewer than 64 tokens, down to 16.
 """
@@ -32,14 +36,14 @@ LARGEST_MATRIX = 1 << 31  # weights of one expert, whose offsets are 32 bits wid
 
 @kernel
 def product(
-    x_ptr, x_rows, x_inside, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, PAIRED: tl.constexpr,
+    x_ptr, x_rows, x_inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, PAIRED: tl.constexpr,
     FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BLOCK_T, BLOCK_N]. x_rows: int64 [BLOCK_T], where rows start, in values; rows that are not x_inside are
-    not read and count as zeros. outputs: int32 [BLOCK_N], the weights' rows, past the end too (nothing past it is
-    read; those columns mean nothing). expert: int64."""
+    not read and count as zeros. x_scales: fp32 [BLOCK_T], of e4m3 rows; else None. outputs: int32 [BLOCK_N], the
+    weights' rows, past the end too (nothing past it is read; those columns mean nothing). expert: int64."""
     TOTAL: tl.constexpr = ROWS // 2 if PAIRED else ROWS
     rows = tl.minimum(outputs, TOTAL - 1)
     codes_ptr += expert * EXPERT_STRIDE
@@ -63,8 +67,12 @@ def product(
                 FORMAT, K, ROW_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_K, TOKENS_ON_M,
             )  # fmt: skip
     result = _finished(first, scales_ptr, row_scales_ptr, rows, FORMAT, K, SCALE_N, SCALE_K, TOKENS_ON_M)
+    if x_scales is not None:
+        result *= x_scales[:, None]
     if PAIRED:
         up = _finished(second, scales_ptr, row_scales_ptr, rows + TOTAL, FORMAT, K, SCALE_N, SCALE_K, TOKENS_ON_M)
+        if x_scales is not None:
+            up *= x_scales[:, None]
         decay = tl.exp(-tl.abs(result))  # of neither sign does it overflow
         result = result * tl.where(result >= 0, 1.0, decay) / (1.0 + decay) * up
     return result
@@ -87,18 +95,19 @@ def _step(
         else:
             weights = tl.load(pointers, mask=(columns < K)[None, :], other=0.0)
     weights = weights.to(x.dtype)
+    CHAIN: tl.constexpr = BLOCK_K if x.dtype == tl.float8e4nv else 0
     if FORMAT == "fp8" and SCALE_K < K:
         tl.static_assert(SCALE_K % BLOCK_K == 0)
         if TOKENS_ON_M:
-            part = tl.dot(x, tl.trans(weights), input_precision="ieee")
+            part = tl.dot(x, tl.trans(weights), input_precision="ieee", max_num_imprecise_acc=CHAIN)
         else:
-            part = tl.dot(weights, tl.trans(x), input_precision="ieee")
+            part = tl.dot(weights, tl.trans(x), input_precision="ieee", max_num_imprecise_acc=CHAIN)
         scales = tl.load(scales_ptr + rows // SCALE_N * tl.cdiv(K, SCALE_K) + k // SCALE_K)
         total += part * (scales[None, :] if TOKENS_ON_M else scales[:, None])
     elif TOKENS_ON_M:
-        total = tl.dot(x, tl.trans(weights), total, input_precision="ieee")
+        total = tl.dot(x, tl.trans(weights), total, input_precision="ieee", max_num_imprecise_acc=CHAIN)
     else:
-        total = tl.dot(weights, tl.trans(x), total, input_precision="ieee")
+        total = tl.dot(weights, tl.trans(x), total, input_precision="ieee", max_num_imprecise_acc=CHAIN)
     return total
 
 

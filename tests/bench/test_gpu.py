@@ -83,9 +83,10 @@ def test_kernels_are_timed_beside_torch() -> None:
     assert found["implementation"] == "triton"
     assert found["us"] > 0
     assert len(found["samples_us"]) > 1
-    dense = kernels.measure("linear", TINY4, SIZES[0], "fp8", CPU, limits, 0)
-    assert dense is not None
-    assert dense["torch"]["us"] > 0
+    for format in ("fp8", "fp8 x fp8", "static fp8 x fp8"):
+        dense = kernels.measure("linear", TINY4, SIZES[0], format, CPU, limits, 0)
+        assert dense is not None
+        assert dense["torch"]["us"] > 0
     assert kernels.measure("gqa_decode", TINY4, SIZES[0], "bf16", CPU, limits, 0) is None
 
 
@@ -128,5 +129,8 @@ def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -
     assert "torch finds no GPU here" in capsys.readouterr().err
 
 
-def test_a_model_of_random_weights_has_the_references_logits() -> None:
-    assert served.check_slice("small4", "nvfp4", CPU, "tiny")["deviation"] < served.TOLERANCE
+@pytest.mark.parametrize(("weights", "activations"), [("nvfp4", "bf16"), ("fp8", "fp8")])
+def test_a_model_of_random_weights_has_the_references_logits(weights: str, activations: str) -> None:
+    """FP8 by FP8 by definition too: the same codes of the same activations, but for a few that turn."""
+    found = served.check_slice("small4", weights, CPU, "tiny", activations)["deviation"]
+    assert found < (served.TOLERANCE_FP8 if activations == "fp8" else served.TOLERANCE)

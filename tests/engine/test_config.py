@@ -69,6 +69,29 @@ def test_a_cache_of_one_byte_is_in_the_format_that_the_device_has_kernels_for(ch
     assert resolve(EngineOptions(**options, kv_dtype="fp8")).layout.dtype == "fp8"
 
 
+def test_activations_in_fp8_need_a_gpu_and_weights_in_fp8(checkpoint: str) -> None:
+    def resolved(**options: Any) -> Any:
+        return resolve(EngineOptions(model=checkpoint, **options))
+
+    assert resolved().activations == resolved(activations="bf16").activations == "bf16"
+    assert resolved(dtype="float32").activations == "float32"
+    assert resolved(device="cuda", weights="fp8").activations == "bf16"
+    whole = resolved(device="cuda", weights="fp8", activations="fp8")
+    assert whole.activations == "fp8"
+    assert "weights fp8, activations fp8, KV cache bfloat16" in whole.describe()
+    refused: tuple[tuple[dict[str, Any], str, str], ...] = (
+        ({"activations": "fp8"}, "device cuda", "auto"),
+        ({"activations": "fp8", "device": "cpu", "weights": "int8"}, "device cuda", "cpu"),
+        ({"activations": "fp8", "device": "cuda"}, "weights fp8", "auto"),
+        ({"activations": "fp8", "device": "cuda", "weights": "nvfp4"}, "weights fp8", "nvfp4"),
+        ({"activations": "bf16", "dtype": "float32"}, "dtype bfloat16", "float32"),
+    )
+    for options, limit, value in refused:
+        with pytest.raises(ConfigError, match=f"activations {options['activations']} needs {limit}") as caught:
+            resolved(**options)
+        assert (caught.value.field, caught.value.limit, caught.value.value) == ("activations", limit, value)
+
+
 def test_a_length_that_does_not_fit_is_refused_with_the_numbers(checkpoint: str) -> None:
     kv_cache_gib = 10 * 32 * 3072 / GIB
     assert resolve(EngineOptions(model=checkpoint, kv_cache_gib=kv_cache_gib)).scheduler.max_model_len == 320

@@ -33,6 +33,7 @@ from cierzo.engine.worker.runner import ModelRunner
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.kernel import running_on
+from cierzo.kernels.formats.activations import static_scales, takes_fp8
 from cierzo.kernels.registry import bind
 from cierzo.scheduler.params import SamplingParams
 
@@ -40,7 +41,14 @@ CPU = torch.device("cpu")
 MAX_RUNNING = 3
 PROMPTS = ([5, 9, 2, 11, 7], [3] * 9, [8, 1])
 NEW_TOKENS = (3, 2, 3)
-MODELS = (("small4", "nvfp4"), ("small4", "fp8"), ("small3", "bf16"))
+# (model, checkpoint, weights, activations); an FP8 checkpoint has static scales of activations, another has none
+MODELS = (
+    ("small4", "hf", "nvfp4", "bf16"),
+    ("small4", "hf", "fp8", "bf16"),
+    ("small4", "hf-fp8", "fp8", "fp8"),
+    ("small3", "hf", "bf16", "bf16"),
+    ("small3", "hf", "fp8", "fp8"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +63,8 @@ def _gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     bind(KernelsConfig(), "cpu")
 
 
-def make_config(folder: Path, like: str) -> EngineConfig:
-    checkpoint = make_checkpoint(folder / "model", like=like, scale="tiny")
+def make_config(folder: Path, like: str, checkpoint_format: str) -> EngineConfig:
+    checkpoint = make_checkpoint(folder / "model", like=like, scale="tiny", checkpoint_format=checkpoint_format)
     options = EngineOptions(
         model=str(checkpoint),
         max_running=MAX_RUNNING,
@@ -69,11 +77,11 @@ def make_config(folder: Path, like: str) -> EngineConfig:
     return resolve(options)
 
 
-def load(config: EngineConfig, weights: str) -> Decoder:
+def load(config: EngineConfig, weights: str, activations: str) -> Decoder:
     with CheckpointReader(Path(config.checkpoint)) as reader:
         specs = parameter_specs(config.model)
         parameters = load_parameters(reader, specs, dtype=torch.bfloat16, device="cpu")
-        matrices = DeviceMatrices(weights, torch.bfloat16, CPU)
+        matrices = DeviceMatrices(weights, torch.bfloat16, CPU, activations)
         return build_model(config.model, parameters, device=CPU, dtype=torch.bfloat16, matrices=matrices)
 
 
@@ -118,10 +126,15 @@ def run(
     return found
 
 
-@pytest.mark.parametrize(("like", "weights"), MODELS)
-def test_tokens_are_the_same_alone_and_in_company(tmp_path: Path, like: str, weights: str) -> None:
-    config = make_config(tmp_path, like)
-    model = load(config, weights)
+@pytest.mark.parametrize(("like", "checkpoint_format", "weights", "activations"), MODELS)
+def test_tokens_are_the_same_alone_and_in_company(
+    tmp_path: Path, like: str, checkpoint_format: str, weights: str, activations: str
+) -> None:
+    config = make_config(tmp_path, like, checkpoint_format)
+    model = load(config, weights, activations)
+    output = model.layers[0][0].weights.output  # type: ignore[union-attr]
+    assert takes_fp8(output) == (activations == "fp8")
+    assert (static_scales(output) is not None) == (activations == "fp8" and checkpoint_format == "hf-fp8")
     counters = [None if config.model.moe is None else ExpertCounter.of(config.model) for _ in range(2)]
     together = run(config, model, (0, 1, 2), whole=True, experts=counters[0])
     assert [len(together[number]) for number in range(3)] == list(NEW_TOKENS)

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from cierzo.bench.gpu.cases import formats_of
 from cierzo.engine import device_memory
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig, named_model_config
@@ -124,6 +125,8 @@ def test_formats_change_bytes_and_rates() -> None:
         "bf16",
         "bf16",
     )
+    assert (both.measured_as("fp8"), NumberFormats(weights="fp8").measured_as("fp8")) == ("fp8 x fp8", "fp8")
+    assert both.measured_as("fp8") in formats_of("linear")
     on_cpu = NumberFormats(weights="int4", on_gpu=False)
     assert (on_cpu.head, on_cpu.rate("int4"), on_cpu.rate("bf16")) == ("int8", "int8", "bf16")
     assert NumberFormats(weights="float32", plain="float32", on_gpu=False).rate("float32") == "fp32"

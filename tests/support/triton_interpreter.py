@@ -68,7 +68,8 @@ def _refusing(operation: Callable[..., Any]) -> Callable[..., Any]:
         for operand in operands:
             if isinstance(operand, interpreter.TensorHandle) and _is_code(operand.dtype):
                 raise TypeError(f"arithmetic on {operand.dtype}: kernels convert to fp32 first")
-        return operation(self, *operands)
+        with np.errstate(all="ignore"):  # infinity by infinity is NaN, and no warning, on a GPU
+            return operation(self, *operands)
 
     return checked
 

@@ -22,6 +22,14 @@ COMPILED = {
     "moe: small4 expert_down fp8": "HGMMA",
     "moe: small4 sum_slots bf16": "FADD",
 }
+# FP8 by FP8: one of each kernel and kind of result
+BY_FP8 = (
+    "linear: small4 o_proj fp8 x fp8",
+    "linear: small3 gate_up fp8 x fp8",
+    "linear: small3 gate_up fp8 x fp8, static",
+    "moe: small4 expert_gate_up fp8 x fp8, static",
+    "moe: small4 expert_down fp8 x fp8",
+)
 
 
 def _worker(*arguments: str) -> Any:
@@ -48,6 +56,25 @@ def test_some_configurations_compile_for_sm_90() -> None:
         else:
             assert wide >= 24, name
             assert "nvfp4" in name or wide == sum(copies.values()), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
+def test_fp8_by_fp8_runs_on_fp8_tensor_cores_and_adds_up_in_fp32() -> None:
+    """A step of 128 columns is four MMA instructions of 32, for each matrix of a pair; then its sums, 64 a thread,
+    are added to the total, one by one. Nothing is widened; what the loop reads comes ahead, 16 bytes at a time."""
+    for name, compiled in _worker("compile", *BY_FP8).items():
+        assert compiled["spill_bytes"] == 0, name
+        instructions = compiled["instructions"]
+        mma = {found.split(".")[0]: 0 for found in instructions if "MMA" in found}
+        for found, number in instructions.items():
+            if "MMA" in found:
+                mma[found.split(".")[0]] += number
+        assert mma == {"QGMMA": 8 if "gate_up" in name else 4}, name
+        assert sum(number for found, number in instructions.items() if found.startswith("FADD")) >= 64, name
+        copies = {found: number for found, number in instructions.items() if found.startswith("LDGSTS")}
+        assert sum(number for found, number in copies.items() if ".128" in found) == sum(copies.values()) >= 24, (
+            name
+        )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
