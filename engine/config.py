@@ -21,18 +21,14 @@ from cierzo.engine import device_memory
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.host import available_memory_bytes, usable_cpus
+from cierzo.engine.kv_room import AUTO_KV_BYTES, plan_kv
 from cierzo.engine.model.config import ModelConfig, named_model_config, read_model_config
-from cierzo.engine.profiles import Profile, ProfileName, choose
+from cierzo.engine.profiles import ProfileName, choose
 from cierzo.engine.roofline.cards import find_device
 from cierzo.engine.roofline.device import Device
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.scheduler.config import SchedulerConfig
 
-GIB = 1 << 30
-SERVED_CONTEXT_TOKENS = 262_144  # the longest context that the makers of Small 4 serve (model.md 1.1)
-AUTO_KV_BYTES = 8 * GIB
-AUTO_KV_MEMORY_SHARE = 0.25
-AUTO_KV_REQUEST_TOKENS = 8192
 ENVIRONMENT_PREFIX = "CIERZO_"
 # Number formats of weights that have kernels; MatrixSource says which matrices keep more bits.
 WEIGHTS = {"cpu": ("bf16", "int8", "int4", "nvfp4"), "cuda": ("bf16", "fp8", "nvfp4")}
@@ -193,13 +189,18 @@ def resolve(options: EngineOptions) -> EngineConfig:
     profile = choose(options, kind)
     options = msgspec.structs.replace(options, **msgspec.structs.asdict(profile))
     path = Path(options.model)
-    model = (named_model_config(options.model) if card is not None else None) or read_model_config(path)
-    if options.softmax_scale is not None:
-        model = msgspec.structs.replace(model, softmax_scale_override=options.softmax_scale)
+    model = _model(options, card)
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     layout = model.cache_layout(options.block_tokens, _kv_dtype(options, kind, dtype))
-    room = _kv_room_bytes(options, kind, card, model)
-    num_blocks, max_model_len = _kv_room(options, profile, kind, model, layout, room)
+    num_blocks, max_model_len = plan_kv(
+        model,
+        layout,
+        _kv_room_bytes(options, kind, card, model),
+        max_model_len=options.max_model_len,
+        kv_cache_gib=options.kv_cache_gib,
+        max_running=profile.max_running,
+        on_gpu=kind == "cuda",
+    )
     return EngineConfig(
         checkpoint=str(path.resolve()),
         name=path.resolve().name,
@@ -238,6 +239,16 @@ def resolve(options: EngineOptions) -> EngineConfig:
             max_samples=min(options.frontend.max_samples, options.max_waiting),
         ),
     )
+
+
+def _model(options: EngineOptions, card: Device | None) -> ModelConfig:
+    """A folder's; on a simulated card also one by name."""
+    model = (named_model_config(options.model) if card is not None else None) or read_model_config(
+        Path(options.model)
+    )
+    if options.softmax_scale is None:
+        return model
+    return msgspec.structs.replace(model, softmax_scale_override=options.softmax_scale)
 
 
 def _card(options: EngineOptions) -> Device | None:
@@ -358,47 +369,6 @@ def _metas(annotation: Any) -> tuple[Meta, ...]:
     return tuple(itertools.chain(*(getattr(part, "__metadata__", ()) for part in parts)))
 
 
-def _kv_room(
-    options: EngineOptions, profile: Profile, kind: str, model: ModelConfig, layout: CacheLayout, room: int
-) -> tuple[int, int]:
-    """(num_blocks, max_model_len). An explicit length that does not fit is refused with the numbers."""
-    ceiling = min(model.max_position_embeddings, SERVED_CONTEXT_TOKENS)
-    wanted = options.max_model_len or ceiling
-    if wanted > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len {wanted:,} is more than the model's max_position_embeddings "
-            f"{model.max_position_embeddings:,}",
-            field="max_model_len",
-            limit=model.max_position_embeddings,
-            value=wanted,
-        )
-    if options.kv_cache_gib is not None:
-        _require_memory(options.kv_cache_gib, room)
-        num_blocks = int(options.kv_cache_gib * GIB // layout.bytes_per_block)
-    else:
-        num_blocks = _auto_blocks(profile.max_running, kind, wanted, layout, room)
-    held_tokens = num_blocks * layout.block_tokens
-    if options.max_model_len is not None and wanted > held_tokens:
-        needed_gib = -(-wanted // layout.block_tokens) * layout.bytes_per_block / GIB
-        raise ConfigError(
-            f"max_model_len {wanted:,} needs {needed_gib:.3f} GiB of KV cache "
-            f"({layout.bytes_per_token:,} bytes per token); the budget of "
-            f"{num_blocks * layout.bytes_per_block / GIB:.3f} GiB holds {held_tokens:,} tokens",
-            field="max_model_len",
-            limit=held_tokens,
-            value=wanted,
-        )
-    if num_blocks < 1:
-        budget = "the free memory" if options.kv_cache_gib is None else f"kv_cache_gib {options.kv_cache_gib:g}"
-        raise ConfigError(
-            f"{budget} holds no block of {layout.bytes_per_block:,} bytes",
-            field="kv_cache_gib",
-            limit=f">= {layout.bytes_per_block / GIB:.6f}",
-            value=options.kv_cache_gib,
-        )
-    return num_blocks, min(wanted, held_tokens)
-
-
 def _kv_room_bytes(options: EngineOptions, kind: str, card: Device | None, model: ModelConfig) -> int:
     """Memory that the KV cache may take: of a GPU, what the weights leave. Without a driver to ask, the core says
     that there is no GPU."""
@@ -410,28 +380,6 @@ def _kv_room_bytes(options: EngineOptions, kind: str, card: Device | None, model
         return device_memory.kv_room_bytes(model, weights, card.memory_bytes, card.cards)
     free = device_memory.free_bytes()
     return AUTO_KV_BYTES if free is None else device_memory.kv_room_bytes(model, weights, free)
-
-
-def _require_memory(kv_cache_gib: float, room: int) -> None:
-    """Pages cost memory only as they fill: a budget that is not there would end the server late, and for good."""
-    free_gib = room / GIB
-    if kv_cache_gib > free_gib:
-        raise ConfigError(
-            f"kv_cache_gib is {kv_cache_gib:g}, and {free_gib:.1f} GiB of memory are free",
-            field="kv_cache_gib",
-            limit=f"{free_gib:.1f}",
-            value=kv_cache_gib,
-        )
-
-
-def _auto_blocks(max_running: int, kind: str, max_model_len: int, layout: CacheLayout, room: int) -> int:
-    """A share of the free memory, all that is left on a GPU, but no more than four longest requests or a full batch
-    of usual ones use."""
-    affordable_bytes = room if kind == "cuda" else min(AUTO_KV_BYTES, int(room * AUTO_KV_MEMORY_SHARE))
-    usual_tokens = max_running * min(max_model_len, AUTO_KV_REQUEST_TOKENS)
-    useful_tokens = min(max_running * max_model_len, max(4 * max_model_len, usual_tokens))
-    useful_blocks = -(-useful_tokens // layout.block_tokens) + max_running
-    return min(affordable_bytes // layout.bytes_per_block, useful_blocks)
 
 
 # --- environment -------------------------------------------------------------------------------------------

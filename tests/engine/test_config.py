@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from cierzo.cache.layout import GIB
 from cierzo.engine import config, host
-from cierzo.engine.config import GIB, EngineOptions, resolve
+from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.weights.make import make_checkpoint

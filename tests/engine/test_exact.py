@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_only import needs_native
 
+from cierzo.cache.layout import GIB
 from cierzo.cache.pool import GqaPages
-from cierzo.engine.config import GIB, EngineConfig, EngineOptions, resolve
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.messages import SamplingParams, Submit
 from cierzo.engine.model.config import read_model_config
 from cierzo.engine.weights.make import make_checkpoint

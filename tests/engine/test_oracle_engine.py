@@ -19,9 +19,10 @@ import torch
 from oracle import ORACLES, make_oracle, oracle_logits, vocab_size
 from torch import Tensor
 
+from cierzo.cache.layout import GIB
 from cierzo.cache.pool import GqaPages
 from cierzo.engine import LLM, SamplingParams
-from cierzo.engine.config import GIB, EngineOptions, resolve
+from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.llm import Output
 from cierzo.engine.messages import Finish, Submit, TokenLogprobs

@@ -34,12 +34,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.model.config",
         "engine.device_memory",
         "engine.host",
+        "engine.kv_room",
         "engine.profiles",
         "engine.roofline.cards",
         "engine.roofline.device",
         "engine.errors",
     ),
     "engine.host": (),
+    "engine.kv_room": ("engine.model.config", "engine.errors", "cache.layout"),
     "engine.profiles": (),
     "engine.roofline": (
         "engine.roofline",
@@ -73,7 +75,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 FORBIDDEN = {("scheduler", "cache.pool")}
 WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
-    *("engine.roofline", "engine.profiles", "engine.host", "engine.expert_statistics"),
+    *("engine.roofline", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
 )
 WITH_TORCH = "cache.pool"
 
