@@ -12,7 +12,7 @@ from torch import Tensor
 from cierzo.bench import attention_cases  # noqa: F401 (registers its cases)
 from cierzo.bench.kernel_cases import CASES, VALUE_BYTES, Call, Maker, Model, Size, case
 from cierzo.kernels.formats.activations import takes_fp8
-from cierzo.kernels.formats.device import DeviceMatrix, dequantise, in_fp8, quantise
+from cierzo.kernels.formats.device import E4M3, GROUP, DeviceMatrix, dequantise, in_fp8, quantise
 from cierzo.kernels.formats.packed import Matrix
 
 SMALL4 = Model(
@@ -52,14 +52,37 @@ class DeviceMaker(Maker):
 
     def matrix(self, *shape: int, paired: bool = False, format: str | None = None) -> Matrix:
         """Weights [n,k] or [experts,n,k] of standard deviation 0.02."""
-        plain = self.noise(*shape) * 0.02
         wanted = format or self.format
-        if wanted in BY_FP8:
-            static = BY_FP8[wanted]
-            experts = shape[0] if len(shape) == 3 else 1
-            scales = None if static is None else torch.full((experts,), static, device=self.device)
-            return in_fp8(quantise(plain, "fp8"), scales)
-        return plain if wanted == "bf16" else quantise(plain, wanted)
+        if self.device == "meta" and wanted != "bf16":
+            stored = without_memory("fp8" if wanted in BY_FP8 else wanted, shape)
+        elif wanted == "bf16":
+            return self.noise(*shape) * 0.02
+        else:
+            stored = quantise(self.noise(*shape) * 0.02, "fp8" if wanted in BY_FP8 else wanted)
+        if wanted not in BY_FP8:
+            return stored
+        static, experts = BY_FP8[wanted], shape[0] if len(shape) == 3 else 1
+        return in_fp8(stored, None if static is None else torch.full((experts,), static, device=self.device))
+
+
+def without_memory(format: str, shape: tuple[int, ...]) -> DeviceMatrix:
+    """What `quantise` makes of such weights, on torch's "meta" device: sizes alone."""
+    *_, n, k = (1, *shape)
+    experts = shape[0] if len(shape) == 3 else 1
+
+    def empty(*sizes: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(experts, n, *sizes, dtype=dtype, device="meta")
+
+    if format == "fp8":
+        codes, scales = empty(k, dtype=E4M3), empty(1, dtype=torch.float32)
+        return DeviceMatrix(format, shape, torch.bfloat16, codes, scales, None, (1, k))
+    group = GROUP[format]
+    codes, scales = (
+        empty(k // 2, dtype=torch.uint8),
+        empty(k // group, dtype=E4M3 if format == "nvfp4" else torch.uint8),
+    )
+    row_scales = empty(dtype=torch.float32) if format == "nvfp4" else None
+    return DeviceMatrix(format, shape, torch.bfloat16, codes, scales, row_scales, (1, group))
 
 
 @case

@@ -1,7 +1,10 @@
 """Every kernel compiled ahead of time, without a GPU: `python -m cierzo.bench.gpu.compiled`, `make gpu-report`.
 
 Per configuration: registers and spills of a thread, shared memory of a program, the widths of its loads, and which
-matrix instructions it has. Spills on sm_90 and more shared memory than a card has are faults; exit status 1.
+matrix instructions it has. Spills on sm_90 and more shared memory than a card has are faults; exit status 1. For
+sm_90 also what each moves and computes in a step (problems.py), and the time of that at the limits of the cards.
+
+With another Triton's folder first in PYTHONPATH, that one compiles: `make gpu-report TRITON=3.6`.
 """
 
 from __future__ import annotations
@@ -10,12 +13,16 @@ import argparse
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+import triton
+
 import cierzo.kernels.triton as package
+from cierzo.bench.gpu.problems import CARDS, problems
 
 SHARED_LIMIT_BYTES = {
     80: 163 << 10,
@@ -46,7 +53,8 @@ def compile_one(number: int, capability: int) -> tuple[int, Any, str]:
     try:
         return number, compile_ahead(configuration, capability), ""
     except Exception as error:  # whatever a compiler says is part of the report
-        return number, None, f"{type(error).__name__}: {str(error)[:200]}"
+        cause = str(error.__cause__ or error).split()
+        return number, None, f"{type(error).__name__}: {' '.join(cause)[-200:]}"
 
 
 def compile_all(capability: int, workers: int | None = None) -> list[tuple[str, str, Any, Any, str]]:
@@ -77,13 +85,15 @@ def faults(purpose: str, compiled: Any, capability: int) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; exit status 1 if a kernel has a fault or does not compile."""
+    """Print the tables; exit status 1 if a kernel has a fault or does not compile."""
     parser = argparse.ArgumentParser(prog="cierzo.bench.gpu.compiled", description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, default=90, choices=sorted(SHARED_LIMIT_BYTES))
     capability = parser.parse_args(argv).capability
+    print(f"Triton {triton.__version__}, compute capability {capability / 10}")
     print(f"{'kernel':24}{'for':58}{'registers':>10}{'spills':>8}{'shared':>9}  loads, copies, matrix instructions")
     bad = 0
-    for _, purpose, configuration, compiled, error in compile_all(capability):
+    found = compile_all(capability)
+    for _, purpose, configuration, compiled, error in found:
         if compiled is None:
             print(f"{configuration.name:24}{purpose:58}  DOES NOT COMPILE: {error}")
             bad += 1
@@ -94,23 +104,50 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{configuration.name:24}{purpose:58}{compiled.registers:10}{compiled.spill_bytes:8}"
             f"{compiled.shared_bytes:9}  {_instructions(compiled)}{'  FAULT: ' + ', '.join(wrong) if wrong else ''}"
         )
+    if capability == 90:
+        print_limits((purpose, configuration, compiled) for _, purpose, configuration, compiled, _ in found)
     return 1 if bad else 0
 
 
+def print_limits(found: Iterable[tuple[str, Any, Any]]) -> None:
+    """What each kernel moves and computes in a step, and how long the cards take for that at least."""
+    print("\nAt least: each byte once, each operation once, at the memory's and the tensor cores' data-sheet rates")
+    for card in CARDS:
+        print(f"  {card.name}: {card.memory / 1e12} TB/s, {card.bf16 / 1e12} TFLOP/s, {card.fp8 / 1e12} of FP8")
+    heads = "".join(f"{card.name + ', us':>14}" for card in CARDS)
+    print(f"{'kernel':24}{'for':58}{'step':14}{'MB':>12}{'GFLOP':>11}{heads}  limit")
+    for purpose, configuration, compiled in found:
+        for step, work in problems(configuration):
+            fp8 = compiled is not None and compiled.count("QGMMA") > 0
+            limits = [work.limit_s(card, fp8) for card in CARDS]
+            times = "".join(f"{seconds * 1e6:14.2f}" for seconds, _ in limits)
+            which = " / ".join(dict.fromkeys(what for _, what in limits))
+            print(
+                f"{configuration.name:24}{purpose:58}{step:14}{work.num_bytes / 1e6:12.3f}{work.flops / 1e9:11.3f}"
+                f"{times}  {which}"
+            )
+
+
 def _instructions(compiled: Any) -> str:
-    kinds = (
-        "LDG.E.128",
-        "LDG.E.64",
-        "LDG.E.U8",
-        "LDG.E.U16",
-        "LDGSTS",
-        "UTMALDG",
-        "HGMMA",
-        "QGMMA",
-        "HMMA",
-        "IMMA",
-    )
-    return " ".join(f"{kind} {compiled.count(kind)}" for kind in kinds if compiled.count(kind))
+    """Loads and copies by the bits that a thread moves; TMA's, which one thread starts for a tile; products."""
+    found: Counter[str] = Counter()
+    for name, number in compiled.instructions.items():
+        kind, *modifiers = name.split(".")
+        if kind in ("LDG", "LDGSTS"):
+            width = next((part.lstrip("US") for part in modifiers if part in WIDTHS), "32")
+            found[f"{kind}.{width}"] += number
+        elif kind in ("UTMALDG", "HGMMA", "QGMMA", "HMMA", "QMMA", "IMMA"):
+            found[kind] += number
+    return " ".join(f"{kind} {number}" for kind, number in sorted(found.items(), key=_order))
+
+
+WIDTHS = ("128", "64", "U16", "S16", "U8", "S8")
+
+
+def _order(item: tuple[str, int]) -> tuple[int, str, int]:
+    """Loads, copies, products; wide ones first."""
+    kind, _, width = item[0].partition(".")
+    return int("MMA" in kind), kind, -int(width or 0)
 
 
 if __name__ == "__main__":

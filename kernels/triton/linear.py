@@ -60,7 +60,7 @@ def _linear(
 @kernel
 def _tile(program, tokens, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
     """Which of the tiles is this program's: TOGETHER tiles of tokens by all tiles of outputs, then the next."""
-    across: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # tl.cdiv of constants is none before Triton 3.9
     down = tl.cdiv(tokens, BLOCK_T)
     first = program // (TOGETHER * across) * TOGETHER
     height = tl.minimum(down - first, TOGETHER)

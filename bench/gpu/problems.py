@@ -1,0 +1,245 @@
+"""What a launch of each compiled kernel moves and computes at least, for two steps of full size; without a device.
+
+Where a kernel is an operation of its own, these are the figures of its case in bench/kernel_cases.py, made of
+tensors without memory (torch's "meta" device). The parts of an operation of several launches are added up here:
+every byte that the part reads and writes once, what lies between two launches too; tests hold them to the case's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cierzo.bench.attention_cases import pairs_seen
+from cierzo.bench.gpu.cases import SMALL3, SMALL4, DeviceMaker, make_call
+from cierzo.bench.gpu.kernels import SIZES
+from cierzo.bench.kernel_cases import VALUE_BYTES, Model, Size, expert_bytes, weight_bytes
+from cierzo.kernels.triton.split import SPLITS
+
+META = torch.device("meta")
+STEPS = tuple(size for size in SIZES if size.name in ("decode 64", "prefill 4096"))
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Data sheet, dense: bytes/s of memory, operations/s of the tensor cores."""
+
+    name: str
+    memory: float
+    bf16: float
+    fp8: float
+
+
+CARDS = (Card("H100 SXM", 3.35e12, 989.5e12, 1979e12), Card("H200", 4.8e12, 989.5e12, 1979e12))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Of one launch."""
+
+    num_bytes: int
+    flops: int = 0
+
+    def limit_s(self, card: Card, fp8: bool) -> tuple[float, str]:
+        """The time that it takes at least, and which limit says so. fp8: the operands of its products."""
+        memory, arithmetic = self.num_bytes / card.memory, self.flops / (card.fp8 if fp8 else card.bf16)
+        return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")
+
+
+def problems(configuration: Any) -> Iterator[tuple[str, Work]]:
+    """(step, work) for each of STEPS that launches the kernel."""
+    for size in STEPS:
+        work = KERNELS[configuration.name](configuration, size)
+        if work is not None:
+            yield size.name, work
+
+
+Kernel = Callable[[Any, Size], Work | None]
+KERNELS: dict[str, Kernel] = {}
+
+
+def kernel(function: Kernel) -> Kernel:
+    """The work of the kernel that the function is named after."""
+    KERNELS[function.__name__] = function
+    return function
+
+
+def _operation(name: str, model: Model, size: Size, format: str = "bf16") -> Work | None:
+    call = make_call(name, model, size, format, META, cold_bytes=0)
+    return None if call is None else Work(call.num_bytes, call.flops)
+
+
+def _format(constants: Any) -> str:
+    return "bf16" if constants["FORMAT"] == "plain" else str(constants["FORMAT"])
+
+
+def _pages(pointer: str) -> str:
+    return {"*bf16": "bf16", "*fp8e4nv": "fp8"}[pointer]
+
+
+# --- kernels that are an operation each --------------------------------------------------------------------
+
+
+@kernel
+def rms_norm(configuration: Any, size: Size) -> Work | None:
+    """Rows of D values."""
+    return _operation("rms_norm", replace(SMALL4, hidden=configuration.constants["D"]), size)
+
+
+@kernel
+def add_rms_norm(configuration: Any, size: Size) -> Work | None:
+    """Rows of D values, and the residual."""
+    return _operation("add_rms_norm", replace(SMALL4, hidden=configuration.constants["D"]), size)
+
+
+@kernel
+def rope_tables(configuration: Any, size: Size) -> Work | None:
+    """Of a step."""
+    return _operation("rope_tables", replace(SMALL4, rope=2 * configuration.constants["F"]), size)
+
+
+@kernel
+def apply_rope(configuration: Any, size: Size) -> Work | None:
+    """Of Small 4's queries."""
+    return _operation("apply_rope", replace(SMALL4, heads=configuration.constants["H"]), size)
+
+
+@kernel
+def write_normed_latents(configuration: Any, size: Size) -> Work | None:
+    """Of Small 4."""
+    return _operation("write_normed_latents", SMALL4, size, _pages(configuration.types["pages_ptr"]))
+
+
+@kernel
+def rotate_and_write(configuration: Any, size: Size) -> Work | None:
+    """Of Small 3."""
+    model = replace(SMALL3, heads=configuration.constants["HQ"], kv_heads=configuration.constants["HK"])
+    return _operation("rotate_and_write_keys_values", model, size, _pages(configuration.types["k_pages_ptr"]))
+
+
+@kernel
+def mla_attend(configuration: Any, size: Size) -> Work | None:
+    """All of decoding but the sum of its splits."""
+    model = replace(SMALL4, heads=configuration.constants["H"])
+    return _operation("mla_decode", model, size, _pages(configuration.types["pages_ptr"]))
+
+
+@kernel
+def gqa_attend(configuration: Any, size: Size) -> Work | None:
+    """All of decoding but the sum of its splits."""
+    shared = configuration.constants["HK"]
+    model = replace(SMALL3, heads=shared * configuration.constants["G"], kv_heads=shared)
+    return _operation("gqa_decode", model, size, _pages(configuration.types["k_pages_ptr"]))
+
+
+@kernel
+def linear(configuration: Any, size: Size) -> Work | None:
+    """Also logits, the products of each head, and gate and up of a dense MLP."""
+    constants = configuration.constants
+    rows, k, format = constants["ROWS"], constants["K"], _format(constants)
+    if constants["X_HEAD"]:
+        name, model = "mla_absorb" if constants["COPIED"] else "mla_unabsorb", SMALL4
+        return _operation(name, model, size, format)
+    if configuration.types["out_ptr"] == "*fp32":
+        return _operation("lm_head", replace(SMALL4, vocab=rows, hidden=k), size, format)
+    work = _operation("linear", replace(SMALL4, hidden=rows, heads=1, value_dim=k), size, format)
+    if work is None or not constants["PAIRED"]:
+        return work
+    return replace(work, num_bytes=work.num_bytes - size.rows * rows // 2 * VALUE_BYTES)  # half is written
+
+
+# --- parts of an operation ---------------------------------------------------------------------------------
+
+
+def _expert_work(configuration: Any, size: Size, read: int, written: int) -> Work:
+    """read, written: values of a row."""
+    constants = configuration.constants
+    shape, make = (constants["ROWS"], constants["K"]), DeviceMaker(False, _format(constants), "meta")
+    model = replace(SMALL4, experts=constants["E"], top_k=constants["SLOTS"])
+    pairs = size.rows * (constants["SLOTS"] + constants["SHARED"])
+    moved = expert_bytes(model, size, make.matrix(model.experts, *shape))
+    moved += weight_bytes(make.matrix(*shape)) if constants["SHARED"] else 0
+    return Work(moved + (size.rows * read + pairs * written) * VALUE_BYTES, 2 * pairs * shape[0] * shape[1])
+
+
+@kernel
+def expert_gate_up(configuration: Any, size: Size) -> Work:
+    """Reads a row of x once for all of its experts."""
+    return _expert_work(configuration, size, configuration.constants["K"], configuration.constants["ROWS"] // 2)
+
+
+@kernel
+def expert_down(configuration: Any, size: Size) -> Work:
+    """Reads a row of its own for each expert."""
+    constants = configuration.constants
+    read = constants["K"] * (constants["SLOTS"] + constants["SHARED"])
+    return _expert_work(configuration, size, read, constants["ROWS"])
+
+
+@kernel
+def sum_slots(configuration: Any, size: Size) -> Work:
+    """Each token's outputs, one result."""
+    constants = configuration.constants
+    rows = constants["SLOTS"] + constants["WITH_SHARED"] + 1
+    return Work(size.rows * (rows * constants["D"] * VALUE_BYTES + constants["SLOTS"] * 4))
+
+
+@kernel
+def plan(configuration: Any, size: Size) -> Work | None:
+    """One tile of rows for each sequence."""
+    if not size.decodes:
+        return None
+    items = size.sequences * SPLITS.count(size.context)
+    return Work(16 * items + (3 * size.sequences + 2) * 4 + size.rows * 4)
+
+
+@kernel
+def combine(configuration: Any, size: Size) -> Work | None:
+    """Every split's partial result."""
+    if not size.decodes:
+        return None
+    constants = configuration.constants
+    heads, width = constants["HK"] * constants["G"], constants["W"]
+    partial_bytes = SPLITS.count(size.context) * (width + 2) * 4
+    return Work(size.rows * heads * (partial_bytes + width * VALUE_BYTES))
+
+
+@kernel
+def gather(configuration: Any, size: Size) -> Work | None:
+    """A context's pages, in rows of bf16."""
+    if size.decodes:
+        return None
+    entry_bytes = 1 if configuration.types["pages_ptr"] == "*fp8e4nv" else VALUE_BYTES
+    values = size.sequences * size.context * configuration.constants["W"]
+    return Work(values * (entry_bytes + VALUE_BYTES))
+
+
+@kernel
+def expand(configuration: Any, size: Size) -> Work | None:
+    """Latents to keys, or to values, of every head."""
+    if size.decodes:
+        return None
+    tokens, rank, columns = (
+        size.sequences * size.context,
+        configuration.constants["R"],
+        configuration.constants["N"],
+    )
+    values = tokens * (rank + columns) + rank * columns
+    return Work(values * VALUE_BYTES, 2 * tokens * rank * columns)
+
+
+@kernel
+def flash(configuration: Any, size: Size) -> Work | None:
+    """carried: a context in two pieces, of which the second adds to the fp32 sums of the first."""
+    if size.decodes:
+        return None
+    constants = configuration.constants
+    heads, width = constants["H"], constants["A"] + constants["B"]
+    tokens = size.sequences * size.context
+    values = size.rows * heads * (width + constants["V"])
+    values += tokens * (constants["HK"] * (constants["A"] + constants["V"]) + constants["B"])
+    carried = size.rows * heads * (constants["V"] + 2) * 4 * 2 if constants["CARRIED"] else 0
+    return Work(values * VALUE_BYTES + carried, 2 * pairs_seen(size) * heads * (width + constants["V"]))
