@@ -32,6 +32,8 @@ SMALL4 = Model(
 )
 SMALL3 = Model(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_width=32_768, kv_heads=8, head_dim=128)
 MODELS = {model.name: model for model in (SMALL4, SMALL3)}
+# Sizes of `linear` alone: MLA's latents are few outputs, whose products are cut over k (triton/linear.py)
+LATENTS = dataclasses.replace(SMALL4, name="small4 latents", hidden=1344, heads=1, value_dim=4096)
 
 WEIGHTS = ("bf16", "fp8", "nvfp4")
 BY_FP8 = {"fp8 x fp8": None, "static fp8 x fp8": 0.0625}  # activations in FP8: by row, or by this scale
@@ -110,6 +112,11 @@ def formats_of(operation: str) -> tuple[str, ...]:
     if operation in WEIGHTED:  # no published checkpoint quantises the head
         return WEIGHTS if operation == "lm_head" else (*WEIGHTS, *BY_FP8)
     return tuple(KV) if operation in PAGED else ("bf16",)
+
+
+def models_of(operation: str) -> tuple[Model, ...]:
+    """Whose sizes an operation is run with."""
+    return (*MODELS.values(), LATENTS) if operation == "linear" else tuple(MODELS.values())
 
 
 def make_call(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cierzo.bench.gpu.cases import BY_FP8, SMALL3, SMALL4, make_call
+from cierzo.bench.gpu.cases import BY_FP8, make_call
 from cierzo.bench.gpu.timing import samples
 from cierzo.bench.kernel_cases import Model, Size
 from cierzo.kernels import registry
@@ -26,7 +26,6 @@ SIZES = (
     Size(name="prefill 8192", sequences=1, rows_each=8192, context=8192),
     Size(name="prefill 16384", sequences=1, rows_each=16_384, context=16_384),
 )
-MODELS = (SMALL4, SMALL3)
 
 
 def measure(

@@ -17,6 +17,7 @@ from cierzo.bench.attention_cases import pairs_seen
 from cierzo.bench.gpu.cases import SMALL3, SMALL4, DeviceMaker, make_call
 from cierzo.bench.gpu.kernels import SIZES
 from cierzo.bench.kernel_cases import VALUE_BYTES, Model, Size, expert_bytes, weight_bytes
+from cierzo.kernels.triton.heuristics import APART_TOKENS
 from cierzo.kernels.triton.split import SPLITS
 
 META = torch.device("meta")
@@ -143,12 +144,14 @@ def linear(configuration: Any, size: Size) -> Work | None:
     if constants["X_HEAD"]:
         name, model = "mla_absorb" if constants["COPIED"] else "mla_unabsorb", SMALL4
         return _operation(name, model, size, format)
-    if configuration.types["out_ptr"] == "*fp32":
+    if configuration.types["out_ptr"] == "*fp32" and not constants["APART"]:
         return _operation("lm_head", replace(SMALL4, vocab=rows, hidden=k), size, format)
     work = _operation("linear", replace(SMALL4, hidden=rows, heads=1, value_dim=k), size, format)
-    if work is None or not constants["PAIRED"]:
-        return work
-    return replace(work, num_bytes=work.num_bytes - size.rows * rows // 2 * VALUE_BYTES)  # half is written
+    if work is None or (constants["APART"] and size.rows > APART_TOKENS):
+        return None
+    written = rows // 2 * VALUE_BYTES if constants["PAIRED"] else rows * VALUE_BYTES
+    written = constants["PARTS"] * rows * 4 if constants["APART"] else written
+    return replace(work, num_bytes=work.num_bytes + size.rows * (written - rows * VALUE_BYTES))
 
 
 # --- parts of an operation ---------------------------------------------------------------------------------
@@ -185,6 +188,14 @@ def sum_slots(configuration: Any, size: Size) -> Work:
     constants = configuration.constants
     rows = constants["SLOTS"] + constants["WITH_SHARED"] + 1
     return Work(size.rows * (rows * constants["D"] * VALUE_BYTES + constants["SLOTS"] * 4))
+
+
+@kernel
+def sum_parts(configuration: Any, size: Size) -> Work | None:
+    """Of a product whose parts are apart."""
+    if size.rows > APART_TOKENS:
+        return None
+    return Work(size.rows * configuration.constants["N"] * (configuration.constants["PARTS"] * 4 + VALUE_BYTES))
 
 
 @kernel

@@ -63,7 +63,7 @@ def inspect_cubin(cubin: bytes, shared_bytes: int) -> Compiled:
     usage = _tool("cuobjdump", "-res-usage", cubin)
     sass = _tool("nvdisasm", "-c", cubin)
     found: dict[str, int] = {}
-    for match in re.finditer(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE):
+    for match in re.finditer(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", sass, re.MULTILINE):
         found[match[1]] = found.get(match[1], 0) + 1
     return Compiled(_field(usage, "REG"), _field(usage, "STACK") + _field(usage, "LOCAL"), shared_bytes, found)
 

@@ -1,4 +1,5 @@
-"""Problem -> tile. Pure functions: of the weights' sizes and format alone, so that a row's bits are its own.
+"""Problem -> tile. Pure functions: of the weights' sizes, their format and the card, so that a row's bits are its
+own. The number of tokens decides only between forms that add the same products in the same order.
 
 Two tiles for one matrix, a narrow one for few tokens and a wide one for many, would be faster at both ends. MMA
 instructions of 16 columns and of 64, and with operands exchanged, very likely add the products of an output in the
@@ -76,3 +77,49 @@ def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> T
     if WIDTH_KEEPS_BITS and tokens <= FEW_TOKENS:
         return replace(chosen, block_t=NARROW, tokens_on_m=False)
     return chosen
+
+
+# --- parts of k --------------------------------------------------------------------------------------------
+
+MULTIPROCESSORS = 132  # of H100 SXM and H200
+FEW_TILES = 8  # outputs are narrow if their tiles would be at most one multiprocessor in so many
+NARROW_N = 64  # outputs of a tile then: 1344 are 21 such, and a part's sum fits beside the total in registers
+PART_STEPS = 4  # of k, in a part at least: as many as are on their way at a time
+APART_TOKENS = 128  # up to here a part has a program of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The sum over k is that of `count` chains of products, of k columns each (the last may have fewer), in order.
+
+    apart: each is a program of its own, whose sum goes through memory, and not a step of one program. The chains,
+    their instructions and the order of their sum are the same, and so are the bits: the number of tokens decides.
+    """
+
+    count: int
+    k: int
+    apart: bool = False
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Of a kernel."""
+        return {"PARTS": self.count, "PART_K": self.k, "APART": self.apart}
+
+
+def narrow(weights: Weights, wide: Tile, tokens: int, multiprocessors: int = MULTIPROCESSORS) -> tuple[Tile, Parts]:
+    """The tile and the parts of a product that `wide` would be the tile of. Outputs too narrow to occupy the card
+    are cut: reading weights is what takes a decode step's time, and one multiprocessor has only so much on its way.
+    Into as many parts as the weights' sizes, their format and the card say, for that makes the bits: the largest
+    power of two whose programs are no more than the multiprocessors. With many tokens there are programs enough,
+    and parts in memory would be more bytes than the weights."""
+    if -(-weights.rows // wide.block_n) * FEW_TILES > multiprocessors:
+        return wide, Parts(1, weights.k)
+    chosen = replace(wide, block_n=min(wide.block_n, NARROW_N))
+    tiles, steps = -(-weights.rows // chosen.block_n), -(-weights.k // chosen.block_k)
+    count = 1
+    while tiles * 2 * count <= multiprocessors and steps >= PART_STEPS * 2 * count:
+        count *= 2
+    if count == 1:
+        return wide, Parts(1, weights.k)
+    each = -(-steps // count) * chosen.block_k
+    return chosen, Parts(-(-weights.k // each), each, tokens <= APART_TOKENS)

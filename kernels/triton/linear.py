@@ -1,8 +1,16 @@
-"""Dense products, and those of each head."""
+"""Dense products, and those of each head.
+
+Where the outputs are too narrow to occupy a card, k is cut in parts (heuristics.parts): each is a chain of products
+that begins at zero, and the parts are added in order, in fp32.
+
+    few tokens     a program for each part writes its chain to parts [P,T,N]; `_sum_parts` adds them up
+    many tokens    one program computes the parts one after another, and adds up each as it is done
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 import triton
@@ -13,10 +21,11 @@ from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.triton.activations import empty_rows, quantise_rows, scale_types, store_tile
-from cierzo.kernels.triton.heuristics import Tile, tile
+from cierzo.kernels.triton.heuristics import APART_TOKENS, MULTIPROCESSORS, Parts, Tile, narrow, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 
+SUM_BLOCK = 512  # outputs of a token that one program adds up
 TOGETHER = tl.constexpr(8)  # tiles of tokens whose programs follow each other, so that they share weights in L2
 
 
@@ -25,12 +34,15 @@ def _linear(
     x_ptr, x_scales_ptr, codes_ptr, scales_ptr, row_scales_ptr, out_ptr, static_ptr, out_scales_ptr, tokens,
     X_STRIDE: tl.constexpr, X_HEAD: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_HEAD: tl.constexpr,
     COPIED: tl.constexpr, COPY_BLOCK: tl.constexpr, PAIRED: tl.constexpr,
+    PARTS: tl.constexpr, PART_K: tl.constexpr, APART: tl.constexpr,
     FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
     """out[t, head] = x[t, head] @ weight[head]^T, then COPIED values of x, those that follow its first K. x and out
-    may be e4m3, each with scales of its rows: of x the quantised rows, of out by *static_ptr."""
+    may be e4m3, each with scales of its rows: of x the quantised rows, of out by *static_ptr.
+
+    APART: out is parts [P,T,N], of which the third index of the program is P's."""
     N: tl.constexpr = ROWS // 2 if PAIRED else ROWS
     head = tl.program_id(1).to(tl.int64)
     tile_n, tile_t = _tile(tl.program_id(0), tokens, N, BLOCK_N, BLOCK_T)
@@ -42,10 +54,25 @@ def _linear(
     x_scales = None
     if x_scales_ptr is not None:
         x_scales = tl.load(x_scales_ptr + token, mask=inside, other=0.0)
-    total = product(
-        x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, head, outputs, PAIRED,
-        FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
-    )  # fmt: skip
+    if APART or PARTS == 1:
+        k_start = tl.program_id(2) * PART_K if APART else 0
+        k_end = tl.minimum(k_start + PART_K, K) if APART else K
+        total = product(
+            x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, head, outputs, k_start, k_end,
+            PAIRED, FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K,
+            TOKENS_ON_M,
+        )  # fmt: skip
+        if APART:
+            out_rows += tl.program_id(2).to(tl.int64) * tokens * OUT_STRIDE
+    else:
+        total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        for k_start in range(0, K, PART_K):
+            k_end = k_start + PART_K if K % PART_K == 0 else tl.minimum(k_start + PART_K, K)
+            total += product(
+                x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, head, outputs,
+                k_start, k_end, PAIRED, FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K,
+                BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
+            )  # fmt: skip
     mask = inside[:, None] & (outputs < N)[None, :]
     first = tile_n == 0
     store_tile(total, out_ptr, out_rows, outputs, mask, static_ptr, out_scales_ptr, token, inside, first)
@@ -66,6 +93,19 @@ def _tile(program, tokens, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.c
     height = tl.minimum(down - first, TOGETHER)
     within = program % (TOGETHER * across)
     return within // height, first + within % height
+
+
+@kernel
+def _sum_parts(parts_ptr, out_ptr, tokens, N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = the sum of parts[p,t], fp32, in the order of p: as `_linear` adds them that has them all."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < N
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        row = (part * tokens.to(tl.int64) + token) * N
+        total += tl.load(parts_ptr + row + columns, mask=inside, other=0.0)
+    tl.store(out_ptr + token * N + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def linear(x: Rows, weight: Matrix) -> Tensor:
@@ -129,18 +169,35 @@ def _multiply(
             raise ArgumentError(f"{operation}: heads are multiplied in 16 bits, the matrix takes FP8")
         x = quantise_rows(x, static_scales(matrix))
     x, x_scales = (x, None) if isinstance(x, Tensor) else (x.codes, x.scales)
-    strides = (row_stride(operation, "x", x), x.stride(1)) if x.dim() == 3 else (row_stride(operation, "x", x), 0)
-    out_strides = (out.stride(0) if tokens != 1 else out[0].numel(), out.stride(1) if x.dim() == 3 else 0)
-    chosen = tile(weights, POINTER[x.dtype], paired, tokens)
-    types = POINTER[x.dtype], POINTER[out.dtype]
-    configuration = linear_configuration(types, weights, chosen, strides, out_strides, paired, copied)
+    by_heads = x.dim() == 3
+    strides = row_stride(operation, "x", x), x.stride(1) if by_heads else 0
+    out_strides = out.stride(0) if tokens != 1 else out[0].numel(), out.stride(1) if by_heads else 0
+    chosen, cut = tile(weights, POINTER[x.dtype], paired, tokens), Parts(1, weights.k)
+    if not (paired or by_heads):  # those are wide, or many
+        chosen, cut = narrow(weights, chosen, tokens, multiprocessors(x.device))
+    # Made anew in each call: torch keeps what a recorded graph uses in the graph's own pool.
+    target = out.new_empty(cut.count, *out.shape, dtype=torch.float32) if cut.apart else out
+    types = POINTER[x.dtype], POINTER[target.dtype]
+    configuration = linear_configuration(types, weights, chosen, strides, out_strides, paired, copied, cut)
     outputs = weights.rows // 2 if paired else weights.rows
     tiles = triton.cdiv(tokens, chosen.block_t) * triton.cdiv(outputs, chosen.block_n)
-    heads = x.shape[1] if x.dim() == 3 else 1
+    grid = (tiles, x.shape[1] if by_heads else 1, cut.count if cut.apart else 1)
     scales = {"x_scales_ptr": x_scales, "static_ptr": static, "out_scales_ptr": out_scales}
     present = {name: tensor for name, tensor in scales.items() if tensor is not None}
-    launch(configuration, (tiles, heads), x_ptr=x, out_ptr=out, tokens=tokens, **present, **pointers(matrix))
+    launch(configuration, grid, x_ptr=x, out_ptr=target, tokens=tokens, **present, **pointers(matrix))
+    if cut.apart:
+        configuration = sum_configuration(POINTER[out.dtype], weights.rows, cut.count)
+        sums = (tokens, triton.cdiv(weights.rows, SUM_BLOCK))
+        launch(configuration, sums, parts_ptr=target, out_ptr=out, tokens=tokens)
     return out
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the card; in the interpreter, of the one that the kernels are compiled for."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def linear_configuration(
@@ -151,8 +208,9 @@ def linear_configuration(
     out_strides: tuple[int, int],
     paired: bool = False,
     copied: int = 0,
+    cut: Parts | None = None,
 ) -> Configuration:
-    """types: of x and of the result. strides: of a token and of a head, in values."""
+    """types: of x and of the result, or of its parts. strides: of a token and of a head, in values."""
     scaled = {**scale_types(["x_scales_ptr"], types[0]), **scale_types(["static_ptr", "out_scales_ptr"], types[1])}
     return Configuration(
         _linear,
@@ -162,6 +220,7 @@ def linear_configuration(
             **dict.fromkeys({"x_scales_ptr", "static_ptr", "out_scales_ptr"} - scaled.keys()),
             **weights.constants,
             **chosen.constants,
+            **(cut or Parts(1, weights.k)).constants,
             "X_STRIDE": strides[0],
             "X_HEAD": strides[1],
             "OUT_STRIDE": out_strides[0],
@@ -173,6 +232,12 @@ def linear_configuration(
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
     )
+
+
+def sum_configuration(pointer: str, outputs: int, count: int) -> Configuration:
+    """pointer: of the result."""
+    types = {"parts_ptr": "*fp32", "out_ptr": pointer, "tokens": "i32"}
+    return Configuration(_sum_parts, types, {"N": outputs, "PARTS": count, "BLOCK": SUM_BLOCK})
 
 
 # Where Small 4 and Small 3 multiply: (model, operation, outputs, k)
@@ -200,17 +265,32 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
             weights = Weights.stored(format, outputs, k)
             in_fp8 = of_x == "fp8"
             types = "*fp8e4nv" if in_fp8 else "*bf16", "*fp32" if name == "lm_head" else "*bf16"
-            strides = (k, 0), (outputs // 2 if paired else outputs, 0)
-            chosen = tile(weights, types[0], paired)
-            label = f"{model} {name} {format}" + (" x fp8" if in_fp8 else "")
-            yield label, linear_configuration(types, weights, chosen, *strides, paired)
+            strides = [(k, 0), (outputs // 2 if paired else outputs, 0)]
+            label = format + (" x fp8" if in_fp8 else "")
+            yield from _forms(f"{model} {name}", label, types, weights, strides, paired)
             if in_fp8 and paired:
                 types = types[0], "*fp8e4nv"
-                yield f"{label}, static", linear_configuration(types, weights, chosen, *strides, paired)
+                yield from _forms(f"{model} {name}", f"{label}, static", types, weights, strides, paired)
     absorb, unabsorb = Weights.stored("bf16", 256, 64), Weights.stored("bf16", 128, 256)
     for name, weights, width, copied in (("absorb", absorb, 128, 64), ("unabsorb", unabsorb, 256, 0)):
         out = weights.rows + copied
-        strides = (32 * width, width), (32 * out, out)
+        by_heads = (32 * width, width), (32 * out, out)
         chosen = tile(weights, "*bf16", paired=False)
         types = "*bf16", "*bf16"
-        yield f"small4 {name} bf16", linear_configuration(types, weights, chosen, *strides, copied=copied)
+        yield f"small4 {name} bf16", linear_configuration(types, weights, chosen, *by_heads, copied=copied)
+
+
+def _forms(
+    name: str, format: str, types: tuple[str, str], weights: Weights, strides: list[tuple[int, int]], paired: bool
+) -> Iterator[tuple[str, Configuration]]:
+    """Of few tokens, where its parts are apart, and of many."""
+    wide = tile(weights, types[0], paired)
+    for tokens in (1, APART_TOKENS + 1):
+        chosen, cut = (wide, Parts(1, weights.k)) if paired else narrow(weights, wide, tokens)
+        if not cut.apart and tokens == 1:
+            continue
+        target = types[0], "*fp32" if cut.apart else types[1]
+        configuration = linear_configuration(target, weights, chosen, strides[0], strides[1], paired, 0, cut)
+        yield f"{name} {format}{', apart' if cut.apart else ''}", configuration
+        if cut.apart and format == "bf16":  # the same for all formats
+            yield f"{name}, sum of parts", sum_configuration(types[1], weights.rows, cut.count)

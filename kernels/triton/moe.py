@@ -98,8 +98,8 @@ def _expert_gate_up(
         x_rows = token * X_STRIDE
     outputs = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
     total = product(
-        x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, True,
-        FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
+        x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, 0, K,
+        True, FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
     )  # fmt: skip
     mask = inside[:, None] & (outputs < F)[None, :]
     if static_ptr is not None:
@@ -138,8 +138,8 @@ def _expert_down(
     if inner_scales_ptr is not None:
         x_scales = tl.load(inner_scales_ptr + rows, mask=inside, other=0.0)
     total = product(
-        inner_ptr, rows * K, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, False,
-        FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
+        inner_ptr, rows * K, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, 0, K,
+        False, FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
     )  # fmt: skip
     pairs = tokens.to(tl.int64) * SLOTS
     pair = tl.load(order_ptr + rows, mask=inside & (rows < pairs), other=0)

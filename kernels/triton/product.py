@@ -3,10 +3,10 @@
     x [tokens, K]        rows anywhere, values of a row side by side
     weights [ROWS, K]    of one expert; `paired`: ROWS = 2F, gate above up, and the tile is silu(gate) * up
 
-One program computes BLOCK_T tokens times BLOCK_N outputs, and walks all of K in steps of BLOCK_K, in order: an
-output is one chain of MMA instructions that other rows do not reach. Weights become the activations' dtype in
-registers, without rounding where that is bf16 (formats/device.py); scales of whole rows multiply the finished sum,
-those of blocks of k the sum of their steps.
+One program computes BLOCK_T tokens times BLOCK_N outputs, and walks K, or a part of it, in steps of BLOCK_K, in
+order: an output is one chain of MMA instructions that other rows do not reach, or the sum of a few (linear.py).
+Weights become the activations' dtype in registers, without rounding where that is bf16 (formats/device.py); scales
+of whole rows multiply the finished sum, those of blocks of k the sum of their steps.
 
 e4m3 activations (formats/activations.py) meet e4m3 weights as they are. Hopper's FP8 MMA adds up in fewer bits than
 fp32 has (some 14, by measurements that others published); so each step of BLOCK_K columns, 128, is a chain of its
@@ -36,14 +36,15 @@ LARGEST_MATRIX = 1 << 31  # weights of one expert, whose offsets are 32 bits wid
 
 @kernel
 def product(
-    x_ptr, x_rows, x_inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, PAIRED: tl.constexpr,
-    FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
+    x_ptr, x_rows, x_inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, k_start, k_end,
+    PAIRED: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BLOCK_T, BLOCK_N]. x_rows: int64 [BLOCK_T], where rows start, in values; rows that are not x_inside are
     not read and count as zeros. x_scales: fp32 [BLOCK_T], of e4m3 rows; else None. outputs: int32 [BLOCK_N], the
-    weights' rows, past the end too (nothing past it is read; those columns mean nothing). expert: int64."""
+    weights' rows, past the end too (nothing past it is read; those columns mean nothing). expert: int64. k_start,
+    k_end: the columns to multiply, from a whole step."""
     TOTAL: tl.constexpr = ROWS // 2 if PAIRED else ROWS
     rows = tl.minimum(outputs, TOTAL - 1)
     codes_ptr += expert * EXPERT_STRIDE
@@ -53,7 +54,7 @@ def product(
         row_scales_ptr += expert * ROWS
     first = tl.zeros((BLOCK_T, BLOCK_N) if TOKENS_ON_M else (BLOCK_N, BLOCK_T), tl.float32)
     second = first
-    for k in range(0, K, BLOCK_K):
+    for k in range(k_start, k_end, BLOCK_K):
         columns = k + tl.arange(0, BLOCK_K)
         mask = x_inside[:, None] if K % BLOCK_K == 0 else x_inside[:, None] & (columns < K)[None, :]
         x = tl.load(x_ptr + x_rows[:, None] + columns[None, :], mask=mask, other=0.0)

@@ -17,6 +17,9 @@ COMPILED = {
     "linear: small4 o_proj bf16": "HGMMA",
     "linear: small3 gate_up fp8": "HGMMA",
     "linear: small4 absorb bf16": "HGMMA",
+    **{f"linear: small4 q_kv_down {format}": "HGMMA" for format in ("bf16", "nvfp4")},
+    **{f"linear: small4 q_kv_down {format}, apart": "HGMMA" for format in ("bf16", "nvfp4")},
+    "linear: small4 q_kv_down, sum of parts": "FADD",
     "moe: small4 expert_gate_up bf16": "HGMMA",
     "moe: small4 expert_gate_up nvfp4": "HGMMA",
     "moe: small4 expert_down fp8": "HGMMA",
@@ -44,18 +47,24 @@ def _worker(*arguments: str) -> Any:
 def test_some_configurations_compile_for_sm_90() -> None:
     """Nothing spills, the tensor cores work, and what the loop reads comes 16 bytes at a time and ahead of its use:
     but for NVFP4's scales, and for a loop of one step, which has nothing to be ahead of."""
-    for name, compiled in _worker("compile", *COMPILED).items():
+    found = _worker("compile", *COMPILED)
+    for name, compiled in found.items():
         assert compiled["spill_bytes"] == 0, name
         assert compiled["registers"] <= 255, name
         instructions = compiled["instructions"]
-        assert any(found.startswith(COMPILED[name]) for found in instructions), name
-        copies = {found: number for found, number in instructions.items() if found.startswith("LDGSTS")}
-        wide = sum(number for found, number in copies.items() if ".128" in found)
-        if "sum_slots" in name or "absorb" in name:
-            assert any(found.startswith("LDG.") and ".128" in found for found in instructions), name
+        assert any(one.startswith(COMPILED[name]) for one in instructions), name
+        copies = {one: number for one, number in instructions.items() if one.startswith("LDGSTS")}
+        wide = sum(number for one, number in copies.items() if ".128" in one)
+        if "sum" in name or "absorb" in name:
+            assert any(one.startswith("LDG.") and ".128" in one for one in instructions), name
         else:
             assert wide >= 24, name
             assert "nvfp4" in name or wide == sum(copies.values()), name
+    for format in ("bf16", "nvfp4"):  # parts apart or in one program: the products are the same
+        forms = found[f"linear: small4 q_kv_down {format}"], found[f"linear: small4 q_kv_down {format}, apart"]
+        products = [{one for one in form["instructions"] if "MMA" in one} for form in forms]
+        assert len(products[0]) == 1
+        assert products[0] == products[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")

@@ -15,6 +15,8 @@ from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ref import attention as attention_ref
 from cierzo.kernels.ref import linear as ref
 from cierzo.kernels.triton import heuristics, linear
+from cierzo.kernels.triton.launch import POINTER
+from cierzo.kernels.triton.product import Weights
 
 FORMATS = ["plain", "fp8", "nvfp4", "mxfp4"]
 # Relative to the largest output. fp32: another order of addition. bf16: the result is rounded once, by up to 2^-9,
@@ -39,7 +41,7 @@ def close(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(result.float(), expected.float(), rtol=0.0, atol=bound)
 
 
-def wide(matrix: Matrix) -> Tensor:
+def wide_of(matrix: Matrix) -> Tensor:
     """Not rounded to bf16: kernels do not."""
     return dequantise(matrix) if isinstance(matrix, DeviceMatrix) else as_tensor(matrix).float()
 
@@ -51,10 +53,10 @@ def test_linear_is_the_references(tokens: int, outputs: int, k: int, format: str
     x, weight = rows(tokens, k, dtype), weights(format, outputs, k, dtype=dtype)
     result = linear.linear(x, weight)
     assert result.dtype == dtype
-    close(result, ref.linear(x.float(), wide(weight)), dtype)
+    close(result, ref.linear(x.float(), wide_of(weight)), dtype)
     logits = linear.lm_head(x, weight)
     assert logits.dtype == torch.float32
-    close(logits, ref.lm_head(x.float(), wide(weight)), torch.float32)  # not rounded to bf16
+    close(logits, ref.lm_head(x.float(), wide_of(weight)), torch.float32)  # not rounded to bf16
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -64,7 +66,7 @@ def test_odd_sizes(dtype: torch.dtype) -> None:
         x = torch.randn(3, k, generator=torch.Generator().manual_seed(k)).to(dtype)
         for format in ("plain", "fp8"):
             weight = weights(format, 9, k, dtype=dtype)
-            close(linear.linear(x, weight), ref.linear(x.float(), wide(weight)), dtype)
+            close(linear.linear(x, weight), ref.linear(x.float(), wide_of(weight)), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -73,7 +75,7 @@ def test_scales_of_blocks(block: tuple[int, int], dtype: torch.dtype) -> None:
     values = torch.randn(150, 320, generator=torch.Generator().manual_seed(3))
     values *= 10.0 ** torch.arange(-2, 3).repeat_interleave(64)  # so that a block's scale matters
     weight, x = quantise(values, "fp8", dtype, block), rows(3, 320, dtype)
-    close(linear.linear(x, weight), ref.linear(x.float(), wide(weight)), dtype)
+    close(linear.linear(x, weight), ref.linear(x.float(), wide_of(weight)), dtype)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -89,13 +91,61 @@ def test_a_row_has_the_same_bits_alone_and_in_company(format: str) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
+def test_narrow_outputs_are_a_sum_of_parts_in_order(
+    format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, whether each part is a program of its own (few tokens) or not; the last has fewer columns."""
+    tokens, k = heuristics.APART_TOKENS + 1, 1088
+    x, weight = rows(tokens, k, dtype), weights(format, 70, k, dtype=dtype)
+    known = Weights.of("linear", weight)
+    wide = heuristics.tile(known, POINTER[dtype], paired=False)
+    chosen, cut = heuristics.narrow(known, wide, tokens)
+    assert cut.count >= 2
+    assert not cut.apart
+    assert k % cut.k
+    results = linear.linear(x, weight), linear.lm_head(x, weight)
+    for few in (slice(0, 1), slice(0, heuristics.APART_TOKENS), slice(tokens - 1, tokens)):
+        assert heuristics.narrow(known, wide, few.stop - few.start)[1].apart
+        assert torch.equal(linear.linear(x[few], weight), results[0][few])
+        assert torch.equal(linear.lm_head(x[few], weight), results[1][few])
+    close(results[1], ref.lm_head(x.float(), wide_of(weight)), torch.float32)
+    if format == "plain":
+        monkeypatch.setattr(heuristics, "FEW_TILES", 1 << 20)  # from here on, one chain
+        monkeypatch.setattr(heuristics, "TILES", dict.fromkeys(heuristics.TILES, chosen))
+        total = torch.zeros(1, 70)
+        for start in range(0, k, cut.k):
+            part = slice(start, start + cut.k)
+            total += linear.lm_head(x[:1, part].clone(), weight[:, part].clone())
+        assert torch.equal(total, results[1][:1])
+        assert not torch.equal(linear.lm_head(x[:1], weight), total)  # else it would show nothing
+
+
+def test_parts_depend_on_the_weights_and_the_card_alone() -> None:
+    for format, block_k in (("bf16", 64), ("fp8", 64), ("nvfp4", 128)):
+        latents = Weights.stored(format, 1344, 4096)
+        wide = heuristics.tile(latents, "*bf16", paired=False)
+        for tokens in (1, 128, 129, 100_000):
+            chosen, cut = heuristics.narrow(latents, wide, tokens)
+            assert (cut.count, cut.k, cut.apart) == (4, 1024, tokens <= 128)
+            assert chosen == replace(wide, block_n=64)
+            assert cut.k % block_k == 0
+        assert heuristics.narrow(latents, wide, 1, multiprocessors=200)[1].count == 8
+        assert heuristics.narrow(latents, wide, 1, multiprocessors=80)[1].count == 1
+        for outputs, k in ((4096, 4096), (131_072, 4096), (1344, 256)):
+            other = Weights.stored(format, outputs, k)
+            wide = heuristics.tile(other, "*bf16", paired=False)
+            assert heuristics.narrow(other, wide, 1) == (wide, heuristics.Parts(1, k))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
 def test_gated_mlp(format: str, dtype: torch.dtype) -> None:
     gate_up, down = weights(format, 128, 96, dtype=dtype), weights(format, 96, 64, dtype=dtype, seed=2)
     for tokens in (0, 1, 5):
         x = rows(tokens, 96, dtype)
         result = linear.gated_mlp(x, gate_up, down)
         assert result.dtype == dtype
-        close(result, ref.gated_mlp(x.float(), wide(gate_up), wide(down)), dtype)
+        close(result, ref.gated_mlp(x.float(), wide_of(gate_up), wide_of(down)), dtype)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -105,7 +155,7 @@ def test_the_narrow_form_and_exchanged_operands_compute_the_same(
     """Not yet in use: heuristics.WIDTH_KEEPS_BITS."""
     x, gate_up = rows(3, 96, torch.bfloat16), weights(format, 128, 96, dtype=torch.bfloat16)
     down = weights(format, 96, 64, dtype=torch.bfloat16, seed=2)
-    expected = ref.gated_mlp(x.float(), wide(gate_up), wide(down))
+    expected = ref.gated_mlp(x.float(), wide_of(gate_up), wide_of(down))
     monkeypatch.setattr(heuristics, "WIDTH_KEEPS_BITS", True)
     close(linear.gated_mlp(x, gate_up, down), expected, torch.bfloat16)
     exchanged = {name: replace(tile, tokens_on_m=not tile.tokens_on_m) for name, tile in heuristics.TILES.items()}
@@ -129,12 +179,12 @@ def test_products_of_heads(format: str, dtype: torch.dtype) -> None:
         w_uk_t = weights(format, 3, 40, 32, dtype=dtype)
         result = linear.mla_absorb(q, w_uk_t)
         assert result.shape == (tokens, 3, 64)
-        close(result, attention_ref.mla_absorb(q.float(), wide(w_uk_t)), dtype)
+        close(result, attention_ref.mla_absorb(q.float(), wide_of(w_uk_t)), dtype)
         assert torch.equal(result[..., 40:], q[..., 32:])
         latents = torch.randn(tokens, 3, 64, generator=random).to(dtype)
         w_uv = weights(format, 3, 24, 64, dtype=dtype)
         result = linear.mla_unabsorb(latents, w_uv)
-        close(result, attention_ref.mla_unabsorb(latents.float(), wide(w_uv)), dtype)
+        close(result, attention_ref.mla_unabsorb(latents.float(), wide_of(w_uv)), dtype)
 
 
 def test_a_plain_matrix_may_be_a_part_of_another() -> None:
