@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cierzo.bench.gpu.cases import BY_FP8, make_call, mapped, widened
+from cierzo.bench.gpu.cases import BY_FP8, WEIGHTED, make_call, mapped, widened
+from cierzo.bench.gpu.kernels import read_through_descriptors
 from cierzo.bench.kernel_cases import Model, Size
 from cierzo.kernels import registry
 from cierzo.kernels.formats.activations import QuantisedRows
@@ -77,6 +78,11 @@ def check(
     tolerance = TOLERANCE_FP8 if format in BY_FP8 else TOLERANCE
     deviation = max((_deviation(a, b, tolerance) for a, b in zip(got, wanted, strict=True)), default=0.0)
     _check_again(operation, function, arguments, got)
+    if operation in WEIGHTED:
+        with read_through_descriptors():
+            described = outputs(operation, function, cloned(arguments))
+        if not all(_equal(one, other) for one, other in zip(got, described, strict=True)):
+            raise Failed(f"{operation}: read through descriptors it has other bits")
     rows = 0
     for pieces in _companies(operation, function, arguments):
         rows += 1

@@ -39,7 +39,7 @@ def source(configuration: Configuration) -> ASTSource:
     """What Triton's own launcher would compile for these arguments (tests compare)."""
     kernel = configuration.kernel
     names = list(kernel.arg_names)
-    signature = {name: configuration.types.get(name, "constexpr") for name in names}
+    signature = {name: configuration.signature.get(name, "constexpr") for name in names}
     missing = [name for name in names if signature[name] == "constexpr" and name not in configuration.constants]
     if missing:
         raise ValueError(f"{configuration.name}: neither types nor constants name {', '.join(missing)}")

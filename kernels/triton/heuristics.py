@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.formats.device import GROUP
+from cierzo.kernels.triton.launch import ALIGNMENT
 from cierzo.kernels.triton.product import Weights
 
 WIDTH_KEEPS_BITS = False  # see above: set it where tests on a card have shown it
@@ -29,12 +31,17 @@ class Tile:
     tokens_on_m: bool = False
     num_warps: int = 4
     num_stages: int = 4
+    described: bool = False  # weights, and rows of x that lie side by side, are read through tensor descriptors
 
     @property
     def constants(self) -> dict[str, Any]:
         """Of a kernel."""
         blocks = {"BLOCK_N": self.block_n, "BLOCK_T": self.block_t, "BLOCK_K": self.block_k}
-        return {**blocks, "TOKENS_ON_M": self.tokens_on_m}
+        return {**blocks, "TOKENS_ON_M": self.tokens_on_m, "DESCRIBED": self.described}
+
+    def weight_block(self, format: str) -> tuple[int, int]:
+        """Of codes, in their elements: what one load through a descriptor brings."""
+        return self.block_n, self.block_k // 2 if format in GROUP else self.block_k
 
 
 # (format, paired) -> tile, chosen by what the compiler makes of it for sm_90, not yet by timing. bf16 weights stand
@@ -77,6 +84,22 @@ def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> T
     if WIDTH_KEEPS_BITS and tokens <= FEW_TOKENS:
         return replace(chosen, block_t=NARROW, tokens_on_m=False)
     return chosen
+
+
+# --- tensor descriptors ------------------------------------------------------------------------------------
+
+# From how many tokens of a step on, tiles are read through descriptors; None: never. The bits are the same (the
+# same tile, the same instructions in the same order; tests compare both, and so does bench.gpu on a card), so the
+# number of tokens may decide. With few, the host's work for a descriptor counts. Until bench.gpu has timed both on
+# a card ("described" in its results), the form that reads by pointers stays.
+DESCRIBED_TOKENS: int | None = None
+
+
+def reading(chosen: Tile, weights: Weights, tokens: int, row_bytes: int) -> Tile:
+    """The tile, with the form that reads it. row_bytes: from one row of activations to the next."""
+    if DESCRIBED_TOKENS is None or tokens < DESCRIBED_TOKENS:
+        return chosen
+    return replace(chosen, described=weights.has_descriptor and row_bytes % ALIGNMENT == 0)
 
 
 # --- parts of k --------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cierzo.kernels.check import ArgumentError
 
@@ -55,8 +56,9 @@ class Configuration:
     """One way to compile a kernel.
 
     types: of the arguments at run time: "*bf16" and the like (POINTER), "i32", "i64", "fp32". constants: the
-    constexprs. Sums of products keep the order and rounding that the source gives them: no contraction to fused
-    multiply-adds, which a compiler is free to choose otherwise the next time.
+    constexprs. blocks: of the pointers that are handed over as tensor descriptors, what one load brings (rows,
+    columns); their tensors are two-dimensional. Sums of products keep the order and rounding that the source gives
+    them: no contraction to fused multiply-adds, which a compiler is free to choose otherwise the next time.
     """
 
     kernel: Any
@@ -64,6 +66,17 @@ class Configuration:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """types, as the compiler names them."""
+        return {name: self._type(name) for name in self.types}
+
+    def _type(self, name: str) -> str:
+        if name not in self.blocks:
+            return self.types[name]
+        return f"tensordesc<{self.types[name].lstrip('*')}{list(self.blocks[name])}>"
 
     @property
     def name(self) -> str:
@@ -94,6 +107,8 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
             device = value.device
         elif kind in _LIMITS and not -_LIMITS[kind] <= value < _LIMITS[kind]:
             raise ArgumentError(f"{configuration.name}: {name} is {value}, more than {kind} holds")
+    for name, block in configuration.blocks.items():
+        arguments[name] = _descriptor(configuration.name, name, arguments[name], block)
     configuration.kernel[grid](**arguments, **configuration.constants, **configuration.options)
 
 
@@ -104,3 +119,13 @@ def _check_tensor(operation: str, name: str, kind: str, value: Tensor) -> None:
         raise ArgumentError(
             f"{operation}: {name} starts {value.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}"
         )
+
+
+def _descriptor(operation: str, name: str, value: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """Made on the host, and handed over by value: a recorded graph keeps it, and no kernel needs memory for it."""
+    if value.dim() != 2 or value.stride(1) != 1 or value.stride(0) * value.element_size() % ALIGNMENT:
+        raise ArgumentError(
+            f"{operation}: {name} has strides {list(value.stride())}; a tensor descriptor takes two dimensions, "
+            f"a row's values side by side and rows that start every multiple of {ALIGNMENT} bytes"
+        )
+    return TensorDescriptor(value, list(value.shape), list(value.stride()), list(block))

@@ -10,6 +10,7 @@ that begins at zero, and the parts are added in order, in fp32.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -21,7 +22,7 @@ from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.triton.activations import empty_rows, quantise_rows, scale_types, store_tile
-from cierzo.kernels.triton.heuristics import APART_TOKENS, MULTIPROCESSORS, Parts, Tile, narrow, tile
+from cierzo.kernels.triton.heuristics import APART_TOKENS, MULTIPROCESSORS, Parts, Tile, narrow, reading, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 
@@ -38,6 +39,7 @@ def _linear(
     FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """out[t, head] = x[t, head] @ weight[head]^T, then COPIED values of x, those that follow its first K. x and out
     may be e4m3, each with scales of its rows: of x the quantised rows, of out by *static_ptr.
@@ -48,9 +50,10 @@ def _linear(
     tile_n, tile_t = _tile(tl.program_id(0), tokens, N, BLOCK_N, BLOCK_T)
     token = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = token < tokens
-    x_rows = token.to(tl.int64) * X_STRIDE + head * X_HEAD
+    x_rows = tile_t * BLOCK_T if DESCRIBED else token.to(tl.int64) * X_STRIDE + head * X_HEAD
     out_rows = token.to(tl.int64) * OUT_STRIDE + head * OUT_HEAD
-    outputs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_start = tile_n * BLOCK_N
+    outputs = n_start + tl.arange(0, BLOCK_N)
     x_scales = None
     if x_scales_ptr is not None:
         x_scales = tl.load(x_scales_ptr + token, mask=inside, other=0.0)
@@ -58,9 +61,9 @@ def _linear(
         k_start = tl.program_id(2) * PART_K if APART else 0
         k_end = tl.minimum(k_start + PART_K, K) if APART else K
         total = product(
-            x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, head, outputs, k_start, k_end,
-            PAIRED, FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K,
-            TOKENS_ON_M,
+            x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, head, n_start, k_start, k_end,
+            PAIRED, DESCRIBED, DESCRIBED,
+            FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
         )  # fmt: skip
         if APART:
             out_rows += tl.program_id(2).to(tl.int64) * tokens * OUT_STRIDE
@@ -69,9 +72,10 @@ def _linear(
         for k_start in range(0, K, PART_K):
             k_end = k_start + PART_K if K % PART_K == 0 else tl.minimum(k_start + PART_K, K)
             total += product(
-                x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, head, outputs,
-                k_start, k_end, PAIRED, FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K,
-                BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
+                x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, head, n_start,
+                k_start, k_end, PAIRED, DESCRIBED, DESCRIBED,
+                FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K,
+                TOKENS_ON_M,
             )  # fmt: skip
     mask = inside[:, None] & (outputs < N)[None, :]
     first = tile_n == 0
@@ -175,6 +179,8 @@ def _multiply(
     chosen, cut = tile(weights, POINTER[x.dtype], paired, tokens), Parts(1, weights.k)
     if not (paired or by_heads):  # those are wide, or many
         chosen, cut = narrow(weights, chosen, tokens, multiprocessors(x.device))
+    if not by_heads:
+        chosen = reading(chosen, weights, tokens, strides[0] * x.element_size())
     # Made anew in each call: torch keeps what a recorded graph uses in the graph's own pool.
     target = out.new_empty(cut.count, *out.shape, dtype=torch.float32) if cut.apart else out
     types = POINTER[x.dtype], POINTER[target.dtype]
@@ -184,7 +190,8 @@ def _multiply(
     grid = (tiles, x.shape[1] if by_heads else 1, cut.count if cut.apart else 1)
     scales = {"x_scales_ptr": x_scales, "static_ptr": static, "out_scales_ptr": out_scales}
     present = {name: tensor for name, tensor in scales.items() if tensor is not None}
-    launch(configuration, grid, x_ptr=x, out_ptr=target, tokens=tokens, **present, **pointers(matrix))
+    present |= pointers(matrix, chosen.described)
+    launch(configuration, grid, x_ptr=x, out_ptr=target, tokens=tokens, **present)
     if cut.apart:
         configuration = sum_configuration(POINTER[out.dtype], weights.rows, cut.count)
         sums = (tokens, triton.cdiv(weights.rows, SUM_BLOCK))
@@ -231,6 +238,9 @@ def linear_configuration(
         },
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
+        blocks={"x_ptr": (chosen.block_t, chosen.block_k), "codes_ptr": chosen.weight_block(weights.format)}
+        if chosen.described
+        else {},
     )
 
 
@@ -283,14 +293,15 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
 def _forms(
     name: str, format: str, types: tuple[str, str], weights: Weights, strides: list[tuple[int, int]], paired: bool
 ) -> Iterator[tuple[str, Configuration]]:
-    """Of few tokens, where its parts are apart, and of many."""
+    """Of few tokens, where its parts are apart, and of many, read by pointers and through descriptors."""
     wide = tile(weights, types[0], paired)
-    for tokens in (1, APART_TOKENS + 1):
+    for tokens, described in ((1, False), (APART_TOKENS + 1, False), (APART_TOKENS + 1, True)):
         chosen, cut = (wide, Parts(1, weights.k)) if paired else narrow(weights, wide, tokens)
         if not cut.apart and tokens == 1:
             continue
+        chosen = replace(chosen, described=described)
         target = types[0], "*fp32" if cut.apart else types[1]
         configuration = linear_configuration(target, weights, chosen, strides[0], strides[1], paired, 0, cut)
-        yield f"{name} {format}{', apart' if cut.apart else ''}", configuration
+        yield f"{name} {format}{', apart' if cut.apart else ''}{', TMA' if described else ''}", configuration
         if cut.apart and format == "bf16":  # the same for all formats
             yield f"{name}, sum of parts", sum_configuration(types[1], weights.rows, cut.count)

@@ -18,6 +18,7 @@ expert has; a program finds its expert and its rows in `starts`, and those past 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -27,7 +28,7 @@ from torch import Tensor
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.triton.activations import empty_rows, quantise_pairs, quantise_rows, scale_types, store_tile
-from cierzo.kernels.triton.heuristics import Tile, tile
+from cierzo.kernels.triton.heuristics import Tile, reading, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.linear import gated_mlp_into
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
@@ -66,6 +67,7 @@ def _expert_gate_up(
     FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """inner[row] = silu(gate) * up of the row's token. e4m3 x lies in the order of rows, with a scale each; e4m3
     inner is made by the scale of its expert, static_ptr[expert]."""
@@ -89,17 +91,20 @@ def _expert_gate_up(
     inside = rows < end
     x_scales = None
     if x_scales_ptr is not None:
-        x_rows = rows * X_STRIDE
+        x_rows = start.to(tl.int32) if DESCRIBED else rows * X_STRIDE
         x_scales = tl.load(x_scales_ptr + rows, mask=inside, other=0.0)
     else:
         pairs = tokens.to(tl.int64) * SLOTS
         pair = tl.load(order_ptr + rows, mask=inside & (rows < pairs), other=0)
         token = tl.where(rows < pairs, pair // SLOTS, rows - pairs)
         x_rows = token * X_STRIDE
-    outputs = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_start = tl.program_id(0) % across * BLOCK_N
+    outputs = n_start + tl.arange(0, BLOCK_N)
+    X_DESCRIBED: tl.constexpr = DESCRIBED and x_scales_ptr is not None
     total = product(
-        x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, 0, K,
-        True, FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
+        x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, n_start, 0, K,
+        True, DESCRIBED, X_DESCRIBED,
+        FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
     )  # fmt: skip
     mask = inside[:, None] & (outputs < F)[None, :]
     if static_ptr is not None:
@@ -116,6 +121,7 @@ def _expert_down(
     FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """outputs[pair of row] = inner[row] @ down^T."""
     across: tl.constexpr = tl.cdiv(ROWS, BLOCK_N)
@@ -133,13 +139,16 @@ def _expert_down(
                 row_scales_ptr = shared_row_scales_ptr
     rows = start + tl.arange(0, BLOCK_T)
     inside = rows < end
-    outputs = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_start = tl.program_id(0) % across * BLOCK_N
+    outputs = n_start + tl.arange(0, BLOCK_N)
+    read = start.to(tl.int32) if DESCRIBED else rows * K
     x_scales = None
     if inner_scales_ptr is not None:
         x_scales = tl.load(inner_scales_ptr + rows, mask=inside, other=0.0)
     total = product(
-        inner_ptr, rows * K, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, 0, K,
-        False, FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
+        inner_ptr, read, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, n_start, 0, K,
+        False, DESCRIBED, DESCRIBED,
+        FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
     )  # fmt: skip
     pairs = tokens.to(tl.int64) * SLOTS
     pair = tl.load(order_ptr + rows, mask=inside & (rows < pairs), other=0)
@@ -194,9 +203,10 @@ def expert_mlp(
         configuration: Configuration, chosen: Tile, across: int, first: dict[str, Tensor], *matrices: Any
     ) -> None:
         tiles = most_tiles(tokens, slots, experts, chosen.block_t, together)
-        shared = pointers(matrices[1], "shared_") if together else {}
+        shared = pointers(matrices[1], chosen.described, "shared_") if together else {}
         grid = (tiles * triton.cdiv(across, chosen.block_n),)
-        launch(configuration, grid, **first, **groups, **pointers(matrices[0]), **shared, tokens=tokens)
+        read = pointers(matrices[0], chosen.described)
+        launch(configuration, grid, **first, **groups, **read, **shared, tokens=tokens)
 
     rows: Rows = x
     if takes_fp8(gate_up):
@@ -210,6 +220,8 @@ def expert_mlp(
     types = POINTER[first["x_ptr"].dtype], POINTER[first["inner_ptr"].dtype]
     chosen = tile(up_weights, types[0], True, pairs // experts)
     stride = row_stride("expert_mlp", "x", first["x_ptr"])
+    # Codes of rows lie in the order of the pairs; other rows of x are scattered, and read by pointers.
+    chosen = reading(chosen, up_weights, tokens, 0 if isinstance(rows, Tensor) else stride)
     configuration = gate_up_configuration(types, up_weights, chosen, experts, slots, together, stride)
     run(configuration, chosen, inner_width, first, gate_up, shared_gate_up)
     if codes is None and takes_fp8(down):
@@ -217,6 +229,7 @@ def expert_mlp(
     first = _operand("inner", inner if codes is None else codes)
     types = POINTER[first["inner_ptr"].dtype], POINTER[outputs.dtype]
     chosen = tile(down_weights, types[0], False, pairs // experts)
+    chosen = reading(chosen, down_weights, tokens, inner_width * first["inner_ptr"].element_size())
     configuration = down_configuration(types, down_weights, chosen, experts, slots, together)
     run(configuration, chosen, width, {**first, "outputs_ptr": outputs}, down, shared_down)
     if shared_gate_up is not None and shared_down is not None and not together:
@@ -301,6 +314,11 @@ def _grouped(
 ) -> Configuration:
     shared_names = ("shared_codes_ptr", "shared_scales_ptr", "shared_row_scales_ptr")
     missing = weights.without("shared_") if shared else dict.fromkeys(shared_names, None)
+    names = ("codes_ptr", "shared_codes_ptr") if shared else ("codes_ptr",)
+    blocks = dict.fromkeys(names, chosen.weight_block(weights.format))
+    dense = "inner_ptr" if of is _expert_down else "x_ptr"
+    if of is _expert_down or types[dense] == "*fp8e4nv":  # rows in the order of the pairs
+        blocks[dense] = chosen.block_t, chosen.block_k
     sizes = {"E": experts, "LANES": triton.next_power_of_2(experts + 1), "SLOTS": slots, "SHARED": int(shared)}
     return Configuration(
         of,
@@ -315,6 +333,7 @@ def _grouped(
         {**weights.without(), **missing, **weights.constants, **chosen.constants, **sizes, **more},
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
+        blocks=blocks if chosen.described else {},
     )
 
 
@@ -336,13 +355,14 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
         for of_rows, kind in (("*bf16", ""), ("*fp8e4nv", " x fp8"), ("*fp8e4nv", " x fp8, static")):
             if kind and format != "fp8":
                 continue
-            chosen = tile(up, of_rows, paired=True)
-            types = of_rows, "*fp8e4nv" if kind.endswith("static") else "*bf16"
-            configuration = gate_up_configuration(types, up, chosen, experts, slots, True, width)
-            yield f"small4 expert_gate_up {format}{kind}", configuration
-            if kind.endswith("static"):
-                continue  # the same
-            chosen = tile(down, of_rows, paired=False)
-            configuration = down_configuration((of_rows, "*bf16"), down, chosen, experts, slots, True)
-            yield f"small4 expert_down {format}{kind}", configuration
+            for form in ("", ", TMA"):
+                chosen = replace(tile(up, of_rows, paired=True), described=bool(form))
+                types = of_rows, "*fp8e4nv" if kind.endswith("static") else "*bf16"
+                configuration = gate_up_configuration(types, up, chosen, experts, slots, True, width)
+                yield f"small4 expert_gate_up {format}{kind}{form}", configuration
+                if kind.endswith("static"):
+                    continue  # the same
+                chosen = replace(tile(down, of_rows, paired=False), described=bool(form))
+                configuration = down_configuration((of_rows, "*bf16"), down, chosen, experts, slots, True)
+                yield f"small4 expert_down {format}{kind}{form}", configuration
     yield "small4 sum_slots bf16", sum_configuration("*bf16", width, slots, True)

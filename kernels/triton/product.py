@@ -12,6 +12,9 @@ e4m3 activations (formats/activations.py) meet e4m3 weights as they are. Hopper'
 fp32 has (some 14, by measurements that others published); so each step of BLOCK_K columns, 128, is a chain of its
 own, whose sum is added to the fp32 total: max_num_imprecise_acc, the same for every row, size and width of a tile.
 
+DESCRIBED: weights, and rows of x that lie side by side, are read through tensor descriptors, by Hopper's TMA: one
+thread asks for a tile, and addresses cost no registers. The values and their MMA instructions are the same.
+
 TOKENS_ON_M says which operand is which. The MMA of Hopper has 64 rows, M, and 8 to 256 columns, N: with weights on
 M a tile may have fewer than 64 tokens, down to 16.
 """
@@ -28,7 +31,7 @@ from torch import Tensor
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.formats.device import GROUP, DeviceMatrix
 from cierzo.kernels.formats.packed import Matrix
-from cierzo.kernels.triton.launch import POINTER, kernel
+from cierzo.kernels.triton.launch import ALIGNMENT, POINTER, kernel
 
 E2M1_BIAS = tl.constexpr(2.0**126)  # between the exponents of e2m1 and of fp32
 LARGEST_MATRIX = 1 << 31  # weights of one expert, whose offsets are 32 bits wide
@@ -36,18 +39,23 @@ LARGEST_MATRIX = 1 << 31  # weights of one expert, whose offsets are 32 bits wid
 
 @kernel
 def product(
-    x_ptr, x_rows, x_inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, outputs, k_start, k_end,
-    PAIRED: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
+    x_ptr, x_rows, x_inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, n_start, k_start, k_end,
+    PAIRED: tl.constexpr, DESCRIBED: tl.constexpr, X_DESCRIBED: tl.constexpr,
+    FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BLOCK_T, BLOCK_N]. x_rows: int64 [BLOCK_T], where rows start, in values; rows that are not x_inside are
-    not read and count as zeros. x_scales: fp32 [BLOCK_T], of e4m3 rows; else None. outputs: int32 [BLOCK_N], the
-    weights' rows, past the end too (nothing past it is read; those columns mean nothing). expert: int64. k_start,
-    k_end: the columns to multiply, from a whole step."""
+    not read and count as zeros. x_scales: fp32 [BLOCK_T], of e4m3 rows; else None. n_start: the tile's first
+    output; those past the end mean nothing. expert: int64. k_start, k_end: the columns, from a whole step.
+
+    DESCRIBED: codes_ptr is a descriptor [experts * ROWS, K]. X_DESCRIBED: x_ptr is one, and x_rows the first row;
+    those that are not x_inside mean nothing."""
     TOTAL: tl.constexpr = ROWS // 2 if PAIRED else ROWS
-    rows = tl.minimum(outputs, TOTAL - 1)
-    codes_ptr += expert * EXPERT_STRIDE
+    rows = tl.minimum(n_start + tl.arange(0, BLOCK_N), TOTAL - 1)
+    row = expert.to(tl.int32) * ROWS + n_start  # of a descriptor
+    if not DESCRIBED:
+        codes_ptr += expert * EXPERT_STRIDE
     if FORMAT != "plain":
         scales_ptr += expert * (tl.cdiv(ROWS, SCALE_N) * tl.cdiv(K, SCALE_K))
     if FORMAT == "nvfp4":
@@ -55,17 +63,20 @@ def product(
     first = tl.zeros((BLOCK_T, BLOCK_N) if TOKENS_ON_M else (BLOCK_N, BLOCK_T), tl.float32)
     second = first
     for k in range(k_start, k_end, BLOCK_K):
-        columns = k + tl.arange(0, BLOCK_K)
-        mask = x_inside[:, None] if K % BLOCK_K == 0 else x_inside[:, None] & (columns < K)[None, :]
-        x = tl.load(x_ptr + x_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+        if X_DESCRIBED:
+            x = x_ptr.load([x_rows, k])
+        else:
+            columns = k + tl.arange(0, BLOCK_K)
+            mask = x_inside[:, None] if K % BLOCK_K == 0 else x_inside[:, None] & (columns < K)[None, :]
+            x = tl.load(x_ptr + x_rows[:, None] + columns[None, :], mask=mask, other=0.0)
         first = _step(
-            first, x, codes_ptr, scales_ptr, rows, k,
-            FORMAT, K, ROW_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_K, TOKENS_ON_M,
+            first, x, codes_ptr, scales_ptr, rows, row, k,
+            DESCRIBED, FORMAT, K, ROW_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_K, TOKENS_ON_M,
         )  # fmt: skip
         if PAIRED:
             second = _step(
-                second, x, codes_ptr, scales_ptr, rows + TOTAL, k,
-                FORMAT, K, ROW_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_K, TOKENS_ON_M,
+                second, x, codes_ptr, scales_ptr, rows + TOTAL, row + TOTAL, k,
+                DESCRIBED, FORMAT, K, ROW_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_K, TOKENS_ON_M,
             )  # fmt: skip
     result = _finished(first, scales_ptr, row_scales_ptr, rows, FORMAT, K, SCALE_N, SCALE_K, TOKENS_ON_M)
     if x_scales is not None:
@@ -81,13 +92,17 @@ def product(
 
 @kernel
 def _step(
-    total, x, codes_ptr, scales_ptr, rows, k,
+    total, x, codes_ptr, scales_ptr, rows, row, k, DESCRIBED: tl.constexpr,
     FORMAT: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
-    """The sum so far, plus the products of columns k .. k + BLOCK_K - 1."""
+    """The sum so far, plus the products of columns k .. k + BLOCK_K - 1. row: of a descriptor, rows' first."""
     if FORMAT == "nvfp4" or FORMAT == "mxfp4":
-        weights = _four_bits(codes_ptr, scales_ptr, rows, k, FORMAT, K, ROW_STRIDE, SCALE_K, BLOCK_N, BLOCK_K)
+        weights = _four_bits(
+            codes_ptr, scales_ptr, rows, row, k, DESCRIBED, FORMAT, K, ROW_STRIDE, SCALE_K, BLOCK_N, BLOCK_K
+        )
+    elif DESCRIBED:
+        weights = codes_ptr.load([row, k])
     else:
         columns = k + tl.arange(0, BLOCK_K)
         pointers = codes_ptr + rows[:, None] * ROW_STRIDE + columns[None, :]
@@ -114,24 +129,27 @@ def _step(
 
 @kernel
 def _four_bits(
-    codes_ptr, scales_ptr, rows, k,
+    codes_ptr, scales_ptr, rows, row, k, DESCRIBED: tl.constexpr,
     FORMAT: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, GROUP_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Widened weights [BLOCK_N, BLOCK_K], fp32, without their rows' scales."""
     octets = k // 2 + tl.arange(0, BLOCK_K // 2)
     groups = k // GROUP_K + tl.arange(0, BLOCK_K // GROUP_K)
-    pointers = codes_ptr + rows[:, None] * ROW_STRIDE + octets[None, :]
+    if DESCRIBED:
+        codes = codes_ptr.load([row, k // 2])
+    elif K % BLOCK_K == 0:
+        codes = tl.load(codes_ptr + rows[:, None] * ROW_STRIDE + octets[None, :])
+    else:
+        inside = (octets < K // 2)[None, :]
+        codes = tl.load(codes_ptr + rows[:, None] * ROW_STRIDE + octets[None, :], mask=inside, other=0)
     scale_pointers = scales_ptr + rows[:, None] * (K // GROUP_K) + groups[None, :]
     if K % BLOCK_K == 0:
-        codes = tl.load(pointers)
         scales = tl.load(scale_pointers)
+    elif FORMAT == "nvfp4":
+        scales = tl.load(scale_pointers, mask=(groups < K // GROUP_K)[None, :], other=0.0)
     else:
-        codes = tl.load(pointers, mask=(octets < K // 2)[None, :], other=0)
-        if FORMAT == "nvfp4":
-            scales = tl.load(scale_pointers, mask=(groups < K // GROUP_K)[None, :], other=0.0)
-        else:
-            scales = tl.load(scale_pointers, mask=(groups < K // GROUP_K)[None, :], other=0)
+        scales = tl.load(scale_pointers, mask=(groups < K // GROUP_K)[None, :], other=0)
     if FORMAT == "nvfp4":
         steps = scales.to(tl.float32)
     else:
@@ -214,6 +232,14 @@ class Weights:
             return cls(format, "*fp8e4nv", rows, k, k, rows * k, block or (1, k))
         return cls(format, "*u8", rows, k, k // 2, rows * k // 2, (1, GROUP[format]))
 
+    @property
+    def has_descriptor(self) -> bool:
+        """Whether a tensor descriptor can take in all experts, [experts * rows, k]: rows start at multiples of 16
+        bytes, and an expert where the rows of the one before it end."""
+        bits = {"*bf16": 16, "*fp32": 32}.get(self.pointer, 8)
+        aligned = self.row_stride * bits % (8 * ALIGNMENT) == 0
+        return aligned and self.expert_stride in (0, self.rows * self.row_stride)
+
     def types(self, prefix: str = "") -> dict[str, str]:
         """Of the pointers that a kernel takes for it."""
         types = {f"{prefix}codes_ptr": self.pointer}
@@ -237,12 +263,14 @@ class Weights:
         return {"FORMAT": self.format, "ROWS": self.rows, "K": self.k, **strides, **block}
 
 
-def pointers(matrix: Matrix, prefix: str = "") -> dict[str, Tensor]:
-    """The arguments that Weights.types names."""
+def pointers(matrix: Matrix, described: bool, prefix: str = "") -> dict[str, Tensor]:
+    """The arguments that Weights.types names. described: of codes, the rows of all experts below each other."""
+    codes = matrix if isinstance(matrix, Tensor) else matrix.codes  # type: ignore[union-attr]
+    codes = codes.view(-1, codes.shape[-1]) if described else codes
     if isinstance(matrix, Tensor):
-        return {f"{prefix}codes_ptr": matrix}
+        return {f"{prefix}codes_ptr": codes}
     assert isinstance(matrix, DeviceMatrix), type(matrix)
-    found = {f"{prefix}codes_ptr": matrix.codes, f"{prefix}scales_ptr": matrix.scales}
+    found = {f"{prefix}codes_ptr": codes, f"{prefix}scales_ptr": matrix.scales}
     if matrix.row_scales is not None:
         found[f"{prefix}row_scales_ptr"] = matrix.row_scales
     return found

@@ -76,6 +76,20 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         conformance.check("rms_norm", TINY4, SIZES[0], "bf16", CPU, seed=0)
 
 
+def test_other_bits_through_descriptors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cierzo.kernels.triton import heuristics, linear
+
+    right = linear.linear
+    monkeypatch.setattr(
+        linear,
+        "linear",
+        lambda x, weight: right(x, weight) * (1.0 if heuristics.DESCRIBED_TOKENS is None else 1.01),
+    )
+    with pytest.raises(conformance.Failed, match="through descriptors it has other bits"):
+        conformance.check("linear", TINY4, SIZES[0], "bf16", CPU, seed=0)
+    assert heuristics.DESCRIBED_TOKENS is None
+
+
 def test_kernels_are_timed_beside_torch() -> None:
     limits = ceilings(CPU)
     found = kernels.measure("expert_mlp", TINY4, SIZES[0], "nvfp4", CPU, limits, 0)
@@ -87,6 +101,10 @@ def test_kernels_are_timed_beside_torch() -> None:
         dense = kernels.measure("linear", TINY4, SIZES[0], format, CPU, limits, 0)
         assert dense is not None
         assert dense["torch"]["us"] > 0
+        assert "described" not in dense
+    prompt = kernels.measure("linear", TINY4, SIZES[1], "fp8", CPU, limits, 0)
+    assert prompt is not None
+    assert prompt["described"]["us"] > 0
     assert kernels.measure("gqa_decode", TINY4, SIZES[0], "bf16", CPU, limits, 0) is None
 
 

@@ -17,6 +17,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import cierzo.kernels.triton as package
 from cierzo.kernels.triton.compile import compile_ahead, source
@@ -44,6 +45,9 @@ def difference(configuration: Configuration) -> str:
     for name, kind in configuration.types.items():
         if kind.startswith("*"):
             values[name] = torch.empty(64, dtype=DTYPES[kind])
+            if name in configuration.blocks:
+                block = list(configuration.blocks[name])
+                values[name] = TensorDescriptor.from_tensor(torch.empty(256, 256, dtype=DTYPES[kind]), block)
         else:
             values[name] = 0.5 if kind.startswith("fp") else 16 if kind == "i32" else 1 << 40
     bound, specialisation, options = binder(**values, **configuration.constants, **configuration.options)

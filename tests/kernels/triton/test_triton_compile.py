@@ -12,6 +12,14 @@ from typing import Any
 import pytest
 
 WORKER = Path(__file__).parents[2] / "support" / "triton_worker.py"
+# Of those that have another form, which reads through descriptors.
+DESCRIBED = (
+    "linear: small4 q_kv_down bf16",
+    "linear: small3 gate_up fp8",
+    "moe: small4 expert_gate_up bf16",
+    "moe: small4 expert_down fp8",
+    "moe: small4 expert_gate_up nvfp4",
+)
 # (configuration, machine instruction that does its work): one of each form; bench.gpu's report has all
 COMPILED = {
     "linear: small4 o_proj bf16": "HGMMA",
@@ -60,11 +68,29 @@ def test_some_configurations_compile_for_sm_90() -> None:
         else:
             assert wide >= 24, name
             assert "nvfp4" in name or wide == sum(copies.values()), name
-    for format in ("bf16", "nvfp4"):  # parts apart or in one program: the products are the same
-        forms = found[f"linear: small4 q_kv_down {format}"], found[f"linear: small4 q_kv_down {format}, apart"]
-        products = [{one for one in form["instructions"] if "MMA" in one} for form in forms]
-        assert len(products[0]) == 1
-        assert products[0] == products[1]
+    for name in (f"linear: small4 q_kv_down {format}" for format in ("bf16", "nvfp4")):
+        assert _products(found[name]) == _products(found[f"{name}, apart"])  # apart or in one program
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
+def test_descriptors_are_read_by_the_tma_for_the_same_products() -> None:
+    """Nothing else is copied ahead, but for scattered rows of x and NVFP4's scales."""
+    found = _worker("compile", *DESCRIBED, *(f"{name}, TMA" for name in DESCRIBED))
+    for name in DESCRIBED:
+        described = found[f"{name}, TMA"]
+        assert described["spill_bytes"] == 0, name
+        assert any(one.startswith("UTMALDG") for one in described["instructions"]), name
+        assert not any(one.startswith("UTMALDG") for one in found[name]["instructions"]), name
+        copies = any(one.startswith("LDGSTS") for one in described["instructions"])
+        assert copies == ("expert_gate_up" in name), name
+        assert _products(described) == _products(found[name]), name
+
+
+def _products(compiled: Any) -> set[str]:
+    """The one shape of a matrix instruction that a kernel of products has."""
+    found = {one for one in compiled["instructions"] if one.startswith("HGMMA.")}
+    assert len(found) == 1
+    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,8 @@ def test_narrow_outputs_are_a_sum_of_parts_in_order(
     format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, whether each part is a program of its own (few tokens) or not; the last has fewer columns."""
-    tokens, k = heuristics.APART_TOKENS + 1, 1088
+    monkeypatch.setattr(heuristics, "APART_TOKENS", 2)
+    tokens, k = 3, 1088
     x, weight = rows(tokens, k, dtype), weights(format, 70, k, dtype=dtype)
     known = Weights.of("linear", weight)
     wide = heuristics.tile(known, POINTER[dtype], paired=False)
@@ -162,6 +164,70 @@ def test_the_narrow_form_and_exchanged_operands_compute_the_same(
     monkeypatch.setattr(heuristics, "TILES", exchanged)
     monkeypatch.setattr(heuristics, "WIDTH_KEEPS_BITS", False)
     close(linear.gated_mlp(x, gate_up, down), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("tokens", "outputs", "k"), [(1, 1, 32), (2, 131, 96), (65, 40, 64)])
+def test_descriptors_read_the_same(
+    tokens: int, outputs: int, k: int, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: rows and columns past the end, gate and up, logits."""
+    x, weight = rows(tokens, k, dtype), weights(format, outputs, k, dtype=dtype)
+    gate_up, down = weights(format, 2 * 96, k, dtype=dtype), weights(format, k, 96, dtype=dtype, seed=2)
+
+    def results() -> list[Tensor]:
+        return [linear.linear(x, weight), linear.lm_head(x, weight), linear.gated_mlp(x, gate_up, down)]
+
+    by_pointers = results()
+    blocks = launched_blocks(monkeypatch)
+    monkeypatch.setattr(heuristics, "DESCRIBED_TOKENS", tokens + 1)
+    results()
+    assert not any(blocks)
+    monkeypatch.setattr(heuristics, "DESCRIBED_TOKENS", tokens)
+    for one, other in zip(by_pointers, results(), strict=True):
+        assert torch.equal(one, other)
+    assert any(found == {"x_ptr", "codes_ptr"} for found in blocks)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("apart", [True, False])
+def test_descriptors_read_the_same_parts(format: str, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = rows(2, 1088, torch.bfloat16), weights(format, 70, 1088, dtype=torch.bfloat16)
+    monkeypatch.setattr(heuristics, "APART_TOKENS", 2 if apart else 1)
+    by_pointers = linear.lm_head(x, weight)
+    blocks = launched_blocks(monkeypatch)
+    monkeypatch.setattr(heuristics, "DESCRIBED_TOKENS", 2)
+    assert torch.equal(by_pointers, linear.lm_head(x, weight))
+    assert blocks == [{"x_ptr", "codes_ptr"}, *([set()] if apart else [])]
+
+
+def launched_blocks(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The arguments of each launch from now on that are descriptors."""
+    found: list[set[str]] = []
+    original = linear.launch
+
+    def launch(configuration: Any, *arguments: Any, **named: Any) -> None:
+        found.append(set(configuration.blocks))
+        original(configuration, *arguments, **named)
+
+    monkeypatch.setattr(linear, "launch", launch)
+    return found
+
+
+def test_what_a_descriptor_cannot_take_in_is_read_by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = launched_blocks(monkeypatch)
+    monkeypatch.setattr(heuristics, "DESCRIBED_TOKENS", 0)
+    x, weight = torch.randn(3, 36), torch.randn(9, 36)
+    close(linear.linear(x[:, :33], weight[:, :33]), ref.linear(x[:, :33], weight[:, :33]), torch.float32)
+    assert blocks.pop() == {"x_ptr", "codes_ptr"}  # rows of 144 bytes
+    x, weight = torch.randn(3, 33), torch.randn(9, 33)
+    for one, other in ((x, weight), (torch.randn(3, 36)[:, :33], weight), (x, torch.randn(9, 36)[:, :33])):
+        close(linear.linear(one, other), ref.linear(one, other), torch.float32)
+        assert blocks.pop() == set()
+    heads = torch.randn(2, 3, 64), torch.randn(3, 24, 64)
+    close(linear.mla_unabsorb(*heads), attention_ref.mla_unabsorb(*heads), torch.float32)
+    assert blocks.pop() == set()
 
 
 def test_intermediates_may_exceed_fp16() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from cierzo.kernels.formats.device import DeviceMatrix, dequantise, quantise
 from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ref import moe as ref
-from cierzo.kernels.triton import moe
+from cierzo.kernels.triton import heuristics, moe
 
 D, F, E = 96, 64, 5
 FORMATS = ["plain", "fp8", "nvfp4", "mxfp4"]
@@ -126,6 +128,32 @@ def test_a_token_has_the_same_bits_alone_and_in_company(format: str, dtype: torc
         one = slice(row, row + 1)
         alone, _ = run(x[one], ids[one], weights[one].clone(), matrices, shared=True)  # .clone: aligned
         assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("tokens", "shared"), [(1, False), (5, True), (20, True)])
+def test_descriptors_read_the_same(
+    tokens: int, shared: bool, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit; a tile's rows may reach into those of the next expert, and past the last."""
+    matrices = random_experts(format, dtype, unused=(1, 4))
+    x, ids = tokens_of(tokens, dtype), choose(tokens, 2, [0, 2, 3])
+    weights = torch.rand(tokens, 2, generator=torch.Generator().manual_seed(0))
+    by_pointers, _ = run(x, ids, weights, matrices, shared)
+    found: list[set[str]] = []
+    original = moe.launch
+
+    def launch(configuration: Any, *arguments: Any, **named: Any) -> None:
+        found.append(set(configuration.blocks))
+        original(configuration, *arguments, **named)
+
+    monkeypatch.setattr(moe, "launch", launch)
+    monkeypatch.setattr(heuristics, "DESCRIBED_TOKENS", tokens)
+    described, _ = run(x, ids, weights, matrices, shared)
+    assert torch.equal(by_pointers, described)
+    both = {"codes_ptr", "shared_codes_ptr"} if shared else {"codes_ptr"}
+    assert found == [both, both | {"inner_ptr"}, set()]
 
 
 def test_values_beyond_fp16() -> None:
