@@ -12,6 +12,7 @@ from cierzo.bench.gpu import compiled
 from cierzo.bench.gpu.cases import SMALL4, make_call, without_memory
 from cierzo.bench.gpu.problems import CARDS, META, STEPS, Work, problems
 from cierzo.bench.kernel_cases import Call, Model, Size
+from cierzo.engine.roofline.cards import DATA_SHEETS, HOPPER_RATES
 from cierzo.kernels.formats.device import quantise
 from cierzo.kernels.triton.compile import Compiled
 
@@ -73,6 +74,17 @@ def test_work_of_products_and_the_limits_of_cards() -> None:
     assert o_proj["decode 64"].limit_s(h200, fp8=False) == ((weights + 2 * rows) / 4.8e12, "memory")
     assert o_proj["prefill 4096"].limit_s(h100, fp8=False) == (2 * 4096**3 / 989.5e12, "arithmetic")
     assert o_proj["prefill 4096"].limit_s(h100, fp8=True) == (2 * 4096**3 / 1979e12, "arithmetic")
+
+
+def test_cards_are_the_ones_of_the_data_sheets() -> None:
+    """engine/roofline has them too, and takes msgspec, which a machine with a card may lack."""
+    for card, name in zip(CARDS, ("h100", "h200"), strict=True):
+        assert card.name.lower().startswith(name)
+        assert (card.memory, card.bf16, card.fp8) == (
+            DATA_SHEETS[name][0],
+            HOPPER_RATES["bf16"],
+            HOPPER_RATES["fp8"],
+        )
 
 
 @pytest.mark.parametrize("format", ["fp8", "nvfp4", "mxfp4"])
