@@ -13,6 +13,7 @@ from cierzo.engine.messages import Abort, CoreStats, ExpertStatistics, Finish, S
 from cierzo.engine.worker.batch import Batch, BatchBuilder
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.fake import FakeRunner
+from cierzo.kernels.fault import DeviceFault
 from cierzo.scheduler.plan import StepPlan, StepResult
 from cierzo.scheduler.request import NewRequest, QueueFull
 from cierzo.scheduler.scheduler import Scheduler
@@ -39,6 +40,10 @@ class Runner(Protocol):
         """The result of the step launched first of those not collected."""
         ...
 
+    def reset(self) -> None:
+        """Forget what was launched and not collected."""
+        ...
+
     def describe(self) -> str:
         """What runs, as printed at start."""
         ...
@@ -57,7 +62,7 @@ class EngineCore:
         limits = config.scheduler
         self._config = config
         self._clock = clock
-        self.reset()
+        self._forget()
         self._builder = BatchBuilder(
             max_tokens=limits.budget_tokens,
             max_running=limits.max_running,
@@ -69,8 +74,12 @@ class EngineCore:
     def reset(self) -> None:
         """Forget every request, without a word, and the prefix cache; the model stays loaded.
 
-        For a caller who was interrupted within a call: scheduler and cache may then disagree with each other.
+        For a caller who was interrupted within a call: scheduler, cache and runner may then disagree.
         """
+        self._runner.reset()
+        self._forget()
+
+    def _forget(self) -> None:
         self._cache = KVCacheManager(self._config.cache)
         self._scheduler = Scheduler(self._config.scheduler, self._cache, self._clock)
         self._refused: list[TokenDelta] = []
@@ -108,8 +117,8 @@ class EngineCore:
     def step(self) -> list[TokenDelta]:
         """One step, as configured: all that happened since the last call, in order.
 
-        If the runner raises, the sequences of that step end as failed and the core lives on. MemoryError and
-        KeyboardInterrupt pass.
+        If the runner raises, the sequences of that step end as failed and the core lives on. What is no step's own
+        fault passes: MemoryError, KeyboardInterrupt, and DeviceFault, after which no step could succeed.
         """
         return self.step_overlapped() if self._config.overlap else self.step_plain()
 
@@ -179,7 +188,7 @@ class EngineCore:
         """None; a result if the step failed already."""
         try:
             self._runner.launch(plan, self._builder.build(plan))
-        except MemoryError:
+        except (MemoryError, DeviceFault):
             raise
         except Exception as error:
             return _failed(plan, error)
@@ -188,7 +197,7 @@ class EngineCore:
     def _collect(self, plan: StepPlan) -> StepResult:
         try:
             return self._runner.collect()
-        except MemoryError:
+        except (MemoryError, DeviceFault):
             raise
         except Exception as error:
             return _failed(plan, error)
