@@ -109,17 +109,17 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
             device = value.device
         elif kind in _LIMITS and not -_LIMITS[kind] <= value < _LIMITS[kind]:
             raise ArgumentError(f"{configuration.name}: {name} is {value}, more than {kind} holds")
-    said = arguments
-    arguments = dict(arguments)
-    for name, block in configuration.blocks.items():
-        arguments[name] = _descriptor(configuration.name, name, arguments[name], block)
+    descriptors = {
+        name: _descriptor(configuration.name, name, arguments[name], block)
+        for name, block in configuration.blocks.items()
+    }
     note(configuration.kernel.__name__)
     try:
-        configuration.kernel[grid](**arguments, **configuration.constants, **configuration.options)
+        configuration.kernel[grid](**(arguments | descriptors), **configuration.constants, **configuration.options)
     except RuntimeError as error:
         if not is_device_error(error):
             raise
-        raise fault_of(f"{described(configuration.name, said)}, grid {grid}", error) from error
+        raise fault_of(f"{described(configuration.name, arguments)}, grid {grid}", error) from error
 
 
 def _check_tensor(operation: str, name: str, kind: str, value: Tensor) -> None:
