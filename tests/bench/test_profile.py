@@ -9,6 +9,7 @@ from native_only import needs_native
 
 from cierzo.bench import profile
 from cierzo.bench.machine import Ceiling, Ceilings
+from cierzo.engine.config import EngineOptions
 from cierzo.engine.weights.make import make_checkpoint
 
 ONE = Ceiling(rate=1.0, reached_by="nobody")
@@ -27,3 +28,14 @@ def test_every_kind_of_step_is_taken_apart(tmp_path: Path, monkeypatch: pytest.M
         assert (calls[attention], calls["expert_mlp"], calls["rope_tables"]) == (3, 3, 1)
         assert 0 < step.native_ms < step.step_ms
     assert "around them" in profile.table(ceilings, steps)
+
+
+@needs_native
+def test_what_is_measured_is_what_the_profile_chooses(tmp_path: Path) -> None:
+    """Its number formats; not its limits, where more sequences are asked for than it would run."""
+    checkpoint = make_checkpoint(tmp_path / "model", like="small4", scale="tiny")
+    profiler = profile.Profiler(EngineOptions(model=str(checkpoint), profile="latency", threads=1), 8, 64, 1)
+    assert (profiler.config.weights, profiler.config.scheduler.max_running) == ("int8", 8)
+    step = profiler.decode(8, CEILINGS)
+    assert step.step_ms > step.native_ms > 0
+    assert {"lm_head", "linear", "expert_mlp"} <= {row.operation for row in step.operations}
