@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
 from cierzo.bench.report import check_writable, make_report, write_report
-from cierzo.bench.traces import poisson_arrivals, random_prompt
+from cierzo.bench.traces import random_prompt
 from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta
+from cierzo.engine.roofline.workload import poisson_arrivals
 
 PROGRESS_AFTER_S = 2.0
 SHARED_INDEX = -1  # no request's: the random prompt that all others may begin with

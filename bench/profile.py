@@ -21,7 +21,7 @@ import msgspec
 from cierzo.bench.machine import Ceilings, measure_ceilings
 from cierzo.bench.sequences import Sequences
 from cierzo.bench.stats import median
-from cierzo.bench.work import work
+from cierzo.bench.work import matrix_rows, work
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.messages import Submit
 from cierzo.engine.worker.core import EngineCore
@@ -68,11 +68,13 @@ class _Total:
 
 
 @contextmanager
-def _watching() -> Iterator[dict[str, _Total]]:
+def _watching(vocab_size: int) -> Iterator[dict[str, _Total]]:
+    """The product with a matrix of `vocab_size` rows is told apart from the others: it is the output head's."""
     totals: dict[str, _Total] = defaultdict(_Total)
 
     def note(operation: str, args: Any, seconds: float) -> None:
-        total = totals[operation]
+        is_head = operation == "linear" and matrix_rows(args.weight) == vocab_size
+        total = totals["lm_head" if is_head else operation]
         operations, num_bytes = work(operation, args)
         total.calls += 1
         total.seconds += seconds
@@ -91,71 +93,87 @@ def profile(
 ) -> tuple[Ceilings, list[StepProfile]]:
     """Generated tokens of `batches` sequences, and prompts of so many tokens."""
     longest = max([CONTEXT, *prompts]) + 2 * ENGINE_STEPS
-    base = EngineOptions(model=checkpoint, prefix_caching=False, **options)
-    layout = resolve(base).layout
-    count = max([1, *batches])
-    blocks = count * (-(-longest // layout.block_tokens) + 1)
-    gib = (blocks + 1) * layout.bytes_per_block / 2**30
-    config = resolve(
-        msgspec.structs.replace(base, max_model_len=longest, kv_cache_gib=gib, budget_tokens=max(longest, count))
-    )
-    sequences = Sequences(config, count, longest)
-    core = EngineCore(config, ModelRunner(sequences.model, sequences.pool, config.scheduler.max_running))
+    profiler = Profiler(EngineOptions(model=checkpoint, **options), max([1, *batches]), longest)
     ceilings = measure_ceilings()
-    found = []
-    for batch in batches:
-        engine = _engine(core, config.model.vocab_size, [CONTEXT - ENGINE_STEPS // 2] * batch, ENGINE_STEPS)
-        pieces = [(CONTEXT - 1, 1)] * batch
-        found.append(_profile(sequences, ceilings, f"decode {batch}", engine, pieces, generated=True))
-    for tokens in prompts:
-        engine = [run for _ in range(REPEATS) for run in _engine(core, config.model.vocab_size, [tokens], 0)]
-        found.append(_profile(sequences, ceilings, f"prefill {tokens}", engine, [(0, tokens)], generated=False))
-    return ceilings, found
+    steps = [profiler.decode(batch, ceilings) for batch in batches]
+    return ceilings, steps + [profiler.prefill(tokens, ceilings) for tokens in prompts]
 
 
-def _engine(core: EngineCore, vocab_size: int, prompts: list[int], new_tokens: int) -> list[tuple[float, float]]:
-    """(seconds of a step, seconds of it in native calls) of each step in which all decode; without new tokens, of
-    the one step that computes the prompts."""
-    bind(KernelsConfig(), "cpu")
-    core.reset()
-    for number, tokens in enumerate(prompts):
-        prompt = [(position * 31 + number * 1017) % vocab_size for position in range(tokens)]
-        sampling = SamplingParams(max_tokens=new_tokens + 1, temperature=0.0, seed=0, ignore_eos=True)
-        core.submit(Submit(request_id=number, prompt_token_ids=prompt, sampling=sampling))
-    runs = []
-    while core.has_work():
-        with _watching() as totals:
-            begin = time.perf_counter()
-            deltas = core.step_plain()
-            seconds = time.perf_counter() - begin
-        if new_tokens == 0 or sum(len(delta.token_ids) for delta in deltas) == len(prompts):
-            runs.append((seconds, sum(total.seconds for total in totals.values())))
-    return runs[1:] if new_tokens else runs  # the first has still computed a prompt
+class Profiler:
+    """A loaded model, and pages for `count` sequences of up to `longest` tokens."""
+
+    def __init__(self, options: EngineOptions, count: int, longest: int, repeats: int = REPEATS) -> None:
+        base = msgspec.structs.replace(options, prefix_caching=False, profile="balanced", max_running=None)
+        layout = resolve(base).layout
+        blocks = count * (-(-longest // layout.block_tokens) + 1)
+        self.config = config = resolve(
+            msgspec.structs.replace(
+                base,
+                max_model_len=longest,
+                kv_cache_gib=(blocks + 1) * layout.bytes_per_block / 2**30,
+                budget_tokens=max(longest, count),
+                max_chunk_tokens=None,
+            )
+        )
+        self._repeats, self._vocab_size = repeats, config.model.vocab_size
+        self.sequences = Sequences(config, count, longest)
+        runner = ModelRunner(self.sequences.model, self.sequences.pool, config.scheduler.max_running)
+        self._core = EngineCore(config, runner)
+
+    def decode(self, batch: int, ceilings: Ceilings) -> StepProfile:
+        """A step in which `batch` sequences generate."""
+        engine = self._engine([CONTEXT - ENGINE_STEPS // 2] * batch, ENGINE_STEPS)
+        rows = self.operations([(CONTEXT - 1, 1)] * batch, ceilings, generated=True)
+        return _profile(f"decode {batch}", engine, rows)
+
+    def prefill(self, tokens: int, ceilings: Ceilings) -> StepProfile:
+        """A step that computes a prompt."""
+        engine = [run for _ in range(self._repeats) for run in self._engine([tokens], 0)]
+        rows = self.operations([(0, tokens)], ceilings, generated=False)
+        return _profile(f"prefill {tokens}", engine, rows)
+
+    def operations(
+        self, pieces: list[tuple[int, int]], ceilings: Ceilings, *, generated: bool
+    ) -> list[OperationRow]:
+        """The step that computes `count` tokens from `start` of each sequence, for (start, count), taken apart."""
+        bind(KernelsConfig(implementations=dict.fromkeys(BLOCKS, "torch")), "cpu")
+        self.sequences.step(pieces, generated)
+        runs = []
+        for _ in range(self._repeats):
+            with _watching(self._vocab_size) as totals:
+                self.sequences.step(pieces, generated)
+            runs.append(totals)
+        bind(KernelsConfig(), "cpu")
+        return [_row(operation, [run[operation] for run in runs], ceilings) for operation in runs[-1]]
+
+    def _engine(self, prompts: list[int], new_tokens: int) -> list[tuple[float, float]]:
+        """(seconds of a step, seconds of it in native calls) of each step in which all decode; without new tokens,
+        of the one step that computes the prompts."""
+        bind(KernelsConfig(), "cpu")
+        core = self._core
+        core.reset()
+        for number, tokens in enumerate(prompts):
+            prompt = [(position * 31 + number * 1017) % self._vocab_size for position in range(tokens)]
+            sampling = SamplingParams(max_tokens=new_tokens + 1, temperature=0.0, seed=0, ignore_eos=True)
+            core.submit(Submit(request_id=number, prompt_token_ids=prompt, sampling=sampling))
+        runs = []
+        while core.has_work():
+            with _watching(self._vocab_size) as totals:
+                begin = time.perf_counter()
+                deltas = core.step_plain()
+                seconds = time.perf_counter() - begin
+            if new_tokens == 0 or sum(len(delta.token_ids) for delta in deltas) == len(prompts):
+                runs.append((seconds, sum(total.seconds for total in totals.values())))
+        return runs[1:] if new_tokens else runs  # the first has still computed a prompt
 
 
-def _profile(
-    sequences: Sequences,
-    ceilings: Ceilings,
-    name: str,
-    engine: list[tuple[float, float]],
-    pieces: list[tuple[int, int]],
-    *,
-    generated: bool,
-) -> StepProfile:
-    bind(KernelsConfig(implementations=dict.fromkeys(BLOCKS, "torch")), "cpu")
-    sequences.step(pieces, generated)
-    runs = []
-    for _ in range(REPEATS):
-        with _watching() as totals:
-            sequences.step(pieces, generated)
-        runs.append(totals)
-    bind(KernelsConfig(), "cpu")
+def _profile(name: str, engine: list[tuple[float, float]], rows: list[OperationRow]) -> StepProfile:
     return StepProfile(
         step=name,
         step_ms=median([whole for whole, _ in engine]) * 1e3,
         native_ms=median([native for _, native in engine]) * 1e3,
         overhead=median([1 - native / whole for whole, native in engine]),
-        operations=[_row(operation, [run[operation] for run in runs], ceilings) for operation in runs[-1]],
+        operations=rows,
     )
 
 

@@ -25,6 +25,11 @@ def work(operation: str, args: Any) -> Work:
     return rule(args) if rule is not None else (0.0, 0.0)
 
 
+def matrix_rows(address: int) -> int:
+    """n of the matrix [n,k] at an address of a call's arguments."""
+    return int(_matrix(address).n)
+
+
 def _matrix(address: int) -> abi.Matrix:
     return abi.Matrix.from_address(address)
 

@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument(
         "checkpoint", metavar="CHECKPOINT", help=f"folder in Hugging Face's or Mistral's layout, or '{DEMO}'"
     )
+    _plan_command(_command(commands, "plan", _plan, "plan a workload on devices that need not be here"))
     _bench_commands(_command(commands, "bench", None, "measure"))
     return parser
 
@@ -237,6 +238,18 @@ def _print_info(path: str) -> int:
 
     print(describe(Path(path)))
     return 0
+
+
+def _plan_command(parser: argparse.ArgumentParser) -> None:
+    from cierzo.bench import plan
+
+    plan.add_arguments(parser)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from cierzo.bench import plan
+
+    return plan.main(arguments)
 
 
 def _bench_commands(parser: argparse.ArgumentParser) -> None:

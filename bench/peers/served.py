@@ -13,6 +13,7 @@ from typing import Self
 
 import uvloop
 
+from cierzo.bench.latency import LoadResult
 from cierzo.bench.load import LoadClient, LoadSettings, run_load
 from cierzo.bench.peers.cells import Cell
 from cierzo.bench.peers.engine import EngineFailed, Measured, Server
@@ -58,14 +59,18 @@ class RunningServer:
             output_tokens=cell.new_tokens,
             seed=seed,
         )
-        try:
-            result = uvloop.run(asyncio.wait_for(run_load(settings, self._connect), LOAD_TIMEOUT_S))
-        except (CierzoError, OSError, TimeoutError) as error:
-            raise EngineFailed(f"{error or 'timeout'}, see {self._log}: {log_tail(self._log)}") from error
+        result = self.load(settings)
         short = sum(sum(s.delta_tokens) != cell.new_tokens for s in result.samples if s.error is None)
         if short or not result.answered:
             raise EngineFailed(f"{short} answers of a wrong length, errors: {result.errors or 'none'}")
         return Measured(result.requests_per_s, result)
+
+    def load(self, settings: LoadSettings) -> LoadResult:
+        """One load. Raises EngineFailed if the server cannot be reached, or takes too long."""
+        try:
+            return uvloop.run(asyncio.wait_for(run_load(settings, self._connect), LOAD_TIMEOUT_S))
+        except (CierzoError, OSError, TimeoutError) as error:
+            raise EngineFailed(f"{error or 'timeout'}, see {self._log}: {log_tail(self._log)}") from error
 
     def peak_memory_gb(self) -> float:
         """Of the server and its children."""

@@ -39,7 +39,7 @@ COMMANDS = [pytest.param(path, id=" ".join(("cierzo", *path))) for path in _comm
 
 
 def test_the_commands_are_those_promised() -> None:
-    promised = {"serve", "generate", "chat", "demo", "make-checkpoint", "info", "bench"}
+    promised = {"serve", "generate", "chat", "demo", "make-checkpoint", "info", "plan", "bench"}
     assert promised <= set(_children(build_parser()))
     assert "load" in _children(_find(("bench",)))
 

@@ -13,7 +13,7 @@ WORKER = (
     *("engine.messages", "engine.expert_statistics", "engine.config"),
 )
 MESSAGES = ("engine.messages", "engine.expert_statistics", "engine.errors")
-CLIENT = ("engine.frontend.client", "engine.llm", *MESSAGES, "kernels", "bench")
+CLIENT = ("engine.frontend.client", "engine.llm", *MESSAGES, "engine.roofline", "kernels", "bench")
 EVERYTHING = ("kernels", "cache", "scheduler", "engine", "bench")
 
 # Room -> rooms it may import. A module belongs to the longest name that fits it.
@@ -48,6 +48,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cache.layout",
         "engine.errors",
     ),
+    "engine.roofline.step_model": ("engine.roofline", "engine.config"),
+    "engine.roofline.batching": ("engine.roofline", "engine.config"),
+    "engine.roofline.forecast": ("engine.roofline", "engine.config", "engine.errors"),
     "engine.metrics": ("engine.messages",),
     "engine.model": MODEL,
     "engine.weights": MODEL,
@@ -67,6 +70,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.context": (*CLIENT, *WORKER),
     "bench.profile": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
+    "bench.calibrate": (*CLIENT, *WORKER, "engine.options", "engine.device_memory"),
+    "bench.plan": (*CLIENT, *WORKER, "engine.options", "engine.device_memory"),
+    "bench.plan_check": (*CLIENT, *WORKER),
+    "bench.planning": (*CLIENT, *WORKER, "engine.options", "engine.device_memory"),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.peers.workers": (*CLIENT, *WORKER),
 }

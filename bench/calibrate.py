@@ -1,0 +1,269 @@
+"""`python -m cierzo.bench.calibrate CHECKPOINT`: this machine's CPU as a device for plans, measured in a minute.
+
+The ceilings (bench/ceilings.py), the share of them that each operation of this checkpoint reaches at several sizes,
+and what a step of the engine takes beyond its operations. Operations are timed one by one, and then scaled so that
+together they take what the engine's one native call takes: what a step does besides the operations that the
+roofline counts (rotations, cache writes, sampling) counts as theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from cierzo.bench.machine import Ceilings, describe_machine, measure_ceilings
+from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
+from cierzo.bench.report import check_writable
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.options import add_options, chosen
+from cierzo.engine.roofline.device import Calibration, Device, Kind, MeasuredShare, Rate
+from cierzo.engine.roofline.step_model import StepModel
+from cierzo.engine.roofline.work import StepShape
+from cierzo.kernels.cpu import native
+from cierzo.kernels.registry import has_native
+
+BATCHES = (1, 2, 8, 32)
+PROMPTS = (64, 512)  # and as many tokens as a step has
+LONG = ((1, 2048), (8, 1024), (8, 2048))  # sequences, context: for attention
+REPEATS = 3
+SMALLEST, LARGEST = 1e-3, 4.0  # of a share
+STATED: dict[Kind, float] = {
+    "memory": 0.8,
+    "experts": 0.8,
+    "products": 0.8,
+    "attention": 0.5,
+}  # where none is found
+ATTENTION = ("mla_decode", "gqa_decode")
+Times = dict[str, dict[float, list[float]]]  # operation -> seconds at the limit -> seconds, of a call
+ROOT = Path(__file__).resolve().parents[1]
+FIXED = {"model", "device", "kernels", "frontend", "runner"}
+
+
+class Calibrator:
+    """A checkpoint that is loaded; `measure` can be asked again as the machine's mood changes."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        """Raises ConfigError without native kernels, whose calls are what is timed."""
+        if not has_native():
+            raise ConfigError("a calibration times the native kernels, and none are installed", field="device")
+        self._options = options
+        self._largest = resolve(options).scheduler.budget_tokens
+        longest = max(self._largest, *(context for _, context in LONG))
+        self._profiler = Profiler(options, max(BATCHES), longest + 64, REPEATS)
+        self._profiler.sequences.fill()
+
+    def measure(self) -> Device:
+        """Half a minute for small4-mini."""
+        ceilings, profiler = measure_ceilings(), self._profiler
+        prompts = sorted({*(tokens for tokens in PROMPTS if tokens < self._largest), self._largest})
+        decodes = {batch: profiler.decode(batch, ceilings) for batch in BATCHES}
+        prefills = {tokens: profiler.prefill(tokens, ceilings) for tokens in prompts}
+        device = self._bare(ceilings)
+        model = StepModel(self._profiler.config, device)
+        times: Times = defaultdict(lambda: defaultdict(list))
+        for batch, step in decodes.items():
+            _add(times, model, _decoding(batch, CONTEXT), step.operations, _scale(step, model))
+        for tokens, step in prefills.items():
+            _add(times, model, _prompt(tokens), step.operations, _scale(step, model))
+        for batch, context in LONG:
+            rows = profiler.operations([(context - 1, 1)] * batch, ceilings, generated=True)
+            attention = [row for row in rows if row.operation in ATTENTION]
+            _add(times, model, _decoding(batch, context), attention, _scale(decodes[batch], model))
+        beyond = [(step.step_ms - step.native_ms) / 1e3 for step in decodes.values()]
+        step_overhead_s, row_overhead_s = _line(list(decodes), beyond)
+        measured = {
+            operation: [_share(limit_s, _mean(found[limit_s])) for limit_s in sorted(found)]
+            for operation, found in times.items()
+        }
+        return msgspec.structs.replace(
+            device, measured=measured, step_overhead_s=step_overhead_s, row_overhead_s=row_overhead_s
+        )
+
+    def _bare(self, ceilings: Ceilings) -> Device:
+        """Without shares."""
+        machine, stamp = describe_machine(), stamp_of(resolve(self._options))
+        int8 = ceilings.int8 or ceilings.bf16
+        rates: dict[Rate, float] = {
+            "fp32": ceilings.float32.rate * 1e9,
+            "bf16": ceilings.bf16.rate * 1e9,
+            "int8": int8.rate * 1e9,
+        }
+        return Device(
+            name="cpu",
+            kind="cpu",
+            source=f"measured: {stamp.checkpoint}, weights {stamp.weights}, commit {stamp.commit}",
+            bytes_per_s=ceilings.read.rate * 1e9,
+            operations_per_s=rates,
+            memory_bytes=int(machine.memory_gib * 2**30),
+            stated=STATED,
+            calibration=stamp,
+        )
+
+
+def calibrate(options: EngineOptions) -> Device:
+    """This machine with the checkpoint, weights and threads of `options`."""
+    return Calibrator(options).measure()
+
+
+def mean_device(devices: list[Device]) -> Device:
+    """Of several calibrations of one thing: rates and overheads on average, and the times of the operations."""
+    first = devices[0]
+    rates = {rate: _mean([one.operations_per_s[rate] for one in devices]) for rate in first.operations_per_s}
+    bytes_per_s = 1 / _mean([1 / one.bytes_per_s for one in devices])
+    mean = msgspec.structs.replace(
+        first,
+        bytes_per_s=bytes_per_s,
+        operations_per_s=rates,
+        step_overhead_s=_mean([one.step_overhead_s for one in devices]),
+        row_overhead_s=_mean([one.row_overhead_s for one in devices]),
+    )
+    measured = {}
+    for operation, points in first.measured.items():
+        averaged = []
+        for index in range(len(points)):
+            found = [one.measured[operation][index] for one in devices]
+            limit_s = _mean([point.limit_s for point in found])
+            averaged.append(_share(limit_s, _mean([point.limit_s / point.share for point in found])))
+        measured[operation] = sorted(averaged, key=lambda point: point.limit_s)
+    return msgspec.structs.replace(mean, measured=measured)
+
+
+def read_calibration(path: Path, options: EngineOptions) -> Device:
+    """A file that this module has written for these options. Raises ConfigError for any other."""
+    try:
+        device = msgspec.json.decode(path.read_bytes(), type=Device)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"calibration {path}: {error}", field="calibration", value=path) from error
+    if device.calibration is None:
+        raise ConfigError(f"calibration {path}: a device, but not a calibration", field="calibration", value=path)
+    wanted = stamp_of(resolve(options))
+    for name in Calibration.__struct_fields__:
+        ours, theirs = getattr(wanted, name), getattr(device.calibration, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"calibration {path}: made with {name} {theirs}, and this is {ours}",
+                field="calibration",
+                limit=f"{name} {ours}",
+                value=theirs,
+            )
+    return device
+
+
+def stamp_of(config: EngineConfig) -> Calibration:
+    """What a calibration of this engine, here and now, holds for."""
+    text = Path(config.checkpoint, "config.json")
+    source = text if text.is_file() else Path(config.checkpoint, "params.json")
+    chosen_set = config.kernels.instruction_set
+    return Calibration(
+        checkpoint=config.name,
+        config=hashlib.sha256(source.read_bytes()).hexdigest()[:16],
+        commit=commit(),
+        dtype=config.dtype,
+        weights=config.weights,
+        kv_dtype=config.layout.dtype,
+        threads=config.threads,
+        instruction_set=native.instruction_set() if chosen_set == "auto" and has_native() else chosen_set,
+    )
+
+
+def commit() -> str:
+    """Of this package's repository; "unknown" in an installation without one."""
+    try:
+        command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _share(limit_s: float, took_s: float) -> MeasuredShare:
+    return MeasuredShare(limit_s, min(max(limit_s / took_s, SMALLEST), LARGEST))
+
+
+def _decoding(batch: int, context: int) -> StepShape:
+    count, tokens = float(batch), float(batch * context)
+    return StepShape(absorbed_tokens=count, absorbed_pairs=tokens, absorbed_context=tokens, sampled=count)
+
+
+def _prompt(tokens: int) -> StepShape:
+    count = float(tokens)
+    pairs = count * (count + 1) / 2
+    return StepShape(expanded_tokens=count, expanded_pairs=pairs, expanded_context=count, sampled=1.0)
+
+
+def _scale(step: StepProfile, model: StepModel) -> float:
+    """The engine's native time over that of the operations which the roofline counts, timed one by one."""
+    counted = {operation for shape in (_decoding(1, 1), _prompt(1)) for operation, _, _ in _limits(model, shape)}
+    return step.native_ms / sum(row.ms for row in step.operations if row.operation in counted)
+
+
+def _add(times: Times, model: StepModel, shape: StepShape, rows: list[OperationRow], scale: float) -> None:
+    """What a call of each operation of a step takes, by what it would take at the limit."""
+    counted = {operation: (limit_s, calls) for operation, limit_s, calls in _limits(model, shape)}
+    for row in rows:
+        if row.operation in counted:
+            limit_s, calls = counted[row.operation]
+            times[row.operation][limit_s / calls].append(row.ms / 1e3 * scale / calls)
+
+
+def _limits(model: StepModel, shape: StepShape) -> Iterator[tuple[str, float, int]]:
+    """(operation, seconds at the ceilings, calls) of a step."""
+    device = model.device
+    for work in model.work(shape):
+        bytes_s = work.num_bytes / device.bytes_per_s
+        operations_s = work.operations / device.operations_per_s[work.rate]
+        if (limit_s := max(float(bytes_s), float(operations_s))) > 0:
+            yield work.operation, limit_s, work.calls
+
+
+def _line(x: list[int], y: list[float]) -> tuple[float, float]:
+    """a, b of y = a + b x by least relative squares, neither below 0."""
+    slope, start = np.polyfit(x, y, 1, w=1 / np.array(y))
+    if slope < 0:
+        return _mean(y), 0.0
+    if start < 0:
+        return 0.0, _mean([one / other for one, other in zip(y, x, strict=True)])
+    return float(start), float(slope)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Calibrate, print the device, write it."""
+    parser = argparse.ArgumentParser(description="Measure this machine's CPU as a device for plans.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the device here")
+    add_options(parser, EngineOptions, skip=FIXED)
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.json is not None:
+            check_writable(arguments.json)
+        given = chosen(arguments, EngineOptions, skip=FIXED)
+        device = calibrate(EngineOptions(model=arguments.checkpoint, device="cpu", **given))
+    except ConfigError as error:
+        print(f"calibrate: {error}", file=sys.stderr)
+        return 2
+    print(device.describe())
+    for operation, points in device.measured.items():
+        shares = ", ".join(f"{point.share:.0%} at {point.limit_s * 1e6:,.0f} us" for point in points)
+        print(f"  {operation:14} {shares}")
+    print(
+        f"  beyond them    {device.step_overhead_s * 1e6:,.0f} us a step, {device.row_overhead_s * 1e6:,.0f} a row"
+    )
+    if arguments.json is not None:
+        arguments.json.write_bytes(msgspec.json.encode(device) + b"\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,295 @@
+"""From a checkpoint, devices and a workload to a plan: what fits, what comes out, and what would help most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from cierzo.engine.config import WEIGHTS, EngineConfig, EngineOptions, resolve
+from cierzo.engine.device_memory import weight_bytes
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.expert_statistics import ExpertStatistics, expected_distinct
+from cierzo.engine.roofline.cards import DATA_SHEETS, find_device
+from cierzo.engine.roofline.device import Device, Number
+from cierzo.engine.roofline.forecast import Forecast, forecast
+from cierzo.engine.roofline.work import Distinct
+from cierzo.engine.roofline.workload import Workload
+
+FINENESS = 1.02  # of the search within limits: the next step up is this much more, and breaks one
+MOST_TOKENS, EXPERT_POINTS = 1 << 14, 57  # sizes of a step at which expert statistics are asked
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan must keep, milliseconds, at a percentile of the requests; None: whatever comes."""
+
+    max_ttft_ms: float | None = None
+    max_inter_token_ms: float | None = None
+    percentile: Literal["p50", "p99"] = "p99"
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any."""
+        return self.max_ttft_ms is not None or self.max_inter_token_ms is not None
+
+    def broken(self, found: Forecast) -> str | None:
+        """The limit that a forecast does not keep, with the numbers."""
+        if not found.keeps_up:
+            return "requests come faster than they end"
+        latencies = (
+            ("time to first token", self.max_ttft_ms, found.time_to_first_token_s),
+            ("inter-token time", self.max_inter_token_ms, found.inter_token_s),
+        )
+        for name, limit_ms, latency in latencies:
+            took_ms = getattr(latency, self.percentile) * 1e3
+            if limit_ms is not None and took_ms > limit_ms:
+                return f"{name} {self.percentile} {took_ms:,.0f} ms, limit {limit_ms:,.0f} ms"
+        return None
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """A setting or a device changed, and what that brings: the factor of requests/s in a closed loop and within
+    limits, else that by which the median completion time falls. `refused`: why it cannot be."""
+
+    what: str
+    gain: float = 0.0
+    requests_per_s: float = 0.0
+    completion_p50_s: float = 0.0
+    refused: str = ""
+
+
+class DevicePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """The plan for one device. `refused`: why nothing runs on it; then there is no forecast."""
+
+    device: str
+    shares: str  # stated, or measured
+    weights: str
+    kv_dtype: str
+    weight_gb: float = 0.0
+    memory_gb: float = 0.0
+    kv_gb: float = 0.0
+    kv_tokens: int = 0
+    workload: str = ""
+    forecast: Forecast | None = None
+    changes: tuple[Change, ...] = ()
+    refused: str = ""
+
+
+class Planner:
+    """Plans of one checkpoint and one workload, for one device at a time."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        workload: Workload,
+        limits: Limits,
+        *,
+        experts: ExpertStatistics | None = None,
+        calibrated: Device | None = None,
+    ) -> None:
+        """calibrated: this machine's CPU, for the device "cpu"."""
+        self._options, self._workload, self._limits = options, workload, limits
+        self._experts, self._calibrated = experts, calibrated
+        self._distinct = None if experts is None else distinct_of(experts)
+
+    def plan(self, name: str, *, changes: bool = True) -> DevicePlan:
+        """For the device of this name. Raises ConfigError for an unknown one."""
+        device = self.device(name)
+        shares = "measured" if device.measured else "stated"
+        weights: str = self._options.weights
+        kv_dtype: str = self._options.kv_dtype
+        try:
+            config = self.config(name, self._options)
+            weights, kv_dtype = config.weights, config.layout.dtype
+            found, workload = self._best(config, device)
+        except ConfigError as error:
+            return DevicePlan(device=name, shares=shares, weights=weights, kv_dtype=kv_dtype, refused=error.message)
+        num_blocks, layout = config.cache.num_blocks, config.layout
+        return DevicePlan(
+            device=name,
+            shares=shares,
+            weights=weights,
+            kv_dtype=kv_dtype,
+            weight_gb=weight_bytes(config.model, weights) / 1e9,
+            memory_gb=device.total_memory_bytes / 1e9,
+            kv_gb=num_blocks * layout.bytes_per_block / 1e9,
+            kv_tokens=num_blocks * layout.block_tokens,
+            workload=str(workload),
+            forecast=found,
+            changes=tuple(self._changes(name, config, found)) if changes else (),
+        )
+
+    def device(self, name: str) -> Device:
+        """By its name, or this machine's CPU."""
+        if name == "cpu":
+            assert self._calibrated is not None
+            return self._calibrated
+        return find_device(name)
+
+    def config(self, name: str, options: EngineOptions) -> EngineConfig:
+        """The engine's on a device. Raises ConfigError where it would not start."""
+        config = resolve(msgspec.structs.replace(options, device=name if name == "cpu" else f"simulated:{name}"))
+        if self._experts is not None:
+            _require_same_experts(self._experts, config)
+        return config
+
+    def at(self, name: str, workload: Workload) -> Forecast:
+        """Of another workload, whatever the limits."""
+        config = self.config(name, self._options)
+        return forecast(config, workload, device=self.device(name), distinct=self._distinct)
+
+    def _best(self, config: EngineConfig, device: Device) -> tuple[Forecast, Workload]:
+        """The workload as it is, or with the most clients or requests a second that keep the limits."""
+
+        def run(workload: Workload) -> Forecast:
+            return forecast(config, workload, device=device, distinct=self._distinct)
+
+        if not self._limits.given or self._workload.trace:
+            return run(self._workload), self._workload
+        if self._workload.rate is not None:
+            rate = self._workload.rate
+            return self._most(run, lambda size: {"rate": size}, least=rate / 1024, most=rate * 1024, whole=False)
+        most = min(config.scheduler.max_waiting, config.frontend.max_open_samples, 4 * config.scheduler.max_running)
+        return self._most(run, lambda size: {"concurrency": int(size)}, least=1, most=most, whole=True)
+
+    def _most(
+        self,
+        run: Callable[[Workload], Forecast],
+        fields: Callable[[float], dict[str, float]],
+        *,
+        least: float,
+        most: float,
+        whole: bool,
+    ) -> tuple[Forecast, Workload]:
+        """Twice as much until a limit breaks, then between the two."""
+
+        def attempt(size: float) -> tuple[Forecast, Workload]:
+            workload = msgspec.structs.replace(self._workload, **fields(size))
+            return run(workload), workload
+
+        good, low = attempt(least), least
+        broken = self._limits.broken(good[0])
+        if broken is not None:
+            raise ConfigError(f"workload {good[1]}: {broken}", field="max_ttft_ms", value=broken)
+        high = most
+        while low < most:
+            size = min(2 * low, most)
+            found = attempt(size)
+            if self._limits.broken(found[0]) is not None:
+                high = size
+                break
+            good, low = found, size
+        while high > low * FINENESS and (not whole or high - low > 1):
+            size = float((low + high) // 2) if whole else (low * high) ** 0.5
+            found = attempt(size)
+            if self._limits.broken(found[0]) is None:
+                good, low = found, size
+            else:
+                high = size
+        return good
+
+    def _changes(self, name: str, config: EngineConfig, found: Forecast) -> list[Change]:
+        """Each change alone, the one that helps most first; those that cannot be, last."""
+        by_rate = self._workload.concurrency is not None or (self._limits.given and not self._workload.trace)
+        changes = []
+        for what, other, options in self._candidates(name, config):
+            try:
+                changed, _ = self._best(self.config(other, options), self.device(other))
+            except ConfigError as error:
+                changes.append(Change(what=what, refused=error.message))
+                continue
+            gain = changed.requests_per_s / found.requests_per_s
+            if not by_rate:
+                gain = found.completion_s.p50 / changed.completion_s.p50
+            changes.append(
+                Change(
+                    what=what,
+                    gain=gain,
+                    requests_per_s=changed.requests_per_s,
+                    completion_p50_s=changed.completion_s.p50,
+                )
+            )
+        return sorted(changes, key=lambda change: -change.gain)
+
+    def _candidates(self, name: str, config: EngineConfig) -> list[tuple[str, str, EngineOptions]]:
+        """(in words, device, options). On a CPU the weights stay: its shares were measured with them."""
+        given, replace = self._options, msgspec.structs.replace
+        device, limits = self.device(name), config.scheduler
+        found = []
+        if device.kind == "cuda":
+            found += [
+                (f"weights {weights}", name, replace(given, weights=weights))
+                for weights in WEIGHTS["cuda"]
+                if weights != config.weights
+            ]
+            other_activations = "bf16" if config.activations == "fp8" else "fp8"
+            more = replace(given, activations=other_activations)
+            found.append((f"activations {other_activations}", name, more))
+            found += [(f"device {other}", other, given) for other in other_cards(name)]
+        pages = "fp8" if device.kind == "cuda" else "int8"
+        other_pages = "bf16" if config.layout.dtype == pages else pages
+        found.append((f"KV cache {other_pages}", name, replace(given, kv_dtype=other_pages)))
+        for what, factor in (("twice the step", 2.0), ("half the step", 0.5)):
+            budget = max(limits.max_running, int(limits.budget_tokens * factor))
+            chunk = max(1, int(limits.max_chunk_tokens * factor))
+            text = f"{what}: {budget:,} tokens, chunks of {chunk:,}"
+            found.append((text, name, replace(given, budget_tokens=budget, max_chunk_tokens=chunk)))
+        running = 2 * limits.max_running
+        budget = max(running, limits.budget_tokens)
+        more = replace(given, max_running=running, budget_tokens=budget)
+        found.append((f"max_running {running:,}", name, more))
+        return found
+
+
+def read_experts(path: Path) -> ExpertStatistics:
+    """Statistics of real traffic. Raises ConfigError for a file that holds none."""
+    try:
+        statistics = msgspec.json.decode(path.read_bytes(), type=ExpertStatistics)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"expert statistics {path}: {error}", field="experts", value=path) from error
+    if not statistics.tokens:
+        raise ConfigError(f"expert statistics {path}: nothing was counted", field="experts", value=path)
+    return statistics
+
+
+def distinct_of(statistics: ExpertStatistics) -> Distinct:
+    """Distinct experts of so many tokens, averaged over the layers; straight lines between a few sizes."""
+    sizes = np.unique(np.geomspace(1, MOST_TOKENS, EXPERT_POINTS).astype(np.int64))
+    layers = range(len(statistics.layers))
+    found = [[expected_distinct(statistics, layer, float(size)) for layer in layers] for size in sizes]
+    points = np.concatenate([[0.0], np.log1p(sizes)])
+    means = np.concatenate([[0.0], np.mean(found, axis=1)])
+
+    def distinct(tokens: Number) -> Number:
+        return np.interp(np.log1p(tokens), points, means)
+
+    return distinct
+
+
+def _require_same_experts(statistics: ExpertStatistics, config: EngineConfig) -> None:
+    moe = config.model.moe
+    ours = (0, 0, 0)
+    if moe is not None:
+        ours = (config.model.num_layers - moe.first_dense_layers, moe.num_experts, moe.experts_per_token)
+    theirs = (len(statistics.layers), statistics.num_experts, statistics.top_k)
+    if ours != theirs:
+        told = [f"{layers} layers of {count} experts, {top} a token" for layers, count, top in (theirs, ours)]
+        raise ConfigError(
+            f"expert statistics of {told[0]}; {config.name} has {told[1]}",
+            field="experts",
+            limit=told[1],
+            value=told[0],
+        )
+
+
+def other_cards(name: str) -> list[str]:
+    """The next card in the same number, and twice the cards; nothing for a device that is not a named card."""
+    count, _, card = name.rpartition("x")
+    if card not in DATA_SHEETS:
+        return []
+    names, number = list(DATA_SHEETS), int(count or 1)
+    following = names[names.index(card) + 1 : names.index(card) + 2]
+    return [*(f"{number}x{other}" if number > 1 else other for other in following), f"{2 * number}x{card}"]

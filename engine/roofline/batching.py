@@ -1,0 +1,400 @@
+"""Continuous batching in the large: which steps a workload comes to. Counts alone: no tokens, no block ids.
+
+Written beside the scheduler, not with it, so that one can be held against the other. Decodes advance all at once:
+of a decoding request only its last step and its place in a block matter, so that a step costs the same with one
+running or a thousand, and a stretch of steps in which nobody comes or goes costs as much as one.
+
+A step: all that decode; then the prompts that run, in chunks; then whoever waits, while slots, budget and blocks
+last. A request that comes while a step is in flight is seen after it. The answer to a finished one leaves at the
+end of a step, when the next has begun: a client's next request is a step late.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.roofline.course import Course, Load, Price, Row, expand
+
+LOOKED_PAST = 64  # requests of a step that may wait for a prefix which another computes
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """One request. known: its tokens so far; computed: those that have cache entries, both while it does not
+    decode. offset: while it decodes, computed tokens at a step's begin minus the step's number. epoch: of its
+    admission.
+
+    since: the step in which it decoded first; of a prompt, tokens computed before this step. blocks: that it
+    entered with. shared: blocks that all have. twins: those it computes although another does, too. kept: [blocks
+    that the cache still has of it].
+    """
+
+    index: int
+    input_tokens: int
+    output_tokens: int
+    shared: int
+    known: int
+    computed: int = 0
+    decodes: bool = False
+    offset: int = 0
+    since: int = 0
+    epoch: int = 0
+    blocks: int = 0
+    twins: int = 0
+    kept: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are still to be generated."""
+        return self.input_tokens + self.output_tokens - self.known
+
+
+class _Room:
+    """Blocks: how many are free, and what the free ones still hold, the oldest first.
+
+    Of the prefix that requests share the first `held` blocks belong to whoever runs, `ready` of those have been
+    computed, and `kept[0]` beyond them are free but not yet overwritten.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.free = self._blank = num_blocks
+        self._cached: deque[list[int]] = deque()  # counts of blocks
+        self._holders: Counter[int] = Counter()  # by blocks of the shared prefix
+        self.held = self.ready = 0
+        self.kept = [0]
+
+    @property
+    def found(self) -> int:
+        """Leading blocks of the shared prefix that a newcomer finds."""
+        return self.ready + (self.kept[0] if self.ready == self.held else 0)
+
+    def take(self, count: int) -> None:
+        """Blank ones first; then the oldest contents go."""
+        self.free -= count
+        taken = min(count, self._blank)
+        self._blank -= taken
+        count -= taken
+        while count:
+            oldest = self._cached[0]
+            taken = min(count, oldest[0])
+            oldest[0] -= taken
+            count -= taken
+            if not oldest[0]:
+                self._cached.popleft()
+
+    def give(self, blank: int, kept: list[int]) -> None:
+        """Blocks that nobody holds any more, kept[0] of which still hold something."""
+        self.free += blank + kept[0]
+        self._blank += blank
+        if kept[0]:
+            self._cached.append(kept)
+
+    def find(self, kept: list[int], count: int) -> None:
+        """Take `count` of what a `give` has left, contents and all."""
+        self.free -= count
+        kept[0] -= count
+
+    def hold(self, shared: int) -> int:
+        """One more whose first blocks are shared: how many of them it must take for itself."""
+        self._holders[shared] += 1
+        found = self.found
+        beyond = max(0, shared - self.held)
+        again = min(self.kept[0], beyond) if self.ready == self.held else 0
+        self.find(self.kept, again)
+        self.held += beyond
+        self.ready += again
+        return shared - min(shared, found)
+
+    def let_go(self, shared: int) -> None:
+        """One less."""
+        self._holders[shared] -= 1
+        if not self._holders[shared]:
+            del self._holders[shared]
+        left = max(self._holders, default=0)
+        if left < self.held:
+            ready = max(0, self.ready - left)
+            kept, self.kept[0] = [ready + self.kept[0]], 0  # together, as if all were given back now
+            self.free -= kept[0] - ready
+            self.give(self.held - left - ready, kept)
+            self.kept, self.held, self.ready = kept, left, min(self.ready, left)
+
+
+class Batching:
+    """A load under an engine's limits, from its first step to its last."""
+
+    def __init__(self, config: EngineConfig, load: Load, price: Price | None = None) -> None:
+        """price: of an open load, where it decides when requests come."""
+        limits, self._block_tokens = config.scheduler, config.cache.block_tokens
+        self._budget, self._max_chunk, self._slots = (
+            limits.budget_tokens,
+            limits.max_chunk_tokens,
+            limits.max_running,
+        )
+        self._caching = config.cache.prefix_caching
+        self._load, self._price = load, price
+        count = len(load.input_tokens)
+        self.course = Course(np.full(count, -1), np.full(count, -1), np.full(count, -1))
+        self.rows: list[Row] = []
+        self._room = _Room(config.cache.num_blocks)
+        self._step, self._now_s, self._arrived = 0, 0.0, 0
+        self._late: list[int] = []  # steps with whose end a client's answer came, once for each
+        self._waiting: list[tuple[int, _Request]] = []
+        self._prompts: list[_Request] = []
+        self._running: dict[int, _Request] = {}
+        self._latest: list[tuple[int, int, _Request]] = []  # (-index, epoch, request) of all admissions
+        self._decodes = self._context = 0
+        self._grows = [0] * self._block_tokens  # decoding requests by the steps, modulo block, that fill one
+        self._ends: dict[int, list[tuple[int, _Request]]] = defaultdict(list)
+        self._end_steps: list[int] = []  # a heap
+        self._blocked = False
+
+    def run(self) -> Course:
+        """All of it."""
+        count = len(self._load.input_tokens)
+        for _ in range(self._load.clients):
+            self._arrive(-1)
+        while self._running or self._waiting or self._late or self._arrived < count:
+            self._take()
+            steps = self._sure_steps()
+            if steps:
+                self._advance(steps)
+            else:
+                self._single()
+        return self.course
+
+    # --- arrivals ------------------------------------------------------------------------------------------------
+
+    def _arrive(self, step: int) -> None:
+        if self._arrived < len(self._load.input_tokens):
+            load, index = self._load, self._arrived
+            tokens = load.input_tokens[index]
+            shared = min(load.shared_tokens[index], tokens - 1) // self._block_tokens if self._caching else 0
+            request = _Request(index, tokens, load.output_tokens[index], shared, tokens)
+            self.course.arrival[self._arrived] = step
+            heapq.heappush(self._waiting, (request.index, request))
+            self._arrived += 1
+            self._blocked = False
+            self.course.most_waiting = max(self.course.most_waiting, len(self._waiting))
+
+    def _take(self) -> None:
+        """Whoever has come by the begin of this step."""
+        idle = not self._running and not self._waiting
+        due = [step for step in self._late if step < self._step - 1]
+        if idle and not due:
+            due = self._late
+        self._late = self._late[len(due) :]
+        for step in due:
+            self._arrive(step)
+        arrival_s = self._load.arrival_s
+        if arrival_s is None:
+            return
+        if idle and self._arrived < len(arrival_s) and arrival_s[self._arrived] > self._now_s:
+            self.course.idle_s[self._step] = arrival_s[self._arrived] - self._now_s
+            self._now_s = arrival_s[self._arrived]
+        while self._arrived < len(arrival_s) and arrival_s[self._arrived] <= self._now_s:
+            self._arrive(-1)
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    def _sure_steps(self) -> int:
+        """Steps that are for decoding alone: up to the next end, or as many of them as there are blocks for."""
+        if not self._decodes or self._prompts or (self._waiting and not self._blocked):
+            return 0
+        steps = 1 if self._late else self._next_end() - self._step + 1
+        low = 0
+        while low < steps:
+            middle = (low + steps + 1) // 2
+            low, steps = (middle, steps) if self._growth(middle) <= self._room.free else (low, middle - 1)
+        return low
+
+    def _growth(self, steps: int) -> int:
+        """Blocks that the next `steps` steps of decoding need."""
+        size, first = self._block_tokens, self._step % self._block_tokens
+        whole, part = divmod(steps, size)
+        return whole * self._decodes + sum((self._grows[first:] + self._grows[:first])[:part])
+
+    def _next_end(self) -> int:
+        while self._end_steps[0] not in self._ends:
+            heapq.heappop(self._end_steps)
+        return self._end_steps[0]
+
+    def _advance(self, steps: int) -> None:
+        """`steps` in which all decode, or those of them that have begun when a request comes."""
+        row = Row(self._decodes, self._context, len(self._running), steps)
+        if self._price is not None:
+            ends = self._now_s + np.cumsum(self._price(expand([row])))
+            arrival_s = self._load.arrival_s or ()
+            if self._arrived < len(arrival_s):
+                row.repeat = steps = min(steps, int(np.searchsorted(ends, arrival_s[self._arrived])) + 1)
+            self._now_s = float(ends[steps - 1])
+        self._room.take(self._growth(steps))
+        self._end(row)
+
+    def _single(self) -> None:
+        """Plan one step: decodes, running prompts, admissions."""
+        preemptions = self.course.preemptions
+        while self._growth(1) > self._room.free:
+            self._preempt()
+        self._room.take(self._growth(1))
+        row = Row(self._decodes, self._context, 0)
+        budget = self._budget - self._decodes
+        for request in self._prompts:
+            if budget > 0:
+                budget -= self._chunk(request, row, budget, len(self._waiting))
+        if preemptions == self.course.preemptions:
+            self._admit(row, budget)
+        row.running = len(self._running)
+        if self._price is not None:
+            self._now_s += float(self._price(expand([row]))[0])
+        self._end(row)
+
+    def _chunk(self, request: _Request, row: Row, budget: int, waiting: int) -> int:
+        """Alone a prompt takes the whole budget; beside others a long one is cut, and leaves half of the budget."""
+        missing = request.known - request.computed
+        count = min(missing, budget)
+        if len(self._running) + waiting > 1 and missing > self._max_chunk:
+            count = min(self._max_chunk, (budget + 1) // 2)
+        row.chunk(request.computed, count, request.input_tokens, count == missing)
+        request.computed += count
+        return count
+
+    def _admit(self, row: Row, budget: int) -> None:
+        """In order, until the first that finds no room."""
+        passed: list[tuple[int, _Request]] = []
+        before, had_budget = len(self._running), budget > 0
+        while budget > 0 and self._waiting:
+            if len(self._running) >= self._slots:
+                self.course.max_running_reached = True
+                break
+            request = self._waiting[0][1]
+            if len(passed) < LOOKED_PAST and self._is_coming(request):
+                passed.append(heapq.heappop(self._waiting))
+                continue
+            if not self._enter(request):
+                self.course.kv_room_reached = True
+                break
+            heapq.heappop(self._waiting)
+            budget -= self._chunk(request, row, budget, len(self._waiting))
+        for entry in passed:
+            heapq.heappush(self._waiting, entry)
+        self._blocked = had_budget and not passed and len(self._running) == before
+
+    def _is_coming(self, request: _Request) -> bool:
+        """Whether the next block of the shared prefix is being computed by another."""
+        found = self._room.found
+        return request.shared > found and any(
+            one.shared > found and one.since // self._block_tokens == found for one in self._prompts
+        )
+
+    def _enter(self, request: _Request) -> bool:
+        """Give a request the blocks of all its tokens, unless too few would be left for those that run."""
+        room, size, shared = self._room, self._block_tokens, request.shared
+        total, found = -(-request.known // size), min(shared, room.found)
+        if total - min(found, room.held) > room.free - len(self._running):
+            return False
+        mine = min(request.kept[0], (request.known - 1) // size - shared) if found == shared else 0
+        room.find(request.kept, mine)
+        beyond = max(0, shared - room.held)
+        again = room.hold(shared)
+        request.twins = max(0, again - beyond)
+        room.take(total - shared - mine + again)
+        request.computed = request.since = (found + mine) * size
+        request.blocks, request.kept = total, [0]
+        request.epoch += 1
+        self._running[request.index] = request
+        self._prompts.append(request)
+        heapq.heappush(self._latest, (-request.index, request.epoch, request))
+        self.course.most_running = max(self.course.most_running, len(self._running))
+        return True
+
+    # --- ends ----------------------------------------------------------------------------------------------------
+
+    def _end(self, row: Row) -> None:
+        """The end of a step, or of a stretch."""
+        self.rows.append(row)
+        step = self._step = self._step + row.repeat - 1
+        self._context += self._decodes * row.repeat
+        for epoch, request in self._ends.pop(step, ()):
+            if request.decodes and request.epoch == epoch:
+                self._stop_decoding(request, step + 1)
+                self._finish(request, step)
+        self._step = step + 1
+        going_on = []
+        for request in self._prompts:
+            request.since = request.computed
+            ready = min(request.computed // self._block_tokens, request.shared)
+            self._room.ready = max(self._room.ready, ready)
+            if request.computed < request.known:
+                going_on.append(request)
+            else:
+                self._sampled(request, step)
+        self._prompts = going_on
+
+    def _sampled(self, request: _Request, step: int) -> None:
+        """A prompt has been computed, and with it comes a token: the first, unless a preemption came between."""
+        index, course = request.index, self.course
+        if course.first[index] < 0:
+            course.first[index] = step
+        else:
+            course.pauses.append((index, request.offset, step))
+        request.known += 1
+        if not request.remaining:
+            self._finish(request, step)
+            return
+        request.decodes, request.since = True, step + 1
+        request.offset = request.computed - request.since
+        self._decodes += 1
+        self._context += request.known
+        self._grows[-request.offset % self._block_tokens] += 1
+        last = step + request.remaining
+        if last not in self._ends:
+            heapq.heappush(self._end_steps, last)
+        self._ends[last].append((request.epoch, request))
+
+    def _stop_decoding(self, request: _Request, step: int) -> None:
+        """Before `step`."""
+        request.decodes = False
+        request.computed = request.offset + step
+        request.known = request.computed + 1
+        self._decodes -= 1
+        self._context -= request.known
+        self._grows[-request.offset % self._block_tokens] -= 1
+        self.course.runs.append((request.index, request.since, step - 1))
+
+    def _finish(self, request: _Request, step: int) -> None:
+        self.course.last[request.index] = step
+        self._leave(request)
+        if self._load.arrival_s is None and self._arrived + len(self._late) < len(self._load.input_tokens):
+            self._late.append(step)
+
+    def _preempt(self) -> None:
+        """Whoever came last goes back to its place in the queue."""
+        while True:
+            _, epoch, request = heapq.heappop(self._latest)
+            if request.epoch == epoch and request.index in self._running:
+                break
+        self.course.preemptions += 1
+        self.course.kv_room_reached = True
+        if request.decodes:
+            self._stop_decoding(request, self._step)
+            request.offset = self._step - 1  # of its last token
+        else:
+            self._prompts.remove(request)
+        self._leave(request)
+        heapq.heappush(self._waiting, (request.index, request))
+
+    def _leave(self, request: _Request) -> None:
+        """Slot and blocks are free again; full blocks keep what they hold."""
+        del self._running[request.index]
+        size, shared, room = self._block_tokens, request.shared, self._room
+        held = max(request.blocks, -(-request.computed // size)) - shared
+        full = max(0, request.computed // size - shared) if self._caching else 0
+        request.kept = [full]
+        room.let_go(shared)
+        room.give(held - full + request.twins, request.kept)
+        self._blocked = False

@@ -1,0 +1,238 @@
+"""What an engine on a device makes of a workload: requests a second, latencies, what limits. No torch.
+
+`batching.py` says which steps the workload comes to, the roofline how long they take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.roofline.batching import Batching
+from cierzo.engine.roofline.course import Course, Load, Steps, expand
+from cierzo.engine.roofline.device import Device, Number
+from cierzo.engine.roofline.step_model import FloatArray, StepModel
+from cierzo.engine.roofline.work import Distinct
+from cierzo.engine.roofline.workload import Workload, poisson_arrivals
+
+FEWEST_CLOSED, FEWEST_OPEN, MOST_OPEN = 8, 256, 1 << 15  # requests that are looked at
+GROWTH = 0.05  # of a queue, in seconds of delay a second, from which on an engine does not keep up
+
+
+class Percentiles(msgspec.Struct, frozen=True):
+    """Of a latency; seconds."""
+
+    p50: float
+    p99: float
+
+
+class Forecast(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the requests between the S-th completion and the S-th last, where S is a closed loop's concurrency, else a
+    tenth of the requests: what starts and what runs dry is left out.
+
+    time_to_first_token_s and completion_s count from arrival. running: sequences, on average over time, and the
+    most. most_waiting: sequences that waited at once. Shares of the time: what waits for memory, what waits for
+    arithmetic, exchanges between cards, overhead (launches, host). distinct_experts: in a layer, of a step on
+    average. limit_share: of the steps' time, what they would take at the device's rates. keeps_up: whether requests
+    end as fast as they come; a closed loop always does.
+    """
+
+    requests: int
+    requests_per_s: float
+    output_tokens_per_s: float
+    time_to_first_token_s: Percentiles
+    inter_token_s: Percentiles
+    completion_s: Percentiles
+    running: float
+    most_running: int
+    most_waiting: int
+    preemptions: int
+    kv_room_reached: bool
+    max_running_reached: bool
+    keeps_up: bool
+    steps: int
+    memory_share: float
+    arithmetic_share: float
+    exchange_share: float
+    overhead_share: float
+    limit_share: float
+    distinct_experts: float
+    bytes_per_step: float
+    operations_per_step: float
+
+    @property
+    def limit(self) -> str:
+        """The largest share of the time, in a word."""
+        shares = {name: getattr(self, f"{name}_share") for name in ("memory", "arithmetic", "exchange", "overhead")}
+        return max(shares, key=shares.__getitem__)
+
+
+def forecast(
+    config: EngineConfig, workload: Workload, *, device: Device | None = None, distinct: Distinct | None = None
+) -> Forecast:
+    """device: by default the one that `config` simulates. distinct: experts that so many tokens touch, by default
+    as if chosen at random. Raises ConfigError for a workload that cannot run, and without a device."""
+    device = device or config.card
+    if device is None:
+        raise ConfigError(f"a forecast for {config.device} needs its device", field="device", value=config.device)
+    _require(config, workload)
+    model = StepModel(config, device, distinct)
+    if workload.rate is None or workload.requests is not None:
+        return _forecast(config, load_of(workload), workload.concurrency, model)
+    requests = FEWEST_OPEN
+    while True:  # until those that run at once are few beside all
+        load = _evened(load_of(msgspec.structs.replace(workload, requests=requests)), requests / workload.rate)
+        found = _forecast(config, load, None, model)
+        if requests >= MOST_OPEN or requests >= 4 * found.most_running or not found.keeps_up:
+            return found
+        requests *= 4
+
+
+def load_of(workload: Workload) -> Load:
+    """Each request by itself."""
+    if workload.trace:
+        return Load(
+            input_tokens=[one.input_tokens for one in workload.trace],
+            output_tokens=[one.output_tokens for one in workload.trace],
+            shared_tokens=[one.shared_tokens for one in workload.trace],
+            arrival_s=[one.arrival_s for one in workload.trace],
+        )
+    clients, rate = workload.concurrency or 0, workload.rate
+    count = workload.requests or max(FEWEST_CLOSED, 4 * clients)
+    arrival_s = None if rate is None else poisson_arrivals(count, rate, workload.seed)
+    return Load(
+        input_tokens=[workload.input_tokens] * count,
+        output_tokens=[workload.output_tokens] * count,
+        shared_tokens=[workload.shared_tokens] * count,
+        arrival_s=arrival_s,
+        clients=clients,
+    )
+
+
+def _evened(load: Load, seconds: float) -> Load:
+    """Arrivals drawn out, so that they come at the rate that was asked for, not at one drawn by chance."""
+    assert load.arrival_s is not None
+    factor = seconds / load.arrival_s[-1]
+    return replace(load, arrival_s=[at * factor for at in load.arrival_s])
+
+
+def left_out(requests: int, concurrency: int | None) -> int:
+    """Completions at either end that a steady rate leaves out."""
+    return min(requests // 10 if concurrency is None else concurrency, (requests - 1) // 2)
+
+
+def _require(config: EngineConfig, workload: Workload) -> None:
+    """Refuse, with the numbers, what the engine would refuse."""
+    longest, limit = workload.longest_tokens, config.scheduler.max_model_len
+    if longest > limit:
+        raise ConfigError(
+            f"workload {workload}: a request of {longest:,} tokens, and max_model_len is {limit:,}",
+            field="max_model_len",
+            limit=limit,
+            value=longest,
+        )
+    clients, queue = workload.concurrency or 0, min(config.scheduler.max_waiting, config.frontend.max_open_samples)
+    if clients > queue:
+        raise ConfigError(
+            f"workload {workload}: {clients:,} requests at once, and the queue takes {queue:,} "
+            "(max_waiting, max_open_samples)",
+            field="max_waiting",
+            limit=queue,
+            value=clients,
+        )
+
+
+def _forecast(config: EngineConfig, load: Load, concurrency: int | None, model: StepModel) -> Forecast:
+    def price(steps: Steps) -> FloatArray:
+        return np.atleast_1d(model.time(steps.shape, steps.rows).total_s)
+
+    batching = Batching(config, load, None if load.arrival_s is None else price)
+    course = batching.run()
+    steps = expand(batching.rows)
+    time = model.time(steps.shape, steps.rows)
+    seconds = np.atleast_1d(time.total_s)
+    idle_s = np.zeros_like(seconds)
+    for step, pause_s in course.idle_s.items():
+        idle_s[step] = pause_s
+    # a step's number plus one is the index of its end; 0 is the start
+    ends_s = np.concatenate([[0.0], np.cumsum(seconds + idle_s)])
+    arrival_s = ends_s[course.arrival + 1] if load.arrival_s is None else np.array(load.arrival_s)
+    first_s, last_s = ends_s[course.first + 1], ends_s[course.last + 1]
+    skipped = left_out(len(last_s), concurrency)
+    order = np.argsort(last_s, kind="stable")
+    steady = order[skipped : len(order) - skipped]
+    begin_s, end_s = float(last_s[order[skipped - 1]]) if skipped else 0.0, float(last_s[steady[-1]])
+    rate = len(steady) / (end_s - begin_s)
+    within = (ends_s[1:] > begin_s) & (ends_s[1:] <= end_s)
+    total_s = float((seconds * within).sum())
+
+    def share(part: Number) -> float:
+        return float((np.broadcast_to(part, seconds.shape) * within).sum()) / total_s
+
+    def mean(part: Number) -> float:
+        return float((np.broadcast_to(part, seconds.shape) * within).sum() / within.sum())
+
+    took_s = last_s - arrival_s
+    return Forecast(
+        requests=len(last_s),
+        requests_per_s=rate,
+        output_tokens_per_s=rate * float(np.mean([load.output_tokens[index] for index in steady])),
+        time_to_first_token_s=_percentiles((first_s - arrival_s)[steady]),
+        inter_token_s=_gaps(course, ends_s, set(steady.tolist())),
+        completion_s=_percentiles(took_s[steady]),
+        running=float((steps.running * seconds * within).sum()) / (end_s - begin_s),
+        most_running=course.most_running,
+        most_waiting=course.most_waiting,
+        preemptions=course.preemptions,
+        kv_room_reached=course.kv_room_reached,
+        max_running_reached=course.max_running_reached,
+        keeps_up=load.arrival_s is None or _keeps_up(took_s, arrival_s),
+        steps=len(seconds),
+        memory_share=share(time.memory_s),
+        arithmetic_share=share(time.arithmetic_s),
+        exchange_share=share(time.exchange_s),
+        overhead_share=share(time.overhead_s),
+        limit_share=share(time.limit_s),
+        distinct_experts=0.0 if model.distinct is None else mean(model.distinct(steps.shape.tokens)),
+        bytes_per_step=mean(time.num_bytes),
+        operations_per_step=mean(time.operations),
+    )
+
+
+def _percentiles(values: FloatArray) -> Percentiles:
+    return Percentiles(*(float(value) for value in np.percentile(values, (50, 99))))
+
+
+def _gaps(course: Course, ends_s: FloatArray, steady: set[int]) -> Percentiles:
+    """Of the time between one token and the next: each step's, once for each request that decodes in it, and the
+    pauses of those that were preempted."""
+    changes = np.zeros(len(ends_s), np.int64)
+    for index, first, last in course.runs:
+        if index in steady:
+            changes[first] += 1
+            changes[last + 1] -= 1
+    gaps, weights = np.diff(ends_s), np.cumsum(changes)[:-1]
+    pauses = [ends_s[after + 1] - ends_s[before + 1] for index, before, after in course.pauses if index in steady]
+    gaps, weights = np.append(gaps, pauses), np.append(weights, np.ones(len(pauses), np.int64))
+    order = np.argsort(gaps)
+    reached = np.cumsum(weights[order])
+    if not reached[-1]:
+        return Percentiles(0.0, 0.0)
+    ranks = np.ceil(reached[-1] * np.array([0.5, 0.99]))
+    return Percentiles(*(float(gap) for gap in gaps[order][np.searchsorted(reached, ranks)]))
+
+
+def _keeps_up(took_s: FloatArray, arrival_s: FloatArray) -> bool:
+    """Whether requests of the last quarter take no longer than those of the quarter before: a queue that grows adds
+    a share of the time that passes."""
+    quarter = len(took_s) // 4
+    if quarter < 2:
+        return True
+    before, after = slice(-2 * quarter, -quarter), slice(-quarter, None)
+    grown_s = float(np.mean(took_s[after]) - np.mean(took_s[before]))
+    passed_s = float(np.mean(arrival_s[after]) - np.mean(arrival_s[before]))
+    return grown_s <= GROWTH * passed_s

@@ -1,0 +1,159 @@
+"""What is asked of an engine: how many requests, of which lengths, at once or one after another. No torch.
+
+On the command line `2048/256@64` is 64 clients, each of which sends its next request when the last one is answered:
+2,048 tokens in, 256 out. `2048/256@3.5/s` is 3.5 such requests a second, whether or not earlier ones are answered.
+`1152:1024/64@16` says that the first 1,024 of 1,152 tokens are the same in all prompts. A path that ends in
+`.jsonl` is a trace: one request a line.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from cierzo.engine.errors import ConfigError
+
+Tokens = Annotated[int, Meta(ge=1)]
+Shared = Annotated[int, Meta(ge=0)]
+
+
+class TracedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """A line of a trace. Of the `input_tokens` the first `shared_tokens` are the same in all requests."""
+
+    arrival_s: Annotated[float, Meta(ge=0)]
+    input_tokens: Tokens
+    output_tokens: Tokens
+    shared_tokens: Shared = 0
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of three: a closed loop of `concurrency` clients, an open loop of `rate` requests a second that arrive as
+    a Poisson process (both of fixed lengths), or a `trace`, in order of arrival.
+
+    requests: how many of a loop are looked at; None leaves it to the forecast. seed: of an open loop's arrivals.
+    """
+
+    input_tokens: Tokens = 1
+    output_tokens: Tokens = 1
+    shared_tokens: Shared = 0
+    concurrency: Annotated[int, Meta(ge=1)] | None = None
+    rate: Annotated[float, Meta(gt=0)] | None = None
+    trace: tuple[TracedRequest, ...] = ()
+    requests: Annotated[int, Meta(ge=1)] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself, as a ConfigError."""
+        kinds = (self.concurrency is not None) + (self.rate is not None) + bool(self.trace)
+        if kinds != 1:
+            raise ConfigError(
+                f"a workload has one of concurrency, rate and trace; this one has {kinds}",
+                field="workload",
+                limit=1,
+                value=kinds,
+            )
+        for name, least in (("input_tokens", 1), ("output_tokens", 1), ("concurrency", 1), ("requests", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(
+                    f"{name} must be at least {least}, got {value}", field=name, limit=least, value=value
+                )
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise ConfigError(
+                f"rate must be a number above 0, got {self.rate}", field="rate", limit=0, value=self.rate
+            )
+        if not 0 <= self.shared_tokens < self.input_tokens:
+            limit = self.input_tokens - 1
+            raise ConfigError(
+                f"shared_tokens must be 0 to {limit}, got {self.shared_tokens}",
+                field="shared_tokens",
+                limit=limit,
+                value=self.shared_tokens,
+            )
+
+    @property
+    def longest_tokens(self) -> int:
+        """Input and output of the longest request."""
+        if self.trace:
+            return max(request.input_tokens + request.output_tokens for request in self.trace)
+        return self.input_tokens + self.output_tokens
+
+    def __str__(self) -> str:
+        """As the command line spells it; a trace, in words."""
+        if self.trace:
+            return f"trace of {len(self.trace):,} requests in {self.trace[-1].arrival_s:,.0f} s"
+        shared = f":{self.shared_tokens}" if self.shared_tokens else ""
+        load = f"{self.concurrency}" if self.rate is None else f"{self.rate:g}/s"
+        return f"{self.input_tokens}{shared}/{self.output_tokens}@{load}"
+
+
+_SPELLING = re.compile(r"(\d+)(?::(\d+))?/(\d+)@(?:(\d+)|(\d+(?:\.\d+)?)/s)")
+
+
+def parse_workload(text: str) -> Workload:
+    """A spelling of the module's docstring, or a file: JSON of a `Workload`, or a trace. Raises ConfigError."""
+    match = _SPELLING.fullmatch(text)
+    if match is not None:
+        input_tokens, shared_tokens, output_tokens, concurrency, rate = match.groups()
+        return Workload(
+            input_tokens=int(input_tokens),
+            output_tokens=int(output_tokens),
+            shared_tokens=int(shared_tokens or 0),
+            concurrency=None if concurrency is None else int(concurrency),
+            rate=None if rate is None else float(rate),
+        )
+    path = Path(text)
+    if not path.is_file():
+        limit = "IN/OUT@CLIENTS, IN/OUT@RATE/s, IN:SHARED/OUT@..., or a file (.json, .jsonl)"
+        raise ConfigError(f"workload {text!r}: must be {limit}", field="workload", limit=limit, value=text)
+    if path.suffix == ".jsonl":
+        return Workload(trace=read_trace(path))
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Workload)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"workload file {text}: {error}", field="workload", value=text) from error
+
+
+def read_trace(path: Path) -> tuple[TracedRequest, ...]:
+    """JSON objects, one a line, in order of arrival. Raises ConfigError with the number of the first bad line."""
+    found: list[TracedRequest] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            request = msgspec.json.decode(line, type=TracedRequest)
+        except msgspec.MsgspecError as error:
+            raise _bad_line(path, number, str(error), line) from error
+        if request.shared_tokens >= request.input_tokens:
+            least = f"shared_tokens {request.shared_tokens} must be below input_tokens {request.input_tokens}"
+            raise _bad_line(path, number, least, line)
+        if found and request.arrival_s < found[-1].arrival_s:
+            order = f"arrival_s {request.arrival_s:g} comes after {found[-1].arrival_s:g}: lines go by arrival"
+            raise _bad_line(path, number, order, line)
+        found.append(request)
+    if not found:
+        raise ConfigError(f"trace {path}: holds no request", field="workload", limit=1, value=0)
+    return tuple(found)
+
+
+def _bad_line(path: Path, number: int, problem: str, line: bytes) -> ConfigError:
+    value = line.decode(errors="replace")
+    return ConfigError(
+        f"trace {path}, line {number}: {problem}", field="workload", limit=f"line {number}", value=value
+    )
+
+
+def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
+    """Arrival times in seconds from the start, ascending: independent arrivals, `rate` per second on average."""
+    random_gaps = random.Random(f"arrivals {seed}")
+    times, now = [], 0.0
+    for _ in range(num_requests):
+        now += random_gaps.expovariate(rate)
+        times.append(now)
+    return times

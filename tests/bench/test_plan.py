@@ -1,0 +1,217 @@
+"""`cierzo plan`: what it prints and refuses, the search within limits, and what changes bring."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from cierzo.bench.planning import DevicePlan, Limits, Planner, distinct_of, other_cards
+from cierzo.engine.cli import main
+from cierzo.engine.config import EngineOptions
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
+from cierzo.engine.model.config import named_model_config
+from cierzo.engine.roofline.cards import find_device
+from cierzo.engine.roofline.work import uniform_distinct
+from cierzo.engine.roofline.workload import Workload, parse_workload
+
+OPTIONS = EngineOptions(model="small4", profile="throughput")
+
+
+def _plan(text: str, name: str = "h200", limits: Limits | None = None, **options: Any) -> DevicePlan:
+    given = msgspec.structs.replace(OPTIONS, **options)
+    return Planner(given, parse_workload(text), limits or Limits()).plan(name, changes=False)
+
+
+def test_several_cards_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = tmp_path / "plan.json"
+    argv = ["plan", "small4", "--device", "h200,h100", "--workload", "512/32@8", "--weights", "fp8"]
+    assert main([*argv, "--json", str(report)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("planned, not measured: small4, 512/32@8; experts as if chosen at random")
+    lines = {line[:24].strip(): line[24:].split() for line in text.splitlines()}
+    assert lines["shares of the device"] == ["stated", "stated"]
+    assert lines["fits"] == ["yes", "no"]
+    assert "h100: cannot run: the GPU has 74.5 GiB free; weights in fp8 take 111.9 GiB" in text
+    h200, h100 = json.loads(report.read_text())["results"]
+    assert h100["forecast"] is None
+    assert f"{h200['forecast']['requests_per_s']:,.2f}" == lines["requests/s"][0]
+    gains = [change["gain"] for change in h200["changes"]]
+    assert gains == sorted(gains, reverse=True)
+    words = [change["what"] for change in h200["changes"]]
+    for expected in ("weights nvfp4", "weights bf16", "device 2xh200", "KV cache fp8", "max_running 512"):
+        assert expected in words
+    assert sum("step: " in word for word in words) == 2
+    refused = [change for change in h200["changes"] if change["refused"]]
+    assert [change["what"] for change in refused] == ["weights bf16"]
+
+
+def test_a_change_brings_what_a_plan_with_it_says() -> None:
+    base, better = _plan("512/64@16", weights="fp8"), _plan("512/64@16", weights="nvfp4")
+    assert base.forecast is not None
+    assert better.forecast is not None
+    planner = Planner(msgspec.structs.replace(OPTIONS, weights="fp8"), parse_workload("512/64@16"), Limits())
+    changes = {change.what: change for change in planner.plan("h200").changes}
+    change = changes["weights nvfp4"]
+    assert change.requests_per_s == better.forecast.requests_per_s
+    assert change.gain == pytest.approx(better.forecast.requests_per_s / base.forecast.requests_per_s)
+    two = _plan("512/64@16", "2xh200", weights="fp8").forecast
+    assert two is not None
+    assert changes["device 2xh200"].requests_per_s == two.requests_per_s
+
+
+def test_an_open_load_gains_in_completion_time() -> None:
+    workload = Workload(input_tokens=512, output_tokens=64, rate=4.0, requests=64)
+    planner = Planner(msgspec.structs.replace(OPTIONS, weights="fp8"), workload, Limits())
+    plan = planner.plan("h200")
+    assert plan.forecast is not None
+    first = plan.changes[0]
+    assert first.what == "weights nvfp4"
+    assert first.gain == pytest.approx(plan.forecast.completion_s.p50 / first.completion_p50_s)
+
+
+def test_the_next_card_and_twice_the_cards() -> None:
+    assert other_cards("h100") == ["h200", "2xh100"]
+    assert other_cards("4xh100") == ["4xh200", "8xh100"]
+    assert other_cards("2xh200") == ["4xh200"]
+    assert other_cards("build/some.json") == []
+
+
+@pytest.mark.parametrize("percentile", ["p50", "p99"])
+def test_the_most_clients_within_a_limit(percentile: Any) -> None:
+    limits = Limits(max_inter_token_ms=20.0, percentile=percentile)
+    plan = _plan("256/64@1", limits=limits, max_chunk_tokens=256, budget_tokens=2048)
+    assert plan.forecast is not None
+    assert limits.broken(plan.forecast) is None
+    clients = parse_workload(plan.workload).concurrency
+    assert clients is not None
+    more = _plan(f"256/64@{clients + 1}", max_chunk_tokens=256, budget_tokens=2048).forecast
+    assert more is not None
+    assert limits.broken(more) is not None or clients > 50  # above, the search ends 2 % below the limit
+
+
+def test_the_highest_rate_within_a_limit() -> None:
+    limits = Limits(max_ttft_ms=100.0)
+    given = Workload(input_tokens=256, output_tokens=16, rate=1.0, requests=120)
+    plan = Planner(OPTIONS, given, limits).plan("h200", changes=False)
+    found = parse_workload(plan.workload).rate
+    assert found is not None
+    assert found > 5
+    over = msgspec.structs.replace(given, rate=found * 1.05)
+    beyond = Planner(OPTIONS, over, Limits()).plan("h200", changes=False).forecast
+    assert beyond is not None
+    assert "time to first token p99" in str(limits.broken(beyond))
+
+
+def test_a_limit_that_one_client_breaks_is_refused_with_the_numbers() -> None:
+    plan = _plan("20000/16@4", limits=Limits(max_ttft_ms=10))
+    assert plan.forecast is None
+    assert plan.refused.startswith("workload 20000/16@1: time to first token p99 ")
+    assert plan.refused.endswith("limit 10 ms")
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "words"),
+    [
+        (["--device", "h300", "--workload", "9/9@1"], 2, "device 'h300': must be h100, h200"),
+        (["--device", "0xh100", "--workload", "9/9@1"], 2, "device '0xh100'"),
+        (["--device", "h200", "--workload", "9/9"], 2, "workload '9/9': must be IN/OUT@CLIENTS"),
+        (["--device", "h200", "--workload", "9/9@1", "--experts", "none.json"], 2, "expert statistics none.json"),
+        (["--device", "h200", "--workload", "9/9@1", "--json", "no/where.json"], 2, "cannot be written"),
+        (["--device", "h200", "--workload", "300000/9@1"], 1, "300,009 tokens, and max_model_len is 262,144"),
+        (["--device", "h200", "--workload", "9/9@5000"], 1, "5,000 requests at once, and the queue takes 4,096"),
+        (["--device", "h200", "--workload", "9/9@1", "--kv-dtype", "int8"], 1, "int8 has no kernels on a GPU"),
+        (["--device", "h200", "--workload", "9/9@1", "--weights", "bf16"], 1, "weights in bf16 take 221.6 GiB"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_name(
+    argv: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "small4", "--profile", "throughput", *argv]) == status
+    out, err = capsys.readouterr()
+    assert words in out + err
+
+
+def _statistics(shares: list[int]) -> ExpertStatistics:
+    """36 layers alike, of which each expert had so many of 1,000 tokens."""
+    bucket = StepBucket(most_tokens=1, steps=1000, tokens=1000, distinct=[4000] * 36)
+    return ExpertStatistics(
+        layers=list(range(36)),
+        num_experts=len(shares),
+        top_k=4,
+        expert_tokens=[shares] * 36,
+        decode=[bucket],
+        prefill=[],
+    )
+
+
+def test_experts_of_real_traffic(tmp_path: Path) -> None:
+    """Choices that are even give what chance would; choices that are not touch fewer experts, which is quicker."""
+    even = distinct_of(_statistics([1000 * 4 // 128] * 96 + [32] * 32))  # 4,000 choices in all, nearly even
+    model = named_model_config("small4")
+    assert model is not None
+    assert model.moe is not None
+    chance = uniform_distinct(model.moe)
+    for tokens in (1.0, 8.0, 64.0, 700.0):
+        assert even(tokens) == pytest.approx(chance(tokens), rel=0.02)
+    assert even(0.0) == 0.0
+    path = tmp_path / "experts.json"
+    path.write_bytes(msgspec.json.encode(_statistics([120] * 32 + [1] * 64 + [3] * 32)))
+    skewed = Planner(
+        OPTIONS,
+        parse_workload("64/64@32"),
+        Limits(),
+        experts=msgspec.json.decode(path.read_bytes(), type=ExpertStatistics),
+    ).plan("h200", changes=False)
+    uniform = _plan("64/64@32").forecast
+    assert uniform is not None
+    assert skewed.forecast is not None
+    assert skewed.forecast.distinct_experts < 0.7 * uniform.distinct_experts
+    assert skewed.forecast.requests_per_s > 1.2 * uniform.requests_per_s
+
+
+def test_experts_of_another_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "experts.json"
+    path.write_bytes(msgspec.json.encode(_statistics([125] * 32)))
+    argv = ["plan", "small4", "--profile", "throughput", "--device", "h200", "--workload", "9/9@1"]
+    assert main([*argv, "--experts", str(path)]) == 1
+    assert "36 layers of 32 experts, 4 a token; small4 has 36 layers of 128 experts" in capsys.readouterr().out
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(_statistics([125] * 32), decode=[])))
+    assert main([*argv, "--experts", str(path)]) == 2
+    assert "nothing was counted" in capsys.readouterr().err
+
+
+def test_the_figure(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.png"
+    argv = ["plan", "small3", "--profile", "throughput", "--device", "h200", "--workload", "64/8@4"]
+    assert main([*argv, "--png", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_limits_tell_what_is_broken() -> None:
+    forecast = _plan("512/64@16").forecast
+    assert forecast is not None
+    assert not Limits().given
+    assert Limits(max_ttft_ms=1e6, max_inter_token_ms=1e6).broken(forecast) is None
+    assert "inter-token time p99" in str(Limits(max_inter_token_ms=1.0).broken(forecast))
+    assert (
+        Limits().broken(msgspec.structs.replace(forecast, keeps_up=False)) == "requests come faster than they end"
+    )
+
+
+def test_a_device_that_is_not_a_name_is_read_from_its_file(tmp_path: Path) -> None:
+    twice = msgspec.structs.replace(find_device("h200"), name="twice", bytes_per_s=9.6e12, step_overhead_s=0.5e-3)
+    path = tmp_path / "twice.json"
+    path.write_bytes(msgspec.json.encode(twice))
+    quick, usual = _plan("16/64@16", str(path)).forecast, _plan("16/64@16").forecast
+    assert quick is not None
+    assert usual is not None
+    assert quick.requests_per_s == pytest.approx(2 * usual.requests_per_s, rel=0.05)
+    path.write_bytes(b"{}")
+    with pytest.raises(ConfigError, match=r"device file .*twice\.json"):
+        _plan("16/64@16", str(path))

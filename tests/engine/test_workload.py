@@ -1,0 +1,99 @@
+"""Workloads: their spelling on the command line, files, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.roofline.workload import Workload, parse_workload
+
+GOOD = b'{"arrival_s": 0.5, "input_tokens": 10, "output_tokens": 3}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("2048/256@64", {"input_tokens": 2048, "output_tokens": 256, "concurrency": 64}),
+        ("1024/256@3.5/s", {"input_tokens": 1024, "output_tokens": 256, "rate": 3.5}),
+        ("1/1@7/s", {"input_tokens": 1, "output_tokens": 1, "rate": 7.0}),
+        ("1152:1024/64@16", {"input_tokens": 1152, "shared_tokens": 1024, "output_tokens": 64, "concurrency": 16}),
+    ],
+)
+def test_spelling(text: str, fields: dict[str, Any]) -> None:
+    assert parse_workload(text) == Workload(**fields)
+    assert parse_workload(str(parse_workload(text))) == Workload(**fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "words"),
+    [
+        ("2048/256", "workload", "IN/OUT@CLIENTS"),
+        ("2048/256@64/m", "workload", "must be"),
+        ("-1/256@64", "workload", "must be"),
+        ("no/such/file.jsonl", "workload", "must be"),
+        ("0/256@64", "input_tokens", "at least 1, got 0"),
+        ("10/0@64", "output_tokens", "at least 1, got 0"),
+        ("10/1@0", "concurrency", "at least 1, got 0"),
+        ("10/1@0/s", "rate", "above 0, got 0"),
+        ("10/1@1" + "0" * 400 + "/s", "rate", "got inf"),
+        ("10:10/1@2", "shared_tokens", "0 to 9, got 10"),
+    ],
+)
+def test_a_bad_spelling_is_refused_by_name(text: str, field: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        parse_workload(text)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("fields", [{}, {"concurrency": 1, "rate": 1.0}])
+def test_a_workload_is_one_thing(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="one of concurrency, rate and trace"):
+        Workload(**fields)
+
+
+def test_files(tmp_path: Path) -> None:
+    trace, loop = tmp_path / "a.jsonl", tmp_path / "b.json"
+    trace.write_bytes(GOOD + b"\n" + GOOD.replace(b"3}", b'7, "shared_tokens": 9}'))
+    workload = parse_workload(str(trace))
+    assert [(one.output_tokens, one.shared_tokens) for one in workload.trace] == [(3, 0), (7, 9)]
+    assert workload.longest_tokens == 17
+    loop.write_text('{"input_tokens": 5, "output_tokens": 2, "rate": 4, "requests": 9}')
+    assert parse_workload(str(loop)) == Workload(input_tokens=5, output_tokens=2, rate=4.0, requests=9)
+    for text in ('{"rate": 4, "color": 1}', '{"rate": -4}', "{", '{"concurrency": 1, "input_tokens": 1.5}'):
+        loop.write_text(text)
+        with pytest.raises(ConfigError, match=r"b\.json|rate"):
+            parse_workload(str(loop))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"arrival_s": 1, "input_tokens": 10}',
+        b'{"arrival_s": 1, "input_tokens": 10, "output_tokens": 0}',
+        b'{"arrival_s": 1, "input_tokens": 10.5, "output_tokens": 1}',
+        b'{"arrival_s": NaN, "input_tokens": 10, "output_tokens": 1}',
+        b'{"arrival_s": 1e999, "input_tokens": 10, "output_tokens": 1}',
+        b'{"arrival_s": 1, "input_tokens": 10, "output_tokens": 1, "shared_tokens": 10}',
+        b'{"arrival_s": 0.4, "input_tokens": 10, "output_tokens": 1}',
+        b'{"arrival_s": 1, "input_tokens": 10, "output_tokens": 1, "priority": 2}',
+    ],
+)
+def test_a_bad_line_of_a_trace_is_refused_with_its_number(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(GOOD + GOOD + line + b"\n" + GOOD)
+    with pytest.raises(ConfigError, match="line 3") as caught:
+        parse_workload(str(path))
+    assert (caught.value.field, caught.value.limit) == ("workload", "line 3")
+
+
+def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(b"\n\n")
+    with pytest.raises(ConfigError, match="no request"):
+        parse_workload(str(path))
