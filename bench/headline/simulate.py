@@ -1,0 +1,227 @@
+"""Cells on simulated cards, in virtual time: the real load client, scheduler and cache manager at true size."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cierzo.bench.headline.cells import LIMIT_S, Cell, Subject
+from cierzo.bench.headline.estimate import find
+from cierzo.bench.headline.figures import Figure, figure, requests_for, thinned
+from cierzo.bench.headline.records import Measurement
+from cierzo.bench.headline.search import Point, best, bound
+from cierzo.bench.latency import LoadResult, RequestSample
+from cierzo.bench.load import LoadClient, LoadSettings
+from cierzo.bench.machine import Ceilings
+from cierzo.bench.virtual import SimulatedServer, run_simulated_load
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.messages import Delta
+from cierzo.engine.roofline.device import Device, named
+from cierzo.engine.worker.simulated import StepTotals
+
+SEED = 5
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """`replicas` engines, each on `device`."""
+
+    replicas: int
+    device: Device
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        cards = "one card" if self.device.cards == 1 else f"{self.device.cards} cards"
+        return f"{self.replicas} engines of {cards}" if self.replicas > 1 else f"one engine on {cards}"
+
+
+class Simulation:
+    """A `Backend`: models by name, at true size, or by folder."""
+
+    def __init__(self, device: Device, models: dict[str, str], folder: Path) -> None:
+        """folder: for descriptions of devices that have no name."""
+        self._device, self._models, self._folder = device, models, folder
+
+    def ceilings(self) -> Ceilings | None:
+        """A device's are in its description."""
+        return None
+
+    def open(self, subject: Subject, cells: list[Cell]) -> Simulation:
+        """Nothing is loaded."""
+        return self
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def measure(self, cell: Cell, subject: Subject, number: int) -> Measurement:
+        """One engine over all cards, or a replica on each, whichever is better. Raises ConfigError where neither
+        holds the model."""
+        found, refused = [], []
+        for layout in layouts(self._device):
+            try:
+                found.append(self._layout(cell, subject, layout))
+            except ConfigError as error:
+                refused.append(f"{layout.name}: {error}")
+        if not found:
+            raise ConfigError("; ".join(refused), field="weights")
+        won = min(found, key=lambda one: _cost(cell, one.figure))
+        others = [f"{one.layout}: {_told(cell, one.figure)}" for one in found if one is not won]
+        return msgspec.structs.replace(won, others=[*others, *refused])
+
+    def _layout(self, cell: Cell, subject: Subject, layout: Layout) -> Measurement:
+        config = simulated_config(self._models[subject.model], cell, subject, layout.device, self._folder)
+        room = config.cache.num_blocks // -(-cell.tokens // config.cache.block_tokens)
+        most, why_most = min((room, "KV room"), (config.scheduler.max_running, "max_running"))
+        loads: dict[int, tuple[Figure, list[RequestSample]]] = {}
+
+        def look(concurrency: int) -> Point:
+            result, totals = simulate(config, cell, concurrency)
+            found = figure(
+                result, concurrency, is_throughput=cell.is_throughput, replicas=layout.replicas, totals=totals
+            )
+            loads[concurrency] = found, thinned(result.samples)
+            return _point(found, concurrency)
+
+        points: list[Point] = []
+        bounded_by = ""
+        if cell.concurrency is not None:
+            chosen = -(-cell.concurrency // layout.replicas)
+            look(chosen)
+        else:
+            points = find(config, cell, look, most, layout.device)
+            measured = [point for point in points if point.measured]
+            chosen = best(measured, LIMIT_S).concurrency
+            bounded_by = bound(measured, chosen, most, LIMIT_S, why_most)
+        found, samples = loads[chosen]
+        return Measurement(
+            layout=layout.name,
+            figure=found,
+            points=[_of_all(point, layout.replicas) for point in points],
+            bounded_by=bounded_by,
+            kv_room_requests=room * layout.replicas,
+            samples=samples,
+        )
+
+
+def layouts(device: Device) -> list[Layout]:
+    """How an engine can use a device: all cards together, and a replica on each."""
+    if device.cards == 1:
+        return [Layout(1, device)]
+    single = named(device.name.partition("x")[2])
+    if single is None or named(device.name) != device:
+        name = f"{device.name}, one of {device.cards}"
+        single = msgspec.structs.replace(device, name=name, cards=1, link_bytes_per_s=0.0)
+    return [Layout(1, device), Layout(device.cards, single)]
+
+
+def simulated_config(model: str, cell: Cell, subject: Subject, device: Device, folder: Path) -> EngineConfig:
+    """Of an engine for one cell. Raises ConfigError where the model does not fit."""
+    name = device.name
+    if named(name) != device:
+        path = folder / "devices" / f"{name.replace('/', '-')}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.encode(device))
+        name = str(path)
+    options = EngineOptions(
+        model=model,
+        device=f"simulated:{name}",
+        profile=cell.profile,
+        weights=subject.weights,  # type: ignore[arg-type]  # resolve() refuses what there is not
+        kv_dtype=subject.kv_dtype,  # type: ignore[arg-type]
+        max_model_len=cell.tokens,
+    )
+    config = resolve(options)
+    if (cell.concurrency or 0) > config.scheduler.max_running:
+        config = resolve(msgspec.structs.replace(options, max_running=cell.concurrency))
+    return config
+
+
+def simulate(config: EngineConfig, cell: Cell, concurrency: int) -> tuple[LoadResult, StepTotals]:
+    """A closed loop, and the steps of its steady time. Raises ConfigError if a request failed."""
+    requests = requests_for(concurrency)
+    server = _Watched(config, concurrency, requests)
+    settings = LoadSettings(
+        rpc="",
+        requests=requests,
+        concurrency=concurrency,
+        input_tokens=cell.input_tokens,
+        output_tokens=cell.output_tokens,
+        seed=SEED,
+    )
+    result = run_simulated_load(server, settings)
+    if result.errors:
+        raise ConfigError(f"requests failed: {result.errors}", field="requests", value=result.errors)
+    return result, server.steady_totals()
+
+
+class _Watched(SimulatedServer):
+    """Notes its totals when the steady time begins and ends."""
+
+    def __init__(self, config: EngineConfig, concurrency: int, requests: int) -> None:
+        super().__init__(config)
+        self._ended = 0
+        self._at = {concurrency: StepTotals(), requests - concurrency: StepTotals()}
+
+    async def connect(self, _: str = "") -> LoadClient:
+        """A connection whose answers are counted."""
+        return _Counted(await super().connect(), self)
+
+    def request_ended(self) -> None:
+        """One more."""
+        self._ended += 1
+        if self._ended in self._at:
+            self._at[self._ended] = msgspec.structs.replace(self.totals)
+
+    def steady_totals(self) -> StepTotals:
+        """Of the steps between."""
+        begin, end = (msgspec.structs.asdict(self._at[count]) for count in sorted(self._at))
+        return StepTotals(**{name: end[name] - begin[name] for name in end})
+
+
+class _Counted:
+    """A `LoadClient`."""
+
+    def __init__(self, client: LoadClient, server: _Watched) -> None:
+        self._client, self._server = client, server
+
+    async def generate(self, **request: Any) -> AsyncIterator[Delta]:
+        """Stream one answer."""
+        async for delta in self._client.generate(**request):
+            yield delta
+        self._server.request_ended()
+
+    async def model_info(self) -> Any:
+        """Of the server."""
+        return await self._client.model_info()
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def _point(found: Figure, concurrency: int) -> Point:
+    return Point(
+        concurrency=concurrency,
+        requests_per_s=found.requests_per_s / found.replicas,
+        time_per_output_token_s=found.time_per_output_token_s.p50,
+        measured=True,
+    )
+
+
+def _of_all(point: Point, replicas: int) -> Point:
+    return msgspec.structs.replace(
+        point, concurrency=point.concurrency * replicas, requests_per_s=point.requests_per_s * replicas
+    )
+
+
+def _cost(cell: Cell, found: Figure) -> float:
+    return -found.requests_per_s if cell.is_throughput else found.completion_s.p50
+
+
+def _told(cell: Cell, found: Figure) -> str:
+    if cell.is_throughput:
+        return f"{found.requests_per_s:.4g} requests/s at {found.concurrency:,}"
+    return f"{found.completion_s.p50:.4g} s"
