@@ -117,9 +117,12 @@ def gpu_plan(*, miniature: bool = False) -> Plan:
     goals = [
         *(
             Goal(cell="2k/2k", small4=_FOUR_BITS, small3=other, at_least=3.0)
-            for other in (_SMALL3_BF16, _SMALL3_FP8)
+            for other in (_SMALL3_BF16, _SMALL3_BF16_KV, _SMALL3_FP8)
         ),
-        Goal(cell="8k/1k", small4=_FOUR_BITS, small3=_SMALL3_BF16, at_least=3.0),
+        *(
+            Goal(cell="8k/1k", small4=_FOUR_BITS, small3=other, at_least=3.0)
+            for other in (_SMALL3_BF16, _SMALL3_BF16_KV)
+        ),
         *(
             Goal(cell=cell, small4=_FOUR_BITS, small3=other, at_most=0.60)
             for cell in ("1k/1k@1", "1k/1k@2", "1k/1k@4", "32k/1k@1", "32k/1k@4", "32k/1k@16")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from cierzo.bench.headline.settings import Room
+
 NEAR = 0.03  # of the concurrency: as closely as it is looked for
 TRIES = 4  # further loads, at most, to confirm what was found by estimates
 
@@ -89,11 +91,11 @@ def best_or_none(points: Sequence[Point], limit_s: float) -> Point | None:
         return None
 
 
-def bound(points: Sequence[Point], chosen: int, most: int, limit_s: float, why_most: str) -> str:
+def bound(points: Sequence[Point], chosen: int, space: Room, limit_s: float) -> str:
     """What keeps the concurrency from being higher than `chosen`."""
     above = [point for point in points if point.concurrency > chosen]
     if any(point.time_per_output_token_s <= limit_s for point in above):
         return "more clients are answered no quicker"
     if above:
         return f"{limit_s * 1e3:.0f} ms per output token"
-    return why_most if chosen == most else "not looked further"
+    return space.why if chosen == space.most else "not looked further"

@@ -16,6 +16,7 @@ from cierzo.bench.headline.estimate import find
 from cierzo.bench.headline.figures import Figure, figure, requests_for, thinned
 from cierzo.bench.headline.records import Measurement
 from cierzo.bench.headline.search import Point, best, bound
+from cierzo.bench.headline.settings import engine_settings, resolved, room
 from cierzo.bench.headline.simulate import simulate, simulated_config
 from cierzo.bench.latency import LoadResult
 from cierzo.bench.machine import Ceilings, Machine, describe_machine
@@ -24,7 +25,7 @@ from cierzo.bench.peers.cells import Cell as ServedCell
 from cierzo.bench.peers.engine import Checkpoint, Engine
 from cierzo.bench.peers.ours import Cierzo
 from cierzo.bench.peers.served import RunningServer
-from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.config import EngineConfig
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.roofline.device import DATA_SHEETS, Device, named
 
@@ -47,18 +48,8 @@ class Serving:
     def open(self, subject: Subject, cells: list[Cell]) -> Session:
         """Start a server for cells of one profile. Raises EngineFailed, or ConfigError."""
         checkpoint = self._checkpoints[subject.model]
-        options: dict[str, object] = {
-            "profile": cells[0].profile,
-            "device": self.device,
-            "weights": subject.weights,
-            "kv_dtype": subject.kv_dtype,
-            "max_model_len": max(cell.tokens for cell in cells),
-        }
-        config = _resolve(checkpoint, options)
-        clients = max(cell.concurrency or 0 for cell in cells)
-        if clients > config.scheduler.max_running:
-            options["max_running"] = clients
-            config = _resolve(checkpoint, options)
+        settings = engine_settings(str(checkpoint.path), self.device, subject, cells)
+        options = {name: value for name, value in settings.items() if name != "model"}
         engine = Engine(
             name=f"{subject.model}-{subject.weights}-{cells[0].profile}",
             peer="cierzo",
@@ -69,7 +60,7 @@ class Serving:
         )
         server = Cierzo().server(engine, checkpoint, self._folder)
         log = self._folder / "logs" / f"{engine.name}.log"
-        return Session(self, RunningServer(server, log), checkpoint, config)
+        return Session(self, RunningServer(server, log), checkpoint, resolved(settings))
 
     def limit_device(self) -> Device | None:
         """What this machine can do at most, if that is known."""
@@ -100,8 +91,7 @@ class Session:
     def measure(self, cell: Cell, subject: Subject, number: int) -> Measurement:
         """Raises EngineFailed, or NothingKeepsTheLimit."""
         config = self._config
-        room = config.cache.num_blocks // -(-cell.tokens // config.cache.block_tokens)
-        most, why_most = min((room, "KV room"), (config.scheduler.max_running, "max_running"))
+        space = room(config, cell)
         loads: dict[int, LoadResult] = {}
 
         def look(concurrency: int) -> Point:
@@ -120,17 +110,17 @@ class Session:
             chosen = cell.concurrency
             look(chosen)
         else:
-            points = find(config, cell, look, most, self._serving.limit_device())
+            points = find(config, cell, look, space.most, self._serving.limit_device())
             measured = [point for point in points if point.measured]
             chosen = best(measured, LIMIT_S).concurrency
-            bounded_by = bound(measured, chosen, most, LIMIT_S, why_most)
+            bounded_by = bound(measured, chosen, space, LIMIT_S)
         found = figure(loads[chosen], chosen, is_throughput=cell.is_throughput)
         twin = self._serving.twin(self._checkpoint, cell, subject, chosen)
         return Measurement(
             figure=msgspec.structs.replace(found, steps=twin and twin.steps),
             points=points,
             bounded_by=bounded_by,
-            kv_room_requests=room,
+            kv_room_requests=space.fit,
             command=self._server.command,
             samples=thinned(loads[chosen].samples),
         )
@@ -179,7 +169,3 @@ def gpu_name() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         raise ConfigError(f"no GPU: {error}", field="device", value="cuda") from error
-
-
-def _resolve(checkpoint: Checkpoint, options: dict[str, object]) -> EngineConfig:
-    return resolve(msgspec.convert({"model": str(checkpoint.path), **options}, EngineOptions))

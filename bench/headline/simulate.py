@@ -13,11 +13,12 @@ from cierzo.bench.headline.estimate import find
 from cierzo.bench.headline.figures import Figure, figure, requests_for, thinned
 from cierzo.bench.headline.records import Measurement
 from cierzo.bench.headline.search import Point, best, bound
+from cierzo.bench.headline.settings import engine_settings, resolved, room
 from cierzo.bench.latency import LoadResult, RequestSample
 from cierzo.bench.load import LoadClient, LoadSettings
 from cierzo.bench.machine import Ceilings
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
-from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.config import EngineConfig
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.messages import Delta
 from cierzo.engine.roofline.device import Device, named
@@ -74,8 +75,7 @@ class Simulation:
 
     def _layout(self, cell: Cell, subject: Subject, layout: Layout) -> Measurement:
         config = simulated_config(self._models[subject.model], cell, subject, layout.device, self._folder)
-        room = config.cache.num_blocks // -(-cell.tokens // config.cache.block_tokens)
-        most, why_most = min((room, "KV room"), (config.scheduler.max_running, "max_running"))
+        space = room(config, cell)
         loads: dict[int, tuple[Figure, list[RequestSample]]] = {}
 
         def look(concurrency: int) -> Point:
@@ -92,17 +92,17 @@ class Simulation:
             chosen = -(-cell.concurrency // layout.replicas)
             look(chosen)
         else:
-            points = find(config, cell, look, most, layout.device)
+            points = find(config, cell, look, space.most, layout.device)
             measured = [point for point in points if point.measured]
             chosen = best(measured, LIMIT_S).concurrency
-            bounded_by = bound(measured, chosen, most, LIMIT_S, why_most)
+            bounded_by = bound(measured, chosen, space, LIMIT_S)
         found, samples = loads[chosen]
         return Measurement(
             layout=layout.name,
             figure=found,
             points=[_of_all(point, layout.replicas) for point in points],
             bounded_by=bounded_by,
-            kv_room_requests=room * layout.replicas,
+            kv_room_requests=space.fit * layout.replicas,
             samples=samples,
         )
 
@@ -126,18 +126,7 @@ def simulated_config(model: str, cell: Cell, subject: Subject, device: Device, f
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.encode(device))
         name = str(path)
-    options = EngineOptions(
-        model=model,
-        device=f"simulated:{name}",
-        profile=cell.profile,
-        weights=subject.weights,  # type: ignore[arg-type]  # resolve() refuses what there is not
-        kv_dtype=subject.kv_dtype,  # type: ignore[arg-type]
-        max_model_len=cell.tokens,
-    )
-    config = resolve(options)
-    if (cell.concurrency or 0) > config.scheduler.max_running:
-        config = resolve(msgspec.structs.replace(options, max_running=cell.concurrency))
-    return config
+    return resolved(engine_settings(model, f"simulated:{name}", subject, [cell]))
 
 
 def simulate(config: EngineConfig, cell: Cell, concurrency: int) -> tuple[LoadResult, StepTotals]:
