@@ -8,6 +8,7 @@ interrupted goes on where it stopped. The table is printed, and goes to --output
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import shlex
 import signal
@@ -33,7 +34,8 @@ from cierzo.bench.peers.kept import fingerprint
 from cierzo.bench.report import current_commit, make_report, write_report
 from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.model.config import named_model_config
-from cierzo.engine.roofline.device import Device, find_device
+from cierzo.engine.roofline.cards import find_device
+from cierzo.engine.roofline.device import Device
 
 SIMULATED = "simulated:"
 ROUNDS = 3  # of a machine whose moods differ; a simulation has none
@@ -70,7 +72,7 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         stem += "-miniature"
     records = Records(arguments.samples or folder / f"{stem}.jsonl", identity)
     if not arguments.report:
-        Run(plan, backend, records).measure(rounds)
+        Run(plan, backend, records, functools.partial(print, flush=True)).measure(rounds)
     command = shlex.join(["python", "-m", "cierzo.bench.headline", *argv])
     settings = Settings(identity=identity, plan=plan, rounds=rounds)
     return 0 if _write(settings, records, arguments.output / stem, command, started) else 1

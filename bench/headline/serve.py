@@ -27,7 +27,8 @@ from cierzo.bench.peers.ours import Cierzo
 from cierzo.bench.peers.served import RunningServer
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.roofline.device import DATA_SHEETS, Device, named
+from cierzo.engine.roofline.cards import DATA_SHEETS, named
+from cierzo.engine.roofline.device import Device
 
 GIGA = 1e9
 GIB = 1 << 30
@@ -49,6 +50,7 @@ class Serving:
         """Start a server for cells of one profile. Raises EngineFailed, or ConfigError."""
         checkpoint = self._checkpoints[subject.model]
         settings = engine_settings(str(checkpoint.path), self.device, subject, cells)
+        config = resolved(settings)  # before the server takes the memory that this looks at
         options = {name: value for name, value in settings.items() if name != "model"}
         engine = Engine(
             name=f"{subject.model}-{subject.weights}-{cells[0].profile}",
@@ -60,7 +62,7 @@ class Serving:
         )
         server = Cierzo().server(engine, checkpoint, self._folder)
         log = self._folder / "logs" / f"{engine.name}.log"
-        return Session(self, RunningServer(server, log), checkpoint, resolved(settings))
+        return Session(self, RunningServer(server, log), checkpoint, config)
 
     def limit_device(self) -> Device | None:
         """What this machine can do at most, if that is known."""

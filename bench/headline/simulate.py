@@ -21,7 +21,8 @@ from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.messages import Delta
-from cierzo.engine.roofline.device import Device, named
+from cierzo.engine.roofline.cards import named
+from cierzo.engine.roofline.device import Device
 from cierzo.engine.worker.simulated import StepTotals
 
 SEED = 5

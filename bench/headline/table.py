@@ -15,7 +15,7 @@ from cierzo.bench.stats import median, spread
 GIGA, TERA = 1e9, 1e12
 SIMULATION = (
     "SIMULATION: no card has run this. Scheduler, cache and load client are the real ones; a step takes what the",
-    "roofline says of its bytes and operations, with overheads and shares of the device's rates that are stated.",
+    "roofline says of its bytes and operations, with the overheads and shares of the device's rates named below.",
 )
 EXPLAINED = (
     "requests/s: completions between the C-th and the (N-C)-th of N = 3C requests of C clients, over the time "
