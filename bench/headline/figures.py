@@ -6,7 +6,7 @@ import msgspec
 
 from cierzo.bench.latency import LoadResult, RequestSample, summarise_load
 from cierzo.bench.stats import Summary, summarise
-from cierzo.engine.worker.simulated import StepTotals
+from cierzo.engine.roofline.step_model import StepTotals
 
 WHOLE_BELOW_TOKENS = 100_000  # of a load whose single tokens are kept
 

@@ -23,7 +23,7 @@ from cierzo.engine.errors import ConfigError
 from cierzo.engine.messages import Delta
 from cierzo.engine.roofline.cards import named
 from cierzo.engine.roofline.device import Device
-from cierzo.engine.worker.simulated import StepTotals
+from cierzo.engine.roofline.step_model import StepTotals
 
 SEED = 5
 

@@ -16,7 +16,7 @@ from cierzo.bench.headline.settings import Room, engine_settings, resolved, room
 from cierzo.bench.latency import RequestSample, summarise_load
 from cierzo.bench.stats import Summary
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.worker.simulated import StepTotals
+from cierzo.engine.roofline.step_model import StepTotals
 
 SMALL4 = Subject(model="small4", weights="nvfp4", kv_dtype="fp8")
 SMALL3 = Subject(model="small3", weights="bf16", kv_dtype="fp8")
