@@ -6,12 +6,10 @@ from typing import Literal
 
 import msgspec
 
-from cierzo.engine.profiles import ProfileName
-
 K = 1024
 LIMIT_S = 0.050  # of the median time per output token, at the concurrency that is searched for
 MODELS = ("small4", "small3")
-DeviceKind = Literal["cpu", "gpu"]
+Profile = Literal["throughput", "latency"]  # of those of engine/profiles.py
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,7 +19,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
-    profile: ProfileName
+    profile: Profile
     input_tokens: int
     output_tokens: int
     concurrency: int | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cierzo.bench.headline.cells import LIMIT_S, Cell
 from cierzo.bench.headline.figures import requests_for
 from cierzo.bench.headline.search import Look, Point, best, confirm, search
@@ -11,21 +13,19 @@ from cierzo.engine.roofline.forecast import forecast
 from cierzo.engine.roofline.workload import Workload
 
 
-def find(config: EngineConfig, cell: Cell, look: Look, most: int, device: Device | None) -> list[Point]:
-    """Points by concurrency, ascending. device: by default the one that is simulated.
+def estimates(config: EngineConfig, cell: Cell, most: int, device: Device) -> list[Point]:
+    """Forecasts by concurrency, ascending. Raises NothingKeepsTheLimit."""
+    return search(lambda concurrency: _estimate(config, cell, concurrency, device), most, LIMIT_S)
 
-    Without a device to forecast on, every point is a load. Raises NothingKeepsTheLimit.
-    """
-    device = device or config.card
-    if device is None:
-        return search(look, most, LIMIT_S)
-    estimates = search(lambda concurrency: estimate(config, cell, concurrency, device), most, LIMIT_S)
-    measured = confirm(look, best(estimates, LIMIT_S).concurrency, most, LIMIT_S)
-    points = {point.concurrency: point for point in (*estimates, *measured)}
+
+def confirmed(look: Look, forecasts: Sequence[Point], most: int) -> list[Point]:
+    """Forecasts, and loads at the best of them and beside it, in their place."""
+    measured = confirm(look, best(forecasts, LIMIT_S).concurrency, most, LIMIT_S)
+    points = {point.concurrency: point for point in (*forecasts, *measured)}
     return [points[concurrency] for concurrency in sorted(points)]
 
 
-def estimate(config: EngineConfig, cell: Cell, concurrency: int, device: Device) -> Point:
+def _estimate(config: EngineConfig, cell: Cell, concurrency: int, device: Device) -> Point:
     """By the roofline."""
     found = forecast(
         config,

@@ -18,7 +18,7 @@ Panel = tuple[str, str, float | None, dict[Subject, Curve]]  # title, what laten
 
 
 def plot(outcome: Outcome, path: Path) -> None:
-    """Write a PNG: filled marks are loads, with their concurrency; hollow ones estimates. Raises ConfigError
+    """Write a PNG: filled marks are loads, hollow ones forecasts. Raises ConfigError
     without matplotlib."""
     try:
         import matplotlib
@@ -41,7 +41,8 @@ def plot(outcome: Outcome, path: Path) -> None:
         axis.set_visible(False)
     handles = [pyplot.Line2D([], [], color=color, marker="o", markersize=4) for color in colors.values()]
     figure.legend(handles, [str(subject) for subject in colors], loc="outside lower center", ncols=3, fontsize=8)
-    title = f"Small 4 against Small 3 on {outcome.device}, {outcome.commit}"
+    name = outcome.device.partition(":")[0] if outcome.simulation else outcome.device
+    title = f"Small 4 against Small 3 on {name}, {outcome.commit}"
     figure.suptitle(f"SIMULATION: {title}" if outcome.simulation else title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -90,7 +91,7 @@ def _draw(axis: Any, panel: Panel, colors: dict[Subject, str]) -> None:
         for x, y, concurrency, measured in ordered:
             face = color if measured else "white"
             axis.plot(x, y, marker="o", markersize=4, color=color, markerfacecolor=face)
-            if measured:
+            if measured and limit is None:
                 axis.annotate(f"{concurrency:,}", (x, y), fontsize=6, xytext=(3, -7), textcoords="offset points")
     if limit is not None:
         axis.axvline(limit, color="black", linewidth=0.8, linestyle="--")

@@ -12,10 +12,10 @@ from pathlib import Path
 import msgspec
 
 from cierzo.bench.headline.cells import LIMIT_S, Cell, Subject
-from cierzo.bench.headline.estimate import find
+from cierzo.bench.headline.estimate import confirmed, estimates
 from cierzo.bench.headline.figures import Figure, figure, requests_for, thinned
 from cierzo.bench.headline.records import Measurement
-from cierzo.bench.headline.search import Point, best, bound
+from cierzo.bench.headline.search import Point, best, bound, search
 from cierzo.bench.headline.settings import engine_settings, resolved, room
 from cierzo.bench.headline.simulate import simulate, simulated_config
 from cierzo.bench.latency import LoadResult
@@ -112,7 +112,11 @@ class Session:
             chosen = cell.concurrency
             look(chosen)
         else:
-            points = find(config, cell, look, space.most, self._serving.limit_device())
+            device = self._serving.limit_device()
+            if device is None:  # nothing to forecast on
+                points = search(look, space.most, LIMIT_S)
+            else:
+                points = confirmed(look, estimates(config, cell, space.most, device), space.most)
             measured = [point for point in points if point.measured]
             chosen = best(measured, LIMIT_S).concurrency
             bounded_by = bound(measured, chosen, space, LIMIT_S)

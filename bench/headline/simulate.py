@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 
 from cierzo.bench.headline.cells import LIMIT_S, Cell, Subject
-from cierzo.bench.headline.estimate import find
+from cierzo.bench.headline.estimate import confirmed, estimates
 from cierzo.bench.headline.figures import Figure, figure, requests_for, thinned
 from cierzo.bench.headline.records import Measurement
-from cierzo.bench.headline.search import Point, best, bound
+from cierzo.bench.headline.search import NothingKeepsTheLimit, Point, best, bound
 from cierzo.bench.headline.settings import engine_settings, resolved, room
 from cierzo.bench.latency import LoadResult, RequestSample
 from cierzo.bench.load import LoadClient, LoadSettings
@@ -26,6 +26,7 @@ from cierzo.engine.roofline.device import Device
 from cierzo.engine.roofline.step_model import StepTotals
 
 SEED = 5
+CLOSE = 0.9  # of the best forecast: nearer, layouts are loaded to be compared
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -60,52 +61,78 @@ class Simulation:
         """Nothing to close."""
 
     def measure(self, cell: Cell, subject: Subject, number: int) -> Measurement:
-        """One engine over all cards, or a replica on each, whichever is better. Raises ConfigError where neither
-        holds the model."""
-        found, refused = [], []
+        """One engine over all cards, or a replica on each, whichever is better; where a concurrency is searched
+        for, one that is forecast to be far behind is not loaded. Raises ConfigError where none holds the model."""
+        engines, others = [], []
         for layout in layouts(self._device):
             try:
-                found.append(self._layout(cell, subject, layout))
-            except ConfigError as error:
-                refused.append(f"{layout.name}: {error}")
-        if not found:
-            raise ConfigError("; ".join(refused), field="weights")
+                engines.append(self._engine(cell, subject, layout))
+            except (ConfigError, NothingKeepsTheLimit) as error:
+                others.append(f"{layout.name}: {error}")
+        if not engines:
+            raise ConfigError("; ".join(others), field="weights")
+        most_per_s = max(engine.forecast_per_s for engine in engines)
+        found = []
+        for engine in engines:
+            if engine.forecast_per_s < CLOSE * most_per_s:
+                others.append(f"{engine.layout.name}: {engine.forecast_per_s:.4g} requests/s by forecast")
+            else:
+                found.append(engine.measure())
         won = min(found, key=lambda one: _cost(cell, one.figure))
-        others = [f"{one.layout}: {_told(cell, one.figure)}" for one in found if one is not won]
-        return msgspec.structs.replace(won, others=[*others, *refused])
+        others += [f"{one.layout}: {_told(cell, one.figure)}" for one in found if one is not won]
+        return msgspec.structs.replace(won, others=others)
 
-    def _layout(self, cell: Cell, subject: Subject, layout: Layout) -> Measurement:
+    def _engine(self, cell: Cell, subject: Subject, layout: Layout) -> _Engine:
         config = simulated_config(self._models[subject.model], cell, subject, layout.device, self._folder)
-        space = room(config, cell)
-        loads: dict[int, tuple[Figure, list[RequestSample]]] = {}
+        return _Engine(cell, layout, config)
 
-        def look(concurrency: int) -> Point:
-            result, totals = simulate(config, cell, concurrency)
-            found = figure(
-                result, concurrency, is_throughput=cell.is_throughput, replicas=layout.replicas, totals=totals
-            )
-            loads[concurrency] = found, thinned(result.samples)
-            return _point(found, concurrency)
 
-        points: list[Point] = []
-        bounded_by = ""
-        if cell.concurrency is not None:
-            chosen = -(-cell.concurrency // layout.replicas)
-            look(chosen)
+class _Engine:
+    """An engine in one layout, for one cell. forecast_per_s: requests at the concurrency that was searched for."""
+
+    def __init__(self, cell: Cell, layout: Layout, config: EngineConfig) -> None:
+        """Raises NothingKeepsTheLimit."""
+        self.layout = layout
+        self.forecast_per_s = 0.0
+        self._cell, self._config, self._room = cell, config, room(config, cell)
+        self._replicas = layout.replicas  # of them those that have clients
+        self._estimates: list[Point] = []
+        self._loads: dict[int, tuple[Figure, list[RequestSample]]] = {}
+        if cell.concurrency is None:
+            self._estimates = estimates(config, cell, self._room.most, layout.device)
+            self.forecast_per_s = best(self._estimates, LIMIT_S).requests_per_s * layout.replicas
         else:
-            points = find(config, cell, look, space.most, layout.device)
+            self._replicas = min(layout.replicas, cell.concurrency)
+
+    def measure(self) -> Measurement:
+        """Its figure."""
+        points, bounded_by = self._estimates, ""
+        if self._cell.concurrency is not None:
+            chosen = -(-self._cell.concurrency // self._replicas)
+            self._look(chosen)
+        else:
+            points = confirmed(self._look, self._estimates, self._room.most)
             measured = [point for point in points if point.measured]
             chosen = best(measured, LIMIT_S).concurrency
-            bounded_by = bound(measured, chosen, space, LIMIT_S)
-        found, samples = loads[chosen]
+            bounded_by = bound(measured, chosen, self._room, LIMIT_S)
+        found, samples = self._loads[chosen]
         return Measurement(
-            layout=layout.name,
+            layout=self.layout.name,
             figure=found,
-            points=[_of_all(point, layout.replicas) for point in points],
+            points=[_of_all(point, self._replicas) for point in points],
             bounded_by=bounded_by,
-            kv_room_requests=space.fit * layout.replicas,
+            kv_room_requests=self._room.fit * self.layout.replicas,
             samples=samples,
         )
+
+    def _look(self, concurrency: int) -> Point:
+        cell = self._cell
+        result, totals = simulate(self._config, cell, concurrency)
+        found = figure(
+            result, concurrency, is_throughput=cell.is_throughput, replicas=self._replicas, totals=totals
+        )
+        self._loads[concurrency] = found, thinned(result.samples)
+        return _point(found, concurrency)
 
 
 def layouts(device: Device) -> list[Layout]:

@@ -61,6 +61,7 @@ def test_a_figure() -> None:
     assert found.requests_per_s == pytest.approx(0.6)
     assert found.plain_requests_per_s == pytest.approx(3 * 6 / 200)
     assert found.time_to_first_token_s.p50 == 1.0
+    assert found.completion_s.max == 10
     assert found.time_per_output_token_s.p50 == pytest.approx((8 / 4 + 9 / 4) / 2)
     assert found.steps == Steps(
         running=2.0, distinct_experts=10.0, num_bytes=100.0, operations=5.0, limit_requests_per_s=3 * 2 / 2.5

@@ -228,6 +228,14 @@ def test_several_cards_are_one_engine_or_a_replica_each(tmp_path: Path) -> None:
     )
     assert replicas.figure.requests_per_s == pytest.approx(2 * alone.requests_per_s, rel=0.2)
     assert replicas.figure.completion_s.p50 == pytest.approx(alone.completion_s.p50, rel=0.2)
+    one = Simulation(apart_only, MODELS, tmp_path).measure(msgspec.structs.replace(SHORT, concurrency=1), SMALL3, 0)
+    assert (one.layout, one.figure.replicas, one.figure.concurrency) == ("2 engines of one card", 1, 1)
+    searched = msgspec.structs.replace(SHORT, profile="throughput", concurrency=None, input_tokens=2048)
+    best = Simulation(apart_only, MODELS, tmp_path).measure(searched, SMALL3, 0)
+    assert best.others[0].startswith("one engine on 2 cards: ")
+    assert best.others[0].endswith("by forecast")
+    forecast_per_s = [point.requests_per_s for point in best.points if not point.measured]
+    assert max(forecast_per_s) > float(best.others[0].split()[5])
     fp8 = Subject(model="small4", weights="fp8", kv_dtype="fp8")
     cards = Simulation(find_device("2xh100"), MODELS, tmp_path).measure(SHORT, fp8, 0)
     assert cards.layout == "one engine on 2 cards"
