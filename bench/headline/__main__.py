@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    folder = arguments.folder.resolve()
+    folder = arguments.folder
     plan = _plan(arguments)
     backend, identity = _backend(arguments, folder)
     rounds = arguments.rounds or (1 if arguments.miniature or identity.device.startswith(SIMULATED) else ROUNDS)

@@ -6,7 +6,9 @@ goes through the same load, and says at which rate nothing but the ceilings woul
 
 from __future__ import annotations
 
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -127,13 +129,18 @@ class Session:
             points=points,
             bounded_by=bounded_by,
             kv_room_requests=space.fit,
-            command=self._server.command,
+            command=self._command(),
             samples=thinned(loads[chosen].samples),
         )
 
     def close(self) -> None:
         """Stop it."""
         self._server.close()
+
+    def _command(self) -> str:
+        """As it would be typed."""
+        short = {sys.executable: "python", str(self._checkpoint.path): self._checkpoint.path.name}
+        return shlex.join(short.get(word, word) for word in shlex.split(self._server.command))
 
     def _load(self, cell: Cell, concurrency: int, number: int) -> LoadResult:
         served = ServedCell(
