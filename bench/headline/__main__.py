@@ -45,6 +45,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked for."""
 
     identity: Identity
+    assumed: str
     plan: Plan
     rounds: int
 
@@ -74,7 +75,7 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if not arguments.report:
         Run(plan, backend, records, functools.partial(print, flush=True)).measure(rounds)
     command = shlex.join(["python", "-m", "cierzo.bench.headline", *argv])
-    settings = Settings(identity=identity, plan=plan, rounds=rounds)
+    settings = Settings(identity=identity, assumed=_assumed(arguments.device), plan=plan, rounds=rounds)
     return 0 if _write(settings, records, arguments.output / stem, command, started) else 1
 
 
@@ -123,6 +124,17 @@ def _backend(arguments: argparse.Namespace, folder: Path) -> tuple[Backend, Iden
     return Serving(arguments.device, checkpoints, folder), Identity(commit=commit, device=where, **found)
 
 
+def _assumed(name: str) -> str:
+    """Of a simulated device; of a real one nothing is."""
+    if not name.startswith(SIMULATED):
+        return ""
+    device = find_device(name.removeprefix(SIMULATED))
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in device.stated.items())
+    measured = f", measured: {', '.join(device.measured)}" if device.measured else ""
+    overhead = f"{device.step_overhead_s * 1e3:.1f} ms a step and {device.row_overhead_s * 1e6:.1f} us a sequence"
+    return f"shares of its rates: {shares}{measured}; beside them {overhead}; experts as if chosen at random"
+
+
 def _told(device: Device) -> str:
     return f"{device.describe()}; {_digest(msgspec.json.encode(device))}"
 
@@ -148,6 +160,7 @@ def _write(settings: Settings, records: Records, stem: Path, command: str, start
     compared = ratios(plan, records)
     outcome = Outcome(
         device=identity.device.removeprefix(SIMULATED),
+        assumed=settings.assumed,
         simulation=identity.device.startswith(SIMULATED),
         commit=identity.commit,
         small4=identity.small4,

@@ -46,9 +46,10 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a run says."""
+    """All that a run says. assumed: of a simulated device, the shares of its rates and the overheads."""
 
     device: str
+    assumed: str
     simulation: bool
     commit: str
     small4: str

@@ -74,6 +74,8 @@ def head(outcome: Outcome, command: str) -> list[str]:
     lines = [f"Small 4 against Small 3 on {outcome.device}", f"{command}, commit {outcome.commit}"]
     if outcome.simulation:
         lines = [*SIMULATION, *lines]
+    if outcome.assumed:
+        lines.append(outcome.assumed)
     lines += [f"small4: {outcome.small4}", f"small3: {outcome.small3}"]
     if ceilings := _ceilings(outcome.rows):
         lines.append(ceilings)
@@ -93,7 +95,8 @@ def _ceilings(rows: Sequence[Row]) -> str:
 def _goals(outcome: Outcome) -> Grid:
     met = sum(verdict.met is True for verdict in outcome.verdicts)
     title = f"goals, set for {outcome.goals_are_for}: {met} of {len(outcome.verdicts)} met"
-    return Grid(title, ("goal", "measured", "limit of the ratio", "met"), [_goal(one) for one in outcome.verdicts])
+    found = "simulated" if outcome.simulation else "measured"
+    return Grid(title, ("goal", found, "limit of the ratio", "met"), [_goal(one) for one in outcome.verdicts])
 
 
 def _goal(verdict: Verdict) -> tuple[str, ...]:

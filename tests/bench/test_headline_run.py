@@ -130,6 +130,7 @@ def test_a_simulation(run: Main, capsys: pytest.CaptureFixture[str]) -> None:
     table, page = ((run.folder / "out" / f"{name}.{end}").read_text(encoding="utf-8") for end in ("txt", "html"))
     _check_outcome(run.outcome(name), table, page, records)
     assert table.startswith("SIMULATION")
+    assert "shares of its rates: memory 80%, experts 40%" in table
     assert '<p class="simulation">SIMULATION</p>' in page
     for record in records:
         assert record.measurement is not None
