@@ -20,7 +20,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help venv demo serve test lint mutants sanitize soak compat bench-offline bench-step bench-rpc peers headline headline-simulated gpu gpu-bundle gpu-report clean again
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PROMPT=\"...\"       the question that make demo asks"
 	@echo "  PYTHON=python3.12  the interpreter that .venv is made from"
