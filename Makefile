@@ -17,10 +17,10 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test lint mutants sanitize soak compat bench-offline bench-step bench-rpc peers gpu gpu-bundle gpu-report clean again
+.PHONY: help venv demo serve test lint mutants sanitize soak compat bench-offline bench-step bench-rpc peers headline headline-simulated gpu gpu-bundle gpu-report clean again
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PROMPT=\"...\"       the question that make demo asks"
 	@echo "  PYTHON=python3.12  the interpreter that .venv is made from"
@@ -100,6 +100,15 @@ peers: $(KERNELS) ## compare us with transformers, vLLM and llama.cpp (hours; PE
 	$(BIN)/python -m cierzo.bench.peers.environments $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install 'matplotlib>=3.8'  # the extra [bench]
 	$(BIN)/python -m cierzo.bench.peers $(PEERS)
+
+# HEADLINE="--cells 2k/2k" or any other of its options.
+headline: build/checkpoints/small3 build/checkpoints/small4 ## compare Small 4 with Small 3 on this CPU, in miniature (25 minutes)
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install 'matplotlib>=3.8'  # the extra [bench]
+	$(BIN)/python -m cierzo.bench.headline $(HEADLINE)
+
+headline-simulated: $(KERNELS) ## the same at true size on a simulated card, DEVICE=h200 (minutes)
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install 'matplotlib>=3.8'
+	$(BIN)/python -m cierzo.bench.headline --device simulated:$(or $(DEVICE),h200) $(HEADLINE)
 
 # On a machine with a GPU, which need not have anything of ours installed: torch, triton, cupy and numpy do; the parts
 # that serve a model also take what gpu-bundle fetched. GPU="--parts conformance" or any of its other options.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import msgspec
 from cierzo.bench.machine import Machine, describe_machine
 from cierzo.engine.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
 PACKAGES = ("cierzo", "torch", "transformers", "numpy", "msgspec", "uvloop")
 
 
@@ -61,3 +64,18 @@ def check_writable(path: Path) -> None:
 def write_report(report: Report, path: Path) -> None:
     """Write one line of JSON; raises OSError where the path cannot be written."""
     path.write_bytes(msgspec.json.encode(report) + b"\n")
+
+
+def current_commit() -> str:
+    """HEAD of this repository; with "-dirty" and a digest of the changes where there are any."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        return done.stdout if done.returncode == 0 else ""
+
+    head = git("rev-parse", "--short=12", "HEAD").strip() or "unknown"
+    changes = git("diff", "HEAD", "--", ".", ":(exclude)bench/results")
+    if not changes:
+        return head
+    digest = hashlib.sha256(changes.encode()).hexdigest()[:8]
+    return f"{head}-dirty-{digest}"

@@ -8,17 +8,15 @@ of all takes about an hour and a half on two cores.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from cierzo.bench.peers.cells import cells
-from cierzo.bench.peers.engine import Checkpoint, Peer
+from cierzo.bench.peers.engine import CHECKPOINTS, Peer, find_checkpoint
 from cierzo.bench.peers.llamacpp import LlamaCpp
 from cierzo.bench.peers.ours import Cierzo
 from cierzo.bench.peers.outcome import write_outcome
@@ -26,9 +24,9 @@ from cierzo.bench.peers.run import Plan, Run
 from cierzo.bench.peers.samples import Samples
 from cierzo.bench.peers.transformers import Transformers
 from cierzo.bench.peers.vllm import Vllm
-from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.bench.report import current_commit
+from cierzo.engine.errors import CierzoError
 
-ROOT = Path(__file__).resolve().parents[2]
 PEERS: dict[str, Peer] = {
     "cierzo": Cierzo(),
     "transformers": Transformers(),
@@ -38,7 +36,6 @@ PEERS: dict[str, Peer] = {
 ENGINES = {engine.name: engine for peer in PEERS.values() for engine in peer.engines}
 USUAL = [name for name, engine in ENGINES.items() if engine.usual]
 ROUNDS, CLOSE_ROUNDS = 3, 5
-CHECKPOINTS = ("small4", "small3")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +54,7 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     folder = arguments.folder.resolve()
     all_cells = cells(quick=arguments.quick)
     plan = Plan(
-        checkpoints=[_checkpoint(name, arguments.checkpoint_folder) for name in arguments.checkpoints],
+        checkpoints=[find_checkpoint(name, arguments.checkpoint_folder) for name in arguments.checkpoints],
         engines=[ENGINES[name] for name in arguments.engines],
         cells=[cell for cell in all_cells if cell.name in (arguments.cells or [c.name for c in all_cells])],
         rounds=arguments.rounds or (1 if arguments.quick else ROUNDS),
@@ -125,35 +122,6 @@ def _among(known: list[str]) -> Callable[[str], list[str]]:
         return names
 
     return parse
-
-
-def _checkpoint(name: str, folder: Path) -> Checkpoint:
-    """A folder, or the mini of that name, made if it is not there. Raises ConfigError."""
-    if name not in CHECKPOINTS:
-        path = Path(name).resolve()
-        if not (path / "config.json").exists():
-            raise ConfigError(f"{name} is no checkpoint", field="checkpoints", value=name)
-        return Checkpoint(path.name, path)
-    path = (folder / name).resolve()
-    if not path.exists():
-        make = ["-m", "cierzo.engine", "make-checkpoint", str(path), "--like", name, "--scale", "mini"]
-        subprocess.run([sys.executable, *make], check=True)
-    return Checkpoint(name, path)
-
-
-def current_commit() -> str:
-    """HEAD of this repository; with "-dirty" and a digest of the changes where there are any."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
-        return done.stdout if done.returncode == 0 else ""
-
-    head = git("rev-parse", "--short=12", "HEAD").strip() or "unknown"
-    changes = git("diff", "HEAD", "--", ".", ":(exclude)bench/results")
-    if not changes:
-        return head
-    digest = hashlib.sha256(changes.encode()).hexdigest()[:8]
-    return f"{head}-dirty-{digest}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,8 +13,11 @@ import msgspec
 
 from cierzo.bench.load import LoadClient
 from cierzo.bench.peers.cells import Cell
+from cierzo.engine.errors import ConfigError
 
 Logprobs = list[list[list[tuple[int, float]]]]  # sequence, position, likeliest tokens with their log-probabilities
+
+CHECKPOINTS = ("small4", "small3")
 
 
 class EngineFailed(Exception):
@@ -97,6 +102,20 @@ class Checkpoint(msgspec.Struct, frozen=True):
     def is_small4(self) -> bool:
         """MLA and experts, as in Mistral Small 4; else dense, as Mistral Small 3."""
         return bool(self.config()["model_type"] == "mistral4")
+
+
+def find_checkpoint(name: str, folder: Path, scale: str = "mini") -> Checkpoint:
+    """A folder, or small4 or small3 with random weights at this scale, made if missing. Raises ConfigError."""
+    if name not in CHECKPOINTS:
+        path = Path(name).resolve()
+        if not (path / "config.json").exists():
+            raise ConfigError(f"{name} is no checkpoint", field="checkpoints", value=name)
+        return Checkpoint(path.name, path)
+    path = (folder / (name if scale == "mini" else f"{name}-{scale}")).resolve()
+    if not path.exists():
+        make = ["-m", "cierzo.engine", "make-checkpoint", str(path), "--like", name, "--scale", scale]
+        subprocess.run([sys.executable, *make], check=True)
+    return Checkpoint(name, path)
 
 
 class Peer(Protocol):

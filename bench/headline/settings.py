@@ -1,0 +1,53 @@
+"""How an engine is set for cells: the profile's settings, and room for as many clients as a cell has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from cierzo.bench.headline.cells import Cell, Subject
+from cierzo.engine.config import AUTO_KV_REQUEST_TOKENS, EngineConfig, EngineOptions, resolve
+
+
+class Room(msgspec.Struct, frozen=True):
+    """Of an engine for a cell. fit: requests of full length that the KV cache holds; clients beyond them wait, or
+    preempt each other. most: clients that are worth a try; `why` says what sets it."""
+
+    fit: int
+    most: int
+    why: str
+
+
+def engine_settings(model: str, device: str, subject: Subject, cells: Sequence[Cell]) -> dict[str, object]:
+    """Options for cells of one profile; what stays open is the profile's. Raises ConfigError where it does not fit.
+
+    max_running is at least the largest concurrency, and large enough for the engine to set aside a KV cache that
+    holds that many: it plans for max_running requests of a usual length.
+    """
+    settings: dict[str, object] = {
+        "model": model,
+        "device": device,
+        "profile": cells[0].profile,
+        "weights": subject.weights,
+        "kv_dtype": subject.kv_dtype,
+        "max_model_len": max(cell.tokens for cell in cells),
+    }
+    usual_tokens = min(max(cell.tokens for cell in cells), AUTO_KV_REQUEST_TOKENS)
+    clients = max(-(-(cell.concurrency or 0) * cell.tokens // usual_tokens) for cell in cells)
+    if clients > resolved(settings).scheduler.max_running:
+        settings["max_running"] = clients
+    return settings
+
+
+def resolved(settings: dict[str, object]) -> EngineConfig:
+    """As the engine resolves them. Raises ConfigError."""
+    return resolve(msgspec.convert(settings, EngineOptions))
+
+
+def room(config: EngineConfig, cell: Cell) -> Room:
+    """Of an engine that is set so."""
+    blocks, block_tokens = config.cache.num_blocks, config.cache.block_tokens
+    fit = blocks // -(-cell.tokens // block_tokens)
+    most, why = min((fit, "KV room"), (config.scheduler.max_running, "max_running"))
+    return Room(fit, most, why)

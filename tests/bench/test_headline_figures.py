@@ -1,0 +1,239 @@
+"""The headline's arithmetic: steady time, the search for a concurrency, ratios and goals."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from cierzo.bench.headline.cells import LIMIT_S, Cell, Goal, Plan, Subject, cpu_plan, gpu_plan
+from cierzo.bench.headline.figures import Figure, Steps, figure, requests_for, steady, thinned
+from cierzo.bench.headline.outcome import ratios, rows, verdicts
+from cierzo.bench.headline.records import Identity, Measurement, Record, Records
+from cierzo.bench.headline.search import NothingKeepsTheLimit, Point, best, bound, confirm, search
+from cierzo.bench.headline.settings import Room, engine_settings, resolved, room
+from cierzo.bench.latency import RequestSample, summarise_load
+from cierzo.bench.stats import Summary
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.roofline.step_model import StepTotals
+
+SMALL4 = Subject(model="small4", weights="nvfp4", kv_dtype="fp8")
+SMALL3 = Subject(model="small3", weights="bf16", kv_dtype="fp8")
+THROUGHPUT = Cell(name="8/4", profile="throughput", input_tokens=8, output_tokens=4)
+LATENCY = Cell(name="8/4@1", profile="latency", input_tokens=8, output_tokens=4, concurrency=1)
+IDENTITY = Identity(commit="abc", device="a card", small4="one", small3="other")
+
+
+def _sample(start_s: float, first_s: float, end_s: float, tokens: int = 5) -> RequestSample:
+    step_s = (end_s - first_s) / (tokens - 1)
+    return RequestSample(start_s, start_s, [first_s + step_s * i for i in range(tokens)], [1] * tokens, end_s)
+
+
+SAMPLES = [
+    _sample(0, 5, 9),  # ends last of the first two
+    _sample(0, 2, 4),
+    _sample(4, 5, 13),
+    _sample(9, 10, 19),
+    _sample(13, 14, 100),
+    _sample(19, 20, 200),
+]
+
+
+def test_the_steady_rate_leaves_ramp_and_tail_out() -> None:
+    """C = 2: from the 2nd completion at 9 s to the 4th at 19 s, two requests."""
+    found = steady(summarise_load(SAMPLES[::-1], 200.0), 2)
+    assert found.requests_per_s == pytest.approx(2 / 10)
+    assert found.output_tokens_per_s == pytest.approx(10 / 10)
+    assert sorted(one.end_s for one in found.samples) == [13, 19]
+
+
+def test_too_few_requests_have_no_steady_time() -> None:
+    with pytest.raises(ValueError, match="4 answers to 2 clients"):
+        steady(summarise_load(SAMPLES[:4], 19.0), 2)
+    assert [requests_for(n) for n in (1, 2, 100)] == [4, 6, 300]
+
+
+def test_a_figure() -> None:
+    totals = StepTotals(steps=4, rows=8.0, distinct_experts=40.0, num_bytes=400.0, operations=20.0, limit_s=2.5)
+    found = figure(summarise_load(SAMPLES, 200.0), 2, is_throughput=True, replicas=3, totals=totals)
+    assert (found.concurrency, found.requests) == (6, 18)
+    assert found.requests_per_s == pytest.approx(0.6)
+    assert found.plain_requests_per_s == pytest.approx(3 * 6 / 200)
+    assert found.time_to_first_token_s.p50 == 1.0
+    assert found.completion_s.max == 10
+    assert found.time_per_output_token_s.p50 == pytest.approx((8 / 4 + 9 / 4) / 2)
+    assert found.steps == Steps(
+        running=2.0, distinct_experts=10.0, num_bytes=100.0, operations=5.0, limit_requests_per_s=3 * 2 / 2.5
+    )
+    assert found.share_of_limit == pytest.approx(0.6 / 2.4)
+    of_all = figure(summarise_load(SAMPLES, 200.0), 2, is_throughput=False)
+    assert of_all.completion_s.max == 181
+    assert of_all.requests_per_s == pytest.approx(0.2)
+    assert of_all.share_of_limit is None
+
+
+def test_large_loads_are_kept_thinned() -> None:
+    assert thinned(SAMPLES) == SAMPLES
+    long = [_sample(0, 1, 60, tokens=60_000), _sample(0, 2, 60, tokens=60_000), _sample(0, 3, 4, tokens=2)]
+    kept = thinned(long)
+    assert [one.delta_tokens for one in kept] == [[1, 59_999], [1, 59_999], [1, 1]]
+    assert [(one.start_s, one.delta_s[0], one.end_s) for one in kept] == [(0, 1, 60), (0, 2, 60), (0, 3, 4)]
+    assert [one.delta_s[-1] for one in kept] == [one.delta_s[-1] for one in long]
+
+
+def _curve(slope_s: float, base_s: float, peak: int) -> tuple[dict[int, Point], list[int]]:
+    asked: list[int] = []
+    table = {
+        n: Point(
+            concurrency=n,
+            requests_per_s=n / (1 + n / 50) if n <= peak else peak / (1 + peak / 50) - 0.01 * (n - peak),
+            time_per_output_token_s=base_s + slope_s * n,
+            measured=True,
+        )
+        for n in range(1, 3000)
+    }
+    return table, asked
+
+
+def test_the_search_finds_what_trying_all_would() -> None:
+    chance = random.Random(3)
+    for _ in range(200):
+        table, asked = _curve(10 ** chance.uniform(-6, -2), chance.uniform(0, LIMIT_S), 10**6)
+        most = chance.choice([1, 2, 7, 100, 513, 2048])
+        if table[1].time_per_output_token_s > LIMIT_S:
+            with pytest.raises(NothingKeepsTheLimit, match="one client alone"):
+                search(lambda n, table=table: table[n], most, LIMIT_S)
+            continue
+
+        def look(n: int, table: dict[int, Point] = table, asked: list[int] = asked) -> Point:
+            asked.append(n)
+            return table[n]
+
+        found = best(search(look, most, LIMIT_S), LIMIT_S)
+        exact = max(n for n in range(1, most + 1) if table[n].time_per_output_token_s <= LIMIT_S)
+        assert exact * 0.97 - 1 <= found.concurrency <= exact
+        assert max(asked) <= most
+        assert len(asked) == len(set(asked)) < 20
+
+
+def test_estimates_are_confirmed() -> None:
+    """Too high a start comes down until the limit is kept; one that keeps it goes up while that gives more."""
+    table, _ = _curve(0.001, 0.0, 10**6)  # 50 clients keep 50 ms
+    down = confirm(table.__getitem__, 70, 2048, LIMIT_S)
+    assert down[0].concurrency == 70
+    assert down[1].concurrency == 50
+    assert best(down, LIMIT_S).concurrency == 50
+    up = confirm(table.__getitem__, 47, 2048, LIMIT_S)
+    assert [point.concurrency for point in up] == [47, 48, 49, 50]
+    assert [point.concurrency for point in confirm(table.__getitem__, 40, 40, LIMIT_S)] == [40]
+    peaked, _ = _curve(0.0001, 0.0, 40)
+    beside = confirm(peaked.__getitem__, 40, 2048, LIMIT_S)
+    assert [point.concurrency for point in beside] == [40, 41]
+    space = Room(fit=60, most=60, why="KV room")
+    assert bound(beside, 40, space, LIMIT_S) == "more clients are answered no quicker"
+    assert bound(down, 50, space, LIMIT_S) == "50 ms per output token"
+    assert bound(down[:1], 70, Room(fit=90, most=70, why="max_running"), LIMIT_S) == "max_running"
+    with pytest.raises(NothingKeepsTheLimit):
+        best(down[:1], LIMIT_S)
+
+
+def _measured(requests_per_s: float, completion_s: float, limit: float) -> Measurement:
+    seconds = Summary(1, *[completion_s] * 5)
+    return Measurement(
+        figure=Figure(
+            concurrency=1,
+            requests=3,
+            requests_per_s=requests_per_s,
+            plain_requests_per_s=requests_per_s,
+            output_tokens_per_s=1.0,
+            time_to_first_token_s=seconds,
+            time_per_output_token_s=seconds,
+            inter_token_s=seconds,
+            completion_s=seconds,
+            steps=Steps(
+                running=1.0, distinct_experts=0.0, num_bytes=1.0, operations=1.0, limit_requests_per_s=limit
+            ),
+        )
+    )
+
+
+def test_ratios_are_of_paired_rounds_and_goals_of_ratios(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records.jsonl", IDENTITY)
+    goals = [
+        Goal(cell="8/4", small4=SMALL4, small3=SMALL3, at_least=3.0),
+        Goal(cell="8/4", small4=SMALL4, small3=SMALL3, at_least=3.01),
+        Goal(cell="8/4@1", small4=SMALL4, small3=SMALL3, at_most=0.5),
+        Goal(cell="8/4@1", small4=SMALL4, small3=SMALL3, at_most=0.49),
+        Goal(cell="elsewhere", small4=SMALL4, small3=SMALL3, at_most=0.5),
+        Goal(cell="8/4", small4=SMALL3, small3=SMALL3, at_least=1.0),
+    ]
+    plan = Plan(
+        cells=(THROUGHPUT, LATENCY),
+        subjects=(SMALL4, SMALL3),
+        pairs=((SMALL4, SMALL3),),
+        goals=tuple(goals),
+        goals_are_for="a test",
+    )
+    rounds = {
+        SMALL4: [(6.0, 1.0, 20.0), (9.0, 2.0, 20.0), (2.0, 5.0, 20.0)],
+        SMALL3: [(2.0, 2.0, 5.0), (3.0, 4.0, 5.0)],
+    }
+    for subject, figures in rounds.items():
+        for number, values in enumerate(figures):
+            for cell in plan.cells:
+                record = Record(
+                    cell=cell, subject=subject, round=number, started="", took_s=0.0, measurement=_measured(*values)
+                )
+                records.add(record)
+    told = ratios(plan, records)
+    assert [(one.cell.name, one.ratio, one.rounds, one.limit) for one in told] == [
+        ("8/4", 3.0, 2, 4.0),
+        ("8/4@1", 0.5, 2, 0.25),
+    ]
+    said = verdicts(plan, told)
+    assert [one.met for one in said] == [True, False, True, False, None]
+    row = rows(plan, records)[0]
+    assert row.values == [6.0, 9.0, 2.0]
+    assert row.measurement is not None
+    assert row.measurement.figure.requests_per_s == 6.0
+
+
+def test_records_of_something_else_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    Records(path, IDENTITY)
+    for field in Identity.__struct_fields__:
+        other = Identity(**{**{name: getattr(IDENTITY, name) for name in Identity.__struct_fields__}, field: "new"})
+        with pytest.raises(ConfigError, match=f"{field} '{getattr(IDENTITY, field)}', this run is of 'new'"):
+            Records(path, other)
+    path.write_bytes(path.read_bytes() + b'{"cell": 1}\n')
+    with pytest.raises(ConfigError, match="line 2"):
+        Records(path, IDENTITY)
+
+
+def test_plans_hold_together() -> None:
+    for plan in (gpu_plan(), cpu_plan(), gpu_plan(miniature=True), cpu_plan(miniature=True)):
+        names = [cell.name for cell in plan.cells]
+        assert len(set(names)) == len(names)
+        assert all((one.model, other.model) == ("small4", "small3") for one, other in plan.pairs)
+        assert {subject for pair in plan.pairs for subject in pair} == set(plan.subjects)
+        for goal in plan.goals:
+            assert goal.cell in names
+            assert (goal.small4, goal.small3) in plan.pairs
+            cell = next(cell for cell in plan.cells if cell.name == goal.cell)
+            assert (goal.at_least is not None) == cell.is_throughput != (goal.at_most is not None)
+
+
+def test_an_engine_has_room_for_as_many_as_a_cell_has() -> None:
+    """The engine's own plan of a latency profile would hold 7 requests of 33,792 tokens."""
+    cell = Cell(name="x", profile="latency", input_tokens=32_768, output_tokens=1024, concurrency=16)
+    config = resolved(engine_settings("small4", "simulated:h200", SMALL4, [cell]))
+    assert room(config, cell).fit >= 16
+    short = Cell(name="y", profile="latency", input_tokens=1024, output_tokens=1024, concurrency=8)
+    few = engine_settings("small4", "simulated:h200", SMALL4, [short])
+    assert "max_running" not in few
+    many = Cell(name="z", profile="latency", input_tokens=1024, output_tokens=1024, concurrency=50)
+    assert resolved(engine_settings("small4", "simulated:h200", SMALL4, [short, many])).scheduler.max_running == 50
+    fp8 = Subject(model="small4", weights="fp8", kv_dtype="fp8")
+    with pytest.raises(ConfigError, match="nothing is left for the KV cache"):
+        engine_settings("small4", "simulated:h100", fp8, [short])
