@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import msgspec
 
 from cierzo.bench.headline.cells import Cell, Subject
-from cierzo.engine.config import AUTO_KV_REQUEST_TOKENS, EngineConfig, EngineOptions, resolve
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.kv_room import AUTO_KV_REQUEST_TOKENS
 
 
 class Room(msgspec.Struct, frozen=True):
