@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from cierzo.bench.gpu import conformance, kernels
-from cierzo.bench.gpu.cases import MODELS, SINGLE, formats_of
+from cierzo.bench.gpu.cases import SINGLE, formats_of, models_of
 from cierzo.bench.gpu.cells import ROOT, Cells, commit, describe
 from cierzo.bench.gpu.timing import ceilings
 from cierzo.bench.kernel_cases import Model, Size
@@ -45,7 +45,7 @@ def conformance_tasks(device: torch.device) -> Iterator[Task]:
     """Every operation, model, size and number format."""
     seed = time.time_ns() % (1 << 31)
     for operation in SINGLE:
-        for model in MODELS.values():
+        for model in models_of(operation, hostile=True):
             for size in conformance.SIZES:
                 for format in formats_of(operation):
                     name = f"{operation}, {model.name}, {size.name}, {format}"
@@ -62,8 +62,8 @@ def conformance_tasks(device: torch.device) -> Iterator[Task]:
 def kernel_tasks(device: torch.device, limits: dict[str, float]) -> Iterator[Task]:
     """Every operation at the sizes of a step."""
     for size in kernels.SIZES:
-        for model in kernels.MODELS:
-            for operation in SINGLE:
+        for operation in SINGLE:
+            for model in models_of(operation):
                 for format in formats_of(operation):
                     name = f"{operation}, {model.name}, {size.name}, {format}"
 

@@ -31,6 +31,16 @@ SMALL4 = Model(
 )
 SMALL3 = Model(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_width=32_768, kv_heads=8, head_dim=128)
 MODELS = {model.name: model for model in (SMALL4, SMALL3)}
+# The two kinds of layer that gpt-oss has in turn: no model of ours has a window or sinks, the doors of GQA do. Then
+# windows that are hostile: a row sees itself alone; no multiple of a tile; more than there is.
+GPT_OSS = Model(
+    name="gpt-oss", hidden=2880, heads=64, vocab=201_088, mlp_width=0, kv_heads=8, head_dim=64, sinks=True
+)
+GPT_OSS_WINDOW = dataclasses.replace(GPT_OSS, name="gpt-oss, window 128", window=128)
+HOSTILE_WINDOWS = tuple(
+    dataclasses.replace(GPT_OSS, name=f"gpt-oss, window {window}", window=window) for window in (1, 77, 1 << 20)
+)
+WINDOWED = ("gqa_decode", "gqa_prefill")
 
 WEIGHTS = ("bf16", "fp8", "nvfp4")
 KV = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -43,6 +53,14 @@ PAGED = (
 )
 COMPOSED = ("mla_block", "gqa_block", "mlp_block", "moe_block", "decoder")
 SINGLE = tuple(name for name in CASES if name not in COMPOSED)
+
+
+def models_of(operation: str, hostile: bool = False) -> tuple[Model, ...]:
+    """Whose sizes an operation is run with; `hostile`: those too that no model has."""
+    models: tuple[Model, ...] = tuple(MODELS.values())
+    if operation in WINDOWED:
+        models += (GPT_OSS, GPT_OSS_WINDOW, *(HOSTILE_WINDOWS if hostile else ()))
+    return models
 
 
 @dataclass(frozen=True, slots=True)
