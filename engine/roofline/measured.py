@@ -31,7 +31,10 @@ def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
     for number, line in enumerate(newest.read_text(encoding="utf-8").splitlines(), 1):
         try:
             cell = json.loads(line)
-            if cell["part"] == "kernels" and not cell["error"] and cell["results"]:
+            ours = (
+                cell["part"] == "kernels" and not cell["error"] and ", small" in cell["name"]
+            )  # not gpt-oss's layers
+            if ours and cell["results"]:
                 operation, limit_s, seconds = _measurement(device, cell)
                 shares[operation][limit_s] = limit_s / seconds
         except (ValueError, KeyError, TypeError) as error:
@@ -49,7 +52,7 @@ def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
 def _measurement(device: Device, cell: dict[str, Any]) -> tuple[str, float, float]:
     """(operation and number format, seconds at the data sheet's limits, seconds that it took). Products
     are computed in bf16, but for those that the bench says to have FP8 activations."""
-    operation, _, _, format = str(cell["name"]).split(", ")
+    operation, *_, format = str(cell["name"]).split(", ")
     found = cell["results"]
     rate = device.operations_per_s["fp8" if format.endswith("x fp8") else "bf16"]
     limit_s = max(found["bytes"] / device.bytes_per_s, found["flops"] / rate)

@@ -77,7 +77,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.plan_check": (*CLIENT, *WORKER),
     "bench.planning": (*CLIENT, *WORKER, "engine.options", "engine.device_memory"),
     "bench.gpu": (*CLIENT, *WORKER),
-    "bench.headline": (*CLIENT, *WORKER),
+    "bench.headline": (*CLIENT, *WORKER, "engine.kv_room"),
     "bench.peers.workers": (*CLIENT, *WORKER),
 }
 FORBIDDEN = {("scheduler", "cache.pool")}
