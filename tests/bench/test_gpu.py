@@ -51,6 +51,7 @@ def _gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry.bind(KernelsConfig(), "cpu")
 
 
+@pytest.mark.timeout(300)  # interpreted kernels, in up to five number formats
 @pytest.mark.parametrize("operation", SINGLE)
 def test_every_operation_conforms(operation: str) -> None:
     seen = 0

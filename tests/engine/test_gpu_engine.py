@@ -126,6 +126,7 @@ def run(
     return found
 
 
+@pytest.mark.timeout(300)  # interpreted kernels: seconds alone, minutes beside other work
 @pytest.mark.parametrize(("like", "checkpoint_format", "weights", "activations"), MODELS)
 def test_tokens_are_the_same_alone_and_in_company(
     tmp_path: Path, like: str, checkpoint_format: str, weights: str, activations: str
