@@ -13,6 +13,7 @@ from cierzo.engine.messages import Abort, CoreStats, ExpertStatistics, Finish, S
 from cierzo.engine.worker.batch import Batch, BatchBuilder
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.fake import FakeRunner
+from cierzo.kernels.fault import DeviceFault
 from cierzo.scheduler.plan import StepPlan, StepResult
 from cierzo.scheduler.request import NewRequest, QueueFull
 from cierzo.scheduler.scheduler import Scheduler
@@ -108,8 +109,8 @@ class EngineCore:
     def step(self) -> list[TokenDelta]:
         """One step, as configured: all that happened since the last call, in order.
 
-        If the runner raises, the sequences of that step end as failed and the core lives on. MemoryError and
-        KeyboardInterrupt pass.
+        If the runner raises, the sequences of that step end as failed and the core lives on. What is no step's own
+        fault passes: MemoryError, KeyboardInterrupt, and DeviceFault, after which no step could succeed.
         """
         return self.step_overlapped() if self._config.overlap else self.step_plain()
 
@@ -179,7 +180,7 @@ class EngineCore:
         """None; a result if the step failed already."""
         try:
             self._runner.launch(plan, self._builder.build(plan))
-        except MemoryError:
+        except (MemoryError, DeviceFault):
             raise
         except Exception as error:
             return _failed(plan, error)
@@ -188,7 +189,7 @@ class EngineCore:
     def _collect(self, plan: StepPlan) -> StepResult:
         try:
             return self._runner.collect()
-        except MemoryError:
+        except (MemoryError, DeviceFault):
             raise
         except Exception as error:
             return _failed(plan, error)

@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.fault import described, fault_of, is_device_error, note
 
 ALIGNMENT = 16  # bytes: the widest load of one thread
 POINTER = {
@@ -93,7 +94,8 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
     """Run `grid` programs on torch's current stream; a grid without programs does nothing.
 
     Raises ArgumentError, before anything runs, for a tensor of another dtype, on another device than the rest or
-    not aligned, and for an integer that does not fit.
+    not aligned, and for an integer that does not fit. Raises DeviceFault for a CUDA error, with the arguments; it
+    may be that of an earlier launch.
     """
     if 0 in grid:
         return
@@ -109,7 +111,13 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
             raise ArgumentError(f"{configuration.name}: {name} is {value}, more than {kind} holds")
     for name, block in configuration.blocks.items():
         arguments[name] = _descriptor(configuration.name, name, arguments[name], block)
-    configuration.kernel[grid](**arguments, **configuration.constants, **configuration.options)
+    note(configuration.kernel.__name__)
+    try:
+        configuration.kernel[grid](**arguments, **configuration.constants, **configuration.options)
+    except RuntimeError as error:
+        if not is_device_error(error):
+            raise
+        raise fault_of(f"{described(configuration.name, arguments)}, grid {grid}", error) from error
 
 
 def _check_tensor(operation: str, name: str, kind: str, value: Tensor) -> None:

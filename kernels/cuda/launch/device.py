@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cierzo.kernels.cuda.launch.kernel import OPTIONS, Kernel, LaunchError, program
+from cierzo.kernels.fault import DeviceFault
 from cierzo.kernels.registry import KernelChoiceError
 
 INSTALL = "pip install 'cierzo[cuda]'"
@@ -59,7 +60,7 @@ class CupyBackend:
             with self._cupy.cuda.Device(index), self._cupy.cuda.ExternalStream(stream, index):
                 self._function(kernel, index)(grid, (threads, 1, 1), tuple(values), shared_mem=shared_bytes)
         except (self._cupy.cuda.driver.CUDADriverError, self._cupy.cuda.runtime.CUDARuntimeError) as error:
-            raise LaunchError(str(error)) from error
+            raise DeviceFault(str(error)) from error
         except self._cupy.cuda.compiler.CompileException as error:
             raise LaunchError(f"NVRTC: {error}") from error
 

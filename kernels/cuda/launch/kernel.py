@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.fault import DeviceFault, described, fault_of, note, shown
 
 SOURCES = Path(__file__).parents[1]
 # Of NVRTC. Sums keep the order and the rounding that the sources give them.
@@ -40,7 +41,7 @@ MOST_SHARED_BYTES = 48 << 10  # of a block, without asking the driver for more
 
 
 class LaunchError(RuntimeError):
-    """A kernel could not be launched, or ended in an error; the message has its arguments."""
+    """A kernel could not be compiled, or broke a rule that tests watch; the message has its arguments."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +72,7 @@ class Backend(Protocol):
         shared_bytes: int,
         values: Sequence[np.generic],
     ) -> None:
-        """Launch on the device's current stream; raise LaunchError with what the runtime says."""
+        """Launch on the device's current stream; raise DeviceFault or LaunchError with what the runtime says."""
 
 
 _backends: list[Backend] = []  # the one in force is the last
@@ -100,7 +101,8 @@ def launch(kernel: Kernel, *, grid: Sequence[int], threads: int, shared_bytes: i
     """Run `grid` blocks of `threads` on the current stream; a grid without blocks does nothing.
 
     Raises ArgumentError, before anything runs, for a tensor of another dtype or on another device, and for a number
-    or a grid past its limit; LaunchError for what the driver refuses.
+    or a grid past its limit; LaunchError for what does not compile; DeviceFault for a CUDA error, which may be that
+    of an earlier launch.
     """
     x, y, z, *_ = (*grid, 1, 1, 1)
     blocks = (x, y, z)
@@ -116,12 +118,15 @@ def launch(kernel: Kernel, *, grid: Sequence[int], threads: int, shared_bytes: i
     runner = backend()
     device = _device_of(kernel, arguments, runner.device_type)
     values = [_value(kernel, name, kind, arguments[name]) for name, kind in kernel.types.items()]
+    note(kernel.name)
     try:
         runner.run(kernel, device, blocks, threads, shared_bytes, values)
-    except LaunchError as error:
+    except (DeviceFault, LaunchError) as error:
         shape = f"grid {blocks}, {threads} threads, {shared_bytes} bytes shared"
-        shown = ", ".join(f"{name}={_shown(value)}" for name, value in arguments.items())
-        raise LaunchError(f"{kernel.source}: {kernel.name}({shown}), {shape}: {error}") from error
+        call = f"{kernel.source}: {described(kernel.name, arguments)}, {shape}"
+        raise (
+            fault_of(call, error) if isinstance(error, DeviceFault) else LaunchError(f"{call}: {error}")
+        ) from error
 
 
 def _device_of(kernel: Kernel, arguments: Mapping[str, Any], kind: str) -> torch.device:
@@ -142,7 +147,7 @@ def _value(kernel: Kernel, name: str, kind: str, value: Any) -> np.generic:
         if value is None:
             return np.uint64(0)
         right = isinstance(value, Tensor) and value.dtype == POINTERS[kind]
-        _require(kernel, right, f"{name} must be a tensor of {POINTERS[kind]}, is {_shown(value)}")
+        _require(kernel, right, f"{name} must be a tensor of {POINTERS[kind]}, is {shown(value)}")
         return np.uint64(value.data_ptr())
     limit = _LIMITS.get(kind)
     if limit is not None:
@@ -153,12 +158,6 @@ def _value(kernel: Kernel, name: str, kind: str, value: Any) -> np.generic:
 def _require(kernel: Kernel, holds: bool, message: str) -> None:
     if not holds:
         raise ArgumentError(f"{kernel.name}: {message}")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)} at {value.data_ptr():#x}"
-    return str(value)
 
 
 def program(source: str) -> str:

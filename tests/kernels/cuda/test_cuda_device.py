@@ -13,6 +13,7 @@ import torch
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.device import CupyBackend
 from cierzo.kernels.cuda.launch.kernel import OPTIONS, SOURCES, Kernel, LaunchError
+from cierzo.kernels.fault import DeviceFault
 
 COPY = Kernel("copy.cu", "copy_blocks_16", {"count": "i32"})
 
@@ -80,8 +81,10 @@ def test_a_kernel_is_compiled_once_and_launched_on_torchs_stream(cupy: Cupy) -> 
     assert len(cupy.modules) == 2  # another device, another module
 
 
-@pytest.mark.parametrize("error", [DriverError("illegal address"), CompileError("illegal address")])
-def test_errors_come_back_as_ours(cupy: Cupy, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "ours"), [(DriverError("refused"), DeviceFault), (CompileError("refused"), LaunchError)]
+)
+def test_errors_come_back_as_ours(cupy: Cupy, error: Exception, ours: type[Exception]) -> None:
     cupy.error = error
-    with pytest.raises(LaunchError, match="illegal address"):
+    with pytest.raises(ours, match="refused"):
         CupyBackend().run(COPY, torch.device("cuda"), (1, 1, 1), 32, 0, [np.int32(5)])
