@@ -30,11 +30,13 @@ from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.device_inputs import DeviceInputs
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs, cuda_recorder
-from cierzo.engine.worker.sampling import Sampled, Sampler, to_host
+from cierzo.engine.worker.sampling import Sampled, Sampler
+from cierzo.engine.worker.staging import Staging
 from cierzo.kernels.cpu import native
+from cierzo.kernels.fault import watching
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.registry import KernelChoiceError, bind
-from cierzo.scheduler.plan import StepPlan, StepResult, TokenLogprobs
+from cierzo.scheduler.plan import PENDING, StepPlan, StepResult, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class _Step:
     """A step that was launched: sequences of its plan, which of them sample, and what gives their tokens, and the
     experts of its own."""
 
+    number: int
     num_seqs: int
     sample_seqs: list[int]
     sampled: Callable[[], Sampled]
@@ -85,14 +88,21 @@ class ModelRunner:
         self._kv = kv
         self._staged = staged
         self._graphs = graphs
-        self._sampler = Sampler(max_running, device)
-        self._chosen = torch.zeros(max_running, dtype=torch.int64, device=device)  # the last token of every slot
+        self._staging = None if staged is None else Staging(torch.device(device))
+        self._sampler = Sampler(max_running, device, self._staging)
         self._steps: deque[_Step] = deque()
         self._description = description
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, batch: Batch) -> None:
-        """Forward pass of the whole batch; logits of the rows that sample, and of no others."""
+        """Forward pass of the whole batch; logits of the rows that sample, and of no others.
+
+        Raises DeviceFault for a CUDA error, MemoryError for a device that is full; so does `collect`.
+        """
+        with watching(f"step {plan.step}"):
+            self._launch(plan, batch)
+
+    def _launch(self, plan: StepPlan, batch: Batch) -> None:
         for seq in plan.seqs:
             if seq.admission is not None:
                 self._sampler.admit(seq.slot, seq.key[1], seq.admission)
@@ -113,11 +123,10 @@ class ModelRunner:
     def collect(self) -> StepResult:
         """Tokens by sequence of the plan, when they are there."""
         step = self._steps.popleft()
-        step.count_experts()
+        with watching(f"results of step {step.number}"):
+            step.count_experts()
+            sampled = step.sampled()
         token_ids: list[list[int]] = [[] for _ in range(step.num_seqs)]
-        if not step.sample_seqs:
-            return StepResult(token_ids)
-        sampled = step.sampled()
         for index, token_id in zip(step.sample_seqs, sampled.token_ids, strict=True):
             token_ids[index] = [token_id]
         logprobs: list[list[TokenLogprobs] | None] | None = None
@@ -133,9 +142,10 @@ class ModelRunner:
         counter, expert_ids = self.experts, inputs.expert_ids
         if counter is None or expert_ids is None:
             return _nothing
-        arrived = to_host(expert_ids)
+        chosen = [expert_ids]
+        arrived = self._staging.to_host(chosen) if self._staging else lambda: [ids.numpy() for ids in chosen]
         phase: Phase = "prefill" if inputs.num_expanded else "decode"
-        return lambda: counter.add(arrived()[0].numpy(), phase)
+        return lambda: counter.add(arrived()[0], phase)
 
     def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor, count_experts: Callable[[], None]) -> _Step:
         """Choose the step's tokens: at once if the next step may be launched before they are collected."""
@@ -143,19 +153,19 @@ class ModelRunner:
         slots = [seq.slot for seq in sampling]
         positions = [seq.start + len(seq.token_ids) for seq in sampling]
         if not slots:
-            return _Step(len(plan.seqs), [], Sampled([]).itself, count_experts)
+            return _Step(plan.step, len(plan.seqs), [], Sampled([]).itself, count_experts)
         if self._overlap:
-            chosen, sampled = self._sampler.launch(logits, slots, positions)
-            self._chosen[torch.tensor(slots).to(self._chosen.device)] = chosen
+            pending = {row for row, seq in enumerate(sampling) if seq.token_ids[-1] == PENDING}
+            sampled = self._sampler.launch(logits, slots, positions, pending)
         else:
             sampled = partial(self._sampler.sample, logits, slots, positions)
-        return _Step(len(plan.seqs), batch.sample_seqs, sampled, count_experts)
+        return _Step(plan.step, len(plan.seqs), batch.sample_seqs, sampled, count_experts)
 
     def _inputs(self, batch: Batch) -> tuple[ModelInputs, Tensor]:
         if self._staged is not None:
-            return self._staged.load(batch, self._chosen)
+            return self._staged.load(batch, self._sampler.chosen)
         if len(batch.pending_rows):
-            batch.token_ids[batch.pending_rows] = self._chosen.numpy()[batch.pending_slots]
+            batch.token_ids[batch.pending_rows] = self._sampler.chosen.numpy()[batch.pending_slots]
         return _in_place(batch)
 
     def describe(self) -> str:
@@ -193,8 +203,9 @@ def _queries(segments: Segments, tables: Tensor) -> PagedQueries:
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:
-    """A runner of the checkpoint's model. Raises CheckpointError, ConfigError."""
-    return make_runner(config, *load_model(config))
+    """A runner of the checkpoint's model. Raises CheckpointError, ConfigError, DeviceFault, MemoryError."""
+    with watching("loading"):
+        return make_runner(config, *load_model(config))
 
 
 def make_runner(config: EngineConfig, model: Model, kv: KVPool, description: str) -> ModelRunner:

@@ -188,7 +188,8 @@ def rounds(queries: PagedQueries) -> list[Round]:
 
 
 def _table(rows: list[list[int]], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32).to(device)
+    """On the device; from pinned memory, so that the host does not wait for the step that still runs."""
+    return torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _cut(queries: PagedQueries) -> list[tuple[list[list[int]], list[list[int]]]]:

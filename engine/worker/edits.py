@@ -1,0 +1,165 @@
+"""What a sequence changes in its logits before a token is chosen: bias, penalties, masked stop tokens.
+
+Everything that the host knows of a step's edits is laid out as arrays, which go to the device in one copy; there
+they are applied. What the host may not know yet is the last token, if the step before is still choosing it: its
+place in the penalties is found on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cierzo.kernels.ops import sampling as ops
+from cierzo.scheduler.params import SamplingParams
+from cierzo.scheduler.plan import Admission
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class TokenHistory:
+    """The distinct tokens that a sequence has seen, and how often each stands in its output."""
+
+    def __init__(self, prompt: Sequence[int], output: Sequence[int]) -> None:
+        seen = np.unique(np.array([*prompt, *output], np.int64))
+        self._size = len(seen)
+        self._token_ids = seen
+        self._counts = np.zeros(len(seen), np.int64)
+        self._index = {token_id: index for index, token_id in enumerate(seen.tolist())}
+        for token_id in output:
+            self._counts[self._index[token_id]] += 1
+
+    def append(self, token_id: int) -> None:
+        """Count a new output token."""
+        index = self._index.setdefault(token_id, self._size)
+        if index == self._size:
+            if index == len(self._token_ids):
+                self._token_ids, self._counts = (
+                    np.concatenate([array, np.zeros(max(64, index), np.int64)])
+                    for array in (self._token_ids, self._counts)
+                )
+            self._token_ids[index] = token_id
+            self._size += 1
+        self._counts[index] += 1
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """int64 [J], distinct."""
+        return self._token_ids[: self._size]
+
+    @property
+    def output_counts(self) -> NDArray[np.int64]:
+        """int64 [J], 0 for tokens of the prompt alone."""
+        return self._counts[: self._size]
+
+
+@dataclass(slots=True)
+class Edits:
+    """What one sequence changes in its logits before a token is chosen. Empty arrays: nothing."""
+
+    bias_ids: NDArray[np.int64]
+    bias: NDArray[np.float32]
+    penalties: tuple[float, float, float]  # repetition, presence, frequency
+    history: TokenHistory | None
+    stop_ids: NDArray[np.int64]
+    first_stop_tokens: int  # known tokens from which on a stop token may end the sequence, itself counted
+
+
+def edits_of(admission: Admission) -> Edits | None:
+    """What the parameters change in the logits; None for nothing."""
+    params = admission.sampling
+    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+    penalised = penalties != (1.0, 0.0, 0.0)
+    if not (params.logit_bias or penalised or params.min_tokens):
+        return None
+    return Edits(
+        bias_ids=np.array(list(params.logit_bias), np.int64),
+        bias=np.array(list(params.logit_bias.values()), np.float32),
+        penalties=penalties,
+        history=TokenHistory(admission.prompt_token_ids, admission.output_token_ids) if penalised else None,
+        stop_ids=_stop_ids(params, admission.eos_token_ids),
+        first_stop_tokens=len(admission.prompt_token_ids) + params.min_tokens,
+    )
+
+
+def _stop_ids(params: SamplingParams, eos_token_ids: tuple[int, ...]) -> NDArray[np.int64]:
+    """The tokens that `scheduler.stop` ends on."""
+    eos = () if params.ignore_eos else eos_token_ids
+    return np.array(sorted({*eos, *params.stop_token_ids}), np.int64)
+
+
+def arrays_of(
+    edited: list[tuple[int, Edits]], slots: list[int], positions: list[int], pending: Collection[int]
+) -> Arrays:
+    """The edits of a step's M rows, for `apply`. `edited`: rows, ascending, and their edits.
+
+    positions: of the token that a row is about to choose. pending: rows whose last token no history has yet.
+    """
+    seen = [(row, edit, edit.history) for row, edit in edited if edit.history is not None]
+    early = [(row, edit.stop_ids) for row, edit in edited if positions[row] + 1 < edit.first_stop_tokens]
+    arrays: Arrays = {"edited": np.array([row for row, _ in edited], np.int64)}
+    arrays |= _sparse("bias", [(row, edit.bias_ids, edit.bias) for row, edit in edited])
+    arrays |= _sparse("seen", [(row, history.token_ids, history.output_counts) for row, _, history in seen])
+    arrays |= _sparse("stop", [(row, stop_ids, stop_ids) for row, stop_ids in early])
+    if seen:
+        penalties = np.zeros((3, len(slots)), np.float32)
+        for row, edit, _ in seen:
+            penalties[:, row] = edit.penalties
+        arrays |= dict(zip(("repetition", "presence", "frequency"), penalties, strict=True))
+    late = [row for row, _, _ in seen if row in pending]
+    if late:
+        arrays["late"] = np.array(late, np.int64)
+        arrays["late_slots"] = np.array([slots[row] for row in late], np.int64)
+    return arrays
+
+
+def _sparse(name: str, entries: list[tuple[int, NDArray[Any], NDArray[Any]]]) -> Arrays:
+    """The rows' token ids and their values laid end to end; nothing where there are none."""
+    counts = [len(token_ids) for _, token_ids, _ in entries]
+    if not any(counts):
+        return {}
+    rows, token_ids, values = zip(*entries, strict=True)
+    return {
+        f"{name}_rows": np.repeat(np.array(rows, np.int64), counts),
+        f"{name}_ids": np.concatenate(token_ids),
+        f"{name}_values": np.concatenate(values),
+    }
+
+
+def apply(logits: Tensor, arrays: Mapping[str, Tensor], chosen: Tensor) -> None:
+    """Bias, penalties and masks, in this order, in place. logits fp32 [M,N].
+
+    chosen int64 [max_running]: the token that each slot's sequence was given last.
+    """
+    if "bias_rows" in arrays:
+        ops.add_bias(logits, arrays["bias_rows"], arrays["bias_ids"], arrays["bias_values"])
+    if "seen_rows" in arrays:
+        _penalise(logits, arrays, chosen)
+    if "stop_rows" in arrays:
+        ops.mask_tokens(logits, arrays["stop_rows"], arrays["stop_ids"])
+
+
+def _penalise(logits: Tensor, arrays: Mapping[str, Tensor], chosen: Tensor) -> None:
+    """Penalties by the histories. A token that they lack is penalised apart, as often as it stands in the output:
+    its logit is put back to what it was, lest it be penalised twice."""
+    rows, token_ids, counts = arrays["seen_rows"], arrays["seen_ids"], arrays["seen_values"]
+    penalties = [arrays[name] for name in ("repetition", "presence", "frequency")]
+    late = arrays.get("late")
+    if late is None:
+        ops.apply_penalties(logits, rows, token_ids, counts, *penalties)
+        return
+    last = chosen[arrays["late_slots"]]
+    before = logits[late, last]
+    ops.apply_penalties(logits, rows, token_ids, counts, *penalties)
+    logits[late, last] = before
+    by_row = torch.full((logits.shape[0],), -1, dtype=torch.int64, device=logits.device)
+    by_row[late] = last
+    again = torch.where(by_row[rows] == token_ids, counts, 0)
+    times = torch.zeros_like(by_row).index_add_(0, rows, again)[late] + 1  # whole numbers: in any order
+    ops.apply_penalties(logits, late, last, times, *penalties)
