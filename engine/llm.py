@@ -25,7 +25,7 @@ import msgspec
 from tqdm import tqdm
 
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.errors import ConfigError, InvalidRequest
+from cierzo.engine.errors import ConfigError, CoreFailed, InvalidRequest
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.frontend import SEED_BITS
@@ -45,6 +45,7 @@ from cierzo.engine.messages import (
     Usage,
 )
 from cierzo.engine.worker.core import EngineCore
+from cierzo.kernels.fault import DeviceFault
 
 Prompt = str | Sequence[int]
 PROGRESS_AFTER_S = 2.0
@@ -108,6 +109,7 @@ class LLM:
         self._prompts = PromptEncoder.load(Path(self._config.checkpoint))
         self._info = model_info(self._config, self._prompts)
         self._core: EngineCore | None = EngineCore(self._config)
+        self._fault = ""
         self._num_requests = 0
 
     @property
@@ -127,6 +129,7 @@ class LLM:
         `sampling` is for all prompts, or one each; None: the defaults. `progress` shows a bar on a terminal if it
         takes more than two seconds. The outputs are in the order of the prompts. Raises InvalidRequest, before
         anything runs, for a prompt or parameter that the RPC would refuse too: the message says which prompt's.
+        Raises CoreFailed when the device has failed, now and from then on: only a new process can use it again.
         """
         prompts = _listed(prompts)
         submits = []
@@ -171,12 +174,18 @@ class LLM:
         self.close()
 
     def _run(self, submits: list[Submit], progress: bool) -> list[Output]:
+        if self._fault:
+            raise CoreFailed(self._fault)
         if self._core is None:
             raise RuntimeError("this LLM is closed")
         run = _Run(self._core, self._config.scheduler.max_waiting)
         for submit in submits:
             run.add(submit, self._prompts)
-        run.finish(progress)
+        try:
+            run.finish(progress)
+        except DeviceFault as fault:
+            self._core, self._fault = None, f"this process cannot use its device any more: {fault}"
+            raise CoreFailed(self._fault) from fault
         return [job.output() for job in run.jobs.values()]
 
     def _submit(self, message: Generate) -> Submit:
@@ -240,7 +249,10 @@ class _Run:
         self.jobs[submit.request_id] = _Job(submit, samples, [[] for _ in samples], [[] for _ in samples])
 
     def finish(self, progress: bool) -> None:
-        """Step until every sample has ended. Interrupted, wherever that was, the core is left as good as new."""
+        """Step until every sample has ended. Interrupted, wherever that was, the core is left as good as new.
+
+        Not after a DeviceFault, which leaves nothing that could be used again.
+        """
         pending = deque(self.jobs.values())
         total = sum(len(job.samples) * job.submit.sampling.max_tokens for job in pending)
         disable = None if progress else True  # None: only on a terminal
@@ -254,6 +266,8 @@ class _Run:
                         if delta.finish is not None:  # what it was allowed to say, and did not
                             allowed = self.jobs[delta.request_id].submit.sampling.max_tokens
                             bar.total -= max(allowed - delta.finish.output_tokens, 0)
+            except DeviceFault:
+                raise
             except BaseException:
                 self._core.reset()
                 raise

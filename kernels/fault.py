@@ -44,6 +44,16 @@ def launched() -> str:
     return f"one of the last {len(_noted)} launches: {kernels or 'none of ours'}"
 
 
+def kernels_since(mark: str) -> str:
+    """The kernels launched since `mark` was noted, each once; "[rms_norm, linear]"."""
+    names: list[str] = []
+    for name in reversed(_noted):
+        if name == mark:
+            break
+        names.append(name.lstrip("_"))
+    return f"[{', '.join(dict.fromkeys(reversed(names)))}]"
+
+
 def described(name: str, arguments: Mapping[str, Any]) -> str:
     """A launch as a call: tensors by dtype, shape and address, other values as they are."""
     return f"{name}({', '.join(f'{key}={shown(value)}' for key, value in arguments.items())})"

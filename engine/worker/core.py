@@ -40,6 +40,10 @@ class Runner(Protocol):
         """The result of the step launched first of those not collected."""
         ...
 
+    def reset(self) -> None:
+        """Forget what was launched and not collected."""
+        ...
+
     def describe(self) -> str:
         """What runs, as printed at start."""
         ...
@@ -58,7 +62,7 @@ class EngineCore:
         limits = config.scheduler
         self._config = config
         self._clock = clock
-        self.reset()
+        self._forget()
         self._builder = BatchBuilder(
             max_tokens=limits.budget_tokens,
             max_running=limits.max_running,
@@ -70,8 +74,12 @@ class EngineCore:
     def reset(self) -> None:
         """Forget every request, without a word, and the prefix cache; the model stays loaded.
 
-        For a caller who was interrupted within a call: scheduler and cache may then disagree with each other.
+        For a caller who was interrupted within a call: scheduler, cache and runner may then disagree.
         """
+        self._runner.reset()
+        self._forget()
+
+    def _forget(self) -> None:
         self._cache = KVCacheManager(self._config.cache)
         self._scheduler = Scheduler(self._config.scheduler, self._cache, self._clock)
         self._refused: list[TokenDelta] = []

@@ -128,6 +128,10 @@ class FakeRunner:
         """The result of the step launched first of those not collected."""
         return self._results.popleft()
 
+    def reset(self) -> None:
+        """Forget what was launched and not collected."""
+        self._results.clear()
+
     def describe(self) -> str:
         """What runs, as printed at start."""
         return "fake runner    tokens are made up; no model is loaded"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cierzo.cache.pool import KVPool
 from cierzo.engine.model.inputs import ModelInputs
+from cierzo.kernels.fault import kernels_since, note
 from cierzo.kernels.ops.attention import PagedQueries
 
 # Between powers of two a step of many sequences would compute up to twice what it must.
@@ -71,6 +72,7 @@ class _Graph:
     inputs: ModelInputs
     recording: Recording
     logits: Tensor
+    name: str  # what a CUDA error calls a replay
 
 
 class DecodeGraphs:
@@ -112,6 +114,7 @@ class DecodeGraphs:
         if graph is None:
             graph = self._graphs[size, bound] = self._new_graph(size, bound, inputs)
         self._load(graph.inputs, inputs, count)
+        note(graph.name)
         graph.recording.replay()
         if inputs.expert_ids is not None and graph.inputs.expert_ids is not None:
             inputs.expert_ids.copy_(graph.inputs.expert_ids[:, :count])
@@ -148,8 +151,10 @@ class DecodeGraphs:
             queries.scratch.clear()  # what an earlier run derived lies in memory that is not the recording's
             found[:] = [self._model.logits(inputs, self._kv, None)]
 
+        name = f"recorded step of {size} sequences, {bound} tokens"
+        note(name)
         recording = self._record(forward)
-        return _Graph(inputs, recording, found[0])
+        return _Graph(inputs, recording, found[0], f"{name} {kernels_since(name)}")
 
     def _load(self, target: ModelInputs, source: ModelInputs, count: int) -> None:
         """The step's rows, and padding behind them."""

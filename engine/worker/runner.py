@@ -168,6 +168,14 @@ class ModelRunner:
             batch.token_ids[batch.pending_rows] = self._sampler.chosen.numpy()[batch.pending_slots]
         return _in_place(batch)
 
+    def reset(self) -> None:
+        """Forget what was launched and not collected. Overlapped steps are waited for: they read memory that the
+        next ones write."""
+        steps, self._steps = self._steps, deque()
+        if self._overlap:
+            for step in steps:
+                step.sampled()
+
     def describe(self) -> str:
         """The kernels in force, as printed at start."""
         return self._description

@@ -13,6 +13,7 @@ from cierzo.engine.messages import Abort, Finish, Submit, TokenDelta
 from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.core import EngineCore, Runner
 from cierzo.engine.worker.fake import FakeRunner, fake_config
+from cierzo.kernels.fault import DeviceFault
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import StepPlan, StepResult
@@ -326,7 +327,7 @@ def test_one_bad_row_fails_one_request() -> None:
         assert outcomes[request_id, 0].tokens == expected[request_id, 0].tokens
 
 
-@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), DeviceFault("CUDA error")])
 def test_what_is_not_the_steps_fault_passes(error: BaseException) -> None:
     core = make_core(runner=Breaking(1, error))
     core.submit(submit(1, [1, 2]))

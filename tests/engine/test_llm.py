@@ -15,10 +15,11 @@ import pytest
 import tokenizers
 
 from cierzo.engine import LLM, SamplingParams
-from cierzo.engine.errors import ConfigError, InvalidRequest
+from cierzo.engine.errors import ConfigError, CoreFailed, InvalidRequest
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner
+from cierzo.kernels.fault import DeviceFault
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True, logprobs=3, seed=1)
 SETTINGS = {"dtype": "float32", "threads": 1, "max_model_len": 128, "kv_cache_gib": 0.02, "block_tokens": 8}
@@ -146,6 +147,48 @@ def test_an_interrupted_call_leaves_nothing_behind(with_tokenizer: Path, monkeyp
         llm.generate([[1], [2]], SamplingParams(max_tokens=50))
     assert not llm._core.has_work()
     assert llm.generate([[1]], SamplingParams(max_tokens=3))[0].text == "abc"
+
+
+def test_after_a_fault_of_the_device_it_does_not_pretend_to_live_on(
+    with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = says(with_tokenizer, "abc")
+
+    def fails() -> None:
+        raise DeviceFault(
+            "step 1: CUDA error: unspecified launch failure; one of the last 2 launches: rms_norm (2)"
+        )
+
+    monkeypatch.setattr(llm._core._runner, "collect", fails)
+    monkeypatch.setattr(llm._core, "reset", lambda: pytest.fail("there is nothing to use again"))
+    for _ in range(2):
+        with pytest.raises(
+            CoreFailed, match=r"cannot use its device any more: step 1: CUDA error.* rms_norm \(2\)"
+        ):
+            llm.generate([[1], [2]], SamplingParams(max_tokens=5))
+    monkeypatch.undo()
+    with pytest.raises(CoreFailed, match="cannot use its device any more"):
+        llm.generate([[1]], SamplingParams(max_tokens=5))
+    assert llm._core is None  # model and cache are let go
+
+
+def test_what_was_in_flight_is_forgotten(with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overlapped, a step is always under way when Ctrl-C comes."""
+    llm = LLM(with_tokenizer, runner="fake", overlap="on", **SETTINGS)
+    params = SamplingParams(max_tokens=9, seed=1, ignore_eos=True)
+    (expected,) = llm.generate([[1, 2]], params)
+    plain, steps = llm._core.step, iter(range(100))
+
+    def interrupted() -> list:
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return plain()
+
+    monkeypatch.setattr(llm._core, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[7, 7, 7], [8]], params)
+    monkeypatch.undo()
+    assert llm.generate([[1, 2]], params)[0].token_ids == expected.token_ids
 
 
 def test_an_interruption_at_any_line_leaves_a_usable_engine(with_tokenizer: Path) -> None:

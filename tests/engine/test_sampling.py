@@ -59,9 +59,7 @@ class TableModel:
         return rows
 
 
-def run(
-    requests: list[Submit], model: TableModel | None = None, mode: str = "plain", **limits: int
-) -> dict[tuple[int, int], Answer]:
+def make_core(model: TableModel | None = None, mode: str = "plain", **limits: int) -> EngineCore:
     """mode: "plain"; "overlapped": tokens are chosen before the step before is collected; "staged": and copied."""
     scheduler = SchedulerConfig(
         **{"budget_tokens": 16, "max_chunk_tokens": 8, "max_running": 8, "max_model_len": 64, **limits}
@@ -75,7 +73,16 @@ def run(
         staged=DeviceInputs(torch.device("cpu")) if mode == "staged" else None,
         overlap=mode != "plain",
     )
-    core = EngineCore(config, runner)
+    return EngineCore(config, runner)
+
+
+def run(
+    requests: list[Submit], model: TableModel | None = None, mode: str = "plain", **limits: int
+) -> dict[tuple[int, int], Answer]:
+    return finish(make_core(model, mode, **limits), requests, mode)
+
+
+def finish(core: EngineCore, requests: list[Submit], mode: str) -> dict[tuple[int, int], Answer]:
     for request in requests:
         core.submit(request)
     answers: dict[tuple[int, int], Answer] = {}
@@ -169,6 +176,19 @@ def test_a_request_that_leaves_itself_no_token_fails_alone(temperature: float, m
     answers = run(requests, mode=mode)
     assert (answers[1, 0].finish.reason, answers[1, 0].finish.message) == ("failed", NOT_FINITE)
     assert answers[0, 0].tokens == directly(requests[0], 0)[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_core_that_was_reset_in_the_midst_of_steps_begins_anew(mode: str) -> None:
+    core = make_core(mode=mode)
+    for request in variety()[:5]:
+        core.submit(request)
+    for _ in range(4):
+        core.step_plain() if mode == "plain" else core.step_overlapped()
+    core.reset()
+    answers = finish(core, variety(), mode)
+    for request in variety():
+        assert answers[request.request_id, 0].tokens == directly(request, 0)[0]
 
 
 def test_only_rows_that_sample_reach_the_logits() -> None:

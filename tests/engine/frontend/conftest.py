@@ -277,17 +277,17 @@ def prompts(tokenizer: Tokenizer) -> PromptEncoder:
 
 
 @pytest.fixture
-def run() -> Callable[[Coroutine[Any, Any, None]], None]:
+def run() -> Callable[..., None]:
     """Run a test's coroutine on uvloop, and see that it leaves no task behind."""
 
-    async def watched(body: Coroutine[Any, Any, None]) -> None:
+    async def watched(body: Coroutine[Any, Any, None], limit_s: float) -> None:
         before = asyncio.all_tasks()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(limit_s):
             await body
         left = asyncio.all_tasks() - before
         assert not left, left
 
-    return lambda body: uvloop.run(watched(body))
+    return lambda body, limit_s=20.0: uvloop.run(watched(body, limit_s))
 
 
 @pytest.fixture
