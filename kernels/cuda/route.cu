@@ -4,41 +4,68 @@
 namespace {
 
 constexpr int ROWS = 8;          // of a warp's tile of logits
+constexpr int WIDE = 4;          // experts of a warp's tile when there are many rows
+constexpr int ACROSS = 4;        // warps of a block side by side, each with experts of its own
 constexpr int MAX_VALUES = 8;    // experts of a lane: 256 of a warp
 constexpr int CHOICE_WARPS = 4;  // rows of a block that chooses
 constexpr int MAX_GROUPS = 256;
 constexpr float TAKEN = -1.0f;  // less than any probability
 
-// The logits of one expert for ROWS rows. Lane l adds the products of the values 4 l .. 4 l + 3 of every 128, in
-// order; the lanes are added as a tree. So a logit's bits depend on its row and its expert alone.
-template <class X, class W>
-__device__ __forceinline__ void logits_of(const X* x, i64 x_stride, bool x_aligned, const W* weight, i64 weight_stride,
-                                          bool weight_aligned, float* logits, int rows, int experts, int width) {
-    const int lane = int(threadIdx.x) % WARP;
-    const int expert = int(blockIdx.y) * (int(blockDim.x) / WARP) + int(threadIdx.x) / WARP;
-    const int first = int(blockIdx.x) * ROWS;
-    if (expert >= experts) return;  // the whole warp
-    const W* w_row = weight + expert * weight_stride;
-    float sums[ROWS];
+// The logits of EXPERTS experts for ROWS rows. Lane l adds the products of the values 4 l .. 4 l + 3 of every 128, in
+// order; the lanes are added as a tree. So a logit's bits depend on its row and its expert alone, not on the tile.
+template <int EXPERTS, class X, class W>
+__device__ __forceinline__ void tile_of_logits(const X* x, i64 x_stride, bool x_aligned, const W* weight,
+                                               i64 weight_stride, bool weight_aligned, float* logits, int rows,
+                                               int experts, int width) {
+    const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP;
+    const int down = int(blockDim.x) / (ACROSS * WARP);  // warps of a block one below the other
+    const int expert = (int(blockIdx.y) * ACROSS + warp % ACROSS) * EXPERTS;
+    const int first = (int(blockIdx.x) * down + warp / ACROSS) * ROWS;
+    if (expert >= experts || first >= rows) return;  // the whole warp
+    float sums[EXPERTS][ROWS];
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) sums[i] = 0.0f;
-#pragma unroll 2
+    for (int e = 0; e < EXPERTS; ++e)
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) sums[e][i] = 0.0f;
+#pragma unroll EXPERTS == 1 ? 2 : 1
     for (int k = 4 * lane; k < width; k += 4 * WARP) {
-        const float4 w = load4(w_row, k, width, weight_aligned);
+        float4 w[EXPERTS];
+#pragma unroll
+        for (int e = 0; e < EXPERTS; ++e)
+            w[e] = load4(weight + smaller(expert + e, experts - 1) * weight_stride, k, width, weight_aligned);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
             if (first + i >= rows) continue;
             const float4 v = load4(x + (first + i) * x_stride, k, width, x_aligned);
-            sums[i] = fmaf(v.w, w.w, fmaf(v.z, w.z, fmaf(v.y, w.y, fmaf(v.x, w.x, sums[i]))));
+#pragma unroll
+            for (int e = 0; e < EXPERTS; ++e)
+                sums[e][i] =
+                    fmaf(v.w, w[e].w, fmaf(v.z, w[e].z, fmaf(v.y, w[e].y, fmaf(v.x, w[e].x, sums[e][i]))));
         }
     }
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-        float sum = sums[i];
+    for (int e = 0; e < EXPERTS; ++e) {
 #pragma unroll
-        for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
-        if (lane == 0 && first + i < rows) logits[i64(first + i) * experts + expert] = sum;
+        for (int i = 0; i < ROWS; ++i) {
+            float sum = sums[e][i];
+#pragma unroll
+            for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+            if (lane == 0 && first + i < rows && expert + e < experts)
+                logits[i64(first + i) * experts + expert + e] = sum;
+        }
     }
+}
+
+// Many rows want each value of a weight used more often, few rows want many warps. wide: WIDE experts to a warp.
+template <class X, class W>
+__device__ __forceinline__ void logits_of(const X* x, i64 x_stride, bool x_aligned, const W* weight, i64 weight_stride,
+                                          bool weight_aligned, float* logits, int rows, int experts, int width,
+                                          bool wide) {
+    if (wide)
+        tile_of_logits<WIDE>(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, experts,
+                             width);
+    else
+        tile_of_logits<1>(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, experts, width);
 }
 
 struct Best {
@@ -170,28 +197,28 @@ __device__ __forceinline__ void choose_for_row(float* values, int lane, int expe
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(256)
     route_logits_f32_f32(const float* x, i64 x_stride, int x_aligned, const float* weight, i64 weight_stride,
-                         int weight_aligned, float* logits, int rows, int experts, int width) {
-    logits_of(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, experts, width);
+                         int weight_aligned, float* logits, int rows, int experts, int width, int wide) {
+    logits_of(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, experts, width, wide);
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(256)
     route_logits_bf16_f32(const bf16* x, i64 x_stride, int x_aligned, const float* weight, i64 weight_stride,
-                          int weight_aligned, float* logits, int rows, int experts, int width) {
-    logits_of(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, experts, width);
+                          int weight_aligned, float* logits, int rows, int experts, int width, int wide) {
+    logits_of(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, experts, width, wide);
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(256)
     route_logits_f32_bf16(const float* x, i64 x_stride, int x_aligned, const bf16* weight, i64 weight_stride,
-                          int weight_aligned, float* logits, int rows, int experts, int width) {
-    logits_of(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, experts, width);
+                          int weight_aligned, float* logits, int rows, int experts, int width, int wide) {
+    logits_of(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, experts, width, wide);
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(256)
     route_logits_bf16_bf16(const bf16* x, i64 x_stride, int x_aligned, const bf16* weight, i64 weight_stride,
-                           int weight_aligned, float* logits, int rows, int experts, int width) {
-    logits_of(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, experts, width);
+                           int weight_aligned, float* logits, int rows, int experts, int width, int wide) {
+    logits_of(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, experts, width, wide);
 }
 
 // logits [rows, experts] -> ids, weights [rows, top_k]: one warp a row.
@@ -211,58 +238,118 @@ extern "C" __global__ void __launch_bounds__(128)
                    weights + row * top_k, p[warp], chosen[warp]);
 }
 
-// Pairs sorted by expert, in their order within one: one block, whose warps count a piece of the pairs each.
+// Pairs sorted by expert, in their order within one. A block has `each` tiles of 32 pairs, its warps a piece of them.
 //
 //     counters [warps][experts]: how many of the warp's pairs are the expert's; then where its next one goes
+//     firsts [experts]: where the expert's pairs begin
 //
-// Ids that are no expert's are left out: then starts[experts] is less than the number of pairs, and the end of
-// `order` is not written. No atomic operations: a warp's counter is raised by the first lane of those with one id.
+// With several blocks, count_by_expert has written what each of them has, counts [blocks][experts]; with one block
+// there is no need to. Ids that are no expert's are left out: then starts[experts] is less than the number of pairs,
+// and the end of `order` is not written. No atomic operations: a warp's counter is raised by the first lane of those
+// with one id.
+namespace {
+
+struct Share {
+    int begin, end;  // tiles
+};
+
+__device__ __forceinline__ Share share_of_warp(int pairs, int each) {
+    const int warp = int(threadIdx.x) / WARP, warps = int(blockDim.x) / WARP;
+    const int tiles = (pairs + WARP - 1) / WARP, first = int(blockIdx.x) * each, last = smaller(first + each, tiles);
+    const int of_warp = (each + warps - 1) / warps, begin = smaller(first + warp * of_warp, last);
+    return {begin, smaller(begin + of_warp, last)};
+}
+
+// Raises the warp's counters by its pairs; PLACES: the counters say where the pairs go.
+template <bool PLACES>
+__device__ __forceinline__ void walk(const i64* ids, Share share, int* own, const int* firsts, i64* order, int pairs,
+                                     int experts) {
+    const int lane = int(threadIdx.x) % WARP;
+    for (int tile = share.begin; tile < share.end; ++tile) {
+        const int i = tile * WARP + lane;
+        const i64 found = i < pairs ? ids[i] : -1;
+        const int id = u64(found) < u64(experts) ? int(found) : -1;
+        const u32 peers = __match_any_sync(ALL_LANES, id);
+        const int rank = __popc(peers & ((1u << lane) - 1));
+        if (PLACES && id >= 0) order[firsts[id] + own[id] + rank] = i;
+        __syncwarp();
+        if (id >= 0 && rank == 0) own[id] += __popc(peers);
+        __syncwarp();
+    }
+}
+
+__device__ __forceinline__ void count_own(const i64* ids, Share share, int* own, int pairs, int experts) {
+    for (int e = int(threadIdx.x) % WARP; e < experts; e += WARP) own[e] = 0;
+    __syncwarp();
+    walk<false>(ids, share, own, nullptr, nullptr, pairs, experts);
+}
+
+// The first warp: numbers of pairs become the places where they begin, 32 experts at a time; the total.
+__device__ __forceinline__ int laid_end_to_end(int* firsts, int experts) {
+    const int lane = int(threadIdx.x) % WARP;
+    int before = 0;
+    for (int base = 0; base < experts; base += WARP) {
+        const int e = base + lane, count = e < experts ? firsts[e] : 0;
+        int sum = count;
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            const int below = __shfl_up_sync(ALL_LANES, sum, step);
+            if (lane >= step) sum += below;
+        }
+        if (e < experts) firsts[e] = before + sum - count;
+        before += __shfl_sync(ALL_LANES, sum, WARP - 1);
+    }
+    return before;
+}
+
+}  // namespace
+
 extern "C" __global__ void __launch_bounds__(1024)
-    group_by_expert(const i64* ids, i64* order, i64* starts, int pairs, int experts) {
+    count_by_expert(const i64* ids, int* counts, int pairs, int each, int experts) {
     DYNAMIC_SHARED(shared);
     int* const counters = reinterpret_cast<int*>(shared);
-    const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP, warps = int(blockDim.x) / WARP;
-    const int tiles = (pairs + WARP - 1) / WARP, each = (tiles + warps - 1) / warps;
-    const int begin = smaller(warp * each, tiles), end = smaller(begin + each, tiles);
-    int* const own = counters + warp * experts;
-    for (int e = lane; e < experts; e += WARP) own[e] = 0;
-    __syncwarp();
-    for (int pass = 0; pass < 2; ++pass) {
-        for (int tile = begin; tile < end; ++tile) {
-            const int i = tile * WARP + lane;
-            const i64 found = i < pairs ? ids[i] : -1;
-            const int id = u64(found) < u64(experts) ? int(found) : -1;
-            const u32 peers = __match_any_sync(ALL_LANES, id);
-            const int rank = __popc(peers & ((1u << lane) - 1));
-            if (id >= 0 && pass == 1) order[own[id] + rank] = i;
-            __syncwarp();
-            if (id >= 0 && rank == 0) own[id] += __popc(peers);
-            __syncwarp();
-        }
-        if (pass == 1) break;
-        __syncthreads();
-        // Warp 0 lays the experts end to end, 32 at a time; a lane then walks over its expert's warps.
-        int before = 0;
-        for (int base = 0; warp == 0 && base < experts; base += WARP) {
-            const int e = base + lane;
-            int count = 0;
-            for (int w = 0; e < experts && w < warps; ++w) count += counters[w * experts + e];
-            int sum = count;
-#pragma unroll
-            for (int step = 1; step < WARP; step *= 2) {
-                const int below = __shfl_up_sync(ALL_LANES, sum, step);
-                if (lane >= step) sum += below;
-            }
-            int next = before + sum - count;
-            if (e < experts) starts[e] = next;
-            for (int w = 0; e < experts && w < warps; ++w) {
-                const int here = counters[w * experts + e];
-                counters[w * experts + e] = next;
-                next += here;
-            }
-            before += __shfl_sync(ALL_LANES, sum, WARP - 1);
-        }
-        if (warp == 0 && lane == 0) starts[experts] = before;
-        __syncthreads();
+    const int thread = int(threadIdx.x), threads = int(blockDim.x);
+    count_own(ids, share_of_warp(pairs, each), counters + thread / WARP * experts, pairs, experts);
+    __syncthreads();
+    for (int e = thread; e < experts; e += threads) {
+        int count = 0;
+        for (int w = 0; w < threads / WARP; ++w) count += counters[w * experts + e];
+        counts[i64(blockIdx.x) * experts + e] = count;
     }
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+    group_by_expert(const i64* ids, const int* counts, i64* order, i64* starts, int pairs, int each, int experts) {
+    DYNAMIC_SHARED(shared);
+    int* const counters = reinterpret_cast<int*>(shared);
+    const int thread = int(threadIdx.x), threads = int(blockDim.x), warps = threads / WARP;
+    int* const firsts = counters + warps * experts;
+    int* const own = counters + thread / WARP * experts;
+    const Share share = share_of_warp(pairs, each);
+    count_own(ids, share, own, pairs, experts);
+    __syncthreads();
+    // A thread an expert: its pairs in all blocks, and in those before; then where each warp's begin among them.
+    for (int e = thread; e < experts; e += threads) {
+        int total = 0, next = 0;
+#pragma unroll 8
+        for (int block = 0; counts && block < int(gridDim.x); ++block) {
+            const int count = counts[i64(block) * experts + e];
+            total += count;
+            next += block < int(blockIdx.x) ? count : 0;
+        }
+        for (int w = 0; w < warps; ++w) {
+            const int here = counters[w * experts + e];
+            counters[w * experts + e] = next;
+            next += here;
+        }
+        firsts[e] = counts ? total : next;
+    }
+    __syncthreads();
+    if (thread < WARP) {
+        const int total = laid_end_to_end(firsts, experts);
+        if (blockIdx.x == 0 && thread == 0) starts[experts] = total;
+    }
+    __syncthreads();
+    for (int e = thread; blockIdx.x == 0 && e < experts; e += threads) starts[e] = firsts[e];
+    walk<true>(ids, share, own, firsts, order, pairs, experts);
 }

@@ -327,9 +327,18 @@ def test_one_bad_row_fails_one_request() -> None:
         assert outcomes[request_id, 0].tokens == expected[request_id, 0].tokens
 
 
+@pytest.mark.parametrize("where", ["launch", "collect"])
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), DeviceFault("CUDA error")])
-def test_what_is_not_the_steps_fault_passes(error: BaseException) -> None:
-    core = make_core(runner=Breaking(1, error))
-    core.submit(submit(1, [1, 2]))
-    with pytest.raises(type(error)):
-        core.step_plain()
+def test_what_is_not_the_steps_fault_passes(
+    error: BaseException, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise error
+
+    for step in ("step_plain", "step_overlapped"):
+        core = make_core()
+        core.submit(submit(1, [1, 2], ignore_eos=True))
+        getattr(core, step)()  # overlapped, its result is still to be collected
+        monkeypatch.setattr(core._runner, where, breaks)
+        with pytest.raises(type(error)):
+            getattr(core, step)()

@@ -31,6 +31,7 @@ POINTERS = {
     "*f64": torch.float64,
     "*bf16": torch.bfloat16,
     "*i64": torch.int64,
+    "*i32": torch.int32,
     "*bytes": torch.uint8,
 }
 SCALARS: dict[str, type[np.generic]] = {"i32": np.int32, "i64": np.int64, "f32": np.float32}

@@ -11,7 +11,11 @@ from cierzo.kernels.formats.packed import Matrix
 
 MOST_EXPERTS = 256  # of the router: eight to a lane
 MOST_TOP_K = 32  # a lane each
-MOST_GROUPED = MOST_SHARED_BYTES // 4  # experts: a warp's counters
+MOST_GROUPED = MOST_SHARED_BYTES // 8  # experts: a warp's counters, and where each expert begins
+WIDE_ROWS = 256  # of a step, from which on tiles of logits are wide: they then make a block for each multiprocessor
+MOST_ALONE = 8192  # pairs that one block groups: 2048 tokens of 4 experts each
+_MOST_BLOCKS = 128
+_TILES = 32  # of 32 pairs each: a block's at least, if there are several
 _ROWS = 8  # of a tile of logits
 _WARPS = 4
 _WARP = 32
@@ -32,6 +36,7 @@ _LOGITS = {
             "rows": "i32",
             "experts": "i32",
             "width": "i32",
+            "wide": "i32",
         },
     )
     for x in _KINDS.values()
@@ -48,12 +53,12 @@ _CHOOSE = Kernel(
         "scale": "f32",
     },
 )
+_SIZES = {"pairs": "i32", "each": "i32", "experts": "i32"}
+_COUNT = Kernel("route.cu", "count_by_expert", {"ids": "*i64", "counts": "*i32", **_SIZES})
 _GROUP = Kernel(
-    "route.cu",
-    "group_by_expert",
-    {"ids": "*i64", "order": "*i64", "starts": "*i64", "pairs": "i32", "experts": "i32"},
+    "route.cu", "group_by_expert", {"ids": "*i64", "counts": "*i32", "order": "*i64", "starts": "*i64", **_SIZES}
 )
-KERNELS = (*_LOGITS.values(), _CHOOSE, _GROUP)
+KERNELS = (*_LOGITS.values(), _CHOOSE, _COUNT, _GROUP)
 
 
 def route(
@@ -99,7 +104,7 @@ def route(
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """fp32 [T,E]: every logit by the same steps whatever the rows beside it."""
+    """fp32 [T,E]: every logit by the same steps whatever the rows beside it, and in tiles of either width."""
     rows, width = x.shape
     experts = weight.shape[0]
     if width and x.stride(1) != 1:
@@ -107,10 +112,12 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
     if width and weight.stride(1) != 1:
         weight = weight.contiguous()
     logits = torch.empty((rows, experts), dtype=torch.float32, device=x.device)
+    wide = rows >= WIDE_ROWS  # then a block is two rows of warps with 4 experts each
+    down, across = (2, 4) if wide else (1, 1)
     launch(
         _LOGITS[_KINDS[x.dtype], _KINDS[weight.dtype]],
-        grid=(divide_up(rows, _ROWS), divide_up(experts, _WARPS)),
-        threads=_WARPS * _WARP,
+        grid=(divide_up(rows, _ROWS * down), divide_up(experts, _WARPS * across)),
+        threads=down * _WARPS * _WARP,
         x=x,
         x_stride=x.stride(0),
         x_aligned=is_aligned(x, 4),
@@ -121,28 +128,30 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
         rows=rows,
         experts=experts,
         width=width,
+        wide=wide,
     )
     return logits
 
 
 def group_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """See ops/moe.py. One launch of one block; ids that are no expert's are left out, as nobody waits for it."""
+    """See ops/moe.py. One launch of one block up to 8192 pairs; from there on one that counts and one that places.
+
+    Both give the same. Ids that are no expert's are left out, as nobody waits for it.
+    """
     limit = f"num_experts is {num_experts}, must be 1 .. {MOST_GROUPED}"
     require("group_by_expert", 1 <= num_experts <= MOST_GROUPED, limit)
     ids = expert_ids.contiguous()
     pairs = ids.numel()
     order = torch.empty(pairs, dtype=torch.int64, device=ids.device)
     starts = torch.empty(num_experts + 1, dtype=torch.int64, device=ids.device)
-    warps = min(max(1, divide_up(pairs, _WARP)), 32, MOST_SHARED_BYTES // (4 * num_experts))
-    launch(
-        _GROUP,
-        grid=(1,),
-        threads=warps * _WARP,
-        shared_bytes=4 * warps * num_experts,
-        ids=ids,
-        order=order,
-        starts=starts,
-        pairs=pairs,
-        experts=num_experts,
-    )
+    tiles = divide_up(pairs, _WARP)
+    each = tiles if pairs <= MOST_ALONE else max(_TILES, divide_up(tiles, _MOST_BLOCKS))
+    blocks = divide_up(tiles, each) if tiles else 1
+    warps = min(max(1, each), 32 if blocks == 1 else 8, MOST_SHARED_BYTES // (4 * num_experts) - 1)
+    counts = torch.empty((blocks, num_experts), dtype=torch.int32, device=ids.device) if blocks > 1 else None
+    shape = {"grid": (blocks,), "threads": warps * _WARP, "shared_bytes": 4 * (warps + 1) * num_experts}
+    sizes = {"pairs": pairs, "each": each, "experts": num_experts}
+    if counts is not None:
+        launch(_COUNT, **shape, ids=ids, counts=counts, **sizes)
+    launch(_GROUP, **shape, ids=ids, counts=counts, order=order, starts=starts, **sizes)
     return order, starts

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.cuda.launch.moe import MOST_ALONE
 from cierzo.kernels.ops import moe
 from cierzo.kernels.ref import moe as ref
 
@@ -35,6 +36,46 @@ def test_thousands_of_tokens_and_all_on_one_expert() -> None:
         assert torch.equal(groups.starts, starts)
 
 
+@pytest.mark.parametrize(
+    ("pairs", "top_k", "experts", "blocks"),
+    [
+        (MOST_ALONE - 4, 4, 128, 1),
+        (MOST_ALONE, 4, 128, 1),
+        (MOST_ALONE + 4, 4, 128, 9),  # the last has one tile, of four pairs
+        (MOST_ALONE + 8, 8, 256, 9),
+        (MOST_ALONE + 1, 1, 6144, 9),  # counters for a single warp
+        (9999, 3, 5, 10),
+        (16384 * 4, 4, 128, 64),
+        (16384 * 8, 8, 256, 128),
+        (40000 * 4, 4, 4, 125),  # more than 32 tiles to a block
+    ],
+)
+def test_large_steps_are_grouped_by_many_blocks(
+    backend, pairs: int, top_k: int, experts: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+    run = backend.run
+    monkeypatch.setattr(backend, "run", lambda *arguments: (launched.append(arguments), run(*arguments)))
+    ids = torch.randint(0, experts, (pairs // top_k, top_k), generator=torch.Generator().manual_seed(pairs))
+    ids = torch.where(ids % 3 == 0, ids // 2, ids)  # unevenly
+    groups = moe.group_by_expert(ids, experts)
+    order, starts = ref.group_by_expert(ids, experts)
+    assert torch.equal(groups.order, order)
+    assert torch.equal(groups.starts, starts)
+    names = ["group_by_expert"] if blocks == 1 else ["count_by_expert", "group_by_expert"]
+    assert [(kernel.name, grid) for kernel, _, grid, *_ in launched] == [(name, (blocks, 1, 1)) for name in names]
+
+
+def test_many_blocks_leave_out_what_is_no_expert_too() -> None:
+    ids = torch.randint(0, 40, (3000, 4), generator=torch.Generator().manual_seed(3))
+    inside = ids < 32
+    groups = moe.group_by_expert(torch.where(inside, ids, ids * 2**40 - 2**43), 32)
+    places = torch.arange(12000)[inside.flatten()]
+    expected = places[ids.flatten()[places].sort(stable=True).indices]
+    assert torch.equal(groups.order[: len(places)], expected)
+    assert torch.equal(groups.starts, torch.cat([torch.zeros(1), ids[inside].bincount().cumsum(0)]).long())
+
+
 def test_a_strided_view_is_grouped_as_its_copy() -> None:
     wide = torch.randint(0, 32, (50, 9), generator=torch.Generator().manual_seed(1))
     groups, copied = (moe.group_by_expert(ids, 32) for ids in (wide[:, 2:6], wide[:, 2:6].clone()))
@@ -48,5 +89,5 @@ def test_ids_that_are_no_experts_are_left_out() -> None:
 
 
 def test_more_experts_than_counters_are_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"group_by_expert: num_experts is 12289, must be 1 \.\. 12288"):
-        moe.group_by_expert(torch.zeros(1, 1, dtype=torch.int64), 12289)
+    with pytest.raises(ArgumentError, match=r"group_by_expert: num_experts is 6145, must be 1 \.\. 6144"):
+        moe.group_by_expert(torch.zeros(1, 1, dtype=torch.int64), 6145)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.cuda.launch import moe as launcher
 from cierzo.kernels.formats.pack import pack
 from cierzo.kernels.ops import moe
 from cierzo.kernels.ref import moe as ref
@@ -68,6 +69,34 @@ def test_a_row_is_routed_alike_alone_and_in_any_company(dtype: torch.dtype) -> N
     assert torch.equal(again[1], weights)
     columns = route(x.t().contiguous().t(), weight.t().contiguous().t())
     assert torch.equal(columns[1], weights)
+
+
+@pytest.mark.parametrize(("dtype", "router_dtype"), [(F32, F32), (BF16, BF16), (BF16, F32), (F32, BF16)])
+@pytest.mark.parametrize(("rows", "experts", "hidden"), [(1, 1, 4), (7, 3, 1), (17, 37, 260), (40, 18, 129)])
+def test_wide_tiles_give_the_bits_of_narrow_ones(
+    rows: int,
+    experts: int,
+    hidden: int,
+    dtype: torch.dtype,
+    router_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, weight = rows_and_router(rows, experts, hidden, dtype)
+    weight = weight.to(router_dtype)
+    found = []
+    for wide_from in (10**9, 1):
+        monkeypatch.setattr(launcher, "WIDE_ROWS", wide_from)
+        found.append(launcher._logits(x, weight))
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], (x.double() @ weight.double().T).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_has_the_same_bits_on_both_sides_of_the_switch(backend) -> None:
+    x, weight = rows_and_router(launcher.WIDE_ROWS + 9, 21, 40, BF16)
+    whole = launcher._logits(x, weight)
+    for rows in (launcher.WIDE_ROWS - 1, launcher.WIDE_ROWS, launcher.WIDE_ROWS + 1):
+        assert torch.equal(launcher._logits(x[:rows], weight), whole[:rows])
+        assert torch.equal(launcher._logits(x[-rows:], weight), whole[-rows:])
 
 
 def test_every_order_of_threads_gives_the_same_bits(backend) -> None:
