@@ -172,8 +172,8 @@ class ModelRunner:
         """Forget what was launched and not collected. Overlapped steps are waited for: they read memory that the
         next ones write."""
         steps, self._steps = self._steps, deque()
-        if self._overlap:
-            for step in steps:
+        with watching("reset"):
+            for step in steps if self._overlap else ():
                 step.sampled()
 
     def describe(self) -> str:

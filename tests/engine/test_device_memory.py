@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cierzo.engine import device_memory
+from cierzo.engine.cli import main
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig, read_model_config
@@ -60,6 +61,18 @@ def test_the_cache_takes_what_is_left_and_no_more(tmp_path: Path, monkeypatch: p
         resolve(EngineOptions(**options, kv_cache_gib=60))
     with pytest.raises(ConfigError, match="weights on cuda must be one of bf16, fp8, nvfp4"):
         resolve(EngineOptions(**{**options, "weights": "int4"}))
+
+
+def test_a_server_for_a_card_that_is_too_small_is_refused_with_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device_memory, "free_bytes", lambda: 16 << 30)
+    folder = write_config(tmp_path, "small4")
+    assert main(["serve", str(folder), "--device", "cuda", "--weights", "nvfp4"]) == 2
+    told = (
+        "cierzo: config_error: the GPU has 16.0 GiB free; weights in nvfp4 take 64.3 GiB, workspaces 4: nothing is"
+    )
+    assert capsys.readouterr().err.startswith(told)
 
 
 def test_without_a_driver_nothing_is_known() -> None:
