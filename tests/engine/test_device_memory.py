@@ -69,9 +69,7 @@ def test_a_server_for_a_card_that_is_too_small_is_refused_with_the_numbers(
     monkeypatch.setattr(device_memory, "free_bytes", lambda: 16 << 30)
     folder = write_config(tmp_path, "small4")
     assert main(["serve", str(folder), "--device", "cuda", "--weights", "nvfp4"]) == 2
-    told = (
-        "cierzo: config_error: the GPU has 16.0 GiB free; weights in nvfp4 take 64.3 GiB, workspaces 4: nothing is"
-    )
+    told = "cierzo: config_error: the GPU has 16.0 GiB free; weights in nvfp4 take 64.3 GiB, workspaces 4: nothing"
     assert capsys.readouterr().err.startswith(told)
 
 

@@ -149,9 +149,13 @@ def group_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     blocks = divide_up(tiles, each) if tiles else 1
     warps = min(max(1, each), 32 if blocks == 1 else 8, MOST_SHARED_BYTES // (4 * num_experts) - 1)
     counts = torch.empty((blocks, num_experts), dtype=torch.int32, device=ids.device) if blocks > 1 else None
-    shape = {"grid": (blocks,), "threads": warps * _WARP, "shared_bytes": 4 * (warps + 1) * num_experts}
-    sizes = {"pairs": pairs, "each": each, "experts": num_experts}
+
+    def run(kernel: Kernel, **arguments: Tensor | None) -> None:
+        shared_bytes = 4 * (warps + 1) * num_experts
+        sizes = {"pairs": pairs, "each": each, "experts": num_experts}
+        launch(kernel, grid=(blocks,), threads=warps * _WARP, shared_bytes=shared_bytes, **arguments, **sizes)
+
     if counts is not None:
-        launch(_COUNT, **shape, ids=ids, counts=counts, **sizes)
-    launch(_GROUP, **shape, ids=ids, counts=counts, order=order, starts=starts, **sizes)
+        run(_COUNT, ids=ids, counts=counts)
+    run(_GROUP, ids=ids, counts=counts, order=order, starts=starts)
     return order, starts
