@@ -159,6 +159,10 @@ class SimulatedRunner:
         self._clock.wait_until(ready_s)
         return result
 
+    def reset(self) -> None:
+        """Forget what was launched and not collected; the device is done with it as late."""
+        self._launched.clear()
+
     def describe(self) -> str:
         """What runs, as printed at start."""
         return (

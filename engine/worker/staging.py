@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -27,31 +28,41 @@ _TORCH = {
 }
 
 
+@dataclass(slots=True)
+class _Pair:
+    host: Tensor
+    twin: Tensor
+    copied: torch.cuda.Event | None = None  # the last copy from host to twin
+
+
 class Staging:
     """Owns two pairs of memory, used in turn: a step may be staged while the one before still runs.
 
-    So a step's tensors are valid until the next but one is staged, which must not be before its results were read.
+    A step's tensors are valid until the next but one is staged. That one waits, should the step's own copy still be
+    under way: a prompt's chunks have no results, so that nobody else might wait for them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pinned = device.type == "cuda"
-        self._pairs = deque((torch.empty(0, dtype=torch.uint8), torch.empty(0)) for _ in range(2))
+        self._pairs = deque(_Pair(torch.empty(0, dtype=torch.uint8), torch.empty(0)) for _ in range(2))
 
     def to_device(self, arrays: Sequence[NDArray[Any]]) -> list[Tensor]:
         """Twins of the arrays, flat, through one copy that nobody waits for."""
         starts = [0, *accumulate(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays)]
-        host, twin = self._pairs.popleft()
-        if host.numel() < starts[-1]:
-            host = torch.empty(2 * starts[-1], dtype=torch.uint8, pin_memory=self._pinned)
-            twin = torch.empty(2 * starts[-1], dtype=torch.uint8, device=self._device)
-        self._pairs.append((host, twin))
+        pair = self._pairs[0]
+        self._pairs.rotate()
+        if pair.copied is not None:
+            pair.copied.synchronize()
+        if pair.host.numel() < starts[-1]:
+            pair.host = torch.empty(2 * starts[-1], dtype=torch.uint8, pin_memory=self._pinned)
+            pair.twin = torch.empty(2 * starts[-1], dtype=torch.uint8, device=self._device)
+        host, twin = pair.host, pair.twin
         staging = host.numpy()
         for array, start in zip(arrays, starts, strict=False):
             staging[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        # The copy may still run when this returns: this memory is written to again when the step's result has been
-        # read, at the earliest.
         twin[: starts[-1]].copy_(host[: starts[-1]], non_blocking=True)
+        pair.copied = self._event()
         return [
             twin[start : start + array.nbytes].view(_TORCH[array.dtype])
             for array, start in zip(arrays, starts, strict=False)
@@ -65,9 +76,7 @@ class Staging:
         arrived.copy_(whole, non_blocking=True)
         pieces = arrived.split([tensor.numel() * tensor.element_size() for tensor in wide_first])
         twins = {id(tensor): piece for tensor, piece in zip(wide_first, pieces, strict=True)}
-        done = torch.cuda.Event() if self._pinned else None
-        if done is not None:
-            done.record()
+        done = self._event()
 
         def wait() -> list[NDArray[Any]]:
             if done is not None:
@@ -75,3 +84,11 @@ class Staging:
             return [twins[id(tensor)].view(tensor.dtype).view(tensor.shape).numpy() for tensor in tensors]
 
         return wait
+
+    def _event(self) -> torch.cuda.Event | None:
+        """Behind all that was begun; None where a copy is done when it returns."""
+        if not self._pinned:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cierzo.cache.config import CacheConfig
 from cierzo.cache.pool import KVPool
+from cierzo.engine.messages import Submit
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.device_inputs import DeviceInputs
@@ -83,7 +84,11 @@ def test_tokens_reach_the_next_step_and_nobody_waits(card: Card, recorded: bool,
         overlap=True,
     )
     core = EngineCore(fake_config(limits, cache, vocab_size=VOCAB, eos_token_ids=(EOS,)), runner)
-    for request in variety():
+    requests = [
+        *variety(),
+        Submit(request_id=99, prompt_token_ids=[3] * 50, sampling=SamplingParams(max_tokens=5, seed=1)),
+    ]
+    for request in requests:
         core.submit(request)
     tokens: dict[tuple[int, int], list[int]] = {}
     logprobs: dict[tuple[int, int], list[object]] = {}
@@ -93,7 +98,7 @@ def test_tokens_reach_the_next_step_and_nobody_waits(card: Card, recorded: bool,
             tokens.setdefault(key, []).extend(delta.token_ids)
             logprobs.setdefault(key, []).extend(delta.logprobs or [])
             assert delta.finish is None or delta.finish.reason in ("stop", "length"), delta.finish
-    for request in variety():
+    for request in requests:
         for sample in range(request.sampling.n):
             expected = directly(request, sample)
             assert tokens[request.request_id, sample] == expected[0], request
@@ -148,18 +153,27 @@ def test_the_stand_in_sees_whoever_waits(card: Card, wait: object) -> None:
 
 
 def test_the_stand_in_keeps_what_has_not_arrived_yet(card: Card) -> None:
-    staging = Staging(CUDA)
-    (there,) = staging.to_device([np.array([4, 5])])
+    there = torch.full((2,), 4, dtype=torch.int64, device=CUDA)
     arrived = torch.empty(2, dtype=torch.int64, pin_memory=True)
     arrived.copy_(there, non_blocking=True)
     assert arrived.tolist() == [-1, -1]
     event = torch.cuda.Event()
     event.record()
     event.synchronize()
-    assert arrived.tolist() == [4, 5]
-    for step in range(3):  # two pairs of memory: the third step is one too many in flight
-        staging.to_device([np.array([6, step])])
-    late = torch.cuda.Event()
-    late.record()
+    assert arrived.tolist() == [4, 4]
+    there.copy_(arrived, non_blocking=True)
+    arrived[0] = 5
+    event.record()
     with pytest.raises(Waits, match="while a copy from it could still run"):
-        late.synchronize()
+        event.synchronize()
+
+
+def test_memory_is_not_written_to_before_it_was_copied(card: Card) -> None:
+    """Chunks of a long prompt have no results that anybody waits for, so the host could run ahead of the device."""
+    staging = Staging(CUDA)
+    for step in range(9):
+        (there,) = staging.to_device([np.array([6, step])])
+        assert there.device == CUDA
+    event = torch.cuda.Event()
+    event.record()
+    event.synchronize()

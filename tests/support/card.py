@@ -11,6 +11,7 @@ Use with monkeypatch: torch.cuda.Event becomes `card.event`.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -57,8 +58,9 @@ class Card(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._pinned: dict[int, Tensor] = {}
-        self._to_arrive: list[tuple[Tensor, Tensor]] = []  # memory of the host, and what it will hold
-        self._in_flight: list[tuple[Tensor, Tensor]] = []  # memory of the host, and what must lie there
+        # Copies under way, in order: memory of the host, and what it must hold until then, or holds from then on.
+        self._copies: deque[tuple[Tensor, Tensor, bool]] = deque()
+        self._done = 0
 
     def event(self) -> Any:
         """In the place of torch.cuda.Event."""
@@ -113,7 +115,7 @@ class Card(TorchFunctionMode):
             self._send(source, non_blocking)
         if isinstance(source, OnCard) and not isinstance(target, OnCard):
             self._require_pinned(target, non_blocking, "to the host")
-            self._to_arrive.append((target, source.clone().as_subclass(Tensor)))
+            self._copies.append((target, source.clone().as_subclass(Tensor), True))
             target.view(torch.uint8).fill_(POISON)
             return target
         plain = source.as_subclass(Tensor)
@@ -121,7 +123,7 @@ class Card(TorchFunctionMode):
 
     def _send(self, source: Tensor, non_blocking: bool) -> None:
         self._require_pinned(source, non_blocking, "to the card")
-        self._in_flight.append((source, source.clone()))
+        self._copies.append((source, source.clone(), False))
 
     def _require_pinned(self, memory: Tensor, non_blocking: bool, where: str) -> None:
         if not non_blocking:
@@ -129,29 +131,31 @@ class Card(TorchFunctionMode):
         if memory.untyped_storage().data_ptr() not in self._pinned:
             raise Waits(f"a copy {where} past pinned memory")
 
-    def recorded(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-        """What an event that is recorded now stands behind."""
-        found = (self._to_arrive, self._in_flight)
-        self._to_arrive, self._in_flight = [], []
-        return found
+    def begun(self) -> int:
+        """How many copies were begun so far."""
+        return self._done + len(self._copies)
+
+    def finish(self, copies: int) -> None:
+        """The first so many copies of all are now done."""
+        while self._done < copies:
+            memory, there, arrives = self._copies.popleft()
+            self._done += 1
+            if arrives:
+                memory.copy_(there)
+            elif not torch.equal(memory.view(torch.uint8), there.view(torch.uint8)):
+                raise Waits("memory was written to while a copy from it could still run")
 
 
 class _Event:
     def __init__(self, card: Card) -> None:
         self._card = card
-        self._copies: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
+        self._copies = 0
 
     def record(self) -> None:
-        self._copies = self._card.recorded()
+        self._copies = self._card.begun()
 
     def synchronize(self) -> None:
-        """All that was begun before it is now done."""
-        for memory, there in self._copies[1]:
-            if not torch.equal(memory.view(torch.uint8), there.view(torch.uint8)):
-                raise Waits("memory was written to while a copy from it could still run")
-        for memory, arriving in self._copies[0]:
-            memory.copy_(arriving)
-        self._copies = ([], [])
+        self._card.finish(self._copies)
 
 
 def is_tensor(value: Any) -> bool:
