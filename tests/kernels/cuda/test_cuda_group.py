@@ -47,6 +47,7 @@ def test_thousands_of_tokens_and_all_on_one_expert() -> None:
         (9999, 3, 5, 10),
         (16384 * 4, 4, 128, 64),
         (16384 * 8, 8, 256, 128),
+        (16400 * 8, 8, 256, 125),  # 33 tiles to a block, which its warps do not share evenly
         (40000 * 4, 4, 4, 125),  # more than 32 tiles to a block
     ],
 )
