@@ -129,6 +129,17 @@ def test_a_triton_launch_names_its_kernel_and_arguments_and_those_before() -> No
     assert not isinstance(caught.value, DeviceFault)
 
 
+def test_a_tensor_descriptor_is_told_as_its_tensor() -> None:
+    configuration = Configuration(
+        Refusing(RuntimeError("Triton Error [CUDA]: misaligned address")),
+        {"x_ptr": "*bf16"},
+        {},
+        blocks={"x_ptr": (2, 8)},
+    )
+    with pytest.raises(DeviceFault, match=r"^scale\(x_ptr=torch.bfloat16 \[4, 8\] at 0x\w+\), grid \(1,\)"):
+        launch_triton(configuration, (1,), x_ptr=torch.zeros(4, 8, dtype=torch.bfloat16))
+
+
 def test_a_cuda_launch_names_its_kernel_and_arguments() -> None:
     class Failing:
         device_type = "cpu"
