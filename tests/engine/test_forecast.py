@@ -93,6 +93,7 @@ def test_forecast_is_what_the_simulated_engine_does(
     assert _figures(planned) == pytest.approx(_figures(measured), rel=TOLERANCE)
     stats = server.core.stats()
     assert (planned.preemptions, planned.steps) == (stats.preemptions, server.totals.steps)
+    assert planned.tokens == server.totals.tokens
     assert (planned.preemptions > 0) == preempts
     assert planned.kv_room_reached or not preempts
 
