@@ -36,10 +36,10 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     tenth of the requests: what starts and what runs dry is left out.
 
     time_to_first_token_s and completion_s count from arrival. running: sequences, on average over time, and the
-    most. most_waiting: sequences that waited at once. Shares of the time: what waits for memory, what waits for
-    arithmetic, exchanges between cards, overhead (launches, host). distinct_experts: in a layer, of a step on
-    average. limit_share: of the steps' time, what they would take at the device's rates. keeps_up: whether requests
-    end as fast as they come; a closed loop always does.
+    most. most_waiting: sequences that waited at once. keeps_up: whether requests end as fast as they come; a closed
+    loop always does. steps, tokens: computed from the start to the end. Shares of the time: what waits for memory,
+    what waits for arithmetic, exchanges between cards, overhead (launches, host); limit_share: what the steps would
+    take at the device's rates. distinct_experts: in a layer, of a step on average.
     """
 
     requests: int
@@ -56,6 +56,7 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     max_running_reached: bool
     keeps_up: bool
     steps: int
+    tokens: int
     memory_share: float
     arithmetic_share: float
     exchange_share: float
@@ -193,6 +194,7 @@ def _forecast(config: EngineConfig, load: Load, concurrency: int | None, model: 
         max_running_reached=course.max_running_reached,
         keeps_up=load.arrival_s is None or _keeps_up(took_s, arrival_s),
         steps=len(seconds),
+        tokens=round(float(np.sum(steps.shape.tokens))),
         memory_share=share(time.memory_s),
         arithmetic_share=share(time.arithmetic_s),
         exchange_share=share(time.exchange_s),

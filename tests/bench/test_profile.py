@@ -34,7 +34,7 @@ def test_every_kind_of_step_is_taken_apart(tmp_path: Path, monkeypatch: pytest.M
 def test_what_is_measured_is_what_the_profile_chooses(tmp_path: Path) -> None:
     """Its number formats; not its limits, where more sequences are asked for than it would run."""
     checkpoint = make_checkpoint(tmp_path / "model", like="small4", scale="tiny")
-    profiler = profile.Profiler(EngineOptions(model=str(checkpoint), profile="latency", threads=1), 8, 64, 1)
+    profiler = profile.Profiler(EngineOptions(model=str(checkpoint), profile="latency", threads=1), 8, 256, 1)
     assert (profiler.config.weights, profiler.config.scheduler.max_running) == ("int8", 8)
     step = profiler.decode(8, CEILINGS)
     assert step.step_ms > step.native_ms > 0

@@ -40,6 +40,7 @@ CASES = [  # model, device, workload, options, preemptions are expected
     ("small3", "h100", "256/300@40", FP8 | {"kv_cache_gib": 2.0, "prefix_caching": False}, True),
     ("small3", "4xh100", "1024/100@60", {"kv_cache_gib": 6.0}, True),
     ("small3", "h200", "2048/64@100", NVFP4 | FP8, False),
+    ("small3", "h200", "16/1500@64", FP8, False),  # contexts that grow in one long stretch
     ("small4", "h200", "512/64@8/s", NVFP4, False),
     ("small4", "h200", "512:300/64@60/s", NVFP4, False),
     ("small3", "h100", "256/200@30/s", FP8 | {"kv_cache_gib": 1.0}, True),
@@ -93,6 +94,7 @@ def test_forecast_is_what_the_simulated_engine_does(
     assert _figures(planned) == pytest.approx(_figures(measured), rel=TOLERANCE)
     stats = server.core.stats()
     assert (planned.preemptions, planned.steps) == (stats.preemptions, server.totals.steps)
+    assert planned.tokens == server.totals.tokens
     assert (planned.preemptions > 0) == preempts
     assert planned.kv_room_reached or not preempts
 
