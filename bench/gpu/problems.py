@@ -21,6 +21,7 @@ from cierzo.kernels.triton.heuristics import APART_TOKENS
 from cierzo.kernels.triton.split import SPLITS
 
 META = torch.device("meta")
+E4M3 = "*fp8e4nv"
 STEPS = tuple(size for size in SIZES if size.name in ("decode 64", "prefill 4096"))
 
 
@@ -77,6 +78,11 @@ def _format(constants: Any) -> str:
     return "bf16" if constants["FORMAT"] == "plain" else str(constants["FORMAT"])
 
 
+def _row_bytes(values: int, pointer: str) -> int:
+    """Of a row of activations: e4m3 codes have a scale."""
+    return values + 4 if pointer == E4M3 else values * VALUE_BYTES
+
+
 def _pages(pointer: str) -> str:
     return {"*bf16": "bf16", "*fp8e4nv": "fp8"}[pointer]
 
@@ -86,14 +92,16 @@ def _pages(pointer: str) -> str:
 
 @kernel
 def rms_norm(configuration: Any, size: Size) -> Work | None:
-    """Rows of D values."""
-    return _operation("rms_norm", replace(SMALL4, hidden=configuration.constants["D"]), size)
+    """Rows of D values, out as they are or as e4m3 codes."""
+    name = "rms_norm_fp8" if E4M3 in configuration.types.values() else "rms_norm"
+    return _operation(name, replace(SMALL4, hidden=configuration.constants["D"]), size)
 
 
 @kernel
 def add_rms_norm(configuration: Any, size: Size) -> Work | None:
-    """Rows of D values, and the residual."""
-    return _operation("add_rms_norm", replace(SMALL4, hidden=configuration.constants["D"]), size)
+    """The same, and the residual."""
+    name = "add_rms_norm_fp8" if E4M3 in configuration.types.values() else "add_rms_norm"
+    return _operation(name, replace(SMALL4, hidden=configuration.constants["D"]), size)
 
 
 @kernel
@@ -149,37 +157,58 @@ def linear(configuration: Any, size: Size) -> Work | None:
     work = _operation("linear", replace(SMALL4, hidden=rows, heads=1, value_dim=k), size, format)
     if work is None or (constants["APART"] and size.rows > APART_TOKENS):
         return None
-    written = rows // 2 * VALUE_BYTES if constants["PAIRED"] else rows * VALUE_BYTES
+    types = configuration.types
+    written = _row_bytes(rows // 2 if constants["PAIRED"] else rows, types["out_ptr"])
     written = constants["PARTS"] * rows * 4 if constants["APART"] else written
-    return replace(work, num_bytes=work.num_bytes + size.rows * (written - rows * VALUE_BYTES))
+    moved = _row_bytes(k, types["x_ptr"]) + written - (k + rows) * VALUE_BYTES  # the case has both in bf16
+    return replace(work, num_bytes=work.num_bytes + size.rows * moved)
+
+
+@kernel
+def quantise_rows(configuration: Any, size: Size) -> Work:
+    """A row a token."""
+    width = configuration.constants["D"]
+    return Work(size.rows * (width * VALUE_BYTES + _row_bytes(width, E4M3)))
+
+
+@kernel
+def quantise_pairs(configuration: Any, size: Size) -> Work:
+    """A row for each expert that a token goes to."""
+    constants = configuration.constants
+    written = (constants["SLOTS"] + constants["SHARED"]) * _row_bytes(constants["D"], E4M3)
+    return Work(size.rows * (constants["D"] * VALUE_BYTES + written))
 
 
 # --- parts of an operation ---------------------------------------------------------------------------------
 
 
 def _expert_work(configuration: Any, size: Size, read: int, written: int) -> Work:
-    """read, written: values of a row."""
+    """read, written: bytes of all rows of a token."""
     constants = configuration.constants
     shape, make = (constants["ROWS"], constants["K"]), DeviceMaker(False, _format(constants), "meta")
     model = replace(SMALL4, experts=constants["E"], top_k=constants["SLOTS"])
     pairs = size.rows * (constants["SLOTS"] + constants["SHARED"])
     moved = expert_bytes(model, size, make.matrix(model.experts, *shape))
     moved += weight_bytes(make.matrix(*shape)) if constants["SHARED"] else 0
-    return Work(moved + (size.rows * read + pairs * written) * VALUE_BYTES, 2 * pairs * shape[0] * shape[1])
+    return Work(moved + size.rows * (read + written), 2 * pairs * shape[0] * shape[1])
 
 
 @kernel
 def expert_gate_up(configuration: Any, size: Size) -> Work:
-    """Reads a row of x once for all of its experts."""
-    return _expert_work(configuration, size, configuration.constants["K"], configuration.constants["ROWS"] // 2)
+    """Reads a row of x once for all of its experts; of codes, one for each."""
+    constants, types = configuration.constants, configuration.types
+    pairs = constants["SLOTS"] + constants["SHARED"]
+    read = _row_bytes(constants["K"], types["x_ptr"]) * (pairs if types["x_ptr"] == E4M3 else 1)
+    return _expert_work(configuration, size, read, pairs * _row_bytes(constants["ROWS"] // 2, types["inner_ptr"]))
 
 
 @kernel
 def expert_down(configuration: Any, size: Size) -> Work:
     """Reads a row of its own for each expert."""
-    constants = configuration.constants
-    read = constants["K"] * (constants["SLOTS"] + constants["SHARED"])
-    return _expert_work(configuration, size, read, constants["ROWS"])
+    constants, types = configuration.constants, configuration.types
+    pairs = constants["SLOTS"] + constants["SHARED"]
+    read = pairs * _row_bytes(constants["K"], types["inner_ptr"])
+    return _expert_work(configuration, size, read, pairs * _row_bytes(constants["ROWS"], types["outputs_ptr"]))
 
 
 @kernel

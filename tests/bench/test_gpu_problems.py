@@ -52,6 +52,17 @@ def test_parts_of_the_experts_add_up_to_the_operation(format: str) -> None:
         assert up.num_bytes + down.num_bytes == call.num_bytes + between
 
 
+def test_rows_of_codes_are_half_as_wide_and_have_a_scale() -> None:
+    wide, codes = works("small4 o_proj fp8", "small4 o_proj fp8 x fp8")
+    assert wide["decode 64"].num_bytes - codes["decode 64"].num_bytes == 64 * (4096 - 4)
+    wide, codes = works("small4 expert_down fp8", "small4 expert_down fp8 x fp8")
+    assert wide["decode 64"].num_bytes - codes["decode 64"].num_bytes == 64 * 5 * (2048 - 4)
+    by_row, static = works("small4 shared_gate_up fp8 x fp8", "small4 shared_gate_up fp8 x fp8, static")
+    assert by_row["decode 64"].num_bytes - static["decode 64"].num_bytes == 64 * (2048 - 4)
+    (pairs,) = works("small4 experts, static")
+    assert pairs["decode 64"] == Work(64 * (4096 * 2 + 5 * 4100))
+
+
 def test_parts_of_a_prompts_attention_add_up_to_the_operation() -> None:
     parts = ("expand keys", "expand values", "flash")
     flops = sum(

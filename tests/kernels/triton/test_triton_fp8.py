@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from cierzo.kernels.ops import linear as door
 from cierzo.kernels.ref import linear as ref
 from cierzo.kernels.ref import moe as moe_ref
 from cierzo.kernels.ref import norm as norm_ref
-from cierzo.kernels.triton import activations, linear, moe, norm
+from cierzo.kernels.triton import activations, heuristics, linear, moe, norm
+from cierzo.kernels.triton.product import Weights
 
 DTYPES = [torch.float32, torch.bfloat16]
 STATIC = [None, 0.0625]
@@ -173,6 +175,19 @@ def test_a_row_has_the_same_bits_alone_and_in_company(static: float | None) -> N
     assert torch.equal(linear.linear(x[100:].clone(), weight), together[100:])
 
 
+def test_narrow_outputs_and_descriptors_keep_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of k in programs of their own or in one, read by pointers or through descriptors."""
+    x, weight = hostile(torch.bfloat16, 1152)[7:9], weights(70, 1152, None)
+    known = Weights.of("linear", weight)
+    monkeypatch.setattr(heuristics, "APART_TOKENS", 2)
+    assert heuristics.narrow(known, heuristics.tile(known, "*fp8e4nv", paired=False), 2)[1].apart
+    expected = linear.linear(x, weight)
+    for apart, described in ((1, None), (2, 0), (1, 0)):
+        monkeypatch.setattr(heuristics, "APART_TOKENS", apart)
+        monkeypatch.setattr(heuristics, "DESCRIBED_TOKENS", described)
+        assert torch.equal(linear.linear(x, weight), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("static", STATIC)
 def test_gated_mlp(static: float | None, dtype: torch.dtype) -> None:
@@ -274,6 +289,26 @@ def test_a_token_has_the_same_bits_alone_and_in_company(static: bool) -> None:
         one = slice(row, row + 1)
         alone = mixed(x[one].clone(), ids[one], shares[one].clone(), matrices, True)
         assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_experts_read_codes_through_descriptors(static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of x too: its rows lie in the order of the pairs."""
+    matrices, x = experts(static, torch.bfloat16), hostile(torch.bfloat16)[7:, :D]
+    ids, shares = torch.tensor([[0, 2], [2, 1], [1, 0]]), torch.full((3, 2), 0.5)
+    expected = mixed(x, ids, shares, matrices, shared=True)
+    found: list[set[str]] = []
+    original = moe.launch
+
+    def launch(configuration: Any, *arguments: Any, **named: Any) -> None:
+        found.append(set(configuration.blocks))
+        original(configuration, *arguments, **named)
+
+    monkeypatch.setattr(moe, "launch", launch)
+    monkeypatch.setattr(heuristics, "DESCRIBED_TOKENS", 0)
+    assert torch.equal(mixed(x, ids, shares, matrices, shared=True), expected)
+    both = {"codes_ptr", "shared_codes_ptr"}
+    assert found == [both | {"x_ptr"}, both | {"inner_ptr"}, set()]
 
 
 def test_a_shared_expert_of_its_own_kind() -> None:
