@@ -213,30 +213,68 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
     return bound.mla_decode(q, pages, queries, scale, rank)
 
 
-def gqa_prefill(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+def gqa_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    queries: PagedQueries,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Causal grouped-query attention for few long segments -> new [T,Hq,d]. See gqa_decode."""
-    _check_gqa("gqa_prefill", q, k_pages, v_pages, queries)
-    return bound.gqa_prefill(q, k_pages, v_pages, queries, scale)
+    _check_gqa("gqa_prefill", q, k_pages, v_pages, queries, window, sinks)
+    return bound.gqa_prefill(q, k_pages, v_pages, queries, scale, window, sinks)
 
 
-def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+def gqa_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    queries: PagedQueries,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Causal grouped-query attention for many short segments -> new [T,Hq,d].
 
     q [T,Hq,d], rotated; k_pages, v_pages [B,S,Hk,d] of its dtype, or INT8 [B,S,Hk,d+4]; q may be strided; query
     head h uses key-value head h // (Hq/Hk); softmax(scale q k) in fp32. Any segment length is allowed. Rows past
     the last segment: zero.
+
+    window, at least 1: the row at position p sees the positions p-window+1 .. p alone. What lies before the window
+    of a segment's first row is not read: those pages may be another sequence's by now, and their table entries
+    arbitrary. sinks, fp32 [Hq]: a logit per query head that joins the softmax's denominator and has no value, so
+    that a row's weights may sum to less than 1; it is not scaled, and -inf is none. The C++ kernels have neither
+    and refuse both by name.
+    Source: transformers 5.23, models/gpt_oss/modeling_gpt_oss.py, eager_attention_forward; its sliding window is
+    masking_utils.sliding_window_overlay: kv_idx > q_idx - sliding_window, beside kv_idx <= q_idx.
     """
-    _check_gqa("gqa_decode", q, k_pages, v_pages, queries)
-    return bound.gqa_decode(q, k_pages, v_pages, queries, scale)
+    _check_gqa("gqa_decode", q, k_pages, v_pages, queries, window, sinks)
+    return bound.gqa_decode(q, k_pages, v_pages, queries, scale, window, sinks)
 
 
-def _check_gqa(operation: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries) -> None:
+def _check_gqa(
+    operation: str,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    queries: PagedQueries,
+    window: int | None,
+    sinks: Tensor | None,
+) -> None:
     names = check.sizes(operation, q=(q, "T Hq d"), k_pages=(k_pages, "B S Hk *"), v_pages=(v_pages, "B S Hk *"))
     check.require(
         operation, names["Hq"] % names["Hk"] == 0, f"{names['Hq']} query heads, {names['Hk']} shared ones"
     )
     _check_pages(operation, names["d"], 1, q=q, k_pages=k_pages, v_pages=v_pages)
     _check_queries(operation, q, queries)
+    check.require(operation, window is None or window >= 1, f"window {window} is not at least 1")
+    if sinks is not None:
+        check.require(
+            operation, sinks.shape == (names["Hq"],), f"sinks {list(sinks.shape)}, q has {names['Hq']} heads"
+        )
+        check.dtype(operation, torch.float32, sinks=sinks)
 
 
 def _check_pages(operation: str, width: int, num_scales: int, /, **tensors: Tensor) -> None:

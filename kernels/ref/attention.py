@@ -122,16 +122,37 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
     return out[:, 0, :, :rank]
 
 
-def gqa_prefill(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+def gqa_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    queries: PagedQueries,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """See ops/attention.py."""
     gather, grouped = _gqa(q, k_pages, v_pages)
     out = torch.empty_like(grouped)
-    _by_segment(out, grouped, gather, queries, k_pages.shape[1], scale, longer_than=0)
+    if window is not None or sinks is not None:
+        _by_window(out, grouped, gather, queries, k_pages.shape[1], scale, window, sinks)
+    else:
+        _by_segment(out, grouped, gather, queries, k_pages.shape[1], scale, longer_than=0)
     return out.flatten(1, 2)
 
 
-def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+def gqa_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    queries: PagedQueries,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """See ops/attention.py."""
+    if window is not None or sinks is not None:
+        return gqa_prefill(q, k_pages, v_pages, queries, scale, window, sinks)
     gather, grouped = _gqa(q, k_pages, v_pages)
     out = torch.empty_like(grouped)
     _by_batch(out, grouped, gather, queries, k_pages.shape[1], scale)
@@ -207,6 +228,49 @@ def _causal(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         mask = positions <= last_seen[:, None]
         pieces.append(functional.scaled_dot_product_attention(piece, keys, values, attn_mask=mask, scale=scale))
     return torch.cat(pieces, dim=2).permute(2, 0, 1, 3)
+
+
+def _by_window(
+    out: Tensor,
+    q: Tensor,
+    gather: Gather,
+    queries: PagedQueries,
+    block_tokens: int,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+) -> None:
+    """All segments, one by one, with a window, sinks, or both: SDPA has no sinks. Also clears the rows past the last
+    segment. q [T,Hk,G,dk], out [T,Hk,G,dv]."""
+    start = 0
+    for index, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
+        position = context - length  # of the first row
+        first = max(0, position - window + 1) if window is not None else 0
+        if length:
+            keys, values = gather(_segment_slots(queries, index, context, block_tokens)[first:])
+            step = max(1, MASK_ELEMENTS // (context - first))
+            for row in range(0, length, step):
+                piece = slice(start + row, start + min(row + step, length))
+                out[piece] = _softmax(q[piece], keys, values, scale, position - first + row, window, sinks)
+        start += length
+    out[start:].zero_()
+
+
+def _softmax(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, position: int, window: int | None, sinks: Tensor | None
+) -> Tensor:
+    """Rows q [n,Hk,G,dk], the first at `position` of keys [c,Hk,dk] and values [c,Hk,dv] -> [n,Hk,G,dv]."""
+    scores = torch.einsum("nkgd,ckd->kgnc", q.float(), keys.float()) * scale
+    rows = torch.arange(position, position + len(q), device=q.device)[:, None]
+    tokens = torch.arange(len(keys), device=q.device)
+    hidden = tokens > rows
+    if window is not None:
+        hidden |= tokens <= rows - window
+    scores.masked_fill_(hidden, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(*q.shape[1:3], 1, 1).expand(-1, -1, len(q), -1)), dim=-1)
+    weights = scores.softmax(-1)[..., : len(keys)]
+    return torch.einsum("kgnc,ckd->nkgd", weights, values.float())
 
 
 def _by_batch(

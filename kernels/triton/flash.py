@@ -9,7 +9,9 @@
                      fp32, hence a stretch's length changes no bits
 
 Every row meets the same tiles of tokens in the same order, at multiples of TOKENS of the sequence, whatever rows
-stand beside it and wherever its chunk began. A token that a row must not see gets the weight 0. So a NaN in a
+stand beside it and wherever its chunk began. A token that a row must not see gets the weight 0. With a window, what
+lies before that of a segment's first row is not gathered, and a program begins with the tile in which the window of
+its first row does; a tile before a row's own leaves the row's state as it was, all zeros. So a NaN in a
 sequence's own written rows may reach its other rows of the same tiles; it never reaches another sequence.
 """
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.paged import load_tile, page_rows, tile_width
+from cierzo.kernels.triton.paged import load_tile, page_rows, sink_of, tile_width
 
 ROWS = 128  # query rows of a program
 TOKENS = 64  # of a tile; stretches begin at its multiples. With 128 the carried form spills registers
@@ -35,7 +37,8 @@ GATHERED = 32  # tokens of a program of `_gather`
 class Round:
     """One stretch of every segment that has one.
 
-    num_tokens: C, a multiple of TOKENS. gathers int32 [C/TOKENS,4]: table row, first position, end of the stretch.
+    num_tokens: C, a multiple of TOKENS. gathers int32 [C/TOKENS,4]: segment, first position, end of the stretch,
+    position before which no row sees.
     tiles int32 [n,8]: segment, first row in it, first position, end, its row in the workspace, whether this is the
     rows' first stretch, and their last.
     """
@@ -66,7 +69,7 @@ def _gather(
     offset = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     segment = tl.load(gathers_ptr + chunk * 4)
     positions = tl.load(gathers_ptr + chunk * 4 + 1) + offset
-    live = positions < tl.load(gathers_ptr + chunk * 4 + 2)
+    live = (positions < tl.load(gathers_ptr + chunk * 4 + 2)) & (positions >= tl.load(gathers_ptr + chunk * 4 + 3))
     table = tables_ptr + tl.load(table_rows_ptr + segment).to(tl.int64) * table_stride
     columns = tl.arange(0, BLOCK)
     values = load_tile(pages_ptr, page_rows(table, positions, live, S), live, columns, W, W, BLOCK)
@@ -79,7 +82,8 @@ def _gather(
 def _step(
     q, q_shared, keys_ptr, shared_ptr, values_ptr, row, position, sees, acc, largest, total, factor,
     HK: tl.constexpr, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, SHARED_STRIDE: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TOKENS: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens for ROWS query rows; pointers are those of the head."""
     rows = row.to(tl.int64) + tl.arange(0, TOKENS)
@@ -93,9 +97,14 @@ def _step(
     if MASKED:
         positions = position + tl.arange(0, TOKENS)
         scores = tl.where(positions[None, :] < sees[:, None], scores, float("-inf"))
+        if WINDOW > 0:
+            scores = tl.where(positions[None, :] < sees[:, None] - WINDOW, float("-inf"), scores)
     peak = tl.maximum(largest, tl.max(scores, 1))
-    weights = tl.exp2(scores - peak[:, None])
-    fade = tl.exp2(largest - peak)
+    base = peak
+    if WINDOW > 0:
+        base = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has seen nothing yet
+    weights = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(largest - base)
     total = total * fade + tl.sum(weights, 1)
     values = load_tile(values_ptr, rows, live, tl.arange(0, BLOCK_V), HK * V, V, BLOCK_V)
     acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
@@ -105,12 +114,12 @@ def _step(
 @kernel
 def _flash(
     q_ptr, keys_ptr, shared_ptr, values_ptr, out_ptr, acc_ptr, largest_ptr, total_ptr, tiles_ptr, query_starts_ptr,
-    context_lengths_ptr, factor,
+    context_lengths_ptr, sinks_ptr, factor,
     H: tl.constexpr, HK: tl.constexpr, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, SHARED_STRIDE: tl.constexpr, SHARED_COLUMN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TOKENS: tl.constexpr,
-    CARRIED: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
     tile = tiles_ptr + tl.program_id(0) * 8
     head = tl.program_id(1)
@@ -125,6 +134,8 @@ def _flash(
     inside = rows < length
     sees_first = tl.load(context_lengths_ptr + segment) - length + first_row + 1
     sees = sees_first + tl.arange(0, ROWS)
+    if WINDOW > 0:  # rows past the last one see what it does: nothing would be 0 / 0
+        sees = tl.minimum(sees, tl.load(context_lengths_ptr + segment))
     # 64-bit addresses of the tile, 32-bit offsets in it: half the registers
     query = (start + first_row).to(tl.int64)
     offsets = tl.arange(0, ROWS)
@@ -140,6 +151,9 @@ def _flash(
 
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    if SINKS:  # as if a token of that score and without a value came first
+        largest = total + sink_of(sinks_ptr, head)
+        total += 1.0
     acc = tl.zeros((ROWS, BLOCK_V), tl.float32)
     columns = tl.arange(0, BLOCK_V)
     kept = inside[:, None] & (columns < V)[None, :]
@@ -152,18 +166,20 @@ def _flash(
             total = tl.load(total_ptr + state + offsets, mask=inside, other=0.0)
             acc = tl.load(acc_ptr + state * V + whole, mask=kept, other=0.0)
 
-    all_see = tl.maximum(begin, tl.minimum(end, sees_first) // TOKENS * TOKENS)  # up to here no row needs a mask
-    for position in range(begin, all_see, TOKENS):
-        acc, largest, total = _step(
-            q, q_shared, keys, shared, values, workspace_row + position - begin, position, sees,
-            acc, largest, total, factor,
-            HK, A, B, V, SHARED_STRIDE, BLOCK_A, BLOCK_B, BLOCK_V, TOKENS, False,
-        )  # fmt: skip
+    all_see = begin  # up to here no row needs a mask; the tiles of a window are few, and most of them need one
+    if WINDOW == 0:
+        all_see = tl.maximum(begin, tl.minimum(end, sees_first) // TOKENS * TOKENS)
+        for position in range(begin, all_see, TOKENS):
+            acc, largest, total = _step(
+                q, q_shared, keys, shared, values, workspace_row + position - begin, position, sees,
+                acc, largest, total, factor,
+                HK, A, B, V, SHARED_STRIDE, BLOCK_A, BLOCK_B, BLOCK_V, TOKENS, WINDOW, False,
+            )  # fmt: skip
     for position in range(all_see, end, TOKENS):
         acc, largest, total = _step(
             q, q_shared, keys, shared, values, workspace_row + position - begin, position, sees,
             acc, largest, total, factor,
-            HK, A, B, V, SHARED_STRIDE, BLOCK_A, BLOCK_B, BLOCK_V, TOKENS, True,
+            HK, A, B, V, SHARED_STRIDE, BLOCK_A, BLOCK_B, BLOCK_V, TOKENS, WINDOW, True,
         )  # fmt: skip
 
     if CARRIED:  # noqa: SIM102 (as above)
@@ -175,14 +191,14 @@ def _flash(
     tl.store(out_ptr + state * V + whole, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)
 
 
-def rounds(queries: PagedQueries) -> list[Round]:
-    """Of this step; made once, found again in the next layer."""
-    key = ("triton prefill rounds", WORKSPACE_TOKENS)
+def rounds(queries: PagedQueries, window: int = 0) -> list[Round]:
+    """Of this step; made once, found again in the next layer. window: 0 is none."""
+    key = ("triton prefill rounds", WORKSPACE_TOKENS, window)
     if key not in queries.scratch:
         device = queries.block_tables.device
         queries.scratch[key] = [
             Round(len(gathers) * TOKENS, _table(gathers, device), _table(tiles, device))
-            for gathers, tiles in _cut(queries)
+            for gathers, tiles in _cut(queries, window)
         ]
     return queries.scratch[key]
 
@@ -192,20 +208,21 @@ def _table(rows: list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def _cut(queries: PagedQueries) -> list[tuple[list[list[int]], list[list[int]]]]:
+def _cut(queries: PagedQueries, window: int) -> list[tuple[list[list[int]], list[list[int]]]]:
     """gathers and tiles of each round."""
     found: list[tuple[list[list[int]], list[list[int]]]] = []
     room = 0
     for segment, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
-        begin = 0
+        begin = _first_tile(context - length, window)
         while length and begin < context:
             if room == 0:
                 found.append(([], []))
                 room = WORKSPACE_TOKENS // TOKENS
             gathers, tiles = found[-1]
             end = min(context, begin + room * TOKENS)
-            tiles += _tiles(segment, length, context, begin, end, len(gathers) * TOKENS)
-            gathers += [[segment, first, end, 0] for first in range(begin, end, TOKENS)]
+            tiles += _tiles(segment, length, context, begin, end, len(gathers) * TOKENS, window)
+            unseen = max(0, context - length + 1 - window) if window else 0
+            gathers += [[segment, first, end, unseen] for first in range(begin, end, TOKENS)]
             room = WORKSPACE_TOKENS // TOKENS - len(gathers)
             begin = end
     for _, tiles in found:
@@ -213,13 +230,23 @@ def _cut(queries: PagedQueries) -> list[tuple[list[list[int]], list[list[int]]]]
     return found
 
 
-def _tiles(segment: int, length: int, context: int, begin: int, end: int, workspace_row: int) -> list[list[int]]:
-    """Of one segment, those with a row that sees past `begin`."""
+def _first_tile(position: int, window: int) -> int:
+    """First position of the tile of tokens in which the window of the row at `position` begins."""
+    return max(0, position + 1 - window) // TOKENS * TOKENS if window else 0
+
+
+def _tiles(
+    segment: int, length: int, context: int, begin: int, end: int, workspace_row: int, window: int
+) -> list[list[int]]:
+    """Of one segment, those with a row that sees some of begin .. end."""
     tiles = []
     for first in range(0, length, ROWS):
         seen = context - length + min(first + ROWS, length)
-        if seen > begin:
-            tiles.append([segment, first, begin, min(seen, end), workspace_row, begin == 0, seen <= end, 0])
+        unseen = _first_tile(context - length + first, window)
+        if seen > begin and unseen < end:
+            start = max(begin, unseen)
+            row = workspace_row + start - begin
+            tiles.append([segment, first, start, min(seen, end), row, begin <= unseen, seen <= end, 0])
     return tiles
 
 
@@ -243,10 +270,19 @@ def gather(pages: Tensor, queries: PagedQueries, of: Round, dtype: torch.dtype) 
 class Flash:
     """One call's attention, round by round, into out [T,H,V]; rows past the last segment are cleared."""
 
-    def __init__(self, q: Tensor, out: Tensor, queries: PagedQueries, factor: float) -> None:
-        """factor: of the scores, log2 e included."""
+    def __init__(
+        self,
+        q: Tensor,
+        out: Tensor,
+        queries: PagedQueries,
+        factor: float,
+        window: int = 0,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """factor: of the scores, log2 e included; window: 0 is none; sinks: [H]."""
         self._q, self._out, self._queries, self._factor = q, out, queries, factor
-        self._carried = len(rounds(queries)) > 1
+        self._window, self._sinks = window, sinks
+        self._carried = len(rounds(queries, window)) > 1
         size = out.shape if self._carried else (1, 1, 1)
         self._acc = torch.empty(size, dtype=torch.float32, device=out.device)
         self._largest, self._total = torch.empty_like(self._acc[..., 0]), torch.empty_like(self._acc[..., 0])
@@ -262,6 +298,8 @@ class Flash:
             (self._q.stride(0), self._q.stride(1)),
             (operands.shared.stride(0), operands.shared_column),
             self._carried,
+            self._window,
+            self._sinks is not None,
         )
         launch(
             configuration,
@@ -277,6 +315,7 @@ class Flash:
             tiles_ptr=of.tiles,
             query_starts_ptr=self._queries.query_starts,
             context_lengths_ptr=self._queries.context_lengths,
+            sinks_ptr=self._total if self._sinks is None else self._sinks,  # in the first case not read
             factor=self._factor,
         )
 
@@ -295,12 +334,14 @@ def flash_configuration(
     strides: tuple[int, int],
     shared: tuple[int, int],
     carried: bool,
+    window: int = 0,
+    sinks: bool = False,
 ) -> Configuration:
     """heads: of queries, and of keys; widths: A, B, V of Operands; strides: of q's tokens and heads;
-    shared: the stride of its rows, and its first column."""
+    shared: the stride of its rows, and its first column; window: 0 is none."""
     types = (
         dict.fromkeys(("q_ptr", "keys_ptr", "shared_ptr", "values_ptr", "out_ptr"), pointer)
-        | dict.fromkeys(("acc_ptr", "largest_ptr", "total_ptr"), "*fp32")
+        | dict.fromkeys(("acc_ptr", "largest_ptr", "total_ptr", "sinks_ptr"), "*fp32")
         | dict.fromkeys(("tiles_ptr", "query_starts_ptr", "context_lengths_ptr"), "*i32")
         | {"factor": "fp32"}
     )
@@ -319,6 +360,8 @@ def flash_configuration(
         "BLOCK_B": tile_width(widths[1]) if widths[1] else 16,
         "BLOCK_V": tile_width(widths[2]),
         "TOKENS": TOKENS,
+        "WINDOW": window,
+        "SINKS": sinks,
         "CARRIED": carried,
     }
     return Configuration(_flash, types, constants, num_warps=8, num_stages=3)

@@ -1,7 +1,8 @@
 """Grouped-query attention over pages [B,S,Hk,d]: decoding by splits of the context, prompts by way of a workspace.
 
 A program of decoding holds the query heads of one key-value head, for a few query tokens of one segment.
-There is no sliding window and no sink: no model that this engine serves has them.
+A sliding window leaves out the splits, tiles and stretches before it; what a tile holds besides is masked. A sink is
+one more logit of the sum: of the parts of a context in decoding, of the running sum in prompts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from cierzo.kernels.triton.flash import Flash, Operands, flash_configuration, ga
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.paged import (
     BLOCK_TOKENS,
+    GPT_OSS_HEADS,
+    GPT_OSS_WIDTH,
+    GPT_OSS_WINDOW,
     LOG2_E,
     PAGES,
     SMALL3_HEADS,
@@ -39,13 +43,14 @@ def _gqa_attend(
     factor,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
-    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
+    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
     kv_head = tl.program_id(1)
     begin, end = round_items(
-        firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end, SHORT, SHORTS, LONG
-    )
+        query_starts_ptr, firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
+        SHORT, SHORTS, LONG, WINDOW,
+    )  # fmt: skip
     item = begin + slot
     if item >= end:
         return
@@ -58,6 +63,10 @@ def _gqa_attend(
     last_token = tl.minimum(first_row + ROWS - 1, length * G - 1) // G
     begin = split_start(split, SHORT, SHORTS, LONG)
     end = tl.minimum(split_start(split + 1, SHORT, SHORTS, LONG), context - length + last_token + 1)
+    first_seen = 0
+    if WINDOW > 0:
+        first_seen = tl.maximum(context - length + first_row // G + 1 - WINDOW, 0)
+        begin = tl.maximum(begin, first_seen // TOKENS * TOKENS)
     if begin >= end:  # no row of this tile sees so far
         return
 
@@ -77,11 +86,15 @@ def _gqa_attend(
     for position in range(begin, end, TOKENS):
         positions = position + tl.arange(0, TOKENS)
         live = positions < end
+        if WINDOW > 0:
+            live = live & (positions >= first_seen)  # the pages before may be another sequence's
         page_row = page_rows(table, positions, live, S) * HK + kv_head
         keys = load_tile(k_pages_ptr, page_row, live, columns, D, D, BLOCK_D).to(dtype)
         values = load_tile(v_pages_ptr, page_row, live, columns, D, D, BLOCK_D).to(dtype)
         scores = tl.dot(q, keys.T, input_precision="ieee") * factor
         scores = tl.where(positions[None, :] < sees[:, None], scores, float("-inf"))
+        if WINDOW > 0:
+            scores = tl.where(positions[None, :] < sees[:, None] - WINDOW, float("-inf"), scores)
         peak = tl.maximum(largest, tl.max(scores, 1))
         base = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has seen nothing yet
         weights = tl.exp2(scores - base[:, None])
@@ -99,13 +112,21 @@ def _gqa_attend(
     tl.store(partials_ptr + out[:, None] * D + columns[None, :], acc, mask=stored)
 
 
-def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+def gqa_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    queries: PagedQueries,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """See ops/attention.py. Pages of q's dtype or of float8_e4m3fn."""
     _check("gqa_decode", q, k_pages, v_pages)
     out = q.new_empty(q.shape)
     num_rows, heads, width = q.shape
     shared = k_pages.shape[2]
-    shape = Shape(kv_heads=shared, group=heads // shared, width=width)
+    shape = Shape(kv_heads=shared, group=heads // shared, width=width, window=window or 0)
     plan = split.plan(queries, shape, num_rows)
     partials = Partials.empty(plan, shape)
     configuration = decode_configuration(
@@ -131,16 +152,24 @@ def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQuerie
             factor=scale * LOG2_E,
             **part.arguments(),
         )
-        split.combine(out, partials, queries, plan, shape, part)
+        split.combine(out, partials, queries, plan, shape, part, sinks)
     return out
 
 
-def gqa_prefill(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
+def gqa_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    queries: PagedQueries,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """See ops/attention.py. Pages of q's dtype or of float8_e4m3fn."""
     _check("gqa_prefill", q, k_pages, v_pages)
     out = q.new_empty(q.shape)
-    flash = Flash(q, out, queries, scale * LOG2_E)
-    for part in rounds(queries):
+    flash = Flash(q, out, queries, scale * LOG2_E, window or 0, sinks)
+    for part in rounds(queries, window or 0):
         rows = [gather(pages, queries, part, q.dtype) for pages in (k_pages, v_pages)]
         keys, values = (row.unflatten(1, (k_pages.shape[2], -1)) for row in rows)
         flash.attend(part, Operands(keys, rows[0], 0, 0, values))
@@ -175,29 +204,38 @@ def decode_configuration(
         "TOKENS": TOKENS,
         "BLOCK_D": tile_width(shape.width),
         **split.SPLITS.constants(),
+        "WINDOW": shape.window,
     }
     return Configuration(_gqa_attend, types, constants, num_warps=4, num_stages=2)
 
 
 def configurations() -> Iterator[tuple[str, Configuration]]:
-    """Of Small 3 and its shards; queries lie in the rows of one product, before keys and values."""
-    for heads, shared in SMALL3_HEADS:
-        shape = Shape(shared, heads // shared, SMALL3_WIDTH)
-        strides = ((heads + 2 * shared) * SMALL3_WIDTH, SMALL3_WIDTH)
-        for kind, pages in PAGES.items():
-            yield (
-                f"gqa_decode {heads}/{shared} heads, {kind} pages",
-                decode_configuration("*bf16", pages, shape, BLOCK_TOKENS, strides),
-            )
-            yield (
-                f"gqa_prefill {shared} heads, gather, {kind} pages",
-                gather_configuration("*bf16", pages, shared * SMALL3_WIDTH, BLOCK_TOKENS),
-            )
-        yield f"gqa_decode {heads}/{shared} heads, plan", split.plan_configuration(shape)
-        yield f"gqa_decode {heads}/{shared} heads, combine", split.combine_configuration("*bf16", shape)
-        for carried in (False, True):
-            widths, stride = (SMALL3_WIDTH, 0, SMALL3_WIDTH), shared * SMALL3_WIDTH
-            yield (
-                f"gqa_prefill {heads}/{shared} heads, flash" + (", carried" if carried else ""),
-                flash_configuration("*bf16", (heads, shared), widths, strides, (stride, 0), carried),
-            )
+    """Of Small 3 and of gpt-oss, whose layers have a window in turn, and their shards."""
+    for heads in SMALL3_HEADS:
+        yield from _configurations_of(heads, SMALL3_WIDTH, 0, False)
+    for heads in GPT_OSS_HEADS:
+        for window in (0, GPT_OSS_WINDOW):
+            yield from _configurations_of(heads, GPT_OSS_WIDTH, window, True)
+
+
+def _configurations_of(
+    heads: tuple[int, int], width: int, window: int, sinks: bool
+) -> Iterator[tuple[str, Configuration]]:
+    """heads: of queries, and of keys; queries lie in the rows of one product, before keys and values."""
+    shared = heads[1]
+    shape = Shape(shared, heads[0] // shared, width, window=window)
+    strides = ((heads[0] + 2 * shared) * width, width)
+    name = f"{heads[0]}/{shared} heads" + (f", window {window}" if window else "") + (", sinks" if sinks else "")
+    for kind, pages in PAGES.items():
+        yield f"gqa_decode {name}, {kind} pages", decode_configuration("*bf16", pages, shape, BLOCK_TOKENS, strides)
+        if not window:
+            gathered = gather_configuration("*bf16", pages, shared * width, BLOCK_TOKENS)
+            yield f"gqa_prefill {shared} heads of {width}, gather, {kind} pages", gathered
+    yield f"gqa_decode {name}, plan", split.plan_configuration(shape)
+    yield f"gqa_decode {name}, combine", split.combine_configuration("*bf16", shape, sinks)
+    for carried in (False, True):
+        widths, stride = (width, 0, width), shared * width
+        yield (
+            f"gqa_prefill {name}, flash" + (", carried" if carried else ""),
+            flash_configuration("*bf16", heads, widths, strides, (stride, 0), carried, window, sinks),
+        )

@@ -56,8 +56,9 @@ def _mla_attend(
 ):  # fmt: skip
     slot = tl.program_id(0)
     begin, end = round_items(
-        firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end, SHORT, SHORTS, LONG
-    )
+        query_starts_ptr, firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
+        SHORT, SHORTS, LONG, 0,
+    )  # fmt: skip
     item = begin + slot
     if item >= end:
         return

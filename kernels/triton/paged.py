@@ -12,13 +12,16 @@ from cierzo.kernels.triton.launch import kernel
 LOG2_E = 1.4426950408889634  # softmax by exp2: the factor goes into the scale
 SUPPORTED = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
-# The sizes that each file's `configurations` are about: Small 4 and Small 3, whole and in tensor-parallel shards.
+# The sizes that each file's `configurations` are about: Small 4 and Small 3, and the
+# attention of gpt-oss, whole and in tensor-parallel shards.
 BLOCK_TOKENS = 32  # the cache's default
 PAGES = {"bf16": "*bf16", "fp8": "*fp8e4nv"}
 SMALL4_HEADS = (32, 16, 8, 4)
 RANK, ROPE, NOPE, VALUE = 256, 64, 64, 128
 SMALL3_HEADS = ((32, 8), (16, 4), (8, 2), (4, 1))
 SMALL3_WIDTH = 128
+GPT_OSS_HEADS = ((64, 8), (32, 4), (16, 2), (8, 1))
+GPT_OSS_WIDTH, GPT_OSS_WINDOW = 64, 128
 
 
 def require_pages(operation: str, **pages: Tensor) -> None:
@@ -58,3 +61,9 @@ def load_tile(pointer, rows, live, columns, STRIDE: tl.constexpr, WIDTH: tl.cons
     if WIDTH < BLOCK:
         inside = inside & (columns < WIDTH)[None, :]
     return tl.load(pointer + rows[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0)
+
+
+@kernel
+def sink_of(sinks_ptr, head):
+    """The logit of a query head's sink, as a power of two: what scores are when they meet exp2."""
+    return tl.load(sinks_ptr + head) * 1.4426950408889634  # LOG2_E

@@ -12,6 +12,9 @@ added in order of position. Which rows share a tile changes no row's bits: each 
     items      | segment 0: tile 0: splits 0 1 2, tile 1: splits 0 1 2 | segment 1: ... |      int32 [I, 4]
                 ^ firsts[0]                                             ^ firsts[1]      ^ firsts[N]
 
+With a window, a segment's splits begin with the one in which the window of its first row begins, and a row's with the
+one in which its own does: none are made for the context before.
+
 The items are made on the device (`_plan`, once a step) from query_starts and context_lengths alone, so a captured
 graph makes them anew at each replay. The host decides how many programs run: as many as its own lists ask for,
 which in a graph are upper bounds, or as `total_context` does. Programs past the last item exit; rows that find no
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.paged import tile_width
+from cierzo.kernels.triton.paged import sink_of, tile_width
 
 ROWS = (
     64  # of a tile: what a product of a whole warp group takes. Reading pages costs more than the rows that stand
@@ -46,10 +49,11 @@ class Splits:
     shorts: int
     long: int
 
-    def count(self, context: int) -> int:
-        """Splits of a context."""
+    def count(self, context: int, seen: int = 0) -> int:
+        """Splits of a context, at most; with `seen`, of so many tokens at the end of this or a shorter context."""
         rest = context - self.short * self.shorts
-        return -(-context // self.short) if rest <= 0 else self.shorts + -(-rest // self.long)
+        whole = -(-context // self.short) if rest <= 0 else self.shorts + -(-rest // self.long)
+        return min(whole, -(-(seen - 1) // min(self.short, self.long)) + 1) if seen else whole
 
     def constants(self) -> dict[str, int]:
         """As the kernels name them."""
@@ -61,12 +65,18 @@ SPLITS = Splits(512, 16, 1024)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of one decoding: KV heads, query heads of each, width of a result, rows of a tile."""
+    """Of one decoding: KV heads, query heads of each, width of a result, rows of a tile; tokens that a row sees, its
+    own included, where 0 is all of them."""
 
     kv_heads: int
     group: int
     width: int
     rows: int = ROWS
+    window: int = 0
+
+    def splits(self, length: int, context: int) -> int:
+        """Of a segment, at most, if these are its sizes or bounds of them."""
+        return SPLITS.count(context, self.window + length - 1 if self.window else 0)
 
     @property
     def item_bytes(self) -> int:
@@ -122,15 +132,37 @@ def split_count(context, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.con
 
 
 @kernel
+def first_split(sees, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr):
+    """The split in which the window of a row begins that sees no position from `sees` on."""
+    if WINDOW == 0:
+        return sees * 0
+    position = tl.maximum(sees - WINDOW, 0)
+    rest = position - SHORT * SHORTS
+    return tl.where(rest < 0, position // SHORT, SHORTS + tl.maximum(rest, 0) // LONG)
+
+
+@kernel
+def segment_splits(
+    context, length, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr
+):
+    """A segment's first split, and how many they are."""
+    first = first_split(context - length + 1, SHORT, SHORTS, LONG, WINDOW)
+    return first, split_count(context, SHORT, SHORTS, LONG) - first
+
+
+@kernel
 def round_items(
-    firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
-    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
+    query_starts_ptr, firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
+    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """First item of a round, and the one past its last."""
     begin = tl.load(firsts_ptr + segment_start)
     end = tl.load(firsts_ptr + segment_end)
     if tile_end >= 0:
-        splits = split_count(tl.load(context_lengths_ptr + segment_start), SHORT, SHORTS, LONG)
+        start = tl.load(query_starts_ptr + segment_start)
+        length = tl.load(query_starts_ptr + segment_start + 1) - start
+        context = tl.load(context_lengths_ptr + segment_start)
+        _, splits = segment_splits(context, length, SHORT, SHORTS, LONG, WINDOW)
         end = tl.minimum(end, begin + tile_end * splits)
         begin += tile_start * splits
     return begin, end
@@ -140,7 +172,7 @@ def round_items(
 def _plan(
     query_starts_ptr, context_lengths_ptr, items_ptr, firsts_ptr, row_segments_ptr, segments, limit,
     G: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
@@ -151,10 +183,12 @@ def _plan(
         start = tl.load(query_starts_ptr + others, mask=live, other=0)
         length = tl.load(query_starts_ptr + others + 1, mask=live, other=0) - start
         context = tl.load(context_lengths_ptr + others, mask=live, other=0)
-        first += tl.sum((length * G + ROWS - 1) // ROWS * split_count(context, SHORT, SHORTS, LONG))
+        _, splits = segment_splits(context, length, SHORT, SHORTS, LONG, WINDOW)
+        first += tl.sum((length * G + ROWS - 1) // ROWS * splits)
     start = tl.load(query_starts_ptr + segment)
     length = tl.load(query_starts_ptr + segment + 1) - start
-    splits = split_count(tl.load(context_lengths_ptr + segment), SHORT, SHORTS, LONG)
+    context = tl.load(context_lengths_ptr + segment)
+    begin, splits = segment_splits(context, length, SHORT, SHORTS, LONG, WINDOW)
     count = (length * G + ROWS - 1) // ROWS * splits
     tl.store(firsts_ptr + segment, first)
     if segment == segments - 1:
@@ -165,17 +199,18 @@ def _plan(
         item = items_ptr + (first + index) * 4
         tl.store(item, segment + 0 * index, mask=fits)
         tl.store(item + 1, index // splits * ROWS, mask=fits)
-        tl.store(item + 2, index % splits, mask=fits)
+        tl.store(item + 2, begin + index % splits, mask=fits)
     for base in range(0, length, BLOCK):
         tl.store(row_segments_ptr + start + base + lanes, segment + 0 * lanes, mask=base + lanes < length)
 
 
 @kernel
 def _combine(
-    partials_ptr, maxima_ptr, sums_ptr, out_ptr, query_starts_ptr, context_lengths_ptr, firsts_ptr,
+    partials_ptr, maxima_ptr, sums_ptr, out_ptr, sinks_ptr, query_starts_ptr, context_lengths_ptr, firsts_ptr,
     row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
     HK: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
-    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, CHUNK: tl.constexpr,
+    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0)
     head = tl.program_id(1)
@@ -191,13 +226,17 @@ def _combine(
     length = tl.load(query_starts_ptr + segment + 1) - start
     context = tl.load(context_lengths_ptr + segment)
     row = (query - start) * G + head % G
-    first = tl.load(firsts_ptr + segment) + row // ROWS * split_count(context, SHORT, SHORTS, LONG)
+    made, splits = segment_splits(context, length, SHORT, SHORTS, LONG, WINDOW)
+    first = tl.load(firsts_ptr + segment) + row // ROWS * splits
     begin, end = round_items(
-        firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end, SHORT, SHORTS, LONG
-    )
+        query_starts_ptr, firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
+        SHORT, SHORTS, LONG, WINDOW,
+    )  # fmt: skip
     if (first < begin) | (first >= end):
         return  # of another round
-    splits = split_count(context - length + query - start + 1, SHORT, SHORTS, LONG)
+    sees = context - length + query - start + 1
+    unseen = first_split(sees, SHORT, SHORTS, LONG, WINDOW) - made  # of the segment's splits
+    splits = split_count(sees, SHORT, SHORTS, LONG) - made
     if first - begin + splits > capacity:  # past a bound that was too small
         tl.store(out, (zero + float("nan")).to(out_ptr.dtype.element_ty), mask=wide)
         return
@@ -205,14 +244,17 @@ def _combine(
     step = HK * ROWS
     base = (first - begin).to(tl.int64) * step + head // G * ROWS + row % ROWS
     largest = float("-inf")
-    for split in range(0, splits, CHUNK):
+    if SINKS:
+        largest = sink_of(sinks_ptr, head)
+        total = largest
+    for split in range(unseen, splits, CHUNK):
         maxima = tl.load(
             maxima_ptr + base + (split + lanes) * step, mask=split + lanes < splits, other=float("-inf")
         )
         largest = tl.maximum(largest, tl.max(maxima))
-    total = 0.0
+    total = tl.exp2(total - largest) if SINKS else 0.0
     acc = zero
-    for split in range(0, splits, CHUNK):
+    for split in range(unseen, splits, CHUNK):
         live = split + lanes < splits
         rows = base + (split + lanes) * step
         weights = tl.exp2(tl.load(maxima_ptr + rows, mask=live, other=float("-inf")) - largest)
@@ -262,7 +304,7 @@ def _rounds(queries: PagedQueries, shape: Shape) -> list[Round]:
     most = max(1, PARTIAL_BYTES // shape.item_bytes)
     rounds, start, held = [], 0, 0
     for segment, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
-        tiles, splits = -(-length * shape.group // shape.rows), SPLITS.count(context)
+        tiles, splits = -(-length * shape.group // shape.rows), shape.splits(length, context)
         if held and held + tiles * splits > most:
             rounds.append(Round(start, segment, 0, -1, held))
             start, held = segment, 0
@@ -294,15 +336,24 @@ class Partials:
         return cls(torch.empty(*size, shape.width, dtype=torch.float32, device=device), maxima, sums)
 
 
-def combine(out: Tensor, partials: Partials, queries: PagedQueries, plan: Plan, shape: Shape, part: Round) -> None:
-    """Add up one round's partials into out [T, Hk G, W], and clear the rows past the last segment."""
+def combine(
+    out: Tensor,
+    partials: Partials,
+    queries: PagedQueries,
+    plan: Plan,
+    shape: Shape,
+    part: Round,
+    sinks: Tensor | None = None,
+) -> None:
+    """Add up one round's partials into out [T, Hk G, W], and clear the rows past the last segment. sinks [Hk G]."""
     launch(
-        combine_configuration(POINTER[out.dtype], shape),
+        combine_configuration(POINTER[out.dtype], shape, sinks is not None),
         (out.shape[0], out.shape[1]),
         partials_ptr=partials.values,
         maxima_ptr=partials.maxima,
         sums_ptr=partials.sums,
         out_ptr=out,
+        sinks_ptr=partials.sums if sinks is None else sinks,  # in the first case not read
         query_starts_ptr=queries.query_starts,
         context_lengths_ptr=queries.context_lengths,
         firsts_ptr=plan.firsts,
@@ -316,13 +367,14 @@ def plan_configuration(shape: Shape) -> Configuration:
     """Of the kernel that makes the items."""
     tables = ("query_starts_ptr", "context_lengths_ptr", "items_ptr", "firsts_ptr", "row_segments_ptr")
     types = dict.fromkeys(tables, "*i32") | dict.fromkeys(("segments", "limit"), "i32")
-    return Configuration(_plan, types, {"G": shape.group, "ROWS": shape.rows, **SPLITS.constants(), "BLOCK": 256})
+    constants = {"G": shape.group, "ROWS": shape.rows, **SPLITS.constants(), "WINDOW": shape.window, "BLOCK": 256}
+    return Configuration(_plan, types, constants)
 
 
-def combine_configuration(pointer: str, shape: Shape) -> Configuration:
+def combine_configuration(pointer: str, shape: Shape, sinks: bool = False) -> Configuration:
     """pointer: of the result, such as "*bf16"."""
     types = (
-        dict.fromkeys(("partials_ptr", "maxima_ptr", "sums_ptr"), "*fp32")
+        dict.fromkeys(("partials_ptr", "maxima_ptr", "sums_ptr", "sinks_ptr"), "*fp32")
         | {"out_ptr": pointer}
         | dict.fromkeys(("query_starts_ptr", "context_lengths_ptr", "firsts_ptr", "row_segments_ptr"), "*i32")
         | dict.fromkeys(("segment_start", "segment_end", "tile_start", "tile_end", "capacity"), "i32")
@@ -334,6 +386,8 @@ def combine_configuration(pointer: str, shape: Shape) -> Configuration:
         "W": shape.width,
         "BLOCK_W": tile_width(shape.width),
         **SPLITS.constants(),
+        "WINDOW": shape.window,
         "CHUNK": 16,
+        "SINKS": sinks,
     }
     return Configuration(_combine, types, constants)

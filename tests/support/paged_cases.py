@@ -88,15 +88,26 @@ def make_queries(segments: list[tuple[int, int]], rows: Tensor, tables: Tensor) 
     return PagedQueries(starts, torch.tensor(contexts).int(), rows.int(), tables, lengths, contexts)
 
 
-def attend(case: PagedCase, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
+def attend(
+    case: PagedCase,
+    keys: list[Tensor],
+    values: list[Tensor],
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """fp64 answer: keys[i], values[i] are [c, H, d] and [c, H, dv] of segment i -> [T, H, dv], spare rows zero."""
     rows = []
     start = 0
     for index, (length, context) in enumerate(zip(case.queries.query_lengths, case.queries.contexts, strict=True)):
         for i in range(length):
-            seen = context - length + i + 1
-            scores = torch.einsum("hd,chd->hc", case.q[start + i].double(), keys[index][:seen]) * scale
-            rows.append(torch.einsum("hc,chd->hd", scores.softmax(-1), values[index][:seen]))
+            end = context - length + i + 1
+            seen = slice(max(0, end - window) if window else 0, end)
+            scores = torch.einsum("hd,chd->hc", case.q[start + i].double(), keys[index][seen]) * scale
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[:, None].double()), 1)
+            weights = scores.softmax(-1)[:, : len(keys[index][seen])]
+            rows.append(torch.einsum("hc,chd->hd", weights, values[index][seen]))
         start += length
     spare = case.q.shape[0] - start
     width = values[0].shape[-1] if values else 0

@@ -5,7 +5,7 @@ Pages, tables and blocks are poisoned and scattered as in paged_cases.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from paged_cases import HUGE, NAN, make_queries
@@ -126,3 +126,24 @@ def make_batch(
     lengths = [(last - first, last) for _, first, last in segments]
     queries = make_queries(lengths, torch.tensor([which for which, _, _ in segments]), tables)
     return Batch(form, q, [page.unflatten(0, (-1, block_tokens)) for page in pages], queries)
+
+
+def forget(batch: Batch, window: int) -> Batch:
+    """The batch without what lies before the windows of its sequences' first rows, as if those blocks had been given
+    away: their table entries are huge, and all that is left of them in the pages is NaN."""
+    queries, tables = batch.queries, batch.queries.block_tables.clone()
+    pages = [page.clone() for page in batch.pages]
+    block_tokens = pages[0].shape[1]
+    firsts: dict[int, int] = {}
+    for row, length, context in zip(
+        queries.table_rows.tolist(), queries.query_lengths, queries.contexts, strict=True
+    ):
+        first = max(0, context - length + 1 - window)
+        firsts[row] = min(first, firsts.get(row, first))
+    for row, first in firsts.items():
+        for position in range(first):
+            block = tables[row, position // block_tokens]
+            for page in pages:
+                page[block, position % block_tokens] = NAN
+        tables[row, : first // block_tokens] = HUGE
+    return replace(batch, pages=pages, queries=replace(queries, block_tables=tables, scratch={}))

@@ -209,14 +209,41 @@ def _expander(name: str, weight: Matrix) -> PackedMatrix:
     return packed
 
 
-def gqa_prefill(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
-    """See ops/attention.py."""
+def gqa_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    queries: PagedQueries,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See ops/attention.py. No window, no sinks."""
+    _require_plain("gqa_prefill", window, sinks)
     return _gqa("gqa_prefill", q, k_pages, v_pages, queries, scale)
 
 
-def gqa_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, queries: PagedQueries, scale: float) -> Tensor:
-    """See ops/attention.py."""
+def gqa_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    queries: PagedQueries,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See ops/attention.py. No window, no sinks."""
+    _require_plain("gqa_decode", window, sinks)
     return _gqa("gqa_decode", q, k_pages, v_pages, queries, scale)
+
+
+def _require_plain(operation: str, window: int | None, sinks: Tensor | None) -> None:
+    given = f"window {window}" if window is not None else "sinks"
+    check.require(
+        operation,
+        window is None and sinks is None,
+        f"{given} given, and the C++ kernel has none: choose the implementation torch for {operation}",
+    )
 
 
 def _gqa(
