@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,9 +62,10 @@ def pages_of(size: Size, make: Maker, *entry: int) -> Tensor:
     return make.pages(size.sequences * size.context // BLOCK_TOKENS, BLOCK_TOKENS, *entry)
 
 
-def pairs_seen(size: Size) -> int:
-    """(query, key) pairs under the causal mask."""
-    return size.sequences * sum(range(size.context - size.rows_each + 1, size.context + 1))
+def pairs_seen(size: Size, window: int = 0) -> int:
+    """(query, key) pairs under the causal mask, and that of a window."""
+    seen = range(size.context - size.rows_each + 1, size.context + 1)
+    return size.sequences * sum(min(tokens, window) if window else tokens for tokens in seen)
 
 
 # --- writes ------------------------------------------------------------------------------------------------
@@ -184,9 +187,20 @@ def _gqa(model: Model, size: Size, make: Maker) -> Call | None:
         return None
     q = make.noise(size.rows, model.heads, model.head_dim)
     keys, values = (pages_of(size, make, model.kv_heads, model.head_dim) for _ in range(2))
-    moved = 2 * q.numel() * VALUE_BYTES + 2 * keys.nbytes
-    flops = 4 * pairs_seen(size) * model.heads * model.head_dim
-    return Call([(q, keys, values, queries_of(size, size.rows_each), 0.1)], moved, flops)
+    read = min(size.context, model.window + size.rows_each - 1) if model.window else size.context
+    moved = 2 * q.numel() * VALUE_BYTES + 2 * keys.nbytes * read // size.context
+    flops = 4 * pairs_seen(size, model.window) * model.heads * model.head_dim
+    arguments: tuple[Any, ...] = (q, keys, values, queries_of(size, size.rows_each), 0.1)
+    if model.window or model.sinks:
+        arguments += (model.window or None, _sinks(model, make) if model.sinks else None)
+    return Call([arguments], moved, flops)
+
+
+def _sinks(model: Model, make: Maker) -> Tensor:
+    """Of every kind: one that is none, one that takes everything, and those that count."""
+    sinks = make.noise(model.heads, dtype=torch.float32) * 2
+    sinks[0], sinks[1] = -torch.inf, 1e4
+    return sinks
 
 
 # --- the halves of a layer ---------------------------------------------------------------------------------

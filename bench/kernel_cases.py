@@ -26,7 +26,10 @@ VALUE_BYTES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The sizes of one layer, and the vocabulary. Zeros: the model has no such part."""
+    """The sizes of one layer, and the vocabulary. Zeros: the model has no such part.
+
+    window: tokens that a row sees, 0 is all; sinks: whether heads have them. Both of GQA alone.
+    """
 
     name: str
     hidden: int
@@ -35,6 +38,8 @@ class Model:
     mlp_width: int  # of the dense MLP, or of the shared expert
     kv_heads: int = 0
     head_dim: int = 0
+    window: int = 0
+    sinks: bool = False
     query_rank: int = 0
     rank: int = 0
     rope: int = 0

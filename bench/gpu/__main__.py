@@ -45,7 +45,7 @@ def conformance_tasks(device: torch.device) -> Iterator[Task]:
     """Every operation, model, size and number format."""
     seed = time.time_ns() % (1 << 31)
     for operation in SINGLE:
-        for model in models_of(operation):
+        for model in models_of(operation, hostile=True):
             for size in conformance.SIZES:
                 for format in formats_of(operation):
                     name = f"{operation}, {model.name}, {size.name}, {format}"

@@ -34,6 +34,16 @@ SMALL3 = Model(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_width=32
 MODELS = {model.name: model for model in (SMALL4, SMALL3)}
 # Sizes of `linear` alone: MLA's latents are few outputs, whose products are cut over k (triton/linear.py)
 LATENTS = dataclasses.replace(SMALL4, name="small4 latents", hidden=1344, heads=1, value_dim=4096)
+# The two kinds of layer that gpt-oss has in turn: no model of ours has a window or sinks, the doors of GQA do. Then
+# windows that are hostile: a row sees itself alone; no multiple of a tile; more than there is.
+GPT_OSS = Model(
+    name="gpt-oss", hidden=2880, heads=64, vocab=201_088, mlp_width=0, kv_heads=8, head_dim=64, sinks=True
+)
+GPT_OSS_WINDOW = dataclasses.replace(GPT_OSS, name="gpt-oss, window 128", window=128)
+HOSTILE_WINDOWS = tuple(
+    dataclasses.replace(GPT_OSS, name=f"gpt-oss, window {window}", window=window) for window in (1, 77, 1 << 20)
+)
+WINDOWED = ("gqa_decode", "gqa_prefill")
 
 WEIGHTS = ("bf16", "fp8", "nvfp4")
 BY_FP8 = {"fp8 x fp8": None, "static fp8 x fp8": 0.0625}  # activations in FP8: by row, or by this scale
@@ -114,9 +124,12 @@ def formats_of(operation: str) -> tuple[str, ...]:
     return tuple(KV) if operation in PAGED else ("bf16",)
 
 
-def models_of(operation: str) -> tuple[Model, ...]:
-    """Whose sizes an operation is run with."""
-    return (*MODELS.values(), LATENTS) if operation == "linear" else tuple(MODELS.values())
+def models_of(operation: str, hostile: bool = False) -> tuple[Model, ...]:
+    """Whose sizes an operation is run with; `hostile`: those too that no model has."""
+    others: tuple[Model, ...] = (LATENTS,) if operation == "linear" else ()
+    if operation in WINDOWED:
+        others = (GPT_OSS, GPT_OSS_WINDOW, *(HOSTILE_WINDOWS if hostile else ()))
+    return (*MODELS.values(), *others)
 
 
 def make_call(

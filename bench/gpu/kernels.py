@@ -53,7 +53,7 @@ def measure(
         with read_through_descriptors():
             times, replayed = samples(choice.load(), call.arguments, device)
         found["described"] = _figures(times, call.num_bytes, call.flops, limit_s) | {"replayed": replayed}
-    baseline = BASELINES.get(operation)
+    baseline = None if model.window or model.sinks else BASELINES.get(operation)  # SDPA has no sinks
     if baseline is not None:
         prepared = [baseline(arguments) for arguments in call.arguments[:2]]
         times, replayed = samples(lambda run: run(), [(run,) for run in prepared], device)

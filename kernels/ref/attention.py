@@ -240,8 +240,8 @@ def _by_window(
     window: int | None,
     sinks: Tensor | None,
 ) -> None:
-    """All segments, one by one, with a window, sinks, or both: SDPA has no sinks. Also clears the rows past the last
-    segment. q [T,Hk,G,dk], out [T,Hk,G,dv]."""
+    """All segments, one by one, with a window, sinks, or both: SDPA has no sinks. Also clears the rows past the
+    last segment. q [T,Hk,G,dk], out [T,Hk,G,dv]."""
     start = 0
     for index, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
         position = context - length  # of the first row

@@ -1,8 +1,8 @@
 """Grouped-query attention over pages [B,S,Hk,d]: decoding by splits of the context, prompts by way of a workspace.
 
 A program of decoding holds the query heads of one key-value head, for a few query tokens of one segment.
-A sliding window leaves out the splits, tiles and stretches before it; what a tile holds besides is masked. A sink is
-one more logit of the sum: of the parts of a context in decoding, of the running sum in prompts.
+A sliding window leaves out the splits, tiles and stretches before it; what a tile holds besides is masked. A sink
+is one more logit of the sum: of the parts of a context in decoding, of the running sum in prompts.
 """
 
 from __future__ import annotations

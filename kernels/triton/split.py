@@ -12,8 +12,8 @@ added in order of position. Which rows share a tile changes no row's bits: each 
     items      | segment 0: tile 0: splits 0 1 2, tile 1: splits 0 1 2 | segment 1: ... |      int32 [I, 4]
                 ^ firsts[0]                                             ^ firsts[1]      ^ firsts[N]
 
-With a window, a segment's splits begin with the one in which the window of its first row begins, and a row's with the
-one in which its own does: none are made for the context before.
+With a window, a segment's splits begin with the one in which the window of its first row begins, and a row's with
+the one in which its own does: none are made for the context before.
 
 The items are made on the device (`_plan`, once a step) from query_starts and context_lengths alone, so a captured
 graph makes them anew at each replay. The host decides how many programs run: as many as its own lists ask for,
@@ -65,8 +65,8 @@ SPLITS = Splits(512, 16, 1024)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of one decoding: KV heads, query heads of each, width of a result, rows of a tile; tokens that a row sees, its
-    own included, where 0 is all of them."""
+    """Of one decoding: KV heads, query heads of each, width of a result, rows of a tile; tokens that a row sees,
+    its own included, where 0 is all of them."""
 
     kv_heads: int
     group: int

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import triton_interpreter
 
 from cierzo.bench.gpu import __main__ as command
 from cierzo.bench.gpu import conformance, kernels, served
-from cierzo.bench.gpu.cases import SINGLE, formats_of
+from cierzo.bench.gpu.cases import SINGLE, WINDOWED, formats_of
 from cierzo.bench.gpu.cells import Cells
 from cierzo.bench.gpu.timing import ceilings
 from cierzo.bench.kernel_cases import Model, Size
@@ -31,6 +32,7 @@ TINY4 = Model(
     value_dim=16, experts=8, top_k=2, expert_width=32,
 )  # fmt: skip
 TINY3 = Model(name="tiny3", hidden=64, heads=4, vocab=160, mlp_width=96, kv_heads=2, head_dim=16)
+OSS = [replace(TINY3, name=f"oss {window}", window=window, sinks=True) for window in (0, 1, 24, 100)]
 SIZES = (
     Size(name="decode", sequences=2, rows_each=1, context=64),
     Size(name="prefill", sequences=1, rows_each=20, context=32),
@@ -52,7 +54,7 @@ def _gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("operation", SINGLE)
 def test_every_operation_conforms(operation: str) -> None:
     seen = 0
-    for model in (TINY4, TINY3):
+    for model in (TINY4, TINY3, *(OSS if operation in WINDOWED else ())):
         for size in SIZES:
             for format in formats_of(operation):
                 found = conformance.check(operation, model, size, format, CPU, seed=3)

@@ -129,8 +129,8 @@ def make_batch(
 
 
 def forget(batch: Batch, window: int) -> Batch:
-    """The batch without what lies before the windows of its sequences' first rows, as if those blocks had been given
-    away: their table entries are huge, and all that is left of them in the pages is NaN."""
+    """The batch without what lies before the windows of its sequences' first rows, as if those blocks had been
+    given away: their table entries are huge, and all that is left of them in the pages is NaN."""
     queries, tables = batch.queries, batch.queries.block_tables.clone()
     pages = [page.clone() for page in batch.pages]
     block_tokens = pages[0].shape[1]
