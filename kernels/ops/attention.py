@@ -13,6 +13,10 @@ M rows of the block tables, W their width; Hq and Hk query and key-value heads, 
                         (formats/kv_int8.py), so they are R+P+8 or d+4 wide. They are read as values of q's dtype
     FP8 pages           of dtype float8_e4m3fn beside a q or keys of any dtype, as wide as the values; what is
                         written is rounded to nearest and clamped to 448 (formats/kv_fp8.py). There is no scale
+    not finite          a NaN or an infinity among a token's cached values reaches the rows that see the token.
+                        Others of the same segment, whose weight for it is 0, it may reach in plain torch, in C++
+                        prompts where they are fewer than 40 positions before it, and on a GPU when decoding several
+                        rows a segment; not in prompts on a GPU. Rows of other segments it never reaches
 
 Wherever pages "of q's dtype, or INT8" are named below, FP8 pages of the width of the former may stand as well. The
 C++ kernels read no FP8, the GPU's no INT8: each refuses it by name.

@@ -11,8 +11,11 @@
 Every row meets the same tiles of tokens in the same order, at multiples of TOKENS of the sequence, whatever rows
 stand beside it and wherever its chunk began. A token that a row must not see gets the weight 0. With a window, what
 lies before that of a segment's first row is not gathered, and a program begins with the tile in which the window of
-its first row does; a tile before a row's own leaves the row's state as it was, all zeros. So a NaN in a
-sequence's own written rows may reach its other rows of the same tiles; it never reaches another sequence.
+its first row does; a tile before a row's own leaves the row's state as it was, all zeros.
+
+Weight 0 times a value that is not finite is NaN, and would reach rows that come before the token. So the
+gathering moves what is wrong with a token to where it is masked: its values become 0 and its key NaN, hence the
+score of every row that sees it, and of no other.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from cierzo.kernels.triton.paged import load_tile, page_rows, sink_of, tile_widt
 ROWS = 128  # query rows of a program
 TOKENS = 64  # of a tile; stretches begin at its multiples. With 128 the carried form spills registers
 WORKSPACE_TOKENS = 16_384  # of a round; Small 4's keys and values are then 201 MB
-GATHERED = 32  # tokens of a program of `_gather`
+GATHERED = 16  # tokens of a program of `_gather`
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +65,9 @@ class Operands:
 
 @kernel
 def _gather(
-    pages_ptr, table_rows_ptr, tables_ptr, gathers_ptr, out_ptr, table_stride,
-    W: tl.constexpr, S: tl.constexpr, TOKENS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
+    pages_ptr, key_pages_ptr, table_rows_ptr, tables_ptr, gathers_ptr, out_ptr, keys_ptr, table_stride,
+    HK: tl.constexpr, W: tl.constexpr, VALUES: tl.constexpr, KEYS: tl.constexpr, S: tl.constexpr,
+    TOKENS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     offset = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
@@ -72,10 +76,17 @@ def _gather(
     live = (positions < tl.load(gathers_ptr + chunk * 4 + 2)) & (positions >= tl.load(gathers_ptr + chunk * 4 + 3))
     table = tables_ptr + tl.load(table_rows_ptr + segment).to(tl.int64) * table_stride
     columns = tl.arange(0, BLOCK)
-    values = load_tile(pages_ptr, page_rows(table, positions, live, S), live, columns, W, W, BLOCK)
-    rows = chunk.to(tl.int64) * TOKENS + offset
-    target = out_ptr + rows[:, None] * W + columns[None, :]
-    tl.store(target, values.to(tl.float32).to(out_ptr.dtype.element_ty), mask=(columns < W)[None, :])
+    head = tl.program_id(2)
+    page_row = page_rows(table, positions, live, S) * HK + head
+    row = load_tile(pages_ptr, page_row, live, columns, W, W, BLOCK).to(tl.float32)
+    broken = tl.max(row.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1) >= 0x7F800000  # infinity; NaNs are beyond
+    row = tl.where(broken[:, None], tl.where(columns < VALUES, 0.0, float("nan"))[None, :], row)
+    target = ((chunk.to(tl.int64) * TOKENS + offset) * HK + head)[:, None] * W + columns[None, :]
+    tl.store(out_ptr + target, row.to(out_ptr.dtype.element_ty), mask=(columns < W)[None, :])
+    if KEYS:
+        row = load_tile(key_pages_ptr, page_row, live, columns, W, W, BLOCK).to(tl.float32)
+        row = tl.where(broken[:, None], float("nan"), row)
+        tl.store(keys_ptr + target, row.to(out_ptr.dtype.element_ty), mask=(columns < W)[None, :])
 
 
 @kernel
@@ -250,21 +261,36 @@ def _tiles(
     return tiles
 
 
-def gather(pages: Tensor, queries: PagedQueries, of: Round, dtype: torch.dtype) -> Tensor:
-    """pages [B,S,...] -> [C,W], W the values of a token; zeros where a stretch has no token."""
-    width = pages[0, 0].numel()
-    out = torch.empty(of.num_tokens, width, dtype=dtype, device=pages.device)
+def gather(
+    pages: Tensor,
+    num_values: int,
+    key_pages: Tensor | None,
+    queries: PagedQueries,
+    of: Round,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """pages, key_pages [B,S,Hk,W] -> [C,Hk,W] of each; zeros where a stretch has no token.
+
+    The first num_values columns of the former are values, or what they are made of; the rest, and the latter, keys.
+    Without key_pages the former's rows are returned twice.
+    """
+    _, block_tokens, heads, width = pages.shape
+    out = torch.empty(of.num_tokens, heads, width, dtype=dtype, device=pages.device)
+    keys = out if key_pages is None else torch.empty_like(out)
+    kinds = POINTER[dtype], POINTER[pages.dtype]
     launch(
-        gather_configuration(POINTER[dtype], POINTER[pages.dtype], width, pages.shape[1]),
-        (len(of.gathers), TOKENS // GATHERED),
+        gather_configuration(*kinds, heads, width, num_values, key_pages is not None, block_tokens),
+        (len(of.gathers), TOKENS // GATHERED, heads),
         pages_ptr=pages,
+        key_pages_ptr=pages if key_pages is None else key_pages,
         table_rows_ptr=queries.table_rows,
         tables_ptr=queries.block_tables,
         gathers_ptr=of.gathers,
         out_ptr=out,
+        keys_ptr=keys,
         table_stride=queries.block_tables.stride(0),
     )
-    return out
+    return out, keys
 
 
 class Flash:
@@ -320,11 +346,27 @@ class Flash:
         )
 
 
-def gather_configuration(pointer: str, pages: str, width: int, block_tokens: int) -> Configuration:
-    """pointer: of the workspace, such as "*bf16"."""
-    types = {"pages_ptr": pages, "table_rows_ptr": "*i32", "tables_ptr": "*i32", "gathers_ptr": "*i32"}
-    constants = {"W": width, "S": block_tokens, "TOKENS": TOKENS, "SLICE": GATHERED, "BLOCK": tile_width(width)}
-    return Configuration(_gather, types | {"out_ptr": pointer, "table_stride": "i32"}, constants)
+def gather_configuration(
+    pointer: str, pages: str, heads: int, width: int, num_values: int, keys: bool, block_tokens: int
+) -> Configuration:
+    """pointer: of the workspace, such as "*bf16"; keys: whether they have pages of their own."""
+    types = (
+        dict.fromkeys(("pages_ptr", "key_pages_ptr"), pages)
+        | dict.fromkeys(("table_rows_ptr", "tables_ptr", "gathers_ptr"), "*i32")
+        | dict.fromkeys(("out_ptr", "keys_ptr"), pointer)
+        | {"table_stride": "i32"}
+    )
+    constants = {
+        "HK": heads,
+        "W": width,
+        "VALUES": num_values,
+        "KEYS": keys,
+        "S": block_tokens,
+        "TOKENS": TOKENS,
+        "SLICE": GATHERED,
+        "BLOCK": tile_width(width),
+    }
+    return Configuration(_gather, types, constants)
 
 
 def flash_configuration(

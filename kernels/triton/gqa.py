@@ -170,9 +170,8 @@ def gqa_prefill(
     out = q.new_empty(q.shape)
     flash = Flash(q, out, queries, scale * LOG2_E, window or 0, sinks)
     for part in rounds(queries, window or 0):
-        rows = [gather(pages, queries, part, q.dtype) for pages in (k_pages, v_pages)]
-        keys, values = (row.unflatten(1, (k_pages.shape[2], -1)) for row in rows)
-        flash.attend(part, Operands(keys, rows[0], 0, 0, values))
+        values, keys = gather(v_pages, q.shape[2], k_pages, queries, part, q.dtype)
+        flash.attend(part, Operands(keys, keys, 0, 0, values))
     return out
 
 
@@ -229,7 +228,7 @@ def _configurations_of(
     for kind, pages in PAGES.items():
         yield f"gqa_decode {name}, {kind} pages", decode_configuration("*bf16", pages, shape, BLOCK_TOKENS, strides)
         if not window:
-            gathered = gather_configuration("*bf16", pages, shared * width, BLOCK_TOKENS)
+            gathered = gather_configuration("*bf16", pages, shared, width, width, True, BLOCK_TOKENS)
             yield f"gqa_prefill {shared} heads of {width}, gather, {kind} pages", gathered
     yield f"gqa_decode {name}, plan", split.plan_configuration(shape)
     yield f"gqa_decode {name}, combine", split.combine_configuration("*bf16", shape, sinks)

@@ -167,7 +167,7 @@ def mla_prefill(
     out = q.new_empty(*q.shape[:2], weights[1].shape[1])
     flash = Flash(q, out, queries, scale * LOG2_E)
     for part in rounds(queries):
-        latents = gather(pages, queries, part, q.dtype)
+        latents = gather(pages[:, :, None], rank, None, queries, part, q.dtype)[0][:, 0]
         keys, values = (expand(latents, weight) for weight in weights)
         flash.attend(part, Operands(keys, latents, rank, q.shape[2] - nope, values))
     return out
@@ -226,4 +226,5 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
                 flash_configuration("*bf16", (heads, heads), widths, strides, (RANK + ROPE, RANK), carried),
             )
     for kind, pages in PAGES.items():
-        yield f"mla_prefill gather, {kind} pages", gather_configuration("*bf16", pages, RANK + ROPE, BLOCK_TOKENS)
+        gathered = gather_configuration("*bf16", pages, 1, RANK + ROPE, RANK, False, BLOCK_TOKENS)
+        yield f"mla_prefill gather, {kind} pages", gathered

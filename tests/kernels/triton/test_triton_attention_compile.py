@@ -42,17 +42,26 @@ DECODE = [
     "mla_decode 4 heads, fp8 pages",
     "gqa_decode 32/8 heads, bf16 pages",
     "gqa_decode 32/8 heads, fp8 pages",
+    "gqa_decode 64/8 heads, window 128, sinks, bf16 pages",
+    "gqa_decode 64/8 heads, window 128, sinks, fp8 pages",
 ]
 PREFILL = [
     "mla_prefill 32 heads, flash",
     "mla_prefill 32 heads, flash, carried",
     "mla_prefill 32 heads, expand keys",
     "gqa_prefill 32/8 heads, flash, carried",
+    "gqa_prefill 64/8 heads, sinks, flash, carried",
+    "gqa_prefill 64/8 heads, window 128, sinks, flash, carried",
 ]
 OTHERS = [
     "mla_decode 32 heads, plan",
     "mla_decode 32 heads, combine",
+    "gqa_decode 64/8 heads, window 128, sinks, plan",
+    "gqa_decode 64/8 heads, window 128, sinks, combine",
+    "mla_prefill gather, bf16 pages",
     "mla_prefill gather, fp8 pages",
+    "gqa_prefill 8 heads of 128, gather, bf16 pages",
+    "gqa_prefill 8 heads of 64, gather, fp8 pages",
     "rope_tables Small 4",
     "apply_rope 32 heads",
     "write_normed_latents, fp8 pages",

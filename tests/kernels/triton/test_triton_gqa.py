@@ -111,6 +111,21 @@ def test_a_nan_stays_in_its_sequence() -> None:
         assert torch.equal(got[2], was[2])
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_reaches_no_row_of_a_prompt_before_it(wrong: float) -> None:
+    """Not even one of its own tile of tokens, whose weight for it is 0."""
+    sequences = [random_sequence(FORM, torch.bfloat16, 90, seed) for seed in (1, 2)]
+    batch = make_batch(FORM, sequences, [(0, 60, 90), (1, 70, 90)])
+    clean = prefill(batch)
+    sequences[0].cached[80].view(-1)[-1] = wrong
+    batch = make_batch(FORM, sequences, [(0, 60, 90), (1, 70, 90)])
+    got = prefill(batch)
+    assert torch.equal(got[0][:20], clean[0][:20])
+    assert not got[0][20:, 3:].isfinite().any()
+    assert torch.equal(got[0][:, :3], clean[0][:, :3])  # the other key-value head's
+    assert torch.equal(got[1], clean[1])
+
+
 def test_misuse_is_refused_by_name() -> None:
     batch = make_batch(FORM, [random_sequence(FORM, torch.bfloat16, 9, seed=1)], [(0, 8, 9)], int8=True)
     for call, name in ((decode, "gqa_decode"), (prefill, "gqa_prefill")):

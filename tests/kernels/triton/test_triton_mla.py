@@ -213,6 +213,21 @@ def test_addresses_past_32_bits(far_pages: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_reaches_no_row_of_a_prompt_before_it(wrong: float) -> None:
+    """Not even one of its own tile of tokens, whose weight for it is 0."""
+    sequences = [random_sequence(FORM, torch.bfloat16, 90, seed) for seed in (1, 2)]
+    w = weights(torch.bfloat16, nope=12)
+    batch = make_batch(FORM, sequences, [(0, 60, 90), (1, 70, 90)])
+    clean = prefill(batch, *w)
+    sequences[0].cached[80].view(-1)[3] = wrong
+    batch = make_batch(FORM, sequences, [(0, 60, 90), (1, 70, 90)])
+    got = prefill(batch, *w)
+    assert torch.equal(got[0][:20], clean[0][:20])
+    assert not got[0][20:].isfinite().any()
+    assert torch.equal(got[1], clean[1])
+
+
 def test_misuse_is_refused_by_name() -> None:
     sequence = random_sequence(FORM, torch.bfloat16, 9, seed=1)
     batch = make_batch(FORM, [sequence], [(0, 8, 9)], int8=True)

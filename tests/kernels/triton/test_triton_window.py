@@ -126,6 +126,16 @@ def test_what_lies_before_the_window_is_not_read(window: int) -> None:
         assert torch.equal(torch.cat(call(forget(batch, window), window)), torch.cat(call(batch, window)))
 
 
+def test_a_nan_leaves_the_rows_whose_window_is_past_it() -> None:
+    sequences = [random_sequence(NARROW, torch.bfloat16, 90, seed=1)]
+    clean = prefill(make_batch(NARROW, sequences, [(0, 60, 90)]), 9)[0]
+    sequences[0].cached[70, 1] = torch.nan
+    got = prefill(make_batch(NARROW, sequences, [(0, 60, 90)]), 9)[0]
+    assert got[10:19].isnan().all()
+    assert torch.equal(got[:10], clean[:10])
+    assert torch.equal(got[19:], clean[19:])
+
+
 def test_cost_does_not_grow_with_the_context_past_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "SPLITS", Splits(512, 16, 1024))
     monkeypatch.setattr(flash, "WORKSPACE_TOKENS", 16_384)
