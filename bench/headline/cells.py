@@ -41,14 +41,17 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
-    """A model with its weights and KV cache in these number formats. NVFP4: experts in 4 bits, the rest in FP8."""
+    """A model with its weights and KV cache in these number formats. NVFP4: experts in 4 bits, the rest in FP8.
+    activations: what weights are multiplied with, "fp8" on a card's FP8 units."""
 
     model: str
     weights: str
     kv_dtype: str
+    activations: str = "bf16"
 
     def __str__(self) -> str:
-        return f"{self.model} {self.weights}, KV {self.kv_dtype}"
+        product = self.weights if self.activations == "bf16" else f"{self.weights} x {self.activations}"
+        return f"{self.model} {product}, KV {self.kv_dtype}"
 
 
 class Goal(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,12 +103,16 @@ _FOUR_BITS = Subject(model="small4", weights="nvfp4", kv_dtype="fp8")
 _SMALL4_FP8 = Subject(model="small4", weights="fp8", kv_dtype="fp8")
 _SMALL3_BF16 = Subject(model="small3", weights="bf16", kv_dtype="fp8")
 _SMALL3_FP8 = Subject(model="small3", weights="fp8", kv_dtype="fp8")
+_SMALL4_BY_FP8 = Subject(model="small4", weights="fp8", kv_dtype="fp8", activations="fp8")
+_SMALL3_BY_FP8 = Subject(model="small3", weights="fp8", kv_dtype="fp8", activations="fp8")
 _SMALL3_BF16_KV = Subject(model="small3", weights="bf16", kv_dtype="bf16")
 
 
 def gpu_plan(*, miniature: bool = False) -> Plan:
     """Of a card, or of several."""
-    subjects: tuple[Subject, ...] = (_FOUR_BITS, _SMALL3_BF16, _SMALL4_FP8, _SMALL3_FP8, _SMALL3_BF16_KV)
+    subjects: tuple[Subject, ...] = (
+        *(_FOUR_BITS, _SMALL3_BF16, _SMALL4_FP8, _SMALL3_FP8, _SMALL4_BY_FP8, _SMALL3_BY_FP8, _SMALL3_BF16_KV),
+    )
     small3 = [subject for subject in subjects if subject.model == "small3"]
     cells: tuple[Cell, ...] = (
         *(_throughput(*sizes) for sizes in ((2 * K, 2 * K), (8 * K, K), (K, 256), (32 * K, K))),
@@ -115,7 +122,7 @@ def gpu_plan(*, miniature: bool = False) -> Plan:
     goals = [
         *(
             Goal(cell="2k/2k", small4=_FOUR_BITS, small3=other, at_least=3.0)
-            for other in (_SMALL3_BF16, _SMALL3_BF16_KV, _SMALL3_FP8)
+            for other in (_SMALL3_BF16, _SMALL3_BF16_KV, _SMALL3_FP8, _SMALL3_BY_FP8)
         ),
         *(
             Goal(cell="8k/1k", small4=_FOUR_BITS, small3=other, at_least=3.0)
@@ -124,7 +131,7 @@ def gpu_plan(*, miniature: bool = False) -> Plan:
         *(
             Goal(cell=cell, small4=_FOUR_BITS, small3=other, at_most=0.60)
             for cell in ("1k/1k@1", "1k/1k@2", "1k/1k@4", "32k/1k@1", "32k/1k@4", "32k/1k@16")
-            for other in (_SMALL3_BF16, _SMALL3_FP8)
+            for other in (_SMALL3_BF16, _SMALL3_FP8, _SMALL3_BY_FP8)
         ),
     ]
     if miniature:

@@ -10,7 +10,10 @@ from cierzo.bench.headline.cells import LIMIT_S, Cell, Subject
 from cierzo.bench.headline.outcome import Outcome, Row
 from cierzo.engine.errors import ConfigError
 
-COLORS = {"small4": ("#b3362b", "#e08a5b", "#f2b8a0"), "small3": ("#22577a", "#38a3a5", "#9aa6b2")}
+COLORS = {
+    "small4": ("#b3362b", "#e08a5b", "#d4a017", "#f2b8a0"),
+    "small3": ("#22577a", "#38a3a5", "#80b918", "#9aa6b2"),
+}
 PANEL_INCHES = (3.6, 2.9)
 COLUMNS = 3
 Curve = list[tuple[float, float, int, bool]]  # latency, requests per second, concurrency, whether measured

@@ -56,7 +56,7 @@ class Serving:
         config = resolved(settings)  # before the server takes the memory that this looks at
         options = {name: value for name, value in settings.items() if name != "model"}
         engine = Engine(
-            name=f"{subject.model}-{subject.weights}-{cells[0].profile}",
+            name=f"{subject.model}-{subject.weights}-{subject.activations}-{cells[0].profile}",
             peer="cierzo",
             number_format=subject.weights,
             weight_bits=0,

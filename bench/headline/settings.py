@@ -32,6 +32,7 @@ def engine_settings(model: str, device: str, subject: Subject, cells: Sequence[C
         "profile": cells[0].profile,
         "weights": subject.weights,
         "kv_dtype": subject.kv_dtype,
+        "activations": subject.activations,
         "max_model_len": max(cell.tokens for cell in cells),
     }
     usual_tokens = min(max(cell.tokens for cell in cells), AUTO_KV_REQUEST_TOKENS)
