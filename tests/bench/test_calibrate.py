@@ -166,7 +166,7 @@ def test_the_mean_of_two_moments_takes_the_mean_of_their_times(known: Device, op
             float(StepModel(config, device).time(shape, 8.0).total_s)
             for device in (known, other, mean_device([known, other]))
         )
-        assert quick_s < 0.8 * slow_s
+        assert quick_s < 0.85 * slow_s  # overheads stay
         assert mean_s == pytest.approx((slow_s + quick_s) / 2, rel=0.01)
     assert mean_device([known, known]) == known
 
