@@ -36,15 +36,16 @@ TOKENS = 32  # of the vocabulary of a decoder without a head to speak of
 
 
 def queries_of(size: Size, rows_each: int) -> PagedQueries:
-    """Every sequence with its own scattered blocks; the last `rows_each` tokens of each ask."""
+    """Scattered blocks, those of a prefix the first sequence's; the last `rows_each` tokens of each ask."""
     blocks = size.context // BLOCK_TOKENS
-    ids = torch.randperm(size.sequences * blocks, generator=torch.Generator().manual_seed(0))
+    ids = torch.randperm(size.sequences * blocks, generator=torch.Generator().manual_seed(0)).view(-1, blocks)
+    ids[:, : size.shared // BLOCK_TOKENS] = ids[0, : size.shared // BLOCK_TOKENS].clone()
     count = size.sequences if rows_each else 0
     return PagedQueries(
         query_starts=torch.arange(count + 1, dtype=torch.int32) * rows_each,
         context_lengths=torch.full((count,), size.context, dtype=torch.int32),
         table_rows=torch.arange(count, dtype=torch.int32),
-        block_tables=ids.view(size.sequences, blocks).int(),
+        block_tables=ids.int(),
         query_lengths=[rows_each] * count,
         contexts=[size.context] * count,
     )
@@ -146,7 +147,10 @@ def mla_decode(model: Model, size: Size, make: Maker) -> Call | None:
         return None
     width = model.rank + model.rope
     q, pages = make.noise(size.rows, model.heads, width), pages_of(size, make, width)
-    moved = pages.nbytes + (q.numel() + size.rows * model.heads * model.rank) * VALUE_BYTES
+    read = size.context - size.shared * (size.sequences - 1) / size.sequences  # tokens, of a sequence
+    moved = (
+        int(pages.nbytes * read / size.context) + (q.numel() + size.rows * model.heads * model.rank) * VALUE_BYTES
+    )
     flops = 2 * pairs_seen(size) * model.heads * (width + model.rank)
     return Call([(q, pages, queries_of(size, 1), 0.1, model.rank)], moved, flops)
 

@@ -72,12 +72,14 @@ MODELS = {model.name: model for model in (SMALL4, SMALL3)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A step: `sequences` with `rows_each` rows, the last ones of a context."""
+    """A step: `sequences` with `rows_each` rows, the last ones of a context, whose first `shared` tokens lie in the
+    same blocks for all of them."""
 
     name: str
     sequences: int
     rows_each: int
     context: int
+    shared: int = 0
 
     @property
     def rows(self) -> int:

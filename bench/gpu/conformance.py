@@ -22,6 +22,7 @@ from cierzo.kernels.ops.attention import PagedQueries
 SIZES = (
     Size(name="one row", sequences=1, rows_each=1, context=32),
     Size(name="decode", sequences=5, rows_each=1, context=1536),
+    Size(name="decode, one prefix", sequences=5, rows_each=1, context=1536, shared=1056),
     Size(name="many rows", sequences=130, rows_each=1, context=64),
     Size(name="prefill", sequences=2, rows_each=150, context=416),
 )

@@ -23,6 +23,7 @@ from cierzo.kernels.triton import heuristics
 
 SIZES = (
     *(Size(name=f"decode {n}", sequences=n, rows_each=1, context=4096) for n in (1, 8, 64, 256)),
+    Size(name="decode 64, one prefix", sequences=64, rows_each=1, context=4096, shared=3584),
     Size(name="decode 1 of 256k", sequences=1, rows_each=1, context=262_144),
     Size(name="prefill 4096", sequences=1, rows_each=4096, context=4096),
     Size(name="prefill 8192", sequences=1, rows_each=8192, context=8192),

@@ -139,8 +139,10 @@ def mla_attend(configuration: Any, size: Size) -> Work | None:
 @kernel
 def gqa_attend(configuration: Any, size: Size) -> Work | None:
     """All of decoding but the sum of its splits."""
-    shared = configuration.constants["HK"]
-    model = replace(SMALL3, heads=shared * configuration.constants["G"], kv_heads=shared)
+    constants = configuration.constants
+    shared, window = constants["HK"], constants["WINDOW"]
+    heads = shared * constants["G"]
+    model = replace(SMALL3, heads=heads, kv_heads=shared, head_dim=constants["D"], window=window)
     return _operation("gqa_decode", model, size, _pages(configuration.types["k_pages_ptr"]))
 
 
@@ -232,8 +234,22 @@ def plan(configuration: Any, size: Size) -> Work | None:
     """One tile of rows for each sequence."""
     if not size.decodes:
         return None
-    items = size.sequences * SPLITS.count(size.context)
+    items = size.sequences * _splits(configuration, size)
     return Work(16 * items + (3 * size.sequences + 2) * 4 + size.rows * 4)
+
+
+def _splits(configuration: Any, size: Size) -> int:
+    """Of a sequence that decodes."""
+    return SPLITS.count(size.context, configuration.constants["WINDOW"])
+
+
+@kernel
+def prefixes(configuration: Any, size: Size) -> Work | None:
+    """The tables of sequences that share a prefix, twice."""
+    if not size.decodes:
+        return None
+    blocks = size.context // configuration.constants["S"]
+    return Work(size.sequences * 4 * (2 * blocks + 5 + configuration.constants["M"]))
 
 
 @kernel
@@ -243,7 +259,7 @@ def combine(configuration: Any, size: Size) -> Work | None:
         return None
     constants = configuration.constants
     heads, width = constants["HK"] * constants["G"], constants["W"]
-    partial_bytes = SPLITS.count(size.context) * (width + 2) * 4
+    partial_bytes = _splits(configuration, size) * (width + 2) * 4
     return Work(size.rows * heads * (partial_bytes + width * VALUE_BYTES))
 
 
@@ -253,7 +269,8 @@ def gather(configuration: Any, size: Size) -> Work | None:
     if size.decodes:
         return None
     entry_bytes = 1 if configuration.types["pages_ptr"] == "*fp8e4nv" else VALUE_BYTES
-    values = size.sequences * size.context * configuration.constants["W"]
+    constants = configuration.constants
+    values = size.sequences * size.context * constants["HK"] * constants["W"] * (2 if constants["KEYS"] else 1)
     return Work(values * (entry_bytes + VALUE_BYTES))
 
 
@@ -282,4 +299,5 @@ def flash(configuration: Any, size: Size) -> Work | None:
     values = size.rows * heads * (width + constants["V"])
     values += tokens * (constants["HK"] * (constants["A"] + constants["V"]) + constants["B"])
     carried = size.rows * heads * (constants["V"] + 2) * 4 * 2 if constants["CARRIED"] else 0
-    return Work(values * VALUE_BYTES + carried, 2 * pairs_seen(size) * heads * (width + constants["V"]))
+    pairs = pairs_seen(size, constants["WINDOW"])
+    return Work(values * VALUE_BYTES + carried, 2 * pairs * heads * (width + constants["V"]))

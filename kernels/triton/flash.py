@@ -145,8 +145,6 @@ def _flash(
     inside = rows < length
     sees_first = tl.load(context_lengths_ptr + segment) - length + first_row + 1
     sees = sees_first + tl.arange(0, ROWS)
-    if WINDOW > 0:  # rows past the last one see what it does: nothing would be 0 / 0
-        sees = tl.minimum(sees, tl.load(context_lengths_ptr + segment))
     # 64-bit addresses of the tile, 32-bit offsets in it: half the registers
     query = (start + first_row).to(tl.int64)
     offsets = tl.arange(0, ROWS)

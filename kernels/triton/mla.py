@@ -2,7 +2,8 @@
 
 Absorbed: all heads share the key [latent | rope key] and the value latent, so a program holds many heads of a few
 query tokens, and a tile of tokens is read once: the latent's 256 columns are key and value both. The key's R + P =
-320 columns are two products of 256 and 64, since a tile's sides are powers of two.
+320 columns are two products of 256 and 64, since a tile's sides are powers of two. Sequences that begin with the
+same blocks share programs (prefix.py).
 
 Expanded: the context's latents become every head's keys and values in a workspace (flash.py), a stretch at a time.
 """
@@ -37,6 +38,7 @@ from cierzo.kernels.triton.paged import (
     tile_width,
     value_bits,
 )
+from cierzo.kernels.triton.prefix import guests, lent, prefixes, prefixes_configuration
 from cierzo.kernels.triton.split import Partials, Shape, round_items, split_start
 
 # Tokens of a tile (a split is a multiple of it) and tiles under way, by the bits of a cached value: what lets two
@@ -47,12 +49,12 @@ TILES = {8: (64, 2), 16: (32, 3), 32: (32, 2)}
 @kernel
 def _mla_attend(
     q_ptr, pages_ptr, query_starts_ptr, context_lengths_ptr, table_rows_ptr, tables_ptr, items_ptr, firsts_ptr,
-    partials_ptr, maxima_ptr, sums_ptr, segment_start, segment_end, tile_start, tile_end, table_stride,
-    factor,
+    mates_ptr, members_ptr, partials_ptr, maxima_ptr, sums_ptr,
+    segment_start, segment_end, tile_start, tile_end, table_stride, factor,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
+    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
     begin, end = round_items(
@@ -73,13 +75,24 @@ def _mla_attend(
     end = tl.minimum(split_start(split + 1, SHORT, SHORTS, LONG), context - length + last_token + 1)
     if begin >= end:  # no row of this tile sees so far
         return
+    split_end = split_start(split + 1, SHORT, SHORTS, LONG)
+    if TOGETHER > 1:  # noqa: SIM102 (decided when it is compiled)
+        if lent(mates_ptr, segment, segment_start, split_end):
+            return  # its leader's program has these rows
 
     dtype = q_ptr.dtype.element_ty
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length * H
     token = tl.where(inside, rows // H, 0)
     sees = context - length + token + 1
-    q_row = (start + token).to(tl.int64) * Q_TOKEN + rows % H * Q_HEAD
+    query = start + token
+    if TOGETHER > 1:
+        places = rows // H
+        guest, joins = guests(mates_ptr, members_ptr, segment, segment_end, length, places, split_end, TOGETHER)
+        query = tl.where(joins, tl.load(query_starts_ptr + guest, mask=joins, other=0), query)
+        sees = tl.where(joins, split_end, sees)
+        inside = inside | joins
+    q_row = query.to(tl.int64) * Q_TOKEN + rows % H * Q_HEAD
     latent_columns = tl.arange(0, BLOCK_R)
     rope_columns = tl.arange(0, BLOCK_P)
     q_latent = load_tile(q_ptr, q_row, inside, latent_columns, 1, R, BLOCK_R)
@@ -124,8 +137,17 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
     shape = Shape(kv_heads=1, group=heads, width=rank)
     plan = split.plan(queries, shape, num_rows)
     partials = Partials.empty(plan, shape)
+    together = shape.rows // heads
+    mates = prefixes(queries, pages.shape[1], together)
+    strides = (q.stride(0), q.stride(1))
     configuration = decode_configuration(
-        POINTER[q.dtype], POINTER[pages.dtype], shape, width - rank, pages.shape[1], (q.stride(0), q.stride(1))
+        POINTER[q.dtype],
+        POINTER[pages.dtype],
+        shape,
+        width - rank,
+        pages.shape[1],
+        strides,
+        together if mates else 1,
     )
     for part in plan.rounds:
         launch(
@@ -139,6 +161,8 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
             tables_ptr=queries.block_tables,
             items_ptr=plan.items,
             firsts_ptr=plan.firsts,
+            mates_ptr=mates.mates if mates else plan.firsts,  # without them neither is read
+            members_ptr=mates.members if mates else plan.firsts,
             partials_ptr=partials.values,
             maxima_ptr=partials.maxima,
             sums_ptr=partials.sums,
@@ -146,7 +170,7 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
             factor=scale * LOG2_E,
             **part.arguments(),
         )
-        split.combine(out, partials, queries, plan, shape, part)
+        split.combine(out, partials, queries, plan, shape, part, mates=mates)
     return out
 
 
@@ -174,10 +198,18 @@ def mla_prefill(
 
 
 def decode_configuration(
-    pointer: str, pages: str, shape: Shape, rope: int, block_tokens: int, strides: tuple[int, int]
+    pointer: str,
+    pages: str,
+    shape: Shape,
+    rope: int,
+    block_tokens: int,
+    strides: tuple[int, int],
+    together: int = 1,
 ) -> Configuration:
-    """pointer, pages: of the queries and of the pages, such as "*bf16"; strides: of q's tokens and heads."""
+    """pointer, pages: of the queries and of the pages, such as "*bf16"; strides: of q's tokens and heads; together:
+    sequences that may share a program."""
     tables = ("query_starts_ptr", "context_lengths_ptr", "table_rows_ptr", "tables_ptr", "items_ptr", "firsts_ptr")
+    tables += ("mates_ptr", "members_ptr")
     types = (
         {"q_ptr": pointer, "pages_ptr": pages}
         | dict.fromkeys(tables, "*i32")
@@ -198,6 +230,7 @@ def decode_configuration(
         "BLOCK_R": tile_width(shape.width),
         "BLOCK_P": tile_width(rope),
         **split.SPLITS.constants(),
+        "TOGETHER": together,
     }
     return Configuration(_mla_attend, types, constants, num_warps=4, num_stages=stages)
 
@@ -206,14 +239,16 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
     """Of Small 4 and its shards."""
     for heads in SMALL4_HEADS:
         shape = Shape(kv_heads=1, group=heads, width=RANK)
+        strides, together = (heads * (RANK + ROPE), RANK + ROPE), shape.rows // heads
         for kind, pages in PAGES.items():
-            strides = (heads * (RANK + ROPE), RANK + ROPE)
-            yield (
-                f"mla_decode {heads} heads, {kind} pages",
-                decode_configuration("*bf16", pages, shape, ROPE, BLOCK_TOKENS, strides),
-            )
+            for name, sequences in (("", 1), (", prefixes", together)):
+                attend = decode_configuration("*bf16", pages, shape, ROPE, BLOCK_TOKENS, strides, sequences)
+                yield f"mla_decode {heads} heads, {kind} pages{name}", attend
+        yield f"mla_decode {heads} heads, find prefixes", prefixes_configuration(BLOCK_TOKENS, together)
         yield f"mla_decode {heads} heads, plan", split.plan_configuration(shape)
-        yield f"mla_decode {heads} heads, combine", split.combine_configuration("*bf16", shape)
+        for name, sequences in (("", 1), (", prefixes", together)):
+            combine = split.combine_configuration("*bf16", shape, together=sequences)
+            yield f"mla_decode {heads} heads, combine{name}", combine
         for name, width in (("keys", NOPE), ("values", VALUE)):
             yield (
                 f"mla_prefill {heads} heads, expand {name}",

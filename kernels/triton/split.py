@@ -32,6 +32,7 @@ from torch import Tensor
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.paged import sink_of, tile_width
+from cierzo.kernels.triton.prefix import Prefixes, lent
 
 ROWS = (
     64  # of a tile: what a product of a whole warp group takes. Reading pages costs more than the rows that stand
@@ -132,6 +133,13 @@ def split_count(context, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.con
 
 
 @kernel
+def whole_splits(tokens, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr):
+    """Splits that lie within the first `tokens` positions."""
+    rest = tokens - SHORT * SHORTS
+    return tl.where(rest <= 0, tokens // SHORT, SHORTS + tl.maximum(rest, 0) // LONG)
+
+
+@kernel
 def first_split(sees, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr):
     """The split in which the window of a row begins that sees no position from `sees` on."""
     if WINDOW == 0:
@@ -206,11 +214,11 @@ def _plan(
 
 @kernel
 def _combine(
-    partials_ptr, maxima_ptr, sums_ptr, out_ptr, sinks_ptr, query_starts_ptr, context_lengths_ptr, firsts_ptr,
-    row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
+    partials_ptr, maxima_ptr, sums_ptr, out_ptr, sinks_ptr, mates_ptr, query_starts_ptr, context_lengths_ptr,
+    firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
     HK: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SINKS: tl.constexpr,
+    SINKS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0)
     head = tl.program_id(1)
@@ -243,20 +251,26 @@ def _combine(
     lanes = tl.arange(0, CHUNK)
     step = HK * ROWS
     base = (first - begin).to(tl.int64) * step + head // G * ROWS + row % ROWS
+    lent_base, lent_splits = base, 0  # where the leader's tile has this row, and in how many splits
+    if TOGETHER > 1:  # noqa: SIM102 (decided when it is compiled)
+        if lent(mates_ptr, segment, segment_start, 0):
+            leader = tl.load(mates_ptr + segment * 3)
+            place = tl.load(mates_ptr + segment * 3 + 1)
+            lent_base = (tl.load(firsts_ptr + leader) - begin).to(tl.int64) * step + place * G + head
+            lent_splits = whole_splits(tl.load(mates_ptr + segment * 3 + 2), SHORT, SHORTS, LONG)
     largest = float("-inf")
     if SINKS:
         largest = sink_of(sinks_ptr, head)
         total = largest
     for split in range(unseen, splits, CHUNK):
-        maxima = tl.load(
-            maxima_ptr + base + (split + lanes) * step, mask=split + lanes < splits, other=float("-inf")
-        )
+        rows = tl.where(split + lanes < lent_splits, lent_base, base) + (split + lanes) * step
+        maxima = tl.load(maxima_ptr + rows, mask=split + lanes < splits, other=float("-inf"))
         largest = tl.maximum(largest, tl.max(maxima))
     total = tl.exp2(total - largest) if SINKS else 0.0
     acc = zero
     for split in range(unseen, splits, CHUNK):
         live = split + lanes < splits
-        rows = base + (split + lanes) * step
+        rows = tl.where(split + lanes < lent_splits, lent_base, base) + (split + lanes) * step
         weights = tl.exp2(tl.load(maxima_ptr + rows, mask=live, other=float("-inf")) - largest)
         total += tl.sum(weights * tl.load(sums_ptr + rows, mask=live, other=0.0))
         inside = live[:, None] & wide[None, :]
@@ -344,16 +358,19 @@ def combine(
     shape: Shape,
     part: Round,
     sinks: Tensor | None = None,
+    mates: Prefixes | None = None,
 ) -> None:
     """Add up one round's partials into out [T, Hk G, W], and clear the rows past the last segment. sinks [Hk G]."""
+    together = mates.together if mates else 1
     launch(
-        combine_configuration(POINTER[out.dtype], shape, sinks is not None),
+        combine_configuration(POINTER[out.dtype], shape, sinks is not None, together),
         (out.shape[0], out.shape[1]),
         partials_ptr=partials.values,
         maxima_ptr=partials.maxima,
         sums_ptr=partials.sums,
         out_ptr=out,
         sinks_ptr=partials.sums if sinks is None else sinks,  # in the first case not read
+        mates_ptr=mates.mates if mates else plan.firsts,
         query_starts_ptr=queries.query_starts,
         context_lengths_ptr=queries.context_lengths,
         firsts_ptr=plan.firsts,
@@ -371,12 +388,13 @@ def plan_configuration(shape: Shape) -> Configuration:
     return Configuration(_plan, types, constants)
 
 
-def combine_configuration(pointer: str, shape: Shape, sinks: bool = False) -> Configuration:
-    """pointer: of the result, such as "*bf16"."""
+def combine_configuration(pointer: str, shape: Shape, sinks: bool = False, together: int = 1) -> Configuration:
+    """pointer: of the result, such as "*bf16"; together: sequences that may share a program, of one KV head."""
     types = (
         dict.fromkeys(("partials_ptr", "maxima_ptr", "sums_ptr", "sinks_ptr"), "*fp32")
         | {"out_ptr": pointer}
         | dict.fromkeys(("query_starts_ptr", "context_lengths_ptr", "firsts_ptr", "row_segments_ptr"), "*i32")
+        | {"mates_ptr": "*i32"}
         | dict.fromkeys(("segment_start", "segment_end", "tile_start", "tile_end", "capacity"), "i32")
     )
     constants = {
@@ -389,5 +407,6 @@ def combine_configuration(pointer: str, shape: Shape, sinks: bool = False) -> Co
         "WINDOW": shape.window,
         "CHUNK": 16,
         "SINKS": sinks,
+        "TOGETHER": together,
     }
     return Configuration(_combine, types, constants)

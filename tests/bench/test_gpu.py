@@ -36,6 +36,7 @@ OSS = [replace(TINY3, name=f"oss {window}", window=window, sinks=True) for windo
 SIZES = (
     Size(name="decode", sequences=2, rows_each=1, context=64),
     Size(name="prefill", sequences=1, rows_each=20, context=32),
+    Size(name="decode, one prefix", sequences=3, rows_each=1, context=544, shared=512),
 )
 
 

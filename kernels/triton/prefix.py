@@ -1,0 +1,151 @@
+"""Which sequences of a decoding batch begin with the same blocks, so that one program reads those for several.
+
+A tile has split.ROWS rows, and a sequence that decodes fills as many of them as it has heads: 32 of 64. Where a
+split lies within what two sequences have in common, the second one's rows take the empty half of the first one's
+tile, and its own program has nothing to do: latents that a prefix-cache hit shares are read and multiplied once.
+
+    segments                       0        1        2        3        4        5
+    first block                   17        4       17        4        4        9
+    mates      int32 [N,3]       0 0 c    1 0 c   0 1 512  1 1 320   4 0 c    5 0 c
+    members    int32 [N,M]        0 2      1 3      - -      - -      4 -      5 -
+
+mates: a segment's leader, its own place in the leader's tile, how many of its c tokens the two have in common. Here
+M is 2, and they are pairs in order. What a leader's program finds for others stays in the leader's tile: `combine`
+gets it from there.
+
+A block that two tables hold is the same memory, hence the same values: a row meets those that it would have met,
+in the same tiles and splits, from another place in a tile of the same shape. Its bits are those that it has alone
+as far as a row's place in its tile changes none, which is taken for granted of segments of several rows too.
+
+It pays wherever it applies: the tile is as large either way, and less is read. So the rule is that a tile has room
+for two sequences and the batch holds two. All of it is found on the device, from the tables, once a step: a
+recorded step finds it anew at each replay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.triton.launch import Configuration, kernel, launch
+
+BLOCK = 512  # segments, or blocks of a table, that are looked at together
+
+
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """mates int32 [N,3]; members int32 [N,M], -1 where there is none. See above."""
+
+    mates: Tensor
+    members: Tensor
+
+    @property
+    def together(self) -> int:
+        """M."""
+        return self.members.shape[1]
+
+
+@kernel
+def first_blocks(query_starts_ptr, table_rows_ptr, tables_ptr, table_stride, segments, live):
+    """Of segments that have one row; -1 for others."""
+    start = tl.load(query_starts_ptr + segments, mask=live, other=0)
+    one = live & (tl.load(query_starts_ptr + segments + 1, mask=live, other=0) - start == 1)
+    rows = tl.load(table_rows_ptr + segments, mask=one, other=0).to(tl.int64)
+    return tl.load(tables_ptr + rows * table_stride, mask=one, other=-1)
+
+
+@kernel
+def _prefixes(
+    query_starts_ptr, context_lengths_ptr, table_rows_ptr, tables_ptr, mates_ptr, members_ptr, table_stride,
+    S: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    first = -2  # of segments that have not one row: nobody's
+    if tl.load(query_starts_ptr + segment + 1) - tl.load(query_starts_ptr + segment) == 1:
+        first = tl.load(tables_ptr + tl.load(table_rows_ptr + segment).to(tl.int64) * table_stride)
+    rank = 0  # of those before this one, how many begin with the same block
+    for base in range(0, segment, BLOCK):
+        others = base + lanes
+        theirs = first_blocks(query_starts_ptr, table_rows_ptr, tables_ptr, table_stride, others, others < segment)
+        rank += tl.sum((theirs == first).to(tl.int32))
+    leader, seen = segment, 0
+    for base in range(0, segment, BLOCK):
+        others = base + lanes
+        theirs = first_blocks(query_starts_ptr, table_rows_ptr, tables_ptr, table_stride, others, others < segment)
+        same = (theirs == first).to(tl.int32)
+        leads = (same > 0) & (seen + tl.cumsum(same) - 1 == rank // M * M)
+        leader = tl.minimum(leader, tl.min(tl.where(leads, others, segment)))
+        seen += tl.sum(same)
+    context = tl.load(context_lengths_ptr + segment)
+    common = context
+    if leader != segment:
+        blocks = tl.minimum(context, tl.load(context_lengths_ptr + leader)) // S
+        table = tables_ptr + tl.load(table_rows_ptr + segment).to(tl.int64) * table_stride
+        its = tables_ptr + tl.load(table_rows_ptr + leader).to(tl.int64) * table_stride
+        for base in range(0, blocks, BLOCK):
+            indices = base + lanes
+            live = indices < blocks
+            ours = tl.load(table + indices, mask=live, other=0)
+            differ = ours != tl.load(its + indices, mask=live, other=0)
+            blocks = tl.minimum(blocks, tl.min(tl.where(differ, indices, blocks)))
+        common = blocks * S
+    tl.store(mates_ptr + segment * 3, leader)
+    tl.store(mates_ptr + segment * 3 + 1, rank % M)
+    tl.store(mates_ptr + segment * 3 + 2, common)
+    tl.store(members_ptr + leader * M + rank % M, segment)
+
+
+@kernel
+def lent(mates_ptr, segment, segment_start, split_end):
+    """Whether the rows of `segment` are in its leader's tile, for splits that end at split_end, in a round of
+    segments from segment_start on."""
+    leader = tl.load(mates_ptr + segment * 3)
+    return (leader != segment) & (leader >= segment_start) & (split_end <= tl.load(mates_ptr + segment * 3 + 2))
+
+
+@kernel
+def guests(mates_ptr, members_ptr, segment, segment_end, length, places, split_end, TOGETHER: tl.constexpr):
+    """The segments at places of the tile of `segment`, and which of them are lent to it for the split that ends at
+    split_end, in a round of segments before segment_end."""
+    taken = (places > 0) & (places < tl.where(length == 1, TOGETHER, 0))
+    guest = tl.load(members_ptr + segment * TOGETHER + places, mask=taken, other=-1)
+    taken = taken & (guest >= 0) & (guest < segment_end)
+    return guest, taken & (split_end <= tl.load(mates_ptr + guest * 3 + 2, mask=taken, other=0))
+
+
+def prefixes(queries: PagedQueries, block_tokens: int, together: int) -> Prefixes | None:
+    """Of this step; made once, found again in the next layer. together: M, sequences that a tile has room for.
+    None where it cannot pay, by the host's numbers alone."""
+    segments = len(queries.query_lengths)
+    if together < 2 or segments < 2:
+        return None
+    key = ("triton prefixes", block_tokens, together)
+    if key not in queries.scratch:
+        device = queries.block_tables.device
+        mates = torch.empty(segments, 3, dtype=torch.int32, device=device)
+        members = torch.full((segments, together), -1, dtype=torch.int32, device=device)
+        launch(
+            prefixes_configuration(block_tokens, together),
+            (segments,),
+            query_starts_ptr=queries.query_starts,
+            context_lengths_ptr=queries.context_lengths,
+            table_rows_ptr=queries.table_rows,
+            tables_ptr=queries.block_tables,
+            mates_ptr=mates,
+            members_ptr=members,
+            table_stride=queries.block_tables.stride(0),
+        )
+        queries.scratch[key] = Prefixes(mates, members)
+    return queries.scratch[key]
+
+
+def prefixes_configuration(block_tokens: int, together: int) -> Configuration:
+    """Of the kernel that finds them."""
+    pointers = ("query_starts", "context_lengths", "table_rows", "tables", "mates", "members")
+    types = {f"{name}_ptr": "*i32" for name in pointers} | {"table_stride": "i32"}
+    return Configuration(_prefixes, types, {"S": block_tokens, "M": together, "BLOCK": BLOCK})
