@@ -33,6 +33,7 @@ TEST = [
     "setuptools>=77",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "transformers>=5.23,<5.24",
     "accelerate>=1.0",  # transformers refuses gguf_file= without it

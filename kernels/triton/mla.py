@@ -90,7 +90,6 @@ def _mla_attend(
         places = rows // H
         guest, joins = guests(mates_ptr, members_ptr, segment, segment_end, length, places, split_end, TOGETHER)
         query = tl.where(joins, tl.load(query_starts_ptr + guest, mask=joins, other=0), query)
-        sees = tl.where(joins, split_end, sees)
         inside = inside | joins
     q_row = query.to(tl.int64) * Q_TOKEN + rows % H * Q_HEAD
     latent_columns = tl.arange(0, BLOCK_R)
@@ -208,8 +207,10 @@ def decode_configuration(
 ) -> Configuration:
     """pointer, pages: of the queries and of the pages, such as "*bf16"; strides: of q's tokens and heads; together:
     sequences that may share a program."""
-    tables = ("query_starts_ptr", "context_lengths_ptr", "table_rows_ptr", "tables_ptr", "items_ptr", "firsts_ptr")
-    tables += ("mates_ptr", "members_ptr")
+    tables = (
+        *("query_starts_ptr", "context_lengths_ptr", "table_rows_ptr", "tables_ptr", "items_ptr", "firsts_ptr"),
+        *("mates_ptr", "members_ptr"),
+    )
     types = (
         {"q_ptr": pointer, "pages_ptr": pages}
         | dict.fromkeys(tables, "*i32")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cuda_on_cpu
 import msgspec
@@ -35,6 +36,8 @@ from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.kernel import running_on
 from cierzo.kernels.formats.activations import static_scales, takes_fp8
 from cierzo.kernels.registry import bind
+from cierzo.kernels.triton import mla, prefix, split
+from cierzo.kernels.triton.split import Splits
 from cierzo.scheduler.params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -63,7 +66,7 @@ def _gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     bind(KernelsConfig(), "cpu")
 
 
-def make_config(folder: Path, like: str, checkpoint_format: str) -> EngineConfig:
+def make_config(folder: Path, like: str, checkpoint_format: str, prefix_caching: bool = False) -> EngineConfig:
     checkpoint = make_checkpoint(folder / "model", like=like, scale="tiny", checkpoint_format=checkpoint_format)
     options = EngineOptions(
         model=str(checkpoint),
@@ -72,7 +75,7 @@ def make_config(folder: Path, like: str, checkpoint_format: str) -> EngineConfig
         block_tokens=16,
         max_model_len=64,
         kv_cache_gib=0.001,
-        prefix_caching=False,
+        prefix_caching=prefix_caching,
     )
     return resolve(options)
 
@@ -92,6 +95,8 @@ def run(
     *,
     whole: bool,
     experts: ExpertCounter | None = None,
+    prompts: tuple[list[int], ...] = PROMPTS,
+    new_tokens: tuple[int, ...] = NEW_TOKENS,
 ) -> dict[int, list[int]]:
     """Tokens of some of the requests. whole: graphs and overlap too."""
     pool = KVPool(config.layout, config.cache.num_blocks + 1, CPU)
@@ -116,8 +121,8 @@ def run(
     )
     core = EngineCore(msgspec.structs.replace(config, overlap=whole), runner)
     for number in chosen:
-        params = SamplingParams(max_tokens=NEW_TOKENS[number], seed=number, ignore_eos=True)
-        core.submit(Submit(request_id=number, prompt_token_ids=PROMPTS[number], sampling=params))
+        params = SamplingParams(max_tokens=new_tokens[number], seed=number, ignore_eos=True)
+        core.submit(Submit(request_id=number, prompt_token_ids=prompts[number], sampling=params))
     found: dict[int, list[int]] = {number: [] for number in chosen}
     while core.has_work():
         for delta in core.step():
@@ -145,3 +150,26 @@ def test_tokens_are_the_same_alone_and_in_company(
             statistics = counter.statistics()
             assert statistics.tokens >= least
             assert {sum(counts) for counts in statistics.expert_tokens} == {statistics.tokens * statistics.top_k}
+
+
+@pytest.mark.timeout(300)
+def test_recorded_steps_read_a_cached_prefix_once_and_give_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split, "SPLITS", Splits(32, 4, 64))
+    shared: list[int] = []
+
+    def seen(*arguments: Any) -> prefix.Prefixes | None:
+        mates = prefix.prefixes(*arguments)
+        if mates is not None:
+            shared.extend(int(row[2]) for index, row in enumerate(mates.mates.tolist()) if row[0] != index)
+        return mates
+
+    monkeypatch.setattr(mla, "prefixes", seen)
+    config = make_config(tmp_path, "small4", "hf", prefix_caching=True)
+    model = load(config, "nvfp4", "bf16")
+    beginning = [number % 7 + 1 for number in range(32)]
+    prompts = ([*beginning, 5], [*beginning, 9, 2])
+    together = run(config, model, (0, 1), whole=True, prompts=prompts, new_tokens=(6, 4))
+    assert 32 in shared
+    assert run(config, model, (1,), whole=False, prompts=prompts, new_tokens=(6, 4))[1] == together[1]

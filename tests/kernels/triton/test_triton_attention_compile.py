@@ -40,6 +40,8 @@ DECODE = [
     "mla_decode 32 heads, bf16 pages",
     "mla_decode 32 heads, fp8 pages",
     "mla_decode 4 heads, fp8 pages",
+    "mla_decode 32 heads, bf16 pages, prefixes",
+    "mla_decode 32 heads, fp8 pages, prefixes",
     "gqa_decode 32/8 heads, bf16 pages",
     "gqa_decode 32/8 heads, fp8 pages",
     "gqa_decode 64/8 heads, window 128, sinks, bf16 pages",
@@ -56,6 +58,8 @@ PREFILL = [
 OTHERS = [
     "mla_decode 32 heads, plan",
     "mla_decode 32 heads, combine",
+    "mla_decode 32 heads, combine, prefixes",
+    "mla_decode 32 heads, find prefixes",
     "gqa_decode 64/8 heads, window 128, sinks, plan",
     "gqa_decode 64/8 heads, window 128, sinks, combine",
     "mla_prefill gather, bf16 pages",
@@ -101,7 +105,14 @@ def test_products_run_on_a_warp_group_and_operands_come_16_bytes_at_a_time(
     assert not count(report, "LDGSTS.E.64", "LDGSTS.E.BYPASS.64")
 
 
-@pytest.mark.parametrize("name", DECODE[:1] + DECODE[3:4])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mla_decode 32 heads, bf16 pages",
+        "mla_decode 32 heads, bf16 pages, prefixes",
+        "gqa_decode 32/8 heads, bf16 pages",
+    ],
+)
 def test_two_programs_of_decoding_share_a_multiprocessor(compiled: dict[str, Any], name: str) -> None:
     """One's softmax then hides behind the other's products."""
     assert 2 * compiled[name]["shared"] <= SHARED_BYTES
