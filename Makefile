@@ -102,7 +102,7 @@ peers: $(KERNELS) ## compare us with transformers, vLLM and llama.cpp (hours; PE
 	$(BIN)/python -m cierzo.bench.peers $(PEERS)
 
 # HEADLINE="--cells 2k/2k" or any other of its options.
-headline: build/checkpoints/small3 build/checkpoints/small4 ## compare Small 4 with Small 3 on this CPU, in miniature (25 minutes)
+headline: build/checkpoints/small3 build/checkpoints/small4 ## compare Small 4 with Small 3 on this CPU, in miniature (half an hour and more)
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install 'matplotlib>=3.8'  # the extra [bench]
 	$(BIN)/python -m cierzo.bench.headline $(HEADLINE)
 
