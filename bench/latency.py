@@ -61,31 +61,17 @@ def summarise_load(samples: list[RequestSample], elapsed_s: float, device: str =
     )
 
 
-class SteadyLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """A load without its start and its end: of the requests between the S-th completion and the S-th last.
-    Latencies in seconds, from `due_s`."""
+def steady_load(result: LoadResult, left_out: int) -> LoadResult:
+    """The load between the S-th completion and the S-th last, S being `left_out`: neither ramp nor tail.
 
-    requests: int
-    requests_per_s: float
-    time_to_first_token_s: Summary
-    inter_token_s: Summary
-    completion_s: Summary
-
-
-def steady_load(result: LoadResult, left_out: int) -> SteadyLoad:
-    """left_out: S. Raises ValueError where that leaves nothing."""
+    What ended in between, over the time between the two. Raises ValueError where that leaves nothing.
+    """
     answered = sorted((sample for sample in result.samples if sample.error is None), key=lambda one: one.end_s)
-    steady = answered[left_out : len(answered) - left_out]
-    if not steady:
+    inside = answered[left_out : len(answered) - left_out]
+    if not inside:
         raise ValueError(f"{len(answered)} answers, and {left_out} are left out at either end")
     begin_s = answered[left_out - 1].end_s if left_out else 0.0
-    return SteadyLoad(
-        requests=len(steady),
-        requests_per_s=len(steady) / (steady[-1].end_s - begin_s),
-        time_to_first_token_s=summarise([one.delta_s[0] - one.due_s for one in steady if one.delta_s]),
-        inter_token_s=summarise([gap for one in steady for gap in _token_gaps(one)]),
-        completion_s=summarise([one.end_s - one.due_s for one in steady]),
-    )
+    return summarise_load(inside, inside[-1].end_s - begin_s, result.device)
 
 
 def _token_gaps(sample: RequestSample) -> list[float]:

@@ -21,6 +21,7 @@ import msgspec
 import uvloop
 from tqdm import tqdm
 
+from cierzo.bench.arguments import positive, positive_float
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.traces import random_prompt
@@ -75,17 +76,17 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `cierzo bench load`."""
     parser.add_argument("--rpc", default="127.0.0.1:7071", metavar="HOST:PORT|unix:PATH", help="server to load")
-    parser.add_argument("--requests", type=_positive, default=100, metavar="N", help="requests in all")
+    parser.add_argument("--requests", type=positive, default=100, metavar="N", help="requests in all")
     loop = parser.add_mutually_exclusive_group()
-    loop.add_argument("--concurrency", type=_positive, metavar="C", help="closed loop of C clients (default: 8)")
-    loop.add_argument("--rate", type=_positive_float, metavar="R", help="open loop, requests per second (Poisson)")
+    loop.add_argument("--concurrency", type=positive, metavar="C", help="closed loop of C clients (default: 8)")
+    loop.add_argument("--rate", type=positive_float, metavar="R", help="open loop, requests per second (Poisson)")
     parser.add_argument(
-        "--connections", type=_positive, default=1, metavar="K", help="connections that share the load"
+        "--connections", type=positive, default=1, metavar="K", help="connections that share the load"
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="the prompt of every request; default: random tokens")
     what.add_argument(
-        "--input-tokens", type=_positive, default=32, metavar="N", help="length of a random prompt, tokens"
+        "--input-tokens", type=positive, default=32, metavar="N", help="length of a random prompt, tokens"
     )
     parser.add_argument(
         "--shared-tokens",
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how much of the random prompts is the same in all",
     )
     parser.add_argument(
-        "--output-tokens", type=_positive, default=16, metavar="N", help="length of an answer, tokens"
+        "--output-tokens", type=positive, default=16, metavar="N", help="length of an answer, tokens"
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and arrival times")
@@ -127,22 +128,6 @@ def main(arguments: argparse.Namespace) -> int:
         report = make_report("load", command=command, started=started, settings=settings, results=result)
         write_report(report, arguments.json)
     return 1 if result.errors else 0
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return number
-
-
-def _positive_float(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, and finite, got {text!r}")
-    return number
 
 
 async def run_load(

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from cierzo.bench.arguments import positive_float
 from cierzo.bench.planning import DevicePlan, Limits, Planner, read_experts
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.engine.config import EngineOptions
@@ -70,10 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "1,152 tokens are the same in all; FILE.jsonl: a trace; FILE.json",
     )
     parser.add_argument(
-        "--max-ttft-ms", type=_positive, metavar="X", help="find the highest load whose first tokens keep this"
+        "--max-ttft-ms", type=positive_float, metavar="X", help="find the highest load whose first tokens keep this"
     )
     parser.add_argument(
-        "--max-inter-token-ms", type=_positive, metavar="X", help="the same for the time between two tokens"
+        "--max-inter-token-ms", type=positive_float, metavar="X", help="the same for the time between two tokens"
     )
     parser.add_argument(
         "--statistic", choices=("mean", "p50", "p99"), default="p99", help="of these times that must keep it"
@@ -258,10 +259,3 @@ def _over_clients(planner: Planner, plan: DevicePlan, workload: Workload) -> lis
             break
         points.append((clients, found.requests_per_s, found.inter_token_s.mean * 1e3))
     return points
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
-    return value

@@ -165,7 +165,7 @@ def _attempt(
         planned_requests_per_s=plan.requests_per_s,
         measured_requests_per_s=steady.requests_per_s,
         planned_completion_s=plan.completion_s.p50,
-        measured_completion_s=steady.completion_s.p50,
+        measured_completion_s=steady.end_to_end_s.p50,
         planned_ttft_s=plan.time_to_first_token_s.p50,
         measured_ttft_s=steady.time_to_first_token_s.p50,
         planned_inter_token_s=plan.inter_token_s.p50,

@@ -97,7 +97,9 @@ class SimulatedServer:
             seconds = self.core.steady_s(self._most_steps)
             deltas = await self._one_step() if len(seconds) < 2 else await self._steps(np.cumsum(seconds))
             for delta in deltas:
-                self._streams[delta.request_id].put_nowait(delta)
+                ended = delta.finish is not None
+                stream = self._streams.pop(delta.request_id) if ended else self._streams[delta.request_id]
+                stream.put_nowait(delta)
 
     def send(self, prompt_token_ids: list[int], sampling: SamplingParams) -> asyncio.Queue[TokenDelta]:
         """Send a request: where its output appears."""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from cierzo.bench.arguments import positive
 from cierzo.bench.headline.cells import MODELS, Plan, cpu_plan, gpu_plan
 from cierzo.bench.headline.html import page
 from cierzo.bench.headline.outcome import Outcome, ratios, rows, verdicts
@@ -202,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{model}", metavar="DIR", help="checkpoint; on the CPU default: made at random, mini"
         )
-    parser.add_argument("--rounds", type=_positive, metavar="N", help=f"default: {ROUNDS}; of a simulation 1")
+    parser.add_argument("--rounds", type=positive, metavar="N", help=f"default: {ROUNDS}; of a simulation 1")
     parser.add_argument("--cells", metavar="A,B", help="default: all")
     parser.add_argument("--miniature", action="store_true", help="tiny checkpoints, a few short requests")
     parser.add_argument("--report", action="store_true", help="measure nothing, report what was measured")
@@ -220,12 +221,6 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("bench/results"), metavar="DIR", help="where JSON, table and PNG go"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from cierzo.bench.latency import LoadResult, RequestSample, summarise_load
+from cierzo.bench.latency import LoadResult, RequestSample, steady_load
 from cierzo.bench.stats import Summary, summarise
 from cierzo.engine.roofline.step_model import StepTotals
 
@@ -53,19 +53,6 @@ def requests_for(concurrency: int) -> int:
     return max(3 * concurrency, 4)
 
 
-def steady(result: LoadResult, concurrency: int) -> LoadResult:
-    """The load between the C-th completion and the (N-C)-th of N: neither ramp nor tail.
-
-    N-2C requests end in it, over the time between the two. Raises ValueError where N is not above 2C.
-    """
-    answered = sorted((one for one in result.samples if one.error is None), key=lambda one: one.end_s)
-    if len(answered) <= 2 * concurrency:
-        raise ValueError(f"{len(answered)} answers to {concurrency} clients have no steady time: more than twice")
-    begin_s = answered[concurrency - 1].end_s
-    inside = answered[concurrency : len(answered) - concurrency]
-    return summarise_load(inside, inside[-1].end_s - begin_s)
-
-
 def figure(
     result: LoadResult,
     concurrency: int,
@@ -75,7 +62,7 @@ def figure(
     totals: StepTotals | None = None,
 ) -> Figure:
     """concurrency: of one replica, whose load `result` is; totals: of the steps in its steady time."""
-    settled = steady(result, concurrency)
+    settled = steady_load(result, concurrency)
     looked_at = settled if is_throughput else result
     steps = None
     if totals is not None:

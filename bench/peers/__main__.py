@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cierzo.bench.arguments import positive
 from cierzo.bench.peers.cells import cells
 from cierzo.bench.peers.engine import CHECKPOINTS, Peer, find_checkpoint
 from cierzo.bench.peers.llamacpp import LlamaCpp
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoints", type=_split, default=CHECKPOINTS, metavar="A,B", help="small4, small3, or folders"
     )
     parser.add_argument(
-        "--rounds", type=_positive, metavar="N", help=f"default: {ROUNDS}, {CLOSE_ROUNDS} where a ratio is close"
+        "--rounds", type=positive, metavar="N", help=f"default: {ROUNDS}, {CLOSE_ROUNDS} where a ratio is close"
     )
     parser.add_argument("--report", action="store_true", help="measure nothing, report what was measured")
     parser.add_argument(
@@ -102,12 +103,6 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("bench/results"), metavar="DIR", help="where JSON, table and PNG go"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
 
 
 def _split(text: str) -> list[str]:

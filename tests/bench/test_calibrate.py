@@ -231,10 +231,10 @@ def test_a_steady_load_leaves_out_both_ends() -> None:
         for end in (9.0, 9.5, 9.6, 9.7, 9.8, 9.9, 20.0, 30.0)
     ]
     steady = steady_load(summarise_load(samples[::-1], 30.0), 2)
-    assert steady.requests == 4
+    assert steady.answered == 4
     assert steady.requests_per_s == pytest.approx(10.0)
     assert steady.time_to_first_token_s.p50 == pytest.approx(0.5)
     assert steady.inter_token_s.p50 == pytest.approx(0.1)
-    assert steady.completion_s.max == pytest.approx(1.0)
+    assert steady.end_to_end_s.max == pytest.approx(1.0)
     with pytest.raises(ValueError, match="8 answers, and 4 are left out"):
         steady_load(summarise_load(samples, 30.0), 4)

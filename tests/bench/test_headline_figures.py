@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from cierzo.bench.headline.cells import LIMIT_S, Cell, Goal, Plan, Subject, cpu_plan, gpu_plan
-from cierzo.bench.headline.figures import Figure, Steps, figure, requests_for, steady, thinned
+from cierzo.bench.headline.figures import Figure, Steps, figure, requests_for, thinned
 from cierzo.bench.headline.outcome import ratios, rows, verdicts
 from cierzo.bench.headline.records import Identity, Measurement, Record, Records
 from cierzo.bench.headline.search import NothingKeepsTheLimit, Point, best, bound, confirm, search
 from cierzo.bench.headline.settings import Room, engine_settings, resolved, room
-from cierzo.bench.latency import RequestSample, summarise_load
+from cierzo.bench.latency import RequestSample, steady_load, summarise_load
 from cierzo.bench.stats import Summary
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.roofline.step_model import StepTotals
@@ -42,15 +42,15 @@ SAMPLES = [
 
 def test_the_steady_rate_leaves_ramp_and_tail_out() -> None:
     """C = 2: from the 2nd completion at 9 s to the 4th at 19 s, two requests."""
-    found = steady(summarise_load(SAMPLES[::-1], 200.0), 2)
+    found = steady_load(summarise_load(SAMPLES[::-1], 200.0), 2)
     assert found.requests_per_s == pytest.approx(2 / 10)
     assert found.output_tokens_per_s == pytest.approx(10 / 10)
     assert sorted(one.end_s for one in found.samples) == [13, 19]
 
 
 def test_too_few_requests_have_no_steady_time() -> None:
-    with pytest.raises(ValueError, match="4 answers to 2 clients"):
-        steady(summarise_load(SAMPLES[:4], 19.0), 2)
+    with pytest.raises(ValueError, match="4 answers, and 2 are left out"):
+        steady_load(summarise_load(SAMPLES[:4], 19.0), 2)
     assert [requests_for(n) for n in (1, 2, 100)] == [4, 6, 300]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from cierzo.bench.latency import SteadyLoad, steady_load
+from cierzo.bench.latency import LoadResult, steady_load
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
@@ -60,7 +60,7 @@ def _config(model: str, device: str, options: dict[str, Any]) -> EngineConfig:
     return resolve(EngineOptions(model=model, device=f"simulated:{device}", **options))
 
 
-def _measured(config: EngineConfig, workload: Workload, requests: int) -> tuple[SteadyLoad, SimulatedServer]:
+def _measured(config: EngineConfig, workload: Workload, requests: int) -> tuple[LoadResult, SimulatedServer]:
     server = SimulatedServer(config)
     settings = LoadSettings(
         rpc="",
@@ -77,8 +77,9 @@ def _measured(config: EngineConfig, workload: Workload, requests: int) -> tuple[
     return steady_load(result, left_out(requests, workload.concurrency)), server
 
 
-def _figures(found: Forecast | SteadyLoad) -> list[float]:
-    latencies = (found.time_to_first_token_s, found.inter_token_s, found.completion_s)
+def _figures(found: Forecast | LoadResult) -> list[float]:
+    completion_s = found.completion_s if isinstance(found, Forecast) else found.end_to_end_s
+    latencies = (found.time_to_first_token_s, found.inter_token_s, completion_s)
     return [found.requests_per_s, *(one.p50 for one in latencies)]
 
 
