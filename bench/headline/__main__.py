@@ -81,19 +81,28 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    """Raises ConfigError for a cell that there is not."""
+    """Raises ConfigError for a cell or a number format that there is not."""
     make = cpu_plan if arguments.device == "cpu" else gpu_plan
     plan = make(miniature=arguments.miniature)
-    known = [cell.name for cell in plan.cells]
-    wanted = known if arguments.cells is None else arguments.cells.split(",")
-    if unknown := [name for name in wanted if name not in known]:
+    cells = _among("cells", arguments.cells, [cell.name for cell in plan.cells])
+    weights = _among("weights", arguments.weights, [subject.weights for subject in plan.subjects])
+    return msgspec.structs.replace(
+        plan,
+        cells=tuple(cell for cell in plan.cells if cell.name in cells),
+        subjects=tuple(subject for subject in plan.subjects if subject.weights in weights),
+        pairs=tuple(pair for pair in plan.pairs if all(one.weights in weights for one in pair)),
+        goals=tuple(goal for goal in plan.goals if {goal.small4.weights, goal.small3.weights} <= {*weights}),
+    )
+
+
+def _among(name: str, given: str | None, known: list[str]) -> list[str]:
+    wanted = known if given is None else given.split(",")
+    if unknown := [one for one in wanted if one not in known]:
+        told = ", ".join(dict.fromkeys(known))
         raise ConfigError(
-            f"unknown cells: {', '.join(unknown)}; known: {', '.join(known)}",
-            field="cells",
-            limit=known,
-            value=unknown,
+            f"unknown {name}: {', '.join(unknown)}; known: {told}", field=name, limit=told, value=unknown
         )
-    return msgspec.structs.replace(plan, cells=tuple(cell for cell in plan.cells if cell.name in wanted))
+    return wanted
 
 
 def _backend(arguments: argparse.Namespace, folder: Path) -> tuple[Backend, Identity]:
@@ -205,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.add_argument("--rounds", type=positive, metavar="N", help=f"default: {ROUNDS}; of a simulation 1")
     parser.add_argument("--cells", metavar="A,B", help="default: all")
+    parser.add_argument("--weights", metavar="A,B", help="number formats of weights, of both models; default: all")
     parser.add_argument("--miniature", action="store_true", help="tiny checkpoints, a few short requests")
     parser.add_argument("--report", action="store_true", help="measure nothing, report what was measured")
     parser.add_argument(

@@ -125,6 +125,8 @@ def test_a_simulation(run: Main, capsys: pytest.CaptureFixture[str]) -> None:
     name = "headline-simulated-h200-miniature"
     assert run("--device", "simulated:h200", "--cells", "64/16@2") == 0
     assert len(run.records(name)) == 2
+    assert run("--device", "simulated:h200", "--cells", "64/16@2", "--weights", "bf16") == 0  # one side alone
+    assert [len(run.outcome(name)[part]) for part in ("rows", "ratios", "verdicts")] == [1, 0, 0]
     assert run("--device", "simulated:h200") == 0  # goes on
     records = run.records(name)
     table, page = ((run.folder / "out" / f"{name}.{end}").read_text(encoding="utf-8") for end in ("txt", "html"))
@@ -153,9 +155,12 @@ def test_a_simulation(run: Main, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(*again, *words) == 2
         assert told in capsys.readouterr().err
     assert run("--device", "simulated:h200", "--cells", "nonesuch") == 2
+    assert run("--device", "simulated:h200", "--weights", "nvfp4,int3") == 2
     assert run("--device", "gpu") == 2
     assert run("--device", "cuda", "--small4", "here") == 2
-    assert "unknown cells: nonesuch; known: 2k/16, 64/16@2" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "unknown cells: nonesuch; known: 2k/16, 64/16@2" in errors
+    assert "unknown weights: int3; known: nvfp4, bf16" in errors
 
 
 def _tiny(folder: Path) -> Path:
