@@ -2,9 +2,10 @@
 
 For each workload: calibrate (bench/calibrate.py), load a `cierzo serve` of the checkpoint, calibrate again. The
 plan is made from the mean of the two calibrations, since a shared host's memory gives twice as much in one minute
-as in another. Where the two alone would plan requests/s more than `STEADY` apart, the machine changed underway, and
-the workload is measured again, up to `ATTEMPTS` times; of the attempts the one whose calibrations agree best
-counts, whatever its result, and all are kept.
+as in another, and from the experts that this traffic chose, as `cierzo plan --experts` is: clients that share most
+of a prompt share experts too. Where the two alone would plan requests/s more than `STEADY` apart, the machine
+changed underway, and the workload is measured again, up to `ATTEMPTS` times; of the attempts the one whose
+calibrations agree best counts, whatever its result, and all are kept.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import msgspec
 from cierzo.bench.calibrate import Calibrator, mean_device
 from cierzo.bench.latency import steady_load
 from cierzo.bench.load import LoadSettings
-from cierzo.bench.peers.engine import Checkpoint, Engine
-from cierzo.bench.peers.ours import Cierzo
-from cierzo.bench.peers.served import RunningServer
+from cierzo.bench.peers.engine import Checkpoint
+from cierzo.bench.peers.ours import CierzoServer
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.engine.roofline.device import Device
 from cierzo.engine.roofline.forecast import Forecast, forecast, left_out
+from cierzo.engine.roofline.work import measured_distinct
 from cierzo.engine.roofline.workload import Workload, parse_workload
 
 PROMISED = 0.15  # of requests/s and completion time, either way
@@ -38,7 +40,7 @@ OPEN_REQUESTS = 40
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     """One measurement and the plan for it; seconds, medians. bandwidth: GB/s before and after. apart: how far the
-    two calibrations alone would plan requests/s apart."""
+    two calibrations alone would plan requests/s apart. experts: that this load's tokens chose."""
 
     planned_requests_per_s: float
     measured_requests_per_s: float
@@ -50,6 +52,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     measured_inter_token_s: float
     bandwidth: tuple[float, float]
     apart: float
+    experts: ExpertStatistics | None = None
 
     @property
     def errors(self) -> dict[str, float]:
@@ -93,24 +96,17 @@ def options_of(checkpoint: Path, weights: str) -> EngineOptions:
     return msgspec.convert({"model": str(checkpoint), "device": "cpu", "weights": weights}, EngineOptions)
 
 
-def serve(config: EngineConfig, checkpoint: Path, folder: Path) -> RunningServer:
-    """`cierzo serve` of it, warm."""
-    engine = Engine(
-        name="cierzo",
-        peer="cierzo",
-        number_format=config.weights,
-        weight_bits=0,
-        setting="as it comes",
-        options={"weights": config.weights},
-    )
+def serve(config: EngineConfig, checkpoint: Path, folder: Path) -> CierzoServer:
+    """`cierzo serve` of it, which counts experts."""
+    options = {"weights": config.weights, "expert_statistics": config.model.moe is not None}
     where = Checkpoint(name=checkpoint.name, path=checkpoint)
-    return RunningServer(Cierzo().server(engine, where, folder), folder / f"{checkpoint.name}.log")
+    return CierzoServer(where, options, folder / f"{checkpoint.name}.log")
 
 
 def attempts_of(
     config: EngineConfig,
     calibrator: Calibrator,
-    server: RunningServer,
+    server: CierzoServer,
     workloads: list[Workload],
     before: Device,
     name: str,
@@ -136,7 +132,7 @@ def attempts_of(
 def _attempt(
     config: EngineConfig,
     calibrator: Calibrator,
-    server: RunningServer,
+    server: CierzoServer,
     workload: Workload,
     before: Device,
     number: int,
@@ -154,11 +150,12 @@ def _attempt(
         seed=1000 * number,
     )
     steady = steady_load(server.load(settings), left_out(requests, workload.concurrency))
-    after = calibrator.measure()
+    experts, after = server.chosen_experts(), calibrator.measure()
+    distinct = None if experts is None else measured_distinct(experts)
 
     def planned(device: Device) -> Forecast:
         loaded = msgspec.structs.replace(workload, requests=requests, seed=settings.seed)
-        return forecast(config, loaded, device=device)
+        return forecast(config, loaded, device=device, distinct=distinct)
 
     plan, first, last = planned(mean_device([before, after])), planned(before), planned(after)
     attempt = Attempt(
@@ -171,6 +168,7 @@ def _attempt(
         planned_inter_token_s=plan.inter_token_s.p50,
         measured_inter_token_s=steady.inter_token_s.p50,
         bandwidth=(before.bytes_per_s / 1e9, after.bytes_per_s / 1e9),
+        experts=experts,
         apart=abs(first.requests_per_s / last.requests_per_s - 1),
     )
     return attempt, after

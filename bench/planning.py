@@ -12,15 +12,14 @@ import numpy as np
 from cierzo.engine.config import WEIGHTS, EngineConfig, EngineOptions, resolve
 from cierzo.engine.device_memory import weight_bytes
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.expert_statistics import ExpertStatistics, expected_distinct
+from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.engine.roofline.cards import DATA_SHEETS, find_device
 from cierzo.engine.roofline.device import Device, Number
 from cierzo.engine.roofline.forecast import Forecast, forecast
-from cierzo.engine.roofline.work import Distinct
+from cierzo.engine.roofline.work import measured_distinct
 from cierzo.engine.roofline.workload import Workload
 
 FINENESS = 1.02  # of the search within limits: the next step up is this much more, and breaks one
-MOST_TOKENS, EXPERT_POINTS = 1 << 14, 57  # sizes of a step at which expert statistics are asked
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +92,7 @@ class Planner:
         """calibrated: this machine's CPU, for the device "cpu"."""
         self._options, self._workload, self._limits = options, workload, limits
         self._experts, self._calibrated = experts, calibrated
-        self._distinct = None if experts is None else distinct_of(experts)
+        self._distinct = None if experts is None else measured_distinct(experts)
 
     def plan(self, name: str, *, changes: bool = True) -> DevicePlan:
         """For the device of this name. Raises ConfigError for an unknown one."""
@@ -244,29 +243,21 @@ class Planner:
         return found
 
 
+class _ExpertsReport(msgspec.Struct, frozen=True):
+    """As `cierzo bench experts --json` writes it; only what was counted matters here."""
+
+    results: ExpertStatistics
+
+
 def read_experts(path: Path) -> ExpertStatistics:
-    """Statistics of real traffic. Raises ConfigError for a file that holds none."""
+    """Statistics of real traffic, from a report of `cierzo bench experts`. Raises ConfigError for any other file."""
     try:
-        statistics = msgspec.json.decode(path.read_bytes(), type=ExpertStatistics)
+        statistics = msgspec.json.decode(path.read_bytes(), type=_ExpertsReport).results
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(f"expert statistics {path}: {error}", field="experts", value=path) from error
     if not statistics.tokens:
         raise ConfigError(f"expert statistics {path}: nothing was counted", field="experts", value=path)
     return statistics
-
-
-def distinct_of(statistics: ExpertStatistics) -> Distinct:
-    """Distinct experts of so many tokens, averaged over the layers; straight lines between a few sizes."""
-    sizes = np.unique(np.geomspace(1, MOST_TOKENS, EXPERT_POINTS).astype(np.int64))
-    layers = range(len(statistics.layers))
-    found = [[expected_distinct(statistics, layer, float(size)) for layer in layers] for size in sizes]
-    points = np.concatenate([[0.0], np.log1p(sizes)])
-    means = np.concatenate([[0.0], np.mean(found, axis=1)])
-
-    def distinct(tokens: Number) -> Number:
-        return np.interp(np.log1p(tokens), points, means)
-
-    return distinct
 
 
 def _require_same_experts(statistics: ExpertStatistics, config: EngineConfig) -> None:

@@ -15,6 +15,7 @@ from cierzo.bench.headline.search import Point
 from cierzo.bench.latency import RequestSample
 from cierzo.bench.machine import Ceilings
 from cierzo.engine.errors import ConfigError
+from cierzo.engine.expert_statistics import ExpertStatistics
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 
     layout: of several cards; `others`: what else they could do, and why it lost or cannot be. points: of the search
     for a concurrency; bounded_by: what kept it from being higher. kv_room_requests: of this cell, at their full
-    length. samples: of the load that `figure` is of.
+    length. experts: that tokens chose, where they were counted. samples: of the load that `figure` is of.
     """
 
     figure: Figure
@@ -43,6 +44,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     bounded_by: str = ""
     kv_room_requests: int = 0
     ceilings: Ceilings | None = None
+    experts: ExpertStatistics | None = None
     command: str = ""
     samples: list[RequestSample] = []
 

@@ -1,7 +1,8 @@
 """Cells on real servers: `cierzo serve` on this machine's CPU or GPU, one model in memory at a time.
 
 What a step reads and computes is not seen from outside: a simulated engine on a device of this machine's ceilings
-goes through the same load, and says at which rate nothing but the ceilings would answer it.
+goes through the same load, with the experts that the real one's tokens chose, and says at which rate nothing but
+the ceilings would answer it.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from cierzo.bench.latency import LoadResult
 from cierzo.bench.machine import Ceilings, Machine, describe_machine
 from cierzo.bench.peers import ceilings
 from cierzo.bench.peers.cells import Cell as ServedCell
-from cierzo.bench.peers.engine import Checkpoint, Engine
-from cierzo.bench.peers.ours import Cierzo
-from cierzo.bench.peers.served import RunningServer
+from cierzo.bench.peers.engine import Checkpoint
+from cierzo.bench.peers.ours import CierzoServer
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.errors import ConfigError
+from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.engine.roofline.cards import DATA_SHEETS, named
 from cierzo.engine.roofline.device import Device
+from cierzo.engine.roofline.work import Distinct, measured_distinct
 
 GIGA = 1e9
 GIB = 1 << 30
@@ -55,17 +57,10 @@ class Serving:
         settings = engine_settings(str(checkpoint.path), self.device, subject, cells)
         config = resolved(settings)  # before the server takes the memory that this looks at
         options = {name: value for name, value in settings.items() if name != "model"}
-        engine = Engine(
-            name=f"{subject.model}-{subject.weights}-{subject.activations}-{cells[0].profile}",
-            peer="cierzo",
-            number_format=subject.weights,
-            weight_bits=0,
-            setting=cells[0].profile,
-            options=options,
-        )
-        server = Cierzo().server(engine, checkpoint, self._folder)
-        log = self._folder / "logs" / f"{engine.name}.log"
-        return Session(self, RunningServer(server, log), checkpoint, config)
+        options["expert_statistics"] = config.model.moe is not None
+        name = f"{subject.model}-{subject.weights}-{subject.activations}-{cells[0].profile}"
+        server = CierzoServer(checkpoint, options, self._folder / "logs" / f"{name}.log")
+        return Session(self, server, checkpoint, config)
 
     def limit_device(self) -> Device | None:
         """What this machine can do at most, if that is known."""
@@ -74,14 +69,16 @@ class Serving:
         name = gpu_name().lower()
         return next((named(card) for card in DATA_SHEETS if card in name), None)
 
-    def twin(self, checkpoint: Checkpoint, cell: Cell, subject: Subject, concurrency: int) -> Figure | None:
+    def twin(
+        self, checkpoint: Checkpoint, cell: Cell, subject: Subject, concurrency: int, distinct: Distinct | None
+    ) -> Figure | None:
         """The same load on a simulated engine of this machine's ceilings."""
         device = self.limit_device()
         if device is None:
             return None
         fixed = msgspec.structs.replace(cell, concurrency=concurrency)
         config = simulated_config(str(checkpoint.path), fixed, subject, device, self._folder)
-        result, totals = simulate(config, fixed, concurrency)
+        result, totals = simulate(config, fixed, concurrency, distinct)
         return figure(result, concurrency, is_throughput=cell.is_throughput, totals=totals)
 
 
@@ -89,7 +86,7 @@ class Session:
     """A server that runs."""
 
     def __init__(
-        self, serving: Serving, server: RunningServer, checkpoint: Checkpoint, config: EngineConfig
+        self, serving: Serving, server: CierzoServer, checkpoint: Checkpoint, config: EngineConfig
     ) -> None:
         self._serving, self._server, self._checkpoint, self._config = serving, server, checkpoint, config
 
@@ -98,9 +95,11 @@ class Session:
         config = self._config
         space = room(config, cell)
         loads: dict[int, LoadResult] = {}
+        experts: dict[int, ExpertStatistics | None] = {}
 
         def look(concurrency: int) -> Point:
             loads[concurrency] = self._load(cell, concurrency, number)
+            experts[concurrency] = self._server.chosen_experts()
             found = figure(loads[concurrency], concurrency, is_throughput=True)
             return Point(
                 concurrency=concurrency,
@@ -124,12 +123,15 @@ class Session:
             chosen = best(measured, LIMIT_S).concurrency
             bounded_by = bound(measured, chosen, space, LIMIT_S)
         found = figure(loads[chosen], chosen, is_throughput=cell.is_throughput)
-        twin = self._serving.twin(self._checkpoint, cell, subject, chosen)
+        counted = experts[chosen]
+        distinct = None if counted is None else measured_distinct(counted)
+        twin = self._serving.twin(self._checkpoint, cell, subject, chosen, distinct)
         return Measurement(
             figure=msgspec.structs.replace(found, steps=twin and twin.steps),
             points=points,
             bounded_by=bounded_by,
             kv_room_requests=space.fit,
+            experts=counted,
             command=self._command(),
             samples=thinned(loads[chosen].samples),
         )

@@ -24,6 +24,7 @@ from cierzo.engine.messages import Delta
 from cierzo.engine.roofline.cards import named
 from cierzo.engine.roofline.device import Device
 from cierzo.engine.roofline.step_model import StepTotals
+from cierzo.engine.roofline.work import Distinct
 
 SEED = 5
 CLOSE = 0.9  # of the best forecast: nearer, layouts are loaded to be compared
@@ -157,10 +158,13 @@ def simulated_config(model: str, cell: Cell, subject: Subject, device: Device, f
     return resolved(engine_settings(model, f"simulated:{name}", subject, [cell]))
 
 
-def simulate(config: EngineConfig, cell: Cell, concurrency: int) -> tuple[LoadResult, StepTotals]:
-    """A closed loop, and the steps of its steady time. Raises ConfigError if a request failed."""
+def simulate(
+    config: EngineConfig, cell: Cell, concurrency: int, distinct: Distinct | None = None
+) -> tuple[LoadResult, StepTotals]:
+    """A closed loop, and the steps of its steady time. distinct: experts that so many tokens touch, by default as if
+    chosen at random. Raises ConfigError if a request failed."""
     requests = requests_for(concurrency)
-    server = _Watched(config, concurrency, requests)
+    server = _Watched(config, concurrency, requests, distinct)
     settings = LoadSettings(
         rpc="",
         requests=requests,
@@ -178,8 +182,10 @@ def simulate(config: EngineConfig, cell: Cell, concurrency: int) -> tuple[LoadRe
 class _Watched(SimulatedServer):
     """Notes its totals when the steady time begins and ends."""
 
-    def __init__(self, config: EngineConfig, concurrency: int, requests: int) -> None:
-        super().__init__(config)
+    def __init__(
+        self, config: EngineConfig, concurrency: int, requests: int, distinct: Distinct | None
+    ) -> None:
+        super().__init__(config, distinct)
         self._ended = 0
         self._at = {concurrency: StepTotals(), requests - concurrency: StepTotals()}
 

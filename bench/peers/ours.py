@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
+
+import uvloop
 
 from cierzo.bench.load import LoadClient
 from cierzo.bench.peers.engine import Checkpoint, Engine, Server
 from cierzo.bench.peers.process import Worker
-from cierzo.bench.peers.served import free_port
+from cierzo.bench.peers.served import RunningServer, free_port
 from cierzo.engine.errors import ConnectionLost
+from cierzo.engine.expert_statistics import ExpertStatistics, difference
 from cierzo.engine.frontend.client import Client
 
 PEER = "cierzo"
@@ -62,15 +66,54 @@ class Cierzo:
 
     def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server:
         """`cierzo serve` on a loopback port."""
-        address = f"127.0.0.1:{free_port()}"
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in engine.options.items()]
-        command = [sys.executable, "-m", "cierzo.engine", "serve", str(checkpoint.path), "--rpc", address, *options]
+        return _server(checkpoint, engine.options)
 
-        async def connect() -> LoadClient:
-            client = await Client.connect(address)
-            if (await client.health()).state == "ready":
-                return client
-            await client.close()
-            raise ConnectionLost("loading")
 
-        return Server(command, connect)
+class CierzoServer(RunningServer):
+    """`cierzo serve` with these options, warm. Experts are counted where they have `expert_statistics`."""
+
+    def __init__(self, checkpoint: Checkpoint, options: dict[str, Any], log: Path) -> None:
+        """Start it. Raises EngineFailed."""
+        super().__init__(_server(checkpoint, options), log)
+        try:
+            self._seen = self._experts() if options.get("expert_statistics") else None
+        except BaseException:
+            self.close()
+            raise
+
+    def chosen_experts(self) -> ExpertStatistics | None:
+        """Of the tokens since this was last asked; None where nobody counts."""
+        if self._seen is None:
+            return None
+        earlier, self._seen = self._seen, self._experts()
+        return difference(self._seen, earlier)
+
+    def _experts(self) -> ExpertStatistics:
+        async def ask() -> ExpertStatistics:
+            client = await self._connect("")
+            assert isinstance(client, Client)
+            try:
+                return await client.experts()
+            finally:
+                await client.close()
+
+        return uvloop.run(ask())
+
+
+def _server(checkpoint: Checkpoint, options: dict[str, Any]) -> Server:
+    address = f"127.0.0.1:{free_port()}"
+    flags = [_flag(f"--{name.replace('_', '-')}", value) for name, value in options.items() if value is not False]
+    command = [sys.executable, "-m", "cierzo.engine", "serve", str(checkpoint.path), "--rpc", address, *flags]
+
+    async def connect() -> LoadClient:
+        client = await Client.connect(address)
+        if (await client.health()).state == "ready":
+            return client
+        await client.close()
+        raise ConnectionLost("loading")
+
+    return Server(command, connect)
+
+
+def _flag(name: str, value: Any) -> str:
+    return name if value is True else f"{name}={value}"

@@ -17,9 +17,11 @@ import numpy as np
 
 from cierzo.cache.layout import VALUE_BYTES, CacheLayout
 from cierzo.engine.device_memory import BYTES
+from cierzo.engine.expert_statistics import ExpertStatistics, expected_distinct
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, MoeConfig
 from cierzo.engine.roofline.device import Kind, Number, Rate
 
+MOST_TOKENS, EXPERT_POINTS = 1 << 14, 57  # sizes of a step at which expert statistics are asked
 Distinct = Callable[[Number], Number]  # tokens of a step -> experts that have any, in a layer on average
 
 
@@ -106,6 +108,20 @@ def uniform_distinct(moe: MoeConfig) -> Distinct:
     """Of experts chosen at random: E (1 - (1 - K/E)^T)."""
     missed = 1 - moe.experts_per_token / moe.num_experts
     return lambda tokens: moe.num_experts * (1 - missed**tokens)
+
+
+def measured_distinct(statistics: ExpertStatistics) -> Distinct:
+    """Distinct experts of so many tokens, averaged over the layers; straight lines between a few sizes."""
+    sizes = np.unique(np.geomspace(1, MOST_TOKENS, EXPERT_POINTS).astype(np.int64))
+    layers = range(len(statistics.layers))
+    found = [[expected_distinct(statistics, layer, float(size)) for layer in layers] for size in sizes]
+    points = np.concatenate([[0.0], np.log1p(sizes)])
+    means = np.concatenate([[0.0], np.mean(found, axis=1)])
+
+    def distinct(tokens: Number) -> Number:
+        return np.interp(np.log1p(tokens), points, means)
+
+    return distinct
 
 
 def step_work(

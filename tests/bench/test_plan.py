@@ -9,14 +9,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from cierzo.bench.planning import DevicePlan, Limits, Planner, distinct_of, other_cards
+from cierzo.bench.experts import ExpertsSettings
+from cierzo.bench.planning import DevicePlan, Limits, Planner, other_cards, read_experts
+from cierzo.bench.report import make_report, write_report
 from cierzo.engine.cli import main
 from cierzo.engine.config import EngineOptions
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
 from cierzo.engine.model.config import named_model_config
 from cierzo.engine.roofline.cards import find_device
-from cierzo.engine.roofline.work import uniform_distinct
+from cierzo.engine.roofline.work import measured_distinct, uniform_distinct
 from cierzo.engine.roofline.workload import Workload, parse_workload
 
 OPTIONS = EngineOptions(model="small4", profile="throughput")
@@ -136,6 +138,13 @@ def test_what_cannot_be_planned_is_refused_by_name(
     assert words in out + err
 
 
+def _write_report(path: Path, statistics: ExpertStatistics) -> None:
+    """As `cierzo bench experts --json` does."""
+    settings = ExpertsSettings(rpc="unix:somewhere")
+    report = make_report("experts", command="cierzo", started="", settings=settings, results=statistics)
+    write_report(report, path)
+
+
 def _statistics(shares: list[int]) -> ExpertStatistics:
     """36 layers alike, of which each expert had so many of 1,000 tokens."""
     bucket = StepBucket(most_tokens=1, steps=1000, tokens=1000, distinct=[4000] * 36)
@@ -151,7 +160,7 @@ def _statistics(shares: list[int]) -> ExpertStatistics:
 
 def test_experts_of_real_traffic(tmp_path: Path) -> None:
     """Choices that are even give what chance would; choices that are not touch fewer experts, which is quicker."""
-    even = distinct_of(_statistics([1000 * 4 // 128] * 96 + [32] * 32))  # 4,000 choices in all, nearly even
+    even = measured_distinct(_statistics([1000 * 4 // 128] * 96 + [32] * 32))  # 4,000 choices in all, nearly even
     model = named_model_config("small4")
     assert model is not None
     assert model.moe is not None
@@ -160,12 +169,12 @@ def test_experts_of_real_traffic(tmp_path: Path) -> None:
         assert even(tokens) == pytest.approx(chance(tokens), rel=0.02)
     assert even(0.0) == 0.0
     path = tmp_path / "experts.json"
-    path.write_bytes(msgspec.json.encode(_statistics([120] * 32 + [1] * 64 + [3] * 32)))
+    _write_report(path, _statistics([120] * 32 + [1] * 64 + [3] * 32))
     skewed = Planner(
         OPTIONS,
         parse_workload("64/64@32"),
         Limits(),
-        experts=msgspec.json.decode(path.read_bytes(), type=ExpertStatistics),
+        experts=read_experts(path),
     ).plan("h200", changes=False)
     uniform = _plan("64/64@32").forecast
     assert uniform is not None
@@ -176,11 +185,11 @@ def test_experts_of_real_traffic(tmp_path: Path) -> None:
 
 def test_experts_of_another_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "experts.json"
-    path.write_bytes(msgspec.json.encode(_statistics([125] * 32)))
+    _write_report(path, _statistics([125] * 32))
     argv = ["plan", "small4", "--profile", "throughput", "--device", "h200", "--workload", "9/9@1"]
     assert main([*argv, "--experts", str(path)]) == 1
     assert "36 layers of 32 experts, 4 a token; small4 has 36 layers of 128 experts" in capsys.readouterr().out
-    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(_statistics([125] * 32), decode=[])))
+    _write_report(path, msgspec.structs.replace(_statistics([125] * 32), decode=[]))
     assert main([*argv, "--experts", str(path)]) == 2
     assert "nothing was counted" in capsys.readouterr().err
 
