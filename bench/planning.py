@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import numpy as np
 
 from cierzo.engine.config import WEIGHTS, EngineConfig, EngineOptions, resolve
 from cierzo.engine.device_memory import weight_bytes
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.engine.roofline.cards import DATA_SHEETS, find_device
-from cierzo.engine.roofline.device import Device, Number
+from cierzo.engine.roofline.device import Device
 from cierzo.engine.roofline.forecast import Forecast, forecast
 from cierzo.engine.roofline.work import measured_distinct
 from cierzo.engine.roofline.workload import Workload
@@ -250,7 +249,7 @@ class _ExpertsReport(msgspec.Struct, frozen=True):
 
 
 def read_experts(path: Path) -> ExpertStatistics:
-    """Statistics of real traffic, from a report of `cierzo bench experts`. Raises ConfigError for any other file."""
+    """What real traffic chose, from a report of `cierzo bench experts`. Raises ConfigError for any other file."""
     try:
         statistics = msgspec.json.decode(path.read_bytes(), type=_ExpertsReport).results
     except (OSError, msgspec.MsgspecError) as error:

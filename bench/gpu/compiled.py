@@ -113,9 +113,8 @@ def print_limits(found: Iterable[tuple[str, Any, Any]]) -> None:
     """What each kernel moves and computes in a step, and how long the cards take for that at least."""
     print("\nAt least: each byte once, each operation once, at the memory's and the tensor cores' data-sheet rates")
     for card in CARDS:
-        bf16, fp8_rate = (card.operations_per_s[name] / 1e12 for name in ("bf16", "fp8"))
-        print(f"  {card.name.upper()}: {card.bytes_per_s / 1e12} TB/s, {bf16} TFLOP/s, {fp8_rate} of FP8")
-    heads = "".join(f"{card.name.upper() + ', us':>14}" for card in CARDS)
+        print(f"  {card.name}: {card.memory / 1e12} TB/s, {card.bf16 / 1e12} TFLOP/s, {card.fp8 / 1e12} of FP8")
+    heads = "".join(f"{card.name + ', us':>14}" for card in CARDS)
     print(f"{'kernel':24}{'for':58}{'step':14}{'MB':>12}{'GFLOP':>11}{heads}  limit")
     for purpose, configuration, compiled in found:
         for step, work in problems(configuration):

@@ -17,15 +17,25 @@ from cierzo.bench.attention_cases import pairs_seen
 from cierzo.bench.gpu.cases import SMALL3, SMALL4, DeviceMaker, make_call
 from cierzo.bench.gpu.kernels import SIZES
 from cierzo.bench.kernel_cases import VALUE_BYTES, Model, Size, expert_bytes, weight_bytes
-from cierzo.engine.roofline.cards import find_device
-from cierzo.engine.roofline.device import Device
 from cierzo.kernels.triton.heuristics import APART_TOKENS
 from cierzo.kernels.triton.split import SPLITS
 
 META = torch.device("meta")
 E4M3 = "*fp8e4nv"
-CARDS = (find_device("h100"), find_device("h200"))
 STEPS = tuple(size for size in SIZES if size.name in ("decode 64", "prefill 4096"))
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Data sheet, dense: bytes/s of memory, operations/s of the tensor cores."""
+
+    name: str
+    memory: float
+    bf16: float
+    fp8: float
+
+
+CARDS = (Card("H100 SXM", 3.35e12, 989.5e12, 1979e12), Card("H200", 4.8e12, 989.5e12, 1979e12))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +45,9 @@ class Work:
     num_bytes: int
     flops: int = 0
 
-    def limit_s(self, card: Device, fp8: bool) -> tuple[float, str]:
+    def limit_s(self, card: Card, fp8: bool) -> tuple[float, str]:
         """The time that it takes at least, and which limit says so. fp8: the operands of its products."""
-        rate = card.operations_per_s["fp8" if fp8 else "bf16"]
-        memory, arithmetic = self.num_bytes / card.bytes_per_s, self.flops / rate
+        memory, arithmetic = self.num_bytes / card.memory, self.flops / (card.fp8 if fp8 else card.bf16)
         return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")
 
 

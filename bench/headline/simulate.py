@@ -161,8 +161,8 @@ def simulated_config(model: str, cell: Cell, subject: Subject, device: Device, f
 def simulate(
     config: EngineConfig, cell: Cell, concurrency: int, distinct: Distinct | None = None
 ) -> tuple[LoadResult, StepTotals]:
-    """A closed loop, and the steps of its steady time. distinct: experts that so many tokens touch, by default as if
-    chosen at random. Raises ConfigError if a request failed."""
+    """A closed loop, and the steps of its steady time. distinct: experts that so many tokens touch; by default as
+    if chosen at random. Raises ConfigError if a request failed."""
     requests = requests_for(concurrency)
     server = _Watched(config, concurrency, requests, distinct)
     settings = LoadSettings(
@@ -182,9 +182,7 @@ def simulate(
 class _Watched(SimulatedServer):
     """Notes its totals when the steady time begins and ends."""
 
-    def __init__(
-        self, config: EngineConfig, concurrency: int, requests: int, distinct: Distinct | None
-    ) -> None:
+    def __init__(self, config: EngineConfig, concurrency: int, requests: int, distinct: Distinct | None) -> None:
         super().__init__(config, distinct)
         self._ended = 0
         self._at = {concurrency: StepTotals(), requests - concurrency: StepTotals()}

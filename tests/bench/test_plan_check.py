@@ -19,6 +19,7 @@ from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.bench.plan_check import Attempt, Checked, check, line, verdict
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.engine.messages import TokenDelta
 from cierzo.engine.roofline.step_model import FloatArray
 from cierzo.engine.roofline.workload import parse_workload
@@ -111,6 +112,10 @@ class InProcess(SimulatedServer):
         self._arrived = asyncio.Event()
         return run_simulated_load(self, settings)
 
+    def chosen_experts(self) -> ExpertStatistics | None:
+        """Of all loads so far."""
+        return self.core.expert_statistics()
+
     def __enter__(self) -> InProcess:
         return self
 
@@ -126,9 +131,10 @@ def test_the_whole_way_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monke
     the prompts, the overhead, or a unit is off by more. `plan_check` itself promises 15 %, of wall time."""
     path = make_checkpoint(tmp_path / "tiny", like="small4", scale="tiny")
     options = EngineOptions(model=str(path), device="cpu", threads=1, budget_tokens=128, kv_cache_gib=0.1)
+    counting = msgspec.structs.replace(options, expert_statistics=True)
     monkeypatch.setattr(plan_check, "ATTEMPTS", 2)
     monkeypatch.setattr(plan_check, "options_of", lambda *_: options)
-    monkeypatch.setattr(plan_check, "serve", lambda *_: InProcess(options))
+    monkeypatch.setattr(plan_check, "serve", lambda *_: InProcess(counting))
     monkeypatch.setattr(calibrate, "measure_ceilings", lambda: CEILINGS)  # what they are cancels out
     monkeypatch.setattr(calibrate, "BATCHES", (1, 2, 8))
     monkeypatch.setattr(calibrate, "LONG", ((1, 256),))
@@ -139,6 +145,7 @@ def test_the_whole_way_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monke
     for one in found:
         assert 1 <= len(one.attempts) <= 2
         assert 1 / WIDE < one.counted.planned_requests_per_s / one.counted.measured_requests_per_s < WIDE
+        assert all(attempt.experts is not None and attempt.experts.tokens for attempt in one.attempts)
         assert 1 / WIDE < one.counted.planned_completion_s / one.counted.measured_completion_s < WIDE
 
 

@@ -45,6 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.profiles": (),
     "engine.roofline": (
         "engine.roofline",
+        "engine.expert_statistics",
         "engine.model.config",
         "engine.device_memory",
         "cache.layout",
