@@ -80,9 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--statistic", choices=("mean", "p50", "p99"), default="p99", help="of these times that must keep it"
     )
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="of cierzo.bench.calibrate, for cpu")
-    parser.add_argument(
-        "--experts", type=Path, metavar="FILE", help="of cierzo bench experts: choices of real traffic"
-    )
+    parser.add_argument("--experts", type=Path, metavar="FILE", help="what traffic chose, of cierzo bench experts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw throughput over clients here")
     add_options(parser.add_argument_group("settings of the engine"), EngineOptions, skip=NOT_PLANNED)
