@@ -32,7 +32,7 @@ from cierzo.kernels.cpu import native
 from cierzo.kernels.registry import has_native
 
 BATCHES = (1, 2, 8, 32)
-PROMPTS = (64, 512)  # and as many tokens as a step has
+PROMPTS = (64, 128, 256, 512)  # and as many tokens as a step has; experts pass from memory to arithmetic in between
 LONG = ((1, 2048), (8, 1024), (8, 2048))  # sequences, context: for attention
 REPEATS = 3
 SMALLEST, LARGEST = 1e-3, 4.0  # of a share
