@@ -128,3 +128,14 @@ def test_the_report_gives_every_step_a_line(capsys: pytest.CaptureFixture[str]) 
         assert lines[0][6:] == ["34.603", "2.147", "10.33", "7.21", "memory"]
         time = "138.90" if instruction.startswith("H") else "69.45"
         assert lines[1][6:] == ["100.663", "137.439", time, time, "arithmetic"]
+
+
+@pytest.mark.parametrize(("capability", "status"), [(80, 0), (90, 1)])
+def test_fp8_is_missing_only_from_cards_that_have_none(
+    capability: int, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (known,) = [one for _, purpose, one in compiled.configurations() if purpose == "small4 o_proj bf16"]
+    error = f"CompilationError: type {compiled.NO_E4M3} in this architecture"
+    monkeypatch.setattr(compiled, "compile_all", lambda _: [("linear", "small4 o_proj fp8", known, None, error)])
+    assert compiled.main(["--capability", str(capability)]) == status
+    assert ("DOES NOT COMPILE" in capsys.readouterr().out) == bool(status)

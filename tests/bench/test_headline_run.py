@@ -115,6 +115,10 @@ def test_real_servers(run: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert f"--profile={record.cell.profile}" in record.measurement.command
         assert record.measurement.command.startswith("python -m cierzo.engine serve small")
         assert record.measurement.ceilings == FOUND
+        experts, cell = record.measurement.experts, record.cell
+        assert (experts is not None) == (record.subject.model == "small4")
+        if experts is not None:  # of this load alone, neither of the warm-up nor of the cell before
+            assert experts.tokens == record.measurement.figure.requests * (cell.tokens - 1)
     capsys.readouterr()
     assert run() == 0  # everything is there
     assert "round" not in capsys.readouterr().out.partition("Small 4 against")[0]

@@ -16,17 +16,21 @@ from cierzo.bench import calibrate, plan_check
 from cierzo.bench.latency import LoadResult
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.machine import Ceiling, Ceilings
-from cierzo.bench.plan_check import Attempt, Checked, check, line, verdict
+from cierzo.bench.plan_check import PROMISED, Attempt, Checked, check, line, verdict
+from cierzo.bench.report import Report
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.engine.messages import TokenDelta
+from cierzo.engine.roofline.forecast import Forecast, forecast
 from cierzo.engine.roofline.step_model import FloatArray
+from cierzo.engine.roofline.work import Distinct, measured_distinct
 from cierzo.engine.roofline.workload import parse_workload
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.simulated import VirtualClock
 
+RESULT = Path(__file__).resolve().parents[2] / "bench" / "results" / "plan-cpu.json"
 WIDE = 2.0  # a factor, either way
 
 ONE = Ceiling(rate=50.0, reached_by="nobody")
@@ -75,6 +79,21 @@ def test_what_is_promised_is_requests_and_completion_either_way() -> None:
     assert "+10%" in told
     assert "-13%" in told
     assert told.endswith("2 attempts")
+
+
+def test_the_committed_result_holds_what_is_promised() -> None:
+    """All but those that its note names with their reason."""
+    report = msgspec.json.decode(RESULT.read_bytes(), type=Report)
+    found = msgspec.convert(report.results, list[Checked])
+    assert len(found) >= 8
+    assert {one.checkpoint for one in found} == {"small4", "small3"}
+    text = RESULT.with_suffix(".txt").read_text(encoding="utf-8")
+    for one in found:
+        assert one.counts == min(range(len(one.attempts)), key=lambda index: one.attempts[index].apart)
+        assert line(one) in text
+        if not one.counted.within:
+            assert f"Not within {PROMISED:.0%}: {one.checkpoint} {one.workload}" in text
+    assert verdict(found) in text
 
 
 class TimedCore(EngineCore):
@@ -139,6 +158,13 @@ def test_the_whole_way_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(calibrate, "BATCHES", (1, 2, 8))
     monkeypatch.setattr(calibrate, "LONG", ((1, 256),))
     monkeypatch.setattr(time, "perf_counter", time.process_time)
+    given: list[Distinct] = []
+
+    def watched(*args: Any, distinct: Distinct, **keywords: Any) -> Forecast:
+        given.append(distinct)
+        return forecast(*args, distinct=distinct, **keywords)
+
+    monkeypatch.setattr(plan_check, "forecast", watched)
     workloads = [parse_workload("100/20@1"), parse_workload("48/40@8"), parse_workload("96:64/8@4")]
     found = list(check(path, workloads, tmp_path, "auto"))
     assert [one.workload for one in found] == ["100/20@1", "48/40@8", "96:64/8@4"]
@@ -147,6 +173,9 @@ def test_the_whole_way_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monke
         assert 1 / WIDE < one.counted.planned_requests_per_s / one.counted.measured_requests_per_s < WIDE
         assert all(attempt.experts is not None and attempt.experts.tokens for attempt in one.attempts)
         assert 1 / WIDE < one.counted.planned_completion_s / one.counted.measured_completion_s < WIDE
+    experts = found[-1].attempts[-1].experts
+    assert experts is not None
+    assert given[-1](8.0) == measured_distinct(experts)(8.0)
 
 
 def test_a_workload_is_measured_again_while_the_machine_changes(monkeypatch: pytest.MonkeyPatch) -> None:
