@@ -29,6 +29,7 @@ def plot(outcome: Outcome, path: Path) -> None:
         raise ConfigError(f"{path} needs matplotlib: pip install 'cierzo[bench]'", field="output") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     shown = panels(outcome.rows)
     if not shown:
@@ -42,7 +43,7 @@ def plot(outcome: Outcome, path: Path) -> None:
         _draw(axis, panel, colors)
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
-    handles = [pyplot.Line2D([], [], color=color, marker="o", markersize=4) for color in colors.values()]
+    handles = [Line2D([], [], color=color, marker="o", markersize=4) for color in colors.values()]
     figure.legend(handles, [str(subject) for subject in colors], loc="outside lower center", ncols=3, fontsize=8)
     name = outcome.device.partition(":")[0] if outcome.simulation else outcome.device
     title = f"Small 4 against Small 3 on {name}, {outcome.commit}"

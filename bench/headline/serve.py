@@ -94,13 +94,12 @@ class Session:
         """Raises EngineFailed, or NothingKeepsTheLimit."""
         config = self._config
         space = room(config, cell)
-        loads: dict[int, LoadResult] = {}
-        experts: dict[int, ExpertStatistics | None] = {}
+        loads: dict[int, tuple[LoadResult, ExpertStatistics | None]] = {}
 
         def look(concurrency: int) -> Point:
-            loads[concurrency] = self._load(cell, concurrency, number)
-            experts[concurrency] = self._server.chosen_experts()
-            found = figure(loads[concurrency], concurrency, is_throughput=True)
+            result = self._load(cell, concurrency, number)
+            loads[concurrency] = result, self._server.chosen_experts()
+            found = figure(result, concurrency, is_throughput=True)
             return Point(
                 concurrency=concurrency,
                 requests_per_s=found.requests_per_s,
@@ -122,18 +121,18 @@ class Session:
             measured = [point for point in points if point.measured]
             chosen = best(measured, LIMIT_S).concurrency
             bounded_by = bound(measured, chosen, space, LIMIT_S)
-        found = figure(loads[chosen], chosen, is_throughput=cell.is_throughput)
-        counted = experts[chosen]
-        distinct = None if counted is None else measured_distinct(counted)
+        result, experts = loads[chosen]
+        found = figure(result, chosen, is_throughput=cell.is_throughput)
+        distinct = None if experts is None else measured_distinct(experts)
         twin = self._serving.twin(self._checkpoint, cell, subject, chosen, distinct)
         return Measurement(
             figure=msgspec.structs.replace(found, steps=twin and twin.steps),
             points=points,
             bounded_by=bounded_by,
             kv_room_requests=space.fit,
-            experts=counted,
+            experts=experts,
             command=self._command(),
-            samples=thinned(loads[chosen].samples),
+            samples=thinned(result.samples),
         )
 
     def close(self) -> None:

@@ -27,8 +27,8 @@ EXPLAINED = (
     f"{LIMIT_S * 1e3:.0f} ms. fit: requests of full length that the KV cache holds.",
     "of limit: of the requests/s if the device moved all bytes, or computed all operations, of these steps at its "
     "full rate, whichever takes longer; limit of the ratio: if both models ran at theirs. running, experts "
-    "(distinct, of a layer; of a real server as its tokens chose), GB and TFLOP: of a step of one engine, "
-    "on average.",
+    "(distinct, of a layer; of a real server as its tokens chose, which costs it up to 2 %), GB and TFLOP: of a "
+    "step of one engine, on average.",
 )
 
 

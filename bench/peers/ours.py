@@ -102,7 +102,7 @@ class CierzoServer(RunningServer):
 
 def _server(checkpoint: Checkpoint, options: dict[str, Any]) -> Server:
     address = f"127.0.0.1:{free_port()}"
-    flags = [_flag(f"--{name.replace('_', '-')}", value) for name, value in options.items() if value is not False]
+    flags = [_flag(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
     command = [sys.executable, "-m", "cierzo.engine", "serve", str(checkpoint.path), "--rpc", address, *flags]
 
     async def connect() -> LoadClient:
@@ -116,4 +116,6 @@ def _server(checkpoint: Checkpoint, options: dict[str, Any]) -> Server:
 
 
 def _flag(name: str, value: Any) -> str:
-    return name if value is True else f"{name}={value}"
+    if isinstance(value, bool):
+        return name if value else f"--no-{name[2:]}"
+    return f"{name}={value}"

@@ -21,7 +21,8 @@ from cierzo.engine.expert_statistics import ExpertStatistics, expected_distinct
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, MoeConfig
 from cierzo.engine.roofline.device import Kind, Number, Rate
 
-MOST_TOKENS, EXPERT_POINTS = 1 << 14, 57  # sizes of a step at which expert statistics are asked
+# Sizes of a step, in tokens, at which expert statistics are asked; beyond the last nearly all experts have tokens.
+STEP_SIZES = np.unique(np.geomspace(1, 1 << 14, 57).astype(np.int64))
 Distinct = Callable[[Number], Number]  # tokens of a step -> experts that have any, in a layer on average
 
 
@@ -111,11 +112,11 @@ def uniform_distinct(moe: MoeConfig) -> Distinct:
 
 
 def measured_distinct(statistics: ExpertStatistics) -> Distinct:
-    """Distinct experts of so many tokens, averaged over the layers; straight lines between a few sizes."""
-    sizes = np.unique(np.geomspace(1, MOST_TOKENS, EXPERT_POINTS).astype(np.int64))
+    """Of what tokens chose (`expected_distinct`), averaged over the layers; straight lines in log(1 + T) between
+    STEP_SIZES. Raises ValueError where nothing was counted."""
     layers = range(len(statistics.layers))
-    found = [[expected_distinct(statistics, layer, float(size)) for layer in layers] for size in sizes]
-    points = np.concatenate([[0.0], np.log1p(sizes)])
+    found = [[expected_distinct(statistics, layer, float(size)) for layer in layers] for size in STEP_SIZES]
+    points = np.concatenate([[0.0], np.log1p(STEP_SIZES)])
     means = np.concatenate([[0.0], np.mean(found, axis=1)])
 
     def distinct(tokens: Number) -> Number:
