@@ -23,7 +23,7 @@ from cierzo.bench.machine import Ceilings, describe_machine, measure_ceilings
 from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
 from cierzo.bench.report import check_writable
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.options import add_options, chosen
 from cierzo.engine.roofline.device import Calibration, Device, Kind, MeasuredShare, Rate
 from cierzo.engine.roofline.step_model import StepModel
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
             check_writable(arguments.json)
         given = chosen(arguments, EngineOptions, skip=FIXED)
         device = calibrate(EngineOptions(model=arguments.checkpoint, device="cpu", **given))
-    except ConfigError as error:
+    except CierzoError as error:
         print(f"calibrate: {error}", file=sys.stderr)
         return 2
     print(device.describe())

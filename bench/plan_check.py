@@ -22,10 +22,11 @@ import msgspec
 from cierzo.bench.calibrate import Calibrator, mean_device
 from cierzo.bench.latency import steady_load
 from cierzo.bench.load import LoadSettings
-from cierzo.bench.peers.engine import Checkpoint
+from cierzo.bench.peers.engine import Checkpoint, EngineFailed
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.bench.report import check_writable, make_report, write_report
-from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.config import WEIGHTS, EngineConfig, EngineOptions, resolve
+from cierzo.engine.errors import CierzoError
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.engine.roofline.device import Device
 from cierzo.engine.roofline.forecast import Forecast, forecast, left_out
@@ -203,22 +204,32 @@ def verdict(found: list[Checked]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, print as it goes; exit status 1 if a workload is farther off than promised."""
+    """Check, print as it goes; exit status 1 if a workload is farther off than promised, 2 if it cannot be run."""
     parser = argparse.ArgumentParser(description="Hold plans for this machine's CPU against measurements.")
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", type=Path)
     parser.add_argument(
         "--workloads", nargs="+", default=WORKLOADS, metavar="LOAD", help="as cierzo plan takes them"
     )
-    parser.add_argument("--weights", default="auto", metavar="FORMAT", help="number format of the weights")
+    parser.add_argument("--weights", default="auto", choices=("auto", *WEIGHTS["cpu"]), help="of the weights")
     parser.add_argument("--folder", type=Path, default=Path("build/plan-check"), help="for the servers' logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write plans and measurements here")
     arguments = parser.parse_args(argv)
+    command = shlex.join(["python", "-m", "cierzo.bench.plan_check", *(argv or sys.argv[1:])])
+    try:
+        return _run(arguments, command)
+    except (CierzoError, EngineFailed) as error:
+        print(f"plan_check: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace, command: str) -> int:
+    workloads = [parse_workload(text) for text in arguments.workloads]
+    for checkpoint in arguments.checkpoints:  # a wrong one shall not come up after half an hour
+        resolve(options_of(checkpoint, arguments.weights))
     if arguments.json is not None:
         check_writable(arguments.json)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    workloads = [parse_workload(text) for text in arguments.workloads]
     settings = {"workloads": list(arguments.workloads), "weights": arguments.weights, "promised": PROMISED}
-    command = shlex.join(["python", "-m", "cierzo.bench.plan_check", *(argv or sys.argv[1:])])
     started = datetime.now(UTC).isoformat(timespec="seconds")
     print(f"planned / measured; GB/s: memory read, before and after\n{HEADER}", flush=True)
     found: list[Checked] = []

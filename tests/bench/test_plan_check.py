@@ -177,6 +177,30 @@ def test_the_whole_way_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monke
     assert given[-1](8.0) == measured_distinct(experts)(8.0)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nowhere"], "plan_check: nowhere is no checkpoint"),
+        (["nowhere", "--workloads", "9/x@1"], "plan_check: workload '9/x@1'"),
+        (["nowhere", "--weights", "int3"], "invalid choice: 'int3'"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused_by_name(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = plan_check.main(words)
+    except SystemExit as error:  # argparse's
+        status = int(str(error))
+    assert status == 2
+    assert told in capsys.readouterr().err
+
+
+def test_calibrating_nothing_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate.main(["nowhere"]) == 2
+    assert "calibrate: nowhere is no checkpoint" in capsys.readouterr().err
+
+
 def test_a_workload_is_measured_again_while_the_machine_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until two calibrations agree, or no attempts are left; then the closest pair counts, whatever it measured."""
 
