@@ -250,13 +250,13 @@ def _combine(
         return
     lanes = tl.arange(0, CHUNK)
     step = HK * ROWS
-    base = (first - begin).to(tl.int64) * step + head // G * ROWS + row % ROWS
+    base = (first - begin) * step + head // G * ROWS + row % ROWS
     lent_base, lent_splits = base, 0  # where the leader's tile has this row, and in how many splits
     if TOGETHER > 1:  # noqa: SIM102 (decided when it is compiled)
         if lent(mates_ptr, segment, segment_start, 0):
             leader = tl.load(mates_ptr + segment * 3)
             place = tl.load(mates_ptr + segment * 3 + 1)
-            lent_base = (tl.load(firsts_ptr + leader) - begin).to(tl.int64) * step + place * G + head
+            lent_base = (tl.load(firsts_ptr + leader) - begin) * step + place * G + head
             lent_splits = whole_splits(tl.load(mates_ptr + segment * 3 + 2), SHORT, SHORTS, LONG)
     largest = float("-inf")
     if SINKS:
@@ -274,7 +274,7 @@ def _combine(
         weights = tl.exp2(tl.load(maxima_ptr + rows, mask=live, other=float("-inf")) - largest)
         total += tl.sum(weights * tl.load(sums_ptr + rows, mask=live, other=0.0))
         inside = live[:, None] & wide[None, :]
-        parts = tl.load(partials_ptr + rows[:, None] * W + columns[None, :], mask=inside, other=0.0)
+        parts = tl.load(partials_ptr + rows[:, None].to(tl.int64) * W + columns[None, :], mask=inside, other=0.0)
         acc += tl.sum(weights[:, None] * parts, axis=0)
     tl.store(out, (acc / total).to(out_ptr.dtype.element_ty), mask=wide)
 
