@@ -31,8 +31,8 @@ class SeqPlan(msgspec.Struct, frozen=True, gc=False):
     """One sequence's share of a step.
 
     Computes `token_ids` at positions start .. start+len-1. Positions below `num_prompt_tokens` are computed in
-    expanded form, the others in absorbed form (docs/architecture.md, "Exact"). `new_block_ids` are appended
-    to the block table row `slot`; with an `admission` they replace the row. If `samples`, the last
+    expanded form, the others in absorbed form (docs/architecture.md, "Exact"). `new_block_ids` end the block
+    table row `slot` at the last token's block; with an `admission` they replace the row. If `samples`, the last
     token's logits give one new token, at position start+len. The last of `token_ids` may be PENDING.
     """
 
@@ -78,6 +78,15 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
     token_ids: list[list[int]]
     logprobs: list[list[TokenLogprobs] | None] | None = None
     failures: dict[int, str] = {}
+
+
+class Steady(msgspec.Struct, frozen=True, gc=False):
+    """So many coming `steps` in which each of `sequences` decodes a token, and nothing else happens of itself; in
+    the first of them they have `context_tokens` together."""
+
+    steps: int
+    sequences: int = 0
+    context_tokens: int = 0
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -15,6 +15,7 @@ from cierzo.scheduler.plan import (
     FinishReason,
     RequestKey,
     SeqPlan,
+    Steady,
     StepPlan,
     StepResult,
     TokenDelta,
@@ -36,15 +37,6 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     output_tokens: int
     preemptions: int
     finished: int
-
-
-class Steady(msgspec.Struct, frozen=True, gc=False):
-    """So many coming `steps` in which each of `sequences` decodes a token, and nothing else happens of itself; in
-    the first of them they have `context_tokens` together."""
-
-    steps: int
-    sequences: int = 0
-    context_tokens: int = 0
 
 
 class Scheduler:
@@ -149,7 +141,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step: tokens to decode first, then prompts that run, then prompts that wait.
 
-        Every plan is committed, in order.
+        Every plan is committed, in order: whole, or its sequences in several parts.
         """
         now = self._clock()
         self._expire(now)
@@ -185,6 +177,20 @@ class Scheduler:
                 self._cache.index(request.blocks, computed)
             if seq.samples:
                 self._append(request, result.token_ids[index], logprobs[index] if logprobs else None, now)
+
+    def revise(self, plan: StepPlan) -> StepPlan:
+        """A plan that has to be run again, once every plan before it is committed.
+
+        Sequences that ended or were preempted since are left out: their blocks may be another's. Tokens that were
+        PENDING are known by now.
+        """
+        seqs = []
+        for seq in plan.seqs:
+            request = self._running.get(seq.key)
+            if request is not None and request.epoch == seq.epoch:
+                token_ids = request.tokens[seq.start : seq.start + len(seq.token_ids)]
+                seqs.append(msgspec.structs.replace(seq, token_ids=token_ids))
+        return StepPlan(plan.step, seqs, sum(len(seq.token_ids) for seq in seqs))
 
     def steady(self) -> Steady:
         """What is sure of the coming steps, if nobody adds or aborts. Not while a step is in flight."""

@@ -169,7 +169,9 @@ class BatchBuilder:
         self._num_blocks[slot] = held + len(block_ids)
 
     def _extend_table(self, seq: SeqPlan) -> None:
-        held = 0 if seq.admission is not None else self._num_blocks[seq.slot]
+        """Write new blocks to the place that their tokens give: a plan may be built again after a failure."""
+        num_blocks = -(-(seq.start + len(seq.token_ids)) // self._block_tokens)
+        held = 0 if seq.admission is not None else num_blocks - len(seq.new_block_ids)
         self._num_blocks[seq.slot] = held
         self.extend_table(seq.slot, seq.new_block_ids)
 

@@ -25,7 +25,8 @@ class Runner(Protocol):
     """What computes a step. `launch` queues it, `collect` waits for its result.
 
     One step more may be launched before a step's result is collected. Its PENDING tokens are those that the step
-    before chooses.
+    before chooses. After `launch` or `collect` has raised an Exception, nothing of the step is remembered: the same
+    sequences may be launched again, all of them or some.
     """
 
     @property
@@ -41,7 +42,7 @@ class Runner(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forget what was launched and not collected."""
+        """Forget what was launched and not collected, once the device is done with it."""
         ...
 
     def describe(self) -> str:
@@ -83,7 +84,7 @@ class EngineCore:
         self._cache = KVCacheManager(self._config.cache)
         self._scheduler = Scheduler(self._config.scheduler, self._cache, self._clock)
         self._refused: list[TokenDelta] = []
-        self._flying: tuple[StepPlan, StepResult | None] | None = None  # launched; a result if that failed
+        self._flying: StepPlan | None = None  # launched, and not collected
 
     def submit(self, submit: Submit) -> None:
         """Take a request, one sequence per sample.
@@ -117,29 +118,34 @@ class EngineCore:
     def step(self) -> list[TokenDelta]:
         """One step, as configured: all that happened since the last call, in order.
 
-        If the runner raises, the sequences of that step end as failed and the core lives on. What is no step's own
-        fault passes: MemoryError, KeyboardInterrupt, and DeviceFault, after which no step could succeed.
+        If the runner raises, the step is run again in halves, until each sequence that makes it raise is alone:
+        that one ends as failed, the others get their tokens. MemoryError, KeyboardInterrupt and DeviceFault, after
+        which no step could succeed, pass.
         """
         return self.step_overlapped() if self._config.overlap else self.step_plain()
 
     def step_plain(self) -> list[TokenDelta]:
         """Schedule, build, run, commit."""
-        plan = self._scheduler.schedule()
-        if plan.seqs:
-            self._scheduler.commit(plan, self._launch(plan) or self._collect(plan))
+        self._run(self._scheduler.schedule())
         return self.take_deltas()
 
     def step_overlapped(self) -> list[TokenDelta]:
         """Schedule, build and launch one step while the one before runs; then commit that one.
 
-        The same tokens as `step_plain` gives, each a call later.
+        The same tokens as `step_plain` gives, each a call later. A step that fails is run again by itself, and so
+        is one that was launched behind it.
         """
         plan = self._scheduler.schedule()
         before, self._flying = self._flying, None
-        if plan.seqs:
-            self._flying = (plan, self._launch(plan))
-        if before is not None:
-            self._scheduler.commit(before[0], before[1] or self._collect(before[0]))
+        error = self._launch(plan) if plan.seqs else None
+        if before is not None and (lost := self._collect(before)) is not None:
+            self._runner.reset()
+            self._run(self._scheduler.revise(before))
+            error = error or lost
+        if error is not None:
+            self._run(self._scheduler.revise(plan))
+        elif plan.seqs:
+            self._flying = plan
         return self.take_deltas()
 
     def take_deltas(self) -> list[TokenDelta]:
@@ -184,31 +190,42 @@ class EngineCore:
         """Assert the invariants of scheduler and cache; for tests and idle moments."""
         self._scheduler.check()
 
-    def _launch(self, plan: StepPlan) -> StepResult | None:
-        """None; a result if the step failed already."""
+    def _run(self, plan: StepPlan) -> None:
+        """Launch, collect and commit a step; where that fails, its halves, down to single sequences."""
+        if not plan.seqs:
+            return
+        error = self._launch(plan) or self._collect(plan)
+        if error is None:
+            return
+        count, reason = len(plan.seqs), f"step {plan.step} failed: {type(error).__name__}: {error}"
+        if count == 1:
+            log.error("request %s ends: step %d failed", plan.seqs[0].key, plan.step, exc_info=error)
+            self._scheduler.commit(plan, StepResult([[]], None, {0: reason}))
+            return
+        log.warning("%s; running its %d sequences again in halves", reason, count)
+        for seqs in (plan.seqs[: count // 2], plan.seqs[count // 2 :]):
+            self._run(StepPlan(plan.step, seqs, sum(len(seq.token_ids) for seq in seqs)))
+
+    def _launch(self, plan: StepPlan) -> Exception | None:
+        """Begin a step; why it could not begin, if it is the step's own fault."""
         try:
             self._runner.launch(plan, self._builder.build(plan))
         except (MemoryError, DeviceFault):
             raise
         except Exception as error:
-            return _failed(plan, error)
+            return error
         return None
 
-    def _collect(self, plan: StepPlan) -> StepResult:
+    def _collect(self, plan: StepPlan) -> Exception | None:
+        """Wait for a step and commit its result; why there is none, if it is the step's own fault."""
         try:
-            return self._runner.collect()
+            result = self._runner.collect()
         except (MemoryError, DeviceFault):
             raise
         except Exception as error:
-            return _failed(plan, error)
-
-
-def _failed(plan: StepPlan, error: Exception) -> StepResult:
-    """Every sequence of the step ends for the same reason."""
-    log.error("step %d failed", plan.step, exc_info=error)
-    reason = f"step {plan.step} failed: {type(error).__name__}: {error}"
-    count = len(plan.seqs)
-    return StepResult([[] for _ in range(count)], None, dict.fromkeys(range(count), reason))
+            return error
+        self._scheduler.commit(plan, result)
+        return None
 
 
 def make_runner(config: EngineConfig) -> Runner:

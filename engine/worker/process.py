@@ -89,11 +89,11 @@ class CoreLoop:
         return True
 
     def _wait(self) -> None:
-        """Until a command comes, the socket takes more of what is kept, or the last figures are due."""
+        """Until a command comes, or the socket takes more of what is kept. Checks a core that has been idle."""
         if self._pipe.backlog_bytes:
             self._pipe.wait(None)
-        elif self._stats_are_old:
-            self._pipe.wait(max(0.0, self._next_stats_s - self._clock()))
+        elif (soon_s := self._next_stats_s - self._clock()) > 0:
+            self._pipe.wait(soon_s)
         else:
             self._core.check()
             self._pipe.wait(None)
@@ -115,9 +115,10 @@ class CoreLoop:
         return self._core.expert_statistics() if wanted else None
 
     def _stats(self) -> CoreStats | None:
-        """Figures for the next frame, if they have changed and are due."""
+        """Figures for the next frame, if they have changed and are due; when the work ends they are due at once, so
+        that whoever has the last answer reads gauges that know it."""
         now = self._clock()
-        if not self._stats_are_old or now < self._next_stats_s:
+        if not self._stats_are_old or (now < self._next_stats_s and self._core.has_work()):
             return None
         self._next_stats_s = now + STATS_INTERVAL_S
         self._stats_are_old = False

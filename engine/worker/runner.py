@@ -124,8 +124,9 @@ class ModelRunner:
         """Tokens by sequence of the plan, when they are there."""
         step = self._steps.popleft()
         with watching(f"results of step {step.number}"):
-            step.count_experts()
             sampled = step.sampled()
+            step.count_experts()
+        sampled.remember()
         token_ids: list[list[int]] = [[] for _ in range(step.num_seqs)]
         for index, token_id in zip(step.sample_seqs, sampled.token_ids, strict=True):
             token_ids[index] = [token_id]
@@ -169,12 +170,12 @@ class ModelRunner:
         return _in_place(batch)
 
     def reset(self) -> None:
-        """Forget what was launched and not collected. Overlapped steps are waited for: they read memory that the
-        next ones write."""
-        steps, self._steps = self._steps, deque()
-        with watching("reset"):
-            for step in steps if self._overlap else ():
-                step.sampled()
+        """Forget what was launched and not collected, once the device has done it: the device reads memory that the
+        next steps write."""
+        self._steps.clear()
+        if self._staging is not None:
+            with watching("reset"):
+                self._staging.settle()
 
     def describe(self) -> str:
         """The kernels in force, as printed at start."""

@@ -30,15 +30,24 @@ _KEYS = ("temperature", "top_k", "top_p", "min_p", "seed", "sample", "position")
 
 @dataclass(slots=True)
 class Sampled:
-    """One entry per row of logits; `failures` maps rows to the reason why their token means nothing."""
+    """One entry per row of logits; `failures` maps rows to the reason why their token means nothing.
+
+    histories: those that are still to count their row's token, see `remember`.
+    """
 
     token_ids: list[int]
     logprobs: list[list[TokenLogprobs] | None] | None = None
     failures: dict[int, str] = field(default_factory=dict)
+    histories: list[tuple[int, TokenHistory]] = field(default_factory=list)
 
     def itself(self) -> Sampled:
         """For those who wait for nothing."""
         return self
+
+    def remember(self) -> None:
+        """Count the tokens in the histories that penalties read: once, when the step can fail no more."""
+        for row, history in self.histories:
+            history.append(self.token_ids[row])
 
 
 @dataclass(slots=True, frozen=True)
@@ -57,14 +66,12 @@ class _Launched:
     histories: list[tuple[int, TokenHistory]]
 
     def sampled(self) -> Sampled:
-        """Wait, remember, report."""
+        """Wait for the results and report them."""
         found = self.results()
         finite = np.isfinite(found["peaks"])
         if self.edited:
             finite[self.edited] &= np.isfinite(found["edited_peaks"])
         chosen: list[int] = found["token_ids"].tolist()
-        for row, history in self.histories:
-            history.append(chosen[row])
         logprobs: list[list[TokenLogprobs] | None] | None = None
         if self.reports:
             logprobs = [None] * len(chosen)
@@ -74,7 +81,7 @@ class _Launched:
                     top = found["top_ids"][index, :count].tolist(), found["top"][index, :count].tolist()
                     logprobs[row] = [TokenLogprobs(chosen[row], own, *top)]
         failed = {} if finite.all() else dict.fromkeys(np.flatnonzero(~finite).tolist(), NOT_FINITE)
-        return Sampled(chosen, logprobs, failed)
+        return Sampled(chosen, logprobs, failed, self.histories)
 
 
 class Sampler:

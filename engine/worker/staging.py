@@ -85,6 +85,11 @@ class Staging:
 
         return wait
 
+    def settle(self) -> None:
+        """Wait for all that the device has to do."""
+        if self._pinned:
+            torch.cuda.synchronize(self._device)
+
     def _event(self) -> torch.cuda.Event | None:
         """Behind all that was begun; None where a copy is done when it returns."""
         if not self._pinned:

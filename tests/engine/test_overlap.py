@@ -1,4 +1,4 @@
-"""Overlapped steps give the tokens of steps one by one, whatever comes between: stops, preemptions, failures."""
+"""Overlapped steps give the tokens of steps one by one, whatever comes between: stops, preemptions, aborts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner, fake_config
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.params import SamplingParams
-from cierzo.scheduler.plan import StepPlan, StepResult
+from cierzo.scheduler.plan import StepPlan
 
 VOCAB = 11  # small, so that stop tokens come early
 BLOCK_TOKENS = 4
@@ -27,7 +27,6 @@ class Deferring(FakeRunner):
 
     ends: dict[int, int]  # slot -> tokens at which its sequence ends
     deepest = 0
-    fails_at = -1
 
     def launch(self, plan: StepPlan, batch: Batch) -> None:
         for seq in plan.seqs:
@@ -39,19 +38,11 @@ class Deferring(FakeRunner):
         super().launch(plan, batch)
         self.deepest = max(self.deepest, len(self._results))
 
-    def collect(self) -> StepResult:
-        result = super().collect()
-        self.fails_at -= 1
-        if self.fails_at == 0:
-            raise RuntimeError("lost")
-        return result
 
-
-def make_core(num_blocks: int, fails_at: int = -1) -> tuple[EngineCore, Deferring]:
+def make_core(num_blocks: int) -> tuple[EngineCore, Deferring]:
     limits = SchedulerConfig(budget_tokens=12, max_chunk_tokens=5, max_running=4, max_model_len=40)
     cache = CacheConfig(block_tokens=BLOCK_TOKENS, num_blocks=num_blocks)
     runner = Deferring(vocab_size=VOCAB, num_blocks=num_blocks, block_tokens=BLOCK_TOKENS, max_running=4)
-    runner.fails_at = fails_at
     runner.ends = {}
     return EngineCore(fake_config(limits, cache, vocab_size=VOCAB), runner), runner
 
@@ -119,21 +110,3 @@ def test_who_is_not_aborted_keeps_its_tokens(seed: int) -> None:
             assert tokens.get(number, []) == whole[0][number][: len(tokens.get(number, []))]
         else:
             assert tokens[number] == whole[0][number]
-
-
-def test_a_step_that_fails_ends_its_sequences_and_no_other() -> None:
-    core, _ = make_core(40, fails_at=3)
-    ends: dict[int, str] = {}
-    for number in range(2):
-        params = SamplingParams(max_tokens=9, seed=number, ignore_eos=True)
-        core.submit(Submit(request_id=number, prompt_token_ids=[1, 2, 3], sampling=params))
-    for turn in range(60):
-        if turn == 6:
-            params = SamplingParams(max_tokens=5, seed=9, ignore_eos=True)
-            core.submit(Submit(request_id=2, prompt_token_ids=[1, 2, 3], sampling=params))
-        for delta in core.step_overlapped():
-            if delta.finish is not None:
-                ends[delta.request_id] = delta.finish.reason
-        core.check()
-    assert ends == {0: "failed", 1: "failed", 2: "length"}
-    assert not core.has_work()

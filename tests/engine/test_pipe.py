@@ -174,7 +174,7 @@ def test_figures_are_sent_when_they_change_but_not_more_often_than_due(ends: tup
     pipe, peer = ends
     clock = Clock()
     loop = CoreLoop(EngineCore(CONFIG), pipe, clock)
-    peer.send(submit(1, max_tokens=3), submit(2, max_tokens=5))
+    peer.send(submit(1, max_tokens=3), submit(2, max_tokens=7))
     events = []
     for _ in range(4):
         loop.turn()
@@ -182,8 +182,28 @@ def test_figures_are_sent_when_they_change_but_not_more_often_than_due(ends: tup
     assert [event.stats is not None for event in events] == [True, False, False, False]
     clock.now += STATS_INTERVAL_S
     loop.turn()
-    last = peer.receive()
-    assert (last.stats.running, last.stats.finished, last.stats.output_tokens) == (0, 2, 8)
+    due = peer.receive()
+    assert (due.stats.running, due.stats.finished, due.stats.output_tokens) == (1, 1, 8)
+
+
+def test_the_last_answer_comes_with_figures_that_know_it(ends: tuple[CorePipe, Peer]) -> None:
+    pipe, peer = ends
+    loop = CoreLoop(EngineCore(CONFIG), pipe, Clock())
+    peer.send(submit(1, max_tokens=3), submit(2, max_tokens=3))
+    for _ in range(3):
+        loop.turn()
+    first, second, last = (peer.receive() for _ in range(3))
+    assert first.stats.running == 2
+    assert second.stats is None
+    assert [delta.finish is not None for delta in last.deltas] == [True, True]
+    assert (last.stats.running, last.stats.finished, last.stats.output_tokens) == (0, 2, 6)
+    peer.send(submit(3, max_tokens=400))
+    loop.turn()
+    peer.receive()
+    peer.send(Abort(request_id=3))
+    loop.turn()
+    ended = peer.receive()
+    assert (ended.deltas[-1].finish.reason, ended.stats.running) == ("cancelled", 0)
 
 
 def test_an_abort_is_answered_although_no_step_runs(ends: tuple[CorePipe, Peer]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from cierzo.cache.config import CacheConfig
 from cierzo.cache.pool import KVPool
 from cierzo.engine.messages import Submit, TokenLogprobs
 from cierzo.engine.model.inputs import ModelInputs
+from cierzo.engine.worker import sampling
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.device_inputs import DeviceInputs
 from cierzo.engine.worker.edits import TokenHistory
@@ -189,6 +190,27 @@ def test_a_core_that_was_reset_in_the_midst_of_steps_begins_anew(mode: str) -> N
     answers = finish(core, variety(), mode)
     for request in variety():
         assert answers[request.request_id, 0].tokens == directly(request, 0)[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_is_run_again_counts_its_tokens_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports fail now and then, when the tokens of the step are chosen already; penalties see those once."""
+    calls = 0
+
+    def report(*values: Any) -> TokenLogprobs:
+        nonlocal calls
+        calls += 1
+        if calls in (5, 19, 33):
+            raise RuntimeError("broken")
+        return TokenLogprobs(*values)
+
+    monkeypatch.setattr(sampling, "TokenLogprobs", report)
+    answers = run(variety(), mode=mode)
+    assert calls > 33
+    for request in variety():
+        for sample in range(request.sampling.n):
+            answer = answers[request.request_id, sample]
+            assert (answer.tokens, answer.logprobs) == directly(request, sample), request
 
 
 def test_only_rows_that_sample_reach_the_logits() -> None:

@@ -86,7 +86,7 @@ def test_a_batch_is_counted_row_by_row() -> None:
     builder = BatchBuilder(max_tokens=32, max_running=4, max_blocks=16, block_tokens=4)
     rows = [((1, 0), 3, 5, 9), ((2, 0), 0, 2, 2), ((3, 0), 40, 1, 30)]
     seqs = [
-        SeqPlan(key, slot, slot, start, [0] * count, prompt, [*range(16)], True, None)
+        SeqPlan(key, slot, slot, start, [0] * count, prompt, [*range(-(-(start + count) // 4))], True, None)
         for slot, (key, start, count, prompt) in enumerate(rows)
     ]
     found = shape_of(builder.build(StepPlan(1, seqs, 8)))
