@@ -193,6 +193,21 @@ def test_a_core_that_was_reset_in_the_midst_of_steps_begins_anew(mode: str) -> N
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_stop_token_beyond_the_vocabulary_harms_nobody_else(mode: str) -> None:
+    """Validation refuses it; past that, masking it until min_tokens is an index out of range for the whole step."""
+    params = SamplingParams(max_tokens=9, min_tokens=3, seed=1, stop_token_ids=(VOCAB + 300,))
+    answers = run([*variety(), Submit(request_id=99, prompt_token_ids=[4], sampling=params)], mode=mode)
+    finish = answers[99, 0].finish
+    assert finish is not None
+    assert (finish.reason, answers[99, 0].tokens) == ("failed", [])
+    assert "index" in finish.message
+    for request in variety():
+        for sample in range(request.sampling.n):
+            answer = answers[request.request_id, sample]
+            assert (answer.tokens, answer.logprobs) == directly(request, sample), request
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_step_that_is_run_again_counts_its_tokens_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports fail now and then, when the tokens of the step are chosen already; penalties see those once."""
     calls = 0
