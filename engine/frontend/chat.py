@@ -1,113 +1,178 @@
-"""A checkpoint's chat template: messages to the text of a prompt."""
+"""A checkpoint's chat template: messages to the text of a prompt, as transformers 5.23 renders them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.frontend.tokenizer import read_tokenizer_config
+from cierzo.engine.frontend.template_environment import template_environment
+from cierzo.engine.frontend.tokenizer_config import read_object, read_tokenizer_config, templates_by_name
+from cierzo.engine.frontend.tool_arguments import Arguments
 from cierzo.engine.messages import ChatMessage
+
+MAX_REASON_CHARS = 500  # of what a template says against the messages
+Shape = Callable[[Arguments], Any]  # from a call's arguments to what a template sees of them
 
 
 class ChatTemplate:
     """A Jinja template with the helpers that templates on Hugging Face expect, in a sandbox."""
 
-    def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
-        """Raises CheckpointError if `source` is not a template."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], autoescape=False
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    def __init__(
+        self,
+        source: str,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        special_tokens: Mapping[str, str] = {},
+    ) -> None:
+        """Compile `source`. A special token is a variable of the template, named by its role; undefined if None.
+
+        Raises CheckpointError if `source` is not a template.
+        """
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = template_environment().from_string(source)
+        except Exception as error:  # not only of Jinja: what it compiles to may be too deep for Python
             raise CheckpointError(
                 f"the chat template cannot be compiled: {error}", field="chat_template"
             ) from error
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        given = {"bos_token": bos_token, "eos_token": eos_token}
+        self._tokens = {role: text for role, text in given.items() if text is not None} | dict(special_tokens)
 
     def render(self, messages: Sequence[ChatMessage], reasoning_effort: str | None = None) -> str:
         """The prompt's text, up to where the assistant begins to speak.
 
         Raises InvalidRequest with what the template says against the messages.
         """
-        effort = {} if reasoning_effort is None else {"reasoning_effort": reasoning_effort}
+        turns = _Turns(messages)
+        context = {**self._tokens, "tools": None, "documents": None, "add_generation_prompt": True}
+        if reasoning_effort is not None:
+            context["reasoning_effort"] = reasoning_effort
+
+        def text(shape: Shape) -> str:
+            return self._template.render({**context, "messages": turns.seen(shape)})
+
         try:
-            return self._template.render(
-                messages=[_for_template(message) for message in messages],
-                add_generation_prompt=True,
-                **self._tokens,
-                **effort,
-            )
+            return text(_shape(text) if turns.has_mapping else _as_text)
         except Exception as error:  # a template can raise whatever its expressions raise
-            raise InvalidRequest(f"the chat template refuses the messages: {error}", field="messages") from error
+            said = _sendable(str(error))
+            if turns.no_mapping is not None and isinstance(_try(text, _as_any_mapping), str):
+                field, value = turns.no_mapping
+                raise InvalidRequest(
+                    f"{field} is no JSON object, and the chat template needs one: {said}",
+                    field=field,
+                    limit="a JSON object",
+                    value=_sendable(value),
+                ) from error
+            raise InvalidRequest(f"the chat template refuses the messages: {said}", field="messages") from error
+
+
+class _Turns:
+    """The messages of a chat on their way into a template. `no_mapping`: the first call whose arguments are no JSON
+    object, as the name of the field and its text."""
+
+    def __init__(self, messages: Sequence[ChatMessage]) -> None:
+        self._messages = messages
+        self._arguments = [[Arguments.parse(call.arguments) for call in turn.tool_calls] for turn in messages]
+        self.has_mapping = any(arguments.value is not None for calls in self._arguments for arguments in calls)
+        self.no_mapping = next(
+            (
+                (f"messages[{turn}].tool_calls[{call}].arguments", arguments.text)
+                for turn, calls in enumerate(self._arguments)
+                for call, arguments in enumerate(calls)
+                if arguments.value is None
+            ),
+            None,
+        )
+
+    def seen(self, shape: Shape) -> list[dict[str, Any]]:
+        """The messages as the template is given them, with each call's arguments in this shape."""
+        return [
+            _for_template(message, [shape(arguments) for arguments in calls])
+            for message, calls in zip(self._messages, self._arguments, strict=True)
+        ]
+
+
+def _shape(text: Callable[[Shape], str]) -> Shape:
+    """The shape that the template behind `text` writes, found by rendering both: text if it fails on a mapping, or
+    prints both as the same JSON, because then the prompt has the tokens that were generated; else a mapping."""
+    with_mapping = _try(text, lambda arguments: arguments.probe.as_mapping())
+    with_text = _try(text, lambda arguments: arguments.probe.text)
+    if isinstance(with_mapping, str):
+        return _as_text if with_mapping == with_text else Arguments.as_mapping
+    # Where both fail, the words of the template's own `raise_exception` say more than what failed in its code.
+    refused = type(with_mapping) is jinja2.TemplateError and not isinstance(with_text, str)
+    return Arguments.as_mapping if refused else _as_text
+
+
+def _as_text(arguments: Arguments) -> str:
+    return arguments.text
+
+
+def _as_any_mapping(arguments: Arguments) -> Any:
+    return {} if arguments.value is None else arguments.as_mapping()
+
+
+def _try(text: Callable[[Shape], str], shape: Shape) -> str | Exception:
+    """The text of a prompt with arguments of this shape, or the reason that there is none."""
+    try:
+        return text(shape)
+    except Exception as error:
+        return error
+
+
+def _sendable(text: str) -> str:
+    """The beginning of a text that may hold anything, as an answer can carry it."""
+    return text[:MAX_REASON_CHARS].encode("utf-8", "replace").decode()
 
 
 def load_chat_template(checkpoint_dir: Path) -> ChatTemplate | None:
-    """chat_template.jinja, else the one in tokenizer_config.json, else None; raises CheckpointError."""
-    config = read_tokenizer_config(checkpoint_dir)
-    path = checkpoint_dir / "chat_template.jinja"
-    if path.exists():
-        source = _read(path)
-    elif isinstance(config.chat_template, str):
-        source = config.chat_template
-    elif config.chat_template:
-        named = {entry.name: entry.template for entry in config.chat_template}
-        if "default" not in named:
-            raise CheckpointError(
-                "tokenizer_config.json names no default chat template",
-                field="chat_template",
-                value=", ".join(named),
-            )
-        source = named["default"]
-    else:
+    """The default chat template of a checkpoint, None where it has none; raises CheckpointError."""
+    source = read_chat_templates(checkpoint_dir).get("default")
+    if source is None:
         return None
-    return ChatTemplate(source, config.spelling("bos_token"), config.spelling("eos_token"))
+    return ChatTemplate(source, special_tokens=read_tokenizer_config(checkpoint_dir).spellings)
+
+
+def read_chat_templates(checkpoint_dir: Path) -> dict[str, str]:
+    """The chat templates of a checkpoint by name, from the first of these places that has any: files of their own,
+    tokenizer_config.json (the order of transformers' tokenizers), and what its processors alone read.
+
+    Raises CheckpointError.
+    """
+    single, several = checkpoint_dir / "chat_template.jinja", checkpoint_dir / "additional_chat_templates"
+    files = {"default": single} if single.exists() else {}
+    files |= {path.name.removesuffix(".jinja"): path for path in several.glob("*.jinja")}
+    if files:
+        return {name: _read(path) for name, path in sorted(files.items())}
+    templates = read_tokenizer_config(checkpoint_dir).chat_templates
+    for name in ("processor_config.json", "chat_template.json"):
+        if templates is None:
+            path = checkpoint_dir / name
+            templates = templates_by_name(path, read_object(path).get("chat_template"))
+    return templates or {}
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", field="chat_template") from error
 
 
-def _for_template(message: ChatMessage) -> dict[str, Any]:
+def _for_template(message: ChatMessage, arguments: list[Any]) -> dict[str, Any]:
     """Only what is there: templates ask for the presence of a key."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning:
-        turn["reasoning"] = turn["reasoning_content"] = message.reasoning
+    if message.reasoning:  # under each name that a template may read
+        thought = message.reasoning
+        turn = {"thinking": thought, **turn, "reasoning": thought, "reasoning_content": thought}
     if message.tool_calls:
-        # `arguments` stays the text that was generated: writing the JSON anew would change the prompt's tokens
         turn["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.tool_calls
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": shaped}}
+            for call, shaped in zip(message.tool_calls, arguments, strict=True)
         ]
     if message.tool_call_id:
         turn["tool_call_id"] = message.tool_call_id
     return turn
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """As in transformers: unlike Jinja's own filter, it escapes neither HTML nor non-ASCII text."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

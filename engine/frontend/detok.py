@@ -8,7 +8,7 @@ constant per token, whatever the length of the output.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -87,6 +87,8 @@ class Detokenizer:
 
     The stop string whose last character comes first wins; of several that end there, the longest. It is not
     part of the text. One completed before token number `min_tokens` does not count.
+
+    stop_tokens: stop strings that are special tokens, by their ids. As those have no text, the token itself stops.
     """
 
     __slots__ = (
@@ -96,13 +98,21 @@ class Detokenizer:
         "_matcher",
         "_min_tokens",
         "_state",
+        "_stop_tokens",
         "_token_bytes",
         "num_tokens",
         "stop",
     )
 
-    def __init__(self, tokens: TokenBytes, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokens: TokenBytes,
+        stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        stop_tokens: Mapping[int, str] = {},
+    ) -> None:
         self._token_bytes = tokens.token_bytes
+        self._stop_tokens = stop_tokens
         self._decoder = _utf8(errors="replace")
         self._matcher = stop_matcher(stop) if stop else None
         self._min_tokens = min_tokens
@@ -125,6 +135,10 @@ class Detokenizer:
         certain = []
         for token_id in token_ids:
             self.num_tokens += 1
+            if token_id in self._stop_tokens and self.num_tokens >= self._min_tokens:
+                certain.append(self.flush())
+                self.stop = self.stop or self._stop_tokens[token_id]
+                break
             piece = self._decoder.decode(self._token_bytes(token_id))
             certain.append(self._match(self._stripped(piece), self._matcher))
             if self.stop is not None:
@@ -132,7 +146,7 @@ class Detokenizer:
         return "".join(certain)
 
     def flush(self) -> str:
-        """What was held back, at the end of a generation that no stop string ended."""
+        """What was held back, at the end of a generation that no stop string in the text ended."""
         if self.stop is not None:
             return ""
         text = self._stripped(self._decoder.decode(b"", final=True))

@@ -277,7 +277,7 @@ class Frontend:
         if self._draining:
             raise Draining("the server is draining", retry_after_s=config.retry_after_s)
         self._require_core()
-        validate.fields(message, config, self.model)
+        validate.fields(message, config, self.model, self._prompts.special_ids)
         self._room("max_streams_per_connection", len(streams) + 1, config.max_streams_per_connection)
         self._room("max_open_samples", self._open_samples + message.sampling.n, config.max_open_samples)
 
@@ -336,7 +336,8 @@ class Frontend:
         seed = message.sampling.seed
         if seed is None:
             seed = self._random.getrandbits(SEED_BITS)
-        submit = validate.request(message, token_ids, stream.request_id, seed, self.model)
+        special_ids = self._prompts.special_ids
+        submit = validate.request(message, token_ids, stream.request_id, seed, self.model, special_ids)
         num_tokens = len(token_ids) + len(message.output_token_ids)
         self._room("max_open_tokens", self._open_tokens + num_tokens, self._config.max_open_tokens)
         stream.start(submit, [self._detokenizer(submit) for _ in range(stream.num_samples)])
@@ -371,14 +372,13 @@ class Frontend:
 
     def _detokenizer(self, submit: Submit) -> Detokenizer | None:
         """A new one, which has seen what a resumed request brings."""
-        if self._prompts.tokenizer is None:
+        detokenizer = self._prompts.detokenizer(submit.sampling)
+        if detokenizer is None:
             return None
-        params = submit.sampling
-        detokenizer = Detokenizer(self._prompts.tokenizer, params.stop, params.min_tokens)
         detokenizer.push(submit.output_token_ids)
         if detokenizer.stop is not None:
             raise InvalidRequest(
-                "the generation has already ended: its text holds a stop string",
+                "the generation has already ended: it holds a stop string",
                 field="output_token_ids",
                 value=detokenizer.stop,
             )

@@ -1,29 +1,41 @@
-"""What a client sends as a prompt, made into token ids."""
+"""Prompts as clients send them, made into token ids; and a reader for the tokens that follow them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.chat import ChatTemplate, load_chat_template
+from cierzo.engine.frontend.chat import ChatTemplate, load_chat_template, read_chat_templates
+from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.tokenizer import Tokenizer, load_tokenizer
-from cierzo.engine.messages import Generate
+from cierzo.engine.frontend.validate import refuse_surrogates
+from cierzo.engine.messages import Generate, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
     """Tokenizer and chat template of what is served; either may be missing, then only `token_ids` (or no
-    `messages`) can be asked."""
+    `messages`) can be asked. `other_templates`: names of chat templates where none is the default."""
 
     tokenizer: Tokenizer | None = None
     template: ChatTemplate | None = None
+    other_templates: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, checkpoint_dir: Path) -> PromptEncoder:
         """Both from a checkpoint's folder; raises CheckpointError."""
         tokenizer = load_tokenizer(checkpoint_dir)
-        return cls(tokenizer, load_chat_template(checkpoint_dir) if tokenizer is not None else None)
+        if tokenizer is None:
+            return cls()
+        template = load_chat_template(checkpoint_dir)
+        return cls(tokenizer, template, () if template else tuple(sorted(read_chat_templates(checkpoint_dir))))
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Special tokens, which have no text in an output, by how they are spelled."""
+        return {} if self.tokenizer is None else self.tokenizer.special_ids
 
     def encode(self, message: Generate) -> list[int]:
         """The prompt's token ids; raises InvalidRequest. Takes time in proportion to `num_chars`."""
@@ -34,10 +46,21 @@ class PromptEncoder:
         if message.text is not None:
             return self.tokenizer.encode(message.text)
         if self.template is None:
-            raise InvalidRequest("the served checkpoint has no chat template: send text", field="messages")
+            named = f"default chat template, only {', '.join(self.other_templates)}"
+            known = named if self.other_templates else "chat template"
+            raise InvalidRequest(f"the served checkpoint has no {known}: send text", field="messages")
+        for field, text in _texts(message):
+            refuse_surrogates(field, text)
         return self.tokenizer.encode_rendered(
             self.template.render(message.messages or [], message.reasoning_effort)
         )
+
+    def detokenizer(self, params: SamplingParams) -> Detokenizer | None:
+        """A reader of one sample's tokens; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        stop_tokens = {self.special_ids[string]: string for string in params.stop if string in self.special_ids}
+        return Detokenizer(self.tokenizer, params.stop, params.min_tokens, stop_tokens)
 
     def num_chars(self, message: Generate) -> int:
         """Characters to encode; 0 for token ids."""
@@ -50,3 +73,16 @@ class PromptEncoder:
 
 def _field(message: Generate) -> str:
     return "text" if message.text is not None else "messages"
+
+
+def _texts(message: Generate) -> Iterator[tuple[str, str]]:
+    """All texts that a chat template is given, with the names of their fields."""
+    for number, turn in enumerate(message.messages or []):
+        field = f"messages[{number}]"
+        yield f"{field}.content", turn.content
+        yield f"{field}.reasoning", turn.reasoning
+        yield f"{field}.tool_call_id", turn.tool_call_id
+        for index, call in enumerate(turn.tool_calls):
+            yield f"{field}.tool_calls[{index}].name", call.name
+            yield f"{field}.tool_calls[{index}].arguments", call.arguments
+            yield f"{field}.tool_calls[{index}].id", call.id

@@ -9,37 +9,10 @@ import msgspec
 import tokenizers
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.frontend.tokenizer_config import TokenizerConfig, read_tokenizer_config
+from cierzo.engine.frontend.validate import refuse_surrogates
 
 LONG_TEXT_CHARS = 4096  # from here on the interpreter lock is released while encoding
-
-
-class AddedToken(msgspec.Struct, frozen=True):
-    """A special token where tokenizer_config.json writes it out as an object."""
-
-    content: str
-
-
-class NamedTemplate(msgspec.Struct, frozen=True):
-    """One of several chat templates of a checkpoint."""
-
-    name: str
-    template: str
-
-
-class TokenizerConfig(msgspec.Struct, frozen=True):
-    """What is read of tokenizer_config.json; the rest of it is for transformers."""
-
-    add_bos_token: bool = False
-    bos_token: str | AddedToken | None = None
-    eos_token: str | AddedToken | None = None
-    chat_template: str | list[NamedTemplate] | None = None
-
-    def spelling(self, role: str) -> str:
-        """The text of `bos_token` or `eos_token`, "" where there is none."""
-        token: str | AddedToken | None = getattr(self, role)
-        if token is None:
-            return ""
-        return token if isinstance(token, str) else token.content
 
 
 class _Step(msgspec.Struct, frozen=True):
@@ -74,22 +47,29 @@ class Tokenizer:
             )
         self.strip_leading_space = any(step.type == "Strip" and step.start > 0 for step in steps)
         self._inner = inner
-        self._special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
         self._bytes: dict[int, bytes] = {}
-        self.bos_token = config.spelling("bos_token")
-        self.eos_token = config.spelling("eos_token")
-        bos_token_id = inner.token_to_id(self.bos_token) if self.bos_token else None
-        self._leading_id = bos_token_id if config.add_bos_token else None
+        added = inner.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in added.items() if token.special and token.content}
+        self._special = set(self.special_ids.values())
+        self.spellings = config.spellings
+        self.eos_token = self.spellings.get("eos_token", "")
+        self.eos_token_id: int | None = inner.token_to_id(self.eos_token) if self.eos_token else None
+        plain, whole = (self._encode("a", add_special_tokens=add) for add in (False, True))
+        self._leading_id = whole[0] if whole[: len(plain)] != plain else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a plain text, behind a beginning-of-text token where the checkpoint wants one."""
+        """Token ids of a plain text, behind a beginning-of-text token where the checkpoint wants one and the text
+        does not spell it itself. Raises InvalidRequest for what is no Unicode text."""
+        refuse_surrogates("text", text)
         ids = self._encode(text, add_special_tokens=True)
-        if self._leading_id is not None and ids[:1] != [self._leading_id]:
-            ids.insert(0, self._leading_id)
+        if self._leading_id is not None and ids[1:2] == [self._leading_id]:
+            del ids[0]
         return ids
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of a rendered chat, which spells out its special tokens itself."""
+        """Token ids of a rendered chat, which spells out its special tokens itself. Raises InvalidRequest for what
+        is no Unicode text."""
+        refuse_surrogates("messages", text)
         return self._encode(text, add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -136,18 +116,33 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer | None:
         raise CheckpointError(f"{path} cannot be read: {error}", field="tokenizer.json") from error
     inner.no_padding()
     inner.no_truncation()
-    return Tokenizer(inner, read_tokenizer_config(checkpoint_dir))
+    config = read_tokenizer_config(checkpoint_dir)
+    _apply(config, inner)
+    return Tokenizer(inner, config)
 
 
-def read_tokenizer_config(checkpoint_dir: Path) -> TokenizerConfig:
-    """tokenizer_config.json, or its defaults where the file is missing; raises CheckpointError."""
-    path = checkpoint_dir / "tokenizer_config.json"
-    if not path.exists():
-        return TokenizerConfig()
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=TokenizerConfig)
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", field="tokenizer_config.json") from error
+def _apply(config: TokenizerConfig, inner: tokenizers.Tokenizer) -> None:
+    """Make the tokens that the configuration names match whole, and those with a role special, as transformers
+    does.
+
+    Transformers gives a name that tokenizer.json lacks a new id, for which no model was trained. Here it is a token
+    only if the configuration declares this very id for it.
+    """
+    declared = sorted(config.declared.items())
+    added = {token.content: token for token in inner.get_added_tokens_decoder().values()}
+    tokens = added | {token.content: token for _, token in declared}
+    for token in (*config.named.values(), *config.extra):
+        tokens.setdefault(token.content, token)
+    for token in (*config.named.values(), *(token for token in added.values() if token.special)):
+        tokens[token.content].special = True
+    known = {content for content in tokens if inner.token_to_id(content) is not None}
+    next_id = inner.get_vocab_size()
+    for index, token in declared:
+        if token.content not in known and index == next_id:
+            known.add(token.content)
+            next_id += 1
+    inner.add_tokens([token for content, token in tokens.items() if content in known])
+    inner.encode_special_tokens = config.split_special_tokens
 
 
 def _flat(step: _Step | None) -> list[_Step]:

@@ -6,7 +6,7 @@ Past this file nothing checks a request again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -20,10 +20,16 @@ ROLES = ("system", "user", "assistant", "tool")
 REASONING_EFFORTS = ("none", "low", "medium", "high")
 
 
-def fields(message: Generate, config: FrontendConfig, model: ModelInfo) -> None:
-    """Check everything but the prompt's tokens: cheap, and before a long text is encoded. Raises InvalidRequest."""
+def fields(
+    message: Generate, config: FrontendConfig, model: ModelInfo, special_ids: Mapping[str, int] = {}
+) -> None:
+    """Check everything but the prompt's tokens: cheap, and before a long text is encoded. Raises InvalidRequest.
+
+    special_ids: the tokenizer's special tokens, by how they are spelled.
+    """
     _prompt_kind(message)
     _sampling(message.sampling, config, model)
+    _stop_strings(message.sampling.stop, config, model, special_ids)
     _within("priority", message.priority, -config.max_abs_priority, config.max_abs_priority)
     if message.deadline_s is not None:
         _within("deadline_s", message.deadline_s, 0, config.max_deadline_s, above=True)
@@ -31,8 +37,16 @@ def fields(message: Generate, config: FrontendConfig, model: ModelInfo) -> None:
         _resume(message, model)
 
 
-def request(message: Generate, prompt_token_ids: list[int], request_id: int, seed: int, model: ModelInfo) -> Submit:
-    """The `Submit` of a message that passed `fields`. `max_tokens` is cut to what is left of `max_model_len`.
+def request(
+    message: Generate,
+    prompt_token_ids: list[int],
+    request_id: int,
+    seed: int,
+    model: ModelInfo,
+    special_ids: Mapping[str, int] = {},
+) -> Submit:
+    """The `Submit` of a message that passed `fields`. `max_tokens` is cut to what is left of `max_model_len`; stop
+    strings that are special tokens of the model are stop tokens to the core, which finds no text in them.
 
     Raises InvalidRequest if the prompt is empty, too long, or has ids outside the vocabulary.
     """
@@ -49,15 +63,35 @@ def request(message: Generate, prompt_token_ids: list[int], request_id: int, see
             limit=model.max_model_len - len(message.output_token_ids) - 1,
             value=len(prompt_token_ids),
         )
-    max_tokens = min(message.sampling.max_tokens, room)
+    params = message.sampling
+    stop_ids = (*params.stop_token_ids, *(special_ids[string] for string in params.stop if string in special_ids))
     return Submit(
         request_id=request_id,
         prompt_token_ids=prompt_token_ids,
-        sampling=msgspec.structs.replace(message.sampling, seed=seed, max_tokens=max_tokens),
+        sampling=msgspec.structs.replace(
+            params,
+            seed=seed,
+            max_tokens=min(params.max_tokens, room),
+            stop_token_ids=tuple(token_id for token_id in dict.fromkeys(stop_ids) if token_id < model.vocab_size),
+        ),
         output_token_ids=message.output_token_ids,
         priority=message.priority,
         deadline_s=message.deadline_s,
     )
+
+
+def refuse_surrogates(field: str, text: str) -> None:
+    """Raise InvalidRequest if `text` holds half of a surrogate pair: Python strings can, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        lone = text[error.start]
+        raise InvalidRequest(
+            f"{field} holds a lone surrogate, U+{ord(lone):04X}, as character {error.start}: it cannot be encoded",
+            field=field,
+            limit="Unicode text",
+            value=ascii(lone),
+        ) from error
 
 
 def _prompt_kind(message: Generate) -> None:
@@ -103,16 +137,27 @@ def _sampling(params: SamplingParams, config: FrontendConfig, model: ModelInfo) 
     if params.stop_token_ids:
         _count("sampling.stop_token_ids", params.stop_token_ids, config.max_stop_token_ids)
         _token_ids("sampling.stop_token_ids", params.stop_token_ids, model.vocab_size)
-    if params.stop:
-        _stop_strings(params.stop, config, model)
 
 
-def _stop_strings(stop: tuple[str, ...], config: FrontendConfig, model: ModelInfo) -> None:
-    if not model.has_tokenizer:
+def _stop_strings(
+    stop: tuple[str, ...], config: FrontendConfig, model: ModelInfo, special_ids: Mapping[str, int]
+) -> None:
+    if stop and not model.has_tokenizer:
         raise InvalidRequest("stop strings need a tokenizer; the served checkpoint has none", field="sampling.stop")
     _count("sampling.stop", stop, config.max_stop_strings)
     for index, string in enumerate(stop):
-        _within(f"sampling.stop[{index}]", len(string), 1, config.max_stop_chars, unit=" characters")
+        field = f"sampling.stop[{index}]"
+        _within(field, len(string), 1, config.max_stop_chars, unit=" characters")
+        refuse_surrogates(field, string)
+        inside = () if string in special_ids else (token for token in special_ids if token in string)
+        if (token := next(iter(inside), None)) is not None:
+            raise InvalidRequest(
+                f"{field} can never be found: it holds the special token {token}, which has no text. "
+                f"{token} alone is a stop string, and its id a stop token",
+                field=field,
+                limit="a special token alone, or text without one",
+                value=string,
+            )
 
 
 def _resume(message: Generate, model: ModelInfo) -> None:

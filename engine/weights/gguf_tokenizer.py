@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.weights.writer import write_json
@@ -48,12 +48,12 @@ def write_tokenizer(folder: Path, reader: GGUFReader) -> SpecialIds:
         unk=_field(reader, "unknown_token_id"),
         pad=_field(reader, "padding_token_id"),
     )
-    build_tokenizer(tokens, _field(reader, "merges"), _field(reader, "token_type")).save(
-        str(folder / "tokenizer.json")
-    )
+    leading = special.bos if _field(reader, "add_bos_token") else None
+    tokenizer = build_tokenizer(tokens, _field(reader, "merges"), _field(reader, "token_type"), leading)
+    tokenizer.save(str(folder / "tokenizer.json"))
     named = {"bos": special.bos, "eos": special.eos, "unk": special.unk, "pad": special.pad}
     spelled = {f"{role}_token": tokens[index] for role, index in named.items() if index is not None}
-    flags = {"add_bos_token": bool(_field(reader, "add_bos_token")), "add_prefix_space": False}
+    flags = {"add_bos_token": leading is not None, "add_prefix_space": False}
     write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **flags, **spelled},
@@ -64,8 +64,14 @@ def write_tokenizer(folder: Path, reader: GGUFReader) -> SpecialIds:
     return special
 
 
-def build_tokenizer(tokens: list[str], merges: list[str], token_types: list[int]) -> Tokenizer:
-    """Byte-level BPE with single digits; control tokens are special, user-defined ones plain added tokens."""
+def build_tokenizer(
+    tokens: list[str], merges: list[str], token_types: list[int], leading: int | None = None
+) -> Tokenizer:
+    """Byte-level BPE with single digits; control tokens are special, user-defined ones plain added tokens.
+
+    leading: the id that is put before every text. It is part of tokenizer.json, as readers of that file pass over
+    the `add_bos_token` of tokenizer_config.json.
+    """
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
@@ -76,6 +82,9 @@ def build_tokenizer(tokens: list[str], merges: list[str], token_types: list[int]
     typed = list(zip(tokens, token_types, strict=True))
     tokenizer.add_special_tokens([_added(token, special=True) for token, kind in typed if kind == _CONTROL])
     tokenizer.add_tokens([_added(token, special=False) for token, kind in typed if kind == _USER_DEFINED])
+    if leading is not None:
+        token = tokens[leading]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{token}:0 $A:0", None, [(token, leading)])
     return tokenizer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.frontend.tokenizer import load_tokenizer
 from cierzo.engine.model.config import read_model_config
 from cierzo.engine.model.registry import parameter_specs
-from cierzo.engine.weights import gguf
+from cierzo.engine.weights import gguf, gguf_tokenizer
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.reader import CheckpointReader
 
@@ -112,6 +114,17 @@ def test_tokens_are_those_of_transformers(smollm2: Path) -> None:
     for text in [*texts, *NUMBERS]:
         assert ours.encode(text).ids == theirs.encode(text), text
     assert ours.encode("  7").tokens == ["ĠĠ", "7"]
+
+
+@pytest.mark.parametrize("leading", [None, 2])
+def test_the_leading_token_is_written_where_it_is_read(tmp_path: Path, leading: int | None) -> None:
+    """transformers, and our own tokenizer, pass over the add_bos_token of tokenizer_config.json."""
+    gguf_tokenizer.build_tokenizer(["a", "b", "<s>"], [], [1, 1, 3], leading).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": "<s>"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    expected = [0, 1] if leading is None else [2, 0, 1]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("ab")["input_ids"] == expected
+    assert load_tokenizer(tmp_path).encode("ab") == expected
 
 
 def test_the_chat_template_and_special_tokens_are_those_of_the_file(smollm2: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 import uvloop
 from msgspec.structs import replace
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from cierzo.engine.frontend.chat import ChatTemplate
 from cierzo.engine.frontend.config import FrontendConfig
@@ -24,7 +24,8 @@ from cierzo.engine.frontend.frames import FrameSplitter, pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
-from cierzo.engine.frontend.tokenizer import Tokenizer, TokenizerConfig
+from cierzo.engine.frontend.tokenizer import Tokenizer
+from cierzo.engine.frontend.tokenizer_config import TokenizerConfig
 from cierzo.engine.messages import (
     Abort,
     CoreCommand,
@@ -165,7 +166,8 @@ class FakeCore(asyncio.Protocol):
             token = sequence.answer[sequence.done]
             sequence.done += 1
             sampling = sequence.submit.sampling
-            if token == EOS and not sampling.ignore_eos:
+            stops = (*sampling.stop_token_ids, *([] if sampling.ignore_eos else [EOS]))
+            if token in stops and sequence.done >= sampling.min_tokens:
                 deltas.append(self.end(key, "stop", (token,)))
             elif sequence.done == len(sequence.answer):
                 deltas.append(self.end(key, "length", (token,)))
@@ -256,7 +258,9 @@ def byte_tokenizer() -> Tokenizer:
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(["<s>", "</s>"])
     inner.add_tokens(["<two words>"])
-    return Tokenizer(inner, TokenizerConfig(add_bos_token=True, bos_token="<s>", eos_token="</s>"))
+    inner.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", BOS)])
+    eos_token = tokenizers.AddedToken("</s>", special=True)
+    return Tokenizer(inner, TokenizerConfig(named={"eos_token": eos_token}))
 
 
 TEMPLATE = (

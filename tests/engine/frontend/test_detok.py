@@ -94,6 +94,29 @@ def test_the_matcher_visits_each_character_a_bounded_number_of_times(monkeypatch
     assert looks <= 2 * 5000
 
 
+@given(
+    st.lists(st.sampled_from([97, 98, 300, 301, 0xE2]), max_size=12), STOPS, st.integers(0, 6), st.integers(1, 4)
+)
+def test_special_tokens_stop_like_strings(token_ids, stops, min_tokens, width):
+    """Against stop strings in the text alone, cut at the first special token: whichever comes first."""
+    special = {300: "<a>", 301: "<b>"}
+    strings = (*stops, *special.values())
+    first = next((i for i, token in enumerate(token_ids) if token in special and i + 1 >= min_tokens), None)
+    expected = Detokenizer(Bytes(), strings, min_tokens)
+    text = expected.push(token_ids[:first])
+    text += expected.flush()
+    stop, taken = expected.stop, expected.num_tokens
+    if stop is None and first is not None:
+        stop, taken = special[token_ids[first]], first + 1
+    detokenizer, texts = Detokenizer(Bytes(), strings, min_tokens, special), []
+    for start in range(0, len(token_ids), width):
+        texts.append(detokenizer.push(token_ids[start : start + width]))
+        if detokenizer.stop is not None:
+            break
+    texts.append(detokenizer.flush())
+    assert ("".join(texts), detokenizer.stop, detokenizer.num_tokens) == (text, stop, taken)
+
+
 def test_special_tokens_are_no_text():
     detokenizer = Detokenizer(Bytes(), ("<s>",))
     assert detokenizer.push([300, 65, 301, 66]) + detokenizer.flush() == "AB"

@@ -78,6 +78,93 @@ def test_a_stop_token_is_named(run, serving, cores):
     run(body())
 
 
+@pytest.mark.parametrize("deltas", [True, False])
+@pytest.mark.parametrize(
+    ("answer", "params", "taken", "text", "found"),
+    [
+        ([*b"Hel", 256, *b"lo"], {"stop": ["<s>"]}, 4, "Hel", "<s>"),
+        ([*b"Hel", 256, *b"lo"], {"stop": ["zzz", "ello", "<s>", "lol"]}, 4, "Hel", "<s>"),
+        ([*b"Hello", 256], {"stop": ["ell", "<s>"]}, 4, "H", "ell"),
+        ([*b"a<s>b", 256], {"stop": ["<s>"]}, 4, "a", "<s>"),  # the same characters as plain text
+        ([0xE2, 0x82, 256, 0xAC], {"stop": ["<s>"]}, 3, "\ufffd", "<s>"),
+        ([256, 97, 256, 98], {"stop": ["<s>"], "min_tokens": 2}, 3, "a", "<s>"),
+        ([97, 256], {"stop": ["<s>"], "max_tokens": 2}, 2, "a", "<s>"),
+        ([97, 256, 98], {"stop": ["<s>"], "stop_token_ids": [256]}, 2, "a", "<s>"),
+        ([97, 257, 98], {"stop": ["</s>"]}, 2, "a", "</s>"),  # an end token of the model
+        ([97, 257, 98], {"stop": ["</s>"], "ignore_eos": True}, 2, "a", "</s>"),
+        ([97, 257, 98], {"stop": ["<s>"]}, 2, "a", 257),
+        ([97, 258, 98], {"stop": ["<two words>"]}, 2, "a", "<two words>"),  # an added token that has text
+    ],
+)
+def test_a_stop_string_that_is_a_special_token_stops_at_the_token(
+    run, serving, cores, answer, params, taken, text, found, deltas
+):
+    cores.answer = lambda submit, sample: answer
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            generation = client.generate(token_ids=[1], logprobs=0, deltas=deltas, **params)
+            token_ids, got, final = await _all(generation)
+            (end,) = final.samples
+            if not deltas:
+                token_ids, got = end.token_ids, end.text
+                assert [entry.token_id for entry in end.logprobs] == token_ids
+            assert (token_ids, got) == (answer[:taken], text)
+            assert (end.finish_reason, end.stop, end.output_tokens) == ("stop", found, taken)
+            await cores.until(lambda: not cores.now.running)
+
+    run(body())
+
+
+def test_a_special_token_ends_each_sample_alone_and_in_the_core(run, serving, cores):
+    """The core ends it: nothing is computed beyond the token, and nothing has to be aborted."""
+    cores.answer = lambda submit, sample: [*b"abc", 256, *b"de"] if sample else list(b"abcdef")
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            final = await client.complete(token_ids=[1], n=2, stop=["<s>", "x"])
+            assert [(end.text, end.stop, end.output_tokens) for end in final.samples] == [
+                ("abcdef", None, 6),
+                ("abc", "<s>", 4),
+            ]
+            (submit,) = cores.now.submits
+            assert (submit.sampling.stop, submit.sampling.stop_token_ids) == (("<s>", "x"), (256,))
+            assert not cores.now.aborts
+
+    run(body())
+
+
+def test_a_generation_that_ended_at_a_special_token_is_not_resumed(run, serving, cores):
+    answer = [*b"ab", 256, *b"cd"]
+    cores.answer = lambda submit, sample: answer
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            params = {"token_ids": [1], "stop": ["<s>"], "seed": 1}
+            for done in (answer[:3], answer[:4]):
+                with pytest.raises(InvalidRequest, match="already ended") as caught:
+                    await client.complete(output_token_ids=done, **params)
+                assert caught.value.field == "output_token_ids"
+            final = await client.complete(output_token_ids=answer[:2], **params)
+            assert (final.samples[0].stop, final.samples[0].token_ids) == ("<s>", answer[:3])
+            final = await client.complete(output_token_ids=answer[:4], min_tokens=4, **params)
+            assert (final.samples[0].stop, final.samples[0].text) == (None, "d")
+
+    run(body())
+
+
+def test_a_stop_string_around_a_special_token_is_refused(run, serving):
+    async def body():
+        async with serving() as house, await Client.connect(house.address) as client:
+            for string in ("a<s>", "</s>\n", "<s><s>"):
+                with pytest.raises(InvalidRequest, match="special token") as caught:
+                    await client.complete(token_ids=[1], stop=["ok", string])
+                assert (caught.value.field, caught.value.value) == ("sampling.stop[1]", string)
+            await client.complete(token_ids=[1], stop=["<s", "s>", "<two words>!"], max_tokens=1)
+
+    run(body())
+
+
 def test_samples_end_on_their_own(run, serving, cores):
     cores.answer = lambda submit, sample: list(b"abcXdef" if sample == 1 else b"abcdef!")
 

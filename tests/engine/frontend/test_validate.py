@@ -118,6 +118,35 @@ def test_stop_strings_need_a_tokenizer(model_info):
         validate.fields(message, CONFIG, replace(model_info, has_tokenizer=False))
 
 
+SPECIAL = {"<s>": 256, "</s>": 257, "<far>": 300}
+
+
+def test_stop_strings_that_are_special_tokens_become_stop_tokens(model_info):
+    """Beyond the limit on stop_token_ids if need be; what the model cannot say is none."""
+    params = SamplingParams(stop=("<s>", "x", "<far>", "</s>"), stop_token_ids=(7, 257))
+    message = replace(PLAIN, sampling=params)
+    validate.fields(message, FrontendConfig(max_stop_token_ids=2), model_info, SPECIAL)
+    sampling = validate.request(message, [1], 1, 1, model_info, SPECIAL).sampling
+    assert (sampling.stop, sampling.stop_token_ids) == (params.stop, (7, 257, 256))
+    assert validate.request(message, [1], 1, 1, model_info).sampling.stop_token_ids == (7, 257)
+
+
+@pytest.mark.parametrize("string", ["a<s>", "<s>a", "</s><s>", "<far> "])
+def test_stop_strings_with_a_special_token_inside(model_info, string):
+    message = replace(PLAIN, sampling=SamplingParams(stop=("<s>", string)))
+    with pytest.raises(InvalidRequest, match="can never be found") as caught:
+        validate.fields(message, FrontendConfig(), model_info, SPECIAL)
+    assert (caught.value.field, caught.value.value) == ("sampling.stop[1]", string)
+    validate.fields(message, FrontendConfig(), model_info)
+
+
+def test_stop_strings_are_unicode(model_info):
+    message = replace(PLAIN, sampling=SamplingParams(stop=("a", "\udc80")))
+    with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
+        validate.fields(message, CONFIG, model_info)
+    assert (caught.value.field, caught.value.value) == ("sampling.stop[1]", "'\\udc80'")
+
+
 def test_the_request_carries_the_seed_and_what_room_there_is(model_info):
     message = replace(PLAIN, sampling=SamplingParams(max_tokens=5000), priority=2, deadline_s=3.0)
     submit = validate.request(message, [7] * 4000, 11, 99, model_info)

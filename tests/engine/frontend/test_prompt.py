@@ -1,0 +1,116 @@
+"""Prompts to token ids: what is refused, and by which name."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.chat import ChatTemplate
+from cierzo.engine.frontend.client import Client
+from cierzo.engine.frontend.frontend import failure
+from cierzo.engine.frontend.prompt import PromptEncoder
+from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, ToolCall
+
+LONE = "a\ud800b"
+PRINT_ALL = ChatTemplate("{{ messages | tojson }}")
+
+
+def test_prompts_that_cannot_be_encoded(tokenizer):
+    for encoder, message, field in (
+        (PromptEncoder(), Generate(stream=0, text="x"), "text"),
+        (PromptEncoder(), Generate(stream=0, messages=[]), "messages"),
+        (PromptEncoder(tokenizer), Generate(stream=0, messages=[]), "messages"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            encoder.encode(message)
+        assert caught.value.field == field
+    assert PromptEncoder().encode(Generate(stream=0, token_ids=[5])) == [5]
+
+
+def test_without_a_default_chat_template_the_others_are_named(tokenizer):
+    with pytest.raises(InvalidRequest, match="no default chat template, only rag, tool_use") as caught:
+        PromptEncoder(tokenizer, None, ("rag", "tool_use")).encode(Generate(stream=0, messages=[]))
+    assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize("template", [PRINT_ALL, ChatTemplate("prints nothing")])
+@pytest.mark.parametrize(
+    ("turn", "field"),
+    [
+        ({"content": LONE}, "content"),
+        ({"content": "\udfff" * 10_000}, "content"),
+        ({"reasoning": LONE}, "reasoning"),
+        ({"tool_call_id": LONE}, "tool_call_id"),
+        ({"tool_calls": [ToolCall(name=LONE, arguments="{}")]}, "tool_calls[0].name"),
+        ({"tool_calls": [ToolCall(name="f", arguments="{}"), ToolCall("f", LONE)]}, "tool_calls[1].arguments"),
+        ({"tool_calls": [ToolCall(name="f", arguments="{}", id=LONE)]}, "tool_calls[0].id"),
+    ],
+)
+def test_a_lone_surrogate_in_a_message_is_refused_by_its_place(tokenizer, template, turn, field):
+    turns = [ChatMessage(role="user", content="🙂"), ChatMessage(role="assistant", **turn)]
+    with pytest.raises(InvalidRequest, match="lone surrogate, U\\+D") as caught:
+        PromptEncoder(tokenizer, template).encode(Generate(stream=0, messages=turns))
+    assert caught.value.field == f"messages[1].{field}"
+    _sent(caught.value)
+
+
+def test_a_lone_surrogate_in_a_text_is_refused(tokenizer):
+    for text in (LONE, "\udc80", "x" * 5000 + "\ud83d"):
+        with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
+            PromptEncoder(tokenizer).encode(Generate(stream=0, text=text))
+        assert caught.value.field == "text"
+        _sent(caught.value)
+    assert PromptEncoder(tokenizer).encode(Generate(stream=0, text="\U0001f642"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '\\ud800' }}",
+        "{{ raise_exception('\\ud800' * 5000) }}",
+        "{{ messages['\\ud800'].x }}",
+        "{{ 'x' * 10 ** 30 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ raise_exception() }}",
+        "{{ [1] | tojson(default=3) }}",
+        "{{ messages[0] ** 2 }}",
+        "{{ (1).__class__.__mro__ }}",
+        "{{ '%c' | format(55296) }}",
+    ],
+)
+def test_whatever_a_template_does_the_request_is_refused(tokenizer, source):
+    message = Generate(stream=0, messages=[ChatMessage(role="user", content="hi")])
+    with pytest.raises(InvalidRequest) as caught:
+        PromptEncoder(tokenizer, ChatTemplate(source)).encode(message)
+    assert caught.value.field == "messages"
+    assert len(caught.value.message) < 700
+    _sent(caught.value)
+
+
+def test_the_server_lives_on_after_what_cannot_be_encoded(run, serving, prompts):
+    object.__setattr__(prompts, "template", ChatTemplate("{{ messages[0].content | replace('!', '\\ud800') }}"))
+
+    async def body():
+        async with serving() as house, await Client.connect(house.address) as client:
+            with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
+                await client.complete(messages=[{"role": "user", "content": "hi!"}])
+            assert caught.value.field == "messages"
+            with pytest.raises(InvalidRequest, match="lone surrogate"):  # so long that a thread encodes it
+                await client.complete(messages=[{"role": "user", "content": "hi!" * 20_000}])
+            assert (await client.complete(messages=[{"role": "user", "content": "hi"}], max_tokens=2)).samples
+
+    run(body())
+
+
+def test_stop_strings_reach_the_detokenizer(prompts):
+    detokenizer = prompts.detokenizer(SamplingParams(stop=("b", "<s>"), min_tokens=2))
+    assert (detokenizer.push([256, 97, 256, 98]), detokenizer.stop, detokenizer.num_tokens) == ("a", "<s>", 3)
+    assert PromptEncoder().detokenizer(SamplingParams()) is None
+    assert PromptEncoder().special_ids == {}
+
+
+def _sent(error: InvalidRequest) -> None:
+    """An answer that could not be packed would end its connection."""
+    assert msgspec.msgpack.encode(failure(1, error))
