@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvloop
 
 from cierzo.engine.config import EngineConfig, EngineOptions, cache_dir, resolve
@@ -57,7 +58,7 @@ def _allow_files(wanted: int) -> None:
 async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     """Bind first, so that a port in use is known before the weights are read; take requests once they are."""
     signals = _signals()
-    prompts = PromptEncoder.load(Path(config.checkpoint))
+    config, prompts = load_prompts(config)
     link = CoreLink(config.frontend, config, spawn)
     frontend = Frontend(config.frontend, model_info(config, prompts), prompts, link)
     server = RpcServer(config.frontend, frontend)
@@ -118,6 +119,29 @@ def checkpoint_folder(name: str) -> str:
     from cierzo.engine.weights.gguf import prepare_demo
 
     return str(prepare_demo(cache_dir()))
+
+
+def load_prompts(config: EngineConfig) -> tuple[EngineConfig, PromptEncoder]:
+    """Tokenizer and chat template of a checkpoint, and the settings with the tokenizer's own eos_token among the
+    ids that end a generation: a fine-tune may end its turns with a token that its config.json does not name.
+
+    Raises CheckpointError.
+    """
+    prompts, model = PromptEncoder.load(Path(config.checkpoint)), config.model
+    tokenizer = prompts.tokenizer
+    if tokenizer is None or not tokenizer.eos_token:
+        return config, prompts
+    token_id = tokenizer.eos_token_id
+    if token_id is None or token_id >= model.vocab_size:
+        known = "not in tokenizer.json" if token_id is None else f"id {token_id}"
+        log.warning(
+            "the tokenizer's eos_token %r is %s: the model, with vocab_size %d, can never say it",
+            *(tokenizer.eos_token, known, model.vocab_size),
+        )
+        return config, prompts
+    eos_token_ids = tuple(dict.fromkeys((*model.eos_token_ids, token_id)))
+    model = msgspec.structs.replace(model, eos_token_ids=eos_token_ids)
+    return msgspec.structs.replace(config, model=model), prompts
 
 
 def model_info(config: EngineConfig, prompts: PromptEncoder) -> ModelInfo:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from operator import index
 from os import PathLike, fspath
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,11 +26,10 @@ from tqdm import tqdm
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import ConfigError, CoreFailed, InvalidRequest
 from cierzo.engine.frontend import validate
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.frontend import SEED_BITS
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.stream import Sample
-from cierzo.engine.launch import checkpoint_folder, model_info
+from cierzo.engine.launch import checkpoint_folder, load_prompts, model_info
 from cierzo.engine.messages import (
     Abort,
     ChatMessage,
@@ -105,8 +103,7 @@ class LLM:
 
         Raises ConfigError for a setting that is unknown or does not fit, CheckpointError.
         """
-        self._config = resolve(_options(checkpoint_folder(fspath(model)), settings))
-        self._prompts = PromptEncoder.load(Path(self._config.checkpoint))
+        self._config, self._prompts = load_prompts(resolve(_options(checkpoint_folder(fspath(model)), settings)))
         self._info = model_info(self._config, self._prompts)
         self._core: EngineCore | None = EngineCore(self._config)
         self._fault = ""
@@ -189,12 +186,13 @@ class LLM:
         return [job.output() for job in run.jobs.values()]
 
     def _submit(self, message: Generate) -> Submit:
-        validate.fields(message, self._config.frontend, self._info)
+        special_ids = self._prompts.special_ids
+        validate.fields(message, self._config.frontend, self._info, special_ids)
         token_ids = self._prompts.encode(message)
         seed = message.sampling.seed
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
         self._num_requests += 1
-        return validate.request(message, token_ids, self._num_requests, seed, self._info)
+        return validate.request(message, token_ids, self._num_requests, seed, self._info, special_ids)
 
 
 @dataclass(slots=True)
@@ -240,12 +238,8 @@ class _Run:
 
     def add(self, submit: Submit, prompts: PromptEncoder) -> None:
         """A validated request, to be submitted when there is room."""
-        params, tokenizer = submit.sampling, prompts.tokenizer
-        detokenizers = [
-            None if tokenizer is None else Detokenizer(tokenizer, params.stop, params.min_tokens)
-            for _ in range(params.n)
-        ]
-        samples = [Sample(index, detokenizer, []) for index, detokenizer in enumerate(detokenizers)]
+        params = submit.sampling
+        samples = [Sample(index, prompts.detokenizer(params), []) for index in range(params.n)]
         self.jobs[submit.request_id] = _Job(submit, samples, [[] for _ in samples], [[] for _ in samples])
 
     def finish(self, progress: bool) -> None:

@@ -10,15 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import uvloop
 from msgspec.structs import replace
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine import launch
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import CheckpointError, ConfigError
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.messages import CoreError
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
@@ -102,6 +104,17 @@ def test_a_signal_while_the_core_loads(cores, tmp_path, number):
     assert uvloop.run(launch._serve(replace(CONFIG, frontend=frontend), spawn)) == 128 + number
     assert cores.now.exited.done()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_core_ends_at_the_tokenizers_eos_token(cores, tokenizer, tmp_path):
+    tokenizer._inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    cores.error = CoreError(code="checkpoint_error", message="it has been told enough")
+    config = replace(CONFIG, checkpoint=str(tmp_path), frontend=FrontendConfig(address=f"unix:{tmp_path / 'sock'}"))
+    with pytest.raises(CheckpointError, match="told enough"):
+        uvloop.run(launch._serve(config, cores))
+    told = msgspec.msgpack.decode(cores.now.hello)
+    assert told["model"]["eos_token_ids"] == [tokenizer.eos_token_id]
 
 
 def test_open_files_follow_the_connections(monkeypatch):
