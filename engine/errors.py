@@ -33,11 +33,11 @@ class CierzoError(Exception):
         value: object = None,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.field = field
-        self.limit = None if limit is None else str(limit)
-        self.value = None if value is None else str(value)[:200]
+        self.message = _sendable(message)
+        super().__init__(self.message)
+        self.field = None if field is None else _sendable(field)
+        self.limit = None if limit is None else _sendable(str(limit))
+        self.value = None if value is None else _sendable(str(value)[:200])
         self.retry_after_s = retry_after_s
 
 
@@ -116,6 +116,11 @@ class CheckpointError(CierzoError):
     """A checkpoint misses a file or a tensor, has one too many, or one of the wrong shape or dtype."""
 
     code = "checkpoint_error"
+
+
+def _sendable(text: str) -> str:
+    """`text` with lone surrogates (of a file's name, or a template's error) spelled out: no frame can hold them."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _tree(root: type[CierzoError]) -> dict[str, type[CierzoError]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Annotated
 
 import msgspec
@@ -16,6 +17,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `seed` None means: one is drawn at admission, and kept for the life of the request.
     `logprobs` is the number of top alternatives reported beside each chosen token (0: the chosen token
     alone, None: nothing); they are an fp32 log-softmax of the raw logits, before penalties and temperature.
+    `stop="x"` means `stop=("x",)`, and `stop_token_ids=3` means `stop_token_ids=(3,)`; lists and sets do as well.
     """
 
     max_tokens: Annotated[int, Meta(description="output tokens, at most")] = 256
@@ -42,3 +44,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = ()
     ignore_eos: Annotated[bool, Meta(description="the model's own end tokens do not end the answer")] = False
     logprobs: Annotated[int | None, Meta(description="most likely tokens reported beside each chosen one")] = None
+
+    def __post_init__(self) -> None:
+        for name, single in (("stop", str), ("stop_token_ids", Integral)):
+            value = getattr(self, name)
+            if type(value) is tuple:
+                continue
+            if isinstance(value, single):
+                msgspec.structs.force_setattr(self, name, (value,))
+            elif isinstance(value, list | set | frozenset):
+                msgspec.structs.force_setattr(self, name, tuple(value))

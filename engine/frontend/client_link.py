@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import Any, Self, cast
 
 import msgspec
 
-from cierzo.engine.errors import BY_CODE, CierzoError, ConnectionLost, ProtocolError
-from cierzo.engine.frontend.frames import FrameSplitter, pack
+from cierzo.engine.errors import BY_CODE, CierzoError, ConnectionLost, FrameTooLarge, ProtocolError
+from cierzo.engine.frontend.frames import LENGTH_BYTES, FrameSplitter, pack
 from cierzo.engine.messages import (
     Cancel,
     Delta,
@@ -28,6 +29,8 @@ from cierzo.engine.messages import (
     Welcome,
 )
 
+MAX_WELCOME_FRAME_BYTES = 65536  # the first bytes of another protocol, read as a length, are nearly all larger
+SHOWN_BYTES = 40  # of what another protocol answers
 MAX_SERVER_FRAME_BYTES = 1 << 30  # a final record can hold a whole long answer with log-probabilities
 _decode = msgspec.msgpack.Decoder(ServerMessage).decode
 
@@ -46,41 +49,56 @@ def error_of(message: Failure) -> CierzoError:
 class _Inbox:
     """What has come for one generation and was not taken yet."""
 
-    __slots__ = ("deltas", "dropped", "error", "final", "waiter")
+    __slots__ = ("cancelled", "deltas", "dropped", "error", "final", "news")
 
     def __init__(self, error: CierzoError | None) -> None:
-        self.deltas: list[Delta] = []
+        self.deltas: deque[Delta] = deque()
         self.final: Final | None = None
         self.error = error
-        self.waiter: asyncio.Future[None] | None = None
+        self.news = asyncio.Event()
+        self.cancelled = False
         self.dropped = False
 
     @property
     def ended(self) -> bool:
         return self.final is not None or self.error is not None
 
-    def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+    async def has_more(self) -> bool:
+        while not self.deltas:
+            if self.error is not None:
+                raise self.error
+            if self.final is not None:
+                return False
+            self.news.clear()
+            await self.news.wait()
+        return True
 
 
 class Generation:
     """One request: iterate to get its Deltas. `final` is the last record, there once the iteration has ended.
 
-    Dropping it (leaving the loop early) cancels the request; so does cancelling the task that waits in it.
+    Dropping it (leaving the loop early) cancels the request; so does cancelling the task that waits in it, which is
+    what `asyncio.wait_for` does. To wait for a limited time and go on afterwards, use `timeout_s`:
+
+        while (delta := await generation.next(timeout_s=5.0)) is not None:  # TimeoutError: nothing came for 5 s
+            print(delta.text, end="")
+
+    Several iterators of one Generation share it: each delta goes to one of them, and all of them end.
     """
 
-    __slots__ = ("_batch", "_inbox", "_link", "_stream")
+    __slots__ = ("_inbox", "_link", "_stream")
 
     def __init__(self, link: ClientLink, stream: int, inbox: _Inbox) -> None:
         self._link = link
         self._stream = stream
         self._inbox = inbox
-        self._batch: deque[Delta] = deque()
 
     @property
     def final(self) -> Final:
-        """Usage, timings, seed, and how each sample ended; RuntimeError while the generation still runs."""
+        """Usage, timings, seed, and how each sample ended. Raises RuntimeError while the generation still runs, and
+        the error of one that failed."""
+        if self._inbox.error is not None:
+            raise self._inbox.error
         if self._inbox.final is None:
             raise RuntimeError("the generation has not ended")
         return self._inbox.final
@@ -89,53 +107,68 @@ class Generation:
         return self
 
     async def __anext__(self) -> Delta:
-        if not self._batch:
-            self._batch.extend(await self.next_batch())
-            if not self._batch:
-                raise StopAsyncIteration
-        return self._batch.popleft()
+        if (delta := await self.next()) is None:
+            raise StopAsyncIteration
+        return delta
 
-    async def next_batch(self) -> list[Delta]:
-        """All deltas that have come since the last call, at least one; empty at the end."""
-        inbox = self._inbox
-        while not inbox.deltas:
-            if inbox.error is not None:
-                raise inbox.error
-            if inbox.final is not None:
-                return []
-            inbox.waiter = self._link.loop.create_future()
-            try:
-                await inbox.waiter
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
-        deltas, inbox.deltas = inbox.deltas, []
+    async def next(self, timeout_s: float | None = None) -> Delta | None:
+        """The next delta; None at the end. Raises TimeoutError if none comes in time: the generation goes on, and
+        nothing of it is lost."""
+        return self._inbox.deltas.popleft() if await self._has_more(timeout_s) else None
+
+    async def next_batch(self, timeout_s: float | None = None) -> list[Delta]:
+        """All deltas that have come and were not taken, at least one; none at the end. `timeout_s` as in `next`."""
+        await self._has_more(timeout_s)
+        deltas = list(self._inbox.deltas)
+        self._inbox.deltas.clear()
         return deltas
 
     def cancel(self) -> None:
         """Ask the server to stop. What it had sent still comes, then `final` says "cancelled"."""
-        if not self._inbox.ended:
+        if not self._inbox.ended and not self._inbox.cancelled:
+            self._inbox.cancelled = True
             self._link.send(Cancel(stream=self._stream))
 
     def __del__(self) -> None:
-        if not self._inbox.ended and not self._link.loop.is_closed():
-            self._link.loop.call_soon_threadsafe(self._link.drop, self._stream)
+        if not self._inbox.ended:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
+                self._link.loop.call_soon_threadsafe(self._link.drop, self._stream)
+
+    async def _has_more(self, timeout_s: float | None) -> bool:
+        """Wait until there is a delta to take (True), or the generation has ended (False)."""
+        try:
+            if timeout_s is None:
+                return await self._inbox.has_more()
+            async with asyncio.timeout(timeout_s):
+                return await self._inbox.has_more()
+        except TimeoutError:
+            raise TimeoutError(f"nothing came for {timeout_s:g} s; the generation goes on") from None
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
 
 class ClientLink(asyncio.Protocol):
-    """The connection: frames out, and each message in to whom it is for."""
+    """The connection to `peer`: frames out, and each message in to whom it is for."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, peer: str) -> None:
         self.loop = loop
         self.welcome: asyncio.Future[Welcome] = loop.create_future()
         self.closed: asyncio.Future[None] = loop.create_future()
+        self._peer = peer
         self._error: CierzoError | None = None
         self._transport: asyncio.Transport | None = None
-        self._splitter = FrameSplitter(MAX_SERVER_FRAME_BYTES)
+        self._splitter = FrameSplitter(MAX_WELCOME_FRAME_BYTES)
+        self._max_frame_bytes = MAX_WELCOME_FRAME_BYTES
         self._inboxes: dict[int, _Inbox] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._next_stream = 0
-        self._outbox: list[Message] = []
+        self._outbox = bytearray()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether somebody has accepted the connection, whoever that is."""
+        return self._transport is not None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -146,29 +179,31 @@ class ClientLink(asyncio.Protocol):
             for body in self._splitter.feed(data):
                 self._receive(_decode(body))
         except (msgspec.DecodeError, ProtocolError) as error:
-            self._error = ProtocolError(f"the server sent something that is not the protocol: {error}")
-            self.close()
+            begins = "" if self.welcome.done() else f" (its answer begins with {data[:SHOWN_BYTES]!r})"
+            self.close(ProtocolError(f"{self._peer} does not speak cierzo's protocol{begins}: {error}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        error = self._error = self._error or ConnectionLost("the connection to the server was lost")
+        when = "" if self.welcome.done() else " before it said welcome: is it a cierzo server?"
+        reason = f": {exc}" if exc is not None and not when else ""
+        self._error = self._error or ConnectionLost(f"{self._peer} has closed the connection{when}{reason}")
         for inbox in self._inboxes.values():
-            inbox.error = error
-            inbox.wake()
+            inbox.error = self._error
+            inbox.news.set()
         for call in [self.welcome, *self._calls.values()]:
             if not call.done():
-                call.set_exception(error)
+                call.set_exception(self._error)
         self._inboxes.clear()
         self._calls.clear()
         self.closed.set_result(None)
 
     def open(self, request: Generate) -> Generation:
-        """Send a request under a new stream id."""
+        """Send a request under a new stream id. Raises FrameTooLarge for one that the server would not read."""
         self._next_stream += 1
         stream = self._next_stream
         inbox = _Inbox(self._error)
         if self._error is None:
-            self._inboxes[stream] = inbox
             self.send(msgspec.structs.replace(request, stream=stream))
+            self._inboxes[stream] = inbox
         return Generation(self, stream, inbox)
 
     async def call(self, method: type[Ping | GetHealth | GetStats | GetExperts | GetModel | Drain]) -> Any:
@@ -185,10 +220,22 @@ class ClientLink(asyncio.Protocol):
             self._calls.pop(stream, None)
 
     def send(self, message: Message) -> None:
-        """Everything sent in one turn of the loop leaves in one write."""
+        """Pack a message, now: one that cannot be sent is refused to its sender, and takes no other with it.
+
+        All that is sent in one turn of the loop leaves in one write. Raises FrameTooLarge.
+        """
+        frame = pack([message])
+        size = len(frame) - LENGTH_BYTES
+        if size > self._max_frame_bytes:
+            raise FrameTooLarge(
+                f"the request is {size} bytes long, the server's max_frame_bytes {self._max_frame_bytes}",
+                field="max_frame_bytes",
+                limit=self._max_frame_bytes,
+                value=size,
+            )
         if not self._outbox:
             self.loop.call_soon(self._flush)
-        self._outbox.append(message)
+        self._outbox += frame
 
     def drop(self, stream: int) -> None:
         """Nobody reads this generation any more."""
@@ -196,35 +243,39 @@ class ClientLink(asyncio.Protocol):
         if inbox is not None:
             inbox.dropped = True
             inbox.deltas.clear()
-            self.send(Cancel(stream=stream))
+            if not inbox.cancelled:
+                self.send(Cancel(stream=stream))
 
-    def close(self) -> None:
-        """Send what waits, then close."""
+    def close(self, reason: CierzoError | None = None) -> None:
+        """Send what waits, then close. What still waits for an answer fails with `reason`."""
+        self._error = self._error or reason
         self._flush()
         if self._transport is not None:
             self._transport.close()
 
     def _flush(self) -> None:
-        outbox, self._outbox = self._outbox, []
+        outbox, self._outbox = self._outbox, bytearray()
         if outbox and self._transport is not None and not self._transport.is_closing():
-            self._transport.write(pack(outbox))
+            self._transport.write(outbox)
 
     def _receive(self, message: ServerMessage) -> None:
         if isinstance(message, Delta):
             inbox = self._inboxes.get(message.stream)
             if inbox is not None and not inbox.dropped:
                 inbox.deltas.append(message)
-                inbox.wake()
+                inbox.news.set()
         elif isinstance(message, Final):
             ended = self._inboxes.pop(message.stream, None)
             if ended is not None:
                 ended.final = message
-                ended.wake()
+                ended.news.set()
         elif isinstance(message, Failure):
             self._failed(message)
         elif isinstance(message, Welcome):
             if not self.welcome.done():
                 self.welcome.set_result(message)
+                self._max_frame_bytes = message.limits.max_frame_bytes
+                self._splitter.max_frame_bytes = MAX_SERVER_FRAME_BYTES
         else:
             call = self._calls.pop(message.stream, None)
             if call is not None and not call.done():
@@ -233,13 +284,12 @@ class ClientLink(asyncio.Protocol):
     def _failed(self, message: Failure) -> None:
         error = error_of(message)
         if message.stream < 0:
-            self._error = error
-            self.close()
+            self.close(error)
             return
         inbox = self._inboxes.pop(message.stream, None)
         if inbox is not None:
             inbox.error = error
-            inbox.wake()
+            inbox.news.set()
         call = self._calls.pop(message.stream, None)
         if call is not None and not call.done():
             call.set_exception(error)

@@ -10,7 +10,8 @@ import msgspec
 from cierzo.engine.errors import FrameTooLarge
 
 _LENGTH = Layout(">I")
-_NO_LENGTH = bytes(_LENGTH.size)
+LENGTH_BYTES = _LENGTH.size
+_NO_LENGTH = bytes(LENGTH_BYTES)
 _encode_into = msgspec.msgpack.Encoder().encode_into
 
 
@@ -20,18 +21,18 @@ def pack(messages: Iterable[msgspec.Struct]) -> bytearray:
     for message in messages:
         start = len(frames)
         frames += _NO_LENGTH
-        _encode_into(message, frames, start + 4)
-        _LENGTH.pack_into(frames, start, len(frames) - start - 4)
+        _encode_into(message, frames, start + LENGTH_BYTES)
+        _LENGTH.pack_into(frames, start, len(frames) - start - LENGTH_BYTES)
     return frames
 
 
 class FrameSplitter:
     """Cuts the byte stream of one connection into frame bodies; keeps at most one unfinished frame."""
 
-    __slots__ = ("_max_frame_bytes", "_needed", "_rest")
+    __slots__ = ("_needed", "_rest", "max_frame_bytes")
 
     def __init__(self, max_frame_bytes: int) -> None:
-        self._max_frame_bytes = max_frame_bytes
+        self.max_frame_bytes = max_frame_bytes
         self._rest = bytearray()
         self._needed = 0
 
@@ -44,19 +45,19 @@ class FrameSplitter:
             data = bytes(self._rest)
             self._rest.clear()
         view, start, end = memoryview(data), 0, len(data)
-        self._needed = _LENGTH.size
-        while end - start >= _LENGTH.size:
+        self._needed = LENGTH_BYTES
+        while end - start >= LENGTH_BYTES:
             (size,) = _LENGTH.unpack_from(data, start)
-            if size > self._max_frame_bytes:
+            if size > self.max_frame_bytes:
                 raise FrameTooLarge(
-                    f"a frame of {size} bytes exceeds the limit of {self._max_frame_bytes}",
+                    f"a frame of {size} bytes exceeds the limit of {self.max_frame_bytes}",
                     field="frame",
-                    limit=self._max_frame_bytes,
+                    limit=self.max_frame_bytes,
                     value=size,
                 )
-            body = start + _LENGTH.size
+            body = start + LENGTH_BYTES
             if body + size > end:
-                self._needed = _LENGTH.size + size
+                self._needed = LENGTH_BYTES + size
                 break
             yield view[body : body + size]
             start = body + size

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import socket
 import stat
 from typing import cast, get_args
@@ -32,6 +31,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import FrameSplitter, pack
 from cierzo.engine.frontend.frontend import Frontend, failure
 from cierzo.engine.frontend.methods import Methods
+from cierzo.engine.frontend.validate import mistyped
 from cierzo.engine.messages import MAGIC, PROTOCOL_VERSION, ClientMessage, Limits, Message, Welcome
 
 log = logging.getLogger(__name__)
@@ -235,10 +235,7 @@ def _reason(envelope: _Envelope, text: str) -> InvalidRequest:
     if envelope.type not in _METHODS:
         known = ", ".join(sorted(_METHODS - {"hello"}))
         return UnknownMethod("there is no such method", field="type", limit=known, value=envelope.type)
-    place = re.search(r"at `\$\.?([^`]*)`", text)
-    unknown = re.search(r"unknown field `([^`]*)`", text)
-    path = [place.group(1) if place else "", unknown.group(1) if unknown else ""]
-    return InvalidRequest(text, field=".".join(filter(None, path)) or None)
+    return mistyped(text)
 
 
 class RpcServer:

@@ -6,6 +6,7 @@ Past this file nothing checks a request again.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -92,6 +93,19 @@ def refuse_surrogates(field: str, text: str) -> None:
             limit="Unicode text",
             value=ascii(lone),
         ) from error
+
+
+def mistyped(text: str) -> InvalidRequest:
+    """The error for a field that msgspec refuses, as in "Expected `int`, got `str` - at `$.sampling.top_k`"."""
+    reason, _, place = text.partition(" - at ")
+    path = re.search(r"`\$\.?([^`]*)`", place)
+    expected = re.match(r"Expected `([^`]*)`", reason)
+    unknown = re.search(r"unknown field `([^`]*)`", reason)
+    where = path.group(1) if path else ""
+    field = ".".join(filter(None, (where, unknown.group(1) if unknown else "")))
+    words = reason.replace("`", "")
+    message = f"{where}: {words[:1].lower()}{words[1:]}" if where else words
+    return InvalidRequest(message, field=field or None, limit=expected.group(1) if expected else None)
 
 
 def _prompt_kind(message: Generate) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -417,3 +419,42 @@ def peering() -> Callable[..., AbstractAsyncContextManager[Peer]]:
             await peer.close()
 
     return connect
+
+
+@dataclass
+class Served:
+    """A front end whose loop runs in another thread, for clients that block."""
+
+    house: House
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def address(self) -> str:
+        return self.house.address
+
+    def do(self, ask: Callable[[], Any]) -> Any:
+        """Call a function in that thread, and wait for what it gives."""
+
+        async def call() -> Any:
+            answer = ask()
+            return await answer if asyncio.iscoroutine(answer) else answer
+
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(20)
+
+
+@pytest.fixture
+def served(serving: Callable[..., AbstractAsyncContextManager[House]], cores: FakeCores) -> Iterator[Served]:
+    loop, stop = uvloop.new_event_loop(), asyncio.Event()
+    started: concurrent.futures.Future[House] = concurrent.futures.Future()
+
+    async def serve() -> None:
+        async with serving(cores=cores) as house:
+            started.set_result(house)
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    yield Served(started.result(20), loop)
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
+    loop.close()

@@ -6,14 +6,24 @@ import asyncio
 import gc
 import subprocess
 import sys
-import threading
+from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
-import uvloop
 
-from cierzo.engine.errors import ConnectionLost, InvalidRequest, Overloaded, VersionMismatch
-from cierzo.engine.frontend.client import Client, SyncClient
-from cierzo.engine.messages import ChatMessage, SamplingParams
+from cierzo.engine.errors import (
+    ConnectionLost,
+    CoreFailed,
+    Draining,
+    FrameTooLarge,
+    InvalidRequest,
+    Overloaded,
+    ProtocolError,
+    VersionMismatch,
+)
+from cierzo.engine.frontend.client import Client
+from cierzo.engine.frontend.frames import pack
+from cierzo.engine.messages import ChatMessage, Health, Limits, Ready, SamplingParams, Welcome
 
 TOKENS = [10, 17, 24, 31, 38]
 
@@ -167,7 +177,7 @@ def test_refusals_are_raised_as_their_class(run, serving):
                 await anext(second)
             assert refused.value.retry_after_s > 0
             assert sum([len(delta.token_ids) async for delta in first]) == 50
-            with pytest.raises(TypeError):
+            with pytest.raises(InvalidRequest, match="did you mean temperature"):
                 client.generate(token_ids=[1], temprature=1.0)
 
     run(body())
@@ -182,21 +192,70 @@ def test_no_server(run, tmp_path):
     run(body())
 
 
-def test_a_server_that_is_silent_or_speaks_another_version(run):
+@asynccontextmanager
+async def answering(first, *more):
+    """A server that answers every connection with `first`, and each further frame with the next of `more`."""
+
+    tasks = []
+
+    async def answer(reader, writer):
+        tasks.append(asyncio.current_task())
+        for reply in (first, *more):
+            await reader.read(65536)
+            if reply is None:
+                break
+            writer.write(reply)
+        else:
+            await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        await asyncio.gather(*tasks)
+
+
+HTTP = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("reply", "timeout_s", "error", "message"),
+    [
+        (
+            b"",
+            0.3,
+            ConnectionLost,
+            "takes connections, but did not say welcome within 0.3 s: is it a cierzo server?",
+        ),
+        (b"\0\0", 0.3, ConnectionLost, "did not say welcome within 0.3 s"),
+        (None, 10, ConnectionLost, "has closed the connection before it said welcome: is it a cierzo server?"),
+        (
+            HTTP,
+            10,
+            ProtocolError,
+            "does not speak cierzo's protocol (its answer begins with b'HTTP/1.1 400 Bad Req",
+        ),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", 10, ProtocolError, "its answer begins with b'SSH-2.0-OpenSSH_9.2"),
+        (b"220 mail ESMTP\r\n", 10, ProtocolError, "its answer begins with b'220 mail ESMTP"),
+        (b"\0\0\0\2\x93\x01", 10, ProtocolError, "does not speak cierzo's protocol"),
+    ],
+)
+def test_what_is_no_cierzo_server_is_told_in_words(run, reply, timeout_s, error, message):
     async def body():
-        replies = {"silent": b"", "other": b"\0\0\0\2\x93\x01"}
-        for reply, error in ((replies["silent"], ConnectionLost), (replies["other"], Exception)):
+        async with answering(reply) as address:
+            with pytest.raises(error) as caught:
+                await Client.connect(address, timeout_s=timeout_s)
+            assert type(caught.value) is error
+            assert caught.value.message.startswith(address)
+            assert message in caught.value.message
 
-            async def answer(reader, writer, reply=reply):
-                writer.write(reply)
-                await reader.read()
-                writer.close()
+    run(body())
 
-            async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-                port = server.sockets[0].getsockname()[1]
-                with pytest.raises(error):
-                    await Client.connect(f"127.0.0.1:{port}", timeout_s=0.05)
-            await asyncio.sleep(0)
+
+@pytest.mark.parametrize("address", ["a..b:80", f"{'a' * 70}.example:80", "unix:/" + "a" * 200, "127.0.0.1:1"])
+def test_an_address_where_nobody_can_answer(run, address):
+    async def body():
+        with pytest.raises(ConnectionLost, match=r"no server answers at .*: .+"):
+            await Client.connect(address)
 
     run(body())
 
@@ -220,46 +279,175 @@ def test_the_connection_ends_in_the_middle(run, serving, cores):
     run(body())
 
 
-@pytest.fixture
-def served(serving):
-    """Address of a server in another thread."""
-    loop, stop, ready, address = uvloop.new_event_loop(), asyncio.Event(), threading.Event(), []
+async def all_tokens(generation):
+    return [token async for delta in generation for token in delta.token_ids]
 
-    async def serve():
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"text": "a\ud800b"},
+        {"token_ids": [1], "max_tokens": 2**70},
+        {"token_ids": np.array([[1]])},
+        {"token_ids": [1], "stop": "\ud800"},
+        {"messages": [{"role": "user", "content": "\udce9"}]},
+        {"token_ids": [1], "temperature": object()},
+    ],
+)
+def test_what_cannot_be_sent_is_refused_at_once_and_takes_nobody_with_it(run, serving, bad):
+    async def body():
+        async with serving() as house, await Client.connect(house.address) as client:
+            before = client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)
+            with pytest.raises(InvalidRequest):
+                client.generate(**bad)
+            with pytest.raises(InvalidRequest):
+                await client.complete(**bad)
+            behind = client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)
+            assert [await all_tokens(generation) for generation in (before, behind)] == [TOKENS, TOKENS]
+            assert (await client.stats()).refused == 0  # none of it was sent
+
+    run(body())
+
+
+def test_a_request_longer_than_the_server_reads_is_refused_here(run, serving):
+    async def body():
+        async with serving(max_frame_bytes=1000) as house, await Client.connect(house.address) as client:
+            other = client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)
+            with pytest.raises(FrameTooLarge, match="max_frame_bytes 1000") as caught:
+                client.generate(text="x" * 1000)
+            assert (caught.value.field, caught.value.limit) == ("max_frame_bytes", "1000")
+            too_many = int(caught.value.value) - 1000
+            with pytest.raises(FrameTooLarge):
+                client.generate(text="x" * (1000 - too_many + 1))
+            assert await all_tokens(client.generate(text="x" * (1000 - too_many)))
+            assert await all_tokens(other) == TOKENS
+            await client.ping()  # the connection lives
+
+    run(body())
+
+
+def test_a_timeout_leaves_the_generation_running_and_whole(run, serving, cores):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            generation = client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)
+            await cores.until(lambda: cores.now.submits)
+            got = []
+            for wait in (generation.next, generation.next_batch) * 2:
+                with pytest.raises(TimeoutError, match=r"nothing came for 0\.01 s"):
+                    await wait(timeout_s=0.01)
+                cores.now.step()
+                answer = await wait(timeout_s=10)
+                got += [answer] if wait == generation.next else answer
+            with pytest.raises(TimeoutError):
+                await generation.next(timeout_s=0)
+            cores.now.step()
+            got.append(await anext(generation))
+            assert [token for delta in got for token in delta.token_ids] == TOKENS
+            assert await generation.next(timeout_s=10) is None
+            assert await generation.next_batch(timeout_s=10) == []
+            assert generation.final.samples[0].finish_reason == "length"
+            assert not cores.now.aborts
+
+    run(body())
+
+
+def test_what_was_not_iterated_yet_comes_first_in_a_batch(run, serving, cores):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            generation = client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)
+            await cores.until(lambda: cores.now.submits)
+            for _ in range(4):
+                cores.now.step()
+            await client.ping()
+            got = [await anext(generation), *await generation.next_batch()]
+            assert [token for delta in got for token in delta.token_ids] == TOKENS[:4]
+
+    run(body())
+
+
+def test_iterators_of_one_generation_share_it_and_all_end(run, serving):
+    async def body():
+        async with serving() as house, await Client.connect(house.address) as client:
+            generation = client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)
+            parts = await asyncio.gather(*(all_tokens(generation) for _ in range(3)))
+            assert sorted(token for part in parts for token in part) == TOKENS
+            assert await all_tokens(generation) == []  # and after the end as well
+            refused = client.generate(token_ids=[1], top_p=2.0)
+            ends = await asyncio.gather(*(all_tokens(refused) for _ in range(3)), return_exceptions=True)
+            assert [type(end) for end in ends] == [InvalidRequest] * 3
+            with pytest.raises(InvalidRequest, match=r"sampling.top_p is 2.0"):
+                _ = refused.final
+
+    run(body())
+
+
+def test_wait_ready_waits_while_the_server_loads(run, serving, cores):
+    async def body():
+        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
+            await client.wait_ready(timeout_s=5)
+            cores.silent = True
+            cores.now.kill()
+            await cores.until(lambda: len(cores.lives) == 2 and cores.now.hello)
+            with pytest.raises(TimeoutError, match=r"not ready after 0\.2 s; its state is loading"):
+                await client.wait_ready(timeout_s=0.2)
+            waiting = asyncio.create_task(client.wait_ready())
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            cores.now.say(Ready(startup="fake core"))
+            await waiting
+            assert await all_tokens(client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)) == TOKENS
+            await client.drain()
+            with pytest.raises(Draining, match="takes no new requests"):
+                await client.wait_ready()
+
+    run(body())
+
+
+def test_wait_ready_of_a_server_that_never_will_be(run, serving, cores):
+    async def body():
+        async with (
+            serving(cores=cores, max_core_restarts=0) as house,
+            await Client.connect(house.address) as client,
+        ):
+            cores.now.kill()
+            while house.frontend.health == "ready":
+                await asyncio.sleep(0)
+            with pytest.raises(CoreFailed, match="its state is failed"):
+                await client.wait_ready(timeout_s=10)
+        limits = Limits(max_frame_bytes=9999, max_streams=1, max_model_len=1, max_samples=1)
+        welcome = pack([Welcome(version=2, server="", model="", limits=limits)])
+        async with answering(welcome) as address, await Client.connect(address) as client:
+            with pytest.raises(TimeoutError, match=r"not ready after 0\.05 s; its state is unknown"):
+                await client.wait_ready(timeout_s=0.05)
+        loading = pack([Health(stream=1, state="loading", uptime_s=0.0)])
+        async with answering(welcome, loading, None) as address, await Client.connect(address) as client:
+            with pytest.raises(ConnectionLost, match=f"{address} has closed the connection"):
+                await client.wait_ready(timeout_s=10)
+
+    run(body())
+
+
+def test_closing_twice_and_a_close_that_is_cancelled(run, serving):
+    async def body():
         async with serving() as house:
-            address.append(house.address)
-            ready.set()
-            await stop.wait()
+            client = await Client.connect(house.address)
+            generation = client.generate(token_ids=[1], max_tokens=4000)
+            closing = asyncio.create_task(client.close())
+            await asyncio.sleep(0)
+            closing.cancel()
+            await client.close()
+            await client.close()
+            for call in (client.ping, client.wait_ready, generation.next):
+                with pytest.raises(ConnectionLost, match="this client is closed"):
+                    await call()
+            with pytest.raises(ConnectionLost, match="this client is closed"):
+                await client.complete(token_ids=[1])
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    ready.wait(10)
-    yield address[0]
-    loop.call_soon_threadsafe(stop.set)
-    thread.join()
-    loop.close()
-
-
-def test_the_blocking_client(served):
-    with SyncClient(served) as client:
-        generation = client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)
-        assert [token for delta in generation for token in delta.token_ids] == TOKENS
-        assert generation.final.usage.output_tokens == 5
-        assert client.complete(token_ids=[1, 2, 3], max_tokens=5, seed=4).samples[0].token_ids == TOKENS
-        client.ping()
-        assert client.health().state == "ready"
-        assert client.model_info().name == client.welcome.model == "fake"
-        for _ in client.generate(token_ids=[1], max_tokens=4000):
-            break
-        with pytest.raises(InvalidRequest):
-            client.complete(token_ids=[])
-        client.drain()
-        assert client.stats().streams == 0
-        assert client.health().state == "draining"
-    before = threading.active_count()
-    with pytest.raises(ConnectionLost):
-        SyncClient("127.0.0.1:1")
-    assert threading.active_count() == before
+    run(body())
 
 
 def test_importing_the_client_is_light():

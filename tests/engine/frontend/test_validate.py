@@ -174,3 +174,39 @@ def test_bad_prompts(model_info, changes, prompt, limit, value):
 def test_the_limit_of_temperature_names_zero_too(model_info):
     with pytest.raises(InvalidRequest, match=r"allowed: 0, or 0.001 to 100"):
         validate.fields(replace(PLAIN, sampling=SamplingParams(temperature=-1)), CONFIG, model_info)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "field", "limit"),
+    [
+        (
+            "Expected `int`, got `str` - at `$.sampling.top_k`",
+            "sampling.top_k: expected int, got str",
+            "sampling.top_k",
+            "int",
+        ),
+        (
+            "Expected `str | null`, got `int` - at `$.text`",
+            "text: expected str | null, got int",
+            "text",
+            "str | null",
+        ),
+        (
+            "Expected `int`, got `str` - at `key` in `$.sampling.logit_bias`",
+            "sampling.logit_bias: expected int, got str",
+            "sampling.logit_bias",
+            "int",
+        ),
+        ("Object contains unknown field `x`", "Object contains unknown field x", "x", None),
+        (
+            "Object contains unknown field `x` - at `$.messages[0]`",
+            "messages[0]: object contains unknown field x",
+            "messages[0].x",
+            None,
+        ),
+        ("Object missing required field `stream`", "Object missing required field stream", None, None),
+    ],
+)
+def test_what_msgspec_refuses_is_named(text, message, field, limit):
+    refusal = validate.mistyped(text)
+    assert (refusal.message, refusal.field, refusal.limit) == (message, field, limit)

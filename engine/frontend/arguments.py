@@ -1,0 +1,191 @@
+"""A caller's arguments, made into the `Generate` message that asks for them: the same for `Client` and `LLM`.
+
+Numbers, arrays and tensors of other libraries are taken for the values that they hold, any iterable for a list.
+What a message cannot carry is refused here, where the caller stands, and not where messages are packed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from operator import index
+from typing import Any
+
+import msgspec
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.validate import mistyped
+from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
+
+LOWEST_INT, HIGHEST_INT = -(2**63), 2**64 - 1  # MessagePack has no others
+_AS_THEY_ARE = {type(None), bool, float}
+_DEFAULTS = msgspec.structs.asdict(SamplingParams())
+_FIELDS = tuple(name for name in Generate.__struct_fields__ if name != "stream")
+
+
+def generate_message(**arguments: Any) -> Generate:
+    """The message that asks for `arguments`: fields of Generate, and fields of SamplingParams on top of `sampling`.
+
+    The message's stream id is 0, for the sender to replace. Raises InvalidRequest, with field and value, for an
+    unknown name, a value of a wrong type, and a value that no message can carry. `validate` checks limits.
+    """
+    given = {name: arguments.pop(name) for name in _FIELDS if name in arguments}
+    fields = {name: value for name, value in given.items() if value is not None}
+    sampling = sampling_params(fields.pop("sampling", None), arguments, also_known=_FIELDS)
+    message: dict[str, Any] = {"type": "generate", "stream": 0}
+    try:
+        for name, value in fields.items():
+            message[name] = _turns(value) if name == "messages" else _plain(value, name)
+        message["sampling"] = {
+            name: _plain(value, f"sampling.{name}")
+            for name, value in msgspec.structs.asdict(sampling).items()
+            if value is not _DEFAULTS[name]
+        }
+        return msgspec.convert(message, Generate)
+    except msgspec.ValidationError as error:
+        refusal = mistyped(str(error))
+        value = None if refusal.field is None else _at(refusal.field, message)
+        raise InvalidRequest(refusal.message, field=refusal.field, limit=refusal.limit, value=value) from error
+    except RecursionError as error:
+        raise InvalidRequest("an argument is nested too deeply") from error
+
+
+def sampling_params(base: Any, params: Mapping[str, Any], also_known: Iterable[str] = ()) -> SamplingParams:
+    """`base` (SamplingParams, a mapping of its fields, or None) with the fields in `params` on top.
+
+    Values are not checked. Raises InvalidRequest for another kind of `base`, and for a name that is no field. Its
+    message names the nearest field, which may also be one of `also_known`.
+    """
+    if isinstance(base, SamplingParams):
+        base = msgspec.structs.asdict(base)
+    elif base is None:
+        base = {}
+    elif not isinstance(base, Mapping):
+        kinds = "SamplingParams, or a mapping of its fields"
+        raise InvalidRequest(
+            f"sampling must be {kinds}, got {_kind(base)}", field="sampling", limit=kinds, value=_kind(base)
+        )
+    given = {**base, **params}
+    for name in given:
+        if name not in _DEFAULTS:
+            raise _unknown(name, (*also_known, *_DEFAULTS))
+    return SamplingParams(**given)
+
+
+def _unknown(name: object, known: Iterable[str]) -> InvalidRequest:
+    known = list(known)
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+    return InvalidRequest(f"unknown argument {name!r}; {hint}", field=str(name), limit=", ".join(known), value=name)
+
+
+def _turns(messages: Any) -> Any:
+    """Chat messages, one alone as a list; a field that is None counts as left out, as OpenAI's clients mean it."""
+    turns = _plain([messages] if isinstance(messages, Mapping | ChatMessage) else messages, "messages")
+    if not isinstance(turns, list):
+        return turns
+    return [
+        {name: value for name, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
+        for turn in turns
+    ]
+
+
+def _plain(value: Any, field: str) -> Any:
+    """`value` in types that MessagePack has; whether they are the right ones is for `msgspec.convert` to say."""
+    if type(value) in _AS_THEY_ARE:
+        return value
+    if isinstance(value, str):
+        return _text(value, field)
+    if isinstance(value, int):
+        return _integer(value, field)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, bytes | bytearray | memoryview):  # iterable, but never meant as a list of integers
+        return bytes(value)
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
+    if isinstance(value, Mapping):
+        return dict(_entry(key, item, field) for key, item in value.items())
+    if isinstance(value, set | frozenset):
+        raise InvalidRequest(
+            f"{field} is a set, which has no order", field=field, limit="a list", value=_kind(value)
+        )
+    inner = held(value, field)
+    if inner is not value:
+        return _plain(inner, field)
+    items = list(value)
+    if items and set(map(type, items)) == {int}:  # a long prompt: quickly
+        _integer(min(items), field)
+        _integer(max(items), field)
+        return items
+    return [_plain(item, f"{field}[{number}]") for number, item in enumerate(items)]
+
+
+def held(value: Any, field: str) -> Any:
+    """What an array, tensor or number of another library holds; any other iterable as it is.
+
+    Raises InvalidRequest for what is neither a number nor iterable.
+    """
+    try:
+        if hasattr(value, "tolist") and type(inner := value.tolist()) is not type(value):  # numpy, torch, array
+            return inner
+        if isinstance(value, Iterable):
+            return value
+        return index(value) if hasattr(value, "__index__") else float(value)
+    except RecursionError:
+        raise
+    except Exception as error:  # raised by other people's code: a tensor without storage, say
+        raise InvalidRequest(
+            f"{field} is an object of type {_kind(value)}, which no message can carry",
+            field=field,
+            limit="text, numbers, lists and mappings",
+            value=_kind(value),
+        ) from error
+
+
+def _entry(key: Any, value: Any, field: str) -> tuple[Any, Any]:
+    place = f"{field}.{key}" if isinstance(key, str) else f"{field}[{_shown(key)}]"
+    plain = _plain(key, place)
+    if isinstance(plain, list | dict):
+        raise InvalidRequest(f"{place} has a key of type {_kind(key)}", field=place, value=_kind(key))
+    return plain, _plain(value, place)
+
+
+def _text(value: str, field: str) -> str:
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            found = ascii(value[error.start])
+            raise InvalidRequest(
+                f"{field} is no valid Unicode text: character {error.start} is the lone surrogate {found}",
+                field=field,
+                limit="Unicode text",
+                value=found,
+            ) from error
+    return str.__str__(value)  # also of a subclass, such as an enumeration's member
+
+
+def _integer(value: int, field: str) -> int:
+    if LOWEST_INT <= value <= HIGHEST_INT:
+        return int(value)
+    limit, shown = "-2^63 to 2^64 - 1", _shown(value)
+    raise InvalidRequest(f"{field} is {shown}, allowed: {limit}", field=field, limit=limit, value=shown)
+
+
+def _shown(value: Any) -> Any:
+    """`value`, but for an integer too large for Python to print."""
+    is_printable = not isinstance(value, int) or value.bit_length() <= 256
+    return value if is_printable else f"an integer of {value.bit_length()} bits"
+
+
+def _at(field: str, message: Any) -> Any:
+    """What stands at a path such as "messages[0].role", or in the last part of it that can be followed."""
+    for name, number in re.findall(r"(\w+)|\[(\d+)\]", field):
+        message = message[name] if name else message[int(number)]
+    return message
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__

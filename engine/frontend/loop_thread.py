@@ -1,0 +1,61 @@
+"""An event loop in a thread of its own, for callers that have none."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+from cierzo.engine.errors import ConnectionLost
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Any thread may `run` coroutines in the loop, until one calls `close`.
+
+    `exits` holds what is closed, in the loop, when the loop ends.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.exits = AsyncExitStack()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
+        self._ending = asyncio.Event()
+        self._is_closed = False
+        self._lock = threading.Lock()  # nothing reaches the loop behind `_ending`, where nobody would run it
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The result of the coroutine that `ask` makes. Raises ConnectionLost once `close` is called."""
+        with self._lock:
+            if self._is_closed:
+                raise ConnectionLost("this client is closed")
+            future = asyncio.run_coroutine_threadsafe(ask(), self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:  # the loop has ended meanwhile
+            raise ConnectionLost("this client is closed") from None
+        except BaseException:
+            future.cancel()  # an interrupt here must not leave it running there
+            raise
+
+    def close(self) -> None:
+        """Close what `exits` holds, end what still runs, and the thread. May be called again, by any thread."""
+        with self._lock:
+            is_first, self._is_closed = not self._is_closed, True
+            if is_first:
+                self._loop.call_soon_threadsafe(self._ending.set)
+        self._thread.join()
+
+    def _live(self) -> None:
+        with self._runner:  # which cancels, at its end, what still runs
+            self._runner.run(self._until_closed())
+
+    async def _until_closed(self) -> None:
+        async with self.exits:
+            await self._ending.wait()
