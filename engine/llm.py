@@ -10,12 +10,13 @@ Requests are validated, detokenized and cut at stop strings by the code that ser
 from __future__ import annotations
 
 import secrets
+import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from numbers import Integral
-from operator import index
 from os import PathLike, fspath
 from types import TracebackType
 from typing import Any, Self
@@ -26,7 +27,9 @@ from tqdm import tqdm
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import ConfigError, CoreFailed, InvalidRequest
 from cierzo.engine.frontend import validate
+from cierzo.engine.frontend.arguments import generate_message, held, sampling_params
 from cierzo.engine.frontend.frontend import SEED_BITS
+from cierzo.engine.frontend.one_process import OneProcess
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.stream import Sample
 from cierzo.engine.launch import checkpoint_folder, load_prompts, model_info
@@ -35,7 +38,6 @@ from cierzo.engine.messages import (
     ChatMessage,
     ExpertStatistics,
     FinishReason,
-    Generate,
     SamplingParams,
     Submit,
     TokenDelta,
@@ -46,6 +48,7 @@ from cierzo.engine.worker.core import EngineCore
 from cierzo.kernels.fault import DeviceFault
 
 Prompt = str | Sequence[int]
+Sampling = SamplingParams | Mapping[str, Any]
 PROGRESS_AFTER_S = 2.0
 
 
@@ -95,19 +98,26 @@ class Output:
         return self.samples[0].logprobs
 
 
-class LLM:
-    """A checkpoint, loaded, and the engine around it. Not for use from several threads at once."""
+class LLM(OneProcess):
+    """A checkpoint, loaded, and the engine around it.
+
+    Threads may share it: their calls run one after the other. A call from within a running one (a signal handler's)
+    raises RuntimeError, and so does every call in a forked child. Cannot be pickled or copied.
+    """
 
     def __init__(self, model: str | PathLike[str], **settings: Any) -> None:
         """Load the checkpoint in folder `model` ("demo": the demo model). `settings`: fields of `EngineOptions`.
 
         Raises ConfigError for a setting that is unknown or does not fit, CheckpointError.
         """
+        super().__init__()
         self._config, self._prompts = load_prompts(resolve(_options(checkpoint_folder(fspath(model)), settings)))
         self._info = model_info(self._config, self._prompts)
         self._core: EngineCore | None = EngineCore(self._config)
         self._fault = ""
-        self._num_requests = 0
+        self._request_ids = count(1)
+        self._lock = threading.Lock()  # of `_core`
+        self._holder: int | None = None  # the thread that has the lock
 
     @property
     def config(self) -> EngineConfig:
@@ -116,51 +126,58 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling: Sampling | Iterable[Sampling] | None = None,
         *,
         progress: bool = False,
+        **params: Any,
     ) -> list[Output]:
         """Continue each prompt (text, or token ids); one prompt alone may be given without its list.
 
-        `sampling` is for all prompts, or one each; None: the defaults. `progress` shows a bar on a terminal if it
-        takes more than two seconds. The outputs are in the order of the prompts. Raises InvalidRequest, before
-        anything runs, for a prompt or parameter that the RPC would refuse too: the message says which prompt's.
-        Raises CoreFailed when the device has failed, now and from then on: only a new process can use it again.
+        Token ids may be of numpy or torch: an array of one dimension is a prompt, one of two dimensions several.
+        `sampling` (SamplingParams, or a mapping of its fields) is for all prompts, or one each; None: the defaults.
+        Further keywords are fields of SamplingParams, on top of it. `progress` shows a bar on a terminal after two
+        seconds. The outputs are in the order of the prompts. Raises InvalidRequest, before anything runs, for a
+        prompt or parameter that the RPC would refuse too: the message says which prompt's. Raises CoreFailed when
+        the device has failed, now and from then on: only a new process can use it again.
         """
-        prompts = _listed(prompts)
+        self._check_process()
+        listed = _listed(prompts)
         submits = []
-        for number, (prompt, params) in enumerate(zip(prompts, _each(sampling, len(prompts)), strict=True)):
-            with _naming_prompt(number, len(prompts)):
-                submits.append(self._submit(_message(prompt, params)))
+        for number, (prompt, base) in enumerate(zip(listed, _each(sampling, len(listed)), strict=True)):
+            with _naming_prompt(number, len(listed)):
+                submits.append(self._submit(_fields(prompt), base, params))
         return self._run(submits, progress)
 
     def chat(
         self,
-        messages: Sequence[ChatMessage | Mapping[str, Any]],
-        sampling: SamplingParams | None = None,
+        messages: ChatMessage | Mapping[str, Any] | Iterable[ChatMessage | Mapping[str, Any]],
+        sampling: Sampling | None = None,
         *,
         reasoning_effort: str | None = None,
         progress: bool = False,
+        **params: Any,
     ) -> Output:
-        """Answer a conversation, rendered by the checkpoint's chat template. Raises InvalidRequest."""
-        try:
-            turns = msgspec.convert([_builtin(turn) for turn in messages], list[ChatMessage])
-        except msgspec.ValidationError as error:
-            raise InvalidRequest(str(error), field="messages") from error
-        params = SamplingParams() if sampling is None else sampling
-        message = Generate(stream=0, messages=turns, sampling=params, reasoning_effort=reasoning_effort)
-        return self._run([self._submit(message)], progress)[0]
+        """Answer a conversation, rendered by the checkpoint's chat template.
+
+        One message alone may be given without its list. The other arguments are those of `generate`. Raises
+        InvalidRequest, CoreFailed.
+        """
+        self._check_process()
+        fields = {"messages": messages, "reasoning_effort": reasoning_effort}
+        return self._run([self._submit(fields, sampling, params)], progress)[0]
 
     def expert_statistics(self) -> ExpertStatistics | None:
         """Which experts all calls so far have chosen; None without the setting of this name."""
-        if self._core is None:
-            raise RuntimeError("this LLM is closed")
-        return self._core.expert_statistics()
+        with self._alone():
+            return self._open_core().expert_statistics()
 
     def close(self) -> None:
-        """Let go of model and cache; further calls raise RuntimeError."""
-        self._core = None
+        """Let go of model and cache, once a call that runs in another thread has ended; further calls raise
+        RuntimeError. Does nothing in a forked child, whose memory ends with it."""
+        if not self._is_forked:
+            with self._alone():
+                self._core = None
 
     def __enter__(self) -> Self:
         return self
@@ -170,29 +187,47 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _run(self, submits: list[Submit], progress: bool) -> list[Output]:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread's call runs meanwhile, nor another one of this thread."""
+        self._check_process()
+        me = threading.get_ident()
+        if self._holder == me and self._lock.locked():
+            raise RuntimeError("a call of this LLM runs in this thread already; it must end first")
+        with self._lock:
+            self._holder = me
+            try:
+                yield
+            finally:
+                self._holder = None
+
+    def _open_core(self) -> EngineCore:
         if self._fault:
             raise CoreFailed(self._fault)
         if self._core is None:
             raise RuntimeError("this LLM is closed")
-        run = _Run(self._core, self._config.scheduler.max_waiting)
-        for submit in submits:
-            run.add(submit, self._prompts)
-        try:
-            run.finish(progress)
-        except DeviceFault as fault:
-            self._core, self._fault = None, f"this process cannot use its device any more: {fault}"
-            raise CoreFailed(self._fault) from fault
-        return [job.output() for job in run.jobs.values()]
+        return self._core
 
-    def _submit(self, message: Generate) -> Submit:
+    def _run(self, submits: list[Submit], progress: bool) -> list[Output]:
+        with self._alone():
+            run = _Run(self._open_core(), self._config.scheduler.max_waiting)
+            for submit in submits:
+                run.add(submit, self._prompts)
+            try:
+                run.finish(progress)
+            except DeviceFault as fault:
+                self._core, self._fault = None, f"this process cannot use its device any more: {fault}"
+                raise CoreFailed(self._fault) from fault
+            return [job.output() for job in run.jobs.values()]
+
+    def _submit(self, fields: dict[str, Any], sampling: Any, params: dict[str, Any]) -> Submit:
+        message = generate_message(**fields, sampling=sampling_params(sampling, params))
         special_ids = self._prompts.special_ids
         validate.fields(message, self._config.frontend, self._info, special_ids)
         token_ids = self._prompts.encode(message)
         seed = message.sampling.seed
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
-        self._num_requests += 1
-        return validate.request(message, token_ids, self._num_requests, seed, self._info, special_ids)
+        return validate.request(message, token_ids, next(self._request_ids), seed, self._info, special_ids)
 
 
 @dataclass(slots=True)
@@ -311,34 +346,42 @@ def _options(model: str, settings: dict[str, Any]) -> EngineOptions:
         raise ConfigError(str(error)) from error
 
 
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _listed(prompts: Any) -> list[Any]:
     """A list of prompts, from one or several."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    prompts = held(prompts, "prompts")
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = list(_checked(prompts, "prompts", "text, token ids, or a list of such prompts"))
+    return [listed] if listed and _is_number(listed[0]) else listed
 
 
-def _each(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if sampling is None or isinstance(sampling, SamplingParams):
-        return [sampling or SamplingParams()] * count
-    if len(sampling) != count:
+def _fields(prompt: Any) -> dict[str, Any]:
+    """One prompt as the field of a Generate message."""
+    if isinstance(prompt, str):
+        return {"text": prompt}
+    return {"token_ids": _checked(prompt, "prompt", "text or token ids")}
+
+
+def _checked(value: Any, field: str, kinds: str) -> Iterable[Any]:
+    """An iterable that may be a list of prompts or of token ids. Raises InvalidRequest for anything else."""
+    if isinstance(value, Iterable) and not isinstance(value, Mapping | set | frozenset | bytes | bytearray):
+        return value
+    kind = type(value).__name__
+    raise InvalidRequest(f"the {field} must be {kinds}, got {kind}", field=field, limit=kinds, value=kind)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a token id rather than a prompt: an integer, also one that numpy or torch holds."""
+    return isinstance(value, Integral) or getattr(value, "ndim", None) == 0
+
+
+def _each(sampling: Any, count: int) -> list[Any]:
+    """The parameters of each prompt, from those of all or one each."""
+    if isinstance(sampling, str | bytes | SamplingParams | Mapping) or not isinstance(sampling, Iterable):
+        return [sampling] * count
+    each = list(sampling)
+    if len(each) != count:
         raise InvalidRequest(
-            f"{len(sampling)} sampling parameters for {count} prompts",
-            field="sampling",
-            limit=count,
-            value=len(sampling),
+            f"{len(each)} sampling parameters for {count} prompts", field="sampling", limit=count, value=len(each)
         )
-    return list(sampling)
-
-
-def _message(prompt: Prompt, sampling: SamplingParams) -> Generate:
-    """As a client would send it: types are checked where a client's are checked by decoding."""
-    try:
-        given = {"text": prompt} if isinstance(prompt, str) else {"token_ids": [index(i) for i in prompt]}
-        return msgspec.convert({"type": "generate", "stream": 0, **given, "sampling": _builtin(sampling)}, Generate)
-    except (TypeError, msgspec.ValidationError) as error:
-        raise InvalidRequest(f"not a prompt or parameter: {error}", field="prompt") from error
-
-
-def _builtin(value: Any) -> Any:
-    return msgspec.to_builtins(value) if isinstance(value, msgspec.Struct) else value
+    return each

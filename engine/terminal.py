@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import signal
 import subprocess
 import sys
@@ -10,7 +12,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from cierzo.engine.errors import CierzoError, CoreFailed
+from cierzo.engine.errors import CierzoError, ConnectionLost, CoreFailed
+from cierzo.engine.frontend.arguments import generate_message
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import ChatMessage, Final, SamplingParams
 
@@ -19,19 +22,28 @@ STOP_TIMEOUT_S = 15.0
 
 
 def chat(address: str, message: str | None, system: str | None, sampling: SamplingParams) -> int:
-    """One message, or a conversation read from the terminal until its end (Ctrl-D)."""
+    """One message, or a conversation read from the terminal until its end (Ctrl-D). Ctrl-C ends an answer early.
+
+    Raises CierzoError; within a conversation a turn that fails is told and forgotten.
+    """
     history = [ChatMessage(role="system", content=system)] if system else []
+    if message is not None:
+        history.append(ChatMessage(role="user", content=message))
+    if history:
+        generate_message(messages=history, sampling=sampling)  # refused before a server is waited for
     with SyncClient(address) as client:
+        _wait_ready(client)
         if message is not None:
-            _turn(client, [*history, ChatMessage(role="user", content=message)], sampling)
+            _turn(client, history, sampling)
             return 0
         while (line := _read_line()) is not None:
             history.append(ChatMessage(role="user", content=line))
             try:
                 history.append(ChatMessage(role="assistant", content=_turn(client, history, sampling)))
-            except CierzoError as error:
+            except (CierzoError, KeyboardInterrupt) as error:
                 history.pop()
-                print(f"cierzo: {error.code}: {error}", file=sys.stderr)
+                told = f"{error.code}: {error}" if isinstance(error, CierzoError) else "the answer was cancelled"
+                print(f"cierzo: {told}", file=sys.stderr)
     return 0
 
 
@@ -64,28 +76,43 @@ def _terminated(number: int, _frame: object) -> NoReturn:
 def _connect(address: str, server: subprocess.Popen[bytes]) -> SyncClient:
     """A client of the starting server, once that is ready."""
     while server.poll() is None:
-        try:
+        with contextlib.suppress(ConnectionLost):  # it does not listen yet, or has ended
             client = SyncClient(address)
-        except CierzoError:
-            time.sleep(POLL_S)  # not listening yet
-            continue
-        while server.poll() is None:
-            if client.health().state == "ready":
-                return client
-            time.sleep(POLL_S)
+            try:
+                client.wait_ready()
+            except BaseException:
+                client.close()
+                raise
+            return client
+        time.sleep(POLL_S)
     raise CoreFailed(f"the server ended before it was ready, with status {server.returncode}")
 
 
+def _wait_ready(client: SyncClient) -> None:
+    if client.health().state == "loading":
+        print("the server still loads its model ...", file=sys.stderr)
+    client.wait_ready()
+
+
 def _turn(client: SyncClient, messages: list[ChatMessage], sampling: SamplingParams) -> str:
-    """Stream one answer into the terminal; it ends with a line of what it took. Gives the answer's text."""
+    """Stream one answer into the terminal; it ends with a line of what it took. Gives the answer's text.
+
+    Interrupted, it cancels the answer at the server.
+    """
     answer = []
     started = time.monotonic()
     first = 0.0
     generation = client.generate(messages=messages, sampling=sampling)
-    for delta in generation:
-        first = first or time.monotonic()
-        answer.append(delta.text)
-        print(delta.text, end="", flush=True)
+    try:
+        for delta in generation:
+            first = first or time.monotonic()
+            answer.append(delta.text)
+            print(delta.text, end="", flush=True)
+    except KeyboardInterrupt:
+        generation.cancel()
+        print(flush=True)
+        raise
+    first = first or time.monotonic()
     print(f"\n\n{_summary(generation.final, first - started, time.monotonic() - first)}", flush=True)
     return "".join(answer)
 
@@ -102,6 +129,8 @@ def _summary(final: Final, first_token_s: float, decode_s: float) -> str:
 
 def _read_line() -> str | None:
     """The next line that is not empty; None at the end of input."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text spoil their line, not the reading
     while True:
         try:
             line = input("> ").strip()

@@ -13,9 +13,11 @@ from types import FrameType
 import numpy as np
 import pytest
 import tokenizers
+import torch
 
 from cierzo.engine import LLM, SamplingParams
 from cierzo.engine.errors import ConfigError, CoreFailed, InvalidRequest
+from cierzo.engine.messages import ChatMessage
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner
@@ -29,6 +31,12 @@ PROMPTS = [[1, 2, 3], [7] * 30, list(range(100, 150)), [9]]
 @pytest.fixture(scope="module", params=["small4", "small3"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("llm") / request.param, like=request.param, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """An engine without a model: arguments are the matter."""
+    return LLM(make_checkpoint(tmp_path_factory.mktemp("llm") / "fake", like="small3"), runner="fake", **SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +54,7 @@ def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
     return folder
 
 
@@ -97,12 +106,65 @@ def test_samples_and_seeds(checkpoint: Path) -> None:
         assert other.seed != first.seed
 
 
-def test_a_prompt_may_stand_alone_or_be_of_numpy(checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [1, 2, 3],
+        (1, 2, 3),
+        range(1, 4),
+        iter([1, 2, 3]),
+        np.array([1, 2, 3]),
+        torch.tensor([1, 2, 3]),
+        list(np.array([1, 2, 3])),
+        list(torch.tensor([1, 2, 3])),
+        [np.array([1, 2, 3])],
+        [torch.tensor([1, 2, 3])],
+        np.array([[1, 2, 3]]),
+        (prompt for prompt in [(1, 2, 3)]),
+        [iter([1, 2, 3])],
+    ],
+    ids=lambda prompts: type(prompts).__name__,
+)
+def test_a_prompt_may_stand_alone_and_be_of_any_kind(fake: LLM, prompts: object) -> None:
+    (output,) = fake.generate(prompts, GREEDY)
+    assert (output.prompt_token_ids, len(output.token_ids)) == ([1, 2, 3], 10)
+    assert {type(token) for token in output.prompt_token_ids} == {int}
+
+
+def test_several_prompts_may_be_of_any_kind(fake: LLM) -> None:
+    for prompts in (np.array([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 4]]), ([i, i + 1] for i in (1, 3))):
+        assert [output.prompt_token_ids for output in fake.generate(prompts, GREEDY)] == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("prompts", [{"a": [1]}, {1, 2}, b"abc", 5, None, np.array(5), object()])
+def test_what_holds_no_prompts_is_refused_by_name(fake: LLM, prompts: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"^(the )?prompts ") as caught:
+        fake.generate(prompts, GREEDY)
+    assert caught.value.field == "prompts"
+    assert caught.value.value == type(prompts).__name__.replace("ndarray", "int")
+
+
+def test_sampling_of_any_kind(fake: LLM) -> None:
+    def lengths(*arguments: object, **keywords: object) -> list[int]:
+        return [len(output.token_ids) for output in fake.generate([[1], [2]], *arguments, **keywords)]
+
+    assert lengths(SamplingParams(max_tokens=3, ignore_eos=True)) == [3, 3]
+    assert lengths({"max_tokens": np.int64(3), "ignore_eos": True}) == [3, 3]
+    assert lengths(max_tokens=3, ignore_eos=True) == [3, 3]
+    assert lengths({"max_tokens": 3, "ignore_eos": True}, max_tokens=4) == [4, 4]
+    assert lengths(({"max_tokens": n} for n in (3, 4)), ignore_eos=True) == [3, 4]
+    for wrong, field in ((5, "sampling"), ("greedy", "sampling"), ({"max_token": 3}, "max_token")):
+        with pytest.raises(InvalidRequest) as caught:
+            fake.generate([1], wrong)
+        assert caught.value.field == field
+    for name in ("max_token", "deadline_s", "text"):  # what belongs to no prompt of this call
+        with pytest.raises(InvalidRequest, match=f"unknown argument '{name}'"):
+            fake.generate([1], **{name: 3})
+
+
+def test_prompts_and_their_outputs(checkpoint: Path) -> None:
     with LLM(checkpoint, runner="fake", **SETTINGS) as llm:
-        expected = llm.generate([[1, 2, 3]], GREEDY)[0].token_ids
-        assert llm.generate([1, 2, 3], GREEDY)[0].token_ids == expected
-        assert llm.generate(np.array([1, 2, 3]), GREEDY)[0].token_ids == expected
-        assert llm.generate([], GREEDY) == []
+        assert llm.generate([], GREEDY) == llm.generate(np.array([]), GREEDY) == []
         several = llm.generate([[1, 2, 3], [1, 2, 3]], [GREEDY, SamplingParams(max_tokens=2)])
         assert [len(output.token_ids) for output in several] == [10, 2]
 
@@ -130,6 +192,37 @@ def test_text_is_cut_at_the_token_that_completes_a_stop_string(with_tokenizer: P
         before = llm._core.stats().output_tokens
         llm.generate("Wohin?", SamplingParams(max_tokens=100, ignore_eos=True, stop=("lle",)))
         assert llm._core.stats().output_tokens == before + 10
+
+
+HI = ChatMessage(role="user", content="Hi")
+HI_DICT = {"role": "user", "content": "Hi"}
+
+
+def test_messages_of_any_kind(with_tokenizer: Path) -> None:
+    with says(with_tokenizer, "Salut") as llm:
+        for messages in (HI, HI_DICT, [HI], (HI_DICT,), iter([HI]), [{**HI_DICT, "tool_calls": None}]):
+            output = llm.chat(messages, {"ignore_eos": True}, max_tokens=5)
+            assert bytes(output.prompt_token_ids) == b"[user]Hi"
+            assert output.text == "Salut"
+        assert llm.chat(HI, max_tokens=9, ignore_eos=True, stop="lu").text == "Sa"
+        assert llm.generate("Hi", SamplingParams(max_tokens=9, ignore_eos=True, stop="lu"))[0].text == "Sa"
+        for messages, field in (
+            ("Hi", "messages"),
+            (3, "messages"),
+            (None, "text"),
+            ([], "messages"),
+            (["Hi"], "messages[0]"),
+            ([{**HI_DICT, "content": "a\ud800b"}], "messages[0].content"),
+            ([{**HI_DICT, "nmae": "x"}], "messages[0].nmae"),
+            ([{**HI_DICT, "role": "robot"}], "messages[0].role"),
+        ):
+            with pytest.raises(InvalidRequest) as caught:
+                llm.chat(messages)
+            assert caught.value.field == field
+        for wrong in ({"sampling": 3}, {"reasoning_effort": 3}, {"max_token": 3}):
+            with pytest.raises(InvalidRequest) as caught:
+                llm.chat(HI, **wrong)
+            assert caught.value.field in wrong
 
 
 def test_an_interrupted_call_leaves_nothing_behind(with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,26 +328,36 @@ def interruption_after(lines: int) -> Iterator[None]:
         ([], {}, "token_ids"),
         ([1, 10**6], {}, "token_ids"),
         ([1] * 128, {}, "token_ids"),
-        ([1.5], {}, "prompt"),
+        ([1.5], {}, "token_ids[0]"),
+        ([True], {}, "token_ids[0]"),
+        ([2**70], {}, "token_ids"),
+        (["a"], {}, "token_ids[0]"),
+        ("a\ud800", {}, "text"),
+        (None, {}, "prompt"),
+        (1.5, {}, "prompt"),
+        (b"abc", {}, "prompt"),
+        ({1, 2}, {}, "prompt"),
+        ({"prompt": "text"}, {}, "prompt"),
         ([1], {"temperature": float("nan")}, "sampling.temperature"),
         ([1], {"top_p": -1.0}, "sampling.top_p"),
-        ([1], {"max_tokens": "3"}, "prompt"),
-        ([1], {"stop": ("x",)}, "sampling.stop"),
+        ([1], {"max_tokens": "3"}, "sampling.max_tokens"),
+        ([1], {"max_tokens": 2**70}, "sampling.max_tokens"),
+        ([1], {"logit_bias": {"5": 1.0}}, "sampling.logit_bias"),
+        ([1], {"stop": "x"}, "sampling.stop"),  # no tokenizer
         ([1], {"n": 10**6}, "sampling.n"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(
-    checkpoint: Path, prompt: object, params: dict[str, object], field: str
+    fake: LLM, prompt: object, params: dict[str, object], field: str
 ) -> None:
-    with LLM(checkpoint, runner="fake", **SETTINGS) as llm:
-        with pytest.raises(InvalidRequest) as caught:
-            llm.generate([[1], prompt], SamplingParams(**params))
-        assert caught.value.field == field
-        assert caught.value.message.startswith("prompt 0: " if params else "prompt 1: ")
-        with pytest.raises(InvalidRequest) as caught:
-            llm.generate([prompt], SamplingParams(**params))
-        assert not caught.value.message.startswith("prompt ")
-        assert not llm._core.has_work()
+    with pytest.raises(InvalidRequest) as caught:
+        fake.generate([[1], prompt], SamplingParams(**params))
+    assert caught.value.field == field
+    assert caught.value.message.startswith("prompt 0: " if params else "prompt 1: ")
+    with pytest.raises(InvalidRequest) as caught:
+        fake.generate([prompt], SamplingParams(**params))
+    assert not caught.value.message.startswith("prompt ")
+    assert not fake._core.has_work()
 
 
 def test_bad_settings_and_a_closed_engine(checkpoint: Path) -> None:
