@@ -363,8 +363,8 @@ def _fields(prompt: Any) -> dict[str, Any]:
 
 
 def _checked(value: Any, field: str, kinds: str) -> Iterable[Any]:
-    """An iterable that may be a list of prompts or of token ids. Raises InvalidRequest for anything else."""
-    if isinstance(value, Iterable) and not isinstance(value, Mapping | set | frozenset | bytes | bytearray):
+    """An iterable that may be meant as a list. Raises InvalidRequest for anything else."""
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping | set | frozenset):
         return value
     kind = type(value).__name__
     raise InvalidRequest(f"the {field} must be {kinds}, got {kind}", field=field, limit=kinds, value=kind)
@@ -377,9 +377,10 @@ def _is_number(value: Any) -> bool:
 
 def _each(sampling: Any, count: int) -> list[Any]:
     """The parameters of each prompt, from those of all or one each."""
-    if isinstance(sampling, str | bytes | SamplingParams | Mapping) or not isinstance(sampling, Iterable):
+    if sampling is None or isinstance(sampling, SamplingParams | Mapping):
         return [sampling] * count
-    each = list(sampling)
+    kinds = "SamplingParams, a mapping of its fields, or one of these for each prompt"
+    each = list(_checked(held(sampling, "sampling"), "sampling", kinds))
     if len(each) != count:
         raise InvalidRequest(
             f"{len(each)} sampling parameters for {count} prompts", field="sampling", limit=count, value=len(each)

@@ -36,6 +36,8 @@ def chat(address: str, message: str | None, system: str | None, sampling: Sampli
         if message is not None:
             _turn(client, history, sampling)
             return 0
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text spoil their line alone
         while (line := _read_line()) is not None:
             history.append(ChatMessage(role="user", content=line))
             try:
@@ -49,6 +51,8 @@ def chat(address: str, message: str | None, system: str | None, sampling: Sampli
 
 def demo(checkpoint: str, prompt: str, sampling: SamplingParams) -> int:
     """Start a server of the checkpoint, ask it one question over the RPC, stop it."""
+    turns = [ChatMessage(role="user", content=prompt)]
+    generate_message(messages=turns, sampling=sampling)  # refused before a server is started
     signal.signal(signal.SIGTERM, _terminated)  # the server must not outlive the demo
     with tempfile.TemporaryDirectory(prefix="cierzo-demo-") as folder:
         address = f"unix:{Path(folder) / 'rpc.sock'}"
@@ -58,7 +62,7 @@ def demo(checkpoint: str, prompt: str, sampling: SamplingParams) -> int:
         try:
             with _connect(address, server) as client:
                 print(f"\n> {prompt}\n", flush=True)
-                _turn(client, [ChatMessage(role="user", content=prompt)], sampling)
+                _turn(client, turns, sampling)
         finally:
             server.terminate()
             try:
@@ -129,8 +133,6 @@ def _summary(final: Final, first_token_s: float, decode_s: float) -> str:
 
 def _read_line() -> str | None:
     """The next line that is not empty; None at the end of input."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text spoil their line, not the reading
     while True:
         try:
             line = input("> ").strip()

@@ -153,7 +153,8 @@ def test_sampling_of_any_kind(fake: LLM) -> None:
     assert lengths(max_tokens=3, ignore_eos=True) == [3, 3]
     assert lengths({"max_tokens": 3, "ignore_eos": True}, max_tokens=4) == [4, 4]
     assert lengths(({"max_tokens": n} for n in (3, 4)), ignore_eos=True) == [3, 4]
-    for wrong, field in ((5, "sampling"), ("greedy", "sampling"), ({"max_token": 3}, "max_token")):
+    wrongs = (5, "sampling"), ("greedy", "sampling"), (np.array(5), "sampling"), ({"max_token": 3}, "max_token")
+    for wrong, field in (*wrongs, ([5], "sampling")):
         with pytest.raises(InvalidRequest) as caught:
             fake.generate([1], wrong)
         assert caught.value.field == field

@@ -84,6 +84,14 @@ def test_calls_of_several_threads_run_one_after_the_other(llm: LLM) -> None:
     assert not llm._core.has_work()
 
 
+def test_a_turn_that_another_thread_has_just_taken_is_waited_for(llm: LLM) -> None:
+    """Before that thread could say that the turn is its own."""
+    expected = tokens(llm)
+    assert llm._lock.acquire(blocking=False)
+    threading.Timer(0.1, llm._lock.release).start()
+    assert tokens(llm) == expected
+
+
 def test_closing_waits_for_the_call_that_runs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokens(llm)
     gate = Gate(llm, monkeypatch)
@@ -126,6 +134,15 @@ def test_a_generator_of_prompts_may_ask_the_same_llm(llm: LLM) -> None:
     assert [output.token_ids for output in llm.generate(prompts(), PARAMS)] == tokens(llm)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a foreground job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_the_turn_to_others(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the thread that computes, and of one that waits for its turn."""
     expected = tokens(llm)
