@@ -101,25 +101,23 @@ def _plain(value: Any, field: str) -> Any:
         return _integer(value, field)
     if isinstance(value, float):
         return float(value)
-    if isinstance(value, bytes | bytearray | memoryview):  # iterable, but never meant as a list of integers
-        return bytes(value)
-    if isinstance(value, msgspec.Struct):
-        value = msgspec.structs.asdict(value)
-    if isinstance(value, Mapping):
-        return dict(_entry(key, item, field) for key, item in value.items())
-    if isinstance(value, set | frozenset):
-        raise InvalidRequest(
-            f"{field} is a set, which has no order", field=field, limit="a list", value=_kind(value)
-        )
-    inner = held(value, field)
-    if inner is not value:
-        return _plain(inner, field)
-    items = list(value)
-    if items and set(map(type, items)) == {int}:  # a long prompt: quickly
-        _integer(min(items), field)
-        _integer(max(items), field)
-        return items
-    return [_plain(item, f"{field}[{number}]") for number, item in enumerate(items)]
+    if not isinstance(value, list):
+        if isinstance(value, bytes | bytearray | memoryview):  # iterable, but never meant as a list of integers
+            return bytes(value)
+        if isinstance(value, msgspec.Struct):
+            value = msgspec.structs.asdict(value)
+        if isinstance(value, Mapping):
+            return dict(_entry(key, item, field) for key, item in value.items())
+        if isinstance(value, set | frozenset):
+            message = f"{field} is a set, which has no order"
+            raise InvalidRequest(message, field=field, limit="a list", value=_kind(value))
+        inner = held(value, field)
+        return _plain(list(value) if inner is value else inner, field)
+    if value and set(map(type, value)) == {int}:  # a long prompt: quickly
+        _integer(min(value), field)
+        _integer(max(value), field)
+        return value
+    return [_plain(item, f"{field}[{number}]") for number, item in enumerate(value)]
 
 
 def held(value: Any, field: str) -> Any:

@@ -93,7 +93,7 @@ class Client:
         messages: Message | Iterable[Message] | None = None,
         token_ids: Iterable[Any] | None = None,
         sampling: SamplingParams | Mapping[str, Any] | None = None,
-        output_token_ids: Iterable[Any] = (),
+        output_token_ids: Iterable[Any] | None = None,
         reasoning_effort: str | None = None,
         priority: int = 0,
         deadline_s: float | None = None,

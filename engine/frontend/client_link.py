@@ -49,13 +49,13 @@ def error_of(message: Failure) -> CierzoError:
 class _Inbox:
     """What has come for one generation and was not taken yet."""
 
-    __slots__ = ("cancelled", "deltas", "dropped", "error", "final", "news")
+    __slots__ = ("cancelled", "deltas", "dropped", "error", "final", "waiters")
 
     def __init__(self, error: CierzoError | None) -> None:
         self.deltas: deque[Delta] = deque()
         self.final: Final | None = None
         self.error = error
-        self.news = asyncio.Event()
+        self.waiters: set[asyncio.Future[bool]] = set()  # True: there is news; False: the time is over
         self.cancelled = False
         self.dropped = False
 
@@ -63,15 +63,14 @@ class _Inbox:
     def ended(self) -> bool:
         return self.final is not None or self.error is not None
 
-    async def has_more(self) -> bool:
-        while not self.deltas:
-            if self.error is not None:
-                raise self.error
-            if self.final is not None:
-                return False
-            self.news.clear()
-            await self.news.wait()
-        return True
+    def wake(self) -> None:
+        for waiter in self.waiters:
+            _settle(waiter, True)
+
+
+def _settle(waiter: asyncio.Future[bool], has_news: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(has_news)
 
 
 class Generation:
@@ -107,9 +106,9 @@ class Generation:
         return self
 
     async def __anext__(self) -> Delta:
-        if (delta := await self.next()) is None:
+        if not await self._has_more():
             raise StopAsyncIteration
-        return delta
+        return self._inbox.deltas.popleft()
 
     async def next(self, timeout_s: float | None = None) -> Delta | None:
         """The next delta; None at the end. Raises TimeoutError if none comes in time: the generation goes on, and
@@ -134,18 +133,29 @@ class Generation:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
                 self._link.loop.call_soon_threadsafe(self._link.drop, self._stream)
 
-    async def _has_more(self, timeout_s: float | None) -> bool:
+    async def _has_more(self, timeout_s: float | None = None) -> bool:
         """Wait until there is a delta to take (True), or the generation has ended (False)."""
-        try:
-            if timeout_s is None:
-                return await self._inbox.has_more()
-            async with asyncio.timeout(timeout_s):
-                return await self._inbox.has_more()
-        except TimeoutError:
-            raise TimeoutError(f"nothing came for {timeout_s:g} s; the generation goes on") from None
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
+        inbox, loop = self._inbox, self._link.loop
+        until_s = None if timeout_s is None else loop.time() + timeout_s
+        while not inbox.deltas:
+            if inbox.error is not None:
+                raise inbox.error
+            if inbox.final is not None:
+                return False
+            waiter = loop.create_future()
+            inbox.waiters.add(waiter)
+            timer = None if until_s is None else loop.call_at(until_s, _settle, waiter, False)
+            try:
+                if not await waiter:
+                    raise TimeoutError(f"nothing came for {timeout_s:g} s; the generation goes on")
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+            finally:
+                inbox.waiters.discard(waiter)
+                if timer is not None:
+                    timer.cancel()
+        return True
 
 
 class ClientLink(asyncio.Protocol):
@@ -188,7 +198,7 @@ class ClientLink(asyncio.Protocol):
         self._error = self._error or ConnectionLost(f"{self._peer} has closed the connection{when}{reason}")
         for inbox in self._inboxes.values():
             inbox.error = self._error
-            inbox.news.set()
+            inbox.wake()
         for call in [self.welcome, *self._calls.values()]:
             if not call.done():
                 call.set_exception(self._error)
@@ -263,12 +273,12 @@ class ClientLink(asyncio.Protocol):
             inbox = self._inboxes.get(message.stream)
             if inbox is not None and not inbox.dropped:
                 inbox.deltas.append(message)
-                inbox.news.set()
+                inbox.wake()
         elif isinstance(message, Final):
             ended = self._inboxes.pop(message.stream, None)
             if ended is not None:
                 ended.final = message
-                ended.news.set()
+                ended.wake()
         elif isinstance(message, Failure):
             self._failed(message)
         elif isinstance(message, Welcome):
@@ -289,7 +299,7 @@ class ClientLink(asyncio.Protocol):
         inbox = self._inboxes.pop(message.stream, None)
         if inbox is not None:
             inbox.error = error
-            inbox.news.set()
+            inbox.wake()
         call = self._calls.pop(message.stream, None)
         if call is not None and not call.done():
             call.set_exception(error)
