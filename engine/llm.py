@@ -189,7 +189,7 @@ class LLM(OneProcess):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other thread's call runs meanwhile, nor another one of this thread."""
+        """Run a block while no other call runs: wait for another thread's, refuse one within this thread's own."""
         self._check_process()
         me = threading.get_ident()
         if self._holder == me and self._lock.locked():

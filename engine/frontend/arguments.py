@@ -1,7 +1,7 @@
 """A caller's arguments, made into the `Generate` message that asks for them: the same for `Client` and `LLM`.
 
 Numbers, arrays and tensors of other libraries are taken for the values that they hold, any iterable for a list.
-What a message cannot carry is refused here, where the caller stands, and not where messages are packed.
+A value that no message can carry is refused here, where the caller stands, and not where messages are packed.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _plain(value: Any, field: str) -> Any:
 
 
 def held(value: Any, field: str) -> Any:
-    """What an array, tensor or number of another library holds; any other iterable as it is.
+    """The value of an array, tensor or number of another library; other iterables as they are.
 
     Raises InvalidRequest for what is neither a number nor iterable.
     """
@@ -179,7 +179,7 @@ def _shown(value: Any) -> Any:
 
 
 def _at(field: str, message: Any) -> Any:
-    """What stands at a path such as "messages[0].role", or in the last part of it that can be followed."""
+    """The part of a message at a path such as "messages[0].role"; of "logit_bias[...]", all of it."""
     for name, number in re.findall(r"(\w+)|\[(\d+)\]", field):
         message = message[name] if name else message[int(number)]
     return message

@@ -187,7 +187,7 @@ class Client:
 
 
 def _unanswered(where: Address, link: ClientLink, error: Exception, timeout_s: float) -> str:
-    """Why there is no client, in words: a TimeoutError of asyncio has none."""
+    """The reason why there is no client, in words: a TimeoutError of asyncio has none."""
     if link.is_connected:
         return f"{where} takes connections, but did not say welcome within {timeout_s:g} s: is it a cierzo server?"
     return f"no server answers at {where}: {str(error) or f'not connected within {timeout_s:g} s'}"

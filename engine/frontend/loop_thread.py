@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any, TypeVar
 
 from cierzo.engine.errors import ConnectionLost
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Any thread may `run` coroutines in the loop, until one calls `close`.
+    """A loop in which any thread may `run` coroutines, until one calls `close`.
 
-    `exits` holds what is closed, in the loop, when the loop ends.
+    `exits` holds contexts that are left, within the loop, when it ends.
     """
 
     def __init__(self, name: str) -> None:
@@ -45,11 +45,11 @@ class LoopThread:
             raise
 
     def close(self) -> None:
-        """Close what `exits` holds, end what still runs, and the thread. May be called again, by any thread."""
+        """Leave the contexts in `exits`, cancel what still runs, end the thread. It may be called again."""
         with self._lock:
-            is_first, self._is_closed = not self._is_closed, True
-            if is_first:
-                self._loop.call_soon_threadsafe(self._ending.set)
+            self._is_closed = True
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._ending.set)
         self._thread.join()
 
     def _live(self) -> None:

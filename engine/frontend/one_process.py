@@ -1,4 +1,4 @@
-"""What lives in one process alone."""
+"""Objects that live in one process alone."""
 
 from __future__ import annotations
 

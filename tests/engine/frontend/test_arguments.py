@@ -1,4 +1,4 @@
-"""What callers give as arguments: taken for what it holds, or refused with field and value."""
+"""Arguments of any kind: taken for the values that they hold, or refused with field and value."""
 
 from __future__ import annotations
 
