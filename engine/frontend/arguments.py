@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.validate import mistyped
+from cierzo.engine.frontend.validate import mistyped, refuse_surrogates
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
 
 LOWEST_INT, HIGHEST_INT = -(2**63), 2**64 - 1  # MessagePack has no others
@@ -152,16 +152,7 @@ def _entry(key: Any, value: Any, field: str) -> tuple[Any, Any]:
 
 def _text(value: str, field: str) -> str:
     if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            found = ascii(value[error.start])
-            raise InvalidRequest(
-                f"{field} is no valid Unicode text: character {error.start} is the lone surrogate {found}",
-                field=field,
-                limit="Unicode text",
-                value=found,
-            ) from error
+        refuse_surrogates(field, value)
     return str.__str__(value)  # also of a subclass, such as an enumeration's member
 
 

@@ -57,14 +57,14 @@ class ChatTemplate:
         try:
             return text(_shape(text) if turns.has_mapping else _as_text)
         except Exception as error:  # a template can raise whatever its expressions raise
-            said = _sendable(str(error))
+            said = str(error)[:MAX_REASON_CHARS]
             if turns.no_mapping is not None and isinstance(_try(text, _as_any_mapping), str):
                 field, value = turns.no_mapping
                 raise InvalidRequest(
                     f"{field} is no JSON object, and the chat template needs one: {said}",
                     field=field,
                     limit="a JSON object",
-                    value=_sendable(value),
+                    value=value,
                 ) from error
             raise InvalidRequest(f"the chat template refuses the messages: {said}", field="messages") from error
 
@@ -121,11 +121,6 @@ def _try(text: Callable[[Shape], str], shape: Shape) -> str | Exception:
         return text(shape)
     except Exception as error:
         return error
-
-
-def _sendable(text: str) -> str:
-    """The beginning of a text that may hold anything, as an answer can carry it."""
-    return text[:MAX_REASON_CHARS].encode("utf-8", "replace").decode()
 
 
 def load_chat_template(checkpoint_dir: Path) -> ChatTemplate | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.chat import ChatTemplate, load_chat_template, read_chat_templates
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.tokenizer import Tokenizer, load_tokenizer
-from cierzo.engine.frontend.validate import refuse_surrogates
 from cierzo.engine.messages import Generate, SamplingParams
 
 
@@ -49,8 +48,6 @@ class PromptEncoder:
             named = f"default chat template, only {', '.join(self.other_templates)}"
             known = named if self.other_templates else "chat template"
             raise InvalidRequest(f"the served checkpoint has no {known}: send text", field="messages")
-        for field, text in _texts(message):
-            refuse_surrogates(field, text)
         return self.tokenizer.encode_rendered(
             self.template.render(message.messages or [], message.reasoning_effort)
         )
@@ -73,16 +70,3 @@ class PromptEncoder:
 
 def _field(message: Generate) -> str:
     return "text" if message.text is not None else "messages"
-
-
-def _texts(message: Generate) -> Iterator[tuple[str, str]]:
-    """All texts that a chat template is given, with the names of their fields."""
-    for number, turn in enumerate(message.messages or []):
-        field = f"messages[{number}]"
-        yield f"{field}.content", turn.content
-        yield f"{field}.reasoning", turn.reasoning
-        yield f"{field}.tool_call_id", turn.tool_call_id
-        for index, call in enumerate(turn.tool_calls):
-            yield f"{field}.tool_calls[{index}].name", call.name
-            yield f"{field}.tool_calls[{index}].arguments", call.arguments
-            yield f"{field}.tool_calls[{index}].id", call.id

@@ -162,7 +162,6 @@ def _stop_strings(
     for index, string in enumerate(stop):
         field = f"sampling.stop[{index}]"
         _within(field, len(string), 1, config.max_stop_chars, unit=" characters")
-        refuse_surrogates(field, string)
         inside = () if string in special_ids else (token for token in special_ids if token in string)
         if (token := next(iter(inside), None)) is not None:
             raise InvalidRequest(

@@ -202,6 +202,10 @@ deep.append(deep)
         ({"messages": [HI_DICT | {"content": ["Hi"]}]}, "messages[0].content", "['Hi']"),
         ({"messages": [HI_DICT | {"content": "\ud800"}]}, "messages[0].content", "'\\ud800'"),
         ({"messages": [ChatMessage(role="user", content="\ud800")]}, "messages[0].content", "'\\ud800'"),
+        (
+            {"messages": [HI_DICT, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "\udfff"}]}]},
+            *("messages[1].tool_calls[0].arguments", "'\\udfff'"),
+        ),
         ({"messages": [HI_DICT | {"\ud800": "x"}]}, "messages[0].\\ud800", "'\\ud800'"),
         ({"messages": [HI_DICT | {"tool_calls": {"name": "f"}}]}, "messages[0].tool_calls", "{'name': 'f'}"),
         ({"messages": [HI_DICT | {(1, 2): "x"}]}, "messages[0][(1, 2)]", "tuple"),

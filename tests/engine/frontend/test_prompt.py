@@ -10,10 +10,9 @@ from cierzo.engine.frontend.chat import ChatTemplate
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.frontend import failure
 from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, ToolCall
+from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
 
 LONE = "a\ud800b"
-PRINT_ALL = ChatTemplate("{{ messages | tojson }}")
 
 
 def test_prompts_that_cannot_be_encoded(tokenizer):
@@ -32,27 +31,6 @@ def test_without_a_default_chat_template_the_others_are_named(tokenizer):
     with pytest.raises(InvalidRequest, match="no default chat template, only rag, tool_use") as caught:
         PromptEncoder(tokenizer, None, ("rag", "tool_use")).encode(Generate(stream=0, messages=[]))
     assert caught.value.field == "messages"
-
-
-@pytest.mark.parametrize("template", [PRINT_ALL, ChatTemplate("prints nothing")])
-@pytest.mark.parametrize(
-    ("turn", "field"),
-    [
-        ({"content": LONE}, "content"),
-        ({"content": "\udfff" * 10_000}, "content"),
-        ({"reasoning": LONE}, "reasoning"),
-        ({"tool_call_id": LONE}, "tool_call_id"),
-        ({"tool_calls": [ToolCall(name=LONE, arguments="{}")]}, "tool_calls[0].name"),
-        ({"tool_calls": [ToolCall(name="f", arguments="{}"), ToolCall("f", LONE)]}, "tool_calls[1].arguments"),
-        ({"tool_calls": [ToolCall(name="f", arguments="{}", id=LONE)]}, "tool_calls[0].id"),
-    ],
-)
-def test_a_lone_surrogate_in_a_message_is_refused_by_its_place(tokenizer, template, turn, field):
-    turns = [ChatMessage(role="user", content="🙂"), ChatMessage(role="assistant", **turn)]
-    with pytest.raises(InvalidRequest, match="lone surrogate, U\\+D") as caught:
-        PromptEncoder(tokenizer, template).encode(Generate(stream=0, messages=turns))
-    assert caught.value.field == f"messages[1].{field}"
-    _sent(caught.value)
 
 
 def test_a_lone_surrogate_in_a_text_is_refused(tokenizer):
@@ -85,7 +63,7 @@ def test_whatever_a_template_does_the_request_is_refused(tokenizer, source):
     with pytest.raises(InvalidRequest) as caught:
         PromptEncoder(tokenizer, ChatTemplate(source)).encode(message)
     assert caught.value.field == "messages"
-    assert len(caught.value.message) < 700
+    assert len(caught.value.message) < 100 + 6 * 500  # a surrogate is spelled out in six characters
     _sent(caught.value)
 
 

@@ -54,7 +54,7 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(chat, option):
     assert (refused.returncode, out) == (1, b"")
     assert lines_of(err) == [err.decode().strip()]
     assert err.startswith(b"cierzo: invalid_request: ")
-    assert rb"the lone surrogate '\udce9'" in err
+    assert b"a lone surrogate, U+DCE9" in err
 
 
 def test_a_line_that_is_no_text_is_refused_and_the_conversation_goes_on(chat, cores):
@@ -63,7 +63,7 @@ def test_a_line_that_is_no_text_is_refused_and_the_conversation_goes_on(chat, co
     assert talk.returncode == 0, err
     assert out.count(b"Salut") == 1
     (line,) = lines_of(err)
-    assert line.startswith("cierzo: invalid_request: messages[0].content is no valid Unicode text")
+    assert line.startswith("cierzo: invalid_request: messages[0].content holds a lone surrogate")
     (submit,) = cores.now.submits
     assert bytes(token for token in submit.prompt_token_ids if token < 256) == b"[user]Hi[assistant]"
 
