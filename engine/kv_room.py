@@ -23,17 +23,9 @@ def plan_kv(
     on_gpu: bool,
 ) -> tuple[int, int]:
     """(num_blocks, max_model_len) within `room` bytes; what is None is chosen. Raises ConfigError, with numbers,
-    for what is given and does not fit."""
-    ceiling = min(model.max_position_embeddings, SERVED_CONTEXT_TOKENS)
-    wanted = max_model_len or ceiling
-    if wanted > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len {wanted:,} is more than the model's max_position_embeddings "
-            f"{model.max_position_embeddings:,}",
-            field="max_model_len",
-            limit=model.max_position_embeddings,
-            value=wanted,
-        )
+    for what is given and does not fit; also where neither the user nor the checkpoint says how long a request may
+    be."""
+    wanted = _longest(model.max_position_embeddings, max_model_len)
     if kv_cache_gib is not None:
         _require_memory(kv_cache_gib, room)
         num_blocks = int(kv_cache_gib * GIB // layout.bytes_per_block)
@@ -59,6 +51,26 @@ def plan_kv(
             value=kv_cache_gib,
         )
     return num_blocks, min(wanted, held_tokens)
+
+
+def _longest(positions: int | None, max_model_len: int | None) -> int:
+    """How many tokens a request may have, as far as the model goes. positions: its max_position_embeddings."""
+    if positions is None and max_model_len is None:
+        raise ConfigError(
+            "params.json says neither max_position_embeddings nor max_seq_len: give max_model_len, or add "
+            "max_position_embeddings to it (131072 for Mistral Small 3.1, 32768 for Mistral 7B v0.3)",
+            field="max_model_len",
+            limit="the positions that the model was trained for",
+        )
+    wanted = max_model_len or min(positions or SERVED_CONTEXT_TOKENS, SERVED_CONTEXT_TOKENS)
+    if positions is not None and wanted > positions:
+        raise ConfigError(
+            f"max_model_len {wanted:,} is more than the model's max_position_embeddings {positions:,}",
+            field="max_model_len",
+            limit=positions,
+            value=wanted,
+        )
+    return wanted
 
 
 def _require_memory(kv_cache_gib: float, room: int) -> None:

@@ -1,9 +1,9 @@
 """config.json -> `ModelConfig`: every hyperparameter that the models read, and an error for what they cannot do.
 
-Knows transformers' `mistral4`, `mistral` and `llama`, and `mistral3`, which wraps one of the first two as its
-`text_config`; params.json, where a folder has that instead, is read by `params_json`. A field that would change
-the arithmetic and is missing, malformed or unsupported is a CheckpointError that names it; fields that have no
-bearing on inference are ignored. No torch here.
+Knows transformers' `mistral4`, `mistral` and `llama`, and `mistral3`, which wraps one of them as its `text_config`;
+params.json, where a folder has that instead, is read by `params_json`. A field that is missing has the default of
+transformers' class (`config_defaults`). One that would change the arithmetic and is malformed or unsupported is a
+CheckpointError that names it; fields that have no bearing on inference are ignored. No torch here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Literal, cast
 import msgspec
 
 from cierzo.cache.layout import CacheDtype, CacheLayout
-from cierzo.engine.model.fields import Fields, read_json
+from cierzo.engine.model.config_defaults import DEFAULTS, EOS_TOKEN_ID, MISTRAL3, MISTRAL3_TEXT
+from cierzo.engine.model.fields import Fields, naming_unreadable, read_json
 from cierzo.engine.model.rope_config import RopeConfig, read_rope
-from cierzo.engine.weights.layout import PARAMS_NAME, find_format
+from cierzo.engine.weights.layout import CONFIG_NAME, PARAMS_NAME, find_format
 from cierzo.engine.weights.shapes import shape_of
 
 LATENT_NORM_EPS = 1e-6  # transformers' Mistral4 builds its two latent norms with this, whatever rms_norm_eps says
@@ -62,7 +63,11 @@ class QueryScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A model's architecture. `softmax_scale_override` replaces (query-key width)^-0.5."""
+    """A model's architecture. `softmax_scale_override` replaces (query-key width)^-0.5.
+
+    `max_position_embeddings` is None where the checkpoint does not say it; then a user must say how long requests
+    may be. `tie_word_embeddings`: an output head that the checkpoint stores counts all the same.
+    """
 
     architecture: Literal["mistral4", "mistral", "llama"]
     vocab_size: int
@@ -70,7 +75,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_layers: int
     num_heads: int
     mlp_width: int
-    max_position_embeddings: int
+    max_position_embeddings: int | None
     rms_norm_eps: float
     tie_word_embeddings: bool
     attention: MlaConfig | GqaConfig
@@ -121,14 +126,17 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def read_model_config(path: Path) -> ModelConfig:
     """Read `path`/config.json, or params.json where that is the layout of the folder (`find_layout`), and the
     end-of-text ids of `path`/generation_config.json where there is one. A quantisation that cannot be loaded is
-    refused here already."""
-    if find_format(path).layout == "native":
-        from cierzo.engine.model.params_json import read_params  # needs this module's classes
+    refused here already. Ids beyond the vocabulary are left out with a warning."""
+    with naming_unreadable(path):
+        layout = find_format(path).layout
+        generation = _generation_config(path)
+        if layout == "native":
+            from cierzo.engine.model.params_json import read_params  # needs this module's classes
 
-        config = read_params(Fields(read_json(path / PARAMS_NAME), file=PARAMS_NAME))
-    else:
-        config = _read_config(Fields(read_json(path / "config.json")))
-    eos = (*config.eos_token_ids, *_generation_eos(path))
+            config = read_params(Fields(read_json(path / PARAMS_NAME), file=PARAMS_NAME))
+        else:
+            config = _read_config(Fields(read_json(path / CONFIG_NAME)), generation.has("eos_token_id"))
+    eos = (*config.eos_token_ids, *generation.token_ids("eos_token_id", config.vocab_size))
     return msgspec.structs.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
 
 
@@ -139,17 +147,26 @@ def named_model_config(name: str) -> ModelConfig | None:
     return _read_config(Fields(shape_of(name, "full").config("bfloat16")))
 
 
-def _read_config(outer: Fields) -> ModelConfig:
+def _generation_config(path: Path) -> Fields:
+    """generation_config.json; nothing where there is none."""
+    file = path / "generation_config.json"
+    return Fields(read_json(file) if file.exists() else {}, file=file.name)
+
+
+def _read_config(outer: Fields, ends_elsewhere: bool = False) -> ModelConfig:
+    """ends_elsewhere: generation_config.json names end-of-text ids, so that the class's default is not meant."""
     fields = outer
     if outer.string("model_type") == "mistral3":
         fields = outer.section("text_config")
+        fields.fill_in(MISTRAL3_TEXT)
+        outer.fill_in(MISTRAL3)
         fields.inherit(outer, "tie_word_embeddings", "bos_token_id", "eos_token_id")
     architecture = fields.string("model_type")
-    if architecture == "mistral4":
-        return _mistral4(fields)
-    if architecture in ("mistral", "llama"):
-        return _dense(fields, architecture)
-    raise fields.error("model_type", architecture, "mistral4, mistral, llama, or mistral3 around one of them")
+    if architecture not in DEFAULTS:
+        raise fields.error("model_type", architecture, "mistral4, mistral, llama, or mistral3 around one of them")
+    fields.fill_in(DEFAULTS[architecture])
+    fields.fill_in({"eos_token_id": [] if ends_elsewhere else EOS_TOKEN_ID})
+    return _mistral4(fields) if architecture == "mistral4" else _dense(fields, architecture)
 
 
 def _mistral4(fields: Fields) -> ModelConfig:
@@ -171,7 +188,8 @@ def _mistral4(fields: Fields) -> ModelConfig:
         rotated_share=attention.qk_rope_head_dim / qk_dim,
     )
     beta = parameters.number("llama_4_scaling_beta", minimum=0.0)
-    scaling = QueryScaling(beta=beta, original_positions=parameters.integer("original_max_position_embeddings"))
+    original = rope.yarn.original_positions if rope.yarn else parameters.integer("original_max_position_embeddings")
+    scaling = QueryScaling(beta=beta, original_positions=original)
     return _model(fields, attention, _moe(fields), rope, scaling if beta else None)
 
 
@@ -210,12 +228,9 @@ def check_groups(fields: Fields, moe: MoeConfig, names: tuple[str, str, str]) ->
 def _dense(fields: Fields, architecture: str) -> ModelConfig:
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
-    if architecture == "mistral":
-        kv_heads = fields.integer("num_key_value_heads")
-        _refuse_sliding_window(fields)
-    else:
-        kv_heads = fields.optional_integer("num_key_value_heads", default=None) or heads
-        fields.only("mlp_bias", (False,), default=False)
+    kv_heads = fields.optional_integer("num_key_value_heads") or heads
+    if architecture == "llama":
+        fields.only("mlp_bias", (False, None), default=None)
         fields.only("pretraining_tp", (1, None), default=None)
     if heads % kv_heads:
         raise fields.error("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
@@ -235,39 +250,50 @@ def _model(
     query_scaling: QueryScaling | None,
 ) -> ModelConfig:
     """What all architectures have."""
-    fields.only("attention_bias", (False,), default=False)
-    fields.only("hidden_act", ("silu",))
-    architecture = fields.string("model_type")
-    if architecture != "mistral":
-        fields.only("sliding_window", (None,), default=None)
+    fields.only("attention_bias", (False, None), default=None)
+    fields.only("hidden_act", ("silu", "swish"))
+    _refuse_other_layers(fields)
+    _refuse_sliding_window(fields)
+    vocab_size = fields.integer("vocab_size")
     return ModelConfig(
-        architecture=architecture,  # type: ignore[arg-type]  # one of the three: read_model_config has checked
-        vocab_size=fields.integer("vocab_size"),
+        architecture=fields.string("model_type"),  # type: ignore[arg-type]  # one of those in DEFAULTS
+        vocab_size=vocab_size,
         hidden_size=fields.integer("hidden_size"),
         num_layers=fields.integer("num_hidden_layers"),
         num_heads=fields.integer("num_attention_heads"),
         mlp_width=fields.integer("intermediate_size"),
         max_position_embeddings=fields.integer("max_position_embeddings"),
         rms_norm_eps=fields.number("rms_norm_eps", minimum=0.0),
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings"),
         attention=attention,
         moe=moe,
         rope=rope,
         query_scaling=query_scaling,
-        bos_token_id=fields.optional_integer("bos_token_id", default=None, minimum=0),
-        eos_token_ids=fields.ids("eos_token_id"),
+        bos_token_id=fields.token_id("bos_token_id", vocab_size),
+        eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
     )
 
 
+def _refuse_other_layers(fields: Fields) -> None:
+    """All layers must attend to all positions, and be alike."""
+    layers = fields.integer("num_hidden_layers")
+    kinds = fields.get("layer_types", None)
+    names = ("full_attention", "attention")  # the latter is an older one
+    if kinds is not None and (not isinstance(kinds, list) or [kind in names for kind in kinds] != [True] * layers):
+        raise fields.error("layer_types", kinds, f'null, or {layers} times "full_attention"')
+    fields.only("per_layer_config", ({}, None), default=None)
+
+
 def _refuse_sliding_window(fields: Fields) -> None:
-    """A window of at least the whole context never cuts anything; transformers' default, when it is missing, is
-    4096, so that a missing field means something and has to be written."""
+    """A window of at least the whole context never cuts anything, nor does one that no layer of `layer_types` has.
+    transformers' `mistral` has one of 4096 where the field is missing, and no `use_sliding_window`."""
+    mistral = fields.string("model_type") == "mistral"
+    if fields.has("layer_types") or (not mistral and fields.get("use_sliding_window", None) is False):
+        return
     longest = fields.integer("max_position_embeddings")
-    window = fields.optional_integer("sliding_window")
+    window = fields.optional_integer("sliding_window", default=None)
     if window is not None and window < longest:
-        raise fields.error("sliding_window", window, f"null, or at least max_position_embeddings {longest}")
-
-
-def _generation_eos(path: Path) -> tuple[int, ...]:
-    file = path / "generation_config.json"
-    return Fields(read_json(file), file="generation_config.json").ids("eos_token_id") if file.exists() else ()
+        default = f" (if missing, it is {DEFAULTS['mistral']['sliding_window']})" if mistral else ""
+        raise fields.error(
+            "sliding_window", window, f"null, or at least max_position_embeddings {longest}{default}"
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,30 @@ import msgspec
 
 from cierzo.engine.errors import CheckpointError
 
+_log = logging.getLogger(__name__)
+
 _REQUIRED: Any = object()
+
+
+@contextmanager
+def naming_unreadable(folder: Path) -> Iterator[None]:
+    """Turn an OSError inside (no permission, a path too long) into a CheckpointError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        path = Path(error.filename or folder)
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", field=path.name) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises CheckpointError when there is none."""
     try:
+        if file.exists() and not file.is_file():  # reading from a pipe would never end
+            raise CheckpointError(f"{file} is no file", field=file.name)
         content = msgspec.json.decode(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} is no checkpoint: it has no {file.name}", field=file.name) from None
-    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}", field=file.name) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object", field=file.name)
@@ -30,14 +46,16 @@ def read_json(file: Path) -> dict[str, Any]:
 class Fields:
     """One JSON object. A field without a `default` must be there."""
 
-    def __init__(self, values: dict[str, Any], prefix: str = "", file: str = "config.json") -> None:
+    def __init__(self, values: Mapping[str, Any], prefix: str = "", file: str = "config.json") -> None:
         self._values = dict(values)
         self._prefix = prefix
         self._file = file
+        self._inherited: dict[str, str] = {}  # field -> what it is called in the file
+        self._read: set[str] = set()
 
     def error(self, name: str, value: object, expected: str) -> CheckpointError:
         """`name` is not what this engine can run."""
-        field = self._prefix + name
+        field = self._field(name)
         return CheckpointError(
             f"{self._file}: {field} is {value!r}, must be {expected}", field=field, limit=expected, value=value
         )
@@ -47,6 +65,17 @@ class Fields:
         for name in names:
             if outer._values.get(name) is not None:
                 self._values[name] = outer._values[name]
+                self._inherited[name] = outer._field(name)
+
+    def fill_in(self, defaults: Mapping[str, Any]) -> None:
+        """Give each field that is missing its value in `defaults`; so also an object that is null."""
+        for name, value in defaults.items():
+            if name not in self._values or (isinstance(value, dict) and self._values[name] is None):
+                self._values[name] = value
+
+    def unread(self) -> list[str]:
+        """The fields that nobody has asked for so far, in the file's order."""
+        return [name for name in self._values if name not in self._read]
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
@@ -54,10 +83,11 @@ class Fields:
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
         """The raw value; null counts as a value."""
+        self._read.add(name)
         if name in self._values:
             return self._values[name]
         if default is _REQUIRED:
-            field = self._prefix + name
+            field = self._field(name)
             raise CheckpointError(f"{self._file}: {field} is missing", field=field)
         return default
 
@@ -67,6 +97,10 @@ class Fields:
         if not isinstance(value, dict):
             raise self.error(name, value, "an object")
         return Fields(value, f"{self._prefix}{name}.", self._file)
+
+    def optional_section(self, name: str) -> Fields:
+        """A nested object; an empty one where it is null or missing."""
+        return self.section(name) if self.has(name) else Fields({}, f"{self._prefix}{name}.", self._file)
 
     def integer(self, name: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
         """An integer of at least `minimum`."""
@@ -115,13 +149,27 @@ class Fields:
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported):
             raise self.error(name, value, " or ".join(_json(one) for one in supported) + " (others unsupported)")
 
-    def ids(self, name: str) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing."""
+    def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
+        """A token id, a list of them, or nothing. An id beyond the vocabulary, which no step can choose, is left
+        out with a warning."""
         value = self.get(name, None)
         listed = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in listed):
             raise self.error(name, value, "a token id or a list of token ids")
-        return tuple(listed)
+        for token_id in listed:
+            if token_id >= vocab_size:
+                beyond = self.error(name, token_id, f"below vocab_size {vocab_size}")
+                _log.warning("token id %d is ignored, as no step can choose it: %r", token_id, beyond)
+        return tuple(token_id for token_id in listed if token_id < vocab_size)
+
+    def token_id(self, name: str, vocab_size: int) -> int | None:
+        """A token id, or null; also None where it lies beyond the vocabulary."""
+        if self.optional_integer(name, default=None, minimum=0) is None:
+            return None
+        return next(iter(self.token_ids(name, vocab_size)), None)
+
+    def _field(self, name: str) -> str:
+        return self._inherited.get(name, self._prefix + name)
 
 
 def _json(value: object) -> str:

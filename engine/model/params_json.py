@@ -13,7 +13,7 @@ from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, MoeCon
 from cierzo.engine.model.fields import Fields
 from cierzo.engine.model.rope_config import RopeConfig, YarnConfig
 
-BOS_TOKEN_ID, EOS_TOKEN_ID = 1, 2  # of every tokenizer of these models
+TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # of every tokenizer of these models
 
 
 def read_params(fields: Fields) -> ModelConfig:
@@ -21,17 +21,20 @@ def read_params(fields: Fields) -> ModelConfig:
 
     Raises CheckpointError naming a field that is missing, malformed, or asks for what the models cannot compute.
     """
+    fields.fill_in(TOKEN_IDS)
     fields.only("activation", ("silu", None), default=None)
     fields.only("model_type", ("transformer", None), default=None)
     fields.only("use_biases", (False, None), default=None)
-    longest = _positions(fields)
+    yarn = _yarn(fields)
+    longest = _positions(fields, yarn)
     _refuse_sliding_window(fields, longest)
     is_mla = fields.has("qk_nope_head_dim")
     attention = _mla(fields) if is_mla else _gqa(fields)
     rotated = attention.qk_rope_head_dim if isinstance(attention, MlaConfig) else attention.head_dim
+    vocab_size = fields.integer("vocab_size")
     return ModelConfig(
         architecture="mistral4" if is_mla else "mistral",
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=fields.integer("dim"),
         num_layers=fields.integer("n_layers"),
         num_heads=fields.integer("n_heads"),
@@ -42,29 +45,34 @@ def read_params(fields: Fields) -> ModelConfig:
         attention=attention,
         moe=_moe(fields) if is_mla else None,
         # Dense weights' pairs are brought into the other order when they are loaded; MLA's stay as they are.
-        rope=RopeConfig(
-            dim=rotated, theta=fields.number("rope_theta", minimum=1.0), interleaved=is_mla, yarn=_yarn(fields)
-        ),
+        rope=RopeConfig(dim=rotated, theta=fields.number("rope_theta", minimum=1.0), interleaved=is_mla, yarn=yarn),
         query_scaling=_query_scaling(fields, is_mla),
-        bos_token_id=BOS_TOKEN_ID,
-        eos_token_ids=(EOS_TOKEN_ID,),
+        bos_token_id=fields.token_id("bos_token_id", vocab_size),
+        eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
     )
 
 
-def _positions(fields: Fields) -> int:
-    """`max_position_embeddings`; older files have `max_seq_len` alone."""
-    name = "max_position_embeddings" if fields.has("max_position_embeddings") else "max_seq_len"
-    return fields.integer(name)
+def _positions(fields: Fields, yarn: YarnConfig | None) -> int | None:
+    """`max_position_embeddings`; older files have `max_seq_len` alone. Where neither is said, it is what YaRN
+    stretches to; without YaRN (Small 3.1, 7B v0.3) no field tells it, and None is given."""
+    for name in ("max_position_embeddings", "max_seq_len"):
+        if fields.has(name):
+            return fields.integer(name)
+    return None if yarn is None else int(yarn.factor * yarn.original_positions)
 
 
 def _tied(fields: Fields) -> bool:
     return fields.boolean("tied_embeddings") if fields.has("tied_embeddings") else False
 
 
-def _refuse_sliding_window(fields: Fields, longest: int) -> None:
+def _refuse_sliding_window(fields: Fields, longest: int | None) -> None:
     window = fields.get("sliding_window", None)
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < longest):
-        raise fields.error("sliding_window", window, f"null, or at least the {longest} positions")
+    if window is None:
+        return
+    if longest is None or not isinstance(window, int) or isinstance(window, bool) or window < longest:
+        raise fields.error(
+            "sliding_window", window, f"null, or at least the positions, {longest or 'which are not said'}"
+        )
 
 
 def _mla(fields: Fields) -> MlaConfig:

@@ -1,7 +1,8 @@
-"""The rotary embedding's settings, in both spellings that checkpoints use.
+"""The rotary embedding's settings, in both spellings that checkpoints use, as transformers 5.23 reads them.
 
 New: `rope_parameters` {rope_theta, rope_type, ...}. Old: `rope_theta` beside a `rope_scaling` that is null or
-{rope_type or type, ...}.
+{rope_type or type, ...}. Where both are there, `rope_scaling` replaces the whole of `rope_parameters`
+(`RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 
 import msgspec
 
+from cierzo.engine.model.config_defaults import ROPE_THETA
 from cierzo.engine.model.fields import Fields
 
 
@@ -37,41 +39,49 @@ def read_rope(fields: Fields, *, dim: int, interleaved: bool, rotated_share: flo
 
     `rotated_share` is the share of a head's values that rotate: a partial_rotary_factor must agree with it.
     """
-    if fields.has("rope_parameters"):
-        parameters = fields.section("rope_parameters")
-        theta = parameters if parameters.has("rope_theta") else fields
-    else:
-        parameters = fields.section("rope_scaling") if fields.has("rope_scaling") else Fields({}, "rope_scaling.")
-        theta = fields
-    if parameters.has("partial_rotary_factor"):
-        share = parameters.number("partial_rotary_factor")
-        if not math.isclose(share, rotated_share):
-            raise parameters.error("partial_rotary_factor", share, f"{rotated_share:g}")
+    parameters = fields.optional_section("rope_scaling" if fields.get("rope_scaling", None) else "rope_parameters")
+    for holder in (parameters, fields):
+        if holder.has("partial_rotary_factor"):
+            share = holder.number("partial_rotary_factor")
+            if not math.isclose(share, rotated_share):
+                raise holder.error("partial_rotary_factor", share, f"{rotated_share:g}")
+    for layer_type in ("full_attention", "sliding_attention"):  # settings of their own for some of the layers
+        parameters.only(layer_type, (None,), default=None)
+    theta = parameters if parameters.has("rope_theta") else fields
     rope = RopeConfig(
         dim=dim,
-        theta=theta.number("rope_theta", minimum=1.0),
+        theta=theta.number("rope_theta", ROPE_THETA, minimum=1.0),
         interleaved=interleaved,
-        yarn=_yarn(parameters),
+        yarn=_yarn(fields, parameters),
     )
     return rope, parameters
 
 
-def _yarn(parameters: Fields) -> YarnConfig | None:
+def _yarn(fields: Fields, parameters: Fields) -> YarnConfig | None:
     spelling = "rope_type" if parameters.has("rope_type") else "type"
     kind = parameters.string(spelling, "default")
-    if kind == "default":
+    if kind == "default" or (kind == "linear" and parameters.number("factor") == 1.0):
         return None
     if kind != "yarn":
-        raise parameters.error(spelling, kind, "default or yarn")
-    parameters.only("truncate", (True, None), default=None)
-    factor = parameters.number("factor", minimum=1.0)
+        raise parameters.error(spelling, kind, "default or yarn (linear with factor 1 alone)")
+    parameters.only("truncate", (True,), default=True)
+    longest = fields.integer("max_position_embeddings")
+    outside = fields.has("original_max_position_embeddings")  # Phi-3's place for it, which transformers prefers
+    original = (fields if outside else parameters).integer("original_max_position_embeddings", longest)
+    unsaid = parameters.get("factor") is None  # null: as far as the model goes
+    factor = longest / original if unsaid else parameters.number("factor", minimum=1.0)
     return YarnConfig(
         factor=factor,
-        original_positions=parameters.integer("original_max_position_embeddings"),
-        beta_fast=parameters.number("beta_fast", 32.0),
-        beta_slow=parameters.number("beta_slow", 1.0),
+        original_positions=original,
+        beta_fast=_positive(parameters, "beta_fast", 32.0),
+        beta_slow=_positive(parameters, "beta_slow", 1.0),
         magnitude=_magnitude(parameters, factor),
     )
+
+
+def _positive(parameters: Fields, name: str, default: float) -> float:
+    """A number; the default where it is missing, null or 0."""
+    return parameters.number(name) if parameters.get(name, None) else default
 
 
 def _magnitude(parameters: Fields, factor: float) -> float:
@@ -82,7 +92,7 @@ def _magnitude(parameters: Fields, factor: float) -> float:
         return parameters.number("attention_factor")
     mscale = parameters.number("mscale", 0.0) if parameters.has("mscale") else 0.0
     all_dim = parameters.number("mscale_all_dim", 0.0) if parameters.has("mscale_all_dim") else 0.0
-    log = 0.1 * math.log(factor)
+    log = 0.1 * math.log(max(factor, 1.0))
     if mscale and all_dim:
         return (mscale * log + 1.0) / (all_dim * log + 1.0)
     return log + 1.0

@@ -156,7 +156,8 @@ def _model_rows(model: ModelConfig) -> Iterable[tuple[str, str]]:
         dense = f", {moe.first_dense_layers} dense layer(s) first" if moe.first_dense_layers else ""
         experts = f"{moe.num_experts} experts, {moe.experts_per_token} per token{shared}"
         yield "MLP", f"{experts}, width {moe.expert_width:,}{dense}"
-    yield "positions", f"{model.max_position_embeddings:,}"
+    longest = model.max_position_embeddings
+    yield "positions", "not said: max_model_len must be given" if longest is None else f"{longest:,}"
 
 
 def _attention(model: ModelConfig) -> str:

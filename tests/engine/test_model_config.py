@@ -1,16 +1,19 @@
-"""config.json in all its spellings, and what is refused."""
+"""config.json: what is read, what a missing field means, and what is refused."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import transformers
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, QueryScaling, read_model_config
+from cierzo.engine.model.config_defaults import DEFAULTS, EOS_TOKEN_ID, MISTRAL3, ROPE_THETA
 
 YARN = {
     "type": "yarn",
@@ -130,9 +133,54 @@ def test_yarn_without_ratio_scales_cos_and_sin(tmp_path: Path) -> None:
 
 def test_wrapped(tmp_path: Path) -> None:
     inner = {name: value for name, value in SMALL4.items() if name != "eos_token_id"}
-    outer = {"model_type": "mistral3", "text_config": inner, "eos_token_id": 2, "vision_config": {}}
-    assert read(tmp_path, outer) == read(tmp_path, SMALL4)
-    assert read(tmp_path, outer, tie_word_embeddings=True).tie_word_embeddings
+    outer = {
+        "model_type": "mistral3",
+        "text_config": inner,
+        "eos_token_id": [2, 7],
+        "tie_word_embeddings": False,
+        "vision_config": {},
+    }
+    assert read(tmp_path, outer) == read(tmp_path, SMALL4, eos_token_id=[2, 7])
+
+
+def test_the_inner_model_is_mistral_unless_it_is_said(tmp_path: Path) -> None:
+    inner = {name: value for name, value in SMALL3.items() if name != "model_type"}
+    outer = {"model_type": "mistral3", "text_config": inner, "tie_word_embeddings": False}
+    assert read(tmp_path, outer) == read(tmp_path, SMALL3)
+
+
+@pytest.mark.parametrize("architecture", DEFAULTS)
+def test_defaults_are_those_of_transformers(architecture: str) -> None:
+    theirs = transformers.AutoConfig.for_model(architecture)
+    for name, value in DEFAULTS[architecture].items():
+        if name == "num_key_value_heads" and value is None:
+            assert theirs.num_key_value_heads == theirs.num_attention_heads
+        elif name == "rope_parameters":
+            assert value.items() <= theirs.rope_parameters.items()
+        else:
+            assert getattr(theirs, name) == value, name
+    assert (theirs.eos_token_id, theirs.default_theta) == (EOS_TOKEN_ID, ROPE_THETA)
+    assert theirs.rope_parameters["rope_theta"] == ROPE_THETA
+
+
+def test_the_wrapper_ties_by_default(tmp_path: Path) -> None:
+    assert transformers.Mistral3Config().tie_word_embeddings is MISTRAL3["tie_word_embeddings"] is True
+    inner = SMALL4 | {"tie_word_embeddings": False}
+    for flag, tied in ((..., True), (True, True), (False, False)):
+        config = read(tmp_path, {"model_type": "mistral3", "text_config": inner}, tie_word_embeddings=flag)
+        assert config.tie_word_embeddings is tied
+
+
+@pytest.mark.parametrize("architecture", DEFAULTS)
+def test_a_config_of_nothing_but_its_type(tmp_path: Path, architecture: str) -> None:
+    """Every field that is read has a default: it is read like the file in which transformers writes all of them."""
+    bare: dict[str, Any] = {"model_type": architecture}
+    if architecture == "mistral":  # 4096 of 131,072 by default: refused
+        bare["sliding_window"] = None
+    transformers.AutoConfig.for_model(**bare).save_pretrained(tmp_path / "whole")
+    whole = read_model_config(tmp_path / "whole")
+    assert read(tmp_path, bare) == whole
+    assert whole.eos_token_ids == (2,)
 
 
 def test_old_rope_spelling(tmp_path: Path) -> None:
@@ -149,6 +197,81 @@ def test_generation_config_adds_end_ids(tmp_path: Path) -> None:
     assert read(tmp_path, SMALL4).eos_token_ids == (2, 7)
 
 
+@pytest.mark.parametrize(
+    ("inside", "generation", "ends"),
+    [
+        (..., None, (2,)),  # the class's default
+        (..., "{}", (2,)),
+        (..., '{"eos_token_id": null}', (2,)),
+        (..., '{"eos_token_id": [7, 9]}', (7, 9)),  # 2 may be any word there
+        (None, None, ()),
+        (None, '{"eos_token_id": 7}', (7,)),
+        ([], None, ()),
+        (5, '{"eos_token_id": 7}', (5, 7)),
+    ],
+)
+def test_the_default_end_id_is_for_folders_that_name_none(
+    tmp_path: Path, inside: object, generation: str | None, ends: tuple[int, ...]
+) -> None:
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(generation)
+    assert read(tmp_path, SMALL3, eos_token_id=inside).eos_token_ids == ends
+
+
+@pytest.mark.parametrize(
+    ("changes", "generation", "names"),
+    [
+        ({"eos_token_id": [2, 131072]}, "{}", ["config.json: eos_token_id is 131072"]),
+        ({"eos_token_id": [2, 2**40, 131071]}, "{}", [f"config.json: eos_token_id is {2**40}"]),
+        ({"bos_token_id": 131073}, "{}", ["config.json: bos_token_id is 131073"]),
+        ({}, '{"eos_token_id": [7, 200000]}', ["generation_config.json: eos_token_id is 200000"]),
+        ({}, '{"eos_token_id": 131072}', ["generation_config.json: eos_token_id is 131072"]),
+    ],
+)
+def test_ids_beyond_the_vocabulary_are_left_out(
+    tmp_path: Path,
+    changes: dict[str, Any],
+    generation: str,
+    names: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "generation_config.json").write_text(generation)
+    config = read(tmp_path, SMALL4, **changes)
+    assert all(token_id < 131072 for token_id in config.eos_token_ids)
+    assert 2 in config.eos_token_ids
+    assert config.bos_token_id == (None if "bos_token_id" in changes else 1)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == len(names)
+    for name, message in zip(names, warnings, strict=True):
+        assert f"{name}, must be below vocab_size 131072" in message
+
+
+def test_an_id_outside_a_text_config_is_named_as_it_stands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outer = {"model_type": "mistral3", "text_config": SMALL4, "eos_token_id": 131072}
+    assert read(tmp_path, outer).eos_token_ids == ()
+    read(tmp_path, {"model_type": "mistral3", "text_config": SMALL4 | {"eos_token_id": 131073}})
+    assert "config.json: eos_token_id is 131072" in caplog.text
+    assert "config.json: text_config.eos_token_id is 131073" in caplog.text
+
+
+@pytest.mark.parametrize("value", [-1, 2.0, "2", True, [2, None], [2, -1], [2, "3"], {"a": 1}])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_malformed_end_ids_are_refused(tmp_path: Path, file: str, value: object) -> None:
+    changes: dict[str, Any] = {"eos_token_id": value} if file == "config.json" else {}
+    if not changes:
+        (tmp_path / file).write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match=rf"^{file}: eos_token_id is"):
+        read(tmp_path, SMALL4, **changes)
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, "1", True, [1]])
+def test_a_malformed_first_id_is_refused(tmp_path: Path, value: object) -> None:
+    with pytest.raises(CheckpointError, match="bos_token_id is"):
+        read(tmp_path, SMALL4, bos_token_id=value)
+
+
 def test_llama_defaults(tmp_path: Path) -> None:
     config = read(
         tmp_path,
@@ -160,31 +283,17 @@ def test_llama_defaults(tmp_path: Path) -> None:
         eos_token_id=...,
     )
     assert config.attention == GqaConfig(num_kv_heads=32, head_dim=160)
-    assert config.eos_token_ids == ()
 
 
-REQUIRED4 = [
-    name
-    for name in SMALL4
-    if name
-    not in {
-        "model_type",
-        "num_key_value_heads",
-        "head_dim",
-        "attention_bias",
-        "tie_word_embeddings",
-        "sliding_window",
-        "bos_token_id",
-        "eos_token_id",
-        "rope_parameters",
-    }
-]
+@pytest.mark.parametrize("field", [name for name in SMALL4 if name != "model_type"])
+def test_small4_as_published_is_the_default(tmp_path: Path, field: str) -> None:
+    assert read(tmp_path, SMALL4, **{field: ...}) == read(tmp_path, SMALL4)
 
 
-@pytest.mark.parametrize("field", REQUIRED4)
-def test_missing_fields_are_named(tmp_path: Path, field: str) -> None:
-    with pytest.raises(CheckpointError, match=f"config.json: {field} is missing"):
-        read(tmp_path, SMALL4, **{field: ...})
+@pytest.mark.parametrize("value", [..., None])
+def test_rope_parameters_missing_or_null_are_small4s(tmp_path: Path, value: object) -> None:
+    assert read(tmp_path, SMALL4, rope_parameters=value) == read(tmp_path, SMALL4)
+    assert transformers.AutoConfig.for_model("mistral4", rope_parameters=None).rope_parameters["factor"] == 128.0
 
 
 @pytest.mark.parametrize(
@@ -234,12 +343,18 @@ def test_unsupported_rope_is_named(tmp_path: Path, field: str, value: object) ->
         read(tmp_path, SMALL4, rope_parameters=YARN | {field: value})
 
 
-@pytest.mark.parametrize(
-    "field", ["llama_4_scaling_beta", "factor", "original_max_position_embeddings", "rope_theta"]
-)
+@pytest.mark.parametrize("field", ["llama_4_scaling_beta", "factor"])
 def test_missing_rope_fields_are_named(tmp_path: Path, field: str) -> None:
     with pytest.raises(CheckpointError, match=rf"{field} is missing"):
         read(tmp_path, SMALL4, rope_parameters={k: v for k, v in YARN.items() if k != field})
+
+
+def test_yarn_starts_at_the_whole_length_unless_it_is_said(tmp_path: Path) -> None:
+    yarn = {name: value for name, value in YARN.items() if name != "original_max_position_embeddings"}
+    config = read(tmp_path, SMALL4, rope_parameters=yarn)
+    assert config.rope.yarn is not None
+    assert config.rope.yarn.original_positions == 1048576
+    assert config.query_scaling == QueryScaling(beta=0.1, original_positions=1048576)
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 from published import SMALL3, SMALL4, Published
 
 from cierzo.bench.peers.mistral_native import params as bench_params
-from cierzo.engine.errors import CheckpointError
+from cierzo.engine.config import EngineOptions, resolve
+from cierzo.engine.errors import CheckpointError, ConfigError
 from cierzo.engine.model.config import ModelConfig, read_model_config
+from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.shapes import shape_of
 
 PUBLISHED: dict[str, Any] = {  # of Mistral Small 4, without what concerns vision
@@ -115,6 +117,63 @@ def test_the_lesser_spellings(tmp_path: Path) -> None:
     assert read(tmp_path, DENSE).eos_token_ids == (2, 4)
     assert read(tmp_path, changed(PUBLISHED, "llama_4_scaling", None)).query_scaling is None
     assert msgspec.json.decode(msgspec.json.encode(config), type=ModelConfig) == config
+
+
+SMALL31: dict[
+    str, Any
+] = {  # of Mistral Small 3.1 (2503), without what concerns vision; 7B v0.3 has the same fields
+    "dim": 5120,
+    "n_layers": 40,
+    "head_dim": 128,
+    "hidden_dim": 32768,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "rope_theta": 1000000000.0,
+    "norm_eps": 1e-05,
+    "vocab_size": 131072,
+}
+
+
+def test_no_length_at_all(tmp_path: Path) -> None:
+    """The length is the user's to say: nothing else depends on it."""
+    config = read(tmp_path, SMALL31)
+    assert config.max_position_embeddings is None
+    known = read(tmp_path, SMALL31 | {"max_position_embeddings": 131072})
+    assert msgspec.structs.replace(known, max_position_embeddings=None) == config
+    assert read(tmp_path, SMALL31 | {"max_seq_len": 131072}) == known
+    read(tmp_path, SMALL31)
+    options = EngineOptions(model=str(tmp_path), kv_cache_gib=0.25, max_model_len=512)
+    assert resolve(options).scheduler.max_model_len == 512
+    with pytest.raises(
+        ConfigError, match=r"neither max_position_embeddings nor max_seq_len: give max_model_len"
+    ) as e:
+        resolve(msgspec.structs.replace(options, max_model_len=None))
+    assert e.value.field == "max_model_len"
+    assert e.value.limit is not None
+
+
+def test_yarn_tells_the_length(tmp_path: Path) -> None:
+    assert read(tmp_path, changed(PUBLISHED, "max_position_embeddings", ...)) == read(tmp_path, PUBLISHED)
+
+
+def test_a_window_needs_a_length(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"params\.json: sliding_window is 4096, must be null, or at least the"
+    ):
+        read(tmp_path, SMALL31 | {"sliding_window": 4096})
+    assert read(tmp_path, SMALL31 | {"sliding_window": 4096, "max_seq_len": 4096}).max_position_embeddings == 4096
+
+
+def test_info_says_that_there_is_no_length(tmp_path: Path) -> None:
+    model = Published(SMALL3, "native")
+    model.config = changed(model.config, "max_position_embeddings", ...)
+    assert "not said: max_model_len must be given" in str(describe(model.write(tmp_path)))
+
+
+def test_fixed_ids_beyond_a_tiny_vocabulary_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = read(tmp_path, DENSE | {"vocab_size": 2})
+    assert (config.bos_token_id, config.eos_token_ids) == (1, ())
+    assert "params.json: eos_token_id is 2, must be below vocab_size 2" in caplog.text
 
 
 @pytest.mark.parametrize(
