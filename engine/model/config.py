@@ -15,7 +15,7 @@ import msgspec
 
 from cierzo.cache.layout import CacheDtype, CacheLayout
 from cierzo.engine.model.config_defaults import DEFAULTS, EOS_TOKEN_ID, MISTRAL3, MISTRAL3_TEXT
-from cierzo.engine.model.fields import Fields, naming_unreadable, read_json
+from cierzo.engine.model.fields import Fields, naming_unreadable, read_json, require_file
 from cierzo.engine.model.rope_config import RopeConfig, read_rope
 from cierzo.engine.weights.layout import CONFIG_NAME, PARAMS_NAME, find_format
 from cierzo.engine.weights.shapes import shape_of
@@ -150,6 +150,7 @@ def named_model_config(name: str) -> ModelConfig | None:
 def _generation_config(path: Path) -> Fields:
     """generation_config.json; nothing where there is none."""
     file = path / "generation_config.json"
+    require_file(file)
     return Fields(read_json(file) if file.exists() else {}, file=file.name)
 
 

@@ -32,13 +32,13 @@ class LayerHalf(Protocol):
 
 def outer_specs(config: ModelConfig) -> Specs:
     """What every model has around its layers' attention and MLP, named as transformers names it."""
-    table, tied = (config.vocab_size, config.hidden_size), config.tie_word_embeddings
+    table = (config.vocab_size, config.hidden_size)
+    tied_to = "model.embed_tokens.weight" if config.tie_word_embeddings else None
     specs = {
-        "model.embed_tokens.weight": ParameterSpec(table, twin="lm_head.weight" if tied else None),
+        "model.embed_tokens.weight": ParameterSpec(table),
         "model.norm.weight": ParameterSpec((config.hidden_size,)),
+        "lm_head.weight": ParameterSpec(table, shard_axis=0, tied_to=tied_to),
     }
-    if not tied:
-        specs["lm_head.weight"] = ParameterSpec(table, shard_axis=0)
     for layer in range(config.num_layers):
         for name in ("input_layernorm", "post_attention_layernorm"):
             specs[f"model.layers.{layer}.{name}.weight"] = ParameterSpec((config.hidden_size,))
@@ -62,14 +62,14 @@ class Decoder:
         self.tables = PositionTables(config, device)
         self.embedding = parameters["model.embed_tokens.weight"]
         self.final_norm = parameters["model.norm.weight"]
-        if config.tie_word_embeddings:
+        if "lm_head.weight" in parameters:
+            self.head = parameters.matrix("lm_head.weight", role="head")
+        else:
             rows = shard.width(config.vocab_size, "vocab_size")
             tied = as_tensor(parameters.stored("model.embed_tokens.weight"))[
                 shard.rank * rows : (shard.rank + 1) * rows
             ]
             self.head = parameters.derived("lm_head", tuple(tied.shape), lambda: tied, role="head")
-        else:
-            self.head = parameters.matrix("lm_head.weight", role="head")
         self._pool: KVPool | None = None  # whose pages are in `_weights`
         self._weights: DecoderWeights | None = None
 

@@ -28,11 +28,17 @@ def naming_unreadable(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", field=path.name) from error
 
 
+def require_file(path: Path) -> None:
+    """Raise CheckpointError if something else is there: a folder, a link to nothing, a pipe (whose reader would
+    wait for ever). A path where nothing is passes."""
+    if (path.exists() or path.is_symlink()) and not path.is_file():
+        raise CheckpointError(f"{path} is no file, or a link to none", field=path.name)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises CheckpointError when there is none."""
     try:
-        if file.exists() and not file.is_file():  # reading from a pipe would never end
-            raise CheckpointError(f"{file} is no file", field=file.name)
+        require_file(file)
         content = msgspec.json.decode(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} is no checkpoint: it has no {file.name}", field=file.name) from None

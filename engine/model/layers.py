@@ -103,6 +103,9 @@ class Parameters:
         """The values of one that is used as it is, where the model runs; a quantised one's are computed anew."""
         return self._matrices.tensor(self.stored(name))
 
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._parameters
+
     def stored(self, name: str) -> Parameter:
         """A parameter as it was loaded, on the host: a matrix is carried nowhere before its format is known."""
         return self._parameters[self._prefix + name]

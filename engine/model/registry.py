@@ -62,6 +62,7 @@ def _alone(partial: Tensor) -> Tensor:
 def _check(
     parameters: Mapping[str, Parameter], specs: dict[str, ParameterSpec], shard: Shard, dtype: torch.dtype
 ) -> None:
+    specs = {name: spec for name, spec in specs.items() if name in parameters or spec.tied_to is None}
     for name in [*(specs.keys() - parameters.keys()), *(parameters.keys() - specs.keys())]:
         raise CheckpointError(f"parameter {name} is {'missing' if name in specs else 'left over'}", field=name)
     for name, spec in specs.items():

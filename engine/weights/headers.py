@@ -8,6 +8,7 @@ into (https://huggingface.co/docs/safetensors, "Format").
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.model.fields import read_json
+from cierzo.engine.model.fields import naming_unreadable, read_json, require_file
+from cierzo.engine.weights.adapters import refuse_lone_adapter
 from cierzo.engine.weights.layout import PARAMS_NAME, CheckpointFormat, find_format
+
+_log = logging.getLogger(__name__)
 
 DTYPE_BITS: Mapping[str, int] = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
@@ -53,10 +57,12 @@ def read_checkpoint_headers(folder: Path) -> tuple[CheckpointFormat, dict[str, T
     truncated or malformed; a tensor that the index places in a shard that lacks it, that a shard holds and the
     index does not name, or that two shards hold; a quantisation that is unknown, or not declared.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: a checkpoint is a folder with config.json", value=folder)
-    format = find_format(folder)
-    placed = _read_index(folder, format)
+    with naming_unreadable(folder):
+        if not folder.is_dir():
+            message = f"{folder} is not a folder: a checkpoint is a folder with config.json"
+            raise CheckpointError(message, value=folder)
+        format = find_format(folder)
+        placed = _find_tensors(folder, format)
     tensors = read_shard_header(placed) if isinstance(placed, Path) else _read_shards(folder, placed)
     for info in tensors.values():
         if format.scheme == "plain" and info.dtype.startswith(("F8", "F4")):
@@ -72,6 +78,7 @@ def read_checkpoint_headers(folder: Path) -> tuple[CheckpointFormat, dict[str, T
 def read_shard_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, after checking that the file is exactly as long as they need."""
     try:
+        require_file(path)
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -100,7 +107,7 @@ def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> dict[s
             shape = tuple(int(size) for size in entry["shape"])
             begin, end = (int(offset) for offset in entry["data_offsets"])
             num_bytes = math.prod(shape) * DTYPE_BITS[entry["dtype"]] // 8
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path}: tensor {name}: malformed entry ({error!r})", field=name) from error
         if end - begin != num_bytes or min(shape, default=0) < 0:
             raise CheckpointError(
@@ -126,27 +133,50 @@ def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> dict[s
     return {info.name: info for _, _, info in spans}
 
 
-def _read_index(folder: Path, format: CheckpointFormat) -> dict[str, str] | Path:
-    """Tensor name -> shard file name as the index says it; the file alone for a checkpoint of one file."""
+def _find_tensors(folder: Path, format: CheckpointFormat) -> dict[str, str] | Path:
+    """Tensor name -> shard file name as the index says it; the file alone for a checkpoint of one file.
+
+    A single file has precedence over an index beside it, as in transformers, unless the index makes it one shard of
+    several.
+    """
     index_path = folder / f"{format.stem}.safetensors.index.json"
     single_path = folder / f"{format.stem}.safetensors"
+    require_file(index_path)
+    require_file(single_path)
+    if not single_path.exists():
+        if not index_path.exists():
+            raise _no_tensors(folder, format, f"{index_path.name} nor {single_path.name}")
+        return _read_index(index_path)
     if not index_path.exists():
-        if single_path.exists():
-            return single_path
-        patterns = (_OTHER_FORMATS[format.layout], *_UNREADABLE)
-        others = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
-        missing = f"{folder} holds neither {index_path.name} nor {single_path.name}"
-        raise CheckpointError(missing + _hint(others), field=index_path.name)
-    if single_path.exists():
-        raise CheckpointError(
-            f"{folder} holds both {index_path.name} and {single_path.name}", field=index_path.name
+        return single_path
+    placed = _read_index(index_path)
+    others = sorted({*placed.values()} - {single_path.name})
+    if others and single_path.name in placed.values():
+        return placed
+    if others:
+        _log.warning(
+            "%s: %s names %s and not the %s beside it; this file is read, as transformers reads it, and the "
+            "others are not: remove what is not meant",
+            *(folder, index_path.name, ", ".join(others), single_path.name),
         )
-    placed = read_json(index_path).get("weight_map")
+    return single_path
+
+
+def _no_tensors(folder: Path, format: CheckpointFormat, wanted: str) -> CheckpointError:
+    """What the folder lacks, and what it holds instead."""
+    refuse_lone_adapter(folder)
+    patterns = (_OTHER_FORMATS[format.layout], *_UNREADABLE)
+    others = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+    return CheckpointError(f"{folder} holds neither {wanted}{_hint(others)}", field=wanted.split()[0])
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or not placed:
-        raise CheckpointError(f"{index_path}: weight_map is missing or empty", field="weight_map")
+        raise CheckpointError(f"{path}: weight_map is missing or empty", field="weight_map")
     for name, file in placed.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index_path}: tensor {name}: {file!r} is no file name", field=name)
+        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
+            raise CheckpointError(f"{path}: tensor {name}: {file!r} is no file name", field=name)
     return placed
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, read_model_config
+from cierzo.engine.weights.adapters import REMEDY, adapter_files
 from cierzo.engine.weights.headers import TensorInfo, read_checkpoint_headers
 from cierzo.engine.weights.layout import CheckpointFormat
 from cierzo.engine.weights.names import PACKED, map_names
@@ -49,6 +50,7 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
     num_shards: int
     kv_bytes_per_token: int
     has_tokenizer: bool
+    adapters: tuple[str, ...]
 
     @property
     def parameters(self) -> int:
@@ -79,6 +81,8 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
         yield "KV cache", f"{self.kv_bytes_per_token:,} bytes per token in bfloat16"
         tokenizer = _TOKENIZER_FILE if self.has_tokenizer else "none: prompts are token ids"
         yield "tokenizer", tokenizer
+        if self.adapters:
+            yield "adapter", f"{', '.join(self.adapters)}: NOT applied; {REMEDY}"
 
 
 def describe(path: Path | str) -> CheckpointInfo:
@@ -101,6 +105,7 @@ def describe(path: Path | str) -> CheckpointInfo:
         num_shards=len({info.file for info in tensors.values()}),
         kv_bytes_per_token=layout.bytes_per_token,
         has_tokenizer=(folder / _TOKENIZER_FILE).is_file(),
+        adapters=adapter_files(folder),
     )
 
 
@@ -135,8 +140,8 @@ def _component(name: str) -> str:
 
 def _active(component: str, parameters: Counter[str], model: ModelConfig) -> int:
     """How many of a component's parameters take part in one token's computation."""
-    if component == "embedding":  # a tied one is the output head as well
-        return parameters[component] if model.tie_word_embeddings else 0
+    if component == "embedding":  # a tied one is the output head as well, unless one is stored
+        return parameters[component] if model.tie_word_embeddings and "output head" not in parameters else 0
     if component in ("vision", "other"):
         return 0
     if component == "routed experts" and model.moe is not None:

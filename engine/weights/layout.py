@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cierzo.engine.model.fields import Fields, read_json
+from cierzo.engine.weights.adapters import refuse_lone_adapter
 
 _log = logging.getLogger(__name__)
 
@@ -78,12 +79,15 @@ def find_format(folder: Path) -> CheckpointFormat:
     """Layout and scheme of a folder, from its config.json or params.json alone.
 
     Raises CheckpointError naming field, limit and value where the file is missing or malformed, or declares
-    weights of any other kind.
+    weights of any other kind; also where the folder holds an adapter alone.
     """
     layout = find_layout(folder)
     if layout == "native":
         return CheckpointFormat(layout, _native_scheme(Fields(read_json(folder / PARAMS_NAME), file=PARAMS_NAME)))
+    if not (folder / CONFIG_NAME).exists():
+        refuse_lone_adapter(folder)
     outer = Fields(read_json(folder / CONFIG_NAME))
+    outer.only("transformers_weights", (None,), default=None)  # has transformers read another file than model.*
     sections = [outer, outer.section("text_config")] if outer.has("text_config") else [outer]
     declared = [section.section("quantization_config") for section in sections if _declares(section)]
     for one in declared:
@@ -92,7 +96,8 @@ def find_format(folder: Path) -> CheckpointFormat:
 
 
 def _has_tensors(folder: Path, layout: Layout) -> bool:
-    return any(folder.glob(f"{_FILE_STEM[layout]}*.safetensors"))
+    stem = _FILE_STEM[layout]
+    return any(any(folder.glob(name)) for name in (f"{stem}*.safetensors", f"{stem}.safetensors.index.json"))
 
 
 def _declares(fields: Fields) -> bool:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.weights.adapters import REMEDY, adapter_files
 from cierzo.engine.weights.headers import TensorInfo
 from cierzo.engine.weights.names import NameMap, map_names
 from cierzo.engine.weights.quantised import Parameter
 from cierzo.engine.weights.reader import CheckpointReader, Range
-from cierzo.engine.weights.stored import check_matrix, check_plain, is_stored, read_stored
+from cierzo.engine.weights.stored import check_matrix, is_stored, read_stored
 
 _log = logging.getLogger(__name__)
 
@@ -23,14 +24,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """What a model expects of one parameter, and how it is cut among ranks.
+    """A parameter that a model expects, and how it is cut among ranks.
 
     shape: the whole, unsharded shape, as the checkpoint stores it ([out, in] for a linear layer).
     shard_axis: the axis cut into `world` equal slices; None: every rank holds the whole.
     sections: how many equal sections the shard axis consists of, each cut on its own (2 for a fused gate_up,
         so that a rank gets its slice of the gate and its slice of the up projection, in this order).
-    twin: a parameter that is this one by definition (the head, where embeddings are tied). Checkpoints rarely store
-        it; one that does must store the same values.
+    tied_to: the parameter that takes this one's place (of the head, the embedding) where the checkpoint stores this
+        one not at all or with the same values. With values of its own it is loaded, as transformers 5 loads it.
     rotated_heads: how many heads the rows consist of whose values the rotary embedding pairs as (i, i + d/2).
         Mistral-native checkpoints store such rows in the order of pairs (2i, 2i+1), and are brought into this one.
     """
@@ -38,7 +39,7 @@ class ParameterSpec:
     shape: tuple[int, ...]
     shard_axis: int | None = None
     sections: int = 1
-    twin: str | None = None
+    tied_to: str | None = None
     rotated_heads: int | None = None
 
 
@@ -59,16 +60,16 @@ def load_parameters(
     slices are read.
     A parameter that is quantised, stored expert by expert or in another order is a StoredParameter, whose values
     are computed when it is packed. On the CPU any other whose dtype agrees aliases the mapped file, so that loading
-    costs nothing until it is touched: parameters must not be written to.
+    costs nothing until it is touched: parameters must not be written to. A parameter that is tied to another is
+    left out, unless it has values of its own.
 
     progress: called with (bytes done, bytes in all) after each parameter.
     Raises CheckpointError naming the tensor, and what was expected and found, when one is missing, left over, of
-    another shape or of no dtype that fits, or differs from its twin; ValueError when a shape does not divide
-    among `world` ranks.
+    another shape or of no dtype that fits; ValueError when a shape does not divide among `world` ranks.
     """
     mapped = map_names(reader.tensors, reader.format)
     _check_complete(reader.tensors, specs, mapped)
-    _check_twins(reader, specs, mapped)
+    specs = {name: spec for name, spec in specs.items() if not _is_twin(reader, mapped, name, spec, dtype)}
     _log_skipped(reader, mapped)
     total_bytes = sum(_stored_bytes(reader, name, mapped) for name in specs)
     done_bytes = 0
@@ -110,16 +111,16 @@ def rank_ranges(spec: ParameterSpec, rank: int, world: int) -> list[Range]:
 
 def _check_complete(tensors: Mapping[str, TensorInfo], specs: Mapping[str, ParameterSpec], mapped: NameMap) -> None:
     """Every spec has its tensor or its experts, of the right shape and kind, and every tensor has its spec."""
-    missing = [name for name in specs if name not in mapped.whole and name not in mapped.experts]
+    absent = [name for name in specs if name not in mapped.whole and name not in mapped.experts]
+    missing = [name for name in absent if specs[name].tied_to is None]
     if missing:
         raise CheckpointError(f"tensor {missing[0]} is missing{_others(missing)}", field=missing[0])
     used: set[str] = set()
     for name, spec in specs.items():
         if name in mapped.whole:
             used.update(check_matrix(tensors, mapped, mapped.whole[name], spec.shape))
-        else:
+        elif name in mapped.experts:
             used.update(_check_experts(tensors, mapped, name, spec.shape))
-    used.update(mapped.whole[twin] for twin in _stored_twins(specs, mapped).values())
     used.update(mapped.vision, mapped.ignored)
     left_over = [name for name in tensors if name not in used]
     if left_over:
@@ -128,22 +129,24 @@ def _check_complete(tensors: Mapping[str, TensorInfo], specs: Mapping[str, Param
         )
 
 
-def _stored_twins(specs: Mapping[str, ParameterSpec], mapped: NameMap) -> dict[str, str]:
-    """Parameter -> its twin, where the checkpoint has one."""
-    return {name: spec.twin for name, spec in specs.items() if spec.twin is not None and spec.twin in mapped.whole}
-
-
-def _check_twins(reader: CheckpointReader, specs: Mapping[str, ParameterSpec], mapped: NameMap) -> None:
-    """A twin with values of its own contradicts the config: whichever were used could be the wrong one."""
-    for name, twin in _stored_twins(specs, mapped).items():
-        check_plain(reader.tensors[mapped.whole[twin]], specs[name].shape)
-        tensor = reader.read(mapped.whole[name])
-        if not torch.equal(tensor, reader.read(mapped.whole[twin]).to(tensor.dtype)):
-            raise CheckpointError(
-                f"tensors {mapped.whole[twin]} and {mapped.whole[name]} differ, but the config ties them "
-                "(tie_word_embeddings)",
-                field=mapped.whole[twin],
-            )
+def _is_twin(reader: CheckpointReader, mapped: NameMap, name: str, spec: ParameterSpec, dtype: torch.dtype) -> bool:
+    """Whether a parameter is nothing but the one that it is tied to. One that is stored with other values is not:
+    the flag that ties them is then a default that somebody left, and the values are what was trained."""
+    if spec.tied_to is None:
+        return False
+    if name not in mapped.whole:
+        return True
+    names = mapped.whole[name], mapped.whole[spec.tied_to]
+    if not any(is_stored(reader.tensors, mapped, one, None) for one in (name, spec.tied_to)):
+        own, other = (reader.read(tensor) for tensor in names)
+        if torch.equal(own.to(dtype), other.to(dtype)):
+            return True
+    _log.warning(
+        "%s: the config ties %s to %s (tie_word_embeddings), and the checkpoint stores both with different values: "
+        "each is used as it is stored",
+        *(reader.folder, *names),
+    )
+    return False
 
 
 def _check_experts(
@@ -162,6 +165,12 @@ def _check_experts(
 
 
 def _log_skipped(reader: CheckpointReader, mapped: NameMap) -> None:
+    adapters = adapter_files(reader.folder)
+    if adapters:
+        _log.warning(
+            "%s holds an adapter (%s), which is NOT applied: the base model answers. To use the adapter, %s",
+            *(reader.folder, ", ".join(adapters), REMEDY),
+        )
     if mapped.vision:
         _log.info("%s: %d vision tensors skipped: text only", reader.folder, len(mapped.vision))
     skipped = sum("activation scale" in roles for roles in mapped.companions.values())

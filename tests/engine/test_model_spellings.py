@@ -38,7 +38,7 @@ SPELLINGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         BOTH,
         {"rope_parameters": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 16},
     ),
-    "yarn, original length outside": (BOTH, {"rope_parameters": YARN, "original_max_position_embeddings": 16}),
+    "yarn, original length outside": (BOTH, {"rope_parameters": YARN, "original_max_position_embeddings": 256}),
     "yarn, factor null": (BOTH, {"rope_parameters": {**YARN, "factor": None}, "max_position_embeddings": 64}),
     "yarn, factor null and the model shorter": (
         BOTH,
@@ -134,6 +134,7 @@ REFUSED: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (BOTH, {"rope_scaling": {**YARN, "truncate": False}}, "rope_scaling.truncate"),
     (BOTH, {"rope_scaling": {**YARN, "truncate": None}}, "rope_scaling.truncate"),  # counts as false there
     (BOTH, {"rope_parameters": {"full_attention": OTHER}}, "rope_parameters.full_attention"),
+    (BOTH, {"transformers_weights": "other.safetensors"}, "transformers_weights"),
     (BOTH, {"tie_word_embeddings": None}, "tie_word_embeddings"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.model.config import read_model_config
 from cierzo.engine.weights.headers import INDEX_NAME, SINGLE_NAME
+from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.reader import CheckpointReader
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -51,6 +55,11 @@ def only_single(folder: Path) -> None:
     (folder / FIRST).rename(folder / SINGLE_NAME)
 
 
+def header(text: str) -> bytes:
+    """A file of nothing but this header."""
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
 def wrong_span(folder: Path) -> None:
     """The header claims one element more than it has bytes for."""
     data = (folder / SECOND).read_bytes()
@@ -79,13 +88,16 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: [(f / INDEX_NAME).rename(f / "old"), (f / FIRST).rename(f / "consolidated.safetensors")],
         "consolidated.safetensors would need params.json beside it",
     ),
-    "index and single file": (lambda f: save_file({"d": torch.ones(1)}, f / SINGLE_NAME), "holds both"),
     "index not JSON": (lambda f: (f / INDEX_NAME).write_text("nonsense"), "index.json cannot be read"),
     "index empty": (lambda f: write(f / INDEX_NAME, {"weight_map": {}}), "weight_map is missing or empty"),
     "index leads out": (
         lambda f: edit_index(f, c="../secret.safetensors"),
         "c: '../secret.safetensors' is no file",
     ),
+    "index names a path": (lambda f: edit_index(f, c=f"{f}/{SECOND}"), f"{SECOND}' is no file name"),
+    "index names the folder": (lambda f: edit_index(f, c=".."), r"c: '\.\.' is no file name"),
+    "index names nothing": (lambda f: edit_index(f, c=""), "c: '' is no file name"),
+    "index names what is no name": (lambda f: edit_index(f, c="a\0b"), "header cannot be read: embedded null"),
     "no shard": (lambda f: (f / SECOND).unlink(), f"{SECOND} is missing"),
     "shard cut by a byte": (lambda f: cut(f / SECOND, 1), f"{SECOND} is truncated.*tensor c"),
     "shard cut in its header": (lambda f: os.truncate(f / FIRST, 20), f"{FIRST} is truncated: 20 bytes"),
@@ -96,6 +108,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "header cannot be read",
     ),
     "header not JSON": (lambda f: (f / SECOND).write_bytes(b"\x04" + b"\0" * 7 + b"{{{{"), "header cannot be read"),
+    "header with an endless shape": (
+        lambda f: (f / SECOND).write_bytes(header('{"c":{"dtype":"F16","shape":[Infinity],"data_offsets":[0,2]}}')),
+        f"{SECOND}: tensor c: malformed entry",
+    ),
+    "header with endless data": (
+        lambda f: (f / SECOND).write_bytes(header('{"c":{"dtype":"F16","shape":[1],"data_offsets":[0,Infinity]}}')),
+        f"{SECOND}: tensor c: malformed entry",
+    ),
     "header lies": (wrong_span, r"tensor c: 10 bytes for F16 \[6\]"),
     "index names more": (lambda f: edit_index(f, d=SECOND), f"{SECOND} lacks tensor d"),
     "index names the other shard": (lambda f: edit_index(f, c=FIRST, b=SECOND), f"{FIRST} lacks tensor c|{SECOND}"),
@@ -113,6 +133,60 @@ def test_broken_checkpoints_are_refused_by_name(folder: Path, case: str) -> None
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         CheckpointReader(folder)
+
+
+DOORS: dict[str, Callable[[Path], object]] = {
+    "read_model_config": read_model_config,
+    "describe": describe,
+    "CheckpointReader": CheckpointReader,
+    "resolve": lambda folder: resolve(EngineOptions(model=str(folder), kv_cache_gib=0.01)),
+}
+NO_FILE: dict[str, Callable[[Path], object]] = {
+    "folder": lambda path: path.mkdir(),
+    "loop": lambda path: path.symlink_to(path.name),
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+    "pipe": os.mkfifo,  # whose reader would wait for ever
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", NO_FILE)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX_NAME, SECOND, SINGLE_NAME])
+def test_what_is_no_file_is_named(folder: Path, name: str, kind: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    NO_FILE[kind](folder / name)
+    read = read_model_config if "config" in name else CheckpointReader
+    with pytest.raises(CheckpointError, match=rf"{name} is no file, or a link to none") as caught:
+        read(folder)
+    assert caught.value.field == name
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX_NAME, FIRST])
+def test_an_empty_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"")
+    read = read_model_config if "config" in name else CheckpointReader
+    with pytest.raises(CheckpointError, match=name):
+        read(folder)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "loop", "config.json", "missing"])
+def test_a_folder_that_is_none(folder: Path, name: str, door: str) -> None:
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError):
+        DOORS[door](folder / name)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_folder_without_permission(folder: Path, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a folder that may not be searched answers; the superuser may search any."""
+
+    def stat(path: Path, **_: object) -> os.stat_result:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Permission denied"):
+        DOORS[door](folder)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
