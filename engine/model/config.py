@@ -148,14 +148,15 @@ def named_model_config(name: str) -> ModelConfig | None:
 
 
 def _generation_config(path: Path) -> Fields:
-    """generation_config.json; nothing where there is none."""
+    """The fields of generation_config.json; none where there is no such file."""
     file = path / "generation_config.json"
     require_file(file)
     return Fields(read_json(file) if file.exists() else {}, file=file.name)
 
 
 def _read_config(outer: Fields, ends_elsewhere: bool = False) -> ModelConfig:
-    """ends_elsewhere: generation_config.json names end-of-text ids, so that the class's default is not meant."""
+    """Read a config.json. ends_elsewhere: generation_config.json names end-of-text ids, so that the default of
+    transformers' class is not meant."""
     fields = outer
     if outer.string("model_type") == "mistral3":
         fields = outer.section("text_config")

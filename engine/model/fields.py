@@ -74,7 +74,7 @@ class Fields:
                 self._inherited[name] = outer._field(name)
 
     def fill_in(self, defaults: Mapping[str, Any]) -> None:
-        """Give each field that is missing its value in `defaults`; so also an object that is null."""
+        """Give each field that is missing its value in `defaults`. An object that is null counts as missing."""
         for name, value in defaults.items():
             if name not in self._values or (isinstance(value, dict) and self._values[name] is None):
                 self._values[name] = value

@@ -11,15 +11,16 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.weights.folder import new_folder
-from cierzo.engine.weights.gguf_tokenizer import write_tokenizer
+from cierzo.engine.weights.gguf_metadata import LlamaShape, read_section, read_shape
+from cierzo.engine.weights.gguf_tokenizer import TOKENIZER, read_tokenizer
 from cierzo.engine.weights.writer import TensorPlan, write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -84,12 +85,15 @@ def convert_gguf(source: Path, target: Path, *, progress: bool = False) -> None:
     """Write the llama-architecture GGUF file `source` as a checkpoint folder `target`, whole or not at all.
 
     Raises CheckpointError if the library gguf is missing, if the file is none of GGUF or of another architecture
-    or tokenizer, if it holds a tensor without a place, if `target` exists, or if the disk is too full.
+    or tokenizer, if its metadata ask for what the checkpoint cannot say or the engine cannot compute (the key is
+    named), if it holds a tensor without a place, if `target` exists, or if the disk is too full.
     """
-    reader = _open(source)
-    shape = _read_shape(reader)
-    tensors = {_parameter_name(tensor.name): tensor for tensor in reader.tensors}
-    plans = [TensorPlan(name, _row_major(tensor), "F32") for name, tensor in tensors.items()]
+    with _damage_named(source):
+        reader = _open(source)
+        tokenizer = read_tokenizer(reader, read_section(reader, TOKENIZER, source.name))
+        shape = read_shape(reader, source.name, len(tokenizer.tokens))
+        tensors = {_parameter_name(tensor.name): tensor for tensor in reader.tensors}
+        plans = [TensorPlan(name, _row_major(tensor), "F32") for name, tensor in tensors.items()]
     with new_folder(target, num_bytes=sum(plan.num_bytes for plan in plans)) as folder:
         write_tensors(
             folder,
@@ -99,34 +103,9 @@ def convert_gguf(source: Path, target: Path, *, progress: bool = False) -> None:
             progress=progress,
             label=f"converting {source.name}",
         )
-        tied = "lm_head.weight" not in tensors
-        special = write_tokenizer(folder, reader)
-        ids = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
-        write_json(folder / "config.json", {**_llama_config(shape, tied), **ids})
-        write_json(folder / "generation_config.json", ids)
-
-
-@dataclass(frozen=True, slots=True)
-class _LlamaShape:
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    context_length: int
-    rope_theta: float
-    rms_norm_eps: float
-
-
-def read_field(reader: GGUFReader, key: str, default: Any = None) -> Any:
-    """The value of one metadata field; raises CheckpointError if it is absent and no default is given."""
-    field = reader.get_field(key)
-    if field is not None:
-        return field.contents()
-    if default is None:
-        raise CheckpointError(f"the GGUF file lacks {key}", field=key)
-    return default
+        tokenizer.write(folder)
+        write_json(folder / "config.json", {**shape.config("lm_head.weight" not in tensors), **tokenizer.ids})
+        write_json(folder / "generation_config.json", tokenizer.ids)
 
 
 def _open(source: Path) -> GGUFReader:
@@ -134,32 +113,18 @@ def _open(source: Path) -> GGUFReader:
         from gguf import GGUFReader
     except ImportError:
         raise CheckpointError("converting needs the library gguf: pip install gguf", field="package") from None
+    return GGUFReader(source)
+
+
+@contextmanager
+def _damage_named(source: Path) -> Iterator[None]:
+    """Turn what the library gguf raises for a damaged file, which is anything, into a CheckpointError."""
     try:
-        return GGUFReader(source)
-    except (OSError, ValueError) as error:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise CheckpointError(f"{source} cannot be read as GGUF: {error}", field="path", value=source) from error
-
-
-def _read_shape(reader: GGUFReader) -> _LlamaShape:
-    architecture = read_field(reader, "general.architecture")
-    if architecture != "llama":
-        raise CheckpointError(
-            f"GGUF architecture {architecture!r} is not supported, only 'llama'",
-            field="general.architecture",
-            value=architecture,
-        )
-    num_heads = int(read_field(reader, "llama.attention.head_count"))
-    return _LlamaShape(
-        num_layers=int(read_field(reader, "llama.block_count")),
-        hidden_size=int(read_field(reader, "llama.embedding_length")),
-        intermediate_size=int(read_field(reader, "llama.feed_forward_length")),
-        num_heads=num_heads,
-        num_kv_heads=int(read_field(reader, "llama.attention.head_count_kv", num_heads)),
-        vocab_size=len(read_field(reader, "tokenizer.ggml.tokens")),
-        context_length=int(read_field(reader, "llama.context_length")),
-        rope_theta=float(read_field(reader, "llama.rope.freq_base", 10000.0)),
-        rms_norm_eps=float(read_field(reader, "llama.attention.layer_norm_rms_epsilon")),
-    )
 
 
 def _parameter_name(gguf_name: str) -> str:
@@ -175,15 +140,24 @@ def _row_major(tensor: ReaderTensor) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))  # GGUF lists the fastest axis first
 
 
-def _dequantised(name: str, tensor: ReaderTensor, shape: _LlamaShape) -> Iterator[np.ndarray]:
+def _dequantised(name: str, tensor: ReaderTensor, shape: LlamaShape) -> Iterator[np.ndarray]:
     """The whole tensor in float32, its rows in the order of `LlamaForCausalLM`."""
     from gguf.quants import dequantize
 
-    weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    if name.endswith("q_proj.weight"):
-        weight = unpermute(weight, shape.num_heads)
-    elif name.endswith("k_proj.weight"):
-        weight = unpermute(weight, shape.num_kv_heads)
+    try:
+        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    except NotImplementedError as error:
+        raise CheckpointError(f"the GGUF tensor {tensor.name}: {error}", field=tensor.name) from error
+    heads = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads}.get(name.split(".")[-2])
+    if heads is not None:
+        if weight.shape[0] != heads * shape.head_dim:
+            raise CheckpointError(
+                f"the GGUF tensor {tensor.name} has {weight.shape[0]} rows, expected {heads} x {shape.head_dim}",
+                field=tensor.name,
+                limit=heads * shape.head_dim,
+                value=weight.shape[0],
+            )
+        weight = unpermute(weight, heads)
     yield weight
 
 
@@ -196,28 +170,6 @@ def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
     rows, columns = weight.shape
     paired = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
     return paired.swapaxes(1, 2).reshape(rows, columns)
-
-
-def _llama_config(shape: _LlamaShape, tied: bool) -> dict[str, object]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "float32",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "hidden_act": "silu",
-        "head_dim": shape.hidden_size // shape.num_heads,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "max_position_embeddings": shape.context_length,
-        "num_attention_heads": shape.num_heads,
-        "num_hidden_layers": shape.num_layers,
-        "num_key_value_heads": shape.num_kv_heads,
-        "rms_norm_eps": shape.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "tie_word_embeddings": tied,
-        "vocab_size": shape.vocab_size,
-    }
 
 
 def _digest(path: Path) -> str:

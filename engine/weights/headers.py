@@ -154,10 +154,11 @@ def _find_tensors(folder: Path, format: CheckpointFormat) -> dict[str, str] | Pa
     if others and single_path.name in placed.values():
         return placed
     if others:
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         _log.warning(
-            "%s: %s names %s and not the %s beside it; this file is read, as transformers reads it, and the "
-            "others are not: remove what is not meant",
-            *(folder, index_path.name, ", ".join(others), single_path.name),
+            "%s: %s names %s%s and not the %s beside it; this file is read, as transformers reads it, and what the "
+            "index names is not: remove what is not meant",
+            *(folder, index_path.name, others[0], more, single_path.name),
         )
     return single_path
 
