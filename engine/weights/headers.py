@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cierzo.engine.errors import CheckpointError
@@ -172,12 +172,15 @@ def _no_tensors(folder: Path, format: CheckpointFormat, wanted: str) -> Checkpoi
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> the file of it, which may lie in a folder below that of the index."""
     placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{path}: weight_map is missing or empty", field="weight_map")
     for name, file in placed.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
+        inside = PurePosixPath(file) if isinstance(file, str) else PurePosixPath()
+        if inside.is_absolute() or ".." in inside.parts or not inside.name:
             raise CheckpointError(f"{path}: tensor {name}: {file!r} is no file name", field=name)
+        placed[name] = str(inside)  # "./a" is "a"
     return placed
 
 
@@ -203,7 +206,7 @@ def _read_shards(folder: Path, placed: dict[str, str]) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"tensor {name} is in both {tensors[name].file} and {info.file}", field=name)
             tensors[name] = info
     for name, file in placed.items():
-        if name not in tensors or tensors[name].file.name != file:
+        if name not in tensors or tensors[name].file != folder / file:
             raise CheckpointError(f"{folder / file} lacks tensor {name}, which the index places there", field=name)
     for name in tensors:
         if name not in placed:

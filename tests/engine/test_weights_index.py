@@ -117,6 +117,17 @@ def test_an_index_that_makes_the_single_file_a_shard(folder: Path, caplog: pytes
     assert not warnings(caplog)
 
 
+def test_shards_in_a_folder_below(folder: Path) -> None:
+    tensors = shifted(folder)
+    (folder / SINGLE).unlink()
+    (folder / "shards").mkdir()
+    save_file({NORM: tensors.pop(NORM)}, folder / "shards" / SINGLE, metadata=METADATA)
+    save_file(tensors, folder / OTHER, metadata=METADATA)
+    write_index(folder, {NORM: f"shards/{SINGLE}", **dict.fromkeys(tensors, f"./{OTHER}")})
+    theirs, ours = norms(folder)
+    assert torch.equal(ours, theirs)
+
+
 def test_mistrals_own_layout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     single = "consolidated.safetensors"
     folder = Published(SMALL3, "native").write(tmp_path)
