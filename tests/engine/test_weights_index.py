@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,18 @@ NORM = "model.norm.weight"
 METADATA = {"format": "pt"}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint in one file."""
-    transformers_logits(write_config(tmp_path, {"model_type": "llama", **DENSE}))
-    return tmp_path
+    folder = write_config(tmp_path_factory.mktemp("source"), {"model_type": "llama", **DENSE})
+    transformers_logits(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(source: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint."""
+    return shutil.copytree(source, tmp_path / "copy")
 
 
 def write_index(folder: Path, placed: dict[str, str], stem: str = "model") -> None:
