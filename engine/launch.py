@@ -134,10 +134,8 @@ def load_prompts(config: EngineConfig) -> tuple[EngineConfig, PromptEncoder]:
     token_id = tokenizer.eos_token_id
     if token_id is None or token_id >= model.vocab_size:
         known = "not in tokenizer.json" if token_id is None else f"id {token_id}"
-        log.warning(
-            "the tokenizer's eos_token %r is %s: the model, with vocab_size %d, can never say it",
-            *(tokenizer.eos_token, known, model.vocab_size),
-        )
+        text = "the tokenizer's eos_token %r, %s, is left out: a vocabulary of %d lacks it"
+        log.info(text, tokenizer.eos_token, known, model.vocab_size)
         return config, prompts
     eos_token_ids = tuple(dict.fromkeys((*model.eos_token_ids, token_id)))
     model = msgspec.structs.replace(model, eos_token_ids=eos_token_ids)

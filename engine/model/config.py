@@ -126,7 +126,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def read_model_config(path: Path) -> ModelConfig:
     """Read `path`/config.json, or params.json where that is the layout of the folder (`find_layout`), and the
     end-of-text ids of `path`/generation_config.json where there is one. A quantisation that cannot be loaded is
-    refused here already. Ids beyond the vocabulary are left out with a warning."""
+    refused here already. Ids beyond the vocabulary are left out."""
     with naming_unreadable(path):
         layout = find_format(path).layout
         generation = _generation_config(path)

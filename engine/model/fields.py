@@ -156,16 +156,16 @@ class Fields:
             raise self.error(name, value, " or ".join(_json(one) for one in supported) + " (others unsupported)")
 
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing. An id beyond the vocabulary, which no step can choose, is left
-        out with a warning."""
+        """A token id, a list of them, or nothing. An id beyond the vocabulary is left out, and the log says so: no
+        step can choose it, so that nothing is lost, but as an index into the logits it would do harm."""
         value = self.get(name, None)
         listed = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in listed):
             raise self.error(name, value, "a token id or a list of token ids")
         for token_id in listed:
             if token_id >= vocab_size:
-                beyond = self.error(name, token_id, f"below vocab_size {vocab_size}")
-                _log.warning("token id %d is ignored, as no step can choose it: %r", token_id, beyond)
+                what = f"{self._file}: {self._field(name)}"
+                _log.info("%s holds %d, which a vocabulary of %d lacks: it is left out", what, token_id, vocab_size)
         return tuple(token_id for token_id in listed if token_id < vocab_size)
 
     def token_id(self, name: str, vocab_size: int) -> int | None:

@@ -171,9 +171,10 @@ def test_info_says_that_there_is_no_length(tmp_path: Path) -> None:
 
 
 def test_fixed_ids_beyond_a_tiny_vocabulary_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     config = read(tmp_path, DENSE | {"vocab_size": 2})
     assert (config.bos_token_id, config.eos_token_ids) == (1, ())
-    assert "params.json: eos_token_id is 2, must be below vocab_size 2" in caplog.text
+    assert "params.json: eos_token_id holds 2, which a vocabulary of 2 lacks" in caplog.text
 
 
 @pytest.mark.parametrize(
