@@ -23,7 +23,7 @@ from cierzo.bench.machine import Ceilings, describe_machine, measure_ceilings
 from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
 from cierzo.bench.report import check_writable
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.engine.errors import CierzoError, ConfigError, refusal
 from cierzo.engine.options import add_options, chosen
 from cierzo.engine.roofline.device import Calibration, Device, Kind, MeasuredShare, Rate
 from cierzo.engine.roofline.step_model import StepModel
@@ -139,12 +139,15 @@ def mean_device(devices: list[Device]) -> Device:
 
 def read_calibration(path: Path, options: EngineOptions) -> Device:
     """A file that this module has written for these options. Raises ConfigError for any other."""
+    limit, given = "a file that cierzo.bench.calibrate has written", str(path)
     try:
         device = msgspec.json.decode(path.read_bytes(), type=Device)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"calibration {path}: {error}", field="calibration", value=path) from error
+    except OSError as error:
+        raise refusal("calibration", limit, given, error.strerror or str(error)) from error
+    except msgspec.MsgspecError as error:
+        raise refusal("calibration", limit, given, str(error)) from error
     if device.calibration is None:
-        raise ConfigError(f"calibration {path}: a device, but not a calibration", field="calibration", value=path)
+        raise refusal("calibration", limit, given, "a device, but not a calibration")
     wanted = stamp_of(resolve(options))
     for name in Calibration.__struct_fields__:
         ours, theirs = getattr(wanted, name), getattr(device.calibration, name)

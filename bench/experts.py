@@ -17,9 +17,10 @@ from typing import Any
 
 import msgspec
 
+from cierzo.bench.arguments import MAX_SEED, finite, positive, seed
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.traces import random_prompt
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.expert_statistics import ExpertStatistics, independent_distinct
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import SamplingParams
@@ -62,14 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "FILE",
             "lines of text; in a .jsonl file each is a JSON string, or a list of token ids",
         ),
-        ("--requests", int, "N", f"in all; default: the lines of FILE, or {RANDOM_REQUESTS} random prompts"),
-        ("--concurrency", int, "C", "sequences that run at once; default: 8"),
-        ("--input-tokens", int, "N", "length of a random prompt, tokens; default: 128"),
-        ("--output-tokens", int, "N", "length of an answer, tokens; default: 32"),
-        ("--temperature", float, "X", "default: 0, greedy"),
+        ("--requests", positive, "N", f"in all; default: the lines of FILE, or {RANDOM_REQUESTS} random prompts"),
+        ("--concurrency", positive, "C", "sequences that run at once; default: 8"),
+        ("--input-tokens", positive, "N", "length of a random prompt, tokens; default: 128"),
+        ("--output-tokens", positive, "N", "length of an answer, tokens; default: 32"),
+        ("--temperature", finite, "X", "default: 0, greedy"),
         ("--weights", str, "FORMAT", "number format of the weights; default: the checkpoint's dtype"),
         ("--device", str, "cpu|cuda", "where it runs; default: the CPU"),
-        ("--seed", int, "N", "of random prompts and answers; default: 0"),
+        ("--seed", seed, "N", "of random prompts and answers; default: 0"),
     ):
         traffic.add_argument(flag, type=kind, metavar=metavar, help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and all counts here")
@@ -101,16 +102,9 @@ def _settings(arguments: argparse.Namespace) -> ExpertsSettings:
         raise ConfigError(
             f"{name} is for a CHECKPOINT; the server of --rpc has traffic of its own", field=name, value=given[name]
         )
-    settings = ExpertsSettings(**given)
-    for name in ("requests", "concurrency", "input_tokens", "output_tokens"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ConfigError(
-                f"{name} must be at least 1, got {value}", field=name, limit="at least 1", value=value
-            )
     if "prompts" in given and "input_tokens" in given:
         raise ConfigError("input_tokens is the length of random prompts; prompts has its own", field="input_tokens")
-    return settings
+    return ExpertsSettings(**given)
 
 
 def _ask(address: str) -> ExpertStatistics:
@@ -133,6 +127,9 @@ def run_traffic(settings: ExpertsSettings) -> ExpertStatistics:
     ) as llm:
         vocab_size = llm.config.model.vocab_size
         if given is None:
+            limit = llm.config.scheduler.max_model_len - 1
+            if settings.input_tokens > limit:
+                raise refusal("input_tokens", f"at most {limit}", settings.input_tokens, "max_model_len, less one")
             count = settings.requests or RANDOM_REQUESTS
             prompts: list[Prompt] = [
                 random_prompt(index, settings.input_tokens, vocab_size, settings.seed) for index in range(count)
@@ -146,7 +143,7 @@ def run_traffic(settings: ExpertsSettings) -> ExpertStatistics:
                 max_tokens=settings.output_tokens,
                 ignore_eos=True,
                 temperature=settings.temperature,
-                seed=settings.seed + index,
+                seed=(settings.seed + index) % (MAX_SEED + 1),
             )
             for index in range(count)
         ]

@@ -19,6 +19,7 @@ import msgspec
 import torch
 from tqdm import tqdm
 
+from cierzo.bench.arguments import seed
 from cierzo.bench.report import make_report, write_report
 from cierzo.bench.stats import median, paired_ratio, spread
 from cierzo.bench.traces import random_prompt
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="weights and activations"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of both sides; unset: torch's choice")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the prompts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and every round here")
     return parser
 

@@ -20,8 +20,9 @@ import msgspec
 from cierzo.bench.arguments import positive_float
 from cierzo.bench.planning import DevicePlan, Limits, Planner, read_experts
 from cierzo.bench.report import check_writable, make_report, write_report
-from cierzo.engine.config import EngineOptions
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.config import EngineOptions, checkpoint_path
+from cierzo.engine.errors import ConfigError, refusal
+from cierzo.engine.model.config import named_model_config
 from cierzo.engine.options import add_options, chosen
 from cierzo.engine.roofline.device import Device
 from cierzo.engine.roofline.forecast import Percentiles
@@ -88,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Print the plan; exit status 1 if no device can run the workload. Raises ConfigError for bad input."""
+    if named_model_config(arguments.checkpoint) is None:
+        checkpoint_path(arguments.checkpoint)  # else each device would be refused for it
     for path in (arguments.json, arguments.png):
         if path is not None:
             check_writable(path)
@@ -102,7 +105,7 @@ def main(arguments: argparse.Namespace) -> int:
     names = arguments.device.split(",")
     experts = None if arguments.experts is None else read_experts(arguments.experts)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    calibrated = _calibrated(options, arguments.calibration) if "cpu" in names else None
+    calibrated = _calibrated(options, arguments.calibration, names)
     planner = Planner(options, workload, limits, experts=experts, calibrated=calibrated)
     plans = [planner.plan(name) for name in names]
     print(table(plans, arguments.checkpoint, workload, limits, arguments.experts))
@@ -122,7 +125,12 @@ def main(arguments: argparse.Namespace) -> int:
     return int(all(plan.refused for plan in plans))
 
 
-def _calibrated(options: EngineOptions, path: Path | None) -> Device:
+def _calibrated(options: EngineOptions, path: Path | None, names: Sequence[str]) -> Device | None:
+    """This machine's CPU, where a plan is for it: as in the file, or measured now."""
+    if "cpu" not in names:
+        if path is not None:
+            raise refusal("calibration", "left out", str(path), "it is for device cpu, which is not planned for")
+        return None
     from cierzo.bench.calibrate import calibrate, read_calibration  # imports torch
 
     options = msgspec.structs.replace(options, device="cpu")

@@ -25,7 +25,8 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from cierzo.bench.report import make_report, write_report
+from cierzo.bench.arguments import count, positive, seed
+from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.stats import Summary, summarise
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.messages import SamplingParams, StepOutput, Submit
@@ -76,24 +77,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of both kinds of measurement."""
-    parser.add_argument("--running", type=int, nargs="+", default=[64, 512], metavar="N", help="running requests")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 131_072], metavar="N", help="tokens")
-    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="timed steps of each row")
+    parser.add_argument("--running", type=count, nargs="+", default=[64, 512], metavar="N", help="running requests")
+    parser.add_argument("--contexts", type=count, nargs="+", default=[1024, 131_072], metavar="N", help="tokens")
+    parser.add_argument("--steps", type=positive, default=1000, metavar="N", help="timed steps of each row")
     parser.add_argument(
-        "--output-tokens", type=int, default=2048, metavar="N", help="mean output, at most context / 4"
+        "--output-tokens", type=count, default=2048, metavar="N", help="mean output, at most context / 4"
     )
-    parser.add_argument("--block-tokens", type=int, default=32, metavar="N", help="tokens per KV block")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of output lengths and prompts")
+    parser.add_argument("--block-tokens", type=count, default=32, metavar="N", help="tokens per KV block")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of output lengths and prompts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
     model = parser.add_argument_group("a model's step, operation by operation, instead")
     model.add_argument("--profile", metavar="CHECKPOINT", help="measure this model's kernels")
-    model.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32], metavar="N", help="sequences decoding")
-    model.add_argument("--prompts", type=int, nargs="*", default=[2048], metavar="N", help="tokens of one prompt")
+    model.add_argument(
+        "--batches", type=count, nargs="*", default=[1, 8, 32], metavar="N", help="sequences decoding"
+    )
+    model.add_argument("--prompts", type=count, nargs="*", default=[2048], metavar="N", help="tokens of one prompt")
     model.add_argument("--weights", default="auto", metavar="FORMAT", help="number format of the weights")
 
 
 def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     """Measure, print a table, write JSON if asked."""
+    if arguments.json is not None:
+        check_writable(arguments.json)  # before the steps, not after them
     started = datetime.now(UTC).isoformat(timespec="seconds")
     settings, results = _loop(arguments) if arguments.profile is None else _profile(arguments)
     if arguments.json is not None:
@@ -182,7 +187,7 @@ def _core(settings: StepSettings, running: int, context: int) -> EngineCore:
     own_blocks = 2 * _mean_output_tokens(settings, context) // settings.block_tokens + 3
     num_blocks = context // settings.block_tokens + running * own_blocks
     scheduler = SchedulerConfig(
-        budget_tokens=8192,
+        budget_tokens=max(8192, running),
         max_chunk_tokens=8192,
         max_running=running,
         max_waiting=2 * running,

@@ -1,22 +1,26 @@
 """The `cierzo` command: one function per subcommand, options derived from the structs that hold them.
 
 Heavy modules are imported inside the subcommand that needs them, so that `--help` and the RPC clients
-start at once and without torch.
+start at once and without torch. Whatever goes wrong is told in one line, and by the exit status (EPILOG).
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
 from cierzo import __version__
-from cierzo.engine.config import EngineOptions, check_environment
-from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.bench.arguments import seed, text, token_ids
+from cierzo.engine.config import EngineOptions, check_environment, checkpoint_path
+from cierzo.engine.errors import CierzoError, ConfigError, CoreFailed, InvalidRequest, ProtocolError, refusal
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import SamplingParams
 from cierzo.engine.options import add_options, chosen
@@ -25,31 +29,70 @@ DEMO = "demo"
 DEFAULT_RPC = "127.0.0.1:7071"
 NOT_OF_THE_ENGINE = {"model", "kernels", "frontend"}
 NOT_OF_ONE_ANSWER = {"n", "logprobs", "logit_bias"}  # a terminal shows one answer, and its text
+EPILOG = (
+    "Exit status: 0 done; 1 the run failed; 2 something was given wrongly: an argument, a setting, a request that "
+    "is refused as it stands; 130 interrupted."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and run; errors of the tree are printed as one line, and give exit status 2 (1 for a failed run)."""
-    arguments = build_parser().parse_args(argv)
+    """Parse and run. Every error is one line on stderr; EPILOG says what the exit status means."""
     try:
-        check_environment()
-        return int(arguments.run(arguments))
+        try:
+            _print_anything()
+            try:
+                arguments = build_parser().parse_args(argv)
+            except SystemExit as end:  # of --help, too
+                return int(end.code or 0)
+            check_environment()
+            return int(arguments.run(arguments))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here a reader that is gone, or a full disk, still has a name
     except CierzoError as error:
         print(f"cierzo: {error.code}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        given_wrongly = isinstance(error, ConfigError | InvalidRequest) and not isinstance(error, ProtocolError)
+        return 2 if given_wrongly else 1
     except KeyboardInterrupt:
         print("cierzo: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        _drop_output()
         return 141
+    except MemoryError as error:
+        print(f"cierzo: out of memory: {error}", file=sys.stderr)
+        return 1
     except OSError as error:  # a path that cannot be read or written, a full disk
+        _drop_output()
         where = f"{error.filename}: " if error.filename else ""
         print(f"cierzo: {where}{error.strerror or error}", file=sys.stderr)
         return 1
 
 
+def _print_anything() -> None:
+    """A character that the terminal's encoding lacks is written as an escape, and ends no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """What is printed and was not taken is forgotten, so that the interpreter does not fail on it at its end."""
+    with suppress(OSError, ValueError, AttributeError):  # no stdout, or one without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with an argument; the usage, which may be fifty lines, is --help's."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(prog="cierzo", description="A serving engine for Mistral Small 4.")
+    parser = _Parser(prog="cierzo", description="A serving engine for Mistral Small 4.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"cierzo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _serve_command(_command(commands, "serve", _serve, "serve a checkpoint over the RPC"))
@@ -104,7 +147,8 @@ def _checkpoint(name: str) -> str:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    add_options(parser.add_argument_group("sampling"), SamplingParams, skip=NOT_OF_ONE_ANSWER)
+    group = parser.add_argument_group("sampling")
+    add_options(group, SamplingParams, skip=NOT_OF_ONE_ANSWER, readers={"seed": seed})
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams:
@@ -138,9 +182,11 @@ def _generate_command(parser: argparse.ArgumentParser) -> None:
     _add_engine(parser)
     _add_sampling(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", metavar="TEXT", help="text to continue, as it is")
-    what.add_argument("--message", metavar="TEXT", help="a user's message, rendered by the chat template")
-    what.add_argument("--token-ids", metavar="IDS", help="prompt as token ids, separated by commas")
+    what.add_argument("--prompt", type=text, metavar="TEXT", help="text to continue, as it is")
+    what.add_argument(
+        "--message", type=text, metavar="TEXT", help="a user's message, rendered by the chat template"
+    )
+    what.add_argument("--token-ids", type=token_ids, metavar="IDS", help="prompt as token ids, separated by commas")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -152,26 +198,21 @@ def _generate(arguments: argparse.Namespace) -> int:
         if arguments.message is not None:
             output = llm.chat([{"role": "user", "content": arguments.message}], sampling, progress=True)
         else:
-            prompt = arguments.prompt if arguments.token_ids is None else _token_ids(arguments.token_ids)
+            prompt = arguments.prompt if arguments.token_ids is None else arguments.token_ids
             output = llm.generate([prompt], sampling, progress=True)[0]
     print(output.text or ",".join(map(str, output.token_ids)))
+    if output.finish_reason == "failed":
+        raise CoreFailed(output.samples[0].message)
     return 0
-
-
-def _token_ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"--token-ids must be integers separated by commas, got {text!r}", field="token_ids", value=text
-        ) from None
 
 
 def _chat_command(parser: argparse.ArgumentParser) -> None:
     _add_sampling(parser)
     parser.add_argument("--rpc", default=DEFAULT_RPC, metavar="HOST:PORT|unix:PATH", help="server to talk to")
-    parser.add_argument("--message", metavar="TEXT", help="one message; default: read them from the terminal")
-    parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument(
+        "--message", type=text, metavar="TEXT", help="one message; default: read them from the terminal"
+    )
+    parser.add_argument("--system", type=text, metavar="TEXT", help="a system message")
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -181,7 +222,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _demo_command(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", default="Why is the sky blue?", metavar="TEXT", help="the question")
+    parser.add_argument("--prompt", type=text, default="Why is the sky blue?", metavar="TEXT", help="the question")
     _add_sampling(parser)
     # what SmolLM2's makers recommend for chatting; at higher temperatures a model this small loses the thread
     parser.set_defaults(temperature=0.2, top_p=0.9)
@@ -209,13 +250,15 @@ def _make_command(parser: argparse.ArgumentParser) -> None:
         default="hf",
         help="Hugging Face's or Mistral's own layout, and what is quantised",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the random weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
 
 def _make(arguments: argparse.Namespace) -> int:
     from cierzo.engine.weights.make import make_checkpoint
 
+    if not arguments.path:
+        raise refusal("FOLDER", "the path of a folder that does not exist", arguments.path)
     make_checkpoint(
         Path(arguments.path),
         like=arguments.like,
@@ -226,17 +269,17 @@ def _make(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         progress=True,
     )
-    return _print_info(arguments.path)
+    return _print_info(Path(arguments.path))
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    return _print_info(_checkpoint(arguments.checkpoint))
+    return _print_info(checkpoint_path(_checkpoint(arguments.checkpoint)))
 
 
-def _print_info(path: str) -> int:
+def _print_info(folder: Path) -> int:
     from cierzo.engine.weights.info import describe
 
-    print(describe(Path(path)))
+    print(describe(folder))
     return 0
 
 
@@ -249,6 +292,7 @@ def _plan_command(parser: argparse.ArgumentParser) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     from cierzo.bench import plan
 
+    arguments.checkpoint = _checkpoint(arguments.checkpoint)
     return plan.main(arguments)
 
 

@@ -6,11 +6,10 @@ gets its own section. This is the one file of the package that reads environment
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import msgspec
 from msgspec import Meta
@@ -18,22 +17,26 @@ from msgspec import Meta
 from cierzo.cache.config import CacheConfig
 from cierzo.cache.layout import CacheLayout, plan_capacity
 from cierzo.engine import device_memory
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.host import available_memory_bytes, usable_cpus
 from cierzo.engine.kv_room import AUTO_KV_BYTES, plan_kv
 from cierzo.engine.model.config import ModelConfig, named_model_config, read_model_config
-from cierzo.engine.profiles import ProfileName, choose
+from cierzo.engine.profiles import Profile, ProfileName, choose
 from cierzo.engine.roofline.cards import find_device
 from cierzo.engine.roofline.device import Device
-from cierzo.kernels.config import InstructionSet, KernelsConfig
+from cierzo.engine.settings import limit_of, require
+from cierzo.kernels.config import MAX_THREADS, InstructionSet, KernelsConfig
 from cierzo.scheduler.config import SchedulerConfig
 
 ENVIRONMENT_PREFIX = "CIERZO_"
+_PLACE = {"cpu": "on a CPU", "cuda": "on a GPU"}
 # Number formats of weights that have kernels; MatrixSource says which matrices keep more bits.
 WEIGHTS = {"cpu": ("bf16", "int8", "int4", "nvfp4"), "cuda": ("bf16", "fp8", "nvfp4")}
 
-Count = Annotated[int, Meta(ge=1)]
+# Beyond every use, and little enough for the arrays that are made of these numbers at the start.
+MAX_COUNT = 1 << 20
+Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Amount = Annotated[float, Meta(gt=0)]
 
 
@@ -73,14 +76,17 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Literal["auto", "bf16", "fp8", "int8"],
         Meta(description="number format of the KV cache; auto: that of dtype; fp8 on GPUs, int8 on CPUs"),
     ] = "auto"
-    threads: Annotated[Count | None, Meta(description="CPU threads of the core; default: all usable ones")] = None
+    threads: Annotated[
+        Annotated[int, Meta(ge=1, le=MAX_THREADS)] | None,
+        Meta(description="CPU threads of the core; default: all usable ones"),
+    ] = None
     pin_threads: Annotated[bool, Meta(description="keep each of them on a CPU of its own")] = False
     instruction_set: Annotated[
         InstructionSet,
         Meta(description="of the CPU kernels; auto: the best there is; reference: plain torch instead of them"),
     ] = "auto"
     max_model_len: Annotated[
-        Count | None,
+        Annotated[int, Meta(ge=1)] | None,
         Meta(description="longest prompt + output, tokens; default: what model and KV budget hold, at most 262144"),
     ] = None
     kv_cache_gib: Annotated[
@@ -104,7 +110,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Count | None, Meta(description="sequences that run at once, at most; default: the profile's")
     ] = None
     graph_sequences: Annotated[
-        Annotated[int, Meta(ge=0)] | None,
+        Annotated[int, Meta(ge=0, le=MAX_COUNT)] | None,
         Meta(description="sequences of the largest decode step recorded as a CUDA graph; default: the profile's"),
     ] = None
     max_waiting: Annotated[Count, Meta(description="sequences that wait, at most; further ones are refused")] = 4096
@@ -182,14 +188,13 @@ def resolve(options: EngineOptions) -> EngineConfig:
     Raises ConfigError naming field, limit and value, or CheckpointError where config.json is at fault.
     """
     check_environment()
-    _require(options)
-    _require(options.frontend)
+    options = require(options)
     card = _card(options)
     kind = card.kind if card is not None else "cuda" if options.device == "cuda" else "cpu"
     profile = choose(options, kind)
+    _require_running(options, profile)
     options = msgspec.structs.replace(options, **msgspec.structs.asdict(profile))
-    path = Path(options.model)
-    model = _model(options, card)
+    path, model = _model(options, card)
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     layout = model.cache_layout(options.block_tokens, _kv_dtype(options, kind, dtype))
     num_blocks, max_model_len = plan_kv(
@@ -202,13 +207,13 @@ def resolve(options: EngineOptions) -> EngineConfig:
         on_gpu=kind == "cuda",
     )
     return EngineConfig(
-        checkpoint=str(path.resolve()),
-        name=path.resolve().name,
+        checkpoint=str(path),
+        name=path.name,
         device="cpu" if options.device == "auto" else options.device,
         dtype=dtype,
         weights=_weights(options, kind, dtype),
         activations=_activations(options, kind, dtype),
-        threads=options.threads or usable_cpus(),
+        threads=options.threads or min(usable_cpus(), MAX_THREADS),
         pin_threads=options.pin_threads,
         overlap=kind == "cuda" if options.overlap == "auto" else options.overlap == "on",
         graph_sequences=profile.graph_sequences,
@@ -241,14 +246,37 @@ def resolve(options: EngineOptions) -> EngineConfig:
     )
 
 
-def _model(options: EngineOptions, card: Device | None) -> ModelConfig:
-    """A folder's; on a simulated card also one by name."""
-    model = (named_model_config(options.model) if card is not None else None) or read_model_config(
-        Path(options.model)
-    )
-    if options.softmax_scale is None:
-        return model
-    return msgspec.structs.replace(model, softmax_scale_override=options.softmax_scale)
+def _require_running(options: EngineOptions, profile: Profile) -> None:
+    """What a user wants to run at once fits into a step; a profile's own number is cut to it."""
+    if options.max_running is not None and options.max_running > profile.budget_tokens:
+        why = "budget_tokens: each of them takes one token of a step"
+        raise refusal("max_running", f"at most {profile.budget_tokens}", options.max_running, why)
+
+
+def _model(options: EngineOptions, card: Device | None) -> tuple[Path, ModelConfig]:
+    """The checkpoint's folder and what its config says; on a simulated card also a model by name alone."""
+    model = named_model_config(options.model) if card is not None else None
+    if model is None:
+        path = checkpoint_path(options.model)
+        model = read_model_config(path)
+    else:
+        path = Path(options.model).resolve()
+    if options.softmax_scale is not None:
+        model = msgspec.structs.replace(model, softmax_scale_override=options.softmax_scale)
+    return path, model
+
+
+def checkpoint_path(checkpoint: str) -> Path:
+    """The whole path of a checkpoint's folder. Raises ConfigError where there is no folder, in the same words for
+    every command, and for a name that the front end could not tell the core."""
+    if not os.path.isdir(checkpoint):
+        raise refusal("checkpoint", "the folder of a checkpoint", checkpoint)
+    path = Path(checkpoint).resolve()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise refusal("checkpoint", "a folder whose path is text in UTF-8", checkpoint) from None
+    return path
 
 
 def _card(options: EngineOptions) -> Device | None:
@@ -257,10 +285,7 @@ def _card(options: EngineOptions) -> Device | None:
     if prefix == "simulated":
         return find_device(name)
     if options.device not in ("auto", "cpu", "cuda"):
-        limit = "auto, cpu, cuda or simulated:NAME"
-        raise ConfigError(
-            f"device must be {limit}, got {options.device!r}", field="device", limit=limit, value=options.device
-        )
+        raise refusal("device", "auto, cpu, cuda or simulated:NAME", options.device)
     return None
 
 
@@ -270,12 +295,7 @@ def _expert_statistics(options: EngineOptions, model: ModelConfig, card: Device 
         without = f"{Path(options.model).name} ({model.architecture})"
         if model.moe is not None:
             without = "the fake runner" if card is None else "a simulated card"
-        raise ConfigError(
-            f"expert_statistics: {without} has no experts",
-            field="expert_statistics",
-            limit="a model with experts",
-            value=without,
-        )
+        raise refusal("expert_statistics", False, True, f"{without} has no experts")
     return options.expert_statistics
 
 
@@ -285,17 +305,11 @@ def _weights(options: EngineOptions, kind: str, dtype: str) -> str:
         return "bf16" if dtype == "bfloat16" else "float32"
     known = WEIGHTS[kind]
     if options.weights not in known:
-        limit = ", ".join(known)
-        raise ConfigError(
-            f"weights on {options.device} must be one of {limit}, got {options.weights}",
-            field="weights",
-            limit=limit,
-            value=options.weights,
-        )
+        limit = f"one of auto, {', '.join(known)}"
+        raise refusal("weights", limit, options.weights, f"{options.weights} has no kernels {_PLACE[kind]}")
     if options.weights == "bf16" and dtype != "bfloat16":
-        raise ConfigError(
-            f"weights bf16 needs dtype bfloat16, got {dtype}", field="weights", limit="dtype bfloat16", value=dtype
-        )
+        rounded = ", ".join(name for name in known if name != "bf16")
+        raise refusal("weights", f"one of auto, {rounded}", options.weights, f"dtype is {dtype}")
     return options.weights
 
 
@@ -306,19 +320,16 @@ def _activations(options: EngineOptions, kind: str, dtype: str) -> str:
     if options.activations in ("auto", plain):
         return plain
     if options.activations == "bf16":
-        limit, value = "dtype bfloat16", dtype
+        needed, found = "dtype bfloat16", dtype
     elif kind != "cuda":
-        limit, value = "device cuda", options.device
+        needed, found = "device cuda", kind
     elif options.weights != "fp8":
-        limit, value = "weights fp8", options.weights
+        needed, found = "weights fp8", _weights(options, kind, dtype)
     else:
         return "fp8"
-    raise ConfigError(
-        f"activations {options.activations} needs {limit}, got {value}",
-        field="activations",
-        limit=limit,
-        value=value,
-    )
+    limit = "auto or bf16" if plain == "bf16" else "auto"
+    why = f"{options.activations} needs {needed}, which is {found}"
+    raise refusal("activations", limit, options.activations, why)
 
 
 def _kv_dtype(options: EngineOptions, kind: str, dtype: str) -> str:
@@ -328,45 +339,13 @@ def _kv_dtype(options: EngineOptions, kind: str, dtype: str) -> str:
         return dtype
     if options.kv_dtype == "bf16":
         if dtype != "bfloat16":
-            raise ConfigError(
-                f"kv_dtype bf16 needs dtype bfloat16, got {dtype}",
-                field="kv_dtype",
-                limit="dtype bfloat16",
-                value=dtype,
-            )
+            raise refusal("kv_dtype", "auto", "bf16", f"dtype is {dtype}")
         return dtype
-    on_gpu = kind == "cuda"
-    right = "fp8" if on_gpu else "int8"
-    if options.kv_dtype != right and (on_gpu or _kernels(options).instruction_set != "reference"):
-        where = "on a GPU" if on_gpu else "on a CPU"
-        raise ConfigError(
-            f"kv_dtype {options.kv_dtype} has no kernels {where}; {right} has, in the same space",
-            field="kv_dtype",
-            limit=right,
-            value=options.kv_dtype,
-        )
+    right = "fp8" if kind == "cuda" else "int8"
+    if options.kv_dtype != right and (kind == "cuda" or _kernels(options).instruction_set != "reference"):
+        limit = f"one of auto, {'bf16, ' * (dtype == 'bfloat16')}{right}"
+        raise refusal("kv_dtype", limit, options.kv_dtype, f"{options.kv_dtype} has no kernels {_PLACE[kind]}")
     return options.kv_dtype
-
-
-def _require(settings: msgspec.Struct) -> None:
-    """Numbers must be finite and within the bounds of their field's Meta; types were checked on decoding."""
-    for field in msgspec.structs.fields(type(settings)):
-        value = getattr(settings, field.name)
-        for meta in () if value is None else _metas(field.type):
-            if meta.gt is not None and not meta.gt < value < float("inf"):
-                limit = f"a number above {meta.gt}"
-            elif meta.ge is not None and not meta.ge <= value:
-                limit = f"at least {meta.ge}"
-            else:
-                continue
-            name = field.name
-            raise ConfigError(f"{name} must be {limit}, got {value}", field=name, limit=limit, value=value)
-
-
-def _metas(annotation: Any) -> tuple[Meta, ...]:
-    """The Metas of a field; those of Annotated[Count | None, Meta(...)] stand at two levels."""
-    parts = (annotation, *getattr(getattr(annotation, "__origin__", None), "__args__", ()))
-    return tuple(itertools.chain(*(getattr(part, "__metadata__", ()) for part in parts)))
 
 
 def _kv_room_bytes(options: EngineOptions, kind: str, card: Device | None, model: ModelConfig) -> int:
@@ -392,11 +371,19 @@ _KNOWN_VARIABLES = {
 
 
 def check_environment() -> None:
-    """An unknown CIERZO_ variable is an error: a misspelt setting must not pass in silence."""
+    """An unknown CIERZO_ variable is an error, as is a wrong value: no setting that is given passes in silence."""
     for name in os.environ:
         if name.startswith(ENVIRONMENT_PREFIX) and name not in _KNOWN_VARIABLES:
             known = ", ".join(sorted(_KNOWN_VARIABLES))
-            raise ConfigError(f"unknown environment variable {name}; known: {known}", field=name, limit=known)
+            raise ConfigError(
+                f"unknown environment variable {name}; known: {known}",
+                field=name,
+                limit=known,
+                value=os.environ[name],
+            )
+    if "CIERZO_CACHE_DIR" in os.environ:
+        cache_dir()
+    default_instruction_set()
 
 
 def _kernels(options: EngineOptions) -> KernelsConfig:
@@ -412,16 +399,9 @@ def _kernels(options: EngineOptions) -> KernelsConfig:
 def default_instruction_set() -> InstructionSet:
     """What "auto" means: CIERZO_INSTRUCTION_SET, else still "auto". Raises ConfigError for an unknown one."""
     chosen = os.environ.get("CIERZO_INSTRUCTION_SET", "auto")
-    try:
-        return msgspec.convert(chosen, InstructionSet)
-    except msgspec.ValidationError:
-        known = ", ".join(get_args(InstructionSet))
-        raise ConfigError(
-            f"CIERZO_INSTRUCTION_SET must be one of {known}, got {chosen!r}",
-            field="CIERZO_INSTRUCTION_SET",
-            limit=known,
-            value=chosen,
-        ) from None
+    if chosen not in get_args(InstructionSet):
+        raise refusal("CIERZO_INSTRUCTION_SET", limit_of(InstructionSet), chosen)
+    return cast(InstructionSet, chosen)
 
 
 def spin_briefly() -> None:
@@ -437,14 +417,11 @@ def spin_briefly() -> None:
 def cache_dir() -> Path:
     """Where converted checkpoints are kept: CIERZO_CACHE_DIR, else cierzo/ in the user's cache folder."""
     chosen = os.environ.get("CIERZO_CACHE_DIR")
-    if chosen is not None:
-        if not chosen or not Path(chosen).is_absolute():
-            raise ConfigError(
-                f"CIERZO_CACHE_DIR must be an absolute path, got {chosen!r}",
-                field="CIERZO_CACHE_DIR",
-                limit="an absolute path",
-                value=chosen,
-            )
-        return Path(chosen)
-    user_cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(user_cache) if user_cache else Path.home() / ".cache") / "cierzo"
+    if chosen is not None and not os.path.isabs(chosen):
+        raise refusal("CIERZO_CACHE_DIR", "an absolute path", chosen)
+    user_cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(user_cache):
+        user_cache = os.path.expanduser("~/.cache")
+    if chosen is None and not os.path.isabs(user_cache):
+        raise refusal("CIERZO_CACHE_DIR", "set", chosen, "this user has no home folder")
+    return Path(chosen or user_cache, "" if chosen else "cierzo")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import ConfigError, amount
 from cierzo.engine.model.config import MlaConfig, ModelConfig
 
 GIB = 1 << 30
@@ -59,11 +59,12 @@ def kv_room_bytes(model: ModelConfig, weights: str, free: int, cards: int = 1) -
     room = int(cards * free * USABLE_SHARE) - needed - cards * WORKSPACE_BYTES
     if room <= 0:
         each = f"each of {cards} GPUs" if cards > 1 else "the GPU"
+        workspaces = cards * WORKSPACE_BYTES
+        taken = f"weights in {weights} take {amount(needed, GIB, up=True)} GiB, workspaces {workspaces // GIB}"
         raise ConfigError(
-            f"{each} has {free / GIB:.1f} GiB free; weights in {weights} take {needed / GIB:.1f} GiB, workspaces "
-            f"{cards * WORKSPACE_BYTES / GIB:.0f}: nothing is left for the KV cache",
+            f"{each} has {amount(free, GIB)} GiB free; {taken}: nothing is left for the KV cache",
             field="weights",
-            limit=f"{cards * free * USABLE_SHARE / GIB:.1f} GiB",
-            value=f"{(needed + cards * WORKSPACE_BYTES) / GIB:.1f} GiB",
+            limit=f"{amount(int(cards * free * USABLE_SHARE), GIB)} GiB",
+            value=f"{amount(needed + workspaces, GIB, up=True)} GiB",
         )
     return room

@@ -14,7 +14,19 @@ CierzoError
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
+
+
+def amount(num_bytes: int, unit: int, *, up: bool = False) -> str:
+    """A number of bytes in `unit` for a message: three digits or more, rounded down, or `up`.
+
+    A need that is rounded up and a smaller room that is rounded down never read the same.
+    """
+    digits = max(1, 2 - math.floor(math.log10((num_bytes or unit) / unit)))
+    scale = 10**digits
+    scaled = -(-num_bytes * scale // unit) if up else num_bytes * scale // unit
+    return f"{scaled // scale}.{scaled % scale:0{digits}}"
 
 
 class CierzoError(Exception):
@@ -110,6 +122,13 @@ class ConfigError(CierzoError):
     """A setting is unknown, malformed, or does not fit the machine or the model."""
 
     code = "config_error"
+
+
+def refusal(name: str, limit: object, value: object, why: str = "") -> ConfigError:
+    """The error for a setting with a value beyond its limit; `why` says where the limit comes from."""
+    shown = repr(value) if isinstance(value, str) else str(value)
+    reason = f" ({why})" if why else ""
+    return ConfigError(f"{name} must be {limit}{reason}, got {shown[:200]}", field=name, limit=limit, value=value)
 
 
 class CheckpointError(CierzoError):

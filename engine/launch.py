@@ -14,7 +14,8 @@ import msgspec
 import uvloop
 
 from cierzo.engine.config import EngineConfig, EngineOptions, cache_dir, resolve
-from cierzo.engine.errors import ConfigError, CoreFailed
+from cierzo.engine.errors import CoreFailed, refusal
+from cierzo.engine.frontend.address import parse_address
 from cierzo.engine.frontend.core_link import CoreLink, Spawn, spawn_worker
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
@@ -36,8 +37,8 @@ def serve(options: EngineOptions) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = resolve(options)
+    parse_address(config.frontend.address)  # refused before anything is made of it
     _allow_files(config.frontend.max_connections + SPARE_FILES)
-    print(config.describe(), flush=True)
     return uvloop.run(_serve(config))
 
 
@@ -45,24 +46,22 @@ def _allow_files(wanted: int) -> None:
     """Raise this process's limit of open files to what the connections need; ConfigError if that is not allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and wanted > hard:
-        raise ConfigError(
-            f"max_connections and {SPARE_FILES} files more need {wanted} open files; the system allows {hard}",
-            field="max_connections",
-            limit=hard - SPARE_FILES,
-            value=wanted - SPARE_FILES,
-        )
+        why = f"the system allows {hard} open files, {SPARE_FILES} of which are for other things"
+        raise refusal("max_connections", f"at most {hard - SPARE_FILES}", wanted - SPARE_FILES, why)
     if soft != resource.RLIM_INFINITY and wanted > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
-    """Bind first, so that a port in use is known before the weights are read; take requests once they are."""
+    """Bind first, so that an address that cannot be had is all that is told; take requests once the weights are
+    read."""
     signals = _signals()
     config, prompts = load_prompts(config)
     link = CoreLink(config.frontend, config, spawn)
     frontend = Frontend(config.frontend, model_info(config, prompts), prompts, link)
     server = RpcServer(config.frontend, frontend)
     await server.start()
+    print(config.describe(), flush=True)
     try:
         startup = await _first(link.start(frontend), signals.get())
         if isinstance(startup, signal.Signals):
@@ -113,12 +112,20 @@ async def _first(*awaitables: Coroutine[Any, Any, Any]) -> Any:
 
 
 def checkpoint_folder(name: str) -> str:
-    """The folder meant by a CHECKPOINT argument; "demo" prepares the demo model where that was not yet done."""
+    """The folder meant by a CHECKPOINT argument; "demo" prepares the demo model where that was not yet done.
+
+    Raises ConfigError where the cache folder, which the demo model is kept in, cannot be written.
+    """
     if name != DEMO or Path(DEMO).is_dir():
         return name
     from cierzo.engine.weights.gguf import prepare_demo
 
-    return str(prepare_demo(cache_dir()))
+    folder = cache_dir()
+    try:
+        return str(prepare_demo(folder))
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise refusal("CIERZO_CACHE_DIR", "a folder that can be written", str(folder), why) from error
 
 
 def load_prompts(config: EngineConfig) -> tuple[EngineConfig, PromptEncoder]:

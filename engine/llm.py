@@ -25,7 +25,7 @@ import msgspec
 from tqdm import tqdm
 
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.errors import ConfigError, CoreFailed, InvalidRequest
+from cierzo.engine.errors import CoreFailed, InvalidRequest
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.arguments import generate_message, held, sampling_params
 from cierzo.engine.frontend.frontend import SEED_BITS
@@ -44,6 +44,7 @@ from cierzo.engine.messages import (
     TokenLogprobs,
     Usage,
 )
+from cierzo.engine.settings import settings_of
 from cierzo.engine.worker.core import EngineCore
 from cierzo.kernels.fault import DeviceFault
 
@@ -111,7 +112,8 @@ class LLM(OneProcess):
         Raises ConfigError for a setting that is unknown or does not fit, CheckpointError.
         """
         super().__init__()
-        self._config, self._prompts = load_prompts(resolve(_options(checkpoint_folder(fspath(model)), settings)))
+        options = settings_of(EngineOptions, {"model": checkpoint_folder(fspath(model)), **settings})
+        self._config, self._prompts = load_prompts(resolve(options))
         self._info = model_info(self._config, self._prompts)
         self._core: EngineCore | None = EngineCore(self._config)
         self._fault = ""
@@ -333,17 +335,6 @@ def _naming_prompt(number: int, count: int) -> Iterator[None]:
             raise
         message = f"prompt {number}: {error.message}"
         raise InvalidRequest(message, field=error.field, limit=error.limit, value=error.value) from error
-
-
-def _options(model: str, settings: dict[str, Any]) -> EngineOptions:
-    known = EngineOptions.__struct_fields__
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"unknown setting {name!r}; known: {', '.join(known)}", field=name, limit=list(known))
-    try:
-        return msgspec.convert(msgspec.to_builtins(EngineOptions(model=model, **settings)), EngineOptions)
-    except msgspec.ValidationError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _listed(prompts: Any) -> list[Any]:

@@ -1,40 +1,51 @@
-"""Command line options drawn from the structs that hold them: a field's type converts, its Meta describes."""
+"""Command line options drawn from the structs that hold them: a field's annotation reads, and describes."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
+
+from cierzo.engine.settings import unwrap, word_reader
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
-def add_options(parser: Parser, struct: type[msgspec.Struct], *, skip: Iterable[str] = ()) -> None:
-    """One option per field of `struct`. A field that holds several values is an option that may be repeated."""
+def add_options(
+    parser: Parser,
+    struct: type[msgspec.Struct],
+    *,
+    skip: Iterable[str] = (),
+    readers: Mapping[str, Callable[[str], Any]] = {},
+) -> None:
+    """One option per field of `struct`. A field that holds several values is an option that may be repeated.
+
+    readers: by field, what reads the option's word, where the annotation does not say all.
+    """
     for field in msgspec.structs.fields(struct):
         if field.name in skip:
             continue
         flag = "--" + field.name.replace("_", "-")
-        kinds, description = _unwrap(field.type)
+        kinds, metas = unwrap(field.type)
+        description = next((meta.description for meta in metas if meta.description), "")
         default = None if field.default is msgspec.NODEFAULT else field.default
         if kinds == (bool,):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=description)
         elif isinstance(default, tuple):
-            kind = kinds[0]
+            item = kinds[0]
             text = f"{description}; may be repeated"
-            parser.add_argument(flag, type=kind, action="append", metavar=_METAVARS[kind], help=text)
+            parser.add_argument(flag, type=word_reader(item), action="append", metavar=_METAVARS[item], help=text)
         else:
             choices = [choice for choice in kinds if isinstance(choice, str)]
-            kind = next((kind for kind in kinds if kind in (int, float)), str)
             parser.add_argument(
                 flag,
-                type=kind,
+                type=str if choices else readers.get(field.name) or word_reader(field.type),
                 choices=choices or None,
                 default=default,
-                metavar=None if choices else _METAVARS[kind],
+                metavar=None if choices else _METAVARS[kinds[0]],
                 help=description,
             )
 
@@ -49,16 +60,3 @@ def chosen(
         if name not in skip and getattr(arguments, name) is not None
     }
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-def _unwrap(annotation: Any) -> tuple[tuple[Any, ...], str]:
-    """((types or literal values), description) of an annotation such as Annotated[int | None, Meta(...)]."""
-    metas = getattr(annotation, "__metadata__", ())
-    description = next((meta.description for meta in metas if meta.description), "")
-    bare = _bare(annotation)
-    parts = map(_bare, getattr(bare, "__args__", (bare,)))
-    return tuple(part for part in parts if part not in (type(None), ...)), description
-
-
-def _bare(annotation: Any) -> Any:
-    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation

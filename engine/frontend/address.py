@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import refusal
+
+MAX_PORT = 65_535
+MAX_PATH_BYTES = 107  # of a Unix socket, on Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,16 @@ Address = TcpAddress | UnixAddress
 
 def parse_address(text: str) -> Address:
     """Raises ConfigError for anything that is neither "HOST:PORT" nor "unix:PATH"."""
-    if text.startswith("unix:") and len(text) > len("unix:"):
-        return UnixAddress(text.removeprefix("unix:"))
-    host, colon, port = text.rpartition(":")
+    kind, _, path = text.partition(":")
+    host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if colon and host and port.isascii() and port.isdigit() and int(port) < 65536:
-        return TcpAddress(host, int(port))
-    form = "HOST:PORT or unix:PATH"
-    raise ConfigError(f"{text!r} is not an address: {form}", field="address", limit=form, value=text)
+    try:
+        if kind == "unix":
+            if path and "\0" not in path and len(path.encode()) <= MAX_PATH_BYTES:
+                return UnixAddress(path)
+        elif host.encode("idna") and port.isascii() and port.isdigit() and int(port) <= MAX_PORT:
+            return TcpAddress(host, int(port))
+    except UnicodeError:
+        pass  # no name of a file or host
+    limit = f"HOST:PORT or unix:PATH (ports up to {MAX_PORT}, paths up to {MAX_PATH_BYTES} bytes)"
+    raise refusal("address", limit, text)

@@ -266,7 +266,10 @@ class RpcServer:
                 self.address = str(TcpAddress(address.host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {address}: {error.strerror or error}", field="address", value=address
+                f"cannot listen on {address}: {error.strerror or error}",
+                field="address",
+                limit="one that is free",
+                value=address,
             ) from error
 
     async def close(self) -> None:

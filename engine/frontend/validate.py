@@ -219,11 +219,12 @@ def _count(field: str, values: Sequence[object] | dict[int, float], most: int) -
 def _token_ids(field: str, token_ids: Sequence[int] | dict[int, float], vocab_size: int) -> None:
     lowest, highest = min(token_ids), max(token_ids)
     if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
         raise InvalidRequest(
-            f"{field} holds a token id outside the vocabulary of {vocab_size}",
+            f"{field} holds token id {wrong}, outside the vocabulary of {vocab_size}",
             field=field,
             limit=f"0 to {vocab_size - 1}",
-            value=lowest if lowest < 0 else highest,
+            value=wrong,
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.roofline.device import Device, Kind, Rate
 from cierzo.engine.roofline.measured import with_measured
 
@@ -56,7 +56,7 @@ def find_device(name: str) -> Device:
     path = Path(name)
     if not path.is_file():
         limit = f"{', '.join(DATA_SHEETS)}, several as in 4xh100, or a JSON file"
-        raise ConfigError(f"device {name!r}: must be {limit}", field="device", limit=limit, value=name)
+        raise refusal("device", limit, name)
     try:
         return msgspec.json.decode(path.read_bytes(), type=Device)
     except msgspec.MsgspecError as error:

@@ -17,7 +17,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import ConfigError, refusal
 
 Tokens = Annotated[int, Meta(ge=1)]
 Shared = Annotated[int, Meta(ge=0)]
@@ -61,21 +61,11 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name, least in (("input_tokens", 1), ("output_tokens", 1), ("concurrency", 1), ("requests", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ConfigError(
-                    f"{name} must be at least {least}, got {value}", field=name, limit=least, value=value
-                )
+                raise refusal(name, f"at least {least}", value)
         if self.rate is not None and not 0 < self.rate < math.inf:
-            raise ConfigError(
-                f"rate must be a number above 0, got {self.rate}", field="rate", limit=0, value=self.rate
-            )
+            raise refusal("rate", "a finite number above 0", self.rate)
         if not 0 <= self.shared_tokens < self.input_tokens:
-            limit = self.input_tokens - 1
-            raise ConfigError(
-                f"shared_tokens must be 0 to {limit}, got {self.shared_tokens}",
-                field="shared_tokens",
-                limit=limit,
-                value=self.shared_tokens,
-            )
+            raise refusal("shared_tokens", f"0 to {self.input_tokens - 1}", self.shared_tokens)
 
     @property
     def longest_tokens(self) -> int:
@@ -111,7 +101,7 @@ def parse_workload(text: str) -> Workload:
     path = Path(text)
     if not path.is_file():
         limit = "IN/OUT@CLIENTS, IN/OUT@RATE/s, IN:SHARED/OUT@..., or a file (.json, .jsonl)"
-        raise ConfigError(f"workload {text!r}: must be {limit}", field="workload", limit=limit, value=text)
+        raise refusal("workload", limit, text)
     if path.suffix == ".jsonl":
         return Workload(trace=read_trace(path))
     try:

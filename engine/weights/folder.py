@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cierzo.engine.errors import CheckpointError
+from cierzo.engine.errors import CheckpointError, amount
+
+GB = 10**9
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def check_room(folder: Path, num_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if num_bytes > free_bytes:
         raise CheckpointError(
-            f"{folder} has {free_bytes / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB are needed",
+            f"{folder} has {amount(free_bytes, GB)} GB free, {amount(num_bytes, GB, up=True)} GB are needed",
             field="path",
             limit=free_bytes,
             value=num_bytes,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import refusal
 from cierzo.engine.weights.folder import new_folder
 from cierzo.engine.weights.published import check_format, config_file, random_pieces, tensor_plans
 from cierzo.engine.weights.shapes import shape_of
 from cierzo.engine.weights.writer import write_json, write_tensors
 
+_MAX_SEED = 2**63 - 1  # as a request's
 _STORED = {"bfloat16": "BF16", "float32": "F32"}
 
 
@@ -38,13 +39,15 @@ def make_checkpoint(
     max_shard_bytes: size limit of one safetensors file. overwrite: replace an existing checkpoint folder.
     progress: show a bar.
 
-    Raises ConfigError for an unknown like, scale, dtype or format, or a format that does not fit the others;
+    Raises ConfigError for an unknown like, scale, dtype, format or seed, or a format that does not fit the others;
     CheckpointError, with the numbers, when the disk has no room, and when `path` exists and `overwrite` is false.
     """
     path = Path(path)
     shape = shape_of(like, scale)
     if dtype not in _STORED:
-        raise ConfigError(f"dtype {dtype!r}: bfloat16 or float32", field="dtype", limit=list(_STORED), value=dtype)
+        raise refusal("dtype", "bfloat16 or float32", dtype)
+    if not 0 <= seed <= _MAX_SEED:
+        raise refusal("seed", f"an integer from 0 to {_MAX_SEED}", seed)
     format = check_format(checkpoint_format, shape, dtype)
     plans = tensor_plans(shape, format, _STORED[dtype])
     config = shape.config(dtype)

@@ -24,6 +24,8 @@ from pathlib import Path
 import msgspec
 import torch
 
+from cierzo.engine.errors import amount
+from cierzo.engine.weights.folder import GB
 from cierzo.engine.weights.mapping import PAGE_BYTES
 from cierzo.kernels.formats.definition import FORMATS
 from cierzo.kernels.formats.pack import pack
@@ -136,7 +138,8 @@ def write_packed(path: Path, index: Index, fill: Callable[[int], None]) -> int:
     text = msgspec.json.encode(index)
     free_bytes = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
     if end > free_bytes:
-        raise OSError(f"{path.parent} has {free_bytes / 1e9:.1f} GB free, {end / 1e9:.1f} GB are needed")
+        free, needed = amount(free_bytes, GB), amount(end, GB, up=True)
+        raise OSError(f"{path.parent} has {free} GB free, {needed} GB are needed")
     file, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
     try:
         fill(file)

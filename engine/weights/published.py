@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import refusal
 from cierzo.engine.weights.layout import CheckpointFormat
 from cierzo.engine.weights.names import PACKED, companion, native_name
 from cierzo.engine.weights.shapes import Shape, Small4Shape
@@ -46,21 +46,12 @@ _ACTIVATION_SCALE = 0.03125
 def check_format(name: str, shape: Shape, dtype: str) -> CheckpointFormat:
     """Raises ConfigError for an unknown format, and for one that the shape or the dtype is not published in."""
     if name not in FORMATS:
-        limit = ", ".join(FORMATS)
-        raise ConfigError(
-            f"checkpoint_format {name!r}: {limit}", field="checkpoint_format", limit=limit, value=name
-        )
+        raise refusal("checkpoint_format", f"one of {', '.join(FORMATS)}", name)
     format = FORMATS[name]
     if format.scheme == "nvfp4" and not isinstance(shape, Small4Shape):
-        limit = "like small4: it is experts that are NVFP4"
-        raise ConfigError(f"checkpoint_format {name} needs {limit}", field="like", limit="small4", value="small3")
+        raise refusal("like", "small4", "small3", f"it is experts that are NVFP4 in checkpoint_format {name}")
     if format.scheme != "plain" and dtype != "bfloat16":
-        raise ConfigError(
-            f"checkpoint_format {name} needs dtype bfloat16, got {dtype}",
-            field="dtype",
-            limit="bfloat16",
-            value=dtype,
-        )
+        raise refusal("dtype", "bfloat16", dtype, f"checkpoint_format {name} is published with no other")
     return format
 
 

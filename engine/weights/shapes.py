@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import refusal
 
 NamedShape = tuple[str, tuple[int, ...]]
 
@@ -224,7 +224,7 @@ def shape_of(like: str, scale: str | float) -> Shape:
     Raises ConfigError for another name or a factor outside (0, 1].
     """
     if like not in ("small4", "small3"):
-        raise ConfigError(f"like {like!r}: small4 or small3", field="like", limit="small4, small3", value=like)
+        raise refusal("like", "small4 or small3", like)
     preset = _PRESETS.get((like, str(scale)))
     if preset is not None:
         return preset
@@ -233,8 +233,7 @@ def shape_of(like: str, scale: str | float) -> Shape:
     except ValueError:
         factor = 0.0
     if not 0 < factor <= 1:  # a NaN is refused too
-        limit = "tiny, mini, full or a number in (0, 1]"
-        raise ConfigError(f"scale {scale!r}: must be {limit}", field="scale", limit=limit, value=scale)
+        raise refusal("scale", "tiny, mini, full or a number in (0, 1]", scale)
     return _PRESETS[like, "full"].scaled(factor)
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from cierzo.kernels.config import MAX_THREADS
+
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")  # best first
 _BITS = {"avx2": 1, "avx512": 2, "avx512_bf16": 4}
 Observer = Callable[[str, ctypes.Structure, float], None]
@@ -146,9 +148,11 @@ def set_threads(threads: int, pinned: bool = False) -> None:
     """Threads of each operation that the calling thread runs from now on; `pinned`: each stays on one CPU.
 
     The CPUs are those that the process may use, one of each core first. A thread that is started from a pinned one
-    inherits its CPU. Without `pinned` an earlier pinning is undone, for every thread of the process. Raises
-    NativeError where the system refuses.
+    inherits its CPU. Without `pinned` an earlier pinning is undone, for every thread of the process. 0 is torch's
+    number. Raises NativeError for more than MAX_THREADS, and where the system refuses.
     """
+    if not 0 <= threads <= MAX_THREADS:
+        raise NativeError(f"threads must be 0 to {MAX_THREADS}, got {threads}")
     if _state.all_cpus:
         for thread in os.listdir("/proc/self/task"):
             with suppress(ProcessLookupError):  # it has just ended

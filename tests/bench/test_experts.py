@@ -105,8 +105,8 @@ def test_a_file_that_cannot_be_read_and_ids_that_are_no_tokens(checkpoints: dict
     ("words", "message"),
     [
         (["--rpc", "unix:/x", "--requests", "3"], "requests is for a CHECKPOINT"),
-        (["folder", "--requests", "0"], "requests must be at least 1, got 0"),
-        (["folder", "--concurrency", "-2"], "concurrency must be at least 1"),
+        (["folder", "--requests", "0"], "--requests: must be an integer of at least 1, got '0'"),
+        (["folder", "--concurrency", "-2"], "--concurrency: must be an integer of at least 1"),
         (["folder", "--prompts", "x", "--input-tokens", "3"], "input_tokens is the length of random prompts"),
     ],
 )

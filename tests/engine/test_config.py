@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from cierzo.cache.layout import GIB
@@ -24,47 +26,109 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 NAN, INF = float("nan"), float("inf")
-REFUSED = {
-    "threads": [0, -1],
-    "max_model_len": [0, 131_073],
-    "kv_cache_gib": [0.0, -1.0, NAN, INF, 1e-7, 1e6],
-    "block_tokens": [0],
-    "budget_tokens": [0],
-    "max_chunk_tokens": [0],
-    "max_running": [0],
-    "max_waiting": [0],
-    "priority_aging_s": [0.0, NAN],
-    "softmax_scale": [0.0, INF],
-}
+COUNT = "an integer from 1 to 1048576"
+NUMBER = "a finite number above 0"
+REFUSED: list[tuple[str, Any, str]] = [
+    *(("threads", value, "an integer from 1 to 1024") for value in (0, -1, 1025, 100_000, 2**70, "4", True, 4.0)),
+    *(("max_model_len", value, "an integer of at least 1") for value in (0, "4096", 1e3)),
+    ("max_model_len", 2**70, f"an integer of at most {2**63 - 1}"),
+    ("max_model_len", 131_073, "at most 131072"),
+    *(("kv_cache_gib", value, NUMBER) for value in (0.0, -1.0, -1, NAN, INF, "1", True, 2**70, [1])),
+    ("kv_cache_gib", 1e-7, "at least 0.0000916"),
+    *(("block_tokens", value, COUNT) for value in (0, -4, 2**70, None, "auto")),
+    *(("budget_tokens", value, COUNT) for value in (0, 2**31, 1.5)),
+    *(("max_chunk_tokens", value, COUNT) for value in (0, "all")),
+    *(("max_running", value, COUNT) for value in (0, False)),
+    ("max_running", 1025, "at most 1024"),
+    ("graph_sequences", -1, "an integer from 0 to 1048576"),
+    *(("max_waiting", value, COUNT) for value in (0, 2**21)),
+    *(("priority_aging_s", value, NUMBER) for value in (0.0, NAN)),
+    *(("softmax_scale", value, NUMBER) for value in (0.0, INF)),
+    *(("dtype", value, "one of auto, bfloat16, float32") for value in ("float16", "", 16, None)),
+    ("weights", "fp16", "one of auto, bf16, fp8, int8, int4, nvfp4"),
+    ("weights", "fp8", "one of auto, bf16, int8, int4, nvfp4"),
+    ("activations", "fp8", "auto or bf16"),
+    ("profile", "fast", "one of balanced, throughput, latency"),
+    ("device", "gpu", "auto, cpu, cuda or simulated:NAME"),
+    ("device", 0, "text in UTF-8"),
+    *(("pin_threads", value, "True or False") for value in (1, "yes", None)),
+    ("frontend", 3, "a FrontendConfig, or a mapping with its fields"),
+    ("kernels", "avx2", "a KernelsConfig, or a mapping with its fields"),
+    ("expert_statistics", True, "False"),
+]
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values]
-)
-def test_values_out_of_bounds_are_refused(checkpoint: str, field: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=field) as caught:
+@pytest.mark.parametrize(("field", "value", "limit"), REFUSED)
+def test_a_wrong_setting_is_refused_with_field_limit_and_value(
+    checkpoint: str, field: str, value: Any, limit: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
         resolve(EngineOptions(model=checkpoint, **{field: value}))
-    assert (caught.value.field, caught.value.value) == (field, str(value))
-    assert caught.value.limit
+    error = caught.value
+    assert (error.field, error.limit) == (field, limit)
+    assert error.value == (None if value is None else str(value))
+    assert error.message.startswith(f"{field} must be {limit}")
+    assert error.message.endswith(f", got {value!r}")
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("max_connections", 0), ("max_logprobs", -1), ("handshake_timeout_s", NAN)]
-)
-def test_limits_of_the_front_end_have_bounds_too(checkpoint: str, field: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=field):
-        resolve(EngineOptions(model=checkpoint, frontend=FrontendConfig(**{field: value})))
+def test_a_length_beyond_the_model_names_the_models(checkpoint: str) -> None:
+    with pytest.raises(ConfigError, match=r"at most 131072 \(the model's max_position_embeddings\), got 131073"):
+        resolve(EngineOptions(model=checkpoint, max_model_len=131_073))
+
+
+WRONG_LIMITS: list[tuple[str, Any, str]] = [
+    ("max_connections", 0, "an integer of at least 1"),
+    ("max_connections", "8", "an integer of at least 1"),
+    ("max_logprobs", -1, "an integer of at least 0"),
+    ("max_frame_bytes", 2**70, f"an integer of at most {2**63 - 1}"),
+    ("handshake_timeout_s", NAN, NUMBER),
+    ("max_deadline_s", True, NUMBER),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "limit"), WRONG_LIMITS)
+@pytest.mark.parametrize("kind", [FrontendConfig, dict])
+def test_limits_of_the_front_end_have_bounds_too(
+    checkpoint: str, kind: Any, field: str, value: Any, limit: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(EngineOptions(model=checkpoint, frontend=kind(**{field: value})))
+    assert (caught.value.field, caught.value.limit, caught.value.value) == (f"frontend.{field}", limit, str(value))
+
+
+def test_a_section_may_be_a_mapping_with_its_fields(checkpoint: str) -> None:
+    sections: Any = {"frontend": {"max_connections": 3}, "kernels": {"instruction_set": "reference"}}
+    found = resolve(EngineOptions(model=checkpoint, **sections))
+    assert found.frontend == msgspec.structs.replace(FrontendConfig(max_connections=3))
+    assert found.kernels == KernelsConfig(instruction_set="reference")
+    with pytest.raises(ConfigError, match=r"no setting frontend\.max_conections: it must be one of max_connec"):
+        resolve(EngineOptions(model=checkpoint, frontend={"max_conections": 3}))  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers(checkpoint: str) -> None:
+    numbers: Any = {"threads": np.int64(2), "kv_cache_gib": np.float32(0.5), "priority_aging_s": 7}
+    found = resolve(EngineOptions(model=checkpoint, **numbers))
+    assert (found.threads, type(found.threads), found.scheduler.priority_aging_s) == (2, int, 7.0)
+    assert found.cache.num_blocks == (GIB // 2) // (32 * 3072)
+
+
+def test_no_more_may_run_than_a_step_has_tokens(checkpoint: str) -> None:
+    """A number that is given is refused; a profile's own is cut."""
+    assert resolve(EngineOptions(model=checkpoint, budget_tokens=100)).scheduler.max_running == 100
+    assert resolve(EngineOptions(model=checkpoint, budget_tokens=9, max_running=9)).scheduler.max_running == 9
+    with pytest.raises(ConfigError, match=r"max_running must be at most 9 \(budget_tokens.*\), got 10") as caught:
+        resolve(EngineOptions(model=checkpoint, budget_tokens=9, max_running=10))
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("max_running", "at most 9", "10")
 
 
 def test_a_cache_of_one_byte_is_in_the_format_that_the_device_has_kernels_for(checkpoint: str) -> None:
     for device, right, wrong in (("cpu", "int8", "fp8"), ("cuda", "fp8", "int8")):
         options: dict[str, Any] = {"model": checkpoint, "device": device, "instruction_set": "auto"}
         if config.default_instruction_set() != "reference" or device == "cuda":
-            with pytest.raises(
-                ConfigError, match=f"kv_dtype {wrong} has no kernels on a [CG]PU; {right} has"
-            ) as caught:
+            with pytest.raises(ConfigError, match=rf"\({wrong} has no kernels on a [CG]PU\)") as caught:
                 resolve(EngineOptions(**options, kv_dtype=wrong))
-            assert (caught.value.field, caught.value.limit, caught.value.value) == ("kv_dtype", right, wrong)
+            found = (caught.value.field, caught.value.limit, caught.value.value)
+            assert found == ("kv_dtype", f"one of auto, bf16, {right}", wrong)
         assert resolve(EngineOptions(**options, kv_dtype=right)).layout.dtype == right
     options = {"model": checkpoint, "instruction_set": "reference"}
     assert resolve(EngineOptions(**options, kv_dtype="fp8")).layout.dtype == "fp8"
@@ -81,14 +145,16 @@ def test_activations_in_fp8_need_a_gpu_and_weights_in_fp8(checkpoint: str) -> No
     assert whole.activations == "fp8"
     assert "weights fp8, activations fp8, KV cache bfloat16" in whole.describe()
     refused: tuple[tuple[dict[str, Any], str, str], ...] = (
-        ({"activations": "fp8"}, "device cuda", "auto"),
-        ({"activations": "fp8", "device": "cpu", "weights": "int8"}, "device cuda", "cpu"),
-        ({"activations": "fp8", "device": "cuda"}, "weights fp8", "auto"),
-        ({"activations": "fp8", "device": "cuda", "weights": "nvfp4"}, "weights fp8", "nvfp4"),
-        ({"activations": "bf16", "dtype": "float32"}, "dtype bfloat16", "float32"),
+        ({"activations": "fp8"}, "auto or bf16", "device cuda, which is cpu"),
+        ({"activations": "fp8", "device": "cpu", "weights": "int8"}, "auto or bf16", "device cuda, which is cpu"),
+        ({"activations": "fp8", "device": "cuda"}, "auto or bf16", "weights fp8, which is bf16"),
+        ({"activations": "fp8", "device": "cuda", "weights": "nvfp4"}, "auto or bf16", "weights fp8, which is nv"),
+        ({"activations": "bf16", "dtype": "float32"}, "auto", "dtype bfloat16, which is float32"),
     )
-    for options, limit, value in refused:
-        with pytest.raises(ConfigError, match=f"activations {options['activations']} needs {limit}") as caught:
+    for options, limit, needed in refused:
+        value = options["activations"]
+        told = rf"activations must be {limit} \({value} needs {needed}.*\), got '{value}'"
+        with pytest.raises(ConfigError, match=told) as caught:
             resolved(**options)
         assert (caught.value.field, caught.value.limit, caught.value.value) == ("activations", limit, value)
 
@@ -96,9 +162,10 @@ def test_activations_in_fp8_need_a_gpu_and_weights_in_fp8(checkpoint: str) -> No
 def test_a_length_that_does_not_fit_is_refused_with_the_numbers(checkpoint: str) -> None:
     kv_cache_gib = 10 * 32 * 3072 / GIB
     assert resolve(EngineOptions(model=checkpoint, kv_cache_gib=kv_cache_gib)).scheduler.max_model_len == 320
-    with pytest.raises(ConfigError, match=r"holds 320 tokens") as caught:
+    told = r"at most 320 \(what a KV cache of 0.000915 GiB holds; 321 tokens need 0.00101\), got 321"
+    with pytest.raises(ConfigError, match=told) as caught:
         resolve(EngineOptions(model=checkpoint, kv_cache_gib=kv_cache_gib, max_model_len=321))
-    assert (caught.value.limit, caught.value.value) == ("320", "321")
+    assert (caught.value.limit, caught.value.value) == ("at most 320", "321")
 
 
 def test_a_budget_beyond_the_free_memory_is_refused(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +173,15 @@ def test_a_budget_beyond_the_free_memory_is_refused(checkpoint: str, monkeypatch
     assert resolve(EngineOptions(model=checkpoint, kv_cache_gib=0.9)).cache.num_blocks == int(0.9 * GIB) // (
         32 * 3072
     )
-    with pytest.raises(ConfigError, match=r"1\.0 GiB of memory are free"):
+    with pytest.raises(ConfigError, match=r"must be at most 1.00 \(GiB of memory that are free\), got 1\.1"):
         resolve(EngineOptions(model=checkpoint, kv_cache_gib=1.1))
     resolve(EngineOptions(model=checkpoint, kv_cache_gib=1.1, device="cuda"))  # its memory is another one
+    monkeypatch.setattr(config, "available_memory_bytes", lambda: 40_000_000)
+    with pytest.raises(ConfigError, match=r"at most 0\.0372 .*, got 0\.0373"):
+        resolve(EngineOptions(model=checkpoint, kv_cache_gib=0.0373))
+    monkeypatch.setattr(config, "available_memory_bytes", lambda: 4 * 98_303)
+    with pytest.raises(ConfigError, match=r"at least 0\.0000916 .* not given, it is what the free memory allows"):
+        resolve(EngineOptions(model=checkpoint))
 
 
 def test_the_front_end_admits_what_the_queue_takes(checkpoint: str) -> None:
@@ -120,15 +193,45 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match="CIERZO_CACHEDIR") as caught:
         config.check_environment()
     assert caught.value.limit == "CIERZO_CACHE_DIR, CIERZO_INSTRUCTION_SET, CIERZO_NATIVE"
+    assert (caught.value.field, caught.value.value) == ("CIERZO_CACHEDIR", "/x")
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CIERZO_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert config.cache_dir() == tmp_path / "cierzo"
-    monkeypatch.setenv("CIERZO_CACHE_DIR", "relative")
-    with pytest.raises(ConfigError, match="absolute"):
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its specification has ignored
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config.cache_dir() == tmp_path / ".cache" / "cierzo"
+    monkeypatch.setenv("CIERZO_CACHE_DIR", "/some/where")
+    assert config.cache_dir() == Path("/some/where")
+    for wrong in ("relative", "", "~/cache"):
+        monkeypatch.setenv("CIERZO_CACHE_DIR", wrong)
+        with pytest.raises(ConfigError, match="CIERZO_CACHE_DIR must be an absolute path, got") as caught:
+            config.check_environment()  # by every command
+        assert (caught.value.field, caught.value.value) == ("CIERZO_CACHE_DIR", wrong)
+
+
+def test_a_user_without_a_home_folder_has_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CIERZO_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(ConfigError, match=r"CIERZO_CACHE_DIR must be set \(this user has no home folder\)"):
         config.cache_dir()
+    config.check_environment()  # most commands keep nothing there
+
+
+@pytest.mark.parametrize("name", ["", "{}/none", "{}/file", "none", "\0", "x" * 5000, "{}/loop", "{}/caf\udce9"])
+def test_a_checkpoint_that_is_no_folder_is_refused_in_the_same_words(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "caf\udce9").mkdir()  # a name of bytes that are no text
+    name = name.format(tmp_path)
+    with pytest.raises(ConfigError, match="checkpoint must be ") as caught:
+        resolve(EngineOptions(model=name))
+    assert (caught.value.field, caught.value.value) == ("checkpoint", name[:200])
+    kind = "a folder whose path is text in UTF-8" if "caf" in name else "the folder of a checkpoint"
+    assert caught.value.limit == kind
 
 
 def test_no_request_may_ask_for_more_samples_than_can_wait(checkpoint: str) -> None:

@@ -52,28 +52,6 @@ def test_serve_takes_the_limits_of_the_front_end() -> None:
     assert limits == FrontendConfig(max_connections=3, handshake_timeout_s=0.5)
 
 
-@pytest.mark.parametrize(
-    ("words", "status", "text"),
-    [
-        (("serve", "{}/none"), 1, "has no config.json"),
-        (("serve", "{}", "--max-connections", "0"), 2, "max_connections must be at least 1, got 0"),
-        (("info", "{}/none"), 1, "is not a folder"),
-        (("make-checkpoint", "{}/file/new", "--like", "small3"), 1, "file: File exists"),
-        (("chat", "--rpc", "nonsense", "--message", "x"), 2, "HOST:PORT or unix:PATH"),
-        (("chat", "--rpc", "unix:{}/none", "--message", "x"), 1, "no server answers"),
-        (("bench", "load", "--rpc", "unix:{}/none", "--json", "{}/none/x.json"), 2, "x.json cannot be written"),
-        (("bench", "load", "--rpc", "unix:{}/none", "--json", "{}"), 2, "cannot be written"),
-    ],
-)
-def test_an_error_is_one_line(words, status, text, tmp_path, capsys) -> None:
-    (tmp_path / "file").touch()
-    assert main([word.format(tmp_path) for word in words]) == status
-    error = capsys.readouterr().err
-    assert text in error
-    assert error.startswith("cierzo: ")
-    assert error.count("\n") == 1
-
-
 @pytest.mark.parametrize("words", [["info", "x"], ["chat"], ["make-checkpoint", "x", "--like", "small3"]])
 def test_every_command_refuses_an_unknown_variable(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

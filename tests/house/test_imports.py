@@ -24,6 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.errors": (),
     "engine.expert_statistics": (),
     "engine.messages": ("scheduler.params", "scheduler.plan", "engine.expert_statistics"),
+    "engine.settings": ("engine.errors",),
     "engine.device_memory": ("engine.model.config", "engine.errors"),
     "engine.config": (
         "cache.config",
@@ -38,6 +39,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.profiles",
         "engine.roofline.cards",
         "engine.roofline.device",
+        "engine.settings",
         "engine.errors",
     ),
     "engine.host": (),
@@ -68,6 +70,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.gateway": ("engine.gateway", "engine.frontend.client", "engine.messages", "engine.errors"),
     "engine": EVERYTHING,  # llm, launch, cli and what they alone use
     "bench": CLIENT,
+    "bench.arguments": ("engine.settings",),
     "bench.step": (*CLIENT, *WORKER),
     "bench.sequences": (*CLIENT, *WORKER),  # and the two that run a model by hand
     "bench.context": (*CLIENT, *WORKER),
@@ -85,6 +88,7 @@ FORBIDDEN = {("scheduler", "cache.pool")}
 WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
     *("engine.roofline", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
+    *("engine.settings",),
 )
 WITH_TORCH = "cache.pool"
 

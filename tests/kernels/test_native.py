@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from cierzo.kernels import registry
-from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.config import MAX_THREADS, KernelsConfig
 from cierzo.kernels.cpu import abi, native
 from cierzo.kernels.registry import KernelChoiceError, bind
 
@@ -291,3 +291,13 @@ def test_without_native_kernels_an_earlier_library_goes(tmp_path: Path) -> None:
     listed = subprocess.run(["tar", "tzf", archive], check=True, capture_output=True, text=True).stdout
     assert "/src/cierzo/kernels/cpu/abi.h\n" in listed
     assert "/src/cierzo/kernels/cpu/common.cpp\n" in listed
+
+
+@pytest.mark.parametrize("threads", [-1, MAX_THREADS + 1, 100_000, 2**40])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_threads_that_would_end_the_process_are_refused(threads: int, pinned: bool) -> None:
+    """The OpenMP runtime starts them all at once, and crashes where the system refuses one."""
+    before = native._state.threads
+    with pytest.raises(native.NativeError, match=f"threads must be 0 to 1024, got {threads}"):
+        native.set_threads(threads, pinned)
+    assert native._state.threads == before
