@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Literal
 
 import msgspec
 
 from cierzo.bench.stats import Summary, summarise
+from cierzo.engine.errors import Draining, FrameTooLarge, InvalidRequest, Overloaded, UnknownMethod
+
+Outcome = Literal["answered", "refused", "failed", "deadline"]
+REFUSALS = {kind.code for kind in (InvalidRequest, FrameTooLarge, UnknownMethod, Overloaded, Draining)}
 
 
 class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request, times in seconds from the start of the run.
 
     `due_s` is when it should have been sent, `start_s` when it was; delta i brought `delta_tokens[i]` tokens at
-    `delta_s[i]`. `error` is the code it was refused or failed with, `message` the server's words.
+    `delta_s[i]`. `finish` is the finish reason that its final record told, empty where there was none. `error` is
+    None for an answer, else the code that the request was refused or failed with, or the finish reason of one that
+    was accepted and came to nothing; `message` has the server's words.
     """
 
     due_s: float
@@ -23,15 +30,46 @@ class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
     end_s: float
     error: str | None = None
     message: str = ""
+    finish: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that came."""
+        return sum(self.delta_tokens)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of the request."""
+        if self.error is None:
+            return "answered"
+        if self.error == "deadline":
+            return "deadline"
+        return "refused" if self.error in REFUSALS else "failed"
+
+    @property
+    def reason(self) -> str:
+        """Why there is no answer, in a line."""
+        words = [self.error or ""] if self.error != self.outcome else []
+        return ": ".join([*words, self.message] if self.message else words)
 
 
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Latencies in seconds of the requests that were answered; `errors` counts the others by code and message.
-    `device` is what the server says that it computes on, if it does."""
+    """What became of the requests, and latencies in seconds of those that were answered.
+
+    `answered`, `refused`, `failed` and `deadline` add up to the samples; `unsent` requests were never sent, as the
+    connection was lost. `short` answers have fewer than the `asked_tokens` of the load. `errors` counts what was
+    not answered by outcome and reason. `device` is what the server says that it computes on, `max_model_len` its
+    longest request, where it says so.
+    """
 
     device: str
     elapsed_s: float
     answered: int
+    refused: int
+    failed: int
+    deadline: int
+    short: int
+    unsent: int
     errors: dict[str, int]
     requests_per_s: float
     output_tokens_per_s: float
@@ -39,24 +77,41 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     inter_token_s: Summary
     end_to_end_s: Summary
     send_lag_s: Summary
+    asked_tokens: int
+    max_model_len: int | None
     samples: list[RequestSample]
 
 
-def summarise_load(samples: list[RequestSample], elapsed_s: float, device: str = "") -> LoadResult:
+def summarise_load(
+    samples: list[RequestSample],
+    elapsed_s: float,
+    device: str = "",
+    *,
+    asked_tokens: int = 0,
+    max_model_len: int | None = None,
+    unsent: int = 0,
+) -> LoadResult:
     """Latencies count from `due_s`. A delta of k tokens after a gap of g seconds counts as k gaps of g / k."""
-    answered = [sample for sample in samples if sample.error is None]
-    num_tokens = sum(sum(sample.delta_tokens) for sample in answered)
+    answered = [sample for sample in samples if sample.outcome == "answered"]
+    outcomes = Counter(sample.outcome for sample in samples)
     return LoadResult(
         device=device,
         elapsed_s=elapsed_s,
         answered=len(answered),
-        errors=dict(Counter(f"{s.error}: {s.message}" for s in samples if s.error is not None)),
+        refused=outcomes["refused"],
+        failed=outcomes["failed"],
+        deadline=outcomes["deadline"],
+        short=sum(sample.num_tokens < asked_tokens for sample in answered),
+        unsent=unsent,
+        errors=dict(Counter(_told(sample) for sample in samples if sample.error is not None)),
         requests_per_s=len(answered) / elapsed_s,
-        output_tokens_per_s=num_tokens / elapsed_s,
+        output_tokens_per_s=sum(sample.num_tokens for sample in answered) / elapsed_s,
         time_to_first_token_s=summarise([s.delta_s[0] - s.due_s for s in answered if s.delta_s]),
         inter_token_s=summarise([gap for sample in answered for gap in _token_gaps(sample)]),
         end_to_end_s=summarise([sample.end_s - sample.due_s for sample in answered]),
         send_lag_s=summarise([sample.start_s - sample.due_s for sample in samples]),
+        asked_tokens=asked_tokens,
+        max_model_len=max_model_len,
         samples=samples,
     )
 
@@ -66,12 +121,14 @@ def steady_load(result: LoadResult, left_out: int) -> LoadResult:
 
     What ended in between, over the time between the two. Raises ValueError where that leaves nothing.
     """
-    answered = sorted((sample for sample in result.samples if sample.error is None), key=lambda one: one.end_s)
+    answered = [sample for sample in result.samples if sample.outcome == "answered"]
+    answered.sort(key=lambda sample: sample.end_s)
     inside = answered[left_out : len(answered) - left_out]
     if not inside:
         raise ValueError(f"{len(answered)} answers, and {left_out} are left out at either end")
     begin_s = answered[left_out - 1].end_s if left_out else 0.0
-    return summarise_load(inside, inside[-1].end_s - begin_s, result.device)
+    elapsed_s = inside[-1].end_s - begin_s
+    return summarise_load(inside, elapsed_s, result.device, asked_tokens=result.asked_tokens)
 
 
 def _token_gaps(sample: RequestSample) -> list[float]:
@@ -87,7 +144,7 @@ def is_simulated(device: str) -> bool:
 
 
 def result_table(result: LoadResult) -> str:
-    """The figures as text, latencies in milliseconds."""
+    """The figures as text, latencies in milliseconds, and what became of the requests."""
     rows = [
         ("time to first token", result.time_to_first_token_s),
         ("inter-token", result.inter_token_s),
@@ -99,9 +156,34 @@ def result_table(result: LoadResult) -> str:
     for name, s in rows:
         figures = [f"{value * 1e3:.2f}" for value in (s.p50, s.p90, s.p99, s.max)] if s.count else ["-"] * 4
         lines.append(f"{name:22}" + "".join(f"{figure:>10}" for figure in figures))
+    columns = ("answered", "refused", "failed", "deadline", "short")
+    lines.append(f"{'requests':22}" + "".join(f"{name:>10}" for name in columns))
+    lines.append(" " * 22 + "".join(f"{getattr(result, name):>10,}" for name in columns))
     lines.append(
         f"{result.answered} answered in {result.elapsed_s:.2f} s: {result.requests_per_s:,.1f} requests/s, "
         f"{result.output_tokens_per_s:,.0f} output tokens/s"
     )
-    lines += [f"{count} failed: {error}" for error, count in sorted(result.errors.items())]
+    lines += _shorts(result)
+    lines += [f"{count} {error}" for error, count in sorted(result.errors.items())]
+    if result.unsent:
+        lines.append(f"{result.unsent} not sent: the connection was lost")
     return "\n".join(lines)
+
+
+def _told(sample: RequestSample) -> str:
+    """Outcome and reason: "refused: overloaded: full"."""
+    return f"{sample.outcome}: {sample.reason}" if sample.reason else sample.outcome
+
+
+def _shorts(result: LoadResult) -> list[str]:
+    """A line for each reason that answers are shorter than they were asked for."""
+    context = "the context" if result.max_model_len is None else f"max_model_len {result.max_model_len}"
+    reasons = {"length": f"cut to what {context} leaves", "stop": "that stopped early", "": "that ended early"}
+    lines = []
+    for finish, reason in reasons.items():
+        answers = (one for one in result.samples if one.outcome == "answered" and one.finish == finish)
+        lengths = [one.num_tokens for one in answers if one.num_tokens < result.asked_tokens]
+        if lengths:
+            span = "-".join(map(str, sorted({min(lengths), max(lengths)})))
+            lines.append(f"{len(lengths)} {reason}: {span} tokens instead of {result.asked_tokens}")
+    return lines

@@ -21,16 +21,19 @@ import msgspec
 import uvloop
 from tqdm import tqdm
 
-from cierzo.bench.arguments import positive, positive_float
+from cierzo.bench.arguments import MAX_SEED, finite, positive, positive_float, seed, text, whole
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.traces import random_prompt
-from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, CoreFailed, Draining, Overloaded, refusal
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta
 from cierzo.engine.roofline.workload import poisson_arrivals
 
 PROGRESS_AFTER_S = 2.0
+READY_TIMEOUT_S = 600.0  # for weights to load
+POLL_S = 0.2
+WHOLE = ("stop", "length", "")  # finish reasons of an answer that came to its end; empty: its server tells none
 SHARED_INDEX = -1  # no request's: the random prompt that all others may begin with
 
 
@@ -38,11 +41,12 @@ class LoadClient(Protocol):
     """What a load needs of a connection; `Client` has it."""
 
     def generate(self, **request: Any) -> AsyncIterator[Delta]:
-        """Stream one answer."""
+        """Stream one answer. Where what is given has a `final` afterwards, that tells how the answer ended."""
         ...
 
     async def model_info(self) -> Any:
-        """An object with a `vocab_size`, and perhaps a `device`."""
+        """An object with a `vocab_size`, and perhaps a `device` and a `max_model_len`. Raises ConnectionLost once
+        the connection is lost for good."""
         ...
 
     async def close(self) -> None:
@@ -57,7 +61,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """One load. Exactly one of `concurrency` (closed loop) and `rate` (requests per second, open loop) is set.
 
     Prompts are `prompt`, or else `input_tokens` random token ids, of which the first `shared_tokens` are the same
-    in all, as a system prompt is. Every answer has exactly `output_tokens`.
+    in all, as a system prompt is. Every answer has exactly `output_tokens`, or what the server's context leaves.
     """
 
     rpc: str
@@ -84,13 +88,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--connections", type=positive, default=1, metavar="K", help="connections that share the load"
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT", help="the prompt of every request; default: random tokens")
+    what.add_argument(
+        "--prompt", type=text, metavar="TEXT", help="the prompt of every request; default: random tokens"
+    )
     what.add_argument(
         "--input-tokens", type=positive, default=32, metavar="N", help="length of a random prompt, tokens"
     )
     parser.add_argument(
         "--shared-tokens",
-        type=int,
+        type=whole,
         default=0,
         metavar="N",
         help="how much of the random prompts is the same in all",
@@ -98,13 +104,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-tokens", type=positive, default=16, metavar="N", help="length of an answer, tokens"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and arrival times")
+    parser.add_argument("--temperature", type=finite, default=0.0, metavar="X", help="0: greedy")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of prompts and arrival times")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and raw samples here")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the load, print the table; exit status 1 if a request failed. Raises CierzoError without a server."""
+    """Wait for the server, run the load, print the table; exit status 1 unless every request was answered.
+
+    Raises CierzoError without a server that takes requests.
+    """
     settings = LoadSettings(
         rpc=arguments.rpc,
         requests=arguments.requests,
@@ -121,13 +130,42 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         check_writable(arguments.json)  # before the load, not after it
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    result = uvloop.run(run_load(settings))
+    result = uvloop.run(_load_when_ready(settings))
     print(result_table(result))
     if arguments.json is not None:
         command = " ".join(["cierzo", *sys.argv[1:]])
         report = make_report("load", command=command, started=started, settings=settings, results=result)
         write_report(report, arguments.json)
-    return 1 if result.errors else 0
+    return 0 if result.answered == settings.requests else 1
+
+
+async def _load_when_ready(settings: LoadSettings) -> LoadResult:
+    await wait_ready(settings.rpc)
+    return await run_load(settings)
+
+
+async def wait_ready(address: str, timeout_s: float = READY_TIMEOUT_S) -> None:
+    """Wait while a server of ours loads its model.
+
+    Raises ConnectionLost where none answers, Overloaded where it still loads after `timeout_s`, Draining or
+    CoreFailed where it takes no requests any more.
+    """
+    client = await Client.connect(address)
+    started = time.monotonic()
+    said = False
+    try:
+        while (state := (await client.health()).state) == "loading":
+            if time.monotonic() - started > timeout_s:
+                raise Overloaded(f"the server at {address} still loads its model after {timeout_s:g} s")
+            if not said:
+                print(f"waiting: the server at {address} loads its model", file=sys.stderr)
+                said = True
+            await asyncio.sleep(POLL_S)
+    finally:
+        await client.close()
+    if state != "ready":
+        kind = Draining if state == "draining" else CoreFailed
+        raise kind(f"the server at {address} takes no requests: its state is {state}")
 
 
 async def run_load(
@@ -135,31 +173,36 @@ async def run_load(
 ) -> LoadResult:
     """Connect, send every request, and gather what each of them saw.
 
-    A refused or failed request is a sample with its error code. `connect` opens a connection to `settings.rpc` for
-    a server that does not speak our RPC; `clock` tells seconds. Raises ConfigError for settings that contradict
-    each other, ConnectionLost where no server answers.
+    A request that was refused, that failed or that the server ended early is a sample with its error. Once a
+    connection is lost, no more are sent. `connect` opens a connection to `settings.rpc` for a server that does not
+    speak our RPC; `clock` tells seconds. Raises ConfigError for settings that contradict each other or that the
+    server's context cannot hold, ConnectionLost where no server answers.
     """
     if (settings.concurrency is None) == (settings.rate is None):
         raise ConfigError("exactly one of concurrency and rate must be given", field="rate", value=settings.rate)
     if not 0 <= settings.shared_tokens < settings.input_tokens:
-        raise ConfigError(
-            f"shared_tokens must be 0 to {settings.input_tokens - 1}, got {settings.shared_tokens}",
-            field="shared_tokens",
-            limit=settings.input_tokens - 1,
-            value=settings.shared_tokens,
-        )
+        raise refusal("shared_tokens", f"0 to {settings.input_tokens - 1}", settings.shared_tokens)
     connect = connect or Client.connect
     clients = [await connect(settings.rpc) for _ in range(settings.connections)]
     try:
         info = await clients[0].model_info()
+        _require_room(settings, info)
         return await _Load(settings, clients, info, clock).run()
     finally:
         for client in clients:
             await client.close()
 
 
+def _require_room(settings: LoadSettings, info: Any) -> None:
+    """Prompts that leave room for an answer, where the server says how long a request may be."""
+    limit = getattr(info, "max_model_len", None)
+    if limit is not None and settings.prompt is None and settings.input_tokens >= limit:
+        why = f"max_model_len of the server is {limit}"
+        raise refusal("input_tokens", f"at most {limit - 1}", settings.input_tokens, why)
+
+
 class _Load:
-    """One run: the clients, the clock's zero, and the samples so far."""
+    """One run: the clients, the clock's zero, the samples so far, and whether a connection was lost."""
 
     def __init__(
         self, settings: LoadSettings, clients: list[LoadClient], info: Any, clock: Callable[[], float]
@@ -169,6 +212,8 @@ class _Load:
         self.clients = clients
         self.vocab_size: int = info.vocab_size
         self.device: str = getattr(info, "device", "")  # other engines need not say
+        self.max_model_len: int | None = getattr(info, "max_model_len", None)
+        self.lost = False
         self.samples: list[RequestSample] = []
         self.zero = 0.0
         self.progress = tqdm(total=settings.requests, unit="req", delay=PROGRESS_AFTER_S, leave=False, disable=None)
@@ -177,13 +222,20 @@ class _Load:
         self.zero = self.clock()
         with self.progress:
             await (self._closed_loop() if self.settings.concurrency else self._open_loop())
-        return summarise_load(self.samples, self.clock() - self.zero, self.device)
+        return summarise_load(
+            self.samples,
+            self.clock() - self.zero,
+            self.device,
+            asked_tokens=self.settings.output_tokens,
+            max_model_len=self.max_model_len,
+            unsent=self.settings.requests - len(self.samples),
+        )
 
     async def _closed_loop(self) -> None:
         indices = iter(range(self.settings.requests))  # shared: each client takes the next one
 
         async def client_loop() -> None:
-            for index in indices:
+            while not self.lost and (index := next(indices, None)) is not None:
                 await self._request(index, self.clock() - self.zero)
 
         async with asyncio.TaskGroup() as group:
@@ -196,24 +248,34 @@ class _Load:
         async with asyncio.TaskGroup() as group:
             for index, due_s in enumerate(arrivals):
                 await asyncio.sleep(max(0.0, due_s - (self.clock() - self.zero)))
+                if self.lost:
+                    return
                 group.create_task(self._request(index, due_s))
 
     async def _request(self, index: int, due_s: float) -> None:
         delta_s: list[float] = []
         delta_tokens: list[int] = []
-        error: CierzoError | None = None
+        finish = message = ""
+        error: str | None = None
         start_s = self.clock() - self.zero
         try:
-            async for delta in self._generate(index):
+            answer = self._generate(index)
+            async for delta in answer:
                 if delta.token_ids:
                     delta_s.append(self.clock() - self.zero)
                     delta_tokens.append(len(delta.token_ids))
+            finish, message = _ending(answer)
+            if finish not in WHOLE:
+                error = finish
+            elif not delta_tokens:
+                error, message = "failed", "the answer holds no token"
         except CierzoError as failure:
-            error = failure
+            error, message = failure.code, failure.message
         end_s = self.clock() - self.zero
-        told = (error.code, error.message) if error else ()
-        self.samples.append(RequestSample(due_s, start_s, delta_s, delta_tokens, end_s, *told))
+        self.samples.append(RequestSample(due_s, start_s, delta_s, delta_tokens, end_s, error, message, finish))
         self.progress.update()
+        if error == ConnectionLost.code and not self.lost:
+            self.lost = await _is_lost(self.clients[index % len(self.clients)])
 
     def _generate(self, index: int) -> AsyncIterator[Delta]:
         settings = self.settings
@@ -228,5 +290,20 @@ class _Load:
             max_tokens=settings.output_tokens,
             ignore_eos=True,
             temperature=settings.temperature,
-            seed=settings.seed + index,
+            seed=(settings.seed + index) % (MAX_SEED + 1),
         )
+
+
+def _ending(answer: AsyncIterator[Delta]) -> tuple[str, str]:
+    """Finish reason and message of an answer, both empty where its server tells neither."""
+    final = getattr(answer, "final", None)
+    return ("", "") if final is None else (final.samples[0].finish_reason, final.samples[0].message)
+
+
+async def _is_lost(client: LoadClient) -> bool:
+    """Whether nothing comes over this connection any more; other engines open one for each request."""
+    try:
+        await client.model_info()
+    except ConnectionLost:
+        return True
+    return False

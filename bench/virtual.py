@@ -155,8 +155,8 @@ class SimulatedClient:
             if delta.token_ids:
                 yield Delta(stream=0, sample=delta.sample, token_ids=delta.token_ids)
             if delta.finish is not None:
-                if delta.finish.reason == "failed":
-                    raise _error(delta.finish.message)
+                if delta.finish.reason not in ("stop", "length"):
+                    raise _error(delta.finish.message or delta.finish.reason)
                 return
 
     async def model_info(self) -> Any:

@@ -13,10 +13,20 @@ import msgspec
 import pytest
 
 from cierzo.bench import load
-from cierzo.bench.latency import RequestSample, result_table, summarise_load
-from cierzo.bench.load import LoadSettings, add_arguments, run_load
-from cierzo.engine.errors import ConfigError, Overloaded
-from cierzo.engine.messages import Delta
+from cierzo.bench.arguments import MAX_SEED
+from cierzo.bench.latency import RequestSample, result_table, steady_load, summarise_load
+from cierzo.bench.load import LoadSettings, add_arguments, run_load, wait_ready
+from cierzo.engine.errors import (
+    CierzoError,
+    ConfigError,
+    ConnectionLost,
+    CoreFailed,
+    Draining,
+    InvalidRequest,
+    Overloaded,
+)
+from cierzo.engine.frontend import validate
+from cierzo.engine.messages import Delta, Final, SampleEnd, Timings, Usage
 
 
 class ScriptedClient:
@@ -43,6 +53,9 @@ class ScriptedClient:
 
     async def model_info(self) -> Any:
         return SimpleNamespace(vocab_size=11)
+
+    async def health(self) -> Any:
+        return SimpleNamespace(state="ready")
 
     async def close(self) -> None:
         self.closed = True
@@ -79,7 +92,7 @@ def test_closed_loop_keeps_its_concurrency(clients: list[ScriptedClient]) -> Non
     assert len(client.requests) == len(result.samples) == 20
     assert all(len(r["token_ids"]) == 4 and r["text"] is None and r["ignore_eos"] for r in client.requests)
     assert len({tuple(r["token_ids"]) for r in client.requests}) > 1
-    assert (result.answered, result.errors) == (15, {"overloaded: full": 5})
+    assert (result.answered, result.errors) == (15, {"refused: overloaded: full": 5})
     assert result.output_tokens_per_s == pytest.approx(15 * 4 / result.elapsed_s)
     assert result.requests_per_s == pytest.approx(15 / result.elapsed_s)
 
@@ -119,7 +132,7 @@ def test_latencies_count_from_the_due_moment_and_per_token() -> None:
     table = result_table(result)
     assert "1000.00" in table
     assert "0.00" not in result_table(summarise_load([refused], elapsed_s=1.0)).splitlines()[1]
-    assert "1 failed: overloaded: full" in table
+    assert "1 refused: overloaded: full" in table
 
 
 def _parse(*words: str) -> argparse.Namespace:
@@ -154,6 +167,12 @@ def test_command_writes_settings_and_raw_samples(
         ("--prompt", "x", "--input-tokens", "3"),
         ("--output-tokens", "-1"),
         ("--concurrenc", "2"),
+        ("--shared-tokens", "-1"),
+        ("--temperature", "inf"),
+        ("--prompt", "caf\udce9"),
+        ("--seed", "-1"),
+        ("--seed", "x"),
+        ("--seed", str(2**63)),
     ],
 )
 def test_bad_options_are_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,4 +199,204 @@ def test_another_protocol_brings_its_own_connection(clients: list[ScriptedClient
 
     settings = LoadSettings(rpc="http://elsewhere", requests=3, concurrency=2, input_tokens=4)
     assert asyncio.run(run_load(settings, connect)).answered == 3
+    assert clients[0].closed
+
+
+# --- how answers end ---------------------------------------------------------------------------------------
+
+
+class Answer:
+    """Of a server that tells how an answer ended: the deltas, then `final`, or an error."""
+
+    def __init__(self, finish: str, tokens: int, message: str) -> None:
+        self._finish, self._tokens, self._message = finish, tokens, message
+
+    @property
+    def final(self) -> Final:
+        end = SampleEnd(sample=0, finish_reason=self._finish, output_tokens=self._tokens, message=self._message)
+        usage = Usage(prompt_tokens=1, output_tokens=self._tokens, cached_tokens=0)
+        return Final(stream=0, samples=[end], usage=usage, timings=Timings(0.0, 0.0, 0.0, 0.0), seed=0)
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        for _ in range(self._tokens):
+            yield Delta(stream=0, token_ids=[5])
+        if self._finish in ("refused", "broken"):
+            raise {"refused": InvalidRequest, "broken": CoreFailed}[self._finish](self._message)
+
+
+class EndingClient(ScriptedClient):
+    """Answers the requests as `endings` says: finish reason, tokens, message."""
+
+    endings: list[tuple[str, int, str]]
+
+    async def model_info(self) -> Any:
+        return SimpleNamespace(vocab_size=11, max_model_len=40)
+
+    def generate(self, **request: Any) -> Any:
+        self.requests.append(request)
+        return Answer(*self.endings[len(self.requests) - 1])
+
+
+def _end(monkeypatch: pytest.MonkeyPatch, *endings: tuple[str, int, str], **settings: Any) -> Any:
+    monkeypatch.setattr(ScriptedClient, "opened", [], raising=False)
+    monkeypatch.setattr(EndingClient, "endings", endings, raising=False)
+    given = {"requests": len(endings), "concurrency": 1, "output_tokens": 4, **settings}
+    return asyncio.run(run_load(LoadSettings(rpc="unix:/nowhere", **given), EndingClient.connect))
+
+
+def test_only_what_came_to_its_end_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = _end(
+        monkeypatch,
+        ("length", 4, ""),
+        ("failed", 0, "not finite"),
+        ("failed", 2, "not finite"),
+        ("deadline", 3, ""),
+        ("cancelled", 1, ""),
+        ("stop", 3, ""),
+        ("length", 0, ""),
+        ("refused", 0, "no room"),
+        ("broken", 2, "the core died"),
+    )
+    counts = (result.answered, result.refused, result.failed, result.deadline, result.short, result.unsent)
+    assert counts == (2, 1, 5, 1, 1, 0)
+    assert result.errors == {
+        "failed: not finite": 2,
+        "deadline": 1,
+        "failed: cancelled": 1,
+        "failed: the answer holds no token": 1,
+        "refused: invalid_request: no room": 1,
+        "failed: core_failed: the core died": 1,
+    }
+    assert result.requests_per_s == pytest.approx(2 / result.elapsed_s)
+    assert result.output_tokens_per_s == pytest.approx(7 / result.elapsed_s)
+    assert result.end_to_end_s.count == result.time_to_first_token_s.count == 2
+    lines = result_table(result).splitlines()
+    header = next(index for index, line in enumerate(lines) if line.startswith("requests"))
+    assert lines[header].split() == ["requests", "answered", "refused", "failed", "deadline", "short"]
+    assert lines[header + 1].split() == ["2", "1", "5", "1", "1"]
+    assert lines[header + 2].startswith("2 answered in ")
+    assert lines[header + 3] == "1 that stopped early: 3 tokens instead of 4"
+    assert {"2 failed: not finite", "1 deadline", "1 refused: invalid_request: no room"} <= set(lines)
+
+
+def test_answers_that_were_cut_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = _end(monkeypatch, ("length", 4, ""), ("length", 8, ""), ("length", 16, ""), output_tokens=16)
+    assert (result.answered, result.short, result.errors) == (3, 2, {})
+    assert result_table(result).splitlines()[-1] == (
+        "2 cut to what max_model_len 40 leaves: 4-8 tokens instead of 16"
+    )
+    whole = _end(monkeypatch, ("length", 16, ""), output_tokens=16)
+    assert whole.short == 0
+    assert "instead of" not in result_table(whole)
+
+
+def test_failed_requests_complete_nothing_in_the_steady_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [
+        RequestSample(0.0, 0.0, [end], [4], end, *(("failed", "x", "failed") if end % 2 else ()))
+        for end in map(float, range(1, 13))
+    ]
+    steady = steady_load(summarise_load(samples, 12.0), 1)
+    assert [sample.end_s for sample in steady.samples] == [4.0, 6.0, 8.0, 10.0]
+    assert (steady.answered, steady.failed) == (4, 0)
+    assert steady.requests_per_s == pytest.approx(4 / 8)
+    with pytest.raises(ValueError, match="6 answers, and 3 are left out"):
+        steady_load(summarise_load(samples, 12.0), 3)
+
+
+@pytest.mark.parametrize("loop", [{"concurrency": 2}, {"concurrency": None, "rate": 1e9}])
+def test_nothing_is_sent_once_the_connection_is_lost(monkeypatch: pytest.MonkeyPatch, loop: dict[str, Any]) -> None:
+    class Dying(EndingClient):
+        async def generate(self, **request: Any) -> AsyncIterator[Delta]:
+            self.requests.append(request)
+            if len(self.requests) > 3:
+                raise ConnectionLost("gone")
+            yield Delta(stream=0, token_ids=[5])
+
+        async def model_info(self) -> Any:
+            if len(self.requests) > 3:
+                raise ConnectionLost("gone")
+            await asyncio.sleep(0)
+            return SimpleNamespace(vocab_size=11)
+
+    monkeypatch.setattr(ScriptedClient, "opened", [], raising=False)
+    settings = LoadSettings(rpc="unix:/nowhere", requests=100_000, output_tokens=1, **loop)
+    result = asyncio.run(run_load(settings, Dying.connect))
+    assert result.answered == 3
+    assert 1 <= result.failed < 2000
+    assert result.unsent == 100_000 - 3 - result.failed
+    lines = result_table(result).splitlines()
+    assert f"{result.failed} failed: connection_lost: gone" in lines
+    assert lines[-1] == f"{result.unsent} not sent: the connection was lost"
+
+
+def test_a_request_that_lost_its_own_connection_ends_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other engines' clients open one for each request."""
+
+    class Flaky(EndingClient):
+        async def generate(self, **request: Any) -> AsyncIterator[Delta]:
+            self.requests.append(request)
+            if len(self.requests) == 2:
+                raise ConnectionLost("status 503: full")
+            yield Delta(stream=0, token_ids=[5])
+
+    monkeypatch.setattr(ScriptedClient, "opened", [], raising=False)
+    settings = LoadSettings(rpc="unix:/nowhere", requests=5, concurrency=1, output_tokens=1)
+    result = asyncio.run(run_load(settings, Flaky.connect))
+    assert (result.answered, result.failed, result.unsent) == (4, 1, 0)
+
+
+def test_prompts_that_fill_the_context_are_refused_before_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"input_tokens must be at most 39 .*, got 40"):
+        _end(monkeypatch, ("length", 4, ""), input_tokens=40)
+    assert _end(monkeypatch, ("length", 4, ""), input_tokens=39).answered == 1
+
+
+def test_seeds_stay_within_what_a_server_takes(clients: list[ScriptedClient]) -> None:
+    assert MAX_SEED == validate.MAX_SEED
+    settings = LoadSettings(rpc="unix:/nowhere", requests=3, concurrency=1, seed=MAX_SEED - 1)
+    asyncio.run(run_load(settings))
+    assert [request["seed"] for request in clients[0].requests] == [MAX_SEED - 1, MAX_SEED, 0]
+
+
+# --- before the load ---------------------------------------------------------------------------------------
+
+
+def test_a_load_waits_until_the_server_is_ready(
+    clients: list[ScriptedClient], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = iter(["loading", "loading", "ready"])
+
+    async def health(self: ScriptedClient) -> Any:
+        return SimpleNamespace(state=next(states))
+
+    monkeypatch.setattr(ScriptedClient, "health", health)
+    monkeypatch.setattr(load, "POLL_S", 0.0)
+    assert load.main(_parse("--requests", "3")) == 0
+    assert capsys.readouterr().err == "waiting: the server at unix:/nowhere loads its model\n"
+    assert next(states, None) is None
+    assert all(client.closed for client in clients)
+
+
+@pytest.mark.parametrize(
+    ("state", "kind", "words"),
+    [
+        ("loading", Overloaded, "still loads its model after 0.01 s"),
+        ("draining", Draining, "takes no requests: its state is draining"),
+        ("failed", CoreFailed, "takes no requests: its state is failed"),
+    ],
+)
+def test_a_server_that_takes_no_requests_is_not_loaded(
+    clients: list[ScriptedClient],
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    kind: type[CierzoError],
+    words: str,
+) -> None:
+    async def health(self: ScriptedClient) -> Any:
+        return SimpleNamespace(state=state)
+
+    monkeypatch.setattr(ScriptedClient, "health", health)
+    monkeypatch.setattr(load, "POLL_S", 0.001)
+    with pytest.raises(kind, match=words):
+        asyncio.run(wait_ready("unix:/nowhere", timeout_s=0.01))
     assert clients[0].closed
