@@ -179,7 +179,8 @@ async def run_load(
     server's context cannot hold, ConnectionLost where no server answers.
     """
     if (settings.concurrency is None) == (settings.rate is None):
-        raise ConfigError("exactly one of concurrency and rate must be given", field="rate", value=settings.rate)
+        limit = "exactly one of concurrency and rate"
+        raise ConfigError(f"{limit} must be given", field="rate", limit=limit, value=settings.rate)
     if not 0 <= settings.shared_tokens < settings.input_tokens:
         raise refusal("shared_tokens", f"0 to {settings.input_tokens - 1}", settings.shared_tokens)
     connect = connect or Client.connect

@@ -58,7 +58,7 @@ def check_writable(path: Path) -> None:
     """Raise ConfigError where `write_report` could not write `path`, and leave the path as it is."""
     file = path.resolve()
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigError(f"{path} cannot be written", field="json", value=path)
+        raise ConfigError(f"{path} cannot be written", field="json", limit="a path that can be written", value=path)
 
 
 def write_report(report: Report, path: Path) -> None:

@@ -107,7 +107,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="begin a step before the one before has ended; auto: where a GPU would wait otherwise"),
     ] = "auto"
     max_running: Annotated[
-        Count | None, Meta(description="sequences that run at once, at most; default: the profile's")
+        Count | None,
+        Meta(description="sequences that run at once, no more than budget_tokens; default: the profile's"),
     ] = None
     graph_sequences: Annotated[
         Annotated[int, Meta(ge=0, le=MAX_COUNT)] | None,

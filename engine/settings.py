@@ -61,7 +61,7 @@ def _checked(annotation: Any, value: Any, name: str) -> Any:
                 return require(value, f"{name}.")
     try:
         return _converted(annotation, value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise refusal(name, limit_of(annotation, value), value) from None
 
 
@@ -69,13 +69,14 @@ def _converted(annotation: Any, value: Any) -> Any:
     """The value in the annotation's own type. Raises ValueError where that cannot be, or its limits forbid it."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         value = int(value)
-        if abs(value) > LARGEST_INT:
-            raise ValueError
     elif isinstance(value, Real) and not isinstance(value, bool):
         value = float(value)
-        if not math.isfinite(value):
-            raise ValueError
-    return msgspec.convert(value, annotation)  # a ValidationError is a ValueError
+    found = msgspec.convert(value, annotation)  # a ValidationError is a ValueError
+    if isinstance(found, float) and not math.isfinite(found):
+        raise ValueError
+    if isinstance(found, int) and abs(found) > LARGEST_INT:
+        raise ValueError
+    return found
 
 
 def word_reader(annotation: Any) -> Callable[[str], Any]:

@@ -37,8 +37,9 @@ def engine_settings(model: str, device: str, subject: Subject, cells: Sequence[C
     }
     usual_tokens = min(max(cell.tokens for cell in cells), AUTO_KV_REQUEST_TOKENS)
     clients = max(-(-(cell.concurrency or 0) * cell.tokens // usual_tokens) for cell in cells)
-    if clients > resolved(settings).scheduler.max_running:
-        settings["max_running"] = clients
+    limits = resolved(settings).scheduler
+    if clients > limits.max_running:
+        settings["max_running"] = min(clients, limits.budget_tokens)
     return settings
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from cierzo.engine.errors import ConfigError, refusal
+from cierzo.engine.errors import refusal
 from cierzo.engine.roofline.device import Device, Kind, Rate
 from cierzo.engine.roofline.measured import with_measured
 
@@ -60,4 +60,4 @@ def find_device(name: str) -> Device:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Device)
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"device file {name}: {error}", field="device", value=name) from error
+        raise refusal("device", "a JSON file that describes a device", name, str(error)) from error

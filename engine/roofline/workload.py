@@ -107,7 +107,7 @@ def parse_workload(text: str) -> Workload:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Workload)
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"workload file {text}: {error}", field="workload", value=text) from error
+        raise refusal("workload", "a JSON file that describes a workload", text, str(error)) from error
 
 
 def read_trace(path: Path) -> tuple[TracedRequest, ...]:

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cierzo.engine.errors import CheckpointError
+from cierzo.engine.errors import CheckpointError, amount
 from cierzo.engine.weights import mapping, packed_file
+from cierzo.engine.weights.folder import GB
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.packed_file import Entry, Index, UnusableFile
 from cierzo.engine.weights.quantised import Parameter, pack_parameter
@@ -109,7 +110,7 @@ class PackedStore:
         return how
 
     def _fill(self, progress: Progress | None) -> str:
-        size = f"{self.num_bytes / 1e9:.2f} GB"
+        size = f"{amount(self.num_bytes, GB)} GB"
         if self.num_bytes >= SMALL_BYTES:
             index = self._index()
             paths = self._paths(index)

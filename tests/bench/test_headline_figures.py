@@ -234,6 +234,9 @@ def test_an_engine_has_room_for_as_many_as_a_cell_has() -> None:
     assert "max_running" not in few
     many = Cell(name="z", profile="latency", input_tokens=1024, output_tokens=1024, concurrency=50)
     assert resolved(engine_settings("small4", "simulated:h200", SMALL4, [short, many])).scheduler.max_running == 50
+    crowd = Cell(name="c", profile="latency", input_tokens=1024, output_tokens=1024, concurrency=5000)
+    limits = resolved(engine_settings("small4", "simulated:h200", SMALL4, [crowd])).scheduler
+    assert limits.max_running == limits.budget_tokens == 2048  # more than a step has tokens cannot run at once
     fp8 = Subject(model="small4", weights="fp8", kv_dtype="fp8")
     with pytest.raises(ConfigError, match="nothing is left for the KV cache"):
         engine_settings("small4", "simulated:h100", fp8, [short])

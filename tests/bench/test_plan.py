@@ -226,5 +226,5 @@ def test_a_device_that_is_not_a_name_is_read_from_its_file(tmp_path: Path) -> No
     assert usual is not None
     assert quick.requests_per_s == pytest.approx(2 * usual.requests_per_s, rel=0.05)
     path.write_bytes(b"{}")
-    with pytest.raises(ConfigError, match=r"device file .*twice\.json"):
+    with pytest.raises(ConfigError, match=r"a JSON file that describes a device .*twice\.json"):
         _plan("16/64@16", str(path))

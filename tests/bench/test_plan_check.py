@@ -180,8 +180,8 @@ def test_the_whole_way_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["nowhere"], "plan_check: nowhere is no checkpoint"),
-        (["nowhere", "--workloads", "9/x@1"], "plan_check: workload '9/x@1'"),
+        (["nowhere"], "plan_check: checkpoint must be the folder of a checkpoint, got 'nowhere'"),
+        (["nowhere", "--workloads", "9/x@1"], "plan_check: workload must be IN/OUT@CLIENTS"),
         (["nowhere", "--weights", "int3"], "invalid choice: 'int3'"),
     ],
 )
@@ -198,7 +198,8 @@ def test_what_cannot_be_checked_is_refused_by_name(
 
 def test_calibrating_nothing_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate.main(["nowhere"]) == 2
-    assert "calibrate: nowhere is no checkpoint" in capsys.readouterr().err
+    told = "calibrate: checkpoint must be the folder of a checkpoint, got 'nowhere'\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_workload_is_measured_again_while_the_machine_changes(monkeypatch: pytest.MonkeyPatch) -> None:

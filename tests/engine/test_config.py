@@ -33,7 +33,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     *(("max_model_len", value, "an integer of at least 1") for value in (0, "4096", 1e3)),
     ("max_model_len", 2**70, f"an integer of at most {2**63 - 1}"),
     ("max_model_len", 131_073, "at most 131072"),
-    *(("kv_cache_gib", value, NUMBER) for value in (0.0, -1.0, -1, NAN, INF, "1", True, 2**70, [1])),
+    *(("kv_cache_gib", value, NUMBER) for value in (0.0, -1.0, -1, NAN, INF, "1", True, [1])),
     ("kv_cache_gib", 1e-7, "at least 0.0000916"),
     *(("block_tokens", value, COUNT) for value in (0, -4, 2**70, None, "auto")),
     *(("budget_tokens", value, COUNT) for value in (0, 2**31, 1.5)),
@@ -221,6 +221,10 @@ def test_a_user_without_a_home_folder_has_to_name_one(monkeypatch: pytest.Monkey
     config.check_environment()  # most commands keep nothing there
 
 
+def _escaped(text: str | None) -> str:
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 @pytest.mark.parametrize("name", ["", "{}/none", "{}/file", "none", "\0", "x" * 5000, "{}/loop", "{}/caf\udce9"])
 def test_a_checkpoint_that_is_no_folder_is_refused_in_the_same_words(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
@@ -229,7 +233,8 @@ def test_a_checkpoint_that_is_no_folder_is_refused_in_the_same_words(tmp_path: P
     name = name.format(tmp_path)
     with pytest.raises(ConfigError, match="checkpoint must be ") as caught:
         resolve(EngineOptions(model=name))
-    assert (caught.value.field, caught.value.value) == ("checkpoint", name[:200])
+    assert caught.value.field == "checkpoint"
+    assert _escaped(caught.value.value) == _escaped(name[:200])
     kind = "a folder whose path is text in UTF-8" if "caf" in name else "the folder of a checkpoint"
     assert caught.value.limit == kind
 

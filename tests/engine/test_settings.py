@@ -1,8 +1,13 @@
-"""What a setting must be, in words, and what is taken and refused: as a keyword and as a word of a command line."""
+"""What a setting must be, in words, and what is taken and refused: as a keyword and as a word of a command line.
+
+And what such a refusal says (engine/errors.py): in numbers that are true.
+"""
 
 from __future__ import annotations
 
+import random
 from argparse import ArgumentTypeError
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,7 +16,7 @@ import pytest
 from msgspec import Meta
 
 from cierzo.engine.config import EngineOptions
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import ConfigError, amount, refusal
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.llm import LLM
 from cierzo.engine.settings import limit_of, require, settings_of, word_reader
@@ -19,6 +24,8 @@ from cierzo.engine.settings import limit_of, require, settings_of, word_reader
 Few = Annotated[int, Meta(ge=1, le=9)]
 Share = Annotated[float, Meta(gt=0)]
 LARGEST = 2**63 - 1
+NUMBER = "a finite number above 0"
+GIB, GB = 1 << 30, 10**9
 
 
 class Inner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,7 +73,10 @@ def test_limits_in_words(annotation: Any, limit: str) -> None:
             ("few", value, "an integer from 1 to 9")
             for value in (0, 10, 2**70, -(2**70), "3", True, 3.0, np.bool_(1))
         ),
-        *(("share", value, "a finite number above 0") for value in (0, -1, "1", None, True, float("nan"), 10**400)),
+        *(
+            ("share", value, "a finite number above 0")
+            for value in (0, -1, "1", None, True, float("nan"), 10**400, Fraction(10**400))
+        ),
         *(("kind", value, "one of a, b") for value in ("c", "", 1, None, b"a")),
         *(("on", value, "True or False") for value in (1, "yes", None)),
         *(("name", value, "text in UTF-8") for value in (1, None, b"x")),
@@ -102,6 +112,7 @@ def test_sections_and_names(given: dict[str, Any], field: str, limit: str) -> No
 
 
 def test_what_is_taken() -> None:
+    assert settings_of(Outer, {"share": 2**70}).share == 2.0**70
     given = {"few": np.int32(3), "share": 2, "inner": {"size": 7}, "others": {"a": "b"}}
     found = settings_of(Outer, given)
     assert found == Outer(few=3, share=2.0, inner=Inner(size=7), others={"a": "b"})
@@ -167,3 +178,44 @@ def test_keywords_of_the_engine_are_refused_before_anything_is_loaded(
     assert error.limit == limit or limit is None
     assert f"{field}" in error.message
     assert "$" not in error.message
+
+
+# --- what a refusal says ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "unit", "down", "up"),
+    [
+        (0, GIB, "0.00", "0.00"),
+        (1, GIB, "0.000000000931", "0.000000000932"),
+        (98_304, GIB, "0.0000915", "0.0000916"),
+        (40_000_000, GIB, "0.0372", "0.0373"),
+        (GIB, GIB, "1.00", "1.00"),
+        (GIB + 1, GIB, "1.00", "1.01"),
+        (12_345_678_901, GB, "12.3", "12.4"),
+        (237_930_000_000, GB, "237.9", "238.0"),
+        (10**24, GB, "1000000000000000.0", "1000000000000000.0"),
+    ],
+)
+def test_an_amount_has_digits_enough(num_bytes: int, unit: int, down: str, up: str) -> None:
+    assert (amount(num_bytes, unit), amount(num_bytes, unit, up=True)) == (down, up)
+
+
+def test_what_is_needed_never_reads_as_what_there_is() -> None:
+    draw = random.Random(7)
+    for _ in range(2000):
+        room = int(10 ** draw.uniform(0, 15))
+        need = room + int(10 ** draw.uniform(0, 6))
+        there, needed = amount(room, GIB), amount(need, GIB, up=True)
+        assert float(there) <= room / GIB
+        assert float(needed) >= need / GIB
+        assert float(there) < float(needed)
+
+
+def test_a_refusal_names_field_limit_value_and_reason() -> None:
+    error = refusal("threads", "an integer from 1 to 8", "4 ", "CPUs here")
+    assert isinstance(error, ConfigError)
+    assert str(error) == "threads must be an integer from 1 to 8 (CPUs here), got '4 '"
+    assert (error.field, error.limit, error.value) == ("threads", "an integer from 1 to 8", "4 ")
+    assert str(refusal("threads", 1, 2)) == "threads must be 1, got 2"
+    assert len(str(refusal("name", "short", "x" * 10_000))) < 300

@@ -317,12 +317,12 @@ def test_a_disk_that_becomes_full(folder: Path, cache: Path, caplog: pytest.LogC
 def test_a_disk_that_is_full(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    full = os.statvfs_result((4096, 4096, 100, 0, 0, 100, 100, 100, 0, 255))
+    full = os.statvfs_result((4096, 4096, 100, 1, 1, 100, 100, 100, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda path: full)
     start = Start(folder, cache)
     start.check()
     assert start.how.endswith("packed into memory")
-    assert "0.0 GB free" in caplog.text
+    assert "has 0.00000409 GB free, 0.0000180 GB are needed" in caplog.text
     assert os.listdir(folder / ".cierzo") == []
 
 

@@ -126,4 +126,5 @@ def test_open_files_follow_the_connections(monkeypatch):
     assert limits == [(1024, 5000)]
     with pytest.raises(ConfigError, match="the system allows 5000") as caught:
         launch._allow_files(5001)
-    assert (caught.value.field, caught.value.limit) == ("max_connections", str(5000 - launch.SPARE_FILES))
+    assert (caught.value.field, caught.value.limit) == ("max_connections", f"at most {5000 - launch.SPARE_FILES}")
+    assert caught.value.value == str(5001 - launch.SPARE_FILES)
