@@ -34,7 +34,7 @@ def make_report(benchmark: str, *, command: str, started: str, settings: Any, re
     """Add machine and versions; `started` is UTC, ISO 8601."""
     return Report(
         benchmark=benchmark,
-        command=command,
+        command=command.encode("utf-8", "backslashreplace").decode(),  # a path may hold bytes that are no text
         started=started,
         machine=describe_machine(),
         versions=installed_versions(),

@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_output()
         return 141
+    except UnicodeEncodeError as error:  # a path that is no text, where text is sent or kept
+        print(f"cierzo: {error.object[:200]!r} must be text in UTF-8", file=sys.stderr)
+        return 2
     except MemoryError as error:
         print(f"cierzo: out of memory: {error}", file=sys.stderr)
         return 1
@@ -77,9 +80,13 @@ def _print_anything() -> None:
 
 
 def _drop_output() -> None:
-    """What is printed and was not taken is forgotten, so that the interpreter does not fail on it at its end."""
-    with suppress(OSError, ValueError, AttributeError):  # no stdout, or one without a file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """What was printed and cannot be written is forgotten: the interpreter would fail on it at its end."""
+    with suppress(ValueError, AttributeError):  # there is no stdout, or no file behind it
+        try:
+            sys.stdout.flush()
+        except OSError:
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

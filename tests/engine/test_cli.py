@@ -252,6 +252,36 @@ def test_an_answer_that_failed_is_a_run_that_failed(
     assert capsys.readouterr().err == "cierzo: core_failed: logits are not finite\n"
 
 
+def test_paths_may_hold_bytes_that_are_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "caf\udce9.json"
+    words = [
+        "plan",
+        "small4",
+        "--device",
+        "h200",
+        "--workload",
+        "9/9@1",
+        "--weights",
+        "nvfp4",
+        "--json",
+        str(report),
+    ]
+    monkeypatch.setattr(sys, "argv", ["cierzo", *words])  # which the report keeps
+    assert main(words) == 0
+    assert b"caf\\\\udce9.json" in report.read_bytes()
+    (tmp_path / "caf\udce9").mkdir()
+    make = ["make-checkpoint", str(tmp_path / "caf\udce9" / "new"), "--like", "small3"]
+    assert main(make) == 0
+    capsys.readouterr()
+    for command in (("info",), ("serve",), ("generate", "--token-ids=1")):
+        assert main([*command, make[1]]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert "checkpoint must be a folder whose path is text in UTF-8, got " in err
+
+
 def test_exit_statuses_are_written_down(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     told = " ".join(capsys.readouterr().out.split())
