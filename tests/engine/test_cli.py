@@ -349,7 +349,9 @@ def _run(code: str, *words: str, **options: Any) -> subprocess.CompletedProcess[
     """The command in a process of its own, in which `code` has run before anything of ours is imported."""
     start = f"import sys\n{code}\nfrom cierzo.engine.__main__ import main\nsys.exit(main())"
     command = [sys.executable, "-c", start, *words]
-    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False, **options)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"env": environment, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.run(command, timeout=DEADLINE_S, check=False, **options)
 
 
 INTERRUPT = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
