@@ -25,14 +25,13 @@ from cierzo.bench.arguments import MAX_SEED, finite, positive, positive_float, s
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.traces import random_prompt
-from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, CoreFailed, Draining, Overloaded, refusal
+from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, refusal
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta
 from cierzo.engine.roofline.workload import poisson_arrivals
 
 PROGRESS_AFTER_S = 2.0
 READY_TIMEOUT_S = 600.0  # for weights to load
-POLL_S = 0.2
 WHOLE = ("stop", "length", "")  # finish reasons of an answer that came to its end; empty: its server tells none
 SHARED_INDEX = -1  # no request's: the random prompt that all others may begin with
 
@@ -140,32 +139,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 async def _load_when_ready(settings: LoadSettings) -> LoadResult:
-    await wait_ready(settings.rpc)
+    async with await Client.connect(settings.rpc) as client:
+        if (await client.health()).state == "loading":
+            print(f"waiting: the server at {settings.rpc} loads its model", file=sys.stderr)
+        await client.wait_ready(READY_TIMEOUT_S)
     return await run_load(settings)
-
-
-async def wait_ready(address: str, timeout_s: float = READY_TIMEOUT_S) -> None:
-    """Wait while a server of ours loads its model.
-
-    Raises ConnectionLost where none answers, Overloaded where it still loads after `timeout_s`, Draining or
-    CoreFailed where it takes no requests any more.
-    """
-    client = await Client.connect(address)
-    started = time.monotonic()
-    said = False
-    try:
-        while (state := (await client.health()).state) == "loading":
-            if time.monotonic() - started > timeout_s:
-                raise Overloaded(f"the server at {address} still loads its model after {timeout_s:g} s")
-            if not said:
-                print(f"waiting: the server at {address} loads its model", file=sys.stderr)
-                said = True
-            await asyncio.sleep(POLL_S)
-    finally:
-        await client.close()
-    if state != "ready":
-        kind = Draining if state == "draining" else CoreFailed
-        raise kind(f"the server at {address} takes no requests: its state is {state}")
 
 
 async def run_load(

@@ -21,7 +21,6 @@ from os import PathLike, fspath
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 from tqdm import tqdm
 
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from cierzo.engine.errors import CierzoError, ConnectionLost, CoreFailed
-from cierzo.engine.frontend.arguments import generate_message
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import ChatMessage, Final, SamplingParams
 
@@ -29,8 +28,6 @@ def chat(address: str, message: str | None, system: str | None, sampling: Sampli
     history = [ChatMessage(role="system", content=system)] if system else []
     if message is not None:
         history.append(ChatMessage(role="user", content=message))
-    if history:
-        generate_message(messages=history, sampling=sampling)  # refused before a server is waited for
     with SyncClient(address) as client:
         _wait_ready(client)
         if message is not None:
@@ -52,7 +49,6 @@ def chat(address: str, message: str | None, system: str | None, sampling: Sampli
 def demo(checkpoint: str, prompt: str, sampling: SamplingParams) -> int:
     """Start a server of the checkpoint, ask it one question over the RPC, stop it."""
     turns = [ChatMessage(role="user", content=prompt)]
-    generate_message(messages=turns, sampling=sampling)  # refused before a server is started
     signal.signal(signal.SIGTERM, _terminated)  # the server must not outlive the demo
     with tempfile.TemporaryDirectory(prefix="cierzo-demo-") as folder:
         address = f"unix:{Path(folder) / 'rpc.sock'}"
@@ -101,7 +97,7 @@ def _wait_ready(client: SyncClient) -> None:
 def _turn(client: SyncClient, messages: list[ChatMessage], sampling: SamplingParams) -> str:
     """Stream one answer into the terminal; it ends with a line of what it took. Gives the answer's text.
 
-    Interrupted, it cancels the answer at the server.
+    Interrupted, it cancels the answer at the server. Raises CierzoError, also for an answer that failed.
     """
     answer = []
     started = time.monotonic()
@@ -117,7 +113,10 @@ def _turn(client: SyncClient, messages: list[ChatMessage], sampling: SamplingPar
         print(flush=True)
         raise
     first = first or time.monotonic()
-    print(f"\n\n{_summary(generation.final, first - started, time.monotonic() - first)}", flush=True)
+    final = generation.final
+    print(f"\n\n{_summary(final, first - started, time.monotonic() - first)}", flush=True)
+    if final.samples[0].finish_reason == "failed":
+        raise CoreFailed(final.samples[0].message or "the answer failed")
     return "".join(answer)
 
 

@@ -82,7 +82,7 @@ class Client:
                 else:
                     await loop.create_unix_connection(lambda: link, where.path)
                 return cls(link, await link.welcome)
-        except (OSError, UnicodeError) as error:  # UnicodeError: a host that can be no name
+        except OSError as error:
             link.close()
             raise ConnectionLost(_unanswered(where, link, error, timeout_s)) from error
 

@@ -12,7 +12,7 @@ import pytest
 
 FOLDERS = ("kernels", "cache", "scheduler", "engine", "bench")
 COMPILED = {".cpp", ".h"}  # into kernels/cpu/_native*.so
-MAX_CLIENT_IMPORT_S = 0.15
+MAX_CLIENT_IMPORT = 1.8  # times what asyncio and msgspec, which it stands on, take by themselves
 RESULTS = Path("bench/results")  # figures, not sources
 
 
@@ -52,10 +52,10 @@ def test_starts_without_torch(module: str) -> None:
 
 
 def test_client_imports_fast() -> None:
-    """CPU seconds, so that a busy machine does not fail it; the least of three, so that a cold disk does not."""
-    code = "import time; t = time.process_time(); import cierzo.engine.frontend.client; "
-    code += "print(time.process_time() - t)"
-    assert min(float(_python(code)) for _ in range(3)) < MAX_CLIENT_IMPORT_S
+    """CPU time as a ratio, so that a slow or busy machine does not fail it; the least of three for a cold disk."""
+    code = "import time; t = time.process_time(); import asyncio, msgspec; base = time.process_time() - t; "
+    code += "import cierzo.engine.frontend.client; print((time.process_time() - t) / base)"
+    assert min(float(_python(code)) for _ in range(3)) < MAX_CLIENT_IMPORT
 
 
 def test_no_path_of_a_machine_is_tracked(root: Path, tracked: list[Path]) -> None:

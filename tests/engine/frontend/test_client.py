@@ -251,11 +251,10 @@ def test_what_is_no_cierzo_server_is_told_in_words(run, reply, timeout_s, error,
     run(body())
 
 
-@pytest.mark.parametrize("address", ["a..b:80", f"{'a' * 70}.example:80", "unix:/" + "a" * 200, "127.0.0.1:1"])
-def test_an_address_where_nobody_can_answer(run, address):
+def test_an_address_where_nobody_answers(run):
     async def body():
-        with pytest.raises(ConnectionLost, match=r"no server answers at .*: .+"):
-            await Client.connect(address)
+        with pytest.raises(ConnectionLost, match=r"no server answers at 127.0.0.1:1: .+"):
+            await Client.connect("127.0.0.1:1")
 
     run(body())
 

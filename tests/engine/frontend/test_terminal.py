@@ -11,7 +11,7 @@ import pytest
 
 from cierzo.engine import terminal
 from cierzo.engine.cli import main
-from cierzo.engine.messages import Ready, SamplingParams
+from cierzo.engine.messages import Abort, Ready, SamplingParams
 
 DEADLINE_S = 60
 CIERZO = """
@@ -51,10 +51,9 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(chat, option):
     words = [option, b"caf\xe9", *([] if option == "--message" else ["--message", "Hi"])]
     refused = chat(*words)
     out, err = refused.communicate(timeout=DEADLINE_S)
-    assert (refused.returncode, out) == (1, b"")
+    assert (refused.returncode, out) == (2, b"")
     assert lines_of(err) == [err.decode().strip()]
-    assert err.startswith(b"cierzo: invalid_request: ")
-    assert b"a lone surrogate, U+DCE9" in err
+    assert err.startswith(f"cierzo chat: error: argument {option}: must be text in UTF-8".encode())
 
 
 def test_a_line_that_is_no_text_is_refused_and_the_conversation_goes_on(chat, cores):
@@ -97,6 +96,16 @@ def test_an_interrupted_message_ends_the_command(chat, served, cores):
     _, err = talk.communicate(timeout=DEADLINE_S)
     assert (talk.returncode, lines_of(err)) == (130, ["cierzo: interrupted"])
     served.do(lambda: cores.until(lambda: cores.now.aborts))
+
+
+def test_an_answer_that_failed_is_no_success(chat, served, cores):
+    cores.free = False
+    talk = chat("--message", "Hi")
+    served.do(lambda: cores.until(lambda: cores.now.submits))
+    request_id = cores.now.submits[0].request_id
+    served.do(lambda: cores.now.abort(Abort(request_id=request_id, reason="failed")))
+    _, err = talk.communicate(timeout=DEADLINE_S)
+    assert (talk.returncode, lines_of(err)) == (1, ["cierzo: core_failed: the answer failed"])
 
 
 def test_a_server_that_loads_is_waited_for(served, cores, monkeypatch, capsys):
