@@ -1,10 +1,11 @@
 """Triton's interpreter, mended: kernels run on the CPU, and either compute what a GPU would or raise.
 
 As it is (Triton 3.6 to 3.9), bf16 and e4m3 values are integers to it: a dot or a product of them is garbage, in
-silence; a cast of fp32 to bf16 truncates; to e4m3 it misrounds, and NaN of e4m3 is read as 480. Here casts go
-through torch's own, dots of 8- and 16-bit floats are computed in fp32, and arithmetic on bf16 or e4m3 raises:
-kernels compute in fp32. What this proves is loops, masks, addresses and the order of splits; the bits of an MMA's
-sum are the device's.
+silence; a cast of fp32 to bf16 truncates; to e4m3 it misrounds, and NaN of e4m3 is read as 480. A dot's bits depend
+on the processor, and integers that overflow wrap round. Here casts go through torch's own, dots of 8- and 16-bit
+floats are computed in fp32, every dot adds its products in order, and arithmetic on bf16 or e4m3 raises, as do
+integers that overflow: kernels compute in fp32, and addresses in 64 bits. What this proves is loops, masks,
+addresses and the order of splits; the bits of an MMA's sum are the device's.
 
 TRITON_INTERPRET must be set before a kernel's module is imported (tests/conftest.py does), `repair` called once.
 """
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+import triton_shortcuts
+from ordered_product import ordered_product
 from triton.runtime import interpreter
 
 TORCH = {
@@ -26,7 +29,9 @@ TORCH = {
     tl.float8e4nv: torch.float8_e4m3fn,
     tl.float8e5: torch.float8_e5m2,
 }
+EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 CODES = (tl.bfloat16, tl.float8e4nv, tl.float8e5)  # what the interpreter holds as unsigned integers
+CODE_NAMES = {kind.name for kind in CODES}
 LARGEST_E4M3 = 448.0
 
 
@@ -50,8 +55,7 @@ def repair() -> None:
         return original_convert(self, source, target, rounding_mode)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
-        product = np.matmul(_floats(a), _floats(b), dtype=d.data.dtype)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+        return interpreter.TensorHandle(ordered_product(_floats(a), _floats(b)) + d.data, d.dtype.scalar)
 
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
@@ -59,6 +63,20 @@ def repair() -> None:
     for name in ("binary_op", "unary_op", "ternary_op"):
         if hasattr(builder, name):
             setattr(builder, name, _refusing(getattr(builder, name)))
+    semantic: Any = interpreter.interpreter_semantic
+    semantic.binary_op_sanitize_overflow_impl = _refuse_overflow
+    triton_shortcuts.take()
+
+
+def _refuse_overflow(left: Any, right: Any, operation: Any) -> None:
+    """Raise if `+`, `-` or `*` of integers leaves their type. The interpreter's own check computes as much, in many
+    more operations, and drops the answer unless its `debug` option is set."""
+    kind = left.type.scalar
+    if kind.int_bitwidth >= 64:
+        return
+    exact = EXACT[operation.__name__](left.handle.data, right.handle.data, dtype=np.int64)
+    if exact.min() < kind.get_int_min_value() or exact.max() > kind.get_int_max_value():
+        raise OverflowError(f"{kind} overflows in {operation.__name__}")
 
 
 def _refusing(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +93,7 @@ def _refusing(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_code(dtype: Any) -> bool:
-    return dtype.scalar in CODES
+    return dtype.scalar.name in CODE_NAMES
 
 
 def _converted(source: Any, target: Any) -> Any:

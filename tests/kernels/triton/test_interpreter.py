@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import ordered_product
 import pytest
 import torch
 import triton.language as tl
@@ -68,14 +75,59 @@ def test_a_million_values_are_rounded_to_nearest_even(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32], ids=str)
-def test_a_dot_of_small_floats_is_a_dot_of_their_values(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 16), (16, 16, 32), (64, 16, 128), (16, 128, 64)])
+def test_a_dot_adds_the_products_of_its_values_in_order(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(1)
-    a, b = torch.randn(16, 32, generator=random).to(dtype), torch.randn(32, 16, generator=random).to(dtype)
-    out = torch.empty(16, 16)
+    a, b = torch.randn(m, k, generator=random).to(dtype), torch.randn(k, n, generator=random).to(dtype)
+    out = torch.empty(m, n)
     types = {"a_ptr": POINTER[dtype], "b_ptr": POINTER[dtype], "out_ptr": "*fp32"}
-    configuration = Configuration(_dot, types, {"M": 16, "N": 16, "K": 32})
-    launch(configuration, (1,), a_ptr=a, b_ptr=b, out_ptr=out)
-    torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-6, atol=1e-6)
+    launch(Configuration(_dot, types, {"M": m, "N": n, "K": k}), (1,), a_ptr=a, b_ptr=b, out_ptr=out)
+    products = a.float()[:, :, None] * b.float()
+    assert np.array_equal(out.numpy(), products.numpy().cumsum(1)[:, -1])  # a running sum adds one by one
+
+
+# A process of its own, because numpy's BLAS reads the variable when it is loaded.
+ROWS_AND_COLUMNS = """
+import itertools
+import numpy as np
+from ordered_product import ordered_product
+
+random = np.random.default_rng(0)
+for m, n, k in itertools.product((1, 2, 7, 16, 33, 64), (1, 2, 16, 40, 64), (1, 16, 33, 128)):
+    for dtype in (np.float32, np.float64):
+        a, b = random.standard_normal((m, k)).astype(dtype), random.standard_normal((k, n)).astype(dtype)
+        whole = ordered_product(a, b)
+        assert whole.dtype == dtype
+        assert np.array_equal(whole, (a[:, :, None] * b).cumsum(1)[:, -1]), (m, n, k)
+        assert np.array_equal(whole, ordered_product(np.asfortranarray(a), np.asfortranarray(b))), (m, n, k)
+        for row in range(0, m, 5):
+            assert np.array_equal(whole[row : row + 1], ordered_product(a[row : row + 1], b)), (m, n, k)
+        for column in range(0, n, 5):
+            one = slice(column, column + 1)
+            assert np.array_equal(whole[:, one], ordered_product(a, b[:, one])), (m, n, k)
+"""
+
+
+@pytest.mark.parametrize("core", ["Haswell", "SkylakeX", "Zen"])
+def test_a_dots_row_and_column_have_their_bits_alone_and_in_company(core: str) -> None:
+    """Whichever kernel numpy's BLAS is told to use, and if it is one that this processor cannot run."""
+    environment = {"OPENBLAS_CORETYPE": core, "PYTHONPATH": str(Path(ordered_product.__file__).parent)}
+    command = [sys.executable, "-c", ROWS_AND_COLUMNS]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr or f"status {done.returncode}"
+
+
+def test_integers_that_overflow_are_refused() -> None:
+    """An address past 32 bits must be computed in 64."""
+    configuration = Configuration(_double, {"x_ptr": "*i32", "out_ptr": "*i32"}, {"SIZE": 16})
+    x = torch.tensor([2**30 - 1, -(2**30)] * 8, dtype=torch.int32)
+    out = torch.empty_like(x)
+    launch(configuration, (1,), x_ptr=x, out_ptr=out)
+    assert torch.equal(out, 2 * x)
+    for beyond in (2**30, -(2**30) - 1):
+        x[7] = beyond
+        with pytest.raises(InterpreterError, match="int32 overflows in add"):
+            launch(configuration, (1,), x_ptr=x, out_ptr=out)
 
 
 def test_arithmetic_on_bf16_is_refused() -> None:
