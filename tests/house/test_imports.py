@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import graphlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import pytest
+
+Edge = tuple[str, int, str]  # module, line, the full name that it imports
 
 MODEL = ("kernels", "cache.layout", "cache.pool", "engine.model", "engine.weights", "engine.errors")
 WORKER = (
@@ -120,16 +124,16 @@ def _ours(name: str) -> str | None:
     return name.removeprefix("cierzo.") if name.startswith("cierzo.") else None
 
 
-def _edges(modules: dict[str, ast.Module], nodes: dict[str, list[ast.AST]]) -> Iterator[tuple[str, int, str]]:
-    packages = {name.rpartition(".")[0] for name in modules}
-    for module, body in nodes.items():
-        for node in body:
-            for name in _imported(node, module, module in packages, set(modules)):
-                yield module, getattr(node, "lineno", 0), name
-
-
-def _everywhere(modules: dict[str, ast.Module]) -> dict[str, list[ast.AST]]:
-    return {name: list(ast.walk(tree)) for name, tree in modules.items()}
+def _edges(modules: dict[str, ast.Module], nodes: Callable[[ast.AST], Iterator[ast.AST]]) -> list[Edge]:
+    """Every import of every module, among the nodes that are looked at."""
+    known, packages = set(modules), {name.rpartition(".")[0] for name in modules}
+    return [
+        (module, node.lineno, name)
+        for module, tree in modules.items()
+        for node in nodes(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in _imported(node, module, module in packages, known)
+    ]
 
 
 def _at_import(node: ast.AST) -> Iterator[ast.AST]:
@@ -143,9 +147,15 @@ def _at_import(node: ast.AST) -> Iterator[ast.AST]:
         yield from _at_import(child)
 
 
-def test_imports_follow_the_direction_of_the_house(modules: dict[str, ast.Module]) -> None:
+@pytest.fixture(scope="module")
+def imports(modules: dict[str, ast.Module]) -> list[Edge]:
+    """Those inside functions too."""
+    return _edges(modules, ast.walk)
+
+
+def test_imports_follow_the_direction_of_the_house(imports: list[Edge]) -> None:
     wrong = []
-    for module, line, name in _edges(modules, _everywhere(modules)):
+    for module, line, name in imports:
         target = _ours(name)
         if target is None:
             continue
@@ -159,7 +169,7 @@ def test_imports_follow_the_direction_of_the_house(modules: dict[str, ast.Module
 
 def test_no_circle_at_import(modules: dict[str, ast.Module]) -> None:
     graph: dict[str, set[str]] = {name: set() for name in modules}
-    for module, _, name in _edges(modules, {name: list(_at_import(tree)) for name, tree in modules.items()}):
+    for module, _, name in _edges(modules, _at_import):
         target = _ours(name)
         if target in graph and target != module:
             graph[module].add(target)
@@ -169,20 +179,16 @@ def test_no_circle_at_import(modules: dict[str, ast.Module]) -> None:
         raise AssertionError("circle: " + " <- ".join(error.args[1])) from None
 
 
-def test_our_folders_are_imported_below_cierzo_only(modules: dict[str, ast.Module]) -> None:
+def test_our_folders_are_imported_below_cierzo_only(imports: list[Edge]) -> None:
     """A plain `import kernels` would shadow a package that transformers looks for."""
-    wrong = [
-        f"{module}:{line} {name}"
-        for module, line, name in _edges(modules, _everywhere(modules))
-        if name.partition(".")[0] in EVERYTHING
-    ]
+    wrong = [f"{module}:{line} {name}" for module, line, name in imports if name.partition(".")[0] in EVERYTHING]
     assert not wrong, "\n".join(wrong)
 
 
-def test_rooms_without_torch_do_not_name_it(modules: dict[str, ast.Module]) -> None:
+def test_rooms_without_torch_do_not_name_it(imports: list[Edge]) -> None:
     wrong = [
         f"{module}:{line} {name}"
-        for module, line, name in _edges(modules, _everywhere(modules))
+        for module, line, name in imports
         if name.partition(".")[0] in ("torch", "transformers")
         and _room(module, WITHOUT_TORCH)
         and not _within(module, WITH_TORCH)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -58,25 +57,9 @@ def test_client_imports_fast() -> None:
     assert min(float(_python(code)) for _ in range(3)) < MAX_CLIENT_IMPORT
 
 
-def test_no_path_of_a_machine_is_tracked(root: Path, tracked: list[Path]) -> None:
-    home = re.compile(r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+)/")
-    found = [f"{path}:{number}" for path, number, line in _lines(root, tracked) if home.search(line)]
-    assert not found, "\n".join(found)
-
-
-def test_documents_referred_to_exist(root: Path, tracked: list[Path]) -> None:
-    """A pointer to a page that a reader does not have helps no one."""
-    present = {path.name for path in tracked}
-    found = [
-        f"{path}:{number} {name}"
-        for path, number, line in _lines(root, tracked)
-        for name in re.findall(r"[\w-]+\.md\b", line)
-        if name not in present
-    ]
-    assert not found, "\n".join(found)
-
-
-def _lines(root: Path, tracked: list[Path]) -> list[tuple[Path, int, str]]:
+@pytest.fixture(scope="module")
+def lines(root: Path, tracked: list[Path]) -> list[tuple[Path, int, str]]:
+    """File, number and text of every line that somebody wrote."""
     texts = [path for path in tracked if path.suffix in {".py", ".md", ".toml", ".json", ".cpp", ".cu", ".h", ""}]
     return [
         (path, number, line)
@@ -85,21 +68,20 @@ def _lines(root: Path, tracked: list[Path]) -> list[tuple[Path, int, str]]:
     ]
 
 
-def test_faults_of_the_mutation_list_can_be_applied(root: Path) -> None:
-    """`make mutants` takes minutes and runs by hand: here the list is kept from rotting."""
-    lists = sorted((root / "tests/mutants").glob("*.json"))
-    wrong = []
-    for path in lists:
-        for fault in json.loads(path.read_text(encoding="utf-8")):
-            source = (root / fault["file"]).read_text(encoding="utf-8")
-            if source.count(fault["find"]) != 1 or fault["find"] == fault["replace"]:
-                wrong.append(
-                    f"{path.name}: {fault['find']!r} is {source.count(fault['find'])} times in {fault['file']}"
-                )
-            wrong += [f"{path.name}: no {test}" for test in fault["tests"].split() if not _exists(root, test)]
-    assert not wrong, "\n".join(wrong)
-    assert sum(len(json.loads(path.read_text(encoding="utf-8"))) for path in lists) >= 12
+def test_no_path_of_a_machine_is_tracked(lines: list[tuple[Path, int, str]]) -> None:
+    home = re.compile(r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+)/")
+    found = [f"{path}:{number}" for path, number, line in lines if home.search(line)]
+    assert not found, "\n".join(found)
 
 
-def _exists(root: Path, test: str) -> bool:
-    return (root / test.partition("::")[0]).exists()
+def test_documents_referred_to_exist(lines: list[tuple[Path, int, str]], tracked: list[Path]) -> None:
+    """A pointer to a page that a reader does not have helps no one."""
+    present = {path.name for path in tracked}
+    found = [
+        f"{path}:{number} {name}"
+        for path, number, line in lines
+        if ".md" in line
+        for name in re.findall(r"[\w-]+\.md\b", line)
+        if name not in present
+    ]
+    assert not found, "\n".join(found)
