@@ -14,10 +14,11 @@ import cuda_on_cpu
 import pytest
 import torch
 import triton_interpreter
+from torch import Tensor
 
 from cierzo.bench.gpu import __main__ as command
 from cierzo.bench.gpu import conformance, kernels, served
-from cierzo.bench.gpu.cases import SINGLE, WINDOWED, formats_of
+from cierzo.bench.gpu.cases import SINGLE, formats_of
 from cierzo.bench.gpu.cells import Cells
 from cierzo.bench.gpu.timing import ceilings
 from cierzo.bench.kernel_cases import Model, Size
@@ -32,12 +33,10 @@ TINY4 = Model(
     value_dim=16, experts=8, top_k=2, expert_width=32,
 )  # fmt: skip
 TINY3 = Model(name="tiny3", hidden=64, heads=4, vocab=160, mlp_width=96, kv_heads=2, head_dim=16)
-OSS = [replace(TINY3, name=f"oss {window}", window=window, sinks=True) for window in (0, 1, 24, 100)]
-SIZES = (
-    Size(name="decode", sequences=2, rows_each=1, context=64),
-    Size(name="prefill", sequences=1, rows_each=20, context=32),
-    Size(name="decode, one prefix", sequences=3, rows_each=1, context=544, shared=512),
-)
+OSS = replace(TINY3, name="oss", window=24, sinks=True)
+DECODE = Size(name="decode", sequences=2, rows_each=1, context=64)
+PREFILL = Size(name="prefill", sequences=1, rows_each=20, context=32)
+PREFIX = Size(name="decode, one prefix", sequences=3, rows_each=1, context=544, shared=512)
 
 
 @pytest.fixture(autouse=True)
@@ -46,22 +45,45 @@ def _gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip("no g++ on Linux")
     triton_interpreter.repair()
     monkeypatch.setattr(device, "require", lambda: None)
+    monkeypatch.setattr(conformance, "POISON_BYTES", 1 << 20)
     with running_on(cuda_on_cpu.CpuBackend()):
         registry.bind(KernelsConfig(), "cuda")
         yield
     registry.bind(KernelsConfig(), "cpu")
 
 
-@pytest.mark.timeout(300)  # interpreted kernels, in up to five number formats
+def check(operation: str, format: str) -> bool:
+    """Whether a check ran: with the first model and size that have the operation. tests/kernels has the others."""
+    cells = ((model, size) for model in (TINY4, TINY3) for size in (DECODE, PREFILL))
+    return any(conformance.check(operation, *cell, format, CPU, seed=3) is not None for cell in cells)
+
+
 @pytest.mark.parametrize("operation", SINGLE)
-def test_every_operation_conforms(operation: str) -> None:
-    seen = 0
-    for model in (TINY4, TINY3, *(OSS if operation in WINDOWED else ())):
-        for size in SIZES:
-            for format in formats_of(operation):
-                found = conformance.check(operation, model, size, format, CPU, seed=3)
-                seen += found is not None
-    assert seen
+def test_every_operation_conforms_and_would_be_found_wrong(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for format in formats_of(operation):
+        assert check(operation, format), format
+    right = conformance.outputs
+
+    def wrong(*arguments: Any) -> list[Tensor]:
+        monkeypatch.setattr(conformance, "outputs", right)  # of the first call alone, which is the kernel's
+        return [(value.float() * 1.5 + 1).to(value.dtype) for value in right(*arguments)]
+
+    monkeypatch.setattr(conformance, "outputs", wrong)
+    with pytest.raises(conformance.Failed, match=r"deviates|differ|finite in one"):
+        check(operation, formats_of(operation)[0])
+
+
+@pytest.mark.parametrize(
+    ("operation", "model", "size"),
+    [
+        ("mla_decode", TINY4, PREFIX),
+        ("gqa_decode", TINY3, PREFIX),
+        ("gqa_decode", OSS, DECODE),
+        ("gqa_prefill", OSS, PREFILL),
+    ],
+)
+def test_shared_prefixes_and_windows_conform(operation: str, model: Model, size: Size) -> None:
+    assert conformance.check(operation, model, size, "bf16", CPU, seed=3) is not None
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,14 +92,14 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = norm.rms_norm
     monkeypatch.setattr(norm, "rms_norm", lambda x, weight, eps: right(x, weight, eps) * 1.05)
     with pytest.raises(conformance.Failed, match="deviates by"):
-        conformance.check("rms_norm", TINY4, SIZES[0], "bf16", CPU, seed=0)
+        conformance.check("rms_norm", TINY4, DECODE, "bf16", CPU, seed=0)
 
     def mixing(x: Any, weight: Any, eps: float) -> Any:
         return right(x, weight, eps) + 1e-3 * len(x)
 
     monkeypatch.setattr(norm, "rms_norm", mixing)
     with pytest.raises(conformance.Failed, match="row 0 has other bits alone"):
-        conformance.check("rms_norm", TINY4, SIZES[0], "bf16", CPU, seed=0)
+        conformance.check("rms_norm", TINY4, DECODE, "bf16", CPU, seed=0)
 
 
 def test_other_bits_through_descriptors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,26 +112,26 @@ def test_other_bits_through_descriptors_are_found(monkeypatch: pytest.MonkeyPatc
         lambda x, weight: right(x, weight) * (1.0 if heuristics.DESCRIBED_TOKENS is None else 1.01),
     )
     with pytest.raises(conformance.Failed, match="through descriptors it has other bits"):
-        conformance.check("linear", TINY4, SIZES[0], "bf16", CPU, seed=0)
+        conformance.check("linear", TINY4, DECODE, "bf16", CPU, seed=0)
     assert heuristics.DESCRIBED_TOKENS is None
 
 
 def test_kernels_are_timed_beside_torch() -> None:
     limits = ceilings(CPU)
-    found = kernels.measure("expert_mlp", TINY4, SIZES[0], "nvfp4", CPU, limits, 0)
+    found = kernels.measure("expert_mlp", TINY4, DECODE, "nvfp4", CPU, limits, 0)
     assert found is not None
     assert found["implementation"] == "triton"
     assert found["us"] > 0
     assert len(found["samples_us"]) > 1
     for format in ("fp8", "fp8 x fp8", "static fp8 x fp8"):
-        dense = kernels.measure("linear", TINY4, SIZES[0], format, CPU, limits, 0)
+        dense = kernels.measure("linear", TINY4, DECODE, format, CPU, limits, 0)
         assert dense is not None
         assert dense["torch"]["us"] > 0
         assert "described" not in dense
-    prompt = kernels.measure("linear", TINY4, SIZES[1], "fp8", CPU, limits, 0)
+    prompt = kernels.measure("linear", TINY4, PREFILL, "fp8", CPU, limits, 0)
     assert prompt is not None
     assert prompt["described"]["us"] > 0
-    assert kernels.measure("gqa_decode", TINY4, SIZES[0], "bf16", CPU, limits, 0) is None
+    assert kernels.measure("gqa_decode", TINY4, DECODE, "bf16", CPU, limits, 0) is None
 
 
 def test_cells_resume_and_a_failure_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
