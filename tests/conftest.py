@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# OpenMP reads it when torch is imported. The suite's processes share the cores: threads that wait for each other
+# busily would take them from the threads that they wait for, which doubled the time of tests that use two.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 
 from cierzo.engine.config import default_instruction_set
