@@ -59,7 +59,7 @@ serve: $(KERNELS) ## leave a server of the demo model running
 	@$(BIN)/cierzo serve demo
 
 test: $(KERNELS) ## run the whole test suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 10
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

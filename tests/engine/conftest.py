@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -13,10 +19,26 @@ from cierzo.engine.weights.gguf import find_demo_gguf, prepare_demo
 
 
 @pytest.fixture(scope="session")
-def smollm2_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run. Under xdist every worker's own lies in it."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@contextmanager
+def _one_worker_at_a_time(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2_cache(of_all_workers: Path) -> Path:
     """A cache folder with nothing in it but the demo model."""
-    cache = tmp_path_factory.mktemp("cache")
-    prepare_demo(cache, progress=False)
+    cache = of_all_workers / "cache"
+    with _one_worker_at_a_time(of_all_workers):
+        cache.mkdir(exist_ok=True)
+        prepare_demo(cache, progress=False)
     return cache
 
 
@@ -27,10 +49,20 @@ def smollm2(smollm2_cache: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_oracle() -> Any:
+def smollm2_oracle(of_all_workers: Path) -> Any:
     """transformers' LlamaForCausalLM in float32, loaded from the GGUF file itself."""
+    kept = of_all_workers / "oracle.pt"
+    with _one_worker_at_a_time(of_all_workers):
+        if not kept.exists():
+            torch.save(_load_oracle(), kept)
+        return torch.load(kept, weights_only=False)
+
+
+def _load_oracle() -> Any:
     source = find_demo_gguf()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.float32
-    )
+    with pytest.MonkeyPatch.context() as patch:  # transformers asks for the same map at every layer
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
     return model.eval()

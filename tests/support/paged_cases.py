@@ -29,6 +29,8 @@ SEGMENTS: dict[str, list[tuple[int, int]]] = {
     "empty_segments": [(0, 0), (1, 9), (0, 17), (3, 3), (0, 0)],
     "all_empty": [(0, 0), (0, 8)],
     "mixed": [(1, 30), (12, 12), (1, 3), (9, 50), (1, 33)],
+    "several_splits": [(1, 701), (1, 7), (2, 500)],
+    # Too long for Triton's interpreter, whose tests make splits small.
     "long_context": [(1, 3001), (1, 7), (2, 1500)],
 }
 

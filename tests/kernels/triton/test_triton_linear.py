@@ -90,8 +90,12 @@ def test_a_row_has_the_same_bits_alone_and_in_company(format: str) -> None:
         assert torch.equal(linear.linear(x[60:], weight), together[60:])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("format", FORMATS)
+# 4-bit weights in bf16 alone: how they widen does not depend on x, and fp32's small tiles take many steps.
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [*((format, torch.bfloat16) for format in FORMATS), ("plain", torch.float32), ("fp8", torch.float32)],
+    ids=str,
+)
 def test_narrow_outputs_are_a_sum_of_parts_in_order(
     format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
