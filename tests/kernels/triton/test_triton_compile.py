@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
 WORKER = Path(__file__).parents[2] / "support" / "triton_worker.py"
 # Of those that have another form, which reads through descriptors.
 DESCRIBED = (
@@ -45,21 +46,26 @@ BY_FP8 = (
 
 def _worker(*arguments: str) -> Any:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(WORKER), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(
+        [sys.executable, str(WORKER), *arguments], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
-def test_some_configurations_compile_for_sm_90() -> None:
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    """What became of each configuration that a test here looks at, all in one process, which imports torch once."""
+    return _worker("compile", *{*COMPILED, *BY_FP8, *DESCRIBED, *(f"{name}, TMA" for name in DESCRIBED)})
+
+
+def test_some_configurations_compile_for_sm_90(compiled: dict[str, Any]) -> None:
     """Nothing spills, the tensor cores work, and what the loop reads comes 16 bytes at a time and ahead of its use:
     but for NVFP4's scales, and for a loop of one step, which has nothing to be ahead of."""
-    found = _worker("compile", *COMPILED)
-    for name, compiled in found.items():
-        assert compiled["spill_bytes"] == 0, name
-        assert compiled["registers"] <= 255, name
-        instructions = compiled["instructions"]
+    for name in COMPILED:
+        assert compiled[name]["spill_bytes"] == 0, name
+        assert compiled[name]["registers"] <= 255, name
+        instructions = compiled[name]["instructions"]
         assert any(one.startswith(COMPILED[name]) for one in instructions), name
         copies = {one: number for one, number in instructions.items() if one.startswith("LDGSTS")}
         wide = sum(number for one, number in copies.items() if ".128" in one)
@@ -69,37 +75,34 @@ def test_some_configurations_compile_for_sm_90() -> None:
             assert wide >= 24, name
             assert "nvfp4" in name or wide == sum(copies.values()), name
     for name in (f"linear: small4 q_kv_down {format}" for format in ("bf16", "nvfp4")):
-        assert _products(found[name]) == _products(found[f"{name}, apart"])  # apart or in one program
+        assert _products(compiled[name]) == _products(compiled[f"{name}, apart"])  # apart or in one program
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
-def test_descriptors_are_read_by_the_tma_for_the_same_products() -> None:
+def test_descriptors_are_read_by_the_tma_for_the_same_products(compiled: dict[str, Any]) -> None:
     """Nothing else is copied ahead, but for scattered rows of x and NVFP4's scales."""
-    found = _worker("compile", *DESCRIBED, *(f"{name}, TMA" for name in DESCRIBED))
     for name in DESCRIBED:
-        described = found[f"{name}, TMA"]
+        described = compiled[f"{name}, TMA"]
         assert described["spill_bytes"] == 0, name
         assert any(one.startswith("UTMALDG") for one in described["instructions"]), name
-        assert not any(one.startswith("UTMALDG") for one in found[name]["instructions"]), name
+        assert not any(one.startswith("UTMALDG") for one in compiled[name]["instructions"]), name
         copies = any(one.startswith("LDGSTS") for one in described["instructions"])
         assert copies == ("expert_gate_up" in name), name
-        assert _products(described) == _products(found[name]), name
+        assert _products(described) == _products(compiled[name]), name
 
 
-def _products(compiled: Any) -> set[str]:
+def _products(one: Any) -> set[str]:
     """The one shape of a matrix instruction that a kernel of products has."""
-    found = {one for one in compiled["instructions"] if one.startswith("HGMMA.")}
+    found = {name for name in one["instructions"] if name.startswith("HGMMA.")}
     assert len(found) == 1
     return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
-def test_fp8_by_fp8_runs_on_fp8_tensor_cores_and_adds_up_in_fp32() -> None:
+def test_fp8_by_fp8_runs_on_fp8_tensor_cores_and_adds_up_in_fp32(compiled: dict[str, Any]) -> None:
     """A step of 128 columns is four MMA instructions of 32, for each matrix of a pair; then its sums, 64 a thread,
     are added to the total, one by one. Nothing is widened; what the loop reads comes ahead, 16 bytes at a time."""
-    for name, compiled in _worker("compile", *BY_FP8).items():
-        assert compiled["spill_bytes"] == 0, name
-        instructions = compiled["instructions"]
+    for name in BY_FP8:
+        assert compiled[name]["spill_bytes"] == 0, name
+        instructions = compiled[name]["instructions"]
         mma = {found.split(".")[0]: 0 for found in instructions if "MMA" in found}
         for found, number in instructions.items():
             if "MMA" in found:
@@ -112,7 +115,6 @@ def test_fp8_by_fp8_runs_on_fp8_tensor_cores_and_adds_up_in_fp32() -> None:
         )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
 def test_what_is_compiled_ahead_is_what_a_launch_would_compile() -> None:
     """Signature, constants and attributes of every configuration, as Triton's launcher derives them."""
     differences = _worker("bind")

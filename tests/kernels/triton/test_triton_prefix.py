@@ -88,12 +88,12 @@ def test_in_rounds_and_within_the_bounds_of_a_recorded_step(monkeypatch: pytest.
     for changes in ({}, bounds, bounds | {"total_context": 1160}):
         assert torch.equal(decode(renewed(batch, **changes)), alone)
     shape = split.Shape(kv_heads=1, group=FORM.heads, width=FORM.rank)
-    for items in (1, 8, 12):  # of a round: none has two segments, some do, segment 0 without its last guest
+    # Items of a round: none has two segments, some do, segment 0 without its last guest.
+    for items, changes in ((1, {}), (8, {}), (8, bounds), (12, bounds)):
         monkeypatch.setattr(split, "PARTIAL_BYTES", items * shape.item_bytes)
-        for changes in ({}, bounds):
-            some = renewed(batch, **changes)
-            assert torch.equal(decode(some), alone)
-            assert len(split.plan(some.queries, shape, len(some.q)).rounds) > 1
+        some = renewed(batch, **changes)
+        assert torch.equal(decode(some), alone)
+        assert len(split.plan(some.queries, shape, len(some.q)).rounds) > 1
 
 
 def test_what_is_shared_is_found_in_the_leaders_tile() -> None:

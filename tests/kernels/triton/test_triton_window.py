@@ -56,9 +56,10 @@ prefill: Result = partial(attended, gqa.gqa_prefill)
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, SINKS), (1, None), (63, SINKS), (65, SINKS)])
 def test_hostile_cases(window: int | None, sinks: Tensor | None) -> None:
-    names = [
-        name for name in SEGMENTS if name not in ("mixed", "fresh_prompts", "long_context")
-    ]  # the slow ones; prompts are below
+    """Every kind of segment with a window of 1 and without one; those that reach past a tile with the others."""
+    names = ["chunk_after_context", "decode_unequal", "several_splits"]
+    if window in (None, 1):  # prompts are below
+        names = [name for name in SEGMENTS if name not in ("mixed", "fresh_prompts", "long_context")]
     for dtype, name in [(torch.float32, name) for name in names] + [(torch.bfloat16, "mixed")]:
         case = make_case(name, FORM.q_width, FORM.heads, dtype, entry=FORM.entry, margin=8)
         pages = [page.contiguous() for page in case.pages.unbind(2)]
