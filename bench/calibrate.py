@@ -14,10 +14,10 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from operator import mul
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from cierzo.bench.machine import Ceilings, describe_machine, measure_ceilings
 from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
@@ -229,12 +229,16 @@ def _limits(model: StepModel, shape: StepShape) -> Iterator[tuple[str, float, in
 
 def _line(x: list[int], y: list[float]) -> tuple[float, float]:
     """a, b of y = a + b x by least relative squares, neither below 0."""
-    slope, start = np.polyfit(x, y, 1, w=1 / np.array(y))
+    weights = [1 / value**2 for value in y]
+    middle_x, middle_y = (sum(map(mul, weights, values)) / sum(weights) for values in (x, y))
+    leans = [weight * (value - middle_x) for weight, value in zip(weights, x, strict=True)]
+    slope = sum(map(mul, leans, y)) / sum(map(mul, leans, x))
+    start = middle_y - slope * middle_x
     if slope < 0:
         return _mean(y), 0.0
     if start < 0:
         return 0.0, _mean([one / other for one, other in zip(y, x, strict=True)])
-    return float(start), float(slope)
+    return start, slope
 
 
 def _mean(values: list[float]) -> float:

@@ -214,7 +214,13 @@ def test_what_is_no_calibration_is_refused(known: Device, options: EngineOptions
 
 
 @pytest.mark.parametrize(
-    ("y", "line"), [([3.0, 5.0, 9.0], (1.0, 2.0)), ([4.0, 3.0, 2.0], (3.0, 0.0)), ([0.1, 4.0, 9.0], None)]
+    ("y", "line"),
+    [
+        ([3.0, 5.0, 9.0], (1.0, 2.0)),
+        ([1.0, 2.0, 2.0], (8 / 11, 4 / 11)),  # squares weigh 1, 1/4 and 1/4
+        ([4.0, 3.0, 2.0], (3.0, 0.0)),
+        ([0.1, 4.0, 9.0], None),
+    ],
 )
 def test_what_a_step_takes_beyond_its_operations(y: list[float], line: tuple[float, float] | None) -> None:
     start, slope = calibrate._line([1, 2, 4], y)
