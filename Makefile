@@ -17,7 +17,7 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test lint mutants sanitize soak compat bench-offline bench-step bench-rpc peers headline headline-simulated gpu gpu-bundle gpu-report clean again
+.PHONY: help venv demo serve test quick lint mutants sanitize soak compat bench-offline bench-step bench-rpc peers headline headline-simulated gpu gpu-bundle gpu-report clean again
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,8 +58,16 @@ demo: $(KERNELS) ## ask a real model one question, through a server that starts 
 serve: $(KERNELS) ## leave a server of the demo model running
 	@$(BIN)/cierzo serve demo
 
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 10
 test: $(KERNELS) ## run the whole test suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 10
+	$(PYTEST)
+
+# GPU kernels, whole models, simulated loads and benchmarks.
+SLOW = bench kernels/triton kernels/cuda engine/test_exact.py engine/test_forecast.py engine/test_gpu_engine.py \
+  engine/test_memory.py engine/test_oracle_engine.py engine/test_simulated.py engine/test_smollm2_oracle.py \
+  engine/test_weights_gguf.py
+quick: $(KERNELS) ## run the tests that are done in a minute: all but GPU kernels, whole models and benchmarks
+	$(PYTEST) $(SLOW:%=--ignore=tests/%)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
