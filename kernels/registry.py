@@ -13,7 +13,8 @@ A new operation is therefore: ops/, ref/, its name in a `_torch` line, and a row
 imported before it is chosen, so a target may need libraries that the machine at hand lacks.
 
 The order of the table is the order of preference. `exact` says that a row's bits do not depend on the rows
-beside it; the torch reference's matmul, softmax and SDPA cannot promise that, and the start-up table says so.
+beside it; the torch reference's matmul, softmax and SDPA cannot promise that, and the start-up table says so. A
+composition of single operations (ref/block.py) is as exact as the implementations bound for those that it `calls`.
 
     table = bind(KernelsConfig(), "cpu")      # once per process, before the first operation is called
     print(table.describe())
@@ -45,13 +46,17 @@ class NotBoundError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One way to compute one operation; `target` is "module:function", imported when chosen."""
+    """One way to compute one operation; `target` is "module:function", imported when chosen.
+
+    calls: the bound operations that a composition is made of; its `exact` is about what it does between them.
+    """
 
     operation: str
     name: str
     target: str
     devices: tuple[str, ...]
     exact: bool
+    calls: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Any]:
         """Import the target."""
@@ -65,6 +70,12 @@ def _torch(file: str, *operations: str, exact: bool = False) -> list[Implementat
         Implementation(name, "torch", f"cierzo.kernels.ref.{file}:{name}", ("cpu", "cuda"), exact)
         for name in operations
     ]
+
+
+def _composed(operation: str, *calls: str) -> Implementation:
+    """A composition of bound operations, in ref/block.py; what it does between them, it does to each row alone."""
+    target = f"cierzo.kernels.ref.block:{operation}"
+    return Implementation(operation, "torch", target, ("cpu", "cuda"), exact=True, calls=calls)
 
 
 def _native(file: str, *operations: str) -> list[Implementation]:
@@ -84,6 +95,9 @@ def _cuda(file: str, *operations: str) -> list[Implementation]:
     module = f"cierzo.kernels.cuda.launch.{file}"
     return [Implementation(name, "cuda", f"{module}:{name}", ("cuda",), exact=True) for name in operations]
 
+
+_NORMS = ("rms_norm", "add_rms_norm")
+_FP8_NORMS = ("rms_norm_fp8", "add_rms_norm_fp8")  # for matrices whose activations are FP8: on a GPU alone
 
 IMPLEMENTATIONS: list[Implementation] = [
     *_native("norm", "rms_norm", "add_rms_norm"),
@@ -122,7 +136,19 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_torch("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw", exact=True),
     *_torch("sampling", "log_probabilities", "top_tokens", exact=True),
     *_native("block", "mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"),
-    *_torch("block", "mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"),
+    _composed(
+        "mla_block",
+        *(*_NORMS, *_FP8_NORMS, "linear", "apply_rope", "write_normed_latents"),
+        *("mla_prefill", "mla_absorb", "mla_decode", "mla_unabsorb"),
+    ),
+    _composed(
+        "gqa_block",
+        *(*_NORMS, *_FP8_NORMS, "linear", "rotate_and_write_keys_values"),
+        *("gqa_prefill", "gqa_decode"),
+    ),
+    _composed("mlp_block", *_NORMS, *_FP8_NORMS, "gated_mlp"),
+    _composed("moe_block", *_NORMS, "route", "group_by_expert", "expert_mlp"),
+    _composed("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block", "add_rms_norm", "lm_head"),
 ]
 
 
@@ -159,12 +185,18 @@ class BoundTable:
         """Whether any operation runs in C++, and weights are wanted in its order."""
         return any(choice.name == "native" for choice in self.chosen)
 
+    def is_exact(self, operation: str) -> bool:
+        """Whether a row's bits do not depend on the rows beside it, in the operation nor in any that it calls."""
+        choice = next(row for row in self.chosen if row.operation == operation)
+        unused = _FP8_NORMS if self.device.startswith("cpu") else ()
+        return choice.exact and all(self.is_exact(name) for name in choice.calls if name not in unused)
+
     def describe(self) -> str:
         """The operations of each implementation, and where a row's bits depend on the rows beside it."""
         groups: dict[tuple[str, bool], list[str]] = {}
         for choice in self.chosen:
             name = f"native {self.instruction_set}" if choice.name == "native" else choice.name
-            groups.setdefault((name, choice.exact), []).append(choice.operation)
+            groups.setdefault((name, self.is_exact(choice.operation)), []).append(choice.operation)
         lines = [f"kernels on {self.device}" + (f" (no native ones: {self.reason})" if self.reason else "")]
         for (name, exact), names in groups.items():
             lines.append(f"  {name}, {'exact' if exact else 'bits depend on the rows beside'}")

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import inspect
-import re
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
+from native_only import needs_native
 
+from cierzo.bench.gpu.cases import DeviceMaker
+from cierzo.bench.kernel_cases import CASES, Model, Size
 from cierzo.kernels import check, registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.registry import Implementation, KernelChoiceError, NotBoundError, bind
+
+TINY4 = Model(
+    name="tiny4", hidden=64, heads=2, vocab=64, mlp_width=32, query_rank=32, rank=32, rope=16, nope=16,
+    value_dim=32, experts=8, top_k=2, expert_width=32,
+)  # fmt: skip
+TINY3 = Model(name="tiny3", hidden=64, heads=4, vocab=64, mlp_width=96, kv_heads=2, head_dim=32)
+DECODE = Size(name="decode", sequences=2, rows_each=1, context=32)
+PREFILL = Size(name="prefill", sequences=1, rows_each=5, context=32)
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    yield
+    bind(KernelsConfig(), "cpu")
 
 
 def test_every_implementation_loads_and_has_a_public_operation() -> None:
@@ -86,13 +105,122 @@ def test_an_operation_before_bind_says_so() -> None:
         registry.Bound().rms_norm(1)
 
 
-def test_the_table_says_where_bits_depend_on_the_batch() -> None:
-    text = " ".join(bind(KernelsConfig(instruction_set="reference"), "cpu").describe().split())
-    groups = re.split(r"torch, (?:bits depend on the rows beside|exact) ", text)[1:]
-    depending, exact = (group.strip() for group in groups)
-    assert {*depending.split(", "), *exact.split(", ")} == set(registry.operations())
-    assert "mla_decode" in depending.split(", ")
-    assert "write_latents" in exact.split(", ")
+# Single operations whose plain-torch form promises no row its bits, and what is made of single operations.
+DEPENDING = {
+    *("rms_norm", "add_rms_norm", "rms_norm_fp8", "add_rms_norm_fp8", "linear", "lm_head", "gated_mlp", "route"),
+    *("expert_mlp", "write_normed_latents", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
+    *("gqa_prefill", "gqa_decode"),
+}
+IN_COMPANY = "torch, bits depend on the rows beside"
+COMPOSED = {"mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"}
+
+
+def described(monkeypatch: pytest.MonkeyPatch, device_name: str, **options: Any) -> dict[str, set[str]]:
+    """The start-up table of a machine that has the device: the operations under each of its headings."""
+    monkeypatch.setattr(device, "require", lambda: None)
+    monkeypatch.setattr(registry, "has_triton", lambda: True)
+    monkeypatch.setattr(Implementation, "load", lambda row: row)
+    title, *lines = bind(KernelsConfig(**options), device_name).describe().splitlines()
+    assert title.startswith(f"kernels on {device_name}")
+    found: dict[str, set[str]] = {}
+    heading = ""
+    for line in lines:
+        if not line.startswith("    "):
+            heading = line.strip()
+            found[heading] = set()
+        else:
+            names = line.strip().rstrip(",").split(", ")
+            assert found[heading].isdisjoint(names)
+            found[heading].update(names)
+    assert set().union(*found.values()) == set(registry.operations())
+    assert sum(map(len, found.values())) == len(registry.operations())
+    return found
+
+
+def test_the_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operation is a kernel that keeps rows apart, so the compositions of them do as well."""
+    found = described(monkeypatch, "cuda:1")
+    assert set(found) == {"triton, exact", "cuda, exact", "torch, exact"}
+    assert found["torch, exact"] == COMPOSED
+    assert found["triton, exact"] >= DEPENDING - {"route"}
+    assert found["cuda, exact"] >= {"route", "group_by_expert", "draw"}
+
+
+@pytest.mark.parametrize(
+    ("operation", "callers"),
+    [
+        ("linear", {"mla_block", "gqa_block", "decoder"}),
+        ("mla_decode", {"mla_block", "decoder"}),
+        ("rms_norm_fp8", {"mla_block", "gqa_block", "mlp_block", "decoder"}),
+        ("gated_mlp", {"mlp_block", "decoder"}),
+        ("expert_mlp", {"moe_block", "decoder"}),
+        ("lm_head", {"decoder"}),
+        ("apply_rope", set()),  # its plain-torch form keeps rows apart
+        ("log_probabilities", set()),
+    ],
+)
+def test_one_operation_in_plain_torch_on_a_gpu(
+    operation: str, callers: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = described(monkeypatch, "cuda", implementations={operation: "torch"})
+    depending = {operation, *callers} & {*DEPENDING, *COMPOSED}
+    assert found.pop(IN_COMPANY, set()) == depending
+    assert set(found) == {"triton, exact", "cuda, exact", "torch, exact"}
+    assert found["torch, exact"] == ({operation} | COMPOSED) - depending
+
+
+def test_the_table_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = described(monkeypatch, "cpu", instruction_set="reference")
+    assert set(found) == {IN_COMPANY, "torch, exact"}
+    assert found[IN_COMPANY] == DEPENDING | COMPOSED
+
+
+@needs_native
+def test_the_table_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms that give FP8 have no native kernel, and no composition on a CPU calls them."""
+    found = described(monkeypatch, "cpu", implementations={"mla_block": "torch", "route": "torch"})
+    (native,) = (names for heading, names in found.items() if heading.startswith("native "))
+    assert found[IN_COMPANY] == {"rms_norm_fp8", "add_rms_norm_fp8", "route"}
+    assert "mla_block" in found["torch, exact"]
+    assert {"moe_block", "decoder", "linear"} <= native  # in C++ they call none of the bound operations
+    found = described(
+        monkeypatch, "cpu", implementations={"moe_block": "torch", "decoder": "torch", "route": "torch"}
+    )
+    assert {"moe_block", "decoder"} <= found[IN_COMPANY]
+
+
+def test_compositions_call_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is run in all its forms, and notes which bound operations it calls itself."""
+    bind(KernelsConfig(instruction_set="reference"), "cpu")
+    called: set[str] = set()
+    depth = 0
+
+    def noting(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal depth
+            if depth == 0:
+                called.add(operation)
+            depth += 1
+            try:
+                return function(*arguments)
+            finally:
+                depth -= 1
+
+        return call
+
+    for operation, function in list(vars(registry.bound).items()):
+        monkeypatch.setitem(vars(registry.bound), operation, noting(operation, function))
+    rows = {row.operation: row for row in registry.IMPLEMENTATIONS if row.calls}
+    assert set(rows) == COMPOSED
+    for name, row in rows.items():
+        called.clear()
+        for model, size, format in product((TINY4, TINY3), (DECODE, PREFILL), ("bf16", "fp8 x fp8")):
+            call = CASES[name](model, size, DeviceMaker(False, format, cold_bytes=0))
+            if call is not None:
+                row.load()(*call.arguments[0])
+                if name != "decoder":  # the first half of a model has no sum to add
+                    row.load()(None, *call.arguments[0][1:])
+        assert called == set(row.calls), name
 
 
 def test_sizes_are_named_in_errors() -> None:
