@@ -1,8 +1,9 @@
 """A step of a model as operations: how many bytes each must read, how many operations it must compute.
 
 Bytes are those of the weights and cached rows that an operation touches, each once, and of the rows that go in and
-out; what an implementation moves beyond that is its own cost. The names are those of kernels/ops, under which
-`cierzo bench step --profile` and the GPU bench measure. Formulas: docs/model.md; counted as in bench/work.py.
+out of norms and products; what an implementation moves beyond that is its own cost. The names are those of
+kernels/ops, under which `cierzo bench step --profile` and the GPU bench measure. Formulas: docs/model.md; counted
+as in bench/work.py.
 
 Every number of a `StepShape` may be an array over several steps: so are the works then.
 """
@@ -167,9 +168,10 @@ class _Counter:
         return Work(name, "products", calls, operations, moved, rate, measured_as)
 
     def norms(self) -> Iterator[Work]:
-        """Two of hidden rows a layer, each with a residual, and the last one."""
-        calls = 2 * self.model.num_layers + 1
-        values = 4 * calls * self.model.hidden_size * self.step.tokens
+        """Two of hidden rows a layer, each with a residual, and the last one, of rows whose logits are wanted."""
+        halves = 2 * self.model.num_layers
+        calls, rows = halves + 1, halves * self.step.tokens + self.step.sampled
+        values = 4 * self.model.hidden_size * rows
         plain = self.formats.plain
         yield Work("norm", "memory", calls, values, values * self.value_bytes, self.formats.rate(plain), plain)
 

@@ -1,4 +1,5 @@
-"""The forecast against the engine itself: the real scheduler and the real load client, in virtual time.
+"""The forecast against the engine itself, the real scheduler and the real load client in virtual time; and against
+steps that are priced by hand.
 
 `python tests/engine/test_forecast.py` compares longer loads too, and prints both.
 """
@@ -11,13 +12,15 @@ from typing import Any
 
 import msgspec
 import pytest
+from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.latency import LoadResult, steady_load
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.roofline.cards import named
+from cierzo.engine.roofline.cards import find_device, named
+from cierzo.engine.roofline.device import Device
 from cierzo.engine.roofline.forecast import Forecast, forecast, left_out
 from cierzo.engine.roofline.workload import TracedRequest, Workload, parse_workload, poisson_arrivals
 
@@ -60,6 +63,11 @@ def _config(model: str, device: str, options: dict[str, Any]) -> EngineConfig:
     return resolve(EngineOptions(model=model, device=f"simulated:{device}", **options))
 
 
+def _stated(name: str) -> Device:
+    """A card of the data sheets with its stated shares, even where the GPU bench has measured some."""
+    return msgspec.structs.replace(find_device(name), measured={})
+
+
 def _measured(config: EngineConfig, workload: Workload, requests: int) -> tuple[LoadResult, SimulatedServer]:
     server = SimulatedServer(config)
     settings = LoadSettings(
@@ -98,6 +106,84 @@ def test_forecast_is_what_the_simulated_engine_does(
     assert planned.tokens == server.totals.tokens
     assert (planned.preemptions > 0) == preempts
     assert planned.kv_room_reached or not preempts
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "options", "text", "prompts"),
+    [
+        ("small3", "h200", {"weights": "bf16"}, "100/11@1", [Chunk(0, 100)]),
+        ("small4", "4xh100", FP8, "700/24@1", [Chunk(0, 700)]),
+        ("small4", "h200", NVFP4, "9000/11@1", [Chunk(0, 8192), Chunk(8192, 808)]),  # in two steps of 8,192 tokens
+        ("small4", "h200", NVFP4, "300/40@5", [Chunk(0, 300)]),  # five in step with one another
+    ],
+)
+def test_the_figures_of_a_closed_loop_are_sums_of_steps_priced_by_hand(
+    model: str, device: str, options: dict[str, Any], text: str, prompts: list[Chunk]
+) -> None:
+    """All requests begin and end together: a prompt's steps, then a step for each further token."""
+    config, workload = _config(model, device, options), parse_workload(text)
+    clients, made = workload.concurrency or 0, workload.output_tokens
+    page_bytes = 1 if config.layout.dtype == "fp8" else 2
+    last = len(prompts) - 1
+    steps = [
+        *(Step(prompts=(one,) * clients, sampled=clients * (index == last)) for index, one in enumerate(prompts)),
+        *(Step(contexts=(workload.input_tokens + n,) * clients, sampled=clients) for n in range(1, made)),
+    ]
+    taken = [take(model, device, step, config.weights, page_bytes) for step in steps]
+    first_s = sum(step.total_s for step in taken[: len(prompts)])
+    gaps_s = [step.total_s for step in taken[len(prompts) :]]
+    assert gaps_s == sorted(gaps_s)  # contexts grow
+    found = forecast(config, workload, device=_stated(device))
+    completion_s = first_s + sum(gaps_s)
+    assert found.requests_per_s == pytest.approx(clients / completion_s, rel=1e-6)
+    assert found.output_tokens_per_s == pytest.approx(clients * made / completion_s, rel=1e-6)
+    for percentiles, expected in ((found.time_to_first_token_s, first_s), (found.completion_s, completion_s)):
+        figures = (percentiles.mean, percentiles.p50, percentiles.p99)
+        assert figures == pytest.approx([expected] * 3, rel=1e-6)
+    between = found.inter_token_s
+    assert between.mean == pytest.approx(sum(gaps_s) / len(gaps_s), rel=1e-6)
+    middle = gaps_s[-(-len(gaps_s) // 2) - 1]  # half of the gaps are no longer
+    assert (between.p50, between.p99) == pytest.approx((middle, gaps_s[-1]), rel=1e-6)
+    assert found.steps == found.requests // clients * len(steps)
+    assert found.running == pytest.approx(clients, rel=1e-6)
+    for part in ("memory", "arithmetic", "exchange", "overhead", "limit"):
+        share = sum(getattr(step, f"{part}_s") for step in taken) / completion_s
+        assert getattr(found, f"{part}_share") == pytest.approx(share, rel=1e-6), part
+    assert found.bytes_per_step == pytest.approx(sum(step.num_bytes for step in taken) / len(taken), rel=1e-6)
+    assert found.operations_per_step == pytest.approx(sum(step.operations for step in taken) / len(taken), rel=1e-6)
+
+
+def test_the_figures_of_two_requests_are_sums_of_steps_priced_by_hand() -> None:
+    """The second comes while the first one's second token is made: its prompt shares the step of the third."""
+    config = _config("small3", "h200", {"weights": "bf16"})
+
+    def seconds(step: Step) -> float:
+        return take("small3", "h200", step, "bf16", 2).total_s
+
+    steps_s = [
+        seconds(Step(prompts=(Chunk(0, 100),), sampled=1)),
+        seconds(Step(contexts=(101,), sampled=1)),
+        seconds(Step(contexts=(102,), prompts=(Chunk(0, 300),), sampled=2)),
+        seconds(Step(contexts=(103, 301), sampled=2)),
+        seconds(Step(contexts=(302,), sampled=1)),
+    ]
+    came_s = steps_s[0] + 0.3 * steps_s[1]
+    trace = (
+        TracedRequest(arrival_s=0.0, input_tokens=100, output_tokens=4),
+        TracedRequest(arrival_s=came_s, input_tokens=300, output_tokens=3),
+    )
+    found = forecast(config, Workload(trace=trace), device=_stated("h200"))
+    first_s = [steps_s[0], sum(steps_s[:3]) - came_s]
+    completion_s = [sum(steps_s[:4]), sum(steps_s) - came_s]
+    gaps_s = [*steps_s[1:4], *steps_s[3:5]]
+    assert found.steps == 5
+    assert found.requests_per_s == pytest.approx(2 / sum(steps_s), rel=1e-6)
+    assert found.output_tokens_per_s == pytest.approx(7 / sum(steps_s), rel=1e-6)
+    assert found.time_to_first_token_s.mean == pytest.approx(sum(first_s) / 2, rel=1e-6)
+    assert found.completion_s.mean == pytest.approx(sum(completion_s) / 2, rel=1e-6)
+    assert found.inter_token_s.mean == pytest.approx(sum(gaps_s) / 5, rel=1e-6)
+    assert found.inter_token_s.p50 == pytest.approx(sorted(gaps_s)[2], rel=1e-6)
+    assert found.running == pytest.approx((sum(steps_s[:4]) + sum(steps_s[2:])) / sum(steps_s), rel=1e-6)
 
 
 def test_a_trace_is_a_load_like_any_other() -> None:

@@ -9,14 +9,17 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.gpu.cases import formats_of
 from cierzo.engine import device_memory
+from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig, named_model_config
 from cierzo.engine.roofline.cards import STATED, find_device, named
 from cierzo.engine.roofline.device import Device, MeasuredShare
 from cierzo.engine.roofline.measured import with_measured
+from cierzo.engine.roofline.step_model import StepModel
 from cierzo.engine.roofline.step_time import exchanged, step_time
 from cierzo.engine.roofline.work import NumberFormats, StepShape, Work, step_work
 
@@ -80,6 +83,54 @@ def test_distinct_experts_of_random_routing(tokens: float, distinct: float) -> N
     expert = 36 * 3 * 4096 * 2048
     rows = 36 * tokens * 5 * 2 * (4096 + 2048) * 2
     assert (works("small4", step)["expert_mlp"].num_bytes - rows) / expert - 1 == pytest.approx(distinct, abs=0.06)
+
+
+STEPS = {
+    "decode 1": Step(contexts=(2048,), sampled=1),
+    "decode 1 of 256k": Step(contexts=(262_144,), sampled=1),
+    "decode 64": Step(contexts=tuple(range(1000, 7400, 100)), sampled=64),
+    "decode 1024": Step(contexts=(2048,) * 1024, sampled=1024),
+    "a prompt's first chunk": Step(prompts=(Chunk(0, 4096),)),
+    "a prompt's last chunk": Step(prompts=(Chunk(30_000, 1000),), sampled=1),
+    "mixed": Step(contexts=(1500,) * 48, prompts=(Chunk(512, 1000), Chunk(0, 700)), sampled=49),
+    "after a preemption": Step(contexts=(900,) * 7, again=(Chunk(3000, 40),), sampled=8),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(
+    ("name", "device", "weights", "kv", "activations"),
+    [
+        ("small4", "h200", "fp8", "bf16", "bf16"),
+        ("small4", "h200", "nvfp4", "fp8", "bf16"),
+        ("small4", "4xh100", "bf16", "bf16", "bf16"),
+        ("small4", "4xh100", "fp8", "fp8", "fp8"),
+        ("small4", "4xh100", "nvfp4", "fp8", "bf16"),
+        ("small3", "h200", "bf16", "bf16", "bf16"),
+        ("small3", "h200", "nvfp4", "fp8", "bf16"),
+        ("small3", "4xh100", "fp8", "fp8", "fp8"),
+    ],
+)
+def test_the_seconds_of_a_step_are_those_counted_by_hand(
+    name: str, device: str, weights: Any, kv: Any, activations: Any, step: Step
+) -> None:
+    options = EngineOptions(model=name, weights=weights, kv_dtype=kv, activations=activations)
+    config = resolve(msgspec.structs.replace(options, device=f"simulated:{device}"))
+    stated = msgspec.structs.replace(find_device(device), measured={})
+    shape = StepShape(
+        expanded_tokens=float(step.prompt_tokens),
+        expanded_pairs=float(sum(chunk.pairs for chunk in step.prompts)),
+        expanded_context=float(sum(chunk.context for chunk in step.prompts)),
+        absorbed_tokens=float(step.generated),
+        absorbed_pairs=float(step.generated_pairs),
+        absorbed_context=float(step.generated_context),
+        sampled=float(step.sampled),
+    )
+    found = StepModel(config, stated).time(shape, rows=float(step.sequences))
+    expected = take(name, device, step, weights, 1 if kv == "fp8" else 2, fp8_activations=activations == "fp8")
+    for part, by_hand in expected._asdict().items():
+        assert float(getattr(found, part)) == pytest.approx(by_hand, rel=1e-6), part
+    assert float(found.total_s) == pytest.approx(expected.total_s, rel=1e-6)
 
 
 def test_a_step_of_nothing_takes_the_overhead_alone() -> None:
