@@ -79,7 +79,8 @@ def write_latents(model: Model, size: Size, make: Maker) -> Call | None:
         return None
     latents, keys = make.noise(size.rows, model.rank), make.noise(size.rows, model.rope)
     pages = pages_of(size, make, model.rank + model.rope)
-    return Call([(pages, slots_of(size), latents, keys)], 2 * size.rows * (model.rank + model.rope) * VALUE_BYTES)
+    moved = size.rows * (model.rank + model.rope) * (VALUE_BYTES + pages.element_size())
+    return Call([(pages, slots_of(size), latents, keys)], moved)
 
 
 @case
@@ -89,7 +90,8 @@ def write_normed_latents(model: Model, size: Size, make: Maker) -> Call | None:
         return None
     kv, pages = make.noise(size.rows, model.rank + model.rope), pages_of(size, make, model.rank + model.rope)
     arguments = (pages, slots_of(size), kv, make.noise(model.rank), EPS, *tables(size.rows, model.rope // 2), True)
-    return Call([arguments], 2 * kv.numel() * VALUE_BYTES)
+    moved = kv.numel() * (VALUE_BYTES + pages.element_size()) + model.rank * VALUE_BYTES
+    return Call([arguments], moved + size.rows * model.rope * 4)  # and the angles
 
 
 @case
@@ -98,8 +100,9 @@ def write_keys_values(model: Model, size: Size, make: Maker) -> Call | None:
     if not model.kv_heads:
         return None
     entry = (model.kv_heads, model.head_dim)
-    pages, new = (pages_of(size, make, *entry) for _ in range(2)), (make.noise(size.rows, *entry) for _ in range(2))
-    return Call([(*pages, slots_of(size), *new)], 4 * size.rows * model.kv_heads * model.head_dim * VALUE_BYTES)
+    pages, new = [pages_of(size, make, *entry) for _ in range(2)], [make.noise(size.rows, *entry) for _ in range(2)]
+    moved = 2 * size.rows * model.kv_heads * model.head_dim * (VALUE_BYTES + pages[0].element_size())
+    return Call([(*pages, slots_of(size), *new)], moved)
 
 
 @case
@@ -107,10 +110,12 @@ def rotate_and_write_keys_values(model: Model, size: Size, make: Maker) -> Call 
     """The step's queries, keys and values."""
     if not model.kv_heads:
         return None
-    pages = (pages_of(size, make, model.kv_heads, model.head_dim) for _ in range(2))
+    pages = [pages_of(size, make, model.kv_heads, model.head_dim) for _ in range(2)]
     qkv = make.noise(size.rows, (model.heads + 2 * model.kv_heads) * model.head_dim)
     turns = tables(size.rows, model.head_dim // 2)
-    return Call([(*pages, slots_of(size), qkv, *turns, False)], 2 * qkv.numel() * VALUE_BYTES)
+    each = model.heads * 2 * VALUE_BYTES + 2 * model.kv_heads * (VALUE_BYTES + pages[0].element_size())
+    moved = size.rows * model.head_dim * (each + 4)  # and the angles
+    return Call([(*pages, slots_of(size), qkv, *turns, False)], moved)
 
 
 # --- attention ---------------------------------------------------------------------------------------------
@@ -246,9 +251,10 @@ def mla_block(model: Model, size: Size, make: Maker) -> Call | None:
     attention = (mla_decode if size.decodes else mla_prefill)(model, size, make)
     assert attention is not None
     first = layers[0]
-    dense = (first.down, first.query_up, first.output, first.w_uk, first.w_uv)
-    used = weight_bytes(*(matrix for matrix in dense if matrix is not None))
-    per_row = sum(matrix.shape[0] * matrix.shape[1] for matrix in dense[:3] if matrix is not None)
+    dense = [matrix for matrix in (first.down, first.query_up, first.output) if matrix is not None]
+    by_head = (first.w_uk_t, first.w_uv) if size.decodes else ()  # a prompt's attention counts its own
+    used = weight_bytes(*dense, *by_head)
+    per_row = sum(matrix.shape[0] * matrix.shape[1] for matrix in dense)
     per_row += heads * (model.nope + model.value_dim) * rank if size.decodes else 0
     moved = used + attention.num_bytes + 4 * residual.numel() * VALUE_BYTES
     return Call(

@@ -24,8 +24,8 @@ from cierzo.bench.machine import measure_ceilings
 from cierzo.bench.report import make_report, write_report
 from cierzo.bench.sequences import Sequences
 from cierzo.bench.stats import median
-from cierzo.engine.config import EngineOptions, resolve
-from cierzo.engine.model.config import MlaConfig, ModelConfig
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.model.config import MlaConfig
 
 BASE_CONTEXT = 32  # tokens: what a step costs without attention to speak of
 PROGRESS_AFTER_S = 2.0
@@ -55,20 +55,18 @@ class ChunkRow(msgspec.Struct, frozen=True, kw_only=True):
     resident_gb: float
 
 
-def attention_work(config: ModelConfig, context: int) -> tuple[float, float]:
-    """(operations, bytes in bf16) of one generated token's attention over a context, all layers."""
-    attention = config.attention
+def attention_work(config: EngineConfig, context: int) -> tuple[float, float]:
+    """(operations, bytes of cache entries) of one generated token's attention over a context, all layers."""
+    model, attention = config.model, config.model.attention
     if isinstance(attention, MlaConfig):
-        row = attention.kv_lora_rank + attention.qk_rope_head_dim
-        operations = 2 * config.num_heads * (row + attention.kv_lora_rank)
+        operations = 2 * model.num_heads * (2 * attention.kv_lora_rank + attention.qk_rope_head_dim)
     else:
-        row = 2 * attention.num_kv_heads * attention.head_dim
-        operations = 4 * config.num_heads * attention.head_dim
-    return config.num_layers * context * operations, config.num_layers * context * row * 2
+        operations = 4 * model.num_heads * attention.head_dim
+    return model.num_layers * context * operations, context * config.layout.bytes_per_token
 
 
 def measure_decode(
-    sequence: Sequences, config: ModelConfig, contexts: Sequence[int], repeats: int
+    sequence: Sequences, config: EngineConfig, contexts: Sequence[int], repeats: int
 ) -> list[DecodeRow]:
     """One row per context, each the median of `repeats` steps."""
     sequence.fill()
@@ -134,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gib = (longest + 2 * layout.block_tokens) * layout.bytes_per_token / 2**30
     config = resolve(msgspec.structs.replace(options, max_model_len=longest, kv_cache_gib=gib))
     sequence = Sequences(config, 1, longest)
-    decode = measure_decode(sequence, config.model, arguments.decode, arguments.repeats)
+    decode = measure_decode(sequence, config, arguments.decode, arguments.repeats)
     prefill = measure_prefill(sequence, arguments.prefill, arguments.chunk_tokens) if arguments.prefill else []
     print(_table(decode, prefill))
     if arguments.json is not None:

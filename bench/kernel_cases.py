@@ -184,6 +184,23 @@ def add_rms_norm(model: Model, size: Size, make: Maker) -> Call:
 
 
 @case
+def rms_norm_fp8(model: Model, size: Size, make: Maker) -> Call:
+    """The hidden rows, each into codes by its own scale."""
+    x, weight = make.noise(size.rows, model.hidden), make.noise(model.hidden)
+    moved = x.numel() * (VALUE_BYTES + 1) + model.hidden * VALUE_BYTES + size.rows * 4
+    return Call([(x, weight, 1e-6, None)], moved)
+
+
+@case
+def add_rms_norm_fp8(model: Model, size: Size, make: Maker) -> Call:
+    """Their sum with the residual, by a static scale."""
+    x, residual = make.noise(size.rows, model.hidden), make.noise(size.rows, model.hidden)
+    scale = torch.full((1,), 0.0625, device=make.device)
+    moved = x.numel() * (3 * VALUE_BYTES + 1) + model.hidden * VALUE_BYTES + size.rows * 4
+    return Call([(x * 0, residual, make.noise(model.hidden), 1e-6, scale)], moved)
+
+
+@case
 def rope_tables(model: Model, size: Size, make: Maker) -> Call:
     """Once a step."""
     pairs = (model.rope or model.head_dim) // 2

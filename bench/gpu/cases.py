@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cierzo.bench import attention_cases  # noqa: F401 (registers its cases)
-from cierzo.bench.kernel_cases import CASES, VALUE_BYTES, Call, Maker, Model, Size, case
+from cierzo.bench.kernel_cases import CASES, Call, Maker, Model, Size
 from cierzo.kernels.formats.activations import takes_fp8
 from cierzo.kernels.formats.device import E4M3, GROUP, DeviceMatrix, dequantise, in_fp8, quantise
 from cierzo.kernels.formats.packed import Matrix
@@ -105,23 +105,6 @@ def without_memory(format: str, shape: tuple[int, ...]) -> DeviceMatrix:
     )
     row_scales = empty(dtype=torch.float32) if format == "nvfp4" else None
     return DeviceMatrix(format, shape, torch.bfloat16, codes, scales, row_scales, (1, group))
-
-
-@case
-def rms_norm_fp8(model: Model, size: Size, make: Maker) -> Call:
-    """The hidden rows, each into codes by its own scale."""
-    x, weight = make.noise(size.rows, model.hidden), make.noise(model.hidden)
-    moved = x.numel() * (VALUE_BYTES + 1) + model.hidden * VALUE_BYTES + size.rows * 4
-    return Call([(x, weight, 1e-6, None)], moved)
-
-
-@case
-def add_rms_norm_fp8(model: Model, size: Size, make: Maker) -> Call:
-    """Their sum with the residual, by a static scale."""
-    x, residual = make.noise(size.rows, model.hidden), make.noise(size.rows, model.hidden)
-    scale = torch.full((1,), 0.0625, device=make.device)
-    moved = x.numel() * (3 * VALUE_BYTES + 1) + model.hidden * VALUE_BYTES + size.rows * 4
-    return Call([(x * 0, residual, make.noise(model.hidden), 1e-6, scale)], moved)
 
 
 SINGLE = tuple(name for name in CASES if name not in COMPOSED)

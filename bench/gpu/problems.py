@@ -130,23 +130,6 @@ def rotate_and_write(configuration: Any, size: Size) -> Work | None:
 
 
 @kernel
-def mla_attend(configuration: Any, size: Size) -> Work | None:
-    """All of decoding but the sum of its splits."""
-    model = replace(SMALL4, heads=configuration.constants["H"])
-    return _operation("mla_decode", model, size, _pages(configuration.types["pages_ptr"]))
-
-
-@kernel
-def gqa_attend(configuration: Any, size: Size) -> Work | None:
-    """All of decoding but the sum of its splits."""
-    constants = configuration.constants
-    shared, window = constants["HK"], constants["WINDOW"]
-    heads = shared * constants["G"]
-    model = replace(SMALL3, heads=heads, kv_heads=shared, head_dim=constants["D"], window=window)
-    return _operation("gqa_decode", model, size, _pages(configuration.types["k_pages_ptr"]))
-
-
-@kernel
 def linear(configuration: Any, size: Size) -> Work | None:
     """Also logits, the products of each head, and gate and up of a dense MLP."""
     constants = configuration.constants
@@ -240,7 +223,38 @@ def plan(configuration: Any, size: Size) -> Work | None:
 
 def _splits(configuration: Any, size: Size) -> int:
     """Of a sequence that decodes."""
-    return SPLITS.count(size.context, configuration.constants["WINDOW"])
+    return SPLITS.count(size.context, configuration.constants.get("WINDOW", 0))
+
+
+def _partial_bytes(configuration: Any, size: Size, width: int) -> int:
+    """Of what the splits of a row leave for `combine`: sums in fp32, the largest score and the sum of weights."""
+    return _splits(configuration, size) * (width + 2) * 4
+
+
+def _attend(operation: str, configuration: Any, size: Size, model: Model, width: int, pages: str) -> Work | None:
+    """Decoding but for the sum of its splits: partial results go out in place of results in bf16."""
+    work = _operation(operation, model, size, _pages(configuration.types[pages]))
+    if work is None:
+        return None
+    written = _partial_bytes(configuration, size, width) - width * VALUE_BYTES
+    return replace(work, num_bytes=work.num_bytes + size.rows * model.heads * written)
+
+
+@kernel
+def mla_attend(configuration: Any, size: Size) -> Work | None:
+    """Reads each context's latents once."""
+    model = replace(SMALL4, heads=configuration.constants["H"])
+    return _attend("mla_decode", configuration, size, model, model.rank, "pages_ptr")
+
+
+@kernel
+def gqa_attend(configuration: Any, size: Size) -> Work | None:
+    """Reads the keys and values that each context's window leaves."""
+    constants = configuration.constants
+    shared, width = constants["HK"], constants["D"]
+    heads, window = shared * constants["G"], constants["WINDOW"]
+    model = replace(SMALL3, heads=heads, kv_heads=shared, head_dim=width, window=window)
+    return _attend("gqa_decode", configuration, size, model, width, "k_pages_ptr")
 
 
 @kernel
@@ -259,8 +273,7 @@ def combine(configuration: Any, size: Size) -> Work | None:
         return None
     constants = configuration.constants
     heads, width = constants["HK"] * constants["G"], constants["W"]
-    partial_bytes = _splits(configuration, size) * (width + 2) * 4
-    return Work(size.rows * heads * (partial_bytes + width * VALUE_BYTES))
+    return Work(size.rows * heads * (_partial_bytes(configuration, size, width) + width * VALUE_BYTES))
 
 
 @kernel

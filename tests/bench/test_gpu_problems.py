@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from cierzo.bench.gpu import compiled
-from cierzo.bench.gpu.cases import SMALL4, make_call, without_memory
+from cierzo.bench.gpu.cases import SMALL3, SMALL4, make_call, without_memory
 from cierzo.bench.gpu.problems import CARDS, META, STEPS, Work, problems
-from cierzo.bench.kernel_cases import Call, Model, Size
+from cierzo.bench.kernel_cases import Call, Model, Size, random_experts
 from cierzo.engine.roofline.cards import DATA_SHEETS, HOPPER_RATES
 from cierzo.kernels.formats.device import quantise
 from cierzo.kernels.triton.compile import Compiled
@@ -32,12 +33,163 @@ def case(operation: str, model: Model, size: Size, format: str = "bf16") -> Call
     return call
 
 
-def test_every_kernel_has_a_problem() -> None:
+CONTEXT = 4096  # tokens: a row at the end of 64 such contexts, or all rows of one
+ROWS = {"decode 64": 64, "prefill 4096": CONTEXT}
+WEIGHT_BYTES = {"plain": (2.0, 0), "fp8": (1.0, 4), "nvfp4": (0.5 + 1 / 16, 4)}  # of a weight, of a row's scale
+PAGE_BYTES = {"*bf16": 2, "*fp8e4nv": 1}
+Known = Any  # a kernel's sizes, or the types of what it points to, by name
+IN_DECODE = {"sum_parts", "mla_attend", "gqa_attend", "plan", "prefixes", "combine"}
+IN_PREFILL = {"gather", "expand", "flash"}
+
+
+def launched(name: str, c: Known, step: str) -> bool:
+    """Whether a step has the kernel. Products of each head are of generated rows, parts of k are apart for few."""
+    if step == "decode 64":
+        return name not in IN_PREFILL
+    return name not in IN_DECODE and not (name == "linear" and (c["X_HEAD"] or c["APART"]))
+
+
+def row(values: int, pointer: str) -> int:
+    """Bytes of a row of activations: bf16, or codes and a scale."""
+    return values + 4 if pointer == "*fp8e4nv" else 2 * values
+
+
+def matrix(c: Known) -> int:
+    """Bytes of weights [ROWS, K]."""
+    each, scale = WEIGHT_BYTES[c["FORMAT"]]
+    return int(c["ROWS"] * (c["K"] * each + scale))
+
+
+def normed(t: Known) -> str:
+    """What a norm writes: values, or codes."""
+    return "*fp8e4nv" if "*fp8e4nv" in t.values() else "*bf16"
+
+
+def pairs(step: str, window: int = 0) -> int:
+    """Of a row and a token that it sees."""
+    seen = [CONTEXT] * 64 if step == "decode 64" else range(1, CONTEXT + 1)
+    return sum(min(tokens, window) if window else tokens for tokens in seen)
+
+
+def splits(c: Known) -> int:
+    """Of 4,096 tokens, 512 each; of a window of 128, which may lie across a border of theirs."""
+    return {0: 8, 128: 2}[c.get("WINDOW", 0)]
+
+
+def linear(c: Known, t: Known, step: str) -> Work:
+    """A dense product; one of each head; the output head, of a row for each sequence; parts of k, apart."""
+    rows, n, k = ROWS[step], c["ROWS"], c["K"]
+    if c["X_HEAD"]:
+        return Work(2 * (32 * n * k + rows * 32 * (n + k)), 2 * rows * 32 * n * k)
+    if c["APART"]:
+        return Work(matrix(c) + rows * (row(k, t["x_ptr"]) + c["PARTS"] * n * 4), 2 * rows * n * k)
+    if t["out_ptr"] == "*fp32":
+        rows = {"decode 64": 64, "prefill 4096": 1}[step]
+        return Work(matrix(c) + rows * (2 * k + 4 * n), 2 * rows * n * k)
+    written = row(n // 2 if c["PAIRED"] else n, t["out_ptr"])
+    return Work(matrix(c) + rows * (row(k, t["x_ptr"]) + written), 2 * rows * n * k)
+
+
+def experts(c: Known, step: str, read: int, written: int) -> Work:
+    """The experts that the tokens of a step chose, and the shared one; read, written: bytes of a token's rows."""
+    chosen = len(random_experts(SMALL4, {size.name: size for size in STEPS}[step]).unique())
+    return Work((chosen + 1) * matrix(c) + ROWS[step] * (read + written), 2 * ROWS[step] * 5 * c["ROWS"] * c["K"])
+
+
+def gate_up(c: Known, t: Known, step: str) -> Work:
+    """Codes are a row for each of five experts, whose scales differ; in bf16 all five read the token's one row."""
+    read = row(c["K"], t["x_ptr"]) * (5 if t["x_ptr"] == "*fp8e4nv" else 1)
+    return experts(c, step, read, 5 * row(c["ROWS"] // 2, t["inner_ptr"]))
+
+
+def mla_attend(c: Known, t: Known, step: str) -> Work:
+    """Queries and latents in; of each split a row's sums, its largest score and its sum of weights out."""
+    width, rank = c["R"] + c["P"], c["R"]
+    moved = 64 * CONTEXT * width * PAGE_BYTES[t["pages_ptr"]] + 64 * c["H"] * 2 * width
+    moved += 64 * c["H"] * splits(c) * (rank + 2) * 4
+    return Work(moved, 2 * pairs(step) * c["H"] * (width + rank))
+
+
+def gqa_attend(c: Known, t: Known, step: str) -> Work:
+    """The same with keys and values of HK heads, and as much of a context as a window leaves."""
+    heads, read = c["HK"] * c["G"], 64 * min(CONTEXT, c["WINDOW"] or CONTEXT)
+    moved = read * 2 * c["HK"] * c["D"] * PAGE_BYTES[t["k_pages_ptr"]] + 64 * heads * 2 * c["D"]
+    moved += 64 * heads * splits(c) * (c["D"] + 2) * 4
+    return Work(moved, 4 * pairs(step, c["WINDOW"]) * heads * c["D"])
+
+
+def flash(c: Known, t: Known, step: str) -> Work:
+    """Queries and results; each head's keys and values, and what keys share; sums of a first piece in and out."""
+    values = CONTEXT * c["H"] * (c["A"] + c["B"] + c["V"]) + CONTEXT * (c["HK"] * (c["A"] + c["V"]) + c["B"])
+    carried = 2 * CONTEXT * c["H"] * (c["V"] + 2) * 4 if c["CARRIED"] else 0
+    return Work(2 * values + carried, 2 * pairs(step, c["WINDOW"]) * c["H"] * (c["A"] + c["B"] + c["V"]))
+
+
+# What a launch of each kernel moves and computes, from the sizes and types that it is compiled for.
+BY_HAND: dict[str, Callable[[Known, Known, str], Work]] = {
+    "rms_norm": lambda c, t, step: Work(ROWS[step] * (2 * c["D"] + row(c["D"], normed(t))) + 2 * c["D"]),
+    "add_rms_norm": lambda c, t, step: Work(ROWS[step] * (6 * c["D"] + row(c["D"], normed(t))) + 2 * c["D"]),
+    "rope_tables": lambda c, t, step: Work(ROWS[step] * (8 + 2 * c["F"] * 4)),
+    "apply_rope": lambda c, t, step: Work(ROWS[step] * (c["H"] * 2 * c["F"] * 4 + 2 * c["F"] * 4)),
+    "write_normed_latents": lambda c, t, step: Work(
+        ROWS[step] * ((c["R"] + 2 * c["F"]) * (2 + PAGE_BYTES[t["pages_ptr"]]) + 2 * c["F"] * 4) + 2 * c["R"]
+    ),
+    "rotate_and_write": lambda c, t, step: Work(
+        ROWS[step] * 2 * c["F"] * (c["HQ"] * 4 + 2 * c["HK"] * (2 + PAGE_BYTES[t["k_pages_ptr"]]) + 4)
+    ),
+    "linear": linear,
+    "quantise_rows": lambda c, t, step: Work(ROWS[step] * (2 * c["D"] + c["D"] + 4)),
+    "quantise_pairs": lambda c, t, step: Work(ROWS[step] * (2 * c["D"] + 5 * (c["D"] + 4))),
+    "expert_gate_up": gate_up,
+    "expert_down": lambda c, t, step: experts(
+        c, step, 5 * row(c["K"], t["inner_ptr"]), 5 * row(c["ROWS"], t["outputs_ptr"])
+    ),
+    "sum_slots": lambda c, t, step: Work(ROWS[step] * (2 * (5 + 1) * c["D"] + 4 * 4)),
+    "sum_parts": lambda c, t, step: Work(64 * c["N"] * (c["PARTS"] * 4 + 2)),
+    "mla_attend": mla_attend,
+    "gqa_attend": gqa_attend,
+    # Items of four numbers; each sequence's first item, start and context; each row's sequence.
+    "plan": lambda c, t, step: Work(4 * (64 * splits(c) * 4 + 3 * 64 + 2 + 64)),
+    # Of each sequence two tables of blocks, its start and context, three mates, M members.
+    "prefixes": lambda c, t, step: Work(4 * 64 * (2 * CONTEXT // 32 + 2 + 3 + c["M"])),
+    "combine": lambda c, t, step: Work(64 * c["HK"] * c["G"] * (splits(c) * (c["W"] + 2) * 4 + 2 * c["W"])),
+    "gather": lambda c, t, step: Work(
+        CONTEXT * c["HK"] * c["W"] * (2 if c["KEYS"] else 1) * (PAGE_BYTES[t["pages_ptr"]] + 2)
+    ),
+    "expand": lambda c, t, step: Work(
+        2 * (CONTEXT * (c["R"] + c["N"]) + c["R"] * c["N"]), 2 * CONTEXT * c["R"] * c["N"]
+    ),
+    "flash": flash,
+}
+
+
+def test_every_kernel_has_the_problem_that_its_sizes_give() -> None:
+    seen = set()
     for _, purpose, configuration in compiled.configurations():
-        found = dict(problems(configuration))
-        assert found, purpose
-        assert set(found) <= {"decode 64", "prefill 4096"}
-        assert all(work.num_bytes > 0 for work in found.values()), purpose
+        name, constants, types = configuration.name, configuration.constants, configuration.types
+        expected = {step: BY_HAND[name](constants, types, step) for step in ROWS if launched(name, constants, step)}
+        assert dict(problems(configuration)) == expected, purpose
+        seen.add(name)
+    assert seen == set(BY_HAND)
+
+
+@pytest.mark.parametrize(
+    ("attend", "combine", "operation", "model", "pages"),
+    [
+        ("mla_decode 32 heads, fp8 pages", "mla_decode 32 heads, combine", "mla_decode", SMALL4, "fp8"),
+        ("gqa_decode 32/8 heads, bf16 pages", "gqa_decode 32/8 heads, combine", "gqa_decode", SMALL3, "bf16"),
+    ],
+)
+def test_parts_of_decoding_add_up_to_the_operation(
+    attend: str, combine: str, operation: str, model: Model, pages: str
+) -> None:
+    """And what lies between them, written by one and read by the other."""
+    first, second = (found["decode 64"] for found in works(attend, combine))
+    call = case(operation, model, DECODE, pages)
+    width = model.rank or model.head_dim
+    between = 64 * model.heads * 8 * (width + 2) * 4
+    assert first.num_bytes + second.num_bytes == call.num_bytes + 2 * between
+    assert first.flops + second.flops == call.flops
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8", "nvfp4"])
