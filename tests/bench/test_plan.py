@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from steps_by_hand import Chunk, Step, take
 
+from cierzo.bench import planning
 from cierzo.bench.experts import ExpertsSettings
 from cierzo.bench.planning import DevicePlan, Limits, Planner, other_cards, read_experts
 from cierzo.bench.report import make_report, write_report
@@ -52,28 +55,111 @@ def test_several_cards_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path
     assert [change["what"] for change in refused] == ["weights bf16"]
 
 
-def test_a_change_brings_what_a_plan_with_it_says() -> None:
-    base, better = _plan("512/64@16", weights="fp8"), _plan("512/64@16", weights="nvfp4")
-    assert base.forecast is not None
-    assert better.forecast is not None
-    planner = Planner(msgspec.structs.replace(OPTIONS, weights="fp8"), parse_workload("512/64@16"), Limits())
-    changes = {change.what: change for change in planner.plan("h200").changes}
-    change = changes["weights nvfp4"]
-    assert change.requests_per_s == better.forecast.requests_per_s
-    assert change.gain == pytest.approx(better.forecast.requests_per_s / base.forecast.requests_per_s)
-    two = _plan("512/64@16", "2xh200", weights="fp8").forecast
-    assert two is not None
-    assert changes["device 2xh200"].requests_per_s == two.requests_per_s
+class Setting(NamedTuple):
+    """What decides how long steps of Small 4 take."""
+
+    device: str = "h200"
+    weights: str = "fp8"
+    page_bytes: int = 1
+    fp8_activations: bool = False
+    budget_tokens: int = 8192
+
+    def seconds(self, clients: int, input_tokens: int, output_tokens: int) -> tuple[float, float]:
+        """Of as many requests that begin and end together: to their end, and between tokens on average."""
+        starts = range(0, input_tokens, self.budget_tokens)
+        steps = [
+            Step(prompts=(Chunk(start, min(self.budget_tokens, input_tokens - start)),) * clients)
+            for start in starts
+        ]
+        steps[-1] = replace(steps[-1], sampled=clients)
+        made = [
+            Step(contexts=(input_tokens + token,) * clients, sampled=clients) for token in range(1, output_tokens)
+        ]
+        prompt_s, gaps_s = (sum(map(self._take, part)) for part in (steps, made))
+        return prompt_s + gaps_s, gaps_s / len(made)
+
+    def _take(self, step: Step) -> float:
+        return take("small4", self.device, step, self.weights, self.page_bytes, self.fp8_activations).total_s
 
 
-def test_an_open_load_gains_in_completion_time() -> None:
-    workload = Workload(input_tokens=512, output_tokens=64, rate=4.0, requests=64)
-    planner = Planner(msgspec.structs.replace(OPTIONS, weights="fp8"), workload, Limits())
-    plan = planner.plan("h200")
+GIVEN = Setting()
+# The changes that a plan for Small 4 in FP8 on an H200 looks at. Twice the slots change nothing for one client.
+CHANGED = {
+    "weights nvfp4": GIVEN._replace(weights="nvfp4"),
+    "activations fp8": GIVEN._replace(fp8_activations=True),
+    "device 2xh200": GIVEN._replace(device="2xh200"),
+    "KV cache bf16": GIVEN._replace(page_bytes=2),
+    "twice the step: 16,384 tokens, chunks of 8,192": GIVEN._replace(budget_tokens=16_384),
+    "half the step: 4,096 tokens, chunks of 2,048": GIVEN._replace(budget_tokens=4096),
+    "max_running 4,096": GIVEN,
+}
+
+
+@pytest.fixture
+def _stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares as stated, even where the GPU bench has measured some."""
+    monkeypatch.setattr(
+        planning, "find_device", lambda name: msgspec.structs.replace(find_device(name), measured={})
+    )
+
+
+@pytest.mark.usefixtures("_stated")
+@pytest.mark.parametrize(
+    "workload",
+    [
+        parse_workload("9000/11@1"),
+        Workload(input_tokens=9000, output_tokens=11, rate=0.01, requests=5),  # each is alone
+    ],
+    ids=["closed", "open"],
+)
+def test_changes_bring_what_steps_priced_by_hand_do(workload: Workload) -> None:
+    """A prompt of 9,000 tokens takes one, two or three steps. An open load gains in time, not in requests."""
+    plan = Planner(msgspec.structs.replace(OPTIONS, weights="fp8"), workload, Limits()).plan("h200")
     assert plan.forecast is not None
-    first = plan.changes[0]
+    given_s, _ = GIVEN.seconds(1, 9000, 11)
+    assert plan.forecast.completion_s.p50 == pytest.approx(given_s, rel=1e-6)
+    taken_s = {what: setting.seconds(1, 9000, 11)[0] for what, setting in CHANGED.items()}
+    changes = {change.what: change for change in plan.changes}
+    assert changes.pop("weights bf16").refused
+    assert list(changes) == sorted(taken_s, key=taken_s.__getitem__)
+    for what, change in changes.items():
+        assert change.gain == pytest.approx(given_s / taken_s[what], rel=1e-6), what
+        assert change.completion_p50_s == pytest.approx(taken_s[what], rel=1e-6), what
+        if workload.concurrency is not None:
+            assert change.requests_per_s == pytest.approx(1 / taken_s[what], rel=1e-6), what
+
+
+def test_an_open_load_gains_in_the_median_of_completion_times() -> None:
+    """Where requests meet, so that their times differ."""
+    workload = Workload(input_tokens=512, output_tokens=64, rate=4.0, requests=64)
+    plan = Planner(msgspec.structs.replace(OPTIONS, weights="fp8"), workload, Limits()).plan("h200")
+    assert plan.forecast is not None
+    first, given = plan.changes[0], plan.forecast.completion_s
     assert first.what == "weights nvfp4"
-    assert first.gain == pytest.approx(plan.forecast.completion_s.p50 / first.completion_p50_s)
+    assert given.p99 > 1.01 * given.p50
+    assert first.gain == pytest.approx(given.p50 / first.completion_p50_s)
+
+
+@pytest.mark.usefixtures("_stated")
+def test_changes_within_a_limit_bring_what_steps_priced_by_hand_do() -> None:
+    """More clients, as many as keep the limit; and so more requests a second."""
+    limits = Limits(max_inter_token_ms=8.3, statistic="mean")
+    options = msgspec.structs.replace(OPTIONS, weights="fp8")
+    plan = Planner(options, parse_workload("16/20@1"), limits).plan("h200")
+
+    def most(setting: Setting) -> int:
+        return next(clients for clients in range(1, 50) if setting.seconds(clients + 1, 16, 20)[1] > 8.3e-3)
+
+    def rate(setting: Setting) -> float:
+        return most(setting) / setting.seconds(most(setting), 16, 20)[0]
+
+    assert (most(GIVEN), most(CHANGED["weights nvfp4"])) == (7, 15)
+    assert plan.workload == "16/20@7"
+    assert plan.forecast is not None
+    assert plan.forecast.requests_per_s == pytest.approx(rate(GIVEN), rel=1e-6)
+    changes = {change.what: change for change in plan.changes}
+    for what in ("weights nvfp4", "KV cache bf16", "activations fp8", "device 2xh200"):
+        assert changes[what].gain == pytest.approx(rate(CHANGED[what]) / rate(GIVEN), rel=1e-6), what
 
 
 def test_the_next_card_and_twice_the_cards() -> None:
