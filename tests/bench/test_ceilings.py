@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,6 +25,30 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def rates(found: Ceilings) -> list[float]:
     measured = (found.read_one_thread, found.read, found.bf16, found.float32, found.int8)
     return [ceiling.rate for ceiling in measured if ceiling is not None]
+
+
+def test_rates_are_bytes_and_operations_by_the_time_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of reads the median counts, of products the best; on a clock that only they move."""
+    now_s = 0.0
+
+    def taking(*seconds: float) -> Any:
+        turns = iter(seconds)
+
+        def run(*arguments: Any) -> None:
+            nonlocal now_s
+            now_s += next(turns)
+
+        return run
+
+    monkeypatch.setattr(ceilings, "time", SimpleNamespace(perf_counter=lambda: now_s))
+    monkeypatch.setattr(ceilings, "has_native", lambda: False)
+    monkeypatch.setattr(torch, "sum", taking(4.0, 1.0, 2.0, 4.0, 1.0, 0.5))  # one thread and all, in turn
+    monkeypatch.setattr(torch, "mm", taking(3.0, 2.0, 5.0, 8.0, 4.0, 6.0))  # bf16, then float32
+    found = measure_ceilings()
+    assert found.read_one_thread.rate == pytest.approx((1 << 16) / 2.0 / 1e9)
+    assert found.read.rate == pytest.approx((1 << 16) / 1.0 / 1e9)
+    assert found.bf16.rate == pytest.approx(2 * 64**3 / 2.0 / 1e9)
+    assert found.float32.rate == pytest.approx(2 * 64**3 / 4.0 / 1e9)
 
 
 def test_every_ceiling_is_measured_and_printed() -> None:

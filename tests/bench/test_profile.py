@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from native_only import needs_native
 
@@ -14,6 +15,18 @@ from cierzo.engine.weights.make import make_checkpoint
 
 ONE = Ceiling(rate=1.0, reached_by="nobody")
 CEILINGS = Ceilings(threads=1, read_one_thread=ONE, read=ONE, bf16=ONE, float32=ONE, int8=None)
+
+
+def test_a_row_gives_rates_and_the_share_of_its_limit() -> None:
+    """By the median of the repeats. Its bytes take 2 s at 3 GB/s, its operations 1.5 s at 8 GFLOP/s."""
+    read, bf16 = (Ceiling(rate=rate, reached_by="") for rate in (3.0, 8.0))
+    found = msgspec.structs.replace(CEILINGS, read=read, bf16=bf16)
+    totals = [profile._Total(calls=6, seconds=took, operations=12e9, num_bytes=6e9) for took in (5.0, 3.0, 4.0)]
+    assert profile._row("linear", totals, found) == profile.OperationRow(
+        operation="linear", calls=6, ms=4000.0, megabytes=6000.0, gb_per_s=1.5, gflop_per_s=3.0, share=0.5
+    )
+    fewer = [profile._Total(calls=6, seconds=4.0, operations=24e9, num_bytes=6e9)]
+    assert profile._row("linear", fewer, found).share == 0.75
 
 
 @needs_native

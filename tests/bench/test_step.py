@@ -10,6 +10,19 @@ import pytest
 from cierzo.bench import step
 
 
+def ended(settings: step.StepSettings, running: int, context: int) -> int:
+    """Requests that end within the timed steps: each of the running ones makes a token a step, and makes room."""
+    lengths = (request.sampling.max_tokens or 0 for request in step._requests(settings, running, context))
+    next(lengths)  # it brings the prefix into the cache
+    left = [next(lengths) for _ in range(running)]
+    count = 0
+    for number in range(step.WARM_UP_STEPS + settings.steps):
+        left = [tokens - 1 for tokens in left]
+        count += left.count(0) * (number >= step.WARM_UP_STEPS)
+        left = [tokens or next(lengths) for tokens in left]
+    return count
+
+
 def test_a_small_run_reports_every_row_and_its_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "step.json"
     arguments = ["--running", "2", "5", "--contexts", "64", "--steps", "40", "--output-tokens", "8"]
@@ -17,8 +30,9 @@ def test_a_small_run_reports_every_row_and_its_load(tmp_path: Path, capsys: pyte
     report = msgspec.json.decode(target.read_bytes())
     rows = msgspec.convert(report["results"], list[step.StepRow])
     assert [(row.running, row.context) for row in rows] == [(2, 64), (5, 64)]
+    settings = msgspec.convert(report["settings"], step.StepSettings)
     for row in rows:
         assert row.step_ms.count == 40
-        assert row.finished > 0
+        assert row.finished == ended(settings, row.running, row.context)
         assert row.output_tokens == 40 * row.running  # each step gives one token to each
     assert len(capsys.readouterr().out.splitlines()) == 4

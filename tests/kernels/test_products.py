@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from rounding import Near, assert_near, exact, gated_mlp, product, rounded, times, total
 from torch import Tensor
-from torch.nn.functional import silu
 
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.config import KernelsConfig
@@ -42,15 +42,50 @@ def packed_weights(
     return pack(weight.to(dtype), format, dtype, paired)
 
 
-def exact_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = (x.double() @ gate_up.double().T).chunk(2, -1)
-    return (silu(gate) * up) @ down.double().T
-
-
-def near(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+def near(result: Tensor, expected: Near, dtype: torch.dtype) -> None:
+    """As near as one rounding of the sum, which is in fp32, to the result's dtype leaves it."""
     assert result.dtype == dtype
-    tolerance = 2e-2 if dtype == BF16 else 2e-5
-    torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
+    assert_near(result, rounded(expected, dtype))
+
+
+def in_bf16(x: Tensor, weight: Tensor) -> Tensor:
+    """A product whose partial sums are rounded to bf16."""
+    sums = torch.zeros(len(x), len(weight))
+    for k in range(weight.shape[1]):
+        sums = (sums + x[:, k : k + 1].float() * weight[:, k].float()).bfloat16().float()
+    return sums
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("rows", "n", "k"), [(2, 33, 7), (13, 40, 65), (70, 31, 130), (230, 40, 3001)])
+def test_the_bound_of_a_product_is_tight(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """It holds for sums in fp32, not where a column is lost or where sums are in bf16."""
+    x, weight = rows_of(rows, k, dtype), torch.randn(n, k, generator=torch.Generator().manual_seed(1)) * k**-0.5
+    weight = weight.to(dtype)
+    expected = product(exact(x), weight)
+    near((x.float() @ weight.float().T).to(dtype), expected, dtype)
+    for wrong in (x[:, 1:].float() @ weight[:, 1:].float().T, in_bf16(x, weight)):
+        with pytest.raises(AssertionError, match="times as far"):
+            near(wrong.to(dtype), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_the_bound_of_a_gated_mlp_is_tight(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(1)
+    x, width = rows_of(29, 67, dtype), 64
+    gate, up = (torch.randn(width, 67, generator=random).to(dtype) / 8 for _ in range(2))
+    down = torch.randn(67, width, generator=random).to(dtype) / 8
+    expected = gated_mlp(exact(x), torch.cat([gate, up]), down, dtype)
+
+    def mlp(columns: slice, inner: slice) -> Tensor:
+        gates, ups = (x[:, columns].float() @ part[:, columns].float().T for part in (gate, up))
+        between = (torch.nn.functional.silu(gates) * ups).to(dtype).float()
+        return (between[:, inner] @ down[:, inner].float().T).to(dtype)
+
+    near(mlp(slice(None), slice(None)), expected, dtype)
+    for wrong in (mlp(slice(1, None), slice(None)), mlp(slice(None), slice(1, None))):
+        with pytest.raises(AssertionError, match="times as far"):
+            near(wrong, expected, dtype)
 
 
 @pytest.mark.parametrize(("format", "dtype"), FORMATS)
@@ -61,7 +96,7 @@ def test_products_of_odd_sizes(
     instruction_set: str, rows: int, n: int, k: int, format: str, dtype: torch.dtype
 ) -> None:
     x, weight = rows_of(rows, k, dtype), packed_weights(format, dtype, n, k)
-    expected = x.double() @ unpack(weight, torch.float64).T
+    expected = product(exact(x), unpack(weight, torch.float64))
     near(linear.lm_head(x, weight), expected, F32)
     near(linear.linear(x, weight), expected, dtype)
 
@@ -74,7 +109,7 @@ def test_gated_mlps_of_odd_sizes(
     x = rows_of(rows, hidden, dtype)
     gate_up = packed_weights(format, dtype, 2 * width, hidden, paired=True)
     down = packed_weights(format, dtype, hidden, width, seed=2)
-    near(linear.gated_mlp(x, gate_up, down), exact_mlp(x, unpack(gate_up), unpack(down)), dtype)
+    near(linear.gated_mlp(x, gate_up, down), gated_mlp(exact(x), unpack(gate_up), unpack(down), dtype), dtype)
 
 
 @pytest.mark.parametrize(("format", "dtype"), FORMATS)
@@ -132,15 +167,21 @@ class Experts:
         others = (self.shared_gate_up, self.shared_down) if shared else ()
         return moe.expert_mlp(x, self.gate_up, self.down, weights, groups, *others)
 
-    def expected(self, x: Tensor, ids: Tensor, weights: Tensor, shared: bool) -> Tensor:
-        total = torch.zeros(len(x), self.hidden, dtype=torch.float64)
-        if shared:
-            total += exact_mlp(x, unpack(self.shared_gate_up), unpack(self.shared_down))
+    def expected(self, x: Tensor, ids: Tensor, weights: Tensor, shared: bool) -> Near:
+        """Each expert's outputs stay in fp32 until all are added."""
         gate_up, down = unpack(self.gate_up), unpack(self.down)
+        tokens = []
         for token, chosen in enumerate(ids.tolist()):
-            for slot, expert in enumerate(chosen):
-                total[token] += weights[token, slot] * exact_mlp(x[token], gate_up[expert], down[expert])
-        return total
+            row = exact(x[token : token + 1])
+            terms = [
+                times(gated_mlp(row, gate_up[expert], down[expert], x.dtype), exact(weights[token, slot]))
+                for slot, expert in enumerate(chosen)
+            ]
+            if shared:
+                terms.append(gated_mlp(row, unpack(self.shared_gate_up), unpack(self.shared_down), x.dtype))
+            tokens.append(total(*terms))
+        none = torch.zeros(0, self.hidden, dtype=torch.float64)
+        return Near(*(torch.cat([none, *parts]) for parts in zip(*tokens, strict=True))) if tokens else exact(none)
 
 
 @pytest.mark.parametrize(("format", "dtype"), FORMATS)
@@ -175,7 +216,7 @@ def test_more_rows_than_stay_in_the_cache(instruction_set: str, format: str, dty
     tokens, hidden = 230, 3001  # blocks of about 100 rows
     x, weight = rows_of(tokens, hidden, dtype), packed_weights(format, dtype, 40, hidden)
     whole = linear.lm_head(x, weight)
-    near(whole, x.double() @ unpack(weight, torch.float64).T, F32)
+    near(whole, product(exact(x), unpack(weight, torch.float64)), F32)
     experts = Experts(format, dtype, hidden, width=11, count=5)
     ids, weights = torch.tensor([[2, 0]]).expand(tokens, 2), torch.full((tokens, 2), 0.5)
     mixed = experts.run(x, ids, weights, shared=True)

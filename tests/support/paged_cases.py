@@ -7,16 +7,19 @@ a case's answer in fp64, row by row, from the dense contexts that were put into 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from rounding import EXP, SUM, UNIT, Near, assert_near, exact, product, rounded
 from torch import Tensor
 
 from cierzo.kernels.ops.attention import PagedQueries
 
 HUGE = 2**30
+Pair = tuple[Tensor | Near, Tensor | Near]  # keys and values
+CHAIN = 1024  # tokens: no kernel adds up more of a context one after the other
 NAN = float("nan")
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}  # bf16: inputs, products and result keep 8 bits each
 
 # (query length, context) per segment; contexts include the segment's own rows
 SEGMENTS: dict[str, list[tuple[int, int]]] = {
@@ -73,8 +76,8 @@ def make_case(
         used += blocks
         tables[row, :blocks] = own.int()
         values = torch.randn(context, *entry, generator=random).to(dtype)
-        for position in range(context):
-            pages[own[position // block_tokens], position % block_tokens] = values[position]
+        positions = torch.arange(context)
+        pages[own[positions // block_tokens], positions % block_tokens] = values
         contexts.append(values.double())
     total = sum(length for length, _ in segments)
     wide = torch.full((total + 2, heads + 1, width + margin + 1), NAN, dtype=dtype)
@@ -90,31 +93,80 @@ def make_queries(segments: list[tuple[int, int]], rows: Tensor, tables: Tensor) 
     return PagedQueries(starts, torch.tensor(contexts).int(), rows.int(), tables, lengths, contexts)
 
 
-def attend(
+def expanded(latents: Tensor, w_uk: Tensor, w_uv: Tensor, dtype: torch.dtype) -> tuple[Near, Near]:
+    """Keys [c,H,nope+P] and values [c,H,V] of a context's latents and rotated keys, fp64 [c,R+P]: products with
+    weights [H,nope,R] and [H,V,R], rounded to the dtype."""
+    heads, nope, rank = w_uk.shape
+    both = torch.cat((w_uk, w_uv), 1).flatten(0, 1)  # of each head: keys, then values
+    made = rounded(product(exact(latents[:, :rank]), both), dtype)
+    value, error = (part.unflatten(1, (heads, -1)) for part in made)
+    turned = latents[:, None, rank:].expand(-1, heads, -1)
+    keys = Near(
+        torch.cat((value[..., :nope], turned), -1), torch.cat((error[..., :nope], torch.zeros_like(turned)), -1)
+    )
+    return keys, Near(value[..., nope:], error[..., nope:])
+
+
+def assert_attends(
+    result: Tensor,
     case: PagedCase,
-    keys: list[Tensor],
-    values: list[Tensor],
+    both: Sequence[Pair],
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
-) -> Tensor:
-    """fp64 answer: keys[i], values[i] are [c, H, d] and [c, H, dv] of segment i -> [T, H, dv], spare rows zero."""
-    rows = []
-    start = 0
-    for index, (length, context) in enumerate(zip(case.queries.query_lengths, case.queries.contexts, strict=True)):
-        for i in range(length):
-            end = context - length + i + 1
-            seen = slice(max(0, end - window) if window else 0, end)
-            scores = torch.einsum("hd,chd->hc", case.q[start + i].double(), keys[index][seen]) * scale
-            if sinks is not None:
-                scores = torch.cat((scores, sinks[:, None].double()), 1)
-            weights = scores.softmax(-1)[:, : len(keys[index][seen])]
-            rows.append(torch.einsum("hc,chd->hd", weights, values[index][seen]))
+) -> None:
+    """A result [T,H,dv] in the queries' dtype: as near the answer as roundings leave it, spare rows zero."""
+    assert result.dtype == case.q.dtype
+    assert len(result) == len(case.q)
+    rows = sum(case.queries.query_lengths)
+    if rows:
+        assert_near(result[:rows], attend(case.q, case.queries, both, scale, window, sinks))
+    assert not result[rows:].any()
+
+
+def attend(
+    q: Tensor,
+    queries: PagedQueries,
+    both: Sequence[Pair],
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Near:
+    """The answer for the rows of segments, [T,H,dv], and how far from it a result may lie. both[i]: keys [c,H,d]
+    and values [c,H,dv] of segment i."""
+    parts, start = [], 0
+    for (length, context), pair in zip(
+        zip(queries.query_lengths, queries.contexts, strict=True), both, strict=True
+    ):
+        keys, values = (part if isinstance(part, Near) else exact(part) for part in pair)
+        rows, tokens = torch.arange(context - length, context)[:, None], torch.arange(context)
+        hidden = tokens > rows
+        if window:
+            hidden |= tokens <= rows - window
+        if length:
+            parts.append(_attend_rows(q[start : start + length], keys, values, scale, hidden[:, None], sinks))
         start += length
-    spare = case.q.shape[0] - start
-    width = values[0].shape[-1] if values else 0
-    return (
-        torch.cat([torch.stack(rows), torch.zeros(spare, *rows[0].shape)])
-        if rows
-        else torch.zeros(spare, case.q.shape[1], width)
-    )
+    return Near(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _attend_rows(q: Tensor, keys: Near, values: Near, scale: float, hidden: Tensor, sinks: Tensor | None) -> Near:
+    """Rows [n,H,d] of a segment, with what each does not see, [n,1,c]. Scores and sums are in fp32; a weight is
+    rounded to the dtype before it meets a value."""
+    scores = torch.einsum("nhd,chd->nhc", q.double(), keys.value) * scale
+    largest = scores.abs().masked_fill(hidden, 0.0).amax(-1, keepdim=True)
+    scores.masked_fill_(hidden, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double()[:, None].expand(len(q), -1, 1)), -1)
+    weights = scores.softmax(-1)[..., : hidden.shape[-1]]
+    result = torch.einsum("nhc,chd->nhd", weights, values.value)
+
+    unsure = keys.error + (q.shape[-1] + 2) * SUM * keys.largest
+    off = torch.einsum("nhd,chd->nhc", q.double().abs(), unsure) * scale
+    off += 4 * SUM * largest  # of a score less the largest one, times log2 e
+    relative = off.expm1() + EXP + UNIT[q.dtype]  # of a weight
+    seen = (~hidden).sum(-1, keepdim=True)
+    adding = (seen.clamp(max=CHAIN) + seen / CHAIN + 2) * SUM
+    error = torch.einsum("nhc,chd->nhd", weights * (relative + adding * (1 + relative)), values.largest)
+    error += torch.einsum("nhc,chd->nhd", weights, values.error)
+    divisor = (weights * relative).sum(-1, keepdim=True) + adding
+    return rounded(Near(result, (error + divisor * result.abs()) / (1 - divisor)), q.dtype)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from paged_cases import HUGE, NAN, make_queries
+from paged_cases import HUGE, NAN, attend, make_queries
+from rounding import Near, exact, rounded
 from torch import Tensor
 
 from cierzo.kernels.formats import kv_fp8, kv_int8
@@ -57,6 +58,20 @@ class Form:
         keys, values = context.repeat_interleave(self.heads // self.kv_heads, dim=2).unbind(1)
         return keys, values
 
+    def read(self, pages: list[Tensor]) -> Near:
+        """What rows of pages [c, ...] stand for, [c, *entry]."""
+        parts = pages
+        if pages[0].dtype == kv_fp8.PAGES_DTYPE:
+            parts = [part.float() for part in pages]
+        if pages[0].dtype == kv_int8.PAGES_DTYPE:
+            parts = [
+                kv_int8.dequantise_latents(part, self.rank, torch.float32)
+                if self.rank
+                else kv_int8.dequantise(part, torch.float32)
+                for part in pages
+            ]
+        return exact(parts[0] if self.rank else torch.stack(parts, 1))
+
     def decode(self, q: Tensor, pages: list[Tensor], queries: PagedQueries, scale: float = SCALE) -> Tensor:
         """The door's result."""
         if self.rank:
@@ -92,6 +107,29 @@ class Batch:
         """One result per segment."""
         result = self.form.decode(self.q, self.pages, self.queries)
         return list(result.split(self.queries.query_lengths))
+
+
+def segments_near(
+    form: Form,
+    sequences: list[Sequence],
+    segments: list[Segment],
+    int8: bool = False,
+    fp8: bool = False,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Near:
+    """What the rows of segments come to, and how far from it a result may lie -> [T,H,dv]."""
+    dtype, both = sequences[0].q.dtype, []
+    for which, _, last in segments:
+        read = form.read(form.pages_of(sequences[which].cached[:last], int8, fp8))
+        keys, values = zip(
+            *(form.keys_values(part) for part in (rounded(read, dtype) if int8 else read)), strict=True
+        )
+        both.append((Near(*keys), Near(*values)))
+    q = torch.cat([sequences[which].q[first:last] for which, first, last in segments])
+    none = torch.zeros(0, dtype=torch.int32)
+    queries = make_queries([(last - first, last) for _, first, last in segments], none, none)
+    return attend(q, queries, both, SCALE, window, sinks)
 
 
 def make_batch(

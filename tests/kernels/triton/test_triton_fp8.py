@@ -325,7 +325,7 @@ def test_a_shared_expert_of_its_own_kind() -> None:
     for other in (experts(False, torch.bfloat16), [replace(m, activations="plain") for m in routed]):
         result = mixed(x, ids, shares, [*routed[:2], *other[2:]], True)
         apart = mixed(x, ids, shares, routed, False).double() + linear.gated_mlp(x, other[2], other[3]).double()
-        close(result, apart, 1e-2)
+        close(result, apart, 1e-2)  # both parts and the sum are rounded to bf16, each by up to 2^-8 of itself
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -20,7 +20,7 @@ from cierzo.kernels.triton.launch import POINTER
 from cierzo.kernels.triton.product import Weights
 
 FORMATS = ["plain", "fp8", "nvfp4", "mxfp4"]
-# Relative to the largest output. fp32: another order of addition. bf16: the result is rounded once, by up to 2^-9,
+# Relative to the largest output. fp32: another order of addition. bf16: the result is rounded once, by up to 2^-8,
 # and so is what lies between the two products of an MLP; weights widen to bf16 without rounding in every format.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 

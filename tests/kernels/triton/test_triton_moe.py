@@ -17,7 +17,7 @@ from cierzo.kernels.triton import heuristics, moe
 D, F, E = 96, 64, 5
 FORMATS = ["plain", "fp8", "nvfp4", "mxfp4"]
 # Relative to the largest output: fp32 in another order of addition; bf16 rounds what lies between the two products,
-# an expert's output and the sum, each by up to 2^-9.
+# an expert's output and the sum, each by up to 2^-8 of itself.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
 
 

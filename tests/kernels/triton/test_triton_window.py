@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from paged_cases import SEGMENTS, TOLERANCE, attend, make_case, make_queries
-from paged_sequences import SCALE, Batch, Form, Sequence, forget, make_batch, random_sequence
+from paged_cases import SEGMENTS, assert_attends, make_case, make_queries
+from paged_sequences import SCALE, Batch, Form, Sequence, forget, make_batch, random_sequence, segments_near
+from rounding import assert_near
 from torch import Tensor
 
-from cierzo.kernels.ref import attention as ref
 from cierzo.kernels.triton import flash, gqa, split
 from cierzo.kernels.triton.split import Partials, Shape, Splits
 
@@ -64,18 +64,9 @@ def test_hostile_cases(window: int | None, sinks: Tensor | None) -> None:
         case = make_case(name, FORM.q_width, FORM.heads, dtype, entry=FORM.entry, margin=8)
         pages = [page.contiguous() for page in case.pages.unbind(2)]
         both = [FORM.keys_values(context) for context in case.contexts]
-        expected = attend(case, [k for k, _ in both], [v for _, v in both], SCALE, window, sinks)
-        expected = expected if both else torch.zeros(case.q.shape)
         for call in (gqa.gqa_decode, gqa.gqa_prefill):
             result = call(case.q, *pages, case.queries, SCALE, window, sinks)
-            tolerance = TOLERANCE[dtype]
-            torch.testing.assert_close(
-                result.double(),
-                expected.double(),
-                rtol=tolerance,
-                atol=tolerance,
-                msg=lambda text, n=name: n + text,
-            )
+            assert_attends(result, case, both, SCALE, window, sinks)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -195,8 +186,8 @@ def test_the_sizes_of_a_shard_of_gpt_oss(fp8: bool) -> None:
     form = Form(heads=8, kv_heads=1, width=64)
     sequence = random_sequence(form, torch.bfloat16, 300, seed=8)
     sequence = Sequence(sequence.q * 0.3, sequence.cached)  # as they are, each would attend to one token alone
-    batch = make_batch(form, [sequence], [(0, 299, 300), (0, 240, 268), (0, 0, 1)], block_tokens=32, fp8=fp8)
-    sinks = torch.linspace(-2, 5, 8)
-    expected = ref.gqa_decode(batch.q, *batch.pages, batch.queries, SCALE, 128, sinks)
-    torch.testing.assert_close(torch.cat(decode(batch, 128, sinks)), expected, rtol=3e-2, atol=3e-2)
-    torch.testing.assert_close(torch.cat(prefill(batch, 128, sinks)), expected, rtol=3e-2, atol=3e-2)
+    segments, sinks = [(0, 299, 300), (0, 240, 268), (0, 0, 1)], torch.linspace(-2, 5, 8)
+    batch = make_batch(form, [sequence], segments, block_tokens=32, fp8=fp8)
+    expected = segments_near(form, [sequence], segments, fp8=fp8, window=128, sinks=sinks)
+    assert_near(torch.cat(decode(batch, 128, sinks)), expected)
+    assert_near(torch.cat(prefill(batch, 128, sinks)), expected)
