@@ -26,7 +26,8 @@ from cierzo.engine.profiles import Profile, ProfileName, choose
 from cierzo.engine.roofline.cards import find_device
 from cierzo.engine.roofline.device import Device
 from cierzo.engine.settings import limit_of, require
-from cierzo.kernels.config import MAX_THREADS, InstructionSet, KernelsConfig
+from cierzo.kernels.config import InstructionSet, KernelsConfig
+from cierzo.kernels.cpu import MAX_THREADS
 from cierzo.scheduler.config import SchedulerConfig
 
 ENVIRONMENT_PREFIX = "CIERZO_"

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from cierzo.kernels.config import MAX_THREADS
+from cierzo.kernels.cpu import MAX_THREADS
 
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")  # best first
 _BITS = {"avx2": 1, "avx512": 2, "avx512_bf16": 4}

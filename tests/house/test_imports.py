@@ -35,6 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cache.layout",
         "scheduler.config",
         "kernels.config",
+        "kernels.cpu",
         "engine.frontend.config",
         "engine.model.config",
         "engine.device_memory",

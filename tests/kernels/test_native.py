@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from cierzo.kernels import registry
-from cierzo.kernels.config import MAX_THREADS, KernelsConfig
-from cierzo.kernels.cpu import abi, native
+from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.cpu import MAX_THREADS, abi, native
 from cierzo.kernels.registry import KernelChoiceError, bind
 
 ROOT = Path(__file__).resolve().parents[2]
