@@ -32,17 +32,30 @@ class LoopThread:
 
     def run(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of the coroutine that `ask` makes. Raises ConnectionLost once `close` is called."""
-        with self._lock:
-            if self._is_closed:
-                raise ConnectionLost("this client is closed")
-            future = asyncio.run_coroutine_threadsafe(ask(), self._loop)
+        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
         try:
-            return future.result()
+            with self._lock:
+                if self._is_closed:
+                    raise ConnectionLost("this client is closed")
+                self._loop.call_soon_threadsafe(self._start, ask, answer)
+            return answer.result()
         except concurrent.futures.CancelledError:  # the loop has ended meanwhile
             raise ConnectionLost("this client is closed") from None
         except BaseException:
-            future.cancel()  # an interrupt here must not leave it running there
+            answer.cancel()  # an interrupt here must not leave it running there
             raise
+
+    def _start(self, ask: Callable[[], Coroutine[Any, Any, T]], answer: concurrent.futures.Future[T]) -> None:
+        """The coroutine is made in the loop's thread: an interrupt could come between its making and its start."""
+        task = self._loop.create_task(ask())
+        task.add_done_callback(lambda _: _settle(answer, task))
+        answer.add_done_callback(lambda _: self._stop(answer, task))
+
+    def _stop(self, answer: concurrent.futures.Future[T], task: asyncio.Task[T]) -> None:
+        """Cancel the task if nobody waits for it any more."""
+        if answer.cancelled():
+            with suppress(RuntimeError):  # the loop has ended, and the task with it
+                self._loop.call_soon_threadsafe(task.cancel)
 
     def close(self) -> None:
         """Leave the contexts in `exits`, cancel what still runs, end the thread. It may be called again."""
@@ -59,3 +72,15 @@ class LoopThread:
     async def _until_closed(self) -> None:
         async with self.exits:
             await self._ending.wait()
+
+
+def _settle(answer: concurrent.futures.Future[T], task: asyncio.Task[T]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if task.cancelled():
+        answer.cancel()
+    elif not answer.set_running_or_notify_cancel():
+        return  # nobody waits for it any more
+    elif error is not None:
+        answer.set_exception(error)
+    else:
+        answer.set_result(task.result())

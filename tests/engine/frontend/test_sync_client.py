@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import os
 import pickle
@@ -12,6 +13,7 @@ import pytest
 
 from cierzo.engine.errors import ConnectionLost, InvalidRequest
 from cierzo.engine.frontend.client import SyncClient
+from cierzo.engine.frontend.loop_thread import LoopThread
 
 TOKENS = [10, 17, 24, 31, 38]
 REQUEST = {"token_ids": [1, 2, 3], "max_tokens": 5, "seed": 4}
@@ -183,3 +185,38 @@ def test_it_stays_in_its_process(served):
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         client.ping()
+
+
+def test_an_interrupt_before_the_loop_has_a_call_leaves_nothing_behind():
+    """And one right behind it cancels the call. A coroutine that never ran would be told on stderr."""
+    loop, log = LoopThread("test"), []
+
+    async def body():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            log.append("ended")
+
+    def ask():
+        log.append("asked")
+        return body()
+
+    def interrupted(before):
+        def call(*arguments):
+            if not before:
+                call_soon_threadsafe(*arguments)
+            raise KeyboardInterrupt
+
+        return call
+
+    call_soon_threadsafe = loop._loop.call_soon_threadsafe
+    try:
+        for before in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loop._loop, "call_soon_threadsafe", interrupted(before))
+                with pytest.raises(KeyboardInterrupt):
+                    loop.run(ask)
+        loop.run(lambda: asyncio.sleep(0.1))
+        assert log == ["asked", "ended"]  # one of the two was asked, and does not run on
+    finally:
+        loop.close()
