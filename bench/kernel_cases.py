@@ -193,7 +193,7 @@ def rms_norm_fp8(model: Model, size: Size, make: Maker) -> Call:
 
 @case
 def add_rms_norm_fp8(model: Model, size: Size, make: Maker) -> Call:
-    """Their sum with the residual, by a static scale."""
+    """The hidden rows are added to the residual; the normed sum goes into codes by a static scale."""
     x, residual = make.noise(size.rows, model.hidden), make.noise(size.rows, model.hidden)
     scale = torch.full((1,), 0.0625, device=make.device)
     moved = x.numel() * (3 * VALUE_BYTES + 1) + model.hidden * VALUE_BYTES + size.rows * 4

@@ -39,7 +39,7 @@ class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def outcome(self) -> Outcome:
-        """What became of the request."""
+        """How the request ended."""
         if self.error is None:
             return "answered"
         if self.error == "deadline":
@@ -54,7 +54,7 @@ class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of the requests, and latencies in seconds of those that were answered.
+    """How the requests ended, and latencies in seconds of those that were answered.
 
     `answered`, `refused`, `failed` and `deadline` add up to the samples; `unsent` requests were never sent, as the
     connection was lost. `short` answers have fewer than the `asked_tokens` of the load. `errors` counts what was

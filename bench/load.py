@@ -181,7 +181,7 @@ def _require_room(settings: LoadSettings, info: Any) -> None:
 
 
 class _Load:
-    """One run: the clients, the clock's zero, the samples so far, and whether a connection was lost."""
+    """A run's state: the clients, the clock's zero, the samples so far, and whether a connection was lost."""
 
     def __init__(
         self, settings: LoadSettings, clients: list[LoadClient], info: Any, clock: Callable[[], float]

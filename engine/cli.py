@@ -80,7 +80,7 @@ def _print_anything() -> None:
 
 
 def _drop_output() -> None:
-    """What was printed and cannot be written is forgotten: the interpreter would fail on it at its end."""
+    """Forget printed text that cannot be written: the interpreter would fail on it at its end."""
     with suppress(ValueError, AttributeError):  # there is no stdout, or no file behind it
         try:
             sys.stdout.flush()

@@ -249,7 +249,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
 
 
 def _require_running(options: EngineOptions, profile: Profile) -> None:
-    """What a user wants to run at once fits into a step; a profile's own number is cut to it."""
+    """Raise ConfigError if more sequences are wanted at once than a step has tokens."""
     if options.max_running is not None and options.max_running > profile.budget_tokens:
         why = "budget_tokens: each of them takes one token of a step"
         raise refusal("max_running", f"at most {profile.budget_tokens}", options.max_running, why)

@@ -346,7 +346,7 @@ def _listed(prompts: Any) -> list[Any]:
 
 
 def _fields(prompt: Any) -> dict[str, Any]:
-    """One prompt as the field of a Generate message."""
+    """A prompt under the name of its field in a Generate message."""
     if isinstance(prompt, str):
         return {"text": prompt}
     return {"token_ids": _checked(prompt, "prompt", "text or token ids")}

@@ -21,7 +21,7 @@ def add_options(
     skip: Iterable[str] = (),
     readers: Mapping[str, Callable[[str], Any]] = {},
 ) -> None:
-    """One option per field of `struct`. A field that holds several values is an option that may be repeated.
+    """Add an option for each field of `struct`; the option of a field that holds several values may be repeated.
 
     readers: by field, what reads the option's word, where the annotation does not say all.
     """

@@ -101,7 +101,7 @@ def word_reader(annotation: Any) -> Callable[[str], Any]:
 
 
 def limit_of(annotation: Any, value: Any = None) -> str:
-    """What a value must be: "an integer from 1 to 1024", "one of auto, on, off", "a finite number above 0".
+    """Say what a value must be: "an integer from 1 to 1024", "one of auto, on, off", "a finite number above 0".
 
     The limit that every integer has is named only where `value` is beyond it.
     """

@@ -21,9 +21,9 @@ STOP_TIMEOUT_S = 15.0
 
 
 def chat(address: str, message: str | None, system: str | None, sampling: SamplingParams) -> int:
-    """One message, or a conversation read from the terminal until its end (Ctrl-D). Ctrl-C ends an answer early.
+    """Send one message, or lead a conversation that is read from the terminal until its end (Ctrl-D).
 
-    Raises CierzoError; within a conversation a turn that fails is told and forgotten.
+    Ctrl-C ends an answer early. Raises CierzoError; within a conversation a turn that fails is told and forgotten.
     """
     history = [ChatMessage(role="system", content=system)] if system else []
     if message is not None:

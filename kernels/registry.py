@@ -46,7 +46,7 @@ class NotBoundError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One way to compute one operation; `target` is "module:function", imported when chosen.
+    """A way to compute an operation; `target` is "module:function", imported when chosen.
 
     calls: the bound operations that a composition is made of; its `exact` is about what it does between them.
     """

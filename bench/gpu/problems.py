@@ -227,7 +227,7 @@ def _splits(configuration: Any, size: Size) -> int:
 
 
 def _partial_bytes(configuration: Any, size: Size, width: int) -> int:
-    """Of what the splits of a row leave for `combine`: sums in fp32, the largest score and the sum of weights."""
+    """Bytes that a row's splits leave for `combine`: sums in fp32, largest score, sum of weights."""
     return _splits(configuration, size) * (width + 2) * 4
 
 

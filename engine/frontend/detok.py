@@ -146,7 +146,7 @@ class Detokenizer:
         return "".join(certain)
 
     def flush(self) -> str:
-        """What was held back, at the end of a generation that no stop string in the text ended."""
+        """Text that was held back, at the end of a generation that no stop string in the text ended."""
         if self.stop is not None:
             return ""
         text = self._stripped(self._decoder.decode(b"", final=True))

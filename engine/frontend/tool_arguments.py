@@ -15,7 +15,7 @@ SOMETHING = {"a": 1}  # stands in for empty arguments, which a template may pass
 
 
 class Arguments(msgspec.Struct, frozen=True):
-    """One call's arguments. `value` is None unless the text is a JSON object; no text at all is an empty one."""
+    """Arguments of a tool call. `value` is None unless the text is a JSON object; no text is an empty object."""
 
     text: str
     value: dict[str, Any] | None

@@ -46,7 +46,7 @@ class GgufTokenizer:
 
     @property
     def ids(self) -> dict[str, object]:
-        """What config.json and generation_config.json say of special tokens."""
+        """Special tokens' ids, under the names that config.json and generation_config.json give them."""
         ids = dict(self.special, eos=None if not self.ends else self.ends[0])
         named: dict[str, object] = {f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad")}
         return named | ({"eos_token_id": list(self.ends)} if len(self.ends) > 1 else {})

@@ -164,7 +164,7 @@ def _find_tensors(folder: Path, format: CheckpointFormat) -> dict[str, str] | Pa
 
 
 def _no_tensors(folder: Path, format: CheckpointFormat, wanted: str) -> CheckpointError:
-    """What the folder lacks, and what it holds instead."""
+    """The error for a folder without tensors: it says what is missing, and what lies there instead."""
     refuse_lone_adapter(folder)
     patterns = (_OTHER_FORMATS[format.layout], *_UNREADABLE)
     others = sorted(path.name for pattern in patterns for path in folder.glob(pattern))

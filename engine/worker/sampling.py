@@ -30,8 +30,9 @@ _KEYS = ("temperature", "top_k", "top_p", "min_p", "seed", "sample", "position")
 
 @dataclass(slots=True)
 class Sampled:
-    """One entry per row of logits; `failures` maps rows to the reason why their token means nothing.
+    """Sampled tokens, an entry for each row of logits.
 
+    failures: by row, why its token means nothing.
     histories: those that are still to count their row's token, see `remember`.
     """
 

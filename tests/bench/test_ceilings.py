@@ -28,7 +28,7 @@ def rates(found: Ceilings) -> list[float]:
 
 
 def test_rates_are_bytes_and_operations_by_the_time_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of reads the median counts, of products the best; on a clock that only they move."""
+    """The median of reads counts and the best of products, on a clock that only they move."""
     now_s = 0.0
 
     def taking(*seconds: float) -> Any:

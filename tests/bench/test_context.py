@@ -16,7 +16,7 @@ from cierzo.engine.weights.make import make_checkpoint
 
 
 def ceilings(read: float, bf16: float) -> Ceilings:
-    """Of a machine: GB/s and GFLOP/s."""
+    """A machine that reads so many GB/s and computes so many GFLOP/s in bf16."""
     memory, product, other = (Ceiling(rate=rate, reached_by="") for rate in (read, bf16, 1e9))
     return Ceilings(threads=1, read_one_thread=other, read=memory, bf16=product, float32=other, int8=None)
 

@@ -61,18 +61,18 @@ def matrix(c: Known) -> int:
 
 
 def normed(t: Known) -> str:
-    """What a norm writes: values, or codes."""
+    """The type of a norm's results: FP8 codes if any argument is one, else bf16."""
     return "*fp8e4nv" if "*fp8e4nv" in t.values() else "*bf16"
 
 
 def pairs(step: str, window: int = 0) -> int:
-    """Of a row and a token that it sees."""
+    """Number of pairs of a row and a token that the row sees."""
     seen = [CONTEXT] * 64 if step == "decode 64" else range(1, CONTEXT + 1)
     return sum(min(tokens, window) if window else tokens for tokens in seen)
 
 
 def splits(c: Known) -> int:
-    """Of 4,096 tokens, 512 each; of a window of 128, which may lie across a border of theirs."""
+    """Number of splits, of 512 tokens each: a context of 4,096 has 8; a window of 128 may touch 2."""
     return {0: 8, 128: 2}[c.get("WINDOW", 0)]
 
 

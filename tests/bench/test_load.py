@@ -214,7 +214,7 @@ def test_another_protocol_brings_its_own_connection(clients: list[ScriptedClient
 
 
 class Answer:
-    """Of a server that tells how an answer ended: the deltas, then `final`, or an error."""
+    """An answer of a server that says how it ended: the deltas, then `final`, or an error."""
 
     def __init__(self, finish: str, tokens: int, message: str) -> None:
         self._finish, self._tokens, self._message = finish, tokens, message

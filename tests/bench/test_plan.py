@@ -56,7 +56,7 @@ def test_several_cards_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 class Setting(NamedTuple):
-    """What decides how long steps of Small 4 take."""
+    """Settings that decide how long steps of Small 4 take."""
 
     device: str = "h200"
     weights: str = "fp8"
@@ -65,7 +65,7 @@ class Setting(NamedTuple):
     budget_tokens: int = 8192
 
     def seconds(self, clients: int, input_tokens: int, output_tokens: int) -> tuple[float, float]:
-        """Of as many requests that begin and end together: to their end, and between tokens on average."""
+        """Seconds to the end of requests that begin and end together, and between tokens on average."""
         starts = range(0, input_tokens, self.budget_tokens)
         steps = [
             Step(prompts=(Chunk(start, min(self.budget_tokens, input_tokens - start)),) * clients)

@@ -1,4 +1,4 @@
-"""What native operations read and compute, from the arguments of real calls, against counts by hand."""
+"""Bytes and operations of native operations, taken from the arguments of real calls, against counts by hand."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_the_turn_to_others(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the thread that computes, and of one that waits for its turn."""
+    """The thread that computes is interrupted, then one that waits for its turn."""
     expected = tokens(llm)
     gate = Gate(llm, monkeypatch)
     with running(lambda: tokens(llm)) as ends:

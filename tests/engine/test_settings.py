@@ -1,4 +1,4 @@
-"""What a setting must be, in words, and what is taken and refused: as a keyword and as a word of a command line.
+"""Settings' limits in words, and values that are taken and refused: as a keyword and as a word of a command line.
 
 And what such a refusal says (engine/errors.py): in numbers that are true.
 """

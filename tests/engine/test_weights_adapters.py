@@ -24,7 +24,7 @@ DOORS: list[Callable[[Path], object]] = [read_model_config, describe, Checkpoint
 
 
 def peft(folder: Path) -> tuple[str, str]:
-    """What PEFT saves."""
+    """Save an adapter as PEFT does."""
     settings = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": BASE}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     save_file({"base_model.model.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
@@ -32,7 +32,7 @@ def peft(folder: Path) -> tuple[str, str]:
 
 
 def mistral(folder: Path) -> tuple[str, ...]:
-    """What Mistral's fine-tuning saves."""
+    """Save an adapter as Mistral's fine-tuning does."""
     save_file({"layers.0.attention.wq.lora_A.weight": torch.ones(2, 2)}, folder / "lora.safetensors")
     return ("lora.safetensors",)
 

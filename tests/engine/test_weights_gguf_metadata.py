@@ -105,7 +105,7 @@ def converted(folder: Path, changes: Metadata, model: Any = None) -> dict[str, A
 
 
 def rope(**yarn: float) -> dict[str, Any]:
-    """What YARN becomes, with changes."""
+    """The rope_parameters that YARN's metadata becomes, with changes."""
     plain = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
     return {**plain, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": pytest.approx(MAGNITUDE), **yarn}
 

@@ -151,7 +151,7 @@ def test_mistrals_own_layout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
 
 def test_an_index_alone_tells_the_layout(folder: Path) -> None:
-    """Of a folder with both kinds of config, Hugging Face's files count, whatever the shards are called."""
+    """Hugging Face's files count in a folder with both kinds of config, whatever the shards are called."""
     tensors = load_file(folder / SINGLE)
     (folder / SINGLE).rename(folder / OTHER)
     write_index(folder, dict.fromkeys(tensors, OTHER))

@@ -150,7 +150,7 @@ def _at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 @pytest.fixture(scope="module")
 def imports(modules: dict[str, ast.Module]) -> list[Edge]:
-    """Those inside functions too."""
+    """Every import of every module, inside functions too."""
     return _edges(modules, ast.walk)
 
 

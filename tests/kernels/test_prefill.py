@@ -73,7 +73,7 @@ class Model:
         return ref.gqa_prefill(q, *pages, queries, SCALE)
 
     def keys_values(self, context: Tensor, dtype: torch.dtype) -> tuple[Near, Near]:
-        """Of a dense context [c, *entry] in fp64 -> keys [c,H,nope+P], values [c,H,V]."""
+        """Expand a dense context [c, *entry] in fp64 into keys [c,H,nope+P] and values [c,H,V]."""
         if not self.rank:
             group = self.heads // self.kv_heads
             keys, values = (exact(context[:, which].repeat_interleave(group, dim=1)) for which in (0, 1))
@@ -143,13 +143,13 @@ def stored(model: Model, values: Tensor, int8: bool) -> Tensor:
 def segments_near(
     model: Model, q: Tensor, queries: PagedQueries, sequences: list[tuple[Tensor, Tensor]], segments: list[Segment]
 ) -> Near:
-    """What the rows of segments come to, and how far from it a result may lie."""
+    """Exact results of the segments' rows, and how far from them a result may lie."""
     both = [model.keys_values(sequences[which][1][:last].double(), q.dtype) for which, _, last in segments]
     return attend(q, queries, both, SCALE)
 
 
 def read(model: Model, values: Tensor) -> Tensor:
-    """What float32 values are after they were stored as INT8."""
+    """Float32 values as they are read after they were stored as INT8."""
     rows = stored(model, values, int8=True)
     if model.rank:
         return kv_int8.dequantise_latents(rows, model.rank, torch.float32)

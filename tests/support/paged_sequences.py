@@ -59,7 +59,7 @@ class Form:
         return keys, values
 
     def read(self, pages: list[Tensor]) -> Near:
-        """What rows of pages [c, ...] stand for, [c, *entry]."""
+        """Values [c, *entry] that rows of pages [c, ...] stand for."""
         parts = pages
         if pages[0].dtype == kv_fp8.PAGES_DTYPE:
             parts = [part.float() for part in pages]
@@ -118,7 +118,7 @@ def segments_near(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Near:
-    """What the rows of segments come to, and how far from it a result may lie -> [T,H,dv]."""
+    """Exact results [T,H,dv] of the segments' rows, and how far from them a result may lie."""
     dtype, both = sequences[0].q.dtype, []
     for which, _, last in segments:
         read = form.read(form.pages_of(sequences[which].cached[:last], int8, fp8))

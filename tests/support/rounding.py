@@ -28,12 +28,12 @@ class Near(NamedTuple):
 
     @property
     def largest(self) -> Tensor:
-        """Of the magnitudes that a result may have."""
+        """The largest magnitude that a result may have."""
         return self.value.abs() + self.error
 
 
 def exact(x: Tensor) -> Near:
-    """What is given, and hence no rounding's result."""
+    """Values that are given, and hence exact."""
     return Near(x.double(), torch.zeros(x.shape, dtype=torch.float64))
 
 

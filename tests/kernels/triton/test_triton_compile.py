@@ -55,7 +55,7 @@ def _worker(*arguments: str) -> Any:
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
-    """What became of each configuration that a test here looks at, all in one process, which imports torch once."""
+    """Results by configuration, of all that tests here look at. One process makes them: it imports torch once."""
     return _worker("compile", *{*COMPILED, *BY_FP8, *DESCRIBED, *(f"{name}, TMA" for name in DESCRIBED)})
 
 
