@@ -57,7 +57,9 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `cierzo plan`."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or small4, small3: at true size")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a folder, or for GPUs small4, small3: at true size"
+    )
     parser.add_argument(
         "--device",
         required=True,

@@ -31,7 +31,7 @@ NOT_OF_THE_ENGINE = {"model", "kernels", "frontend"}
 NOT_OF_ONE_ANSWER = {"n", "logprobs", "logit_bias"}  # a terminal shows one answer, and its text
 EPILOG = (
     "Exit status: 0 done; 1 the run failed; 2 something was given wrongly: an argument, a setting, a request that "
-    "is refused as it stands; 130 interrupted."
+    "is refused as it stands; 130 interrupted; 141 nobody reads the output any more."
 )
 
 

@@ -257,7 +257,11 @@ def _require_running(options: EngineOptions, profile: Profile) -> None:
 
 def _model(options: EngineOptions, card: Device | None) -> tuple[Path, ModelConfig]:
     """The checkpoint's folder and what its config says; on a simulated card also a model by name alone."""
-    model = named_model_config(options.model) if card is not None else None
+    named = named_model_config(options.model)
+    if named is not None and card is None and not os.path.isdir(options.model):
+        why = "a model by its name alone runs on simulated GPUs"
+        raise refusal("checkpoint", "the folder of a checkpoint", options.model, why)
+    model = named if card is not None else None
     if model is None:
         path = checkpoint_path(options.model)
         model = read_model_config(path)

@@ -141,6 +141,9 @@ class LLM(OneProcess):
         seconds. The outputs are in the order of the prompts. Raises InvalidRequest, before anything runs, for a
         prompt or parameter that the RPC would refuse too: the message says which prompt's. Raises CoreFailed when
         the device has failed, now and from then on: only a new process can use it again.
+
+        Ctrl-C ends the call. A signal handler that is to end it must raise a BaseException, as Ctrl-C does: an
+        Exception within a step is taken for the step's own, and ends only the request that meets it.
         """
         self._check_process()
         listed = _listed(prompts)

@@ -36,6 +36,9 @@ Address = TcpAddress | UnixAddress
 
 def parse_address(text: str) -> Address:
     """Raises ConfigError for anything that is neither "HOST:PORT" nor "unix:PATH"."""
+    limit = f"HOST:PORT or unix:PATH (ports up to {MAX_PORT}, paths up to {MAX_PATH_BYTES} bytes)"
+    if not isinstance(text, str):  # of a caller without a type checker, and of argparse for "--rpc=--"
+        raise refusal("address", limit, text)
     kind, _, path = text.partition(":")
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -43,9 +46,10 @@ def parse_address(text: str) -> Address:
         if kind == "unix":
             if path and "\0" not in path and len(path.encode()) <= MAX_PATH_BYTES:
                 return UnixAddress(path)
+        elif "/" in host:
+            pass  # a URL
         elif host.encode("idna") and port.isascii() and port.isdigit() and int(port) <= MAX_PORT:
             return TcpAddress(host, int(port))
     except UnicodeError:
         pass  # no name of a file or host
-    limit = f"HOST:PORT or unix:PATH (ports up to {MAX_PORT}, paths up to {MAX_PATH_BYTES} bytes)"
     raise refusal("address", limit, text)

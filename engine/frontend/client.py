@@ -82,9 +82,11 @@ class Client:
                 else:
                     await loop.create_unix_connection(lambda: link, where.path)
                 return cls(link, await link.welcome)
-        except OSError as error:
+        except BaseException as error:
             link.close()
-            raise ConnectionLost(_unanswered(where, link, error, timeout_s)) from error
+            if isinstance(error, OSError):  # a TimeoutError too
+                raise ConnectionLost(_unanswered(where, link, error, timeout_s)) from error
+            raise
 
     def generate(
         self,

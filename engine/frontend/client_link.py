@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 import msgspec
 
 from cierzo.engine.errors import BY_CODE, CierzoError, ConnectionLost, FrameTooLarge, ProtocolError
-from cierzo.engine.frontend.frames import LENGTH_BYTES, FrameSplitter, pack
+from cierzo.engine.frontend.frames import LENGTH_BYTES, UNDECODABLE, FrameSplitter, pack
 from cierzo.engine.messages import (
     Cancel,
     Delta,
@@ -188,7 +188,7 @@ class ClientLink(asyncio.Protocol):
         try:
             for body in self._splitter.feed(data):
                 self._receive(_decode(body))
-        except (msgspec.DecodeError, ProtocolError) as error:
+        except (*UNDECODABLE, ProtocolError) as error:
             begins = "" if self.welcome.done() else f" (its answer begins with {data[:SHOWN_BYTES]!r})"
             self.close(ProtocolError(f"{self._peer} does not speak cierzo's protocol{begins}: {error}"))
 
@@ -202,6 +202,7 @@ class ClientLink(asyncio.Protocol):
         for call in [self.welcome, *self._calls.values()]:
             if not call.done():
                 call.set_exception(self._error)
+                call.exception()  # if nobody waits any more, nobody misses it
         self._inboxes.clear()
         self._calls.clear()
         self.closed.set_result(None)

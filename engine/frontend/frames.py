@@ -12,6 +12,8 @@ from cierzo.engine.errors import FrameTooLarge
 _LENGTH = Layout(">I")
 LENGTH_BYTES = _LENGTH.size
 _NO_LENGTH = bytes(LENGTH_BYTES)
+# Errors of bytes that are no message. The second: text is not UTF-8; the third: maps within maps within maps.
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _encode_into = msgspec.msgpack.Encoder().encode_into
 
 

@@ -22,9 +22,9 @@ class OneProcess:
             name = type(self).__name__
             raise RuntimeError(
                 f"this {name} was made in process {self._process_id} and does not work in process {os.getpid()}, a "
-                f"fork of it: make a {name} in each process, started by multiprocessing's 'spawn'"
+                f"fork of it: make one in each process, started by multiprocessing's 'spawn'"
             )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         name = type(self).__name__
-        raise TypeError(f"{name} objects cannot be pickled or copied: make a {name} in each process that needs one")
+        raise TypeError(f"{name} objects cannot be pickled or copied: make one in each process that needs one")

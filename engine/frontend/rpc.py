@@ -28,7 +28,7 @@ from cierzo.engine.errors import (
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.backlog import Backlog
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.frames import FrameSplitter, pack
+from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter, pack
 from cierzo.engine.frontend.frontend import Frontend, failure
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.validate import mistyped
@@ -56,7 +56,6 @@ class _Envelope(msgspec.Struct):
 _decode = msgspec.msgpack.Decoder(ClientMessage).decode
 _decode_hello = msgspec.msgpack.Decoder(_AnyHello).decode
 _decode_envelope = msgspec.msgpack.Decoder(_Envelope).decode
-_UNDECODABLE = (msgspec.DecodeError, RecursionError)  # the latter: maps within maps within maps ...
 _METHODS = {cast(str, cls.__struct_config__.tag) for cls in get_args(ClientMessage)}
 
 
@@ -165,7 +164,7 @@ class Connection(asyncio.Protocol):
             return
         try:
             message = _decode(body)
-        except _UNDECODABLE as error:
+        except UNDECODABLE as error:
             self._undecodable(body, error)
             return
         try:
@@ -180,7 +179,7 @@ class Connection(asyncio.Protocol):
     def _greet(self, body: memoryview) -> None:
         try:
             hello = _decode_hello(body)
-        except _UNDECODABLE as error:
+        except UNDECODABLE as error:
             raise ProtocolError(f"the first frame is no hello: {error}", field="type", limit="hello") from error
         if hello.magic != MAGIC:
             raise ProtocolError("hello has the wrong magic", field="magic", limit=MAGIC, value=hello.magic)
@@ -201,9 +200,10 @@ class Connection(asyncio.Protocol):
         """End the stream that the message is about, or raise ProtocolError if that cannot be read."""
         try:
             envelope = _decode_envelope(body)
-        except _UNDECODABLE:
+        except UNDECODABLE:
             raise ProtocolError(f"a frame holds no message: {error}", field="frame") from error
-        reason = _reason(envelope, str(error))
+        not_utf8 = isinstance(error, UnicodeDecodeError)  # which does not say in which field
+        reason = _reason(envelope, f"a text must be UTF-8: {error}" if not_utf8 else str(error))
         if envelope.stream < 0:
             raise ProtocolError(reason.message, field=reason.field, value=reason.value) from error
         self._server.frontend.fail(self, envelope.stream, reason)

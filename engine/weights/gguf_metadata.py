@@ -1,8 +1,8 @@
 """The metadata of a llama-architecture GGUF file -> the model's shape and its config.json.
 
 A key that would change the arithmetic and has no place in a config.json of transformers' `llama`, or that is not
-known here, is a CheckpointError that names it: none is dropped. A key that is missing has llama.cpp's default (that
-of `llama_model::load_hparams` and of `llama_context`).
+known here, is a CheckpointError that names it: none of `llama.` and `tokenizer.ggml.` is dropped. A key that is
+missing has llama.cpp's default (that of `llama_model::load_hparams` and of `llama_context`).
 """
 
 from __future__ import annotations

@@ -149,7 +149,11 @@ def _find_tensors(folder: Path, format: CheckpointFormat) -> dict[str, str] | Pa
         return _read_index(index_path)
     if not index_path.exists():
         return single_path
-    placed = _read_index(index_path)
+    try:
+        placed = _read_index(index_path)
+    except CheckpointError as error:
+        _log.warning("%s; %s beside it is read, as transformers reads it", error, single_path.name)
+        return single_path
     others = sorted({*placed.values()} - {single_path.name})
     if others and single_path.name in placed.values():
         return placed

@@ -121,7 +121,7 @@ def _check(file: int, wanted: Index) -> None:
         return
     try:
         found = msgspec.json.decode(text, type=Index)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UnusableFile("has a damaged index") from error
     if found.checkpoint != wanted.checkpoint:
         raise UnusableFile("was packed from another checkpoint")

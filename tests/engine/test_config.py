@@ -364,3 +364,10 @@ def test_a_device_that_there_is_not_is_refused(checkpoint: str, device: str) -> 
     with pytest.raises(ConfigError) as caught:
         resolve(EngineOptions(model=checkpoint, device=device))
     assert caught.value.field == "device"
+
+
+def test_a_model_by_its_name_alone_runs_on_simulated_gpus() -> None:
+    options = EngineOptions(model="small4", device="cpu")
+    with pytest.raises(ConfigError, match="a model by its name alone runs on simulated GPUs"):
+        resolve(options)
+    assert resolve(msgspec.structs.replace(options, device="simulated:h200", weights="fp8")).model.num_layers == 36

@@ -248,5 +248,5 @@ def status_in_child(llm: LLM) -> int:
 
 @pytest.mark.parametrize("leave", [copy.copy, copy.deepcopy, pickle.dumps, lambda llm: pickle.dumps({"a": [llm]})])
 def test_it_is_neither_copied_nor_pickled(llm: LLM, leave: Callable[[LLM], object]) -> None:
-    with pytest.raises(TypeError, match="LLM objects cannot be pickled or copied: make a LLM in each process"):
+    with pytest.raises(TypeError, match="LLM objects cannot be pickled or copied: make one in each process"):
         leave(llm)

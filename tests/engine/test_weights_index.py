@@ -94,6 +94,22 @@ def test_a_single_file_beside_an_index_of_others(
     assert f"{INDEX} names {OTHER} and not the {SINGLE} beside it; this file is read" in message
 
 
+@pytest.mark.parametrize(
+    "text", ["", "not json", "[]", '{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}']
+)
+def test_a_single_file_beside_an_index_that_says_nothing(
+    folder: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / INDEX).write_text(text)
+    theirs, ours = norms(folder)
+    assert torch.equal(ours, theirs)
+    (message,) = set(warnings(caplog))
+    assert f"{SINGLE} beside it is read" in message
+    (folder / SINGLE).unlink()
+    with pytest.raises(CheckpointError):
+        load(folder)
+
+
 def test_a_single_file_that_is_not_whole(folder: Path) -> None:
     """transformers would make up what a stray file lacks."""
     tensors = load_file(folder / SINGLE)

@@ -211,10 +211,10 @@ def cut(size: int) -> Callable[[Path], None]:
     return lambda path: os.truncate(path, path.stat().st_size + size if size <= 0 else size)
 
 
-def flip(place: int) -> Callable[[Path], None]:
+def flip(place: int, bits: int = 1) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         data = bytearray(path.read_bytes())
-        data[place] ^= 1
+        data[place] ^= bits
         path.write_bytes(data)
 
     return change
@@ -231,6 +231,7 @@ def flip(place: int) -> Callable[[Path], None]:
         (flip(0), "is no file of packed weights"),
         (flip(8), "instead of"),
         (flip(-2), "has a damaged index"),
+        (flip(-4, 0x80), "has a damaged index"),  # no UTF-8
         (flip(-4), "other matrices"),
     ],
 )

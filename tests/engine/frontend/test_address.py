@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cierzo.engine.errors import ConfigError
@@ -29,6 +31,7 @@ def test_addresses(text: str, address: TcpAddress | UnixAddress) -> None:
     "text",
     [
         *("", "foo", ":", ":80", "host:", "host:x", "host:-1", "host:65536", "host:99999", "host:\u0663", "[]:80"),
+        *("http://127.0.0.1:7071", "tcp://host:80"),
         *("a..b:80", "x" * 64 + ":80", "caf\udce9:80"),
         *("unix:", "unix", "unix:" + "x" * 108, "unix:" + "é" * 54, "unix:a\0b", "unix:caf\udce9", "unix:\ud800"),
     ],
@@ -39,3 +42,9 @@ def test_what_is_no_address_is_named(text: str) -> None:
     assert caught.value.field == "address"
     assert str(caught.value.value).encode("utf-8", "backslashreplace") == text.encode("utf-8", "backslashreplace")
     assert caught.value.limit == "HOST:PORT or unix:PATH (ports up to 65535, paths up to 107 bytes)"
+
+
+@pytest.mark.parametrize("value", [None, 7071, [], b"unix:x"])
+def test_what_is_no_text_is_no_address(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"address must be HOST:PORT or unix:PATH .*, got"):
+        parse_address(value)

@@ -237,6 +237,8 @@ HTTP = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
         (b"SSH-2.0-OpenSSH_9.2\r\n", 10, ProtocolError, "its answer begins with b'SSH-2.0-OpenSSH_9.2"),
         (b"220 mail ESMTP\r\n", 10, ProtocolError, "its answer begins with b'220 mail ESMTP"),
         (b"\0\0\0\2\x93\x01", 10, ProtocolError, "does not speak cierzo's protocol"),
+        (b"\0\0\0\4\xa3\xed\xa0\x80", 10, ProtocolError, "does not speak cierzo's protocol"),
+        (b"\0\0\0\x0a\x81\xa4type\xa3\xed\xa0\x80", 10, ProtocolError, "'utf-8' codec can't decode"),
     ],
 )
 def test_what_is_no_cierzo_server_is_told_in_words(run, reply, timeout_s, error, message):
@@ -249,6 +251,22 @@ def test_what_is_no_cierzo_server_is_told_in_words(run, reply, timeout_s, error,
             assert message in caught.value.message
 
     run(body())
+
+
+def test_a_connection_that_nobody_waits_for_any_more_is_closed(run, caplog):
+    """A server that loads must not keep the places of those who have left."""
+
+    async def body():
+        async with answering(b"") as address:  # which waits until every connection has ended
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(Client.connect(address), 0.1)
+            with pytest.raises(ConnectionLost):
+                await Client.connect(address, timeout_s=0)
+        gc.collect()
+
+    run(body())
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_an_address_where_nobody_answers(run):

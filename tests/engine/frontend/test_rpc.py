@@ -57,6 +57,13 @@ ENDS_THE_CONNECTION = {
     "garbage instead of hello": (None, b"\xc1\xc1\xc1", "protocol_error", "type"),
     "maps without end": (Hello(), b"\x81\xa1x" * 50_000, "protocol_error", "frame"),
     "maps without end for hello": (None, b"\x81\xa1x" * 50_000, "protocol_error", "type"),
+    "no UTF-8 in hello": (
+        None,
+        b"\x83\xa4type\xa5hello\xa5magic\xa3\xed\xa0\x80\xa7version\x02",
+        "protocol_error",
+        "type",
+    ),
+    "a type that is no UTF-8": (Hello(), b"\x82\xa4type\xa3\xed\xa0\x80\xa6stream\x05", "protocol_error", "frame"),
     "an empty frame": (Hello(), b"", "protocol_error", "frame"),
     "truncated body": (Hello(), msgspec.msgpack.encode(Ping(stream=3))[:-1], "protocol_error", "frame"),
     "no map": (Hello(), [1, 2], "protocol_error", "frame"),
@@ -98,6 +105,7 @@ ENDS_THE_STREAM = {
         "invalid_request",
         "priority",
     ),
+    "no UTF-8": (b"\x83\xa4type\xa8generate\xa6stream\x05\xa4text\xa3\xed\xa0\x80", "invalid_request", None),
 }
 
 
@@ -107,7 +115,7 @@ def test_what_ends_its_stream_alone(run, serving, peering, case):
 
     async def body():
         async with serving() as house, peering(house) as peer:
-            peer.say(said)
+            peer.frame(said) if isinstance(said, bytes) else peer.say(said)
             reply = await peer.hear()
             assert isinstance(reply, Failure)
             assert (reply.stream, reply.code, reply.field) == (5, code, field)
