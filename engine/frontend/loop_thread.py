@@ -46,8 +46,9 @@ class LoopThread:
             raise
 
     def _start(self, ask: Callable[[], Coroutine[Any, Any, T]], answer: concurrent.futures.Future[T]) -> None:
-        """The coroutine is made in the loop's thread: an interrupt could come between its making and its start."""
-        task = self._loop.create_task(ask())
+        """Ask in the loop's thread. In the caller's, an interrupt could come between a coroutine's making and its
+        start."""
+        task = self._loop.create_task(_asked(ask))
         task.add_done_callback(lambda _: _settle(answer, task))
         answer.add_done_callback(lambda _: self._stop(answer, task))
 
@@ -74,7 +75,13 @@ class LoopThread:
             await self._ending.wait()
 
 
+async def _asked(ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """As the coroutine that `ask` makes; what `ask` itself raises is the task's error too."""
+    return await ask()
+
+
 def _settle(answer: concurrent.futures.Future[T], task: asyncio.Task[T]) -> None:
+    """Hand a task's end to who waits for it."""
     error = None if task.cancelled() else task.exception()
     if task.cancelled():
         answer.cancel()

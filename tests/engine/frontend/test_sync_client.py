@@ -220,3 +220,17 @@ def test_an_interrupt_before_the_loop_has_a_call_leaves_nothing_behind():
         assert log == ["asked", "ended"]  # one of the two was asked, and does not run on
     finally:
         loop.close()
+
+
+def test_an_error_before_there_is_a_coroutine_is_raised_where_the_call_stands():
+    loop = LoopThread("test")
+
+    def ask():
+        raise TypeError("no such keyword")
+
+    try:
+        with pytest.raises(TypeError, match="no such keyword"):
+            loop.run(ask)
+        assert loop.run(lambda: asyncio.sleep(0, 3)) == 3
+    finally:
+        loop.close()
