@@ -25,10 +25,10 @@ from cierzo.bench.arguments import MAX_SEED, finite, positive, positive_float, s
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.traces import random_prompt
+from cierzo.bench.workload import poisson_arrivals
 from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, refusal
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta
-from cierzo.engine.roofline.workload import poisson_arrivals
 
 PROGRESS_AFTER_S = 2.0
 READY_TIMEOUT_S = 600.0  # for weights to load

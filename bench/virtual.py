@@ -16,10 +16,10 @@ import numpy as np
 from cierzo.bench.latency import LoadResult
 from cierzo.bench.load import LoadClient, LoadSettings, run_load
 from cierzo.engine.config import EngineConfig
+from cierzo.engine.cost.step_model import StepTotals
+from cierzo.engine.cost.work import Distinct
 from cierzo.engine.errors import BY_CODE, CierzoError, CoreFailed
 from cierzo.engine.messages import Delta, Submit, TokenDelta
-from cierzo.engine.roofline.step_model import StepTotals
-from cierzo.engine.roofline.work import Distinct
 from cierzo.engine.worker.simulated import VirtualClock, VirtualCore
 from cierzo.scheduler.params import SamplingParams
 

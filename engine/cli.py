@@ -291,13 +291,13 @@ def _print_info(folder: Path) -> int:
 
 
 def _plan_command(parser: argparse.ArgumentParser) -> None:
-    from cierzo.bench import plan
+    from cierzo.bench.plan import command as plan
 
     plan.add_arguments(parser)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from cierzo.bench import plan
+    from cierzo.bench.plan import command as plan
 
     arguments.checkpoint = _checkpoint(arguments.checkpoint)
     return plan.main(arguments)

@@ -17,14 +17,14 @@ from msgspec import Meta
 from cierzo.cache.config import CacheConfig
 from cierzo.cache.layout import CacheLayout, plan_capacity
 from cierzo.engine import device_memory
+from cierzo.engine.cost.cards import find_device
+from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.host import available_memory_bytes, usable_cpus
 from cierzo.engine.kv_room import AUTO_KV_BYTES, plan_kv
 from cierzo.engine.model.config import ModelConfig, named_model_config, read_model_config
 from cierzo.engine.profiles import Profile, ProfileName, choose
-from cierzo.engine.roofline.cards import find_device
-from cierzo.engine.roofline.device import Device
 from cierzo.engine.settings import limit_of, require
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.kernels.cpu import MAX_THREADS

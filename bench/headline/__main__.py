@@ -33,10 +33,10 @@ from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers.engine import Checkpoint, find_checkpoint
 from cierzo.bench.peers.kept import fingerprint
 from cierzo.bench.report import current_commit, make_report, write_report
+from cierzo.engine.cost.cards import find_device
+from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.model.config import named_model_config
-from cierzo.engine.roofline.cards import find_device
-from cierzo.engine.roofline.device import Device
 
 SIMULATED = "simulated:"
 ROUNDS = 3  # of a machine whose moods differ; a simulation has none

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from cierzo.bench.headline.cells import LIMIT_S, Cell
 from cierzo.bench.headline.figures import requests_for
 from cierzo.bench.headline.search import Look, Point, best, confirm, search
+from cierzo.bench.plan.forecast import forecast
+from cierzo.bench.workload import Workload
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.roofline.device import Device
-from cierzo.engine.roofline.forecast import forecast
-from cierzo.engine.roofline.workload import Workload
+from cierzo.engine.cost.device import Device
 
 
 def estimates(config: EngineConfig, cell: Cell, most: int, device: Device) -> list[Point]:

@@ -6,7 +6,7 @@ import msgspec
 
 from cierzo.bench.latency import LoadResult, RequestSample, steady_load
 from cierzo.bench.stats import Summary, summarise
-from cierzo.engine.roofline.step_model import StepTotals
+from cierzo.engine.cost.step_model import StepTotals
 
 WHOLE_BELOW_TOKENS = 100_000  # of a load whose single tokens are kept
 

@@ -29,11 +29,11 @@ from cierzo.bench.peers.cells import Cell as ServedCell
 from cierzo.bench.peers.engine import Checkpoint
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.engine.config import EngineConfig
+from cierzo.engine.cost.cards import DATA_SHEETS, named
+from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.work import Distinct, measured_distinct
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
-from cierzo.engine.roofline.cards import DATA_SHEETS, named
-from cierzo.engine.roofline.device import Device
-from cierzo.engine.roofline.work import Distinct, measured_distinct
 
 GIGA = 1e9
 GIB = 1 << 30

@@ -19,12 +19,12 @@ from cierzo.bench.load import LoadClient, LoadSettings
 from cierzo.bench.machine import Ceilings
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig
+from cierzo.engine.cost.cards import named
+from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.step_model import StepTotals
+from cierzo.engine.cost.work import Distinct
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.messages import Delta
-from cierzo.engine.roofline.cards import named
-from cierzo.engine.roofline.device import Device
-from cierzo.engine.roofline.step_model import StepTotals
-from cierzo.engine.roofline.work import Distinct
 
 SEED = 5
 CLOSE = 0.9  # of the best forecast: nearer, layouts are loaded to be compared

@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.roofline.step_model import FloatArray, StepModel, StepTotals, decode_steps
-from cierzo.engine.roofline.work import Distinct, StepShape
+from cierzo.engine.cost.step_model import FloatArray, StepModel, StepTotals, decode_steps
+from cierzo.engine.cost.work import Distinct, StepShape
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import made_up_logprobs

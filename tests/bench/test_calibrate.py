@@ -9,16 +9,16 @@ import msgspec
 import pytest
 from native_only import needs_native
 
-from cierzo.bench import calibrate
-from cierzo.bench.calibrate import Calibrator, mean_device, read_calibration
 from cierzo.bench.latency import RequestSample, steady_load, summarise_load
 from cierzo.bench.machine import Ceiling, Ceilings
+from cierzo.bench.plan import calibrate
+from cierzo.bench.plan.calibrate import Calibrator, mean_device, read_calibration
 from cierzo.bench.profile import CONTEXT, OperationRow, StepProfile
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.cost.device import Calibration, Device
+from cierzo.engine.cost.step_model import StepModel
+from cierzo.engine.cost.work import StepShape
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.roofline.device import Calibration, Device
-from cierzo.engine.roofline.step_model import StepModel
-from cierzo.engine.roofline.work import StepShape
 from cierzo.engine.weights.make import make_checkpoint
 
 SHARES = {"expert_mlp": 0.9, "linear": 0.8, "mla_decode": 0.4, "mla_prefill": 0.7}  # of what the machine can do

@@ -13,7 +13,7 @@ from cierzo.bench.gpu import compiled
 from cierzo.bench.gpu.cases import SMALL3, SMALL4, make_call, without_memory
 from cierzo.bench.gpu.problems import CARDS, META, STEPS, Work, problems
 from cierzo.bench.kernel_cases import Call, Model, Size, random_experts
-from cierzo.engine.roofline.cards import DATA_SHEETS, HOPPER_RATES
+from cierzo.engine.cost.cards import DATA_SHEETS, HOPPER_RATES
 from cierzo.kernels.formats.device import quantise
 from cierzo.kernels.triton.compile import Compiled
 
@@ -240,7 +240,7 @@ def test_work_of_products_and_the_limits_of_cards() -> None:
 
 
 def test_cards_are_the_ones_of_the_data_sheets() -> None:
-    """engine/roofline has them too, and takes msgspec, which a machine with a card may lack."""
+    """engine/cost has them too, and takes msgspec, which a machine with a card may lack."""
     for card, name in zip(CARDS, ("h100", "h200"), strict=True):
         assert card.name.lower().startswith(name)
         assert (card.memory, card.bf16, card.fp8) == (

@@ -15,8 +15,8 @@ from cierzo.bench.headline.search import NothingKeepsTheLimit, Point, best, boun
 from cierzo.bench.headline.settings import Room, engine_settings, resolved, room
 from cierzo.bench.latency import RequestSample, steady_load, summarise_load
 from cierzo.bench.stats import Summary
+from cierzo.engine.cost.step_model import StepTotals
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.roofline.step_model import StepTotals
 
 SMALL4 = Subject(model="small4", weights="nvfp4", kv_dtype="fp8")
 SMALL3 = Subject(model="small3", weights="bf16", kv_dtype="fp8")

@@ -21,9 +21,9 @@ from cierzo.bench.headline.serve import cpu_device
 from cierzo.bench.headline.simulate import Simulation, layouts, simulate, simulated_config
 from cierzo.bench.machine import Ceiling, Ceilings, describe_machine
 from cierzo.bench.peers import ceilings
-from cierzo.engine.roofline.cards import find_device, named
-from cierzo.engine.roofline.step_time import step_time
-from cierzo.engine.roofline.work import NumberFormats, StepShape, step_work
+from cierzo.engine.cost.cards import find_device, named
+from cierzo.engine.cost.step_time import step_time
+from cierzo.engine.cost.work import NumberFormats, StepShape, step_work
 
 SMALL4 = Subject(model="small4", weights="nvfp4", kv_dtype="fp8")
 SMALL3 = Subject(model="small3", weights="bf16", kv_dtype="fp8")

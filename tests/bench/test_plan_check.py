@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 from native_only import needs_native
 
-from cierzo.bench import calibrate, plan_check
 from cierzo.bench.latency import LoadResult
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.machine import Ceiling, Ceilings
-from cierzo.bench.plan_check import Attempt, Checked, check, line, verdict
+from cierzo.bench.plan import calibrate
+from cierzo.bench.plan import check as plan_check
+from cierzo.bench.plan.check import Attempt, Checked, check, line, verdict
+from cierzo.bench.plan.forecast import Forecast, forecast
 from cierzo.bench.report import Report
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
+from cierzo.bench.workload import parse_workload
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.cost.step_model import FloatArray
+from cierzo.engine.cost.work import Distinct, measured_distinct
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.engine.messages import TokenDelta
-from cierzo.engine.roofline.forecast import Forecast, forecast
-from cierzo.engine.roofline.step_model import FloatArray
-from cierzo.engine.roofline.work import Distinct, measured_distinct
-from cierzo.engine.roofline.workload import parse_workload
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.simulated import VirtualClock

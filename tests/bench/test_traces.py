@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from cierzo.bench.traces import random_prompt
-from cierzo.engine.roofline.workload import poisson_arrivals
+from cierzo.bench.workload import poisson_arrivals
 
 
 def test_arrivals_have_the_rate_and_the_spread_of_a_poisson_process() -> None:

@@ -155,7 +155,10 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
         (
             ("plan", "{sparse}", "--device", "cpu", "--workload", "9/9@1", "--calibration", "{tmp}/" + name),
             2,
-            "calibration must be a file that cierzo.bench.calibrate has written (" + why + "), got '{tmp}/" + name,
+            "calibration must be a file that cierzo.bench.plan.calibrate has written ("
+            + why
+            + "), got '{tmp}/"
+            + name,
         )
         for name, why in (
             ("none", "No such file or directory"),

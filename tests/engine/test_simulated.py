@@ -12,10 +12,10 @@ from cierzo.bench.latency import LoadResult, result_table
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.cost.work import StepShape
 from cierzo.engine.device_memory import weight_bytes
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.messages import Submit
-from cierzo.engine.roofline.work import StepShape
 from cierzo.engine.worker.batch import BatchBuilder
 from cierzo.engine.worker.core import EngineCore, make_runner
 from cierzo.engine.worker.simulated import SimulatedRunner, VirtualClock, VirtualCore, shape_of

@@ -13,11 +13,11 @@ Edge = tuple[str, int, str]  # module, line, the full name that it imports
 MODEL = ("kernels", "cache.layout", "cache.pool", "engine.model", "engine.weights", "engine.errors")
 WORKER = (
     *MODEL,
-    *("engine.roofline", "cache", "scheduler", "engine.worker"),
+    *("engine.cost", "cache", "scheduler", "engine.worker"),
     *("engine.messages", "engine.expert_statistics", "engine.config"),
 )
 MESSAGES = ("engine.messages", "engine.expert_statistics", "engine.errors")
-CLIENT = ("engine.frontend.client", "engine.llm", *MESSAGES, "engine.roofline", "kernels", "bench")
+CLIENT = ("engine.frontend.client", "engine.llm", *MESSAGES, "engine.cost", "kernels", "bench")
 EVERYTHING = ("kernels", "cache", "scheduler", "engine", "bench")
 
 # Room -> rooms it may import. A module belongs to the longest name that fits it.
@@ -42,25 +42,23 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.host",
         "engine.kv_room",
         "engine.profiles",
-        "engine.roofline.cards",
-        "engine.roofline.device",
+        "engine.cost.cards",
+        "engine.cost.device",
         "engine.settings",
         "engine.errors",
     ),
     "engine.host": (),
     "engine.kv_room": ("engine.model.config", "engine.errors", "cache.layout"),
     "engine.profiles": (),
-    "engine.roofline": (
-        "engine.roofline",
+    "engine.cost": (
+        "engine.cost",
         "engine.expert_statistics",
         "engine.model.config",
         "engine.device_memory",
         "cache.layout",
         "engine.errors",
     ),
-    "engine.roofline.step_model": ("engine.roofline", "engine.config"),
-    "engine.roofline.batching": ("engine.roofline", "engine.config"),
-    "engine.roofline.forecast": ("engine.roofline", "engine.config", "engine.errors"),
+    "engine.cost.step_model": ("engine.cost", "engine.config"),
     "engine.metrics": ("engine.messages",),
     "engine.model": MODEL,
     "engine.weights": MODEL,
@@ -81,10 +79,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.context": (*CLIENT, *WORKER),
     "bench.profile": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
-    "bench.calibrate": (*CLIENT, *WORKER, "engine.options", "engine.device_memory"),
     "bench.plan": (*CLIENT, *WORKER, "engine.options", "engine.device_memory"),
-    "bench.plan_check": (*CLIENT, *WORKER),
-    "bench.planning": (*CLIENT, *WORKER, "engine.options", "engine.device_memory"),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.headline": (*CLIENT, *WORKER, "engine.kv_room"),
     "bench.peers.workers": (*CLIENT, *WORKER),
@@ -92,7 +87,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 FORBIDDEN = {("scheduler", "cache.pool")}
 WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
-    *("engine.roofline", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
+    *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
     *("engine.settings",),
 )
 WITH_TORCH = "cache.pool"

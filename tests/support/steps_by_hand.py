@@ -1,6 +1,6 @@
 """A step of Small 4 and of Small 3, counted by hand: bytes, operations, and seconds on H100 and H200.
 
-Written beside engine/roofline, and importing nothing of it: the published sizes of both models, the data sheets'
+Written beside engine/cost, and importing nothing of it: the published sizes of both models, the data sheets'
 rates, and the stated shares of them stand here as numbers, every product with its factors.
 """
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cierzo.engine.roofline.step_model import FloatArray
-from cierzo.engine.roofline.work import StepShape
+from cierzo.engine.cost.step_model import FloatArray
+from cierzo.engine.cost.work import StepShape
 
 Price = Callable[["Steps"], FloatArray]  # seconds of each step
 

@@ -18,15 +18,15 @@ from typing import Any
 import msgspec
 
 from cierzo.bench.arguments import positive_float
-from cierzo.bench.planning import DevicePlan, Limits, Planner, read_experts
+from cierzo.bench.plan.forecast import Percentiles
+from cierzo.bench.plan.search import DevicePlan, Limits, Planner, read_experts
 from cierzo.bench.report import check_writable, make_report, write_report
+from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.config import EngineOptions, checkpoint_path
+from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.model.config import named_model_config
 from cierzo.engine.options import add_options, chosen
-from cierzo.engine.roofline.device import Device
-from cierzo.engine.roofline.forecast import Percentiles
-from cierzo.engine.roofline.workload import Workload, parse_workload
 
 NOT_PLANNED = {"model", "device", "kernels", "frontend", "runner"}
 COLUMN, LABEL = 24, 30
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--statistic", choices=("mean", "p50", "p99"), default="p99", help="of these times that must keep it"
     )
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="of cierzo.bench.calibrate, for cpu")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="of cierzo.bench.plan.calibrate, for cpu")
     parser.add_argument("--experts", type=Path, metavar="FILE", help="what traffic chose, of cierzo bench experts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw throughput over clients here")
@@ -133,7 +133,7 @@ def _calibrated(options: EngineOptions, path: Path | None, names: Sequence[str])
         if path is not None:
             raise refusal("calibration", "left out", str(path), "it is for device cpu, which is not planned for")
         return None
-    from cierzo.bench.calibrate import calibrate, read_calibration  # imports torch
+    from cierzo.bench.plan.calibrate import calibrate, read_calibration  # imports torch
 
     options = msgspec.structs.replace(options, device="cpu")
     return calibrate(options) if path is None else read_calibration(path, options)

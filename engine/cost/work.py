@@ -17,10 +17,10 @@ import msgspec
 import numpy as np
 
 from cierzo.cache.layout import VALUE_BYTES, CacheLayout
+from cierzo.engine.cost.device import Kind, Number, Rate
 from cierzo.engine.device_memory import BYTES
 from cierzo.engine.expert_statistics import ExpertStatistics, expected_distinct
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, MoeConfig
-from cierzo.engine.roofline.device import Kind, Number, Rate
 
 # Sizes of a step, in tokens, at which expert statistics are asked; beyond the last nearly all experts have tokens.
 STEP_SIZES = np.unique(np.geomspace(1, 1 << 14, 57).astype(np.int64))

@@ -1,4 +1,4 @@
-"""`python -m cierzo.bench.calibrate CHECKPOINT`: this machine's CPU as a device for plans, measured in a minute.
+"""`python -m cierzo.bench.plan.calibrate CHECKPOINT`: this machine's CPU as a device for plans, in a minute.
 
 The ceilings (bench/ceilings.py), the share of them that each operation of this checkpoint reaches at several sizes,
 and what a step of the engine takes beyond its operations. Operations are timed one by one, and then scaled so that
@@ -23,11 +23,11 @@ from cierzo.bench.machine import Ceilings, describe_machine, measure_ceilings
 from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
 from cierzo.bench.report import check_writable
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.cost.device import Calibration, Device, Kind, MeasuredShare, Rate
+from cierzo.engine.cost.step_model import StepModel
+from cierzo.engine.cost.work import StepShape
 from cierzo.engine.errors import CierzoError, ConfigError, refusal
 from cierzo.engine.options import add_options, chosen
-from cierzo.engine.roofline.device import Calibration, Device, Kind, MeasuredShare, Rate
-from cierzo.engine.roofline.step_model import StepModel
-from cierzo.engine.roofline.work import StepShape
 from cierzo.kernels.cpu import native
 from cierzo.kernels.registry import has_native
 
@@ -139,7 +139,7 @@ def mean_device(devices: list[Device]) -> Device:
 
 def read_calibration(path: Path, options: EngineOptions) -> Device:
     """A file that this module has written for these options. Raises ConfigError for any other."""
-    limit, given = "a file that cierzo.bench.calibrate has written", str(path)
+    limit, given = "a file that cierzo.bench.plan.calibrate has written", str(path)
     try:
         device = msgspec.json.decode(path.read_bytes(), type=Device)
     except OSError as error:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.roofline.workload import Workload, parse_workload
 
 GOOD = b'{"arrival_s": 0.5, "input_tokens": 10, "output_tokens": 3}\n'
 

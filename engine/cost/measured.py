@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
+from cierzo.engine.cost.device import Device, MeasuredShare
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.roofline.device import Device, MeasuredShare
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 

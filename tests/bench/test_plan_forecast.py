@@ -1,7 +1,7 @@
 """The forecast against the engine itself, the real scheduler and the real load client in virtual time; and against
 steps that are priced by hand.
 
-`python tests/engine/test_forecast.py` compares longer loads too, and prints both.
+`python tests/bench/test_plan_forecast.py` compares longer loads too, and prints both.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.latency import LoadResult, steady_load
 from cierzo.bench.load import LoadSettings
+from cierzo.bench.plan.forecast import Forecast, forecast, left_out
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
+from cierzo.bench.workload import TracedRequest, Workload, parse_workload, poisson_arrivals
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.cost.cards import find_device, named
+from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.roofline.cards import find_device, named
-from cierzo.engine.roofline.device import Device
-from cierzo.engine.roofline.forecast import Forecast, forecast, left_out
-from cierzo.engine.roofline.workload import TracedRequest, Workload, parse_workload, poisson_arrivals
 
 TOLERANCE = 0.05  # what is promised; the steps are the same to the last one, see the test below
 NVFP4: dict[str, Any] = {"profile": "throughput"}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cierzo.engine.roofline.device import Device, Number
-from cierzo.engine.roofline.work import Work
+from cierzo.engine.cost.device import Device, Number
+from cierzo.engine.cost.work import Work
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 Named ones are data sheets with stated shares: `h100`, `h200`, and several of one kind, as in `4xh100`; where the
 GPU bench has left results of a card, these take the place of the stated ones (measured.py). A file (JSON of a
-`Device`) describes any other, the CPU of this machine too (`python -m cierzo.bench.calibrate`).
+`Device`) describes any other, the CPU of this machine too (`python -m cierzo.bench.plan.calibrate`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import msgspec
 
+from cierzo.engine.cost.device import Device, Kind, Rate
+from cierzo.engine.cost.measured import with_measured
 from cierzo.engine.errors import refusal
-from cierzo.engine.roofline.device import Device, Kind, Rate
-from cierzo.engine.roofline.measured import with_measured
 
 # What to plan with: four fifths of the memory's rate (the best published decode kernels reach 85 to 89 % on these
 # cards); of the arithmetic 40 % in grouped products, 60 % in dense ones and attention (their best published rows:
@@ -36,7 +36,7 @@ def named(name: str) -> Device | None:
     bytes_per_s, memory_bytes = DATA_SHEETS[card]
     device = Device(
         name=name,
-        source=f"data sheet of the {card.upper()} SXM; shares stated in engine/roofline/cards.py",
+        source=f"data sheet of the {card.upper()} SXM; shares stated in engine/cost/cards.py",
         bytes_per_s=bytes_per_s,
         operations_per_s=HOPPER_RATES,
         memory_bytes=memory_bytes,

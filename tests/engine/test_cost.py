@@ -14,14 +14,14 @@ from steps_by_hand import Chunk, Step, take
 from cierzo.bench.gpu.cases import formats_of
 from cierzo.engine import device_memory
 from cierzo.engine.config import EngineOptions, resolve
+from cierzo.engine.cost.cards import STATED, find_device, named
+from cierzo.engine.cost.device import Device, MeasuredShare
+from cierzo.engine.cost.measured import with_measured
+from cierzo.engine.cost.step_model import StepModel
+from cierzo.engine.cost.step_time import exchanged, step_time
+from cierzo.engine.cost.work import NumberFormats, StepShape, Work, step_work
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig, named_model_config
-from cierzo.engine.roofline.cards import STATED, find_device, named
-from cierzo.engine.roofline.device import Device, MeasuredShare
-from cierzo.engine.roofline.measured import with_measured
-from cierzo.engine.roofline.step_model import StepModel
-from cierzo.engine.roofline.step_time import exchanged, step_time
-from cierzo.engine.roofline.work import NumberFormats, StepShape, Work, step_work
 
 DECODE_ONE = StepShape(absorbed_tokens=1.0, absorbed_pairs=2048.0, absorbed_context=2048.0, sampled=1.0)
 

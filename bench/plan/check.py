@@ -1,6 +1,6 @@
-"""`python -m cierzo.bench.plan_check CHECKPOINT...`: plans for this machine's CPU, held against measurements.
+"""`python -m cierzo.bench.plan.check CHECKPOINT...`: plans for this machine's CPU, held against measurements.
 
-For each workload: calibrate (bench/calibrate.py), load a `cierzo serve` of the checkpoint, calibrate again. The
+For each workload: calibrate (calibrate.py), load a `cierzo serve` of the checkpoint, calibrate again. The
 plan is made from the mean of the two calibrations, since a shared host's memory gives twice as much in one minute
 as in another, and from the experts that this traffic chose, as `cierzo plan --experts` is: clients that share most
 of a prompt share experts too. Where the two alone would plan requests/s more than `STEADY` apart, the machine
@@ -19,19 +19,19 @@ from pathlib import Path
 
 import msgspec
 
-from cierzo.bench.calibrate import Calibrator, mean_device
 from cierzo.bench.latency import steady_load
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.peers.engine import Checkpoint, EngineFailed
 from cierzo.bench.peers.ours import CierzoServer
+from cierzo.bench.plan.calibrate import Calibrator, mean_device
+from cierzo.bench.plan.forecast import Forecast, forecast, left_out
 from cierzo.bench.report import check_writable, make_report, write_report
+from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.config import WEIGHTS, EngineConfig, EngineOptions, resolve
+from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.expert_statistics import ExpertStatistics
-from cierzo.engine.roofline.device import Device
-from cierzo.engine.roofline.forecast import Forecast, forecast, left_out
-from cierzo.engine.roofline.work import measured_distinct
-from cierzo.engine.roofline.workload import Workload, parse_workload
 
 PROMISED = 0.15  # of requests/s and completion time, either way
 STEADY, ATTEMPTS = 0.15, 3
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("build/plan-check"), help="for the servers' logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write plans and measurements here")
     arguments = parser.parse_args(argv)
-    command = shlex.join(["python", "-m", "cierzo.bench.plan_check", *(argv or sys.argv[1:])])
+    command = shlex.join(["python", "-m", "cierzo.bench.plan.check", *(argv or sys.argv[1:])])
     try:
         return _run(arguments, command)
     except (CierzoError, EngineFailed) as error:

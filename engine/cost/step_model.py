@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.roofline.device import Device, Number
-from cierzo.engine.roofline.step_time import StepTime, exchanged, step_time
-from cierzo.engine.roofline.work import Distinct, NumberFormats, StepShape, Work, step_work, uniform_distinct
+from cierzo.engine.cost.device import Device, Number
+from cierzo.engine.cost.step_time import StepTime, exchanged, step_time
+from cierzo.engine.cost.work import Distinct, NumberFormats, StepShape, Work, step_work, uniform_distinct
 
 FloatArray = NDArray[np.float64]
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cierzo.bench.plan.course import Course, Load, Price, Row, expand
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.roofline.course import Course, Load, Price, Row, expand
 
 LOOKED_PAST = 64  # requests of a step that may wait for a prefix which another computes
 

@@ -10,14 +10,14 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
+from cierzo.bench.plan.batching import Batching
+from cierzo.bench.plan.course import Course, Load, Steps, expand
+from cierzo.bench.workload import Workload, poisson_arrivals
 from cierzo.engine.config import EngineConfig
+from cierzo.engine.cost.device import Device, Number
+from cierzo.engine.cost.step_model import FloatArray, StepModel
+from cierzo.engine.cost.work import Distinct
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.roofline.batching import Batching
-from cierzo.engine.roofline.course import Course, Load, Steps, expand
-from cierzo.engine.roofline.device import Device, Number
-from cierzo.engine.roofline.step_model import FloatArray, StepModel
-from cierzo.engine.roofline.work import Distinct
-from cierzo.engine.roofline.workload import Workload, poisson_arrivals
 
 FEWEST_CLOSED, FEWEST_OPEN, MOST_OPEN = 8, 256, 1 << 15  # requests that are looked at
 GROWTH = 0.05  # of a queue, in seconds of delay a second, from which on an engine does not keep up

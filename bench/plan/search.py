@@ -8,15 +8,15 @@ from typing import Literal
 
 import msgspec
 
+from cierzo.bench.plan.forecast import Forecast, forecast
+from cierzo.bench.workload import Workload
 from cierzo.engine.config import WEIGHTS, EngineConfig, EngineOptions, resolve
+from cierzo.engine.cost.cards import DATA_SHEETS, find_device
+from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.device_memory import weight_bytes
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
-from cierzo.engine.roofline.cards import DATA_SHEETS, find_device
-from cierzo.engine.roofline.device import Device
-from cierzo.engine.roofline.forecast import Forecast, forecast
-from cierzo.engine.roofline.work import measured_distinct
-from cierzo.engine.roofline.workload import Workload
 
 FINENESS = 1.02  # of the search within limits: the next step up is this much more, and breaks one
 

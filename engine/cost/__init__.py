@@ -4,7 +4,4 @@ device.py     a device: bandwidth, rates, memory, and the shares of them that ke
 work.py       a step of a model as operations, each with its bytes and operations
 step_time.py  a step's work on a device, in seconds
 step_model.py the same for an engine's configuration, and sums over many steps
-workload.py   what is asked of an engine: loops of fixed lengths, traces
-batching.py   which steps that comes to, by the engine's limits; course.py, what is kept of them
-forecast.py   what follows: requests a second, latencies, what limits
 """
