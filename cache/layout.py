@@ -1,4 +1,4 @@
-"""What one token and one block of KV cache weigh, and how many requests fit. No torch."""
+"""Bytes of one token and one block of KV cache, and how many requests fit. No torch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class CapacityPlan(msgspec.Struct, frozen=True):
-    """What a pool of `num_blocks` blocks holds; `str()` is the text printed at start."""
+    """Capacity of a pool of `num_blocks` blocks; `str()` is the text printed at start."""
 
     bytes_per_token: int
     block_tokens: int

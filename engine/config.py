@@ -42,7 +42,7 @@ Amount = Annotated[float, Meta(gt=0)]
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a user may set; None leaves the choice to `resolve`. The descriptions are the command line's help."""
+    """Settings of an engine; None leaves the choice to `resolve`. The descriptions are the command line's help."""
 
     model: str
     profile: Annotated[
@@ -403,7 +403,7 @@ def _kernels(options: EngineOptions) -> KernelsConfig:
 
 
 def default_instruction_set() -> InstructionSet:
-    """What "auto" means: CIERZO_INSTRUCTION_SET, else still "auto". Raises ConfigError for an unknown one."""
+    """The instruction set that "auto" stands for: CIERZO_INSTRUCTION_SET, else "auto". Raises ConfigError."""
     chosen = os.environ.get("CIERZO_INSTRUCTION_SET", "auto")
     if chosen not in get_args(InstructionSet):
         raise refusal("CIERZO_INSTRUCTION_SET", limit_of(InstructionSet), chosen)
