@@ -13,9 +13,9 @@ from torch import Tensor
 from cierzo.cache.pool import KVPool
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.layers import AllReduce, query_scale
+from cierzo.engine.model.layers import query_scale
 from cierzo.engine.model.registry import build_model, parameter_specs
-from cierzo.engine.weights.loader import ParameterSpec
+from cierzo.engine.parameters import AllReduce, ParameterSpec
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.registry import bind
