@@ -14,7 +14,7 @@ from typing import Literal, cast
 import msgspec
 
 from cierzo.cache.layout import CacheDtype, CacheLayout
-from cierzo.engine.checkpoint import CONFIG_NAME, PARAMS_NAME, find_format
+from cierzo.engine.checkpoint_format import CONFIG_NAME, PARAMS_NAME, find_format
 from cierzo.engine.fields import Fields, naming_unreadable, read_json, require_file
 from cierzo.engine.model.config_defaults import DEFAULTS, EOS_TOKEN_ID, MISTRAL3, MISTRAL3_TEXT
 from cierzo.engine.model.rope_config import RopeConfig, read_rope

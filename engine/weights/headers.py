@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cierzo.engine.checkpoint import PARAMS_NAME, CheckpointFormat, find_format, refuse_lone_adapter
+from cierzo.engine.checkpoint_format import PARAMS_NAME, CheckpointFormat, find_format, refuse_lone_adapter
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.fields import naming_unreadable, read_json, require_file
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from cierzo.engine.checkpoint import ADAPTER_REMEDY, adapter_files
+from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, adapter_files
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.parameters import Parameter, ParameterSpec
 from cierzo.engine.weights.headers import TensorInfo

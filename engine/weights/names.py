@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cierzo.engine.checkpoint import CheckpointFormat
+from cierzo.engine.checkpoint_format import CheckpointFormat
 from cierzo.engine.errors import CheckpointError
 
 # What a companion is to its matrix. Scales of activations are used where a GPU takes these in FP8 (on_device.py).

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cierzo.engine.checkpoint import CheckpointFormat
+from cierzo.engine.checkpoint_format import CheckpointFormat
 from cierzo.engine.errors import refusal
 from cierzo.engine.weights.names import PACKED, companion, native_name
 from cierzo.engine.weights.shapes import Shape, Small4Shape

@@ -10,7 +10,7 @@ import pytest
 
 Edge = tuple[str, int, str]  # module, line, the full name that it imports
 
-PARAMETERS = ("engine.parameters", "engine.checkpoint", "engine.fields", "engine.errors")
+PARAMETERS = ("engine.parameters", "engine.checkpoint_format", "engine.fields", "engine.errors")
 WORKER = (
     *("kernels", "engine.model", "engine.weights", *PARAMETERS),
     *("engine.cost", "cache", "scheduler", "engine.worker"),
@@ -62,7 +62,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.cost.step_model": ("engine.cost", "engine.config"),
     "engine.metrics": ("engine.messages",),
     "engine.fields": ("engine.errors",),
-    "engine.checkpoint": ("engine.fields", "engine.errors"),
+    "engine.checkpoint_format": ("engine.fields", "engine.errors"),
     "engine.parameters": ("kernels.formats", "engine.errors"),
     "engine.model": ("engine.model", "kernels", "cache.layout", "cache.pool", *PARAMETERS),
     "engine.weights": ("engine.weights", "engine.model.config", "kernels", *PARAMETERS),
@@ -92,7 +92,13 @@ FORBIDDEN = {("scheduler", "cache.pool")}
 WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
-    *("engine.settings", "engine.fields", "engine.checkpoint", "engine.model.config", "engine.weights.shapes"),
+    *(
+        "engine.settings",
+        "engine.fields",
+        "engine.checkpoint_format",
+        "engine.model.config",
+        "engine.weights.shapes",
+    ),
 )
 WITH_TORCH = "cache.pool"
 
