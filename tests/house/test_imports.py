@@ -23,6 +23,8 @@ EVERYTHING = ("kernels", "cache", "scheduler", "engine", "bench")
 # Room -> rooms it may import. A module belongs to the longest name that fits it.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "kernels": ("kernels",),
+    "kernels.formats": ("kernels.formats",),
+    "kernels.cpu": ("kernels.cpu", "kernels.formats", "kernels.ops", "kernels.check", "kernels.fault"),
     "cache": ("cache",),
     "scheduler": ("scheduler", "cache"),
     "engine.errors": (),
@@ -92,13 +94,8 @@ FORBIDDEN = {("scheduler", "cache.pool")}
 WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
-    *(
-        "engine.settings",
-        "engine.fields",
-        "engine.checkpoint_format",
-        "engine.model.config",
-        "engine.weights.shapes",
-    ),
+    *("engine.settings", "engine.fields", "engine.checkpoint_format"),
+    *("engine.model.config", "engine.weights.shapes"),
 )
 WITH_TORCH = "cache.pool"
 
