@@ -214,7 +214,8 @@ def check_slice(
     config = make_config(name, weights, device, scale=scale, layers=SLICE_LAYERS, **options)
     model = make_model(config, device)
     found = {}
-    for label, wanted in (("ours", KernelsConfig()), ("torch", _reference())):
+    plain = KernelsConfig(implementations=registry.reference())
+    for label, wanted in (("ours", KernelsConfig()), ("torch", plain)):
         registry.bind(wanted, "cuda")
         found[label] = _slice_logits(model, config, device)
     registry.bind(KernelsConfig(), "cuda")
@@ -224,10 +225,6 @@ def check_slice(
     if not deviation <= tolerance:
         raise Failed(f"logits deviate by {deviation:.2e} of their size, more than {tolerance}")
     return {"deviation": deviation}
-
-
-def _reference() -> KernelsConfig:
-    return KernelsConfig(implementations=dict.fromkeys(registry.operations(), "torch"))
 
 
 def _slice_logits(model: Decoder, config: EngineConfig, device: torch.device) -> Tensor:
