@@ -10,13 +10,14 @@ import msgspec
 
 from cierzo.bench.plan.forecast import Forecast, forecast
 from cierzo.bench.workload import Workload
-from cierzo.engine.config import WEIGHTS, EngineConfig, EngineOptions, resolve
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.cards import DATA_SHEETS, find_device
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.device_memory import weight_bytes
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
+from cierzo.kernels.formats.number_formats import formats_on
 
 FINENESS = 1.02  # of the search within limits: the next step up is this much more, and breaks one
 
@@ -220,7 +221,7 @@ class Planner:
         if device.kind == "cuda":
             found += [
                 (f"weights {weights}", name, replace(given, weights=weights))
-                for weights in WEIGHTS["cuda"]
+                for weights in formats_on("cuda")
                 if weights != config.weights
             ]
             other_activations = "bf16" if config.activations == "fp8" else "fp8"

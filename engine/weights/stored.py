@@ -13,7 +13,7 @@ from cierzo.engine.weights.headers import FLOAT_DTYPES, TensorInfo
 from cierzo.engine.weights.names import PACKED, NameMap, Role, companion
 from cierzo.engine.weights.quantised import Nvfp4Matrix, ScaledMatrix, StoredMatrix, StoredParameter
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.compressed_tensors import SCALE_GROUP
+from cierzo.kernels.formats.nvfp4 import GROUP as SCALE_GROUP
 
 FP8 = "F8_E4M3"
 

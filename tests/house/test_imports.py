@@ -38,6 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "scheduler.config",
         "kernels.config",
         "kernels.cpu",
+        "kernels.formats.number_formats",
         "engine.frontend.config",
         "engine.model.config",
         "engine.device_memory",
@@ -95,7 +96,7 @@ WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format"),
-    *("engine.model.config", "engine.weights.shapes"),
+    *("engine.model.config", "engine.weights.shapes", "kernels.formats.number_formats"),
 )
 WITH_TORCH = "cache.pool"
 
