@@ -101,7 +101,7 @@ bench-offline: build/checkpoints/small3 build/checkpoints/small4 ## compare our 
 	$(BIN)/python -m cierzo.bench.offline $^
 
 bench-step: $(KERNELS) ## time the step loop apart from the model
-	$(BIN)/python -m cierzo.bench.step
+	$(BIN)/cierzo bench step
 
 bench-rpc: $(KERNELS) ## requests and tokens per second over the RPC, with a fake model
 	$(BIN)/python -m cierzo.bench.rpc

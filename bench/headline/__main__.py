@@ -19,7 +19,6 @@ from pathlib import Path
 
 import msgspec
 
-from cierzo.bench.arguments import positive
 from cierzo.bench.headline.cells import MODELS, Plan, cpu_plan, gpu_plan
 from cierzo.bench.headline.html import page
 from cierzo.bench.headline.outcome import Outcome, ratios, rows, verdicts
@@ -37,6 +36,7 @@ from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.model.config import named_model_config
+from cierzo.engine.options import positive
 
 SIMULATED = "simulated:"
 ROUNDS = 3  # of a machine whose moods differ; a simulation has none

@@ -113,7 +113,7 @@ def test_real_servers(run: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert len(record.measurement.samples) == record.measurement.figure.requests
         assert all(sum(one.delta_tokens) == record.cell.output_tokens for one in record.measurement.samples)
         assert f"--profile={record.cell.profile}" in record.measurement.command
-        assert record.measurement.command.startswith("python -m cierzo.engine serve small")
+        assert record.measurement.command.startswith("python -m cierzo serve small")
         assert record.measurement.ceilings == FOUND
         experts, cell = record.measurement.experts, record.cell
         assert (experts is not None) == (record.subject.model == "small4")
