@@ -84,6 +84,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.context": (*CLIENT, *WORKER),
     "bench.profile": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
+    "bench.virtual_core": (*CLIENT, *WORKER),
     "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint", "engine.device_memory"),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.headline": (*CLIENT, *WORKER, "engine.kv_room"),
@@ -96,7 +97,6 @@ CIRCLES = {
     ("engine.cost", "engine.config"),
     ("engine.model.params_json", "engine.model.config"),
     ("engine.weights", "engine.model"),
-    ("engine.worker.simulated", "engine.worker.core"),
     ("kernels.cuda.launch.device", "kernels.cuda.launch.kernel"),
     ("kernels.formats", "kernels.cpu"),
 }
