@@ -35,8 +35,8 @@ from cierzo.bench.report import current_commit, make_report, write_report
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import CierzoError, ConfigError
-from cierzo.engine.model.config import named_model_config
 from cierzo.engine.options import positive
+from cierzo.engine.weights.shapes import named_model_config
 
 SIMULATED = "simulated:"
 ROUNDS = 3  # of a machine whose moods differ; a simulation has none

@@ -12,9 +12,9 @@ from cierzo.cli import COMMANDS
 
 Edge = tuple[str, int, str]  # module, line, the full name that it imports
 
-MODEL = ("kernels", "cache.layout", "cache.pool", "engine.model", "engine.weights", "engine.errors")
+PARAMETERS = ("engine.parameters", "engine.checkpoint_format", "engine.fields", "engine.errors")
 WORKER = (
-    *MODEL,
+    *("kernels", "engine.model", "engine.weights", *PARAMETERS),
     *("engine.cost", "cache", "scheduler", "engine.worker"),
     *("engine.messages", "engine.expert_statistics", "engine.config"),
 )
@@ -29,6 +29,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "__main__": ("cli",),
     "cli": ("engine", "bench"),
     "kernels": ("kernels",),
+    "kernels.formats": ("kernels.formats",),
+    "kernels.cpu": ("kernels.cpu", "kernels.formats", "kernels.ops", "kernels.check", "kernels.fault"),
     "cache": ("cache",),
     "scheduler": ("scheduler", "cache"),
     "engine.errors": (),
@@ -51,6 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.cost.cards",
         "engine.cost.device",
         "engine.settings",
+        "engine.weights.shapes",
         "engine.errors",
     ),
     "engine.host": (),
@@ -66,8 +69,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "engine.cost.step_model": ("engine.cost", "engine.config"),
     "engine.metrics": ("engine.messages",),
-    "engine.model": MODEL,
-    "engine.weights": MODEL,
+    "engine.fields": ("engine.errors",),
+    "engine.checkpoint_format": ("engine.fields", "engine.errors"),
+    "engine.parameters": ("kernels.formats", "engine.errors"),
+    "engine.model": ("engine.model", "kernels", "cache.layout", "cache.pool", *PARAMETERS),
+    "engine.weights": ("engine.weights", "engine.model.config", "kernels", *PARAMETERS),
     "engine.worker": WORKER,
     "engine.frontend": (
         "engine.frontend",
@@ -96,14 +102,13 @@ CIRCLES = {
     ("bench.ceilings", "bench.machine"),
     ("engine.cost", "engine.config"),
     ("engine.model.params_json", "engine.model.config"),
-    ("engine.weights", "engine.model"),
     ("kernels.cuda.launch.device", "kernels.cuda.launch.kernel"),
-    ("kernels.formats", "kernels.cpu"),
 }
 WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
-    *("engine.settings", "engine.options", "engine.checkpoint", "cli", "__main__"),
+    *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
+    *("engine.model.config", "engine.weights.shapes", "cli", "__main__"),
 )
 WITH_TORCH = "cache.pool"
 
