@@ -27,7 +27,7 @@ from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.stats import median, paired_ratio
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.packed import GROUP_K
-from cierzo.kernels.registry import bind, implementations, operations
+from cierzo.kernels.registry import bind, implementations, operations, reference
 
 ROUND_S = 0.01  # of one implementation, in each round
 COLUMNS = {
@@ -58,7 +58,7 @@ class KernelRow(msgspec.Struct, frozen=True, kw_only=True):
     """One implementation at one size.
 
     samples_us: microseconds of a call, one sample per round. share: of the ceiling, by the median. speedup: how
-    many times as fast as the torch reference, by rounds; 1 for itself.
+    many times as fast as the reference, by rounds; 1 for itself.
     """
 
     operation: str
@@ -158,7 +158,7 @@ def _measure_case(
             flops=call.flops,
             samples_us=tuple(sample * 1e6 for sample in samples[name]),
             share=least_seconds(call, ceilings, settings.weights if name == "native" else "bf16") / seconds,
-            speedup=paired_ratio(samples["torch"], samples[name]),
+            speedup=paired_ratio(samples[reference()[operation]], samples[name]),
         )
 
 
@@ -203,11 +203,8 @@ def _time_in_turn(runs: dict[str, Callable[[int], None]], rounds: int) -> dict[s
 
 
 def _bind_all(name: str) -> None:
-    """Every operation that has it, to this implementation."""
-    named = [
-        row.operation for operation in operations() for row in implementations(operation, "cpu") if row.name == name
-    ]
-    bind(KernelsConfig(implementations=dict.fromkeys(named, name)), "cpu")
+    """Bind the C++ kernels, or the references of all operations."""
+    bind(KernelsConfig(implementations={} if name == "native" else reference()), "cpu")
 
 
 def _line(row: KernelRow) -> str:

@@ -1,4 +1,4 @@
-"""What one token and one block of KV cache weigh, and how many requests fit. No torch."""
+"""Bytes of one token and one block of KV cache, and how many requests fit. No torch."""
 
 from __future__ import annotations
 
@@ -34,11 +34,6 @@ class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     head_dim: int = 0
 
     @property
-    def values_per_token(self) -> int:
-        """Values that one token keeps in one layer."""
-        return self.latent_values if self.kind == "mla" else 2 * self.num_kv_heads * self.head_dim
-
-    @property
     def page_width(self) -> int:
         """Length of the pages' last axis."""
         values, num_scales = (self.latent_values, 2) if self.kind == "mla" else (self.head_dim, 1)
@@ -57,7 +52,7 @@ class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class CapacityPlan(msgspec.Struct, frozen=True):
-    """What a pool of `num_blocks` blocks holds; `str()` is the text printed at start."""
+    """Capacity of a pool of `num_blocks` blocks; `str()` is the text printed at start."""
 
     bytes_per_token: int
     block_tokens: int

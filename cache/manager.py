@@ -234,7 +234,7 @@ class KVCacheManager:
         blocks.next_index_tokens = (num_indexed + 1) * self.block_tokens if self.prefix_caching else sys.maxsize
 
     def _content(self, blocks: SequenceBlocks, position: int) -> BlockContent:
-        """Of full block number `position`."""
+        """The contents of full block number `position`."""
         if len(blocks.contents) <= position:
             num_full = len(blocks.tokens) // self.block_tokens
             self._hash_until(blocks, min(position + HASHED_AT_ONCE, num_full))

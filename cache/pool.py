@@ -25,7 +25,7 @@ _MADV_HUGEPAGE = 14
 
 @dataclass(frozen=True, slots=True)
 class MlaPages:
-    """One layer of latents: [B, S, R+P], contiguous; the normed latent first, then the rotated rope key.
+    """Latents of one layer: [B, S, R+P], contiguous; the normed latent first, then the rotated rope key.
 
     At int8 uint8 [B, S, R+P+8] with both scales.
     """
@@ -35,7 +35,7 @@ class MlaPages:
 
 @dataclass(frozen=True, slots=True)
 class GqaPages:
-    """One layer of keys (rotated) and values: [B, S, Hk, d] each, contiguous; at int8 uint8 [B, S, Hk, d+4]."""
+    """Keys (rotated) and values of one layer: [B, S, Hk, d] each, contiguous; at int8 uint8 [B, S, Hk, d+4]."""
 
     keys: Tensor
     values: Tensor

@@ -8,7 +8,7 @@ ROOT_UID = 0  # parent of first blocks
 
 
 class BlockContent(msgspec.Struct, frozen=True, gc=False):
-    """What a full block holds. Two blocks of equal content behind the same parent hold the same bits."""
+    """Contents of a full block. Two blocks of equal content behind the same parent hold the same bits."""
 
     digest: bytes
     packed: bytes

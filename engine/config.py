@@ -23,9 +23,10 @@ from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.host import available_memory_bytes, usable_cpus
 from cierzo.engine.kv_room import AUTO_KV_BYTES, plan_kv
-from cierzo.engine.model.config import ModelConfig, named_model_config, read_model_config
+from cierzo.engine.model.config import ModelConfig, read_model_config
 from cierzo.engine.profiles import Profile, ProfileName, choose
 from cierzo.engine.settings import limit_of, require
+from cierzo.engine.weights.shapes import named_model_config
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.kernels.cpu import MAX_THREADS
 from cierzo.scheduler.config import SchedulerConfig
@@ -42,7 +43,7 @@ Amount = Annotated[float, Meta(gt=0)]
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a user may set; None leaves the choice to `resolve`. The descriptions are the command line's help."""
+    """Settings of an engine; None leaves the choice to `resolve`. The descriptions are the command line's help."""
 
     model: str
     profile: Annotated[
@@ -403,7 +404,7 @@ def _kernels(options: EngineOptions) -> KernelsConfig:
 
 
 def default_instruction_set() -> InstructionSet:
-    """What "auto" means: CIERZO_INSTRUCTION_SET, else still "auto". Raises ConfigError for an unknown one."""
+    """The instruction set that "auto" stands for: CIERZO_INSTRUCTION_SET, else "auto". Raises ConfigError."""
     chosen = os.environ.get("CIERZO_INSTRUCTION_SET", "auto")
     if chosen not in get_args(InstructionSet):
         raise refusal("CIERZO_INSTRUCTION_SET", limit_of(InstructionSet), chosen)

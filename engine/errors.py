@@ -1,4 +1,4 @@
-"""One error tree: every refusal and failure a client can see, with its wire code, HTTP status and retry flag.
+"""A tree of errors: every refusal and failure a client can see, with its wire code, HTTP status and retry flag.
 
 CierzoError
 ├── InvalidRequest        the request cannot be served as it is: field, limit, value

@@ -1,4 +1,4 @@
-"""What this machine leaves to a process: free memory, CPUs; its container's limits included. Linux."""
+"""Memory and CPUs that this machine leaves to a process, its container's limits included. Linux."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def load_prompts(config: EngineConfig) -> tuple[EngineConfig, PromptEncoder]:
 
 
 def model_info(config: EngineConfig, prompts: PromptEncoder) -> ModelInfo:
-    """What clients are told of the model."""
+    """Describe the model to clients."""
     return ModelInfo(
         stream=0,
         name=config.name,

@@ -54,7 +54,8 @@ PROGRESS_AFTER_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class SampleOutput:
-    """One answer. `stop` is the stop string or token id that ended it, if one did; the string is not in `text`.
+    """A sample: one answer to a prompt. `stop` is the stop string or token id that ended it, if any; `text` leaves
+    the string out.
 
     `text` is empty without a tokenizer; `logprobs` is None unless asked for, else one entry per token. `message`
     says why an answer failed.
@@ -70,7 +71,7 @@ class SampleOutput:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one prompt gave: its samples, and what they cost together. `seed` repeats it."""
+    """The samples that one prompt gave, and their cost together. `seed` repeats them."""
 
     prompt_token_ids: list[int]
     samples: list[SampleOutput]
@@ -236,7 +237,7 @@ class LLM(OneProcess):
 
 @dataclass(slots=True)
 class _Job:
-    """One prompt on its way."""
+    """A prompt under way."""
 
     submit: Submit
     samples: list[Sample]
@@ -267,7 +268,7 @@ class _Job:
 
 
 class _Run:
-    """One call of `generate`: its requests through the core until all have ended."""
+    """A call of `generate`: its requests through the core until all have ended."""
 
     def __init__(self, core: EngineCore, max_waiting: int) -> None:
         self.jobs: dict[int, _Job] = {}
@@ -329,7 +330,7 @@ class _Run:
 
 @contextmanager
 def _naming_prompt(number: int, count: int) -> Iterator[None]:
-    """Of several prompts, say which one was refused."""
+    """Say which of several prompts was refused."""
     try:
         yield
     except InvalidRequest as error:

@@ -43,7 +43,7 @@ class ToolCall(Message, frozen=True):
 
 
 class ChatMessage(Message, frozen=True):
-    """One turn. `role` is system, user, assistant or tool."""
+    """A turn of a conversation. `role` is system, user, assistant or tool."""
 
     role: str
     content: str = ""
@@ -103,7 +103,7 @@ class GetExperts(Message, frozen=True, tag="experts"):
 
 
 class GetModel(Message, frozen=True, tag="model"):
-    """What is served, and its limits."""
+    """The model that is served, and its limits."""
 
     stream: int
 
@@ -120,7 +120,7 @@ ClientMessage = Hello | Generate | Cancel | Ping | GetHealth | GetStats | GetExp
 
 
 class Limits(Message, frozen=True):
-    """What the front end enforces on this connection."""
+    """Limits that the front end enforces on this connection."""
 
     max_frame_bytes: int
     max_streams: int
@@ -269,7 +269,7 @@ class Experts(Message, frozen=True, tag="experts_reply"):
 
 
 class ModelInfo(Message, frozen=True, tag="model_reply"):
-    """What is served. `eos_token_ids` end a generation unless `ignore_eos`."""
+    """The model that is served. `eos_token_ids` end a generation unless `ignore_eos`."""
 
     stream: int
     name: str

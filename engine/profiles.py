@@ -27,16 +27,16 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Given(Protocol):
-    """What a user has set, or left open; `EngineOptions` has it, and every field of `Profile`."""
+    """The settings that a user gave or left open; `EngineOptions` has them, and every field of `Profile`."""
 
     @property
     def profile(self) -> ProfileName:
-        """Its name."""
+        """The profile's name."""
         ...
 
     @property
     def dtype(self) -> str:
-        """Of activations; "auto" is bfloat16."""
+        """The dtype of activations; "auto" is bfloat16."""
         ...
 
 
@@ -72,7 +72,7 @@ PROFILES = {
 
 
 def choose(given: Given, kind: str) -> Profile:
-    """What is given, and for the rest the profile's choice for a "cuda" or "cpu" device.
+    """Complete the given settings by the profile's choice for a "cuda" or "cpu" device.
 
     Where dtype is float32, which is asked for to be exact, weights and cache are not rounded unasked.
     """

@@ -1,4 +1,4 @@
-"""What a client may ask of one generation. Checked by `frontend.validate`, read by scheduler and sampler."""
+"""Parameters of one generation. Checked by `frontend.validate`, read by scheduler and sampler."""
 
 from __future__ import annotations
 

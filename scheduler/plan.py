@@ -19,7 +19,7 @@ PENDING = -1  # a token that a step in flight is about to choose: the runner kno
 
 
 class Admission(msgspec.Struct, frozen=True, gc=False):
-    """What a runner must know of a sequence, once per epoch: sent with the first plan after (re)admission."""
+    """Facts about a sequence that a runner needs once per epoch: sent with the first plan after (re)admission."""
 
     sampling: SamplingParams
     prompt_token_ids: tuple[int, ...]
@@ -28,7 +28,7 @@ class Admission(msgspec.Struct, frozen=True, gc=False):
 
 
 class SeqPlan(msgspec.Struct, frozen=True, gc=False):
-    """One sequence's share of a step.
+    """The part of a step that belongs to one sequence.
 
     Computes `token_ids` at positions start .. start+len-1. Positions below `num_prompt_tokens` are computed in
     expanded form, the others in absorbed form (docs/architecture.md, "Exact"). `new_block_ids` end the block
@@ -48,7 +48,7 @@ class SeqPlan(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepPlan(msgspec.Struct, frozen=True, gc=False):
-    """What one step computes, in the order in which rows are laid out. Empty when there is nothing to do.
+    """The rows that one step computes, in the order in which rows are laid out. Empty when there is nothing to do.
 
     ahead: some of its tokens are PENDING.
     """
@@ -69,7 +69,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class StepResult(msgspec.Struct, frozen=True, gc=False):
-    """What a step produced: for each sequence of the plan its new tokens (empty where it does not sample).
+    """The results of a step: for each sequence of the plan its new tokens (empty where it does not sample).
 
     `logprobs[i]` is None where sequence i asked for none; `failures` maps sequence indices to the reason why
     their result must not be used (for instance logits that are not finite).

@@ -1,4 +1,4 @@
-"""One sequence in the scheduler: what it was asked, where it stands, which moves are legal."""
+"""A sequence in the scheduler: its request, its progress, its legal changes of state."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Request:
         self.state = state
 
     def admission(self) -> Admission:
-        """What the runner is told at (re)admission."""
+        """The facts that the runner is told at (re)admission."""
         new = self.new
         output_token_ids = tuple(self.tokens[self.num_prompt_tokens :])
         return Admission(new.sampling, new.prompt_token_ids, output_token_ids, new.eos_token_ids)

@@ -33,7 +33,7 @@ from cierzo.bench.report import current_commit
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.model.config import named_model_config
+from cierzo.engine.weights.shapes import named_model_config
 
 ROUNDS = 3  # where a machine's mood differs from one to the next; a simulation has none
 

@@ -25,8 +25,8 @@ from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.config import EngineOptions, checkpoint_path
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError, refusal
-from cierzo.engine.model.config import named_model_config
 from cierzo.engine.options import add_options, chosen
+from cierzo.engine.weights.shapes import named_model_config
 
 NOT_PLANNED = {"model", "device", "kernels", "frontend", "runner"}
 COLUMN, LABEL = 24, 30

@@ -1,4 +1,4 @@
-"""What a slow reader has not taken yet: its deltas merged into one per sample, all messages in order."""
+"""Messages that a slow reader has not taken yet: deltas merged into one per sample, all messages in order."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ Run = Callable[[Callable[[], Coroutine[Any, Any, T]]], T]  # runs the coroutine 
 
 
 class Client:
-    """One connection; any number of generations at a time. For use on one event loop."""
+    """A connection to a server, for any number of generations at a time. For use on one event loop."""
 
     def __init__(self, link: ClientLink, welcome: Welcome) -> None:
         self._link = link
@@ -166,7 +166,7 @@ class Client:
         return cast(Experts, await self._link.call(GetExperts)).statistics
 
     async def model_info(self) -> ModelInfo:
-        """What is served."""
+        """Describe the model that is served, and its limits."""
         return cast(ModelInfo, await self._link.call(GetModel))
 
     async def drain(self) -> None:
@@ -264,7 +264,7 @@ class SyncClient(OneProcess):
 
     @property
     def welcome(self) -> Welcome:
-        """What the server said of itself and its limits."""
+        """The server's description of itself and its limits."""
         return self._client.welcome
 
     def generate(self, **arguments: Any) -> SyncGeneration:

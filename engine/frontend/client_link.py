@@ -47,7 +47,7 @@ def error_of(message: Failure) -> CierzoError:
 
 
 class _Inbox:
-    """What has come for one generation and was not taken yet."""
+    """Messages that have come for one generation and were not taken yet."""
 
     __slots__ = ("cancelled", "deltas", "dropped", "error", "final", "waiters")
 
@@ -74,7 +74,7 @@ def _settle(waiter: asyncio.Future[bool], has_news: bool) -> None:
 
 
 class Generation:
-    """One request: iterate to get its Deltas. `final` is the last record, there once the iteration has ended.
+    """A request under way: iterate over its Deltas. `final` is the last record, set when the iteration has ended.
 
     Dropping it (leaving the loop early) cancels the request; so does cancelling the task that waits in it, which is
     what `asyncio.wait_for` does. To wait for a limited time and go on afterwards, use `timeout_s`:

@@ -35,7 +35,7 @@ _decode = msgspec.msgpack.Decoder(CoreEvent).decode
 
 
 class CoreProcess(Protocol):
-    """What is needed of a process; `asyncio.subprocess.Process` has it."""
+    """The part of `asyncio.subprocess.Process` that a link to a core uses."""
 
     async def wait(self) -> int:
         """Wait for its end; the exit status."""
@@ -163,7 +163,7 @@ class CoreLink:
         await self._reap()
 
     async def _launch(self) -> Ready:
-        """One process, from its start to its Ready."""
+        """Start a core process and wait for its Ready."""
         assert self._events is not None
         folder = tempfile.mkdtemp(prefix="cierzo-core-")  # mode 0700; gone as soon as the core is connected
         remove_folder = partial(shutil.rmtree, folder, ignore_errors=True)

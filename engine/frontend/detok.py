@@ -16,7 +16,7 @@ _utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 class TokenBytes(Protocol):
-    """What the detokenizer needs of a tokenizer."""
+    """The part of a tokenizer that the detokenizer uses."""
 
     strip_leading_space: bool
 

@@ -44,7 +44,7 @@ SEED_BITS = 53  # a seed that was drawn here survives clients whose numbers are 
 
 
 class Core(Protocol):
-    """What the front end needs of the core."""
+    """The part of a core link that the front end uses."""
 
     def send(self, command: CoreCommand) -> None:
         """Queue a command; only called while the core is up."""

@@ -47,7 +47,7 @@ class _AnyHello(msgspec.Struct, tag="hello"):
 
 
 class _Envelope(msgspec.Struct):
-    """What can be read of a message that cannot be decoded."""
+    """The fields of a message that can be read even if the rest cannot be decoded."""
 
     type: str = ""
     stream: int = -1
@@ -60,7 +60,7 @@ _METHODS = {cast(str, cls.__struct_config__.tag) for cls in get_args(ClientMessa
 
 
 class Connection(asyncio.Protocol):
-    """One client. Messages are `put`, then sent by one `flush`: one write for all that a step has for it."""
+    """A client's connection. Messages are `put`, then sent by one `flush`: one write for all that a step gives."""
 
     def __init__(self, server: RpcServer) -> None:
         self._server = server

@@ -1,4 +1,4 @@
-"""One accepted request: its samples, what was delivered of them, and what is still to be computed.
+"""An accepted request: its samples, what was delivered of them, and what is still to be computed.
 
 Pure bookkeeping, no sockets: `Frontend` moves the messages.
 """
@@ -40,7 +40,7 @@ class Sink(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Sample:
-    """One of the n answers. `token_ids` holds all its tokens, those that a resumed request brought included."""
+    """A sample: one of the request's n answers. `token_ids` includes the tokens of a resumed request."""
 
     index: int
     detokenizer: Detokenizer | None
@@ -83,7 +83,7 @@ class Sample:
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One accepted request. `submit` is None while its prompt is still being encoded.
+    """An accepted request. `submit` is None while its prompt is still being encoded.
 
     `arrived` is a time of the clock in seconds; `sent_s` (None: the core that runs now has not got it) and
     `first_token_s` count from there. `deaths`: how many cores have died that had it.
@@ -153,8 +153,8 @@ class Stream:
         self.end(sample, Finish(reason, message, None, prompt_tokens, output_tokens, 0, 0, waited_s, 0.0, 0.0))
 
     def submits(self, now: float) -> list[Submit]:
-        """What a core must be told to compute the rest: one `Submit` for all samples, or, once tokens have come,
-        one for each sample that still runs.
+        """Build the messages that make a core compute the rest: one `Submit` for all samples, or, once tokens have
+        come, one for each sample that still runs.
 
         The same tokens follow, as the seed is kept and random numbers belong to (seed, sample, position).
         """

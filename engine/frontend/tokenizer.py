@@ -16,7 +16,7 @@ LONG_TEXT_CHARS = 4096  # from here on the interpreter lock is released while en
 
 
 class _Step(msgspec.Struct, frozen=True):
-    """One node of tokenizer.json's "decoder"."""
+    """A node of tokenizer.json's "decoder"."""
 
     type: str
     decoders: list[_Step] = []

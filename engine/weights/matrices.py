@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cierzo.engine.model.layers import MatrixRole
+from cierzo.engine.parameters import MatrixRequest, MatrixRole, Parameter, as_tensor
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.on_device import on_device
 from cierzo.engine.weights.packed import PackedStore
-from cierzo.engine.weights.quantised import Parameter, as_tensor
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.formats.packed import Matrix, PackedMatrix
 
@@ -52,18 +50,10 @@ class DeviceMatrices:
         """See MatrixSource."""
         return as_tensor(stored).to(self._device, copy=True)  # a mapped tensor may start anywhere
 
-    def matrix(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        make: Callable[[], Parameter],
-        *,
-        paired: bool = False,
-        role: MatrixRole = "linear",
-    ) -> Matrix:
+    def matrix(self, request: MatrixRequest) -> Matrix:
         """See MatrixSource. Raises CheckpointError for a matrix that its format cannot hold."""
-        format = self._formats[role]
-        return on_device(make(), format, self._plain, self._device, fp8_activations=self._fp8_activations)
+        format = self._formats[request.role]
+        return on_device(request.make(), format, self._plain, self._device, fp8_activations=self._fp8_activations)
 
 
 class PackedMatrices:
@@ -79,17 +69,9 @@ class PackedMatrices:
         """The tensor itself: it lies where the kernels read it."""
         return as_tensor(stored)
 
-    def matrix(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        make: Callable[[], Parameter],
-        *,
-        paired: bool = False,
-        role: MatrixRole = "linear",
-    ) -> PackedMatrix:
+    def matrix(self, request: MatrixRequest) -> PackedMatrix:
         """See MatrixSource."""
-        return self._store.matrix(key, shape, make, format=self._formats[role], paired=paired)
+        return self._store.matrix(request, self._formats[request.role])
 
     def fill(self, progress: Progress | None = None) -> str:
         """Map the packed weights, or pack them first; says in a line what was done. Raises CheckpointError."""

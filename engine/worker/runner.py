@@ -21,8 +21,8 @@ from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import Phase
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.layers import MatrixSource, PlainMatrices
 from cierzo.engine.model.registry import build_model, parameter_specs
+from cierzo.engine.parameters import MatrixSource, PlainMatrices
 from cierzo.engine.weights.loader import Progress, load_parameters
 from cierzo.engine.weights.matrices import PLAIN_WEIGHTS, DeviceMatrices, PackedMatrices
 from cierzo.engine.weights.reader import CheckpointReader

@@ -22,7 +22,7 @@ from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.work import measured_distinct, uniform_distinct
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
-from cierzo.engine.model.config import named_model_config
+from cierzo.engine.weights.shapes import named_model_config
 
 OPTIONS = EngineOptions(model="small4", profile="throughput")
 

@@ -10,9 +10,9 @@ import pytest
 
 Edge = tuple[str, int, str]  # module, line, the full name that it imports
 
-MODEL = ("kernels", "cache.layout", "cache.pool", "engine.model", "engine.weights", "engine.errors")
+PARAMETERS = ("engine.parameters", "engine.checkpoint_format", "engine.fields", "engine.errors")
 WORKER = (
-    *MODEL,
+    *("kernels", "engine.model", "engine.weights", *PARAMETERS),
     *("engine.cost", "cache", "scheduler", "engine.worker"),
     *("engine.messages", "engine.expert_statistics", "engine.config"),
 )
@@ -45,6 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.cost.cards",
         "engine.cost.device",
         "engine.settings",
+        "engine.weights.shapes",
         "engine.errors",
     ),
     "engine.host": (),
@@ -60,8 +61,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "engine.cost.step_model": ("engine.cost", "engine.config"),
     "engine.metrics": ("engine.messages",),
-    "engine.model": MODEL,
-    "engine.weights": MODEL,
+    "engine.fields": ("engine.errors",),
+    "engine.checkpoint_format": ("engine.fields", "engine.errors"),
+    "engine.parameters": ("kernels.formats", "engine.errors"),
+    "engine.model": ("engine.model", "kernels", "cache.layout", "cache.pool", *PARAMETERS),
+    "engine.weights": ("engine.weights", "engine.model.config", "kernels", *PARAMETERS),
     "engine.worker": WORKER,
     "engine.frontend": (
         "engine.frontend",
@@ -88,7 +92,13 @@ FORBIDDEN = {("scheduler", "cache.pool")}
 WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
-    *("engine.settings",),
+    *(
+        "engine.settings",
+        "engine.fields",
+        "engine.checkpoint_format",
+        "engine.model.config",
+        "engine.weights.shapes",
+    ),
 )
 WITH_TORCH = "cache.pool"
 
