@@ -67,10 +67,10 @@ class ScaledMatrix:
         NaN codes (0x7F, 0xFF) stay NaN: the formats with scales refuse them, bf16 and float32 hold them. Raises
         CheckpointError for a scale that is no positive number.
         """
-        codes = self.kept_codes()
-        return codes.to(dtype) if self.scale is None else codes.float() * self.checked_scale()
+        codes = self._ordered_codes()
+        return codes.to(dtype) if self.scale is None else codes.float() * self._checked_scale()
 
-    def kept_codes(self) -> Tensor:
+    def _ordered_codes(self) -> Tensor:
         """[n,k], in order."""
         if self.order is None:
             return self.codes
@@ -79,9 +79,9 @@ class ScaledMatrix:
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """Codes, and the scale of each row. Raises CheckpointError for a scale that is no positive number."""
-        return self.kept_codes(), torch.full((self.shape[0],), self.checked_scale())
+        return self._ordered_codes(), torch.full((self.shape[0],), self._checked_scale())
 
-    def checked_scale(self) -> float:
+    def _checked_scale(self) -> float:
         """The scale. Raises CheckpointError for one that is no positive number."""
         assert self.scale is not None, self.name
         scale = float(self.scale)
@@ -163,6 +163,11 @@ class StoredParameter:
     fused: bool
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def name(self) -> str:
+        """The name of its first tensor."""
+        return self.experts[0][0].name
 
     @property
     def shape(self) -> tuple[int, ...]:

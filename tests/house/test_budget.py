@@ -13,7 +13,7 @@ BUDGET = {
     "engine/cost": 650,
     "engine/frontend": 3_700,
     "engine/model": 1_200,
-    "engine/weights": 3_250,
+    "engine/weights": 3_200,
     "engine/worker": 2_350,
     "engine/commands": 350,
     "kernels": 600,

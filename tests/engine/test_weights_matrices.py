@@ -12,8 +12,8 @@ from published import SMALL4, Published
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.parameters import above_each_other
-from cierzo.engine.weights.on_device import on_device
+from cierzo.engine.parameters import MatrixRequest, above_each_other
+from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise
 
 CPU = torch.device("cpu")
@@ -38,7 +38,8 @@ def published(name: str, changed: Mapping[str, Tensor | None] | None = None) -> 
 def matrix(folder: Path, model: Published, *names: str, activations: str = "fp8") -> DeviceMatrix:
     parameters = load(model.write(folder))
     joined = above_each_other([parameters[LAYER + name] for name in names])
-    found = on_device(joined, "fp8", "bf16", CPU, activations)
+    source = DeviceMatrices("fp8", torch.bfloat16, CPU, activations)
+    found = source.matrix(MatrixRequest("joined", joined.shape, lambda: joined))
     assert isinstance(found, DeviceMatrix)
     return found
 
