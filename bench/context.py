@@ -26,7 +26,7 @@ from cierzo.bench.sequences import Sequences
 from cierzo.bench.stats import median
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.operations import gqa, mla_decode
-from cierzo.engine.cost.work import sizes_of
+from cierzo.engine.cost.weights import sizes_of
 
 BASE_CONTEXT = 32  # tokens: what a step costs without attention to speak of
 PROGRESS_AFTER_S = 2.0

@@ -17,8 +17,8 @@ from torch import Tensor
 from cierzo.engine.cost import operations
 from cierzo.engine.cost.operations import Work, stored
 from cierzo.engine.cost.sizes import ModelSizes
-from cierzo.kernels.formats.pack import pack
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.pack import pack
 
 COLD_BYTES = 96 << 20  # of weights in turn, so that no cache of ours holds them from one call to the next
 NOISE = 65_521  # random values that all tensors repeat; a prime, so that no two rows are equal

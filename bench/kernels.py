@@ -29,7 +29,7 @@ from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.packed import GROUP_K
-from cierzo.kernels.registry import bind, implementations, operations
+from cierzo.kernels.registry import bind, implementations, operations, reference
 
 ROUND_S = 0.01  # of one implementation, in each round
 COLUMNS = {
@@ -60,7 +60,7 @@ class KernelRow(msgspec.Struct, frozen=True, kw_only=True):
     """One implementation at one size.
 
     samples_us: microseconds of a call, one sample per round. share: of the ceiling, by the median. speedup: how
-    many times as fast as the torch reference, by rounds; 1 for itself.
+    many times as fast as the reference, by rounds; 1 for itself.
     """
 
     operation: str
@@ -160,7 +160,7 @@ def _measure_case(
             flops=int(call.work.operations),
             samples_us=tuple(sample * 1e6 for sample in samples[name]),
             share=least_seconds(call.work, ceilings, settings.weights if name == "native" else "bf16") / seconds,
-            speedup=paired_ratio(samples["torch"], samples[name]),
+            speedup=paired_ratio(samples[reference()[operation]], samples[name]),
         )
 
 
@@ -205,11 +205,8 @@ def _time_in_turn(runs: dict[str, Callable[[int], None]], rounds: int) -> dict[s
 
 
 def _bind_all(name: str) -> None:
-    """Every operation that has it, to this implementation."""
-    named = [
-        row.operation for operation in operations() for row in implementations(operation, "cpu") if row.name == name
-    ]
-    bind(KernelsConfig(implementations=dict.fromkeys(named, name)), "cpu")
+    """Bind the C++ kernels, or the references of all operations."""
+    bind(KernelsConfig(implementations={} if name == "native" else reference()), "cpu")
 
 
 def _line(row: KernelRow) -> str:

@@ -137,7 +137,7 @@ class Profiler:
         self, pieces: list[tuple[int, int]], ceilings: Ceilings, *, generated: bool
     ) -> list[OperationRow]:
         """The step that computes `count` tokens from `start` of each sequence, for (start, count), taken apart."""
-        bind(KernelsConfig(implementations=dict.fromkeys(BLOCKS, "torch")), "cpu")
+        bind(KernelsConfig(implementations=dict.fromkeys(BLOCKS, "composed")), "cpu")
         self.sequences.step(pieces, generated)
         runs = []
         for _ in range(self._repeats):

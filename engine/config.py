@@ -23,9 +23,10 @@ from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.host import available_memory_bytes, usable_cpus
 from cierzo.engine.kv_room import AUTO_KV_BYTES, plan_kv
-from cierzo.engine.model.config import ModelConfig, named_model_config, read_model_config
+from cierzo.engine.model.config import ModelConfig, read_model_config
 from cierzo.engine.profiles import Profile, ProfileName, choose
 from cierzo.engine.settings import limit_of, require
+from cierzo.engine.weights.shapes import named_model_config
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.kernels.cpu import MAX_THREADS
 from cierzo.scheduler.config import SchedulerConfig

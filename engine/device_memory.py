@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from cierzo.engine.cost.work import NumberFormats, weight_bytes
+from cierzo.engine.cost.weights import NumberFormats, weight_bytes
 from cierzo.engine.errors import ConfigError, amount
 from cierzo.engine.model.config import ModelConfig
 

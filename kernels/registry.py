@@ -12,12 +12,14 @@ How the files hang together, with `rms_norm` as the example:
 A new operation is therefore: ops/, ref/, its name in a `_torch` line, and a row in the test cases. Nothing is
 imported before it is chosen, so a target may need libraries that the machine at hand lacks.
 
-The order of the table is the order of preference. `exact` says that a row's bits do not depend on the rows
-beside it; the torch reference's matmul, softmax and SDPA cannot promise that, and the start-up table says so. A
-composition of single operations (ref/block.py) is as exact as the implementations bound for those that it `calls`.
+The order of the table is the order of preference; the last row of an operation is its reference. `exact` says that
+a row's bits do not depend on the rows beside it; plain torch's matmul, softmax and SDPA cannot promise that, and
+the start-up table says so. The blocks of a layer have no plain-torch form of their own: they are "composed" of
+single operations (ops/compose.py), and as exact as the implementations bound for those that they call.
 
     table = bind(KernelsConfig(), "cpu")      # once per process, before the first operation is called
     print(table.describe())
+    choose(KernelsConfig(), "cuda")           # the table alone, on a machine without a GPU too
 
 One process computes on one kind of device, hence one table per process; `bind` again replaces it (tests do).
 """
@@ -73,9 +75,9 @@ def _torch(file: str, *operations: str, exact: bool = False) -> list[Implementat
 
 
 def _composed(operation: str, *calls: str) -> Implementation:
-    """A composition of bound operations, in ref/block.py; what it does between them, it does to each row alone."""
-    target = f"cierzo.kernels.ref.block:{operation}"
-    return Implementation(operation, "torch", target, ("cpu", "cuda"), exact=True, calls=calls)
+    """A composition of bound operations (ops/compose.py), which treats each row alone between them."""
+    target = f"cierzo.kernels.ops.compose:{operation}"
+    return Implementation(operation, "composed", target, ("cpu", "cuda"), exact=True, calls=calls)
 
 
 def _native(file: str, *operations: str) -> list[Implementation]:
@@ -164,13 +166,13 @@ class Bound:
 bound = Bound()
 
 
-# What "auto" means in this process; tests force it.
+# The instruction set that "auto" stands for in this process; tests force it.
 default_instruction_set: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class BoundTable:
-    """What `bind` chose for `device`, in the table's order.
+    """The implementations chosen for `device`, in the table's order.
 
     instruction_set: of the C++ kernels, or "reference"; then `reason` says why there are none.
     """
@@ -192,7 +194,8 @@ class BoundTable:
         return choice.exact and all(self.is_exact(name) for name in choice.calls if name not in unused)
 
     def describe(self) -> str:
-        """The operations of each implementation, and where a row's bits depend on the rows beside it."""
+        """Return the start-up table: each implementation's operations, and where a row's bits depend on the rows
+        beside it."""
         groups: dict[tuple[str, bool], list[str]] = {}
         for choice in self.chosen:
             name = f"native {self.instruction_set}" if choice.name == "native" else choice.name
@@ -209,8 +212,13 @@ def operations() -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.operation for row in IMPLEMENTATIONS))
 
 
+def reference() -> dict[str, str]:
+    """Name the reference of every operation: plain torch, or composed of such. KernelsConfig takes the names."""
+    return {row.operation: row.name for row in IMPLEMENTATIONS}  # the last row of each stays
+
+
 def implementations(operation: str, device: str, instruction_set: str = "auto") -> list[Implementation]:
-    """Those of `operation` that run on `device` ("cpu", "cuda", "cuda:1") here, best first.
+    """List the implementations of `operation` that run on `device` ("cpu", "cuda", "cuda:1") here, best first.
 
     Raises KernelChoiceError if the native library is there and broken, or lacks the instruction set.
     """
@@ -248,24 +256,41 @@ def _instruction_set(wanted: str) -> tuple[str, str]:
         raise KernelChoiceError(str(error)) from error
 
 
-def bind(config: KernelsConfig, device: str) -> BoundTable:
-    """Choose, import and put in force one implementation per operation. Raises KernelChoiceError."""
+def choose(config: KernelsConfig, device: str) -> BoundTable:
+    """Choose one implementation per operation, and import none of them. Raises KernelChoiceError."""
     known = operations()
     for name in config.implementations:
         if name not in known:
             raise KernelChoiceError(f"unknown operation {name!r}; known: {', '.join(known)}")
     wanted = config.instruction_set
     chosen = tuple(_choose(name, config.implementations.get(name), device, wanted) for name in known)
-    if any(choice.name == "cuda" for choice in chosen):
-        importlib.import_module("cierzo.kernels.cuda.launch.device").require()
-    callables = {choice.operation: choice.load() for choice in chosen}
     on_cpu = device.partition(":")[0] == "cpu"
     instruction_set, reason = _instruction_set(wanted) if on_cpu else ("reference", "")
-    if instruction_set != "reference":
-        importlib.import_module("cierzo.kernels.cpu.native").select(instruction_set)
+    return BoundTable(device, chosen, instruction_set, reason)
+
+
+def bind(config: KernelsConfig, device: str) -> BoundTable:
+    """Choose, import and put in force one implementation per operation. Raises KernelChoiceError."""
+    table = choose(config, device)
+    _require_packages(table)
+    callables = {choice.operation: choice.load() for choice in table.chosen}
+    if table.instruction_set != "reference":
+        importlib.import_module("cierzo.kernels.cpu.native").select(table.instruction_set)
     vars(bound).clear()
     vars(bound).update(callables)
-    return BoundTable(device, chosen, instruction_set, reason)
+    return table
+
+
+def _require_packages(table: BoundTable) -> None:
+    """Raise KernelChoiceError where Triton, CuPy or the GPU of the chosen kernels is missing."""
+    for choice in table.chosen:
+        if choice.name == "triton" and not has_triton():
+            raise KernelChoiceError(
+                f"operation {choice.operation!r} needs the package triton on {table.device!r}: "
+                "pip install cierzo[cuda]"
+            )
+    if any(choice.name == "cuda" for choice in table.chosen):
+        importlib.import_module("cierzo.kernels.cuda.launch.device").require()
 
 
 def _choose(operation: str, wanted: str | None, device: str, instruction_set: str) -> Implementation:
@@ -275,10 +300,6 @@ def _choose(operation: str, wanted: str | None, device: str, instruction_set: st
         raise KernelChoiceError(f"operation {operation!r} has no implementation for device {device!r}")
     for choice in runnable:
         if wanted in (None, choice.name):
-            if choice.name == "triton" and not has_triton():
-                raise KernelChoiceError(
-                    f"operation {operation!r} needs the package triton on {device!r}: pip install cierzo[cuda]"
-                )
             return choice
     names = ", ".join(choice.name for choice in runnable)
     raise KernelChoiceError(

@@ -72,7 +72,7 @@ def check(
     if call is None:
         return None
     choice = registry.implementations(operation, "cuda")[0]
-    reference = next(row for row in registry.implementations(operation, "cuda") if row.name == "torch").load()
+    reference = registry.implementations(operation, "cuda")[-1].load()
     function, arguments = choice.load(), call.arguments[0]
     poison(device)
     got = outputs(operation, function, cloned(arguments))

@@ -29,8 +29,8 @@ from cierzo.engine.messages import Submit
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.registry import build_model, parameter_specs
+from cierzo.engine.parameters import MatrixRequest, Parameter
 from cierzo.engine.weights.matrices import DeviceMatrices
-from cierzo.engine.weights.quantised import Parameter
 from cierzo.engine.weights.shapes import shape_of
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import make_pool, make_runner
@@ -71,17 +71,9 @@ class RandomMatrices(DeviceMatrices):
             return torch.ones(stored.shape, dtype=stored.dtype, device=self._device)
         return self._random(stored.shape, stored.dtype)
 
-    def matrix(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        make: Callable[[], Parameter],
-        *,
-        paired: bool = False,
-        role: Any = "linear",
-    ) -> Matrix:
-        """Of `shape`; `make` is not called."""
-        format = self._formats[role]
+    def matrix(self, request: MatrixRequest) -> Matrix:
+        """A matrix of the shape that is asked for; `request.make` is not called."""
+        format, shape = self._formats[request.role], request.shape
         if format == self._plain:
             return self._random(shape, torch.bfloat16)
         *experts, n, k = shape
@@ -222,7 +214,8 @@ def check_slice(
     config = make_config(name, weights, device, scale=scale, layers=SLICE_LAYERS, **options)
     model = make_model(config, device)
     found = {}
-    for label, wanted in (("ours", KernelsConfig()), ("torch", _reference())):
+    plain = KernelsConfig(implementations=registry.reference())
+    for label, wanted in (("ours", KernelsConfig()), ("torch", plain)):
         registry.bind(wanted, "cuda")
         found[label] = _slice_logits(model, config, device)
     registry.bind(KernelsConfig(), "cuda")
@@ -232,10 +225,6 @@ def check_slice(
     if not deviation <= tolerance:
         raise Failed(f"logits deviate by {deviation:.2e} of their size, more than {tolerance}")
     return {"deviation": deviation}
-
-
-def _reference() -> KernelsConfig:
-    return KernelsConfig(implementations=dict.fromkeys(registry.operations(), "torch"))
 
 
 def _slice_logits(model: Decoder, config: EngineConfig, device: torch.device) -> Tensor:

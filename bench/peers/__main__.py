@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cierzo.bench.arguments import positive
 from cierzo.bench.peers.cells import cells
 from cierzo.bench.peers.engine import CHECKPOINTS, Peer, find_checkpoint
 from cierzo.bench.peers.llamacpp import LlamaCpp
@@ -27,6 +26,7 @@ from cierzo.bench.peers.transformers import Transformers
 from cierzo.bench.peers.vllm import Vllm
 from cierzo.bench.report import current_commit
 from cierzo.engine.errors import CierzoError
+from cierzo.engine.options import positive
 
 PEERS: dict[str, Peer] = {
     "cierzo": Cierzo(),

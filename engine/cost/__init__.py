@@ -3,7 +3,8 @@
 sizes.py        sizes of a model's layers, and its matrices by kind
 operations.py   `Work`: bytes and operations of one call of each operation of kernels/ops, from plain sizes
 data_sheets.py  cards as their maker describes them
-work.py         a step of a model as a list of operations, and the bytes of a model's weights
+weights.py      a configured model's sizes, the number formats of its matrices, the bytes of them all
+work.py         a step of a model as a list of operations
 device.py       a device: bandwidth, rates, memory, and the shares of them that kernels reach
 cards.py, measured.py  devices by name, with stated shares or with those that the GPU bench has measured
 step_time.py    a step's work on a device, in seconds

@@ -10,7 +10,8 @@ from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.device import Device, Number
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.step_time import StepTime, exchanged, step_time
-from cierzo.engine.cost.work import Distinct, NumberFormats, StepShape, step_work, uniform_distinct, weight_bytes
+from cierzo.engine.cost.weights import NumberFormats, weight_bytes
+from cierzo.engine.cost.work import Distinct, StepShape, step_work, uniform_distinct
 
 FloatArray = NDArray[np.float64]
 

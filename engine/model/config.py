@@ -14,11 +14,10 @@ from typing import Literal, cast
 import msgspec
 
 from cierzo.cache.layout import CacheDtype, CacheLayout
+from cierzo.engine.checkpoint_format import CONFIG_NAME, PARAMS_NAME, find_format
+from cierzo.engine.fields import Fields, naming_unreadable, read_json, require_file
 from cierzo.engine.model.config_defaults import DEFAULTS, EOS_TOKEN_ID, MISTRAL3, MISTRAL3_TEXT
-from cierzo.engine.model.fields import Fields, naming_unreadable, read_json, require_file
 from cierzo.engine.model.rope_config import RopeConfig, read_rope
-from cierzo.engine.weights.layout import CONFIG_NAME, PARAMS_NAME, find_format
-from cierzo.engine.weights.shapes import shape_of
 
 LATENT_NORM_EPS = 1e-6  # transformers' Mistral4 builds its two latent norms with this, whatever rms_norm_eps says
 
@@ -135,16 +134,9 @@ def read_model_config(path: Path) -> ModelConfig:
 
             config = read_params(Fields(read_json(path / PARAMS_NAME), file=PARAMS_NAME))
         else:
-            config = _read_config(Fields(read_json(path / CONFIG_NAME)), generation.has("eos_token_id"))
+            config = parse_config(Fields(read_json(path / CONFIG_NAME)), generation.has("eos_token_id"))
     eos = (*config.eos_token_ids, *generation.token_ids("eos_token_id", config.vocab_size))
     return msgspec.structs.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
-
-
-def named_model_config(name: str) -> ModelConfig | None:
-    """Of "small4" or "small3" at true size, where no checkpoint is at hand; None for any other name or folder."""
-    if name not in ("small4", "small3") or Path(name).is_dir():
-        return None
-    return _read_config(Fields(shape_of(name, "full").config("bfloat16")))
 
 
 def _generation_config(path: Path) -> Fields:
@@ -154,9 +146,12 @@ def _generation_config(path: Path) -> Fields:
     return Fields(read_json(file) if file.exists() else {}, file=file.name)
 
 
-def _read_config(outer: Fields, ends_elsewhere: bool = False) -> ModelConfig:
-    """Read a config.json. ends_elsewhere: generation_config.json names end-of-text ids, so that the default of
-    transformers' class is not meant."""
+def parse_config(outer: Fields, ends_elsewhere: bool = False) -> ModelConfig:
+    """The model of a config.json.
+
+    ends_elsewhere: generation_config.json names end-of-text ids, so that the default of transformers' class is not
+    meant.
+    """
     fields = outer
     if outer.string("model_type") == "mistral3":
         fields = outer.section("text_config")

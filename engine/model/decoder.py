@@ -13,9 +13,8 @@ from torch import Tensor
 from cierzo.cache.pool import KVPool, MlaPages
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.layers import Parameters, PositionTables, Shard
-from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.engine.weights.quantised import as_tensor
+from cierzo.engine.model.layers import PositionTables
+from cierzo.engine.parameters import MatrixRequest, Parameters, ParameterSpec, Shard, as_tensor
 from cierzo.kernels.ops import block
 from cierzo.kernels.ops.block import DecoderWeights, GqaWeights, Half, MlaWeights, MlpWeights, MoeWeights
 
@@ -69,7 +68,7 @@ class Decoder:
             tied = as_tensor(parameters.stored("model.embed_tokens.weight"))[
                 shard.rank * rows : (shard.rank + 1) * rows
             ]
-            self.head = parameters.derived("lm_head", tuple(tied.shape), lambda: tied, role="head")
+            self.head = parameters.derived(MatrixRequest("lm_head", tuple(tied.shape), lambda: tied, role="head"))
         self._pool: KVPool | None = None  # whose pages are in `_weights`
         self._weights: DecoderWeights | None = None
 

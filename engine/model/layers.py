@@ -7,135 +7,17 @@ width give partial sums, which `all_reduce` adds up: the only thing ranks exchan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.engine.weights.quantised import Parameter, above_each_other, as_tensor
+from cierzo.engine.parameters import MatrixRole, Parameters, ParameterSpec
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops import rope
 from cierzo.kernels.ops.block import MlpWeights, StepRows
-
-# What a matrix is for: that decides its number format (engine/weights/matrices.py).
-MatrixRole = Literal["linear", "experts", "latent", "router", "head"]
-AllReduce = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """This rank's place, and the sum over all ranks."""
-
-    rank: int
-    world: int
-    all_reduce: AllReduce
-
-    def width(self, whole: int, field: str) -> int:
-        """This rank's share of a divided width. Raises CheckpointError if it does not divide."""
-        if whole % self.world:
-            raise CheckpointError(
-                f"{field} {whole} cannot be divided among {self.world} ranks",
-                field=field,
-                limit=f"a multiple of {self.world}",
-                value=whole,
-            )
-        return whole // self.world
-
-
-class MatrixSource(Protocol):
-    """Gives a model its matrices, in whatever form the kernels want them, and its other tensors, where they run."""
-
-    def tensor(self, stored: Parameter) -> Tensor:
-        """A parameter that nothing is multiplied with: norms, the embedding."""
-        ...
-
-    def matrix(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        make: Callable[[], Parameter],
-        *,
-        paired: bool = False,
-        role: MatrixRole = "linear",
-    ) -> Matrix:
-        """What `make` would give, [n,k] or [experts,n,k], known as `key` among the model's matrices."""
-        ...
-
-
-class PlainMatrices:
-    """As they are: what the plain-torch reference multiplies with."""
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._device = torch.device(device)
-
-    def tensor(self, stored: Parameter) -> Tensor:
-        """The tensor itself, on the device."""
-        return as_tensor(stored).to(self._device)
-
-    def matrix(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        make: Callable[[], Parameter],
-        *,
-        paired: bool = False,
-        role: MatrixRole = "linear",
-    ) -> Matrix:
-        """The tensor itself, on the device; of a quantised one, its values."""
-        return as_tensor(make()).to(self._device)
-
-
-class Parameters:
-    """A layer's view of the model's parameters: `Parameters(all, matrices, "layers.3.")["mlp.gate.weight"]`."""
-
-    def __init__(self, parameters: Mapping[str, Parameter], matrices: MatrixSource, prefix: str = "") -> None:
-        self._parameters = parameters
-        self._matrices = matrices
-        self._prefix = prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The values of one that is used as it is, where the model runs; a quantised one's are computed anew."""
-        return self._matrices.tensor(self.stored(name))
-
-    def __contains__(self, name: str) -> bool:
-        return self._prefix + name in self._parameters
-
-    def stored(self, name: str) -> Parameter:
-        """A parameter as it was loaded, on the host: a matrix is carried nowhere before its format is known."""
-        return self._parameters[self._prefix + name]
-
-    def within(self, prefix: str) -> Parameters:
-        """The view one level down."""
-        return Parameters(self._parameters, self._matrices, self._prefix + prefix)
-
-    def matrix(self, *names: str, paired: bool = False, role: MatrixRole = "linear") -> Matrix:
-        """The named parameters, one above the other along their rows."""
-        parts = [self.stored(name) for name in names]
-        rows = sum(part.shape[-2] for part in parts)
-
-        def make() -> Parameter:
-            return above_each_other(parts)
-
-        shape = (*parts[0].shape[:-2], rows, parts[0].shape[-1])
-        return self.derived(" + ".join(names), shape, make, paired=paired, role=role)
-
-    def derived(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        make: Callable[[], Parameter],
-        *,
-        paired: bool = False,
-        role: MatrixRole = "linear",
-    ) -> Matrix:
-        """A matrix made of this layer's parameters, under a name of its own."""
-        return self._matrices.matrix(self._prefix + key, shape, make, paired=paired, role=role)
 
 
 class PositionTables:

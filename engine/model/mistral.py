@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cierzo.engine.model.config import GqaConfig, ModelConfig
 from cierzo.engine.model.decoder import Decoder, LayerHalf, Specs, outer_specs
-from cierzo.engine.model.layers import GatedMlp, Parameters, Shard
-from cierzo.engine.weights.loader import ParameterSpec
+from cierzo.engine.model.layers import GatedMlp
+from cierzo.engine.parameters import Parameters, ParameterSpec, Shard
 from cierzo.kernels.ops.block import GqaWeights
 
 

@@ -6,9 +6,10 @@ import torch
 
 from cierzo.engine.model.config import MlaConfig, ModelConfig, MoeConfig
 from cierzo.engine.model.decoder import Decoder, LayerHalf, Specs, outer_specs
-from cierzo.engine.model.layers import GatedMlp, Parameters, Shard
+from cierzo.engine.model.layers import GatedMlp
 from cierzo.engine.model.mla import MultiHeadLatentAttention
 from cierzo.engine.model.moe import MixtureOfExperts
+from cierzo.engine.parameters import Parameters, Shard
 
 
 def specs(config: ModelConfig) -> Specs:

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cierzo.engine.model.config import LATENT_NORM_EPS, MlaConfig, ModelConfig
-from cierzo.engine.model.layers import Parameters, Shard
-from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.engine.weights.quantised import as_tensor
+from cierzo.engine.parameters import MatrixRequest, Parameters, ParameterSpec, Shard, as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.block import MlaWeights
 
@@ -64,7 +62,7 @@ class MultiHeadLatentAttention:
                 return (by_head.transpose(1, 2) if transposed else by_head).contiguous()
 
             shape = (heads, rank, width) if transposed else (heads, width, rank)
-            return parameters.derived(name, shape, make, role="latent")
+            return parameters.derived(MatrixRequest(name, shape, make, role="latent"))
 
         return cls(
             MlaWeights(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cierzo.engine.model.config import MoeConfig
-from cierzo.engine.model.layers import GatedMlp, Parameters, gate_up_down
-from cierzo.engine.weights.loader import ParameterSpec
+from cierzo.engine.model.layers import GatedMlp, gate_up_down
+from cierzo.engine.parameters import Parameters, ParameterSpec
 from cierzo.kernels.ops.block import MoeWeights
 
 

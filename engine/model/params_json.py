@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
+from cierzo.engine.fields import Fields
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, MoeConfig, QueryScaling, check_groups
-from cierzo.engine.model.fields import Fields
 from cierzo.engine.model.rope_config import RopeConfig, YarnConfig
 
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # of every tokenizer of these models

@@ -12,9 +12,15 @@ from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model import mistral, mistral4
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.decoder import Decoder
-from cierzo.engine.model.layers import AllReduce, MatrixSource, Parameters, PlainMatrices, Shard
-from cierzo.engine.weights.loader import ParameterSpec
-from cierzo.engine.weights.quantised import Parameter
+from cierzo.engine.parameters import (
+    AllReduce,
+    MatrixSource,
+    Parameter,
+    Parameters,
+    ParameterSpec,
+    PlainMatrices,
+    Shard,
+)
 
 ARCHITECTURES: dict[str, ModuleType] = {"mistral4": mistral4, "mistral": mistral, "llama": mistral}
 

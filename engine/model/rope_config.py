@@ -11,8 +11,8 @@ import math
 
 import msgspec
 
+from cierzo.engine.fields import Fields
 from cierzo.engine.model.config_defaults import ROPE_THETA
-from cierzo.engine.model.fields import Fields
 
 
 class YarnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cierzo.engine.model.fields import Fields
+from cierzo.engine.fields import Fields
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.model.fields import Fields
+from cierzo.engine.fields import Fields
 from cierzo.engine.weights.writer import write_json
 
 if TYPE_CHECKING:

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cierzo.engine.checkpoint_format import PARAMS_NAME, CheckpointFormat, find_format, refuse_lone_adapter
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.model.fields import naming_unreadable, read_json, require_file
-from cierzo.engine.weights.adapters import refuse_lone_adapter
-from cierzo.engine.weights.layout import PARAMS_NAME, CheckpointFormat, find_format
+from cierzo.engine.fields import naming_unreadable, read_json, require_file
 
 _log = logging.getLogger(__name__)
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import msgspec
 
+from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, CheckpointFormat, adapter_files
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, read_model_config
-from cierzo.engine.weights.adapters import REMEDY, adapter_files
 from cierzo.engine.weights.headers import TensorInfo, read_checkpoint_headers
-from cierzo.engine.weights.layout import CheckpointFormat
 from cierzo.engine.weights.names import PACKED, map_names
 
 # The first that a parameter's name contains is its component.
@@ -82,7 +81,7 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
         tokenizer = _TOKENIZER_FILE if self.has_tokenizer else "none: prompts are token ids"
         yield "tokenizer", tokenizer
         if self.adapters:
-            yield "adapter", f"{', '.join(self.adapters)}: NOT applied; {REMEDY}"
+            yield "adapter", f"{', '.join(self.adapters)}: NOT applied; {ADAPTER_REMEDY}"
 
 
 def describe(path: Path | str) -> CheckpointInfo:

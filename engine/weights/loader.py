@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, adapter_files
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.weights.adapters import REMEDY, adapter_files
+from cierzo.engine.parameters import Parameter, ParameterSpec
 from cierzo.engine.weights.headers import TensorInfo
 from cierzo.engine.weights.names import NameMap, map_names
-from cierzo.engine.weights.quantised import Parameter
 from cierzo.engine.weights.reader import CheckpointReader, Range
 from cierzo.engine.weights.stored import check_matrix, is_stored, read_stored
 
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterSpec:
-    """A parameter that a model expects, and how it is cut among ranks.
-
-    shape: the whole, unsharded shape, as the checkpoint stores it ([out, in] for a linear layer).
-    shard_axis: the axis cut into `world` equal slices; None: every rank holds the whole.
-    sections: how many equal sections the shard axis consists of, each cut on its own (2 for a fused gate_up,
-        so that a rank gets its slice of the gate and its slice of the up projection, in this order).
-    tied_to: the parameter that takes this one's place (of the head, the embedding) where the checkpoint stores this
-        one not at all or with the same values. With values of its own it is loaded, as transformers 5 loads it.
-    rotated_heads: how many heads the rows consist of whose values the rotary embedding pairs as (i, i + d/2).
-        Mistral-native checkpoints store such rows in the order of pairs (2i, 2i+1), and are brought into this one.
-    """
-
-    shape: tuple[int, ...]
-    shard_axis: int | None = None
-    sections: int = 1
-    tied_to: str | None = None
-    rotated_heads: int | None = None
 
 
 def load_parameters(
@@ -169,7 +147,7 @@ def _log_skipped(reader: CheckpointReader, mapped: NameMap) -> None:
     if adapters:
         _log.warning(
             "%s holds an adapter (%s), which is NOT applied: the base model answers. To use the adapter, %s",
-            *(reader.folder, ", ".join(adapters), REMEDY),
+            *(reader.folder, ", ".join(adapters), ADAPTER_REMEDY),
         )
     if mapped.vision:
         _log.info("%s: %d vision tensors skipped: text only", reader.folder, len(mapped.vision))

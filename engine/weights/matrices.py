@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cierzo.engine.model.layers import MatrixRole
+from cierzo.engine.parameters import MatrixRequest, MatrixRole, Parameter, as_tensor
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.on_device import on_device
 from cierzo.engine.weights.packed import PackedStore
-from cierzo.engine.weights.quantised import Parameter, as_tensor
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.packed import Matrix, PackedMatrix
-
-PLAIN_WEIGHTS = {torch.bfloat16: "bf16", torch.float32: "float32"}  # the weights' format that is no rounding
+from cierzo.kernels.formats.packed import PLAIN_FORMATS, Matrix, PackedMatrix
 
 
 def formats(weights: str, plain: str) -> dict[MatrixRole, str]:
@@ -42,7 +38,7 @@ class DeviceMatrices:
     "fp8" where fp8 matrices are multiplied with those."""
 
     def __init__(self, weights: str, dtype: torch.dtype, device: torch.device, activations: str = "bf16") -> None:
-        plain = PLAIN_WEIGHTS[dtype]
+        plain = PLAIN_FORMATS[dtype]
         self._plain = plain
         self._formats = device_formats(weights, plain)
         self._device = device
@@ -52,25 +48,17 @@ class DeviceMatrices:
         """See MatrixSource."""
         return as_tensor(stored).to(self._device, copy=True)  # a mapped tensor may start anywhere
 
-    def matrix(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        make: Callable[[], Parameter],
-        *,
-        paired: bool = False,
-        role: MatrixRole = "linear",
-    ) -> Matrix:
+    def matrix(self, request: MatrixRequest) -> Matrix:
         """See MatrixSource. Raises CheckpointError for a matrix that its format cannot hold."""
-        format = self._formats[role]
-        return on_device(make(), format, self._plain, self._device, fp8_activations=self._fp8_activations)
+        format = self._formats[request.role]
+        return on_device(request.make(), format, self._plain, self._device, fp8_activations=self._fp8_activations)
 
 
 class PackedMatrices:
     """Gives matrices whose values are there after `fill`. weights: "float32", "bf16", "int8", "int4" or "nvfp4"."""
 
     def __init__(self, reader: CheckpointReader, weights: str, dtype: torch.dtype, cache_dir: Path) -> None:
-        plain = PLAIN_WEIGHTS[dtype]
+        plain = PLAIN_FORMATS[dtype]
         self._formats = formats(weights, plain)
         variant = weights if dtype == torch.bfloat16 else f"{weights}-{plain}"
         self._store = PackedStore(reader, variant, cache_dir, dtype=dtype)
@@ -79,17 +67,9 @@ class PackedMatrices:
         """The tensor itself: it lies where the kernels read it."""
         return as_tensor(stored)
 
-    def matrix(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        make: Callable[[], Parameter],
-        *,
-        paired: bool = False,
-        role: MatrixRole = "linear",
-    ) -> PackedMatrix:
+    def matrix(self, request: MatrixRequest) -> PackedMatrix:
         """See MatrixSource."""
-        return self._store.matrix(key, shape, make, format=self._formats[role], paired=paired)
+        return self._store.matrix(request, self._formats[request.role])
 
     def fill(self, progress: Progress | None = None) -> str:
         """Map the packed weights, or pack them first; says in a line what was done. Raises CheckpointError."""

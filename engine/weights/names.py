@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cierzo.engine.checkpoint_format import CheckpointFormat
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.weights.layout import CheckpointFormat
 
 # What a companion is to its matrix. Scales of activations are used where a GPU takes these in FP8 (on_device.py).
 Role = Literal["scale", "global scale", "activation scale"]

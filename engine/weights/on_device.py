@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.weights.quantised import (
-    Nvfp4Matrix,
-    Parameter,
-    ScaledMatrix,
-    StoredMatrix,
-    StoredParameter,
-    as_tensor,
-)
+from cierzo.engine.parameters import Parameter, as_tensor
+from cierzo.engine.weights.quantised import Nvfp4Matrix, ScaledMatrix, StoredMatrix, StoredParameter
 from cierzo.kernels.formats import device as formats
 from cierzo.kernels.formats.device import DeviceFormatError, DeviceMatrix
 from cierzo.kernels.formats.packed import Matrix
@@ -43,7 +37,7 @@ def on_device(
 
 def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
     """The stored codes, if all of them are of the format."""
-    if isinstance(parameter, Tensor):
+    if not isinstance(parameter, StoredParameter):
         return None
     parts = [part for expert in parameter.experts for part in expert]
     if format == "nvfp4" and all(isinstance(part, Nvfp4Matrix) for part in parts):
@@ -74,7 +68,7 @@ def _activation_scales(parameter: Parameter) -> Tensor | None:
     """fp32 [E], or [1] of [n,k]; None where the checkpoint has none. Matrices that lie above one another meet the
     same activations: where their scales differ, the largest holds them all. Raises CheckpointError where one has
     none and another has."""
-    if isinstance(parameter, Tensor):
+    if not isinstance(parameter, StoredParameter):
         return None
     largest = []
     for expert in parameter.experts:
@@ -123,4 +117,4 @@ def _quantised(parameter: Parameter, format: str, device: torch.device) -> Devic
 
 
 def _name(parameter: Parameter) -> str:
-    return "a plain tensor" if isinstance(parameter, Tensor) else parameter.experts[0][0].name
+    return parameter.experts[0][0].name if isinstance(parameter, StoredParameter) else "a plain tensor"

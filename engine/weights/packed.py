@@ -1,7 +1,7 @@
 """`PackedStore`: packs a model's weights once, keeps them in a file, and maps that file on later starts.
 
     store = PackedStore(reader, "int8", cache_dir())
-    weight = store.matrix("model.layers.0.self_attn.o_proj", (n, k), lambda: tensor, format="int8")
+    weight = store.matrix(MatrixRequest("model.layers.0.self_attn.o_proj", (n, k), lambda: tensor), "int8")
     ...                                  # all others
     print(store.fill())                  # from here on, and not before, the matrices hold their values
 
@@ -24,29 +24,28 @@ import torch
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError, amount
+from cierzo.engine.parameters import MatrixRequest, Parameter
 from cierzo.engine.weights import mapping, packed_file
 from cierzo.engine.weights.folder import GB
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.packed_file import Entry, Index, UnusableFile
-from cierzo.engine.weights.quantised import Parameter, pack_parameter
+from cierzo.engine.weights.quantised import pack_parameter
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.pack import PackError
-from cierzo.kernels.formats.packed import PANEL, PackedMatrix, empty_packed, packed_bytes, view_packed
+from cierzo.kernels.formats.packed import PANEL, PackedMatrix, PackError, empty_packed, packed_bytes, view_packed
 
 _log = logging.getLogger(__name__)
 
 SMALL_BYTES = 32 << 20  # packed in less time than a user notices: no file
 PIECE_BYTES = 64 << 20  # packed at a time: about what packing takes beside the weights
 
-Make = Callable[[], Parameter]
 PackInto = Callable[[Any, str, bool, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class _Wanted:
     entry: Entry
     matrix: PackedMatrix
-    make: Make
+    make: Callable[[], Parameter]
 
 
 class PackedStore:
@@ -70,24 +69,22 @@ class PackedStore:
         self._cache_dir = cache_dir
         self._dtype = dtype
         self._pack_into = pack_into
-        self._requests: dict[str, _Request] = {}
+        self._wanted: dict[str, _Wanted] = {}
         self._end = mapping.PAGE_BYTES  # of the file so far
 
     @property
     def num_bytes(self) -> int:
         """Of all matrices asked for."""
-        return sum(request.entry.num_bytes for request in self._requests.values())
+        return sum(wanted.entry.num_bytes for wanted in self._wanted.values())
 
-    def matrix(
-        self, key: str, shape: tuple[int, ...], make: Make, *, format: str, paired: bool = False
-    ) -> PackedMatrix:
-        """The matrix [n, k] or [experts, n, k] packed from `make()`; its values are there after `fill`.
+    def matrix(self, request: MatrixRequest, format: str) -> PackedMatrix:
+        """The matrix packed from `request.make()`; its values are there after `fill`.
 
-        key: names it among the others, such as "model.layers.3.self_attn.qkv_a". make: called only if the matrix is
-        packed, once; what it gives may alias the checkpoint's file or be quantised there, and is let go before the
-        next one is made.
+        `make` is called only if the matrix is packed; what it gives may alias the checkpoint's file or be quantised
+        there, and is let go before the next one is made.
         """
-        if key in self._requests:
+        key, shape, paired = request.key, request.shape, request.paired
+        if key in self._wanted:
             raise ValueError(f"matrix {key} was asked for already")
         experts = shape[0] if len(shape) == 3 else 1
         num_bytes = experts * packed_bytes(format, shape[-2], shape[-1], paired)
@@ -95,7 +92,7 @@ class PackedStore:
         self._end += -(-num_bytes // mapping.PAGE_BYTES) * mapping.PAGE_BYTES
         data = mapping.reserve(num_bytes, entry.offset)
         matrix = view_packed(format, entry.shape, self._dtype, paired, data)
-        self._requests[key] = _Request(entry, matrix, make)
+        self._wanted[key] = _Wanted(entry, matrix, request.make)
         return matrix
 
     def fill(self, progress: Progress | None = None) -> str:
@@ -106,7 +103,7 @@ class PackedStore:
         written is no error: a line is logged, and the next place is tried.
         """
         how = self._fill(progress)
-        self._requests = {}
+        self._wanted = {}
         return how
 
     def _fill(self, progress: Progress | None) -> str:
@@ -129,7 +126,7 @@ class PackedStore:
 
     def _index(self) -> Index:
         files = {info.file for info in self._reader.tensors.values()}
-        entries = tuple(request.entry for request in self._requests.values())
+        entries = tuple(wanted.entry for wanted in self._wanted.values())
         config = self._reader.folder / self._reader.format.config_name
         return Index(packed_file.checkpoint_digest(config, files), packed_file.layout(), entries)
 
@@ -156,11 +153,11 @@ class PackedStore:
     def _map_all(self, file: int) -> None:
         """Every matrix from the descriptor, which is closed; or none, and OSError."""
         try:
-            for request in self._requests.values():
-                mapping.map_file(request.matrix.data, file, request.entry.offset)
+            for wanted in self._wanted.values():
+                mapping.map_file(wanted.matrix.data, file, wanted.entry.offset)
         except OSError:
-            for request in self._requests.values():
-                mapping.map_memory(request.matrix.data)
+            for wanted in self._wanted.values():
+                mapping.map_memory(wanted.matrix.data)
             raise
         finally:
             os.close(file)
@@ -176,13 +173,13 @@ class PackedStore:
         """Pack every matrix piece by piece: into `file`, or into the memory that is reserved for it."""
         files = {info.file for info in self._reader.tensors.values()}
         buffer, done_bytes, total_bytes = empty_packed(0), 0, self.num_bytes
-        for request in self._requests.values():
-            entry = request.entry
-            source = _checked(request.make(), entry)
+        for wanted in self._wanted.values():
+            entry = wanted.entry
+            source = _checked(wanted.make(), entry)
             for rows, begin, end in _pieces(entry):
                 if file is not None and buffer.numel() < end - begin:
                     buffer = empty_packed(end - begin)
-                target = request.matrix.data[begin:end] if file is None else buffer[: end - begin]
+                target = wanted.matrix.data[begin:end] if file is None else buffer[: end - begin]
                 try:
                     self._pack_into(source[rows], entry.format, entry.paired, target)
                 except PackError as error:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cierzo.engine.checkpoint_format import CheckpointFormat
 from cierzo.engine.errors import refusal
-from cierzo.engine.weights.layout import CheckpointFormat
 from cierzo.engine.weights.names import PACKED, companion, native_name
 from cierzo.engine.weights.shapes import Shape, Small4Shape
 from cierzo.engine.weights.writer import TensorPlan

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.parameters import Parameter, as_tensor
 from cierzo.kernels.formats import compressed_tensors
-from cierzo.kernels.formats.pack import PackError, pack_into
-from cierzo.kernels.formats.packed import packed_bytes
+from cierzo.kernels.formats.packed import PackError, packed_bytes
+from cierzo.kernels.pack import pack_into, pack_stored
 
 Range = tuple[int, int]
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-100, 2.0**100  # far beyond any model's; a product stays a float32
@@ -173,25 +174,10 @@ class StoredParameter:
         experts = [_values(parts, self.dtype).to(self.dtype) for parts in self.experts]
         return (torch.stack(experts) if self.fused else experts[0]).to(self.device)
 
-
-Parameter = Tensor | StoredParameter
-
-
-def as_tensor(parameter: Parameter) -> Tensor:
-    """Its values."""
-    return parameter if isinstance(parameter, Tensor) else parameter.tensor()
-
-
-def above_each_other(parts: Sequence[Parameter]) -> Parameter:
-    """[n,k] parameters, or [E,n,k] ones, joined along n."""
-    if len(parts) == 1:
-        return parts[0]
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    if len(tensors) == len(parts):
-        return torch.cat(tensors, dim=-2)
-    stored = [_as_stored(part) for part in parts]
-    rows = zip(*(part.experts for part in stored), strict=True)
-    return replace(stored[0], experts=tuple(tuple(one for each in row for one in each) for row in rows))
+    def joined(self, parts: Sequence[Parameter]) -> StoredParameter:
+        """See LazyParameter."""
+        rows = zip(*(_as_stored(part).experts for part in parts), strict=True)
+        return replace(self, experts=tuple(tuple(one for each in row for one in each) for row in rows))
 
 
 def pack_parameter(weight: Parameter, format: str, paired: bool, target: Tensor) -> None:
@@ -199,8 +185,8 @@ def pack_parameter(weight: Parameter, format: str, paired: bool, target: Tensor)
 
     Raises PackError naming the matrix whose values the format cannot hold, CheckpointError for a bad scale.
     """
-    if isinstance(weight, Tensor):
-        pack_into(weight, format, paired, target)
+    if not isinstance(weight, StoredParameter):
+        pack_into(as_tensor(weight), format, paired, target)
         return
     *_, n, k = weight.shape
     each = packed_bytes(format, n, k, paired)
@@ -209,7 +195,7 @@ def pack_parameter(weight: Parameter, format: str, paired: bool, target: Tensor)
         kept = [one.stored() for one in parts if format == "nvfp4" and isinstance(one, Nvfp4Matrix)]
         try:
             if len(kept) == len(parts):
-                compressed_tensors.load_into(kept, paired, part)
+                pack_stored(kept, paired, part)
             else:
                 pack_into(_values(parts, weight.dtype), format, paired, part)
         except PackError as error:
@@ -237,6 +223,7 @@ def _rows(parts: Sequence[StoredMatrix], ranges: Sequence[Range]) -> tuple[Store
 def _as_stored(part: Parameter) -> StoredParameter:
     if isinstance(part, StoredParameter):
         return part
-    experts = part if part.dim() == 3 else part[None]
+    values = as_tensor(part)
+    experts = values if values.dim() == 3 else values[None]
     matrices = tuple((ScaledMatrix("a plain tensor", one),) for one in experts)
-    return StoredParameter(matrices, part.dim() == 3, part.dtype, part.device)
+    return StoredParameter(matrices, values.dim() == 3, values.dtype, values.device)

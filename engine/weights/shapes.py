@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cierzo.engine.errors import refusal
+from cierzo.engine.fields import Fields
+from cierzo.engine.model.config import ModelConfig, parse_config
 
 NamedShape = tuple[str, tuple[int, ...]]
 
@@ -235,6 +238,14 @@ def shape_of(like: str, scale: str | float) -> Shape:
     if not 0 < factor <= 1:  # a NaN is refused too
         raise refusal("scale", "tiny, mini, full or a number in (0, 1]", scale)
     return _PRESETS[like, "full"].scaled(factor)
+
+
+def named_model_config(name: str) -> ModelConfig | None:
+    """The config of "small4" or "small3" at true size, where no checkpoint is at hand; None for any other name and
+    where there is a folder of this name."""
+    if name not in ("small4", "small3") or Path(name).is_dir():
+        return None
+    return parse_config(Fields(shape_of(name, "full").config("bfloat16")))
 
 
 def _multiple(size: float, unit: int) -> int:

@@ -189,7 +189,7 @@ class ReadMemoryArgs(ctypes.Structure):
 
 
 class PackNvfp4Args(ctypes.Structure):
-    """Codes and scales of one NVFP4 expert, and the address that its packed form goes to."""
+    """One expert's NVFP4 codes and scales, and where their packed form goes."""
 
     _fields_ = _fields("p: codes scales whole | i64: n k | p: target | i32: paired")
 

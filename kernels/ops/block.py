@@ -3,7 +3,7 @@
     residual += x;  out = attention or MLP (rms_norm(residual))
 
 x is the other half's result (None before the first layer); with several ranks it is their sum. Each block equals
-the composition of the single operations (ref/block.py): an implementation may run it in one go, so that a step
+the composition of the single operations (compose.py): an implementation may run it in one go, so that a step
 crosses from Python twice a layer, and not thirty times. `scratch`, in what is handed in, holds what an
 implementation derived from the other fields and finds again in its next call.
 

@@ -18,8 +18,8 @@ from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.engine.cost.operations import Work, stored
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.formats.device import quantise
-from cierzo.kernels.formats.pack import pack
 from cierzo.kernels.formats.packed import GROUP_K
+from cierzo.kernels.pack import pack
 from cierzo.kernels.registry import Implementation, has_native, implementations, operations
 
 TINY4 = ModelSizes(
@@ -158,7 +158,7 @@ def test_an_operation_runs_at_each_size_that_it_has(operation: str) -> None:
         assert len(row.samples_us) == 2
         least_us = max(row.num_bytes / 10, row.flops / 100) / 1e3  # ROOF: 10 GB/s, 100 GFLOP/s
         assert row.share == pytest.approx(least_us / (sum(row.samples_us) / 2))
-        assert row.speedup == 1.0 or row.implementation != "torch"
+        assert row.speedup == 1.0 or row.implementation not in ("torch", "composed")
 
 
 @pytest.mark.parametrize("native", [False, *([True] if has_native() else [])])

@@ -16,13 +16,13 @@ from cierzo.bench.plan import search as planning
 from cierzo.bench.plan.search import DevicePlan, Limits, Planner, other_cards, read_experts
 from cierzo.bench.report import make_report, write_report
 from cierzo.bench.workload import Workload, parse_workload
-from cierzo.engine.cli import main
+from cierzo.cli import main
 from cierzo.engine.config import EngineOptions
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.work import measured_distinct, uniform_distinct
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
-from cierzo.engine.model.config import named_model_config
+from cierzo.engine.weights.shapes import named_model_config
 
 OPTIONS = EngineOptions(model="small4", profile="throughput")
 

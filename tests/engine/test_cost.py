@@ -19,9 +19,11 @@ from cierzo.engine.cost.measured import with_measured
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.step_model import StepModel
 from cierzo.engine.cost.step_time import exchanged, step_time
-from cierzo.engine.cost.work import NumberFormats, StepShape, step_work, weight_bytes
+from cierzo.engine.cost.weights import NumberFormats, weight_bytes
+from cierzo.engine.cost.work import StepShape, step_work
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.model.config import ModelConfig, named_model_config
+from cierzo.engine.model.config import ModelConfig
+from cierzo.engine.weights.shapes import named_model_config
 
 DECODE_ONE = StepShape(absorbed_tokens=1.0, absorbed_pairs=2048.0, absorbed_context=2048.0, sampled=1.0)
 

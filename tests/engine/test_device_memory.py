@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cierzo.cli import main
 from cierzo.engine import device_memory
-from cierzo.engine.cli import main
 from cierzo.engine.config import EngineOptions, resolve
-from cierzo.engine.cost.work import NumberFormats, weight_bytes
+from cierzo.engine.cost.weights import NumberFormats, weight_bytes
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig, read_model_config
 from cierzo.engine.weights.shapes import shape_of

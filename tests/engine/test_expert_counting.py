@@ -24,7 +24,7 @@ from cierzo.engine.worker.runner import ModelRunner, load_runner
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.registry import bind, bound
 
-BLOCKS = dict.fromkeys(("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block"), "torch")
+BLOCKS = dict.fromkeys(("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block"), "composed")
 
 
 @pytest.fixture(scope="module")

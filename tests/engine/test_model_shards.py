@@ -13,9 +13,9 @@ from torch import Tensor
 from cierzo.cache.pool import KVPool
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.layers import AllReduce, query_scale
+from cierzo.engine.model.layers import query_scale
 from cierzo.engine.model.registry import build_model, parameter_specs
-from cierzo.engine.weights.loader import ParameterSpec
+from cierzo.engine.parameters import AllReduce, ParameterSpec
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.registry import bind
@@ -90,7 +90,7 @@ def test_a_model_in_one_call_is_its_operations_one_by_one(name: str) -> None:
     bind(KernelsConfig(), "cpu")
     together = compute(name, 0, 1, None)
     blocks = ("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block")
-    bind(KernelsConfig(implementations=dict.fromkeys(blocks, "torch")), "cpu")
+    bind(KernelsConfig(implementations=dict.fromkeys(blocks, "composed")), "cpu")
     assert torch.equal(compute(name, 0, 1, None), together)
 
 
@@ -108,7 +108,7 @@ def test_chosen_experts_surface_however_it_is_computed(name: str) -> None:
     with ThreadPoolExecutor(WORLD) as threads:
         list(threads.map(lambda r: compute(name, r, WORLD, meeting.of(r), TOKENS, chosen[1 + r]), range(WORLD)))
     blocks = ("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block")
-    bind(KernelsConfig(implementations=dict.fromkeys(blocks, "torch")), "cpu")
+    bind(KernelsConfig(implementations=dict.fromkeys(blocks, "composed")), "cpu")
     compute(name, 0, 1, None, expert_ids=chosen[3])
     for each in chosen[1:]:
         assert torch.equal(each, chosen[0])

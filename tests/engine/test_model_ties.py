@@ -19,8 +19,8 @@ from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model.config import read_model_config
+from cierzo.engine.parameters import as_tensor
 from cierzo.engine.weights.info import describe
-from cierzo.engine.weights.quantised import as_tensor
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 VISION = {

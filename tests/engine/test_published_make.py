@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cierzo.engine.cli import main
+from cierzo.cli import main
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.llm import LLM
 from cierzo.engine.model.config import read_model_config
 from cierzo.engine.model.registry import parameter_specs
+from cierzo.engine.parameters import as_tensor
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.weights.published import FORMATS, WEIGHT_STD, tensor_plans
-from cierzo.engine.weights.quantised import as_tensor
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.weights.shapes import shape_of
 from cierzo.scheduler.params import SamplingParams

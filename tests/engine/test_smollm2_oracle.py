@@ -7,7 +7,7 @@ every prefix of (prompt + our answer) is our next token, then its own greedy ans
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,15 @@ from cierzo.cache.pool import KVPool
 from cierzo.engine.model.config import read_model_config
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.layers import MatrixRole
 from cierzo.engine.model.registry import build_model, parameter_specs
+from cierzo.engine.parameters import MatrixRequest, Parameter, as_tensor
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.matrices import formats
-from cierzo.engine.weights.quantised import Parameter, as_tensor
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.config import KernelsConfig
-from cierzo.kernels.formats.pack import pack
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.pack import pack
 from cierzo.kernels.registry import bind
 
 DATA = Path(__file__).parent / "data"
@@ -58,16 +57,8 @@ class RoundedMatrices:
     def tensor(self, stored: Parameter) -> Tensor:
         return as_tensor(stored)
 
-    def matrix(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        make: Callable[[], Parameter],
-        *,
-        paired: bool = False,
-        role: MatrixRole = "linear",
-    ) -> Matrix:
-        return pack(as_tensor(make()), self._formats[role], paired=paired)
+    def matrix(self, request: MatrixRequest) -> Matrix:
+        return pack(as_tensor(request.make()), self._formats[request.role], paired=request.paired)
 
 
 class Ours:

@@ -13,9 +13,9 @@ from loading import load
 from published import SMALL3, Published
 from safetensors.torch import save_file
 
+from cierzo.engine.checkpoint_format import adapter_files
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model.config import read_model_config
-from cierzo.engine.weights.adapters import adapter_files
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.reader import CheckpointReader
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_folders import DENSE, transformers_logits, write_config
 from torch import Tensor
 
+from cierzo.engine.checkpoint_format import find_layout
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.weights.layout import find_layout
-from cierzo.engine.weights.quantised import as_tensor
+from cierzo.engine.parameters import as_tensor
 from cierzo.engine.weights.reader import CheckpointReader
 
 SINGLE, INDEX, OTHER = "model.safetensors", "model.safetensors.index.json", "weights.safetensors"

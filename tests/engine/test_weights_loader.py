@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.weights.loader import ParameterSpec, load_parameters, rank_ranges
-from cierzo.engine.weights.quantised import as_tensor
+from cierzo.engine.parameters import ParameterSpec, as_tensor
+from cierzo.engine.weights.loader import load_parameters, rank_ranges
 from cierzo.engine.weights.reader import CheckpointReader
 
 EXPERTS, WIDTH, HIDDEN = 4, 6, 8

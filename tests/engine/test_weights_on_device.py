@@ -12,8 +12,8 @@ from published import SMALL4, Published
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.parameters import above_each_other
 from cierzo.engine.weights.on_device import on_device
-from cierzo.engine.weights.quantised import above_each_other
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise
 
 CPU = torch.device("cpu")

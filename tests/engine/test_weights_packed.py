@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.parameters import MatrixRequest
 from cierzo.engine.weights import mapping, packed, packed_file
 from cierzo.engine.weights.packed import PackedStore
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.pack import PackError, pack, pack_into
-from cierzo.kernels.formats.packed import PANEL, PackedMatrix
+from cierzo.kernels.formats.packed import PANEL, PackedMatrix, PackError
+from cierzo.kernels.pack import pack, pack_into
 
 GENERATOR = torch.Generator().manual_seed(5)
 TENSORS: dict[str, Tensor] = {  # odd sizes, several panels, experts
@@ -57,7 +58,7 @@ class Start:
             self.made.append(name)
             return TENSORS[name]
 
-        return store.matrix(name, tuple(TENSORS[name].shape), make, format="bf16", paired=name in PAIRED)
+        return store.matrix(MatrixRequest(name, tuple(TENSORS[name].shape), make, name in PAIRED), "bf16")
 
     def check(self) -> None:
         for name, matrix in self.matrices.items():
@@ -359,15 +360,16 @@ def test_an_error_while_packing_leaves_nothing(folder: Path, cache: Path) -> Non
 def test_misuse() -> None:
     reader: Any = None
     store = PackedStore(reader, "bf16", Path(), dtype=torch.bfloat16)
-    store.matrix("a", (4, 4), lambda: torch.zeros(4, 4), format="bf16")
+    request = MatrixRequest("a", (4, 4), lambda: torch.zeros(4, 4))
+    store.matrix(request, "bf16")
     with pytest.raises(ValueError, match="a was asked for already"):
-        store.matrix("a", (4, 4), lambda: torch.zeros(4, 4), format="bf16")
+        store.matrix(request, "bf16")
 
 
 def test_a_tensor_of_another_shape(folder: Path, cache: Path) -> None:
     with CheckpointReader(folder) as reader:
         store = PackedStore(reader, "bf16", cache, dtype=torch.bfloat16)
-        store.matrix("a", (4, 4), lambda: torch.zeros(4, 5), format="bf16")
+        store.matrix(MatrixRequest("a", (4, 4), lambda: torch.zeros(4, 5)), "bf16")
         with pytest.raises(ValueError, match=r"matrix a: made \[4, 5\] instead of \[4, 4\]"):
             store.fill()
 
@@ -422,6 +424,7 @@ import sys
 import torch
 from pathlib import Path
 from cierzo.engine.weights import packed
+from cierzo.engine.parameters import MatrixRequest
 from cierzo.engine.weights.packed import PackedStore
 from cierzo.engine.weights.reader import CheckpointReader
 
@@ -439,7 +442,7 @@ with CheckpointReader(folder) as reader:
     store = PackedStore(reader, "bf16", Path(folder) / "cache", dtype=torch.bfloat16, pack_into=copy)
     weights = []
     for name, info in reader.tensors.items():
-        weights.append(store.matrix(name, info.shape, lambda name=name: reader.read(name), format="bf16"))
+        weights.append(store.matrix(MatrixRequest(name, info.shape, lambda name=name: reader.read(name)), "bf16"))
     num_bytes = store.num_bytes
     Path("/proc/self/clear_refs").write_text("5")
     before = bytes_of("VmRSS")

@@ -13,7 +13,7 @@ from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cpu import native
 from cierzo.kernels.ops import attention, norm, rope
-from cierzo.kernels.registry import bind, operations
+from cierzo.kernels.registry import bind, reference
 
 KINDS = ["torch", *(f"native-{name}" for name in native.available())]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -25,7 +25,7 @@ def kind(request: pytest.FixtureRequest) -> Iterator[str]:
     """All operations of one implementation, so that a composition and its fused form compute alike."""
     kind, _, instruction_set = request.param.partition("-")
     if kind == "torch":
-        bind(KernelsConfig(implementations=dict.fromkeys(operations(), "torch")), "cpu")
+        bind(KernelsConfig(implementations=reference()), "cpu")
     else:
         native.select(instruction_set)
         native.set_threads(2)

@@ -84,7 +84,7 @@ def test_the_table_names_the_instruction_set(instruction_set: str) -> None:
 
 def test_the_reference_is_chosen_by_name() -> None:
     table = bind(KernelsConfig(instruction_set="reference"), "cpu")
-    assert {choice.name for choice in table.chosen} == {"torch"}
+    assert {choice.name for choice in table.chosen} == {"torch", "composed"}
     assert table.describe().startswith("kernels on cpu (no native ones: chosen)\n  torch, ")
     with pytest.raises(KernelChoiceError, match="no implementation 'native'"):
         bind(KernelsConfig(instruction_set="reference", implementations={"rms_norm": "native"}), "cpu")
@@ -123,7 +123,7 @@ def test_on_an_older_cpu_the_reference_runs_and_says_why(
     monkeypatch.setattr(registry, "default_instruction_set", "auto")
     table = bind(KernelsConfig(), "cpu")
     assert f"(no native ones: {reason})" in table.describe()
-    assert {choice.name for choice in table.chosen} == {"torch"}
+    assert {choice.name for choice in table.chosen} == {"torch", "composed"}
 
 
 @needs_library

@@ -58,7 +58,7 @@ def test_default_is_the_first_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
     assert chosen["rms_norm"] == "better"
     assert chosen["linear"] == chosen["expert_mlp"] == "triton"
     assert chosen["route"] == chosen["draw"] == "cuda"
-    assert chosen["decoder"] == "torch"
+    assert chosen["decoder"] == "composed"
     assert bind(KernelsConfig(instruction_set="reference"), "cpu").chosen[0].name == "torch"
     override = KernelsConfig(implementations={"rms_norm": "torch"})
     assert bind(override, "cuda").chosen[0].name == "torch"
@@ -70,8 +70,8 @@ def test_without_triton_a_gpu_is_refused_unless_all_of_it_is_plain_torch(monkeyp
         KernelChoiceError, match=r"'rms_norm' needs the package triton on 'cuda:0': pip install cierzo\[cuda\]"
     ):
         bind(KernelsConfig(), "cuda:0")
-    plain = KernelsConfig(implementations=dict.fromkeys(registry.operations(), "torch"))
-    assert {row.name for row in bind(plain, "cuda:0").chosen} == {"torch"}
+    plain = KernelsConfig(implementations=registry.reference())
+    assert {row.name for row in bind(plain, "cuda:0").chosen} == {"torch", "composed"}
     assert bind(KernelsConfig(), "cpu").chosen
 
 
@@ -82,6 +82,10 @@ def test_unknown_names_list_the_known_ones() -> None:
         KernelChoiceError, match=r"'rms_norm' has no implementation 'fast' on 'cpu'; known: (native, )?torch"
     ):
         bind(KernelsConfig(implementations={"rms_norm": "fast"}), "cpu")
+    with pytest.raises(
+        KernelChoiceError, match=r"'mla_block' has no implementation 'torch' on 'cuda'; known: composed"
+    ):
+        bind(KernelsConfig(implementations={"mla_block": "torch"}), "cuda")
     with pytest.raises(KernelChoiceError, match="no implementation for device 'tpu'"):
         bind(KernelsConfig(), "tpu")
 
@@ -90,8 +94,8 @@ def test_cuda_kernels_are_refused_at_start_where_they_cannot_run(monkeypatch: py
     monkeypatch.setattr(device, "missing", lambda: "no CuPy: pip install it")
     with pytest.raises(KernelChoiceError, match=r"the CUDA kernels cannot run: no CuPy: pip install it"):
         bind(KernelsConfig(), "cuda")
-    in_torch = dict.fromkeys(registry.operations(), "torch")
-    assert {row.name for row in bind(KernelsConfig(implementations=in_torch), "cuda").chosen} == {"torch"}
+    plain = KernelsConfig(implementations=registry.reference())
+    assert {row.name for row in bind(plain, "cuda").chosen} == {"torch", "composed"}
 
 
 def test_a_refused_choice_leaves_the_bound_ones() -> None:
@@ -112,16 +116,13 @@ DEPENDING = {
     *("expert_mlp", "write_normed_latents", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
     *("gqa_prefill", "gqa_decode"),
 }
-IN_COMPANY = "torch, bits depend on the rows beside"
+IN_TORCH, COMPOSED_OF_DEPENDING = (f"{name}, bits depend on the rows beside" for name in ("torch", "composed"))
 COMPOSED = {"mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"}
 
 
-def described(monkeypatch: pytest.MonkeyPatch, device_name: str, **options: Any) -> dict[str, set[str]]:
-    """The start-up table of a machine that has the device: the operations under each of its headings."""
-    monkeypatch.setattr(device, "require", lambda: None)
-    monkeypatch.setattr(registry, "has_triton", lambda: True)
-    monkeypatch.setattr(Implementation, "load", lambda row: row)
-    title, *lines = bind(KernelsConfig(**options), device_name).describe().splitlines()
+def described(device_name: str, **options: Any) -> dict[str, set[str]]:
+    """The operations under each heading of the start-up table of `device_name`, which need not be here."""
+    title, *lines = registry.choose(KernelsConfig(**options), device_name).describe().splitlines()
     assert title.startswith(f"kernels on {device_name}")
     found: dict[str, set[str]] = {}
     heading = ""
@@ -138,11 +139,11 @@ def described(monkeypatch: pytest.MonkeyPatch, device_name: str, **options: Any)
     return found
 
 
-def test_the_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_a_gpu() -> None:
     """Every operation is a kernel that keeps rows apart, so the compositions of them do as well."""
-    found = described(monkeypatch, "cuda:1")
-    assert set(found) == {"triton, exact", "cuda, exact", "torch, exact"}
-    assert found["torch, exact"] == COMPOSED
+    found = described("cuda:1")
+    assert set(found) == {"triton, exact", "cuda, exact", "composed, exact"}
+    assert found["composed, exact"] == COMPOSED
     assert found["triton, exact"] >= DEPENDING - {"route"}
     assert found["cuda, exact"] >= {"route", "group_by_expert", "draw"}
 
@@ -160,34 +161,33 @@ def test_the_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("log_probabilities", set()),
     ],
 )
-def test_one_operation_in_plain_torch_on_a_gpu(
-    operation: str, callers: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = described(monkeypatch, "cuda", implementations={operation: "torch"})
-    depending = {operation, *callers} & {*DEPENDING, *COMPOSED}
-    assert found.pop(IN_COMPANY, set()) == depending
-    assert set(found) == {"triton, exact", "cuda, exact", "torch, exact"}
-    assert found["torch, exact"] == ({operation} | COMPOSED) - depending
+def test_one_operation_in_plain_torch_on_a_gpu(operation: str, callers: set[str]) -> None:
+    found = described("cuda", implementations={operation: "torch"})
+    in_torch = IN_TORCH if operation in DEPENDING else "torch, exact"
+    assert found.pop(in_torch) == {operation}
+    assert found.pop(COMPOSED_OF_DEPENDING, set()) == callers
+    assert found.pop("composed, exact", set()) == COMPOSED - callers
+    assert set(found) == {"triton, exact", "cuda, exact"}
 
 
-def test_the_table_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = described(monkeypatch, "cpu", instruction_set="reference")
-    assert set(found) == {IN_COMPANY, "torch, exact"}
-    assert found[IN_COMPANY] == DEPENDING | COMPOSED
+def test_the_table_of_the_reference() -> None:
+    found = described("cpu", instruction_set="reference")
+    assert set(found) == {IN_TORCH, "torch, exact", COMPOSED_OF_DEPENDING}
+    assert found[IN_TORCH] == DEPENDING
+    assert found[COMPOSED_OF_DEPENDING] == COMPOSED
 
 
 @needs_native
-def test_the_table_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_a_cpu() -> None:
     """Norms that give FP8 have no native kernel, and no composition on a CPU calls them."""
-    found = described(monkeypatch, "cpu", implementations={"mla_block": "torch", "route": "torch"})
+    found = described("cpu", implementations={"mla_block": "composed", "route": "torch"})
     (native,) = (names for heading, names in found.items() if heading.startswith("native "))
-    assert found[IN_COMPANY] == {"rms_norm_fp8", "add_rms_norm_fp8", "route"}
-    assert "mla_block" in found["torch, exact"]
+    assert found[IN_TORCH] == {"rms_norm_fp8", "add_rms_norm_fp8", "route"}
+    assert found["composed, exact"] == {"mla_block"}
     assert {"moe_block", "decoder", "linear"} <= native  # in C++ they call none of the bound operations
-    found = described(
-        monkeypatch, "cpu", implementations={"moe_block": "torch", "decoder": "torch", "route": "torch"}
-    )
-    assert {"moe_block", "decoder"} <= found[IN_COMPANY]
+    composed = {"moe_block": "composed", "decoder": "composed"}
+    found = described("cpu", implementations={**composed, "route": "torch"})
+    assert found[COMPOSED_OF_DEPENDING] == {"moe_block", "decoder"}
 
 
 def test_compositions_call_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:

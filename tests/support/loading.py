@@ -13,8 +13,8 @@ from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.model.config import read_model_config
 from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.registry import parameter_specs
+from cierzo.engine.parameters import Parameter
 from cierzo.engine.weights.loader import load_parameters
-from cierzo.engine.weights.quantised import Parameter
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.runner import load_model
 

@@ -1,4 +1,4 @@
-"""How a checkpoint folder is written: whose files and names, and how its matrices are stored. No torch here.
+"""Format of a checkpoint folder: whose files and names it has, and how its matrices are stored. No torch here.
 
     layout    config         tensors                          names
     hf        config.json    model*.safetensors               model.layers.0.self_attn.o_proj.weight
@@ -8,6 +8,10 @@
     plain     floating-point tensors                                        hf, native
     fp8       e4m3, one scale a tensor: weight = code * scale               hf, native
     nvfp4     compressed-tensors' nvfp4-pack-quantized, of experts alone    native
+
+Adapters (LoRA and its kin) are found and named, and not applied: PEFT writes `adapter_config.json` and
+`adapter_model.safetensors`, Mistral's own fine-tuning `lora.safetensors`. Without a word, whoever keeps them beside
+the base model would take its answers for the adapter's.
 
 Sources: the published formats of Mistral Small 4 and Small 3; transformers' FineGrainedFP8Config; vLLM's
 transformers_utils/configs/mistral.py; compressed-tensors' QuantizationConfig.
@@ -20,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cierzo.engine.model.fields import Fields, read_json
-from cierzo.engine.weights.adapters import refuse_lone_adapter
+from cierzo.engine.errors import CheckpointError
+from cierzo.engine.fields import Fields, read_json
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +40,9 @@ _SCHEME_TEXT = {
     "fp8": "FP8, one scale a matrix",
     "nvfp4": "NVFP4 (compressed-tensors), experts only",
 }
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_REMEDY = "merge it into its base model first (PEFT: merge_and_unload)"
+_ADAPTER_PATTERNS = (ADAPTER_CONFIG_NAME, "adapter*.safetensors", "adapter*.bin", "lora*.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +151,27 @@ def _check_nvfp4(fields: Fields) -> None:
     weights.only("type", ("float",))
     weights.only("group_size", (16,))
     weights.only("symmetric", (True,), default=True)
+
+
+def adapter_files(folder: Path) -> tuple[str, ...]:
+    """The names of the adapter's files in a folder; empty where there is none."""
+    found = {path.name for pattern in _ADAPTER_PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    return tuple(sorted(found))
+
+
+def refuse_lone_adapter(folder: Path) -> None:
+    """Raise CheckpointError if a folder, which holds no model, holds an adapter: what it is, and of which base."""
+    files = adapter_files(folder)
+    if not files:
+        return
+    base = None
+    if ADAPTER_CONFIG_NAME in files:
+        fields = Fields(read_json(folder / ADAPTER_CONFIG_NAME), file=ADAPTER_CONFIG_NAME)
+        base = fields.get("base_model_name_or_path", None)
+    of_base = "" if base is None else f" of the base model {base}"
+    raise CheckpointError(
+        f"{folder} holds an adapter{of_base} ({', '.join(files)}) and no model of its own: {ADAPTER_REMEDY}",
+        field=files[0],
+        limit="a whole model",
+        value=base,
+    )

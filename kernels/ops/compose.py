@@ -1,4 +1,8 @@
-"""The blocks as compositions of single operations, each in the implementation that is bound."""
+"""The blocks of ops/block.py composed of single operations, each in the implementation that is bound.
+
+On a GPU this is the forward pass; on a CPU the C++ kernels compute each block in one call instead. What a
+composition does between the operations, it does to each row alone, so that it is as exact as they are.
+"""
 
 from __future__ import annotations
 
