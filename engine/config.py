@@ -34,6 +34,7 @@ from cierzo.scheduler.config import SchedulerConfig
 
 ENVIRONMENT_PREFIX = "CIERZO_"
 _PLACE = {"cpu": "on a CPU", "cuda": "on a GPU"}
+KV_BYTE_FORMAT = {"cpu": "int8", "cuda": "fp8"}  # the format of cached values that has a byte each
 
 
 def _listed(kind: str) -> str:
@@ -358,7 +359,7 @@ def _kv_dtype(options: EngineOptions, kind: str, dtype: str) -> str:
         if dtype != "bfloat16":
             raise refusal("kv_dtype", "auto", "bf16", f"dtype is {dtype}")
         return dtype
-    right = "fp8" if kind == "cuda" else "int8"
+    right = KV_BYTE_FORMAT[kind]
     if options.kv_dtype != right and (kind == "cuda" or _kernels(options).instruction_set != "reference"):
         limit = f"one of auto, {'bf16, ' * (dtype == 'bfloat16')}{right}"
         raise refusal("kv_dtype", limit, options.kv_dtype, f"{options.kv_dtype} has no kernels {_PLACE[kind]}")

@@ -18,7 +18,8 @@ from cierzo.bench.gpu import conformance, kernels
 from cierzo.bench.gpu.cases import SINGLE, formats_of, models_of
 from cierzo.bench.gpu.cells import ROOT, Cells, commit, describe
 from cierzo.bench.gpu.timing import ceilings
-from cierzo.bench.kernel_cases import Model, Size
+from cierzo.bench.kernel_cases import Size
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 
 PART_S = 480  # no cell is begun after this many seconds of a part
@@ -51,7 +52,10 @@ def conformance_tasks(device: torch.device) -> Iterator[Task]:
                     name = f"{operation}, {model.name}, {size.name}, {format}"
 
                     def run(
-                        operation: str = operation, model: Model = model, size: Size = size, format: str = format
+                        operation: str = operation,
+                        model: ModelSizes = model,
+                        size: Size = size,
+                        format: str = format,
                     ) -> Any:
                         found = conformance.check(operation, model, size, format, device, seed)
                         return None if found is None else found | {"seed": seed}
@@ -68,7 +72,10 @@ def kernel_tasks(device: torch.device, limits: dict[str, float]) -> Iterator[Tas
                     name = f"{operation}, {model.name}, {size.name}, {format}"
 
                     def run(
-                        operation: str = operation, model: Model = model, size: Size = size, format: str = format
+                        operation: str = operation,
+                        model: ModelSizes = model,
+                        size: Size = size,
+                        format: str = format,
                     ) -> Any:
                         return kernels.measure(operation, model, size, format, device, limits)
 

@@ -10,14 +10,15 @@ import msgspec
 
 from cierzo.bench.plan.forecast import Forecast, forecast
 from cierzo.bench.workload import Workload
-from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.cost.cards import DATA_SHEETS, find_device
+from cierzo.engine.config import KV_BYTE_FORMAT, EngineConfig, EngineOptions, resolve
+from cierzo.engine.cost.cards import find_device
+from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.step_model import StepModel
 from cierzo.engine.cost.work import measured_distinct
-from cierzo.engine.device_memory import weight_bytes
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
-from cierzo.kernels.formats.number_formats import formats_on
+from cierzo.kernels.formats.number_formats import ACTIVATION_FORMATS, formats_on
 
 FINENESS = 1.02  # of the search within limits: the next step up is this much more, and breaks one
 
@@ -112,7 +113,7 @@ class Planner:
             shares=shares,
             weights=weights,
             kv_dtype=kv_dtype,
-            weight_gb=weight_bytes(config.model, weights) / 1e9,
+            weight_gb=StepModel(config, device).weight_bytes / 1e9,
             memory_gb=device.total_memory_bytes / 1e9,
             kv_gb=num_blocks * layout.bytes_per_block / 1e9,
             kv_tokens=num_blocks * layout.block_tokens,
@@ -224,11 +225,14 @@ class Planner:
                 for weights in formats_on("cuda")
                 if weights != config.weights
             ]
-            other_activations = "bf16" if config.activations == "fp8" else "fp8"
-            more = replace(given, activations=other_activations)
-            found.append((f"activations {other_activations}", name, more))
+            others = ("bf16", *ACTIVATION_FORMATS)
+            found += [
+                (f"activations {other}", name, replace(given, activations=other))
+                for other in others
+                if other != config.activations
+            ]
             found += [(f"device {other}", other, given) for other in other_cards(name)]
-        pages = "fp8" if device.kind == "cuda" else "int8"
+        pages = KV_BYTE_FORMAT[device.kind]
         other_pages = "bf16" if config.layout.dtype == pages else pages
         found.append((f"KV cache {other_pages}", name, replace(given, kv_dtype=other_pages)))
         for what, factor in (("twice the step", 2.0), ("half the step", 0.5)):

@@ -1,4 +1,4 @@
-"""What the GPU bench has measured of a card takes the place of the stated shares.
+"""Shares that the GPU bench has measured of a card, in place of the stated ones.
 
 `make gpu` leaves lines of JSON in bench/results, `gpu-<card>-<commit>.jsonl`: a cell's kernel, its bytes and
 operations and the time it took. The newest file of a card counts. Without one, or in an installation without the
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 
 def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
-    """`device` with the shares found on a card of this name ("h200"), if there are any. Raises ConfigError for a
+    """Give `device` the shares found on a card of this name ("h200"), if there are any. Raises ConfigError for a
     file that is not what the GPU bench writes."""
     files = [path for path in folder.glob("gpu-*.jsonl") if card in path.stem.split("-")]
     if not files:
@@ -31,10 +31,8 @@ def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
     for number, line in enumerate(newest.read_text(encoding="utf-8").splitlines(), 1):
         try:
             cell = json.loads(line)
-            ours = (
-                cell["part"] == "kernels" and not cell["error"] and ", small" in cell["name"]
-            )  # not gpt-oss's layers
-            if ours and cell["results"]:
+            found = cell["part"] == "kernels" and not cell["error"] and cell["results"]
+            if found and ", small" in cell["name"]:  # not gpt-oss's layers
                 operation, limit_s, seconds = _measurement(device, cell)
                 shares[operation][limit_s] = limit_s / seconds
         except (ValueError, KeyError, TypeError) as error:
@@ -50,8 +48,8 @@ def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
 
 
 def _measurement(device: Device, cell: dict[str, Any]) -> tuple[str, float, float]:
-    """(operation and number format, seconds at the data sheet's limits, seconds that it took). Products
-    are computed in bf16, but for those that the bench says to have FP8 activations."""
+    """(operation and number format, seconds at the data sheet's limits, seconds that it took). Products are
+    computed in bf16, but for those that the bench says to have FP8 activations."""
     operation, *_, format = str(cell["name"]).split(", ")
     found = cell["results"]
     rate = device.operations_per_s["fp8" if format.endswith("x fp8") else "bf16"]

@@ -164,6 +164,8 @@ NUMBER_FORMATS: Mapping[str, NumberFormat] = {
 
 PACKED_FORMATS: Mapping[str, Panels] = {name: one.panels for name, one in NUMBER_FORMATS.items() if one.panels}
 DEVICE_FORMATS = tuple(name for name, one in NUMBER_FORMATS.items() if "cuda" in one.codes_on)
+# Formats of activations that are not a dtype's.
+ACTIVATION_FORMATS = tuple(dict.fromkeys(name for one in NUMBER_FORMATS.values() for name in one.activations))
 
 
 def formats_on(device: str) -> tuple[str, ...]:
