@@ -20,6 +20,7 @@ transformers_utils/configs/mistral.py; compressed-tensors' QuantizationConfig.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +65,16 @@ class CheckpointFormat:
 
     def __str__(self) -> str:
         return f"{_LAYOUT_TEXT[self.layout]}, {_SCHEME_TEXT[self.scheme]}"
+
+
+# Formats that Mistral publishes checkpoints in, by the names that `cierzo make-checkpoint` knows them by.
+PUBLISHED_FORMATS: Mapping[str, CheckpointFormat] = {
+    "hf": CheckpointFormat("hf", "plain"),
+    "hf-fp8": CheckpointFormat("hf", "fp8"),
+    "native": CheckpointFormat("native", "plain"),
+    "native-fp8": CheckpointFormat("native", "fp8"),
+    "native-nvfp4": CheckpointFormat("native", "nvfp4"),
+}
 
 
 def find_layout(folder: Path) -> Layout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cierzo.engine.checkpoint_format import PUBLISHED_FORMATS
 from cierzo.engine.errors import refusal
 from cierzo.engine.options import seed
 from cierzo.engine.weights.info import describe
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="stored number format")
     parser.add_argument(
         "--checkpoint-format",
-        choices=("hf", "hf-fp8", "native", "native-fp8", "native-nvfp4"),
+        choices=tuple(PUBLISHED_FORMATS),
         default="hf",
         help="Hugging Face's or Mistral's own layout, and what is quantised",
     )

@@ -110,7 +110,7 @@ def _matrices(reader: CheckpointReader, plan: ParameterPlan) -> tuple[tuple[Stor
 
 def _matrix(reader: CheckpointReader, piece: Piece) -> StoredMatrix:
     """The [n,k] of one piece."""
-    if piece.format != "nvfp4":
+    if piece.format != Nvfp4Matrix.format:
         return next(_scaled(reader, piece))
     tensors = (piece.tensor, piece.scales["scale"], piece.scales["global scale"])
     return Nvfp4Matrix(piece.tensor.name.removesuffix(PACKED), *(reader.read(one.name) for one in tensors))

@@ -12,14 +12,14 @@ scales that differ from one matrix to the next.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cierzo.engine.checkpoint_format import CheckpointFormat
+from cierzo.engine.checkpoint_format import PUBLISHED_FORMATS, CheckpointFormat
 from cierzo.engine.errors import refusal
 from cierzo.engine.weights.names import PACKED, companion, native_name
 from cierzo.engine.weights.shapes import Shape, Small4Shape
@@ -27,13 +27,6 @@ from cierzo.engine.weights.writer import TensorPlan
 from cierzo.kernels.formats.nvfp4 import GROUP as SCALE_GROUP
 from cierzo.kernels.formats.nvfp4 import LARGEST_SCALE_CODE
 
-FORMATS: Mapping[str, CheckpointFormat] = {
-    "hf": CheckpointFormat("hf", "plain"),
-    "hf-fp8": CheckpointFormat("hf", "fp8"),
-    "native": CheckpointFormat("native", "plain"),
-    "native-fp8": CheckpointFormat("native", "fp8"),
-    "native-nvfp4": CheckpointFormat("native", "nvfp4"),
-}
 WEIGHT_STD = 0.02  # initializer_range of both models
 PIECE_ELEMENTS = 1 << 22
 _LARGEST_FP8 = 448.0
@@ -46,9 +39,9 @@ _ACTIVATION_SCALE = 0.03125
 
 def check_format(name: str, shape: Shape, dtype: str) -> CheckpointFormat:
     """Raises ConfigError for an unknown format, and for one that the shape or the dtype is not published in."""
-    if name not in FORMATS:
-        raise refusal("checkpoint_format", f"one of {', '.join(FORMATS)}", name)
-    format = FORMATS[name]
+    if name not in PUBLISHED_FORMATS:
+        raise refusal("checkpoint_format", f"one of {', '.join(PUBLISHED_FORMATS)}", name)
+    format = PUBLISHED_FORMATS[name]
     if format.scheme == "nvfp4" and not isinstance(shape, Small4Shape):
         raise refusal("like", "small4", "small3", f"it is experts that are NVFP4 in checkpoint_format {name}")
     if format.scheme != "plain" and dtype != "bfloat16":

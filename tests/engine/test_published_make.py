@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cierzo.cli import main
+from cierzo.engine.checkpoint_format import PUBLISHED_FORMATS
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.llm import LLM
 from cierzo.engine.model.config import read_model_config
@@ -17,7 +18,7 @@ from cierzo.engine.parameters import as_tensor
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.make import make_checkpoint
-from cierzo.engine.weights.published import FORMATS, WEIGHT_STD, tensor_plans
+from cierzo.engine.weights.published import WEIGHT_STD, tensor_plans
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.weights.shapes import shape_of
 from cierzo.scheduler.params import SamplingParams
@@ -37,7 +38,7 @@ CASES = [
 
 def test_census_of_small4_in_nvfp4() -> None:
     """Of the published repository: 56,313 tensors, 70,801,959,560 bytes, vision included; 1558 tensors a layer."""
-    plans = tensor_plans(shape_of("small4", "full"), FORMATS["native-nvfp4"], "BF16")
+    plans = tensor_plans(shape_of("small4", "full"), PUBLISHED_FORMATS["native-nvfp4"], "BF16")
     assert len(plans) + VISION_TENSORS == 56_313
     assert sum(plan.num_bytes for plan in plans) + VISION_BYTES == 70_801_959_560
     assert sum(plan.name.startswith("layers.7.") for plan in plans) == 1558
@@ -47,7 +48,7 @@ def test_census_of_small4_in_nvfp4() -> None:
 @pytest.mark.parametrize(("name", "num_tensors"), [("hf-fp8", 36 * 35 + 3), ("native-fp8", 36 * 1181 + 3)])
 def test_census_of_small4_in_fp8(name: str, num_tensors: int) -> None:
     """The published repository has 19,008 scales in Hugging Face's layout; a native gate has its own."""
-    plans = tensor_plans(shape_of("small4", "full"), FORMATS[name], "BF16")
+    plans = tensor_plans(shape_of("small4", "full"), PUBLISHED_FORMATS[name], "BF16")
     assert len(plans) == num_tensors
     scales = 36 * (8 * 2 + (4 if name == "hf-fp8" else 6) * 128)
     assert sum(plan.num_elements for plan in plans) == TEXT_PARAMETERS + scales
@@ -59,7 +60,7 @@ def test_census_of_small4_in_fp8(name: str, num_tensors: int) -> None:
 def test_it_loads_with_normal_weights(tmp_path: Path, like: str, name: str) -> None:
     folder = make_checkpoint(tmp_path / "new", like=like, checkpoint_format=name, max_shard_bytes=1_000_000)
     assert len(list(folder.glob("*.safetensors"))) > 1
-    assert describe(folder).format == str(FORMATS[name])
+    assert describe(folder).format == str(PUBLISHED_FORMATS[name])
     assert describe(folder).parameters == sum(math.prod(sizes) for _, sizes in shape_of(like, "tiny").tensors())
     with CheckpointReader(folder) as reader:
         found = load_parameters(
