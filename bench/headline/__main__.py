@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace, command: str) -> bool:
     store = Store(samples, identity)
     if not arguments.report:
         Run(campaign, store, functools.partial(print, flush=True)).measure(rounds)
-    found = outcome_of(plan, store, identity, _assumed(arguments.device))
+    found = outcome_of(plan, store, _assumed(arguments.device))
     about = {"command": command, "started": started, "settings": Settings(plan=plan, rounds=rounds)}
     draw = functools.partial(picture, found)
     tell("headline", found, text(found, command), arguments.output / stem, draw, **about)
