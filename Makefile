@@ -64,9 +64,9 @@ test: $(KERNELS) ## run the whole test suite
 
 # GPU kernels, whole models, simulated loads, benchmarks, and cores in processes of their own.
 SLOW = bench kernels/triton kernels/cuda kernels/test_native.py engine/test_exact.py engine/test_expert_counting.py \
-  engine/test_forecast.py engine/test_gpu_engine.py engine/test_graphs.py engine/test_llm.py engine/test_memory.py \
+  engine/test_gpu_engine.py engine/test_graphs.py engine/test_llm.py engine/test_memory.py \
   engine/test_no_round_trip.py engine/test_oracle.py engine/test_oracle_engine.py engine/test_overlap.py \
-  engine/test_pipe.py engine/test_published.py engine/test_simulated.py engine/test_smollm2_oracle.py \
+  engine/test_pipe.py engine/test_published.py engine/test_smollm2_oracle.py \
   engine/test_weights_gguf.py engine/test_weights_packed.py engine/frontend/test_core_process.py \
   engine/frontend/test_device_fault.py
 quick: $(KERNELS) ## run the tests that are done in a minute: all but GPU kernels, whole models and benchmarks
@@ -101,7 +101,7 @@ bench-offline: build/checkpoints/small3 build/checkpoints/small4 ## compare our 
 	$(BIN)/python -m cierzo.bench.offline $^
 
 bench-step: $(KERNELS) ## time the step loop apart from the model
-	$(BIN)/python -m cierzo.bench.step
+	$(BIN)/cierzo bench step
 
 bench-rpc: $(KERNELS) ## requests and tokens per second over the RPC, with a fake model
 	$(BIN)/python -m cierzo.bench.rpc

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cierzo.kernels.formats.pack import pack
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.pack import pack
 
 COLD_BYTES = 96 << 20  # of weights in turn, so that no cache of ours holds them from one call to the next
 NOISE = 65_521  # random values that all tensors repeat; a prime, so that no two rows are equal

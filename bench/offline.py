@@ -19,13 +19,13 @@ import msgspec
 import torch
 from tqdm import tqdm
 
-from cierzo.bench.arguments import seed
 from cierzo.bench.report import make_report, write_report
 from cierzo.bench.stats import median, paired_ratio, spread
 from cierzo.bench.traces import random_prompt
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.llm import LLM
 from cierzo.engine.messages import SamplingParams
+from cierzo.engine.options import seed
 
 PROGRESS_AFTER_S = 2.0
 WARM_UP_TOKENS = 2  # one from a prompt, one from a decoding step

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cierzo.bench.arguments import positive
 from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.engine.options import positive
 
 
 def make_parser(prog: str, description: str, folder: str, rounds: str) -> argparse.ArgumentParser:

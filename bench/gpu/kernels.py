@@ -15,8 +15,8 @@ from cierzo.bench.gpu.timing import samples
 from cierzo.bench.kernel_cases import Model, Size
 from cierzo.kernels import registry
 from cierzo.kernels.formats.activations import quantise_rows, static_scales, takes_fp8
+from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.device import DeviceMatrix
-from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton import heuristics

@@ -111,7 +111,7 @@ def find_checkpoint(name: str, folder: Path, scale: str = "mini") -> Checkpoint:
         return Checkpoint(path.name, path)
     path = (folder / (name if scale == "mini" else f"{name}-{scale}")).resolve()
     if not path.exists():
-        make = ["-m", "cierzo.engine", "make-checkpoint", str(path), "--like", name, "--scale", scale]
+        make = ["-m", "cierzo", "make-checkpoint", str(path), "--like", name, "--scale", scale]
         subprocess.run([sys.executable, *make], check=True)
     return Checkpoint(name, path)
 

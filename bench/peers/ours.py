@@ -100,7 +100,7 @@ class CierzoServer(RunningServer):
 def _server(checkpoint: Checkpoint, options: dict[str, Any]) -> Server:
     address = f"127.0.0.1:{free_port()}"
     flags = [_flag(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
-    command = [sys.executable, "-m", "cierzo.engine", "serve", str(checkpoint.path), "--rpc", address, *flags]
+    command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint.path), "--rpc", address, *flags]
 
     async def connect() -> LoadClient:
         client = await Client.connect(address)

@@ -17,15 +17,15 @@ from typing import Any
 
 import msgspec
 
-from cierzo.bench.arguments import positive_float
 from cierzo.bench.plan.forecast import Percentiles
 from cierzo.bench.plan.search import DevicePlan, Limits, Planner, read_experts
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.workload import Workload, parse_workload
+from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import EngineOptions, checkpoint_path
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError, refusal
-from cierzo.engine.options import add_options, chosen
+from cierzo.engine.options import add_options, chosen, positive_float
 from cierzo.engine.weights.shapes import named_model_config
 
 NOT_PLANNED = {"model", "device", "kernels", "frontend", "runner"}
@@ -89,15 +89,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser.add_argument_group("settings of the engine"), EngineOptions, skip=NOT_PLANNED)
 
 
-def main(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Print the plan; exit status 1 if no device can run the workload. Raises ConfigError for bad input."""
-    if named_model_config(arguments.checkpoint) is None:
-        checkpoint_path(arguments.checkpoint)  # else each device would be refused for it
+    checkpoint = checkpoint_folder(arguments.checkpoint)
+    if named_model_config(checkpoint) is None:
+        checkpoint_path(checkpoint)  # else each device would be refused for it
     for path in (arguments.json, arguments.png):
         if path is not None:
             check_writable(path)
     given = chosen(arguments, EngineOptions, skip=NOT_PLANNED)
-    options = EngineOptions(model=arguments.checkpoint, **given)
+    options = EngineOptions(model=checkpoint, **given)
     workload = parse_workload(arguments.workload)
     limits = Limits(
         max_ttft_ms=arguments.max_ttft_ms,
@@ -110,7 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
     calibrated = _calibrated(options, arguments.calibration, names)
     planner = Planner(options, workload, limits, experts=experts, calibrated=calibrated)
     plans = [planner.plan(name) for name in names]
-    print(table(plans, arguments.checkpoint, workload, limits, arguments.experts))
+    print(table(plans, checkpoint, workload, limits, arguments.experts))
     if arguments.png is not None:
         draw(planner, plans, workload, arguments.png)
     if arguments.json is not None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import msgspec
-import numpy as np
 from msgspec import Meta
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # a server's settings hold a Device, and a server starts without numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(gt=0, le=4)]  # above 1 where a ceiling was read at a bad moment of a shared machine
 Rate = Literal["fp32", "bf16", "fp8", "int8"]
 Kind = Literal["memory", "experts", "products", "attention"]
-Number = float | NDArray[np.float64]  # of one step, or of several
+Number: TypeAlias = "float | NDArray[np.float64]"  # of one step, or of several
 GB = 1e9
 
 
@@ -75,6 +77,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def measured_share(self, operation: str, format: str, limit_s: Number) -> Number | None:
         """The share found for calls of this size: linear in log(limit_s) between two, the nearest outside them.
         None for an operation that was not measured, in this number format or whatever format."""
+        import numpy as np
+
         found = self.measured.get(f"{operation} {format}") or self.measured.get(operation)
         if not found:
             return None

@@ -12,9 +12,7 @@ from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.on_device import on_device
 from cierzo.engine.weights.packed import PackedStore
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.packed import Matrix, PackedMatrix
-
-PLAIN_WEIGHTS = {torch.bfloat16: "bf16", torch.float32: "float32"}  # the weights' format that is no rounding
+from cierzo.kernels.formats.packed import PLAIN_FORMATS, Matrix, PackedMatrix
 
 
 def formats(weights: str, plain: str) -> dict[MatrixRole, str]:
@@ -40,7 +38,7 @@ class DeviceMatrices:
     "fp8" where fp8 matrices are multiplied with those."""
 
     def __init__(self, weights: str, dtype: torch.dtype, device: torch.device, activations: str = "bf16") -> None:
-        plain = PLAIN_WEIGHTS[dtype]
+        plain = PLAIN_FORMATS[dtype]
         self._plain = plain
         self._formats = device_formats(weights, plain)
         self._device = device
@@ -60,7 +58,7 @@ class PackedMatrices:
     """Gives matrices whose values are there after `fill`. weights: "float32", "bf16", "int8", "int4" or "nvfp4"."""
 
     def __init__(self, reader: CheckpointReader, weights: str, dtype: torch.dtype, cache_dir: Path) -> None:
-        plain = PLAIN_WEIGHTS[dtype]
+        plain = PLAIN_FORMATS[dtype]
         self._formats = formats(weights, plain)
         variant = weights if dtype == torch.bfloat16 else f"{weights}-{plain}"
         self._store = PackedStore(reader, variant, cache_dir, dtype=dtype)

@@ -28,7 +28,7 @@ from cierzo.engine.errors import amount
 from cierzo.engine.weights.folder import GB
 from cierzo.engine.weights.mapping import PAGE_BYTES
 from cierzo.kernels.formats.definition import FORMATS
-from cierzo.kernels.formats.pack import pack
+from cierzo.kernels.pack import pack
 
 _log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.parameters import Parameter, as_tensor
 from cierzo.kernels.formats import compressed_tensors
-from cierzo.kernels.formats.pack import PackError, pack_into
-from cierzo.kernels.formats.packed import packed_bytes
+from cierzo.kernels.formats.packed import PackError, packed_bytes
+from cierzo.kernels.pack import pack_into, pack_stored
 
 Range = tuple[int, int]
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-100, 2.0**100  # far beyond any model's; a product stays a float32
@@ -195,7 +195,7 @@ def pack_parameter(weight: Parameter, format: str, paired: bool, target: Tensor)
         kept = [one.stored() for one in parts if format == "nvfp4" and isinstance(one, Nvfp4Matrix)]
         try:
             if len(kept) == len(parts):
-                compressed_tensors.load_into(kept, paired, part)
+                pack_stored(kept, paired, part)
             else:
                 pack_into(_values(parts, weight.dtype), format, paired, part)
         except PackError as error:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.formats import int4, int8, nvfp4, plain
-from cierzo.kernels.formats.packed import GROUP_K, PackedMatrix, panel_bytes
-from cierzo.kernels.formats.panels import from_panels, to_panels
+from cierzo.kernels.formats.device import DeviceMatrix, dequantise
+from cierzo.kernels.formats.packed import GROUP_K, Matrix, PackedMatrix, from_panels, panel_bytes, to_panels
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,19 @@ def pack(weight: Tensor, format: str, paired: bool) -> Tensor:
     return FORMATS[format].encode(to_panels(_whole_groups(weight, format), paired)).flatten()
 
 
-def unpack(packed: PackedMatrix) -> Tensor:
-    """float32 values, of the shape that was packed."""
+def unpack(packed: PackedMatrix, dtype: torch.dtype | None = None) -> Tensor:
+    """The dequantised weights, in the shape that was packed, in packed.dtype unless another is asked for."""
     *_, n, k = packed.shape
     panels = packed.data.view(-1, panel_bytes(packed.format, k))
     rows = FORMATS[packed.format].decode(panels)
-    return from_panels(rows, n, packed.paired)[..., :k].reshape(packed.shape)
+    return from_panels(rows, n, packed.paired)[..., :k].reshape(packed.shape).to(dtype or packed.dtype)
+
+
+def as_tensor(matrix: Matrix) -> Tensor:
+    """A door's argument as a plain tensor, dequantised, in the activations' dtype, if it is another kind."""
+    if isinstance(matrix, DeviceMatrix):
+        return dequantise(matrix).to(matrix.dtype)
+    return unpack(matrix) if isinstance(matrix, PackedMatrix) else matrix
 
 
 def _whole_groups(weight: Tensor, format: str) -> Tensor:

@@ -125,7 +125,7 @@ def test_real_servers(run: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert len(result.samples) == result.figure.requests
         assert all(sum(one.delta_tokens) == 8 for one in result.samples)
         assert f"--profile={'throughput' if record.is_throughput else 'latency'}" in result.command
-        assert result.command.startswith("python -m cierzo.engine serve small")
+        assert result.command.startswith("python -m cierzo serve small")
         assert (result.experts is not None) == record.is_small4
         if result.experts is not None:  # of this load alone, neither of the warm-up nor of the cell before
             assert result.experts.tokens == result.figure.requests * (32 + 8 - 1)

@@ -16,7 +16,7 @@ from cierzo.bench.plan import search as planning
 from cierzo.bench.plan.search import DevicePlan, Limits, Planner, other_cards, read_experts
 from cierzo.bench.report import make_report, write_report
 from cierzo.bench.workload import Workload, parse_workload
-from cierzo.engine.cli import main
+from cierzo.cli import main
 from cierzo.engine.config import EngineOptions
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.work import measured_distinct, uniform_distinct

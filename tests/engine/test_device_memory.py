@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cierzo.cli import main
 from cierzo.engine import device_memory
-from cierzo.engine.cli import main
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig, read_model_config

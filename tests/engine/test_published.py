@@ -26,10 +26,9 @@ from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.quantised import StoredParameter, pack_parameter
 from cierzo.kernels import registry
 from cierzo.kernels.formats import compressed_tensors
+from cierzo.kernels.formats.definition import unpack
 from cierzo.kernels.formats.int4 import split
-from cierzo.kernels.formats.pack import unpack
-from cierzo.kernels.formats.packed import empty_packed, packed_bytes, view_packed
-from cierzo.kernels.formats.panels import from_panels
+from cierzo.kernels.formats.packed import empty_packed, from_panels, packed_bytes, view_packed
 from cierzo.scheduler.params import SamplingParams
 
 SHAPES = {"small4": SMALL4, "small3": SMALL3}

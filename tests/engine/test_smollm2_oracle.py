@@ -28,9 +28,9 @@ from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.matrices import formats
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.config import KernelsConfig
-from cierzo.kernels.formats.pack import pack
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.pack import pack
 from cierzo.kernels.registry import bind
 
 DATA = Path(__file__).parent / "data"

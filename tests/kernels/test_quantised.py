@@ -11,11 +11,11 @@ from torch.nn.functional import pad, silu
 
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cpu import native
-from cierzo.kernels.formats.definition import FORMATS
+from cierzo.kernels.formats.definition import FORMATS, unpack
 from cierzo.kernels.formats.int8 import rotate
-from cierzo.kernels.formats.pack import pack, unpack
 from cierzo.kernels.formats.packed import PackedMatrix, view_packed
 from cierzo.kernels.ops import linear, moe
+from cierzo.kernels.pack import pack
 from cierzo.kernels.registry import bind
 
 QUANTISED = ["int8", "int4", "nvfp4"]

@@ -6,9 +6,11 @@ import pytest
 import torch
 import triton.language as tl
 
+from cierzo.kernels.cpu.tensors import as_packed
 from cierzo.kernels.formats import device
+from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.device import DeviceFormatError, dequantise, quantise
-from cierzo.kernels.formats.pack import PackError, as_packed, as_tensor
+from cierzo.kernels.formats.packed import PackError
 from cierzo.kernels.triton import linear
 from cierzo.kernels.triton.launch import Configuration, kernel, launch
 from cierzo.kernels.triton.product import e2m1, e8m0

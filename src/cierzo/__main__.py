@@ -1,4 +1,4 @@
-"""`python -m cierzo.engine` is the `cierzo` command."""
+"""`python -m cierzo` is the `cierzo` command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main() -> int:
     can_interrupt = handler is signal.default_int_handler  # else whoever started the process has ruled it out
     if can_interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from cierzo.engine import cli
+    from cierzo import cli
 
     if can_interrupt:
         signal.signal(signal.SIGINT, handler)

@@ -1,26 +1,34 @@
-"""Talking to a server from a terminal: `cierzo chat`, and `cierzo demo`, which brings its own server."""
+"""`cierzo chat`: talk to a running server from a terminal."""
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import io
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
-from typing import NoReturn
 
-from cierzo.engine.errors import CierzoError, ConnectionLost, CoreFailed
+from cierzo.engine.errors import CierzoError, CoreFailed
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import ChatMessage, Final, SamplingParams
-
-POLL_S = 0.05
-STOP_TIMEOUT_S = 15.0
+from cierzo.engine.options import add_rpc, add_sampling, sampling, text
 
 
-def chat(address: str, message: str | None, system: str | None, sampling: SamplingParams) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sampling parameters, the server's address and the messages."""
+    add_sampling(parser)
+    add_rpc(parser, "server to talk to")
+    parser.add_argument(
+        "--message", type=text, metavar="TEXT", help="one message; default: read them from the terminal"
+    )
+    parser.add_argument("--system", type=text, metavar="TEXT", help="a system message")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Send --message, or lead a conversation."""
+    return chat(arguments.rpc, arguments.message, arguments.system, sampling(arguments))
+
+
+def chat(address: str, message: str | None, system: str | None, params: SamplingParams) -> int:
     """Send one message, or lead a conversation that is read from the terminal until its end (Ctrl-D).
 
     Ctrl-C ends an answer early. Raises CierzoError; within a conversation a turn that fails is told and forgotten.
@@ -31,61 +39,19 @@ def chat(address: str, message: str | None, system: str | None, sampling: Sampli
     with SyncClient(address) as client:
         _wait_ready(client)
         if message is not None:
-            _turn(client, history, sampling)
+            turn(client, history, params)
             return 0
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text spoil their line alone
         while (line := _read_line()) is not None:
             history.append(ChatMessage(role="user", content=line))
             try:
-                history.append(ChatMessage(role="assistant", content=_turn(client, history, sampling)))
+                history.append(ChatMessage(role="assistant", content=turn(client, history, params)))
             except (CierzoError, KeyboardInterrupt) as error:
                 history.pop()
                 told = f"{error.code}: {error}" if isinstance(error, CierzoError) else "the answer was cancelled"
                 print(f"cierzo: {told}", file=sys.stderr)
     return 0
-
-
-def demo(checkpoint: str, prompt: str, sampling: SamplingParams) -> int:
-    """Start a server of the checkpoint, ask it one question over the RPC, stop it."""
-    turns = [ChatMessage(role="user", content=prompt)]
-    signal.signal(signal.SIGTERM, _terminated)  # the server must not outlive the demo
-    with tempfile.TemporaryDirectory(prefix="cierzo-demo-") as folder:
-        address = f"unix:{Path(folder) / 'rpc.sock'}"
-        server = subprocess.Popen(
-            [sys.executable, "-m", "cierzo.engine", "serve", checkpoint, "--rpc", address], start_new_session=True
-        )
-        try:
-            with _connect(address, server) as client:
-                print(f"\n> {prompt}\n", flush=True)
-                _turn(client, turns, sampling)
-        finally:
-            server.terminate()
-            try:
-                server.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-    return 0
-
-
-def _terminated(number: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
-def _connect(address: str, server: subprocess.Popen[bytes]) -> SyncClient:
-    """A client of the starting server, once that is ready."""
-    while server.poll() is None:
-        with contextlib.suppress(ConnectionLost):  # it does not listen yet, or has ended
-            client = SyncClient(address)
-            try:
-                client.wait_ready()
-            except BaseException:
-                client.close()
-                raise
-            return client
-        time.sleep(POLL_S)
-    raise CoreFailed(f"the server ended before it was ready, with status {server.returncode}")
 
 
 def _wait_ready(client: SyncClient) -> None:
@@ -94,15 +60,15 @@ def _wait_ready(client: SyncClient) -> None:
     client.wait_ready()
 
 
-def _turn(client: SyncClient, messages: list[ChatMessage], sampling: SamplingParams) -> str:
-    """Stream one answer into the terminal; it ends with a line of what it took. Gives the answer's text.
+def turn(client: SyncClient, messages: list[ChatMessage], params: SamplingParams) -> str:
+    """Stream one answer into the terminal, then a line of what it took; return the answer's text.
 
-    Interrupted, it cancels the answer at the server. Raises CierzoError, also for an answer that failed.
+    An interrupt cancels the answer at the server. Raises CierzoError, also for an answer that failed.
     """
     answer = []
     started = time.monotonic()
     first = 0.0
-    generation = client.generate(messages=messages, sampling=sampling)
+    generation = client.generate(messages=messages, sampling=params)
     try:
         for delta in generation:
             first = first or time.monotonic()
@@ -121,7 +87,7 @@ def _turn(client: SyncClient, messages: list[ChatMessage], sampling: SamplingPar
 
 
 def _summary(final: Final, first_token_s: float, decode_s: float) -> str:
-    """As seen by this client. Tokens/s is of the tokens after the first one, whose time is the prompt's."""
+    """Usage and speed as this client saw them; tokens/s leaves out the first token, whose time is the prompt's."""
     usage = final.usage
     rate = (usage.output_tokens - 1) / decode_s if decode_s > 0 else 0.0
     return (

@@ -7,24 +7,26 @@ from collections.abc import Iterator
 
 import pytest
 
-from cierzo.engine.cli import build_parser
+from cierzo.cli import Parser, build_parser
 
 
-def _commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _commands(parser: Parser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     yield path
     for name, child in _children(parser).items():
         yield from _commands(child, (*path, name))
 
 
-def _children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+def _children(parser: Parser) -> dict[str, Parser]:
     actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(actions[0].choices) if actions else {}
 
 
-def _find(path: tuple[str, ...]) -> argparse.ArgumentParser:
+def _find(path: tuple[str, ...]) -> Parser:
+    """The parser of a subcommand, with all its arguments."""
     parser = build_parser()
     for name in path:
         parser = _children(parser)[name]
+    parser.complete()
     return parser
 
 

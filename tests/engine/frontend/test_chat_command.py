@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from cierzo.engine import terminal
-from cierzo.engine.cli import main
+from cierzo.cli import main
+from cierzo.engine.commands import chat as command
 from cierzo.engine.messages import Abort, Ready, SamplingParams
 
 DEADLINE_S = 60
 CIERZO = """
 import signal, sys
-from cierzo.engine.cli import main
+from cierzo.cli import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.exit(main())
@@ -112,15 +112,15 @@ def test_a_server_that_loads_is_waited_for(served, cores, monkeypatch, capsys):
     cores.silent = True
     served.do(cores.now.kill)
     served.do(lambda: cores.until(lambda: len(cores.lives) == 2 and cores.now.hello))
-    plain = terminal.SyncClient.wait_ready
+    plain = command.SyncClient.wait_ready
 
     def ready_soon(client, timeout_s=None):
         served.do(lambda: cores.now.say(Ready(startup="fake core")))
         plain(client, timeout_s)
 
-    monkeypatch.setattr(terminal.SyncClient, "wait_ready", ready_soon)
+    monkeypatch.setattr(command.SyncClient, "wait_ready", ready_soon)
     cores.answer = lambda submit, sample: HELLO
-    assert terminal.chat(served.address, "Hi", None, SamplingParams()) == 0
+    assert command.chat(served.address, "Hi", None, SamplingParams()) == 0
     out, err = capsys.readouterr()
     assert out.startswith("Salut\n\n[")
     assert err == "the server still loads its model ...\n"

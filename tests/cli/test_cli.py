@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from cierzo.engine import cli
-from cierzo.engine.cli import main
+from cierzo import cli
+from cierzo.cli import main
+from cierzo.engine.commands import info
 from cierzo.engine.errors import CoreFailed, InvalidRequest, ProtocolError
 from cierzo.engine.llm import LLM, Output, SampleOutput
 from cierzo.engine.messages import Usage
@@ -240,7 +241,7 @@ def test_what_was_given_wrongly_is_no_run_that_failed(
     def raising(_: Any) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_info", raising)
+    monkeypatch.setattr(info, "run", raising)
     assert main(["info", "x"]) == status
     assert capsys.readouterr().err.endswith(": no\n")
 
@@ -352,7 +353,7 @@ def test_a_cache_folder_that_is_not_needed_may_be_anything(
 
 def _run(code: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, in which `code` has run before anything of ours is imported."""
-    start = f"import sys\n{code}\nfrom cierzo.engine.__main__ import main\nsys.exit(main())"
+    start = f"import sys\n{code}\nfrom cierzo.__main__ import main\nsys.exit(main())"
     command = [sys.executable, "-c", start, *words]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     options = {"env": environment, "stderr": subprocess.PIPE, "text": True, **options}
@@ -372,20 +373,21 @@ sys.meta_path.insert(0, Finder())
 @pytest.mark.parametrize(
     ("code", "status"),
     [
-        (AT_IMPORT.format(module="cierzo.engine.cli"), -signal.SIGINT),
-        (AT_IMPORT.format(module="numpy"), -signal.SIGINT),
+        (AT_IMPORT.format(module="cierzo.cli"), -signal.SIGINT),
+        (AT_IMPORT.format(module="argparse"), -signal.SIGINT),
+        (AT_IMPORT.format(module="msgspec"), 130),
         (AT_IMPORT.format(module="cierzo.bench.load"), 130),
         (f"import atexit\n@atexit.register\ndef _():\n    {INTERRUPT}", -signal.SIGINT),
     ],
 )
 def test_ctrl_c_leaves_no_traceback_at_any_moment(code: str, status: int) -> None:
-    done = _run(code, "--version", stdout=subprocess.PIPE)
+    done = _run(code, "bench", "load", "--help", stdout=subprocess.PIPE)
     assert done.returncode == status
     assert done.stderr == ("cierzo: interrupted\n" if status == 130 else "")
 
 
 def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
-    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + AT_IMPORT.format(module="numpy")
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + AT_IMPORT.format(module="cierzo.cli")
     assert _run(code, "--version", stdout=subprocess.PIPE).returncode == 0
 
 
