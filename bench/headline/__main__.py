@@ -29,7 +29,7 @@ from cierzo.bench.headline.table import Outcome, text
 from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers.engine import Checkpoint, find_checkpoint
 from cierzo.bench.peers.kept import fingerprint
-from cierzo.bench.report import current_commit
+from cierzo.bench.revision import current_commit
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError

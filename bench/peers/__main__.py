@@ -30,7 +30,7 @@ from cierzo.bench.peers.results import Outcome, outcome_of
 from cierzo.bench.peers.table import text
 from cierzo.bench.peers.transformers import Transformers
 from cierzo.bench.peers.vllm import Vllm
-from cierzo.bench.report import current_commit
+from cierzo.bench.revision import current_commit
 
 PEERS: dict[str, Peer] = {
     "cierzo": Cierzo(),
