@@ -26,11 +26,11 @@ BUDGET = {
     "scheduler": 1_000,
     "cache": 650,
     "bench": 10_150,
-    "bench/plan": 1_900,
+    "bench/plan": 1_800,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 12_950
+MEASURING_BUDGET = 12_650
 
 
 @pytest.fixture(scope="module")
