@@ -62,8 +62,3 @@ def quantise_rows(x: Tensor, scale: Tensor | None) -> QuantisedRows:
         scales = scale.float().expand(len(x)).contiguous()
     codes = (values / scales[:, None]).clamp(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3)
     return QuantisedRows(codes, scales, x.dtype)
-
-
-def dequantise_rows(rows: QuantisedRows) -> Tensor:
-    """What they stand for, fp32 [T,K]."""
-    return rows.codes.float() * rows.scales[:, None]
