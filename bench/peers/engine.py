@@ -37,6 +37,12 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     options: dict[str, Any] = {}
     usual: bool = True
 
+    def tried(self, name: str, setting: str, options: dict[str, Any]) -> Engine:
+        """This engine with further options, which were tried and lost."""
+        return msgspec.structs.replace(
+            self, name=f"{self.name}-{name}", setting=setting, options={**self.options, **options}, usual=False
+        )
+
 
 class Measured(msgspec.Struct, frozen=True):
     """A figure in its cell's unit, what it came from, and the command if the cell has one of its own."""
