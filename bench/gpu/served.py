@@ -37,6 +37,7 @@ from cierzo.engine.worker.runner import make_pool, make_runner
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.device import in_fp8, quantise
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.scheduler.params import SamplingParams
@@ -73,12 +74,12 @@ class RandomMatrices(DeviceMatrices):
 
     def matrix(self, request: MatrixRequest) -> Matrix:
         """A matrix of the shape that is asked for; `request.make` is not called."""
-        format, shape = self._formats[request.role], request.shape
+        format, shape = self._weights.of(request.role, "cuda", self._plain), request.shape
         if format == self._plain:
             return self._random(shape, torch.bfloat16)
         *experts, n, k = shape
         one = quantise(self._random((n, k), torch.bfloat16), format)
-        if self._fp8_activations and format == "fp8":
+        if self._activations in NUMBER_FORMATS[format].activations:
             one = in_fp8(one)
         if not experts:
             return one

@@ -44,6 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "scheduler.config",
         "kernels.config",
         "kernels.cpu",
+        "kernels.formats.number_formats",
         "engine.frontend.config",
         "engine.model.config",
         "engine.device_memory",
@@ -109,7 +110,7 @@ WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
-    *("engine.model.config", "engine.weights.shapes", "cli", "__main__"),
+    *("engine.model.config", "engine.weights.shapes", "kernels.formats.number_formats", "cli", "__main__"),
 )
 WITH_TORCH = "cache.pool"
 
