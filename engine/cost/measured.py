@@ -1,4 +1,4 @@
-"""What the GPU bench has measured of a card takes the place of the stated shares.
+"""Shares that the GPU bench has measured of a card, in place of the stated ones.
 
 `make gpu` leaves samples in bench/results, `gpu-<card>-<commit>.jsonl` (bench/campaign/store.py): behind the line
 that identifies them, a kernel in each, its bytes and operations and the time it took. The newest file of a card
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 
 def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
-    """`device` with the shares found on a card of this name ("h200"), if there are any. Raises ConfigError for a
+    """Give `device` the shares found on a card of this name ("h200"), if there are any. Raises ConfigError for a
     file that is not what the GPU bench writes."""
     files = [path for path in folder.glob("gpu-*.jsonl") if card in path.stem.split("-")]
     if not files:

@@ -22,18 +22,19 @@ from cierzo.bench.gpu import __main__ as command
 from cierzo.bench.gpu import conformance, kernels, served
 from cierzo.bench.gpu.cases import SINGLE, formats_of
 from cierzo.bench.gpu.timing import ceilings
-from cierzo.bench.kernel_cases import Model, Size
+from cierzo.bench.kernel_cases import Size
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.kernel import running_on
 
 CPU = torch.device("cpu")
-TINY4 = Model(
+TINY4 = ModelSizes(
     name="tiny4", hidden=64, heads=2, vocab=160, mlp_width=32, query_rank=32, rank=32, rope=16, nope=16,
-    value_dim=16, experts=8, top_k=2, expert_width=32,
+    value_dim=16, experts=8, top_k=2, expert_width=32, shared_width=32,
 )  # fmt: skip
-TINY3 = Model(name="tiny3", hidden=64, heads=4, vocab=160, mlp_width=96, kv_heads=2, head_dim=16)
+TINY3 = ModelSizes(name="tiny3", hidden=64, heads=4, vocab=160, mlp_width=96, kv_heads=2, head_dim=16)
 OSS = replace(TINY3, name="oss", window=24, sinks=True)
 DECODE = Size(name="decode", sequences=2, rows_each=1, context=64)
 PREFILL = Size(name="prefill", sequences=1, rows_each=20, context=32)
@@ -83,7 +84,7 @@ def test_every_operation_conforms_and_would_be_found_wrong(operation: str, monke
         ("gqa_prefill", OSS, PREFILL),
     ],
 )
-def test_shared_prefixes_and_windows_conform(operation: str, model: Model, size: Size) -> None:
+def test_shared_prefixes_and_windows_conform(operation: str, model: ModelSizes, size: Size) -> None:
     assert conformance.check(operation, model, size, "bf16", CPU, seed=3) is not None
 
 
@@ -196,7 +197,8 @@ def test_parts_of_the_command_go_on_where_they_stopped(
 def test_kernels_need_no_package_of_ours_beside_torch() -> None:
     code = (
         "import sys\nfor name in ('msgspec', 'uvloop', 'safetensors', 'tqdm'): sys.modules[name] = None\n"
-        "import cierzo.bench.gpu.__main__, cierzo.bench.gpu.compiled"
+        "import cierzo.bench.gpu.__main__, cierzo.bench.gpu.compiled\n"
+        "import cierzo.engine.cost.data_sheets, cierzo.engine.cost.operations, cierzo.engine.cost.sizes"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

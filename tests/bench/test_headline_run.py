@@ -23,7 +23,8 @@ from cierzo.bench.headline.simulate import Simulation, layouts, simulate, simula
 from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.engine.cost.cards import find_device, named
 from cierzo.engine.cost.step_time import step_time
-from cierzo.engine.cost.work import NumberFormats, StepShape, step_work
+from cierzo.engine.cost.weights import NumberFormats
+from cierzo.engine.cost.work import StepShape, step_work
 
 SMALL4 = Subject(model="small4", weights="nvfp4", kv_dtype="fp8")
 SMALL3 = Subject(model="small3", weights="bf16", kv_dtype="fp8")
