@@ -14,7 +14,7 @@ from cierzo.engine.errors import ConfigError
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of one benchmark. `settings` and `results` are the benchmark's own frozen structs."""
+    """A run of a benchmark. `settings` and `results` are the benchmark's own frozen structs."""
 
     benchmark: str
     command: str

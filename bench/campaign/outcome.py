@@ -40,8 +40,8 @@ class Row(msgspec.Struct, Generic[C, S, R], frozen=True, kw_only=True):
 
 
 class Ratio(msgspec.Struct, Generic[C, S], frozen=True, kw_only=True):
-    """One subject's value over another's: the median over the rounds that both ran. limit: the ratio if both ran at
-    the device's full rates."""
+    """Ratio of one subject's value to another's: the median over the rounds that both ran. limit: the ratio if both
+    ran at the device's full rates."""
 
     cell: C
     ours: S
@@ -90,7 +90,7 @@ class Outcome(msgspec.Struct, Generic[C, S, R], frozen=True, kw_only=True):
 
     @property
     def device(self) -> str:
-        """What the figures were measured on, or what was simulated."""
+        """The device that the figures were measured on, or that was simulated."""
         return self.identity["device"].removeprefix(SIMULATED)
 
     @property

@@ -1,4 +1,4 @@
-"""How many clients give the most requests per second while the median time per output token keeps its limit.
+"""Search for the most requests per second at which the median time per output token keeps its limit.
 
 Forecasts, which take no time, say where to look; loads at the best of them and beside it confirm it.
 """
@@ -34,7 +34,7 @@ Look = Callable[[int], Point]
 
 
 class NothingKeepsTheLimit(Exception):
-    """One client alone waits too long for each token."""
+    """Even a single client waits too long for each token."""
 
 
 def search(look: Look, most: int, limit_s: float) -> list[Point]:
@@ -93,7 +93,7 @@ def confirm(look: Look, start: int, most: int, limit_s: float) -> list[Point]:
 
 
 def best_or_none(points: Sequence[Point], limit_s: float) -> Point | None:
-    """The same as `best`, or None."""
+    """Find the best point as `best` does; None where none keeps the limit."""
     try:
         return best(points, limit_s)
     except NothingKeepsTheLimit:

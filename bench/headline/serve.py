@@ -64,7 +64,7 @@ class Serving(Headline):
         return Session(self, server, checkpoint, subject, config)
 
     def limit_device(self) -> Device | None:
-        """What this machine can do at most, if that is known."""
+        """A device that is this machine at its ceilings, if they are known."""
         if self.device == "cpu":
             return None if self._ceilings is None else machine.limit_device(self._ceilings)
         name = gpu_name().lower()

@@ -55,8 +55,9 @@ class Simulation(Headline):
         return Session(self, subject)
 
     def measure(self, cell: Cell, subject: Subject) -> Measurement:
-        """One engine over all cards, or a replica on each, whichever is better; where a concurrency is searched
-        for, one that is forecast to be far behind is not loaded. Raises ConfigError where none holds the model."""
+        """Measure one engine over all cards, or a replica on each, whichever is better. Where a concurrency is
+        searched for, one that is forecast to be far behind is not loaded. Raises ConfigError where none holds the
+        model."""
         engines, others = [], []
         for layout in layouts(self._device):
             try:

@@ -44,7 +44,7 @@ ROUNDS, CLOSE_ROUNDS = 3, 5
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for, of which versions."""
+    """The engines and cells that were asked for, and the versions of the peers."""
 
     checkpoints: list[str]
     engines: list[Engine]

@@ -78,7 +78,7 @@ class LlamaTools:
         self.load_s: float | None = None
 
     def measure(self, cell: Cell, seed: int) -> Measured:
-        """By llama-batched-bench, which draws its own random tokens: `seed` is not used."""
+        """Measure by llama-batched-bench, which draws its own random tokens: `seed` is not used."""
         command = self._batched_bench(cell)
         for _ in range(TOOL_TRIES):
             output, peak_gb = run_tool(command, self._log)
@@ -90,14 +90,14 @@ class LlamaTools:
         raise EngineFailed(f"{len(rows)} results instead of one: {output.strip()[-200:]!r}, see {self._log}")
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
-        """From its server, token by token: each request adds one to what the slot holds."""
+        """Ask its server, token by token: each request adds one to what the slot holds."""
         server = self._peer.server(self._engine, self._checkpoint, self._folder)
         port = int(server.command[server.command.index("--port") + 1])
         with RunningServer(server, self._log):
             return [uvloop.run(_top_logprobs(port, sequence, count)) for sequence in sequences]
 
     def peak_memory_gb(self) -> float:
-        """Of the hungriest run."""
+        """The most memory of any run so far."""
         return self._peak_gb
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The same weights in the Mistral-native layout (params.json, consolidated safetensors), which vLLM takes for MLA.
+"""A checkpoint in the Mistral-native layout (params.json, consolidated safetensors), which vLLM takes for MLA.
 
 Transformers stacks the experts: `gate_up_proj` is [E, 2F, D], `down_proj` [E, D, F]. The native layout wants each
 expert's w1, w3 and w2 by name. Row-major, those are slices that follow each other, so the data of a file stays as

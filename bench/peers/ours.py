@@ -75,7 +75,7 @@ class CierzoServer(RunningServer):
             raise
 
     def chosen_experts(self) -> ExpertStatistics | None:
-        """Of the tokens since this was last asked; None where nobody counts."""
+        """Experts that tokens chose since this was last asked; None where nobody counts them."""
         if self._seen is None:
             return None
         earlier, self._seen = self._seen, self._experts()

@@ -42,7 +42,7 @@ class Transformers:
         return worker(checkpoint, engine.options, folder, log)
 
     def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> None:
-        """Not applicable."""
+        """None: transformers has no server of its own."""
 
 
 def worker(checkpoint: Checkpoint, options: dict[str, Any], folder: Path, log: Path) -> Worker:

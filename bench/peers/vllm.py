@@ -58,7 +58,7 @@ class Vllm:
         )
 
     def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server:
-        """Its API server on a loopback port."""
+        """vLLM's API server on a loopback port."""
         path, options = _layout(checkpoint, folder)
         port = free_port()
         flags = {"model": path, "served_model_name": MODEL, "port": port, "dtype": "bfloat16"}
