@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from cierzo.bench.headline.cells import Cell
 from cierzo.bench.latency import LoadResult, RequestSample, steady_load
+from cierzo.bench.load import LoadSettings
 from cierzo.bench.stats import Summary, summarise
 from cierzo.engine.cost.step_model import StepTotals
 
@@ -51,6 +53,18 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 def requests_for(concurrency: int) -> int:
     """Number of requests of a closed loop whose middle third is looked at."""
     return max(3 * concurrency, 4)
+
+
+def closed_loop(cell: Cell, concurrency: int, seed: int) -> LoadSettings:
+    """The load of a cell at a concurrency."""
+    return LoadSettings(
+        rpc="",
+        requests=requests_for(concurrency),
+        concurrency=concurrency,
+        input_tokens=cell.input_tokens,
+        output_tokens=cell.output_tokens,
+        seed=seed,
+    )
 
 
 def figure(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from cierzo.bench.headline.cells import LIMIT_S, Cell
-from cierzo.bench.headline.figures import requests_for
+from cierzo.bench.headline.figures import Figure, requests_for
 from cierzo.bench.headline.settings import Room
 from cierzo.bench.plan.forecast import forecast
 from cierzo.bench.workload import Workload
@@ -28,6 +28,16 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_s: float
     time_per_output_token_s: float
     measured: bool
+
+
+def measured_point(found: Figure) -> Point:
+    """The point that a load's figure is, for one replica."""
+    return Point(
+        concurrency=found.concurrency // found.replicas,
+        requests_per_s=found.requests_per_s / found.replicas,
+        time_per_output_token_s=found.time_per_output_token_s.p50,
+        measured=True,
+    )
 
 
 Look = Callable[[int], Point]
