@@ -8,9 +8,7 @@ tokens per second). Exit status 1 if a figure is below its limit.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -19,7 +17,7 @@ from cierzo.bench.latency import LoadResult, result_table
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.peers.engine import find_checkpoint
 from cierzo.bench.peers.ours import CierzoServer
-from cierzo.bench.report import make_report, write_report
+from cierzo.bench.report import Recording
 
 MIN_REQUESTS_PER_S = 1500.0
 MIN_STREAMED_TOKENS_PER_S = 30_000.0
@@ -40,7 +38,7 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=64, metavar="C", help="requests open at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and raw samples here")
     arguments = parser.parse_args()
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    report = Recording("rpc", arguments.json, ("python", "-m", "cierzo.bench.rpc"))
     with tempfile.TemporaryDirectory(prefix="cierzo-bench-") as folder:
         checkpoint = find_checkpoint("small4", Path(folder), "tiny")
         rpc = f"unix:{folder}/rpc.sock" if arguments.rpc == "unix" else f"127.0.0.1:{arguments.port}"
@@ -48,10 +46,7 @@ def main() -> int:
         long = LoadSettings(rpc=rpc, requests=2_000, concurrency=arguments.concurrency, output_tokens=256)
         with CierzoServer(checkpoint, {"runner": "fake"}, Path(folder) / "server.log", rpc) as server:
             results = RpcResults(_load(server, "short answers", short), _load(server, "long answers", long))
-    if arguments.json is not None:
-        command = " ".join(["python -m cierzo.bench.rpc", *sys.argv[1:]])
-        report = make_report("rpc", command=command, started=started, settings=(short, long), results=results)
-        write_report(report, arguments.json)
+    report.write((short, long), results)
     verdicts = [
         _verdict("requests/s of 16 tokens", results.short.requests_per_s, MIN_REQUESTS_PER_S),
         _verdict("streamed tokens/s", results.long.output_tokens_per_s, MIN_STREAMED_TOKENS_PER_S),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -195,8 +194,3 @@ def saved(stem: Path, type_: type[T]) -> T | None:
 def with_suffix(stem: Path, suffix: str) -> Path:
     """`stem` with a suffix behind it, whatever dots its name has."""
     return stem.parent / (stem.name + suffix)
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -17,7 +17,7 @@ import msgspec
 
 from cierzo.bench.campaign import options
 from cierzo.bench.campaign.loop import Run
-from cierzo.bench.campaign.outcome import SIMULATED, now, saved, tell
+from cierzo.bench.campaign.outcome import SIMULATED, saved, tell
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.headline.cells import MODELS, Plan, cpu_plan, gpu_plan
 from cierzo.bench.headline.measurement import Headline
@@ -29,6 +29,7 @@ from cierzo.bench.headline.table import Outcome, text
 from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers.engine import Checkpoint, find_checkpoint
 from cierzo.bench.peers.kept import fingerprint
+from cierzo.bench.report import now
 from cierzo.bench.revision import current_commit
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device

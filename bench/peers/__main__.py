@@ -16,7 +16,7 @@ import msgspec
 
 from cierzo.bench.campaign import options
 from cierzo.bench.campaign.loop import Run
-from cierzo.bench.campaign.outcome import now, saved, tell
+from cierzo.bench.campaign.outcome import saved, tell
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers import campaign
@@ -30,6 +30,7 @@ from cierzo.bench.peers.results import Outcome, outcome_of
 from cierzo.bench.peers.table import text
 from cierzo.bench.peers.transformers import Transformers
 from cierzo.bench.peers.vllm import Vllm
+from cierzo.bench.report import now
 from cierzo.bench.revision import current_commit
 
 PEERS: dict[str, Peer] = {
