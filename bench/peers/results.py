@@ -13,6 +13,7 @@ from cierzo.bench.campaign import outcome
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers.cells import Cell, Subject
 from cierzo.bench.peers.engine import Checkpoint, Engine
+from cierzo.bench.revision import ROOT
 from cierzo.bench.stats import median
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_time import step_time
@@ -164,7 +165,8 @@ def small4_over_small3(store: Store, cell: Cell, engines: Sequence[Engine]) -> l
 
 
 def _short(sample: Any) -> dict[str, Any]:
-    """A sample without the times of single tokens and requests, which the file of samples keeps."""
+    """A sample without the times of single tokens and requests, which the file of samples has; paths are those
+    from the repository's root."""
     told = {name: getattr(sample, name) for name in sample.__slots__}
     if isinstance(sample.result, dict) and "raw" in sample.result:
         raw = sample.result["raw"]
@@ -172,5 +174,6 @@ def _short(sample: Any) -> dict[str, Any]:
             raw = None
         elif isinstance(raw, dict):
             raw = {name: value for name, value in raw.items() if name != "samples"}
-        told["result"] = {**sample.result, "raw": raw}
+        command = sample.result["command"].replace(f"{ROOT}/", "")
+        told["result"] = {**sample.result, "raw": raw, "command": command}
     return told
