@@ -103,8 +103,7 @@ bench-step: $(KERNELS) ## time the step loop apart from the model
 bench-rpc: $(KERNELS) ## requests and tokens per second over the RPC, with a fake model
 	$(BIN)/python -m cierzo.bench.rpc
 
-# Each peer gets an environment of its own below build/peers. PEERS="--quick" or any of its other options; against
-# transformers' generate alone: PEERS="--engines cierzo-bf16,transformers --cells decode-1,decode-8,decode-32".
+# Each peer gets an environment of its own below build/peers. PEERS="--quick" or any of its other options.
 peers: $(KERNELS) ## compare us with transformers, vLLM and llama.cpp (hours; PEERS=--quick: 40 minutes)
 	$(BIN)/python -m cierzo.bench.peers.environments $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install 'matplotlib>=3.8'  # the extra [bench]

@@ -1,4 +1,4 @@
-"""What the machine can do at most: bytes read from memory a second, products a second.
+"""The machine's ceilings: bytes read from memory a second, products a second.
 
 Bandwidth is the median of several reads of a buffer that no cache holds. A product's rate is the best of several
 runs, by torch or by our own kernels: nobody's kernel, ours included, is the limit by definition.
@@ -25,7 +25,7 @@ ROUNDS = 5
 
 
 def measure() -> Ceilings:
-    """See bench/machine.py."""
+    """Measure every ceiling of bench/machine.py."""
     threads = torch.get_num_threads()
     buffer = torch.ones(READ_BYTES // 4)
     reads = [(_read_rate(buffer, 1), _read_rate(buffer, threads)) for _ in range(ROUNDS)]

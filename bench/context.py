@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import resource
-import shlex
-import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 from tqdm import tqdm
 
 from cierzo.bench.machine import measure_ceilings
-from cierzo.bench.report import make_report, write_report
+from cierzo.bench.report import Recording
 from cierzo.bench.sequences import Sequences
 from cierzo.bench.stats import median
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
@@ -127,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv-dtype", choices=("auto", "int8"), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
     arguments = parser.parse_args(argv)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    report = Recording("context", arguments.json, ("python", "-m", "cierzo.bench.context"))
     longest = max(*arguments.decode, arguments.prefill, BASE_CONTEXT)
     options = EngineOptions(model=arguments.checkpoint, kv_dtype=arguments.kv_dtype)
     layout = resolve(options).layout
@@ -137,14 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     decode = measure_decode(sequence, config, arguments.decode, arguments.repeats)
     prefill = measure_prefill(sequence, arguments.prefill, arguments.chunk_tokens) if arguments.prefill else []
     print(_table(decode, prefill))
-    if arguments.json is not None:
-        command = shlex.join(["python", "-m", "cierzo.bench.context", *(sys.argv[1:] if argv is None else argv)])
-        settings = vars(arguments) | {"json": None}
-        results = {"decode": decode, "prefill": prefill}
-        write_report(
-            make_report("context", command=command, started=started, settings=settings, results=results),
-            arguments.json,
-        )
+    report.write(vars(arguments) | {"json": None}, {"decode": decode, "prefill": prefill})
     return 0
 
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from cierzo.bench.report import check_writable, make_report, write_report
+from cierzo.bench.report import Recording
 from cierzo.bench.traces import random_prompt
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.expert_statistics import ExpertStatistics, independent_distinct
@@ -79,15 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run or ask, print the tables. Raises ConfigError for a model without experts, or prompts that are none."""
     settings = _settings(arguments)
-    if arguments.json is not None:
-        check_writable(arguments.json)  # before the traffic, not after it
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    report = Recording("experts", arguments.json)
     statistics = _ask(settings.rpc) if settings.rpc is not None else run_traffic(settings)
     print(tables(statistics))
-    if arguments.json is not None:
-        command = " ".join(["cierzo", *sys.argv[1:]])
-        report = make_report("experts", command=command, started=started, settings=settings, results=statistics)
-        write_report(report, arguments.json)
+    report.write(settings, statistics)
     return 0
 
 

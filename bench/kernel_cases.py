@@ -7,7 +7,7 @@ kernels/ops/; work is counted by engine/cost/operations.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,12 +30,6 @@ SMALL4 = ModelSizes(
     nope=64, value_dim=128, experts=128, top_k=4, expert_width=2048, shared_width=2048,
 )  # fmt: skip
 SMALL3 = ModelSizes(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_width=32_768, kv_heads=8, head_dim=128)
-# the benchmark checkpoints, `--scale mini`
-MINI4 = replace(
-    SMALL4, hidden=1024, heads=16, vocab=32_768, mlp_width=512, query_rank=512, expert_width=512, shared_width=512
-)
-MINI3 = replace(SMALL3, hidden=1280, heads=16, vocab=32_768, mlp_width=8448)
-MODELS = {model.name: model for model in (MINI4, MINI3)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +60,6 @@ class Size:
         read = min(self.context, window + self.rows_each - 1) if window else self.context
         shared = max(0, self.shared - (self.context - read))
         return self.rows, self.sequences * pairs, self.sequences * (read - shared) + shared
-
-
-SIZES = (
-    Size(name="decode 1", sequences=1, rows_each=1, context=1024),
-    Size(name="decode 8", sequences=8, rows_each=1, context=1024),
-    Size(name="decode 32", sequences=32, rows_each=1, context=1024),
-    Size(name="prefill 2048", sequences=1, rows_each=2048, context=2048),
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +21,7 @@ import uvloop
 from tqdm import tqdm
 
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
-from cierzo.bench.report import check_writable, make_report, write_report
+from cierzo.bench.report import Recording
 from cierzo.bench.traces import random_prompt
 from cierzo.bench.workload import poisson_arrivals
 from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, refusal
@@ -126,15 +125,10 @@ def run(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         seed=arguments.seed,
     )
-    if arguments.json is not None:
-        check_writable(arguments.json)  # before the load, not after it
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    report = Recording("load", arguments.json)
     result = uvloop.run(_load_when_ready(settings))
     print(result_table(result))
-    if arguments.json is not None:
-        command = " ".join(["cierzo", *sys.argv[1:]])
-        report = make_report("load", command=command, started=started, settings=settings, results=result)
-        write_report(report, arguments.json)
+    report.write(settings, result)
     return 0 if result.answered == settings.requests else 1
 
 

@@ -26,7 +26,7 @@ APART_TIMEOUT_S = 600.0
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """What a reader needs to judge a figure. `cores` are those this process may use."""
+    """A machine as a reader needs it to judge a figure. `cores` are those this process may use."""
 
     processor: str
     cores: int
@@ -44,8 +44,8 @@ class Ceiling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
-    """What no kernel can pass: bytes read from memory a second, and operations, of which a multiplication and an
-    addition are two. `threads` is how many computed; None where nothing here can measure it."""
+    """Limits that no kernel can pass: bytes read from memory a second, and operations, of which a multiplication
+    and an addition are two. `threads` computed; None where nothing here can measure it."""
 
     threads: int
     read_one_thread: Ceiling

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from cierzo.engine.errors import ConfigError
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of one benchmark. `settings` and `results` are the benchmark's own frozen structs."""
+    """A run of a benchmark. `settings` and `results` are the benchmark's own frozen structs."""
 
     benchmark: str
     command: str
@@ -48,3 +52,27 @@ def check_writable(path: Path) -> None:
 def write_report(report: Report, path: Path) -> None:
     """Write one line of JSON; raises OSError where the path cannot be written."""
     path.write_bytes(msgspec.json.encode(report) + b"\n")
+
+
+class Recording:
+    """A report in the making: it goes to `path`, if there is one, when there are results."""
+
+    def __init__(self, benchmark: str, path: Path | None, program: Sequence[str] = ("cierzo",)) -> None:
+        """Note the time, and the command: `program` with this process's arguments. Raises ConfigError where `path`
+        cannot be written: before the measurement, not after it."""
+        self._benchmark, self._path = benchmark, path
+        self._command = shlex.join([*program, *sys.argv[1:]])
+        self._started = now()
+        if path is not None:
+            check_writable(path)
+
+    def write(self, settings: Any, results: Any) -> None:
+        """Write the report, if it has a place."""
+        if self._path is not None:
+            about = {"command": self._command, "started": self._started}
+            write_report(make_report(self._benchmark, **about, settings=settings, results=results), self._path)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -36,7 +36,7 @@ def current_commit() -> str:
 
 
 def output(*command: str) -> str:
-    """What a command prints; empty where it fails, or is not there."""
+    """Output of a command; empty where it fails, or is not there."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:

@@ -14,18 +14,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-import shlex
-import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from tqdm import tqdm
 
-from cierzo.bench.report import check_writable, make_report, write_report
+from cierzo.bench.report import Recording
 from cierzo.bench.stats import Summary, summarise
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.messages import SamplingParams, StepOutput, Submit
@@ -88,14 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, write JSON if asked."""
-    if arguments.json is not None:
-        check_writable(arguments.json)  # before the steps, not after them
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    report = Recording("step", arguments.json)
     settings, results = _loop(arguments) if arguments.profile is None else _profile(arguments)
-    if arguments.json is not None:
-        command = shlex.join(["cierzo", *sys.argv[1:]])
-        report = make_report("step", command=command, started=started, settings=settings, results=results)
-        write_report(report, arguments.json)
+    report.write(settings, results)
     return 0
 
 

@@ -36,7 +36,7 @@ class Session(Generic[C]):
         raise NotImplementedError
 
     def by_products(self) -> Mapping[C, Any]:
-        """What was learnt besides, by cells of its own: the time to load, memory."""
+        """Further results of the session, by cells of their own: the time to load, memory."""
         return {}
 
     def close(self) -> None:
@@ -44,7 +44,7 @@ class Session(Generic[C]):
 
 
 class Campaign(Generic[C, S]):
-    """What a benchmark defines of its measurement."""
+    """The part of a measurement that each benchmark defines."""
 
     @property
     def blocks(self) -> Sequence[Block[C, S]]:
@@ -59,7 +59,7 @@ class Campaign(Generic[C, S]):
         raise NotImplementedError
 
     def ceilings(self) -> Any | None:
-        """What the machine can do, measured now, as JSON; None where that is on a data sheet."""
+        """The machine's ceilings, measured now, as JSON; None where that is on a data sheet."""
         return None
 
     def wanted(self, number: int, store: Store) -> Callable[[C, S], bool]:
@@ -72,7 +72,7 @@ class Campaign(Generic[C, S]):
 
 
 class Run(Generic[C, S]):
-    """One campaign over one store; what is in there already is not measured again."""
+    """A campaign over a store; cells that it holds already are not measured again."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class Run(Generic[C, S]):
         told: str = "",
         error: Exception | None = None,
     ) -> None:
-        """One sample to disk, and a line to the terminal."""
+        """Write a sample to disk, and a line to the terminal."""
         why = "" if error is None else str(error) or type(error).__name__
         self.failed += error is not None
         told = told if error is None else f"FAILED: {why}"

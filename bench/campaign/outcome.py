@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -40,8 +39,8 @@ class Row(msgspec.Struct, Generic[C, S, R], frozen=True, kw_only=True):
 
 
 class Ratio(msgspec.Struct, Generic[C, S], frozen=True, kw_only=True):
-    """One subject's value over another's: the median over the rounds that both ran. limit: the ratio if both ran at
-    the device's full rates."""
+    """Ratio of one subject's value to another's: the median over the rounds that both ran. limit: the ratio if both
+    ran at the device's full rates."""
 
     cell: C
     ours: S
@@ -90,7 +89,7 @@ class Outcome(msgspec.Struct, Generic[C, S, R], frozen=True, kw_only=True):
 
     @property
     def device(self) -> str:
-        """What the figures were measured on, or what was simulated."""
+        """The device that the figures were measured on, or that was simulated."""
         return self.identity["device"].removeprefix(SIMULATED)
 
     @property
@@ -195,8 +194,3 @@ def saved(stem: Path, type_: type[T]) -> T | None:
 def with_suffix(stem: Path, suffix: str) -> Path:
     """`stem` with a suffix behind it, whatever dots its name has."""
     return stem.parent / (stem.name + suffix)
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -68,7 +68,7 @@ class Store:
         return {sample.round: sample.result for sample in self.of(cell, subject) if not sample.error}
 
     def error(self, cell: object, subject: object) -> str:
-        """Why the last attempt failed; empty if it did not, or was not made."""
+        """The reason why the last attempt failed; empty if it did not, or was not made."""
         attempts = self.of(cell, subject)
         return attempts[-1].error if attempts else ""
 

@@ -33,7 +33,7 @@ Tasks = Mapping[str, Callable[[], Any]]  # by cell
 
 
 class Choice:
-    """What KernelsConfig says by default, on a machine without msgspec."""
+    """The defaults of KernelsConfig, for a machine without msgspec."""
 
     implementations: ClassVar[dict[str, str]] = {}
     instruction_set = "auto"

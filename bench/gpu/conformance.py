@@ -95,7 +95,7 @@ def check(
 
 
 def outputs(operation: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
-    """What it returns, and what it changed."""
+    """The tensors that a call returns, and those that it changed."""
     result = function(*arguments)
     returned = [] if result is None else tensors_of(result)
     changed = [arguments[index] for index in IN_PLACE.get(operation, ())]
@@ -107,7 +107,7 @@ def outputs(operation: str, function: Callable[..., Any], arguments: tuple[Any, 
 
 
 def tensors_of(result: Any) -> list[Tensor]:
-    """Of one tensor, several, or quantised rows."""
+    """The tensors of a result: one, several, or quantised rows."""
     if isinstance(result, QuantisedRows):
         return [result.codes, result.scales]
     return [result] if isinstance(result, Tensor) else list(result)

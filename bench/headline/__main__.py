@@ -17,7 +17,7 @@ import msgspec
 
 from cierzo.bench.campaign import options
 from cierzo.bench.campaign.loop import Run
-from cierzo.bench.campaign.outcome import SIMULATED, now, saved, tell
+from cierzo.bench.campaign.outcome import SIMULATED, saved, tell
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.headline.cells import MODELS, Plan, cpu_plan, gpu_plan
 from cierzo.bench.headline.measurement import Headline
@@ -29,6 +29,7 @@ from cierzo.bench.headline.table import Outcome, text
 from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers.engine import Checkpoint, find_checkpoint
 from cierzo.bench.peers.kept import fingerprint
+from cierzo.bench.report import now
 from cierzo.bench.revision import current_commit
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
@@ -39,7 +40,7 @@ ROUNDS = 3  # where a machine's mood differs from one to the next; a simulation 
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for."""
+    """The plan and the rounds that were asked for."""
 
     plan: Plan
     rounds: int
@@ -88,7 +89,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _campaign(arguments: argparse.Namespace, plan: Plan) -> tuple[Headline, dict[str, str]]:
-    """Where the plan runs, and what its samples belong to. Raises ConfigError."""
+    """The plan with the place where it runs, and the identity of its samples. Raises ConfigError."""
     commit, folder = arguments.commit or current_commit(), arguments.folder
     names = {model: getattr(arguments, model) or model for model in MODELS}
     if arguments.device.startswith(SIMULATED):
@@ -117,7 +118,7 @@ def _campaign(arguments: argparse.Namespace, plan: Plan) -> tuple[Headline, dict
 
 
 def _assumed(name: str) -> str:
-    """What is assumed of a simulated device; of a real one nothing is."""
+    """The assumptions about a simulated device, in words; about a real one there are none."""
     if not name.startswith(SIMULATED):
         return ""
     device = find_device(name.removeprefix(SIMULATED))

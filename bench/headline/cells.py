@@ -1,4 +1,4 @@
-"""What is measured, of which models in which number formats, and what is hoped for."""
+"""Cells, models in their number formats, and goals: the plans for a CPU and for a card."""
 
 from __future__ import annotations
 

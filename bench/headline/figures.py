@@ -1,10 +1,12 @@
-"""From what the clients saw to a cell's figures."""
+"""A cell's figures, from what the clients saw."""
 
 from __future__ import annotations
 
 import msgspec
 
+from cierzo.bench.headline.cells import Cell
 from cierzo.bench.latency import LoadResult, RequestSample, steady_load
+from cierzo.bench.load import LoadSettings
 from cierzo.bench.stats import Summary, summarise
 from cierzo.engine.cost.step_model import StepTotals
 
@@ -12,7 +14,7 @@ WHOLE_BELOW_TOKENS = 100_000  # of a load whose single tokens are kept
 
 
 class Steps(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a step on average, in one engine: sequences in it, experts of a layer that had tokens (0 in a dense
+    """A step on average, in one engine: sequences in it, experts of a layer that had tokens (0 in a dense
     model), bytes and operations. limit_requests_per_s: of all replicas, at the device's full rates."""
 
     running: float
@@ -44,13 +46,25 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def share_of_limit(self) -> float | None:
-        """Of the requests per second that the device's full rates would allow."""
+        """Share of the requests per second that the device's full rates would allow."""
         return None if self.steps is None else self.requests_per_s / self.steps.limit_requests_per_s
 
 
 def requests_for(concurrency: int) -> int:
-    """Of a closed loop whose middle third is looked at."""
+    """Number of requests of a closed loop whose middle third is looked at."""
     return max(3 * concurrency, 4)
+
+
+def closed_loop(cell: Cell, concurrency: int, seed: int) -> LoadSettings:
+    """The load of a cell at a concurrency."""
+    return LoadSettings(
+        rpc="",
+        requests=requests_for(concurrency),
+        concurrency=concurrency,
+        input_tokens=cell.input_tokens,
+        output_tokens=cell.output_tokens,
+        seed=seed,
+    )
 
 
 def figure(
@@ -90,13 +104,13 @@ def figure(
 
 
 def _per_token(sample: RequestSample) -> float:
-    """From the first token to the last, by the tokens after the first."""
+    """Seconds from the first token to the last, divided by the tokens after the first."""
     tokens = sum(sample.delta_tokens) - 1
     return (sample.delta_s[-1] - sample.delta_s[0]) / tokens if tokens > 0 else 0.0
 
 
 def thinned(samples: list[RequestSample]) -> list[RequestSample]:
-    """What is kept of a load's samples: all of a small one; of a large one the first and the last token's times."""
+    """The samples of a load that are kept: all of a small one, else the first and the last token's times."""
     if sum(sum(one.delta_tokens) for one in samples) < WHOLE_BELOW_TOKENS:
         return samples
     return [_ends(one) if len(one.delta_s) > 2 else one for one in samples]

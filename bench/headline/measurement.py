@@ -1,4 +1,4 @@
-"""What a cell's measurement is, and the campaign: a block for each profile of the engine."""
+"""The measurement of a cell, and the campaign: a block for each profile of the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the samples of a plan to its outcome: requests per second or completion times, Small 4's over Small 3's."""
+"""The outcome of a plan, from its samples: requests per second or completion times, Small 4's over Small 3's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many clients give the most requests per second while the median time per output token keeps its limit.
+"""Search for the most requests per second at which the median time per output token keeps its limit.
 
 Forecasts, which take no time, say where to look; loads at the best of them and beside it confirm it.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from cierzo.bench.headline.cells import LIMIT_S, Cell
-from cierzo.bench.headline.figures import requests_for
+from cierzo.bench.headline.figures import Figure, requests_for
 from cierzo.bench.headline.settings import Room
 from cierzo.bench.plan.forecast import forecast
 from cierzo.bench.workload import Workload
@@ -30,11 +30,21 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     measured: bool
 
 
+def measured_point(found: Figure) -> Point:
+    """The point that a load's figure is, for one replica."""
+    return Point(
+        concurrency=found.concurrency // found.replicas,
+        requests_per_s=found.requests_per_s / found.replicas,
+        time_per_output_token_s=found.time_per_output_token_s.p50,
+        measured=True,
+    )
+
+
 Look = Callable[[int], Point]
 
 
 class NothingKeepsTheLimit(Exception):
-    """One client alone waits too long for each token."""
+    """Even a single client waits too long for each token."""
 
 
 def search(look: Look, most: int, limit_s: float) -> list[Point]:
@@ -93,7 +103,7 @@ def confirm(look: Look, start: int, most: int, limit_s: float) -> list[Point]:
 
 
 def best_or_none(points: Sequence[Point], limit_s: float) -> Point | None:
-    """The same as `best`, or None."""
+    """Find the best point as `best` does; None where none keeps the limit."""
     try:
         return best(points, limit_s)
     except NothingKeepsTheLimit:

@@ -19,13 +19,12 @@ import msgspec
 from cierzo.bench import machine
 from cierzo.bench.campaign import loop
 from cierzo.bench.headline.cells import Cell, Plan, Subject
-from cierzo.bench.headline.figures import Steps, figure, requests_for, thinned
+from cierzo.bench.headline.figures import Steps, closed_loop, figure, thinned
 from cierzo.bench.headline.measurement import Headline, Measurement
-from cierzo.bench.headline.search import Choice, Point, choose, estimates
+from cierzo.bench.headline.search import Choice, Point, choose, estimates, measured_point
 from cierzo.bench.headline.settings import engine_settings, resolved, room
 from cierzo.bench.headline.simulate import simulate, simulated_config
 from cierzo.bench.latency import LoadResult
-from cierzo.bench.load import LoadSettings
 from cierzo.bench.peers.engine import Checkpoint
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.engine.config import EngineConfig
@@ -64,7 +63,7 @@ class Serving(Headline):
         return Session(self, server, checkpoint, subject, config)
 
     def limit_device(self) -> Device | None:
-        """What this machine can do at most, if that is known."""
+        """A device that is this machine at its ceilings, if they are known."""
         if self.device == "cpu":
             return None if self._ceilings is None else machine.limit_device(self._ceilings)
         name = gpu_name().lower()
@@ -89,13 +88,7 @@ class Session(loop.Session[Cell]):
         def look(concurrency: int) -> Point:
             result = self._load(cell, concurrency, number)
             loads[concurrency] = result, self._server.chosen_experts()
-            found = figure(result, concurrency, is_throughput=True)
-            return Point(
-                concurrency=concurrency,
-                requests_per_s=found.requests_per_s,
-                time_per_output_token_s=found.time_per_output_token_s.p50,
-                measured=True,
-            )
+            return measured_point(figure(result, concurrency, is_throughput=True))
 
         if cell.concurrency is not None:
             look(cell.concurrency)
@@ -137,16 +130,8 @@ class Session(loop.Session[Cell]):
         return shlex.join(short.get(word, word) for word in shlex.split(self._server.command))
 
     def _load(self, cell: Cell, concurrency: int, number: int) -> LoadResult:
-        settings = LoadSettings(
-            rpc="",
-            requests=requests_for(concurrency),
-            concurrency=concurrency,
-            input_tokens=cell.input_tokens,
-            output_tokens=cell.output_tokens,
-            # no prompt begins as one of another load
-            seed=zlib.crc32(f"{cell.name} {concurrency} {number}".encode()),
-        )
-        return self._server.whole_load(settings)
+        seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())  # no prompt begins as one of another load
+        return self._server.whole_load(closed_loop(cell, concurrency, seed))
 
 
 def gpu_name() -> str:

@@ -10,13 +10,21 @@ import msgspec
 
 from cierzo.bench.campaign import loop
 from cierzo.bench.headline.cells import LIMIT_S, Cell, Plan, Subject
-from cierzo.bench.headline.figures import Figure, figure, requests_for, thinned
+from cierzo.bench.headline.figures import Figure, closed_loop, figure, requests_for, thinned
 from cierzo.bench.headline.measurement import Headline, Measurement, told, value
-from cierzo.bench.headline.search import Choice, NothingKeepsTheLimit, Point, best, choose, estimates
+from cierzo.bench.headline.search import (
+    Choice,
+    NothingKeepsTheLimit,
+    Point,
+    best,
+    choose,
+    estimates,
+    measured_point,
+)
 from cierzo.bench.headline.settings import engine_settings, resolved, room
 from cierzo.bench.latency import LoadResult, RequestSample
-from cierzo.bench.load import LoadClient, LoadSettings
-from cierzo.bench.virtual import SimulatedServer, run_simulated_load
+from cierzo.bench.load import LoadClient
+from cierzo.bench.virtual import SimulatedClient, SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.cards import named
 from cierzo.engine.cost.device import Device
@@ -55,8 +63,9 @@ class Simulation(Headline):
         return Session(self, subject)
 
     def measure(self, cell: Cell, subject: Subject) -> Measurement:
-        """One engine over all cards, or a replica on each, whichever is better; where a concurrency is searched
-        for, one that is forecast to be far behind is not loaded. Raises ConfigError where none holds the model."""
+        """Measure one engine over all cards, or a replica on each, whichever is better. Where a concurrency is
+        searched for, one that is forecast to be far behind is not loaded. Raises ConfigError where none holds the
+        model."""
         engines, others = [], []
         for layout in layouts(self._device):
             try:
@@ -134,12 +143,7 @@ class _Engine:
             result, concurrency, is_throughput=cell.is_throughput, replicas=self._replicas, totals=totals
         )
         self._loads[concurrency] = found, thinned(result.samples)
-        return Point(
-            concurrency=concurrency,
-            requests_per_s=found.requests_per_s / found.replicas,
-            time_per_output_token_s=found.time_per_output_token_s.p50,
-            measured=True,
-        )
+        return measured_point(found)
 
 
 def layouts(device: Device) -> list[Layout]:
@@ -171,15 +175,7 @@ def simulate(
     if chosen at random. Raises ConfigError if a request failed."""
     requests = requests_for(concurrency)
     server = _Watched(config, concurrency, requests, distinct)
-    settings = LoadSettings(
-        rpc="",
-        requests=requests,
-        concurrency=concurrency,
-        input_tokens=cell.input_tokens,
-        output_tokens=cell.output_tokens,
-        seed=SEED,
-    )
-    result = run_simulated_load(server, settings)
+    result = run_simulated_load(server, closed_loop(cell, concurrency, SEED))
     if result.errors:
         raise ConfigError(f"requests failed: {result.errors}", field="requests", value=result.errors)
     return result, server.steady_totals()
@@ -195,7 +191,7 @@ class _Watched(SimulatedServer):
 
     async def connect(self, _: str = "") -> LoadClient:
         """A connection whose answers are counted."""
-        return _Counted(await super().connect(), self)
+        return _Counted(self)
 
     def request_ended(self) -> None:
         """Count the end of a request, and note the totals where the steady time begins or ends."""
@@ -209,24 +205,18 @@ class _Watched(SimulatedServer):
         return StepTotals(**{name: end[name] - begin[name] for name in end})
 
 
-class _Counted:
-    """A `LoadClient` that tells the server of each request's end."""
+class _Counted(SimulatedClient):
+    """A connection that tells the server of each request's end."""
 
-    def __init__(self, client: LoadClient, server: _Watched) -> None:
-        self._client, self._server = client, server
+    def __init__(self, server: _Watched) -> None:
+        super().__init__(server)
+        self._watched = server
 
     async def generate(self, **request: Any) -> AsyncIterator[Delta]:
         """Stream one answer."""
-        async for delta in self._client.generate(**request):
+        async for delta in super().generate(**request):
             yield delta
-        self._server.request_ended()
-
-    async def model_info(self) -> Any:
-        """The server's."""
-        return await self._client.model_info()
-
-    async def close(self) -> None:
-        """Nothing to let go of."""
+        self._watched.request_ended()
 
 
 def _of_all(point: Point, replicas: int) -> Point:

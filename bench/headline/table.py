@@ -42,7 +42,7 @@ def text(found: Outcome, command: str) -> str:
 
 
 def _head(found: Outcome, command: str) -> list[str]:
-    """What the figures belong to."""
+    """Lines that say what the figures belong to."""
     identity = found.identity
     return [
         *(SIMULATION if found.is_simulation else ()),
@@ -55,7 +55,7 @@ def _head(found: Outcome, command: str) -> list[str]:
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    """What the grids have no room for: layouts that lost, lost requests, cells without a figure."""
+    """Lines for what the grids have no room for: layouts that lost, lost requests, cells without a figure."""
     found = []
     for row in rows:
         where = f"{row.cell.name} {row.subject}"

@@ -16,7 +16,7 @@ import msgspec
 
 from cierzo.bench.campaign import options
 from cierzo.bench.campaign.loop import Run
-from cierzo.bench.campaign.outcome import now, saved, tell
+from cierzo.bench.campaign.outcome import saved, tell
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers import campaign
@@ -30,6 +30,7 @@ from cierzo.bench.peers.results import Outcome, outcome_of
 from cierzo.bench.peers.table import text
 from cierzo.bench.peers.transformers import Transformers
 from cierzo.bench.peers.vllm import Vllm
+from cierzo.bench.report import now
 from cierzo.bench.revision import current_commit
 
 PEERS: dict[str, Peer] = {
@@ -44,7 +45,7 @@ ROUNDS, CLOSE_ROUNDS = 3, 5
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for, of which versions."""
+    """The engines and cells that were asked for, and the versions of the peers."""
 
     checkpoints: list[str]
     engines: list[Engine]

@@ -43,7 +43,7 @@ class Agreement(msgspec.Struct, frozen=True):
 
 
 def sequences(cell: Cell, vocab_size: int) -> list[list[int]]:
-    """What is forced upon the engines."""
+    """Sequences of random tokens that are forced upon the engines."""
     return [random_prompt(index, cell.prompt_tokens, vocab_size, SEED) for index in range(cell.batch)]
 
 

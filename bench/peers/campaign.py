@@ -23,7 +23,7 @@ CLOSE_RATIO = 1.2  # below it, a ratio of ours to a peer's is measured in more r
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What to measure. `close_rounds` is the number of rounds for close ratios, at least `rounds`."""
+    """Checkpoints, engines and cells to measure. close_rounds: rounds where a ratio is close, at least `rounds`."""
 
     checkpoints: list[Checkpoint]
     engines: list[Engine]

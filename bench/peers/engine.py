@@ -1,4 +1,4 @@
-"""What an engine is to the benchmark: a name, settings, and two ways to run it, offline and as a server."""
+"""Engines as the benchmark sees them: a name, settings, and two ways to run it, offline and as a server."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     setting: str
     options: dict[str, Any] = {}
     usual: bool = True
+
+    def tried(self, name: str, setting: str, options: dict[str, Any]) -> Engine:
+        """This engine with further options, which were tried and lost."""
+        return msgspec.structs.replace(
+            self, name=f"{self.name}-{name}", setting=setting, options={**self.options, **options}, usual=False
+        )
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -87,7 +93,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
     path: Path
 
     def config(self) -> dict[str, Any]:
-        """Its config.json."""
+        """The checkpoint's config.json."""
         config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         return config
 
@@ -117,11 +123,11 @@ def find_checkpoint(name: str, folder: Path, scale: str = "mini") -> Checkpoint:
 
 
 class Peer(Protocol):
-    """One file of this folder: the engines of one project, and how they run. Paths are below `folder`."""
+    """A file of this folder: the engines of one project, and how they run. Paths are below `folder`."""
 
     @property
     def engines(self) -> tuple[Engine, ...]:
-        """Its rows of the table."""
+        """The project's rows of the table."""
         ...
 
     def offline(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Offline:

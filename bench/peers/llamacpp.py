@@ -33,33 +33,13 @@ SLOTS = 32
 SERVER_FLAGS = ("--cache-ram", "0")  # prefixes are reused within the slots; copies of old prompts only cost time
 TOOL_TRIES = 3  # llama-batched-bench prints by a thread that its end may overtake: with tiny models, half the time
 CONTEXT_TOKENS = 49_152  # of all slots together: the chat load's 32 x 1,216, and one prompt of 8,192
+BF16 = Engine(name="llamacpp-bf16", peer=PEER, number_format="bf16", setting="as it comes")
 ENGINES = (
-    Engine(name="llamacpp-bf16", peer=PEER, number_format="bf16", setting="as it comes"),
+    BF16,
     Engine(name="llamacpp-q8_0", peer=PEER, number_format="q8_0", setting="as it comes"),
-    Engine(
-        name="llamacpp-bf16-ub2048",
-        peer=PEER,
-        number_format="bf16",
-        setting="physical batch of 2048",
-        options={"ubatch-size": "2048"},
-        usual=False,
-    ),
-    Engine(
-        name="llamacpp-bf16-fa",
-        peer=PEER,
-        number_format="bf16",
-        setting="flash attention on",
-        options={"flash-attn": "on"},
-        usual=False,
-    ),
-    Engine(
-        name="llamacpp-bf16-nofa",
-        peer=PEER,
-        number_format="bf16",
-        setting="flash attention off",
-        options={"flash-attn": "off"},
-        usual=False,
-    ),
+    BF16.tried("ub2048", "physical batch of 2048", {"ubatch-size": "2048"}),
+    BF16.tried("fa", "flash attention on", {"flash-attn": "on"}),
+    BF16.tried("nofa", "flash attention off", {"flash-attn": "off"}),
 )
 
 
@@ -98,7 +78,7 @@ class LlamaTools:
         self.load_s: float | None = None
 
     def measure(self, cell: Cell, seed: int) -> Measured:
-        """By llama-batched-bench, which draws its own random tokens: `seed` is not used."""
+        """Measure by llama-batched-bench, which draws its own random tokens: `seed` is not used."""
         command = self._batched_bench(cell)
         for _ in range(TOOL_TRIES):
             output, peak_gb = run_tool(command, self._log)
@@ -110,14 +90,14 @@ class LlamaTools:
         raise EngineFailed(f"{len(rows)} results instead of one: {output.strip()[-200:]!r}, see {self._log}")
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
-        """From its server, token by token: each request adds one to what the slot holds."""
+        """Ask its server, token by token: each request adds one to what the slot holds."""
         server = self._peer.server(self._engine, self._checkpoint, self._folder)
         port = int(server.command[server.command.index("--port") + 1])
         with RunningServer(server, self._log):
             return [uvloop.run(_top_logprobs(port, sequence, count)) for sequence in sequences]
 
     def peak_memory_gb(self) -> float:
-        """Of the hungriest run."""
+        """The most memory of any run so far."""
         return self._peak_gb
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The same weights in the Mistral-native layout (params.json, consolidated safetensors), which vLLM takes for MLA.
+"""A checkpoint in the Mistral-native layout (params.json, consolidated safetensors), which vLLM takes for MLA.
 
 Transformers stacks the experts: `gate_up_proj` is [E, 2F, D], `down_proj` [E, D, F]. The native layout wants each
 expert's w1, w3 and w2 by name. Row-major, those are slices that follow each other, so the data of a file stays as
@@ -14,24 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-NAMES = {
-    r"model\.embed_tokens\.weight": "tok_embeddings.weight",
-    r"model\.norm\.weight": "norm.weight",
-    r"lm_head\.weight": "output.weight",
-    r"model\.layers\.(\d+)\.input_layernorm\.weight": r"layers.\1.attention_norm.weight",
-    r"model\.layers\.(\d+)\.post_attention_layernorm\.weight": r"layers.\1.ffn_norm.weight",
-    r"model\.layers\.(\d+)\.self_attn\.q_a_proj\.weight": r"layers.\1.attention.wq_a.weight",
-    r"model\.layers\.(\d+)\.self_attn\.q_a_layernorm\.weight": r"layers.\1.attention.q_a_norm.weight",
-    r"model\.layers\.(\d+)\.self_attn\.q_b_proj\.weight": r"layers.\1.attention.wq_b.weight",
-    r"model\.layers\.(\d+)\.self_attn\.kv_a_proj_with_mqa\.weight": r"layers.\1.attention.wkv_a_with_mqa.weight",
-    r"model\.layers\.(\d+)\.self_attn\.kv_a_layernorm\.weight": r"layers.\1.attention.kv_a_norm.weight",
-    r"model\.layers\.(\d+)\.self_attn\.kv_b_proj\.weight": r"layers.\1.attention.wkv_b.weight",
-    r"model\.layers\.(\d+)\.self_attn\.o_proj\.weight": r"layers.\1.attention.wo.weight",
-    r"model\.layers\.(\d+)\.mlp\.gate\.weight": r"layers.\1.gate.weight",
-    r"model\.layers\.(\d+)\.mlp\.shared_experts\.gate_proj\.weight": r"layers.\1.shared_experts.w1.weight",
-    r"model\.layers\.(\d+)\.mlp\.shared_experts\.down_proj\.weight": r"layers.\1.shared_experts.w2.weight",
-    r"model\.layers\.(\d+)\.mlp\.shared_experts\.up_proj\.weight": r"layers.\1.shared_experts.w3.weight",
-}
+from cierzo.engine.weights.names import native_name
+
 EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 COPY_BYTES = 1 << 26
 Header = dict[str, dict[str, Any]]
@@ -51,52 +35,14 @@ def convert(source: Path, target: Path) -> None:
 
 
 def params(config: dict[str, Any]) -> dict[str, Any]:
-    """params.json of a mistral4 config.json, as the makers of Small 4 write it: no magnitude term in YaRN."""
-    rope = config["rope_parameters"]
-    return {
-        "dim": config["hidden_size"],
-        "n_layers": config["num_hidden_layers"],
-        "head_dim": config["head_dim"],
-        "hidden_dim": config["intermediate_size"],
-        "n_heads": config["num_attention_heads"],
-        "n_kv_heads": config["num_attention_heads"],
-        "rope_theta": rope["rope_theta"],
-        "norm_eps": config["rms_norm_eps"],
-        "vocab_size": config["vocab_size"],
-        "tied_embeddings": config["tie_word_embeddings"],
-        "max_position_embeddings": config["max_position_embeddings"],
-        "max_seq_len": config["max_position_embeddings"],
-        "dtype": config["dtype"],
-        "q_lora_rank": config["q_lora_rank"],
-        "kv_lora_rank": config["kv_lora_rank"],
-        "qk_rope_head_dim": config["qk_rope_head_dim"],
-        "qk_nope_head_dim": config["qk_nope_head_dim"],
-        "v_head_dim": config["v_head_dim"],
-        "llama_4_scaling": {
-            "original_max_position_embeddings": rope["original_max_position_embeddings"],
-            "beta": rope["llama_4_scaling_beta"],
-        },
-        "yarn": {
-            "original_max_position_embeddings": rope["original_max_position_embeddings"],
-            "factor": rope["factor"],
-            "apply_scale": False,
-            "beta": rope["beta_fast"],
-            "alpha": rope["beta_slow"],
-        },
-        "moe": {
-            "expert_parallel": 1,
-            "expert_model_parallel": 1,
-            "route_every_n": 1,
-            "first_k_dense_replace": config["first_k_dense_replace"],
-            "num_experts": config["n_routed_experts"],
-            "num_experts_per_tok": config["num_experts_per_tok"],
-            "num_expert_groups": config["n_group"],
-            "num_expert_groups_per_tok": config["topk_group"],
-            "routed_scale": config["routed_scaling_factor"],
-            "expert_hidden_dim": config["moe_intermediate_size"],
-            "num_shared_experts": config["n_shared_experts"],
-        },
-    }
+    """params.json of a mistral4 config.json, as the makers of Small 4 write it, and what vLLM wants besides."""
+    from cierzo.engine.weights.published import (
+        native_params,  # imports torch, which the other engines' runs can spare
+    )
+
+    found = native_params(config)
+    moe = {**found["moe"], "expert_parallel": 1, "expert_model_parallel": 1}
+    return {**found, "max_seq_len": config["max_position_embeddings"], "dtype": config["dtype"], "moe": moe}
 
 
 def _rename(source: Path, target: Path) -> list[str]:
@@ -122,10 +68,10 @@ def _native(old: Header) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _native_name(name: str) -> str:
-    for pattern, native in NAMES.items():
-        if match := re.fullmatch(pattern, name):
-            return match.expand(native)
-    raise KeyError(f"{name}: no tensor of this name in the Mistral-native layout")
+    try:
+        return native_name(name)
+    except (KeyError, StopIteration) as error:
+        raise KeyError(f"{name}: no tensor of this name in the Mistral-native layout") from error
 
 
 def _experts(match: re.Match[str], entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvloop
 
 from cierzo.bench.load import LoadClient
@@ -17,29 +18,24 @@ from cierzo.engine.expert_statistics import ExpertStatistics, difference
 from cierzo.engine.frontend.client import Client
 
 PEER = "cierzo"
-MAX_MODEL_LEN = 16_384
-COMMON = {"max_model_len": MAX_MODEL_LEN}
+BF16 = Engine(
+    name="cierzo-bf16",
+    peer=PEER,
+    number_format="bf16",
+    setting="as it comes: exact",
+    options={"max_model_len": 16_384},
+)
 ENGINES = (
-    Engine(
-        name="cierzo-bf16",
-        peer=PEER,
-        number_format="bf16",
-        setting="as it comes: exact",
-        options=COMMON,
-    ),
-    Engine(
-        name="cierzo-int8",
-        peer=PEER,
-        number_format="int8",
-        setting="exact, int8 weights",
-        options={**COMMON, "weights": "int8"},
-    ),
-    Engine(
-        name="cierzo-int4",
-        peer=PEER,
-        number_format="int4",
-        setting="exact, int4 weights",
-        options={**COMMON, "weights": "int4"},
+    BF16,
+    *(
+        msgspec.structs.replace(
+            BF16,
+            name=f"cierzo-{weights}",
+            number_format=weights,
+            setting=f"exact, {weights} weights",
+            options={**BF16.options, "weights": weights},
+        )
+        for weights in ("int8", "int4")
     ),
 )
 
@@ -69,9 +65,9 @@ class Cierzo:
 class CierzoServer(RunningServer):
     """`cierzo serve` with these options, warm. Experts are counted where they have `expert_statistics`."""
 
-    def __init__(self, checkpoint: Checkpoint, options: dict[str, Any], log: Path) -> None:
-        """Start it. Raises EngineFailed."""
-        super().__init__(_server(checkpoint, options), log)
+    def __init__(self, checkpoint: Checkpoint, options: dict[str, Any], log: Path, address: str = "") -> None:
+        """Start it, on a free loopback port unless there is an address. Raises EngineFailed."""
+        super().__init__(_server(checkpoint, options, address), log)
         try:
             self._seen = self._experts() if options.get("expert_statistics") else None
         except BaseException:
@@ -79,7 +75,7 @@ class CierzoServer(RunningServer):
             raise
 
     def chosen_experts(self) -> ExpertStatistics | None:
-        """Of the tokens since this was last asked; None where nobody counts."""
+        """Experts that tokens chose since this was last asked; None where nobody counts them."""
         if self._seen is None:
             return None
         earlier, self._seen = self._seen, self._experts()
@@ -97,8 +93,8 @@ class CierzoServer(RunningServer):
         return uvloop.run(ask())
 
 
-def _server(checkpoint: Checkpoint, options: dict[str, Any]) -> Server:
-    address = f"127.0.0.1:{free_port()}"
+def _server(checkpoint: Checkpoint, options: dict[str, Any], address: str = "") -> Server:
+    address = address or f"127.0.0.1:{free_port()}"
     flags = [_flag(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
     command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint.path), "--rpc", address, *flags]
 

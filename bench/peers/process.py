@@ -78,7 +78,7 @@ def log_tail(log: Path) -> str:
 
 
 def run_tool(command: Sequence[str], log: Path, timeout_s: float = ANSWER_TIMEOUT_S) -> tuple[str, float]:
-    """What a tool prints to stdout, and its largest resident size in GB. Raises EngineFailed."""
+    """Run a tool: what it prints to stdout, and its largest resident size in GB. Raises EngineFailed."""
     process = spawn(command, log, stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
@@ -171,7 +171,7 @@ class Worker:
         ]
 
     def peak_memory_gb(self) -> float:
-        """Of the worker and its children."""
+        """Peak memory of the worker and its children."""
         return peak_memory_gb(self._process.pid)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""From samples to the outcome: values with the machine's limit and notes, ratios, what is close."""
+"""The outcome from samples: values with the machine's limit and notes, ratios, what is close."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cierzo.bench.campaign import outcome
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers.cells import Cell, Subject
 from cierzo.bench.peers.engine import Checkpoint, Engine
+from cierzo.bench.revision import ROOT
 from cierzo.bench.stats import median
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_time import step_time
@@ -95,7 +96,7 @@ def limit(cell: Cell, model: ModelConfig, number_format: str, device: Device) ->
 
 
 def _note(store: Store, cell: Cell, subject: Subject) -> str:
-    """How near an agreement is, how many requests got no answer."""
+    """Note that says how near an agreement is, or how many requests got no answer."""
     raws = [result["raw"] for result in store.measured(cell, subject).values()]
     if cell.kind == "agreement" and raws:
         below = f"below {AGREEMENT_PERCENT} %, " if raws[-1]["top1_percent"] < AGREEMENT_PERCENT else ""
@@ -108,8 +109,8 @@ def _note(store: Store, cell: Cell, subject: Subject) -> str:
 def ratios(
     store: Store, checkpoints: Sequence[str], engines: Sequence[Engine], cells: Sequence[Cell]
 ) -> list[Ratio]:
-    """How many times as good ours are, as the targets have it: bf16 against the best peer in bf16; int8 against our
-    bf16 and llama.cpp's Q8_0; int4 against our int8."""
+    """Ratios that say how many times as good ours are, for the targets: bf16 against the best peer in bf16; int8
+    against our bf16 and llama.cpp's Q8_0; int4 against our int8."""
     ours = {engine.number_format: engine.name for engine in engines if engine.peer == OURS}
     peers = [engine for engine in engines if engine.peer != OURS]
     found = []
@@ -138,7 +139,7 @@ def best(store: Store, checkpoint: str, cell: Cell, engines: Sequence[Engine], n
 
 
 def _times(store: Store, cell: Cell, ours: Subject, against: Subject) -> Ratio | None:
-    """How many times as good: above 1 where ours is better, whichever way the cell counts."""
+    """Ratio that is above 1 where ours is better, whichever way the cell counts."""
     if cell.kind == "agreement":
         return None
     pair: tuple[Mapping[int, float], Mapping[int, float]] = values(store, cell, ours), values(store, cell, against)
@@ -164,7 +165,8 @@ def small4_over_small3(store: Store, cell: Cell, engines: Sequence[Engine]) -> l
 
 
 def _short(sample: Any) -> dict[str, Any]:
-    """A sample without the times of single tokens and requests, which the file of samples keeps."""
+    """A sample without the times of single tokens and requests, which the file of samples has; paths are those
+    from the repository's root."""
     told = {name: getattr(sample, name) for name in sample.__slots__}
     if isinstance(sample.result, dict) and "raw" in sample.result:
         raw = sample.result["raw"]
@@ -172,5 +174,6 @@ def _short(sample: Any) -> dict[str, Any]:
             raw = None
         elif isinstance(raw, dict):
             raw = {name: value for name, value in raw.items() if name != "samples"}
-        told["result"] = {**sample.result, "raw": raw}
+        command = sample.result["command"].replace(f"{ROOT}/", "")
+        told["result"] = {**sample.result, "raw": raw, "command": command}
     return told

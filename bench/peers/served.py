@@ -63,7 +63,7 @@ class RunningServer:
         return Measured(result.requests_per_s, result)
 
     def whole_load(self, settings: LoadSettings) -> LoadResult:
-        """One load whose answers all have the length that was asked for. Raises EngineFailed."""
+        """Run a load whose answers all have the length that was asked for. Raises EngineFailed."""
         result = self.load(settings)
         short = sum(one.num_tokens != settings.output_tokens for one in result.samples if one.error is None)
         if short or not result.answered:
@@ -71,14 +71,14 @@ class RunningServer:
         return result
 
     def load(self, settings: LoadSettings) -> LoadResult:
-        """One load. Raises EngineFailed if the server cannot be reached, or takes too long."""
+        """Run a load. Raises EngineFailed if the server cannot be reached, or takes too long."""
         try:
             return uvloop.run(asyncio.wait_for(run_load(settings, self._connect), LOAD_TIMEOUT_S))
         except (CierzoError, OSError, TimeoutError) as error:
             raise EngineFailed(f"{error or 'timeout'}, see {self._log}: {log_tail(self._log)}") from error
 
     def peak_memory_gb(self) -> float:
-        """Of the server and its children."""
+        """Peak memory of the server and its children."""
         return peak_memory_gb(self._process.pid)
 
     def close(self) -> None:

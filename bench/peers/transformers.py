@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from cierzo.bench.peers.engine import Checkpoint, Engine
 from cierzo.bench.peers.environments import python
 from cierzo.bench.peers.process import Worker
@@ -13,37 +15,19 @@ PEER = "transformers"
 # The makers' params.json says "apply_scale": false: no magnitude term in YaRN, neither on cos and sin nor in the
 # softmax scale. transformers derives one from mscale_all_dim; these two keys together switch it off.
 PLAIN_SCALE = {"attention_factor": 1.0, "mscale_all_dim": 0.0}
+DEFAULTS = Engine(
+    name="transformers",
+    peer=PEER,
+    number_format="bf16",
+    setting="generate, sdpa attention, grouped_mm experts (its defaults)",
+)
+OWN_SCALE = DEFAULTS.tried("own-scale", "with the softmax scale that it derives from mscale_all_dim", {"rope": {}})
 ENGINES = (
-    Engine(
-        name="transformers",
-        peer=PEER,
-        number_format="bf16",
-        setting="generate, sdpa attention, grouped_mm experts (its defaults)",
-    ),
-    Engine(
-        name="transformers-batched-mm",
-        peer=PEER,
-        number_format="bf16",
-        setting="batched_mm experts",
-        options={"experts": "batched_mm"},
-        usual=False,
-    ),
-    Engine(
-        name="transformers-eager-experts",
-        peer=PEER,
-        number_format="bf16",
-        setting="eager experts (a loop over them)",
-        options={"experts": "eager"},
-        usual=False,
-    ),
-    Engine(
-        name="transformers-own-scale",
-        peer=PEER,
-        number_format="bf16, another function",  # so that nothing is compared with it
-        setting="with the softmax scale that it derives from mscale_all_dim",
-        options={"rope": {}},
-        usual=False,
-    ),
+    DEFAULTS,
+    DEFAULTS.tried("batched-mm", "batched_mm experts", {"experts": "batched_mm"}),
+    DEFAULTS.tried("eager-experts", "eager experts (a loop over them)", {"experts": "eager"}),
+    # so that nothing is compared with it
+    msgspec.structs.replace(OWN_SCALE, number_format="bf16, another function"),
 )
 
 
@@ -58,7 +42,7 @@ class Transformers:
         return worker(checkpoint, engine.options, folder, log)
 
     def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> None:
-        """Not applicable."""
+        """None: transformers has no server of its own."""
 
 
 def worker(checkpoint: Checkpoint, options: dict[str, Any], folder: Path, log: Path) -> Worker:

@@ -23,33 +23,19 @@ from cierzo.bench.peers.served import free_port
 PEER = "vllm"
 MODEL = "checkpoint"
 LAYOUT_VERSION = 1  # of mistral_native.py: raise it when what it writes changes
-COMMON = {"max_model_len": 16_384, "max_num_seqs": 32}
 KV_CACHE_GIB = 4  # 98 KB a token of small4-mini: 32 requests of the chat load, 1,216 tokens each, take 3.6 GiB
 PRELOAD = "preload"  # a library of its environment, not an option of vLLM
+COMPILED = Engine(
+    name="vllm",
+    peer=PEER,
+    number_format="bf16",
+    setting="compiled (its default), OpenMP threads bound to cores",
+    options={"max_model_len": 16_384, "max_num_seqs": 32},
+)
 ENGINES = (
-    Engine(
-        name="vllm",
-        peer=PEER,
-        number_format="bf16",
-        setting="compiled (its default), OpenMP threads bound to cores",
-        options=COMMON,
-    ),
-    Engine(
-        name="vllm-iomp",
-        peer=PEER,
-        number_format="bf16",
-        setting="compiled, with Intel's OpenMP preloaded, as its start-up log advises",
-        options={**COMMON, PRELOAD: "libiomp5.so"},
-        usual=False,
-    ),
-    Engine(
-        name="vllm-eager",
-        peer=PEER,
-        number_format="bf16",
-        setting="enforce_eager",
-        options={**COMMON, "enforce_eager": True},
-        usual=False,
-    ),
+    COMPILED,
+    COMPILED.tried("iomp", "compiled, with Intel's OpenMP preloaded, as its log advises", {PRELOAD: "libiomp5.so"}),
+    COMPILED.tried("eager", "enforce_eager", {"enforce_eager": True}),
 )
 
 
@@ -72,7 +58,7 @@ class Vllm:
         )
 
     def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server:
-        """Its API server on a loopback port."""
+        """vLLM's API server on a loopback port."""
         path, options = _layout(checkpoint, folder)
         port = free_port()
         flags = {"model": path, "served_model_name": MODEL, "port": port, "dtype": "bfloat16"}

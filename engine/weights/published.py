@@ -59,7 +59,7 @@ def config_file(shape: Shape, format: CheckpointFormat, dtype: str) -> dict[str,
     """config.json or params.json."""
     config = shape.config(dtype)
     if format.layout == "native":
-        return _params(config) | _native_quantisation(format)
+        return native_params(config) | _native_quantisation(format)
     if format.scheme == "fp8":
         config["quantization_config"] = {
             "activation_scheme": "static",
@@ -175,7 +175,7 @@ def _bits(values: Tensor) -> np.ndarray:
     return values.view(torch.int16).numpy() if values.dtype == torch.bfloat16 else values.numpy()  # numpy has none
 
 
-def _params(config: dict[str, Any]) -> dict[str, Any]:
+def native_params(config: dict[str, Any]) -> dict[str, Any]:
     """params.json of a config.json's architecture, with the fields that Mistral's own have."""
     rope = config["rope_parameters"]
     params = {

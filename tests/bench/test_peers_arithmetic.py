@@ -16,6 +16,7 @@ from cierzo.bench.peers.cells import LOAD, MEMORY, Cell, Subject, cells, decode_
 from cierzo.bench.peers.engine import Checkpoint, Engine
 from cierzo.bench.peers.results import close_places, limit, outcome_of, ratios, small4_over_small3, values
 from cierzo.bench.peers.table import text
+from cierzo.bench.revision import ROOT
 from cierzo.engine.model.config import ModelConfig, read_model_config
 from cierzo.engine.weights.shapes import shape_of
 
@@ -54,7 +55,7 @@ ENGINES = [
 def add(store: Store, name: str, value: float | None, number: int = 0, cell: Cell = DECODE, **more: str) -> None:
     """A sample, or a failure."""
     subject = Subject(more.get("checkpoint", "small4"), name)
-    result = None if value is None else {"value": value, "raw": None, "command": "run"}
+    result = None if value is None else {"value": value, "raw": None, "command": f"{ROOT}/run"}
     where = {"cell": str(cell), "subject": str(subject), "round": number}
     store.add(Sample(**where, started="", took_s=1.0, result=result, error=more.get("error", "")))
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from native_only import needs_native
 
-from cierzo.bench import attention_cases, kernels
-from cierzo.bench.kernel_cases import Maker, Size
+from cierzo.bench import attention_cases
+from cierzo.bench.kernel_cases import CASES, Maker, Size
 from cierzo.bench.work import work
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.sizes import ModelSizes
@@ -48,7 +48,7 @@ def test_a_native_call_is_counted_as_its_case(operation: str, format: str) -> No
     calls = 0
     for model in (TINY4, TINY3):
         for size in (DECODE, PREFILL):
-            call = kernels.CASES[operation](model, size, Maker(native=True, format=format, cold_bytes=0))
+            call = CASES[operation](model, size, Maker(native=True, format=format, cold_bytes=0))
             if call is not None:
                 (found,) = seen(operation, *call.arguments[0])
                 assert (found.num_bytes, found.operations) == (call.work.num_bytes, call.work.operations)

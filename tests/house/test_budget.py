@@ -25,12 +25,12 @@ BUDGET = {
     "kernels/triton": 3_750,
     "scheduler": 1_000,
     "cache": 650,
-    "bench": 10_150,
+    "bench": 9_100,
     "bench/plan": 1_800,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 12_650
+MEASURING_BUDGET = 11_850
 
 
 @pytest.fixture(scope="module")
