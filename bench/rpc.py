@@ -1,4 +1,4 @@
-"""`make bench-rpc`: what the RPC carries on this machine, client and server sharing its cores.
+"""`make bench-rpc`: requests and tokens a second over the RPC, client and server sharing this machine's cores.
 
 The server runs with the fake runner, which computes next tokens without a model: what is measured is sockets,
 frames, scheduling and streams. Two closed loops: short answers (requests per second) and long ones (streamed
@@ -35,7 +35,7 @@ CIERZO = (sys.executable, "-m", "cierzo")
 
 
 class RpcResults(msgspec.Struct, frozen=True):
-    """The two loads."""
+    """Results of the load of short answers and of that of long ones."""
 
     short: LoadResult
     long: LoadResult
@@ -85,7 +85,7 @@ def _verdict(what: str, figure: float, limit: float) -> bool:
 
 @contextmanager
 def _server(checkpoint: str, rpc: str, log: Path) -> Iterator[None]:
-    """A server with the fake runner, ready; its log is printed if it does not get so far."""
+    """Run a server with the fake runner until it is ready; print its log if it ends before."""
     command = [*CIERZO, "serve", checkpoint, "--runner", "fake", "--rpc", rpc]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

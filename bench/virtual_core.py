@@ -37,8 +37,8 @@ class VirtualClock:
 
 
 class Steady(NamedTuple):
-    """So many coming `steps` in which each of `sequences` decodes a token, and nothing else happens of itself; in
-    the first of them they have `context_tokens` together."""
+    """A stretch of `steps` in which each of `sequences` decodes a token, and nothing else happens unless somebody
+    adds or aborts. context_tokens: of all these sequences together in the first step."""
 
     steps: int = 0
     sequences: int = 0
@@ -54,7 +54,7 @@ class JumpingScheduler(Scheduler):
     """
 
     def steady(self) -> Steady:
-        """Steps that are sure to be alike if nobody adds or aborts. Not while a step is in flight."""
+        """The coming steps that are sure to be alike. Must not be asked while a step is in flight."""
         running = self._running.values()
         others = len(self._gate) or (self._waiting and not self._blocked) or self._deadlines.first() is not None
         if others or not running or any(len(one.tokens) - one.num_planned != 1 for one in running):
