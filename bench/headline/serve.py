@@ -29,7 +29,8 @@ from cierzo.bench.load import LoadSettings
 from cierzo.bench.peers.engine import Checkpoint
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.cost.cards import DATA_SHEETS, named
+from cierzo.engine.cost.cards import named
+from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.errors import ConfigError

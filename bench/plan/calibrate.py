@@ -21,7 +21,8 @@ import numpy as np
 
 from cierzo.bench.machine import Ceilings, describe_machine, measure_ceilings
 from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
-from cierzo.bench.report import check_writable, current_commit
+from cierzo.bench.report import check_writable
+from cierzo.bench.revision import current_commit
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Calibration, Device, Kind, MeasuredShare, Rate
 from cierzo.engine.cost.step_model import StepModel
@@ -206,9 +207,8 @@ def _limits(model: StepModel, shape: StepShape) -> Iterator[tuple[str, float, in
     """Operations of a step, as (operation, seconds at the ceilings, calls)."""
     device = model.device
     for work in model.work(shape):
-        bytes_s = work.num_bytes / device.bytes_per_s
-        operations_s = work.operations / device.operations_per_s[work.rate]
-        if (limit_s := max(float(bytes_s), float(operations_s))) > 0:
+        limit_s = float(max(work.seconds(device.bytes_per_s, device.operations_per_s[work.rate])))
+        if limit_s > 0:
             yield work.operation, limit_s, work.calls
 
 

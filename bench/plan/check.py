@@ -27,11 +27,12 @@ from cierzo.bench.plan.calibrate import Calibrator, mean_device
 from cierzo.bench.plan.forecast import Forecast, forecast, left_out
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.workload import Workload, parse_workload
-from cierzo.engine.config import WEIGHTS, EngineConfig, EngineOptions, resolve
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.expert_statistics import ExpertStatistics
+from cierzo.kernels.formats.number_formats import formats_on
 
 PROMISED = 0.15  # of requests/s and completion time, either way
 STEADY, ATTEMPTS = 0.15, 3
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--workloads", nargs="+", default=WORKLOADS, metavar="LOAD", help="as cierzo plan takes them"
     )
-    parser.add_argument("--weights", default="auto", choices=("auto", *WEIGHTS["cpu"]), help="of the weights")
+    parser.add_argument("--weights", default="auto", choices=("auto", *formats_on("cpu")), help="of the weights")
     parser.add_argument("--folder", type=Path, default=Path("build/plan-check"), help="for the servers' logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write plans and measurements here")
     arguments = parser.parse_args(argv)

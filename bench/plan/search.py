@@ -9,13 +9,15 @@ import msgspec
 
 from cierzo.bench.plan.forecast import Forecast, forecast
 from cierzo.bench.workload import Workload
-from cierzo.engine.config import WEIGHTS, EngineConfig, EngineOptions, resolve
-from cierzo.engine.cost.cards import DATA_SHEETS, find_device
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.cost.cards import find_device
+from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.step_model import StepModel
 from cierzo.engine.cost.work import measured_distinct
-from cierzo.engine.device_memory import weight_bytes
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
+from cierzo.kernels.formats.number_formats import formats_on
 
 FINENESS = 1.02  # the search within limits ends where a load this much higher breaks one
 
@@ -103,10 +105,10 @@ class Planner:
             found, workload = self._best(config, device)
         except ConfigError as error:
             return msgspec.structs.replace(plan, refused=error.message)
-        weights, num_blocks, layout = config.weights, config.cache.num_blocks, config.layout
+        num_blocks, layout = config.cache.num_blocks, config.layout
         return msgspec.structs.replace(
             plan,
-            weight_gb=weight_bytes(config.model, weights) / 1e9,
+            weight_gb=StepModel(config, device).weight_bytes / 1e9,
             memory_gb=device.total_memory_bytes / 1e9,
             kv_gb=num_blocks * layout.bytes_per_block / 1e9,
             kv_tokens=num_blocks * layout.block_tokens,
@@ -195,7 +197,7 @@ class Planner:
         device, limits = self.device(name), config.scheduler
         found = []
         if device.kind == "cuda":
-            others = [weights for weights in WEIGHTS["cuda"] if weights != config.weights]
+            others = [weights for weights in formats_on("cuda") if weights != config.weights]
             found += [(f"weights {weights}", name, replace(given, weights=weights)) for weights in others]
             other_activations = "bf16" if config.activations == "fp8" else "fp8"
             more = replace(given, activations=other_activations)

@@ -23,7 +23,8 @@ from cierzo.bench.headline.simulate import Simulation, layouts, simulate, simula
 from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.engine.cost.cards import find_device, named
 from cierzo.engine.cost.step_time import step_time
-from cierzo.engine.cost.work import NumberFormats, StepShape, step_work
+from cierzo.engine.cost.weights import NumberFormats
+from cierzo.engine.cost.work import StepShape, step_work
 
 SMALL4 = Subject(model="small4", weights="nvfp4", kv_dtype="fp8")
 SMALL3 = Subject(model="small3", weights="bf16", kv_dtype="fp8")
@@ -295,7 +296,7 @@ def test_panels_are_of_one_length_of_requests(tmp_path: Path) -> None:
     )
     plan = Plan(cells=cells, subjects=(SMALL3,), pairs=(), goals=(), goals_are_for="a test")
     Run(Simulation(plan, _h200(), MODELS, tmp_path), store, functools.partial(print, end="")).measure(1)
-    found = panels(outcome_of(plan, store, IDENTITY).rows)
+    found = panels(outcome_of(plan, store).rows)
     assert [title for title, *_ in found] == ["throughput: 64 in, 16 out", "latency: 64 in, 16 out"]
     for _, _, limit, curves in found:
         assert limit is None

@@ -41,7 +41,7 @@ def test_several_cards_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path
     lines = {line[:30].strip(): line[30:].split() for line in text.splitlines()}
     assert lines["shares of the device"] == ["stated", "stated"]
     assert lines["fits"] == ["yes", "no"]
-    assert "h100: cannot run: the GPU has 74.5 GiB free; weights in fp8 take 112.0 GiB" in text
+    assert "h100: cannot run: the GPU has 74.5 GiB free; weights in fp8 take 112.1 GiB" in text
     h200, h100 = json.loads(report.read_text())["results"]
     assert h100["forecast"] is None
     assert f"{h200['forecast']['requests_per_s']:,.2f}" == lines["requests/s"][0]

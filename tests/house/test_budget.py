@@ -9,28 +9,28 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 200,
-    "engine": 2_850,
-    "engine/cost": 650,
+    "engine": 2_800,
+    "engine/cost": 950,
     "engine/frontend": 3_700,
     "engine/model": 1_200,
-    "engine/weights": 3_250,
+    "engine/weights": 3_200,
     "engine/worker": 2_350,
     "engine/commands": 350,
     "kernels": 600,
     "kernels/cpu": 1_550,
     "kernels/cuda": 700,
-    "kernels/formats": 1_000,
+    "kernels/formats": 1_200,
     "kernels/ops": 1_200,
     "kernels/ref": 850,
     "kernels/triton": 3_750,
     "scheduler": 1_000,
     "cache": 650,
-    "bench": 10_450,
+    "bench": 9_450,
     "bench/plan": 1_800,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 12_900
+MEASURING_BUDGET = 12_200
 
 
 @pytest.fixture(scope="module")

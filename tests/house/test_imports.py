@@ -37,13 +37,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.expert_statistics": (),
     "engine.messages": ("scheduler.params", "scheduler.plan", "engine.expert_statistics"),
     "engine.settings": ("engine.errors",),
-    "engine.device_memory": ("engine.model.config", "engine.errors"),
+    "engine.device_memory": ("engine.cost", "engine.model.config", "engine.errors"),
     "engine.config": (
         "cache.config",
         "cache.layout",
         "scheduler.config",
         "kernels.config",
         "kernels.cpu",
+        "kernels.formats.number_formats",
         "engine.frontend.config",
         "engine.model.config",
         "engine.device_memory",
@@ -63,7 +64,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.cost",
         "engine.expert_statistics",
         "engine.model.config",
-        "engine.device_memory",
         "cache.layout",
         "engine.errors",
     ),
@@ -91,9 +91,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.profile": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
     "bench.virtual_core": (*CLIENT, *WORKER),
-    "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint", "engine.device_memory"),
+    "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint"),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.headline": (*CLIENT, *WORKER, "engine.kv_room"),
+    "bench.peers": (*CLIENT, "engine.model.config"),
     "bench.peers.workers": (*CLIENT, *WORKER),
 }
 FORBIDDEN = {("scheduler", "cache.pool")}
@@ -108,7 +109,7 @@ WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
-    *("engine.model.config", "engine.weights.shapes", "cli", "__main__"),
+    *("engine.model.config", "engine.weights.shapes", "kernels.formats.number_formats", "cli", "__main__"),
 )
 WITH_TORCH = "cache.pool"
 
