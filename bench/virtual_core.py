@@ -67,14 +67,15 @@ class JumpingScheduler(Scheduler):
     def advance(self, num_steps: int, token_ids: Sequence[int]) -> list[tuple[int, list[int]]]:
         """Take the first `num_steps` of the steps that `steady` told; return (slot, new blocks) where a sequence
         gained any. token_ids: by slot, the token that each step gives, which ends nothing."""
-        grown = []
+        grown, too_many = [], f"{num_steps} steps are more than steady() allows"
         for request in self._running.values():
             new, blocks = [token_ids[request.slot]] * num_steps, request.blocks
             request.tokens += new
+            assert len(request.tokens) < request.stop.limit_tokens, too_many
             request.num_computed = request.num_planned = computed = request.num_computed + num_steps
             if computed > blocks.capacity_tokens:
                 block_ids = self._cache.allocate(blocks, computed)
-                assert block_ids is not None, f"{num_steps} steps are more than steady() allows"
+                assert block_ids is not None, too_many
                 grown.append((request.slot, block_ids))
             if computed >= blocks.next_index_tokens:
                 self._cache.index(blocks, computed)
