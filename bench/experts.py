@@ -29,7 +29,7 @@ Prompt = str | list[int]
 
 
 class ExpertsSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the traffic ran: `rpc`, or else `checkpoint` with the fields after it.
+    """Settings of the traffic, which runs at `rpc`, or else on `checkpoint` with the fields after it.
 
     Prompts are the lines of `prompts`, over and over until there are `requests`, or else `input_tokens` random ids.
     `concurrency` of them run at once. Every answer has exactly `output_tokens`.
@@ -49,7 +49,7 @@ class ExpertsSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `cierzo bench experts`."""
+    """Add CHECKPOINT or --rpc, and the traffic."""
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder of the model that shall answer")
     where.add_argument("--rpc", metavar="HOST:PORT|unix:PATH", help="ask this running server instead")
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run or ask, print the tables. Raises ConfigError for a model without experts, or prompts that are none."""
+    """Run the traffic or ask the server, print the tables. Raises ConfigError for a model without experts."""
     settings = _settings(arguments)
     report = Recording("experts", arguments.json)
     statistics = _ask(settings.rpc) if settings.rpc is not None else run_traffic(settings)
@@ -106,7 +106,7 @@ def _ask(address: str) -> ExpertStatistics:
 
 
 def run_traffic(settings: ExpertsSettings) -> ExpertStatistics:
-    """Load the checkpoint, answer the prompts -> what was counted. Raises ConfigError, CheckpointError."""
+    """Load the checkpoint, answer the prompts, return the counts. Raises ConfigError, CheckpointError."""
     from cierzo.engine.llm import LLM
 
     assert settings.checkpoint is not None
@@ -150,7 +150,7 @@ def run_traffic(settings: ExpertsSettings) -> ExpertStatistics:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """One prompt a line. Raises ConfigError naming the line that is none."""
+    """Read one prompt a line. Raises ConfigError that names the line which is none."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -190,7 +190,7 @@ def _check_vocabulary(prompts: list[Prompt], vocab_size: int, path: str | None) 
 
 
 def tables(statistics: ExpertStatistics) -> str:
-    """A row per layer, and a row per number of tokens in a step."""
+    """The tables: a row per layer, and a row per number of tokens in a step."""
     return "\n".join([*_layers(statistics), "", *_steps(statistics)])
 
 
@@ -214,7 +214,7 @@ def _layers(statistics: ExpertStatistics) -> Iterator[str]:
 
 
 def _steps(statistics: ExpertStatistics) -> Iterator[str]:
-    """Means over layers: measured, and what independent tokens would touch."""
+    """Means over layers of distinct experts: measured, and of independent tokens."""
     layers, uniform = range(len(statistics.layers)), statistics.top_k / statistics.num_experts
     yield "distinct experts by tokens of the step, on average over layers"
     yield f"{'tokens':>15}  {'steps':>7}  {'measured':>8}  {'independent':>11}  {'uniform':>7}"

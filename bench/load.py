@@ -36,10 +36,10 @@ SHARED_INDEX = -1  # no request's: the random prompt that all others may begin w
 
 
 class LoadClient(Protocol):
-    """What a load needs of a connection; `Client` has it."""
+    """The part of a connection that a load needs; `Client` has it."""
 
     def generate(self, **request: Any) -> AsyncIterator[Delta]:
-        """Stream one answer. Where what is given has a `final` afterwards, that tells how the answer ended."""
+        """Stream one answer. If the iterator has a `final` afterwards, that says how the answer ended."""
         ...
 
     async def model_info(self) -> Any:
@@ -56,7 +56,7 @@ Connect = Callable[[str], Awaitable[LoadClient]]
 
 
 class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """One load. Exactly one of `concurrency` (closed loop) and `rate` (requests per second, open loop) is set.
+    """Settings of a load. Exactly one of `concurrency` (closed loop) and `rate` (requests/s, open loop) is set.
 
     Prompts are `prompt`, or else `input_tokens` random token ids, of which the first `shared_tokens` are the same
     in all, as a system prompt is. Every answer has exactly `output_tokens`, or what the server's context leaves.
@@ -76,7 +76,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `cierzo bench load`."""
+    """Add the address, the number of requests, the loop, the prompts and the answers."""
     add_rpc(parser, "server to load")
     parser.add_argument("--requests", type=positive, default=100, metavar="N", help="requests in all")
     loop = parser.add_mutually_exclusive_group()
@@ -167,7 +167,7 @@ async def run_load(
 
 
 def _require_room(settings: LoadSettings, info: Any) -> None:
-    """Prompts that leave room for an answer, where the server says how long a request may be."""
+    """Raise ConfigError for prompts that leave no room for an answer, if the server tells its longest request."""
     limit = getattr(info, "max_model_len", None)
     if limit is not None and settings.prompt is None and settings.input_tokens >= limit:
         why = f"max_model_len of the server is {limit}"
@@ -175,7 +175,7 @@ def _require_room(settings: LoadSettings, info: Any) -> None:
 
 
 class _Load:
-    """A run's state: the clients, the clock's zero, the samples so far, and whether a connection was lost."""
+    """The state of a run: the clients, the clock's zero, the samples so far, and whether a connection was lost."""
 
     def __init__(
         self, settings: LoadSettings, clients: list[LoadClient], info: Any, clock: Callable[[], float]

@@ -1,4 +1,4 @@
-"""`make bench-rpc`: what the RPC carries on this machine, client and server sharing its cores.
+"""`make bench-rpc`: requests and tokens a second over the RPC, client and server sharing this machine's cores.
 
 The server runs with the fake runner, which computes next tokens without a model: what is measured is sockets,
 frames, scheduling and streams. Two closed loops: short answers (requests per second) and long ones (streamed
@@ -24,7 +24,7 @@ MIN_STREAMED_TOKENS_PER_S = 30_000.0
 
 
 class RpcResults(msgspec.Struct, frozen=True):
-    """The two loads."""
+    """Results of the load of short answers and of that of long ones."""
 
     short: LoadResult
     long: LoadResult

@@ -42,7 +42,7 @@ HEADER = (
 
 
 class StepSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Every number of running requests at every context, in tokens; `steps` timed steps each."""
+    """Settings: every number of running requests at every context (tokens), `steps` timed steps each."""
 
     running: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -53,7 +53,7 @@ class StepSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a step, and of taking in one request; and what happened meanwhile."""
+    """A row: milliseconds of a step and of taking in one request, and the requests and tokens meanwhile."""
 
     running: int
     context: int
@@ -64,7 +64,7 @@ class StepRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of both kinds of measurement."""
+    """Add the options of both kinds of measurement."""
     parser.add_argument("--running", type=count, nargs="+", default=[64, 512], metavar="N", help="running requests")
     parser.add_argument("--contexts", type=count, nargs="+", default=[1024, 131_072], metavar="N", help="tokens")
     parser.add_argument("--steps", type=positive, default=1000, metavar="N", help="timed steps of each row")

@@ -37,8 +37,8 @@ class VirtualClock:
 
 
 class Steady(NamedTuple):
-    """So many coming `steps` in which each of `sequences` decodes a token, and nothing else happens of itself; in
-    the first of them they have `context_tokens` together."""
+    """A stretch of `steps` in which each of `sequences` decodes a token, and nothing else happens unless somebody
+    adds or aborts. context_tokens: of all these sequences together in the first step."""
 
     steps: int = 0
     sequences: int = 0
@@ -54,7 +54,7 @@ class JumpingScheduler(Scheduler):
     """
 
     def steady(self) -> Steady:
-        """Steps that are sure to be alike if nobody adds or aborts. Not while a step is in flight."""
+        """The coming steps that are sure to be alike. Must not be asked while a step is in flight."""
         running = self._running.values()
         others = len(self._gate) or (self._waiting and not self._blocked) or self._deadlines.first() is not None
         if others or not running or any(len(one.tokens) - one.num_planned != 1 for one in running):
@@ -67,14 +67,15 @@ class JumpingScheduler(Scheduler):
     def advance(self, num_steps: int, token_ids: Sequence[int]) -> list[tuple[int, list[int]]]:
         """Take the first `num_steps` of the steps that `steady` told; return (slot, new blocks) where a sequence
         gained any. token_ids: by slot, the token that each step gives, which ends nothing."""
-        grown = []
+        grown, too_many = [], f"{num_steps} steps are more than steady() allows"
         for request in self._running.values():
             new, blocks = [token_ids[request.slot]] * num_steps, request.blocks
             request.tokens += new
+            assert len(request.tokens) < request.stop.limit_tokens, too_many
             request.num_computed = request.num_planned = computed = request.num_computed + num_steps
             if computed > blocks.capacity_tokens:
                 block_ids = self._cache.allocate(blocks, computed)
-                assert block_ids is not None, f"{num_steps} steps are more than steady() allows"
+                assert block_ids is not None, too_many
                 grown.append((request.slot, block_ids))
             if computed >= blocks.next_index_tokens:
                 self._cache.index(blocks, computed)

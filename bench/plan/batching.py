@@ -149,7 +149,7 @@ class Batching:
         self._grows = [0] * self._block_tokens  # step, modulo block -> decoding requests that then need a block
         self._ends: dict[int, list[tuple[int, _Request]]] = defaultdict(
             list
-        )  # step -> (epoch, request) that it ends
+        )  # step -> (epoch, request) ending then
         self._end_steps: list[int] = []  # a heap of the keys of `_ends`
         self._blocked = False
 

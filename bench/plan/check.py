@@ -90,7 +90,7 @@ def check(checkpoint: Path, workloads: list[Workload], folder: Path, weights: st
     options = options_of(checkpoint, weights)
     config, calibrator = resolve(options), Calibrator(options)
     with serve(config, checkpoint, folder) as server:
-        yield from attempts_of(config, calibrator, server, workloads, calibrator.measure(), checkpoint.name)
+        yield from attempts_of(config, calibrator, server, workloads)
 
 
 def options_of(checkpoint: Path, weights: str) -> EngineOptions:
@@ -106,14 +106,10 @@ def serve(config: EngineConfig, checkpoint: Path, folder: Path) -> CierzoServer:
 
 
 def attempts_of(
-    config: EngineConfig,
-    calibrator: Calibrator,
-    server: CierzoServer,
-    workloads: list[Workload],
-    before: Device,
-    name: str,
+    config: EngineConfig, calibrator: Calibrator, server: CierzoServer, workloads: list[Workload]
 ) -> Iterator[Checked]:
     """Measure each workload, again while the machine changes."""
+    before = calibrator.measure()
     number = 0  # of a load: none finds the prompts of an earlier one in the prefix cache
     for workload in workloads:
         attempts: list[Attempt] = []
@@ -122,7 +118,7 @@ def attempts_of(
             attempt, before = _attempt(config, calibrator, server, workload, before, number)
             attempts.append(attempt)
         yield Checked(
-            checkpoint=name,
+            checkpoint=config.name,
             weights=config.weights,
             workload=str(workload),
             requests=_requests(workload),

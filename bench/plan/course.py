@@ -38,8 +38,8 @@ class Steps:
 
 @dataclass(slots=True)
 class Course:
-    """What became of each request. first, last, arrival: steps [N] with whose end came a request's first token,
-    its last one, and in a closed loop the request itself (-1: the start). idle_s: step -> idle seconds before it.
+    """The course of a load. first, last, arrival: steps [N] with whose end came a request's first token, its last
+    one, and in a closed loop the request itself (-1: the start). idle_s: step -> idle seconds before it.
 
     runs: (request, first, last) of the steps in which it decoded. pauses: (request, step of the token before a
     preemption, step of the token after it).

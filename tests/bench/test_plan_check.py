@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -53,7 +54,7 @@ ATTEMPT = Attempt(
 class FakeConfig:
     """What a result tells of a configuration."""
 
-    weights = "bf16"
+    name, weights = "small4", "bf16"
 
 
 def _checked(*attempts: Attempt, counts: int = 0) -> Checked:
@@ -214,8 +215,9 @@ def test_a_workload_is_measured_again_while_the_machine_changes(monkeypatch: pyt
 
         monkeypatch.setattr(plan_check, "_attempt", attempt)
         config: Any = FakeConfig()
-        nothing: Any = None
-        (checked,) = plan_check.attempts_of(config, nothing, nothing, [parse_workload("9/9@1")], nothing, "small4")
+        calibrator: Any = SimpleNamespace(measure=lambda: None)
+        server: Any = None
+        (checked,) = plan_check.attempts_of(config, calibrator, server, [parse_workload("9/9@1")])
         return checked
 
     assert [len(run(*aparts).attempts) for aparts in ((0.1,), (0.3, 0.1), (0.3, 0.4, 0.5))] == [1, 2, 3]

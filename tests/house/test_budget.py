@@ -9,7 +9,7 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 200,
-    "engine": 2_850,
+    "engine": 2_800,
     "engine/cost": 950,
     "engine/frontend": 3_700,
     "engine/model": 1_200,
