@@ -75,7 +75,7 @@ def write_latents(operation: str, model: ModelSizes, size: Size, make: Maker) ->
     if operation == "write_normed_latents":
         turns = tables(size.rows, model.rope // 2)
         arguments = (pages, slots, torch.cat([latents, keys], -1), make.noise(model.rank), EPS, *turns, True)
-    return Call([arguments], operations.moved(operation, model, size.rows, make.page_bytes))
+    return Call([arguments], operations.moved(operation, model, size.rows, make.kv_dtype.itemsize))
 
 
 @cases("write_keys_values", "rotate_and_write_keys_values")
@@ -88,7 +88,7 @@ def write_keys_values(operation: str, model: ModelSizes, size: Size, make: Maker
     if operation == "rotate_and_write_keys_values":
         qkv = make.noise(size.rows, (model.heads + 2 * model.kv_heads) * model.head_dim)
         arguments = (*pages, slots, qkv, *tables(size.rows, model.head_dim // 2), False)
-    return Call([arguments], operations.moved(operation, model, size.rows, make.page_bytes))
+    return Call([arguments], operations.moved(operation, model, size.rows, make.kv_dtype.itemsize))
 
 
 # --- attention ---------------------------------------------------------------------------------------------
