@@ -17,7 +17,7 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test quick lint mutants sanitize soak compat bench-offline bench-step bench-rpc peers headline headline-simulated gpu gpu-bundle gpu-report clean again
+.PHONY: help venv demo serve test quick lint mutants sanitize soak compat bench-step bench-rpc peers headline headline-simulated gpu gpu-bundle gpu-report clean again
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -97,16 +97,14 @@ compat: ## run the tests with other versions of torch and Python, in environment
 build/checkpoints/%: | $(KERNELS)
 	$(BIN)/cierzo make-checkpoint $@ --like $* --scale mini
 
-bench-offline: build/checkpoints/small3 build/checkpoints/small4 ## compare our throughput with transformers'
-	$(BIN)/python -m cierzo.bench.offline $^
-
 bench-step: $(KERNELS) ## time the step loop apart from the model
 	$(BIN)/cierzo bench step
 
 bench-rpc: $(KERNELS) ## requests and tokens per second over the RPC, with a fake model
 	$(BIN)/python -m cierzo.bench.rpc
 
-# Each peer gets an environment of its own below build/peers. PEERS="--quick" or any of its other options.
+# Each peer gets an environment of its own below build/peers. PEERS="--quick" or any of its other options; against
+# transformers' generate alone: PEERS="--engines cierzo-bf16,transformers --cells decode-1,decode-8,decode-32".
 peers: $(KERNELS) ## compare us with transformers, vLLM and llama.cpp (hours; PEERS=--quick: 40 minutes)
 	$(BIN)/python -m cierzo.bench.peers.environments $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install 'matplotlib>=3.8'  # the extra [bench]

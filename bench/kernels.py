@@ -28,7 +28,7 @@ from cierzo.bench.stats import median, paired_ratio
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.config import KernelsConfig
-from cierzo.kernels.formats.packed import GROUP_K
+from cierzo.kernels.formats.number_formats import PACKED_FORMATS
 from cierzo.kernels.registry import bind, implementations, operations, reference
 
 ROUND_S = 0.01  # of one implementation, in each round
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="default: both")
     names = [size.name for size in SIZES]
     parser.add_argument("--size", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
-    parser.add_argument("--weights", choices=GROUP_K, default="bf16", help="number format of packed weights")
+    parser.add_argument("--weights", choices=PACKED_FORMATS, default="bf16", help="number format of packed weights")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="in which implementations take turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
     return parser

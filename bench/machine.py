@@ -6,10 +6,13 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+
+from cierzo.bench.stats import median
 
 if TYPE_CHECKING:
     from cierzo.engine.cost.device import Device
@@ -96,6 +99,18 @@ def measure_apart() -> Ceilings:
     command = [sys.executable, "-c", APART]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=APART_TIMEOUT_S)
     return msgspec.json.decode(done.stdout, type=Ceilings)
+
+
+def middle(found: Sequence[Ceilings]) -> Ceilings:
+    """The ceilings in the middle of several measurements, each rate on its own. Raises ValueError for none."""
+
+    def rate(name: str) -> Ceiling:
+        each = [one for ceilings in found if (one := getattr(ceilings, name)) is not None]
+        return Ceiling(rate=median([one.rate for one in each]), reached_by=each[0].reached_by)
+
+    names = ("read_one_thread", "read", "bf16", "float32")
+    int8 = rate("int8") if any(one.int8 is not None for one in found) else None
+    return Ceilings(threads=found[0].threads, int8=int8, **{name: rate(name) for name in names})
 
 
 def limit_device(found: Ceilings) -> Device:

@@ -5,15 +5,12 @@ The bytes are the same on every machine. `unpack` is in formats/definition.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from cierzo.kernels import registry
 from cierzo.kernels.cpu.launch import pack as launch
-from cierzo.kernels.formats import compressed_tensors, definition
-from cierzo.kernels.formats.compressed_tensors import StoredMatrix
+from cierzo.kernels.formats import definition, nvfp4
 from cierzo.kernels.formats.packed import (
     ALIGNMENT,
     PackedMatrix,
@@ -58,22 +55,16 @@ def pack_into(weight: Tensor, format: str, paired: bool, target: Tensor) -> None
         raise PackError(f"{format} cannot hold the weight at {place}: {weight[tuple(place)].item()}")
 
 
-def pack_stored(parts: Sequence[StoredMatrix], paired: bool, target: Tensor) -> None:
+def pack_nvfp4(codes: Tensor, scales: Tensor, whole: Tensor, paired: bool, target: Tensor) -> None:
     """Pack a checkpoint's own codes and scales to target: uint8 [packed_bytes("nvfp4", n, k, paired)], aligned.
 
-    parts: stacked by rows to [n,k]: gate and up, which are `paired`, or one matrix alone. Raises PackError if their
-    k, or the target's size, does not fit.
+    codes: uint8 [n, k/2]. scales: e4m3 [n, k/16]. whole: the multipliers of rows, float32 [n]. Raises
+    PackError if the target has another size.
     """
-    names, widths = ", ".join(part.name for part in parts), {2 * part.codes.shape[1] for part in parts}
-    if len(widths) != 1:
-        raise PackError(f"{names}: rows of {sorted(widths)} weights")
-    shape = sum(len(part.codes) for part in parts), widths.pop()
+    shape, scales = (len(codes), 2 * codes.shape[1]), scales.view(torch.uint8)
     if target.numel() != packed_bytes("nvfp4", *shape, paired):
-        raise PackError(f"{names}: {list(shape)} does not fit {target.numel()} bytes")
-    codes = torch.cat([part.codes for part in parts])
-    scales = torch.cat([part.scales.view(torch.uint8) for part in parts])
-    whole = torch.cat([torch.full((len(part.codes),), 1 / part.divisor) for part in parts])
+        raise PackError(f"nvfp4 {list(shape)} does not fit {target.numel()} bytes")
     if registry.has_native():
         launch.pack_nvfp4(codes, scales, whole, paired, target)
     else:
-        target.copy_(compressed_tensors.define(codes, scales, whole, paired))
+        target.copy_(nvfp4.encode_stored(codes, scales, whole, paired))

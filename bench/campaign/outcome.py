@@ -10,9 +10,9 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from cierzo.bench.campaign.store import Store
-from cierzo.bench.machine import Ceilings
+from cierzo.bench.machine import Ceilings, middle
 from cierzo.bench.report import Report, make_report, write_report
-from cierzo.bench.stats import median, paired_ratio
+from cierzo.bench.stats import paired_ratio
 from cierzo.engine.errors import ConfigError
 
 C = TypeVar("C")
@@ -162,8 +162,9 @@ def ceilings_line(found: Sequence[Ceilings]) -> list[str]:
     """The medians of what the machine could do, as a line; none where it was not measured."""
     if not found:
         return []
-    read, bf16 = median([one.read.rate for one in found]), median([one.bf16.rate for one in found])
-    return [f"ceilings measured in the same run, median: {read:.1f} GB/s read, {bf16:.0f} GFLOP/s in bf16"]
+    one = middle(found)
+    rates = f"{one.read.rate:.1f} GB/s read, {one.bf16.rate:.0f} GFLOP/s in bf16"
+    return [f"ceilings measured in the same run, median: {rates}"]
 
 
 def tell(

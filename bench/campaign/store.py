@@ -35,7 +35,7 @@ class Store:
 
         Raises ConfigError where the file holds samples of another identity, or anything but samples.
         """
-        self.path = path
+        self.path, self.identity = path, dict(identity)
         self._samples: list[Sample] = []
         self._places: dict[tuple[str, str], list[Sample]] = {}
         data = path.read_bytes() if path.exists() else b""
@@ -49,7 +49,7 @@ class Store:
                 self._keep(self._sample(number, line))
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._append(dict(identity))
+            self._append(self.identity)
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self._samples)

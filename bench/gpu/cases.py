@@ -14,6 +14,7 @@ from cierzo.bench.kernel_cases import CASES, SMALL3, SMALL4, Call, Maker, Size
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.formats.activations import takes_fp8
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, in_fp8, quantise
+from cierzo.kernels.formats.number_formats import formats_on
 from cierzo.kernels.formats.packed import Matrix
 
 MODELS = {model.name: model for model in (SMALL4, SMALL3)}
@@ -28,7 +29,7 @@ HOSTILE_WINDOWS = tuple(
 )
 WINDOWED = ("gqa_decode", "gqa_prefill")
 
-WEIGHTS = ("bf16", "fp8", "nvfp4")
+WEIGHTS = formats_on("cuda")
 BY_FP8 = {"fp8 x fp8": None, "static fp8 x fp8": 0.0625}  # activations in FP8: by row, or by this scale
 KV = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 

@@ -91,7 +91,7 @@ def check(
         for name, alone, beside in pieces:
             if not _equal(alone, beside):
                 raise Failed(f"{operation}: {name} has other bits alone than in company")
-    return {"implementation": choice.name, "deviation": deviation, "companies": rows}
+    return {"implementation": choice.name, "deviation": deviation, "companies": rows, "seed": seed}
 
 
 def outputs(operation: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:

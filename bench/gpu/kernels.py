@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ def measure(
     size: Size,
     format: str,
     device: torch.device,
-    limits: dict[str, float],
+    limits: Mapping[str, float],
     cold_bytes: int | None = None,
 ) -> dict[str, Any] | None:
     """us, GB/s, TFLOP/s and share of the limit, ours and torch's; None where the model lacks the operation."""

@@ -133,7 +133,7 @@ def _flash(c: Known, t: Known, size: Size) -> Work:
 
 IN_DECODE = ("sum_parts", "mla_attend", "gqa_attend", "plan", "prefixes", "combine")
 IN_PREFILL = ("gather", "expand", "flash")
-# What a launch of each kernel does, by its constants, its types and a step: work, or bytes where it has no products.
+# What a launch of each kernel does, by its constants, its types and a step: work, or bytes if it has no products.
 KERNELS: dict[str, Callable[[Known, Known, Size], Work | int]] = {
     "rms_norm": lambda c, t, size: _norm(c, t, size, residual=False),
     "add_rms_norm": lambda c, t, size: _norm(c, t, size, residual=True),

@@ -29,7 +29,7 @@ from cierzo.bench.headline.table import Outcome, text
 from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers.engine import Checkpoint, find_checkpoint
 from cierzo.bench.peers.kept import fingerprint
-from cierzo.bench.report import current_commit
+from cierzo.bench.revision import current_commit
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError
@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace, command: str) -> bool:
     store = Store(samples, identity)
     if not arguments.report:
         Run(campaign, store, functools.partial(print, flush=True)).measure(rounds)
-    found = outcome_of(plan, store, identity, _assumed(arguments.device))
+    found = outcome_of(plan, store, _assumed(arguments.device))
     about = {"command": command, "started": started, "settings": Settings(plan=plan, rounds=rounds)}
     draw = functools.partial(picture, found)
     tell("headline", found, text(found, command), arguments.output / stem, draw, **about)

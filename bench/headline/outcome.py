@@ -16,7 +16,7 @@ from cierzo.bench.stats import median
 Figures = dict[int, Figure]  # by round
 
 
-def outcome_of(plan: Plan, store: Store, identity: dict[str, str], assumed: str = "") -> Outcome:
+def outcome_of(plan: Plan, store: Store, assumed: str = "") -> Outcome:
     """Every subject in every cell that was tried, every pair in every cell that both ran, every goal of a cell."""
     places = [(cell, subject) for cell in plan.cells for subject in plan.subjects]
     figures = {place: _figures(store, *place) for place in places}
@@ -28,7 +28,7 @@ def outcome_of(plan: Plan, store: Store, identity: dict[str, str], assumed: str 
     ]
     names = {cell.name for cell in plan.cells}
     return Outcome(
-        identity=identity,
+        identity=store.identity,
         assumed=assumed,
         goals_are_for=plan.goals_are_for,
         ceilings=msgspec.convert(store.ceilings(), list[Ceilings]),

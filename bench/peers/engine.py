@@ -25,16 +25,14 @@ class EngineFailed(Exception):
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One row of the table: a peer (or us) in one setting.
+    """A row of the table: a peer (or us) in one setting, with weights in `number_format`.
 
-    `weight_bits` is what a weight of a linear layer takes in memory. An engine that is not `usual` was tried, and
-    runs when it is named.
+    An engine that is not `usual` was tried, and runs when it is named.
     """
 
     name: str
     peer: str
     number_format: str
-    weight_bits: float
     setting: str
     options: dict[str, Any] = {}
     usual: bool = True

@@ -17,20 +17,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cierzo.engine.cost.sizes import ModelSizes
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 
 if TYPE_CHECKING:
     from cierzo.engine.cost.device import Kind, Number, Rate
 
-# Number format -> bytes of a value with its share of a group's scales, bytes of a row's own scale.
-STORED: dict[str, tuple[float, int]] = {
-    "float32": (4, 0),
-    "bf16": (2, 0),
-    "fp8": (1, 4),
-    "int8": (1 + 2 / 64, 0),
-    "int4": (0.5 + 4 / 32, 0),
-    "nvfp4": (0.5 + 1 / 16, 4),
-    "mxfp4": (0.5 + 1 / 32, 0),
-}
 KINDS: dict[str, Kind] = {
     "expert_mlp": "experts",
     **dict.fromkeys(("mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill"), "attention"),
@@ -78,8 +69,8 @@ class Work:
 
 def stored(format: str, rows: Number, width: int) -> Number:
     """Bytes of activations [rows, width], or of a matrix, in a number format, scales included."""
-    value_bytes, scale_bytes = STORED[format]
-    return rows * (width * value_bytes + scale_bytes)
+    known = NUMBER_FORMATS[format]
+    return rows * (width * known.value_bytes + known.row_bytes)
 
 
 def random_distinct(experts: int, top_k: int, tokens: Number) -> Number:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cierzo.engine.cost.operations import stored
-from cierzo.engine.cost.sizes import ModelSizes, Role
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.engine.model.config import MlaConfig, ModelConfig
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS, MatrixRole
 
 if TYPE_CHECKING:
     from cierzo.engine.cost.device import Rate
@@ -22,15 +23,9 @@ class NumberFormats:
     activations: str = "bf16"
     on_gpu: bool = True
 
-    def of(self, role: Role) -> str:
-        """The format of a kind of matrix, as engine/weights/matrices.py gives it."""
-        if role == "experts":
-            return self.weights
-        if role == "linear":
-            return "fp8" if self.on_gpu and self.weights == "nvfp4" else self.weights
-        if role == "head" and not self.on_gpu and self.weights != self.plain:
-            return "int8"
-        return self.plain
+    def of(self, role: MatrixRole) -> str:
+        """The format of matrices of a role."""
+        return NUMBER_FORMATS[self.weights].of(role, "cuda" if self.on_gpu else "cpu", self.plain)
 
     def rate(self, weights: str) -> Rate:
         """The format in which a product with these weights is computed: codes are widened to the activations', but
@@ -38,7 +33,7 @@ class NumberFormats:
         if self.plain == "float32":
             return "fp32"
         if self.on_gpu:
-            return "fp8" if self.activations == "fp8" and weights == "fp8" else "bf16"
+            return "fp8" if self.activations in NUMBER_FORMATS[weights].activations else "bf16"
         return "bf16" if weights == "bf16" else "int8"
 
     def measured_as(self, weights: str) -> str:
@@ -81,5 +76,6 @@ def sizes_of(model: ModelConfig, plain: str = "bf16") -> ModelSizes:
 
 def weight_bytes(model: ModelConfig, formats: NumberFormats) -> int:
     """Bytes of a model's matrices in their number formats, on one device."""
-    matrices = sizes_of(model).matrices()
-    return int(sum(count * stored(formats.of(role), n, k) for role, count, n, k in matrices))
+    sizes = sizes_of(model)
+    embedding = stored(formats.plain, model.vocab_size, model.hidden_size)  # apart from the head, even if tied
+    return int(embedding + sum(count * stored(formats.of(role), n, k) for role, count, n, k in sizes.matrices()))

@@ -35,13 +35,11 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.formats.device import DeviceMatrix
+from cierzo.kernels.formats.number_formats import PACKED_FORMATS, plain_format
 
 PANEL = 32  # outputs
 ALIGNMENT = 64  # bytes
-GROUP_K = {"float32": 1, "bf16": 2, "int8": 64, "int4": 32, "nvfp4": 32}
-GROUP_BYTES = {"float32": 128, "bf16": 128, "int8": 2112, "int4": 640, "nvfp4": 576}  # of one panel
-HEADER_BYTES = {"float32": 0, "bf16": 0, "int8": 0, "int4": 0, "nvfp4": 128}  # of one panel
-PLAIN_FORMATS = {torch.float32: "float32", torch.bfloat16: "bf16"}  # the format that keeps the values of a dtype
+PLAIN_FORMATS = {torch.float32: plain_format("float32"), torch.bfloat16: plain_format("bfloat16")}
 
 
 class PackError(ValueError):
@@ -96,7 +94,8 @@ def num_panels(n: int, paired: bool) -> int:
 
 def panel_bytes(format: str, k: int) -> int:
     """Bytes of one panel: 32 outputs, all of k."""
-    return HEADER_BYTES[format] + -(-k // GROUP_K[format]) * GROUP_BYTES[format]
+    panels = PACKED_FORMATS[format]
+    return panels.header_bytes + -(-k // panels.group_k) * panels.group_bytes
 
 
 def packed_bytes(format: str, n: int, k: int, paired: bool = False) -> int:
@@ -134,8 +133,8 @@ def check_packable(weight: Tensor, format: str, paired: bool) -> None:
     """Raise PackError for a format, shape or dtype that cannot be packed."""
     if weight.dtype not in PLAIN_FORMATS:
         raise PackError(f"weights are float32 or bfloat16, got {weight.dtype}")
-    if format not in GROUP_K:
-        raise PackError(f"unknown number format {format!r}; known: {', '.join(GROUP_K)}")
+    if format not in PACKED_FORMATS:
+        raise PackError(f"unknown number format {format!r}; known: {', '.join(PACKED_FORMATS)}")
     if weight.dim() not in (2, 3) or 0 in weight.shape:
         raise PackError(f"weights are [n,k] or [experts,n,k], got {list(weight.shape)}")
     if paired and weight.shape[-2] % 2:

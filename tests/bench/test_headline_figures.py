@@ -187,7 +187,7 @@ def test_ratios_are_of_paired_rounds_and_goals_of_ratios(tmp_path: Path) -> None
                 result = msgspec.to_builtins(_measured(*values))
                 where = {"cell": str(cell), "subject": str(subject), "round": number}
                 store.add(Sample(**where, started="", took_s=0.0, result=result))
-    found = outcome_of(plan, store, IDENTITY)
+    found = outcome_of(plan, store)
     assert [(one.cell.name, one.ratio, one.rounds, one.limit) for one in found.ratios] == [
         ("8/4", 3.0, 2, 4.0),
         ("8/4@1", 0.5, 2, 0.25),

@@ -296,7 +296,7 @@ def test_panels_are_of_one_length_of_requests(tmp_path: Path) -> None:
     )
     plan = Plan(cells=cells, subjects=(SMALL3,), pairs=(), goals=(), goals_are_for="a test")
     Run(Simulation(plan, _h200(), MODELS, tmp_path), store, functools.partial(print, end="")).measure(1)
-    found = panels(outcome_of(plan, store, IDENTITY).rows)
+    found = panels(outcome_of(plan, store).rows)
     assert [title for title, *_ in found] == ["throughput: 64 in, 16 out", "latency: 64 in, 16 out"]
     for _, _, limit, curves in found:
         assert limit is None

@@ -242,14 +242,15 @@ def test_names_of_devices() -> None:
 
 
 def cell(name: str, us: float, part: str = "kernels", error: str = "") -> dict[str, Any]:
-    results = {"bytes": 3.35e6, "flops": 1e6, "us": us, "share": 0.1}  # 1 us of an H100's memory
-    return {"part": part, "name": name, "error": error, "results": results}
+    result = {"bytes": 3.35e6, "flops": 1e6, "us": us, "share": 0.1}  # 1 us of an H100's memory
+    return {"subject": part, "cell": name, "error": error, "result": None if error else result}
 
 
 def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path: Path) -> None:
     device = find_device("h100")
     assert with_measured(device, "h100", tmp_path) == device
     cells = [
+        {"commit": "abc", "device": "NVIDIA H100 80GB HBM3"},
         cell("linear, small4, decode 1, fp8", 2.0),
         cell("linear, small4, decode 8, bf16", 4.0),
         cell("linear, small4, decode 64, fp8", 9.0, error="lost"),
@@ -265,6 +266,6 @@ def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path:
     assert path.name in found.source
     assert "measured" in found.describe()
     assert with_measured(device, "h200", tmp_path) == device
-    path.write_text('{"part": "kernels"}\n', encoding="utf-8")
-    with pytest.raises(ConfigError, match="line 1"):
+    path.write_text('{"commit": "abc"}\n{"subject": "kernels"}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="line 2"):
         with_measured(device, "h100", tmp_path)

@@ -25,9 +25,9 @@ from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.parameters import MatrixRequest, Parameter, as_tensor
 from cierzo.engine.weights.loader import load_parameters
-from cierzo.engine.weights.matrices import formats
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.pack import pack
@@ -52,13 +52,14 @@ class RoundedMatrices:
     """Matrices in the number formats that --weights gives them, in memory."""
 
     def __init__(self, weights: str) -> None:
-        self._formats = formats(weights, "float32")
+        self._weights = NUMBER_FORMATS[weights]
 
     def tensor(self, stored: Parameter) -> Tensor:
         return as_tensor(stored)
 
     def matrix(self, request: MatrixRequest) -> Matrix:
-        return pack(as_tensor(request.make()), self._formats[request.role], paired=request.paired)
+        format = self._weights.of(request.role, "cpu", "float32")
+        return pack(as_tensor(request.make()), format, paired=request.paired)
 
 
 class Ours:

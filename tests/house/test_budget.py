@@ -13,24 +13,24 @@ BUDGET = {
     "engine/cost": 950,
     "engine/frontend": 3_700,
     "engine/model": 1_200,
-    "engine/weights": 3_250,
+    "engine/weights": 3_200,
     "engine/worker": 2_350,
     "engine/commands": 350,
     "kernels": 600,
     "kernels/cpu": 1_550,
     "kernels/cuda": 700,
-    "kernels/formats": 1_000,
+    "kernels/formats": 1_200,
     "kernels/ops": 1_200,
     "kernels/ref": 850,
     "kernels/triton": 3_750,
     "scheduler": 1_000,
     "cache": 650,
-    "bench": 10_150,
-    "bench/plan": 1_900,
+    "bench": 9_950,
+    "bench/plan": 1_800,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 12_950
+MEASURING_BUDGET = 12_650
 
 
 @pytest.fixture(scope="module")

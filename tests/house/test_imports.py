@@ -44,6 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "scheduler.config",
         "kernels.config",
         "kernels.cpu",
+        "kernels.formats.number_formats",
         "engine.frontend.config",
         "engine.model.config",
         "engine.device_memory",
@@ -64,6 +65,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.expert_statistics",
         "engine.model.config",
         "cache.layout",
+        "kernels.formats.number_formats",
         "engine.errors",
     ),
     "engine.cost.step_model": ("engine.cost", "engine.config"),
@@ -93,6 +95,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint"),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.headline": (*CLIENT, *WORKER, "engine.kv_room"),
+    "bench.peers": (*CLIENT, "engine.model.config"),
     "bench.peers.workers": (*CLIENT, *WORKER),
 }
 FORBIDDEN = {("scheduler", "cache.pool")}
@@ -107,7 +110,7 @@ WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
-    *("engine.model.config", "engine.weights.shapes", "cli", "__main__"),
+    *("engine.model.config", "engine.weights.shapes", "kernels.formats.number_formats", "cli", "__main__"),
 )
 WITH_TORCH = "cache.pool"
 

@@ -1,32 +1,26 @@
-"""float32 and bf16: weights as they are, in the order of the panels. float32 -> bf16 rounds to nearest even.
+"""bf16: weights as they are, or rounded to nearest even, in the order of the panels.
 
 NaN and infinity are kept: they show in the outputs that they belong to.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-
-def encode_float32(rows: Tensor) -> Tensor:
-    """rows [P,32,k] -> uint8 [P, bytes of a panel]: one k a group."""
-    return rows.float().transpose(1, 2).contiguous().flatten(1).view(torch.uint8)
+LARGEST = math.inf
 
 
-def decode_float32(panels: Tensor) -> Tensor:
-    """The reverse -> float32 [P,32,k]."""
-    return panels.view(torch.float32).unflatten(1, (-1, 32)).transpose(1, 2)
-
-
-def encode_bf16(rows: Tensor) -> Tensor:
+def encode(rows: Tensor) -> Tensor:
     """rows [P,32,k], k even, -> uint8 [P, bytes of a panel]: two k a group, the operands of a dot product."""
     values = rows if rows.dtype == torch.bfloat16 else narrow(rows)
     return values.unflatten(2, (-1, 2)).transpose(1, 2).contiguous().flatten(1).view(torch.uint8)
 
 
-def decode_bf16(panels: Tensor) -> Tensor:
-    """The reverse -> float32 [P,32,k]."""
+def decode(panels: Tensor) -> Tensor:
+    """The reverse of encode -> float32 [P,32,k]."""
     return panels.view(torch.bfloat16).unflatten(1, (-1, 32, 2)).transpose(1, 2).flatten(2).float()
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cierzo.kernels.cpu.launch import pack as launch
-from cierzo.kernels.formats.compressed_tensors import StoredMatrix, define
+from cierzo.engine.errors import CheckpointError
+from cierzo.engine.weights.quantised import Nvfp4Matrix, StoredParameter, pack_parameter
 from cierzo.kernels.formats.definition import unpack
-from cierzo.kernels.formats.packed import PackedMatrix, PackError, empty_packed, packed_bytes, view_packed
-from cierzo.kernels.pack import pack, pack_stored
+from cierzo.kernels.formats.packed import PackedMatrix, empty_packed, packed_bytes, view_packed
+from cierzo.kernels.pack import pack
 
 VALUES = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
@@ -34,16 +34,16 @@ class Checkpoint:
         values = torch.tensor(VALUES, dtype=torch.float64)[columns.long()].unflatten(1, (-1, 16))
         return (values * scales.view(torch.float8_e4m3fn).double()[..., None] / divisor).flatten(1)
 
-    def read(self, name: str) -> StoredMatrix:
-        return StoredMatrix.read(name, self.tensors.__getitem__)
+    def read(self, name: str) -> Nvfp4Matrix:
+        endings = ("weight_packed", "weight_scale", "weight_global_scale")
+        return Nvfp4Matrix(name, *(self.tensors[f"{name}.{ending}"] for ending in endings))
 
 
-def load(experts: list[list[StoredMatrix]], dtype: torch.dtype, paired: bool = False) -> PackedMatrix:
-    n, k = sum(len(part.codes) for part in experts[0]), 2 * experts[0][0].codes.shape[1]
-    data = empty_packed(len(experts) * packed_bytes("nvfp4", n, k, paired))
-    for parts, target in zip(experts, data.chunk(len(experts)), strict=True):
-        pack_stored(parts, paired, target)
-    return view_packed("nvfp4", (len(experts), n, k), dtype, paired, data)
+def load(experts: list[list[Nvfp4Matrix]], dtype: torch.dtype, paired: bool = False) -> PackedMatrix:
+    parameter = StoredParameter(tuple(map(tuple, experts)), True, dtype, torch.device("cpu"))
+    data = empty_packed(len(experts) * packed_bytes("nvfp4", *parameter.shape[1:], paired))
+    pack_parameter(parameter, "nvfp4", paired, data)
+    return view_packed("nvfp4", parameter.shape, dtype, paired, data)
 
 
 @pytest.mark.parametrize(("width", "k"), [(16, 32), (5, 48), (37, 16), (64, 96)])
@@ -60,20 +60,6 @@ def test_codes_and_scales_are_kept(width: int, k: int) -> None:
         torch.testing.assert_close(unpack(packed, torch.float64), torch.stack(expected), rtol=2e-7, atol=0)
 
 
-@pytest.mark.parametrize(("n", "k"), [(2, 16), (70, 48), (64, 96)])
-def test_the_native_loader_equals_the_definition(instruction_set: str, n: int, k: int) -> None:
-    checkpoint = Checkpoint()
-    checkpoint.add("w", n, k, 1.0)
-    codes, scales = (
-        checkpoint.tensors[f"w.{name}"].view(torch.uint8) for name in ("weight_packed", "weight_scale")
-    )
-    whole = torch.rand(n, generator=checkpoint.random)
-    for paired in (False, True):
-        target = empty_packed(packed_bytes("nvfp4", n, k, paired)).fill_(0x55)
-        launch.pack_nvfp4(codes, scales, whole, paired, target)
-        assert torch.equal(target, define(codes, scales, whole, paired))
-
-
 def test_packing_the_loaded_weights_changes_nothing() -> None:
     """Where a row's largest weight has the largest code and scale, as quantisers see to it."""
     checkpoint = Checkpoint()
@@ -87,25 +73,16 @@ def test_packing_the_loaded_weights_changes_nothing() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     checkpoint = Checkpoint()
-    for name, n, k in (("a", 8, 32), ("b", 8, 48), ("c", 9, 32)):
-        checkpoint.add(name, n, k, 1.0)
-    a, b, c = (checkpoint.read(name) for name in "abc")
-    with pytest.raises(PackError, match=r"a, b: rows of \[32, 48\] weights"):
-        load([[a, b]], torch.float32)
-    with pytest.raises(PackError, match=r"c: \[9, 32\] does not fit 1 bytes"):
-        pack_stored([c], False, empty_packed(1))
+    for name in "ab":
+        checkpoint.add(name, 8, 32, 1.0)
     scales = checkpoint.tensors["a.weight_scale"].view(torch.uint8)
     for code in (0x7F, 0x81):
         scales[3, 1] = code
-        with pytest.raises(PackError, match="a: a scale is NaN or negative"):
-            checkpoint.read("a")
+        with pytest.raises(CheckpointError, match="a: a scale is NaN or negative"):
+            checkpoint.read("a").values(torch.float32)
+        with pytest.raises(CheckpointError, match="a: a scale is NaN or negative"):
+            load([[checkpoint.read("a")]], torch.float32)
     for divisor in (0.0, -1.0, math.nan, math.inf):
         checkpoint.tensors["b.weight_global_scale"] = torch.tensor([divisor])
-        with pytest.raises(PackError, match="b: global scale"):
-            checkpoint.read("b")
-    checkpoint.tensors["c.weight_scale"] = checkpoint.tensors["b.weight_scale"]
-    with pytest.raises(PackError, match=r"c: codes \[9, 16\] do not fit scales \[8, 3\]"):
-        checkpoint.read("c")
-    checkpoint.tensors["c.weight_packed"] = checkpoint.tensors["c.weight_packed"].float()
-    with pytest.raises(PackError, match="c: NVFP4 is"):
-        checkpoint.read("c")
+        with pytest.raises(CheckpointError, match="b: global scale"):
+            load([[checkpoint.read("b")]], torch.float32)

@@ -12,8 +12,8 @@ from published import SMALL4, Published
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.parameters import above_each_other
-from cierzo.engine.weights.on_device import on_device
+from cierzo.engine.parameters import MatrixRequest, above_each_other
+from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise
 
 CPU = torch.device("cpu")
@@ -35,10 +35,11 @@ def published(name: str, changed: Mapping[str, Tensor | None] | None = None) -> 
     return model
 
 
-def matrix(folder: Path, model: Published, *names: str, fp8: bool = True) -> DeviceMatrix:
+def matrix(folder: Path, model: Published, *names: str, activations: str = "fp8") -> DeviceMatrix:
     parameters = load(model.write(folder))
     joined = above_each_other([parameters[LAYER + name] for name in names])
-    found = on_device(joined, "fp8", "bf16", CPU, fp8_activations=fp8)
+    source = DeviceMatrices("fp8", torch.bfloat16, CPU, activations)
+    found = source.matrix(MatrixRequest("joined", joined.shape, lambda: joined))
     assert isinstance(found, DeviceMatrix)
     return found
 
@@ -81,7 +82,7 @@ def test_of_matrices_above_each_other_the_largest_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["hf-fp8", "native-fp8"])
 def test_without_them_rows_have_their_own_and_unasked_nothing_is_quantised(tmp_path: Path, name: str) -> None:
     model = published(name)
-    plain = matrix(tmp_path, model, "self_attn.o_proj.weight", fp8=False)
+    plain = matrix(tmp_path, model, "self_attn.o_proj.weight", activations="bf16")
     assert (plain.activations, plain.activation_scales) == ("plain", None)
     model.stored = {key: tensor for key, tensor in model.stored.items() if not key.endswith(ENDINGS)}
     found = matrix(tmp_path, model, "self_attn.o_proj.weight")
@@ -113,6 +114,6 @@ def test_some_of_them_missing_is_refused(tmp_path: Path) -> None:
 def test_a_scale_that_is_none_is_refused_by_name(tmp_path: Path, wrong: float) -> None:
     key = f"language_model.{LAYER}self_attn.o_proj.activation_scale"
     model = published("hf-fp8", {key: torch.tensor(wrong).bfloat16()})
-    matrix(tmp_path, model, "self_attn.o_proj.weight", fp8=False)  # what is not used is not looked at
+    matrix(tmp_path, model, "self_attn.o_proj.weight", activations="bf16")  # what is not used is not looked at
     with pytest.raises(CheckpointError, match=r"o_proj\.weight: fp8: an activation scale is not in 2\^-100"):
         matrix(tmp_path, model, "self_attn.o_proj.weight")
