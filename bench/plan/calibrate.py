@@ -21,7 +21,8 @@ import numpy as np
 
 from cierzo.bench.machine import Ceilings, describe_machine, measure_ceilings
 from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
-from cierzo.bench.report import check_writable, current_commit
+from cierzo.bench.report import check_writable
+from cierzo.bench.revision import current_commit
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Calibration, Device, Kind, MeasuredShare, Rate
 from cierzo.engine.cost.step_model import StepModel

@@ -25,7 +25,7 @@ BUDGET = {
     "kernels/triton": 3_750,
     "scheduler": 1_000,
     "cache": 650,
-    "bench": 9_950,
+    "bench": 9_450,
     "bench/plan": 1_800,
 }
 # Benchmarks, plans and the count of work, together.
