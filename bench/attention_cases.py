@@ -240,7 +240,7 @@ def moe_block(model: ModelSizes, size: Size, make: Maker) -> Call | None:
 
 @case
 def decoder(model: ModelSizes, size: Size, make: Maker) -> Call | None:
-    """One layer of the model in one call: its two halves, between an embedding and a head of a few tokens."""
+    """A layer of the model in one call: its two halves, between an embedding and a head of a few tokens."""
     first = (mla_block if model.rank else gqa_block)(model, size, make)
     second = (moe_block if model.experts else mlp_block)(model, size, make)
     assert first is not None

@@ -56,7 +56,7 @@ class Size:
 
     @property
     def decodes(self) -> bool:
-        """Whether each sequence has one row."""
+        """True where each sequence has a single row."""
         return self.rows_each == 1
 
     def queries(self, window: int = 0) -> tuple[int, int, int]:
@@ -120,7 +120,7 @@ class Maker:
         return pack(plain, format or self.format, paired=paired) if self.native else plain
 
     def cold(self, make: Callable[[], tuple[Matrix, ...]]) -> list[tuple[Matrix, ...]]:
-        """As many of what `make` makes as fill `cold_bytes`."""
+        """Call `make` until its matrices fill `cold_bytes`."""
         first = make()
         num_bytes = sum(one.nbytes if isinstance(one, Tensor) else one.num_bytes for one in first)
         wanted = COLD_BYTES if self.cold_bytes is None else self.cold_bytes
@@ -170,7 +170,7 @@ def norm(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
 
 @case
 def rope_tables(model: ModelSizes, size: Size, make: Maker) -> Call:
-    """Once a step."""
+    """Angles of a step's positions."""
     positions = torch.arange(size.rows) + size.context - size.rows_each
     arguments = (positions, torch.rand(model.rotated // 2), 1.0)
     return Call([arguments], operations.moved("rope_tables", model, size.rows))
@@ -197,7 +197,7 @@ def linear(model: ModelSizes, size: Size, make: Maker) -> Call:
 
 @case
 def lm_head(model: ModelSizes, size: Size, make: Maker) -> Call:
-    """One row a sequence."""
+    """Logits of a row a sequence."""
     x = make.noise(size.sequences, model.hidden)
     weights = make.cold(lambda: (make.matrix(model.vocab, model.hidden),))
     return Call([(x, *matrices) for matrices in weights], operations.lm_head(model, size.sequences, make.weights))

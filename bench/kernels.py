@@ -47,7 +47,7 @@ HEADER = " ".join(name.ljust(-width) if width < 0 else name.rjust(width) for nam
 
 
 class KernelSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What is timed. `weights`: the number format of packed weights."""
+    """Choice of what is timed. `weights`: the number format of packed weights."""
 
     operations: tuple[str, ...]
     models: tuple[str, ...]
@@ -57,7 +57,7 @@ class KernelSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KernelRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One implementation at one size.
+    """An implementation at a size.
 
     samples_us: microseconds of a call, one sample per round. share: of the ceiling, by the median. speedup: how
     many times as fast as the reference, by rounds; 1 for itself.
@@ -80,7 +80,7 @@ class KernelRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KernelResults(msgspec.Struct, frozen=True, kw_only=True):
-    """Every row, and the ceilings that the shares refer to."""
+    """Rows, and the ceilings that their shares refer to."""
 
     ceilings: Ceilings
     rows: tuple[KernelRow, ...]
@@ -140,7 +140,7 @@ def measure(settings: KernelSettings, model: ModelSizes, ceilings: Ceilings) -> 
 def _measure_case(
     settings: KernelSettings, operation: str, model: ModelSizes, size: Size, ceilings: Ceilings
 ) -> Iterator[KernelRow]:
-    """One row per implementation; none where the model has no such operation."""
+    """Measure a row per implementation; none where the model has no such operation."""
     calls: dict[str, Call] = {}
     runs: dict[str, Callable[[int], None]] = {}
     for choice in implementations(operation, "cpu"):

@@ -34,7 +34,7 @@ def problems(configuration: Any) -> Iterator[tuple[str, Work]]:
 
 
 def _launched(name: str, c: Known, size: Size) -> bool:
-    """Whether a step has the kernel. Products of each head are of generated rows; parts of k are apart for few."""
+    """Say if a step has the kernel. Products of each head are of generated rows; parts of k are apart for few."""
     if name == "linear":
         return (size.decodes or not c["X_HEAD"]) and (size.rows <= APART_TOKENS or not c["APART"])
     return name not in (IN_PREFILL if size.decodes else IN_DECODE)
@@ -78,7 +78,7 @@ def _linear(c: Known, t: Known, size: Size) -> Work:
 
 
 def _experts(c: Known, size: Size, read: float, written: float) -> Work:
-    """One product of the experts. read, written: bytes of all rows of a token."""
+    """A product of the experts. read, written: bytes of all rows of a token."""
     chosen = len(random_experts(ModelSizes(experts=c["E"], top_k=c["SLOTS"]), size).unique())
     weights = (chosen + c["SHARED"]) * stored(_format(c), c["ROWS"], c["K"])
     pairs = size.rows * _met(c)
@@ -91,7 +91,7 @@ def _met(c: Known) -> int:
 
 
 def _gate_up(c: Known, t: Known, size: Size) -> Work:
-    """In bf16 all experts of a token read its one row; codes are a row for each, whose scales differ."""
+    """First product of the experts. They share a token's row in bf16; codes are a row for each: scales differ."""
     read = _row(c["K"], t["x_ptr"]) * (_met(c) if t["x_ptr"] == E4M3 else 1)
     return _experts(c, size, read, _met(c) * _row(c["ROWS"] // 2, t["inner_ptr"]))
 

@@ -175,7 +175,7 @@ def test_bytes_and_operations_are_those_counted_by_hand(native: bool) -> None:
 
 @pytest.mark.parametrize("format", NUMBER_FORMATS)
 def test_weights_are_counted_with_the_bytes_that_they_have(format: str) -> None:
-    """Of whole panels and groups: what pads a matrix is the implementation's own."""
+    """The matrix has whole panels and groups: padding is the implementation's own."""
     plain = torch.ones(3, 64, 128).bfloat16()
     made = [pack(plain, format)] if format in PACKED_FORMATS and has_native() else []
     made += [quantise(plain, format)] if format in DEVICE_FORMATS else []
