@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from cierzo.engine.cost.operations import stored
 from cierzo.engine.cost.sizes import ModelSizes
@@ -45,25 +45,15 @@ def sizes_of(model: ModelConfig, plain: str = "bf16") -> ModelSizes:
     """The sizes of a model. plain: number format of its activations."""
     attention, moe = model.attention, model.moe
     if isinstance(attention, MlaConfig):
-        sizes = ModelSizes(
-            query_rank=attention.q_lora_rank or 0,
-            rank=attention.kv_lora_rank,
-            rope=attention.qk_rope_head_dim,
-            nope=attention.qk_nope_head_dim,
-            value_dim=attention.v_head_dim,
-        )
+        ranks = {"query_rank": attention.q_lora_rank or 0, "rank": attention.kv_lora_rank}
+        dims = {"rope": attention.qk_rope_head_dim, "nope": attention.qk_nope_head_dim}
+        parts: dict[str, Any] = {**ranks, **dims, "value_dim": attention.v_head_dim}
     else:
-        sizes = ModelSizes(kv_heads=attention.num_kv_heads, head_dim=attention.head_dim)
+        parts = {"kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim}
     if moe is not None:
-        sizes = replace(
-            sizes,
-            experts=moe.num_experts,
-            top_k=moe.experts_per_token,
-            expert_width=moe.expert_width,
-            shared_width=moe.num_shared_experts * moe.expert_width,
-        )
-    return replace(
-        sizes,
+        parts |= {"experts": moe.num_experts, "top_k": moe.experts_per_token, "expert_width": moe.expert_width}
+        parts["shared_width"] = moe.num_shared_experts * moe.expert_width
+    return ModelSizes(
         hidden=model.hidden_size,
         heads=model.num_heads,
         vocab=model.vocab_size,
@@ -71,6 +61,7 @@ def sizes_of(model: ModelConfig, plain: str = "bf16") -> ModelSizes:
         layers=model.num_layers,
         dense_layers=model.num_layers if moe is None else moe.first_dense_layers,
         value_bytes=int(stored(plain, 1, 1)),
+        **parts,
     )
 
 
