@@ -75,7 +75,7 @@ def write_latents(operation: str, model: ModelSizes, size: Size, make: Maker) ->
     if operation == "write_normed_latents":
         turns = tables(size.rows, model.rope // 2)
         arguments = (pages, slots, torch.cat([latents, keys], -1), make.noise(model.rank), EPS, *turns, True)
-    return Call([arguments], operations.moved(operation, model, size.rows, make.page_bytes))
+    return Call([arguments], operations.moved(operation, model, size.rows, make.kv_dtype.itemsize))
 
 
 @cases("write_keys_values", "rotate_and_write_keys_values")
@@ -88,7 +88,7 @@ def write_keys_values(operation: str, model: ModelSizes, size: Size, make: Maker
     if operation == "rotate_and_write_keys_values":
         qkv = make.noise(size.rows, (model.heads + 2 * model.kv_heads) * model.head_dim)
         arguments = (*pages, slots, qkv, *tables(size.rows, model.head_dim // 2), False)
-    return Call([arguments], operations.moved(operation, model, size.rows, make.page_bytes))
+    return Call([arguments], operations.moved(operation, model, size.rows, make.kv_dtype.itemsize))
 
 
 # --- attention ---------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def moe_block(model: ModelSizes, size: Size, make: Maker) -> Call | None:
 
 @case
 def decoder(model: ModelSizes, size: Size, make: Maker) -> Call | None:
-    """One layer of the model in one call: its two halves, between an embedding and a head of a few tokens."""
+    """A layer of the model in one call: its two halves, between an embedding and a head of a few tokens."""
     first = (mla_block if model.rank else gqa_block)(model, size, make)
     second = (moe_block if model.experts else mlp_block)(model, size, make)
     assert first is not None

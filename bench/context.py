@@ -45,7 +45,7 @@ class DecodeRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChunkRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One chunk of a prompt: where it starts, its time, and the process's resident memory after it."""
+    """A chunk of a prompt: where it starts, its time, and the process's resident memory after it."""
 
     start: int
     tokens: int
@@ -67,7 +67,7 @@ def attention_work(config: EngineConfig, context: int) -> tuple[float, float]:
 def measure_decode(
     sequence: Sequences, config: EngineConfig, contexts: Sequence[int], repeats: int
 ) -> list[DecodeRow]:
-    """One row per context, each the median of `repeats` steps."""
+    """Measure a row per context, each the median of `repeats` steps."""
     sequence.fill()
     rows = []
     for context in tqdm(contexts, desc="decode", delay=PROGRESS_AFTER_S, leave=False, disable=None):
@@ -94,7 +94,7 @@ def measure_decode(
 
 
 def measure_prefill(sequence: Sequences, tokens: int, chunk_tokens: int) -> list[ChunkRow]:
-    """One row per chunk of one prompt."""
+    """Measure a row per chunk of one prompt."""
     rows = []
     for start in tqdm(
         range(0, tokens, chunk_tokens), desc="prefill", delay=PROGRESS_AFTER_S, leave=False, disable=None

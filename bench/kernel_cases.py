@@ -50,7 +50,7 @@ class Size:
 
     @property
     def decodes(self) -> bool:
-        """Whether each sequence has one row."""
+        """True where each sequence has a single row."""
         return self.rows_each == 1
 
     def queries(self, window: int = 0) -> tuple[int, int, int]:
@@ -86,14 +86,9 @@ class Maker:
         """The number format in which weights lie in memory."""
         return self.format if self.native else "bf16"
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a value in the cache."""
-        return self.kv_dtype.itemsize
-
     def entry_bytes(self, model: ModelSizes) -> int:
         """Bytes that a token has in one layer's cache."""
-        return model.page_values * self.page_bytes
+        return model.page_values * self.kv_dtype.itemsize
 
     def noise(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
         """Normal values; the same ones again and again."""
@@ -111,18 +106,11 @@ class Maker:
         return pack(plain, format or self.format, paired=paired) if self.native else plain
 
     def cold(self, make: Callable[[], tuple[Matrix, ...]]) -> list[tuple[Matrix, ...]]:
-        """As many of what `make` makes as fill `cold_bytes`."""
+        """Call `make` until its matrices fill `cold_bytes`."""
         first = make()
+        num_bytes = sum(one.nbytes if isinstance(one, Tensor) else one.num_bytes for one in first)
         wanted = COLD_BYTES if self.cold_bytes is None else self.cold_bytes
-        return [first, *(make() for _ in range(wanted // matrix_bytes(*first)))]
-
-
-def matrix_bytes(*matrices: Matrix) -> int:
-    """Bytes of plain or packed weights."""
-    return sum(
-        matrix.numel() * matrix.element_size() if isinstance(matrix, Tensor) else matrix.num_bytes
-        for matrix in matrices
-    )
+        return [first, *(make() for _ in range(wanted // num_bytes))]
 
 
 Case = Callable[[ModelSizes, Size, Maker], Call | None]
@@ -168,11 +156,10 @@ def norm(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
 
 @case
 def rope_tables(model: ModelSizes, size: Size, make: Maker) -> Call:
-    """Once a step."""
+    """Angles of a step's positions."""
     positions = torch.arange(size.rows) + size.context - size.rows_each
-    return Call(
-        [(positions, torch.rand(model.rotated // 2), 1.0)], operations.moved("rope_tables", model, size.rows)
-    )
+    arguments = (positions, torch.rand(model.rotated // 2), 1.0)
+    return Call([arguments], operations.moved("rope_tables", model, size.rows))
 
 
 @case
@@ -196,7 +183,7 @@ def linear(model: ModelSizes, size: Size, make: Maker) -> Call:
 
 @case
 def lm_head(model: ModelSizes, size: Size, make: Maker) -> Call:
-    """One row a sequence."""
+    """Logits of a row a sequence."""
     x = make.noise(size.sequences, model.hidden)
     weights = make.cold(lambda: (make.matrix(model.vocab, model.hidden),))
     return Call([(x, *matrices) for matrices in weights], operations.lm_head(model, size.sequences, make.weights))

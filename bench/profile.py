@@ -1,4 +1,4 @@
-"""`cierzo bench step --profile CHECKPOINT`: where a step's time goes, operation by operation.
+"""`cierzo bench step --profile CHECKPOINT`: the time of a step, operation by operation.
 
 A step is computed twice. The engine computes it as in use, the whole model in one native call: the time in native
 calls against that of the whole step, scheduler and sampler included, says what Python and torch add. Then the model
@@ -38,7 +38,7 @@ CONTEXT = 160  # tokens before a generated one: the middle of a 128 + 64 request
 
 
 class OperationRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One operation in one step, the median over repeats; `share` of its limit."""
+    """An operation in a step, the median over repeats; `share` of its limit."""
 
     operation: str
     calls: int
@@ -50,7 +50,7 @@ class OperationRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """One kind of step. `overhead` is the share of `step_ms` that is not spent in native calls."""
+    """A kind of step. `overhead` is the share of `step_ms` that is not spent in native calls."""
 
     step: str
     step_ms: float
@@ -194,7 +194,7 @@ def _row(operation: str, totals: list[_Total], ceilings: Ceilings) -> OperationR
 
 
 def table(ceilings: Ceilings, profiles: list[StepProfile]) -> str:
-    """As text."""
+    """Format profiles as text."""
     lines = [f"limits: {ceilings.read.rate:.1f} GB/s read, {ceilings.bf16.rate:.0f} GFLOP/s bf16"]
     for step in profiles:
         lines.append(

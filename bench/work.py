@@ -62,14 +62,9 @@ def _expert_mlp(args: Any) -> Work:
     return operations.expert_mlp(sizes, args.rows, int(distinct), FORMATS[down.format])
 
 
-def _mla_absorb(args: Any) -> Work:
-    w_uk = _matrix(args.w_uk)
-    return operations.mla_absorb(_sizes(args, heads=w_uk.experts, nope=w_uk.k, rank=w_uk.n), args.rows)
-
-
-def _mla_unabsorb(args: Any) -> Work:
-    w_uv = _matrix(args.w_uv)
-    return operations.mla_unabsorb(_sizes(args, heads=w_uv.experts, rank=w_uv.k, value_dim=w_uv.n), args.rows)
+def _by_head(args: Any, matrix: abi.Matrix, count: Callable[..., Work], k: str, n: str) -> Work:
+    """k, n: the sizes that are a head's matrix [n,k]."""
+    return count(_sizes(args, heads=matrix.experts, **{k: matrix.k, n: matrix.n}), args.rows)
 
 
 def _attention(args: Any, count: Callable[..., Work], scales: int, **sizes: int) -> Work:
@@ -77,6 +72,11 @@ def _attention(args: Any, count: Callable[..., Work], scales: int, **sizes: int)
     s = _sizes(args, **sizes)
     entry_bytes = PAGE_BYTES[args.kv_format] * s.page_values + (4 * scales if args.kv_format == 2 else 0)
     return count(s, *_queries(args.paged), entry_bytes)
+
+
+def _mla_prefill(args: Any) -> Work:
+    sizes = {name: getattr(args, name) for name in ("heads", "rank", "rope", "nope")}
+    return _attention(args, operations.mla_prefill, 2, **sizes, value_dim=args.value_width)
 
 
 def _gqa(args: Any) -> Work:
@@ -102,19 +102,10 @@ _RULES: dict[str, Callable[[Any], Work]] = {
     "gated_mlp": _gated_mlp,
     "route": _route,
     "expert_mlp": _expert_mlp,
-    "mla_absorb": _mla_absorb,
-    "mla_unabsorb": _mla_unabsorb,
+    "mla_absorb": lambda a: _by_head(a, _matrix(a.w_uk), operations.mla_absorb, "nope", "rank"),
+    "mla_unabsorb": lambda a: _by_head(a, _matrix(a.w_uv), operations.mla_unabsorb, "rank", "value_dim"),
     "mla_decode": lambda a: _attention(a, operations.mla_decode, 2, heads=a.heads, rank=a.rank, rope=a.rope),
-    "mla_prefill": lambda a: _attention(
-        a,
-        operations.mla_prefill,
-        2,
-        heads=a.heads,
-        rank=a.rank,
-        rope=a.rope,
-        nope=a.nope,
-        value_dim=a.value_width,
-    ),
+    "mla_prefill": _mla_prefill,
     "gqa_decode": _gqa,
     "gqa_prefill": _gqa,
     "peaks": lambda args: operations.moved("peaks", ModelSizes(vocab=args.vocab), args.rows),

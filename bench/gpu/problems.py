@@ -8,7 +8,6 @@ too; tests hold them to the operation's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from cierzo.bench.gpu.kernels import SIZES
@@ -30,11 +29,12 @@ def problems(configuration: Any) -> Iterator[tuple[str, Work]]:
     name, c, t = configuration.name, configuration.constants, configuration.types
     for size in STEPS:
         if _launched(name, c, size):
-            yield size.name, replace(KERNELS[name](c, t, size), operation=name)
+            done = KERNELS[name](c, t, size)
+            yield size.name, done if isinstance(done, Work) else Work(name, done)
 
 
 def _launched(name: str, c: Known, size: Size) -> bool:
-    """Whether a step has the kernel. Products of each head are of generated rows; parts of k are apart for few."""
+    """Say if a step has the kernel. Products of each head are of generated rows; parts of k are apart for few."""
     if name == "linear":
         return (size.decodes or not c["X_HEAD"]) and (size.rows <= APART_TOKENS or not c["APART"])
     return name not in (IN_PREFILL if size.decodes else IN_DECODE)
@@ -78,11 +78,11 @@ def _linear(c: Known, t: Known, size: Size) -> Work:
 
 
 def _experts(c: Known, size: Size, read: float, written: float) -> Work:
-    """One product of the experts. read, written: bytes of all rows of a token."""
+    """A product of the experts. read, written: bytes of all rows of a token."""
     chosen = len(random_experts(ModelSizes(experts=c["E"], top_k=c["SLOTS"]), size).unique())
     weights = (chosen + c["SHARED"]) * stored(_format(c), c["ROWS"], c["K"])
     pairs = size.rows * _met(c)
-    return Work("", weights + size.rows * (read + written), 2 * pairs * c["ROWS"] * c["K"])
+    return Work("part", weights + size.rows * (read + written), 2 * pairs * c["ROWS"] * c["K"])
 
 
 def _met(c: Known) -> int:
@@ -91,7 +91,7 @@ def _met(c: Known) -> int:
 
 
 def _gate_up(c: Known, t: Known, size: Size) -> Work:
-    """In bf16 all experts of a token read its one row; codes are a row for each, whose scales differ."""
+    """First product of the experts. They share a token's row in bf16; codes are a row for each: scales differ."""
     read = _row(c["K"], t["x_ptr"]) * (_met(c) if t["x_ptr"] == E4M3 else 1)
     return _experts(c, size, read, _met(c) * _row(c["ROWS"] // 2, t["inner_ptr"]))
 
@@ -126,15 +126,15 @@ def _flash(c: Known, t: Known, size: Size) -> Work:
     width, rows = c["A"] + c["B"], size.rows * c["H"]
     entry = c["HK"] * (c["A"] + c["V"]) + c["B"]
     carried = 2 * rows * (c["V"] + 2) * FP32 if c["CARRIED"] else 0
-    values = rows * (width + c["V"]) + size.sequences * size.context * entry
+    values = rows * (width + c["V"]) + _tokens(size) * entry
     _, pairs, _ = size.queries(c["WINDOW"])
-    return Work("", 2 * values + carried, 2 * pairs * c["H"] * (width + c["V"]))
+    return Work("part", 2 * values + carried, 2 * pairs * c["H"] * (width + c["V"]))
 
 
 IN_DECODE = ("sum_parts", "mla_attend", "gqa_attend", "plan", "prefixes", "combine")
 IN_PREFILL = ("gather", "expand", "flash")
-# The work of a launch of each kernel, by its constants, its types and a step.
-KERNELS: dict[str, Callable[[Known, Known, Size], Work]] = {
+# What a launch of each kernel does, by its constants, its types and a step: work, or bytes if it has no products.
+KERNELS: dict[str, Callable[[Known, Known, Size], Work | int]] = {
     "rms_norm": lambda c, t, size: _norm(c, t, size, residual=False),
     "add_rms_norm": lambda c, t, size: _norm(c, t, size, residual=True),
     "rope_tables": lambda c, t, size: _moved("rope_tables", size, rope=2 * c["F"]),
@@ -143,44 +143,40 @@ KERNELS: dict[str, Callable[[Known, Known, Size], Work]] = {
         "write_normed_latents", size, t["pages_ptr"], rank=c["R"], rope=2 * c["F"]
     ),
     "rotate_and_write": lambda c, t, size: _moved(
-        "rotate_and_write_keys_values",
-        size,
-        t["k_pages_ptr"],
+        *("rotate_and_write_keys_values", size, t["k_pages_ptr"]),
         heads=c["HQ"],
         kv_heads=c["HK"],
         head_dim=2 * c["F"],
     ),
     "linear": _linear,
-    "quantise_rows": lambda c, t, size: Work("", size.rows * (_row(c["D"]) + _row(c["D"], E4M3))),
-    "quantise_pairs": lambda c, t, size: Work("", size.rows * (_row(c["D"]) + _met(c) * _row(c["D"], E4M3))),
+    "quantise_rows": lambda c, t, size: size.rows * (_row(c["D"]) + _row(c["D"], E4M3)),
+    "quantise_pairs": lambda c, t, size: size.rows * (_row(c["D"]) + _met(c) * _row(c["D"], E4M3)),
     "expert_gate_up": _gate_up,
     "expert_down": lambda c, t, size: _experts(
         c, size, _met(c) * _row(c["K"], t["inner_ptr"]), _met(c) * _row(c["ROWS"], t["outputs_ptr"])
     ),
     # Outputs of a token's experts and their weights in, one result out.
-    "sum_slots": lambda c, t, size: Work(
-        "", size.rows * ((c["SLOTS"] + c["WITH_SHARED"] + 1) * _row(c["D"]) + c["SLOTS"] * FP32)
+    "sum_slots": lambda c, t, size: (
+        size.rows * ((c["SLOTS"] + c["WITH_SHARED"] + 1) * _row(c["D"]) + c["SLOTS"] * FP32)
     ),
-    "sum_parts": lambda c, t, size: Work("", size.rows * (c["PARTS"] * c["N"] * FP32 + _row(c["N"]))),
+    "sum_parts": lambda c, t, size: size.rows * (c["PARTS"] * c["N"] * FP32 + _row(c["N"])),
     # A tile of rows for each sequence: items of four numbers; starts and contexts; each row's sequence.
-    "plan": lambda c, t, size: Work(
-        "", 4 * (4 * size.sequences * _splits(c, size) + 3 * size.sequences + 2 + size.rows)
-    ),
+    "plan": lambda c, t, size: 4 * (4 * size.sequences * _splits(c, size) + 3 * size.sequences + 2 + size.rows),
     # Tables of sequences that share a prefix, twice.
-    "prefixes": lambda c, t, size: Work("", 4 * size.sequences * (2 * size.context // c["S"] + 5 + c["M"])),
+    "prefixes": lambda c, t, size: 4 * size.sequences * (2 * size.context // c["S"] + 5 + c["M"]),
     "mla_attend": _mla_attend,
     "gqa_attend": _gqa_attend,
-    "combine": lambda c, t, size: Work(
-        "", size.rows * c["HK"] * c["G"] * (_partial_bytes(c, size, c["W"]) + _row(c["W"]))
-    ),
+    "combine": lambda c, t, size: size.rows * c["HK"] * c["G"] * (_partial_bytes(c, size, c["W"]) + _row(c["W"])),
     # A context's pages, in rows of bf16.
-    "gather": lambda c, t, size: Work(
-        "",
-        size.sequences * size.context * c["HK"] * c["W"] * (1 + c["KEYS"]) * (PAGE_BYTES[t["pages_ptr"]] + 2),
+    "gather": lambda c, t, size: (
+        _tokens(size) * c["HK"] * c["W"] * (1 + c["KEYS"]) * (PAGE_BYTES[t["pages_ptr"]] + 2)
     ),
     # Latents to keys, or to values, of every head.
-    "expand": lambda c, t, size: operations.linear(
-        ModelSizes(), size.sequences * size.context, c["R"], c["N"], "bf16"
-    ),
+    "expand": lambda c, t, size: operations.linear(ModelSizes(), _tokens(size), c["R"], c["N"], "bf16"),
     "flash": _flash,
 }
+
+
+def _tokens(size: Size) -> int:
+    """Tokens of all contexts."""
+    return size.sequences * size.context

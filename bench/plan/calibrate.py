@@ -19,12 +19,12 @@ from statistics import fmean
 import msgspec
 import numpy as np
 
-from cierzo.bench.machine import Ceilings, describe_machine, measure_ceilings
+from cierzo.bench.machine import Ceilings, limit_device, measure_ceilings
 from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
 from cierzo.bench.report import check_writable
 from cierzo.bench.revision import current_commit
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.cost.device import Calibration, Device, Kind, MeasuredShare, Rate
+from cierzo.engine.cost.device import Calibration, Device, Kind, MeasuredShare
 from cierzo.engine.cost.step_model import StepModel
 from cierzo.engine.cost.work import StepShape
 from cierzo.engine.errors import CierzoError, ConfigError, refusal
@@ -85,24 +85,11 @@ class Calibrator:
         )
 
     def _bare(self, ceilings: Ceilings) -> Device:
-        """The machine as a device, before any share is measured."""
-        machine, stamp = describe_machine(), stamp_of(resolve(self._options))
-        int8 = ceilings.int8 or ceilings.bf16
-        rates: dict[Rate, float] = {
-            "fp32": ceilings.float32.rate * 1e9,
-            "bf16": ceilings.bf16.rate * 1e9,
-            "int8": int8.rate * 1e9,
-        }
-        return Device(
-            name="cpu",
-            kind="cpu",
-            source=f"measured: {stamp.checkpoint}, weights {stamp.weights}, commit {stamp.commit}",
-            bytes_per_s=ceilings.read.rate * 1e9,
-            operations_per_s=rates,
-            memory_bytes=int(machine.memory_gib * 2**30),
-            stated=STATED,
-            calibration=stamp,
-        )
+        """Describe this machine by its ceilings, without shares of them."""
+        stamp = stamp_of(resolve(self._options))
+        source = f"measured: {stamp.checkpoint}, weights {stamp.weights}, commit {stamp.commit}"
+        device = limit_device(ceilings)
+        return msgspec.structs.replace(device, name="cpu", source=source, stated=STATED, calibration=stamp)
 
 
 def calibrate(options: EngineOptions) -> Device:

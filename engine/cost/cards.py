@@ -27,7 +27,7 @@ _NAMED = re.compile(rf"(?:([1-9]\d*)x)?({'|'.join(DATA_SHEETS)})")
 
 
 def named(name: str) -> Device | None:
-    """One card of the data sheets, or several, as `4xh100`; None for another name."""
+    """Device by name: a card of the data sheets, or several, as `4xh100`; None for another name."""
     match = _NAMED.fullmatch(name)
     if match is None:
         return None

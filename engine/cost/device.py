@@ -41,7 +41,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One card, or `cards` equal ones that serve one model together.
+    """A card, or `cards` equal ones that serve one model together.
 
     Rates are those of one card: bytes per second from memory, operations per second by the number format that is
     multiplied (a multiplication and an addition are two). `stated` holds a share of the limit by kind of operation:

@@ -48,8 +48,8 @@ def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
 
 
 def _measurement(device: Device, sample: dict[str, Any]) -> tuple[str, float, float]:
-    """(operation and number format, seconds at the data sheet's limits, seconds that it took). Products
-    are computed in bf16, but for those that the bench says to have FP8 activations."""
+    """(operation and number format, seconds at the data sheet's limits, seconds that it took). Products are
+    computed in bf16, but for those that the bench says to have FP8 activations."""
     operation, *_, format = str(sample["cell"]).split(", ")
     found = sample["result"]
     rate = device.operations_per_s["fp8" if format.endswith("x fp8") else "bf16"]

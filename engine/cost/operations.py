@@ -32,9 +32,9 @@ INT64, FP32 = 8, 4  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What calls of one operation must move and compute at least.
+    """Bytes and operations that calls of one operation need at least.
 
-    rate: number format that it is computed in; format: that of its weights or pages. replicated_bytes: bytes of
+    rate: number format of the arithmetic; format: that of the weights or pages. replicated_bytes: bytes of
     which each of several cards moves all: attention is divided by sequences, so that the weights around MLA lie on
     every card. (Their rows do not, but weigh next to nothing beside them.)
     """
@@ -49,15 +49,15 @@ class Work:
 
     @property
     def kind(self) -> Kind:
-        """Which stated share of a device's limits it reaches."""
+        """The kind of work, for which a device has a stated share of its limits."""
         return KINDS.get(self.operation, "memory")
 
     def seconds(self, bytes_per_s: float, operations_per_s: float) -> tuple[Number, Number]:
-        """Seconds of its bytes and of its operations at these rates; the larger is the least that it can take."""
+        """Seconds for the bytes, and for the operations, at these rates: the larger is the least possible."""
         return self.num_bytes / bytes_per_s, self.operations / operations_per_s
 
     def __add__(self, other: Work) -> Work:
-        """The calls of both."""
+        """Add the calls of another work of the same operation."""
         return replace(
             self,
             calls=self.calls + other.calls,
@@ -69,8 +69,8 @@ class Work:
 
 def stored(format: str, rows: Number, width: int) -> Number:
     """Bytes of activations [rows, width], or of a matrix, in a number format, scales included."""
-    one = NUMBER_FORMATS[format]
-    return rows * (width * one.value_bytes + one.row_bytes)
+    known = NUMBER_FORMATS[format]
+    return rows * (width * known.value_bytes + known.row_bytes)
 
 
 def random_distinct(experts: int, top_k: int, tokens: Number) -> Number:

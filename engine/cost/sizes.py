@@ -1,14 +1,11 @@
-"""Sizes of a model's layers as plain numbers, and its matrices by kind. No msgspec: see __init__.py."""
+"""Sizes of a model's layers as plain numbers, and its matrices by role. No msgspec: see __init__.py."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from cierzo.kernels.formats.number_formats import MatrixRole
-
-Role = Literal[MatrixRole, "embedding"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +60,10 @@ class ModelSizes:
         up = [(self.query_rank, queries)] if self.query_rank else []
         return [down, *up, (heads * self.value_dim, hidden)]
 
-    def matrices(self) -> Iterator[tuple[Role, int, int, int]]:
-        """(kind, count, n, k) of all matrices [n, k] of the model, as they lie in memory."""
+    def matrices(self) -> Iterator[tuple[MatrixRole, int, int, int]]:
+        """(role, count, n, k) of the model's matrices [n, k] as they lie in memory, but for the embedding."""
         hidden, sparse = self.hidden, self.layers - self.dense_layers
-        mlps: list[tuple[Role, int, int]] = [
+        mlps: list[tuple[MatrixRole, int, int]] = [
             ("linear", self.dense_layers, self.mlp_width),
             ("experts", sparse * self.experts, self.expert_width),
             ("experts", sparse if self.shared_width else 0, self.shared_width),
@@ -79,4 +76,3 @@ class ModelSizes:
         yield "latent", self.layers * self.heads, 2 * self.nope + self.value_dim, self.rank  # W_UK in both orders
         yield "router", sparse, self.experts, hidden
         yield "head", 1, self.vocab, hidden
-        yield "embedding", 1, self.vocab, hidden  # apart from the head, even if the two are tied

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from cierzo.engine.cost.operations import stored
-from cierzo.engine.cost.sizes import ModelSizes, Role
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.engine.model.config import MlaConfig, ModelConfig
-from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS, MatrixRole
 
 if TYPE_CHECKING:
     from cierzo.engine.cost.device import Rate
@@ -23,10 +23,8 @@ class NumberFormats:
     activations: str = "bf16"
     on_gpu: bool = True
 
-    def of(self, role: Role) -> str:
-        """The format of a kind of matrix."""
-        if role == "embedding":
-            return self.plain
+    def of(self, role: MatrixRole) -> str:
+        """The format of matrices of a role."""
         return NUMBER_FORMATS[self.weights].of(role, "cuda" if self.on_gpu else "cpu", self.plain)
 
     def rate(self, weights: str) -> Rate:
@@ -35,7 +33,7 @@ class NumberFormats:
         if self.plain == "float32":
             return "fp32"
         if self.on_gpu:
-            return "fp8" if self._as_they_are(weights) else "bf16"
+            return "fp8" if self.activations in NUMBER_FORMATS[weights].activations else "bf16"
         return "bf16" if NUMBER_FORMATS[weights].dtype else "int8"
 
     def measured_as(self, weights: str) -> str:
@@ -51,25 +49,15 @@ def sizes_of(model: ModelConfig, plain: str = "bf16") -> ModelSizes:
     """The sizes of a model. plain: number format of its activations."""
     attention, moe = model.attention, model.moe
     if isinstance(attention, MlaConfig):
-        sizes = ModelSizes(
-            query_rank=attention.q_lora_rank or 0,
-            rank=attention.kv_lora_rank,
-            rope=attention.qk_rope_head_dim,
-            nope=attention.qk_nope_head_dim,
-            value_dim=attention.v_head_dim,
-        )
+        ranks = {"query_rank": attention.q_lora_rank or 0, "rank": attention.kv_lora_rank}
+        dims = {"rope": attention.qk_rope_head_dim, "nope": attention.qk_nope_head_dim}
+        parts: dict[str, Any] = {**ranks, **dims, "value_dim": attention.v_head_dim}
     else:
-        sizes = ModelSizes(kv_heads=attention.num_kv_heads, head_dim=attention.head_dim)
+        parts = {"kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim}
     if moe is not None:
-        sizes = replace(
-            sizes,
-            experts=moe.num_experts,
-            top_k=moe.experts_per_token,
-            expert_width=moe.expert_width,
-            shared_width=moe.num_shared_experts * moe.expert_width,
-        )
-    return replace(
-        sizes,
+        parts |= {"experts": moe.num_experts, "top_k": moe.experts_per_token, "expert_width": moe.expert_width}
+        parts["shared_width"] = moe.num_shared_experts * moe.expert_width
+    return ModelSizes(
         hidden=model.hidden_size,
         heads=model.num_heads,
         vocab=model.vocab_size,
@@ -77,10 +65,12 @@ def sizes_of(model: ModelConfig, plain: str = "bf16") -> ModelSizes:
         layers=model.num_layers,
         dense_layers=model.num_layers if moe is None else moe.first_dense_layers,
         value_bytes=int(stored(plain, 1, 1)),
+        **parts,
     )
 
 
 def weight_bytes(model: ModelConfig, formats: NumberFormats) -> int:
     """Bytes of a model's matrices in their number formats, on one device."""
-    matrices = sizes_of(model).matrices()
-    return int(sum(count * stored(formats.of(role), n, k) for role, count, n, k in matrices))
+    sizes = sizes_of(model)
+    embedding = stored(formats.plain, model.vocab_size, model.hidden_size)  # apart from the head, even if tied
+    return int(embedding + sum(count * stored(formats.of(role), n, k) for role, count, n, k in sizes.matrices()))

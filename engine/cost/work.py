@@ -27,7 +27,7 @@ Distinct = Callable[[Number], Number]  # tokens of a step -> experts that have a
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What a step computes. Rows in expanded form are prompt tokens, in absorbed form generated ones.
+    """Rows that a step computes: prompt tokens in expanded form, generated tokens in absorbed form.
 
     pairs: of a query row and a key that it sees. context: tokens that attention reads, those of a sequence once.
     sampled: rows whose logits are wanted.

@@ -1,4 +1,4 @@
-"""What the compile report says of a kernel besides its code: the work of a step, and the cards' limits."""
+"""Figures that the compile report gives of a kernel besides its code: work of a step, and cards' limits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ IN_PREFILL = {"gather", "expand", "flash"}
 
 
 def launched(name: str, c: Known, step: str) -> bool:
-    """Whether a step has the kernel. Products of each head are of generated rows, parts of k are apart for few."""
+    """Say if a step has the kernel. Products of each head are of generated rows, parts of k are apart for few."""
     if step == "decode 64":
         return name not in IN_PREFILL
     return name not in IN_DECODE and not (name == "linear" and (c["X_HEAD"] or c["APART"]))
@@ -114,7 +114,7 @@ def mla_attend(c: Known, t: Known, step: str) -> Work:
 
 
 def gqa_attend(c: Known, t: Known, step: str) -> Work:
-    """The same with keys and values of HK heads, and as much of a context as a window leaves."""
+    """Queries, and keys and values of HK heads in, as much of a context as a window leaves."""
     heads, read = c["HK"] * c["G"], 64 * min(CONTEXT, c["WINDOW"] or CONTEXT)
     moved = read * 2 * c["HK"] * c["D"] * PAGE_BYTES[t["k_pages_ptr"]] + 64 * heads * 2 * c["D"]
     moved += 64 * heads * splits(c) * (c["D"] + 2) * 4
@@ -186,7 +186,7 @@ def test_every_kernel_has_the_problem_that_its_sizes_give() -> None:
 def test_parts_of_decoding_add_up_to_the_operation(
     attend: str, combine: str, model: ModelSizes, page_bytes: int
 ) -> None:
-    """And what lies between them, written by one and read by the other."""
+    """Partial results lie between them, written by one and read by the other."""
     first, second = (found["decode 64"] for found in works(attend, combine))
     entry_bytes = model.page_values * page_bytes
     if model.rank:

@@ -14,7 +14,7 @@ from cierzo.engine.cost.operations import stored
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.device import quantise
-from cierzo.kernels.formats.number_formats import PACKED_FORMATS
+from cierzo.kernels.formats.number_formats import DEVICE_FORMATS, NUMBER_FORMATS, PACKED_FORMATS
 from cierzo.kernels.pack import pack
 from cierzo.kernels.registry import bind, has_native, implementations, operations
 
@@ -166,12 +166,12 @@ def test_bytes_and_operations_are_those_counted_by_hand(native: bool) -> None:
     assert counted == set(operations())
 
 
-@pytest.mark.parametrize("format", [*PACKED_FORMATS, "fp8", "mxfp4"])
+@pytest.mark.parametrize("format", NUMBER_FORMATS)
 def test_weights_are_counted_with_the_bytes_that_they_have(format: str) -> None:
-    """Of whole panels and groups: what pads a matrix is the implementation's own."""
+    """The matrix has whole panels and groups: padding is the implementation's own."""
     plain = torch.ones(3, 64, 128).bfloat16()
     made = [pack(plain, format)] if format in PACKED_FORMATS and has_native() else []
-    made += [quantise(plain, format)] if format in ("fp8", "nvfp4", "mxfp4") else []
+    made += [quantise(plain, format)] if format in DEVICE_FORMATS else []
     for matrix in made:
         assert matrix.num_bytes == stored(format, 3 * 64, 128)
 

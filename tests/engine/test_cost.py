@@ -64,7 +64,7 @@ def test_a_decoded_token_of_small_3_reads_its_weights_keys_and_values_once() -> 
 
 
 def test_all_weights_that_a_large_step_reads_are_those_that_the_memory_plan_counts() -> None:
-    """Of the plan's bytes a step leaves out the embedding; W_UV, which both forms read, it has twice."""
+    """A step leaves out the embedding of the plan's bytes; W_UV, which both forms read, it has twice."""
     many = 4096.0
     step = StepShape(expanded_tokens=many, absorbed_tokens=many, sampled=many)
     for name, weights in (("small4", "fp8"), ("small4", "nvfp4"), ("small3", "bf16"), ("small3", "fp8")):

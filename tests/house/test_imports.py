@@ -108,7 +108,8 @@ CIRCLES = {
 }
 WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.gateway", "engine.messages", "engine.config"),
-    *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.expert_statistics"),
+    *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.device_memory"),
+    "engine.expert_statistics",
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
     *("engine.model.config", "engine.weights.shapes", "kernels.formats.number_formats", "cli", "__main__"),
 )

@@ -132,7 +132,7 @@ def together(*parts: Operation) -> Operation:
 
 
 def times(count: int, part: Operation, whole: bool = False) -> Operation:
-    """The same in every layer, or for every head of every layer."""
+    """A part in every layer, or for every head of every layer."""
     num_bytes = count * part.num_bytes
     return part._replace(
         num_bytes=num_bytes, operations=count * part.operations, whole_bytes=num_bytes if whole else 0.0
