@@ -10,18 +10,17 @@ With another Triton's folder first in PYTHONPATH, that one compiles: `make gpu-r
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
-import pkgutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
 import triton
 
-import cierzo.kernels.triton as package
+from cierzo.bench.gpu.configurations import configurations
+from cierzo.bench.gpu.cubin import Compiled, inspect
 from cierzo.bench.gpu.problems import problems
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
 
@@ -30,38 +29,23 @@ SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 NO_E4M3 = "fp8e4nv not supported"  # what Triton says of kernels in FP8 before sm_89
 
 
-def modules() -> list[str]:
-    """Modules of the package that list configurations."""
-    names = [f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
-    return [name for name in names if hasattr(importlib.import_module(name), "configurations")]
-
-
-def configurations() -> Iterator[tuple[str, str, Any]]:
-    """(module, what for, Configuration) of every kernel."""
-    for name in modules():
-        for purpose, configuration in importlib.import_module(name).configurations():
-            yield name, purpose, configuration
-
-
-def compile_one(number: int, capability: int) -> tuple[int, Any, str]:
-    """The number-th configuration, compiled in this process: (number, Compiled or None, error)."""
-    from cierzo.kernels.triton.compile import compile_ahead
-
-    _, _, configuration = list(configurations())[number]
+def compile_one(number: int, capability: int) -> tuple[Compiled | None, str]:
+    """The number-th configuration, compiled in this process: (Compiled or None, error)."""
+    _, configuration = list(configurations())[number]
     try:
-        return number, compile_ahead(configuration, capability), ""
+        return inspect(configuration, capability), ""
     except Exception as error:  # whatever a compiler says is part of the report
         cause = str(error.__cause__ or error).split()
-        return number, None, f"{type(error).__name__}: {' '.join(cause)[-200:]}"
+        return None, f"{type(error).__name__}: {' '.join(cause)[-200:]}"
 
 
-def compile_all(capability: int, workers: int | None = None) -> list[tuple[str, str, Any, Any, str]]:
-    """(module, what for, Configuration, Compiled or None, error) of every configuration."""
+def compile_all(capability: int, workers: int | None = None) -> list[tuple[str, Any, Any, str]]:
+    """(what for, Configuration, Compiled or None, error) of every configuration."""
     listed = list(configurations())
     # Not forked: this process may hold a card already, whose driver does not survive that.
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         found = list(pool.map(compile_one, range(len(listed)), [capability] * len(listed)))
-    return [(*listed[number], compiled, error) for number, compiled, error in found]
+    return [(*one, *result) for one, result in zip(listed, found, strict=True)]
 
 
 def warm(capability: int) -> dict[str, int]:
@@ -91,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'kernel':24}{'for':58}{'registers':>10}{'spills':>8}{'shared':>9}  loads, copies, matrix instructions")
     bad = 0
     found = compile_all(capability)
-    for _, purpose, configuration, compiled, error in found:
+    for purpose, configuration, compiled, error in found:
         if compiled is None:
             refused = capability < 89 and NO_E4M3 in error
             told = "not for this card, which has no FP8" if refused else f"DOES NOT COMPILE: {error}"
@@ -105,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{compiled.shared_bytes:9}  {_instructions(compiled)}{'  FAULT: ' + ', '.join(wrong) if wrong else ''}"
         )
     if capability == 90:
-        print_limits((purpose, configuration, compiled) for _, purpose, configuration, compiled, _ in found)
+        print_limits(one[:3] for one in found)
     return 1 if bad else 0
 
 

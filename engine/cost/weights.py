@@ -33,7 +33,7 @@ class NumberFormats:
         if self.plain == "float32":
             return "fp32"
         if self.on_gpu:
-            return "fp8" if self.activations in NUMBER_FORMATS[weights].activations else "bf16"
+            return "fp8" if self._as_they_are(weights) else "bf16"
         return "bf16" if NUMBER_FORMATS[weights].dtype else "int8"
 
     def measured_as(self, weights: str) -> str:

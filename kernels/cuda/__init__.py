@@ -1,1 +1,1 @@
-"""CUDA C++ kernels: sources beside this file, compiled at first use by NVRTC (launch/device.py)."""
+"""CUDA C++ kernels: the sources beside this file, which NVRTC compiles at first use (launch/device.py)."""

@@ -1,6 +1,6 @@
-// What the kernels share. Compiled by NVRTC for a GPU; the tests compile the same files with g++, after a header that
-// runs a block's threads on the CPU. Arithmetic is IEEE-754 step by step (no contraction: a fused multiply-add is
-// written fmaf), so that both give the same bits.
+// Helpers of all kernels. NVRTC compiles the sources for a GPU; tests compile the same files with g++, after a header
+// that runs the threads of a block on the CPU. Arithmetic is IEEE-754 step by step (no contraction: a fused
+// multiply-add is written fmaf), so that both give the same bits.
 #pragma once
 
 #ifndef CUDA_ON_CPU
@@ -10,7 +10,7 @@
 typedef long long i64;
 typedef unsigned long long u64;
 typedef unsigned int u32;
-typedef unsigned short bf16;  // its bits
+typedef unsigned short bf16;  // the bits of a bfloat16
 
 namespace {
 
@@ -32,7 +32,7 @@ __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc000
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(bf16 bits) { return __int_as_float(int(u32(bits) << 16)); }
 
-// Four values from `k` on, as floats; zero from `width` on. `aligned`: the row starts at a multiple of four values.
+// Values k .. k + 3 of a row, as floats; zero from `width` on. `aligned`: the row starts at a multiple of four values.
 __device__ __forceinline__ float4 load4(const float* row, int k, int width, bool aligned) {
     if (aligned && k + 4 <= width) return *reinterpret_cast<const float4*>(row + k);
     float4 found;
@@ -59,8 +59,8 @@ __device__ __forceinline__ float4 load4(const bf16* row, int k, int width, bool 
     return found;
 }
 
-// e^x of x <= 0, by steps that are rounded alike everywhere; relative error below 2e-7. NaN stays NaN.
-// x = n ln 2 + r, |r| <= ln 2 / 2; 2^n in two factors, for it may be subnormal.
+// e^x for x <= 0, with the same rounding at each step on any machine; relative error below 2e-7. NaN stays NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2; 2^n in two factors, since it may be subnormal.
 __device__ __forceinline__ float exp_of(float x) {
     if (x < -104.0f) return 0.0f;
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number

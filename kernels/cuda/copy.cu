@@ -1,10 +1,10 @@
-// Blocks of cache pages from one place to another (ops/blocks.py).
+// Copies of cache blocks (ops/blocks.py).
 #include "common.cuh"
 
 namespace {
 
-// `count` blocks: number ids[j * id_stride] of a side, or j where it has no ids. A number that the side does not have
-// is left out. grid.x: blocks; grid.y: pieces of one.
+// Copies block source_ids[j * id_stride] to block destination_ids[j * id_stride]; a side without ids takes block j. A
+// number that is not a block's is left out. grid.x: j; grid.y: pieces of a block.
 template <class Value>
 __device__ __forceinline__ void copy(const unsigned char* source, unsigned char* destination, const i64* source_ids,
                                      const i64* destination_ids, i64 id_stride, i64 sources, i64 destinations,
@@ -22,7 +22,7 @@ __device__ __forceinline__ void copy(const unsigned char* source, unsigned char*
 
 }  // namespace
 
-// All addresses and sizes are multiples of 16 bytes.
+// For addresses and sizes that are multiples of 16 bytes.
 extern "C" __global__ void __launch_bounds__(256)
     copy_blocks_16(const unsigned char* source, unsigned char* destination, const i64* source_ids,
                    const i64* destination_ids, i64 id_stride, i64 sources, i64 destinations, i64 block_bytes) {

@@ -1,24 +1,24 @@
-// The router of a mixture of experts, and the grouping of tokens by expert (ops/moe.py).
+// Router of a mixture of experts, and grouping of tokens by expert (ops/moe.py).
 #include "common.cuh"
 
 namespace {
 
-constexpr int ROWS = 8;          // of a warp's tile of logits
+constexpr int ROWS = 8;          // rows of a warp's tile of logits
 constexpr int WIDE = 4;          // experts of a warp's tile when there are many rows
-constexpr int ACROSS = 4;        // warps of a block side by side, each with experts of its own
-constexpr int MAX_VALUES = 8;    // experts of a lane: 256 of a warp
+constexpr int ACROSS = 4;        // warps of a block side by side, each with other experts
+constexpr int MAX_VALUES = 8;    // experts of a lane, 256 of a warp
 constexpr int CHOICE_WARPS = 4;  // rows of a block that chooses
 constexpr int MAX_GROUPS = 256;
 constexpr float TAKEN = -1.0f;  // less than any probability
 
-// The logits of EXPERTS experts for ROWS rows. Lane l adds the products of the values 4 l .. 4 l + 3 of every 128, in
-// order; the lanes are added as a tree. So a logit's bits depend on its row and its expert alone, not on the tile.
+// Computes the logits of EXPERTS experts for ROWS rows. Lane l adds the products of values 4 l .. 4 l + 3 of every 128,
+// in order, and the lanes are added as a tree: a logit's bits depend on its row and expert alone, not on the tile.
 template <int EXPERTS, class X, class W>
 __device__ __forceinline__ void tile_of_logits(const X* x, i64 x_stride, bool x_aligned, const W* weight,
                                                i64 weight_stride, bool weight_aligned, float* logits, int rows,
                                                int experts, int width) {
     const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP;
-    const int down = int(blockDim.x) / (ACROSS * WARP);  // warps of a block one below the other
+    const int down = int(blockDim.x) / (ACROSS * WARP);  // rows of warps in a block
     const int expert = (int(blockIdx.y) * ACROSS + warp % ACROSS) * EXPERTS;
     const int first = (int(blockIdx.x) * down + warp / ACROSS) * ROWS;
     if (expert >= experts || first >= rows) return;  // the whole warp
@@ -56,7 +56,7 @@ __device__ __forceinline__ void tile_of_logits(const X* x, i64 x_stride, bool x_
     }
 }
 
-// Many rows want each value of a weight used more often, few rows want many warps. wide: WIDE experts to a warp.
+// wide: WIDE experts for each warp, so that many rows reuse each weight. With few rows there are more warps instead.
 template <class X, class W>
 __device__ __forceinline__ void logits_of(const X* x, i64 x_stride, bool x_aligned, const W* weight, i64 weight_stride,
                                           bool weight_aligned, float* logits, int rows, int experts, int width,
@@ -77,7 +77,7 @@ __device__ __forceinline__ Best better_of(Best a, Best b) {
     return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a;
 }
 
-// The largest of a warp's values, ties to the lower index; every lane learns it.
+// Returns the largest of a warp's values to every lane, ties to the lower index.
 __device__ __forceinline__ Best best_of_warp(Best best) {
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) {
@@ -89,7 +89,7 @@ __device__ __forceinline__ Best best_of_warp(Best best) {
     return best;
 }
 
-// Takes the best of values[i], which has the index lane + 32 i, out of them.
+// Removes the largest of the warp's values and returns it; values[i] has the index lane + 32 i.
 __device__ __forceinline__ Best take_best(float* values, int lane, float taken) {
     Best best;
     best.value = values[0];
@@ -108,7 +108,7 @@ __device__ __forceinline__ Best take_best(float* values, int lane, float taken) 
     return best;
 }
 
-// Logits become probabilities; TAKEN beyond the experts. False if a logit is NaN or infinite, but for -infinity.
+// Turns logits into probabilities, TAKEN past the last expert. Returns false if a logit is NaN or +infinity.
 __device__ __forceinline__ bool softmax_of_warp(float* values, int lane, int experts) {
     float most = -infinity();
 #pragma unroll
@@ -130,7 +130,7 @@ __device__ __forceinline__ bool softmax_of_warp(float* values, int lane, int exp
     return whole >= 1.0f;
 }
 
-// Every expert outside the groups with the greatest sum of their two best is TAKEN. p and chosen: this warp's.
+// Marks as TAKEN the experts outside the groups with the greatest sums of their two best. p, chosen: this warp's.
 __device__ __forceinline__ void keep_best_groups(float* values, int lane, int experts, int groups, int top_groups,
                                                  float* p, unsigned char* chosen) {
     const int size = experts / groups;
@@ -171,7 +171,7 @@ __device__ __forceinline__ void choose_for_row(float* values, int lane, int expe
                                                int top_groups, int renormalise, float scale, i64* ids, float* weights,
                                                float* p, unsigned char* chosen) {
     const bool finite = softmax_of_warp(values, lane, experts);
-    if (!finite) {  // the row is lost; its ids must still be experts
+    if (!finite) {  // the row has no result, but its ids must still be experts
         if (lane < top_k) {
             ids[lane] = lane;
             weights[lane] = not_a_number();
@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(256)
     logits_of(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, experts, width, wide);
 }
 
-// logits [rows, experts] -> ids, weights [rows, top_k]: one warp a row.
+// logits [rows, experts] -> ids, weights [rows, top_k], one warp for each row.
 extern "C" __global__ void __launch_bounds__(128)
     route_choose(const float* logits, i64* ids, float* weights, int rows, int experts, int top_k, int groups,
                  int top_groups, int renormalise, float scale) {
@@ -238,15 +238,14 @@ extern "C" __global__ void __launch_bounds__(128)
                    weights + row * top_k, p[warp], chosen[warp]);
 }
 
-// Pairs sorted by expert, in their order within one. A block has `each` tiles of 32 pairs, its warps a piece of them.
+// Sorts pairs by expert, keeping their order. A block has `each` tiles of 32 pairs, of which each warp takes a share.
 //
-//     counters [warps][experts]: how many of the warp's pairs are the expert's; then where its next one goes
-//     firsts [experts]: where the expert's pairs begin
+//     counters [warps][experts]: number of the warp's pairs of an expert; then the place of its next one
+//     firsts [experts]: place of the expert's first pair
 //
-// With several blocks, count_by_expert has written what each of them has, counts [blocks][experts]; with one block
-// there is no need to. Ids that are no expert's are left out: then starts[experts] is less than the number of pairs,
-// and the end of `order` is not written. No atomic operations: a warp's counter is raised by the first lane of those
-// with one id.
+// With several blocks, count_by_expert has written the numbers of each block, counts [blocks][experts]. Ids that are
+// not an expert's are left out: then starts[experts] is less than the number of pairs, and the end of `order` is not
+// written. No atomic operations: of the lanes with the same id, the first one raises the warp's counter.
 namespace {
 
 struct Share {
@@ -260,7 +259,7 @@ __device__ __forceinline__ Share share_of_warp(int pairs, int each) {
     return {begin, smaller(begin + of_warp, last)};
 }
 
-// Raises the warp's counters by its pairs; PLACES: the counters say where the pairs go.
+// Raises the warp's counters by its pairs; PLACES: the counters are places, where the pairs are put.
 template <bool PLACES>
 __device__ __forceinline__ void walk(const i64* ids, Share share, int* own, const int* firsts, i64* order, int pairs,
                                      int experts) {
@@ -284,7 +283,7 @@ __device__ __forceinline__ void count_own(const i64* ids, Share share, int* own,
     walk<false>(ids, share, own, nullptr, nullptr, pairs, experts);
 }
 
-// The first warp: numbers of pairs become the places where they begin, 32 experts at a time; the total.
+// Turns numbers of pairs into places of first pairs, 32 experts at a time, and returns the total. For the first warp.
 __device__ __forceinline__ int laid_end_to_end(int* firsts, int experts) {
     const int lane = int(threadIdx.x) % WARP;
     int before = 0;
@@ -328,7 +327,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     const Share share = share_of_warp(pairs, each);
     count_own(ids, share, own, pairs, experts);
     __syncthreads();
-    // A thread an expert: its pairs in all blocks, and in those before; then where each warp's begin among them.
+    // A thread for each expert: its pairs in all blocks and in earlier blocks; then the first place for each warp.
     for (int e = thread; e < experts; e += threads) {
         int total = 0, next = 0;
 #pragma unroll 8

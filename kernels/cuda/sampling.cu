@@ -1,19 +1,20 @@
-// From logits to tokens (ops/sampling.py): a block a row, but for the edits. Tokens are the reference's very tokens.
+// Sampling of tokens from logits (ops/sampling.py), one block for each row except for edits. The tokens are those of
+// the reference.
 #include "sampling.cuh"
 
 namespace {
 
-constexpr u32 LIKELY_WORD = 0xfe000000u;  // one word in 128 is as large
+constexpr u32 LIKELY_WORD = 0xfe000000u;  // one random word in 128 is as large
 constexpr int MOST_TOP = 1024;
 constexpr int NO_ID = 0x7fffffff;
 
 // --- drawing ---
 
-// One row, and this thread's best token so far.
+// A row, and this thread's best token so far.
 struct Drawing {
     const float* logits;
     int vocab;
-    double temperature, peak;  // the peak of the scores
+    double temperature, peak;  // peak: the largest score
     i64 min_mass;
     u32 key_low, key_high, sample, position;
     double best;
@@ -21,8 +22,8 @@ struct Drawing {
 
     __device__ __forceinline__ double score(float logit) const { return double(logit) / temperature; }
 
-    // The smallest float whose score is `wanted` at least: scores grow with their logits. Each warp searches, a lane a
-    // place, in 32 parts at a time.
+    // The smallest float whose score is at least `wanted`: scores grow with logits. Each warp searches, in 32 parts at
+    // a time, one for each lane.
     __device__ __forceinline__ float logit_of(double wanted) const {
         const int lane = int(threadIdx.x) % WARP;
         i64 low = i64(key_of(-infinity())), high = i64(key_of(infinity()));
@@ -44,7 +45,7 @@ struct Drawing {
         best_id = id;
     }
 
-    // Of all tokens from `low` on, those whose word is `least` at least.
+    // Considers the tokens with a logit of at least `low` whose random word is at least `least`.
     __device__ __forceinline__ void consider_from(float low, u32 least) {
         const bool aligned = (u64(logits) & 15) == 0;
         for (int group = int(threadIdx.x); 4 * group < vocab; group += int(blockDim.x)) {
@@ -60,7 +61,7 @@ struct Drawing {
     }
 };
 
-// The score from which on the filters keep a token, as a logit.
+// The smallest logit that the filters keep.
 __device__ __forceinline__ float filtered(Workspace& work, Drawing& row, float highest, i64 top_k, double top_p,
                                           double min_p) {
     float low = row.logit_of(row.peak - WINDOW);
@@ -78,12 +79,12 @@ __device__ __forceinline__ float filtered(Workspace& work, Drawing& row, float h
         const auto mass = [&](float value) { return u64(mass_of(row.score(value), row.peak)); };
         const auto wanted = [=](u64 total) { return u64(ceil(top_p * double(i64(total)))); };
         const Threshold last = find_threshold(work, row.logits, row.vocab, bin, key, mass, wanted);
-        // Not reached: a p next to 1 whose product was rounded up. As the reference.
+        // Not reached: p is close to 1 and its product was rounded up. All tokens stay, as in the reference.
         low = row.logit_of(row.score(last.reached ? value_of(last.key) : highest));
     }
     if (min_p > 0) {
         row.min_mass = i64(ceil(min_p * 0x1p44));
-        const double least = exact_log((double(row.min_mass) - 0.5) * 0x1p-44) - 1e-6;  // below it a mass is too small
+        const double least = exact_log((double(row.min_mass) - 0.5) * 0x1p-44) - 1e-6;  // below it masses are too small
         low = larger(low, row.logit_of(row.peak + least));
     }
     return low;
@@ -93,8 +94,8 @@ __device__ __forceinline__ int draw_row(Workspace& work, Drawing& row, i64 top_k
     const float highest = highest_of(work, row.logits, row.vocab);
     row.peak = row.score(highest);
     float low = filtered(work, row, highest, top_k, top_p, min_p);
-    // Noise grows with the word: tokens with a large one first, then what a small word can still lift to the best of
-    // them. The margin covers rounding. Looking at a token twice does no harm.
+    // Noise grows with the random word. Consider tokens with a large word first, then those that a smaller word can
+    // still lift to the best score so far. The margin covers rounding; considering a token twice does no harm.
     row.consider_from(low, LIKELY_WORD);
     const double likely = largest(work, row.best);
     low = larger(low, row.logit_of(likely - gumbel(LIKELY_WORD) - 1e-6));
@@ -151,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     ids[blockIdx.x] = id;
 }
 
-// x - ln(sum of e^x): the sum is one of whole masses, exact in any order; NaN throughout where it means nothing.
+// out = x - ln(sum of e^x). The sum is one of integer masses, exact in any order. A meaningless row becomes all NaN.
 extern "C" __global__ void __launch_bounds__(1024)
     sample_log_probabilities(const float* logits, i64 stride, int vocab, float* out) {
     __shared__ Workspace work;
@@ -173,8 +174,8 @@ extern "C" __global__ void __launch_bounds__(1024)
     });
 }
 
-// The `count` largest, largest first, ties to the lower id; NaN comes last. All keys above the count-th are found, and
-// of those equal to it the ones with the lowest ids; a token's place is then the number of those before it.
+// Writes the `count` largest values, largest first, ties to the lower id, NaN last. Found are all keys above the
+// count-th, and of the keys equal to it those with the lowest ids; a token's place is the number of tokens before it.
 extern "C" __global__ void __launch_bounds__(1024)
     sample_top_tokens(const float* scores, i64 stride, int vocab, int count, float* values, i64* ids) {
     __shared__ Workspace work;
@@ -190,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(1024)
         work, row, vocab, [=](int, float value) { return spread(value); },
         [](int, float value) { return key_of(value); }, one, [=](u64) { return u64(count); });
     const u64 ties = u64(count) - last.above;
-    // The ties-th lowest id among the equal ones: a large key is a low id.
+    // The ties-th lowest id among equal keys: here a large key is a low id.
     const int each = (vocab + BINS - 1) / BINS;
     const Threshold lowest = find_threshold(
         work, row, vocab, [=](int i, float value) { return key_of(value) == last.key ? BINS - 1 - i / each : -1; },
@@ -217,13 +218,13 @@ extern "C" __global__ void __launch_bounds__(1024)
     }
 }
 
-// --- edits: a thread an entry; entries that are outside the logits are left out ---
+// --- edits: one thread for each entry; entries outside the logits are left out ---
 
 namespace {
 
 struct Place {
     i64 row, id;
-    float* logit;  // null: outside
+    float* logit;  // null for an entry outside the logits
 };
 
 __device__ __forceinline__ Place place_of(float* logits, i64 stride, i64 width, i64 rows, i64 vocab,

@@ -1,5 +1,5 @@
-// What sampling's kernels share: exact arithmetic (that of ref/sampling.py, step by step), keys that order floats, and
-// searches by a whole block. Sums that reach a result are sums of integers, so that their order is free.
+// Helpers of the sampling kernels: exact arithmetic (that of ref/sampling.py, step by step), keys that order floats,
+// and searches by a whole block. Sums that enter a result are sums of integers, exact in any order.
 #pragma once
 
 #include "common.cuh"
@@ -15,7 +15,7 @@ constexpr int MOST_WARPS = 32;
 
 // --- doubles, rounded one by one ---
 
-// Whole numbers below 2^51 as doubles and back, to nearest, ties to even.
+// Conversions between doubles and whole numbers below 2^51, to nearest, ties to even.
 constexpr double SHIFT = 0x1.8p52;
 constexpr i64 SHIFT_BITS = 0x4338000000000000;
 __device__ __forceinline__ double to_double(i64 whole) { return __longlong_as_double(whole + SHIFT_BITS) - SHIFT; }
@@ -23,7 +23,7 @@ __device__ __forceinline__ i64 to_whole(double value) {
     return i64(u64(__double_as_longlong(value + SHIFT)) - u64(SHIFT_BITS));
 }
 
-// ln x of a positive normal double: x = 2^e m, m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)).
+// ln x for a positive normal double: x = 2^e m, m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)).
 __device__ __forceinline__ double exact_log(double x) {
     constexpr u64 SQRT_HALF = 0x3fe6a09e667f3bcd, BIAS = 1023;
     const u64 bits = u64(__double_as_longlong(x));
@@ -87,7 +87,7 @@ __device__ __forceinline__ Words philox(u32 c0, u32 c1, u32 c2, u32 k0, u32 k1) 
     return {{c0, c1, c2, c3}};
 }
 
-// --- floats in order, as unsigned integers in order; both zeros are one, NaN comes first ---
+// --- keys: unsigned integers in the order of their floats; both zeros have one key, NaN the lowest ---
 
 __device__ __forceinline__ u32 key_of(float value) {
     if (value != value) return 0;
@@ -98,7 +98,7 @@ __device__ __forceinline__ float value_of(u32 key) {
     return __int_as_float(int(key & 0x80000000u ? key & 0x7fffffffu : ~key));
 }
 
-// --- a block together; every thread calls, and gets the same result ---
+// --- functions that all threads of a block call together, with the same result for each ---
 
 struct Workspace {
     u64 bins[BINS];
@@ -132,7 +132,7 @@ __device__ __forceinline__ i64 sum_of(Workspace& work, i64 value) {
     return over_block(work, value, [](i64 a, i64 b) { return a + b; });
 }
 
-// take(i, values[i]) for this thread's share, ascending: four values at a time.
+// Calls take(i, values[i]) for this thread's share, ascending, with loads of four values.
 template <class Take>
 __device__ __forceinline__ void each_value(const float* values, int count, Take take) {
     const bool aligned = (u64(values) & 15) == 0;
@@ -146,15 +146,16 @@ __device__ __forceinline__ void each_value(const float* values, int count, Take 
     }
 }
 
-// The largest of a row that are no NaN; -infinity without any.
+// The largest value of a row, NaN left out; -infinity if there is none.
 __device__ __forceinline__ float highest_of(Workspace& work, const float* values, int count) {
     float best = -infinity();
     each_value(values, count, [&](int, float value) { best = value > best ? value : best; });
     return largest(work, best);
 }
 
-// The bin in which the weight of the bins, from the last one down, reaches `wanted`: found[0]; the weight of the bins
-// past it: found[1]; of all bins: found[2]. found[0] is BINS if all of them do not reach it. The first warp searches.
+// Finds the bin at which the weight of the bins, from the last one down, reaches `wanted`. found[0]: the bin, BINS if
+// all of them do not reach it; found[1]: the weight of the bins above it; found[2]: of all bins. The first warp
+// searches.
 __device__ __forceinline__ void find_bin(Workspace& work, u64 wanted) {
     constexpr int EACH = BINS / WARP;
     wanted = wanted == 0 ? 1 : wanted;
@@ -190,11 +191,11 @@ struct Threshold {
     u64 above;  // weight of the larger keys
 };
 
-// The largest key such that the weights of it and of all larger keys add up to `wanted(total)` or more.
+// The largest key for which the weights of it and of all larger keys add up to at least `wanted(total)`.
 //
-// Elements 0 .. count-1 with values: bin(i, value) is a bin, -1 for an element that is left out; it must not fall where
-// key(i, value) grows. weight(value) is a whole number. The first pass finds the bin, three more the digits of the key among its elements:
-// 11, 11 and 10 bits. The first bins spread elements that begin with the same digits.
+// Elements are i = 0 .. count - 1 with their values. bin(i, value): a bin, or -1 to leave the element out; it must not
+// fall where key(i, value) grows. weight(value): a whole number. The first pass finds the bin; three more find 11, 11
+// and 10 bits of the key among the elements of that bin. The bins spread elements whose keys begin with the same bits.
 template <class Bin, class Key, class Weight, class Wanted>
 __device__ __forceinline__ Threshold find_threshold(Workspace& work, const float* values, int count, Bin bin, Key key,
                                                     Weight weight, Wanted wanted) {
@@ -224,7 +225,7 @@ __device__ __forceinline__ Threshold find_threshold(Workspace& work, const float
         }
         find_bin(work, rest);
         const u64 found = work.found[0], past = work.found[1];
-        if (found >= BINS) return {false, 0, 0};  // in the first pass alone
+        if (found >= BINS) return {false, 0, 0};  // only possible in the first pass
         if (pass == 0)
             chosen = int(found);
         else
@@ -236,7 +237,7 @@ __device__ __forceinline__ Threshold find_threshold(Workspace& work, const float
     return {true, prefix, above};
 }
 
-// Bins of floats between `low` and `highest`, evenly spaced; NaN and what lies below stands in the last one.
+// Evenly spaced bins for floats between `low` and `highest`; NaN and smaller values are in bin 0.
 struct Spread {
     float highest, scale;
 

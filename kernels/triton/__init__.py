@@ -1,1 +1,1 @@
-"""GPU kernels in Triton, each beside its launcher. Needs the package triton; nothing imports it on a CPU."""
+"""GPU kernels in Triton, each beside its launcher. Needs the package triton; engines on a CPU do not import it."""

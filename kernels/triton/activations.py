@@ -1,16 +1,16 @@
-"""Rows of activations into e4m3 codes, each row with its scale (formats/activations.py), a program a row.
+"""Quantisation of rows of activations to e4m3 codes with a scale each (formats/activations.py), one program a row.
 
-Products take codes alone: quantising on load, every tile of outputs would do the same row again, and a row's own
-scale is not known before its end. What writes rows can write codes: norms (norm.py), and a product whose result
-meets a static scale (`store_tile`). The bits are those of the kernels here.
+Products read codes. If they quantised rows as they load them, every tile of outputs would quantise the same row
+again, and the scale of a row is not known before its end. Kernels that write rows can write codes instead: norms
+(norm.py), and a product whose result has a static scale (`store_tile`); their bits are those of the kernels here.
 
-The experts' rows are put into the order in which they are multiplied (moe.py): a token that goes to four experts
-has four rows, each by its expert's scale, and the product reads them side by side.
+The rows of experts are written in the order in which they are multiplied (moe.py): a token that goes to four
+experts has four rows, each quantised by its expert's scale, and the product reads contiguous rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,14 +29,14 @@ LEAST_PEAK = tl.constexpr(SMALLEST)
 
 @kernel
 def e4m3(values, scales):
-    """fp32 values and scales of one shape -> codes. Rounded division: `/` is not, on a GPU."""
+    """Codes of fp32 values, by fp32 scales of the same shape. div_rn rounds to nearest; `/` on a GPU does not."""
     quotients = tl.div_rn(values, scales)
     return tl.clamp(quotients, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
 @kernel
 def row_scale(values):
-    """Of one row, fp32; its NaN do not count."""
+    """Scale of one fp32 row: its largest magnitude, NaN left out, becomes the largest code."""
     peak = tl.max(tl.where(values == values, tl.abs(values), 0.0))
     return tl.where(peak >= LEAST_PEAK, tl.div_rn(peak, LARGEST), 1.0)
 
@@ -45,7 +45,7 @@ def row_scale(values):
 def store_row(
     values, static_ptr, codes_ptr, scales_ptr, row, columns, inside, D: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
-    """One row [BLOCK], fp32, zeros where it is not inside: its codes, and its scale, *static_ptr where STATIC."""
+    """Store the codes and the scale of one fp32 row [BLOCK], zeros where not `inside`. STATIC: by *static_ptr."""
     if STATIC:
         scale = tl.load(static_ptr)
     else:
@@ -58,8 +58,8 @@ def store_row(
 def store_tile(
     values, out_ptr, out_rows, outputs, mask, static_ptr, scales_ptr, rows, inside, first,
 ):  # fmt: skip
-    """A product's tile [BLOCK_T, BLOCK_N], fp32, in the dtype of out; as codes by a static scale where those are
-    e4m3, and then the `first` tile of a row, along its outputs, gives the row its scale."""
+    """Store the fp32 tile [BLOCK_T, BLOCK_N] of a product in the dtype of out. e4m3 codes are made by the scale
+    *static_ptr, and the `first` tile of a row, along its outputs, also stores the row's scale."""
     if out_ptr.dtype.element_ty == tl.float8e4nv:
         scale = tl.load(static_ptr)
         values = e4m3(values, tl.broadcast_to(scale, values.shape))
@@ -81,23 +81,35 @@ def _quantise_rows(
 
 
 @kernel
+def pair_of(order_ptr, rows, inside, tokens, SLOTS: tl.constexpr):
+    """Rows in the order of moe.py -> pairs, token * SLOTS + slot; a row of the shared expert is its own number."""
+    routed = rows < tokens.to(tl.int64) * SLOTS
+    return tl.where(routed, tl.load(order_ptr + rows, mask=inside & routed, other=0), rows)
+
+
+@kernel
+def token_of(order_ptr, rows, inside, tokens, SLOTS: tl.constexpr):
+    """Rows in the order of moe.py -> their tokens, int64."""
+    pairs = tokens.to(tl.int64) * SLOTS
+    return tl.where(rows < pairs, pair_of(order_ptr, rows, inside, tokens, SLOTS) // SLOTS, rows - pairs)
+
+
+@kernel
 def _quantise_pairs(
     x_ptr, order_ptr, starts_ptr, static_ptr, shared_static_ptr, codes_ptr, scales_ptr, tokens,
     X_STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, LANES: tl.constexpr,
     SLOTS: tl.constexpr, STATIC: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """codes[row] of the row's token, in the order of moe.py; the scale is that of the row's expert where STATIC."""
+    """Quantise rows in the order of moe.py. STATIC: by the scale of each row's expert."""
     row = tl.program_id(0).to(tl.int64)
-    pairs = tokens.to(tl.int64) * SLOTS
-    pair = tl.load(order_ptr + row, mask=row < pairs, other=0)
-    token = tl.where(row < pairs, pair // SLOTS, row - pairs)
+    token = token_of(order_ptr, row, True, tokens, SLOTS)
     if STATIC:
         expert = tl.arange(0, LANES)
         ends = tl.load(starts_ptr + expert + 1, mask=expert < E, other=0)
         found = tl.sum(((ends <= row) & (expert < E)).to(tl.int64), 0)  # experts that end before the row
         static_ptr += tl.minimum(found, E - 1)
         if SHARED:  # noqa: SIM102 (joined, the rest would be compiled without a shared expert too)
-            if row >= pairs:
+            if row >= tokens.to(tl.int64) * SLOTS:
                 static_ptr = shared_static_ptr
     columns = tl.arange(0, BLOCK)
     inside = columns < D
@@ -117,8 +129,8 @@ def quantise_rows(x: Tensor, scale: Tensor | None) -> QuantisedRows:
 def quantise_pairs(
     x: Tensor, order: Tensor, starts: Tensor, slots: int, scales: tuple[Tensor | None, Tensor | None], shared: bool
 ) -> QuantisedRows:
-    """[T*K + T, D] in the order of moe.py; without the last T where there is no shared expert. scales: static ones
-    of the experts, [E], and of the shared one, [1], both or neither."""
+    """Rows [T*K + T, D] of x [T,D] in the order of moe.py, without the last T if not `shared`. scales: static
+    scales of the experts, fp32 [E], and of the shared expert, [1]; both or neither."""
     tokens, width, experts = x.shape[0], x.shape[1], len(starts) - 1
     rows = empty_rows(x, tokens * slots + (tokens if shared else 0), width)
     stride = row_stride("quantise_pairs", "x", x)
@@ -131,19 +143,19 @@ def quantise_pairs(
 
 
 def empty_rows(like: Rows, count: int, width: int) -> QuantisedRows:
-    """[count, width], of rows like those of `like`."""
+    """Uninitialised rows [count, width], on the device of `like` and for its dtype."""
     codes = torch.empty(count, width, dtype=E4M3, device=like.device)
     return QuantisedRows(codes, torch.empty(count, dtype=torch.float32, device=like.device), like.dtype)
 
 
 def row_pointers(rows: QuantisedRows, scale: Tensor | None) -> dict[str, Tensor]:
-    """The arguments that code_types names."""
+    """Arguments that code_types names."""
     static = {} if scale is None else {"static_ptr": scale}
     return {"codes_ptr": rows.codes, "scales_ptr": rows.scales, **static}
 
 
 def rows_configuration(pointer: str, width: int, stride: int, static: bool) -> Configuration:
-    """pointer: of the values, such as "*bf16"."""
+    """pointer: to the values, such as "*bf16". stride: of x's rows, in values."""
     constants: dict[str, Any] = {"X_STRIDE": stride, **row_constants(width), "STATIC": static}
     constants |= {} if static else {"static_ptr": None}
     types = {"x_ptr": pointer, **code_types(static)}
@@ -153,7 +165,7 @@ def rows_configuration(pointer: str, width: int, stride: int, static: bool) -> C
 def pairs_configuration(
     pointer: str, width: int, stride: int, experts: int, slots: int, static: bool, shared: bool
 ) -> Configuration:
-    """pointer: of the values, such as "*bf16"."""
+    """pointer: to the values, such as "*bf16". stride: of x's rows, in values."""
     types = {"x_ptr": pointer, "order_ptr": "*i64", **code_types(static), "tokens": "i32"}
     types |= {"starts_ptr": "*i64"} if static else {}
     types |= {"shared_static_ptr": "*fp32"} if static and shared else {}
@@ -164,30 +176,20 @@ def pairs_configuration(
 
 
 def code_types(static: bool) -> dict[str, str]:
-    """Of the pointers that a kernel writes rows to, and of the static scale."""
+    """Types of the pointers to quantised rows that a kernel writes, and to the static scale."""
     return {"codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32", **({"static_ptr": "*fp32"} if static else {})}
 
 
 def scale_types(names: Iterable[str], pointer: str) -> dict[str, str]:
-    """Of the pointers to scales that e4m3 rows have, and others have not."""
+    """Types of the pointers `names` to scales of rows, if `pointer` is to e4m3 rows; others have none."""
     return dict.fromkeys(names, "*fp32") if pointer == "*fp8e4nv" else {}
 
 
 def row_constants(width: int) -> dict[str, int]:
-    """Of a kernel that holds a row."""
+    """Constants of a kernel that holds a whole row."""
     return {"D": width, "BLOCK": next_power_of_2(width)}
 
 
 def row_warps(width: int) -> int:
-    """Eight values a thread: 16 bytes of bf16."""
+    """Warps for a row: eight values a thread, 16 bytes of bf16."""
     return min(16, max(1, next_power_of_2(width) // 256))
-
-
-def configurations() -> Iterator[tuple[str, Configuration]]:
-    """What attention gives the output projections, and Small 4's experts."""
-    for static in (True, False):
-        kind = "static" if static else "by row"
-        yield f"attention's output, {kind}", rows_configuration("*bf16", 4096, 4096, static)
-        yield f"small4 experts, {kind}", pairs_configuration("*bf16", 4096, 4096, 128, 4, static, True)
-    yield "small4 expert inner, by row", rows_configuration("*bf16", 2048, 2048, False)
-    yield "small3 down, by row", rows_configuration("*bf16", 32768, 32768, False)

@@ -1,12 +1,10 @@
-"""Writes into the pages: latents, keys and values, with the norm and the rotation that come before.
+"""Writes of latents, keys and values into pages, with the norm and the rotation that come before.
 
-Pages are of the written rows' dtype, or of float8_e4m3fn: what is written is then rounded once more, to nearest,
-and clamped to 448. Values, norms and rotations have the bits of the single operations.
+Pages have the dtype of the rows, or float8_e4m3fn: values are then rounded once more, to nearest, and clamped to
+448. Norms and rotations have the bits of the operations of their own (norm.py, rope.py).
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import triton
 import triton.language as tl
@@ -14,14 +12,14 @@ from torch import Tensor
 
 from cierzo.kernels import check
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.norm import _normed
-from cierzo.kernels.triton.paged import PAGES, RANK, ROPE, SMALL3_HEADS, SMALL3_WIDTH, require_pages
-from cierzo.kernels.triton.rope import load_pairs, rotated, store_pairs
+from cierzo.kernels.triton.norm import normed
+from cierzo.kernels.triton.paged import require_pages
+from cierzo.kernels.triton.rope import rotated_pairs, store_pairs
 
 
 @kernel
 def stored(values, dtype: tl.constexpr):
-    """In the pages' dtype. By way of fp32: what the conversion to 8 bits starts from."""
+    """Values in the dtype of the pages, through fp32, from which Triton converts to 8 bits."""
     return values.to(tl.float32).to(dtype)
 
 
@@ -55,15 +53,10 @@ def _write_normed_latents(
     columns = tl.arange(0, BLOCK_R)
     inside = columns < R
     latent = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
-    latent = _normed(latent, weight_ptr, eps, columns, inside, R)
+    latent = normed(latent, weight_ptr, eps, columns, inside, R)
     tl.store(page + columns, stored(latent, dtype), mask=inside)
-    pairs = tl.arange(0, BLOCK_F)
-    cos = tl.load(cos_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
-    one = tl.arange(0, 1)[:, None]  # of one head
-    first, second = load_pairs(row + R + one, one == 0, F, 1, BLOCK_F, INTERLEAVED)
-    first, second = rotated(first, second, cos, sin)
-    first, second = first.to(kv_ptr.dtype.element_ty), second.to(kv_ptr.dtype.element_ty)
+    one = tl.arange(0, 1)[:, None]  # a single head
+    first, second = rotated_pairs(row + R + one, one == 0, cos_ptr, sin_ptr, token, F, 1, BLOCK_F, INTERLEAVED)
     first, second = stored(first, dtype), stored(second, dtype)
     store_pairs(page + R + one, one == 0, first, second, F, 1, BLOCK_F, INTERLEAVED)
 
@@ -74,18 +67,14 @@ def _rotate_and_write(
     QKV_STRIDE: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, F: tl.constexpr, INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """A program turns HEADS of a token's query and key heads; values go with the keys of the same number."""
+    """Rotate HEADS of a token's query and key heads; the program of a key head also writes its values."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     width: tl.constexpr = 2 * F
     source = qkv_ptr + token * QKV_STRIDE + heads * width
-    pairs = tl.arange(0, BLOCK_F)
-    cos = tl.load(cos_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
-    first, second = load_pairs(source, heads < HQ + HK, F, HEADS, BLOCK_F, INTERLEAVED)
-    first, second = rotated(first, second, cos, sin)
-    first, second = first.to(qkv_ptr.dtype.element_ty), second.to(qkv_ptr.dtype.element_ty)
+    live = heads < HQ + HK
+    first, second = rotated_pairs(source, live, cos_ptr, sin_ptr, token, F, HEADS, BLOCK_F, INTERLEAVED)
     store_pairs(source, heads < HQ, first, second, F, HEADS, BLOCK_F, INTERLEAVED)
     is_key = (heads >= HQ) & (heads < HQ + HK)
     page = (slot * HK + (heads - HQ)) * width
@@ -183,7 +172,7 @@ def rotate_and_write_keys_values(
 def write_configuration(
     pointer: str, pages: str, heads: int, width: int, offset: int, page_strides: tuple[int, int]
 ) -> Configuration:
-    """pointer, pages: of rows and pages, such as "*bf16"; page_strides: of a token and of a head in the pages."""
+    """pointer, pages: to rows and to pages, such as "*bf16". page_strides: of a token and a head, in values."""
     types = {"pages_ptr": pages, "slots_ptr": "*i64", "rows_ptr": pointer}
     constants = {
         "OFFSET": offset,
@@ -200,7 +189,7 @@ def write_configuration(
 def normed_configuration(
     pointer: str, pages: str, rank: int, pairs: int, stride: int, interleaved: bool
 ) -> Configuration:
-    """stride: of kv's rows. One warp, as the norm's own kernel has for a latent."""
+    """stride: of kv's rows, in values. One warp adds up a latent's squares, as in the kernel of norm.py."""
     types = {"pages_ptr": pages, "slots_ptr": "*i64"} | dict.fromkeys(("kv_ptr", "weight_ptr"), pointer)
     types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "eps": "fp32"}
     constants = {
@@ -217,7 +206,7 @@ def normed_configuration(
 def rotate_configuration(
     pointer: str, pages: str, heads: tuple[int, int], pairs: int, stride: int, interleaved: bool
 ) -> Configuration:
-    """heads: of queries, and of keys; stride: of qkv's rows."""
+    """heads: of queries, of keys. stride: of qkv's rows, in values."""
     types = {"k_pages_ptr": pages, "v_pages_ptr": pages, "slots_ptr": "*i64", "qkv_ptr": pointer}
     block = triton.next_power_of_2(pairs)
     constants = {
@@ -233,19 +222,3 @@ def rotate_configuration(
     return Configuration(
         _rotate_and_write, types | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}, constants, num_warps=2
     )
-
-
-def configurations() -> Iterator[tuple[str, Configuration]]:
-    """Of Small 4, whose latents every shard holds, and of Small 3 and its shards."""
-    for kind, pages in PAGES.items():
-        wide = 1024 + RANK + ROPE  # the rows of one product, the query's latent before
-        yield (
-            f"write_normed_latents, {kind} pages",
-            normed_configuration("*bf16", pages, RANK, ROPE // 2, wide, True),
-        )
-        for heads, shared in SMALL3_HEADS:
-            wide = (heads + 2 * shared) * SMALL3_WIDTH
-            yield (
-                f"rotate_and_write_keys_values {heads}/{shared} heads, {kind} pages",
-                rotate_configuration("*bf16", pages, (heads, shared), SMALL3_WIDTH // 2, wide, False),
-            )

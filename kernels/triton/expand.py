@@ -1,7 +1,7 @@
-"""Latents to the keys or values of every head: rows [C, R+...] times a matrix [N, R], N = heads times width.
+"""Expansion of latents to keys or values of every head: rows [C, R+...] times a matrix [N, R], N = heads * width.
 
-A program makes a tile of ROWS tokens and COLUMNS values; every value is one chain of products over R in order, so
-it does not depend on how many tokens there are.
+A program computes a tile of ROWS tokens and COLUMNS values; each value is one chain of products over R in order, so
+the number of tokens does not change it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _expand(
 
 
 def expand(latents: Tensor, weight: Tensor) -> Tensor:
-    """latents [C,R+...], any C, columns past R ignored; weight [H,n,R] contiguous -> [C,H,n]."""
+    """Expand latents [C,R+...], of which columns past R are ignored, by a contiguous weight [H,n,R] -> [C,H,n]."""
     heads, width, rank = weight.shape
     out = torch.empty(len(latents), heads, width, dtype=weight.dtype, device=weight.device)
     launch(
@@ -53,7 +53,7 @@ def expand(latents: Tensor, weight: Tensor) -> Tensor:
 
 
 def expand_configuration(pointer: str, rank: int, columns: int, stride: int) -> Configuration:
-    """columns: N; stride: of the latents' rows."""
+    """columns: N. stride: of the latents' rows, in values."""
     types = dict.fromkeys(("latents_ptr", "weight_ptr", "out_ptr"), pointer) | {"num_rows": "i32"}
     constants = {"STRIDE": stride, "R": rank, "N": columns, "ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH}
     return Configuration(_expand, types, constants, num_warps=8)

@@ -1,21 +1,21 @@
-"""Causal attention of prompt tokens over keys and values that were brought together in a workspace.
+"""Causal attention of prompt tokens, over keys and values gathered from their pages into a workspace.
 
     round            a stretch of each sequence's context, at most WORKSPACE_TOKENS tokens in all
-    gather           pages -> rows [C, ...] of the queries' dtype, by position; a stretch is padded with zeros to
-                     whole tiles of TOKENS, so that what follows reads nothing unwritten and needs no mask
+    gather           pages -> rows [C, ...] in the dtype of the queries, by position; each stretch is padded with
+                     zeros to whole tiles of TOKENS, so that the next kernels need no mask
     (mla expands)    latents -> keys and values of every head
-    flash            a program is ROWS consecutive query rows of one segment, and one head. It walks through its
-                     stretch in tiles of TOKENS. Between rounds its largest score, sum and values lie in memory,
-                     fp32, hence a stretch's length changes no bits
+    flash            a program computes ROWS consecutive query rows of one segment, for one head, over the tiles of
+                     TOKENS of a stretch. Between rounds its online softmax (softmax.py) lies in memory in fp32, so
+                     the length of a stretch changes no bits
 
-Every row meets the same tiles of tokens in the same order, at multiples of TOKENS of the sequence, whatever rows
-stand beside it and wherever its chunk began. A token that a row must not see gets the weight 0. With a window, what
-lies before that of a segment's first row is not gathered, and a program begins with the tile in which the window of
-its first row does; a tile before a row's own leaves the row's state as it was, all zeros.
+Each row meets the same tiles of tokens in the same order, at multiples of TOKENS of its sequence, whatever rows are
+beside it and wherever its chunk began. A token that a row must not see gets the weight 0. With a window, tokens
+before the window of a segment's first row are not gathered, and a program begins with the tile in which the window
+of its first row begins; a tile before a row's own window leaves the row's softmax as it was: empty.
 
-Weight 0 times a value that is not finite is NaN, and would reach rows that come before the token. So the
-gathering moves what is wrong with a token to where it is masked: its values become 0 and its key NaN, hence the
-score of every row that sees it, and of no other.
+Weight 0 times a value that is not finite is NaN, and would reach rows that come before the token. So gathering
+replaces such a token's values by 0 and its key by NaN: the score of a row that sees the token is then NaN, and a
+row that does not see it is masked.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from torch import Tensor
 
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.paged import load_tile, page_rows, sink_of, tile_width
+from cierzo.kernels.triton.paged import load_tile, page_rows, tile_width
+from cierzo.kernels.triton.softmax import masked, sink_of, softmax_step
 
 ROWS = 128  # query rows of a program
-TOKENS = 64  # of a tile; stretches begin at its multiples. With 128 the carried form spills registers
-WORKSPACE_TOKENS = 16_384  # of a round; Small 4's keys and values are then 201 MB
+TOKENS = 64  # tokens of a tile; stretches begin at its multiples. With 128 the carried form spills registers
+WORKSPACE_TOKENS = 16_384  # tokens of a round; Small 4's keys and values are then 201 MB
 GATHERED = 16  # tokens of a program of `_gather`
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One stretch of every segment that has one.
+    """Stretches of contexts that share the workspace, and the tiles of rows that attend to them.
 
     num_tokens: C, a multiple of TOKENS. gathers int32 [C/TOKENS,4]: segment, first position, end of the stretch,
-    position before which no row sees.
-    tiles int32 [n,8]: segment, first row in it, first position, end, its row in the workspace, whether this is the
-    rows' first stretch, and their last.
+    position before which no row sees. tiles int32 [n,8]: segment, first row in it, first position, end, workspace
+    row of the first position, whether this is the rows' first stretch, whether it is their last, padding.
     """
 
     num_tokens: int
@@ -53,8 +53,8 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """Keys in two parts, and values. keys [C,Hk,A]; values [C,Hk,V]. shared [C,*]: its columns from
-    shared_column on, B in number, are a part that all heads share; B may be 0."""
+    """Keys and values of a round. keys [C,Hk,A]; values [C,Hk,V]. shared [C,*]: the shared_width = B columns from
+    shared_column on are a second part of every head's key; B may be 0."""
 
     keys: Tensor
     shared: Tensor
@@ -79,7 +79,7 @@ def _gather(
     head = tl.program_id(2)
     page_row = page_rows(table, positions, live, S) * HK + head
     row = load_tile(pages_ptr, page_row, live, columns, W, W, BLOCK).to(tl.float32)
-    broken = tl.max(row.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1) >= 0x7F800000  # infinity; NaNs are beyond
+    broken = tl.max(row.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1) >= 0x7F800000  # bits of infinity, or of a NaN
     row = tl.where(broken[:, None], tl.where(columns < VALUES, 0.0, float("nan"))[None, :], row)
     target = ((chunk.to(tl.int64) * TOKENS + offset) * HK + head)[:, None] * W + columns[None, :]
     tl.store(out_ptr + target, row.to(out_ptr.dtype.element_ty), mask=(columns < W)[None, :])
@@ -96,7 +96,7 @@ def _step(
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens for ROWS query rows; pointers are those of the head."""
+    """One tile of tokens for the ROWS query rows of a head; the pointers are to that head."""
     rows = row.to(tl.int64) + tl.arange(0, TOKENS)
     live = tl.full((TOKENS,), True, tl.int1)
     keys = load_tile(keys_ptr, rows, live, tl.arange(0, BLOCK_A), HK * A, A, BLOCK_A)
@@ -106,20 +106,9 @@ def _step(
         scores = tl.dot(q_shared, shared.T, scores, input_precision="ieee")
     scores *= factor
     if MASKED:
-        positions = position + tl.arange(0, TOKENS)
-        scores = tl.where(positions[None, :] < sees[:, None], scores, float("-inf"))
-        if WINDOW > 0:
-            scores = tl.where(positions[None, :] < sees[:, None] - WINDOW, float("-inf"), scores)
-    peak = tl.maximum(largest, tl.max(scores, 1))
-    base = peak
-    if WINDOW > 0:
-        base = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has seen nothing yet
-    weights = tl.exp2(scores - base[:, None])
-    fade = tl.exp2(largest - base)
-    total = total * fade + tl.sum(weights, 1)
+        scores = masked(scores, position + tl.arange(0, TOKENS), sees, WINDOW)
     values = load_tile(values_ptr, rows, live, tl.arange(0, BLOCK_V), HK * V, V, BLOCK_V)
-    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
-    return acc, peak, total
+    return softmax_step(scores, values, acc, largest, total, WINDOW > 0)
 
 
 @kernel
@@ -145,7 +134,7 @@ def _flash(
     inside = rows < length
     sees_first = tl.load(context_lengths_ptr + segment) - length + first_row + 1
     sees = sees_first + tl.arange(0, ROWS)
-    # 64-bit addresses of the tile, 32-bit offsets in it: half the registers
+    # 64-bit addresses of the tile and 32-bit offsets within it take half the registers
     query = (start + first_row).to(tl.int64)
     offsets = tl.arange(0, ROWS)
     q_tile = q_ptr + query * Q_TOKEN + head * Q_HEAD
@@ -160,7 +149,7 @@ def _flash(
 
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    if SINKS:  # as if a token of that score and without a value came first
+    if SINKS:  # a sink counts as a first token with that score and the value 0
         largest = total + sink_of(sinks_ptr, head)
         total += 1.0
     acc = tl.zeros((ROWS, BLOCK_V), tl.float32)
@@ -175,7 +164,7 @@ def _flash(
             total = tl.load(total_ptr + state + offsets, mask=inside, other=0.0)
             acc = tl.load(acc_ptr + state * V + whole, mask=kept, other=0.0)
 
-    all_see = begin  # up to here no row needs a mask; the tiles of a window are few, and most of them need one
+    all_see = begin  # before this position no row needs a mask; the few tiles of a window are all masked
     if WINDOW == 0:
         all_see = tl.maximum(begin, tl.minimum(end, sees_first) // TOKENS * TOKENS)
         for position in range(begin, all_see, TOKENS):
@@ -201,7 +190,7 @@ def _flash(
 
 
 def rounds(queries: PagedQueries, window: int = 0) -> list[Round]:
-    """Of this step; made once, found again in the next layer. window: 0 is none."""
+    """Rounds of this step, made by the first layer that asks. window: 0 is none."""
     key = ("triton prefill rounds", WORKSPACE_TOKENS, window)
     if key not in queries.scratch:
         device = queries.block_tables.device
@@ -213,12 +202,12 @@ def rounds(queries: PagedQueries, window: int = 0) -> list[Round]:
 
 
 def _table(rows: list[list[int]], device: torch.device) -> Tensor:
-    """On the device; from pinned memory, so that the host does not wait for the step that still runs."""
+    """Copy to the device from pinned memory, so that the host does not wait for the step that still runs."""
     return torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _cut(queries: PagedQueries, window: int) -> list[tuple[list[list[int]], list[list[int]]]]:
-    """gathers and tiles of each round."""
+    """Rows of `gathers` and of `tiles`, by round (see Round)."""
     found: list[tuple[list[list[int]], list[list[int]]]] = []
     room = 0
     for segment, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
@@ -235,7 +224,7 @@ def _cut(queries: PagedQueries, window: int) -> list[tuple[list[list[int]], list
             room = WORKSPACE_TOKENS // TOKENS - len(gathers)
             begin = end
     for _, tiles in found:
-        tiles.sort(key=lambda tile: tile[2] - tile[3])  # the long ones first, so that they do not come last alone
+        tiles.sort(key=lambda tile: tile[2] - tile[3])  # long ones first: the last programs are then short
     return found
 
 
@@ -247,7 +236,7 @@ def _first_tile(position: int, window: int) -> int:
 def _tiles(
     segment: int, length: int, context: int, begin: int, end: int, workspace_row: int, window: int
 ) -> list[list[int]]:
-    """Of one segment, those with a row that sees some of begin .. end."""
+    """Tiles of one segment that have a row which sees any of begin .. end - 1."""
     tiles = []
     for first in range(0, length, ROWS):
         seen = context - length + min(first + ROWS, length)
@@ -267,10 +256,10 @@ def gather(
     of: Round,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """pages, key_pages [B,S,Hk,W] -> [C,Hk,W] of each; zeros where a stretch has no token.
+    """Gather pages, and key_pages if given, [B,S,Hk,W], into rows [C,Hk,W] each; 0 where there is no token.
 
-    The first num_values columns of the former are values, or what they are made of; the rest, and the latter, keys.
-    Without key_pages the former's rows are returned twice.
+    The first num_values columns of `pages` are values, or latents that values are made of; the rest, and key_pages,
+    are keys. Without key_pages the rows of `pages` are returned twice.
     """
     _, block_tokens, heads, width = pages.shape
     out = torch.empty(of.num_tokens, heads, width, dtype=dtype, device=pages.device)
@@ -292,7 +281,7 @@ def gather(
 
 
 class Flash:
-    """One call's attention, round by round, into out [T,H,V]; rows past the last segment are cleared."""
+    """Attention of q [T,H,A+B], round by round, into out [T,H,V]; rows past the last segment become 0."""
 
     def __init__(
         self,
@@ -303,7 +292,7 @@ class Flash:
         window: int = 0,
         sinks: Tensor | None = None,
     ) -> None:
-        """factor: of the scores, log2 e included; window: 0 is none; sinks: [H]."""
+        """factor: multiplies the scores, log2 e included. window: 0 is none. sinks: fp32 [H]."""
         self._q, self._out, self._queries, self._factor = q, out, queries, factor
         self._window, self._sinks = window, sinks
         self._carried = len(rounds(queries, window)) > 1
@@ -313,7 +302,7 @@ class Flash:
         out[sum(queries.query_lengths) :].zero_()
 
     def attend(self, of: Round, operands: Operands) -> None:
-        """One round's keys and values."""
+        """Attend to one round's keys and values."""
         keys, values = operands.keys, operands.values
         configuration = flash_configuration(
             POINTER[self._q.dtype],
@@ -339,7 +328,7 @@ class Flash:
             tiles_ptr=of.tiles,
             query_starts_ptr=self._queries.query_starts,
             context_lengths_ptr=self._queries.context_lengths,
-            sinks_ptr=self._total if self._sinks is None else self._sinks,  # in the first case not read
+            sinks_ptr=self._total if self._sinks is None else self._sinks,  # without sinks it is not read
             factor=self._factor,
         )
 
@@ -347,7 +336,7 @@ class Flash:
 def gather_configuration(
     pointer: str, pages: str, heads: int, width: int, num_values: int, keys: bool, block_tokens: int
 ) -> Configuration:
-    """pointer: of the workspace, such as "*bf16"; keys: whether they have pages of their own."""
+    """pointer: to the workspace, such as "*bf16". keys: whether keys have pages of their own."""
     types = (
         dict.fromkeys(("pages_ptr", "key_pages_ptr"), pages)
         | dict.fromkeys(("table_rows_ptr", "tables_ptr", "gathers_ptr"), "*i32")
@@ -377,8 +366,8 @@ def flash_configuration(
     window: int = 0,
     sinks: bool = False,
 ) -> Configuration:
-    """heads: of queries, and of keys; widths: A, B, V of Operands; strides: of q's tokens and heads;
-    shared: the stride of its rows, and its first column; window: 0 is none."""
+    """heads: of queries, of keys. widths: A, B, V of Operands. strides: of q's tokens and heads, in values.
+    shared: row stride and first column of the shared part. window: 0 is none."""
     types = (
         dict.fromkeys(("q_ptr", "keys_ptr", "shared_ptr", "values_ptr", "out_ptr"), pointer)
         | dict.fromkeys(("acc_ptr", "largest_ptr", "total_ptr", "sinks_ptr"), "*fp32")

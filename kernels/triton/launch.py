@@ -1,9 +1,9 @@
-"""What a launch of a Triton kernel and its compilation ahead of time have in common: a `Configuration`.
+"""Triton kernels, their configurations and their launch.
 
-A kernel is compiled once per configuration and never again: integers and floats at run time are not specialised
-(`kernel` sees to that), pointers always count as aligned to 16 bytes (`launch` refuses others), and whatever else
-the code depends on is a constant. So the number of rows of a step compiles nothing, and what is compiled and
-inspected without a GPU is what runs on one.
+A kernel is compiled once for each `Configuration`: integers and floats at run time are not specialised (`kernel`
+sees to that), pointers always count as aligned to 16 bytes (`launch` refuses others), and all else that the code
+depends on is a constant. So a new number of rows compiles nothing, and the code that is compiled and inspected
+without a GPU is the code that runs on one.
 
     @kernel
     def _scale(x_ptr, out_ptr, count, factor, BLOCK: tl.constexpr): ...
@@ -43,7 +43,7 @@ _LIMITS = {"i32": 1 << 31, "i64": 1 << 63}
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """triton.jit. Pointers are the parameters called `*_ptr`; other parameters are constants or not specialised."""
+    """Apply triton.jit. Parameters named `*_ptr` are pointers; others are constants, or numbers not specialised."""
     scalars = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -56,10 +56,10 @@ def kernel(function: Callable[..., None]) -> Any:
 class Configuration:
     """One way to compile a kernel.
 
-    types: of the arguments at run time: "*bf16" and the like (POINTER), "i32", "i64", "fp32". constants: the
-    constexprs. blocks: of the pointers that are handed over as tensor descriptors, what one load brings (rows,
-    columns); their tensors are two-dimensional. Sums of products keep the order and rounding that the source gives
-    them: no contraction to fused multiply-adds, which a compiler is free to choose otherwise the next time.
+    types: the run-time arguments: "*bf16" and the like (POINTER), "i32", "i64", "fp32". constants: the constexprs.
+    blocks: the pointers that become tensor descriptors, and the (rows, columns) that one load brings; their tensors
+    are two-dimensional. Sums of products keep the order and rounding of the source: no contraction to fused
+    multiply-adds, which every version of a compiler chooses anew.
     """
 
     kernel: Any
@@ -71,7 +71,7 @@ class Configuration:
 
     @property
     def signature(self) -> dict[str, str]:
-        """types, as the compiler names them."""
+        """`types` in the compiler's notation, tensor descriptors included."""
         return {name: self._type(name) for name in self.types}
 
     def _type(self, name: str) -> str:
@@ -81,12 +81,12 @@ class Configuration:
 
     @property
     def name(self) -> str:
-        """The kernel's, without the underscore that says it is its file's own."""
+        """The kernel's name, without the underscore of a private function."""
         return str(self.kernel.__name__).lstrip("_")
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the compiler."""
+        """Options of the compiler."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
 
 
@@ -132,7 +132,7 @@ def _check_tensor(operation: str, name: str, kind: str, value: Tensor) -> None:
 
 
 def _descriptor(operation: str, name: str, value: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """Made on the host, and handed over by value: a recorded graph keeps it, and no kernel needs memory for it."""
+    """A tensor descriptor made on the host and passed by value, so that a captured graph keeps it."""
     if value.dim() != 2 or value.stride(1) != 1 or value.stride(0) * value.element_size() % ALIGNMENT:
         raise ArgumentError(
             f"{operation}: {name} has strides {list(value.stride())}; a tensor descriptor takes two dimensions, "

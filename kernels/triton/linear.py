@@ -1,16 +1,14 @@
-"""Dense products, and those of each head.
+"""Dense products, and products of each head with a matrix of its own.
 
-Where the outputs are too narrow to occupy a card, k is cut in parts (heuristics.parts): each is a chain of products
-that begins at zero, and the parts are added in order, in fp32.
+Where the outputs are too narrow to occupy a card, k is cut into parts (heuristics.narrow): each is a chain of
+products that begins at zero, and the parts are added in order, in fp32.
 
-    few tokens     a program for each part writes its chain to parts [P,T,N]; `_sum_parts` adds them up
-    many tokens    one program computes the parts one after another, and adds up each as it is done
+    few tokens     a program for each part writes its sum to parts [P,T,N]; `_sum_parts` adds them up
+    many tokens    one program computes the parts one after another, and adds each to the total
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -22,12 +20,12 @@ from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.triton.activations import empty_rows, quantise_rows, scale_types, store_tile
-from cierzo.kernels.triton.heuristics import APART_TOKENS, MULTIPROCESSORS, Parts, Tile, narrow, reading, tile
+from cierzo.kernels.triton.heuristics import MULTIPROCESSORS, Parts, Tile, narrow, reading, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 
 SUM_BLOCK = 512  # outputs of a token that one program adds up
-TOGETHER = tl.constexpr(8)  # tiles of tokens whose programs follow each other, so that they share weights in L2
+TOGETHER = tl.constexpr(8)  # tiles of tokens with consecutive programs, which then share weights in L2
 
 
 @kernel
@@ -41,10 +39,10 @@ def _linear(
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """out[t, head] = x[t, head] @ weight[head]^T, then COPIED values of x, those that follow its first K. x and out
-    may be e4m3, each with scales of its rows: of x the quantised rows, of out by *static_ptr.
+    """out[t, head] = x[t, head] @ weight[head]^T, followed by the COPIED values of x that follow its first K.
 
-    APART: out is parts [P,T,N], of which the third index of the program is P's."""
+    e4m3 x has a scale for each row; e4m3 out is quantised by the static scale *static_ptr, and gets that as the
+    scale of its rows. APART: out is parts [P,T,N], and the third index of the program is the part."""
     N: tl.constexpr = ROWS // 2 if PAIRED else ROWS
     head = tl.program_id(1).to(tl.int64)
     tile_n, tile_t = _tile(tl.program_id(0), tokens, N, BLOCK_N, BLOCK_T)
@@ -90,7 +88,8 @@ def _linear(
 
 @kernel
 def _tile(program, tokens, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Which of the tiles is this program's: TOGETHER tiles of tokens by all tiles of outputs, then the next."""
+    """(tile of outputs, tile of tokens) of a program: all tiles of outputs for TOGETHER tiles of tokens, then for
+    the next ones."""
     across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # tl.cdiv of constants is none before Triton 3.9
     down = tl.cdiv(tokens, BLOCK_T)
     first = program // (TOGETHER * across) * TOGETHER
@@ -101,7 +100,7 @@ def _tile(program, tokens, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.c
 
 @kernel
 def _sum_parts(parts_ptr, out_ptr, tokens, N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[t] = the sum of parts[p,t], fp32, in the order of p: as `_linear` adds them that has them all."""
+    """out[t] = the sum of parts[p,t], fp32, in the order of p, as `_linear` adds parts that are not apart."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < N
@@ -129,7 +128,8 @@ def gated_mlp(x: Rows, gate_up: Matrix, down: Matrix) -> Tensor:
 
 
 def gated_mlp_into(x: Rows, gate_up: Matrix, down: Matrix, out: Tensor) -> Tensor:
-    """gated_mlp, written to rows of out. By a static scale, the first product writes what the second takes."""
+    """gated_mlp, written to rows of out. With a static scale, the first product writes the codes that the second
+    reads."""
     static, inner = static_scales(down), _empty(x, down.shape[1])
     if static is None:
         _multiply("gated_mlp", x, gate_up, inner, paired=True)
@@ -165,7 +165,7 @@ def _multiply(
     static: Tensor | None = None,
     out_scales: Tensor | None = None,
 ) -> Tensor:
-    """static, out_scales: of an e4m3 out, the scale that it is made by and the rows' copies of it."""
+    """out = x @ matrix^T. static, out_scales: for e4m3 out, the scale to quantise by, and the rows' scales."""
     weights = Weights.of(operation, matrix)
     tokens = x.shape[0]
     if isinstance(x, Tensor) and takes_fp8(matrix):
@@ -177,11 +177,11 @@ def _multiply(
     strides = row_stride(operation, "x", x), x.stride(1) if by_heads else 0
     out_strides = out.stride(0) if tokens != 1 else out[0].numel(), out.stride(1) if by_heads else 0
     chosen, cut = tile(weights, POINTER[x.dtype], paired, tokens), Parts(1, weights.k)
-    if not (paired or by_heads):  # those are wide, or many
+    if not (paired or by_heads):  # gate and up are wide, and heads are many
         chosen, cut = narrow(weights, chosen, tokens, multiprocessors(x.device))
     if not by_heads:
         chosen = reading(chosen, weights, tokens, strides[0] * x.element_size())
-    # Made anew in each call: torch keeps what a recorded graph uses in the graph's own pool.
+    # Allocated in each call: torch keeps the memory of a captured graph in the graph's own pool.
     target = out.new_empty(cut.count, *out.shape, dtype=torch.float32) if cut.apart else out
     types = POINTER[x.dtype], POINTER[target.dtype]
     configuration = linear_configuration(types, weights, chosen, strides, out_strides, paired, copied, cut)
@@ -201,7 +201,7 @@ def _multiply(
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the card; in the interpreter, of the one that the kernels are compiled for."""
+    """Multiprocessors of the card; in the interpreter, of the card that kernels are compiled for."""
     if device.type != "cuda":
         return MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -217,7 +217,7 @@ def linear_configuration(
     copied: int = 0,
     cut: Parts | None = None,
 ) -> Configuration:
-    """types: of x and of the result, or of its parts. strides: of a token and of a head, in values."""
+    """types: of x, and of the result or its parts. strides, out_strides: of a token and of a head, in values."""
     scaled = {**scale_types(["x_scales_ptr"], types[0]), **scale_types(["static_ptr", "out_scales_ptr"], types[1])}
     return Configuration(
         _linear,
@@ -245,63 +245,6 @@ def linear_configuration(
 
 
 def sum_configuration(pointer: str, outputs: int, count: int) -> Configuration:
-    """pointer: of the result."""
+    """pointer: to the result, such as "*bf16"."""
     types = {"parts_ptr": "*fp32", "out_ptr": pointer, "tokens": "i32"}
     return Configuration(_sum_parts, types, {"N": outputs, "PARTS": count, "BLOCK": SUM_BLOCK})
-
-
-# Where Small 4 and Small 3 multiply: (model, operation, outputs, k)
-SIZES = (
-    ("small4", "q_kv_down", 1344, 4096),
-    ("small4", "q_up", 4096, 1024),
-    ("small4", "o_proj", 4096, 4096),
-    ("small4", "shared_gate_up", 4096, 4096),
-    ("small4", "lm_head", 131072, 4096),
-    ("small3", "qkv", 6144, 5120),
-    ("small3", "o_proj", 5120, 4096),
-    ("small3", "gate_up", 65536, 5120),
-    ("small3", "down", 5120, 32768),
-    ("small3", "lm_head", 131072, 5120),
-)
-
-
-def configurations() -> Iterator[tuple[str, Configuration]]:
-    """What serving Small 4 and Small 3 launches here, by model, operation and format."""
-    for format, of_x in (("bf16", "bf16"), ("fp8", "bf16"), ("nvfp4", "bf16"), ("fp8", "fp8")):
-        for model, name, outputs, k in SIZES:
-            if name == "lm_head" and format != "bf16":
-                continue  # no published checkpoint quantises it
-            paired = name.endswith("gate_up")
-            weights = Weights.stored(format, outputs, k)
-            in_fp8 = of_x == "fp8"
-            types = "*fp8e4nv" if in_fp8 else "*bf16", "*fp32" if name == "lm_head" else "*bf16"
-            strides = [(k, 0), (outputs // 2 if paired else outputs, 0)]
-            label = format + (" x fp8" if in_fp8 else "")
-            yield from _forms(f"{model} {name}", label, types, weights, strides, paired)
-            if in_fp8 and paired:
-                types = types[0], "*fp8e4nv"
-                yield from _forms(f"{model} {name}", f"{label}, static", types, weights, strides, paired)
-    absorb, unabsorb = Weights.stored("bf16", 256, 64), Weights.stored("bf16", 128, 256)
-    for name, weights, width, copied in (("absorb", absorb, 128, 64), ("unabsorb", unabsorb, 256, 0)):
-        out = weights.rows + copied
-        by_heads = (32 * width, width), (32 * out, out)
-        chosen = tile(weights, "*bf16", paired=False)
-        types = "*bf16", "*bf16"
-        yield f"small4 {name} bf16", linear_configuration(types, weights, chosen, *by_heads, copied=copied)
-
-
-def _forms(
-    name: str, format: str, types: tuple[str, str], weights: Weights, strides: list[tuple[int, int]], paired: bool
-) -> Iterator[tuple[str, Configuration]]:
-    """Of few tokens, where its parts are apart, and of many, read by pointers and through descriptors."""
-    wide = tile(weights, types[0], paired)
-    for tokens, described in ((1, False), (APART_TOKENS + 1, False), (APART_TOKENS + 1, True)):
-        chosen, cut = (wide, Parts(1, weights.k)) if paired else narrow(weights, wide, tokens)
-        if not cut.apart and tokens == 1:
-            continue
-        chosen = replace(chosen, described=described)
-        target = types[0], "*fp32" if cut.apart else types[1]
-        configuration = linear_configuration(target, weights, chosen, strides[0], strides[1], paired, 0, cut)
-        yield f"{name} {format}{', apart' if cut.apart else ''}{', TMA' if described else ''}", configuration
-        if cut.apart and format == "bf16":  # the same for all formats
-            yield f"{name}, sum of parts", sum_configuration(types[1], weights.rows, cut.count)

@@ -1,16 +1,16 @@
-"""Multi-head latent attention: generated tokens in absorbed form, prompt tokens in expanded form.
+"""Multi-head latent attention: decoding in absorbed form, prompts in expanded form.
 
 Absorbed: all heads share the key [latent | rope key] and the value latent, so a program holds many heads of a few
-query tokens, and a tile of tokens is read once: the latent's 256 columns are key and value both. The key's R + P =
-320 columns are two products of 256 and 64, since a tile's sides are powers of two. Sequences that begin with the
-same blocks share programs (prefix.py).
+query tokens, and reads a tile of tokens once: the latent's 256 columns are both key and value. The R + P = 320
+columns of a key are two products of 256 and 64, since the sides of a tile are powers of two. Sequences that begin
+with the same blocks share programs (prefix.py).
 
-Expanded: the context's latents become every head's keys and values in a workspace (flash.py), a stretch at a time.
+Expanded: the latents of the context become keys and values of every head in a workspace (flash.py), one stretch at
+a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import cast
 
 import triton.language as tl
@@ -20,29 +20,17 @@ from cierzo.kernels import check
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton import split
-from cierzo.kernels.triton.expand import expand, expand_configuration
-from cierzo.kernels.triton.flash import Flash, Operands, flash_configuration, gather, gather_configuration, rounds
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.paged import (
-    BLOCK_TOKENS,
-    LOG2_E,
-    NOPE,
-    PAGES,
-    RANK,
-    ROPE,
-    SMALL4_HEADS,
-    VALUE,
-    load_tile,
-    page_rows,
-    require_pages,
-    tile_width,
-    value_bits,
-)
-from cierzo.kernels.triton.prefix import guests, lent, prefixes, prefixes_configuration
-from cierzo.kernels.triton.split import Partials, Shape, round_items, split_start
+from cierzo.kernels.triton.expand import expand
+from cierzo.kernels.triton.flash import Flash, Operands, gather, rounds
+from cierzo.kernels.triton.launch import POINTER, Configuration, kernel
+from cierzo.kernels.triton.paged import load_tile, page_rows, require_attention, tile_width, value_bits
+from cierzo.kernels.triton.prefix import guests, lent, prefixes
+from cierzo.kernels.triton.softmax import LOG2_E, masked, softmax_step
+from cierzo.kernels.triton.split import Shape, load_item, round_items, store_partial
 
-# Tokens of a tile (a split is a multiple of it) and tiles under way, by the bits of a cached value: what lets two
-# programs of 64 rows share a multiprocessor's memory, so that one's softmax hides behind the other's products.
+# Bits of a cached value -> tokens of a tile (a split is a multiple of them), and stages of the pipeline. Two
+# programs of 64 rows then fit into the memory of a multiprocessor: the softmax of one hides behind the products of
+# the other.
 TILES = {8: (64, 2), 16: (32, 3), 32: (32, 2)}
 
 
@@ -61,24 +49,16 @@ def _mla_attend(
         query_starts_ptr, firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
         SHORT, SHORTS, LONG, 0,
     )  # fmt: skip
-    item = begin + slot
-    if item >= end:
+    if begin + slot >= end:
         return
-    segment = tl.load(items_ptr + item * 4)
-    first_row = tl.load(items_ptr + item * 4 + 1)
-    split = tl.load(items_ptr + item * 4 + 2)
-    start = tl.load(query_starts_ptr + segment)
-    length = tl.load(query_starts_ptr + segment + 1) - start
-    context = tl.load(context_lengths_ptr + segment)
-    last_token = tl.minimum(first_row + ROWS - 1, length * H - 1) // H
-    begin = split_start(split, SHORT, SHORTS, LONG)
-    end = tl.minimum(split_start(split + 1, SHORT, SHORTS, LONG), context - length + last_token + 1)
+    segment, first_row, start, length, context, begin, end, split_end = load_item(
+        items_ptr, begin + slot, query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
+    )
     if begin >= end:  # no row of this tile sees so far
         return
-    split_end = split_start(split + 1, SHORT, SHORTS, LONG)
     if TOGETHER > 1:  # noqa: SIM102 (decided when it is compiled)
         if lent(mates_ptr, segment, segment_start, split_end):
-            return  # its leader's program has these rows
+            return  # these rows are in the leader's tile
 
     dtype = q_ptr.dtype.element_ty
     rows = first_row + tl.arange(0, ROWS)
@@ -109,67 +89,33 @@ def _mla_attend(
         ropes = load_tile(pages_ptr + R, page_row, live, rope_columns, R + P, P, BLOCK_P).to(dtype)
         scores = tl.dot(q_latent, latents.T, input_precision="ieee")
         scores = tl.dot(q_rope, ropes.T, scores, input_precision="ieee") * factor
-        scores = tl.where(positions[None, :] < sees[:, None], scores, float("-inf"))
-        peak = tl.maximum(largest, tl.max(scores, 1))
-        base = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has seen nothing yet
-        weights = tl.exp2(scores - base[:, None])
-        fade = tl.exp2(largest - base)
-        total = total * fade + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(dtype), latents, acc * fade[:, None], input_precision="ieee")
-        largest = peak
-
-    out = slot.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    tl.store(maxima_ptr + out, largest, mask=inside)
-    tl.store(sums_ptr + out, total, mask=inside)
-    stored = inside[:, None]
-    if R < BLOCK_R:
-        stored = stored & (latent_columns < R)[None, :]
-    tl.store(partials_ptr + out[:, None] * R + latent_columns[None, :], acc, mask=stored)
+        scores = masked(scores, positions, sees, 0)
+        acc, largest, total = softmax_step(scores, latents, acc, largest, total, True)
+    place = slot.to(tl.int64)
+    store_partial(partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, ROWS, R, BLOCK_R)
 
 
 def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, rank: int) -> Tensor:
     """See ops/attention.py. Pages of q's dtype or of float8_e4m3fn."""
-    require_pages("mla_decode", pages=pages)
-    check.require("mla_decode", q.stride(2) == 1, f"the values of a head must be contiguous, strides {q.stride()}")
+    require_attention("mla_decode", q, pages=pages)
     num_rows, heads, width = q.shape
-    out = q.new_empty(num_rows, heads, rank)
     shape = Shape(kv_heads=1, group=heads, width=rank)
-    plan = split.plan(queries, shape, num_rows)
-    partials = Partials.empty(plan, shape)
     together = shape.rows // heads
     mates = prefixes(queries, pages.shape[1], together)
-    strides = (q.stride(0), q.stride(1))
     configuration = decode_configuration(
         POINTER[q.dtype],
         POINTER[pages.dtype],
         shape,
         width - rank,
         pages.shape[1],
-        strides,
+        (q.stride(0), q.stride(1)),
         together if mates else 1,
     )
-    for part in plan.rounds:
-        launch(
-            configuration,
-            (part.capacity,),
-            q_ptr=q,
-            pages_ptr=pages,
-            query_starts_ptr=queries.query_starts,
-            context_lengths_ptr=queries.context_lengths,
-            table_rows_ptr=queries.table_rows,
-            tables_ptr=queries.block_tables,
-            items_ptr=plan.items,
-            firsts_ptr=plan.firsts,
-            mates_ptr=mates.mates if mates else plan.firsts,  # without them neither is read
-            members_ptr=mates.members if mates else plan.firsts,
-            partials_ptr=partials.values,
-            maxima_ptr=partials.maxima,
-            sums_ptr=partials.sums,
-            table_stride=queries.block_tables.stride(0),
-            factor=scale * LOG2_E,
-            **part.arguments(),
-        )
-        split.combine(out, partials, queries, plan, shape, part, mates=mates)
+    out = q.new_empty(num_rows, heads, rank)
+    # Without mates their tables are not read.
+    tables = (mates.mates, mates.members) if mates else (queries.query_starts, queries.query_starts)
+    arguments = {"q_ptr": q, "pages_ptr": pages, "mates_ptr": tables[0], "members_ptr": tables[1]}
+    split.decode(configuration, out, queries, shape, scale, mates=mates, **arguments)
     return out
 
 
@@ -180,8 +126,7 @@ def mla_prefill(
 
     The workspace holds the keys and values of flash.WORKSPACE_TOKENS tokens at a time.
     """
-    require_pages("mla_prefill", pages=pages)
-    check.require("mla_prefill", q.stride(2) == 1, f"the values of a head must be contiguous, strides {q.stride()}")
+    require_attention("mla_prefill", q, pages=pages)
     weights = []
     for name, weight in (("w_uk", w_uk), ("w_uv", w_uv)):
         check.require("mla_prefill", isinstance(weight, Tensor), f"{name} is packed; on a GPU it must be a tensor")
@@ -205,19 +150,9 @@ def decode_configuration(
     strides: tuple[int, int],
     together: int = 1,
 ) -> Configuration:
-    """pointer, pages: of the queries and of the pages, such as "*bf16"; strides: of q's tokens and heads; together:
-    sequences that may share a program."""
-    tables = (
-        *("query_starts_ptr", "context_lengths_ptr", "table_rows_ptr", "tables_ptr", "items_ptr", "firsts_ptr"),
-        *("mates_ptr", "members_ptr"),
-    )
-    types = (
-        {"q_ptr": pointer, "pages_ptr": pages}
-        | dict.fromkeys(tables, "*i32")
-        | dict.fromkeys(("partials_ptr", "maxima_ptr", "sums_ptr"), "*fp32")
-        | dict.fromkeys(("segment_start", "segment_end", "tile_start", "tile_end", "table_stride"), "i32")
-        | {"factor": "fp32"}
-    )
+    """pointer, pages: to queries and to pages, such as "*bf16". strides: of q's tokens and heads, in values.
+    together: sequences that may share a program."""
+    types = {"q_ptr": pointer, "pages_ptr": pages, "mates_ptr": "*i32", "members_ptr": "*i32", **split.ATTEND_TYPES}
     tokens, stages = TILES[value_bits(pages)]
     constants = {
         "H": shape.group,
@@ -234,33 +169,3 @@ def decode_configuration(
         "TOGETHER": together,
     }
     return Configuration(_mla_attend, types, constants, num_warps=4, num_stages=stages)
-
-
-def configurations() -> Iterator[tuple[str, Configuration]]:
-    """Of Small 4 and its shards."""
-    for heads in SMALL4_HEADS:
-        shape = Shape(kv_heads=1, group=heads, width=RANK)
-        strides, together = (heads * (RANK + ROPE), RANK + ROPE), shape.rows // heads
-        for kind, pages in PAGES.items():
-            for name, sequences in (("", 1), (", prefixes", together)):
-                attend = decode_configuration("*bf16", pages, shape, ROPE, BLOCK_TOKENS, strides, sequences)
-                yield f"mla_decode {heads} heads, {kind} pages{name}", attend
-        yield f"mla_decode {heads} heads, find prefixes", prefixes_configuration(BLOCK_TOKENS, together)
-        yield f"mla_decode {heads} heads, plan", split.plan_configuration(shape)
-        for name, sequences in (("", 1), (", prefixes", together)):
-            combine = split.combine_configuration("*bf16", shape, together=sequences)
-            yield f"mla_decode {heads} heads, combine{name}", combine
-        for name, width in (("keys", NOPE), ("values", VALUE)):
-            yield (
-                f"mla_prefill {heads} heads, expand {name}",
-                expand_configuration("*bf16", RANK, heads * width, RANK + ROPE),
-            )
-        for carried in (False, True):
-            widths, strides = (NOPE, ROPE, VALUE), (heads * (NOPE + ROPE), NOPE + ROPE)
-            yield (
-                f"mla_prefill {heads} heads, flash" + (", carried" if carried else ""),
-                flash_configuration("*bf16", (heads, heads), widths, strides, (RANK + ROPE, RANK), carried),
-            )
-    for kind, pages in PAGES.items():
-        gathered = gather_configuration("*bf16", pages, 1, RANK + ROPE, RANK, False, BLOCK_TOKENS)
-        yield f"mla_prefill gather, {kind} pages", gathered

@@ -1,24 +1,22 @@
-"""The experts of a layer in three launches: gate, up and their product; down; the sum over a token's slots.
+"""Experts of a layer in three launches: gate, up and their product; down; the sum over a token's slots.
 
-The pairs of tokens and slots are sorted by expert, and the shared expert's tokens stand behind them:
+The pairs of tokens and slots are sorted by expert; the tokens of the shared expert follow:
 
     row      0 .. T*K - 1                      T*K .. T*K + T - 1
              pair order[row], by expert        token row - T*K, the shared expert
 
     inner [T*K + T, F]    in that order: written by the first launch, read by the second
-    outputs [T*K + T, D]  row token * K + slot, so that the third finds a token's slots side by side
+    outputs [T*K + T, D]  row token * K + slot: the slots of a token, which the third launch adds, are contiguous
 
-Experts that take their activations in FP8 get them so: `x` in that order, by a kernel before the first launch, and
-`inner` from the first launch, where the scales are static, or by a kernel before the second.
+For experts that take their activations in FP8, a kernel before the first launch quantises `x` into that order.
+`inner` is quantised by the first launch if its scales are static, else by a kernel before the second.
 
-Each launch has a program for every tile of rows that there could be, for the host does not know how many tokens an
-expert has; a program finds its expert and its rows in `starts`, and those past the last tile return at once.
+Each launch has a program for every tile of rows that there could be, since the host does not know how many tokens
+an expert has. A program finds its expert and its rows in `starts`; programs past the last tile return at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import triton
@@ -27,22 +25,33 @@ from torch import Tensor
 
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
-from cierzo.kernels.triton.activations import empty_rows, quantise_pairs, quantise_rows, scale_types, store_tile
+from cierzo.kernels.triton.activations import (
+    empty_rows,
+    pair_of,
+    quantise_pairs,
+    quantise_rows,
+    scale_types,
+    store_tile,
+    token_of,
+)
 from cierzo.kernels.triton.heuristics import Tile, reading, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.linear import gated_mlp_into
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 
-SUM_BLOCK = 1024  # values of a token's output that one program of the third launch adds up
+SUM_BLOCK = 1024  # values of a token's output for one program of the third launch
 
 
 @kernel
-def _expert_rows(
-    starts_ptr, tokens, tile_t,
-    E: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, BLOCK_T: tl.constexpr,
+def _expert_tile(
+    starts_ptr, tokens,
+    E: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The expert of a tile, its first row and the end of its expert's rows, int64; an expert past E (or past the
-    shared one, number E): there is no such tile."""
+    """The tile of this program: its expert, first row and the end of that expert's rows, int64; its first of N
+    outputs. The shared expert is number E. A program without a tile gets the number past the last expert."""
+    across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile_t = tl.program_id(0) // across
     expert = tl.arange(0, LANES)
     first = tl.load(starts_ptr + expert, mask=expert < E, other=0)
     last = tl.load(starts_ptr + expert + 1, mask=expert < E, other=0)
@@ -55,7 +64,37 @@ def _expert_rows(
     found = tl.sum((ends <= tile_t).to(tl.int64), 0)  # experts that end before the tile
     before = tl.sum(tl.where(expert < found, tiles, 0), 0)
     start = tl.sum(tl.where(expert == found, first, 0), 0) + (tile_t - before) * BLOCK_T
-    return found, start, tl.sum(tl.where(expert == found, last, 0), 0)
+    end = tl.sum(tl.where(expert == found, last, 0), 0)
+    return found, start, end, tl.program_id(0) % across * BLOCK_N
+
+
+@kernel
+def _expert_product(
+    x_ptr, x_rows, x_scales_ptr, rows, inside, expert, n_start,
+    codes_ptr, scales_ptr, row_scales_ptr, shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr,
+    PAIRED: tl.constexpr, DESCRIBED: tl.constexpr, X_DESCRIBED: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr,
+    FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
+):  # fmt: skip
+    """The product of a tile's rows with the matrix of its expert, number E of which is the shared one: `product`,
+    but for x_scales_ptr, the scales of e4m3 x in the order of `rows`; else None."""
+    if SHARED:  # noqa: SIM102 (joined, the rest would be compiled without a shared expert too)
+        if expert == E:
+            expert = expert * 0
+            codes_ptr = shared_codes_ptr
+            if FORMAT != "plain":
+                scales_ptr = shared_scales_ptr
+            if FORMAT == "nvfp4":
+                row_scales_ptr = shared_row_scales_ptr
+    x_scales = None
+    if x_scales_ptr is not None:
+        x_scales = tl.load(x_scales_ptr + rows, mask=inside, other=0.0)
+    return product(
+        x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, n_start, 0, K,
+        PAIRED, DESCRIBED, X_DESCRIBED,
+        FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
+    )  # fmt: skip
 
 
 @kernel
@@ -70,47 +109,32 @@ def _expert_gate_up(
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """inner[row] = silu(gate) * up of the row's token. e4m3 x lies in the order of rows, with a scale each; e4m3
-    inner is made by the scale of its expert, static_ptr[expert]."""
+    inner is quantised by the static scale of its expert, static_ptr[expert]."""
     F: tl.constexpr = ROWS // 2
-    across: tl.constexpr = tl.cdiv(F, BLOCK_N)
-    tile_t = tl.program_id(0) // across
-    expert, start, end = _expert_rows(starts_ptr, tokens, tile_t, E, LANES, SLOTS, SHARED, BLOCK_T)
+    expert, start, end, n_start = _expert_tile(starts_ptr, tokens, E, LANES, SLOTS, SHARED, F, BLOCK_N, BLOCK_T)
     if expert >= E + SHARED:
         return
-    if SHARED:  # noqa: SIM102 (joined, the rest would be compiled without a shared expert too)
-        if expert == E:
-            expert = expert * 0
-            codes_ptr = shared_codes_ptr
-            if FORMAT != "plain":
-                scales_ptr = shared_scales_ptr
-            if FORMAT == "nvfp4":
-                row_scales_ptr = shared_row_scales_ptr
-            if static_ptr is not None:
-                static_ptr = shared_static_ptr
     rows = start + tl.arange(0, BLOCK_T)
     inside = rows < end
-    x_scales = None
     if x_scales_ptr is not None:
         x_rows = start.to(tl.int32) if DESCRIBED else rows * X_STRIDE
-        x_scales = tl.load(x_scales_ptr + rows, mask=inside, other=0.0)
     else:
-        pairs = tokens.to(tl.int64) * SLOTS
-        pair = tl.load(order_ptr + rows, mask=inside & (rows < pairs), other=0)
-        token = tl.where(rows < pairs, pair // SLOTS, rows - pairs)
-        x_rows = token * X_STRIDE
-    n_start = tl.program_id(0) % across * BLOCK_N
-    outputs = n_start + tl.arange(0, BLOCK_N)
+        x_rows = token_of(order_ptr, rows, inside, tokens, SLOTS) * X_STRIDE
     X_DESCRIBED: tl.constexpr = DESCRIBED and x_scales_ptr is not None
-    total = product(
-        x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, n_start, 0, K,
-        True, DESCRIBED, X_DESCRIBED,
+    total = _expert_product(
+        x_ptr, x_rows, x_scales_ptr, rows, inside, expert, n_start,
+        codes_ptr, scales_ptr, row_scales_ptr, shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr,
+        True, DESCRIBED, X_DESCRIBED, E, SHARED,
         FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
     )  # fmt: skip
-    mask = inside[:, None] & (outputs < F)[None, :]
     if static_ptr is not None:
         static_ptr += expert
-    first = tl.program_id(0) % across == 0
-    store_tile(total, inner_ptr, rows * F, outputs, mask, static_ptr, inner_scales_ptr, rows, inside, first)
+        if SHARED:  # noqa: SIM102 (as in _expert_product)
+            if expert == E:
+                static_ptr = shared_static_ptr
+    outputs = n_start + tl.arange(0, BLOCK_N)
+    mask = inside[:, None] & (outputs < F)[None, :]
+    store_tile(total, inner_ptr, rows * F, outputs, mask, static_ptr, inner_scales_ptr, rows, inside, n_start == 0)
 
 
 @kernel
@@ -124,35 +148,20 @@ def _expert_down(
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """outputs[pair of row] = inner[row] @ down^T."""
-    across: tl.constexpr = tl.cdiv(ROWS, BLOCK_N)
-    tile_t = tl.program_id(0) // across
-    expert, start, end = _expert_rows(starts_ptr, tokens, tile_t, E, LANES, SLOTS, SHARED, BLOCK_T)
+    expert, start, end, n_start = _expert_tile(starts_ptr, tokens, E, LANES, SLOTS, SHARED, ROWS, BLOCK_N, BLOCK_T)
     if expert >= E + SHARED:
         return
-    if SHARED:  # noqa: SIM102 (joined, the rest would be compiled without a shared expert too)
-        if expert == E:
-            expert = expert * 0
-            codes_ptr = shared_codes_ptr
-            if FORMAT != "plain":
-                scales_ptr = shared_scales_ptr
-            if FORMAT == "nvfp4":
-                row_scales_ptr = shared_row_scales_ptr
     rows = start + tl.arange(0, BLOCK_T)
     inside = rows < end
-    n_start = tl.program_id(0) % across * BLOCK_N
-    outputs = n_start + tl.arange(0, BLOCK_N)
     read = start.to(tl.int32) if DESCRIBED else rows * K
-    x_scales = None
-    if inner_scales_ptr is not None:
-        x_scales = tl.load(inner_scales_ptr + rows, mask=inside, other=0.0)
-    total = product(
-        inner_ptr, read, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, expert, n_start, 0, K,
-        False, DESCRIBED, DESCRIBED,
+    total = _expert_product(
+        inner_ptr, read, inner_scales_ptr, rows, inside, expert, n_start,
+        codes_ptr, scales_ptr, row_scales_ptr, shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr,
+        False, DESCRIBED, DESCRIBED, E, SHARED,
         FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
     )  # fmt: skip
-    pairs = tokens.to(tl.int64) * SLOTS
-    pair = tl.load(order_ptr + rows, mask=inside & (rows < pairs), other=0)
-    out_rows = tl.where(rows < pairs, pair, rows)
+    out_rows = pair_of(order_ptr, rows, inside, tokens, SLOTS)
+    outputs = n_start + tl.arange(0, BLOCK_N)
     mask = inside[:, None] & (outputs < ROWS)[None, :]
     pointers = outputs_ptr + out_rows[:, None] * ROWS + outputs[None, :]
     tl.store(pointers, total.to(outputs_ptr.dtype.element_ty), mask=mask)
@@ -163,7 +172,7 @@ def _sum_slots(
     outputs_ptr, weights_ptr, out_ptr, tokens,
     D: tl.constexpr, SLOTS: tl.constexpr, WITH_SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[token] = the sum of weight * output over its slots, in their order; the shared expert's output last."""
+    """out[token] = the sum of weight * output over its slots in order, then the shared expert's output."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
@@ -188,8 +197,8 @@ def expert_mlp(
     shared_gate_up: Matrix | None,
     shared_down: Matrix | None,
 ) -> Tensor:
-    """See ops/moe.py. A shared expert of the same width and format as the others is one more group of their
-    launches; another one has launches of its own."""
+    """See ops/moe.py. A shared expert of the same width and format as the others is one more expert in their
+    launches; any other has launches of its own."""
     tokens, slots = weights.shape
     width, inner_width, experts = x.shape[1], down.shape[2], down.shape[0]
     up_weights, down_weights = Weights.of("expert_mlp", gate_up), Weights.of("expert_mlp", down)
@@ -220,7 +229,7 @@ def expert_mlp(
     types = POINTER[first["x_ptr"].dtype], POINTER[first["inner_ptr"].dtype]
     chosen = tile(up_weights, types[0], True, pairs // experts)
     stride = row_stride("expert_mlp", "x", first["x_ptr"])
-    # Codes of rows lie in the order of the pairs; other rows of x are scattered, and read by pointers.
+    # Quantised rows lie in the order of the pairs; other rows of x are scattered, and read by pointers.
     chosen = reading(chosen, up_weights, tokens, 0 if isinstance(rows, Tensor) else stride)
     configuration = gate_up_configuration(types, up_weights, chosen, experts, slots, together, stride)
     run(configuration, chosen, inner_width, first, gate_up, shared_gate_up)
@@ -242,14 +251,14 @@ def expert_mlp(
 
 
 def most_tiles(tokens: int, slots: int, experts: int, block_t: int, shared: bool) -> int:
-    """How many tiles the rows can make at most, however the tokens choose."""
+    """Largest number of tiles of rows, whichever experts the tokens choose."""
     pairs = tokens * slots
     used = min(experts, pairs)
     return used + (pairs - used) // block_t + (triton.cdiv(tokens, block_t) if shared else 0)
 
 
 def _alike(matrix: Matrix, shared: Matrix | None) -> bool:
-    """Whether one kernel reads both: the shared expert's strides matter only within it."""
+    """Whether one kernel reads both matrices; the expert stride of the shared one does not matter."""
     if shared is None:
         return False
     one, other = Weights.of("expert_mlp", matrix), Weights.of("expert_mlp", shared)
@@ -260,14 +269,14 @@ def _alike(matrix: Matrix, shared: Matrix | None) -> bool:
 
 
 def _operand(name: str, rows: Rows) -> dict[str, Tensor]:
-    """The pointers of rows that are read or written."""
+    """Arguments for rows that a kernel reads or writes."""
     if isinstance(rows, Tensor):
         return {f"{name}_ptr": rows}
     return {f"{name}_ptr": rows.codes, f"{name}_scales_ptr": rows.scales}
 
 
 def _static(matrix: Matrix | None, prefix: str = "") -> dict[str, Tensor]:
-    """The static scales of a matrix's activations, if it has any."""
+    """Argument for the static scales of a matrix's activations, if it has any."""
     scales = static_scales(matrix)
     return {} if scales is None else {f"{prefix}static_ptr": scales}
 
@@ -281,7 +290,7 @@ def gate_up_configuration(
     shared: bool,
     stride: int,
 ) -> Configuration:
-    """pointers_of: x and inner, "*fp8e4nv" if they are codes. stride: of x's rows."""
+    """pointers_of: to x and to inner, "*fp8e4nv" for codes. stride: of the rows of x, in values."""
     types = {"x_ptr": pointers_of[0], **scale_types(["x_scales_ptr"], pointers_of[0]), "inner_ptr": pointers_of[1]}
     written = ("static_ptr", "shared_static_ptr", "inner_scales_ptr")
     wanted = [name for name in written if shared or not name.startswith("shared")]
@@ -295,7 +304,7 @@ def gate_up_configuration(
 def down_configuration(
     pointers_of: tuple[str, str], weights: Weights, chosen: Tile, experts: int, slots: int, shared: bool
 ) -> Configuration:
-    """pointers_of: inner, "*fp8e4nv" if it is codes, and outputs."""
+    """pointers_of: to inner, "*fp8e4nv" for codes, and to outputs."""
     scales = scale_types(["inner_scales_ptr"], pointers_of[0])
     types = {"inner_ptr": pointers_of[0], **scales, "outputs_ptr": pointers_of[1]}
     missing: dict[str, Any] = {} if scales else {"inner_scales_ptr": None}
@@ -338,31 +347,8 @@ def _grouped(
 
 
 def sum_configuration(pointer: str, width: int, slots: int, shared: bool) -> Configuration:
-    """pointer: of the activations."""
+    """pointer: to the activations, such as "*bf16"."""
     types = {"outputs_ptr": pointer, "weights_ptr": "*fp32", "out_ptr": pointer, "tokens": "i32"}
     block = min(SUM_BLOCK, triton.next_power_of_2(width))
     constants = {"D": width, "SLOTS": slots, "WITH_SHARED": shared, "BLOCK": block}
     return Configuration(_sum_slots, types, constants, num_warps=4)
-
-
-def configurations() -> Iterator[tuple[str, Configuration]]:
-    """What serving Small 4 launches here, by format."""
-    width, inner_width, experts, slots = 4096, 2048, 128, 4
-    for format in ("bf16", "fp8", "nvfp4"):
-        # fp8: a scale an expert for the rows of gate and of up
-        up = Weights.stored(format, 2 * inner_width, width, (inner_width, width))
-        down = Weights.stored(format, width, inner_width, (width, inner_width))
-        for of_rows, kind in (("*bf16", ""), ("*fp8e4nv", " x fp8"), ("*fp8e4nv", " x fp8, static")):
-            if kind and format != "fp8":
-                continue
-            for form in ("", ", TMA"):
-                chosen = replace(tile(up, of_rows, paired=True), described=bool(form))
-                types = of_rows, "*fp8e4nv" if kind.endswith("static") else "*bf16"
-                configuration = gate_up_configuration(types, up, chosen, experts, slots, True, width)
-                yield f"small4 expert_gate_up {format}{kind}{form}", configuration
-                if kind.endswith("static"):
-                    continue  # the same
-                chosen = replace(tile(down, of_rows, paired=False), described=bool(form))
-                configuration = down_configuration((of_rows, "*bf16"), down, chosen, experts, slots, True)
-                yield f"small4 expert_down {format}{kind}{form}", configuration
-    yield "small4 sum_slots bf16", sum_configuration("*bf16", width, slots, True)

@@ -1,4 +1,4 @@
-"""What the kernels over pages have in common: which pages they read, and the rows of a tile of tokens."""
+"""Shared by the kernels that read or write pages: argument checks, page addresses, loads of a tile."""
 
 from __future__ import annotations
 
@@ -9,23 +9,11 @@ from torch import Tensor
 from cierzo.kernels import check
 from cierzo.kernels.triton.launch import kernel
 
-LOG2_E = 1.4426950408889634  # softmax by exp2: the factor goes into the scale
 SUPPORTED = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
-
-# The sizes that each file's `configurations` are about: Small 4 and Small 3, and the
-# attention of gpt-oss, whole and in tensor-parallel shards.
-BLOCK_TOKENS = 32  # the cache's default
-PAGES = {"bf16": "*bf16", "fp8": "*fp8e4nv"}
-SMALL4_HEADS = (32, 16, 8, 4)
-RANK, ROPE, NOPE, VALUE = 256, 64, 64, 128
-SMALL3_HEADS = ((32, 8), (16, 4), (8, 2), (4, 1))
-SMALL3_WIDTH = 128
-GPT_OSS_HEADS = ((64, 8), (32, 4), (16, 2), (8, 1))
-GPT_OSS_WIDTH, GPT_OSS_WINDOW = 64, 128
 
 
 def require_pages(operation: str, **pages: Tensor) -> None:
-    """Raise ArgumentError for pages of a dtype that no kernel reads, and for those that are not contiguous."""
+    """Raise ArgumentError for pages of a dtype that no kernel reads, and for pages that are not contiguous."""
     for name, tensor in pages.items():
         known = ", ".join(str(dtype) for dtype in SUPPORTED)
         check.require(
@@ -34,21 +22,27 @@ def require_pages(operation: str, **pages: Tensor) -> None:
         check.require(operation, tensor.is_contiguous(), f"{name} {list(tensor.shape)} must be contiguous")
 
 
+def require_attention(operation: str, q: Tensor, **pages: Tensor) -> None:
+    """Raise ArgumentError for pages that no kernel reads, and for heads of q whose values are not contiguous."""
+    require_pages(operation, **pages)
+    check.require(operation, q.stride(2) == 1, f"the values of a head must be contiguous, strides {q.stride()}")
+
+
 def tile_width(width: int) -> int:
-    """Columns of a tile that holds `width` of them: a power of two that a product takes."""
+    """Columns of a tile that holds `width` columns: a power of two that a product takes."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def value_bits(pointer: str) -> int:
-    """Of what a pointer such as "*bf16" points to."""
+    """Bits of a value that a pointer such as "*bf16" points to."""
     return {"*fp8e4nv": 8, "*bf16": 16, "*fp16": 16, "*fp32": 32}[pointer]
 
 
 @kernel
 def page_rows(table_ptr, positions, live, S: tl.constexpr):
-    """Tokens of one sequence -> their rows in the pages, int64; row 0 for those that are not `live`.
+    """Positions of one sequence -> rows of the pages, int64; row 0 for positions that are not `live`.
 
-    table_ptr: the sequence's own row of the block tables. Nothing is read for a token that is not live.
+    table_ptr: the sequence's row of the block tables, which is not read for positions that are not live.
     """
     blocks = tl.load(table_ptr + positions // S, mask=live, other=0).to(tl.int64)
     return tl.where(live, blocks * S + positions % S, 0)
@@ -56,14 +50,8 @@ def page_rows(table_ptr, positions, live, S: tl.constexpr):
 
 @kernel
 def load_tile(pointer, rows, live, columns, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows, columns] of a matrix of rows STRIDE apart; what is not live, or past WIDTH columns, is 0."""
+    """Tile [rows, columns] of a matrix of rows STRIDE apart; rows not `live` and columns past WIDTH are 0."""
     inside = live[:, None]
     if WIDTH < BLOCK:
         inside = inside & (columns < WIDTH)[None, :]
     return tl.load(pointer + rows[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0)
-
-
-@kernel
-def sink_of(sinks_ptr, head):
-    """The logit of a query head's sink, as a power of two: what scores are when they meet exp2."""
-    return tl.load(sinks_ptr + head) * 1.4426950408889634  # LOG2_E

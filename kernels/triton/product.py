@@ -1,22 +1,22 @@
-"""A tile of x @ weight^T in any format: what the kernels that multiply by weights have in common.
+"""A tile of x @ weight^T, for weights in any format: the step that dense products and experts share.
 
-    x [tokens, K]        rows anywhere, values of a row side by side
+    x [tokens, K]        rows anywhere, values of a row contiguous
     weights [ROWS, K]    of one expert; `paired`: ROWS = 2F, gate above up, and the tile is silu(gate) * up
 
 One program computes BLOCK_T tokens times BLOCK_N outputs, and walks K, or a part of it, in steps of BLOCK_K, in
-order: an output is one chain of MMA instructions that other rows do not reach, or the sum of a few (linear.py).
-Weights become the activations' dtype in registers, without rounding where that is bf16 (formats/device.py); scales
-of whole rows multiply the finished sum, those of blocks of k the sum of their steps.
+order: an output is one chain of MMA instructions, or the sum of a few chains (linear.py), and no other row enters
+it. Weights are converted to the dtype of the activations in registers, without rounding if that is bf16
+(formats/device.py). Scales of whole rows multiply the finished sum, scales of blocks of k the sum of their steps.
 
-e4m3 activations (formats/activations.py) meet e4m3 weights as they are. Hopper's FP8 MMA adds up in fewer bits than
-fp32 has (some 14, by measurements that others published); so each step of BLOCK_K columns, 128, is a chain of its
-own, whose sum is added to the fp32 total: max_num_imprecise_acc, the same for every row, size and width of a tile.
+e4m3 activations (formats/activations.py) and e4m3 weights are multiplied without conversion. Hopper's FP8 MMA
+accumulates in fewer bits than fp32 has (about 14, by published measurements), so each step of BLOCK_K = 128 columns
+is a chain of its own, whose sum is added to the fp32 total (max_num_imprecise_acc), for every size of a tile alike.
 
-DESCRIBED: weights, and rows of x that lie side by side, are read through tensor descriptors, by Hopper's TMA: one
-thread asks for a tile, and addresses cost no registers. The values and their MMA instructions are the same.
+DESCRIBED: weights, and contiguous rows of x, are read through tensor descriptors, by Hopper's TMA: one thread
+requests a tile, and addresses take no registers. The values and their MMA instructions are the same.
 
-TOKENS_ON_M says which operand is which. The MMA of Hopper has 64 rows, M, and 8 to 256 columns, N: with weights on
-M a tile may have fewer than 64 tokens, down to 16.
+TOKENS_ON_M: which operand is on M. Hopper's MMA has 64 rows, M, and 8 to 256 columns, N: with weights on M a tile
+may have fewer than 64 tokens, down to 16.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from cierzo.kernels.formats.device import GROUP, DeviceMatrix
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.triton.launch import ALIGNMENT, POINTER, kernel
 
-E2M1_BIAS = tl.constexpr(2.0**126)  # between the exponents of e2m1 and of fp32
-LARGEST_MATRIX = 1 << 31  # weights of one expert, whose offsets are 32 bits wide
+E2M1_BIAS = tl.constexpr(2.0**126)  # from the exponent bias of e2m1 to that of fp32
+LARGEST_MATRIX = 1 << 31  # weights of one expert at most: their offsets are 32 bits wide
 
 
 @kernel
@@ -45,12 +45,12 @@ def product(
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BLOCK_T, BLOCK_N]. x_rows: int64 [BLOCK_T], where rows start, in values; rows that are not x_inside are
-    not read and count as zeros. x_scales: fp32 [BLOCK_T], of e4m3 rows; else None. n_start: the tile's first
-    output; those past the end mean nothing. expert: int64. k_start, k_end: the columns, from a whole step.
+    """The tile, fp32 [BLOCK_T, BLOCK_N], over k_start .. k_end - 1 of k; k_start is a multiple of BLOCK_K.
 
-    DESCRIBED: codes_ptr is a descriptor [experts * ROWS, K]. X_DESCRIBED: x_ptr is one, and x_rows the first row;
-    those that are not x_inside mean nothing."""
+    x_rows int64 [BLOCK_T]: where rows of x start, in values; rows that are not x_inside are not read and count as
+    zeros. x_scales fp32 [BLOCK_T]: scales of e4m3 rows; else None. expert: int64. n_start: the tile's first output;
+    outputs past the last one are undefined. DESCRIBED: codes_ptr is a descriptor [experts * ROWS, K]. X_DESCRIBED:
+    x_ptr is a descriptor and x_rows its first row; results of rows that are not x_inside are undefined."""
     TOTAL: tl.constexpr = ROWS // 2 if PAIRED else ROWS
     rows = tl.minimum(n_start + tl.arange(0, BLOCK_N), TOTAL - 1)
     row = expert.to(tl.int32) * ROWS + n_start  # of a descriptor
@@ -85,7 +85,7 @@ def product(
         up = _finished(second, scales_ptr, row_scales_ptr, rows + TOTAL, FORMAT, K, SCALE_N, SCALE_K, TOKENS_ON_M)
         if x_scales is not None:
             up *= x_scales[:, None]
-        decay = tl.exp(-tl.abs(result))  # of neither sign does it overflow
+        decay = tl.exp(-tl.abs(result))  # at most 1, so nothing overflows
         result = result * tl.where(result >= 0, 1.0, decay) / (1.0 + decay) * up
     return result
 
@@ -96,7 +96,7 @@ def _step(
     FORMAT: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
-    """The sum so far, plus the products of columns k .. k + BLOCK_K - 1. row: of a descriptor, rows' first."""
+    """Add the products of columns k .. k + BLOCK_K - 1 to `total`. row: the first of `rows`, for a descriptor."""
     if FORMAT == "nvfp4" or FORMAT == "mxfp4":
         weights = _four_bits(
             codes_ptr, scales_ptr, rows, row, k, DESCRIBED, FORMAT, K, ROW_STRIDE, SCALE_K, BLOCK_N, BLOCK_K
@@ -133,7 +133,7 @@ def _four_bits(
     FORMAT: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, GROUP_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Widened weights [BLOCK_N, BLOCK_K], fp32, without their rows' scales."""
+    """4-bit weights as fp32 [BLOCK_N, BLOCK_K], times the scales of their groups but not of their rows."""
     octets = k // 2 + tl.arange(0, BLOCK_K // 2)
     groups = k // GROUP_K + tl.arange(0, BLOCK_K // GROUP_K)
     if DESCRIBED:
@@ -160,15 +160,15 @@ def _four_bits(
 
 @kernel
 def e2m1(codes):
-    """uint8, of which the low four bits are a code -> fp32. Its exponent and mantissa are put where fp32 has its
-    own, which makes 0.5, e2m1's one subnormal number, subnormal too: a product with 2^126 corrects all alike."""
+    """The code in the low four bits of a uint8 -> fp32. Exponent and mantissa move to their places in fp32, where
+    0.5, the subnormal number of e2m1, becomes subnormal too: a product with 2^126 corrects all codes alike."""
     wide = codes.to(tl.uint32)
     return (((wide & 7) << 22) | ((wide & 8) << 28)).to(tl.float32, bitcast=True) * E2M1_BIAS
 
 
 @kernel
 def e8m0(scales):
-    """uint8 -> the fp32 power of two, 2^(scale - 127); 255 is NaN."""
+    """uint8 scale -> fp32, 2^(scale - 127); 255 is NaN."""
     wide = scales.to(tl.uint32)
     bits = tl.where(wide == 0, 0x00400000, tl.where(wide == 255, 0x7FC00000, wide << 23))
     return bits.to(tl.uint32).to(tl.float32, bitcast=True)
@@ -179,7 +179,7 @@ def _finished(
     total, scales_ptr, row_scales_ptr, rows,
     FORMAT: tl.constexpr, K: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
-    """Sums [BLOCK_T, BLOCK_N], with the scales that hold for all of k."""
+    """Sums as [BLOCK_T, BLOCK_N], times the scales of whole rows."""
     if not TOKENS_ON_M:
         total = tl.trans(total)
     if FORMAT == "fp8" and SCALE_K >= K:
@@ -191,10 +191,10 @@ def _finished(
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """How a matrix lies in memory: what a kernel is compiled for.
+    """Layout of a matrix in memory, for which a kernel is compiled.
 
-    rows, k: of one expert. strides: of a row and of an expert, in codes' elements (bytes of 4-bit formats).
-    scale_block: rows and columns of one scale.
+    rows, k: of one expert. Strides of a row and of an expert: in elements of the codes (bytes, for 4-bit formats).
+    scale_block: rows and columns that share a scale.
     """
 
     format: str  # "plain", or a DeviceMatrix's
@@ -207,7 +207,7 @@ class Weights:
 
     @classmethod
     def of(cls, operation: str, matrix: Matrix) -> Weights:
-        """Raises ArgumentError for what kernels cannot read: a packed matrix, columns that are not side by side."""
+        """Layout of a matrix. Raises ArgumentError if it is packed for a CPU, or its rows are not contiguous."""
         if isinstance(matrix, DeviceMatrix):
             return cls.stored(matrix.format, matrix.shape[-2], matrix.shape[-1], matrix.block)
         if not isinstance(matrix, Tensor):
@@ -225,7 +225,8 @@ class Weights:
 
     @classmethod
     def stored(cls, format: str, rows: int, k: int, block: tuple[int, int] | None = None) -> Weights:
-        """Contiguous ones of a format: "bf16", "float32", or a DeviceMatrix's; fp8 has a scale a row by default."""
+        """Layout of contiguous weights in a format: "bf16", "float32", or a DeviceMatrix's. block: rows and columns
+        of an fp8 scale, by default one row."""
         if format in ("bf16", "float32"):
             return cls("plain", "*bf16" if format == "bf16" else "*fp32", rows, k, k, rows * k)
         if format == "fp8":
@@ -234,14 +235,14 @@ class Weights:
 
     @property
     def has_descriptor(self) -> bool:
-        """Whether a tensor descriptor can take in all experts, [experts * rows, k]: rows start at multiples of 16
-        bytes, and an expert where the rows of the one before it end."""
+        """Whether one tensor descriptor [experts * rows, k] can hold all experts: rows start at multiples of 16
+        bytes, and each expert starts where the one before it ends."""
         bits = {"*bf16": 16, "*fp32": 32}.get(self.pointer, 8)
         aligned = self.row_stride * bits % (8 * ALIGNMENT) == 0
         return aligned and self.expert_stride in (0, self.rows * self.row_stride)
 
     def types(self, prefix: str = "") -> dict[str, str]:
-        """Of the pointers that a kernel takes for it."""
+        """Types of the pointers that a kernel takes for the matrix."""
         types = {f"{prefix}codes_ptr": self.pointer}
         if self.format != "plain":
             kinds = {"fp8": "*fp32", "nvfp4": "*fp8e4nv", "mxfp4": "*u8"}
@@ -251,20 +252,20 @@ class Weights:
         return types
 
     def without(self, prefix: str = "") -> dict[str, Any]:
-        """Constants in place of the pointers that it has not."""
+        """None for each pointer that the format does not have, as constants of a kernel."""
         names = {f"{prefix}{name}_ptr" for name in ("codes", "scales", "row_scales")}
         return dict.fromkeys(sorted(names - self.types(prefix).keys()), None)
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Of a kernel."""
+        """Constants of a kernel."""
         block = {"SCALE_N": self.scale_block[0], "SCALE_K": self.scale_block[1]}
         strides = {"ROW_STRIDE": self.row_stride, "EXPERT_STRIDE": self.expert_stride}
         return {"FORMAT": self.format, "ROWS": self.rows, "K": self.k, **strides, **block}
 
 
 def pointers(matrix: Matrix, described: bool, prefix: str = "") -> dict[str, Tensor]:
-    """The arguments that Weights.types names. described: of codes, the rows of all experts below each other."""
+    """Arguments that Weights.types names. described: codes as two dimensions, the experts below each other."""
     codes = matrix if isinstance(matrix, Tensor) else matrix.codes  # type: ignore[union-attr]
     codes = codes.view(-1, codes.shape[-1]) if described else codes
     if isinstance(matrix, Tensor):
@@ -277,7 +278,7 @@ def pointers(matrix: Matrix, described: bool, prefix: str = "") -> dict[str, Ten
 
 
 def row_stride(operation: str, name: str, x: Tensor) -> int:
-    """Between the rows of x [T,...], in values. Raises ArgumentError if those of a row are not side by side."""
+    """Stride between the rows of x [T,...], in values. Raises ArgumentError if a row is not contiguous."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ArgumentError(f"{operation}: {name} has strides {list(x.stride())}, a row's values are side by side")
-    return x.stride(0) if x.shape[0] != 1 else x[0].numel()  # of one row the stride may be anything
+    return x.stride(0) if x.shape[0] != 1 else x[0].numel()  # the stride of a single row may be anything

@@ -5,25 +5,22 @@ The rotation has the reference's bits: fp32 products and sums, none contracted, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.paged import NOPE, ROPE, SMALL3_WIDTH, SMALL4_HEADS
 
-ELEMENTS = 1024  # of a program, about
+ELEMENTS = 1024  # rotated values of a program, about
 
 
 @kernel
 def _rope_tables(
     positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr, magnitude, F: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Angles reach 262,144 radians, where a GPU's own sine of a float is lost: the quarter turns are taken off in
-    fp64, what is left goes into the Taylor series, to a term below 1e-14. Sums and products alone, hence the same
-    bits on any machine."""
+    """Cosines and sines of angles up to 262,144 radians, for which a GPU's fp32 sine is worthless. Quarter turns
+    are subtracted in fp64, and the rest goes into the Taylor series, up to a term below 1e-14. All steps are sums
+    and products, hence the same bits on any machine."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < F
@@ -60,24 +57,26 @@ def _rope_tables(
 
 
 @kernel
-def rotated(first, second, cos, sin):
-    """fp32 pairs -> both members turned."""
-    return first * cos - second * sin, second * cos + first * sin
-
-
-@kernel
-def load_pairs(pointer, live, F: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """pointer, live [HEADS,1]: each head's first rotated value, and whether there is one -> fp32 members
-    [HEADS,BLOCK]. Interleaved pairs are taken apart in registers, so that loads stay wide."""
+def rotated_pairs(
+    pointer, live, cos_ptr, sin_ptr, token,
+    F: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """First and second members [HEADS,BLOCK] of pairs, rotated by the angles of `token` (int64), in the pointer's
+    dtype. pointer, live [HEADS,1]: each head's first rotated value, and whether there is such a head. Interleaved
+    pairs are taken apart in registers, so that loads stay wide."""
+    pairs = tl.arange(0, BLOCK)
+    cos = tl.load(cos_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
     if INTERLEAVED:
         columns = tl.arange(0, 2 * BLOCK)[None, :]
         both = tl.load(pointer + columns, mask=live & (columns < 2 * F), other=0.0).to(tl.float32)
         first, second = tl.split(tl.reshape(both, (HEADS, BLOCK, 2)))
     else:
-        columns = tl.arange(0, BLOCK)[None, :]
+        columns = pairs[None, :]
         first = tl.load(pointer + columns, mask=live & (columns < F), other=0.0).to(tl.float32)
         second = tl.load(pointer + F + columns, mask=live & (columns < F), other=0.0).to(tl.float32)
-    return first, second
+    dtype = pointer.dtype.element_ty
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
 @kernel
@@ -85,7 +84,7 @@ def store_pairs(
     pointer, live, first, second,
     F: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Members, in the pointer's dtype, to where load_pairs takes them from."""
+    """Store members of pairs, in the pointer's dtype, where rotated_pairs loads them."""
     if INTERLEAVED:
         columns = tl.arange(0, 2 * BLOCK)[None, :]
         both = tl.reshape(tl.join(first, second), (HEADS, 2 * BLOCK))
@@ -105,15 +104,10 @@ def _apply_rope(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    pairs = tl.arange(0, BLOCK_F)
-    cos = tl.load(cos_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
     dtype = x_ptr.dtype.element_ty
     row = x_ptr + token * X_TOKEN + heads[:, None] * X_HEAD
     live = (heads < H)[:, None]
-    first, second = load_pairs(row + (W - 2 * F), live, F, HEADS, BLOCK_F, INTERLEAVED)
-    first, second = rotated(first, second, cos, sin)
-    first, second = first.to(dtype), second.to(dtype)
+    first, second = rotated_pairs(row + (W - 2 * F), live, cos_ptr, sin_ptr, token, F, HEADS, BLOCK_F, INTERLEAVED)
     if SCALED:
         scale = tl.load(scale_ptr + token)
         first, second = (first.to(tl.float32) * scale).to(dtype), (second.to(tl.float32) * scale).to(dtype)
@@ -158,7 +152,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scale: Te
 
 
 def tables_configuration(pairs: int) -> Configuration:
-    """pairs: F."""
+    """pairs: F, the rotated pairs of a head."""
     types = {"positions_ptr": "*i64"} | dict.fromkeys(("inv_freq_ptr", "cos_ptr", "sin_ptr"), "*fp32")
     constants = {"F": pairs, "BLOCK": triton.next_power_of_2(pairs)}
     return Configuration(_rope_tables, types | {"magnitude": "fp32"}, constants, num_warps=1)
@@ -167,7 +161,7 @@ def tables_configuration(pairs: int) -> Configuration:
 def rope_configuration(
     pointer: str, heads: int, width: int, pairs: int, strides: tuple[int, int], interleaved: bool, scaled: bool
 ) -> Configuration:
-    """pointer: of the heads, such as "*bf16"; strides: of tokens and heads."""
+    """pointer: to the heads, such as "*bf16". strides: of tokens and heads, in values."""
     block = triton.next_power_of_2(pairs)
     together = max(1, min(triton.next_power_of_2(heads), ELEMENTS // (2 * block)))
     constants = {
@@ -186,15 +180,3 @@ def rope_configuration(
     return Configuration(
         _apply_rope, types, constants, num_warps=max(1, together * block // 128)
     )  # 8 values a thread
-
-
-def configurations() -> Iterator[tuple[str, Configuration]]:
-    """Of Small 4 and its shards. Small 3 rotates where it writes its keys."""
-    yield "rope_tables Small 4", tables_configuration(ROPE // 2)
-    yield "rope_tables Small 3", tables_configuration(SMALL3_WIDTH // 2)
-    for heads in SMALL4_HEADS:
-        width = NOPE + ROPE
-        yield (
-            f"apply_rope {heads} heads",
-            rope_configuration("*bf16", heads, width, ROPE // 2, (heads * width, width), True, True),
-        )

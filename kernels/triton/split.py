@@ -1,24 +1,24 @@
-"""Decoding cut into work: splits of a context at fixed positions, each one program, and their sum in order.
+"""Decoding in splits of the context: one program for each split, and a sum of their partial results in order.
 
-A context is cut at absolute positions, the same whatever stands beside it. An item is one split for one tile of
-rows: ROWS of a segment's (query token, head) pairs that share a key-value head. It leaves a partial result: for
-each row the largest score, the sum of weights, and the weighted sum of values, fp32. The partials of a row are then
-added in order of position. Which rows share a tile changes no row's bits: each is a row of the same products.
+A context is cut at fixed positions, whatever sequences are beside it. An item is one split for one tile of rows:
+ROWS of a segment's (query token, head) pairs that share a key-value head. Its program leaves a partial result, the
+online softmax (softmax.py) of each row over the split, in fp32. The partial results of a row are then added in
+order of position. Which rows share a tile changes no row's bits: each is a row of the same products.
 
     position   0    512   1024  ..  8192       9216       10240   ..
                |  0  |  1  |  ..     |   16     |   17     |     short splits first: many programs for a context of
-                                                                  a thousand tokens; long ones bound the partials
+                                                                  a thousand tokens; then long ones: fewer partials
 
     items      | segment 0: tile 0: splits 0 1 2, tile 1: splits 0 1 2 | segment 1: ... |      int32 [I, 4]
                 ^ firsts[0]                                             ^ firsts[1]      ^ firsts[N]
 
-With a window, a segment's splits begin with the one in which the window of its first row begins, and a row's with
-the one in which its own does: none are made for the context before.
+With a window, the splits of a segment begin with the one in which the window of its first row begins, and those of
+a row with the one in which its own window begins: the context before has none.
 
 The items are made on the device (`_plan`, once a step) from query_starts and context_lengths alone, so a captured
-graph makes them anew at each replay. The host decides how many programs run: as many as its own lists ask for,
-which in a graph are upper bounds, or as `total_context` does. Programs past the last item exit; rows that find no
-room, because a bound was none, come out as NaN.
+graph makes them anew at each replay. The host decides how many programs run, from its own lists, which in a graph
+are upper bounds, or from `total_context`. Programs past the last item exit; rows for whose items a wrong bound left
+no room come out as NaN.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from torch import Tensor
 
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.paged import sink_of, tile_width
+from cierzo.kernels.triton.paged import tile_width
 from cierzo.kernels.triton.prefix import Prefixes, lent
+from cierzo.kernels.triton.softmax import LOG2_E, sink_of
 
-ROWS = (
-    64  # of a tile: what a product of a whole warp group takes. Reading pages costs more than the rows that stand
-)
-# empty, whatever the number of heads, and the tokens of a draft find room in the tile of the first
-ITEM = 4  # int32 of an item: segment, first row, split, nothing
-PARTIAL_BYTES = 256 << 20  # of partial results at a time; past it, items run in rounds
+# Rows of a tile, as many as the product of a warp group takes. With few heads some rows are empty, which costs less
+# than reading the pages; the draft tokens of a sequence share the tile of its first token.
+ROWS = 64
+ITEM = 4  # int32 values of an item: segment, first row, split, padding
+PARTIAL_BYTES = 256 << 20  # largest size of the partial results of a round; more items run in several rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,14 @@ class Splits:
     long: int
 
     def count(self, context: int, seen: int = 0) -> int:
-        """Splits of a context, at most; with `seen`, of so many tokens at the end of this or a shorter context."""
+        """Number of splits of a context; with `seen`, at most so many hold the last `seen` tokens of any context up
+        to this one."""
         rest = context - self.short * self.shorts
         whole = -(-context // self.short) if rest <= 0 else self.shorts + -(-rest // self.long)
         return min(whole, -(-(seen - 1) // min(self.short, self.long)) + 1) if seen else whole
 
     def constants(self) -> dict[str, int]:
-        """As the kernels name them."""
+        """The kernels' constants of the same names."""
         return {"SHORT": self.short, "SHORTS": self.shorts, "LONG": self.long}
 
 
@@ -66,8 +67,8 @@ SPLITS = Splits(512, 16, 1024)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of one decoding: KV heads, query heads of each, width of a result, rows of a tile; tokens that a row sees,
-    its own included, where 0 is all of them."""
+    """Sizes of a decoding: key-value heads, query heads for each (the group), columns of a result, rows of a tile.
+    window: tokens that a row sees, its own included; 0 is all of them."""
 
     kv_heads: int
     group: int
@@ -76,21 +77,21 @@ class Shape:
     window: int = 0
 
     def splits(self, length: int, context: int) -> int:
-        """Of a segment, at most, if these are its sizes or bounds of them."""
+        """Largest number of splits of a segment with at most `length` query tokens and `context` tokens."""
         return SPLITS.count(context, self.window + length - 1 if self.window else 0)
 
     @property
     def item_bytes(self) -> int:
-        """Of the partials of one item."""
+        """Bytes of the partial results of one item."""
         return 4 * self.kv_heads * self.rows * (self.width + 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Items whose partials are kept at the same time: those of some segments, or of some tiles of one segment.
+    """Items whose partial results are kept at the same time: those of some segments, or of some tiles of one.
 
-    tile_end is -1 for whole segments. capacity: items that there is room for. The device's own lengths say which
-    items these are; the host's, which may be bounds, only how many at most.
+    tile_end is -1 for whole segments. capacity: items that there is room for. The lengths on the device say which
+    items these are; the host's lengths, which may be bounds, only how many at most.
     """
 
     segment_start: int
@@ -100,7 +101,7 @@ class Round:
     capacity: int
 
     def arguments(self) -> dict[str, int]:
-        """Of the kernels."""
+        """The kernels' arguments that select the round."""
         return {
             "segment_start": self.segment_start,
             "segment_end": self.segment_end,
@@ -111,7 +112,8 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """items int32 [I,4]; firsts int32 [N+1]; row_segments int32 [T], -1 past the last segment; the rounds."""
+    """Items of a step and the rounds that run them. items int32 [I,4]; firsts int32 [N+1], each segment's first
+    item; row_segments int32 [T], each row's segment, -1 past the last one."""
 
     items: Tensor
     firsts: Tensor
@@ -127,21 +129,21 @@ def split_start(split, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.const
 
 @kernel
 def split_count(context, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr):
-    """Splits of the first `context` positions."""
+    """Number of splits that hold the first `context` positions."""
     rest = context - SHORT * SHORTS
     return tl.where(rest <= 0, (context + SHORT - 1) // SHORT, SHORTS + (rest + LONG - 1) // LONG)
 
 
 @kernel
 def whole_splits(tokens, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr):
-    """Splits that lie within the first `tokens` positions."""
+    """Number of splits that end within the first `tokens` positions."""
     rest = tokens - SHORT * SHORTS
     return tl.where(rest <= 0, tokens // SHORT, SHORTS + tl.maximum(rest, 0) // LONG)
 
 
 @kernel
 def first_split(sees, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr):
-    """The split in which the window of a row begins that sees no position from `sees` on."""
+    """The split in which the window of a row begins; the row sees positions up to sees - 1."""
     if WINDOW == 0:
         return sees * 0
     position = tl.maximum(sees - WINDOW, 0)
@@ -153,7 +155,7 @@ def first_split(sees, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.conste
 def segment_splits(
     context, length, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """A segment's first split, and how many they are."""
+    """First split of a segment, and the number of its splits."""
     first = first_split(context - length + 1, SHORT, SHORTS, LONG, WINDOW)
     return first, split_count(context, SHORT, SHORTS, LONG) - first
 
@@ -174,6 +176,42 @@ def round_items(
         end = tl.minimum(end, begin + tile_end * splits)
         begin += tile_start * splits
     return begin, end
+
+
+@kernel
+def load_item(
+    items_ptr, item, query_starts_ptr, context_lengths_ptr,
+    G: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """One item: its segment, first row, first query token, number of query tokens, context length, the positions
+    begin .. end - 1 of its split that its rows see, and the end of the whole split."""
+    segment = tl.load(items_ptr + item * 4)
+    first_row = tl.load(items_ptr + item * 4 + 1)
+    split = tl.load(items_ptr + item * 4 + 2)
+    start = tl.load(query_starts_ptr + segment)
+    length = tl.load(query_starts_ptr + segment + 1) - start
+    context = tl.load(context_lengths_ptr + segment)
+    last_token = tl.minimum(first_row + ROWS - 1, length * G - 1) // G
+    split_end = split_start(split + 1, SHORT, SHORTS, LONG)
+    end = tl.minimum(split_end, context - length + last_token + 1)
+    return segment, first_row, start, length, context, split_start(split, SHORT, SHORTS, LONG), end, split_end
+
+
+@kernel
+def store_partial(
+    partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside,
+    ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Store a tile's online softmax, acc [ROWS,BLOCK_W], largest and total [ROWS], as tile `place` (int64) of
+    Partials; rows that are not `inside` are left out."""
+    rows = place * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_W)
+    tl.store(maxima_ptr + rows, largest, mask=inside)
+    tl.store(sums_ptr + rows, total, mask=inside)
+    stored = inside[:, None]
+    if W < BLOCK_W:
+        stored = stored & (columns < W)[None, :]
+    tl.store(partials_ptr + rows[:, None] * W + columns[None, :], acc, mask=stored)
 
 
 @kernel
@@ -241,17 +279,17 @@ def _combine(
         SHORT, SHORTS, LONG, WINDOW,
     )  # fmt: skip
     if (first < begin) | (first >= end):
-        return  # of another round
+        return  # the row belongs to another round
     sees = context - length + query - start + 1
-    unseen = first_split(sees, SHORT, SHORTS, LONG, WINDOW) - made  # of the segment's splits
+    unseen = first_split(sees, SHORT, SHORTS, LONG, WINDOW) - made  # the segment's splits before the row's window
     splits = split_count(sees, SHORT, SHORTS, LONG) - made
-    if first - begin + splits > capacity:  # past a bound that was too small
+    if first - begin + splits > capacity:  # the host's bound was too small
         tl.store(out, (zero + float("nan")).to(out_ptr.dtype.element_ty), mask=wide)
         return
     lanes = tl.arange(0, CHUNK)
     step = HK * ROWS
     base = (first - begin) * step + head // G * ROWS + row % ROWS
-    lent_base, lent_splits = base, 0  # where the leader's tile has this row, and in how many splits
+    lent_base, lent_splits = base, 0  # of this row in its leader's tile, and the number of splits there
     if TOGETHER > 1:  # noqa: SIM102 (decided when it is compiled)
         if lent(mates_ptr, segment, segment_start, 0):
             leader = tl.load(mates_ptr + segment * 3)
@@ -280,7 +318,7 @@ def _combine(
 
 
 def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
-    """Of this step; made once, found again in the next layer. num_rows: T."""
+    """Plan of this step, made by the first layer that asks. num_rows: T."""
     key = ("triton decode plan", shape, num_rows, SPLITS)
     if key not in queries.scratch:
         queries.scratch[key] = _new_plan(queries, shape, num_rows)
@@ -314,7 +352,7 @@ def _new_plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
 
 
 def _rounds(queries: PagedQueries, shape: Shape) -> list[Round]:
-    """At least one. A segment that is too much for a round has rounds of its own, cut between its tiles."""
+    """Rounds of a step, at least one. A segment too large for a round gets rounds of its own, by tiles of rows."""
     most = max(1, PARTIAL_BYTES // shape.item_bytes)
     rounds, start, held = [], 0, 0
     for segment, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
@@ -322,7 +360,7 @@ def _rounds(queries: PagedQueries, shape: Shape) -> list[Round]:
         if held and held + tiles * splits > most:
             rounds.append(Round(start, segment, 0, -1, held))
             start, held = segment, 0
-        if tiles * splits > most:  # so nothing is held: start == segment, or what lies between has no items
+        if tiles * splits > most:  # nothing is held now: segments from `start` to here have no items
             together = max(1, most // splits)
             for first in range(0, tiles, together):
                 last = min(first + together, tiles)
@@ -335,7 +373,8 @@ def _rounds(queries: PagedQueries, shape: Shape) -> list[Round]:
 
 @dataclass(frozen=True, slots=True)
 class Partials:
-    """Of the items of one round: values fp32 [I,Hk,ROWS,W]; maxima (base 2), sums fp32 [I,Hk,ROWS]."""
+    """Partial results of a round's items: the weighted values fp32 [I,Hk,ROWS,W], the largest scores (to base 2)
+    and the sums of weights fp32 [I,Hk,ROWS]."""
 
     values: Tensor
     maxima: Tensor
@@ -350,38 +389,71 @@ class Partials:
         return cls(torch.empty(*size, shape.width, dtype=torch.float32, device=device), maxima, sums)
 
 
-def combine(
+# Arguments of the kernels that attend, beside the queries, the pages and the kernel's own; `decode` fills them in.
+ATTEND_TYPES = {
+    **dict.fromkeys(("query_starts_ptr", "context_lengths_ptr", "table_rows_ptr", "tables_ptr"), "*i32"),
+    **dict.fromkeys(("items_ptr", "firsts_ptr"), "*i32"),
+    **dict.fromkeys(("partials_ptr", "maxima_ptr", "sums_ptr"), "*fp32"),
+    **dict.fromkeys(("segment_start", "segment_end", "tile_start", "tile_end", "table_stride"), "i32"),
+    "factor": "fp32",
+}
+
+
+def decode(
+    configuration: Configuration,
     out: Tensor,
-    partials: Partials,
     queries: PagedQueries,
-    plan: Plan,
     shape: Shape,
-    part: Round,
+    scale: float,
     sinks: Tensor | None = None,
     mates: Prefixes | None = None,
+    **arguments: Tensor,
 ) -> None:
-    """Add up one round's partials into out [T, Hk G, W], and clear the rows past the last segment. sinks [Hk G]."""
-    together = mates.together if mates else 1
-    launch(
-        combine_configuration(POINTER[out.dtype], shape, sinks is not None, together),
-        (out.shape[0], out.shape[1]),
-        partials_ptr=partials.values,
-        maxima_ptr=partials.maxima,
-        sums_ptr=partials.sums,
-        out_ptr=out,
-        sinks_ptr=partials.sums if sinks is None else sinks,  # in the first case not read
-        mates_ptr=mates.mates if mates else plan.firsts,
-        query_starts_ptr=queries.query_starts,
-        context_lengths_ptr=queries.context_lengths,
-        firsts_ptr=plan.firsts,
-        row_segments_ptr=plan.row_segments,
-        capacity=part.capacity,
-        **part.arguments(),
-    )
+    """Attend by `configuration`, a kernel that takes ATTEND_TYPES and `arguments`, into out [T, Hk G, W].
+
+    scale: of the scores. sinks fp32 [Hk G]. mates: the sequences that share programs. Rows past the last segment
+    become 0.
+    """
+    made = plan(queries, shape, len(out))
+    partials = Partials.empty(made, shape)
+    for part in made.rounds:
+        launch(
+            configuration,
+            (part.capacity, shape.kv_heads),
+            query_starts_ptr=queries.query_starts,
+            context_lengths_ptr=queries.context_lengths,
+            table_rows_ptr=queries.table_rows,
+            tables_ptr=queries.block_tables,
+            items_ptr=made.items,
+            firsts_ptr=made.firsts,
+            partials_ptr=partials.values,
+            maxima_ptr=partials.maxima,
+            sums_ptr=partials.sums,
+            table_stride=queries.block_tables.stride(0),
+            factor=scale * LOG2_E,
+            **part.arguments(),
+            **arguments,
+        )
+        launch(
+            combine_configuration(POINTER[out.dtype], shape, sinks is not None, mates.together if mates else 1),
+            (out.shape[0], out.shape[1]),
+            partials_ptr=partials.values,
+            maxima_ptr=partials.maxima,
+            sums_ptr=partials.sums,
+            out_ptr=out,
+            sinks_ptr=partials.sums if sinks is None else sinks,  # without sinks it is not read
+            mates_ptr=mates.mates if mates else made.firsts,
+            query_starts_ptr=queries.query_starts,
+            context_lengths_ptr=queries.context_lengths,
+            firsts_ptr=made.firsts,
+            row_segments_ptr=made.row_segments,
+            capacity=part.capacity,
+            **part.arguments(),
+        )
 
 
 def plan_configuration(shape: Shape) -> Configuration:
-    """Of the kernel that makes the items."""
+    """Configuration of the kernel that makes the items."""
     tables = ("query_starts_ptr", "context_lengths_ptr", "items_ptr", "firsts_ptr", "row_segments_ptr")
     types = dict.fromkeys(tables, "*i32") | dict.fromkeys(("segments", "limit"), "i32")
     constants = {"G": shape.group, "ROWS": shape.rows, **SPLITS.constants(), "WINDOW": shape.window, "BLOCK": 256}
@@ -389,7 +461,8 @@ def plan_configuration(shape: Shape) -> Configuration:
 
 
 def combine_configuration(pointer: str, shape: Shape, sinks: bool = False, together: int = 1) -> Configuration:
-    """pointer: of the result, such as "*bf16"; together: sequences that may share a program, of one KV head."""
+    """pointer: to the result, such as "*bf16". together: sequences that may share a program; more than one only
+    with a single key-value head."""
     types = (
         dict.fromkeys(("partials_ptr", "maxima_ptr", "sums_ptr", "sinks_ptr"), "*fp32")
         | {"out_ptr": pointer}

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from cierzo.bench.gpu import compiled
+from cierzo.bench.gpu.configurations import configurations
+from cierzo.bench.gpu.cubin import Compiled
 from cierzo.bench.gpu.problems import STEPS, problems
 from cierzo.bench.kernel_cases import SMALL3, SMALL4, random_experts
 from cierzo.engine.cost import operations
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.sizes import ModelSizes
-from cierzo.kernels.triton.compile import Compiled
 
 DECODE, PREFILL = STEPS
 
@@ -32,7 +33,7 @@ def found_works(configuration: Any) -> dict[str, Work]:
 
 def works(*purposes: str) -> Iterator[dict[str, Work]]:
     """Works of the kernels of those purposes, by step."""
-    known = {purpose: configuration for _, purpose, configuration in compiled.configurations()}
+    known = dict(configurations())
     yield from (found_works(known[purpose]) for purpose in purposes)
 
 
@@ -168,7 +169,7 @@ BY_HAND: dict[str, Callable[[Known, Known, str], Work]] = {
 
 def test_every_kernel_has_the_problem_that_its_sizes_give() -> None:
     seen = set()
-    for _, purpose, configuration in compiled.configurations():
+    for purpose, configuration in configurations():
         name, constants, types = configuration.name, configuration.constants, configuration.types
         expected = {step: BY_HAND[name](constants, types, step) for step in ROWS if launched(name, constants, step)}
         assert found_works(configuration) == expected, purpose
@@ -262,7 +263,7 @@ def test_the_table_tells_loads_by_width() -> None:
 
 
 def test_the_report_gives_every_step_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    (known,) = [one for _, purpose, one in compiled.configurations() if purpose == "small4 o_proj bf16"]
+    (known,) = [one for purpose, one in configurations() if purpose == "small4 o_proj bf16"]
     for instruction in ("HGMMA.64x64x16", "QGMMA.64x64x32"):
         compiled.print_limits([("small4 o_proj bf16", known, Compiled(1, 0, 0, {instruction: 1}))])
         lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("linear ")]
@@ -276,8 +277,8 @@ def test_the_report_gives_every_step_a_line(capsys: pytest.CaptureFixture[str]) 
 def test_fp8_is_missing_only_from_cards_that_have_none(
     capability: int, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (known,) = [one for _, purpose, one in compiled.configurations() if purpose == "small4 o_proj bf16"]
+    (known,) = [one for purpose, one in configurations() if purpose == "small4 o_proj bf16"]
     error = f"CompilationError: type {compiled.NO_E4M3} in this architecture"
-    monkeypatch.setattr(compiled, "compile_all", lambda _: [("linear", "small4 o_proj fp8", known, None, error)])
+    monkeypatch.setattr(compiled, "compile_all", lambda _: [("small4 o_proj fp8", known, None, error)])
     assert compiled.main(["--capability", str(capability)]) == status
     assert ("DOES NOT COMPILE" in capsys.readouterr().out) == bool(status)

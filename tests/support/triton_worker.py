@@ -1,15 +1,13 @@
-"""What tests ask of Triton's compiler, which is not there where its interpreter is: prints JSON.
+"""Answers of Triton's compiler to tests, which have its interpreter in their own process: prints JSON.
 
-triton_worker.py compile NAME...    each named configuration, compiled for sm_90
-triton_worker.py bind               each configuration's difference from what Triton's launcher would compile
+triton_worker.py compile PURPOSE...   the configurations for these purposes, compiled for sm_90
+triton_worker.py bind                 each configuration's difference from what Triton's launcher would compile
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import pkgutil
 import sys
 from typing import Any
 
@@ -19,25 +17,17 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-import cierzo.kernels.triton as package
-from cierzo.kernels.triton.compile import compile_ahead, source
+from cierzo.bench.gpu.configurations import configurations
+from cierzo.bench.gpu.cubin import inspect
+from cierzo.kernels.triton.compile import source
 from cierzo.kernels.triton.launch import POINTER, Configuration
 
 DTYPES = {pointer: dtype for dtype, pointer in POINTER.items()}
 
 
-def configurations() -> dict[str, Configuration]:
-    """Those of every module of the package, as "module: name"."""
-    found = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
-        for name, configuration in getattr(module, "configurations", dict)():
-            found[f"{info.name}: {name}"] = configuration
-    return found
-
-
 def difference(configuration: Configuration) -> str:
-    """Empty if the launcher, given tensors and an integer that it would like to specialise, compiles the same."""
+    """Difference from what the launcher compiles for tensors and an integer that it would like to specialise; ""
+    if there is none."""
     kernel, ahead = configuration.kernel, source(configuration)
     backend = make_backend(GPUTarget("cuda", 90, 32))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -63,14 +53,14 @@ def difference(configuration: Configuration) -> str:
     return "; ".join(found)
 
 
-def main(command: str, *names: str) -> None:
-    """See the module."""
-    known = configurations()
-    result: dict[str, Any]
-    if command == "compile":
-        result = {name: dataclasses.asdict(compile_ahead(known[name])) for name in names}
-    else:
-        result = {name: difference(configuration) for name, configuration in known.items()}
+def main(command: str, *purposes: str) -> None:
+    """Run a command; see the module."""
+    result: dict[str, Any] = {}
+    for purpose, configuration in configurations():
+        if command == "bind":
+            result[f"{configuration.name}, {purpose}"] = difference(configuration)
+        elif purpose in purposes:
+            result[purpose] = dataclasses.asdict(inspect(configuration))
     print(json.dumps(result))
 
 

@@ -1,1 +1,1 @@
-"""The operations' arguments -> launches of CUDA C++ kernels, one file per file of ops/."""
+"""Launchers of the CUDA C++ kernels, one file for each file of ops/."""

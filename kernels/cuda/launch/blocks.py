@@ -1,4 +1,4 @@
-"""Launchers of the block copies (copy.cu). Their arguments are those of ops/blocks.py."""
+"""Launchers of the block copies (copy.cu), with the arguments of ops/blocks.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from cierzo.kernels.cuda.launch.kernel import Kernel, divide_up, launch
 
 _THREADS = 256
-_VECTORS = 4  # of a thread before blocks get more pieces
+_VECTORS = 4  # vectors that a thread copies before a block is cut into more pieces
 _MOST_PIECES = 64
 _TYPES = {
     "source": "*bytes",
@@ -22,18 +22,18 @@ KERNELS = tuple(_COPY.values())
 
 
 def copy_blocks(pages: Tensor, pairs: Tensor) -> None:
-    """See ops/blocks.py. Pairs that name no block are left out."""
+    """See ops/blocks.py. Pairs with a number that is not a block's are left out."""
     pairs = pairs.contiguous()
     _move(pages, pages, pairs.shape[0], pairs.flatten()[:1], pairs.flatten()[1:2], id_stride=2)
 
 
 def gather_blocks(pages: Tensor, block_ids: Tensor, out: Tensor) -> None:
-    """See ops/blocks.py. Ids that are no block's are left out."""
+    """See ops/blocks.py. Numbers that are not a block's are left out."""
     _move(pages, out, block_ids.shape[0], block_ids.contiguous(), None)
 
 
 def scatter_blocks(pages: Tensor, block_ids: Tensor, blocks: Tensor) -> None:
-    """See ops/blocks.py. Ids that are no block's are left out."""
+    """See ops/blocks.py. Numbers that are not a block's are left out."""
     _move(blocks, pages, block_ids.shape[0], None, block_ids.contiguous())
 
 
@@ -45,7 +45,7 @@ def _move(
     destination_ids: Tensor | None,
     id_stride: int = 1,
 ) -> None:
-    """One launch for all blocks, 16 bytes at a time where everything starts at a multiple of 16."""
+    """Copy `count` blocks in one launch, 16 bytes at a time if all blocks start at multiples of 16 bytes."""
     if count == 0 or source.numel() == 0 or destination.numel() == 0:
         return
     block_bytes = source[0].numel() * source.element_size()

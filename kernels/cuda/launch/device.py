@@ -1,4 +1,4 @@
-"""The backend of a GPU: CuPy compiles the sources once, and launches them on torch's current stream."""
+"""Backend of a GPU: CuPy compiles the sources and launches kernels on torch's current stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INSTALL = "pip install 'cierzo[cuda]'"
 
 
 def missing() -> str:
-    """Why the CUDA kernels cannot run here; "" if they can."""
+    """Reason why the CUDA kernels cannot run here; "" if they can."""
     if not torch.cuda.is_available():
         return "torch finds no GPU, or was built without CUDA"
     try:
@@ -28,14 +28,15 @@ def missing() -> str:
 
 
 def require() -> None:
-    """Raises KernelChoiceError, with what is missing and how to get it, where the CUDA kernels cannot run."""
+    """Raise KernelChoiceError, with what is missing and how to get it, if the CUDA kernels cannot run."""
     reason = missing()
     if reason:
         raise KernelChoiceError(f"the CUDA kernels cannot run: {reason}")
 
 
 class CupyBackend:
-    """Sources are compiled at their first launch, for the device at hand, and kept (by CuPy on disk too)."""
+    """CuPy as a backend: compiles a source at its first launch on a device, and keeps it (CuPy's cache, on
+    disk)."""
 
     device_type = "cuda"
 

@@ -1,10 +1,10 @@
-"""A CUDA C++ kernel as its launchers see it, and the one way to launch it.
+"""Description and launch of a CUDA C++ kernel.
 
     SCALE = Kernel("scale.cu", "scale", {"values": "*f32", "count": "i32", "factor": "f32"})
     launch(SCALE, grid=(4,), threads=256, values=tensor, count=1000, factor=0.5)
 
-Launchers hand over tensors and numbers; the backend in force gets addresses. On a GPU that is CuPy's (device.py).
-Tests put another in its place, which runs the same sources on the CPU: grids, sizes and checks are then proved too.
+Launchers pass tensors and numbers, from which the current backend gets addresses. On a GPU that is CuPy's
+(device.py). Tests replace it by one that runs the same sources on the CPU, and so test grids, sizes and checks too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.fault import DeviceFault, described, fault_of, note, shown
 
 SOURCES = Path(__file__).parents[1]
-# Of NVRTC. Sums keep the order and the rounding that the sources give them.
+# Options of NVRTC. Sums keep the order and the rounding of the sources.
 OPTIONS = ("-std=c++17", "--fmad=false", f"-I{SOURCES}")
 POINTERS = {
     "*f32": torch.float32,
@@ -38,18 +38,19 @@ SCALARS: dict[str, type[np.generic]] = {"i32": np.int32, "i64": np.int64, "f32":
 _LIMITS = {"i32": 1 << 31, "i64": 1 << 63}
 MOST_GRID = (2**31 - 1, 65535, 65535)
 MOST_THREADS = 1024
-MOST_SHARED_BYTES = 48 << 10  # of a block, without asking the driver for more
+MOST_SHARED_BYTES = 48 << 10  # of a block, without a request to the driver for more
 
 
 class LaunchError(RuntimeError):
-    """A kernel could not be compiled, or broke a rule that tests watch; the message has its arguments."""
+    """A kernel that could not be compiled, or broke a rule that tests check; the message has its arguments."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
-    """`source`: a file beside this folder; `name`: of an extern "C" function in it.
+    """A kernel: the extern "C" function `name` of the file `source` in the folder above.
 
-    types: its parameters in order: a pointer (POINTERS; null where a launch gives None), or a number (SCALARS).
+    types: its parameters in order, each a pointer (POINTERS; null where a launch passes None) or a number
+    (SCALARS).
     """
 
     source: str
@@ -58,11 +59,11 @@ class Kernel:
 
 
 class Backend(Protocol):
-    """What runs kernels."""
+    """Runs kernels."""
 
     @property
     def device_type(self) -> str:
-        """Of the tensors that its kernels reach: "cuda", or "cpu" in tests."""
+        """Type of the device whose tensors the kernels read and write: "cuda", or "cpu" in tests."""
 
     def run(
         self,
@@ -73,14 +74,14 @@ class Backend(Protocol):
         shared_bytes: int,
         values: Sequence[np.generic],
     ) -> None:
-        """Launch on the device's current stream; raise DeviceFault or LaunchError with what the runtime says."""
+        """Launch on the device's current stream. Raises DeviceFault or LaunchError with the runtime's message."""
 
 
-_backends: list[Backend] = []  # the one in force is the last
+_backends: list[Backend] = []  # the last one is current
 
 
 def backend() -> Backend:
-    """The backend in force; CuPy's, made at first use. Raises KernelChoiceError where a GPU or CuPy is missing."""
+    """The current backend: CuPy's, made at first use. Raises KernelChoiceError if a GPU or CuPy is missing."""
     if not _backends:
         from cierzo.kernels.cuda.launch.device import CupyBackend
 
@@ -90,7 +91,7 @@ def backend() -> Backend:
 
 @contextmanager
 def running_on(other: Backend) -> Any:
-    """Another backend until the block ends."""
+    """Make another backend current within a `with` block."""
     _backends.append(other)
     try:
         yield other
@@ -99,11 +100,11 @@ def running_on(other: Backend) -> Any:
 
 
 def launch(kernel: Kernel, *, grid: Sequence[int], threads: int, shared_bytes: int = 0, **arguments: Any) -> None:
-    """Run `grid` blocks of `threads` on the current stream; a grid without blocks does nothing.
+    """Run `grid` blocks of `threads` threads on the current stream; a grid without blocks does nothing.
 
     Raises ArgumentError, before anything runs, for a tensor of another dtype or on another device, and for a number
-    or a grid past its limit; LaunchError for what does not compile; DeviceFault for a CUDA error, which may be that
-    of an earlier launch.
+    or a grid past its limit; LaunchError for a source that does not compile; DeviceFault for a CUDA error, which
+    may stem from an earlier launch.
     """
     x, y, z, *_ = (*grid, 1, 1, 1)
     blocks = (x, y, z)
@@ -143,7 +144,7 @@ def _device_of(kernel: Kernel, arguments: Mapping[str, Any], kind: str) -> torch
 
 
 def _value(kernel: Kernel, name: str, kind: str, value: Any) -> np.generic:
-    """An argument as the bytes that the kernel gets."""
+    """Value of an argument as passed to the kernel: an address or a number."""
     if kind in POINTERS:
         if value is None:
             return np.uint64(0)
@@ -162,7 +163,7 @@ def _require(kernel: Kernel, holds: bool, message: str) -> None:
 
 
 def program(source: str) -> str:
-    """What NVRTC gets: the source, and a digest of what it may include, lest a cache of binaries miss a change."""
+    """Source for NVRTC, with a digest of the headers, so that a cache of binaries notices when one changes."""
     included = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.cuh")))
     return (SOURCES / source).read_text(encoding="utf-8") + f"\n// {hashlib.sha256(included).hexdigest()}\n"
 
@@ -174,5 +175,5 @@ def is_aligned(tensor: Tensor, elements: int) -> bool:
 
 
 def divide_up(count: int, by: int) -> int:
-    """How many pieces of `by` cover `count`."""
+    """Quotient count / by, rounded up."""
     return -(-count // by)

@@ -1,4 +1,4 @@
-"""Launchers of the router and of the grouping (route.cu). Their arguments are those of ops/moe.py."""
+"""Launchers of the router and of the grouping by expert (route.cu), with the arguments of ops/moe.py."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from cierzo.kernels.check import require
 from cierzo.kernels.cuda.launch.kernel import MOST_SHARED_BYTES, Kernel, divide_up, is_aligned, launch
 from cierzo.kernels.formats.packed import Matrix
 
-MOST_EXPERTS = 256  # of the router: eight to a lane
-MOST_TOP_K = 32  # a lane each
-MOST_GROUPED = MOST_SHARED_BYTES // 8  # experts: a warp's counters, and where each expert begins
-WIDE_ROWS = 256  # of a step, from which on tiles of logits are wide: they then make a block for each multiprocessor
+MOST_EXPERTS = 256  # experts of the router: eight for each lane
+MOST_TOP_K = 32  # one for each lane
+MOST_GROUPED = MOST_SHARED_BYTES // 8  # experts: shared memory holds one warp's counters and each expert's start
+WIDE_ROWS = 256  # from so many rows of a step on, wide tiles of logits give every multiprocessor a block
 MOST_ALONE = 8192  # pairs that one block groups: 2048 tokens of 4 experts each
 _MOST_BLOCKS = 128
-_TILES = 32  # of 32 pairs each: a block's at least, if there are several
-_ROWS = 8  # of a tile of logits
+_TILES = 32  # tiles of 32 pairs for a block at least, if there are several blocks
+_ROWS = 8  # rows of a tile of logits
 _WARPS = 4
 _WARP = 32
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -104,7 +104,7 @@ def route(
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """fp32 [T,E]: every logit by the same steps whatever the rows beside it, and in tiles of either width."""
+    """Logits fp32 [T,E]. The steps of a logit do not depend on the other rows, nor on the width of the tiles."""
     rows, width = x.shape
     experts = weight.shape[0]
     if width and x.stride(1) != 1:
@@ -112,7 +112,7 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
     if width and weight.stride(1) != 1:
         weight = weight.contiguous()
     logits = torch.empty((rows, experts), dtype=torch.float32, device=x.device)
-    wide = rows >= WIDE_ROWS  # then a block is two rows of warps with 4 experts each
+    wide = rows >= WIDE_ROWS  # a block is then two rows of warps, and each warp has 4 experts
     down, across = (2, 4) if wide else (1, 1)
     launch(
         _LOGITS[_KINDS[x.dtype], _KINDS[weight.dtype]],
@@ -134,9 +134,8 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def group_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """See ops/moe.py. One launch of one block up to 8192 pairs; from there on one that counts and one that places.
-
-    Both give the same. Ids that are no expert's are left out, as nobody waits for it.
+    """See ops/moe.py. Up to 8192 pairs in one launch of one block; more in two launches, one that counts and one
+    that places. Both give the same. Ids that are not an expert's are left out: nothing here waits for the device.
     """
     limit = f"num_experts is {num_experts}, must be 1 .. {MOST_GROUPED}"
     require("group_by_expert", 1 <= num_experts <= MOST_GROUPED, limit)

@@ -1,6 +1,6 @@
-"""Launchers of sampling (sampling.cu). Their arguments are those of ops/sampling.py.
+"""Launchers of sampling (sampling.cu), with the arguments of ops/sampling.py.
 
-Nothing here waits for the device. Entries of an edit that lie outside the logits are therefore left out in silence.
+Nothing here waits for the device, so entries of an edit that lie outside the logits are left out without an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from cierzo.kernels.check import require
 from cierzo.kernels.cuda.launch.kernel import MOST_THREADS, Kernel, divide_up, launch
 
-MOST_VOCAB = 1 << 18  # masses of 2^44 then add up to less than 2^63
+MOST_VOCAB = 1 << 18  # probabilities as integers up to 2^44 then add up to less than 2^63
 MOST_TOP = 1024  # tokens that top_tokens sorts in shared memory
 _ROW = {"logits": "*f32", "stride": "i64", "vocab": "i32"}
 _EDIT = {
@@ -24,7 +24,7 @@ _EDIT = {
     "entries": "i64",
 }
 _EDIT_THREADS = 256
-_DRAW_THREADS = 512  # they need more registers than 1024 threads can have
+_DRAW_THREADS = 512  # each needs more registers than 1024 threads of a block can have
 
 
 def _kernel(name: str, types: dict[str, str]) -> Kernel:
@@ -50,10 +50,7 @@ _DRAW = _kernel(
     },
 )
 _LOG_PROBABILITIES = _kernel("sample_log_probabilities", {**_ROW, "out": "*f32"})
-_TOP_TOKENS = _kernel(
-    "sample_top_tokens",
-    {"scores": "*f32", "stride": "i64", "vocab": "i32", "count": "i32", "values": "*f32", "ids": "*i64"},
-)
+_TOP_TOKENS = _kernel("sample_top_tokens", {**_ROW, "count": "i32", "values": "*f32", "ids": "*i64"})
 KERNELS = (_ADD_BIAS, _MASK_TOKENS, _APPLY_PENALTIES, _PEAKS, _DRAW, _LOG_PROBABILITIES, _TOP_TOKENS)
 
 
@@ -110,7 +107,7 @@ def peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
     logits = _rows("peaks", logits)
     values = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    _launch_rows(_PEAKS, logits=logits, values=values, ids=ids)
+    _launch_rows(_PEAKS, logits, values=values, ids=ids)
     return values, ids
 
 
@@ -124,13 +121,13 @@ def draw(
     samples: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """See ops/sampling.py. The reference's very tokens, and a token too where the logits mean nothing."""
+    """See ops/sampling.py. Draws the reference's tokens; rows of meaningless logits get some token too."""
     logits = _rows("draw", logits)
     token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     _launch_rows(
         _DRAW,
+        logits,
         _DRAW_THREADS,
-        logits=logits,
         temperatures=temperatures.contiguous(),
         top_ks=top_ks.contiguous(),
         top_ps=top_ps.contiguous(),
@@ -144,15 +141,15 @@ def draw(
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """See ops/sampling.py. Rounded once, from a sum that is exact but for 2^-45 a token."""
+    """See ops/sampling.py. Rounded once, from a sum with an error of at most 2^-45 a token."""
     logits = _rows("log_probabilities", logits)
     out = torch.empty(tuple(logits.shape), dtype=torch.float32, device=logits.device)
-    _launch_rows(_LOG_PROBABILITIES, logits=logits, out=out)
+    _launch_rows(_LOG_PROBABILITIES, logits, out=out)
     return out
 
 
 def top_tokens(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """See ops/sampling.py. More than 1024 tokens of a row are sorted by torch, all of the row."""
+    """See ops/sampling.py. For more than 1024 tokens of a row torch sorts the whole row."""
     if count > MOST_TOP:
         values, ids = scores.sort(dim=1, descending=True, stable=True)
         return values[:, :count].contiguous(), ids[:, :count].contiguous()
@@ -160,20 +157,20 @@ def top_tokens(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     values = torch.empty((scores.shape[0], count), dtype=torch.float32, device=scores.device)
     ids = torch.empty((scores.shape[0], count), dtype=torch.int64, device=scores.device)
     if count:
-        _launch_rows(_TOP_TOKENS, scores=scores, count=count, values=values, ids=ids)
+        _launch_rows(_TOP_TOKENS, scores, count=count, values=values, ids=ids)
     return values, ids
 
 
 def _rows(operation: str, logits: Tensor) -> Tensor:
-    """Logits whose rows lie in one piece each."""
+    """Logits with contiguous rows."""
     vocab = logits.shape[1]
     require(operation, 0 < vocab <= MOST_VOCAB, f"logits have N = {vocab}, must be 1 .. {MOST_VOCAB}")
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _launch_rows(kernel: Kernel, most_threads: int = MOST_THREADS, **arguments: Any) -> None:
-    """A block a row, four values a thread at least: short rows take few threads. Results do not depend on it."""
-    logits = next(value for name, value in arguments.items() if name in ("logits", "scores"))
+def _launch_rows(kernel: Kernel, logits: Tensor, most_threads: int = MOST_THREADS, **arguments: Any) -> None:
+    """Launch a block for each row, with at least four values for each thread; results do not depend on their
+    number."""
     rows, vocab = logits.shape
     threads = min(most_threads, 32 * divide_up(vocab, 128))
-    launch(kernel, grid=(rows,), threads=threads, stride=logits.stride(0), vocab=vocab, **arguments)
+    launch(kernel, grid=(rows,), threads=threads, logits=logits, stride=logits.stride(0), vocab=vocab, **arguments)

@@ -1,41 +1,13 @@
-"""The GPU code of attention, rotations and cache writes, compiled for H100 and H200 without one.
-
-In a process of its own: in this one kernels are defined for the interpreter.
-"""
+"""Attention, rotations and cache writes, compiled for sm_90 without a GPU."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled_ahead import ask
 
 SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have
-ROOT = Path(__file__).resolve().parents[3]
-
-COMPILE = """
-import json, sys
-from cierzo.kernels.triton import cache_write, gqa, mla, rope
-from cierzo.kernels.triton.compile import compile_ahead
-
-wanted = set(json.loads(sys.argv[1]))
-report = {}
-for module in (mla, gqa, rope, cache_write):
-    for name, configuration in module.configurations():
-        if name in wanted:
-            compiled = compile_ahead(configuration)
-            report[name] = {
-                "registers": compiled.registers,
-                "spilled": compiled.spill_bytes,
-                "shared": compiled.shared_bytes,
-                "instructions": compiled.instructions,
-            }
-print(json.dumps(report))
-"""
 DECODE = [
     "mla_decode 32 heads, bf16 pages",
     "mla_decode 32 heads, fp8 pages",
@@ -75,12 +47,7 @@ OTHERS = [
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, json.dumps(DECODE + PREFILL + OTHERS)]
-    environment["PYTHONPATH"] = str(ROOT / "src")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return ask("compile", *DECODE, *PREFILL, *OTHERS)
 
 
 def count(report: dict[str, Any], *prefixes: str) -> int:
@@ -90,8 +57,8 @@ def count(report: dict[str, Any], *prefixes: str) -> int:
 def test_nothing_spills_and_shared_memory_suffices(compiled: dict[str, Any]) -> None:
     assert set(compiled) == {*DECODE, *PREFILL, *OTHERS}
     for name, report in compiled.items():
-        assert report["spilled"] == 0, name
-        assert report["shared"] <= SHARED_BYTES, name
+        assert report["spill_bytes"] == 0, name
+        assert report["shared_bytes"] <= SHARED_BYTES, name
 
 
 @pytest.mark.parametrize("name", DECODE + PREFILL)
@@ -115,7 +82,7 @@ def test_products_run_on_a_warp_group_and_operands_come_16_bytes_at_a_time(
 )
 def test_two_programs_of_decoding_share_a_multiprocessor(compiled: dict[str, Any], name: str) -> None:
     """One's softmax then hides behind the other's products."""
-    assert 2 * compiled[name]["shared"] <= SHARED_BYTES
+    assert 2 * compiled[name]["shared_bytes"] <= SHARED_BYTES
     assert compiled[name]["registers"] <= 255
 
 

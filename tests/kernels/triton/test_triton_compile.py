@@ -1,62 +1,49 @@
-"""Kernels compiled ahead of time for sm_90, in a process of their own: in this one they are the interpreter's."""
+"""Products with weights, compiled for sm_90 without a GPU."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled_ahead import ask
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
-WORKER = Path(__file__).parents[2] / "support" / "triton_worker.py"
-# Of those that have another form, which reads through descriptors.
+# Configurations of which another form reads through descriptors.
 DESCRIBED = (
-    "linear: small4 q_kv_down bf16",
-    "linear: small3 gate_up fp8",
-    "moe: small4 expert_gate_up bf16",
-    "moe: small4 expert_down fp8",
-    "moe: small4 expert_gate_up nvfp4",
+    "small4 q_kv_down bf16",
+    "small3 gate_up fp8",
+    "small4 expert_gate_up bf16",
+    "small4 expert_down fp8",
+    "small4 expert_gate_up nvfp4",
 )
-# (configuration, machine instruction that does its work): one of each form; bench.gpu's report has all
+# configuration -> the machine instruction that does its work; `make gpu-report` has all configurations
 COMPILED = {
-    "linear: small4 o_proj bf16": "HGMMA",
-    "linear: small3 gate_up fp8": "HGMMA",
-    "linear: small4 absorb bf16": "HGMMA",
-    **{f"linear: small4 q_kv_down {format}": "HGMMA" for format in ("bf16", "nvfp4")},
-    **{f"linear: small4 q_kv_down {format}, apart": "HGMMA" for format in ("bf16", "nvfp4")},
-    "linear: small4 q_kv_down, sum of parts": "FADD",
-    "moe: small4 expert_gate_up bf16": "HGMMA",
-    "moe: small4 expert_gate_up nvfp4": "HGMMA",
-    "moe: small4 expert_down fp8": "HGMMA",
-    "moe: small4 sum_slots bf16": "FADD",
+    "small4 o_proj bf16": "HGMMA",
+    "small3 gate_up fp8": "HGMMA",
+    "small4 absorb bf16": "HGMMA",
+    **{f"small4 q_kv_down {format}": "HGMMA" for format in ("bf16", "nvfp4")},
+    **{f"small4 q_kv_down {format}, apart": "HGMMA" for format in ("bf16", "nvfp4")},
+    "small4 q_kv_down, sum of parts": "FADD",
+    "small4 expert_gate_up bf16": "HGMMA",
+    "small4 expert_gate_up nvfp4": "HGMMA",
+    "small4 expert_down fp8": "HGMMA",
+    "small4 sum_slots bf16": "FADD",
 }
 # FP8 by FP8: one of each kernel and kind of result
 BY_FP8 = (
-    "linear: small4 o_proj fp8 x fp8",
-    "linear: small3 gate_up fp8 x fp8",
-    "linear: small3 gate_up fp8 x fp8, static",
-    "moe: small4 expert_gate_up fp8 x fp8, static",
-    "moe: small4 expert_down fp8 x fp8",
+    "small4 o_proj fp8 x fp8",
+    "small3 gate_up fp8 x fp8",
+    "small3 gate_up fp8 x fp8, static",
+    "small4 expert_gate_up fp8 x fp8, static",
+    "small4 expert_down fp8 x fp8",
 )
-
-
-def _worker(*arguments: str) -> Any:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), *arguments], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
     """Results by configuration, of all that tests here look at. One process makes them: it imports torch once."""
-    return _worker("compile", *{*COMPILED, *BY_FP8, *DESCRIBED, *(f"{name}, TMA" for name in DESCRIBED)})
+    return ask("compile", *{*COMPILED, *BY_FP8, *DESCRIBED, *(f"{name}, TMA" for name in DESCRIBED)})
 
 
 def test_some_configurations_compile_for_sm_90(compiled: dict[str, Any]) -> None:
@@ -74,7 +61,7 @@ def test_some_configurations_compile_for_sm_90(compiled: dict[str, Any]) -> None
         else:
             assert wide >= 24, name
             assert "nvfp4" in name or wide == sum(copies.values()), name
-    for name in (f"linear: small4 q_kv_down {format}" for format in ("bf16", "nvfp4")):
+    for name in (f"small4 q_kv_down {format}" for format in ("bf16", "nvfp4")):
         assert _products(compiled[name]) == _products(compiled[f"{name}, apart"])  # apart or in one program
 
 
@@ -117,6 +104,6 @@ def test_fp8_by_fp8_runs_on_fp8_tensor_cores_and_adds_up_in_fp32(compiled: dict[
 
 def test_what_is_compiled_ahead_is_what_a_launch_would_compile() -> None:
     """Signature, constants and attributes of every configuration, as Triton's launcher derives them."""
-    differences = _worker("bind")
+    differences = ask("bind")
     assert len(differences) > 20
     assert {name: found for name, found in differences.items() if found} == {}
