@@ -1,4 +1,4 @@
-"""What attention, the writes into its pages, and the halves of a layer are timed with; see kernel_cases.py."""
+"""Cases of attention, of the writes into its pages, and of the blocks of a layer; see kernel_cases.py."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import (
     DecoderWeights,
     GqaWeights,
-    Half,
     MlaWeights,
     MlpWeights,
     MoeWeights,
+    PositionTables,
     StepRows,
 )
 
@@ -41,18 +41,11 @@ def queries_of(size: Size, rows_each: int) -> PagedQueries:
     ids = torch.randperm(size.sequences * blocks, generator=torch.Generator().manual_seed(0)).view(-1, blocks)
     ids[:, : size.shared // BLOCK_TOKENS] = ids[0, : size.shared // BLOCK_TOKENS].clone()
     count = size.sequences if rows_each else 0
-    return PagedQueries(
-        query_starts=torch.arange(count + 1, dtype=torch.int32) * rows_each,
-        context_lengths=torch.full((count,), size.context, dtype=torch.int32),
-        table_rows=torch.arange(count, dtype=torch.int32),
-        block_tables=ids.int(),
-        query_lengths=[rows_each] * count,
-        contexts=[size.context] * count,
-    )
+    return PagedQueries.of([rows_each] * count, [size.context] * count, list(range(count)), ids.int())
 
 
 def slots_of(size: Size) -> Tensor:
-    """Where the step's rows are written: the last ones of each context."""
+    """Cache slots of the step's rows, the last ones of each context."""
     tables = queries_of(size, size.rows_each).block_tables.long()
     positions = torch.arange(size.context - size.rows_each, size.context)
     return (tables[:, positions // BLOCK_TOKENS] * BLOCK_TOKENS + positions % BLOCK_TOKENS).flatten()
@@ -206,21 +199,23 @@ def _gqa(model: Model, size: Size, make: Maker) -> Call | None:
 
 
 def _sinks(model: Model, make: Maker) -> Tensor:
-    """Of every kind: one that is none, one that takes everything, and those that count."""
+    """Sinks of every kind: one that is none, one that takes everything, and others that count."""
     sinks = make.noise(model.heads, dtype=torch.float32) * 2
     sinks[0], sinks[1] = -torch.inf, 1e4
     return sinks
 
 
-# --- the halves of a layer ---------------------------------------------------------------------------------
+# --- the blocks of a layer ---------------------------------------------------------------------------------
 
 
-def step_rows(size: Size, pairs: int) -> StepRows:
+def step_rows(size: Size, pairs: int) -> tuple[StepRows, PositionTables]:
     """Generated rows, or a prompt."""
     expanded = queries_of(size, 0 if size.decodes else size.rows_each)
     absorbed = queries_of(size, size.rows_each if size.decodes else 0)
     num_expanded = 0 if size.decodes else size.rows
-    return StepRows(*tables(size.rows, pairs), None, slots_of(size), num_expanded, expanded, absorbed)
+    tokens, positions = torch.arange(size.rows) % TOKENS, torch.arange(size.rows) % size.context
+    rows = StepRows(tokens, positions, slots_of(size), num_expanded, expanded, absorbed)
+    return rows, PositionTables(*tables(size.rows, pairs))
 
 
 @case
@@ -246,7 +241,7 @@ def mla_block(model: Model, size: Size, make: Maker) -> Call | None:
         MlaWeights(norms[0], down, norms[1], up, norms[2], w_uk, w_uk_t, w_uv, out, EPS, EPS, 0.1, True)
         for down, up, w_uk, w_uk_t, w_uv, out in make.cold(weights)
     ]
-    x, rows = make.noise(size.rows, hidden) * 0, step_rows(size, rope // 2)
+    x, step = make.noise(size.rows, hidden) * 0, step_rows(size, rope // 2)
     pages, residual = pages_of(size, make, rank + rope), make.noise(size.rows, hidden)
     attention = (mla_decode if size.decodes else mla_prefill)(model, size, make)
     assert attention is not None
@@ -258,7 +253,7 @@ def mla_block(model: Model, size: Size, make: Maker) -> Call | None:
     per_row += heads * (model.nope + model.value_dim) * rank if size.decodes else 0
     moved = used + attention.num_bytes + 4 * residual.numel() * VALUE_BYTES
     return Call(
-        [(x, residual, layer, rows, pages) for layer in layers],
+        [(x, residual, layer, *step, pages) for layer in layers],
         moved,
         attention.flops + 2 * size.rows * per_row,
     )
@@ -273,13 +268,13 @@ def gqa_block(model: Model, size: Size, make: Maker) -> Call | None:
     hidden, width = model.hidden, model.heads * model.head_dim
     outputs = width + 2 * model.kv_heads * model.head_dim
     weights = make.cold(lambda: (make.matrix(outputs, hidden), make.matrix(hidden, width)))
-    norm, rows = make.noise(hidden), step_rows(size, model.head_dim // 2)
+    norm, step = make.noise(hidden), step_rows(size, model.head_dim // 2)
     layers = [GqaWeights(norm, qkv, output, model.heads, model.kv_heads, EPS, 0.1) for qkv, output in weights]
     pages = [pages_of(size, make, model.kv_heads, model.head_dim) for _ in range(2)]
     x, residual = make.noise(size.rows, hidden) * 0, make.noise(size.rows, hidden)
     moved = weight_bytes(*weights[0]) + attention.num_bytes + 4 * x.numel() * VALUE_BYTES
     flops = attention.flops + 2 * size.rows * hidden * (outputs + width)
-    return Call([(x, residual, layer, rows, *pages) for layer in layers], moved, flops)
+    return Call([(x, residual, layer, *step, *pages) for layer in layers], moved, flops)
 
 
 @case
@@ -313,14 +308,14 @@ def moe_block(model: Model, size: Size, make: Maker) -> Call | None:
 
 @case
 def decoder(model: Model, size: Size, make: Maker) -> Call | None:
-    """One layer of the model in one call: its two halves, between an embedding and a head of a few tokens."""
+    """A layer of the model in one call: its two blocks, between an embedding and a head of a few tokens."""
     first = (mla_block if model.rank else gqa_block)(model, size, make)
     second = (moe_block if model.experts else mlp_block)(model, size, make)
     assert first is not None
     assert second is not None
-    _, residual, attention, rows, *pages = first.arguments[0]
-    halves = [Half(attention, tuple(pages)), Half(second.arguments[0][2])]
-    head = make.matrix(TOKENS, model.hidden)
-    weights = DecoderWeights(make.noise(TOKENS, model.hidden), halves, make.noise(model.hidden), EPS, head)
-    calls = [(torch.arange(len(residual)) % TOKENS, weights, rows, None)]
+    _, _, attention, rows, position_tables, *pages = first.arguments[0]
+    blocks = [attention, second.arguments[0][2]]
+    head, embedding = make.matrix(TOKENS, model.hidden), make.noise(TOKENS, model.hidden)
+    weights = DecoderWeights(embedding, blocks, [tuple(pages)], make.noise(model.hidden), EPS, head)
+    calls = [(weights, rows, position_tables, None)]
     return Call(calls, first.num_bytes + second.num_bytes, first.flops + second.flops)
