@@ -17,7 +17,7 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test quick lint mutants sanitize soak compat bench-offline bench-step bench-rpc peers headline headline-simulated gpu gpu-bundle gpu-report clean again
+.PHONY: help venv demo serve test quick lint mutants sanitize soak compat bench-step bench-rpc peers headline headline-simulated gpu gpu-bundle gpu-report clean again
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,9 +64,9 @@ test: $(KERNELS) ## run the whole test suite
 
 # GPU kernels, whole models, simulated loads, benchmarks, and cores in processes of their own.
 SLOW = bench kernels/triton kernels/cuda kernels/test_native.py engine/test_exact.py engine/test_expert_counting.py \
-  engine/test_forecast.py engine/test_gpu_engine.py engine/test_graphs.py engine/test_llm.py engine/test_memory.py \
+  engine/test_gpu_engine.py engine/test_graphs.py engine/test_llm.py engine/test_memory.py \
   engine/test_no_round_trip.py engine/test_oracle.py engine/test_oracle_engine.py engine/test_overlap.py \
-  engine/test_pipe.py engine/test_published.py engine/test_simulated.py engine/test_smollm2_oracle.py \
+  engine/test_pipe.py engine/test_published.py engine/test_smollm2_oracle.py \
   engine/test_weights_gguf.py engine/test_weights_packed.py engine/frontend/test_core_process.py \
   engine/frontend/test_device_fault.py
 quick: $(KERNELS) ## run the tests that are done in a minute: all but GPU kernels, whole models and benchmarks
@@ -97,16 +97,14 @@ compat: ## run the tests with other versions of torch and Python, in environment
 build/checkpoints/%: | $(KERNELS)
 	$(BIN)/cierzo make-checkpoint $@ --like $* --scale mini
 
-bench-offline: build/checkpoints/small3 build/checkpoints/small4 ## compare our throughput with transformers'
-	$(BIN)/python -m cierzo.bench.offline $^
-
 bench-step: $(KERNELS) ## time the step loop apart from the model
-	$(BIN)/python -m cierzo.bench.step
+	$(BIN)/cierzo bench step
 
 bench-rpc: $(KERNELS) ## requests and tokens per second over the RPC, with a fake model
 	$(BIN)/python -m cierzo.bench.rpc
 
-# Each peer gets an environment of its own below build/peers. PEERS="--quick" or any of its other options.
+# Each peer gets an environment of its own below build/peers. PEERS="--quick" or any of its other options; against
+# transformers' generate alone: PEERS="--engines cierzo-bf16,transformers --cells decode-1,decode-8,decode-32".
 peers: $(KERNELS) ## compare us with transformers, vLLM and llama.cpp (hours; PEERS=--quick: 40 minutes)
 	$(BIN)/python -m cierzo.bench.peers.environments $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install 'matplotlib>=3.8'  # the extra [bench]

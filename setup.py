@@ -149,5 +149,5 @@ setup(
     package_data={"cierzo": ["py.typed"], "cierzo.kernels.cuda": ["*.cu", "*.cuh"]},
     install_requires=RUNTIME,
     extras_require={"cuda": CUDA, "demo": DEMO, "bench": BENCH, "test": DEMO + TEST},
-    entry_points={"console_scripts": ["cierzo=cierzo.engine.__main__:main"]},
+    entry_points={"console_scripts": ["cierzo=cierzo.__main__:main"]},
 )

@@ -16,7 +16,7 @@ from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.kernels.cpu import native
 from cierzo.kernels.cpu.launch import linear
 from cierzo.kernels.cpu.launch.memory import read_memory
-from cierzo.kernels.formats.pack import pack
+from cierzo.kernels.pack import pack
 from cierzo.kernels.registry import has_native
 
 READ_BYTES = 512 << 20

@@ -1,4 +1,4 @@
-"""`python -m cierzo.bench.context CHECKPOINT`: what a long context costs, for one request alone.
+"""`python -m cierzo.bench.context CHECKPOINT`: the cost of a long context, for one request alone.
 
 decode   one generated token after a context of synthetic cache entries, context by context. Attention's share is
          what a step takes beyond one with hardly any context; its limit is the larger of bytes / read bandwidth
@@ -25,7 +25,8 @@ from cierzo.bench.report import make_report, write_report
 from cierzo.bench.sequences import Sequences
 from cierzo.bench.stats import median
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.model.config import MlaConfig
+from cierzo.engine.cost.operations import gqa, mla_decode
+from cierzo.engine.cost.weights import sizes_of
 
 BASE_CONTEXT = 32  # tokens: what a step costs without attention to speak of
 PROGRESS_AFTER_S = 2.0
@@ -57,12 +58,13 @@ class ChunkRow(msgspec.Struct, frozen=True, kw_only=True):
 
 def attention_work(config: EngineConfig, context: int) -> tuple[float, float]:
     """(operations, bytes of cache entries) of one generated token's attention over a context, all layers."""
-    model, attention = config.model, config.model.attention
-    if isinstance(attention, MlaConfig):
-        operations = 2 * model.num_heads * (2 * attention.kv_lora_rank + attention.qk_rope_head_dim)
+    sizes, tokens = sizes_of(config.model), context * config.model.num_layers
+    entry_bytes = config.layout.bytes_per_token / config.model.num_layers
+    if sizes.rank:
+        work = mla_decode(sizes, 0, tokens, tokens, entry_bytes)
     else:
-        operations = 4 * model.num_heads * attention.head_dim
-    return model.num_layers * context * operations, context * config.layout.bytes_per_token
+        work = gqa(sizes, 0, tokens, tokens, entry_bytes)
+    return float(work.operations), float(work.num_bytes)
 
 
 def measure_decode(

@@ -17,13 +17,13 @@ from typing import Any
 
 import msgspec
 
-from cierzo.bench.arguments import MAX_SEED, finite, positive, seed
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.traces import random_prompt
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.expert_statistics import ExpertStatistics, independent_distinct
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import SamplingParams
+from cierzo.engine.options import MAX_SEED, finite, positive, seed
 
 HOTTEST = 4  # experts named in a layer's row
 RANDOM_REQUESTS = 32
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and all counts here")
 
 
-def main(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Run or ask, print the tables. Raises ConfigError for a model without experts, or prompts that are none."""
     settings = _settings(arguments)
     if arguments.json is not None:

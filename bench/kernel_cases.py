@@ -1,73 +1,41 @@
-"""What each operation is timed with: one function per operation, from a model and a size to calls.
+"""Calls that time each operation: one function per operation, from a model and a size to arguments and their work.
 
-Imports torch and numpy alone: a machine that is lent for half an hour has little else (bench/gpu).
-
-A `Call` says what one call must move and compute at least: every byte it reads and writes once, two operations for
-each product that the mathematics asks for. Letters as in kernels/ops/.
+Imports torch and numpy alone: a machine that is lent for half an hour has little else (bench/gpu). Letters as in
+kernels/ops/; work is counted by engine/cost/operations.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cierzo.kernels.formats.pack import pack
+from cierzo.engine.cost import operations
+from cierzo.engine.cost.operations import Work, stored
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.pack import pack
 
 COLD_BYTES = 96 << 20  # of weights in turn, so that no cache of ours holds them from one call to the next
 NOISE = 65_521  # random values that all tensors repeat; a prime, so that no two rows are equal
 DTYPE = torch.bfloat16
-VALUE_BYTES = 2
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """The sizes of one layer, and the vocabulary. Zeros: the model has no such part.
-
-    window: tokens that a row sees, 0 is all; sinks: whether heads have them. Both of GQA alone.
-    """
-
-    name: str
-    hidden: int
-    heads: int
-    vocab: int
-    mlp_width: int  # of the dense MLP, or of the shared expert
-    kv_heads: int = 0
-    head_dim: int = 0
-    window: int = 0
-    sinks: bool = False
-    query_rank: int = 0
-    rank: int = 0
-    rope: int = 0
-    nope: int = 0
-    value_dim: int = 0
-    experts: int = 0
-    top_k: int = 0
-    expert_width: int = 0
-
-
+# Both models at true size. Small 4 has no dense MLP: one as wide as its shared expert is timed.
+SMALL4 = ModelSizes(
+    name="small4", hidden=4096, heads=32, vocab=131_072, mlp_width=2048, query_rank=1024, rank=256, rope=64,
+    nope=64, value_dim=128, experts=128, top_k=4, expert_width=2048, shared_width=2048,
+)  # fmt: skip
+SMALL3 = ModelSizes(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_width=32_768, kv_heads=8, head_dim=128)
 # the benchmark checkpoints, `--scale mini`
-SMALL4 = Model(
-    name="small4",
-    hidden=1024,
-    heads=16,
-    vocab=32_768,
-    mlp_width=512,
-    query_rank=512,
-    rank=256,
-    rope=64,
-    nope=64,
-    value_dim=128,
-    experts=128,
-    top_k=4,
-    expert_width=512,
+MINI4 = replace(
+    SMALL4, hidden=1024, heads=16, vocab=32_768, mlp_width=512, query_rank=512, expert_width=512, shared_width=512
 )
-SMALL3 = Model(name="small3", hidden=1280, heads=16, vocab=32_768, mlp_width=8448, kv_heads=8, head_dim=128)
-MODELS = {model.name: model for model in (SMALL4, SMALL3)}
+MINI3 = replace(SMALL3, hidden=1280, heads=16, vocab=32_768, mlp_width=8448)
+MODELS = {model.name: model for model in (MINI4, MINI3)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +56,16 @@ class Size:
 
     @property
     def decodes(self) -> bool:
-        """One row a sequence."""
+        """Whether each sequence has one row."""
         return self.rows_each == 1
+
+    def queries(self, window: int = 0) -> tuple[int, int, int]:
+        """Rows, pairs of a row and a token that it sees, and tokens whose cache entries are read, once each."""
+        seen = range(self.context - self.rows_each + 1, self.context + 1)
+        pairs = sum(min(tokens, window) if window else tokens for tokens in seen)
+        read = min(self.context, window + self.rows_each - 1) if window else self.context
+        shared = max(0, self.shared - (self.context - read))
+        return self.rows, self.sequences * pairs, self.sequences * (read - shared) + shared
 
 
 SIZES = (
@@ -102,11 +78,10 @@ SIZES = (
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Arguments of the bound function, for calls in turn; bytes and operations of each."""
+    """Arguments of the bound function, for calls in turn; and the work of each."""
 
     arguments: list[tuple[Any, ...]]
-    num_bytes: int
-    flops: int = 0
+    work: Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +94,20 @@ class Maker:
     seed: int = 0
     kv_dtype: torch.dtype = DTYPE
     cold_bytes: int | None = None  # COLD_BYTES
+
+    @property
+    def weights(self) -> str:
+        """The number format in which weights lie in memory."""
+        return self.format if self.native else "bf16"
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a value in the cache."""
+        return self.kv_dtype.itemsize
+
+    def entry_bytes(self, model: ModelSizes) -> int:
+        """Bytes that a token has in one layer's cache."""
+        return model.page_values * self.page_bytes
 
     def noise(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
         """Normal values; the same ones again and again."""
@@ -139,10 +128,10 @@ class Maker:
         """As many of what `make` makes as fill `cold_bytes`."""
         first = make()
         wanted = COLD_BYTES if self.cold_bytes is None else self.cold_bytes
-        return [first, *(make() for _ in range(wanted // weight_bytes(*first)))]
+        return [first, *(make() for _ in range(wanted // matrix_bytes(*first)))]
 
 
-def weight_bytes(*matrices: Matrix) -> int:
+def matrix_bytes(*matrices: Matrix) -> int:
     """Bytes of plain or packed weights."""
     return sum(
         matrix.numel() * matrix.element_size() if isinstance(matrix, Tensor) else matrix.num_bytes
@@ -150,7 +139,7 @@ def weight_bytes(*matrices: Matrix) -> int:
     )
 
 
-Case = Callable[[Model, Size, Maker], Call | None]
+Case = Callable[[ModelSizes, Size, Maker], Call | None]
 CASES: dict[str, Case] = {}
 
 
@@ -158,6 +147,16 @@ def case(function: Case) -> Case:
     """Register the case of the operation that the function is named after. None: not in this model or size."""
     CASES[function.__name__] = function
     return function
+
+
+def cases(*names: str) -> Callable[[Callable[..., Call | None]], Callable[..., Call | None]]:
+    """Register a function as the case of several operations, the name of which is its first argument."""
+
+    def register(function: Callable[..., Call | None]) -> Callable[..., Call | None]:
+        CASES.update({name: partial(function, name) for name in names})
+        return function
+
+    return register
 
 
 def tables(rows: int, pairs: int) -> tuple[Tensor, Tensor]:
@@ -169,138 +168,114 @@ def tables(rows: int, pairs: int) -> tuple[Tensor, Tensor]:
 # --- norms, rotations --------------------------------------------------------------------------------------
 
 
-@case
-def rms_norm(model: Model, size: Size, make: Maker) -> Call:
-    """The hidden rows."""
+@cases("rms_norm", "add_rms_norm", "rms_norm_fp8", "add_rms_norm_fp8")
+def norm(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """The hidden rows, alone or added to a residual; into codes by each row's own scale, or by a static one."""
+    residual, fp8 = operation.startswith("add"), operation.endswith("fp8")
     x, weight = make.noise(size.rows, model.hidden), make.noise(model.hidden)
-    return Call([(x, weight, 1e-6)], (2 * x.numel() + model.hidden) * VALUE_BYTES)
+    arguments: tuple[Any, ...] = (x * 0, x.clone(), weight, 1e-6) if residual else (x, weight, 1e-6)
+    if fp8:
+        arguments += (torch.full((1,), 0.0625, device=make.device) if residual else None,)
+    row_bytes = int(stored("fp8", 1, model.hidden)) if fp8 else None
+    return Call([arguments], operations.norm(model, size.rows, residual=residual, row_bytes=row_bytes))
 
 
 @case
-def add_rms_norm(model: Model, size: Size, make: Maker) -> Call:
-    """The hidden rows; the residual is written too."""
-    x, residual = make.noise(size.rows, model.hidden), make.noise(size.rows, model.hidden)
-    return Call([(x * 0, residual, make.noise(model.hidden), 1e-6)], (4 * x.numel() + model.hidden) * VALUE_BYTES)
-
-
-@case
-def rms_norm_fp8(model: Model, size: Size, make: Maker) -> Call:
-    """The hidden rows, each into codes by its own scale."""
-    x, weight = make.noise(size.rows, model.hidden), make.noise(model.hidden)
-    moved = x.numel() * (VALUE_BYTES + 1) + model.hidden * VALUE_BYTES + size.rows * 4
-    return Call([(x, weight, 1e-6, None)], moved)
-
-
-@case
-def add_rms_norm_fp8(model: Model, size: Size, make: Maker) -> Call:
-    """The hidden rows are added to the residual; the normed sum goes into codes by a static scale."""
-    x, residual = make.noise(size.rows, model.hidden), make.noise(size.rows, model.hidden)
-    scale = torch.full((1,), 0.0625, device=make.device)
-    moved = x.numel() * (3 * VALUE_BYTES + 1) + model.hidden * VALUE_BYTES + size.rows * 4
-    return Call([(x * 0, residual, make.noise(model.hidden), 1e-6, scale)], moved)
-
-
-@case
-def rope_tables(model: Model, size: Size, make: Maker) -> Call:
+def rope_tables(model: ModelSizes, size: Size, make: Maker) -> Call:
     """Once a step."""
-    pairs = (model.rope or model.head_dim) // 2
     positions = torch.arange(size.rows) + size.context - size.rows_each
-    return Call([(positions, torch.rand(pairs), 1.0)], size.rows * (8 + 2 * pairs * 4))
+    return Call(
+        [(positions, torch.rand(model.rotated // 2), 1.0)], operations.moved("rope_tables", model, size.rows)
+    )
 
 
 @case
-def apply_rope(model: Model, size: Size, make: Maker) -> Call:
+def apply_rope(model: ModelSizes, size: Size, make: Maker) -> Call:
     """The queries; with grouped queries, the keys too."""
-    turned = model.rope or model.head_dim
-    heads = model.heads + model.kv_heads
-    x = make.noise(size.rows, heads, model.nope + turned)
-    moved = 2 * size.rows * heads * turned * VALUE_BYTES + size.rows * turned * 4
-    return Call([(x, *tables(size.rows, turned // 2), model.rope > 0, None)], moved)
+    x = make.noise(size.rows, model.heads + model.kv_heads, model.nope + model.rotated)
+    arguments = (x, *tables(size.rows, model.rotated // 2), model.rope > 0, None)
+    return Call([arguments], operations.moved("apply_rope", model, size.rows))
 
 
 # --- dense products ----------------------------------------------------------------------------------------
 
 
 @case
-def linear(model: Model, size: Size, make: Maker) -> Call:
+def linear(model: ModelSizes, size: Size, make: Maker) -> Call:
     """The projection after attention."""
-    inner = model.heads * (model.value_dim or model.head_dim)
-    x = make.noise(size.rows, inner)
-    weights = make.cold(lambda: (make.matrix(model.hidden, inner),))
-    moved = weight_bytes(*weights[0]) + size.rows * (inner + model.hidden) * VALUE_BYTES
-    return Call([(x, *matrices) for matrices in weights], moved, 2 * size.rows * inner * model.hidden)
+    k, n = model.projections[-1]
+    x, weights = make.noise(size.rows, k), make.cold(lambda: (make.matrix(n, k),))
+    return Call([(x, *matrices) for matrices in weights], operations.linear(model, size.rows, k, n, make.weights))
 
 
 @case
-def lm_head(model: Model, size: Size, make: Maker) -> Call:
+def lm_head(model: ModelSizes, size: Size, make: Maker) -> Call:
     """One row a sequence."""
-    rows = size.sequences
-    x = make.noise(rows, model.hidden)
+    x = make.noise(size.sequences, model.hidden)
     weights = make.cold(lambda: (make.matrix(model.vocab, model.hidden),))
-    moved = weight_bytes(*weights[0]) + rows * (model.hidden * VALUE_BYTES + model.vocab * 4)
-    return Call([(x, *matrices) for matrices in weights], moved, 2 * rows * model.hidden * model.vocab)
+    return Call([(x, *matrices) for matrices in weights], operations.lm_head(model, size.sequences, make.weights))
 
 
 @case
-def gated_mlp(model: Model, size: Size, make: Maker) -> Call:
+def gated_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
     """The dense MLP, or one as wide as the shared expert."""
-    hidden, width = model.hidden, model.mlp_width
-    x = make.noise(size.rows, hidden)
-    weights = make.cold(lambda: (make.matrix(2 * width, hidden, paired=True), make.matrix(hidden, width)))
-    moved = weight_bytes(*weights[0]) + 2 * size.rows * hidden * VALUE_BYTES
-    return Call([(x, *matrices) for matrices in weights], moved, 6 * size.rows * hidden * width)
+    x, weights = make.noise(size.rows, model.hidden), make.cold(lambda: mlp_weights(model.mlp_width, model, make))
+    return Call([(x, *matrices) for matrices in weights], operations.gated_mlp(model, size.rows, make.weights))
+
+
+def mlp_weights(width: int, model: ModelSizes, make: Maker, *experts: int) -> tuple[Matrix, Matrix]:
+    """Gate and up, and down, of one MLP or of several experts."""
+    gate_up = make.matrix(*experts, 2 * width, model.hidden, paired=True)
+    return gate_up, make.matrix(*experts, model.hidden, width)
 
 
 # --- mixture of experts ------------------------------------------------------------------------------------
 
 
-def random_experts(model: Model, size: Size) -> Tensor:
+def random_experts(model: ModelSizes, size: Size) -> Tensor:
     """int64 [T,K], distinct in a row, every expert as likely as the others."""
     scores = torch.rand(size.rows, model.experts, generator=torch.Generator().manual_seed(size.rows))
     return scores.topk(model.top_k).indices
 
 
-def expert_bytes(model: Model, size: Size, *matrices: Matrix) -> int:
-    """Bytes of the experts that random_experts chooses."""
-    return weight_bytes(*matrices) * len(random_experts(model, size).unique()) // model.experts
+def expert_work(model: ModelSizes, size: Size, make: Maker) -> Work:
+    """The work of the experts that random_experts chooses."""
+    return operations.expert_mlp(model, size.rows, len(random_experts(model, size).unique()), make.weights)
 
 
 @case
-def route(model: Model, size: Size, make: Maker) -> Call | None:
+def route(model: ModelSizes, size: Size, make: Maker) -> Call | None:
     """The router in the checkpoint's bf16."""
     if not model.experts:
         return None
     x = make.noise(size.rows, model.hidden)
     weights = make.cold(lambda: (make.matrix(model.experts, model.hidden, format="bf16"),))
-    moved = weight_bytes(*weights[0]) + size.rows * (model.hidden * VALUE_BYTES + model.top_k * 12)
     calls = [(x, *matrices, model.top_k, 1, 1, True, 1.0) for matrices in weights]
-    return Call(calls, moved, 2 * size.rows * model.hidden * model.experts)
+    return Call(calls, operations.route(model, size.rows))
 
 
 @case
-def group_by_expert(model: Model, size: Size, make: Maker) -> Call | None:
+def group_by_expert(model: ModelSizes, size: Size, make: Maker) -> Call | None:
     """Random choices."""
     if not model.experts:
         return None
-    ids = random_experts(model, size)
-    return Call([(ids, model.experts)], (2 * ids.numel() + model.experts + 1) * 8)
+    arguments = (random_experts(model, size), model.experts)
+    return Call([arguments], operations.moved("group_by_expert", model, size.rows))
 
 
 @case
-def expert_mlp(model: Model, size: Size, make: Maker) -> Call | None:
+def expert_mlp(model: ModelSizes, size: Size, make: Maker) -> Call | None:
     """Random choices, and the shared expert."""
     if not model.experts:
         return None
-    hidden, width, rows = model.hidden, model.expert_width, size.rows
     ids = random_experts(model, size)
     order = ids.flatten().sort(stable=True)
     starts = torch.searchsorted(order.values, torch.arange(model.experts + 1))
-    x, shares = make.noise(rows, hidden), torch.full(ids.shape, 1 / model.top_k)
-    routed = make.matrix(model.experts, 2 * width, hidden, paired=True), make.matrix(model.experts, hidden, width)
-    shared = make.matrix(2 * model.mlp_width, hidden, paired=True), make.matrix(hidden, model.mlp_width)
-    moved = expert_bytes(model, size, *routed) + weight_bytes(*shared) + 2 * rows * hidden * VALUE_BYTES
-    flops = 6 * rows * hidden * (model.top_k * width + model.mlp_width)
-    return Call([(x, *routed, shares, order.indices, starts, *shared)], moved, flops)
+    x, shares = make.noise(size.rows, model.hidden), torch.full(ids.shape, 1 / model.top_k)
+    routed = mlp_weights(model.expert_width, model, make, model.experts)
+    shared = mlp_weights(model.shared_width, model, make)
+    arguments = (x, *routed, shares, order.indices, starts, *shared)
+    return Call([arguments], expert_work(model, size, make))
 
 
 # --- blocks of the cache ------------------------------------------------------------------------------------
@@ -308,33 +283,15 @@ def expert_mlp(model: Model, size: Size, make: Maker) -> Call | None:
 BLOCK_TOKENS = 16
 
 
-def pages_of(model: Model, size: Size, make: Maker) -> tuple[Tensor, int]:
-    """One layer's pages, for twice the blocks of the longest context; and how many are moved: a context's."""
-    width = model.rank + model.rope or model.kv_heads * model.head_dim
-    moved = -(-size.context // BLOCK_TOKENS)
-    return make.noise(2 * moved * BLOCK_TOKENS, width).view(2 * moved, BLOCK_TOKENS, width), moved
-
-
-@case
-def copy_blocks(model: Model, size: Size, make: Maker) -> Call:
-    """A prefix, from the front of the pages to their end."""
-    pages, count = pages_of(model, size, make)
-    pairs = torch.stack([torch.arange(count), torch.arange(2 * count - 1, count - 1, -1)], dim=1)
-    return Call([(pages, pairs)], pages.nbytes)
-
-
-@case
-def gather_blocks(model: Model, size: Size, make: Maker) -> Call:
-    """A context's blocks, every second one of the pages."""
-    pages, count = pages_of(model, size, make)
-    return Call([(pages, torch.arange(count) * 2, torch.empty_like(pages[:count]))], pages.nbytes)
-
-
-@case
-def scatter_blocks(model: Model, size: Size, make: Maker) -> Call:
-    """And back."""
-    pages, count = pages_of(model, size, make)
-    return Call([(pages, torch.arange(count) * 2, pages[:count].clone())], pages.nbytes)
+@cases("copy_blocks", "gather_blocks", "scatter_blocks")
+def blocks(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """A context's blocks: from the front of a layer's pages to their end, or out of and into every second one."""
+    width, count = model.rank + model.rope or model.kv_heads * model.head_dim, -(-size.context // BLOCK_TOKENS)
+    pages = make.noise(2 * count, BLOCK_TOKENS, width)
+    arguments: tuple[Tensor, ...] = (pages, torch.arange(count) * 2, pages[:count].clone())
+    if operation == "copy_blocks":
+        arguments = (pages, torch.stack([torch.arange(count), torch.arange(2 * count - 1, count - 1, -1)], dim=1))
+    return Call([arguments], operations.moved_blocks(operation, count, pages[0].nbytes))
 
 
 # --- sampling ----------------------------------------------------------------------------------------------
@@ -342,66 +299,33 @@ def scatter_blocks(model: Model, size: Size, make: Maker) -> Call:
 SEEN = 100  # tokens of each row that an edit changes
 
 
-def logits_of(model: Model, size: Size) -> Tensor:
+def logits_of(model: ModelSizes, size: Size) -> Tensor:
     """fp32 [M,N]: one row a sequence, a few tokens likely."""
     random = torch.Generator().manual_seed(0)
     return torch.randn(size.sequences, model.vocab, generator=random) * 3
 
 
-def entries(model: Model, size: Size) -> tuple[Tensor, Tensor]:
-    """Rows and token ids of an edit."""
-    ids = torch.arange(SEEN) * 37 % model.vocab
-    return torch.arange(size.sequences).repeat_interleave(SEEN), ids.repeat(size.sequences)
+@cases("add_bias", "apply_penalties", "mask_tokens")
+def edit(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Changes of a hundred tokens a row: by a bias, by a count and its row's penalties, or to nothing."""
+    rows = torch.arange(size.sequences).repeat_interleave(SEEN)
+    ids = (torch.arange(SEEN) * 37 % model.vocab).repeat(size.sequences)
+    more: list[Tensor] = []
+    if operation == "add_bias":
+        more = [torch.zeros(len(ids))]
+    if operation == "apply_penalties":
+        more = [torch.ones_like(ids), *(torch.full((size.sequences,), value) for value in (1.0, 0.0, 0.0))]
+    return Call([(logits_of(model, size), rows, ids, *more)], operations.moved(operation, model, len(ids)))
 
 
-@case
-def add_bias(model: Model, size: Size, make: Maker) -> Call:
-    """A hundred tokens a row."""
-    rows, ids = entries(model, size)
-    return Call([(logits_of(model, size), rows, ids, torch.zeros(len(ids)))], len(ids) * 28)
-
-
-@case
-def apply_penalties(model: Model, size: Size, make: Maker) -> Call:
-    """A hundred tokens a row."""
-    rows, ids = entries(model, size)
-    penalties = (torch.full((size.sequences,), value) for value in (1.0, 0.0, 0.0))
-    return Call([(logits_of(model, size), rows, ids, torch.ones_like(ids), *penalties)], len(ids) * 32)
-
-
-@case
-def mask_tokens(model: Model, size: Size, make: Maker) -> Call:
-    """A hundred tokens a row."""
-    rows, ids = entries(model, size)
-    return Call([(logits_of(model, size), rows, ids)], len(ids) * 20)
-
-
-@case
-def peaks(model: Model, size: Size, make: Maker) -> Call:
-    """Greedy sampling."""
-    logits = logits_of(model, size)
-    return Call([(logits,)], logits.numel() * 4)
-
-
-@case
-def draw(model: Model, size: Size, make: Maker) -> Call:
-    """Temperature 0.8, top-p 0.95."""
-    logits, rows = logits_of(model, size), size.sequences
-    reals = (torch.full((rows,), value, dtype=torch.float64) for value in (0.8, 0.95, 0.0))
-    temperatures, top_ps, min_ps = reals
-    zeros = torch.zeros(rows, dtype=torch.int64)
-    return Call([(logits, temperatures, zeros, top_ps, min_ps, zeros, zeros, zeros)], logits.numel() * 4)
-
-
-@case
-def log_probabilities(model: Model, size: Size, make: Maker) -> Call:
-    """Of every token."""
-    logits = logits_of(model, size)
-    return Call([(logits,)], logits.numel() * 8)
-
-
-@case
-def top_tokens(model: Model, size: Size, make: Maker) -> Call:
-    """The twenty largest."""
-    logits = logits_of(model, size)
-    return Call([(logits, 20)], logits.numel() * 4)
+@cases("peaks", "log_probabilities", "top_tokens", "draw")
+def read_logits(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Logits of every token: the largest, their log-probabilities, the twenty largest, a draw."""
+    rows, more = size.sequences, tuple[Any, ...]()
+    if operation == "top_tokens":
+        more = (20,)
+    if operation == "draw":
+        temperatures, top_ps, min_ps = (torch.full((rows,), p, dtype=torch.float64) for p in (0.8, 0.95, 0.0))
+        zeros = torch.zeros(rows, dtype=torch.int64)
+        more = (temperatures, zeros, top_ps, min_ps, zeros, zeros, zeros)
+    return Call([(logits_of(model, size), *more)], operations.moved(operation, model, rows))

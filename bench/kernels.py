@@ -21,12 +21,14 @@ import msgspec
 from tqdm import tqdm
 
 from cierzo.bench import attention_cases  # noqa: F401 (registers its cases)
-from cierzo.bench.kernel_cases import CASES, MODELS, SIZES, Call, Maker, Model, Size
+from cierzo.bench.kernel_cases import CASES, MODELS, SIZES, Call, Maker, Size
 from cierzo.bench.machine import Ceiling, Ceilings, measure_ceilings
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.stats import median, paired_ratio
+from cierzo.engine.cost.operations import Work
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.config import KernelsConfig
-from cierzo.kernels.formats.packed import GROUP_K
+from cierzo.kernels.formats.number_formats import PACKED_FORMATS
 from cierzo.kernels.registry import bind, implementations, operations, reference
 
 ROUND_S = 0.01  # of one implementation, in each round
@@ -121,13 +123,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="default: both")
     names = [size.name for size in SIZES]
     parser.add_argument("--size", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
-    parser.add_argument("--weights", choices=GROUP_K, default="bf16", help="number format of packed weights")
+    parser.add_argument("--weights", choices=PACKED_FORMATS, default="bf16", help="number format of packed weights")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="in which implementations take turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
     return parser
 
 
-def measure(settings: KernelSettings, model: Model, ceilings: Ceilings) -> Iterator[KernelRow]:
+def measure(settings: KernelSettings, model: ModelSizes, ceilings: Ceilings) -> Iterator[KernelRow]:
     """The rows of one model, operation by operation."""
     sizes = [size for size in SIZES if size.name in settings.sizes]
     for operation in tqdm(settings.operations, desc=model.name, delay=2.0, leave=False, disable=None):
@@ -136,7 +138,7 @@ def measure(settings: KernelSettings, model: Model, ceilings: Ceilings) -> Itera
 
 
 def _measure_case(
-    settings: KernelSettings, operation: str, model: Model, size: Size, ceilings: Ceilings
+    settings: KernelSettings, operation: str, model: ModelSizes, size: Size, ceilings: Ceilings
 ) -> Iterator[KernelRow]:
     """One row per implementation; none where the model has no such operation."""
     calls: dict[str, Call] = {}
@@ -154,19 +156,19 @@ def _measure_case(
             model=model.name,
             size=size.name,
             implementation=name,
-            num_bytes=call.num_bytes,
-            flops=call.flops,
+            num_bytes=int(call.work.num_bytes),
+            flops=int(call.work.operations),
             samples_us=tuple(sample * 1e6 for sample in samples[name]),
-            share=least_seconds(call, ceilings, settings.weights if name == "native" else "bf16") / seconds,
+            share=least_seconds(call.work, ceilings, settings.weights if name == "native" else "bf16") / seconds,
             speedup=paired_ratio(samples[reference()[operation]], samples[name]),
         )
 
 
-def least_seconds(call: Call, ceilings: Ceilings, weights: str) -> float:
-    """What the machine needs at least: its bytes or its operations, whichever take longer."""
+def least_seconds(work: Work, ceilings: Ceilings, weights: str) -> float:
+    """Seconds that the machine needs at least: for the bytes or the operations, whichever take longer."""
     rates: dict[str, Ceiling | None] = {"float32": ceilings.float32, "bf16": ceilings.bf16}
     product = rates.get(weights, ceilings.int8) or ceilings.bf16
-    return max(call.num_bytes / ceilings.read.rate, call.flops / product.rate) / 1e9
+    return float(max(work.seconds(ceilings.read.rate * 1e9, product.rate * 1e9)))
 
 
 def _runner(function: Callable[..., Any], call: Call) -> Callable[[int], None]:

@@ -21,7 +21,6 @@ import msgspec
 import uvloop
 from tqdm import tqdm
 
-from cierzo.bench.arguments import MAX_SEED, finite, positive, positive_float, seed, text, whole
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.traces import random_prompt
@@ -29,6 +28,7 @@ from cierzo.bench.workload import poisson_arrivals
 from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, refusal
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta
+from cierzo.engine.options import MAX_SEED, add_rpc, finite, positive, positive_float, seed, text, whole
 
 PROGRESS_AFTER_S = 2.0
 READY_TIMEOUT_S = 600.0  # for weights to load
@@ -78,7 +78,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `cierzo bench load`."""
-    parser.add_argument("--rpc", default="127.0.0.1:7071", metavar="HOST:PORT|unix:PATH", help="server to load")
+    add_rpc(parser, "server to load")
     parser.add_argument("--requests", type=positive, default=100, metavar="N", help="requests in all")
     loop = parser.add_mutually_exclusive_group()
     loop.add_argument("--concurrency", type=positive, metavar="C", help="closed loop of C clients (default: 8)")
@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and raw samples here")
 
 
-def main(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Wait for the server, run the load, print the table; exit status 1 unless every request was answered.
 
     Raises CierzoError without a server that takes requests.

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
+
+from cierzo.bench.stats import median
+
+if TYPE_CHECKING:
+    from cierzo.engine.cost.device import Device
+
+GIGA, GIB = 1e9, 1 << 30
+APART = (
+    "import msgspec; from cierzo.bench.machine import measure_ceilings; "
+    "print(msgspec.json.encode(measure_ceilings()).decode())"
+)
+APART_TIMEOUT_S = 600.0
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +92,50 @@ def measure_ceilings() -> Ceilings:
     from cierzo.bench.ceilings import measure  # imports torch, which those who only describe the machine can spare
 
     return measure()
+
+
+def measure_apart() -> Ceilings:
+    """`measure_ceilings` in a process of its own, whose memory is free afterwards. Raises SubprocessError."""
+    command = [sys.executable, "-c", APART]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=APART_TIMEOUT_S)
+    return msgspec.json.decode(done.stdout, type=Ceilings)
+
+
+def middle(found: Sequence[Ceilings]) -> Ceilings:
+    """The ceilings in the middle of several measurements, each rate on its own. Raises ValueError for none."""
+
+    def rate(name: str) -> Ceiling:
+        each = [one for ceilings in found if (one := getattr(ceilings, name)) is not None]
+        return Ceiling(rate=median([one.rate for one in each]), reached_by=each[0].reached_by)
+
+    names = ("read_one_thread", "read", "bf16", "float32")
+    int8 = rate("int8") if any(one.int8 is not None for one in found) else None
+    return Ceilings(threads=found[0].threads, int8=int8, **{name: rate(name) for name in names})
+
+
+def limit_device(found: Ceilings) -> Device:
+    """This machine as a device that reaches everything that was measured: what a step takes there is its limit.
+
+    Where nothing measures int8 products, the bf16 rate stands for theirs.
+    """
+    from cierzo.engine.cost.device import (
+        Device,
+    )  # imports numpy, which those who only describe the machine can spare
+
+    machine = describe_machine()
+    return Device(
+        name="this machine's ceilings",
+        source=f"measured on {machine.processor}",
+        kind="cpu",
+        bytes_per_s=found.read.rate * GIGA,
+        operations_per_s={
+            "bf16": found.bf16.rate * GIGA,
+            "fp32": found.float32.rate * GIGA,
+            "int8": (found.int8 or found.bf16).rate * GIGA,
+        },
+        memory_bytes=int(machine.memory_gib * GIB),
+        stated={"memory": 1.0, "experts": 1.0, "products": 1.0, "attention": 1.0},
+    )
 
 
 def _fields(path: Path) -> dict[str, str]:

@@ -75,11 +75,11 @@ def _watching(vocab_size: int) -> Iterator[dict[str, _Total]]:
     def note(operation: str, args: Any, seconds: float) -> None:
         is_head = operation == "linear" and matrix_rows(args.weight) == vocab_size
         total = totals["lm_head" if is_head else operation]
-        operations, num_bytes = work(operation, args)
+        found = work(operation, args)
         total.calls += 1
         total.seconds += seconds
-        total.operations += operations
-        total.num_bytes += num_bytes
+        total.operations += float(found.operations)
+        total.num_bytes += float(found.num_bytes)
 
     native.observe(note)
     try:

@@ -31,7 +31,7 @@ MIN_REQUESTS_PER_S = 1500.0
 MIN_STREAMED_TOKENS_PER_S = 30_000.0
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
-CIERZO = (sys.executable, "-m", "cierzo.engine")
+CIERZO = (sys.executable, "-m", "cierzo")
 
 
 class RpcResults(msgspec.Struct, frozen=True):

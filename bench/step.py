@@ -17,7 +17,7 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from cierzo.bench.arguments import count, positive, seed
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.stats import Summary, summarise
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.messages import SamplingParams, StepOutput, Submit
+from cierzo.engine.options import count, positive, seed
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.process import prepare_memory
@@ -66,15 +66,6 @@ class StepRow(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and run."""
-    parser = argparse.ArgumentParser(
-        prog="cierzo.bench.step", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv), sys.argv[1:] if argv is None else argv)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of both kinds of measurement."""
     parser.add_argument("--running", type=count, nargs="+", default=[64, 512], metavar="N", help="running requests")
@@ -95,15 +86,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--weights", default="auto", metavar="FORMAT", help="number format of the weights")
 
 
-def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, write JSON if asked."""
     if arguments.json is not None:
         check_writable(arguments.json)  # before the steps, not after them
     started = datetime.now(UTC).isoformat(timespec="seconds")
     settings, results = _loop(arguments) if arguments.profile is None else _profile(arguments)
     if arguments.json is not None:
-        text = shlex.join(["python", "-m", "cierzo.bench.step", *command])
-        report = make_report("step", command=text, started=started, settings=settings, results=results)
+        command = shlex.join(["cierzo", *sys.argv[1:]])
+        report = make_report("step", command=command, started=started, settings=settings, results=results)
         write_report(report, arguments.json)
     return 0
 
@@ -227,7 +218,3 @@ def _line(row: StepRow) -> str:
     step, submit = row.step_ms, row.submit_ms
     figures = " ".join(f"{value:>8.3f}" for value in (step.p50, step.p99, submit.p50, submit.p99))
     return f"{row.running:>7} {row.context:>8} {figures}"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -15,12 +15,12 @@ import numpy as np
 
 from cierzo.bench.latency import LoadResult
 from cierzo.bench.load import LoadClient, LoadSettings, run_load
+from cierzo.bench.virtual_core import VirtualClock, VirtualCore
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.step_model import StepTotals
 from cierzo.engine.cost.work import Distinct
 from cierzo.engine.errors import BY_CODE, CierzoError, CoreFailed
 from cierzo.engine.messages import Delta, Submit, TokenDelta
-from cierzo.engine.worker.simulated import VirtualClock, VirtualCore
 from cierzo.scheduler.params import SamplingParams
 
 MOST_STEPS = 4096  # taken together, at most
@@ -28,14 +28,14 @@ T = TypeVar("T")
 
 
 class _JumpingSelector(selectors.SelectSelector):
-    """Where a loop would wait, its clock jumps."""
+    """A selector of the virtual loop: where the loop would wait, its clock jumps."""
 
     def __init__(self, clock: VirtualClock) -> None:
         super().__init__()
         self._clock = clock
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Nothing comes from outside."""
+        """Advance the clock by `timeout`; no event ever comes from outside."""
         if timeout is None:
             raise RuntimeError("every task of the virtual loop waits for another: this would never end")
         self._clock.now_s += max(0.0, timeout)
@@ -43,7 +43,7 @@ class _JumpingSelector(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """asyncio, in time that jumps."""
+    """An asyncio event loop whose clock jumps to the next timer instead of waiting."""
 
     def __init__(self, clock: VirtualClock) -> None:
         super().__init__(_JumpingSelector(clock))
@@ -51,22 +51,23 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._clock_resolution = 1e-9
 
     def time(self) -> float:
-        """Virtual seconds."""
+        """Virtual seconds by now."""
         return self._virtual.now_s
 
 
 def run_virtual(task: Coroutine[Any, Any, T], clock: VirtualClock) -> T:
-    """Run to its end in virtual time."""
+    """Run `task` to its end in virtual time, and return its result."""
     with asyncio.Runner(loop_factory=lambda: VirtualLoop(clock)) as runner:
         return runner.run(task)
 
 
 class SimulatedServer:
-    """A simulated engine, and the connections to it. `step_at_a_time`: no steps are taken together."""
+    """A simulated engine, and the connections to it."""
 
     def __init__(
         self, config: EngineConfig, distinct: Distinct | None = None, *, step_at_a_time: bool = False
     ) -> None:
+        """distinct: experts that so many tokens reach. step_at_a_time: take no steps together."""
         self.clock = VirtualClock()
         self.core = VirtualCore(config, self.clock, distinct)
         self.vocab_size = config.model.vocab_size
@@ -79,15 +80,16 @@ class SimulatedServer:
 
     @property
     def totals(self) -> StepTotals:
-        """What its steps have come to."""
+        """Sums over the engine's steps so far."""
         return self.core.simulated.totals
 
     async def connect(self, _: str = "") -> LoadClient:
-        """A connection."""
+        """Open a connection."""
         return SimulatedClient(self)
 
     async def run(self) -> None:
-        """Take requests and steps, until cancelled. What comes within a step waits for its end, as in the core."""
+        """Take requests and steps, until cancelled. A request that comes within a step waits for the step's end, as
+        it does in the core."""
         while True:
             self._take()
             if not self.core.has_work():
@@ -102,7 +104,7 @@ class SimulatedServer:
                 stream.put_nowait(delta)
 
     def send(self, prompt_token_ids: list[int], sampling: SamplingParams) -> asyncio.Queue[TokenDelta]:
-        """Send a request: where its output appears."""
+        """Send a request; its output will appear in the queue that is returned."""
         self._sent += 1
         stream = self._streams[self._sent] = asyncio.Queue()
         self._arrivals.append(Submit(request_id=self._sent, prompt_token_ids=prompt_token_ids, sampling=sampling))
@@ -116,7 +118,8 @@ class SimulatedServer:
         self._arrived.clear()
 
     async def _one_step(self) -> list[TokenDelta]:
-        """The core lets the step's time pass at once: others see it afterwards, so it is theirs to wait for."""
+        """Take one step. The core has let its time pass at once; the clock is set back, and the loop waits for the
+        step's end, so that the other tasks see time pass too."""
         begin_s = self.clock.now_s
         deltas = self.core.step_plain()
         end_s, self.clock.now_s = self.clock.now_s, begin_s
@@ -124,7 +127,7 @@ class SimulatedServer:
         return deltas
 
     async def _steps(self, ends_s: np.ndarray[Any, Any]) -> list[TokenDelta]:
-        """As many of the steps as have begun when a request comes."""
+        """Take the coming steps together, or those of them that have begun when a request comes."""
         begin_s = self.clock.now_s
         try:
             async with asyncio.timeout(float(ends_s[-1])):
@@ -141,7 +144,7 @@ class SimulatedServer:
 
 
 class SimulatedClient:
-    """A `LoadClient`."""
+    """A connection to a `SimulatedServer`: a `LoadClient`."""
 
     def __init__(self, server: SimulatedServer) -> None:
         self._server = server
@@ -160,15 +163,15 @@ class SimulatedClient:
                 return
 
     async def model_info(self) -> Any:
-        """The server itself has what is asked for."""
+        """The server itself, which has what is asked for."""
         return self._server
 
     async def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: there is nothing to let go of."""
 
 
 def run_simulated_load(server: SimulatedServer, settings: LoadSettings) -> LoadResult:
-    """One load in virtual time. Raises ConfigError for settings that contradict each other."""
+    """Run one load in virtual time. Raises ConfigError for settings that contradict each other."""
 
     async def load() -> LoadResult:
         engine = asyncio.create_task(server.run())
@@ -181,7 +184,8 @@ def run_simulated_load(server: SimulatedServer, settings: LoadSettings) -> LoadR
 
 
 def _error(message: str) -> CierzoError:
-    """As the front end makes one of a failed request: the words before the first colon may be an error's code."""
+    """The error that the front end would send for a failed request; the words before the first colon may be its
+    code."""
     code, _, rest = message.partition(": ")
     kind = BY_CODE.get(code, CoreFailed)
     return kind(rest or message)

@@ -1,8 +1,4 @@
-"""What a native operation must read and compute, from its arguments: the yardstick of its time.
-
-Bytes are those of the weights and cached rows that it touches, each once, and of the rows that go in and out;
-operations count a multiplication and an addition as two. What an implementation does beyond that is its own cost.
-"""
+"""Work of a native operation, from its arguments: the yardstick of its time (engine/cost/operations.py)."""
 
 from __future__ import annotations
 
@@ -13,16 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cierzo.engine.cost import operations
+from cierzo.engine.cost.operations import Work
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.cpu import abi
 
 VALUE_BYTES = {0: 4, 1: 2}  # of an abi dtype
-Work = tuple[float, float]  # operations, bytes
+PAGE_BYTES = {0: 4, 1: 2, 2: 1}  # of an abi kv_format, whose last has scales
+FORMATS = {number: name for name, number in abi.FORMATS.items()}
 
 
 def work(operation: str, args: Any) -> Work:
-    """(operations, bytes) of one call; (0, 0) for an operation that has no entry below."""
+    """The work of one call; none for an operation that has no entry below."""
     rule = _RULES.get(operation)
-    return rule(args) if rule is not None else (0.0, 0.0)
+    return rule(args) if rule is not None else Work(operation, 0)
 
 
 def matrix_rows(address: int) -> int:
@@ -34,106 +34,88 @@ def _matrix(address: int) -> abi.Matrix:
     return abi.Matrix.from_address(address)
 
 
-def _product(rows: int, address: int, value_bytes: int) -> Work:
-    weight = _matrix(address)
-    moved = weight.expert_bytes + rows * (weight.k + weight.n) * value_bytes
-    return 2.0 * rows * weight.n * weight.k, float(moved)
+def _sizes(args: Any, **sizes: Any) -> ModelSizes:
+    return ModelSizes(value_bytes=VALUE_BYTES[args.dtype], **sizes)
 
 
 def _linear(args: Any) -> Work:
-    return _product(args.rows, args.weight, VALUE_BYTES[args.dtype])
+    weight = _matrix(args.weight)
+    written = weight.n * VALUE_BYTES[args.out_dtype]
+    return operations.linear(_sizes(args), args.rows, weight.k, weight.n, FORMATS[weight.format], written=written)
 
 
-def _gated(args: Any) -> Work:
-    return _sum(_product(args.rows, matrix, VALUE_BYTES[args.dtype]) for matrix in (args.gate_up, args.down))
-
-
-def _experts(args: Any) -> Work:
-    """Each expert that has rows, once."""
-    counts = np.diff(_array(args.starts, _matrix(args.gate_up).experts + 1, ctypes.c_int64))
-    value_bytes = VALUE_BYTES[args.dtype]
-    groups = [(int(rows), args.gate_up, args.down) for rows in counts[counts > 0]]
-    if args.shared_gate_up:
-        groups.append((args.rows, args.shared_gate_up, args.shared_down))
-    return _sum(_product(rows, matrix, value_bytes) for rows, *both in groups for matrix in both)
-
-
-def _contexts(paged: Any) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(query rows, context) of every segment."""
-    starts = _array(paged.query_starts, paged.segments + 1, ctypes.c_int32)
-    return np.diff(starts).astype(np.int64), _array(paged.context_lengths, paged.segments, ctypes.c_int32)
-
-
-def _pairs(paged: Any) -> tuple[float, float]:
-    """(query-key pairs under the causal mask, context tokens that are read)."""
-    lengths, contexts = _contexts(paged)
-    visible = lengths * contexts - lengths * (lengths - 1) // 2
-    return float(visible.sum()), float(contexts[lengths > 0].sum())
-
-
-def _row_bytes(kv_format: int, values: int, scales: int) -> int:
-    return values + 4 * scales if kv_format == 2 else values * (4 if kv_format == 0 else 2)
-
-
-def _mla_decode(args: Any) -> Work:
-    pairs, tokens = _pairs(args.paged)
-    width = args.rank + args.rope
-    return 2 * pairs * args.heads * (width + args.rank), tokens * _row_bytes(args.kv_format, width, 2)
-
-
-def _mla_prefill(args: Any) -> Work:
-    """The expansion of every context token counts once a call."""
-    pairs, tokens = _pairs(args.paged)
-    per_pair = args.nope + args.rope + args.value_width
-    expansion = tokens * args.rank * (args.nope + args.value_width)
-    row_bytes = _row_bytes(args.kv_format, args.rank + args.rope, 2)
-    return 2 * args.heads * (pairs * per_pair + expansion), tokens * row_bytes
-
-
-def _gqa(args: Any) -> Work:
-    pairs, tokens = _pairs(args.paged)
-    row_bytes = 2 * args.kv_heads * _row_bytes(args.kv_format, args.width, 1)
-    return 4 * pairs * args.query_heads * args.width, tokens * row_bytes
-
-
-def _by_head(args: Any) -> Work:
-    weight = _matrix(args.w_uk if hasattr(args, "w_uk") else args.w_uv)
-    return 2.0 * args.rows * weight.experts * weight.n * weight.k, float(weight.experts * weight.expert_bytes)
+def _gated_mlp(args: Any) -> Work:
+    down = _matrix(args.down)
+    return operations.gated_mlp(_sizes(args, hidden=down.n, mlp_width=down.k), args.rows, FORMATS[down.format])
 
 
 def _route(args: Any) -> Work:
-    return _product(args.rows, args.weight, VALUE_BYTES[args.dtype])
+    weight = _matrix(args.weight)
+    return operations.route(_sizes(args, hidden=weight.k, experts=weight.n, top_k=args.top_k), args.rows)
 
 
-def _norm(args: Any) -> Work:
-    passes = 4 if args.residual else 2
-    return 4.0 * args.rows * args.width, float(passes * args.rows * args.width * VALUE_BYTES[args.dtype])
+def _expert_mlp(args: Any) -> Work:
+    down = _matrix(args.down)
+    shared_width = _matrix(args.shared_down).k if args.shared_down else 0
+    sizes = _sizes(args, hidden=down.n, expert_width=down.k, top_k=args.slots, shared_width=shared_width)
+    distinct = np.count_nonzero(np.diff(_array(args.starts, down.experts + 1, ctypes.c_int64)))
+    return operations.expert_mlp(sizes, args.rows, int(distinct), FORMATS[down.format])
 
 
-def _peaks(args: Any) -> Work:
-    return float(args.rows * args.vocab), 4.0 * args.rows * args.vocab
+def _mla_absorb(args: Any) -> Work:
+    w_uk = _matrix(args.w_uk)
+    return operations.mla_absorb(_sizes(args, heads=w_uk.experts, nope=w_uk.k, rank=w_uk.n), args.rows)
+
+
+def _mla_unabsorb(args: Any) -> Work:
+    w_uv = _matrix(args.w_uv)
+    return operations.mla_unabsorb(_sizes(args, heads=w_uv.experts, rank=w_uv.k, value_dim=w_uv.n), args.rows)
+
+
+def _attention(args: Any, count: Callable[..., Work], scales: int, **sizes: int) -> Work:
+    """scales: of a token's cache entry in INT8."""
+    s = _sizes(args, **sizes)
+    entry_bytes = PAGE_BYTES[args.kv_format] * s.page_values + (4 * scales if args.kv_format == 2 else 0)
+    return count(s, *_queries(args.paged), entry_bytes)
+
+
+def _gqa(args: Any) -> Work:
+    sizes = {"heads": args.query_heads, "kv_heads": args.kv_heads, "head_dim": args.width}
+    return _attention(args, operations.gqa, 2 * args.kv_heads, **sizes)
+
+
+def _queries(paged: Any) -> tuple[int, int, int]:
+    """(query rows, pairs under the causal mask, context tokens that are read)."""
+    lengths = np.diff(_array(paged.query_starts, paged.segments + 1, ctypes.c_int32)).astype(np.int64)
+    contexts = _array(paged.context_lengths, paged.segments, ctypes.c_int32)
+    visible = lengths * contexts - lengths * (lengths - 1) // 2
+    return int(lengths.sum()), int(visible.sum()), int(contexts[lengths > 0].sum())
 
 
 def _array(address: int, count: int, kind: Any) -> NDArray[Any]:
     return np.ctypeslib.as_array((kind * count).from_address(address))
 
 
-def _sum(parts: Any) -> Work:
-    found = list(parts)
-    return sum(part[0] for part in found), sum(part[1] for part in found)
-
-
 _RULES: dict[str, Callable[[Any], Work]] = {
-    "norm": _norm,
+    "norm": lambda args: operations.norm(_sizes(args, hidden=args.width), args.rows, residual=bool(args.residual)),
     "linear": _linear,
-    "gated_mlp": _gated,
+    "gated_mlp": _gated_mlp,
     "route": _route,
-    "expert_mlp": _experts,
-    "mla_absorb": _by_head,
-    "mla_unabsorb": _by_head,
-    "mla_decode": _mla_decode,
-    "mla_prefill": _mla_prefill,
+    "expert_mlp": _expert_mlp,
+    "mla_absorb": _mla_absorb,
+    "mla_unabsorb": _mla_unabsorb,
+    "mla_decode": lambda a: _attention(a, operations.mla_decode, 2, heads=a.heads, rank=a.rank, rope=a.rope),
+    "mla_prefill": lambda a: _attention(
+        a,
+        operations.mla_prefill,
+        2,
+        heads=a.heads,
+        rank=a.rank,
+        rope=a.rope,
+        nope=a.nope,
+        value_dim=a.value_width,
+    ),
     "gqa_decode": _gqa,
     "gqa_prefill": _gqa,
-    "peaks": _peaks,
+    "peaks": lambda args: operations.moved("peaks", ModelSizes(vocab=args.vocab), args.rows),
 }

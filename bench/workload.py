@@ -1,9 +1,9 @@
-"""What is asked of an engine: how many requests, of which lengths, at once or one after another. No torch.
+"""Workloads: how many requests an engine gets, of which lengths, and when. No torch.
 
-On the command line `2048/256@64` is 64 clients, each of which sends its next request when the last one is answered:
-2,048 tokens in, 256 out. `2048/256@3.5/s` is 3.5 such requests a second, whether or not earlier ones are answered.
-`1152:1024/64@16` says that the first 1,024 of 1,152 tokens are the same in all prompts. A path that ends in
-`.jsonl` is a trace: one request a line.
+On the command line `2048/256@64` is a closed loop of 64 clients, each of which sends its next request when the last
+one is answered: 2,048 tokens in, 256 out. `2048/256@3.5/s` is 3.5 such requests a second, whether or not earlier
+ones are answered. `1152:1024/64@16` says that the first 1,024 of 1,152 tokens are the same in all prompts. A path
+that ends in `.jsonl` is a trace: one request a line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Shared = Annotated[int, Meta(ge=0)]
 
 
 class TracedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
-    """A line of a trace. Of the `input_tokens` the first `shared_tokens` are the same in all requests."""
+    """A line of a trace. The first `shared_tokens` of the `input_tokens` are the same in all requests."""
 
     arrival_s: Annotated[float, Meta(ge=0)]
     input_tokens: Tokens
@@ -33,10 +33,10 @@ class TracedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One of three: a closed loop of `concurrency` clients, an open loop of `rate` requests a second that arrive as
-    a Poisson process (both of fixed lengths), or a `trace`, in order of arrival.
+    """A closed loop of `concurrency` clients, or an open loop of `rate` requests a second that arrive as a Poisson
+    process (both of fixed lengths), or a `trace`, in order of arrival.
 
-    requests: how many of a loop are looked at; None leaves it to the forecast. seed: of an open loop's arrivals.
+    requests: of a loop; None leaves their number to the forecast. seed: of an open loop's arrivals.
     """
 
     input_tokens: Tokens = 1
@@ -49,7 +49,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts itself, as a ConfigError."""
+        """Raise ConfigError for fields that are out of range or contradict each other."""
         kinds = (self.concurrency is not None) + (self.rate is not None) + bool(self.trace)
         if kinds != 1:
             raise ConfigError(
@@ -69,13 +69,13 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def longest_tokens(self) -> int:
-        """Input and output of the longest request."""
+        """Input and output tokens of the longest request."""
         if self.trace:
             return max(request.input_tokens + request.output_tokens for request in self.trace)
         return self.input_tokens + self.output_tokens
 
     def __str__(self) -> str:
-        """As the command line spells it; a trace, in words."""
+        """The workload as the command line spells it; a trace, in words."""
         if self.trace:
             return f"trace of {len(self.trace):,} requests in {self.trace[-1].arrival_s:,.0f} s"
         shared = f":{self.shared_tokens}" if self.shared_tokens else ""
@@ -87,7 +87,7 @@ _SPELLING = re.compile(r"(\d+)(?::(\d+))?/(\d+)@(?:(\d+)|(\d+(?:\.\d+)?)/s)")
 
 
 def parse_workload(text: str) -> Workload:
-    """A spelling of the module's docstring, or a file: JSON of a `Workload`, or a trace. Raises ConfigError."""
+    """Read a workload: spelled as above, or a file that holds a `Workload` or a trace. Raises ConfigError."""
     match = _SPELLING.fullmatch(text)
     if match is not None:
         input_tokens, shared_tokens, output_tokens, concurrency, rate = match.groups()
@@ -111,7 +111,7 @@ def parse_workload(text: str) -> Workload:
 
 
 def read_trace(path: Path) -> tuple[TracedRequest, ...]:
-    """JSON objects, one a line, in order of arrival. Raises ConfigError with the number of the first bad line."""
+    """Read JSON objects, one a line, in order of arrival. Raises ConfigError that names the first bad line."""
     found: list[TracedRequest] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():

@@ -29,12 +29,17 @@ from cierzo.engine.settings import limit_of, require
 from cierzo.engine.weights.shapes import named_model_config
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.kernels.cpu import MAX_THREADS
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS, FormatName, formats_on, plain_format
 from cierzo.scheduler.config import SchedulerConfig
 
 ENVIRONMENT_PREFIX = "CIERZO_"
 _PLACE = {"cpu": "on a CPU", "cuda": "on a GPU"}
-# Number formats of weights that have kernels; MatrixSource says which matrices keep more bits.
-WEIGHTS = {"cpu": ("bf16", "int8", "int4", "nvfp4"), "cuda": ("bf16", "fp8", "nvfp4")}
+
+
+def _listed(kind: str) -> str:
+    """The number formats of weights that a kind of device computes with, as text."""
+    return ", ".join(formats_on(kind))
+
 
 # Beyond every use, and little enough for the arrays that are made of these numbers at the start.
 MAX_COUNT = 1 << 20
@@ -61,10 +66,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Literal["auto", "bfloat16", "float32"], Meta(description="weights, activations, KV; auto: bfloat16")
     ] = "auto"
     weights: Annotated[
-        Literal["auto", "bf16", "fp8", "int8", "int4", "nvfp4"],
+        Literal["auto", FormatName],
         Meta(
-            description="number format of the weights; auto: that of dtype. On a CPU bf16, int8, int4, nvfp4; on "
-            "a GPU bf16, fp8, nvfp4. lm_head keeps 8 bits at least"
+            description=f"number format of the weights; auto: that of dtype. On a CPU {_listed('cpu')}; on "
+            f"a GPU {_listed('cuda')}. lm_head keeps 8 bits at least"
         ),
     ] = "auto"
     activations: Annotated[
@@ -309,10 +314,10 @@ def _expert_statistics(options: EngineOptions, model: ModelConfig, card: Device 
 def _weights(options: EngineOptions, kind: str, dtype: str) -> str:
     """The weights' number format. Activations in fp32 are not multiplied with rounded weights unasked."""
     if options.weights == "auto":
-        return "bf16" if dtype == "bfloat16" else "float32"
-    known = WEIGHTS[kind]
+        return plain_format(dtype)
+    known = formats_on(kind)
     if options.weights not in known:
-        limit = f"one of auto, {', '.join(known)}"
+        limit = f"one of auto, {_listed(kind)}"
         raise refusal("weights", limit, options.weights, f"{options.weights} has no kernels {_PLACE[kind]}")
     if options.weights == "bf16" and dtype != "bfloat16":
         rounded = ", ".join(name for name in known if name != "bf16")
@@ -323,20 +328,25 @@ def _weights(options: EngineOptions, kind: str, dtype: str) -> str:
 def _activations(options: EngineOptions, kind: str, dtype: str) -> str:
     """The number format of what weights are multiplied with. Those in FP8 meet it in FP8, on the tensor cores of a
     GPU, only where that is asked for: it rounds what dtype would hold."""
-    plain = "bf16" if dtype == "bfloat16" else "float32"
+    plain = plain_format(dtype)
     if options.activations in ("auto", plain):
         return plain
     if options.activations == "bf16":
         needed, found = "dtype bfloat16", dtype
     elif kind != "cuda":
         needed, found = "device cuda", kind
-    elif options.weights != "fp8":
-        needed, found = "weights fp8", _weights(options, kind, dtype)
+    elif options.weights not in (takers := _formats_meeting(options.activations)):
+        needed, found = f"weights {' or '.join(takers)}", _weights(options, kind, dtype)
     else:
-        return "fp8"
+        return options.activations
     limit = "auto or bf16" if plain == "bf16" else "auto"
     why = f"{options.activations} needs {needed}, which is {found}"
     raise refusal("activations", limit, options.activations, why)
+
+
+def _formats_meeting(activations: str) -> list[str]:
+    """The number formats of weights whose codes are multiplied with activations in this format."""
+    return [name for name, one in NUMBER_FORMATS.items() if activations in one.activations]
 
 
 def _kv_dtype(options: EngineOptions, kind: str, dtype: str) -> str:

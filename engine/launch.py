@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from cierzo.engine.config import EngineConfig, EngineOptions, cache_dir, resolve
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import CoreFailed, refusal
 from cierzo.engine.frontend.address import parse_address
 from cierzo.engine.frontend.core_link import CoreLink, Spawn, spawn_worker
@@ -24,7 +24,6 @@ from cierzo.engine.messages import ModelInfo
 
 log = logging.getLogger(__name__)
 
-DEMO = "demo"
 HEALTH_CHECK_S = 0.5
 DRAIN_S = 30.0
 SPARE_FILES = 64  # descriptors besides the connections: sockets to the core, logs, libraries
@@ -109,23 +108,6 @@ async def _first(*awaitables: Coroutine[Any, Any, Any]) -> Any:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def checkpoint_folder(name: str) -> str:
-    """The folder meant by a CHECKPOINT argument; "demo" prepares the demo model where that was not yet done.
-
-    Raises ConfigError where the cache folder, which the demo model is kept in, cannot be written.
-    """
-    if name != DEMO or Path(DEMO).is_dir():
-        return name
-    from cierzo.engine.weights.gguf import prepare_demo
-
-    folder = cache_dir()
-    try:
-        return str(prepare_demo(folder))
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise refusal("CIERZO_CACHE_DIR", "a folder that can be written", str(folder), why) from error
 
 
 def load_prompts(config: EngineConfig) -> tuple[EngineConfig, PromptEncoder]:

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import CoreFailed, InvalidRequest
 from cierzo.engine.frontend import validate
@@ -31,7 +32,7 @@ from cierzo.engine.frontend.frontend import SEED_BITS
 from cierzo.engine.frontend.one_process import OneProcess
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.stream import Sample
-from cierzo.engine.launch import checkpoint_folder, load_prompts, model_info
+from cierzo.engine.launch import load_prompts, model_info
 from cierzo.engine.messages import (
     Abort,
     ChatMessage,

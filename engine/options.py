@@ -1,17 +1,47 @@
-"""Command line options drawn from the structs that hold them: a field's annotation reads, and describes."""
+"""Command line options: readers of words, options drawn from the structs that hold them, and the groups of options
+that several subcommands have. A field's annotation reads its option's word, and describes it."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
+from cierzo.engine.checkpoint import DEMO, checkpoint_folder
+from cierzo.engine.config import EngineOptions
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.messages import SamplingParams
 from cierzo.engine.settings import unwrap, word_reader
 
+MAX_SEED = 2**63 - 1  # that a server takes
+NOT_OF_THE_ENGINE = {"model", "kernels", "frontend"}
+NOT_OF_ONE_ANSWER = {"n", "logprobs", "logit_bias"}  # a terminal shows one answer, and its text
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
+
+# --- words -------------------------------------------------------------------------------------------------
+
+positive = word_reader(Annotated[int, Meta(ge=1)])
+count = word_reader(Annotated[int, Meta(ge=1, le=1 << 20)])  # of what a list is made, as long as that
+whole = word_reader(Annotated[int, Meta(ge=0)])
+finite = word_reader(float)
+positive_float = word_reader(Annotated[float, Meta(gt=0)])
+text = word_reader(str)
+seed = word_reader(Annotated[int, Meta(ge=0, le=MAX_SEED)])
+
+
+def token_ids(text: str) -> list[int]:
+    """Token ids of a prompt, separated by commas. Which of them there are is up to the model."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"must be token ids separated by commas, got {text!r}")
+    return [int(part) for part in parts]
+
+
+# --- structs -----------------------------------------------------------------------------------------------
 
 
 def add_options(
@@ -36,8 +66,8 @@ def add_options(
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=description)
         elif isinstance(default, tuple):
             item = kinds[0]
-            text = f"{description}; may be repeated"
-            parser.add_argument(flag, type=word_reader(item), action="append", metavar=_METAVARS[item], help=text)
+            told = f"{description}; may be repeated"
+            parser.add_argument(flag, type=word_reader(item), action="append", metavar=_METAVARS[item], help=told)
         else:
             choices = [choice for choice in kinds if isinstance(choice, str)]
             parser.add_argument(
@@ -53,10 +83,47 @@ def add_options(
 def chosen(
     arguments: argparse.Namespace, struct: type[msgspec.Struct], *, skip: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """What the options that `add_options` made were given, as keywords of `struct`; None leaves its default."""
+    """Keywords of `struct` that the options which `add_options` made were given; None leaves a field's default."""
     given = {
         name: getattr(arguments, name)
         for name in struct.__struct_fields__
         if name not in skip and getattr(arguments, name) is not None
     }
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+# --- groups of options -------------------------------------------------------------------------------------
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the argument CHECKPOINT."""
+    layouts = f"folder in Hugging Face's or Mistral's layout, or '{DEMO}'"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=layouts)
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add CHECKPOINT and the engine's settings."""
+    add_checkpoint(parser)
+    add_options(parser, EngineOptions, skip=NOT_OF_THE_ENGINE)
+
+
+def engine_options(arguments: argparse.Namespace, **more: Any) -> EngineOptions:
+    """Settings as the arguments of `add_engine` give them."""
+    given = chosen(arguments, EngineOptions, skip=NOT_OF_THE_ENGINE)
+    return EngineOptions(model=checkpoint_folder(arguments.checkpoint), **given, **more)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the sampling parameters of one answer."""
+    group = parser.add_argument_group("sampling")
+    add_options(group, SamplingParams, skip=NOT_OF_ONE_ANSWER, readers={"seed": seed})
+
+
+def sampling(arguments: argparse.Namespace) -> SamplingParams:
+    """Sampling parameters as the options of `add_sampling` give them."""
+    return SamplingParams(**chosen(arguments, SamplingParams, skip=NOT_OF_ONE_ANSWER))
+
+
+def add_rpc(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add --rpc, the address of a server; `purpose` is its help."""
+    parser.add_argument("--rpc", default=FrontendConfig().address, metavar="HOST:PORT|unix:PATH", help=purpose)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.kernels.formats.number_formats import MatrixRole as MatrixRole
 from cierzo.kernels.formats.packed import Matrix
 
-# What a matrix is for: that decides its number format (engine/weights/matrices.py).
-MatrixRole = Literal["linear", "experts", "latent", "router", "head"]
 AllReduce = Callable[[Tensor], Tensor]
 
 
@@ -112,7 +111,7 @@ class MatrixRequest:
 
     key: names it among the model's matrices, such as "model.layers.3.self_attn.o_proj". shape: [n,k] or [E,n,k].
     make: gives its values; called at most once, and not at all where the matrix was packed at an earlier start.
-    paired: a gate above an up projection, whose rows a kernel reads in pairs.
+    paired: a gate above an up projection, whose rows a kernel reads in pairs. role: decides the number format.
     """
 
     key: str

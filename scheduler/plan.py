@@ -80,15 +80,6 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
     failures: dict[int, str] = {}
 
 
-class Steady(msgspec.Struct, frozen=True, gc=False):
-    """So many coming `steps` in which each of `sequences` decodes a token, and nothing else happens of itself; in
-    the first of them they have `context_tokens` together."""
-
-    steps: int
-    sequences: int = 0
-    context_tokens: int = 0
-
-
 class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How a sequence ended, and what it cost. Times in seconds; `stop_token_id` set when a token ended it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import msgspec
 
@@ -15,7 +15,6 @@ from cierzo.scheduler.plan import (
     FinishReason,
     RequestKey,
     SeqPlan,
-    Steady,
     StepPlan,
     StepResult,
     TokenDelta,
@@ -191,36 +190,6 @@ class Scheduler:
                 token_ids = request.tokens[seq.start : seq.start + len(seq.token_ids)]
                 seqs.append(msgspec.structs.replace(seq, token_ids=token_ids))
         return StepPlan(plan.step, seqs, sum(len(seq.token_ids) for seq in seqs))
-
-    def steady(self) -> Steady:
-        """What is sure of the coming steps, if nobody adds or aborts. Not while a step is in flight."""
-        running = self._running.values()
-        others = len(self._gate) or (self._waiting and not self._blocked) or self._deadlines.first() is not None
-        if others or not running or any(len(one.tokens) - one.num_planned != 1 for one in running):
-            return Steady(0)
-        before_an_end = min(one.stop.limit_tokens - len(one.tokens) for one in running) - 1
-        with_room = self._cache.num_free // len(running) * self._cache.block_tokens
-        context_tokens = sum(len(one.tokens) for one in running)
-        return Steady(max(0, min(before_an_end, with_room)), len(running), context_tokens)
-
-    def advance(self, num_steps: int, token_ids: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """`num_steps` steps of `steady` at once, for a runner that makes tokens up: one for each slot, which ends
-        nothing. Gives the blocks that slots gained. Leaves everything as single steps do."""
-        grown = []
-        for request in self._running.values():
-            new, blocks = [token_ids[request.slot]] * num_steps, request.blocks
-            request.tokens += new
-            request.num_computed = request.num_planned = computed = request.num_computed + num_steps
-            if computed > blocks.capacity_tokens:
-                block_ids = self._cache.allocate(blocks, computed)
-                assert block_ids is not None, f"{num_steps} steps are more than steady() allows"
-                grown.append((request.slot, block_ids))
-            if computed >= blocks.next_index_tokens:
-                self._cache.index(blocks, computed)
-            self._deltas.append(TokenDelta(*request.key, new, None, None))
-        self._num_steps += num_steps
-        self._output_tokens += num_steps * len(self._running)
-        return grown
 
     def check(self) -> None:
         """Assert every invariant of scheduler and cache. O(tokens): for tests and idle moments."""

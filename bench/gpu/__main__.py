@@ -6,23 +6,30 @@ Without --parts all of them, in order. The figures' shares refer to what the sam
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from cierzo.bench.campaign.loop import Block, Campaign, DeviceLost, Run, Session
+from cierzo.bench.campaign.store import Sample, Store
 from cierzo.bench.gpu import conformance, kernels
+from cierzo.bench.gpu.card import describe
 from cierzo.bench.gpu.cases import SINGLE, formats_of, models_of
-from cierzo.bench.gpu.cells import ROOT, Cells, commit, describe
 from cierzo.bench.gpu.timing import ceilings
-from cierzo.bench.kernel_cases import Model, Size
+from cierzo.bench.revision import ROOT, current_commit
 from cierzo.kernels import registry
 
+PARTS = ("compile", "conformance", "ceilings", "kernels", "served")
 PART_S = 480  # no cell is begun after this many seconds of a part
-Task = tuple[str, Callable[[], Any]]
+Tasks = Mapping[str, Callable[[], Any]]  # by cell
 
 
 class Choice:
@@ -32,78 +39,64 @@ class Choice:
     instruction_set = "auto"
 
 
-def compile_tasks(device: torch.device) -> Iterator[Task]:
-    """Every kernel of every model, side by side, before anything is timed."""
-    from cierzo.bench.gpu import compiled
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Cells, and what makes their tasks for each subject: the part itself, or each model that is served."""
 
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        yield "all", lambda: compiled.warm(10 * capability[0] + capability[1])
-
-
-def conformance_tasks(device: torch.device) -> Iterator[Task]:
-    """Every operation, model, size and number format."""
-    seed = time.time_ns() % (1 << 31)
-    for operation in SINGLE:
-        for model in models_of(operation, hostile=True):
-            for size in conformance.SIZES:
-                for format in formats_of(operation):
-                    name = f"{operation}, {model.name}, {size.name}, {format}"
-
-                    def run(
-                        operation: str = operation, model: Model = model, size: Size = size, format: str = format
-                    ) -> Any:
-                        found = conformance.check(operation, model, size, format, device, seed)
-                        return None if found is None else found | {"seed": seed}
-
-                    yield name, run
+    cells: Sequence[str]
+    subjects: Mapping[str, Callable[[], Tasks]]
 
 
-def kernel_tasks(device: torch.device, limits: dict[str, float]) -> Iterator[Task]:
-    """Every operation at the sizes of a step."""
-    for size in kernels.SIZES:
-        for operation in SINGLE:
-            for model in models_of(operation):
-                for format in formats_of(operation):
-                    name = f"{operation}, {model.name}, {size.name}, {format}"
+class Parts(Campaign[str, str]):
+    """A block for each part, of one round."""
 
-                    def run(
-                        operation: str = operation, model: Model = model, size: Size = size, format: str = format
-                    ) -> Any:
-                        return kernels.measure(operation, model, size, format, device, limits)
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        self._parts = parts
 
-                    yield name, run
+    @property
+    def blocks(self) -> Sequence[Block[str, str]]:
+        """The parts in order."""
+        return [Block(name, part.cells, list(part.subjects)) for name, part in self._parts.items()]
+
+    def open(self, block: Block[str, str], subject: str) -> Session[str]:
+        """Make the tasks; the first that needs a model loads it."""
+        return TaskSession(self._parts[block.name].subjects[subject]())
+
+    def told(self, cell: str, result: Any) -> str:
+        """A result in a few words."""
+        return _short(result)
 
 
-def run_part(cells: Cells, part: str, tasks: Iterator[Task], part_s: float) -> int:
-    """Measure what is missing; the number of cells that failed. A cell that fails leaves the others."""
-    begin, failed = time.monotonic(), 0
-    for name, task in tasks:
-        if cells.has(part, name):
-            continue
-        if time.monotonic() - begin > part_s:
-            print(f"{part}: {part_s:.0f} s are over; run it again for the rest", flush=True)
-            break
+class TaskSession(Session[str]):
+    """Tasks, and what they hold of the device between them."""
+
+    def __init__(self, tasks: Tasks) -> None:
+        self._tasks = tasks
+
+    def measure(self, cell: str, number: int) -> Any:
+        """Raises RuntimeError, or DeviceLost where the driver takes no more calls from this process."""
         try:
-            results = task()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # whatever it is: it is written down, and the next cell has its turn
-            failed += 1
-            cells.add(part, name, None, f"{type(error).__name__}: {error}"[:2000])
-            print(f"{part}  {name}  FAILED  {type(error).__name__}: {str(error)[:300]}", flush=True)
-            if torch.cuda.is_available() and "CUDA error" in str(error):
-                print("the device is lost for this process: run the command again, it goes on behind this cell")
-                return failed
-        else:
-            cells.add(part, name, results)
-            print(f"{part}  {name}  {_short(results)}", flush=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return failed
+            return self._tasks[cell]()
+        except Exception as error:
+            kind = DeviceLost if "CUDA error" in str(error) else RuntimeError
+            raise kind(f"{type(error).__name__}: {error}"[:2000]) from error
+        finally:
+            _empty_cache()
+
+    def close(self) -> None:
+        """Let go of a model: the plan of the next one asks the driver what is free."""
+        self._tasks = {}
+        gc.collect()
+        _empty_cache()
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _short(results: Any) -> str:
+    """Times and rates of a kernel; else all that was found."""
     if results is None:
         return "not in this model"
     if "us" in results:
@@ -118,7 +111,60 @@ def _short(results: Any) -> str:
     )
 
 
-PARTS = ("compile", "conformance", "ceilings", "kernels", "served")
+def make_part(name: str, device: torch.device, store: Store) -> Part:
+    """A part's cells and tasks."""
+    if name == "served":
+        from cierzo.bench.gpu import served  # takes msgspec
+
+        return Part(served.CELLS, served.subjects(device))
+    if name == "kernels":
+        known = store.ceilings()
+        return Part(
+            list(kernel_tasks(device, {})),
+            {name: lambda: kernel_tasks(device, known[-1] if known else ceilings(device))},
+        )
+    makers: dict[str, Callable[[torch.device], Tasks]] = {
+        "compile": compile_tasks,
+        "conformance": conformance_tasks,
+        "ceilings": lambda device: {"ceilings": partial(ceilings, device)},
+    }
+    tasks = makers[name](device)
+    return Part(list(tasks), {name: lambda: tasks})
+
+
+def compile_tasks(device: torch.device) -> Tasks:
+    """Every kernel of every model, side by side, before anything is timed."""
+    from cierzo.bench.gpu import compiled
+
+    if device.type != "cuda":
+        return {}
+    major, minor = torch.cuda.get_device_capability(device)
+    return {"all": partial(compiled.warm, 10 * major + minor)}
+
+
+def conformance_tasks(device: torch.device) -> Tasks:
+    """Every operation, model, size and number format, on inputs that are new in every run."""
+    seed = time.time_ns() % (1 << 31)
+    return {
+        f"{operation}, {model.name}, {size.name}, {format}": partial(
+            conformance.check, operation, model, size, format, device, seed
+        )
+        for operation in SINGLE
+        for model, size, format in itertools.product(
+            models_of(operation, hostile=True), conformance.SIZES, formats_of(operation)
+        )
+    }
+
+
+def kernel_tasks(device: torch.device, limits: Mapping[str, float]) -> Tasks:
+    """Every operation at the sizes of a step."""
+    return {
+        f"{operation}, {model.name}, {size.name}, {format}": partial(
+            kernels.measure, operation, model, size, format, device, limits
+        )
+        for size, operation in itertools.product(kernels.SIZES, SINGLE)
+        for model, format in itertools.product(models_of(operation), formats_of(operation))
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,31 +174,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("cierzo.bench.gpu: torch finds no GPU here", file=sys.stderr)
         return 2
     device = torch.device(arguments.device)
-    described = describe(device)
-    card = str(described.get("card", device.type)).lower().replace(" ", "-")
-    cells = Cells(arguments.output or ROOT / "bench" / "results" / f"gpu-{card}-{commit()}.jsonl")
-    cells.add("machine", "machine", described)
+    described, commit = describe(device), current_commit()
+    card = str(described.get("card", device.type))
+    name = card.lower().replace(" ", "-")
+    path = arguments.output or ROOT / "bench" / "results" / f"gpu-{name}-{commit}.jsonl"
+    store = Store(path, {"commit": commit, "device": card})
+    store.add(Sample(cell="machine", subject="machine", round=0, started="", took_s=0.0, result=described))
     registry.bind(Choice(), "cuda")  # type: ignore[arg-type]
     failed = 0
     with torch.inference_mode():
         for part in arguments.parts:
-            failed += run_part(cells, part, _tasks(part, device, cells), arguments.part_s)
+            run = Run(
+                Parts({part: make_part(part, device, store)}), store, partial(print, flush=True), arguments.part_s
+            )
+            try:
+                run.measure(1)
+            except DeviceLost:
+                print("the device is lost for this process: run the command again, it goes on behind this cell")
+                return 1
+            failed += run.failed
     return 1 if failed else 0
-
-
-def _tasks(part: str, device: torch.device, cells: Cells) -> Iterator[Task]:
-    if part == "compile":
-        return compile_tasks(device)
-    if part == "conformance":
-        return conformance_tasks(device)
-    if part == "ceilings":
-        return iter([("ceilings", lambda: ceilings(device))])
-    if part == "kernels":
-        known = [cell["results"] for cell in cells.of("ceilings") if not cell["error"]]
-        return kernel_tasks(device, known[-1] if known else ceilings(device))
-    from cierzo.bench.gpu import served  # takes msgspec
-
-    return served.tasks(device)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Small 4 and Small 3 at full size, and the calls of bench/kernel_cases.py on a device."""
+"""Calls of bench/kernel_cases.py on a device: models, number formats, and weights as GPU kernels read them."""
 
 from __future__ import annotations
 
@@ -10,42 +10,26 @@ import torch
 from torch import Tensor
 
 from cierzo.bench import attention_cases  # noqa: F401 (registers its cases)
-from cierzo.bench.kernel_cases import CASES, Call, Maker, Model, Size
+from cierzo.bench.kernel_cases import CASES, SMALL3, SMALL4, Call, Maker, Size
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.formats.activations import takes_fp8
-from cierzo.kernels.formats.device import E4M3, GROUP, DeviceMatrix, dequantise, in_fp8, quantise
+from cierzo.kernels.formats.device import DeviceMatrix, dequantise, in_fp8, quantise
+from cierzo.kernels.formats.number_formats import formats_on
 from cierzo.kernels.formats.packed import Matrix
 
-SMALL4 = Model(
-    name="small4",
-    hidden=4096,
-    heads=32,
-    vocab=131_072,
-    mlp_width=2048,
-    query_rank=1024,
-    rank=256,
-    rope=64,
-    nope=64,
-    value_dim=128,
-    experts=128,
-    top_k=4,
-    expert_width=2048,
-)
-SMALL3 = Model(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_width=32_768, kv_heads=8, head_dim=128)
 MODELS = {model.name: model for model in (SMALL4, SMALL3)}
 # Sizes of `linear` alone: MLA's latents are few outputs, whose products are cut over k (triton/linear.py)
 LATENTS = dataclasses.replace(SMALL4, name="small4 latents", hidden=1344, heads=1, value_dim=4096)
 # The two kinds of layer that gpt-oss has in turn: no model of ours has a window or sinks, the doors of GQA do. Then
 # windows that are hostile: a row sees itself alone; no multiple of a tile; more than there is.
-GPT_OSS = Model(
-    name="gpt-oss", hidden=2880, heads=64, vocab=201_088, mlp_width=0, kv_heads=8, head_dim=64, sinks=True
-)
+GPT_OSS = ModelSizes(name="gpt-oss", hidden=2880, heads=64, vocab=201_088, kv_heads=8, head_dim=64, sinks=True)
 GPT_OSS_WINDOW = dataclasses.replace(GPT_OSS, name="gpt-oss, window 128", window=128)
 HOSTILE_WINDOWS = tuple(
     dataclasses.replace(GPT_OSS, name=f"gpt-oss, window {window}", window=window) for window in (1, 77, 1 << 20)
 )
 WINDOWED = ("gqa_decode", "gqa_prefill")
 
-WEIGHTS = ("bf16", "fp8", "nvfp4")
+WEIGHTS = formats_on("cuda")
 BY_FP8 = {"fp8 x fp8": None, "static fp8 x fp8": 0.0625}  # activations in FP8: by row, or by this scale
 KV = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
@@ -58,9 +42,9 @@ PAGED = (
 COMPOSED = ("mla_block", "gqa_block", "mlp_block", "moe_block", "decoder")
 
 
-def models_of(operation: str, hostile: bool = False) -> tuple[Model, ...]:
-    """Whose sizes an operation is run with; `hostile`: those too that no model has."""
-    models: tuple[Model, ...] = tuple(MODELS.values())
+def models_of(operation: str, hostile: bool = False) -> tuple[ModelSizes, ...]:
+    """Models whose sizes an operation is run with; `hostile`: sizes too that no model has."""
+    models = tuple(MODELS.values())
     if operation == "linear":
         models += (LATENTS,)
     if operation in WINDOWED:
@@ -72,39 +56,21 @@ def models_of(operation: str, hostile: bool = False) -> tuple[Model, ...]:
 class DeviceMaker(Maker):
     """Weights as GPU kernels read them."""
 
+    @property
+    def weights(self) -> str:
+        """See Maker."""
+        return "fp8" if self.format in BY_FP8 else self.format
+
     def matrix(self, *shape: int, paired: bool = False, format: str | None = None) -> Matrix:
         """Weights [n,k] or [experts,n,k] of standard deviation 0.02."""
-        wanted = format or self.format
-        if self.device == "meta" and wanted != "bf16":
-            stored = without_memory("fp8" if wanted in BY_FP8 else wanted, shape)
-        elif wanted == "bf16":
-            return self.noise(*shape) * 0.02
-        else:
-            stored = quantise(self.noise(*shape) * 0.02, "fp8" if wanted in BY_FP8 else wanted)
+        plain, wanted = self.noise(*shape) * 0.02, format or self.format
+        if wanted == "bf16":
+            return plain
         if wanted not in BY_FP8:
-            return stored
+            return quantise(plain, wanted)
         static, experts = BY_FP8[wanted], shape[0] if len(shape) == 3 else 1
-        return in_fp8(stored, None if static is None else torch.full((experts,), static, device=self.device))
-
-
-def without_memory(format: str, shape: tuple[int, ...]) -> DeviceMatrix:
-    """What `quantise` makes of such weights, on torch's "meta" device: sizes alone."""
-    *_, n, k = (1, *shape)
-    experts = shape[0] if len(shape) == 3 else 1
-
-    def empty(*sizes: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(experts, n, *sizes, dtype=dtype, device="meta")
-
-    if format == "fp8":
-        codes, scales = empty(k, dtype=E4M3), empty(1, dtype=torch.float32)
-        return DeviceMatrix(format, shape, torch.bfloat16, codes, scales, None, (1, k))
-    group = GROUP[format]
-    codes, scales = (
-        empty(k // 2, dtype=torch.uint8),
-        empty(k // group, dtype=E4M3 if format == "nvfp4" else torch.uint8),
-    )
-    row_scales = empty(dtype=torch.float32) if format == "nvfp4" else None
-    return DeviceMatrix(format, shape, torch.bfloat16, codes, scales, row_scales, (1, group))
+        scales = None if static is None else torch.full((experts,), static, device=self.device)
+        return in_fp8(quantise(plain, "fp8"), scales)
 
 
 SINGLE = tuple(name for name in CASES if name not in COMPOSED)
@@ -119,7 +85,7 @@ def formats_of(operation: str) -> tuple[str, ...]:
 
 def make_call(
     operation: str,
-    model: Model,
+    model: ModelSizes,
     size: Size,
     format: str,
     device: torch.device,

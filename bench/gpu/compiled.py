@@ -22,7 +22,8 @@ from typing import Any
 import triton
 
 import cierzo.kernels.triton as package
-from cierzo.bench.gpu.problems import CARDS, problems
+from cierzo.bench.gpu.problems import problems
+from cierzo.engine.cost.data_sheets import DATA_SHEETS
 
 # Of a program; CUDA programming guide, table of technical specifications per compute capability.
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -30,7 +31,7 @@ NO_E4M3 = "fp8e4nv not supported"  # what Triton says of kernels in FP8 before s
 
 
 def modules() -> list[str]:
-    """Those that list configurations."""
+    """Modules of the package that list configurations."""
     names = [f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
     return [name for name in names if hasattr(importlib.import_module(name), "configurations")]
 
@@ -70,7 +71,7 @@ def warm(capability: int) -> dict[str, int]:
 
 
 def faults(purpose: str, compiled: Any, capability: int) -> list[str]:
-    """What a kernel must not have, or lacks."""
+    """Faults of a compiled kernel: what it must not have, or lacks."""
     found = []
     if "x fp8" in purpose and capability == 90 and not compiled.count("QGMMA"):
         found.append("multiplies FP8 in another format: no QGMMA")
@@ -109,21 +110,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_limits(found: Iterable[tuple[str, Any, Any]]) -> None:
-    """What each kernel moves and computes in a step, and how long the cards take for that at least."""
+    """Print what each kernel moves and computes in a step, and how long the cards take for that at least."""
     print("\nAt least: each byte once, each operation once, at the memory's and the tensor cores' data-sheet rates")
-    for card in CARDS:
-        print(f"  {card.name}: {card.memory / 1e12} TB/s, {card.bf16 / 1e12} TFLOP/s, {card.fp8 / 1e12} of FP8")
-    heads = "".join(f"{card.name + ', us':>14}" for card in CARDS)
+    cards = DATA_SHEETS.values()
+    for card in cards:
+        print(
+            f"  {card.name}: {card.bytes_per_s / 1e12} TB/s, {card.bf16 / 1e12} TFLOP/s, {card.fp8 / 1e12} of FP8"
+        )
+    heads = "".join(f"{card.name + ', us':>14}" for card in cards)
     print(f"{'kernel':24}{'for':58}{'step':14}{'MB':>12}{'GFLOP':>11}{heads}  limit")
     for purpose, configuration, compiled in found:
         for step, work in problems(configuration):
             fp8 = compiled is not None and compiled.count("QGMMA") > 0
-            limits = [work.limit_s(card, fp8) for card in CARDS]
+            limits = [card.limit_s(work, fp8) for card in cards]
             times = "".join(f"{seconds * 1e6:14.2f}" for seconds, _ in limits)
             which = " / ".join(dict.fromkeys(what for _, what in limits))
             print(
-                f"{configuration.name:24}{purpose:58}{step:14}{work.num_bytes / 1e6:12.3f}{work.flops / 1e9:11.3f}"
-                f"{times}  {which}"
+                f"{configuration.name:24}{purpose:58}{step:14}{work.num_bytes / 1e6:12.3f}"
+                f"{work.operations / 1e9:11.3f}{times}  {which}"
             )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cierzo.bench.gpu.cases import BY_FP8, WEIGHTED, make_call, mapped, widened
 from cierzo.bench.gpu.kernels import read_through_descriptors
-from cierzo.bench.kernel_cases import Model, Size
+from cierzo.bench.kernel_cases import Size
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.formats.activations import QuantisedRows
 from cierzo.kernels.ops.attention import PagedQueries
@@ -61,7 +62,7 @@ class Failed(Exception):
 
 
 def check(
-    operation: str, model: Model, size: Size, format: str, device: torch.device, seed: int
+    operation: str, model: ModelSizes, size: Size, format: str, device: torch.device, seed: int
 ) -> dict[str, Any] | None:
     """Deviation from the reference, and whether rows keep their bits; None where the model lacks the operation.
 
@@ -90,7 +91,7 @@ def check(
         for name, alone, beside in pieces:
             if not _equal(alone, beside):
                 raise Failed(f"{operation}: {name} has other bits alone than in company")
-    return {"implementation": choice.name, "deviation": deviation, "companies": rows}
+    return {"implementation": choice.name, "deviation": deviation, "companies": rows, "seed": seed}
 
 
 def outputs(operation: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:

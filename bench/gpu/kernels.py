@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch.nn import functional
 
 from cierzo.bench.gpu.cases import BY_FP8, WEIGHTED, make_call
 from cierzo.bench.gpu.timing import samples
-from cierzo.bench.kernel_cases import Model, Size
+from cierzo.bench.kernel_cases import Size
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.formats.activations import quantise_rows, static_scales, takes_fp8
+from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.device import DeviceMatrix
-from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton import heuristics
@@ -33,11 +34,11 @@ SIZES = (
 
 def measure(
     operation: str,
-    model: Model,
+    model: ModelSizes,
     size: Size,
     format: str,
     device: torch.device,
-    limits: dict[str, float],
+    limits: Mapping[str, float],
     cold_bytes: int | None = None,
 ) -> dict[str, Any] | None:
     """us, GB/s, TFLOP/s and share of the limit, ours and torch's; None where the model lacks the operation."""
@@ -45,20 +46,21 @@ def measure(
     if call is None:
         return None
     choice = registry.implementations(operation, "cuda")[0]
-    found: dict[str, Any] = {"bytes": call.num_bytes, "flops": call.flops, "implementation": choice.name}
+    num_bytes, flops = float(call.work.num_bytes), float(call.work.operations)
+    found: dict[str, Any] = {"bytes": num_bytes, "flops": flops, "implementation": choice.name}
     rate = limits.get("fp8_tflop_per_s" if format in BY_FP8 else "bf16_tflop_per_s", limits["bf16_tflop_per_s"])
-    limit_s = max(call.num_bytes / limits["copy_gb_per_s"] / 1e9, call.flops / rate / 1e12)
+    limit_s = max(num_bytes / limits["copy_gb_per_s"] / 1e9, flops / rate / 1e12)
     times, replayed = samples(choice.load(), call.arguments, device)
-    found |= _figures(times, call.num_bytes, call.flops, limit_s) | {"replayed": replayed}
+    found |= _figures(times, num_bytes, flops, limit_s) | {"replayed": replayed}
     if operation in WEIGHTED and not size.decodes:  # for heuristics.DESCRIBED_TOKENS
         with read_through_descriptors():
             times, replayed = samples(choice.load(), call.arguments, device)
-        found["described"] = _figures(times, call.num_bytes, call.flops, limit_s) | {"replayed": replayed}
+        found["described"] = _figures(times, num_bytes, flops, limit_s) | {"replayed": replayed}
     baseline = None if model.window or model.sinks else BASELINES.get(operation)  # SDPA has no sinks
     if baseline is not None:
         prepared = [baseline(arguments) for arguments in call.arguments[:2]]
         times, replayed = samples(lambda run: run(), [(run,) for run in prepared], device)
-        found["torch"] = _figures(times, call.num_bytes, call.flops, limit_s) | {"replayed": replayed}
+        found["torch"] = _figures(times, num_bytes, flops, limit_s) | {"replayed": replayed}
     return found
 
 
@@ -72,7 +74,7 @@ def read_through_descriptors() -> Iterator[None]:
         heuristics.DESCRIBED_TOKENS = before
 
 
-def _figures(times: list[float], num_bytes: int, flops: int, limit_s: float) -> dict[str, Any]:
+def _figures(times: list[float], num_bytes: float, flops: float, limit_s: float) -> dict[str, Any]:
     ordered = sorted(times)
     seconds = ordered[len(ordered) // 2]
     return {

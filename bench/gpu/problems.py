@@ -1,316 +1,186 @@
-"""What a launch of each compiled kernel moves and computes at least, for two steps of full size; without a device.
+"""Work of a launch of each compiled kernel, for two steps of full size; without a device.
 
-Where a kernel is an operation of its own, these are the figures of its case in bench/kernel_cases.py, made of
-tensors without memory (torch's "meta" device). The parts of an operation of several launches are added up here:
-every byte that the part reads and writes once, what lies between two launches too; tests hold them to the case's.
+A kernel that is an operation of its own does the work of that (engine/cost/operations.py). Parts of an operation
+of several launches are added up here: every byte that a part reads and writes once, what lies between two launches
+too; tests hold them to the operation's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from cierzo.bench.attention_cases import pairs_seen
-from cierzo.bench.gpu.cases import SMALL3, SMALL4, DeviceMaker, make_call
 from cierzo.bench.gpu.kernels import SIZES
-from cierzo.bench.kernel_cases import VALUE_BYTES, Model, Size, expert_bytes, weight_bytes
+from cierzo.bench.kernel_cases import SMALL4, Size, random_experts
+from cierzo.engine.cost import operations
+from cierzo.engine.cost.operations import FP32, Work, stored
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.triton.heuristics import APART_TOKENS
 from cierzo.kernels.triton.split import SPLITS
 
-META = torch.device("meta")
 E4M3 = "*fp8e4nv"
+PAGE_BYTES = {"*bf16": 2, E4M3: 1}  # of a value in the cache
 STEPS = tuple(size for size in SIZES if size.name in ("decode 64", "prefill 4096"))
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """Data sheet, dense: bytes/s of memory, operations/s of the tensor cores."""
-
-    name: str
-    memory: float
-    bf16: float
-    fp8: float
-
-
-CARDS = (Card("H100 SXM", 3.35e12, 989.5e12, 1979e12), Card("H200", 4.8e12, 989.5e12, 1979e12))
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Of one launch."""
-
-    num_bytes: int
-    flops: int = 0
-
-    def limit_s(self, card: Card, fp8: bool) -> tuple[float, str]:
-        """The time that it takes at least, and which limit says so. fp8: the operands of its products."""
-        memory, arithmetic = self.num_bytes / card.memory, self.flops / (card.fp8 if fp8 else card.bf16)
-        return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")
+Known = Any  # a kernel's constants, or the types of what it points to, by name
 
 
 def problems(configuration: Any) -> Iterator[tuple[str, Work]]:
     """(step, work) for each of STEPS that launches the kernel."""
+    name, c, t = configuration.name, configuration.constants, configuration.types
     for size in STEPS:
-        work = KERNELS[configuration.name](configuration, size)
-        if work is not None:
-            yield size.name, work
+        if _launched(name, c, size):
+            yield size.name, replace(KERNELS[name](c, t, size), operation=name)
 
 
-Kernel = Callable[[Any, Size], Work | None]
-KERNELS: dict[str, Kernel] = {}
+def _launched(name: str, c: Known, size: Size) -> bool:
+    """Whether a step has the kernel. Products of each head are of generated rows; parts of k are apart for few."""
+    if name == "linear":
+        return (size.decodes or not c["X_HEAD"]) and (size.rows <= APART_TOKENS or not c["APART"])
+    return name not in (IN_PREFILL if size.decodes else IN_DECODE)
 
 
-def kernel(function: Kernel) -> Kernel:
-    """The work of the kernel that the function is named after."""
-    KERNELS[function.__name__] = function
-    return function
+def _row(values: int, pointer: str = "*bf16") -> int:
+    """Bytes of a row of activations."""
+    return int(stored("fp8" if pointer == E4M3 else "bf16", 1, values))
 
 
-def _operation(name: str, model: Model, size: Size, format: str = "bf16") -> Work | None:
-    call = make_call(name, model, size, format, META, cold_bytes=0)
-    return None if call is None else Work(call.num_bytes, call.flops)
-
-
-def _format(constants: Any) -> str:
-    return "bf16" if constants["FORMAT"] == "plain" else str(constants["FORMAT"])
-
-
-def _row_bytes(values: int, pointer: str) -> int:
-    """Of a row of activations: e4m3 codes have a scale."""
-    return values + 4 if pointer == E4M3 else values * VALUE_BYTES
-
-
-def _pages(pointer: str) -> str:
-    return {"*bf16": "bf16", "*fp8e4nv": "fp8"}[pointer]
+def _format(c: Known) -> str:
+    return "bf16" if c["FORMAT"] == "plain" else str(c["FORMAT"])
 
 
 # --- kernels that are an operation each --------------------------------------------------------------------
 
 
-@kernel
-def rms_norm(configuration: Any, size: Size) -> Work | None:
+def _norm(c: Known, t: Known, size: Size, residual: bool) -> Work:
     """Rows of D values, out as they are or as e4m3 codes."""
-    name = "rms_norm_fp8" if E4M3 in configuration.types.values() else "rms_norm"
-    return _operation(name, replace(SMALL4, hidden=configuration.constants["D"]), size)
+    row_bytes = _row(c["D"], E4M3 if E4M3 in t.values() else "*bf16")
+    return operations.norm(ModelSizes(hidden=c["D"]), size.rows, residual=residual, row_bytes=row_bytes)
 
 
-@kernel
-def add_rms_norm(configuration: Any, size: Size) -> Work | None:
-    """The same, and the residual."""
-    name = "add_rms_norm_fp8" if E4M3 in configuration.types.values() else "add_rms_norm"
-    return _operation(name, replace(SMALL4, hidden=configuration.constants["D"]), size)
+def _moved(operation: str, size: Size, page: str = "*bf16", **sizes: int) -> Work:
+    return operations.moved(operation, ModelSizes(**sizes), size.rows, PAGE_BYTES[page])  # type: ignore[arg-type]
 
 
-@kernel
-def rope_tables(configuration: Any, size: Size) -> Work | None:
-    """Of a step."""
-    return _operation("rope_tables", replace(SMALL4, rope=2 * configuration.constants["F"]), size)
-
-
-@kernel
-def apply_rope(configuration: Any, size: Size) -> Work | None:
-    """Of Small 4's queries."""
-    return _operation("apply_rope", replace(SMALL4, heads=configuration.constants["H"]), size)
-
-
-@kernel
-def write_normed_latents(configuration: Any, size: Size) -> Work | None:
-    """Of Small 4."""
-    return _operation("write_normed_latents", SMALL4, size, _pages(configuration.types["pages_ptr"]))
-
-
-@kernel
-def rotate_and_write(configuration: Any, size: Size) -> Work | None:
-    """Of Small 3."""
-    model = replace(SMALL3, heads=configuration.constants["HQ"], kv_heads=configuration.constants["HK"])
-    return _operation("rotate_and_write_keys_values", model, size, _pages(configuration.types["k_pages_ptr"]))
-
-
-@kernel
-def linear(configuration: Any, size: Size) -> Work | None:
-    """Also logits, the products of each head, and gate and up of a dense MLP."""
-    constants = configuration.constants
-    rows, k, format = constants["ROWS"], constants["K"], _format(constants)
-    if constants["X_HEAD"]:
-        name, model = "mla_absorb" if constants["COPIED"] else "mla_unabsorb", SMALL4
-        return _operation(name, model, size, format)
-    if configuration.types["out_ptr"] == "*fp32" and not constants["APART"]:
-        return _operation("lm_head", replace(SMALL4, vocab=rows, hidden=k), size, format)
-    work = _operation("linear", replace(SMALL4, hidden=rows, heads=1, value_dim=k), size, format)
-    if work is None or (constants["APART"] and size.rows > APART_TOKENS):
-        return None
-    types = configuration.types
-    written = _row_bytes(rows // 2 if constants["PAIRED"] else rows, types["out_ptr"])
-    written = constants["PARTS"] * rows * 4 if constants["APART"] else written
-    moved = _row_bytes(k, types["x_ptr"]) + written - (k + rows) * VALUE_BYTES  # the case has both in bf16
-    return replace(work, num_bytes=work.num_bytes + size.rows * moved)
-
-
-@kernel
-def quantise_rows(configuration: Any, size: Size) -> Work:
-    """A row a token."""
-    width = configuration.constants["D"]
-    return Work(size.rows * (width * VALUE_BYTES + _row_bytes(width, E4M3)))
-
-
-@kernel
-def quantise_pairs(configuration: Any, size: Size) -> Work:
-    """A row for each expert that a token goes to."""
-    constants = configuration.constants
-    written = (constants["SLOTS"] + constants["SHARED"]) * _row_bytes(constants["D"], E4M3)
-    return Work(size.rows * (constants["D"] * VALUE_BYTES + written))
+def _linear(c: Known, t: Known, size: Size) -> Work:
+    """A dense product; also logits, the products of each head, and gate and up of a dense MLP."""
+    n, k, pointer = c["ROWS"], c["K"], t["out_ptr"]
+    if c["X_HEAD"]:
+        return (operations.mla_absorb if c["COPIED"] else operations.mla_unabsorb)(SMALL4, size.rows)
+    if pointer == "*fp32" and not c["APART"]:
+        return operations.lm_head(ModelSizes(hidden=k, vocab=n), size.sequences, _format(c))
+    written = c["PARTS"] * n * FP32 if c["APART"] else _row(n // 2 if c["PAIRED"] else n, pointer)
+    read = _row(k, t["x_ptr"])
+    return operations.linear(ModelSizes(), size.rows, k, n, _format(c), read=read, written=written)
 
 
 # --- parts of an operation ---------------------------------------------------------------------------------
 
 
-def _expert_work(configuration: Any, size: Size, read: int, written: int) -> Work:
-    """read, written: bytes of all rows of a token."""
-    constants = configuration.constants
-    shape, make = (constants["ROWS"], constants["K"]), DeviceMaker(False, _format(constants), "meta")
-    model = replace(SMALL4, experts=constants["E"], top_k=constants["SLOTS"])
-    pairs = size.rows * (constants["SLOTS"] + constants["SHARED"])
-    moved = expert_bytes(model, size, make.matrix(model.experts, *shape))
-    moved += weight_bytes(make.matrix(*shape)) if constants["SHARED"] else 0
-    return Work(moved + size.rows * (read + written), 2 * pairs * shape[0] * shape[1])
+def _experts(c: Known, size: Size, read: float, written: float) -> Work:
+    """One product of the experts. read, written: bytes of all rows of a token."""
+    chosen = len(random_experts(ModelSizes(experts=c["E"], top_k=c["SLOTS"]), size).unique())
+    weights = (chosen + c["SHARED"]) * stored(_format(c), c["ROWS"], c["K"])
+    pairs = size.rows * _met(c)
+    return Work("", weights + size.rows * (read + written), 2 * pairs * c["ROWS"] * c["K"])
 
 
-@kernel
-def expert_gate_up(configuration: Any, size: Size) -> Work:
-    """Reads a row of x once for all of its experts; of codes, one for each."""
-    constants, types = configuration.constants, configuration.types
-    pairs = constants["SLOTS"] + constants["SHARED"]
-    read = _row_bytes(constants["K"], types["x_ptr"]) * (pairs if types["x_ptr"] == E4M3 else 1)
-    return _expert_work(configuration, size, read, pairs * _row_bytes(constants["ROWS"] // 2, types["inner_ptr"]))
+def _met(c: Known) -> int:
+    """Experts that a token goes to."""
+    return int(c["SLOTS"] + c["SHARED"])
 
 
-@kernel
-def expert_down(configuration: Any, size: Size) -> Work:
-    """Reads a row of its own for each expert."""
-    constants, types = configuration.constants, configuration.types
-    pairs = constants["SLOTS"] + constants["SHARED"]
-    read = pairs * _row_bytes(constants["K"], types["inner_ptr"])
-    return _expert_work(configuration, size, read, pairs * _row_bytes(constants["ROWS"], types["outputs_ptr"]))
+def _gate_up(c: Known, t: Known, size: Size) -> Work:
+    """In bf16 all experts of a token read its one row; codes are a row for each, whose scales differ."""
+    read = _row(c["K"], t["x_ptr"]) * (_met(c) if t["x_ptr"] == E4M3 else 1)
+    return _experts(c, size, read, _met(c) * _row(c["ROWS"] // 2, t["inner_ptr"]))
 
 
-@kernel
-def sum_slots(configuration: Any, size: Size) -> Work:
-    """Each token's outputs, one result."""
-    constants = configuration.constants
-    rows = constants["SLOTS"] + constants["WITH_SHARED"] + 1
-    return Work(size.rows * (rows * constants["D"] * VALUE_BYTES + constants["SLOTS"] * 4))
+def _splits(c: Known, size: Size) -> int:
+    """Splits of a sequence that decodes."""
+    return SPLITS.count(size.context, c.get("WINDOW", 0))
 
 
-@kernel
-def sum_parts(configuration: Any, size: Size) -> Work | None:
-    """Of a product whose parts are apart."""
-    if size.rows > APART_TOKENS:
-        return None
-    return Work(size.rows * configuration.constants["N"] * (configuration.constants["PARTS"] * 4 + VALUE_BYTES))
+def _partial_bytes(c: Known, size: Size, width: int) -> int:
+    """Bytes that the splits of a row and head leave for `combine`: sums, largest score, sum of weights, in fp32."""
+    return _splits(c, size) * (width + 2) * FP32
 
 
-@kernel
-def plan(configuration: Any, size: Size) -> Work | None:
-    """One tile of rows for each sequence."""
-    if not size.decodes:
-        return None
-    items = size.sequences * _splits(configuration, size)
-    return Work(16 * items + (3 * size.sequences + 2) * 4 + size.rows * 4)
+def _mla_attend(c: Known, t: Known, size: Size) -> Work:
+    """Decoding but for the sum of its splits: partial results go out in place of results."""
+    model = ModelSizes(heads=c["H"], rank=c["R"], rope=c["P"])
+    entry_bytes, row_bytes = model.page_values * PAGE_BYTES[t["pages_ptr"]], _partial_bytes(c, size, c["R"])
+    return operations.mla_decode(model, *size.queries(), entry_bytes, row_bytes)
 
 
-def _splits(configuration: Any, size: Size) -> int:
-    """Of a sequence that decodes."""
-    return SPLITS.count(size.context, configuration.constants.get("WINDOW", 0))
+def _gqa_attend(c: Known, t: Known, size: Size) -> Work:
+    """Decoding but for the sum of its splits, over the keys and values that each context's window leaves."""
+    model = ModelSizes(heads=c["HK"] * c["G"], kv_heads=c["HK"], head_dim=c["D"])
+    entry_bytes, row_bytes = model.page_values * PAGE_BYTES[t["k_pages_ptr"]], _partial_bytes(c, size, c["D"])
+    return operations.gqa(model, *size.queries(c["WINDOW"]), entry_bytes, row_bytes)
 
 
-def _partial_bytes(configuration: Any, size: Size, width: int) -> int:
-    """Bytes that a row's splits leave for `combine`: sums in fp32, largest score, sum of weights."""
-    return _splits(configuration, size) * (width + 2) * 4
+def _flash(c: Known, t: Known, size: Size) -> Work:
+    """Attention over expanded keys and values, of which B values of a key are the same for all heads. CARRIED: a
+    context in two pieces, of which the second adds to the fp32 sums of the first."""
+    width, rows = c["A"] + c["B"], size.rows * c["H"]
+    entry = c["HK"] * (c["A"] + c["V"]) + c["B"]
+    carried = 2 * rows * (c["V"] + 2) * FP32 if c["CARRIED"] else 0
+    values = rows * (width + c["V"]) + size.sequences * size.context * entry
+    _, pairs, _ = size.queries(c["WINDOW"])
+    return Work("", 2 * values + carried, 2 * pairs * c["H"] * (width + c["V"]))
 
 
-def _attend(operation: str, configuration: Any, size: Size, model: Model, width: int, pages: str) -> Work | None:
-    """Decoding but for the sum of its splits: partial results go out in place of results in bf16."""
-    work = _operation(operation, model, size, _pages(configuration.types[pages]))
-    if work is None:
-        return None
-    written = _partial_bytes(configuration, size, width) - width * VALUE_BYTES
-    return replace(work, num_bytes=work.num_bytes + size.rows * model.heads * written)
-
-
-@kernel
-def mla_attend(configuration: Any, size: Size) -> Work | None:
-    """Reads each context's latents once."""
-    model = replace(SMALL4, heads=configuration.constants["H"])
-    return _attend("mla_decode", configuration, size, model, model.rank, "pages_ptr")
-
-
-@kernel
-def gqa_attend(configuration: Any, size: Size) -> Work | None:
-    """Reads the keys and values that each context's window leaves."""
-    constants = configuration.constants
-    shared, width = constants["HK"], constants["D"]
-    heads, window = shared * constants["G"], constants["WINDOW"]
-    model = replace(SMALL3, heads=heads, kv_heads=shared, head_dim=width, window=window)
-    return _attend("gqa_decode", configuration, size, model, width, "k_pages_ptr")
-
-
-@kernel
-def prefixes(configuration: Any, size: Size) -> Work | None:
-    """The tables of sequences that share a prefix, twice."""
-    if not size.decodes:
-        return None
-    blocks = size.context // configuration.constants["S"]
-    return Work(size.sequences * 4 * (2 * blocks + 5 + configuration.constants["M"]))
-
-
-@kernel
-def combine(configuration: Any, size: Size) -> Work | None:
-    """Every split's partial result."""
-    if not size.decodes:
-        return None
-    constants = configuration.constants
-    heads, width = constants["HK"] * constants["G"], constants["W"]
-    return Work(size.rows * heads * (_partial_bytes(configuration, size, width) + width * VALUE_BYTES))
-
-
-@kernel
-def gather(configuration: Any, size: Size) -> Work | None:
-    """A context's pages, in rows of bf16."""
-    if size.decodes:
-        return None
-    entry_bytes = 1 if configuration.types["pages_ptr"] == "*fp8e4nv" else VALUE_BYTES
-    constants = configuration.constants
-    values = size.sequences * size.context * constants["HK"] * constants["W"] * (2 if constants["KEYS"] else 1)
-    return Work(values * (entry_bytes + VALUE_BYTES))
-
-
-@kernel
-def expand(configuration: Any, size: Size) -> Work | None:
-    """Latents to keys, or to values, of every head."""
-    if size.decodes:
-        return None
-    tokens, rank, columns = (
-        size.sequences * size.context,
-        configuration.constants["R"],
-        configuration.constants["N"],
-    )
-    values = tokens * (rank + columns) + rank * columns
-    return Work(values * VALUE_BYTES, 2 * tokens * rank * columns)
-
-
-@kernel
-def flash(configuration: Any, size: Size) -> Work | None:
-    """carried: a context in two pieces, of which the second adds to the fp32 sums of the first."""
-    if size.decodes:
-        return None
-    constants = configuration.constants
-    heads, width = constants["H"], constants["A"] + constants["B"]
-    tokens = size.sequences * size.context
-    values = size.rows * heads * (width + constants["V"])
-    values += tokens * (constants["HK"] * (constants["A"] + constants["V"]) + constants["B"])
-    carried = size.rows * heads * (constants["V"] + 2) * 4 * 2 if constants["CARRIED"] else 0
-    pairs = pairs_seen(size, constants["WINDOW"])
-    return Work(values * VALUE_BYTES + carried, 2 * pairs * heads * (width + constants["V"]))
+IN_DECODE = ("sum_parts", "mla_attend", "gqa_attend", "plan", "prefixes", "combine")
+IN_PREFILL = ("gather", "expand", "flash")
+# The work of a launch of each kernel, by its constants, its types and a step.
+KERNELS: dict[str, Callable[[Known, Known, Size], Work]] = {
+    "rms_norm": lambda c, t, size: _norm(c, t, size, residual=False),
+    "add_rms_norm": lambda c, t, size: _norm(c, t, size, residual=True),
+    "rope_tables": lambda c, t, size: _moved("rope_tables", size, rope=2 * c["F"]),
+    "apply_rope": lambda c, t, size: _moved("apply_rope", size, heads=c["H"], rope=2 * c["F"]),
+    "write_normed_latents": lambda c, t, size: _moved(
+        "write_normed_latents", size, t["pages_ptr"], rank=c["R"], rope=2 * c["F"]
+    ),
+    "rotate_and_write": lambda c, t, size: _moved(
+        "rotate_and_write_keys_values",
+        size,
+        t["k_pages_ptr"],
+        heads=c["HQ"],
+        kv_heads=c["HK"],
+        head_dim=2 * c["F"],
+    ),
+    "linear": _linear,
+    "quantise_rows": lambda c, t, size: Work("", size.rows * (_row(c["D"]) + _row(c["D"], E4M3))),
+    "quantise_pairs": lambda c, t, size: Work("", size.rows * (_row(c["D"]) + _met(c) * _row(c["D"], E4M3))),
+    "expert_gate_up": _gate_up,
+    "expert_down": lambda c, t, size: _experts(
+        c, size, _met(c) * _row(c["K"], t["inner_ptr"]), _met(c) * _row(c["ROWS"], t["outputs_ptr"])
+    ),
+    # Outputs of a token's experts and their weights in, one result out.
+    "sum_slots": lambda c, t, size: Work(
+        "", size.rows * ((c["SLOTS"] + c["WITH_SHARED"] + 1) * _row(c["D"]) + c["SLOTS"] * FP32)
+    ),
+    "sum_parts": lambda c, t, size: Work("", size.rows * (c["PARTS"] * c["N"] * FP32 + _row(c["N"]))),
+    # A tile of rows for each sequence: items of four numbers; starts and contexts; each row's sequence.
+    "plan": lambda c, t, size: Work(
+        "", 4 * (4 * size.sequences * _splits(c, size) + 3 * size.sequences + 2 + size.rows)
+    ),
+    # Tables of sequences that share a prefix, twice.
+    "prefixes": lambda c, t, size: Work("", 4 * size.sequences * (2 * size.context // c["S"] + 5 + c["M"])),
+    "mla_attend": _mla_attend,
+    "gqa_attend": _gqa_attend,
+    "combine": lambda c, t, size: Work(
+        "", size.rows * c["HK"] * c["G"] * (_partial_bytes(c, size, c["W"]) + _row(c["W"]))
+    ),
+    # A context's pages, in rows of bf16.
+    "gather": lambda c, t, size: Work(
+        "",
+        size.sequences * size.context * c["HK"] * c["W"] * (1 + c["KEYS"]) * (PAGE_BYTES[t["pages_ptr"]] + 2),
+    ),
+    # Latents to keys, or to values, of every head.
+    "expand": lambda c, t, size: operations.linear(
+        ModelSizes(), size.sequences * size.context, c["R"], c["N"], "bf16"
+    ),
+    "flash": _flash,
+}

@@ -6,11 +6,11 @@ time between tokens. Before a model is timed, two layers of it must give the log
 
 from __future__ import annotations
 
-import gc
+import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -36,6 +36,7 @@ from cierzo.engine.worker.runner import ModelRunner, make_pool
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.device import in_fp8, quantise
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
@@ -73,12 +74,12 @@ class RandomMatrices(DeviceMatrices):
 
     def matrix(self, request: MatrixRequest) -> Matrix:
         """A matrix of the shape that is asked for; `request.make` is not called."""
-        format, shape = self._formats[request.role], request.shape
+        format, shape = self._weights.of(request.role, "cuda", self._plain), request.shape
         if format == self._plain:
             return self._random(shape, torch.bfloat16)
         *experts, n, k = shape
         one = quantise(self._random((n, k), torch.bfloat16), format)
-        if self._fp8_activations and format == "fp8":
+        if self._activations in NUMBER_FORMATS[format].activations:
             one = in_fp8(one)
         if not experts:
             return one
@@ -95,30 +96,26 @@ class RandomMatrices(DeviceMatrices):
         return torch.randn(*shape, dtype=dtype, device=self._device) * shape[-1] ** -0.5
 
 
-def tasks(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Each model's slice, then its loads; a model that does not fit the card is a cell that says so."""
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 34
+Tasks = dict[str, Callable[[], Any]]  # by cell
+CELLS = ("slice", *(f"{concurrent} concurrent" for concurrent in CONCURRENT))
+
+
+def subjects(device: torch.device) -> dict[str, Callable[[], Tasks]]:
+    """Each model, and what makes its tasks by cell; one that does not fit the card fails in its loads."""
+    found: dict[str, Callable[[], Tasks]] = {}
     for name, weights, activations in MODELS:
         label = f"{name} {weights}" + (" x fp8" if activations == "fp8" else "")
-        yield f"{label}, slice", partial(check_slice, name, weights, device, activations=activations)
-        held: list[EngineCore] = []
-        make = partial(make_core, name, weights, activations, device, total)
-        for concurrent in CONCURRENT:
+        found[label] = partial(_tasks, name, weights, activations, device)
+    return found
 
-            def run(
-                make: Callable[[], EngineCore] = make,
-                n: int = concurrent,
-                held: list[EngineCore] = held,
-            ) -> Any:
-                if not held:
-                    held.append(make())
-                return run_load(held[0], n, max(2 * n, 4))
 
-            yield f"{label}, {concurrent} concurrent", run
-        held.clear()
-        gc.collect()
-        if device.type == "cuda":  # the next model's plan asks the driver what is free
-            torch.cuda.empty_cache()
+def _tasks(name: str, weights: str, activations: str, device: torch.device) -> Tasks:
+    """The slice, then the loads on one engine, which the first of them makes."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 34
+    core = functools.cache(partial(make_core, name, weights, activations, device, total))
+    loads = [lambda n=concurrent: run_load(core(), n, max(2 * n, 4)) for concurrent in CONCURRENT]
+    check = partial(check_slice, name, weights, device, activations=activations)
+    return dict(zip(CELLS, [check, *loads], strict=True))
 
 
 def make_config(

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from cierzo.bench.campaign.outcome import Goal
+
 K = 1024
 LIMIT_S = 0.050  # of the median time per output token, at the concurrency that is searched for
 MODELS = ("small4", "small3")
@@ -15,7 +17,7 @@ Profile = Literal["throughput", "latency"]  # of those of engine/profiles.py
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
     """A closed loop of `concurrency` clients; None: as many as give the most requests per second within `LIMIT_S`.
 
-    profile: of the engine. A throughput cell is judged by requests per second, a latency one by completion time.
+    profile: the engine's. A throughput cell is judged by requests per second, a latency one by completion time.
     """
 
     name: str
@@ -26,7 +28,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tokens(self) -> int:
-        """Of one request."""
+        """Input and output of one request."""
         return self.input_tokens + self.output_tokens
 
     @property
@@ -34,10 +36,11 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
         """Whether requests per second are what counts."""
         return self.profile == "throughput"
 
-    def describe(self) -> str:
-        """In words."""
+    def __str__(self) -> str:
         clients = "concurrency searched for" if self.concurrency is None else f"{self.concurrency:,} concurrent"
-        return f"{self.profile}, {self.input_tokens:,} tokens in, {self.output_tokens:,} out, {clients}"
+        return (
+            f"{self.name}: {self.profile}, {self.input_tokens:,} tokens in, {self.output_tokens:,} out, {clients}"
+        )
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,41 +57,22 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.model} {product}, KV {self.kv_dtype}"
 
 
-class Goal(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the ratio of one cell's figures, Small 4's over Small 3's: requests per second, or completion times."""
-
-    cell: str
-    small4: Subject
-    small3: Subject
-    at_least: float | None = None
-    at_most: float | None = None
-
-
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Cells, subjects in the order in which they alternate, the pairs that are compared, and the goals."""
+    """Cells, subjects in the order in which they alternate, the pairs that are compared, and the goals: bounds on
+    Small 4's requests per second, or completion time, over Small 3's."""
 
     cells: tuple[Cell, ...]
     subjects: tuple[Subject, ...]
     pairs: tuple[tuple[Subject, Subject], ...]
-    goals: tuple[Goal, ...]
+    goals: tuple[Goal[Subject], ...]
     goals_are_for: str
 
 
-def _throughput(input_tokens: int, output_tokens: int, concurrency: int | None = None) -> Cell:
-    name = f"{_short(input_tokens)}/{_short(output_tokens)}"
+def _cell(profile: Profile, input_tokens: int, output_tokens: int, concurrency: int | None = None) -> Cell:
+    clients = "" if concurrency is None else f"@{concurrency}"
     return Cell(
-        name=name if concurrency is None else f"{name}@{concurrency}",
-        profile="throughput",
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        concurrency=concurrency,
-    )
-
-
-def _latency(input_tokens: int, output_tokens: int, concurrency: int) -> Cell:
-    return Cell(
-        name=f"{_short(input_tokens)}/{_short(output_tokens)}@{concurrency}",
-        profile="latency",
+        name=f"{_short(input_tokens)}/{_short(output_tokens)}{clients}",
+        profile=profile,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         concurrency=concurrency,
@@ -109,50 +93,52 @@ _SMALL3_BF16_KV = Subject(model="small3", weights="bf16", kv_dtype="bf16")
 
 
 def gpu_plan(*, miniature: bool = False) -> Plan:
-    """Of a card, or of several."""
+    """Cells, subjects and goals of a card, or of several."""
     subjects: tuple[Subject, ...] = (
         *(_FOUR_BITS, _SMALL3_BF16, _SMALL4_FP8, _SMALL3_FP8, _SMALL4_BY_FP8, _SMALL3_BY_FP8, _SMALL3_BF16_KV),
     )
-    small3 = [subject for subject in subjects if subject.model == "small3"]
     cells: tuple[Cell, ...] = (
-        *(_throughput(*sizes) for sizes in ((2 * K, 2 * K), (8 * K, K), (K, 256), (32 * K, K))),
-        *(_latency(K, K, concurrency) for concurrency in (1, 2, 4, 8, 32)),
-        *(_latency(32 * K, K, concurrency) for concurrency in (1, 4, 16)),
+        *(_cell("throughput", *sizes) for sizes in ((2 * K, 2 * K), (8 * K, K), (K, 256), (32 * K, K))),
+        *(_cell("latency", K, K, concurrency) for concurrency in (1, 2, 4, 8, 32)),
+        *(_cell("latency", 32 * K, K, concurrency) for concurrency in (1, 4, 16)),
     )
-    goals = [
+    quick_cells = ("1k/1k@1", "1k/1k@2", "1k/1k@4", "32k/1k@1", "32k/1k@4", "32k/1k@16")
+    goals: tuple[Goal[Subject], ...] = (
+        *(_at_least(3.0, "2k/2k", other) for other in (_SMALL3_BF16, _SMALL3_BF16_KV, _SMALL3_FP8, _SMALL3_BY_FP8)),
+        *(_at_least(3.0, "8k/1k", other) for other in (_SMALL3_BF16, _SMALL3_BF16_KV)),
         *(
-            Goal(cell="2k/2k", small4=_FOUR_BITS, small3=other, at_least=3.0)
-            for other in (_SMALL3_BF16, _SMALL3_BF16_KV, _SMALL3_FP8, _SMALL3_BY_FP8)
-        ),
-        *(
-            Goal(cell="8k/1k", small4=_FOUR_BITS, small3=other, at_least=3.0)
-            for other in (_SMALL3_BF16, _SMALL3_BF16_KV)
-        ),
-        *(
-            Goal(cell=cell, small4=_FOUR_BITS, small3=other, at_most=0.60)
-            for cell in ("1k/1k@1", "1k/1k@2", "1k/1k@4", "32k/1k@1", "32k/1k@4", "32k/1k@16")
+            Goal(cell=cell, ours=_FOUR_BITS, against=other, at_most=0.60)
+            for cell in quick_cells
             for other in (_SMALL3_BF16, _SMALL3_FP8, _SMALL3_BY_FP8)
         ),
-    ]
+    )
     if miniature:
-        cells = (_throughput(2 * K, 16), _latency(64, 16, 2))
+        cells = (_cell("throughput", 2 * K, 16), _cell("latency", 64, 16, 2))
         subjects = (_FOUR_BITS, _SMALL3_BF16)
-        small3 = [_SMALL3_BF16]
-        goals = [
-            Goal(cell="2k/16", small4=_FOUR_BITS, small3=_SMALL3_BF16, at_least=3.0),
-            Goal(cell="64/16@2", small4=_FOUR_BITS, small3=_SMALL3_BF16, at_most=0.60),
-        ]
+        goals = (
+            _at_least(3.0, "2k/16", _SMALL3_BF16),
+            Goal(cell="64/16@2", ours=_FOUR_BITS, against=_SMALL3_BF16, at_most=0.60),
+        )
     return Plan(
         cells=cells,
         subjects=subjects,
-        pairs=tuple((one, other) for one in subjects if one.model == "small4" for other in small3),
-        goals=tuple(goals),
+        pairs=tuple(
+            (one, other)
+            for one in subjects
+            for other in subjects
+            if (one.model, other.model) == ("small4", "small3")
+        ),
+        goals=goals,
         goals_are_for="one H200",
     )
 
 
+def _at_least(ratio: float, cell: str, against: Subject) -> Goal[Subject]:
+    return Goal(cell=cell, ours=_FOUR_BITS, against=against, at_least=ratio)
+
+
 def cpu_plan(*, miniature: bool = False) -> Plan:
-    """Of a CPU: the pair in miniature proportions, bf16 first; int8 for both beside it."""
+    """Cells, subjects and goals of a CPU: both models in miniature proportions, in bf16 first, then in int8."""
     pairs = tuple(
         (
             Subject(model="small4", weights=weights, kv_dtype="bf16"),
@@ -160,16 +146,20 @@ def cpu_plan(*, miniature: bool = False) -> Plan:
         )
         for weights in (("bf16",) if miniature else ("bf16", "int8"))
     )
-    cells: tuple[Cell, ...] = (_throughput(512, 64, 32), _latency(K, 256, 1), _latency(K, 256, 2))
+    cells: tuple[Cell, ...] = (
+        _cell("throughput", 512, 64, 32),
+        _cell("latency", K, 256, 1),
+        _cell("latency", K, 256, 2),
+    )
     if miniature:
-        cells = (_throughput(32, 8, 4), _latency(32, 8, 1))
-    small4, small3 = pairs[0]
-    goals = [
-        Goal(cell=cell.name, small4=small4, small3=small3, at_least=2.2)
+        cells = (_cell("throughput", 32, 8, 4), _cell("latency", 32, 8, 1))
+    ours, against = pairs[0]
+    goals = (
+        Goal(cell=cell.name, ours=ours, against=against, at_least=2.2)
         if cell.is_throughput
-        else Goal(cell=cell.name, small4=small4, small3=small3, at_most=0.60)
+        else Goal(cell=cell.name, ours=ours, against=against, at_most=0.60)
         for cell in cells
-    ]
+    )
     return Plan(
         cells=cells,
         subjects=tuple(subject for pair in pairs for subject in pair),

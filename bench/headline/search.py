@@ -1,4 +1,7 @@
-"""How many clients give the most requests per second while the median time per output token keeps its limit."""
+"""How many clients give the most requests per second while the median time per output token keeps its limit.
+
+Forecasts, which take no time, say where to look; loads at the best of them and beside it confirm it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,15 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from cierzo.bench.headline.cells import LIMIT_S, Cell
+from cierzo.bench.headline.figures import requests_for
 from cierzo.bench.headline.settings import Room
+from cierzo.bench.plan.forecast import forecast
+from cierzo.bench.workload import Workload
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.cost.device import Device
 
-NEAR = 0.03  # of the concurrency: as closely as it is looked for
+NEAR = 0.03  # as closely as a concurrency is looked for, relative to it
 TRIES = 4  # further loads, at most, to confirm what was found by estimates
 
 
@@ -59,7 +68,7 @@ def search(look: Look, most: int, limit_s: float) -> list[Point]:
 
 
 def best(points: Sequence[Point], limit_s: float) -> Point:
-    """Of those that keep the limit, that with the most requests per second. Raises NothingKeepsTheLimit."""
+    """The point with the most requests per second among those that keep the limit. Raises NothingKeepsTheLimit."""
     kept = [point for point in points if point.time_per_output_token_s <= limit_s]
     if not kept:
         raise NothingKeepsTheLimit(f"none of {len(points)} loads keeps {limit_s * 1e3:.0f} ms per output token")
@@ -84,7 +93,7 @@ def confirm(look: Look, start: int, most: int, limit_s: float) -> list[Point]:
 
 
 def best_or_none(points: Sequence[Point], limit_s: float) -> Point | None:
-    """As `best`, or None."""
+    """The same as `best`, or None."""
     try:
         return best(points, limit_s)
     except NothingKeepsTheLimit:
@@ -92,10 +101,56 @@ def best_or_none(points: Sequence[Point], limit_s: float) -> Point | None:
 
 
 def bound(points: Sequence[Point], chosen: int, space: Room, limit_s: float) -> str:
-    """What keeps the concurrency from being higher than `chosen`."""
+    """The reason why the concurrency is not higher than `chosen`."""
     above = [point for point in points if point.concurrency > chosen]
     if any(point.time_per_output_token_s <= limit_s for point in above):
         return "more clients are answered no quicker"
     if above:
         return f"{limit_s * 1e3:.0f} ms per output token"
     return space.why if chosen == space.most else "not looked further"
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """The concurrency that a cell is measured at, the points that led there, and what kept it from being higher."""
+
+    concurrency: int
+    points: list[Point] = []
+    bounded_by: str = ""
+
+
+def choose(look: Look, forecasts: Sequence[Point] | None, space: Room) -> Choice:
+    """The best concurrency by loads: those that the forecasts suggest, or without any a search by loads alone.
+
+    Raises NothingKeepsTheLimit.
+    """
+    if forecasts is None:
+        points = search(look, space.most, LIMIT_S)
+    else:
+        loads = confirm(look, best(forecasts, LIMIT_S).concurrency, space.most, LIMIT_S)
+        merged = {point.concurrency: point for point in (*forecasts, *loads)}
+        points = [merged[concurrency] for concurrency in sorted(merged)]
+    measured = [point for point in points if point.measured]
+    chosen = best(measured, LIMIT_S).concurrency
+    return Choice(chosen, points, bound(measured, chosen, space, LIMIT_S))
+
+
+def estimates(config: EngineConfig, cell: Cell, most: int, device: Device) -> list[Point]:
+    """Forecasts by concurrency, ascending. Raises NothingKeepsTheLimit."""
+
+    def look(concurrency: int) -> Point:
+        workload = Workload(
+            input_tokens=cell.input_tokens,
+            output_tokens=cell.output_tokens,
+            concurrency=concurrency,
+            requests=requests_for(concurrency),
+        )
+        found = forecast(config, workload, device=device)
+        decoded_s = float(found.completion_s.p50 - found.time_to_first_token_s.p50)
+        return Point(
+            concurrency=concurrency,
+            requests_per_s=float(found.requests_per_s),
+            time_per_output_token_s=decoded_s / max(1, cell.output_tokens - 1),
+            measured=False,
+        )
+
+    return search(look, most, LIMIT_S)

@@ -12,8 +12,8 @@ from cierzo.engine.kv_room import AUTO_KV_REQUEST_TOKENS
 
 
 class Room(msgspec.Struct, frozen=True):
-    """Of an engine for a cell. fit: requests of full length that the KV cache holds; clients beyond them wait, or
-    preempt each other. most: clients that are worth a try; `why` says what sets it."""
+    """An engine's room for a cell. fit: requests of full length that the KV cache holds; clients beyond them wait,
+    or preempt each other. most: clients that are worth a try; `why` says what sets it."""
 
     fit: int
     most: int
@@ -44,12 +44,12 @@ def engine_settings(model: str, device: str, subject: Subject, cells: Sequence[C
 
 
 def resolved(settings: dict[str, object]) -> EngineConfig:
-    """As the engine resolves them. Raises ConfigError."""
+    """The configuration that the engine makes of settings. Raises ConfigError."""
     return resolve(msgspec.convert(settings, EngineOptions))
 
 
 def room(config: EngineConfig, cell: Cell) -> Room:
-    """Of an engine that is set so."""
+    """The room of an engine that is configured so."""
     blocks, block_tokens = config.cache.num_blocks, config.cache.block_tokens
     fit = blocks // -(-cell.tokens // block_tokens)
     most, why = min((fit, "KV room"), (config.scheduler.max_running, "max_running"))

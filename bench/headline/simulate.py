@@ -8,15 +8,14 @@ from typing import Any
 
 import msgspec
 
-from cierzo.bench.headline.cells import LIMIT_S, Cell, Subject
-from cierzo.bench.headline.estimate import confirmed, estimates
+from cierzo.bench.campaign import loop
+from cierzo.bench.headline.cells import LIMIT_S, Cell, Plan, Subject
 from cierzo.bench.headline.figures import Figure, figure, requests_for, thinned
-from cierzo.bench.headline.records import Measurement
-from cierzo.bench.headline.search import NothingKeepsTheLimit, Point, best, bound
+from cierzo.bench.headline.measurement import Headline, Measurement, told, value
+from cierzo.bench.headline.search import Choice, NothingKeepsTheLimit, Point, best, choose, estimates
 from cierzo.bench.headline.settings import engine_settings, resolved, room
 from cierzo.bench.latency import LoadResult, RequestSample
 from cierzo.bench.load import LoadClient, LoadSettings
-from cierzo.bench.machine import Ceilings
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.cards import named
@@ -38,30 +37,24 @@ class Layout(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The layout in words."""
         cards = "one card" if self.device.cards == 1 else f"{self.device.cards} cards"
         return f"{self.replicas} engines of {cards}" if self.replicas > 1 else f"one engine on {cards}"
 
 
-class Simulation:
-    """A `Backend`: models by name, at true size, or by folder."""
+class Simulation(Headline):
+    """Models on a simulated device, by name, at true size, or by folder."""
 
-    def __init__(self, device: Device, models: dict[str, str], folder: Path) -> None:
+    def __init__(self, plan: Plan, device: Device, models: dict[str, str], folder: Path) -> None:
         """folder: for descriptions of devices that have no name."""
+        super().__init__(plan)
         self._device, self._models, self._folder = device, models, folder
 
-    def ceilings(self) -> Ceilings | None:
-        """A device's are in its description."""
-        return None
-
-    def open(self, subject: Subject, cells: list[Cell]) -> Simulation:
+    def open(self, block: loop.Block[Cell, Subject], subject: Subject) -> Session:
         """Nothing is loaded."""
-        return self
+        return Session(self, subject)
 
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def measure(self, cell: Cell, subject: Subject, number: int) -> Measurement:
+    def measure(self, cell: Cell, subject: Subject) -> Measurement:
         """One engine over all cards, or a replica on each, whichever is better; where a concurrency is searched
         for, one that is forecast to be far behind is not loaded. Raises ConfigError where none holds the model."""
         engines, others = [], []
@@ -79,13 +72,25 @@ class Simulation:
                 others.append(f"{engine.layout.name}: {engine.forecast_per_s:.4g} requests/s by forecast")
             else:
                 found.append(engine.measure())
-        won = min(found, key=lambda one: _cost(cell, one.figure))
-        others += [f"{one.layout}: {_told(cell, one.figure)}" for one in found if one is not won]
+        choose_best = max if cell.is_throughput else min
+        won = choose_best(found, key=lambda one: value(cell, one.figure))
+        others += [f"{one.layout}: {told(cell, one.figure)}" for one in found if one is not won]
         return msgspec.structs.replace(won, others=others)
 
     def _engine(self, cell: Cell, subject: Subject, layout: Layout) -> _Engine:
         config = simulated_config(self._models[subject.model], cell, subject, layout.device, self._folder)
         return _Engine(cell, layout, config)
+
+
+class Session(loop.Session[Cell]):
+    """A subject in a simulation."""
+
+    def __init__(self, simulation: Simulation, subject: Subject) -> None:
+        self._simulation, self._subject = simulation, subject
+
+    def measure(self, cell: Cell, number: int) -> Any:
+        """Raises ConfigError, or NothingKeepsTheLimit."""
+        return msgspec.to_builtins(self._simulation.measure(cell, self._subject))
 
 
 class _Engine:
@@ -106,22 +111,18 @@ class _Engine:
             self._replicas = min(layout.replicas, cell.concurrency)
 
     def measure(self) -> Measurement:
-        """Its figure."""
-        points, bounded_by = self._estimates, ""
-        if self._cell.concurrency is not None:
-            chosen = -(-self._cell.concurrency // self._replicas)
-            self._look(chosen)
+        """The engine's figure. Raises NothingKeepsTheLimit."""
+        if self._cell.concurrency is None:
+            choice = choose(self._look, self._estimates, self._room)
         else:
-            points = confirmed(self._look, self._estimates, self._room.most)
-            measured = [point for point in points if point.measured]
-            chosen = best(measured, LIMIT_S).concurrency
-            bounded_by = bound(measured, chosen, self._room, LIMIT_S)
-        found, samples = self._loads[chosen]
+            choice = Choice(-(-self._cell.concurrency // self._replicas))
+            self._look(choice.concurrency)
+        found, samples = self._loads[choice.concurrency]
         return Measurement(
             layout=self.layout.name,
             figure=found,
-            points=[_of_all(point, self._replicas) for point in points],
-            bounded_by=bounded_by,
+            points=[_of_all(point, self._replicas) for point in choice.points],
+            bounded_by=choice.bounded_by,
             kv_room_requests=self._room.fit * self.layout.replicas,
             samples=samples,
         )
@@ -133,7 +134,12 @@ class _Engine:
             result, concurrency, is_throughput=cell.is_throughput, replicas=self._replicas, totals=totals
         )
         self._loads[concurrency] = found, thinned(result.samples)
-        return _point(found, concurrency)
+        return Point(
+            concurrency=concurrency,
+            requests_per_s=found.requests_per_s / found.replicas,
+            time_per_output_token_s=found.time_per_output_token_s.p50,
+            measured=True,
+        )
 
 
 def layouts(device: Device) -> list[Layout]:
@@ -148,7 +154,7 @@ def layouts(device: Device) -> list[Layout]:
 
 
 def simulated_config(model: str, cell: Cell, subject: Subject, device: Device, folder: Path) -> EngineConfig:
-    """Of an engine for one cell. Raises ConfigError where the model does not fit."""
+    """The configuration of an engine for one cell. Raises ConfigError where the model does not fit."""
     name = device.name
     if named(name) != device:
         path = folder / "devices" / f"{name.replace('/', '-')}.json"
@@ -180,7 +186,7 @@ def simulate(
 
 
 class _Watched(SimulatedServer):
-    """Notes its totals when the steady time begins and ends."""
+    """A server that notes its totals when the steady time begins and ends."""
 
     def __init__(self, config: EngineConfig, concurrency: int, requests: int, distinct: Distinct | None) -> None:
         super().__init__(config, distinct)
@@ -192,19 +198,19 @@ class _Watched(SimulatedServer):
         return _Counted(await super().connect(), self)
 
     def request_ended(self) -> None:
-        """One more."""
+        """Count the end of a request, and note the totals where the steady time begins or ends."""
         self._ended += 1
         if self._ended in self._at:
             self._at[self._ended] = msgspec.structs.replace(self.totals)
 
     def steady_totals(self) -> StepTotals:
-        """Of the steps between."""
+        """The totals of the steps in the steady time."""
         begin, end = (msgspec.structs.asdict(self._at[count]) for count in sorted(self._at))
         return StepTotals(**{name: end[name] - begin[name] for name in end})
 
 
 class _Counted:
-    """A `LoadClient`."""
+    """A `LoadClient` that tells the server of each request's end."""
 
     def __init__(self, client: LoadClient, server: _Watched) -> None:
         self._client, self._server = client, server
@@ -216,33 +222,14 @@ class _Counted:
         self._server.request_ended()
 
     async def model_info(self) -> Any:
-        """Of the server."""
+        """The server's."""
         return await self._client.model_info()
 
     async def close(self) -> None:
         """Nothing to let go of."""
 
 
-def _point(found: Figure, concurrency: int) -> Point:
-    return Point(
-        concurrency=concurrency,
-        requests_per_s=found.requests_per_s / found.replicas,
-        time_per_output_token_s=found.time_per_output_token_s.p50,
-        measured=True,
-    )
-
-
 def _of_all(point: Point, replicas: int) -> Point:
     return msgspec.structs.replace(
         point, concurrency=point.concurrency * replicas, requests_per_s=point.requests_per_s * replicas
     )
-
-
-def _cost(cell: Cell, found: Figure) -> float:
-    return -found.requests_per_s if cell.is_throughput else found.completion_s.p50
-
-
-def _told(cell: Cell, found: Figure) -> str:
-    if cell.is_throughput:
-        return f"{found.requests_per_s:.4g} requests/s at {found.concurrency:,}"
-    return f"{found.completion_s.p50:.4g} s"

@@ -1,17 +1,18 @@
-"""The outcome as grids of text, which the terminal and the HTML page both show."""
+"""The outcome as grids of text: goals, ratios, then each cell with a row for every subject."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
-from cierzo.bench.headline.cells import LIMIT_S, Cell
+from cierzo.bench.campaign import outcome, table
+from cierzo.bench.campaign.outcome import ceilings_line
+from cierzo.bench.campaign.table import Grid
+from cierzo.bench.headline.cells import LIMIT_S, Cell, Subject
 from cierzo.bench.headline.figures import Figure, Steps
-from cierzo.bench.headline.outcome import Outcome, Ratio, Row, Verdict
-from cierzo.bench.machine import Ceilings
-from cierzo.bench.stats import median, spread
+from cierzo.bench.headline.measurement import Measurement
 
+Outcome = outcome.Outcome[Cell, Subject, Measurement]
+Row = outcome.Row[Cell, Subject, Measurement]
 GIGA, TERA = 1e9, 1e12
 SIMULATION = (
     "SIMULATION: no card has run this. Scheduler, cache and load client are the real ones; a step takes what the",
@@ -32,90 +33,63 @@ EXPLAINED = (
 )
 
 
-class Grid(msgspec.Struct, frozen=True):
-    """A title, a row of headings, rows; the first column is aligned to the left."""
-
-    title: str
-    heads: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-
-def grids(outcome: Outcome) -> list[Grid]:
-    """Goals, ratios, then each cell."""
-    found = [_goals(outcome), _ratios(outcome.ratios)]
-    for cell in dict.fromkeys(row.cell for row in outcome.rows):
-        found.append(_cell(cell, [row for row in outcome.rows if row.cell == cell]))
-    return [grid for grid in found if grid.rows]
+def text(found: Outcome, command: str) -> str:
+    """All that a run says, for a terminal."""
+    grids = [_goals(found), _ratios(found)]
+    for cell in dict.fromkeys(row.cell for row in found.rows):
+        grids.append(_cell(cell, [row for row in found.rows if row.cell == cell]))
+    return table.page(_head(found, command), grids, _notes(found.rows), EXPLAINED)
 
 
-def notes(outcome: Outcome) -> list[str]:
+def _head(found: Outcome, command: str) -> list[str]:
+    """What the figures belong to."""
+    identity = found.identity
+    return [
+        *(SIMULATION if found.is_simulation else ()),
+        f"Small 4 against Small 3 on {found.device}",
+        f"{command}, commit {identity['commit']}",
+        *([found.assumed] if found.assumed else []),
+        *(f"{model}: {identity[model]}" for model in ("small4", "small3")),
+        *ceilings_line(found.ceilings),
+    ]
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
     """What the grids have no room for: layouts that lost, lost requests, cells without a figure."""
     found = []
-    for row in outcome.rows:
+    for row in rows:
         where = f"{row.cell.name} {row.subject}"
         if row.error:
             found.append(f"{where}: NOT MEASURED: {row.error}")
-        if row.measurement is not None and row.measurement.others:
-            found.append(f"{where}: {row.measurement.layout} won; {'; '.join(row.measurement.others)}")
-        if row.measurement is not None and row.measurement.figure.errors:
-            found.append(f"{where}: requests without an answer: {row.measurement.figure.errors}")
+        if row.result is not None and row.result.others:
+            found.append(f"{where}: {row.result.layout} won; {'; '.join(row.result.others)}")
+        if row.result is not None and row.result.figure.errors:
+            found.append(f"{where}: requests without an answer: {row.result.figure.errors}")
     return found
 
 
-def text(outcome: Outcome, head: Sequence[str]) -> str:
-    """All of it, for a terminal."""
-    parts = ["\n".join(head), *(_aligned(grid) for grid in grids(outcome))]
-    if told := notes(outcome):
-        parts.append("\n".join(["notes", *told]))
-    return "\n\n".join([*parts, "\n".join(EXPLAINED)])
+def _goals(found: Outcome) -> Grid:
+    met = sum(verdict.met is True for verdict in found.verdicts)
+    title = f"goals, set for {found.goals_are_for}: {met} of {len(found.verdicts)} met"
+    lines = []
+    for verdict in found.verdicts:
+        goal = verdict.goal
+        if goal.at_least is not None:
+            wanted = f"requests/s at least {goal.at_least:.2f}x"
+        else:
+            wanted = f"completion at most {goal.at_most:.2f}x"
+        said = {True: "yes", False: "NO", None: "not measured"}[verdict.met]
+        pair = f"{goal.cell}: {goal.ours} / {goal.against}: {wanted}"
+        lines.append((pair, _times(verdict.ratio), _times(verdict.limit), said))
+    measured = "simulated" if found.is_simulation else "measured"
+    return Grid(title, ("goal", measured, "limit of the ratio", "met"), lines)
 
 
-def head(outcome: Outcome, command: str) -> list[str]:
-    """What the figures belong to."""
-    lines = [f"Small 4 against Small 3 on {outcome.device}", f"{command}, commit {outcome.commit}"]
-    if outcome.simulation:
-        lines = [*SIMULATION, *lines]
-    if outcome.assumed:
-        lines.append(outcome.assumed)
-    lines += [f"small4: {outcome.small4}", f"small3: {outcome.small3}"]
-    if ceilings := _ceilings(outcome.rows):
-        lines.append(ceilings)
-    return lines
-
-
-def _ceilings(rows: Sequence[Row]) -> str:
-    found: list[Ceilings] = [
-        row.measurement.ceilings for row in rows if row.measurement and row.measurement.ceilings
-    ]
-    if not found:
-        return ""
-    read, bf16 = median([one.read.rate for one in found]), median([one.bf16.rate for one in found])
-    return f"ceilings measured in the same run, median: {read:.1f} GB/s read, {bf16:.0f} GFLOP/s in bf16"
-
-
-def _goals(outcome: Outcome) -> Grid:
-    met = sum(verdict.met is True for verdict in outcome.verdicts)
-    title = f"goals, set for {outcome.goals_are_for}: {met} of {len(outcome.verdicts)} met"
-    found = "simulated" if outcome.simulation else "measured"
-    return Grid(title, ("goal", found, "limit of the ratio", "met"), [_goal(one) for one in outcome.verdicts])
-
-
-def _goal(verdict: Verdict) -> tuple[str, ...]:
-    goal = verdict.goal
-    pair = f"{goal.cell}: {goal.small4} / {goal.small3}"
-    if goal.at_least is not None:
-        wanted = f"{pair}: requests/s at least {goal.at_least:.2f}x"
-    else:
-        wanted = f"{pair}: completion at most {goal.at_most:.2f}x"
-    said = {True: "yes", False: "NO", None: "not measured"}[verdict.met]
-    return wanted, _times(verdict.ratio), _times(verdict.limit), said
-
-
-def _ratios(found: Sequence[Ratio]) -> Grid:
-    lines: list[tuple[str, ...]] = []
-    for one in found:
+def _ratios(found: Outcome) -> Grid:
+    lines = []
+    for one in found.ratios:
         what = "requests/s" if one.cell.is_throughput else "completion"
-        pair = f"{one.cell.name}: {one.small4} / {one.small3}"
+        pair = f"{one.cell.name}: {one.ours} / {one.against}"
         lines.append((pair, what, _times(one.ratio), _times(one.limit), str(one.rounds)))
     heads = ("Small 4 over Small 3", "of", "ratio", "limit of the ratio", "rounds")
     return Grid("ratios (median of paired rounds)", heads, lines)
@@ -143,19 +117,19 @@ _HEADS = {
 }
 
 
-def _cell(cell: Cell, found: Sequence[Row]) -> Grid:
+def _cell(cell: Cell, rows: Sequence[Row]) -> Grid:
     heads = ("precision", *_HEADS[cell.is_throughput], *_STEP_HEADS)
     if cell.concurrency is None:
         heads = (*heads, "fit", "bounded by")
-    return Grid(f"{cell.name}: {cell.describe()}", heads, [_line(row) for row in found])
+    return Grid(str(cell), heads, [_line(row) for row in rows])
 
 
 def _line(row: Row) -> tuple[str, ...]:
-    if row.measurement is None:
+    if row.result is None:
         return str(row.subject), "failed"
-    found, cell = row.measurement.figure, row.cell
+    found, cell = row.result.figure, row.cell
     name = str(row.subject) if found.replicas == 1 else f"{row.subject}, {found.replicas} engines"
-    ttft, gaps = found.time_to_first_token_s, found.inter_token_s
+    ttft, gaps, middle = found.time_to_first_token_s, found.inter_token_s, table.middle(row.values, 4)
     shared = (
         f"{ttft.p50:.3g}/{ttft.p99:.3g}",
         f"{found.time_per_output_token_s.p50 * 1e3:.2f}",
@@ -164,18 +138,11 @@ def _line(row: Row) -> tuple[str, ...]:
     )
     rates = f"{found.output_tokens_per_s:,.0f}"
     if not cell.is_throughput:
-        times = f"{_middle(row)}/{found.completion_s.p99:.4g}"
-        return name, times, f"{found.requests_per_s:.4g}", rates, *shared
-    line = (name, _middle(row), f"{found.plain_requests_per_s:.4g}", rates, f"{found.concurrency:,}", *shared)
+        return name, f"{middle}/{found.completion_s.p99:.4g}", f"{found.requests_per_s:.4g}", rates, *shared
+    line = (name, middle, f"{found.plain_requests_per_s:.4g}", rates, f"{found.concurrency:,}", *shared)
     if cell.concurrency is not None:
         return line
-    return *line, f"{row.measurement.kv_room_requests:,}", row.measurement.bounded_by
-
-
-def _middle(row: Row) -> str:
-    """The median of the rounds, with half their spread."""
-    told = f"{median(row.values):.4g}"
-    return told if len(row.values) == 1 else f"{told} ±{spread(row.values) / 2:.0%}"
+    return *line, f"{row.result.kv_room_requests:,}", row.result.bounded_by
 
 
 def _steps(found: Figure, steps: Steps | None) -> tuple[str, ...]:
@@ -192,15 +159,3 @@ def _steps(found: Figure, steps: Steps | None) -> tuple[str, ...]:
 
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def _aligned(grid: Grid) -> str:
-    table = [grid.heads, *grid.rows]
-    columns = len(grid.heads)
-    widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(columns)]
-    lines = [grid.title]
-    for row in table:
-        first, *others = row
-        aligned = [first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:], strict=False))]
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join(lines)

@@ -8,25 +8,29 @@ of all takes about an hour and a half on two cores.
 from __future__ import annotations
 
 import argparse
-import shlex
-import signal
-import sys
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
-from cierzo.bench.arguments import positive
-from cierzo.bench.peers.cells import cells
-from cierzo.bench.peers.engine import CHECKPOINTS, Peer, find_checkpoint
+import msgspec
+
+from cierzo.bench.campaign import options
+from cierzo.bench.campaign.loop import Run
+from cierzo.bench.campaign.outcome import now, saved, tell
+from cierzo.bench.campaign.store import Store
+from cierzo.bench.machine import describe_machine
+from cierzo.bench.peers import campaign
+from cierzo.bench.peers.cells import BY_PRODUCTS, Cell, cells
+from cierzo.bench.peers.engine import CHECKPOINTS, Engine, Peer, find_checkpoint
+from cierzo.bench.peers.environments import RECIPES, Recipe
 from cierzo.bench.peers.llamacpp import LlamaCpp
 from cierzo.bench.peers.ours import Cierzo
-from cierzo.bench.peers.outcome import write_outcome
-from cierzo.bench.peers.run import Plan, Run
-from cierzo.bench.peers.samples import Samples
+from cierzo.bench.peers.plot import picture
+from cierzo.bench.peers.results import Outcome, outcome_of
+from cierzo.bench.peers.table import text
 from cierzo.bench.peers.transformers import Transformers
 from cierzo.bench.peers.vllm import Vllm
-from cierzo.bench.report import current_commit
-from cierzo.engine.errors import CierzoError
+from cierzo.bench.revision import current_commit
 
 PEERS: dict[str, Peer] = {
     "cierzo": Cierzo(),
@@ -39,84 +43,81 @@ USUAL = [name for name, engine in ENGINES.items() if engine.usual]
 ROUNDS, CLOSE_ROUNDS = 3, 5
 
 
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for, of which versions."""
+
+    checkpoints: list[str]
+    engines: list[Engine]
+    cells: list[Cell]
+    rounds: int
+    close_rounds: int
+    recipes: dict[str, Recipe]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make what is missing, measure, write the outcome; exit status 1 if a cell could not be measured."""
-    arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines are stopped on the way out
-    try:
-        return _run(arguments, sys.argv[1:] if argv is None else argv)
-    except CierzoError as error:
-        print(f"cierzo.bench.peers: {error}", file=sys.stderr)
-        return 2
+    return options.run(_parser(), _run, argv)
 
 
-def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    folder = arguments.folder.resolve()
+def _run(arguments: argparse.Namespace, command: str) -> bool:
+    started, commit = now(), arguments.commit or current_commit()
+    stem = arguments.output / ("peers-quick" if arguments.quick else "peers")
+    samples = arguments.samples or arguments.folder / f"samples-{commit}.jsonl"
+    if arguments.report and not samples.exists() and (found := saved(stem, Outcome)) is not None:
+        print(text(found, command))
+        return True
+    plan = _plan(arguments)
+    machine = describe_machine()
+    identity = {"commit": commit, "device": f"{machine.processor}, {machine.cores} cores"}
+    store = Store(samples, identity)
+    if not arguments.report:
+        Run(campaign.Peers(plan, PEERS), store).measure(max(plan.rounds, plan.close_rounds))
+    return write(plan, store, stem, command, started)
+
+
+def write(plan: campaign.Plan, store: Store, stem: Path, command: str, started: str) -> bool:
+    """Print the table, write `stem`.txt, .json and .png; whether every cell that was tried has a figure."""
+    found = outcome_of(store, plan.checkpoints, plan.engines, [*plan.cells, *BY_PRODUCTS])
+    settings = Settings(
+        checkpoints=[checkpoint.name for checkpoint in plan.checkpoints],
+        engines=plan.engines,
+        cells=plan.cells,
+        rounds=plan.rounds,
+        close_rounds=plan.close_rounds,
+        recipes=RECIPES,
+    )
+    about = {"command": command, "started": started, "settings": settings}
+    tell("peers", found, text(found, command), stem, functools.partial(picture, found), **about)
+    return not any(row.error for row in found.rows)
+
+
+def _plan(arguments: argparse.Namespace) -> campaign.Plan:
+    """Raises ConfigError for what there is not."""
     all_cells = cells(quick=arguments.quick)
-    plan = Plan(
-        checkpoints=[find_checkpoint(name, arguments.checkpoint_folder) for name in arguments.checkpoints],
-        engines=[ENGINES[name] for name in arguments.engines],
-        cells=[cell for cell in all_cells if cell.name in (arguments.cells or [c.name for c in all_cells])],
+    names = options.among("cells", arguments.cells, [cell.name for cell in all_cells])
+    engines = options.among("engines", arguments.engines or ",".join(USUAL), list(ENGINES))
+    checkpoints = arguments.checkpoints.split(",")
+    return campaign.Plan(
+        checkpoints=[find_checkpoint(name, arguments.checkpoint_folder) for name in checkpoints],
+        engines=[ENGINES[name] for name in engines],
+        cells=[cell for cell in all_cells if cell.name in names],
         rounds=arguments.rounds or (1 if arguments.quick else ROUNDS),
         close_rounds=arguments.rounds or (1 if arguments.quick else CLOSE_ROUNDS),
-        folder=folder,
+        folder=arguments.folder.resolve(),
     )
-    commit = arguments.commit or current_commit()
-    samples = Samples(arguments.samples or folder / "samples.jsonl", commit)
-    if not arguments.report:
-        Run(plan, PEERS, samples, commit).measure()
-    stem = arguments.output / ("peers-quick" if arguments.quick else "peers")
-    command = shlex.join(["python", "-m", "cierzo.bench.peers", *argv])
-    complete = write_outcome(plan, samples, stem, command=command, started=started, commit=commit)
-    return 0 if complete else 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cierzo.bench.peers", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    names = [cell.name for cell in cells(quick=True)]
+    rounds = f"{ROUNDS}, {CLOSE_ROUNDS} where a ratio is close"
+    parser = options.make_parser("cierzo.bench.peers", __doc__.splitlines()[0], "build/peers", rounds)
+    names = ", ".join(cell.name for cell in cells(quick=True))
     parser.add_argument("--quick", action="store_true", help="one round; fewer tokens, requests and clients")
+    parser.add_argument("--engines", metavar="A,B", help=f"of {', '.join(ENGINES)}; default: {', '.join(USUAL)}")
+    parser.add_argument("--cells", metavar="A,B", help=f"of {names}; default: all")
     parser.add_argument(
-        "--engines", type=_among(list(ENGINES)), default=USUAL, metavar="A,B", help=f"of {', '.join(ENGINES)}"
-    )
-    parser.add_argument("--cells", type=_among(names), metavar="A,B", help=f"of {', '.join(names)}; default: all")
-    parser.add_argument(
-        "--checkpoints", type=_split, default=CHECKPOINTS, metavar="A,B", help="small4, small3, or folders"
-    )
-    parser.add_argument(
-        "--rounds", type=positive, metavar="N", help=f"default: {ROUNDS}, {CLOSE_ROUNDS} where a ratio is close"
-    )
-    parser.add_argument("--report", action="store_true", help="measure nothing, report what was measured")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("build/peers"), metavar="DIR", help="environments, conversions, logs"
-    )
-    parser.add_argument(
-        "--checkpoint-folder", type=Path, default=Path("build/checkpoints"), metavar="DIR", help="where small4 is"
-    )
-    parser.add_argument("--samples", type=Path, metavar="FILE", help="default: samples.jsonl in --folder")
-    parser.add_argument(
-        "--commit", metavar="NAME", help="go on with the samples of this one, though HEAD has changed since"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("bench/results"), metavar="DIR", help="where JSON, table and PNG go"
+        "--checkpoints", default=",".join(CHECKPOINTS), metavar="A,B", help="small4, small3, or folders"
     )
     return parser
-
-
-def _split(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _among(known: list[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = _split(text)
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
-        return names
-
-    return parse
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is measured of each engine: the cells of the table, and the arithmetic from raw times to a figure."""
+"""The cells in which engines are measured, and the arithmetic from raw times to a figure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HIGHER_IS_BETTER = {"decode", "prefill", "served", "agreement"}
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One column. `kind` says how it is measured; sizes that a kind does not use are 0.
+    """A column of the table. `kind` says how it is measured; sizes that a kind does not use are 0.
 
     decode: `batch` requests of `prompt_tokens`, `new_tokens` each, greedy, without end token; tokens per second of
     the time in which all of them decode. prefill: one prompt of `prompt_tokens` to its first token. served: a
@@ -28,10 +28,26 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     requests: int = 0
     shared_tokens: int = 0
 
+    def __str__(self) -> str:
+        sizes = [("batch", self.batch), ("prompt", self.prompt_tokens), ("new", self.new_tokens)]
+        sizes += [("requests", self.requests), ("shared", self.shared_tokens)]
+        told = ", ".join(f"{name} {size}" for name, size in sizes if size)
+        return f"{self.name} ({told})" if told else self.name
+
     @property
     def higher_is_better(self) -> bool:
         """Whether more of it is better: rates and agreement, not seconds and gigabytes."""
         return self.kind in HIGHER_IS_BETTER
+
+
+class Subject(msgspec.Struct, frozen=True):
+    """An engine on a checkpoint, both by name."""
+
+    checkpoint: str
+    engine: str
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint} {self.engine}"
 
 
 LOAD = Cell(name="load", kind="load", unit="s")

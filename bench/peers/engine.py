@@ -25,16 +25,14 @@ class EngineFailed(Exception):
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One row of the table: a peer (or us) in one setting.
+    """A row of the table: a peer (or us) in one setting, with weights in `number_format`.
 
-    `weight_bits` is what a weight of a linear layer takes in memory. An engine that is not `usual` was tried, and
-    runs when it is named.
+    An engine that is not `usual` was tried, and runs when it is named.
     """
 
     name: str
     peer: str
     number_format: str
-    weight_bits: float
     setting: str
     options: dict[str, Any] = {}
     usual: bool = True
@@ -113,7 +111,7 @@ def find_checkpoint(name: str, folder: Path, scale: str = "mini") -> Checkpoint:
         return Checkpoint(path.name, path)
     path = (folder / (name if scale == "mini" else f"{name}-{scale}")).resolve()
     if not path.exists():
-        make = ["-m", "cierzo.engine", "make-checkpoint", str(path), "--like", name, "--scale", scale]
+        make = ["-m", "cierzo", "make-checkpoint", str(path), "--like", name, "--scale", scale]
         subprocess.run([sys.executable, *make], check=True)
     return Checkpoint(name, path)
 

@@ -34,13 +34,12 @@ SERVER_FLAGS = ("--cache-ram", "0")  # prefixes are reused within the slots; cop
 TOOL_TRIES = 3  # llama-batched-bench prints by a thread that its end may overtake: with tiny models, half the time
 CONTEXT_TOKENS = 49_152  # of all slots together: the chat load's 32 x 1,216, and one prompt of 8,192
 ENGINES = (
-    Engine(name="llamacpp-bf16", peer=PEER, number_format="bf16", weight_bits=16, setting="as it comes"),
-    Engine(name="llamacpp-q8_0", peer=PEER, number_format="q8_0", weight_bits=8.5, setting="as it comes"),
+    Engine(name="llamacpp-bf16", peer=PEER, number_format="bf16", setting="as it comes"),
+    Engine(name="llamacpp-q8_0", peer=PEER, number_format="q8_0", setting="as it comes"),
     Engine(
         name="llamacpp-bf16-ub2048",
         peer=PEER,
         number_format="bf16",
-        weight_bits=16,
         setting="physical batch of 2048",
         options={"ubatch-size": "2048"},
         usual=False,
@@ -49,7 +48,6 @@ ENGINES = (
         name="llamacpp-bf16-fa",
         peer=PEER,
         number_format="bf16",
-        weight_bits=16,
         setting="flash attention on",
         options={"flash-attn": "on"},
         usual=False,
@@ -58,7 +56,6 @@ ENGINES = (
         name="llamacpp-bf16-nofa",
         peer=PEER,
         number_format="bf16",
-        weight_bits=16,
         setting="flash attention off",
         options={"flash-attn": "off"},
         usual=False,

@@ -24,7 +24,6 @@ ENGINES = (
         name="cierzo-bf16",
         peer=PEER,
         number_format="bf16",
-        weight_bits=16,
         setting="as it comes: exact",
         options=COMMON,
     ),
@@ -32,7 +31,6 @@ ENGINES = (
         name="cierzo-int8",
         peer=PEER,
         number_format="int8",
-        weight_bits=8,
         setting="exact, int8 weights",
         options={**COMMON, "weights": "int8"},
     ),
@@ -40,7 +38,6 @@ ENGINES = (
         name="cierzo-int4",
         peer=PEER,
         number_format="int4",
-        weight_bits=4,
         setting="exact, int4 weights",
         options={**COMMON, "weights": "int4"},
     ),
@@ -103,7 +100,7 @@ class CierzoServer(RunningServer):
 def _server(checkpoint: Checkpoint, options: dict[str, Any]) -> Server:
     address = f"127.0.0.1:{free_port()}"
     flags = [_flag(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
-    command = [sys.executable, "-m", "cierzo.engine", "serve", str(checkpoint.path), "--rpc", address, *flags]
+    command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint.path), "--rpc", address, *flags]
 
     async def connect() -> LoadClient:
         client = await Client.connect(address)

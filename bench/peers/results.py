@@ -1,91 +1,102 @@
-"""From samples to the table's figures: medians, spreads, shares of the roof, ratios of paired rounds."""
+"""From samples to the outcome: values with the machine's limit and notes, ratios, what is close."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
-from cierzo.bench.peers.ceilings import Limits
-from cierzo.bench.peers.cells import Cell
+from cierzo.bench import machine
+from cierzo.bench.campaign import outcome
+from cierzo.bench.campaign.store import Store
+from cierzo.bench.peers.cells import Cell, Subject
 from cierzo.bench.peers.engine import Checkpoint, Engine
-from cierzo.bench.peers.roof import roof
-from cierzo.bench.peers.samples import Samples
-from cierzo.bench.stats import median, paired_ratio, spread
+from cierzo.bench.stats import median
+from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.step_time import step_time
+from cierzo.engine.cost.weights import NumberFormats
+from cierzo.engine.cost.work import StepShape, step_work
+from cierzo.engine.model.config import ModelConfig, read_model_config
 
+Row = outcome.Row[Cell, Subject, None]
+Ratio = outcome.Ratio[Cell, Subject]
+Outcome = outcome.Outcome[Cell, Subject, None]
 OURS = "cierzo"
 AGREEMENT_PERCENT = 95  # of first choices: less is told, and timed all the same
-NUMBER_FORMATS = ("bf16", "int8", "int4")
 SMALL4_OVER_SMALL3 = ("small4", "small3")
+WEIGHTS = {"q8_0": "int8"}  # a peer's number format -> what its limit is counted in; else its own name
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine in one cell. `rounds` and `values` go together; `roof` in the cell's unit; `error` if none ran.
-
-    `note`: what the figure does not say: how near an agreement is, how many requests got no answer.
-    """
-
-    checkpoint: str
-    engine: str
-    cell: str
-    unit: str
-    rounds: list[int] = []
-    values: list[float] = []
-    median: float | None = None
-    spread: float | None = None
-    roof: float | None = None
-    note: str = ""
-    error: str = ""
-
-
-class Ratio(msgspec.Struct, frozen=True, kw_only=True):
-    """How many times as good as `against` our engine is: the median over `rounds` rounds that both ran."""
-
-    checkpoint: str
-    cell: str
-    ours: str
-    against: str
-    ratio: float
-    rounds: int
-
-
-def rows(
-    samples: Samples,
+def outcome_of(
+    store: Store,
     checkpoints: Sequence[Checkpoint],
     engines: Sequence[Engine],
     cells: Sequence[Cell],
-    limits: Limits | None,
-) -> list[Row]:
-    """Every engine in every cell that was tried."""
-    found = []
-    for checkpoint in checkpoints:
-        for engine in engines:
-            for cell in cells:
-                values = samples.values(checkpoint.name, cell, engine.name)
-                error = samples.error(checkpoint.name, cell, engine.name)
-                if not values and not error:
-                    continue
-                limit = roof(cell, checkpoint.config(), engine.weight_bits, limits) if limits else None
-                found.append(
-                    Row(
-                        checkpoint=checkpoint.name,
-                        engine=engine.name,
-                        cell=cell.name,
-                        unit=cell.unit,
-                        rounds=sorted(values),
-                        values=[values[number] for number in sorted(values)],
-                        median=median(list(values.values())) if values else None,
-                        spread=spread(list(values.values())) if values else None,
-                        roof=limit,
-                        note=_note(samples, checkpoint, cell, engine),
-                        error="" if values else error,
-                    )
-                )
+) -> Outcome:
+    """Every engine in every cell that was tried, with the targets' ratios and Small 4's over Small 3's."""
+    ceilings = msgspec.convert(store.ceilings(), list[machine.Ceilings])
+    device = machine.limit_device(machine.middle(ceilings)) if ceilings else None
+    models = {checkpoint.name: read_model_config(checkpoint.path) for checkpoint in checkpoints} if device else {}
+    by_name = {engine.name: engine for engine in engines}
+
+    def complete(row: Row) -> Row:
+        cell, subject = row.cell, row.subject
+        found = None
+        if device is not None:
+            found = limit(cell, models[subject.checkpoint], by_name[subject.engine].number_format, device)
+        return msgspec.structs.replace(row, limit=found, note=_note(store, cell, subject), result=None)
+
+    places = [
+        (cell, Subject(checkpoint.name, engine.name))
+        for checkpoint in checkpoints
+        for cell in cells
+        for engine in engines
+    ]
+    names = [checkpoint.name for checkpoint in checkpoints]
+    found = ratios(store, names, engines, cells) + [
+        one for cell in cells if cell.kind == "served" for one in small4_over_small3(store, cell, engines)
+    ]
+    return Outcome(
+        identity=store.identity,
+        ceilings=ceilings,
+        rows=outcome.rows(store, places, functools.partial(values, store), complete),
+        ratios=found,
+        samples=[_short(sample) for sample in store],
+    )
+
+
+def values(store: Store, cell: Cell, subject: Subject) -> dict[int, float]:
+    """Value by round. The last one counts; of memory, which sessions of a round may report apart, the most."""
+    found: dict[int, float] = {}
+    for sample in store.of(cell, subject):
+        if not sample.error:
+            before = found.get(sample.round, 0.0) if cell.kind == "memory" else 0.0
+            found[sample.round] = max(sample.result["value"], before)
     return found
 
 
-def _note(samples: Samples, checkpoint: Checkpoint, cell: Cell, engine: Engine) -> str:
-    raws = [sample.raw for sample in samples.of(checkpoint.name, cell, engine.name) if sample.value is not None]
+def limit(cell: Cell, model: ModelConfig, number_format: str, device: Device) -> float | None:
+    """Tokens per second of a decode or prefill cell if the machine's ceilings alone decided; for others None."""
+    if cell.kind == "decode":
+        rows, context = float(cell.batch), cell.batch * (cell.prompt_tokens + cell.new_tokens / 2)
+        tokens = rows
+        shape = StepShape(absorbed_tokens=rows, absorbed_pairs=context, absorbed_context=context, sampled=rows)
+    elif cell.kind == "prefill":
+        rows, tokens = 1.0, float(cell.prompt_tokens)
+        pairs = tokens * (tokens + 1) / 2
+        shape = StepShape(expanded_tokens=tokens, expanded_pairs=pairs, expanded_context=tokens, sampled=rows)
+    else:
+        return None
+    formats = NumberFormats(weights=WEIGHTS.get(number_format, number_format), on_gpu=False)
+    work = step_work(model, model.cache_layout(1, "bfloat16"), formats, shape)
+    return tokens / float(step_time(device, work, rows=rows).limit_s)
+
+
+def _note(store: Store, cell: Cell, subject: Subject) -> str:
+    """How near an agreement is, how many requests got no answer."""
+    raws = [result["raw"] for result in store.measured(cell, subject).values()]
     if cell.kind == "agreement" and raws:
         below = f"below {AGREEMENT_PERCENT} %, " if raws[-1]["top1_percent"] < AGREEMENT_PERCENT else ""
         return f"{below}near {raws[-1]['near_percent']:.1f} %, RMS {raws[-1]['rms_logprob']:.4f} nats"
@@ -95,82 +106,71 @@ def _note(samples: Samples, checkpoint: Checkpoint, cell: Cell, engine: Engine) 
 
 
 def ratios(
-    samples: Samples, checkpoints: Sequence[Checkpoint], engines: Sequence[Engine], cells: Sequence[Cell]
+    store: Store, checkpoints: Sequence[str], engines: Sequence[Engine], cells: Sequence[Cell]
 ) -> list[Ratio]:
-    """What the targets are about: bf16 against the best peer in bf16; int8 against our bf16 and llama.cpp's Q8_0;
-    int4 against our int8."""
+    """How many times as good ours are, as the targets have it: bf16 against the best peer in bf16; int8 against our
+    bf16 and llama.cpp's Q8_0; int4 against our int8."""
     ours = {engine.number_format: engine.name for engine in engines if engine.peer == OURS}
     peers = [engine for engine in engines if engine.peer != OURS]
     found = []
     for checkpoint in checkpoints:
         for cell in cells:
-            pairs = [(ours.get("bf16"), best(samples, checkpoint, cell, peers, "bf16"))]
+            pairs = [(ours.get("bf16"), best(store, checkpoint, cell, peers, "bf16"))]
             pairs += [(ours.get("int8"), ours.get("bf16"))]
-            pairs += [(ours.get("int8"), best(samples, checkpoint, cell, peers, "q8_0"))]
+            pairs += [(ours.get("int8"), best(store, checkpoint, cell, peers, "q8_0"))]
             pairs += [(ours.get("int4"), ours.get("int8"))]
             for one, other in pairs:
                 if one is not None and other is not None:
-                    found += ratio(samples, checkpoint, cell, one, other)
-    return found
+                    found.append(_times(store, cell, Subject(checkpoint, one), Subject(checkpoint, other)))
+    return [one for one in found if one is not None]
 
 
-def best(
-    samples: Samples, checkpoint: Checkpoint, cell: Cell, engines: Sequence[Engine], number_format: str
-) -> str | None:
+def best(store: Store, checkpoint: str, cell: Cell, engines: Sequence[Engine], number_format: str) -> str | None:
     """The engine of this number format with the best median; None if none has a value."""
     medians = {
-        engine.name: median(list(values.values()))
+        engine.name: median(list(by_round.values()))
         for engine in engines
-        if engine.number_format == number_format and (values := samples.values(checkpoint.name, cell, engine.name))
+        if engine.number_format == number_format
+        and (by_round := values(store, cell, Subject(checkpoint, engine.name)))
     }
     choose = max if cell.higher_is_better else min
     return choose(medians, key=medians.__getitem__) if medians else None
 
 
-def ratio(samples: Samples, checkpoint: Checkpoint, cell: Cell, ours: str, against: str) -> list[Ratio]:
-    """The ratio as a list of one, above 1 where ours is better; empty where no round has both."""
-    one = samples.values(checkpoint.name, cell, ours)
-    other = samples.values(checkpoint.name, cell, against)
-    common = sorted(one.keys() & other.keys())
-    if not common or cell.kind == "agreement":
-        return []
-    pair = [one[number] for number in common], [other[number] for number in common]
-    value = paired_ratio(*(pair if cell.higher_is_better else pair[::-1]))
-    return [
-        Ratio(
-            checkpoint=checkpoint.name, cell=cell.name, ours=ours, against=against, ratio=value, rounds=len(common)
-        )
-    ]
+def _times(store: Store, cell: Cell, ours: Subject, against: Subject) -> Ratio | None:
+    """How many times as good: above 1 where ours is better, whichever way the cell counts."""
+    if cell.kind == "agreement":
+        return None
+    pair: tuple[Mapping[int, float], Mapping[int, float]] = values(store, cell, ours), values(store, cell, against)
+    return outcome.ratio(cell, ours, against, pair if cell.higher_is_better else pair[::-1])
 
 
-def close_pairs(found: Sequence[Ratio], engines: Sequence[Engine], below: float) -> set[tuple[str, ...]]:
-    """(checkpoint, cell, engine) of both sides of each ratio of ours to a peer's that is under `below`."""
+def close_places(found: Sequence[Ratio], engines: Sequence[Engine], below: float) -> set[tuple[Cell, Subject]]:
+    """Both sides of each ratio of ours to a peer's that is under `below`."""
     peers = {engine.name for engine in engines if engine.peer != OURS}
     return {
-        (entry.checkpoint, entry.cell, engine)
-        for entry in found
-        if entry.ratio < below and entry.against in peers
-        for engine in (entry.ours, entry.against)
+        (one.cell, subject)
+        for one in found
+        if one.ratio < below and one.against.engine in peers
+        for subject in (one.ours, one.against)
     }
 
 
-def small4_over_small3(samples: Samples, cell: Cell, engines: Sequence[Engine]) -> list[Ratio]:
-    """For each engine that ran both checkpoints: requests per second of Small 4's over those of Small 3's."""
-    found = []
-    for engine in engines:
-        small4, small3 = (samples.values(name, cell, engine.name) for name in SMALL4_OVER_SMALL3)
-        common = sorted(small4.keys() & small3.keys())
-        if common and cell.kind == "served":
-            value = paired_ratio([small4[n] for n in common], [small3[n] for n in common])
-            over = f"{engine.name} on {SMALL4_OVER_SMALL3[1]}"
-            found.append(
-                Ratio(
-                    checkpoint=SMALL4_OVER_SMALL3[0],
-                    cell=cell.name,
-                    ours=engine.name,
-                    against=over,
-                    ratio=value,
-                    rounds=len(common),
-                )
-            )
-    return found
+def small4_over_small3(store: Store, cell: Cell, engines: Sequence[Engine]) -> list[Ratio]:
+    """For each engine that ran both checkpoints: Small 4's figure over Small 3's."""
+    pairs = [[Subject(name, engine.name) for name in SMALL4_OVER_SMALL3] for engine in engines]
+    found = [_times(store, cell, small4, small3) for small4, small3 in pairs]
+    return [one for one in found if one is not None]
+
+
+def _short(sample: Any) -> dict[str, Any]:
+    """A sample without the times of single tokens and requests, which the file of samples keeps."""
+    told = {name: getattr(sample, name) for name in sample.__slots__}
+    if isinstance(sample.result, dict) and "raw" in sample.result:
+        raw = sample.result["raw"]
+        if isinstance(raw, list):
+            raw = None
+        elif isinstance(raw, dict):
+            raw = {name: value for name, value in raw.items() if name != "samples"}
+        told["result"] = {**sample.result, "raw": raw}
+    return told

@@ -59,11 +59,16 @@ class RunningServer:
             output_tokens=cell.new_tokens,
             seed=seed,
         )
+        result = self.whole_load(settings)
+        return Measured(result.requests_per_s, result)
+
+    def whole_load(self, settings: LoadSettings) -> LoadResult:
+        """One load whose answers all have the length that was asked for. Raises EngineFailed."""
         result = self.load(settings)
-        short = sum(sum(s.delta_tokens) != cell.new_tokens for s in result.samples if s.error is None)
+        short = sum(one.num_tokens != settings.output_tokens for one in result.samples if one.error is None)
         if short or not result.answered:
             raise EngineFailed(f"{short} answers of a wrong length, errors: {result.errors or 'none'}")
-        return Measured(result.requests_per_s, result)
+        return result
 
     def load(self, settings: LoadSettings) -> LoadResult:
         """One load. Raises EngineFailed if the server cannot be reached, or takes too long."""

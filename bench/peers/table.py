@@ -2,60 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-from cierzo.bench.peers.cells import Cell
-from cierzo.bench.peers.engine import Engine
-from cierzo.bench.peers.results import Ratio, Row
-
-NAME_WIDTH = 26
-
-
-def table(rows: Sequence[Row], ratios: Sequence[Ratio], cells: Sequence[Cell], engines: Sequence[Engine]) -> str:
-    """Medians with their spread ((largest - smallest) / median, from two rounds on) and share of the roof."""
-    parts = [_checkpoint_table(name, rows, cells, engines) for name in _distinct(row.checkpoint for row in rows)]
-    if ratios:
-        parts.append("\n".join(["times as good (median of paired rounds)", *map(_ratio_line, ratios)]))
-    notes = [f"{row.checkpoint} {row.engine} {row.cell}: {row.note}" for row in rows if row.note]
-    if notes:
-        parts.append("\n".join(["notes", *notes]))
-    failed = [f"{row.checkpoint} {row.engine} {row.cell}: {row.error}" for row in rows if row.error]
-    if failed:
-        parts.append("\n".join(["not measured", *failed]))
-    return "\n\n".join(parts)
+from cierzo.bench.campaign import table
+from cierzo.bench.campaign.outcome import ceilings_line
+from cierzo.bench.campaign.table import Grid
+from cierzo.bench.machine import middle
+from cierzo.bench.peers.results import Outcome, Ratio, Row
+from cierzo.bench.stats import median
 
 
-def _checkpoint_table(name: str, rows: Sequence[Row], cells: Sequence[Cell], engines: Sequence[Engine]) -> str:
-    found = {(row.engine, row.cell): row for row in rows if row.checkpoint == name}
-    columns = [cell for cell in cells if any(column == cell.name for _, column in found)]
-    texts = [[f"{cell.name}, {cell.unit}" for cell in columns]]
-    names = [engine.name for engine in engines if any(row == engine.name for row, _ in found)]
-    texts += [[_figure(found.get((engine, cell.name))) for cell in columns] for engine in names]
-    widths = [max(len(row[column]) for row in texts) for column in range(len(columns))]
+def text(found: Outcome, command: str) -> str:
+    """Medians with half their spread, from two rounds on, and the share of what the ceilings would allow."""
+    head = [f"{command}, commit {found.identity['commit']}", *ceilings_line(found.ceilings)]
+    if found.ceilings and (int8 := middle(found.ceilings).int8) is not None:
+        head.append(f"{int8.rate:.0f} GOP/s in int8")
+    grids = [_checkpoint(found, name) for name in dict.fromkeys(row.subject.checkpoint for row in found.rows)]
     lines = []
-    for label, row in zip([name, *names], texts, strict=True):
-        aligned = (text.rjust(width) for text, width in zip(row, widths, strict=True))
-        lines.append("  ".join([label.ljust(NAME_WIDTH), *aligned]))
-    return "\n".join(lines)
+    for one in found.ratios:
+        place, pair = f"{one.ours.checkpoint} {one.cell.name}", (one.ours.engine, _against(one))
+        lines.append((place, f"{one.ratio:.2f}", *pair, str(one.rounds)))
+    grids.append(Grid("median of paired rounds", ("", "times as good", "is", "as", "rounds"), lines))
+    notes = [f"{row.subject} {row.cell.name}: {row.note}" for row in found.rows if row.note]
+    notes += [f"{row.subject} {row.cell.name}: NOT MEASURED: {row.error}" for row in found.rows if row.error]
+    return table.page(head, grids, notes)
+
+
+def _against(one: Ratio) -> str:
+    same = one.against.checkpoint == one.ours.checkpoint
+    return one.against.engine if same else f"{one.against.engine} on {one.against.checkpoint}"
+
+
+def _checkpoint(found: Outcome, name: str) -> Grid:
+    """A row for each engine, a column for each cell."""
+    rows = {(row.subject.engine, row.cell): row for row in found.rows if row.subject.checkpoint == name}
+    cells = list(dict.fromkeys(cell for _, cell in rows))
+    engines = dict.fromkeys(engine for engine, _ in rows)
+    lines = [[engine, *(_figure(rows.get((engine, cell))) for cell in cells)] for engine in engines]
+    return Grid("", [name, *(f"{cell.name}, {cell.unit}" for cell in cells)], lines)
 
 
 def _figure(row: Row | None) -> str:
     if row is None:
         return "-"
-    if row.median is None:
+    if not row.values:
         return "failed"
-    text = f"{row.median:.3g}" if row.median < 100 else f"{row.median:.0f}"
-    if row.spread is not None and len(row.values) > 1:
-        text += f" ±{row.spread / 2:.0%}"
-    if row.roof:
-        text += f" ({row.median / row.roof:.0%})"
-    return text
-
-
-def _ratio_line(ratio: Ratio) -> str:
-    where = f"{ratio.checkpoint} {ratio.cell}"
-    return f"{where.ljust(NAME_WIDTH)}  {ratio.ratio:6.2f}  {ratio.ours} / {ratio.against}, {ratio.rounds} rounds"
-
-
-def _distinct(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+    share = f" ({median(row.values) / row.limit:.0%})" if row.limit else ""
+    return f"{table.middle(row.values, 3)}{share}"

@@ -1,8 +1,8 @@
-"""`cierzo plan`: what a workload would come to on a device that need not be here, and what to change.
+"""`cierzo plan`: what a workload comes to on a device that need not be here, and what to change.
 
-batching.py   which steps a workload comes to, by the engine's limits; course.py, what is kept of them
-forecast.py   what follows: requests per second, latencies, what limits
-search.py     the plans that are tried, and the best of them
 command.py    `cierzo plan`: arguments, tables, pictures
-calibrate.py  this machine's CPU as a device; check.py holds plans for it against measurements
+search.py     plans: the highest load within limits, and which change helps most
+forecast.py   requests a second, latencies and what limits, of one workload on one device
+batching.py   the steps that a workload comes to under an engine's limits; course.py, what they are recorded in
+calibrate.py  this machine's CPU as a device; check.py, plans for it against measurements
 """

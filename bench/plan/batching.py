@@ -1,12 +1,13 @@
-"""Continuous batching in the large: which steps a workload comes to. Counts alone: no tokens, no block ids.
+"""Continuous batching in counts: which steps a workload comes to, without tokens and without block ids.
 
-Written beside the scheduler, not with it, so that one can be held against the other. Decodes advance all at once:
-of a decoding request only its last step and its place in a block matter, so that a step costs the same with one
-running or a thousand, and a stretch of steps in which nobody comes or goes costs as much as one.
+The rules are the scheduler's, written a second time so that each can be held against the other. Requests that
+decode advance together: of each only its last step and its place in a block matter. A step costs the same with one
+request running or a thousand, and a stretch of steps in which nobody comes or goes costs as much as one step.
 
-A step: all that decode; then the prompts that run, in chunks; then whoever waits, while slots, budget and blocks
-last. A request that comes while a step is in flight is seen after it. The answer to a finished one leaves at the
-end of a step, when the next has begun: a client's next request is a step late.
+A step computes a token of every request that decodes, then chunks of the prompts that run, then prompts that
+wait, while slots, budget and blocks last. A request that comes while a step is in flight is seen after it. The
+answer to a finished request leaves at the end of a step, when the next step has begun: a client's next request is
+a step late.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ import numpy as np
 from cierzo.bench.plan.course import Course, Load, Price, Row, expand
 from cierzo.engine.config import EngineConfig
 
-LOOKED_PAST = 64  # requests of a step that may wait for a prefix which another computes
+LOOKED_PAST = 64  # requests that a step may pass over because another one computes their prefix
 
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """One request. known: its tokens so far; computed: those that have cache entries, both while it does not
-    decode. offset: while it decodes, computed tokens at a step's begin minus the step's number. epoch: of its
-    admission.
+    """A request and how far it has come.
 
-    since: the step in which it decoded first; of a prompt, tokens computed before this step. blocks: that it
-    entered with. shared: blocks that all have. twins: those it computes although another does, too. kept: [blocks
-    that the cache still has of it].
+    known, computed: tokens that it has, and those of them with cache entries. While it decodes both stand still,
+    and `offset` tells: computed tokens at the beginning of a step, less the step's number. since: the step in which
+    it decoded first; while its prompt is computed, the tokens computed before this step. epoch: counts admissions.
+
+    blocks: held from its admission on. shared: blocks of the prefix that it shares. twins: blocks of that prefix
+    that it computes although another request does too. kept: blocks that hold its tokens although it does not run,
+    as a list of one number, which the queue of free blocks holds too.
     """
 
     index: int
@@ -50,31 +53,31 @@ class _Request:
 
     @property
     def remaining(self) -> int:
-        """Tokens that are still to be generated."""
+        """Tokens still to be generated."""
         return self.input_tokens + self.output_tokens - self.known
 
 
 class _Room:
-    """Blocks: how many are free, and what the free ones still hold, the oldest first.
+    """The cache's blocks: how many are free, and which of those still hold tokens, the oldest first.
 
-    Of the prefix that requests share the first `held` blocks belong to whoever runs, `ready` of those have been
-    computed, and `kept[0]` beyond them are free but not yet overwritten.
+    Of the prefix that requests share, the first `held` blocks belong to the requests that run, the first `ready` of
+    them have been computed, and `kept[0]` blocks after them are free and still hold their tokens.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.free = self._blank = num_blocks
-        self._cached: deque[list[int]] = deque()  # counts of blocks
-        self._holders: Counter[int] = Counter()  # by blocks of the shared prefix
+        self._cached: deque[list[int]] = deque()  # free blocks that hold tokens: a count for each request that left
+        self._holders: Counter[int] = Counter()  # blocks of the shared prefix -> requests that hold so many
         self.held = self.ready = 0
         self.kept = [0]
 
     @property
     def found(self) -> int:
-        """Leading blocks of the shared prefix that a newcomer finds."""
+        """Leading blocks of the shared prefix that a request finds when it is admitted."""
         return self.ready + (self.kept[0] if self.ready == self.held else 0)
 
     def take(self, count: int) -> None:
-        """Blank ones first; then the oldest contents go."""
+        """Take `count` free blocks: blank ones first, then those whose tokens are the oldest."""
         self.free -= count
         taken = min(count, self._blank)
         self._blank -= taken
@@ -88,19 +91,19 @@ class _Room:
                 self._cached.popleft()
 
     def give(self, blank: int, kept: list[int]) -> None:
-        """Blocks that nobody holds any more, kept[0] of which still hold something."""
+        """Free `blank` blocks without tokens that could be found again, and kept[0] with them."""
         self.free += blank + kept[0]
         self._blank += blank
         if kept[0]:
             self._cached.append(kept)
 
     def find(self, kept: list[int], count: int) -> None:
-        """Take `count` of what a `give` has left, contents and all."""
+        """Take `count` of the blocks that an earlier `give` has freed, with the tokens that they hold."""
         self.free -= count
         kept[0] -= count
 
     def hold(self, shared: int) -> int:
-        """One more whose first blocks are shared: how many of them it must take for itself."""
+        """Count one request more that holds `shared` prefix blocks; return how many it must take for itself."""
         self._holders[shared] += 1
         found = self.found
         beyond = max(0, shared - self.held)
@@ -111,7 +114,7 @@ class _Room:
         return shared - min(shared, found)
 
     def let_go(self, shared: int) -> None:
-        """One less."""
+        """Release one request's hold on `shared` prefix blocks."""
         self._holders[shared] -= 1
         if not self._holders[shared]:
             del self._holders[shared]
@@ -125,16 +128,11 @@ class _Room:
 
 
 class Batching:
-    """A load under an engine's limits, from its first step to its last."""
+    """A run of a load under an engine's limits, from its first step to its last."""
 
     def __init__(self, config: EngineConfig, load: Load, price: Price | None = None) -> None:
-        """price: of an open load, where it decides when requests come."""
-        limits, self._block_tokens = config.scheduler, config.cache.block_tokens
-        self._budget, self._max_chunk, self._slots = (
-            limits.budget_tokens,
-            limits.max_chunk_tokens,
-            limits.max_running,
-        )
+        """price: seconds of steps, for an open load: they decide between which steps requests come."""
+        self._limits, self._block_tokens = config.scheduler, config.cache.block_tokens
         self._caching = config.cache.prefix_caching
         self._load, self._price = load, price
         count = len(load.input_tokens)
@@ -142,19 +140,21 @@ class Batching:
         self.rows: list[Row] = []
         self._room = _Room(config.cache.num_blocks)
         self._step, self._now_s, self._arrived = 0, 0.0, 0
-        self._late: list[int] = []  # steps with whose end a client's answer came, once for each
+        self._late: list[int] = []  # for each answer that its client has not followed up: the step it came with
         self._waiting: list[tuple[int, _Request]] = []
         self._prompts: list[_Request] = []
         self._running: dict[int, _Request] = {}
-        self._latest: list[tuple[int, int, _Request]] = []  # (-index, epoch, request) of all admissions
+        self._latest: list[tuple[int, int, _Request]] = []  # a heap of all admissions: (-index, epoch, request)
         self._decodes = self._context = 0
-        self._grows = [0] * self._block_tokens  # decoding requests by the steps, modulo block, that fill one
-        self._ends: dict[int, list[tuple[int, _Request]]] = defaultdict(list)
-        self._end_steps: list[int] = []  # a heap
+        self._grows = [0] * self._block_tokens  # step, modulo block -> decoding requests that then need a block
+        self._ends: dict[int, list[tuple[int, _Request]]] = defaultdict(
+            list
+        )  # step -> (epoch, request) that it ends
+        self._end_steps: list[int] = []  # a heap of the keys of `_ends`
         self._blocked = False
 
     def run(self) -> Course:
-        """All of it."""
+        """Take steps until every request has ended."""
         count = len(self._load.input_tokens)
         for _ in range(self._load.clients):
             self._arrive(-1)
@@ -170,19 +170,20 @@ class Batching:
     # --- arrivals ------------------------------------------------------------------------------------------------
 
     def _arrive(self, step: int) -> None:
-        if self._arrived < len(self._load.input_tokens):
-            load, index = self._load, self._arrived
-            tokens = load.input_tokens[index]
-            shared = min(load.shared_tokens[index], tokens - 1) // self._block_tokens if self._caching else 0
-            request = _Request(index, tokens, load.output_tokens[index], shared, tokens)
-            self.course.arrival[self._arrived] = step
-            heapq.heappush(self._waiting, (request.index, request))
-            self._arrived += 1
-            self._blocked = False
-            self.course.most_waiting = max(self.course.most_waiting, len(self._waiting))
+        """Queue the load's next request, if there is one; it comes with the end of `step`."""
+        load, index = self._load, self._arrived
+        if index == len(load.input_tokens):
+            return
+        tokens = load.input_tokens[index]
+        shared = min(load.shared_tokens[index], tokens - 1) // self._block_tokens if self._caching else 0
+        self.course.arrival[index] = step
+        heapq.heappush(self._waiting, (index, _Request(index, tokens, load.output_tokens[index], shared, tokens)))
+        self._arrived += 1
+        self._blocked = False
+        self.course.most_waiting = max(self.course.most_waiting, len(self._waiting))
 
     def _take(self) -> None:
-        """Whoever has come by the begin of this step."""
+        """Queue the requests that have come by the beginning of this step."""
         idle = not self._running and not self._waiting
         due = [step for step in self._late if step < self._step - 1]
         if idle and not due:
@@ -202,7 +203,7 @@ class Batching:
     # --- steps ---------------------------------------------------------------------------------------------------
 
     def _sure_steps(self) -> int:
-        """Steps that are for decoding alone: up to the next end, or as many of them as there are blocks for."""
+        """Number of coming steps that only decode: up to the next end, or as many as there are blocks for."""
         if not self._decodes or self._prompts or (self._waiting and not self._blocked):
             return 0
         steps = 1 if self._late else self._next_end() - self._step + 1
@@ -213,7 +214,7 @@ class Batching:
         return low
 
     def _growth(self, steps: int) -> int:
-        """Blocks that the next `steps` steps of decoding need."""
+        """Blocks that the requests that decode need for the next `steps` steps."""
         size, first = self._block_tokens, self._step % self._block_tokens
         whole, part = divmod(steps, size)
         return whole * self._decodes + sum((self._grows[first:] + self._grows[:first])[:part])
@@ -224,7 +225,7 @@ class Batching:
         return self._end_steps[0]
 
     def _advance(self, steps: int) -> None:
-        """`steps` in which all decode, or those of them that have begun when a request comes."""
+        """Take `steps` steps that only decode, or those of them that have begun when a request comes."""
         row = Row(self._decodes, self._context, len(self._running), steps)
         if self._price is not None:
             ends = self._now_s + np.cumsum(self._price(expand([row])))
@@ -236,13 +237,13 @@ class Batching:
         self._end(row)
 
     def _single(self) -> None:
-        """Plan one step: decodes, running prompts, admissions."""
+        """Take one step: preempt for the requests that decode, then run chunks of prompts, then admit."""
         preemptions = self.course.preemptions
         while self._growth(1) > self._room.free:
             self._preempt()
         self._room.take(self._growth(1))
         row = Row(self._decodes, self._context, 0)
-        budget = self._budget - self._decodes
+        budget = self._limits.budget_tokens - self._decodes
         for request in self._prompts:
             if budget > 0:
                 budget -= self._chunk(request, row, budget, len(self._waiting))
@@ -254,21 +255,22 @@ class Batching:
         self._end(row)
 
     def _chunk(self, request: _Request, row: Row, budget: int, waiting: int) -> int:
-        """Alone a prompt takes the whole budget; beside others a long one is cut, and leaves half of the budget."""
+        """Add the next chunk of a prompt to the step; return its tokens. Alone a prompt takes the whole budget;
+        beside others a long one is cut, and leaves half of the budget."""
         missing = request.known - request.computed
         count = min(missing, budget)
-        if len(self._running) + waiting > 1 and missing > self._max_chunk:
-            count = min(self._max_chunk, (budget + 1) // 2)
+        if len(self._running) + waiting > 1 and missing > self._limits.max_chunk_tokens:
+            count = min(self._limits.max_chunk_tokens, (budget + 1) // 2)
         row.chunk(request.computed, count, request.input_tokens, count == missing)
         request.computed += count
         return count
 
     def _admit(self, row: Row, budget: int) -> None:
-        """In order, until the first that finds no room."""
+        """Admit requests that wait, in order, until the first that finds no room."""
         passed: list[tuple[int, _Request]] = []
         before, had_budget = len(self._running), budget > 0
         while budget > 0 and self._waiting:
-            if len(self._running) >= self._slots:
+            if len(self._running) >= self._limits.max_running:
                 self.course.max_running_reached = True
                 break
             request = self._waiting[0][1]
@@ -285,14 +287,14 @@ class Batching:
         self._blocked = had_budget and not passed and len(self._running) == before
 
     def _is_coming(self, request: _Request) -> bool:
-        """Whether the next block of the shared prefix is being computed by another."""
+        """Whether another request is computing the next block of the shared prefix."""
         found = self._room.found
         return request.shared > found and any(
             one.shared > found and one.since // self._block_tokens == found for one in self._prompts
         )
 
     def _enter(self, request: _Request) -> bool:
-        """Give a request the blocks of all its tokens, unless too few would be left for those that run."""
+        """Admit a request with blocks for all its tokens, unless too few would be left for those that run."""
         room, size, shared = self._room, self._block_tokens, request.shared
         total, found = -(-request.known // size), min(shared, room.found)
         if total - min(found, room.held) > room.free - len(self._running):
@@ -315,7 +317,7 @@ class Batching:
     # --- ends ----------------------------------------------------------------------------------------------------
 
     def _end(self, row: Row) -> None:
-        """The end of a step, or of a stretch."""
+        """End a step, or a stretch of steps: requests end, prompts that are computed begin to decode."""
         self.rows.append(row)
         step = self._step = self._step + row.repeat - 1
         self._context += self._decodes * row.repeat
@@ -336,7 +338,7 @@ class Batching:
         self._prompts = going_on
 
     def _sampled(self, request: _Request, step: int) -> None:
-        """A prompt has been computed, and with it comes a token: the first, unless a preemption came between."""
+        """Give a token to a request whose prompt has been computed: its first, unless it had been preempted."""
         index, course = request.index, self.course
         if course.first[index] < 0:
             course.first[index] = step
@@ -357,7 +359,7 @@ class Batching:
         self._ends[last].append((request.epoch, request))
 
     def _stop_decoding(self, request: _Request, step: int) -> None:
-        """Before `step`."""
+        """End a request's decoding before `step`."""
         request.decodes = False
         request.computed = request.offset + step
         request.known = request.computed + 1
@@ -373,7 +375,7 @@ class Batching:
             self._late.append(step)
 
     def _preempt(self) -> None:
-        """Whoever came last goes back to its place in the queue."""
+        """Send the request that came last back to its place in the queue."""
         while True:
             _, epoch, request = heapq.heappop(self._latest)
             if request.epoch == epoch and request.index in self._running:
@@ -389,7 +391,7 @@ class Batching:
         heapq.heappush(self._waiting, (request.index, request))
 
     def _leave(self, request: _Request) -> None:
-        """Slot and blocks are free again; full blocks keep what they hold."""
+        """Free a request's slot and blocks; its full blocks keep the tokens that they hold."""
         del self._running[request.index]
         size, shared, room = self._block_tokens, request.shared, self._room
         held = max(request.blocks, -(-request.computed // size)) - shared

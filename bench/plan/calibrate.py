@@ -1,27 +1,28 @@
 """`python -m cierzo.bench.plan.calibrate CHECKPOINT`: this machine's CPU as a device for plans, in a minute.
 
-The ceilings (bench/ceilings.py), the share of them that each operation of this checkpoint reaches at several sizes,
-and what a step of the engine takes beyond its operations. Operations are timed one by one, and then scaled so that
-together they take what the engine's one native call takes: what a step does besides the operations that the
-roofline counts (rotations, cache writes, sampling) counts as theirs.
+The description holds the machine's ceilings, the share of them that each operation of this checkpoint reaches at
+several sizes, and the seconds of a step beyond its operations. Operations are timed one by one, then scaled so that
+together they take as long as the engine's one native call: the rest of that call (rotations, cache writes,
+sampling), which engine/cost does not count, is shared out among them.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from operator import mul
 from pathlib import Path
+from statistics import fmean
 
 import msgspec
+import numpy as np
 
 from cierzo.bench.machine import Ceilings, describe_machine, measure_ceilings
 from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
 from cierzo.bench.report import check_writable
+from cierzo.bench.revision import current_commit
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Calibration, Device, Kind, MeasuredShare, Rate
 from cierzo.engine.cost.step_model import StepModel
@@ -36,20 +37,15 @@ PROMPTS = (64, 128, 256, 512)  # and as many tokens as a step has; experts pass 
 LONG = ((1, 2048), (8, 1024), (8, 2048))  # sequences, context: for attention
 REPEATS = 3
 SMALLEST, LARGEST = 1e-3, 4.0  # of a share
-STATED: dict[Kind, float] = {
-    "memory": 0.8,
-    "experts": 0.8,
-    "products": 0.8,
-    "attention": 0.5,
-}  # where none is found
+# Shares of what is not measured.
+STATED: dict[Kind, float] = {"memory": 0.8, "experts": 0.8, "products": 0.8, "attention": 0.5}
 ATTENTION = ("mla_decode", "gqa_decode")
 Times = dict[str, dict[float, list[float]]]  # operation -> seconds at the limit -> seconds, of a call
-ROOT = Path(__file__).resolve().parents[1]
 FIXED = {"model", "device", "kernels", "frontend", "runner"}
 
 
 class Calibrator:
-    """A checkpoint that is loaded; `measure` can be asked again as the machine's mood changes."""
+    """A loaded checkpoint, whose operations can be measured again as often as the machine's speed changes."""
 
     def __init__(self, options: EngineOptions) -> None:
         """Raises ConfigError without native kernels, whose calls are what is timed."""
@@ -62,7 +58,7 @@ class Calibrator:
         self._profiler.sequences.fill()
 
     def measure(self) -> Device:
-        """Half a minute for small4-mini."""
+        """Measure ceilings, shares and overheads; half a minute for small4-mini."""
         ceilings, profiler = measure_ceilings(), self._profiler
         prompts = sorted({*(tokens for tokens in PROMPTS if tokens < self._largest), self._largest})
         decodes = {batch: profiler.decode(batch, ceilings) for batch in BATCHES}
@@ -81,7 +77,7 @@ class Calibrator:
         beyond = [(step.step_ms - step.native_ms) / 1e3 for step in decodes.values()]
         step_overhead_s, row_overhead_s = _line(list(decodes), beyond)
         measured = {
-            operation: [_share(limit_s, _mean(found[limit_s])) for limit_s in sorted(found)]
+            operation: [_share(limit_s, fmean(found[limit_s])) for limit_s in sorted(found)]
             for operation, found in times.items()
         }
         return msgspec.structs.replace(
@@ -89,7 +85,7 @@ class Calibrator:
         )
 
     def _bare(self, ceilings: Ceilings) -> Device:
-        """Without shares."""
+        """The machine as a device, before any share is measured."""
         machine, stamp = describe_machine(), stamp_of(resolve(self._options))
         int8 = ceilings.int8 or ceilings.bf16
         rates: dict[Rate, float] = {
@@ -110,42 +106,41 @@ class Calibrator:
 
 
 def calibrate(options: EngineOptions) -> Device:
-    """This machine with the checkpoint, weights and threads of `options`."""
+    """Measure this machine with the checkpoint, weights and threads of `options`."""
     return Calibrator(options).measure()
 
 
 def mean_device(devices: list[Device]) -> Device:
-    """Of several calibrations of one thing: rates and overheads on average, and the times of the operations."""
+    """The mean of several calibrations: of their rates, their overheads and the times of their operations."""
     first = devices[0]
-    rates = {rate: _mean([one.operations_per_s[rate] for one in devices]) for rate in first.operations_per_s}
-    bytes_per_s = 1 / _mean([1 / one.bytes_per_s for one in devices])
+    rates = {rate: fmean([one.operations_per_s[rate] for one in devices]) for rate in first.operations_per_s}
+    bytes_per_s = 1 / fmean([1 / one.bytes_per_s for one in devices])
     mean = msgspec.structs.replace(
         first,
         bytes_per_s=bytes_per_s,
         operations_per_s=rates,
-        step_overhead_s=_mean([one.step_overhead_s for one in devices]),
-        row_overhead_s=_mean([one.row_overhead_s for one in devices]),
+        step_overhead_s=fmean([one.step_overhead_s for one in devices]),
+        row_overhead_s=fmean([one.row_overhead_s for one in devices]),
     )
     measured = {}
     for operation, points in first.measured.items():
         averaged = []
         for index in range(len(points)):
             found = [one.measured[operation][index] for one in devices]
-            limit_s = _mean([point.limit_s for point in found])
-            averaged.append(_share(limit_s, _mean([point.limit_s / point.share for point in found])))
+            limit_s = fmean([point.limit_s for point in found])
+            averaged.append(_share(limit_s, fmean([point.limit_s / point.share for point in found])))
         measured[operation] = sorted(averaged, key=lambda point: point.limit_s)
     return msgspec.structs.replace(mean, measured=measured)
 
 
 def read_calibration(path: Path, options: EngineOptions) -> Device:
-    """A file that this module has written for these options. Raises ConfigError for any other."""
+    """Read a calibration that was written for these options. Raises ConfigError for any other file."""
     limit, given = "a file that cierzo.bench.plan.calibrate has written", str(path)
     try:
         device = msgspec.json.decode(path.read_bytes(), type=Device)
-    except OSError as error:
-        raise refusal("calibration", limit, given, error.strerror or str(error)) from error
-    except msgspec.MsgspecError as error:
-        raise refusal("calibration", limit, given, str(error)) from error
+    except (OSError, msgspec.MsgspecError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise refusal("calibration", limit, given, why) from error
     if device.calibration is None:
         raise refusal("calibration", limit, given, "a device, but not a calibration")
     wanted = stamp_of(resolve(options))
@@ -162,29 +157,20 @@ def read_calibration(path: Path, options: EngineOptions) -> Device:
 
 
 def stamp_of(config: EngineConfig) -> Calibration:
-    """What a calibration of this engine, here and now, holds for."""
+    """The stamp of a calibration made here and now: what it holds for."""
     text = Path(config.checkpoint, "config.json")
     source = text if text.is_file() else Path(config.checkpoint, "params.json")
     chosen_set = config.kernels.instruction_set
     return Calibration(
         checkpoint=config.name,
         config=hashlib.sha256(source.read_bytes()).hexdigest()[:16],
-        commit=commit(),
+        commit=current_commit(),
         dtype=config.dtype,
         weights=config.weights,
         kv_dtype=config.layout.dtype,
         threads=config.threads,
         instruction_set=native.instruction_set() if chosen_set == "auto" and has_native() else chosen_set,
     )
-
-
-def commit() -> str:
-    """Of this package's repository; "unknown" in an installation without one."""
-    try:
-        command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _share(limit_s: float, took_s: float) -> MeasuredShare:
@@ -203,13 +189,13 @@ def _prompt(tokens: int) -> StepShape:
 
 
 def _scale(step: StepProfile, model: StepModel) -> float:
-    """The engine's native time over that of the operations which the roofline counts, timed one by one."""
+    """The engine's native time over the sum of the operations that engine/cost counts, timed one by one."""
     counted = {operation for shape in (_decoding(1, 1), _prompt(1)) for operation, _, _ in _limits(model, shape)}
     return step.native_ms / sum(row.ms for row in step.operations if row.operation in counted)
 
 
 def _add(times: Times, model: StepModel, shape: StepShape, rows: list[OperationRow], scale: float) -> None:
-    """What a call of each operation of a step takes, by what it would take at the limit."""
+    """Add to `times` the seconds of a call of each operation of a step, under its seconds at the limit."""
     counted = {operation: (limit_s, calls) for operation, limit_s, calls in _limits(model, shape)}
     for row in rows:
         if row.operation in counted:
@@ -218,35 +204,26 @@ def _add(times: Times, model: StepModel, shape: StepShape, rows: list[OperationR
 
 
 def _limits(model: StepModel, shape: StepShape) -> Iterator[tuple[str, float, int]]:
-    """(operation, seconds at the ceilings, calls) of a step."""
+    """Operations of a step, as (operation, seconds at the ceilings, calls)."""
     device = model.device
     for work in model.work(shape):
-        bytes_s = work.num_bytes / device.bytes_per_s
-        operations_s = work.operations / device.operations_per_s[work.rate]
-        if (limit_s := max(float(bytes_s), float(operations_s))) > 0:
+        limit_s = float(max(work.seconds(device.bytes_per_s, device.operations_per_s[work.rate])))
+        if limit_s > 0:
             yield work.operation, limit_s, work.calls
 
 
 def _line(x: list[int], y: list[float]) -> tuple[float, float]:
-    """a, b of y = a + b x by least relative squares, neither below 0."""
-    weights = [1 / value**2 for value in y]
-    middle_x, middle_y = (sum(map(mul, weights, values)) / sum(weights) for values in (x, y))
-    leans = [weight * (value - middle_x) for weight, value in zip(weights, x, strict=True)]
-    slope = sum(map(mul, leans, y)) / sum(map(mul, leans, x))
-    start = middle_y - slope * middle_x
+    """Fit y = a + b x by least relative squares; return a and b, neither below 0."""
+    slope, start = np.polyfit(x, y, 1, w=1 / np.array(y))
     if slope < 0:
-        return _mean(y), 0.0
+        return fmean(y), 0.0
     if start < 0:
-        return 0.0, _mean([one / other for one, other in zip(y, x, strict=True)])
-    return start, slope
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+        return 0.0, fmean([one / other for one, other in zip(y, x, strict=True)])
+    return float(start), float(slope)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Calibrate, print the device, write it."""
+    """Calibrate, print the device and write it."""
     parser = argparse.ArgumentParser(description="Measure this machine's CPU as a device for plans.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the device here")

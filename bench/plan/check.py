@@ -1,11 +1,11 @@
-"""`python -m cierzo.bench.plan.check CHECKPOINT...`: plans for this machine's CPU, held against measurements.
+"""`python -m cierzo.bench.plan.check CHECKPOINT...`: hold plans for this machine's CPU against measurements.
 
-For each workload: calibrate (calibrate.py), load a `cierzo serve` of the checkpoint, calibrate again. The
-plan is made from the mean of the two calibrations, since a shared host's memory gives twice as much in one minute
-as in another, and from the experts that this traffic chose, as `cierzo plan --experts` is: clients that share most
-of a prompt share experts too. Where the two alone would plan requests/s more than `STEADY` apart, the machine
-changed underway, and the workload is measured again, up to `ATTEMPTS` times; of the attempts the one whose
-calibrations agree best counts, whatever its result, and all are kept.
+For each workload: calibrate (calibrate.py), load a `cierzo serve` of the checkpoint, calibrate again. The plan is
+made from the mean of the two calibrations, since a shared host's memory gives twice as much in one minute as in
+another, and from the experts that this traffic chose, as `cierzo plan --experts` does: clients that share most of a
+prompt share experts too. Where plans from each calibration alone differ by more than `STEADY` in requests/s, the
+machine changed meanwhile, and the workload is measured again, up to `ATTEMPTS` times. The attempt whose
+calibrations agree best counts, whatever its result; all are kept.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from cierzo.bench.plan.calibrate import Calibrator, mean_device
 from cierzo.bench.plan.forecast import Forecast, forecast, left_out
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.workload import Workload, parse_workload
-from cierzo.engine.config import WEIGHTS, EngineConfig, EngineOptions, resolve
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.expert_statistics import ExpertStatistics
+from cierzo.kernels.formats.number_formats import formats_on
 
 PROMISED = 0.15  # of requests/s and completion time, either way
 STEADY, ATTEMPTS = 0.15, 3
@@ -40,8 +41,8 @@ OPEN_REQUESTS = 40
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
-    """One measurement and the plan for it; seconds, medians. bandwidth: GB/s before and after. apart: how far the
-    two calibrations alone would plan requests/s apart. experts: that this load's tokens chose."""
+    """A measurement and the plan for it; times are medians. bandwidth: GB/s before and after. apart: relative
+    difference of requests/s between plans from each calibration alone. experts: chosen by this load's tokens."""
 
     planned_requests_per_s: float
     measured_requests_per_s: float
@@ -57,19 +58,19 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def errors(self) -> dict[str, float]:
-        """Planned over measured, less one."""
+        """Relative errors of the plan: planned over measured, less one."""
         names = ("requests_per_s", "completion_s", "ttft_s", "inter_token_s")
         found = ((name, getattr(self, f"planned_{name}"), getattr(self, f"measured_{name}")) for name in names)
         return {name: planned / measured - 1 if measured else 0.0 for name, planned, measured in found}
 
     @property
     def within(self) -> bool:
-        """Whether what is promised holds."""
+        """Whether the plan is as close as promised."""
         return all(abs(self.errors[name]) <= PROMISED for name in ("requests_per_s", "completion_s"))
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
-    """A workload and its attempts; `counts`: the index of the one that counts."""
+    """A workload and its attempts. counts: the index of the attempt that counts."""
 
     checkpoint: str
     weights: str
@@ -80,7 +81,7 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def counted(self) -> Attempt:
-        """The one that counts."""
+        """The attempt that counts."""
         return self.attempts[self.counts]
 
 
@@ -93,12 +94,12 @@ def check(checkpoint: Path, workloads: list[Workload], folder: Path, weights: st
 
 
 def options_of(checkpoint: Path, weights: str) -> EngineOptions:
-    """Of the engine, served and calibrated."""
+    """Options of the engine that is served and calibrated."""
     return msgspec.convert({"model": str(checkpoint), "device": "cpu", "weights": weights}, EngineOptions)
 
 
 def serve(config: EngineConfig, checkpoint: Path, folder: Path) -> CierzoServer:
-    """`cierzo serve` of it, which counts experts."""
+    """Start `cierzo serve` with the checkpoint; it counts experts."""
     options = {"weights": config.weights, "expert_statistics": config.model.moe is not None}
     where = Checkpoint(name=checkpoint.name, path=checkpoint)
     return CierzoServer(where, options, folder / f"{checkpoint.name}.log")
@@ -112,7 +113,7 @@ def attempts_of(
     before: Device,
     name: str,
 ) -> Iterator[Checked]:
-    """Each workload, as often as the machine's changes ask for."""
+    """Measure each workload, again while the machine changes."""
     number = 0  # of a load: none finds the prompts of an earlier one in the prefix cache
     for workload in workloads:
         attempts: list[Attempt] = []
@@ -186,7 +187,7 @@ HEADER = (
 
 
 def line(checked: Checked) -> str:
-    """Planned / measured, and the error, of each figure."""
+    """A row of the table: planned / measured and the error of each figure."""
     one, cells = checked.counted, []
     for name, factor in (("requests_per_s", 1.0), ("completion_s", 1.0), ("ttft_s", 1.0), ("inter_token_s", 1e3)):
         planned, measured = (getattr(one, f"{side}_{name}") * factor for side in ("planned", "measured"))
@@ -197,7 +198,7 @@ def line(checked: Checked) -> str:
 
 
 def verdict(found: list[Checked]) -> str:
-    """How many hold what is promised, and which do not."""
+    """The closing line: how many workloads are as close as promised, and which are not."""
     missed = [f"{one.checkpoint} {one.workload}" for one in found if not one.counted.within]
     held = f"requests/s and completion within {PROMISED:.0%}: {len(found) - len(missed)} of {len(found)} workloads"
     return held + (f"; not {', '.join(missed)}" if missed else "")
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--workloads", nargs="+", default=WORKLOADS, metavar="LOAD", help="as cierzo plan takes them"
     )
-    parser.add_argument("--weights", default="auto", choices=("auto", *WEIGHTS["cpu"]), help="of the weights")
+    parser.add_argument("--weights", default="auto", choices=("auto", *formats_on("cpu")), help="of the weights")
     parser.add_argument("--folder", type=Path, default=Path("build/plan-check"), help="for the servers' logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write plans and measurements here")
     arguments = parser.parse_args(argv)
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, command: str) -> int:
     workloads = [parse_workload(text) for text in arguments.workloads]
-    for checkpoint in arguments.checkpoints:  # a wrong one shall not come up after half an hour
+    for checkpoint in arguments.checkpoints:  # refuse a wrong one now, not after half an hour
         resolve(options_of(checkpoint, arguments.weights))
     if arguments.json is not None:
         check_writable(arguments.json)
@@ -237,7 +238,7 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
         for checked in check(checkpoint, workloads, arguments.folder, arguments.weights):
             found.append(checked)
             print(line(checked), flush=True)
-            if arguments.json is not None:  # at once: the machine may not be ours to the end
+            if arguments.json is not None:  # after each workload, in case the run is cut short
                 report = make_report(
                     "plan_check", command=command, started=started, settings=settings, results=found
                 )

@@ -1,8 +1,9 @@
-"""`cierzo plan CHECKPOINT --device h200,4xh100 --workload 2048/256@64`: what an engine would do.
+"""`cierzo plan CHECKPOINT --device h200,4xh100 --workload 2048/256@64`: plan a workload on devices.
 
-Says for each device whether weights and KV cache fit, how many requests run at once, requests a second,
+The table says for each device whether weights and KV cache fit, how many requests run at once, requests a second,
 latencies, what limits, and which change would help most. `small4` and `small3` stand for the models at true size.
-Everything is planned: from bytes and operations, and from shares of a device's limits, stated or measured.
+Nothing is measured: figures follow from bytes and operations, and from the shares of a device's limits that kernels
+reach.
 """
 
 from __future__ import annotations
@@ -17,46 +18,31 @@ from typing import Any
 
 import msgspec
 
-from cierzo.bench.arguments import positive_float
 from cierzo.bench.plan.forecast import Percentiles
-from cierzo.bench.plan.search import DevicePlan, Limits, Planner, read_experts
+from cierzo.bench.plan.search import DevicePlan, LatencyLimits, Planner, read_experts
 from cierzo.bench.report import check_writable, make_report, write_report
 from cierzo.bench.workload import Workload, parse_workload
+from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import EngineOptions, checkpoint_path
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError, refusal
-from cierzo.engine.options import add_options, chosen
+from cierzo.engine.options import add_options, chosen, positive_float
 from cierzo.engine.weights.shapes import named_model_config
 
 NOT_PLANNED = {"model", "device", "kernels", "frontend", "runner"}
 COLUMN, LABEL = 24, 30
 MOST_CHANGES = 6
 FIGURE_CLIENTS = 2048
-FIGURES = (
-    *(
-        "requests/s",
-        "output tokens/s",
-        "TTFT p50, p99, s",
-        "inter-token mean, p50, p99, ms",
-        "completion p50, p99, s",
-    ),
+FIGURES = [
+    *("requests/s", "output tokens/s"),
+    *("TTFT p50, p99, s", "inter-token mean, p50, p99, ms", "completion p50, p99, s"),
     *("running, most", "most waiting", "time goes to", "memory, arithmetic", "exchange, overhead", "of the limit"),
     *("KV room, slots", "distinct experts", "GB, TFLOP a step"),
-)
-
-
-class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a plan was asked for."""
-
-    options: EngineOptions
-    workload: Workload
-    limits: Limits
-    devices: list[str]
-    experts: str | None
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `cierzo plan`."""
+    """Add the checkpoint, the devices, the workload, the limits and the engine's settings."""
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a folder, or for GPUs small4, small3: at true size"
     )
@@ -89,17 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser.add_argument_group("settings of the engine"), EngineOptions, skip=NOT_PLANNED)
 
 
-def main(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Print the plan; exit status 1 if no device can run the workload. Raises ConfigError for bad input."""
-    if named_model_config(arguments.checkpoint) is None:
-        checkpoint_path(arguments.checkpoint)  # else each device would be refused for it
+    checkpoint = checkpoint_folder(arguments.checkpoint)
+    if named_model_config(checkpoint) is None:
+        checkpoint_path(checkpoint)  # else each device would be refused for it
     for path in (arguments.json, arguments.png):
         if path is not None:
             check_writable(path)
     given = chosen(arguments, EngineOptions, skip=NOT_PLANNED)
-    options = EngineOptions(model=arguments.checkpoint, **given)
+    options = EngineOptions(model=checkpoint, **given)
     workload = parse_workload(arguments.workload)
-    limits = Limits(
+    limits = LatencyLimits(
         max_ttft_ms=arguments.max_ttft_ms,
         max_inter_token_ms=arguments.max_inter_token_ms,
         statistic=arguments.statistic,
@@ -110,17 +97,12 @@ def main(arguments: argparse.Namespace) -> int:
     calibrated = _calibrated(options, arguments.calibration, names)
     planner = Planner(options, workload, limits, experts=experts, calibrated=calibrated)
     plans = [planner.plan(name) for name in names]
-    print(table(plans, arguments.checkpoint, workload, limits, arguments.experts))
+    print(table(plans, checkpoint, workload, limits, arguments.experts))
     if arguments.png is not None:
         draw(planner, plans, workload, arguments.png)
     if arguments.json is not None:
-        settings = PlanSettings(
-            options=options,
-            workload=workload,
-            limits=limits,
-            devices=names,
-            experts=None if arguments.experts is None else str(arguments.experts),
-        )
+        asked = {"options": options, "workload": workload, "limits": limits, "devices": names}
+        settings = {**asked, "experts": None if arguments.experts is None else str(arguments.experts)}
         command = shlex.join(["cierzo", *sys.argv[1:]])
         report = make_report("plan", command=command, started=started, settings=settings, results=plans)
         write_report(report, arguments.json)
@@ -128,7 +110,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _calibrated(options: EngineOptions, path: Path | None, names: Sequence[str]) -> Device | None:
-    """This machine's CPU, where a plan is for it: as in the file, or measured now."""
+    """This machine's CPU, where a plan is for it: read from the file, or measured now."""
     if "cpu" not in names:
         if path is not None:
             raise refusal("calibration", "left out", str(path), "it is for device cpu, which is not planned for")
@@ -140,9 +122,9 @@ def _calibrated(options: EngineOptions, path: Path | None, names: Sequence[str])
 
 
 def table(
-    plans: Sequence[DevicePlan], checkpoint: str, workload: Workload, limits: Limits, experts: Path | None
+    plans: Sequence[DevicePlan], checkpoint: str, workload: Workload, limits: LatencyLimits, experts: Path | None
 ) -> str:
-    """As text: a column for each device, then what would help."""
+    """The plans as text: a column for each device, then what would help."""
     asked = f"{checkpoint}, {workload}"
     if limits.given:
         parts = (("TTFT", limits.max_ttft_ms), ("inter-token time", limits.max_inter_token_ms))
@@ -219,8 +201,8 @@ def _changes(plan: DevicePlan) -> list[str]:
 
 
 def draw(planner: Planner, plans: Sequence[DevicePlan], workload: Workload, path: Path) -> None:
-    """Requests a second and time between tokens over the number of clients, for each device; the plan's point as a
-    dot. Raises ConfigError without matplotlib, and for a trace, which has no clients."""
+    """Draw requests a second and time between tokens over the number of clients, a line for each device and a dot
+    for its plan. Raises ConfigError without matplotlib, and for a trace, which has no clients."""
     if workload.trace:
         raise ConfigError("a trace has no number of clients to draw over", field="png", value=path)
     try:
@@ -257,7 +239,7 @@ def draw(planner: Planner, plans: Sequence[DevicePlan], workload: Workload, path
 
 
 def _over_clients(planner: Planner, plan: DevicePlan, workload: Workload) -> list[tuple[int, float, float]]:
-    """(clients, requests/s, ms between tokens), as far as the queue goes."""
+    """Points (clients, requests/s, ms between tokens), as far as the queue goes."""
     sizes = {2**power for power in range(FIGURE_CLIENTS.bit_length())}
     planned = parse_workload(plan.workload).concurrency
     points = []

@@ -1,9 +1,10 @@
-"""A load as single requests, and what becomes of it: steps in a row, and where in them requests begin and end."""
+"""A load as single requests, and its course: the steps taken, and where in them requests begin and end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,8 @@ Price = Callable[["Steps"], FloatArray]  # seconds of each step
 
 @dataclass(slots=True)
 class Load:
-    """Requests in order of arrival; arrays [N]. Open: they come at `arrival_s`. Closed: `clients` of them at once,
-    each other one when one has ended."""
+    """Requests in order of arrival; arrays [N]. An open load comes at `arrival_s`. In a closed one `clients`
+    requests come at the start, and one more whenever one has ended."""
 
     input_tokens: Sequence[int]
     output_tokens: Sequence[int]
@@ -28,7 +29,7 @@ class Load:
 
 @dataclass(slots=True)
 class Steps:
-    """Steps in a row; arrays [S]. rows: sequences computed. running: those that hold a slot."""
+    """Steps in a row; arrays [S]. rows: sequences computed. running: sequences that hold a slot."""
 
     shape: StepShape
     rows: FloatArray
@@ -37,11 +38,11 @@ class Steps:
 
 @dataclass(slots=True)
 class Course:
-    """What happened. Arrays [N] of step numbers: the one that ended with a request's first token, and with its
-    last; arrival: the step with whose end it came (-1: the start), of a closed loop. idle_s: before a step.
+    """What became of each request. first, last, arrival: steps [N] with whose end came a request's first token,
+    its last one, and in a closed loop the request itself (-1: the start). idle_s: step -> idle seconds before it.
 
-    runs: (request, first, last step) in which it decoded. pauses: (request, step of the token before a preemption,
-    step of the one after it).
+    runs: (request, first, last) of the steps in which it decoded. pauses: (request, step of the token before a
+    preemption, step of the token after it).
     """
 
     first: NDArray[np.int64]
@@ -59,8 +60,12 @@ class Course:
 
 @dataclass(slots=True)
 class Row:
-    """A step as it was planned, or `repeat` of them that differ by a token per decoding sequence. Chunks of
-    prompts are computed in expanded form; `again_`: of generated tokens that a preemption lost, absorbed."""
+    """A step, or `repeat` steps in a row that differ by one token per decoding sequence.
+
+    decodes, context: sequences that decode, and the tokens that they attend to together. tokens, pairs,
+    prompt_context: of the prompts' chunks, which are computed in expanded form. again_tokens, ...: the same of
+    generated tokens that a preemption lost, computed in absorbed form. prompts: sequences that have a chunk.
+    """
 
     decodes: int
     context: int
@@ -76,7 +81,7 @@ class Row:
     sampled: int = 0
 
     def chunk(self, start: int, count: int, input_tokens: int, samples: bool) -> None:
-        """Add tokens `start` to `start + count` of a sequence."""
+        """Add a chunk: tokens `start` to `start + count` of a sequence whose prompt has `input_tokens`."""
         prompt = max(0, min(count, input_tokens - start))
         again = count - prompt
         if prompt:
@@ -91,31 +96,25 @@ class Row:
         self.sampled += samples
 
 
+_FIELDS = attrgetter(*Row.__slots__)
+
+
 def expand(rows: Sequence[Row]) -> Steps:
-    """Each step by itself."""
-    table = np.array(
-        [
-            (
-                *(r.repeat, r.decodes, r.context, r.running, r.tokens, r.pairs, r.prompt_context),
-                *(r.again_tokens, r.again_pairs, r.again_context, r.prompts, r.sampled),
-            )
-            for r in rows
-        ],
-        dtype=np.float64,
-    )
-    repeats = table[:, 0].astype(np.int64)
-    columns = np.repeat(table, repeats, axis=0).T
-    _, decodes, context, running, tokens, pairs, prompt_context, *rest = columns
-    again_tokens, again_pairs, again_context, prompts, sampled = rest
+    """Each of the rows' steps by itself."""
+    table = np.array([_FIELDS(row) for row in rows], dtype=np.float64)
+    repeats = table[:, Row.__slots__.index("repeat")].astype(np.int64)
+    columns = dict(zip(Row.__slots__, np.repeat(table, repeats, axis=0).T, strict=True))
+    decodes = columns["decodes"]
     offset = np.arange(len(decodes)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+    context = columns["context"]
     context = context + decodes * offset
     shape = StepShape(
-        expanded_tokens=tokens,
-        expanded_pairs=pairs,
-        expanded_context=prompt_context,
-        absorbed_tokens=decodes + again_tokens,
-        absorbed_pairs=context + again_pairs,
-        absorbed_context=context + again_context,
-        sampled=decodes + sampled,
+        expanded_tokens=columns["tokens"],
+        expanded_pairs=columns["pairs"],
+        expanded_context=columns["prompt_context"],
+        absorbed_tokens=decodes + columns["again_tokens"],
+        absorbed_pairs=context + columns["again_pairs"],
+        absorbed_context=context + columns["again_context"],
+        sampled=decodes + columns["sampled"],
     )
-    return Steps(shape, decodes + prompts, running)
+    return Steps(shape, decodes + columns["prompts"], columns["running"])

@@ -1,11 +1,12 @@
-"""What an engine on a device makes of a workload: requests a second, latencies, what limits. No torch.
+"""Forecasts: requests a second, latencies, and what limits an engine on a device under a workload. No torch.
 
-`batching.py` says which steps the workload comes to, the roofline how long they take.
+`batching.py` says which steps the workload comes to, engine/cost how long they take.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,12 +20,12 @@ from cierzo.engine.cost.step_model import FloatArray, StepModel
 from cierzo.engine.cost.work import Distinct
 from cierzo.engine.errors import ConfigError
 
-FEWEST_CLOSED, FEWEST_OPEN, MOST_OPEN = 8, 256, 1 << 15  # requests that are looked at
-GROWTH = 0.05  # of a queue, in seconds of delay a second, from which on an engine does not keep up
+FEWEST_CLOSED, FEWEST_OPEN, MOST_OPEN = 8, 256, 1 << 15  # requests of a forecast
+GROWTH = 0.05  # seconds by which requests take longer, each second, from which on an engine does not keep up
 
 
 class Percentiles(msgspec.Struct, frozen=True):
-    """Of a latency; seconds."""
+    """Mean and percentiles of a latency; seconds."""
 
     mean: float
     p50: float
@@ -32,14 +33,14 @@ class Percentiles(msgspec.Struct, frozen=True):
 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the requests between the S-th completion and the S-th last, where S is a closed loop's concurrency, else a
-    tenth of the requests: what starts and what runs dry is left out.
+    """Figures of the requests between the S-th completion and the S-th last (S: a closed loop's concurrency, else a
+    tenth of the requests), so that the ramp at the start and the tail at the end are left out.
 
     time_to_first_token_s and completion_s count from arrival. running: sequences, on average over time, and the
     most. most_waiting: sequences that waited at once. keeps_up: whether requests end as fast as they come; a closed
-    loop always does. steps, tokens: computed from the start to the end. Shares of the time: what waits for memory,
-    what waits for arithmetic, exchanges between cards, overhead (launches, host); limit_share: what the steps would
-    take at the device's rates. distinct_experts: in a layer, of a step on average.
+    loop always does. steps, tokens: from the first step to the last. Shares of the time: operations that wait for
+    memory, those that wait for arithmetic, exchanges between cards, overhead (launches, host); limit_share: what
+    the steps would take at the device's rates. distinct_experts: in a layer of a step, on average.
     """
 
     requests: int
@@ -76,8 +77,8 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
 def forecast(
     config: EngineConfig, workload: Workload, *, device: Device | None = None, distinct: Distinct | None = None
 ) -> Forecast:
-    """device: by default the one that `config` simulates. distinct: experts that so many tokens touch, by default
-    as if chosen at random. Raises ConfigError for a workload that cannot run, and without a device."""
+    """Forecast a workload. device: by default the one that `config` simulates. distinct: experts that so many
+    tokens reach, by default as if chosen at random. Raises ConfigError for a workload that cannot run."""
     device = device or config.card
     if device is None:
         raise ConfigError(f"a forecast for {config.device} needs its device", field="device", value=config.device)
@@ -86,7 +87,7 @@ def forecast(
     if workload.rate is None or workload.requests is not None:
         return _forecast(config, load_of(workload), workload.concurrency, model)
     requests = FEWEST_OPEN
-    while True:  # until those that run at once are few beside all
+    while True:  # until the requests that run at once are few beside all
         load = _evened(load_of(msgspec.structs.replace(workload, requests=requests)), requests / workload.rate)
         found = _forecast(config, load, None, model)
         if requests >= MOST_OPEN or requests >= 4 * found.most_running or not found.keeps_up:
@@ -95,14 +96,11 @@ def forecast(
 
 
 def load_of(workload: Workload) -> Load:
-    """Each request by itself."""
+    """The workload's requests, one by one."""
     if workload.trace:
-        return Load(
-            input_tokens=[one.input_tokens for one in workload.trace],
-            output_tokens=[one.output_tokens for one in workload.trace],
-            shared_tokens=[one.shared_tokens for one in workload.trace],
-            arrival_s=[one.arrival_s for one in workload.trace],
-        )
+        names = ("input_tokens", "output_tokens", "shared_tokens", "arrival_s")
+        columns: dict[str, Any] = {name: [getattr(one, name) for one in workload.trace] for name in names}
+        return Load(**columns)
     clients, rate = workload.concurrency or 0, workload.rate
     count = workload.requests or max(FEWEST_CLOSED, 4 * clients)
     arrival_s = None if rate is None else poisson_arrivals(count, rate, workload.seed)
@@ -116,19 +114,19 @@ def load_of(workload: Workload) -> Load:
 
 
 def _evened(load: Load, seconds: float) -> Load:
-    """Arrivals drawn out, so that they come at the rate that was asked for, not at one drawn by chance."""
+    """Stretch the arrivals to `seconds`, so that they come at the workload's rate, not at one drawn by chance."""
     assert load.arrival_s is not None
     factor = seconds / load.arrival_s[-1]
     return replace(load, arrival_s=[at * factor for at in load.arrival_s])
 
 
 def left_out(requests: int, concurrency: int | None) -> int:
-    """Completions at either end that a steady rate leaves out."""
+    """Completions that a steady rate leaves out at either end."""
     return min(requests // 10 if concurrency is None else concurrency, (requests - 1) // 2)
 
 
 def _require(config: EngineConfig, workload: Workload) -> None:
-    """Refuse, with the numbers, what the engine would refuse."""
+    """Raise ConfigError, with the numbers, for requests that the engine would refuse."""
     longest, limit = workload.longest_tokens, config.scheduler.max_model_len
     if longest > limit:
         raise ConfigError(
@@ -170,13 +168,10 @@ def _forecast(config: EngineConfig, load: Load, concurrency: int | None, model: 
     begin_s, end_s = float(last_s[order[skipped - 1]]) if skipped else 0.0, float(last_s[steady[-1]])
     rate = len(steady) / (end_s - begin_s)
     within = (ends_s[1:] > begin_s) & (ends_s[1:] <= end_s)
-    total_s = float((seconds * within).sum())
+    total_s, num_steps = float((seconds * within).sum()), int(within.sum())
 
-    def share(part: Number) -> float:
-        return float((np.broadcast_to(part, seconds.shape) * within).sum()) / total_s
-
-    def mean(part: Number) -> float:
-        return float((np.broadcast_to(part, seconds.shape) * within).sum() / within.sum())
+    def total(part: Number) -> float:
+        return float((np.broadcast_to(part, seconds.shape) * within).sum())
 
     took_s = last_s - arrival_s
     return Forecast(
@@ -195,14 +190,14 @@ def _forecast(config: EngineConfig, load: Load, concurrency: int | None, model: 
         keeps_up=load.arrival_s is None or _keeps_up(took_s, arrival_s),
         steps=len(seconds),
         tokens=round(float(np.sum(steps.shape.tokens))),
-        memory_share=share(time.memory_s),
-        arithmetic_share=share(time.arithmetic_s),
-        exchange_share=share(time.exchange_s),
-        overhead_share=share(time.overhead_s),
-        limit_share=share(time.limit_s),
-        distinct_experts=0.0 if model.distinct is None else mean(model.distinct(steps.shape.tokens)),
-        bytes_per_step=mean(time.num_bytes),
-        operations_per_step=mean(time.operations),
+        memory_share=total(time.memory_s) / total_s,
+        arithmetic_share=total(time.arithmetic_s) / total_s,
+        exchange_share=total(time.exchange_s) / total_s,
+        overhead_share=total(time.overhead_s) / total_s,
+        limit_share=total(time.limit_s) / total_s,
+        distinct_experts=0.0 if model.distinct is None else total(model.distinct(steps.shape.tokens)) / num_steps,
+        bytes_per_step=total(time.num_bytes) / num_steps,
+        operations_per_step=total(time.operations) / num_steps,
     )
 
 
@@ -211,8 +206,8 @@ def _percentiles(values: FloatArray) -> Percentiles:
 
 
 def _gaps(course: Course, ends_s: FloatArray, steady: set[int]) -> Percentiles:
-    """Of the time between one token and the next: each step's, once for each request that decodes in it, and the
-    pauses of those that were preempted."""
+    """Times between one token and the next: a step's, once for each request that decodes in it, and the pauses of
+    requests that were preempted."""
     changes = np.zeros(len(ends_s), np.int64)
     for index, first, last in course.runs:
         if index in steady:
@@ -231,8 +226,8 @@ def _gaps(course: Course, ends_s: FloatArray, steady: set[int]) -> Percentiles:
 
 
 def _keeps_up(took_s: FloatArray, arrival_s: FloatArray) -> bool:
-    """Whether requests of the last quarter take no longer than those of the quarter before: a queue that grows adds
-    a share of the time that passes."""
+    """Whether requests of the last quarter take no longer than those of the quarter before; where a queue grows,
+    they take longer by a share of the time that has passed between them."""
     quarter = len(took_s) // 4
     if quarter < 2:
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -10,19 +9,21 @@ import msgspec
 
 from cierzo.bench.plan.forecast import Forecast, forecast
 from cierzo.bench.workload import Workload
-from cierzo.engine.config import WEIGHTS, EngineConfig, EngineOptions, resolve
-from cierzo.engine.cost.cards import DATA_SHEETS, find_device
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.cost.cards import find_device
+from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.step_model import StepModel
 from cierzo.engine.cost.work import measured_distinct
-from cierzo.engine.device_memory import weight_bytes
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
+from cierzo.kernels.formats.number_formats import formats_on
 
-FINENESS = 1.02  # of the search within limits: the next step up is this much more, and breaks one
+FINENESS = 1.02  # the search within limits ends where a load this much higher breaks one
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a plan must keep, milliseconds, on average or at a percentile; None: whatever comes."""
+class LatencyLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Latencies that a plan must keep, milliseconds, on average or at a percentile; None: any will do."""
 
     max_ttft_ms: float | None = None
     max_inter_token_ms: float | None = None
@@ -30,7 +31,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def given(self) -> bool:
-        """Whether there is any."""
+        """Whether there is a limit to keep."""
         return self.max_ttft_ms is not None or self.max_inter_token_ms is not None
 
     def broken(self, found: Forecast) -> str | None:
@@ -49,8 +50,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """A setting or a device changed, and what that brings: the factor of requests/s in a closed loop and within
-    limits, else that by which the median completion time falls. `refused`: why it cannot be."""
+    """A setting or a device changed, and what that brings. gain: the factor of requests/s in a closed loop and
+    within limits, else that by which the median completion time falls. refused: why it cannot be made."""
 
     what: str
     gain: float = 0.0
@@ -60,7 +61,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DevicePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """The plan for one device. `refused`: why nothing runs on it; then there is no forecast."""
+    """The plan for one device. refused: why the workload cannot run on it; then there is no forecast."""
 
     device: str
     shares: str  # stated, or measured
@@ -83,35 +84,31 @@ class Planner:
         self,
         options: EngineOptions,
         workload: Workload,
-        limits: Limits,
+        limits: LatencyLimits,
         *,
         experts: ExpertStatistics | None = None,
         calibrated: Device | None = None,
     ) -> None:
-        """calibrated: this machine's CPU, for the device "cpu"."""
+        """experts: chosen by real traffic. calibrated: this machine's CPU, for the device "cpu"."""
         self._options, self._workload, self._limits = options, workload, limits
         self._experts, self._calibrated = experts, calibrated
         self._distinct = None if experts is None else measured_distinct(experts)
 
     def plan(self, name: str, *, changes: bool = True) -> DevicePlan:
-        """For the device of this name. Raises ConfigError for an unknown one."""
-        device = self.device(name)
+        """Plan for the device of this name. Raises ConfigError for an unknown one."""
+        device, given = self.device(name), self._options
         shares = "measured" if device.measured else "stated"
-        weights: str = self._options.weights
-        kv_dtype: str = self._options.kv_dtype
+        plan = DevicePlan(device=name, shares=shares, weights=given.weights, kv_dtype=given.kv_dtype)
         try:
-            config = self.config(name, self._options)
-            weights, kv_dtype = config.weights, config.layout.dtype
+            config = self.config(name, given)
+            plan = msgspec.structs.replace(plan, weights=config.weights, kv_dtype=config.layout.dtype)
             found, workload = self._best(config, device)
         except ConfigError as error:
-            return DevicePlan(device=name, shares=shares, weights=weights, kv_dtype=kv_dtype, refused=error.message)
+            return msgspec.structs.replace(plan, refused=error.message)
         num_blocks, layout = config.cache.num_blocks, config.layout
-        return DevicePlan(
-            device=name,
-            shares=shares,
-            weights=weights,
-            kv_dtype=kv_dtype,
-            weight_gb=weight_bytes(config.model, weights) / 1e9,
+        return msgspec.structs.replace(
+            plan,
+            weight_gb=StepModel(config, device).weight_bytes / 1e9,
             memory_gb=device.total_memory_bytes / 1e9,
             kv_gb=num_blocks * layout.bytes_per_block / 1e9,
             kv_tokens=num_blocks * layout.block_tokens,
@@ -121,76 +118,62 @@ class Planner:
         )
 
     def device(self, name: str) -> Device:
-        """By its name, or this machine's CPU."""
+        """The device of this name; "cpu" is this machine's. Raises ConfigError for an unknown one."""
         if name == "cpu":
             assert self._calibrated is not None
             return self._calibrated
         return find_device(name)
 
     def config(self, name: str, options: EngineOptions) -> EngineConfig:
-        """The engine's on a device. Raises ConfigError where it would not start."""
+        """The engine's configuration on a device. Raises ConfigError where the engine would not start."""
         config = resolve(msgspec.structs.replace(options, device=name if name == "cpu" else f"simulated:{name}"))
         if self._experts is not None:
             _require_same_experts(self._experts, config)
         return config
 
     def at(self, name: str, workload: Workload) -> Forecast:
-        """Of another workload, whatever the limits."""
-        config = self.config(name, self._options)
-        return forecast(config, workload, device=self.device(name), distinct=self._distinct)
+        """Forecast another workload, whatever the limits."""
+        return self._forecast(self.config(name, self._options), self.device(name), workload)
+
+    def _forecast(self, config: EngineConfig, device: Device, workload: Workload) -> Forecast:
+        return forecast(config, workload, device=device, distinct=self._distinct)
 
     def _best(self, config: EngineConfig, device: Device) -> tuple[Forecast, Workload]:
-        """The workload as it is, or with the most clients or requests a second that keep the limits."""
-
-        def run(workload: Workload) -> Forecast:
-            return forecast(config, workload, device=device, distinct=self._distinct)
-
-        if not self._limits.given or self._workload.trace:
-            return run(self._workload), self._workload
-        if self._workload.rate is not None:
-            rate = self._workload.rate
-            return self._most(run, lambda size: {"rate": size}, least=rate / 1024, most=rate * 1024, whole=False)
-        most = min(config.scheduler.max_waiting, config.frontend.max_open_samples, 4 * config.scheduler.max_running)
-        return self._most(run, lambda size: {"concurrency": int(size)}, least=1, most=most, whole=True)
-
-    def _most(
-        self,
-        run: Callable[[Workload], Forecast],
-        fields: Callable[[float], dict[str, float]],
-        *,
-        least: float,
-        most: float,
-        whole: bool,
-    ) -> tuple[Forecast, Workload]:
-        """Twice as much until a limit breaks, then between the two."""
+        """Forecast the workload as it is, or the highest load that keeps the limits: clients or requests a second
+        are doubled until a limit breaks, then bisected."""
+        given, limits, rate = self._workload, self._limits, self._workload.rate
+        if not limits.given or given.trace:
+            return self._forecast(config, device, given), given
 
         def attempt(size: float) -> tuple[Forecast, Workload]:
-            workload = msgspec.structs.replace(self._workload, **fields(size))
-            return run(workload), workload
+            load = {"concurrency": int(size)} if rate is None else {"rate": size}
+            workload = msgspec.structs.replace(given, **load)
+            return self._forecast(config, device, workload), workload
 
-        good, low = attempt(least), least
-        broken = self._limits.broken(good[0])
+        clients = (config.scheduler.max_waiting, config.frontend.max_open_samples, 4 * config.scheduler.max_running)
+        low, most = (1.0, float(min(clients))) if rate is None else (rate / 1024, rate * 1024)
+        best, high = attempt(low), most
+        broken = limits.broken(best[0])
         if broken is not None:
-            raise ConfigError(f"workload {good[1]}: {broken}", field="max_ttft_ms", value=broken)
-        high = most
+            raise ConfigError(f"workload {best[1]}: {broken}", field="max_ttft_ms", value=broken)
         while low < most:
             size = min(2 * low, most)
             found = attempt(size)
-            if self._limits.broken(found[0]) is not None:
+            if limits.broken(found[0]) is not None:
                 high = size
                 break
-            good, low = found, size
-        while high > low * FINENESS and (not whole or high - low > 1):
-            size = float((low + high) // 2) if whole else (low * high) ** 0.5
+            best, low = found, size
+        while high > low * FINENESS and (rate is not None or high - low > 1):
+            size = float((low + high) // 2) if rate is None else (low * high) ** 0.5
             found = attempt(size)
-            if self._limits.broken(found[0]) is None:
-                good, low = found, size
+            if limits.broken(found[0]) is None:
+                best, low = found, size
             else:
                 high = size
-        return good
+        return best
 
     def _changes(self, name: str, config: EngineConfig, found: Forecast) -> list[Change]:
-        """Each change alone, the one that helps most first; those that cannot be, last."""
+        """Forecast each change alone, the one that helps most first; changes that cannot be made come last."""
         by_rate = self._workload.concurrency is not None or (self._limits.given and not self._workload.trace)
         changes = []
         for what, other, options in self._candidates(name, config):
@@ -199,30 +182,23 @@ class Planner:
             except ConfigError as error:
                 changes.append(Change(what=what, refused=error.message))
                 continue
-            gain = changed.requests_per_s / found.requests_per_s
-            if not by_rate:
+            if by_rate:
+                gain = changed.requests_per_s / found.requests_per_s
+            else:
                 gain = found.completion_s.p50 / changed.completion_s.p50
-            changes.append(
-                Change(
-                    what=what,
-                    gain=gain,
-                    requests_per_s=changed.requests_per_s,
-                    completion_p50_s=changed.completion_s.p50,
-                )
-            )
+            completion_s = changed.completion_s.p50
+            rate = changed.requests_per_s
+            changes.append(Change(what=what, gain=gain, requests_per_s=rate, completion_p50_s=completion_s))
         return sorted(changes, key=lambda change: -change.gain)
 
     def _candidates(self, name: str, config: EngineConfig) -> list[tuple[str, str, EngineOptions]]:
-        """(in words, device, options). On a CPU the weights stay: its shares were measured with them."""
+        """Changes as (words, device, options). On a CPU the weights stay: its shares were measured with them."""
         given, replace = self._options, msgspec.structs.replace
         device, limits = self.device(name), config.scheduler
         found = []
         if device.kind == "cuda":
-            found += [
-                (f"weights {weights}", name, replace(given, weights=weights))
-                for weights in WEIGHTS["cuda"]
-                if weights != config.weights
-            ]
+            others = [weights for weights in formats_on("cuda") if weights != config.weights]
+            found += [(f"weights {weights}", name, replace(given, weights=weights)) for weights in others]
             other_activations = "bf16" if config.activations == "fp8" else "fp8"
             more = replace(given, activations=other_activations)
             found.append((f"activations {other_activations}", name, more))
@@ -243,13 +219,14 @@ class Planner:
 
 
 class _ExpertsReport(msgspec.Struct, frozen=True):
-    """As `cierzo bench experts --json` writes it; only what was counted matters here."""
+    """A report of `cierzo bench experts --json`; only the counts matter here."""
 
     results: ExpertStatistics
 
 
 def read_experts(path: Path) -> ExpertStatistics:
-    """What real traffic chose, from a report of `cierzo bench experts`. Raises ConfigError for any other file."""
+    """Read which experts real traffic chose, from a report of `cierzo bench experts`. Raises ConfigError for any
+    other file."""
     try:
         statistics = msgspec.json.decode(path.read_bytes(), type=_ExpertsReport).results
     except (OSError, msgspec.MsgspecError) as error:
@@ -276,7 +253,7 @@ def _require_same_experts(statistics: ExpertStatistics, config: EngineConfig) ->
 
 
 def other_cards(name: str) -> list[str]:
-    """The next card in the same number, and twice the cards; nothing for a device that is not a named card."""
+    """Names of the next card in the same number, and of twice the cards; none for a device without a data sheet."""
     count, _, card = name.rpartition("x")
     if card not in DATA_SHEETS:
         return []

@@ -1,7 +1,15 @@
-"""What a step must read and compute, what a device can do, and so how long a step takes. No torch, no model.
+"""Count of work: what an operation, a step and a model's weights cost on a device. No torch.
 
-device.py     a device: bandwidth, rates, memory, and the shares of them that kernels reach
-work.py       a step of a model as operations, each with its bytes and operations
-step_time.py  a step's work on a device, in seconds
-step_model.py the same for an engine's configuration, and sums over many steps
+sizes.py        sizes of a model's layers, and its matrices by kind
+operations.py   `Work`: bytes and operations of one call of each operation of kernels/ops, from plain sizes
+data_sheets.py  cards as their maker describes them
+weights.py      a configured model's sizes, the number formats of its matrices, the bytes of them all
+work.py         a step of a model as a list of operations
+device.py       a device: bandwidth, rates, memory, and the shares of them that kernels reach
+cards.py, measured.py  devices by name, with stated shares or with those that the GPU bench has measured
+step_time.py    a step's work on a device, in seconds
+step_model.py   the same for an engine's configuration, and sums over many steps
+
+A machine that is lent with a card may lack msgspec: sizes.py, operations.py and data_sheets.py, which bench/gpu and
+bench/kernel_cases.py import there, do without it (tests/bench/test_gpu.py).
 """

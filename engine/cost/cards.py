@@ -12,7 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from cierzo.engine.cost.device import Device, Kind, Rate
+from cierzo.engine.cost.data_sheets import DATA_SHEETS
+from cierzo.engine.cost.device import Device, Kind
 from cierzo.engine.cost.measured import with_measured
 from cierzo.engine.errors import refusal
 
@@ -22,24 +23,22 @@ from cierzo.engine.errors import refusal
 STATED: dict[Kind, float] = {"memory": 0.8, "experts": 0.4, "products": 0.6, "attention": 0.6}
 ONE_CARD_OVERHEAD_S, CARDS_OVERHEAD_S = 1.0e-3, 1.8e-3
 NVLINK_BYTES_PER_S = 450e9  # 900 GB/s both ways
-HOPPER_RATES: dict[Rate, float] = {"bf16": 989.5e12, "fp8": 1979e12}
-DATA_SHEETS = {"h100": (3.35e12, 80_000_000_000), "h200": (4.8e12, 141_000_000_000)}
 _NAMED = re.compile(rf"(?:([1-9]\d*)x)?({'|'.join(DATA_SHEETS)})")
 
 
 def named(name: str) -> Device | None:
-    """A card of the data sheets, or several, as `4xh100`; None for another name."""
+    """One card of the data sheets, or several, as `4xh100`; None for another name."""
     match = _NAMED.fullmatch(name)
     if match is None:
         return None
     cards, card = int(match[1] or 1), match[2]
-    bytes_per_s, memory_bytes = DATA_SHEETS[card]
+    sheet = DATA_SHEETS[card]
     device = Device(
         name=name,
         source=f"data sheet of the {card.upper()} SXM; shares stated in engine/cost/cards.py",
-        bytes_per_s=bytes_per_s,
-        operations_per_s=HOPPER_RATES,
-        memory_bytes=memory_bytes,
+        bytes_per_s=sheet.bytes_per_s,
+        operations_per_s={"bf16": sheet.bf16, "fp8": sheet.fp8},
+        memory_bytes=sheet.memory_bytes,
         cards=cards,
         link_bytes_per_s=NVLINK_BYTES_PER_S if cards > 1 else 0.0,
         stated=STATED,
@@ -49,7 +48,8 @@ def named(name: str) -> Device | None:
 
 
 def find_device(name: str) -> Device:
-    """A named device, or the one in a file. Raises ConfigError for an unknown name and for a malformed file."""
+    """Look up a named device, or read the one in a file. Raises ConfigError for an unknown name and a malformed
+    file."""
     found = named(name)
     if found is not None:
         return found

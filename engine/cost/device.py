@@ -1,20 +1,22 @@
-"""A device as the roofline sees it: what it can do at most, and which share of that kernels reach."""
+"""A device: what it can do at most, and which share of that kernels reach."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import msgspec
-import numpy as np
 from msgspec import Meta
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # a server's settings hold a Device, and a server starts without numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(gt=0, le=4)]  # above 1 where a ceiling was read at a bad moment of a shared machine
 Rate = Literal["fp32", "bf16", "fp8", "int8"]
 Kind = Literal["memory", "experts", "products", "attention"]
-Number = float | NDArray[np.float64]  # of one step, or of several
+Number: TypeAlias = "float | NDArray[np.float64]"  # of one step, or of several
 GB = 1e9
 
 
@@ -26,7 +28,7 @@ class MeasuredShare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a device's shares were measured with; they hold for nothing else. config: digest of the checkpoint's."""
+    """Conditions of a measurement; a device's shares hold for nothing else. config: digest of the checkpoint's."""
 
     checkpoint: str
     config: str
@@ -69,12 +71,14 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def total_memory_bytes(self) -> int:
-        """Of all cards."""
+        """Memory of all cards together."""
         return self.cards * self.memory_bytes
 
     def measured_share(self, operation: str, format: str, limit_s: Number) -> Number | None:
-        """The share found for calls of this size: linear in log(limit_s) between two, the nearest outside them.
+        """Share that was found for calls of this size: linear in log(limit_s) between two, the nearest outside.
         None for an operation that was not measured, in this number format or whatever format."""
+        import numpy as np
+
         found = self.measured.get(f"{operation} {format}") or self.measured.get(operation)
         if not found:
             return None
@@ -82,7 +86,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return np.interp(np.log(np.maximum(limit_s, 1e-12)), sizes, shares)
 
     def describe(self) -> str:
-        """One line: limits, and where the shares come from."""
+        """Tell limits, and where the shares come from, in a line."""
         rates = ", ".join(f"{rate / 1e12:,.4g} TFLOP/s {name}" for name, rate in self.operations_per_s.items())
         shares = f"{len(self.measured)} operations measured" if self.measured else "shares stated, not measured"
         cards = f"{self.cards} cards of " if self.cards > 1 else ""

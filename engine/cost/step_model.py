@@ -1,4 +1,4 @@
-"""How long the steps of an engine's configuration take on a device, and what they come to. No torch."""
+"""Time of the steps of an engine's configuration on a device, and sums over many steps."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from numpy.typing import NDArray
 
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.device import Device, Number
+from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.step_time import StepTime, exchanged, step_time
-from cierzo.engine.cost.work import Distinct, NumberFormats, StepShape, Work, step_work, uniform_distinct
+from cierzo.engine.cost.weights import NumberFormats, weight_bytes
+from cierzo.engine.cost.work import Distinct, StepShape, step_work, uniform_distinct
 
 FloatArray = NDArray[np.float64]
 
 
 class StepModel:
-    """How long steps of a configuration take on a device."""
+    """Prices the steps of a configuration on a device."""
 
     def __init__(self, config: EngineConfig, device: Device, distinct: Distinct | None = None) -> None:
-        """distinct: of a model with experts, as measured; by default as if chosen at random."""
+        """distinct: of a model with experts, as measured; by default as if tokens chose at random."""
         plain = "bf16" if config.dtype == "bfloat16" else config.dtype
         on_gpu, activations = device.kind == "cuda", config.activations
         self.formats = NumberFormats(weights=config.weights, plain=plain, activations=activations, on_gpu=on_gpu)
@@ -28,19 +30,24 @@ class StepModel:
             self.distinct = uniform_distinct(config.model.moe)
         self._model, self._layout = config.model, config.layout
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights on the device."""
+        return weight_bytes(self._model, self.formats)
+
     def work(self, step: StepShape) -> list[Work]:
-        """The operations of a step."""
+        """List the operations of a step."""
         return step_work(self._model, self._layout, self.formats, step, self.distinct)
 
     def time(self, step: StepShape, rows: Number) -> StepTime:
-        """Of a step of so many sequences; arrays stand for several steps."""
+        """Price a step of so many sequences; arrays stand for several steps."""
         work = self.work(step)
         model, cards = self._model, self.device.cards
         sent = exchanged(model.hidden_size, model.num_layers, step.tokens, cards) if cards > 1 else 0.0
         return step_time(self.device, work, rows=rows, exchanged_bytes=sent)
 
     def add(self, totals: StepTotals, step: StepShape, rows: Number) -> FloatArray:
-        """The seconds of a step, or of each of several; `totals` gains them."""
+        """Price a step, or several, and add them to `totals`; the seconds of each."""
         time = self.time(step, rows)
         seconds = np.atleast_1d(time.total_s)
         totals.steps += len(seconds)
@@ -55,7 +62,7 @@ class StepModel:
 
 
 def decode_steps(sequences: int, context_tokens: int, steps: int) -> tuple[StepShape, FloatArray]:
-    """`steps` decode steps in a row, and the sequences of each; the first has `context_tokens` in all."""
+    """Shape `steps` decode steps in a row; and the sequences of each. The first has `context_tokens` in all."""
     context = context_tokens + float(sequences) * np.arange(steps, dtype=np.float64)
     count = np.full(steps, float(sequences))
     return StepShape(absorbed_tokens=count, absorbed_pairs=context, absorbed_context=context, sampled=count), count

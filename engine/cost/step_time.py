@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from cierzo.engine.cost.device import Device, Number
-from cierzo.engine.cost.work import Work
+from cierzo.engine.cost.operations import Work
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Where a step's time goes; seconds. memory_s: of operations that wait for memory, arithmetic_s: the others.
-    num_bytes, operations: on all cards together.
-    limit_s: below that no kernels could bring it: all bytes, or all operations, at the device's rates."""
+    """Seconds of a step. memory_s: of operations that wait for memory, arithmetic_s: of the others. num_bytes,
+    operations: on all cards together. limit_s: the least that any kernels could take, for all bytes or all
+    operations at the device's rates."""
 
     memory_s: Number
     arithmetic_s: Number
@@ -27,12 +27,12 @@ class StepTime:
 
     @property
     def total_s(self) -> Number:
-        """The step's time."""
+        """Seconds of the whole step."""
         return self.memory_s + self.arithmetic_s + self.exchange_s + self.overhead_s
 
 
 def step_time(device: Device, works: Sequence[Work], *, rows: Number, exchanged_bytes: Number = 0.0) -> StepTime:
-    """rows: sequences of the step. exchanged_bytes: what several cards send each other, of `exchanged`."""
+    """Price a step. rows: its sequences. exchanged_bytes: what one of several cards sends (`exchanged`)."""
     memory_s: Number = 0.0
     arithmetic_s: Number = 0.0
     num_bytes: Number = 0.0

@@ -1,4 +1,4 @@
-"""Checkpoint tensors -> the parameters a model asks for, with none missing, none left over and none misshapen."""
+"""Checkpoint tensors -> the parameters a model asks for: first all are planned and checked, then each is read."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, adapter_files
-from cierzo.engine.errors import CheckpointError
 from cierzo.engine.parameters import Parameter, ParameterSpec
-from cierzo.engine.weights.headers import TensorInfo
-from cierzo.engine.weights.names import NameMap, map_names
+from cierzo.engine.weights.names import PACKED, NameMap, map_names
+from cierzo.engine.weights.plan import ParameterPlan, Piece, plan_parameters
+from cierzo.engine.weights.quantised import Nvfp4Matrix, ScaledMatrix, StoredMatrix, StoredParameter
 from cierzo.engine.weights.reader import CheckpointReader, Range
-from cierzo.engine.weights.stored import check_matrix, is_stored, read_stored
 
 _log = logging.getLogger(__name__)
 
@@ -46,22 +45,14 @@ def load_parameters(
     another shape or of no dtype that fits; ValueError when a shape does not divide among `world` ranks.
     """
     mapped = map_names(reader.tensors, reader.format)
-    _check_complete(reader.tensors, specs, mapped)
-    specs = {name: spec for name, spec in specs.items() if not _is_twin(reader, mapped, name, spec, dtype)}
+    plans = plan_parameters(reader.tensors, specs, mapped)
+    plans = {name: plan for name, plan in plans.items() if not _is_twin(reader, plans, name, dtype)}
     _log_skipped(reader, mapped)
-    total_bytes = sum(_stored_bytes(reader, name, mapped) for name in specs)
-    done_bytes = 0
+    total_bytes, done_bytes = sum(plan.num_bytes for plan in plans.values()), 0
     parameters: dict[str, Parameter] = {}
-    for name, spec in specs.items():
-        ranges = rank_ranges(spec, rank, world)
-        if is_stored(reader.tensors, mapped, name, spec.rotated_heads):
-            stored = read_stored(reader, mapped, name, spec.rotated_heads, dtype, torch.device(device))
-            whole = world == 1 or spec.shard_axis is None
-            parameters[name] = stored if whole else stored.cut(spec.shard_axis or 0, ranges)
-        else:
-            tensor = _read_ranges(reader, mapped.whole[name], spec.shard_axis, ranges)
-            parameters[name] = tensor.to(device=device, dtype=dtype)
-        done_bytes += _stored_bytes(reader, name, mapped)
+    for name, plan in plans.items():
+        parameters[name] = _read(reader, plan, rank_ranges(plan.spec, rank, world), dtype, torch.device(device))
+        done_bytes += plan.num_bytes
         if progress is not None:
             progress(done_bytes, total_bytes)
     return parameters
@@ -87,37 +78,82 @@ def rank_ranges(spec: ParameterSpec, rank: int, world: int) -> list[Range]:
     return [(start, start + piece) for start in starts]
 
 
-def _check_complete(tensors: Mapping[str, TensorInfo], specs: Mapping[str, ParameterSpec], mapped: NameMap) -> None:
-    """Every spec has its tensor or its experts, of the right shape and kind, and every tensor has its spec."""
-    absent = [name for name in specs if name not in mapped.whole and name not in mapped.experts]
-    missing = [name for name in absent if specs[name].tied_to is None]
-    if missing:
-        raise CheckpointError(f"tensor {missing[0]} is missing{_others(missing)}", field=missing[0])
-    used: set[str] = set()
-    for name, spec in specs.items():
-        if name in mapped.whole:
-            used.update(check_matrix(tensors, mapped, mapped.whole[name], spec.shape))
-        elif name in mapped.experts:
-            used.update(_check_experts(tensors, mapped, name, spec.shape))
-    used.update(mapped.vision, mapped.ignored)
-    left_over = [name for name in tensors if name not in used]
-    if left_over:
-        raise CheckpointError(
-            f"tensor {left_over[0]} has no place in this model{_others(left_over)}", field=left_over[0]
+def halves_first(rows: int, heads: int) -> Tensor:
+    """int64 [rows]: for each row in the order of (i, i + d/2) pairs, its place in that of (2i, 2i+1) pairs.
+
+    [heads, d/2, 2] -> [heads, 2, d/2]: rotary pairs of Mistral-native wq and wk lie next to each other.
+    """
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
+
+
+def _read(
+    reader: CheckpointReader, plan: ParameterPlan, ranges: list[Range], dtype: torch.dtype, device: torch.device
+) -> Parameter:
+    """The ranges of a parameter along its shard axis: a tensor, or matrices of which nothing is read yet."""
+    axis, shape = plan.spec.shard_axis, plan.spec.shape
+    if plan.is_plain:
+        return _read_ranges(reader, plan.experts[0][0].tensor.name, axis, ranges).to(device=device, dtype=dtype)
+    stored = StoredParameter(_matrices(reader, plan), len(shape) == 3, dtype, device)
+    return stored if axis is None or ranges == [(0, shape[axis])] else stored.cut(axis, ranges)
+
+
+def _matrices(reader: CheckpointReader, plan: ParameterPlan) -> tuple[tuple[StoredMatrix, ...], ...]:
+    """The matrices of each expert, mapped: nothing of them is read yet."""
+    whole = plan.experts[0][0]
+    if len(whole.tensor.shape) == 3:  # a stack of experts, whose gate and up share a scale
+        return tuple((matrix,) for matrix in _scaled(reader, whole))
+    if plan.reordered:
+        rows, heads = plan.spec.shape[0], plan.spec.rotated_heads or 1
+        return ((next(_scaled(reader, whole, halves_first(rows, heads))),),)
+    return tuple(tuple(_matrix(reader, piece) for piece in pieces) for pieces in plan.experts)
+
+
+def _matrix(reader: CheckpointReader, piece: Piece) -> StoredMatrix:
+    """The [n,k] of one piece."""
+    if piece.format != "nvfp4":
+        return next(_scaled(reader, piece))
+    tensors = (piece.tensor, piece.scales["scale"], piece.scales["global scale"])
+    return Nvfp4Matrix(piece.tensor.name.removesuffix(PACKED), *(reader.read(one.name) for one in tensors))
+
+
+def _scaled(reader: CheckpointReader, piece: Piece, order: Tensor | None = None) -> Iterator[ScaledMatrix]:
+    """The [n,k] of a piece, or each expert's of a stack."""
+    name = piece.tensor.name
+    codes, fused = reader.read(name), len(piece.tensor.shape) == 3
+    read = {role: reader.read(scale.name).flatten() for role, scale in piece.scales.items()}
+    scales, activations = read.get("scale"), read.get("activation scale")
+    scale_name = piece.scales["scale"].name if scales is not None else ""
+    for expert in range(len(codes) if fused else 1):
+        place, number = f"[{expert}]" if fused else "", slice(expert, expert + 1)
+        yield ScaledMatrix(
+            name + place,
+            codes[expert] if fused else codes,
+            None if scales is None else scales[number],
+            scale_name + place,
+            order,
+            None if activations is None else activations[number],
         )
 
 
-def _is_twin(reader: CheckpointReader, mapped: NameMap, name: str, spec: ParameterSpec, dtype: torch.dtype) -> bool:
+def _read_ranges(reader: CheckpointReader, name: str, axis: int | None, ranges: list[Range]) -> Tensor:
+    """The ranges of a stored tensor along `axis`, one after another, contiguous."""
+    if axis is None:
+        return reader.read(name)
+    pieces = [reader.read(name, axis, span) for span in ranges]
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=axis)
+
+
+def _is_twin(reader: CheckpointReader, plans: Mapping[str, ParameterPlan], name: str, dtype: torch.dtype) -> bool:
     """Whether a parameter is nothing but the one that it is tied to. One that is stored with other values is not:
     the flag that ties them is then a default that somebody left, and the values are what was trained."""
-    if spec.tied_to is None:
+    tied_to = plans[name].spec.tied_to
+    if tied_to is None:
         return False
-    if name not in mapped.whole:
-        return True
-    names = mapped.whole[name], mapped.whole[spec.tied_to]
-    if not any(is_stored(reader.tensors, mapped, one, None) for one in (name, spec.tied_to)):
-        own, other = (reader.read(tensor) for tensor in names)
-        if torch.equal(own.to(dtype), other.to(dtype)):
+    both = plans[name], plans[tied_to]
+    names = [plan.experts[0][0].tensor.name for plan in both]
+    if all(plan.is_plain for plan in both):
+        own, other = (reader.read(tensor).to(dtype) for tensor in names)
+        if torch.equal(own, other):
             return True
     _log.warning(
         "%s: the config ties %s to %s (tie_word_embeddings), and the checkpoint stores both with different values: "
@@ -125,21 +161,6 @@ def _is_twin(reader: CheckpointReader, mapped: NameMap, name: str, spec: Paramet
         *(reader.folder, *names),
     )
     return False
-
-
-def _check_experts(
-    tensors: Mapping[str, TensorInfo], mapped: NameMap, name: str, shape: tuple[int, ...]
-) -> Iterator[str]:
-    """Every expert has its matrices; gives their tensors' names."""
-    parts, num_parts = mapped.experts[name], _parts_of(name)
-    for expert in range(shape[0]):
-        for part in range(num_parts):
-            if (expert, part) not in parts:
-                raise CheckpointError(f"{name}: part {part} of expert {expert} is missing", field=name)
-            yield from check_matrix(tensors, mapped, parts[expert, part], (shape[1] // num_parts, shape[2]))
-    for (expert, _), tensor in parts.items():
-        if expert >= shape[0]:
-            raise CheckpointError(f"tensor {tensor}: there are {shape[0]} experts only", field=tensor)
 
 
 def _log_skipped(reader: CheckpointReader, mapped: NameMap) -> None:
@@ -159,25 +180,3 @@ def _log_skipped(reader: CheckpointReader, mapped: NameMap) -> None:
             reader.folder,
             skipped,
         )
-
-
-def _parts_of(name: str) -> int:
-    return 2 if name.endswith("gate_up_proj") else 1
-
-
-def _others(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _stored_bytes(reader: CheckpointReader, name: str, mapped: NameMap) -> int:
-    stored = [mapped.whole[name]] if name in mapped.whole else list(mapped.experts[name].values())
-    stored += [scale for tensor in stored for scale in mapped.companions.get(tensor, {}).values()]
-    return sum(reader.tensors[tensor].num_bytes for tensor in stored)
-
-
-def _read_ranges(reader: CheckpointReader, name: str, axis: int | None, ranges: list[Range]) -> Tensor:
-    """The ranges of a stored tensor along `axis`, one after another, contiguous."""
-    if axis is None:
-        return reader.read(name)
-    pieces = [reader.read(name, axis, span) for span in ranges]
-    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=axis)

@@ -1,4 +1,4 @@
-"""A model's matrices in the kernels' order and in a number format: which format each gets, and where it is kept."""
+"""Sources of a model's matrices in the order of the kernels and in a number format, on a GPU and on a CPU."""
 
 from __future__ import annotations
 
@@ -7,62 +7,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cierzo.engine.parameters import MatrixRequest, MatrixRole, Parameter, as_tensor
+from cierzo.engine.errors import CheckpointError
+from cierzo.engine.parameters import MatrixRequest, Parameter, as_tensor
 from cierzo.engine.weights.loader import Progress
-from cierzo.engine.weights.on_device import on_device
 from cierzo.engine.weights.packed import PackedStore
+from cierzo.engine.weights.quantised import ScaledMatrix, StoredParameter, kept_codes
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.packed import Matrix, PackedMatrix
-
-PLAIN_WEIGHTS = {torch.bfloat16: "bf16", torch.float32: "float32"}  # the weights' format that is no rounding
-
-
-def formats(weights: str, plain: str) -> dict[MatrixRole, str]:
-    """The number format of each kind of matrix; `plain` is the activations'.
-
-    The router and MLA's expansions stay plain: they are a hundredth of the weights, the first decides which experts
-    run, and the second multiply every cached token. lm_head has 8 bits at least: in 4, it alone raises the demo
-    model's perplexity by 6 %.
-    """
-    head = weights if weights == plain else "int8"
-    return {"linear": weights, "experts": weights, "latent": plain, "router": plain, "head": head}
-
-
-def device_formats(weights: str, plain: str) -> dict[MatrixRole, str]:
-    """The same on a GPU, where the checkpoints' own formats run: in nvfp4 the experts have 4 bits, and what else is
-    multiplied with has 8. The head stays as it is in them."""
-    others = "fp8" if weights == "nvfp4" else weights
-    return {"linear": others, "experts": weights, "latent": plain, "router": plain, "head": plain}
-
-
-class DeviceMatrices:
-    """Gives matrices in the memory of a GPU, each quantised there. weights: "bf16", "fp8" or "nvfp4". activations:
-    "fp8" where fp8 matrices are multiplied with those."""
-
-    def __init__(self, weights: str, dtype: torch.dtype, device: torch.device, activations: str = "bf16") -> None:
-        plain = PLAIN_WEIGHTS[dtype]
-        self._plain = plain
-        self._formats = device_formats(weights, plain)
-        self._device = device
-        self._fp8_activations = activations == "fp8"
-
-    def tensor(self, stored: Parameter) -> Tensor:
-        """See MatrixSource."""
-        return as_tensor(stored).to(self._device, copy=True)  # a mapped tensor may start anywhere
-
-    def matrix(self, request: MatrixRequest) -> Matrix:
-        """See MatrixSource. Raises CheckpointError for a matrix that its format cannot hold."""
-        format = self._formats[request.role]
-        return on_device(request.make(), format, self._plain, self._device, fp8_activations=self._fp8_activations)
+from cierzo.kernels.formats.device import DeviceFormatError, DeviceMatrix, in_fp8, joined, quantise, stack
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
+from cierzo.kernels.formats.packed import PLAIN_FORMATS, Matrix, PackedMatrix
 
 
 class PackedMatrices:
-    """Gives matrices whose values are there after `fill`. weights: "float32", "bf16", "int8", "int4" or "nvfp4"."""
+    """Gives matrices in the order of the CPU kernels, whose values are there after `fill`."""
 
     def __init__(self, reader: CheckpointReader, weights: str, dtype: torch.dtype, cache_dir: Path) -> None:
-        plain = PLAIN_WEIGHTS[dtype]
-        self._formats = formats(weights, plain)
-        variant = weights if dtype == torch.bfloat16 else f"{weights}-{plain}"
+        self._weights = NUMBER_FORMATS[weights]
+        self._plain = PLAIN_FORMATS[dtype]
+        variant = weights if dtype == torch.bfloat16 else f"{weights}-{self._plain}"
         self._store = PackedStore(reader, variant, cache_dir, dtype=dtype)
 
     def tensor(self, stored: Parameter) -> Tensor:
@@ -71,8 +33,91 @@ class PackedMatrices:
 
     def matrix(self, request: MatrixRequest) -> PackedMatrix:
         """See MatrixSource."""
-        return self._store.matrix(request, self._formats[request.role])
+        return self._store.matrix(request, self._weights.of(request.role, "cpu", self._plain))
 
     def fill(self, progress: Progress | None = None) -> str:
         """Map the packed weights, or pack them first; says in a line what was done. Raises CheckpointError."""
         return self._store.fill(progress)
+
+
+class DeviceMatrices:
+    """Gives matrices in the memory of a GPU: a checkpoint's own codes and scales, where they are of the format.
+
+    weights: a number format that computes there. activations: the format of the activations that matrices are
+    multiplied with, where their own takes them.
+    """
+
+    def __init__(self, weights: str, dtype: torch.dtype, device: torch.device, activations: str = "bf16") -> None:
+        self._weights = NUMBER_FORMATS[weights]
+        self._plain = PLAIN_FORMATS[dtype]
+        self._device = device
+        self._activations = activations
+
+    def tensor(self, stored: Parameter) -> Tensor:
+        """See MatrixSource."""
+        return as_tensor(stored).to(self._device, copy=True)  # a mapped tensor may start anywhere
+
+    def matrix(self, request: MatrixRequest) -> Matrix:
+        """See MatrixSource. Codes of another format, or plain weights, are quantised there, an expert at a time.
+
+        Raises CheckpointError for a bad scale, and for weights that the format cannot hold.
+        """
+        parameter, format = request.make(), self._weights.of(request.role, "cuda", self._plain)
+        if format == self._plain:
+            return as_tensor(parameter).to(self._device, copy=True)
+        try:
+            kept = _kept(parameter, format)
+            matrix = kept.to(self._device) if kept is not None else _quantised(parameter, format, self._device)
+            if self._activations not in NUMBER_FORMATS[format].activations:
+                return matrix
+            scales = _activation_scales(parameter)
+            return in_fp8(matrix, None if scales is None else scales.to(self._device))
+        except DeviceFormatError as error:
+            name = parameter.name if isinstance(parameter, StoredParameter) else "a plain tensor"
+            raise CheckpointError(f"{name}: {error}", field=name) from error
+
+
+def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
+    """The stored codes, if all of them are of the format; scales of matrices above one another stay their own."""
+    if not isinstance(parameter, StoredParameter):
+        return None
+    experts = [kept_codes(parts, format) for parts in parameter.experts]
+    tensors = [[tensor[None] for tensor in kept] for kept in experts if kept is not None]
+    if len(tensors) < len(experts):
+        return None
+    stacked = [joined(of_experts) for of_experts in zip(*tensors, strict=True)]
+    if not parameter.fused:
+        stacked = [tensor[0] for tensor in stacked]
+    return NUMBER_FORMATS[format].codec().from_codes(*stacked, parameter.dtype)
+
+
+def _activation_scales(parameter: Parameter) -> Tensor | None:
+    """Static scales of activations, fp32 [E], or [1] of [n,k]; None where the checkpoint has none.
+
+    Matrices that lie above one another meet the same activations: where their scales differ, the largest holds them
+    all. Raises CheckpointError where one has none and another has.
+    """
+    if not isinstance(parameter, StoredParameter):
+        return None
+    without, largest = "", []
+    for expert in parameter.experts:
+        found = {part.name: part.activation_scale if isinstance(part, ScaledMatrix) else None for part in expert}
+        without = without or next((name for name, scale in found.items() if scale is None), "")
+        present = [scale.float().reshape(1) for scale in found.values() if scale is not None]
+        largest += [torch.cat(present).amax(0, keepdim=True)] if present else []
+    if largest and without:
+        raise CheckpointError(
+            f"{without} has no scale of its activations, and what lies beside it has", field=without
+        )
+    return torch.cat(largest) if largest else None
+
+
+def _quantised(parameter: Parameter, format: str, device: torch.device) -> DeviceMatrix:
+    """An expert at a time: in 16 bits and in fp32, all of them together take several times what they will."""
+    if len(parameter.shape) == 2:
+        return quantise(as_tensor(parameter).to(device), format)
+    experts = [
+        quantise(as_tensor(parameter[number : number + 1])[0].to(device), format)
+        for number in range(parameter.shape[0])
+    ]
+    return stack(experts)

@@ -31,8 +31,7 @@ from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.packed_file import Entry, Index, UnusableFile
 from cierzo.engine.weights.quantised import pack_parameter
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.pack import PackError
-from cierzo.kernels.formats.packed import PANEL, PackedMatrix, empty_packed, packed_bytes, view_packed
+from cierzo.kernels.formats.packed import PANEL, PackedMatrix, PackError, empty_packed, packed_bytes, view_packed
 
 _log = logging.getLogger(__name__)
 

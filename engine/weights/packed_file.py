@@ -27,8 +27,8 @@ import torch
 from cierzo.engine.errors import amount
 from cierzo.engine.weights.folder import GB
 from cierzo.engine.weights.mapping import PAGE_BYTES
-from cierzo.kernels.formats.definition import FORMATS
-from cierzo.kernels.formats.pack import pack
+from cierzo.kernels.formats.number_formats import PACKED_FORMATS
+from cierzo.kernels.pack import pack
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def layout() -> str:
     """
     weight = (torch.arange(66 * 130) * 7919 % 1009).view(66, 130) / 509 - 1  # no whole panels, no whole groups
     digest = hashlib.sha256()
-    for format in FORMATS:
+    for format in PACKED_FORMATS:
         for paired in (False, True):
             digest.update(pack(weight, format, paired=paired).data.numpy().tobytes())
     return digest.hexdigest()[:16]

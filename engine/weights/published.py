@@ -24,7 +24,8 @@ from cierzo.engine.errors import refusal
 from cierzo.engine.weights.names import PACKED, companion, native_name
 from cierzo.engine.weights.shapes import Shape, Small4Shape
 from cierzo.engine.weights.writer import TensorPlan
-from cierzo.kernels.formats.compressed_tensors import LARGEST_CODE, SCALE_GROUP
+from cierzo.kernels.formats.nvfp4 import GROUP as SCALE_GROUP
+from cierzo.kernels.formats.nvfp4 import LARGEST_SCALE_CODE
 
 FORMATS: Mapping[str, CheckpointFormat] = {
     "hf": CheckpointFormat("hf", "plain"),
@@ -132,7 +133,9 @@ def _values(plan: TensorPlan, size: int, expert: int, seed: int, generator: torc
     if plan.dtype == "U8":
         return torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
     if plan.dtype == "F8_E4M3" and name.endswith(".weight_scale"):
-        return torch.randint(_SMALLEST_CODE, LARGEST_CODE + 1, (size,), generator=generator, dtype=torch.uint8)
+        return torch.randint(
+            _SMALLEST_CODE, LARGEST_SCALE_CODE + 1, (size,), generator=generator, dtype=torch.uint8
+        )
     if name.endswith(("act", "activation_scale", "input_global_scale")):
         values = torch.full((size,), _ACTIVATION_SCALE)
     elif name.endswith(".weight_global_scale"):

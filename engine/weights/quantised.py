@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.parameters import Parameter, as_tensor
-from cierzo.kernels.formats import compressed_tensors
-from cierzo.kernels.formats.pack import PackError, pack_into
-from cierzo.kernels.formats.packed import packed_bytes
+from cierzo.kernels.formats import nvfp4
+from cierzo.kernels.formats.device import joined
+from cierzo.kernels.formats.packed import PackError, packed_bytes
+from cierzo.kernels.pack import pack_into, pack_nvfp4
 
 Range = tuple[int, int]
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-100, 2.0**100  # far beyond any model's; a product stays a float32
@@ -44,6 +46,11 @@ class ScaledMatrix:
         """(n, k)."""
         return (len(self.codes) if self.order is None else len(self.order), self.codes.shape[1])
 
+    @property
+    def format(self) -> str:
+        """The number format of the codes; "" of weights as they are."""
+        return "fp8" if self.codes.dtype == torch.float8_e4m3fn and self.scale is not None else ""
+
     def rows(self, begin: int, end: int) -> ScaledMatrix:
         """Some of its rows."""
         if self.order is None:
@@ -60,18 +67,22 @@ class ScaledMatrix:
         NaN codes (0x7F, 0xFF) stay NaN: the formats with scales refuse them, bf16 and float32 hold them. Raises
         CheckpointError for a scale that is no positive number.
         """
-        codes = self.kept_codes()
-        return codes.to(dtype) if self.scale is None else codes.float() * self.checked_scale()
+        codes = self._ordered_codes()
+        return codes.to(dtype) if self.scale is None else codes.float() * self._checked_scale()
 
-    def kept_codes(self) -> Tensor:
+    def _ordered_codes(self) -> Tensor:
         """[n,k], in order."""
         if self.order is None:
             return self.codes
         codes = self.codes  # by bytes: not every operation knows 8-bit floats
         return (codes.view(torch.uint8) if codes.dtype.itemsize == 1 else codes)[self.order].view(codes.dtype)
 
-    def checked_scale(self) -> float:
-        """Raises CheckpointError for one that is no positive number."""
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Codes, and the scale of each row. Raises CheckpointError for a scale that is no positive number."""
+        return self._ordered_codes(), torch.full((self.shape[0],), self._checked_scale())
+
+    def _checked_scale(self) -> float:
+        """The scale. Raises CheckpointError for one that is no positive number."""
         assert self.scale is not None, self.name
         scale = float(self.scale)
         if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:  # NaN is refused too
@@ -87,12 +98,14 @@ class ScaledMatrix:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Nvfp4Matrix:
-    """[n,k] as compressed-tensors stores it. name: "layers.3.experts.7.w1"; tensors: see `StoredMatrix`."""
+    """[n,k] as compressed-tensors stores it (kernels/formats/nvfp4.py). name: "layers.3.experts.7.w1"."""
 
     name: str
     codes: Tensor
     scales: Tensor
     divisor: Tensor
+
+    format: ClassVar[str] = "nvfp4"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,7 +118,7 @@ class Nvfp4Matrix:
 
     def columns(self, begin: int, end: int) -> Nvfp4Matrix:
         """Some of its columns. Raises CheckpointError where they would cut a group that has one scale."""
-        group = compressed_tensors.SCALE_GROUP
+        group = nvfp4.GROUP
         if begin % group or end % group:
             raise CheckpointError(
                 f"{self.name}: columns {begin} to {end} of an NVFP4 matrix, must be multiples of {group}",
@@ -116,18 +129,23 @@ class Nvfp4Matrix:
         codes = self.codes[:, begin // 2 : end // 2]
         return replace(self, codes=codes, scales=self.scales[:, begin // group : end // group])
 
-    def stored(self) -> compressed_tensors.StoredMatrix:
-        """Its tensors, checked. Raises CheckpointError for a scale that is none."""
-        tensors = (self.codes, self.scales, self.divisor)
-        named = dict(zip((f"{self.name}.{suffix}" for suffix in compressed_tensors.SUFFIXES), tensors, strict=True))
-        try:
-            return compressed_tensors.StoredMatrix.read(self.name, named.__getitem__)
-        except PackError as error:
-            raise CheckpointError(str(error), field=self.name) from error
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales, and the multiplier of each row. Raises CheckpointError for a scale that is none."""
+        return self.codes, self.scales, torch.full((self.shape[0],), self._multiplier())
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """The weights, float32 [n,k]. Raises CheckpointError as `stored` does."""
-        return compressed_tensors.dequantise(self.stored())
+        """The weights, float32 [n,k]. Raises CheckpointError for a scale that is none."""
+        return nvfp4.stored_values(self.codes, self.scales, self._multiplier())
+
+    def _multiplier(self) -> float:
+        divisor = float(self.divisor)
+        if not SMALLEST_SCALE <= divisor <= LARGEST_SCALE:
+            raise CheckpointError(
+                f"{self.name}: global scale {divisor}, must be in 2^-100 .. 2^100", field=self.name
+            )
+        if (self.scales.view(torch.uint8) > nvfp4.LARGEST_SCALE_CODE).any():
+            raise CheckpointError(f"{self.name}: a scale is NaN or negative", field=self.name)
+        return 1 / divisor
 
 
 StoredMatrix = ScaledMatrix | Nvfp4Matrix
@@ -145,6 +163,11 @@ class StoredParameter:
     fused: bool
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def name(self) -> str:
+        """The name of its first tensor."""
+        return self.experts[0][0].name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -180,6 +203,16 @@ class StoredParameter:
         return replace(self, experts=tuple(tuple(one for each in row for one in each) for row in rows))
 
 
+def kept_codes(parts: Sequence[StoredMatrix], format: str) -> list[Tensor] | None:
+    """Codes and scales of matrices that lie one above the other, if all of them are of this format.
+
+    Raises CheckpointError for a scale that is none.
+    """
+    if any(part.format != format for part in parts):
+        return None
+    return [joined(tensors) for tensors in zip(*(part.parts() for part in parts), strict=True)]
+
+
 def pack_parameter(weight: Parameter, format: str, paired: bool, target: Tensor) -> None:
     """pack_into, of a stored parameter too: each expert's values in turn. NVFP4 stays NVFP4, code for code.
 
@@ -192,10 +225,11 @@ def pack_parameter(weight: Parameter, format: str, paired: bool, target: Tensor)
     each = packed_bytes(format, n, k, paired)
     for number, parts in enumerate(weight.experts):
         part = target[number * each : (number + 1) * each]
-        kept = [one.stored() for one in parts if format == "nvfp4" and isinstance(one, Nvfp4Matrix)]
+        kept = kept_codes(parts, format)
         try:
-            if len(kept) == len(parts):
-                compressed_tensors.load_into(kept, paired, part)
+            if kept is not None:
+                codes, scales, multipliers = kept
+                pack_nvfp4(codes, scales, multipliers, paired, part)
             else:
                 pack_into(_values(parts, weight.dtype), format, paired, part)
         except PackError as error:

@@ -21,7 +21,7 @@ from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.parameters import MatrixSource, PlainMatrices
 from cierzo.engine.weights.loader import Progress, load_parameters
-from cierzo.engine.weights.matrices import PLAIN_WEIGHTS, DeviceMatrices, PackedMatrices
+from cierzo.engine.weights.matrices import DeviceMatrices, PackedMatrices
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.experts import ExpertCounter
@@ -31,6 +31,7 @@ from cierzo.engine.worker.staging import Staging
 from cierzo.engine.worker.step_rows import DeviceRows, rows_in_place
 from cierzo.kernels.cpu import native
 from cierzo.kernels.fault import watching
+from cierzo.kernels.formats.packed import PLAIN_FORMATS
 from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import KernelChoiceError, bind
 from cierzo.scheduler.plan import PENDING, StepPlan, StepResult, TokenLogprobs
@@ -241,10 +242,10 @@ def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
             log.info("weights: %s", matrices.fill(progress))
         elif device.type == "cuda":
             model = build(DeviceMatrices(config.weights, dtype, device, config.activations))
-        elif config.weights == PLAIN_WEIGHTS[dtype]:
+        elif config.weights == PLAIN_FORMATS[dtype]:
             model = build(PlainMatrices())
         else:
-            limit = f"{PLAIN_WEIGHTS[dtype]} without the native kernels"
+            limit = f"{PLAIN_FORMATS[dtype]} without the native kernels"
             raise ConfigError(
                 f"weights must be {limit}, got {config.weights}", field="weights", limit=limit, value=config.weights
             )

@@ -1,8 +1,8 @@
 """A runner for a card that is not here: it does everything but the arithmetic.
 
 Scheduler, cache manager, block tables and batches are the real ones, at full scale. A step takes what the roofline
-says of its work on that card, and its tokens are made up. Whoever waits is told by `Clock`: a server waits for real
-(`WallClock`), so that it answers as quickly as the card would; a study lets time jump (`VirtualClock`).
+says of its work on that card, and its tokens are made up. A `Clock` says what it is to wait: a server waits for
+real (`WallClock`), so that it answers as quickly as the card would; benchmarks let time jump instead.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from typing import Protocol
 import numpy as np
 
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.cost.step_model import FloatArray, StepModel, StepTotals, decode_steps
+from cierzo.engine.cost.step_model import StepModel, StepTotals
 from cierzo.engine.cost.work import Distinct, StepShape
 from cierzo.engine.worker.batch import Batch, Segments
-from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import made_up_logprobs
-from cierzo.scheduler.plan import StepPlan, StepResult, TokenDelta, TokenLogprobs
+from cierzo.scheduler.plan import StepPlan, StepResult, TokenLogprobs
 
 
 class Clock(Protocol):
-    """Seconds, from anywhere."""
+    """A clock that counts seconds from any moment, and that can be waited on."""
 
     def __call__(self) -> float:
-        """Now."""
+        """Seconds by now."""
         ...
 
     def wait_until(self, then_s: float) -> None:
@@ -35,41 +34,29 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """Time as it passes."""
+    """The machine's own clock."""
 
     def __call__(self) -> float:
-        """Now."""
+        """Seconds by now."""
         return time.monotonic()
 
     def wait_until(self, then_s: float) -> None:
-        """Sleep."""
+        """Sleep until `then_s`."""
         time.sleep(max(0.0, then_s - time.monotonic()))
 
 
-class VirtualClock:
-    """Time that passes only when somebody waits for it."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        """Now."""
-        return self.now_s
-
-    def wait_until(self, then_s: float) -> None:
-        """Jump."""
-        self.now_s = max(self.now_s, then_s)
-
-
 class SimulatedRunner:
-    """A `Runner`. Of the sampling parameters it honours the number of logprobs, whose values mean nothing."""
+    """A `Runner` whose device works off one step after another, in the time that the step model gives.
+
+    Of the sampling parameters it honours the number of logprobs, whose values mean nothing.
+    """
 
     def __init__(self, config: EngineConfig, clock: Clock, distinct: Distinct | None = None) -> None:
         assert config.card is not None
         self.model = StepModel(config, config.card, distinct)
         self.experts = None  # nothing is routed
         self.totals = StepTotals()
-        self.token_ids = [0] * config.scheduler.max_running  # that a slot's sequence always gets
+        self.token_ids = [0] * config.scheduler.max_running  # by slot: the one that its sequence always gets
         self._num_logprobs: list[int | None] = [None] * config.scheduler.max_running
         self._vocab_size = config.model.vocab_size
         self._clock = clock
@@ -95,11 +82,11 @@ class SimulatedRunner:
         return result
 
     def reset(self) -> None:
-        """Forget what was launched and not collected; the device is done with it as late."""
+        """Forget what was launched and not collected; the device works it off all the same."""
         self._launched.clear()
 
     def describe(self) -> str:
-        """What runs, as printed at start."""
+        """The device, as printed at start."""
         return (
             f"SIMULATION     {self.model.device.describe()}\n               no model is loaded, tokens are made up"
         )
@@ -117,7 +104,7 @@ class SimulatedRunner:
 
 
 def shape_of(batch: Batch) -> StepShape:
-    """What a batch asks to be computed."""
+    """The shape of a batch's step: what its rows ask to be computed."""
     expanded, absorbed = _counts(batch.expanded), _counts(batch.absorbed)
     return StepShape(*expanded, *absorbed, float(len(batch.sample_rows)))
 
@@ -128,32 +115,3 @@ def _counts(segments: Segments) -> tuple[float, float, float]:
     contexts = segments.context_lengths.astype(np.float64)
     pairs = lengths * contexts - lengths * (lengths - 1) / 2
     return float(lengths.sum()), float(pairs.sum()), float(contexts[lengths > 0].sum())
-
-
-class VirtualCore(EngineCore):
-    """An engine core in virtual time. Steps that are sure to be alike can be taken together, which changes nothing
-    but what it costs: an hour of load passes in seconds."""
-
-    def __init__(self, config: EngineConfig, clock: VirtualClock, distinct: Distinct | None = None) -> None:
-        self.virtual_clock = clock
-        self.simulated = SimulatedRunner(config, clock, distinct)
-        super().__init__(config, self.simulated, clock)
-
-    def steady_s(self, at_most: int) -> FloatArray:
-        """Seconds of each coming step that is sure to be alike, up to `at_most` of them. Fewer than two: the next
-        step is for `step_plain`."""
-        steady = self._scheduler.steady()
-        steps = min(steady.steps, at_most)
-        shape, rows = decode_steps(steady.sequences, steady.context_tokens, steps)
-        total = self.simulated.model.time(shape, rows).total_s
-        return np.atleast_1d(total)
-
-    def advance(self, steps: int) -> list[TokenDelta]:
-        """Take the first `steps` of those that `steady_s` told, and let their time pass."""
-        steady, simulated = self._scheduler.steady(), self.simulated
-        shape, rows = decode_steps(steady.sequences, steady.context_tokens, steps)
-        seconds = simulated.model.add(simulated.totals, shape, rows)
-        for slot, block_ids in self._scheduler.advance(steps, simulated.token_ids):
-            self._builder.extend_table(slot, block_ids)
-        self.virtual_clock.wait_until(self.virtual_clock() + float(seconds.sum()))
-        return self.take_deltas()

@@ -1,13 +1,46 @@
-"""How tensors and weights are handed to C."""
+"""Tensors and weights as they are handed to C."""
 
 from __future__ import annotations
 
+import ctypes
+
+import torch
 from torch import Tensor
 
 from cierzo.kernels import check
 from cierzo.kernels.cpu import abi
-from cierzo.kernels.formats.pack import as_packed
-from cierzo.kernels.formats.packed import Matrix, PackedMatrix
+from cierzo.kernels.cpu.launch import pack
+from cierzo.kernels.formats.device import DeviceMatrix
+from cierzo.kernels.formats.packed import PLAIN_FORMATS, Matrix, PackedMatrix, PackError, new_packed
+
+
+class NativeMatrix:
+    """A packed matrix and the C struct that describes it, which calls are handed by its `address`."""
+
+    __slots__ = ("_struct", "address", "packed")
+
+    def __init__(self, packed: PackedMatrix) -> None:
+        *experts, n, k = packed.shape
+        count = experts[0] if experts else 1
+        format, each = abi.FORMATS[packed.format], packed.num_bytes // count
+        self.packed = packed
+        self._struct = abi.Matrix(packed.data.data_ptr(), count, n, k, each, format, int(packed.paired))
+        self.address = ctypes.addressof(self._struct)
+
+    @property
+    def format(self) -> str:
+        """The number format of the weights."""
+        return self.packed.format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, k) or (E, n, k)."""
+        return self.packed.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the activations that the matrix is multiplied with."""
+        return self.packed.dtype
 
 
 def rows(x: Tensor) -> Tensor:
@@ -24,11 +57,21 @@ def kv_format(pages: Tensor) -> int:
     return abi.KV_FORMATS[pages.dtype]
 
 
-def packed_for(operation: str, matrix: Matrix, paired: bool = False) -> PackedMatrix:
+def as_packed(matrix: Matrix, paired: bool = False) -> NativeMatrix:
+    """A door's argument as the kernels read it: a plain tensor is packed, exactly, in its own dtype."""
+    if isinstance(matrix, PackedMatrix):
+        return NativeMatrix(matrix)
+    if isinstance(matrix, DeviceMatrix):
+        raise PackError(f"a matrix of format {matrix.format} is for a GPU: the CPU kernels have another order")
+    format = PLAIN_FORMATS.get(matrix.dtype, str(matrix.dtype))
+    packed = new_packed(matrix, format, matrix.dtype, paired)
+    pack.pack(matrix if matrix.dim() == 3 else matrix[None], format, paired, packed.data)
+    return NativeMatrix(packed)
+
+
+def packed_for(operation: str, matrix: Matrix, paired: bool = False) -> NativeMatrix:
     """matrix as the kernels read it; a plain tensor is packed, for this call alone. Raises ArgumentError."""
-    if not isinstance(matrix, PackedMatrix):
-        return as_packed(matrix, paired)
-    if matrix.paired != paired:
+    if isinstance(matrix, PackedMatrix) and matrix.paired != paired:
         wanted = "paired (gate beside up)" if paired else "in plain order"
         check.require(operation, False, f"packed weights {list(matrix.shape)} must be {wanted}")
-    return matrix
+    return as_packed(matrix, paired)

@@ -1,59 +1,118 @@
-"""NVFP4: e2m1 codes, an e4m3 scale for each 16 weights of a row, and a float32 scale for each row.
+"""NVFP4: e2m1 codes, an e4m3 scale for each 16 weights of a row, and a float32 multiplier for each row.
 
-    e2m1: sign, then 0 0.5 1 1.5 2 3 4 6        weight = e2m1(code) * scale * global scale
+    weight = e2m1(code) * scale * multiplier
 
-Checkpoints come in this format, with one global scale a matrix; their codes and scales are taken over unchanged.
+Checkpoints come in this format, with one multiplier a matrix; their codes and scales are taken over unchanged. The
+library compressed-tensors ("nvfp4-pack-quantized") stores a matrix X, [n,k], as three tensors:
+
+    X.weight_packed         uint8 [n, k/2]: column 2j in the low half of byte j, column 2j + 1 in the high half
+    X.weight_scale          e4m3 [n, k/16]
+    X.weight_global_scale   float32 [1], a divisor: the multiplier is 1 / global scale
+
+(X.input_global_scale, for activations in 4 bits, is not used: ours have 8.) Each of an expert's gate, up and down
+has a global scale of its own; here every row has one, so that gate and up may differ.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from cierzo.kernels.formats import e2m1
+from cierzo.kernels.formats.device import (
+    E4M3,
+    LARGEST_E4M3,
+    SMALLEST,
+    DeviceFormatError,
+    DeviceMatrix,
+    as_experts,
+    four_bit_shape,
+)
 from cierzo.kernels.formats.int4 import join, split
+from cierzo.kernels.formats.packed import to_panels
 
-GROUP = 32  # two scales
-VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-LARGEST_SCALE = 448.0  # of e4m3
+GROUP = 16
+PANEL_GROUP = 32  # two scales
 LARGEST = 2.0**127  # a row's scales times its codes must not overflow
-SMALLEST = 2.0**-100  # rows below it become zero
+LARGEST_SCALE_CODE = 0x7E  # NaN is above, as are negative numbers
 HEADER_BYTES = 128
 
 
 def encode(rows: Tensor) -> Tensor:
     """rows [P,32,k], k a multiple of 32, |.| <= LARGEST, -> uint8 [P, bytes of a panel]."""
-    groups = rows.float().unflatten(2, (-1, 16))
-    peaks = groups.abs().amax(-1)  # [P,32,2G]
-    highest = peaks.amax(-1)
-    whole = torch.where(highest >= SMALLEST, highest / (6 * LARGEST_SCALE), 1.0)
-    scales = (peaks / (6 * whole[..., None])).clamp_max(LARGEST_SCALE).to(torch.float8_e4m3fn)
-    steps = scales.float() * whole[..., None]
+    groups = rows.float().unflatten(2, (-1, GROUP))
+    scales, whole, steps = _grid(groups)
     quotients = groups * torch.where(steps > 0, 1 / steps, 0.0)[..., None]
-    return assemble(e2m1(quotients).flatten(2), scales, whole)
+    return _assemble(e2m1.nearest(quotients).flatten(2), scales, whole)
 
 
-def assemble(codes: Tensor, scales: Tensor, whole: Tensor) -> Tensor:
-    """uint8 [P,32,k], e4m3 [P,32,k/16], float32 global scales [P,32] -> uint8 [P, bytes of a panel]."""
-    octets = join(codes.unflatten(2, (-1, GROUP)))
-    pairs = scales.view(torch.uint8).unflatten(2, (-1, 2)).permute(0, 2, 3, 1).flatten(2)
-    return torch.cat([whole.contiguous().view(torch.uint8), torch.cat([octets, pairs], -1).flatten(1)], -1)
+def encode_stored(octets: Tensor, scales: Tensor, whole: Tensor, paired: bool) -> Tensor:
+    """A checkpoint's codes uint8 [n, k/2], scales uint8 [n, k/16] and multipliers float32 [n] -> packed, uint8."""
+    missing = -2 * octets.shape[1] % PANEL_GROUP
+    rows = to_panels(pad(e2m1.split(octets), (0, missing))[None], paired)
+    scale_rows = to_panels(pad(scales, (0, missing // GROUP))[None], paired)
+    return _assemble(rows, scale_rows, to_panels(whole[None, :, None], paired)[..., 0]).flatten()
 
 
 def decode(panels: Tensor) -> Tensor:
-    """The reverse -> float32 [P,32,k]."""
+    """The reverse of encode -> float32 [P,32,k]."""
     whole = panels[:, :HEADER_BYTES].contiguous().view(torch.float32)
-    groups = panels[:, HEADER_BYTES:].unflatten(1, (-1, GROUP * 16 + 64))
-    codes = split(groups[..., : GROUP * 16]).flatten(2)
-    scales = groups[..., GROUP * 16 :].unflatten(2, (2, 32)).permute(0, 3, 1, 2).flatten(2)
-    steps = scales.contiguous().view(torch.float8_e4m3fn).float() * whole[..., None]
-    signs = torch.where(codes >= 8, -1.0, 1.0)
-    return ((VALUES[(codes & 7).long()] * signs).unflatten(2, (-1, 16)) * steps[..., None]).flatten(2)
+    groups = panels[:, HEADER_BYTES:].unflatten(1, (-1, PANEL_GROUP * 16 + 64))
+    codes = split(groups[..., : PANEL_GROUP * 16]).flatten(2)
+    scales = groups[..., PANEL_GROUP * 16 :].unflatten(2, (2, 32)).permute(0, 3, 1, 2).flatten(2)
+    steps = scales.contiguous().view(E4M3).float() * whole[..., None]
+    return (e2m1.SIGNED[codes.long()].unflatten(2, (-1, GROUP)) * steps[..., None]).flatten(2)
 
 
-def e2m1(values: Tensor) -> Tensor:
-    """The nearest codes, ties to the even one; beyond 6 the code of 6."""
-    size = values.abs()
-    codes = torch.zeros_like(values, dtype=torch.uint8)
-    for number, middle in enumerate((VALUES[1:] + VALUES[:-1]) / 2):
-        codes += size >= middle if number % 2 else size > middle
-    return torch.where(values < 0, codes + 8, codes)
+def stored_values(octets: Tensor, scales: Tensor, multiplier: float) -> Tensor:
+    """The weights, float32 [n,k], of a checkpoint's codes and e4m3 scales: exactly those of their packed form."""
+    steps = (scales.float() * multiplier)[..., None]
+    return (e2m1.widen(octets).unflatten(1, (-1, GROUP)) * steps).flatten(1)
+
+
+def from_codes(codes: Tensor, scales: Tensor, row_scales: Tensor, dtype: torch.dtype) -> DeviceMatrix:
+    """A checkpoint's own: uint8 [n,k/2] or [E,n,k/2], e4m3 [.., n, k/16], and multipliers.
+
+    row_scales: of rows [.., n], of matrices [E], or one. Raises DeviceFormatError.
+    """
+    shape = four_bit_shape("nvfp4", codes, scales, E4M3)
+    experts, n = (1, *shape)[-3], shape[-2]
+    whole = row_scales.float()
+    if whole.numel() in (1, experts) and whole.numel() != experts * n:
+        whole = whole.reshape(-1, 1).expand(experts, n)
+    if whole.numel() != experts * n:
+        raise DeviceFormatError(f"nvfp4: row_scales {list(row_scales.shape)} do not fit {list(shape)}")
+    whole = whole.reshape(experts, n).contiguous()
+    return DeviceMatrix("nvfp4", shape, dtype, as_experts(codes), as_experts(scales), whole, (1, GROUP))
+
+
+def quantise(weight: Tensor, dtype: torch.dtype) -> DeviceMatrix:
+    """float32 [n,k] -> the nearest codes under scales that take the peak of each group and row in."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    scales, whole, steps = _grid(groups)
+    codes = e2m1.nearest(torch.where(steps[..., None] > 0, groups / steps[..., None], 0.0)).flatten(1)
+    return from_codes(e2m1.join(codes), scales, whole, dtype)
+
+
+def dequantise(matrix: DeviceMatrix) -> Tensor:
+    """The values, float32 [E,n,k], each rounded once."""
+    assert matrix.row_scales is not None
+    values = e2m1.widen(matrix.codes).unflatten(2, (-1, GROUP)) * matrix.scales.float()[..., None]
+    return (values * matrix.row_scales[..., None, None]).flatten(2)
+
+
+def _grid(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """groups [..., G, 16] -> scales e4m3 [..., G], multipliers of rows [...], and the steps, scale * multiplier."""
+    peaks = groups.abs().amax(-1)
+    highest = peaks.amax(-1)
+    whole = torch.where(highest >= SMALLEST, highest / (e2m1.LARGEST * LARGEST_E4M3), 1.0)
+    scales = (peaks / (e2m1.LARGEST * whole[..., None])).clamp_max(LARGEST_E4M3).to(E4M3)
+    return scales, whole, scales.float() * whole[..., None]
+
+
+def _assemble(codes: Tensor, scales: Tensor, whole: Tensor) -> Tensor:
+    """uint8 [P,32,k], e4m3 [P,32,k/16], float32 multipliers [P,32] -> uint8 [P, bytes of a panel]."""
+    octets = join(codes.unflatten(2, (-1, PANEL_GROUP)))
+    pairs = scales.view(torch.uint8).unflatten(2, (-1, 2)).permute(0, 2, 3, 1).flatten(2)
+    return torch.cat([whole.contiguous().view(torch.uint8), torch.cat([octets, pairs], -1).flatten(1)], -1)

@@ -29,20 +29,21 @@ A panel is a multiple of 64 bytes, and starts at one, in every format.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cierzo.kernels.cpu import abi
 from cierzo.kernels.formats.device import DeviceMatrix
+from cierzo.kernels.formats.number_formats import PACKED_FORMATS, plain_format
 
 PANEL = 32  # outputs
 ALIGNMENT = 64  # bytes
-GROUP_K = {"float32": 1, "bf16": 2, "int8": 64, "int4": 32, "nvfp4": 32}
-GROUP_BYTES = {"float32": 128, "bf16": 128, "int8": 2112, "int4": 640, "nvfp4": 576}  # of one panel
-HEADER_BYTES = {"float32": 0, "bf16": 0, "int8": 0, "int4": 0, "nvfp4": 128}  # of one panel
+PLAIN_FORMATS = {torch.float32: plain_format("float32"), torch.bfloat16: plain_format("bfloat16")}
+
+
+class PackError(ValueError):
+    """A weight cannot be packed: a format, shape or dtype that does not exist, or a value that does not fit."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,12 +59,6 @@ class PackedMatrix:
     dtype: torch.dtype
     paired: bool
     data: Tensor
-    descriptor: abi.Matrix
-
-    @property
-    def address(self) -> int:
-        """Of the C struct that describes it."""
-        return ctypes.addressof(self.descriptor)
 
     @property
     def num_bytes(self) -> int:
@@ -74,6 +69,24 @@ class PackedMatrix:
 Matrix = Tensor | PackedMatrix | DeviceMatrix  # what an operation takes as weights
 
 
+def to_panels(weight: Tensor, paired: bool) -> Tensor:
+    """[E,n,k] -> new [E * panels, 32, k], in the order of outputs in a packed matrix; outputs past n are zero."""
+    experts, n, k = weight.shape
+    sections = 2 if paired else 1
+    count, height = num_panels(n, paired), PANEL // sections
+    padded = torch.zeros(experts, sections, count * height, k, dtype=weight.dtype)
+    padded[:, :, : n // sections] = weight.unflatten(1, (sections, n // sections))
+    return padded.unflatten(2, (count, height)).transpose(1, 2).reshape(experts * count, PANEL, k)
+
+
+def from_panels(panels: Tensor, n: int, paired: bool) -> Tensor:
+    """The reverse of to_panels: [E * panels, 32, k] -> [E,n,k]."""
+    sections = 2 if paired else 1
+    count, height = num_panels(n, paired), PANEL // sections
+    halves = panels.unflatten(0, (-1, count)).unflatten(2, (sections, height)).transpose(1, 2)
+    return halves.flatten(2, 3)[:, :, : n // sections].flatten(1, 2)
+
+
 def num_panels(n: int, paired: bool) -> int:
     """Panels of n outputs; a paired matrix pads its two halves apart."""
     return -(-(n // 2) // (PANEL // 2)) if paired else -(-n // PANEL)
@@ -81,7 +94,8 @@ def num_panels(n: int, paired: bool) -> int:
 
 def panel_bytes(format: str, k: int) -> int:
     """Bytes of one panel: 32 outputs, all of k."""
-    return HEADER_BYTES[format] + -(-k // GROUP_K[format]) * GROUP_BYTES[format]
+    panels = PACKED_FORMATS[format]
+    return panels.header_bytes + -(-k // panels.group_k) * panels.group_bytes
 
 
 def packed_bytes(format: str, n: int, k: int, paired: bool = False) -> int:
@@ -101,8 +115,30 @@ def view_packed(
             f"{format} {list(shape)} takes {num_experts * each} bytes at a multiple of {ALIGNMENT}, "
             f"got {data.numel()} at {data.data_ptr() % ALIGNMENT}"
         )
-    descriptor = abi.Matrix(data.data_ptr(), num_experts, n, k, each, abi.FORMATS[format], int(paired))
-    return PackedMatrix(format, tuple(shape), dtype, paired, data, descriptor)
+    return PackedMatrix(format, tuple(shape), dtype, paired, data)
+
+
+def new_packed(weight: Tensor, format: str, dtype: torch.dtype, paired: bool) -> PackedMatrix:
+    """Memory for the packed form of weight, [n,k] or [E,n,k], whose values are to be written yet.
+
+    Raises PackError for a format, shape or dtype that cannot be packed.
+    """
+    check_packable(weight, format, paired)
+    *experts, n, k = weight.shape
+    data = empty_packed((experts[0] if experts else 1) * packed_bytes(format, n, k, paired))
+    return view_packed(format, tuple(weight.shape), dtype, paired, data)
+
+
+def check_packable(weight: Tensor, format: str, paired: bool) -> None:
+    """Raise PackError for a format, shape or dtype that cannot be packed."""
+    if weight.dtype not in PLAIN_FORMATS:
+        raise PackError(f"weights are float32 or bfloat16, got {weight.dtype}")
+    if format not in PACKED_FORMATS:
+        raise PackError(f"unknown number format {format!r}; known: {', '.join(PACKED_FORMATS)}")
+    if weight.dim() not in (2, 3) or 0 in weight.shape:
+        raise PackError(f"weights are [n,k] or [experts,n,k], got {list(weight.shape)}")
+    if paired and weight.shape[-2] % 2:
+        raise PackError(f"a paired matrix has an even number of rows, got {weight.shape[-2]}")
 
 
 def empty_packed(num_bytes: int) -> Tensor:

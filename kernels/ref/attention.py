@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from cierzo.kernels.derived import derived
 from cierzo.kernels.formats import kv_fp8, kv_int8
-from cierzo.kernels.formats.pack import as_tensor
+from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ref import norm, rope

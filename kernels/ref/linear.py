@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from cierzo.kernels.formats.activations import QuantisedRows, Rows, quantise_rows, takes_fp8
+from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise
-from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 
 PAIRED_ROW_WIDTH = 1280

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from cierzo.kernels.formats.activations import takes_fp8
+from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.device import DeviceMatrix
-from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ref.linear import gated_mlp
 

@@ -11,7 +11,7 @@ import pytest
 
 from cierzo.bench import experts
 from cierzo.bench.experts import ExpertsSettings, read_prompts, run_traffic, tables
-from cierzo.engine.cli import main
+from cierzo.cli import main
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
 from cierzo.engine.weights.make import make_checkpoint

@@ -16,23 +16,25 @@ import torch
 import triton_interpreter
 from torch import Tensor
 
+from cierzo.bench.campaign.loop import DeviceLost, Run
+from cierzo.bench.campaign.store import Store
 from cierzo.bench.gpu import __main__ as command
 from cierzo.bench.gpu import conformance, kernels, served
 from cierzo.bench.gpu.cases import SINGLE, formats_of
-from cierzo.bench.gpu.cells import Cells
 from cierzo.bench.gpu.timing import ceilings
-from cierzo.bench.kernel_cases import Model, Size
+from cierzo.bench.kernel_cases import Size
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.kernel import running_on
 
 CPU = torch.device("cpu")
-TINY4 = Model(
+TINY4 = ModelSizes(
     name="tiny4", hidden=64, heads=2, vocab=160, mlp_width=32, query_rank=32, rank=32, rope=16, nope=16,
-    value_dim=16, experts=8, top_k=2, expert_width=32,
+    value_dim=16, experts=8, top_k=2, expert_width=32, shared_width=32,
 )  # fmt: skip
-TINY3 = Model(name="tiny3", hidden=64, heads=4, vocab=160, mlp_width=96, kv_heads=2, head_dim=16)
+TINY3 = ModelSizes(name="tiny3", hidden=64, heads=4, vocab=160, mlp_width=96, kv_heads=2, head_dim=16)
 OSS = replace(TINY3, name="oss", window=24, sinks=True)
 DECODE = Size(name="decode", sequences=2, rows_each=1, context=64)
 PREFILL = Size(name="prefill", sequences=1, rows_each=20, context=32)
@@ -82,7 +84,7 @@ def test_every_operation_conforms_and_would_be_found_wrong(operation: str, monke
         ("gqa_prefill", OSS, PREFILL),
     ],
 )
-def test_shared_prefixes_and_windows_conform(operation: str, model: Model, size: Size) -> None:
+def test_shared_prefixes_and_windows_conform(operation: str, model: ModelSizes, size: Size) -> None:
     assert conformance.check(operation, model, size, "bf16", CPU, seed=3) is not None
 
 
@@ -134,34 +136,69 @@ def test_kernels_are_timed_beside_torch() -> None:
     assert kernels.measure("gqa_decode", TINY4, DECODE, "bf16", CPU, limits, 0) is None
 
 
-def test_cells_resume_and_a_failure_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cells = Cells(tmp_path / "cells.jsonl")
-    calls: list[str] = []
+def _run(path: Path, **tasks: Any) -> tuple[Store, list[str]]:
+    """A part of these tasks."""
+    said: list[str] = []
+    store = Store(path, {"commit": "abc", "device": "cpu"})
+    Run(command.Parts({"part": command.Part(list(tasks), {"part": lambda: tasks})}), store, said.append).measure(1)
+    return store, said
 
+
+def test_tasks_are_cells_and_a_failure_says_what_it_was(tmp_path: Path) -> None:
     def fails() -> None:
-        calls.append("b")
-        raise RuntimeError("no room")
+        raise ValueError("no room")
 
-    def tasks() -> Iterator[tuple[str, Any]]:
-        yield "a", lambda: calls.append("a") or {"us": 1.0, "gb_per_s": 1.0, "tflop_per_s": 0.0, "share": 0.5}
-        yield "b", fails
-        yield "c", lambda: calls.append("c")
+    timed = {"us": 1.0, "gb_per_s": 1.0, "tflop_per_s": 0.0, "share": 0.5}
+    store, said = _run(tmp_path / "cells.jsonl", a=lambda: timed, b=fails, c=lambda: None)
+    assert store.measured("a", "part") == {0: timed}
+    assert store.measured("c", "part") == {0: None}
+    assert store.error("b", "part") == "ValueError: no room"
+    assert said[0].endswith("a: 1.0 us, 1 GB/s, 0.0 TFLOP/s, 50% of the limit")
+    assert said[1].endswith("b: FAILED: ValueError: no room")
+    assert said[2].endswith("c: not in this model")
 
-    assert command.run_part(cells, "part", tasks(), 10) == 1
-    assert calls == ["a", "b", "c"]
-    cells.path.write_text(cells.path.read_text() + '{"part": "part", "na')  # stopped within a line
-    again = Cells(cells.path)
-    assert command.run_part(again, "part", tasks(), 10) == 1
-    assert calls == ["a", "b", "c", "b"]  # what failed is tried again
-    assert command.run_part(Cells(cells.path), "other", tasks(), -1) == 0
-    assert "b  FAILED  RuntimeError: no room" in capsys.readouterr().out
-    assert [json.loads(line)["name"] for line in cells.path.read_text().splitlines() if line.endswith("}")]
+
+def test_a_lost_device_is_known_by_its_error(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        _run(tmp_path / "cells.jsonl", a=fails)
+
+
+def test_parts_of_the_command_go_on_where_they_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In miniature: one operation, one size; the kernels' shares are of the ceilings that the run has measured."""
+    monkeypatch.setattr(command, "SINGLE", ("rms_norm",))
+    monkeypatch.setattr(command, "models_of", lambda operation, hostile=False: (TINY4, TINY3))
+    monkeypatch.setattr(conformance, "SIZES", (DECODE,))
+    monkeypatch.setattr(kernels, "SIZES", (PREFILL,))
+    path = tmp_path / "cells.jsonl"
+    words = ["--device", "cpu", "--output", str(path), "--parts"]
+    assert command.main([*words, "compile", "conformance", "ceilings", "kernels"]) == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0]["device"] == "cpu"
+    cells = [(line["subject"], line["cell"]) for line in lines[1:]]
+    tiny = [f"rms_norm, {model}, " for model in ("tiny4", "tiny3")]
+    assert cells == [
+        ("machine", "machine"),
+        *(("conformance", f"{name}decode, bf16") for name in tiny),
+        ("ceilings", "ceilings"),
+        *(("kernels", f"{name}prefill, bf16") for name in tiny),
+    ]
+    assert lines[2]["result"]["deviation"] < conformance.TOLERANCE
+    assert lines[-1]["result"]["share"] > 0
+    capsys.readouterr()
+    assert command.main([*words, "conformance", "kernels"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_kernels_need_no_package_of_ours_beside_torch() -> None:
     code = (
         "import sys\nfor name in ('msgspec', 'uvloop', 'safetensors', 'tqdm'): sys.modules[name] = None\n"
-        "import cierzo.bench.gpu.__main__, cierzo.bench.gpu.compiled"
+        "import cierzo.bench.gpu.__main__, cierzo.bench.gpu.compiled\n"
+        "import cierzo.engine.cost.data_sheets, cierzo.engine.cost.operations, cierzo.engine.cost.sizes"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

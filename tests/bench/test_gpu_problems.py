@@ -4,33 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from cierzo.bench.gpu import compiled
-from cierzo.bench.gpu.cases import SMALL3, SMALL4, make_call, without_memory
-from cierzo.bench.gpu.problems import CARDS, META, STEPS, Work, problems
-from cierzo.bench.kernel_cases import Call, Model, Size, random_experts
-from cierzo.engine.cost.cards import DATA_SHEETS, HOPPER_RATES
-from cierzo.kernels.formats.device import quantise
+from cierzo.bench.gpu.problems import STEPS, problems
+from cierzo.bench.kernel_cases import SMALL3, SMALL4, random_experts
+from cierzo.engine.cost import operations
+from cierzo.engine.cost.data_sheets import DATA_SHEETS
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.triton.compile import Compiled
 
 DECODE, PREFILL = STEPS
 
 
+class Work(NamedTuple):
+    """Bytes and operations of a launch."""
+
+    num_bytes: float
+    flops: float = 0
+
+
+def found_works(configuration: Any) -> dict[str, Work]:
+    return {step: Work(work.num_bytes, work.operations) for step, work in problems(configuration)}
+
+
 def works(*purposes: str) -> Iterator[dict[str, Work]]:
-    """Of the kernels of those purposes, by step."""
+    """Works of the kernels of those purposes, by step."""
     known = {purpose: configuration for _, purpose, configuration in compiled.configurations()}
-    for purpose in purposes:
-        yield dict(problems(known[purpose]))
-
-
-def case(operation: str, model: Model, size: Size, format: str = "bf16") -> Call:
-    call = make_call(operation, model, size, format, META, cold_bytes=0)
-    assert call is not None
-    return call
+    yield from (found_works(known[purpose]) for purpose in purposes)
 
 
 CONTEXT = 4096  # tokens: a row at the end of 64 such contexts, or all rows of one
@@ -168,28 +171,31 @@ def test_every_kernel_has_the_problem_that_its_sizes_give() -> None:
     for _, purpose, configuration in compiled.configurations():
         name, constants, types = configuration.name, configuration.constants, configuration.types
         expected = {step: BY_HAND[name](constants, types, step) for step in ROWS if launched(name, constants, step)}
-        assert dict(problems(configuration)) == expected, purpose
+        assert found_works(configuration) == expected, purpose
         seen.add(name)
     assert seen == set(BY_HAND)
 
 
 @pytest.mark.parametrize(
-    ("attend", "combine", "operation", "model", "pages"),
+    ("attend", "combine", "model", "page_bytes"),
     [
-        ("mla_decode 32 heads, fp8 pages", "mla_decode 32 heads, combine", "mla_decode", SMALL4, "fp8"),
-        ("gqa_decode 32/8 heads, bf16 pages", "gqa_decode 32/8 heads, combine", "gqa_decode", SMALL3, "bf16"),
+        ("mla_decode 32 heads, fp8 pages", "mla_decode 32 heads, combine", SMALL4, 1),
+        ("gqa_decode 32/8 heads, bf16 pages", "gqa_decode 32/8 heads, combine", SMALL3, 2),
     ],
 )
 def test_parts_of_decoding_add_up_to_the_operation(
-    attend: str, combine: str, operation: str, model: Model, pages: str
+    attend: str, combine: str, model: ModelSizes, page_bytes: int
 ) -> None:
     """And what lies between them, written by one and read by the other."""
     first, second = (found["decode 64"] for found in works(attend, combine))
-    call = case(operation, model, DECODE, pages)
-    width = model.rank or model.head_dim
-    between = 64 * model.heads * 8 * (width + 2) * 4
-    assert first.num_bytes + second.num_bytes == call.num_bytes + 2 * between
-    assert first.flops + second.flops == call.flops
+    entry_bytes = model.page_values * page_bytes
+    if model.rank:
+        whole = operations.mla_decode(model, *DECODE.queries(), entry_bytes)
+    else:
+        whole = operations.gqa(model, *DECODE.queries(), entry_bytes)
+    between = 64 * model.heads * 8 * ((model.rank or model.head_dim) + 2) * 4
+    assert first.num_bytes + second.num_bytes == whole.num_bytes + 2 * between
+    assert first.flops + second.flops == whole.operations
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8", "nvfp4"])
@@ -197,11 +203,12 @@ def test_parts_of_the_experts_add_up_to_the_operation(format: str) -> None:
     names = (f"small4 expert_gate_up {format}", f"small4 expert_down {format}")
     for size in STEPS:
         up, down = (found[size.name] for found in works(*names))
-        call = case("expert_mlp", SMALL4, size, format)
-        assert up.flops + down.flops == call.flops
+        distinct = len(random_experts(SMALL4, size).unique())
+        whole = operations.expert_mlp(SMALL4, size.rows, distinct, format)
+        assert up.flops + down.flops == whole.operations
         rows = size.rows * 5  # of four experts and the shared one
         between = rows * (2 * 2048 + 4096) * 2 - size.rows * 4096 * 2  # inner, twice; outputs, which the sum reads
-        assert up.num_bytes + down.num_bytes == call.num_bytes + between
+        assert up.num_bytes + down.num_bytes == whole.num_bytes + between
 
 
 def test_rows_of_codes_are_half_as_wide_and_have_a_scale() -> None:
@@ -220,10 +227,11 @@ def test_parts_of_a_prompts_attention_add_up_to_the_operation() -> None:
     flops = sum(
         found["prefill 4096"].flops for found in works(*(f"mla_prefill 16 heads, {part}" for part in parts))
     )
-    assert flops == case("mla_prefill", replace(SMALL4, heads=16), PREFILL).flops
+    model = replace(SMALL4, heads=16)
+    assert flops == operations.mla_prefill(model, *PREFILL.queries(), 0).operations
 
 
-def test_work_of_products_and_the_limits_of_cards() -> None:
+def test_work_of_products() -> None:
     (o_proj, paired, head, absorb) = works(
         "small4 o_proj bf16", "small4 shared_gate_up bf16", "small4 lm_head bf16", "small4 absorb bf16"
     )
@@ -232,34 +240,16 @@ def test_work_of_products_and_the_limits_of_cards() -> None:
     assert paired["decode 64"] == Work(weights + rows + rows // 2, 2 * 64 * 4096 * 4096)
     assert head["decode 64"] == Work(131_072 * 4096 * 2 + rows + 64 * 131_072 * 4, 2 * 64 * 4096 * 131_072)
     assert set(absorb) == {"decode 64"}
-    h100, h200 = CARDS
-    assert o_proj["decode 64"].limit_s(h100, fp8=False) == ((weights + 2 * rows) / 3.35e12, "memory")
-    assert o_proj["decode 64"].limit_s(h200, fp8=False) == ((weights + 2 * rows) / 4.8e12, "memory")
-    assert o_proj["prefill 4096"].limit_s(h100, fp8=False) == (2 * 4096**3 / 989.5e12, "arithmetic")
-    assert o_proj["prefill 4096"].limit_s(h100, fp8=True) == (2 * 4096**3 / 1979e12, "arithmetic")
 
 
-def test_cards_are_the_ones_of_the_data_sheets() -> None:
-    """engine/cost has them too, and takes msgspec, which a machine with a card may lack."""
-    for card, name in zip(CARDS, ("h100", "h200"), strict=True):
-        assert card.name.lower().startswith(name)
-        assert (card.memory, card.bf16, card.fp8) == (
-            DATA_SHEETS[name][0],
-            HOPPER_RATES["bf16"],
-            HOPPER_RATES["fp8"],
-        )
-
-
-@pytest.mark.parametrize("format", ["fp8", "nvfp4", "mxfp4"])
-@pytest.mark.parametrize("shape", [(6, 64), (3, 6, 64)])
-def test_a_matrix_without_memory_has_the_bytes_of_a_quantised_one(format: str, shape: tuple[int, ...]) -> None:
-    quantised, empty = quantise(torch.ones(shape).bfloat16(), format), without_memory(format, shape)
-    for name in ("codes", "scales", "row_scales"):
-        one, other = getattr(quantised, name), getattr(empty, name)
-        assert (one is None) == (other is None), name
-        if one is not None:
-            assert one.nbytes == other.nbytes, name
-    assert (quantised.shape, quantised.block) == (empty.shape, empty.block)
+def test_the_limits_of_cards() -> None:
+    h100, h200 = DATA_SHEETS.values()
+    o_proj = {size.name: operations.linear(ModelSizes(), size.rows, 4096, 4096, "bf16") for size in STEPS}
+    num_bytes = 2 * (4096 * 4096 + 2 * 64 * 4096)
+    assert h100.limit_s(o_proj["decode 64"], fp8=False) == (num_bytes / 3.35e12, "memory")
+    assert h200.limit_s(o_proj["decode 64"], fp8=False) == (num_bytes / 4.8e12, "memory")
+    assert h100.limit_s(o_proj["prefill 4096"], fp8=False) == (2 * 4096**3 / 989.5e12, "arithmetic")
+    assert h100.limit_s(o_proj["prefill 4096"], fp8=True) == (2 * 4096**3 / 1979e12, "arithmetic")
 
 
 def test_the_table_tells_loads_by_width() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from cierzo.bench.headline.cells import LIMIT_S, Cell, Goal, Plan, Subject, cpu_plan, gpu_plan
+from cierzo.bench.campaign.outcome import Goal
+from cierzo.bench.campaign.store import Sample, Store
+from cierzo.bench.headline.cells import LIMIT_S, Cell, Plan, Subject, cpu_plan, gpu_plan
 from cierzo.bench.headline.figures import Figure, Steps, figure, requests_for, thinned
-from cierzo.bench.headline.outcome import ratios, rows, verdicts
-from cierzo.bench.headline.records import Identity, Measurement, Record, Records
+from cierzo.bench.headline.measurement import Measurement
+from cierzo.bench.headline.outcome import outcome_of
 from cierzo.bench.headline.search import NothingKeepsTheLimit, Point, best, bound, confirm, search
 from cierzo.bench.headline.settings import Room, engine_settings, resolved, room
 from cierzo.bench.latency import RequestSample, steady_load, summarise_load
@@ -22,7 +25,7 @@ SMALL4 = Subject(model="small4", weights="nvfp4", kv_dtype="fp8")
 SMALL3 = Subject(model="small3", weights="bf16", kv_dtype="fp8")
 THROUGHPUT = Cell(name="8/4", profile="throughput", input_tokens=8, output_tokens=4)
 LATENCY = Cell(name="8/4@1", profile="latency", input_tokens=8, output_tokens=4, concurrency=1)
-IDENTITY = Identity(commit="abc", device="a card", small4="one", small3="other")
+IDENTITY = {"commit": "abc", "device": "a card", "small4": "one", "small3": "other"}
 
 
 def _sample(start_s: float, first_s: float, end_s: float, tokens: int = 5) -> RequestSample:
@@ -159,14 +162,13 @@ def _measured(requests_per_s: float, completion_s: float, limit: float) -> Measu
 
 
 def test_ratios_are_of_paired_rounds_and_goals_of_ratios(tmp_path: Path) -> None:
-    records = Records(tmp_path / "records.jsonl", IDENTITY)
+    store = Store(tmp_path / "samples.jsonl", IDENTITY)
+    pair = {"ours": SMALL4, "against": SMALL3}
     goals = [
-        Goal(cell="8/4", small4=SMALL4, small3=SMALL3, at_least=3.0),
-        Goal(cell="8/4", small4=SMALL4, small3=SMALL3, at_least=3.01),
-        Goal(cell="8/4@1", small4=SMALL4, small3=SMALL3, at_most=0.5),
-        Goal(cell="8/4@1", small4=SMALL4, small3=SMALL3, at_most=0.49),
-        Goal(cell="elsewhere", small4=SMALL4, small3=SMALL3, at_most=0.5),
-        Goal(cell="8/4", small4=SMALL3, small3=SMALL3, at_least=1.0),
+        Goal(cell="8/4", **pair, at_least=3.0),
+        Goal(cell="8/4@1", **pair, at_most=0.49),
+        Goal(cell="elsewhere", **pair, at_most=0.5),
+        Goal(cell="8/4", ours=SMALL3, against=SMALL3, at_least=1.0),
     ]
     plan = Plan(
         cells=(THROUGHPUT, LATENCY),
@@ -182,33 +184,19 @@ def test_ratios_are_of_paired_rounds_and_goals_of_ratios(tmp_path: Path) -> None
     for subject, figures in rounds.items():
         for number, values in enumerate(figures):
             for cell in plan.cells:
-                record = Record(
-                    cell=cell, subject=subject, round=number, started="", took_s=0.0, measurement=_measured(*values)
-                )
-                records.add(record)
-    told = ratios(plan, records)
-    assert [(one.cell.name, one.ratio, one.rounds, one.limit) for one in told] == [
+                result = msgspec.to_builtins(_measured(*values))
+                where = {"cell": str(cell), "subject": str(subject), "round": number}
+                store.add(Sample(**where, started="", took_s=0.0, result=result))
+    found = outcome_of(plan, store)
+    assert [(one.cell.name, one.ratio, one.rounds, one.limit) for one in found.ratios] == [
         ("8/4", 3.0, 2, 4.0),
         ("8/4@1", 0.5, 2, 0.25),
     ]
-    said = verdicts(plan, told)
-    assert [one.met for one in said] == [True, False, True, False, None]
-    row = rows(plan, records)[0]
+    assert [one.met for one in found.verdicts] == [True, False, None], "of the cells that the plan has"
+    row = found.rows[0]
     assert row.values == [6.0, 9.0, 2.0]
-    assert row.measurement is not None
-    assert row.measurement.figure.requests_per_s == 6.0
-
-
-def test_records_of_something_else_are_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "records.jsonl"
-    Records(path, IDENTITY)
-    for field in Identity.__struct_fields__:
-        other = Identity(**{**{name: getattr(IDENTITY, name) for name in Identity.__struct_fields__}, field: "new"})
-        with pytest.raises(ConfigError, match=f"{field} '{getattr(IDENTITY, field)}', this run is of 'new'"):
-            Records(path, other)
-    path.write_bytes(path.read_bytes() + b'{"cell": 1}\n')
-    with pytest.raises(ConfigError, match="line 2"):
-        Records(path, IDENTITY)
+    assert row.result is not None
+    assert row.result.figure.requests_per_s == 6.0
 
 
 def test_plans_hold_together() -> None:
@@ -219,7 +207,7 @@ def test_plans_hold_together() -> None:
         assert {subject for pair in plan.pairs for subject in pair} == set(plan.subjects)
         for goal in plan.goals:
             assert goal.cell in names
-            assert (goal.small4, goal.small3) in plan.pairs
+            assert (goal.ours, goal.against) in plan.pairs
             cell = next(cell for cell in plan.cells if cell.name == goal.cell)
             assert (goal.at_least is not None) == cell.is_throughput != (goal.at_most is not None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,25 @@ import msgspec
 import numpy as np
 import pytest
 
+from cierzo.bench import machine
+from cierzo.bench.campaign.loop import Run
+from cierzo.bench.campaign.store import CEILINGS, Store
 from cierzo.bench.headline.__main__ import main
-from cierzo.bench.headline.cells import Cell, Plan, Subject, cpu_plan
+from cierzo.bench.headline.cells import Cell, Plan, Subject, gpu_plan
+from cierzo.bench.headline.measurement import Measurement
+from cierzo.bench.headline.outcome import outcome_of
 from cierzo.bench.headline.plot import panels
-from cierzo.bench.headline.records import Identity, Measurement, Record, Records
-from cierzo.bench.headline.run import Run
-from cierzo.bench.headline.serve import cpu_device
 from cierzo.bench.headline.simulate import Simulation, layouts, simulate, simulated_config
-from cierzo.bench.machine import Ceiling, Ceilings, describe_machine
-from cierzo.bench.peers import ceilings
+from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.engine.cost.cards import find_device, named
 from cierzo.engine.cost.step_time import step_time
-from cierzo.engine.cost.work import NumberFormats, StepShape, step_work
+from cierzo.engine.cost.weights import NumberFormats
+from cierzo.engine.cost.work import StepShape, step_work
 
 SMALL4 = Subject(model="small4", weights="nvfp4", kv_dtype="fp8")
 SMALL3 = Subject(model="small3", weights="bf16", kv_dtype="fp8")
 MODELS = {"small4": "small4", "small3": "small3"}
+IDENTITY = {"commit": "abc", "device": "a card", "small4": "one", "small3": "other"}
 SHORT = Cell(name="64/16@2", profile="latency", input_tokens=64, output_tokens=16, concurrency=2)
 FOUND = Ceilings(
     threads=2,
@@ -37,6 +39,22 @@ FOUND = Ceilings(
     float32=Ceiling(rate=200.0, reached_by="test"),
     int8=None,
 )
+
+
+class Record(msgspec.Struct):
+    """A sample of a cell, typed."""
+
+    cell: str
+    subject: str
+    result: Measurement
+
+    @property
+    def is_throughput(self) -> bool:
+        return "throughput" in self.cell
+
+    @property
+    def is_small4(self) -> bool:
+        return self.subject.startswith("small4")
 
 
 class Main:
@@ -51,14 +69,13 @@ class Main:
         return main([*words, "--miniature", "--checkpoint-folder", str(self.folder), *places])
 
     def records(self, name: str) -> list[Record]:
-        """Of a file, without its first line."""
+        """The cells of a file."""
         lines = (self.folder / f"{name}.jsonl").read_bytes().splitlines()[1:]
-        return [msgspec.json.decode(line, type=Record) for line in lines]
+        return [msgspec.json.decode(line, type=Record) for line in lines if json.loads(line)["cell"] != CEILINGS]
 
     def outcome(self, name: str) -> dict[str, Any]:
-        """Of the JSON."""
+        """The results in the JSON."""
         report: dict[str, Any] = json.loads((self.folder / "out" / f"{name}.json").read_bytes())
-        assert report["settings"]["identity"]["commit"] == report["results"]["commit"]
         assert report["versions"]["msgspec"]
         return dict(report["results"])
 
@@ -69,60 +86,57 @@ def run(tmp_path: Path) -> Main:
     return Main(tmp_path)
 
 
-def _check_outcome(outcome: dict[str, Any], table: str, page: str, records: list[Record]) -> None:
-    """Table, JSON and page say what the records say."""
+def _check_outcome(outcome: dict[str, Any], table: str, records: list[Record]) -> None:
+    """Table and JSON say what the records say."""
     assert len(outcome["rows"]) == len(records) == 4
     for row, record in zip(outcome["rows"], sorted(records, key=_by_cell), strict=True):
-        assert record.measurement is not None
-        assert row["measurement"]["samples"] == []
-        assert record.measurement.samples
-        figure = record.measurement.figure
+        assert row["result"]["samples"] == []
+        assert record.result.samples
+        figure = record.result.figure
         assert figure.steps is not None
         assert figure.steps.limit_requests_per_s > 0
-        assert (figure.steps.distinct_experts > 0) == (record.subject.model == "small4")
-        told = f"{row['values'][0]:.4g}"
-        assert told in table
-        assert told in page
+        assert (figure.steps.distinct_experts > 0) == record.is_small4
+        assert f"{row['values'][0]:.4g}" in table
     small4, small3, *_ = [row["values"][0] for row in outcome["rows"]]
     assert outcome["ratios"][0]["ratio"] == pytest.approx(small4 / small3)
     assert f"{small4 / small3:.2f}x" in table
     assert len(outcome["verdicts"]) == 2
     assert "met" in table
-    assert outcome["commit"] in page
-    assert "src=" not in page.replace('src="data:', "")
+    assert f"commit {outcome['identity']['commit']}" in table
 
 
 def _by_cell(record: Record) -> tuple[bool, bool]:
-    return not record.cell.is_throughput, record.subject.model == "small3"
+    return not record.is_throughput, not record.is_small4
 
 
 @pytest.mark.timeout(240)
 def test_real_servers(run: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(ceilings, "measure", lambda folder: FOUND)
+    monkeypatch.setattr(machine, "measure_apart", lambda: FOUND)
     assert run() == 0
     table = (run.folder / "out/headline-cpu-miniature.txt").read_text(encoding="utf-8")
-    page = (run.folder / "out/headline-cpu-miniature.html").read_text(encoding="utf-8")
     records = run.records("headline-cpu-miniature")
-    _check_outcome(run.outcome("headline-cpu-miniature"), table, page, records)
-    assert "SIMULATION" not in table + page
+    outcome = run.outcome("headline-cpu-miniature")
+    _check_outcome(outcome, table, records)
+    assert outcome["ceilings"] == [msgspec.to_builtins(FOUND)] * 2  # of each profile's engines
+    assert "SIMULATION" not in table
     assert "40.0 GB/s read, 400 GFLOP/s in bf16" in table
-    throughput = [record for record in records if record.cell.is_throughput]
-    assert [record.subject.model for record in throughput] == ["small4", "small3"]
+    assert [record.is_small4 for record in records if record.is_throughput] == [True, False]
     for record in records:
-        assert record.measurement is not None
-        assert len(record.measurement.samples) == record.measurement.figure.requests
-        assert all(sum(one.delta_tokens) == record.cell.output_tokens for one in record.measurement.samples)
-        assert f"--profile={record.cell.profile}" in record.measurement.command
-        assert record.measurement.command.startswith("python -m cierzo.engine serve small")
-        assert record.measurement.ceilings == FOUND
-        experts, cell = record.measurement.experts, record.cell
-        assert (experts is not None) == (record.subject.model == "small4")
-        if experts is not None:  # of this load alone, neither of the warm-up nor of the cell before
-            assert experts.tokens == record.measurement.figure.requests * (cell.tokens - 1)
+        result = record.result
+        assert len(result.samples) == result.figure.requests
+        assert all(sum(one.delta_tokens) == 8 for one in result.samples)
+        assert f"--profile={'throughput' if record.is_throughput else 'latency'}" in result.command
+        assert result.command.startswith("python -m cierzo serve small")
+        assert (result.experts is not None) == record.is_small4
+        if result.experts is not None:  # of this load alone, neither of the warm-up nor of the cell before
+            assert result.experts.tokens == result.figure.requests * (32 + 8 - 1)
     capsys.readouterr()
     assert run() == 0  # everything is there
     assert "round" not in capsys.readouterr().out.partition("Small 4 against")[0]
     assert len(run.records("headline-cpu-miniature")) == len(records)
+    (run.folder / "headline-cpu-miniature.jsonl").unlink()
+    assert run("--report") == 0  # from the JSON alone
+    assert table.partition("small4:")[2] in capsys.readouterr().out
 
 
 def test_a_simulation(run: Main, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,17 +147,17 @@ def test_a_simulation(run: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert [len(run.outcome(name)[part]) for part in ("rows", "ratios", "verdicts")] == [1, 0, 0]
     assert run("--device", "simulated:h200") == 0  # goes on
     records = run.records(name)
-    table, page = ((run.folder / "out" / f"{name}.{end}").read_text(encoding="utf-8") for end in ("txt", "html"))
-    _check_outcome(run.outcome(name), table, page, records)
+    table = (run.folder / "out" / f"{name}.txt").read_text(encoding="utf-8")
+    _check_outcome(run.outcome(name), table, records)
     assert table.startswith("SIMULATION")
     assert "shares of its rates: memory 80%, experts 40%" in table
-    assert '<p class="simulation">SIMULATION</p>' in page
+    assert "goal  " in table
+    assert "simulated  limit of the ratio" in table
     for record in records:
-        assert record.measurement is not None
-        figure = record.measurement.figure
+        figure = record.result.figure
         assert 0.2 < (figure.share_of_limit or 0) < 1.0
-        if record.cell.is_throughput:
-            measured = [point for point in record.measurement.points if point.measured]
+        if record.is_throughput:
+            measured = [point for point in record.result.points if point.measured]
             assert figure.concurrency in [point.concurrency for point in measured]
             assert figure.time_per_output_token_s.p50 <= 0.050
             assert figure.requests_per_s == max(
@@ -152,9 +166,9 @@ def test_a_simulation(run: Main, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     again = ["--device", "simulated:h200", "--samples", str(run.folder / f"{name}.jsonl")]
     for words, told in (
-        (["--commit", "other"], "results of commit '"),
-        (["--device", "simulated:h100"], "results of device 'simulated:h200"),
-        (["--small3", str(_tiny(run.folder))], "results of small3 'small3 at true size"),
+        (["--commit", "other"], "samples of commit '"),
+        (["--device", "simulated:h100"], "samples of device 'simulated:h200"),
+        (["--small3", str(_tiny(run.folder))], "samples of small3 'small3 at true size"),
     ):
         assert run(*again, *words) == 2
         assert told in capsys.readouterr().err
@@ -217,6 +231,10 @@ def test_steps_are_those_of_the_roofline(tmp_path: Path) -> None:
     assert ends[-2] - ends[0] == pytest.approx(requests * sum(float(np.sum(one.total_s)) for one in each))
 
 
+def _simulation(device: Any, folder: Path) -> Simulation:
+    return Simulation(gpu_plan(), device, MODELS, folder)
+
+
 def test_several_cards_are_one_engine_or_a_replica_each(tmp_path: Path) -> None:
     device = find_device("2xh200")
     together, apart = layouts(device)
@@ -225,13 +243,13 @@ def test_several_cards_are_one_engine_or_a_replica_each(tmp_path: Path) -> None:
     own = msgspec.structs.replace(device, name="own", bytes_per_s=1e12)
     assert layouts(own)[1].device.bytes_per_s == 1e12
     assert layouts(own)[1].device.cards == 1
-    found = Simulation(device, MODELS, tmp_path).measure(SHORT, SMALL3, 0)
+    found = _simulation(device, tmp_path).measure(SHORT, SMALL3)
     (loser,) = found.others
     assert float(loser.removesuffix(" s").rpartition(": ")[2]) > found.figure.completion_s.p50
     fours = msgspec.structs.replace(SHORT, concurrency=4)
     apart_only = msgspec.structs.replace(device, link_bytes_per_s=1e7)  # exchanges take most of a step
-    replicas = Simulation(apart_only, MODELS, tmp_path).measure(fours, SMALL3, 0)
-    alone = Simulation(_h200(), MODELS, tmp_path).measure(SHORT, SMALL3, 0).figure
+    replicas = _simulation(apart_only, tmp_path).measure(fours, SMALL3)
+    alone = _simulation(_h200(), tmp_path).measure(SHORT, SMALL3).figure
     assert (replicas.layout, replicas.figure.replicas, replicas.figure.concurrency) == (
         "2 engines of one card",
         2,
@@ -239,83 +257,26 @@ def test_several_cards_are_one_engine_or_a_replica_each(tmp_path: Path) -> None:
     )
     assert replicas.figure.requests_per_s == pytest.approx(2 * alone.requests_per_s, rel=0.2)
     assert replicas.figure.completion_s.p50 == pytest.approx(alone.completion_s.p50, rel=0.2)
-    one = Simulation(apart_only, MODELS, tmp_path).measure(msgspec.structs.replace(SHORT, concurrency=1), SMALL3, 0)
+    one = _simulation(apart_only, tmp_path).measure(msgspec.structs.replace(SHORT, concurrency=1), SMALL3)
     assert (one.layout, one.figure.replicas, one.figure.concurrency) == ("2 engines of one card", 1, 1)
     searched = msgspec.structs.replace(SHORT, profile="throughput", concurrency=None, input_tokens=2048)
-    best = Simulation(apart_only, MODELS, tmp_path).measure(searched, SMALL3, 0)
+    best = _simulation(apart_only, tmp_path).measure(searched, SMALL3)
     assert best.others[0].startswith("one engine on 2 cards: ")
     assert best.others[0].endswith("by forecast")
     forecast_per_s = [point.requests_per_s for point in best.points if not point.measured]
     assert max(forecast_per_s) > float(best.others[0].split()[5])
     fp8 = Subject(model="small4", weights="fp8", kv_dtype="fp8")
-    cards = Simulation(find_device("2xh100"), MODELS, tmp_path).measure(SHORT, fp8, 0)
+    cards = _simulation(find_device("2xh100"), tmp_path).measure(SHORT, fp8)
     assert cards.layout == "one engine on 2 cards"
     assert "2 engines of one card: the GPU has 74.5 GiB free" in cards.others[0]
 
 
 def test_a_machine_s_ceilings_are_a_device_without_slack() -> None:
-    device = cpu_device(FOUND, describe_machine())
+    device = machine.limit_device(FOUND)
     assert device.bytes_per_s == 40e9
     assert device.operations_per_s == {"bf16": 400e9, "fp32": 200e9, "int8": 400e9}
     assert set(device.stated.values()) == {1.0}
     assert device.step_overhead_s == 0
-
-
-class Scripted:
-    """A backend that answers from a function, and writes down what it was asked."""
-
-    def __init__(self, figure: Callable[[Subject, Cell], Measurement]) -> None:
-        self.diary: list[str] = []
-        self._figure = figure
-
-    def ceilings(self) -> None:
-        self.diary.append("ceilings")
-
-    def open(self, subject: Subject, cells: list[Cell]) -> Scripted:
-        self.diary.append(f"open {subject.model} {subject.weights} {cells[0].profile}")
-        return self
-
-    def measure(self, cell: Cell, subject: Subject, number: int) -> Measurement:
-        self.diary.append(f"{number} {cell.name}")
-        return self._figure(subject, cell)
-
-    def close(self) -> None:
-        self.diary.append("close")
-
-
-def test_subjects_alternate_and_a_failure_gets_a_new_session(tmp_path: Path) -> None:
-    plan = cpu_plan()
-    path = tmp_path / "records.jsonl"
-    identity = Identity(commit="abc", device="a card", small4="one", small3="other")
-    measured = Simulation(_h200(), MODELS, tmp_path).measure(SHORT, SMALL3, 0)
-    said: list[str] = []
-    broken = True
-
-    def figure(subject: Subject, cell: Cell) -> Measurement:
-        if broken and (subject.weights, cell.name) == ("int8", "1k/256@1"):
-            raise RuntimeError("out of luck")
-        return measured
-
-    backend = Scripted(figure)
-    Run(plan, backend, Records(path, identity), said.append).measure(2)
-    opened = [line.removeprefix("open ") for line in backend.diary if line.startswith("open")]
-    order = ["small4 bf16", "small3 bf16", "small4 int8", "small3 int8"]
-    again = ["small4 bf16", "small3 bf16", "small4 int8", "small4 int8", "small3 int8", "small3 int8"]
-    assert opened == [
-        *(f"{one} throughput" for one in order),
-        *(f"{one} latency" for one in again),
-        *(f"{one} throughput" for one in order[::-1]),
-        *(f"{one} latency" for one in again[::-1]),
-    ]
-    assert backend.diary.count("close") == len(opened)
-    assert sum("FAILED: out of luck" in line for line in said) == 4
-    broken = False
-    backend.diary.clear()
-    Run(plan, backend, Records(path, identity), said.append).measure(2)
-    assert [line for line in backend.diary if line[0].isdigit()] == ["0 1k/256@1"] * 2 + ["1 1k/256@1"] * 2
-    backend.diary.clear()
-    Run(plan, backend, Records(path, identity), said.append).measure(2)
-    assert backend.diary == []
 
 
 def test_the_picture_has_every_curve(tmp_path: Path) -> None:
@@ -324,24 +285,18 @@ def test_the_picture_has_every_curve(tmp_path: Path) -> None:
     assert run("--device", "simulated:h200") == 0
     png = tmp_path / "out/headline-simulated-h200-miniature.png"
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert "data:image/png;base64," in png.with_suffix(".html").read_text(encoding="utf-8")
 
 
 def test_panels_are_of_one_length_of_requests(tmp_path: Path) -> None:
-    from cierzo.bench.headline.outcome import rows
-
-    backend = Simulation(_h200(), MODELS, tmp_path)
-    records = Records(
-        tmp_path / "records.jsonl", Identity(commit="abc", device="a card", small4="one", small3="other")
-    )
+    store = Store(tmp_path / "samples.jsonl", IDENTITY)
     cells = tuple(
         msgspec.structs.replace(SHORT, name=f"64/16@{n}", concurrency=n, profile=profile)
         for profile in ("throughput", "latency")
         for n in (4, 1)
     )
     plan = Plan(cells=cells, subjects=(SMALL3,), pairs=(), goals=(), goals_are_for="a test")
-    Run(plan, backend, records, functools.partial(print, end="")).measure(1)
-    found = panels(rows(plan, records))
+    Run(Simulation(plan, _h200(), MODELS, tmp_path), store, functools.partial(print, end="")).measure(1)
+    found = panels(outcome_of(plan, store).rows)
     assert [title for title, *_ in found] == ["throughput: 64 in, 16 out", "latency: 64 in, 16 out"]
     for _, _, limit, curves in found:
         assert limit is None

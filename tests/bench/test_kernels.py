@@ -13,26 +13,20 @@ import pytest
 import torch
 
 from cierzo.bench import kernel_cases, kernels
-from cierzo.bench.kernel_cases import CASES, Call, Maker, Model, Size
+from cierzo.bench.kernel_cases import CASES, Call, Maker, Size
 from cierzo.bench.machine import Ceiling, Ceilings
+from cierzo.engine.cost.operations import Work, stored
+from cierzo.engine.cost.sizes import ModelSizes
+from cierzo.kernels.formats.device import quantise
+from cierzo.kernels.formats.packed import GROUP_K
+from cierzo.kernels.pack import pack
 from cierzo.kernels.registry import Implementation, has_native, implementations, operations
 
-TINY4 = Model(
-    name="tiny4",
-    hidden=64,
-    heads=2,
-    vocab=500,
-    mlp_width=32,
-    query_rank=48,
-    rank=32,
-    rope=16,
-    nope=16,
-    value_dim=32,
-    experts=8,
-    top_k=2,
-    expert_width=32,
-)
-TINY3 = Model(name="tiny3", hidden=64, heads=4, vocab=500, mlp_width=96, kv_heads=2, head_dim=32)
+TINY4 = ModelSizes(
+    name="tiny4", hidden=64, heads=2, vocab=500, mlp_width=32, query_rank=48, rank=32, rope=16, nope=16,
+    value_dim=32, experts=8, top_k=2, expert_width=32, shared_width=32,
+)  # fmt: skip
+TINY3 = ModelSizes(name="tiny3", hidden=64, heads=4, vocab=500, mlp_width=96, kv_heads=2, head_dim=32)
 DECODE = Size(name="decode 2", sequences=2, rows_each=1, context=64)
 PREFILL = Size(name="prefill 64", sequences=1, rows_each=64, context=64)
 SIZES = {size.name: size for size in (DECODE, PREFILL)}
@@ -136,12 +130,6 @@ BY_HAND = {
     ("tiny4", "prefill 64"): PREFILLS["tiny4"],
     ("tiny3", "prefill 64"): PREFILLS["tiny3"],
 }
-# Bytes that tiny4's weights have besides when they are packed in panels of 32 outputs.
-VOCAB, ROUTER, EXPANDERS = (512 - 500) * 64 * 2, (32 - 8) * 64 * 2, 2 * (32 - 16) * 32 * 2
-PADDING = {
-    "decode 2": {"lm_head": VOCAB, "route": ROUTER, "moe_block": ROUTER, "decoder": ROUTER},
-    "prefill 64": {"lm_head": VOCAB, "mla_prefill": EXPANDERS, "mla_block": EXPANDERS},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -177,13 +165,30 @@ def test_an_operation_runs_at_each_size_that_it_has(operation: str) -> None:
 def test_bytes_and_operations_are_those_counted_by_hand(native: bool) -> None:
     counted = set()
     for (model, size), calls in BY_HAND.items():
-        for operation, (num_bytes, flops) in calls.items():
+        for operation, by_hand in calls.items():
             call = CASES[operation](kernels.MODELS[model], SIZES[size], Maker(native=native, format="bf16"))
             assert call is not None
-            padding = PADDING[size].get(operation, 0) if native and model == "tiny4" else 0
-            assert (call.num_bytes - padding, call.flops) == (num_bytes, flops), (operation, model, size)
+            assert (call.work.num_bytes, call.work.operations) == by_hand, (operation, model, size)
             counted.add(operation)
     assert counted == set(operations())
+
+
+@pytest.mark.parametrize("format", [*GROUP_K, "fp8", "mxfp4"])
+def test_weights_are_counted_with_the_bytes_that_they_have(format: str) -> None:
+    """Of whole panels and groups: what pads a matrix is the implementation's own."""
+    plain = torch.ones(3, 64, 128).bfloat16()
+    made = [pack(plain, format)] if format in GROUP_K and has_native() else []
+    made += [quantise(plain, format)] if format in ("fp8", "nvfp4", "mxfp4") else []
+    for matrix in made:
+        assert matrix.num_bytes == stored(format, 3 * 64, 128)
+
+
+def test_a_shared_prefix_is_read_once_and_a_window_leaves_what_it_leaves() -> None:
+    size = Size(name="", sequences=3, rows_each=1, context=100, shared=64)
+    assert size.queries() == (3, 3 * 100, 3 * 36 + 64)
+    assert size.queries(window=40) == (3, 3 * 40, 3 * 36 + 4)
+    assert size.queries(window=30) == (3, 3 * 30, 3 * 30)
+    assert Size(name="", sequences=2, rows_each=3, context=5).queries() == (6, 2 * (3 + 4 + 5), 2 * 5)
 
 
 def test_shares_and_speedups_are_those_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,17 +230,17 @@ def test_cold_weights_fill_more_than_a_cache() -> None:
 
 def test_weights_are_used_in_turn() -> None:
     seen: list[int] = []
-    run = kernels._runner(seen.append, Call([(0,), (1,), (2,)], 0))
+    run = kernels._runner(seen.append, Call([(0,), (1,), (2,)], Work("", 0)))
     run(4)
     run(3)
     assert seen == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_the_ceiling_is_the_longer_of_bytes_and_operations() -> None:
-    assert kernels.least_seconds(Call([], 10**10), ROOF, "bf16") == 1.0
-    assert kernels.least_seconds(Call([], 10**10, 10**12), ROOF, "bf16") == 10.0
-    assert kernels.least_seconds(Call([], 10**10, 10**12), ROOF, "float32") == 20.0
-    assert kernels.least_seconds(Call([], 10**10, 10**12), ROOF, "int8") == 10.0  # no int8 ceiling: bf16's
+    assert kernels.least_seconds(Work("", 10**10), ROOF, "bf16") == 1.0
+    assert kernels.least_seconds(Work("", 10**10, 10**12), ROOF, "bf16") == 10.0
+    assert kernels.least_seconds(Work("", 10**10, 10**12), ROOF, "float32") == 20.0
+    assert kernels.least_seconds(Work("", 10**10, 10**12), ROOF, "int8") == 10.0  # no int8 ceiling: bf16's
 
 
 def test_a_line_gives_rates_by_the_median() -> None:

@@ -13,7 +13,6 @@ import msgspec
 import pytest
 
 from cierzo.bench import load
-from cierzo.bench.arguments import MAX_SEED
 from cierzo.bench.latency import RequestSample, result_table, steady_load, summarise_load
 from cierzo.bench.load import LoadSettings, add_arguments, run_load
 from cierzo.engine.errors import (
@@ -26,6 +25,7 @@ from cierzo.engine.errors import (
 )
 from cierzo.engine.frontend import validate
 from cierzo.engine.messages import Delta, Final, SampleEnd, Timings, Usage
+from cierzo.engine.options import MAX_SEED
 
 
 class ScriptedClient:
@@ -153,7 +153,7 @@ def test_command_writes_settings_and_raw_samples(
     clients: list[ScriptedClient], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "load.json"
-    assert load.main(_parse("--requests", "8", "--json", str(path))) == 1  # two were refused
+    assert load.run(_parse("--requests", "8", "--json", str(path))) == 1  # two were refused
     assert "time to first token" in capsys.readouterr().out
     report = msgspec.json.decode(path.read_bytes())
     assert report["benchmark"] == "load"
@@ -162,7 +162,7 @@ def test_command_writes_settings_and_raw_samples(
     assert len(report["results"]["samples"]) == 8
     assert report["machine"]["cores"] >= 1
     assert "msgspec" in report["versions"]
-    assert load.main(_parse("--requests", "3")) == 0
+    assert load.run(_parse("--requests", "3")) == 0
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_a_load_waits_until_the_server_is_ready(
 
     monkeypatch.setattr(ScriptedClient, "health", health)
     monkeypatch.setattr(ScriptedClient, "wait_ready", wait_ready)
-    assert load.main(_parse("--requests", "3")) == 0
+    assert load.run(_parse("--requests", "3")) == 0
     assert capsys.readouterr().err == "waiting: the server at unix:/nowhere loads its model\n"
     assert all(client.closed for client in clients)
 
@@ -393,5 +393,5 @@ def test_a_server_that_takes_no_requests_is_not_loaded(
 
     monkeypatch.setattr(ScriptedClient, "wait_ready", wait_ready)
     with pytest.raises(Draining):
-        load.main(_parse("--requests", "3"))
+        load.run(_parse("--requests", "3"))
     assert [client.closed for client in clients] == [True]

@@ -1,32 +1,45 @@
-"""From raw times to the table: rates, samples on disk, medians, ratios, roofs, agreement."""
+"""From raw times to the table: rates, medians, ratios, limits, agreement."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from cierzo.bench.campaign.store import Sample, Store
+from cierzo.bench.machine import Ceiling, Ceilings, limit_device
 from cierzo.bench.peers import agreement
-from cierzo.bench.peers.ceilings import Limits, limits
-from cierzo.bench.peers.cells import LOAD, MEMORY, Cell, cells, decode_rate
+from cierzo.bench.peers.cells import LOAD, MEMORY, Cell, Subject, cells, decode_rate
 from cierzo.bench.peers.engine import Checkpoint, Engine
-from cierzo.bench.peers.results import close_pairs, ratios, rows, small4_over_small3
-from cierzo.bench.peers.roof import roof
-from cierzo.bench.peers.samples import Sample, Samples
-from cierzo.bench.peers.table import table
-from cierzo.engine.errors import ConfigError
+from cierzo.bench.peers.results import close_places, limit, outcome_of, ratios, small4_over_small3, values
+from cierzo.bench.peers.table import text
+from cierzo.engine.model.config import ModelConfig, read_model_config
 from cierzo.engine.weights.shapes import shape_of
 
 DECODE = Cell(name="decode-8", kind="decode", unit="tok/s", batch=8, prompt_tokens=128, new_tokens=64)
 SERVED = Cell(name="served", kind="served", unit="req/s", batch=32, requests=96, prompt_tokens=512, new_tokens=64)
-COMMIT = "abc"
-LIMITS = Limits(50.0, 440.0, 900.0)
+IDENTITY = {"commit": "abc", "device": "a CPU"}
+
+
+def rate(rate: float) -> Ceiling:
+    return Ceiling(rate=rate, reached_by="test")
+
+
+FOUND = Ceilings(
+    threads=2,
+    read_one_thread=rate(30.0),
+    read=rate(50.0),
+    bf16=rate(440.0),
+    float32=rate(220.0),
+    int8=rate(900.0),
+)
 
 
 def engine(name: str, peer: str = "vllm", number_format: str = "bf16") -> Engine:
-    return Engine(name=name, peer=peer, number_format=number_format, weight_bits=16, setting="")
+    return Engine(name=name, peer=peer, number_format=number_format, setting="")
 
 
 ENGINES = [
@@ -38,14 +51,17 @@ ENGINES = [
 ]
 
 
-def sample(name: str, value: float | None, number: int = 0, cell: Cell = DECODE, **more: str) -> Sample:
-    settings = {"checkpoint": "small4", "commit": COMMIT, "started": "2026-01-01T00:00:00+00:00", **more}
-    return Sample(cell=cell, engine=name, round=number, value=value, **settings)
+def add(store: Store, name: str, value: float | None, number: int = 0, cell: Cell = DECODE, **more: str) -> None:
+    """A sample, or a failure."""
+    subject = Subject(more.get("checkpoint", "small4"), name)
+    result = None if value is None else {"value": value, "raw": None, "command": "run"}
+    where = {"cell": str(cell), "subject": str(subject), "round": number}
+    store.add(Sample(**where, started="", took_s=1.0, result=result, error=more.get("error", "")))
 
 
 @pytest.fixture
-def samples(tmp_path: Path) -> Samples:
-    return Samples(tmp_path / "samples.jsonl", COMMIT)
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "samples.jsonl", IDENTITY)
 
 
 @pytest.fixture
@@ -72,62 +88,56 @@ def test_quick_measures_the_same_cells() -> None:
     assert [cell.prompt_tokens for cell in full if cell.kind == "prefill"] == [512, 2048, 8192]
 
 
-def test_samples_survive_on_disk(samples: Samples, tmp_path: Path) -> None:
-    samples.add(sample("fast", 3.0))
-    samples.add(sample("slow", None, error="no memory"))
-    again = Samples(tmp_path / "samples.jsonl", COMMIT)
-    assert again.has("small4", DECODE, "fast", 0)
-    assert not again.has("small4", DECODE, "fast", 1)
-    assert not again.has("small3", DECODE, "fast", 0)
-    assert not again.has("small4", DECODE, "slow", 0), "a failure is tried again"
-    assert again.error("small4", DECODE, "slow") == "no memory"
-    longer = Cell(name=DECODE.name, kind="decode", unit="tok/s", batch=8, prompt_tokens=128, new_tokens=32)
-    assert not again.has("small4", longer, "fast", 0), "other sizes are another measurement"
-    assert not Samples(tmp_path / "samples.jsonl", "def").has("small4", DECODE, "fast", 0), "so is another commit"
+def test_other_sizes_are_another_cell() -> None:
+    for full, quick in zip(cells(quick=False), cells(quick=True), strict=True):
+        assert (str(full) == str(quick)) == (full == quick)
+    assert str(DECODE) == "decode-8 (batch 8, prompt 128, new 64)"
+    assert str(LOAD) == "load"
 
 
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "samples.jsonl").write_text('{"checkpoint": "small4"\n')
-    with pytest.raises(ConfigError, match=r"samples\.jsonl, line 1"):
-        Samples(tmp_path / "samples.jsonl", COMMIT)
-
-
-def test_the_last_value_counts_but_the_most_memory(samples: Samples) -> None:
+def test_the_last_value_counts_but_the_most_memory(store: Store) -> None:
     for value in (3.0, 2.0):
-        samples.add(sample("fast", value))
-        samples.add(sample("fast", value, cell=MEMORY))
-    assert samples.values("small4", DECODE, "fast") == {0: 2.0}
-    assert samples.values("small4", MEMORY, "fast") == {0: 3.0}
+        add(store, "fast", value)
+        add(store, "fast", value, cell=MEMORY)
+    assert values(store, DECODE, Subject("small4", "fast")) == {0: 2.0}
+    assert values(store, MEMORY, Subject("small4", "fast")) == {0: 3.0}
 
 
-def test_rows_have_median_spread_and_share_of_the_roof(samples: Samples, checkpoint: Checkpoint) -> None:
+def test_rows_have_values_and_share_of_the_limit(store: Store, checkpoint: Checkpoint) -> None:
     for number, value in enumerate((90.0, 100.0, 110.0)):
-        samples.add(sample("fast", value, number))
-    samples.add(sample("slow", None, error="no memory"))
-    fast, slow = rows(samples, [checkpoint], ENGINES, [DECODE], LIMITS)
-    assert (fast.median, fast.spread, fast.rounds) == (100.0, pytest.approx(0.2), [0, 1, 2])
-    assert fast.roof == pytest.approx(306.1, abs=0.1)
-    assert (slow.median, slow.error) == (None, "no memory")
-    text = table([fast, slow], [], [DECODE], ENGINES)
-    assert "100 ±10% (33%)" in text
-    assert "small4 slow decode-8: no memory" in text
-    assert "cierzo-bf16" not in text
+        add(store, "fast", value, number)
+    add(store, "slow", None, error="no memory")
+    ceilings = {name: msgspec.to_builtins(getattr(FOUND, name)) for name in FOUND.__struct_fields__}
+    for read in (40.0, 60.0, 50.0):
+        result = {**ceilings, "read": {"rate": read, "reached_by": "test"}}
+        store.add(Sample(cell="ceilings", subject="small4", round=0, started="", took_s=1.0, result=result))
+    found = outcome_of(store, [checkpoint], ENGINES, [DECODE])
+    fast, slow = found.rows
+    assert (fast.values, fast.rounds) == ([90.0, 100.0, 110.0], [0, 1, 2])
+    assert fast.limit == pytest.approx(306.1, rel=0.03), "at the median of the ceilings"
+    assert (slow.values, slow.error) == ([], "no memory")
+    told = text(found, "make peers")
+    assert f"100 ±10% ({100 / fast.limit:.0%})" in told
+    assert "small4 slow decode-8: NOT MEASURED: no memory" in told
+    assert "50.0 GB/s read, 440 GFLOP/s in bf16" in told
+    assert "cierzo-bf16" not in told
+    assert next(sample["result"] for sample in found.samples) == {"value": 90.0, "raw": None, "command": "run"}
 
 
-def test_ratios_are_paired_and_against_the_best(samples: Samples, checkpoint: Checkpoint) -> None:
+def test_ratios_are_against_the_best_peer(store: Store) -> None:
     """Rounds differ by a factor of ten, the ratio within them does not."""
     for number, speed in enumerate((1.0, 10.0, 100.0)):
-        samples.add(sample("cierzo-bf16", 3 * speed, number))
-        samples.add(sample("cierzo-int8", 6 * speed, number))
-        samples.add(sample("fast", 2 * speed, number))
-        samples.add(sample("slow", speed, number))
-        samples.add(sample("llama-q8", 4 * speed, number))
-        samples.add(sample("cierzo-bf16", 2.0, number, cell=LOAD))
-        samples.add(sample("fast", 8.0, number, cell=LOAD))
-        samples.add(sample("slow", 4.0, number, cell=LOAD))
-    samples.add(sample("fast", 1e6, 3))  # we did not run in this round
-    found = {(r.cell, r.ours, r.against): r.ratio for r in ratios(samples, [checkpoint], ENGINES, [DECODE, LOAD])}
-    assert found == {
+        add(store, "cierzo-bf16", 3 * speed, number)
+        add(store, "cierzo-int8", 6 * speed, number)
+        add(store, "fast", 2 * speed, number)
+        add(store, "slow", speed, number)
+        add(store, "llama-q8", 4 * speed, number)
+        add(store, "cierzo-bf16", 2.0, number, cell=LOAD)
+        add(store, "fast", 8.0, number, cell=LOAD)
+        add(store, "slow", 4.0, number, cell=LOAD)
+    add(store, "fast", 1e6, 3)  # we did not run in this round
+    found = ratios(store, ["small4"], ENGINES, [DECODE, LOAD])
+    assert {(one.cell.name, one.ours.engine, one.against.engine): one.ratio for one in found} == {
         ("decode-8", "cierzo-bf16", "fast"): 1.5,
         ("decode-8", "cierzo-int8", "cierzo-bf16"): 2.0,
         ("decode-8", "cierzo-int8", "llama-q8"): 1.5,
@@ -135,23 +145,26 @@ def test_ratios_are_paired_and_against_the_best(samples: Samples, checkpoint: Ch
     }
 
 
-def test_close_ratios_name_both_sides(samples: Samples, checkpoint: Checkpoint) -> None:
+def test_close_ratios_name_both_sides(store: Store) -> None:
     for name, value in (("cierzo-bf16", 11.0), ("fast", 10.0), ("cierzo-int8", 11.5), ("llama-q8", 5.0)):
-        samples.add(sample(name, value))
-    found = ratios(samples, [checkpoint], ENGINES, [DECODE])
-    assert close_pairs(found, ENGINES, 1.2) == {
-        ("small4", "decode-8", "cierzo-bf16"),
-        ("small4", "decode-8", "fast"),
+        add(store, name, value)
+    found = ratios(store, ["small4"], ENGINES, [DECODE])
+    assert close_places(found, ENGINES, 1.2) == {
+        (DECODE, Subject("small4", "cierzo-bf16")),
+        (DECODE, Subject("small4", "fast")),
     }, "int8 is close to our own bf16, which is no peer, and far from Q8_0"
 
 
-def test_small4_over_small3(samples: Samples) -> None:
-    samples.add(sample("cierzo-bf16", 4.0, cell=SERVED))
-    samples.add(sample("cierzo-bf16", 2.0, cell=SERVED, checkpoint="small3"))
-    samples.add(sample("fast", 4.0, cell=SERVED))
-    (one,) = small4_over_small3(samples, SERVED, ENGINES)
-    assert (one.ours, one.ratio) == ("cierzo-bf16", 2.0)
-    assert small4_over_small3(samples, DECODE, ENGINES) == []
+def test_small4_over_small3(store: Store) -> None:
+    add(store, "cierzo-bf16", 4.0, cell=SERVED)
+    add(store, "cierzo-bf16", 2.0, cell=SERVED, checkpoint="small3")
+    add(store, "fast", 4.0, cell=SERVED)
+    (one,) = small4_over_small3(store, SERVED, ENGINES)
+    assert (one.ours, one.against, one.ratio) == (
+        Subject("small4", "cierzo-bf16"),
+        Subject("small3", "cierzo-bf16"),
+        2.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,28 +178,29 @@ def test_small4_over_small3(samples: Samples) -> None:
         ("small3", "prefill-2048", 353),
     ],
 )
-def test_roofs_are_those_worked_out_by_hand(like: str, name: str, tokens_per_s: float) -> None:
-    """At 50 GB/s and 440 GFLOP/s."""
+def test_limits_are_those_worked_out_by_hand(tmp_path: Path, like: str, name: str, tokens_per_s: float) -> None:
+    """At 50 GB/s and 440 GFLOP/s, from the weights and the pairs of attention alone: the cache costs up to 7 %."""
     (cell,) = (cell for cell in cells(quick=False) if cell.name == name)
-    config = shape_of(like, "mini").config("bfloat16")
-    assert roof(cell, config, 16, LIMITS) == pytest.approx(tokens_per_s, abs=0.5)
+    found = limit(cell, _model(tmp_path, like), "bf16", limit_device(FOUND))
+    assert found is not None
+    assert 0.93 * tokens_per_s < found < 1.005 * tokens_per_s
 
 
-def test_roof_of_int8_halves_bytes_and_uses_its_own_rate() -> None:
-    config = shape_of("small4", "mini").config("bfloat16")
+def test_limits_of_int8_halve_bytes_and_use_their_own_rate(tmp_path: Path) -> None:
+    model, device = _model(tmp_path, "small4"), limit_device(FOUND)
     decode, prefill = (cell for cell in cells(quick=False) if cell.name in ("decode-1", "prefill-2048"))
-    assert roof(decode, config, 8, LIMITS) == pytest.approx(2 * (roof(decode, config, 16, LIMITS) or 0))
-    assert roof(prefill, config, 8, LIMITS) == pytest.approx(900 / 440 * (roof(prefill, config, 16, LIMITS) or 0))
-    assert roof(SERVED, config, 16, LIMITS) is None
+    for cell, least, most in ((decode, 1.8, 2.0), (prefill, 1.5, 900 / 440)):  # attention stays in bf16
+        bf16, int8, q8 = (limit(cell, model, name, device) for name in ("bf16", "int8", "q8_0"))
+        assert bf16 is not None
+        assert int8 is not None
+        assert int8 == q8
+        assert least < int8 / bf16 < most
+    assert limit(SERVED, model, "bf16", device) is None
 
 
-def test_limits_are_medians_over_the_rounds() -> None:
-    def measured(read: float) -> dict[str, object]:
-        rate = {"rate": read, "reached_by": "x"}
-        return {"threads": 2, "read_one_thread": rate, "read": rate, "bf16": rate, "float32": rate, "int8": None}
-
-    assert limits([measured(40.0), measured(60.0), measured(50.0)]) == Limits(50.0, 50.0, 50.0)
-    assert limits([]) is None
+def _model(folder: Path, like: str) -> ModelConfig:
+    (folder / "config.json").write_text(json.dumps(shape_of(like, "mini").config("bfloat16")))
+    return read_model_config(folder)
 
 
 def test_agreement_tells_ties_from_errors() -> None:

@@ -13,10 +13,10 @@ from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.experts import ExpertsSettings
 from cierzo.bench.plan import search as planning
-from cierzo.bench.plan.search import DevicePlan, Limits, Planner, other_cards, read_experts
+from cierzo.bench.plan.search import DevicePlan, LatencyLimits, Planner, other_cards, read_experts
 from cierzo.bench.report import make_report, write_report
 from cierzo.bench.workload import Workload, parse_workload
-from cierzo.engine.cli import main
+from cierzo.cli import main
 from cierzo.engine.config import EngineOptions
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.work import measured_distinct, uniform_distinct
@@ -27,9 +27,9 @@ from cierzo.engine.weights.shapes import named_model_config
 OPTIONS = EngineOptions(model="small4", profile="throughput")
 
 
-def _plan(text: str, name: str = "h200", limits: Limits | None = None, **options: Any) -> DevicePlan:
+def _plan(text: str, name: str = "h200", limits: LatencyLimits | None = None, **options: Any) -> DevicePlan:
     given = msgspec.structs.replace(OPTIONS, **options)
-    return Planner(given, parse_workload(text), limits or Limits()).plan(name, changes=False)
+    return Planner(given, parse_workload(text), limits or LatencyLimits()).plan(name, changes=False)
 
 
 def test_several_cards_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_several_cards_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path
     lines = {line[:30].strip(): line[30:].split() for line in text.splitlines()}
     assert lines["shares of the device"] == ["stated", "stated"]
     assert lines["fits"] == ["yes", "no"]
-    assert "h100: cannot run: the GPU has 74.5 GiB free; weights in fp8 take 112.0 GiB" in text
+    assert "h100: cannot run: the GPU has 74.5 GiB free; weights in fp8 take 112.1 GiB" in text
     h200, h100 = json.loads(report.read_text())["results"]
     assert h100["forecast"] is None
     assert f"{h200['forecast']['requests_per_s']:,.2f}" == lines["requests/s"][0]
@@ -114,7 +114,7 @@ def _stated(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_changes_bring_what_steps_priced_by_hand_do(workload: Workload) -> None:
     """A prompt of 9,000 tokens takes one, two or three steps. An open load gains in time, not in requests."""
-    plan = Planner(msgspec.structs.replace(OPTIONS, weights="fp8"), workload, Limits()).plan("h200")
+    plan = Planner(msgspec.structs.replace(OPTIONS, weights="fp8"), workload, LatencyLimits()).plan("h200")
     assert plan.forecast is not None
     given_s, _ = GIVEN.seconds(1, 9000, 11)
     assert plan.forecast.completion_s.p50 == pytest.approx(given_s, rel=1e-6)
@@ -132,7 +132,7 @@ def test_changes_bring_what_steps_priced_by_hand_do(workload: Workload) -> None:
 def test_an_open_load_gains_in_the_median_of_completion_times() -> None:
     """Where requests meet, so that their times differ."""
     workload = Workload(input_tokens=512, output_tokens=64, rate=4.0, requests=64)
-    plan = Planner(msgspec.structs.replace(OPTIONS, weights="fp8"), workload, Limits()).plan("h200")
+    plan = Planner(msgspec.structs.replace(OPTIONS, weights="fp8"), workload, LatencyLimits()).plan("h200")
     assert plan.forecast is not None
     first, given = plan.changes[0], plan.forecast.completion_s
     assert first.what == "weights nvfp4"
@@ -143,7 +143,7 @@ def test_an_open_load_gains_in_the_median_of_completion_times() -> None:
 @pytest.mark.usefixtures("_stated")
 def test_changes_within_a_limit_bring_what_steps_priced_by_hand_do() -> None:
     """More clients, as many as keep the limit; and so more requests a second."""
-    limits = Limits(max_inter_token_ms=8.3, statistic="mean")
+    limits = LatencyLimits(max_inter_token_ms=8.3, statistic="mean")
     options = msgspec.structs.replace(OPTIONS, weights="fp8")
     plan = Planner(options, parse_workload("16/20@1"), limits).plan("h200")
 
@@ -171,7 +171,7 @@ def test_the_next_card_and_twice_the_cards() -> None:
 
 @pytest.mark.parametrize("statistic", ["mean", "p50", "p99"])
 def test_the_most_clients_within_a_limit(statistic: Any) -> None:
-    limits = Limits(max_inter_token_ms=20.0, statistic=statistic)
+    limits = LatencyLimits(max_inter_token_ms=20.0, statistic=statistic)
     plan = _plan("256/64@1", limits=limits, max_chunk_tokens=256, budget_tokens=2048)
     assert plan.forecast is not None
     assert limits.broken(plan.forecast) is None
@@ -183,20 +183,20 @@ def test_the_most_clients_within_a_limit(statistic: Any) -> None:
 
 
 def test_the_highest_rate_within_a_limit() -> None:
-    limits = Limits(max_ttft_ms=100.0)
+    limits = LatencyLimits(max_ttft_ms=100.0)
     given = Workload(input_tokens=256, output_tokens=16, rate=1.0, requests=120)
     plan = Planner(OPTIONS, given, limits).plan("h200", changes=False)
     found = parse_workload(plan.workload).rate
     assert found is not None
     assert found > 5
     over = msgspec.structs.replace(given, rate=found * 1.05)
-    beyond = Planner(OPTIONS, over, Limits()).plan("h200", changes=False).forecast
+    beyond = Planner(OPTIONS, over, LatencyLimits()).plan("h200", changes=False).forecast
     assert beyond is not None
     assert "time to first token p99" in str(limits.broken(beyond))
 
 
 def test_a_limit_that_one_client_breaks_is_refused_with_the_numbers() -> None:
-    plan = _plan("20000/16@4", limits=Limits(max_ttft_ms=10))
+    plan = _plan("20000/16@4", limits=LatencyLimits(max_ttft_ms=10))
     assert plan.forecast is None
     assert plan.refused.startswith("workload 20000/16@1: time to first token p99 ")
     assert plan.refused.endswith("limit 10 ms")
@@ -263,7 +263,7 @@ def test_experts_of_real_traffic(tmp_path: Path) -> None:
     skewed = Planner(
         OPTIONS,
         parse_workload("64/64@32"),
-        Limits(),
+        LatencyLimits(),
         experts=read_experts(path),
     ).plan("h200", changes=False)
     uniform = _plan("64/64@32").forecast
@@ -295,11 +295,12 @@ def test_the_figure(tmp_path: Path) -> None:
 def test_limits_tell_what_is_broken() -> None:
     forecast = _plan("512/64@16").forecast
     assert forecast is not None
-    assert not Limits().given
-    assert Limits(max_ttft_ms=1e6, max_inter_token_ms=1e6).broken(forecast) is None
-    assert "inter-token time p99" in str(Limits(max_inter_token_ms=1.0).broken(forecast))
+    assert not LatencyLimits().given
+    assert LatencyLimits(max_ttft_ms=1e6, max_inter_token_ms=1e6).broken(forecast) is None
+    assert "inter-token time p99" in str(LatencyLimits(max_inter_token_ms=1.0).broken(forecast))
     assert (
-        Limits().broken(msgspec.structs.replace(forecast, keeps_up=False)) == "requests come faster than they end"
+        LatencyLimits().broken(msgspec.structs.replace(forecast, keeps_up=False))
+        == "requests come faster than they end"
     )
 
 

@@ -21,6 +21,7 @@ from cierzo.bench.plan.check import Attempt, Checked, check, line, verdict
 from cierzo.bench.plan.forecast import Forecast, forecast
 from cierzo.bench.report import Report
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
+from cierzo.bench.virtual_core import VirtualClock
 from cierzo.bench.workload import parse_workload
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.step_model import FloatArray
@@ -29,7 +30,6 @@ from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.engine.messages import TokenDelta
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
-from cierzo.engine.worker.simulated import VirtualClock
 
 RESULT = Path(__file__).resolve().parents[2] / "bench" / "results" / "plan-cpu.json"
 WIDE = 2.0  # a factor, either way

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from cierzo.bench import step
+from cierzo.cli import main
 
 
 def ended(settings: step.StepSettings, running: int, context: int) -> int:
@@ -26,7 +27,7 @@ def ended(settings: step.StepSettings, running: int, context: int) -> int:
 def test_a_small_run_reports_every_row_and_its_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "step.json"
     arguments = ["--running", "2", "5", "--contexts", "64", "--steps", "40", "--output-tokens", "8"]
-    assert step.main([*arguments, "--json", str(target)]) == 0
+    assert main(["bench", "step", *arguments, "--json", str(target)]) == 0
     report = msgspec.json.decode(target.read_bytes())
     rows = msgspec.convert(report["results"], list[step.StepRow])
     assert [(row.running, row.context) for row in rows] == [(2, 64), (5, 64)]

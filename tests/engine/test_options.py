@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from cierzo.engine.cli import build_parser, main
+from cierzo.cli import build_parser, main
 from cierzo.engine.config import EngineOptions
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import SamplingParams

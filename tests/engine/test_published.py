@@ -25,11 +25,10 @@ from cierzo.engine.weights import quantised
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.quantised import StoredParameter, pack_parameter
 from cierzo.kernels import registry
-from cierzo.kernels.formats import compressed_tensors
+from cierzo.kernels.formats import nvfp4
+from cierzo.kernels.formats.definition import unpack
 from cierzo.kernels.formats.int4 import split
-from cierzo.kernels.formats.pack import unpack
-from cierzo.kernels.formats.packed import empty_packed, packed_bytes, view_packed
-from cierzo.kernels.formats.panels import from_panels
+from cierzo.kernels.formats.packed import empty_packed, from_panels, packed_bytes, view_packed
 from cierzo.scheduler.params import SamplingParams
 
 SHAPES = {"small4": SMALL4, "small3": SMALL3}
@@ -155,7 +154,7 @@ def test_nvfp4_codes_and_scales_are_taken_over_as_they_are(tmp_path: Path, monke
     """Without ever computing a weight; w1 and w3 of an expert keep global scales that differ."""
     model = Published(SMALL4, "native-nvfp4")
     gate_up = load(model.write(tmp_path))["model.layers.0.mlp.experts.gate_up_proj"]
-    monkeypatch.setattr(compressed_tensors, "dequantise", None)
+    monkeypatch.setattr(nvfp4, "stored_values", None)
     data = _packed(gate_up, paired=True)
     experts, n, k = gate_up.shape
     assert data.numel() / (experts * n * k) < 0.75  # of k = 64; 0.5625 and a scale for each row
@@ -181,7 +180,7 @@ def test_an_engine_with_nvfp4_weights_dequantises_no_expert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Published(SMALL4, "native-nvfp4").write(tmp_path)
-    monkeypatch.setattr(compressed_tensors, "dequantise", None)
+    monkeypatch.setattr(nvfp4, "stored_values", None)
     logits(folder, weights="nvfp4")
     with pytest.raises(TypeError, match="not callable"):  # as every other format must
         logits(folder, weights="int8")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cierzo.engine.cli import main
+from cierzo.cli import main
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.llm import LLM
 from cierzo.engine.model.build import parameter_specs

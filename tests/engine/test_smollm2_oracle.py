@@ -24,13 +24,13 @@ from cierzo.engine.model.config import read_model_config
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.parameters import MatrixRequest, Parameter, as_tensor
 from cierzo.engine.weights.loader import load_parameters
-from cierzo.engine.weights.matrices import formats
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.config import KernelsConfig
-from cierzo.kernels.formats.pack import pack
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
+from cierzo.kernels.pack import pack
 from cierzo.kernels.registry import bind
 
 DATA = Path(__file__).parent / "data"
@@ -52,13 +52,14 @@ class RoundedMatrices:
     """Matrices in the number formats that --weights gives them, in memory."""
 
     def __init__(self, weights: str) -> None:
-        self._formats = formats(weights, "float32")
+        self._weights = NUMBER_FORMATS[weights]
 
     def tensor(self, stored: Parameter) -> Tensor:
         return as_tensor(stored)
 
     def matrix(self, request: MatrixRequest) -> Matrix:
-        return pack(as_tensor(request.make()), self._formats[request.role], paired=request.paired)
+        format = self._weights.of(request.role, "cpu", "float32")
+        return pack(as_tensor(request.make()), format, paired=request.paired)
 
 
 class Ours:

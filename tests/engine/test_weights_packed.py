@@ -24,8 +24,8 @@ from cierzo.engine.parameters import MatrixRequest
 from cierzo.engine.weights import mapping, packed, packed_file
 from cierzo.engine.weights.packed import PackedStore
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.kernels.formats.pack import PackError, pack, pack_into
-from cierzo.kernels.formats.packed import PANEL, PackedMatrix
+from cierzo.kernels.formats.packed import PANEL, PackedMatrix, PackError
+from cierzo.kernels.pack import pack, pack_into
 
 GENERATOR = torch.Generator().manual_seed(5)
 TENSORS: dict[str, Tensor] = {  # odd sizes, several panels, experts

@@ -1,4 +1,4 @@
-"""The tree as data: every Python file of the package, parsed once."""
+"""The tree as data: every Python file of the package, parsed and walked once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kernels", "cache", "scheduler", "engine", "bench")
+ABOVE = "src/cierzo"  # the command line; the folders are linked beside it
 
 
 @pytest.fixture(scope="session")
@@ -21,12 +22,20 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def modules() -> dict[str, ast.Module]:
     """Module name below `cierzo` (a package's own name for its __init__) -> parsed source."""
+    below = [(path, path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    above = [(path, path.relative_to(ROOT / ABOVE)) for path in (ROOT / ABOVE).glob("*.py")]
     found = {}
-    for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    for path, name in sorted([*above, *below]):
+        parts = name.with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "cierzo"
+        found[module] = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     return found
+
+
+@pytest.fixture(scope="session")
+def nodes(modules: dict[str, ast.Module]) -> dict[str, list[ast.AST]]:
+    """Module name -> every node of its tree."""
+    return {name: list(ast.walk(tree)) for name, tree in modules.items()}
 
 
 @pytest.fixture(scope="session")

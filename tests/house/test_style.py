@@ -17,9 +17,9 @@ READS_ENVIRONMENT = "engine.config"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _functions(modules: dict[str, ast.Module]) -> Iterator[tuple[str, Function]]:
-    for name, tree in modules.items():
-        yield from ((name, node) for node in ast.walk(tree) if isinstance(node, Function))
+def _functions(nodes: dict[str, list[ast.AST]]) -> Iterator[tuple[str, Function]]:
+    for name, found in nodes.items():
+        yield from ((name, node) for node in found if isinstance(node, Function))
 
 
 def _lines_without_docstring(node: Function) -> int:
@@ -46,10 +46,10 @@ def test_files_are_one_idea(root: Path, tracked: list[Path]) -> None:
     assert not long, "\n".join(long)
 
 
-def test_functions_fit_on_a_screen(modules: dict[str, ast.Module]) -> None:
+def test_functions_fit_on_a_screen(nodes: dict[str, list[ast.AST]]) -> None:
     long = [
         f"{module}:{node.lineno} {node.name}: {lines} lines, at most {_function_limit(node)}"
-        for module, node in _functions(modules)
+        for module, node in _functions(nodes)
         if (lines := _lines_without_docstring(node)) > _function_limit(node)
     ]
     assert not long, "\n".join(long)
@@ -68,11 +68,11 @@ def test_public_names_have_docstrings(modules: dict[str, ast.Module]) -> None:
     assert not bare, "\n".join(bare)
 
 
-def test_one_file_reads_environment_variables(modules: dict[str, ast.Module]) -> None:
+def test_one_file_reads_environment_variables(nodes: dict[str, list[ast.AST]]) -> None:
     readers = {
         f"{module}:{node.lineno}"
-        for module, tree in modules.items()
-        for node in ast.walk(tree)
+        for module, found in nodes.items()
+        for node in found
         if module != READS_ENVIRONMENT
         and (
             (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.cpu.launch import pack as launch
-from cierzo.kernels.formats import definition, int4, int8
-from cierzo.kernels.formats.pack import PackError, as_packed, as_tensor, pack, pack_into, unpack
-from cierzo.kernels.formats.packed import GROUP_K, empty_packed, packed_bytes
+from cierzo.kernels.formats import definition, int4, int8, nvfp4
+from cierzo.kernels.formats.definition import as_tensor, unpack
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS, PACKED_FORMATS
+from cierzo.kernels.formats.packed import PLAIN_FORMATS, PackError, empty_packed, packed_bytes
+from cierzo.kernels.pack import pack, pack_into, pack_nvfp4
 
-FORMATS = list(GROUP_K)
+FORMATS = list(PACKED_FORMATS)
 QUANTISED = ["int8", "int4", "nvfp4"]
 
 
@@ -34,7 +36,9 @@ def test_round_trip(format: str, paired: bool) -> None:
 def test_a_plain_tensor_is_kept_exactly(dtype: torch.dtype) -> None:
     weight = normal(33, 5, dtype=dtype)
     weight[3, 2], weight[4, 1] = float("nan"), float("inf")
-    torch.testing.assert_close(as_tensor(as_packed(weight)), weight, rtol=0.0, atol=0.0, equal_nan=True)
+    torch.testing.assert_close(
+        as_tensor(pack(weight, PLAIN_FORMATS[dtype])), weight, rtol=0.0, atol=0.0, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -73,7 +77,7 @@ def test_misuse_is_named() -> None:
 def test_errors_are_within_the_stated_bound(format: str) -> None:
     weight = normal(64, 4096)
     relative = (unpack(pack(weight, format)) - weight).square().mean().sqrt() / weight.square().mean().sqrt()
-    bound = definition.FORMATS[format].weight_error
+    bound = NUMBER_FORMATS[format].weight_error
     assert bound * 0.8 <= relative <= bound
 
 
@@ -125,12 +129,26 @@ def test_the_native_packer_keeps_nan_and_rounds_as_the_definition(instruction_se
 @pytest.mark.parametrize("format", QUANTISED)
 def test_the_native_packer_names_the_first_weight_that_does_not_fit(format: str, instruction_set: str) -> None:
     target = empty_packed(2 * packed_bytes(format, 130, 70))
-    for bad in (float("nan"), float("-inf"), definition.FORMATS[format].largest * 1.01):
+    for bad in (float("nan"), float("-inf"), NUMBER_FORMATS[format].codec().LARGEST * 1.01):
         weight = normal(2, 130, 70)
         weight[1, 66, 69] = weight[1, 67, 2] = weight[1, 129, 0] = bad
         assert launch.pack(weight, format, False, target) == definition.refused(weight, format)
         weight[0, 129, 69] = bad
         assert launch.pack(weight, format, False, target) == 130 * 70 - 1
+
+
+@pytest.mark.parametrize(("n", "k"), [(2, 16), (70, 48), (64, 96)])
+def test_the_native_packer_of_stored_codes_equals_the_definition(instruction_set: str, n: int, k: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (n, k // 2), generator=random, dtype=torch.uint8)
+    scales = torch.randint(0, 0x7F, (n, k // 16), generator=random, dtype=torch.uint8)
+    whole = torch.rand(n, generator=random)
+    for paired in (False, True):
+        target = empty_packed(packed_bytes("nvfp4", n, k, paired)).fill_(0x55)
+        launch.pack_nvfp4(codes, scales, whole, paired, target)
+        assert torch.equal(target, nvfp4.encode_stored(codes, scales, whole, paired))
+    with pytest.raises(PackError, match=rf"nvfp4 \[{n}, {k}\] does not fit 1 bytes"):
+        pack_nvfp4(codes, scales, whole, False, empty_packed(1))
 
 
 @pytest.mark.parametrize("bits", [2, 15])

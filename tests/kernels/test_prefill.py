@@ -20,9 +20,9 @@ from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cpu import native
 from cierzo.kernels.formats import kv_int8
-from cierzo.kernels.formats.pack import pack
 from cierzo.kernels.ops import attention
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.pack import pack
 from cierzo.kernels.ref import attention as ref
 from cierzo.kernels.registry import bind
 

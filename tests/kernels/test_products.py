@@ -12,9 +12,10 @@ from torch import Tensor
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cpu import native
-from cierzo.kernels.formats.pack import pack, unpack
+from cierzo.kernels.formats.definition import unpack
 from cierzo.kernels.formats.packed import PackedMatrix
 from cierzo.kernels.ops import linear, moe
+from cierzo.kernels.pack import pack
 from cierzo.kernels.registry import bind
 
 BF16, F32 = torch.bfloat16, torch.float32

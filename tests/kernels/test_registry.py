@@ -12,17 +12,18 @@ import torch
 from native_only import needs_native
 
 from cierzo.bench.gpu.cases import DeviceMaker
-from cierzo.bench.kernel_cases import CASES, Model, Size
+from cierzo.bench.kernel_cases import CASES, Size
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import check, registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.registry import Implementation, KernelChoiceError, NotBoundError, bind
 
-TINY4 = Model(
+TINY4 = ModelSizes(
     name="tiny4", hidden=64, heads=2, vocab=64, mlp_width=32, query_rank=32, rank=32, rope=16, nope=16,
-    value_dim=32, experts=8, top_k=2, expert_width=32,
+    value_dim=32, experts=8, top_k=2, expert_width=32, shared_width=32,
 )  # fmt: skip
-TINY3 = Model(name="tiny3", hidden=64, heads=4, vocab=64, mlp_width=96, kv_heads=2, head_dim=32)
+TINY3 = ModelSizes(name="tiny3", hidden=64, heads=4, vocab=64, mlp_width=96, kv_heads=2, head_dim=32)
 DECODE = Size(name="decode", sequences=2, rows_each=1, context=32)
 PREFILL = Size(name="prefill", sequences=1, rows_each=5, context=32)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cpu import native
-from cierzo.kernels.formats.pack import pack
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops import moe
+from cierzo.kernels.pack import pack
 from cierzo.kernels.ref import moe as ref
 from cierzo.kernels.registry import bind
 

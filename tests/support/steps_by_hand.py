@@ -70,14 +70,14 @@ class Step:
 
 
 class Operation(NamedTuple):
-    """Bytes and operations; the rate and the share of what computes them. whole: each of several cards reads all of
-    the bytes, not a part of them."""
+    """Bytes and operations; the rate and the share of what computes them. whole_bytes: those of the bytes of which
+    each of several cards reads all, not a part."""
 
     num_bytes: float
     operations: float
     rate: float
     share: float
-    whole: bool = False
+    whole_bytes: float = 0.0
 
 
 class Taken(NamedTuple):
@@ -97,10 +97,32 @@ class Taken(NamedTuple):
         return self.memory_s + self.arithmetic_s + self.exchange_s + self.overhead_s
 
 
-def product(k: int, n: int, rows: float, weight_bytes: float, rate: float, share: float = DENSE) -> Operation:
-    """rows x [k] with [n,k]; rows go in and out in bf16. Without rows nothing is read."""
-    weights = n * k * weight_bytes if rows else 0.0
-    return Operation(weights + rows * (k + n) * 2, 2 * rows * n * k, rate, share)
+# Bytes of a weight, with its share of a group's scale, and of the scale of a row of weights.
+Weight = tuple[float, int]
+PLAIN: Weight = (2.0, 0)
+CODES: Weight = (1.0, 4)  # FP8
+FOUR_BITS: Weight = (0.5 + 1 / 16, 4)
+
+
+def matrix(n: int, k: int, weight: Weight) -> float:
+    """Bytes of weights [n, k]."""
+    return n * (k * weight[0] + weight[1])
+
+
+def product(
+    k: int, n: int, rows: float, weight: Weight, rate: float, share: float = DENSE, written: int = 2
+) -> Operation:
+    """rows x [k] with [n,k]; rows go in in bf16, and out with `written` bytes a value. None of it without rows."""
+    weights = matrix(n, k, weight) if rows else 0.0
+    return Operation(weights + rows * (2 * k + written * n), 2 * rows * n * k, rate, share)
+
+
+def mlp(
+    hidden: int, width: int, rows: float, read: float, met: int, weight: Weight, rate: float, share: float
+) -> Operation:
+    """`read` MLPs of three matrices, `met` of them by each row; rows go in and out in bf16."""
+    each = matrix(2 * width, hidden, weight) + matrix(hidden, width, weight)
+    return Operation(read * each + rows * 2 * 2 * hidden, 2 * rows * met * 3 * hidden * width, rate, share)
 
 
 def together(*parts: Operation) -> Operation:
@@ -111,14 +133,17 @@ def together(*parts: Operation) -> Operation:
 
 def times(count: int, part: Operation, whole: bool = False) -> Operation:
     """The same in every layer, or for every head of every layer."""
-    return part._replace(num_bytes=count * part.num_bytes, operations=count * part.operations, whole=whole)
+    num_bytes = count * part.num_bytes
+    return part._replace(
+        num_bytes=num_bytes, operations=count * part.operations, whole_bytes=num_bytes if whole else 0.0
+    )
 
 
 def small4(step: Step, weights: str, page_bytes: int, fp8_activations: bool = False) -> list[Operation]:
     """36 layers, 4096 wide. 32 heads: keys of 64 + 64 and values of 128 from latents of 256 + 64, queries from
     latents of 1024. 4 of 128 experts, 2048 wide, and a shared one. page_bytes: of a value in the cache."""
-    dense, expert = {"bf16": (2.0, 2.0), "fp8": (1.0, 1.0), "nvfp4": (1.0, 0.5 + 1 / 16)}[weights]
-    tokens, made = step.prompt_tokens + step.generated, step.generated
+    dense, expert = {"bf16": (PLAIN, PLAIN), "fp8": (CODES, CODES), "nvfp4": (CODES, FOUR_BITS)}[weights]
+    tokens, prompt, made = step.prompt_tokens + step.generated, step.prompt_tokens, step.generated
     rate = FP8 if fp8_activations else BF16
     projections = together(
         product(4096, 1024 + 256 + 64, tokens, dense, rate),
@@ -126,67 +151,70 @@ def small4(step: Step, weights: str, page_bytes: int, fp8_activations: bool = Fa
         product(32 * 128, 4096, tokens, dense, rate),
     )
     reads = 128 * (1 - (124 / 128) ** tokens) + (1 if tokens else 0)  # distinct experts, and the shared one
-    rows = 5 * tokens
-    experts = Operation(
-        reads * 3 * 4096 * 2048 * expert + rows * (4096 + 2048 + 2048 + 4096) * 2,
-        2 * rows * 3 * 4096 * 2048,
-        rate,
-        EXPERTS,
-    )
+    router = 128 * 4096 * 2 if tokens else 0
     prompt_pairs = sum(chunk.pairs for chunk in step.prompts)
     prompt_context = sum(chunk.context for chunk in step.prompts)
     entry = (256 + 64) * page_bytes
     scored = 2 * step.generated_pairs * (256 + 64) + 2 * step.generated_pairs * 256  # scores, then sums of latents
     expanded = 2 * prompt_context * 256 * (64 + 128)  # latents to keys and values of a head
     attended = 2 * prompt_pairs * (64 + 64) + 2 * prompt_pairs * 128
+    expanders = 32 * (64 + 128) * 256 * 2 if prompt else 0  # W_UK and W_UV
+    latents = made * 32 * (256 + 64 + 256) * 2  # queries in latent space, sums of latents
+    heads = prompt * 32 * (64 + 64 + 128) * 2  # queries, results
     return [
         norms(36, 4096, tokens, step.sampled),
         times(36, projections, whole=True),
-        times(36 * 32, product(64, 256, made, 2, BF16), whole=True),  # W_UK into the query
-        times(36 * 32, product(256, 128, made, 2, BF16), whole=True),  # W_UV out of the latents
-        Operation(36 * step.generated_context * entry, 36 * 32 * scored, BF16, ATTENTION),
-        Operation(36 * prompt_context * entry, 36 * 32 * (expanded + attended), BF16, ATTENTION),
-        times(36, product(4096, 128, tokens, 2, BF16)),  # the router
-        times(36, experts),
-        product(4096, 131_072, step.sampled, 2, BF16),  # the head
+        times(36 * 32, product(64, 256, made, PLAIN, BF16), whole=True),  # W_UK into the query
+        times(36 * 32, product(256, 128, made, PLAIN, BF16), whole=True),  # W_UV out of the latents
+        Operation(36 * (step.generated_context * entry + latents), 36 * 32 * scored, BF16, ATTENTION),
+        Operation(
+            36 * (prompt_context * entry + heads + expanders),
+            36 * 32 * (expanded + attended),
+            BF16,
+            ATTENTION,
+            whole_bytes=36 * expanders,
+        ),
+        # the router: four ids of 8 bytes and their weights of 4 out
+        Operation(36 * (router + tokens * (4096 * 2 + 4 * 12)), 36 * 2 * tokens * 128 * 4096, BF16, DENSE),
+        times(36, mlp(4096, 2048, tokens, reads, 5, expert, rate, EXPERTS)),
+        product(4096, 131_072, step.sampled, PLAIN, BF16, written=4),  # the head, to logits in fp32
     ]
 
 
 def small3(step: Step, weights: str, page_bytes: int, fp8_activations: bool = False) -> list[Operation]:
     """40 layers, 5120 wide; 32 query and 8 key-value heads of 128; an MLP 32,768 wide. Experts alone have 4 bits:
     all of this model is FP8 then."""
-    dense = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 1.0}[weights]
+    dense = {"bf16": PLAIN, "fp8": CODES, "nvfp4": CODES}[weights]
     tokens = step.prompt_tokens + step.generated
     rate = FP8 if fp8_activations else BF16
     projections = together(
         product(5120, (32 + 8 + 8) * 128, tokens, dense, rate), product(32 * 128, 5120, tokens, dense, rate)
     )
-    mlp = together(
-        product(5120, 32_768, tokens, dense, rate)._replace(
-            num_bytes=(2 * 5120 * 32_768 * dense if tokens else 0) + tokens * (5120 + 32_768) * 2,
-            operations=2 * 2 * tokens * 5120 * 32_768,
-        ),
-        product(32_768, 5120, tokens, dense, rate),
-    )
     prompt_pairs = sum(chunk.pairs for chunk in step.prompts)
     prompt_context = sum(chunk.context for chunk in step.prompts)
-    entry = 2 * 8 * 128 * page_bytes
+    entry, heads = 2 * 8 * 128 * page_bytes, 32 * (128 + 128) * 2  # heads: a row's queries and results
+    made, prompt = step.generated * heads, step.prompt_tokens * heads
     each_pair = 2 * 128 + 2 * 128  # a score, and a value's weight
     return [
         norms(40, 5120, tokens, step.sampled),
         times(40, projections),
-        Operation(40 * step.generated_context * entry, 40 * 32 * step.generated_pairs * each_pair, BF16, ATTENTION),
-        Operation(40 * prompt_context * entry, 40 * 32 * prompt_pairs * each_pair, BF16, ATTENTION),
-        times(40, mlp),
-        product(5120, 131_072, step.sampled, 2, BF16),  # the head
+        Operation(
+            40 * (step.generated_context * entry + made),
+            40 * 32 * step.generated_pairs * each_pair,
+            BF16,
+            ATTENTION,
+        ),
+        Operation(40 * (prompt_context * entry + prompt), 40 * 32 * prompt_pairs * each_pair, BF16, ATTENTION),
+        times(40, mlp(5120, 32_768, tokens, 1 if tokens else 0, 1, dense, rate, DENSE)),
+        product(5120, 131_072, step.sampled, PLAIN, BF16, written=4),  # the head, to logits in fp32
     ]
 
 
 def norms(layers: int, hidden: int, tokens: int, sampled: int) -> Operation:
     """Two a layer of every row, the last one of rows whose logits are wanted: a sum and a residual in, the residual
-    and the normed row out, an operation for each of these values."""
-    values = 4 * hidden * (2 * layers * tokens + sampled)
-    return Operation(values * 2, values, BF16, MEMORY)
+    and the normed row out, and each time a weight for each value."""
+    values = 4 * (2 * layers * tokens + sampled) + (2 * layers if tokens else 0) + (1 if sampled else 0)
+    return Operation(hidden * values * 2, 0, BF16, MEMORY)
 
 
 SIZES = {"small4": (small4, 36, 4096), "small3": (small3, 40, 5120)}
@@ -202,13 +230,14 @@ def take(
     operations_of, layers, hidden = SIZES[model]
     memory_s = arithmetic_s = num_bytes = operations = all_bytes_s = all_operations_s = 0.0
     for part in operations_of(step, weights, page_bytes, fp8_activations):
-        bytes_s = part.num_bytes / (1 if part.whole else cards) / bytes_per_s
+        divided = part.num_bytes - part.whole_bytes
+        bytes_s = (divided / cards + part.whole_bytes) / bytes_per_s
         operations_s = part.operations / cards / part.rate
         if bytes_s / MEMORY >= operations_s / part.share:
             memory_s += bytes_s / MEMORY
         else:
             arithmetic_s += operations_s / part.share
-        num_bytes += part.num_bytes * (cards if part.whole else 1)
+        num_bytes += divided + cards * part.whole_bytes
         operations += part.operations
         all_bytes_s, all_operations_s = all_bytes_s + bytes_s, all_operations_s + operations_s
     tokens = step.prompt_tokens + step.generated

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from cierzo.kernels import check
 from cierzo.kernels.cpu import abi, native
-from cierzo.kernels.cpu.tensors import kv_format, packed_for, rows
-from cierzo.kernels.formats.pack import FORMAT_OF
-from cierzo.kernels.formats.packed import Matrix, PackedMatrix
+from cierzo.kernels.cpu.tensors import NativeMatrix, kv_format, packed_for, rows
+from cierzo.kernels.formats.packed import PLAIN_FORMATS, Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 
 
@@ -203,10 +202,10 @@ def mla_prefill(
     return out
 
 
-def _expander(name: str, weight: Matrix) -> PackedMatrix:
+def _expander(name: str, weight: Matrix) -> NativeMatrix:
     """The packed matrix that makes keys or values from latents; it must be in their number format."""
     packed = packed_for("mla_prefill", weight)
-    format = FORMAT_OF[packed.dtype]
+    format = PLAIN_FORMATS[packed.dtype]
     check.require("mla_prefill", packed.format == format, f"{name} must be packed as {format}, is {packed.format}")
     return packed
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from cierzo.kernels.cpu import abi, native
 from cierzo.kernels.cpu.launch.attention import paged_args
-from cierzo.kernels.cpu.tensors import kv_format
+from cierzo.kernels.cpu.tensors import as_packed, kv_format
 from cierzo.kernels.derived import derived
-from cierzo.kernels.formats.pack import as_packed
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.block import (
     BlockWeights,

@@ -12,7 +12,7 @@ _NONE = 2**63 - 1
 
 
 def pack(weight: Tensor, format: str, paired: bool, target: Tensor) -> int | None:
-    """weight [E,n,k], any strides, -> target, as formats/pack.py says.
+    """weight [E,n,k], any strides, -> target, as kernels/pack.py says.
 
     Returns the place in weight.flatten() of the first value that the format cannot hold, or None.
     """

@@ -40,7 +40,7 @@ def start(checkpoint, tmp_path):
     servers = []
 
     def ready() -> tuple[subprocess.Popen[str], int]:
-        command = [sys.executable, "-m", "cierzo.engine", "serve", str(checkpoint), "--runner", "fake"]
+        command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint), "--runner", "fake"]
         address = f"unix:{tmp_path / 'rpc.sock'}"
         server = subprocess.Popen(
             [*command, "--rpc", address],

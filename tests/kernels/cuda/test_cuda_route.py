@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.cuda.launch import moe as launcher
-from cierzo.kernels.formats.pack import pack
 from cierzo.kernels.ops import moe
+from cierzo.kernels.pack import pack
 from cierzo.kernels.ref import moe as ref
 
 BF16, F32 = torch.bfloat16, torch.float32

@@ -6,9 +6,13 @@ import pytest
 import torch
 import triton.language as tl
 
-from cierzo.kernels.formats import device
+from cierzo.kernels.cpu.tensors import as_packed
+from cierzo.kernels.formats import e2m1 as e2m1_codes
+from cierzo.kernels.formats import fp8, mxfp4, nvfp4
+from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.device import DeviceFormatError, dequantise, quantise
-from cierzo.kernels.formats.pack import PackError, as_packed, as_tensor
+from cierzo.kernels.formats.number_formats import DEVICE_FORMATS, NUMBER_FORMATS
+from cierzo.kernels.formats.packed import PackError
 from cierzo.kernels.triton import linear
 from cierzo.kernels.triton.launch import Configuration, kernel, launch
 from cierzo.kernels.triton.product import e2m1, e8m0
@@ -27,7 +31,7 @@ def test_e2m1_and_e8m0_in_a_kernel_are_the_definitions() -> None:
     codes, out = torch.arange(256, dtype=torch.uint8), torch.empty(256)
     types = {"codes_ptr": "*u8", "out_ptr": "*fp32"}
     launch(Configuration(_decode, types, {"BLOCK": 256, "SCALES": False}), (1,), codes_ptr=codes, out_ptr=out)
-    table = torch.tensor([*device.E2M1, *(-value for value in device.E2M1)])
+    table = e2m1_codes.SIGNED
     assert torch.equal(out, table[(codes & 15).long()])
     launch(Configuration(_decode, types, {"BLOCK": 256, "SCALES": True}), (1,), codes_ptr=codes, out_ptr=out)
     expected = torch.tensor([2.0**exponent for exponent in range(-127, 128)])
@@ -38,7 +42,7 @@ def test_e2m1_and_e8m0_in_a_kernel_are_the_definitions() -> None:
 def test_every_e4m3_code_reaches_a_product_exactly() -> None:
     """Each code times one, in bf16 and in fp32; NaN stays NaN."""
     for dtype in (torch.bfloat16, torch.float32):
-        matrix = device.fp8(ALL_E4M3.view(256, 1), torch.tensor(1.0), dtype)
+        matrix = fp8.from_codes(ALL_E4M3.view(256, 1), torch.tensor(1.0), dtype)
         result = linear.linear(torch.ones(1, 1).to(dtype), matrix)[0].float()
         assert torch.equal(result.nan_to_num(1e9), ALL_E4M3.float().nan_to_num(1e9))
 
@@ -48,28 +52,29 @@ def test_every_e2m1_code_with_every_scale_reaches_a_product_exactly() -> None:
     scales = torch.arange(127, dtype=torch.uint8)  # of e4m3: no NaN, no negative one
     codes = torch.arange(16, dtype=torch.uint8)
     octets = (codes[0::2] | codes[1::2] << 4).expand(127, 8)
-    matrix = device.nvfp4(octets, scales.view(torch.float8_e4m3fn)[:, None], torch.ones(1), torch.bfloat16)
-    table = torch.tensor([*device.E2M1, *(-value for value in device.E2M1)])
+    matrix = nvfp4.from_codes(octets, scales.view(torch.float8_e4m3fn)[:, None], torch.ones(1), torch.bfloat16)
+    table = e2m1_codes.SIGNED
     expected = table * scales.view(torch.float8_e4m3fn).float()[:, None]
     assert torch.equal(dequantise(matrix), expected)
     assert torch.equal(linear.lm_head(torch.eye(16).bfloat16(), matrix), expected.T)
     powers = torch.arange(7, 247, dtype=torch.uint8)  # what bf16's normal range holds with any code
-    matrix = device.mxfp4(torch.cat([octets[:1], octets[:1]], 1).expand(240, 16), powers[:, None], torch.bfloat16)
+    both = torch.cat([octets[:1], octets[:1]], 1)
+    matrix = mxfp4.from_codes(both.expand(240, 16), powers[:, None], torch.bfloat16)
     expected = table.repeat(2) * torch.exp2(powers.float() - 127)[:, None]
     assert torch.equal(dequantise(matrix), expected)
     assert torch.equal(linear.lm_head(torch.eye(32).bfloat16(), matrix), expected.T)
 
 
-@pytest.mark.parametrize("format", device.FORMATS)
+@pytest.mark.parametrize("format", DEVICE_FORMATS)
 def test_errors_are_within_the_stated_bound(format: str) -> None:
     weight = torch.randn(2, 64, 512, generator=torch.Generator().manual_seed(0))
     for size in (1.0, 1e-6, 3e4):
         error = dequantise(quantise(weight * size, format)) / size - weight
-        assert error.square().mean().sqrt() < device.WEIGHT_ERROR[format]
-        assert error.square().mean().sqrt() > device.WEIGHT_ERROR[format] / 2  # nor is the bound generous
+        assert error.square().mean().sqrt() < NUMBER_FORMATS[format].weight_error
+        assert error.square().mean().sqrt() > NUMBER_FORMATS[format].weight_error / 2  # nor is the bound generous
 
 
-@pytest.mark.parametrize("format", device.FORMATS)
+@pytest.mark.parametrize("format", DEVICE_FORMATS)
 def test_what_a_format_holds_is_kept(format: str) -> None:
     """Quantising what was quantised changes nothing, zeros and tiny rows included."""
     weight = torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(1))
@@ -87,28 +92,28 @@ def test_checkpoints_scales() -> None:
     """One a matrix, one a row, one a half, or one a block, in the shapes that checkpoints have."""
     codes = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(2)).to(torch.float8_e4m3fn)
     one, halves = torch.rand(4, 1, 1).bfloat16(), torch.rand(4, 2, 1)
-    assert torch.equal(dequantise(device.fp8(codes, one, torch.bfloat16)), codes.float() * one.float())
+    assert torch.equal(dequantise(fp8.from_codes(codes, one, torch.bfloat16)), codes.float() * one.float())
     expected = codes.float() * halves.repeat_interleave(3, 1)
-    assert torch.equal(dequantise(device.fp8(codes, halves, torch.bfloat16)), expected)
+    assert torch.equal(dequantise(fp8.from_codes(codes, halves, torch.bfloat16)), expected)
     rows = torch.rand(4, 6)
-    assert torch.equal(dequantise(device.fp8(codes, rows, torch.bfloat16)), codes.float() * rows[..., None])
-    scalar = device.fp8(codes[0], torch.tensor(0.5), torch.bfloat16)
+    assert torch.equal(dequantise(fp8.from_codes(codes, rows, torch.bfloat16)), codes.float() * rows[..., None])
+    scalar = fp8.from_codes(codes[0], torch.tensor(0.5), torch.bfloat16)
     assert torch.equal(dequantise(scalar), codes[0].float() * 0.5)
     blocks = torch.rand(2, 3)
     expected = codes[0].float() * blocks.repeat_interleave(4, 0)[:6].repeat_interleave(3, 1)[:, :8]
-    assert torch.equal(dequantise(device.fp8(codes[0], blocks, torch.bfloat16, (4, 3))), expected)
+    assert torch.equal(dequantise(fp8.from_codes(codes[0], blocks, torch.bfloat16, (4, 3))), expected)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     codes = torch.zeros(4, 32, dtype=torch.uint8)
     with pytest.raises(DeviceFormatError, match=r"nvfp4: codes \[4, 32\] do not fit scales \[4, 2\]"):
-        device.nvfp4(codes, torch.zeros(4, 2).to(torch.float8_e4m3fn), torch.ones(1), torch.bfloat16)
+        nvfp4.from_codes(codes, torch.zeros(4, 2).to(torch.float8_e4m3fn), torch.ones(1), torch.bfloat16)
     with pytest.raises(DeviceFormatError, match=r"mxfp4 is uint8 and torch\.uint8, got"):
-        device.mxfp4(codes, torch.zeros(4, 2), torch.bfloat16)
+        mxfp4.from_codes(codes, torch.zeros(4, 2), torch.bfloat16)
     with pytest.raises(DeviceFormatError, match=r"fp8: scales \[3\] do not fit \[4, 32\]"):
-        device.fp8(codes.view(torch.float8_e4m3fn), torch.zeros(3), torch.bfloat16)
+        fp8.from_codes(codes.view(torch.float8_e4m3fn), torch.zeros(3), torch.bfloat16)
     with pytest.raises(DeviceFormatError, match=r"not \[1, 1, 1\] for blocks \(128, 128\)"):
-        device.fp8(codes.view(torch.float8_e4m3fn), torch.zeros(3), torch.bfloat16, (128, 128))
+        fp8.from_codes(codes.view(torch.float8_e4m3fn), torch.zeros(3), torch.bfloat16, (128, 128))
     with pytest.raises(DeviceFormatError, match="unknown number format 'int3'; known: fp8, nvfp4, mxfp4"):
         quantise(torch.zeros(2, 2), "int3")
     with pytest.raises(DeviceFormatError, match="nvfp4: 24 columns are not whole groups of 16"):
@@ -124,4 +129,4 @@ def test_halfway_between_two_codes_the_even_one_is_taken() -> None:
     halves = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
     weight = torch.tensor([[6.0, *halves, *(-half for half in halves), *[0.0] * 17]])
     even = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
-    assert device.dequantise(device.quantise(weight, "mxfp4"))[0, :15].tolist() == [6.0, *even, *(-v for v in even)]
+    assert dequantise(quantise(weight, "mxfp4"))[0, :15].tolist() == [6.0, *even, *(-v for v in even)]

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.activations import QuantisedRows, quantise_rows
 from cierzo.kernels.formats.device import (
     DeviceFormatError,
     DeviceMatrix,
     dequantise,
-    fp8,
     in_fp8,
     quantise,
     stack,
@@ -209,8 +209,8 @@ def test_a_static_scale_between_the_products_is_the_downs() -> None:
     """Values beyond it saturate, which no other scale would have them do."""
     x = torch.full((1, 32), 4.0)
     ones, one = torch.ones(64, 32).to(torch.float8_e4m3fn), torch.ones(1)
-    gate_up = in_fp8(fp8(ones, one, torch.float32), one)
-    down = in_fp8(fp8(torch.eye(32).to(torch.float8_e4m3fn), one, torch.float32), 2 * one)
+    gate_up = in_fp8(fp8.from_codes(ones, one, torch.float32), one)
+    down = in_fp8(fp8.from_codes(torch.eye(32).to(torch.float8_e4m3fn), one, torch.float32), 2 * one)
     assert torch.equal(linear.gated_mlp(x, gate_up, down), torch.full((1, 32), 2.0 * 448))
     assert torch.equal(ref.gated_mlp(x, gate_up, down), torch.full((1, 32), 2.0 * 448))
 
@@ -350,7 +350,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 def test_a_copy_and_one_expert_keep_their_scales() -> None:
     codes = torch.zeros(3, 4, 8).to(torch.float8_e4m3fn)
-    matrix = in_fp8(fp8(codes, torch.ones(3), torch.bfloat16), torch.tensor([[1.0], [2.0], [4.0]]))
+    matrix = in_fp8(fp8.from_codes(codes, torch.ones(3), torch.bfloat16), torch.tensor([[1.0], [2.0], [4.0]]))
     assert matrix[1].activation_scales is not None
     assert matrix[1].activation_scales.tolist() == [2.0]
     copied = matrix.to("cpu")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, quantise
-from cierzo.kernels.formats.pack import as_packed, as_tensor
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.pack import pack
 from cierzo.kernels.ref import attention as attention_ref
 from cierzo.kernels.ref import linear as ref
 from cierzo.kernels.triton import heuristics, linear
@@ -268,7 +269,7 @@ def test_a_plain_matrix_may_be_a_part_of_another() -> None:
 def test_what_kernels_cannot_read_is_refused() -> None:
     x, weight = torch.zeros(2, 32), torch.zeros(8, 32)
     with pytest.raises(ArgumentError, match="linear: weights of format float32 are packed for a CPU"):
-        linear.linear(x, as_packed(weight))
+        linear.linear(x, pack(weight, "float32"))
     with pytest.raises(ArgumentError, match=r"linear: weights are .*, got torch.float32 with strides \[1, 8\]"):
         linear.linear(x, torch.zeros(32, 8).T)
     with pytest.raises(ArgumentError, match=r"linear: x has strides \[1, 2\]"):

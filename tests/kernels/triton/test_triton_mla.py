@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.formats import kv_fp8
-from cierzo.kernels.formats.pack import pack
+from cierzo.kernels.pack import pack
 from cierzo.kernels.ref import attention as ref
 from cierzo.kernels.triton import flash, mla, split
 from cierzo.kernels.triton.split import Splits

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, quantise
-from cierzo.kernels.formats.pack import as_tensor
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ref import moe as ref
 from cierzo.kernels.triton import heuristics, moe

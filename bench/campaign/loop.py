@@ -1,0 +1,181 @@
+"""The measurement: rounds outside, then blocks, subjects in alternation inside; each sample on disk at once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+
+from cierzo.bench.campaign.store import CEILINGS, Sample, Store
+
+C = TypeVar("C")  # cells and subjects; their text names them in the store
+S = TypeVar("S")
+
+
+class DeviceLost(Exception):
+    """The device is lost to this process: the run ends behind the cell that failed, and a new one goes on there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block(Generic[C, S]):
+    """Cells that one session of a subject measures, and the subjects that take turns."""
+
+    name: str
+    cells: Sequence[C]
+    subjects: Sequence[S]
+
+
+class Session(Generic[C]):
+    """A loaded subject."""
+
+    def measure(self, cell: C, number: int) -> Any:
+        """A cell in the round of this number -> JSON. Whatever this raises is why the cell has no result."""
+        raise NotImplementedError
+
+    def by_products(self) -> Mapping[C, Any]:
+        """What was learnt besides, by cells of its own: the time to load, memory."""
+        return {}
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class Campaign(Generic[C, S]):
+    """What a benchmark defines of its measurement."""
+
+    @property
+    def blocks(self) -> Sequence[Block[C, S]]:
+        """Blocks in the order of a round."""
+        raise NotImplementedError
+
+    def open(self, block: Block[C, S], subject: S) -> Session[C] | None:
+        """Load a subject for the block's cells; None for one that has none of them.
+
+        Whatever this raises is why they have no results.
+        """
+        raise NotImplementedError
+
+    def ceilings(self) -> Any | None:
+        """What the machine can do, measured now, as JSON; None where that is on a data sheet."""
+        return None
+
+    def wanted(self, number: int, store: Store) -> Callable[[C, S], bool]:
+        """Which cells of which subjects the round of this number measures; by default all."""
+        return lambda cell, subject: True
+
+    def told(self, cell: C, result: Any) -> str:
+        """A result in a few words, for the terminal."""
+        raise NotImplementedError
+
+
+class Run(Generic[C, S]):
+    """One campaign over one store; what is in there already is not measured again."""
+
+    def __init__(
+        self,
+        campaign: Campaign[C, S],
+        store: Store,
+        say: Callable[[str], None] = print,
+        block_s: float = math.inf,
+    ) -> None:
+        """block_s: after so many seconds of a block no further cell of it is begun."""
+        self.failed = 0
+        self._campaign, self._store, self._say, self._block_s = campaign, store, say, block_s
+        self._start = time.monotonic()
+
+    def measure(self, rounds: int) -> None:
+        """All rounds. No subject always goes first. Raises DeviceLost."""
+        for number in range(rounds):
+            wanted = self._campaign.wanted(number, self._store)
+            for block in self._campaign.blocks:
+                missing = {
+                    subject: [
+                        cell
+                        for cell in block.cells
+                        if wanted(cell, subject) and number not in self._store.measured(cell, subject)
+                    ]
+                    for subject in (block.subjects if number % 2 == 0 else block.subjects[::-1])
+                }
+                if any(missing.values()):
+                    self._block(number, block, missing)
+
+    def _block(self, number: int, block: Block[C, S], missing: dict[S, list[C]]) -> None:
+        deadline = time.monotonic() + self._block_s
+        began = time.monotonic()
+        try:
+            ceilings = self._campaign.ceilings()
+        except Exception as error:  # whatever it is, the cells go on
+            self._record(number, CEILINGS, block.name, began, error=error)
+        else:
+            if ceilings is not None:
+                self._record(number, CEILINGS, block.name, began, ceilings, "measured")
+        for subject, cells in missing.items():
+            if not self._subject(number, block, subject, cells, deadline):
+                self._say(f"{block.name}: {self._block_s:.0f} s are over; run it again for the rest")
+                return
+
+    def _subject(self, number: int, block: Block[C, S], subject: S, missing: list[C], deadline: float) -> bool:
+        """A session for the cells; after a failure a new one for those that are left. False at the deadline."""
+        while missing:
+            if time.monotonic() > deadline:
+                return False
+            began = time.monotonic()
+            try:
+                session = self._campaign.open(block, subject)
+            except Exception as error:  # whatever it is, the other subjects go on
+                for cell in missing:
+                    self._record(number, cell, subject, began, error=error)
+                return True
+            if session is None:
+                return True
+            try:
+                while missing and time.monotonic() <= deadline:
+                    if not self._cell(number, missing.pop(0), subject, session):
+                        break
+                for cell, result in session.by_products().items():
+                    self._record(number, cell, subject, began, result, self._campaign.told(cell, result))
+            finally:
+                session.close()
+        return True
+
+    def _cell(self, number: int, cell: C, subject: S, session: Session[C]) -> bool:
+        began = time.monotonic()
+        try:
+            result = session.measure(cell, number)
+        except Exception as error:  # whatever it is, the other cells go on
+            self._record(number, cell, subject, began, error=error)
+            if isinstance(error, DeviceLost):
+                raise
+            return False
+        self._record(number, cell, subject, began, result, self._campaign.told(cell, result))
+        return True
+
+    def _record(
+        self,
+        number: int,
+        cell: object,
+        subject: object,
+        began: float,
+        result: Any = None,
+        told: str = "",
+        error: Exception | None = None,
+    ) -> None:
+        """One sample to disk, and a line to the terminal."""
+        why = "" if error is None else str(error) or type(error).__name__
+        self.failed += error is not None
+        told = told if error is None else f"FAILED: {why}"
+        self._say(f"{time.monotonic() - self._start:6.0f} s  round {number + 1}  {subject}  {cell}: {told}")
+        self._store.add(
+            Sample(
+                cell=str(cell),
+                subject=str(subject),
+                round=number,
+                started=datetime.now(UTC).isoformat(timespec="seconds"),
+                took_s=round(time.monotonic() - began, 3),
+                error=why,
+                result=result,
+            )
+        )

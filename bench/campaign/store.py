@@ -1,0 +1,114 @@
+"""Samples on disk, a line of JSON each, so that a run that was interrupted goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cierzo.engine.errors import ConfigError
+
+CEILINGS = "ceilings"  # the cell of what the machine can do; the subject is the block that it was measured for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """An attempt to measure a cell of a subject in a round: a result as JSON, or the error that left it without."""
+
+    cell: str
+    subject: str
+    round: int
+    started: str
+    took_s: float
+    error: str = ""
+    result: Any = None
+
+
+class Store:
+    """The samples of one file. Its first line is their identity: commit, device, checkpoints."""
+
+    def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
+        """Read `path`, or begin it; a last line that a killed run left unfinished is dropped.
+
+        Raises ConfigError where the file holds samples of another identity, or anything but samples.
+        """
+        self.path, self.identity = path, dict(identity)
+        self._samples: list[Sample] = []
+        self._places: dict[tuple[str, str], list[Sample]] = {}
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.truncate(path, len(whole))
+        if whole:
+            first, *others = whole.splitlines()
+            self._require(self._decode(1, first), identity)
+            for number, line in enumerate(others, start=2):
+                self._keep(self._sample(number, line))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._append(self.identity)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self._samples)
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample; it is on disk when this returns."""
+        self._append({name: getattr(sample, name) for name in Sample.__slots__})
+        self._keep(sample)
+
+    def of(self, cell: object, subject: object) -> list[Sample]:
+        """Every attempt at a cell of a subject, in order; both are named by their text."""
+        return self._places.get((str(cell), str(subject)), [])
+
+    def measured(self, cell: object, subject: object) -> dict[int, Any]:
+        """Round -> result; the last one counts. A failure is no measurement."""
+        return {sample.round: sample.result for sample in self.of(cell, subject) if not sample.error}
+
+    def error(self, cell: object, subject: object) -> str:
+        """Why the last attempt failed; empty if it did not, or was not made."""
+        attempts = self.of(cell, subject)
+        return attempts[-1].error if attempts else ""
+
+    def ceilings(self) -> list[Any]:
+        """Every measurement of the machine's ceilings, in order."""
+        return [sample.result for sample in self if sample.cell == CEILINGS and not sample.error]
+
+    def _keep(self, sample: Sample) -> None:
+        self._samples.append(sample)
+        self._places.setdefault((sample.cell, sample.subject), []).append(sample)
+
+    def _append(self, value: Any) -> None:
+        with self.path.open("ab") as file:
+            file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _sample(self, number: int, line: bytes) -> Sample:
+        try:
+            return Sample(**self._decode(number, line))
+        except TypeError as error:
+            raise self._malformed(number, error) from error
+
+    def _decode(self, number: int, line: bytes) -> Any:
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise self._malformed(number, error) from error
+
+    def _malformed(self, number: int, error: Exception) -> ConfigError:
+        return ConfigError(f"{self.path}, line {number}: {error}", field="samples", value=str(self.path))
+
+    def _require(self, there: Any, ours: Mapping[str, str]) -> None:
+        for name, wanted in ours.items():
+            theirs = there.get(name) if isinstance(there, dict) else None
+            if theirs != wanted:
+                raise ConfigError(
+                    f"{self.path} holds samples of {name} {theirs!r}, this run is of {wanted!r}: name another file "
+                    "with --samples, or remove it",
+                    field=name,
+                    limit=theirs,
+                    value=wanted,
+                )

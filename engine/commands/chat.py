@@ -1,0 +1,107 @@
+"""`cierzo chat`: talk to a running server from a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import time
+
+from cierzo.engine.errors import CierzoError, CoreFailed
+from cierzo.engine.frontend.client import SyncClient
+from cierzo.engine.messages import ChatMessage, Final, SamplingParams
+from cierzo.engine.options import add_rpc, add_sampling, sampling, text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sampling parameters, the server's address and the messages."""
+    add_sampling(parser)
+    add_rpc(parser, "server to talk to")
+    parser.add_argument(
+        "--message", type=text, metavar="TEXT", help="one message; default: read them from the terminal"
+    )
+    parser.add_argument("--system", type=text, metavar="TEXT", help="a system message")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Send --message, or lead a conversation."""
+    return chat(arguments.rpc, arguments.message, arguments.system, sampling(arguments))
+
+
+def chat(address: str, message: str | None, system: str | None, params: SamplingParams) -> int:
+    """Send one message, or lead a conversation that is read from the terminal until its end (Ctrl-D).
+
+    Ctrl-C ends an answer early. Raises CierzoError; within a conversation a turn that fails is told and forgotten.
+    """
+    history = [ChatMessage(role="system", content=system)] if system else []
+    if message is not None:
+        history.append(ChatMessage(role="user", content=message))
+    with SyncClient(address) as client:
+        _wait_ready(client)
+        if message is not None:
+            turn(client, history, params)
+            return 0
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text spoil their line alone
+        while (line := _read_line()) is not None:
+            history.append(ChatMessage(role="user", content=line))
+            try:
+                history.append(ChatMessage(role="assistant", content=turn(client, history, params)))
+            except (CierzoError, KeyboardInterrupt) as error:
+                history.pop()
+                told = f"{error.code}: {error}" if isinstance(error, CierzoError) else "the answer was cancelled"
+                print(f"cierzo: {told}", file=sys.stderr)
+    return 0
+
+
+def _wait_ready(client: SyncClient) -> None:
+    if client.health().state == "loading":
+        print("the server still loads its model ...", file=sys.stderr)
+    client.wait_ready()
+
+
+def turn(client: SyncClient, messages: list[ChatMessage], params: SamplingParams) -> str:
+    """Stream one answer into the terminal, then a line of what it took; return the answer's text.
+
+    An interrupt cancels the answer at the server. Raises CierzoError, also for an answer that failed.
+    """
+    answer = []
+    started = time.monotonic()
+    first = 0.0
+    generation = client.generate(messages=messages, sampling=params)
+    try:
+        for delta in generation:
+            first = first or time.monotonic()
+            answer.append(delta.text)
+            print(delta.text, end="", flush=True)
+    except KeyboardInterrupt:
+        generation.cancel()
+        print(flush=True)
+        raise
+    first = first or time.monotonic()
+    final = generation.final
+    print(f"\n\n{_summary(final, first - started, time.monotonic() - first)}", flush=True)
+    if final.samples[0].finish_reason == "failed":
+        raise CoreFailed(final.samples[0].message or "the answer failed")
+    return "".join(answer)
+
+
+def _summary(final: Final, first_token_s: float, decode_s: float) -> str:
+    """Usage and speed as this client saw them; tokens/s leaves out the first token, whose time is the prompt's."""
+    usage = final.usage
+    rate = (usage.output_tokens - 1) / decode_s if decode_s > 0 else 0.0
+    return (
+        f"[{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.output_tokens} output "
+        f"tokens, time to first token {first_token_s:.3f} s, {rate:.1f} tokens/s]"
+    )
+
+
+def _read_line() -> str | None:
+    """The next line that is not empty; None at the end of input."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return None
+        if line:
+            return line

@@ -1,0 +1,39 @@
+"""`cierzo generate`: one answer, from an engine in this process."""
+
+from __future__ import annotations
+
+import argparse
+
+import msgspec
+
+from cierzo.engine.errors import CoreFailed
+from cierzo.engine.llm import LLM
+from cierzo.engine.options import add_engine, add_sampling, engine_options, sampling, text, token_ids
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the engine's settings, the sampling parameters and the prompt."""
+    add_engine(parser)
+    add_sampling(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", type=text, metavar="TEXT", help="text to continue, as it is")
+    what.add_argument(
+        "--message", type=text, metavar="TEXT", help="a user's message, rendered by the chat template"
+    )
+    what.add_argument("--token-ids", type=token_ids, metavar="IDS", help="prompt as token ids, separated by commas")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the answer's text, or its token ids where the checkpoint has no tokenizer. Raises CierzoError."""
+    params = sampling(arguments)
+    options = msgspec.structs.asdict(engine_options(arguments))
+    with LLM(options.pop("model"), **options) as llm:
+        if arguments.message is not None:
+            output = llm.chat([{"role": "user", "content": arguments.message}], params, progress=True)
+        else:
+            prompt = arguments.prompt if arguments.token_ids is None else arguments.token_ids
+            output = llm.generate([prompt], params, progress=True)[0]
+    print(output.text or ",".join(map(str, output.token_ids)))
+    if output.finish_reason == "failed":
+        raise CoreFailed(output.samples[0].message)
+    return 0

@@ -1,0 +1,234 @@
+"""Bytes and operations of one call of each operation of kernels/ops, from plain sizes. No msgspec: see __init__.py.
+
+Bytes are those that an operation must read and write: its weights, the cache entries that it reads, the rows that
+go in and out, each once. Operations are those of products, a multiplication and an addition being two; what is done
+value by value (norms, rotations, sampling) counts for none. What an implementation moves and computes beyond that
+is its own cost. Formulas: docs/model.md.
+
+rows: T. pairs: of a query row and a token that it sees. context: tokens whose cache entries are read, each once.
+entry_bytes, page_bytes: of a token's cache entry in one layer, of one value of it. format: number format of the
+weights. Numbers of rows may be arrays, over several calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cierzo.engine.cost.sizes import ModelSizes
+
+if TYPE_CHECKING:
+    from cierzo.engine.cost.device import Kind, Number, Rate
+
+# Number format -> bytes of a value with its share of a group's scales, bytes of a row's own scale.
+STORED: dict[str, tuple[float, int]] = {
+    "float32": (4, 0),
+    "bf16": (2, 0),
+    "fp8": (1, 4),
+    "int8": (1 + 2 / 64, 0),
+    "int4": (0.5 + 4 / 32, 0),
+    "nvfp4": (0.5 + 1 / 16, 4),
+    "mxfp4": (0.5 + 1 / 32, 0),
+}
+KINDS: dict[str, Kind] = {
+    "expert_mlp": "experts",
+    **dict.fromkeys(("mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill"), "attention"),
+    **dict.fromkeys(("linear", "lm_head", "gated_mlp", "route", "mla_absorb", "mla_unabsorb"), "products"),
+}
+INT64, FP32 = 8, 4  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What calls of one operation must move and compute at least.
+
+    rate: number format that it is computed in; format: that of its weights or pages. replicated_bytes: bytes of
+    which each of several cards moves all: attention is divided by sequences, so that the weights around MLA lie on
+    every card. (Their rows do not, but weigh next to nothing beside them.)
+    """
+
+    operation: str
+    num_bytes: Number
+    operations: Number = 0
+    calls: int = 1
+    rate: Rate = "bf16"
+    format: str = "bf16"
+    replicated_bytes: Number = 0
+
+    @property
+    def kind(self) -> Kind:
+        """Which stated share of a device's limits it reaches."""
+        return KINDS.get(self.operation, "memory")
+
+    def seconds(self, bytes_per_s: float, operations_per_s: float) -> tuple[Number, Number]:
+        """Seconds of its bytes and of its operations at these rates; the larger is the least that it can take."""
+        return self.num_bytes / bytes_per_s, self.operations / operations_per_s
+
+    def __add__(self, other: Work) -> Work:
+        """The calls of both."""
+        return replace(
+            self,
+            calls=self.calls + other.calls,
+            operations=self.operations + other.operations,
+            num_bytes=self.num_bytes + other.num_bytes,
+            replicated_bytes=self.replicated_bytes + other.replicated_bytes,
+        )
+
+
+def stored(format: str, rows: Number, width: int) -> Number:
+    """Bytes of activations [rows, width], or of a matrix, in a number format, scales included."""
+    value_bytes, scale_bytes = STORED[format]
+    return rows * (width * value_bytes + scale_bytes)
+
+
+def random_distinct(experts: int, top_k: int, tokens: Number) -> Number:
+    """Expected number of distinct experts that T tokens reach when each picks K of E at random: E (1-(1-K/E)^T)."""
+    return experts * (1 - (1 - top_k / experts) ** tokens)
+
+
+# --- operations without products ---------------------------------------------------------------------------
+
+# Bytes that an operation moves: by the sizes, the rows (of logits one a sequence, of edits one a changed logit) and
+# the bytes of a value in the cache.
+MOVED: dict[str, Callable[[ModelSizes, Number, int], Number]] = {
+    "rope_tables": lambda s, rows, _: rows * (INT64 + s.rotated * FP32),
+    "apply_rope": lambda s, rows, _: rows * s.rotated * (2 * (s.heads + s.kv_heads) * s.value_bytes + FP32),
+    "write_latents": lambda s, rows, page: rows * s.page_values * (s.value_bytes + page),
+    "write_keys_values": lambda s, rows, page: rows * s.page_values * (s.value_bytes + page),
+    "write_normed_latents": lambda s, rows, page: (  # the norm's weights, and angles
+        rows * (s.page_values * (s.value_bytes + page) + s.rope * FP32) + s.rank * s.value_bytes
+    ),
+    "rotate_and_write_keys_values": lambda s, rows, page: (  # queries in place, and angles
+        rows * (s.page_values * (s.value_bytes + page) + s.head_dim * (2 * s.heads * s.value_bytes + FP32))
+    ),
+    "group_by_expert": lambda s, rows, _: (2 * rows * s.top_k + s.experts + 1) * INT64,
+    "peaks": lambda s, rows, _: rows * s.vocab * FP32,
+    "draw": lambda s, rows, _: rows * s.vocab * FP32,
+    "top_tokens": lambda s, rows, _: rows * s.vocab * FP32,
+    "log_probabilities": lambda s, rows, _: rows * s.vocab * 2 * FP32,
+    "mask_tokens": lambda s, edits, _: edits * (2 * INT64 + FP32),  # its row and token; the logit is not read
+    "add_bias": lambda s, edits, _: edits * (2 * INT64 + 2 * FP32 + FP32),  # and a bias
+    "apply_penalties": lambda s, edits, _: edits * (2 * INT64 + 2 * FP32 + INT64),  # and a count
+}
+
+
+def moved(operation: str, s: ModelSizes, rows: Number, page_bytes: int = 2) -> Work:
+    """The work of an operation of MOVED."""
+    return Work(operation, MOVED[operation](s, rows, page_bytes))
+
+
+def moved_blocks(operation: str, count: int, block_bytes: int) -> Work:
+    """copy_blocks, gather_blocks, scatter_blocks: cache blocks, read here and written there."""
+    return Work(operation, 2 * count * block_bytes)
+
+
+def norm(s: ModelSizes, rows: Number, *, residual: bool = False, row_bytes: int | None = None) -> Work:
+    """A norm of hidden rows; with a residual, that is read and written too. row_bytes: of a normed row."""
+    values = s.hidden * s.value_bytes
+    read = rows * values * (3 if residual else 1) + values
+    return Work("norm", read + rows * (values if row_bytes is None else row_bytes))
+
+
+# --- products ----------------------------------------------------------------------------------------------
+
+
+def linear(
+    s: ModelSizes, rows: Number, k: int, n: int, format: str, *, read: float = 0, written: float = 0
+) -> Work:
+    """Rows [k] times [n,k]. read, written: bytes of a row in and out, where those are no plain activations."""
+    moved = stored(format, n, k) + rows * ((read or k * s.value_bytes) + (written or n * s.value_bytes))
+    return Work("linear", moved, 2 * rows * k * n, replicated_bytes=moved if s.rank else 0)
+
+
+def lm_head(s: ModelSizes, rows: Number, format: str) -> Work:
+    """Logits, in fp32."""
+    moved = stored(format, s.vocab, s.hidden) + rows * (s.hidden * s.value_bytes + s.vocab * FP32)
+    return Work("lm_head", moved, 2 * rows * s.hidden * s.vocab)
+
+
+def gated_mlp(s: ModelSizes, rows: Number, format: str) -> Work:
+    """Gate and up, then down; what lies between them need not leave the operation."""
+    moved = _mlp_bytes(s, s.mlp_width, format) + 2 * rows * s.hidden * s.value_bytes
+    return Work("gated_mlp", moved, 6 * rows * s.hidden * s.mlp_width)
+
+
+def route(s: ModelSizes, rows: Number) -> Work:
+    """Scores of the experts; the chosen ones and their weights out. The router is plain."""
+    matrix = s.experts * s.hidden
+    moved = rows * (s.hidden * s.value_bytes + s.top_k * (INT64 + FP32))
+    return Work("route", matrix * s.value_bytes + moved, 2 * rows * matrix)
+
+
+def expert_mlp(s: ModelSizes, rows: Number, distinct: Number, format: str) -> Work:
+    """The MLPs of `distinct` experts that have rows, and the shared ones'."""
+    weights = distinct * _mlp_bytes(s, s.expert_width, format) + _mlp_bytes(s, s.shared_width, format)
+    multiplied = 3 * s.hidden * (s.top_k * s.expert_width + s.shared_width)
+    return Work("expert_mlp", weights + 2 * rows * s.hidden * s.value_bytes, 2 * rows * multiplied)
+
+
+def _mlp_bytes(s: ModelSizes, width: int, format: str) -> Number:
+    return stored(format, 2 * width, s.hidden) + stored(format, s.hidden, width) if width else 0
+
+
+# --- attention ---------------------------------------------------------------------------------------------
+
+
+def mla_absorb(s: ModelSizes, rows: Number) -> Work:
+    """W_UK of each head, which is plain, multiplied into generated queries."""
+    return _by_head(s, "mla_absorb", rows, s.nope, s.rank)
+
+
+def mla_unabsorb(s: ModelSizes, rows: Number) -> Work:
+    """Each head's sum of latents, multiplied out by W_UV, which is plain."""
+    return _by_head(s, "mla_unabsorb", rows, s.rank, s.value_dim)
+
+
+def _by_head(s: ModelSizes, operation: str, rows: Number, k: int, n: int) -> Work:
+    moved = s.heads * (n * k + rows * (k + n)) * s.value_bytes
+    return Work(operation, moved, 2 * rows * s.heads * k * n, replicated_bytes=moved)
+
+
+def mla_decode(
+    s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float, row_bytes: float = 0
+) -> Work:
+    """Generated rows in absorbed form. row_bytes: of one head's result."""
+    width = s.rank + s.rope
+    moved = rows * s.heads * (width * s.value_bytes + (row_bytes or s.rank * s.value_bytes))
+    return Work("mla_decode", context * entry_bytes + moved, 2 * pairs * s.heads * (width + s.rank))
+
+
+def mla_prefill(s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float) -> Work:
+    """Prompt rows in expanded form; each context token's keys and values are multiplied out once."""
+    weights = s.heads * (s.nope + s.value_dim) * s.rank * s.value_bytes
+    moved = weights + context * entry_bytes + rows * s.heads * (s.nope + s.rope + s.value_dim) * s.value_bytes
+    multiplied = pairs * (s.nope + s.rope + s.value_dim) + context * s.rank * (s.nope + s.value_dim)
+    return Work("mla_prefill", moved, 2 * s.heads * multiplied, replicated_bytes=weights)
+
+
+def gqa(
+    s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float, row_bytes: float = 0
+) -> Work:
+    """gqa_decode, gqa_prefill (the step names it). row_bytes: of one head's result."""
+    moved = rows * s.heads * (s.head_dim * s.value_bytes + (row_bytes or s.head_dim * s.value_bytes))
+    return Work("gqa_decode", context * entry_bytes + moved, 4 * pairs * s.heads * s.head_dim)
+
+
+# --- halves of a layer -------------------------------------------------------------------------------------
+
+
+def attention_half(s: ModelSizes, rows: Number, attention: Work, format: str, *, absorbed: bool) -> Work:
+    """mla_block, gqa_block: attention, the products around it, the norm's sum and the residual in and out. Between
+    these, rows need not leave the operation. absorbed: of generated rows of MLA."""
+    dense = sum(k * n for k, n in s.projections)
+    by_head = s.heads * s.rank * (s.nope + s.value_dim) if absorbed else 0
+    weights = sum(stored(format, n, k) for k, n in s.projections) + by_head * s.value_bytes
+    moved = weights + attention.num_bytes + 4 * rows * s.hidden * s.value_bytes
+    return Work("attention_half", moved, attention.operations + 2 * rows * (dense + by_head))
+
+
+def mlp_half(s: ModelSizes, rows: Number, mlp: Work) -> Work:
+    """mlp_block, moe_block: an MLP, the experts' router, the norm's sum and the residual in and out."""
+    router = s.experts * s.hidden
+    moved = mlp.num_bytes + (router + 2 * rows * s.hidden) * s.value_bytes
+    return Work("mlp_half", moved, mlp.operations + 2 * rows * router)

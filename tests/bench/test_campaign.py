@@ -1,0 +1,310 @@
+"""A campaign's store, loop and outcome, with scripted subjects: nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cierzo.bench.campaign import outcome
+from cierzo.bench.campaign.loop import Block, Campaign, DeviceLost, Run, Session
+from cierzo.bench.campaign.outcome import Goal, Row, saved
+from cierzo.bench.campaign.store import CEILINGS, Sample, Store
+from cierzo.bench.campaign.table import Grid, middle, page
+from cierzo.bench.headline.table import Outcome, text
+from cierzo.engine.errors import ConfigError
+
+IDENTITY = {"commit": "abc", "device": "a card", "small4": "one"}
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "somewhere" / "samples.jsonl"
+
+
+def sample(cell: str, subject: str, number: int = 0, result: Any = None, error: str = "") -> Sample:
+    return Sample(cell=cell, subject=subject, round=number, started="", took_s=0.5, result=result, error=error)
+
+
+def test_samples_survive_on_disk(path: Path) -> None:
+    store = Store(path, IDENTITY)
+    store.add(sample("decode", "ours", 1, {"rate": 2.5}))
+    store.add(sample("decode", "theirs", error="no memory"))
+    again = Store(path, IDENTITY)
+    assert list(again) == list(store)
+    assert again.measured("decode", "ours") == {1: {"rate": 2.5}}
+    assert again.measured("prefill", "ours") == {}
+    assert again.measured("decode", "theirs") == {}, "a failure is no measurement"
+    assert again.error("decode", "theirs") == "no memory"
+    again.add(sample("decode", "theirs", result=None))
+    assert again.measured("decode", "theirs") == {0: None}, "a result may be null"
+    assert again.error("decode", "theirs") == ""
+
+
+def test_what_a_killed_run_left_unfinished_is_dropped(path: Path) -> None:
+    Store(path, IDENTITY).add(sample("a", "ours", result=1))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"cell": "b", "subj')
+    again = Store(path, IDENTITY)
+    again.add(sample("c", "ours", result=3))
+    assert [one.cell for one in Store(path, IDENTITY)] == ["a", "c"]
+    path.write_bytes(whole[:5])
+    assert list(Store(path, IDENTITY)) == []
+
+
+def test_samples_of_something_else_are_refused_by_name(path: Path) -> None:
+    Store(path, IDENTITY)
+    for field in IDENTITY:
+        with pytest.raises(ConfigError, match=f"{field} '{IDENTITY[field]}', this run is of 'new'"):
+            Store(path, {**IDENTITY, field: "new"})
+
+
+@pytest.mark.parametrize("line", ['{"cell": 1', '{"cell": "a"}', '{"part": "a", "name": "b"}', "[1]"])
+def test_a_line_that_is_no_sample_is_named(path: Path, line: str) -> None:
+    Store(path, IDENTITY)
+    path.write_bytes(path.read_bytes() + f"{line}\n".encode())
+    with pytest.raises(ConfigError, match=r"samples\.jsonl, line 2"):
+        Store(path, IDENTITY)
+
+
+class Scripted(Campaign[str, str]):
+    """Subjects that answer from a function, and write down what they are asked."""
+
+    def __init__(self, answer: Callable[[str, str, int], Any] = lambda *_: 10.0) -> None:
+        self.diary: list[str] = []
+        self.answer = answer
+        self.more: dict[str, Any] = {}
+        self.can_do: Callable[[], Any] = lambda: None
+
+    @property
+    def blocks(self) -> Sequence[Block[str, str]]:
+        return [Block("first", ["a", "b"], ["ours", "theirs"]), Block("second", ["c"], ["ours", "theirs"])]
+
+    def ceilings(self) -> Any:
+        return self.can_do()
+
+    def open(self, block: Block[str, str], subject: str) -> Session[str] | None:
+        self.diary.append(f"open {subject}")
+        self.answer("open", subject, -1)
+        return None if subject == "nobody" else ScriptedSession(self, subject)
+
+    def told(self, cell: str, result: Any) -> str:
+        return f"{result} of {cell}"
+
+
+class ScriptedSession(Session[str]):
+    def __init__(self, campaign: Scripted, subject: str) -> None:
+        self.campaign, self.subject = campaign, subject
+
+    def measure(self, cell: str, number: int) -> Any:
+        self.campaign.diary.append(f"{self.subject} {cell}{number}")
+        return self.campaign.answer(cell, self.subject, number)
+
+    def by_products(self) -> Mapping[str, Any]:
+        return self.campaign.more
+
+    def close(self) -> None:
+        self.campaign.diary.append(f"close {self.subject}")
+
+
+def run(campaign: Scripted, path: Path, rounds: int = 1, **more: Any) -> tuple[Store, list[str]]:
+    store, said = Store(path, IDENTITY), []
+    Run(campaign, store, said.append, **more).measure(rounds)
+    return store, said
+
+
+def test_subjects_follow_each_other_and_none_always_goes_first(path: Path) -> None:
+    campaign = Scripted()
+    _, said = run(campaign, path, rounds=2)
+    ours, theirs = (
+        {n: [f"open {who}", f"{who} a{n}", f"{who} b{n}", f"close {who}"] for n in (0, 1)}
+        for who in ("ours", "theirs")
+    )
+    last = [
+        [f"open {who}", f"{who} c{n}", f"close {who}"] for n in (0, 1) for who in ("ours", "theirs")[:: 1 - 2 * n]
+    ]
+    assert campaign.diary == [*ours[0], *theirs[0], *last[0], *last[1], *theirs[1], *ours[1], *last[2], *last[3]]
+    assert said[0].endswith("round 1  ours  a: 10.0 of a")
+
+
+def test_a_second_run_measures_nothing_and_further_rounds_go_on(path: Path) -> None:
+    run(Scripted(), path)
+    again = Scripted()
+    again.can_do = lambda: again.diary.append("ceilings")
+    run(again, path)
+    assert again.diary == []
+    run(again, path, rounds=2)
+    assert [line for line in again.diary if line[-1].isdigit()] == [
+        *("theirs a1", "theirs b1", "ours a1", "ours b1", "theirs c1", "ours c1"),
+    ]
+
+
+def test_a_failure_gets_a_new_session_and_is_tried_again(path: Path) -> None:
+    broken = True
+
+    def answer(cell: str, subject: str, number: int) -> float:
+        if broken and (cell, subject) == ("a", "theirs"):
+            raise RuntimeError("out of luck")
+        return 10.0
+
+    campaign = Scripted(answer)
+    store, said = run(campaign, path)
+    assert store.error("a", "theirs") == "out of luck"
+    assert store.measured("b", "theirs") == {0: 10.0}
+    assert sum("FAILED: out of luck" in line for line in said) == 1
+    assert campaign.diary.count("open theirs") == campaign.diary.count("close theirs") == 3
+    broken = False
+    campaign.diary.clear()
+    run(campaign, path)
+    assert campaign.diary == ["open theirs", "theirs a0", "close theirs"]
+
+
+def test_a_subject_that_does_not_open_fails_in_all_its_cells(path: Path) -> None:
+    def answer(cell: str, subject: str, number: int) -> float:
+        if (cell, subject) == ("open", "ours"):
+            raise RuntimeError
+        return 10.0
+
+    store, _ = run(Scripted(answer), path)
+    assert {store.error(cell, "ours") for cell in "abc"} == {"RuntimeError"}
+    assert store.measured("c", "theirs") == {0: 10.0}
+
+
+def test_a_subject_without_such_cells_leaves_no_sample(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "blocks", [Block("first", ["a"], ["nobody", "ours"])])
+    store, _ = run(Scripted(), path)
+    assert [one.subject for one in store] == ["ours"]
+
+
+def test_an_interrupted_run_leaves_nothing_open_and_goes_on(path: Path) -> None:
+    def answer(cell: str, subject: str, number: int) -> float:
+        if (cell, subject) == ("b", "theirs"):
+            raise KeyboardInterrupt
+        return 10.0
+
+    campaign = Scripted(answer)
+    with pytest.raises(KeyboardInterrupt):
+        run(campaign, path)
+    assert campaign.diary[-1] == "close theirs"
+    rest = Scripted()
+    run(rest, path)
+    assert rest.diary[:3] == ["open theirs", "theirs b0", "close theirs"]
+
+
+def test_a_lost_device_ends_the_run_behind_its_cell(path: Path) -> None:
+    def answer(cell: str, subject: str, number: int) -> float:
+        if cell == "a":
+            raise DeviceLost("CUDA error: misaligned address")
+        return 10.0
+
+    campaign = Scripted(answer)
+    with pytest.raises(DeviceLost):
+        run(campaign, path)
+    assert campaign.diary == ["open ours", "ours a0", "close ours"]
+    assert "misaligned" in Store(path, IDENTITY).error("a", "ours")
+
+
+def test_no_cell_is_begun_when_a_block_s_time_is_over(path: Path) -> None:
+    store, said = run(Scripted(), path, block_s=-1.0)
+    assert list(store) == []
+    assert said == [
+        "first: -1 s are over; run it again for the rest",
+        "second: -1 s are over; run it again for the rest",
+    ]
+
+
+def test_ceilings_and_by_products_are_samples_too(path: Path) -> None:
+    campaign = Scripted()
+    turns = iter((1.0, 2.0))
+    campaign.can_do = lambda: next(turns)
+    campaign.more = {"memory": 2.5}
+    store, _ = run(campaign, path)
+    assert store.ceilings() == [1.0, 2.0]
+    assert [one.subject for one in store if one.cell == CEILINGS] == ["first", "second"]
+    assert store.measured("memory", "ours") == {0: 2.5}
+
+
+def test_ceilings_that_cannot_be_measured_leave_the_cells(path: Path) -> None:
+    def no_ceilings() -> Any:
+        raise OSError("no such program")
+
+    campaign = Scripted()
+    campaign.can_do = no_ceilings
+    store, _ = run(campaign, path)
+    assert store.ceilings() == []
+    assert store.error(CEILINGS, "first") == "no such program"
+    assert store.measured("c", "ours") == {0: 10.0}
+
+
+def test_rows_have_the_result_of_the_round_in_the_middle(path: Path) -> None:
+    store = Store(path, IDENTITY)
+    for number, value in enumerate((90.0, 120.0, 100.0)):
+        store.add(sample("a", "ours", number, {"rate": value}))
+    store.add(sample("a", "theirs", error="no memory"))
+
+    def values(cell: str, subject: str) -> dict[int, float]:
+        return {number: result["rate"] for number, result in store.measured(cell, subject).items()}
+
+    places = [("a", "ours"), ("a", "theirs"), ("b", "ours")]
+    ours, theirs = outcome.rows(store, places, values, lambda row: row)
+    assert (ours.rounds, ours.values, ours.result) == ([0, 1, 2], [90.0, 120.0, 100.0], {"rate": 100.0})
+    assert (theirs.values, theirs.result, theirs.error) == ([], None, "no memory")
+    store.add(sample("a", "ours", 3, {"rate": 110.0}))
+    ours, _ = outcome.rows(store, places, values, lambda row: row)
+    assert ours.result == {"rate": 100.0}, "of an even number the lower of the two"
+
+
+def test_ratios_are_of_paired_rounds() -> None:
+    """Rounds differ by a factor of ten, the ratio within them does not."""
+    ours, theirs = {0: 3.0, 1: 30.0, 2: 300.0}, {0: 2.0, 1: 20.0, 2: 200.0, 3: 1e6}
+    found = outcome.ratio("a", "ours", "theirs", (ours, theirs))
+    assert found is not None
+    assert (found.ratio, found.rounds) == (1.5, 3)
+    assert outcome.ratio("a", "ours", "theirs", ({0: 1.0}, {1: 1.0})) is None
+
+
+def test_goals_are_met_or_not_or_not_measured() -> None:
+    cell: Any = SimpleNamespace(name="a")
+    pair = {"cell": "a", "ours": "one", "against": "other"}
+    goals = [
+        Goal(**pair, at_least=3.0),
+        Goal(**pair, at_least=3.01),
+        Goal(**pair, at_most=3.0),
+        Goal(**pair, at_most=2.99),
+        Goal(cell="b", ours="one", against="other", at_least=3.0),
+        Goal(cell="a", ours="other", against="one", at_least=3.0),
+    ]
+    ratio = outcome.ratio(cell, "one", "other", ({0: 6.0}, {0: 2.0}))
+    assert ratio is not None
+    said = outcome.verdicts(goals, [ratio])
+    assert [one.met for one in said] == [True, False, True, False, None, None]
+    assert [one.ratio for one in said] == [3.0, 3.0, 3.0, 3.0, None, None]
+
+
+def test_text_is_aligned() -> None:
+    told = page(["head"], [Grid("title", ("x", "yy"), [("long", "1"), ("s",)]), Grid("empty", ("x",), [])], ["why"])
+    assert told == "head\n\ntitle\nx     yy\nlong   1\ns\n\nnotes\nwhy"
+    assert middle([90.0, 100.0, 110.0], 3) == "100 ±10%"
+    assert [middle([value], 3) for value in (0.12345, 99.96, 999.6)] == ["0.123", "100", "1000"]
+
+
+@pytest.mark.parametrize("stem", ["headline-cpu", "headline-simulated-h200", "headline-simulated-4xh100"])
+def test_committed_outcomes_say_what_their_tables_say(stem: str) -> None:
+    found = saved(RESULTS / stem, Outcome)
+    assert found is not None
+    command = json.loads((RESULTS / f"{stem}.json").read_bytes())["command"]
+    grids, _, explained = (RESULTS / f"{stem}.txt").read_text(encoding="utf-8").rpartition("\n\n")
+    assert text(found, command).startswith(grids)
+    assert explained.startswith("requests/s: ")
+
+
+def test_an_outcome_that_is_none_is_refused(tmp_path: Path) -> None:
+    assert saved(tmp_path / "nothing", Row) is None
+    (tmp_path / "other.json").write_text('{"benchmark": 1}')
+    with pytest.raises(ConfigError, match=r"other\.json"):
+        saved(tmp_path / "other", Row)

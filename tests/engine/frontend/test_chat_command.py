@@ -1,0 +1,132 @@
+"""`cierzo chat` as a process: what is no text, and Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from cierzo.cli import main
+from cierzo.engine.commands import chat as command
+from cierzo.engine.messages import Abort, Ready, SamplingParams
+
+DEADLINE_S = 60
+CIERZO = """
+import signal, sys
+from cierzo.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+sys.exit(main())
+"""
+HELLO = [ord(char) for char in "Salut"]
+
+
+@pytest.fixture
+def chat(served, cores):
+    """Start `cierzo chat` against a server whose every answer is "Salut", one token a step."""
+    cores.answer = lambda submit, sample: HELLO
+    chats = []
+
+    def start(*words: str | bytes) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", CIERZO, "chat", "--rpc", served.address, *words]
+        pipe = subprocess.PIPE
+        chats.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe))
+        return chats[-1]
+
+    yield start
+    for each in chats:
+        each.kill()
+        each.communicate()
+
+
+def lines_of(text: bytes) -> list[str]:
+    return [line for line in text.decode().splitlines() if line]
+
+
+@pytest.mark.parametrize("option", ["--message", "--system", "--stop"])
+def test_bytes_that_are_no_text_are_refused_in_one_line(chat, option):
+    words = [option, b"caf\xe9", *([] if option == "--message" else ["--message", "Hi"])]
+    refused = chat(*words)
+    out, err = refused.communicate(timeout=DEADLINE_S)
+    assert (refused.returncode, out) == (2, b"")
+    assert lines_of(err) == [err.decode().strip()]
+    assert err.startswith(f"cierzo chat: error: argument {option}: must be text in UTF-8".encode())
+
+
+def test_a_line_that_is_no_text_is_refused_and_the_conversation_goes_on(chat, cores):
+    talk = chat()
+    out, err = talk.communicate(b"caf\xe9\nHi\n", timeout=DEADLINE_S)
+    assert talk.returncode == 0, err
+    assert out.count(b"Salut") == 1
+    (line,) = lines_of(err)
+    assert line.startswith("cierzo: invalid_request: messages[0].content holds a lone surrogate")
+    (submit,) = cores.now.submits
+    assert bytes(token for token in submit.prompt_token_ids if token < 256) == b"[user]Hi[assistant]"
+
+
+def test_an_interrupt_ends_the_answer_alone(chat, served, cores):
+    cores.free = False
+    talk = chat()
+    talk.stdin.write(b"one\n")
+    talk.stdin.flush()
+    served.do(lambda: cores.until(lambda: cores.now.submits))
+    served.do(cores.now.step)
+    said = b""
+    while said != b"> S":
+        said += os.read(talk.stdout.fileno(), 100)
+        assert b"> S".startswith(said)
+    talk.send_signal(signal.SIGINT)
+    served.do(lambda: cores.until(lambda: cores.now.aborts))
+    served.do(lambda: setattr(cores, "free", True))
+    out, err = talk.communicate(b"two\n", timeout=DEADLINE_S)
+    assert (talk.returncode, lines_of(err)) == (0, ["cierzo: the answer was cancelled"])
+    assert out.count(b"Salut") == 1
+    prompt = cores.now.submits[-1].prompt_token_ids  # the turn is forgotten
+    assert bytes(token for token in prompt if token < 256) == b"[user]two[assistant]"
+
+
+def test_an_interrupted_message_ends_the_command(chat, served, cores):
+    cores.free = False
+    talk = chat("--message", "Hi")
+    served.do(lambda: cores.until(lambda: cores.now.submits))
+    talk.send_signal(signal.SIGINT)
+    _, err = talk.communicate(timeout=DEADLINE_S)
+    assert (talk.returncode, lines_of(err)) == (130, ["cierzo: interrupted"])
+    served.do(lambda: cores.until(lambda: cores.now.aborts))
+
+
+def test_an_answer_that_failed_is_no_success(chat, served, cores):
+    cores.free = False
+    talk = chat("--message", "Hi")
+    served.do(lambda: cores.until(lambda: cores.now.submits))
+    request_id = cores.now.submits[0].request_id
+    served.do(lambda: cores.now.abort(Abort(request_id=request_id, reason="failed")))
+    _, err = talk.communicate(timeout=DEADLINE_S)
+    assert (talk.returncode, lines_of(err)) == (1, ["cierzo: core_failed: the answer failed"])
+
+
+def test_a_server_that_loads_is_waited_for(served, cores, monkeypatch, capsys):
+    cores.silent = True
+    served.do(cores.now.kill)
+    served.do(lambda: cores.until(lambda: len(cores.lives) == 2 and cores.now.hello))
+    plain = command.SyncClient.wait_ready
+
+    def ready_soon(client, timeout_s=None):
+        served.do(lambda: cores.now.say(Ready(startup="fake core")))
+        plain(client, timeout_s)
+
+    monkeypatch.setattr(command.SyncClient, "wait_ready", ready_soon)
+    cores.answer = lambda submit, sample: HELLO
+    assert command.chat(served.address, "Hi", None, SamplingParams()) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Salut\n\n[")
+    assert err == "the server still loads its model ...\n"
+
+
+def test_a_server_that_drains_is_told_in_one_line(served, cores, capsys):
+    served.do(served.house.frontend.drain)
+    assert main(["chat", "--rpc", served.address, "--message", "Hi"]) == 1
+    assert capsys.readouterr().err == "cierzo: draining: the server drains: it takes no new requests\n"

@@ -1,0 +1,64 @@
+"""Lines of Python that each folder may have: a change that needs more raises its number, and says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+# Folder -> lines. A file counts for the longest folder that it lies in.
+BUDGET = {
+    "src": 200,
+    "engine": 2_850,
+    "engine/cost": 950,
+    "engine/frontend": 3_700,
+    "engine/model": 1_200,
+    "engine/weights": 3_200,
+    "engine/worker": 2_350,
+    "engine/commands": 350,
+    "kernels": 600,
+    "kernels/cpu": 1_550,
+    "kernels/cuda": 700,
+    "kernels/formats": 1_200,
+    "kernels/ops": 1_200,
+    "kernels/ref": 850,
+    "kernels/triton": 3_750,
+    "scheduler": 1_000,
+    "cache": 650,
+    "bench": 10_150,
+    "bench/plan": 1_800,
+}
+# Benchmarks, plans and the count of work, together.
+MEASURING = ("bench", "engine/cost")
+MEASURING_BUDGET = 12_650
+
+
+@pytest.fixture(scope="module")
+def lines(root: Path, tracked: list[Path]) -> dict[Path, int]:
+    """Lines of every Python file that is not a test."""
+    files = [path for path in tracked if path.suffix == ".py" and path.parts[0] != "tests" and len(path.parts) > 1]
+    return {path: (root / path).read_text(encoding="utf-8").count("\n") for path in files}
+
+
+def _folder(path: Path) -> str:
+    """The budget's folder that a file counts for."""
+    fitting = [folder for folder in BUDGET if Path(folder) in path.parents]
+    assert fitting, f"{path} is in no folder of the budget"
+    return max(fitting, key=len)
+
+
+def test_no_folder_exceeds_its_budget(lines: dict[Path, int]) -> None:
+    sizes = dict.fromkeys(BUDGET, 0)
+    for path, count in lines.items():
+        sizes[_folder(path)] += count
+    grown = [
+        f"{folder}: {size:,} lines, its budget is {BUDGET[folder]:,}"
+        for folder, size in sizes.items()
+        if size > BUDGET[folder]
+    ]
+    assert not grown, "\n".join([*grown, "Find what can go. Else raise the number, with a reason in the commit."])
+
+
+def test_what_measures_is_smaller_than_what_is_measured(lines: dict[Path, int]) -> None:
+    size = sum(count for path, count in lines.items() if any(Path(folder) in path.parents for folder in MEASURING))
+    assert size <= MEASURING_BUDGET, f"{MEASURING}: {size:,} lines, together at most {MEASURING_BUDGET:,}"
