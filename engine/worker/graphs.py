@@ -133,8 +133,9 @@ class DecodeGraphs:
             contexts=[self._longest] * size,
             total_context=bound,
         )
-        token_ids, positions, cache_slots = torch.zeros(3, size, dtype=torch.int64, device=self._device)
-        cache_slots.fill_(self._padding_slot)
+        # each in memory of its own, which begins where kernels want it
+        token_ids, positions = (torch.zeros(size, dtype=torch.int64, device=self._device) for _ in range(2))
+        cache_slots = torch.full((size,), self._padding_slot, dtype=torch.int64, device=self._device)
         rows = StepRows(token_ids, positions, cache_slots, 0, nothing, queries, expert_ids)
         found: list[Tensor] = []
 

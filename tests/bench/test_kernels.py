@@ -18,7 +18,7 @@ from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.engine.cost.operations import Work, stored
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.formats.device import quantise
-from cierzo.kernels.formats.packed import GROUP_K
+from cierzo.kernels.formats.number_formats import PACKED_FORMATS
 from cierzo.kernels.pack import pack
 from cierzo.kernels.registry import Implementation, has_native, implementations, operations
 
@@ -173,11 +173,11 @@ def test_bytes_and_operations_are_those_counted_by_hand(native: bool) -> None:
     assert counted == set(operations())
 
 
-@pytest.mark.parametrize("format", [*GROUP_K, "fp8", "mxfp4"])
+@pytest.mark.parametrize("format", [*PACKED_FORMATS, "fp8", "mxfp4"])
 def test_weights_are_counted_with_the_bytes_that_they_have(format: str) -> None:
     """Of whole panels and groups: what pads a matrix is the implementation's own."""
     plain = torch.ones(3, 64, 128).bfloat16()
-    made = [pack(plain, format)] if format in GROUP_K and has_native() else []
+    made = [pack(plain, format)] if format in PACKED_FORMATS and has_native() else []
     made += [quantise(plain, format)] if format in ("fp8", "nvfp4", "mxfp4") else []
     for matrix in made:
         assert matrix.num_bytes == stored(format, 3 * 64, 128)
