@@ -1,4 +1,4 @@
-"""Calls that time attention, the writes into its pages, and the halves of a layer; see kernel_cases.py."""
+"""Calls that time attention, the writes into its pages, and the blocks of a layer; see kernel_cases.py."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import (
     DecoderWeights,
     GqaWeights,
-    Half,
     MlaWeights,
     MlpWeights,
     MoeWeights,
+    PositionTables,
     StepRows,
 )
 
@@ -33,18 +33,11 @@ def queries_of(size: Size, rows_each: int) -> PagedQueries:
     ids = torch.randperm(size.sequences * blocks, generator=torch.Generator().manual_seed(0)).view(-1, blocks)
     ids[:, : size.shared // BLOCK_TOKENS] = ids[0, : size.shared // BLOCK_TOKENS].clone()
     count = size.sequences if rows_each else 0
-    return PagedQueries(
-        query_starts=torch.arange(count + 1, dtype=torch.int32) * rows_each,
-        context_lengths=torch.full((count,), size.context, dtype=torch.int32),
-        table_rows=torch.arange(count, dtype=torch.int32),
-        block_tables=ids.int(),
-        query_lengths=[rows_each] * count,
-        contexts=[size.context] * count,
-    )
+    return PagedQueries.of([rows_each] * count, [size.context] * count, list(range(count)), ids.int())
 
 
 def slots_of(size: Size) -> Tensor:
-    """Where the step's rows are written: the last ones of each context."""
+    """Cache slots of the step's rows, the last ones of each context."""
     tables = queries_of(size, size.rows_each).block_tables.long()
     positions = torch.arange(size.context - size.rows_each, size.context)
     return (tables[:, positions // BLOCK_TOKENS] * BLOCK_TOKENS + positions % BLOCK_TOKENS).flatten()
@@ -151,21 +144,23 @@ def _gqa(model: ModelSizes, size: Size, make: Maker) -> Call | None:
 
 
 def _sinks(model: ModelSizes, make: Maker) -> Tensor:
-    """Sinks of every kind: one that is none, one that takes everything, and those that count."""
+    """Sinks of every kind: one that is none, one that takes everything, and others that count."""
     sinks = make.noise(model.heads, dtype=torch.float32) * 2
     sinks[0], sinks[1] = -torch.inf, 1e4
     return sinks
 
 
-# --- the halves of a layer ---------------------------------------------------------------------------------
+# --- the blocks of a layer ---------------------------------------------------------------------------------
 
 
-def step_rows(size: Size, pairs: int) -> StepRows:
+def step_rows(size: Size, pairs: int) -> tuple[StepRows, PositionTables]:
     """Generated rows, or a prompt."""
     expanded = queries_of(size, 0 if size.decodes else size.rows_each)
     absorbed = queries_of(size, size.rows_each if size.decodes else 0)
     num_expanded = 0 if size.decodes else size.rows
-    return StepRows(*tables(size.rows, pairs), None, slots_of(size), num_expanded, expanded, absorbed)
+    tokens, positions = torch.arange(size.rows) % TOKENS, torch.arange(size.rows) % size.context
+    rows = StepRows(tokens, positions, slots_of(size), num_expanded, expanded, absorbed)
+    return rows, PositionTables(*tables(size.rows, pairs))
 
 
 def _hidden(model: ModelSizes, size: Size, make: Maker) -> tuple[Tensor, Tensor]:
@@ -191,11 +186,11 @@ def mla_block(model: ModelSizes, size: Size, make: Maker) -> Call | None:
         for down, up, w_uk, w_uk_t, w_uv, output in make.cold(weights)
     ]
     x, residual = _hidden(model, size, make)
-    rows, pages = step_rows(size, model.rope // 2), latent_pages(model, size, make)
+    step, pages = step_rows(size, model.rope // 2), latent_pages(model, size, make)
     attention = (mla_decode if size.decodes else mla_prefill)(model, size, make)
     assert attention is not None
     work = operations.attention_half(model, size.rows, attention.work, make.weights, absorbed=size.decodes)
-    return Call([(x, residual, layer, rows, pages) for layer in layers], work)
+    return Call([(x, residual, layer, *step, pages) for layer in layers], work)
 
 
 @case
@@ -204,13 +199,13 @@ def gqa_block(model: ModelSizes, size: Size, make: Maker) -> Call | None:
     attention = _gqa(model, size, make)
     if attention is None:
         return None
-    norm, rows = make.noise(model.hidden), step_rows(size, model.head_dim // 2)
+    norm, step = make.noise(model.hidden), step_rows(size, model.head_dim // 2)
     weights = make.cold(lambda: tuple(make.matrix(n, k) for k, n in model.projections))
     layers = [GqaWeights(norm, qkv, output, model.heads, model.kv_heads, EPS, 0.1) for qkv, output in weights]
     x, residual = _hidden(model, size, make)
     pages = key_value_pages(model, size, make)
     work = operations.attention_half(model, size.rows, attention.work, make.weights, absorbed=False)
-    return Call([(x, residual, layer, rows, *pages) for layer in layers], work)
+    return Call([(x, residual, layer, *step, *pages) for layer in layers], work)
 
 
 @case
@@ -240,14 +235,13 @@ def moe_block(model: ModelSizes, size: Size, make: Maker) -> Call | None:
 
 @case
 def decoder(model: ModelSizes, size: Size, make: Maker) -> Call | None:
-    """A layer of the model in one call: its two halves, between an embedding and a head of a few tokens."""
+    """A layer of the model in one call: its two blocks, between an embedding and a head of a few tokens."""
     first = (mla_block if model.rank else gqa_block)(model, size, make)
     second = (moe_block if model.experts else mlp_block)(model, size, make)
     assert first is not None
     assert second is not None
-    _, residual, attention, rows, *pages = first.arguments[0]
-    halves = [Half(attention, tuple(pages)), Half(second.arguments[0][2])]
-    head = make.matrix(TOKENS, model.hidden)
-    weights = DecoderWeights(make.noise(TOKENS, model.hidden), halves, make.noise(model.hidden), EPS, head)
-    calls = [(torch.arange(len(residual)) % TOKENS, weights, rows, None)]
-    return Call(calls, first.work + second.work)
+    _, _, attention, rows, position_tables, *pages = first.arguments[0]
+    blocks = [attention, second.arguments[0][2]]
+    head, embedding = make.matrix(TOKENS, model.hidden), make.noise(TOKENS, model.hidden)
+    weights = DecoderWeights(embedding, blocks, [tuple(pages)], make.noise(model.hidden), EPS, head)
+    return Call([(weights, rows, position_tables, None)], first.work + second.work)

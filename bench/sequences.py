@@ -9,9 +9,9 @@ from torch import Tensor
 
 from cierzo.cache.pool import MlaPages
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.worker.runner import load_model
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.block import StepRows
 
 
 class Sequences:
@@ -43,39 +43,29 @@ class Sequences:
 
         The logits of each sequence's last row are computed too.
         """
-        inputs = self.inputs(pieces, generated)
+        rows = self.rows(pieces, generated)
         last = torch.tensor([count for _, count in pieces]).cumsum(0) - 1
         begin = time.perf_counter()
-        self.logits(inputs, last)
+        self.logits(rows, last)
         return time.perf_counter() - begin
 
-    def logits(self, inputs: ModelInputs, rows: Tensor) -> Tensor:
-        """One step -> fp32 logits of `rows`."""
-        return self.model.logits(inputs, self.pool, rows)
+    def logits(self, rows: StepRows, logit_rows: Tensor) -> Tensor:
+        """Compute one step -> fp32 logits of `logit_rows`."""
+        return self.model.logits(rows, self.pool, logit_rows)
 
-    def inputs(self, pieces: list[tuple[int, int]], generated: bool) -> ModelInputs:
+    def rows(self, pieces: list[tuple[int, int]], generated: bool) -> StepRows:
         """The step in which sequence i computes the i-th (start, count), all of them in one form."""
         positions = torch.cat([torch.arange(start, start + count) for start, count in pieces])
         owners = torch.repeat_interleave(torch.arange(len(pieces)), torch.tensor([count for _, count in pieces]))
         blocks = self._tables[owners, positions // self._block_tokens].long()
         slots = blocks * self._block_tokens + positions % self._block_tokens
-        groups = (self._queries(pieces), self._queries([]))
-        return ModelInputs(
+        lengths, contexts = [count for _, count in pieces], [start + count for start, count in pieces]
+        segments = PagedQueries.of(lengths, contexts, list(range(len(pieces))), self._tables)
+        groups = (segments, PagedQueries.of([], [], [], self._tables))
+        return StepRows(
             (positions * 31 + owners * 17) % self._vocab_size,
             positions,
             slots,
             0 if generated else len(positions),
             *(groups[::-1] if generated else groups),
-        )
-
-    def _queries(self, pieces: list[tuple[int, int]]) -> PagedQueries:
-        lengths = [count for _, count in pieces]
-        contexts = [start + count for start, count in pieces]
-        return PagedQueries(
-            torch.tensor([0, *lengths]).cumsum(0).int(),
-            torch.tensor(contexts, dtype=torch.int32),
-            torch.arange(len(pieces), dtype=torch.int32),
-            self._tables,
-            lengths,
-            contexts,
         )

@@ -1,4 +1,4 @@
-"""Which experts real traffic chooses: what a running engine counts, and what follows from it. No torch, no numpy.
+"""Statistics of the experts that real traffic chooses: what an engine counts and what follows. No torch, numpy.
 
 Letters: T tokens in a step, E experts, K experts per token. A `layer` is an index among the MoE layers.
 """
@@ -51,7 +51,7 @@ class ExpertStatistics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return sum(bucket.steps for bucket in self.buckets(phase))
 
     def buckets(self, phase: Phase | None = None) -> list[StepBucket]:
-        """Of one phase, or of both added up."""
+        """Return the buckets of one phase, or of both added up."""
         if phase is not None:
             return self.decode if phase == "decode" else self.prefill
         return _added(self.decode, self.prefill)
@@ -123,7 +123,7 @@ def independent_distinct(statistics: ExpertStatistics, layer: int, tokens: float
 
 
 def difference(later: ExpertStatistics, earlier: ExpertStatistics) -> ExpertStatistics:
-    """What was counted between two readings of one engine. Raises ValueError if they are not that."""
+    """Return what was counted between two readings of one engine. Raises ValueError if they are of two engines."""
     if (later.layers, later.num_experts, later.top_k) != (earlier.layers, earlier.num_experts, earlier.top_k):
         raise ValueError("expert statistics of two models")
     found = msgspec.structs.replace(

@@ -132,7 +132,6 @@ def mapped(value: Any, change: Any, change_matrix: Any = None) -> Any:
         parts = {
             field.name: mapped(getattr(value, field.name), change, change_matrix)
             for field in dataclasses.fields(value)
-            if field.name != "scratch"  # derived from the rest, on the other device
         }
-        return dataclasses.replace(value, **parts, **({"scratch": {}} if hasattr(value, "scratch") else {}))
+        return dataclasses.replace(value, **parts)
     return value

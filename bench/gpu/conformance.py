@@ -221,7 +221,6 @@ def _segments(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Itera
                 table_rows=queries.table_rows[segment : segment + 1].clone(),
                 query_lengths=[stop - start],
                 contexts=[context - length + stop],
-                scratch={},
             )
             rows = q[first + start : first + stop].clone()
             part = function(rows, *arguments[1:at], alone, *arguments[at + 1 :])

@@ -26,20 +26,20 @@ from cierzo.bench.stats import percentile
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.messages import Submit
+from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
-from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.parameters import MatrixRequest, Parameter
 from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.engine.weights.shapes import shape_of
 from cierzo.engine.worker.core import EngineCore
-from cierzo.engine.worker.runner import make_pool, make_runner
+from cierzo.engine.worker.runner import ModelRunner, make_pool
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.device import in_fp8, quantise
 from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.block import StepRows
 from cierzo.scheduler.params import SamplingParams
 
 # (model, weights, activations)
@@ -153,7 +153,7 @@ def make_core(name: str, weights: str, activations: str, device: torch.device, t
     if blocks * config.cache.block_tokens < PROMPT_TOKENS + NEW_TOKENS:
         raise Failed(f"{room / 2**30:.1f} GiB are left beside the weights: no room for one request")
     config = msgspec.structs.replace(config, cache=msgspec.structs.replace(config.cache, num_blocks=blocks))
-    return EngineCore(config, make_runner(config, model, make_pool(config), ""))
+    return EngineCore(config, ModelRunner.of(config, model, make_pool(config)))
 
 
 ENGINE = {"budget_tokens": 8192, "max_chunk_tokens": 8192, "max_running": 256, "max_model_len": 2048}
@@ -232,24 +232,16 @@ def _slice_logits(model: Decoder, config: EngineConfig, device: torch.device) ->
     tables = torch.arange(-(-(prompt + 1) // block), dtype=torch.int32, device=device)[None]
     tokens = (torch.arange(prompt + 1, device=device) * 7919 + 11) % config.model.vocab_size
 
-    def integers(*values: int) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    def queries(rows: int, context: int) -> PagedQueries:
-        if not rows:
-            return PagedQueries(integers(0), integers(), integers(), tables, [], [])
-        return PagedQueries(integers(0, rows), integers(context), integers(0), tables, [rows], [context])
-
     logits = []
     for first, count, expanded in ((0, prompt, True), (prompt, 1, False)):
         positions = torch.arange(first, first + count, device=device)
-        groups = queries(count, first + count), queries(0, 0)
-        inputs = ModelInputs(
+        groups = PagedQueries.of([count], [first + count], [0], tables), PagedQueries.of([], [], [], tables)
+        rows = StepRows(
             tokens[first : first + count],
             positions,
             tables[0].long()[positions // block] * block + positions % block,
             count if expanded else 0,
             *(groups if expanded else groups[::-1]),
         )
-        logits.append(model.logits(inputs, pool, torch.tensor([count - 1], device=device)))
+        logits.append(model.logits(rows, pool, torch.tensor([count - 1], device=device)))
     return torch.cat(logits)

@@ -1,5 +1,7 @@
 """A step's plan laid out as flat numpy arrays, in buffers that are kept from step to step. No torch here.
 
+`BatchBuilder` owns the buffers and the `Batch` that it makes of them; step_rows.py makes tensors of that.
+
 Rows of a batch: all expanded segments (prompt tokens), then all absorbed segments (generated tokens), each
 group in plan order. A sequence that crosses from its prompt into its output within one step has one of both.
 
@@ -28,7 +30,7 @@ _NOTHING = np.zeros(0, np.int64)
 
 @dataclass(slots=True, frozen=True)
 class Segments:
-    """N runs of query rows, one sequence each; arrays are views of the builder's buffers.
+    """The host's side of kernels' PagedQueries: N runs of query rows, one sequence each, in the builder's buffers.
 
     `query_starts` int32[N+1] counts from the group's first row; `context_lengths` int32[N] include the segment's
     own tokens; `table_rows` int32[N] are rows of the block table. The lists are the same numbers for host code.
@@ -37,13 +39,13 @@ class Segments:
     query_starts: Int32
     context_lengths: Int32
     table_rows: Int32
-    lengths: list[int]
+    query_lengths: list[int]
     contexts: list[int]
 
 
 @dataclass(slots=True, frozen=True)
 class Batch:
-    """What one step computes. All arrays are views: valid until the builder's next `build`.
+    """A step's plan as arrays. All are views of the builder's buffers: valid until its next `build`.
 
     `token_ids`, `positions`, `cache_slots` int64[T], where a cache slot is block * S + offset in the block.
     `sample_rows` int64[M]: row in T whose logits are wanted; `sample_seqs` list[M]: index in `plan.seqs`.
@@ -99,7 +101,7 @@ class _Group:
             query_starts=self.query_starts[: count + 1],
             context_lengths=self.context_lengths[:count],
             table_rows=self.table_rows[:count],
-            lengths=self.lengths,
+            query_lengths=self.lengths,
             contexts=self.contexts,
         )
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """What computes a step. `launch` queues it, `collect` waits for its result.
+    """Computes steps: `launch` queues one, `collect` waits for its result.
 
     One step more may be launched before a step's result is collected. Its PENDING tokens are those that the step
     before chooses. After `launch` or `collect` has raised an Exception, nothing of the step is remembered: the same
@@ -31,7 +31,7 @@ class Runner(Protocol):
 
     @property
     def experts(self) -> ExpertCounter | None:
-        """What counts the experts of its steps, if anything does."""
+        """The counter of the experts that its steps choose; None where they are not counted."""
 
     def launch(self, plan: StepPlan, batch: Batch) -> None:
         """Start the step. `batch` may be overwritten once this has returned."""
@@ -46,7 +46,7 @@ class Runner(Protocol):
         ...
 
     def describe(self) -> str:
-        """What runs, as printed at start."""
+        """Describe what runs, as printed at start."""
         ...
 
 
@@ -116,7 +116,7 @@ class EngineCore:
         self._scheduler.abort(abort.request_id, abort.sample, abort.reason)
 
     def step(self) -> list[TokenDelta]:
-        """One step, as configured: all that happened since the last call, in order.
+        """Take a step, as configured: all that happened since the last call, in order.
 
         If the runner raises, the step is run again in halves, until each sequence that makes it raise is alone:
         that one ends as failed, the others get their tokens. MemoryError, KeyboardInterrupt and DeviceFault, after
@@ -149,7 +149,7 @@ class EngineCore:
         return self.take_deltas()
 
     def take_deltas(self) -> list[TokenDelta]:
-        """What happened since the last call, without a step."""
+        """Return what happened since the last call, without a step."""
         deltas = self._scheduler.take_deltas()
         if self._refused:
             deltas += self._refused
@@ -157,7 +157,7 @@ class EngineCore:
         return deltas
 
     def has_work(self) -> bool:
-        """Whether a sequence runs or waits, a step is in flight, or a refusal is still to be told."""
+        """Tell whether a sequence runs or waits, a step is in flight, or a refusal is still to be told."""
         return self._scheduler.has_work() or self._flying is not None or bool(self._refused)
 
     def stats(self) -> CoreStats:
@@ -179,11 +179,11 @@ class EngineCore:
         )
 
     def expert_statistics(self) -> ExpertStatistics | None:
-        """What was counted since the start, `reset` or not; None unless configured."""
+        """Return what was counted since the start, `reset` or not; None unless configured."""
         return None if self._runner.experts is None else self._runner.experts.statistics()
 
     def describe_runner(self) -> str:
-        """What computes the steps, as printed at start."""
+        """Describe what computes the steps, as printed at start."""
         return self._runner.describe()
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""What a sequence changes in its logits before a token is chosen: bias, penalties, masked stop tokens.
+"""Changes that a sequence makes to its logits before a token is chosen: bias, penalties, masked stop tokens.
 
 Everything that the host knows of a step's edits is laid out as arrays, which go to the device in one copy; there
 they are applied. What the host may not know yet is the last token, if the step before is still choosing it: its
@@ -61,7 +61,7 @@ class TokenHistory:
 
 @dataclass(slots=True)
 class Edits:
-    """What one sequence changes in its logits before a token is chosen. Empty arrays: nothing."""
+    """Changes of one sequence to its logits before a token is chosen. Empty arrays: none."""
 
     bias_ids: NDArray[np.int64]
     bias: NDArray[np.float32]
@@ -72,7 +72,7 @@ class Edits:
 
 
 def edits_of(admission: Admission) -> Edits | None:
-    """What the parameters change in the logits; None for nothing."""
+    """Return what the parameters change in the logits; None for nothing."""
     params = admission.sampling
     penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
     penalised = penalties != (1.0, 0.0, 0.0)

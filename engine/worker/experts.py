@@ -41,7 +41,7 @@ class ExpertCounter:
 
     @classmethod
     def of(cls, model: ModelConfig) -> ExpertCounter:
-        """For a model with experts."""
+        """Make the counter of a model with experts."""
         assert model.moe is not None, f"{model.architecture} has no experts"
         layers = list(range(model.moe.first_dense_layers, model.num_layers))
         return cls(layers, model.moe.num_experts, model.moe.experts_per_token)

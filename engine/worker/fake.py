@@ -133,7 +133,7 @@ class FakeRunner:
         self._results.clear()
 
     def describe(self) -> str:
-        """What runs, as printed at start."""
+        """Describe what runs, as printed at start."""
         return "fake runner    tokens are made up; no model is loaded"
 
     def _admit(self, seq: SeqPlan) -> None:

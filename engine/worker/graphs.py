@@ -15,16 +15,16 @@ depends on the number of rows or the grid, a replayed step has the bits of a lau
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cierzo.cache.pool import KVPool
-from cierzo.engine.model.inputs import ModelInputs
 from cierzo.kernels.fault import kernels_since, note
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.block import StepRows
 
 # Between powers of two a step of many sequences would compute up to twice what it must.
 MOST_DOUBLED = 16
@@ -44,11 +44,11 @@ class Recording(Protocol):
 Recorder = Callable[[Callable[[], None]], Recording]
 
 
-class Forward(Protocol):
-    """What is recorded: a model's logits."""
+class Model(Protocol):
+    """A model, as far as whoever runs its steps needs it."""
 
-    def logits(self, inputs: ModelInputs, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
-        """fp32 [T,N] of all rows."""
+    def logits(self, rows: StepRows, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
+        """fp32 [M,N] of the rows `logit_rows`, None: of all; every token's cache entry is written to `kv`."""
         ...
 
 
@@ -69,7 +69,7 @@ def bound_of(tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    inputs: ModelInputs
+    rows: StepRows
     recording: Recording
     logits: Tensor
     name: str  # what a CUDA error calls a replay
@@ -84,7 +84,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        model: Forward,
+        model: Model,
         kv: KVPool,
         *,
         max_running: int,
@@ -100,63 +100,56 @@ class DecodeGraphs:
         self._record = record
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
-    def fits(self, inputs: ModelInputs) -> bool:
-        """Whether the step is one generated token for each of its sequences."""
-        count = len(inputs.token_ids)
-        return inputs.num_expanded == 0 and 0 < count == len(inputs.absorbed.contexts) <= self._buckets[-1]
+    def fits(self, rows: StepRows) -> bool:
+        """Tell whether the step is one generated token for each of its sequences."""
+        count = len(rows.token_ids)
+        return rows.num_expanded == 0 and 0 < count == len(rows.absorbed.contexts) <= self._buckets[-1]
 
-    def logits(self, inputs: ModelInputs) -> Tensor:
+    def logits(self, rows: StepRows) -> Tensor:
         """fp32 [T,N] of a step that fits; valid until the next replay."""
-        count = len(inputs.token_ids)
+        count = len(rows.token_ids)
         size = next(size for size in self._buckets if size >= count)
-        bound = bound_of(sum(inputs.absorbed.contexts))
+        bound = bound_of(sum(rows.absorbed.contexts))
         graph = self._graphs.get((size, bound))
         if graph is None:
-            graph = self._graphs[size, bound] = self._new_graph(size, bound, inputs)
-        self._load(graph.inputs, inputs, count)
+            graph = self._graphs[size, bound] = self._new_graph(size, bound, rows)
+        self._load(graph.rows, rows, count)
         note(graph.name)
         graph.recording.replay()
-        if inputs.expert_ids is not None and graph.inputs.expert_ids is not None:
-            inputs.expert_ids.copy_(graph.inputs.expert_ids[:, :count])
+        if rows.expert_ids is not None and graph.rows.expert_ids is not None:
+            rows.expert_ids.copy_(graph.rows.expert_ids[:, :count])
         return graph.logits[:count]
 
-    def _new_graph(self, size: int, bound: int, like: ModelInputs) -> _Graph:
+    def _new_graph(self, size: int, bound: int, like: StepRows) -> _Graph:
         block_tables, expert_ids = like.absorbed.block_tables, like.expert_ids
         if expert_ids is not None:
             layers, _, top_k = expert_ids.shape
             expert_ids = expert_ids.new_empty((layers, size, top_k))
 
-        def integers(count: int, dtype: torch.dtype, value: int = 0) -> Tensor:
-            return torch.full((count,), value, dtype=dtype, device=self._device)
-
-        queries = PagedQueries(
-            query_starts=integers(size + 1, torch.int32),
-            context_lengths=integers(size, torch.int32),
-            table_rows=integers(size, torch.int32),
-            block_tables=block_tables,
+        none, nothing = [0] * size, PagedQueries.of([], [], [], block_tables)
+        queries = replace(
+            PagedQueries.of(none, none, none, block_tables),
             query_lengths=[1] * size,
             contexts=[self._longest] * size,
             total_context=bound,
         )
-        nothing = PagedQueries(
-            integers(1, torch.int32), integers(0, torch.int32), integers(0, torch.int32), block_tables, [], []
-        )
-        slots = integers(size, torch.int64, self._padding_slot)
-        inputs = ModelInputs(
-            integers(size, torch.int64), integers(size, torch.int64), slots, 0, nothing, queries, expert_ids
-        )
+        # each in memory of its own, which begins where kernels want it
+        token_ids, positions = (torch.zeros(size, dtype=torch.int64, device=self._device) for _ in range(2))
+        cache_slots = torch.full((size,), self._padding_slot, dtype=torch.int64, device=self._device)
+        rows = StepRows(token_ids, positions, cache_slots, 0, nothing, queries, expert_ids)
         found: list[Tensor] = []
 
         def forward() -> None:
-            queries.scratch.clear()  # what an earlier run derived lies in memory that is not the recording's
-            found[:] = [self._model.logits(inputs, self._kv, None)]
+            # A copy, for which kernels derive anew: what they derived in an earlier run lies in memory that is not
+            # the recording's.
+            found[:] = [self._model.logits(replace(rows, absorbed=replace(queries)), self._kv, None)]
 
         name = f"recorded step of {size} sequences, {bound} tokens"
         note(name)
         recording = self._record(forward)
-        return _Graph(inputs, recording, found[0], f"{name} {kernels_since(name)}")
+        return _Graph(rows, recording, found[0], f"{name} {kernels_since(name)}")
 
-    def _load(self, target: ModelInputs, source: ModelInputs, count: int) -> None:
+    def _load(self, target: StepRows, source: StepRows, count: int) -> None:
         """The step's rows, and padding behind them."""
         target.token_ids[:count] = source.token_ids
         target.positions[:count] = source.positions

@@ -65,11 +65,11 @@ class CorePipe:
                 raise PipeClosed(str(error)) from error
 
     def wait(self, timeout_s: float | None) -> None:
-        """Until there is something to read, or the kept bytes could move; at most `timeout_s` (None: no limit)."""
+        """Wait for something to read, or until the kept bytes could move; at most `timeout_s` (None: for ever)."""
         self._wait_for(select.POLLIN | (select.POLLOUT if self._outgoing else 0), timeout_s)
 
     def wait_writable(self, timeout_s: float) -> None:
-        """Until the kept bytes could move; at most `timeout_s`."""
+        """Wait until the kept bytes could move; at most `timeout_s`."""
         self._wait_for(select.POLLOUT, timeout_s)
 
     def receive(self) -> Iterator[CoreCommand]:

@@ -65,7 +65,7 @@ class CoreLoop:
                 pass
 
     def turn(self) -> bool:
-        """One turn; False after Shutdown. Raises PipeClosed. Waits only while there is nothing to compute."""
+        """Take one turn; False after Shutdown. Raises PipeClosed. Waits only while there is nothing to compute."""
         core, pipe = self._core, self._pipe
         if not core.has_work():
             self._wait()
@@ -89,7 +89,7 @@ class CoreLoop:
         return True
 
     def _wait(self) -> None:
-        """Until a command comes, or the socket takes more of what is kept. Checks a core that has been idle."""
+        """Wait until a command comes, or the socket takes more of what is kept. Checks an idle core."""
         if self._pipe.backlog_bytes:
             self._pipe.wait(None)
         elif (soon_s := self._next_stats_s - self._clock()) > 0:
@@ -99,7 +99,7 @@ class CoreLoop:
             self._pipe.wait(None)
 
     def _publish(self) -> None:
-        """One frame with all there is; none while an earlier one is still on its way out."""
+        """Send one frame with all there is; none while an earlier one is still on its way out."""
         pipe = self._pipe
         pipe.flush()
         while not pipe.backlog_bytes:
@@ -110,7 +110,7 @@ class CoreLoop:
             self._unsent = self._unsent[DELTAS_PER_FRAME:]
 
     def _experts(self) -> ExpertStatistics | None:
-        """For the next frame, if the front end has asked."""
+        """Expert statistics for the next frame, if the front end has asked."""
         wanted, self._experts_wanted = self._experts_wanted, False
         return self._core.expert_statistics() if wanted else None
 
@@ -176,7 +176,7 @@ def _read_config(pipe: CorePipe) -> EngineConfig:
 
 @contextmanager
 def _ends_with_front_end(connection: socket.socket) -> Iterator[None]:
-    """While a checkpoint loads nobody reads the socket: a thread ends the process if the front end is gone."""
+    """End the process, by a thread that watches, if the front end goes while a checkpoint loads."""
     poll, loaded = select.poll(), threading.Event()
     poll.register(connection, getattr(select, "POLLRDHUP", select.POLLHUP))
 
@@ -202,7 +202,7 @@ def _last_words(pipe: CorePipe, error: CoreError) -> None:
 
 
 def _drain(pipe: CorePipe) -> None:
-    """Until what was kept has gone out, or nothing has moved for a while."""
+    """Send until what was kept has gone out, or nothing has moved for a while."""
     backlog_bytes = -1
     while pipe.backlog_bytes not in (0, backlog_bytes):
         backlog_bytes = pipe.backlog_bytes

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,48 +17,38 @@ from tqdm import tqdm
 from cierzo.cache.pool import DTYPES, KVPool
 from cierzo.engine.config import EngineConfig, cache_dir
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.expert_statistics import Phase
+from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
-from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.parameters import MatrixSource, PlainMatrices
 from cierzo.engine.weights.loader import Progress, load_parameters
 from cierzo.engine.weights.matrices import DeviceMatrices, PackedMatrices
 from cierzo.engine.weights.reader import CheckpointReader
-from cierzo.engine.worker.batch import Batch, Segments
-from cierzo.engine.worker.device_inputs import DeviceInputs
+from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.experts import ExpertCounter
-from cierzo.engine.worker.graphs import DecodeGraphs, cuda_recorder
+from cierzo.engine.worker.graphs import DecodeGraphs, Model, cuda_recorder
 from cierzo.engine.worker.sampling import Sampled, Sampler
 from cierzo.engine.worker.staging import Staging
+from cierzo.engine.worker.step_rows import DeviceRows, rows_in_place
 from cierzo.kernels.cpu import native
 from cierzo.kernels.fault import watching
 from cierzo.kernels.formats.packed import PLAIN_FORMATS
-from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import KernelChoiceError, bind
 from cierzo.scheduler.plan import PENDING, StepPlan, StepResult, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
 
-class Model(Protocol):
-    """What the runner needs of a model."""
-
-    def logits(self, inputs: ModelInputs, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
-        """fp32 [M,N] of the rows `logit_rows`, None: of all; every token's cache entry is written to `kv`."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that was launched: sequences of its plan, which of them sample, and what gives their tokens, and the
-    experts of its own."""
+    """A step that was launched: how many sequences its plan has, which of them sample, and the functions that wait
+    for their tokens and that count the step's experts, if they are counted."""
 
     number: int
     num_seqs: int
     sample_seqs: list[int]
     sampled: Callable[[], Sampled]
-    count_experts: Callable[[], None]
+    count_experts: Callable[[], None] | None
 
 
 class ModelRunner:
@@ -78,7 +67,7 @@ class ModelRunner:
         device: torch.device | str = "cpu",
         description: str = "",
         *,
-        staged: DeviceInputs | None = None,
+        staged: DeviceRows | None = None,
         graphs: DecodeGraphs | None = None,
         overlap: bool = False,
         experts: ExpertCounter | None = None,
@@ -93,6 +82,36 @@ class ModelRunner:
         self._sampler = Sampler(max_running, device, self._staging)
         self._steps: deque[_Step] = deque()
         self._description = description
+
+    @classmethod
+    def of(cls, config: EngineConfig, model: Model, kv: KVPool, description: str = "") -> ModelRunner:
+        """The runner of a model on the configuration's device."""
+        device, limits, staged, graphs = torch.device(config.device), config.scheduler, None, None
+        by_name = config.kernels.implementations
+        host_reads = any(by_name.get(name) == "torch" for name in ("mla_decode", "gqa_decode"))
+        if device.type != "cpu":
+            staged = DeviceRows(device)
+        if staged is not None and config.graph_sequences and not host_reads:
+            graphs = DecodeGraphs(
+                model,
+                kv,
+                max_running=min(config.graph_sequences, limits.max_running),
+                max_model_len=limits.max_model_len,
+                padding_slot=config.cache.num_blocks * config.cache.block_tokens,
+                device=device,
+                record=cuda_recorder(),
+            )
+        return cls(
+            model,
+            kv,
+            limits.max_running,
+            device,
+            description,
+            staged=staged,
+            graphs=graphs,
+            overlap=config.overlap,
+            experts=ExpertCounter.of(config.model) if config.expert_statistics else None,
+        )
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, batch: Batch) -> None:
@@ -109,16 +128,34 @@ class ModelRunner:
                 self._sampler.admit(seq.slot, seq.key[1], seq.admission)
         # Rows lie prompts first, samples in the order of the plan: the same where every row is a decode.
         every = batch.num_expanded == 0 and len(batch.sample_rows) == len(batch.token_ids)
-        inputs, sample_rows = self._inputs(batch)
-        if self.experts is not None:
-            shape = (len(self.experts.layers), len(batch.token_ids), self.experts.top_k)
-            inputs = replace(inputs, expert_ids=inputs.token_ids.new_empty(shape))
-        if self._graphs is not None and self._graphs.fits(inputs):
-            logits = self._graphs.logits(inputs)
+        rows, sample_rows = self._rows(batch)
+        if self._graphs is not None and self._graphs.fits(rows):
+            logits = self._graphs.logits(rows)
             logits = logits if every else logits[sample_rows]
         else:
-            logits = self._model.logits(inputs, self._kv, None if every else sample_rows)
-        self._steps.append(self._sample(plan, batch, logits, self._experts_of(inputs)))
+            logits = self._model.logits(rows, self._kv, None if every else sample_rows)
+        self._steps.append(self._sample(plan, batch, logits, self._counting(rows)))
+
+    def _rows(self, batch: Batch) -> tuple[StepRows, Tensor]:
+        """The step's rows, with a place for their experts if those are counted, and the rows that sample."""
+        if self._staged is not None:
+            rows, sample_rows = self._staged.load(batch, self._sampler.chosen)
+        else:
+            if len(batch.pending_rows):
+                batch.token_ids[batch.pending_rows] = self._sampler.chosen.numpy()[batch.pending_slots]
+            rows, sample_rows = rows_in_place(batch)
+        if self.experts is not None:
+            shape = (len(self.experts.layers), len(batch.token_ids), self.experts.top_k)
+            rows = replace(rows, expert_ids=rows.token_ids.new_empty(shape))
+        return rows, sample_rows
+
+    def _counting(self, rows: StepRows) -> Callable[[], None] | None:
+        """Begin to bring a step's experts to the host; the function waits for them and counts them."""
+        counter, expert_ids = self.experts, rows.expert_ids
+        if counter is None or expert_ids is None:
+            return None
+        arrived = self._staging.to_host([expert_ids]) if self._staging else lambda: [expert_ids.numpy()]
+        return lambda: counter.add(arrived()[0], "prefill" if rows.num_expanded else "decode")
 
     @torch.inference_mode()
     def collect(self) -> StepResult:
@@ -126,7 +163,8 @@ class ModelRunner:
         step = self._steps.popleft()
         with watching(f"results of step {step.number}"):
             sampled = step.sampled()
-            step.count_experts()
+            if step.count_experts is not None:
+                step.count_experts()
         sampled.remember()
         token_ids: list[list[int]] = [[] for _ in range(step.num_seqs)]
         for index, token_id in zip(step.sample_seqs, sampled.token_ids, strict=True):
@@ -139,17 +177,9 @@ class ModelRunner:
         failures = {step.sample_seqs[row]: reason for row, reason in sampled.failures.items()}
         return StepResult(token_ids, logprobs, failures)
 
-    def _experts_of(self, inputs: ModelInputs) -> Callable[[], None]:
-        """Begin to bring a step's chosen experts to the host; what counts them once they are there."""
-        counter, expert_ids = self.experts, inputs.expert_ids
-        if counter is None or expert_ids is None:
-            return _nothing
-        chosen = [expert_ids]
-        arrived = self._staging.to_host(chosen) if self._staging else lambda: [ids.numpy() for ids in chosen]
-        phase: Phase = "prefill" if inputs.num_expanded else "decode"
-        return lambda: counter.add(arrived()[0], phase)
-
-    def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor, count_experts: Callable[[], None]) -> _Step:
+    def _sample(
+        self, plan: StepPlan, batch: Batch, logits: Tensor, count_experts: Callable[[], None] | None
+    ) -> _Step:
         """Choose the step's tokens: at once if the next step may be launched before they are collected."""
         sampling = [plan.seqs[index] for index in batch.sample_seqs]
         slots = [seq.slot for seq in sampling]
@@ -162,13 +192,6 @@ class ModelRunner:
         else:
             sampled = partial(self._sampler.sample, logits, slots, positions)
         return _Step(plan.step, len(plan.seqs), batch.sample_seqs, sampled, count_experts)
-
-    def _inputs(self, batch: Batch) -> tuple[ModelInputs, Tensor]:
-        if self._staged is not None:
-            return self._staged.load(batch, self._sampler.chosen)
-        if len(batch.pending_rows):
-            batch.token_ids[batch.pending_rows] = self._sampler.chosen.numpy()[batch.pending_slots]
-        return _in_place(batch)
 
     def reset(self) -> None:
         """Forget what was launched and not collected, once the device has done it: the device reads memory that the
@@ -183,75 +206,10 @@ class ModelRunner:
         return self._description
 
 
-def _nothing() -> None:
-    pass
-
-
-def _in_place(batch: Batch) -> tuple[ModelInputs, Tensor]:
-    """Views of the builder's buffers, and of the sample rows."""
-    tables = torch.from_numpy(batch.block_tables)
-    inputs = ModelInputs(
-        token_ids=torch.from_numpy(batch.token_ids),
-        positions=torch.from_numpy(batch.positions),
-        cache_slots=torch.from_numpy(batch.cache_slots),
-        num_expanded=batch.num_expanded,
-        expanded=_queries(batch.expanded, tables),
-        absorbed=_queries(batch.absorbed, tables),
-    )
-    return inputs, torch.from_numpy(batch.sample_rows)
-
-
-def _queries(segments: Segments, tables: Tensor) -> PagedQueries:
-    return PagedQueries(
-        query_starts=torch.from_numpy(segments.query_starts),
-        context_lengths=torch.from_numpy(segments.context_lengths),
-        table_rows=torch.from_numpy(segments.table_rows),
-        block_tables=tables,
-        query_lengths=segments.lengths,
-        contexts=segments.contexts,
-    )
-
-
 def load_runner(config: EngineConfig) -> ModelRunner:
     """A runner of the checkpoint's model. Raises CheckpointError, ConfigError, DeviceFault, MemoryError."""
     with watching("loading"):
-        return make_runner(config, *load_model(config))
-
-
-def make_runner(config: EngineConfig, model: Model, kv: KVPool, description: str) -> ModelRunner:
-    """The runner of a model on the configuration's device."""
-    device, limits = torch.device(config.device), config.scheduler
-    experts = ExpertCounter.of(config.model) if config.expert_statistics else None
-    if device.type == "cpu":
-        return ModelRunner(
-            model, kv, limits.max_running, device, description, overlap=config.overlap, experts=experts
-        )
-    by_name = config.kernels.implementations
-    host_reads = any(by_name.get(name) == "torch" for name in ("mla_decode", "gqa_decode"))
-    graphs = (
-        None
-        if host_reads or not config.graph_sequences
-        else DecodeGraphs(
-            model,
-            kv,
-            max_running=min(config.graph_sequences, limits.max_running),
-            max_model_len=limits.max_model_len,
-            padding_slot=config.cache.num_blocks * config.cache.block_tokens,
-            device=device,
-            record=cuda_recorder(),
-        )
-    )
-    return ModelRunner(
-        model,
-        kv,
-        limits.max_running,
-        device,
-        description,
-        staged=DeviceInputs(device),
-        graphs=graphs,
-        overlap=config.overlap,
-        experts=experts,
-    )
+        return ModelRunner.of(config, *load_model(config))
 
 
 def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:

@@ -42,7 +42,7 @@ class Sampled:
     histories: list[tuple[int, TokenHistory]] = field(default_factory=list)
 
     def itself(self) -> Sampled:
-        """For those who wait for nothing."""
+        """Return this object: the results of a step that has nothing to wait for."""
         return self
 
     def remember(self) -> None:
@@ -53,7 +53,7 @@ class Sampled:
 
 @dataclass(slots=True, frozen=True)
 class _Launched:
-    """What a launch leaves for the time when its results are there.
+    """Work that a launch leaves for the time when its results are there.
 
     results: "token_ids" int64 [M], "peaks" fp32 [M]; of edited rows "edited_peaks", those of the edited logits; of
     Q reports "own" fp32 [Q], the tokens' log-probabilities, "top" fp32 [Q,C], the largest, "top_ids" int64 [Q,C].
@@ -135,7 +135,7 @@ class Sampler:
     def launch(
         self, logits: Tensor, slots: list[int], positions: list[int], pending: Collection[int] = ()
     ) -> Callable[[], Sampled]:
-        """The same, without waiting for the device: `chosen` has the tokens, the function waits and gives them all.
+        """Sample without waiting for the device: `chosen` has the tokens, the function waits and gives them all.
 
         A launch may come before the function of the one before is called: `pending` are the rows whose sequence has
         its last token from that one.
@@ -177,7 +177,7 @@ class Sampler:
         return np.ones(len(peaks), np.bool_) if self._staging is not None else np.isfinite(peaks.numpy())
 
     def _keys(self, random: NDArray[np.int64], at: NDArray[np.int64], positions: list[int]) -> Arrays:
-        """What the rows `random` are drawn by, and with."""
+        """The rows `random`, and the parameters that each is drawn with."""
         if not random.size:
             return {}
         slots = at[random]

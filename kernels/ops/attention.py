@@ -24,8 +24,8 @@ C++ kernels read no FP8, the GPU's no INT8: each refuses it by name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.registry import bound
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PagedQueries:
     """N segments of query rows, and where their contexts lie.
 
@@ -44,8 +44,6 @@ class PagedQueries:
     context, the segment's own included. table_rows: int32 [N], row of block_tables. block_tables: int32 [M,W].
     query_lengths, contexts: the first two on the host, as lengths. In a recorded step they are upper bounds, and
     those on the device count; total_context is then an upper bound of the sum of its contexts (0: their sum).
-    scratch: what an implementation derived from the other fields in one layer and finds again in the next; it dies
-    with the step.
     """
 
     query_starts: Tensor
@@ -55,7 +53,17 @@ class PagedQueries:
     query_lengths: list[int]
     contexts: list[int]
     total_context: int = 0
-    scratch: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls, query_lengths: list[int], contexts: list[int], table_rows: list[int], block_tables: Tensor
+    ) -> PagedQueries:
+        """Segments from numbers on the host, on the device of the block tables."""
+        starts, lengths, rows = (
+            torch.tensor(numbers, dtype=torch.int32, device=block_tables.device)
+            for numbers in ([0, *accumulate(query_lengths)], contexts, table_rows)
+        )
+        return cls(starts, lengths, rows, block_tables, query_lengths, contexts)
 
 
 def write_latents(pages: Tensor, slots: Tensor, latents: Tensor, rope_keys: Tensor) -> None:
@@ -282,7 +290,7 @@ def _check_gqa(
 
 
 def _check_pages(operation: str, width: int, num_scales: int, /, **tensors: Tensor) -> None:
-    """First what is written or asked, then the pages: `width` wide and of its dtype, or FP8, or INT8."""
+    """Check pages, all tensors but the first: `width` wide and of the first one's dtype, or FP8, or INT8."""
     first, *names = tensors
     kind = tensors[names[0]].dtype
     int8 = kind == kv_int8.PAGES_DTYPE
@@ -297,7 +305,7 @@ def _check_pages(operation: str, width: int, num_scales: int, /, **tensors: Tens
 
 
 def _check_queries(operation: str, q: Tensor, queries: PagedQueries) -> None:
-    """Cheap, and on host values alone: a wrong length here would read another sequence's memory."""
+    """Check segments, by host values alone: a wrong length would read another sequence's memory."""
     lengths, contexts = queries.query_lengths, queries.contexts
     rows = sum(lengths)
     check.require(operation, len(lengths) == len(contexts), f"{len(lengths)} lengths, {len(contexts)} contexts")

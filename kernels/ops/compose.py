@@ -6,26 +6,31 @@ composition does between the operations, it does to each row alone, so that it i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
-from cierzo.kernels.ops import attention, linear, moe, norm, rope
+from cierzo.kernels.ops import attention, block, linear, moe, norm, rope
 from cierzo.kernels.ops.block import (
     DecoderWeights,
     GqaWeights,
     MlaWeights,
     MlpWeights,
     MoeWeights,
+    PositionTables,
     StepRows,
     query_width,
     rope_width,
-    run_decoder,
 )
 
 
-def mla_block(x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Tensor:
+def mla_block(
+    x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor
+) -> Tensor:
     """See ops/block.py."""
     heads, nope, _ = weights.w_uk.shape
     width, rope_dims = query_width(weights), rope_width(weights)
@@ -35,10 +40,10 @@ def mla_block(x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: Ste
         normed = _normed_for(weights.query_up, None, q, weights.query_norm, weights.latent_eps)
         q = linear.linear(normed, weights.query_up)
     q = q.reshape(q.shape[0], heads, nope + rope_dims)
-    rope.apply_rope(q, rows.cos, rows.sin, weights.interleaved, rows.query_scale)
-    attention.write_normed_latents(
-        pages, rows.cache_slots, kv, weights.kv_norm, weights.latent_eps, rows.cos, rows.sin, weights.interleaved
-    )
+    cos, sin, interleaved = tables.cos, tables.sin, weights.interleaved
+    rope.apply_rope(q, cos, sin, interleaved, tables.query_scale)
+    latent = weights.kv_norm, weights.latent_eps
+    attention.write_normed_latents(pages, rows.cache_slots, kv, *latent, cos, sin, interleaved)
     return linear.linear(_attend(q, weights, rows, pages).flatten(1), weights.output)
 
 
@@ -58,13 +63,19 @@ def _attend(q: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Te
 
 
 def gqa_block(
-    x: Tensor | None, residual: Tensor, weights: GqaWeights, rows: StepRows, k_pages: Tensor, v_pages: Tensor
+    x: Tensor | None,
+    residual: Tensor,
+    weights: GqaWeights,
+    rows: StepRows,
+    tables: PositionTables,
+    k_pages: Tensor,
+    v_pages: Tensor,
 ) -> Tensor:
     """See ops/block.py."""
     heads = (weights.query_heads, weights.kv_heads, weights.kv_heads)
     qkv = linear.linear(_normed_for(weights.qkv, x, residual, weights.norm, weights.eps), weights.qkv)
     attention.rotate_and_write_keys_values(
-        k_pages, v_pages, rows.cache_slots, qkv, rows.cos, rows.sin, interleaved=False
+        k_pages, v_pages, rows.cache_slots, qkv, tables.cos, tables.sin, interleaved=False
     )
     q = qkv.unflatten(1, (sum(heads), -1))[:, : weights.query_heads]
     expanded, absorbed = q[: rows.num_expanded], q[rows.num_expanded :]
@@ -101,9 +112,34 @@ def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights, expert_id
     return moe.expert_mlp(normed, weights.gate_up, weights.down, shares, groups, *shared)
 
 
-def decoder(token_ids: Tensor, weights: DecoderWeights, rows: StepRows, logit_rows: Tensor | None) -> Tensor:
-    """See ops/block.py."""
-    return run_decoder(token_ids, weights, rows, logit_rows, lambda partial: partial)
+def decoder(
+    weights: DecoderWeights,
+    rows: StepRows,
+    tables: PositionTables,
+    logit_rows: Tensor | None,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """See ops/block.py. With several ranks, `all_reduce` adds up what their blocks give, and the logits are this
+    rank's columns."""
+    residual = functional.embedding(rows.token_ids, weights.embedding)
+    x: Tensor | None = None
+    pages = iter(weights.pages)
+    expert_ids = iter(() if rows.expert_ids is None else rows.expert_ids)
+    for layer in weights.blocks:
+        match layer:
+            case MlaWeights():
+                x = block.mla_block(x, residual, layer, rows, tables, *next(pages))
+            case GqaWeights():
+                x = block.gqa_block(x, residual, layer, rows, tables, *next(pages))
+            case MlpWeights():
+                x = block.mlp_block(x, residual, layer)
+            case MoeWeights():
+                x = block.moe_block(x, residual, layer, next(expert_ids, None))
+        x = x if all_reduce is None else all_reduce(x)
+    assert x is not None, "a model has layers"
+    if logit_rows is not None:
+        x, residual = x[logit_rows], residual[logit_rows]
+    return linear.lm_head(norm.add_rms_norm(x, residual, weights.final_norm, weights.eps), weights.head)
 
 
 def _normed(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:

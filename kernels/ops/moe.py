@@ -58,7 +58,7 @@ def route(
 
 
 def check_expert_ids(operation: str, expert_ids: Tensor, *shape: int) -> None:
-    """Where chosen experts are written: contiguous int64 of this shape."""
+    """Refuse a place for chosen experts that is not contiguous int64 of this shape."""
     if expert_ids.shape != shape or expert_ids.dtype != torch.int64 or not expert_ids.is_contiguous():
         found = f"{list(expert_ids.shape)} {expert_ids.dtype}, strides {list(expert_ids.stride())}"
         check.require(operation, False, f"expert ids must be contiguous int64 {list(shape)}, are {found}")

@@ -1,4 +1,6 @@
-"""From logits to tokens. Letters: M rows (one per sequence that samples), N vocabulary size, J sparse entries.
+"""Sampling, from logits to tokens.
+
+Letters: M rows (one per sequence that samples), N vocabulary size, J sparse entries.
 
 Order of operations on one row, each skipped where its parameter is off:
 
@@ -90,7 +92,7 @@ def draw(
     samples: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """One token id per row from softmax(logits / temperature), filtered -> int64 [M].
+    """Draw one token id per row from softmax(logits / temperature), filtered -> int64 [M].
 
     logits fp32 [M,N], no NaN, no +inf, -inf allowed but not throughout. temperatures fp64 [M] > 0; top_ks int64
     [M], 0 off; top_ps fp64 [M] in (0, 1], 1 off; min_ps fp64 [M] in [0, 1], 0 off; seeds (64 bits), samples and

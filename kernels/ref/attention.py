@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cierzo.kernels.derived import derived
 from cierzo.kernels.formats import kv_fp8, kv_int8
 from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.packed import Matrix
@@ -170,7 +171,7 @@ def _gqa(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> tuple[Gather, Tensor]:
 
 
 def _fp8_bytes(x: Tensor) -> Tensor:
-    """As bytes, which torch copies by index on every device."""
+    """FP8 pages as bytes, which torch copies by index on every device."""
     return kv_fp8.quantise(x).view(torch.uint8)
 
 
@@ -199,12 +200,10 @@ def _by_segment(
     out[start:].zero_()
 
 
+@derived
 def _segment_slots(queries: PagedQueries, index: int, context: int, block_tokens: int) -> Tensor:
     """Slots of one segment's context -> int64 [c]; the same in every layer of a step."""
-    key = ("segment", index, block_tokens)
-    if key not in queries.scratch:
-        queries.scratch[key] = _slots(queries, [index], [context], block_tokens)[0]
-    return queries.scratch[key]
+    return _slots(queries, [index], [context], block_tokens)[0]
 
 
 def _causal(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -290,18 +289,17 @@ def _by_batch(
             out[rows] = result
 
 
+@derived
 def _batches(queries: PagedQueries, block_tokens: int) -> list[tuple[list[int], Tensor, Tensor | None]]:
     """(rows, slots [n,L], mask [n,1,1,L]) of the one-row segments; the same in every layer of a step."""
-    if ("batches", block_tokens) not in queries.scratch:
-        batches = []
-        for rows, members, contexts in _similar_lengths(queries):
-            mask = None
-            if min(contexts) < max(contexts):
-                positions = torch.arange(max(contexts), device=queries.block_tables.device)
-                mask = (positions < positions.new_tensor(contexts)[:, None])[:, None, None]
-            batches.append((rows, _slots(queries, members, contexts, block_tokens), mask))
-        queries.scratch["batches", block_tokens] = batches
-    return queries.scratch["batches", block_tokens]
+    batches = []
+    for rows, members, contexts in _similar_lengths(queries):
+        mask = None
+        if min(contexts) < max(contexts):
+            positions = torch.arange(max(contexts), device=queries.block_tables.device)
+            mask = (positions < positions.new_tensor(contexts)[:, None])[:, None, None]
+        batches.append((rows, _slots(queries, members, contexts, block_tokens), mask))
+    return batches
 
 
 def _similar_lengths(queries: PagedQueries) -> list[tuple[list[int], list[int], list[int]]]:

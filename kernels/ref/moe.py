@@ -81,7 +81,7 @@ def expert_mlp(
 
 
 def _by_expert(matrix: Matrix) -> Tensor | DeviceMatrix:
-    """What gives an expert's matrix by its number."""
+    """Return the function that gives an expert's matrix by its number."""
     return matrix if isinstance(matrix, DeviceMatrix) and takes_fp8(matrix) else as_tensor(matrix)
 
 

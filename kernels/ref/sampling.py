@@ -60,7 +60,7 @@ def random_words(token_ids: Tensor, seed: Word, sample: Word, position: Word) ->
 
 
 def row_of_words(token_ids: Tensor, seed: int, sample: int, position: int) -> Tensor:
-    """The same for many ascending ids of one row: one call per four ids of the range they span, then pick."""
+    """Words of many ascending ids of one row: one call per four ids of the range they span, then pick."""
     first, last = int(token_ids[0]), int(token_ids[-1])
     counters = torch.arange(first >> 2, (last >> 2) + 1, device=token_ids.device)
     words = torch.cat([_lanes(part, seed, sample, position) for part in counters.split(_CHUNK)]).view(-1)
@@ -184,7 +184,7 @@ def draw(
 
 
 def _draw_few(few: list[tuple[int, Tensor, Tensor]], seeds: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
-    """One token of each (row, ids, scores): the noise of all in one elementwise pass, then an argmax of each."""
+    """Draw one token of each (row, ids, scores): all noise in one elementwise pass, then an argmax of each."""
     counts = [token_ids.numel() for _, token_ids, _ in few]
     repeats = torch.tensor(counts, device=seeds.device)
     keys = [key.repeat_interleave(repeats) for key in (seeds, samples, positions)]

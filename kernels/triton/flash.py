@@ -26,6 +26,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.paged import load_tile, page_rows, tile_width
@@ -190,15 +191,17 @@ def _flash(
 
 
 def rounds(queries: PagedQueries, window: int = 0) -> list[Round]:
-    """Rounds of this step, made by the first layer that asks. window: 0 is none."""
-    key = ("triton prefill rounds", WORKSPACE_TOKENS, window)
-    if key not in queries.scratch:
-        device = queries.block_tables.device
-        queries.scratch[key] = [
-            Round(len(gathers) * TOKENS, _table(gathers, device), _table(tiles, device))
-            for gathers, tiles in _cut(queries, window)
-        ]
-    return queries.scratch[key]
+    """The rounds of this step, made once for all layers. window: 0 is none."""
+    return _rounds(queries, window, WORKSPACE_TOKENS)
+
+
+@derived
+def _rounds(queries: PagedQueries, window: int, workspace_tokens: int) -> list[Round]:
+    device = queries.block_tables.device
+    return [
+        Round(len(gathers) * TOKENS, _table(gathers, device), _table(tiles, device))
+        for gathers, tiles in _cut(queries, window, workspace_tokens)
+    ]
 
 
 def _table(rows: list[list[int]], device: torch.device) -> Tensor:
@@ -206,8 +209,10 @@ def _table(rows: list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def _cut(queries: PagedQueries, window: int) -> list[tuple[list[list[int]], list[list[int]]]]:
-    """Rows of `gathers` and of `tiles`, by round (see Round)."""
+def _cut(
+    queries: PagedQueries, window: int, workspace_tokens: int
+) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """gathers and tiles of each round."""
     found: list[tuple[list[list[int]], list[list[int]]]] = []
     room = 0
     for segment, (length, context) in enumerate(zip(queries.query_lengths, queries.contexts, strict=True)):
@@ -215,13 +220,13 @@ def _cut(queries: PagedQueries, window: int) -> list[tuple[list[list[int]], list
         while length and begin < context:
             if room == 0:
                 found.append(([], []))
-                room = WORKSPACE_TOKENS // TOKENS
+                room = workspace_tokens // TOKENS
             gathers, tiles = found[-1]
             end = min(context, begin + room * TOKENS)
             tiles += _tiles(segment, length, context, begin, end, len(gathers) * TOKENS, window)
             unseen = max(0, context - length + 1 - window) if window else 0
             gathers += [[segment, first, end, unseen] for first in range(begin, end, TOKENS)]
-            room = WORKSPACE_TOKENS // TOKENS - len(gathers)
+            room = workspace_tokens // TOKENS - len(gathers)
             begin = end
     for _, tiles in found:
         tiles.sort(key=lambda tile: tile[2] - tile[3])  # long ones first: the last programs are then short

@@ -95,8 +95,9 @@ def gqa_decode(
         POINTER[q.dtype], POINTER[k_pages.dtype], shape, k_pages.shape[1], (q.stride(0), q.stride(1))
     )
     out = q.new_empty(q.shape)
-    pages = {"k_pages_ptr": k_pages, "v_pages_ptr": v_pages}
-    split.decode(configuration, out, queries, shape, scale, sinks, q_ptr=q, **pages)
+    split.decode(
+        configuration, out, queries, shape, scale, sinks, q_ptr=q, k_pages_ptr=k_pages, v_pages_ptr=v_pages
+    )
     return out
 
 

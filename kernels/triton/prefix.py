@@ -31,6 +31,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.launch import Configuration, kernel, launch
 
@@ -119,30 +120,28 @@ def guests(mates_ptr, members_ptr, segment, segment_end, length, places, split_e
     return guest, taken & (split_end <= tl.load(mates_ptr + guest * 3 + 2, mask=taken, other=0))
 
 
+@derived
 def prefixes(queries: PagedQueries, block_tokens: int, together: int) -> Prefixes | None:
-    """Shared prefixes of this step, made by the first layer that asks. together: M, the sequences that a tile has
-    room for. None if a tile or the batch holds fewer than two."""
+    """The prefixes that sequences of this step share, found once for all layers. together: M, sequences that a tile
+    has room for. None where it cannot pay, by the host's numbers alone."""
     segments = len(queries.query_lengths)
     if together < 2 or segments < 2:
         return None
-    key = ("triton prefixes", block_tokens, together)
-    if key not in queries.scratch:
-        device = queries.block_tables.device
-        mates = torch.empty(segments, 3, dtype=torch.int32, device=device)
-        members = torch.full((segments, together), -1, dtype=torch.int32, device=device)
-        launch(
-            prefixes_configuration(block_tokens, together),
-            (segments,),
-            query_starts_ptr=queries.query_starts,
-            context_lengths_ptr=queries.context_lengths,
-            table_rows_ptr=queries.table_rows,
-            tables_ptr=queries.block_tables,
-            mates_ptr=mates,
-            members_ptr=members,
-            table_stride=queries.block_tables.stride(0),
-        )
-        queries.scratch[key] = Prefixes(mates, members)
-    return queries.scratch[key]
+    device = queries.block_tables.device
+    mates = torch.empty(segments, 3, dtype=torch.int32, device=device)
+    members = torch.full((segments, together), -1, dtype=torch.int32, device=device)
+    launch(
+        prefixes_configuration(block_tokens, together),
+        (segments,),
+        query_starts_ptr=queries.query_starts,
+        context_lengths_ptr=queries.context_lengths,
+        table_rows_ptr=queries.table_rows,
+        tables_ptr=queries.block_tables,
+        mates_ptr=mates,
+        members_ptr=members,
+        table_stride=queries.block_tables.stride(0),
+    )
+    return Prefixes(mates, members)
 
 
 def prefixes_configuration(block_tokens: int, together: int) -> Configuration:

@@ -29,6 +29,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.paged import tile_width
@@ -317,15 +318,9 @@ def _combine(
     tl.store(out, (acc / total).to(out_ptr.dtype.element_ty), mask=wide)
 
 
+@derived
 def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
-    """Plan of this step, made by the first layer that asks. num_rows: T."""
-    key = ("triton decode plan", shape, num_rows, SPLITS)
-    if key not in queries.scratch:
-        queries.scratch[key] = _new_plan(queries, shape, num_rows)
-    return queries.scratch[key]
-
-
-def _new_plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
+    """The plan of this step, made once for all layers. num_rows: T."""
     segments, device = len(queries.query_lengths), queries.block_tables.device
     rounds = _rounds(queries, shape)
     bound = sum(part.capacity for part in rounds)

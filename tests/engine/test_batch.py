@@ -32,7 +32,7 @@ def build(builder: BatchBuilder, *seqs: SeqPlan) -> Batch:
 def numbers(group: Segments) -> tuple[list[int], ...]:
     arrays = (group.query_starts, group.context_lengths, group.table_rows)
     assert all(array.dtype == np.int32 for array in arrays)
-    return (*(array.tolist() for array in arrays), group.lengths, group.contexts)
+    return (*(array.tolist() for array in arrays), group.query_lengths, group.contexts)
 
 
 def test_expanded_rows_come_first_and_a_chunk_across_the_boundary_is_in_both_groups() -> None:

@@ -20,17 +20,17 @@ from graph_repeater import Repeated
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.messages import Submit
+from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
-from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.core import EngineCore
-from cierzo.engine.worker.device_inputs import DeviceInputs
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs
 from cierzo.engine.worker.runner import ModelRunner
+from cierzo.engine.worker.step_rows import DeviceRows
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.kernel import running_on
@@ -114,7 +114,7 @@ def run(
         pool,
         MAX_RUNNING,
         CPU,
-        staged=DeviceInputs(CPU),
+        staged=DeviceRows(CPU),
         graphs=graphs if whole else None,
         overlap=whole,
         experts=experts,
@@ -137,7 +137,7 @@ def test_tokens_are_the_same_alone_and_in_company(
 ) -> None:
     config = make_config(tmp_path, like, checkpoint_format)
     model = load(config, weights, activations)
-    output = model.layers[0][0].weights.output  # type: ignore[union-attr]
+    output = model.weights.blocks[0].output  # type: ignore[union-attr]
     assert takes_fp8(output) == (activations == "fp8")
     assert (static_scales(output) is not None) == (activations == "fp8" and checkpoint_format == "hf-fp8")
     counters = [None if config.model.moe is None else ExpertCounter.of(config.model) for _ in range(2)]

@@ -15,10 +15,10 @@ from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.messages import Submit, TokenDelta
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
-from cierzo.engine.worker.device_inputs import DeviceInputs
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs, Recording, bound_of, buckets
 from cierzo.engine.worker.runner import ModelRunner, load_model
+from cierzo.engine.worker.step_rows import DeviceRows
 from cierzo.scheduler.params import SamplingParams
 
 MAX_RUNNING = 6
@@ -56,7 +56,7 @@ def run(
         spacious,
         MAX_RUNNING,
         CPU,
-        staged=DeviceInputs(CPU),
+        staged=DeviceRows(CPU),
         graphs=recorded if graphs else None,
         overlap=overlap,
         experts=experts,

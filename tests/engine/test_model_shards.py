@@ -12,12 +12,12 @@ from torch import Tensor
 
 from cierzo.cache.pool import KVPool
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.layers import query_scale
-from cierzo.engine.model.registry import build_model, parameter_specs
+from cierzo.engine.model.build import build_model, parameter_specs
+from cierzo.engine.model.positions import query_scale
 from cierzo.engine.parameters import AllReduce, ParameterSpec
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import bind
 
 WORLD = 2
@@ -71,7 +71,7 @@ def compute(
     tables = torch.tensor([[5, 2, 7]], dtype=torch.int32)
     slots = torch.tensor([20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31])
     expanded, absorbed = make_queries([(9, 9, 0)], tables), make_queries([(3, 12, 0)], tables)
-    inputs = ModelInputs(token_ids, torch.arange(12), slots, 9, expanded, absorbed, expert_ids)
+    inputs = StepRows(token_ids, torch.arange(12), slots, 9, expanded, absorbed, expert_ids)
     return model.logits(inputs, pool, LOGIT_ROWS)
 
 
@@ -239,7 +239,7 @@ def test_bfloat16_runs_and_stays_near_float32() -> None:
         tables = torch.tensor([[5, 2, 7]], dtype=torch.int32)
         slots = torch.tensor([20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31])
         queries = make_queries([(9, 9, 0)], tables), make_queries([(3, 12, 0)], tables)
-        inputs = ModelInputs(TOKENS, torch.arange(12), slots, 9, *queries)
+        inputs = StepRows(TOKENS, torch.arange(12), slots, 9, *queries)
         logits, exact = model.logits(inputs, pool, LOGIT_ROWS), compute(name, 0, 1, None)
         assert logits.dtype == torch.float32
         assert (logits - exact).norm() / exact.norm() < 0.1

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # mis
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model.config import GqaConfig, read_model_config
-from cierzo.engine.model.layers import PositionTables
+from cierzo.engine.model.positions import Positions
 
 BOTH, MISTRAL, LLAMA = ("mistral", "llama"), ("mistral",), ("llama",)
 OTHER = {"rope_type": "default", "rope_theta": 500.0}
@@ -83,7 +83,7 @@ SPELLINGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 def test_is_read_as_transformers_reads_it(tmp_path: Path, architecture: str, spelling: str) -> None:
     folder = write_config(tmp_path, changed({"model_type": architecture, **DENSE}, SPELLINGS[spelling][1]))
     ours, theirs = read_model_config(folder), transformers.AutoConfig.from_pretrained(folder)
-    rotary, tables = LlamaRotaryEmbedding(theirs), PositionTables(ours, torch.device("cpu"))
+    rotary, tables = LlamaRotaryEmbedding(theirs), Positions(ours, torch.device("cpu"))
     torch.testing.assert_close(tables.inv_freq, rotary.inv_freq, rtol=1e-6, atol=0.0)
     assert tables.magnitude == pytest.approx(rotary.attention_scaling, rel=1e-12)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads

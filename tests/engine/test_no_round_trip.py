@@ -20,15 +20,15 @@ from torch import Tensor
 from cierzo.cache.config import CacheConfig
 from cierzo.cache.pool import KVPool
 from cierzo.engine.messages import Submit
-from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.worker.core import EngineCore
-from cierzo.engine.worker.device_inputs import DeviceInputs
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.graphs import DecodeGraphs
 from cierzo.engine.worker.runner import ModelRunner
 from cierzo.engine.worker.sampling import NOT_FINITE, Sampler
 from cierzo.engine.worker.staging import Staging
+from cierzo.engine.worker.step_rows import DeviceRows
 from cierzo.kernels.cuda.launch.kernel import running_on
+from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import IMPLEMENTATIONS, bound
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.params import SamplingParams
@@ -43,7 +43,7 @@ class TableModel:
     def __init__(self) -> None:
         self._table = TABLE.clone().as_subclass(OnCard)
 
-    def logits(self, inputs: ModelInputs, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
+    def logits(self, inputs: StepRows, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
         token_ids, positions = inputs.token_ids, inputs.positions
         if logit_rows is not None:
             token_ids, positions = token_ids[logit_rows], positions[logit_rows]
@@ -79,7 +79,7 @@ def test_tokens_reach_the_next_step_and_nobody_waits(card: Card, recorded: bool,
         nothing,
         max_running,
         CUDA,
-        staged=DeviceInputs(CUDA),
+        staged=DeviceRows(CUDA),
         graphs=graphs if recorded else None,
         overlap=True,
     )

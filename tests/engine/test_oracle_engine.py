@@ -66,8 +66,8 @@ class WatchedRunner:
                 pages.fill_(float("nan"))
 
     def launch(self, plan: StepPlan, batch: Batch) -> None:
-        self.expanded.append([*batch.expanded.lengths])
-        self.absorbed.append([*batch.absorbed.lengths])
+        self.expanded.append([*batch.expanded.query_lengths])
+        self.absorbed.append([*batch.absorbed.query_lengths])
         self.admitted_at += [seq.start for seq in plan.seqs if seq.admission is not None]
         self._runner.launch(plan, batch)
 

@@ -12,8 +12,8 @@ from cierzo.cli import main
 from cierzo.engine.checkpoint_format import PUBLISHED_FORMATS
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.llm import LLM
+from cierzo.engine.model.build import parameter_specs
 from cierzo.engine.model.config import read_model_config
-from cierzo.engine.model.registry import parameter_specs
 from cierzo.engine.parameters import as_tensor
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.loader import load_parameters

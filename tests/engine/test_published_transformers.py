@@ -17,13 +17,13 @@ from published import FP8_CONFIG, SMALL3, SMALL4, Published
 from safetensors.torch import save_file
 
 from cierzo.engine.config import EngineOptions, resolve
+from cierzo.engine.model.build import parameter_specs
 from cierzo.engine.model.config import read_model_config
-from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.registry import parameter_specs
 from cierzo.engine.parameters import as_tensor
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.runner import load_model
+from cierzo.kernels.ops.block import StepRows
 
 
 def text_only(folder: Path, shape: Any) -> Path:
@@ -69,5 +69,5 @@ def test_the_same_logits(tmp_path: Path) -> None:
     tables = torch.tensor([[3, 0, 1]], dtype=torch.int32)
     slots = torch.tensor([12, 13, 14, 15, 0, 1, 2, 3, 4])
     none = make_queries([], tables)
-    inputs = ModelInputs(tokens, torch.arange(9), slots, 9, make_queries([(9, 9, 0)], tables), none)
+    inputs = StepRows(tokens, torch.arange(9), slots, 9, make_queries([(9, 9, 0)], tables), none)
     torch.testing.assert_close(model.logits(inputs, pool), expected, rtol=1e-4, atol=1e-4)

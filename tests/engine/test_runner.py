@@ -11,12 +11,12 @@ from torch import Tensor
 from cierzo.cache.config import CacheConfig
 from cierzo.cache.pool import KVPool
 from cierzo.engine.messages import Submit
-from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.runner import ModelRunner
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import bind
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.params import SamplingParams
@@ -37,7 +37,7 @@ class SuspiciousModel:
         self.crossings = 0  # steps that hold both forms of one sequence
         self.num_rows = 0
 
-    def logits(self, inputs: ModelInputs, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
+    def logits(self, inputs: StepRows, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
         rows = len(inputs.token_ids)
         groups = ((inputs.expanded, 0, inputs.num_expanded), (inputs.absorbed, inputs.num_expanded, rows))
         for queries, first, last in groups:

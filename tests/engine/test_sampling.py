@@ -13,14 +13,14 @@ from torch import Tensor
 from cierzo.cache.config import CacheConfig
 from cierzo.cache.pool import KVPool
 from cierzo.engine.messages import Submit, TokenLogprobs
-from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.worker import sampling
 from cierzo.engine.worker.core import EngineCore
-from cierzo.engine.worker.device_inputs import DeviceInputs
 from cierzo.engine.worker.edits import TokenHistory
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.runner import ModelRunner
 from cierzo.engine.worker.sampling import NOT_FINITE, Sampler
+from cierzo.engine.worker.step_rows import DeviceRows
+from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.ref import sampling as ref
 from cierzo.kernels.registry import IMPLEMENTATIONS, bound
 from cierzo.scheduler.config import SchedulerConfig
@@ -50,7 +50,7 @@ class TableModel:
         self.breaks = breaks
         self.num_rows = 0
 
-    def logits(self, inputs: ModelInputs, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
+    def logits(self, inputs: StepRows, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
         chosen = slice(None) if logit_rows is None else logit_rows
         token_ids, positions = inputs.token_ids[chosen], inputs.positions[chosen]
         self.num_rows += len(token_ids)
@@ -71,7 +71,7 @@ def make_core(model: TableModel | None = None, mode: str = "plain", **limits: in
         model or TableModel(),
         cast(KVPool, None),
         scheduler.max_running,
-        staged=DeviceInputs(torch.device("cpu")) if mode == "staged" else None,
+        staged=DeviceRows(torch.device("cpu")) if mode == "staged" else None,
         overlap=mode != "plain",
     )
     return EngineCore(config, runner)

@@ -19,10 +19,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cierzo.cache.pool import KVPool
+from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.config import read_model_config
 from cierzo.engine.model.decoder import Decoder
-from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.registry import build_model, parameter_specs
 from cierzo.engine.parameters import MatrixRequest, Parameter, as_tensor
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.reader import CheckpointReader
@@ -30,6 +29,7 @@ from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.pack import pack
 from cierzo.kernels.registry import bind
 
@@ -82,7 +82,7 @@ class Ours:
         positions = [range(piece.start, piece.start + len(piece.token_ids)) for piece in pieces]
         first_slot = self.width * BLOCK_TOKENS
         segments, nothing = self._segments(pieces), self._segments([])
-        inputs = ModelInputs(
+        inputs = StepRows(
             token_ids=torch.tensor([token for piece in pieces for token in piece.token_ids]),
             positions=torch.tensor([position for span in positions for position in span]),
             cache_slots=torch.tensor(

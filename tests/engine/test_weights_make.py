@@ -19,8 +19,8 @@ import transformers
 from safetensors.torch import load_file
 
 from cierzo.engine.errors import CheckpointError, ConfigError
+from cierzo.engine.model.build import parameter_specs
 from cierzo.engine.model.config import read_model_config
-from cierzo.engine.model.registry import parameter_specs
 from cierzo.engine.weights import make
 from cierzo.engine.weights.folder import new_folder
 from cierzo.engine.weights.headers import INDEX_NAME

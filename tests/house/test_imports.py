@@ -30,7 +30,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cli": ("engine", "bench"),
     "kernels": ("kernels",),
     "kernels.formats": ("kernels.formats",),
-    "kernels.cpu": ("kernels.cpu", "kernels.formats", "kernels.ops", "kernels.check", "kernels.fault"),
+    "kernels.cpu": (
+        *("kernels.cpu", "kernels.formats", "kernels.ops"),
+        *("kernels.check", "kernels.derived", "kernels.fault"),
+    ),
     "cache": ("cache",),
     "scheduler": ("scheduler", "cache"),
     "engine.errors": (),

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.model.inputs import ModelInputs
 from cierzo.engine.worker import core, process
 from cierzo.engine.worker.runner import ModelRunner
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.fault import note
+from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import bind
 
 ILLEGAL_ADDRESS = """CUDA error: an illegal memory access was encountered
@@ -35,7 +35,7 @@ class FaultyModel:
         self._calls = calls
         self._marker = marker
 
-    def logits(self, inputs: ModelInputs, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
+    def logits(self, inputs: StepRows, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
         """Of the rows that are wanted."""
         note("_table_lookup")
         self._calls -= 1

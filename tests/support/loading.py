@@ -10,13 +10,13 @@ from oracle import make_queries
 from torch import Tensor
 
 from cierzo.engine.config import EngineOptions, resolve
+from cierzo.engine.model.build import parameter_specs
 from cierzo.engine.model.config import read_model_config
-from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.registry import parameter_specs
 from cierzo.engine.parameters import Parameter
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.runner import load_model
+from cierzo.kernels.ops.block import StepRows
 
 TOKENS = torch.arange(12) * 13 % 192
 
@@ -28,7 +28,7 @@ def logits(folder: Path, **options: Any) -> Tensor:
     tables = torch.tensor([[5, 2, 7]], dtype=torch.int32)
     slots = torch.tensor([20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31])
     expanded, absorbed = make_queries([(9, 9, 0)], tables), make_queries([(3, 12, 0)], tables)
-    found = model.logits(ModelInputs(TOKENS, torch.arange(12), slots, 9, expanded, absorbed), pool)
+    found = model.logits(StepRows(TOKENS, torch.arange(12), slots, 9, expanded, absorbed), pool)
     assert found.isfinite().all()
     assert found.std() > 0.05
     return found

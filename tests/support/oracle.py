@@ -16,12 +16,12 @@ import transformers
 from torch import Tensor
 
 from cierzo.cache.pool import GqaPages, KVPool
+from cierzo.engine.model.build import build_model
 from cierzo.engine.model.config import ModelConfig, read_model_config
 from cierzo.engine.model.decoder import Decoder
-from cierzo.engine.model.inputs import ModelInputs
-from cierzo.engine.model.registry import build_model
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import bind
 
 HUGE = 2**30
@@ -186,7 +186,7 @@ class Ours:
         logits = self.model.logits(inputs, self.pool).split([len(tokens) for _, tokens, _ in ordered])
         return [logits[next(i for i, one in enumerate(ordered) if one is piece)] for piece in pieces]
 
-    def _inputs(self, pieces: list[tuple[Sequence, list[int], bool]]) -> ModelInputs:
+    def _inputs(self, pieces: list[tuple[Sequence, list[int], bool]]) -> StepRows:
         tables = torch.full((len(pieces) + 1, 64 + max(len(p[0].blocks) + len(p[1]) for p in pieces)), HUGE)
         tables = tables.int()
         tokens, positions, slots = [], [], []
@@ -205,7 +205,7 @@ class Ours:
                 for p in range(start, end)
             ]
             groups[generated].append((len(piece), end, row))
-        return ModelInputs(
+        return StepRows(
             torch.tensor(tokens),
             torch.tensor(positions),
             torch.tensor(slots),

@@ -184,4 +184,4 @@ def forget(batch: Batch, window: int) -> Batch:
             for page in pages:
                 page[block, position % block_tokens] = NAN
         tables[row, : first // block_tokens] = HUGE
-    return replace(batch, pages=pages, queries=replace(queries, block_tables=tables, scratch={}))
+    return replace(batch, pages=pages, queries=replace(queries, block_tables=tables))

@@ -152,6 +152,7 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
     q = rows(q)
     num_rows, heads, width = q.shape
     out = torch.empty(num_rows, heads, rank, dtype=q.dtype)
+    paged, _alive = paged_args(queries, pages.shape[1], num_rows)
     args = abi.MlaDecodeArgs(
         q.data_ptr(),
         heads,
@@ -160,7 +161,7 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
         q.stride(0),
         q.stride(1),
         pages.data_ptr(),
-        paged_args(queries, pages.shape[1], num_rows),
+        paged,
         out.data_ptr(),
         scale,
         kv_format(pages),
@@ -178,6 +179,7 @@ def mla_prefill(
     heads, nope, rank = keys.shape
     value_width = values.shape[1]
     out = torch.empty(q.shape[0], heads, value_width, dtype=q.dtype)
+    paged, _alive = paged_args(queries, pages.shape[1], q.shape[0])
     args = abi.MlaPrefillArgs(
         q.data_ptr(),
         heads,
@@ -190,7 +192,7 @@ def mla_prefill(
         pages.data_ptr(),
         keys.address,
         values.address,
-        paged_args(queries, pages.shape[1], q.shape[0]),
+        paged,
         out.data_ptr(),
         scale,
         kv_format(pages),
@@ -201,7 +203,7 @@ def mla_prefill(
 
 
 def _expander(name: str, weight: Matrix) -> NativeMatrix:
-    """What makes keys or values from latents. It is an operand beside them, in their number format."""
+    """The packed matrix that makes keys or values from latents; it must be in their number format."""
     packed = packed_for("mla_prefill", weight)
     format = PLAIN_FORMATS[packed.dtype]
     check.require("mla_prefill", packed.format == format, f"{name} must be packed as {format}, is {packed.format}")
@@ -250,6 +252,7 @@ def _gqa(
 ) -> Tensor:
     q = rows(q)
     out = torch.empty(q.shape, dtype=q.dtype)
+    paged, _alive = paged_args(queries, k_pages.shape[1], q.shape[0])
     args = abi.GqaArgs(
         q.data_ptr(),
         q.shape[1],
@@ -259,7 +262,7 @@ def _gqa(
         q.stride(1),
         k_pages.data_ptr(),
         v_pages.data_ptr(),
-        paged_args(queries, k_pages.shape[1], q.shape[0]),
+        paged,
         out.data_ptr(),
         scale,
         kv_format(k_pages),
@@ -269,21 +272,12 @@ def _gqa(
     return out
 
 
-def paged_args(queries: PagedQueries, block_tokens: int, num_rows: int) -> abi.PagedArgs:
-    """The segments as the kernels take them; kept in the queries' scratch, for the next layer."""
-    key = ("native", block_tokens, num_rows)
-    if key not in queries.scratch:
-        tensors = [
-            tensor.contiguous()
-            for tensor in (queries.query_starts, queries.context_lengths, queries.table_rows, queries.block_tables)
-        ]
-        args = abi.PagedArgs(
-            *(tensor.data_ptr() for tensor in tensors),
-            len(queries.query_lengths),
-            tensors[-1].stride(0),
-            block_tokens,
-            num_rows,
-        )
-        queries.scratch[key] = args, tensors  # the tensors stay alive with it
-    found: abi.PagedArgs = queries.scratch[key][0]
-    return found
+def paged_args(queries: PagedQueries, block_tokens: int, num_rows: int) -> tuple[abi.PagedArgs, list[Tensor]]:
+    """The segments as the kernels take them, and the tensors that must live as long."""
+    tensors = [
+        tensor.contiguous()
+        for tensor in (queries.query_starts, queries.context_lengths, queries.table_rows, queries.block_tables)
+    ]
+    addresses = (tensor.data_ptr() for tensor in tensors)
+    stride = tensors[-1].stride(0)
+    return abi.PagedArgs(*addresses, len(queries.query_lengths), stride, block_tokens, num_rows), tensors

@@ -1,13 +1,12 @@
-"""The halves of a decoder layer in C++, and a whole model: one native call each.
+"""The blocks of a decoder layer in C++, and a whole model: one native call each.
 
-What C needs of a layer's weights is laid out at the first call and kept in their `scratch`; what it needs of a
-step, in the step's. So a call hands over a dozen numbers, however much it computes.
+What C needs of weights is laid out at the first call with them and kept as long as they live; what it needs of a
+step (`abi.StepArgs`), as long as the step's tables. A call hands over a dozen numbers, however much it computes.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,69 +15,80 @@ from torch import Tensor
 from cierzo.kernels.cpu import abi, native
 from cierzo.kernels.cpu.launch.attention import paged_args
 from cierzo.kernels.cpu.tensors import as_packed, kv_format
+from cierzo.kernels.derived import derived
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.block import (
+    BlockWeights,
     DecoderWeights,
     GqaWeights,
-    Half,
     MlaWeights,
     MlpWeights,
     MoeWeights,
+    PositionTables,
     StepRows,
     rope_width,
 )
 
+KINDS = (MlaWeights, GqaWeights, MlpWeights, MoeWeights)  # numbered as in abi.h
 
-def mla_block(x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Tensor:
+
+def mla_block(
+    x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor
+) -> Tensor:
     """See ops/block.py."""
-    layer = weights.scratch.get("layer") or _mla_layer(weights)
     block, out = _input(x, residual, pages)
-    native.call("mla_block", abi.MlaBlockArgs(block, layer.address, _step(rows, pages), pages.data_ptr()))
+    step = _step_of(tables, rows, pages.shape[1])
+    args = abi.MlaBlockArgs(block, _layer(weights).address, step.address, pages.data_ptr())
+    native.call("mla_block", args)
     return out
 
 
 def gqa_block(
-    x: Tensor | None, residual: Tensor, weights: GqaWeights, rows: StepRows, k_pages: Tensor, v_pages: Tensor
+    x: Tensor | None,
+    residual: Tensor,
+    weights: GqaWeights,
+    rows: StepRows,
+    tables: PositionTables,
+    k_pages: Tensor,
+    v_pages: Tensor,
 ) -> Tensor:
     """See ops/block.py."""
-    layer = weights.scratch.get("layer") or _gqa_layer(weights)
     block, out = _input(x, residual, k_pages)
-    step = _step(rows, k_pages)
-    native.call("gqa_block", abi.GqaBlockArgs(block, layer.address, step, k_pages.data_ptr(), v_pages.data_ptr()))
+    step = _step_of(tables, rows, k_pages.shape[1])
+    addresses = _layer(weights).address, step.address, k_pages.data_ptr(), v_pages.data_ptr()
+    native.call("gqa_block", abi.GqaBlockArgs(block, *addresses))
     return out
 
 
 def mlp_block(x: Tensor | None, residual: Tensor, weights: MlpWeights) -> Tensor:
     """See ops/block.py."""
-    layer = weights.scratch.get("layer") or _mlp_layer(weights)
     block, out = _input(x, residual)
-    native.call("mlp_block", abi.MlpBlockArgs(block, layer.address))
+    native.call("mlp_block", abi.MlpBlockArgs(block, _layer(weights).address))
     return out
 
 
 def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights, expert_ids: Tensor | None = None) -> Tensor:
     """See ops/block.py."""
-    layer = weights.scratch.get("layer") or _moe_layer(weights)
     block, out = _input(x, residual)
     chosen = None if expert_ids is None else expert_ids.data_ptr()
-    native.call("moe_block", abi.MoeBlockArgs(block, layer.address, chosen))
+    native.call("moe_block", abi.MoeBlockArgs(block, _layer(weights).address, chosen))
     return out
 
 
-def decoder(token_ids: Tensor, weights: DecoderWeights, rows: StepRows, logit_rows: Tensor | None) -> Tensor:
+def decoder(weights: DecoderWeights, rows: StepRows, tables: PositionTables, logit_rows: Tensor | None) -> Tensor:
     """See ops/block.py."""
-    model = weights.scratch.get("layer") or _decoder_model(weights)
-    token_ids = token_ids.contiguous()
+    token_ids = rows.token_ids.contiguous()
     count = len(token_ids)
     if logit_rows is not None:
         logit_rows = logit_rows.contiguous()
         count = len(logit_rows)
     logits = torch.empty((count, weights.head.shape[0]), dtype=torch.float32)
+    step = _step(tables, rows, weights.pages[0][0].shape[1])  # of use in this call alone: not kept
     args = abi.DecoderArgs(
-        model.address,
+        _model(weights).address,
         token_ids.data_ptr(),
         len(token_ids),
-        _step(rows, weights.halves[0].pages[0]),
+        step.address,
         None if logit_rows is None else logit_rows.data_ptr(),
         count,
         logits.data_ptr(),
@@ -87,39 +97,37 @@ def decoder(token_ids: Tensor, weights: DecoderWeights, rows: StepRows, logit_ro
     return logits
 
 
-def _decoder_model(weights: DecoderWeights) -> _Layer:
-    halves = (abi.LayerHalf * len(weights.halves))(*(_half(half) for half in weights.halves))
-    head = as_packed(weights.head)
-    struct = abi.DecoderModel(
-        weights.embedding.data_ptr(),
-        *weights.embedding.shape,
-        ctypes.addressof(halves),
-        len(halves),
-        weights.final_norm.data_ptr(),
-        head.address,
-        weights.eps,
-        abi.DTYPES[weights.embedding.dtype],
-        kv_format(weights.halves[0].pages[0]),
-    )
-    return _keep(weights, struct, halves, head)
-
-
-def _half(half: Half) -> abi.LayerHalf:
-    weights = half.weights
-    kind, make = _KINDS[type(weights)]
-    layer = weights.scratch.get("layer") or make(weights)
-    pages = [page.data_ptr() for page in half.pages] + [None, None]
-    return abi.LayerHalf(layer.address, pages[0], pages[1], kind)
-
-
-class _Layer:
-    """A C struct, and everything that it points to."""
+class _Struct:
+    """A C struct, its address, and everything that it points to."""
 
     __slots__ = ("address", "kept")
 
     def __init__(self, struct: ctypes.Structure, *kept: object) -> None:
         self.address = ctypes.addressof(struct)
         self.kept = (struct, *kept)
+
+
+@derived
+def _model(weights: DecoderWeights) -> _Struct:
+    blocks = (abi.LayerHalf * len(weights.blocks))()
+    pages = iter(weights.pages)
+    for target, block in zip(blocks, weights.blocks, strict=True):
+        target.layer, target.kind = _layer(block).address, KINDS.index(type(block))
+        if isinstance(block, MlaWeights | GqaWeights):
+            target.pages, target.value_pages = (*(page.data_ptr() for page in next(pages)), None)[:2]
+    head = as_packed(weights.head)
+    struct = abi.DecoderModel(
+        weights.embedding.data_ptr(),
+        *weights.embedding.shape,
+        ctypes.addressof(blocks),
+        len(blocks),
+        weights.final_norm.data_ptr(),
+        head.address,
+        weights.eps,
+        abi.DTYPES[weights.embedding.dtype],
+        kv_format(weights.pages[0][0]),
+    )
+    return _Struct(struct, blocks, head)
 
 
 def _input(x: Tensor | None, residual: Tensor, pages: Tensor | None = None) -> tuple[abi.BlockInput, Tensor]:
@@ -136,26 +144,42 @@ def _input(x: Tensor | None, residual: Tensor, pages: Tensor | None = None) -> t
     ), out
 
 
-def _step(rows: StepRows, pages: Tensor) -> int:
-    """Address of the step's C struct; the same in every layer."""
-    step = rows.scratch.get("step")
-    if step is None:
-        block_tokens = pages.shape[1]
-        struct = abi.StepArgs(
-            rows.cos.data_ptr(),
-            rows.sin.data_ptr(),
-            None if rows.query_scale is None else rows.query_scale.data_ptr(),
-            rows.cache_slots.data_ptr(),
-            rows.num_expanded,
-            paged_args(rows.expanded, block_tokens, rows.num_expanded),
-            paged_args(rows.absorbed, block_tokens, len(rows.cache_slots) - rows.num_expanded),
-            None if rows.expert_ids is None else rows.expert_ids.data_ptr(),
-        )
-        step = rows.scratch["step"] = _Layer(struct)
-    return step.address
+def _step(tables: PositionTables, rows: StepRows, block_tokens: int) -> _Struct:
+    num_absorbed = len(rows.cache_slots) - rows.num_expanded
+    expanded, expanded_tensors = paged_args(rows.expanded, block_tokens, rows.num_expanded)
+    absorbed, absorbed_tensors = paged_args(rows.absorbed, block_tokens, num_absorbed)
+    struct = abi.StepArgs(
+        tables.cos.data_ptr(),
+        tables.sin.data_ptr(),
+        None if tables.query_scale is None else tables.query_scale.data_ptr(),
+        rows.cache_slots.data_ptr(),
+        rows.num_expanded,
+        expanded,
+        absorbed,
+        None if rows.expert_ids is None else rows.expert_ids.data_ptr(),
+    )
+    return _Struct(struct, expanded_tensors, absorbed_tensors)
 
 
-def _mla_layer(weights: MlaWeights) -> _Layer:
+_step_of = derived(_step)
+
+
+@derived
+def _layer(weights: BlockWeights) -> _Struct:
+    match weights:
+        case MlaWeights():
+            return _mla_layer(weights)
+        case GqaWeights():
+            return _gqa_layer(weights)
+        case MlpWeights():
+            gate_up, down = _gate_up_down(weights.gate_up, weights.down)
+            struct = abi.MlpLayer(weights.norm.data_ptr(), gate_up.address, down.address, weights.eps)
+            return _Struct(struct, gate_up, down)
+        case MoeWeights():
+            return _moe_layer(weights)
+
+
+def _mla_layer(weights: MlaWeights) -> _Struct:
     heads, nope, rank = weights.w_uk.shape
     down, w_uk, w_uk_t, w_uv, output = (
         as_packed(matrix) for matrix in (weights.down, weights.w_uk, weights.w_uk_t, weights.w_uv, weights.output)
@@ -181,10 +205,10 @@ def _mla_layer(weights: MlaWeights) -> _Layer:
         weights.scale,
         int(weights.interleaved),
     )
-    return _keep(weights, struct, down, w_uk, w_uk_t, w_uv, output, query_up)
+    return _Struct(struct, down, w_uk, w_uk_t, w_uv, output, query_up)
 
 
-def _gqa_layer(weights: GqaWeights) -> _Layer:
+def _gqa_layer(weights: GqaWeights) -> _Struct:
     qkv, output = as_packed(weights.qkv), as_packed(weights.output)
     struct = abi.GqaLayer(
         weights.norm.data_ptr(),
@@ -196,16 +220,10 @@ def _gqa_layer(weights: GqaWeights) -> _Layer:
         weights.eps,
         weights.scale,
     )
-    return _keep(weights, struct, qkv, output)
+    return _Struct(struct, qkv, output)
 
 
-def _mlp_layer(weights: MlpWeights) -> _Layer:
-    gate_up, down = _gate_up_down(weights.gate_up, weights.down)
-    struct = abi.MlpLayer(weights.norm.data_ptr(), gate_up.address, down.address, weights.eps)
-    return _keep(weights, struct, gate_up, down)
-
-
-def _moe_layer(weights: MoeWeights) -> _Layer:
+def _moe_layer(weights: MoeWeights) -> _Struct:
     experts = _gate_up_down(weights.gate_up, weights.down)
     shared = _gate_up_down(weights.shared_gate_up, weights.shared_down)
     router = as_packed(weights.router)
@@ -219,21 +237,8 @@ def _moe_layer(weights: MoeWeights) -> _Layer:
         weights.scale,
         int(weights.renormalise),
     )
-    return _keep(weights, struct, router, *experts, *shared)
+    return _Struct(struct, router, *experts, *shared)
 
 
 def _gate_up_down(gate_up: Matrix, down: Matrix) -> tuple[Any, Any]:
     return as_packed(gate_up, paired=True), as_packed(down)
-
-
-def _keep(weights: Any, struct: ctypes.Structure, *matrices: object) -> _Layer:
-    layer = weights.scratch["layer"] = _Layer(struct, *matrices)
-    return layer
-
-
-_KINDS: dict[type, tuple[int, Callable[[Any], _Layer]]] = {  # as in abi.h
-    MlaWeights: (0, _mla_layer),
-    GqaWeights: (1, _gqa_layer),
-    MlpWeights: (2, _mlp_layer),
-    MoeWeights: (3, _moe_layer),
-}

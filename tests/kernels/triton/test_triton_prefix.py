@@ -42,12 +42,14 @@ def decode(batch: Batch) -> Tensor:
 
 def found(batch: Batch) -> prefix.Prefixes:
     """What the call before has found."""
-    (mates,) = (value for value in batch.queries.scratch.values() if isinstance(value, prefix.Prefixes))
+    shape = split.Shape(kv_heads=1, group=FORM.heads, width=FORM.rank)
+    mates = prefix.prefixes(batch.queries, BLOCK_TOKENS, shape.rows // FORM.heads)
+    assert mates is not None
     return mates
 
 
 def renewed(batch: Batch, **changes: object) -> Batch:
-    return dataclasses.replace(batch, queries=dataclasses.replace(batch.queries, scratch={}, **changes))
+    return dataclasses.replace(batch, queries=dataclasses.replace(batch.queries, **changes))
 
 
 @pytest.mark.parametrize("kind", ["float32", "fp8 pages"])

@@ -171,13 +171,13 @@ def test_bounds_change_nothing_and_the_device_has_the_say(monkeypatch: pytest.Mo
     queries = batch.queries
     longer = [(length, max(900, context)) for length, context in zip([1, 1, 40, 0], queries.contexts, strict=True)]
     bounds = make_queries(longer, queries.table_rows, queries.block_tables)
-    lists = dataclasses.replace(queries, query_lengths=bounds.query_lengths, contexts=bounds.contexts, scratch={})
+    lists = dataclasses.replace(queries, query_lengths=bounds.query_lengths, contexts=bounds.contexts)
     for total in (0, sum(queries.contexts)):
-        bounded = dataclasses.replace(batch, queries=dataclasses.replace(lists, total_context=total, scratch={}))
+        bounded = dataclasses.replace(batch, queries=dataclasses.replace(lists, total_context=total))
         assert torch.equal(torch.cat(decode(bounded, 100)), expected)
     monkeypatch.setattr(split, "PARTIAL_BYTES", 1)
     for lengths in (queries, lists):
-        rounded = dataclasses.replace(batch, queries=dataclasses.replace(lengths, scratch={}))
+        rounded = dataclasses.replace(batch, queries=dataclasses.replace(lengths))
         assert torch.equal(torch.cat(decode(rounded, 100)), expected)
 
 
