@@ -9,12 +9,12 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 200,
-    "engine": 2_800,
+    "engine": 2_850,
     "engine/cost": 950,
     "engine/frontend": 3_700,
-    "engine/model": 1_200,
+    "engine/model": 1_050,
     "engine/weights": 3_200,
-    "engine/worker": 2_350,
+    "engine/worker": 2_300,
     "engine/commands": 350,
     "kernels": 600,
     "kernels/cpu": 1_550,
@@ -22,15 +22,15 @@ BUDGET = {
     "kernels/formats": 1_200,
     "kernels/ops": 1_200,
     "kernels/ref": 850,
-    "kernels/triton": 3_750,
+    "kernels/triton": 3_500,
     "scheduler": 1_000,
     "cache": 650,
-    "bench": 9_100,
+    "bench": 9_300,
     "bench/plan": 1_800,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 11_850
+MEASURING_BUDGET = 12_000
 
 
 @pytest.fixture(scope="module")
