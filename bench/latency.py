@@ -15,7 +15,7 @@ REFUSALS = {kind.code for kind in (InvalidRequest, FrameTooLarge, UnknownMethod,
 
 
 class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One request, times in seconds from the start of the run.
+    """A request that was sent, times in seconds from the start of the run.
 
     `due_s` is when it should have been sent, `start_s` when it was; delta i brought `delta_tokens[i]` tokens at
     `delta_s[i]`. `finish` is the finish reason that its final record told, empty where there was none. `error` is

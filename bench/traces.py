@@ -1,4 +1,4 @@
-"""What a load consists of: when requests arrive, and what their prompts are. Pure functions of a seed."""
+"""Prompts of a load, as pure functions of a seed."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class CheckpointFormat:
 
     @property
     def stem(self) -> str:
-        """What the names of the tensors' files begin with."""
+        """The beginning of the names of the tensors' files."""
         return _FILE_STEM[self.layout]
 
     def __str__(self) -> str:
@@ -149,7 +149,7 @@ def _native_scheme(params: Fields) -> Scheme:
 
 
 def _check_nvfp4(fields: Fields) -> None:
-    """One group of 4-bit float weights with a scale for 16; which matrices it applies to, their tensors say."""
+    """Check a group of 4-bit float weights with a scale for 16; the tensors say which matrices it applies to."""
     fields.only("quant_method", ("compressed-tensors",))
     fields.only("format", ("nvfp4-pack-quantized",))
     fields.only("kv_cache_scheme", (None,), default=None)

@@ -50,7 +50,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 class Fields:
-    """One JSON object. A field without a `default` must be there."""
+    """A JSON object. A field without a `default` must be there."""
 
     def __init__(self, values: Mapping[str, Any], prefix: str = "", file: str = "config.json") -> None:
         self._values = dict(values)

@@ -43,7 +43,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One rank's place among `world` ranks, and the sum of a tensor over all of them."""
+    """A rank's place among `world` ranks, and the sum of a tensor over all of them."""
 
     rank: int
     world: int

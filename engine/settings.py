@@ -41,7 +41,7 @@ def settings_of(kind: type[S], given: Mapping[str, Any], prefix: str = "") -> S:
 
 
 def require(settings: S, prefix: str = "") -> S:
-    """The same settings, every one of the type that its annotation names: an integer where a float is meant becomes
+    """Give settings each the type that its annotation names: an integer where a float is meant becomes
     one, as do numbers of numpy. Raises ConfigError for what has another type or lies beyond its limit."""
     kind = type(settings)
     checked = {

@@ -32,7 +32,7 @@ LLAMA_CPP_BUILD = {
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """What an environment holds. `alone`: packages installed with `without` left out of their requirements.
+    """Packages of an environment. `alone`: packages installed with `without` left out of their requirements.
 
     `built`: packages that are compiled, with variables for their build.
     """

@@ -104,7 +104,7 @@ class LlamaTools:
         """Nothing runs between cells."""
 
     def _batched_bench(self, cell: Cell) -> list[str]:
-        """It reports prompts and new tokens apart, after a run that warms up."""
+        """Command line of llama-batched-bench, which warms up and reports prompts and new tokens apart."""
         batch, new_tokens = max(cell.batch, 1), max(cell.new_tokens, 1)
         context = batch * (cell.prompt_tokens + new_tokens)
         flags = {"model": self._model, "ctx-size": context, "threads": _threads(), "threads-batch": _threads()}

@@ -147,7 +147,7 @@ def _times(store: Store, cell: Cell, ours: Subject, against: Subject) -> Ratio |
 
 
 def close_places(found: Sequence[Ratio], engines: Sequence[Engine], below: float) -> set[tuple[Cell, Subject]]:
-    """Both sides of each ratio of ours to a peer's that is under `below`."""
+    """The two sides of each ratio of ours to a peer's that is under `below`."""
     peers = {engine.name for engine in engines if engine.peer != OURS}
     return {
         (one.cell, subject)

@@ -57,15 +57,15 @@ class CoreEvents(Protocol):
         ...
 
     def core_step(self, step: StepOutput) -> None:
-        """It has finished a step."""
+        """Take what the core made in a step."""
         ...
 
     def core_lost(self) -> None:
-        """It has died; another one is being started."""
+        """Learn that the core has died, and that another one is being started."""
         ...
 
     def core_failed(self, error: CierzoError) -> None:
-        """It has died too often; there will be no other."""
+        """Learn that the core has died too often: there will be no other."""
         ...
 
 

@@ -24,7 +24,7 @@ class PromptEncoder:
 
     @classmethod
     def load(cls, checkpoint_dir: Path) -> PromptEncoder:
-        """Both from a checkpoint's folder; raises CheckpointError."""
+        """Read tokenizer and chat template from a checkpoint's folder; raises CheckpointError."""
         tokenizer = load_tokenizer(checkpoint_dir)
         if tokenizer is None:
             return cls()

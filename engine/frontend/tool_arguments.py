@@ -32,7 +32,7 @@ class Arguments(msgspec.Struct, frozen=True):
 
     @property
     def probe(self) -> Arguments:
-        """The same arguments in the form that `tojson` writes, and never empty: its text and its value print alike
+        """Give the arguments in the form that `tojson` writes, and never empty: its text and its value print alike
         in a template that prints either of them as JSON."""
         if self.value is None:
             return self

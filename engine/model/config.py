@@ -87,7 +87,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def softmax_scale(self) -> float:
-        """What scores are multiplied by.
+        """The factor that attention scores are multiplied by.
 
         Without YaRN's magnitude term, whatever mscale_all_dim says: Small 4's own params.json has apply_scale
         false, and vLLM and SGLang compute it so (vllm#57563, sglang#26203). transformers from July 2026 on and
@@ -101,7 +101,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return attention.head_dim**-0.5
 
     def cache_layout(self, block_tokens: int, dtype: str, world: int = 1) -> CacheLayout:
-        """What one rank's KV cache holds. Latents are whole on every rank, key-value heads are divided."""
+        """The layout of one rank's KV cache. Latents are whole on every rank, key-value heads are divided."""
         value_type = cast(CacheDtype, dtype)
         if isinstance(self.attention, MlaConfig):
             values = self.attention.kv_lora_rank + self.attention.qk_rope_head_dim
@@ -246,7 +246,7 @@ def _model(
     rope: RopeConfig,
     query_scaling: QueryScaling | None,
 ) -> ModelConfig:
-    """What all architectures have."""
+    """Read the fields that all architectures have."""
     fields.only("attention_bias", (False, None), default=None)
     fields.only("hidden_act", ("silu", "swish"))
     _refuse_other_layers(fields)

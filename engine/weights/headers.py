@@ -1,4 +1,4 @@
-"""What the files of a checkpoint folder hold, read from their headers alone: no torch, no tensor data.
+"""Contents of a checkpoint folder's files, read from their headers alone: no torch, no tensor data.
 
 A safetensors file is: 8 bytes little-endian header length; a JSON header
 {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}; the data, which the offsets count
@@ -192,7 +192,7 @@ _UNREADABLE = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")
 
 
 def _hint(others: list[str]) -> str:
-    """What the folder holds instead, and what that lacks."""
+    """Say what the folder holds instead, and what that lacks."""
     if not others:
         return ""
     if others[0].endswith(".safetensors"):

@@ -1,4 +1,4 @@
-"""What a checkpoint is and weighs, from its config and headers alone: `cierzo info`. No torch, no tensor data."""
+"""Description and size of a checkpoint, from config and headers alone: `cierzo info`. No torch, no tensor data."""
 
 from __future__ import annotations
 

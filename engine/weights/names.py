@@ -118,7 +118,7 @@ def map_names(names: Iterable[str], format: CheckpointFormat) -> NameMap:
 
 
 def companion(name: str, role: Role, format: CheckpointFormat) -> str:
-    """What the companion of the tensor `name` is called in this format; `name` itself where there is none."""
+    """Name the companion of the tensor `name` in this format; `name` itself where there is none."""
     for suffix, owner, found in _COMPANIONS.get((format.layout, format.scheme), ()):
         if found == role and name.endswith(owner):
             return name.removesuffix(owner) + suffix

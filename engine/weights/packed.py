@@ -74,7 +74,7 @@ class PackedStore:
 
     @property
     def num_bytes(self) -> int:
-        """Of all matrices asked for."""
+        """The bytes of all matrices asked for."""
         return sum(wanted.entry.num_bytes for wanted in self._wanted.values())
 
     def matrix(self, request: MatrixRequest, format: str) -> PackedMatrix:

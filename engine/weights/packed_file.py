@@ -39,7 +39,7 @@ _SAMPLE_BYTES = 4096
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One matrix of the file."""
+    """A matrix of the file."""
 
     key: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a file holds, and what it was made from."""
+    """An index: what a file holds, and what it was made from."""
 
     checkpoint: str
     layout: str
@@ -76,11 +76,11 @@ def layout() -> str:
 
 
 def checkpoint_digest(config: Path, files: Iterable[Path]) -> str:
-    """Of `config` (config.json or params.json) and a checkpoint's safetensors `files`, without reading all of them.
+    """Digest `config` (config.json or params.json) and the safetensors `files` of a checkpoint, reading little.
 
-    Of each: name, length, time of the last change in whole seconds (what archives and images keep), header, and 64
-    pieces of 4096 bytes spread evenly. A checkpoint that was changed and has the same digest would have to be
-    changed within the same second, and outside of every sample.
+    What counts of each file: name, length, time of the last change in whole seconds (as archives and images keep
+    it), header, and 64 pieces of 4096 bytes spread evenly. A checkpoint that was changed and has the same digest
+    would have to be changed within the same second, and outside of every sample.
     """
     digest = hashlib.sha256(config.read_bytes())
     for path in sorted(set(files)):

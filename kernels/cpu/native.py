@@ -169,7 +169,7 @@ def set_threads(threads: int, pinned: bool = False) -> None:
 
 
 def cores_first(cpus: Sequence[int], topology: Path = Path("/sys/devices/system/cpu")) -> list[int]:
-    """The same CPUs, ordered so that no core has two threads while another has none."""
+    """Order CPUs so that no core has two threads while another has none."""
 
     def place_in_core(cpu: int) -> int:
         try:

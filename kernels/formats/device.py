@@ -57,7 +57,7 @@ class DeviceMatrix:
     activation_scales: Tensor | None = None
 
     def __getitem__(self, expert: int) -> DeviceMatrix:
-        """One expert's [n,k], in the same memory."""
+        """The [n,k] of one expert, in the same memory."""
         one = slice(expert, expert + 1)
         whole = (self.codes, self.scales, self.row_scales, self.activation_scales)
         codes, scales, row_scales, activation_scales = (None if t is None else t[one] for t in whole)

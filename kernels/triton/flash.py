@@ -97,7 +97,7 @@ def _step(
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens for the ROWS query rows of a head; the pointers are to that head."""
+    """Add a tile of tokens for the ROWS query rows of a head; the pointers are to that head."""
     rows = row.to(tl.int64) + tl.arange(0, TOKENS)
     live = tl.full((TOKENS,), True, tl.int1)
     keys = load_tile(keys_ptr, rows, live, tl.arange(0, BLOCK_A), HK * A, A, BLOCK_A)

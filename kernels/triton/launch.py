@@ -54,7 +54,7 @@ def kernel(function: Callable[..., None]) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Configuration:
-    """One way to compile a kernel.
+    """A way to compile a kernel.
 
     types: the run-time arguments: "*bf16" and the like (POINTER), "i32", "i64", "fp32". constants: the constexprs.
     blocks: the pointers that become tensor descriptors, and the (rows, columns) that one load brings; their tensors

@@ -184,7 +184,7 @@ def load_item(
     items_ptr, item, query_starts_ptr, context_lengths_ptr,
     G: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """One item: its segment, first row, first query token, number of query tokens, context length, the positions
+    """Read an item: segment, first row, first query token, number of query tokens, context length, the positions
     begin .. end - 1 of its split that its rows see, and the end of the whole split."""
     segment = tl.load(items_ptr + item * 4)
     first_row = tl.load(items_ptr + item * 4 + 1)

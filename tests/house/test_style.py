@@ -13,6 +13,8 @@ MAX_TRITON_LINES = 150
 DESCRIBED_ELSEWHERE = "kernels.cpu.abi"  # mirrors abi.h, whose comments it would repeat
 DEVICE_SUFFIXES = {".cpp", ".cu", ".cuh", ".h", ".hpp"}
 READS_ENVIRONMENT = "engine.config"
+# Openings of docstrings that are neither noun nor verb, or lack their noun (docs/architecture.md, section 11).
+BAD_OPENINGS = ("Of", "Its", "It", "One", "Their", "They", "Those", "That", "What", "Both", "The same")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -66,6 +68,19 @@ def test_public_names_have_docstrings(modules: dict[str, ast.Module]) -> None:
         and ast.get_docstring(node) is None
     ]
     assert not bare, "\n".join(bare)
+
+
+def test_docstrings_open_with_a_noun_or_a_verb(modules: dict[str, ast.Module]) -> None:
+    found = [
+        f"{module}:{getattr(node, 'lineno', 1)} {text.splitlines()[0]}"
+        for module, tree in modules.items()
+        for node in ast.walk(tree)
+        if module != DESCRIBED_ELSEWHERE
+        and isinstance(node, Function | ast.ClassDef | ast.Module)
+        and (text := ast.get_docstring(node))
+        and any(text.startswith(f"{opening} ") for opening in BAD_OPENINGS)
+    ]
+    assert not found, "\n".join(["begin with a noun or a verb that a stranger understands:", *found])
 
 
 def test_one_file_reads_environment_variables(nodes: dict[str, list[ast.AST]]) -> None:

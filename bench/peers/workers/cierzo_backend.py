@@ -34,7 +34,7 @@ class Backend:
         return times
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> list[list[list[list[float]]]]:
-        """Both forms of attention: the first quarter of a sequence is prompt, the rest was generated before.
+        """Score sequences in both forms of attention: the first quarter of each is prompt, the rest generated.
 
         One request for each position, which generates one token more; the prefix cache carries what they share.
         """

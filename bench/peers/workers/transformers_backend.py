@@ -69,7 +69,7 @@ class Backend:
         return [clock.times] * len(prompts)
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> list[list[list[list[float]]]]:
-        """One forward pass per sequence."""
+        """Score sequences, a forward pass for each."""
         rows = [self._logprobs(sequence).topk(count, dim=-1) for sequence in sequences]
         return [torch.stack([top.indices, top.values], dim=-1).tolist() for top in rows]
 
