@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cierzo.bench.machine import Ceiling, Ceilings
+from cierzo.bench.machine import Ceiling, Ceilings, describe_machine
 from cierzo.kernels.cpu import native
 from cierzo.kernels.cpu.launch import linear
 from cierzo.kernels.cpu.launch.memory import read_memory
@@ -24,8 +24,8 @@ SIDE = 2048  # of the matrices that are multiplied
 ROUNDS = 5
 
 
-def measure() -> Ceilings:
-    """Measure every ceiling of bench/machine.py."""
+def measure_ceilings() -> Ceilings:
+    """Measure for a few seconds, on the threads that torch is set to. Other work on the machine lowers rates."""
     threads = torch.get_num_threads()
     buffer = torch.ones(READ_BYTES // 4)
     reads = [(_read_rate(buffer, 1), _read_rate(buffer, threads)) for _ in range(ROUNDS)]
@@ -82,3 +82,16 @@ def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def main() -> int:
+    """Print the machine and its ceilings."""
+    machine = describe_machine()
+    sets = " ".join(machine.instruction_sets)
+    print(f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB, {sets}")
+    print(measure_ceilings())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

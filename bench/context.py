@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 from tqdm import tqdm
 
-from cierzo.bench.machine import measure_ceilings
+from cierzo.bench.ceilings import measure_ceilings
 from cierzo.bench.report import Recording
 from cierzo.bench.sequences import Sequences
 from cierzo.bench.stats import median

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 GIGA, GIB = 1e9, 1 << 30
 APART = (
-    "import msgspec; from cierzo.bench.machine import measure_ceilings; "
+    "import msgspec; from cierzo.bench.ceilings import measure_ceilings; "
     "print(msgspec.json.encode(measure_ceilings()).decode())"
 )
 APART_TIMEOUT_S = 600.0
@@ -87,15 +87,11 @@ def describe_machine() -> Machine:
     )
 
 
-def measure_ceilings() -> Ceilings:
-    """A few seconds, on the threads that torch is set to. Other work on the machine lowers what it finds."""
-    from cierzo.bench.ceilings import measure  # imports torch, which those who only describe the machine can spare
-
-    return measure()
-
-
 def measure_apart() -> Ceilings:
-    """`measure_ceilings` in a process of its own, whose memory is free afterwards. Raises SubprocessError."""
+    """Measure ceilings (bench/ceilings.py) in a process of its own, whose memory is free afterwards.
+
+    Raises SubprocessError.
+    """
     command = [sys.executable, "-c", APART]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=APART_TIMEOUT_S)
     return msgspec.json.decode(done.stdout, type=Ceilings)
@@ -146,16 +142,3 @@ def _fields(path: Path) -> dict[str, str]:
             name, _, value = line.partition(":")
             found.setdefault(name.strip(), value.strip())
     return found
-
-
-def main() -> int:
-    """Print the machine and its ceilings."""
-    machine = describe_machine()
-    sets = " ".join(machine.instruction_sets)
-    print(f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB, {sets}")
-    print(measure_ceilings())
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

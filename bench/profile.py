@@ -18,7 +18,8 @@ from typing import Any
 
 import msgspec
 
-from cierzo.bench.machine import Ceilings, measure_ceilings
+from cierzo.bench.ceilings import measure_ceilings
+from cierzo.bench.machine import Ceilings
 from cierzo.bench.sequences import Sequences
 from cierzo.bench.stats import median
 from cierzo.bench.work import matrix_rows, work

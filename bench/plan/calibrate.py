@@ -19,7 +19,8 @@ from statistics import fmean
 import msgspec
 import numpy as np
 
-from cierzo.bench.machine import Ceilings, limit_device, measure_ceilings
+from cierzo.bench.ceilings import measure_ceilings
+from cierzo.bench.machine import Ceilings, limit_device
 from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
 from cierzo.bench.report import check_writable
 from cierzo.bench.revision import current_commit

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.device import Device, Number
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.step_time import StepTime, exchanged, step_time
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
 from cierzo.engine.cost.work import Distinct, StepShape, step_work, uniform_distinct
+
+if TYPE_CHECKING:
+    from cierzo.engine.config import EngineConfig  # which finds the device of a plan here, at import
 
 FloatArray = NDArray[np.float64]
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cierzo.bench import ceilings
-from cierzo.bench.machine import Ceilings, measure_ceilings
+from cierzo.bench.ceilings import measure_ceilings
+from cierzo.bench.machine import Ceilings
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.cpu import native
 from cierzo.kernels.cpu.launch.memory import read_memory
