@@ -19,4 +19,17 @@ def test_every_fault_has_its_place(path: Path) -> None:
         sound = (ROOT / fault["file"]).read_text(encoding="utf-8")
         assert sound.count(fault["find"]) == 1, f"{fault['file']}: {fault['find']!r}"
         assert fault["replace"] != fault["find"]
-        assert all((ROOT / test.split("::")[0]).exists() for test in fault["tests"].split() if "/" in test)
+        for test in fault["tests"].split():
+            _require_test(test, fault["why"])
+
+
+def _require_test(test: str, why: str) -> None:
+    """Fail unless `test`, an argument of pytest (a file, a folder, or file::function[case]), exists; flags pass."""
+    name, _, function = test.partition("::")
+    if "/" not in name:
+        return
+    path = ROOT / name
+    assert path.exists(), f"{why}: no {name}"
+    if function:
+        source = path.read_text(encoding="utf-8")
+        assert f"def {function.split('[')[0].split('::')[-1]}(" in source, f"{why}: {name} has no {function}"
