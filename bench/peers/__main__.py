@@ -40,7 +40,6 @@ PEERS: dict[str, Peer] = {
     "llamacpp": LlamaCpp(),
 }
 ENGINES = {engine.name: engine for peer in PEERS.values() for engine in peer.engines}
-USUAL = [name for name, engine in ENGINES.items() if engine.usual]
 ROUNDS, CLOSE_ROUNDS = 3, 5
 
 
@@ -96,7 +95,7 @@ def _plan(arguments: argparse.Namespace) -> campaign.Plan:
     """Raises ConfigError for what there is not."""
     all_cells = cells(quick=arguments.quick)
     names = options.among("cells", arguments.cells, [cell.name for cell in all_cells])
-    engines = options.among("engines", arguments.engines or ",".join(USUAL), list(ENGINES))
+    engines = options.among("engines", arguments.engines or ",".join(ENGINES), list(ENGINES))
     checkpoints = arguments.checkpoints.split(",")
     return campaign.Plan(
         checkpoints=[find_checkpoint(name, arguments.checkpoint_folder) for name in checkpoints],
@@ -113,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = options.make_parser("cierzo.bench.peers", __doc__.splitlines()[0], "build/peers", rounds)
     names = ", ".join(cell.name for cell in cells(quick=True))
     parser.add_argument("--quick", action="store_true", help="one round; fewer tokens, requests and clients")
-    parser.add_argument("--engines", metavar="A,B", help=f"of {', '.join(ENGINES)}; default: {', '.join(USUAL)}")
+    parser.add_argument("--engines", metavar="A,B", help=f"of {', '.join(ENGINES)}; default: all")
     parser.add_argument("--cells", metavar="A,B", help=f"of {names}; default: all")
     parser.add_argument(
         "--checkpoints", default=",".join(CHECKPOINTS), metavar="A,B", help="small4, small3, or folders"

@@ -25,23 +25,13 @@ class EngineFailed(Exception):
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A row of the table: a peer (or us) in one setting, with weights in `number_format`.
-
-    An engine that is not `usual` was tried, and runs when it is named.
-    """
+    """A row of the table: a peer (or us) in one setting, with weights in `number_format`."""
 
     name: str
     peer: str
     number_format: str
     setting: str
     options: dict[str, Any] = {}
-    usual: bool = True
-
-    def tried(self, name: str, setting: str, options: dict[str, Any]) -> Engine:
-        """This engine with further options, which were tried and lost."""
-        return msgspec.structs.replace(
-            self, name=f"{self.name}-{name}", setting=setting, options={**self.options, **options}, usual=False
-        )
 
 
 class Measured(msgspec.Struct, frozen=True):

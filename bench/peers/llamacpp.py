@@ -33,13 +33,9 @@ SLOTS = 32
 SERVER_FLAGS = ("--cache-ram", "0")  # prefixes are reused within the slots; copies of old prompts only cost time
 TOOL_TRIES = 3  # llama-batched-bench prints by a thread that its end may overtake: with tiny models, half the time
 CONTEXT_TOKENS = 49_152  # of all slots together: the chat load's 32 x 1,216, and one prompt of 8,192
-BF16 = Engine(name="llamacpp-bf16", peer=PEER, number_format="bf16", setting="as it comes")
 ENGINES = (
-    BF16,
+    Engine(name="llamacpp-bf16", peer=PEER, number_format="bf16", setting="as it comes"),
     Engine(name="llamacpp-q8_0", peer=PEER, number_format="q8_0", setting="as it comes"),
-    BF16.tried("ub2048", "physical batch of 2048", {"ubatch-size": "2048"}),
-    BF16.tried("fa", "flash attention on", {"flash-attn": "on"}),
-    BF16.tried("nofa", "flash attention off", {"flash-attn": "off"}),
 )
 
 

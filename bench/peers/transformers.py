@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from cierzo.bench.peers.engine import Checkpoint, Engine
 from cierzo.bench.peers.environments import python
 from cierzo.bench.peers.process import Worker
@@ -21,14 +19,7 @@ DEFAULTS = Engine(
     number_format="bf16",
     setting="generate, sdpa attention, grouped_mm experts (its defaults)",
 )
-OWN_SCALE = DEFAULTS.tried("own-scale", "with the softmax scale that it derives from mscale_all_dim", {"rope": {}})
-ENGINES = (
-    DEFAULTS,
-    DEFAULTS.tried("batched-mm", "batched_mm experts", {"experts": "batched_mm"}),
-    DEFAULTS.tried("eager-experts", "eager experts (a loop over them)", {"experts": "eager"}),
-    # so that nothing is compared with it
-    msgspec.structs.replace(OWN_SCALE, number_format="bf16, another function"),
-)
+ENGINES = (DEFAULTS,)
 
 
 class Transformers:

@@ -24,7 +24,6 @@ PEER = "vllm"
 MODEL = "checkpoint"
 LAYOUT_VERSION = 1  # of mistral_native.py: raise it when what it writes changes
 KV_CACHE_GIB = 4  # 98 KB a token of small4-mini: 32 requests of the chat load, 1,216 tokens each, take 3.6 GiB
-PRELOAD = "preload"  # a library of its environment, not an option of vLLM
 COMPILED = Engine(
     name="vllm",
     peer=PEER,
@@ -32,11 +31,7 @@ COMPILED = Engine(
     setting="compiled (its default), OpenMP threads bound to cores",
     options={"max_model_len": 16_384, "max_num_seqs": 32},
 )
-ENGINES = (
-    COMPILED,
-    COMPILED.tried("iomp", "compiled, with Intel's OpenMP preloaded, as its log advises", {PRELOAD: "libiomp5.so"}),
-    COMPILED.tried("eager", "enforce_eager", {"enforce_eager": True}),
-)
+ENGINES = (COMPILED,)
 
 
 class Vllm:
@@ -49,10 +44,10 @@ class Vllm:
         path, options = _layout(checkpoint, folder)
         log = folder / "logs" / f"{engine.name}-{checkpoint.name}.log"
         return Worker(
-            _python(engine, checkpoint, folder),
+            _python(checkpoint, folder),
             "vllm_backend",
             path,
-            {**_options(engine), **options},
+            {**engine.options, **options},
             vocab_size=checkpoint.vocab_size,
             log=log,
         )
@@ -62,8 +57,8 @@ class Vllm:
         path, options = _layout(checkpoint, folder)
         port = free_port()
         flags = {"model": path, "served_model_name": MODEL, "port": port, "dtype": "bfloat16"}
-        flags |= {"skip_tokenizer_init": True, "disable_uvicorn_access_log": True, **_options(engine), **options}
-        command = [*_python(engine, checkpoint, folder), "-m", "vllm.entrypoints.openai.api_server"]
+        flags |= {"skip_tokenizer_init": True, "disable_uvicorn_access_log": True, **engine.options, **options}
+        command = [*_python(checkpoint, folder), "-m", "vllm.entrypoints.openai.api_server"]
         for name, value in flags.items():
             flag = "--" + name.replace("_", "-")
             command += [flag] if value is True else [flag, str(value)]
@@ -83,11 +78,7 @@ def _layout(checkpoint: Checkpoint, folder: Path) -> tuple[Path, dict[str, Any]]
     return path, {"config_format": "mistral", "load_format": "mistral"}
 
 
-def _options(engine: Engine) -> dict[str, Any]:
-    return {name: value for name, value in engine.options.items() if name != PRELOAD}
-
-
-def _python(engine: Engine, checkpoint: Checkpoint, folder: Path) -> list[str]:
+def _python(checkpoint: Checkpoint, folder: Path) -> list[str]:
     interpreter = python(PEER, folder)
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     settings = {
@@ -98,8 +89,6 @@ def _python(engine: Engine, checkpoint: Checkpoint, folder: Path) -> list[str]:
     }
     if checkpoint.is_small4:
         settings["VLLM_MLA_DISABLE"] = "1"
-    if PRELOAD in engine.options:
-        settings["LD_PRELOAD"] = str(interpreter.parents[1] / "lib" / engine.options[PRELOAD])
     return ["env", *(f"{name}={value}" for name, value in settings.items()), str(interpreter)]
 
 
