@@ -25,12 +25,12 @@ BUDGET = {
     "kernels/triton": 3_500,
     "scheduler": 1_000,
     "cache": 650,
-    "bench": 9_300,
+    "bench": 9_250,
     "bench/plan": 1_800,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 12_000
+MEASURING_BUDGET = 11_950
 
 
 @pytest.fixture(scope="module")
