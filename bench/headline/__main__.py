@@ -27,8 +27,7 @@ from cierzo.bench.headline.serve import Serving, gpu_name
 from cierzo.bench.headline.simulate import Simulation
 from cierzo.bench.headline.table import Outcome, text
 from cierzo.bench.machine import describe_machine
-from cierzo.bench.peers.engine import Checkpoint, find_checkpoint
-from cierzo.bench.peers.kept import fingerprint
+from cierzo.bench.peers.engine import Checkpoint, find_checkpoint, fingerprint
 from cierzo.bench.report import now
 from cierzo.bench.revision import current_commit
 from cierzo.engine.cost.cards import find_device

@@ -19,27 +19,23 @@ from cierzo.bench.campaign.loop import Run
 from cierzo.bench.campaign.outcome import saved, tell
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.machine import describe_machine
-from cierzo.bench.peers import campaign
+from cierzo.bench.peers import campaign, llamacpp, ours, transformers, vllm
 from cierzo.bench.peers.cells import BY_PRODUCTS, Cell, cells
 from cierzo.bench.peers.engine import CHECKPOINTS, Engine, Peer, find_checkpoint
 from cierzo.bench.peers.environments import RECIPES, Recipe
-from cierzo.bench.peers.llamacpp import LlamaCpp
-from cierzo.bench.peers.ours import Cierzo
 from cierzo.bench.peers.plot import picture
 from cierzo.bench.peers.results import Outcome, outcome_of
 from cierzo.bench.peers.table import text
-from cierzo.bench.peers.transformers import Transformers
-from cierzo.bench.peers.vllm import Vllm
 from cierzo.bench.report import now
 from cierzo.bench.revision import current_commit
 
 PEERS: dict[str, Peer] = {
-    "cierzo": Cierzo(),
-    "transformers": Transformers(),
-    "vllm": Vllm(),
-    "llamacpp": LlamaCpp(),
+    "cierzo": ours,
+    "transformers": transformers,
+    "vllm": vllm,
+    "llamacpp": llamacpp,
 }
-ENGINES = {engine.name: engine for peer in PEERS.values() for engine in peer.engines}
+ENGINES = {engine.name: engine for peer in PEERS.values() for engine in peer.ENGINES}
 ROUNDS, CLOSE_ROUNDS = 3, 5
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -15,9 +15,9 @@ from cierzo.bench.campaign.loop import Block, Campaign
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers import agreement
 from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, SERVED_LOAD, SERVED_MEMORY, Cell, Subject
-from cierzo.bench.peers.engine import Checkpoint, Engine, Measured, Offline, Peer, Session
+from cierzo.bench.peers.engine import Checkpoint, Engine, Measured, Peer, Session
+from cierzo.bench.peers.process import RunningServer
 from cierzo.bench.peers.results import close_places, ratios
-from cierzo.bench.peers.served import RunningServer
 
 CLOSE_RATIO = 1.2  # below it, a ratio of ours to a peer's is measured in more rounds
 
@@ -100,7 +100,7 @@ class _Loaded(loop.Session[Cell]):
             return self._told(self._session.measure(cell, _seed(number, cell)))
         table = agreement.reference(self._checkpoint, AGREEMENT, self._folder)
         forced = agreement.sequences(AGREEMENT, self._checkpoint.vocab_size)
-        found = cast(Offline, self._session).top_logprobs(forced, agreement.COUNT)
+        found = self._session.top_logprobs(forced, agreement.COUNT)
         return self._told(agreement.compare(found, table))
 
     def by_products(self) -> Mapping[Cell, Any]:

@@ -98,7 +98,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint"),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.headline": (*CLIENT, *WORKER, "engine.kv_room"),
-    "bench.peers": (*CLIENT, "engine.model.config", "engine.weights"),
+    "bench.peers": (*CLIENT, "engine.model.config", "engine.weights", "engine.checkpoint_format"),
     "bench.peers.workers": (*CLIENT, *WORKER),
 }
 FORBIDDEN = {("scheduler", "cache.pool")}
