@@ -8,6 +8,7 @@ the ceilings would answer it.
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -26,7 +27,6 @@ from cierzo.bench.headline.simulate import simulate, simulated_config
 from cierzo.bench.latency import LoadResult
 from cierzo.bench.peers.engine import Checkpoint
 from cierzo.bench.peers.ours import CierzoServer
-from cierzo.bench.revision import output
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.cards import named
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
@@ -86,8 +86,7 @@ class Session(loop.Session[Cell]):
         loads: dict[int, tuple[LoadResult, ExpertStatistics | None]] = {}
 
         def look(concurrency: int) -> Point:
-            seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())  # no prompt begins as another load's
-            result = self._server.whole_load(closed_loop(cell, concurrency, seed))
+            result = self._load(cell, concurrency, number)
             loads[concurrency] = result, self._server.chosen_experts()
             return measured_point(figure(result, concurrency, is_throughput=True))
 
@@ -102,14 +101,13 @@ class Session(loop.Session[Cell]):
         if device is not None:
             steps = self._twin(cell, choice.concurrency, experts, device)
             found = msgspec.structs.replace(found, steps=steps)
-        short = {sys.executable: "python", str(self._checkpoint.path): self._checkpoint.path.name}
         measurement = Measurement(
             figure=found,
             points=choice.points,
             bounded_by=choice.bounded_by,
             kv_room_requests=space.fit,
             experts=experts,
-            command=shlex.join(short.get(word, word) for word in shlex.split(self._server.command)),
+            command=self._command(),
             samples=thinned(result.samples),
         )
         return msgspec.to_builtins(measurement)
@@ -126,10 +124,20 @@ class Session(loop.Session[Cell]):
         result, totals = simulate(config, fixed, concurrency, distinct)
         return figure(result, concurrency, is_throughput=cell.is_throughput, totals=totals).steps
 
+    def _command(self) -> str:
+        """The server's command as it would be typed."""
+        short = {sys.executable: "python", str(self._checkpoint.path): self._checkpoint.path.name}
+        return shlex.join(short.get(word, word) for word in shlex.split(self._server.command))
+
+    def _load(self, cell: Cell, concurrency: int, number: int) -> LoadResult:
+        seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())  # no prompt begins as one of another load
+        return self._server.whole_load(closed_loop(cell, concurrency, seed))
+
 
 def gpu_name() -> str:
     """The name of the first GPU that the driver lists. Raises ConfigError without one."""
-    found = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0").strip()
-    if not found:
-        raise ConfigError("no GPU: nvidia-smi names none", field="device", value="cuda")
-    return found
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"no GPU: {error}", field="device", value="cuda") from error

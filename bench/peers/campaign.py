@@ -16,7 +16,6 @@ from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers import agreement
 from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, SERVED_LOAD, SERVED_MEMORY, Cell, Subject
 from cierzo.bench.peers.engine import Checkpoint, Engine, Measured, Peer, Session
-from cierzo.bench.peers.process import RunningServer
 from cierzo.bench.peers.results import close_places, ratios
 
 CLOSE_RATIO = 1.2  # below it, a ratio of ours to a peer's is measured in more rounds
@@ -79,8 +78,7 @@ class Peers(Campaign[Cell, Subject]):
         server = peer.server(engine, checkpoint, folder)
         if server is None:
             return None
-        running = RunningServer(server, folder / "logs" / f"{engine.name}-{checkpoint.name}-server.log")
-        return _Loaded(running, checkpoint, folder, SERVED_LOAD, SERVED_MEMORY)
+        return _Loaded(server, checkpoint, folder, SERVED_LOAD, SERVED_MEMORY)
 
     def told(self, cell: Cell, result: Any) -> str:
         """The value in the cell's unit."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any, Protocol
 
 import msgspec
 
-from cierzo.bench.load import Connect
 from cierzo.bench.peers.cells import Cell
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.weights.folder import new_folder
@@ -21,7 +19,6 @@ from cierzo.engine.weights.folder import new_folder
 Logprobs = list[list[list[tuple[int, float]]]]  # sequence, position, likeliest tokens with their log-probabilities
 
 CHECKPOINTS = ("small4", "small3")
-NOTE = "made-from.json"
 
 
 class EngineFailed(Exception):
@@ -37,9 +34,9 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     setting: str
     options: dict[str, Any] = {}
 
-    def log(self, checkpoint: Checkpoint, folder: Path) -> Path:
-        """The log of its offline runs."""
-        return folder / "logs" / f"{self.name}-{checkpoint.name}.log"
+    def log(self, checkpoint: Checkpoint, folder: Path, kind: str = "") -> Path:
+        """The log of its runs of a kind."""
+        return folder / "logs" / f"{self.name}-{checkpoint.name}{kind}.log"
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -75,13 +72,6 @@ class Session:
         """End its processes."""
 
 
-class Server(msgspec.Struct, frozen=True):
-    """How to start a server, and how to connect to it: ConnectionLost until it takes requests."""
-
-    command: list[str]
-    connect: Connect
-
-
 class Peer(Protocol):
     """A module of this folder: the engines of one project, and how they run. Paths are below `folder`."""
 
@@ -91,8 +81,8 @@ class Peer(Protocol):
         """Convert the checkpoint if need be, and load it. Raises EngineFailed."""
         ...
 
-    def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server | None:
-        """Convert the checkpoint if need be; None for an engine that has no server."""
+    def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Session | None:
+        """A server that does; None for an engine that has none. Raises EngineFailed."""
         ...
 
 
@@ -137,15 +127,12 @@ def kept(checkpoint: Checkpoint, folder: Path, name: str, recipe: Any, make: Cal
 
     `recipe`: whatever else decides what is made, as JSON. A folder that could not be finished is not left behind.
     """
-    target = folder / "converted" / f"{name}-{checkpoint.name}"
-    note = json.dumps({"source": fingerprint(checkpoint.path), "recipe": recipe}, indent=2, sort_keys=True)
-    written = target / NOTE
-    if written.exists() and written.read_text(encoding="utf-8") == note:
-        return target
-    shutil.rmtree(target, ignore_errors=True)
-    with new_folder(target) as partial:
-        make(partial)
-        (partial / NOTE).write_text(note, encoding="utf-8")
+    source = json.dumps([fingerprint(checkpoint.path), recipe], sort_keys=True)
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    target = folder / "converted" / f"{name}-{checkpoint.name}-{digest}"
+    if not target.exists():
+        with new_folder(target) as partial:
+            make(partial)
     return target
 
 

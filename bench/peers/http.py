@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 
+from cierzo.bench.peers.process import HOST
 from cierzo.engine.errors import ConnectionLost
 from cierzo.engine.messages import Delta
 
-HOST = "127.0.0.1"
 HEAD = "POST {} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n"
 HEAD += "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n"
 EVENT, DONE = b"data: ", b"[DONE]"

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from cierzo.bench.peers.cells import Cell
-from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured, Server, Session, kept
+from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured, Session, kept
 from cierzo.bench.peers.environments import llama_cpp_binary, llama_cpp_source, python
-from cierzo.bench.peers.http import HOST, HttpClient, request
-from cierzo.bench.peers.process import WORKERS, RunningServer, free_port, run_tool
+from cierzo.bench.peers.http import HttpClient, request
+from cierzo.bench.peers.process import HOST, WORKERS, RunningServer, free_port, run_tool
 from cierzo.engine.errors import ConnectionLost
 
 PEER = "llamacpp"
@@ -39,13 +39,14 @@ def offline(engine: Engine, checkpoint: Checkpoint, folder: Path) -> LlamaTools:
     return LlamaTools(engine, checkpoint, folder)
 
 
-def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server:
+def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> RunningServer:
     """`llama-server` on a loopback port."""
     port = free_port()
     flags = {"host": HOST, "port": port, "parallel": SLOTS, "ctx-size": CONTEXT_TOKENS}
-    command = _command("llama-server", gguf(engine, checkpoint, folder), folder, **flags, **engine.options)
+    command = _command("llama-server", gguf(engine, checkpoint, folder), folder, **flags)
     command += ["--kv-unified", "--no-ui", *SERVER_FLAGS]
-    return Server(command, HttpClient(port, "/completion", body, token_ids, checkpoint.vocab_size).connect)
+    client = HttpClient(port, "/completion", body, token_ids, checkpoint.vocab_size)
+    return RunningServer(command, client.connect, engine.log(checkpoint, folder, "-server"))
 
 
 class LlamaTools(Session):
@@ -64,7 +65,7 @@ class LlamaTools(Session):
         """
         batch, new_tokens = max(cell.batch, 1), max(cell.new_tokens, 1)
         context = {"ctx-size": batch * (cell.prompt_tokens + new_tokens)}
-        command = _command("llama-batched-bench", self._model, self._folder, **context, **self._engine.options)
+        command = _command("llama-batched-bench", self._model, self._folder, **context)
         command += ["-npp", str(cell.prompt_tokens), "-ntg", str(new_tokens), "-npl", str(batch)]
         command += ["--output-format", "jsonl"]
         for _ in range(TOOL_TRIES):
@@ -78,9 +79,9 @@ class LlamaTools(Session):
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
         """Ask its server, token by token: each request adds one to what the slot holds."""
-        found = server(self._engine, self._checkpoint, self._folder)
-        port = int(found.command[found.command.index("--port") + 1])
-        with RunningServer(found, self._log):
+        with server(self._engine, self._checkpoint, self._folder) as running:
+            words = shlex.split(running.command)
+            port = int(words[words.index("--port") + 1])
             return [
                 [_top_logprobs(port, sequence[:length], count) for length in range(1, len(sequence) + 1)]
                 for sequence in sequences

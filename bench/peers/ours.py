@@ -10,27 +10,22 @@ from typing import Any
 import uvloop
 
 from cierzo.bench.load import LoadClient
-from cierzo.bench.peers.engine import Checkpoint, Engine, Server
-from cierzo.bench.peers.process import RunningServer, Worker, free_port
+from cierzo.bench.peers.engine import Checkpoint, Engine
+from cierzo.bench.peers.process import HOST, RunningServer, Worker, free_port
 from cierzo.engine.errors import ConnectionLost
 from cierzo.engine.expert_statistics import ExpertStatistics, difference
 from cierzo.engine.frontend.client import Client
 
 PEER = "cierzo"
-SETTINGS = {
-    "bf16": "as it comes: exact",
-    "int8": "exact, int8 weights",
-    "int4": "exact, int4 weights",
-}
 ENGINES: tuple[Engine, ...] = tuple(
     Engine(
         name=f"{PEER}-{weights}",
         peer=PEER,
         number_format=weights,
-        setting=setting,
-        options={"max_model_len": 16_384} | ({} if weights == "bf16" else {"weights": weights}),
+        setting=f"exact, {weights} weights",
+        options={"max_model_len": 16_384, "weights": weights},
     )
-    for weights, setting in SETTINGS.items()
+    for weights in ("bf16", "int8", "int4")
 )
 
 
@@ -39,9 +34,9 @@ def offline(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Worker:
     return Worker(engine, checkpoint, folder, [sys.executable])
 
 
-def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server:
-    """`cierzo serve` on a loopback port."""
-    return _server(checkpoint, engine.options)
+def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> CierzoServer:
+    """`cierzo serve`."""
+    return CierzoServer(checkpoint, engine.options, engine.log(checkpoint, folder, "-server"))
 
 
 class CierzoServer(RunningServer):
@@ -49,8 +44,13 @@ class CierzoServer(RunningServer):
 
     def __init__(self, checkpoint: Checkpoint, options: dict[str, Any], log: Path, address: str = "") -> None:
         """Start it, on a free loopback port unless there is an address. Raises EngineFailed."""
-        self._seen: ExpertStatistics | None = None
-        super().__init__(_server(checkpoint, options, address), log)
+        address = address or f"{HOST}:{free_port()}"
+        command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint.path), "--rpc", address]
+        for name, value in options.items():
+            flag = name.replace("_", "-")
+            is_switch = isinstance(value, bool)
+            command.append(f"--{'' if value else 'no-'}{flag}" if is_switch else f"--{flag}={value}")
+        super().__init__(command, functools.partial(_connect, address), log)
         try:
             self._seen = uvloop.run(self._experts()) if options.get("expert_statistics") else None
         except BaseException:
@@ -69,15 +69,6 @@ class CierzoServer(RunningServer):
         assert isinstance(client, Client)
         async with client:
             return await client.experts()
-
-
-def _server(checkpoint: Checkpoint, options: dict[str, Any], address: str = "") -> Server:
-    address = address or f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint.path), "--rpc", address]
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        command.append(f"--{flag}={value}" if not isinstance(value, bool) else f"--{'' if value else 'no-'}{flag}")
-    return Server(command, functools.partial(_connect, address))
 
 
 async def _connect(address: str, _: str) -> LoadClient:

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, Self
@@ -20,13 +21,14 @@ from typing import Any, Self
 import uvloop
 
 from cierzo.bench.latency import LoadResult
-from cierzo.bench.load import LoadSettings, run_load
+from cierzo.bench.load import Connect, LoadSettings, run_load
 from cierzo.bench.peers.cells import Cell, decode_rate
-from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured, Server, Session
+from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured, Session
 from cierzo.bench.traces import random_prompt
 from cierzo.engine.errors import CierzoError, ConnectionLost
 
 WORKERS = Path(__file__).with_name("workers")
+HOST = "127.0.0.1"
 ANSWER_TIMEOUT_S = 1200.0
 START_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 1800.0
@@ -60,16 +62,7 @@ class Process(Session):
 
     def peak_memory_gb(self) -> float:
         """Sum over the process and its descendants of each one's largest resident size (VmHWM)."""
-        children: dict[int, list[int]] = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                children.setdefault(_status(entry.name, "PPid"), []).append(int(entry.name))
-        total, pending = 0, [self.popen.pid]
-        while pending:
-            pid = pending.pop()
-            pending += children.get(pid, [])
-            total += _status(pid, "VmHWM") * 1024
-        return total / GB
+        return sum(_peak_kb(pid) for pid in _tree(self.popen.pid)) * 1024 / GB
 
     def close(self) -> None:
         """End the process, and what it left in its group."""
@@ -89,12 +82,19 @@ class Process(Session):
         self.close()
 
 
-def _status(pid: int | str, name: str) -> int:
-    """A number of /proc/PID/status; 0 once the process has ended."""
+def _tree(pid: int) -> Iterator[int]:
+    yield pid
+    with contextlib.suppress(OSError):  # it has ended
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text(encoding="utf-8").split():
+                yield from _tree(int(child))
+
+
+def _peak_kb(pid: int) -> int:
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1])
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
+            return int(found[1])
     return 0
 
 
@@ -117,7 +117,7 @@ class Worker(Process):
     """An engine that is a Python library, loaded by `workers/loop.py`, with the backend of its peer's name."""
 
     def __init__(
-        self, engine: Engine, checkpoint: Checkpoint, folder: Path, python: Sequence[str], **options: Any
+        self, engine: Engine, checkpoint: Checkpoint, folder: Path, python: Sequence[str], /, **options: Any
     ) -> None:
         """Start and load. `python`: command of the interpreter; options: those of the backend beside the engine's.
 
@@ -172,10 +172,13 @@ class Worker(Process):
 class RunningServer(Process):
     """A server that is warm. `load_s` is the time from its start to the answer to its first request."""
 
-    def __init__(self, server: Server, log: Path) -> None:
-        """Start it. Raises EngineFailed if it ends, or is not ready in time."""
-        self.connect = server.connect
-        super().__init__(server.command, log)
+    def __init__(self, command: Sequence[str], connect: Connect, log: Path) -> None:
+        """Start it. `connect` raises ConnectionLost until it takes requests.
+
+        Raises EngineFailed if it ends, or is not ready in time.
+        """
+        self.connect = connect
+        super().__init__(command, log)
         try:
             uvloop.run(self._ready())
             self.measure(FIRST, WARM_UP_SEED)
@@ -228,5 +231,5 @@ class RunningServer(Process):
 def free_port() -> int:
     """A loopback port that nobody listens on."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

@@ -11,13 +11,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cierzo.bench.peers.engine import Checkpoint, Engine, Server, kept
+from cierzo.bench.peers.engine import Checkpoint, Engine, kept
 from cierzo.bench.peers.environments import python
 from cierzo.bench.peers.http import HttpClient
-from cierzo.bench.peers.process import Worker, free_port
+from cierzo.bench.peers.process import RunningServer, Worker, free_port
+from cierzo.engine.checkpoint_format import PUBLISHED_FORMATS
+from cierzo.engine.weights.writer import Pieces, TensorPlan, write_json, write_tensors
 
 PEER = "vllm"
-LAYOUT_VERSION = 2  # of mistral_native.py: raise it when what it writes changes
+LAYOUT_VERSION = 2  # of `convert`: raise it when what it writes changes
+NATIVE = PUBLISHED_FORMATS["native"]
+SHARD_BYTES = 5_000_000_000
 KV_CACHE_GIB = 4  # 98 KB a token of small4-mini: 32 requests of the chat load, 1,216 tokens each, take 3.6 GiB
 ENGINES: tuple[Engine, ...] = (
     Engine(
@@ -35,7 +39,7 @@ def offline(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Worker:
     return Worker(engine, checkpoint, folder, _python(checkpoint, folder), **_layout(checkpoint, folder))
 
 
-def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server:
+def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> RunningServer:
     """vLLM's API server on a loopback port."""
     port, layout = free_port(), _layout(checkpoint, folder)
     flags = {"model": layout.pop("checkpoint"), "served_model_name": PEER, "port": port, "dtype": "bfloat16"}
@@ -44,7 +48,8 @@ def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server:
     command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log"]
     for name, value in flags.items():
         command += ["--" + name.replace("_", "-"), str(value)]
-    return Server(command, HttpClient(port, "/v1/completions", body, token_ids, checkpoint.vocab_size).connect)
+    client = HttpClient(port, "/v1/completions", body, token_ids, checkpoint.vocab_size)
+    return RunningServer(command, client.connect, engine.log(checkpoint, folder, "-server"))
 
 
 def body(prompt: list[int], num_tokens: int) -> dict[str, Any]:
@@ -81,7 +86,31 @@ def _layout(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
     """Where vLLM finds the checkpoint, and how it must read it."""
     if not checkpoint.is_small4:
         return {"checkpoint": str(checkpoint.path)}
-    from cierzo.bench.peers.mistral_native import convert  # torch, which the other engines' runs can spare
-
     path = kept(checkpoint, folder, PEER, LAYOUT_VERSION, functools.partial(convert, checkpoint))
     return {"checkpoint": str(path), "config_format": "mistral", "load_format": "mistral"}
+
+
+def convert(checkpoint: Checkpoint, target: Path) -> None:
+    """Write a mistral4 checkpoint in the Mistral-native layout. Raises KeyError for an unknown tensor.
+
+    transformers stacks the experts, whose w1, w3 and w2 have names of their own here. Row-major, those are slices
+    of one size that follow each other.
+    """
+    import torch  # which the other engines' runs can spare
+
+    from cierzo.engine.weights.published import apart, native_params
+    from cierzo.engine.weights.reader import CheckpointReader
+
+    write_json(target / NATIVE.config_name, native_params(checkpoint.config()))
+    with CheckpointReader(checkpoint.path) as reader:
+        places: dict[TensorPlan, tuple[str, int, int]] = {}
+        for name, info in reader.tensors.items():
+            slices = list(apart(name, info.shape, NATIVE))
+            for index, (native, shape) in enumerate(slices):
+                places[TensorPlan(native, shape, info.dtype)] = name, index, len(slices)
+
+        def pieces(plan: TensorPlan) -> Pieces:
+            name, index, count = places[plan]
+            yield reader.read(name).reshape(count, -1)[index].view(torch.uint8).numpy()
+
+        write_tensors(target, list(places), pieces, stem=NATIVE.stem, max_shard_bytes=SHARD_BYTES)

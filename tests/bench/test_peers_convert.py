@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cierzo.bench.peers import environments, mistral_native
+from cierzo.bench.peers import environments, vllm
 from cierzo.bench.peers.engine import Checkpoint, kept
 from cierzo.bench.peers.process import WORKERS
 from cierzo.bench.peers.workers import gguf_convert
 from cierzo.engine.errors import ConfigError
+from cierzo.engine.model.config import read_model_config
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.weights.names import native_name
 from cierzo.engine.weights.shapes import shape_of
@@ -32,8 +33,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_native_layout_has_the_same_weights(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mistral_native, "SHARD_BYTES", 2_000_000)
-    mistral_native.convert(Checkpoint("tiny", checkpoint), tmp_path)
+    monkeypatch.setattr(vllm, "SHARD_BYTES", 2_000_000)
+    vllm.convert(Checkpoint("tiny", checkpoint), tmp_path)
     index = json.loads((tmp_path / "consolidated.safetensors.index.json").read_text())["weight_map"]
     native: dict[str, torch.Tensor] = {}
     for path in sorted(tmp_path.glob("*.safetensors")):
@@ -58,13 +59,7 @@ def test_the_native_layout_has_the_same_weights(
         native["layers.2.attention.wkv_b.weight"], theirs["model.layers.2.self_attn.kv_b_proj.weight"]
     )
     assert torch.equal(native["output.weight"], theirs["lm_head.weight"])
-
-
-def test_params_leave_the_magnitude_term_out() -> None:
-    params = mistral_native.params(shape_of("small4", "mini").config("bfloat16"))
-    assert params["yarn"]["apply_scale"] is False
-    assert (params["moe"]["num_experts"], params["moe"]["expert_hidden_dim"]) == (128, 512)
-    assert params["llama_4_scaling"] == {"original_max_position_embeddings": 8192, "beta": 0.1}
+    assert read_model_config(tmp_path) == read_model_config(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["model.extra.weight", "model.layers.0.extra.weight"])

@@ -13,7 +13,7 @@ import pytest
 
 from cierzo.bench.peers import llamacpp, vllm
 from cierzo.bench.peers.cells import Cell
-from cierzo.bench.peers.engine import EngineFailed, Server
+from cierzo.bench.peers.engine import EngineFailed
 from cierzo.bench.peers.http import HttpClient
 from cierzo.bench.peers.process import RunningServer, free_port
 from cierzo.engine.errors import ConnectionLost
@@ -29,33 +29,33 @@ def _client(port: int) -> HttpClient:
     return HttpClient(port, "/stream", body, operator.itemgetter("tokens"), vocab_size=20)
 
 
-def _server(*words: str) -> Server:
-    port = free_port()
-    return Server([sys.executable, str(SCRIPT), str(port), *words], _client(port).connect)
+def _serve(folder: Path, port: int, *words: str) -> RunningServer:
+    return RunningServer([sys.executable, *words], _client(port).connect, folder / "server.log")
 
 
 def test_a_server_is_waited_for_loaded_and_stopped(tmp_path: Path) -> None:
-    server = _server()
-    with RunningServer(server, tmp_path / "server.log") as running:
+    port = free_port()
+    with _serve(tmp_path, port, str(SCRIPT), str(port)) as running:
         measured = running.measure(CELL, seed=0)
         assert measured.raw.answered == CELL.requests
         assert all(sum(one.delta_tokens) == CELL.new_tokens for one in measured.raw.samples)
         assert measured.value == pytest.approx(CELL.requests / measured.raw.elapsed_s)
+        assert running.load_s is not None
         assert running.load_s > 0
         assert running.peak_memory_gb() > 0.003
     with pytest.raises(ConnectionLost):
-        asyncio.run(server.connect(""))
+        asyncio.run(_client(port).connect(""))
 
 
 def test_a_server_that_refuses_everything(tmp_path: Path) -> None:
+    port = free_port()
     with pytest.raises(EngineFailed, match="status 503: full"):
-        RunningServer(_server("fail"), tmp_path / "server.log")
+        _serve(tmp_path, port, str(SCRIPT), str(port), "fail")
 
 
 def test_a_server_that_ends(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; sys.exit('no model')"]
     with pytest.raises(EngineFailed, match=r"the server ended, see .*server\.log: .*no model"):
-        RunningServer(Server(command, _server().connect), tmp_path / "server.log")
+        _serve(tmp_path, free_port(), "-c", "import sys; sys.exit('no model')")
 
 
 def test_an_answer_that_is_cut_short() -> None:
