@@ -16,12 +16,11 @@ from cierzo.bench.peers.environments import python
 from cierzo.bench.peers.http import HttpClient
 from cierzo.bench.peers.process import RunningServer, Worker, free_port
 from cierzo.engine.checkpoint_format import PUBLISHED_FORMATS
-from cierzo.engine.weights.writer import Pieces, TensorPlan, write_json, write_tensors
+from cierzo.engine.weights.writer import write_json
 
 PEER = "vllm"
 LAYOUT_VERSION = 2  # of `convert`: raise it when what it writes changes
 NATIVE = PUBLISHED_FORMATS["native"]
-SHARD_BYTES = 5_000_000_000
 KV_CACHE_GIB = 4  # 98 KB a token of small4-mini: 32 requests of the chat load, 1,216 tokens each, take 3.6 GiB
 ENGINES: tuple[Engine, ...] = (
     Engine(
@@ -89,21 +88,15 @@ def convert(checkpoint: Checkpoint, target: Path) -> None:
     transformers stacks the experts, whose w1, w3 and w2 have names of their own here. Row-major, those are slices
     of one size that follow each other.
     """
-    import torch  # which the other engines' runs can spare
+    from safetensors.torch import save_file  # with torch, which the other engines' runs can spare
 
     from cierzo.engine.weights.published import apart, native_params
     from cierzo.engine.weights.reader import CheckpointReader
 
     write_json(target / NATIVE.config_name, native_params(checkpoint.config()))
+    tensors: dict[str, Any] = {}
     with CheckpointReader(checkpoint.path) as reader:
-        places: dict[TensorPlan, tuple[str, int, int]] = {}
         for name, info in reader.tensors.items():
-            slices = list(apart(name, info.shape, NATIVE))
-            for index, (native, shape) in enumerate(slices):
-                places[TensorPlan(native, shape, info.dtype)] = name, index, len(slices)
-
-        def pieces(plan: TensorPlan) -> Pieces:
-            name, index, count = places[plan]
-            yield reader.read(name).reshape(count, -1)[index].view(torch.uint8).numpy()
-
-        write_tensors(target, list(places), pieces, stem=NATIVE.stem, max_shard_bytes=SHARD_BYTES)
+            names, shapes = zip(*apart(name, info.shape, NATIVE), strict=True)
+            tensors |= dict(zip(names, reader.read(name).reshape(len(names), *shapes[0]), strict=True))
+    save_file(tensors, target / f"{NATIVE.stem}.safetensors")
