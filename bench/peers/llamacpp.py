@@ -7,7 +7,6 @@ longest cell.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shlex
@@ -94,23 +93,13 @@ class LlamaTools(Session):
 
 def gguf(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Path:
     """The checkpoint as GGUF in the engine's number format, made if need be. Raises EngineFailed."""
-    make = functools.partial(_convert, checkpoint, folder)
-    bf16 = kept(checkpoint, folder, f"{PEER}-bf16", LAYOUT_VERSION, make) / FILE
-    if engine.number_format == "bf16":
-        return bf16
-    make = functools.partial(_quantize, bf16, engine.number_format, folder)
-    return kept(checkpoint, folder, f"{PEER}-{engine.number_format}", LAYOUT_VERSION, make) / FILE
 
+    def convert(target: Path) -> None:
+        command = ["env", "HF_HUB_OFFLINE=1", str(python("transformers", folder)), str(WORKERS / "gguf_convert.py")]
+        command += [f"{llama_cpp(folder)}/source/llama.cpp", str(checkpoint.path), str(target / FILE)]
+        run_tool([*command, engine.number_format], engine.log(checkpoint, folder, "-convert"))
 
-def _convert(checkpoint: Checkpoint, folder: Path, target: Path) -> None:
-    command = ["env", "HF_HUB_OFFLINE=1", str(python("transformers", folder)), str(WORKERS / "gguf_convert.py")]
-    command += [str(llama_cpp(folder) / "source" / "llama.cpp"), str(checkpoint.path), str(target / FILE)]
-    run_tool(command, folder / "logs" / f"convert-{checkpoint.name}.log")
-
-
-def _quantize(bf16: Path, number_format: str, folder: Path, target: Path) -> None:
-    command = [f"{llama_cpp(folder)}/programs/llama-quantize", str(bf16), str(target / FILE)]
-    run_tool([*command, number_format.upper(), _threads()], folder / "logs" / "quantize.log")
+    return kept(checkpoint, folder, engine.name, LAYOUT_VERSION, convert) / FILE
 
 
 def _command(program: str, model: Path, folder: Path, **flags: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""A random checkpoint as GGUF, by llama.cpp's own classes: `gguf_convert.py SOURCE_OF_LLAMA_CPP FOLDER OUTFILE`.
+"""A random checkpoint as GGUF, by llama.cpp's own classes: `gguf_convert.py LLAMA_CPP_SOURCE FOLDER OUTFILE FORMAT`.
 
 Runs in a peer's environment, as a plain script. Two things are added to what the converter does:
 
@@ -23,7 +23,7 @@ ASCII = 128
 
 def main() -> None:
     """Convert with the class for config.json's model type, not for its architecture: mistral4 has none."""
-    source, folder, outfile = (Path(argument) for argument in sys.argv[1:])
+    source, folder, outfile = (Path(argument) for argument in sys.argv[1:4])
     sys.path[:0] = [str(source), str(source / "gguf-py")]
     hparams = importlib.import_module("conversion.base").ModelBase.load_hparams(folder, is_mistral_format=False)
     model: Any = importlib.import_module("conversion.llama").LlamaModel
@@ -31,9 +31,9 @@ def main() -> None:
     if hparams["model_type"] == "mistral4":
         model = importlib.import_module("conversion.mistral3").Mistral3Model.Mistral4Model
         factor = without_magnitude(hparams["rope_parameters"])
-    bf16 = importlib.import_module("gguf").LlamaFileType.MOSTLY_BF16
+    kind = importlib.import_module("gguf").LlamaFileType[f"MOSTLY_{sys.argv[4].upper()}"]
     with torch.inference_mode():
-        converter = model(folder, bf16, outfile, hparams=hparams)
+        converter = model(folder, kind, outfile, hparams=hparams)
         converter.set_vocab = functools.partial(add_vocabulary, converter.gguf_writer, hparams["vocab_size"])
         if factor is not None:
             converter.gguf_writer.add_rope_scaling_attn_factors(factor)
