@@ -1,6 +1,6 @@
-"""A random checkpoint as GGUF, by llama.cpp's own classes: `gguf_convert.py LLAMA_CPP_SOURCE FOLDER OUTFILE FORMAT`.
+"""A random checkpoint as GGUF, by llama.cpp's own classes: `gguf_convert.py SOURCE FOLDER OUTFILE FORMAT`.
 
-Runs in a peer's environment, as a plain script. Two things are added to what the converter does:
+SOURCE is that of llama.cpp. Runs in a peer's environment, as a plain script. Two things are added to its converter:
 
 - A vocabulary. The checkpoint has no tokenizer and prompts are token ids, but a GGUF file must name its tokens.
 - The softmax scale. For mistral4, llama.cpp multiplies 1/sqrt(d) by m^2, m = 1 + 0.1 ln(factor), whatever
