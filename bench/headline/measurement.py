@@ -1,4 +1,4 @@
-"""The measurement of a cell, and the campaign: a block for each profile of the engine."""
+"""The measurement of a cell, from what its clients saw, and the campaign: a block for each profile."""
 
 from __future__ import annotations
 
@@ -9,22 +9,58 @@ import msgspec
 
 from cierzo.bench.campaign.loop import Block, Campaign
 from cierzo.bench.headline.cells import Cell, Plan, Subject
-from cierzo.bench.headline.figures import Figure
-from cierzo.bench.headline.search import Point
-from cierzo.bench.latency import RequestSample
+from cierzo.bench.latency import LoadResult, RequestSample, steady_load
+from cierzo.bench.load import LoadSettings
+from cierzo.bench.stats import Summary, summarise
+from cierzo.engine.cost.step_model import StepTotals
 from cierzo.engine.expert_statistics import ExpertStatistics
+
+WHOLE_BELOW_TOKENS = 100_000  # of a load whose single tokens are kept
+
+
+class Steps(msgspec.Struct, frozen=True, kw_only=True):
+    """A step on average, in one engine: sequences in it, experts of a layer that had tokens (0 in a dense
+    model), bytes and operations. limit_requests_per_s: of all replicas, at the device's full rates."""
+
+    running: float
+    distinct_experts: float
+    num_bytes: float
+    operations: float
+    limit_requests_per_s: float
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """A concurrency and what it gives; `measured`, or forecast. Seconds are medians."""
+
+    concurrency: int
+    requests_per_s: float
+    time_per_output_token_s: float
+    measured: bool
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """A cell of one subject: the figure, and how it came about.
+    """A cell of one subject: a closed loop of `concurrency` clients in all, divided between `replicas` engines of
+    equal load.
 
-    layout: how several cards were used; `others`: what else they could do, and why it lost or cannot be. points:
-    those of the search for a concurrency; bounded_by: what kept it from being higher. kv_room_requests: how many
-    requests of full length the KV cache holds. experts: those that tokens chose, where they were counted. samples:
-    those of the load that `figure` describes.
+    requests_per_s: steady, of `steady_load`; plain: all requests over all the time. Latencies are those of the
+    requests that end in the steady time where throughput is measured, of all where latency is. layout: how several
+    cards were used; `others`: what else they could do, and why it lost or cannot be. points: those of the search
+    for a concurrency; bounded_by: what kept it from being higher. kv_room_requests: how many requests of full
+    length the KV cache holds. experts: those that tokens chose, where they were counted. samples: the requests.
     """
 
-    figure: Figure
+    replicas: int = 1
+    concurrency: int
+    requests: int
+    requests_per_s: float
+    plain_requests_per_s: float
+    output_tokens_per_s: float
+    time_to_first_token_s: Summary
+    time_per_output_token_s: Summary
+    inter_token_s: Summary
+    completion_s: Summary
+    errors: dict[str, int] = {}
+    steps: Steps | None = None
     layout: str = ""
     others: list[str] = []
     points: list[Point] = []
@@ -34,17 +70,21 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     command: str = ""
     samples: list[RequestSample] = []
 
+    @property
+    def share_of_limit(self) -> float | None:
+        """Share of the requests per second that the device's full rates would allow."""
+        return None if self.steps is None else self.requests_per_s / self.steps.limit_requests_per_s
 
-def value(cell: Cell, figure: Figure) -> float:
+
+def value(cell: Cell, found: Measurement) -> float:
     """The figure that a cell is judged by: requests per second, or the median completion time."""
-    return figure.requests_per_s if cell.is_throughput else figure.completion_s.p50
+    return found.requests_per_s if cell.is_throughput else found.completion_s.p50
 
 
-def told(cell: Cell, figure: Figure) -> str:
+def told(cell: Cell, found: Measurement) -> str:
     """The figure that a cell is judged by, in words."""
-    if cell.is_throughput:
-        return f"{figure.requests_per_s:.4g} requests/s at {figure.concurrency:,}"
-    return f"{figure.completion_s.p50:.4g} s"
+    told = f"{value(cell, found):.4g}"
+    return f"{told} requests/s at {found.concurrency:,}" if cell.is_throughput else f"{told} s"
 
 
 class Headline(Campaign[Cell, Subject]):
@@ -64,4 +104,86 @@ class Headline(Campaign[Cell, Subject]):
 
     def told(self, cell: Cell, result: Any) -> str:
         """The figure that the cell is judged by."""
-        return told(cell, msgspec.convert(result, Measurement).figure)
+        return told(cell, msgspec.convert(result, Measurement))
+
+
+def closed_loop(cell: Cell, concurrency: int, seed: int) -> LoadSettings:
+    """The load of a cell at a concurrency: of as many requests that their middle third can be looked at."""
+    return LoadSettings(
+        rpc="",
+        requests=max(3 * concurrency, 4),
+        concurrency=concurrency,
+        input_tokens=cell.input_tokens,
+        output_tokens=cell.output_tokens,
+        seed=seed,
+    )
+
+
+def measured(cell: Cell, result: LoadResult, concurrency: int, totals: StepTotals | None = None) -> Measurement:
+    """The figures of one engine under a load of so many clients. totals: of the steps in its steady time."""
+    settled = steady_load(result, concurrency)
+    looked_at = settled if cell.is_throughput else result
+    steps = None
+    if totals is not None:
+        steps = Steps(
+            running=totals.rows / totals.steps,
+            distinct_experts=totals.distinct_experts / totals.steps,
+            num_bytes=totals.num_bytes / totals.steps,
+            operations=totals.operations / totals.steps,
+            limit_requests_per_s=settled.answered / totals.limit_s,
+        )
+    return Measurement(
+        concurrency=concurrency,
+        requests=len(result.samples),
+        requests_per_s=settled.requests_per_s,
+        plain_requests_per_s=result.requests_per_s,
+        output_tokens_per_s=settled.output_tokens_per_s,
+        time_to_first_token_s=looked_at.time_to_first_token_s,
+        time_per_output_token_s=summarise([_per_token(one) for one in looked_at.samples if one.error is None]),
+        inter_token_s=looked_at.inter_token_s,
+        completion_s=looked_at.end_to_end_s,
+        errors=result.errors,
+        steps=steps,
+        samples=_thinned(result.samples),
+    )
+
+
+def _per_token(sample: RequestSample) -> float:
+    """Seconds from the first token to the last, divided by the tokens after the first."""
+    tokens = sample.num_tokens - 1
+    return (sample.delta_s[-1] - sample.delta_s[0]) / tokens if tokens > 0 else 0.0
+
+
+def _thinned(samples: list[RequestSample]) -> list[RequestSample]:
+    """The samples of a load that are kept: all of a small one, else the first and the last token's times."""
+    if sum(one.num_tokens for one in samples) < WHOLE_BELOW_TOKENS:
+        return samples
+    return [
+        msgspec.structs.replace(
+            one,
+            delta_s=[one.delta_s[0], one.delta_s[-1]],
+            delta_tokens=[one.delta_tokens[0], one.num_tokens - one.delta_tokens[0]],
+        )
+        if len(one.delta_s) > 2
+        else one
+        for one in samples
+    ]
+
+
+SUMMED = ("concurrency", "requests", "requests_per_s", "plain_requests_per_s", "output_tokens_per_s")
+
+
+def of_all(found: Measurement, replicas: int) -> Measurement:
+    """The measurement of one engine as that of so many under equal loads."""
+    replace = msgspec.structs.replace
+    steps, points = found.steps, found.points
+    return replace(
+        found,
+        replicas=replicas,
+        steps=steps and replace(steps, limit_requests_per_s=replicas * steps.limit_requests_per_s),
+        points=[
+            replace(one, concurrency=replicas * one.concurrency, requests_per_s=replicas * one.requests_per_s)
+            for one in points
+        ],
+        **{name: replicas * getattr(found, name) for name in SUMMED},
+    )

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cierzo.bench.campaign import outcome, table
+from cierzo.bench.campaign import table
 from cierzo.bench.campaign.outcome import ceilings_line
-from cierzo.bench.campaign.table import Grid
-from cierzo.bench.headline.cells import LIMIT_S, Cell, Subject
-from cierzo.bench.headline.figures import Figure, Steps
+from cierzo.bench.headline.cells import LIMIT_S
 from cierzo.bench.headline.measurement import Measurement
+from cierzo.bench.headline.outcome import Outcome, Ratio, Row
 
-Outcome = outcome.Outcome[Cell, Subject, Measurement]
-Row = outcome.Row[Cell, Subject, Measurement]
 GIGA, TERA = 1e9, 1e12
 SIMULATION = (
     "SIMULATION: no card has run this. Scheduler, cache and load client are the real ones; a step takes what the",
@@ -35,16 +32,8 @@ EXPLAINED = (
 
 def text(found: Outcome, command: str) -> str:
     """All that a run says, for a terminal."""
-    grids = [_goals(found), _ratios(found)]
-    for cell in dict.fromkeys(row.cell for row in found.rows):
-        grids.append(_cell(cell, [row for row in found.rows if row.cell == cell]))
-    return table.page(_head(found, command), grids, _notes(found.rows), EXPLAINED)
-
-
-def _head(found: Outcome, command: str) -> list[str]:
-    """Lines that say what the figures belong to."""
     identity = found.identity
-    return [
+    head = [
         *(SIMULATION if found.is_simulation else ()),
         f"Small 4 against Small 3 on {found.device}",
         f"{command}, commit {identity['commit']}",
@@ -52,6 +41,18 @@ def _head(found: Outcome, command: str) -> list[str]:
         *(f"{model}: {identity[model]}" for model in ("small4", "small3")),
         *ceilings_line(found.ceilings),
     ]
+    goals = [one for one in found.ratios if one.goal is not None]
+    met = sum(one.met is True for one in goals)
+    grids = [
+        table.grid(
+            f"goals, set for {found.goals_are_for}: {met} of {len(goals)} met",
+            [_goal(one, "simulated" if found.is_simulation else "measured") for one in goals],
+        ),
+        table.grid("ratios (median of paired rounds)", [_ratio(one) for one in found.ratios if one.rounds]),
+    ]
+    for cell in dict.fromkeys(row.cell for row in found.rows):
+        grids.append(table.grid(str(cell), [_line(row) for row in found.rows if row.cell == cell]))
+    return table.page(head, grids, _notes(found.rows), EXPLAINED)
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
@@ -63,98 +64,68 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             found.append(f"{where}: NOT MEASURED: {row.error}")
         if row.result is not None and row.result.others:
             found.append(f"{where}: {row.result.layout} won; {'; '.join(row.result.others)}")
-        if row.result is not None and row.result.figure.errors:
-            found.append(f"{where}: requests without an answer: {row.result.figure.errors}")
+        if row.result is not None and row.result.errors:
+            found.append(f"{where}: requests without an answer: {row.result.errors}")
     return found
 
 
-def _goals(found: Outcome) -> Grid:
-    met = sum(verdict.met is True for verdict in found.verdicts)
-    title = f"goals, set for {found.goals_are_for}: {met} of {len(found.verdicts)} met"
-    lines = []
-    for verdict in found.verdicts:
-        goal = verdict.goal
-        if goal.at_least is not None:
-            wanted = f"requests/s at least {goal.at_least:.2f}x"
-        else:
-            wanted = f"completion at most {goal.at_most:.2f}x"
-        said = {True: "yes", False: "NO", None: "not measured"}[verdict.met]
-        pair = f"{goal.cell}: {goal.ours} / {goal.against}: {wanted}"
-        lines.append((pair, _times(verdict.ratio), _times(verdict.limit), said))
-    measured = "simulated" if found.is_simulation else "measured"
-    return Grid(title, ("goal", measured, "limit of the ratio", "met"), lines)
+def _goal(one: Ratio, ratio: str) -> dict[str, str]:
+    what = "requests/s at least" if one.cell.is_throughput else "completion at most"
+    return {
+        "goal": f"{one.cell.name}: {one.ours} / {one.against}: {what} {_times(one.goal)}",
+        ratio: _times(one.ratio),
+        "limit of the ratio": _times(one.limit),
+        "met": {True: "yes", False: "NO", None: "not measured"}[one.met],
+    }
 
 
-def _ratios(found: Outcome) -> Grid:
-    lines = []
-    for one in found.ratios:
-        what = "requests/s" if one.cell.is_throughput else "completion"
-        pair = f"{one.cell.name}: {one.ours} / {one.against}"
-        lines.append((pair, what, _times(one.ratio), _times(one.limit), str(one.rounds)))
-    heads = ("Small 4 over Small 3", "of", "ratio", "limit of the ratio", "rounds")
-    return Grid("ratios (median of paired rounds)", heads, lines)
+def _ratio(one: Ratio) -> dict[str, str]:
+    return {
+        "Small 4 over Small 3": f"{one.cell.name}: {one.ours} / {one.against}",
+        "of": "requests/s" if one.cell.is_throughput else "completion",
+        "ratio": _times(one.ratio),
+        "limit of the ratio": _times(one.limit),
+        "rounds": str(one.rounds),
+    }
 
 
-_STEP_HEADS = ("running", "experts", "GB/step", "TFLOP/step", "of limit")
-_HEADS = {
-    True: (
-        "requests/s",
-        "plain",
-        "out tok/s",
-        "clients",
-        "TTFT p50/p99 s",
-        "TPOT p50 ms",
-        "inter-token p50/p99 ms",
-    ),
-    False: (
-        "completion p50/p99 s",
-        "requests/s",
-        "out tok/s",
-        "TTFT p50/p99 s",
-        "TPOT p50 ms",
-        "inter-token p50/p99 ms",
-    ),
-}
-
-
-def _cell(cell: Cell, rows: Sequence[Row]) -> Grid:
-    heads = ("precision", *_HEADS[cell.is_throughput], *_STEP_HEADS)
+def _line(row: Row) -> dict[str, str]:
+    """A subject's figures by heading."""
+    found, cell = row.result, row.cell
+    judged = "requests/s" if cell.is_throughput else "completion p50/p99 s"
+    if found is None:
+        return {"precision": str(row.subject), judged: "failed"}
+    engines = "" if found.replicas == 1 else f", {found.replicas} engines"
+    line = {"precision": f"{row.subject}{engines}", judged: table.middle(row.values, 4)}
+    if cell.is_throughput:
+        line["plain"] = f"{found.plain_requests_per_s:.4g}"
+    else:
+        line[judged] += f"/{found.completion_s.p99:.4g}"
+        line["requests/s"] = f"{found.requests_per_s:.4g}"
+    line["out tok/s"] = f"{found.output_tokens_per_s:,.0f}"
+    if cell.is_throughput:
+        line["clients"] = f"{found.concurrency:,}"
+    first, gaps = found.time_to_first_token_s, found.inter_token_s
+    line["TTFT p50/p99 s"] = f"{first.p50:.3g}/{first.p99:.3g}"
+    line["TPOT p50 ms"] = f"{found.time_per_output_token_s.p50 * 1e3:.2f}"
+    line["inter-token p50/p99 ms"] = f"{gaps.p50 * 1e3:.2f}/{gaps.p99 * 1e3:.2f}"
+    line |= _steps(found)
     if cell.concurrency is None:
-        heads = (*heads, "fit", "bounded by")
-    return Grid(str(cell), heads, [_line(row) for row in rows])
+        line |= {"fit": f"{found.kv_room_requests:,}", "bounded by": found.bounded_by}
+    return line
 
 
-def _line(row: Row) -> tuple[str, ...]:
-    if row.result is None:
-        return str(row.subject), "failed"
-    found, cell = row.result.figure, row.cell
-    name = str(row.subject) if found.replicas == 1 else f"{row.subject}, {found.replicas} engines"
-    ttft, gaps, middle = found.time_to_first_token_s, found.inter_token_s, table.middle(row.values, 4)
-    shared = (
-        f"{ttft.p50:.3g}/{ttft.p99:.3g}",
-        f"{found.time_per_output_token_s.p50 * 1e3:.2f}",
-        f"{gaps.p50 * 1e3:.2f}/{gaps.p99 * 1e3:.2f}",
-        *_steps(found, found.steps),
-    )
-    rates = f"{found.output_tokens_per_s:,.0f}"
-    if not cell.is_throughput:
-        return name, f"{middle}/{found.completion_s.p99:.4g}", f"{found.requests_per_s:.4g}", rates, *shared
-    line = (name, middle, f"{found.plain_requests_per_s:.4g}", rates, f"{found.concurrency:,}", *shared)
-    if cell.concurrency is not None:
-        return line
-    return *line, f"{row.result.kv_room_requests:,}", row.result.bounded_by
-
-
-def _steps(found: Figure, steps: Steps | None) -> tuple[str, ...]:
+def _steps(found: Measurement) -> dict[str, str]:
+    steps = found.steps
     if steps is None:
-        return ("-",) * len(_STEP_HEADS)
-    return (
-        f"{steps.running:.1f}",
-        f"{steps.distinct_experts:.1f}" if steps.distinct_experts else "-",
-        f"{steps.num_bytes / GIGA:.3g}",
-        f"{steps.operations / TERA:.3g}",
-        f"{found.share_of_limit:.0%}",
-    )
+        return dict.fromkeys(("running", "experts", "GB/step", "TFLOP/step", "of limit"), "-")
+    return {
+        "running": f"{steps.running:.1f}",
+        "experts": f"{steps.distinct_experts:.1f}" if steps.distinct_experts else "-",
+        "GB/step": f"{steps.num_bytes / GIGA:.3g}",
+        "TFLOP/step": f"{steps.operations / TERA:.3g}",
+        "of limit": f"{found.share_of_limit:.0%}",
+    }
 
 
 def _times(ratio: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,16 @@ def picture(found: Outcome, path: Path) -> None:
     """Write a PNG. Bars are medians, whiskers the least and the most. Raises ConfigError."""
     rows = [row for row in found.rows if row.values and row.cell.kind in PLOTTED]
     colors = plot.colors((row.subject.engine for row in rows), lambda engine: engine.startswith(OURS))
-    cells = list(dict.fromkeys(row.cell for row in rows))
-    panels = [
-        functools.partial(
-            _panel,
-            title=f"{checkpoint}: {cell.name}, {cell.unit}",
-            rows=[row for row in rows if (row.subject.checkpoint, row.cell) == (checkpoint, cell)],
-            colors=colors,
-        )
-        for checkpoint in dict.fromkeys(row.subject.checkpoint for row in rows)
-        for cell in cells
-    ]
+    checkpoints, cells = ({row.subject.checkpoint: 0 for row in rows}, {row.cell: 0 for row in rows})
+    panels = []
+    for checkpoint, cell in itertools.product(checkpoints, cells):
+        mine = [row for row in rows if (row.subject.checkpoint, row.cell) == (checkpoint, cell)]
+        panels.append(functools.partial(_panel, f"{checkpoint}: {cell.name}, {cell.unit}", mine, colors))
     title = f"{found.device}, {found.identity['commit']}"
     plot.plot(path, title, panels, len(cells), PANEL_INCHES, colors)
 
 
-def _panel(axis: Any, *, title: str, rows: list[Row], colors: dict[str, str]) -> None:
+def _panel(title: str, rows: list[Row], colors: dict[str, str], axis: Any) -> None:
     """A cell of a checkpoint: an engine without a value leaves its place empty. The limit is that of bf16."""
     places = {engine: place for place, engine in enumerate(colors)}
     for row in rows:
