@@ -106,9 +106,9 @@ class Run(Generic[C, S]):
         began = time.monotonic()
         try:
             if (ceilings := self._campaign.ceilings()) is not None:
-                self._record(number, CEILINGS, block.name, began, ceilings, "measured")
+                self._record((number, CEILINGS, block.name), began, ceilings, "measured")
         except Exception as error:  # whatever it is, the cells go on
-            self._record(number, CEILINGS, block.name, began, error=error)
+            self._record((number, CEILINGS, block.name), began, error=error)
         for subject, cells in missing.items():
             while cells:  # after a failure a new session for those that are left
                 if time.monotonic() > began + self._block_s:
@@ -123,43 +123,32 @@ class Run(Generic[C, S]):
             session = self._campaign.open(block, subject)
         except Exception as error:  # whatever it is, the other subjects go on
             for cell in missing:
-                self._record(number, cell, subject, began, error=error)
+                self._record((number, cell, subject), began, error=error)
             session = None
         if session is None:
             missing.clear()
             return
         try:
-            while missing and time.monotonic() <= deadline and self._cell(number, missing.pop(0), subject, session):
-                pass
+            while missing and time.monotonic() <= deadline:
+                cell, cell_began = missing.pop(0), time.monotonic()
+                try:
+                    result = session.measure(cell, number)
+                except Exception as error:  # whatever it is, the other cells go on
+                    self._record((number, cell, subject), cell_began, error=error)
+                    if isinstance(error, DeviceLost):
+                        raise
+                    break
+                self._record((number, cell, subject), cell_began, result, self._campaign.told(cell, result))
             for cell, result in session.by_products().items():
-                self._record(number, cell, subject, began, result, self._campaign.told(cell, result))
+                self._record((number, cell, subject), began, result, self._campaign.told(cell, result))
         finally:
             session.close()
 
-    def _cell(self, number: int, cell: C, subject: S, session: Session[C]) -> bool:
-        began = time.monotonic()
-        try:
-            result = session.measure(cell, number)
-        except Exception as error:  # whatever it is, the other cells go on
-            self._record(number, cell, subject, began, error=error)
-            if isinstance(error, DeviceLost):
-                raise
-            return False
-        self._record(number, cell, subject, began, result, self._campaign.told(cell, result))
-        return True
-
     def _record(
-        self,
-        number: int,
-        cell: object,
-        subject: object,
-        began: float,
-        result: Any = None,
-        told: str = "",
-        error: Exception | None = None,
+        self, place: tuple[int, object, object], began: float, result: Any = None, told: str = "", error: Any = None
     ) -> None:
-        """Write a sample to disk, and a line to the terminal."""
-        why = "" if error is None else str(error) or type(error).__name__
+        """Write a sample to disk, and a line to the terminal. place: round, cell, subject."""
+        (number, cell, subject), why = place, "" if error is None else str(error) or type(error).__name__
         self.failed += error is not None
         told = told if error is None else f"FAILED: {why}"
         self._say(f"{time.monotonic() - self._start:6.0f} s  round {number + 1}  {subject}  {cell}: {told}")

@@ -8,14 +8,14 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cierzo.bench.campaign.loop import Campaign, Run
-from cierzo.bench.campaign.outcome import Outcome, saved, tell
+from cierzo.bench.campaign.outcome import Outcome, saved
 from cierzo.bench.campaign.store import Store
-from cierzo.bench.report import now
+from cierzo.bench.report import make_report, now, write_report
 from cierzo.bench.revision import current_commit
 from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.options import positive
@@ -24,54 +24,59 @@ from cierzo.engine.options import positive
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """The measurement that options ask for. identity: of its samples, beside the commit. outcome: what samples come
-    to. settings: for the report."""
+    to. settings: for the report, which has the rounds."""
 
     campaign: Campaign[Any, Any]
     identity: dict[str, str]
     rounds: int
     outcome: Callable[[Store], Outcome[Any, Any, Any]]
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Benchmark:
-    """A campaign as a command. stem: name of the files that options lead to, without their suffixes. kind: the type
-    of its outcomes, as `text` and `picture` tell them; both raise ConfigError."""
+def run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    stem_of: Callable[[argparse.Namespace], str],
+    wanted_of: Callable[[argparse.Namespace], Wanted],
+    kind: Any,
+    text: Callable[[Any, str], str],
+    picture: Callable[[Any, Path], None],
+) -> int:
+    """Measure what is missing, and tell the outcome: exit status 0 if every cell has a figure, 1 if not, 2 for a
+    CierzoError. SIGTERM ends it as Ctrl-C does, so that engines are stopped on the way out.
 
-    parser: argparse.ArgumentParser
-    stem: Callable[[argparse.Namespace], str]
-    wanted: Callable[[argparse.Namespace], Wanted]
-    kind: Any
-    text: Callable[[Any, str], str]
-    picture: Callable[[Any, Path], None]
-
-    def main(self, argv: Sequence[str] | None) -> int:
-        """Measure what is missing, and tell the outcome: exit status 0 if every cell has a figure, 1 if not, 2 for
-        a CierzoError. SIGTERM ends it as Ctrl-C does, so that engines are stopped on the way out."""
-        arguments = self.parser.parse_args(argv)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        command = shlex.join(["python", "-m", self.parser.prog, *(sys.argv[1:] if argv is None else argv)])
-        try:
-            return int(not self._run(arguments, command))
-        except CierzoError as error:
-            print(f"{self.parser.prog}: {error}", file=sys.stderr)
-            return 2
-
-    def _run(self, arguments: argparse.Namespace, command: str) -> bool:
-        started, commit, name = now(), arguments.commit or current_commit(), self.stem(arguments)
-        samples, stem = arguments.samples or arguments.folder / f"{name}-{commit}.jsonl", arguments.output / name
-        if arguments.report and not samples.exists() and (found := saved(stem, self.kind)) is not None:
-            print(self.text(found, command))
-            return True
-        wanted = self.wanted(arguments)
+    stem_of: name of the files that options lead to, without their suffixes. kind: type of the outcomes that `text`
+    (with the command) and `picture` tell.
+    """
+    arguments, started = parser.parse_args(argv), now()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    command = shlex.join(["python", "-m", parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    commit, name = arguments.commit or current_commit(), stem_of(arguments)
+    samples, stem = arguments.samples or arguments.folder / f"{name}-{commit}.jsonl", arguments.output / name
+    try:
+        if arguments.report and not samples.exists() and (found := saved(stem, kind)) is not None:
+            print(text(found, command))
+            return 0
+        wanted = wanted_of(arguments)
         store = Store(samples, {"commit": commit, **wanted.identity})
         if not arguments.report:
             Run(wanted.campaign, store, functools.partial(print, flush=True)).measure(wanted.rounds)
         outcome = wanted.outcome(store)
-        about = {"command": command, "started": started, "settings": wanted.settings}
-        picture = functools.partial(self.picture, outcome)
-        tell(self.parser.prog.rpartition(".")[2], outcome, self.text(outcome, command), stem, picture, **about)
-        return not any(row.error for row in outcome.rows)
+    except CierzoError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    told, benchmark = text(outcome, command), parser.prog.rpartition(".")[2]
+    settings = {"rounds": wanted.rounds, **wanted.settings}
+    print(f"\n{told}")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{stem}.txt").write_text(told + "\n", encoding="utf-8")
+    report = make_report(benchmark, command=command, started=started, settings=settings, results=outcome)
+    write_report(report, Path(f"{stem}.json"))
+    try:
+        picture(outcome, Path(f"{stem}.png"))
+    except ConfigError as error:
+        print(f"no picture: {error}")
+    return int(any(row.error for row in outcome.rows))
 
 
 def make_parser(prog: str, description: str, folder: str, rounds: str) -> argparse.ArgumentParser:

@@ -1,8 +1,8 @@
-"""From samples to what is told: rows, ratios of paired rounds, goals met or not; and the files that tell it."""
+"""From samples to what is told: rows, ratios of paired rounds, goals met or not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -10,7 +10,7 @@ import msgspec
 
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.machine import Ceilings, middle
-from cierzo.bench.report import Report, make_report, write_report
+from cierzo.bench.report import Report
 from cierzo.bench.stats import paired_ratio
 from cierzo.engine.errors import ConfigError
 
@@ -81,7 +81,7 @@ Values = Callable[[C, S], Mapping[int, float]]  # of a subject in a cell, by rou
 
 
 def rows(
-    store: Store, places: Sequence[tuple[C, S]], values: Values[C, S], about: Callable[[C, S, Any], dict[str, Any]]
+    store: Store, places: Iterable[tuple[C, S]], values: Values[C, S], about: Callable[[C, S, Any], dict[str, Any]]
 ) -> list[Row[C, S, R]]:
     """Every place that was tried. about: what a benchmark tells of a row beyond its values, from cell, subject and
     the result of the round with the median value (of an even number the lower of the two; None without any)."""
@@ -113,27 +113,21 @@ def ratio(
     return msgspec.structs.replace(found, ratio=paired, met=met)
 
 
-def ceilings_line(found: Sequence[Ceilings]) -> list[str]:
-    """The medians of what the machine could do, as a line; none where it was not measured."""
-    if not found:
-        return []
-    one = middle(found)
-    rates = f"{one.read.rate:.1f} GB/s read, {one.bf16.rate:.0f} GFLOP/s in bf16"
-    return [f"ceilings measured in the same run, median: {rates}"]
+def head(found: Outcome[Any, Any, Any], command: str) -> list[str]:
+    """Lines that say what the figures belong to: command, commit, and the medians of what the machine could do."""
+    lines = [f"{command}, commit {found.identity['commit']}"]
+    if found.ceilings:
+        one = middle(found.ceilings)
+        int8 = "" if one.int8 is None else f", {one.int8.rate:.0f} GOP/s in int8"
+        rates = f"{one.read.rate:.1f} GB/s read, {one.bf16.rate:.0f} GFLOP/s in bf16{int8}"
+        lines.append(f"ceilings measured in the same run, median: {rates}")
+    return lines
 
 
-def tell(
-    name: str, outcome: Outcome[Any, Any, Any], text: str, stem: Path, picture: Callable[[Path], None], **about: Any
-) -> None:
-    """Print the text, and write `stem`.txt, .json and .png. about: what a report says besides (bench/report.py)."""
-    print(f"\n{text}")
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{stem}.txt").write_text(text + "\n", encoding="utf-8")
-    write_report(make_report(name, results=outcome, **about), Path(f"{stem}.json"))
-    try:
-        picture(Path(f"{stem}.png"))
-    except ConfigError as error:
-        print(f"no picture: {error}")
+def notes(found: Outcome[Any, Any, Any]) -> list[str]:
+    """Lines for what figures do not say, and for what has none."""
+    lines = [f"{row.cell.name}, {row.subject}: {row.note}" for row in found.rows if row.note]
+    return lines + [f"{row.cell.name}, {row.subject}: NOT MEASURED: {row.error}" for row in found.rows if row.error]
 
 
 def saved(stem: Path, type_: type[T]) -> T | None:

@@ -89,10 +89,6 @@ class Store:
         for name, wanted in self.identity.items():
             theirs = there.get(name) if isinstance(there, dict) else None
             if theirs != wanted:
-                raise ConfigError(
-                    f"{self.path} holds samples of {name} {theirs!r}, this run is of {wanted!r}: name another file "
-                    "with --samples, or remove it",
-                    field=name,
-                    limit=theirs,
-                    value=wanted,
-                )
+                told = f"{self.path} holds samples of {name} {theirs!r}, this run is of {wanted!r}"
+                remedy = "name another file with --samples, or remove it"
+                raise ConfigError(f"{told}: {remedy}", field=name, limit=theirs, value=wanted)

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 
-from cierzo.bench.stats import median, spread
+import msgspec
+
+from cierzo.bench.stats import spread
 
 
-def grid(title: str, rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows, each its figures by heading, as lines, columns two blanks apart; a row may leave columns out. Empty
-    without rows."""
+class Grid(msgspec.Struct, frozen=True):
+    """A title, a row of headings, rows, which may end early."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def grid_of(title: str, rows: Sequence[Mapping[str, str]]) -> Grid:
+    """The grid of rows that are texts by heading; a row may leave columns out."""
     heads = list(dict.fromkeys(head for row in rows for head in row))
-    table = [heads, *([row.get(head, "") for head in heads] for row in rows)] if rows else []
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [title] if title and rows else []
+    return Grid(title, heads, [[row.get(head, "") for head in heads] for row in rows])
+
+
+def text(grid: Grid) -> str:
+    """The grid's lines, columns two blanks apart."""
+    table = [grid.heads, *grid.rows]
+    widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(grid.heads))]
+    lines = [grid.title] if grid.title else []
     for first, *others in table:
-        aligned = [first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(others, widths[1:], strict=True))]
+        aligned = [first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:], strict=False))]
         lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
 
 
-def page(head: Sequence[str], grids: Sequence[str], notes: Sequence[str], foot: Sequence[str] = ()) -> str:
+def page(head: Sequence[str], grids: Sequence[Grid], notes: Sequence[str], foot: Sequence[str] = ()) -> str:
     """All that a run says: what the figures belong to, grids, notes, explanations."""
-    parts = ["\n".join(head), *grids, "\n".join(["notes", *notes] if notes else []), "\n".join(foot)]
-    return "\n\n".join(part for part in parts if part)
+    parts = ["\n".join(head), *(text(grid) for grid in grids if grid.rows)]
+    if notes:
+        parts.append("\n".join(["notes", *notes]))
+    if foot:
+        parts.append("\n".join(foot))
+    return "\n\n".join(parts)
 
 
 def middle(values: Sequence[float], digits: int) -> str:

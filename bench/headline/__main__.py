@@ -20,11 +20,9 @@ from cierzo.bench.campaign import options
 from cierzo.bench.campaign.outcome import SIMULATED
 from cierzo.bench.headline.cells import CPU_PLAN, GPU_PLAN, MODELS, Plan
 from cierzo.bench.headline.measurement import Headline
-from cierzo.bench.headline.outcome import Outcome, outcome_of
-from cierzo.bench.headline.plot import picture
+from cierzo.bench.headline.outcome import Outcome, outcome_of, picture, text
 from cierzo.bench.headline.serve import Serving, gpu_name
 from cierzo.bench.headline.simulate import Simulation
-from cierzo.bench.headline.table import text
 from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers.engine import find_checkpoint
 from cierzo.bench.peers.kept import fingerprint
@@ -38,10 +36,7 @@ ROUNDS = 3  # where a machine's mood differs from one to the next; a simulation 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is missing, write the outcome; exit status 1 if a cell could not be measured."""
-    benchmark = options.Benchmark(
-        parser=_parser(), stem=_stem, wanted=_wanted, kind=Outcome, text=text, picture=picture
-    )
-    return benchmark.main(argv)
+    return options.run(_parser(), argv, _stem, _wanted, Outcome, text, picture)
 
 
 def _stem(arguments: argparse.Namespace) -> str:
@@ -70,13 +65,11 @@ def _wanted(arguments: argparse.Namespace) -> options.Wanted:
         machine = describe_machine()
         where = f"{machine.processor}, {machine.cores} cores" if arguments.device == "cpu" else gpu_name()
         identity = {model: _checkpoint(found.path) for model, found in checkpoints.items()}
-    rounds = arguments.rounds or (1 if is_simulation else ROUNDS)
     return options.Wanted(
         campaign=campaign,
         identity={"device": where, **identity},
-        rounds=rounds,
+        rounds=arguments.rounds or (1 if is_simulation else ROUNDS),
         outcome=functools.partial(outcome_of, plan, assumed),
-        settings={"cells": plan.cells, "subjects": plan.subjects, "rounds": rounds},
     )
 
 

@@ -9,13 +9,11 @@ import msgspec
 
 from cierzo.bench.campaign.loop import Block, Campaign
 from cierzo.bench.headline.cells import Cell, Plan, Subject
-from cierzo.bench.latency import LoadResult, RequestSample, steady_load
+from cierzo.bench.latency import LoadResult, steady_load
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.stats import Summary, summarise
 from cierzo.engine.cost.step_model import StepTotals
 from cierzo.engine.expert_statistics import ExpertStatistics
-
-WHOLE_BELOW_TOKENS = 100_000  # of a load whose single tokens are kept
 
 
 class Steps(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,8 +27,8 @@ class Steps(msgspec.Struct, frozen=True, kw_only=True):
     limit_requests_per_s: float
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """A concurrency and what it gives; `measured`, or forecast. Seconds are medians."""
+class Point(msgspec.Struct, frozen=True):
+    """A concurrency, of all engines, and what it gives; `measured`, or forecast. Seconds are medians."""
 
     concurrency: int
     requests_per_s: float
@@ -46,7 +44,8 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     requests that end in the steady time where throughput is measured, of all where latency is. layout: how several
     cards were used; `others`: what else they could do, and why it lost or cannot be. points: those of the search
     for a concurrency; bounded_by: what kept it from being higher. kv_room_requests: how many requests of full
-    length the KV cache holds. experts: those that tokens chose, where they were counted. samples: the requests.
+    length the KV cache holds. experts: those that tokens chose, where they were counted. samples: of each request
+    when it was sent, when its first and its last token came, and how many did.
     """
 
     replicas: int = 1
@@ -68,12 +67,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     kv_room_requests: int = 0
     experts: ExpertStatistics | None = None
     command: str = ""
-    samples: list[RequestSample] = []
-
-    @property
-    def share_of_limit(self) -> float | None:
-        """Share of the requests per second that the device's full rates would allow."""
-        return None if self.steps is None else self.requests_per_s / self.steps.limit_requests_per_s
+    samples: list[tuple[float, float, float, int]] = []
 
 
 def value(cell: Cell, found: Measurement) -> float:
@@ -99,7 +93,7 @@ class Headline(Campaign[Cell, Subject]):
         cells = self._plan.cells
         return [
             Block(profile, [cell for cell in cells if cell.profile == profile], self._plan.subjects)
-            for profile in dict.fromkeys(cell.profile for cell in cells)
+            for profile in ("throughput", "latency")
         ]
 
     def told(self, cell: Cell, result: Any) -> str:
@@ -119,8 +113,11 @@ def closed_loop(cell: Cell, concurrency: int, seed: int) -> LoadSettings:
     )
 
 
-def measured(cell: Cell, result: LoadResult, concurrency: int, totals: StepTotals | None = None) -> Measurement:
-    """The figures of one engine under a load of so many clients. totals: of the steps in its steady time."""
+def measured(
+    cell: Cell, result: LoadResult, concurrency: int, replicas: int = 1, totals: StepTotals | None = None
+) -> Measurement:
+    """The figures of so many engines, each under such a load of so many clients. totals: of the steps in the steady
+    time of one."""
     settled = steady_load(result, concurrency)
     looked_at = settled if cell.is_throughput else result
     steps = None
@@ -130,60 +127,28 @@ def measured(cell: Cell, result: LoadResult, concurrency: int, totals: StepTotal
             distinct_experts=totals.distinct_experts / totals.steps,
             num_bytes=totals.num_bytes / totals.steps,
             operations=totals.operations / totals.steps,
-            limit_requests_per_s=settled.answered / totals.limit_s,
+            limit_requests_per_s=replicas * settled.answered / totals.limit_s,
         )
     return Measurement(
-        concurrency=concurrency,
-        requests=len(result.samples),
-        requests_per_s=settled.requests_per_s,
-        plain_requests_per_s=result.requests_per_s,
-        output_tokens_per_s=settled.output_tokens_per_s,
+        replicas=replicas,
+        concurrency=replicas * concurrency,
+        requests=replicas * len(result.samples),
+        requests_per_s=replicas * settled.requests_per_s,
+        plain_requests_per_s=replicas * result.requests_per_s,
+        output_tokens_per_s=replicas * settled.output_tokens_per_s,
         time_to_first_token_s=looked_at.time_to_first_token_s,
-        time_per_output_token_s=summarise([_per_token(one) for one in looked_at.samples if one.error is None]),
+        time_per_output_token_s=summarise(
+            [
+                (one.delta_s[-1] - one.delta_s[0]) / (one.num_tokens - 1)
+                for one in looked_at.samples
+                if one.error is None and one.num_tokens > 1
+            ]
+        ),
         inter_token_s=looked_at.inter_token_s,
         completion_s=looked_at.end_to_end_s,
         errors=result.errors,
         steps=steps,
-        samples=_thinned(result.samples),
-    )
-
-
-def _per_token(sample: RequestSample) -> float:
-    """Seconds from the first token to the last, divided by the tokens after the first."""
-    tokens = sample.num_tokens - 1
-    return (sample.delta_s[-1] - sample.delta_s[0]) / tokens if tokens > 0 else 0.0
-
-
-def _thinned(samples: list[RequestSample]) -> list[RequestSample]:
-    """The samples of a load that are kept: all of a small one, else the first and the last token's times."""
-    if sum(one.num_tokens for one in samples) < WHOLE_BELOW_TOKENS:
-        return samples
-    return [
-        msgspec.structs.replace(
-            one,
-            delta_s=[one.delta_s[0], one.delta_s[-1]],
-            delta_tokens=[one.delta_tokens[0], one.num_tokens - one.delta_tokens[0]],
-        )
-        if len(one.delta_s) > 2
-        else one
-        for one in samples
-    ]
-
-
-SUMMED = ("concurrency", "requests", "requests_per_s", "plain_requests_per_s", "output_tokens_per_s")
-
-
-def of_all(found: Measurement, replicas: int) -> Measurement:
-    """The measurement of one engine as that of so many under equal loads."""
-    replace = msgspec.structs.replace
-    steps, points = found.steps, found.points
-    return replace(
-        found,
-        replicas=replicas,
-        steps=steps and replace(steps, limit_requests_per_s=replicas * steps.limit_requests_per_s),
-        points=[
-            replace(one, concurrency=replicas * one.concurrency, requests_per_s=replicas * one.requests_per_s)
-            for one in points
+        samples=[
+            (one.start_s, one.delta_s[0], one.delta_s[-1], one.num_tokens) for one in result.samples if one.delta_s
         ],
-        **{name: replicas * getattr(found, name) for name in SUMMED},
     )

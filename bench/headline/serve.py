@@ -20,8 +20,7 @@ from cierzo.bench import machine
 from cierzo.bench.campaign import loop
 from cierzo.bench.headline.cells import Cell, Plan, Subject
 from cierzo.bench.headline.measurement import Headline, Measurement, Steps, closed_loop, measured
-from cierzo.bench.headline.search import at_best
-from cierzo.bench.headline.settings import engine_settings, resolved
+from cierzo.bench.headline.search import at_best, engine_settings, resolved
 from cierzo.bench.headline.simulate import simulate, simulated_config
 from cierzo.bench.peers.engine import Checkpoint
 from cierzo.bench.peers.ours import CierzoServer
@@ -80,12 +79,11 @@ class Session(loop.Session[Cell]):
         """Raises EngineFailed, or NothingKeepsTheLimit."""
         config, device = self._config, self._serving.limit_device()
 
-        def load(concurrency: int) -> Measurement:
-            seed = zlib.crc32(
-                f"{cell.name} {concurrency} {number}".encode()
-            )  # no prompt begins as one of another load
+        def load(concurrency: int, replicas: int) -> Measurement:
+            # no prompt begins as one of another load
+            seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())
             result = self._server.whole_load(closed_loop(cell, concurrency, seed))
-            found = measured(cell, result, concurrency)
+            found = measured(cell, result, concurrency, replicas)
             return msgspec.structs.replace(found, experts=self._server.chosen_experts(), command=self._command())
 
         found = at_best(cell, config, device, load)
@@ -102,7 +100,7 @@ class Session(loop.Session[Cell]):
         fixed = msgspec.structs.replace(cell, concurrency=found.concurrency)
         config = simulated_config(str(self._checkpoint.path), fixed, self._subject, device, self._serving.folder)
         distinct = None if found.experts is None else measured_distinct(found.experts)
-        return simulate(config, fixed, found.concurrency, distinct).steps
+        return simulate(config, fixed, found.concurrency, distinct=distinct).steps
 
     def _command(self) -> str:
         """The server's command as it would be typed."""

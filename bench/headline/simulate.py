@@ -12,8 +12,7 @@ import msgspec
 from cierzo.bench.campaign import loop
 from cierzo.bench.headline.cells import Cell, Plan, Subject
 from cierzo.bench.headline.measurement import Headline, Measurement, closed_loop, measured, told, value
-from cierzo.bench.headline.search import NothingKeepsTheLimit, at_best
-from cierzo.bench.headline.settings import engine_settings, resolved
+from cierzo.bench.headline.search import NothingKeepsTheLimit, at_best, engine_settings, resolved
 from cierzo.bench.load import LoadClient
 from cierzo.bench.virtual import SimulatedClient, SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig
@@ -37,9 +36,16 @@ class Simulation(Headline):
 
     def open(self, block: loop.Block[Cell, Subject], subject: Subject) -> Session:
         """Nothing is loaded."""
-        return Session(self, subject)
+        return Session(self._device, self._models[subject.model], subject, self._folder)
 
-    def measure(self, cell: Cell, subject: Subject) -> Measurement:
+
+class Session(loop.Session[Cell]):
+    """A subject on a simulated device."""
+
+    def __init__(self, device: Device, model: str, subject: Subject, folder: Path) -> None:
+        self._device, self._model, self._subject, self._folder = device, model, subject, folder
+
+    def measure(self, cell: Cell, number: int) -> Any:
         """Measure one engine over all cards, and a replica on each, and take the better. Raises ConfigError where
         neither can be."""
         found, others = [], []
@@ -47,7 +53,7 @@ class Simulation(Headline):
             cards = "one card" if device.cards == 1 else f"{device.cards} cards"
             layout = f"{replicas} engines of {cards}" if replicas > 1 else f"one engine on {cards}"
             try:
-                config = simulated_config(self._models[subject.model], cell, subject, device, self._folder)
+                config = simulated_config(self._model, cell, self._subject, device, self._folder)
                 one = at_best(cell, config, device, functools.partial(simulate, config, cell), replicas)
             except (ConfigError, NothingKeepsTheLimit) as error:
                 others.append(f"{layout}: {error}")
@@ -58,18 +64,7 @@ class Simulation(Headline):
         choose_best = max if cell.is_throughput else min
         won = choose_best(found, key=lambda one: value(cell, one))
         others += [f"{one.layout}: {told(cell, one)}" for one in found if one is not won]
-        return msgspec.structs.replace(won, others=others)
-
-
-class Session(loop.Session[Cell]):
-    """A subject in a simulation."""
-
-    def __init__(self, simulation: Simulation, subject: Subject) -> None:
-        self._simulation, self._subject = simulation, subject
-
-    def measure(self, cell: Cell, number: int) -> Any:
-        """Raises ConfigError."""
-        return msgspec.to_builtins(self._simulation.measure(cell, self._subject))
+        return msgspec.to_builtins(msgspec.structs.replace(won, others=others))
 
 
 def layouts(device: Device) -> list[tuple[int, Device]]:
@@ -94,15 +89,18 @@ def simulated_config(model: str, cell: Cell, subject: Subject, device: Device, f
     return resolved(engine_settings(model, f"simulated:{name}", subject, [cell]))
 
 
-def simulate(config: EngineConfig, cell: Cell, concurrency: int, distinct: Distinct | None = None) -> Measurement:
-    """A closed loop on one engine. distinct: experts that so many tokens touch; by default as if chosen at random.
-    Raises ConfigError if a request failed."""
+def simulate(
+    config: EngineConfig, cell: Cell, concurrency: int, replicas: int = 1, distinct: Distinct | None = None
+) -> Measurement:
+    """Closed loops, each on an engine of its own. distinct: experts that so many tokens touch, by default as if
+    chosen at random. Raises ConfigError if a request failed."""
     server = _Watched(config, distinct)
     result = run_simulated_load(server, closed_loop(cell, concurrency, SEED))
     if result.errors:
         raise ConfigError(f"requests failed: {result.errors}", field="requests", value=result.errors)
     begin, end = (msgspec.structs.asdict(server.ends[index - 1]) for index in (concurrency, -concurrency))
-    return measured(cell, result, concurrency, StepTotals(**{name: end[name] - begin[name] for name in end}))
+    totals = StepTotals(**{name: end[name] - begin[name] for name in end})
+    return measured(cell, result, concurrency, replicas, totals)
 
 
 class _Watched(SimulatedServer):

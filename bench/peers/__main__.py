@@ -19,9 +19,7 @@ from cierzo.bench.peers.engine import CHECKPOINTS, Peer, find_checkpoint
 from cierzo.bench.peers.environments import RECIPES
 from cierzo.bench.peers.llamacpp import LlamaCpp
 from cierzo.bench.peers.ours import Cierzo
-from cierzo.bench.peers.plot import picture
-from cierzo.bench.peers.results import Outcome, outcome_of
-from cierzo.bench.peers.table import text
+from cierzo.bench.peers.results import Outcome, outcome_of, picture, text
 from cierzo.bench.peers.transformers import Transformers
 from cierzo.bench.peers.vllm import Vllm
 
@@ -37,10 +35,7 @@ ROUNDS, CLOSE_ROUNDS = 3, 5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make what is missing, measure, write the outcome; exit status 1 if a cell could not be measured."""
-    benchmark = options.Benchmark(
-        parser=_parser(), stem=_stem, wanted=_wanted, kind=Outcome, text=text, picture=picture
-    )
-    return benchmark.main(argv)
+    return options.run(_parser(), argv, _stem, _wanted, Outcome, text, picture)
 
 
 def _stem(arguments: argparse.Namespace) -> str:
@@ -68,14 +63,7 @@ def _wanted(arguments: argparse.Namespace) -> options.Wanted:
         identity={"device": f"{machine.processor}, {machine.cores} cores"},
         rounds=close_rounds,
         outcome=functools.partial(outcome_of, peers.checkpoints, peers.engines, [*peers.cells, *BY_PRODUCTS]),
-        settings={
-            "checkpoints": [checkpoint.name for checkpoint in peers.checkpoints],
-            "engines": peers.engines,
-            "cells": peers.cells,
-            "rounds": rounds,
-            "close_rounds": close_rounds,
-            "recipes": RECIPES,
-        },
+        settings={"rounds": rounds, "close_rounds": close_rounds, "engines": peers.engines, "recipes": RECIPES},
     )
 
 

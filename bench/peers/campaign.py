@@ -17,7 +17,7 @@ from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers import agreement
 from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, SERVED_LOAD, SERVED_MEMORY, Cell, Subject
 from cierzo.bench.peers.engine import Checkpoint, Engine, Measured, Offline, Peer, Session
-from cierzo.bench.peers.results import close_places
+from cierzo.bench.peers.results import OURS, ratios
 from cierzo.bench.peers.served import RunningServer
 
 CLOSE_RATIO = 1.2  # below it, a ratio of ours to a peer's is measured in more rounds
@@ -52,7 +52,13 @@ class Peers(Campaign[Cell, Subject]):
         """Agreement once; all else in every round, and in the further ones what is close."""
         if number < self.rounds:
             return lambda cell, subject: number == 0 or cell != AGREEMENT
-        close = close_places(store, self.checkpoints, self.engines, self.cells, CLOSE_RATIO)
+        peers = {engine.name for engine in self.engines if engine.peer != OURS}
+        close = {
+            (one.cell, subject)
+            for one in ratios(store, self.checkpoints, self.engines, self.cells)
+            if one.ours.engine not in peers and one.against.engine in peers and (one.ratio or 0.0) < CLOSE_RATIO
+            for subject in (one.ours, one.against)
+        }
         return lambda cell, subject: (cell, subject) in close
 
     def ceilings(self) -> Any | None:

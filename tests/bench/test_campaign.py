@@ -13,9 +13,8 @@ from cierzo.bench.campaign import outcome
 from cierzo.bench.campaign.loop import Block, Campaign, DeviceLost, Run, Session
 from cierzo.bench.campaign.outcome import Ratio, Row, saved
 from cierzo.bench.campaign.store import CEILINGS, Sample, Store
-from cierzo.bench.campaign.table import grid, middle, page
-from cierzo.bench.headline.outcome import Outcome
-from cierzo.bench.headline.table import text
+from cierzo.bench.campaign.table import Grid, grid_of, middle, page
+from cierzo.bench.headline.outcome import Outcome, text
 from cierzo.engine.errors import ConfigError
 
 IDENTITY = {"commit": "abc", "device": "a card", "small4": "one"}
@@ -288,7 +287,8 @@ def test_goals_are_met_or_not_or_not_measured() -> None:
 
 
 def test_text_is_aligned() -> None:
-    told = page(["head"], [grid("title", [{"x": "long", "yy": "1"}, {"x": "s"}]), grid("empty", [])], ["why"])
+    grids = [grid_of("title", [{"x": "long", "yy": "1"}, {"x": "s"}]), Grid("empty", ("x",), [])]
+    told = page(["head"], grids, ["why"])
     assert told == "head\n\ntitle\nx     yy\nlong   1\ns\n\nnotes\nwhy"
     assert middle([90.0, 100.0, 110.0], 3) == "100 ±10%"
     assert [middle([value], 3) for value in (0.12345, 99.96, 999.6)] == ["0.123", "100", "1000"]

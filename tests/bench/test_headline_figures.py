@@ -10,10 +10,18 @@ import pytest
 
 from cierzo.bench.campaign.store import Sample, Store
 from cierzo.bench.headline.cells import CPU_PLAN, GPU_PLAN, LIMIT_S, Cell, Plan, Subject
-from cierzo.bench.headline.measurement import Measurement, Point, Steps, closed_loop, measured, of_all
+from cierzo.bench.headline.measurement import Measurement, Point, Steps, closed_loop, measured
 from cierzo.bench.headline.outcome import outcome_of
-from cierzo.bench.headline.search import NothingKeepsTheLimit, best, bound, confirm, search
-from cierzo.bench.headline.settings import Room, engine_settings, resolved, room
+from cierzo.bench.headline.search import (
+    NothingKeepsTheLimit,
+    best,
+    bound,
+    confirm,
+    engine_settings,
+    kv_room,
+    resolved,
+    search,
+)
 from cierzo.bench.latency import RequestSample, steady_load, summarise_load
 from cierzo.bench.stats import Summary
 from cierzo.engine.cost.step_model import StepTotals
@@ -56,7 +64,7 @@ def test_too_few_requests_have_no_steady_time() -> None:
 
 def test_a_figure() -> None:
     totals = StepTotals(steps=4, rows=8.0, distinct_experts=40.0, num_bytes=400.0, operations=20.0, limit_s=2.5)
-    found = of_all(measured(THROUGHPUT, summarise_load(SAMPLES, 200.0), 2, totals), 3)
+    found = measured(THROUGHPUT, summarise_load(SAMPLES, 200.0), 2, 3, totals)
     assert found.replicas == 3
     assert (found.concurrency, found.requests) == (6, 18)
     assert found.requests_per_s == pytest.approx(0.6)
@@ -65,22 +73,20 @@ def test_a_figure() -> None:
     assert found.completion_s.max == 10
     assert found.time_per_output_token_s.p50 == pytest.approx((8 / 4 + 9 / 4) / 2)
     assert found.steps == Steps(
-        running=2.0, distinct_experts=10.0, num_bytes=100.0, operations=5.0, limit_requests_per_s=3 * (2 / 2.5)
+        running=2.0, distinct_experts=10.0, num_bytes=100.0, operations=5.0, limit_requests_per_s=3 * 2 / 2.5
     )
-    assert found.share_of_limit == pytest.approx(0.6 / 2.4)
     latency = measured(LATENCY, summarise_load(SAMPLES, 200.0), 2)
     assert latency.completion_s.max == 181
     assert latency.requests_per_s == pytest.approx(0.2)
-    assert latency.share_of_limit is None
+    assert latency.steps is None
 
 
-def test_large_loads_are_kept_thinned() -> None:
-    assert measured(LATENCY, summarise_load(SAMPLES, 200.0), 2).samples == SAMPLES
-    long = [_sample(0, 1, 60, tokens=60_000), _sample(0, 2, 60, tokens=60_000), _sample(0, 3, 4, tokens=2)]
-    kept = measured(LATENCY, summarise_load(long, 60.0), 1).samples
-    assert [one.delta_tokens for one in kept] == [[1, 59_999], [1, 59_999], [1, 1]]
-    assert [(one.start_s, one.delta_s[0], one.end_s) for one in kept] == [(0, 1, 60), (0, 2, 60), (0, 3, 4)]
-    assert [one.delta_s[-1] for one in kept] == [one.delta_s[-1] for one in long]
+def test_requests_are_kept_without_single_tokens() -> None:
+    kept = measured(LATENCY, summarise_load(SAMPLES, 200.0), 2).samples
+    assert kept[2] == (4, 5, 13, 5)
+    assert len(kept) == len(SAMPLES)
+    refused = RequestSample(0.0, 0.0, [], [], 1.0, error="overloaded")
+    assert len(measured(LATENCY, summarise_load([*SAMPLES, refused], 200.0), 2).samples) == len(SAMPLES)
 
 
 def _curve(slope_s: float, base_s: float, peak: int) -> tuple[dict[int, Point], list[int]]:
@@ -113,7 +119,7 @@ def test_the_search_finds_what_trying_all_would() -> None:
 
         found = best(search(look, most))
         exact = max(n for n in range(1, most + 1) if table[n].time_per_output_token_s <= LIMIT_S)
-        assert exact * 0.97 - 1 <= found.concurrency <= exact
+        assert exact * 0.97 - 1 <= found <= exact
         assert max(asked) <= most
         assert len(asked) == len(set(asked)) < 20
 
@@ -122,21 +128,18 @@ def test_estimates_are_confirmed() -> None:
     """Too high a start comes down until the limit is kept; one that keeps it goes up while that gives more."""
     table, _ = _curve(0.001, 0.0, 10**6)  # 50 clients keep 50 ms
     down = confirm(table.__getitem__, 70, 2048)
-    assert down[0].concurrency == 70
-    assert down[1].concurrency == 50
-    assert best(down).concurrency == 50
-    up = confirm(table.__getitem__, 47, 2048)
-    assert [point.concurrency for point in up] == [47, 48, 49, 50]
-    assert [point.concurrency for point in confirm(table.__getitem__, 40, 40)] == [40]
+    assert list(down)[:2] == [70, 50]
+    assert best(down) == 50
+    assert list(confirm(table.__getitem__, 47, 2048)) == [47, 48, 49, 50]
+    assert list(confirm(table.__getitem__, 40, 40)) == [40]
     peaked, _ = _curve(0.0001, 0.0, 40)
     beside = confirm(peaked.__getitem__, 40, 2048)
-    assert [point.concurrency for point in beside] == [40, 41]
-    space = Room(fit=60, most=60, why="KV room")
-    assert bound(beside, 40, space) == "more clients are answered no quicker"
-    assert bound(down, 50, space) == "50 ms per output token"
-    assert bound(down[:1], 70, Room(fit=90, most=70, why="max_running")) == "max_running"
-    with pytest.raises(NothingKeepsTheLimit):
-        best(down[:1])
+    assert list(beside) == [40, 41]
+    assert bound(beside, 40) == "more clients are answered no quicker"
+    assert bound(down, 50) == "50 ms per output token"
+    assert bound({40: peaked[40]}, 40) == "not looked further"
+    with pytest.raises(NothingKeepsTheLimit, match=r"none of 1 loads keeps 50 ms .*, the quickest takes 70\.0"):
+        best({70: down[70]})
 
 
 def _measured(requests_per_s: float, completion_s: float, limit: float) -> Measurement:
@@ -152,7 +155,7 @@ def _measured(requests_per_s: float, completion_s: float, limit: float) -> Measu
         inter_token_s=seconds,
         completion_s=seconds,
         steps=Steps(running=1.0, distinct_experts=0.0, num_bytes=1.0, operations=1.0, limit_requests_per_s=limit),
-        samples=SAMPLES,
+        samples=[(4, 5, 13, 5)],
     )
 
 
@@ -213,7 +216,7 @@ def test_an_engine_has_room_for_as_many_as_a_cell_has() -> None:
     """The engine's own plan of a latency profile would hold 7 requests of 33,792 tokens."""
     cell = Cell("latency", 32_768, 1024, 16)
     config = resolved(engine_settings("small4", "simulated:h200", SMALL4, [cell]))
-    assert room(config, cell).fit >= 16
+    assert kv_room(config, cell) >= 16
     short = Cell("latency", 1024, 1024, 8)
     few = engine_settings("small4", "simulated:h200", SMALL4, [short])
     assert "max_running" not in few

@@ -17,8 +17,7 @@ from cierzo.bench.campaign.store import CEILINGS, Store
 from cierzo.bench.headline import __main__ as command
 from cierzo.bench.headline.cells import GPU_PLAN, Cell, K, Plan, Subject
 from cierzo.bench.headline.measurement import Measurement
-from cierzo.bench.headline.outcome import outcome_of
-from cierzo.bench.headline.plot import panels
+from cierzo.bench.headline.outcome import outcome_of, panels
 from cierzo.bench.headline.simulate import Simulation, layouts, simulate, simulated_config
 from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.bench.peers.engine import find_checkpoint
@@ -149,7 +148,7 @@ def test_real_servers(run: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     for record in records:
         result = record.result
         assert len(result.samples) == result.requests
-        assert all(sum(one.delta_tokens) == 8 for one in result.samples)
+        assert all(tokens == 8 for *_, tokens in result.samples)
         assert f"--profile={'throughput' if record.is_throughput else 'latency'}" in result.command
         assert result.command.startswith("python -m cierzo serve small")
         assert (result.experts is not None) == record.is_small4
@@ -176,11 +175,12 @@ def test_a_simulation(run: Main, capsys: pytest.CaptureFixture[str]) -> None:
     _check_outcome(run.outcome(name), table, records)
     assert table.startswith("SIMULATION")
     assert "shares of its rates: memory 80%, experts 40%" in table
-    assert "goal  " in table
-    assert "simulated  limit of the ratio" in table
+    assert "goals, set for a test: " in table
+    assert "at least 3.00x" in table
     for record in records:
         found = record.result
-        assert 0.2 < (found.share_of_limit or 0) < 1.0
+        assert found.steps is not None
+        assert 0.2 < found.requests_per_s / found.steps.limit_requests_per_s < 1.0
         if record.is_throughput:
             measured = [point for point in found.points if point.measured]
             assert len(measured) < len(found.points)
@@ -255,12 +255,14 @@ def test_steps_are_those_of_the_roofline(tmp_path: Path) -> None:
     limit_s = sum(float(np.sum(one.limit_s)) for one in each)
     assert steps.limit_requests_per_s == pytest.approx(1 / limit_s)
     assert steps.num_bytes * 16 == pytest.approx(sum(float(np.sum(one.num_bytes)) for one in each))
-    ends = sorted(one.end_s for one in found.samples)
+    ends = sorted(last_s for _, _, last_s, _ in found.samples)
     assert ends[-2] - ends[0] == pytest.approx(requests * sum(float(np.sum(one.total_s)) for one in each))
 
 
 def _measure(device: Any, folder: Path, cell: Cell, subject: Subject = SMALL3) -> Measurement:
-    return Simulation(GPU_PLAN, device, MODELS, folder).measure(cell, subject)
+    simulation = Simulation(GPU_PLAN, device, MODELS, folder)
+    found = simulation.open(simulation.blocks[0], subject).measure(cell, 0)
+    return msgspec.convert(found, Measurement)
 
 
 def test_several_cards_are_one_engine_or_a_replica_each(tmp_path: Path) -> None:

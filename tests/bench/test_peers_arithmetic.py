@@ -12,10 +12,10 @@ import pytest
 from cierzo.bench.campaign.store import Sample, Store
 from cierzo.bench.machine import Ceiling, Ceilings, limit_device
 from cierzo.bench.peers import agreement
+from cierzo.bench.peers.campaign import Peers
 from cierzo.bench.peers.cells import LOAD, MEMORY, Cell, Subject, cells, decode_rate
 from cierzo.bench.peers.engine import Checkpoint, Engine
-from cierzo.bench.peers.results import close_places, limit, outcome_of, ratios, small4_over_small3, values
-from cierzo.bench.peers.table import text
+from cierzo.bench.peers.results import limit, outcome_of, ratios, text, values
 from cierzo.bench.revision import ROOT
 from cierzo.engine.model.config import ModelConfig, read_model_config
 from cierzo.engine.weights.shapes import shape_of
@@ -120,7 +120,7 @@ def test_rows_have_values_and_share_of_the_limit(store: Store, checkpoint: Check
     assert (slow.values, slow.error) == ([], "no memory")
     told = text(found, "make peers")
     assert f"100 ±10% ({100 / fast.limit:.0%})" in told
-    assert "small4 slow decode-8: NOT MEASURED: no memory" in told
+    assert "decode-8, small4 slow: NOT MEASURED: no memory" in told
     assert "50.0 GB/s read, 440 GFLOP/s in bf16" in told
     assert "cierzo-bf16" not in told
     assert next(sample["result"] for sample in found.samples) == {"value": 90.0, "raw": None, "command": "run"}
@@ -150,17 +150,19 @@ def test_ratios_are_against_the_best_peer(store: Store) -> None:
 def test_close_ratios_name_both_sides(store: Store) -> None:
     for name, value in (("cierzo-bf16", 11.0), ("fast", 10.0), ("cierzo-int8", 11.5), ("llama-q8", 5.0)):
         add(store, name, value)
-    assert close_places(store, [CHECKPOINT], ENGINES, [DECODE], 1.2) == {
-        (DECODE, Subject("small4", "cierzo-bf16")),
-        (DECODE, Subject("small4", "fast")),
-    }, "int8 is close to our own bf16, which is no peer, and far from Q8_0"
+    plan = Peers(checkpoints=[CHECKPOINT], engines=ENGINES, cells=[DECODE], rounds=1, folder=Path(), peers={})
+    wanted = plan.wanted(1, store)
+    assert [one.name for one in ENGINES if wanted(DECODE, Subject("small4", one.name))] == [
+        "cierzo-bf16",
+        "fast",
+    ], "int8 is close to our own bf16, which is no peer, and far from Q8_0"
 
 
 def test_small4_over_small3(store: Store) -> None:
     add(store, "cierzo-bf16", 4.0, cell=SERVED)
     add(store, "cierzo-bf16", 2.0, cell=SERVED, checkpoint="small3")
     add(store, "fast", 4.0, cell=SERVED)
-    (one,) = small4_over_small3(store, ENGINES, [SERVED, DECODE])
+    *_, one = ratios(store, [CHECKPOINT], ENGINES, [SERVED, DECODE])
     assert (one.ours, one.against, one.ratio) == (
         Subject("small4", "cierzo-bf16"),
         Subject("small3", "cierzo-bf16"),

@@ -19,9 +19,7 @@ from cierzo.bench.peers.__main__ import main
 from cierzo.bench.peers.campaign import Peers
 from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, Cell, Subject
 from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured
-from cierzo.bench.peers.plot import picture
-from cierzo.bench.peers.results import outcome_of, values
-from cierzo.bench.peers.table import text
+from cierzo.bench.peers.results import outcome_of, picture, text, values
 from cierzo.engine.weights.shapes import shape_of
 
 PREFILL = Cell(name="prefill-8", kind="prefill", unit="tok/s", prompt_tokens=8)
@@ -138,7 +136,7 @@ def test_a_failure_is_told_and_not_complete(plan: Peers, tmp_path: Path) -> None
     assert values(store, PREFILL, THEIRS) == {0: 10.0, 1: 10.0}
     found = outcome_of(plan.checkpoints, plan.engines, plan.cells, store)
     assert [row.error for row in found.rows] == ["", "out of memory", "", ""]
-    assert "tiny theirs decode-2: NOT MEASURED: out of memory" in text(found, "test")
+    assert "decode-2, tiny theirs: NOT MEASURED: out of memory" in text(found, "test")
     assert found.identity["commit"] == "abc"
     assert len(found.samples) == len(list(store))
 
