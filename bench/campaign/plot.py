@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,10 +56,5 @@ def plot(
 
 def colors(subjects: Iterable[T], is_warm: Callable[[T], bool]) -> dict[T, str]:
     """A colour for each subject: ours warm, theirs cold."""
-    palettes = {True: list(WARM), False: list(COLD)}
-    found: dict[T, str] = {}
-    for subject in dict.fromkeys(subjects):
-        palette = palettes[is_warm(subject)]
-        found[subject] = palette[0]
-        palette.append(palette.pop(0))
-    return found
+    warm, cold = itertools.cycle(WARM), itertools.cycle(COLD)
+    return {subject: next(warm if is_warm(subject) else cold) for subject in dict.fromkeys(subjects)}
