@@ -82,7 +82,7 @@ class Session(loop.Session[Cell]):
         def load(concurrency: int, replicas: int) -> Measurement:
             # no prompt begins as one of another load
             seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())
-            result = self._server.whole_load(closed_loop(cell, concurrency, seed))
+            result = self._server.load(closed_loop(cell, concurrency, seed))
             found = measured(cell, result, concurrency, replicas)
             return msgspec.structs.replace(found, experts=self._server.chosen_experts(), command=self._command())
 

@@ -7,14 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import uvloop
-
 from cierzo.bench.load import LoadClient
 from cierzo.bench.peers.engine import Checkpoint, Engine
 from cierzo.bench.peers.process import HOST, RunningServer, Worker, free_port
 from cierzo.engine.errors import ConnectionLost
 from cierzo.engine.expert_statistics import ExpertStatistics, difference
-from cierzo.engine.frontend.client import Client
+from cierzo.engine.frontend.client import Client, SyncClient
 
 PEER = "cierzo"
 ENGINES: tuple[Engine, ...] = tuple(
@@ -44,15 +42,15 @@ class CierzoServer(RunningServer):
 
     def __init__(self, checkpoint: Checkpoint, options: dict[str, Any], log: Path, address: str = "") -> None:
         """Start it, on a free loopback port unless there is an address. Raises EngineFailed."""
-        address = address or f"{HOST}:{free_port()}"
-        command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint.path), "--rpc", address]
+        self._address = address or f"{HOST}:{free_port()}"
+        command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint.path), "--rpc", self._address]
         for name, value in options.items():
             flag = name.replace("_", "-")
             is_switch = isinstance(value, bool)
             command.append(f"--{'' if value else 'no-'}{flag}" if is_switch else f"--{flag}={value}")
-        super().__init__(command, functools.partial(_connect, address), log)
+        super().__init__(command, functools.partial(_connect, self._address), log)
         try:
-            self._seen = uvloop.run(self._experts()) if options.get("expert_statistics") else None
+            self._seen = self._experts() if options.get("expert_statistics") else None
         except BaseException:
             self.close()
             raise
@@ -61,14 +59,12 @@ class CierzoServer(RunningServer):
         """Experts that tokens chose since this was last asked; None where nobody counts them."""
         if self._seen is None:
             return None
-        earlier, self._seen = self._seen, uvloop.run(self._experts())
+        earlier, self._seen = self._seen, self._experts()
         return difference(self._seen, earlier)
 
-    async def _experts(self) -> ExpertStatistics:
-        client = await self.connect("")
-        assert isinstance(client, Client)
-        async with client:
-            return await client.experts()
+    def _experts(self) -> ExpertStatistics:
+        with SyncClient(self._address) as client:
+            return client.experts()
 
 
 async def _connect(address: str, _: str) -> LoadClient:

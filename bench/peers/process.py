@@ -199,23 +199,23 @@ class RunningServer(Process):
             output_tokens=cell.new_tokens,
             seed=seed,
         )
-        result = self.whole_load(settings)
+        result = self.load(settings)
         return Measured(result.requests_per_s, result)
 
-    def whole_load(self, settings: LoadSettings) -> LoadResult:
-        """Run a load whose answers all have the length that was asked for. Raises EngineFailed."""
-        result = self.load(settings)
+    def load(self, settings: LoadSettings) -> LoadResult:
+        """Run a load.
+
+        Raises EngineFailed if the server cannot be reached, takes too long, or gives no answer or one of another
+        length than was asked for.
+        """
+        try:
+            result = uvloop.run(asyncio.wait_for(run_load(settings, self.connect), LOAD_TIMEOUT_S))
+        except (CierzoError, OSError, TimeoutError) as error:
+            raise self.failed(error or "timeout") from error
         short = sum(one.num_tokens != settings.output_tokens for one in result.samples if one.error is None)
         if short or not result.answered:
             raise EngineFailed(f"{short} answers of a wrong length, errors: {result.errors or 'none'}")
         return result
-
-    def load(self, settings: LoadSettings) -> LoadResult:
-        """Run a load. Raises EngineFailed if the server cannot be reached, or takes too long."""
-        try:
-            return uvloop.run(asyncio.wait_for(run_load(settings, self.connect), LOAD_TIMEOUT_S))
-        except (CierzoError, OSError, TimeoutError) as error:
-            raise self.failed(error or "timeout") from error
 
     async def _ready(self) -> None:
         while time.monotonic() < self.began + START_TIMEOUT_S:
