@@ -7,10 +7,10 @@ import functools
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cierzo.bench.campaign.loop import Campaign, Run
 from cierzo.bench.campaign.outcome import Outcome, saved
@@ -19,6 +19,8 @@ from cierzo.bench.report import make_report, now, write_report
 from cierzo.bench.revision import current_commit
 from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.options import positive
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,21 +81,18 @@ def run(
     return int(any(row.error for row in outcome.rows))
 
 
-def make_parser(prog: str, description: str, folder: str, rounds: str) -> argparse.ArgumentParser:
-    """A parser with the options of every campaign. folder: its default for samples and logs; rounds: told as the
-    default number of them."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+def make_parser(name: str, description: str, rounds: str) -> argparse.ArgumentParser:
+    """A parser with the options of every campaign. rounds: told as the default number of them."""
+    parser = argparse.ArgumentParser(prog=f"cierzo.bench.{name}", description=description, allow_abbrev=False)
     parser.add_argument("--rounds", type=positive, metavar="N", help=f"default: {rounds}")
     parser.add_argument("--cells", metavar="A,B", help="default: all")
     parser.add_argument("--report", action="store_true", help="measure nothing, report what was measured")
-    for option, default, text in (
-        ("--folder", folder, "samples, logs, and what is made from checkpoints"),
+    for option, default, told in (
+        ("--folder", f"build/{name}", "samples, logs, and what is made from checkpoints"),
         ("--checkpoint-folder", "build/checkpoints", "where small4 is"),
         ("--output", "bench/results", "where JSON, table and PNG go"),
     ):
-        parser.add_argument(
-            option, type=Path, default=Path(default), metavar="DIR", help=f"{text}; default: {default}"
-        )
+        parser.add_argument(option, type=Path, default=default, metavar="DIR", help=f"{told}; default: {default}")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="default: a file in --folder")
     parser.add_argument(
         "--commit", metavar="NAME", help="go on with the samples of this one, though HEAD has changed since"
@@ -101,11 +100,10 @@ def make_parser(prog: str, description: str, folder: str, rounds: str) -> argpar
     return parser
 
 
-def among(name: str, given: str | None, known: Sequence[str]) -> list[str]:
-    """The names that an option lists, separated by commas; without it all. Raises ConfigError for unknown ones."""
+def among(name: str, given: str | None, known: Mapping[str, T]) -> list[T]:
+    """Choose what an option names, separated by commas; without it all. Raises ConfigError for what is unknown."""
     wanted = list(known) if given is None else given.split(",")
     if unknown := [one for one in wanted if one not in known]:
-        told = ", ".join(dict.fromkeys(known))
-        message = f"unknown {name}: {', '.join(unknown)}; known: {told}"
-        raise ConfigError(message, field=name, limit=told, value=unknown)
-    return wanted
+        message = f"unknown {name}: {', '.join(unknown)}; known: {', '.join(known)}"
+        raise ConfigError(message, field=name, limit=", ".join(known), value=unknown)
+    return [value for one, value in known.items() if one in wanted]

@@ -24,7 +24,7 @@ from cierzo.bench.headline.outcome import Outcome, outcome_of, picture, text
 from cierzo.bench.headline.serve import Serving, gpu_name
 from cierzo.bench.headline.simulate import Simulation
 from cierzo.bench.machine import describe_machine
-from cierzo.bench.peers.engine import find_checkpoint, fingerprint
+from cierzo.bench.peers.engine import Checkpoint, find_checkpoint, fingerprint
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError, refusal
@@ -63,7 +63,7 @@ def _wanted(arguments: argparse.Namespace) -> options.Wanted:
         campaign = Serving(plan, arguments.device, checkpoints, arguments.folder)
         machine = describe_machine()
         where = f"{machine.processor}, {machine.cores} cores" if arguments.device == "cpu" else gpu_name()
-        identity = {model: _checkpoint(found.path) for model, found in checkpoints.items()}
+        identity = {model: _checkpoint(found) for model, found in checkpoints.items()}
     return options.Wanted(
         campaign=campaign,
         identity={"device": where, **identity},
@@ -75,11 +75,12 @@ def _wanted(arguments: argparse.Namespace) -> options.Wanted:
 def _plan(arguments: argparse.Namespace) -> Plan:
     """Raises ConfigError for a cell or a number format that there is not."""
     plan = CPU_PLAN if arguments.device == "cpu" else GPU_PLAN
-    cells = options.among("cells", arguments.cells, [cell.name for cell in plan.cells])
-    weights = options.among("weights", arguments.weights, [subject.weights for subject in plan.subjects])
+    cells = options.among("cells", arguments.cells, {cell.name: cell for cell in plan.cells})
+    known = {subject.weights: subject.weights for subject in plan.subjects}
+    weights = options.among("weights", arguments.weights, known)
     return msgspec.structs.replace(
         plan,
-        cells=tuple(cell for cell in plan.cells if cell.name in cells),
+        cells=tuple(cells),
         subjects=tuple(subject for subject in plan.subjects if subject.weights in weights),
         pairs=tuple(pair for pair in plan.pairs if all(one.weights in weights for one in pair)),
     )
@@ -94,14 +95,13 @@ def _assumed(device: Device) -> str:
 
 
 def _model(name: str) -> str:
-    config = named_model_config(name)
-    if config is None:
-        return _checkpoint(find_checkpoint(name, Path()).path)
-    return f"{name} at true size, {_digest(config)}"
+    if config := named_model_config(name):
+        return f"{name} at true size, {_digest(config)}"
+    return _checkpoint(find_checkpoint(name, Path()))
 
 
-def _checkpoint(path: Path) -> str:
-    return f"{path.name}, {_digest(fingerprint(path))}"
+def _checkpoint(checkpoint: Checkpoint) -> str:
+    return f"{checkpoint.path.name}, {_digest(fingerprint(checkpoint.path))}"
 
 
 def _digest(value: Any) -> str:
@@ -109,9 +109,7 @@ def _digest(value: Any) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = options.make_parser(
-        "cierzo.bench.headline", __doc__.splitlines()[0], "build/headline", f"{ROUNDS}; 1 in a simulation"
-    )
+    parser = options.make_parser("headline", __doc__.splitlines()[0], f"{ROUNDS}; 1 in a simulation")
     parser.add_argument(
         "--device", default="cpu", metavar="NAME", help="cpu, cuda, simulated:h200 (h100, 4xh100, a device file)"
     )

@@ -120,31 +120,32 @@ def _line(row: Row) -> dict[str, str]:
     if found is None:
         return {"precision": str(row.subject), judged: "failed"}
     engines = "" if found.replicas == 1 else f", {found.replicas} engines"
-    line = {"precision": f"{row.subject}{engines}", judged: table.middle(row.values, 4)}
+    value, rate = table.middle(row.values, 4), f"{found.output_tokens_per_s:,.0f}"
     if cell.is_throughput:
-        line["plain"] = f"{found.plain_requests_per_s:.4g}"
+        plain, clients = f"{found.plain_requests_per_s:.4g}", f"{found.concurrency:,}"
+        first = {judged: value, "plain": plain, "out tok/s": rate, "clients": clients}
     else:
-        line[judged] += f"/{found.completion_s.p99:.4g}"
-        line["requests/s"] = f"{found.requests_per_s:.4g}"
-    line["out tok/s"] = f"{found.output_tokens_per_s:,.0f}"
-    if cell.is_throughput:
-        line["clients"] = f"{found.concurrency:,}"
-    first, gaps = found.time_to_first_token_s, found.inter_token_s
-    line["TTFT p50/p99 s"] = f"{first.p50:.3g}/{first.p99:.3g}"
-    line["TPOT p50 ms"] = f"{found.time_per_output_token_s.p50 * 1e3:.2f}"
-    line["inter-token p50/p99 ms"] = f"{gaps.p50 * 1e3:.2f}/{gaps.p99 * 1e3:.2f}"
-    step = {"running": "-", "experts": "-", "GB/step": "-", "TFLOP/step": "-", "of limit": "-"}
-    if found.steps is not None:
-        step["running"] = f"{found.steps.running:.1f}"
-        if found.steps.distinct_experts:
-            step["experts"] = f"{found.steps.distinct_experts:.1f}"
-        step["GB/step"] = f"{found.steps.num_bytes / GIGA:.3g}"
-        step["TFLOP/step"] = f"{found.steps.operations / TERA:.3g}"
-        step["of limit"] = f"{found.requests_per_s / found.steps.limit_requests_per_s:.0%}"
-    line |= step
-    if cell.concurrency is None:
-        line |= {"fit": f"{found.kv_room_requests:,}", "bounded by": found.bounded_by}
-    return line
+        value += f"/{found.completion_s.p99:.4g}"
+        first = {judged: value, "requests/s": f"{found.requests_per_s:.4g}", "out tok/s": rate}
+    steps = dict.fromkeys(("running", "experts", "GB/step", "TFLOP/step", "of limit"), "-")
+    if one := found.steps:
+        steps = {
+            "running": f"{one.running:.1f}",
+            "experts": f"{one.distinct_experts:.1f}" if one.distinct_experts else "-",
+            "GB/step": f"{one.num_bytes / GIGA:.3g}",
+            "TFLOP/step": f"{one.operations / TERA:.3g}",
+            "of limit": f"{found.requests_per_s / one.limit_requests_per_s:.0%}",
+        }
+    last = {"fit": f"{found.kv_room_requests:,}", "bounded by": found.bounded_by}
+    return {
+        "precision": f"{row.subject}{engines}",
+        **first,
+        "TTFT p50/p99 s": f"{found.time_to_first_token_s.p50:.3g}/{found.time_to_first_token_s.p99:.3g}",
+        "TPOT p50 ms": f"{found.time_per_output_token_s.p50 * 1e3:.2f}",
+        "inter-token p50/p99 ms": f"{found.inter_token_s.p50 * 1e3:.2f}/{found.inter_token_s.p99 * 1e3:.2f}",
+        **steps,
+        **(last if cell.concurrency is None else {}),
+    }
 
 
 def _times(ratio: float | None) -> str:
@@ -163,27 +164,24 @@ def picture(found: Outcome, path: Path) -> None:
 
 def panels(rows: Sequence[Row]) -> list[list[Row]]:
     """Cells of one length and profile make curves of concurrencies."""
-    found: dict[tuple[str, int, int], list[Row]] = {}
-    for row in rows:
-        if row.result is not None:
-            key = row.cell.profile, row.cell.input_tokens, row.cell.output_tokens
-            found.setdefault(key, []).append(row)
-    return list(found.values())
+
+    def key(row: Row) -> tuple[str, int, int]:
+        return row.cell.profile, row.cell.input_tokens, row.cell.output_tokens
+
+    shown = [row for row in rows if row.result is not None]
+    return [list(panel) for _, panel in itertools.groupby(shown, key)]
 
 
 def _draw(rows: list[Row], colors: dict[Subject, str], axis: Any) -> None:
     cell, searched = rows[0].cell, rows[0].cell.concurrency is None
     curves: dict[Subject, list[tuple[float, float, int, bool]]] = {}  # latency, rate, concurrency, whether measured
     for row in rows:
-        found = row.result
+        found, curve = row.result, curves.setdefault(row.subject, [])
         assert found is not None
-        curves.setdefault(row.subject, []).extend(
-            [
-                (one.time_per_output_token_s * 1e3, one.requests_per_s, one.concurrency, one.measured)
-                for one in found.points
-            ]
-            or [(found.completion_s.p50, found.requests_per_s, found.concurrency, True)]
-        )
+        for one in found.points:
+            curve.append((one.time_per_output_token_s * 1e3, one.requests_per_s, one.concurrency, one.measured))
+        if not searched:
+            curve.append((found.completion_s.p50, found.requests_per_s, found.concurrency, True))
     for subject, curve in curves.items():
         color = colors[subject]
         curve.sort(key=lambda point: point[2])

@@ -14,6 +14,7 @@ from cierzo.bench.plan.forecast import forecast
 from cierzo.bench.workload import Workload
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Device
+from cierzo.engine.errors import ConfigError
 from cierzo.engine.kv_room import AUTO_KV_REQUEST_TOKENS
 
 NEAR = 0.03  # as closely as a concurrency is looked for, relative to it
@@ -23,10 +24,6 @@ Look = Callable[[int], Point]  # at so many clients of one engine
 Points = Mapping[int, Point]
 
 
-class NothingKeepsTheLimit(Exception):
-    """Even a single client waits too long for each token."""
-
-
 def engine_settings(model: str, device: str, subject: Subject, cells: Sequence[Cell]) -> dict[str, object]:
     """Options for cells of one profile; what stays open is the profile's. Raises ConfigError where it does not fit.
 
@@ -34,12 +31,10 @@ def engine_settings(model: str, device: str, subject: Subject, cells: Sequence[C
     holds that many: it plans for max_running requests of a usual length.
     """
     settings: dict[str, object] = {
+        **msgspec.structs.asdict(subject),
         "model": model,
         "device": device,
         "profile": cells[0].profile,
-        "weights": subject.weights,
-        "kv_dtype": subject.kv_dtype,
-        "activations": subject.activations,
         "max_model_len": max(cell.tokens for cell in cells),
     }
     usual_tokens = min(max(cell.tokens for cell in cells), AUTO_KV_REQUEST_TOKENS)
@@ -63,7 +58,7 @@ def kv_room(config: EngineConfig, cell: Cell) -> int:
 def at_best(cell: Cell, config: EngineConfig, device: Device | None, load: Load, replicas: int = 1) -> Measurement:
     """The cell at its concurrency, or where it has none, at the best one, on so many engines of this configuration.
 
-    device: for forecasts. Raises NothingKeepsTheLimit.
+    device: for forecasts. Raises ConfigError.
     """
     fit, loads = kv_room(config, cell), dict[int, Measurement]()
     if cell.concurrency is not None:
@@ -104,12 +99,12 @@ def keeps_limit(point: Point) -> bool:
 
 
 def best(points: Points) -> int:
-    """The clients with the most requests per second that keep the limit. Raises NothingKeepsTheLimit."""
+    """The clients with the most requests per second that keep the limit. Raises ConfigError."""
     kept = {clients: point.requests_per_s for clients, point in points.items() if keeps_limit(point)}
     if not kept:
         quickest_ms = min(point.time_per_output_token_s for point in points.values()) * 1e3
         limit = f"{LIMIT_S * 1e3:.0f} ms per output token, the quickest takes {quickest_ms:.1f}"
-        raise NothingKeepsTheLimit(f"none of {len(points)} loads keeps {limit}")
+        raise ConfigError(f"none of {len(points)} loads keeps {limit}", field="concurrency", limit=LIMIT_S)
     return max(kept, key=kept.__getitem__)
 
 

@@ -76,7 +76,7 @@ class Session(loop.Session[Cell]):
         self._subject, self._config = subject, config
 
     def measure(self, cell: Cell, number: int) -> Any:
-        """Raises EngineFailed, or NothingKeepsTheLimit."""
+        """Raises EngineFailed, or ConfigError."""
         config, device = self._config, self._serving.limit_device()
 
         def load(concurrency: int, replicas: int) -> Measurement:

@@ -12,7 +12,7 @@ import msgspec
 from cierzo.bench.campaign import loop
 from cierzo.bench.headline.cells import Cell, Plan, Subject
 from cierzo.bench.headline.measurement import Headline, Measurement, closed_loop, measured, told, value
-from cierzo.bench.headline.search import NothingKeepsTheLimit, at_best, engine_settings, resolved
+from cierzo.bench.headline.search import at_best, engine_settings, resolved
 from cierzo.bench.load import LoadClient
 from cierzo.bench.virtual import SimulatedClient, SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig
@@ -55,7 +55,7 @@ class Session(loop.Session[Cell]):
             try:
                 config = simulated_config(self._model, cell, self._subject, device, self._folder)
                 one = at_best(cell, config, device, functools.partial(simulate, config, cell), replicas)
-            except (ConfigError, NothingKeepsTheLimit) as error:
+            except ConfigError as error:
                 others.append(f"{layout}: {error}")
             else:
                 found.append(msgspec.structs.replace(one, layout=layout))

@@ -41,15 +41,13 @@ def _stem(arguments: argparse.Namespace) -> str:
 
 def _wanted(arguments: argparse.Namespace) -> options.Wanted:
     """Raises ConfigError for what there is not."""
-    all_cells = cells(quick=arguments.quick)
-    names = options.among("cells", arguments.cells, [cell.name for cell in all_cells])
     rounds, close_rounds = (arguments.rounds or (1 if arguments.quick else n) for n in (ROUNDS, CLOSE_ROUNDS))
+    known = {cell.name: cell for cell in cells(quick=arguments.quick)}
+    names = arguments.checkpoints.split(",")
     peers = Peers(
-        engines=[ENGINES[name] for name in options.among("engines", arguments.engines, list(ENGINES))],
-        checkpoints=[
-            find_checkpoint(name, arguments.checkpoint_folder) for name in arguments.checkpoints.split(",")
-        ],
-        cells=[cell for cell in all_cells if cell.name in names],
+        engines=options.among("engines", arguments.engines, ENGINES),
+        cells=options.among("cells", arguments.cells, known),
+        checkpoints=[find_checkpoint(name, arguments.checkpoint_folder) for name in names],
         rounds=rounds,
         folder=arguments.folder.resolve(),
         peers=PEERS,
@@ -66,7 +64,7 @@ def _wanted(arguments: argparse.Namespace) -> options.Wanted:
 
 def _parser() -> argparse.ArgumentParser:
     rounds = f"{ROUNDS}, {CLOSE_ROUNDS} where a ratio is close"
-    parser = options.make_parser("cierzo.bench.peers", __doc__.splitlines()[0], "build/peers", rounds)
+    parser = options.make_parser("peers", __doc__.splitlines()[0], rounds)
     parser.add_argument("--quick", action="store_true", help="one round; fewer tokens, requests and clients")
     parser.add_argument("--engines", metavar="A,B", help=f"of {', '.join(ENGINES)}; default: all")
     parser.add_argument(
