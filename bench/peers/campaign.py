@@ -113,8 +113,7 @@ class _Loaded(loop.Session[Cell]):
         self.session.close()
 
     def _told(self, measured: Measured) -> Any:
-        command = measured.command or self.session.command
-        return msgspec.to_builtins(msgspec.structs.replace(measured, command=command))
+        return {**msgspec.to_builtins(measured), "command": self.session.command}
 
 
 def _seed(number: int, cell: Cell) -> int:

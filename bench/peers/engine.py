@@ -40,15 +40,15 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """A figure in its cell's unit, what it came from, and the command if the cell has one of its own."""
+    """A figure in its cell's unit, and what it came from."""
 
     value: float
     raw: Any
-    command: str = ""
 
 
 class Session:
-    """A loaded engine. `load_s` is the time from its start to its first token; None where nothing stays loaded."""
+    """A loaded engine, and the command that it ran last. `load_s` is the time from its start to its first token;
+    None where nothing stays loaded."""
 
     command = ""
     load_s: float | None = None

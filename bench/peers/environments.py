@@ -80,22 +80,22 @@ def build(peer: str, folder: Path, torch_index: str = "") -> None:
     pip = [str(place / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
     pip = ["env", *(f"{name}={value}" for name, value in recipe.variables.items()), *pip]
     packages = list(recipe.packages)
+    last = packages[-1].partition("==")[0]
     if TORCH in packages:
         packages.remove(TORCH)
         _run([*pip, "install", *(["--index-url", torch_index] if torch_index else []), TORCH])
     _run([*pip, "install", *(["--no-deps"] if recipe.without else []), *packages])
     if recipe.without:
-        _run([*pip, "install", *_requirements(packages[-1], recipe.without, place)])
+        _run([*pip, "install", *_requirements(last, recipe.without, place)])
     if recipe.variables:
-        source = ["--no-deps", "--no-binary", _name(packages[-1]), "--dest", str(place)]
-        _run([*pip, "download", *source, packages[-1]])
+        _run([*pip, "download", "--no-deps", "--no-binary", last, "--dest", str(place), *packages])
         _finish_llama_cpp(place)
     (place / STAMP).write_bytes(_stamp(peer))
 
 
-def _requirements(package: str, without: Sequence[str], place: Path) -> list[str]:
+def _requirements(name: str, without: Sequence[str], place: Path) -> list[str]:
     """Requirements of an installed package, but for its extras and some."""
-    (found,) = distributions(name=_name(package), path=[str(_packages(place))])
+    (found,) = distributions(name=name, path=[str(_packages(place))])
     lines = [line for line in found.requires or [] if "extra ==" not in line]
     return [line for line in lines if re.split(r"[^\w.-]", line)[0] not in without]
 
@@ -111,10 +111,6 @@ def _finish_llama_cpp(place: Path) -> None:
         tar.extractall(place, filter="data")
     (place / archive.name.removesuffix(".tar.gz")).rename(place / "source")
     archive.unlink()
-
-
-def _name(package: str) -> str:
-    return package.partition("==")[0]
 
 
 def _packages(place: Path) -> Path:

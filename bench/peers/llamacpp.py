@@ -24,7 +24,6 @@ PEER = "llamacpp"
 LAYOUT_VERSION = 2  # of gguf_convert.py: raise it when what they write changes
 FILE = "model.gguf"
 SLOTS = 32
-SERVER_FLAGS = ("--cache-ram", "0")  # prefixes are reused within the slots; copies of old prompts only cost time
 TOOL_TRIES = 3  # llama-batched-bench prints by a thread that its end may overtake: with tiny models, half the time
 CONTEXT_TOKENS = 49_152  # of all slots together: the chat load's 32 x 1,216, and one prompt of 8,192
 ENGINES: tuple[Engine, ...] = (
@@ -42,8 +41,9 @@ def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> RunningServe
     """`llama-server` on a loopback port."""
     port = free_port()
     flags = {"host": HOST, "port": port, "parallel": SLOTS, "ctx-size": CONTEXT_TOKENS}
+    flags["cache-ram"] = 0  # prefixes are reused within the slots; copies of old prompts only cost time
     command = _command("llama-server", gguf(engine, checkpoint, folder), folder, **flags)
-    command += ["--kv-unified", "--no-ui", *SERVER_FLAGS]
+    command += ["--kv-unified", "--no-ui"]
     client = HttpClient(port, "/completion", body, token_ids, checkpoint.vocab_size)
     return RunningServer(command, client.connect, engine.log(checkpoint, folder, "-server"))
 
@@ -67,13 +67,13 @@ class LlamaTools(Session):
         command = _command("llama-batched-bench", self._model, self._folder, **context)
         command += ["-npp", str(cell.prompt_tokens), "-ntg", str(new_tokens), "-npl", str(batch)]
         command += ["--output-format", "jsonl"]
+        self.command = shlex.join(command)
         for _ in range(TOOL_TRIES):
             output, peak_gb = run_tool(command, self._log)
             self._peak_gb = max(self._peak_gb, peak_gb)
             rows = [json.loads(line[line.index("{") :]) for line in output.splitlines() if "{" in line]
             if len(rows) == 1:
-                rate = float(rows[0]["speed_tg" if cell.kind == "decode" else "speed_pp"])
-                return Measured(rate, rows[0], shlex.join(command))
+                return Measured(rows[0]["speed_tg" if cell.kind == "decode" else "speed_pp"], rows[0])
         raise EngineFailed(f"{len(rows)} results instead of one: {output.strip()[-200:]!r}, see {self._log}")
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
