@@ -6,9 +6,10 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPException
 from types import SimpleNamespace
 from typing import Any
+from urllib.request import ProxyHandler, Request, build_opener
 
 import msgspec
 
@@ -18,6 +19,7 @@ from cierzo.engine.messages import Delta
 
 HEAD = "POST {} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n"
 HEAD += "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+TIMEOUT_S = 60.0
 EVENT, DONE = b"data: ", b"[DONE]"
 
 
@@ -35,7 +37,7 @@ class HttpClient(msgspec.Struct, frozen=True):
 
     async def connect(self, _: str) -> HttpClient:
         """Itself: nothing is open between requests. Raises ConnectionLost unless the server takes requests."""
-        request(self.port, "GET", "/health")
+        request(self.port, "/health")
         return self
 
     async def generate(self, **asked: Any) -> AsyncIterator[Delta]:
@@ -56,17 +58,14 @@ class HttpClient(msgspec.Struct, frozen=True):
         """Nothing to let go of."""
 
 
-def request(port: int, method: str, path: str, body: str = "") -> bytes:
-    """Body of the answer to one request. Raises ConnectionLost for anything but status 200."""
+def request(port: int, path: str, body: bytes | None = None) -> bytes:
+    """Body of the answer to a GET, or to a POST of JSON. Raises ConnectionLost for a failure, or a refusal."""
+    asked = Request(f"http://{HOST}:{port}{path}", body, {"Content-Type": "application/json"})
     try:
-        with closing(HTTPConnection(HOST, port)) as connection:
-            connection.request(method, path, body, {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            found = answer.read()
+        with build_opener(ProxyHandler({})).open(asked, timeout=TIMEOUT_S) as answer:  # by no proxy
+            found: bytes = answer.read()
     except (OSError, HTTPException) as error:
         raise ConnectionLost(f"port {port}: {error}") from error
-    if answer.status != 200:
-        raise _refused(answer.status, found)
     return found
 
 
@@ -78,7 +77,8 @@ async def _events(port: int, request: bytes) -> AsyncIterator[dict[str, Any]]:
             writer.write(request)
             status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
             if status != 200:
-                raise _refused(status, await reader.read())
+                body = (await reader.read()).decode(errors="replace")
+                raise ConnectionLost(f"status {status}: {body[:200]}")
             unread = b""
             while size := int((await reader.readline()).partition(b";")[0], 16):
                 part = (await reader.readexactly(size + 2))[:-2]
@@ -88,7 +88,3 @@ async def _events(port: int, request: bytes) -> AsyncIterator[dict[str, Any]]:
                         yield json.loads(line.removeprefix(EVENT))
     except (OSError, EOFError, ValueError) as error:
         raise ConnectionLost(f"port {port}, the answer was cut short: {error}") from error
-
-
-def _refused(status: int, body: bytes) -> ConnectionLost:
-    return ConnectionLost(f"status {status}: {body.decode(errors='replace')[:200]}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ ENGINES: tuple[Engine, ...] = (
 
 def offline(engine: Engine, checkpoint: Checkpoint, folder: Path) -> LlamaTools:
     """A run of the tool for each cell."""
-    return LlamaTools(engine, checkpoint, folder)
+    return LlamaTools(engine, checkpoint, folder, gguf(engine, checkpoint, folder))
 
 
 def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> RunningServer:
@@ -48,14 +49,15 @@ def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> RunningServe
     return RunningServer(command, client.connect, engine.log(checkpoint, folder, "-server"))
 
 
+@dataclass
 class LlamaTools(Session):
     """A tool that loads, measures and ends: each cell is a process of its own, with a command of its own."""
 
-    def __init__(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> None:
-        self._engine, self._checkpoint, self._folder = engine, checkpoint, folder
-        self._model = gguf(engine, checkpoint, folder)
-        self._log = engine.log(checkpoint, folder)
-        self._peak_gb = 0.0
+    engine: Engine
+    checkpoint: Checkpoint
+    folder: Path
+    model: Path
+    peak_gb: float = 0.0
 
     def measure(self, cell: Cell, seed: int) -> Measured:
         """Measure by llama-batched-bench, which warms up, and reports prompts and new tokens apart.
@@ -64,21 +66,22 @@ class LlamaTools(Session):
         """
         batch, new_tokens = max(cell.batch, 1), max(cell.new_tokens, 1)
         context = {"ctx-size": batch * (cell.prompt_tokens + new_tokens)}
-        command = _command("llama-batched-bench", self._model, self._folder, **context)
+        command = _command("llama-batched-bench", self.model, self.folder, **context)
         command += ["-npp", str(cell.prompt_tokens), "-ntg", str(new_tokens), "-npl", str(batch)]
         command += ["--output-format", "jsonl"]
         self.command = shlex.join(command)
+        log = self.engine.log(self.checkpoint, self.folder)
         for _ in range(TOOL_TRIES):
-            output, peak_gb = run_tool(command, self._log)
-            self._peak_gb = max(self._peak_gb, peak_gb)
+            output, peak_gb = run_tool(command, log)
+            self.peak_gb = max(self.peak_gb, peak_gb)
             rows = [json.loads(line[line.index("{") :]) for line in output.splitlines() if "{" in line]
             if len(rows) == 1:
                 return Measured(rows[0]["speed_tg" if cell.kind == "decode" else "speed_pp"], rows[0])
-        raise EngineFailed(f"{len(rows)} results instead of one: {output.strip()[-200:]!r}, see {self._log}")
+        raise EngineFailed(f"{len(rows)} results instead of one: {output.strip()[-200:]!r}, see {log}")
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
         """Ask its server, token by token: each request adds one to what the slot holds."""
-        with server(self._engine, self._checkpoint, self._folder) as running:
+        with server(self.engine, self.checkpoint, self.folder) as running:
             words = shlex.split(running.command)
             port = int(words[words.index("--port") + 1])
             return [
@@ -88,7 +91,7 @@ class LlamaTools(Session):
 
     def peak_memory_gb(self) -> float:
         """The most memory of any run so far."""
-        return self._peak_gb
+        return self.peak_gb
 
 
 def gguf(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Path:
@@ -129,6 +132,6 @@ def token_ids(event: dict[str, Any]) -> list[int]:
 
 def _top_logprobs(port: int, sequence: list[int], count: int) -> list[tuple[int, float]]:
     asked = {**body(sequence, 1), "stream": False, "n_probs": count, "id_slot": 0}
-    answer = json.loads(request(port, "POST", "/completion", json.dumps(asked)))
+    answer = json.loads(request(port, "/completion", json.dumps(asked).encode()))
     (position,) = answer["completion_probabilities"]
     return [(int(entry["id"]), float(entry["logprob"])) for entry in position["top_logprobs"]]
