@@ -183,7 +183,7 @@ def picture(found: Outcome, path: Path) -> None:
     for checkpoint, cell in itertools.product(checkpoints, cells):
         mine = [row for row in rows if (row.subject.checkpoint, row.cell) == (checkpoint, cell)]
         panels.append(functools.partial(_panel, f"{checkpoint}: {cell.name}, {cell.unit}", mine, colors))
-    title = f"{found.device}, {found.identity['commit']}"
+    title = f"{found.identity['device']}, {found.identity['commit']}"
     plot.plot(path, title, panels, len(cells), PANEL_INCHES, colors)
 
 
