@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from cierzo.bench.report import Recording
-from cierzo.bench.traces import random_prompt
+from cierzo.bench.workload import random_prompt
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.expert_statistics import ExpertStatistics, independent_distinct
 from cierzo.engine.frontend.client import SyncClient

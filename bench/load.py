@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
 from cierzo.bench.report import Recording
-from cierzo.bench.traces import random_prompt
-from cierzo.bench.workload import poisson_arrivals
+from cierzo.bench.workload import poisson_arrivals, random_prompt
 from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, refusal
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta

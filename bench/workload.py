@@ -1,4 +1,4 @@
-"""Workloads: how many requests an engine gets, of which lengths, and when. No torch.
+"""Workloads: how many requests an engine gets, of which lengths, and when; prompts of a load. No torch.
 
 On the command line `2048/256@64` is a closed loop of 64 clients, each of which sends its next request when the last
 one is answered: 2,048 tokens in, 256 out. `2048/256@3.5/s` is 3.5 such requests a second, whether or not earlier
@@ -8,16 +8,16 @@ that ends in `.jsonl` is a trace: one request a line.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from cierzo.engine.errors import ConfigError, refusal
+from cierzo.engine.settings import require
 
 Tokens = Annotated[int, Meta(ge=1)]
 Shared = Annotated[int, Meta(ge=0)]
@@ -30,6 +30,11 @@ class TracedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     input_tokens: Tokens
     output_tokens: Tokens
     shared_tokens: Shared = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where nothing of the input is the request's own."""
+        if self.shared_tokens >= self.input_tokens:
+            raise ValueError(f"shared_tokens {self.shared_tokens} must be below input_tokens {self.input_tokens}")
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,22 +54,11 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for fields that are out of range or contradict each other."""
+        """Raise ConfigError for fields that contradict each other."""
         kinds = (self.concurrency is not None) + (self.rate is not None) + bool(self.trace)
         if kinds != 1:
-            raise ConfigError(
-                f"a workload has one of concurrency, rate and trace; this one has {kinds}",
-                field="workload",
-                limit=1,
-                value=kinds,
-            )
-        for name, least in (("input_tokens", 1), ("output_tokens", 1), ("concurrency", 1), ("requests", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise refusal(name, f"at least {least}", value)
-        if self.rate is not None and not 0 < self.rate < math.inf:
-            raise refusal("rate", "a finite number above 0", self.rate)
-        if not 0 <= self.shared_tokens < self.input_tokens:
+            raise refusal("workload", "one of concurrency, rate and trace", kinds, "a workload is one thing")
+        if not self.trace and self.shared_tokens >= self.input_tokens >= 1:
             raise refusal("shared_tokens", f"0 to {self.input_tokens - 1}", self.shared_tokens)
 
     @property
@@ -83,21 +77,19 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return f"{self.input_tokens}{shared}/{self.output_tokens}@{load}"
 
 
-_SPELLING = re.compile(r"(\d+)(?::(\d+))?/(\d+)@(?:(\d+)|(\d+(?:\.\d+)?)/s)")
+_SPELLING = re.compile(
+    r"(?P<input_tokens>\d+)(?::(?P<shared_tokens>\d+))?/(?P<output_tokens>\d+)"
+    r"@(?:(?P<concurrency>\d+)|(?P<rate>\d+(?:\.\d+)?)/s)"
+)
 
 
 def parse_workload(text: str) -> Workload:
     """Read a workload: spelled as above, or a file that holds a `Workload` or a trace. Raises ConfigError."""
     match = _SPELLING.fullmatch(text)
     if match is not None:
-        input_tokens, shared_tokens, output_tokens, concurrency, rate = match.groups()
-        return Workload(
-            input_tokens=int(input_tokens),
-            output_tokens=int(output_tokens),
-            shared_tokens=int(shared_tokens or 0),
-            concurrency=None if concurrency is None else int(concurrency),
-            rate=None if rate is None else float(rate),
-        )
+        words = {name: word for name, word in match.groupdict().items() if word is not None}
+        given: dict[str, Any] = {name: (float if name == "rate" else int)(word) for name, word in words.items()}
+        return require(Workload(**given))
     path = Path(text)
     if not path.is_file():
         limit = "IN/OUT@CLIENTS, IN/OUT@RATE/s, IN:SHARED/OUT@..., or a file (.json, .jsonl)"
@@ -105,7 +97,7 @@ def parse_workload(text: str) -> Workload:
     if path.suffix == ".jsonl":
         return Workload(trace=read_trace(path))
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Workload)
+        return require(msgspec.json.decode(path.read_bytes(), type=Workload))
     except msgspec.MsgspecError as error:
         raise refusal("workload", "a JSON file that describes a workload", text, str(error)) from error
 
@@ -118,25 +110,20 @@ def read_trace(path: Path) -> tuple[TracedRequest, ...]:
             continue
         try:
             request = msgspec.json.decode(line, type=TracedRequest)
-        except msgspec.MsgspecError as error:
-            raise _bad_line(path, number, str(error), line) from error
-        if request.shared_tokens >= request.input_tokens:
-            least = f"shared_tokens {request.shared_tokens} must be below input_tokens {request.input_tokens}"
-            raise _bad_line(path, number, least, line)
-        if found and request.arrival_s < found[-1].arrival_s:
-            order = f"arrival_s {request.arrival_s:g} comes after {found[-1].arrival_s:g}: lines go by arrival"
-            raise _bad_line(path, number, order, line)
+            if found and request.arrival_s < found[-1].arrival_s:
+                before_s = found[-1].arrival_s
+                raise ValueError(f"arrival_s {request.arrival_s:g} comes after {before_s:g}: lines go by arrival")
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise ConfigError(
+                f"trace {path}, line {number}: {error}",
+                field="workload",
+                limit=f"line {number}",
+                value=line.decode(errors="replace"),
+            ) from error
         found.append(request)
     if not found:
         raise ConfigError(f"trace {path}: holds no request", field="workload", limit=1, value=0)
     return tuple(found)
-
-
-def _bad_line(path: Path, number: int, problem: str, line: bytes) -> ConfigError:
-    value = line.decode(errors="replace")
-    return ConfigError(
-        f"trace {path}, line {number}: {problem}", field="workload", limit=f"line {number}", value=value
-    )
 
 
 def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
@@ -147,3 +134,8 @@ def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
         now += random_gaps.expovariate(rate)
         times.append(now)
     return times
+
+
+def random_prompt(index: int, num_tokens: int, vocab_size: int, seed: int) -> list[int]:
+    """Token ids of request `index`, uniform over the vocabulary: no two prompts share a beginning worth caching."""
+    return random.Random(f"prompt {seed} {index}").choices(range(vocab_size), k=num_tokens)

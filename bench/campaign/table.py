@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 import msgspec
 
-from cierzo.bench.stats import median, spread
+from cierzo.bench.stats import spread
 
 
 class Grid(msgspec.Struct, frozen=True):
