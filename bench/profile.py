@@ -136,8 +136,8 @@ class Profiler:
         return [_row(counted.get(name, Work(name, 0)), [run[name] for run in runs], ceilings) for name in runs[-1]]
 
     def _fill(self) -> None:
-        """Synthetic entries in every page, of the size that a norm leaves; zeros in INT8, whose scales are among its
-        bytes. Tokens that see what is not finite all choose the same experts."""
+        """Synthetic entries in every page, of the size that a norm leaves; zeros in INT8, whose bytes hold scales.
+        Tokens that see what is not finite all choose the same experts."""
         for pages in self._pool.layers:
             for tensor in (pages.latents,) if isinstance(pages, MlaPages) else (pages.keys, pages.values):
                 first, *others = tensor.view(-1).split(FILLED)
