@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
 from cierzo.bench.report import Recording
-from cierzo.bench.workload import poisson_arrivals, random_prompt
+from cierzo.bench.workload import Count, Rate, Whole, poisson_arrivals, random_prompt
 from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, refusal
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta
@@ -63,14 +63,14 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     rpc: str
-    requests: Annotated[int, Meta(ge=1, description="requests in all")] = 100
-    concurrency: Annotated[int | None, Meta(ge=1, description="closed loop of N clients (default: 8)")] = None
-    rate: Annotated[float | None, Meta(gt=0, description="open loop, requests per second (Poisson)")] = None
-    connections: Annotated[int, Meta(ge=1, description="connections that share the load")] = 1
+    requests: Annotated[Count, Meta(description="requests in all")] = 100
+    concurrency: Annotated[Count | None, Meta(description="closed loop of N clients (default: 8)")] = None
+    rate: Annotated[Rate | None, Meta(description="open loop, requests per second (Poisson)")] = None
+    connections: Annotated[Count, Meta(description="connections that share the load")] = 1
     prompt: Annotated[str | None, Meta(description="the prompt of every request; default: random tokens")] = None
-    input_tokens: Annotated[int, Meta(ge=1, description="length of a random prompt, tokens")] = 32
-    shared_tokens: Annotated[int, Meta(ge=0, description="how much of the random prompts is the same in all")] = 0
-    output_tokens: Annotated[int, Meta(ge=1, description="length of an answer, tokens")] = 16
+    input_tokens: Annotated[Count, Meta(description="length of a random prompt, tokens")] = 32
+    shared_tokens: Annotated[Whole, Meta(description="how much of the random prompts is the same in all")] = 0
+    output_tokens: Annotated[Count, Meta(description="length of an answer, tokens")] = 16
     temperature: Annotated[float, Meta(description="0: greedy")] = 0.0
     seed: Annotated[int, Meta(description="of prompts and arrival times")] = 0
 
@@ -86,14 +86,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and raw samples here")
 
 
+def settings_of(arguments: argparse.Namespace) -> LoadSettings:
+    """Settings as the options of `add_arguments` give them."""
+    settings = LoadSettings(**chosen(arguments, LoadSettings))
+    is_open = settings.rate is not None
+    return settings if is_open else msgspec.structs.replace(settings, concurrency=settings.concurrency or 8)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Wait for the server, run the load, print the table; exit status 1 unless every request was answered.
 
     Raises CierzoError without a server that takes requests.
     """
-    settings = LoadSettings(**chosen(arguments, LoadSettings))
-    if settings.concurrency is None and settings.rate is None:
-        settings = msgspec.structs.replace(settings, concurrency=8)
+    settings = settings_of(arguments)
     report = Recording("load", arguments.json)
     result = uvloop.run(_load_when_ready(settings))
     print(result_table(result))

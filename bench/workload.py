@@ -19,17 +19,18 @@ from msgspec import Meta
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.settings import require
 
-Tokens = Annotated[int, Meta(ge=1)]
-Shared = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
+Whole = Annotated[int, Meta(ge=0)]
+Rate = Annotated[float, Meta(gt=0)]
 
 
 class TracedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """A line of a trace. The first `shared_tokens` of the `input_tokens` are the same in all requests."""
 
     arrival_s: Annotated[float, Meta(ge=0)]
-    input_tokens: Tokens
-    output_tokens: Tokens
-    shared_tokens: Shared = 0
+    input_tokens: Count
+    output_tokens: Count
+    shared_tokens: Whole = 0
 
     def __post_init__(self) -> None:
         """Raise ValueError where nothing of the input is the request's own."""
@@ -44,13 +45,13 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     requests: of a loop; None leaves their number to the forecast. seed: of an open loop's arrivals.
     """
 
-    input_tokens: Tokens = 1
-    output_tokens: Tokens = 1
-    shared_tokens: Shared = 0
-    concurrency: Annotated[int, Meta(ge=1)] | None = None
-    rate: Annotated[float, Meta(gt=0)] | None = None
+    input_tokens: Count = 1
+    output_tokens: Count = 1
+    shared_tokens: Whole = 0
+    concurrency: Count | None = None
+    rate: Rate | None = None
     trace: tuple[TracedRequest, ...] = ()
-    requests: Annotated[int, Meta(ge=1)] | None = None
+    requests: Count | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
