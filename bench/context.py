@@ -16,31 +16,22 @@ from pathlib import Path
 from statistics import median
 
 import msgspec
-from tqdm import tqdm
 
 from cierzo.bench.campaign.table import Grid, text
 from cierzo.bench.machine import measure_ceilings
-from cierzo.bench.profile import Profiler
-from cierzo.bench.report import Recording
+from cierzo.bench.profile import OperationRow, Profiler
+from cierzo.bench.report import Recording, progress
 from cierzo.engine.config import EngineOptions
 
 ATTENTION = ("mla_decode", "gqa_decode")
-PROGRESS_AFTER_S = 2.0
 
 
 class DecodeRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of one step at one context, and attention's rates and share of its limit.
-
-    limit_ms: what attention would take at the ceilings measured beside it.
-    """
+    """Milliseconds of one step at one context, and attention in it."""
 
     context: int
     step_ms: float
-    attention_ms: float
-    gflop_per_s: float
-    gb_per_s: float
-    limit_ms: float
-    share: float
+    attention: OperationRow
 
 
 class ChunkRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,23 +49,13 @@ def measure_decode(profiler: Profiler, context: int, repeats: int) -> DecodeRow:
     seconds = [profiler.step(pieces, generated=True) for _ in range(repeats + 1)]  # the first warms up
     rows = profiler.operations(pieces, ceilings, generated=True)
     attention = next(row for row in rows if row.operation in ATTENTION)
-    return DecodeRow(
-        context=context,
-        step_ms=median(seconds[1:]) * 1e3,
-        attention_ms=attention.ms,
-        gflop_per_s=attention.gflop_per_s,
-        gb_per_s=attention.gb_per_s,
-        limit_ms=attention.share * attention.ms,
-        share=attention.share,
-    )
+    return DecodeRow(context=context, step_ms=median(seconds[1:]) * 1e3, attention=attention)
 
 
 def measure_prefill(profiler: Profiler, tokens: int, chunk_tokens: int) -> list[ChunkRow]:
     """Measure a row per chunk of one prompt."""
     rows = []
-    for start in tqdm(
-        range(0, tokens, chunk_tokens), desc="prefill", delay=PROGRESS_AFTER_S, leave=False, disable=None
-    ):
+    for start in progress(range(0, tokens, chunk_tokens), desc="prefill"):
         count = min(chunk_tokens, tokens - start)
         seconds = profiler.step([(start, count)], generated=False)
         rows.append(ChunkRow(start=start, tokens=count, ms=seconds * 1e3, resident_gb=resident_gb()))
@@ -97,15 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS", help="length of the prompt")
     parser.add_argument("--chunk-tokens", type=int, default=1024, metavar="N", help="prompt tokens of one step")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps of each context")
-    parser.add_argument("--kv-dtype", choices=("auto", "int8"), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
     arguments = parser.parse_args(argv)
     report = Recording("context", arguments.json, ("python", "-m", "cierzo.bench.context"))
-    options = EngineOptions(model=arguments.checkpoint, kv_dtype=arguments.kv_dtype)
-    profiler = Profiler(options, 1, max(*arguments.decode, arguments.prefill, 1), arguments.repeats)
-    contexts = tqdm(arguments.decode, desc="decode", delay=PROGRESS_AFTER_S, leave=False, disable=None)
+    longest = max(*arguments.decode, arguments.prefill, 1)
+    profiler = Profiler(EngineOptions(model=arguments.checkpoint), 1, longest, arguments.repeats)
+    contexts = progress(arguments.decode, desc="decode")
     decode = [measure_decode(profiler, context, arguments.repeats) for context in contexts]
-    prefill = measure_prefill(profiler, arguments.prefill, arguments.chunk_tokens) if arguments.prefill else []
+    prefill = measure_prefill(profiler, arguments.prefill, arguments.chunk_tokens)
     print(table(decode, prefill))
     report.write(vars(arguments) | {"json": None}, {"decode": decode, "prefill": prefill})
     return 0
@@ -116,8 +96,10 @@ def table(decode: Sequence[DecodeRow], prefill: Sequence[ChunkRow]) -> str:
     heads = ("context", "step ms", "attention ms", "GFLOP/s", "GB/s", "limit ms", "of limit")
     lines = []
     for row in decode:
-        rates = (f"{row.gflop_per_s:.0f}", f"{row.gb_per_s:.1f}", f"{row.limit_ms:.1f}", f"{row.share:.0%}")
-        lines.append((f"{row.context:,}", f"{row.step_ms:.1f}", f"{row.attention_ms:.1f}", *rates))
+        found = row.attention
+        times = (f"{row.step_ms:.1f}", f"{found.ms:.1f}")
+        rates = (f"{found.gflop_per_s:.0f}", f"{found.gb_per_s:.1f}", f"{found.share * found.ms:.1f}")
+        lines.append((f"{row.context:,}", *times, *rates, f"{found.share:.0%}"))
     shown = [*prefill[: -1 : max(1, len(prefill) // 16)], *prefill[-1:]]
     chunks = [(f"{one.start:,}", f"{one.tokens:,}", f"{one.ms:.1f}", f"{one.resident_gb:.3f}") for one in shown]
     grids = (Grid("", heads, lines), Grid("", ("start", "tokens", "chunk ms", "resident GB"), chunks))

@@ -19,17 +19,15 @@ from typing import Annotated, Any, Protocol
 import msgspec
 import uvloop
 from msgspec import Meta
-from tqdm import tqdm
 
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
-from cierzo.bench.report import Recording
+from cierzo.bench.report import Recording, progress
 from cierzo.bench.workload import Count, Rate, Whole, poisson_arrivals, random_prompt
 from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, refusal
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta
 from cierzo.engine.options import MAX_SEED, add_options, add_rpc, chosen, seed
 
-PROGRESS_AFTER_S = 2.0
 READY_TIMEOUT_S = 600.0  # for weights to load
 WHOLE = ("stop", "length", "")  # finish reasons of an answer that came to its end; empty: its server tells none
 SHARED_INDEX = -1  # no request's: the random prompt that all others may begin with
@@ -162,7 +160,7 @@ class _Load:
         self.clock, self.zero = clock, clock()
         self.lost = False
         self.samples: list[RequestSample] = []
-        self.progress = tqdm(total=settings.requests, unit="req", delay=PROGRESS_AFTER_S, leave=False, disable=None)
+        self.progress = progress(total=settings.requests, unit="req")
 
     @property
     def now_s(self) -> float:

@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-if TYPE_CHECKING:
-    from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.device import Device
 
 READ_BYTES = 512 << 20
 SIDE = 2048  # of the matrices that are multiplied
@@ -146,8 +145,6 @@ def limit_device(found: Ceilings) -> Device:
 
     Where nothing measures int8 products, the bf16 rate stands for theirs.
     """
-    from cierzo.engine.cost.device import Device  # imports numpy, which those who only describe can spare
-
     machine = describe_machine()
     return Device(
         name="this machine's ceilings",

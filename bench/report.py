@@ -7,14 +7,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from tqdm import tqdm
 
 from cierzo.bench.machine import Machine, describe_machine
 from cierzo.bench.revision import installed_versions
 from cierzo.engine.errors import ConfigError
+
+progress = partial(tqdm, delay=2.0, leave=False, disable=None)  # a bar of what takes longer than seconds
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,10 +21,9 @@ from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
-from tqdm import tqdm
 
 from cierzo.bench.campaign.table import Grid, text
-from cierzo.bench.report import Recording
+from cierzo.bench.report import Recording, progress
 from cierzo.bench.stats import Summary, summarise
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.messages import SamplingParams, StepOutput, Submit
@@ -36,7 +35,6 @@ from cierzo.scheduler.config import SchedulerConfig
 
 VOCAB_SIZE = 131_072
 WARM_UP_STEPS = 50
-PROGRESS_AFTER_S = 2.0
 MOST = 1 << 20
 
 
@@ -113,10 +111,7 @@ def measure(settings: StepSettings, running: int, context: int) -> StepRow:
         core.step_plain()
     wanted = running
     warm_up = WARM_UP_STEPS
-    bar = tqdm(
-        total=settings.steps, desc=f"{running} x {context}", delay=PROGRESS_AFTER_S, leave=False, disable=None
-    )
-    with bar:
+    with progress(total=settings.steps, desc=f"{running} x {context}") as bar:
         while len(step_ms) < settings.steps:
             for request in itertools.islice(requests, wanted):
                 start = time.perf_counter()

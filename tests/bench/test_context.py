@@ -49,17 +49,11 @@ def row(operation: str, ms: float, share: float) -> OperationRow:
 def test_a_context_s_row_has_the_whole_step_and_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Medians, without the first step, which warms up. Limits are those measured beside the context."""
     monkeypatch.setattr(context, "measure_ceilings", lambda: CEILINGS)
-    steps = Scripted({100_000: [9.0, 0.5, 0.7, 0.6]}, [row("linear", 90.0, 0.9), row("mla_decode", 400.0, 0.25)])
+    attention = row("mla_decode", 400.0, 0.25)
+    steps = Scripted({100_000: [9.0, 0.5, 0.7, 0.6]}, [row("linear", 90.0, 0.9), attention])
     profiler: Any = steps
-    assert context.measure_decode(profiler, 100_000, repeats=3) == context.DecodeRow(
-        context=100_000,
-        step_ms=600.0,
-        attention_ms=400.0,
-        gflop_per_s=7.0,
-        gb_per_s=6.0,
-        limit_ms=100.0,
-        share=0.25,
-    )
+    found = context.measure_decode(profiler, 100_000, repeats=3)
+    assert found == context.DecodeRow(context=100_000, step_ms=600.0, attention=attention)
     assert steps.asked == [(99_999, 1, True)] * 4
 
 
@@ -96,23 +90,18 @@ def test_it_prints_and_writes_what_it_measured(
     decode = msgspec.convert(results["decode"], list[context.DecodeRow])
     prefill = msgspec.convert(results["prefill"], list[context.ChunkRow])
     assert [row.context for row in decode] == [64, 128]
-    # a token's latents, 2 bytes a value, are read at 10 GB/s: twice the context, and the query's rows as before
-    assert decode[1].limit_ms - decode[0].limit_ms == pytest.approx(64 * entry_bytes / 10e9 * 1e3)
-    assert all(row.share == pytest.approx(row.limit_ms / row.attention_ms) for row in decode)
+    # a token's latents, 2 bytes a value: twice the context, and the query's rows as before
+    megabytes = [row.attention.megabytes for row in decode]
+    assert megabytes[1] - megabytes[0] == pytest.approx(64 * entry_bytes / 1e6)
     assert [(row.start, row.tokens) for row in prefill] == [(0, 40), (40, 40), (80, 16)]
     assert capsys.readouterr().out == context.table(decode, prefill) + "\n"
 
 
 def test_the_table() -> None:
-    decode = context.DecodeRow(
-        context=131_072,
-        step_ms=61.26,
-        attention_ms=40.04,
-        gflop_per_s=211.6,
-        gb_per_s=7.34,
-        limit_ms=20.0,
-        share=0.5,
+    attention = OperationRow(
+        operation="mla_decode", calls=36, ms=40.04, megabytes=294.0, gb_per_s=7.34, gflop_per_s=211.6, share=0.5
     )
+    decode = context.DecodeRow(context=131_072, step_ms=61.26, attention=attention)
     chunk = context.ChunkRow(start=1024, tokens=512, ms=75.25, resident_gb=1.5)
     assert context.table([decode], [chunk]).splitlines() == [
         "context  step ms  attention ms  GFLOP/s  GB/s  limit ms  of limit",
