@@ -179,15 +179,16 @@ def main(words: list[str]) -> int:
     if not faults:
         raise SystemExit("no fault matches")
     before = set() if again or not KILLED.exists() else set(KILLED.read_text(encoding="utf-8").split())
-    left = [fault for fault in faults if fault.digest not in before]
+    # of the tree as it is now, which the copies are made of
+    left = {fault: digest for fault in faults if (digest := fault.digest) not in before}
     print(f"{len(faults)} faults, {len(faults) - len(left)} of them killed in earlier runs", flush=True)
     survivors = _try_all(left) if left else 0
     print(f"{len(faults) - survivors} killed, {survivors} survived")
     return 1 if survivors else 0
 
 
-def _try_all(faults: list[Fault]) -> int:
-    """Try each fault, in whichever copy is free; how many survive."""
+def _try_all(faults: dict[Fault, str]) -> int:
+    """Try each fault, in whichever copy is free; how many survive. faults: with their digests."""
     with tempfile.TemporaryDirectory(prefix="cierzo-mutants-") as folder:
         first = Tree(Path(folder) / "tree")
         if any(fault.is_compiled for fault in faults):
@@ -205,14 +206,15 @@ def _try_all(faults: list[Fault]) -> int:
         pool = ThreadPoolExecutor(TREES)
         try:
             tried = [
-                pool.submit(_try, free, fault, f"{i}/{len(faults)}") for i, fault in enumerate(faults, start=1)
+                pool.submit(_try, free, fault, digest, f"{i}/{len(faults)}")
+                for i, (fault, digest) in enumerate(faults.items(), start=1)
             ]
             return sum(one.result() for one in tried)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _try(free: queue.SimpleQueue[Tree], fault: Fault, place: str) -> bool:
+def _try(free: queue.SimpleQueue[Tree], fault: Fault, digest: str, place: str) -> bool:
     """Whether the fault survives, in a copy that is free."""
     tree, start = free.get(), time.monotonic()
     try:
@@ -223,7 +225,7 @@ def _try(free: queue.SimpleQueue[Tree], fault: Fault, place: str) -> bool:
     print(f"{place:>7}  {verdict:8} {time.monotonic() - start:6.1f} s  {fault.file}: {fault.why}", flush=True)
     if not survived:
         with KILLED.open("a", encoding="utf-8") as file:
-            file.write(f"{fault.digest}\n")
+            file.write(f"{digest}\n")
     return survived
 
 
