@@ -69,18 +69,24 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the traffic or ask the server, print the tables. Raises ConfigError for a model without experts."""
     settings = ExpertsSettings(**chosen(arguments, ExpertsSettings))
     report = Recording("experts", arguments.json)
-    if settings.rpc is None:
-        statistics = run_traffic(settings)
-    else:
-        for field in msgspec.structs.fields(ExpertsSettings):
-            if field.name != "rpc" and (value := getattr(settings, field.name)) != field.default:
-                why = f"{field.name} is for a CHECKPOINT; the server of --rpc has traffic of its own"
-                raise ConfigError(why, field=field.name, value=value)
-        with SyncClient(settings.rpc) as client:
-            statistics = client.experts()
+    statistics = run_traffic(settings) if settings.rpc is None else _ask(settings)
     print(tables(statistics))
     report.write(settings, statistics)
     return 0
+
+
+def _ask(settings: ExpertsSettings) -> ExpertStatistics:
+    for field in msgspec.structs.fields(ExpertsSettings):
+        if field.name != "rpc" and (value := getattr(settings, field.name)) != field.default:
+            why = f"{field.name} is for a CHECKPOINT; the server of --rpc has traffic of its own"
+            raise ConfigError(why, field=field.name, value=value)
+    assert settings.rpc is not None
+    with SyncClient(settings.rpc) as client:
+        statistics = client.stats().core.experts
+    if statistics is None:
+        why = "this server was started without --expert-statistics: it does not count"
+        raise ConfigError(why, field="expert_statistics", limit=True, value=False)
+    return statistics
 
 
 def run_traffic(settings: ExpertsSettings) -> ExpertStatistics:

@@ -2,8 +2,8 @@
 
 On the command line `2048/256@64` is a closed loop of 64 clients, each of which sends its next request when the last
 one is answered: 2,048 tokens in, 256 out. `2048/256@3.5/s` is 3.5 such requests a second, whether or not earlier
-ones are answered. `1152:1024/64@16` says that the first 1,024 of 1,152 tokens are the same in all prompts. A path
-that ends in `.jsonl` is a trace: one request a line.
+ones are answered. `1152:1024/64@16` says that the first 1,024 of 1,152 tokens are the same in all prompts. A file
+is a trace: one request a line.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _SPELLING = re.compile(
 
 
 def parse_workload(text: str) -> Workload:
-    """Read a workload: spelled as above, or a file that holds a `Workload` or a trace. Raises ConfigError."""
+    """Read a workload: spelled as above, or a file that holds a trace. Raises ConfigError."""
     match = _SPELLING.fullmatch(text)
     if match is not None:
         words = {name: word for name, word in match.groupdict().items() if word is not None}
@@ -93,14 +93,8 @@ def parse_workload(text: str) -> Workload:
         return require(Workload(**given))
     path = Path(text)
     if not path.is_file():
-        limit = "IN/OUT@CLIENTS, IN/OUT@RATE/s, IN:SHARED/OUT@..., or a file (.json, .jsonl)"
-        raise refusal("workload", limit, text)
-    if path.suffix == ".jsonl":
-        return Workload(trace=read_trace(path))
-    try:
-        return require(msgspec.json.decode(path.read_bytes(), type=Workload))
-    except msgspec.MsgspecError as error:
-        raise refusal("workload", "a JSON file that describes a workload", text, str(error)) from error
+        raise refusal("workload", "IN/OUT@CLIENTS, IN/OUT@RATE/s, IN:SHARED/OUT@..., or a trace's file", text)
+    return Workload(trace=read_trace(path))
 
 
 def read_trace(path: Path) -> tuple[TracedRequest, ...]:

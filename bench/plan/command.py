@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="LOAD",
         help="2048/256@64: tokens in, out, clients; 2048/256@3.5/s: requests a second; 1152:1024/64@16: 1,024 of "
-        "1,152 tokens are the same in all; FILE.jsonl: a trace; FILE.json",
+        "1,152 tokens are the same in all; FILE.jsonl: a trace",
     )
     parser.add_argument(
         "--max-ttft-ms", type=positive_float, metavar="X", help="find the highest load whose first tokens keep this"
