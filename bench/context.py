@@ -17,7 +17,7 @@ from statistics import median
 
 import msgspec
 
-from cierzo.bench.campaign.table import Grid, text
+from cierzo.bench.campaign.table import grid
 from cierzo.bench.machine import measure_ceilings
 from cierzo.bench.profile import OperationRow, Profiler
 from cierzo.bench.report import Recording, progress
@@ -93,17 +93,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(decode: Sequence[DecodeRow], prefill: Sequence[ChunkRow]) -> str:
     """The rows as text; of a prompt about 16 chunks, the last included."""
-    heads = ("context", "step ms", "attention ms", "GFLOP/s", "GB/s", "limit ms", "of limit")
-    lines = []
-    for row in decode:
-        found = row.attention
-        times = (f"{row.step_ms:.1f}", f"{found.ms:.1f}")
-        rates = (f"{found.gflop_per_s:.0f}", f"{found.gb_per_s:.1f}", f"{found.share * found.ms:.1f}")
-        lines.append((f"{row.context:,}", *times, *rates, f"{found.share:.0%}"))
-    shown = [*prefill[: -1 : max(1, len(prefill) // 16)], *prefill[-1:]]
-    chunks = [(f"{one.start:,}", f"{one.tokens:,}", f"{one.ms:.1f}", f"{one.resident_gb:.3f}") for one in shown]
-    grids = (Grid("", heads, lines), Grid("", ("start", "tokens", "chunk ms", "resident GB"), chunks))
-    return "\n\n".join(text(grid) for grid in grids if grid.rows)
+    contexts = [
+        {
+            "context": f"{row.context:,}",
+            "step ms": f"{row.step_ms:.1f}",
+            "attention ms": f"{row.attention.ms:.1f}",
+            "GFLOP/s": f"{row.attention.gflop_per_s:.0f}",
+            "GB/s": f"{row.attention.gb_per_s:.1f}",
+            "limit ms": f"{row.attention.share * row.attention.ms:.1f}",
+            "of limit": f"{row.attention.share:.0%}",
+        }
+        for row in decode
+    ]
+    chunks = [
+        {
+            "start": f"{chunk.start:,}",
+            "tokens": f"{chunk.tokens:,}",
+            "chunk ms": f"{chunk.ms:.1f}",
+            "resident GB": f"{chunk.resident_gb:.3f}",
+        }
+        for chunk in [*prefill[: -1 : max(1, len(prefill) // 16)], *prefill[-1:]]
+    ]
+    return "\n\n".join(filter(None, [grid("", contexts), grid("", chunks)]))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import argparse
 import itertools
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from cierzo.bench.campaign.table import Grid, page
+from cierzo.bench.campaign.table import grid
 from cierzo.bench.report import Recording
 from cierzo.bench.workload import Count, random_prompt
 from cierzo.engine.cost.operations import random_distinct
@@ -124,33 +125,31 @@ def run_traffic(settings: ExpertsSettings) -> ExpertStatistics:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read one prompt a line. Raises ConfigError that names the line which is none."""
+    is_json = path.suffix == ".jsonl"
+    limit = "a JSON string or a list of token ids" if is_json else "text in UTF-8"
+    prompts: list[Prompt] = []
     try:
-        lines = path.read_bytes().splitlines()
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            where = f"prompts {path}, line {number}"
+            prompt: Prompt = msgspec.json.decode(line, type=Prompt) if is_json else line.decode()
+            if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+                raise ConfigError(f"{where} is empty", field="prompts", limit=limit, value=prompt)
+            prompts.append(prompt)
     except OSError as error:
         raise ConfigError(
             f"prompts {path} cannot be read: {error.strerror}", field="prompts", value=path
         ) from error
-    if not lines:
-        raise ConfigError(f"prompts {path} has no lines", field="prompts", limit="at least one line", value=path)
-    is_json = path.suffix == ".jsonl"
-    return [_prompt(line, is_json, f"prompts {path}, line {number}") for number, line in enumerate(lines, 1)]
-
-
-def _prompt(line: bytes, is_json: bool, where: str) -> Prompt:
-    limit = "a JSON string or a list of token ids" if is_json else "text in UTF-8"
-    try:
-        prompt = msgspec.json.decode(line, type=Prompt) if is_json else line.decode()
     except (UnicodeDecodeError, msgspec.DecodeError) as error:
         raise ConfigError(f"{where} must be {limit}: {error}", field="prompts", limit=limit) from error
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise ConfigError(f"{where} is empty", field="prompts", limit=limit, value=prompt)
-    return prompt
+    if not prompts:
+        raise ConfigError(f"prompts {path} has no lines", field="prompts", limit="at least one line", value=path)
+    return prompts
 
 
 def tables(statistics: ExpertStatistics) -> str:
     """The tables: a row per layer, and a row per number of tokens in a step."""
-    experts, top_k, layers = statistics.num_experts, statistics.top_k, len(statistics.layers)
-    head = [f"{statistics.tokens:,} tokens, {top_k} of {experts} experts each, {layers} MoE layers"]
+    experts, top_k, layers = statistics.num_experts, statistics.top_k, range(len(statistics.layers))
+    head = [f"{statistics.tokens:,} tokens, {top_k} of {experts} experts each, {len(layers)} MoE layers"]
     steps = []
     for phase in PHASES:
         count, buckets = statistics.steps(phase), statistics.buckets(phase)
@@ -158,30 +157,32 @@ def tables(statistics: ExpertStatistics) -> str:
         head.append(f"{phase:<8} {count:,} steps" + (f" of {mean:.1f} tokens on average" if count else ""))
         for bucket in buckets:
             tokens = bucket.tokens / bucket.steps
-            measured = sum(bucket.distinct) / bucket.steps / layers
-            independent = sum(independent_distinct(statistics, layer, tokens) for layer in range(layers)) / layers
-            figures = (measured, independent, float(random_distinct(experts, top_k, tokens)))
-            steps.append((phase, f"{tokens:.1f}", str(bucket.steps), *(f"{one:.1f}" for one in figures)))
-    by_layer = Grid(
-        "distinct experts of a step",
-        ("layer", *PHASES, "imbalance", "entropy", "the hottest experts"),
-        [_layer(statistics, layer) for layer in range(layers)],
-    )
-    by_step = Grid(
-        "distinct experts by tokens of the step, on average over layers",
-        ("", "tokens", "steps", "measured", "independent", "uniform"),
-        steps,
-    )
-    return page(head, (by_layer, by_step), [])
+            independent = fmean(independent_distinct(statistics, layer, tokens) for layer in layers)
+            steps.append(
+                {
+                    "": phase,
+                    "tokens": f"{tokens:.1f}",
+                    "steps": str(bucket.steps),
+                    "measured": f"{fmean(bucket.distinct) / bucket.steps:.1f}",
+                    "independent": f"{independent:.1f}",
+                    "uniform": f"{random_distinct(experts, top_k, tokens):.1f}",
+                }
+            )
+    by_layer = grid("distinct experts of a step", [_layer(statistics, layer) for layer in layers])
+    by_step = grid("distinct experts by tokens of the step, on average over layers", steps)
+    return "\n\n".join(filter(None, ["\n".join(head), by_layer, by_step]))
 
 
-def _layer(statistics: ExpertStatistics, layer: int) -> tuple[str, ...]:
+def _layer(statistics: ExpertStatistics, layer: int) -> dict[str, str]:
     counts = statistics.expert_tokens[layer]
     hottest = sorted(range(len(counts)), key=lambda e: (-counts[e], e))[:HOTTEST]
-    shares = "  ".join(f"{e} ({counts[e] / max(statistics.tokens, 1):.1%})" for e in hottest)
-    figures = (*(statistics.distinct_per_step(layer, phase) for phase in PHASES), statistics.imbalance(layer))
-    entropy = _figure(statistics.entropy_share(layer), 3)
-    return str(statistics.layers[layer]), *(_figure(one) for one in figures), entropy, shares
+    return {
+        "layer": str(statistics.layers[layer]),
+        **{phase: _figure(statistics.distinct_per_step(layer, phase)) for phase in PHASES},
+        "imbalance": _figure(statistics.imbalance(layer)),
+        "entropy": _figure(statistics.entropy_share(layer), 3),
+        "the hottest experts": "  ".join(f"{e} ({counts[e] / max(statistics.tokens, 1):.1%})" for e in hottest),
+    }
 
 
 def _figure(value: float, digits: int = 1) -> str:

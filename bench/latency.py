@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from cierzo.bench.campaign.table import Grid, text
+from cierzo.bench.campaign.table import grid
 from cierzo.bench.stats import Summary, summarise
 from cierzo.engine.errors import Draining, FrameTooLarge, InvalidRequest, Overloaded, UnknownMethod
 
@@ -150,16 +150,15 @@ def result_table(result: LoadResult) -> str:
         "sent too late by": result.send_lag_s,
     }
     rows = [
-        (name, *(f"{value * 1e3:.2f}" if s.count else "-" for value in (s.p50, s.p90, s.p99, s.max)))
+        {"latency, ms": name}
+        | {each: f"{getattr(s, each) * 1e3:.2f}" if s.count else "-" for each in ("p50", "p90", "p99", "max")}
         for name, s in latencies.items()
     ]
     simulated = result.device.removeprefix(SIMULATED)
-    title = f"SIMULATION of {simulated}" if simulated != result.device else ""
     outcomes = ("answered", "refused", "failed", "deadline", "short")
-    counts = ("", *(f"{getattr(result, name):,}" for name in outcomes))
     lines = [
-        text(Grid(title, ("latency, ms", "p50", "p90", "p99", "max"), rows)),
-        text(Grid("", ("requests", *outcomes), [counts])),
+        grid(f"SIMULATION of {simulated}" if simulated != result.device else "", rows),
+        grid("", [{"requests": ""} | {name: f"{getattr(result, name):,}" for name in outcomes}]),
         f"{result.answered} answered in {result.elapsed_s:.2f} s: {result.requests_per_s:,.1f} requests/s, "
         f"{result.output_tokens_per_s:,.0f} output tokens/s",
         *_shorts(result),

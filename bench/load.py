@@ -16,14 +16,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-import msgspec
 import uvloop
 from msgspec import Meta
 
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
 from cierzo.bench.report import Recording, progress
-from cierzo.bench.workload import Count, Rate, Whole, poisson_arrivals, random_prompt
-from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, refusal
+from cierzo.bench.workload import Count, Workload, poisson_arrivals, random_prompt
+from cierzo.engine.errors import CierzoError, ConnectionLost, refusal
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta
 from cierzo.engine.options import MAX_SEED, add_options, add_rpc, chosen, seed
@@ -53,8 +52,8 @@ class LoadClient(Protocol):
 Connect = Callable[[str], Awaitable[LoadClient]]
 
 
-class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of a load. Exactly one of `concurrency` (closed loop) and `rate` (requests/s, open loop) is set.
+class LoadSettings(Workload, frozen=True, kw_only=True):
+    """Settings of a load: a closed or an open loop, and the server at `rpc`.
 
     Prompts are `prompt`, or else `input_tokens` random token ids, of which the first `shared_tokens` are the same
     in all, as a system prompt is. Every answer has exactly `output_tokens`, or what the server's context leaves.
@@ -62,15 +61,9 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     rpc: str
     requests: Annotated[Count, Meta(description="requests in all")] = 100
-    concurrency: Annotated[Count | None, Meta(description="closed loop of N clients (default: 8)")] = None
-    rate: Annotated[Rate | None, Meta(description="open loop, requests per second (Poisson)")] = None
     connections: Annotated[Count, Meta(description="connections that share the load")] = 1
     prompt: Annotated[str | None, Meta(description="the prompt of every request; default: random tokens")] = None
-    input_tokens: Annotated[Count, Meta(description="length of a random prompt, tokens")] = 32
-    shared_tokens: Annotated[Whole, Meta(description="how much of the random prompts is the same in all")] = 0
-    output_tokens: Annotated[Count, Meta(description="length of an answer, tokens")] = 16
     temperature: Annotated[float, Meta(description="0: greedy")] = 0.0
-    seed: Annotated[int, Meta(description="of prompts and arrival times")] = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,15 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     apart = ({"concurrency", "rate"}, {"prompt", "input_tokens"})
     for names in apart:
         add_options(parser.add_mutually_exclusive_group(), LoadSettings, skip=every - names)
-    add_options(parser, LoadSettings, skip={"rpc"}.union(*apart), readers={"seed": seed})
+    add_options(parser, LoadSettings, skip={"rpc", "trace"}.union(*apart), readers={"seed": seed})
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and raw samples here")
 
 
 def settings_of(arguments: argparse.Namespace) -> LoadSettings:
     """Settings as the options of `add_arguments` give them."""
-    settings = LoadSettings(**chosen(arguments, LoadSettings))
-    is_open = settings.rate is not None
-    return settings if is_open else msgspec.structs.replace(settings, concurrency=settings.concurrency or 8)
+    given = chosen(arguments, LoadSettings, skip={"trace"})
+    return LoadSettings(**(given if "rate" in given else {"concurrency": 8} | given))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -119,14 +111,9 @@ async def run_load(
 
     A request that was refused, that failed or that the server ended early is a sample with its error. Once a
     connection is lost, no more are sent. `connect` opens a connection to `settings.rpc` for a server that does not
-    speak our RPC; `clock` tells seconds. Raises ConfigError for settings that contradict each other or that the
-    server's context cannot hold, ConnectionLost where no server answers.
+    speak our RPC; `clock` tells seconds. Raises ConfigError for prompts that the server's context cannot hold,
+    ConnectionLost where no server answers.
     """
-    if (settings.concurrency is None) == (settings.rate is None):
-        limit = "exactly one of concurrency and rate"
-        raise ConfigError(f"{limit} must be given", field="rate", limit=limit, value=settings.rate)
-    if not 0 <= settings.shared_tokens < settings.input_tokens:
-        raise refusal("shared_tokens", f"0 to {settings.input_tokens - 1}", settings.shared_tokens)
     connect = connect or Client.connect
     clients = [await connect(settings.rpc) for _ in range(settings.connections)]
     try:

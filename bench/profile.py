@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import torch
 
-from cierzo.bench.campaign.table import Grid, text
+from cierzo.bench.campaign.table import grid
 from cierzo.bench.machine import Ceilings, limit_device, measure_ceilings
 from cierzo.cache.pool import MlaPages
 from cierzo.engine.config import EngineOptions, resolve
@@ -105,14 +105,24 @@ class Profiler:
     def decode(self, batch: int, ceilings: Ceilings) -> StepProfile:
         """A step in which `batch` sequences generate."""
         engine = self._engine([CONTEXT - ENGINE_STEPS // 2] * batch, ENGINE_STEPS)
-        rows = self.operations([(CONTEXT - 1, 1)] * batch, ceilings, generated=True)
-        return _profile(f"decode {batch}", engine, rows)
+        return self._profile(f"decode {batch}", engine, [(CONTEXT - 1, 1)] * batch, ceilings, generated=True)
 
     def prefill(self, tokens: int, ceilings: Ceilings) -> StepProfile:
         """A step that computes a prompt."""
         engine = [run for _ in range(self._repeats) for run in self._engine([tokens], 0)]
-        rows = self.operations([(0, tokens)], ceilings, generated=False)
-        return _profile(f"prefill {tokens}", engine, rows)
+        return self._profile(f"prefill {tokens}", engine, [(0, tokens)], ceilings, generated=False)
+
+    def _profile(
+        self, name: str, engine: list[tuple[float, float]], pieces: Pieces, ceilings: Ceilings, *, generated: bool
+    ) -> StepProfile:
+        whole_s, native_s = np.array(engine).T
+        return StepProfile(
+            step=name,
+            step_ms=float(np.median(whole_s)) * 1e3,
+            native_ms=float(np.median(native_s)) * 1e3,
+            overhead=float(np.median(1 - native_s / whole_s)),
+            operations=self.operations(pieces, ceilings, generated=generated),
+        )
 
     # --- steps by hand -------------------------------------------------------------------------------------
 
@@ -228,16 +238,6 @@ def _watching(vocab_size: int) -> Iterator[dict[str, list[float]]]:
         native.observe(None)
 
 
-def _profile(name: str, engine: list[tuple[float, float]], rows: list[OperationRow]) -> StepProfile:
-    return StepProfile(
-        step=name,
-        step_ms=median(whole for whole, _ in engine) * 1e3,
-        native_ms=median(native for _, native in engine) * 1e3,
-        overhead=median(1 - native / whole for whole, native in engine),
-        operations=rows,
-    )
-
-
 def _row(work: Work, runs: list[list[float]], ceilings: Ceilings) -> OperationRow:
     """runs: of each repeat, the seconds of each call."""
     seconds = median(sum(calls) for calls in runs)
@@ -257,14 +257,21 @@ def _row(work: Work, runs: list[list[float]], ceilings: Ceilings) -> OperationRo
 def table(ceilings: Ceilings, profiles: list[StepProfile]) -> str:
     """Format profiles as text."""
     parts = [f"limits: {ceilings.read.rate:.1f} GB/s read, {ceilings.bf16.rate:.0f} GFLOP/s bf16"]
-    heads = ("  operation", "calls", "ms", "MB", "GB/s", "GFLOP/s", "of limit", "of step")
     for step in profiles:
         around = f"{step.native_ms:.2f} ms in native calls, {step.overhead:.1%} around them"
         whole = sum(row.ms for row in step.operations)
-        lines = []
-        for row in sorted(step.operations, key=lambda row: -row.ms):
-            rates = (f"{row.megabytes:.1f}", f"{row.gb_per_s:.1f}", f"{row.gflop_per_s:.1f}")
-            shares = (f"{row.share:.0%}", f"{row.ms / whole:.1%}")
-            lines.append((f"  {row.operation}", str(row.calls), f"{row.ms:.3f}", *rates, *shares))
-        parts.append(text(Grid(f"{step.step}: {step.step_ms:.2f} ms a step, {around}", heads, lines)))
+        rows = [
+            {
+                "operation": row.operation,
+                "calls": str(row.calls),
+                "ms": f"{row.ms:.3f}",
+                "MB": f"{row.megabytes:.1f}",
+                "GB/s": f"{row.gb_per_s:.1f}",
+                "GFLOP/s": f"{row.gflop_per_s:.1f}",
+                "of limit": f"{row.share:.0%}",
+                "of step": f"{row.ms / whole:.1%}",
+            }
+            for row in sorted(step.operations, key=lambda row: -row.ms)
+        ]
+        parts.append(grid(f"{step.step}: {step.step_ms:.2f} ms a step, {around}", rows))
     return "\n\n".join(parts)

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from cierzo.bench.campaign.table import Grid, text
+from cierzo.bench.campaign.table import grid
 from cierzo.bench.report import Recording, progress
 from cierzo.bench.stats import Summary, summarise
 from cierzo.cache.config import CacheConfig
@@ -177,8 +177,9 @@ def _requests(settings: StepSettings, running: int, context: int) -> Iterator[Su
 
 def table(rows: Sequence[StepRow]) -> str:
     """The rows as text, times in milliseconds."""
-    lines = []
+    told = []
     for row in rows:
-        figures = (row.step_ms.p50, row.step_ms.p99, row.submit_ms.p50, row.submit_ms.p99)
-        lines.append((str(row.running), str(row.context), *(f"{value:.3f}" for value in figures)))
-    return text(Grid("", ("running", "context", "step ms p50", "p99", "submit ms p50", "p99"), lines))
+        times = {"step ms": row.step_ms, "submit ms": row.submit_ms}
+        figures = {f"{name} {p}": f"{getattr(s, p):.3f}" for name, s in times.items() for p in ("p50", "p99")}
+        told.append({"running": str(row.running), "context": str(row.context)} | figures)
+    return grid("", told)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,17 +43,17 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A closed loop of `concurrency` clients, or an open loop of `rate` requests a second that arrive as a Poisson
     process (both of fixed lengths), or a `trace`, in order of arrival.
 
-    requests: of a loop; None leaves their number to the forecast. seed: of an open loop's arrivals.
+    requests: of a loop; None leaves their number to the forecast.
     """
 
-    input_tokens: Count = 1
-    output_tokens: Count = 1
-    shared_tokens: Whole = 0
-    concurrency: Count | None = None
-    rate: Rate | None = None
+    concurrency: Annotated[Count | None, Meta(description="closed loop of N clients (default: 8)")] = None
+    rate: Annotated[Rate | None, Meta(description="open loop, requests per second (Poisson)")] = None
     trace: tuple[TracedRequest, ...] = ()
-    requests: Count | None = None
-    seed: int = 0
+    requests: Annotated[Count | None, Meta(description="requests in all")] = None
+    input_tokens: Annotated[Count, Meta(description="length of a random prompt, tokens")] = 32
+    shared_tokens: Annotated[Whole, Meta(description="how much of the random prompts is the same in all")] = 0
+    output_tokens: Annotated[Count, Meta(description="length of an answer, tokens")] = 16
+    seed: Annotated[int, Meta(description="of prompts and arrival times")] = 0
 
     def __post_init__(self) -> None:
         """Raise ConfigError for fields that contradict each other."""
@@ -124,11 +125,7 @@ def read_trace(path: Path) -> tuple[TracedRequest, ...]:
 def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
     """Arrival times in seconds from the start, ascending: independent arrivals, `rate` per second on average."""
     random_gaps = random.Random(f"arrivals {seed}")
-    times, now = [], 0.0
-    for _ in range(num_requests):
-        now += random_gaps.expovariate(rate)
-        times.append(now)
-    return times
+    return list(accumulate(random_gaps.expovariate(rate) for _ in range(num_requests)))
 
 
 def random_prompt(index: int, num_tokens: int, vocab_size: int, seed: int) -> list[int]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from cierzo.bench.stats import spread
+from cierzo.bench.stats import median, spread
 
 
 class Grid(msgspec.Struct, frozen=True):
@@ -27,6 +26,12 @@ def text(grid: Grid) -> str:
         aligned = [first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:], strict=False))]
         lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
+
+
+def grid(title: str, rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows, each its figures by heading, as a grid's lines; a row may leave columns out. Empty without rows."""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    return text(Grid(title, heads, [[row.get(head, "") for head in heads] for row in rows])) if rows else ""
 
 
 def page(head: Sequence[str], grids: Sequence[Grid], notes: Sequence[str], foot: Sequence[str] = ()) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import median
-
 import msgspec
 
 from cierzo.bench.campaign import outcome
@@ -13,6 +11,7 @@ from cierzo.bench.headline.figures import Figure
 from cierzo.bench.headline.measurement import Measurement, value
 from cierzo.bench.headline.table import Outcome, Row
 from cierzo.bench.machine import Ceilings
+from cierzo.bench.stats import median
 
 Figures = dict[int, Figure]  # by round
 

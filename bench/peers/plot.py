@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from cierzo.bench.campaign import plot
 from cierzo.bench.peers.results import OURS, Outcome, Row
+from cierzo.bench.stats import median
 
 PANEL_INCHES = (2.1, 2.6)
 PLOTTED = ("decode", "prefill", "served", "memory")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 import msgspec
@@ -15,6 +14,7 @@ from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers.cells import Cell, Subject
 from cierzo.bench.peers.engine import Checkpoint, Engine
 from cierzo.bench.revision import ROOT
+from cierzo.bench.stats import median
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_time import step_time
 from cierzo.engine.cost.weights import NumberFormats

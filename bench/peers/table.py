@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from statistics import median
-
 from cierzo.bench.campaign import table
 from cierzo.bench.campaign.outcome import ceilings_line
 from cierzo.bench.campaign.table import Grid
 from cierzo.bench.machine import middle
 from cierzo.bench.peers.results import Outcome, Ratio, Row
+from cierzo.bench.stats import median
 
 
 def text(found: Outcome, command: str) -> str:

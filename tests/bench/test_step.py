@@ -44,6 +44,6 @@ def test_the_table() -> None:
     times, submits = (Summary(1, 0.0, p50, 0.0, p99, 0.0) for p50, p99 in ((0.25, 1.5), (0.125, 10.0)))
     row = step.StepRow(running=64, context=1024, step_ms=times, submit_ms=submits, finished=3, output_tokens=64_000)
     assert step.table([row]).splitlines() == [
-        "running  context  step ms p50    p99  submit ms p50     p99",
-        "64          1024        0.250  1.500          0.125  10.000",
+        "running  context  step ms p50  step ms p99  submit ms p50  submit ms p99",
+        "64          1024        0.250        1.500          0.125         10.000",
     ]
