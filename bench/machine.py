@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -58,12 +59,10 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def describe_machine() -> Machine:
-    """Read /proc (Linux) and the interpreter; without it, fields are empty."""
-    cpu: dict[str, str] = {}
-    if (path := Path("/proc/cpuinfo")).exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            cpu.setdefault(name.strip(), value.strip())  # the first core speaks for all
+    """Read /proc/cpuinfo (Linux), the system and the interpreter."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    cpu = dict(re.findall(r"^(model name|flags)\s*: (.*)$", text, re.MULTILINE))  # the last core speaks for all
     return Machine(
         processor=cpu.get("model name", platform.processor() or platform.machine()),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
