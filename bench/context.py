@@ -17,7 +17,7 @@ from statistics import median
 
 import msgspec
 
-from cierzo.bench.campaign.table import grid
+from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.machine import measure_ceilings
 from cierzo.bench.profile import OperationRow, Profiler
 from cierzo.bench.report import Recording, progress
@@ -114,7 +114,7 @@ def table(decode: Sequence[DecodeRow], prefill: Sequence[ChunkRow]) -> str:
         }
         for chunk in [*prefill[: -1 : max(1, len(prefill) // 16)], *prefill[-1:]]
     ]
-    return "\n\n".join(filter(None, [grid("", contexts), grid("", chunks)]))
+    return "\n\n".join(text(grid_of("", rows)) for rows in (contexts, chunks) if rows)
 
 
 if __name__ == "__main__":

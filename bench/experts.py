@@ -17,7 +17,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from cierzo.bench.campaign.table import grid
+from cierzo.bench.campaign.table import grid_of, page
 from cierzo.bench.report import Recording
 from cierzo.bench.workload import Count, random_prompt
 from cierzo.engine.cost.operations import random_distinct
@@ -168,9 +168,9 @@ def tables(statistics: ExpertStatistics) -> str:
                     "uniform": f"{random_distinct(experts, top_k, tokens):.1f}",
                 }
             )
-    by_layer = grid("distinct experts of a step", [_layer(statistics, layer) for layer in layers])
-    by_step = grid("distinct experts by tokens of the step, on average over layers", steps)
-    return "\n\n".join(filter(None, ["\n".join(head), by_layer, by_step]))
+    by_layer = grid_of("distinct experts of a step", [_layer(statistics, layer) for layer in layers])
+    by_step = grid_of("distinct experts by tokens of the step, on average over layers", steps)
+    return page(head, (by_layer, by_step), [])
 
 
 def _layer(statistics: ExpertStatistics, layer: int) -> dict[str, str]:

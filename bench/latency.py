@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from cierzo.bench.campaign.table import grid
+from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.stats import Summary, summarise
 from cierzo.engine.errors import Draining, FrameTooLarge, InvalidRequest, Overloaded, UnknownMethod
 
@@ -157,8 +157,8 @@ def result_table(result: LoadResult) -> str:
     simulated = result.device.removeprefix(SIMULATED)
     outcomes = ("answered", "refused", "failed", "deadline", "short")
     lines = [
-        grid(f"SIMULATION of {simulated}" if simulated != result.device else "", rows),
-        grid("", [{"requests": ""} | {name: f"{getattr(result, name):,}" for name in outcomes}]),
+        text(grid_of(f"SIMULATION of {simulated}" if simulated != result.device else "", rows)),
+        text(grid_of("", [{"requests": ""} | {name: f"{getattr(result, name):,}" for name in outcomes}])),
         f"{result.answered} answered in {result.elapsed_s:.2f} s: {result.requests_per_s:,.1f} requests/s, "
         f"{result.output_tokens_per_s:,.0f} output tokens/s",
         *_shorts(result),

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import torch
 
-from cierzo.bench.campaign.table import grid
+from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.machine import Ceilings, limit_device, measure_ceilings
 from cierzo.cache.pool import MlaPages
 from cierzo.engine.config import EngineOptions, resolve
@@ -273,5 +273,5 @@ def table(ceilings: Ceilings, profiles: list[StepProfile]) -> str:
             }
             for row in sorted(step.operations, key=lambda row: -row.ms)
         ]
-        parts.append(grid(f"{step.step}: {step.step_ms:.2f} ms a step, {around}", rows))
+        parts.append(text(grid_of(f"{step.step}: {step.step_ms:.2f} ms a step, {around}", rows)))
     return "\n\n".join(parts)

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from cierzo.bench.campaign.table import grid
+from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.report import Recording, progress
 from cierzo.bench.stats import Summary, summarise
 from cierzo.cache.config import CacheConfig
@@ -182,4 +182,4 @@ def table(rows: Sequence[StepRow]) -> str:
         times = {"step ms": row.step_ms, "submit ms": row.submit_ms}
         figures = {f"{name} {p}": f"{getattr(s, p):.3f}" for name, s in times.items() for p in ("p50", "p99")}
         told.append({"running": str(row.running), "context": str(row.context)} | figures)
-    return grid("", told)
+    return text(grid_of("", told))

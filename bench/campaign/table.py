@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 import msgspec
 
-from cierzo.bench.stats import median, spread
+from cierzo.bench.stats import spread
 
 
 class Grid(msgspec.Struct, frozen=True):
@@ -15,6 +16,12 @@ class Grid(msgspec.Struct, frozen=True):
     title: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+
+def grid_of(title: str, rows: Sequence[Mapping[str, str]]) -> Grid:
+    """The grid of rows that are texts by heading; a row may leave columns out."""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    return Grid(title, heads, [[row.get(head, "") for head in heads] for row in rows])
 
 
 def text(grid: Grid) -> str:
@@ -26,12 +33,6 @@ def text(grid: Grid) -> str:
         aligned = [first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:], strict=False))]
         lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
-
-
-def grid(title: str, rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows, each its figures by heading, as a grid's lines; a row may leave columns out. Empty without rows."""
-    heads = list(dict.fromkeys(head for row in rows for head in row))
-    return text(Grid(title, heads, [[row.get(head, "") for head in heads] for row in rows])) if rows else ""
 
 
 def page(head: Sequence[str], grids: Sequence[Grid], notes: Sequence[str], foot: Sequence[str] = ()) -> str:
