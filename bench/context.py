@@ -19,7 +19,7 @@ import msgspec
 
 from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.machine import measure_ceilings
-from cierzo.bench.profile import OperationRow, Profiler
+from cierzo.bench.profile import OperationRow, Profiler, columns
 from cierzo.bench.report import Recording, progress
 from cierzo.engine.config import EngineOptions
 
@@ -44,7 +44,7 @@ class ChunkRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure_decode(profiler: Profiler, context: int, repeats: int) -> DecodeRow:
-    """Measure the median of `repeats` steps at one context. Needs native kernels, whose calls are timed."""
+    """Measure the median of `repeats` steps at one context. Raises ConfigError without native kernels."""
     ceilings, pieces = measure_ceilings(), [(context - 1, 1)]
     seconds = [profiler.step(pieces, generated=True) for _ in range(repeats + 1)]  # the first warms up
     rows = profiler.operations(pieces, ceilings, generated=True)
@@ -94,16 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def table(decode: Sequence[DecodeRow], prefill: Sequence[ChunkRow]) -> str:
     """The rows as text; of a prompt about 16 chunks, the last included."""
     contexts = [
-        {
-            "context": f"{row.context:,}",
-            "step ms": f"{row.step_ms:.1f}",
-            "attention ms": f"{row.attention.ms:.1f}",
-            "GFLOP/s": f"{row.attention.gflop_per_s:.0f}",
-            "GB/s": f"{row.attention.gb_per_s:.1f}",
-            "limit ms": f"{row.attention.share * row.attention.ms:.1f}",
-            "of limit": f"{row.attention.share:.0%}",
-        }
-        for row in decode
+        {"context": f"{row.context:,}", "step ms": f"{row.step_ms:.1f}"} | columns(row.attention) for row in decode
     ]
     chunks = [
         {

@@ -28,6 +28,7 @@ from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.step_model import StepModel
 from cierzo.engine.cost.work import StepShape
+from cierzo.engine.errors import ConfigError
 from cierzo.engine.messages import Submit
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import ModelRunner, load_model
@@ -35,7 +36,7 @@ from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cpu import abi, native
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
-from cierzo.kernels.registry import bind
+from cierzo.kernels.registry import bind, has_native
 from cierzo.scheduler.params import SamplingParams
 
 BLOCKS = ("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block")
@@ -131,7 +132,11 @@ class Profiler:
         return self._seconds(self._rows(pieces, generated=generated), pieces)
 
     def operations(self, pieces: Pieces, ceilings: Ceilings, *, generated: bool) -> list[OperationRow]:
-        """A step taken apart."""
+        """A step taken apart. Raises ConfigError without native kernels, whose calls are what is timed."""
+        if not has_native():
+            raise ConfigError(
+                "operations are timed as native calls, and no native kernels are installed", field="device"
+            )
         rows = self._rows(pieces, generated=generated)
         bind(KernelsConfig(implementations=dict.fromkeys(BLOCKS, "composed")), "cpu")
         distinct = self._distinct(rows, pieces)
@@ -254,24 +259,26 @@ def _row(work: Work, runs: list[list[float]], ceilings: Ceilings) -> OperationRo
     )
 
 
+def columns(row: OperationRow) -> dict[str, str]:
+    """An operation's figures as text, by heading."""
+    return {
+        "operation": row.operation,
+        "calls": str(row.calls),
+        "ms": f"{row.ms:.3f}",
+        "MB": f"{row.megabytes:.1f}",
+        "GB/s": f"{row.gb_per_s:.1f}",
+        "GFLOP/s": f"{row.gflop_per_s:.1f}",
+        "of limit": f"{row.share:.0%}",
+    }
+
+
 def table(ceilings: Ceilings, profiles: list[StepProfile]) -> str:
     """Format profiles as text."""
     parts = [f"limits: {ceilings.read.rate:.1f} GB/s read, {ceilings.bf16.rate:.0f} GFLOP/s bf16"]
     for step in profiles:
         around = f"{step.native_ms:.2f} ms in native calls, {step.overhead:.1%} around them"
         whole = sum(row.ms for row in step.operations)
-        rows = [
-            {
-                "operation": row.operation,
-                "calls": str(row.calls),
-                "ms": f"{row.ms:.3f}",
-                "MB": f"{row.megabytes:.1f}",
-                "GB/s": f"{row.gb_per_s:.1f}",
-                "GFLOP/s": f"{row.gflop_per_s:.1f}",
-                "of limit": f"{row.share:.0%}",
-                "of step": f"{row.ms / whole:.1%}",
-            }
-            for row in sorted(step.operations, key=lambda row: -row.ms)
-        ]
+        ordered = sorted(step.operations, key=lambda row: -row.ms)
+        rows = [columns(row) | {"of step": f"{row.ms / whole:.1%}"} for row in ordered]
         parts.append(text(grid_of(f"{step.step}: {step.step_ms:.2f} ms a step, {around}", rows)))
     return "\n\n".join(parts)

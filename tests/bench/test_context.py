@@ -104,8 +104,8 @@ def test_the_table() -> None:
     decode = context.DecodeRow(context=131_072, step_ms=61.26, attention=attention)
     chunk = context.ChunkRow(start=1024, tokens=512, ms=75.25, resident_gb=1.5)
     assert context.table([decode], [chunk]).splitlines() == [
-        "context  step ms  attention ms  GFLOP/s  GB/s  limit ms  of limit",
-        "131,072     61.3          40.0      212   7.3      20.0       50%",
+        "context  step ms   operation  calls      ms     MB  GB/s  GFLOP/s  of limit",
+        "131,072     61.3  mla_decode     36  40.040  294.0   7.3    211.6       50%",
         "",
         "start  tokens  chunk ms  resident GB",
         "1,024     512      75.2        1.500",

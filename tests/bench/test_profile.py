@@ -13,6 +13,7 @@ from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.engine.config import EngineOptions
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.work import StepShape
+from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import MlaConfig
 from cierzo.engine.weights.make import make_checkpoint
 
@@ -65,6 +66,14 @@ def test_an_operation_is_counted_by_hand(tmp_path: Path) -> None:
     reached = (eight["expert_mlp"].megabytes * 1e6 - beside - 7 * rows_bytes) / expert_bytes * layers
     assert moe.experts_per_token * layers < reached < moe.num_experts * layers
     assert reached == pytest.approx(round(reached))  # experts that were counted, in all layers
+
+
+def test_operations_without_native_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", like="small4", scale="tiny")
+    profiler = profile.Profiler(EngineOptions(model=str(checkpoint), threads=1), 1, 64, 1)
+    monkeypatch.setattr(profile, "has_native", lambda: False)
+    with pytest.raises(ConfigError, match="no native kernels"):
+        profiler.operations([(9, 1)], CEILINGS, generated=True)
 
 
 @needs_native
