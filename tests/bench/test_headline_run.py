@@ -48,7 +48,6 @@ CPU = Plan(
 )
 FOUND = Ceilings(
     threads=2,
-    read_one_thread=Ceiling(rate=20.0, reached_by="test"),
     read=Ceiling(rate=40.0, reached_by="test"),
     bf16=Ceiling(rate=400.0, reached_by="test"),
     float32=Ceiling(rate=200.0, reached_by="test"),
