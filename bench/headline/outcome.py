@@ -43,6 +43,7 @@ EXPLAINED = (
 def outcome_of(plan: Plan, store: Store) -> Outcome:
     """Every subject in every cell that was tried, every pair in every cell that both ran, every goal of a cell."""
 
+    @functools.cache
     def measured(cell: Cell, subject: Subject) -> dict[int, Measurement]:
         return msgspec.convert(store.measured(cell, subject), dict[int, Measurement])
 
