@@ -149,8 +149,8 @@ def _times(ratio: float | None) -> str:
 def picture(found: Outcome, path: Path) -> None:
     """Write a PNG: filled marks are loads, hollow ones forecasts. Raises ConfigError."""
     colors = plot.colors((row.subject for row in found.rows), lambda subject: subject.model == "small4")
-    device = found.identity["device"].partition(": ")[0]  # of a simulated one without its figures
-    title = f"Small 4 against Small 3 on {device}, {found.identity['commit']}"
+    device = found.identity["device"].partition(": ")[0].replace(SIMULATED, "SIMULATION of ")  # without its figures
+    title = f"Small 4 against Small 3, {device}, {found.identity['commit']}"
     draws = [functools.partial(_draw, panel, colors) for panel in panels(found.rows)]
     plot.plot(path, title, draws, COLUMNS, PANEL_INCHES, {str(subject): color for subject, color in colors.items()})
 
