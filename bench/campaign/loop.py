@@ -75,11 +75,7 @@ class Run(Generic[C, S]):
     """A campaign over a store; cells that it holds already are not measured again."""
 
     def __init__(
-        self,
-        campaign: Campaign[C, S],
-        store: Store,
-        say: Callable[[str], None] = print,
-        block_s: float = math.inf,
+        self, campaign: Campaign[C, S], store: Store, say: Callable[[str], None] = print, block_s: float = math.inf
     ) -> None:
         """block_s: after so many seconds of a block no further cell of it is begun."""
         self.failed = 0

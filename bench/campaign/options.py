@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from cierzo.bench.campaign.loop import Campaign, Run
 from cierzo.bench.campaign.outcome import Outcome, saved
 from cierzo.bench.campaign.store import Store
-from cierzo.bench.report import make_report, now, write_report
+from cierzo.bench.report import now, write_report
 from cierzo.bench.revision import current_commit
 from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.options import positive
@@ -72,8 +72,8 @@ def run(
     print(f"\n{told}")
     stem.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{stem}.txt").write_text(told + "\n", encoding="utf-8")
-    report = make_report(benchmark, command=command, started=started, settings=settings, results=outcome)
-    write_report(report, Path(f"{stem}.json"))
+    about = {"command": command, "started": started}
+    write_report(Path(f"{stem}.json"), benchmark, settings=settings, results=outcome, **about)
     try:
         picture(outcome, Path(f"{stem}.png"))
     except ConfigError as error:

@@ -18,7 +18,6 @@ C = TypeVar("C")
 S = TypeVar("S")
 R = TypeVar("R")
 T = TypeVar("T")
-SIMULATED = "simulated:"  # how the device of a simulation begins
 
 
 class Row(msgspec.Struct, Generic[C, S, R], frozen=True, kw_only=True):
@@ -55,26 +54,14 @@ class Ratio(msgspec.Struct, Generic[C, S], frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, Generic[C, S, R], frozen=True, kw_only=True):
-    """All that a run says. assumed: the shares of a simulated device's rates, and its overheads. samples: those of
-    every round, where the rows do not hold them."""
+    """All that a run says. identity: its samples'. samples: all, where rows do not hold them."""
 
     identity: dict[str, str]
-    assumed: str = ""
     goals_are_for: str = ""
     ceilings: list[Ceilings] = []
     rows: list[Row[C, S, R]]
     ratios: list[Ratio[C, S]]
     samples: list[Any] = []
-
-    @property
-    def device(self) -> str:
-        """The device that the figures were measured on, or that was simulated."""
-        return self.identity["device"].removeprefix(SIMULATED)
-
-    @property
-    def is_simulation(self) -> bool:
-        """Whether no device has run this."""
-        return self.identity["device"].startswith(SIMULATED)
 
 
 Values = Callable[[C, S], Mapping[int, float]]  # of a subject in a cell, by round
@@ -114,8 +101,9 @@ def ratio(
 
 
 def head(found: Outcome[Any, Any, Any], command: str) -> list[str]:
-    """Lines that say what the figures belong to: command, commit, and the medians of what the machine could do."""
+    """Lines that say what figures belong to: command, identity, and the medians of what the machine could do."""
     lines = [f"{command}, commit {found.identity['commit']}"]
+    lines += [f"{name}: {value}" for name, value in found.identity.items() if name != "commit"]
     if found.ceilings:
         one = middle(found.ceilings)
         int8 = "" if one.int8 is None else f", {one.int8.rate:.0f} GOP/s in int8"

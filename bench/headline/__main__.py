@@ -17,8 +17,7 @@ from typing import Any
 import msgspec
 
 from cierzo.bench.campaign import options
-from cierzo.bench.campaign.outcome import SIMULATED
-from cierzo.bench.headline.cells import CPU_PLAN, GPU_PLAN, MODELS, Plan
+from cierzo.bench.headline.cells import CPU_PLAN, GPU_PLAN, MODELS, SIMULATED, Plan
 from cierzo.bench.headline.measurement import Headline
 from cierzo.bench.headline.outcome import Outcome, outcome_of, picture, text
 from cierzo.bench.headline.serve import Serving, gpu_name
@@ -45,14 +44,14 @@ def _stem(arguments: argparse.Namespace) -> str:
 
 def _wanted(arguments: argparse.Namespace) -> options.Wanted:
     """The plan with the place where it runs. Raises ConfigError."""
-    plan, is_simulation, assumed = _plan(arguments), arguments.device.startswith(SIMULATED), ""
+    plan, is_simulation = _plan(arguments), arguments.device.startswith(SIMULATED)
     names = {model: getattr(arguments, model) or model for model in MODELS}
     campaign: Headline
     if is_simulation:
         device = find_device(arguments.device.removeprefix(SIMULATED))
-        campaign, assumed = Simulation(plan, device, names, arguments.folder), _assumed(device)
+        campaign = Simulation(plan, device, names, arguments.folder)
         where = f"{SIMULATED}{device.describe()}; {_digest(device)}"
-        identity = {model: _model(name) for model, name in names.items()}
+        identity = {**{model: _model(name) for model, name in names.items()}, "assumed": _assumed(device)}
     elif arguments.device not in ("cpu", "cuda"):
         raise refusal("device", "cpu, cuda or simulated:NAME", arguments.device)
     elif arguments.device == "cuda" and not (arguments.small4 and arguments.small3):
@@ -68,7 +67,7 @@ def _wanted(arguments: argparse.Namespace) -> options.Wanted:
         campaign=campaign,
         identity={"device": where, **identity},
         rounds=arguments.rounds or (1 if is_simulation else ROUNDS),
-        outcome=functools.partial(outcome_of, plan, assumed),
+        outcome=functools.partial(outcome_of, plan),
     )
 
 

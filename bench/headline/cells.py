@@ -10,6 +10,7 @@ import msgspec
 K = 1024
 LIMIT_S = 0.050  # of the median time per output token, at the concurrency that is searched for
 MODELS = ("small4", "small3")
+SIMULATED = "simulated:"  # how the name of a simulated device begins
 
 
 class Cell(msgspec.Struct, frozen=True):

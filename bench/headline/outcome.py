@@ -12,7 +12,7 @@ import msgspec
 
 from cierzo.bench.campaign import outcome, plot, table
 from cierzo.bench.campaign.store import Store
-from cierzo.bench.headline.cells import LIMIT_S, MODELS, Cell, Plan, Subject
+from cierzo.bench.headline.cells import LIMIT_S, SIMULATED, Cell, Plan, Subject
 from cierzo.bench.headline.measurement import Measurement, value
 from cierzo.bench.machine import Ceilings
 
@@ -40,9 +40,10 @@ EXPLAINED = (
 )
 
 
-def outcome_of(plan: Plan, assumed: str, store: Store) -> Outcome:
+def outcome_of(plan: Plan, store: Store) -> Outcome:
     """Every subject in every cell that was tried, every pair in every cell that both ran, every goal of a cell."""
 
+    @functools.cache
     def measured(cell: Cell, subject: Subject) -> dict[int, Measurement]:
         return msgspec.convert(store.measured(cell, subject), dict[int, Measurement])
 
@@ -64,7 +65,6 @@ def outcome_of(plan: Plan, assumed: str, store: Store) -> Outcome:
             ratios.append(msgspec.structs.replace(found, limit=limit))
     return Outcome(
         identity=store.identity,
-        assumed=assumed,
         goals_are_for=plan.goals_are_for,
         ceilings=msgspec.convert(store.ceilings(), list[Ceilings]),
         rows=outcome.rows(store, itertools.product(plan.cells, plan.subjects), values, _about),
@@ -84,20 +84,14 @@ def _about(cell: Cell, subject: Subject, result: Any) -> dict[str, Any]:
 
 def text(found: Outcome, command: str) -> str:
     """All that a run says, for a terminal: ratios, those with a goal first, then each cell, with its subjects."""
-    head = [
-        *(SIMULATION if found.is_simulation else ()),
-        f"Small 4 against Small 3 on {found.device}",
-        *outcome.head(found, command),
-        *([found.assumed] if found.assumed else []),
-        *(f"{model}: {found.identity[model]}" for model in MODELS),
-    ]
+    banner = SIMULATION if found.identity["device"].startswith(SIMULATED) else ()
     ratios = sorted(found.ratios, key=lambda one: one.goal is None)
     goals = [one for one in ratios if one.goal is not None]
     met = f"goals, set for {found.goals_are_for}: {sum(one.met is True for one in goals)} of {len(goals)} met"
     grids = [table.grid_of(f"ratios (median of paired rounds); {met}", [_ratio(one) for one in ratios])]
     for cell in dict.fromkeys(row.cell for row in found.rows):
         grids.append(table.grid_of(str(cell), [_line(row) for row in found.rows if row.cell == cell]))
-    return table.page(head, grids, outcome.notes(found), EXPLAINED)
+    return table.page([*banner, *outcome.head(found, command)], grids, outcome.notes(found), EXPLAINED)
 
 
 def _ratio(one: Ratio) -> dict[str, str]:
@@ -155,9 +149,8 @@ def _times(ratio: float | None) -> str:
 def picture(found: Outcome, path: Path) -> None:
     """Write a PNG: filled marks are loads, hollow ones forecasts. Raises ConfigError."""
     colors = plot.colors((row.subject for row in found.rows), lambda subject: subject.model == "small4")
-    name = found.device.partition(":")[0] if found.is_simulation else found.device
-    title = f"Small 4 against Small 3 on {name}, {found.identity['commit']}"
-    title = f"SIMULATION: {title}" if found.is_simulation else title
+    device = found.identity["device"].partition(": ")[0].replace(SIMULATED, "SIMULATION of ")  # without its figures
+    title = f"Small 4 against Small 3, {device}, {found.identity['commit']}"
     draws = [functools.partial(_draw, panel, colors) for panel in panels(found.rows)]
     plot.plot(path, title, draws, COLUMNS, PANEL_INCHES, {str(subject): color for subject, color in colors.items()})
 

@@ -11,7 +11,6 @@ import msgspec
 from cierzo.bench.headline.cells import LIMIT_S, Cell, Subject
 from cierzo.bench.headline.measurement import Measurement, Point, closed_loop
 from cierzo.bench.plan.forecast import forecast
-from cierzo.bench.workload import Workload
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError
@@ -72,11 +71,7 @@ def at_best(cell: Cell, config: EngineConfig, device: Device | None, load: Load,
         return Point(found.concurrency, rate, token_s, measured=True)
 
     def forecasted(clients: int) -> Point:
-        requests = closed_loop(cell, clients, 0).requests
-        workload = Workload(
-            input_tokens=cell.input_tokens, output_tokens=cell.output_tokens, concurrency=clients, requests=requests
-        )
-        found = forecast(config, workload, device=device)
+        found = forecast(config, closed_loop(cell, clients, 0), device=device)
         decoded_s = float(found.completion_s.p50 - found.time_to_first_token_s.p50)
         token_s = decoded_s / max(1, cell.output_tokens - 1)
         return Point(replicas * clients, replicas * float(found.requests_per_s), token_s, measured=False)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cierzo.bench.peers import transformers
 from cierzo.bench.peers.cells import Cell
 from cierzo.bench.peers.engine import Checkpoint, Logprobs, Measured, kept
-from cierzo.bench.traces import random_prompt
+from cierzo.bench.workload import random_prompt
 
 COUNT = 20
 NEAR_NATS = 0.1

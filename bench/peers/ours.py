@@ -64,7 +64,9 @@ class CierzoServer(RunningServer):
 
     def _experts(self) -> ExpertStatistics:
         with SyncClient(self._address) as client:
-            return client.experts()
+            statistics = client.stats().core.experts
+        assert statistics is not None
+        return statistics
 
 
 async def _connect(address: str, _: str) -> LoadClient:

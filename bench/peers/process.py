@@ -24,7 +24,7 @@ from cierzo.bench.latency import LoadResult
 from cierzo.bench.load import Connect, LoadSettings, run_load
 from cierzo.bench.peers.cells import Cell, decode_rate
 from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured, Session
-from cierzo.bench.traces import random_prompt
+from cierzo.bench.workload import random_prompt
 from cierzo.engine.errors import CierzoError, ConnectionLost
 
 WORKERS = Path(__file__).with_name("workers")

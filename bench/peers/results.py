@@ -21,7 +21,8 @@ from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_time import step_time
 from cierzo.engine.cost.weights import NumberFormats
 from cierzo.engine.cost.work import StepShape, step_work
-from cierzo.engine.model.config import ModelConfig, read_model_config
+from cierzo.engine.model.config import ModelConfig
+from cierzo.engine.model.read_config import read_model_config
 
 Row = outcome.Row[Cell, Subject, None]
 Ratio = outcome.Ratio[Cell, Subject]
@@ -183,7 +184,7 @@ def picture(found: Outcome, path: Path) -> None:
     for checkpoint, cell in itertools.product(checkpoints, cells):
         mine = [row for row in rows if (row.subject.checkpoint, row.cell) == (checkpoint, cell)]
         panels.append(functools.partial(_panel, f"{checkpoint}: {cell.name}, {cell.unit}", mine, colors))
-    title = f"{found.device}, {found.identity['commit']}"
+    title = f"{found.identity['device']}, {found.identity['commit']}"
     plot.plot(path, title, panels, len(cells), PANEL_INCHES, colors)
 
 

@@ -181,7 +181,7 @@ def test_ratios_are_of_paired_rounds_and_goals_of_ratios(tmp_path: Path) -> None
                 result = msgspec.to_builtins(_measured(*values))
                 where = {"cell": str(cell), "subject": str(subject), "round": number}
                 store.add(Sample(**where, started="", took_s=0.0, result=result))
-    found = outcome_of(plan, "", store)
+    found = outcome_of(plan, store)
     assert [(one.cell.name, one.ratio, one.rounds, one.limit, one.met) for one in found.ratios[::2]] == [
         ("8/4", 3.0, 2, 4.0, True),
         ("8/4@1", 0.5, 2, 0.25, False),
@@ -196,7 +196,7 @@ def test_ratios_are_of_paired_rounds_and_goals_of_ratios(tmp_path: Path) -> None
 def test_a_goal_that_was_not_measured_is_told(tmp_path: Path) -> None:
     store = Store(tmp_path / "samples.jsonl", IDENTITY)
     plan = msgspec.structs.replace(CPU_PLAN, cells=CPU_PLAN.cells[:1])
-    assert [(one.goal, one.ratio, one.met) for one in outcome_of(plan, "", store).ratios] == [(2.2, None, None)]
+    assert [(one.goal, one.ratio, one.met) for one in outcome_of(plan, store).ratios] == [(2.2, None, None)]
 
 
 def test_plans_hold_together() -> None:

@@ -16,7 +16,7 @@ from cierzo.bench.peers.engine import Checkpoint, kept
 from cierzo.bench.peers.process import WORKERS
 from cierzo.bench.peers.workers import gguf_convert
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.weights.names import native_name
 from cierzo.engine.weights.shapes import shape_of
