@@ -143,6 +143,8 @@ class Worker(Process):
             self.close()
             raise self.failed(f"{op}: {lost if isinstance(lost, TimeoutError) else 'it ended'}") from lost
         if error:
+            if op == "load":  # nobody else can end it: the memory is the next engine's
+                self.close()
             raise EngineFailed(f"{op}: {error}")
         return result
 

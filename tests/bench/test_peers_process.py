@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -77,6 +78,9 @@ def test_a_checkpoint_that_does_not_load(tmp_path: Path) -> None:
     (tmp_path / "missing").mkdir()
     with pytest.raises(EngineFailed, match="load: FileNotFoundError: no such checkpoint"):
         _worker(tmp_path / "missing")
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            assert str(tmp_path).encode() not in entry.read_bytes(), "it still runs"
 
 
 def test_a_worker_that_dies_says_where_its_log_is(tmp_path: Path) -> None:
