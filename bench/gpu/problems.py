@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cierzo.bench.gpu.kernels import SIZES
-from cierzo.bench.kernel_cases import SMALL4, Size, random_experts
+from cierzo.bench.gpu.calls import random_experts
+from cierzo.bench.gpu.cases import SMALL4, Size
+from cierzo.bench.gpu.timing import SIZES
 from cierzo.engine.cost import operations
 from cierzo.engine.cost.operations import FP32, Work, stored
 from cierzo.engine.cost.sizes import ModelSizes

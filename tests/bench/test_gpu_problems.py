@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from cierzo.bench.gpu import compiled
+from cierzo.bench.gpu.calls import random_experts
+from cierzo.bench.gpu.cases import SMALL3, SMALL4
 from cierzo.bench.gpu.configurations import configurations
 from cierzo.bench.gpu.cubin import Compiled
 from cierzo.bench.gpu.problems import STEPS, problems
-from cierzo.bench.kernel_cases import SMALL3, SMALL4, random_experts
 from cierzo.engine.cost import operations
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.sizes import ModelSizes

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from native_only import needs_native
+from packed_maker import PackedMaker
 
-from cierzo.bench import attention_cases
-from cierzo.bench.kernel_cases import CASES, Maker, Size
+from cierzo.bench.gpu.calls import CASES, queries_of
+from cierzo.bench.gpu.cases import Size
 from cierzo.bench.work import work
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.sizes import ModelSizes
@@ -48,10 +49,11 @@ def test_a_native_call_is_counted_as_its_case(operation: str, format: str) -> No
     calls = 0
     for model in (TINY4, TINY3):
         for size in (DECODE, PREFILL):
-            call = CASES[operation](model, size, Maker(native=True, format=format, cold_bytes=0))
+            call = CASES[operation].call(model, size, PackedMaker(format, cold_bytes=0))
             if call is not None:
-                (found,) = seen(operation, *call.arguments[0])
-                assert (found.num_bytes, found.operations) == (call.work.num_bytes, call.work.operations)
+                (arguments,), wanted = call
+                (found,) = seen(operation, *arguments)
+                assert (found.num_bytes, found.operations) == (wanted.num_bytes, wanted.operations)
                 calls += 1
     assert calls
 
@@ -61,7 +63,7 @@ def test_a_native_call_is_counted_as_its_case(operation: str, format: str) -> No
 def test_cached_rows_have_the_bytes_of_their_format(dtype: torch.dtype, row_bytes: int) -> None:
     """INT8: a latent and a rotated key, each with a scale. Queries and results are fp32 here."""
     pages = torch.zeros(4, 32, 48 if dtype == torch.float32 else 56, dtype=dtype)
-    queries = attention_cases.queries_of(DECODE, 1)
+    queries = queries_of(DECODE)
     (found,) = seen("mla_decode", torch.zeros(2, 2, 48), pages, queries, 0.1, 32)
     assert (found.num_bytes, found.operations) == (
         2 * 64 * row_bytes + 2 * 2 * (48 + 32) * 4,
