@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -59,7 +58,6 @@ TOLERANCE = 2e-2  # of logits, relative to their root mean square
 # about half of that. Products alone are held to far less (conformance.py).
 TOLERANCE_FP8 = 1e-1
 ENGINE = {"budget_tokens": 8192, "max_chunk_tokens": 8192, "max_running": 256, "max_model_len": 2048}
-MEMORY_SHARE, WORKSPACE_BYTES = 0.93, 6 << 30
 Tasks = dict[str, Callable[[], Any]]  # by cell
 
 
@@ -131,19 +129,10 @@ def make_model(config: EngineConfig, device: torch.device) -> Decoder:
 
 
 def make_core(name: str, weights: str, activations: str, device: torch.device) -> EngineCore:
-    """The engine with a model of full size, and the cache in the memory that is left. Raises Failed."""
-    config = make_config(name, weights, activations=activations, kv_dtype="fp8", kv_cache_gib=1.0, **ENGINE)
+    """The engine with a model of full size, and the cache that it plans for itself. Raises ConfigError."""
+    config = make_config(name, weights, activations=activations, kv_dtype="fp8", **ENGINE)
     registry.bind(KernelsConfig(), "cuda")
-    model = make_model(config, device)
-    room = int(torch.cuda.get_device_properties(device).total_memory * MEMORY_SHARE) - WORKSPACE_BYTES
-    room -= torch.cuda.memory_reserved(device)
-    block_tokens, request_tokens = config.cache.block_tokens, PROMPT_TOKENS + NEW_TOKENS
-    wanted = CONCURRENT[-1] * (request_tokens + block_tokens)
-    blocks = min(room // config.layout.bytes_per_block, -(-wanted // block_tokens) + 1)
-    if blocks * block_tokens < request_tokens:
-        raise Failed(f"{room / 2**30:.1f} GiB are left beside the weights: no room for one request")
-    config = msgspec.structs.replace(config, cache=msgspec.structs.replace(config.cache, num_blocks=blocks))
-    return EngineCore(config, ModelRunner.of(config, model, make_pool(config)))
+    return EngineCore(config, ModelRunner.of(config, make_model(config, device), make_pool(config)))
 
 
 def run_load(loaded: Callable[[], EngineCore], concurrent: int) -> dict[str, Any]:
