@@ -6,12 +6,12 @@ Without --parts all of them, in order. The figures' shares refer to what the sam
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +21,13 @@ import torch
 
 from cierzo.bench.campaign.loop import Block, Campaign, DeviceLost, Run, Session
 from cierzo.bench.campaign.store import Sample, Store
-from cierzo.bench.gpu import conformance, timing
+from cierzo.bench.gpu import compiled, conformance, timing
 from cierzo.bench.gpu.cases import CASES, Size
 from cierzo.bench.revision import ROOT, current_commit, installed_versions, output
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 
+PARTS = ("compile", "conformance", "ceilings", "kernels", "served")
 PART_S = 480  # no cell is begun after this many seconds of a part
 Tasks = Mapping[str, Callable[[], Any]]  # by cell
 Subjects = Mapping[str, Callable[[], Tasks]]  # the part itself, or each model that is served
@@ -73,81 +74,52 @@ class TaskSession(Session[str]):
     def measure(self, cell: str, number: int) -> Any:
         """Raises RuntimeError, or DeviceLost where the driver takes no more calls from this process."""
         try:
-            return self._tasks[cell]()
+            result = self._tasks[cell]()
+            torch.cuda.empty_cache()  # nothing where there is no GPU
+            return result
         except Exception as error:
             kind = DeviceLost if "CUDA error" in str(error) else RuntimeError
             raise kind(f"{type(error).__name__}: {error}"[:2000]) from error
-        finally:
-            torch.cuda.empty_cache()  # nothing where there is no GPU
 
     def close(self) -> None:
         """Let go of a model: the plan of the next one asks the driver what is free."""
         self._tasks = {}
         gc.collect()
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # a lost device is told by the cell that lost it
+            torch.cuda.empty_cache()
 
 
-def compile_part(device: torch.device, store: Store) -> Subjects:
-    """Every kernel of every model, side by side, before anything is timed."""
-    from cierzo.bench.gpu import compiled
+def subjects_of(part: str, device: torch.device, store: Store) -> Subjects:
+    """Make the tasks of a part: those of each model that is served, else of the part itself."""
+    tasks: dict[str, Callable[[], Any]] = {}
+    match part:
+        case "compile":  # every kernel, side by side, before anything is timed
+            if device.type == "cuda":
+                major, minor = torch.cuda.get_device_capability(device)
+                tasks["all"] = partial(compiled.warm, 10 * major + minor)
+        case "conformance":  # every operation, model, size and number format, on inputs that are new in every run
+            seed = time.time_ns() % (1 << 31)
+            for operation, known in CASES.items():
+                models = (*known.models, *known.hostile)
+                for cell in itertools.product((operation,), models, conformance.SIZES, known.formats):
+                    tasks[_named(*cell)] = partial(conformance.check, *cell, device, seed)
+        case "ceilings":
+            tasks["ceilings"] = partial(timing.ceilings, device)
+        case "kernels":  # every operation at the sizes of a step, beside the ceilings that were measured last
+            limits = (store.ceilings() or [timing.ceilings(device)])[-1]
+            for size, (operation, known) in itertools.product(timing.SIZES, CASES.items()):
+                for cell in itertools.product((operation,), known.models, (size,), known.formats):
+                    tasks[_named(*cell)] = partial(timing.measure, *cell, device, limits)
+        case "served":
+            from cierzo.bench.gpu import served  # takes msgspec
 
-    if device.type != "cuda":
-        return {"compile": dict}
-    major, minor = torch.cuda.get_device_capability(device)
-    return {"compile": lambda: {"all": partial(compiled.warm, 10 * major + minor)}}
-
-
-def conformance_part(device: torch.device, store: Store) -> Subjects:
-    """Every operation, model, size and number format, on inputs that are new in every run."""
-    seed = time.time_ns() % (1 << 31)
-    tasks = {
-        f"{operation}, {model.name}, {size.name}, {format}": partial(
-            conformance.check, operation, model, size, format, device, seed
-        )
-        for operation, known in CASES.items()
-        for model in (*known.models, *known.hostile)
-        for size, format in itertools.product(conformance.SIZES, known.formats)
-    }
-    return {"conformance": lambda: tasks}
-
-
-def ceilings_part(device: torch.device, store: Store) -> Subjects:
-    """Limits that no kernel can pass."""
-    return {"ceilings": lambda: {"ceilings": partial(timing.ceilings, device)}}
-
-
-def kernels_part(device: torch.device, store: Store) -> Subjects:
-    """Every operation at the sizes of a step, beside the ceilings that were measured last."""
-
-    @functools.cache
-    def limits() -> Mapping[str, float]:
-        return next(reversed(store.ceilings()), None) or timing.ceilings(device)
-
-    def timed(operation: str, model: ModelSizes, size: Size, format: str) -> Any:
-        return timing.measure(operation, model, size, format, device, limits())
-
-    tasks = {
-        f"{operation}, {model.name}, {size.name}, {format}": partial(timed, operation, model, size, format)
-        for size, (operation, known) in itertools.product(timing.SIZES, CASES.items())
-        for model, format in itertools.product(known.models, known.formats)
-    }
-    return {"kernels": lambda: tasks}
+            return served.subjects(device)
+    return {part: lambda: tasks}
 
 
-def served_part(device: torch.device, store: Store) -> Subjects:
-    """Each model, at full size."""
-    from cierzo.bench.gpu import served  # takes msgspec
-
-    return served.subjects(device)
-
-
-PARTS = {
-    "compile": compile_part,
-    "conformance": conformance_part,
-    "ceilings": ceilings_part,
-    "kernels": kernels_part,
-    "served": served_part,
-}
+def _named(operation: str, model: ModelSizes, size: Size, format: str) -> str:
+    """The cell's name, which engine/cost/measured.py takes apart."""
+    return f"{operation}, {model.name}, {size.name}, {format}"
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -192,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = 0
     with torch.inference_mode():
         for name in arguments.parts:
-            run = Run(Part(name, PARTS[name](device, store)), store, partial(print, flush=True), arguments.part_s)
+            part = Part(name, subjects_of(name, device, store))
+            run = Run(part, store, partial(print, flush=True), arguments.part_s)
             try:
                 run.measure(1)
             except DeviceLost:

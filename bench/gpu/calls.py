@@ -186,30 +186,23 @@ def slots_of(size: Size) -> Tensor:
 
 def pages_of(model: ModelSizes, size: Size, make: Maker) -> tuple[Tensor, ...]:
     """Pages of all contexts: of latents [B,S,R+P], or of keys and of values [B,S,heads,width]."""
+    entries = [(model.rank + model.rope,)] if model.rank else 2 * [(model.kv_heads, model.head_dim)]
     rows = size.sequences * size.context // BLOCK_TOKENS, BLOCK_TOKENS
-    if model.rank:
-        return (make.pages(*rows, model.rank + model.rope),)
-    return make.pages(*rows, model.kv_heads, model.head_dim), make.pages(*rows, model.kv_heads, model.head_dim)
+    return tuple(make.noise(*rows, *entry, dtype=make.kv_dtype) for entry in entries)
 
 
 @case("write_latents", "write_normed_latents", needs="rank", of="pages", changes=(0,))
-def write_latents(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
-    """The step's latents, as they are or with their norm and rotation."""
-    arguments: Arguments = (*pages_of(model, size, make), slots_of(size))
-    latents, keys = make.noise(size.rows, model.rank), make.noise(size.rows, model.rope)
-    if operation == "write_latents":
-        arguments += (latents, keys)
-    else:
-        turns = tables(size.rows, model.rope // 2)
-        arguments += (torch.cat([latents, keys], -1), make.noise(model.rank), EPS, *turns, True)
-    return [arguments], operations.moved(operation, model, size.rows, make.kv_dtype.itemsize)
-
-
 @case("write_keys_values", "rotate_and_write_keys_values", needs="kv_heads", of="pages", changes=(0, 1))
-def write_keys_values(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
-    """The step's keys and values, as they are or, with the queries beside them, with their rotation."""
+def write(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """The step's latents, or its keys and values: as they are; with their norm and rotation; or, with the queries
+    beside them, with their rotation."""
     arguments: Arguments = (*pages_of(model, size, make), slots_of(size))
-    if operation == "write_keys_values":
+    if operation == "write_latents":
+        arguments += (make.noise(size.rows, model.rank), make.noise(size.rows, model.rope))
+    elif operation == "write_normed_latents":
+        latents = torch.cat([make.noise(size.rows, width) for width in (model.rank, model.rope)], -1)
+        arguments += (latents, make.noise(model.rank), EPS, *tables(size.rows, model.rope // 2), True)
+    elif operation == "write_keys_values":
         arguments += tuple(make.noise(size.rows, model.kv_heads, model.head_dim) for _ in range(2))
     else:
         qkv = make.noise(size.rows, (model.heads + 2 * model.kv_heads) * model.head_dim)

@@ -99,10 +99,6 @@ class Maker:
         values = torch.randn(NOISE, generator=torch.Generator().manual_seed(self.seed)).to(self.device, dtype)
         return values.repeat(count // NOISE + 1)[:count].view(shape)
 
-    def pages(self, *shape: int) -> Tensor:
-        """Cache entries."""
-        return self.noise(*shape, dtype=self.kv_dtype)
-
     def plain(self, *shape: int) -> Tensor:
         """Weights in bf16, of standard deviation 0.02."""
         return self.noise(*shape) * 0.02

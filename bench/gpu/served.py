@@ -16,11 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cierzo.bench.gpu.conformance import Failed
-from cierzo.bench.stats import percentile
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.messages import Submit
@@ -87,21 +87,17 @@ class RandomMatrices(DeviceMatrices):
 
 
 def subjects(device: torch.device) -> dict[str, Callable[[], Tasks]]:
-    """Each model, and what makes its tasks by cell; one that does not fit the card fails in its loads."""
+    """Each model, and what makes its tasks by cell: the slice, then the loads on one engine, which the first makes.
+    A model that does not fit the card fails there."""
+
+    def tasks(name: str, weights: str, activations: str) -> Tasks:
+        core = functools.cache(partial(make_core, name, weights, activations, device))
+        loads = {f"{concurrent} concurrent": partial(run_load, core, concurrent) for concurrent in CONCURRENT}
+        return {"slice": partial(check_slice, name, weights, device, activations=activations), **loads}
+
     return {
-        f"{name} {weights}{' x fp8' if activations == 'fp8' else ''}": partial(
-            _tasks, name, weights, activations, device
-        )
+        f"{name} {weights}{' x fp8' if activations == 'fp8' else ''}": partial(tasks, name, weights, activations)
         for name, weights, activations in MODELS
-    }
-
-
-def _tasks(name: str, weights: str, activations: str, device: torch.device) -> Tasks:
-    """The slice, then the loads on one engine, which the first of them makes."""
-    core = functools.cache(partial(make_core, name, weights, activations, device))
-    return {
-        "slice": partial(check_slice, name, weights, device, activations=activations),
-        **{f"{concurrent} concurrent": partial(run_load, core, concurrent) for concurrent in CONCURRENT},
     }
 
 
@@ -175,8 +171,8 @@ def run_load(loaded: Callable[[], EngineCore], concurrent: int) -> dict[str, Any
         "requests": len(sent),
         "requests_per_s": len(sent) / elapsed_s,
         "output_tokens_per_s": sum(map(len, times)) / elapsed_s,
-        "first_token_s": {p: percentile(first, p) for p in (50, 99)},
-        "between_tokens_s": {p: percentile(gaps, p) for p in (50, 99)},
+        "first_token_s": {p: float(np.percentile(first, p)) for p in (50, 99)},
+        "between_tokens_s": {p: float(np.percentile(gaps, p)) for p in (50, 99)},
         "elapsed_s": elapsed_s,
     }
 

@@ -179,9 +179,15 @@ def test_tasks_are_cells_and_a_failure_says_what_it_was(tmp_path: Path) -> None:
     assert said[2].endswith("c: not in this model")
 
 
-def test_a_lost_device_is_known_by_its_error(tmp_path: Path) -> None:
+def test_a_lost_device_is_known_by_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses every call from then on, that which frees memory too."""
+
     def fails() -> None:
+        monkeypatch.setattr(torch.cuda, "empty_cache", refuses)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def refuses() -> None:
+        raise RuntimeError("the driver takes no more calls")
 
     with pytest.raises(DeviceLost, match="illegal memory access"):
         _run(tmp_path / "cells.jsonl", a=fails)
