@@ -102,7 +102,11 @@ def _settings(arguments: argparse.Namespace) -> ExpertsSettings:
 
 def _ask(address: str) -> ExpertStatistics:
     with SyncClient(address) as client:
-        return client.experts()
+        statistics = client.stats().core.experts
+    if statistics is None:
+        why = "this server was started without --expert-statistics: it does not count"
+        raise ConfigError(why, field="expert_statistics", limit=True, value=False)
+    return statistics
 
 
 def run_traffic(settings: ExpertsSettings) -> ExpertStatistics:

@@ -14,6 +14,7 @@ from cierzo.bench.experts import ExpertsSettings, read_prompts, run_traffic, tab
 from cierzo.cli import main
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
+from cierzo.engine.messages import CoreStats, Stats
 from cierzo.engine.weights.make import make_checkpoint
 
 
@@ -133,8 +134,19 @@ def test_a_running_server_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         def __exit__(self, *exc_info: object) -> None:
             pass
 
-        def experts(self) -> ExpertStatistics:
-            return told
+        def stats(self) -> Stats:
+            core = CoreStats(experts=told)
+            return Stats(
+                stream=1,
+                device="cpu",
+                connections=1,
+                streams=0,
+                accepted=4,
+                refused=0,
+                finished=4,
+                core_restarts=0,
+                core=core,
+            )
 
     monkeypatch.setattr(experts, "SyncClient", Server)
     assert main(["bench", "experts", "--rpc", "unix:/x"]) == 0
@@ -145,6 +157,9 @@ def test_a_running_server_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert " ".join(row.split()) == "5 3.0 - 2.0 0.703 0 (100.0%) 1 (75.0%) 2 (25.0%) 3 (0.0%)"
     # of independent tokens 1 + (1 - 1/4^2) + (1 - 3/4^2) + 0; of uniform ones 4 (1 - 1/2^2)
     assert re.search(r"^ decode +2\.0 +4 +3\.0 +2\.4 +3\.0$", printed, re.MULTILINE)
+    told = None
+    assert main(["bench", "experts", "--rpc", "unix:/x"]) == 2
+    assert "without --expert-statistics" in capsys.readouterr().err
 
 
 def test_tables_of_nothing() -> None:

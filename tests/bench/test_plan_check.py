@@ -134,7 +134,7 @@ class InProcess(SimulatedServer):
 
     def chosen_experts(self) -> ExpertStatistics | None:
         """Of all loads so far."""
-        return self.core.expert_statistics()
+        return self.core.stats().experts
 
     def __enter__(self) -> InProcess:
         return self
