@@ -192,7 +192,8 @@ def pages_of(model: ModelSizes, size: Size, make: Maker) -> tuple[Tensor, ...]:
 
 
 @case("write_latents", "write_normed_latents", needs="rank", of="pages", changes=(0,))
-@case("write_keys_values", "rotate_and_write_keys_values", needs="kv_heads", of="pages", changes=(0, 1))
+@case("write_keys_values", needs="kv_heads", of="pages", changes=(0, 1))
+@case("rotate_and_write_keys_values", needs="kv_heads", of="pages", changes=(0, 1, 3))
 def write(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """The step's latents, or its keys and values: as they are; with their norm and rotation; or, with the queries
     beside them, with their rotation."""

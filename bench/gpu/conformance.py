@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cierzo.bench.gpu.calls import make_call
-from cierzo.bench.gpu.cases import BY_FP8, CASES, Size, mapped, widened
+from cierzo.bench.gpu.cases import BY_FP8, CASES, Size, widened
 from cierzo.bench.gpu.timing import read_through_descriptors
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
@@ -31,7 +31,6 @@ TOLERANCE = 1e-2  # of the root mean square: bf16 keeps 8 bits of every input, s
 TOLERANCE_FP8 = 3e-2  # where values are rounded to 4 bits: a last bit of bf16 may turn the rounding of some
 CHOICES = 1e-2  # the share of choices between near equals that may fall otherwise
 POISON_BYTES = 256 << 20
-SHARED_BYTES = 1 << 30  # tensors from this size on are weights, which no call changes: they are not copied
 
 
 class Failed(Exception):
@@ -51,14 +50,14 @@ def check(
     ours, reference = (registry.implementations(operation, "cuda")[place] for place in (0, -1))
     function, arguments = ours.load(), call[0][0]
     torch.full((POISON_BYTES // 4,), torch.nan, device=device)  # what the next outputs may be made of
-    got = outputs(operation, function, cloned(arguments))
-    wanted = outputs(operation, reference.load(), widened(cloned(arguments)))
+    got = outputs(operation, function, arguments)
+    wanted = outputs(operation, reference.load(), widened(arguments))
     tolerance = TOLERANCE_FP8 if format in BY_FP8 else TOLERANCE
     deviation = max((_deviation(a, b, tolerance) for a, b in zip(got, wanted, strict=True)), default=0.0)
-    _same(got, outputs(operation, function, cloned(arguments)), f"{operation}: a second call has other bits")
+    _same(got, outputs(operation, function, arguments), f"{operation}: a second call has other bits")
     if CASES[operation].weighted:
         with read_through_descriptors():
-            described = outputs(operation, function, cloned(arguments))
+            described = outputs(operation, function, arguments)
         _same(got, described, f"{operation}: read through descriptors it has other bits")
     companies = 0
     for start, stop, part in _companies(operation, arguments):
@@ -69,19 +68,14 @@ def check(
 
 
 def outputs(operation: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors that a call returns, and those that it changed."""
-    found = [*_tensors(function(*arguments)), *(arguments[index] for index in CASES[operation].changes)]
-    if operation == "rotate_and_write_keys_values":  # of queries, keys and values the first alone are defined then
-        keys, qkv, cos = arguments[0], arguments[3], arguments[4]
-        found.append(qkv[:, : qkv.shape[1] - 2 * keys.shape[2] * 2 * cos.shape[1]])
+    """The tensors that a call returns, and copies of those that it changes, as it leaves them."""
+    changes = CASES[operation].changes
+    arguments = tuple(one.clone() if place in changes else one for place, one in enumerate(arguments))
+    found = [*_tensors(function(*arguments)), *(arguments[place] for place in changes)]
+    if operation == "rotate_and_write_keys_values":  # keys and values move away: only the queries are defined then
+        keys, qkv = found[0], found[-1]
+        found[-1] = qkv[:, : qkv.shape[1] - 2 * keys.shape[2] * keys.shape[3]]
     return found
-
-
-def cloned(value: Any) -> Any:
-    """Copies of the tensors that a call may change; large weights are shared."""
-    return mapped(
-        value, lambda tensor: tensor.clone() if tensor.nbytes < SHARED_BYTES else tensor, lambda matrix: matrix
-    )
 
 
 def _tensors(result: Any) -> list[Tensor]:

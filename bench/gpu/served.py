@@ -52,7 +52,7 @@ MODELS = (
 CONCURRENT = (1, 8, 64, 256)
 PROMPT_TOKENS, NEW_TOKENS = 1024, 256
 LOAD_S = 90.0  # no new request after this long: a cell must end
-SLICE_LAYERS = 2
+SLICE_LAYERS, PROMPT = 2, 37  # and tokens of a slice's prompt
 TOLERANCE = 2e-2  # of logits, relative to their root mean square
 # With activations in FP8, whose rounding moves these logits by 9 to 13 %; the last bit of bf16 before it decides
 # about half of that. Products alone are held to far less (conformance.py).
@@ -201,19 +201,13 @@ def check_slice(
 def slice_logits(model: Decoder, config: EngineConfig, device: torch.device) -> Tensor:
     """fp32 [2,N]: of a prompt's last token, and of the token after it."""
     pool = KVPool(config.layout, config.cache.num_blocks, device)
-    prompt, block_tokens = 37, config.cache.block_tokens
-    positions = torch.arange(prompt + 1, device=device)
-    table = torch.arange(-(-(prompt + 1) // block_tokens), dtype=torch.int32, device=device)
-    tokens = (positions * 7919 + 11) % config.model.vocab_size
-    slots = table.long()[positions // block_tokens] * block_tokens + positions % block_tokens
-    none, logits = PagedQueries.of([], [], [], table[None]), []
-    for part, expanded in ((slice(0, prompt), True), (slice(prompt, prompt + 1), False)):
-        count = part.stop - part.start
-        asked = PagedQueries.of([count], [part.stop], [0], table[None])
-        groups = (asked, none) if expanded else (none, asked)
-        ids, places, written = (
-            one[part].clone() for one in (tokens, positions, slots)
-        )  # kernels want them aligned
-        rows = StepRows(ids, places, written, count if expanded else 0, *groups)
+    table = torch.arange(config.cache.num_blocks, dtype=torch.int32, device=device)[None]
+    none, logits = PagedQueries.of([], [], [], table), []
+    for start, count in ((0, PROMPT), (PROMPT, 1)):
+        positions = torch.arange(start, start + count, device=device)  # and slots, as the blocks lie in order
+        tokens = (positions * 7919 + 11) % config.model.vocab_size
+        asked = PagedQueries.of([count], [start + count], [0], table)
+        expanded = (0, none, asked) if start else (count, asked, none)
+        rows = StepRows(tokens, positions, positions, *expanded)
         logits.append(model.logits(rows, pool, torch.tensor([count - 1], device=device)))
     return torch.cat(logits)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
+from triton import testing
 
 from cierzo.bench.gpu.baselines import BASELINES
 from cierzo.bench.gpu.calls import make_call
@@ -23,8 +24,7 @@ SIZES = (
     Size(name="decode 1 of 256k", sequences=1, rows_each=1, context=262_144),
     *(Size(name=f"prefill {n}", sequences=1, rows_each=n, context=n) for n in (4096, 8192, 16_384)),
 )
-SAMPLES = 7
-SAMPLE_S = 0.02
+SAMPLES, SAMPLE_MS = 7, 20
 COPY_BYTES = 1 << 30
 SIDE = 8192
 Calls = Sequence[tuple[Any, ...]]  # arguments of calls in turn
@@ -83,46 +83,26 @@ def read_through_descriptors() -> Iterator[None]:
 
 
 def samples(function: Callable[..., Any], calls: Calls, device: torch.device) -> tuple[list[float], bool]:
-    """Seconds of a call, several samples, by replaying a CUDA graph of all calls; and whether that was done: on a
-    CPU, and where a call waits for the device as torch's loop over experts does, they are launched."""
+    """Seconds of a call, several samples; and whether a CUDA graph of the calls was replayed. On a CPU, and where a
+    call waits for the device as torch's loop over experts does, they are launched."""
 
     def launch() -> None:
         for arguments in calls:
             function(*arguments)
 
-    if device.type != "cuda":
-        return [_seconds(launch, lambda: None) / len(calls) for _ in range(SAMPLES)], False
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-            launch()
-    except RuntimeError:
-        return [_seconds(launch, torch.cuda.synchronize) / len(calls) for _ in range(SAMPLES)], False
-    graph.replay()
-    torch.cuda.synchronize()
-    repeats = max(1, int(SAMPLE_S / max(_replayed_s(graph, 1), 1e-6)))
-    return [_replayed_s(graph, repeats) / repeats / len(calls) for _ in range(SAMPLES)], True
-
-
-def _seconds(work: Callable[[], None], wait: Callable[[], None]) -> float:
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
-
-
-def _replayed_s(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    """By the device's clock."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if device.type == "cuda":
+        with suppress(RuntimeError):
+            times = testing.do_bench_cudagraph(launch, rep=SAMPLE_MS, return_mode="all")
+            return [ms / 1e3 / len(calls) for ms in times], True
+    found = []
+    for _ in range(SAMPLES):
+        wait()
+        start = time.perf_counter()
+        launch()
+        wait()
+        found.append((time.perf_counter() - start) / len(calls))
+    return found, False
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -24,11 +24,15 @@ from cierzo.bench.gpu import conformance, served, timing
 from cierzo.bench.gpu.baselines import BASELINES
 from cierzo.bench.gpu.calls import CASES, make_call
 from cierzo.bench.gpu.cases import Size
+from cierzo.cache.config import CacheConfig
 from cierzo.engine.cost.sizes import ModelSizes
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.fake import fake_config
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.launcher import running_on
+from cierzo.scheduler.config import SchedulerConfig
 
 CPU = torch.device("cpu")
 TINY4 = ModelSizes(
@@ -241,3 +245,20 @@ def test_a_model_of_random_weights_has_the_references_logits(weights: str, activ
     """FP8 by FP8 by definition too: the same codes of the same activations, but for a few that turn."""
     found = served.check_slice("small4", weights, CPU, "tiny", activations)["deviation"]
     assert found < (served.TOLERANCE_FP8 if activations == "fp8" else served.TOLERANCE)
+
+
+def test_a_load_keeps_its_clients_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real engine around the fake runner, whose steps take hardly any time."""
+    monkeypatch.setattr(served, "NEW_TOKENS", 5)
+    limits = SchedulerConfig(
+        budget_tokens=8192, max_chunk_tokens=8192, max_running=8, max_waiting=8, max_model_len=2048
+    )
+    core = EngineCore(fake_config(limits, CacheConfig(block_tokens=32, num_blocks=400, hash_key="00" * 16)))
+    found = served.run_load(lambda: core, 3)
+    assert (found["concurrent"], found["requests"]) == (3, 6)
+    assert found["output_tokens_per_s"] == pytest.approx(5 * found["requests_per_s"])
+    assert found["elapsed_s"] > found["first_token_s"][99] >= found["first_token_s"][50] > 0
+    assert found["between_tokens_s"][99] >= found["between_tokens_s"][50] > 0
+    monkeypatch.setattr(served, "PROMPT_TOKENS", 2049)
+    with pytest.raises(conformance.Failed, match="ended as"):
+        served.run_load(lambda: core, 3)
