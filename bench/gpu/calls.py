@@ -263,16 +263,11 @@ def gqa(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """Generated rows, or a prompt's."""
     q = make.noise(size.rows, model.heads, model.head_dim)
     arguments: Arguments = (q, *pages_of(model, size, make), queries_of(size), 0.1)
-    if model.window or model.sinks:
-        arguments += (model.window or None, _sinks(model, make) if model.sinks else None)
+    if model.window or model.sinks:  # sinks of every kind: one that is none, one that takes everything, and others
+        sinks = make.noise(model.heads, dtype=torch.float32) * 2
+        sinks[0], sinks[1] = -torch.inf, 1e4
+        arguments += (model.window or None, sinks if model.sinks else None)
     return [arguments], operations.gqa(model, *size.queries(model.window), make.entry_bytes(model))
-
-
-def _sinks(model: ModelSizes, make: Maker) -> Tensor:
-    """Sinks of every kind: one that is none, one that takes everything, and others that count."""
-    sinks = make.noise(model.heads, dtype=torch.float32) * 2
-    sinks[0], sinks[1] = -torch.inf, 1e4
-    return sinks
 
 
 # --- sampling ----------------------------------------------------------------------------------------------

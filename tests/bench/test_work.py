@@ -1,4 +1,4 @@
-"""Work of native operations, from the arguments of real calls, against that of their cases (test_kernels.py)."""
+"""Work of native operations, from the arguments of real calls, against that of their cases (test_gpu_calls.py)."""
 
 from __future__ import annotations
 
