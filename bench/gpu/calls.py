@@ -23,7 +23,6 @@ from cierzo.bench.gpu.cases import (
     Maker,
     Size,
     case,
-    mapped,
 )
 from cierzo.engine.cost import operations
 from cierzo.engine.cost.operations import stored
@@ -53,8 +52,11 @@ def make_call(
     call = known.call(model, size, Maker(weights, str(device), seed, KV[pages], cold_bytes))
     if call is None:
         return None
-    arguments, work = call
-    return [mapped(one, lambda tensor: tensor.to(device)) for one in arguments], work
+    calls, work = call
+    on_device = [
+        tuple(one.to(device) if isinstance(one, Tensor) else one for one in arguments) for arguments in calls
+    ]
+    return on_device, work
 
 
 def tables(rows: int, pairs: int) -> tuple[Tensor, Tensor]:
@@ -169,12 +171,13 @@ def expert_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
 # --- pages of the cache ------------------------------------------------------------------------------------
 
 
-def queries_of(size: Size) -> PagedQueries:
+def queries_of(size: Size, device: str = "cpu") -> PagedQueries:
     """Scattered blocks, those of a prefix the first sequence's; the last tokens of each context ask."""
     blocks, count = size.context // BLOCK_TOKENS, size.sequences
     ids = torch.randperm(count * blocks, generator=torch.Generator().manual_seed(0)).view(-1, blocks)
     ids[:, : size.shared // BLOCK_TOKENS] = ids[0, : size.shared // BLOCK_TOKENS].clone()
-    return PagedQueries.of([size.rows_each] * count, [size.context] * count, list(range(count)), ids.int())
+    tables = ids.int().to(device)
+    return PagedQueries.of([size.rows_each] * count, [size.context] * count, list(range(count)), tables)
 
 
 def slots_of(size: Size) -> Tensor:
@@ -242,7 +245,7 @@ def mla_decode(model: ModelSizes, size: Size, make: Maker) -> Call:
     """Generated rows, absorbed."""
     q = make.noise(size.rows, model.heads, model.rank + model.rope)
     work = operations.mla_decode(model, *size.queries(), make.entry_bytes(model))
-    return [(q, *pages_of(model, size, make), queries_of(size), 0.1, model.rank)], work
+    return [(q, *pages_of(model, size, make), queries_of(size, make.device), 0.1, model.rank)], work
 
 
 @case(needs="rank", decodes=False, of="pages")
@@ -251,7 +254,7 @@ def mla_prefill(model: ModelSizes, size: Size, make: Maker) -> Call:
     q = make.noise(size.rows, model.heads, model.nope + model.rope)
     expanders = (make.plain(model.heads, width, model.rank) for width in (model.nope, model.value_dim))
     work = operations.mla_prefill(model, *size.queries(), make.entry_bytes(model))
-    return [(q, *pages_of(model, size, make), *expanders, queries_of(size), 0.1)], work
+    return [(q, *pages_of(model, size, make), *expanders, queries_of(size, make.device), 0.1)], work
 
 
 WINDOWED: dict[str, Any] = {"models": (*MODELS, GPT_OSS, GPT_OSS_WINDOW), "hostile": HOSTILE_WINDOWS}
@@ -262,7 +265,7 @@ WINDOWED: dict[str, Any] = {"models": (*MODELS, GPT_OSS, GPT_OSS_WINDOW), "hosti
 def gqa(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """Generated rows, or a prompt's."""
     q = make.noise(size.rows, model.heads, model.head_dim)
-    arguments: Arguments = (q, *pages_of(model, size, make), queries_of(size), 0.1)
+    arguments: Arguments = (q, *pages_of(model, size, make), queries_of(size, make.device), 0.1)
     if model.window or model.sinks:  # sinks of every kind: one that is none, one that takes everything, and others
         sinks = make.noise(model.heads, dtype=torch.float32) * 2
         sinks[0], sinks[1] = -torch.inf, 1e4

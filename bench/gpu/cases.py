@@ -5,9 +5,8 @@ Imports torch and numpy alone: a machine that is lent for half an hour has littl
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.sizes import ModelSizes
-from cierzo.kernels.formats.activations import takes_fp8
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, in_fp8, quantise
 from cierzo.kernels.formats.number_formats import formats_on
 from cierzo.kernels.formats.packed import Matrix
@@ -29,13 +27,12 @@ SMALL4 = ModelSizes(
 SMALL3 = ModelSizes(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_width=32_768, kv_heads=8, head_dim=128)
 MODELS = (SMALL4, SMALL3)
 # Sizes of `linear` alone: MLA's latents are few outputs, whose products are cut over k (triton/linear.py)
-LATENTS = dataclasses.replace(SMALL4, name="small4 latents", hidden=1344, heads=1, value_dim=4096)
+LATENTS = replace(SMALL4, name="small4 latents", hidden=1344, heads=1, value_dim=4096)
 # The two kinds of layer that gpt-oss has in turn: no model of ours has a window or sinks, the doors of GQA do. Then
 # windows that are hostile: a row sees itself alone; no multiple of a tile; more than there is.
 GPT_OSS = ModelSizes(name="gpt-oss", hidden=2880, heads=64, vocab=201_088, kv_heads=8, head_dim=64, sinks=True)
 GPT_OSS_WINDOW, *HOSTILE_WINDOWS = (
-    dataclasses.replace(GPT_OSS, name=f"gpt-oss, window {window}", window=window)
-    for window in (128, 1, 77, 1 << 20)
+    replace(GPT_OSS, name=f"gpt-oss, window {window}", window=window) for window in (128, 1, 77, 1 << 20)
 )
 
 COLD_BYTES = 96 << 20  # of weights in turn, so that no cache holds them from one call to the next
@@ -179,28 +176,9 @@ def case(*names: str, **traits: Any) -> Callable[[Callable[..., Call]], Callable
 
 
 def widened(value: Any) -> Any:
-    """Floats as fp32 copies, weights dequantised: what the reference computes with to be the better one. Matrices
+    """An argument in fp32, weights dequantised: what the reference computes with to be the better one. Matrices
     whose activations are in FP8 stay so: those codes are part of the result."""
-    return mapped(
-        value,
-        lambda tensor: tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor,
-        lambda matrix: (
-            dataclasses.replace(matrix, dtype=torch.float32) if takes_fp8(matrix) else dequantise(matrix).float()
-        ),
-    )
-
-
-def mapped(value: Any, change: Any, change_matrix: Any = None) -> Any:
-    """A copy of nested tuples, lists and dataclasses with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, DeviceMatrix) and change_matrix is not None:
-        return change_matrix(value)
-    if isinstance(value, tuple | list):
-        return type(value)(mapped(part, change, change_matrix) for part in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return dataclasses.replace(
-            value, **{name: mapped(one, change, change_matrix) for name, one in found.items()}
-        )
-    return value
+    if isinstance(value, DeviceMatrix):
+        return replace(value, dtype=torch.float32) if value.activations == "fp8" else dequantise(value)
+    narrow = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.float() if narrow else value

@@ -51,7 +51,7 @@ def check(
     function, arguments = ours.load(), call[0][0]
     torch.full((POISON_BYTES // 4,), torch.nan, device=device)  # what the next outputs may be made of
     got = outputs(operation, function, arguments)
-    wanted = outputs(operation, reference.load(), widened(arguments))
+    wanted = outputs(operation, reference.load(), tuple(map(widened, arguments)))
     tolerance = TOLERANCE_FP8 if format in BY_FP8 else TOLERANCE
     deviation = max((_deviation(a, b, tolerance) for a, b in zip(got, wanted, strict=True)), default=0.0)
     _same(got, outputs(operation, function, arguments), f"{operation}: a second call has other bits")

@@ -44,15 +44,14 @@ def _work(name: str, c: Known, t: Known, size: Size) -> Work | int:
     rows, tokens = size.rows, size.sequences * size.context
     page_bytes = 1 if E4M3 in (t.get("pages_ptr"), t.get("k_pages_ptr")) else 2  # of a value
     splits = SPLITS.count(size.context, c.get("WINDOW", 0))  # of a sequence that decodes
+    met = c.get("SLOTS", 0) + c.get("SHARED", 0)  # experts that a token goes to
     match name:
         case "rms_norm" | "add_rms_norm":
             row_bytes = _row(c["D"], E4M3 if E4M3 in t.values() else BF16)
             residual = name == "add_rms_norm"
             return operations.norm(ModelSizes(hidden=c["D"]), rows, residual=residual, row_bytes=row_bytes)
-        case "rope_tables":
-            return operations.moved(name, ModelSizes(rope=2 * c["F"]), rows)
-        case "apply_rope":
-            return operations.moved(name, ModelSizes(heads=c["H"], rope=2 * c["F"]), rows)
+        case "rope_tables" | "apply_rope":
+            return operations.moved(name, ModelSizes(heads=c.get("H", 0), rope=2 * c["F"]), rows)
         case "write_normed_latents":
             return operations.moved(name, ModelSizes(rank=c["R"], rope=2 * c["F"]), rows, page_bytes)
         case "rotate_and_write":
@@ -62,15 +61,13 @@ def _work(name: str, c: Known, t: Known, size: Size) -> Work | int:
             return _linear(c, t, size)
         case "sum_parts":
             return rows * (c["PARTS"] * c["N"] * FP32 + _row(c["N"]))
-        case "quantise_rows":
-            return rows * (_row(c["D"]) + _row(c["D"], E4M3))
-        case "quantise_pairs":
-            return rows * (_row(c["D"]) + _met(c) * _row(c["D"], E4M3))
+        case "quantise_rows" | "quantise_pairs":
+            return rows * (_row(c["D"]) + (met or 1) * _row(c["D"], E4M3))
         case "expert_gate_up":  # experts share a token's row in bf16; codes are a row for each: scales differ
-            read = _row(c["K"], t["x_ptr"]) * (_met(c) if t["x_ptr"] == E4M3 else 1)
-            return _experts(c, size, read + _met(c) * _row(c["ROWS"] // 2, t["inner_ptr"]))
+            read = _row(c["K"], t["x_ptr"]) * (met if t["x_ptr"] == E4M3 else 1)
+            return _experts(c, size, met, read + met * _row(c["ROWS"] // 2, t["inner_ptr"]))
         case "expert_down":
-            return _experts(c, size, _met(c) * (_row(c["K"], t["inner_ptr"]) + _row(c["ROWS"], t["outputs_ptr"])))
+            return _experts(c, size, met, met * (_row(c["K"], t["inner_ptr"]) + _row(c["ROWS"], t["outputs_ptr"])))
         case "sum_slots":  # outputs of a token's experts and their weights in, one result out
             return rows * ((c["SLOTS"] + c["WITH_SHARED"] + 1) * _row(c["D"]) + c["SLOTS"] * FP32)
         case (
@@ -113,16 +110,11 @@ def _linear(c: Known, t: Known, size: Size) -> Work:
     return operations.linear(ModelSizes(), size.rows, k, n, format, read=_row(k, t["x_ptr"]), written=written)
 
 
-def _experts(c: Known, size: Size, row_bytes: int) -> Work:
-    """A product of the experts. row_bytes: of all rows of a token, in and out."""
+def _experts(c: Known, size: Size, met: int, row_bytes: int) -> Work:
+    """A product of the experts, of which a token meets so many. row_bytes: of all rows of a token, in and out."""
     chosen = len(random_experts(ModelSizes(experts=c["E"], top_k=c["SLOTS"]), size).unique())
     weights = (chosen + c["SHARED"]) * stored(_format(c), c["ROWS"], c["K"])
-    return Work("part", weights + size.rows * row_bytes, 2 * size.rows * _met(c) * c["ROWS"] * c["K"])
-
-
-def _met(c: Known) -> int:
-    """Experts that a token goes to."""
-    return int(c["SLOTS"] + c["SHARED"])
+    return Work("part", weights + size.rows * row_bytes, 2 * size.rows * met * c["ROWS"] * c["K"])
 
 
 def _partial_bytes(splits: int, width: int) -> int:
