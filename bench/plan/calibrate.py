@@ -19,8 +19,7 @@ from statistics import fmean
 import msgspec
 import numpy as np
 
-from cierzo.bench.ceilings import measure_ceilings
-from cierzo.bench.machine import Ceilings, limit_device
+from cierzo.bench.machine import Ceilings, limit_device, measure_ceilings
 from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
 from cierzo.bench.report import check_writable
 from cierzo.bench.revision import current_commit
@@ -56,7 +55,6 @@ class Calibrator:
         self._largest = resolve(options).scheduler.budget_tokens
         longest = max(self._largest, *(context for _, context in LONG))
         self._profiler = Profiler(options, max(BATCHES), longest + 64, REPEATS)
-        self._profiler.sequences.fill()
 
     def measure(self) -> Device:
         """Measure ceilings, shares and overheads; half a minute for small4-mini."""

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -25,7 +26,7 @@ from cierzo.bench.peers.engine import Checkpoint, EngineFailed
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.bench.plan.calibrate import Calibrator, mean_device
 from cierzo.bench.plan.forecast import Forecast, forecast, left_out
-from cierzo.bench.report import check_writable, make_report, write_report
+from cierzo.bench.report import check_writable, write_report
 from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Device
@@ -235,10 +236,8 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
             found.append(checked)
             print(line(checked), flush=True)
             if arguments.json is not None:  # after each workload, in case the run is cut short
-                report = make_report(
-                    "plan_check", command=command, started=started, settings=settings, results=found
-                )
-                write_report(report, arguments.json)
+                about: dict[str, Any] = {"command": command, "started": started, "settings": settings}
+                write_report(arguments.json, "plan_check", **about, results=found)
     print(verdict(found))
     return int(not all(one.counted.within for one in found))
 

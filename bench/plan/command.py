@@ -20,7 +20,7 @@ import msgspec
 
 from cierzo.bench.plan.forecast import Percentiles
 from cierzo.bench.plan.search import DevicePlan, LatencyLimits, Planner, read_experts
-from cierzo.bench.report import check_writable, make_report, write_report
+from cierzo.bench.report import check_writable, write_report
 from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import EngineOptions, checkpoint_path
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="LOAD",
         help="2048/256@64: tokens in, out, clients; 2048/256@3.5/s: requests a second; 1152:1024/64@16: 1,024 of "
-        "1,152 tokens are the same in all; FILE.jsonl: a trace; FILE.json",
+        "1,152 tokens are the same in all; FILE.jsonl: a trace",
     )
     parser.add_argument(
         "--max-ttft-ms", type=positive_float, metavar="X", help="find the highest load whose first tokens keep this"
@@ -104,8 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
         asked = {"options": options, "workload": workload, "limits": limits, "devices": names}
         settings = {**asked, "experts": None if arguments.experts is None else str(arguments.experts)}
         command = shlex.join(["cierzo", *sys.argv[1:]])
-        report = make_report("plan", command=command, started=started, settings=settings, results=plans)
-        write_report(report, arguments.json)
+        path = arguments.json
+        write_report(path, "plan", command=command, started=started, settings=settings, results=plans)
     return int(all(plan.refused for plan in plans))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from packed_maker import PackedMaker
 
 from cierzo.bench.gpu import calls
 from cierzo.bench.gpu.calls import CASES
@@ -98,6 +98,18 @@ BY_HAND = {
     ("tiny4", "prefill 64"): PREFILLS["tiny4"],
     ("tiny3", "prefill 64"): PREFILLS["tiny3"],
 }
+
+
+class PackedMaker(Maker):
+    """Makes weights as the CPU's native kernels read them, in bf16."""
+
+    def plain(self, *shape: int) -> Any:
+        """See Maker."""
+        return pack(self.noise(*shape) * 0.02, "bf16")
+
+    def matrix(self, *shape: int, paired: bool = False) -> Any:
+        """See Maker."""
+        return pack(self.noise(*shape) * 0.02, "bf16", paired=paired)
 
 
 @pytest.fixture(autouse=True)

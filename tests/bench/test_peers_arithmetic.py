@@ -32,7 +32,6 @@ def rate(rate: float) -> Ceiling:
 
 FOUND = Ceilings(
     threads=2,
-    read_one_thread=rate(30.0),
     read=rate(50.0),
     bf16=rate(440.0),
     float32=rate(220.0),

@@ -36,7 +36,7 @@ RESULT = Path(__file__).resolve().parents[2] / "bench" / "results" / "plan-cpu.j
 WIDE = 2.0  # a factor, either way
 
 ONE = Ceiling(rate=50.0, reached_by="nobody")
-CEILINGS = Ceilings(threads=1, read_one_thread=ONE, read=ONE, bf16=ONE, float32=ONE, int8=ONE)
+CEILINGS = Ceilings(threads=1, read=ONE, bf16=ONE, float32=ONE, int8=ONE)
 ATTEMPT = Attempt(
     planned_requests_per_s=1.1,
     measured_requests_per_s=1.0,

@@ -143,7 +143,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     ),
     # plan
     ((*PLAN, "9"), 2, "workload must be IN/OUT@CLIENTS"),
-    ((*PLAN, "9/9@0"), 2, "concurrency must be at least 1, got 0"),
+    ((*PLAN, "9/9@0"), 2, "concurrency must be an integer of at least 1, got 0"),
     ((*PLAN, "9/9@0/s"), 2, "rate must be a finite number above 0, got 0.0"),
     ((*PLAN, "9:9/9@1"), 2, "shared_tokens must be 0 to 8, got 9"),
     ((*PLAN, "{tmp}/list.json"), 2, "workload must be a JSON file that describes a workload (Exp"),

@@ -19,7 +19,10 @@ WORKER = (
     *("engine.messages", "engine.expert_statistics", "engine.config"),
 )
 MESSAGES = ("engine.messages", "engine.expert_statistics", "engine.errors")
-CLIENT = ("engine.frontend.client", "engine.llm", "engine.options", *MESSAGES, "engine.cost", "kernels", "bench")
+CLIENT = (
+    *("engine.frontend.client", "engine.llm", "engine.options", "engine.settings"),
+    *(*MESSAGES, "engine.cost", "kernels", "bench"),
+)
 HOUSE = ("kernels", "cache", "scheduler", "engine")
 TOP = (*HOUSE, "bench")
 
@@ -94,8 +97,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine": HOUSE,  # llm, launch, commands and what they alone use
     "bench": CLIENT,
     "bench.step": (*CLIENT, *WORKER),
-    "bench.sequences": (*CLIENT, *WORKER),  # and the two that run a model by hand
-    "bench.context": (*CLIENT, *WORKER),
+    "bench.context": (*CLIENT, *WORKER),  # it and the next run a model by hand
     "bench.profile": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
     "bench.virtual_core": (*CLIENT, *WORKER),
