@@ -10,6 +10,6 @@ cards.py, measured.py  devices by name, with stated shares or with those that th
 step_time.py    a step's work on a device, in seconds
 step_model.py   the same for an engine's configuration, and sums over many steps
 
-A machine that is lent with a card may lack msgspec: sizes.py, operations.py and data_sheets.py, which bench/gpu and
-bench/kernel_cases.py import there, do without it (tests/bench/test_gpu.py).
+A machine that is lent with a card may lack msgspec: sizes.py, operations.py and data_sheets.py, which bench/gpu
+imports there, do without it (tests/bench/test_gpu.py).
 """

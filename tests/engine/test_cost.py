@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from steps_by_hand import Chunk, Step, take
 
-from cierzo.bench.gpu.cases import formats_of
+from cierzo.bench.gpu.calls import CASES
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.cost.cards import STATED, find_device, named
 from cierzo.engine.cost.device import Device, MeasuredShare
@@ -179,7 +179,7 @@ def test_formats_change_bytes_and_rates() -> None:
         "bf16",
     )
     assert (both.measured_as("fp8"), NumberFormats(weights="fp8").measured_as("fp8")) == ("fp8 x fp8", "fp8")
-    assert both.measured_as("fp8") in formats_of("linear")
+    assert both.measured_as("fp8") in CASES["linear"].formats
     on_cpu = NumberFormats(weights="int4", on_gpu=False)
     assert (on_cpu.of("head"), on_cpu.rate("int4"), on_cpu.rate("bf16")) == ("int8", "int8", "bf16")
     assert NumberFormats(weights="float32", plain="float32", on_gpu=False).rate("float32") == "fp32"
