@@ -13,7 +13,6 @@ first choices on small4-mini agree at 42 % of the positions, 68 % are near, and 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -48,15 +47,14 @@ def sequences(cell: Cell, vocab_size: int) -> list[list[int]]:
 
 def reference(checkpoint: Checkpoint, cell: Cell, folder: Path) -> Table:
     """transformers' log-probabilities in fp32, [sequence, position, vocabulary]; made once. Raises EngineFailed."""
-    recipe: Any = [msgspec.to_builtins(cell), SEED]
 
     def make(target: Path) -> None:
+        forced = sequences(cell, checkpoint.vocab_size)
         with transformers.offline(REFERENCE, checkpoint, folder) as worker:
-            forced = sequences(cell, checkpoint.vocab_size)
             worker.ask("save_logprobs", sequences=forced, path=str(target / FILE))
 
-    table: Table = np.load(kept(checkpoint, folder, REFERENCE.name, recipe, make) / FILE, mmap_mode="r")
-    return table
+    made = kept(checkpoint, folder, REFERENCE.name, [msgspec.to_builtins(cell), SEED], make)
+    return np.load(made / FILE, mmap_mode="r")
 
 
 def compare(found: Logprobs, table: Table) -> Measured:

@@ -82,7 +82,7 @@ class Peer(Protocol):
         ...
 
     def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Session | None:
-        """A server that does; None for an engine that has none. Raises EngineFailed."""
+        """Convert, start its server and warm it up; None for an engine that has none. Raises EngineFailed."""
         ...
 
 
@@ -94,8 +94,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     def config(self) -> dict[str, Any]:
         """The checkpoint's config.json."""
-        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        return config
+        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
 
     @property
     def vocab_size(self) -> int:

@@ -63,10 +63,9 @@ def request(port: int, path: str, body: bytes | None = None) -> bytes:
     asked = Request(f"http://{HOST}:{port}{path}", body, {"Content-Type": "application/json"})
     try:
         with build_opener(ProxyHandler({})).open(asked, timeout=TIMEOUT_S) as answer:  # by no proxy
-            found: bytes = answer.read()
+            return answer.read()
     except (OSError, HTTPException) as error:
         raise ConnectionLost(f"port {port}: {error}") from error
-    return found
 
 
 async def _events(port: int, request: bytes) -> AsyncIterator[dict[str, Any]]:

@@ -162,8 +162,7 @@ class Worker(Process):
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
         """Ask the backend."""
-        found: Logprobs = self.ask("top_logprobs", sequences=sequences, count=count)
-        return found
+        return self.ask("top_logprobs", sequences=sequences, count=count)
 
     def close(self) -> None:
         """End the worker and its children."""
