@@ -8,12 +8,12 @@ prompt, an admission, an end, a preemption) is for the engine's own scheduler, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from cierzo.bench.plan.course import Row, expand
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.cost.step_model import FloatArray, decode_steps
+from cierzo.engine.cost.step_model import FloatArray
 from cierzo.engine.cost.work import Distinct
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.simulated import SimulatedRunner
@@ -36,15 +36,6 @@ class VirtualClock:
         self.now_s = max(self.now_s, then_s)
 
 
-class Steady(NamedTuple):
-    """A stretch of `steps` in which each of `sequences` decodes a token, and nothing else happens unless somebody
-    adds or aborts. context_tokens: of all these sequences together in the first step."""
-
-    steps: int = 0
-    sequences: int = 0
-    context_tokens: int = 0
-
-
 class JumpingScheduler(Scheduler):
     """The engine's scheduler, which can also take many decode steps at once.
 
@@ -53,16 +44,17 @@ class JumpingScheduler(Scheduler):
     hold loads with and without it against each other, and `check` holds after it.
     """
 
-    def steady(self) -> Steady:
-        """The coming steps that are sure to be alike. Must not be asked while a step is in flight."""
+    def steady(self) -> Row:
+        """The coming steps that are sure to be alike: in each every running sequence decodes a token, and nothing
+        else happens unless somebody adds or aborts. Must not be asked while a step is in flight."""
         running = self._running.values()
         others = len(self._gate) or (self._waiting and not self._blocked) or self._deadlines.first() is not None
         if others or not running or any(len(one.tokens) - one.num_planned != 1 for one in running):
-            return Steady()
+            return Row(0, 0, 0, repeat=0)
         before_an_end = min(one.stop.limit_tokens - len(one.tokens) for one in running) - 1
         with_room = self._cache.num_free // len(running) * self._cache.block_tokens
-        context_tokens = sum(len(one.tokens) for one in running)
-        return Steady(max(0, min(before_an_end, with_room)), len(running), context_tokens)
+        steps = max(0, min(before_an_end, with_room))
+        return Row(len(running), sum(len(one.tokens) for one in running), len(running), steps)
 
     def advance(self, num_steps: int, token_ids: Sequence[int]) -> list[tuple[int, list[int]]]:
         """Take the first `num_steps` of the steps that `steady` told; return (slot, new blocks) where a sequence
@@ -103,15 +95,15 @@ class VirtualCore(EngineCore):
     def steady_s(self, at_most: int) -> FloatArray:
         """Seconds of each coming step that is sure to be alike, up to `at_most` of them. Fewer than two: the next
         step is for `step_plain`."""
-        steady = self._scheduler.steady()
-        shape, rows = decode_steps(steady.sequences, steady.context_tokens, min(steady.steps, at_most))
-        return np.atleast_1d(self.simulated.model.time(shape, rows).total_s)
+        row = self._scheduler.steady()
+        row.repeat = min(row.repeat, at_most)
+        return np.atleast_1d(self.simulated.model.time(*expand([row])).total_s)
 
     def advance(self, steps: int) -> list[TokenDelta]:
         """Take the first `steps` of those that `steady_s` told, and let their time pass."""
-        steady, simulated = self._scheduler.steady(), self.simulated
-        shape, rows = decode_steps(steady.sequences, steady.context_tokens, steps)
-        seconds = simulated.model.add(simulated.totals, shape, rows)
+        row, simulated = self._scheduler.steady(), self.simulated
+        row.repeat = steps
+        seconds = simulated.model.add(simulated.totals, *expand([row]))
         for slot, block_ids in self._scheduler.advance(steps, simulated.token_ids):
             self._builder.extend_table(slot, block_ids)
         self.virtual_clock.wait_until(self.virtual_clock() + float(seconds.sum()))

@@ -16,7 +16,7 @@ from cierzo.bench.peers.engine import Checkpoint, Engine
 from cierzo.bench.revision import ROOT
 from cierzo.bench.stats import median
 from cierzo.engine.cost.device import Device
-from cierzo.engine.cost.step_time import step_time
+from cierzo.engine.cost.step_model import step_time
 from cierzo.engine.cost.weights import NumberFormats
 from cierzo.engine.cost.work import StepShape, step_work
 from cierzo.engine.model.config import ModelConfig, read_model_config
