@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -139,38 +140,25 @@ class Planner:
         return forecast(config, workload, device=device, distinct=self._distinct)
 
     def _best(self, config: EngineConfig, device: Device) -> tuple[Forecast, Workload]:
-        """Forecast the workload as it is, or the highest load that keeps the limits: clients or requests a second
-        are doubled until a limit breaks, then bisected."""
+        """Forecast the workload as it is, or the highest load that keeps the limits."""
         given, limits, rate = self._workload, self._limits, self._workload.rate
         if not limits.given or given.trace:
             return self._forecast(config, device, given), given
+        found: dict[float, tuple[Forecast, Workload]] = {}
 
-        def attempt(size: float) -> tuple[Forecast, Workload]:
+        def keeps(size: float) -> bool:
             load = {"concurrency": int(size)} if rate is None else {"rate": size}
             workload = msgspec.structs.replace(given, **load)
-            return self._forecast(config, device, workload), workload
+            found[size] = self._forecast(config, device, workload), workload
+            return limits.broken(found[size][0]) is None
 
         clients = (config.scheduler.max_waiting, config.frontend.max_open_samples, 4 * config.scheduler.max_running)
-        low, most = (1.0, float(min(clients))) if rate is None else (rate / 1024, rate * 1024)
-        best, high = attempt(low), most
-        broken = limits.broken(best[0])
-        if broken is not None:
-            raise ConfigError(f"workload {best[1]}: {broken}", field="max_ttft_ms", value=broken)
-        while low < most:
-            size = min(2 * low, most)
-            found = attempt(size)
-            if limits.broken(found[0]) is not None:
-                high = size
-                break
-            best, low = found, size
-        while high > low * FINENESS and (rate is not None or high - low > 1):
-            size = float((low + high) // 2) if rate is None else (low * high) ** 0.5
-            found = attempt(size)
-            if limits.broken(found[0]) is None:
-                best, low = found, size
-            else:
-                high = size
-        return best
+        low, most = (1, min(clients)) if rate is None else (rate / 1024, rate * 1024)
+        best = highest(keeps, low, most, FINENESS, whole=rate is None)
+        if best is None:
+            broken = limits.broken(found[low][0])
+            raise ConfigError(f"workload {found[low][1]}: {broken}", field="max_ttft_ms", value=broken)
+        return found[best]
 
     def _changes(self, name: str, config: EngineConfig, found: Forecast) -> list[Change]:
         """Forecast each change alone, the one that helps most first; changes that cannot be made come last."""
@@ -186,35 +174,57 @@ class Planner:
                 gain = changed.requests_per_s / found.requests_per_s
             else:
                 gain = found.completion_s.p50 / changed.completion_s.p50
-            completion_s = changed.completion_s.p50
-            rate = changed.requests_per_s
+            rate, completion_s = changed.requests_per_s, changed.completion_s.p50
             changes.append(Change(what=what, gain=gain, requests_per_s=rate, completion_p50_s=completion_s))
         return sorted(changes, key=lambda change: -change.gain)
 
     def _candidates(self, name: str, config: EngineConfig) -> list[tuple[str, str, EngineOptions]]:
         """Changes as (words, device, options). On a CPU the weights stay: its shares were measured with them."""
-        given, replace = self._options, msgspec.structs.replace
         device, limits = self.device(name), config.scheduler
-        found = []
+        others: list[tuple[str, str, dict[str, Any]]] = []
         if device.kind == "cuda":
-            others = [weights for weights in formats_on("cuda") if weights != config.weights]
-            found += [(f"weights {weights}", name, replace(given, weights=weights)) for weights in others]
-            others = [one for one in ("bf16", *ACTIVATION_FORMATS) if one != config.activations]
-            found += [(f"activations {one}", name, replace(given, activations=one)) for one in others]
-            found += [(f"device {other}", other, given) for other in other_cards(name)]
+            others += [(f"weights {one}", name, {"weights": one}) for one in formats_on("cuda")]
+            others += [(f"activations {one}", name, {"activations": one}) for one in ("bf16", *ACTIVATION_FORMATS)]
+            others += [(f"device {other}", other, {}) for other in other_cards(name)]
         pages = KV_BYTE_FORMAT[device.kind]
         other_pages = "bf16" if config.layout.dtype == pages else pages
-        found.append((f"KV cache {other_pages}", name, replace(given, kv_dtype=other_pages)))
+        others.append((f"KV cache {other_pages}", name, {"kv_dtype": other_pages}))
         for what, factor in (("twice the step", 2.0), ("half the step", 0.5)):
             budget = max(limits.max_running, int(limits.budget_tokens * factor))
             chunk = max(1, int(limits.max_chunk_tokens * factor))
-            text = f"{what}: {budget:,} tokens, chunks of {chunk:,}"
-            found.append((text, name, replace(given, budget_tokens=budget, max_chunk_tokens=chunk)))
+            sizes = {"budget_tokens": budget, "max_chunk_tokens": chunk}
+            others.append((f"{what}: {budget:,} tokens, chunks of {chunk:,}", name, sizes))
         running = 2 * limits.max_running
-        budget = max(running, limits.budget_tokens)
-        more = replace(given, max_running=running, budget_tokens=budget)
-        found.append((f"max_running {running:,}", name, more))
-        return found
+        sizes = {"max_running": running, "budget_tokens": max(running, limits.budget_tokens)}
+        others.append((f"max_running {running:,}", name, sizes))
+        as_it_is = (f"weights {config.weights}", f"activations {config.activations}")
+        return [
+            (what, other, msgspec.structs.replace(self._options, **settings))
+            for what, other, settings in others
+            if what not in as_it_is
+        ]
+
+
+def highest(
+    keeps: Callable[[float], bool], low: float, most: float, near: float, *, whole: bool = True
+) -> float | None:
+    """Find the highest load that keeps a limit, to within a factor `near`: doubled from `low` on until `most` or
+    until one does not keep it, then bisected; of whole numbers, or of any. None where `low` does not keep it."""
+    if not keeps(low):
+        return None
+    high = low
+    while high < most:
+        high = min(2 * high, most)
+        if not keeps(high):
+            break
+        low = high
+    while high > low * near and not (whole and high - low == 1):
+        middle = (low + high) // 2 if whole else (low * high) ** 0.5
+        if keeps(middle):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 class _ExpertsReport(msgspec.Struct, frozen=True):
