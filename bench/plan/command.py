@@ -106,10 +106,10 @@ def _calibrated(options: EngineOptions, path: Path | None, names: Sequence[str])
         if path is not None:
             raise refusal("calibration", "left out", str(path), "it is for device cpu, which is not planned for")
         return None
-    from cierzo.bench.plan.calibrate import calibrate, read_calibration  # imports torch
+    from cierzo.bench.plan.calibrate import Calibrator, read_calibration  # imports torch
 
     options = msgspec.structs.replace(options, device="cpu")
-    return calibrate(options) if path is None else read_calibration(path, options)
+    return Calibrator(options).measure() if path is None else read_calibration(path, options)
 
 
 def table(
