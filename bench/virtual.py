@@ -1,15 +1,15 @@
 """Loads in virtual time: the real load client and the real scheduler, on a card that is simulated.
 
-`VirtualLoop` is an asyncio loop whose clock jumps to the next timer instead of waiting for it. `SimulatedServer` is
-the engine core as a task of that loop, and its `connect` opens what `bench.load` takes for a connection.
+The clock of the asyncio loop jumps to the next timer instead of waiting for it. `SimulatedServer` is the engine
+core as a task of that loop, and its `connect` opens what `bench.load` takes for a connection.
 """
 
 from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +19,11 @@ from cierzo.bench.virtual_core import VirtualClock, VirtualCore
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.step_model import StepTotals
 from cierzo.engine.cost.work import Distinct
-from cierzo.engine.errors import BY_CODE, CierzoError, CoreFailed
+from cierzo.engine.errors import BY_CODE, CoreFailed
 from cierzo.engine.messages import Delta, Submit, TokenDelta
 from cierzo.scheduler.params import SamplingParams
 
 MOST_STEPS = 4096  # taken together, at most
-T = TypeVar("T")
 
 
 class _JumpingSelector(selectors.SelectSelector):
@@ -42,23 +41,12 @@ class _JumpingSelector(selectors.SelectSelector):
         return []
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
+def _virtual_loop(clock: VirtualClock) -> asyncio.AbstractEventLoop:
     """An asyncio event loop whose clock jumps to the next timer instead of waiting."""
-
-    def __init__(self, clock: VirtualClock) -> None:
-        super().__init__(_JumpingSelector(clock))
-        self._virtual = clock
-        self._clock_resolution = 1e-9
-
-    def time(self) -> float:
-        """Virtual seconds by now."""
-        return self._virtual.now_s
-
-
-def run_virtual(task: Coroutine[Any, Any, T], clock: VirtualClock) -> T:
-    """Run `task` to its end in virtual time, and return its result."""
-    with asyncio.Runner(loop_factory=lambda: VirtualLoop(clock)) as runner:
-        return runner.run(task)
+    loop = asyncio.SelectorEventLoop(_JumpingSelector(clock))
+    loop.time = clock  # type: ignore[method-assign]
+    loop._clock_resolution = 1e-9  # type: ignore[attr-defined]
+    return loop
 
 
 class SimulatedServer:
@@ -91,14 +79,14 @@ class SimulatedServer:
         """Take requests and steps, until cancelled. A request that comes within a step waits for the step's end, as
         it does in the core."""
         while True:
-            self._take()
+            for submit in self._arrivals:
+                self.core.submit(submit)
+            self._arrivals.clear()
+            self._arrived.clear()
             if not self.core.has_work():
                 await self._arrived.wait()
-                self._arrived.clear()
                 continue
-            seconds = self.core.steady_s(self._most_steps)
-            deltas = await self._one_step() if len(seconds) < 2 else await self._steps(np.cumsum(seconds))
-            for delta in deltas:
+            for delta in await self._step():
                 ended = delta.finish is not None
                 stream = self._streams.pop(delta.request_id) if ended else self._streams[delta.request_id]
                 stream.put_nowait(delta)
@@ -111,24 +99,15 @@ class SimulatedServer:
         self._arrived.set()
         return stream
 
-    def _take(self) -> None:
-        for submit in self._arrivals:
-            self.core.submit(submit)
-        self._arrivals.clear()
-        self._arrived.clear()
-
-    async def _one_step(self) -> list[TokenDelta]:
-        """Take one step. The core has let its time pass at once; the clock is set back, and the loop waits for the
-        step's end, so that the other tasks see time pass too."""
-        begin_s = self.clock.now_s
-        deltas = self.core.step_plain()
-        end_s, self.clock.now_s = self.clock.now_s, begin_s
-        await asyncio.sleep(end_s - begin_s)
-        return deltas
-
-    async def _steps(self, ends_s: np.ndarray[Any, Any]) -> list[TokenDelta]:
-        """Take the coming steps together, or those of them that have begun when a request comes."""
-        begin_s = self.clock.now_s
+    async def _step(self) -> list[TokenDelta]:
+        """Take one step, or all coming ones that are alike and have begun when a request comes. The core lets their
+        time pass at once; the clock is set back, and the loop waits, so that the other tasks see time pass too."""
+        begin_s, ends_s = self.clock.now_s, np.cumsum(self.core.steady_s(self._most_steps))
+        if len(ends_s) < 2:
+            deltas = self.core.step_plain()
+            end_s, self.clock.now_s = self.clock.now_s, begin_s
+            await asyncio.sleep(end_s - begin_s)
+            return deltas
         try:
             async with asyncio.timeout(float(ends_s[-1])):
                 await self._arrived.wait()
@@ -137,10 +116,8 @@ class SimulatedServer:
             begun = len(ends_s)
         begun = min(begun, len(ends_s))
         await asyncio.sleep(begin_s + float(ends_s[begun - 1]) - self.clock.now_s)
-        now_s, self.clock.now_s = self.clock.now_s, begin_s
-        deltas = self.core.advance(begun)
-        self.clock.now_s = now_s
-        return deltas
+        self.clock.now_s = begin_s
+        return self.core.advance(begun)
 
 
 class SimulatedClient:
@@ -159,7 +136,8 @@ class SimulatedClient:
                 yield Delta(stream=0, sample=delta.sample, token_ids=delta.token_ids)
             if delta.finish is not None:
                 if delta.finish.reason not in ("stop", "length"):
-                    raise _error(delta.finish.message or delta.finish.reason)
+                    code, _, words = delta.finish.message.partition(": ")  # as the core refuses a request
+                    raise BY_CODE.get(code, CoreFailed)(words or delta.finish.message or delta.finish.reason)
                 return
 
     async def model_info(self) -> Any:
@@ -180,12 +158,5 @@ def run_simulated_load(server: SimulatedServer, settings: LoadSettings) -> LoadR
         finally:
             engine.cancel()
 
-    return run_virtual(load(), server.clock)
-
-
-def _error(message: str) -> CierzoError:
-    """The error that the front end would send for a failed request; the words before the first colon may be its
-    code."""
-    code, _, rest = message.partition(": ")
-    kind = BY_CODE.get(code, CoreFailed)
-    return kind(rest or message)
+    with asyncio.Runner(loop_factory=lambda: _virtual_loop(server.clock)) as runner:
+        return runner.run(load())

@@ -12,6 +12,7 @@ a step late.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 from collections import Counter, deque
@@ -145,7 +146,7 @@ class Batching:
         self._room = _Room(config.cache.num_blocks)
         self._step, self._now_s, self._arrived = 0, 0.0, 0
         self._late: list[int] = []  # for each answer that its client has not followed up: the step it came with
-        self._waiting: list[tuple[int, _Request]] = []
+        self._waiting: list[_Request] = []  # in order of arrival
         self._prompts: list[_Request] = []
         self._running: dict[int, _Request] = {}
         self._decodes = self._context = 0
@@ -177,16 +178,15 @@ class Batching:
         tokens = new.input_tokens
         shared = min(new.shared_tokens, tokens - 1) // self._block_tokens if self._caching else 0
         self.course.arrival[index] = step
-        heapq.heappush(self._waiting, (index, _Request(index, tokens, new.output_tokens, shared, tokens)))
+        self._waiting.append(_Request(index, tokens, new.output_tokens, shared, tokens))
         self._arrived += 1
         self._blocked = False
         self.course.most_waiting = max(self.course.most_waiting, len(self._waiting))
 
     def _next_s(self) -> float:
         """When the next request of an open load comes; never, if there is none."""
-        return (
-            math.inf if self._clients or self._arrived == len(self._load) else self._load[self._arrived].arrival_s
-        )
+        is_open = not self._clients and self._arrived < len(self._load)
+        return self._load[self._arrived].arrival_s if is_open else math.inf
 
     def _take(self) -> None:
         """Queue the requests that have come by the beginning of this step."""
@@ -251,7 +251,7 @@ class Batching:
         budget = self._limits.budget_tokens - self._decodes
         for request in self._prompts:
             if budget > 0:
-                budget -= self._chunk(request, row, budget, len(self._waiting))
+                budget -= self._chunk(request, row, budget)
         if preemptions == self.course.preemptions:
             self._admit(row, budget)
         row.running = len(self._running)
@@ -259,12 +259,12 @@ class Batching:
             self._now_s += float(self._price(*expand([row]))[0])
         self._end(row)
 
-    def _chunk(self, request: _Request, row: Row, budget: int, waiting: int) -> int:
+    def _chunk(self, request: _Request, row: Row, budget: int) -> int:
         """Add the next chunk of a prompt to the step; return its tokens. Alone a prompt takes the whole budget;
         beside others a long one is cut, and leaves half of the budget."""
         missing = request.known - request.computed
         count = min(missing, budget)
-        if len(self._running) + waiting > 1 and missing > self._limits.max_chunk_tokens:
+        if len(self._running) + len(self._waiting) > 1 and missing > self._limits.max_chunk_tokens:
             count = min(self._limits.max_chunk_tokens, (budget + 1) // 2)
         row.chunk(request.computed, count, request.input_tokens, count == missing)
         request.computed += count
@@ -272,23 +272,20 @@ class Batching:
 
     def _admit(self, row: Row, budget: int) -> None:
         """Admit requests that wait, in order, until the first that finds no room."""
-        passed: list[tuple[int, _Request]] = []
-        before, had_budget = len(self._running), budget > 0
-        while budget > 0 and self._waiting:
+        passed, before, had_budget = 0, len(self._running), budget > 0
+        while budget > 0 and passed < len(self._waiting):
+            request = self._waiting[passed]
             if len(self._running) >= self._limits.max_running:
                 self.course.max_running_reached = True
                 break
-            request = self._waiting[0][1]
-            if len(passed) < LOOKED_PAST and self._is_coming(request):
-                passed.append(heapq.heappop(self._waiting))
+            if passed < LOOKED_PAST and self._is_coming(request):
+                passed += 1
                 continue
             if not self._enter(request):
                 self.course.kv_room_reached = True
                 break
-            heapq.heappop(self._waiting)
-            budget -= self._chunk(request, row, budget, len(self._waiting))
-        for entry in passed:
-            heapq.heappush(self._waiting, entry)
+            del self._waiting[passed]
+            budget -= self._chunk(request, row, budget)
         self._blocked = had_budget and not passed and len(self._running) == before
 
     def _is_coming(self, request: _Request) -> bool:
@@ -385,7 +382,7 @@ class Batching:
         else:
             self._prompts.remove(request)
         self._leave(request)
-        heapq.heappush(self._waiting, (request.index, request))
+        bisect.insort(self._waiting, request, key=lambda one: one.index)
 
     def _leave(self, request: _Request) -> None:
         """Free a request's slot and blocks; its full blocks keep the tokens that they hold."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,13 +106,12 @@ class Planner:
             found, workload = self._best(config, device)
         except ConfigError as error:
             return msgspec.structs.replace(plan, refused=error.message)
-        num_blocks, layout = config.cache.num_blocks, config.layout
         return msgspec.structs.replace(
             plan,
             weight_gb=StepModel(config, device).weight_bytes / 1e9,
             memory_gb=device.total_memory_bytes / 1e9,
-            kv_gb=num_blocks * layout.bytes_per_block / 1e9,
-            kv_tokens=num_blocks * layout.block_tokens,
+            kv_gb=config.cache.num_blocks * config.layout.bytes_per_block / 1e9,
+            kv_tokens=config.cache.num_blocks * config.layout.block_tokens,
             workload=str(workload),
             forecast=found,
             changes=tuple(self._changes(name, config, found)) if changes else (),
@@ -164,45 +163,37 @@ class Planner:
         """Forecast each change alone, the one that helps most first; changes that cannot be made come last."""
         by_rate = self._workload.concurrency is not None or (self._limits.given and not self._workload.trace)
         changes = []
-        for what, other, options in self._candidates(name, config):
+        for what, other, settings in self._candidates(name, config):
+            options = msgspec.structs.replace(self._options, **settings)
             try:
                 changed, _ = self._best(self.config(other, options), self.device(other))
             except ConfigError as error:
                 changes.append(Change(what=what, refused=error.message))
                 continue
-            if by_rate:
-                gain = changed.requests_per_s / found.requests_per_s
-            else:
-                gain = found.completion_s.p50 / changed.completion_s.p50
             rate, completion_s = changed.requests_per_s, changed.completion_s.p50
+            gain = rate / found.requests_per_s if by_rate else found.completion_s.p50 / completion_s
             changes.append(Change(what=what, gain=gain, requests_per_s=rate, completion_p50_s=completion_s))
         return sorted(changes, key=lambda change: -change.gain)
 
-    def _candidates(self, name: str, config: EngineConfig) -> list[tuple[str, str, EngineOptions]]:
-        """Changes as (words, device, options). On a CPU the weights stay: its shares were measured with them."""
-        device, limits = self.device(name), config.scheduler
-        others: list[tuple[str, str, dict[str, Any]]] = []
-        if device.kind == "cuda":
-            others += [(f"weights {one}", name, {"weights": one}) for one in formats_on("cuda")]
-            others += [(f"activations {one}", name, {"activations": one}) for one in ("bf16", *ACTIVATION_FORMATS)]
-            others += [(f"device {other}", other, {}) for other in other_cards(name)]
-        pages = KV_BYTE_FORMAT[device.kind]
+    def _candidates(self, name: str, config: EngineConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Changes as (words, device, settings). On a CPU the weights stay: its shares were measured with them."""
+        kind, limits = self.device(name).kind, config.scheduler
+        if kind == "cuda":
+            for setting, formats in (("weights", formats_on(kind)), ("activations", ("bf16", *ACTIVATION_FORMATS))):
+                others = (one for one in formats if one != getattr(config, setting))
+                yield from ((f"{setting} {one}", name, {setting: one}) for one in others)
+            yield from ((f"device {other}", other, {}) for other in other_cards(name))
+        pages = KV_BYTE_FORMAT[kind]
         other_pages = "bf16" if config.layout.dtype == pages else pages
-        others.append((f"KV cache {other_pages}", name, {"kv_dtype": other_pages}))
+        yield f"KV cache {other_pages}", name, {"kv_dtype": other_pages}
         for what, factor in (("twice the step", 2.0), ("half the step", 0.5)):
             budget = max(limits.max_running, int(limits.budget_tokens * factor))
             chunk = max(1, int(limits.max_chunk_tokens * factor))
             sizes = {"budget_tokens": budget, "max_chunk_tokens": chunk}
-            others.append((f"{what}: {budget:,} tokens, chunks of {chunk:,}", name, sizes))
+            yield f"{what}: {budget:,} tokens, chunks of {chunk:,}", name, sizes
         running = 2 * limits.max_running
-        sizes = {"max_running": running, "budget_tokens": max(running, limits.budget_tokens)}
-        others.append((f"max_running {running:,}", name, sizes))
-        as_it_is = (f"weights {config.weights}", f"activations {config.activations}")
-        return [
-            (what, other, msgspec.structs.replace(self._options, **settings))
-            for what, other, settings in others
-            if what not in as_it_is
-        ]
+        more = {"max_running": running, "budget_tokens": max(running, limits.budget_tokens)}
+        yield f"max_running {running:,}", name, more
 
 
 def highest(
@@ -246,19 +237,15 @@ def read_experts(path: Path) -> ExpertStatistics:
 
 
 def _require_same_experts(statistics: ExpertStatistics, config: EngineConfig) -> None:
-    moe = config.model.moe
+    moe, layers = config.model.moe, config.model.num_layers
     ours = (0, 0, 0)
     if moe is not None:
-        ours = (config.model.num_layers - moe.first_dense_layers, moe.num_experts, moe.experts_per_token)
+        ours = (layers - moe.first_dense_layers, moe.num_experts, moe.experts_per_token)
     theirs = (len(statistics.layers), statistics.num_experts, statistics.top_k)
     if ours != theirs:
-        told = [f"{layers} layers of {count} experts, {top} a token" for layers, count, top in (theirs, ours)]
-        raise ConfigError(
-            f"expert statistics of {told[0]}; {config.name} has {told[1]}",
-            field="experts",
-            limit=told[1],
-            value=told[0],
-        )
+        found, limit = ("{} layers of {} experts, {} a token".format(*one) for one in (theirs, ours))
+        message = f"expert statistics of {found}; {config.name} has {limit}"
+        raise ConfigError(message, field="experts", limit=limit, value=found)
 
 
 def other_cards(name: str) -> list[str]:
