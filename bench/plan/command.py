@@ -18,20 +18,24 @@ import msgspec
 
 from cierzo.bench.campaign import plot
 from cierzo.bench.campaign.table import Grid, text
-from cierzo.bench.plan.forecast import Percentiles
 from cierzo.bench.plan.search import DevicePlan, LatencyLimits, Planner, read_experts
 from cierzo.bench.report import Recording, check_writable
+from cierzo.bench.stats import Summary
 from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import EngineOptions, checkpoint_path
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError, refusal
-from cierzo.engine.options import add_options, chosen, positive_float
+from cierzo.engine.options import add_options, chosen
 from cierzo.engine.weights.shapes import named_model_config
 
 NOT_PLANNED = {"model", "device", "kernels", "frontend", "runner"}
 SHOWN = 22  # last letters of a device's name: it may be a path
 MOST_CHANGES = 6
+WORKLOAD = (
+    "2048/256@64: tokens in, out, clients; 2048/256@3.5/s: requests a second; 1152:1024/64@16: 1,024 of 1,152 "
+    "tokens are the same in all; FILE.jsonl: a trace; FILE.json"
+)
 FIGURE_CLIENTS = 2048
 FIGURE_INCHES = (4.5, 2.8)
 Curve = list[tuple[float, float, float]]  # clients, requests/s, ms between tokens
@@ -42,32 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a folder, or for GPUs small4, small3: at true size"
     )
-    parser.add_argument(
-        "--device",
-        required=True,
-        metavar="NAME[,NAME...]",
-        help="h100, h200, several as in 4xh100, a device file, or cpu: this machine",
-    )
-    parser.add_argument(
-        "--workload",
-        required=True,
-        metavar="LOAD",
-        help="2048/256@64: tokens in, out, clients; 2048/256@3.5/s: requests a second; 1152:1024/64@16: 1,024 of "
-        "1,152 tokens are the same in all; FILE.jsonl: a trace; FILE.json",
-    )
-    parser.add_argument(
-        "--max-ttft-ms", type=positive_float, metavar="X", help="find the highest load whose first tokens keep this"
-    )
-    parser.add_argument(
-        "--max-inter-token-ms", type=positive_float, metavar="X", help="the same for the time between two tokens"
-    )
-    parser.add_argument(
-        "--statistic", choices=("mean", "p50", "p99"), default="p99", help="of these times that must keep it"
-    )
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="of cierzo.bench.plan.calibrate, for cpu")
-    parser.add_argument("--experts", type=Path, metavar="FILE", help="what traffic chose, of cierzo bench experts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw throughput over clients here")
+    for option, metavar, told in (
+        ("--device", "NAME[,NAME...]", "h100, h200, several as in 4xh100, a device file, or cpu: this machine"),
+        ("--workload", "LOAD", WORKLOAD),
+    ):
+        parser.add_argument(option, required=True, metavar=metavar, help=told)
+    add_options(parser, LatencyLimits)
+    for option, told in (
+        ("--calibration", "of cierzo.bench.plan.calibrate, for cpu"),
+        ("--experts", "what traffic chose, of cierzo bench experts"),
+        ("--json", "write everything here"),
+        ("--png", "draw throughput over clients here"),
+    ):
+        parser.add_argument(option, type=Path, metavar="FILE", help=told)
     add_options(parser.add_argument_group("settings of the engine"), EngineOptions, skip=NOT_PLANNED)
 
 
@@ -79,17 +70,15 @@ def run(arguments: argparse.Namespace) -> int:
     report = Recording("plan", arguments.json)
     if arguments.png is not None:
         check_writable(arguments.png)
-    given = chosen(arguments, EngineOptions, skip=NOT_PLANNED)
-    options = EngineOptions(model=checkpoint, **given)
+    options = EngineOptions(model=checkpoint, **chosen(arguments, EngineOptions, skip=NOT_PLANNED))
     workload = parse_workload(arguments.workload)
-    limits = LatencyLimits(
-        max_ttft_ms=arguments.max_ttft_ms,
-        max_inter_token_ms=arguments.max_inter_token_ms,
-        statistic=arguments.statistic,
-    )
+    limits = LatencyLimits(**chosen(arguments, LatencyLimits))
     names = arguments.device.split(",")
     experts = None if arguments.experts is None else read_experts(arguments.experts)
-    calibrated = _calibrated(options, arguments.calibration, names)
+    calibrated = _calibrated(options, arguments.calibration) if "cpu" in names else None
+    if calibrated is None and arguments.calibration is not None:
+        given, why = str(arguments.calibration), "it is for device cpu, which is not planned for"
+        raise refusal("calibration", "left out", given, why)
     planner = Planner(options, workload, limits, experts=experts, calibrated=calibrated)
     plans = [planner.plan(name) for name in names]
     print(table(plans, checkpoint, workload, limits, arguments.experts))
@@ -100,12 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     return int(all(plan.refused for plan in plans))
 
 
-def _calibrated(options: EngineOptions, path: Path | None, names: Sequence[str]) -> Device | None:
-    """This machine's CPU, where a plan is for it: read from the file, or measured now."""
-    if "cpu" not in names:
-        if path is not None:
-            raise refusal("calibration", "left out", str(path), "it is for device cpu, which is not planned for")
-        return None
+def _calibrated(options: EngineOptions, path: Path | None) -> Device:
+    """This machine's CPU: read from the file, or measured now."""
     from cierzo.bench.plan.calibrate import Calibrator, read_calibration  # imports torch
 
     options = msgspec.structs.replace(options, device="cpu")
@@ -166,7 +151,7 @@ def _column(plan: DevicePlan) -> dict[str, str]:
     }
 
 
-def _pair(latency: Percentiles, factor: float) -> str:
+def _pair(latency: Summary, factor: float) -> str:
     return f"{latency.p50 * factor:,.3g}, {latency.p99 * factor:,.3g}"
 
 

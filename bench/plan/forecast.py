@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cierzo.bench.plan.batching import Batching
 from cierzo.bench.plan.course import Course, expand
+from cierzo.bench.stats import Summary, summarise
 from cierzo.bench.workload import TracedRequest, Workload, poisson_arrivals
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.device import Device
@@ -25,14 +26,6 @@ LIMITS = ("memory", "arithmetic", "exchange", "overhead")
 LONGER = "a request of {:,} tokens, and max_model_len is {:,}"
 MORE = "{:,} requests at once, and the queue takes {:,} (max_waiting, max_open_samples)"
 GROWTH = 0.05  # seconds by which requests take longer, each second, from which on an engine does not keep up
-
-
-class Percentiles(msgspec.Struct, frozen=True):
-    """Mean and percentiles of a latency; seconds."""
-
-    mean: float
-    p50: float
-    p99: float
 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,9 +42,9 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     requests_per_s: float
     output_tokens_per_s: float
-    time_to_first_token_s: Percentiles
-    inter_token_s: Percentiles
-    completion_s: Percentiles
+    time_to_first_token_s: Summary
+    inter_token_s: Summary
+    completion_s: Summary
     running: float
     most_running: int
     most_waiting: int
@@ -157,9 +150,9 @@ def _forecast(
         requests=len(load),
         requests_per_s=rate,
         output_tokens_per_s=rate * float(np.mean([load[index].output_tokens for index in steady])),
-        time_to_first_token_s=_percentiles((first_s - arrival_s)[steady]),
+        time_to_first_token_s=summarise((first_s - arrival_s)[steady].tolist()),
         inter_token_s=_gaps(course, ends_s, steady),
-        completion_s=_percentiles(took_s[steady]),
+        completion_s=summarise(took_s[steady].tolist()),
         running=float((running * seconds * within).sum()) / (end_s - begin_s),
         most_running=course.most_running,
         most_waiting=course.most_waiting,
@@ -176,11 +169,7 @@ def _forecast(
     )
 
 
-def _percentiles(values: FloatArray) -> Percentiles:
-    return Percentiles(float(values.mean()), *(float(value) for value in np.percentile(values, (50, 99))))
-
-
-def _gaps(course: Course, ends_s: FloatArray, steady: NDArray[np.int64]) -> Percentiles:
+def _gaps(course: Course, ends_s: FloatArray, steady: NDArray[np.int64]) -> Summary:
     """Times between one token and the next: a step's, once for each request that decodes in it, and the pauses of
     requests that were preempted."""
     pauses = np.array(course.pauses, np.int64).reshape(-1, 3)
@@ -192,11 +181,12 @@ def _gaps(course: Course, ends_s: FloatArray, steady: NDArray[np.int64]) -> Perc
     weights = np.append(np.cumsum(changes)[:-1], np.ones(len(before), np.int64))
     order = np.argsort(gaps)
     reached = np.cumsum(weights[order])
-    if not reached[-1]:
-        return Percentiles(0.0, 0.0, 0.0)
-    mean = float((gaps * weights).sum() / reached[-1])
-    ranks = np.ceil(reached[-1] * np.array([0.5, 0.99]))
-    return Percentiles(mean, *(float(gap) for gap in gaps[order][np.searchsorted(reached, ranks)]))
+    count = int(reached[-1])
+    if not count:
+        return summarise([])
+    ranks = np.ceil(count * np.array([0.5, 0.9, 0.99, 1.0]))
+    percentiles = gaps[order][np.searchsorted(reached, ranks)].tolist()
+    return Summary(count, float((gaps * weights).sum()) / count, *percentiles)
 
 
 def _keeps_up(took_s: FloatArray, arrival_s: FloatArray) -> bool:

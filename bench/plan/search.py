@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from cierzo.bench.plan.forecast import Forecast, forecast
 from cierzo.bench.workload import Workload
@@ -20,15 +21,17 @@ from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.kernels.formats.number_formats import ACTIVATION_FORMATS, formats_on
 
+Limit = Annotated[float, Meta(gt=0)] | None
+Statistic = Literal["mean", "p50", "p99"]
 FINENESS = 1.02  # the search within limits ends where a load this much higher breaks one
 
 
 class LatencyLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Latencies that a plan must keep, milliseconds, on average or at a percentile; None: any will do."""
 
-    max_ttft_ms: float | None = None
-    max_inter_token_ms: float | None = None
-    statistic: Literal["mean", "p50", "p99"] = "p99"
+    max_ttft_ms: Annotated[Limit, Meta(description="find the highest load whose first tokens keep this")] = None
+    max_inter_token_ms: Annotated[Limit, Meta(description="the same for the time between two tokens")] = None
+    statistic: Annotated[Statistic, Meta(description="of these times that must keep it")] = "p99"
 
     @property
     def given(self) -> bool:
