@@ -21,8 +21,7 @@ from cierzo.bench.plan import check as plan_check
 from cierzo.bench.plan.check import Attempt, Checked, check, table
 from cierzo.bench.plan.forecast import Forecast, forecast
 from cierzo.bench.report import Report
-from cierzo.bench.virtual import SimulatedServer, run_simulated_load
-from cierzo.bench.virtual_core import VirtualClock
+from cierzo.bench.virtual import SimulatedServer, VirtualClock, run_simulated_load
 from cierzo.bench.workload import parse_workload
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.step_model import FloatArray

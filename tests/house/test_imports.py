@@ -94,7 +94,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.context": (*CLIENT, *WORKER),
     "bench.profile": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
-    "bench.virtual_core": (*CLIENT, *WORKER),
     "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint"),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.headline": (*CLIENT, *WORKER, "engine.kv_room"),
