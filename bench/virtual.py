@@ -19,7 +19,7 @@ import numpy as np
 
 from cierzo.bench.latency import LoadResult
 from cierzo.bench.load import LoadClient, LoadSettings, run_load
-from cierzo.bench.plan.course import Row, expand
+from cierzo.bench.plan.batching import Row, expand
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.step_model import FloatArray, StepTotals
 from cierzo.engine.cost.work import Distinct

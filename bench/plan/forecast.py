@@ -11,8 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cierzo.bench.plan.batching import Batching
-from cierzo.bench.plan.course import Course, expand
+from cierzo.bench.plan.batching import Batching, Course, expand
 from cierzo.bench.stats import Summary, summarise
 from cierzo.bench.workload import TracedRequest, Workload, poisson_arrivals
 from cierzo.engine.config import EngineConfig
