@@ -77,8 +77,8 @@ lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-mutants: $(KERNELS) ## put known faults into the code, one at a time: each must turn a test red
-	$(BIN)/python tests/mutants/run.py
+mutants: $(KERNELS) ## put known faults into the code, one at a time: each must turn a test red (an hour; goes on where it stopped)
+	$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 # A build of its own; --sanitized has it repeat whatever the tests hand to the kernels in use.
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all

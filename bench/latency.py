@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
 
+from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.stats import Summary, summarise
 from cierzo.engine.errors import Draining, FrameTooLarge, InvalidRequest, Overloaded, UnknownMethod
 
 Outcome = Literal["answered", "refused", "failed", "deadline"]
+SIMULATED = "simulated:"  # how the device of a server begins that computes nothing
 REFUSALS = {kind.code for kind in (InvalidRequest, FrameTooLarge, UnknownMethod, Overloaded, Draining)}
 
 
@@ -38,6 +42,12 @@ class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return sum(self.delta_tokens)
 
     @property
+    def token_gaps(self) -> Iterator[float]:
+        """Seconds between tokens: a delta of k tokens after g seconds counts as k gaps of g / k."""
+        for (before_s, now_s), tokens in zip(pairwise(self.delta_s), self.delta_tokens[1:], strict=True):
+            yield from [(now_s - before_s) / tokens] * tokens
+
+    @property
     def outcome(self) -> Outcome:
         """How the request ended."""
         if self.error is None:
@@ -47,10 +57,10 @@ class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return "refused" if self.error in REFUSALS else "failed"
 
     @property
-    def reason(self) -> str:
-        """Why there is no answer, in a line."""
-        words = [self.error or ""] if self.error != self.outcome else []
-        return ": ".join([*words, self.message] if self.message else words)
+    def told(self) -> str:
+        """Outcome and reason of a request without an answer: "refused: overloaded: full"."""
+        code = self.error if self.error != self.outcome else ""
+        return ": ".join(word for word in (self.outcome, code, self.message) if word)
 
 
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +101,7 @@ def summarise_load(
     max_model_len: int | None = None,
     unsent: int = 0,
 ) -> LoadResult:
-    """Latencies count from `due_s`. A delta of k tokens after a gap of g seconds counts as k gaps of g / k."""
+    """Latencies count from `due_s`."""
     answered = [sample for sample in samples if sample.outcome == "answered"]
     outcomes = Counter(sample.outcome for sample in samples)
     return LoadResult(
@@ -103,11 +113,11 @@ def summarise_load(
         deadline=outcomes["deadline"],
         short=sum(sample.num_tokens < asked_tokens for sample in answered),
         unsent=unsent,
-        errors=dict(Counter(_told(sample) for sample in samples if sample.error is not None)),
+        errors=dict(Counter(sample.told for sample in samples if sample.error is not None)),
         requests_per_s=len(answered) / elapsed_s,
         output_tokens_per_s=sum(sample.num_tokens for sample in answered) / elapsed_s,
         time_to_first_token_s=summarise([s.delta_s[0] - s.due_s for s in answered if s.delta_s]),
-        inter_token_s=summarise([gap for sample in answered for gap in _token_gaps(sample)]),
+        inter_token_s=summarise([gap for sample in answered for gap in sample.token_gaps]),
         end_to_end_s=summarise([sample.end_s - sample.due_s for sample in answered]),
         send_lag_s=summarise([sample.start_s - sample.due_s for sample in samples]),
         asked_tokens=asked_tokens,
@@ -131,48 +141,32 @@ def steady_load(result: LoadResult, left_out: int) -> LoadResult:
     return summarise_load(inside, elapsed_s, result.device, asked_tokens=result.asked_tokens)
 
 
-def _token_gaps(sample: RequestSample) -> list[float]:
-    gaps: list[float] = []
-    for before, now, tokens in zip(sample.delta_s, sample.delta_s[1:], sample.delta_tokens[1:], strict=False):
-        gaps += [(now - before) / tokens] * tokens
-    return gaps
-
-
-def is_simulated(device: str) -> bool:
-    """Whether what a server says of its device means that it computes nothing."""
-    return device.startswith("simulated:")
-
-
 def result_table(result: LoadResult) -> str:
     """The figures as text, latencies in milliseconds, and what became of the requests."""
+    latencies = {
+        "time to first token": result.time_to_first_token_s,
+        "inter-token": result.inter_token_s,
+        "end to end": result.end_to_end_s,
+        "sent too late by": result.send_lag_s,
+    }
     rows = [
-        ("time to first token", result.time_to_first_token_s),
-        ("inter-token", result.inter_token_s),
-        ("end to end", result.end_to_end_s),
-        ("sent too late by", result.send_lag_s),
+        {"latency, ms": name}
+        | {each: f"{getattr(s, each) * 1e3:.2f}" if s.count else "-" for each in ("p50", "p90", "p99", "max")}
+        for name, s in latencies.items()
     ]
-    lines = [f"SIMULATION of {result.device.partition(':')[2]}"] if is_simulated(result.device) else []
-    lines += [f"{'latency, ms':22}" + "".join(f"{name:>10}" for name in ("p50", "p90", "p99", "max"))]
-    for name, s in rows:
-        figures = [f"{value * 1e3:.2f}" for value in (s.p50, s.p90, s.p99, s.max)] if s.count else ["-"] * 4
-        lines.append(f"{name:22}" + "".join(f"{figure:>10}" for figure in figures))
-    columns = ("answered", "refused", "failed", "deadline", "short")
-    lines.append(f"{'requests':22}" + "".join(f"{name:>10}" for name in columns))
-    lines.append(" " * 22 + "".join(f"{getattr(result, name):>10,}" for name in columns))
-    lines.append(
+    simulated = result.device.removeprefix(SIMULATED)
+    outcomes = ("answered", "refused", "failed", "deadline", "short")
+    lines = [
+        text(grid_of(f"SIMULATION of {simulated}" if simulated != result.device else "", rows)),
+        text(grid_of("", [{"requests": ""} | {name: f"{getattr(result, name):,}" for name in outcomes}])),
         f"{result.answered} answered in {result.elapsed_s:.2f} s: {result.requests_per_s:,.1f} requests/s, "
-        f"{result.output_tokens_per_s:,.0f} output tokens/s"
-    )
-    lines += _shorts(result)
-    lines += [f"{count} {error}" for error, count in sorted(result.errors.items())]
+        f"{result.output_tokens_per_s:,.0f} output tokens/s",
+        *_shorts(result),
+        *(f"{count} {error}" for error, count in sorted(result.errors.items())),
+    ]
     if result.unsent:
         lines.append(f"{result.unsent} not sent: the connection was lost")
     return "\n".join(lines)
-
-
-def _told(sample: RequestSample) -> str:
-    """Outcome and reason: "refused: overloaded: full"."""
-    return f"{sample.outcome}: {sample.reason}" if sample.reason else sample.outcome
 
 
 def _shorts(result: LoadResult) -> list[str]:

@@ -14,22 +14,19 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-import msgspec
 import uvloop
-from tqdm import tqdm
+from msgspec import Meta
 
 from cierzo.bench.latency import LoadResult, RequestSample, result_table, summarise_load
-from cierzo.bench.report import Recording
-from cierzo.bench.traces import random_prompt
-from cierzo.bench.workload import poisson_arrivals
-from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, refusal
+from cierzo.bench.report import Recording, progress
+from cierzo.bench.workload import Count, Workload, poisson_arrivals, random_prompt
+from cierzo.engine.errors import CierzoError, ConnectionLost, refusal
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta
-from cierzo.engine.options import MAX_SEED, add_rpc, finite, positive, positive_float, seed, text, whole
+from cierzo.engine.options import MAX_SEED, add_options, add_rpc, chosen, seed
 
-PROGRESS_AFTER_S = 2.0
 READY_TIMEOUT_S = 600.0  # for weights to load
 WHOLE = ("stop", "length", "")  # finish reasons of an answer that came to its end; empty: its server tells none
 SHARED_INDEX = -1  # no request's: the random prompt that all others may begin with
@@ -55,56 +52,35 @@ class LoadClient(Protocol):
 Connect = Callable[[str], Awaitable[LoadClient]]
 
 
-class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of a load. Exactly one of `concurrency` (closed loop) and `rate` (requests/s, open loop) is set.
+class LoadSettings(Workload, frozen=True, kw_only=True):
+    """Settings of a load: a closed or an open loop, and the server at `rpc`.
 
     Prompts are `prompt`, or else `input_tokens` random token ids, of which the first `shared_tokens` are the same
     in all, as a system prompt is. Every answer has exactly `output_tokens`, or what the server's context leaves.
     """
 
     rpc: str
-    requests: int
-    concurrency: int | None = None
-    rate: float | None = None
-    connections: int = 1
-    prompt: str | None = None
-    input_tokens: int = 32
-    shared_tokens: int = 0
-    output_tokens: int = 16
-    temperature: float = 0.0
-    seed: int = 0
+    requests: Annotated[Count, Meta(description="requests in all")] = 100
+    connections: Annotated[Count, Meta(description="connections that share the load")] = 1
+    prompt: Annotated[str | None, Meta(description="the prompt of every request; default: random tokens")] = None
+    temperature: Annotated[float, Meta(description="0: greedy")] = 0.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the address, the number of requests, the loop, the prompts and the answers."""
     add_rpc(parser, "server to load")
-    parser.add_argument("--requests", type=positive, default=100, metavar="N", help="requests in all")
-    loop = parser.add_mutually_exclusive_group()
-    loop.add_argument("--concurrency", type=positive, metavar="C", help="closed loop of C clients (default: 8)")
-    loop.add_argument("--rate", type=positive_float, metavar="R", help="open loop, requests per second (Poisson)")
-    parser.add_argument(
-        "--connections", type=positive, default=1, metavar="K", help="connections that share the load"
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--prompt", type=text, metavar="TEXT", help="the prompt of every request; default: random tokens"
-    )
-    what.add_argument(
-        "--input-tokens", type=positive, default=32, metavar="N", help="length of a random prompt, tokens"
-    )
-    parser.add_argument(
-        "--shared-tokens",
-        type=whole,
-        default=0,
-        metavar="N",
-        help="how much of the random prompts is the same in all",
-    )
-    parser.add_argument(
-        "--output-tokens", type=positive, default=16, metavar="N", help="length of an answer, tokens"
-    )
-    parser.add_argument("--temperature", type=finite, default=0.0, metavar="X", help="0: greedy")
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of prompts and arrival times")
+    every = set(LoadSettings.__struct_fields__)
+    apart = ({"concurrency", "rate"}, {"prompt", "input_tokens"})
+    for names in apart:
+        add_options(parser.add_mutually_exclusive_group(), LoadSettings, skip=every - names)
+    add_options(parser, LoadSettings, skip={"rpc", "trace"}.union(*apart), readers={"seed": seed})
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and raw samples here")
+
+
+def settings_of(arguments: argparse.Namespace) -> LoadSettings:
+    """Settings as the options of `add_arguments` give them."""
+    given = chosen(arguments, LoadSettings, skip={"trace"})
+    return LoadSettings(**(given if "rate" in given else {"concurrency": 8} | given))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -112,19 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises CierzoError without a server that takes requests.
     """
-    settings = LoadSettings(
-        rpc=arguments.rpc,
-        requests=arguments.requests,
-        concurrency=arguments.concurrency or (None if arguments.rate else 8),
-        rate=arguments.rate,
-        connections=arguments.connections,
-        prompt=arguments.prompt,
-        input_tokens=arguments.input_tokens,
-        shared_tokens=arguments.shared_tokens,
-        output_tokens=arguments.output_tokens,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-    )
+    settings = settings_of(arguments)
     report = Recording("load", arguments.json)
     result = uvloop.run(_load_when_ready(settings))
     print(result_table(result))
@@ -147,69 +111,60 @@ async def run_load(
 
     A request that was refused, that failed or that the server ended early is a sample with its error. Once a
     connection is lost, no more are sent. `connect` opens a connection to `settings.rpc` for a server that does not
-    speak our RPC; `clock` tells seconds. Raises ConfigError for settings that contradict each other or that the
-    server's context cannot hold, ConnectionLost where no server answers.
+    speak our RPC; `clock` tells seconds. Raises ConfigError for prompts that the server's context cannot hold,
+    ConnectionLost where no server answers.
     """
-    if (settings.concurrency is None) == (settings.rate is None):
-        limit = "exactly one of concurrency and rate"
-        raise ConfigError(f"{limit} must be given", field="rate", limit=limit, value=settings.rate)
-    if not 0 <= settings.shared_tokens < settings.input_tokens:
-        raise refusal("shared_tokens", f"0 to {settings.input_tokens - 1}", settings.shared_tokens)
     connect = connect or Client.connect
     clients = [await connect(settings.rpc) for _ in range(settings.connections)]
     try:
         info = await clients[0].model_info()
-        _require_room(settings, info)
-        return await _Load(settings, clients, info, clock).run()
+        longest = getattr(info, "max_model_len", None)  # other engines need not say
+        if longest is not None and settings.prompt is None and settings.input_tokens >= longest:
+            why = f"max_model_len of the server is {longest}"
+            raise refusal("input_tokens", f"at most {longest - 1}", settings.input_tokens, why)
+        load = _Load(settings, clients, info.vocab_size, clock)
+        await load.run()
+        return summarise_load(
+            load.samples,
+            load.now_s,
+            getattr(info, "device", ""),
+            asked_tokens=settings.output_tokens,
+            max_model_len=longest,
+            unsent=settings.requests - len(load.samples),
+        )
     finally:
         for client in clients:
             await client.close()
-
-
-def _require_room(settings: LoadSettings, info: Any) -> None:
-    """Raise ConfigError for prompts that leave no room for an answer, if the server tells its longest request."""
-    limit = getattr(info, "max_model_len", None)
-    if limit is not None and settings.prompt is None and settings.input_tokens >= limit:
-        why = f"max_model_len of the server is {limit}"
-        raise refusal("input_tokens", f"at most {limit - 1}", settings.input_tokens, why)
 
 
 class _Load:
     """The state of a run: the clients, the clock's zero, the samples so far, and whether a connection was lost."""
 
     def __init__(
-        self, settings: LoadSettings, clients: list[LoadClient], info: Any, clock: Callable[[], float]
+        self, settings: LoadSettings, clients: list[LoadClient], vocab_size: int, clock: Callable[[], float]
     ) -> None:
-        self.settings = settings
-        self.clock = clock
-        self.clients = clients
-        self.vocab_size: int = info.vocab_size
-        self.device: str = getattr(info, "device", "")  # other engines need not say
-        self.max_model_len: int | None = getattr(info, "max_model_len", None)
+        self.settings, self.clients, self.vocab_size = settings, clients, vocab_size
+        self.clock, self.zero = clock, clock()
         self.lost = False
         self.samples: list[RequestSample] = []
-        self.zero = 0.0
-        self.progress = tqdm(total=settings.requests, unit="req", delay=PROGRESS_AFTER_S, leave=False, disable=None)
+        self.progress = progress(total=settings.requests, unit="req")
 
-    async def run(self) -> LoadResult:
-        self.zero = self.clock()
+    @property
+    def now_s(self) -> float:
+        """Seconds since the start."""
+        return self.clock() - self.zero
+
+    async def run(self) -> None:
+        """Send every request, and wait for the answers."""
         with self.progress:
             await (self._closed_loop() if self.settings.concurrency else self._open_loop())
-        return summarise_load(
-            self.samples,
-            self.clock() - self.zero,
-            self.device,
-            asked_tokens=self.settings.output_tokens,
-            max_model_len=self.max_model_len,
-            unsent=self.settings.requests - len(self.samples),
-        )
 
     async def _closed_loop(self) -> None:
         indices = iter(range(self.settings.requests))  # shared: each client takes the next one
 
         async def client_loop() -> None:
             while not self.lost and (index := next(indices, None)) is not None:
-                await self._request(index, self.clock() - self.zero)
+                await self._request(index, self.now_s)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self.settings.concurrency or 1, self.settings.requests)):
@@ -220,7 +175,7 @@ class _Load:
         arrivals = poisson_arrivals(self.settings.requests, self.settings.rate, self.settings.seed)
         async with asyncio.TaskGroup() as group:
             for index, due_s in enumerate(arrivals):
-                await asyncio.sleep(max(0.0, due_s - (self.clock() - self.zero)))
+                await asyncio.sleep(max(0.0, due_s - self.now_s))
                 if self.lost:
                     return
                 group.create_task(self._request(index, due_s))
@@ -230,34 +185,37 @@ class _Load:
         delta_tokens: list[int] = []
         finish = message = ""
         error: str | None = None
-        start_s = self.clock() - self.zero
+        start_s = self.now_s
+        client = self.clients[index % len(self.clients)]
         try:
-            answer = self._generate(index)
+            answer = self._generate(client, index)
             async for delta in answer:
                 if delta.token_ids:
-                    delta_s.append(self.clock() - self.zero)
+                    delta_s.append(self.now_s)
                     delta_tokens.append(len(delta.token_ids))
-            finish, message = _ending(answer)
+            if (final := getattr(answer, "final", None)) is not None:  # else the server does not tell how it ended
+                finish, message = final.samples[0].finish_reason, final.samples[0].message
             if finish not in WHOLE:
                 error = finish
             elif not delta_tokens:
                 error, message = "failed", "the answer holds no token"
         except CierzoError as failure:
             error, message = failure.code, failure.message
-        end_s = self.clock() - self.zero
-        self.samples.append(RequestSample(due_s, start_s, delta_s, delta_tokens, end_s, error, message, finish))
+        self.samples.append(
+            RequestSample(due_s, start_s, delta_s, delta_tokens, self.now_s, error, message, finish)
+        )
         self.progress.update()
         if error == ConnectionLost.code and not self.lost:
-            self.lost = await _is_lost(self.clients[index % len(self.clients)])
+            self.lost = await _is_lost(client)
 
-    def _generate(self, index: int) -> AsyncIterator[Delta]:
+    def _generate(self, client: LoadClient, index: int) -> AsyncIterator[Delta]:
         settings = self.settings
         random_ids = None
         if settings.prompt is None:
             shared = random_prompt(SHARED_INDEX, settings.shared_tokens, self.vocab_size, settings.seed)
             own_tokens = settings.input_tokens - settings.shared_tokens
             random_ids = shared + random_prompt(index, own_tokens, self.vocab_size, settings.seed)
-        return self.clients[index % len(self.clients)].generate(
+        return client.generate(
             text=settings.prompt,
             token_ids=random_ids,
             max_tokens=settings.output_tokens,
@@ -265,12 +223,6 @@ class _Load:
             temperature=settings.temperature,
             seed=(settings.seed + index) % (MAX_SEED + 1),
         )
-
-
-def _ending(answer: AsyncIterator[Delta]) -> tuple[str, str]:
-    """Finish reason and message of an answer, both empty where its server tells neither."""
-    final = getattr(answer, "final", None)
-    return ("", "") if final is None else (final.samples[0].finish_reason, final.samples[0].message)
 
 
 async def _is_lost(client: LoadClient) -> bool:

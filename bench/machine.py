@@ -1,28 +1,32 @@
-"""The machine that a figure belongs to, and what it can do at most: `python -m cierzo.bench.machine`."""
+"""The machine that a figure belongs to, and its ceilings: bytes read from memory a second, products a second.
+
+Bandwidth is the median of several reads of a buffer that no cache holds. A product's rate is the best of several
+runs, by torch or by our own kernels: nobody's kernel, ours included, is the limit by definition.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import Any
 
 import msgspec
 
-from cierzo.bench.stats import median
+from cierzo.engine.cost.device import Device
 
-if TYPE_CHECKING:
-    from cierzo.engine.cost.device import Device
-
+READ_BYTES = 512 << 20
+SIDE = 2048  # of the matrices that are multiplied
+ROUNDS = 5
 GIGA, GIB = 1e9, 1 << 30
-APART = (
-    "import msgspec; from cierzo.bench.ceilings import measure_ceilings; "
-    "print(msgspec.json.encode(measure_ceilings()).decode())"
-)
 APART_TIMEOUT_S = 600.0
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,65 +52,91 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
     and an addition are two. `threads` computed; None where nothing here can measure it."""
 
     threads: int
-    read_one_thread: Ceiling
     read: Ceiling
     bf16: Ceiling
     float32: Ceiling
     int8: Ceiling | None
 
-    def __str__(self) -> str:
-        lines = [
-            ("memory, 1 thread", "GB/s", self.read_one_thread),
-            (f"memory, {self.threads} threads", "GB/s", self.read),
-            ("bf16 product", "GFLOP/s", self.bf16),
-            ("float32 product", "GFLOP/s", self.float32),
-            ("int8 product", "GOP/s", self.int8),
-        ]
-        return "\n".join(
-            f"{name:18} {found.rate:7.1f} {unit:8} {found.reached_by}"
-            for name, unit, found in lines
-            if found is not None
-        )
-
-
-INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
-
 
 def describe_machine() -> Machine:
-    """Read /proc (Linux) and the interpreter; a file that is missing leaves its fields empty."""
-    cpu = _fields(Path("/proc/cpuinfo"))
-    memory = _fields(Path("/proc/meminfo"))
-    flags = set(cpu.get("flags", "").split())
+    """Read /proc/cpuinfo (Linux), the system and the interpreter."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    cpu = dict(re.findall(r"^(model name|flags)\s*: (.*)$", text, re.MULTILINE))  # the last core speaks for all
     return Machine(
         processor=cpu.get("model name", platform.processor() or platform.machine()),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_gib=round(int(memory.get("MemTotal", "0 kB").split()[0]) / 2**20, 1),
-        instruction_sets=tuple(name for name in INSTRUCTION_SETS if name in flags),
+        memory_gib=round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB, 1),
+        instruction_sets=tuple(name for name in INSTRUCTION_SETS if name in cpu.get("flags", "").split()),
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
     )
 
 
-def measure_apart() -> Ceilings:
-    """Measure ceilings (bench/ceilings.py) in a process of its own, whose memory is free afterwards.
+def measure_ceilings() -> Ceilings:
+    """Measure for a few seconds, on the threads that torch is set to. Other work on the machine lowers rates."""
+    import torch  # here, as those who only describe the machine can spare it
 
-    Raises SubprocessError.
-    """
-    command = [sys.executable, "-c", APART]
+    from cierzo.kernels.cpu import native
+    from cierzo.kernels.cpu.launch.linear import linear
+    from cierzo.kernels.cpu.launch.memory import read_memory
+    from cierzo.kernels.pack import pack
+    from cierzo.kernels.registry import has_native
+
+    ours = native.instruction_set() if has_native() else ""
+    buffer = torch.ones(READ_BYTES // 4)
+    read: Callable[..., object] = read_memory if ours else torch.sum
+    read_s = median(_seconds(read, buffer) for _ in range(ROUNDS))
+    del buffer
+    random = torch.Generator().manual_seed(0)
+
+    def product(dtype: torch.dtype, format: str) -> Ceiling:
+        """The best rate of a square product with weights in `format`. torch takes part where they are plain."""
+        x, weight = (torch.randn(SIDE, SIDE, generator=random).to(dtype) for _ in range(2))
+        runs: dict[str, tuple[Callable[..., object], Any]] = {}
+        if format != "int8":
+            runs["torch.mm"] = (torch.mm, weight.t())
+        if ours:
+            runs[ours] = (linear, pack(weight, format))
+        best_s, winner = min(
+            (min(_seconds(multiply, x, matrix) for _ in range(ROUNDS)), name)
+            for name, (multiply, matrix) in runs.items()
+        )
+        return Ceiling(rate=2 * SIDE**3 / best_s / GIGA, reached_by=winner)
+
+    return Ceilings(
+        threads=torch.get_num_threads(),
+        read=Ceiling(rate=READ_BYTES / read_s / GIGA, reached_by=ours or "torch.sum"),
+        bf16=product(torch.bfloat16, "bf16"),
+        float32=product(torch.float32, "float32"),
+        int8=product(torch.bfloat16, "int8") if ours else None,
+    )
+
+
+def _seconds(run: Callable[..., object], *arguments: Any) -> float:
+    start = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - start
+
+
+def measure_apart() -> Ceilings:
+    """Measure ceilings in a process of its own, whose memory is free afterwards. Raises SubprocessError."""
+    command = [sys.executable, "-m", "cierzo.bench.machine"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=APART_TIMEOUT_S)
     return msgspec.json.decode(done.stdout, type=Ceilings)
 
 
 def middle(found: Sequence[Ceilings]) -> Ceilings:
     """The ceilings in the middle of several measurements, each rate on its own. Raises ValueError for none."""
+    if not found:
+        raise ValueError("no ceilings were measured")
 
-    def rate(name: str) -> Ceiling:
+    def rate(name: str) -> Ceiling | None:
         each = [one for ceilings in found if (one := getattr(ceilings, name)) is not None]
-        return Ceiling(rate=median([one.rate for one in each]), reached_by=each[0].reached_by)
+        return Ceiling(rate=median(one.rate for one in each), reached_by=each[0].reached_by) if each else None
 
-    names = ("read_one_thread", "read", "bf16", "float32")
-    int8 = rate("int8") if any(one.int8 is not None for one in found) else None
-    return Ceilings(threads=found[0].threads, int8=int8, **{name: rate(name) for name in names})
+    rates = {name: rate(name) for name in ("read", "bf16", "float32", "int8")}
+    return msgspec.structs.replace(found[0], **rates)
 
 
 def limit_device(found: Ceilings) -> Device:
@@ -114,10 +144,6 @@ def limit_device(found: Ceilings) -> Device:
 
     Where nothing measures int8 products, the bf16 rate stands for theirs.
     """
-    from cierzo.engine.cost.device import (
-        Device,
-    )  # imports numpy, which those who only describe the machine can spare
-
     machine = describe_machine()
     return Device(
         name="this machine's ceilings",
@@ -134,11 +160,10 @@ def limit_device(found: Ceilings) -> Device:
     )
 
 
-def _fields(path: Path) -> dict[str, str]:
-    """`name : value` lines; the first of each name (the first core speaks for all)."""
-    found: dict[str, str] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            found.setdefault(name.strip(), value.strip())
-    return found
+def main() -> None:
+    """Print the ceilings as JSON: what `measure_apart` runs."""
+    print(msgspec.json.encode(measure_ceilings()).decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -7,14 +7,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from tqdm import tqdm
 
 from cierzo.bench.machine import Machine, describe_machine
 from cierzo.bench.revision import installed_versions
 from cierzo.engine.errors import ConfigError
+
+progress = partial(tqdm, delay=2.0, leave=False, disable=None)  # a bar of what takes longer than seconds
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,9 +33,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     results: Any
 
 
-def make_report(benchmark: str, *, command: str, started: str, settings: Any, results: Any) -> Report:
-    """Add machine and versions; `started` is UTC, ISO 8601."""
-    return Report(
+def write_report(path: Path, benchmark: str, *, command: str, started: str, settings: Any, results: Any) -> None:
+    """Write one line of JSON; `started` is UTC, ISO 8601. Raises OSError where the path cannot be written."""
+    report = Report(
         benchmark=benchmark,
         command=command.encode("utf-8", "backslashreplace").decode(),  # a path may hold bytes that are no text
         started=started,
@@ -40,6 +44,7 @@ def make_report(benchmark: str, *, command: str, started: str, settings: Any, re
         settings=settings,
         results=results,
     )
+    path.write_bytes(msgspec.json.encode(report) + b"\n")
 
 
 def check_writable(path: Path) -> None:
@@ -47,11 +52,6 @@ def check_writable(path: Path) -> None:
     file = path.resolve()
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise ConfigError(f"{path} cannot be written", field="json", limit="a path that can be written", value=path)
-
-
-def write_report(report: Report, path: Path) -> None:
-    """Write one line of JSON; raises OSError where the path cannot be written."""
-    path.write_bytes(msgspec.json.encode(report) + b"\n")
 
 
 class Recording:
@@ -69,8 +69,8 @@ class Recording:
     def write(self, settings: Any, results: Any) -> None:
         """Write the report, if it has a place."""
         if self._path is not None:
-            about = {"command": self._command, "started": self._started}
-            write_report(make_report(self._benchmark, **about, settings=settings, results=results), self._path)
+            about = {"command": self._command, "started": self._started, "settings": settings}
+            write_report(self._path, self._benchmark, **about, results=results)
 
 
 def now() -> str:

@@ -9,20 +9,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 PACKAGES = (
-    *("cierzo", "torch", "triton", "cupy-cuda13x", "cupy-cuda12x"),
-    *("transformers", "numpy", "msgspec", "uvloop"),
+    "cierzo",
+    "torch",
+    "triton",
+    "cupy-cuda13x",
+    "cupy-cuda12x",
+    "transformers",
+    "numpy",
+    "msgspec",
+    "uvloop",
 )
 
 
 def installed_versions() -> dict[str, str]:
     """Versions by package; those that are not installed are left out."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {found.name: found.version for found in metadata.distributions() if found.name in PACKAGES}
 
 
 def current_commit() -> str:

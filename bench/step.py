@@ -15,18 +15,19 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from tqdm import tqdm
+from msgspec import Meta
 
-from cierzo.bench.report import Recording
+from cierzo.bench.campaign.table import grid_of, text
+from cierzo.bench.report import Recording, progress
 from cierzo.bench.stats import Summary, summarise
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.messages import SamplingParams, StepOutput, Submit
-from cierzo.engine.options import count, positive, seed
+from cierzo.engine.options import add_options, chosen, count, seed
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.process import prepare_memory
@@ -34,11 +35,7 @@ from cierzo.scheduler.config import SchedulerConfig
 
 VOCAB_SIZE = 131_072
 WARM_UP_STEPS = 50
-PROGRESS_AFTER_S = 2.0
-HEADER = (
-    f"{'ms':>7} {'':>8} {'step':>8} {'':>8} {'submit':>8}\n{'running':>7} {'context':>8}"
-    + 2 * f" {'p50':>8} {'p99':>8}"
-)
+MOST = 1 << 20
 
 
 class StepSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,10 +43,10 @@ class StepSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     running: tuple[int, ...]
     contexts: tuple[int, ...]
-    steps: int
-    output_tokens: int
-    block_tokens: int
-    seed: int
+    steps: Annotated[int, Meta(ge=1, description="timed steps of each row")] = 1000
+    output_tokens: Annotated[int, Meta(ge=1, le=MOST, description="mean output, at most context / 4")] = 2048
+    block_tokens: Annotated[int, Meta(ge=1, le=MOST, description="tokens per KV block")] = 32
+    seed: Annotated[int, Meta(description="of output lengths and prompts")] = 0
 
 
 class StepRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,12 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of both kinds of measurement."""
     parser.add_argument("--running", type=count, nargs="+", default=[64, 512], metavar="N", help="running requests")
     parser.add_argument("--contexts", type=count, nargs="+", default=[1024, 131_072], metavar="N", help="tokens")
-    parser.add_argument("--steps", type=positive, default=1000, metavar="N", help="timed steps of each row")
-    parser.add_argument(
-        "--output-tokens", type=count, default=2048, metavar="N", help="mean output, at most context / 4"
-    )
-    parser.add_argument("--block-tokens", type=count, default=32, metavar="N", help="tokens per KV block")
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of output lengths and prompts")
+    add_options(parser, StepSettings, skip={"running", "contexts"}, readers={"seed": seed})
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
     model = parser.add_argument_group("a model's step, operation by operation, instead")
     model.add_argument("--profile", metavar="CHECKPOINT", help="measure this model's kernels")
@@ -86,37 +78,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, write JSON if asked."""
     report = Recording("step", arguments.json)
-    settings, results = _loop(arguments) if arguments.profile is None else _profile(arguments)
+    settings: Any
+    results: Any
+    if arguments.profile is None:
+        settings = StepSettings(**chosen(arguments, StepSettings))
+        pairs = itertools.product(settings.running, settings.contexts)
+        results = [measure(settings, running, context) for running, context in pairs]
+        print(table(results))
+    else:
+        from cierzo.bench import profile  # imports torch
+
+        settings = {"checkpoint": arguments.profile, "weights": arguments.weights}
+        ceilings, steps = profile.profile(
+            arguments.profile, arguments.batches, arguments.prompts, weights=arguments.weights
+        )
+        print(profile.table(ceilings, steps))
+        results = {"ceilings": ceilings, "steps": steps}
     report.write(settings, results)
     return 0
-
-
-def _loop(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    settings = StepSettings(
-        running=tuple(arguments.running),
-        contexts=tuple(arguments.contexts),
-        steps=arguments.steps,
-        output_tokens=arguments.output_tokens,
-        block_tokens=arguments.block_tokens,
-        seed=arguments.seed,
-    )
-    print(HEADER)
-    rows = []
-    for running, context in itertools.product(settings.running, settings.contexts):
-        rows.append(measure(settings, running, context))
-        print(_line(rows[-1]), flush=True)
-    return settings, rows
-
-
-def _profile(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    from cierzo.bench import profile
-
-    ceilings, steps = profile.profile(
-        arguments.profile, arguments.batches, arguments.prompts, weights=arguments.weights
-    )
-    print(profile.table(ceilings, steps))
-    settings = {"checkpoint": arguments.profile, "weights": arguments.weights}
-    return settings, {"ceilings": ceilings, "steps": steps}
 
 
 def measure(settings: StepSettings, running: int, context: int) -> StepRow:
@@ -127,16 +106,14 @@ def measure(settings: StepSettings, running: int, context: int) -> StepRow:
     submit_ms: list[float] = []
     step_ms: list[float] = []
     ended = output_tokens = 0
-    _prime(core, next(requests))
+    core.submit(next(requests))  # brings the shared prefix into the cache
+    while core.has_work():
+        core.step_plain()
     wanted = running
     warm_up = WARM_UP_STEPS
-    bar = tqdm(
-        total=settings.steps, desc=f"{running} x {context}", delay=PROGRESS_AFTER_S, leave=False, disable=None
-    )
-    with bar:
+    with progress(total=settings.steps, desc=f"{running} x {context}") as bar:
         while len(step_ms) < settings.steps:
-            for _ in range(wanted):
-                request = next(requests)
+            for request in itertools.islice(requests, wanted):
                 start = time.perf_counter()
                 core.submit(request)
                 submit_ms.append((time.perf_counter() - start) * 1e3)
@@ -162,12 +139,12 @@ def measure(settings: StepSettings, running: int, context: int) -> StepRow:
     )
 
 
-def _mean_output_tokens(settings: StepSettings, context: int) -> int:
-    return max(1, min(settings.output_tokens, context // 4))
+def _longest_output(settings: StepSettings, context: int) -> int:
+    return 2 * max(1, min(settings.output_tokens, context // 4))
 
 
 def _core(settings: StepSettings, running: int, context: int) -> EngineCore:
-    own_blocks = 2 * _mean_output_tokens(settings, context) // settings.block_tokens + 3
+    own_blocks = _longest_output(settings, context) // settings.block_tokens + 3
     num_blocks = context // settings.block_tokens + running * own_blocks
     scheduler = SchedulerConfig(
         budget_tokens=max(8192, running),
@@ -185,9 +162,8 @@ def _core(settings: StepSettings, running: int, context: int) -> EngineCore:
 def _requests(settings: StepSettings, running: int, context: int) -> Iterator[Submit]:
     """Requests that end near the context's length. The first `running` ones are cut short, as if half grown."""
     draw = random.Random(settings.seed)
-    longest = 2 * _mean_output_tokens(settings, context)
-    prompt_tokens = max(1, context - longest)
-    shared = [draw.randrange(VOCAB_SIZE) for _ in range(prompt_tokens)]
+    longest = _longest_output(settings, context)
+    shared = [draw.randrange(VOCAB_SIZE) for _ in range(max(1, context - longest))]
     for request_id in itertools.count():
         output_tokens = draw.randint(1, longest)
         if request_id <= running:
@@ -199,14 +175,11 @@ def _requests(settings: StepSettings, running: int, context: int) -> Iterator[Su
         )
 
 
-def _prime(core: EngineCore, request: Submit) -> None:
-    """Bring the shared prefix into the cache."""
-    core.submit(request)
-    while core.has_work():
-        core.step_plain()
-
-
-def _line(row: StepRow) -> str:
-    step, submit = row.step_ms, row.submit_ms
-    figures = " ".join(f"{value:>8.3f}" for value in (step.p50, step.p99, submit.p50, submit.p99))
-    return f"{row.running:>7} {row.context:>8} {figures}"
+def table(rows: Sequence[StepRow]) -> str:
+    """The rows as text, times in milliseconds."""
+    told = []
+    for row in rows:
+        times = {"step ms": row.step_ms, "submit ms": row.submit_ms}
+        figures = {f"{name} {p}": f"{getattr(s, p):.3f}" for name, s in times.items() for p in ("p50", "p99")}
+        told.append({"running": str(row.running), "context": str(row.context)} | figures)
+    return text(grid_of("", told))

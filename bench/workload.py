@@ -1,70 +1,66 @@
-"""Workloads: how many requests an engine gets, of which lengths, and when. No torch.
+"""Workloads: how many requests an engine gets, of which lengths, and when; prompts of a load. No torch.
 
 On the command line `2048/256@64` is a closed loop of 64 clients, each of which sends its next request when the last
 one is answered: 2,048 tokens in, 256 out. `2048/256@3.5/s` is 3.5 such requests a second, whether or not earlier
-ones are answered. `1152:1024/64@16` says that the first 1,024 of 1,152 tokens are the same in all prompts. A path
-that ends in `.jsonl` is a trace: one request a line.
+ones are answered. `1152:1024/64@16` says that the first 1,024 of 1,152 tokens are the same in all prompts. A file
+is a trace: one request a line.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import re
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from cierzo.engine.errors import ConfigError, refusal
+from cierzo.engine.settings import require
 
-Tokens = Annotated[int, Meta(ge=1)]
-Shared = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
+Whole = Annotated[int, Meta(ge=0)]
+Rate = Annotated[float, Meta(gt=0)]
 
 
 class TracedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """A line of a trace. The first `shared_tokens` of the `input_tokens` are the same in all requests."""
 
     arrival_s: Annotated[float, Meta(ge=0)]
-    input_tokens: Tokens
-    output_tokens: Tokens
-    shared_tokens: Shared = 0
+    input_tokens: Count
+    output_tokens: Count
+    shared_tokens: Whole = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where nothing of the input is the request's own."""
+        if self.shared_tokens >= self.input_tokens:
+            raise ValueError(f"shared_tokens {self.shared_tokens} must be below input_tokens {self.input_tokens}")
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A closed loop of `concurrency` clients, or an open loop of `rate` requests a second that arrive as a Poisson
     process (both of fixed lengths), or a `trace`, in order of arrival.
 
-    requests: of a loop; None leaves their number to the forecast. seed: of an open loop's arrivals.
+    requests: of a loop; None leaves their number to the forecast.
     """
 
-    input_tokens: Tokens = 1
-    output_tokens: Tokens = 1
-    shared_tokens: Shared = 0
-    concurrency: Annotated[int, Meta(ge=1)] | None = None
-    rate: Annotated[float, Meta(gt=0)] | None = None
+    concurrency: Annotated[Count | None, Meta(description="closed loop of N clients (default: 8)")] = None
+    rate: Annotated[Rate | None, Meta(description="open loop, requests per second (Poisson)")] = None
     trace: tuple[TracedRequest, ...] = ()
-    requests: Annotated[int, Meta(ge=1)] | None = None
-    seed: int = 0
+    requests: Annotated[Count | None, Meta(description="requests in all")] = None
+    input_tokens: Annotated[Count, Meta(description="length of a random prompt, tokens")] = 32
+    shared_tokens: Annotated[Whole, Meta(description="how much of the random prompts is the same in all")] = 0
+    output_tokens: Annotated[Count, Meta(description="length of an answer, tokens")] = 16
+    seed: Annotated[int, Meta(description="of prompts and arrival times")] = 0
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for fields that are out of range or contradict each other."""
+        """Raise ConfigError for fields that contradict each other."""
         kinds = (self.concurrency is not None) + (self.rate is not None) + bool(self.trace)
         if kinds != 1:
-            raise ConfigError(
-                f"a workload has one of concurrency, rate and trace; this one has {kinds}",
-                field="workload",
-                limit=1,
-                value=kinds,
-            )
-        for name, least in (("input_tokens", 1), ("output_tokens", 1), ("concurrency", 1), ("requests", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise refusal(name, f"at least {least}", value)
-        if self.rate is not None and not 0 < self.rate < math.inf:
-            raise refusal("rate", "a finite number above 0", self.rate)
-        if not 0 <= self.shared_tokens < self.input_tokens:
+            raise refusal("workload", "one of concurrency, rate and trace", kinds, "a workload is one thing")
+        if not self.trace and self.shared_tokens >= self.input_tokens >= 1:
             raise refusal("shared_tokens", f"0 to {self.input_tokens - 1}", self.shared_tokens)
 
     @property
@@ -83,31 +79,23 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return f"{self.input_tokens}{shared}/{self.output_tokens}@{load}"
 
 
-_SPELLING = re.compile(r"(\d+)(?::(\d+))?/(\d+)@(?:(\d+)|(\d+(?:\.\d+)?)/s)")
+_SPELLING = re.compile(
+    r"(?P<input_tokens>\d+)(?::(?P<shared_tokens>\d+))?/(?P<output_tokens>\d+)"
+    r"@(?:(?P<concurrency>\d+)|(?P<rate>\d+(?:\.\d+)?)/s)"
+)
 
 
 def parse_workload(text: str) -> Workload:
-    """Read a workload: spelled as above, or a file that holds a `Workload` or a trace. Raises ConfigError."""
+    """Read a workload: spelled as above, or a file that holds a trace. Raises ConfigError."""
     match = _SPELLING.fullmatch(text)
     if match is not None:
-        input_tokens, shared_tokens, output_tokens, concurrency, rate = match.groups()
-        return Workload(
-            input_tokens=int(input_tokens),
-            output_tokens=int(output_tokens),
-            shared_tokens=int(shared_tokens or 0),
-            concurrency=None if concurrency is None else int(concurrency),
-            rate=None if rate is None else float(rate),
-        )
+        words = {name: word for name, word in match.groupdict().items() if word is not None}
+        given: dict[str, Any] = {name: (float if name == "rate" else int)(word) for name, word in words.items()}
+        return require(Workload(**given))
     path = Path(text)
     if not path.is_file():
-        limit = "IN/OUT@CLIENTS, IN/OUT@RATE/s, IN:SHARED/OUT@..., or a file (.json, .jsonl)"
-        raise refusal("workload", limit, text)
-    if path.suffix == ".jsonl":
-        return Workload(trace=read_trace(path))
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Workload)
-    except msgspec.MsgspecError as error:
-        raise refusal("workload", "a JSON file that describes a workload", text, str(error)) from error
+        raise refusal("workload", "IN/OUT@CLIENTS, IN/OUT@RATE/s, IN:SHARED/OUT@..., or a trace's file", text)
+    return Workload(trace=read_trace(path))
 
 
 def read_trace(path: Path) -> tuple[TracedRequest, ...]:
@@ -118,32 +106,28 @@ def read_trace(path: Path) -> tuple[TracedRequest, ...]:
             continue
         try:
             request = msgspec.json.decode(line, type=TracedRequest)
-        except msgspec.MsgspecError as error:
-            raise _bad_line(path, number, str(error), line) from error
-        if request.shared_tokens >= request.input_tokens:
-            least = f"shared_tokens {request.shared_tokens} must be below input_tokens {request.input_tokens}"
-            raise _bad_line(path, number, least, line)
-        if found and request.arrival_s < found[-1].arrival_s:
-            order = f"arrival_s {request.arrival_s:g} comes after {found[-1].arrival_s:g}: lines go by arrival"
-            raise _bad_line(path, number, order, line)
+            if found and request.arrival_s < found[-1].arrival_s:
+                before_s = found[-1].arrival_s
+                raise ValueError(f"arrival_s {request.arrival_s:g} comes after {before_s:g}: lines go by arrival")
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise ConfigError(
+                f"trace {path}, line {number}: {error}",
+                field="workload",
+                limit=f"line {number}",
+                value=line.decode(errors="replace"),
+            ) from error
         found.append(request)
     if not found:
         raise ConfigError(f"trace {path}: holds no request", field="workload", limit=1, value=0)
     return tuple(found)
 
 
-def _bad_line(path: Path, number: int, problem: str, line: bytes) -> ConfigError:
-    value = line.decode(errors="replace")
-    return ConfigError(
-        f"trace {path}, line {number}: {problem}", field="workload", limit=f"line {number}", value=value
-    )
-
-
 def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
     """Arrival times in seconds from the start, ascending: independent arrivals, `rate` per second on average."""
     random_gaps = random.Random(f"arrivals {seed}")
-    times, now = [], 0.0
-    for _ in range(num_requests):
-        now += random_gaps.expovariate(rate)
-        times.append(now)
-    return times
+    return list(accumulate(random_gaps.expovariate(rate) for _ in range(num_requests)))
+
+
+def random_prompt(index: int, num_tokens: int, vocab_size: int, seed: int) -> list[int]:
+    """Token ids of request `index`, uniform over the vocabulary: no two prompts share a beginning worth caching."""
+    return random.Random(f"prompt {seed} {index}").choices(range(vocab_size), k=num_tokens)

@@ -23,7 +23,8 @@ from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.host import available_memory_bytes, usable_cpus
 from cierzo.engine.kv_room import AUTO_KV_BYTES, plan_kv
-from cierzo.engine.model.config import ModelConfig, read_model_config
+from cierzo.engine.model.config import ModelConfig
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.profiles import Profile, ProfileName, choose
 from cierzo.engine.settings import limit_of, require
 from cierzo.engine.weights.shapes import named_model_config

@@ -146,5 +146,4 @@ def model_info(config: EngineConfig, prompts: PromptEncoder) -> ModelInfo:
         eos_token_ids=list(config.model.eos_token_ids),
         has_tokenizer=prompts.tokenizer is not None,
         has_chat_template=prompts.template is not None,
-        counts_experts=config.expert_statistics,
     )

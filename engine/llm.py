@@ -176,7 +176,7 @@ class LLM(OneProcess):
     def expert_statistics(self) -> ExpertStatistics | None:
         """Which experts all calls so far have chosen; None without the setting of this name."""
         with self._alone():
-            return self._open_core().expert_statistics()
+            return self._open_core().stats().experts
 
     def close(self) -> None:
         """Let go of model and cache, once a call that runs in another thread has ended; further calls raise

@@ -96,12 +96,6 @@ class GetStats(Message, frozen=True, tag="stats"):
     stream: int
 
 
-class GetExperts(Message, frozen=True, tag="experts"):
-    """Which experts the tokens chose; refused by a server that does not count."""
-
-    stream: int
-
-
 class GetModel(Message, frozen=True, tag="model"):
     """The model that is served, and its limits."""
 
@@ -114,7 +108,7 @@ class Drain(Message, frozen=True, tag="drain"):
     stream: int
 
 
-ClientMessage = Hello | Generate | Cancel | Ping | GetHealth | GetStats | GetExperts | GetModel | Drain
+ClientMessage = Hello | Generate | Cancel | Ping | GetHealth | GetStats | GetModel | Drain
 
 # --- front end -> client -----------------------------------------------------------------------------------
 
@@ -218,18 +212,10 @@ class Health(Message, frozen=True, tag="health_reply"):
     uptime_s: float
 
 
-class ExpertSummary(Message, frozen=True):
-    """Distinct experts of a step, on average over MoE layers and steps; and the largest of the layers' imbalances:
-    tokens of the most chosen expert over those of the mean one."""
-
-    distinct_per_step: float
-    largest_imbalance: float
-
-
 class CoreStats(Message, frozen=True):
     """Gauges and counters of scheduler and cache, as the core last published them.
 
-    `experts` is None unless the core counts them, and has counted a step.
+    experts: which ones the tokens of all its steps chose; None where they are not counted.
     """
 
     running: int = 0
@@ -243,7 +229,7 @@ class CoreStats(Message, frozen=True):
     output_tokens: int = 0
     preemptions: int = 0
     finished: int = 0
-    experts: ExpertSummary | None = None
+    experts: ExpertStatistics | None = None
 
 
 class Stats(Message, frozen=True, tag="stats_reply"):
@@ -261,13 +247,6 @@ class Stats(Message, frozen=True, tag="stats_reply"):
     core: CoreStats
 
 
-class Experts(Message, frozen=True, tag="experts_reply"):
-    """All that the core had counted when it read the question."""
-
-    stream: int
-    statistics: ExpertStatistics
-
-
 class ModelInfo(Message, frozen=True, tag="model_reply"):
     """The model that is served. `eos_token_ids` end a generation unless `ignore_eos`."""
 
@@ -283,7 +262,6 @@ class ModelInfo(Message, frozen=True, tag="model_reply"):
     eos_token_ids: list[int]
     has_tokenizer: bool
     has_chat_template: bool
-    counts_experts: bool = False
 
 
 class Drained(Message, frozen=True, tag="drained"):
@@ -293,7 +271,7 @@ class Drained(Message, frozen=True, tag="drained"):
 
 
 ServerMessage = (
-    Welcome | Delta | Final | Failure | Pong | Health | Stats | Experts | ModelInfo | Drained
+    Welcome | Delta | Final | Failure | Pong | Health | Stats | ModelInfo | Drained
 )  # Hello is answered by Welcome; every other client message by the reply that carries its stream id
 
 # --- front end -> core -------------------------------------------------------------------------------------
@@ -323,15 +301,11 @@ class Abort(Message, frozen=True, tag="abort"):
     reason: FinishReason = "cancelled"
 
 
-class ReadExperts(Message, frozen=True, tag="read_experts"):
-    """Send the expert statistics with the next frame."""
-
-
 class Shutdown(Message, frozen=True, tag="shutdown"):
     """Leave the loop now."""
 
 
-CoreCommand = Submit | Abort | ReadExperts | Shutdown
+CoreCommand = Submit | Abort | Shutdown
 
 # --- core -> front end -------------------------------------------------------------------------------------
 
@@ -347,7 +321,6 @@ class StepOutput(Message, frozen=True, tag="step", omit_defaults=True):
 
     deltas: list[TokenDelta]
     stats: CoreStats | None = None
-    experts: ExpertStatistics | None = None
 
 
 class CoreError(Message, frozen=True, tag="core_error"):

@@ -10,7 +10,7 @@ import msgspec
 
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.machine import Ceilings, middle
-from cierzo.bench.report import Report, make_report, write_report
+from cierzo.bench.report import Report, write_report
 from cierzo.bench.stats import paired_ratio
 from cierzo.engine.errors import ConfigError
 
@@ -173,7 +173,7 @@ def tell(
     print(f"\n{text}")
     stem.parent.mkdir(parents=True, exist_ok=True)
     with_suffix(stem, ".txt").write_text(text + "\n", encoding="utf-8")
-    write_report(make_report(name, results=outcome, **about), with_suffix(stem, ".json"))
+    write_report(with_suffix(stem, ".json"), name, results=outcome, **about)
     try:
         picture(with_suffix(stem, ".png"))
     except ConfigError as error:

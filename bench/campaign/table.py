@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
 
 import msgspec
 
-from cierzo.bench.stats import median, spread
+from cierzo.bench.stats import spread
 
 
 class Grid(msgspec.Struct, frozen=True):
@@ -15,6 +16,12 @@ class Grid(msgspec.Struct, frozen=True):
     title: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+
+def grid_of(title: str, rows: Sequence[Mapping[str, str]]) -> Grid:
+    """The grid of rows that are texts by heading; a row may leave columns out."""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    return Grid(title, heads, [[row.get(head, "") for head in heads] for row in rows])
 
 
 def text(grid: Grid) -> str:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
 from cierzo.bench.gpu.conformance import Failed
-from cierzo.bench.stats import percentile
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.messages import Submit
@@ -197,8 +197,8 @@ def run_load(core: EngineCore, concurrent: int, requests: int) -> dict[str, Any]
         "requests": len(finished),
         "requests_per_s": len(finished) / elapsed_s,
         "output_tokens_per_s": sum(map(len, times.values())) / elapsed_s,
-        "first_token_s": {p: percentile(first, p) for p in (50, 99)},
-        "between_tokens_s": {p: percentile(gaps, p) for p in (50, 99)},
+        "first_token_s": {p: float(np.percentile(first, p)) for p in (50, 99)},
+        "between_tokens_s": {p: float(np.percentile(gaps, p)) for p in (50, 99)},
         "elapsed_s": elapsed_s,
     }
 

@@ -24,7 +24,7 @@ from cierzo.bench.peers.cells import Cell
 from cierzo.bench.peers.engine import Checkpoint, Logprobs, Measured
 from cierzo.bench.peers.kept import kept
 from cierzo.bench.peers.transformers import worker
-from cierzo.bench.traces import random_prompt
+from cierzo.bench.workload import random_prompt
 
 COUNT = 20
 NEAR_NATS = 0.1

@@ -86,7 +86,9 @@ class CierzoServer(RunningServer):
             client = await self._connect("")
             assert isinstance(client, Client)
             try:
-                return await client.experts()
+                statistics = (await client.stats()).core.experts
+                assert statistics is not None
+                return statistics
             finally:
                 await client.close()
 

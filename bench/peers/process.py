@@ -16,7 +16,7 @@ from typing import Any
 
 from cierzo.bench.peers.cells import Cell, decode_rate
 from cierzo.bench.peers.engine import EngineFailed, Logprobs, Measured
-from cierzo.bench.traces import random_prompt
+from cierzo.bench.workload import random_prompt
 
 WORKERS = Path(__file__).with_name("workers")
 STOP_TIMEOUT_S = 30.0

@@ -19,7 +19,8 @@ from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_model import step_time
 from cierzo.engine.cost.weights import NumberFormats
 from cierzo.engine.cost.work import StepShape, step_work
-from cierzo.engine.model.config import ModelConfig, read_model_config
+from cierzo.engine.model.config import ModelConfig
+from cierzo.engine.model.read_config import read_model_config
 
 Row = outcome.Row[Cell, Subject, None]
 Ratio = outcome.Ratio[Cell, Subject]

@@ -19,9 +19,8 @@ import msgspec
 import numpy as np
 
 from cierzo.bench.campaign import options
-from cierzo.bench.ceilings import measure_ceilings
-from cierzo.bench.machine import limit_device
-from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
+from cierzo.bench.machine import limit_device, measure_ceilings
+from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile, shape_of
 from cierzo.bench.report import check_writable
 from cierzo.bench.revision import current_commit
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
@@ -56,7 +55,6 @@ class Calibrator:
         self._largest = resolve(given).scheduler.budget_tokens
         longest = max(self._largest, *(context for _, context in LONG))
         self._profiler = Profiler(given, max(BATCHES), longest + 64, REPEATS)
-        self._profiler.sequences.fill()
 
     def measure(self) -> Device:
         """Measure ceilings, shares and overheads; half a minute for small4-mini."""
@@ -71,17 +69,17 @@ class Calibrator:
         prompts = sorted({*(tokens for tokens in PROMPTS if tokens < self._largest), self._largest})
         decodes = {batch: profiler.decode(batch, ceilings) for batch in BATCHES}
         prefills = {tokens: profiler.prefill(tokens, ceilings) for tokens in prompts}
-        # The shape of a step, its operations, and the engine's step that says how much longer they take in it.
-        taken = [(_decoding(batch, CONTEXT), step.operations, step) for batch, step in decodes.items()]
-        taken += [(_prompt(tokens), step.operations, step) for tokens, step in prefills.items()]
-        for batch, context in LONG:
-            rows = profiler.operations([(context - 1, 1)] * batch, ceilings, generated=True)
-            rows = [row for row in rows if row.operation in ATTENTION]
-            taken.append((_decoding(batch, context), rows, decodes[batch]))
         model = StepModel(profiler.config, device)
         times: Times = defaultdict(lambda: defaultdict(list))
-        for shape, rows, step in taken:
-            _add(times, model, shape, rows, step)
+        for batch, step in decodes.items():
+            _add(times, model, shape_of([(CONTEXT - 1, 1)] * batch, generated=True), step.operations, step)
+        for tokens, step in prefills.items():
+            _add(times, model, shape_of([(0, tokens)], generated=False), step.operations, step)
+        for batch, context in LONG:
+            pieces = [(context - 1, 1)] * batch
+            rows = profiler.operations(pieces, ceilings, generated=True)
+            attention = [row for row in rows if row.operation in ATTENTION]
+            _add(times, model, shape_of(pieces, generated=True), attention, decodes[batch])
         beyond = [(step.step_ms - step.native_ms) / 1e3 for step in decodes.values()]
         step_overhead_s, row_overhead_s = _line(list(decodes), beyond)
         measured = {
@@ -135,17 +133,6 @@ def stamp_of(config: EngineConfig) -> Calibration:
 
 def _share(limit_s: float, took_s: float) -> MeasuredShare:
     return MeasuredShare(limit_s, min(max(limit_s / took_s, SMALLEST), LARGEST))
-
-
-def _decoding(batch: int, context: int) -> StepShape:
-    count, tokens = float(batch), float(batch * context)
-    return StepShape(absorbed_tokens=count, absorbed_pairs=tokens, absorbed_context=tokens, sampled=count)
-
-
-def _prompt(tokens: int) -> StepShape:
-    count = float(tokens)
-    pairs = count * (count + 1) / 2
-    return StepShape(expanded_tokens=count, expanded_pairs=pairs, expanded_context=count, sampled=1.0)
 
 
 def _add(times: Times, model: StepModel, shape: StepShape, rows: list[OperationRow], step: StepProfile) -> None:

@@ -115,10 +115,8 @@ def _attempt(
     config: EngineConfig, calibrator: Calibrator, server: CierzoServer, load: Workload, before: Device
 ) -> tuple[Attempt, Device]:
     """Load, calibrate, plan; the calibration serves the next workload too."""
-    requests = load.requests or 0
-    names = ("concurrency", "rate", "input_tokens", "shared_tokens", "output_tokens", "seed")
-    settings = LoadSettings(rpc="", requests=requests, **{name: getattr(load, name) for name in names})
-    steady = steady_load(server.load(settings), left_out(requests, load.concurrency))
+    result = server.load(LoadSettings(rpc="", **msgspec.structs.asdict(load)))
+    steady = steady_load(result, left_out(load.requests or 0, load.concurrency))
     experts, after = server.chosen_experts(), calibrator.measure()
     distinct = None if experts is None else measured_distinct(experts)
     plans = [figures(forecast(config, load, device=device, distinct=distinct)) for device in (before, after)]

@@ -34,7 +34,7 @@ SHOWN = 22  # last letters of a device's name: it may be a path
 MOST_CHANGES = 6
 WORKLOAD = (
     "2048/256@64: tokens in, out, clients; 2048/256@3.5/s: requests a second; 1152:1024/64@16: 1,024 of 1,152 "
-    "tokens are the same in all; FILE.jsonl: a trace; FILE.json"
+    "tokens are the same in all; FILE.jsonl: a trace"
 )
 FIGURE_CLIENTS = 2048
 FIGURE_INCHES = (4.5, 2.8)

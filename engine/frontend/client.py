@@ -37,11 +37,8 @@ from cierzo.engine.messages import (
     ChatMessage,
     Delta,
     Drain,
-    Experts,
-    ExpertStatistics,
     Final,
     Generate,
-    GetExperts,
     GetHealth,
     GetModel,
     GetStats,
@@ -160,10 +157,6 @@ class Client:
     async def stats(self) -> Stats:
         """Counters and gauges of the server."""
         return cast(Stats, await self._link.call(GetStats))
-
-    async def experts(self) -> ExpertStatistics:
-        """Which experts the tokens chose since the core's start. Raises InvalidRequest where nobody counts them."""
-        return cast(Experts, await self._link.call(GetExperts)).statistics
 
     async def model_info(self) -> ModelInfo:
         """Describe the model that is served, and its limits."""
@@ -298,10 +291,6 @@ class SyncClient(OneProcess):
     def stats(self) -> Stats:
         """As `Client.stats`."""
         return self._run(self._client.stats)
-
-    def experts(self) -> ExpertStatistics:
-        """As `Client.experts`."""
-        return self._run(self._client.experts)
 
     def model_info(self) -> ModelInfo:
         """As `Client.model_info`."""

@@ -18,7 +18,6 @@ from cierzo.engine.messages import (
     Failure,
     Final,
     Generate,
-    GetExperts,
     GetHealth,
     GetModel,
     GetStats,
@@ -217,7 +216,7 @@ class ClientLink(asyncio.Protocol):
             self._inboxes[stream] = inbox
         return Generation(self, stream, inbox)
 
-    async def call(self, method: type[Ping | GetHealth | GetStats | GetExperts | GetModel | Drain]) -> Any:
+    async def call(self, method: type[Ping | GetHealth | GetStats | GetModel | Drain]) -> Any:
         """Send a message that has one answer, and wait for it."""
         if self._error is not None:
             raise self._error

@@ -26,12 +26,10 @@ from cierzo.engine.messages import (
     CoreCommand,
     CoreStats,
     Drained,
-    Experts,
     Failure,
     FinishReason,
     Generate,
     ModelInfo,
-    ReadExperts,
     StepOutput,
     Submit,
     TokenDelta,
@@ -107,7 +105,6 @@ class Frontend:
         self._draining = False
         self._drain_waiters: list[tuple[Sink, int]] = []
         self._drained = asyncio.Event()
-        self._expert_waiters: list[tuple[Sink, int]] = []
 
     # --- what is going on ------------------------------------------------------------------------------
 
@@ -143,7 +140,6 @@ class Frontend:
             stream.sink = None
             self._abort(stream, "cancelled")
         self._drain_waiters = [waiter for waiter in self._drain_waiters if waiter[0] is not sink]
-        self._expert_waiters = [waiter for waiter in self._expert_waiters if waiter[0] is not sink]
 
     def generate(self, sink: Sink, message: Generate) -> None:
         """Accept a request, or raise the CierzoError that says why not."""
@@ -183,22 +179,6 @@ class Frontend:
             self._drain_waiters.append((sink, stream_id))
         self._tell_drained()
 
-    def read_experts(self, sink: Sink, stream_id: int) -> None:
-        """Ask the core which experts it counted; `sink` hears it with the next step. Raises why it will not."""
-        if not self.model.counts_experts:
-            raise InvalidRequest(
-                "this server does not count experts: it was started without --expert-statistics",
-                field="expert_statistics",
-                limit=True,
-                value=False,
-            )
-        self._require_core()
-        asked = sum(waiter[0] is sink for waiter in self._expert_waiters)
-        self._room("max_streams_per_connection", asked + 1, self._config.max_streams_per_connection)
-        self._expert_waiters.append((sink, stream_id))
-        if len(self._expert_waiters) == 1:
-            self._core.send(ReadExperts())
-
     async def drained(self) -> None:
         """Wait until a drain is complete."""
         await self._drained.wait()
@@ -224,7 +204,6 @@ class Frontend:
         self.counters.core_restarts += 1
         suspect, self._on_trial = self._on_trial, None
         self._to_resume.clear()
-        self._no_experts(Overloaded("the core is loading the model", retry_after_s=self._config.retry_after_s))
         now, loop = self._clock(), asyncio.get_running_loop()
         for stream in list(self._streams.values()):
             stream.deaths += stream.sent_s is not None
@@ -239,7 +218,6 @@ class Frontend:
     def core_failed(self, error: CierzoError) -> None:
         """There will be no core any more: every open stream fails with `error`."""
         self.state = "failed"
-        self._no_experts(error)
         for stream in list(self._streams.values()):
             sink, stream_id = stream.sink, stream.stream_id
             self._close(stream)
@@ -252,11 +230,6 @@ class Frontend:
         if step.stats is not None:
             self.core_stats = step.stats
         touched: dict[Sink, None] = {}
-        if step.experts is not None:
-            for sink, stream_id in self._expert_waiters:
-                sink.put(Experts(stream=stream_id, statistics=step.experts))
-                touched[sink] = None
-            self._expert_waiters = []
         for delta in step.deltas:
             stream = self._streams.get(delta.request_id)
             if stream is not None:
@@ -286,13 +259,6 @@ class Frontend:
             raise CoreFailed("the core process cannot be kept alive", retry_after_s=self._config.retry_after_s)
         if self.state != "ready":
             raise Overloaded("the core is loading the model", retry_after_s=self._config.retry_after_s)
-
-    def _no_experts(self, error: CierzoError) -> None:
-        """The core that was asked is gone."""
-        waiters, self._expert_waiters = self._expert_waiters, []
-        for sink, stream_id in waiters:
-            sink.put(failure(stream_id, error))
-            sink.flush()
 
     def _room(self, limit_name: str, value: int, limit: int) -> None:
         if value > limit:

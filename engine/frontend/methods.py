@@ -8,14 +8,13 @@ from typing import Any
 import msgspec
 
 from cierzo.engine.errors import CierzoError, ProtocolError
-from cierzo.engine.frontend.frontend import Frontend, failure
+from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.stream import Sink
 from cierzo.engine.messages import (
     Cancel,
     ClientMessage,
     Drain,
     Generate,
-    GetExperts,
     GetHealth,
     GetModel,
     GetStats,
@@ -38,7 +37,6 @@ class Methods:
             Ping: self._ping,
             GetHealth: self._health,
             GetStats: self._stats,
-            GetExperts: self._experts,
             GetModel: self._model,
             Drain: self._drain,
         }
@@ -83,12 +81,6 @@ class Methods:
                 core=frontend.core_stats,
             )
         )
-
-    def _experts(self, sink: Sink, message: GetExperts) -> None:
-        try:
-            self._frontend.read_experts(sink, message.stream)
-        except CierzoError as error:
-            sink.put(failure(message.stream, error))
 
     def _model(self, sink: Sink, message: GetModel) -> None:
         sink.put(msgspec.structs.replace(self._frontend.model, stream=message.stream))

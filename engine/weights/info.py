@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 
 from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, CheckpointFormat, adapter_files
-from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, read_model_config
+from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.headers import TensorInfo, read_checkpoint_headers
 from cierzo.engine.weights.names import PACKED, map_names
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from cierzo.engine.errors import refusal
 from cierzo.engine.fields import Fields
-from cierzo.engine.model.config import ModelConfig, parse_config
+from cierzo.engine.model.config import ModelConfig
+from cierzo.engine.model.config_json import parse_config
 
 NamedShape = tuple[str, tuple[int, ...]]
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from cierzo.cache.manager import KVCacheManager
 from cierzo.engine.config import EngineConfig, spin_briefly
-from cierzo.engine.messages import Abort, CoreStats, ExpertStatistics, Finish, Submit, TokenDelta
+from cierzo.engine.messages import Abort, CoreStats, Finish, Submit, TokenDelta
 from cierzo.engine.worker.batch import Batch, BatchBuilder
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.fake import FakeRunner
@@ -175,12 +175,8 @@ class EngineCore:
             output_tokens=scheduler.output_tokens,
             preemptions=scheduler.preemptions,
             finished=scheduler.finished,
-            experts=None if self._runner.experts is None else self._runner.experts.summary(),
+            experts=None if self._runner.experts is None else self._runner.experts.statistics(),
         )
-
-    def expert_statistics(self) -> ExpertStatistics | None:
-        """Return what was counted since the start, `reset` or not; None unless configured."""
-        return None if self._runner.experts is None else self._runner.experts.statistics()
 
     def describe_runner(self) -> str:
         """Describe what computes the steps, as printed at start."""

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cierzo.engine.expert_statistics import ExpertStatistics, Phase, StepBucket, bucket_index
-from cierzo.engine.messages import ExpertSummary
 from cierzo.engine.model.config import ModelConfig
 
 PHASES: tuple[Phase, Phase] = ("decode", "prefill")
@@ -68,18 +67,6 @@ class ExpertCounter:
         self._steps[at] += 1
         self._tokens[at] += tokens
         self._distinct[at] += np.count_nonzero(counts, axis=1)
-
-    def summary(self) -> ExpertSummary | None:
-        """The figures that every CoreStats carries; None before the first step."""
-        self._count_waiting()
-        steps = int(self._steps.sum())
-        if not steps:
-            return None
-        mean = self._expert_tokens[0].sum() / self.num_experts  # the same in every layer
-        return ExpertSummary(
-            distinct_per_step=float(self._distinct.sum() / (steps * len(self.layers))),
-            largest_imbalance=float(self._expert_tokens.max() / mean),
-        )
 
     def statistics(self) -> ExpertStatistics:
         """All that was counted."""

@@ -22,8 +22,6 @@ from cierzo.engine.messages import (
     Abort,
     CoreError,
     CoreStats,
-    ExpertStatistics,
-    ReadExperts,
     Ready,
     Shutdown,
     StepOutput,
@@ -54,7 +52,6 @@ class CoreLoop:
         self._pipe = pipe
         self._clock = clock
         self._unsent: list[TokenDelta] = []
-        self._experts_wanted = False
         self._next_stats_s = clock()
         self._stats_are_old = True
 
@@ -75,8 +72,6 @@ class CoreLoop:
                     core.submit(command)
                 case Abort():
                     core.abort(command)
-                case ReadExperts():
-                    self._experts_wanted = True
                 case Shutdown():
                     return False
             self._stats_are_old = True
@@ -94,7 +89,7 @@ class CoreLoop:
             self._pipe.wait(None)
         elif (soon_s := self._next_stats_s - self._clock()) > 0:
             self._pipe.wait(soon_s)
-        else:
+        elif not self._stats_are_old:
             self._core.check()
             self._pipe.wait(None)
 
@@ -103,16 +98,11 @@ class CoreLoop:
         pipe = self._pipe
         pipe.flush()
         while not pipe.backlog_bytes:
-            stats, experts = self._stats(), self._experts()
-            if not self._unsent and stats is None and experts is None:
+            stats = self._stats()
+            if not self._unsent and stats is None:
                 return
-            pipe.send(StepOutput(deltas=self._unsent[:DELTAS_PER_FRAME], stats=stats, experts=experts))
+            pipe.send(StepOutput(deltas=self._unsent[:DELTAS_PER_FRAME], stats=stats))
             self._unsent = self._unsent[DELTAS_PER_FRAME:]
-
-    def _experts(self) -> ExpertStatistics | None:
-        """Expert statistics for the next frame, if the front end has asked."""
-        wanted, self._experts_wanted = self._experts_wanted, False
-        return self._core.expert_statistics() if wanted else None
 
     def _stats(self) -> CoreStats | None:
         """Figures for the next frame, if they have changed and are due; when the work ends they are due at once, so

@@ -32,7 +32,6 @@ def _ceiling(rate: float) -> Ceiling:
 
 CEILINGS = Ceilings(
     threads=2,
-    read_one_thread=_ceiling(20),
     read=_ceiling(40),
     bf16=_ceiling(400),
     float32=_ceiling(200),
@@ -54,10 +53,6 @@ class KnownProfiler:
 
     def __init__(self, options: EngineOptions, count: int, longest: int, repeats: int) -> None:
         self.config = resolve(options)
-        self.sequences = self
-
-    def fill(self) -> None:
-        """Nothing to fill."""
 
     def decode(self, batch: int, _: Ceilings) -> StepProfile:
         shape = _decoding(batch, CONTEXT)

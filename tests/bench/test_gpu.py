@@ -27,7 +27,7 @@ from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device
-from cierzo.kernels.cuda.launch.kernel import running_on
+from cierzo.kernels.cuda.launch.launcher import running_on
 
 CPU = torch.device("cpu")
 TINY4 = ModelSizes(

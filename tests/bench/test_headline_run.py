@@ -33,7 +33,6 @@ IDENTITY = {"commit": "abc", "device": "a card", "small4": "one", "small3": "oth
 SHORT = Cell(name="64/16@2", profile="latency", input_tokens=64, output_tokens=16, concurrency=2)
 FOUND = Ceilings(
     threads=2,
-    read_one_thread=Ceiling(rate=20.0, reached_by="test"),
     read=Ceiling(rate=40.0, reached_by="test"),
     bf16=Ceiling(rate=400.0, reached_by="test"),
     float32=Ceiling(rate=200.0, reached_by="test"),

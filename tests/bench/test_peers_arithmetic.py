@@ -17,7 +17,8 @@ from cierzo.bench.peers.engine import Checkpoint, Engine
 from cierzo.bench.peers.results import close_places, limit, outcome_of, ratios, small4_over_small3, values
 from cierzo.bench.peers.table import text
 from cierzo.bench.revision import ROOT
-from cierzo.engine.model.config import ModelConfig, read_model_config
+from cierzo.engine.model.config import ModelConfig
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.shapes import shape_of
 
 DECODE = Cell(name="decode-8", kind="decode", unit="tok/s", batch=8, prompt_tokens=128, new_tokens=64)
@@ -31,7 +32,6 @@ def rate(rate: float) -> Ceiling:
 
 FOUND = Ceilings(
     threads=2,
-    read_one_thread=rate(30.0),
     read=rate(50.0),
     bf16=rate(440.0),
     float32=rate(220.0),

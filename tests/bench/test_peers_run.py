@@ -76,7 +76,7 @@ def _engine(name: str, peer: str) -> Engine:
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     rate = Ceiling(rate=50.0, reached_by="test")
-    found = Ceilings(threads=1, read_one_thread=rate, read=rate, bf16=rate, float32=rate, int8=None)
+    found = Ceilings(threads=1, read=rate, bf16=rate, float32=rate, int8=None)
     monkeypatch.setattr(machine, "measure_apart", lambda: found)
     folder = tmp_path / "tiny"
     folder.mkdir()

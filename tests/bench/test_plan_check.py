@@ -35,7 +35,7 @@ RESULT = Path(__file__).resolve().parents[2] / "bench" / "results" / "plan-cpu.j
 WIDE = 2.0  # a factor, either way
 
 ONE = Ceiling(rate=50.0, reached_by="nobody")
-CEILINGS = Ceilings(threads=1, read_one_thread=ONE, read=ONE, bf16=ONE, float32=ONE, int8=ONE)
+CEILINGS = Ceilings(threads=1, read=ONE, bf16=ONE, float32=ONE, int8=ONE)
 PLANNED = {"requests_per_s": 1.1, "completion_s": 8.7, "ttft_s": 1.0, "inter_token_s": 0.02}
 ATTEMPT = Attempt(
     planned=PLANNED,
@@ -117,7 +117,7 @@ class InProcess(SimulatedServer):
 
     def chosen_experts(self) -> ExpertStatistics | None:
         """Of all loads so far."""
-        return self.core.expert_statistics()
+        return self.core.stats().experts
 
     def __enter__(self) -> InProcess:
         return self

@@ -11,22 +11,69 @@ from native_only import needs_native
 from cierzo.bench import profile
 from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.engine.config import EngineOptions
+from cierzo.engine.cost.operations import Work
+from cierzo.engine.cost.work import StepShape
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.model.config import MlaConfig
 from cierzo.engine.weights.make import make_checkpoint
 
 ONE = Ceiling(rate=1.0, reached_by="nobody")
-CEILINGS = Ceilings(threads=1, read_one_thread=ONE, read=ONE, bf16=ONE, float32=ONE, int8=None)
+CEILINGS = Ceilings(threads=1, read=ONE, bf16=ONE, float32=ONE, int8=None)
 
 
 def test_a_row_gives_rates_and_the_share_of_its_limit() -> None:
     """By the median of the repeats. Its bytes take 2 s at 3 GB/s, its operations 1.5 s at 8 GFLOP/s."""
     read, bf16 = (Ceiling(rate=rate, reached_by="") for rate in (3.0, 8.0))
     found = msgspec.structs.replace(CEILINGS, read=read, bf16=bf16)
-    totals = [profile._Total(calls=6, seconds=took, operations=12e9, num_bytes=6e9) for took in (5.0, 3.0, 4.0)]
-    assert profile._row("linear", totals, found) == profile.OperationRow(
-        operation="linear", calls=6, ms=4000.0, megabytes=6000.0, gb_per_s=1.5, gflop_per_s=3.0, share=0.5
+    runs = [[took - 2.0, 0.5, 1.5] for took in (5.0, 3.0, 4.0)]
+    assert profile._row(Work("linear", 6e9, 12e9), runs, found) == profile.OperationRow(
+        operation="linear", calls=3, ms=4000.0, megabytes=6000.0, gb_per_s=1.5, gflop_per_s=3.0, share=0.5
     )
-    fewer = [profile._Total(calls=6, seconds=4.0, operations=24e9, num_bytes=6e9)]
-    assert profile._row("linear", fewer, found).share == 0.75
+    assert profile._row(Work("linear", 6e9, 24e9), [[4.0]], found).share == 0.75
+
+
+def test_a_step_s_shape_is_that_of_its_pieces() -> None:
+    """A prompt's row sees what comes before it and itself."""
+    seen = [6 + row for row in (1, 2, 3)] + [1 + row for row in (1, 2)]
+    assert profile.shape_of([(6, 3), (1, 2)], generated=False) == StepShape(
+        expanded_tokens=5.0, expanded_pairs=float(sum(seen)), expanded_context=9.0 + 3.0, sampled=2.0
+    )
+    assert profile.shape_of([(159, 1)] * 3, generated=True) == StepShape(
+        absorbed_tokens=3.0, absorbed_pairs=480.0, absorbed_context=480.0, sampled=3.0
+    )
+
+
+@needs_native
+def test_an_operation_is_counted_by_hand(tmp_path: Path) -> None:
+    """Attention by the sizes in docs/model.md; the experts' bytes by those that were chosen."""
+    checkpoint = make_checkpoint(tmp_path / "model", like="small4", scale="tiny")
+    profiler = profile.Profiler(EngineOptions(model=str(checkpoint), threads=1), 8, 256, 1)
+    model = profiler.config.model
+    mla, moe, layers = model.attention, model.moe, model.num_layers
+    assert isinstance(mla, MlaConfig)
+    assert moe is not None
+    one, eight = (
+        {row.operation: row for row in profiler.operations([(99, 1)] * count, CEILINGS, generated=True)}
+        for count in (1, 8)
+    )
+    multiplied = 2 * mla.kv_lora_rank + mla.qk_rope_head_dim  # for a score, and for a sum
+    operations = layers * 100 * model.num_heads * 2 * multiplied
+    assert one["mla_decode"].gflop_per_s * one["mla_decode"].ms * 1e6 == pytest.approx(operations)
+    expert_bytes = layers * 3 * model.hidden_size * moe.expert_width * 2
+    beside = one["expert_mlp"].megabytes * 1e6 - moe.experts_per_token * expert_bytes
+    rows_bytes = layers * 2 * model.hidden_size * 2
+    assert beside == pytest.approx(moe.num_shared_experts * expert_bytes + rows_bytes)
+    reached = (eight["expert_mlp"].megabytes * 1e6 - beside - 7 * rows_bytes) / expert_bytes * layers
+    assert moe.experts_per_token * layers < reached < moe.num_experts * layers
+    assert reached == pytest.approx(round(reached))  # experts that were counted, in all layers
+
+
+def test_operations_without_native_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", like="small4", scale="tiny")
+    profiler = profile.Profiler(EngineOptions(model=str(checkpoint), threads=1), 1, 64, 1)
+    monkeypatch.setattr(profile, "has_native", lambda: False)
+    with pytest.raises(ConfigError, match="no native kernels"):
+        profiler.operations([(9, 1)], CEILINGS, generated=True)
 
 
 @needs_native

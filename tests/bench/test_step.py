@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from cierzo.bench import step
+from cierzo.bench.stats import Summary
 from cierzo.cli import main
 
 
@@ -36,4 +37,13 @@ def test_a_small_run_reports_every_row_and_its_load(tmp_path: Path, capsys: pyte
         assert row.step_ms.count == 40
         assert row.finished == ended(settings, row.running, row.context)
         assert row.output_tokens == 40 * row.running  # each step gives one token to each
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert capsys.readouterr().out == step.table(rows) + "\n"
+
+
+def test_the_table() -> None:
+    times, submits = (Summary(1, 0.0, p50, 0.0, p99, 0.0) for p50, p99 in ((0.25, 1.5), (0.125, 10.0)))
+    row = step.StepRow(running=64, context=1024, step_ms=times, submit_ms=submits, finished=3, output_tokens=64_000)
+    assert step.table([row]).splitlines() == [
+        "running  context  step ms p50  step ms p99  submit ms p50  submit ms p99",
+        "64          1024        0.250        1.500          0.125         10.000",
+    ]

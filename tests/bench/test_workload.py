@@ -1,13 +1,14 @@
-"""Workloads: their spelling on the command line, files, and what is refused."""
+"""Workloads: their spelling on the command line, files, what is refused; arrivals and prompts by their seed."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cierzo.bench.workload import Workload, parse_workload
+from cierzo.bench.workload import Workload, parse_workload, poisson_arrivals, random_prompt
 from cierzo.engine.errors import ConfigError
 
 GOOD = b'{"arrival_s": 0.5, "input_tokens": 10, "output_tokens": 3}\n'
@@ -54,18 +55,12 @@ def test_a_workload_is_one_thing(fields: dict[str, Any]) -> None:
         Workload(**fields)
 
 
-def test_files(tmp_path: Path) -> None:
-    trace, loop = tmp_path / "a.jsonl", tmp_path / "b.json"
+def test_a_trace(tmp_path: Path) -> None:
+    trace = tmp_path / "a.jsonl"
     trace.write_bytes(GOOD + b"\n" + GOOD.replace(b"3}", b'7, "shared_tokens": 9}'))
     workload = parse_workload(str(trace))
     assert [(one.output_tokens, one.shared_tokens) for one in workload.trace] == [(3, 0), (7, 9)]
     assert workload.longest_tokens == 17
-    loop.write_text('{"input_tokens": 5, "output_tokens": 2, "rate": 4, "requests": 9}')
-    assert parse_workload(str(loop)) == Workload(input_tokens=5, output_tokens=2, rate=4.0, requests=9)
-    for text in ('{"rate": 4, "color": 1}', '{"rate": -4}', "{", '{"concurrency": 1, "input_tokens": 1.5}'):
-        loop.write_text(text)
-        with pytest.raises(ConfigError, match=r"b\.json|rate"):
-            parse_workload(str(loop))
 
 
 @pytest.mark.parametrize(
@@ -97,3 +92,27 @@ def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\n\n")
     with pytest.raises(ConfigError, match="no request"):
         parse_workload(str(path))
+
+
+def test_arrivals_have_the_rate_and_the_spread_of_a_poisson_process() -> None:
+    times = poisson_arrivals(20_000, rate=50.0, seed=3)
+    gaps = [after - before for before, after in pairwise(times)]
+    mean = sum(gaps) / len(gaps)
+    deviation = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5
+    assert min(gaps) >= 0
+    assert mean == pytest.approx(1 / 50, rel=0.03)
+    assert deviation == pytest.approx(mean, rel=0.05)  # of an exponential; 0 for evenly spaced arrivals
+
+
+def test_seeds_repeat_and_differ() -> None:
+    assert poisson_arrivals(5, 1.0, 7) == poisson_arrivals(5, 1.0, 7)
+    assert poisson_arrivals(5, 1.0, 7) != poisson_arrivals(5, 1.0, 8)
+    prompts = {tuple(random_prompt(index, 8, 1000, seed)) for index in range(20) for seed in range(2)}
+    assert len(prompts) == 40
+    assert random_prompt(3, 8, 1000, 0) == random_prompt(3, 8, 1000, 0)
+
+
+def test_prompts_lie_in_the_vocabulary() -> None:
+    ids = random_prompt(0, 500, 16, seed=0)
+    assert len(ids) == 500
+    assert set(ids) == set(range(16))

@@ -12,7 +12,8 @@ from cierzo.engine import device_memory
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.model.config import ModelConfig, read_model_config
+from cierzo.engine.model.config import ModelConfig
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.shapes import shape_of
 
 H100, H200 = 79 << 30, 139 << 30

@@ -22,7 +22,7 @@ from cierzo.cache.layout import GIB
 from cierzo.cache.pool import GqaPages
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.messages import SamplingParams, Submit
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import ModelRunner, load_runner

@@ -33,7 +33,7 @@ from cierzo.engine.worker.runner import ModelRunner
 from cierzo.engine.worker.step_rows import DeviceRows
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device
-from cierzo.kernels.cuda.launch.kernel import running_on
+from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.formats.activations import static_scales, takes_fp8
 from cierzo.kernels.registry import bind
 from cierzo.kernels.triton import mla, prefix, split

@@ -12,8 +12,9 @@ import pytest
 import transformers
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, QueryScaling, read_model_config
+from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, QueryScaling
 from cierzo.engine.model.config_defaults import DEFAULTS, EOS_TOKEN_ID, MISTRAL3, ROPE_THETA
+from cierzo.engine.model.read_config import read_model_config
 
 YARN = {
     "type": "yarn",

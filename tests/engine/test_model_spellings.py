@@ -13,8 +13,9 @@ from tiny_folders import DENSE, changed, transformers_logits, write_config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # mistral's is the same
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.model.config import GqaConfig, read_model_config
+from cierzo.engine.model.config import GqaConfig
 from cierzo.engine.model.positions import Positions
+from cierzo.engine.model.read_config import read_model_config
 
 BOTH, MISTRAL, LLAMA = ("mistral", "llama"), ("mistral",), ("llama",)
 OTHER = {"rope_type": "default", "rope_theta": 500.0}

@@ -18,7 +18,7 @@ from tiny_folders import DENSE, changed, transformers_logits, write_config
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.parameters import as_tensor
 from cierzo.engine.weights.info import describe
 

@@ -27,7 +27,7 @@ from cierzo.engine.worker.runner import ModelRunner
 from cierzo.engine.worker.sampling import NOT_FINITE, Sampler
 from cierzo.engine.worker.staging import Staging
 from cierzo.engine.worker.step_rows import DeviceRows
-from cierzo.kernels.cuda.launch.kernel import running_on
+from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import IMPLEMENTATIONS, bound
 from cierzo.scheduler.config import SchedulerConfig

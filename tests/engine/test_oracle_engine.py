@@ -26,7 +26,7 @@ from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.llm import Output
 from cierzo.engine.messages import Finish, Submit, TokenLogprobs
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import ModelRunner, load_runner

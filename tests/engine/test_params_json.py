@@ -14,7 +14,8 @@ from published import SMALL3, SMALL4, Published
 from cierzo.bench.peers.mistral_native import params as bench_params
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import CheckpointError, ConfigError
-from cierzo.engine.model.config import ModelConfig, read_model_config
+from cierzo.engine.model.config import ModelConfig
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.shapes import shape_of
 

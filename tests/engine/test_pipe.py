@@ -21,8 +21,6 @@ from cierzo.engine.messages import (
     CoreCommand,
     CoreError,
     CoreEvent,
-    ExpertSummary,
-    ReadExperts,
     Ready,
     SamplingParams,
     Shutdown,
@@ -217,27 +215,21 @@ def test_an_abort_is_answered_although_no_step_runs(ends: tuple[CorePipe, Peer])
     assert [delta.finish.reason for delta in deltas if delta.finish] == ["cancelled", "cancelled"]
 
 
-def test_expert_statistics_are_sent_once_for_each_question(ends: tuple[CorePipe, Peer]) -> None:
+def test_what_the_experts_counted_is_in_the_stats_from_the_start(ends: tuple[CorePipe, Peer]) -> None:
     pipe, peer = ends
     runner = make_runner(CONFIG)
     runner.experts = counter = ExpertCounter([2], 4, 2)
     clock = Clock()
     loop = CoreLoop(EngineCore(CONFIG, runner), pipe, clock)
-    peer.send(ReadExperts())
     loop.turn()  # with nothing to compute
-    first = peer.receive()
-    assert first.experts == counter.statistics()
-    assert first.stats.experts is None
+    assert peer.receive().stats.experts == counter.statistics()
     counter.add(np.array([[[0, 3], [0, 1]]]), "decode")
     peer.send(submit(1, max_tokens=3))
     loop.turn()
-    assert peer.receive().experts is None
+    assert peer.receive().stats is None
     clock.now += STATS_INTERVAL_S
-    peer.send(ReadExperts())
     loop.turn()
-    last = peer.receive()
-    assert last.experts.expert_tokens == [[2, 1, 0, 1]]
-    assert last.stats.experts == ExpertSummary(distinct_per_step=3.0, largest_imbalance=2.0)
+    assert peer.receive().stats.experts.expert_tokens == [[2, 1, 0, 1]]
 
 
 def test_the_loop_ends_on_shutdown_and_on_a_closed_socket(ends: tuple[CorePipe, Peer]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.llm import LLM
 from cierzo.engine.model.build import parameter_specs
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.parameters import Parameter, as_tensor
 from cierzo.engine.weights import quantised
 from cierzo.engine.weights.info import describe

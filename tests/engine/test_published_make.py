@@ -13,7 +13,7 @@ from cierzo.engine.checkpoint_format import PUBLISHED_FORMATS
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.llm import LLM
 from cierzo.engine.model.build import parameter_specs
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.parameters import as_tensor
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.loader import load_parameters

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.quantised import StoredParameter
 from cierzo.engine.worker.runner import load_model

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.model.build import parameter_specs
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.parameters import as_tensor
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.reader import CheckpointReader

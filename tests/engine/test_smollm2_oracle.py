@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cierzo.cache.pool import KVPool
 from cierzo.engine.model.build import build_model, parameter_specs
-from cierzo.engine.model.config import read_model_config
 from cierzo.engine.model.decoder import Decoder
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.parameters import MatrixRequest, Parameter, as_tensor
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.reader import CheckpointReader

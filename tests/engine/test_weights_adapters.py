@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from cierzo.engine.checkpoint_format import adapter_files
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.reader import CheckpointReader
 

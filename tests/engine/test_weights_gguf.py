@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.frontend.tokenizer import load_tokenizer
 from cierzo.engine.model.build import parameter_specs
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights import gguf, gguf_tokenizer
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.reader import CheckpointReader

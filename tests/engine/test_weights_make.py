@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from cierzo.engine.errors import CheckpointError, ConfigError
 from cierzo.engine.model.build import parameter_specs
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights import make
 from cierzo.engine.weights.folder import new_folder
 from cierzo.engine.weights.headers import INDEX_NAME

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import CheckpointError, ConfigError
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.headers import INDEX_NAME, SINGLE_NAME
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.reader import CheckpointReader

@@ -15,8 +15,9 @@ from cierzo.engine.worker.batch import BatchBuilder
 from cierzo.engine.worker.graphs import DecodeGraphs
 from cierzo.engine.worker.runner import ModelRunner
 from cierzo.kernels import fault
-from cierzo.kernels.cuda.launch.kernel import Kernel, running_on
-from cierzo.kernels.cuda.launch.kernel import launch as launch_cuda
+from cierzo.kernels.cuda.launch.kernel import Kernel
+from cierzo.kernels.cuda.launch.launcher import launch as launch_cuda
+from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.fault import DeviceFault, launched, note, watching
 from cierzo.kernels.triton.launch import Configuration
 from cierzo.kernels.triton.launch import launch as launch_triton

@@ -1,6 +1,9 @@
-"""Put known faults into a copy of the tree, one at a time: each must turn a test red.
+"""Put known faults into copies of the tree, one at a time in each: every one must turn a test red.
 
-    python tests/mutants/run.py [WORD...]       only faults whose file, why or list contains one of the words
+    python tests/mutants/run.py [--again] [WORD...]   only faults whose file, why or list contains one of the words
+
+A run that was interrupted goes on where it stopped: faults that were killed are kept in build/mutants-killed.txt,
+and not tried again until the fault, its file or its tests have changed, or with --again. Two are tried at a time.
 
 A list is tests/mutants/<part>.json: objects with `file`, `find` (occurs exactly once in it), `replace`, `tests`
 (arguments of pytest) and `why` (the fault in words). Exit status 1 if a fault survives. The unchanged copy must
@@ -10,17 +13,23 @@ built again, for the best instruction set of this CPU alone, and with little opt
 
 from __future__ import annotations
 
+import hashlib
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 
 ROOT = Path(__file__).resolve().parents[2]
+KILLED = ROOT / "build/mutants-killed.txt"
+TREES = 2  # copies in which faults are tried at the same time
 TIMEOUT_S = 300.0
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "build", "*.egg-info")
 PYTEST_PASSED, PYTEST_FAILED = 0, 1
@@ -41,13 +50,24 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Whether the native library must be built again for it."""
         return self.file.endswith(COMPILED)
 
+    @property
+    def digest(self) -> str:
+        """Digest of the fault, of its file and of its tests."""
+        files = {self.file, *(test.partition("::")[0] for test in self.tests.split() if "/" in test)}
+        parts = [msgspec.json.encode(self)]
+        for name in sorted(files):
+            path = ROOT / name
+            parts += [found.read_bytes() for found in ([path] if path.is_file() else sorted(path.rglob("*.py")))]
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
 
 class Tree:
     """A copy of the repository whose own sources are the ones that its tests import."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, source: Path = ROOT) -> None:
         self.root = root
-        shutil.copytree(ROOT, root, symlinks=True, ignore=IGNORED)
+        self._unchanged = b""
+        shutil.copytree(source, root, symlinks=True, ignore=IGNORED)
         # The installed package is an editable one, of the original tree: PYTHONPATH stands before it.
         self.environment = os.environ | {
             "PYTHONPATH": str(root / "src"),
@@ -55,6 +75,13 @@ class Tree:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
         self._check_imports()
+
+    def copy(self, root: Path) -> Tree:
+        """A second copy, with the library that was built for this one."""
+        other = Tree(root, self.root)
+        if self._unchanged:
+            other.keep_library()
+        return other
 
     def build(self) -> None:
         """Compile what is in the tree now. A tree that does not compile proves nothing."""
@@ -67,6 +94,10 @@ class Tree:
     def build_unchanged(self) -> None:
         """The library that all faults in Python are tried with."""
         self.build()
+        self.keep_library()
+
+    def keep_library(self) -> None:
+        """Take the native library that is there for the one of sound sources."""
         (self._library,) = (self.root / "kernels/cpu").glob("_native*.so")
         self._unchanged = self._library.read_bytes()
 
@@ -87,12 +118,12 @@ class Tree:
         if not Path(done.stdout.strip()).is_relative_to(self.root.resolve()):
             raise SystemExit(f"the tests would import {done.stdout.strip()}, not the copy in {self.root}")
 
-    def test(self, tests: str) -> tuple[int, str]:
+    def test(self, tests: str, options: Sequence[str] = (), timeout_s: float | None = TIMEOUT_S) -> tuple[int, str]:
         """pytest's exit status and output; a run that hangs past the limit or dies of a signal counts as failed."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options, *tests.split()]
         try:
             done = subprocess.run(
-                command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT_S
+                command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=timeout_s
             )
         except subprocess.TimeoutExpired:
             return PYTEST_FAILED, f"still running after {TIMEOUT_S:.0f} s"
@@ -143,28 +174,58 @@ def read_faults(words: list[str]) -> list[Fault]:
 
 def main(words: list[str]) -> int:
     """Run, print the table, and say what survived."""
-    faults = read_faults(words)
+    again = "--again" in words
+    faults = read_faults([word for word in words if word != "--again"])
     if not faults:
         raise SystemExit("no fault matches")
-    with tempfile.TemporaryDirectory(prefix="cierzo-mutants-") as folder:
-        tree = Tree(Path(folder) / "tree")
-        if any(fault.is_compiled for fault in faults):
-            tree.build_unchanged()
-        needed = sorted({test for fault in faults for test in fault.tests.split()})
-        print(f"unchanged: {' '.join(needed)}", flush=True)
-        status, output = tree.test(" ".join(needed))
-        if status != PYTEST_PASSED:
-            raise SystemExit(f"{output}\nthe tests fail without any fault")
-        survivors = sum(_try(tree, fault, f"{i}/{len(faults)}") for i, fault in enumerate(faults, start=1))
+    before = set() if again or not KILLED.exists() else set(KILLED.read_text(encoding="utf-8").split())
+    # of the tree as it is now, which the copies are made of
+    left = {fault: digest for fault in faults if (digest := fault.digest) not in before}
+    print(f"{len(faults)} faults, {len(faults) - len(left)} of them killed in earlier runs", flush=True)
+    survivors = _try_all(left) if left else 0
     print(f"{len(faults) - survivors} killed, {survivors} survived")
     return 1 if survivors else 0
 
 
-def _try(tree: Tree, fault: Fault, place: str) -> bool:
-    start = time.monotonic()
-    survived = tree.survives(fault)
+def _try_all(faults: dict[Fault, str]) -> int:
+    """Try each fault, in whichever copy is free; how many survive. faults: with their digests."""
+    with tempfile.TemporaryDirectory(prefix="cierzo-mutants-") as folder:
+        first = Tree(Path(folder) / "tree")
+        if any(fault.is_compiled for fault in faults):
+            first.build_unchanged()
+        needed = sorted({test for fault in faults for test in fault.tests.split()})
+        print(f"unchanged: {' '.join(needed)}", flush=True)
+        status, output = first.test(" ".join(needed), ["--numprocesses", str(TREES)], timeout_s=None)
+        if status != PYTEST_PASSED:
+            raise SystemExit(f"{output}\nthe tests fail without any fault")
+        free: queue.SimpleQueue[Tree] = queue.SimpleQueue()
+        free.put(first)
+        for number in range(1, TREES):
+            free.put(first.copy(Path(folder) / f"tree{number}"))
+        KILLED.parent.mkdir(exist_ok=True)
+        pool = ThreadPoolExecutor(TREES)
+        try:
+            tried = [
+                pool.submit(_try, free, fault, digest, f"{i}/{len(faults)}")
+                for i, (fault, digest) in enumerate(faults.items(), start=1)
+            ]
+            return sum(one.result() for one in tried)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _try(free: queue.SimpleQueue[Tree], fault: Fault, digest: str, place: str) -> bool:
+    """Whether the fault survives, in a copy that is free."""
+    tree, start = free.get(), time.monotonic()
+    try:
+        survived = tree.survives(fault)
+    finally:
+        free.put(tree)
     verdict = "SURVIVED" if survived else "killed"
     print(f"{place:>7}  {verdict:8} {time.monotonic() - start:6.1f} s  {fault.file}: {fault.why}", flush=True)
+    if not survived:
+        with KILLED.open("a", encoding="utf-8") as file:
+            file.write(f"{digest}\n")
     return survived
 
 

@@ -91,7 +91,7 @@ class CpuBackend:
         shared_bytes: int,
         values: Sequence[np.generic],
     ) -> None:
-        """See cuda.launch.kernel.Backend."""
+        """See cuda.launch.launcher.Backend."""
         if kernel.source not in self._libraries:
             self._libraries[kernel.source] = build(self._folder / kernel.source)
         function = getattr(self._libraries[kernel.source], f"run_{kernel.name}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.model.build import parameter_specs
-from cierzo.engine.model.config import read_model_config
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.parameters import Parameter
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.reader import CheckpointReader

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from cierzo.cache.pool import GqaPages, KVPool
 from cierzo.engine.model.build import build_model
-from cierzo.engine.model.config import ModelConfig, read_model_config
+from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.decoder import Decoder
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cierzo.kernels.cuda.launch.kernel import Kernel, divide_up, launch
+from cierzo.kernels.cuda.launch.kernel import Kernel, divide_up
+from cierzo.kernels.cuda.launch.launcher import launch
 
 _THREADS = 256
 _VECTORS = 4  # vectors that a thread copies before a block is cut into more pieces

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.check import require
-from cierzo.kernels.cuda.launch.kernel import MOST_SHARED_BYTES, Kernel, divide_up, is_aligned, launch
+from cierzo.kernels.cuda.launch.kernel import Kernel, divide_up, is_aligned
+from cierzo.kernels.cuda.launch.launcher import MOST_SHARED_BYTES, launch
 from cierzo.kernels.formats.packed import Matrix
 
 MOST_EXPERTS = 256  # experts of the router: eight for each lane

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.check import require
-from cierzo.kernels.cuda.launch.kernel import MOST_THREADS, Kernel, divide_up, launch
+from cierzo.kernels.cuda.launch.kernel import Kernel, divide_up
+from cierzo.kernels.cuda.launch.launcher import MOST_THREADS, launch
 
 MOST_VOCAB = 1 << 18  # probabilities as integers up to 2^44 then add up to less than 2^63
 MOST_TOP = 1024  # tokens that top_tokens sorts in shared memory

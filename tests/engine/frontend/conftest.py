@@ -16,7 +16,6 @@ import msgspec
 import pytest
 import tokenizers
 import uvloop
-from msgspec.structs import replace
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from cierzo.engine.frontend.chat import ChatTemplate
@@ -33,12 +32,10 @@ from cierzo.engine.messages import (
     CoreCommand,
     CoreError,
     CoreStats,
-    ExpertStatistics,
     Finish,
     Hello,
     Message,
     ModelInfo,
-    ReadExperts,
     Ready,
     ServerMessage,
     Shutdown,
@@ -88,7 +85,6 @@ class FakeCore(asyncio.Protocol):
         self.splitter = FrameSplitter(1 << 30)
         self.transport: asyncio.Transport | None = None
         self.scheduled = False
-        self.expert_reads = 0
 
     async def wait(self) -> int:
         return await asyncio.shield(self.exited)
@@ -125,10 +121,6 @@ class FakeCore(asyncio.Protocol):
                 self.submit(command)
             elif isinstance(command, Abort):
                 self.abort(command)
-            elif isinstance(command, ReadExperts):
-                self.expert_reads += 1
-                if self.owner.experts is not None:
-                    self.say(StepOutput(deltas=[], experts=self.owner.experts))
             elif isinstance(command, Shutdown) and self.transport is not None:
                 self.transport.close()
         self.owner.news.set()
@@ -201,7 +193,6 @@ class FakeCores:
     free: bool = True
     error: CoreError | None = None
     silent: bool = False
-    experts: ExpertStatistics | None = None  # what it answers at once
     lives: list[FakeCore] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -305,7 +296,6 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         *,
         cores: FakeCores | None = None,
         text: bool = True,
-        counts_experts: bool = False,
         clock: Callable[[], float] | None = None,
         engine_config: msgspec.Struct = FakeEngineConfig(),  # noqa: B008, it is frozen
         spawn: Spawn | None = None,
@@ -316,7 +306,7 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         cores = cores or FakeCores()
         clocks = {} if clock is None else {"clock": clock}
         link = CoreLink(config, engine_config, spawn or cores, **clocks)
-        frontend = Frontend(config, replace(model(text), counts_experts=counts_experts), encoder, link, **clocks)
+        frontend = Frontend(config, model(text), encoder, link, **clocks)
         server = RpcServer(config, frontend)
         await server.start()
         try:

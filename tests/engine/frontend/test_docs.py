@@ -23,7 +23,6 @@ PARTS = (
     messages.Timings,
     messages.SampleEnd,
     messages.CoreStats,
-    messages.ExpertSummary,
     ExpertStatistics,
     StepBucket,
 )

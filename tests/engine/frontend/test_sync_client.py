@@ -125,7 +125,7 @@ def test_after_close_everything_is_refused_by_name(served):
     client.close()
     assert threading.active_count() == threads - 1
     client.close()
-    calls = [client.ping, client.health, client.stats, client.model_info, client.experts, client.drain]
+    calls = [client.ping, client.health, client.stats, client.model_info, client.drain]
     calls += [client.wait_ready, generation.next, lambda: client.generate(text="x"), lambda: next(iter(generation))]
     for call in [*calls, lambda: client.complete(text="x")]:
         with pytest.raises(ConnectionLost, match="this client is closed"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels import registry
-from cierzo.kernels.cuda.launch.kernel import running_on
+from cierzo.kernels.cuda.launch.launcher import running_on
 
 GUARD, POISON = 0xA5, 0xFF
 GUARD_BYTES = 256

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
-from cierzo.kernels.cuda.launch import device, kernel
-from cierzo.kernels.cuda.launch.kernel import Kernel, LaunchError, launch, running_on
+from cierzo.kernels.cuda.launch import device, launcher
+from cierzo.kernels.cuda.launch.kernel import Kernel, LaunchError
+from cierzo.kernels.cuda.launch.launcher import launch, running_on
 from cierzo.kernels.registry import KernelChoiceError
 
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no g++ on Linux")
@@ -152,16 +153,16 @@ def test_arguments_are_checked_before_a_launch() -> None:
 
 
 def test_without_a_gpu_the_error_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_backends", [])
+    monkeypatch.setattr(launcher, "_backends", [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(KernelChoiceError, match="the CUDA kernels cannot run: torch finds no GPU"):
-        kernel.backend()
+        launcher.backend()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(device.importlib, "import_module", _absent)
     with pytest.raises(
         KernelChoiceError, match=r"CuPy cannot be imported \(not here\): pip install 'cierzo\[cuda\]'"
     ):
-        kernel.backend()
+        launcher.backend()
 
 
 def _absent(name: str) -> None:

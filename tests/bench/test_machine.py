@@ -1,16 +1,17 @@
-"""The ceilings are measured by what is there, and say by what."""
+"""The machine's ceilings are measured by what is there, and say by what."""
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from cierzo.bench import ceilings
-from cierzo.bench.ceilings import measure_ceilings
-from cierzo.bench.machine import Ceilings
+from cierzo.bench import machine
+from cierzo.bench.machine import Ceiling, Ceilings, measure_apart, measure_ceilings, middle
+from cierzo.kernels import registry
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.cpu import native
 from cierzo.kernels.cpu.launch.memory import read_memory
@@ -18,13 +19,13 @@ from cierzo.kernels.cpu.launch.memory import read_memory
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(ceilings, "SIDE", 64)
-    monkeypatch.setattr(ceilings, "ROUNDS", 3)
+    monkeypatch.setattr(machine, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(machine, "SIDE", 64)
+    monkeypatch.setattr(machine, "ROUNDS", 3)
 
 
 def rates(found: Ceilings) -> list[float]:
-    measured = (found.read_one_thread, found.read, found.bf16, found.float32, found.int8)
+    measured = (found.read, found.bf16, found.float32, found.int8)
     return [ceiling.rate for ceiling in measured if ceiling is not None]
 
 
@@ -41,27 +42,48 @@ def test_rates_are_bytes_and_operations_by_the_time_they_take(monkeypatch: pytes
 
         return run
 
-    monkeypatch.setattr(ceilings, "time", SimpleNamespace(perf_counter=lambda: now_s))
-    monkeypatch.setattr(ceilings, "has_native", lambda: False)
-    monkeypatch.setattr(torch, "sum", taking(4.0, 1.0, 2.0, 4.0, 1.0, 0.5))  # one thread and all, in turn
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: now_s))
+    monkeypatch.setattr(registry, "has_native", lambda: False)
+    monkeypatch.setattr(torch, "sum", taking(4.0, 1.0, 0.5))
     monkeypatch.setattr(torch, "mm", taking(3.0, 2.0, 5.0, 8.0, 4.0, 6.0))  # bf16, then float32
     found = measure_ceilings()
-    assert found.read_one_thread.rate == pytest.approx((1 << 16) / 2.0 / 1e9)
     assert found.read.rate == pytest.approx((1 << 16) / 1.0 / 1e9)
     assert found.bf16.rate == pytest.approx(2 * 64**3 / 2.0 / 1e9)
     assert found.float32.rate == pytest.approx(2 * 64**3 / 4.0 / 1e9)
 
 
-def test_every_ceiling_is_measured_and_printed() -> None:
+def test_every_ceiling_is_measured() -> None:
     found = measure_ceilings()
     assert all(rate > 0 for rate in rates(found))
     assert found.threads == torch.get_num_threads()
-    assert len(str(found).splitlines()) == len(rates(found))
-    assert f"{found.read.rate:.1f} GB/s" in str(found)
+
+
+def test_a_process_apart_tells_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(command: list[str], **_: Any) -> Any:
+        assert command == [sys.executable, "-m", "cierzo.bench.machine"]
+        machine.main()
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    assert all(rate > 0 for rate in rates(measure_apart()))
+
+
+def test_the_middle_of_several_measurements_is_each_rate_s_own() -> None:
+    def measured(read: float, bf16: float, int8: float | None) -> Ceilings:
+        made = [Ceiling(rate=rate, reached_by="us") for rate in (read, bf16, 1.0)]
+        last = None if int8 is None else Ceiling(rate=int8, reached_by="us")
+        return Ceilings(threads=2, read=made[0], bf16=made[1], float32=made[2], int8=last)
+
+    found = [measured(3.0, 10.0, None), measured(1.0, 30.0, 5.0), measured(2.0, 20.0, 7.0)]
+    assert middle(found) == measured(2.0, 20.0, 6.0)
+    with pytest.raises(ValueError, match="no ceilings"):
+        middle([])
 
 
 def test_torch_measures_where_the_library_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "has_native", lambda: False)
+    monkeypatch.setattr(registry, "has_native", lambda: False)
     found = measure_ceilings()
     assert found.read.reached_by == "torch.sum"
     assert found.bf16.reached_by == found.float32.reached_by == "torch.mm"
