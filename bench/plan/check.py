@@ -18,7 +18,7 @@ from statistics import fmean
 import msgspec
 
 from cierzo.bench.campaign import options
-from cierzo.bench.campaign.table import Grid, text
+from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.latency import LoadResult, steady_load
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.peers.engine import Checkpoint, EngineFailed
@@ -139,16 +139,16 @@ def figures(found: Forecast | LoadResult) -> dict[str, float]:
 
 def table(found: Sequence[Checked]) -> str:
     """Planned / measured and the error of each figure, and how many workloads are as close as promised."""
-    rows = []
+    rows, missed = [], []
     for checked in found:
-        one, cells = checked.counted, [f"{checked.checkpoint} {checked.workload}"]
-        for name, error in one.errors.items():
-            cells += [f"{one.planned[name]:.3g} / {one.measured[name]:.3g}", f"{error:+.0%}"]
-        rows.append([*cells, "{:.0f}, {:.0f}".format(*one.bandwidth), str(len(checked.attempts))])
-    heads = ["checkpoint, workload", *(cell for head in HEADS.values() for cell in (head, "")), "GB/s", "attempts"]
-    missed = [f"{one.checkpoint} {one.workload}" for one in found if not one.counted.within]
+        one, name = checked.counted, f"{checked.checkpoint} {checked.workload}"
+        missed += [] if one.within else [name]
+        row = {"checkpoint, workload": name}
+        for figure, error in one.errors.items():
+            row[HEADS[figure]] = f"{one.planned[figure]:.3g} / {one.measured[figure]:.3g} {error:+4.0%}"
+        rows.append(row | {"GB/s": "{:.0f}, {:.0f}".format(*one.bandwidth), "attempts": str(len(checked.attempts))})
+    grid = text(grid_of("planned / measured; GB/s: memory read, before and after", rows))
     held = f"requests/s and completion within {PROMISED:.0%}: {len(found) - len(missed)} of {len(found)} workloads"
-    grid = text(Grid("planned / measured; GB/s: memory read, before and after", heads, rows))
     return f"{grid}\n{held}" + (f"; not {', '.join(missed)}" if missed else "")
 
 
