@@ -16,7 +16,7 @@ import bisect
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 
 from cierzo.bench.workload import TracedRequest
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.cost.step_model import FloatArray
+from cierzo.engine.cost.step_model import FloatArray, StepModel
 from cierzo.engine.cost.work import StepShape
 
 LOOKED_PAST = 64  # requests that a step may pass over because another one computes their prefix
-Price = Callable[[StepShape, FloatArray], FloatArray]  # shapes and sequences of steps -> seconds of each
 
 
 @dataclass(slots=True)
@@ -217,13 +216,13 @@ class Batching:
     """A run of a load under an engine's limits, from its first step to its last."""
 
     def __init__(
-        self, config: EngineConfig, load: Sequence[TracedRequest], clients: int, price: Price | None = None
+        self, config: EngineConfig, load: Sequence[TracedRequest], clients: int, model: StepModel | None = None
     ) -> None:
         """clients: of a closed loop, in which so many requests come at the start and one more whenever one has
-        ended; 0: requests come when they say. price: of an open load, where seconds decide between which steps."""
+        ended; 0: requests come when they say. model: for an open load, where seconds decide between which steps."""
         self._limits, self._block_tokens = config.scheduler, config.cache.block_tokens
         self._caching = config.cache.prefix_caching
-        self._load, self._clients, self._price = load, clients, price
+        self._load, self._clients, self._model = load, clients, model
         self.course = Course(*np.full((3, len(load)), -1))
         self._room = _Room(config.cache.num_blocks)
         self._step, self._now_s, self._arrived = 0, 0.0, 0
@@ -316,8 +315,8 @@ class Batching:
     def _advance(self, steps: int) -> None:
         """Take `steps` steps that only decode, or those of them that have begun when a request comes."""
         row = Row(self._decodes, self._context, len(self._running), steps)
-        if self._price is not None:
-            ends = self._now_s + np.cumsum(self._price(*expand([row])))
+        if self._model is not None:
+            ends = self._now_s + np.cumsum(self._model.time(*expand([row])).total_s)
             row.repeat = steps = min(steps, int(np.searchsorted(ends, self._next_s())) + 1)
             self._now_s = float(ends[steps - 1])
         self._room.take(self._growth(steps))
@@ -337,8 +336,8 @@ class Batching:
         if preemptions == self.course.preemptions:
             self._admit(row, budget)
         row.running = len(self._running)
-        if self._price is not None:
-            self._now_s += float(self._price(*expand([row]))[0])
+        if self._model is not None:
+            self._now_s += float(self._model.time(*expand([row])).total_s[0])
         self._end(row)
 
     def _chunk(self, request: _Request, row: Row, budget: int) -> int:

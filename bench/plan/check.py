@@ -85,30 +85,24 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check(engine: EngineOptions, workloads: Sequence[Workload], folder: Path) -> Iterator[Checked]:
-    """Calibrate and serve a checkpoint, and measure its workloads, one after another. Raises EngineFailed."""
+    """Calibrate and serve a checkpoint, and measure workloads, each again while the machine changes. Raises
+    EngineFailed."""
     config, calibrator = resolve(engine), Calibrator(engine)
     served = {"weights": config.weights, "expert_statistics": config.model.moe is not None}
     checkpoint = Checkpoint(name=config.name, path=Path(config.checkpoint))
     with CierzoServer(checkpoint, served, folder / f"{config.name}.log") as server:
-        yield from attempts_of(config, calibrator, server, workloads)
-
-
-def attempts_of(
-    config: EngineConfig, calibrator: Calibrator, server: CierzoServer, workloads: Sequence[Workload]
-) -> Iterator[Checked]:
-    """Measure each workload, again while the machine changes."""
-    before, seed = calibrator.measure(), 0
-    for workload in workloads:
-        clients = workload.concurrency
-        requests = workload.requests or (max(8, 4 * clients) if clients else OPEN_REQUESTS)
-        attempts: list[Attempt] = []
-        while len(attempts) < ATTEMPTS and all(one.apart > STEADY for one in attempts):
-            seed += 1000  # no load finds the prompts of an earlier one in the prefix cache
-            load = msgspec.structs.replace(workload, requests=requests, seed=seed)
-            attempt, before = _attempt(config, calibrator, server, load, before)
-            attempts.append(attempt)
-        about = {"checkpoint": config.name, "weights": config.weights, "workload": str(workload)}
-        yield Checked(**about, requests=requests, attempts=attempts)
+        before, seed = calibrator.measure(), 0
+        for workload in workloads:
+            clients = workload.concurrency
+            requests = workload.requests or (max(8, 4 * clients) if clients else OPEN_REQUESTS)
+            attempts: list[Attempt] = []
+            while len(attempts) < ATTEMPTS and all(one.apart > STEADY for one in attempts):
+                seed += 1000  # no load finds the prompts of an earlier one in the prefix cache
+                load = msgspec.structs.replace(workload, requests=requests, seed=seed)
+                attempt, before = _attempt(config, calibrator, server, load, before)
+                attempts.append(attempt)
+            about = {"checkpoint": config.name, "weights": config.weights, "workload": str(workload)}
+            yield Checked(**about, requests=requests, attempts=attempts)
 
 
 def _attempt(

@@ -17,7 +17,7 @@ from cierzo.bench.workload import TracedRequest, Workload, poisson_arrivals
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_model import FloatArray, StepModel, StepTotals
-from cierzo.engine.cost.work import Distinct, StepShape
+from cierzo.engine.cost.work import Distinct
 from cierzo.engine.errors import ConfigError
 
 FEWEST_CLOSED, FEWEST_OPEN, MOST_OPEN = 8, 256, 1 << 15  # requests of a forecast
@@ -122,16 +122,12 @@ def _require(config: EngineConfig, workload: Workload) -> None:
 def _forecast(
     config: EngineConfig, load: Sequence[TracedRequest], concurrency: int | None, model: StepModel
 ) -> Forecast:
-    def price(shape: StepShape, rows: FloatArray) -> FloatArray:
-        return np.atleast_1d(model.time(shape, rows).total_s)
-
     is_open = concurrency is None
-    course = Batching(config, load, concurrency or 0, price if is_open else None).run()
+    course = Batching(config, load, concurrency or 0, model if is_open else None).run()
     time = model.time(*expand(course.rows))
     seconds = time.total_s
     idle_s = np.zeros_like(seconds)
-    for step, pause_s in course.idle_s.items():
-        idle_s[step] = pause_s
+    idle_s[list(course.idle_s)] = list(course.idle_s.values())
     # a step's number plus one is the index of its end; 0 is the start
     ends_s = np.concatenate([[0.0], np.cumsum(seconds + idle_s)])
     arrival_s = np.array([one.arrival_s for one in load]) if is_open else ends_s[course.arrival + 1]

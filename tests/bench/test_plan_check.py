@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,12 +44,6 @@ ATTEMPT = Attempt(
     bandwidth=(40.0, 20.0),
     apart=0.1,
 )
-
-
-class FakeConfig:
-    """What a result tells of a configuration."""
-
-    name, weights = "small4", "bf16"
 
 
 def _checked(*attempts: Attempt) -> Checked:
@@ -196,10 +191,13 @@ def test_a_workload_is_measured_again_while_the_machine_changes(monkeypatch: pyt
             return msgspec.structs.replace(ATTEMPT, apart=next(waiting)), None
 
         monkeypatch.setattr(plan_check, "_attempt", attempt)
-        config: Any = FakeConfig()
-        calibrator: Any = SimpleNamespace(measure=lambda: None)
-        server: Any = None
-        (checked,) = plan_check.attempts_of(config, calibrator, server, [parse_workload("9/9@1")])
+        config = SimpleNamespace(
+            name="small4", weights="bf16", checkpoint="small4", model=SimpleNamespace(moe=None)
+        )
+        monkeypatch.setattr(plan_check, "resolve", lambda _: config)
+        monkeypatch.setattr(plan_check, "Calibrator", lambda _: SimpleNamespace(measure=lambda: None))
+        monkeypatch.setattr(plan_check, "CierzoServer", lambda *_: contextlib.nullcontext())
+        (checked,) = check(EngineOptions(model="small4"), [parse_workload("9/9@1")], Path())
         return checked
 
     assert [len(run(*aparts).attempts) for aparts in ((0.1,), (0.3, 0.1), (0.3, 0.4, 0.5))] == [1, 2, 3]
