@@ -75,11 +75,7 @@ class Run(Generic[C, S]):
     """A campaign over a store; cells that it holds already are not measured again."""
 
     def __init__(
-        self,
-        campaign: Campaign[C, S],
-        store: Store,
-        say: Callable[[str], None] = print,
-        block_s: float = math.inf,
+        self, campaign: Campaign[C, S], store: Store, say: Callable[[str], None] = print, block_s: float = math.inf
     ) -> None:
         """block_s: after so many seconds of a block no further cell of it is begun."""
         self.failed = 0
@@ -103,79 +99,54 @@ class Run(Generic[C, S]):
                     self._block(number, block, missing)
 
     def _block(self, number: int, block: Block[C, S], missing: dict[S, list[C]]) -> None:
-        deadline = time.monotonic() + self._block_s
         began = time.monotonic()
         try:
-            ceilings = self._campaign.ceilings()
+            if (ceilings := self._campaign.ceilings()) is not None:
+                self._record((number, CEILINGS, block.name), began, ceilings, "measured")
         except Exception as error:  # whatever it is, the cells go on
-            self._record(number, CEILINGS, block.name, began, error=error)
-        else:
-            if ceilings is not None:
-                self._record(number, CEILINGS, block.name, began, ceilings, "measured")
+            self._record((number, CEILINGS, block.name), began, error=error)
         for subject, cells in missing.items():
-            if not self._subject(number, block, subject, cells, deadline):
-                self._say(f"{block.name}: {self._block_s:.0f} s are over; run it again for the rest")
-                return
+            while cells:  # after a failure a new session for those that are left
+                if time.monotonic() > began + self._block_s:
+                    self._say(f"{block.name}: {self._block_s:.0f} s are over; run it again for the rest")
+                    return
+                self._session(number, block, subject, cells, began + self._block_s)
 
-    def _subject(self, number: int, block: Block[C, S], subject: S, missing: list[C], deadline: float) -> bool:
-        """A session for the cells; after a failure a new one for those that are left. False at the deadline."""
-        while missing:
-            if time.monotonic() > deadline:
-                return False
-            began = time.monotonic()
-            try:
-                session = self._campaign.open(block, subject)
-            except Exception as error:  # whatever it is, the other subjects go on
-                for cell in missing:
-                    self._record(number, cell, subject, began, error=error)
-                return True
-            if session is None:
-                return True
-            try:
-                while missing and time.monotonic() <= deadline:
-                    if not self._cell(number, missing.pop(0), subject, session):
-                        break
-                for cell, result in session.by_products().items():
-                    self._record(number, cell, subject, began, result, self._campaign.told(cell, result))
-            finally:
-                session.close()
-        return True
-
-    def _cell(self, number: int, cell: C, subject: S, session: Session[C]) -> bool:
+    def _session(self, number: int, block: Block[C, S], subject: S, missing: list[C], deadline: float) -> None:
+        """Measure cells, and take them off `missing`, until one fails or time is over."""
         began = time.monotonic()
         try:
-            result = session.measure(cell, number)
-        except Exception as error:  # whatever it is, the other cells go on
-            self._record(number, cell, subject, began, error=error)
-            if isinstance(error, DeviceLost):
-                raise
-            return False
-        self._record(number, cell, subject, began, result, self._campaign.told(cell, result))
-        return True
+            session = self._campaign.open(block, subject)
+        except Exception as error:  # whatever it is, the other subjects go on
+            for cell in missing:
+                self._record((number, cell, subject), began, error=error)
+            session = None
+        if session is None:
+            missing.clear()
+            return
+        try:
+            while missing and time.monotonic() <= deadline:
+                cell, cell_began = missing.pop(0), time.monotonic()
+                try:
+                    result = session.measure(cell, number)
+                except Exception as error:  # whatever it is, the other cells go on
+                    self._record((number, cell, subject), cell_began, error=error)
+                    if isinstance(error, DeviceLost):
+                        raise
+                    break
+                self._record((number, cell, subject), cell_began, result, self._campaign.told(cell, result))
+            for cell, result in session.by_products().items():
+                self._record((number, cell, subject), began, result, self._campaign.told(cell, result))
+        finally:
+            session.close()
 
     def _record(
-        self,
-        number: int,
-        cell: object,
-        subject: object,
-        began: float,
-        result: Any = None,
-        told: str = "",
-        error: Exception | None = None,
+        self, place: tuple[int, object, object], began: float, result: Any = None, told: str = "", error: Any = None
     ) -> None:
-        """Write a sample to disk, and a line to the terminal."""
-        why = "" if error is None else str(error) or type(error).__name__
+        """Write a sample to disk, and a line to the terminal. place: round, cell, subject."""
+        (number, cell, subject), why = place, "" if error is None else str(error) or type(error).__name__
         self.failed += error is not None
         told = told if error is None else f"FAILED: {why}"
         self._say(f"{time.monotonic() - self._start:6.0f} s  round {number + 1}  {subject}  {cell}: {told}")
-        self._store.add(
-            Sample(
-                cell=str(cell),
-                subject=str(subject),
-                round=number,
-                started=datetime.now(UTC).isoformat(timespec="seconds"),
-                took_s=round(time.monotonic() - began, 3),
-                error=why,
-                result=result,
-            )
-        )
+        started, took_s = datetime.now(UTC).isoformat(timespec="seconds"), round(time.monotonic() - began, 3)
+        self._store.add(Sample(str(cell), str(subject), number, started, took_s, why, result))

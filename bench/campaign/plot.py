@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,17 +13,13 @@ WARM = ("#b3362b", "#e08a5b", "#d4a017", "#f2b8a0")
 COLD = ("#22577a", "#38a3a5", "#80b918", "#9aa6b2", "#6d6875", "#b5838d", "#457b9d", "#84a98c")
 T = TypeVar("T", bound=Hashable)
 Draw = Callable[[Any], None]  # onto a matplotlib axis
+Legend = dict[str, str]  # name -> colour
 
 
 def plot(
-    path: Path,
-    title: str,
-    panels: Sequence[Draw],
-    columns: int,
-    inches: tuple[float, float],
-    legend: dict[str, str],
+    path: Path, title: str, panels: Sequence[Draw], columns: int, inches: tuple[float, float], legend: Legend
 ) -> None:
-    """Write a PNG of panels, `columns` in a line, each of this width and height. legend: name -> colour.
+    """Write a PNG of panels, `columns` in a line, each of this width and height.
 
     Raises ConfigError without matplotlib, or where there is nothing to show.
     """
@@ -55,10 +52,5 @@ def plot(
 
 def colors(subjects: Iterable[T], is_warm: Callable[[T], bool]) -> dict[T, str]:
     """A colour for each subject: ours warm, theirs cold."""
-    palettes = {True: list(WARM), False: list(COLD)}
-    found: dict[T, str] = {}
-    for subject in dict.fromkeys(subjects):
-        palette = palettes[is_warm(subject)]
-        found[subject] = palette[0]
-        palette.append(palette.pop(0))
-    return found
+    warm, cold = itertools.cycle(WARM), itertools.cycle(COLD)
+    return {subject: next(warm if is_warm(subject) else cold) for subject in dict.fromkeys(subjects)}

@@ -14,7 +14,7 @@ from cierzo.engine.errors import ConfigError
 CEILINGS = "ceilings"  # the cell of what the machine can do; the subject is the block that it was measured for
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """An attempt to measure a cell of a subject in a round: a result as JSON, or the error that left it without."""
 
@@ -37,19 +37,21 @@ class Store:
         """
         self.path, self.identity = path, dict(identity)
         self._samples: list[Sample] = []
-        self._places: dict[tuple[str, str], list[Sample]] = {}
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             os.truncate(path, len(whole))
-        if whole:
-            first, *others = whole.splitlines()
-            self._require(self._decode(1, first), identity)
-            for number, line in enumerate(others, start=2):
-                self._keep(self._sample(number, line))
-        else:
+        if not whole:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._append(self.identity)
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                if number == 1:
+                    self._require(json.loads(line))
+                else:
+                    self._samples.append(Sample(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{path}, line {number}: {error}", field="samples", value=str(path)) from error
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self._samples)
@@ -57,11 +59,12 @@ class Store:
     def add(self, sample: Sample) -> None:
         """Append a sample; it is on disk when this returns."""
         self._append({name: getattr(sample, name) for name in Sample.__slots__})
-        self._keep(sample)
+        self._samples.append(sample)
 
     def of(self, cell: object, subject: object) -> list[Sample]:
         """Every attempt at a cell of a subject, in order; both are named by their text."""
-        return self._places.get((str(cell), str(subject)), [])
+        place = str(cell), str(subject)
+        return [sample for sample in self if (sample.cell, sample.subject) == place]
 
     def measured(self, cell: object, subject: object) -> dict[int, Any]:
         """Round -> result; the last one counts. A failure is no measurement."""
@@ -76,39 +79,16 @@ class Store:
         """Every measurement of the machine's ceilings, in order."""
         return [sample.result for sample in self if sample.cell == CEILINGS and not sample.error]
 
-    def _keep(self, sample: Sample) -> None:
-        self._samples.append(sample)
-        self._places.setdefault((sample.cell, sample.subject), []).append(sample)
-
     def _append(self, value: Any) -> None:
         with self.path.open("ab") as file:
             file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def _sample(self, number: int, line: bytes) -> Sample:
-        try:
-            return Sample(**self._decode(number, line))
-        except TypeError as error:
-            raise self._malformed(number, error) from error
-
-    def _decode(self, number: int, line: bytes) -> Any:
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise self._malformed(number, error) from error
-
-    def _malformed(self, number: int, error: Exception) -> ConfigError:
-        return ConfigError(f"{self.path}, line {number}: {error}", field="samples", value=str(self.path))
-
-    def _require(self, there: Any, ours: Mapping[str, str]) -> None:
-        for name, wanted in ours.items():
+    def _require(self, there: Any) -> None:
+        for name, wanted in self.identity.items():
             theirs = there.get(name) if isinstance(there, dict) else None
             if theirs != wanted:
-                raise ConfigError(
-                    f"{self.path} holds samples of {name} {theirs!r}, this run is of {wanted!r}: name another file "
-                    "with --samples, or remove it",
-                    field=name,
-                    limit=theirs,
-                    value=wanted,
-                )
+                told = f"{self.path} holds samples of {name} {theirs!r}, this run is of {wanted!r}"
+                remedy = "name another file with --samples, or remove it"
+                raise ConfigError(f"{told}: {remedy}", field=name, limit=theirs, value=wanted)

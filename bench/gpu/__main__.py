@@ -11,60 +11,58 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from cierzo.bench.campaign.loop import Block, Campaign, DeviceLost, Run, Session
 from cierzo.bench.campaign.store import Sample, Store
-from cierzo.bench.gpu import conformance, kernels
-from cierzo.bench.gpu.card import describe
-from cierzo.bench.gpu.cases import SINGLE, formats_of, models_of
-from cierzo.bench.gpu.timing import ceilings
-from cierzo.bench.revision import ROOT, current_commit
+from cierzo.bench.gpu import compiled, conformance, timing
+from cierzo.bench.gpu.cases import CASES, Size
+from cierzo.bench.revision import ROOT, current_commit, installed_versions, output
+from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 
 PARTS = ("compile", "conformance", "ceilings", "kernels", "served")
 PART_S = 480  # no cell is begun after this many seconds of a part
 Tasks = Mapping[str, Callable[[], Any]]  # by cell
+Subjects = Mapping[str, Callable[[], Tasks]]  # the part itself, or each model that is served
 
 
-class Choice:
-    """The defaults of KernelsConfig, for a machine without msgspec."""
+class Part(Campaign[str, str]):
+    """A block of one round, whose subjects have the same cells."""
 
-    implementations: ClassVar[dict[str, str]] = {}
-    instruction_set = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Cells, and what makes their tasks for each subject: the part itself, or each model that is served."""
-
-    cells: Sequence[str]
-    subjects: Mapping[str, Callable[[], Tasks]]
-
-
-class Parts(Campaign[str, str]):
-    """A block for each part, of one round."""
-
-    def __init__(self, parts: Mapping[str, Part]) -> None:
-        self._parts = parts
+    def __init__(self, name: str, subjects: Subjects) -> None:
+        self._name, self._subjects = name, subjects
 
     @property
     def blocks(self) -> Sequence[Block[str, str]]:
-        """The parts in order."""
-        return [Block(name, part.cells, list(part.subjects)) for name, part in self._parts.items()]
+        """The one."""
+        first, *_ = self._subjects.values()
+        return [Block(self._name, list(first()), list(self._subjects))]
 
     def open(self, block: Block[str, str], subject: str) -> Session[str]:
         """Make the tasks; the first that needs a model loads it."""
-        return TaskSession(self._parts[block.name].subjects[subject]())
+        return TaskSession(self._subjects[subject]())
 
     def told(self, cell: str, result: Any) -> str:
-        """A result in a few words."""
-        return _short(result)
+        """Times and rates of a kernel; else all that was found."""
+        if result is None:
+            return "not in this model"
+        if "us" in result:
+            beside = f", torch {result['torch']['us']:.1f} us" if "torch" in result else ""
+            return (
+                f"{result['us']:.1f} us, {result['gb_per_s']:.0f} GB/s, {result['tflop_per_s']:.1f} TFLOP/s, "
+                f"{result['share']:.0%} of the limit{beside}"
+            )
+        return ", ".join(
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in result.items()
+        )
 
 
 class TaskSession(Session[str]):
@@ -76,100 +74,81 @@ class TaskSession(Session[str]):
     def measure(self, cell: str, number: int) -> Any:
         """Raises RuntimeError, or DeviceLost where the driver takes no more calls from this process."""
         try:
-            return self._tasks[cell]()
+            result = self._tasks[cell]()
+            torch.cuda.empty_cache()  # nothing where there is no GPU
+            return result
         except Exception as error:
             kind = DeviceLost if "CUDA error" in str(error) else RuntimeError
             raise kind(f"{type(error).__name__}: {error}"[:2000]) from error
-        finally:
-            _empty_cache()
 
     def close(self) -> None:
         """Let go of a model: the plan of the next one asks the driver what is free."""
         self._tasks = {}
         gc.collect()
-        _empty_cache()
+        with suppress(RuntimeError):  # a lost device is told by the cell that lost it
+            torch.cuda.empty_cache()
 
 
-def _empty_cache() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def subjects_of(part: str, device: torch.device, store: Store) -> Subjects:
+    """Make the tasks of a part: those of each model that is served, else of the part itself."""
+    tasks: dict[str, Callable[[], Any]] = {}
+    match part:
+        case "compile":  # every kernel, side by side, before anything is timed
+            if device.type == "cuda":
+                major, minor = torch.cuda.get_device_capability(device)
+                tasks["all"] = partial(compiled.warm, 10 * major + minor)
+        case "conformance":  # every operation, model, size and number format, on inputs that are new in every run
+            seed = time.time_ns() % (1 << 31)
+            for operation, known in CASES.items():
+                models = (*known.models, *known.hostile)
+                for cell in itertools.product((operation,), models, conformance.SIZES, known.formats):
+                    tasks[_named(*cell)] = partial(conformance.check, *cell, device, seed)
+        case "ceilings":
+            tasks["ceilings"] = partial(timing.ceilings, device)
+        case "kernels":  # every operation at the sizes of a step, beside the ceilings that were measured last
+            limits = (store.ceilings() or [timing.ceilings(device)])[-1]
+            for size, (operation, known) in itertools.product(timing.SIZES, CASES.items()):
+                for cell in itertools.product((operation,), known.models, (size,), known.formats):
+                    tasks[_named(*cell)] = partial(timing.measure, *cell, device, limits)
+        case "served":
+            from cierzo.bench.gpu import served  # takes msgspec
+
+            return served.subjects(device)
+    return {part: lambda: tasks}
 
 
-def _short(results: Any) -> str:
-    """Times and rates of a kernel; else all that was found."""
-    if results is None:
-        return "not in this model"
-    if "us" in results:
-        torch_us = results.get("torch", {}).get("us")
-        beside = f", torch {torch_us:.1f} us" if torch_us else ""
-        return (
-            f"{results['us']:.1f} us, {results['gb_per_s']:.0f} GB/s, {results['tflop_per_s']:.1f} TFLOP/s, "
-            f"{results['share']:.0%} of the limit{beside}"
-        )
-    return ", ".join(
-        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in results.items()
-    )
+def _named(operation: str, model: ModelSizes, size: Size, format: str) -> str:
+    """The cell's name, which engine/cost/cards.py takes apart."""
+    return f"{operation}, {model.name}, {size.name}, {format}"
 
 
-def make_part(name: str, device: torch.device, store: Store) -> Part:
-    """A part's cells and tasks."""
-    if name == "served":
-        from cierzo.bench.gpu import served  # takes msgspec
-
-        return Part(served.CELLS, served.subjects(device))
-    if name == "kernels":
-        known = store.ceilings()
-        return Part(
-            list(kernel_tasks(device, {})),
-            {name: lambda: kernel_tasks(device, known[-1] if known else ceilings(device))},
-        )
-    makers: dict[str, Callable[[torch.device], Tasks]] = {
-        "compile": compile_tasks,
-        "conformance": conformance_tasks,
-        "ceilings": lambda device: {"ceilings": partial(ceilings, device)},
-    }
-    tasks = makers[name](device)
-    return Part(list(tasks), {name: lambda: tasks})
-
-
-def compile_tasks(device: torch.device) -> Tasks:
-    """Every kernel of every model, side by side, before anything is timed."""
-    from cierzo.bench.gpu import compiled
-
-    if device.type != "cuda":
-        return {}
-    major, minor = torch.cuda.get_device_capability(device)
-    return {"all": partial(compiled.warm, 10 * major + minor)}
-
-
-def conformance_tasks(device: torch.device) -> Tasks:
-    """Every operation, model, size and number format, on inputs that are new in every run."""
-    seed = time.time_ns() % (1 << 31)
-    return {
-        f"{operation}, {model.name}, {size.name}, {format}": partial(
-            conformance.check, operation, model, size, format, device, seed
-        )
-        for operation in SINGLE
-        for model, size, format in itertools.product(
-            models_of(operation, hostile=True), conformance.SIZES, formats_of(operation)
-        )
-    }
-
-
-def kernel_tasks(device: torch.device, limits: Mapping[str, float]) -> Tasks:
-    """Every operation at the sizes of a step."""
-    return {
-        f"{operation}, {model.name}, {size.name}, {format}": partial(
-            kernels.measure, operation, model, size, format, device, limits
-        )
-        for size, operation in itertools.product(kernels.SIZES, SINGLE)
-        for model, format in itertools.product(models_of(operation), formats_of(operation))
-    }
+def describe(device: torch.device) -> dict[str, Any]:
+    """The card that figures belong to, its driver and the versions of packages, as JSON."""
+    found: dict[str, Any] = {"device": str(device), "versions": installed_versions()}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found |= {
+            "card": card.name,
+            "capability": f"{card.major}.{card.minor}",
+            "multiprocessors": card.multi_processor_count,
+            "memory_gib": round(card.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "driver": driver.partition("\n")[0],
+        }
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts; exit status 1 if a cell failed."""
-    arguments = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="cierzo.bench.gpu", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--part-s", type=float, default=PART_S, metavar="S", help="seconds of a part, at most")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: in bench/results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: in Triton's interpreter")
+    arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("cierzo.bench.gpu: torch finds no GPU here", file=sys.stderr)
         return 2
@@ -180,13 +159,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = arguments.output or ROOT / "bench" / "results" / f"gpu-{name}-{commit}.jsonl"
     store = Store(path, {"commit": commit, "device": card})
     store.add(Sample(cell="machine", subject="machine", round=0, started="", took_s=0.0, result=described))
-    registry.bind(Choice(), "cuda")  # type: ignore[arg-type]
+    # The defaults of KernelsConfig, for a machine without msgspec.
+    registry.bind(SimpleNamespace(implementations={}, instruction_set="auto"), "cuda")  # type: ignore[arg-type]
     failed = 0
     with torch.inference_mode():
-        for part in arguments.parts:
-            run = Run(
-                Parts({part: make_part(part, device, store)}), store, partial(print, flush=True), arguments.part_s
-            )
+        for name in arguments.parts:
+            part = Part(name, subjects_of(name, device, store))
+            run = Run(part, store, partial(print, flush=True), arguments.part_s)
             try:
                 run.measure(1)
             except DeviceLost:
@@ -194,17 +173,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 1
             failed += run.failed
     return 1 if failed else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cierzo.bench.gpu", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--part-s", type=float, default=PART_S, metavar="S", help="seconds of a part, at most")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: in bench/results")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: in Triton's interpreter")
-    return parser
 
 
 if __name__ == "__main__":

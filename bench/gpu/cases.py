@@ -1,137 +1,184 @@
-"""Calls of bench/kernel_cases.py on a device: models, number formats, and weights as GPU kernels read them."""
+"""Parts of an operation's case: the size of a step, models, number formats, tensors at random.
+
+Imports torch and numpy alone: a machine that is lent for half an hour has little else.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from cierzo.bench import attention_cases  # noqa: F401 (registers its cases)
-from cierzo.bench.kernel_cases import CASES, SMALL3, SMALL4, Call, Maker, Size
+from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.sizes import ModelSizes
-from cierzo.kernels.formats.activations import takes_fp8
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, in_fp8, quantise
 from cierzo.kernels.formats.number_formats import formats_on
 from cierzo.kernels.formats.packed import Matrix
 
-MODELS = {model.name: model for model in (SMALL4, SMALL3)}
+# Both models at true size. Small 4 has no dense MLP: one as wide as its shared expert is timed.
+SMALL4 = ModelSizes(
+    name="small4", hidden=4096, heads=32, vocab=131_072, mlp_width=2048, query_rank=1024, rank=256, rope=64,
+    nope=64, value_dim=128, experts=128, top_k=4, expert_width=2048, shared_width=2048,
+)  # fmt: skip
+SMALL3 = ModelSizes(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_width=32_768, kv_heads=8, head_dim=128)
+MODELS = (SMALL4, SMALL3)
 # Sizes of `linear` alone: MLA's latents are few outputs, whose products are cut over k (triton/linear.py)
-LATENTS = dataclasses.replace(SMALL4, name="small4 latents", hidden=1344, heads=1, value_dim=4096)
+LATENTS = replace(SMALL4, name="small4 latents", hidden=1344, heads=1, value_dim=4096)
 # The two kinds of layer that gpt-oss has in turn: no model of ours has a window or sinks, the doors of GQA do. Then
 # windows that are hostile: a row sees itself alone; no multiple of a tile; more than there is.
 GPT_OSS = ModelSizes(name="gpt-oss", hidden=2880, heads=64, vocab=201_088, kv_heads=8, head_dim=64, sinks=True)
-GPT_OSS_WINDOW = dataclasses.replace(GPT_OSS, name="gpt-oss, window 128", window=128)
-HOSTILE_WINDOWS = tuple(
-    dataclasses.replace(GPT_OSS, name=f"gpt-oss, window {window}", window=window) for window in (1, 77, 1 << 20)
+GPT_OSS_WINDOW, *HOSTILE_WINDOWS = (
+    replace(GPT_OSS, name=f"gpt-oss, window {window}", window=window) for window in (128, 1, 77, 1 << 20)
 )
-WINDOWED = ("gqa_decode", "gqa_prefill")
 
-WEIGHTS = formats_on("cuda")
+COLD_BYTES = 96 << 20  # of weights in turn, so that no cache holds them from one call to the next
+NOISE = 65_521  # random values that all tensors repeat; a prime, so that no two rows are equal
 BY_FP8 = {"fp8 x fp8": None, "static fp8 x fp8": 0.0625}  # activations in FP8: by row, or by this scale
 KV = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
-# Operations that multiply by weights of a number format; those that read pages; those that are compositions.
-WEIGHTED = ("linear", "lm_head", "gated_mlp", "expert_mlp")
-PAGED = (
-    *("write_latents", "write_normed_latents", "write_keys_values", "rotate_and_write_keys_values"),
-    *("mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill"),
-)
-COMPOSED = ("mla_block", "gqa_block", "mlp_block", "moe_block", "decoder")
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A step: `sequences` with `rows_each` rows, the last ones of a context, whose first `shared` tokens lie in the
+    same blocks for all of them."""
 
-def models_of(operation: str, hostile: bool = False) -> tuple[ModelSizes, ...]:
-    """Models whose sizes an operation is run with; `hostile`: sizes too that no model has."""
-    models = tuple(MODELS.values())
-    if operation == "linear":
-        models += (LATENTS,)
-    if operation in WINDOWED:
-        models += (GPT_OSS, GPT_OSS_WINDOW, *(HOSTILE_WINDOWS if hostile else ()))
-    return models
+    name: str
+    sequences: int
+    rows_each: int
+    context: int
+    shared: int = 0
+
+    @property
+    def rows(self) -> int:
+        """T."""
+        return self.sequences * self.rows_each
+
+    @property
+    def decodes(self) -> bool:
+        """True where each sequence has a single row."""
+        return self.rows_each == 1
+
+    def queries(self, window: int = 0) -> tuple[int, int, int]:
+        """Rows, pairs of a row and a token that it sees, and tokens whose cache entries are read, once each."""
+        seen = range(self.context - self.rows_each + 1, self.context + 1)
+        pairs = sum(min(tokens, window) if window else tokens for tokens in seen)
+        read = min(self.context, window + self.rows_each - 1) if window else self.context
+        shared = max(0, self.shared - (self.context - read))
+        return self.rows, self.sequences * pairs, self.sequences * (read - shared) + shared
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceMaker(Maker):
-    """Weights as GPU kernels read them."""
+class Maker:
+    """Makes tensors at random: weights as GPU kernels read them in `format`, pages of the cache of `kv_dtype`."""
+
+    format: str = "bf16"
+    device: str = "cpu"
+    seed: int = 0
+    kv_dtype: torch.dtype = torch.bfloat16
+    cold_bytes: int = COLD_BYTES
 
     @property
     def weights(self) -> str:
-        """See Maker."""
+        """The number format in which weights lie in memory."""
         return "fp8" if self.format in BY_FP8 else self.format
 
-    def matrix(self, *shape: int, paired: bool = False, format: str | None = None) -> Matrix:
-        """Weights [n,k] or [experts,n,k] of standard deviation 0.02."""
-        plain, wanted = self.noise(*shape) * 0.02, format or self.format
-        if wanted == "bf16":
+    def entry_bytes(self, model: ModelSizes) -> int:
+        """Bytes that a token has in one layer's cache."""
+        return model.page_values * self.kv_dtype.itemsize
+
+    def noise(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Normal values; the same ones again and again."""
+        count = torch.Size(shape).numel()
+        values = torch.randn(NOISE, generator=torch.Generator().manual_seed(self.seed)).to(self.device, dtype)
+        return values.repeat(count // NOISE + 1)[:count].view(shape)
+
+    def plain(self, *shape: int) -> Tensor:
+        """Weights in bf16, of standard deviation 0.02."""
+        return self.noise(*shape) * 0.02
+
+    def matrix(self, *shape: int, paired: bool = False) -> Matrix:
+        """Weights [n,k] or [experts,n,k]. paired: outputs of a gate above those that it multiplies."""
+        plain = self.plain(*shape)
+        if self.format == "bf16":
             return plain
-        if wanted not in BY_FP8:
-            return quantise(plain, wanted)
-        static, experts = BY_FP8[wanted], shape[0] if len(shape) == 3 else 1
-        scales = None if static is None else torch.full((experts,), static, device=self.device)
-        return in_fp8(quantise(plain, "fp8"), scales)
+        matrix = quantise(plain, self.weights)
+        if self.format not in BY_FP8:
+            return matrix
+        static, experts = BY_FP8[self.format], shape[0] if len(shape) == 3 else 1
+        return in_fp8(matrix, None if static is None else torch.full((experts,), static, device=self.device))
+
+    def cold(self, make: Callable[[], tuple[Matrix, ...]]) -> list[tuple[Matrix, ...]]:
+        """Call `make` until its matrices fill `cold_bytes`."""
+        first = make()
+        num_bytes = sum(one.nbytes if isinstance(one, Tensor) else one.num_bytes for one in first)
+        return [first, *(make() for _ in range(self.cold_bytes // num_bytes))]
 
 
-SINGLE = tuple(name for name in CASES if name not in COMPOSED)
+# Arguments of the bound function, for calls in turn; and the work of each.
+Call = tuple[list[tuple[Any, ...]], Work]
 
 
-def formats_of(operation: str) -> tuple[str, ...]:
-    """The number formats that an operation is run with, of weights or of pages."""
-    if operation in WEIGHTED:  # no published checkpoint quantises the head
-        return WEIGHTS if operation == "lm_head" else (*WEIGHTS, *BY_FP8)
-    return tuple(KV) if operation in PAGED else ("bf16",)
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An operation as it is called and checked.
+
+    make: (model, size, maker) -> Call. needs: the size of a model without which it has no such operation ("rank").
+    decodes: whether the step generates; None: either kind has it. of: what is stored in number formats, of which
+    each is a case. changes: positions of arguments that are changed in place. rowwise: rows are those of the first
+    argument, each on its own. hostile: sizes that no model has, for conformance.
+    """
+
+    make: Callable[..., Call]
+    needs: str = "hidden"
+    decodes: bool | None = None
+    of: Literal["weights", "head", "pages", ""] = ""
+    changes: tuple[int, ...] = ()
+    rowwise: bool = False
+    models: tuple[ModelSizes, ...] = MODELS
+    hostile: tuple[ModelSizes, ...] = ()
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The number formats that it is run with; of a head without FP8 activations, which no checkpoint has."""
+        weights = formats_on("cuda")
+        return {"weights": (*weights, *BY_FP8), "head": weights, "pages": tuple(KV), "": ("bf16",)}[self.of]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it multiplies by weights of a number format."""
+        return self.of in ("weights", "head")
+
+    def call(self, model: ModelSizes, size: Size, make: Maker) -> Call | None:
+        """A call; None where the model or the step has no such operation."""
+        missing = not getattr(model, self.needs) or self.decodes not in (None, size.decodes)
+        return None if missing else self.make(model, size, make)
 
 
-def make_call(
-    operation: str,
-    model: ModelSizes,
-    size: Size,
-    format: str,
-    device: torch.device,
-    *,
-    seed: int = 0,
-    cold_bytes: int | None = None,
-) -> Call | None:
-    """The case on the device; None where the model has no such operation."""
-    kv_dtype = KV.get(format, torch.bfloat16) if operation in PAGED else torch.bfloat16
-    weights = format if operation in WEIGHTED else "bf16"
-    maker = DeviceMaker(False, weights, str(device), seed, kv_dtype, cold_bytes)
-    call = CASES[operation](model, size, maker)
-    if call is None:
-        return None
-    return dataclasses.replace(call, arguments=[moved(arguments, device) for arguments in call.arguments])
+CASES: dict[str, Case] = {}
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Tensors, and what holds tensors, on the device."""
-    return mapped(value, lambda tensor: tensor.to(device))
+def case(*names: str, **traits: Any) -> Callable[[Callable[..., Call]], Callable[..., Call]]:
+    """Register a function as the case of the operations of these names, the name being its first argument; without
+    names, of the operation that it is named after."""
+
+    def register(function: Callable[..., Call]) -> Callable[..., Call]:
+        for name in names:
+            CASES[name] = Case(partial(function, name), **traits)
+        if not names:
+            CASES[function.__name__] = Case(function, **traits)
+        return function
+
+    return register
 
 
 def widened(value: Any) -> Any:
-    """Floats as fp32 copies, weights dequantised: what the reference computes with to be the better one. Matrices
+    """An argument in fp32, weights dequantised: what the reference computes with to be the better one. Matrices
     whose activations are in FP8 stay so: those codes are part of the result."""
-    return mapped(
-        value,
-        lambda tensor: tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor,
-        lambda matrix: (
-            dataclasses.replace(matrix, dtype=torch.float32) if takes_fp8(matrix) else dequantise(matrix).float()
-        ),
-    )
-
-
-def mapped(value: Any, change: Any, change_matrix: Any = None) -> Any:
-    """A copy of nested tuples, lists and dataclasses with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, DeviceMatrix) and change_matrix is not None:
-        return change_matrix(value)
-    if isinstance(value, tuple | list):
-        return type(value)(mapped(part, change, change_matrix) for part in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {
-            field.name: mapped(getattr(value, field.name), change, change_matrix)
-            for field in dataclasses.fields(value)
-        }
-        return dataclasses.replace(value, **parts)
-    return value
+    if isinstance(value, DeviceMatrix):
+        return replace(value, dtype=torch.float32) if value.activations == "fp8" else dequantise(value)
+    narrow = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.float() if narrow else value

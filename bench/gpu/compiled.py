@@ -11,22 +11,65 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any
+from pathlib import Path
+from subprocess import run
+from tempfile import NamedTemporaryFile
 
 import triton
 
 from cierzo.bench.gpu.configurations import configurations
-from cierzo.bench.gpu.cubin import Compiled, inspect
 from cierzo.bench.gpu.problems import problems
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
+from cierzo.kernels.triton.compile import compile_ahead
+from cierzo.kernels.triton.launch import Configuration
 
 # Of a program; CUDA programming guide, table of technical specifications per compute capability.
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 NO_E4M3 = "fp8e4nv not supported"  # what Triton says of kernels in FP8 before sm_89
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
+WIDTHS = ("128", "64", "U16", "S16", "U8", "S8")  # of a load, as modifiers; without one it has 32 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Registers and spill bytes of a thread, shared bytes of a program.
+
+    instructions: how often each machine instruction occurs in the code, with its modifiers ("LDG.E.128").
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]
+
+    def count(self, prefix: str) -> int:
+        """Number of instructions whose name begins with `prefix`, such as "HGMMA" or "LDGSTS"."""
+        return sum(number for name, number in self.instructions.items() if name.startswith(prefix))
+
+
+def inspect(configuration: Configuration, capability: int = 90) -> Compiled:
+    """Compile for a compute capability, and read the machine code with the disassembler in Triton's wheel.
+
+    Raises what the compiler raises.
+    """
+    compiled = compile_ahead(configuration, capability)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            run([tools / tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    fields = dict(re.findall(r"\b([A-Z]+):(\d+)", usage))
+    registers, stack, local = (int(fields[name]) for name in ("REG", "STACK", "LOCAL"))
+    return Compiled(registers, stack + local, compiled.metadata.shared, dict(Counter(INSTRUCTION.findall(code))))
 
 
 def compile_one(number: int, capability: int) -> tuple[Compiled | None, str]:
@@ -39,11 +82,11 @@ def compile_one(number: int, capability: int) -> tuple[Compiled | None, str]:
         return None, f"{type(error).__name__}: {' '.join(cause)[-200:]}"
 
 
-def compile_all(capability: int, workers: int | None = None) -> list[tuple[str, Any, Any, str]]:
-    """(what for, Configuration, Compiled or None, error) of every configuration."""
+def compile_all(capability: int) -> list[tuple[str, Configuration, Compiled | None, str]]:
+    """(what for, Configuration, Compiled or None, error) of every configuration, on all cores."""
     listed = list(configurations())
     # Not forked: this process may hold a card already, whose driver does not survive that.
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         found = list(pool.map(compile_one, range(len(listed)), [capability] * len(listed)))
     return [(*one, *result) for one, result in zip(listed, found, strict=True)]
 
@@ -54,7 +97,7 @@ def warm(capability: int) -> dict[str, int]:
     return {"configurations": len(errors), "failed": sum(map(bool, errors))}
 
 
-def faults(purpose: str, compiled: Any, capability: int) -> list[str]:
+def faults(purpose: str, compiled: Compiled, capability: int) -> list[str]:
     """Faults of a compiled kernel: what it must not have, or lacks."""
     found = []
     if "x fp8" in purpose and capability == 90 and not compiled.count("QGMMA"):
@@ -78,29 +121,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     for purpose, configuration, compiled, error in found:
         if compiled is None:
             refused = capability < 89 and NO_E4M3 in error
-            told = "not for this card, which has no FP8" if refused else f"DOES NOT COMPILE: {error}"
-            print(f"{configuration.name:24}{purpose:58}  {told}")
+            told = "  not for this card, which has no FP8" if refused else f"  DOES NOT COMPILE: {error}"
             bad += not refused
-            continue
-        wrong = faults(purpose, compiled, capability)
-        bad += bool(wrong)
-        print(
-            f"{configuration.name:24}{purpose:58}{compiled.registers:10}{compiled.spill_bytes:8}"
-            f"{compiled.shared_bytes:9}  {_instructions(compiled)}{'  FAULT: ' + ', '.join(wrong) if wrong else ''}"
-        )
+        else:
+            wrong = faults(purpose, compiled, capability)
+            told = f"{compiled.registers:10}{compiled.spill_bytes:8}{compiled.shared_bytes:9}  {_told(compiled)}"
+            told += f"  FAULT: {', '.join(wrong)}" if wrong else ""
+            bad += bool(wrong)
+        print(f"{configuration.name:24}{purpose:58}{told}")
     if capability == 90:
         print_limits(one[:3] for one in found)
     return 1 if bad else 0
 
 
-def print_limits(found: Iterable[tuple[str, Any, Any]]) -> None:
+def print_limits(found: Iterable[tuple[str, Configuration, Compiled | None]]) -> None:
     """Print what each kernel moves and computes in a step, and how long the cards take for that at least."""
     print("\nAt least: each byte once, each operation once, at the memory's and the tensor cores' data-sheet rates")
     cards = DATA_SHEETS.values()
     for card in cards:
-        print(
-            f"  {card.name}: {card.bytes_per_s / 1e12} TB/s, {card.bf16 / 1e12} TFLOP/s, {card.fp8 / 1e12} of FP8"
-        )
+        rates = f"{card.bytes_per_s / 1e12} TB/s, {card.bf16 / 1e12} TFLOP/s, {card.fp8 / 1e12} of FP8"
+        print(f"  {card.name}: {rates}")
     heads = "".join(f"{card.name + ', us':>14}" for card in cards)
     print(f"{'kernel':24}{'for':58}{'step':14}{'MB':>12}{'GFLOP':>11}{heads}  limit")
     for purpose, configuration, compiled in found:
@@ -115,26 +155,20 @@ def print_limits(found: Iterable[tuple[str, Any, Any]]) -> None:
             )
 
 
-def _instructions(compiled: Any) -> str:
-    """Loads and copies by the bits that a thread moves; TMA's, which one thread starts for a tile; products."""
-    found: Counter[str] = Counter()
+def _told(compiled: Compiled) -> str:
+    """Loads and copies by the bits that a thread moves; TMA's, which one thread starts for a tile; products. Loads,
+    copies, products in this order; wide ones first."""
+    found: Counter[tuple[bool, str, int]] = Counter()
     for name, number in compiled.instructions.items():
         kind, *modifiers = name.split(".")
         if kind in ("LDG", "LDGSTS"):
             width = next((part.lstrip("US") for part in modifiers if part in WIDTHS), "32")
-            found[f"{kind}.{width}"] += number
+            found[False, kind, -int(width)] += number
         elif kind in ("UTMALDG", "HGMMA", "QGMMA", "HMMA", "QMMA", "IMMA"):
-            found[kind] += number
-    return " ".join(f"{kind} {number}" for kind, number in sorted(found.items(), key=_order))
-
-
-WIDTHS = ("128", "64", "U16", "S16", "U8", "S8")
-
-
-def _order(item: tuple[str, int]) -> tuple[int, str, int]:
-    """Loads, copies, products; wide ones first."""
-    kind, _, width = item[0].partition(".")
-    return int("MMA" in kind), kind, -int(width or 0)
+            found["MMA" in kind, kind, 0] += number
+    return " ".join(
+        f"{kind}{f'.{-width}' if width else ''} {number}" for (_, kind, width), number in sorted(found.items())
+    )
 
 
 if __name__ == "__main__":

@@ -7,176 +7,125 @@ too; tests hold them to the operation's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from cierzo.bench.gpu.kernels import SIZES
-from cierzo.bench.kernel_cases import SMALL4, Size, random_experts
+from cierzo.bench.gpu.calls import random_experts
+from cierzo.bench.gpu.cases import SMALL4, Size
+from cierzo.bench.gpu.timing import SIZES
 from cierzo.engine.cost import operations
 from cierzo.engine.cost.operations import FP32, Work, stored
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.triton.heuristics import APART_TOKENS
+from cierzo.kernels.triton.launch import Configuration
 from cierzo.kernels.triton.split import SPLITS
 
-E4M3 = "*fp8e4nv"
-PAGE_BYTES = {"*bf16": 2, E4M3: 1}  # of a value in the cache
+BF16, E4M3 = "*bf16", "*fp8e4nv"
 STEPS = tuple(size for size in SIZES if size.name in ("decode 64", "prefill 4096"))
+IN_DECODE = ("sum_parts", "mla_attend", "gqa_attend", "plan", "prefixes", "combine")
+IN_PREFILL = ("gather", "expand", "flash")
 Known = Any  # a kernel's constants, or the types of what it points to, by name
 
 
-def problems(configuration: Any) -> Iterator[tuple[str, Work]]:
+def problems(configuration: Configuration) -> Iterator[tuple[str, Work]]:
     """(step, work) for each of STEPS that launches the kernel."""
-    name, c, t = configuration.name, configuration.constants, configuration.types
+    name, c = configuration.name, configuration.constants
     for size in STEPS:
-        if _launched(name, c, size):
-            done = KERNELS[name](c, t, size)
+        launched = name not in (IN_PREFILL if size.decodes else IN_DECODE)
+        if name == "linear":  # products of each head are of generated rows; parts of k are apart for few rows
+            launched = (size.decodes or not c["X_HEAD"]) and (size.rows <= APART_TOKENS or not c["APART"])
+        if launched:
+            done = _work(name, c, configuration.types, size)
             yield size.name, done if isinstance(done, Work) else Work(name, done)
 
 
-def _launched(name: str, c: Known, size: Size) -> bool:
-    """Say if a step has the kernel. Products of each head are of generated rows; parts of k are apart for few."""
-    if name == "linear":
-        return (size.decodes or not c["X_HEAD"]) and (size.rows <= APART_TOKENS or not c["APART"])
-    return name not in (IN_PREFILL if size.decodes else IN_DECODE)
+def _work(name: str, c: Known, t: Known, size: Size) -> Work | int:
+    """A launch by the kernel's constants and types: its work, or its bytes if it has no products."""
+    rows, tokens = size.rows, size.sequences * size.context
+    page_bytes = 1 if E4M3 in (t.get("pages_ptr"), t.get("k_pages_ptr")) else 2  # of a value
+    splits = SPLITS.count(size.context, c.get("WINDOW", 0))  # of a sequence that decodes
+    met = c.get("SLOTS", 0) + c.get("SHARED", 0)  # experts that a token goes to
+    match name:
+        case "rms_norm" | "add_rms_norm":
+            row_bytes = _row(c["D"], E4M3 if E4M3 in t.values() else BF16)
+            residual = name == "add_rms_norm"
+            return operations.norm(ModelSizes(hidden=c["D"]), rows, residual=residual, row_bytes=row_bytes)
+        case "rope_tables" | "apply_rope":
+            return operations.moved(name, ModelSizes(heads=c.get("H", 0), rope=2 * c["F"]), rows)
+        case "write_normed_latents":
+            return operations.moved(name, ModelSizes(rank=c["R"], rope=2 * c["F"]), rows, page_bytes)
+        case "rotate_and_write":
+            model = ModelSizes(heads=c["HQ"], kv_heads=c["HK"], head_dim=2 * c["F"])
+            return operations.moved("rotate_and_write_keys_values", model, rows, page_bytes)
+        case "linear":
+            return _linear(c, t, size)
+        case "sum_parts":
+            return rows * (c["PARTS"] * c["N"] * FP32 + _row(c["N"]))
+        case "quantise_rows" | "quantise_pairs":
+            return rows * (_row(c["D"]) + (met or 1) * _row(c["D"], E4M3))
+        case "expert_gate_up":  # experts share a token's row in bf16; codes are a row for each: scales differ
+            read = _row(c["K"], t["x_ptr"]) * (met if t["x_ptr"] == E4M3 else 1)
+            return _experts(c, size, met, read + met * _row(c["ROWS"] // 2, t["inner_ptr"]))
+        case "expert_down":
+            return _experts(c, size, met, met * (_row(c["K"], t["inner_ptr"]) + _row(c["ROWS"], t["outputs_ptr"])))
+        case "sum_slots":  # outputs of a token's experts and their weights in, one result out
+            return rows * ((c["SLOTS"] + c["WITH_SHARED"] + 1) * _row(c["D"]) + c["SLOTS"] * FP32)
+        case (
+            "plan"
+        ):  # a tile of rows for each sequence: items of four numbers; starts, contexts; each row's sequence
+            return 4 * (4 * size.sequences * splits + 3 * size.sequences + 2 + rows)
+        case "prefixes":  # tables of sequences that share a prefix, twice
+            return 4 * size.sequences * (2 * size.context // c["S"] + 5 + c["M"])
+        case "mla_attend":  # partial results go out in place of results
+            model = ModelSizes(heads=c["H"], rank=c["R"], rope=c["P"])
+            entry_bytes, partial_bytes = model.page_values * page_bytes, _partial_bytes(splits, c["R"])
+            return operations.mla_decode(model, *size.queries(), entry_bytes, partial_bytes)
+        case "gqa_attend":  # over the keys and values that each context's window leaves
+            model = ModelSizes(heads=c["HK"] * c["G"], kv_heads=c["HK"], head_dim=c["D"])
+            entry_bytes, partial_bytes = model.page_values * page_bytes, _partial_bytes(splits, c["D"])
+            return operations.gqa(model, *size.queries(c["WINDOW"]), entry_bytes, partial_bytes)
+        case "combine":
+            return rows * c["HK"] * c["G"] * (_partial_bytes(splits, c["W"]) + _row(c["W"]))
+        case "gather":  # a context's pages, in rows of bf16
+            return tokens * c["HK"] * c["W"] * (1 + c["KEYS"]) * (page_bytes + 2)
+        case "expand":  # latents to keys, or to values, of every head
+            return operations.linear(ModelSizes(), tokens, c["R"], c["N"], "bf16")
+        case "flash":  # B values of a key are the same for all heads; CARRIED: the sums of a first piece in and out
+            width, entry = c["A"] + c["B"], c["HK"] * (c["A"] + c["V"]) + c["B"]
+            carried = 2 * rows * c["H"] * (c["V"] + 2) * FP32 if c["CARRIED"] else 0
+            _, pairs, _ = size.queries(c["WINDOW"])
+            moved = 2 * (rows * c["H"] * (width + c["V"]) + tokens * entry) + carried
+            return Work("part", moved, 2 * pairs * c["H"] * (width + c["V"]))
+    raise ValueError(f"kernel {name}: its work is not known")
 
 
-def _row(values: int, pointer: str = "*bf16") -> int:
+def _linear(c: Known, t: Known, size: Size) -> Work:
+    """A dense product; also logits, the products of each head, and gate and up of a dense MLP."""
+    n, k, pointer, format = c["ROWS"], c["K"], t["out_ptr"], _format(c)
+    if c["X_HEAD"]:
+        return (operations.mla_absorb if c["COPIED"] else operations.mla_unabsorb)(SMALL4, size.rows)
+    if pointer == "*fp32" and not c["APART"]:
+        return operations.lm_head(ModelSizes(hidden=k, vocab=n), size.sequences, format)
+    written = c["PARTS"] * n * FP32 if c["APART"] else _row(n // 2 if c["PAIRED"] else n, pointer)
+    return operations.linear(ModelSizes(), size.rows, k, n, format, read=_row(k, t["x_ptr"]), written=written)
+
+
+def _experts(c: Known, size: Size, met: int, row_bytes: int) -> Work:
+    """A product of the experts, of which a token meets so many. row_bytes: of all rows of a token, in and out."""
+    chosen = len(random_experts(ModelSizes(experts=c["E"], top_k=c["SLOTS"]), size).unique())
+    weights = (chosen + c["SHARED"]) * stored(_format(c), c["ROWS"], c["K"])
+    return Work("part", weights + size.rows * row_bytes, 2 * size.rows * met * c["ROWS"] * c["K"])
+
+
+def _partial_bytes(splits: int, width: int) -> int:
+    """Bytes that the splits of a row and head leave for `combine`: sums, largest score, sum of weights, in fp32."""
+    return splits * (width + 2) * FP32
+
+
+def _row(values: int, pointer: str = BF16) -> int:
     """Bytes of a row of activations."""
     return int(stored("fp8" if pointer == E4M3 else "bf16", 1, values))
 
 
 def _format(c: Known) -> str:
     return "bf16" if c["FORMAT"] == "plain" else str(c["FORMAT"])
-
-
-# --- kernels that are an operation each --------------------------------------------------------------------
-
-
-def _norm(c: Known, t: Known, size: Size, residual: bool) -> Work:
-    """Rows of D values, out as they are or as e4m3 codes."""
-    row_bytes = _row(c["D"], E4M3 if E4M3 in t.values() else "*bf16")
-    return operations.norm(ModelSizes(hidden=c["D"]), size.rows, residual=residual, row_bytes=row_bytes)
-
-
-def _moved(operation: str, size: Size, page: str = "*bf16", **sizes: int) -> Work:
-    return operations.moved(operation, ModelSizes(**sizes), size.rows, PAGE_BYTES[page])  # type: ignore[arg-type]
-
-
-def _linear(c: Known, t: Known, size: Size) -> Work:
-    """A dense product; also logits, the products of each head, and gate and up of a dense MLP."""
-    n, k, pointer = c["ROWS"], c["K"], t["out_ptr"]
-    if c["X_HEAD"]:
-        return (operations.mla_absorb if c["COPIED"] else operations.mla_unabsorb)(SMALL4, size.rows)
-    if pointer == "*fp32" and not c["APART"]:
-        return operations.lm_head(ModelSizes(hidden=k, vocab=n), size.sequences, _format(c))
-    written = c["PARTS"] * n * FP32 if c["APART"] else _row(n // 2 if c["PAIRED"] else n, pointer)
-    read = _row(k, t["x_ptr"])
-    return operations.linear(ModelSizes(), size.rows, k, n, _format(c), read=read, written=written)
-
-
-# --- parts of an operation ---------------------------------------------------------------------------------
-
-
-def _experts(c: Known, size: Size, read: float, written: float) -> Work:
-    """A product of the experts. read, written: bytes of all rows of a token."""
-    chosen = len(random_experts(ModelSizes(experts=c["E"], top_k=c["SLOTS"]), size).unique())
-    weights = (chosen + c["SHARED"]) * stored(_format(c), c["ROWS"], c["K"])
-    pairs = size.rows * _met(c)
-    return Work("part", weights + size.rows * (read + written), 2 * pairs * c["ROWS"] * c["K"])
-
-
-def _met(c: Known) -> int:
-    """Experts that a token goes to."""
-    return int(c["SLOTS"] + c["SHARED"])
-
-
-def _gate_up(c: Known, t: Known, size: Size) -> Work:
-    """First product of the experts. They share a token's row in bf16; codes are a row for each: scales differ."""
-    read = _row(c["K"], t["x_ptr"]) * (_met(c) if t["x_ptr"] == E4M3 else 1)
-    return _experts(c, size, read, _met(c) * _row(c["ROWS"] // 2, t["inner_ptr"]))
-
-
-def _splits(c: Known, size: Size) -> int:
-    """Splits of a sequence that decodes."""
-    return SPLITS.count(size.context, c.get("WINDOW", 0))
-
-
-def _partial_bytes(c: Known, size: Size, width: int) -> int:
-    """Bytes that the splits of a row and head leave for `combine`: sums, largest score, sum of weights, in fp32."""
-    return _splits(c, size) * (width + 2) * FP32
-
-
-def _mla_attend(c: Known, t: Known, size: Size) -> Work:
-    """Decoding but for the sum of its splits: partial results go out in place of results."""
-    model = ModelSizes(heads=c["H"], rank=c["R"], rope=c["P"])
-    entry_bytes, row_bytes = model.page_values * PAGE_BYTES[t["pages_ptr"]], _partial_bytes(c, size, c["R"])
-    return operations.mla_decode(model, *size.queries(), entry_bytes, row_bytes)
-
-
-def _gqa_attend(c: Known, t: Known, size: Size) -> Work:
-    """Decoding but for the sum of its splits, over the keys and values that each context's window leaves."""
-    model = ModelSizes(heads=c["HK"] * c["G"], kv_heads=c["HK"], head_dim=c["D"])
-    entry_bytes, row_bytes = model.page_values * PAGE_BYTES[t["k_pages_ptr"]], _partial_bytes(c, size, c["D"])
-    return operations.gqa(model, *size.queries(c["WINDOW"]), entry_bytes, row_bytes)
-
-
-def _flash(c: Known, t: Known, size: Size) -> Work:
-    """Attention over expanded keys and values, of which B values of a key are the same for all heads. CARRIED: a
-    context in two pieces, of which the second adds to the fp32 sums of the first."""
-    width, rows = c["A"] + c["B"], size.rows * c["H"]
-    entry = c["HK"] * (c["A"] + c["V"]) + c["B"]
-    carried = 2 * rows * (c["V"] + 2) * FP32 if c["CARRIED"] else 0
-    values = rows * (width + c["V"]) + _tokens(size) * entry
-    _, pairs, _ = size.queries(c["WINDOW"])
-    return Work("part", 2 * values + carried, 2 * pairs * c["H"] * (width + c["V"]))
-
-
-IN_DECODE = ("sum_parts", "mla_attend", "gqa_attend", "plan", "prefixes", "combine")
-IN_PREFILL = ("gather", "expand", "flash")
-# What a launch of each kernel does, by its constants, its types and a step: work, or bytes if it has no products.
-KERNELS: dict[str, Callable[[Known, Known, Size], Work | int]] = {
-    "rms_norm": lambda c, t, size: _norm(c, t, size, residual=False),
-    "add_rms_norm": lambda c, t, size: _norm(c, t, size, residual=True),
-    "rope_tables": lambda c, t, size: _moved("rope_tables", size, rope=2 * c["F"]),
-    "apply_rope": lambda c, t, size: _moved("apply_rope", size, heads=c["H"], rope=2 * c["F"]),
-    "write_normed_latents": lambda c, t, size: _moved(
-        "write_normed_latents", size, t["pages_ptr"], rank=c["R"], rope=2 * c["F"]
-    ),
-    "rotate_and_write": lambda c, t, size: _moved(
-        *("rotate_and_write_keys_values", size, t["k_pages_ptr"]),
-        heads=c["HQ"],
-        kv_heads=c["HK"],
-        head_dim=2 * c["F"],
-    ),
-    "linear": _linear,
-    "quantise_rows": lambda c, t, size: size.rows * (_row(c["D"]) + _row(c["D"], E4M3)),
-    "quantise_pairs": lambda c, t, size: size.rows * (_row(c["D"]) + _met(c) * _row(c["D"], E4M3)),
-    "expert_gate_up": _gate_up,
-    "expert_down": lambda c, t, size: _experts(
-        c, size, _met(c) * _row(c["K"], t["inner_ptr"]), _met(c) * _row(c["ROWS"], t["outputs_ptr"])
-    ),
-    # Outputs of a token's experts and their weights in, one result out.
-    "sum_slots": lambda c, t, size: (
-        size.rows * ((c["SLOTS"] + c["WITH_SHARED"] + 1) * _row(c["D"]) + c["SLOTS"] * FP32)
-    ),
-    "sum_parts": lambda c, t, size: size.rows * (c["PARTS"] * c["N"] * FP32 + _row(c["N"])),
-    # A tile of rows for each sequence: items of four numbers; starts and contexts; each row's sequence.
-    "plan": lambda c, t, size: 4 * (4 * size.sequences * _splits(c, size) + 3 * size.sequences + 2 + size.rows),
-    # Tables of sequences that share a prefix, twice.
-    "prefixes": lambda c, t, size: 4 * size.sequences * (2 * size.context // c["S"] + 5 + c["M"]),
-    "mla_attend": _mla_attend,
-    "gqa_attend": _gqa_attend,
-    "combine": lambda c, t, size: size.rows * c["HK"] * c["G"] * (_partial_bytes(c, size, c["W"]) + _row(c["W"])),
-    # A context's pages, in rows of bf16.
-    "gather": lambda c, t, size: (
-        _tokens(size) * c["HK"] * c["W"] * (1 + c["KEYS"]) * (PAGE_BYTES[t["pages_ptr"]] + 2)
-    ),
-    # Latents to keys, or to values, of every head.
-    "expand": lambda c, t, size: operations.linear(ModelSizes(), _tokens(size), c["R"], c["N"], "bf16"),
-    "flash": _flash,
-}
-
-
-def _tokens(size: Size) -> int:
-    """Tokens of all contexts."""
-    return size.sequences * size.context

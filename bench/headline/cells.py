@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import msgspec
 
-from cierzo.bench.campaign.outcome import Goal
-
 K = 1024
 LIMIT_S = 0.050  # of the median time per output token, at the concurrency that is searched for
 MODELS = ("small4", "small3")
-Profile = Literal["throughput", "latency"]  # of those of engine/profiles.py
+SIMULATED = "simulated:"  # how the name of a simulated device begins
 
 
-class Cell(msgspec.Struct, frozen=True, kw_only=True):
+class Cell(msgspec.Struct, frozen=True):
     """A closed loop of `concurrency` clients; None: as many as give the most requests per second within `LIMIT_S`.
 
     profile: the engine's. A throughput cell is judged by requests per second, a latency one by completion time.
     """
 
-    name: str
-    profile: Profile
+    profile: Literal["throughput", "latency"]
     input_tokens: int
     output_tokens: int
     concurrency: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The sizes, in 1,024 tokens where they are multiples of it: 8k/1k, 1k/256@4."""
+        sizes = (self.input_tokens, self.output_tokens)
+        told = "/".join(f"{size // K}k" if size % K == 0 else str(size) for size in sizes)
+        return told if self.concurrency is None else f"{told}@{self.concurrency}"
 
     @property
     def tokens(self) -> int:
@@ -43,7 +48,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Subject(msgspec.Struct, frozen=True, kw_only=True):
+class Subject(msgspec.Struct, frozen=True):
     """A model with its weights and KV cache in these number formats. NVFP4: experts in 4 bits, the rest in FP8.
     activations: what weights are multiplied with, "fp8" on a card's FP8 units."""
 
@@ -58,112 +63,51 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Cells, subjects in the order in which they alternate, the pairs that are compared, and the goals: bounds on
-    Small 4's requests per second, or completion time, over Small 3's."""
+    """Cells, subjects in the order of a round, the pairs that are compared, and goals by cell and pair: the least
+    that Small 4's requests per second, or the most that its completion time, is to be of Small 3's."""
 
     cells: tuple[Cell, ...]
     subjects: tuple[Subject, ...]
     pairs: tuple[tuple[Subject, Subject], ...]
-    goals: tuple[Goal[Subject], ...]
+    goals: dict[tuple[str, Subject, Subject], float]
     goals_are_for: str
 
 
-def _cell(profile: Profile, input_tokens: int, output_tokens: int, concurrency: int | None = None) -> Cell:
-    clients = "" if concurrency is None else f"@{concurrency}"
-    return Cell(
-        name=f"{_short(input_tokens)}/{_short(output_tokens)}{clients}",
-        profile=profile,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        concurrency=concurrency,
-    )
+_NVFP4 = Subject("small4", "nvfp4", "fp8")
+_SMALL4_FP8 = Subject("small4", "fp8", "fp8")
+_SMALL4_BY_FP8 = Subject("small4", "fp8", "fp8", "fp8")
+_BF16 = Subject("small3", "bf16", "fp8")
+_FP8 = Subject("small3", "fp8", "fp8")
+_BY_FP8 = Subject("small3", "fp8", "fp8", "fp8")
+_BF16_KV = Subject("small3", "bf16", "bf16")
+_QUICK = ("1k/1k@1", "1k/1k@2", "1k/1k@4", "32k/1k@1", "32k/1k@4", "32k/1k@16")
 
+GPU_PLAN = Plan(  # of a card, or of several
+    cells=(
+        *(Cell("throughput", *sizes) for sizes in ((2 * K, 2 * K), (8 * K, K), (K, 256), (32 * K, K))),
+        *(Cell("latency", K, K, concurrency) for concurrency in (1, 2, 4, 8, 32)),
+        *(Cell("latency", 32 * K, K, concurrency) for concurrency in (1, 4, 16)),
+    ),
+    subjects=(_NVFP4, _BF16, _SMALL4_FP8, _FP8, _SMALL4_BY_FP8, _BY_FP8, _BF16_KV),
+    pairs=tuple(itertools.product((_NVFP4, _SMALL4_FP8, _SMALL4_BY_FP8), (_BF16, _FP8, _BY_FP8, _BF16_KV))),
+    goals={
+        **{("2k/2k", _NVFP4, other): 3.0 for other in (_BF16, _BF16_KV, _FP8, _BY_FP8)},
+        **{("8k/1k", _NVFP4, other): 3.0 for other in (_BF16, _BF16_KV)},
+        **{(cell, _NVFP4, other): 0.60 for cell in _QUICK for other in (_BF16, _FP8, _BY_FP8)},
+    },
+    goals_are_for="one H200",
+)
 
-def _short(tokens: int) -> str:
-    return f"{tokens // K}k" if tokens % K == 0 else str(tokens)
-
-
-_FOUR_BITS = Subject(model="small4", weights="nvfp4", kv_dtype="fp8")
-_SMALL4_FP8 = Subject(model="small4", weights="fp8", kv_dtype="fp8")
-_SMALL3_BF16 = Subject(model="small3", weights="bf16", kv_dtype="fp8")
-_SMALL3_FP8 = Subject(model="small3", weights="fp8", kv_dtype="fp8")
-_SMALL4_BY_FP8 = Subject(model="small4", weights="fp8", kv_dtype="fp8", activations="fp8")
-_SMALL3_BY_FP8 = Subject(model="small3", weights="fp8", kv_dtype="fp8", activations="fp8")
-_SMALL3_BF16_KV = Subject(model="small3", weights="bf16", kv_dtype="bf16")
-
-
-def gpu_plan(*, miniature: bool = False) -> Plan:
-    """Cells, subjects and goals of a card, or of several."""
-    subjects: tuple[Subject, ...] = (
-        *(_FOUR_BITS, _SMALL3_BF16, _SMALL4_FP8, _SMALL3_FP8, _SMALL4_BY_FP8, _SMALL3_BY_FP8, _SMALL3_BF16_KV),
-    )
-    cells: tuple[Cell, ...] = (
-        *(_cell("throughput", *sizes) for sizes in ((2 * K, 2 * K), (8 * K, K), (K, 256), (32 * K, K))),
-        *(_cell("latency", K, K, concurrency) for concurrency in (1, 2, 4, 8, 32)),
-        *(_cell("latency", 32 * K, K, concurrency) for concurrency in (1, 4, 16)),
-    )
-    quick_cells = ("1k/1k@1", "1k/1k@2", "1k/1k@4", "32k/1k@1", "32k/1k@4", "32k/1k@16")
-    goals: tuple[Goal[Subject], ...] = (
-        *(_at_least(3.0, "2k/2k", other) for other in (_SMALL3_BF16, _SMALL3_BF16_KV, _SMALL3_FP8, _SMALL3_BY_FP8)),
-        *(_at_least(3.0, "8k/1k", other) for other in (_SMALL3_BF16, _SMALL3_BF16_KV)),
-        *(
-            Goal(cell=cell, ours=_FOUR_BITS, against=other, at_most=0.60)
-            for cell in quick_cells
-            for other in (_SMALL3_BF16, _SMALL3_FP8, _SMALL3_BY_FP8)
-        ),
-    )
-    if miniature:
-        cells = (_cell("throughput", 2 * K, 16), _cell("latency", 64, 16, 2))
-        subjects = (_FOUR_BITS, _SMALL3_BF16)
-        goals = (
-            _at_least(3.0, "2k/16", _SMALL3_BF16),
-            Goal(cell="64/16@2", ours=_FOUR_BITS, against=_SMALL3_BF16, at_most=0.60),
-        )
-    return Plan(
-        cells=cells,
-        subjects=subjects,
-        pairs=tuple(
-            (one, other)
-            for one in subjects
-            for other in subjects
-            if (one.model, other.model) == ("small4", "small3")
-        ),
-        goals=goals,
-        goals_are_for="one H200",
-    )
-
-
-def _at_least(ratio: float, cell: str, against: Subject) -> Goal[Subject]:
-    return Goal(cell=cell, ours=_FOUR_BITS, against=against, at_least=ratio)
-
-
-def cpu_plan(*, miniature: bool = False) -> Plan:
-    """Cells, subjects and goals of a CPU: both models in miniature proportions, in bf16 first, then in int8."""
-    pairs = tuple(
-        (
-            Subject(model="small4", weights=weights, kv_dtype="bf16"),
-            Subject(model="small3", weights=weights, kv_dtype="bf16"),
-        )
-        for weights in (("bf16",) if miniature else ("bf16", "int8"))
-    )
-    cells: tuple[Cell, ...] = (
-        _cell("throughput", 512, 64, 32),
-        _cell("latency", K, 256, 1),
-        _cell("latency", K, 256, 2),
-    )
-    if miniature:
-        cells = (_cell("throughput", 32, 8, 4), _cell("latency", 32, 8, 1))
-    ours, against = pairs[0]
-    goals = (
-        Goal(cell=cell.name, ours=ours, against=against, at_least=2.2)
-        if cell.is_throughput
-        else Goal(cell=cell.name, ours=ours, against=against, at_most=0.60)
-        for cell in cells
-    )
-    return Plan(
-        cells=cells,
-        subjects=tuple(subject for pair in pairs for subject in pair),
-        pairs=pairs,
-        goals=tuple(goals),
-        goals_are_for="small4-mini and small3-mini in bf16 on two cores",
-    )
+# Of a CPU: both models in miniature proportions, in bf16 first, then in int8.
+_CPU_PAIRS = tuple(
+    (Subject("small4", weights, "bf16"), Subject("small3", weights, "bf16")) for weights in ("bf16", "int8")
+)
+CPU_PLAN = Plan(
+    cells=(Cell("throughput", 512, 64, 32), Cell("latency", K, 256, 1), Cell("latency", K, 256, 2)),
+    subjects=tuple(itertools.chain(*_CPU_PAIRS)),
+    pairs=_CPU_PAIRS,
+    goals={
+        (cell, *_CPU_PAIRS[0]): goal for cell, goal in (("512/64@32", 2.2), ("1k/256@1", 0.6), ("1k/256@2", 0.6))
+    },
+    goals_are_for="small4-mini and small3-mini in bf16 on two cores",
+)

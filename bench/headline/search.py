@@ -1,166 +1,136 @@
-"""Search for the most requests per second at which the median time per output token keeps its limit.
-
-Forecasts, which take no time, say where to look; loads at the best of them and beside it confirm it.
-"""
+"""An engine's settings for a cell, and the cell's concurrency: the one with the most requests per second at which
+the median time per output token keeps its limit. Forecasts, which take no time, say where to look; loads decide."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from cierzo.bench.headline.cells import LIMIT_S, Cell
-from cierzo.bench.headline.figures import Figure, requests_for
-from cierzo.bench.headline.settings import Room
+from cierzo.bench.headline.cells import LIMIT_S, Cell, Subject
+from cierzo.bench.headline.measurement import Measurement, Point, closed_loop
 from cierzo.bench.plan.forecast import forecast
-from cierzo.bench.workload import Workload
-from cierzo.engine.config import EngineConfig
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Device
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.kv_room import AUTO_KV_REQUEST_TOKENS
 
 NEAR = 0.03  # as closely as a concurrency is looked for, relative to it
-TRIES = 4  # further loads, at most, to confirm what was found by estimates
+TRIES = 4  # loads, at most, to confirm what was found by forecasts
+Load = Callable[[int, int], Measurement]  # so many clients of each of so many engines
+Look = Callable[[int], Point]  # at so many clients of one engine
+Points = Mapping[int, Point]
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """A concurrency and what it gives; `measured`, or estimated. Seconds are medians."""
+def engine_settings(model: str, device: str, subject: Subject, cells: Sequence[Cell]) -> dict[str, object]:
+    """Options for cells of one profile; what stays open is the profile's. Raises ConfigError where it does not fit.
 
-    concurrency: int
-    requests_per_s: float
-    time_per_output_token_s: float
-    measured: bool
+    max_running is at least the largest concurrency, and large enough for the engine to set aside a KV cache that
+    holds that many: it plans for max_running requests of a usual length.
+    """
+    settings: dict[str, object] = {
+        **msgspec.structs.asdict(subject),
+        "model": model,
+        "device": device,
+        "profile": cells[0].profile,
+        "max_model_len": max(cell.tokens for cell in cells),
+    }
+    usual_tokens = min(max(cell.tokens for cell in cells), AUTO_KV_REQUEST_TOKENS)
+    clients = max(-(-(cell.concurrency or 0) * cell.tokens // usual_tokens) for cell in cells)
+    limits = resolved(settings).scheduler
+    if clients > limits.max_running:
+        settings["max_running"] = min(clients, limits.budget_tokens)
+    return settings
 
 
-def measured_point(found: Figure) -> Point:
-    """The point that a load's figure is, for one replica."""
-    return Point(
-        concurrency=found.concurrency // found.replicas,
-        requests_per_s=found.requests_per_s / found.replicas,
-        time_per_output_token_s=found.time_per_output_token_s.p50,
-        measured=True,
+def resolved(settings: dict[str, object]) -> EngineConfig:
+    """The configuration that the engine makes of settings. Raises ConfigError."""
+    return resolve(msgspec.convert(settings, EngineOptions))
+
+
+def kv_room(config: EngineConfig, cell: Cell) -> int:
+    """Requests of full length that the KV cache holds; clients beyond them wait, or preempt each other."""
+    return config.cache.num_blocks // -(-cell.tokens // config.cache.block_tokens)
+
+
+def at_best(cell: Cell, config: EngineConfig, device: Device | None, load: Load, replicas: int = 1) -> Measurement:
+    """The cell at its concurrency, or where it has none, at the best one, on so many engines of this configuration.
+
+    device: for forecasts. Raises ConfigError.
+    """
+    fit, loads = kv_room(config, cell), dict[int, Measurement]()
+    if cell.concurrency is not None:
+        engines = min(replicas, cell.concurrency)  # those that have clients
+        found = load(-(-cell.concurrency // engines), engines)
+        return msgspec.structs.replace(found, kv_room_requests=replicas * fit)
+
+    def loaded(clients: int) -> Point:
+        found = loads[clients] = load(clients, replicas)
+        rate, token_s = found.requests_per_s, found.time_per_output_token_s.p50
+        return Point(found.concurrency, rate, token_s, measured=True)
+
+    def forecasted(clients: int) -> Point:
+        found = forecast(config, closed_loop(cell, clients, 0), device=device)
+        decoded_s = float(found.completion_s.p50 - found.time_to_first_token_s.p50)
+        token_s = decoded_s / max(1, cell.output_tokens - 1)
+        return Point(replicas * clients, replicas * float(found.requests_per_s), token_s, measured=False)
+
+    most, why = min((fit, "KV room"), (config.scheduler.max_running, "max_running"))
+    forecasts = search(forecasted, most)
+    points = confirm(loaded, best(forecasts), most)
+    chosen = best(points)
+    return msgspec.structs.replace(
+        loads[chosen],
+        points=[point for _, point in sorted({**forecasts, **points}.items())],
+        bounded_by=why if chosen == most else bound(points, chosen),
+        kv_room_requests=replicas * fit,
     )
 
 
-Look = Callable[[int], Point]
+def keeps_limit(point: Point) -> bool:
+    """Whether clients get their tokens quickly enough."""
+    return point.time_per_output_token_s <= LIMIT_S
 
 
-class NothingKeepsTheLimit(Exception):
-    """Even a single client waits too long for each token."""
-
-
-def search(look: Look, most: int, limit_s: float) -> list[Point]:
-    """Points by concurrency, ascending: doubled from 1 on until `most` or the limit, then between the last two.
-
-    Raises NothingKeepsTheLimit.
-    """
-    found: dict[int, Point] = {}
-    low, high = 0, 1
-    while True:
-        found[high] = look(high)
-        if found[high].time_per_output_token_s > limit_s:
-            break
-        low = high
-        if high == most:
-            break
-        high = min(2 * high, most)
-    if low == 0:
-        raise NothingKeepsTheLimit(
-            f"one client alone gets a token each {found[1].time_per_output_token_s * 1e3:.1f} ms, "
-            f"the limit is {limit_s * 1e3:.0f}"
-        )
-    while high - low > max(1.0, NEAR * low):
-        middle = (low + high) // 2
-        found[middle] = look(middle)
-        if found[middle].time_per_output_token_s > limit_s:
-            high = middle
-        else:
-            low = middle
-    return [found[concurrency] for concurrency in sorted(found)]
-
-
-def best(points: Sequence[Point], limit_s: float) -> Point:
-    """The point with the most requests per second among those that keep the limit. Raises NothingKeepsTheLimit."""
-    kept = [point for point in points if point.time_per_output_token_s <= limit_s]
+def best(points: Points) -> int:
+    """The clients with the most requests per second that keep the limit. Raises ConfigError."""
+    kept = {clients: point.requests_per_s for clients, point in points.items() if keeps_limit(point)}
     if not kept:
-        raise NothingKeepsTheLimit(f"none of {len(points)} loads keeps {limit_s * 1e3:.0f} ms per output token")
-    return max(kept, key=lambda point: point.requests_per_s)
+        quickest_ms = min(point.time_per_output_token_s for point in points.values()) * 1e3
+        limit = f"{LIMIT_S * 1e3:.0f} ms per output token, the quickest takes {quickest_ms:.1f}"
+        raise ConfigError(f"none of {len(points)} loads keeps {limit}", field="concurrency", limit=LIMIT_S)
+    return max(kept, key=kept.__getitem__)
 
 
-def confirm(look: Look, start: int, most: int, limit_s: float) -> list[Point]:
-    """Measure at `start`, which estimates suggest, and beside it: at fewer clients until the limit is kept, else at
-    more while that gives more. Points in the order in which they were measured."""
-    found = [look(start)]
-    while found[-1].time_per_output_token_s > limit_s and len(found) < TRIES and found[-1].concurrency > 1:
-        point = found[-1]
-        shrunk = int(point.concurrency * min(1 - NEAR, limit_s / point.time_per_output_token_s))
-        found.append(look(max(1, shrunk)))
-    while len(found) < TRIES and found[-1] is best_or_none(found, limit_s):
-        point = found[-1]
-        grown = min(most, max(point.concurrency + 1, int(point.concurrency * (1 + NEAR))))
-        if any(grown == other.concurrency for other in found):
-            break
-        found.append(look(grown))
+def search(look: Look, most: int) -> Points:
+    """Points by clients: doubled from 1 on until `most` or the limit, then between the last two."""
+    found: dict[int, Point] = {}
+    low, high, size = 0, math.inf, 1
+    while low < most and high - low > max(1.0, NEAR * low):
+        found[size] = look(size)
+        low, high = (size, high) if keeps_limit(found[size]) else (low, size)
+        size = min(2 * low, most) if high == math.inf else (low + int(high)) // 2
     return found
 
 
-def best_or_none(points: Sequence[Point], limit_s: float) -> Point | None:
-    """Find the best point as `best` does; None where none keeps the limit."""
-    try:
-        return best(points, limit_s)
-    except NothingKeepsTheLimit:
-        return None
+def confirm(look: Look, start: int, most: int) -> Points:
+    """Measure at `start`, which forecasts suggest, and beside it: at fewer clients until the limit is kept, else at
+    more while that gives more. In the order in which they were measured."""
+    found: dict[int, Point] = {}
+    size = start
+    while len(found) < TRIES and size not in found:
+        point = found[size] = look(size)
+        if not any(map(keeps_limit, found.values())):
+            size = max(1, int(size * min(1 - NEAR, LIMIT_S / point.time_per_output_token_s)))
+        elif size == best(found):
+            size = min(most, max(size + 1, int(size * (1 + NEAR))))
+    return found
 
 
-def bound(points: Sequence[Point], chosen: int, space: Room, limit_s: float) -> str:
-    """The reason why the concurrency is not higher than `chosen`."""
-    above = [point for point in points if point.concurrency > chosen]
-    if any(point.time_per_output_token_s <= limit_s for point in above):
+def bound(points: Points, chosen: int) -> str:
+    """The reason why there are no more clients than `chosen`, though there is room."""
+    above = [point for clients, point in points.items() if clients > chosen]
+    if any(map(keeps_limit, above)):
         return "more clients are answered no quicker"
-    if above:
-        return f"{limit_s * 1e3:.0f} ms per output token"
-    return space.why if chosen == space.most else "not looked further"
-
-
-class Choice(msgspec.Struct, frozen=True):
-    """The concurrency that a cell is measured at, the points that led there, and what kept it from being higher."""
-
-    concurrency: int
-    points: list[Point] = []
-    bounded_by: str = ""
-
-
-def choose(look: Look, forecasts: Sequence[Point] | None, space: Room) -> Choice:
-    """The best concurrency by loads: those that the forecasts suggest, or without any a search by loads alone.
-
-    Raises NothingKeepsTheLimit.
-    """
-    if forecasts is None:
-        points = search(look, space.most, LIMIT_S)
-    else:
-        loads = confirm(look, best(forecasts, LIMIT_S).concurrency, space.most, LIMIT_S)
-        merged = {point.concurrency: point for point in (*forecasts, *loads)}
-        points = [merged[concurrency] for concurrency in sorted(merged)]
-    measured = [point for point in points if point.measured]
-    chosen = best(measured, LIMIT_S).concurrency
-    return Choice(chosen, points, bound(measured, chosen, space, LIMIT_S))
-
-
-def estimates(config: EngineConfig, cell: Cell, most: int, device: Device) -> list[Point]:
-    """Forecasts by concurrency, ascending. Raises NothingKeepsTheLimit."""
-
-    def look(concurrency: int) -> Point:
-        workload = Workload(
-            input_tokens=cell.input_tokens,
-            output_tokens=cell.output_tokens,
-            concurrency=concurrency,
-            requests=requests_for(concurrency),
-        )
-        found = forecast(config, workload, device=device)
-        decoded_s = float(found.completion_s.p50 - found.time_to_first_token_s.p50)
-        return Point(
-            concurrency=concurrency,
-            requests_per_s=float(found.requests_per_s),
-            time_per_output_token_s=decoded_s / max(1, cell.output_tokens - 1),
-            measured=False,
-        )
-
-    return search(look, most, LIMIT_S)
+    return f"{LIMIT_S * 1e3:.0f} ms per output token" if above else "not looked further"

@@ -19,12 +19,9 @@ import msgspec
 from cierzo.bench import machine
 from cierzo.bench.campaign import loop
 from cierzo.bench.headline.cells import Cell, Plan, Subject
-from cierzo.bench.headline.figures import Steps, closed_loop, figure, thinned
-from cierzo.bench.headline.measurement import Headline, Measurement
-from cierzo.bench.headline.search import Choice, Point, choose, estimates, measured_point
-from cierzo.bench.headline.settings import engine_settings, resolved, room
+from cierzo.bench.headline.measurement import Headline, Measurement, Steps, closed_loop, measured
+from cierzo.bench.headline.search import at_best, engine_settings, resolved
 from cierzo.bench.headline.simulate import simulate, simulated_config
-from cierzo.bench.latency import LoadResult
 from cierzo.bench.peers.engine import Checkpoint
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.engine.config import EngineConfig
@@ -33,7 +30,6 @@ from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.expert_statistics import ExpertStatistics
 
 
 class Serving(Headline):
@@ -80,58 +76,36 @@ class Session(loop.Session[Cell]):
         self._subject, self._config = subject, config
 
     def measure(self, cell: Cell, number: int) -> Any:
-        """Raises EngineFailed, or NothingKeepsTheLimit."""
+        """Raises EngineFailed, or ConfigError."""
         config, device = self._config, self._serving.limit_device()
-        space = room(config, cell)
-        loads: dict[int, tuple[LoadResult, ExpertStatistics | None]] = {}
 
-        def look(concurrency: int) -> Point:
-            result = self._load(cell, concurrency, number)
-            loads[concurrency] = result, self._server.chosen_experts()
-            return measured_point(figure(result, concurrency, is_throughput=True))
+        def load(concurrency: int, replicas: int) -> Measurement:
+            # no prompt begins as one of another load
+            seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())
+            result = self._server.whole_load(closed_loop(cell, concurrency, seed))
+            found = measured(cell, result, concurrency, replicas)
+            return msgspec.structs.replace(found, experts=self._server.chosen_experts(), command=self._command())
 
-        if cell.concurrency is not None:
-            look(cell.concurrency)
-            choice = Choice(cell.concurrency)
-        else:
-            forecasts = None if device is None else estimates(config, cell, space.most, device)
-            choice = choose(look, forecasts, space)
-        result, experts = loads[choice.concurrency]
-        found = figure(result, choice.concurrency, is_throughput=cell.is_throughput)
+        found = at_best(cell, config, device, load)
         if device is not None:
-            steps = self._twin(cell, choice.concurrency, experts, device)
-            found = msgspec.structs.replace(found, steps=steps)
-        measurement = Measurement(
-            figure=found,
-            points=choice.points,
-            bounded_by=choice.bounded_by,
-            kv_room_requests=space.fit,
-            experts=experts,
-            command=self._command(),
-            samples=thinned(result.samples),
-        )
-        return msgspec.to_builtins(measurement)
+            found = msgspec.structs.replace(found, steps=self._twin(cell, found, device))
+        return msgspec.to_builtins(found)
 
     def close(self) -> None:
         """Stop the server."""
         self._server.close()
 
-    def _twin(self, cell: Cell, concurrency: int, experts: ExpertStatistics | None, device: Device) -> Steps | None:
+    def _twin(self, cell: Cell, found: Measurement, device: Device) -> Steps | None:
         """The steps of the same load on a simulated engine of this machine's ceilings."""
-        fixed = msgspec.structs.replace(cell, concurrency=concurrency)
+        fixed = msgspec.structs.replace(cell, concurrency=found.concurrency)
         config = simulated_config(str(self._checkpoint.path), fixed, self._subject, device, self._serving.folder)
-        distinct = None if experts is None else measured_distinct(experts)
-        result, totals = simulate(config, fixed, concurrency, distinct)
-        return figure(result, concurrency, is_throughput=cell.is_throughput, totals=totals).steps
+        distinct = None if found.experts is None else measured_distinct(found.experts)
+        return simulate(config, fixed, found.concurrency, distinct=distinct).steps
 
     def _command(self) -> str:
         """The server's command as it would be typed."""
         short = {sys.executable: "python", str(self._checkpoint.path): self._checkpoint.path.name}
         return shlex.join(short.get(word, word) for word in shlex.split(self._server.command))
-
-    def _load(self, cell: Cell, concurrency: int, number: int) -> LoadResult:
-        seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())  # no prompt begins as one of another load
-        return self._server.whole_load(closed_loop(cell, concurrency, seed))
 
 
 def gpu_name() -> str:

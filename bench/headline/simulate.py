@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,9 @@ from typing import Any
 import msgspec
 
 from cierzo.bench.campaign import loop
-from cierzo.bench.headline.cells import LIMIT_S, Cell, Plan, Subject
-from cierzo.bench.headline.figures import Figure, closed_loop, figure, requests_for, thinned
-from cierzo.bench.headline.measurement import Headline, Measurement, told, value
-from cierzo.bench.headline.search import (
-    Choice,
-    NothingKeepsTheLimit,
-    Point,
-    best,
-    choose,
-    estimates,
-    measured_point,
-)
-from cierzo.bench.headline.settings import engine_settings, resolved, room
-from cierzo.bench.latency import LoadResult, RequestSample
+from cierzo.bench.headline.cells import Cell, Plan, Subject
+from cierzo.bench.headline.measurement import Headline, Measurement, closed_loop, measured, told, value
+from cierzo.bench.headline.search import at_best, engine_settings, resolved
 from cierzo.bench.load import LoadClient
 from cierzo.bench.virtual import SimulatedClient, SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig
@@ -34,20 +24,6 @@ from cierzo.engine.errors import ConfigError
 from cierzo.engine.messages import Delta
 
 SEED = 5
-CLOSE = 0.9  # of the best forecast: nearer, layouts are loaded to be compared
-
-
-class Layout(msgspec.Struct, frozen=True):
-    """`replicas` engines, each on `device`."""
-
-    replicas: int
-    device: Device
-
-    @property
-    def name(self) -> str:
-        """The layout in words."""
-        cards = "one card" if self.device.cards == 1 else f"{self.device.cards} cards"
-        return f"{self.replicas} engines of {cards}" if self.replicas > 1 else f"one engine on {cards}"
 
 
 class Simulation(Headline):
@@ -60,101 +36,46 @@ class Simulation(Headline):
 
     def open(self, block: loop.Block[Cell, Subject], subject: Subject) -> Session:
         """Nothing is loaded."""
-        return Session(self, subject)
-
-    def measure(self, cell: Cell, subject: Subject) -> Measurement:
-        """Measure one engine over all cards, or a replica on each, whichever is better. Where a concurrency is
-        searched for, one that is forecast to be far behind is not loaded. Raises ConfigError where none holds the
-        model."""
-        engines, others = [], []
-        for layout in layouts(self._device):
-            try:
-                engines.append(self._engine(cell, subject, layout))
-            except (ConfigError, NothingKeepsTheLimit) as error:
-                others.append(f"{layout.name}: {error}")
-        if not engines:
-            raise ConfigError("; ".join(others), field="weights")
-        most_per_s = max(engine.forecast_per_s for engine in engines)
-        found = []
-        for engine in engines:
-            if engine.forecast_per_s < CLOSE * most_per_s:
-                others.append(f"{engine.layout.name}: {engine.forecast_per_s:.4g} requests/s by forecast")
-            else:
-                found.append(engine.measure())
-        choose_best = max if cell.is_throughput else min
-        won = choose_best(found, key=lambda one: value(cell, one.figure))
-        others += [f"{one.layout}: {told(cell, one.figure)}" for one in found if one is not won]
-        return msgspec.structs.replace(won, others=others)
-
-    def _engine(self, cell: Cell, subject: Subject, layout: Layout) -> _Engine:
-        config = simulated_config(self._models[subject.model], cell, subject, layout.device, self._folder)
-        return _Engine(cell, layout, config)
+        return Session(self._device, self._models[subject.model], subject, self._folder)
 
 
 class Session(loop.Session[Cell]):
-    """A subject in a simulation."""
+    """A subject on a simulated device."""
 
-    def __init__(self, simulation: Simulation, subject: Subject) -> None:
-        self._simulation, self._subject = simulation, subject
+    def __init__(self, device: Device, model: str, subject: Subject, folder: Path) -> None:
+        self._device, self._model, self._subject, self._folder = device, model, subject, folder
 
     def measure(self, cell: Cell, number: int) -> Any:
-        """Raises ConfigError, or NothingKeepsTheLimit."""
-        return msgspec.to_builtins(self._simulation.measure(cell, self._subject))
+        """Measure one engine over all cards, and a replica on each, and take the better. Raises ConfigError where
+        neither can be."""
+        found, others = [], []
+        for replicas, device in layouts(self._device):
+            cards = "one card" if device.cards == 1 else f"{device.cards} cards"
+            layout = f"{replicas} engines of {cards}" if replicas > 1 else f"one engine on {cards}"
+            try:
+                config = simulated_config(self._model, cell, self._subject, device, self._folder)
+                one = at_best(cell, config, device, functools.partial(simulate, config, cell), replicas)
+            except ConfigError as error:
+                others.append(f"{layout}: {error}")
+            else:
+                found.append(msgspec.structs.replace(one, layout=layout))
+        if not found:
+            raise ConfigError("; ".join(others), field="weights")
+        choose_best = max if cell.is_throughput else min
+        won = choose_best(found, key=lambda one: value(cell, one))
+        others += [f"{one.layout}: {told(cell, one)}" for one in found if one is not won]
+        return msgspec.to_builtins(msgspec.structs.replace(won, others=others))
 
 
-class _Engine:
-    """An engine in one layout, for one cell. forecast_per_s: requests at the concurrency that was searched for."""
-
-    def __init__(self, cell: Cell, layout: Layout, config: EngineConfig) -> None:
-        """Raises NothingKeepsTheLimit."""
-        self.layout = layout
-        self.forecast_per_s = 0.0
-        self._cell, self._config, self._room = cell, config, room(config, cell)
-        self._replicas = layout.replicas  # of them those that have clients
-        self._estimates: list[Point] = []
-        self._loads: dict[int, tuple[Figure, list[RequestSample]]] = {}
-        if cell.concurrency is None:
-            self._estimates = estimates(config, cell, self._room.most, layout.device)
-            self.forecast_per_s = best(self._estimates, LIMIT_S).requests_per_s * layout.replicas
-        else:
-            self._replicas = min(layout.replicas, cell.concurrency)
-
-    def measure(self) -> Measurement:
-        """The engine's figure. Raises NothingKeepsTheLimit."""
-        if self._cell.concurrency is None:
-            choice = choose(self._look, self._estimates, self._room)
-        else:
-            choice = Choice(-(-self._cell.concurrency // self._replicas))
-            self._look(choice.concurrency)
-        found, samples = self._loads[choice.concurrency]
-        return Measurement(
-            layout=self.layout.name,
-            figure=found,
-            points=[_of_all(point, self._replicas) for point in choice.points],
-            bounded_by=choice.bounded_by,
-            kv_room_requests=self._room.fit * self.layout.replicas,
-            samples=samples,
-        )
-
-    def _look(self, concurrency: int) -> Point:
-        cell = self._cell
-        result, totals = simulate(self._config, cell, concurrency)
-        found = figure(
-            result, concurrency, is_throughput=cell.is_throughput, replicas=self._replicas, totals=totals
-        )
-        self._loads[concurrency] = found, thinned(result.samples)
-        return measured_point(found)
-
-
-def layouts(device: Device) -> list[Layout]:
-    """How an engine can use a device: all cards together, and a replica on each."""
+def layouts(device: Device) -> list[tuple[int, Device]]:
+    """How engines can use a device: one with all cards together, or so many with one card each."""
     if device.cards == 1:
-        return [Layout(1, device)]
+        return [(1, device)]
     single = named(device.name.partition("x")[2])
     if single is None or named(device.name) != device:
         name = f"{device.name}, one of {device.cards}"
         single = msgspec.structs.replace(device, name=name, cards=1, link_bytes_per_s=0.0)
-    return [Layout(1, device), Layout(device.cards, single)]
+    return [(1, device), (device.cards, single)]
 
 
 def simulated_config(model: str, cell: Cell, subject: Subject, device: Device, folder: Path) -> EngineConfig:
@@ -169,44 +90,33 @@ def simulated_config(model: str, cell: Cell, subject: Subject, device: Device, f
 
 
 def simulate(
-    config: EngineConfig, cell: Cell, concurrency: int, distinct: Distinct | None = None
-) -> tuple[LoadResult, StepTotals]:
-    """A closed loop, and the steps of its steady time. distinct: experts that so many tokens touch; by default as
-    if chosen at random. Raises ConfigError if a request failed."""
-    requests = requests_for(concurrency)
-    server = _Watched(config, concurrency, requests, distinct)
+    config: EngineConfig, cell: Cell, concurrency: int, replicas: int = 1, distinct: Distinct | None = None
+) -> Measurement:
+    """Closed loops, each on an engine of its own. distinct: experts that so many tokens touch, by default as if
+    chosen at random. Raises ConfigError if a request failed."""
+    server = _Watched(config, distinct)
     result = run_simulated_load(server, closed_loop(cell, concurrency, SEED))
     if result.errors:
         raise ConfigError(f"requests failed: {result.errors}", field="requests", value=result.errors)
-    return result, server.steady_totals()
+    begin, end = (msgspec.structs.asdict(server.ends[index - 1]) for index in (concurrency, -concurrency))
+    totals = StepTotals(**{name: end[name] - begin[name] for name in end})
+    return measured(cell, result, concurrency, replicas, totals)
 
 
 class _Watched(SimulatedServer):
-    """A server that notes its totals when the steady time begins and ends."""
+    """A server, and its totals at the end of each request: those of the steady time lie between two of them."""
 
-    def __init__(self, config: EngineConfig, concurrency: int, requests: int, distinct: Distinct | None) -> None:
+    def __init__(self, config: EngineConfig, distinct: Distinct | None) -> None:
         super().__init__(config, distinct)
-        self._ended = 0
-        self._at = {concurrency: StepTotals(), requests - concurrency: StepTotals()}
+        self.ends: list[StepTotals] = []
 
     async def connect(self, _: str = "") -> LoadClient:
         """A connection whose answers are counted."""
         return _Counted(self)
 
-    def request_ended(self) -> None:
-        """Count the end of a request, and note the totals where the steady time begins or ends."""
-        self._ended += 1
-        if self._ended in self._at:
-            self._at[self._ended] = msgspec.structs.replace(self.totals)
-
-    def steady_totals(self) -> StepTotals:
-        """The totals of the steps in the steady time."""
-        begin, end = (msgspec.structs.asdict(self._at[count]) for count in sorted(self._at))
-        return StepTotals(**{name: end[name] - begin[name] for name in end})
-
 
 class _Counted(SimulatedClient):
-    """A connection that tells the server of each request's end."""
+    """A connection that notes each request's end."""
 
     def __init__(self, server: _Watched) -> None:
         super().__init__(server)
@@ -216,10 +126,4 @@ class _Counted(SimulatedClient):
         """Stream one answer."""
         async for delta in super().generate(**request):
             yield delta
-        self._watched.request_ended()
-
-
-def _of_all(point: Point, replicas: int) -> Point:
-    return msgspec.structs.replace(
-        point, concurrency=point.concurrency * replicas, requests_per_s=point.requests_per_s * replicas
-    )
+        self._watched.ends.append(msgspec.structs.replace(self._watched.totals))

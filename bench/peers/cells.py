@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-HIGHER_IS_BETTER = {"decode", "prefill", "served", "agreement"}
 
-
-class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Cell(msgspec.Struct, frozen=True, omit_defaults=True):
     """A column of the table. `kind` says how it is measured; sizes that a kind does not use are 0.
 
     decode: `batch` requests of `prompt_tokens`, `new_tokens` each, greedy, without end token; tokens per second of
@@ -34,11 +32,6 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         told = ", ".join(f"{name} {size}" for name, size in sizes if size)
         return f"{self.name} ({told})" if told else self.name
 
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether more of it is better: rates and agreement, not seconds and gigabytes."""
-        return self.kind in HIGHER_IS_BETTER
-
 
 class Subject(msgspec.Struct, frozen=True):
     """An engine on a checkpoint, both by name."""
@@ -50,43 +43,21 @@ class Subject(msgspec.Struct, frozen=True):
         return f"{self.checkpoint} {self.engine}"
 
 
-LOAD = Cell(name="load", kind="load", unit="s")
-SERVED_LOAD = Cell(name="load-served", kind="load", unit="s")
-MEMORY = Cell(name="memory", kind="memory", unit="GB")
-SERVED_MEMORY = Cell(name="memory-served", kind="memory", unit="GB")
-AGREEMENT = Cell(name="agreement", kind="agreement", unit="%", batch=4, prompt_tokens=64)
+LOAD, SERVED_LOAD = Cell("load", "load", "s"), Cell("load-served", "load", "s")
+MEMORY, SERVED_MEMORY = Cell("memory", "memory", "GB"), Cell("memory-served", "memory", "GB")
 BY_PRODUCTS = (LOAD, SERVED_LOAD, MEMORY, SERVED_MEMORY)
+AGREEMENT = Cell("agreement", "agreement", "%", batch=4, prompt_tokens=64)
 
 
 def cells(*, quick: bool) -> tuple[Cell, ...]:
     """The columns in order, without by-products; `quick` has the same ones with fewer tokens, requests, clients."""
-    new_tokens, requests, clients = (32, 16, 16) if quick else (64, 96, 32)
+    new_tokens, requests, clients, chats = (32, 16, 16, 8) if quick else (64, 96, 32, 32)
     return (
         AGREEMENT,
-        *(
-            Cell(name=f"decode-{b}", kind="decode", unit="tok/s", batch=b, prompt_tokens=128, new_tokens=new_tokens)
-            for b in (1, 8, 32)
-        ),
-        *(Cell(name=f"prefill-{n}", kind="prefill", unit="tok/s", prompt_tokens=n) for n in (512, 2048, 8192)),
-        Cell(
-            name="served",
-            kind="served",
-            unit="req/s",
-            batch=clients,
-            requests=requests,
-            prompt_tokens=512,
-            new_tokens=64,
-        ),
-        Cell(
-            name="chat",
-            kind="served",
-            unit="req/s",
-            batch=clients // 2 if quick else clients,
-            requests=requests // 2 if quick else requests,
-            prompt_tokens=1152,
-            shared_tokens=1024,
-            new_tokens=64,
-        ),
+        *(Cell(f"decode-{batch}", "decode", "tok/s", batch, 128, new_tokens) for batch in (1, 8, 32)),
+        *(Cell(f"prefill-{tokens}", "prefill", "tok/s", prompt_tokens=tokens) for tokens in (512, 2048, 8192)),
+        Cell("served", "served", "req/s", clients, 512, 64, requests),
+        Cell("chat", "served", "req/s", chats, 1152, 64, chats * requests // clients, 1024),
     )
 
 

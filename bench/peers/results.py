@@ -1,20 +1,22 @@
-"""The outcome from samples: values with the machine's limit and notes, ratios, what is close."""
+"""The outcome from samples: values with the machine's limit and notes, ratios; its text and its picture."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
 
 from cierzo.bench import machine
-from cierzo.bench.campaign import outcome
+from cierzo.bench.campaign import outcome, plot, table
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers.cells import Cell, Subject
-from cierzo.bench.peers.engine import Checkpoint, Engine
+from cierzo.bench.peers.engine import CHECKPOINTS, Checkpoint, Engine
 from cierzo.bench.revision import ROOT
-from cierzo.bench.stats import median
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_model import step_time
 from cierzo.engine.cost.weights import NumberFormats
@@ -26,45 +28,39 @@ Row = outcome.Row[Cell, Subject, None]
 Ratio = outcome.Ratio[Cell, Subject]
 Outcome = outcome.Outcome[Cell, Subject, None]
 OURS = "cierzo"
+# Our number format, and what it is compared with: whether that is ours too, and its number format.
+TARGETS = (
+    *(("bf16", (False, "bf16")), ("int8", (True, "bf16"))),
+    *(("int8", (False, "q8_0")), ("int4", (True, "int8"))),
+)
+PANEL_INCHES = (2.1, 2.6)
+PLOTTED = ("decode", "prefill", "served", "memory")
 AGREEMENT_PERCENT = 95  # of first choices: less is told, and timed all the same
-SMALL4_OVER_SMALL3 = ("small4", "small3")
 WEIGHTS = {"q8_0": "int8"}  # a peer's number format -> what its limit is counted in; else its own name
 
 
 def outcome_of(
-    store: Store,
-    checkpoints: Sequence[Checkpoint],
-    engines: Sequence[Engine],
-    cells: Sequence[Cell],
+    checkpoints: Sequence[Checkpoint], engines: Sequence[Engine], cells: Sequence[Cell], store: Store
 ) -> Outcome:
     """Every engine in every cell that was tried, with the targets' ratios and Small 4's over Small 3's."""
     ceilings = msgspec.convert(store.ceilings(), list[machine.Ceilings])
     device = machine.limit_device(machine.middle(ceilings)) if ceilings else None
     models = {checkpoint.name: read_model_config(checkpoint.path) for checkpoint in checkpoints} if device else {}
-    by_name = {engine.name: engine for engine in engines}
+    formats = {engine.name: engine.number_format for engine in engines}
 
-    def complete(row: Row) -> Row:
-        cell, subject = row.cell, row.subject
-        found = None
-        if device is not None:
-            found = limit(cell, models[subject.checkpoint], by_name[subject.engine].number_format, device)
-        return msgspec.structs.replace(row, limit=found, note=_note(store, cell, subject), result=None)
+    def about(cell: Cell, subject: Subject, result: Any) -> dict[str, Any]:
+        found = device and limit(cell, models[subject.checkpoint], formats[subject.engine], device)
+        return {"limit": found, "note": _note(store, cell, subject)}
 
     places = [
         (cell, Subject(checkpoint.name, engine.name))
-        for checkpoint in checkpoints
-        for cell in cells
-        for engine in engines
-    ]
-    names = [checkpoint.name for checkpoint in checkpoints]
-    found = ratios(store, names, engines, cells) + [
-        one for cell in cells if cell.kind == "served" for one in small4_over_small3(store, cell, engines)
+        for checkpoint, cell, engine in itertools.product(checkpoints, cells, engines)
     ]
     return Outcome(
         identity=store.identity,
         ceilings=ceilings,
-        rows=outcome.rows(store, places, functools.partial(values, store), complete),
-        ratios=found,
+        rows=outcome.rows(store, places, functools.partial(values, store), about),
+        ratios=ratios(store, checkpoints, engines, cells),
         samples=[_short(sample) for sample in store],
     )
 
@@ -77,6 +73,12 @@ def values(store: Store, cell: Cell, subject: Subject) -> dict[int, float]:
             before = found.get(sample.round, 0.0) if cell.kind == "memory" else 0.0
             found[sample.round] = max(sample.result["value"], before)
     return found
+
+
+def goodness(store: Store, cell: Cell, subject: Subject) -> dict[int, float]:
+    """Value by round, or its inverse where less is better; agreement is no rate, and has none."""
+    found = values(store, cell, subject) if cell.kind != "agreement" else {}
+    return {number: 1 / value if cell.kind in ("load", "memory") else value for number, value in found.items()}
 
 
 def limit(cell: Cell, model: ModelConfig, number_format: str, device: Device) -> float | None:
@@ -108,73 +110,92 @@ def _note(store: Store, cell: Cell, subject: Subject) -> str:
 
 
 def ratios(
-    store: Store, checkpoints: Sequence[str], engines: Sequence[Engine], cells: Sequence[Cell]
+    store: Store, checkpoints: Sequence[Checkpoint], engines: Sequence[Engine], cells: Sequence[Cell]
 ) -> list[Ratio]:
-    """Ratios that say how many times as good ours are, for the targets: bf16 against the best peer in bf16; int8
-    against our bf16 and llama.cpp's Q8_0; int4 against our int8."""
-    ours = {engine.number_format: engine.name for engine in engines if engine.peer == OURS}
-    peers = [engine for engine in engines if engine.peer != OURS]
-    found = []
-    for checkpoint in checkpoints:
-        for cell in cells:
-            pairs = [(ours.get("bf16"), best(store, checkpoint, cell, peers, "bf16"))]
-            pairs += [(ours.get("int8"), ours.get("bf16"))]
-            pairs += [(ours.get("int8"), best(store, checkpoint, cell, peers, "q8_0"))]
-            pairs += [(ours.get("int4"), ours.get("int8"))]
-            for one, other in pairs:
-                if one is not None and other is not None:
-                    found.append(_times(store, cell, Subject(checkpoint, one), Subject(checkpoint, other)))
-    return [one for one in found if one is not None]
-
-
-def best(store: Store, checkpoint: str, cell: Cell, engines: Sequence[Engine], number_format: str) -> str | None:
-    """The engine of this number format with the best median; None if none has a value."""
-    medians = {
-        engine.name: median(list(by_round.values()))
-        for engine in engines
-        if engine.number_format == number_format
-        and (by_round := values(store, cell, Subject(checkpoint, engine.name)))
-    }
-    choose = max if cell.higher_is_better else min
-    return choose(medians, key=medians.__getitem__) if medians else None
-
-
-def _times(store: Store, cell: Cell, ours: Subject, against: Subject) -> Ratio | None:
-    """Ratio that is above 1 where ours is better, whichever way the cell counts."""
-    if cell.kind == "agreement":
-        return None
-    pair: tuple[Mapping[int, float], Mapping[int, float]] = values(store, cell, ours), values(store, cell, against)
-    return outcome.ratio(cell, ours, against, pair if cell.higher_is_better else pair[::-1])
-
-
-def close_places(found: Sequence[Ratio], engines: Sequence[Engine], below: float) -> set[tuple[Cell, Subject]]:
-    """The two sides of each ratio of ours to a peer's that is under `below`."""
-    peers = {engine.name for engine in engines if engine.peer != OURS}
-    return {
-        (one.cell, subject)
-        for one in found
-        if one.ratio < below and one.against.engine in peers
-        for subject in (one.ours, one.against)
-    }
-
-
-def small4_over_small3(store: Store, cell: Cell, engines: Sequence[Engine]) -> list[Ratio]:
-    """For each engine that ran both checkpoints: Small 4's figure over Small 3's."""
-    pairs = [[Subject(name, engine.name) for name in SMALL4_OVER_SMALL3] for engine in engines]
-    found = [_times(store, cell, small4, small3) for small4, small3 in pairs]
-    return [one for one in found if one is not None]
+    """How many times as good ours are, for the targets: bf16 against the best peer in bf16; int8 against our bf16
+    and llama.cpp's Q8_0; int4 against our int8. Then, where an engine served both, Small 4's figure over Small 3's.
+    """
+    good, found = functools.partial(goodness, store), []
+    for checkpoint, cell in itertools.product(checkpoints, cells):
+        best: dict[tuple[bool, str], Subject] = {}  # by whether it is ours, and number format: with the best median
+        medians: dict[Subject, float] = {}
+        for engine in engines:
+            place, subject = (engine.peer == OURS, engine.number_format), Subject(checkpoint.name, engine.name)
+            if by_round := good(cell, subject):
+                medians[subject] = median(by_round.values())
+                best[place] = max(best.get(place, subject), subject, key=medians.__getitem__)
+        for ours, against in TARGETS:
+            if (True, ours) in best and against in best:
+                found.append(outcome.ratio(cell, best[True, ours], best[against], good))
+    for cell, engine in itertools.product(cells, engines):
+        if cell.kind == "served":
+            small4, small3 = (Subject(name, engine.name) for name in CHECKPOINTS)
+            found.append(outcome.ratio(cell, small4, small3, good))
+    return [one for one in found if one.rounds]
 
 
 def _short(sample: Any) -> dict[str, Any]:
     """A sample without the times of single tokens and requests, which the file of samples has; paths are those
     from the repository's root."""
     told = {name: getattr(sample, name) for name in sample.__slots__}
-    if isinstance(sample.result, dict) and "raw" in sample.result:
-        raw = sample.result["raw"]
-        if isinstance(raw, list):
-            raw = None
-        elif isinstance(raw, dict):
-            raw = {name: value for name, value in raw.items() if name != "samples"}
-        command = sample.result["command"].replace(f"{ROOT}/", "")
-        told["result"] = {**sample.result, "raw": raw, "command": command}
+    if "raw" in (result := sample.result or {}):
+        raw = result["raw"] if isinstance(result["raw"], dict) else None
+        raw = raw and {name: value for name, value in raw.items() if name != "samples"}
+        told["result"] = result | {"raw": raw, "command": result["command"].replace(f"{ROOT}/", "")}
     return told
+
+
+def text(found: Outcome, command: str) -> str:
+    """Medians with half their spread, from two rounds on, and the share of what the ceilings would allow."""
+    grids = [_checkpoint(found, name) for name in dict.fromkeys(row.subject.checkpoint for row in found.rows)]
+    grids.append(table.grid_of("median of paired rounds", [_ratio(one) for one in found.ratios]))
+    return table.page(outcome.head(found, command), grids, outcome.notes(found))
+
+
+def _checkpoint(found: Outcome, name: str) -> table.Grid:
+    """A row for each engine, a column for each cell."""
+    rows = [row for row in found.rows if row.subject.checkpoint == name]
+    columns = dict.fromkeys((f"{row.cell.name}, {row.cell.unit}" for row in rows), "-")
+    lines = {row.subject.engine: {name: row.subject.engine, **columns} for row in rows}
+    for row in rows:
+        share = f" ({median(row.values) / row.limit:.0%})" if row.limit and row.values else ""
+        figure = f"{table.middle(row.values, 3)}{share}" if row.values else "failed"
+        lines[row.subject.engine][f"{row.cell.name}, {row.cell.unit}"] = figure
+    return table.grid_of("", list(lines.values()))
+
+
+def _ratio(one: Ratio) -> dict[str, str]:
+    elsewhere = "" if one.against.checkpoint == one.ours.checkpoint else f" on {one.against.checkpoint}"
+    return {
+        "": f"{one.ours.checkpoint} {one.cell.name}",
+        "times as good": f"{one.ratio:.2f}",
+        "is": one.ours.engine,
+        "as": f"{one.against.engine}{elsewhere}",
+        "rounds": str(one.rounds),
+    }
+
+
+def picture(found: Outcome, path: Path) -> None:
+    """Write a PNG. Bars are medians, whiskers the least and the most. Raises ConfigError."""
+    rows = [row for row in found.rows if row.values and row.cell.kind in PLOTTED]
+    colors = plot.colors((row.subject.engine for row in rows), lambda engine: engine.startswith(OURS))
+    checkpoints, cells = ({row.subject.checkpoint: 0 for row in rows}, {row.cell: 0 for row in rows})
+    panels = []
+    for checkpoint, cell in itertools.product(checkpoints, cells):
+        mine = [row for row in rows if (row.subject.checkpoint, row.cell) == (checkpoint, cell)]
+        panels.append(functools.partial(_panel, f"{checkpoint}: {cell.name}, {cell.unit}", mine, colors))
+    title = f"{found.identity['device']}, {found.identity['commit']}"
+    plot.plot(path, title, panels, len(cells), PANEL_INCHES, colors)
+
+
+def _panel(title: str, rows: list[Row], colors: dict[str, str], axis: Any) -> None:
+    """A cell of a checkpoint: an engine without a value leaves its place empty. The limit is that of bf16."""
+    places = {engine: place for place, engine in enumerate(colors)}
+    for row in rows:
+        middle, engine = median(row.values), row.subject.engine
+        whiskers = [[middle - min(row.values)], [max(row.values) - middle]]
+        axis.bar(places[engine], middle, color=colors[engine], yerr=whiskers, error_kw={"linewidth": 0.8})
+        if row.limit and engine == f"{OURS}-bf16":
+            axis.axhline(row.limit, color="black", linewidth=0.8, linestyle="--")
+    axis.set_xticks([])
+    axis.set_title(title, fontsize=7)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ from statistics import fmean
 import msgspec
 import numpy as np
 
-from cierzo.bench.campaign import options
 from cierzo.bench.machine import limit_device, measure_ceilings
 from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile, shape_of
 from cierzo.bench.report import check_writable
@@ -27,7 +27,7 @@ from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Calibration, Device, Kind, MeasuredShare
 from cierzo.engine.cost.step_model import StepModel, price
 from cierzo.engine.cost.work import StepShape
-from cierzo.engine.errors import ConfigError, refusal
+from cierzo.engine.errors import CierzoError, ConfigError, refusal
 from cierzo.engine.options import add_options, chosen
 from cierzo.kernels.cpu import native
 from cierzo.kernels.registry import has_native
@@ -165,10 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the device here")
     add_options(parser, EngineOptions, skip=FIXED)
-    return options.run(parser, _run, argv)
+    try:
+        return _run(parser.parse_args(argv))
+    except CierzoError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
 
 
-def _run(arguments: argparse.Namespace, _: str) -> bool:
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         check_writable(arguments.json)
     given = chosen(arguments, EngineOptions, skip=FIXED)
@@ -182,7 +186,7 @@ def _run(arguments: argparse.Namespace, _: str) -> bool:
     )
     if arguments.json is not None:
         arguments.json.write_bytes(msgspec.json.encode(device) + b"\n")
-    return True
+    return 0
 
 
 if __name__ == "__main__":

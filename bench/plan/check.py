@@ -11,13 +11,13 @@ counts, whatever its result; all are kept.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
 import msgspec
 
-from cierzo.bench.campaign import options
 from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.latency import LoadResult, steady_load
 from cierzo.bench.load import LoadSettings
@@ -30,7 +30,7 @@ from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.work import measured_distinct
-from cierzo.engine.errors import CoreFailed
+from cierzo.engine.errors import CierzoError
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.kernels.formats.number_formats import formats_on
 
@@ -156,10 +156,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", default="auto", choices=("auto", *formats_on("cpu")), help="of the weights")
     parser.add_argument("--folder", type=Path, default=Path("build/plan-check"), help="for the servers' logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write plans and measurements here")
-    return options.run(parser, _run, argv)
+    try:
+        return _run(parser.parse_args(argv))
+    except (CierzoError, EngineFailed) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
 
 
-def _run(arguments: argparse.Namespace, _: str) -> bool:
+def _run(arguments: argparse.Namespace) -> int:
     workloads = [parse_workload(text) for text in arguments.workloads]
     given = {"device": "cpu", "weights": arguments.weights}
     engines = [msgspec.convert({"model": model, **given}, EngineOptions) for model in arguments.checkpoints]
@@ -169,16 +173,13 @@ def _run(arguments: argparse.Namespace, _: str) -> bool:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     settings = {"workloads": list(arguments.workloads), "weights": arguments.weights, "promised": PROMISED}
     found: list[Checked] = []
-    try:
-        for engine in engines:
-            for checked in check(engine, workloads, arguments.folder):
-                found.append(checked)
-                print(table([checked]), flush=True)
-                report.write(settings, found)  # after each workload, in case the run is cut short
-    except EngineFailed as error:
-        raise CoreFailed(str(error)) from error
+    for engine in engines:
+        for checked in check(engine, workloads, arguments.folder):
+            found.append(checked)
+            print(table([checked]), flush=True)
+            report.write(settings, found)  # after each workload, in case the run is cut short
     print(f"\n{table(found)}")
-    return all(one.counted.within for one in found)
+    return int(not all(one.counted.within for one in found))
 
 
 if __name__ == "__main__":

@@ -199,23 +199,3 @@ def gqa(
     """gqa_decode, gqa_prefill (the step names it). row_bytes: of one head's result."""
     moved = rows * s.heads * (s.head_dim * s.value_bytes + (row_bytes or s.head_dim * s.value_bytes))
     return Work("gqa_decode", context * entry_bytes + moved, 4 * pairs * s.heads * s.head_dim)
-
-
-# --- halves of a layer -------------------------------------------------------------------------------------
-
-
-def attention_half(s: ModelSizes, rows: Number, attention: Work, format: str, *, absorbed: bool) -> Work:
-    """mla_block, gqa_block: attention, the products around it, the norm's sum and the residual in and out. Between
-    these, rows need not leave the operation. absorbed: of generated rows of MLA."""
-    dense = sum(k * n for k, n in s.projections)
-    by_head = s.heads * s.rank * (s.nope + s.value_dim) if absorbed else 0
-    weights = sum(stored(format, n, k) for k, n in s.projections) + by_head * s.value_bytes
-    moved = weights + attention.num_bytes + 4 * rows * s.hidden * s.value_bytes
-    return Work("attention_half", moved, attention.operations + 2 * rows * (dense + by_head))
-
-
-def mlp_half(s: ModelSizes, rows: Number, mlp: Work) -> Work:
-    """mlp_block, moe_block: an MLP, the experts' router, the norm's sum and the residual in and out."""
-    router = s.experts * s.hidden
-    moved = mlp.num_bytes + (router + 2 * rows * s.hidden) * s.value_bytes
-    return Work("mlp_half", moved, mlp.operations + 2 * rows * router)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cierzo.bench.campaign import outcome
 from cierzo.bench.campaign.loop import Block, Campaign, DeviceLost, Run, Session
-from cierzo.bench.campaign.outcome import Goal, Row, saved
+from cierzo.bench.campaign.outcome import Ratio, Row, saved
 from cierzo.bench.campaign.store import CEILINGS, Sample, Store
-from cierzo.bench.campaign.table import Grid, middle, page
-from cierzo.bench.headline.table import Outcome, text
+from cierzo.bench.campaign.table import Grid, grid_of, middle, page
+from cierzo.bench.headline.outcome import Outcome, text
 from cierzo.engine.errors import ConfigError
 
 IDENTITY = {"commit": "abc", "device": "a card", "small4": "one"}
@@ -250,44 +249,46 @@ def test_rows_have_the_result_of_the_round_in_the_middle(path: Path) -> None:
     def values(cell: str, subject: str) -> dict[int, float]:
         return {number: result["rate"] for number, result in store.measured(cell, subject).items()}
 
+    def about(cell: str, subject: str, result: Any) -> dict[str, Any]:
+        return {"result": result, "note": f"{subject} in {cell}"}
+
     places = [("a", "ours"), ("a", "theirs"), ("b", "ours")]
-    ours, theirs = outcome.rows(store, places, values, lambda row: row)
+    ours, theirs = outcome.rows(store, places, values, about)
     assert (ours.rounds, ours.values, ours.result) == ([0, 1, 2], [90.0, 120.0, 100.0], {"rate": 100.0})
     assert (theirs.values, theirs.result, theirs.error) == ([], None, "no memory")
+    assert theirs.note == "theirs in a"
     store.add(sample("a", "ours", 3, {"rate": 110.0}))
-    ours, _ = outcome.rows(store, places, values, lambda row: row)
+    ours, _ = outcome.rows(store, places, values, about)
     assert ours.result == {"rate": 100.0}, "of an even number the lower of the two"
+
+
+def ratio(
+    ours: dict[int, float], theirs: dict[int, float], goal: float | None = None, **more: bool
+) -> Ratio[str, str]:
+    """Of these values by round."""
+    values = {"ours": ours, "theirs": theirs}
+    return outcome.ratio("a", "ours", "theirs", lambda _, subject: values[subject], goal, **more)
 
 
 def test_ratios_are_of_paired_rounds() -> None:
     """Rounds differ by a factor of ten, the ratio within them does not."""
-    ours, theirs = {0: 3.0, 1: 30.0, 2: 300.0}, {0: 2.0, 1: 20.0, 2: 200.0, 3: 1e6}
-    found = outcome.ratio("a", "ours", "theirs", (ours, theirs))
-    assert found is not None
+    found = ratio({0: 3.0, 1: 30.0, 2: 300.0}, {0: 2.0, 1: 20.0, 2: 200.0, 3: 1e6})
     assert (found.ratio, found.rounds) == (1.5, 3)
-    assert outcome.ratio("a", "ours", "theirs", ({0: 1.0}, {1: 1.0})) is None
+    alone = ratio({0: 1.0}, {1: 1.0})
+    assert (alone.ratio, alone.rounds) == (None, 0)
 
 
 def test_goals_are_met_or_not_or_not_measured() -> None:
-    cell: Any = SimpleNamespace(name="a")
-    pair = {"cell": "a", "ours": "one", "against": "other"}
-    goals = [
-        Goal(**pair, at_least=3.0),
-        Goal(**pair, at_least=3.01),
-        Goal(**pair, at_most=3.0),
-        Goal(**pair, at_most=2.99),
-        Goal(cell="b", ours="one", against="other", at_least=3.0),
-        Goal(cell="a", ours="other", against="one", at_least=3.0),
-    ]
-    ratio = outcome.ratio(cell, "one", "other", ({0: 6.0}, {0: 2.0}))
-    assert ratio is not None
-    said = outcome.verdicts(goals, [ratio])
-    assert [one.met for one in said] == [True, False, True, False, None, None]
-    assert [one.ratio for one in said] == [3.0, 3.0, 3.0, 3.0, None, None]
+    goals = [(3.0, True), (3.01, True), (3.0, False), (2.99, False), (None, True)]
+    said = [ratio({0: 6.0}, {0: 2.0}, goal, at_least=at_least) for goal, at_least in goals]
+    assert [one.met for one in said] == [True, False, True, False, None]
+    unknown = ratio({}, {0: 2.0}, 3.0)
+    assert (unknown.goal, unknown.met) == (3.0, None)
 
 
 def test_text_is_aligned() -> None:
-    told = page(["head"], [Grid("title", ("x", "yy"), [("long", "1"), ("s",)]), Grid("empty", ("x",), [])], ["why"])
+    grids = [grid_of("title", [{"x": "long", "yy": "1"}, {"x": "s"}]), Grid("empty", ("x",), [])]
+    told = page(["head"], grids, ["why"])
     assert told == "head\n\ntitle\nx     yy\nlong   1\ns\n\nnotes\nwhy"
     assert middle([90.0, 100.0, 110.0], 3) == "100 ±10%"
     assert [middle([value], 3) for value in (0.12345, 99.96, 999.6)] == ["0.123", "100", "1000"]

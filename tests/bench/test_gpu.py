@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ from torch import Tensor
 from cierzo.bench.campaign.loop import DeviceLost, Run
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.gpu import __main__ as command
-from cierzo.bench.gpu import conformance, kernels, served
-from cierzo.bench.gpu.cases import SINGLE, formats_of
-from cierzo.bench.gpu.timing import ceilings
-from cierzo.bench.kernel_cases import Size
+from cierzo.bench.gpu import conformance, served, timing
+from cierzo.bench.gpu.baselines import BASELINES
+from cierzo.bench.gpu.calls import CASES, make_call
+from cierzo.bench.gpu.cases import Size
+from cierzo.cache.config import CacheConfig
 from cierzo.engine.cost.sizes import ModelSizes
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.fake import fake_config
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.launcher import running_on
+from cierzo.scheduler.config import SchedulerConfig
 
 CPU = torch.device("cpu")
 TINY4 = ModelSizes(
@@ -38,6 +43,7 @@ TINY3 = ModelSizes(name="tiny3", hidden=64, heads=4, vocab=160, mlp_width=96, kv
 OSS = replace(TINY3, name="oss", window=24, sinks=True)
 DECODE = Size(name="decode", sequences=2, rows_each=1, context=64)
 PREFILL = Size(name="prefill", sequences=1, rows_each=20, context=32)
+PROMPT = Size(name="prompt", sequences=1, rows_each=32, context=32)
 PREFIX = Size(name="decode, one prefix", sequences=3, rows_each=1, context=544, shared=512)
 
 
@@ -60,9 +66,9 @@ def check(operation: str, format: str) -> bool:
     return any(conformance.check(operation, *cell, format, CPU, seed=3) is not None for cell in cells)
 
 
-@pytest.mark.parametrize("operation", SINGLE)
+@pytest.mark.parametrize("operation", CASES)
 def test_every_operation_conforms_and_would_be_found_wrong(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for format in formats_of(operation):
+    for format in CASES[operation].formats:
         assert check(operation, format), format
     right = conformance.outputs
 
@@ -72,7 +78,7 @@ def test_every_operation_conforms_and_would_be_found_wrong(operation: str, monke
 
     monkeypatch.setattr(conformance, "outputs", wrong)
     with pytest.raises(conformance.Failed, match=r"deviates|differ|finite in one"):
-        check(operation, formats_of(operation)[0])
+        check(operation, CASES[operation].formats[0])
 
 
 @pytest.mark.parametrize(
@@ -119,28 +125,47 @@ def test_other_bits_through_descriptors_are_found(monkeypatch: pytest.MonkeyPatc
 
 
 def test_kernels_are_timed_beside_torch() -> None:
-    limits = ceilings(CPU)
-    found = kernels.measure("expert_mlp", TINY4, DECODE, "nvfp4", CPU, limits, 0)
+    limits = timing.ceilings(CPU)
+    found = timing.measure("expert_mlp", TINY4, DECODE, "nvfp4", CPU, limits, 0)
     assert found is not None
     assert found["implementation"] == "triton"
     assert found["us"] > 0
     assert len(found["samples_us"]) > 1
     for format in ("fp8", "fp8 x fp8", "static fp8 x fp8"):
-        dense = kernels.measure("linear", TINY4, DECODE, format, CPU, limits, 0)
+        dense = timing.measure("linear", TINY4, DECODE, format, CPU, limits, 0)
         assert dense is not None
         assert dense["torch"]["us"] > 0
         assert "described" not in dense
-    prompt = kernels.measure("linear", TINY4, PREFILL, "fp8", CPU, limits, 0)
+    prompt = timing.measure("linear", TINY4, PREFILL, "fp8", CPU, limits, 0)
     assert prompt is not None
     assert prompt["described"]["us"] > 0
-    assert kernels.measure("gqa_decode", TINY4, DECODE, "bf16", CPU, limits, 0) is None
+    assert timing.measure("gqa_decode", TINY4, DECODE, "bf16", CPU, limits, 0) is None
+
+
+@pytest.mark.parametrize("operation", BASELINES)
+def test_what_torch_is_timed_with_computes_the_same(operation: str) -> None:
+    """But for the rounding of activations to FP8, which torch has for some products. Prompts are whole contexts."""
+    reference = registry.implementations(operation, "cuda")[-1].load()
+    compared = 0
+    for model, size, format in product((TINY4, TINY3), (DECODE, PROMPT), CASES[operation].formats):
+        call = make_call(operation, model, size, format, CPU, seed=3, cold_bytes=0)
+        if call is None:
+            continue
+        (arguments,), _ = call
+        wanted, got = reference(*arguments).double(), BASELINES[operation](*arguments)().double()
+        if got.dim() == 4:  # sequences, heads, rows
+            got = got.transpose(1, 2)
+        error = (got.reshape(wanted.shape) - wanted).square().mean() / wanted.square().mean()
+        assert error.sqrt() < 0.06, (model.name, format)
+        compared += 1
+    assert compared
 
 
 def _run(path: Path, **tasks: Any) -> tuple[Store, list[str]]:
     """A part of these tasks."""
     said: list[str] = []
     store = Store(path, {"commit": "abc", "device": "cpu"})
-    Run(command.Parts({"part": command.Part(list(tasks), {"part": lambda: tasks})}), store, said.append).measure(1)
+    Run(command.Part("part", {"part": lambda: tasks}), store, said.append).measure(1)
     return store, said
 
 
@@ -158,9 +183,15 @@ def test_tasks_are_cells_and_a_failure_says_what_it_was(tmp_path: Path) -> None:
     assert said[2].endswith("c: not in this model")
 
 
-def test_a_lost_device_is_known_by_its_error(tmp_path: Path) -> None:
+def test_a_lost_device_is_known_by_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses every call from then on, that which frees memory too."""
+
     def fails() -> None:
+        monkeypatch.setattr(torch.cuda, "empty_cache", refuses)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def refuses() -> None:
+        raise RuntimeError("the driver takes no more calls")
 
     with pytest.raises(DeviceLost, match="illegal memory access"):
         _run(tmp_path / "cells.jsonl", a=fails)
@@ -170,10 +201,9 @@ def test_parts_of_the_command_go_on_where_they_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In miniature: one operation, one size; the kernels' shares are of the ceilings that the run has measured."""
-    monkeypatch.setattr(command, "SINGLE", ("rms_norm",))
-    monkeypatch.setattr(command, "models_of", lambda operation, hostile=False: (TINY4, TINY3))
+    monkeypatch.setattr(command, "CASES", {"rms_norm": replace(CASES["rms_norm"], models=(TINY4, TINY3))})
     monkeypatch.setattr(conformance, "SIZES", (DECODE,))
-    monkeypatch.setattr(kernels, "SIZES", (PREFILL,))
+    monkeypatch.setattr(timing, "SIZES", (PREFILL,))
     path = tmp_path / "cells.jsonl"
     words = ["--device", "cpu", "--output", str(path), "--parts"]
     assert command.main([*words, "compile", "conformance", "ceilings", "kernels"]) == 0
@@ -215,3 +245,20 @@ def test_a_model_of_random_weights_has_the_references_logits(weights: str, activ
     """FP8 by FP8 by definition too: the same codes of the same activations, but for a few that turn."""
     found = served.check_slice("small4", weights, CPU, "tiny", activations)["deviation"]
     assert found < (served.TOLERANCE_FP8 if activations == "fp8" else served.TOLERANCE)
+
+
+def test_a_load_keeps_its_clients_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real engine around the fake runner, whose steps take hardly any time."""
+    monkeypatch.setattr(served, "NEW_TOKENS", 5)
+    limits = SchedulerConfig(
+        budget_tokens=8192, max_chunk_tokens=8192, max_running=8, max_waiting=8, max_model_len=2048
+    )
+    core = EngineCore(fake_config(limits, CacheConfig(block_tokens=32, num_blocks=400, hash_key="00" * 16)))
+    found = served.run_load(lambda: core, 3)
+    assert (found["concurrent"], found["requests"]) == (3, 6)
+    assert found["output_tokens_per_s"] == pytest.approx(5 * found["requests_per_s"])
+    assert found["elapsed_s"] > found["first_token_s"][99] >= found["first_token_s"][50] > 0
+    assert found["between_tokens_s"][99] >= found["between_tokens_s"][50] > 0
+    monkeypatch.setattr(served, "PROMPT_TOKENS", 2049)
+    with pytest.raises(conformance.Failed, match="ended as"):
+        served.run_load(lambda: core, 3)

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from cierzo.bench.gpu import compiled
+from cierzo.bench.gpu.calls import random_experts
+from cierzo.bench.gpu.cases import SMALL3, SMALL4
+from cierzo.bench.gpu.compiled import Compiled, _told
 from cierzo.bench.gpu.configurations import configurations
-from cierzo.bench.gpu.cubin import Compiled
 from cierzo.bench.gpu.problems import STEPS, problems
-from cierzo.bench.kernel_cases import SMALL3, SMALL4, random_experts
 from cierzo.engine.cost import operations
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.sizes import ModelSizes
@@ -258,7 +259,7 @@ def test_the_table_tells_loads_by_width() -> None:
         "LDG.E.128.CONSTANT": 2, "LDG.E": 1, "LDG.E.U8": 3, "LDGSTS.E.BYPASS.128": 4, "LDGSTS.E": 5,
         "UTMALDG.2D": 6, "HGMMA.64x64x16.F32.BF16": 7, "STG.E.128": 9,
     }  # fmt: skip
-    shown = compiled._instructions(Compiled(1, 0, 0, instructions))
+    shown = _told(Compiled(1, 0, 0, instructions))
     assert shown == "LDG.128 2 LDG.32 1 LDG.8 3 LDGSTS.128 4 LDGSTS.32 5 UTMALDG 6 HGMMA 7"
 
 

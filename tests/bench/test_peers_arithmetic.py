@@ -12,10 +12,10 @@ import pytest
 from cierzo.bench.campaign.store import Sample, Store
 from cierzo.bench.machine import Ceiling, Ceilings, limit_device
 from cierzo.bench.peers import agreement
+from cierzo.bench.peers.campaign import Peers
 from cierzo.bench.peers.cells import LOAD, MEMORY, Cell, Subject, cells, decode_rate
 from cierzo.bench.peers.engine import Checkpoint, Engine
-from cierzo.bench.peers.results import close_places, limit, outcome_of, ratios, small4_over_small3, values
-from cierzo.bench.peers.table import text
+from cierzo.bench.peers.results import limit, outcome_of, ratios, text, values
 from cierzo.bench.revision import ROOT
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.read_config import read_model_config
@@ -24,6 +24,7 @@ from cierzo.engine.weights.shapes import shape_of
 DECODE = Cell(name="decode-8", kind="decode", unit="tok/s", batch=8, prompt_tokens=128, new_tokens=64)
 SERVED = Cell(name="served", kind="served", unit="req/s", batch=32, requests=96, prompt_tokens=512, new_tokens=64)
 IDENTITY = {"commit": "abc", "device": "a CPU"}
+CHECKPOINT = Checkpoint("small4", Path())
 
 
 def rate(rate: float) -> Ceiling:
@@ -112,14 +113,14 @@ def test_rows_have_values_and_share_of_the_limit(store: Store, checkpoint: Check
     for read in (40.0, 60.0, 50.0):
         result = {**ceilings, "read": {"rate": read, "reached_by": "test"}}
         store.add(Sample(cell="ceilings", subject="small4", round=0, started="", took_s=1.0, result=result))
-    found = outcome_of(store, [checkpoint], ENGINES, [DECODE])
+    found = outcome_of([checkpoint], ENGINES, [DECODE], store)
     fast, slow = found.rows
     assert (fast.values, fast.rounds) == ([90.0, 100.0, 110.0], [0, 1, 2])
     assert fast.limit == pytest.approx(306.1, rel=0.03), "at the median of the ceilings"
     assert (slow.values, slow.error) == ([], "no memory")
     told = text(found, "make peers")
     assert f"100 ±10% ({100 / fast.limit:.0%})" in told
-    assert "small4 slow decode-8: NOT MEASURED: no memory" in told
+    assert "decode-8, small4 slow: NOT MEASURED: no memory" in told
     assert "50.0 GB/s read, 440 GFLOP/s in bf16" in told
     assert "cierzo-bf16" not in told
     assert next(sample["result"] for sample in found.samples) == {"value": 90.0, "raw": None, "command": "run"}
@@ -137,7 +138,7 @@ def test_ratios_are_against_the_best_peer(store: Store) -> None:
         add(store, "fast", 8.0, number, cell=LOAD)
         add(store, "slow", 4.0, number, cell=LOAD)
     add(store, "fast", 1e6, 3)  # we did not run in this round
-    found = ratios(store, ["small4"], ENGINES, [DECODE, LOAD])
+    found = ratios(store, [CHECKPOINT], ENGINES, [DECODE, LOAD])
     assert {(one.cell.name, one.ours.engine, one.against.engine): one.ratio for one in found} == {
         ("decode-8", "cierzo-bf16", "fast"): 1.5,
         ("decode-8", "cierzo-int8", "cierzo-bf16"): 2.0,
@@ -149,18 +150,19 @@ def test_ratios_are_against_the_best_peer(store: Store) -> None:
 def test_close_ratios_name_both_sides(store: Store) -> None:
     for name, value in (("cierzo-bf16", 11.0), ("fast", 10.0), ("cierzo-int8", 11.5), ("llama-q8", 5.0)):
         add(store, name, value)
-    found = ratios(store, ["small4"], ENGINES, [DECODE])
-    assert close_places(found, ENGINES, 1.2) == {
-        (DECODE, Subject("small4", "cierzo-bf16")),
-        (DECODE, Subject("small4", "fast")),
-    }, "int8 is close to our own bf16, which is no peer, and far from Q8_0"
+    plan = Peers(checkpoints=[CHECKPOINT], engines=ENGINES, cells=[DECODE], rounds=1, folder=Path(), peers={})
+    wanted = plan.wanted(1, store)
+    assert [one.name for one in ENGINES if wanted(DECODE, Subject("small4", one.name))] == [
+        "cierzo-bf16",
+        "fast",
+    ], "int8 is close to our own bf16, which is no peer, and far from Q8_0"
 
 
 def test_small4_over_small3(store: Store) -> None:
     add(store, "cierzo-bf16", 4.0, cell=SERVED)
     add(store, "cierzo-bf16", 2.0, cell=SERVED, checkpoint="small3")
     add(store, "fast", 4.0, cell=SERVED)
-    (one,) = small4_over_small3(store, SERVED, ENGINES)
+    *_, one = ratios(store, [CHECKPOINT], ENGINES, [SERVED, DECODE])
     assert (one.ours, one.against, one.ratio) == (
         Subject("small4", "cierzo-bf16"),
         Subject("small3", "cierzo-bf16"),

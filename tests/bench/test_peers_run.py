@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -15,11 +15,11 @@ from cierzo.bench.campaign.loop import Run
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.bench.peers import agreement
-from cierzo.bench.peers.__main__ import main, write
-from cierzo.bench.peers.campaign import Peers, Plan
+from cierzo.bench.peers.__main__ import main
+from cierzo.bench.peers.campaign import Peers
 from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, Cell, Subject
 from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured
-from cierzo.bench.peers.results import values
+from cierzo.bench.peers.results import outcome_of, picture, text, values
 from cierzo.engine.weights.shapes import shape_of
 
 PREFILL = Cell(name="prefill-8", kind="prefill", unit="tok/s", prompt_tokens=8)
@@ -74,27 +74,26 @@ def _engine(name: str, peer: str) -> Engine:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Peers:
     rate = Ceiling(rate=50.0, reached_by="test")
     found = Ceilings(threads=1, read=rate, bf16=rate, float32=rate, int8=None)
     monkeypatch.setattr(machine, "measure_apart", lambda: found)
     folder = tmp_path / "tiny"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shape_of("small3", "tiny").config("bfloat16")))
-    return Plan(
+    return Peers(
         checkpoints=[Checkpoint("tiny", folder)],
         engines=[_engine("ours", "cierzo"), _engine("theirs", "other")],
         cells=[DECODE, PREFILL],
         rounds=2,
-        close_rounds=2,
         folder=tmp_path,
+        peers={},
     )
 
 
-def _run(plan: Plan, peer: ScriptedPeer) -> Store:
+def _run(plan: Peers, peer: ScriptedPeer, rounds: int = 2) -> Store:
     store = Store(plan.folder / "samples.jsonl", {"commit": "abc", "device": "a CPU"})
-    run = Run(Peers(plan, {"cierzo": peer, "other": peer}), store, say=lambda _: None)
-    run.measure(max(plan.rounds, plan.close_rounds))
+    Run(replace(plan, peers={"cierzo": peer, "other": peer}), store, say=lambda _: None).measure(rounds)
     return store
 
 
@@ -102,7 +101,7 @@ def _ten(name: str, cell: Cell) -> float:
     return 10.0
 
 
-def test_one_engine_is_in_memory_at_a_time(plan: Plan) -> None:
+def test_one_engine_is_in_memory_at_a_time(plan: Peers) -> None:
     peer = ScriptedPeer(_ten)
     store = _run(plan, peer)
     ours = ["open ours", "ours decode-2", "ours prefill-8", "close ours"]
@@ -114,7 +113,7 @@ def test_one_engine_is_in_memory_at_a_time(plan: Plan) -> None:
     assert [one["read"]["rate"] for one in store.ceilings()] == [50.0, 50.0]
 
 
-def test_prompts_are_the_same_for_all_engines_and_new_in_each_round(plan: Plan) -> None:
+def test_prompts_are_the_same_for_all_engines_and_new_in_each_round(plan: Peers) -> None:
     store = _run(plan, ScriptedPeer(_ten))
     seeds = {
         (subject.engine, cell.name, number): result["raw"][0]
@@ -127,7 +126,7 @@ def test_prompts_are_the_same_for_all_engines_and_new_in_each_round(plan: Plan) 
     assert len(set(seeds.values())) == 4
 
 
-def test_a_failure_is_told_and_not_complete(plan: Plan, tmp_path: Path) -> None:
+def test_a_failure_is_told_and_not_complete(plan: Peers, tmp_path: Path) -> None:
     def failing(name: str, cell: Cell) -> float:
         if (name, cell) == ("theirs", DECODE):
             raise EngineFailed("out of memory")
@@ -135,27 +134,26 @@ def test_a_failure_is_told_and_not_complete(plan: Plan, tmp_path: Path) -> None:
 
     store = _run(plan, ScriptedPeer(failing))
     assert values(store, PREFILL, THEIRS) == {0: 10.0, 1: 10.0}
-    assert not write(plan, store, tmp_path / "out", "test", "now")
-    assert "tiny theirs decode-2: NOT MEASURED: out of memory" in (tmp_path / "out.txt").read_text()
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert report["results"]["identity"]["commit"] == "abc"
-    assert len(report["results"]["samples"]) == len(list(store))
+    found = outcome_of(plan.checkpoints, plan.engines, plan.cells, store)
+    assert [row.error for row in found.rows] == ["", "out of memory", "", ""]
+    assert "decode-2, tiny theirs: NOT MEASURED: out of memory" in text(found, "test")
+    assert found.identity["commit"] == "abc"
+    assert len(found.samples) == len(list(store))
 
 
-def test_close_ratios_get_more_rounds_of_both_sides(plan: Plan) -> None:
+def test_close_ratios_get_more_rounds_of_both_sides(plan: Peers) -> None:
     """Decoding is 1.1 times as good, prefill 3 times."""
 
     def figure(name: str, cell: Cell) -> float:
         return {"theirs": 10.0, "ours": 11.0 if cell == DECODE else 30.0}[name]
 
-    wanted = msgspec.structs.replace(plan, close_rounds=4)
-    store = _run(wanted, ScriptedPeer(figure))
+    store = _run(plan, ScriptedPeer(figure), rounds=4)
     for subject in (OURS, THEIRS):
         assert sorted(values(store, DECODE, subject)) == [0, 1, 2, 3]
         assert sorted(values(store, PREFILL, subject)) == [0, 1]
 
 
-def test_agreement_is_checked_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_is_checked_once(plan: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that the scripted engine repeats are all that the reference has."""
     vocab_size = plan.checkpoints[0].vocab_size
     forced = agreement.sequences(AGREEMENT, vocab_size)
@@ -169,27 +167,27 @@ def test_agreement_is_checked_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) 
         return table
 
     monkeypatch.setattr(agreement, "reference", reference)
-    store = _run(msgspec.structs.replace(plan, cells=[AGREEMENT, DECODE]), peer)
+    store = _run(replace(plan, cells=[AGREEMENT, DECODE]), peer)
     assert values(store, AGREEMENT, OURS) == {0: 100.0}
     assert peer.diary.count("ours agreement") == peer.diary.count("theirs agreement") == 1
     assert peer.diary[0] == "reference", "it is made before any engine is loaded"
 
 
 def test_a_reference_that_cannot_be_made_leaves_the_other_cells(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+    plan: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_reference(*_: object) -> None:
         raise EngineFailed("not installed")
 
     monkeypatch.setattr(agreement, "reference", no_reference)
-    store = _run(msgspec.structs.replace(plan, cells=[AGREEMENT, DECODE]), ScriptedPeer(_ten))
+    store = _run(replace(plan, cells=[AGREEMENT, DECODE]), ScriptedPeer(_ten))
     assert store.error(AGREEMENT, OURS) == "not installed"
     assert values(store, DECODE, OURS) == {0: 10.0, 1: 10.0}
 
 
-def test_an_engine_without_a_server_has_no_served_cells(plan: Plan) -> None:
+def test_an_engine_without_a_server_has_no_served_cells(plan: Peers) -> None:
     peer = ScriptedPeer(_ten)
-    wanted = msgspec.structs.replace(plan, cells=[SERVED])
+    wanted = replace(plan, cells=[SERVED])
     store = _run(wanted, peer)
     assert peer.diary == ["server of ours", "server of theirs", "server of theirs", "server of ours"]
     assert {sample.cell for sample in store} == {"ceilings"}
@@ -204,10 +202,10 @@ def test_the_command_line_names_what_it_does_not_know(capsys: pytest.CaptureFixt
     assert "is no checkpoint" in capsys.readouterr().err
 
 
-def test_pictures_need_matplotlib_and_nothing_else_does(plan: Plan, tmp_path: Path) -> None:
+def test_the_picture_is_drawn(plan: Peers, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     store = _run(plan, ScriptedPeer(_ten))
-    assert write(plan, store, tmp_path / "out", "test", "now")
+    picture(outcome_of(plan.checkpoints, plan.engines, plan.cells, store), tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 

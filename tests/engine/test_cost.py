@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from steps_by_hand import Chunk, Step, take
 
-from cierzo.bench.gpu.cases import SINGLE, formats_of
+from cierzo.bench.gpu.calls import CASES
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.cost.cards import STATED, find_device, named, with_measured
 from cierzo.engine.cost.device import Device, MeasuredShare
@@ -177,7 +177,7 @@ def test_formats_change_bytes_and_rates() -> None:
         "bf16",
     )
     assert (both.measured_as("fp8"), NumberFormats(weights="fp8").measured_as("fp8")) == ("fp8 x fp8", "fp8")
-    assert both.measured_as("fp8") in formats_of("linear")
+    assert both.measured_as("fp8") in CASES["linear"].formats
     on_cpu = NumberFormats(weights="int4", on_gpu=False)
     assert (on_cpu.of("head"), on_cpu.rate("int4"), on_cpu.rate("bf16")) == ("int8", "int8", "bf16")
     assert NumberFormats(weights="float32", plain="float32", on_gpu=False).rate("float32") == "fp32"
@@ -277,7 +277,7 @@ def test_every_operation_of_a_step_is_one_that_the_gpu_bench_measures(
 ) -> None:
     """Where each kernel takes a tenth of its limit's rate, so does each operation; norms too, of which a kernel's
     name says what they add up."""
-    kernels = (cell(f"{one}, {name}, any, {format}", 10.0) for one in SINGLE for format in formats_of(one))
+    kernels = (cell(f"{one}, {name}, any, {format}", 10.0) for one in CASES for format in CASES[one].formats)
     path = tmp_path / "gpu-h100-abc.jsonl"
     path.write_text("\n".join(map(json.dumps, [{}, *kernels])), encoding="utf-8")
     device = with_measured(find_device("h100"), "h100", tmp_path)

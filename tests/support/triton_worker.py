@@ -17,8 +17,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cierzo.bench.gpu.compiled import inspect
 from cierzo.bench.gpu.configurations import configurations
-from cierzo.bench.gpu.cubin import inspect
 from cierzo.kernels.triton.compile import source
 from cierzo.kernels.triton.launch import POINTER, Configuration
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from cierzo.bench import attention_cases, kernel_cases  # noqa: F401 (the first registers its cases)
-from cierzo.bench.kernel_cases import CASES, Maker, Size
+from cierzo.bench.gpu import calls
+from cierzo.bench.gpu.calls import CASES
+from cierzo.bench.gpu.cases import Maker, Size
 from cierzo.engine.cost.operations import stored
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.config import KernelsConfig
@@ -42,22 +44,6 @@ MLA_PREFILL = (
 )
 GQA_DECODE = ((2 * 2 * 64 * 2 * 32 + 2 * 2 * 4 * 32) * 2, 4 * 128 * 4 * 32)
 GQA_PREFILL = ((2 * 64 * 2 * 32 + 2 * 64 * 4 * 32) * 2, 4 * 2080 * 4 * 32)
-MLA_DENSE = (48 + 32 + 16) * 64 + 2 * 32 * 48 + 64 * 2 * 32  # weights: down to latents, up to queries, output
-MLA_BY_HEAD = 2 * (16 + 32) * 32  # weights: into and out of latents
-GQA_DENSE = (4 + 2 + 2) * 32 * 64 + 64 * 4 * 32
-MLA_BLOCK = {  # the sum, the residual in and out, and the result are four times the rows
-    "decode 2": (
-        (MLA_DENSE + MLA_BY_HEAD + 4 * 2 * 64) * 2 + MLA_DECODE[0],
-        2 * 2 * (MLA_DENSE + MLA_BY_HEAD) + MLA_DECODE[1],
-    ),
-    "prefill 64": ((MLA_DENSE + 4 * 64 * 64) * 2 + MLA_PREFILL[0], 2 * 64 * MLA_DENSE + MLA_PREFILL[1]),
-}
-GQA_BLOCK = {
-    "decode 2": ((GQA_DENSE + 4 * 2 * 64) * 2 + GQA_DECODE[0], 2 * 2 * GQA_DENSE + GQA_DECODE[1]),
-    "prefill 64": ((GQA_DENSE + 4 * 64 * 64) * 2 + GQA_PREFILL[0], 2 * 64 * GQA_DENSE + GQA_PREFILL[1]),
-}
-MLP_BLOCK = ((3 * 96 * 64 + 4 * 2 * 64) * 2, 2 * 2 * 3 * 96 * 64)
-MOE_BLOCK = (EXPERTS + (8 * 64 + 4 * 2 * 64) * 2, 2 * 2 * ((2 + 1) * 3 * 32 * 64 + 8 * 64))
 TINY4_DECODE: dict[str, Counted] = {
     "rms_norm": ((2 * 64 + 64 + 2 * 64) * 2, 0),
     "add_rms_norm": ((4 * 2 * 64 + 64) * 2, 0),
@@ -86,9 +72,6 @@ TINY4_DECODE: dict[str, Counted] = {
     "draw": (2 * 500 * 4, 0),
     "log_probabilities": (2 * 500 * 4 * 2, 0),
     "top_tokens": (2 * 500 * 4, 0),
-    "mla_block": MLA_BLOCK["decode 2"],
-    "moe_block": MOE_BLOCK,
-    "decoder": (MLA_BLOCK["decode 2"][0] + MOE_BLOCK[0], MLA_BLOCK["decode 2"][1] + MOE_BLOCK[1]),
 }
 TINY3_DECODE: dict[str, Counted] = {
     "rope_tables": (2 * 8 + 2 * 2 * 16 * 4, 0),
@@ -99,9 +82,6 @@ TINY3_DECODE: dict[str, Counted] = {
     "rotate_and_write_keys_values": (2 * 2 * (4 + 2 + 2) * 32 * 2 + 2 * 2 * 16 * 4, 0),
     "gqa_decode": GQA_DECODE,
     "copy_blocks": (2 * 4 * 16 * 64 * 2, 0),
-    "gqa_block": GQA_BLOCK["decode 2"],
-    "mlp_block": MLP_BLOCK,
-    "decoder": (GQA_BLOCK["decode 2"][0] + MLP_BLOCK[0], GQA_BLOCK["decode 2"][1] + MLP_BLOCK[1]),
 }
 PREFILLS: dict[str, dict[str, Counted]] = {
     "tiny4": {
@@ -109,9 +89,8 @@ PREFILLS: dict[str, dict[str, Counted]] = {
         "lm_head": (500 * 64 * 2 + 64 * 2 + 500 * 4, 2 * 64 * 500),  # of the last row alone
         "expert_mlp": (EXPERTS + 2 * 64 * 64 * 2, 2 * 64 * (2 + 1) * 3 * 32 * 64),
         "mla_prefill": MLA_PREFILL,
-        "mla_block": MLA_BLOCK["prefill 64"],
     },
-    "tiny3": {"gqa_prefill": GQA_PREFILL, "gqa_block": GQA_BLOCK["prefill 64"]},
+    "tiny3": {"gqa_prefill": GQA_PREFILL},
 }
 BY_HAND = {
     ("tiny4", "decode 2"): TINY4_DECODE,
@@ -121,49 +100,61 @@ BY_HAND = {
 }
 
 
+class PackedMaker(Maker):
+    """Makes weights as the CPU's native kernels read them, in bf16."""
+
+    def plain(self, *shape: int) -> Any:
+        """See Maker."""
+        return pack(self.noise(*shape) * 0.02, "bf16")
+
+    def matrix(self, *shape: int, paired: bool = False) -> Any:
+        """See Maker."""
+        return pack(self.noise(*shape) * 0.02, "bf16", paired=paired)
+
+
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(kernel_cases, "COLD_BYTES", 1 << 14)
-    monkeypatch.setattr(kernel_cases, "random_experts", lambda _, size: torch.tensor(CHOSEN * (size.rows // 2)))
+    monkeypatch.setattr(calls, "random_experts", lambda _, size: torch.tensor(CHOSEN * (size.rows // 2)))
     yield
     bind(KernelsConfig(), "cpu")
 
 
-def test_every_operation_has_a_case() -> None:
-    missing = set(operations()) - set(CASES)
-    assert not missing, f"bench/kernel_cases.py or attention_cases.py needs a case of {sorted(missing)}"
-    assert set(CASES) <= set(operations())
+def test_every_operation_that_is_no_composition_has_a_case() -> None:
+    single = {name for name in operations() if not implementations(name, "cuda")[0].calls}
+    missing = single - set(CASES)
+    assert not missing, f"bench/gpu/calls.py needs a case of {sorted(missing)}"
+    assert set(CASES) == single
 
 
-@pytest.mark.parametrize("operation", operations())
+@pytest.mark.parametrize("operation", CASES)
 def test_an_operation_runs_at_each_size_that_it_has(operation: str) -> None:
     ran = set()
     for model, size in itertools.product(MODELS.values(), SIZES.values()):
         for choice in implementations(operation, "cpu"):
-            call = CASES[operation](model, size, Maker(native=choice.name == "native", format="bf16"))
+            make = (PackedMaker if choice.name == "native" else Maker)(cold_bytes=0)
+            call = CASES[operation].call(model, size, make)
             if call is not None:
                 _bind_all(choice.name)
-                choice.load()(*call.arguments[0])
+                choice.load()(*call[0][0])
                 ran.add(choice.name)
     assert ran == {choice.name for choice in implementations(operation, "cpu")}
 
 
 def _bind_all(name: str) -> None:
-    """Bind every operation that has this implementation to it: compositions call the others."""
+    """Bind every operation that has this implementation to it."""
     named = [one for one in operations() if name in {choice.name for choice in implementations(one, "cpu")}]
     bind(KernelsConfig(implementations=dict.fromkeys(named, name)), "cpu")
 
 
-@pytest.mark.parametrize("native", [False, *([True] if has_native() else [])])
-def test_bytes_and_operations_are_those_counted_by_hand(native: bool) -> None:
+def test_bytes_and_operations_are_those_counted_by_hand() -> None:
     counted = set()
-    for (model, size), calls in BY_HAND.items():
-        for operation, by_hand in calls.items():
-            call = CASES[operation](MODELS[model], SIZES[size], Maker(native=native, format="bf16"))
+    for (model, size), by_name in BY_HAND.items():
+        for operation, by_hand in by_name.items():
+            call = CASES[operation].call(MODELS[model], SIZES[size], Maker(cold_bytes=0))
             assert call is not None
-            assert (call.work.num_bytes, call.work.operations) == by_hand, (operation, model, size)
+            assert (call[1].num_bytes, call[1].operations) == by_hand, (operation, model, size)
             counted.add(operation)
-    assert counted == set(operations())
+    assert counted == set(CASES)
 
 
 @pytest.mark.parametrize("format", NUMBER_FORMATS)
@@ -185,5 +176,5 @@ def test_a_shared_prefix_is_read_once_and_a_window_leaves_what_it_leaves() -> No
 
 
 def test_cold_weights_fill_more_than_a_cache() -> None:
-    make = Maker(native=False, format="bf16")
+    make = Maker(cold_bytes=1 << 14)
     assert len(make.cold(lambda: (make.matrix(32, 64),))) == (1 << 14) // (32 * 64 * 2) + 1

@@ -1,0 +1,308 @@
+"""A case of each operation: one function per operation, from a model and a size to arguments and their work.
+
+Letters as in kernels/ops/; work is counted by engine/cost/operations.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cierzo.bench.gpu.cases import (
+    CASES,
+    COLD_BYTES,
+    GPT_OSS,
+    GPT_OSS_WINDOW,
+    HOSTILE_WINDOWS,
+    KV,
+    LATENTS,
+    MODELS,
+    Call,
+    Maker,
+    Size,
+    case,
+)
+from cierzo.engine.cost import operations
+from cierzo.engine.cost.operations import stored
+from cierzo.engine.cost.sizes import ModelSizes
+from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.attention import PagedQueries
+
+BLOCK_TOKENS = 32
+EPS = 1e-6
+SEEN = 100  # tokens of each row that an edit of logits changes
+Arguments = tuple[Any, ...]
+
+
+def make_call(
+    operation: str,
+    model: ModelSizes,
+    size: Size,
+    format: str,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    cold_bytes: int = COLD_BYTES,
+) -> Call | None:
+    """The call of an operation on a device; None where the model or the step has no such operation."""
+    known = CASES[operation]
+    weights, pages = format if known.weighted else "bf16", format if known.of == "pages" else "bf16"
+    call = known.call(model, size, Maker(weights, str(device), seed, KV[pages], cold_bytes))
+    if call is None:
+        return None
+    calls, work = call
+    on_device = [
+        tuple(one.to(device) if isinstance(one, Tensor) else one for one in arguments) for arguments in calls
+    ]
+    return on_device, work
+
+
+def tables(rows: int, pairs: int) -> tuple[Tensor, Tensor]:
+    """cos, sin of random angles, fp32 [rows, pairs]."""
+    angles = torch.rand(rows, pairs, generator=torch.Generator().manual_seed(1)) * 6
+    return angles.cos(), angles.sin()
+
+
+# --- norms, rotations --------------------------------------------------------------------------------------
+
+
+@case("rms_norm", "rms_norm_fp8", rowwise=True)
+@case("add_rms_norm", "add_rms_norm_fp8", changes=(1,))
+def norm(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """The hidden rows, alone or added to a residual; into codes by each row's own scale, or by a static one."""
+    residual, fp8 = operation.startswith("add"), operation.endswith("fp8")
+    x, weight = make.noise(size.rows, model.hidden), make.noise(model.hidden)
+    arguments: Arguments = (x * 0, x.clone(), weight, EPS) if residual else (x, weight, EPS)
+    if fp8:
+        arguments += (torch.full((1,), 0.0625, device=make.device) if residual else None,)
+    row_bytes = int(stored("fp8", 1, model.hidden)) if fp8 else None
+    return [arguments], operations.norm(model, size.rows, residual=residual, row_bytes=row_bytes)
+
+
+@case()
+def rope_tables(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Angles of a step's positions."""
+    positions = torch.arange(size.rows) + size.context - size.rows_each
+    frequencies = torch.rand(model.rotated // 2, generator=torch.Generator().manual_seed(make.seed))
+    arguments = (positions, frequencies, 1.0)
+    return [arguments], operations.moved("rope_tables", model, size.rows)
+
+
+@case(changes=(0,))
+def apply_rope(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """The queries; with grouped queries, the keys too."""
+    x = make.noise(size.rows, model.heads + model.kv_heads, model.nope + model.rotated)
+    arguments = (x, *tables(size.rows, model.rotated // 2), model.rope > 0, None)
+    return [arguments], operations.moved("apply_rope", model, size.rows)
+
+
+# --- dense products ----------------------------------------------------------------------------------------
+
+
+@case(of="weights", rowwise=True, models=(*MODELS, LATENTS))
+def linear(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """The projection after attention."""
+    k, n = model.projections[-1]
+    x, weights = make.noise(size.rows, k), make.cold(lambda: (make.matrix(n, k),))
+    return [(x, *matrices) for matrices in weights], operations.linear(model, size.rows, k, n, make.weights)
+
+
+@case(of="head", rowwise=True)
+def lm_head(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Logits of a row a sequence."""
+    x = make.noise(size.sequences, model.hidden)
+    weights = make.cold(lambda: (make.matrix(model.vocab, model.hidden),))
+    return [(x, *matrices) for matrices in weights], operations.lm_head(model, size.sequences, make.weights)
+
+
+@case(of="weights", rowwise=True)
+def gated_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """The dense MLP, or one as wide as the shared expert."""
+    x, weights = make.noise(size.rows, model.hidden), make.cold(lambda: mlp_weights(model.mlp_width, model, make))
+    return [(x, *matrices) for matrices in weights], operations.gated_mlp(model, size.rows, make.weights)
+
+
+def mlp_weights(width: int, model: ModelSizes, make: Maker, *experts: int) -> tuple[Matrix, Matrix]:
+    """Gate and up, and down, of one MLP or of several experts."""
+    gate_up = make.matrix(*experts, 2 * width, model.hidden, paired=True)
+    return gate_up, make.matrix(*experts, model.hidden, width)
+
+
+# --- mixture of experts ------------------------------------------------------------------------------------
+
+
+def random_experts(model: ModelSizes, size: Size) -> Tensor:
+    """int64 [T,K], distinct in a row, every expert as likely as the others."""
+    scores = torch.rand(size.rows, model.experts, generator=torch.Generator().manual_seed(size.rows))
+    return scores.topk(model.top_k).indices
+
+
+@case(needs="experts")
+def route(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """The router in the checkpoint's bf16."""
+    x = make.noise(size.rows, model.hidden)
+    weights = make.cold(lambda: (make.plain(model.experts, model.hidden),))
+    calls: list[Arguments] = [(x, *matrices, model.top_k, 1, 1, True, 1.0) for matrices in weights]
+    return calls, operations.route(model, size.rows)
+
+
+@case(needs="experts")
+def group_by_expert(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Random choices."""
+    arguments = (random_experts(model, size), model.experts)
+    return [arguments], operations.moved("group_by_expert", model, size.rows)
+
+
+@case(needs="experts", of="weights")
+def expert_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Random choices, and the shared expert."""
+    ids = random_experts(model, size)
+    order = ids.flatten().sort(stable=True)
+    starts = torch.searchsorted(order.values, torch.arange(model.experts + 1))
+    x, shares = make.noise(size.rows, model.hidden), torch.full(ids.shape, 1 / model.top_k)
+    routed = mlp_weights(model.expert_width, model, make, model.experts)
+    shared = mlp_weights(model.shared_width, model, make)
+    work = operations.expert_mlp(model, size.rows, len(ids.unique()), make.weights)
+    return [(x, *routed, shares, order.indices, starts, *shared)], work
+
+
+# --- pages of the cache ------------------------------------------------------------------------------------
+
+
+def queries_of(size: Size, device: str = "cpu") -> PagedQueries:
+    """Scattered blocks, those of a prefix the first sequence's; the last tokens of each context ask."""
+    blocks, count = size.context // BLOCK_TOKENS, size.sequences
+    ids = torch.randperm(count * blocks, generator=torch.Generator().manual_seed(0)).view(-1, blocks)
+    ids[:, : size.shared // BLOCK_TOKENS] = ids[0, : size.shared // BLOCK_TOKENS].clone()
+    tables = ids.int().to(device)
+    return PagedQueries.of([size.rows_each] * count, [size.context] * count, list(range(count)), tables)
+
+
+def slots_of(size: Size) -> Tensor:
+    """Cache slots of the step's rows, the last ones of each context."""
+    positions = torch.arange(size.context - size.rows_each, size.context)
+    blocks = queries_of(size).block_tables.long()[:, positions // BLOCK_TOKENS]
+    return (blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS).flatten()
+
+
+def pages_of(model: ModelSizes, size: Size, make: Maker) -> tuple[Tensor, ...]:
+    """Pages of all contexts: of latents [B,S,R+P], or of keys and of values [B,S,heads,width]."""
+    entries = [(model.rank + model.rope,)] if model.rank else 2 * [(model.kv_heads, model.head_dim)]
+    rows = size.sequences * size.context // BLOCK_TOKENS, BLOCK_TOKENS
+    return tuple(make.noise(*rows, *entry, dtype=make.kv_dtype) for entry in entries)
+
+
+@case("write_latents", "write_normed_latents", needs="rank", of="pages", changes=(0,))
+@case("write_keys_values", needs="kv_heads", of="pages", changes=(0, 1))
+@case("rotate_and_write_keys_values", needs="kv_heads", of="pages", changes=(0, 1, 3))
+def write(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """The step's latents, or its keys and values: as they are; with their norm and rotation; or, with the queries
+    beside them, with their rotation."""
+    arguments: Arguments = (*pages_of(model, size, make), slots_of(size))
+    if operation == "write_latents":
+        arguments += (make.noise(size.rows, model.rank), make.noise(size.rows, model.rope))
+    elif operation == "write_normed_latents":
+        latents = torch.cat([make.noise(size.rows, width) for width in (model.rank, model.rope)], -1)
+        arguments += (latents, make.noise(model.rank), EPS, *tables(size.rows, model.rope // 2), True)
+    elif operation == "write_keys_values":
+        arguments += tuple(make.noise(size.rows, model.kv_heads, model.head_dim) for _ in range(2))
+    else:
+        qkv = make.noise(size.rows, (model.heads + 2 * model.kv_heads) * model.head_dim)
+        arguments += (qkv, *tables(size.rows, model.head_dim // 2), False)
+    return [arguments], operations.moved(operation, model, size.rows, make.kv_dtype.itemsize)
+
+
+@case("copy_blocks", "scatter_blocks", changes=(0,))
+@case("gather_blocks", changes=(2,))
+def blocks(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """A context's blocks: from the front of a layer's pages to their end, or out of and into every second one."""
+    width, count = model.rank + model.rope or model.kv_heads * model.head_dim, -(-size.context // BLOCK_TOKENS)
+    pages = make.noise(2 * count, BLOCK_TOKENS, width)
+    arguments: Arguments = (pages, torch.arange(count) * 2, pages[:count].clone())
+    if operation == "copy_blocks":
+        arguments = (pages, torch.stack([torch.arange(count), torch.arange(2 * count - 1, count - 1, -1)], dim=1))
+    return [arguments], operations.moved_blocks(operation, count, pages[0].nbytes)
+
+
+# --- attention ---------------------------------------------------------------------------------------------
+
+
+@case("mla_absorb", "mla_unabsorb", needs="rank", decodes=True, rowwise=True)
+def by_head(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Generated rows times a matrix of each head, which stays plain: into latent space, or out of it."""
+    absorb = operation == "mla_absorb"
+    x = make.noise(size.rows, model.heads, model.nope + model.rope if absorb else model.rank)
+    n, k = (model.rank, model.nope) if absorb else (model.value_dim, model.rank)
+    weights = make.cold(lambda: (make.plain(model.heads, n, k),))
+    work = (operations.mla_absorb if absorb else operations.mla_unabsorb)(model, size.rows)
+    return [(x, *matrices) for matrices in weights], work
+
+
+@case(needs="rank", decodes=True, of="pages")
+def mla_decode(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Generated rows, absorbed."""
+    q = make.noise(size.rows, model.heads, model.rank + model.rope)
+    work = operations.mla_decode(model, *size.queries(), make.entry_bytes(model))
+    return [(q, *pages_of(model, size, make), queries_of(size, make.device), 0.1, model.rank)], work
+
+
+@case(needs="rank", decodes=False, of="pages")
+def mla_prefill(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Prompt rows, expanded; each context token's keys and values once, by weights that stay plain."""
+    q = make.noise(size.rows, model.heads, model.nope + model.rope)
+    expanders = (make.plain(model.heads, width, model.rank) for width in (model.nope, model.value_dim))
+    work = operations.mla_prefill(model, *size.queries(), make.entry_bytes(model))
+    return [(q, *pages_of(model, size, make), *expanders, queries_of(size, make.device), 0.1)], work
+
+
+WINDOWED: dict[str, Any] = {"models": (*MODELS, GPT_OSS, GPT_OSS_WINDOW), "hostile": HOSTILE_WINDOWS}
+
+
+@case("gqa_decode", needs="kv_heads", decodes=True, of="pages", **WINDOWED)
+@case("gqa_prefill", needs="kv_heads", decodes=False, of="pages", **WINDOWED)
+def gqa(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Generated rows, or a prompt's."""
+    q = make.noise(size.rows, model.heads, model.head_dim)
+    arguments: Arguments = (q, *pages_of(model, size, make), queries_of(size, make.device), 0.1)
+    if model.window or model.sinks:  # sinks of every kind: one that is none, one that takes everything, and others
+        sinks = make.noise(model.heads, dtype=torch.float32) * 2
+        sinks[0], sinks[1] = -torch.inf, 1e4
+        arguments += (model.window or None, sinks if model.sinks else None)
+    return [arguments], operations.gqa(model, *size.queries(model.window), make.entry_bytes(model))
+
+
+# --- sampling ----------------------------------------------------------------------------------------------
+
+
+def logits_of(model: ModelSizes, size: Size) -> Tensor:
+    """fp32 [M,N]: one row a sequence, a few tokens likely."""
+    return torch.randn(size.sequences, model.vocab, generator=torch.Generator().manual_seed(0)) * 3
+
+
+@case("add_bias", "apply_penalties", "mask_tokens", changes=(0,))
+def edit(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Changes of a hundred tokens a row: by a bias, by a count and its row's penalties, or to nothing."""
+    rows = torch.arange(size.sequences).repeat_interleave(SEEN)
+    ids = (torch.arange(SEEN) * 37 % model.vocab).repeat(size.sequences)
+    more: list[Tensor] = []
+    if operation == "add_bias":
+        more = [torch.zeros(len(ids))]
+    if operation == "apply_penalties":
+        more = [torch.ones_like(ids), *(torch.full((size.sequences,), value) for value in (1.0, 0.0, 0.0))]
+    return [(logits_of(model, size), rows, ids, *more)], operations.moved(operation, model, len(ids))
+
+
+@case("peaks", "log_probabilities", rowwise=True)
+@case("top_tokens", "draw")
+def read_logits(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Logits of every token: the largest, their log-probabilities, the twenty largest, a draw."""
+    rows, more = size.sequences, Arguments()
+    if operation == "top_tokens":
+        more = (20,)
+    if operation == "draw":
+        temperatures, top_ps, min_ps = (torch.full((rows,), p, dtype=torch.float64) for p in (0.8, 0.95, 0.0))
+        zeros = torch.zeros(rows, dtype=torch.int64)
+        more = (temperatures, zeros, top_ps, min_ps, zeros, zeros, zeros)
+    return [(logits_of(model, size), *more)], operations.moved(operation, model, rows)
