@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -206,18 +207,13 @@ def highest(
     until one does not keep it, then bisected; of whole numbers, or of any. None where `low` does not keep it."""
     if not keeps(low):
         return None
-    high = low
-    while high < most:
-        high = min(2 * high, most)
-        if not keeps(high):
-            break
-        low = high
-    while high > low * near and not (whole and high - low == 1):
-        middle = (low + high) // 2 if whole else (low * high) ** 0.5
-        if keeps(middle):
-            low = middle
+    high = math.inf
+    while low < most and high > low * near and not (whole and high - low == 1):
+        if high == math.inf:
+            size = min(2 * low, most)
         else:
-            high = middle
+            size = (low + high) // 2 if whole else (low * high) ** 0.5
+        low, high = (size, high) if keeps(size) else (low, size)
     return low
 
 
