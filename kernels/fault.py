@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from typing import Any
 
 MOST_NOTED = 2048  # more than the two steps launch that may run before their error is told
-# What errors begin with: of torch and of cuBLAS through it, of Triton's launcher.
-_BEGINNINGS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
+# Beginnings of errors: of torch and of cuBLAS through it, of Triton's launcher, of CuPy (driver and runtime).
+_BEGINNINGS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "CUDA_ERROR_", "cudaError")
+_OUT_OF_MEMORY = "out of memory"  # in the text of each of them
 
 
 class DeviceFault(RuntimeError):
@@ -33,8 +34,14 @@ note = _noted.append  # of a name; a launch pays for no more than this
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether torch or Triton reports a CUDA error with it. Out of memory is none: the device lives on."""
-    return type(error).__name__ == "AcceleratorError" or str(error).startswith(_BEGINNINGS)
+    """Whether torch, Triton or CuPy reports a CUDA error with it. Out of memory is none: the device lives on."""
+    named = type(error).__name__ == "AcceleratorError" or str(error).startswith(_BEGINNINGS)
+    return named and not _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    named = type(error).__name__ in ("AcceleratorError", "OutOfMemoryError") or str(error).startswith(_BEGINNINGS)
+    return named and _OUT_OF_MEMORY in str(error)
 
 
 def launched() -> str:
@@ -82,7 +89,7 @@ def watching(doing: str) -> Iterator[None]:
     except DeviceFault:
         raise
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if _is_out_of_memory(error):
             raise MemoryError(f"{doing}: {_in_short(error)}") from error
         if is_device_error(error):
             raise DeviceFault(f"{doing}: {_in_short(error)}; {launched()}") from error

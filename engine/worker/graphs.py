@@ -71,13 +71,12 @@ def bound_of(tokens: int) -> int:
 class _Graph:
     rows: StepRows
     recording: Recording
-    logits: Tensor
     name: str  # what a CUDA error calls a replay
 
 
 class DecodeGraphs:
     """Graphs of one model, each recorded at its first use: kernels are compiled for sizes that are no graph's own,
-    so that takes no longer than a few steps.
+    so that takes no longer than a few steps. All write their logits to one buffer: one for each would be gigabytes.
 
     padding_slot: cache slot that nobody reads. record: torch's CUDA graphs on a GPU.
     """
@@ -99,6 +98,7 @@ class DecodeGraphs:
         self._device = device
         self._record = record
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._logits: Tensor | None = None  # [largest number of sequences, vocabulary], made by the first step
 
     def fits(self, rows: StepRows) -> bool:
         """Tell whether the step is one generated token for each of its sequences."""
@@ -118,7 +118,8 @@ class DecodeGraphs:
         graph.recording.replay()
         if rows.expert_ids is not None and graph.rows.expert_ids is not None:
             rows.expert_ids.copy_(graph.rows.expert_ids[:, :count])
-        return graph.logits[:count]
+        assert self._logits is not None
+        return self._logits[:count]
 
     def _new_graph(self, size: int, bound: int, like: StepRows) -> _Graph:
         block_tables, expert_ids = like.absorbed.block_tables, like.expert_ids
@@ -137,17 +138,19 @@ class DecodeGraphs:
         token_ids, positions = (torch.zeros(size, dtype=torch.int64, device=self._device) for _ in range(2))
         cache_slots = torch.full((size,), self._padding_slot, dtype=torch.int64, device=self._device)
         rows = StepRows(token_ids, positions, cache_slots, 0, nothing, queries, expert_ids)
-        found: list[Tensor] = []
 
         def forward() -> None:
             # A copy, for which kernels derive anew: what they derived in an earlier run lies in memory that is not
             # the recording's.
-            found[:] = [self._model.logits(replace(rows, absorbed=replace(queries)), self._kv, None)]
+            logits = self._model.logits(replace(rows, absorbed=replace(queries)), self._kv, None)
+            if self._logits is None:
+                self._logits = logits.new_empty(self._buckets[-1], logits.shape[1])
+            self._logits[:size] = logits
 
         name = f"recorded step of {size} sequences, {bound} tokens"
         note(name)
         recording = self._record(forward)
-        return _Graph(rows, recording, found[0], f"{name} {kernels_since(name)}")
+        return _Graph(rows, recording, f"{name} {kernels_since(name)}")
 
     def _load(self, target: StepRows, source: StepRows, count: int) -> None:
         """The step's rows, and padding behind them."""

@@ -19,6 +19,7 @@ from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs, Recording, bound_of, buckets
 from cierzo.engine.worker.runner import ModelRunner, load_model
 from cierzo.engine.worker.step_rows import DeviceRows
+from cierzo.kernels.ops.block import StepRows
 from cierzo.scheduler.params import SamplingParams
 
 MAX_RUNNING = 6
@@ -103,6 +104,25 @@ def test_experts_of_recorded_steps_are_counted_without_their_padding(config: Eng
     assert {bucket.most_tokens for bucket in statistics.decode} == {1, 2, 4, 8}
     assert statistics.decode[-1].tokens % MAX_RUNNING  # steps of five, in the graph of six
     assert {sum(counts) for counts in statistics.expert_tokens} == {statistics.tokens * statistics.top_k}
+
+
+@needs_native
+def test_all_recordings_write_their_logits_to_one_buffer(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, found = DecodeGraphs.logits, set()
+
+    def noted(self: DecodeGraphs, rows: StepRows) -> torch.Tensor:
+        logits = read(self, rows)
+        assert logits.shape == (len(rows.token_ids), config.model.vocab_size)
+        found.add((logits.data_ptr(), logits.untyped_storage().nbytes(), len(self._graphs)))
+        return logits
+
+    monkeypatch.setattr(DecodeGraphs, "logits", noted)
+    run(config, graphs=True)
+    assert {size for _, size, _ in found} == {MAX_RUNNING * config.model.vocab_size * 4}
+    assert len({address for address, _, _ in found}) == 1
+    assert max(graphs for _, _, graphs in found) > 1
 
 
 def test_buckets_and_bounds_end_where_the_limits_do() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import re
 import subprocess
 import tempfile
@@ -29,7 +30,7 @@ def library() -> Path | None:
     return next((path for path in found if path.exists()), None)
 
 
-def compile_cubin(text: str, options: tuple[str, ...], architecture: str) -> bytes:
+def compile_cubin(text: str, options: tuple[str, ...]) -> bytes:
     """Raises AssertionError with the compiler's words."""
     path = library()
     assert path is not None, "nvidia-cuda-nvrtc is not installed"
@@ -38,7 +39,7 @@ def compile_cubin(text: str, options: tuple[str, ...], architecture: str) -> byt
     nvrtc = ctypes.CDLL(str(path))
     program = ctypes.c_void_p()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None) == 0
-    words = [option.encode() for option in (*options, f"--gpu-architecture={architecture}")]
+    words = [option.encode() for option in options]
     status = nvrtc.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words))
     log = _fetch(nvrtc, program, "ProgramLog").rstrip(b"\0").decode()
     assert status == 0, log
@@ -56,7 +57,23 @@ def _fetch(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 
 
 def usage(cubin: bytes) -> dict[str, Usage]:
-    """Kernel -> what it uses, as the cuobjdump in Triton's wheel has it."""
+    """Kernel -> what it uses."""
+    found = re.findall(
+        r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _dump(cubin, "-res-usage")
+    )
+    return {
+        name: Usage(int(registers), int(stack) + int(local), int(shared))
+        for name, registers, stack, shared, local in found
+    }
+
+
+def machine_code(cubin: bytes) -> str:
+    """The instructions of all kernels."""
+    return _dump(cubin, "-sass")
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    """The output of the cuobjdump in Triton's wheel."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None
     assert spec.origin is not None
@@ -64,10 +81,7 @@ def usage(cubin: bytes) -> dict[str, Usage]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    return {
-        name: Usage(int(registers), int(stack) + int(local), int(shared))
-        for name, registers, stack, shared, local in found
-    }
+        # nvdisasm, which cuobjdump calls for -sass, lies beside it
+        environment = os.environ | {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
+        command = [str(tool), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout

@@ -1,4 +1,8 @@
-"""Backend of a GPU: CuPy compiles the sources and launches kernels on torch's current stream."""
+"""Backend of a GPU: NVRTC compiles the sources, CuPy launches kernels on torch's current stream.
+
+CuPy's own compiler would add -ftz=true, which takes subnormal logits and weights of experts for zero, and tests
+could not compile with the options that serve. So NVRTC is called through CuPy's binding.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cierzo.kernels.cuda.launch.kernel import OPTIONS, Kernel, LaunchError, program
-from cierzo.kernels.fault import DeviceFault
+from cierzo.kernels.cuda.launch.kernel import Kernel, LaunchError, options, program
+from cierzo.kernels.fault import DeviceFault, is_device_error
 from cierzo.kernels.registry import KernelChoiceError
 
 INSTALL = "pip install 'cierzo[cuda]'"
@@ -35,14 +39,16 @@ def require() -> None:
 
 
 class CupyBackend:
-    """CuPy as a backend: compiles a source at its first launch on a device, and keeps it (CuPy's cache, on
-    disk)."""
+    """CuPy as a backend: a source is compiled and loaded at the first launch of one of its kernels on a device, and
+    kept."""
 
     device_type = "cuda"
 
     def __init__(self) -> None:
         require()
         self._cupy: Any = importlib.import_module("cupy")
+        self._nvrtc: Any = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+        self._modules: dict[tuple[str, int], Any] = {}
         self._functions: dict[tuple[str, int], Any] = {}
 
     def run(
@@ -61,13 +67,29 @@ class CupyBackend:
             with self._cupy.cuda.Device(index), self._cupy.cuda.ExternalStream(stream, index):
                 self._function(kernel, index)(grid, (threads, 1, 1), tuple(values), shared_mem=shared_bytes)
         except (self._cupy.cuda.driver.CUDADriverError, self._cupy.cuda.runtime.CUDARuntimeError) as error:
+            if not is_device_error(error):
+                raise
             raise DeviceFault(str(error)) from error
-        except self._cupy.cuda.compiler.CompileException as error:
-            raise LaunchError(f"NVRTC: {error}") from error
 
     def _function(self, kernel: Kernel, index: int) -> Any:
         key = (kernel.name, index)
         if key not in self._functions:
-            module = self._cupy.RawModule(code=program(kernel.source), options=OPTIONS, backend="nvrtc")
-            self._functions[key] = module.get_function(kernel.name)
+            at = (kernel.source, index)
+            if at not in self._modules:
+                self._modules[at] = self._cupy.cuda.function.Module()
+                self._modules[at].load(self._cubin(kernel.source, index))
+            self._functions[key] = self._modules[at].get_function(kernel.name)
         return self._functions[key]
+
+    def _cubin(self, source: str, index: int) -> bytes:
+        """Machine code of a source for a device. Raises LaunchError with the compiler's words."""
+        major, minor = torch.cuda.get_device_capability(index)
+        made = self._nvrtc.createProgram(program(source), source, (), ())
+        try:
+            self._nvrtc.compileProgram(made, options(f"sm_{major}{minor}"))
+            cubin: bytes = self._nvrtc.getCUBIN(made)
+        except self._nvrtc.NVRTCError as error:
+            raise LaunchError(f"NVRTC: {error}: {self._nvrtc.getProgramLog(made)}") from error
+        finally:
+            self._nvrtc.destroyProgram(made)
+        return cubin

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).parents[1]
-# Options of NVRTC. Sums keep the order and the rounding of the sources.
-OPTIONS = ("-std=c++17", "--fmad=false", f"-I{SOURCES}")
+# Options of NVRTC. Sums keep the order and the rounding of the sources, and subnormal numbers.
+OPTIONS = ("-std=c++17", "--fmad=false", "--ftz=false", f"-I{SOURCES}")
 POINTERS = {
     "*f32": torch.float32,
     "*f64": torch.float64,
@@ -43,6 +43,11 @@ class Kernel:
     source: str
     name: str
     types: Mapping[str, str]
+
+
+def options(architecture: str) -> tuple[str, ...]:
+    """All that NVRTC is told to compile for an architecture, such as "sm_90"."""
+    return (*OPTIONS, f"--gpu-architecture={architecture}")
 
 
 def program(source: str) -> str:

@@ -12,25 +12,30 @@ import torch
 
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.device import CupyBackend
-from cierzo.kernels.cuda.launch.kernel import OPTIONS, SOURCES, Kernel, LaunchError
+from cierzo.kernels.cuda.launch.kernel import SOURCES, Kernel, LaunchError, options
 from cierzo.kernels.fault import DeviceFault
 
 COPY = Kernel("copy.cu", "copy_blocks_16", {"count": "i32"})
+REVERSE = Kernel("copy.cu", "copy_blocks_8", {"count": "i32"})
 
 
-class DriverError(Exception):
+class DriverError(RuntimeError):
     """CuPy's, of a launch."""
 
 
-class CompileError(Exception):
+class CompileError(RuntimeError):
     """CuPy's, of NVRTC."""
 
 
 class Cupy:
-    """Records what it is asked for."""
+    """Records what it is asked for; its NVRTC too."""
+
+    NVRTCError = CompileError
 
     def __init__(self) -> None:
-        self.modules: list[tuple[str, tuple[str, ...]]] = []
+        self.modules: list[tuple[str, str, tuple[str, ...]]] = []
+        self.programs: list[tuple[str, str]] = []
+        self.loaded: list[bytes] = []
         self.calls: list[tuple[Any, ...]] = []
         self.entered: list[Any] = []
         self.error: Exception | None = None
@@ -39,7 +44,7 @@ class Cupy:
             ExternalStream=lambda address, index: self._within(("stream", address, index)),
             driver=SimpleNamespace(CUDADriverError=DriverError),
             runtime=SimpleNamespace(CUDARuntimeError=DriverError),
-            compiler=SimpleNamespace(CompileException=CompileError),
+            function=SimpleNamespace(Module=self._module),
         )
 
     @contextlib.contextmanager
@@ -47,10 +52,31 @@ class Cupy:
         self.entered.append(what)
         yield
 
-    def RawModule(self, *, code: str, options: tuple[str, ...], backend: str) -> Any:
+    def createProgram(self, code: str, name: str, headers: tuple[()], names: tuple[()]) -> int:
+        """Open a program of NVRTC."""
+        self.programs.append((code, name))
+        return len(self.programs) - 1
+
+    def compileProgram(self, number: int, options: tuple[str, ...]) -> None:
         """One compilation."""
-        self.modules.append((code, options))
-        return SimpleNamespace(get_function=lambda name: self._launch)
+        if isinstance(self.error, CompileError):
+            raise self.error
+        self.modules.append((*self.programs[number], options))
+
+    def getCUBIN(self, number: int) -> bytes:
+        """The machine code."""
+        return self.programs[number][1].encode()
+
+    def getProgramLog(self, number: int) -> str:
+        """The compiler's words."""
+        return f"log of {number}"
+
+    def destroyProgram(self, number: int) -> None:
+        """Close a program."""
+        self.programs[number] = ("", "closed")
+
+    def _module(self) -> Any:
+        return SimpleNamespace(load=self.loaded.append, get_function=lambda name: self._launch)
 
     def _launch(self, grid: Any, block: Any, values: Any, *, shared_mem: int) -> None:
         if self.error:
@@ -63,6 +89,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Cupy:
     found = Cupy()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index - 1))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0xABC))
     monkeypatch.setattr(device.importlib, "import_module", lambda name: found)
     return found
@@ -72,17 +99,24 @@ def test_a_kernel_is_compiled_once_and_launched_on_torchs_stream(cupy: Cupy) -> 
     backend, values = CupyBackend(), [np.int32(5)]
     for _ in range(2):
         backend.run(COPY, torch.device("cuda"), (2, 3, 1), 64, 16, values)
-    ((code, options),) = cupy.modules
+    backend.run(REVERSE, torch.device("cuda"), (2, 3, 1), 64, 16, values)  # of the same source
+    ((code, name, told),) = cupy.modules
     assert code.startswith((SOURCES / "copy.cu").read_text(encoding="utf-8"))
-    assert options == OPTIONS
-    assert cupy.calls == [((2, 3, 1), (64, 1, 1), (5,), 16)] * 2
-    assert cupy.entered == [("device", 1), ("stream", 0xABC, 1)] * 2
+    assert (name, told, cupy.loaded) == ("copy.cu", options("sm_90"), [b"copy.cu"])
+    assert cupy.programs == [("", "closed")]
+    assert cupy.calls == [((2, 3, 1), (64, 1, 1), (5,), 16)] * 3
+    assert cupy.entered == [("device", 1), ("stream", 0xABC, 1)] * 3
     backend.run(COPY, torch.device("cuda", 0), (1, 1, 1), 32, 0, values)
     assert len(cupy.modules) == 2  # another device, another module
 
 
 @pytest.mark.parametrize(
-    ("error", "ours"), [(DriverError("refused"), DeviceFault), (CompileError("refused"), LaunchError)]
+    ("error", "ours"),
+    [
+        (DriverError("CUDA_ERROR_LAUNCH_FAILED: refused"), DeviceFault),
+        (DriverError("CUDA_ERROR_OUT_OF_MEMORY: out of memory, refused"), DriverError),  # the device lives on
+        (CompileError("refused"), LaunchError),
+    ],
 )
 def test_errors_come_back_as_ours(cupy: Cupy, error: Exception, ours: type[Exception]) -> None:
     cupy.error = error

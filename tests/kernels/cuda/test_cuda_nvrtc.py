@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import cuda_on_cpu
 import nvrtc
 import pytest
 
-from cierzo.kernels.cuda.launch.kernel import OPTIONS, SOURCES, Kernel, program
+from cierzo.kernels.cuda.launch.kernel import SOURCES, Kernel, options, program
 
 FILES = sorted(SOURCES.glob("*.cu"))
 LAUNCHERS = sorted(path.stem for path in (SOURCES / "launch").glob("*.py") if path.stem not in ("__init__",))
@@ -28,12 +29,22 @@ def kernels() -> list[Kernel]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_source_compiles_without_spills(path: Path, architecture: str) -> None:
     text = program(path.name)
-    found = nvrtc.usage(nvrtc.compile_cubin(text, OPTIONS, architecture))
+    found = nvrtc.usage(nvrtc.compile_cubin(text, options(architecture)))
     assert set(found) == set(cuda_on_cpu.kernel_names(text))
     for name, used in found.items():
         print(f"{name} {architecture}: {used}")
         assert used.stack_bytes <= STACK_BYTES.get(name, 0), (name, used)
         assert used.registers <= MOST_REGISTERS, (name, used)
+
+
+@pytest.mark.parametrize("name", ["route.cu", "sampling.cu"])
+def test_subnormal_numbers_are_kept(name: str) -> None:
+    """Products that flush would take small logits, and weights of experts, for zero. (Sums and comparisons that
+    flush occur in the compiler's own division and square root, behind a test for what is no number.)"""
+    flushing = re.compile(r"\b(?:FFMA|FMUL|FMNMX)\S*\.FTZ")
+    assert not flushing.findall(nvrtc.machine_code(nvrtc.compile_cubin(program(name), options("sm_90"))))
+    flushed = nvrtc.compile_cubin(program(name), (*options("sm_90"), "--ftz=true"))
+    assert flushing.findall(nvrtc.machine_code(flushed))
 
 
 def test_launchers_name_kernels_that_exist() -> None:
@@ -46,4 +57,4 @@ def test_launchers_name_kernels_that_exist() -> None:
 
 def test_a_source_that_does_not_compile_is_told() -> None:
     with pytest.raises(AssertionError, match="error: identifier"):
-        nvrtc.compile_cubin('extern "C" __global__ void f() { nothing(); }', OPTIONS, "sm_90")
+        nvrtc.compile_cubin('extern "C" __global__ void f() { nothing(); }', options("sm_90"))
