@@ -24,7 +24,6 @@ from cierzo.bench.stats import Summary
 from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import EngineOptions, checkpoint_path
-from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.options import add_options, chosen
 from cierzo.engine.weights.shapes import named_model_config
@@ -75,10 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
     limits = LatencyLimits(**chosen(arguments, LatencyLimits))
     names = arguments.device.split(",")
     experts = None if arguments.experts is None else read_experts(arguments.experts)
-    calibrated = _calibrated(options, arguments.calibration) if "cpu" in names else None
-    if calibrated is None and arguments.calibration is not None:
-        given, why = str(arguments.calibration), "it is for device cpu, which is not planned for"
-        raise refusal("calibration", "left out", given, why)
+    path, calibrated = arguments.calibration, None
+    if "cpu" in names:
+        from cierzo.bench.plan.calibrate import Calibrator, read_calibration  # imports torch
+
+        here = msgspec.structs.replace(options, device="cpu")
+        calibrated = Calibrator(here).measure() if path is None else read_calibration(path, here)
+    elif path is not None:
+        raise refusal("calibration", "left out", str(path), "it is for device cpu, which is not planned for")
     planner = Planner(options, workload, limits, experts=experts, calibrated=calibrated)
     plans = [planner.plan(name) for name in names]
     print(table(plans, checkpoint, workload, limits, arguments.experts))
@@ -87,14 +90,6 @@ def run(arguments: argparse.Namespace) -> int:
     asked = {"options": options, "workload": workload, "limits": limits, "devices": names}
     report.write({**asked, "experts": None if arguments.experts is None else str(arguments.experts)}, plans)
     return int(all(plan.refused for plan in plans))
-
-
-def _calibrated(options: EngineOptions, path: Path | None) -> Device:
-    """This machine's CPU: read from the file, or measured now."""
-    from cierzo.bench.plan.calibrate import Calibrator, read_calibration  # imports torch
-
-    options = msgspec.structs.replace(options, device="cpu")
-    return Calibrator(options).measure() if path is None else read_calibration(path, options)
 
 
 def table(
