@@ -71,7 +71,7 @@ def step_time(device: Device, works: Sequence[Work], *, rows: Number, exchanged_
     bytes_s, operations_s, took_s, waits = zip(*(price(device, work) for work in works), strict=True)
     memory_s = sum(np.where(*one, 0.0) for one in zip(waits, took_s, strict=True))
     return StepTotals(
-        steps=np.ones_like(rows),
+        steps=np.ones_like(rows, dtype=np.int64),
         rows=rows,
         num_bytes=sum(work.num_bytes + (device.cards - 1) * work.replicated_bytes for work in works),
         operations=sum(work.operations for work in works),
