@@ -23,7 +23,7 @@ from cierzo.bench.headline.outcome import Outcome, outcome_of, picture, text
 from cierzo.bench.headline.serve import Serving, gpu_name
 from cierzo.bench.headline.simulate import Simulation
 from cierzo.bench.machine import describe_machine
-from cierzo.bench.peers.engine import Checkpoint, find_checkpoint, fingerprint
+from cierzo.bench.peers.engine import find_checkpoint, fingerprint
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError, refusal
@@ -99,8 +99,8 @@ def _model(name: str) -> str:
     return _checkpoint(find_checkpoint(name, Path()))
 
 
-def _checkpoint(checkpoint: Checkpoint) -> str:
-    return f"{checkpoint.path.name}, {_digest(fingerprint(checkpoint.path))}"
+def _checkpoint(checkpoint: Path) -> str:
+    return f"{checkpoint.name}, {_digest(fingerprint(checkpoint))}"
 
 
 def _digest(value: Any) -> str:

@@ -19,10 +19,9 @@ import msgspec
 from cierzo.bench import machine
 from cierzo.bench.campaign import loop
 from cierzo.bench.headline.cells import Cell, Plan, Subject
-from cierzo.bench.headline.measurement import Headline, Measurement, Steps, closed_loop, measured
+from cierzo.bench.headline.measurement import Headline, Measurement, closed_loop, measured
 from cierzo.bench.headline.search import at_best, engine_settings, resolved
 from cierzo.bench.headline.simulate import simulate, simulated_config
-from cierzo.bench.peers.engine import Checkpoint
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.bench.revision import output
 from cierzo.engine.config import EngineConfig
@@ -36,51 +35,48 @@ from cierzo.engine.errors import ConfigError
 class Serving(Headline):
     """Servers on `device`, "cpu" or "cuda", of checkpoints by model. Logs go below `folder`."""
 
-    def __init__(self, plan: Plan, device: str, checkpoints: dict[str, Checkpoint], folder: Path) -> None:
+    def __init__(self, plan: Plan, device: str, checkpoints: dict[str, Path], folder: Path) -> None:
         super().__init__(plan)
-        self.device, self.folder, self._checkpoints = device, folder, checkpoints
-        self._ceilings: machine.Ceilings | None = None
+        self._device, self._folder, self._checkpoints = device, folder, checkpoints
+        self._limit: Device | None = None  # a device that is this machine at its ceilings, if they are known
+        if device != "cpu":
+            name = gpu_name().lower()
+            self._limit = next((named(card) for card in DATA_SHEETS if card in name), None)
 
     def ceilings(self) -> Any | None:
         """The CPU's, measured now; those of a GPU are on its data sheet."""
-        if self.device != "cpu":
+        if self._device != "cpu":
             return None
-        self._ceilings = machine.measure_apart()
-        return msgspec.to_builtins(self._ceilings)
+        found = machine.measure_apart()
+        self._limit = machine.limit_device(found)
+        return msgspec.to_builtins(found)
 
     def open(self, block: loop.Block[Cell, Subject], subject: Subject) -> Session:
         """Start a server for cells of one profile. Raises EngineFailed, or ConfigError."""
         checkpoint = self._checkpoints[subject.model]
-        settings = engine_settings(str(checkpoint.path), self.device, subject, block.cells)
+        settings = engine_settings(str(checkpoint), self._device, subject, block.cells)
         config = resolved(settings)  # before the server takes the memory that this looks at
         options = {name: value for name, value in settings.items() if name != "model"}
         options["expert_statistics"] = config.model.moe is not None
-        name = f"{subject.model}-{subject.weights}-{subject.activations}-{block.name}"
-        server = CierzoServer(checkpoint, options, self.folder / "logs" / f"{name}.log")
-        return Session(self, server, checkpoint, subject, config)
-
-    def limit_device(self) -> Device | None:
-        """A device that is this machine at its ceilings, if they are known."""
-        if self.device == "cpu":
-            return None if self._ceilings is None else machine.limit_device(self._ceilings)
-        name = gpu_name().lower()
-        return next((named(card) for card in DATA_SHEETS if card in name), None)
+        log = f"{subject.model}-{subject.weights}-{subject.activations}-{block.name}.log"
+        server = CierzoServer(checkpoint, options, self._folder / "logs" / log)
+        return Session(server, checkpoint, subject, config, self._limit, self._folder)
 
 
 @dataclass(frozen=True)
 class Session(loop.Session[Cell]):
-    """A server that runs."""
+    """A server that runs. limit: the machine at its ceilings; folder: for its description."""
 
-    serving: Serving
     server: CierzoServer
-    checkpoint: Checkpoint
+    checkpoint: Path
     subject: Subject
     config: EngineConfig
+    limit: Device | None
+    folder: Path
 
     def measure(self, cell: Cell, number: int) -> Any:
-        """Raises EngineFailed, or ConfigError."""
-        config, device = self.config, self.serving.limit_device()
-        short = {sys.executable: "python", str(self.checkpoint.path): self.checkpoint.path.name}
+        """Measure, then the same load on a simulated engine of the limit. Raises EngineFailed, or ConfigError."""
+        short = {sys.executable: "python", str(self.checkpoint): self.checkpoint.name}
         command = shlex.join(short.get(word, word) for word in shlex.split(self.server.command))
 
         def load(concurrency: int, replicas: int) -> Measurement:
@@ -88,23 +84,20 @@ class Session(loop.Session[Cell]):
             seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())
             result = self.server.load(closed_loop(cell, concurrency, seed))
             found = measured(cell, result, concurrency, replicas)
-            return msgspec.structs.replace(found, experts=self.server.chosen_experts(), command=command)
+            return msgspec.structs.replace(found, experts=self.server.experts, command=command)
 
-        found = at_best(cell, config, device, load)
-        if device is not None:
-            found = msgspec.structs.replace(found, steps=self._twin(cell, found, device))
+        found = at_best(cell, self.config, self.limit, load)
+        if self.limit is not None:
+            fixed = msgspec.structs.replace(cell, concurrency=found.concurrency)
+            config = simulated_config(str(self.checkpoint), fixed, self.subject, self.limit, self.folder)
+            distinct = None if found.experts is None else measured_distinct(found.experts)
+            steps = simulate(config, fixed, found.concurrency, distinct=distinct).steps
+            found = msgspec.structs.replace(found, steps=steps)
         return msgspec.to_builtins(found)
 
     def close(self) -> None:
         """Stop the server."""
         self.server.close()
-
-    def _twin(self, cell: Cell, found: Measurement, device: Device) -> Steps | None:
-        """The steps of the same load on a simulated engine of this machine's ceilings."""
-        fixed = msgspec.structs.replace(cell, concurrency=found.concurrency)
-        config = simulated_config(str(self.checkpoint.path), fixed, self.subject, device, self.serving.folder)
-        distinct = None if found.experts is None else measured_distinct(found.experts)
-        return simulate(config, fixed, found.concurrency, distinct=distinct).steps
 
 
 def gpu_name() -> str:

@@ -16,17 +16,13 @@ from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers import llamacpp, ours, transformers, vllm
 from cierzo.bench.peers.campaign import Peers
 from cierzo.bench.peers.cells import BY_PRODUCTS, cells
-from cierzo.bench.peers.engine import CHECKPOINTS, Peer, find_checkpoint
+from cierzo.bench.peers.engine import CHECKPOINTS, Engine, find_checkpoint
 from cierzo.bench.peers.environments import RECIPES
 from cierzo.bench.peers.results import Outcome, outcome_of, picture, text
 
-PEERS: dict[str, Peer] = {
-    "cierzo": ours,
-    "transformers": transformers,
-    "vllm": vllm,
-    "llamacpp": llamacpp,
+ENGINES: dict[str, Engine] = {
+    engine.name: engine for peer in (ours, transformers, vllm, llamacpp) for engine in peer.ENGINES
 }
-ENGINES = {engine.name: engine for peer in PEERS.values() for engine in peer.ENGINES}
 ROUNDS, CLOSE_ROUNDS = 3, 5
 
 
@@ -50,7 +46,6 @@ def _wanted(arguments: argparse.Namespace) -> options.Wanted:
         checkpoints=[find_checkpoint(name, arguments.checkpoint_folder) for name in names],
         rounds=rounds,
         folder=arguments.folder.resolve(),
-        peers=PEERS,
     )
     machine = describe_machine()
     return options.Wanted(

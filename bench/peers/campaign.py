@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from cierzo.bench.campaign import loop
 from cierzo.bench.campaign.loop import Block, Campaign
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers import agreement
-from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, SERVED_LOAD, SERVED_MEMORY, Cell, Subject
-from cierzo.bench.peers.engine import Checkpoint, Engine, Measured, Peer, Session
+from cierzo.bench.peers.cells import AGREEMENT, Cell, Subject
+from cierzo.bench.peers.engine import Engine, Measured, Session
 from cierzo.bench.peers.results import OURS, ratios
 
 CLOSE_RATIO = 1.2  # below it, a ratio of ours to a peer's is measured in more rounds
@@ -24,15 +25,13 @@ CLOSE_RATIO = 1.2  # below it, a ratio of ours to a peer's is measured in more r
 
 @dataclass(frozen=True, kw_only=True)
 class Peers(Campaign[Cell, Subject]):
-    """Checkpoints, engines and cells to measure. rounds: for all, after which only close ratios are measured.
-    peers: the projects that the engines come from, by name."""
+    """Checkpoints, engines and cells to measure. rounds: for all, after which only close ratios are measured."""
 
-    checkpoints: Sequence[Checkpoint]
+    checkpoints: Sequence[Path]
     engines: Sequence[Engine]
     cells: Sequence[Cell]
     rounds: int
     folder: Path
-    peers: Mapping[str, Peer]
 
     @property
     def blocks(self) -> Sequence[Block[Cell, Subject]]:
@@ -68,16 +67,13 @@ class Peers(Campaign[Cell, Subject]):
         """Convert the checkpoint if need be, and load it. Raises EngineFailed."""
         (engine,) = (engine for engine in self.engines if engine.name == subject.engine)
         (checkpoint,) = (one for one in self.checkpoints if one.name == subject.checkpoint)
-        peer, folder = self.peers[engine.peer], self.folder
-        if block.cells[0].kind != "served":
-            if AGREEMENT in block.cells:  # before an engine is loaded: in float32 a checkpoint takes twice its size
-                with contextlib.suppress(Exception):  # the cell that needs it will say so
-                    agreement.reference(checkpoint, AGREEMENT, folder)
-            return _Loaded(peer.offline(engine, checkpoint, folder), checkpoint, folder, (LOAD, MEMORY))
-        server = peer.server(engine, checkpoint, folder)
-        if server is None:
-            return None
-        return _Loaded(server, checkpoint, folder, (SERVED_LOAD, SERVED_MEMORY))
+        if block.cells[0].kind == "served":
+            session = engine.server(checkpoint, self.folder)
+            return None if session is None else _Loaded(session, checkpoint, self.folder)
+        if AGREEMENT in block.cells:  # before an engine is loaded: in float32 a checkpoint takes twice its size
+            with contextlib.suppress(Exception):  # the cell that needs it will say so
+                agreement.reference(checkpoint, self.folder)
+        return _Loaded(engine.offline(checkpoint, self.folder), checkpoint, self.folder)
 
     def told(self, cell: Cell, result: Any) -> str:
         """The value in the cell's unit."""
@@ -86,26 +82,23 @@ class Peers(Campaign[Cell, Subject]):
 
 @dataclass(frozen=True)
 class _Loaded(loop.Session[Cell]):
-    """An engine that is loaded, and the cells of its time to load and its memory."""
+    """An engine that is loaded."""
 
     session: Session
-    checkpoint: Checkpoint
+    checkpoint: Path
     folder: Path
-    by_product_cells: tuple[Cell, Cell]
 
     def measure(self, cell: Cell, number: int) -> Any:
-        """Raises EngineFailed."""
+        """Measure on prompts of this round and cell, the same for all engines. Raises EngineFailed."""
         if cell != AGREEMENT:
-            return self._told(self.session.measure(cell, _seed(number, cell)))
-        table = agreement.reference(self.checkpoint, AGREEMENT, self.folder)
-        forced = agreement.sequences(AGREEMENT, self.checkpoint.vocab_size)
-        found = self.session.top_logprobs(forced, agreement.COUNT)
+            return self._told(self.session.measure(cell, zlib.crc32(f"{cell} {number}".encode())))
+        table = agreement.reference(self.checkpoint, self.folder)
+        found = self.session.top_logprobs(agreement.sequences(self.checkpoint), agreement.COUNT)
         return self._told(agreement.compare(found, table))
 
     def by_products(self) -> Mapping[Cell, Any]:
         """The time to load of an engine that stays loaded, and memory."""
-        values = self.session.load_s or 0.0, self.session.peak_memory_gb()
-        found = zip(self.by_product_cells, values, strict=True)
+        found = zip(self.session.by_products, (self.session.load_s, self.session.peak_memory_gb()), strict=True)
         return {cell: self._told(Measured(value, None)) for cell, value in found if value > 0}
 
     def close(self) -> None:
@@ -114,9 +107,3 @@ class _Loaded(loop.Session[Cell]):
 
     def _told(self, measured: Measured) -> Any:
         return {**msgspec.to_builtins(measured), "command": self.session.command}
-
-
-def _seed(number: int, cell: Cell) -> int:
-    """Prompts of their own for every round and cell, the same for all engines."""
-    sizes = (cell.batch, cell.prompt_tokens, cell.shared_tokens)
-    return 1_000_003 * (number + 1) + sum(size * 31**power for power, size in enumerate(sizes))

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
-from cierzo.bench.peers.cells import Cell
+from cierzo.bench.peers.cells import LOAD, MEMORY, Cell
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.weights.folder import new_folder
 
@@ -26,15 +26,23 @@ class EngineFailed(Exception):
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A row of the table: a peer (or us) in one setting, with weights in `number_format`."""
+    """A row of the table: weights in `number_format`. Each peer has a subclass, which says how it runs; `folder`
+    holds its environment, its logs, and what is made from checkpoints."""
 
     name: str
     peer: str
-    number_format: str
-    setting: str
+    number_format: str = "bf16"
     options: dict[str, Any] = {}
 
-    def log(self, checkpoint: Checkpoint, folder: Path, kind: str = "") -> Path:
+    def offline(self, checkpoint: Path, folder: Path) -> Session:
+        """Convert the checkpoint if need be, and load it. Raises EngineFailed."""
+        raise NotImplementedError
+
+    def server(self, checkpoint: Path, folder: Path) -> Session | None:
+        """Convert, start its server and warm it up; None for an engine that has none. Raises EngineFailed."""
+        return None
+
+    def log(self, checkpoint: Path, folder: Path, kind: str = "") -> Path:
         """The log of its runs of a kind."""
         return folder / "logs" / f"{self.name}-{checkpoint.name}{kind}.log"
 
@@ -48,10 +56,11 @@ class Measured(msgspec.Struct, frozen=True):
 
 class Session:
     """A loaded engine, and the command that it ran last. `load_s` is the time from its start to its first token;
-    None where nothing stays loaded."""
+    0 where nothing stays loaded. `by_products`: the cells of that time, and of memory."""
 
     command = ""
-    load_s: float | None = None
+    load_s = 0.0
+    by_products = LOAD, MEMORY
 
     def measure(self, cell: Cell, seed: int) -> Measured:
         """A cell, on random prompts of this seed. Raises EngineFailed."""
@@ -72,61 +81,26 @@ class Session:
         """End its processes."""
 
 
-class Peer(Protocol):
-    """A module of this folder: the engines of one project, and how they run. Paths are below `folder`."""
-
-    ENGINES: tuple[Engine, ...]
-
-    def offline(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Session:
-        """Convert the checkpoint if need be, and load it. Raises EngineFailed."""
-        ...
-
-    def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Session | None:
-        """Convert, start its server and warm it up; None for an engine that has none. Raises EngineFailed."""
-        ...
-
-
-class Checkpoint(msgspec.Struct, frozen=True):
-    """A checkpoint under a name of its own."""
-
-    name: str
-    path: Path
-
-    def config(self) -> dict[str, Any]:
-        """The checkpoint's config.json."""
-        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-
-    @property
-    def vocab_size(self) -> int:
-        """Prompts are token ids below this."""
-        return int(self.config()["vocab_size"])
-
-    @property
-    def is_small4(self) -> bool:
-        """MLA and experts, as in Mistral Small 4; else dense, as Mistral Small 3."""
-        return bool(self.config()["model_type"] == "mistral4")
-
-
-def find_checkpoint(name: str, folder: Path, scale: str = "mini") -> Checkpoint:
+def find_checkpoint(name: str, folder: Path, scale: str = "mini") -> Path:
     """A folder, or small4 or small3 with random weights at this scale, made if missing. Raises ConfigError."""
     if name not in CHECKPOINTS:
         path = Path(name).resolve()
         if not (path / "config.json").exists():
             raise ConfigError(f"{name} is no checkpoint", field="checkpoints", value=name)
-        return Checkpoint(path.name, path)
-    path = (folder / (name if scale == "mini" else f"{name}-{scale}")).resolve()
+        return path
+    path = (folder / (name if scale == "mini" else f"{name}-{scale}")).absolute()
     if not path.exists():
         make = ["-m", "cierzo", "make-checkpoint", str(path), "--like", name, "--scale", scale]
         subprocess.run([sys.executable, *make], check=True)
-    return Checkpoint(name, path)
+    return path
 
 
-def kept(checkpoint: Checkpoint, folder: Path, name: str, recipe: Any, make: Callable[[Path], None]) -> Path:
+def kept(checkpoint: Path, folder: Path, name: str, recipe: Any, make: Callable[[Path], None]) -> Path:
     """A folder that `make(folder)` fills from a checkpoint, unless it is there from the same one and recipe.
 
     `recipe`: whatever else decides what is made, as JSON. A folder that could not be finished is not left behind.
     """
-    source = json.dumps([fingerprint(checkpoint.path), recipe], sort_keys=True)
+    source = json.dumps([fingerprint(checkpoint), recipe], sort_keys=True)
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     target = folder / "converted" / f"{name}-{checkpoint.name}-{digest}"
     if not target.exists():

@@ -52,8 +52,9 @@ RECIPES = {
 }
 
 
-def python(peer: str, folder: Path) -> Path:
-    """The interpreter of a peer's environment. Raises ConfigError where it is not installed, or outdated."""
+def python(peer: str, folder: Path, **variables: object) -> list[str]:
+    """The command of a peer's interpreter, which downloads no models. Raises ConfigError where it is not there, or
+    outdated."""
     place = folder / peer
     if not _is_made(peer, place):
         raise ConfigError(
@@ -61,12 +62,8 @@ def python(peer: str, folder: Path) -> Path:
             field="engines",
             value=peer,
         )
-    return place / "bin" / "python"
-
-
-def llama_cpp(folder: Path) -> Path:
-    """The folder with llama.cpp's `programs` and its `source`. Raises ConfigError where it is not installed."""
-    return python("llamacpp", folder).parents[1]
+    given = {"HF_HUB_OFFLINE": 1, **variables}
+    return ["env", *(f"{name}={value}" for name, value in given.items()), str(place / "bin" / "python")]
 
 
 def build(peer: str, folder: Path, torch_index: str = "") -> None:

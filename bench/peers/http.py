@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from http.client import HTTPException
-from types import SimpleNamespace
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -50,9 +49,9 @@ class HttpClient(msgspec.Struct, frozen=True):
             if found := self.token_ids(event):
                 yield Delta(stream=0, token_ids=found)
 
-    async def model_info(self) -> Any:
-        """The vocabulary's size is the checkpoint's."""
-        return SimpleNamespace(vocab_size=self.vocab_size)
+    async def model_info(self) -> HttpClient:
+        """What it knows of the model: the checkpoint's `vocab_size`."""
+        return self
 
     async def close(self) -> None:
         """Nothing to let go of."""

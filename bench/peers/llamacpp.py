@@ -15,48 +15,67 @@ from pathlib import Path
 from typing import Any
 
 from cierzo.bench.peers.cells import Cell
-from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured, Session, kept
-from cierzo.bench.peers.environments import llama_cpp, python
+from cierzo.bench.peers.engine import Engine, EngineFailed, Logprobs, Measured, Session, kept
+from cierzo.bench.peers.environments import python
 from cierzo.bench.peers.http import HttpClient, request
-from cierzo.bench.peers.process import HOST, WORKERS, RunningServer, free_port, run_tool
+from cierzo.bench.peers.process import HOST, WORKERS, RunningServer, free_port, run_tool, words
 from cierzo.engine.errors import ConnectionLost
+from cierzo.engine.model.read_config import read_model_config
 
-PEER = "llamacpp"
 LAYOUT_VERSION = 2  # of gguf_convert.py: raise it when what they write changes
 FILE = "model.gguf"
 SLOTS = 32
 TOOL_TRIES = 3  # llama-batched-bench prints by a thread that its end may overtake: with tiny models, half the time
 CONTEXT_TOKENS = 49_152  # of all slots together: the chat load's 32 x 1,216, and one prompt of 8,192
-ENGINES: tuple[Engine, ...] = (
-    Engine(name="llamacpp-bf16", peer=PEER, number_format="bf16", setting="as it comes"),
-    Engine(name="llamacpp-q8_0", peer=PEER, number_format="q8_0", setting="as it comes"),
-)
 
 
-def offline(engine: Engine, checkpoint: Checkpoint, folder: Path) -> LlamaTools:
-    """A run of the tool for each cell."""
-    return LlamaTools(engine, checkpoint, folder, gguf(engine, checkpoint, folder))
+class LlamaCpp(Engine, frozen=True):
+    """llama.cpp as it comes, with all cores."""
+
+    peer: str = "llamacpp"
+
+    def offline(self, checkpoint: Path, folder: Path) -> LlamaTools:
+        """A run of the tool for each cell."""
+        return LlamaTools(self, checkpoint, folder, self.command("llama-batched-bench", checkpoint, folder))
+
+    def server(self, checkpoint: Path, folder: Path) -> RunningServer:
+        """`llama-server` on a loopback port."""
+        port = free_port()
+        flags = {"--host": HOST, "--port": port, "--parallel": SLOTS, "--ctx-size": CONTEXT_TOKENS}
+        flags["--cache-ram"] = 0  # prefixes are reused within the slots; copies of old prompts only cost time
+        command = [*self.command("llama-server", checkpoint, folder), *words(flags), "--kv-unified", "--no-ui"]
+        client = HttpClient(port, "/completion", body, token_ids, read_model_config(checkpoint).vocab_size)
+        return RunningServer(command, client.connect, self.log(checkpoint, folder, "-server"))
+
+    def command(self, program: str, checkpoint: Path, folder: Path) -> list[str]:
+        """The command line of a program. The checkpoint is made GGUF if need be. Raises EngineFailed."""
+        home, threads = Path(python(self.peer, folder)[-1]).parents[1], len(os.sched_getaffinity(0))
+
+        def convert(target: Path) -> None:
+            command = [
+                *python("transformers", folder),
+                str(WORKERS / "gguf_convert.py"),
+                f"{home}/source/llama.cpp",
+            ]
+            command += [str(checkpoint), str(target / FILE), self.number_format]
+            run_tool(command, self.log(checkpoint, folder, "-convert"))
+
+        model = kept(checkpoint, folder, self.name, LAYOUT_VERSION, convert) / FILE
+        flags = {"--model": model, "--threads": threads, "--threads-batch": threads}
+        return [f"{home}/programs/{program}", *words(flags)]
 
 
-def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> RunningServer:
-    """`llama-server` on a loopback port."""
-    port = free_port()
-    flags = {"host": HOST, "port": port, "parallel": SLOTS, "ctx-size": CONTEXT_TOKENS}
-    flags["cache-ram"] = 0  # prefixes are reused within the slots; copies of old prompts only cost time
-    command = _command("llama-server", gguf(engine, checkpoint, folder), folder, **flags)
-    command += ["--kv-unified", "--no-ui"]
-    client = HttpClient(port, "/completion", body, token_ids, checkpoint.vocab_size)
-    return RunningServer(command, client.connect, engine.log(checkpoint, folder, "-server"))
+ENGINES = tuple(LlamaCpp(name=f"llamacpp-{name}", number_format=name) for name in ("bf16", "q8_0"))
 
 
 @dataclass
 class LlamaTools(Session):
     """A tool that loads, measures and ends: each cell is a process of its own, with a command of its own."""
 
-    engine: Engine
-    checkpoint: Checkpoint
+    engine: LlamaCpp
+    checkpoint: Path
     folder: Path
-    model: Path
+    tool: list[str]
     peak_gb: float = 0.0
 
     def measure(self, cell: Cell, seed: int) -> Measured:
@@ -65,10 +84,9 @@ class LlamaTools(Session):
         It draws its own random tokens: `seed` is not used.
         """
         batch, new_tokens = max(cell.batch, 1), max(cell.new_tokens, 1)
-        context = {"ctx-size": batch * (cell.prompt_tokens + new_tokens)}
-        command = _command("llama-batched-bench", self.model, self.folder, **context)
-        command += ["-npp", str(cell.prompt_tokens), "-ntg", str(new_tokens), "-npl", str(batch)]
-        command += ["--output-format", "jsonl"]
+        sizes = {"-npp": cell.prompt_tokens, "-ntg": new_tokens, "-npl": batch}
+        sizes["--ctx-size"] = batch * (cell.prompt_tokens + new_tokens)
+        command = [*self.tool, "--output-format", "jsonl", *words(sizes)]
         self.command = shlex.join(command)
         log = self.engine.log(self.checkpoint, self.folder)
         for _ in range(TOOL_TRIES):
@@ -81,9 +99,9 @@ class LlamaTools(Session):
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
         """Ask its server, token by token: each request adds one to what the slot holds."""
-        with server(self.engine, self.checkpoint, self.folder) as running:
-            words = shlex.split(running.command)
-            port = int(words[words.index("--port") + 1])
+        with self.engine.server(self.checkpoint, self.folder) as running:
+            command = shlex.split(running.command)
+            port = int(command[command.index("--port") + 1])
             return [
                 [_top_logprobs(port, sequence[:length], count) for length in range(1, len(sequence) + 1)]
                 for sequence in sequences
@@ -92,28 +110,6 @@ class LlamaTools(Session):
     def peak_memory_gb(self) -> float:
         """The most memory of any run so far."""
         return self.peak_gb
-
-
-def gguf(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Path:
-    """The checkpoint as GGUF in the engine's number format, made if need be. Raises EngineFailed."""
-
-    def convert(target: Path) -> None:
-        command = ["env", "HF_HUB_OFFLINE=1", str(python("transformers", folder)), str(WORKERS / "gguf_convert.py")]
-        command += [f"{llama_cpp(folder)}/source/llama.cpp", str(checkpoint.path), str(target / FILE)]
-        run_tool([*command, engine.number_format], engine.log(checkpoint, folder, "-convert"))
-
-    return kept(checkpoint, folder, engine.name, LAYOUT_VERSION, convert) / FILE
-
-
-def _command(program: str, model: Path, folder: Path, **flags: Any) -> list[str]:
-    """The command line of a program that computes with all cores."""
-    flags = {"model": model, "threads": _threads(), "threads-batch": _threads(), **flags}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [f"{llama_cpp(folder)}/programs/{program}", *words]
-
-
-def _threads() -> str:
-    return str(len(os.sched_getaffinity(0)))
 
 
 def body(prompt: list[int], num_tokens: int) -> dict[str, Any]:

@@ -7,66 +7,62 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cierzo.bench.load import LoadClient
-from cierzo.bench.peers.engine import Checkpoint, Engine
+from cierzo.bench.latency import LoadResult
+from cierzo.bench.load import LoadClient, LoadSettings
+from cierzo.bench.peers.engine import Engine
 from cierzo.bench.peers.process import HOST, RunningServer, Worker, free_port
 from cierzo.engine.errors import ConnectionLost
 from cierzo.engine.expert_statistics import ExpertStatistics, difference
 from cierzo.engine.frontend.client import Client, SyncClient
 
-PEER = "cierzo"
-ENGINES: tuple[Engine, ...] = tuple(
-    Engine(
-        name=f"{PEER}-{weights}",
-        peer=PEER,
-        number_format=weights,
-        setting=f"exact, {weights} weights",
-        options={"max_model_len": 16_384, "weights": weights},
-    )
-    for weights in ("bf16", "int8", "int4")
+
+class Cierzo(Engine, frozen=True):
+    """cierzo in exact mode."""
+
+    peer: str = "cierzo"
+
+    def offline(self, checkpoint: Path, folder: Path) -> Worker:
+        """The engine core, stepped by a worker."""
+        return Worker(self, checkpoint, folder, [sys.executable])
+
+    def server(self, checkpoint: Path, folder: Path) -> CierzoServer:
+        """`cierzo serve`."""
+        return CierzoServer(checkpoint, self.options, self.log(checkpoint, folder, "-server"))
+
+
+ENGINES = tuple(
+    Cierzo(name=f"cierzo-{name}", number_format=name, options={"max_model_len": 16_384, "weights": name})
+    for name in ("bf16", "int8", "int4")
 )
 
 
-def offline(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Worker:
-    """The engine core, stepped by a worker."""
-    return Worker(engine, checkpoint, folder, [sys.executable])
-
-
-def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> CierzoServer:
-    """`cierzo serve`."""
-    return CierzoServer(checkpoint, engine.options, engine.log(checkpoint, folder, "-server"))
-
-
 class CierzoServer(RunningServer):
-    """`cierzo serve` with these options, warm. Experts are counted where they have `expert_statistics`."""
+    """`cierzo serve` with these options, warm. `experts`: those that tokens of the last load chose; None where
+    `expert_statistics` is off."""
 
-    def __init__(self, checkpoint: Checkpoint, options: dict[str, Any], log: Path, address: str = "") -> None:
+    experts: ExpertStatistics | None = None
+
+    def __init__(self, checkpoint: Path, options: dict[str, Any], log: Path, address: str = "") -> None:
         """Start it, on a free loopback port unless there is an address. Raises EngineFailed."""
         self._address = address or f"{HOST}:{free_port()}"
-        command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint.path), "--rpc", self._address]
+        command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint), "--rpc", self._address]
         for name, value in options.items():
             flag = name.replace("_", "-")
             is_switch = isinstance(value, bool)
             command.append(f"--{'' if value else 'no-'}{flag}" if is_switch else f"--{flag}={value}")
         super().__init__(command, functools.partial(_connect, self._address), log)
-        try:
-            self._seen = self._experts() if options.get("expert_statistics") else None
-        except BaseException:
-            self.close()
-            raise
 
-    def chosen_experts(self) -> ExpertStatistics | None:
-        """Experts that tokens chose since this was last asked; None where nobody counts them."""
-        if self._seen is None:
-            return None
-        earlier, self._seen = self._seen, self._experts()
-        return difference(self._seen, earlier)
+    def load(self, settings: LoadSettings) -> LoadResult:
+        """Run a load, and count the experts that its tokens choose. Raises EngineFailed."""
+        before = self._counted()
+        result = super().load(settings)
+        after = self._counted()
+        self.experts = difference(after, before) if before and after else None
+        return result
 
-    def _experts(self) -> ExpertStatistics:
+    def _counted(self) -> ExpertStatistics | None:
         with SyncClient(self._address) as client:
-            statistics = client.stats().core.experts
-        assert statistics is not None
-        return statistics
+            return client.stats().core.experts
 
 
 async def _connect(address: str, _: str) -> LoadClient:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, Self
@@ -22,10 +22,11 @@ import uvloop
 
 from cierzo.bench.latency import LoadResult
 from cierzo.bench.load import Connect, LoadSettings, run_load
-from cierzo.bench.peers.cells import Cell, decode_rate
-from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured, Session
+from cierzo.bench.peers.cells import SERVED_LOAD, SERVED_MEMORY, Cell, decode_rate
+from cierzo.bench.peers.engine import Engine, EngineFailed, Logprobs, Measured, Session
 from cierzo.bench.workload import random_prompt
 from cierzo.engine.errors import CierzoError, ConnectionLost
+from cierzo.engine.model.read_config import read_model_config
 
 WORKERS = Path(__file__).with_name("workers")
 HOST = "127.0.0.1"
@@ -117,14 +118,14 @@ class Worker(Process):
     """An engine that is a Python library, loaded by `workers/loop.py`, with the backend of its peer's name."""
 
     def __init__(
-        self, engine: Engine, checkpoint: Checkpoint, folder: Path, python: Sequence[str], /, **options: Any
+        self, engine: Engine, checkpoint: Path, folder: Path, python: Sequence[str], /, **options: Any
     ) -> None:
         """Start and load. `python`: command of the interpreter; options: those of the backend beside the engine's.
 
         Raises EngineFailed.
         """
-        asked = json.dumps({"checkpoint": str(checkpoint.path), **engine.options, **options})
-        self._vocab_size = checkpoint.vocab_size
+        asked = json.dumps({"checkpoint": str(checkpoint), **engine.options, **options})
+        self._vocab_size = read_model_config(checkpoint).vocab_size
         self._pipe, theirs = Pipe()
         with theirs:
             command = [*python, str(WORKERS / "loop.py"), f"{engine.peer}_backend", asked]
@@ -172,6 +173,8 @@ class Worker(Process):
 
 class RunningServer(Process):
     """A server that is warm. `load_s` is the time from its start to the answer to its first request."""
+
+    by_products = SERVED_LOAD, SERVED_MEMORY
 
     def __init__(self, command: Sequence[str], connect: Connect, log: Path) -> None:
         """Start it. `connect` raises ConnectionLost until it takes requests.
@@ -227,6 +230,11 @@ class RunningServer(Process):
                 return
             await asyncio.sleep(POLL_S)
         raise self.failed(f"not ready after {START_TIMEOUT_S:.0f} s")
+
+
+def words(flags: Mapping[str, Any]) -> list[str]:
+    """Flags and their values for a command line."""
+    return [str(word) for flag in flags.items() for word in flag]
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ from cierzo.bench import machine
 from cierzo.bench.campaign import outcome, plot, table
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers.cells import Cell, Subject
-from cierzo.bench.peers.engine import CHECKPOINTS, Checkpoint, Engine
+from cierzo.bench.peers.engine import CHECKPOINTS, Engine
 from cierzo.bench.revision import ROOT
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_model import step_time
@@ -40,12 +40,12 @@ WEIGHTS = {"q8_0": "int8"}  # a peer's number format -> what its limit is counte
 
 
 def outcome_of(
-    checkpoints: Sequence[Checkpoint], engines: Sequence[Engine], cells: Sequence[Cell], store: Store
+    checkpoints: Sequence[Path], engines: Sequence[Engine], cells: Sequence[Cell], store: Store
 ) -> Outcome:
     """Every engine in every cell that was tried, with the targets' ratios and Small 4's over Small 3's."""
     ceilings = msgspec.convert(store.ceilings(), list[machine.Ceilings])
     device = machine.limit_device(machine.middle(ceilings)) if ceilings else None
-    models = {checkpoint.name: read_model_config(checkpoint.path) for checkpoint in checkpoints} if device else {}
+    models = {checkpoint.name: read_model_config(checkpoint) for checkpoint in checkpoints} if device else {}
     formats = {engine.name: engine.number_format for engine in engines}
 
     def about(cell: Cell, subject: Subject, result: Any) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _note(store: Store, cell: Cell, subject: Subject) -> str:
 
 
 def ratios(
-    store: Store, checkpoints: Sequence[Checkpoint], engines: Sequence[Engine], cells: Sequence[Cell]
+    store: Store, checkpoints: Sequence[Path], engines: Sequence[Engine], cells: Sequence[Cell]
 ) -> list[Ratio]:
     """How many times as good ours are, for the targets: bf16 against the best peer in bf16; int8 against our bf16
     and llama.cpp's Q8_0; int4 against our int8. Then, where an engine served both, Small 4's figure over Small 3's.

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cierzo.bench.peers.engine import Checkpoint, Engine
+from cierzo.bench.peers.engine import Engine
 from cierzo.bench.peers.environments import python
 from cierzo.bench.peers.process import Worker
 
-PEER = "transformers"
-DEFAULTS = Engine(
-    name=PEER,
-    peer=PEER,
-    number_format="bf16",
-    setting="generate, sdpa attention, grouped_mm experts (its defaults)",
-)
-ENGINES: tuple[Engine, ...] = (DEFAULTS,)
+
+class Transformers(Engine, frozen=True):
+    """`generate` as it comes: sdpa attention, grouped_mm experts."""
+
+    peer: str = "transformers"
+
+    def offline(self, checkpoint: Path, folder: Path) -> Worker:
+        """`generate` in a worker, in an environment of its own."""
+        return Worker(self, checkpoint, folder, python(self.peer, folder))
 
 
-def offline(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Worker:
-    """`generate` in a worker, in an environment of its own."""
-    return Worker(engine, checkpoint, folder, ["env", "HF_HUB_OFFLINE=1", str(python(PEER, folder))])
-
-
-def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> None:
-    """None: transformers has no server of its own."""
+ENGINES = (Transformers(name="transformers"),)

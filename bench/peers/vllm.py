@@ -7,48 +7,47 @@ not with its MLA kernel for CPUs, which takes latents of 512 + 64 only: attentio
 from __future__ import annotations
 
 import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
 
-from cierzo.bench.peers.engine import Checkpoint, Engine, kept
+from cierzo.bench.peers.engine import Engine, kept
 from cierzo.bench.peers.environments import python
 from cierzo.bench.peers.http import HttpClient
-from cierzo.bench.peers.process import RunningServer, Worker, free_port
+from cierzo.bench.peers.process import RunningServer, Worker, free_port, words
 from cierzo.engine.checkpoint_format import PUBLISHED_FORMATS
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.writer import write_json
 
-PEER = "vllm"
+PEER, SMALL4 = "vllm", "mistral4"
 LAYOUT_VERSION = 2  # of `convert`: raise it when what it writes changes
 NATIVE = PUBLISHED_FORMATS["native"]
 KV_CACHE_GIB = 4  # 98 KB a token of small4-mini: 32 requests of the chat load, 1,216 tokens each, take 3.6 GiB
-ENGINES: tuple[Engine, ...] = (
-    Engine(
-        name=PEER,
-        peer=PEER,
-        number_format="bf16",
-        setting="compiled (its default), OpenMP threads bound to cores",
-        options={"max_model_len": 16_384, "max_num_seqs": 32},
-    ),
-)
 
 
-def offline(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Worker:
-    """`vllm.LLM` in a worker, in an environment of its own."""
-    return Worker(engine, checkpoint, folder, _python(checkpoint, folder), **_layout(checkpoint, folder))
+class Vllm(Engine, frozen=True):
+    """vLLM compiled, which is its default, with OpenMP threads bound to cores."""
+
+    peer: str = PEER
+
+    def offline(self, checkpoint: Path, folder: Path) -> Worker:
+        """`vllm.LLM` in a worker, in an environment of its own."""
+        return Worker(self, checkpoint, folder, _python(checkpoint, folder), **_layout(checkpoint, folder))
+
+    def server(self, checkpoint: Path, folder: Path) -> RunningServer:
+        """vLLM's API server on a loopback port."""
+        port, layout = free_port(), _layout(checkpoint, folder)
+        flags = {"model": layout.pop("checkpoint"), "served_model_name": PEER, "port": port, "dtype": "bfloat16"}
+        flags |= {**self.options, **layout}
+        command = [*_python(checkpoint, folder), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log"]
+        command += words({"--" + name.replace("_", "-"): value for name, value in flags.items()})
+        client = HttpClient(port, "/v1/completions", body, token_ids, read_model_config(checkpoint).vocab_size)
+        return RunningServer(command, client.connect, self.log(checkpoint, folder, "-server"))
 
 
-def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> RunningServer:
-    """vLLM's API server on a loopback port."""
-    port, layout = free_port(), _layout(checkpoint, folder)
-    flags = {"model": layout.pop("checkpoint"), "served_model_name": PEER, "port": port, "dtype": "bfloat16"}
-    flags |= {**engine.options, **layout}
-    command = [*_python(checkpoint, folder), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log"]
-    for name, value in flags.items():
-        command += ["--" + name.replace("_", "-"), str(value)]
-    client = HttpClient(port, "/v1/completions", body, token_ids, checkpoint.vocab_size)
-    return RunningServer(command, client.connect, engine.log(checkpoint, folder, "-server"))
+ENGINES = (Vllm(name=PEER, options={"max_model_len": 16_384, "max_num_seqs": 32}),)
 
 
 def body(prompt: list[int], num_tokens: int) -> dict[str, Any]:
@@ -62,27 +61,26 @@ def token_ids(event: dict[str, Any]) -> list[int]:
     return [token for choice in event.get("choices", []) for token in choice.get("token_ids") or []]
 
 
-def _python(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    settings = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        "VLLM_CACHE_ROOT": str(folder / "cache" / PEER),  # what it compiled: the second start finds it
-    }
-    if checkpoint.is_small4:
-        settings["VLLM_MLA_DISABLE"] = "1"
-    return ["env", *(f"{name}={value}" for name, value in settings.items()), str(python(PEER, folder))]
+def _python(checkpoint: Path, folder: Path) -> list[str]:
+    return python(
+        PEER,
+        folder,
+        VLLM_CPU_KVCACHE_SPACE=KV_CACHE_GIB,
+        VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        VLLM_CACHE_ROOT=folder / "cache" / PEER,  # what it compiled: the second start finds it
+        **({"VLLM_MLA_DISABLE": 1} if read_model_config(checkpoint).architecture == SMALL4 else {}),
+    )
 
 
-def _layout(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+def _layout(checkpoint: Path, folder: Path) -> dict[str, str]:
     """Where vLLM finds the checkpoint, and how it must read it."""
-    if not checkpoint.is_small4:
-        return {"checkpoint": str(checkpoint.path)}
+    if read_model_config(checkpoint).architecture != SMALL4:
+        return {"checkpoint": str(checkpoint)}
     path = kept(checkpoint, folder, PEER, LAYOUT_VERSION, functools.partial(convert, checkpoint))
     return {"checkpoint": str(path), "config_format": "mistral", "load_format": "mistral"}
 
 
-def convert(checkpoint: Checkpoint, target: Path) -> None:
+def convert(checkpoint: Path, target: Path) -> None:
     """Write a mistral4 checkpoint in the Mistral-native layout. Raises KeyError for an unknown tensor.
 
     transformers stacks the experts, whose w1, w3 and w2 have names of their own here. Row-major, those are slices
@@ -93,9 +91,12 @@ def convert(checkpoint: Checkpoint, target: Path) -> None:
     from cierzo.engine.weights.published import apart, native_params
     from cierzo.engine.weights.reader import CheckpointReader
 
-    write_json(target / NATIVE.config_name, native_params(checkpoint.config()))
+    write_json(
+        target / NATIVE.config_name,
+        native_params(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))),
+    )
     tensors: dict[str, Any] = {}
-    with CheckpointReader(checkpoint.path) as reader:
+    with CheckpointReader(checkpoint) as reader:
         for name, info in reader.tensors.items():
             names, shapes = zip(*apart(name, info.shape, NATIVE), strict=True)
             tensors |= dict(zip(names, reader.read(name).reshape(len(names), *shapes[0]), strict=True))

@@ -21,7 +21,7 @@ import msgspec
 from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.latency import LoadResult, steady_load
 from cierzo.bench.load import LoadSettings
-from cierzo.bench.peers.engine import Checkpoint, EngineFailed
+from cierzo.bench.peers.engine import EngineFailed
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.bench.plan.calibrate import Calibrator
 from cierzo.bench.plan.forecast import Forecast, forecast, left_out
@@ -89,8 +89,7 @@ def check(engine: EngineOptions, workloads: Sequence[Workload], folder: Path) ->
     EngineFailed."""
     config, calibrator = resolve(engine), Calibrator(engine)
     served = {"weights": config.weights, "expert_statistics": config.model.moe is not None}
-    checkpoint = Checkpoint(name=config.name, path=Path(config.checkpoint))
-    with CierzoServer(checkpoint, served, folder / f"{config.name}.log") as server:
+    with CierzoServer(Path(config.checkpoint), served, folder / f"{config.name}.log") as server:
         before, seed = calibrator.measure(), 0
         for workload in workloads:
             clients = workload.concurrency
@@ -111,7 +110,7 @@ def _attempt(
     """Load, calibrate, plan; the calibration serves the next workload too."""
     result = server.load(LoadSettings(rpc="", **msgspec.structs.asdict(load)))
     steady = steady_load(result, left_out(load.requests or 0, load.concurrency))
-    experts, after = server.chosen_experts(), calibrator.measure()
+    experts, after = server.experts, calibrator.measure()
     distinct = None if experts is None else measured_distinct(experts)
     plans = [figures(forecast(config, load, device=device, distinct=distinct)) for device in (before, after)]
     attempt = Attempt(

@@ -134,7 +134,7 @@ def _by_cell(record: Record) -> tuple[bool, bool]:
 def test_real_servers(run: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(machine, "measure_apart", lambda: FOUND)
     for name in ("small4", "small3"):
-        find_checkpoint(name, run.folder, "tiny").path.rename(run.folder / name)
+        find_checkpoint(name, run.folder, "tiny").rename(run.folder / name)
     assert run() == 0
     table = (run.folder / "out/headline-cpu.txt").read_text(encoding="utf-8")
     records = run.records("headline-cpu")

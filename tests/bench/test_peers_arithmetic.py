@@ -14,7 +14,7 @@ from cierzo.bench.machine import Ceiling, Ceilings, limit_device
 from cierzo.bench.peers import agreement
 from cierzo.bench.peers.campaign import Peers
 from cierzo.bench.peers.cells import LOAD, MEMORY, Cell, Subject, cells, decode_rate
-from cierzo.bench.peers.engine import Checkpoint, Engine
+from cierzo.bench.peers.engine import Engine
 from cierzo.bench.peers.results import limit, outcome_of, ratios, text, values
 from cierzo.bench.revision import ROOT
 from cierzo.engine.model.config import ModelConfig
@@ -24,7 +24,7 @@ from cierzo.engine.weights.shapes import shape_of
 DECODE = Cell(name="decode-8", kind="decode", unit="tok/s", batch=8, prompt_tokens=128, new_tokens=64)
 SERVED = Cell(name="served", kind="served", unit="req/s", batch=32, requests=96, prompt_tokens=512, new_tokens=64)
 IDENTITY = {"commit": "abc", "device": "a CPU"}
-CHECKPOINT = Checkpoint("small4", Path())
+CHECKPOINT = Path("small4")
 
 
 def rate(rate: float) -> Ceiling:
@@ -41,7 +41,7 @@ FOUND = Ceilings(
 
 
 def engine(name: str, peer: str = "vllm", number_format: str = "bf16") -> Engine:
-    return Engine(name=name, peer=peer, number_format=number_format, setting="")
+    return Engine(name=name, peer=peer, number_format=number_format)
 
 
 ENGINES = [
@@ -67,11 +67,11 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Checkpoint:
+def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "small4"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shape_of("small4", "mini").config("bfloat16")))
-    return Checkpoint("small4", folder)
+    return folder
 
 
 def test_decode_rate_counts_only_what_all_requests_decode() -> None:
@@ -105,7 +105,7 @@ def test_the_last_value_counts_but_the_most_memory(store: Store) -> None:
     assert values(store, MEMORY, Subject("small4", "fast")) == {0: 3.0}
 
 
-def test_rows_have_values_and_share_of_the_limit(store: Store, checkpoint: Checkpoint) -> None:
+def test_rows_have_values_and_share_of_the_limit(store: Store, checkpoint: Path) -> None:
     for number, value in enumerate((90.0, 100.0, 110.0)):
         add(store, "fast", value, number)
     add(store, "slow", None, error="no memory")
@@ -150,7 +150,7 @@ def test_ratios_are_against_the_best_peer(store: Store) -> None:
 def test_close_ratios_name_both_sides(store: Store) -> None:
     for name, value in (("cierzo-bf16", 11.0), ("fast", 10.0), ("cierzo-int8", 11.5), ("llama-q8", 5.0)):
         add(store, name, value)
-    plan = Peers(checkpoints=[CHECKPOINT], engines=ENGINES, cells=[DECODE], rounds=1, folder=Path(), peers={})
+    plan = Peers(checkpoints=[CHECKPOINT], engines=ENGINES, cells=[DECODE], rounds=1, folder=Path())
     wanted = plan.wanted(1, store)
     assert [one.name for one in ENGINES if wanted(DECODE, Subject("small4", one.name))] == [
         "cierzo-bf16",
@@ -212,7 +212,7 @@ def test_agreement_tells_ties_from_errors() -> None:
     best = [0, 0, 0, 2]
     found = [[[(token, float(table[0, i, token]) + 0.25)] for i, token in enumerate(best)]]
     raw = agreement.compare(found, table.astype(np.float32)).raw
-    assert (raw.top1_percent, raw.near_percent, raw.positions) == (50.0, 75.0, 4)
-    assert raw.rms_logprob == pytest.approx(0.25, abs=1e-5)
+    assert (raw["top1_percent"], raw["near_percent"], raw["positions"]) == (50.0, 75.0, 4)
+    assert raw["rms_logprob"] == pytest.approx(0.25, abs=1e-5)
     with pytest.raises(ValueError, match="positions"):
         agreement.compare([found[0][:3]], table.astype(np.float32))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cierzo.bench.peers import environments, vllm
-from cierzo.bench.peers.engine import Checkpoint, kept
+from cierzo.bench.peers.engine import kept
 from cierzo.bench.peers.process import WORKERS
 from cierzo.bench.peers.workers import gguf_convert
 from cierzo.engine.errors import ConfigError
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_native_layout_has_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
-    vllm.convert(Checkpoint("tiny", checkpoint), tmp_path)
+    vllm.convert(checkpoint, tmp_path)
     native = load_file(tmp_path / "consolidated.safetensors")
     theirs: dict[str, torch.Tensor] = {}
     for path in checkpoint.glob("*.safetensors"):
@@ -73,10 +73,9 @@ def test_what_was_made_is_kept_until_its_source_changes(checkpoint: Path, tmp_pa
         made.append(folder)
         (folder / "file").write_text(str(len(made)))
 
-    source = Checkpoint("tiny", checkpoint)
     for recipe, count in ((1, 1), (1, 1), (2, 2)):
-        assert (kept(source, tmp_path, "peer", recipe, make) / "file").read_text() == str(count)
-    other = Checkpoint("tiny", make_checkpoint(tmp_path / "other", like="small3", scale="tiny"))
+        assert (kept(checkpoint, tmp_path, "peer", recipe, make) / "file").read_text() == str(count)
+    other = make_checkpoint(tmp_path / "other", like="small3", scale="tiny")
     assert (kept(other, tmp_path, "peer", 2, make) / "file").read_text() == "3"
 
 
@@ -87,7 +86,7 @@ def test_what_could_not_be_finished_is_not_kept(checkpoint: Path, tmp_path: Path
 
     for _ in range(2):
         with pytest.raises(RuntimeError, match="disk full"):
-            kept(Checkpoint("tiny", checkpoint), tmp_path, "peer", 1, fail)
+            kept(checkpoint, tmp_path, "peer", 1, fail)
         assert not list((tmp_path / "converted").iterdir())
 
 
@@ -105,7 +104,10 @@ def test_environments_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     packages = [command[command.index("install") + 1 :] for command in commands if "install" in command]
     assert packages[0] == ["--index-url", "https://index.example", environments.TORCH], "torch first and alone"
     assert "transformers==5.23.0" in packages[1]
-    assert environments.python("transformers", tmp_path) == tmp_path / "transformers" / "bin" / "python"
+    assert environments.python("transformers", tmp_path, THREADS=2) == [
+        *("env", "HF_HUB_OFFLINE=1", "THREADS=2"),
+        f"{tmp_path}/transformers/bin/python",
+    ]
     commands.clear()
     environments.build("transformers", tmp_path)
     assert commands == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 
 from cierzo.bench.peers import process
 from cierzo.bench.peers.cells import Cell
-from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed
+from cierzo.bench.peers.engine import Engine, EngineFailed
 from cierzo.bench.peers.process import Process, Worker, run_tool
+from cierzo.engine.weights.shapes import shape_of
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 PYTHON = ["env", f"PYTHONPATH={SUPPORT}", sys.executable]
@@ -28,10 +30,12 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "logs" / "engine-checkpoint.log"
 
 
-def _worker(folder: Path, **options: Any) -> Worker:
-    engine = Engine(name="engine", peer="fake", number_format="bf16", setting="", options=options)
-    (folder / "config.json").write_text('{"vocab_size": 40}')
-    return Worker(engine, Checkpoint("checkpoint", folder), folder, PYTHON)
+def _worker(folder: Path, name: str = "checkpoint", **options: Any) -> Worker:
+    engine = Engine(name="engine", peer="fake", options=options)
+    checkpoint = folder / name
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text(json.dumps(shape_of("small3", "tiny").config("bfloat16")))
+    return Worker(engine, checkpoint, folder, PYTHON)
 
 
 @pytest.fixture
@@ -54,7 +58,6 @@ def test_a_worker_measures(worker: Worker, log: Path) -> None:
     warm_up, load = [2, 16, process.WARM_UP_TOKENS], [1, 16, 1]
     assert worker.ask("history") == [load, warm_up, [2, 8, 5], [1, 16, process.WARM_UP_TOKENS], [1, 30, 1]]
     assert worker.top_logprobs([[4, 5]], 1) == [[[[4, -0.5]], [[5, -0.5]]]]
-    assert worker.load_s is not None
     assert worker.load_s > 0
     assert 0.003 < worker.peak_memory_gb() < 1
     assert '"seconds_a_token": 0.25' in worker.command
@@ -75,9 +78,8 @@ def test_an_error_is_an_answer(worker: Worker) -> None:
 
 
 def test_a_checkpoint_that_does_not_load(tmp_path: Path) -> None:
-    (tmp_path / "missing").mkdir()
     with pytest.raises(EngineFailed, match="load: FileNotFoundError: no such checkpoint"):
-        _worker(tmp_path / "missing")
+        _worker(tmp_path, "missing")
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # one that has ended meanwhile
             assert str(tmp_path).encode() not in entry.read_bytes(), "it still runs"

@@ -18,8 +18,9 @@ from cierzo.bench.peers import agreement
 from cierzo.bench.peers.__main__ import main
 from cierzo.bench.peers.campaign import Peers
 from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, Cell, Subject
-from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured, Session
+from cierzo.bench.peers.engine import Engine, EngineFailed, Logprobs, Measured, Session
 from cierzo.bench.peers.results import outcome_of, picture, text, values
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.shapes import shape_of
 
 PREFILL = Cell(name="prefill-8", kind="prefill", unit="tok/s", prompt_tokens=8)
@@ -53,24 +54,17 @@ class ScriptedOffline(Session):
         self._diary.append(f"close {self._name}")
 
 
-class ScriptedPeer:
-    """Two engines without servers."""
+class ScriptedEngine(Engine, frozen=True):
+    """An engine without a server."""
 
-    ENGINES: tuple[Engine, ...] = ()
+    diary: list[str]
+    figure: Figure
 
-    def __init__(self, figure: Figure) -> None:
-        self.diary: list[str] = []
-        self.figure = figure
+    def offline(self, checkpoint: Path, folder: Path) -> ScriptedOffline:
+        return ScriptedOffline(self.name, self.diary, self.figure)
 
-    def offline(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> ScriptedOffline:
-        return ScriptedOffline(engine.name, self.diary, self.figure)
-
-    def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> None:
-        self.diary.append(f"server of {engine.name}")
-
-
-def _engine(name: str, peer: str) -> Engine:
-    return Engine(name=name, peer=peer, number_format="bf16", setting="")
+    def server(self, checkpoint: Path, folder: Path) -> None:
+        self.diary.append(f"server of {self.name}")
 
 
 @pytest.fixture
@@ -82,18 +76,19 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Peers:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shape_of("small3", "tiny").config("bfloat16")))
     return Peers(
-        checkpoints=[Checkpoint("tiny", folder)],
-        engines=[_engine("ours", "cierzo"), _engine("theirs", "other")],
+        checkpoints=[folder],
+        engines=[Engine(name="ours", peer="cierzo"), Engine(name="theirs", peer="other")],
         cells=[DECODE, PREFILL],
         rounds=2,
         folder=tmp_path,
-        peers={},
     )
 
 
-def _run(plan: Peers, peer: ScriptedPeer, rounds: int = 2) -> Store:
+def _run(plan: Peers, figure: Figure, diary: list[str] | None = None, rounds: int = 2) -> Store:
+    told = [] if diary is None else diary
+    engines = [ScriptedEngine(name=one.name, peer=one.peer, diary=told, figure=figure) for one in plan.engines]
     store = Store(plan.folder / "samples.jsonl", {"commit": "abc", "device": "a CPU"})
-    Run(replace(plan, peers={"cierzo": peer, "other": peer}), store, say=lambda _: None).measure(rounds)
+    Run(replace(plan, engines=engines), store, say=lambda _: None).measure(rounds)
     return store
 
 
@@ -102,11 +97,11 @@ def _ten(name: str, cell: Cell) -> float:
 
 
 def test_one_engine_is_in_memory_at_a_time(plan: Peers) -> None:
-    peer = ScriptedPeer(_ten)
-    store = _run(plan, peer)
+    diary: list[str] = []
+    store = _run(plan, _ten, diary)
     ours = ["open ours", "ours decode-2", "ours prefill-8", "close ours"]
     theirs = ["open theirs", "theirs decode-2", "theirs prefill-8", "close theirs"]
-    assert peer.diary == [*ours, *theirs, *theirs, *ours]
+    assert diary == [*ours, *theirs, *theirs, *ours]
     assert values(store, LOAD, OURS) == {0: 1.5, 1: 1.5}
     assert values(store, MEMORY, THEIRS) == {0: 2.5, 1: 2.5}
     assert store.measured(DECODE, OURS)[0]["command"] == "run ours"
@@ -114,7 +109,7 @@ def test_one_engine_is_in_memory_at_a_time(plan: Peers) -> None:
 
 
 def test_prompts_are_the_same_for_all_engines_and_new_in_each_round(plan: Peers) -> None:
-    store = _run(plan, ScriptedPeer(_ten))
+    store = _run(plan, _ten)
     seeds = {
         (subject.engine, cell.name, number): result["raw"][0]
         for subject in (OURS, THEIRS)
@@ -132,7 +127,7 @@ def test_a_failure_is_told_and_not_complete(plan: Peers, tmp_path: Path) -> None
             raise EngineFailed("out of memory")
         return 10.0
 
-    store = _run(plan, ScriptedPeer(failing))
+    store = _run(plan, failing)
     assert values(store, PREFILL, THEIRS) == {0: 10.0, 1: 10.0}
     found = outcome_of(plan.checkpoints, plan.engines, plan.cells, store)
     assert [row.error for row in found.rows] == ["", "out of memory", "", ""]
@@ -147,7 +142,7 @@ def test_close_ratios_get_more_rounds_of_both_sides(plan: Peers) -> None:
     def figure(name: str, cell: Cell) -> float:
         return {"theirs": 10.0, "ours": 11.0 if cell == DECODE else 30.0}[name]
 
-    store = _run(plan, ScriptedPeer(figure), rounds=4)
+    store = _run(plan, figure, rounds=4)
     for subject in (OURS, THEIRS):
         assert sorted(values(store, DECODE, subject)) == [0, 1, 2, 3]
         assert sorted(values(store, PREFILL, subject)) == [0, 1]
@@ -155,22 +150,23 @@ def test_close_ratios_get_more_rounds_of_both_sides(plan: Peers) -> None:
 
 def test_agreement_is_checked_once(plan: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that the scripted engine repeats are all that the reference has."""
-    vocab_size = plan.checkpoints[0].vocab_size
-    forced = agreement.sequences(AGREEMENT, vocab_size)
-    table = np.full((len(forced), AGREEMENT.prompt_tokens, vocab_size), -9.0, np.float32)
+    forced = agreement.sequences(plan.checkpoints[0])
+    table = np.full(
+        (len(forced), AGREEMENT.prompt_tokens, read_model_config(plan.checkpoints[0]).vocab_size), -9.0, np.float32
+    )
     for i, sequence in enumerate(forced):
         table[i, np.arange(len(sequence)), sequence] = 0.0
-    peer = ScriptedPeer(_ten)
+    diary: list[str] = []
 
-    def reference(checkpoint: Checkpoint, cell: Cell, folder: Path) -> agreement.Table:
-        peer.diary.append("reference")
+    def reference(checkpoint: Path, folder: Path) -> agreement.Table:
+        diary.append("reference")
         return table
 
     monkeypatch.setattr(agreement, "reference", reference)
-    store = _run(replace(plan, cells=[AGREEMENT, DECODE]), peer)
+    store = _run(replace(plan, cells=[AGREEMENT, DECODE]), _ten, diary)
     assert values(store, AGREEMENT, OURS) == {0: 100.0}
-    assert peer.diary.count("ours agreement") == peer.diary.count("theirs agreement") == 1
-    assert peer.diary[0] == "reference", "it is made before any engine is loaded"
+    assert diary.count("ours agreement") == diary.count("theirs agreement") == 1
+    assert diary[0] == "reference", "it is made before any engine is loaded"
 
 
 def test_a_reference_that_cannot_be_made_leaves_the_other_cells(
@@ -180,16 +176,15 @@ def test_a_reference_that_cannot_be_made_leaves_the_other_cells(
         raise EngineFailed("not installed")
 
     monkeypatch.setattr(agreement, "reference", no_reference)
-    store = _run(replace(plan, cells=[AGREEMENT, DECODE]), ScriptedPeer(_ten))
+    store = _run(replace(plan, cells=[AGREEMENT, DECODE]), _ten)
     assert store.error(AGREEMENT, OURS) == "not installed"
     assert values(store, DECODE, OURS) == {0: 10.0, 1: 10.0}
 
 
 def test_an_engine_without_a_server_has_no_served_cells(plan: Peers) -> None:
-    peer = ScriptedPeer(_ten)
-    wanted = replace(plan, cells=[SERVED])
-    store = _run(wanted, peer)
-    assert peer.diary == ["server of ours", "server of theirs", "server of theirs", "server of ours"]
+    diary: list[str] = []
+    store = _run(replace(plan, cells=[SERVED]), _ten, diary)
+    assert diary == ["server of ours", "server of theirs", "server of theirs", "server of ours"]
     assert {sample.cell for sample in store} == {"ceilings"}
 
 
@@ -204,7 +199,7 @@ def test_the_command_line_names_what_it_does_not_know(capsys: pytest.CaptureFixt
 
 def test_the_picture_is_drawn(plan: Peers, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    store = _run(plan, ScriptedPeer(_ten))
+    store = _run(plan, _ten)
     picture(outcome_of(plan.checkpoints, plan.engines, plan.cells, store), tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 

@@ -110,7 +110,8 @@ class InProcess(SimulatedServer):
         self._arrived = asyncio.Event()
         return run_simulated_load(self, settings)
 
-    def chosen_experts(self) -> ExpertStatistics | None:
+    @property
+    def experts(self) -> ExpertStatistics | None:
         """Of all loads so far."""
         return self.core.stats().experts
 
