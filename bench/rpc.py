@@ -18,8 +18,7 @@ from cierzo.bench.peers.engine import find_checkpoint
 from cierzo.bench.peers.ours import CierzoServer
 
 CLIENTS = 64
-ADDRESS = "127.0.0.1:7079"
-SHORT = LoadSettings(rpc=ADDRESS, requests=20_000, concurrency=CLIENTS, output_tokens=16)
+SHORT = LoadSettings(rpc="", requests=20_000, concurrency=CLIENTS, output_tokens=16)
 LONG = msgspec.structs.replace(SHORT, requests=2_000, output_tokens=256)
 # What is loaded, the figure of its result that has a limit, and the limit.
 LIMITS = ((SHORT, "requests_per_s", 1500.0), (LONG, "output_tokens_per_s", 30_000.0))
@@ -30,7 +29,7 @@ def main() -> int:
     is_good = True
     with tempfile.TemporaryDirectory(prefix="cierzo-bench-") as folder:
         checkpoint = find_checkpoint("small4", Path(folder), "tiny")
-        with CierzoServer(checkpoint, {"runner": "fake"}, Path(folder) / "server.log", ADDRESS) as server:
+        with CierzoServer(checkpoint, {"runner": "fake"}, Path(folder) / "server.log") as server:
             for settings, name, limit in LIMITS:
                 result = server.load(settings)
                 figure = getattr(result, name)

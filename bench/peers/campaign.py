@@ -15,7 +15,7 @@ from cierzo.bench import machine
 from cierzo.bench.campaign import loop
 from cierzo.bench.campaign.loop import Block, Campaign
 from cierzo.bench.campaign.store import Store
-from cierzo.bench.peers import agreement
+from cierzo.bench.peers import transformers
 from cierzo.bench.peers.cells import AGREEMENT, Cell, Subject
 from cierzo.bench.peers.engine import Engine, Measured, Session
 from cierzo.bench.peers.results import OURS, ratios
@@ -72,7 +72,7 @@ class Peers(Campaign[Cell, Subject]):
             return None if session is None else _Loaded(session, checkpoint, self.folder)
         if AGREEMENT in block.cells:  # before an engine is loaded: in float32 a checkpoint takes twice its size
             with contextlib.suppress(Exception):  # the cell that needs it will say so
-                agreement.reference(checkpoint, self.folder)
+                transformers.reference(checkpoint, self.folder)
         return _Loaded(engine.offline(checkpoint, self.folder), checkpoint, self.folder)
 
     def told(self, cell: Cell, result: Any) -> str:
@@ -92,9 +92,9 @@ class _Loaded(loop.Session[Cell]):
         """Measure on prompts of this round and cell, the same for all engines. Raises EngineFailed."""
         if cell != AGREEMENT:
             return self._told(self.session.measure(cell, zlib.crc32(f"{cell} {number}".encode())))
-        table = agreement.reference(self.checkpoint, self.folder)
-        found = self.session.top_logprobs(agreement.sequences(self.checkpoint), agreement.COUNT)
-        return self._told(agreement.compare(found, table))
+        table = transformers.reference(self.checkpoint, self.folder)
+        found = self.session.top_logprobs(transformers.sequences(self.checkpoint), transformers.COUNT)
+        return self._told(transformers.compare(found, table))
 
     def by_products(self) -> Mapping[Cell, Any]:
         """The time to load of an engine that stays loaded, and memory."""

@@ -27,9 +27,8 @@ class Cell(msgspec.Struct, frozen=True, omit_defaults=True):
     shared_tokens: int = 0
 
     def __str__(self) -> str:
-        sizes = [("batch", self.batch), ("prompt", self.prompt_tokens), ("new", self.new_tokens)]
-        sizes += [("requests", self.requests), ("shared", self.shared_tokens)]
-        told = ", ".join(f"{name} {size}" for name, size in sizes if size)
+        sizes = [(name, size) for name, size in msgspec.structs.asdict(self).items() if isinstance(size, int)]
+        told = ", ".join(f"{name.removesuffix('_tokens')} {size}" for name, size in sizes if size)
         return f"{self.name} ({told})" if told else self.name
 
 

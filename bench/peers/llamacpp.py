@@ -52,12 +52,8 @@ class LlamaCpp(Engine, frozen=True):
         home, threads = Path(python(self.peer, folder)[-1]).parents[1], len(os.sched_getaffinity(0))
 
         def convert(target: Path) -> None:
-            command = [
-                *python("transformers", folder),
-                str(WORKERS / "gguf_convert.py"),
-                f"{home}/source/llama.cpp",
-            ]
-            command += [str(checkpoint), str(target / FILE), self.number_format]
+            command = [*python("transformers", folder), str(WORKERS / "gguf_convert.py")]
+            command += [f"{home}/source/llama.cpp", str(checkpoint), str(target / FILE), self.number_format]
             run_tool(command, self.log(checkpoint, folder, "-convert"))
 
         model = kept(checkpoint, folder, self.name, LAYOUT_VERSION, convert) / FILE

@@ -42,9 +42,9 @@ class CierzoServer(RunningServer):
 
     experts: ExpertStatistics | None = None
 
-    def __init__(self, checkpoint: Path, options: dict[str, Any], log: Path, address: str = "") -> None:
-        """Start it, on a free loopback port unless there is an address. Raises EngineFailed."""
-        self._address = address or f"{HOST}:{free_port()}"
+    def __init__(self, checkpoint: Path, options: dict[str, Any], log: Path) -> None:
+        """Start it on a free loopback port. Raises EngineFailed."""
+        self._address = f"{HOST}:{free_port()}"
         command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint), "--rpc", self._address]
         for name, value in options.items():
             flag = name.replace("_", "-")

@@ -91,10 +91,8 @@ def convert(checkpoint: Path, target: Path) -> None:
     from cierzo.engine.weights.published import apart, native_params
     from cierzo.engine.weights.reader import CheckpointReader
 
-    write_json(
-        target / NATIVE.config_name,
-        native_params(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))),
-    )
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    write_json(target / NATIVE.config_name, native_params(config))
     tensors: dict[str, Any] = {}
     with CheckpointReader(checkpoint) as reader:
         for name, info in reader.tensors.items():

@@ -1,4 +1,4 @@
-"""From raw times to the table: rates, medians, ratios, limits, agreement."""
+"""From raw times to the table: rates, medians, ratios, limits, transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from cierzo.bench.campaign.store import Sample, Store
 from cierzo.bench.machine import Ceiling, Ceilings, limit_device
-from cierzo.bench.peers import agreement
+from cierzo.bench.peers import transformers
 from cierzo.bench.peers.campaign import Peers
 from cierzo.bench.peers.cells import LOAD, MEMORY, Cell, Subject, cells, decode_rate
 from cierzo.bench.peers.engine import Engine
@@ -211,8 +211,8 @@ def test_agreement_tells_ties_from_errors() -> None:
     table = np.log(np.array([[[0.8, 0.1, 0.1], [0.4, 0.42, 0.18], [0.07, 0.51, 0.42], [0.1, 0.2, 0.7]]]))
     best = [0, 0, 0, 2]
     found = [[[(token, float(table[0, i, token]) + 0.25)] for i, token in enumerate(best)]]
-    raw = agreement.compare(found, table.astype(np.float32)).raw
+    raw = transformers.compare(found, table.astype(np.float32)).raw
     assert (raw["top1_percent"], raw["near_percent"], raw["positions"]) == (50.0, 75.0, 4)
     assert raw["rms_logprob"] == pytest.approx(0.25, abs=1e-5)
     with pytest.raises(ValueError, match="positions"):
-        agreement.compare([found[0][:3]], table.astype(np.float32))
+        transformers.compare([found[0][:3]], table.astype(np.float32))

@@ -14,7 +14,7 @@ from cierzo.bench import machine
 from cierzo.bench.campaign.loop import Run
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.machine import Ceiling, Ceilings
-from cierzo.bench.peers import agreement
+from cierzo.bench.peers import transformers
 from cierzo.bench.peers.__main__ import main
 from cierzo.bench.peers.campaign import Peers
 from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, Cell, Subject
@@ -150,7 +150,7 @@ def test_close_ratios_get_more_rounds_of_both_sides(plan: Peers) -> None:
 
 def test_agreement_is_checked_once(plan: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that the scripted engine repeats are all that the reference has."""
-    forced = agreement.sequences(plan.checkpoints[0])
+    forced = transformers.sequences(plan.checkpoints[0])
     table = np.full(
         (len(forced), AGREEMENT.prompt_tokens, read_model_config(plan.checkpoints[0]).vocab_size), -9.0, np.float32
     )
@@ -158,11 +158,11 @@ def test_agreement_is_checked_once(plan: Peers, monkeypatch: pytest.MonkeyPatch)
         table[i, np.arange(len(sequence)), sequence] = 0.0
     diary: list[str] = []
 
-    def reference(checkpoint: Path, folder: Path) -> agreement.Table:
+    def reference(checkpoint: Path, folder: Path) -> transformers.Table:
         diary.append("reference")
         return table
 
-    monkeypatch.setattr(agreement, "reference", reference)
+    monkeypatch.setattr(transformers, "reference", reference)
     store = _run(replace(plan, cells=[AGREEMENT, DECODE]), _ten, diary)
     assert values(store, AGREEMENT, OURS) == {0: 100.0}
     assert diary.count("ours agreement") == diary.count("theirs agreement") == 1
@@ -175,7 +175,7 @@ def test_a_reference_that_cannot_be_made_leaves_the_other_cells(
     def no_reference(*_: object) -> None:
         raise EngineFailed("not installed")
 
-    monkeypatch.setattr(agreement, "reference", no_reference)
+    monkeypatch.setattr(transformers, "reference", no_reference)
     store = _run(replace(plan, cells=[AGREEMENT, DECODE]), _ten)
     assert store.error(AGREEMENT, OURS) == "not installed"
     assert values(store, DECODE, OURS) == {0: 10.0, 1: 10.0}

@@ -6,6 +6,8 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+
 
 class Backend:
     """Options are those of `vllm.LLM`. Prompts are token ids and no text is made: no tokenizer is loaded."""
@@ -16,19 +18,13 @@ class Backend:
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
         """Greedy, no end token, in steps."""
-        greedy = SamplingParams(
-            max_tokens=new_tokens,
-            temperature=0.0,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
+        params = SamplingParams(max_tokens=new_tokens, output_kind=RequestOutputKind.DELTA, **GREEDY)
         engine = self.llm.llm_engine
         first = self.num_requests
         times: list[list[float]] = [[] for _ in prompts]
         start = time.perf_counter()
         for prompt in prompts:
-            engine.add_request(str(self.num_requests), {"prompt_token_ids": prompt}, greedy)
+            engine.add_request(str(self.num_requests), {"prompt_token_ids": prompt}, params)
             self.num_requests += 1
         while engine.has_unfinished_requests():
             outputs = engine.step()
@@ -40,9 +36,7 @@ class Backend:
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> list[list[list[list[float]]]]:
         """Position i is what the prompt's token i + 1 was likely to be; the last one comes with the next token."""
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=count, prompt_logprobs=count
-        )
+        params = SamplingParams(max_tokens=1, logprobs=count, prompt_logprobs=count, **GREEDY)
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
         return [
             [_top(position, count) for position in (*output.prompt_logprobs[1:], output.outputs[0].logprobs[0])]
