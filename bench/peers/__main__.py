@@ -15,8 +15,7 @@ from cierzo.bench.campaign import options
 from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers import llamacpp, ours, transformers, vllm
 from cierzo.bench.peers.campaign import Peers
-from cierzo.bench.peers.cells import BY_PRODUCTS, cells
-from cierzo.bench.peers.engine import CHECKPOINTS, Engine, find_checkpoint
+from cierzo.bench.peers.engine import BY_PRODUCTS, CHECKPOINTS, Engine, cells, find_checkpoint
 from cierzo.bench.peers.environments import RECIPES
 from cierzo.bench.peers.results import Outcome, outcome_of, picture, text
 

@@ -16,8 +16,7 @@ from cierzo.bench.campaign import loop
 from cierzo.bench.campaign.loop import Block, Campaign
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers import transformers
-from cierzo.bench.peers.cells import AGREEMENT, Cell, Subject
-from cierzo.bench.peers.engine import Engine, Measured, Session
+from cierzo.bench.peers.engine import AGREEMENT, Cell, Engine, Measured, Session, Subject
 from cierzo.bench.peers.results import OURS, ratios
 
 CLOSE_RATIO = 1.2  # below it, a ratio of ours to a peer's is measured in more rounds

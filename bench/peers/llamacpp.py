@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cierzo.bench.peers.cells import Cell
-from cierzo.bench.peers.engine import Engine, EngineFailed, Logprobs, Measured, Session, kept
+from cierzo.bench.peers.engine import Cell, Engine, EngineFailed, Logprobs, Measured, Session, kept
 from cierzo.bench.peers.environments import python
 from cierzo.bench.peers.http import HttpClient, request
 from cierzo.bench.peers.process import HOST, WORKERS, RunningServer, free_port, run_tool, words

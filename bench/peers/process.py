@@ -22,8 +22,16 @@ import uvloop
 
 from cierzo.bench.latency import LoadResult
 from cierzo.bench.load import Connect, LoadSettings, run_load
-from cierzo.bench.peers.cells import SERVED_LOAD, SERVED_MEMORY, Cell, decode_rate
-from cierzo.bench.peers.engine import Engine, EngineFailed, Logprobs, Measured, Session
+from cierzo.bench.peers.engine import (
+    SERVED_LOAD,
+    SERVED_MEMORY,
+    Cell,
+    Engine,
+    EngineFailed,
+    Logprobs,
+    Measured,
+    Session,
+)
 from cierzo.bench.workload import random_prompt
 from cierzo.engine.errors import CierzoError, ConnectionLost
 from cierzo.engine.model.read_config import read_model_config
@@ -165,10 +173,19 @@ class Worker(Process):
         """Ask the backend."""
         return self.ask("top_logprobs", sequences=sequences, count=count)
 
-    def close(self) -> None:
-        """End the worker and its children."""
-        self._pipe.close()
-        super().close()
+
+def decode_rate(times_s: Sequence[Sequence[float]]) -> float:
+    """Tokens per second of all requests together, from each one's token times.
+
+    Counted from the moment at which every request has its first token, so that no prefill is in it, to that of the
+    first request's last token, so that all of them decode all the time. Raises ValueError where no such time is.
+    """
+    start = max(times[0] for times in times_s)
+    end = min(times[-1] for times in times_s)
+    tokens = sum(start < time <= end for times in times_s for time in times)
+    if tokens == 0:
+        raise ValueError(f"no step in which all {len(times_s)} requests decode: raise the number of new tokens")
+    return tokens / (end - start)
 
 
 class RunningServer(Process):

@@ -14,8 +14,7 @@ import msgspec
 from cierzo.bench import machine
 from cierzo.bench.campaign import outcome, plot, table
 from cierzo.bench.campaign.store import Store
-from cierzo.bench.peers.cells import Cell, Subject
-from cierzo.bench.peers.engine import CHECKPOINTS, Engine
+from cierzo.bench.peers.engine import CHECKPOINTS, Cell, Engine, Subject
 from cierzo.bench.revision import ROOT
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_model import step_time
@@ -49,8 +48,15 @@ def outcome_of(
     formats = {engine.name: engine.number_format for engine in engines}
 
     def about(cell: Cell, subject: Subject, result: Any) -> dict[str, Any]:
+        """How fast the machine could be, how near an agreement is, how many requests got no answer."""
         found = device and limit(cell, models[subject.checkpoint], formats[subject.engine], device)
-        return {"limit": found, "note": _note(store, cell, subject)}
+        raws, note = [result["raw"] for result in store.measured(cell, subject).values()], ""
+        if cell.kind == "agreement" and raws:
+            below = f"below {AGREEMENT_PERCENT} %, " if raws[-1]["top1_percent"] < AGREEMENT_PERCENT else ""
+            note = f"{below}near {raws[-1]['near_percent']:.1f} %, RMS {raws[-1]['rms_logprob']:.4f} nats"
+        elif cell.kind == "served" and (lost := sum(sum(raw["errors"].values()) for raw in raws)):
+            note = f"{lost} of {len(raws) * cell.requests} requests got no answer"
+        return {"limit": found, "note": note}
 
     places = [
         (cell, Subject(checkpoint.name, engine.name))
@@ -75,12 +81,6 @@ def values(store: Store, cell: Cell, subject: Subject) -> dict[int, float]:
     return found
 
 
-def goodness(store: Store, cell: Cell, subject: Subject) -> dict[int, float]:
-    """Value by round, or its inverse where less is better; agreement is no rate, and has none."""
-    found = values(store, cell, subject) if cell.kind != "agreement" else {}
-    return {number: 1 / value if cell.kind in ("load", "memory") else value for number, value in found.items()}
-
-
 def limit(cell: Cell, model: ModelConfig, number_format: str, device: Device) -> float | None:
     """Tokens per second of a decode or prefill cell if the machine's ceilings alone decided; for others None."""
     if cell.kind == "decode":
@@ -98,24 +98,19 @@ def limit(cell: Cell, model: ModelConfig, number_format: str, device: Device) ->
     return tokens / float(step_time(device, work, rows=rows).limit_s)
 
 
-def _note(store: Store, cell: Cell, subject: Subject) -> str:
-    """Note that says how near an agreement is, or how many requests got no answer."""
-    raws = [result["raw"] for result in store.measured(cell, subject).values()]
-    if cell.kind == "agreement" and raws:
-        below = f"below {AGREEMENT_PERCENT} %, " if raws[-1]["top1_percent"] < AGREEMENT_PERCENT else ""
-        return f"{below}near {raws[-1]['near_percent']:.1f} %, RMS {raws[-1]['rms_logprob']:.4f} nats"
-    if cell.kind == "served" and (lost := sum(sum(raw["errors"].values()) for raw in raws)):
-        return f"{lost} of {len(raws) * cell.requests} requests got no answer"
-    return ""
-
-
 def ratios(
     store: Store, checkpoints: Sequence[Path], engines: Sequence[Engine], cells: Sequence[Cell]
 ) -> list[Ratio]:
     """How many times as good ours are, for the targets: bf16 against the best peer in bf16; int8 against our bf16
     and llama.cpp's Q8_0; int4 against our int8. Then, where an engine served both, Small 4's figure over Small 3's.
     """
-    good, found = functools.partial(goodness, store), []
+
+    def good(cell: Cell, subject: Subject) -> dict[int, float]:
+        """Value by round, or its inverse where less is better; agreement is no rate, and has none."""
+        found = values(store, cell, subject) if cell.kind != "agreement" else {}
+        return {number: 1 / value if cell.kind in ("load", "memory") else value for number, value in found.items()}
+
+    found = []
     for checkpoint, cell in itertools.product(checkpoints, cells):
         best: dict[tuple[bool, str], Subject] = {}  # by whether it is ours, and number format: with the best median
         medians: dict[Subject, float] = {}

@@ -19,8 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cierzo.bench.peers.cells import AGREEMENT
-from cierzo.bench.peers.engine import Engine, Logprobs, Measured, kept
+from cierzo.bench.peers.engine import AGREEMENT, Engine, Logprobs, Measured, kept
 from cierzo.bench.peers.environments import python
 from cierzo.bench.peers.process import Worker
 from cierzo.bench.workload import random_prompt

@@ -13,8 +13,8 @@ from cierzo.bench.campaign.store import Sample, Store
 from cierzo.bench.machine import Ceiling, Ceilings, limit_device
 from cierzo.bench.peers import transformers
 from cierzo.bench.peers.campaign import Peers
-from cierzo.bench.peers.cells import LOAD, MEMORY, Cell, Subject, cells, decode_rate
-from cierzo.bench.peers.engine import Engine
+from cierzo.bench.peers.engine import LOAD, MEMORY, Cell, Engine, Subject, cells
+from cierzo.bench.peers.process import decode_rate
 from cierzo.bench.peers.results import limit, outcome_of, ratios, text, values
 from cierzo.bench.revision import ROOT
 from cierzo.engine.model.config import ModelConfig

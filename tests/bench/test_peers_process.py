@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from cierzo.bench.peers import process
-from cierzo.bench.peers.cells import Cell
-from cierzo.bench.peers.engine import Engine, EngineFailed
+from cierzo.bench.peers.engine import Cell, Engine, EngineFailed
 from cierzo.bench.peers.process import Process, Worker, run_tool
 from cierzo.engine.weights.shapes import shape_of
 

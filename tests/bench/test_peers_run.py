@@ -17,8 +17,18 @@ from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.bench.peers import transformers
 from cierzo.bench.peers.__main__ import main
 from cierzo.bench.peers.campaign import Peers
-from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, Cell, Subject
-from cierzo.bench.peers.engine import Engine, EngineFailed, Logprobs, Measured, Session
+from cierzo.bench.peers.engine import (
+    AGREEMENT,
+    LOAD,
+    MEMORY,
+    Cell,
+    Engine,
+    EngineFailed,
+    Logprobs,
+    Measured,
+    Session,
+    Subject,
+)
 from cierzo.bench.peers.results import outcome_of, picture, text, values
 from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.shapes import shape_of

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from cierzo.bench.peers import llamacpp, vllm
-from cierzo.bench.peers.cells import Cell
-from cierzo.bench.peers.engine import EngineFailed
+from cierzo.bench.peers.engine import Cell, EngineFailed
 from cierzo.bench.peers.http import HttpClient
 from cierzo.bench.peers.process import RunningServer, free_port
 from cierzo.engine.errors import ConnectionLost

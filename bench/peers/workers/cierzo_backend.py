@@ -35,20 +35,15 @@ class Backend:
 
         One request for each position, which generates one token more; the prefix cache carries what they share.
         """
-        return [
-            [
-                self._top(sequence[:length], len(sequence) // PROMPT_SHARE, count)
-                for length in range(1, len(sequence) + 1)
-            ]
-            for sequence in sequences
-        ]
-
-    def _top(self, tokens: list[int], prompt_tokens: int, count: int) -> list[tuple[int, float]]:
-        forced = [(tokens[:prompt_tokens], tokens[prompt_tokens:])]
-        max_tokens = len(forced[0][1]) + 1
-        steps = self._steps(forced, max_tokens=max_tokens, logprobs=count)
-        (entry,) = (entry for deltas in steps for delta in deltas for entry in delta.logprobs or [])
-        return list(zip(entry.top_token_ids, entry.top_logprobs, strict=True))
+        found: list[list[list[tuple[int, float]]]] = [[] for _ in sequences]
+        for positions, sequence in zip(found, sequences, strict=True):
+            prompt_tokens = len(sequence) // PROMPT_SHARE
+            for end in range(1, len(sequence) + 1):
+                prompt, output = sequence[: min(end, prompt_tokens)], sequence[prompt_tokens:end]
+                steps = self._steps([(prompt, output)], max_tokens=len(output) + 1, logprobs=count)
+                (entry,) = (entry for deltas in steps for delta in deltas for entry in delta.logprobs or [])
+                positions.append(list(zip(entry.top_token_ids, entry.top_logprobs, strict=True)))
+        return found
 
     def _steps(self, requests: list[tuple[list[int], list[int]]], **params: Any) -> Iterator[list[TokenDelta]]:
         """Hand (prompt, output so far) to the core, and step it to the end; request ids count from 0.
