@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from typing import Any
 import msgspec
 
 from cierzo.bench import machine
-from cierzo.bench.campaign import loop
 from cierzo.bench.campaign.loop import Block, Campaign
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers import transformers
-from cierzo.bench.peers.engine import AGREEMENT, Cell, Engine, Measured, Session, Subject
+from cierzo.bench.peers.engine import AGREEMENT, Cell, Engine, Session, Subject
 from cierzo.bench.peers.results import OURS, ratios
 
 CLOSE_RATIO = 1.2  # below it, a ratio of ours to a peer's is measured in more rounds
@@ -62,47 +61,19 @@ class Peers(Campaign[Cell, Subject]):
         """Measured now: a shared host's bandwidth drifts."""
         return msgspec.to_builtins(machine.measure_apart())
 
-    def open(self, block: Block[Cell, Subject], subject: Subject) -> loop.Session[Cell] | None:
+    def open(self, block: Block[Cell, Subject], subject: Subject) -> Session | None:
         """Convert the checkpoint if need be, and load it. Raises EngineFailed."""
         (engine,) = (engine for engine in self.engines if engine.name == subject.engine)
         (checkpoint,) = (one for one in self.checkpoints if one.name == subject.checkpoint)
         if block.cells[0].kind == "served":
-            session = engine.server(checkpoint, self.folder)
-            return None if session is None else _Loaded(session, checkpoint, self.folder)
+            return engine.server(checkpoint, self.folder)
         if AGREEMENT in block.cells:  # before an engine is loaded: in float32 a checkpoint takes twice its size
             with contextlib.suppress(Exception):  # the cell that needs it will say so
                 transformers.reference(checkpoint, self.folder)
-        return _Loaded(engine.offline(checkpoint, self.folder), checkpoint, self.folder)
+        session = engine.offline(checkpoint, self.folder)
+        session.agreement = functools.partial(transformers.agreement, session, checkpoint, self.folder)
+        return session
 
     def told(self, cell: Cell, result: Any) -> str:
         """The value in the cell's unit."""
         return f"{result['value']:.4g} {cell.unit}"
-
-
-@dataclass(frozen=True)
-class _Loaded(loop.Session[Cell]):
-    """An engine that is loaded."""
-
-    session: Session
-    checkpoint: Path
-    folder: Path
-
-    def measure(self, cell: Cell, number: int) -> Any:
-        """Measure on prompts of this round and cell, the same for all engines. Raises EngineFailed."""
-        if cell != AGREEMENT:
-            return self._told(self.session.measure(cell, zlib.crc32(f"{cell} {number}".encode())))
-        table = transformers.reference(self.checkpoint, self.folder)
-        found = self.session.top_logprobs(transformers.sequences(self.checkpoint), transformers.COUNT)
-        return self._told(transformers.compare(found, table))
-
-    def by_products(self) -> Mapping[Cell, Any]:
-        """The time to load of an engine that stays loaded, and memory."""
-        found = zip(self.session.by_products, (self.session.load_s, self.session.peak_memory_gb()), strict=True)
-        return {cell: self._told(Measured(value, None)) for cell, value in found if value > 0}
-
-    def close(self) -> None:
-        """End the engine's processes."""
-        self.session.close()
-
-    def _told(self, measured: Measured) -> Any:
-        return {**msgspec.to_builtins(measured), "command": self.session.command}

@@ -6,12 +6,14 @@ import hashlib
 import json
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from cierzo.bench.campaign import loop
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.weights.folder import new_folder
 
@@ -106,16 +108,30 @@ class Measured(msgspec.Struct, frozen=True):
     raw: Any
 
 
-class Session:
+class Session(loop.Session[Cell]):
     """A loaded engine, and the command that it ran last. `load_s` is the time from its start to its first token;
-    0 where nothing stays loaded. `by_products`: the cells of that time, and of memory."""
+    0 where nothing stays loaded. cells: of that time, and of memory. agreement: measures it, where it is a cell."""
 
     command = ""
     load_s = 0.0
-    by_products = LOAD, MEMORY
+    cells = LOAD, MEMORY
+    agreement: Callable[[], Measured]
 
-    def measure(self, cell: Cell, seed: int) -> Measured:
-        """A cell, on random prompts of this seed. Raises EngineFailed."""
+    def measure(self, cell: Cell, number: int) -> Any:
+        """Measure on prompts of this round and cell, the same for all engines. Raises EngineFailed."""
+        seed = zlib.crc32(f"{cell} {number}".encode())
+        return self._told(self.agreement() if cell == AGREEMENT else self.measured(cell, seed))
+
+    def by_products(self) -> dict[Cell, Any]:
+        """The time to load of an engine that stays loaded, and memory."""
+        found = zip(self.cells, (self.load_s, self.peak_memory_gb()), strict=True)
+        return {cell: self._told(Measured(value, None)) for cell, value in found if value > 0}
+
+    def _told(self, measured: Measured) -> Any:
+        return {**msgspec.to_builtins(measured), "command": self.command}
+
+    def measured(self, cell: Cell, seed: int) -> Measured:
+        """A cell but agreement, on random prompts of this seed. Raises EngineFailed."""
         raise NotImplementedError
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
@@ -128,9 +144,6 @@ class Session:
     def peak_memory_gb(self) -> float:
         """Most resident memory of its processes so far, 1e9 bytes; 0 if they are gone."""
         raise NotImplementedError
-
-    def close(self) -> None:
-        """End its processes."""
 
 
 def find_checkpoint(name: str, folder: Path, scale: str = "mini") -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import refusal
 
 STAMP = ".installed"
 TORCH = "torch==2.13.0"
@@ -57,11 +57,8 @@ def python(peer: str, folder: Path, **variables: object) -> list[str]:
     outdated."""
     place = folder / peer
     if not _is_made(peer, place):
-        raise ConfigError(
-            f"{place} is not installed: `make peers` or `python -m cierzo.bench.peers.environments {peer}`",
-            field="engines",
-            value=peer,
-        )
+        command = f"`make peers` or `python -m cierzo.bench.peers.environments {peer}`"
+        raise refusal("engines", f"installed in {place}, by {command}", peer)
     given = {"HF_HUB_OFFLINE": 1, **variables}
     return ["env", *(f"{name}={value}" for name, value in given.items()), str(place / "bin" / "python")]
 

@@ -73,7 +73,7 @@ class LlamaTools(Session):
     tool: list[str]
     peak_gb: float = 0.0
 
-    def measure(self, cell: Cell, seed: int) -> Measured:
+    def measured(self, cell: Cell, seed: int) -> Measured:
         """Measure by llama-batched-bench, which warms up, and reports prompts and new tokens apart.
 
         It draws its own random tokens: `seed` is not used.

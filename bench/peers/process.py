@@ -157,7 +157,7 @@ class Worker(Process):
             raise EngineFailed(f"{op}: {error}")
         return result
 
-    def measure(self, cell: Cell, seed: int) -> Measured:
+    def measured(self, cell: Cell, seed: int) -> Measured:
         """A decode or prefill cell, after a short run of the same batch. Prompts differ from seed to seed."""
         vocab_size, batch, new_tokens = self._vocab_size, max(cell.batch, 1), max(cell.new_tokens, 1)
         warm_up = [random_prompt(i, 16, vocab_size, WARM_UP_SEED + seed) for i in range(batch)]
@@ -191,7 +191,7 @@ def decode_rate(times_s: Sequence[Sequence[float]]) -> float:
 class RunningServer(Process):
     """A server that is warm. `load_s` is the time from its start to the answer to its first request."""
 
-    by_products = SERVED_LOAD, SERVED_MEMORY
+    cells = SERVED_LOAD, SERVED_MEMORY
 
     def __init__(self, command: Sequence[str], connect: Connect, log: Path) -> None:
         """Start it. `connect` raises ConnectionLost until it takes requests.
@@ -202,14 +202,14 @@ class RunningServer(Process):
         super().__init__(command, log)
         try:
             uvloop.run(self._ready())
-            self.measure(FIRST, WARM_UP_SEED)
+            self.measured(FIRST, WARM_UP_SEED)
             self.load_s = time.monotonic() - self.began
-            self.measure(WARM_UP, WARM_UP_SEED)
+            self.measured(WARM_UP, WARM_UP_SEED)
         except BaseException:
             self.close()
             raise
 
-    def measure(self, cell: Cell, seed: int) -> Measured:
+    def measured(self, cell: Cell, seed: int) -> Measured:
         """Requests per second of a served cell. Requests that failed are told in `raw`. Raises EngineFailed."""
         settings = LoadSettings(
             rpc="",

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cierzo.bench.peers.engine import AGREEMENT, Engine, Logprobs, Measured, kept
+from cierzo.bench.peers.engine import AGREEMENT, Engine, Logprobs, Measured, Session, kept
 from cierzo.bench.peers.environments import python
 from cierzo.bench.peers.process import Worker
 from cierzo.bench.workload import random_prompt
@@ -61,6 +61,12 @@ def reference(checkpoint: Path, folder: Path) -> Table:
 
     made = kept(checkpoint, folder, REFERENCE.name, [msgspec.to_builtins(AGREEMENT), SEED], make)
     return np.load(made / FILE, mmap_mode="r")
+
+
+def agreement(session: Session, checkpoint: Path, folder: Path) -> Measured:
+    """How well an engine agrees with transformers. Raises EngineFailed."""
+    table = reference(checkpoint, folder)
+    return compare(session.top_logprobs(sequences(checkpoint), COUNT), table)
 
 
 def compare(found: Logprobs, table: Table) -> Measured:

@@ -52,8 +52,8 @@ def _ended(pid: int) -> bool:
 
 
 def test_a_worker_measures(worker: Worker, log: Path) -> None:
-    assert worker.measure(DECODE, seed=1).value == pytest.approx(2 / 0.25)
-    assert worker.measure(PREFILL, seed=1).value == pytest.approx(30 / 0.25)
+    assert worker.measured(DECODE, seed=1).value == pytest.approx(2 / 0.25)
+    assert worker.measured(PREFILL, seed=1).value == pytest.approx(30 / 0.25)
     warm_up, load = [2, 16, process.WARM_UP_TOKENS], [1, 16, 1]
     assert worker.ask("history") == [load, warm_up, [2, 8, 5], [1, 16, process.WARM_UP_TOKENS], [1, 30, 1]]
     assert worker.top_logprobs([[4, 5]], 1) == [[[[4, -0.5]], [[5, -0.5]]]]

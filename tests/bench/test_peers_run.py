@@ -49,7 +49,7 @@ class ScriptedOffline(Session):
         self._name, self._diary, self._figure = name, diary, figure
         diary.append(f"open {name}")
 
-    def measure(self, cell: Cell, seed: int) -> Measured:
+    def measured(self, cell: Cell, seed: int) -> Measured:
         self._diary.append(f"{self._name} {cell.name}")
         return Measured(self._figure(self._name, cell), [seed])
 

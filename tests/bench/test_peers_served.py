@@ -35,7 +35,7 @@ def _serve(folder: Path, port: int, *words: str) -> RunningServer:
 def test_a_server_is_waited_for_loaded_and_stopped(tmp_path: Path) -> None:
     port = free_port()
     with _serve(tmp_path, port, str(SCRIPT), str(port)) as running:
-        measured = running.measure(CELL, seed=0)
+        measured = running.measured(CELL, seed=0)
         assert measured.raw.answered == CELL.requests
         assert all(sum(one.delta_tokens) == CELL.new_tokens for one in measured.raw.samples)
         assert measured.value == pytest.approx(CELL.requests / measured.raw.elapsed_s)
