@@ -28,10 +28,7 @@ Ratio = outcome.Ratio[Cell, Subject]
 Outcome = outcome.Outcome[Cell, Subject, None]
 OURS = "cierzo"
 # Our number format, and what it is compared with: whether that is ours too, and its number format.
-TARGETS = (
-    *(("bf16", (False, "bf16")), ("int8", (True, "bf16"))),
-    *(("int8", (False, "q8_0")), ("int4", (True, "int8"))),
-)
+TARGETS = (("bf16", False, "bf16"), ("int8", True, "bf16"), ("int8", False, "q8_0"), ("int4", True, "int8"))
 PANEL_INCHES = (2.1, 2.6)
 PLOTTED = ("decode", "prefill", "served", "memory")
 AGREEMENT_PERCENT = 95  # of first choices: less is told, and timed all the same
@@ -119,9 +116,10 @@ def ratios(
             if by_round := good(cell, subject):
                 medians[subject] = median(by_round.values())
                 best[place] = max(best.get(place, subject), subject, key=medians.__getitem__)
-        for ours, against in TARGETS:
-            if (True, ours) in best and against in best:
-                found.append(outcome.ratio(cell, best[True, ours], best[against], good))
+        for number_format, are_both_ours, against in TARGETS:
+            one, other = best.get((True, number_format)), best.get((are_both_ours, against))
+            if one and other:
+                found.append(outcome.ratio(cell, one, other, good))
     for cell, engine in itertools.product(cells, engines):
         if cell.kind == "served":
             small4, small3 = (Subject(name, engine.name) for name in CHECKPOINTS)
