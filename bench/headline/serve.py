@@ -8,9 +8,9 @@ the ceilings would answer it.
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ import msgspec
 
 from cierzo.bench import machine
 from cierzo.bench.campaign import loop
-from cierzo.bench.headline.cells import Cell, Plan, Subject
+from cierzo.bench.headline.cells import Cell, Subject
 from cierzo.bench.headline.measurement import Headline, Measurement, Steps, closed_loop, measured
 from cierzo.bench.headline.search import at_best, engine_settings, resolved
 from cierzo.bench.headline.simulate import simulate, simulated_config
 from cierzo.bench.peers.engine import Checkpoint
 from cierzo.bench.peers.ours import CierzoServer
+from cierzo.bench.revision import output
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.cards import named
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
@@ -32,59 +33,58 @@ from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.errors import ConfigError
 
 
+@dataclass
 class Serving(Headline):
-    """Servers on `device`, "cpu" or "cuda", of checkpoints by model. Logs go below `folder`."""
+    """Servers of checkpoints by model, on the GPU of this name, or on the CPU. Logs go below `folder`."""
 
-    def __init__(self, plan: Plan, device: str, checkpoints: dict[str, Checkpoint], folder: Path) -> None:
-        super().__init__(plan)
-        self.device, self.folder, self._checkpoints = device, folder, checkpoints
-        self._ceilings: machine.Ceilings | None = None
+    checkpoints: dict[str, Checkpoint]
+    folder: Path
+    gpu: str = ""
+
+    def __post_init__(self) -> None:
+        """Take this machine at its ceilings for a device, if they are known."""
+        self.limit_device = next((named(card) for card in DATA_SHEETS if card in self.gpu.lower()), None)
 
     def ceilings(self) -> Any | None:
         """The CPU's, measured now; those of a GPU are on its data sheet."""
-        if self.device != "cpu":
+        if self.gpu:
             return None
-        self._ceilings = machine.measure_apart()
-        return msgspec.to_builtins(self._ceilings)
+        found = machine.measure_apart()
+        self.limit_device = machine.limit_device(found)
+        return msgspec.to_builtins(found)
 
     def open(self, block: loop.Block[Cell, Subject], subject: Subject) -> Session:
         """Start a server for cells of one profile. Raises EngineFailed, or ConfigError."""
-        checkpoint = self._checkpoints[subject.model]
-        settings = engine_settings(str(checkpoint.path), self.device, subject, block.cells)
+        checkpoint = self.checkpoints[subject.model]
+        settings = engine_settings(str(checkpoint.path), "cuda" if self.gpu else "cpu", subject, block.cells)
         config = resolved(settings)  # before the server takes the memory that this looks at
         options = {name: value for name, value in settings.items() if name != "model"}
         options["expert_statistics"] = config.model.moe is not None
         name = f"{subject.model}-{subject.weights}-{subject.activations}-{block.name}"
         server = CierzoServer(checkpoint, options, self.folder / "logs" / f"{name}.log")
-        return Session(self, server, checkpoint, subject, config)
-
-    def limit_device(self) -> Device | None:
-        """A device that is this machine at its ceilings, if they are known."""
-        if self.device == "cpu":
-            return None if self._ceilings is None else machine.limit_device(self._ceilings)
-        name = gpu_name().lower()
-        return next((named(card) for card in DATA_SHEETS if card in name), None)
+        return Session(self, server, str(checkpoint.path), subject, config)
 
 
+@dataclass(frozen=True)
 class Session(loop.Session[Cell]):
-    """A server that runs."""
+    """A server that runs, of the checkpoint at `path`."""
 
-    def __init__(
-        self, serving: Serving, server: CierzoServer, checkpoint: Checkpoint, subject: Subject, config: EngineConfig
-    ) -> None:
-        self._serving, self._server, self._checkpoint = serving, server, checkpoint
-        self._subject, self._config = subject, config
+    serving: Serving
+    server: CierzoServer
+    path: str
+    subject: Subject
+    config: EngineConfig
 
     def measure(self, cell: Cell, number: int) -> Any:
         """Raises EngineFailed, or ConfigError."""
-        config, device = self._config, self._serving.limit_device()
+        config, device = self.config, self.serving.limit_device
 
         def load(concurrency: int, replicas: int) -> Measurement:
             # no prompt begins as one of another load
             seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())
-            result = self._server.whole_load(closed_loop(cell, concurrency, seed))
+            result = self.server.whole_load(closed_loop(cell, concurrency, seed))
             found = measured(cell, result, concurrency, replicas)
-            return msgspec.structs.replace(found, experts=self._server.chosen_experts(), command=self._command())
+            return msgspec.structs.replace(found, experts=self.server.chosen_experts(), command=self._command())
 
         found = at_best(cell, config, device, load)
         if device is not None:
@@ -93,25 +93,24 @@ class Session(loop.Session[Cell]):
 
     def close(self) -> None:
         """Stop the server."""
-        self._server.close()
+        self.server.close()
 
     def _twin(self, cell: Cell, found: Measurement, device: Device) -> Steps | None:
         """The steps of the same load on a simulated engine of this machine's ceilings."""
         fixed = msgspec.structs.replace(cell, concurrency=found.concurrency)
-        config = simulated_config(str(self._checkpoint.path), fixed, self._subject, device, self._serving.folder)
+        config = simulated_config(self.path, fixed, self.subject, device, self.serving.folder)
         distinct = None if found.experts is None else measured_distinct(found.experts)
         return simulate(config, fixed, found.concurrency, distinct=distinct).steps
 
     def _command(self) -> str:
         """The server's command as it would be typed."""
-        short = {sys.executable: "python", str(self._checkpoint.path): self._checkpoint.path.name}
-        return shlex.join(short.get(word, word) for word in shlex.split(self._server.command))
+        short = {sys.executable: "python", self.path: Path(self.path).name}
+        return shlex.join(short.get(word, word) for word in shlex.split(self.server.command))
 
 
 def gpu_name() -> str:
     """The name of the first GPU that the driver lists. Raises ConfigError without one."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"no GPU: {error}", field="device", value="cuda") from error
+    name = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0").strip()
+    if not name:
+        raise ConfigError("nvidia-smi finds no GPU here", field="device", value="cuda")
+    return name
