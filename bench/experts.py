@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from cierzo.bench.campaign.table import grid_of, page
 from cierzo.bench.report import Recording
-from cierzo.bench.workload import Count, random_prompt
+from cierzo.bench.workload import Count, random_prompt, read_lines
 from cierzo.engine.cost.operations import random_distinct
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics, Phase, independent_distinct
@@ -32,6 +32,7 @@ RANDOM_REQUESTS = 32
 PHASES: tuple[Phase, Phase] = ("decode", "prefill")
 LINES = "FILE of prompts: lines of text; in a .jsonl file each is a JSON string, or a list of token ids"
 Prompt = str | list[int]
+PROMPT = msgspec.json.Decoder(Prompt)
 
 
 class ExpertsSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,25 +126,7 @@ def run_traffic(settings: ExpertsSettings) -> ExpertStatistics:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read one prompt a line. Raises ConfigError that names the line which is none."""
-    is_json = path.suffix == ".jsonl"
-    limit = "a JSON string or a list of token ids" if is_json else "text in UTF-8"
-    prompts: list[Prompt] = []
-    try:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            where = f"prompts {path}, line {number}"
-            prompt: Prompt = msgspec.json.decode(line, type=Prompt) if is_json else line.decode()
-            if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-                raise ConfigError(f"{where} is empty", field="prompts", limit=limit, value=prompt)
-            prompts.append(prompt)
-    except OSError as error:
-        raise ConfigError(
-            f"prompts {path} cannot be read: {error.strerror}", field="prompts", value=path
-        ) from error
-    except (UnicodeDecodeError, msgspec.DecodeError) as error:
-        raise ConfigError(f"{where} must be {limit}: {error}", field="prompts", limit=limit) from error
-    if not prompts:
-        raise ConfigError(f"prompts {path} has no lines", field="prompts", limit="at least one line", value=path)
-    return prompts
+    return read_lines(path, PROMPT.decode if path.suffix == ".jsonl" else bytes.decode, "prompts")
 
 
 def tables(statistics: ExpertStatistics) -> str:

@@ -11,12 +11,9 @@ calibrations agree best counts, whatever its result; all are kept.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -26,7 +23,7 @@ from cierzo.bench.peers.engine import Checkpoint, EngineFailed
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.bench.plan.calibrate import Calibrator, mean_device
 from cierzo.bench.plan.forecast import Forecast, forecast, left_out
-from cierzo.bench.report import check_writable, write_report
+from cierzo.bench.report import Recording
 from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Device
@@ -212,32 +209,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("build/plan-check"), help="for the servers' logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write plans and measurements here")
     arguments = parser.parse_args(argv)
-    command = shlex.join(["python", "-m", "cierzo.bench.plan.check", *(argv or sys.argv[1:])])
     try:
-        return _run(arguments, command)
+        return _run(arguments, ["python", "-m", "cierzo.bench.plan.check", *(argv or sys.argv[1:])])
     except (CierzoError, EngineFailed) as error:
         print(f"plan_check: {error}", file=sys.stderr)
         return 2
 
 
-def _run(arguments: argparse.Namespace, command: str) -> int:
+def _run(arguments: argparse.Namespace, command: list[str]) -> int:
     workloads = [parse_workload(text) for text in arguments.workloads]
     for checkpoint in arguments.checkpoints:  # refuse a wrong one now, not after half an hour
         resolve(options_of(checkpoint, arguments.weights))
-    if arguments.json is not None:
-        check_writable(arguments.json)
+    report = Recording("plan_check", arguments.json, command)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     settings = {"workloads": list(arguments.workloads), "weights": arguments.weights, "promised": PROMISED}
-    started = datetime.now(UTC).isoformat(timespec="seconds")
     print(f"planned / measured; GB/s: memory read, before and after\n{HEADER}", flush=True)
     found: list[Checked] = []
     for checkpoint in arguments.checkpoints:
         for checked in check(checkpoint, workloads, arguments.folder, arguments.weights):
             found.append(checked)
             print(line(checked), flush=True)
-            if arguments.json is not None:  # after each workload, in case the run is cut short
-                about: dict[str, Any] = {"command": command, "started": started, "settings": settings}
-                write_report(arguments.json, "plan_check", **about, results=found)
+            report.write(settings, found)  # after each workload, in case the run is cut short
     print(verdict(found))
     return int(not all(one.counted.within for one in found))
 

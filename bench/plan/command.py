@@ -9,10 +9,7 @@ reach.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import msgspec
 
 from cierzo.bench.plan.forecast import Percentiles
 from cierzo.bench.plan.search import DevicePlan, LatencyLimits, Planner, read_experts
-from cierzo.bench.report import check_writable, write_report
+from cierzo.bench.report import Recording, check_writable
 from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import EngineOptions, checkpoint_path
@@ -80,9 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = checkpoint_folder(arguments.checkpoint)
     if named_model_config(checkpoint) is None:
         checkpoint_path(checkpoint)  # else each device would be refused for it
-    for path in (arguments.json, arguments.png):
-        if path is not None:
-            check_writable(path)
+    report = Recording("plan", arguments.json)
+    if arguments.png is not None:
+        check_writable(arguments.png)
     given = chosen(arguments, EngineOptions, skip=NOT_PLANNED)
     options = EngineOptions(model=checkpoint, **given)
     workload = parse_workload(arguments.workload)
@@ -93,19 +90,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     names = arguments.device.split(",")
     experts = None if arguments.experts is None else read_experts(arguments.experts)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
     calibrated = _calibrated(options, arguments.calibration, names)
     planner = Planner(options, workload, limits, experts=experts, calibrated=calibrated)
     plans = [planner.plan(name) for name in names]
     print(table(plans, checkpoint, workload, limits, arguments.experts))
     if arguments.png is not None:
         draw(planner, plans, workload, arguments.png)
-    if arguments.json is not None:
-        asked = {"options": options, "workload": workload, "limits": limits, "devices": names}
-        settings = {**asked, "experts": None if arguments.experts is None else str(arguments.experts)}
-        command = shlex.join(["cierzo", *sys.argv[1:]])
-        path = arguments.json
-        write_report(path, "plan", command=command, started=started, settings=settings, results=plans)
+    asked = {"options": options, "workload": workload, "limits": limits, "devices": names}
+    report.write(asked | {"experts": None if arguments.experts is None else str(arguments.experts)}, plans)
     return int(all(plan.refused for plan in plans))
 
 
