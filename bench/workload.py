@@ -116,7 +116,7 @@ def read_trace(path: Path) -> tuple[TracedRequest, ...]:
 
 
 def read_lines(path: Path, decode: Callable[[bytes], T], field: str) -> list[T]:
-    """Decode the lines of a file that are not blank. Raises ConfigError for `field` that names the first bad line."""
+    """Decode all lines of a file but blank ones. Raises ConfigError of `field` that names the first bad line."""
     found: list[T] = []
     where = str(path)
     try:
