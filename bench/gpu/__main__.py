@@ -118,7 +118,7 @@ def subjects_of(part: str, device: torch.device, store: Store) -> Subjects:
 
 
 def _named(operation: str, model: ModelSizes, size: Size, format: str) -> str:
-    """The cell's name, which engine/cost/measured.py takes apart."""
+    """The cell's name, which engine/cost/cards.py takes apart."""
     return f"{operation}, {model.name}, {size.name}, {format}"
 
 

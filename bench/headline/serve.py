@@ -62,29 +62,31 @@ class Serving(Headline):
         options["expert_statistics"] = config.model.moe is not None
         name = f"{subject.model}-{subject.weights}-{subject.activations}-{block.name}"
         server = CierzoServer(checkpoint, options, self.folder / "logs" / f"{name}.log")
-        return Session(self, server, str(checkpoint.path), subject, config)
+        return Session(self, server, checkpoint, subject, config)
 
 
 @dataclass(frozen=True)
 class Session(loop.Session[Cell]):
-    """A server that runs, of the checkpoint at `path`."""
+    """A server that runs."""
 
     serving: Serving
     server: CierzoServer
-    path: str
+    checkpoint: Checkpoint
     subject: Subject
     config: EngineConfig
 
     def measure(self, cell: Cell, number: int) -> Any:
         """Raises EngineFailed, or ConfigError."""
         config, device = self.config, self.serving.limit_device
+        short = {sys.executable: "python", str(self.checkpoint.path): self.checkpoint.path.name}
+        command = shlex.join(short.get(word, word) for word in shlex.split(self.server.command))
 
         def load(concurrency: int, replicas: int) -> Measurement:
             # no prompt begins as one of another load
             seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())
-            result = self.server.whole_load(closed_loop(cell, concurrency, seed))
+            result = self.server.load(closed_loop(cell, concurrency, seed))
             found = measured(cell, result, concurrency, replicas)
-            return msgspec.structs.replace(found, experts=self.server.chosen_experts(), command=self._command())
+            return msgspec.structs.replace(found, experts=self.server.chosen_experts(), command=command)
 
         found = at_best(cell, config, device, load)
         if device is not None:
@@ -98,19 +100,14 @@ class Session(loop.Session[Cell]):
     def _twin(self, cell: Cell, found: Measurement, device: Device) -> Steps | None:
         """The steps of the same load on a simulated engine of this machine's ceilings."""
         fixed = msgspec.structs.replace(cell, concurrency=found.concurrency)
-        config = simulated_config(self.path, fixed, self.subject, device, self.serving.folder)
+        config = simulated_config(str(self.checkpoint.path), fixed, self.subject, device, self.serving.folder)
         distinct = None if found.experts is None else measured_distinct(found.experts)
         return simulate(config, fixed, found.concurrency, distinct=distinct).steps
-
-    def _command(self) -> str:
-        """The server's command as it would be typed."""
-        short = {sys.executable: "python", self.path: Path(self.path).name}
-        return shlex.join(short.get(word, word) for word in shlex.split(self.server.command))
 
 
 def gpu_name() -> str:
     """The name of the first GPU that the driver lists. Raises ConfigError without one."""
-    name = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0").strip()
-    if not name:
-        raise ConfigError("nvidia-smi finds no GPU here", field="device", value="cuda")
-    return name
+    found = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0").strip()
+    if not found:
+        raise ConfigError("no GPU: nvidia-smi names none", field="device", value="cuda")
+    return found
