@@ -13,7 +13,7 @@ from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.stats import Summary, summarise
 from cierzo.engine.errors import Draining, FrameTooLarge, InvalidRequest, Overloaded, UnknownMethod
 
-Outcome = Literal["answered", "refused", "failed"]
+Outcome = Literal["answered", "refused", "failed", "deadline"]
 SIMULATED = "simulated:"  # how the device of a server begins that computes nothing
 REFUSALS = {kind.code for kind in (InvalidRequest, FrameTooLarge, UnknownMethod, Overloaded, Draining)}
 
@@ -52,6 +52,8 @@ class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
         """How the request ended."""
         if self.error is None:
             return "answered"
+        if self.error == "deadline":
+            return "deadline"
         return "refused" if self.error in REFUSALS else "failed"
 
     @property
@@ -64,10 +66,10 @@ class RequestSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     """How the requests ended, and latencies in seconds of those that were answered.
 
-    `answered`, `refused` and `failed` add up to the samples; `unsent` requests were never sent, as the connection
-    was lost. `short` answers have fewer than the `asked_tokens` of the load. `errors` counts what was not answered
-    by outcome and reason. `device` is what the server says that it computes on, `max_model_len` its longest
-    request, where it says so.
+    `answered`, `refused`, `failed` and `deadline` add up to the samples; `unsent` requests were never sent, as the
+    connection was lost. `short` answers have fewer than the `asked_tokens` of the load. `errors` counts what was
+    not answered by outcome and reason. `device` is what the server says that it computes on, `max_model_len` its
+    longest request, where it says so.
     """
 
     device: str
@@ -75,6 +77,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     answered: int
     refused: int
     failed: int
+    deadline: int
     short: int
     unsent: int
     errors: dict[str, int]
@@ -107,6 +110,7 @@ def summarise_load(
         answered=len(answered),
         refused=outcomes["refused"],
         failed=outcomes["failed"],
+        deadline=outcomes["deadline"],
         short=sum(sample.num_tokens < asked_tokens for sample in answered),
         unsent=unsent,
         errors=dict(Counter(sample.told for sample in samples if sample.error is not None)),
@@ -151,7 +155,7 @@ def result_table(result: LoadResult) -> str:
         for name, s in latencies.items()
     ]
     simulated = result.device.removeprefix(SIMULATED)
-    outcomes = ("answered", "refused", "failed", "short")
+    outcomes = ("answered", "refused", "failed", "deadline", "short")
     lines = [
         text(grid_of(f"SIMULATION of {simulated}" if simulated != result.device else "", rows)),
         text(grid_of("", [{"requests": ""} | {name: f"{getattr(result, name):,}" for name in outcomes}])),

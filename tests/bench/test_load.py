@@ -279,11 +279,11 @@ def test_only_what_came_to_its_end_is_an_answer(monkeypatch: pytest.MonkeyPatch)
         ("refused", 0, "no room"),
         ("broken", 2, "the core died"),
     )
-    counts = (result.answered, result.refused, result.failed, result.short, result.unsent)
-    assert counts == (2, 1, 6, 1, 0)
+    counts = (result.answered, result.refused, result.failed, result.deadline, result.short, result.unsent)
+    assert counts == (2, 1, 5, 1, 1, 0)
     assert result.errors == {
         "failed: not finite": 2,
-        "failed: deadline": 1,
+        "deadline": 1,
         "failed: cancelled": 1,
         "failed: the answer holds no token": 1,
         "refused: invalid_request: no room": 1,
@@ -294,11 +294,11 @@ def test_only_what_came_to_its_end_is_an_answer(monkeypatch: pytest.MonkeyPatch)
     assert result.end_to_end_s.count == result.time_to_first_token_s.count == 2
     lines = result_table(result).splitlines()
     header = next(index for index, line in enumerate(lines) if line.startswith("requests"))
-    assert lines[header].split() == ["requests", "answered", "refused", "failed", "short"]
-    assert lines[header + 1].split() == ["2", "1", "6", "1"]
+    assert lines[header].split() == ["requests", "answered", "refused", "failed", "deadline", "short"]
+    assert lines[header + 1].split() == ["2", "1", "5", "1", "1"]
     assert lines[header + 2].startswith("2 answered in ")
     assert lines[header + 3] == "1 that stopped early: 3 tokens instead of 4"
-    assert {"2 failed: not finite", "1 failed: deadline", "1 refused: invalid_request: no room"} <= set(lines)
+    assert {"2 failed: not finite", "1 deadline", "1 refused: invalid_request: no room"} <= set(lines)
 
 
 def test_answers_that_were_cut_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
