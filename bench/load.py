@@ -202,8 +202,11 @@ class _Load:
             RequestSample(due_s, start_s, delta_s, delta_tokens, self.now_s, error, message, finish)
         )
         self.progress.update()
-        if error == ConnectionLost.code and not self.lost:
-            self.lost = await _is_lost(client)
+        if error == ConnectionLost.code:
+            try:  # other engines open a connection for each request
+                await client.model_info()
+            except ConnectionLost:
+                self.lost = True
 
     def _generate(self, client: LoadClient, index: int) -> AsyncIterator[Delta]:
         settings = self.settings
@@ -216,12 +219,3 @@ class _Load:
             temperature=0.0,
             seed=(settings.seed + index) % (MAX_SEED + 1),
         )
-
-
-async def _is_lost(client: LoadClient) -> bool:
-    """Whether nothing comes over this connection any more; other engines open one for each request."""
-    try:
-        await client.model_info()
-    except ConnectionLost:
-        return True
-    return False
