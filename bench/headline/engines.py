@@ -22,17 +22,7 @@ import msgspec
 from cierzo.bench import machine
 from cierzo.bench.campaign import loop
 from cierzo.bench.headline.cells import Cell, Plan, Subject
-from cierzo.bench.headline.measurement import (
-    Measurement,
-    Steps,
-    at_best,
-    closed_loop,
-    engine_settings,
-    measured,
-    resolved,
-    told,
-    value,
-)
+from cierzo.bench.headline.measurement import Measurement, at_best, closed_loop, engine_settings, measured, resolved
 from cierzo.bench.peers.engine import Checkpoint
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.bench.revision import output
@@ -65,7 +55,7 @@ class Headline(loop.Campaign[Cell, Subject]):
 
     def told(self, cell: Cell, result: Any) -> str:
         """The figure that the cell is judged by."""
-        return told(cell, msgspec.convert(result, Measurement))
+        return msgspec.convert(result, Measurement).told(cell)
 
 
 @dataclass
@@ -125,19 +115,17 @@ class Served(loop.Session[Cell]):
 
         found = at_best(cell, config, device, load)
         if device is not None:
-            found = msgspec.structs.replace(found, steps=self._twin(cell, found, device))
+            # the same load on a simulated engine of this machine's ceilings
+            path, fixed = str(self.checkpoint.path), msgspec.structs.replace(cell, concurrency=found.concurrency)
+            config = simulated_config(path, fixed, self.subject, device, self.serving.folder)
+            distinct = None if found.experts is None else measured_distinct(found.experts)
+            twin = simulate(config, fixed, found.concurrency, distinct=distinct)
+            found = msgspec.structs.replace(found, steps=twin.steps)
         return msgspec.to_builtins(found)
 
     def close(self) -> None:
         """Stop the server."""
         self.server.close()
-
-    def _twin(self, cell: Cell, found: Measurement, device: Device) -> Steps | None:
-        """The steps of the same load on a simulated engine of this machine's ceilings."""
-        fixed = msgspec.structs.replace(cell, concurrency=found.concurrency)
-        config = simulated_config(str(self.checkpoint.path), fixed, self.subject, device, self.serving.folder)
-        distinct = None if found.experts is None else measured_distinct(found.experts)
-        return simulate(config, fixed, found.concurrency, distinct=distinct).steps
 
 
 def gpu_name() -> str:
@@ -187,8 +175,8 @@ class Simulated(loop.Session[Cell]):
         if not found:
             raise ConfigError("; ".join(others), field="weights")
         choose_best = max if cell.is_throughput else min
-        won = choose_best(found, key=lambda one: value(cell, one))
-        others += [f"{one.layout}: {told(cell, one)}" for one in found if one is not won]
+        won = choose_best(found, key=lambda one: one.value(cell))
+        others += [f"{one.layout}: {one.told(cell)}" for one in found if one is not won]
         return msgspec.to_builtins(msgspec.structs.replace(won, others=others))
 
 

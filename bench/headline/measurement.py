@@ -80,16 +80,14 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     command: str = ""
     samples: list[tuple[float, float, float, int]] = []
 
+    def value(self, cell: Cell) -> float:
+        """The figure that a cell is judged by: requests per second, or the median completion time."""
+        return self.requests_per_s if cell.is_throughput else self.completion_s.p50
 
-def value(cell: Cell, found: Measurement) -> float:
-    """The figure that a cell is judged by: requests per second, or the median completion time."""
-    return found.requests_per_s if cell.is_throughput else found.completion_s.p50
-
-
-def told(cell: Cell, found: Measurement) -> str:
-    """The figure that a cell is judged by, in words."""
-    told = f"{value(cell, found):.4g}"
-    return f"{told} requests/s at {found.concurrency:,}" if cell.is_throughput else f"{told} s"
+    def told(self, cell: Cell) -> str:
+        """The figure that a cell is judged by, in words."""
+        told = f"{self.value(cell):.4g}"
+        return f"{told} requests/s at {self.concurrency:,}" if cell.is_throughput else f"{told} s"
 
 
 def closed_loop(cell: Cell, concurrency: int, seed: int) -> LoadSettings:

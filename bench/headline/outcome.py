@@ -13,7 +13,7 @@ import msgspec
 from cierzo.bench.campaign import outcome, plot, table
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.headline.cells import LIMIT_S, SIMULATED, Cell, Plan, Subject
-from cierzo.bench.headline.measurement import Measurement, value
+from cierzo.bench.headline.measurement import Measurement
 from cierzo.bench.machine import Ceilings
 
 Outcome = outcome.Outcome[Cell, Subject, Measurement]
@@ -48,7 +48,7 @@ def outcome_of(plan: Plan, store: Store) -> Outcome:
         return msgspec.convert(store.measured(cell, subject), dict[int, Measurement])
 
     def values(cell: Cell, subject: Subject) -> dict[int, float]:
-        return {number: value(cell, found) for number, found in measured(cell, subject).items()}
+        return {number: found.value(cell) for number, found in measured(cell, subject).items()}
 
     def limits(cell: Cell, subject: Subject) -> dict[int, float]:
         """At the device's full rates. Where equally many wait, completion times are as the inverse of the requests
