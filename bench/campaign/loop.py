@@ -28,19 +28,15 @@ class Block(Generic[C, S]):
     subjects: Sequence[S]
 
 
+@dataclass(frozen=True, slots=True)
 class Session(Generic[C]):
-    """A loaded subject."""
+    """A loaded subject. measure: a cell in the round of this number -> JSON; whatever it raises is why the cell has
+    no result. close: lets go of the subject. by_products: further results, by cells of their own: the time to load,
+    memory."""
 
-    def measure(self, cell: C, number: int) -> Any:
-        """A cell in the round of this number -> JSON. Whatever this raises is why the cell has no result."""
-        raise NotImplementedError
-
-    def by_products(self) -> Mapping[C, Any]:
-        """Further results of the session, by cells of their own: the time to load, memory."""
-        return {}
-
-    def close(self) -> None:
-        """Let go of it."""
+    measure: Callable[[C, int], Any]
+    close: Callable[[], object] = lambda: None
+    by_products: Callable[[], Mapping[C, Any]] = dict
 
 
 class Campaign(Generic[C, S]):

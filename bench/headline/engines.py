@@ -78,7 +78,7 @@ class Serving(Headline):
         self.limit_device = machine.limit_device(found)
         return msgspec.to_builtins(found)
 
-    def open(self, block: loop.Block[Cell, Subject], subject: Subject) -> Served:
+    def open(self, block: loop.Block[Cell, Subject], subject: Subject) -> loop.Session[Cell]:
         """Start a server for cells of one profile. Raises EngineFailed, or ConfigError."""
         checkpoint = self.checkpoints[subject.model]
         settings = engine_settings(str(checkpoint.path), "cuda" if self.gpu else "cpu", subject, block.cells)
@@ -87,45 +87,32 @@ class Serving(Headline):
         options["expert_statistics"] = config.model.moe is not None
         name = f"{subject.model}-{subject.weights}-{subject.activations}-{block.name}"
         server = CierzoServer(checkpoint, options, self.folder / "logs" / f"{name}.log")
-        return Served(self, server, checkpoint, subject, config)
+        return loop.Session(functools.partial(self._measure, server, subject, config), server.close)
 
-
-@dataclass(frozen=True)
-class Served(loop.Session[Cell]):
-    """A server that runs."""
-
-    serving: Serving
-    server: CierzoServer
-    checkpoint: Checkpoint
-    subject: Subject
-    config: EngineConfig
-
-    def measure(self, cell: Cell, number: int) -> Any:
+    def _measure(
+        self, server: CierzoServer, subject: Subject, config: EngineConfig, cell: Cell, number: int
+    ) -> Any:
         """Raises EngineFailed, or ConfigError."""
-        config, device = self.config, self.serving.limit_device
-        short = {sys.executable: "python", str(self.checkpoint.path): self.checkpoint.path.name}
-        command = shlex.join(short.get(word, word) for word in shlex.split(self.server.command))
+        path, device = str(self.checkpoints[subject.model].path), self.limit_device
+        short = {sys.executable: "python", path: Path(path).name}
+        command = shlex.join(short.get(word, word) for word in shlex.split(server.command))
 
         def load(concurrency: int, replicas: int) -> Measurement:
             # no prompt begins as one of another load
             seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())
-            result = self.server.load(closed_loop(cell, concurrency, seed))
+            result = server.load(closed_loop(cell, concurrency, seed))
             found = measured(cell, result, concurrency, replicas)
-            return msgspec.structs.replace(found, experts=self.server.chosen_experts(), command=command)
+            return msgspec.structs.replace(found, experts=server.chosen_experts(), command=command)
 
         found = at_best(cell, config, device, load)
         if device is not None:
             # the same load on a simulated engine of this machine's ceilings
-            path, fixed = str(self.checkpoint.path), msgspec.structs.replace(cell, concurrency=found.concurrency)
-            config = simulated_config(path, fixed, self.subject, device, self.serving.folder)
+            fixed = msgspec.structs.replace(cell, concurrency=found.concurrency)
+            config = simulated_config(path, fixed, subject, device, self.folder)
             distinct = None if found.experts is None else measured_distinct(found.experts)
             twin = simulate(config, fixed, found.concurrency, distinct=distinct)
             found = msgspec.structs.replace(found, steps=twin.steps)
         return msgspec.to_builtins(found)
-
-    def close(self) -> None:
-        """Stop the server."""
-        self.server.close()
 
 
 def gpu_name() -> str:
@@ -145,28 +132,19 @@ class Simulation(Headline):
     models: dict[str, str]
     folder: Path
 
-    def open(self, block: loop.Block[Cell, Subject], subject: Subject) -> Simulated:
+    def open(self, block: loop.Block[Cell, Subject], subject: Subject) -> loop.Session[Cell]:
         """Nothing is loaded."""
-        return Simulated(self, subject)
+        return loop.Session(functools.partial(self._measure, subject))
 
-
-@dataclass(frozen=True)
-class Simulated(loop.Session[Cell]):
-    """A subject on the simulated device."""
-
-    simulation: Simulation
-    subject: Subject
-
-    def measure(self, cell: Cell, number: int) -> Any:
+    def _measure(self, subject: Subject, cell: Cell, _: int) -> Any:
         """Measure one engine over all cards, and a replica on each, and take the better. Raises ConfigError where
         neither can be."""
-        found, others, given = [], [], self.simulation
-        model = given.models[self.subject.model]
-        for replicas, device in layouts(given.device):
+        found, others, model = [], [], self.models[subject.model]
+        for replicas, device in layouts(self.device):
             cards = "one card" if device.cards == 1 else f"{device.cards} cards"
             layout = f"{replicas} engines of {cards}" if replicas > 1 else f"one engine on {cards}"
             try:
-                config = simulated_config(model, cell, self.subject, device, given.folder)
+                config = simulated_config(model, cell, subject, device, self.folder)
                 one = at_best(cell, config, device, functools.partial(simulate, config, cell), replicas)
             except ConfigError as error:
                 others.append(f"{layout}: {error}")
