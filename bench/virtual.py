@@ -1,30 +1,125 @@
 """Loads in virtual time: the real load client and the real scheduler, on a card that is simulated.
 
-`VirtualLoop` is an asyncio loop whose clock jumps to the next timer instead of waiting for it. `SimulatedServer` is
-the engine core as a task of that loop, and its `connect` opens what `bench.load` takes for a connection.
+The clock of the asyncio loop jumps to the next timer instead of waiting for it. `SimulatedServer` is the engine
+core as a task of that loop, and its `connect` opens what `bench.load` takes for a connection.
+
+A step at a time, an hour of load takes minutes, nearly all of them for steps in which the same sequences decode
+one token more. `JumpingScheduler` takes a stretch of such steps at once. Whatever else happens (an arrival, a
+prompt, an admission, an end, a preemption) is for the engine's own scheduler, a step at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from cierzo.bench.latency import LoadResult
 from cierzo.bench.load import LoadClient, LoadSettings, run_load
-from cierzo.bench.virtual_core import VirtualClock, VirtualCore
+from cierzo.bench.plan.batching import Row, expand
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.cost.step_model import StepTotals
+from cierzo.engine.cost.step_model import FloatArray, StepTotals
 from cierzo.engine.cost.work import Distinct
-from cierzo.engine.errors import BY_CODE, CierzoError, CoreFailed
+from cierzo.engine.errors import BY_CODE, CoreFailed
 from cierzo.engine.messages import Delta, Submit, TokenDelta
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.simulated import SimulatedRunner
 from cierzo.scheduler.params import SamplingParams
+from cierzo.scheduler.scheduler import Scheduler
 
 MOST_STEPS = 4096  # taken together, at most
-T = TypeVar("T")
+
+
+class VirtualClock:
+    """A clock whose time passes only when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        """Seconds since the clock was made."""
+        return self.now_s
+
+    def wait_until(self, then_s: float) -> None:
+        """Jump to `then_s`, unless it has passed."""
+        self.now_s = max(self.now_s, then_s)
+
+
+class JumpingScheduler(Scheduler):
+    """The engine's scheduler, which can also take many decode steps at once.
+
+    `advance` leaves the running requests (tokens, counts, blocks), the deltas and the counters of steps and output
+    tokens as `schedule` and `commit` would, step by step; it touches nothing else of the scheduler's state. Tests
+    hold loads with and without it against each other, and `check` holds after it.
+    """
+
+    def steady(self) -> Row:
+        """The coming steps that are sure to be alike: in each every running sequence decodes a token, and nothing
+        else happens unless somebody adds or aborts. Must not be asked while a step is in flight."""
+        running = self._running.values()
+        others = len(self._gate) or (self._waiting and not self._blocked) or self._deadlines.first() is not None
+        if others or not running or any(len(one.tokens) - one.num_planned != 1 for one in running):
+            return Row(0, 0, 0, repeat=0)
+        before_an_end = min(one.stop.limit_tokens - len(one.tokens) for one in running) - 1
+        with_room = self._cache.num_free // len(running) * self._cache.block_tokens
+        steps = max(0, min(before_an_end, with_room))
+        return Row(len(running), sum(len(one.tokens) for one in running), len(running), steps)
+
+    def advance(self, num_steps: int, token_ids: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """Take the first `num_steps` of the steps that `steady` told; return (slot, new blocks) where a sequence
+        gained any. token_ids: by slot, the token that each step gives, which ends nothing."""
+        grown, too_many = [], f"{num_steps} steps are more than steady() allows"
+        for request in self._running.values():
+            new, blocks = [token_ids[request.slot]] * num_steps, request.blocks
+            request.tokens += new
+            assert len(request.tokens) < request.stop.limit_tokens, too_many
+            request.num_computed = request.num_planned = computed = request.num_computed + num_steps
+            if computed > blocks.capacity_tokens:
+                block_ids = self._cache.allocate(blocks, computed)
+                assert block_ids is not None, too_many
+                grown.append((request.slot, block_ids))
+            if computed >= blocks.next_index_tokens:
+                self._cache.index(blocks, computed)
+            self._deltas.append(TokenDelta(*request.key, new, None, None))
+        self._num_steps += num_steps
+        self._output_tokens += num_steps * len(self._running)
+        return grown
+
+
+class VirtualCore(EngineCore):
+    """The engine core on a simulated device, in virtual time."""
+
+    _scheduler: JumpingScheduler
+
+    def __init__(self, config: EngineConfig, clock: VirtualClock, distinct: Distinct | None = None) -> None:
+        """distinct: experts that so many tokens reach; by default as if chosen at random."""
+        self.virtual_clock = clock
+        self.simulated = SimulatedRunner(config, clock, distinct)
+        super().__init__(config, self.simulated, clock)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._scheduler = JumpingScheduler(self._config.scheduler, self._cache, self.virtual_clock)
+
+    def steady_s(self, at_most: int) -> FloatArray:
+        """Seconds of each coming step that is sure to be alike, up to `at_most` of them. Fewer than two: the next
+        step is for `step_plain`."""
+        row = self._scheduler.steady()
+        row.repeat = min(row.repeat, at_most)
+        return np.atleast_1d(self.simulated.model.time(*expand([row])).total_s)
+
+    def advance(self, steps: int) -> list[TokenDelta]:
+        """Take the first `steps` of those that `steady_s` told, and let their time pass."""
+        row, simulated = self._scheduler.steady(), self.simulated
+        row.repeat = steps
+        seconds = simulated.model.add(simulated.totals, *expand([row]))
+        for slot, block_ids in self._scheduler.advance(steps, simulated.token_ids):
+            self._builder.extend_table(slot, block_ids)
+        self.virtual_clock.wait_until(self.virtual_clock() + float(seconds.sum()))
+        return self.take_deltas()
 
 
 class _JumpingSelector(selectors.SelectSelector):
@@ -42,23 +137,12 @@ class _JumpingSelector(selectors.SelectSelector):
         return []
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
+def _virtual_loop(clock: VirtualClock) -> asyncio.AbstractEventLoop:
     """An asyncio event loop whose clock jumps to the next timer instead of waiting."""
-
-    def __init__(self, clock: VirtualClock) -> None:
-        super().__init__(_JumpingSelector(clock))
-        self._virtual = clock
-        self._clock_resolution = 1e-9
-
-    def time(self) -> float:
-        """Virtual seconds by now."""
-        return self._virtual.now_s
-
-
-def run_virtual(task: Coroutine[Any, Any, T], clock: VirtualClock) -> T:
-    """Run `task` to its end in virtual time, and return its result."""
-    with asyncio.Runner(loop_factory=lambda: VirtualLoop(clock)) as runner:
-        return runner.run(task)
+    loop = asyncio.SelectorEventLoop(_JumpingSelector(clock))
+    loop.time = clock  # type: ignore[method-assign]
+    loop._clock_resolution = 1e-9  # type: ignore[attr-defined]
+    return loop
 
 
 class SimulatedServer:
@@ -91,14 +175,14 @@ class SimulatedServer:
         """Take requests and steps, until cancelled. A request that comes within a step waits for the step's end, as
         it does in the core."""
         while True:
-            self._take()
+            for submit in self._arrivals:
+                self.core.submit(submit)
+            self._arrivals.clear()
+            self._arrived.clear()
             if not self.core.has_work():
                 await self._arrived.wait()
-                self._arrived.clear()
                 continue
-            seconds = self.core.steady_s(self._most_steps)
-            deltas = await self._one_step() if len(seconds) < 2 else await self._steps(np.cumsum(seconds))
-            for delta in deltas:
+            for delta in await self._step():
                 ended = delta.finish is not None
                 stream = self._streams.pop(delta.request_id) if ended else self._streams[delta.request_id]
                 stream.put_nowait(delta)
@@ -111,24 +195,15 @@ class SimulatedServer:
         self._arrived.set()
         return stream
 
-    def _take(self) -> None:
-        for submit in self._arrivals:
-            self.core.submit(submit)
-        self._arrivals.clear()
-        self._arrived.clear()
-
-    async def _one_step(self) -> list[TokenDelta]:
-        """Take one step. The core has let its time pass at once; the clock is set back, and the loop waits for the
-        step's end, so that the other tasks see time pass too."""
-        begin_s = self.clock.now_s
-        deltas = self.core.step_plain()
-        end_s, self.clock.now_s = self.clock.now_s, begin_s
-        await asyncio.sleep(end_s - begin_s)
-        return deltas
-
-    async def _steps(self, ends_s: np.ndarray[Any, Any]) -> list[TokenDelta]:
-        """Take the coming steps together, or those of them that have begun when a request comes."""
-        begin_s = self.clock.now_s
+    async def _step(self) -> list[TokenDelta]:
+        """Take one step, or all coming ones that are alike and have begun when a request comes. The core lets their
+        time pass at once; the clock is set back, and the loop waits, so that the other tasks see time pass too."""
+        begin_s, ends_s = self.clock.now_s, np.cumsum(self.core.steady_s(self._most_steps))
+        if len(ends_s) < 2:
+            deltas = self.core.step_plain()
+            end_s, self.clock.now_s = self.clock.now_s, begin_s
+            await asyncio.sleep(end_s - begin_s)
+            return deltas
         try:
             async with asyncio.timeout(float(ends_s[-1])):
                 await self._arrived.wait()
@@ -137,10 +212,8 @@ class SimulatedServer:
             begun = len(ends_s)
         begun = min(begun, len(ends_s))
         await asyncio.sleep(begin_s + float(ends_s[begun - 1]) - self.clock.now_s)
-        now_s, self.clock.now_s = self.clock.now_s, begin_s
-        deltas = self.core.advance(begun)
-        self.clock.now_s = now_s
-        return deltas
+        self.clock.now_s = begin_s
+        return self.core.advance(begun)
 
 
 class SimulatedClient:
@@ -159,7 +232,8 @@ class SimulatedClient:
                 yield Delta(stream=0, sample=delta.sample, token_ids=delta.token_ids)
             if delta.finish is not None:
                 if delta.finish.reason not in ("stop", "length"):
-                    raise _error(delta.finish.message or delta.finish.reason)
+                    code, _, words = delta.finish.message.partition(": ")  # as the core refuses a request
+                    raise BY_CODE.get(code, CoreFailed)(words or delta.finish.message or delta.finish.reason)
                 return
 
     async def model_info(self) -> Any:
@@ -180,12 +254,5 @@ def run_simulated_load(server: SimulatedServer, settings: LoadSettings) -> LoadR
         finally:
             engine.cancel()
 
-    return run_virtual(load(), server.clock)
-
-
-def _error(message: str) -> CierzoError:
-    """The error that the front end would send for a failed request; the words before the first colon may be its
-    code."""
-    code, _, rest = message.partition(": ")
-    kind = BY_CODE.get(code, CoreFailed)
-    return kind(rest or message)
+    with asyncio.Runner(loop_factory=lambda: _virtual_loop(server.clock)) as runner:
+        return runner.run(load())

@@ -47,7 +47,7 @@ class Scheduler:
     goes on, and what it computes for one that does not is dropped. Memory that is freed meanwhile may be given away
     at once, as a device runs its steps in order.
 
-    A subclass in bench/virtual_core.py takes many decode steps at once, and says which of the state it touches.
+    A subclass in bench/virtual.py takes many decode steps at once, and says which of the state it touches.
     """
 
     def __init__(

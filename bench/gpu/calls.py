@@ -44,7 +44,7 @@ Cell = tuple[str, ModelSizes, Size, str]  # operation, model, size, format
 def cells(
     sizes: Sequence[Size], more: Mapping[str, Sequence[ModelSizes]] | None = None
 ) -> Iterator[tuple[str, Cell]]:
-    """(name, Cell) of every operation; engine/cost/measured.py takes names apart. more: models by operation, beside
+    """(name, Cell) of every operation; engine/cost/cards.py takes names apart. more: models by operation, beside
     those of its case."""
     for operation, known in CASES.items():
         models = (*known.models, *(more or {}).get(operation, ()))

@@ -23,8 +23,7 @@ from cierzo.bench.headline.outcome import Outcome, outcome_of, picture, text
 from cierzo.bench.headline.serve import Serving, gpu_name
 from cierzo.bench.headline.simulate import Simulation
 from cierzo.bench.machine import describe_machine
-from cierzo.bench.peers.engine import Checkpoint, find_checkpoint
-from cierzo.bench.peers.kept import fingerprint
+from cierzo.bench.peers.engine import Checkpoint, find_checkpoint, fingerprint
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError, refusal

@@ -8,9 +8,9 @@ the ceilings would answer it.
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cierzo.bench.headline.search import at_best, engine_settings, resolved
 from cierzo.bench.headline.simulate import simulate, simulated_config
 from cierzo.bench.peers.engine import Checkpoint
 from cierzo.bench.peers.ours import CierzoServer
+from cierzo.bench.revision import output
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.cards import named
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
@@ -66,25 +67,28 @@ class Serving(Headline):
         return next((named(card) for card in DATA_SHEETS if card in name), None)
 
 
+@dataclass(frozen=True)
 class Session(loop.Session[Cell]):
     """A server that runs."""
 
-    def __init__(
-        self, serving: Serving, server: CierzoServer, checkpoint: Checkpoint, subject: Subject, config: EngineConfig
-    ) -> None:
-        self._serving, self._server, self._checkpoint = serving, server, checkpoint
-        self._subject, self._config = subject, config
+    serving: Serving
+    server: CierzoServer
+    checkpoint: Checkpoint
+    subject: Subject
+    config: EngineConfig
 
     def measure(self, cell: Cell, number: int) -> Any:
         """Raises EngineFailed, or ConfigError."""
-        config, device = self._config, self._serving.limit_device()
+        config, device = self.config, self.serving.limit_device()
+        short = {sys.executable: "python", str(self.checkpoint.path): self.checkpoint.path.name}
+        command = shlex.join(short.get(word, word) for word in shlex.split(self.server.command))
 
         def load(concurrency: int, replicas: int) -> Measurement:
             # no prompt begins as one of another load
             seed = zlib.crc32(f"{cell.name} {concurrency} {number}".encode())
-            result = self._server.whole_load(closed_loop(cell, concurrency, seed))
+            result = self.server.load(closed_loop(cell, concurrency, seed))
             found = measured(cell, result, concurrency, replicas)
-            return msgspec.structs.replace(found, experts=self._server.chosen_experts(), command=self._command())
+            return msgspec.structs.replace(found, experts=self.server.chosen_experts(), command=command)
 
         found = at_best(cell, config, device, load)
         if device is not None:
@@ -93,25 +97,19 @@ class Session(loop.Session[Cell]):
 
     def close(self) -> None:
         """Stop the server."""
-        self._server.close()
+        self.server.close()
 
     def _twin(self, cell: Cell, found: Measurement, device: Device) -> Steps | None:
         """The steps of the same load on a simulated engine of this machine's ceilings."""
         fixed = msgspec.structs.replace(cell, concurrency=found.concurrency)
-        config = simulated_config(str(self._checkpoint.path), fixed, self._subject, device, self._serving.folder)
+        config = simulated_config(str(self.checkpoint.path), fixed, self.subject, device, self.serving.folder)
         distinct = None if found.experts is None else measured_distinct(found.experts)
         return simulate(config, fixed, found.concurrency, distinct=distinct).steps
-
-    def _command(self) -> str:
-        """The server's command as it would be typed."""
-        short = {sys.executable: "python", str(self._checkpoint.path): self._checkpoint.path.name}
-        return shlex.join(short.get(word, word) for word in shlex.split(self._server.command))
 
 
 def gpu_name() -> str:
     """The name of the first GPU that the driver lists. Raises ConfigError without one."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"no GPU: {error}", field="device", value="cuda") from error
+    found = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0").strip()
+    if not found:
+        raise ConfigError("no GPU: nvidia-smi names none", field="device", value="cuda")
+    return found

@@ -13,23 +13,20 @@ from collections.abc import Sequence
 
 from cierzo.bench.campaign import options
 from cierzo.bench.machine import describe_machine
+from cierzo.bench.peers import llamacpp, ours, transformers, vllm
 from cierzo.bench.peers.campaign import Peers
 from cierzo.bench.peers.cells import BY_PRODUCTS, cells
 from cierzo.bench.peers.engine import CHECKPOINTS, Peer, find_checkpoint
 from cierzo.bench.peers.environments import RECIPES
-from cierzo.bench.peers.llamacpp import LlamaCpp
-from cierzo.bench.peers.ours import Cierzo
 from cierzo.bench.peers.results import Outcome, outcome_of, picture, text
-from cierzo.bench.peers.transformers import Transformers
-from cierzo.bench.peers.vllm import Vllm
 
 PEERS: dict[str, Peer] = {
-    "cierzo": Cierzo(),
-    "transformers": Transformers(),
-    "vllm": Vllm(),
-    "llamacpp": LlamaCpp(),
+    "cierzo": ours,
+    "transformers": transformers,
+    "vllm": vllm,
+    "llamacpp": llamacpp,
 }
-ENGINES = {engine.name: engine for peer in PEERS.values() for engine in peer.engines}
+ENGINES = {engine.name: engine for peer in PEERS.values() for engine in peer.ENGINES}
 ROUNDS, CLOSE_ROUNDS = 3, 5
 
 

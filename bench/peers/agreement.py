@@ -12,24 +12,22 @@ first choices on small4-mini agree at 42 % of the positions, 68 % are near, and 
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from cierzo.bench.peers import transformers
 from cierzo.bench.peers.cells import Cell
-from cierzo.bench.peers.engine import Checkpoint, Logprobs, Measured
-from cierzo.bench.peers.kept import kept
-from cierzo.bench.peers.transformers import worker
+from cierzo.bench.peers.engine import Checkpoint, Logprobs, Measured, kept
 from cierzo.bench.workload import random_prompt
 
 COUNT = 20
 NEAR_NATS = 0.1
 SEED = 765_432
 FILE = "logprobs.npy"
+REFERENCE = msgspec.structs.replace(transformers.DEFAULTS, name="reference", options={"dtype": "float32"})
 Table = NDArray[np.float32]
 
 
@@ -49,20 +47,14 @@ def sequences(cell: Cell, vocab_size: int) -> list[list[int]]:
 
 def reference(checkpoint: Checkpoint, cell: Cell, folder: Path) -> Table:
     """transformers' log-probabilities in fp32, [sequence, position, vocabulary]; made once. Raises EngineFailed."""
-    target = folder / "converted" / f"reference-{checkpoint.name}"
-    recipe: Any = [msgspec.to_builtins(cell), SEED]
-    path = kept(target, checkpoint.path, recipe, functools.partial(_make, checkpoint, cell, folder)) / FILE
-    table: Table = np.load(path, mmap_mode="r")
-    return table
 
+    def make(target: Path) -> None:
+        forced = sequences(cell, checkpoint.vocab_size)
+        with transformers.offline(REFERENCE, checkpoint, folder) as worker:
+            worker.ask("save_logprobs", sequences=forced, path=str(target / FILE))
 
-def _make(checkpoint: Checkpoint, cell: Cell, folder: Path, target: Path) -> None:
-    log = folder / "logs" / f"reference-{checkpoint.name}.log"
-    session = worker(checkpoint, {"dtype": "float32"}, folder, log)
-    try:
-        session.ask("save_logprobs", sequences=sequences(cell, checkpoint.vocab_size), path=str(target / FILE))
-    finally:
-        session.close()
+    made = kept(checkpoint, folder, REFERENCE.name, [msgspec.to_builtins(cell), SEED], make)
+    return np.load(made / FILE, mmap_mode="r")
 
 
 def compare(found: Logprobs, table: Table) -> Measured:

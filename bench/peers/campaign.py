@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -16,9 +16,8 @@ from cierzo.bench.campaign.loop import Block, Campaign
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers import agreement
 from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, SERVED_LOAD, SERVED_MEMORY, Cell, Subject
-from cierzo.bench.peers.engine import Checkpoint, Engine, Measured, Offline, Peer, Session
+from cierzo.bench.peers.engine import Checkpoint, Engine, Measured, Peer, Session
 from cierzo.bench.peers.results import OURS, ratios
-from cierzo.bench.peers.served import RunningServer
 
 CLOSE_RATIO = 1.2  # below it, a ratio of ours to a peer's is measured in more rounds
 
@@ -78,8 +77,7 @@ class Peers(Campaign[Cell, Subject]):
         server = peer.server(engine, checkpoint, folder)
         if server is None:
             return None
-        running = RunningServer(server, folder / "logs" / f"{engine.name}-{checkpoint.name}-server.log")
-        return _Loaded(running, checkpoint, folder, (SERVED_LOAD, SERVED_MEMORY))
+        return _Loaded(server, checkpoint, folder, (SERVED_LOAD, SERVED_MEMORY))
 
     def told(self, cell: Cell, result: Any) -> str:
         """The value in the cell's unit."""
@@ -101,7 +99,7 @@ class _Loaded(loop.Session[Cell]):
             return self._told(self.session.measure(cell, _seed(number, cell)))
         table = agreement.reference(self.checkpoint, AGREEMENT, self.folder)
         forced = agreement.sequences(AGREEMENT, self.checkpoint.vocab_size)
-        found = cast(Offline, self.session).top_logprobs(forced, agreement.COUNT)
+        found = self.session.top_logprobs(forced, agreement.COUNT)
         return self._told(agreement.compare(found, table))
 
     def by_products(self) -> Mapping[Cell, Any]:
@@ -115,8 +113,7 @@ class _Loaded(loop.Session[Cell]):
         self.session.close()
 
     def _told(self, measured: Measured) -> Any:
-        command = measured.command or self.session.command
-        return msgspec.to_builtins(msgspec.structs.replace(measured, command=command))
+        return {**msgspec.to_builtins(measured), "command": self.session.command}
 
 
 def _seed(number: int, cell: Cell) -> int:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
-from cierzo.bench.load import LoadClient
 from cierzo.bench.peers.cells import Cell
 from cierzo.engine.errors import ConfigError
+from cierzo.engine.weights.folder import new_folder
 
 Logprobs = list[list[list[tuple[int, float]]]]  # sequence, position, likeliest tokens with their log-probabilities
 
@@ -33,47 +34,56 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     setting: str
     options: dict[str, Any] = {}
 
+    def log(self, checkpoint: Checkpoint, folder: Path, kind: str = "") -> Path:
+        """The log of its runs of a kind."""
+        return folder / "logs" / f"{self.name}-{checkpoint.name}{kind}.log"
+
 
 class Measured(msgspec.Struct, frozen=True):
-    """A figure in its cell's unit, what it came from, and the command if the cell has one of its own."""
+    """A figure in its cell's unit, and what it came from."""
 
     value: float
     raw: Any
-    command: str = ""
 
 
-class Session(Protocol):
-    """A loaded engine. `load_s` is the time from its start to its first token; None where nothing stays loaded."""
+class Session:
+    """A loaded engine, and the command that it ran last. `load_s` is the time from its start to its first token;
+    None where nothing stays loaded."""
 
-    command: str
-    load_s: float | None
+    command = ""
+    load_s: float | None = None
 
     def measure(self, cell: Cell, seed: int) -> Measured:
         """A cell, on random prompts of this seed. Raises EngineFailed."""
-        ...
+        raise NotImplementedError
+
+    def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
+        """The likeliest next tokens at each position of forced sequences, of an engine without its server.
+
+        Raises EngineFailed.
+        """
+        raise NotImplementedError
 
     def peak_memory_gb(self) -> float:
         """Most resident memory of its processes so far, 1e9 bytes; 0 if they are gone."""
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
         """End its processes."""
+
+
+class Peer(Protocol):
+    """A module of this folder: the engines of one project, and how they run. Paths are below `folder`."""
+
+    ENGINES: tuple[Engine, ...]
+
+    def offline(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Session:
+        """Convert the checkpoint if need be, and load it. Raises EngineFailed."""
         ...
 
-
-class Offline(Session, Protocol):
-    """An engine without its server: decode, prefill and agreement cells."""
-
-    def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
-        """The likeliest next tokens at each position of forced sequences. Raises EngineFailed."""
+    def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Session | None:
+        """Convert, start its server and warm it up; None for an engine that has none. Raises EngineFailed."""
         ...
-
-
-class Server(msgspec.Struct, frozen=True):
-    """How to start a server, and how to connect to it: ConnectionLost until it takes requests."""
-
-    command: list[str]
-    connect: Callable[[], Awaitable[LoadClient]]
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -84,8 +94,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     def config(self) -> dict[str, Any]:
         """The checkpoint's config.json."""
-        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        return config
+        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
 
     @property
     def vocab_size(self) -> int:
@@ -112,18 +121,22 @@ def find_checkpoint(name: str, folder: Path, scale: str = "mini") -> Checkpoint:
     return Checkpoint(name, path)
 
 
-class Peer(Protocol):
-    """A file of this folder: the engines of one project, and how they run. Paths are below `folder`."""
+def kept(checkpoint: Checkpoint, folder: Path, name: str, recipe: Any, make: Callable[[Path], None]) -> Path:
+    """A folder that `make(folder)` fills from a checkpoint, unless it is there from the same one and recipe.
 
-    @property
-    def engines(self) -> tuple[Engine, ...]:
-        """The project's rows of the table."""
-        ...
+    `recipe`: whatever else decides what is made, as JSON. A folder that could not be finished is not left behind.
+    """
+    source = json.dumps([fingerprint(checkpoint.path), recipe], sort_keys=True)
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    target = folder / "converted" / f"{name}-{checkpoint.name}-{digest}"
+    if not target.exists():
+        with new_folder(target) as partial:
+            make(partial)
+    return target
 
-    def offline(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Offline:
-        """Convert the checkpoint if need be, and load it. Raises EngineFailed."""
-        ...
 
-    def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server | None:
-        """Convert the checkpoint if need be; None for an engine that has no server."""
-        ...
+def fingerprint(checkpoint: Path) -> dict[str, str]:
+    """config.json by content, the weights by size and time."""
+    config = hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
+    weights = {path.name: path.stat() for path in sorted(checkpoint.glob("*.safetensors"))}
+    return {"config.json": config, **{name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in weights.items()}}

@@ -1,65 +1,40 @@
-"""cierzo, in each of its weight formats."""
+"""cierzo, in each of its weight formats, from this interpreter."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import uvloop
-
 from cierzo.bench.load import LoadClient
-from cierzo.bench.peers.engine import Checkpoint, Engine, Server
-from cierzo.bench.peers.process import Worker
-from cierzo.bench.peers.served import RunningServer, free_port
+from cierzo.bench.peers.engine import Checkpoint, Engine
+from cierzo.bench.peers.process import HOST, RunningServer, Worker, free_port
 from cierzo.engine.errors import ConnectionLost
 from cierzo.engine.expert_statistics import ExpertStatistics, difference
-from cierzo.engine.frontend.client import Client
+from cierzo.engine.frontend.client import Client, SyncClient
 
 PEER = "cierzo"
-BF16 = Engine(
-    name="cierzo-bf16",
-    peer=PEER,
-    number_format="bf16",
-    setting="as it comes: exact",
-    options={"max_model_len": 16_384},
-)
-ENGINES = (
-    BF16,
-    *(
-        msgspec.structs.replace(
-            BF16,
-            name=f"cierzo-{weights}",
-            number_format=weights,
-            setting=f"exact, {weights} weights",
-            options={**BF16.options, "weights": weights},
-        )
-        for weights in ("int8", "int4")
-    ),
+ENGINES: tuple[Engine, ...] = tuple(
+    Engine(
+        name=f"{PEER}-{weights}",
+        peer=PEER,
+        number_format=weights,
+        setting=f"exact, {weights} weights",
+        options={"max_model_len": 16_384, "weights": weights},
+    )
+    for weights in ("bf16", "int8", "int4")
 )
 
 
-class Cierzo:
-    """This package, from this interpreter."""
+def offline(engine: Engine, checkpoint: Checkpoint, folder: Path) -> Worker:
+    """The engine core, stepped by a worker."""
+    return Worker(engine, checkpoint, folder, [sys.executable])
 
-    engines = ENGINES
 
-    def offline(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Worker:
-        """The engine core, stepped by a worker."""
-        log = folder / "logs" / f"{engine.name}-{checkpoint.name}.log"
-        return Worker(
-            [sys.executable],
-            "cierzo_backend",
-            checkpoint.path,
-            engine.options,
-            vocab_size=checkpoint.vocab_size,
-            log=log,
-        )
-
-    def server(self, engine: Engine, checkpoint: Checkpoint, folder: Path) -> Server:
-        """`cierzo serve` on a loopback port."""
-        return _server(checkpoint, engine.options)
+def server(engine: Engine, checkpoint: Checkpoint, folder: Path) -> CierzoServer:
+    """`cierzo serve`."""
+    return CierzoServer(checkpoint, engine.options, engine.log(checkpoint, folder, "-server"))
 
 
 class CierzoServer(RunningServer):
@@ -67,7 +42,13 @@ class CierzoServer(RunningServer):
 
     def __init__(self, checkpoint: Checkpoint, options: dict[str, Any], log: Path, address: str = "") -> None:
         """Start it, on a free loopback port unless there is an address. Raises EngineFailed."""
-        super().__init__(_server(checkpoint, options, address), log)
+        self._address = address or f"{HOST}:{free_port()}"
+        command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint.path), "--rpc", self._address]
+        for name, value in options.items():
+            flag = name.replace("_", "-")
+            is_switch = isinstance(value, bool)
+            command.append(f"--{'' if value else 'no-'}{flag}" if is_switch else f"--{flag}={value}")
+        super().__init__(command, functools.partial(_connect, self._address), log)
         try:
             self._seen = self._experts() if options.get("expert_statistics") else None
         except BaseException:
@@ -82,35 +63,15 @@ class CierzoServer(RunningServer):
         return difference(self._seen, earlier)
 
     def _experts(self) -> ExpertStatistics:
-        async def ask() -> ExpertStatistics:
-            client = await self._connect("")
-            assert isinstance(client, Client)
-            try:
-                statistics = (await client.stats()).core.experts
-                assert statistics is not None
-                return statistics
-            finally:
-                await client.close()
-
-        return uvloop.run(ask())
+        with SyncClient(self._address) as client:
+            statistics = client.stats().core.experts
+        assert statistics is not None
+        return statistics
 
 
-def _server(checkpoint: Checkpoint, options: dict[str, Any], address: str = "") -> Server:
-    address = address or f"127.0.0.1:{free_port()}"
-    flags = [_flag(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
-    command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint.path), "--rpc", address, *flags]
-
-    async def connect() -> LoadClient:
-        client = await Client.connect(address)
-        if (await client.health()).state == "ready":
-            return client
-        await client.close()
-        raise ConnectionLost("loading")
-
-    return Server(command, connect)
-
-
-def _flag(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return name if value else f"--no-{name[2:]}"
-    return f"{name}={value}"
+async def _connect(address: str, _: str) -> LoadClient:
+    client = await Client.connect(address)
+    if (await client.health()).state == "ready":
+        return client
+    await client.close()
+    raise ConnectionLost("loading")

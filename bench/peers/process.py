@@ -1,196 +1,236 @@
-"""Processes of engines: a worker that answers JSON lines, a tool that prints and ends; and their memory."""
+"""Processes of engines: a worker that answers questions, a server under load, a tool that prints and ends."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
-import select
+import re
 import shlex
 import signal
+import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import uvloop
+
+from cierzo.bench.latency import LoadResult
+from cierzo.bench.load import Connect, LoadSettings, run_load
 from cierzo.bench.peers.cells import Cell, decode_rate
-from cierzo.bench.peers.engine import EngineFailed, Logprobs, Measured
+from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured, Session
 from cierzo.bench.workload import random_prompt
+from cierzo.engine.errors import CierzoError, ConnectionLost
 
 WORKERS = Path(__file__).with_name("workers")
-STOP_TIMEOUT_S = 30.0
+HOST = "127.0.0.1"
 ANSWER_TIMEOUT_S = 1200.0
+START_TIMEOUT_S = 600.0
+LOAD_TIMEOUT_S = 1800.0
+STOP_TIMEOUT_S = 30.0
+POLL_S = 0.05
 LOG_TAIL_LINES = 6
 WARM_UP_TOKENS = 3
 WARM_UP_SEED = 987_654
+FIRST = Cell(name="first", kind="served", unit="req/s", batch=1, requests=1, prompt_tokens=16, new_tokens=1)
+WARM_UP = Cell(name="warm-up", kind="served", unit="req/s", batch=4, requests=4, prompt_tokens=16, new_tokens=4)
 GB = 1e9
 
 
-def spawn(command: Sequence[str], log: Path, **streams: Any) -> subprocess.Popen[bytes]:
-    """Start `command` in a process group of its own, its stderr (and stdout, unless given) appended to `log`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        file.write(f"\n$ {shlex.join(command)}\n".encode())
-        file.flush()
-        return subprocess.Popen(command, stderr=file, start_new_session=True, **{"stdout": file, **streams})
+class Process(Session):
+    """A process in a group of its own; stderr, and stdout unless it goes elsewhere, are appended to a log."""
 
+    def __init__(self, command: Sequence[str], log: Path, **streams: Any) -> None:
+        """Start it; `streams` are those of Popen."""
+        self.command, self.log, self.began = shlex.join(command), log, time.monotonic()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            file.write(f"\n$ {self.command}\n".encode())
+            file.flush()
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, **streams}
+            self.popen = subprocess.Popen(command, stderr=file, start_new_session=True, **streams)
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process that `spawn` started, and what it left in its group."""
-    group = process.pid
-    if process.poll() is None:
+    def failed(self, why: object) -> EngineFailed:
+        """An error that says where the log is, and how it ends."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return EngineFailed(f"{why}, see {self.log}: {' | '.join(line.strip() for line in lines if line.strip())}")
+
+    def peak_memory_gb(self) -> float:
+        """Sum over the process and its descendants of each one's largest resident size (VmHWM)."""
+        return sum(_peak_kb(pid) for pid in _tree(self.popen.pid)) * 1024 / GB
+
+    def close(self) -> None:
+        """End the process, and what it left in its group."""
+        if self.popen.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.popen.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(STOP_TIMEOUT_S)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-    process.wait()
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def peak_memory_gb(root: int) -> float:
-    """Sum over a process and its descendants of each one's largest resident size (VmHWM), 1e9 bytes."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            parents.setdefault(int(_status(entry, "PPid") or 0), []).append(int(entry.name))
-    total, pending = 0, [root]
-    while pending:
-        pid = pending.pop()
-        pending += parents.get(pid, [])
-        total += int((_status(Path(f"/proc/{pid}"), "VmHWM") or "0 kB").split()[0]) * 1024
-    return total / GB
+def _tree(pid: int) -> Iterator[int]:
+    yield pid
+    with contextlib.suppress(OSError):  # it has ended
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text(encoding="utf-8").split():
+                yield from _tree(int(child))
 
 
-def _status(process: Path, name: str) -> str:
-    try:
-        lines = (process / "status").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # it has ended
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(f"{name}:")), "")
-
-
-def log_tail(log: Path) -> str:
-    """The last lines of a log, for an error message."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    return " | ".join(line.strip() for line in lines[-LOG_TAIL_LINES:] if line.strip())
+def _peak_kb(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
+            return int(found[1])
+    return 0
 
 
 def run_tool(command: Sequence[str], log: Path, timeout_s: float = ANSWER_TIMEOUT_S) -> tuple[str, float]:
     """Run a tool: what it prints to stdout, and its largest resident size in GB. Raises EngineFailed."""
-    process = spawn(command, log, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        output = _read_all(process.stdout.fileno(), time.monotonic() + timeout_s)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    except TimeoutError:
-        raise EngineFailed(f"no end after {timeout_s:.0f} s: {shlex.join(command)}") from None
-    finally:
-        stop(process)
-        process.stdout.close()
-    if process.returncode:
-        raise EngineFailed(f"exit status {process.returncode}, see {log}: {log_tail(log)}")
-    return output.decode("utf-8", errors="replace"), usage.ru_maxrss * 1024 / GB
+    with tempfile.TemporaryFile() as output, Process(command, log, stdout=output) as process:
+        pid = process.popen.pid
+        while not (ended := os.wait4(pid, os.WNOHANG))[0]:
+            if time.monotonic() > process.began + timeout_s:
+                raise EngineFailed(f"no end after {timeout_s:.0f} s: {process.command}")
+            time.sleep(POLL_S)
+        process.popen.returncode = os.waitstatus_to_exitcode(ended[1])
+        if process.popen.returncode:
+            raise process.failed(f"exit status {process.popen.returncode}")
+        output.seek(0)
+        return output.read().decode("utf-8", errors="replace"), ended[2].ru_maxrss * 1024 / GB
 
 
-def _read_all(descriptor: int, deadline: float) -> bytes:
-    """Everything up to the end of the stream. Raises TimeoutError."""
-    parts: list[bytes] = []
-    while True:
-        if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise TimeoutError
-        part = os.read(descriptor, 1 << 16)
-        if not part:
-            return b"".join(parts)
-        parts.append(part)
-
-
-class Worker:
-    """An engine behind `workers/loop.py`, loaded; `Offline` of every engine that is a Python library."""
+class Worker(Process):
+    """An engine that is a Python library, loaded by `workers/loop.py`, with the backend of its peer's name."""
 
     def __init__(
-        self,
-        command: list[str],
-        backend: str,
-        checkpoint: Path,
-        options: dict[str, Any],
-        *,
-        vocab_size: int,
-        log: Path,
+        self, engine: Engine, checkpoint: Checkpoint, folder: Path, python: Sequence[str], /, **options: Any
     ) -> None:
-        """Start and load. `command` runs Python in the engine's environment; prompts are drawn from `vocab_size`.
+        """Start and load. `python`: command of the interpreter; options: those of the backend beside the engine's.
 
         Raises EngineFailed.
         """
-        self._log = log
-        self._vocab_size = vocab_size
-        argv = [*command, str(WORKERS / "loop.py"), backend]
-        self.command = f"{shlex.join(argv)} <<< {json.dumps({'checkpoint': str(checkpoint), 'options': options})}"
-        start = time.monotonic()
-        self._process = spawn(argv, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._unread = b""
-        self.ask("load", checkpoint=str(checkpoint), options=options)
-        self.load_s: float | None = time.monotonic() - start
+        asked = json.dumps({"checkpoint": str(checkpoint.path), **engine.options, **options})
+        self._vocab_size = checkpoint.vocab_size
+        self._pipe, theirs = Pipe()
+        with theirs:
+            command = [*python, str(WORKERS / "loop.py"), f"{engine.peer}_backend", asked]
+            super().__init__(command, engine.log(checkpoint, folder), stdin=theirs)
+        self.ask("load")
+        self.load_s = time.monotonic() - self.began
 
     def ask(self, op: str, **arguments: Any) -> Any:
         """The result of one request. Raises EngineFailed, and ends a worker that does not answer."""
-        assert self._process.stdin is not None
-        request = json.dumps({"op": op, **arguments}).encode() + b"\n"
         try:
-            self._process.stdin.write(request)
-            self._process.stdin.flush()
-            answer = json.loads(self._line(time.monotonic() + ANSWER_TIMEOUT_S))
-        except (OSError, TimeoutError) as error:
+            self._pipe.send((op, arguments))
+            if not self._pipe.poll(ANSWER_TIMEOUT_S):
+                raise TimeoutError(f"no answer after {ANSWER_TIMEOUT_S:.0f} s")
+            result, error = self._pipe.recv()
+        except (OSError, EOFError) as lost:
             self.close()
-            reason = str(error) or "it ended"
-            raise EngineFailed(f"{op}: {reason}, see {self._log}: {log_tail(self._log)}") from error
-        if "error" in answer:
-            raise EngineFailed(f"{op}: {answer['error']}")
-        return answer["result"]
+            raise self.failed(f"{op}: {lost if isinstance(lost, TimeoutError) else 'it ended'}") from lost
+        if error:
+            if op == "load":  # nobody else can end it: the memory is the next engine's
+                self.close()
+            raise EngineFailed(f"{op}: {error}")
+        return result
 
     def measure(self, cell: Cell, seed: int) -> Measured:
         """A decode or prefill cell, after a short run of the same batch. Prompts differ from seed to seed."""
-        vocab_size, batch = self._vocab_size, max(cell.batch, 1)
+        vocab_size, batch, new_tokens = self._vocab_size, max(cell.batch, 1), max(cell.new_tokens, 1)
         warm_up = [random_prompt(i, 16, vocab_size, WARM_UP_SEED + seed) for i in range(batch)]
         self.ask("generate", prompts=warm_up, new_tokens=WARM_UP_TOKENS)
         prompts = [random_prompt(i, cell.prompt_tokens, vocab_size, seed) for i in range(batch)]
-        times_s = self.ask("generate", prompts=prompts, new_tokens=max(cell.new_tokens, 1))
-        if any(len(times) != max(cell.new_tokens, 1) for times in times_s):
-            raise EngineFailed(f"tokens given: {[len(times) for times in times_s]}, asked for: {cell.new_tokens}")
-        if cell.kind == "decode":
-            return Measured(decode_rate(times_s), times_s)
-        return Measured(cell.prompt_tokens / times_s[0][0], times_s)
+        times_s = self.ask("generate", prompts=prompts, new_tokens=new_tokens)
+        if any(len(times) != new_tokens for times in times_s):
+            raise EngineFailed(f"tokens given: {[len(times) for times in times_s]}, asked for: {new_tokens}")
+        rate = decode_rate(times_s) if cell.kind == "decode" else cell.prompt_tokens / times_s[0][0]
+        return Measured(rate, times_s)
 
     def top_logprobs(self, sequences: list[list[int]], count: int) -> Logprobs:
         """Ask the backend."""
-        return [
-            [[(int(token), float(logprob)) for token, logprob in position] for position in sequence]
-            for sequence in self.ask("top_logprobs", sequences=sequences, count=count)
-        ]
-
-    def peak_memory_gb(self) -> float:
-        """Peak memory of the worker and its children."""
-        return peak_memory_gb(self._process.pid)
+        return self.ask("top_logprobs", sequences=sequences, count=count)
 
     def close(self) -> None:
         """End the worker and its children."""
-        stop(self._process)
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        self._pipe.close()
+        super().close()
 
-    def _line(self, deadline: float) -> bytes:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        while b"\n" not in self._unread:
-            if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError(f"no answer after {ANSWER_TIMEOUT_S:.0f} s")
-            part = os.read(descriptor, 1 << 20)
-            if not part:
-                raise BrokenPipeError
-            self._unread += part
-        line, _, self._unread = self._unread.partition(b"\n")
-        return line
+
+class RunningServer(Process):
+    """A server that is warm. `load_s` is the time from its start to the answer to its first request."""
+
+    def __init__(self, command: Sequence[str], connect: Connect, log: Path) -> None:
+        """Start it. `connect` raises ConnectionLost until it takes requests.
+
+        Raises EngineFailed if it ends, or is not ready in time.
+        """
+        self.connect = connect
+        super().__init__(command, log)
+        try:
+            uvloop.run(self._ready())
+            self.measure(FIRST, WARM_UP_SEED)
+            self.load_s = time.monotonic() - self.began
+            self.measure(WARM_UP, WARM_UP_SEED)
+        except BaseException:
+            self.close()
+            raise
+
+    def measure(self, cell: Cell, seed: int) -> Measured:
+        """Requests per second of a served cell. Requests that failed are told in `raw`. Raises EngineFailed."""
+        settings = LoadSettings(
+            rpc="",
+            requests=cell.requests,
+            concurrency=cell.batch,
+            input_tokens=cell.prompt_tokens,
+            shared_tokens=cell.shared_tokens,
+            output_tokens=cell.new_tokens,
+            seed=seed,
+        )
+        result = self.load(settings)
+        return Measured(result.requests_per_s, result)
+
+    def load(self, settings: LoadSettings) -> LoadResult:
+        """Run a load.
+
+        Raises EngineFailed if the server cannot be reached, takes too long, or gives no answer or one of another
+        length than was asked for.
+        """
+        try:
+            result = uvloop.run(asyncio.wait_for(run_load(settings, self.connect), LOAD_TIMEOUT_S))
+        except (CierzoError, OSError, TimeoutError) as error:
+            raise self.failed(error or "timeout") from error
+        short = sum(one.num_tokens != settings.output_tokens for one in result.samples if one.error is None)
+        if short or not result.answered:
+            raise EngineFailed(f"{short} answers of a wrong length, errors: {result.errors or 'none'}")
+        return result
+
+    async def _ready(self) -> None:
+        while time.monotonic() < self.began + START_TIMEOUT_S:
+            if self.popen.poll() is not None:
+                raise self.failed("the server ended")
+            with contextlib.suppress(ConnectionLost):
+                await (await self.connect("")).close()
+                return
+            await asyncio.sleep(POLL_S)
+        raise self.failed(f"not ready after {START_TIMEOUT_S:.0f} s")
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])

@@ -18,7 +18,7 @@ from cierzo.bench.peers.cells import Cell, Subject
 from cierzo.bench.peers.engine import CHECKPOINTS, Checkpoint, Engine
 from cierzo.bench.revision import ROOT
 from cierzo.engine.cost.device import Device
-from cierzo.engine.cost.step_time import step_time
+from cierzo.engine.cost.step_model import step_time
 from cierzo.engine.cost.weights import NumberFormats
 from cierzo.engine.cost.work import StepShape, step_work
 from cierzo.engine.model.config import ModelConfig

@@ -12,16 +12,104 @@ a step late.
 
 from __future__ import annotations
 
+import bisect
 import heapq
-from collections import Counter, defaultdict, deque
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cierzo.bench.plan.course import Course, Load, Price, Row, expand
+from cierzo.bench.workload import TracedRequest
 from cierzo.engine.config import EngineConfig
+from cierzo.engine.cost.step_model import FloatArray, StepModel
+from cierzo.engine.cost.work import StepShape
 
 LOOKED_PAST = 64  # requests that a step may pass over because another one computes their prefix
+
+
+@dataclass(slots=True)
+class Row:
+    """A step, or `repeat` steps in a row that differ by one token per decoding sequence.
+
+    decodes, context: sequences that decode, and the tokens that they attend to together. running: sequences that
+    hold a slot. prompts: those that have a chunk. The rest is of these chunks, as in StepShape; what a preemption
+    lost of generated tokens is computed in absorbed form.
+    """
+
+    decodes: int
+    context: int
+    running: int
+    repeat: int = 1
+    prompts: int = 0
+    expanded_tokens: int = 0
+    expanded_pairs: float = 0.0
+    expanded_context: int = 0
+    absorbed_tokens: int = 0
+    absorbed_pairs: float = 0.0
+    absorbed_context: int = 0
+    sampled: int = 0
+
+    def chunk(self, start: int, count: int, input_tokens: int, samples: bool) -> None:
+        """Add a chunk: tokens `start` to `start + count` of a sequence whose prompt has `input_tokens`."""
+        prompt = max(0, min(count, input_tokens - start))
+        again = count - prompt
+        if prompt:
+            self.expanded_tokens += prompt
+            self.expanded_pairs += prompt * (start + (prompt + 1) / 2)
+            self.expanded_context += start + prompt
+        if again:
+            self.absorbed_tokens += again
+            self.absorbed_pairs += again * (start + prompt + (again + 1) / 2)
+            self.absorbed_context += start + count
+        self.prompts += 1
+        self.sampled += samples
+
+
+@dataclass(slots=True)
+class Course:
+    """The steps of a load as rows, in order, and where its requests are in them.
+
+    first, last, arrival: steps [N] with whose end came a request's first token, its last one, and in a closed loop
+    the request itself (-1: the start). pauses: (request, step of the token before a preemption, step of the token
+    after it). idle_s: step -> idle seconds before it.
+    """
+
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+    arrival: NDArray[np.int64]
+    rows: list[Row] = field(default_factory=list)
+    pauses: list[tuple[int, int, int]] = field(default_factory=list)
+    idle_s: dict[int, float] = field(default_factory=dict)
+    most_running: int = 0
+    most_waiting: int = 0
+    preemptions: int = 0
+    kv_room_reached: bool = False
+    max_running_reached: bool = False
+
+
+_FIELDS = attrgetter(*Row.__slots__)
+
+
+def expand(rows: Sequence[Row]) -> tuple[StepShape, FloatArray]:
+    """Shapes of each of the rows' steps by itself, and the sequences in them; arrays [S]."""
+    table = np.array([_FIELDS(row) for row in rows], dtype=np.float64)
+    repeats = table[:, Row.__slots__.index("repeat")].astype(np.int64)
+    of = dict(zip(Row.__slots__, np.repeat(table, repeats, axis=0).T, strict=True))
+    decodes = of["decodes"]
+    earlier = np.arange(len(decodes)) - np.repeat(np.cumsum(repeats) - repeats, repeats)  # steps of the same row
+    context = of["context"] + decodes * earlier
+    for name, more in {
+        "absorbed_tokens": decodes,
+        "absorbed_pairs": context,
+        "absorbed_context": context,
+        "sampled": decodes,
+    }.items():
+        of[name] = of[name] + more
+    return StepShape(**{name: of[name] for name in StepShape.__slots__}), decodes + of["prompts"]
 
 
 @dataclass(slots=True, eq=False)
@@ -29,8 +117,9 @@ class _Request:
     """A request and how far it has come.
 
     known, computed: tokens that it has, and those of them with cache entries. While it decodes both stand still,
-    and `offset` tells: computed tokens at the beginning of a step, less the step's number. since: the step in which
-    it decoded first; while its prompt is computed, the tokens computed before this step. epoch: counts admissions.
+    and `offset` tells: computed tokens at the beginning of a step, less the step's number; `end`: the step that it
+    ends with. before: tokens of its prompt that were computed before this step. paused: the step of the last token
+    before a preemption.
 
     blocks: held from its admission on. shared: blocks of the prefix that it shares. twins: blocks of that prefix
     that it computes although another request does too. kept: blocks that hold its tokens although it does not run,
@@ -45,16 +134,12 @@ class _Request:
     computed: int = 0
     decodes: bool = False
     offset: int = 0
-    since: int = 0
-    epoch: int = 0
+    end: int = 0
+    before: int = 0
+    paused: int = 0
     blocks: int = 0
     twins: int = 0
     kept: list[int] = field(default_factory=lambda: [0])
-
-    @property
-    def remaining(self) -> int:
-        """Tokens still to be generated."""
-        return self.input_tokens + self.output_tokens - self.known
 
 
 class _Room:
@@ -130,35 +215,31 @@ class _Room:
 class Batching:
     """A run of a load under an engine's limits, from its first step to its last."""
 
-    def __init__(self, config: EngineConfig, load: Load, price: Price | None = None) -> None:
-        """price: seconds of steps, for an open load: they decide between which steps requests come."""
+    def __init__(
+        self, config: EngineConfig, load: Sequence[TracedRequest], clients: int, model: StepModel | None = None
+    ) -> None:
+        """clients: of a closed loop, in which so many requests come at the start and one more whenever one has
+        ended; 0: requests come when they say. model: for an open load, where seconds decide between which steps."""
         self._limits, self._block_tokens = config.scheduler, config.cache.block_tokens
         self._caching = config.cache.prefix_caching
-        self._load, self._price = load, price
-        count = len(load.input_tokens)
-        self.course = Course(np.full(count, -1), np.full(count, -1), np.full(count, -1))
-        self.rows: list[Row] = []
+        self._load, self._clients, self._model = load, clients, model
+        self.course = Course(*np.full((3, len(load)), -1))
         self._room = _Room(config.cache.num_blocks)
         self._step, self._now_s, self._arrived = 0, 0.0, 0
         self._late: list[int] = []  # for each answer that its client has not followed up: the step it came with
-        self._waiting: list[tuple[int, _Request]] = []
+        self._waiting: list[_Request] = []  # in order of arrival
         self._prompts: list[_Request] = []
         self._running: dict[int, _Request] = {}
-        self._latest: list[tuple[int, int, _Request]] = []  # a heap of all admissions: (-index, epoch, request)
         self._decodes = self._context = 0
         self._grows = [0] * self._block_tokens  # step, modulo block -> decoding requests that then need a block
-        self._ends: dict[int, list[tuple[int, _Request]]] = defaultdict(
-            list
-        )  # step -> (epoch, request) ending then
-        self._end_steps: list[int] = []  # a heap of the keys of `_ends`
+        self._ends: list[tuple[int, int]] = []  # a heap: (step, request that ends then), unless it is preempted
         self._blocked = False
 
     def run(self) -> Course:
         """Take steps until every request has ended."""
-        count = len(self._load.input_tokens)
-        for _ in range(self._load.clients):
+        for _ in range(self._clients):
             self._arrive(-1)
-        while self._running or self._waiting or self._late or self._arrived < count:
+        while self._running or self._waiting or self._late or self._arrived < len(self._load):
             self._take()
             steps = self._sure_steps()
             if steps:
@@ -171,16 +252,22 @@ class Batching:
 
     def _arrive(self, step: int) -> None:
         """Queue the load's next request, if there is one; it comes with the end of `step`."""
-        load, index = self._load, self._arrived
-        if index == len(load.input_tokens):
+        index = self._arrived
+        if index == len(self._load):
             return
-        tokens = load.input_tokens[index]
-        shared = min(load.shared_tokens[index], tokens - 1) // self._block_tokens if self._caching else 0
+        new = self._load[index]
+        tokens = new.input_tokens
+        shared = min(new.shared_tokens, tokens - 1) // self._block_tokens if self._caching else 0
         self.course.arrival[index] = step
-        heapq.heappush(self._waiting, (index, _Request(index, tokens, load.output_tokens[index], shared, tokens)))
+        self._waiting.append(_Request(index, tokens, new.output_tokens, shared, tokens))
         self._arrived += 1
         self._blocked = False
         self.course.most_waiting = max(self.course.most_waiting, len(self._waiting))
+
+    def _next_s(self) -> float:
+        """When the next request of an open load comes; never, if there is none."""
+        is_open = not self._clients and self._arrived < len(self._load)
+        return self._load[self._arrived].arrival_s if is_open else math.inf
 
     def _take(self) -> None:
         """Queue the requests that have come by the beginning of this step."""
@@ -191,13 +278,10 @@ class Batching:
         self._late = self._late[len(due) :]
         for step in due:
             self._arrive(step)
-        arrival_s = self._load.arrival_s
-        if arrival_s is None:
-            return
-        if idle and self._arrived < len(arrival_s) and arrival_s[self._arrived] > self._now_s:
-            self.course.idle_s[self._step] = arrival_s[self._arrived] - self._now_s
-            self._now_s = arrival_s[self._arrived]
-        while self._arrived < len(arrival_s) and arrival_s[self._arrived] <= self._now_s:
+        if idle and self._now_s < self._next_s() < math.inf:
+            self.course.idle_s[self._step] = self._next_s() - self._now_s
+            self._now_s = self._next_s()
+        while self._next_s() <= self._now_s:
             self._arrive(-1)
 
     # --- steps ---------------------------------------------------------------------------------------------------
@@ -220,18 +304,20 @@ class Batching:
         return whole * self._decodes + sum((self._grows[first:] + self._grows[:first])[:part])
 
     def _next_end(self) -> int:
-        while self._end_steps[0] not in self._ends:
-            heapq.heappop(self._end_steps)
-        return self._end_steps[0]
+        """The next step that a request ends with; some must decode."""
+        while True:
+            step, index = self._ends[0]
+            request = self._running.get(index)
+            if request is not None and request.decodes and request.end == step:
+                return step
+            heapq.heappop(self._ends)  # it was preempted
 
     def _advance(self, steps: int) -> None:
         """Take `steps` steps that only decode, or those of them that have begun when a request comes."""
         row = Row(self._decodes, self._context, len(self._running), steps)
-        if self._price is not None:
-            ends = self._now_s + np.cumsum(self._price(expand([row])))
-            arrival_s = self._load.arrival_s or ()
-            if self._arrived < len(arrival_s):
-                row.repeat = steps = min(steps, int(np.searchsorted(ends, arrival_s[self._arrived])) + 1)
+        if self._model is not None:
+            ends = self._now_s + np.cumsum(self._model.time(*expand([row])).total_s)
+            row.repeat = steps = min(steps, int(np.searchsorted(ends, self._next_s())) + 1)
             self._now_s = float(ends[steps - 1])
         self._room.take(self._growth(steps))
         self._end(row)
@@ -246,20 +332,20 @@ class Batching:
         budget = self._limits.budget_tokens - self._decodes
         for request in self._prompts:
             if budget > 0:
-                budget -= self._chunk(request, row, budget, len(self._waiting))
+                budget -= self._chunk(request, row, budget)
         if preemptions == self.course.preemptions:
             self._admit(row, budget)
         row.running = len(self._running)
-        if self._price is not None:
-            self._now_s += float(self._price(expand([row]))[0])
+        if self._model is not None:
+            self._now_s += float(self._model.time(*expand([row])).total_s[0])
         self._end(row)
 
-    def _chunk(self, request: _Request, row: Row, budget: int, waiting: int) -> int:
+    def _chunk(self, request: _Request, row: Row, budget: int) -> int:
         """Add the next chunk of a prompt to the step; return its tokens. Alone a prompt takes the whole budget;
         beside others a long one is cut, and leaves half of the budget."""
         missing = request.known - request.computed
         count = min(missing, budget)
-        if len(self._running) + waiting > 1 and missing > self._limits.max_chunk_tokens:
+        if len(self._running) + len(self._waiting) > 1 and missing > self._limits.max_chunk_tokens:
             count = min(self._limits.max_chunk_tokens, (budget + 1) // 2)
         row.chunk(request.computed, count, request.input_tokens, count == missing)
         request.computed += count
@@ -267,30 +353,27 @@ class Batching:
 
     def _admit(self, row: Row, budget: int) -> None:
         """Admit requests that wait, in order, until the first that finds no room."""
-        passed: list[tuple[int, _Request]] = []
-        before, had_budget = len(self._running), budget > 0
-        while budget > 0 and self._waiting:
+        passed, before, had_budget = 0, len(self._running), budget > 0
+        while budget > 0 and passed < len(self._waiting):
+            request = self._waiting[passed]
             if len(self._running) >= self._limits.max_running:
                 self.course.max_running_reached = True
                 break
-            request = self._waiting[0][1]
-            if len(passed) < LOOKED_PAST and self._is_coming(request):
-                passed.append(heapq.heappop(self._waiting))
+            if passed < LOOKED_PAST and self._is_coming(request):
+                passed += 1
                 continue
             if not self._enter(request):
                 self.course.kv_room_reached = True
                 break
-            heapq.heappop(self._waiting)
-            budget -= self._chunk(request, row, budget, len(self._waiting))
-        for entry in passed:
-            heapq.heappush(self._waiting, entry)
+            del self._waiting[passed]
+            budget -= self._chunk(request, row, budget)
         self._blocked = had_budget and not passed and len(self._running) == before
 
     def _is_coming(self, request: _Request) -> bool:
         """Whether another request is computing the next block of the shared prefix."""
         found = self._room.found
         return request.shared > found and any(
-            one.shared > found and one.since // self._block_tokens == found for one in self._prompts
+            one.shared > found and one.before // self._block_tokens == found for one in self._prompts
         )
 
     def _enter(self, request: _Request) -> bool:
@@ -305,12 +388,10 @@ class Batching:
         again = room.hold(shared)
         request.twins = max(0, again - beyond)
         room.take(total - shared - mine + again)
-        request.computed = request.since = (found + mine) * size
+        request.computed = request.before = (found + mine) * size
         request.blocks, request.kept = total, [0]
-        request.epoch += 1
         self._running[request.index] = request
         self._prompts.append(request)
-        heapq.heappush(self._latest, (-request.index, request.epoch, request))
         self.course.most_running = max(self.course.most_running, len(self._running))
         return True
 
@@ -318,17 +399,17 @@ class Batching:
 
     def _end(self, row: Row) -> None:
         """End a step, or a stretch of steps: requests end, prompts that are computed begin to decode."""
-        self.rows.append(row)
+        self.course.rows.append(row)
         step = self._step = self._step + row.repeat - 1
         self._context += self._decodes * row.repeat
-        for epoch, request in self._ends.pop(step, ()):
-            if request.decodes and request.epoch == epoch:
-                self._stop_decoding(request, step + 1)
-                self._finish(request, step)
+        while self._decodes and self._next_end() == step:
+            request = self._running[heapq.heappop(self._ends)[1]]
+            self._stop_decoding(request, step + 1)
+            self._finish(request, step)
         self._step = step + 1
         going_on = []
         for request in self._prompts:
-            request.since = request.computed
+            request.before = request.computed
             ready = min(request.computed // self._block_tokens, request.shared)
             self._room.ready = max(self._room.ready, ready)
             if request.computed < request.known:
@@ -343,20 +424,18 @@ class Batching:
         if course.first[index] < 0:
             course.first[index] = step
         else:
-            course.pauses.append((index, request.offset, step))
+            course.pauses.append((index, request.paused, step))
         request.known += 1
-        if not request.remaining:
+        remaining = request.input_tokens + request.output_tokens - request.known
+        if not remaining:
             self._finish(request, step)
             return
-        request.decodes, request.since = True, step + 1
-        request.offset = request.computed - request.since
+        request.decodes = True
+        request.offset, request.end = request.computed - step - 1, step + remaining
         self._decodes += 1
         self._context += request.known
         self._grows[-request.offset % self._block_tokens] += 1
-        last = step + request.remaining
-        if last not in self._ends:
-            heapq.heappush(self._end_steps, last)
-        self._ends[last].append((request.epoch, request))
+        heapq.heappush(self._ends, (request.end, index))
 
     def _stop_decoding(self, request: _Request, step: int) -> None:
         """End a request's decoding before `step`."""
@@ -366,29 +445,25 @@ class Batching:
         self._decodes -= 1
         self._context -= request.known
         self._grows[-request.offset % self._block_tokens] -= 1
-        self.course.runs.append((request.index, request.since, step - 1))
 
     def _finish(self, request: _Request, step: int) -> None:
         self.course.last[request.index] = step
         self._leave(request)
-        if self._load.arrival_s is None and self._arrived + len(self._late) < len(self._load.input_tokens):
+        if self._clients and self._arrived + len(self._late) < len(self._load):
             self._late.append(step)
 
     def _preempt(self) -> None:
         """Send the request that came last back to its place in the queue."""
-        while True:
-            _, epoch, request = heapq.heappop(self._latest)
-            if request.epoch == epoch and request.index in self._running:
-                break
+        request = self._running[max(self._running)]
         self.course.preemptions += 1
         self.course.kv_room_reached = True
         if request.decodes:
             self._stop_decoding(request, self._step)
-            request.offset = self._step - 1  # of its last token
+            request.paused = self._step - 1
         else:
             self._prompts.remove(request)
         self._leave(request)
-        heapq.heappush(self._waiting, (request.index, request))
+        bisect.insort(self._waiting, request, key=lambda one: one.index)
 
     def _leave(self, request: _Request) -> None:
         """Free a request's slot and blocks; its full blocks keep the tokens that they hold."""

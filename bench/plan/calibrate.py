@@ -12,20 +12,20 @@ import argparse
 import hashlib
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 import msgspec
 import numpy as np
 
-from cierzo.bench.machine import Ceilings, limit_device, measure_ceilings
-from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
+from cierzo.bench.machine import limit_device, measure_ceilings
+from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile, shape_of
 from cierzo.bench.report import check_writable
 from cierzo.bench.revision import current_commit
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Calibration, Device, Kind, MeasuredShare
-from cierzo.engine.cost.step_model import StepModel
+from cierzo.engine.cost.step_model import StepModel, price
 from cierzo.engine.cost.work import StepShape
 from cierzo.engine.errors import CierzoError, ConfigError, refusal
 from cierzo.engine.options import add_options, chosen
@@ -47,32 +47,39 @@ FIXED = {"model", "device", "kernels", "frontend", "runner"}
 class Calibrator:
     """A loaded checkpoint, whose operations can be measured again as often as the machine's speed changes."""
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, given: EngineOptions) -> None:
         """Raises ConfigError without native kernels, whose calls are what is timed."""
         if not has_native():
             raise ConfigError("a calibration times the native kernels, and none are installed", field="device")
-        self._options = options
-        self._largest = resolve(options).scheduler.budget_tokens
+        self._options = given
+        self._largest = resolve(given).scheduler.budget_tokens
         longest = max(self._largest, *(context for _, context in LONG))
-        self._profiler = Profiler(options, max(BATCHES), longest + 64, REPEATS)
+        self._profiler = Profiler(given, max(BATCHES), longest + 64, REPEATS)
 
     def measure(self) -> Device:
         """Measure ceilings, shares and overheads; half a minute for small4-mini."""
-        ceilings, profiler = measure_ceilings(), self._profiler
+        ceilings, profiler, stamp = measure_ceilings(), self._profiler, stamp_of(resolve(self._options))
+        device = msgspec.structs.replace(
+            limit_device(ceilings),
+            name="cpu",
+            source=f"measured: {stamp.checkpoint}, weights {stamp.weights}, commit {stamp.commit}",
+            stated=STATED,
+            calibration=stamp,
+        )
         prompts = sorted({*(tokens for tokens in PROMPTS if tokens < self._largest), self._largest})
         decodes = {batch: profiler.decode(batch, ceilings) for batch in BATCHES}
         prefills = {tokens: profiler.prefill(tokens, ceilings) for tokens in prompts}
-        device = self._bare(ceilings)
-        model = StepModel(self._profiler.config, device)
+        model = StepModel(profiler.config, device)
         times: Times = defaultdict(lambda: defaultdict(list))
         for batch, step in decodes.items():
-            _add(times, model, _decoding(batch, CONTEXT), step.operations, _scale(step, model))
+            _add(times, model, shape_of([(CONTEXT - 1, 1)] * batch, generated=True), step.operations, step)
         for tokens, step in prefills.items():
-            _add(times, model, _prompt(tokens), step.operations, _scale(step, model))
+            _add(times, model, shape_of([(0, tokens)], generated=False), step.operations, step)
         for batch, context in LONG:
-            rows = profiler.operations([(context - 1, 1)] * batch, ceilings, generated=True)
+            pieces = [(context - 1, 1)] * batch
+            rows = profiler.operations(pieces, ceilings, generated=True)
             attention = [row for row in rows if row.operation in ATTENTION]
-            _add(times, model, _decoding(batch, context), attention, _scale(decodes[batch], model))
+            _add(times, model, shape_of(pieces, generated=True), attention, decodes[batch])
         beyond = [(step.step_ms - step.native_ms) / 1e3 for step in decodes.values()]
         step_overhead_s, row_overhead_s = _line(list(decodes), beyond)
         measured = {
@@ -83,43 +90,8 @@ class Calibrator:
             device, measured=measured, step_overhead_s=step_overhead_s, row_overhead_s=row_overhead_s
         )
 
-    def _bare(self, ceilings: Ceilings) -> Device:
-        """Describe this machine by its ceilings, without shares of them."""
-        stamp = stamp_of(resolve(self._options))
-        source = f"measured: {stamp.checkpoint}, weights {stamp.weights}, commit {stamp.commit}"
-        device = limit_device(ceilings)
-        return msgspec.structs.replace(device, name="cpu", source=source, stated=STATED, calibration=stamp)
 
-
-def calibrate(options: EngineOptions) -> Device:
-    """Measure this machine with the checkpoint, weights and threads of `options`."""
-    return Calibrator(options).measure()
-
-
-def mean_device(devices: list[Device]) -> Device:
-    """The mean of several calibrations: of their rates, their overheads and the times of their operations."""
-    first = devices[0]
-    rates = {rate: fmean([one.operations_per_s[rate] for one in devices]) for rate in first.operations_per_s}
-    bytes_per_s = 1 / fmean([1 / one.bytes_per_s for one in devices])
-    mean = msgspec.structs.replace(
-        first,
-        bytes_per_s=bytes_per_s,
-        operations_per_s=rates,
-        step_overhead_s=fmean([one.step_overhead_s for one in devices]),
-        row_overhead_s=fmean([one.row_overhead_s for one in devices]),
-    )
-    measured = {}
-    for operation, points in first.measured.items():
-        averaged = []
-        for index in range(len(points)):
-            found = [one.measured[operation][index] for one in devices]
-            limit_s = fmean([point.limit_s for point in found])
-            averaged.append(_share(limit_s, fmean([point.limit_s / point.share for point in found])))
-        measured[operation] = sorted(averaged, key=lambda point: point.limit_s)
-    return msgspec.structs.replace(mean, measured=measured)
-
-
-def read_calibration(path: Path, options: EngineOptions) -> Device:
+def read_calibration(path: Path, wanted: EngineOptions) -> Device:
     """Read a calibration that was written for these options. Raises ConfigError for any other file."""
     limit, given = "a file that cierzo.bench.plan.calibrate has written", str(path)
     try:
@@ -129,9 +101,9 @@ def read_calibration(path: Path, options: EngineOptions) -> Device:
         raise refusal("calibration", limit, given, why) from error
     if device.calibration is None:
         raise refusal("calibration", limit, given, "a device, but not a calibration")
-    wanted = stamp_of(resolve(options))
+    stamp = stamp_of(resolve(wanted))
     for name in Calibration.__struct_fields__:
-        ours, theirs = getattr(wanted, name), getattr(device.calibration, name)
+        ours, theirs = getattr(stamp, name), getattr(device.calibration, name)
         if ours != theirs:
             raise ConfigError(
                 f"calibration {path}: made with {name} {theirs}, and this is {ours}",
@@ -163,39 +135,16 @@ def _share(limit_s: float, took_s: float) -> MeasuredShare:
     return MeasuredShare(limit_s, min(max(limit_s / took_s, SMALLEST), LARGEST))
 
 
-def _decoding(batch: int, context: int) -> StepShape:
-    count, tokens = float(batch), float(batch * context)
-    return StepShape(absorbed_tokens=count, absorbed_pairs=tokens, absorbed_context=tokens, sampled=count)
-
-
-def _prompt(tokens: int) -> StepShape:
-    count = float(tokens)
-    pairs = count * (count + 1) / 2
-    return StepShape(expanded_tokens=count, expanded_pairs=pairs, expanded_context=count, sampled=1.0)
-
-
-def _scale(step: StepProfile, model: StepModel) -> float:
-    """The engine's native time over the sum of the operations that engine/cost counts, timed one by one."""
-    counted = {operation for shape in (_decoding(1, 1), _prompt(1)) for operation, _, _ in _limits(model, shape)}
-    return step.native_ms / sum(row.ms for row in step.operations if row.operation in counted)
-
-
-def _add(times: Times, model: StepModel, shape: StepShape, rows: list[OperationRow], scale: float) -> None:
-    """Add to `times` the seconds of a call of each operation of a step, under its seconds at the limit."""
-    counted = {operation: (limit_s, calls) for operation, limit_s, calls in _limits(model, shape)}
+def _add(times: Times, model: StepModel, shape: StepShape, rows: list[OperationRow], step: StepProfile) -> None:
+    """Add to `times` the seconds of a call of each operation that engine/cost counts, under its seconds at the
+    limit: as timed one by one, times the engine's native time over theirs together."""
+    works = {work.operation: work for work in model.work(shape)}
+    scale = step.native_ms / sum(row.ms for row in step.operations if row.operation in works)
     for row in rows:
-        if row.operation in counted:
-            limit_s, calls = counted[row.operation]
-            times[row.operation][limit_s / calls].append(row.ms / 1e3 * scale / calls)
-
-
-def _limits(model: StepModel, shape: StepShape) -> Iterator[tuple[str, float, int]]:
-    """Operations of a step, as (operation, seconds at the ceilings, calls)."""
-    device = model.device
-    for work in model.work(shape):
-        limit_s = float(max(work.seconds(device.bytes_per_s, device.operations_per_s[work.rate])))
-        if limit_s > 0:
-            yield work.operation, limit_s, work.calls
+        work = works.get(row.operation)
+        limit_s = 0.0 if work is None else float(max(price(model.device, work)[:2]))
+        if work is not None and limit_s > 0:
+            times[row.operation][limit_s / work.calls].append(row.ms / 1e3 * scale / work.calls)
 
 
 def _line(x: list[int], y: list[float]) -> tuple[float, float]:
@@ -208,21 +157,26 @@ def _line(x: list[int], y: list[float]) -> tuple[float, float]:
     return float(start), float(slope)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate, print the device and write it."""
-    parser = argparse.ArgumentParser(description="Measure this machine's CPU as a device for plans.")
+    parser = argparse.ArgumentParser(
+        prog="cierzo.bench.plan.calibrate", description="Measure this machine's CPU as a device for plans."
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the device here")
     add_options(parser, EngineOptions, skip=FIXED)
-    arguments = parser.parse_args(argv)
     try:
-        if arguments.json is not None:
-            check_writable(arguments.json)
-        given = chosen(arguments, EngineOptions, skip=FIXED)
-        device = calibrate(EngineOptions(model=arguments.checkpoint, device="cpu", **given))
+        return _run(parser.parse_args(argv))
     except CierzoError as error:
-        print(f"calibrate: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.json is not None:
+        check_writable(arguments.json)
+    given = chosen(arguments, EngineOptions, skip=FIXED)
+    device = Calibrator(EngineOptions(model=arguments.checkpoint, device="cpu", **given)).measure()
     print(device.describe())
     for operation, points in device.measured.items():
         shares = ", ".join(f"{point.share:.0%} at {point.limit_s * 1e6:,.0f} us" for point in points)

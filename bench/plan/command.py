@@ -9,36 +9,35 @@ reach.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from cierzo.bench.plan.forecast import Percentiles
+from cierzo.bench.campaign import plot
+from cierzo.bench.campaign.table import Grid, text
 from cierzo.bench.plan.search import DevicePlan, LatencyLimits, Planner, read_experts
-from cierzo.bench.report import check_writable, write_report
+from cierzo.bench.report import Recording, check_writable
+from cierzo.bench.stats import Summary
 from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import EngineOptions, checkpoint_path
-from cierzo.engine.cost.device import Device
 from cierzo.engine.errors import ConfigError, refusal
-from cierzo.engine.options import add_options, chosen, positive_float
+from cierzo.engine.options import add_options, chosen
 from cierzo.engine.weights.shapes import named_model_config
 
 NOT_PLANNED = {"model", "device", "kernels", "frontend", "runner"}
-COLUMN, LABEL = 24, 30
+SHOWN = 22  # last letters of a device's name: it may be a path
 MOST_CHANGES = 6
+WORKLOAD = (
+    "2048/256@64: tokens in, out, clients; 2048/256@3.5/s: requests a second; 1152:1024/64@16: 1,024 of 1,152 "
+    "tokens are the same in all; FILE.jsonl: a trace"
+)
 FIGURE_CLIENTS = 2048
-FIGURES = [
-    *("requests/s", "output tokens/s"),
-    *("TTFT p50, p99, s", "inter-token mean, p50, p99, ms", "completion p50, p99, s"),
-    *("running, most", "most waiting", "time goes to", "memory, arithmetic", "exchange, overhead", "of the limit"),
-    *("KV room, slots", "distinct experts", "GB, TFLOP a step"),
-]
+FIGURE_INCHES = (4.5, 2.8)
+Curve = list[tuple[float, float, float]]  # clients, requests/s, ms between tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,32 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a folder, or for GPUs small4, small3: at true size"
     )
-    parser.add_argument(
-        "--device",
-        required=True,
-        metavar="NAME[,NAME...]",
-        help="h100, h200, several as in 4xh100, a device file, or cpu: this machine",
-    )
-    parser.add_argument(
-        "--workload",
-        required=True,
-        metavar="LOAD",
-        help="2048/256@64: tokens in, out, clients; 2048/256@3.5/s: requests a second; 1152:1024/64@16: 1,024 of "
-        "1,152 tokens are the same in all; FILE.jsonl: a trace",
-    )
-    parser.add_argument(
-        "--max-ttft-ms", type=positive_float, metavar="X", help="find the highest load whose first tokens keep this"
-    )
-    parser.add_argument(
-        "--max-inter-token-ms", type=positive_float, metavar="X", help="the same for the time between two tokens"
-    )
-    parser.add_argument(
-        "--statistic", choices=("mean", "p50", "p99"), default="p99", help="of these times that must keep it"
-    )
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="of cierzo.bench.plan.calibrate, for cpu")
-    parser.add_argument("--experts", type=Path, metavar="FILE", help="what traffic chose, of cierzo bench experts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw throughput over clients here")
+    for option, metavar, told in (
+        ("--device", "NAME[,NAME...]", "h100, h200, several as in 4xh100, a device file, or cpu: this machine"),
+        ("--workload", "LOAD", WORKLOAD),
+    ):
+        parser.add_argument(option, required=True, metavar=metavar, help=told)
+    add_options(parser, LatencyLimits)
+    for option, told in (
+        ("--calibration", "of cierzo.bench.plan.calibrate, for cpu"),
+        ("--experts", "what traffic chose, of cierzo bench experts"),
+        ("--json", "write everything here"),
+        ("--png", "draw throughput over clients here"),
+    ):
+        parser.add_argument(option, type=Path, metavar="FILE", help=told)
     add_options(parser.add_argument_group("settings of the engine"), EngineOptions, skip=NOT_PLANNED)
 
 
@@ -80,45 +66,30 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = checkpoint_folder(arguments.checkpoint)
     if named_model_config(checkpoint) is None:
         checkpoint_path(checkpoint)  # else each device would be refused for it
-    for path in (arguments.json, arguments.png):
-        if path is not None:
-            check_writable(path)
-    given = chosen(arguments, EngineOptions, skip=NOT_PLANNED)
-    options = EngineOptions(model=checkpoint, **given)
+    report = Recording("plan", arguments.json)
+    if arguments.png is not None:
+        check_writable(arguments.png)
+    options = EngineOptions(model=checkpoint, **chosen(arguments, EngineOptions, skip=NOT_PLANNED))
     workload = parse_workload(arguments.workload)
-    limits = LatencyLimits(
-        max_ttft_ms=arguments.max_ttft_ms,
-        max_inter_token_ms=arguments.max_inter_token_ms,
-        statistic=arguments.statistic,
-    )
+    limits = LatencyLimits(**chosen(arguments, LatencyLimits))
     names = arguments.device.split(",")
     experts = None if arguments.experts is None else read_experts(arguments.experts)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    calibrated = _calibrated(options, arguments.calibration, names)
+    path, calibrated = arguments.calibration, None
+    if "cpu" in names:
+        from cierzo.bench.plan.calibrate import Calibrator, read_calibration  # imports torch
+
+        here = msgspec.structs.replace(options, device="cpu")
+        calibrated = Calibrator(here).measure() if path is None else read_calibration(path, here)
+    elif path is not None:
+        raise refusal("calibration", "left out", str(path), "it is for device cpu, which is not planned for")
     planner = Planner(options, workload, limits, experts=experts, calibrated=calibrated)
     plans = [planner.plan(name) for name in names]
     print(table(plans, checkpoint, workload, limits, arguments.experts))
     if arguments.png is not None:
         draw(planner, plans, workload, arguments.png)
-    if arguments.json is not None:
-        asked = {"options": options, "workload": workload, "limits": limits, "devices": names}
-        settings = {**asked, "experts": None if arguments.experts is None else str(arguments.experts)}
-        command = shlex.join(["cierzo", *sys.argv[1:]])
-        path = arguments.json
-        write_report(path, "plan", command=command, started=started, settings=settings, results=plans)
+    asked = {"options": options, "workload": workload, "limits": limits, "devices": names}
+    report.write({**asked, "experts": None if arguments.experts is None else str(arguments.experts)}, plans)
     return int(all(plan.refused for plan in plans))
-
-
-def _calibrated(options: EngineOptions, path: Path | None, names: Sequence[str]) -> Device | None:
-    """This machine's CPU, where a plan is for it: read from the file, or measured now."""
-    if "cpu" not in names:
-        if path is not None:
-            raise refusal("calibration", "left out", str(path), "it is for device cpu, which is not planned for")
-        return None
-    from cierzo.bench.plan.calibrate import calibrate, read_calibration  # imports torch
-
-    options = msgspec.structs.replace(options, device="cpu")
-    return calibrate(options) if path is None else read_calibration(path, options)
 
 
 def table(
@@ -131,11 +102,11 @@ def table(
         asked += ", " + ", ".join(f"{name} at most {ms:g} ms" for name, ms in parts if ms is not None)
         asked += f" ({limits.statistic})"
     routing = "as if chosen at random" if experts is None else f"as in {experts}"
-    lines = [f"planned, not measured: {asked}; experts {routing}", ""]
-    lines.append(" " * LABEL + "".join(f"{plan.device[-COLUMN + 2 :]:>{COLUMN}}" for plan in plans))
     columns = [_column(plan) for plan in plans]
-    for label in columns[0]:
-        lines.append(f"{label:{LABEL}}" + "".join(f"{column[label]:>{COLUMN}}" for column in columns))
+    labels = max(columns, key=len)
+    rows = [[label, *(column.get(label, "-") for column in columns)] for label in labels]
+    title = f"planned, not measured: {asked}; experts {routing}\n"
+    lines = [text(Grid(title, ["", *(plan.device[-SHOWN:] for plan in plans)], rows))]
     for plan in plans:
         if plan.refused:
             lines += ["", f"{plan.device}: cannot run: {plan.refused}"]
@@ -146,47 +117,37 @@ def table(
 
 
 def _column(plan: DevicePlan) -> dict[str, str]:
-    found, nothing = plan.forecast, plan.forecast is None
-    rows: dict[str, Any] = {
-        "shares of the device": plan.shares,
-        "weights, KV cache": f"{plan.weights}, {plan.kv_dtype}",
-        "fits": "no" if nothing else "yes",
-        "weights, of memory, GB": "" if nothing else f"{plan.weight_gb:,.1f} of {plan.memory_gb:,.0f}",
-        "KV room": "" if nothing else f"{plan.kv_gb:,.1f} GB, {plan.kv_tokens / 1e3:,.0f}k tok.",
-        "load": plan.workload,
-    }
+    found = plan.forecast
+    settings = {"shares of the device": plan.shares, "weights, KV cache": f"{plan.weights}, {plan.kv_dtype}"}
     if found is None:
-        return {**rows, **dict.fromkeys(FIGURES, "-")}
+        return {**settings, "fits": "no"}
+    gaps_s, kept = found.inter_token_s, "" if found.keeps_up else " (falls behind)"
+    room, slots = ("used up" if all else "enough" for all in (found.kv_room_reached, found.max_running_reached))
+    return {
+        **settings,
+        "fits": "yes",
+        "weights, of memory, GB": f"{plan.weight_gb:,.1f} of {plan.memory_gb:,.0f}",
+        "KV room": f"{plan.kv_gb:,.1f} GB, {plan.kv_tokens / 1e3:,.0f}k tok.",
+        "load": plan.workload,
+        "requests/s": f"{found.requests_per_s:,.2f}{kept}",
+        "output tokens/s": f"{found.output_tokens_per_s:,.0f}",
+        "TTFT p50, p99, s": _pair(found.time_to_first_token_s, 1.0),
+        "inter-token mean, p50, p99, ms": f"{gaps_s.mean * 1e3:,.3g}, {_pair(gaps_s, 1e3)}",
+        "completion p50, p99, s": _pair(found.completion_s, 1.0),
+        "running, most": f"{found.running:,.1f}, {found.most_running:,}",
+        "most waiting": f"{found.most_waiting:,}",
+        "time goes to": found.limit,
+        "memory, arithmetic": f"{found.memory_share:.0%}, {found.arithmetic_share:.0%}",
+        "exchange, overhead": f"{found.exchange_share:.0%}, {found.overhead_share:.0%}",
+        "of the limit": f"{found.limit_share:.0%}",
+        "KV room, slots": f"{room}, {slots}",
+        "distinct experts": f"{found.distinct_experts:,.1f}" if found.distinct_experts else "-",
+        "GB, TFLOP a step": f"{found.bytes_per_step / 1e9:,.1f}, {found.operations_per_step / 1e12:,.2f}",
+    }
 
-    def share(*parts: float) -> str:
-        return ", ".join(f"{part:.0%}" for part in parts)
 
-    kept = "" if found.keeps_up else " (falls behind)"
-    figures = (
-        f"{found.requests_per_s:,.2f}{kept}",
-        f"{found.output_tokens_per_s:,.0f}",
-        _pair(found.time_to_first_token_s, 1.0),
-        f"{found.inter_token_s.mean * 1e3:,.3g}, {_pair(found.inter_token_s, 1e3)}",
-        _pair(found.completion_s, 1.0),
-        f"{found.running:,.1f}, {found.most_running:,}",
-        f"{found.most_waiting:,}",
-        found.limit,
-        share(found.memory_share, found.arithmetic_share),
-        share(found.exchange_share, found.overhead_share),
-        share(found.limit_share),
-        f"{_reached(found.kv_room_reached)}, {_reached(found.max_running_reached)}",
-        f"{found.distinct_experts:,.1f}" if found.distinct_experts else "-",
-        f"{found.bytes_per_step / 1e9:,.1f}, {found.operations_per_step / 1e12:,.2f}",
-    )
-    return {**rows, **dict(zip(FIGURES, figures, strict=True))}
-
-
-def _pair(latency: Percentiles, factor: float) -> str:
+def _pair(latency: Summary, factor: float) -> str:
     return f"{latency.p50 * factor:,.3g}, {latency.p99 * factor:,.3g}"
-
-
-def _reached(reached: bool) -> str:
-    return "used up" if reached else "enough"
 
 
 def _changes(plan: DevicePlan) -> list[str]:
@@ -205,49 +166,43 @@ def draw(planner: Planner, plans: Sequence[DevicePlan], workload: Workload, path
     for its plan. Raises ConfigError without matplotlib, and for a trace, which has no clients."""
     if workload.trace:
         raise ConfigError("a trace has no number of clients to draw over", field="png", value=path)
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError(f"{path} needs matplotlib: pip install 'cierzo[bench]'", field="png") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for plan in plans:
-        if plan.forecast is None:
-            continue
-        points = _over_clients(planner, plan, workload)
-        clients = [point[0] for point in points]
-        (line,) = left.plot(clients, [point[1] for point in points], label=f"{plan.device} ({plan.shares} shares)")
-        right.plot(clients, [point[2] for point in points], color=line.get_color())
-        dot = {"marker": "o", "color": line.get_color(), "linestyle": "none"}
-        at = parse_workload(plan.workload).concurrency or plan.forecast.running
-        left.plot([at], [plan.forecast.requests_per_s], **dot)
-        right.plot([at], [plan.forecast.inter_token_s.mean * 1e3], **dot)
-    for axis, name in ((left, "requests/s"), (right, "ms between tokens, mean")):
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlabel("clients")
-        axis.set_title(name, fontsize=10)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    curves = {
+        f"{plan.device} ({plan.shares} shares)": _over_clients(planner, plan, workload)
+        for plan in plans
+        if plan.forecast is not None
+    }
+    colors = dict(zip(curves, plot.WARM + plot.COLD, strict=False))
+    titles = ("requests/s", "ms between tokens, mean")
+    draws = [
+        partial(_draw, title=title, which=which, curves=curves, colors=colors)
+        for which, title in enumerate(titles, 1)
+    ]
     lengths = f"{workload.input_tokens:,} tokens in, {workload.output_tokens:,} out"
-    figure.suptitle(f"planned, not measured: {lengths}; a dot is the plan", fontsize=10)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plot.plot(path, f"planned, not measured: {lengths}; a dot is the plan", draws, 2, FIGURE_INCHES, colors)
 
 
-def _over_clients(planner: Planner, plan: DevicePlan, workload: Workload) -> list[tuple[int, float, float]]:
-    """Points (clients, requests/s, ms between tokens), as far as the queue goes."""
-    sizes = {2**power for power in range(FIGURE_CLIENTS.bit_length())}
+def _draw(axis: Any, *, title: str, which: int, curves: dict[str, Curve], colors: dict[str, str]) -> None:
+    for name, (plan, *points) in curves.items():
+        axis.plot([point[0] for point in points], [point[which] for point in points], color=colors[name])
+        axis.plot(plan[0], plan[which], color=colors[name], marker="o")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel("clients")
+    axis.set_title(title, fontsize=10)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+
+
+def _over_clients(planner: Planner, plan: DevicePlan, workload: Workload) -> Curve:
+    """The plan's own point, then others, as far as the queue goes."""
+    assert plan.forecast is not None
     planned = parse_workload(plan.workload).concurrency
-    points = []
-    for clients in sorted(sizes if planned is None else {*sizes, planned}):
+    sizes = {2**power for power in range(FIGURE_CLIENTS.bit_length())} | ({planned} if planned else set())
+    found = [(planned or plan.forecast.running, plan.forecast)]
+    for clients in sorted(sizes):
         loop = msgspec.structs.replace(workload, concurrency=clients, rate=None, requests=None)
         try:
-            found = planner.at(plan.device, loop)
+            found.append((clients, planner.at(plan.device, loop)))
         except ConfigError:
             break
-        points.append((clients, found.requests_per_s, found.inter_token_s.mean * 1e3))
-    return points
+    return [(clients, one.requests_per_s, one.inter_token_s.mean * 1e3) for clients, one in found]

@@ -5,31 +5,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from cierzo.bench.plan.batching import Batching
-from cierzo.bench.plan.course import Course, Load, Steps, expand
-from cierzo.bench.workload import Workload, poisson_arrivals
+from cierzo.bench.plan.batching import Batching, Course, expand
+from cierzo.bench.stats import Summary, summarise
+from cierzo.bench.workload import TracedRequest, Workload, poisson_arrivals
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.cost.device import Device, Number
-from cierzo.engine.cost.step_model import FloatArray, StepModel
+from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.step_model import FloatArray, StepModel, StepTotals
 from cierzo.engine.cost.work import Distinct
 from cierzo.engine.errors import ConfigError
 
 FEWEST_CLOSED, FEWEST_OPEN, MOST_OPEN = 8, 256, 1 << 15  # requests of a forecast
+LIMITS = ("memory", "arithmetic", "exchange", "overhead")
+LONGER = "a request of {:,} tokens, and max_model_len is {:,}"
+MORE = "{:,} requests at once, and the queue takes {:,} (max_waiting, max_open_samples)"
 GROWTH = 0.05  # seconds by which requests take longer, each second, from which on an engine does not keep up
-
-
-class Percentiles(msgspec.Struct, frozen=True):
-    """Mean and percentiles of a latency; seconds."""
-
-    mean: float
-    p50: float
-    p99: float
 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,9 +41,9 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     requests_per_s: float
     output_tokens_per_s: float
-    time_to_first_token_s: Percentiles
-    inter_token_s: Percentiles
-    completion_s: Percentiles
+    time_to_first_token_s: Summary
+    inter_token_s: Summary
+    completion_s: Summary
     running: float
     most_running: int
     most_waiting: int
@@ -70,8 +65,7 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def limit(self) -> str:
         """The largest share of the time, in a word."""
-        shares = {name: getattr(self, f"{name}_share") for name in ("memory", "arithmetic", "exchange", "overhead")}
-        return max(shares, key=shares.__getitem__)
+        return max(LIMITS, key=lambda name: getattr(self, f"{name}_share"))
 
 
 def forecast(
@@ -85,39 +79,27 @@ def forecast(
     _require(config, workload)
     model = StepModel(config, device, distinct)
     if workload.rate is None or workload.requests is not None:
-        return _forecast(config, load_of(workload), workload.concurrency, model)
-    requests = FEWEST_OPEN
+        return _forecast(config, requests_of(workload), workload.concurrency, model)
+    count = FEWEST_OPEN
     while True:  # until the requests that run at once are few beside all
-        load = _evened(load_of(msgspec.structs.replace(workload, requests=requests)), requests / workload.rate)
+        load = requests_of(msgspec.structs.replace(workload, requests=count))
+        # as if they came at the workload's rate, not at one drawn by chance
+        factor = count / workload.rate / load[-1].arrival_s
+        load = [msgspec.structs.replace(one, arrival_s=one.arrival_s * factor) for one in load]
         found = _forecast(config, load, None, model)
-        if requests >= MOST_OPEN or requests >= 4 * found.most_running or not found.keeps_up:
+        if count >= MOST_OPEN or count >= 4 * found.most_running or not found.keeps_up:
             return found
-        requests *= 4
+        count *= 4
 
 
-def load_of(workload: Workload) -> Load:
-    """The workload's requests, one by one."""
+def requests_of(workload: Workload) -> Sequence[TracedRequest]:
+    """The workload's requests, one by one; those of a closed loop come at no time of their own."""
     if workload.trace:
-        names = ("input_tokens", "output_tokens", "shared_tokens", "arrival_s")
-        columns: dict[str, Any] = {name: [getattr(one, name) for one in workload.trace] for name in names}
-        return Load(**columns)
-    clients, rate = workload.concurrency or 0, workload.rate
-    count = workload.requests or max(FEWEST_CLOSED, 4 * clients)
-    arrival_s = None if rate is None else poisson_arrivals(count, rate, workload.seed)
-    return Load(
-        input_tokens=[workload.input_tokens] * count,
-        output_tokens=[workload.output_tokens] * count,
-        shared_tokens=[workload.shared_tokens] * count,
-        arrival_s=arrival_s,
-        clients=clients,
-    )
-
-
-def _evened(load: Load, seconds: float) -> Load:
-    """Stretch the arrivals to `seconds`, so that they come at the workload's rate, not at one drawn by chance."""
-    assert load.arrival_s is not None
-    factor = seconds / load.arrival_s[-1]
-    return replace(load, arrival_s=[at * factor for at in load.arrival_s])
+        return workload.trace
+    count = workload.requests or max(FEWEST_CLOSED, 4 * (workload.concurrency or 0))
+    arrivals = [0.0] * count if workload.rate is None else poisson_arrivals(count, workload.rate, workload.seed)
+    lengths = {name: getattr(workload, name) for name in ("input_tokens", "output_tokens", "shared_tokens")}
+    return [TracedRequest(arrival_s=at, **lengths) for at in arrivals]
 
 
 def left_out(requests: int, concurrency: int | None) -> int:
@@ -127,102 +109,79 @@ def left_out(requests: int, concurrency: int | None) -> int:
 
 def _require(config: EngineConfig, workload: Workload) -> None:
     """Raise ConfigError, with the numbers, for requests that the engine would refuse."""
-    longest, limit = workload.longest_tokens, config.scheduler.max_model_len
-    if longest > limit:
-        raise ConfigError(
-            f"workload {workload}: a request of {longest:,} tokens, and max_model_len is {limit:,}",
-            field="max_model_len",
-            limit=limit,
-            value=longest,
-        )
-    clients, queue = workload.concurrency or 0, min(config.scheduler.max_waiting, config.frontend.max_open_samples)
-    if clients > queue:
-        raise ConfigError(
-            f"workload {workload}: {clients:,} requests at once, and the queue takes {queue:,} "
-            "(max_waiting, max_open_samples)",
-            field="max_waiting",
-            limit=queue,
-            value=clients,
-        )
+    queue = min(config.scheduler.max_waiting, config.frontend.max_open_samples)
+    for field, value, limit, said in (
+        ("max_model_len", workload.longest_tokens, config.scheduler.max_model_len, LONGER),
+        ("max_waiting", workload.concurrency or 0, queue, MORE),
+    ):
+        if value > limit:
+            message = f"workload {workload}: {said.format(value, limit)}"
+            raise ConfigError(message, field=field, limit=limit, value=value)
 
 
-def _forecast(config: EngineConfig, load: Load, concurrency: int | None, model: StepModel) -> Forecast:
-    def price(steps: Steps) -> FloatArray:
-        return np.atleast_1d(model.time(steps.shape, steps.rows).total_s)
-
-    batching = Batching(config, load, None if load.arrival_s is None else price)
-    course = batching.run()
-    steps = expand(batching.rows)
-    time = model.time(steps.shape, steps.rows)
-    seconds = np.atleast_1d(time.total_s)
+def _forecast(
+    config: EngineConfig, load: Sequence[TracedRequest], concurrency: int | None, model: StepModel
+) -> Forecast:
+    is_open = concurrency is None
+    course = Batching(config, load, concurrency or 0, model if is_open else None).run()
+    time = model.time(*expand(course.rows))
+    seconds = time.total_s
     idle_s = np.zeros_like(seconds)
-    for step, pause_s in course.idle_s.items():
-        idle_s[step] = pause_s
+    idle_s[list(course.idle_s)] = list(course.idle_s.values())
     # a step's number plus one is the index of its end; 0 is the start
     ends_s = np.concatenate([[0.0], np.cumsum(seconds + idle_s)])
-    arrival_s = ends_s[course.arrival + 1] if load.arrival_s is None else np.array(load.arrival_s)
+    arrival_s = np.array([one.arrival_s for one in load]) if is_open else ends_s[course.arrival + 1]
     first_s, last_s = ends_s[course.first + 1], ends_s[course.last + 1]
-    skipped = left_out(len(last_s), concurrency)
+    skipped = left_out(len(load), concurrency)
     order = np.argsort(last_s, kind="stable")
     steady = order[skipped : len(order) - skipped]
     begin_s, end_s = float(last_s[order[skipped - 1]]) if skipped else 0.0, float(last_s[steady[-1]])
     rate = len(steady) / (end_s - begin_s)
     within = (ends_s[1:] > begin_s) & (ends_s[1:] <= end_s)
-    total_s, num_steps = float((seconds * within).sum()), int(within.sum())
-
-    def total(part: Number) -> float:
-        return float((np.broadcast_to(part, seconds.shape) * within).sum())
-
+    totals = StepTotals().add(time, within)
+    running = np.repeat([row.running for row in course.rows], [row.repeat for row in course.rows])
     took_s = last_s - arrival_s
     return Forecast(
-        requests=len(last_s),
+        requests=len(load),
         requests_per_s=rate,
-        output_tokens_per_s=rate * float(np.mean([load.output_tokens[index] for index in steady])),
-        time_to_first_token_s=_percentiles((first_s - arrival_s)[steady]),
-        inter_token_s=_gaps(course, ends_s, set(steady.tolist())),
-        completion_s=_percentiles(took_s[steady]),
-        running=float((steps.running * seconds * within).sum()) / (end_s - begin_s),
+        output_tokens_per_s=rate * float(np.mean([load[index].output_tokens for index in steady])),
+        time_to_first_token_s=summarise((first_s - arrival_s)[steady].tolist()),
+        inter_token_s=_gaps(course, ends_s, steady),
+        completion_s=summarise(took_s[steady].tolist()),
+        running=float((running * seconds * within).sum()) / (end_s - begin_s),
         most_running=course.most_running,
         most_waiting=course.most_waiting,
         preemptions=course.preemptions,
         kv_room_reached=course.kv_room_reached,
         max_running_reached=course.max_running_reached,
-        keeps_up=load.arrival_s is None or _keeps_up(took_s, arrival_s),
+        keeps_up=not is_open or _keeps_up(took_s, arrival_s),
         steps=len(seconds),
-        tokens=round(float(np.sum(steps.shape.tokens))),
-        memory_share=total(time.memory_s) / total_s,
-        arithmetic_share=total(time.arithmetic_s) / total_s,
-        exchange_share=total(time.exchange_s) / total_s,
-        overhead_share=total(time.overhead_s) / total_s,
-        limit_share=total(time.limit_s) / total_s,
-        distinct_experts=0.0 if model.distinct is None else total(model.distinct(steps.shape.tokens)) / num_steps,
-        bytes_per_step=total(time.num_bytes) / num_steps,
-        operations_per_step=total(time.operations) / num_steps,
+        tokens=round(float(np.sum(time.tokens))),
+        **{f"{part}_share": getattr(totals, f"{part}_s") / totals.total_s for part in (*LIMITS, "limit")},
+        distinct_experts=totals.distinct_experts / totals.steps,
+        bytes_per_step=totals.num_bytes / totals.steps,
+        operations_per_step=totals.operations / totals.steps,
     )
 
 
-def _percentiles(values: FloatArray) -> Percentiles:
-    return Percentiles(float(values.mean()), *(float(value) for value in np.percentile(values, (50, 99))))
-
-
-def _gaps(course: Course, ends_s: FloatArray, steady: set[int]) -> Percentiles:
+def _gaps(course: Course, ends_s: FloatArray, steady: NDArray[np.int64]) -> Summary:
     """Times between one token and the next: a step's, once for each request that decodes in it, and the pauses of
     requests that were preempted."""
+    pauses = np.array(course.pauses, np.int64).reshape(-1, 3)
+    _, before, after = pauses[np.isin(pauses[:, 0], steady)].T
     changes = np.zeros(len(ends_s), np.int64)
-    for index, first, last in course.runs:
-        if index in steady:
-            changes[first] += 1
-            changes[last + 1] -= 1
-    gaps, weights = np.diff(ends_s), np.cumsum(changes)[:-1]
-    pauses = [ends_s[after + 1] - ends_s[before + 1] for index, before, after in course.pauses if index in steady]
-    gaps, weights = np.append(gaps, pauses), np.append(weights, np.ones(len(pauses), np.int64))
+    for steps, change in ((course.first[steady], 1), (before, -1), (after, 1), (course.last[steady], -1)):
+        np.add.at(changes, steps + 1, change)  # of the requests that decode
+    gaps = np.append(np.diff(ends_s), ends_s[after + 1] - ends_s[before + 1])
+    weights = np.append(np.cumsum(changes)[:-1], np.ones(len(before), np.int64))
     order = np.argsort(gaps)
     reached = np.cumsum(weights[order])
-    if not reached[-1]:
-        return Percentiles(0.0, 0.0, 0.0)
-    mean = float((gaps * weights).sum() / reached[-1])
-    ranks = np.ceil(reached[-1] * np.array([0.5, 0.99]))
-    return Percentiles(mean, *(float(gap) for gap in gaps[order][np.searchsorted(reached, ranks)]))
+    count = int(reached[-1])
+    if not count:
+        return summarise([])
+    ranks = np.ceil(count * np.array([0.5, 0.9, 0.99, 1.0]))
+    percentiles = gaps[order][np.searchsorted(reached, ranks)].tolist()
+    return Summary(count, float((gaps * weights).sum()) / count, *percentiles)
 
 
 def _keeps_up(took_s: FloatArray, arrival_s: FloatArray) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from cierzo.bench.plan.forecast import Forecast, forecast
 from cierzo.bench.workload import Workload
@@ -19,15 +22,17 @@ from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.kernels.formats.number_formats import ACTIVATION_FORMATS, formats_on
 
+Limit = Annotated[float, Meta(gt=0)] | None
+Statistic = Literal["mean", "p50", "p99"]
 FINENESS = 1.02  # the search within limits ends where a load this much higher breaks one
 
 
 class LatencyLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Latencies that a plan must keep, milliseconds, on average or at a percentile; None: any will do."""
 
-    max_ttft_ms: float | None = None
-    max_inter_token_ms: float | None = None
-    statistic: Literal["mean", "p50", "p99"] = "p99"
+    max_ttft_ms: Annotated[Limit, Meta(description="find the highest load whose first tokens keep this")] = None
+    max_inter_token_ms: Annotated[Limit, Meta(description="the same for the time between two tokens")] = None
+    statistic: Annotated[Statistic, Meta(description="of these times that must keep it")] = "p99"
 
     @property
     def given(self) -> bool:
@@ -105,13 +110,12 @@ class Planner:
             found, workload = self._best(config, device)
         except ConfigError as error:
             return msgspec.structs.replace(plan, refused=error.message)
-        num_blocks, layout = config.cache.num_blocks, config.layout
         return msgspec.structs.replace(
             plan,
             weight_gb=StepModel(config, device).weight_bytes / 1e9,
             memory_gb=device.total_memory_bytes / 1e9,
-            kv_gb=num_blocks * layout.bytes_per_block / 1e9,
-            kv_tokens=num_blocks * layout.block_tokens,
+            kv_gb=config.cache.num_blocks * config.layout.bytes_per_block / 1e9,
+            kv_tokens=config.cache.num_blocks * config.layout.block_tokens,
             workload=str(workload),
             forecast=found,
             changes=tuple(self._changes(name, config, found)) if changes else (),
@@ -139,82 +143,78 @@ class Planner:
         return forecast(config, workload, device=device, distinct=self._distinct)
 
     def _best(self, config: EngineConfig, device: Device) -> tuple[Forecast, Workload]:
-        """Forecast the workload as it is, or the highest load that keeps the limits: clients or requests a second
-        are doubled until a limit breaks, then bisected."""
+        """Forecast the workload as it is, or the highest load that keeps the limits."""
         given, limits, rate = self._workload, self._limits, self._workload.rate
         if not limits.given or given.trace:
             return self._forecast(config, device, given), given
+        found: dict[float, tuple[Forecast, Workload]] = {}
 
-        def attempt(size: float) -> tuple[Forecast, Workload]:
+        def keeps(size: float) -> bool:
             load = {"concurrency": int(size)} if rate is None else {"rate": size}
             workload = msgspec.structs.replace(given, **load)
-            return self._forecast(config, device, workload), workload
+            found[size] = self._forecast(config, device, workload), workload
+            return limits.broken(found[size][0]) is None
 
         clients = (config.scheduler.max_waiting, config.frontend.max_open_samples, 4 * config.scheduler.max_running)
-        low, most = (1.0, float(min(clients))) if rate is None else (rate / 1024, rate * 1024)
-        best, high = attempt(low), most
-        broken = limits.broken(best[0])
-        if broken is not None:
-            raise ConfigError(f"workload {best[1]}: {broken}", field="max_ttft_ms", value=broken)
-        while low < most:
-            size = min(2 * low, most)
-            found = attempt(size)
-            if limits.broken(found[0]) is not None:
-                high = size
-                break
-            best, low = found, size
-        while high > low * FINENESS and (rate is not None or high - low > 1):
-            size = float((low + high) // 2) if rate is None else (low * high) ** 0.5
-            found = attempt(size)
-            if limits.broken(found[0]) is None:
-                best, low = found, size
-            else:
-                high = size
-        return best
+        low, most = (1, min(clients)) if rate is None else (rate / 1024, rate * 1024)
+        best = highest(keeps, low, most, FINENESS, whole=rate is None)
+        if best is None:
+            broken = limits.broken(found[low][0])
+            raise ConfigError(f"workload {found[low][1]}: {broken}", field="max_ttft_ms", value=broken)
+        return found[best]
 
     def _changes(self, name: str, config: EngineConfig, found: Forecast) -> list[Change]:
         """Forecast each change alone, the one that helps most first; changes that cannot be made come last."""
         by_rate = self._workload.concurrency is not None or (self._limits.given and not self._workload.trace)
         changes = []
-        for what, other, options in self._candidates(name, config):
+        for what, other, settings in self._candidates(name, config):
+            options = msgspec.structs.replace(self._options, **settings)
             try:
                 changed, _ = self._best(self.config(other, options), self.device(other))
             except ConfigError as error:
                 changes.append(Change(what=what, refused=error.message))
                 continue
-            if by_rate:
-                gain = changed.requests_per_s / found.requests_per_s
-            else:
-                gain = found.completion_s.p50 / changed.completion_s.p50
-            completion_s = changed.completion_s.p50
-            rate = changed.requests_per_s
+            rate, completion_s = changed.requests_per_s, changed.completion_s.p50
+            gain = rate / found.requests_per_s if by_rate else found.completion_s.p50 / completion_s
             changes.append(Change(what=what, gain=gain, requests_per_s=rate, completion_p50_s=completion_s))
         return sorted(changes, key=lambda change: -change.gain)
 
-    def _candidates(self, name: str, config: EngineConfig) -> list[tuple[str, str, EngineOptions]]:
-        """Changes as (words, device, options). On a CPU the weights stay: its shares were measured with them."""
-        given, replace = self._options, msgspec.structs.replace
-        device, limits = self.device(name), config.scheduler
-        found = []
-        if device.kind == "cuda":
-            others = [weights for weights in formats_on("cuda") if weights != config.weights]
-            found += [(f"weights {weights}", name, replace(given, weights=weights)) for weights in others]
-            others = [one for one in ("bf16", *ACTIVATION_FORMATS) if one != config.activations]
-            found += [(f"activations {one}", name, replace(given, activations=one)) for one in others]
-            found += [(f"device {other}", other, given) for other in other_cards(name)]
-        pages = KV_BYTE_FORMAT[device.kind]
+    def _candidates(self, name: str, config: EngineConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Changes as (words, device, settings). On a CPU the weights stay: its shares were measured with them."""
+        kind, limits = self.device(name).kind, config.scheduler
+        if kind == "cuda":
+            for setting, formats in (("weights", formats_on(kind)), ("activations", ("bf16", *ACTIVATION_FORMATS))):
+                others = (one for one in formats if one != getattr(config, setting))
+                yield from ((f"{setting} {one}", name, {setting: one}) for one in others)
+            yield from ((f"device {other}", other, {}) for other in other_cards(name))
+        pages = KV_BYTE_FORMAT[kind]
         other_pages = "bf16" if config.layout.dtype == pages else pages
-        found.append((f"KV cache {other_pages}", name, replace(given, kv_dtype=other_pages)))
+        yield f"KV cache {other_pages}", name, {"kv_dtype": other_pages}
         for what, factor in (("twice the step", 2.0), ("half the step", 0.5)):
             budget = max(limits.max_running, int(limits.budget_tokens * factor))
             chunk = max(1, int(limits.max_chunk_tokens * factor))
-            text = f"{what}: {budget:,} tokens, chunks of {chunk:,}"
-            found.append((text, name, replace(given, budget_tokens=budget, max_chunk_tokens=chunk)))
+            sizes = {"budget_tokens": budget, "max_chunk_tokens": chunk}
+            yield f"{what}: {budget:,} tokens, chunks of {chunk:,}", name, sizes
         running = 2 * limits.max_running
-        budget = max(running, limits.budget_tokens)
-        more = replace(given, max_running=running, budget_tokens=budget)
-        found.append((f"max_running {running:,}", name, more))
-        return found
+        more = {"max_running": running, "budget_tokens": max(running, limits.budget_tokens)}
+        yield f"max_running {running:,}", name, more
+
+
+def highest(
+    keeps: Callable[[float], bool], low: float, most: float, near: float, *, whole: bool = True
+) -> float | None:
+    """Find the highest load that keeps a limit, to within a factor `near`: doubled from `low` on until `most` or
+    until one does not keep it, then bisected; of whole numbers, or of any. None where `low` does not keep it."""
+    if not keeps(low):
+        return None
+    high = math.inf
+    while low < most and high > low * near and not (whole and high - low == 1):
+        if high == math.inf:
+            size = min(2 * low, most)
+        else:
+            size = (low + high) // 2 if whole else (low * high) ** 0.5
+        low, high = (size, high) if keeps(size) else (low, size)
+    return low
 
 
 class _ExpertsReport(msgspec.Struct, frozen=True):
@@ -236,19 +236,15 @@ def read_experts(path: Path) -> ExpertStatistics:
 
 
 def _require_same_experts(statistics: ExpertStatistics, config: EngineConfig) -> None:
-    moe = config.model.moe
+    moe, layers = config.model.moe, config.model.num_layers
     ours = (0, 0, 0)
     if moe is not None:
-        ours = (config.model.num_layers - moe.first_dense_layers, moe.num_experts, moe.experts_per_token)
+        ours = (layers - moe.first_dense_layers, moe.num_experts, moe.experts_per_token)
     theirs = (len(statistics.layers), statistics.num_experts, statistics.top_k)
     if ours != theirs:
-        told = [f"{layers} layers of {count} experts, {top} a token" for layers, count, top in (theirs, ours)]
-        raise ConfigError(
-            f"expert statistics of {told[0]}; {config.name} has {told[1]}",
-            field="experts",
-            limit=told[1],
-            value=told[0],
-        )
+        found, limit = ("{} layers of {} experts, {} a token".format(*one) for one in (theirs, ours))
+        message = f"expert statistics of {found}; {config.name} has {limit}"
+        raise ConfigError(message, field="experts", limit=limit, value=found)
 
 
 def other_cards(name: str) -> list[str]:

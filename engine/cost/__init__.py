@@ -6,9 +6,8 @@ data_sheets.py  cards as their maker describes them
 weights.py      a configured model's sizes, the number formats of its matrices, the bytes of them all
 work.py         a step of a model as a list of operations
 device.py       a device: bandwidth, rates, memory, and the shares of them that kernels reach
-cards.py, measured.py  devices by name, with stated shares or with those that the GPU bench has measured
-step_time.py    a step's work on a device, in seconds
-step_model.py   the same for an engine's configuration, and sums over many steps
+cards.py        devices by name, with stated shares or with those that the GPU bench has measured
+step_model.py   the price of an operation, a step's seconds on a device, sums over many steps
 
 A machine that is lent with a card may lack msgspec: sizes.py, operations.py and data_sheets.py, which bench/gpu
 imports there, do without it (tests/bench/test_gpu.py).

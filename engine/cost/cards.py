@@ -1,21 +1,27 @@
 """Devices by name, and from files.
 
 Named ones are data sheets with stated shares: `h100`, `h200`, and several of one kind, as in `4xh100`; where the
-GPU bench has left results of a card, these take the place of the stated ones (measured.py). A file (JSON of a
-`Device`) describes any other, the CPU of this machine too (`python -m cierzo.bench.plan.calibrate`).
+GPU bench has left results of a card, these take the place of the stated ones. A file (JSON of a `Device`) describes
+any other, the CPU of this machine too (`python -m cierzo.bench.plan.calibrate`).
+
+`make gpu` leaves samples in bench/results, `gpu-<card>-<commit>.jsonl` (bench/campaign/store.py): behind the line
+that identifies them, a kernel in each, its bytes and operations and the time it took. The newest file of a card
+counts. Without one, or in an installation without the folder, a device keeps its stated shares.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
-from cierzo.engine.cost.device import Device, Kind
-from cierzo.engine.cost.measured import with_measured
-from cierzo.engine.errors import refusal
+from cierzo.engine.cost.device import Device, Kind, MeasuredShare
+from cierzo.engine.errors import ConfigError, refusal
 
 # What to plan with: four fifths of the memory's rate (the best published decode kernels reach 85 to 89 % on these
 # cards); of the arithmetic 40 % in grouped products, 60 % in dense ones and attention (their best published rows:
@@ -23,6 +29,9 @@ from cierzo.engine.errors import refusal
 STATED: dict[Kind, float] = {"memory": 0.8, "experts": 0.4, "products": 0.6, "attention": 0.6}
 ONE_CARD_OVERHEAD_S, CARDS_OVERHEAD_S = 1.0e-3, 1.8e-3
 NVLINK_BYTES_PER_S = 450e9  # 900 GB/s both ways
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
+# Kernels that a step counts under another name (work.py): its norms, alone or after a sum.
+STEP_NAMES = {"rms_norm": "norm", "add_rms_norm": "norm"}
 _NAMED = re.compile(rf"(?:([1-9]\d*)x)?({'|'.join(DATA_SHEETS)})")
 
 
@@ -61,3 +70,37 @@ def find_device(name: str) -> Device:
         return msgspec.json.decode(path.read_bytes(), type=Device)
     except msgspec.MsgspecError as error:
         raise refusal("device", "a JSON file that describes a device", name, str(error)) from error
+
+
+def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
+    """Give `device` the shares found on a card of this name ("h200"), if there are any. Raises ConfigError for a
+    file that is not what the GPU bench writes."""
+    files = [path for path in folder.glob("gpu-*.jsonl") if card in path.stem.split("-")]
+    if not files:
+        return device
+    newest = max(files, key=lambda path: path.stat().st_mtime)
+    found: dict[str, dict[float, MeasuredShare]] = defaultdict(dict)  # by size: of a size the last sample counts
+    for number, line in enumerate(newest.read_text(encoding="utf-8").splitlines()[1:], 2):
+        try:
+            sample = json.loads(line)
+            ours = sample["subject"] == "kernels" and ", small" in sample["cell"]  # not gpt-oss's layers
+            if ours and sample["result"]:
+                operation, share = _measurement(device, sample)
+                found[operation][share.limit_s] = share
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{newest.name}, line {number}: {error}", field="device", value=newest.name
+            ) from error
+    measured = {operation: [shares[size] for size in sorted(shares)] for operation, shares in found.items()}
+    source = f"{device.source}; kernels as in bench/results/{newest.name}" if measured else device.source
+    return msgspec.structs.replace(device, measured=measured, source=source)
+
+
+def _measurement(device: Device, sample: dict[str, Any]) -> tuple[str, MeasuredShare]:
+    """A step's operation with its number format, and the share found. Products are computed in bf16, but for those
+    that the bench says to have FP8 activations."""
+    operation, *_, format = str(sample["cell"]).split(", ")
+    found = sample["result"]
+    rate = device.operations_per_s["fp8" if format.endswith("x fp8") else "bf16"]
+    limit_s = max(found["bytes"] / device.bytes_per_s, found["flops"] / rate)
+    return f"{STEP_NAMES.get(operation, operation)} {format}", MeasuredShare(limit_s, limit_s / found["us"] * 1e6)

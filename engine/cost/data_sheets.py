@@ -19,8 +19,9 @@ class DataSheet:
 
     def limit_s(self, work: Work, fp8: bool) -> tuple[float, str]:
         """The least time that work takes, and which limit says so. fp8: whether its products' operands are."""
-        memory, arithmetic = work.seconds(self.bytes_per_s, self.fp8 if fp8 else self.bf16)
-        return (float(memory), "memory") if memory >= arithmetic else (float(arithmetic), "arithmetic")
+        memory_s = float(work.num_bytes) / self.bytes_per_s
+        arithmetic_s = float(work.operations) / (self.fp8 if fp8 else self.bf16)
+        return max((memory_s, "memory"), (arithmetic_s, "arithmetic"))
 
 
 DATA_SHEETS = {

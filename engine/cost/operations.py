@@ -52,10 +52,6 @@ class Work:
         """The kind of work, for which a device has a stated share of its limits."""
         return KINDS.get(self.operation, "memory")
 
-    def seconds(self, bytes_per_s: float, operations_per_s: float) -> tuple[Number, Number]:
-        """Seconds for the bytes, and for the operations, at these rates: the larger is the least possible."""
-        return self.num_bytes / bytes_per_s, self.operations / operations_per_s
-
     def __add__(self, other: Work) -> Work:
         """Add the calls of another work of the same operation."""
         return replace(

@@ -46,16 +46,6 @@ class StepShape:
         """T."""
         return self.expanded_tokens + self.absorbed_tokens
 
-    @property
-    def expanded(self) -> tuple[Number, Number, Number]:
-        """Rows, pairs and context of prompt tokens."""
-        return self.expanded_tokens, self.expanded_pairs, self.expanded_context
-
-    @property
-    def absorbed(self) -> tuple[Number, Number, Number]:
-        """Rows, pairs and context of generated tokens."""
-        return self.absorbed_tokens, self.absorbed_pairs, self.absorbed_context
-
 
 def uniform_distinct(moe: MoeConfig) -> Distinct:
     """Distinct experts if tokens choose at random."""
@@ -91,7 +81,7 @@ def step_work(
         (2 * s.layers, tokens, plain, operations.norm(s, tokens, residual=True)),
         (1, step.sampled, plain, operations.norm(s, step.sampled, residual=True)),
         *((s.layers, tokens, linear, operations.linear(s, tokens, k, n, linear)) for k, n in s.projections),
-        *((s.layers, rows, plain, work) for rows, work in _attention(s, layout, step, plain)),
+        *((s.layers, rows, plain, work) for rows, work in _attention(s, layout, step)),
         (1, step.sampled, head, operations.lm_head(s, step.sampled, head)),
     ]
     if model.moe is not None:
@@ -117,15 +107,17 @@ def step_work(
     return [*found.values()]
 
 
-def _attention(s: ModelSizes, layout: CacheLayout, step: StepShape, plain: str) -> Iterator[tuple[Number, Work]]:
+def _attention(s: ModelSizes, layout: CacheLayout, step: StepShape) -> Iterator[tuple[Number, Work]]:
     """(rows, work) of one layer's attention: of generated rows, then of prompts."""
     entry_bytes = layout.bytes_per_token / layout.num_layers
     generated, prompt = step.absorbed_tokens, step.expanded_tokens
+    absorbed = generated, step.absorbed_pairs, step.absorbed_context, entry_bytes
+    expanded = prompt, step.expanded_pairs, step.expanded_context, entry_bytes
     if not s.rank:
-        yield generated, operations.gqa(s, *step.absorbed, entry_bytes)
-        yield prompt, replace(operations.gqa(s, *step.expanded, entry_bytes), operation="gqa_prefill")
+        yield generated, operations.gqa(s, *absorbed)
+        yield prompt, replace(operations.gqa(s, *expanded), operation="gqa_prefill")
         return
     yield generated, operations.mla_absorb(s, generated)
     yield generated, operations.mla_unabsorb(s, generated)
-    yield generated, operations.mla_decode(s, *step.absorbed, entry_bytes)
-    yield prompt, operations.mla_prefill(s, *step.expanded, entry_bytes)
+    yield generated, operations.mla_decode(s, *absorbed)
+    yield prompt, operations.mla_prefill(s, *expanded)

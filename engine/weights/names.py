@@ -131,7 +131,7 @@ def native_name(name: str) -> str:
     stem, dot, suffix = name.rpartition(".")
     layer = _HF_LAYER.fullmatch(stem)
     if layer is None:
-        return next(native for native, hf in _NATIVE_OUTER.items() if hf == stem) + dot + suffix
+        return {hf: native for native, hf in _NATIVE_OUTER.items()}[stem] + dot + suffix
     expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)", layer[2])
     if expert is not None:
         part = {hf: native for native, hf in _NATIVE_PARTS.items()}[expert[2]]

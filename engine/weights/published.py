@@ -51,7 +51,7 @@ def check_format(name: str, shape: Shape, dtype: str) -> CheckpointFormat:
 
 def tensor_plans(shape: Shape, format: CheckpointFormat, stored: str) -> list[TensorPlan]:
     """Every tensor of the checkpoint; `stored`: the safetensors dtype of those that are not quantised."""
-    parts = (part for name, sizes in shape.tensors() for part in _apart(name, sizes, format))
+    parts = (part for name, sizes in shape.tensors() for part in apart(name, sizes, format))
     return [plan for name, sizes in parts for plan in _plans(name, sizes, format, stored)]
 
 
@@ -82,7 +82,7 @@ def random_pieces(plan: TensorPlan, seed: int) -> Iterator[np.ndarray]:
             left -= size
 
 
-def _apart(name: str, sizes: tuple[int, ...], format: CheckpointFormat) -> Iterator[tuple[str, tuple[int, ...]]]:
+def apart(name: str, sizes: tuple[int, ...], format: CheckpointFormat) -> Iterator[tuple[str, tuple[int, ...]]]:
     """A parameter under its name in the layout; a native stack of experts is one tensor for each matrix."""
     if format.layout == "hf":
         yield name, sizes

@@ -12,7 +12,7 @@ from native_only import needs_native
 from cierzo.bench.latency import RequestSample, steady_load, summarise_load
 from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.bench.plan import calibrate
-from cierzo.bench.plan.calibrate import Calibrator, mean_device, read_calibration
+from cierzo.bench.plan.calibrate import Calibrator, read_calibration
 from cierzo.bench.profile import CONTEXT, OperationRow, StepProfile
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Calibration, Device
@@ -134,36 +134,6 @@ def test_a_known_machine_is_found_again(known: Device, options: EngineOptions) -
     for tokens in (64, 300, 512, 1024):
         took = model.time(_prompt(tokens), 1.0).total_s
         assert took == pytest.approx(_takes(config, _prompt(tokens), 1), rel=0.01)
-
-
-@needs_native
-def test_the_mean_of_two_moments_takes_the_mean_of_their_times(known: Device, options: EngineOptions) -> None:
-    """A machine whose ceilings and kernels were twice as quick a minute ago; another, whose kernels alone were."""
-    quick = msgspec.structs.replace(
-        known,
-        bytes_per_s=2 * known.bytes_per_s,
-        operations_per_s={rate: 2 * value for rate, value in known.operations_per_s.items()},
-        measured={
-            operation: [msgspec.structs.replace(point, limit_s=point.limit_s / 2) for point in points]
-            for operation, points in known.measured.items()
-        },
-    )
-    better = msgspec.structs.replace(
-        known,
-        measured={
-            operation: [msgspec.structs.replace(point, share=point.share * 2) for point in points]
-            for operation, points in known.measured.items()
-        },
-    )
-    config, shape = resolve(options), _decoding(8, CONTEXT)
-    for other in (quick, better):
-        slow_s, quick_s, mean_s = (
-            float(StepModel(config, device).time(shape, 8.0).total_s)
-            for device in (known, other, mean_device([known, other]))
-        )
-        assert quick_s < 0.85 * slow_s  # overheads stay
-        assert mean_s == pytest.approx((slow_s + quick_s) / 2, rel=0.01)
-    assert mean_device([known, known]) == known
 
 
 @needs_native

@@ -22,7 +22,7 @@ from cierzo.bench.headline.simulate import Simulation, layouts, simulate, simula
 from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.bench.peers.engine import find_checkpoint
 from cierzo.engine.cost.cards import find_device, named
-from cierzo.engine.cost.step_time import step_time
+from cierzo.engine.cost.step_model import step_time
 from cierzo.engine.cost.weights import NumberFormats
 from cierzo.engine.cost.work import StepShape, step_work
 

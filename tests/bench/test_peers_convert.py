@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -12,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cierzo.bench.peers import environments, mistral_native
-from cierzo.bench.peers.kept import kept
-from cierzo.bench.peers.llamacpp import converter_config
+from cierzo.bench.peers import environments, vllm
+from cierzo.bench.peers.engine import Checkpoint, kept
 from cierzo.bench.peers.process import WORKERS
+from cierzo.bench.peers.workers import gguf_convert
 from cierzo.engine.errors import ConfigError
+from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.make import make_checkpoint
+from cierzo.engine.weights.names import native_name
 from cierzo.engine.weights.shapes import shape_of
 
 
@@ -29,18 +30,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_native_layout_has_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
-    mistral_native.convert(checkpoint, tmp_path)
-    index = json.loads((tmp_path / "consolidated.safetensors.index.json").read_text())["weight_map"]
-    native: dict[str, torch.Tensor] = {}
-    for path in sorted(tmp_path.glob("*.safetensors")):
-        part = load_file(path)
-        assert all(index[name] == path.name for name in part)
-        native |= part
+    vllm.convert(Checkpoint("tiny", checkpoint), tmp_path)
+    native = load_file(tmp_path / "consolidated.safetensors")
     theirs: dict[str, torch.Tensor] = {}
     for path in checkpoint.glob("*.safetensors"):
         theirs |= load_file(path)
     assert len(list(checkpoint.glob("*.safetensors"))) > 1
-    assert set(index) == set(native)
     assert sum(t.numel() for t in native.values()) == sum(t.numel() for t in theirs.values())
     gate_up = theirs["model.layers.1.mlp.experts.gate_up_proj"]
     width = gate_up.shape[1] // 2
@@ -54,29 +49,21 @@ def test_the_native_layout_has_the_same_weights(checkpoint: Path, tmp_path: Path
         native["layers.2.attention.wkv_b.weight"], theirs["model.layers.2.self_attn.kv_b_proj.weight"]
     )
     assert torch.equal(native["output.weight"], theirs["lm_head.weight"])
+    assert read_model_config(tmp_path) == read_model_config(checkpoint)
 
 
-def test_params_leave_the_magnitude_term_out() -> None:
-    params = mistral_native.params(shape_of("small4", "mini").config("bfloat16"))
-    assert params["yarn"]["apply_scale"] is False
-    assert (params["moe"]["num_experts"], params["moe"]["expert_hidden_dim"]) == (128, 512)
-    assert params["llama_4_scaling"] == {"original_max_position_embeddings": 8192, "beta": 0.1}
+@pytest.mark.parametrize("name", ["model.extra.weight", "model.layers.0.extra.weight"])
+def test_an_unknown_tensor_is_named(name: str) -> None:
+    with pytest.raises(KeyError, match="extra"):
+        native_name(name)
 
 
-def test_an_unknown_tensor_is_named() -> None:
-    with pytest.raises(KeyError, match=r"model\.layers\.0\.extra"):
-        dict(mistral_native._native({"model.layers.0.extra": {}}))
-
-
-def test_llama_cpps_converter_gets_a_factor_that_cancels_its_own() -> None:
+def test_llama_cpp_gets_a_factor_that_cancels_its_own() -> None:
     """It multiplies cos and sin by m A and the scale by (m A)^2, m = 1 + 0.1 ln 128: A must be 1 / m."""
-    config = shape_of("small4", "mini").config("bfloat16")
-    changed = converter_config(config)
-    assert changed["architectures"] == ["Mistral3ForConditionalGeneration"]
-    assert changed["gguf_attention_factor"] * (1 + 0.1 * math.log(128)) == pytest.approx(1)
-    assert not [name for name in changed["rope_parameters"] if name.startswith("mscale")]
-    dense = shape_of("small3", "mini").config("bfloat16")
-    assert converter_config(dense) == dense
+    rope = shape_of("small4", "mini").config("bfloat16")["rope_parameters"]
+    assert gguf_convert.without_magnitude(rope) * (1 + 0.1 * math.log(128)) == pytest.approx(1)
+    assert "factor" in rope
+    assert not [name for name in rope if name.startswith("mscale")]
 
 
 def test_what_was_made_is_kept_until_its_source_changes(checkpoint: Path, tmp_path: Path) -> None:
@@ -86,11 +73,11 @@ def test_what_was_made_is_kept_until_its_source_changes(checkpoint: Path, tmp_pa
         made.append(folder)
         (folder / "file").write_text(str(len(made)))
 
-    target = tmp_path / "target"
+    source = Checkpoint("tiny", checkpoint)
     for recipe, count in ((1, 1), (1, 1), (2, 2)):
-        assert (kept(target, checkpoint, recipe, make) / "file").read_text() == str(count)
-    other = make_checkpoint(tmp_path / "other", like="small3", scale="tiny")
-    assert (kept(target, other, 2, make) / "file").read_text() == "3"
+        assert (kept(source, tmp_path, "peer", recipe, make) / "file").read_text() == str(count)
+    other = Checkpoint("tiny", make_checkpoint(tmp_path / "other", like="small3", scale="tiny"))
+    assert (kept(other, tmp_path, "peer", 2, make) / "file").read_text() == "3"
 
 
 def test_what_could_not_be_finished_is_not_kept(checkpoint: Path, tmp_path: Path) -> None:
@@ -98,11 +85,10 @@ def test_what_could_not_be_finished_is_not_kept(checkpoint: Path, tmp_path: Path
         (folder / "half").write_text("")
         raise RuntimeError("disk full")
 
-    target = tmp_path / "target"
     for _ in range(2):
         with pytest.raises(RuntimeError, match="disk full"):
-            kept(target, checkpoint, 1, fail)
-        assert not target.exists()
+            kept(Checkpoint("tiny", checkpoint), tmp_path, "peer", 1, fail)
+        assert not list((tmp_path / "converted").iterdir())
 
 
 def test_environments_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

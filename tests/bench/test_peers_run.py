@@ -18,7 +18,7 @@ from cierzo.bench.peers import agreement
 from cierzo.bench.peers.__main__ import main
 from cierzo.bench.peers.campaign import Peers
 from cierzo.bench.peers.cells import AGREEMENT, LOAD, MEMORY, Cell, Subject
-from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured
+from cierzo.bench.peers.engine import Checkpoint, Engine, EngineFailed, Logprobs, Measured, Session
 from cierzo.bench.peers.results import outcome_of, picture, text, values
 from cierzo.engine.weights.shapes import shape_of
 
@@ -29,12 +29,12 @@ OURS, THEIRS = Subject("tiny", "ours"), Subject("tiny", "theirs")
 Figure = Callable[[str, Cell], float]
 
 
-class ScriptedOffline:
+class ScriptedOffline(Session):
     """An engine that answers from a function, and writes down what it was asked."""
 
     def __init__(self, name: str, diary: list[str], figure: Figure) -> None:
         self.command = f"run {name}"
-        self.load_s: float | None = 1.5
+        self.load_s = 1.5
         self._name, self._diary, self._figure = name, diary, figure
         diary.append(f"open {name}")
 
@@ -56,7 +56,7 @@ class ScriptedOffline:
 class ScriptedPeer:
     """Two engines without servers."""
 
-    engines: tuple[Engine, ...] = ()
+    ENGINES: tuple[Engine, ...] = ()
 
     def __init__(self, figure: Figure) -> None:
         self.diary: list[str] = []

@@ -3,62 +3,59 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from cierzo.bench.load import LoadClient
 from cierzo.bench.peers import llamacpp, vllm
 from cierzo.bench.peers.cells import Cell
-from cierzo.bench.peers.engine import EngineFailed, Server
-from cierzo.bench.peers.http import Dialect, HttpClient
-from cierzo.bench.peers.served import RunningServer, free_port
+from cierzo.bench.peers.engine import EngineFailed
+from cierzo.bench.peers.http import HttpClient
+from cierzo.bench.peers.process import RunningServer, free_port
 from cierzo.engine.errors import ConnectionLost
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "fake_http_server.py"
 CELL = Cell(name="served", kind="served", unit="req/s", batch=3, requests=7, prompt_tokens=6, new_tokens=5)
-DIALECT = Dialect(
-    "/stream", lambda prompt, count: {"prompt": prompt, "count": count}, lambda event: event["tokens"]
-)
 
 
-def _server(*words: str) -> Server:
-    port = free_port()
+def _client(port: int) -> HttpClient:
+    def body(prompt: list[int], num_tokens: int) -> dict[str, Any]:
+        return {"prompt": prompt, "count": num_tokens}
 
-    async def connect() -> LoadClient:
-        return await HttpClient.connect(port, DIALECT, vocab_size=20)
+    return HttpClient(port, "/stream", body, operator.itemgetter("tokens"), vocab_size=20)
 
-    return Server([sys.executable, str(SCRIPT), str(port), *words], connect)
+
+def _serve(folder: Path, port: int, *words: str) -> RunningServer:
+    return RunningServer([sys.executable, *words], _client(port).connect, folder / "server.log")
 
 
 def test_a_server_is_waited_for_loaded_and_stopped(tmp_path: Path) -> None:
-    server = _server()
-    with RunningServer(server, tmp_path / "server.log") as running:
+    port = free_port()
+    with _serve(tmp_path, port, str(SCRIPT), str(port)) as running:
         measured = running.measure(CELL, seed=0)
         assert measured.raw.answered == CELL.requests
         assert all(sum(one.delta_tokens) == CELL.new_tokens for one in measured.raw.samples)
         assert measured.value == pytest.approx(CELL.requests / measured.raw.elapsed_s)
+        assert running.load_s is not None
         assert running.load_s > 0
         assert running.peak_memory_gb() > 0.003
     with pytest.raises(ConnectionLost):
-        asyncio.run(_connect(server))
-
-
-async def _connect(server: Server) -> None:
-    await server.connect()
+        asyncio.run(_client(port).connect(""))
 
 
 def test_a_server_that_refuses_everything(tmp_path: Path) -> None:
+    port = free_port()
     with pytest.raises(EngineFailed, match="status 503: full"):
-        RunningServer(_server("fail"), tmp_path / "server.log")
+        _serve(tmp_path, port, str(SCRIPT), str(port), "fail")
 
 
 def test_a_server_that_ends(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; sys.exit('no model')"]
     with pytest.raises(EngineFailed, match=r"the server ended, see .*server\.log: .*no model"):
-        RunningServer(Server(command, _server().connect), tmp_path / "server.log")
+        _serve(tmp_path, free_port(), "-c", "import sys; sys.exit('no model')")
 
 
 def test_an_answer_that_is_cut_short() -> None:
@@ -70,7 +67,7 @@ def test_an_answer_that_is_cut_short() -> None:
     async def ask() -> None:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         async with server:
-            client = HttpClient(server.sockets[0].getsockname()[1], DIALECT, 20)
+            client = _client(server.sockets[0].getsockname()[1])
             async for _ in client.generate(token_ids=[1], max_tokens=1):
                 raise AssertionError("half a number is no token")
 
@@ -79,23 +76,23 @@ def test_an_answer_that_is_cut_short() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dialect", "event", "token_ids"),
+    ("peer", "event", "token_ids"),
     [
-        (vllm.DIALECT, {"choices": [{"text": "", "token_ids": [5, 6]}]}, [5, 6]),
-        (vllm.DIALECT, {"choices": [{"text": "", "token_ids": None}]}, []),
-        (vllm.DIALECT, {"choices": []}, []),
-        (llamacpp.DIALECT, {"tokens": [5], "stop": False}, [5]),
-        (llamacpp.DIALECT, {"tokens": [5], "stop": True}, []),
+        (vllm, {"choices": [{"text": "", "token_ids": [5, 6]}]}, [5, 6]),
+        (vllm, {"choices": [{"text": "", "token_ids": None}]}, []),
+        (vllm, {"choices": []}, []),
+        (llamacpp, {"tokens": [5], "stop": False}, [5]),
+        (llamacpp, {"tokens": [5], "stop": True}, []),
     ],
 )
-def test_dialects_read_events(dialect: Dialect, event: dict[str, Any], token_ids: list[int]) -> None:
-    assert dialect.token_ids(event) == token_ids
+def test_events_are_read(peer: ModuleType, event: dict[str, Any], token_ids: list[int]) -> None:
+    assert peer.token_ids(event) == token_ids
 
 
-def test_dialects_ask_for_greedy_answers_of_a_given_length() -> None:
-    ours = vllm.DIALECT.body([1, 2], 9)
+def test_peers_are_asked_for_greedy_answers_of_a_given_length() -> None:
+    ours = vllm.body([1, 2], 9)
     assert (ours["prompt"], ours["max_tokens"], ours["temperature"], ours["ignore_eos"]) == ([1, 2], 9, 0.0, True)
-    llama = llamacpp.DIALECT.body([1, 2], 9)
+    llama = llamacpp.body([1, 2], 9)
     assert (llama["prompt"], llama["n_predict"], llama["top_k"], llama["ignore_eos"]) == ([1, 2], 9, 1, True)
     with pytest.raises(ConnectionLost, match="no slot"):
-        llamacpp.DIALECT.token_ids({"error": "no slot"})
+        llamacpp.token_ids({"error": "no slot"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ def test_several_cards_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path
     assert main([*argv, "--json", str(report)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("planned, not measured: small4, 512/32@8; experts as if chosen at random")
-    lines = {line[:30].strip(): line[30:].split() for line in text.splitlines()}
+    lines = {label: cells for label, *cells in (re.split(r" {2,}", line) for line in text.splitlines())}
     assert lines["shares of the device"] == ["stated", "stated"]
     assert lines["fits"] == ["yes", "no"]
     assert "h100: cannot run: the GPU has 74.5 GiB free; weights in fp8 take 112.1 GiB" in text

@@ -10,8 +10,7 @@ import pytest
 
 from cierzo.bench.latency import LoadResult, result_table
 from cierzo.bench.load import LoadSettings
-from cierzo.bench.virtual import SimulatedServer, run_simulated_load
-from cierzo.bench.virtual_core import VirtualClock, VirtualCore
+from cierzo.bench.virtual import SimulatedServer, VirtualClock, VirtualCore, run_simulated_load
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.messages import Submit
 from cierzo.engine.worker.core import EngineCore, make_runner

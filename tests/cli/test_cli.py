@@ -146,7 +146,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     ((*PLAN, "9/9@0"), 2, "concurrency must be an integer of at least 1, got 0"),
     ((*PLAN, "9/9@0/s"), 2, "rate must be a finite number above 0, got 0.0"),
     ((*PLAN, "9:9/9@1"), 2, "shared_tokens must be 0 to 8, got 9"),
-    ((*PLAN, "{tmp}/list.json"), 2, "workload must be a JSON file that describes a workload (Exp"),
+    ((*PLAN, "{tmp}/list.json"), 2, "trace {tmp}/list.json, line 1: Expected `object`, got `array`"),
     ((*PLAN, "9/9@1", "--max-ttft-ms", "0"), 2, f"argument --max-ttft-ms: {NUMBER}'0'"),
     ((*PLAN, "9/9@1", "--threads", "0"), 2, "argument --threads: must be an integer from 1 to 1024, got '0'"),
     ((*PLAN, "9/9@1", "--experts", "{tmp}/none"), 2, "expert statistics {tmp}/none: "),

@@ -13,12 +13,10 @@ from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.gpu.calls import CASES
 from cierzo.engine.config import EngineOptions, resolve
-from cierzo.engine.cost.cards import STATED, find_device, named
+from cierzo.engine.cost.cards import STATED, find_device, named, with_measured
 from cierzo.engine.cost.device import Device, MeasuredShare
-from cierzo.engine.cost.measured import with_measured
 from cierzo.engine.cost.operations import Work
-from cierzo.engine.cost.step_model import StepModel
-from cierzo.engine.cost.step_time import exchanged, step_time
+from cierzo.engine.cost.step_model import StepModel, step_time
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
 from cierzo.engine.cost.work import StepShape, step_work
 from cierzo.engine.errors import ConfigError
@@ -194,7 +192,6 @@ def test_several_cards_divide_experts_and_keep_attentions_weights() -> None:
     assert alone.limit_s == pytest.approx((shared + whole) / one.bytes_per_s)
     assert together.limit_s == pytest.approx((shared / 4 + whole) / one.bytes_per_s)
     assert together.num_bytes == pytest.approx(shared + 4 * whole)
-    assert exchanged(4096, 36, 64.0, 4) == 2 * 36 * 64 * 4096 * 2 * 3 / 4
 
 
 def test_measured_shares_take_the_stated_ones_place() -> None:
@@ -269,3 +266,22 @@ def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path:
     path.write_text('{"commit": "abc"}\n{"subject": "kernels"}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="line 2"):
         with_measured(device, "h100", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "activations"),
+    [("small4", "fp8", "fp8"), ("small4", "nvfp4", "bf16"), ("small3", "bf16", "bf16")],
+)
+def test_every_operation_of_a_step_is_one_that_the_gpu_bench_measures(
+    tmp_path: Path, name: str, weights: Any, activations: Any
+) -> None:
+    """Where each kernel takes a tenth of its limit's rate, so does each operation; norms too, of which a kernel's
+    name says what they add up."""
+    kernels = (cell(f"{one}, {name}, any, {format}", 10.0) for one in CASES for format in CASES[one].formats)
+    path = tmp_path / "gpu-h100-abc.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{}, *kernels])), encoding="utf-8")
+    device = with_measured(find_device("h100"), "h100", tmp_path)
+    config, layout = model(name), model(name).cache_layout(32, "fp8")
+    formats = NumberFormats(weights=weights, activations=activations)
+    for work in step_work(config, layout, formats, DECODE_ONE):
+        assert device.measured_share(work.operation, work.format, 1e-6) == pytest.approx(0.1), work.operation

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 from published import SMALL3, SMALL4, Published
 
-from cierzo.bench.peers.mistral_native import params as bench_params
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import CheckpointError, ConfigError
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.info import describe
+from cierzo.engine.weights.published import native_params
 from cierzo.engine.weights.shapes import shape_of
 
 PUBLISHED: dict[str, Any] = {  # of Mistral Small 4, without what concerns vision
@@ -94,7 +94,7 @@ def test_the_same_model_in_both_spellings(tmp_path: Path, like: str, scale: str)
     expected = as_config(tmp_path / "hf", shape.config("bfloat16"))
     assert read(tmp_path, native._params()) == expected
     if like == "small4":
-        assert read(tmp_path, bench_params(shape.config("bfloat16"))) == expected
+        assert read(tmp_path, native_params(shape.config("bfloat16"))) == expected
 
 
 def test_yarn_has_its_magnitude_unless_apply_scale_is_false(tmp_path: Path) -> None:

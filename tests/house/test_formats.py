@@ -12,7 +12,7 @@ from cierzo.kernels.formats.number_formats import NUMBER_FORMATS, PACKED_FORMATS
 
 # Rooms whose code may spell the name of a format, and rooms in them that are blind to formats. A room holds the
 # modules below it, and a module belongs to the longest room that fits it, as in test_imports.
-BLIND = ("bench.plan", "engine.cost.work", "engine.cost.step_time")
+BLIND = ("bench.plan", "engine.cost.work", "engine.cost.step_model")
 EVERYWHERE = (
     *("kernels.formats.number_formats", "engine.profiles", "bench"),
     *(f"kernels.triton.{name}" for name in ("heuristics", "linear", "moe", "product")),

@@ -100,11 +100,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.context": (*CLIENT, *WORKER),  # it and the next run a model by hand
     "bench.profile": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
-    "bench.virtual_core": (*CLIENT, *WORKER),
     "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint"),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.headline": (*CLIENT, *WORKER, "engine.kv_room"),
-    "bench.peers": (*CLIENT, "engine.model.config", "engine.model.read_config", "engine.weights"),
+    "bench.peers": (
+        *CLIENT,
+        "engine.model.config",
+        "engine.model.read_config",
+        "engine.weights",
+        "engine.checkpoint_format",
+    ),
     "bench.peers.workers": (*CLIENT, *WORKER),
 }
 FORBIDDEN = {("scheduler", "cache.pool")}

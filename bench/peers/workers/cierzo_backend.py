@@ -1,6 +1,7 @@
 """cierzo's engine core in this process, stepped by hand as vLLM's is: what serves, without the sockets."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from cierzo.engine.config import EngineOptions, resolve, spin_briefly
@@ -18,64 +19,50 @@ class Backend:
         spin_briefly()
         self.core = EngineCore(resolve(EngineOptions(model=checkpoint, **options)))
         prepare_memory()
-        self.num_requests = 0
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
         """Greedy, no end token, in steps."""
-        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True, seed=0)
         times: list[list[float]] = [[] for _ in prompts]
         start = time.perf_counter()
-        first = self._submit([(prompt, []) for prompt in prompts], sampling)
-        while self.core.has_work():
-            deltas = self.core.step_plain()
+        for deltas in self._steps([(prompt, []) for prompt in prompts], max_tokens=new_tokens):
             now = time.perf_counter() - start
-            for delta in _healthy(deltas):
-                times[delta.request_id - first] += [now] * len(delta.token_ids)
+            for delta in deltas:
+                times[delta.request_id] += [now] * len(delta.token_ids)
         return times
 
-    def top_logprobs(self, sequences: list[list[int]], count: int) -> list[list[list[list[float]]]]:
+    def top_logprobs(self, sequences: list[list[int]], count: int) -> list[list[list[tuple[int, float]]]]:
         """Score sequences in both forms of attention: the first quarter of each is prompt, the rest generated.
 
         One request for each position, which generates one token more; the prefix cache carries what they share.
         """
-        return [self._top_of(sequence, count) for sequence in sequences]
+        return [
+            [
+                self._top(sequence[:length], len(sequence) // PROMPT_SHARE, count)
+                for length in range(1, len(sequence) + 1)
+            ]
+            for sequence in sequences
+        ]
 
-    def _top_of(self, sequence: list[int], count: int) -> list[list[list[float]]]:
-        prompt_tokens = len(sequence) // PROMPT_SHARE
-        found: list[list[list[float]]] = []
-        for length in range(1, len(sequence) + 1):
-            cut = min(length, prompt_tokens)
-            sampling = SamplingParams(
-                max_tokens=length - cut + 1, temperature=0.0, ignore_eos=True, seed=0, logprobs=count
-            )
-            self._submit([(sequence[:cut], sequence[cut:length])], sampling)
-            while self.core.has_work():
-                for delta in _healthy(self.core.step_plain()):
-                    for entry in delta.logprobs or []:
-                        found.append(
-                            [list(pair) for pair in zip(entry.top_token_ids, entry.top_logprobs, strict=True)]
-                        )
-        return found
+    def _top(self, tokens: list[int], prompt_tokens: int, count: int) -> list[tuple[int, float]]:
+        forced = [(tokens[:prompt_tokens], tokens[prompt_tokens:])]
+        max_tokens = len(forced[0][1]) + 1
+        steps = self._steps(forced, max_tokens=max_tokens, logprobs=count)
+        (entry,) = (entry for deltas in steps for delta in deltas for entry in delta.logprobs or [])
+        return list(zip(entry.top_token_ids, entry.top_logprobs, strict=True))
 
-    def _submit(self, requests: list[tuple[list[int], list[int]]], sampling: SamplingParams) -> int:
-        """Hand (prompt, output so far) to the core; the id of the first."""
-        first = self.num_requests
-        for prompt, output in requests:
+    def _steps(self, requests: list[tuple[list[int], list[int]]], **params: Any) -> Iterator[list[TokenDelta]]:
+        """Hand (prompt, output so far) to the core, and step it to the end; request ids count from 0.
+
+        Raises RuntimeError for a request that failed.
+        """
+        sampling = SamplingParams(temperature=0.0, ignore_eos=True, seed=0, **params)
+        for number, (prompt, output) in enumerate(requests):
             self.core.submit(
-                Submit(
-                    request_id=self.num_requests,
-                    prompt_token_ids=prompt,
-                    output_token_ids=output,
-                    sampling=sampling,
-                )
+                Submit(request_id=number, prompt_token_ids=prompt, output_token_ids=output, sampling=sampling)
             )
-            self.num_requests += 1
-        return first
-
-
-def _healthy(deltas: list[TokenDelta]) -> list[TokenDelta]:
-    """The deltas; a request that failed ends the measurement."""
-    for delta in deltas:
-        if delta.finish is not None and delta.finish.reason == "failed":
-            raise RuntimeError(f"request {delta.request_id} failed: {delta.finish.message}")
-    return deltas
+        while self.core.has_work():
+            deltas = self.core.step_plain()
+            for delta in deltas:
+                if delta.finish is not None and delta.finish.reason == "failed":
+                    raise RuntimeError(f"request {delta.request_id} failed: {delta.finish.message}")
+            yield deltas

@@ -9,6 +9,10 @@ import numpy as np
 import torch
 import transformers
 
+# The makers' params.json says "apply_scale": false: no magnitude term in YaRN, neither on cos and sin nor in the
+# softmax scale. transformers derives one from mscale_all_dim; these two keys together switch it off.
+PLAIN_SCALE = {"attention_factor": 1.0, "mscale_all_dim": 0.0}
+
 
 class _Clock(transformers.StoppingCriteria):
     """Asked after each token whether to stop; notes the time instead."""
@@ -25,29 +29,16 @@ class _Clock(transformers.StoppingCriteria):
 class Backend:
     """The class that config.json names: AutoModelForCausalLM does not map mistral4's text model.
 
-    dtype: "bfloat16" or "float32". rope: overrides of the config's rope_parameters. experts, attention: the
-    implementation that transformers is to use, by its name; None leaves its choice.
+    dtype: "bfloat16" or "float32".
     """
 
-    def __init__(
-        self,
-        checkpoint: str,
-        dtype: str = "bfloat16",
-        rope: dict[str, Any] | None = None,
-        experts: str | None = None,
-        attention: str | None = None,
-    ) -> None:
+    def __init__(self, checkpoint: str, dtype: str = "bfloat16") -> None:
         named = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
         model_class = getattr(transformers, named["architectures"][0])
         config = model_class.config_class.from_pretrained(checkpoint)
-        config.rope_parameters.update(rope or {})
-        chosen = {"experts_implementation": experts, "attn_implementation": attention}
-        self.model = model_class.from_pretrained(
-            checkpoint,
-            config=config,
-            dtype=getattr(torch, dtype),
-            **{name: value for name, value in chosen.items() if value is not None},
-        ).eval()
+        if named["model_type"] == "mistral4":
+            config.rope_parameters.update(PLAIN_SCALE)
+        self.model = model_class.from_pretrained(checkpoint, config=config, dtype=getattr(torch, dtype)).eval()
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
