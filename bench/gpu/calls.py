@@ -141,20 +141,9 @@ def lm_head(model: ModelSizes, size: Size, make: Maker) -> Call:
 @case(of="weights", rowwise=True)
 def gated_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
     """The dense MLP, or one as wide as the shared expert."""
-    x, weights = make.noise(size.rows, model.hidden), make.cold(lambda: mlp_weights(model.mlp_width, model, make))
+    x, hidden, width = make.noise(size.rows, model.hidden), model.hidden, model.mlp_width
+    weights = make.cold(lambda: (make.matrix(2 * width, hidden, paired=True), make.matrix(hidden, width)))
     return [(x, *matrices) for matrices in weights], operations.gated_mlp(model, size.rows, make.weights)
-
-
-def mlp_weights(width: int, model: ModelSizes, make: Maker) -> tuple[Matrix, Matrix]:
-    """Gate and up, and down."""
-    return make.matrix(2 * width, model.hidden, paired=True), make.matrix(model.hidden, width)
-
-
-def expert_weights(width: int, model: ModelSizes, make: Maker, *experts: int) -> tuple[Matrix, Matrix]:
-    """Gate and up, and down, of experts or of the shared one; in FP8 each of the three has one scale, as in
-    checkpoints."""
-    gate_up = make.matrix(*experts, 2 * width, model.hidden, paired=True, block=(width, model.hidden))
-    return gate_up, make.matrix(*experts, model.hidden, width, block=(model.hidden, width))
 
 
 # --- mixture of experts ------------------------------------------------------------------------------------
@@ -180,6 +169,13 @@ def group_by_expert(model: ModelSizes, size: Size, make: Maker) -> Call:
     """Random choices."""
     arguments = (random_experts(model, size), model.experts)
     return [arguments], operations.moved("group_by_expert", model, size.rows)
+
+
+def expert_weights(width: int, model: ModelSizes, make: Maker, *experts: int) -> tuple[Matrix, Matrix]:
+    """Gate and up, and down, of experts or of the shared one; in FP8 each of the three has one scale, as in
+    checkpoints."""
+    gate_up = make.matrix(*experts, 2 * width, model.hidden, paired=True, block=(width, model.hidden))
+    return gate_up, make.matrix(*experts, model.hidden, width, block=(model.hidden, width))
 
 
 @case(needs="experts", of="weights")
