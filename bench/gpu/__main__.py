@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +21,9 @@ import torch
 from cierzo.bench.campaign.loop import Block, Campaign, DeviceLost, Run, Session
 from cierzo.bench.campaign.store import Sample, Store
 from cierzo.bench.gpu import compiled, conformance, timing
-from cierzo.bench.gpu.cases import CASES, Size
+from cierzo.bench.gpu.calls import cells
+from cierzo.bench.gpu.cases import CASES
 from cierzo.bench.revision import ROOT, current_commit, installed_versions, output
-from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 
 PARTS = ("compile", "conformance", "ceilings", "kernels", "served")
@@ -47,7 +46,8 @@ class Part(Campaign[str, str]):
 
     def open(self, block: Block[str, str], subject: str) -> Session[str]:
         """Make the tasks; the first that needs a model loads it."""
-        return TaskSession(self._subjects[subject]())
+        tasks = dict(self._subjects[subject]())
+        return Session(partial(_measure, tasks), partial(_let_go, tasks))
 
     def told(self, cell: str, result: Any) -> str:
         """Times and rates of a kernel; else all that was found."""
@@ -65,28 +65,23 @@ class Part(Campaign[str, str]):
         )
 
 
-class TaskSession(Session[str]):
-    """Tasks, and what they hold of the device between them."""
+def _measure(tasks: Tasks, cell: str, _: int) -> Any:
+    """Raises RuntimeError, or DeviceLost where the driver takes no more calls from this process."""
+    try:
+        result = tasks[cell]()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
+        return result
+    except Exception as error:
+        kind = DeviceLost if "CUDA error" in str(error) else RuntimeError
+        raise kind(f"{type(error).__name__}: {error}"[:2000]) from error
 
-    def __init__(self, tasks: Tasks) -> None:
-        self._tasks = tasks
 
-    def measure(self, cell: str, number: int) -> Any:
-        """Raises RuntimeError, or DeviceLost where the driver takes no more calls from this process."""
-        try:
-            result = self._tasks[cell]()
-            torch.cuda.empty_cache()  # nothing where there is no GPU
-            return result
-        except Exception as error:
-            kind = DeviceLost if "CUDA error" in str(error) else RuntimeError
-            raise kind(f"{type(error).__name__}: {error}"[:2000]) from error
-
-    def close(self) -> None:
-        """Let go of a model: the plan of the next one asks the driver what is free."""
-        self._tasks = {}
-        gc.collect()
-        with suppress(RuntimeError):  # a lost device is told by the cell that lost it
-            torch.cuda.empty_cache()
+def _let_go(tasks: dict[str, Callable[[], Any]]) -> None:
+    """Let go of a model, which the tasks hold: the plan of the next one asks the driver what is free."""
+    tasks.clear()
+    gc.collect()
+    with suppress(RuntimeError):  # a lost device is told by the cell that lost it
+        torch.cuda.empty_cache()
 
 
 def subjects_of(part: str, device: torch.device, store: Store) -> Subjects:
@@ -99,27 +94,21 @@ def subjects_of(part: str, device: torch.device, store: Store) -> Subjects:
                 tasks["all"] = partial(compiled.warm, 10 * major + minor)
         case "conformance":  # every operation, model, size and number format, on inputs that are new in every run
             seed = time.time_ns() % (1 << 31)
-            for operation, known in CASES.items():
-                models = (*known.models, *known.hostile)
-                for cell in itertools.product((operation,), models, conformance.SIZES, known.formats):
-                    tasks[_named(*cell)] = partial(conformance.check, *cell, device, seed)
+            hostile = {operation: known.hostile for operation, known in CASES.items()}
+            for name, cell in cells(conformance.SIZES, hostile):
+                tasks[name] = partial(conformance.check, *cell, device, seed)
         case "ceilings":
             tasks["ceilings"] = partial(timing.ceilings, device)
         case "kernels":  # every operation at the sizes of a step, beside the ceilings that were measured last
             limits = (store.ceilings() or [timing.ceilings(device)])[-1]
-            for size, (operation, known) in itertools.product(timing.SIZES, CASES.items()):
-                for cell in itertools.product((operation,), known.models, (size,), known.formats):
-                    tasks[_named(*cell)] = partial(timing.measure, *cell, device, limits)
+            for size in timing.SIZES:
+                for name, cell in cells([size]):
+                    tasks[name] = partial(timing.measure, *cell, device, limits)
         case "served":
             from cierzo.bench.gpu import served  # takes msgspec
 
             return served.subjects(device)
     return {part: lambda: tasks}
-
-
-def _named(operation: str, model: ModelSizes, size: Size, format: str) -> str:
-    """The cell's name, which engine/cost/cards.py takes apart."""
-    return f"{operation}, {model.name}, {size.name}, {format}"
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from typing import Any
 import msgspec
 
 from cierzo.bench import machine
+from cierzo.bench.campaign import loop
 from cierzo.bench.campaign.loop import Block, Campaign
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.peers import transformers
-from cierzo.bench.peers.engine import AGREEMENT, Cell, Engine, Session, Subject
+from cierzo.bench.peers.engine import AGREEMENT, Cell, Engine, Subject
 from cierzo.bench.peers.results import OURS, ratios
 
 CLOSE_RATIO = 1.2  # below it, a ratio of ours to a peer's is measured in more rounds
@@ -61,18 +62,19 @@ class Peers(Campaign[Cell, Subject]):
         """Measured now: a shared host's bandwidth drifts."""
         return msgspec.to_builtins(machine.measure_apart())
 
-    def open(self, block: Block[Cell, Subject], subject: Subject) -> Session | None:
+    def open(self, block: Block[Cell, Subject], subject: Subject) -> loop.Session[Cell] | None:
         """Convert the checkpoint if need be, and load it. Raises EngineFailed."""
         (engine,) = (engine for engine in self.engines if engine.name == subject.engine)
         (checkpoint,) = (one for one in self.checkpoints if one.name == subject.checkpoint)
-        if block.cells[0].kind == "served":
-            return engine.server(checkpoint, self.folder)
         if AGREEMENT in block.cells:  # before an engine is loaded: in float32 a checkpoint takes twice its size
             with contextlib.suppress(Exception):  # the cell that needs it will say so
                 transformers.reference(checkpoint, self.folder)
-        session = engine.offline(checkpoint, self.folder)
+        is_served = block.cells[0].kind == "served"
+        session = (engine.server if is_served else engine.offline)(checkpoint, self.folder)
+        if session is None:
+            return None
         session.agreement = functools.partial(transformers.agreement, session, checkpoint, self.folder)
-        return session
+        return loop.Session(session.measure, session.close, session.by_products)
 
     def told(self, cell: Cell, result: Any) -> str:
         """The value in the cell's unit."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from cierzo.bench.campaign import loop
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.weights.folder import new_folder
 
@@ -108,7 +107,7 @@ class Measured(msgspec.Struct, frozen=True):
     raw: Any
 
 
-class Session(loop.Session[Cell]):
+class Session:
     """A loaded engine, and the command that it ran last. `load_s` is the time from its start to its first token;
     0 where nothing stays loaded. cells: of that time, and of memory. agreement: measures it, where it is a cell."""
 
@@ -144,6 +143,9 @@ class Session(loop.Session[Cell]):
     def peak_memory_gb(self) -> float:
         """Most resident memory of its processes so far, 1e9 bytes; 0 if they are gone."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """End its processes."""
 
 
 def find_checkpoint(name: str, folder: Path, scale: str = "mini") -> Path:
