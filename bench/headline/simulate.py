@@ -13,8 +13,7 @@ from cierzo.bench.campaign import loop
 from cierzo.bench.headline.cells import Cell, Plan, Subject
 from cierzo.bench.headline.measurement import Headline, Measurement, closed_loop, measured, told, value
 from cierzo.bench.headline.search import at_best, engine_settings, resolved
-from cierzo.bench.load import LoadClient
-from cierzo.bench.virtual import SimulatedClient, SimulatedServer, run_simulated_load
+from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.cards import named
 from cierzo.engine.cost.device import Device
@@ -110,20 +109,8 @@ class _Watched(SimulatedServer):
         super().__init__(config, distinct)
         self.ends: list[StepTotals] = []
 
-    async def connect(self, _: str = "") -> LoadClient:
-        """A connection whose answers are counted."""
-        return _Counted(self)
-
-
-class _Counted(SimulatedClient):
-    """A connection that notes each request's end."""
-
-    def __init__(self, server: _Watched) -> None:
-        super().__init__(server)
-        self._watched = server
-
     async def generate(self, **request: Any) -> AsyncIterator[Delta]:
         """Stream one answer."""
         async for delta in super().generate(**request):
             yield delta
-        self._watched.ends.append(msgspec.structs.replace(self._watched.totals))
+        self.ends.append(msgspec.structs.replace(self.totals))
