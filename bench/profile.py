@@ -33,7 +33,7 @@ from cierzo.engine.messages import Submit
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import ModelRunner, load_model
 from cierzo.kernels.config import KernelsConfig
-from cierzo.kernels.cpu import abi, native
+from cierzo.kernels.cpu import native
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import bind, has_native
@@ -142,12 +142,12 @@ class Profiler:
         distinct = self._distinct(rows, pieces)
         runs = []
         for _ in range(self._repeats):
-            with _watching(self.config.model.vocab_size) as calls:
+            with _watching() as calls:
                 self._seconds(rows, pieces)
-            runs.append(calls)
+            runs.append(calls | {"lm_head": [calls["linear"].pop()]})  # a step's last product is the output head's
         bind(KernelsConfig(), "cpu")
         model = StepModel(self.config, limit_device(ceilings), lambda _: distinct)
-        counted = {work.operation: work for work in model.work(shape_of(pieces, generated=generated))}
+        counted = {work.operation: work for work in model.work(StepShape.of(pieces, generated=generated))}
         return [_row(counted.get(name, Work(name, 0)), [run[name] for run in runs], ceilings) for name in runs[-1]]
 
     def _fill(self) -> None:
@@ -209,7 +209,7 @@ class Profiler:
             core.submit(Submit(request_id=number, prompt_token_ids=prompt, sampling=sampling))
         runs = []
         while core.has_work():
-            with _watching(vocab_size) as calls:
+            with _watching() as calls:
                 begin = time.perf_counter()
                 deltas = core.step_plain()
                 seconds = time.perf_counter() - begin
@@ -218,23 +218,13 @@ class Profiler:
         return runs[1:] if new_tokens else runs  # the first has still computed a prompt
 
 
-def shape_of(pieces: Pieces, *, generated: bool) -> StepShape:
-    """The step's rows as engine/cost counts them: generated tokens in absorbed form, prompts in expanded form."""
-    starts, counts = np.array(pieces, dtype=np.float64).T
-    pairs = counts * starts + counts * (counts + 1) / 2
-    sums = (float(counts.sum()), float(pairs.sum()), float((starts + counts).sum()))
-    none = (0.0, 0.0, 0.0)
-    return StepShape(*(none + sums if generated else sums + none), float(len(pieces)))
-
-
 @contextmanager
-def _watching(vocab_size: int) -> Iterator[dict[str, list[float]]]:
-    """Seconds of native calls by operation. The product with a matrix of `vocab_size` rows is the output head's."""
+def _watching() -> Iterator[dict[str, list[float]]]:
+    """Seconds of native calls by operation."""
     calls: dict[str, list[float]] = {}
 
-    def note(operation: str, args: Any, seconds: float) -> None:
-        is_head = operation == "linear" and abi.Matrix.from_address(args.weight).n == vocab_size
-        calls.setdefault("lm_head" if is_head else operation, []).append(seconds)
+    def note(operation: str, _: Any, seconds: float) -> None:
+        calls.setdefault(operation, []).append(seconds)
 
     native.observe(note)
     try:

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from cierzo.bench.machine import limit_device, measure_ceilings
-from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile, shape_of
+from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
 from cierzo.bench.report import check_writable
 from cierzo.bench.revision import current_commit
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
@@ -72,14 +72,14 @@ class Calibrator:
         model = StepModel(profiler.config, device)
         times: Times = defaultdict(lambda: defaultdict(list))
         for batch, step in decodes.items():
-            _add(times, model, shape_of([(CONTEXT - 1, 1)] * batch, generated=True), step.operations, step)
+            _add(times, model, StepShape.of([(CONTEXT - 1, 1)] * batch, generated=True), step.operations, step)
         for tokens, step in prefills.items():
-            _add(times, model, shape_of([(0, tokens)], generated=False), step.operations, step)
+            _add(times, model, StepShape.of([(0, tokens)], generated=False), step.operations, step)
         for batch, context in LONG:
             pieces = [(context - 1, 1)] * batch
             rows = profiler.operations(pieces, ceilings, generated=True)
             attention = [row for row in rows if row.operation in ATTENTION]
-            _add(times, model, shape_of(pieces, generated=True), attention, decodes[batch])
+            _add(times, model, StepShape.of(pieces, generated=True), attention, decodes[batch])
         beyond = [(step.step_ms - step.native_ms) / 1e3 for step in decodes.values()]
         step_overhead_s, row_overhead_s = _line(list(decodes), beyond)
         measured = {

@@ -6,7 +6,7 @@ The names are those under which `cierzo bench step --profile` and the GPU bench 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,6 +40,16 @@ class StepShape:
     absorbed_pairs: Number = 0.0
     absorbed_context: Number = 0.0
     sampled: Number = 0.0
+
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[float, int]], *, generated: bool) -> StepShape:
+        """The shape of a step that computes of each sequence so many tokens from a position on: (position, tokens).
+        generated: in absorbed form. Each sequence's last row is sampled."""
+        starts, counts = np.array(pieces, dtype=np.float64).T
+        pairs = counts * starts + counts * (counts + 1) / 2
+        sums = (float(counts.sum()), float(pairs.sum()), float((starts + counts).sum()))
+        none = (0.0, 0.0, 0.0)
+        return cls(*(none + sums if generated else sums + none), float(len(pieces)))
 
     @property
     def tokens(self) -> Number:

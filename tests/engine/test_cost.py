@@ -285,3 +285,14 @@ def test_every_operation_of_a_step_is_one_that_the_gpu_bench_measures(
     formats = NumberFormats(weights=weights, activations=activations)
     for work in step_work(config, layout, formats, DECODE_ONE):
         assert device.measured_share(work.operation, work.format, 1e-6) == pytest.approx(0.1), work.operation
+
+
+def test_a_step_s_shape_is_that_of_its_pieces() -> None:
+    """A prompt's row sees what comes before it and itself."""
+    seen = [6 + row for row in (1, 2, 3)] + [1 + row for row in (1, 2)]
+    assert StepShape.of([(6, 3), (1, 2)], generated=False) == StepShape(
+        expanded_tokens=5.0, expanded_pairs=float(sum(seen)), expanded_context=9.0 + 3.0, sampled=2.0
+    )
+    assert StepShape.of([(159, 1)] * 3, generated=True) == StepShape(
+        absorbed_tokens=3.0, absorbed_pairs=480.0, absorbed_context=480.0, sampled=3.0
+    )
