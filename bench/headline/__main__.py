@@ -59,9 +59,9 @@ def _wanted(arguments: argparse.Namespace) -> options.Wanted:
         raise ConfigError(told, field="small4", value=arguments.small4)
     else:
         checkpoints = {model: find_checkpoint(name, arguments.checkpoint_folder) for model, name in names.items()}
-        campaign = Serving(plan, arguments.device, checkpoints, arguments.folder)
-        machine = describe_machine()
-        where = f"{machine.processor}, {machine.cores} cores" if arguments.device == "cpu" else gpu_name()
+        machine, gpu = describe_machine(), "" if arguments.device == "cpu" else gpu_name()
+        campaign = Serving(plan, checkpoints, arguments.folder, gpu)
+        where = gpu or f"{machine.processor}, {machine.cores} cores"
         identity = {model: _checkpoint(found) for model, found in checkpoints.items()}
     return options.Wanted(
         campaign=campaign,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -81,18 +82,18 @@ def told(cell: Cell, found: Measurement) -> str:
     return f"{told} requests/s at {found.concurrency:,}" if cell.is_throughput else f"{told} s"
 
 
+@dataclass
 class Headline(Campaign[Cell, Subject]):
     """A plan; Serving (serve.py) and Simulation (simulate.py) say where its engines run."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    plan: Plan
 
     @property
     def blocks(self) -> Sequence[Block[Cell, Subject]]:
         """A profile's cells, which one engine serves."""
-        cells = self._plan.cells
+        plan = self.plan
         return [
-            Block(profile, [cell for cell in cells if cell.profile == profile], self._plan.subjects)
+            Block(profile, [cell for cell in plan.cells if cell.profile == profile], plan.subjects)
             for profile in ("throughput", "latency")
         ]
 

@@ -18,7 +18,7 @@ import msgspec
 
 from cierzo.bench import machine
 from cierzo.bench.campaign import loop
-from cierzo.bench.headline.cells import Cell, Plan, Subject
+from cierzo.bench.headline.cells import Cell, Subject
 from cierzo.bench.headline.measurement import Headline, Measurement, Steps, closed_loop, measured
 from cierzo.bench.headline.search import at_best, engine_settings, resolved
 from cierzo.bench.headline.simulate import simulate, simulated_config
@@ -33,38 +33,36 @@ from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.errors import ConfigError
 
 
+@dataclass
 class Serving(Headline):
-    """Servers on `device`, "cpu" or "cuda", of checkpoints by model. Logs go below `folder`."""
+    """Servers of checkpoints by model, on the GPU of this name, or on the CPU. Logs go below `folder`."""
 
-    def __init__(self, plan: Plan, device: str, checkpoints: dict[str, Checkpoint], folder: Path) -> None:
-        super().__init__(plan)
-        self.device, self.folder, self._checkpoints = device, folder, checkpoints
-        self._ceilings: machine.Ceilings | None = None
+    checkpoints: dict[str, Checkpoint]
+    folder: Path
+    gpu: str = ""
+
+    def __post_init__(self) -> None:
+        """Take this machine at its ceilings for a device, if they are known."""
+        self.limit_device = next((named(card) for card in DATA_SHEETS if card in self.gpu.lower()), None)
 
     def ceilings(self) -> Any | None:
         """The CPU's, measured now; those of a GPU are on its data sheet."""
-        if self.device != "cpu":
+        if self.gpu:
             return None
-        self._ceilings = machine.measure_apart()
-        return msgspec.to_builtins(self._ceilings)
+        found = machine.measure_apart()
+        self.limit_device = machine.limit_device(found)
+        return msgspec.to_builtins(found)
 
     def open(self, block: loop.Block[Cell, Subject], subject: Subject) -> Session:
         """Start a server for cells of one profile. Raises EngineFailed, or ConfigError."""
-        checkpoint = self._checkpoints[subject.model]
-        settings = engine_settings(str(checkpoint.path), self.device, subject, block.cells)
+        checkpoint = self.checkpoints[subject.model]
+        settings = engine_settings(str(checkpoint.path), "cuda" if self.gpu else "cpu", subject, block.cells)
         config = resolved(settings)  # before the server takes the memory that this looks at
         options = {name: value for name, value in settings.items() if name != "model"}
         options["expert_statistics"] = config.model.moe is not None
         name = f"{subject.model}-{subject.weights}-{subject.activations}-{block.name}"
         server = CierzoServer(checkpoint, options, self.folder / "logs" / f"{name}.log")
         return Session(self, server, checkpoint, subject, config)
-
-    def limit_device(self) -> Device | None:
-        """A device that is this machine at its ceilings, if they are known."""
-        if self.device == "cpu":
-            return None if self._ceilings is None else machine.limit_device(self._ceilings)
-        name = gpu_name().lower()
-        return next((named(card) for card in DATA_SHEETS if card in name), None)
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Session(loop.Session[Cell]):
 
     def measure(self, cell: Cell, number: int) -> Any:
         """Raises EngineFailed, or ConfigError."""
-        config, device = self.config, self.serving.limit_device()
+        config, device = self.config, self.serving.limit_device
         short = {sys.executable: "python", str(self.checkpoint.path): self.checkpoint.path.name}
         command = shlex.join(short.get(word, word) for word in shlex.split(self.server.command))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from cierzo.bench.campaign import loop
-from cierzo.bench.headline.cells import Cell, Plan, Subject
+from cierzo.bench.headline.cells import Cell, Subject
 from cierzo.bench.headline.measurement import Headline, Measurement, closed_loop, measured, told, value
 from cierzo.bench.headline.search import at_best, engine_settings, resolved
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
@@ -20,39 +20,42 @@ from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_model import StepTotals
 from cierzo.engine.cost.work import Distinct
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.messages import Delta
 
 SEED = 5
 
 
+@dataclass
 class Simulation(Headline):
-    """Models on a simulated device, by name, at true size, or by folder."""
+    """Models on a simulated device, by name, at true size, or by folder. folder: for descriptions of devices that
+    have no name."""
 
-    def __init__(self, plan: Plan, device: Device, models: dict[str, str], folder: Path) -> None:
-        """folder: for descriptions of devices that have no name."""
-        super().__init__(plan)
-        self._device, self._models, self._folder = device, models, folder
+    device: Device
+    models: dict[str, str]
+    folder: Path
 
     def open(self, block: loop.Block[Cell, Subject], subject: Subject) -> Session:
         """Nothing is loaded."""
-        return Session(self._device, self._models[subject.model], subject, self._folder)
+        return Session(self, subject)
 
 
+@dataclass(frozen=True)
 class Session(loop.Session[Cell]):
-    """A subject on a simulated device."""
+    """A subject on the simulated device."""
 
-    def __init__(self, device: Device, model: str, subject: Subject, folder: Path) -> None:
-        self._device, self._model, self._subject, self._folder = device, model, subject, folder
+    simulation: Simulation
+    subject: Subject
 
     def measure(self, cell: Cell, number: int) -> Any:
         """Measure one engine over all cards, and a replica on each, and take the better. Raises ConfigError where
         neither can be."""
-        found, others = [], []
-        for replicas, device in layouts(self._device):
+        found, others, given = [], [], self.simulation
+        for replicas, device in layouts(given.device):
             cards = "one card" if device.cards == 1 else f"{device.cards} cards"
             layout = f"{replicas} engines of {cards}" if replicas > 1 else f"one engine on {cards}"
             try:
-                config = simulated_config(self._model, cell, self._subject, device, self._folder)
+                config = simulated_config(
+                    given.models[self.subject.model], cell, self.subject, device, given.folder
+                )
                 one = at_best(cell, config, device, functools.partial(simulate, config, cell), replicas)
             except ConfigError as error:
                 others.append(f"{layout}: {error}")
@@ -93,24 +96,10 @@ def simulate(
 ) -> Measurement:
     """Closed loops, each on an engine of its own. distinct: experts that so many tokens touch, by default as if
     chosen at random. Raises ConfigError if a request failed."""
-    server = _Watched(config, distinct)
+    server = SimulatedServer(config, distinct)
     result = run_simulated_load(server, closed_loop(cell, concurrency, SEED))
     if result.errors:
         raise ConfigError(f"requests failed: {result.errors}", field="requests", value=result.errors)
     begin, end = (msgspec.structs.asdict(server.ends[index - 1]) for index in (concurrency, -concurrency))
     totals = StepTotals(**{name: end[name] - begin[name] for name in end})
     return measured(cell, result, concurrency, replicas, totals)
-
-
-class _Watched(SimulatedServer):
-    """A server, and its totals at the end of each request: those of the steady time lie between two of them."""
-
-    def __init__(self, config: EngineConfig, distinct: Distinct | None) -> None:
-        super().__init__(config, distinct)
-        self.ends: list[StepTotals] = []
-
-    async def generate(self, **request: Any) -> AsyncIterator[Delta]:
-        """Stream one answer."""
-        async for delta in super().generate(**request):
-            yield delta
-        self.ends.append(msgspec.structs.replace(self.totals))
