@@ -24,7 +24,7 @@ from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
 from cierzo.bench.report import check_writable
 from cierzo.bench.revision import current_commit
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.cost.device import Calibration, Device, Kind, MeasuredShare
+from cierzo.engine.cost.device import Device, Kind, MeasuredShare
 from cierzo.engine.cost.step_model import StepModel, price
 from cierzo.engine.cost.work import StepShape
 from cierzo.engine.errors import CierzoError, ConfigError, refusal
@@ -62,7 +62,7 @@ class Calibrator:
         device = msgspec.structs.replace(
             limit_device(ceilings),
             name="cpu",
-            source=f"measured: {stamp.checkpoint}, weights {stamp.weights}, commit {stamp.commit}",
+            source="measured: {checkpoint}, weights {weights}, commit {commit}".format(**stamp),
             stated=STATED,
             calibration=stamp,
         )
@@ -99,11 +99,10 @@ def read_calibration(path: Path, wanted: EngineOptions) -> Device:
     except (OSError, msgspec.MsgspecError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise refusal("calibration", limit, given, why) from error
-    if device.calibration is None:
+    if not device.calibration:
         raise refusal("calibration", limit, given, "a device, but not a calibration")
-    stamp = stamp_of(resolve(wanted))
-    for name in Calibration.__struct_fields__:
-        ours, theirs = getattr(stamp, name), getattr(device.calibration, name)
+    for name, ours in stamp_of(resolve(wanted)).items():
+        theirs = device.calibration.get(name)
         if ours != theirs:
             raise ConfigError(
                 f"calibration {path}: made with {name} {theirs}, and this is {ours}",
@@ -114,21 +113,21 @@ def read_calibration(path: Path, wanted: EngineOptions) -> Device:
     return device
 
 
-def stamp_of(config: EngineConfig) -> Calibration:
-    """The stamp of a calibration made here and now: what it holds for."""
+def stamp_of(config: EngineConfig) -> dict[str, str | int]:
+    """The stamp of a calibration made here and now: what it holds for. config: digest of the checkpoint's."""
     text = Path(config.checkpoint, "config.json")
     source = text if text.is_file() else Path(config.checkpoint, "params.json")
     chosen_set = config.kernels.instruction_set
-    return Calibration(
-        checkpoint=config.name,
-        config=hashlib.sha256(source.read_bytes()).hexdigest()[:16],
-        commit=current_commit(),
-        dtype=config.dtype,
-        weights=config.weights,
-        kv_dtype=config.layout.dtype,
-        threads=config.threads,
-        instruction_set=native.instruction_set() if chosen_set == "auto" and has_native() else chosen_set,
-    )
+    return {
+        "checkpoint": config.name,
+        "config": hashlib.sha256(source.read_bytes()).hexdigest()[:16],
+        "commit": current_commit(),
+        "dtype": config.dtype,
+        "weights": config.weights,
+        "kv_dtype": config.layout.dtype,
+        "threads": config.threads,
+        "instruction_set": native.instruction_set() if chosen_set == "auto" and has_native() else chosen_set,
+    }
 
 
 def _share(limit_s: float, took_s: float) -> MeasuredShare:

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from cierzo.bench.plan.forecast import Forecast, forecast
+from cierzo.bench.report import Report
 from cierzo.bench.workload import Workload
 from cierzo.engine.config import KV_BYTE_FORMAT, EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.cards import find_device
@@ -101,13 +102,14 @@ class Planner:
 
     def plan(self, name: str, *, changes: bool = True) -> DevicePlan:
         """Plan for the device of this name. Raises ConfigError for an unknown one."""
-        device, given = self.device(name), self._options
-        shares = "measured" if device.measured else "stated"
+        device = self._calibrated if name == "cpu" else find_device(name)
+        assert device is not None
+        given, shares = self._options, "measured" if device.measured else "stated"
         plan = DevicePlan(device=name, shares=shares, weights=given.weights, kv_dtype=given.kv_dtype)
         try:
-            config = self.config(name, given)
+            config = self._config(name, given)
             plan = msgspec.structs.replace(plan, weights=config.weights, kv_dtype=config.layout.dtype)
-            found, workload = self._best(config, device)
+            found, workload = self._best(config)
         except ConfigError as error:
             return msgspec.structs.replace(plan, refused=error.message)
         return msgspec.structs.replace(
@@ -121,38 +123,31 @@ class Planner:
             changes=tuple(self._changes(name, config, found)) if changes else (),
         )
 
-    def device(self, name: str) -> Device:
-        """The device of this name; "cpu" is this machine's. Raises ConfigError for an unknown one."""
-        if name == "cpu":
-            assert self._calibrated is not None
-            return self._calibrated
-        return find_device(name)
+    def at(self, name: str, workload: Workload) -> Forecast:
+        """Forecast another workload, whatever the limits."""
+        return self._forecast(self._config(name, self._options), workload)
 
-    def config(self, name: str, options: EngineOptions) -> EngineConfig:
+    def _config(self, name: str, options: EngineOptions) -> EngineConfig:
         """The engine's configuration on a device. Raises ConfigError where the engine would not start."""
         config = resolve(msgspec.structs.replace(options, device=name if name == "cpu" else f"simulated:{name}"))
         if self._experts is not None:
             _require_same_experts(self._experts, config)
         return config
 
-    def at(self, name: str, workload: Workload) -> Forecast:
-        """Forecast another workload, whatever the limits."""
-        return self._forecast(self.config(name, self._options), self.device(name), workload)
+    def _forecast(self, config: EngineConfig, workload: Workload) -> Forecast:
+        return forecast(config, workload, device=config.card or self._calibrated, distinct=self._distinct)
 
-    def _forecast(self, config: EngineConfig, device: Device, workload: Workload) -> Forecast:
-        return forecast(config, workload, device=device, distinct=self._distinct)
-
-    def _best(self, config: EngineConfig, device: Device) -> tuple[Forecast, Workload]:
+    def _best(self, config: EngineConfig) -> tuple[Forecast, Workload]:
         """Forecast the workload as it is, or the highest load that keeps the limits."""
         given, limits, rate = self._workload, self._limits, self._workload.rate
         if not limits.given or given.trace:
-            return self._forecast(config, device, given), given
+            return self._forecast(config, given), given
         found: dict[float, tuple[Forecast, Workload]] = {}
 
         def keeps(size: float) -> bool:
             load = {"concurrency": int(size)} if rate is None else {"rate": size}
             workload = msgspec.structs.replace(given, **load)
-            found[size] = self._forecast(config, device, workload), workload
+            found[size] = self._forecast(config, workload), workload
             return limits.broken(found[size][0]) is None
 
         clients = (config.scheduler.max_waiting, config.frontend.max_open_samples, 4 * config.scheduler.max_running)
@@ -170,7 +165,7 @@ class Planner:
         for what, other, settings in self._candidates(name, config):
             options = msgspec.structs.replace(self._options, **settings)
             try:
-                changed, _ = self._best(self.config(other, options), self.device(other))
+                changed, _ = self._best(self._config(other, options))
             except ConfigError as error:
                 changes.append(Change(what=what, refused=error.message))
                 continue
@@ -181,7 +176,7 @@ class Planner:
 
     def _candidates(self, name: str, config: EngineConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Changes as (words, device, settings). On a CPU the weights stay: its shares were measured with them."""
-        kind, limits = self.device(name).kind, config.scheduler
+        kind, limits = config.card.kind if config.card else "cpu", config.scheduler
         if kind == "cuda":
             for setting, formats in (("weights", formats_on(kind)), ("activations", ("bf16", *ACTIVATION_FORMATS))):
                 others = (one for one in formats if one != getattr(config, setting))
@@ -217,17 +212,11 @@ def highest(
     return low
 
 
-class _ExpertsReport(msgspec.Struct, frozen=True):
-    """A report of `cierzo bench experts --json`; only the counts matter here."""
-
-    results: ExpertStatistics
-
-
 def read_experts(path: Path) -> ExpertStatistics:
     """Read which experts real traffic chose, from a report of `cierzo bench experts`. Raises ConfigError for any
     other file."""
     try:
-        statistics = msgspec.json.decode(path.read_bytes(), type=_ExpertsReport).results
+        statistics = msgspec.convert(msgspec.json.decode(path.read_bytes(), type=Report).results, ExpertStatistics)
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(f"expert statistics {path}: {error}", field="experts", value=path) from error
     if not statistics.tokens:
@@ -237,14 +226,12 @@ def read_experts(path: Path) -> ExpertStatistics:
 
 def _require_same_experts(statistics: ExpertStatistics, config: EngineConfig) -> None:
     moe, layers = config.model.moe, config.model.num_layers
-    ours = (0, 0, 0)
-    if moe is not None:
-        ours = (layers - moe.first_dense_layers, moe.num_experts, moe.experts_per_token)
+    ours = (layers - moe.first_dense_layers, moe.num_experts, moe.experts_per_token) if moe else (0, 0, 0)
     theirs = (len(statistics.layers), statistics.num_experts, statistics.top_k)
     if ours != theirs:
         found, limit = ("{} layers of {} experts, {} a token".format(*one) for one in (theirs, ours))
-        message = f"expert statistics of {found}; {config.name} has {limit}"
-        raise ConfigError(message, field="experts", limit=limit, value=found)
+        told = f"expert statistics of {found}; {config.name} has {limit}"
+        raise ConfigError(told, field="experts", limit=limit, value=found)
 
 
 def other_cards(name: str) -> list[str]:

@@ -27,19 +27,6 @@ class MeasuredShare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share: Share
 
 
-class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Conditions of a measurement; a device's shares hold for nothing else. config: digest of the checkpoint's."""
-
-    checkpoint: str
-    config: str
-    commit: str
-    dtype: str
-    weights: str
-    kv_dtype: str
-    threads: int
-    instruction_set: str
-
-
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A card, or `cards` equal ones that serve one model together.
 
@@ -49,7 +36,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `measured` holds shares found at several sizes of an operation, ascending; they take the stated ones' place. Its
     names are an operation's, or those of an operation and the number format of its weights or pages ("linear fp8").
     `step_overhead_s` passes in each step whatever it computes, `row_overhead_s` for each sequence in it.
-    `calibration`: of a machine on which one checkpoint was measured.
+    `calibration`: of a machine on which one checkpoint was measured, the conditions by name; its shares hold for
+    nothing else.
 
     Several cards: weights are divided (experts and dense products), attention and its cache by sequences, so that
     each latent lies on one card; two exchanges a layer carry every row's hidden state over `link_bytes_per_s`.
@@ -67,7 +55,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     measured: dict[str, list[MeasuredShare]] = {}
     step_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     row_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
-    calibration: Calibration | None = None
+    calibration: dict[str, str | int] = {}
 
     @property
     def total_memory_bytes(self) -> int:

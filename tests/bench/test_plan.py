@@ -13,11 +13,11 @@ import pytest
 from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.experts import ExpertsSettings
-from cierzo.bench.plan import search as planning
 from cierzo.bench.plan.search import DevicePlan, LatencyLimits, Planner, other_cards, read_experts
 from cierzo.bench.report import Recording
 from cierzo.bench.workload import Workload, parse_workload
 from cierzo.cli import main
+from cierzo.engine import config
 from cierzo.engine.config import EngineOptions
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.work import measured_distinct, uniform_distinct
@@ -99,9 +99,7 @@ CHANGED = {
 @pytest.fixture
 def _stated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares as stated, even where the GPU bench has measured some."""
-    monkeypatch.setattr(
-        planning, "find_device", lambda name: msgspec.structs.replace(find_device(name), measured={})
-    )
+    monkeypatch.setattr(config, "find_device", lambda name: msgspec.structs.replace(find_device(name), measured={}))
 
 
 @pytest.mark.usefixtures("_stated")
