@@ -1,9 +1,8 @@
 """`make bench-step`: the step loop apart from the model, with requests arriving, growing and finishing.
 
-Real scheduler, cache manager, block tables and batch builder, and a fake runner in place of the model. A step is
-timed from `schedule` to the encoded frame for the front end, the fake runner included. Taking in a new request
-(`submit`) happens between steps and is timed apart. Every prompt fills the context but for its output, and shares
-all but its last block with the others, so that long contexts are reached through the prefix cache.
+A step of the real engine core on a fake runner is timed from `schedule` to the encoded frame for the front end.
+Taking in a new request (`submit`) happens between steps and is timed apart. Every prompt fills the context but for
+its output, and shares all but its last block with the others, so that it is reached through the prefix cache.
 
 What a step costs must not depend on the context. What an arrival costs does: its prompt is hashed and looked up
 block by block in the step that admits it. Hence the long outputs: such a step is then the exception, as in use.

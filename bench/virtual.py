@@ -1,11 +1,8 @@
 """Loads in virtual time: the real load client and the real scheduler, on a card that is simulated.
 
-The clock of the asyncio loop jumps to the next timer instead of waiting for it. `SimulatedServer` is the engine
-core as a task of that loop, and what `bench.load` takes for a connection.
-
-A step at a time, an hour of load takes minutes, nearly all of them for steps in which the same sequences decode
-one token more. `JumpingScheduler` takes a stretch of such steps at once. Whatever else happens (an arrival, a
-prompt, an admission, an end, a preemption) is for the engine's own scheduler, a step at a time.
+The clock of the asyncio loop jumps to the next timer instead of waiting for it. Steps in which the same sequences
+decode one token more are taken together, by `JumpingScheduler`; whatever else happens (an arrival, a prompt, an
+admission, an end, a preemption) is for the engine's own scheduler, a step at a time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """`python -m cierzo.bench.plan.calibrate CHECKPOINT`: this machine's CPU as a device for plans, in a minute.
 
-The description holds the machine's ceilings, the share of them that each operation of this checkpoint reaches at
-several sizes, and the seconds of a step beyond its operations. Operations are timed one by one, then scaled so that
-together they take as long as the engine's one native call: the rest of that call (rotations, cache writes,
-sampling), which engine/cost does not count, is shared out among them.
+Operations are timed one by one, then scaled so that together they take as long as the engine's one native call: the
+rest of that call (rotations, cache writes, sampling), which engine/cost does not count, is shared out among them.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
 from cierzo.bench.report import check_writable
 from cierzo.bench.revision import current_commit
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.cost.device import Device, Kind, MeasuredShare
+from cierzo.engine.cost.device import Device, Kind
 from cierzo.engine.cost.step_model import StepModel, price
 from cierzo.engine.cost.work import StepShape
 from cierzo.engine.errors import CierzoError, ConfigError, refusal
@@ -83,7 +81,9 @@ class Calibrator:
         beyond = [(step.step_ms - step.native_ms) / 1e3 for step in decodes.values()]
         step_overhead_s, row_overhead_s = _line(list(decodes), beyond)
         measured = {
-            operation: [_share(limit_s, fmean(found[limit_s])) for limit_s in sorted(found)]
+            operation: {
+                limit_s: min(max(limit_s / fmean(took_s), SMALLEST), LARGEST) for limit_s, took_s in found.items()
+            }
             for operation, found in times.items()
         }
         return msgspec.structs.replace(
@@ -130,10 +130,6 @@ def stamp_of(config: EngineConfig) -> dict[str, str | int]:
     }
 
 
-def _share(limit_s: float, took_s: float) -> MeasuredShare:
-    return MeasuredShare(limit_s, min(max(limit_s / took_s, SMALLEST), LARGEST))
-
-
 def _add(times: Times, model: StepModel, shape: StepShape, rows: list[OperationRow], step: StepProfile) -> None:
     """Add to `times` the seconds of a call of each operation that engine/cost counts, under its seconds at the
     limit: as timed one by one, times the engine's native time over theirs together."""
@@ -164,21 +160,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the device here")
     add_options(parser, EngineOptions, skip=FIXED)
+    arguments = parser.parse_args(argv)
     try:
-        return _run(parser.parse_args(argv))
+        if arguments.json is not None:
+            check_writable(arguments.json)
+        given = chosen(arguments, EngineOptions, skip=FIXED)
+        device = Calibrator(EngineOptions(model=arguments.checkpoint, device="cpu", **given)).measure()
     except CierzoError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    if arguments.json is not None:
-        check_writable(arguments.json)
-    given = chosen(arguments, EngineOptions, skip=FIXED)
-    device = Calibrator(EngineOptions(model=arguments.checkpoint, device="cpu", **given)).measure()
     print(device.describe())
     for operation, points in device.measured.items():
-        shares = ", ".join(f"{point.share:.0%} at {point.limit_s * 1e6:,.0f} us" for point in points)
+        shares = ", ".join(f"{share:.0%} at {limit_s * 1e6:,.0f} us" for limit_s, share in sorted(points.items()))
         print(f"  {operation:14} {shares}")
     print(
         f"  beyond them    {device.step_overhead_s * 1e6:,.0f} us a step, {device.row_overhead_s * 1e6:,.0f} a row"

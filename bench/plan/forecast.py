@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cierzo.bench.plan.batching import Batching, Course, expand
+from cierzo.bench.plan.batching import Batching, expand
 from cierzo.bench.stats import Summary, summarise
 from cierzo.bench.workload import TracedRequest, Workload, poisson_arrivals
 from cierzo.engine.config import EngineConfig
@@ -164,7 +164,7 @@ def _forecast(
     )
 
 
-def _gaps(course: Course, ends_s: FloatArray, steady: NDArray[np.int64]) -> Summary:
+def _gaps(course: Batching, ends_s: FloatArray, steady: NDArray[np.int64]) -> Summary:
     """Times between one token and the next: a step's, once for each request that decodes in it, and the pauses of
     requests that were preempted."""
     pauses = np.array(course.pauses, np.int64).reshape(-1, 3)

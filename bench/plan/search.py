@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -83,28 +84,25 @@ class DevicePlan(msgspec.Struct, frozen=True, kw_only=True):
     refused: str = ""
 
 
+@dataclass
 class Planner:
-    """Plans of one checkpoint and one workload, for one device at a time."""
+    """Plans of one checkpoint and one workload, for one device at a time. experts: chosen by real traffic.
+    calibrated: this machine's CPU, for the device "cpu"."""
 
-    def __init__(
-        self,
-        options: EngineOptions,
-        workload: Workload,
-        limits: LatencyLimits,
-        *,
-        experts: ExpertStatistics | None = None,
-        calibrated: Device | None = None,
-    ) -> None:
-        """experts: chosen by real traffic. calibrated: this machine's CPU, for the device "cpu"."""
-        self._options, self._workload, self._limits = options, workload, limits
-        self._experts, self._calibrated = experts, calibrated
-        self._distinct = None if experts is None else measured_distinct(experts)
+    options: EngineOptions
+    workload: Workload
+    limits: LatencyLimits
+    experts: ExpertStatistics | None = None
+    calibrated: Device | None = None
+
+    def __post_init__(self) -> None:
+        self._distinct = None if self.experts is None else measured_distinct(self.experts)
 
     def plan(self, name: str, *, changes: bool = True) -> DevicePlan:
         """Plan for the device of this name. Raises ConfigError for an unknown one."""
-        device = self._calibrated if name == "cpu" else find_device(name)
+        device = self.calibrated if name == "cpu" else find_device(name)
         assert device is not None
-        given, shares = self._options, "measured" if device.measured else "stated"
+        given, shares = self.options, "measured" if device.measured else "stated"
         plan = DevicePlan(device=name, shares=shares, weights=given.weights, kv_dtype=given.kv_dtype)
         try:
             config = self._config(name, given)
@@ -125,21 +123,21 @@ class Planner:
 
     def at(self, name: str, workload: Workload) -> Forecast:
         """Forecast another workload, whatever the limits."""
-        return self._forecast(self._config(name, self._options), workload)
+        return self._forecast(self._config(name, self.options), workload)
 
     def _config(self, name: str, options: EngineOptions) -> EngineConfig:
         """The engine's configuration on a device. Raises ConfigError where the engine would not start."""
         config = resolve(msgspec.structs.replace(options, device=name if name == "cpu" else f"simulated:{name}"))
-        if self._experts is not None:
-            _require_same_experts(self._experts, config)
+        if self.experts is not None:
+            _require_same_experts(self.experts, config)
         return config
 
     def _forecast(self, config: EngineConfig, workload: Workload) -> Forecast:
-        return forecast(config, workload, device=config.card or self._calibrated, distinct=self._distinct)
+        return forecast(config, workload, device=config.card or self.calibrated, distinct=self._distinct)
 
     def _best(self, config: EngineConfig) -> tuple[Forecast, Workload]:
         """Forecast the workload as it is, or the highest load that keeps the limits."""
-        given, limits, rate = self._workload, self._limits, self._workload.rate
+        given, limits, rate = self.workload, self.limits, self.workload.rate
         if not limits.given or given.trace:
             return self._forecast(config, given), given
         found: dict[float, tuple[Forecast, Workload]] = {}
@@ -160,10 +158,10 @@ class Planner:
 
     def _changes(self, name: str, config: EngineConfig, found: Forecast) -> list[Change]:
         """Forecast each change alone, the one that helps most first; changes that cannot be made come last."""
-        by_rate = self._workload.concurrency is not None or (self._limits.given and not self._workload.trace)
+        by_rate = self.workload.concurrency is not None or (self.limits.given and not self.workload.trace)
         changes = []
         for what, other, settings in self._candidates(name, config):
-            options = msgspec.structs.replace(self._options, **settings)
+            options = msgspec.structs.replace(self.options, **settings)
             try:
                 changed, _ = self._best(self._config(other, options))
             except ConfigError as error:

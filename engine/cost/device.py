@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import msgspec
@@ -20,21 +19,15 @@ Number: TypeAlias = "float | NDArray[np.float64]"  # of one step, or of several
 GB = 1e9
 
 
-class MeasuredShare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A call of an operation that takes `limit_s` at the device's ceilings reaches `share` of them."""
-
-    limit_s: Positive
-    share: Share
-
-
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A card, or `cards` equal ones that serve one model together.
 
     Rates are those of one card: bytes per second from memory, operations per second by the number format that is
     multiplied (a multiplication and an addition are two). `stated` holds a share of the limit by kind of operation:
     "memory" for all that waits for memory, "experts", "products", "attention" for what waits for arithmetic.
-    `measured` holds shares found at several sizes of an operation, ascending; they take the stated ones' place. Its
-    names are an operation's, or those of an operation and the number format of its weights or pages ("linear fp8").
+    `measured` holds the shares found at several sizes of an operation, by a call's seconds at the device's rates;
+    they take the stated ones' place. Its names are an operation's, or an operation's and the number format of its
+    weights or pages ("linear fp8").
     `step_overhead_s` passes in each step whatever it computes, `row_overhead_s` for each sequence in it.
     `calibration`: of a machine on which one checkpoint was measured, the conditions by name; its shares hold for
     nothing else.
@@ -52,7 +45,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kind: Literal["cuda", "cpu"] = "cuda"
     link_bytes_per_s: Annotated[float, Meta(ge=0)] = 0.0
     stated: dict[Kind, Share]
-    measured: dict[str, list[MeasuredShare]] = {}
+    measured: dict[str, dict[Positive, Share]] = {}
     step_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     row_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     calibration: dict[str, str | int] = {}
@@ -70,8 +63,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         found = self.measured.get(f"{operation} {format}") or self.measured.get(operation)
         if not found:
             return None
-        sizes, shares = [math.log(point.limit_s) for point in found], [point.share for point in found]
-        return np.interp(np.log(np.maximum(limit_s, 1e-12)), sizes, shares)
+        sizes = sorted(found)
+        return np.interp(np.log(np.maximum(limit_s, 1e-12)), np.log(sizes), [found[size] for size in sizes])
 
     def describe(self) -> str:
         """Tell limits, and where the shares come from, in a line."""

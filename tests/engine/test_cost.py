@@ -14,7 +14,7 @@ from steps_by_hand import Chunk, Step, take
 from cierzo.bench.gpu.calls import CASES
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.cost.cards import STATED, find_device, named, with_measured
-from cierzo.engine.cost.device import Device, MeasuredShare
+from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.step_model import StepModel, step_time
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
@@ -199,7 +199,7 @@ def test_measured_shares_take_the_stated_ones_place() -> None:
     found = works("small4", DECODE_ONE)
     experts = found["expert_mlp"]
     call_s = float(experts.num_bytes) / stated.bytes_per_s / experts.calls
-    shares = [MeasuredShare(call_s / 10, 0.2), MeasuredShare(call_s * 10, 0.6)]
+    shares = {call_s * 10: 0.6, call_s / 10: 0.2}
     measured = msgspec.structs.replace(stated, measured={"expert_mlp": shares})
     assert measured.measured_share("expert_mlp", "fp8", call_s) == pytest.approx(0.4)  # half way, in the logarithm
     assert measured.measured_share("expert_mlp", "fp8", call_s / 1e6) == pytest.approx(0.2)
@@ -256,7 +256,7 @@ def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path:
     path = tmp_path / "gpu-nvidia-h100-80gb-hbm3-abc.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in cells), encoding="utf-8")
     found = with_measured(device, "h100", tmp_path)
-    assert {name: [one.share for one in shares] for name, shares in found.measured.items()} == {
+    assert {name: [*shares.values()] for name, shares in found.measured.items()} == {
         "linear fp8": [pytest.approx(0.5)],
         "linear bf16": [pytest.approx(0.25)],
     }
