@@ -26,13 +26,14 @@ from cierzo.bench.report import Recording, progress
 from cierzo.bench.stats import Summary, summarise
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.messages import SamplingParams, StepOutput, Submit
-from cierzo.engine.options import add_options, chosen, count, seed
+from cierzo.engine.options import add_options, chosen, count
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.process import prepare_memory
 from cierzo.scheduler.config import SchedulerConfig
 
 VOCAB_SIZE = 131_072
+BLOCK_TOKENS = 32
 WARM_UP_STEPS = 50
 MOST = 1 << 20
 
@@ -44,8 +45,6 @@ class StepSettings(msgspec.Struct, frozen=True, kw_only=True):
     contexts: tuple[int, ...]
     steps: Annotated[int, Meta(ge=1, description="timed steps of each row")] = 1000
     output_tokens: Annotated[int, Meta(ge=1, le=MOST, description="mean output, at most context / 4")] = 2048
-    block_tokens: Annotated[int, Meta(ge=1, le=MOST, description="tokens per KV block")] = 32
-    seed: Annotated[int, Meta(description="of output lengths and prompts")] = 0
 
 
 class StepRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of both kinds of measurement."""
     parser.add_argument("--running", type=count, nargs="+", default=[64, 512], metavar="N", help="running requests")
     parser.add_argument("--contexts", type=count, nargs="+", default=[1024, 131_072], metavar="N", help="tokens")
-    add_options(parser, StepSettings, skip={"running", "contexts"}, readers={"seed": seed})
+    add_options(parser, StepSettings, skip={"running", "contexts"})
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
     model = parser.add_argument_group("a model's step, operation by operation, instead")
     model.add_argument("--profile", metavar="CHECKPOINT", help="measure this model's kernels")
@@ -143,8 +142,8 @@ def _longest_output(settings: StepSettings, context: int) -> int:
 
 
 def _core(settings: StepSettings, running: int, context: int) -> EngineCore:
-    own_blocks = _longest_output(settings, context) // settings.block_tokens + 3
-    num_blocks = context // settings.block_tokens + running * own_blocks
+    own_blocks = _longest_output(settings, context) // BLOCK_TOKENS + 3
+    num_blocks = context // BLOCK_TOKENS + running * own_blocks
     scheduler = SchedulerConfig(
         budget_tokens=max(8192, running),
         max_chunk_tokens=8192,
@@ -152,7 +151,7 @@ def _core(settings: StepSettings, running: int, context: int) -> EngineCore:
         max_waiting=2 * running,
         max_model_len=context,
     )
-    cache = CacheConfig(block_tokens=settings.block_tokens, num_blocks=num_blocks, hash_key="00" * 16)
+    cache = CacheConfig(block_tokens=BLOCK_TOKENS, num_blocks=num_blocks, hash_key="00" * 16)
     core = EngineCore(fake_config(scheduler, cache, vocab_size=VOCAB_SIZE))
     prepare_memory()
     return core
@@ -160,7 +159,7 @@ def _core(settings: StepSettings, running: int, context: int) -> EngineCore:
 
 def _requests(settings: StepSettings, running: int, context: int) -> Iterator[Submit]:
     """Requests that end near the context's length. The first `running` ones are cut short, as if half grown."""
-    draw = random.Random(settings.seed)
+    draw = random.Random(0)
     longest = _longest_output(settings, context)
     shared = [draw.randrange(VOCAB_SIZE) for _ in range(max(1, context - longest))]
     for request_id in itertools.count():

@@ -51,8 +51,7 @@ class JumpingScheduler(Scheduler):
     """The engine's scheduler, which can also take many decode steps at once.
 
     `advance` leaves the running requests (tokens, counts, blocks), the deltas and the counters of steps and output
-    tokens as `schedule` and `commit` would, step by step; it touches nothing else of the scheduler's state. Tests
-    hold loads with and without it against each other, and `check` holds after it.
+    tokens as `schedule` and `commit` would, step by step; it touches nothing else of the scheduler's state.
     """
 
     def steady(self) -> Row:

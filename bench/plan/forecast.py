@@ -29,7 +29,7 @@ GROWTH = 0.05  # seconds by which requests take longer, each second, from which 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of the requests between the S-th completion and the S-th last (S: a closed loop's concurrency, else a
-    tenth of the requests), so that the ramp at the start and the tail at the end are left out.
+    tenth of the requests).
 
     time_to_first_token_s and completion_s count from arrival. running: sequences, on average over time, and the
     most. most_waiting: sequences that waited at once. keeps_up: whether requests end as fast as they come; a closed
@@ -73,8 +73,7 @@ def forecast(
 ) -> Forecast:
     """Forecast a workload. device: by default the one that `config` simulates. distinct: experts that so many
     tokens reach, by default as if chosen at random. Raises ConfigError for a workload that cannot run."""
-    device = device or config.card
-    if device is None:
+    if (device := device or config.card) is None:
         raise ConfigError(f"a forecast for {config.device} needs its device", field="device", value=config.device)
     _require(config, workload)
     model = StepModel(config, device, distinct)
@@ -126,10 +125,10 @@ def _forecast(
     course = Batching(config, load, concurrency or 0, model if is_open else None).run()
     time = model.time(*expand(course.rows))
     seconds = time.total_s
-    idle_s = np.zeros_like(seconds)
-    idle_s[list(course.idle_s)] = list(course.idle_s.values())
+    spans_s = seconds.copy()
+    spans_s[list(course.idle_s)] += list(course.idle_s.values())
     # a step's number plus one is the index of its end; 0 is the start
-    ends_s = np.concatenate([[0.0], np.cumsum(seconds + idle_s)])
+    ends_s = np.concatenate([[0.0], np.cumsum(spans_s)])
     arrival_s = np.array([one.arrival_s for one in load]) if is_open else ends_s[course.arrival + 1]
     first_s, last_s = ends_s[course.first + 1], ends_s[course.last + 1]
     skipped = left_out(len(load), concurrency)

@@ -19,6 +19,7 @@ from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_model import StepModel
+from cierzo.engine.cost.weights import weight_bytes
 from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
@@ -112,8 +113,8 @@ class Planner:
             return msgspec.structs.replace(plan, refused=error.message)
         return msgspec.structs.replace(
             plan,
-            weight_gb=StepModel(config, device).weight_bytes / 1e9,
-            memory_gb=device.total_memory_bytes / 1e9,
+            weight_gb=weight_bytes(config.model, StepModel(config, device).formats) / 1e9,
+            memory_gb=device.cards * device.memory_bytes / 1e9,
             kv_gb=config.cache.num_blocks * config.layout.bytes_per_block / 1e9,
             kv_tokens=config.cache.num_blocks * config.layout.block_tokens,
             workload=str(workload),

@@ -32,8 +32,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `calibration`: of a machine on which one checkpoint was measured, the conditions by name; its shares hold for
     nothing else.
 
-    Several cards: weights are divided (experts and dense products), attention and its cache by sequences, so that
-    each latent lies on one card; two exchanges a layer carry every row's hidden state over `link_bytes_per_s`.
+    Several cards divide experts and dense products, and attention by sequences; two exchanges a layer carry every
+    row's hidden state over `link_bytes_per_s`.
     """
 
     name: str
@@ -49,11 +49,6 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     step_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     row_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     calibration: dict[str, str | int] = {}
-
-    @property
-    def total_memory_bytes(self) -> int:
-        """Memory of all cards together."""
-        return self.cards * self.memory_bytes
 
     def measured_share(self, operation: str, format: str, limit_s: Number) -> Number | None:
         """Share that was found for calls of this size: linear in log(limit_s) between two, the nearest outside.

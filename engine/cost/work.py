@@ -18,7 +18,7 @@ from cierzo.engine.cost.operations import Work, random_distinct
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.engine.cost.weights import NumberFormats, sizes_of
 from cierzo.engine.expert_statistics import ExpertStatistics, expected_distinct
-from cierzo.engine.model.config import ModelConfig, MoeConfig
+from cierzo.engine.model.config import ModelConfig
 
 # Sizes of a step, in tokens, at which expert statistics are asked; beyond the last nearly all experts have tokens.
 STEP_SIZES = np.unique(np.geomspace(1, 1 << 14, 57).astype(np.int64))
@@ -57,11 +57,6 @@ class StepShape:
         return self.expanded_tokens + self.absorbed_tokens
 
 
-def uniform_distinct(moe: MoeConfig) -> Distinct:
-    """Distinct experts if tokens choose at random."""
-    return lambda tokens: random_distinct(moe.num_experts, moe.experts_per_token, tokens)
-
-
 def measured_distinct(statistics: ExpertStatistics) -> Distinct:
     """Distinct experts from what tokens chose (`expected_distinct`), averaged over the layers; straight lines in
     log(1 + T) between STEP_SIZES. Raises ValueError where nothing was counted."""
@@ -95,7 +90,7 @@ def step_work(
         (1, step.sampled, head, operations.lm_head(s, step.sampled, head)),
     ]
     if model.moe is not None:
-        reached = (distinct or uniform_distinct(model.moe))(tokens)
+        reached = distinct(tokens) if distinct else random_distinct(s.experts, s.top_k, tokens)
         parts.append((sparse, tokens, plain, operations.route(s, tokens)))
         parts.append((sparse, tokens, experts, operations.expert_mlp(s, tokens, reached, experts)))
     if s.dense_layers:

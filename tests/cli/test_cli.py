@@ -172,7 +172,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     ((*LOAD, "--rate", "0"), 2, f"argument --rate: {NUMBER}'0'"),
     ((*LOAD, "--shared-tokens", "-1"), 2, "argument --shared-tokens: must be an integer of at least 0, got '-1'"),
     ((*LOAD, "--json", "{tmp}/none/x"), 2, "{tmp}/none/x cannot be written"),
-    ((*STEP, "--block-tokens", "0"), 2, f"argument --block-tokens: {COUNT}'0'"),
+    ((*STEP, "--output-tokens", "0"), 2, f"argument --output-tokens: {COUNT}'0'"),
     (("bench", "step", "--running", "0"), 2, f"argument --running: {COUNT}'0'"),
     (("bench", "step", "--contexts", "64", "99999999999"), 2, f"argument --contexts: {COUNT}'99999999999'"),
     (("bench", "step", "--steps", "-1"), 2, f"argument --steps: {POSITIVE}'-1'"),

@@ -231,7 +231,7 @@ def test_a_device_file_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) 
 def test_names_of_devices() -> None:
     two = named("2xh200")
     assert isinstance(two, Device)
-    assert (two.cards, two.total_memory_bytes, two.link_bytes_per_s > 0) == (2, 282_000_000_000, True)
+    assert (two.cards, two.memory_bytes, two.link_bytes_per_s > 0) == (2, 141_000_000_000, True)
     for name in ("b200", "0xh100", "h100x2", "", "4x"):
         assert named(name) is None
         with pytest.raises(ConfigError, match="h100, h200"):
