@@ -76,13 +76,10 @@ def expand(rows: Sequence[Row]) -> tuple[StepShape, FloatArray]:
     decodes = of["decodes"]
     earlier = np.arange(len(decodes)) - np.repeat(np.cumsum(repeats) - repeats, repeats)  # steps of the same row
     context = of["context"] + decodes * earlier
-    for name, more in {
-        "absorbed_tokens": decodes,
-        "absorbed_pairs": context,
-        "absorbed_context": context,
-        "sampled": decodes,
-    }.items():
-        of[name] = of[name] + more
+    for name in ("absorbed_tokens", "sampled"):
+        of[name] = of[name] + decodes
+    for name in ("absorbed_pairs", "absorbed_context"):
+        of[name] = of[name] + context
     return StepShape(**{name: of[name] for name in StepShape.__slots__}), decodes + of["prompts"]
 
 
@@ -175,9 +172,7 @@ class _Room:
     def let_go(self, shared: int) -> None:
         """Release one request's hold on `shared` prefix blocks."""
         self._holders[shared] -= 1
-        if not self._holders[shared]:
-            del self._holders[shared]
-        left = max(self._holders, default=0)
+        left = max(+self._holders, default=0)
         if left < self.held:
             ready = max(0, self.ready - left)
             kept, self.kept[0] = [ready + self.kept[0]], 0  # together, as if all were given back now

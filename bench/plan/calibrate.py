@@ -104,12 +104,8 @@ def read_calibration(path: Path, wanted: EngineOptions) -> Device:
     for name, ours in stamp_of(resolve(wanted)).items():
         theirs = device.calibration.get(name)
         if ours != theirs:
-            raise ConfigError(
-                f"calibration {path}: made with {name} {theirs}, and this is {ours}",
-                field="calibration",
-                limit=f"{name} {ours}",
-                value=theirs,
-            )
+            told = f"calibration {path}: made with {name} {theirs}, and this is {ours}"
+            raise ConfigError(told, field="calibration", limit=f"{name} {ours}", value=theirs)
     return device
 
 

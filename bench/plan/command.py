@@ -39,19 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a folder, or for GPUs small4, small3: at true size"
     )
-    for option, metavar, told in (
-        ("--device", "NAME[,NAME...]", "h100, h200, several as in 4xh100, a device file, or cpu: this machine"),
-        ("--workload", "LOAD", WORKLOAD),
-    ):
-        parser.add_argument(option, required=True, metavar=metavar, help=told)
+    devices = "h100, h200, several as in 4xh100, a device file, or cpu: this machine"
+    parser.add_argument("--device", required=True, metavar="NAME[,NAME...]", help=devices)
+    parser.add_argument("--workload", required=True, metavar="LOAD", help=WORKLOAD)
     add_options(parser, LatencyLimits)
-    for option, told in (
-        ("--calibration", "of cierzo.bench.plan.calibrate, for cpu"),
-        ("--experts", "what traffic chose, of cierzo bench experts"),
-        ("--json", "write everything here"),
-        ("--png", "draw throughput over clients here"),
-    ):
-        parser.add_argument(option, type=Path, metavar="FILE", help=told)
+    file = partial(parser.add_argument, type=Path, metavar="FILE")
+    file("--calibration", help="of cierzo.bench.plan.calibrate, for cpu")
+    file("--experts", help="what traffic chose, of cierzo bench experts")
+    file("--json", help="write everything here")
+    file("--png", help="draw throughput over clients here")
     add_options(parser.add_argument_group("settings of the engine"), EngineOptions, skip=NOT_PLANNED)
 
 

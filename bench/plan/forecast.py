@@ -173,14 +173,10 @@ def _gaps(course: Batching, ends_s: FloatArray, steady: NDArray[np.int64]) -> Su
         np.add.at(changes, steps + 1, change)  # of the requests that decode
     gaps = np.append(np.diff(ends_s), ends_s[after + 1] - ends_s[before + 1])
     weights = np.append(np.cumsum(changes)[:-1], np.ones(len(before), np.int64))
-    order = np.argsort(gaps)
-    reached = np.cumsum(weights[order])
-    count = int(reached[-1])
-    if not count:
-        return summarise([])
-    ranks = np.ceil(count * np.array([0.5, 0.9, 0.99, 1.0]))
-    percentiles = gaps[order][np.searchsorted(reached, ranks)].tolist()
-    return Summary(count, float((gaps * weights).sum()) / count, *percentiles)
+    if not weights.any():
+        return Summary()
+    percentiles = np.percentile(gaps, (50, 90, 99, 100), weights=weights, method="inverted_cdf").tolist()
+    return Summary(int(weights.sum()), float(np.average(gaps, weights=weights)), *percentiles)
 
 
 def _keeps_up(took_s: FloatArray, arrival_s: FloatArray) -> bool:
