@@ -1,10 +1,8 @@
 """`cierzo bench step --profile CHECKPOINT`: the time of a step, operation by operation.
 
-A step is computed twice. The engine computes it as in use, the whole model in one native call: the time in native
-calls against that of the whole step, scheduler and sampler included, says what Python and torch add. Then the model
-is taken apart into its operations, which gives the table: calls, time, bytes, GB/s, GFLOP/s, and the share of the
-limit, where the limit of an operation is the larger of bytes / read bandwidth and operations / GEMM rate of this
-machine, measured at start. Bytes and operations are those of engine/cost, with the experts that the step chose.
+A step is computed twice: by the engine as in use, where the time beside the one native call is what Python and
+torch add, then taken apart into its operations. The limit of an operation is the larger of bytes / read bandwidth
+and operations / GEMM rate of this machine, by engine/cost, with the experts that the step chose.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -76,23 +76,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, write JSON if asked."""
     report = Recording("step", arguments.json)
-    settings: Any
-    results: Any
     if arguments.profile is None:
         settings = StepSettings(**chosen(arguments, StepSettings))
         pairs = itertools.product(settings.running, settings.contexts)
-        results = [measure(settings, running, context) for running, context in pairs]
-        print(table(results))
-    else:
-        from cierzo.bench import profile  # imports torch
+        rows = [measure(settings, running, context) for running, context in pairs]
+        print(table(rows))
+        report.write(settings, rows)
+        return 0
+    from cierzo.bench import profile  # imports torch
 
-        settings = {"checkpoint": arguments.profile, "weights": arguments.weights}
-        ceilings, steps = profile.profile(
-            arguments.profile, arguments.batches, arguments.prompts, weights=arguments.weights
-        )
-        print(profile.table(ceilings, steps))
-        results = {"ceilings": ceilings, "steps": steps}
-    report.write(settings, results)
+    checkpoint, weights = arguments.profile, arguments.weights
+    ceilings, steps = profile.profile(checkpoint, arguments.batches, arguments.prompts, weights=weights)
+    print(profile.table(ceilings, steps))
+    report.write({"checkpoint": checkpoint, "weights": weights}, {"ceilings": ceilings, "steps": steps})
     return 0
 
 

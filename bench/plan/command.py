@@ -162,24 +162,20 @@ def draw(planner: Planner, plans: Sequence[DevicePlan], workload: Workload, path
         if plan.forecast is not None
     }
     colors = dict(zip(curves, plot.WARM + plot.COLD, strict=False))
-    titles = ("requests/s", "ms between tokens, mean")
-    draws = [
-        partial(_draw, title=title, which=which, curves=curves, colors=colors)
-        for which, title in enumerate(titles, 1)
-    ]
+
+    def panel(axis: Any, which: int, title: str) -> None:
+        for name, points in curves.items():
+            axis.plot([point[0] for point in points], [point[which] for point in points], color=colors[name])
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("clients")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+
     lengths = f"{workload.input_tokens:,} tokens in, {workload.output_tokens:,} out"
-    plot.plot(path, f"planned, not measured: {lengths}", draws, 2, FIGURE_INCHES, colors)
-
-
-def _draw(axis: Any, *, title: str, which: int, curves: dict[str, Curve], colors: dict[str, str]) -> None:
-    for name, points in curves.items():
-        axis.plot([point[0] for point in points], [point[which] for point in points], color=colors[name])
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("clients")
-    axis.set_title(title, fontsize=10)
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
+    panels = [partial(panel, which=1, title="requests/s"), partial(panel, which=2, title="ms between tokens, mean")]
+    plot.plot(path, f"planned, not measured: {lengths}", panels, 2, FIGURE_INCHES, colors)
 
 
 def _over_clients(planner: Planner, device: str, workload: Workload) -> Curve:

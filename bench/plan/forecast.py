@@ -22,6 +22,7 @@ from cierzo.engine.errors import ConfigError
 
 FEWEST_CLOSED, FEWEST_OPEN, MOST_OPEN = 8, 256, 1 << 15  # requests of a forecast
 LIMITS = ("memory", "arithmetic", "exchange", "overhead")
+COUNTED = ("most_running", "most_waiting", "preemptions", "kv_room_reached", "max_running_reached")  # by Batching
 LONGER = "a request of {:,} tokens, and max_model_len is {:,}"
 MORE = "{:,} requests at once, and the queue takes {:,} (max_waiting, max_open_samples)"
 GROWTH = 0.05  # seconds by which requests take longer, each second, from which on an engine does not keep up
@@ -75,7 +76,14 @@ def forecast(
     tokens reach, by default as if chosen at random. Raises ConfigError for a workload that cannot run."""
     if (device := device or config.card) is None:
         raise ConfigError(f"a forecast for {config.device} needs its device", field="device", value=config.device)
-    _require(config, workload)
+    queue = min(config.scheduler.max_waiting, config.frontend.max_open_samples)
+    for field, value, limit, said in (  # what the engine would refuse
+        ("max_model_len", workload.longest_tokens, config.scheduler.max_model_len, LONGER),
+        ("max_waiting", workload.concurrency or 0, queue, MORE),
+    ):
+        if value > limit:
+            message = f"workload {workload}: {said.format(value, limit)}"
+            raise ConfigError(message, field=field, limit=limit, value=value)
     model = StepModel(config, device, distinct)
     if workload.rate is None or workload.requests is not None:
         return _forecast(config, requests_of(workload), workload.concurrency, model)
@@ -104,18 +112,6 @@ def requests_of(workload: Workload) -> Sequence[TracedRequest]:
 def left_out(requests: int, concurrency: int | None) -> int:
     """Completions that a steady rate leaves out at either end."""
     return min(requests // 10 if concurrency is None else concurrency, (requests - 1) // 2)
-
-
-def _require(config: EngineConfig, workload: Workload) -> None:
-    """Raise ConfigError, with the numbers, for requests that the engine would refuse."""
-    queue = min(config.scheduler.max_waiting, config.frontend.max_open_samples)
-    for field, value, limit, said in (
-        ("max_model_len", workload.longest_tokens, config.scheduler.max_model_len, LONGER),
-        ("max_waiting", workload.concurrency or 0, queue, MORE),
-    ):
-        if value > limit:
-            message = f"workload {workload}: {said.format(value, limit)}"
-            raise ConfigError(message, field=field, limit=limit, value=value)
 
 
 def _forecast(
@@ -148,11 +144,7 @@ def _forecast(
         inter_token_s=_gaps(course, ends_s, steady),
         completion_s=summarise(took_s[steady].tolist()),
         running=float((running * seconds * within).sum()) / (end_s - begin_s),
-        most_running=course.most_running,
-        most_waiting=course.most_waiting,
-        preemptions=course.preemptions,
-        kv_room_reached=course.kv_room_reached,
-        max_running_reached=course.max_running_reached,
+        **{name: getattr(course, name) for name in COUNTED},
         keeps_up=not is_open or _keeps_up(took_s, arrival_s),
         steps=len(seconds),
         tokens=round(float(np.sum(time.tokens))),

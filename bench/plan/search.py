@@ -130,7 +130,13 @@ class Planner:
         """The engine's configuration on a device. Raises ConfigError where the engine would not start."""
         config = resolve(msgspec.structs.replace(options, device=name if name == "cpu" else f"simulated:{name}"))
         if self.experts is not None:
-            _require_same_experts(self.experts, config)
+            moe, layers = config.model.moe, config.model.num_layers
+            ours = (layers - moe.first_dense_layers, moe.num_experts, moe.experts_per_token) if moe else (0, 0, 0)
+            theirs = (len(self.experts.layers), self.experts.num_experts, self.experts.top_k)
+            if ours != theirs:
+                found, limit = ("{} layers of {} experts, {} a token".format(*one) for one in (theirs, ours))
+                told = f"expert statistics of {found}; {config.name} has {limit}"
+                raise ConfigError(told, field="experts", limit=limit, value=found)
         return config
 
     def _forecast(self, config: EngineConfig, workload: Workload) -> Forecast:
@@ -221,16 +227,6 @@ def read_experts(path: Path) -> ExpertStatistics:
     if not statistics.tokens:
         raise ConfigError(f"expert statistics {path}: nothing was counted", field="experts", value=path)
     return statistics
-
-
-def _require_same_experts(statistics: ExpertStatistics, config: EngineConfig) -> None:
-    moe, layers = config.model.moe, config.model.num_layers
-    ours = (layers - moe.first_dense_layers, moe.num_experts, moe.experts_per_token) if moe else (0, 0, 0)
-    theirs = (len(statistics.layers), statistics.num_experts, statistics.top_k)
-    if ours != theirs:
-        found, limit = ("{} layers of {} experts, {} a token".format(*one) for one in (theirs, ours))
-        told = f"expert statistics of {found}; {config.name} has {limit}"
-        raise ConfigError(told, field="experts", limit=limit, value=found)
 
 
 def other_cards(name: str) -> list[str]:

@@ -11,7 +11,6 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -80,22 +79,16 @@ def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
         try:
             sample = json.loads(line)
             ours = sample["subject"] == "kernels" and ", small" in sample["cell"]  # not gpt-oss's layers
-            if ours and sample["result"]:
-                operation, limit_s = _limit(device, sample)
-                measured[operation][limit_s] = limit_s / sample["result"]["us"] * 1e6
+            if ours and (found := sample["result"]):
+                operation, *_, format = str(sample["cell"]).split(", ")
+                # products are computed in bf16, but for those that the bench says to have FP8 activations
+                rate = device.operations_per_s["fp8" if format.endswith("x fp8") else "bf16"]
+                limit_s = max(found["bytes"] / device.bytes_per_s, found["flops"] / rate)
+                name = f"{STEP_NAMES.get(operation, operation)} {format}"
+                measured[name][limit_s] = limit_s / found["us"] * 1e6
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{newest.name}, line {number}: {error}", field="device", value=newest.name
             ) from error
     source = f"{device.source}; kernels as in bench/results/{newest.name}" if measured else device.source
     return msgspec.structs.replace(device, measured=dict(measured), source=source)
-
-
-def _limit(device: Device, sample: dict[str, Any]) -> tuple[str, float]:
-    """A step's operation with its number format, and the least seconds of a call. Products are computed in bf16 but
-    for those that the bench says to have FP8 activations."""
-    operation, *_, format = str(sample["cell"]).split(", ")
-    found = sample["result"]
-    rate = device.operations_per_s["fp8" if format.endswith("x fp8") else "bf16"]
-    limit_s = max(found["bytes"] / device.bytes_per_s, found["flops"] / rate)
-    return f"{STEP_NAMES.get(operation, operation)} {format}", limit_s

@@ -2,8 +2,7 @@
 
 Bytes are those that an operation must read and write: its weights, the cache entries that it reads, the rows that
 go in and out, each once. Operations are those of products, a multiplication and an addition being two; what is done
-value by value (norms, rotations, sampling) counts for none. What an implementation moves and computes beyond that
-is its own cost. Formulas: docs/model.md.
+value by value (norms, rotations, sampling) counts for none. Formulas: docs/model.md.
 
 rows: T. pairs: of a query row and a token that it sees. context: tokens whose cache entries are read, each once.
 entry_bytes, page_bytes: of a token's cache entry in one layer, of one value of it. format: number format of the
