@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +21,9 @@ import torch
 from cierzo.bench.campaign.loop import Block, Campaign, DeviceLost, Run, Session
 from cierzo.bench.campaign.store import Sample, Store
 from cierzo.bench.gpu import compiled, conformance, timing
-from cierzo.bench.gpu.cases import CASES, Size
+from cierzo.bench.gpu.calls import cells
+from cierzo.bench.gpu.cases import CASES
 from cierzo.bench.revision import ROOT, current_commit, installed_versions, output
-from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 
 PARTS = ("compile", "conformance", "ceilings", "kernels", "served")
@@ -99,27 +98,21 @@ def subjects_of(part: str, device: torch.device, store: Store) -> Subjects:
                 tasks["all"] = partial(compiled.warm, 10 * major + minor)
         case "conformance":  # every operation, model, size and number format, on inputs that are new in every run
             seed = time.time_ns() % (1 << 31)
-            for operation, known in CASES.items():
-                models = (*known.models, *known.hostile)
-                for cell in itertools.product((operation,), models, conformance.SIZES, known.formats):
-                    tasks[_named(*cell)] = partial(conformance.check, *cell, device, seed)
+            hostile = {operation: known.hostile for operation, known in CASES.items()}
+            for name, cell in cells(conformance.SIZES, hostile):
+                tasks[name] = partial(conformance.check, *cell, device, seed)
         case "ceilings":
             tasks["ceilings"] = partial(timing.ceilings, device)
         case "kernels":  # every operation at the sizes of a step, beside the ceilings that were measured last
             limits = (store.ceilings() or [timing.ceilings(device)])[-1]
-            for size, (operation, known) in itertools.product(timing.SIZES, CASES.items()):
-                for cell in itertools.product((operation,), known.models, (size,), known.formats):
-                    tasks[_named(*cell)] = partial(timing.measure, *cell, device, limits)
+            for size in timing.SIZES:
+                for name, cell in cells([size]):
+                    tasks[name] = partial(timing.measure, *cell, device, limits)
         case "served":
             from cierzo.bench.gpu import served  # takes msgspec
 
             return served.subjects(device)
     return {part: lambda: tasks}
-
-
-def _named(operation: str, model: ModelSizes, size: Size, format: str) -> str:
-    """The cell's name, which engine/cost/cards.py takes apart."""
-    return f"{operation}, {model.name}, {size.name}, {format}"
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def _product(x: Tensor, weight: Matrix) -> Tensor:
     activations in FP8 go to torch._scaled_mm, with rows that torch quantises too: a scale for each row of both."""
     if not isinstance(weight, DeviceMatrix) or weight.activations != "fp8":
         return functional.linear(x, as_tensor(weight).to(x.dtype))
-    rows, codes, scales = quantise_rows(x, static_scales(weight)), weight.codes[0].T, weight.scales[0].T
+    rows, codes = quantise_rows(x, static_scales(weight)), weight.codes[0].T
+    scales = weight.scales[0].repeat_interleave(weight.block[0], 0).T
     return torch._scaled_mm(rows.codes, codes, rows.scales[:, None], scales, out_dtype=torch.bfloat16)
 
 

@@ -5,18 +5,22 @@ Letters as in kernels/ops/; work is counted by engine/cost/operations.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cierzo.bench.gpu.cases import (
+    BY_FP8,
     CASES,
     COLD_BYTES,
     GPT_OSS,
     GPT_OSS_WINDOW,
     HOSTILE_WINDOWS,
     KV,
+    LATENT_QUERIES,
     LATENTS,
     MODELS,
     Call,
@@ -34,6 +38,18 @@ BLOCK_TOKENS = 32
 EPS = 1e-6
 SEEN = 100  # tokens of each row that an edit of logits changes
 Arguments = tuple[Any, ...]
+Cell = tuple[str, ModelSizes, Size, str]  # operation, model, size, format
+
+
+def cells(
+    sizes: Sequence[Size], more: Mapping[str, Sequence[ModelSizes]] | None = None
+) -> Iterator[tuple[str, Cell]]:
+    """(name, Cell) of every operation; engine/cost/cards.py takes names apart. more: models by operation, beside
+    those of its case."""
+    for operation, known in CASES.items():
+        models = (*known.models, *(more or {}).get(operation, ()))
+        for model, size, format in product(models, sizes, known.formats):
+            yield f"{operation}, {model.name}, {size.name}, {format}", (operation, model, size, format)
 
 
 def make_call(
@@ -48,7 +64,7 @@ def make_call(
 ) -> Call | None:
     """The call of an operation on a device; None where the model or the step has no such operation."""
     known = CASES[operation]
-    weights, pages = format if known.weighted else "bf16", format if known.of == "pages" else "bf16"
+    weights, pages = ("bf16", format) if known.of == "pages" else (format, "bf16")
     call = known.call(model, size, Maker(weights, str(device), seed, KV[pages], cold_bytes))
     if call is None:
         return None
@@ -68,15 +84,19 @@ def tables(rows: int, pairs: int) -> tuple[Tensor, Tensor]:
 # --- norms, rotations --------------------------------------------------------------------------------------
 
 
-@case("rms_norm", "rms_norm_fp8", rowwise=True)
-@case("add_rms_norm", "add_rms_norm_fp8", changes=(1,))
+@case("rms_norm", rowwise=True, models=(*MODELS, LATENT_QUERIES))
+@case("rms_norm_fp8", of="codes", rowwise=True, models=(*MODELS, LATENT_QUERIES))
+@case("add_rms_norm", changes=(1,))
+@case("add_rms_norm_fp8", of="codes", changes=(1,))
 def norm(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """The hidden rows, alone or added to a residual; into codes by each row's own scale, or by a static one."""
     residual, fp8 = operation.startswith("add"), operation.endswith("fp8")
-    x, weight = make.noise(size.rows, model.hidden), make.noise(model.hidden)
+    beside = model.rank + model.rope if model.hidden == model.query_rank else 0
+    x, weight = make.noise(size.rows, model.hidden + beside)[:, : model.hidden], make.noise(model.hidden)
     arguments: Arguments = (x * 0, x.clone(), weight, EPS) if residual else (x, weight, EPS)
     if fp8:
-        arguments += (torch.full((1,), 0.0625, device=make.device) if residual else None,)
+        static = BY_FP8.get(make.format)
+        arguments += (None if static is None else torch.full((1,), static, device=make.device),)
     row_bytes = int(stored("fp8", 1, model.hidden)) if fp8 else None
     return [arguments], operations.norm(model, size.rows, residual=residual, row_bytes=row_bytes)
 
@@ -92,9 +112,10 @@ def rope_tables(model: ModelSizes, size: Size, make: Maker) -> Call:
 
 @case(changes=(0,))
 def apply_rope(model: ModelSizes, size: Size, make: Maker) -> Call:
-    """The queries; with grouped queries, the keys too."""
+    """The queries, which latent attention scales by their position; with grouped queries, the keys too."""
     x = make.noise(size.rows, model.heads + model.kv_heads, model.nope + model.rotated)
-    arguments = (x, *tables(size.rows, model.rotated // 2), model.rope > 0, None)
+    scale = torch.rand(size.rows, generator=torch.Generator().manual_seed(2)) + 1 if model.rope else None
+    arguments = (x, *tables(size.rows, model.rotated // 2), model.rope > 0, scale)
     return [arguments], operations.moved("apply_rope", model, size.rows)
 
 
@@ -120,14 +141,9 @@ def lm_head(model: ModelSizes, size: Size, make: Maker) -> Call:
 @case(of="weights", rowwise=True)
 def gated_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
     """The dense MLP, or one as wide as the shared expert."""
-    x, weights = make.noise(size.rows, model.hidden), make.cold(lambda: mlp_weights(model.mlp_width, model, make))
+    x, hidden, width = make.noise(size.rows, model.hidden), model.hidden, model.mlp_width
+    weights = make.cold(lambda: (make.matrix(2 * width, hidden, paired=True), make.matrix(hidden, width)))
     return [(x, *matrices) for matrices in weights], operations.gated_mlp(model, size.rows, make.weights)
-
-
-def mlp_weights(width: int, model: ModelSizes, make: Maker, *experts: int) -> tuple[Matrix, Matrix]:
-    """Gate and up, and down, of one MLP or of several experts."""
-    gate_up = make.matrix(*experts, 2 * width, model.hidden, paired=True)
-    return gate_up, make.matrix(*experts, model.hidden, width)
 
 
 # --- mixture of experts ------------------------------------------------------------------------------------
@@ -155,6 +171,13 @@ def group_by_expert(model: ModelSizes, size: Size, make: Maker) -> Call:
     return [arguments], operations.moved("group_by_expert", model, size.rows)
 
 
+def expert_weights(width: int, model: ModelSizes, make: Maker, *experts: int) -> tuple[Matrix, Matrix]:
+    """Gate and up, and down, of experts or of the shared one; in FP8 each of the three has one scale, as in
+    checkpoints."""
+    gate_up = make.matrix(*experts, 2 * width, model.hidden, paired=True, block=(width, model.hidden))
+    return gate_up, make.matrix(*experts, model.hidden, width, block=(model.hidden, width))
+
+
 @case(needs="experts", of="weights")
 def expert_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
     """Random choices, and the shared expert."""
@@ -162,8 +185,8 @@ def expert_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
     order = ids.flatten().sort(stable=True)
     starts = torch.searchsorted(order.values, torch.arange(model.experts + 1))
     x, shares = make.noise(size.rows, model.hidden), torch.full(ids.shape, 1 / model.top_k)
-    routed = mlp_weights(model.expert_width, model, make, model.experts)
-    shared = mlp_weights(model.shared_width, model, make)
+    routed = expert_weights(model.expert_width, model, make, model.experts)
+    shared = expert_weights(model.shared_width, model, make)
     work = operations.expert_mlp(model, size.rows, len(ids.unique()), make.weights)
     return [(x, *routed, shares, order.indices, starts, *shared)], work
 
@@ -204,8 +227,14 @@ def write(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     if operation == "write_latents":
         arguments += (make.noise(size.rows, model.rank), make.noise(size.rows, model.rope))
     elif operation == "write_normed_latents":
-        latents = torch.cat([make.noise(size.rows, width) for width in (model.rank, model.rope)], -1)
-        arguments += (latents, make.noise(model.rank), EPS, *tables(size.rows, model.rope // 2), True)
+        beside = make.noise(size.rows, model.query_rank + model.page_values)  # the query's latent, before
+        arguments += (
+            beside[:, model.query_rank :],
+            make.noise(model.rank),
+            EPS,
+            *tables(size.rows, model.rope // 2),
+            True,
+        )
     elif operation == "write_keys_values":
         arguments += tuple(make.noise(size.rows, model.kv_heads, model.head_dim) for _ in range(2))
     else:
@@ -263,8 +292,8 @@ WINDOWED: dict[str, Any] = {"models": (*MODELS, GPT_OSS, GPT_OSS_WINDOW), "hosti
 @case("gqa_decode", needs="kv_heads", decodes=True, of="pages", **WINDOWED)
 @case("gqa_prefill", needs="kv_heads", decodes=False, of="pages", **WINDOWED)
 def gqa(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
-    """Generated rows, or a prompt's."""
-    q = make.noise(size.rows, model.heads, model.head_dim)
+    """Generated rows, or a prompt's; queries lie beside keys and values, in rows of one product."""
+    q = make.noise(size.rows, model.heads + 2 * model.kv_heads, model.head_dim)[:, : model.heads]
     arguments: Arguments = (q, *pages_of(model, size, make), queries_of(size, make.device), 0.1)
     if model.window or model.sinks:  # sinks of every kind: one that is none, one that takes everything, and others
         sinks = make.noise(model.heads, dtype=torch.float32) * 2

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.sizes import ModelSizes
-from cierzo.kernels.formats.device import DeviceMatrix, dequantise, in_fp8, quantise
+from cierzo.kernels.formats.device import DeviceMatrix, dequantise, in_fp8, quantise, stack
 from cierzo.kernels.formats.number_formats import formats_on
 from cierzo.kernels.formats.packed import Matrix
 
@@ -28,6 +28,8 @@ SMALL3 = ModelSizes(name="small3", hidden=5120, heads=32, vocab=131_072, mlp_wid
 MODELS = (SMALL4, SMALL3)
 # Sizes of `linear` alone: MLA's latents are few outputs, whose products are cut over k (triton/linear.py)
 LATENTS = replace(SMALL4, name="small4 latents", hidden=1344, heads=1, value_dim=4096)
+# A norm's alone: latent queries lie beside latent keys, in rows of one product.
+LATENT_QUERIES = ModelSizes(name="small4 latent queries", hidden=1024, query_rank=1024, rank=256, rope=64)
 # The two kinds of layer that gpt-oss has in turn: no model of ours has a window or sinks, the doors of GQA do. Then
 # windows that are hostile: a row sees itself alone; no multiple of a tile; more than there is.
 GPT_OSS = ModelSizes(name="gpt-oss", hidden=2880, heads=64, vocab=201_088, kv_heads=8, head_dim=64, sinks=True)
@@ -100,12 +102,16 @@ class Maker:
         """Weights in bf16, of standard deviation 0.02."""
         return self.noise(*shape) * 0.02
 
-    def matrix(self, *shape: int, paired: bool = False) -> Matrix:
-        """Weights [n,k] or [experts,n,k]. paired: outputs of a gate above those that it multiplies."""
-        plain = self.plain(*shape)
+    def matrix(self, *shape: int, paired: bool = False, block: tuple[int, int] | None = None) -> Matrix:
+        """Weights [n,k] or [experts,n,k]. paired: outputs of a gate above those that it multiplies. block: rows and
+        columns of a scale of FP8; one a row by default."""
+        plain, block = self.plain(*shape), block if self.weights == "fp8" else None
         if self.format == "bf16":
             return plain
-        matrix = quantise(plain, self.weights)
+        if plain.is_meta and plain.dim() == 3:  # alike, as they hold nothing
+            matrix = stack([quantise(plain[0], self.weights, block=block)] * len(plain))
+        else:
+            matrix = quantise(plain, self.weights, block=block)
         if self.format not in BY_FP8:
             return matrix
         static, experts = BY_FP8[self.format], shape[0] if len(shape) == 3 else 1
@@ -135,7 +141,7 @@ class Case:
     make: Callable[..., Call]
     needs: str = "hidden"
     decodes: bool | None = None
-    of: Literal["weights", "head", "pages", ""] = ""
+    of: Literal["weights", "head", "pages", "codes", ""] = ""
     changes: tuple[int, ...] = ()
     rowwise: bool = False
     models: tuple[ModelSizes, ...] = MODELS
@@ -145,7 +151,8 @@ class Case:
     def formats(self) -> tuple[str, ...]:
         """The number formats that it is run with; of a head without FP8 activations, which no checkpoint has."""
         weights = formats_on("cuda")
-        return {"weights": (*weights, *BY_FP8), "head": weights, "pages": tuple(KV), "": ("bf16",)}[self.of]
+        every = {"weights": (*weights, *BY_FP8), "head": weights, "codes": tuple(BY_FP8), "pages": tuple(KV)}
+        return every.get(self.of, ("bf16",))
 
     @property
     def weighted(self) -> bool:

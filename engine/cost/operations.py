@@ -119,11 +119,9 @@ def norm(s: ModelSizes, rows: Number, *, residual: bool = False, row_bytes: int 
 # --- products ----------------------------------------------------------------------------------------------
 
 
-def linear(
-    s: ModelSizes, rows: Number, k: int, n: int, format: str, *, read: float = 0, written: float = 0
-) -> Work:
-    """Rows [k] times [n,k]. read, written: bytes of a row in and out, where those are no plain activations."""
-    moved = stored(format, n, k) + rows * ((read or k * s.value_bytes) + (written or n * s.value_bytes))
+def linear(s: ModelSizes, rows: Number, k: int, n: int, format: str) -> Work:
+    """Rows [k] times [n,k]."""
+    moved = stored(format, n, k) + rows * (k + n) * s.value_bytes
     return Work("linear", moved, 2 * rows * k * n, replicated_bytes=moved if s.rank else 0)
 
 
@@ -175,12 +173,10 @@ def _by_head(s: ModelSizes, operation: str, rows: Number, k: int, n: int) -> Wor
     return Work(operation, moved, 2 * rows * s.heads * k * n, replicated_bytes=moved)
 
 
-def mla_decode(
-    s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float, row_bytes: float = 0
-) -> Work:
-    """Generated rows in absorbed form. row_bytes: of one head's result."""
+def mla_decode(s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float) -> Work:
+    """Generated rows in absorbed form."""
     width = s.rank + s.rope
-    moved = rows * s.heads * (width * s.value_bytes + (row_bytes or s.rank * s.value_bytes))
+    moved = rows * s.heads * (width + s.rank) * s.value_bytes
     return Work("mla_decode", context * entry_bytes + moved, 2 * pairs * s.heads * (width + s.rank))
 
 
@@ -192,9 +188,7 @@ def mla_prefill(s: ModelSizes, rows: Number, pairs: Number, context: Number, ent
     return Work("mla_prefill", moved, 2 * s.heads * multiplied, replicated_bytes=weights)
 
 
-def gqa(
-    s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float, row_bytes: float = 0
-) -> Work:
-    """gqa_decode, gqa_prefill (the step names it). row_bytes: of one head's result."""
-    moved = rows * s.heads * (s.head_dim * s.value_bytes + (row_bytes or s.head_dim * s.value_bytes))
+def gqa(s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float) -> Work:
+    """gqa_decode, gqa_prefill (the step names it)."""
+    moved = 2 * rows * s.heads * s.head_dim * s.value_bytes
     return Work("gqa_decode", context * entry_bytes + moved, 4 * pairs * s.heads * s.head_dim)

@@ -40,6 +40,7 @@ POINTER = {
     torch.bool: "*i1",
 }
 _LIMITS = {"i32": 1 << 31, "i64": 1 << 63}
+_dry: list[Configuration] = []  # of launches on meta tensors
 
 
 def kernel(function: Callable[..., None]) -> Any:
@@ -113,6 +114,9 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
         name: _descriptor(configuration.name, name, arguments[name], block)
         for name, block in configuration.blocks.items()
     }
+    if device is not None and device.type == "meta":
+        _dry.append(configuration)
+        return
     note(configuration.kernel.__name__)
     try:
         configuration.kernel[grid](**(arguments | descriptors), **configuration.constants, **configuration.options)
@@ -120,6 +124,13 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
         if not is_device_error(error):
             raise
         raise fault_of(f"{described(configuration.name, arguments)}, grid {grid}", error) from error
+
+
+def dry_run(function: Callable[..., Any], *arguments: Any) -> list[Configuration]:
+    """Call a function with meta tensors; the configurations of what it would launch, in order."""
+    _dry.clear()
+    function(*arguments)
+    return list(_dry)
 
 
 def _check_tensor(operation: str, name: str, kind: str, value: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from cierzo.bench.campaign.loop import DeviceLost, Run
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.gpu import __main__ as command
-from cierzo.bench.gpu import conformance, served, timing
+from cierzo.bench.gpu import calls, conformance, served, timing
 from cierzo.bench.gpu.baselines import BASELINES
 from cierzo.bench.gpu.calls import CASES, make_call
 from cierzo.bench.gpu.cases import Size
@@ -201,7 +201,7 @@ def test_parts_of_the_command_go_on_where_they_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In miniature: one operation, one size; the kernels' shares are of the ceilings that the run has measured."""
-    monkeypatch.setattr(command, "CASES", {"rms_norm": replace(CASES["rms_norm"], models=(TINY4, TINY3))})
+    monkeypatch.setattr(calls, "CASES", {"rms_norm": replace(CASES["rms_norm"], models=(TINY4, TINY3))})
     monkeypatch.setattr(conformance, "SIZES", (DECODE,))
     monkeypatch.setattr(timing, "SIZES", (PREFILL,))
     path = tmp_path / "cells.jsonl"

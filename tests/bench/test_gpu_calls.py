@@ -107,7 +107,7 @@ class PackedMaker(Maker):
         """See Maker."""
         return pack(self.noise(*shape) * 0.02, "bf16")
 
-    def matrix(self, *shape: int, paired: bool = False) -> Any:
+    def matrix(self, *shape: int, paired: bool = False, block: tuple[int, int] | None = None) -> Any:
         """See Maker."""
         return pack(self.noise(*shape) * 0.02, "bf16", paired=paired)
 

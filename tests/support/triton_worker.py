@@ -1,7 +1,7 @@
 """Answers of Triton's compiler to tests, which have its interpreter in their own process: prints JSON.
 
-triton_worker.py compile PURPOSE...   the configurations for these purposes, compiled for sm_90
-triton_worker.py bind                 each configuration's difference from what Triton's launcher would compile
+triton_worker.py compile NAME...   the configurations of these names, compiled for sm_90
+triton_worker.py bind              each configuration's difference from what Triton's launcher would compile
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def difference(configuration: Configuration) -> str:
     return "; ".join(found)
 
 
-def main(command: str, *purposes: str) -> None:
+def main(command: str, *names: str) -> None:
     """Run a command; see the module."""
     result: dict[str, Any] = {}
-    for purpose, configuration in configurations():
+    for name, configuration in configurations().items():
         if command == "bind":
-            result[f"{configuration.name}, {purpose}"] = difference(configuration)
-        elif purpose in purposes:
-            result[purpose] = dataclasses.asdict(inspect(configuration))
+            result[name] = difference(configuration)
+        elif name in names:
+            result[name] = dataclasses.asdict(inspect(configuration))
     print(json.dumps(result))
 
 

@@ -9,39 +9,39 @@ from compiled_ahead import ask
 
 SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have
 DECODE = [
-    "mla_decode 32 heads, bf16 pages",
-    "mla_decode 32 heads, fp8 pages",
-    "mla_decode 4 heads, fp8 pages",
-    "mla_decode 32 heads, bf16 pages, prefixes",
-    "mla_decode 32 heads, fp8 pages, prefixes",
-    "gqa_decode 32/8 heads, bf16 pages",
-    "gqa_decode 32/8 heads, fp8 pages",
-    "gqa_decode 64/8 heads, window 128, sinks, bf16 pages",
-    "gqa_decode 64/8 heads, window 128, sinks, fp8 pages",
+    "mla_attend: mla_decode, small4, one row, bf16",
+    "mla_attend: mla_decode, small4, one row, fp8",
+    "mla_attend: mla_decode, small4 / 8, one row, fp8",
+    "mla_attend: mla_decode, small4, decode, bf16",
+    "mla_attend: mla_decode, small4, decode, fp8",
+    "gqa_attend: gqa_decode, small3, one row, bf16",
+    "gqa_attend: gqa_decode, small3, one row, fp8",
+    "gqa_attend: gqa_decode, gpt-oss, window 128, one row, bf16",
+    "gqa_attend: gqa_decode, gpt-oss, window 128, one row, fp8",
 ]
 PREFILL = [
-    "mla_prefill 32 heads, flash",
-    "mla_prefill 32 heads, flash, carried",
-    "mla_prefill 32 heads, expand keys",
-    "gqa_prefill 32/8 heads, flash, carried",
-    "gqa_prefill 64/8 heads, sinks, flash, carried",
-    "gqa_prefill 64/8 heads, window 128, sinks, flash, carried",
+    "flash: mla_prefill, small4, prefill, bf16",
+    "flash: mla_prefill, small4, long prefill, bf16",
+    "expand: mla_prefill, small4, prefill, bf16",
+    "flash: gqa_prefill, small3, long prefill, bf16",
+    "flash: gqa_prefill, gpt-oss, long prefill, bf16",
+    "flash: gqa_prefill, gpt-oss, window 128, long prefill, bf16",
 ]
 OTHERS = [
-    "mla_decode 32 heads, plan",
-    "mla_decode 32 heads, combine",
-    "mla_decode 32 heads, combine, prefixes",
-    "mla_decode 32 heads, find prefixes",
-    "gqa_decode 64/8 heads, window 128, sinks, plan",
-    "gqa_decode 64/8 heads, window 128, sinks, combine",
-    "mla_prefill gather, bf16 pages",
-    "mla_prefill gather, fp8 pages",
-    "gqa_prefill 8 heads of 128, gather, bf16 pages",
-    "gqa_prefill 8 heads of 64, gather, fp8 pages",
-    "rope_tables Small 4",
-    "apply_rope 32 heads",
-    "write_normed_latents, fp8 pages",
-    "rotate_and_write_keys_values 32/8 heads, fp8 pages",
+    "plan: mla_decode, small4, one row, bf16",
+    "combine: mla_decode, small4, one row, bf16",
+    "combine: mla_decode, small4, decode, bf16",
+    "prefixes: mla_decode, small4, decode, bf16",
+    "plan: gqa_decode, gpt-oss, window 128, one row, bf16",
+    "combine: gqa_decode, gpt-oss, window 128, one row, bf16",
+    "gather: mla_prefill, small4, prefill, bf16",
+    "gather: mla_prefill, small4, prefill, fp8",
+    "gather: gqa_prefill, small3, prefill, bf16",
+    "gather: gqa_prefill, gpt-oss, prefill, fp8",
+    "rope_tables: rope_tables, small4, one row, bf16",
+    "apply_rope: apply_rope, small4, one row, bf16",
+    "write_normed_latents: write_normed_latents, small4, one row, fp8",
+    "rotate_and_write: rotate_and_write_keys_values, small3, one row, fp8",
 ]
 
 
@@ -75,9 +75,9 @@ def test_products_run_on_a_warp_group_and_operands_come_16_bytes_at_a_time(
 @pytest.mark.parametrize(
     "name",
     [
-        "mla_decode 32 heads, bf16 pages",
-        "mla_decode 32 heads, bf16 pages, prefixes",
-        "gqa_decode 32/8 heads, bf16 pages",
+        "mla_attend: mla_decode, small4, one row, bf16",
+        "mla_attend: mla_decode, small4, decode, bf16",
+        "gqa_attend: gqa_decode, small3, one row, bf16",
     ],
 )
 def test_two_programs_of_decoding_share_a_multiprocessor(compiled: dict[str, Any], name: str) -> None:
@@ -87,7 +87,12 @@ def test_two_programs_of_decoding_share_a_multiprocessor(compiled: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "name", ["mla_prefill gather, fp8 pages", "apply_rope 32 heads", "mla_decode 32 heads, combine"]
+    "name",
+    [
+        "gather: mla_prefill, small4, prefill, fp8",
+        "apply_rope: apply_rope, small4, one row, bf16",
+        "combine: mla_decode, small4, one row, bf16",
+    ],
 )
 def test_what_only_moves_bytes_moves_16_at_a_time(compiled: dict[str, Any], name: str) -> None:
     assert count(compiled[name], "LDG.E.128")
@@ -95,4 +100,4 @@ def test_what_only_moves_bytes_moves_16_at_a_time(compiled: dict[str, Any], name
 
 def test_tables_do_without_the_hardwares_sine(compiled: dict[str, Any]) -> None:
     """Its error grows with the angle, and positions reach 262,144."""
-    assert not count(compiled["rope_tables Small 4"], "MUFU.SIN", "MUFU.COS")
+    assert not count(compiled["rope_tables: rope_tables, small4, one row, bf16"], "MUFU.SIN", "MUFU.COS")

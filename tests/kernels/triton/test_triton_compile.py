@@ -9,41 +9,48 @@ import pytest
 from compiled_ahead import ask
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
+# Products that are cut over k: their parts in one program, or each in its own.
+TOGETHER, APART = (f"linear: linear, small4 latents, {rows}" for rows in ("many rows", "one row"))
 # Configurations of which another form reads through descriptors.
 DESCRIBED = (
-    "small4 q_kv_down bf16",
-    "small3 gate_up fp8",
-    "small4 expert_gate_up bf16",
-    "small4 expert_down fp8",
-    "small4 expert_gate_up nvfp4",
+    f"{TOGETHER}, bf16",
+    "linear: gated_mlp, small3, one row, fp8",
+    "expert_gate_up: expert_mlp, small4, one row, bf16",
+    "expert_down: expert_mlp, small4, one row, fp8",
+    "expert_gate_up: expert_mlp, small4, one row, nvfp4",
 )
 # configuration -> the machine instruction that does its work; `make gpu-report` has all configurations
 COMPILED = {
-    "small4 o_proj bf16": "HGMMA",
-    "small3 gate_up fp8": "HGMMA",
-    "small4 absorb bf16": "HGMMA",
-    **{f"small4 q_kv_down {format}": "HGMMA" for format in ("bf16", "nvfp4")},
-    **{f"small4 q_kv_down {format}, apart": "HGMMA" for format in ("bf16", "nvfp4")},
-    "small4 q_kv_down, sum of parts": "FADD",
-    "small4 expert_gate_up bf16": "HGMMA",
-    "small4 expert_gate_up nvfp4": "HGMMA",
-    "small4 expert_down fp8": "HGMMA",
-    "small4 sum_slots bf16": "FADD",
+    "linear: linear, small4, one row, bf16": "HGMMA",
+    "linear: gated_mlp, small3, one row, fp8": "HGMMA",
+    "linear: mla_absorb, small4, one row, bf16": "HGMMA",
+    **{f"{TOGETHER}, {format}": "HGMMA" for format in ("bf16", "nvfp4")},
+    **{f"{APART}, {format}": "HGMMA" for format in ("bf16", "nvfp4")},
+    "sum_parts: linear, small4 latents, one row, bf16": "FADD",
+    "expert_gate_up: expert_mlp, small4, one row, bf16": "HGMMA",
+    "expert_gate_up: expert_mlp, small4, one row, nvfp4": "HGMMA",
+    "expert_down: expert_mlp, small4, one row, fp8": "HGMMA",
+    "sum_slots: expert_mlp, small4, one row, bf16": "FADD",
 }
 # FP8 by FP8: one of each kernel and kind of result
 BY_FP8 = (
-    "small4 o_proj fp8 x fp8",
-    "small3 gate_up fp8 x fp8",
-    "small3 gate_up fp8 x fp8, static",
-    "small4 expert_gate_up fp8 x fp8, static",
-    "small4 expert_down fp8 x fp8",
+    "linear: linear, small4, one row, fp8 x fp8",
+    "linear: gated_mlp, small3, one row, fp8 x fp8",
+    "linear: gated_mlp, small3, one row, static fp8 x fp8",
+    "expert_gate_up: expert_mlp, small4, one row, static fp8 x fp8",
+    "expert_down: expert_mlp, small4, one row, fp8 x fp8",
 )
+
+
+def through_descriptors(name: str) -> str:
+    """The form of a configuration that reads through descriptors."""
+    return f"{name.replace('one row', 'many rows')}, TMA"
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
     """Results by configuration, of all that tests here look at. One process makes them: it imports torch once."""
-    return ask("compile", *{*COMPILED, *BY_FP8, *DESCRIBED, *(f"{name}, TMA" for name in DESCRIBED)})
+    return ask("compile", *{*COMPILED, *BY_FP8, *DESCRIBED, *map(through_descriptors, DESCRIBED)})
 
 
 def test_some_configurations_compile_for_sm_90(compiled: dict[str, Any]) -> None:
@@ -61,14 +68,14 @@ def test_some_configurations_compile_for_sm_90(compiled: dict[str, Any]) -> None
         else:
             assert wide >= 24, name
             assert "nvfp4" in name or wide == sum(copies.values()), name
-    for name in (f"small4 q_kv_down {format}" for format in ("bf16", "nvfp4")):
-        assert _products(compiled[name]) == _products(compiled[f"{name}, apart"])  # apart or in one program
+    for format in ("bf16", "nvfp4"):
+        assert _products(compiled[f"{TOGETHER}, {format}"]) == _products(compiled[f"{APART}, {format}"])
 
 
 def test_descriptors_are_read_by_the_tma_for_the_same_products(compiled: dict[str, Any]) -> None:
     """Nothing else is copied ahead, but for scattered rows of x and NVFP4's scales."""
     for name in DESCRIBED:
-        described = compiled[f"{name}, TMA"]
+        described = compiled[through_descriptors(name)]
         assert described["spill_bytes"] == 0, name
         assert any(one.startswith("UTMALDG") for one in described["instructions"]), name
         assert not any(one.startswith("UTMALDG") for one in compiled[name]["instructions"]), name
@@ -94,7 +101,7 @@ def test_fp8_by_fp8_runs_on_fp8_tensor_cores_and_adds_up_in_fp32(compiled: dict[
         for found, number in instructions.items():
             if "MMA" in found:
                 mma[found.split(".")[0]] += number
-        assert mma == {"QGMMA": 8 if "gate_up" in name else 4}, name
+        assert mma == {"QGMMA": 8 if "gate" in name else 4}, name
         assert sum(number for found, number in instructions.items() if found.startswith("FADD")) >= 64, name
         copies = {found: number for found, number in instructions.items() if found.startswith("LDGSTS")}
         assert sum(number for found, number in copies.items() if ".128" in found) == sum(copies.values()) >= 24, (
