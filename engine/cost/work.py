@@ -122,7 +122,7 @@ def _attention(s: ModelSizes, layout: CacheLayout, step: StepShape) -> Iterator[
         yield generated, operations.gqa(s, *absorbed)
         yield prompt, replace(operations.gqa(s, *expanded), operation="gqa_prefill")
         return
-    yield generated, operations.mla_absorb(s, generated)
-    yield generated, operations.mla_unabsorb(s, generated)
+    yield generated, operations.by_head("mla_absorb", s, generated)
+    yield generated, operations.by_head("mla_unabsorb", s, generated)
     yield generated, operations.mla_decode(s, *absorbed)
     yield prompt, operations.mla_prefill(s, *expanded)
