@@ -220,8 +220,7 @@ class Batching:
             self._arrive(-1)
         while self._running or self._waiting or self._late or self._arrived < len(self._load):
             self._take()
-            steps = self._sure_steps()
-            if steps:
+            if steps := self._sure_steps():
                 self._advance(steps)
             else:
                 self._single()

@@ -43,12 +43,10 @@ FIXED = {"model", "device", "kernels", "frontend", "runner"}
 
 
 class Calibrator:
-    """A loaded checkpoint, whose operations can be measured again as often as the machine's speed changes."""
+    """A loaded checkpoint, whose operations can be measured again as often as the machine's speed changes. Raises
+    ConfigError without native kernels, whose calls are what is timed."""
 
     def __init__(self, given: EngineOptions) -> None:
-        """Raises ConfigError without native kernels, whose calls are what is timed."""
-        if not has_native():
-            raise ConfigError("a calibration times the native kernels, and none are installed", field="device")
         self._options = given
         self._largest = resolve(given).scheduler.budget_tokens
         longest = max(self._largest, *(context for _, context in LONG))

@@ -154,8 +154,8 @@ def _mlp_bytes(s: ModelSizes, width: int, format: str) -> Number:
 
 
 def by_head(operation: str, s: ModelSizes, rows: Number) -> Work:
-    """mla_absorb: each head's W_UK, which is plain, multiplied into generated queries. mla_unabsorb: each head's sum
-    of latents, multiplied out by W_UV, which is plain."""
+    """mla_absorb: each head's W_UK, which is plain, multiplied into generated queries. mla_unabsorb: each head's
+    sum of latents, multiplied out by W_UV, which is plain."""
     k, n = (s.nope, s.rank) if operation == "mla_absorb" else (s.rank, s.value_dim)
     moved = s.heads * (n * k + rows * (k + n)) * s.value_bytes
     return Work(operation, moved, 2 * rows * s.heads * k * n, replicated_bytes=moved)
