@@ -133,7 +133,7 @@ class Profiler:
         """A step taken apart. Raises ConfigError without native kernels, whose calls are what is timed."""
         if not has_native():
             raise ConfigError(
-                "operations are timed as native calls: no native kernels are installed", field="device"
+                "operations are timed as native calls, and no native kernels are here", field="device"
             )
         rows = self._rows(pieces, generated=generated)
         bind(KernelsConfig(implementations=dict.fromkeys(BLOCKS, "composed")), "cpu")
