@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps of each context")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
     arguments = parser.parse_args(argv)
-    report = Recording("context", arguments.json, ("python", "-m", "cierzo.bench.context"))
+    report = Recording("context", arguments.json, ["python", "-m", parser.prog, *sys.argv[1:]])
     longest = max(*arguments.decode, arguments.prefill, 1)
     profiler = Profiler(EngineOptions(model=arguments.checkpoint), 1, longest, arguments.repeats)
     contexts = progress(arguments.decode, desc="decode")

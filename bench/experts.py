@@ -19,26 +19,27 @@ from msgspec import Meta
 
 from cierzo.bench.campaign.table import grid_of, page
 from cierzo.bench.report import Recording
-from cierzo.bench.workload import Count, random_prompt
+from cierzo.bench.workload import Count, random_prompt, read_lines
 from cierzo.engine.cost.operations import random_distinct
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics, Phase, independent_distinct
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import SamplingParams
-from cierzo.engine.options import MAX_SEED, add_options, chosen, seed
+from cierzo.engine.options import add_options, chosen, seed
 
 HOTTEST = 4  # experts named in a layer's row
 RANDOM_REQUESTS = 32
 PHASES: tuple[Phase, Phase] = ("decode", "prefill")
 LINES = "FILE of prompts: lines of text; in a .jsonl file each is a JSON string, or a list of token ids"
 Prompt = str | list[int]
+PROMPT = msgspec.json.Decoder(Prompt)
 
 
 class ExpertsSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of the traffic, which runs at `rpc`, or else on `checkpoint` with the fields after it.
 
     Prompts are the lines of `prompts`, over and over until there are `requests`, or else `input_tokens` random ids.
-    `concurrency` of them run at once. Every answer has exactly `output_tokens`.
+    `concurrency` of them run at once. Every answer is greedy, and has exactly `output_tokens`.
     """
 
     rpc: str | None = None
@@ -48,10 +49,9 @@ class ExpertsSettings(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: Annotated[Count, Meta(description="sequences that run at once")] = 8
     input_tokens: Annotated[Count, Meta(description="length of a random prompt, tokens")] = 128
     output_tokens: Annotated[Count, Meta(description="length of an answer, tokens")] = 32
-    temperature: Annotated[float, Meta(description="0: greedy")] = 0.0
     weights: Annotated[str, Meta(description="number format of the weights")] = "auto"
     device: Annotated[str, Meta(description="cpu or cuda")] = "auto"
-    seed: Annotated[int, Meta(description="of random prompts and answers")] = 0
+    seed: Annotated[int, Meta(description="of random prompts")] = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,24 +100,13 @@ def run_traffic(settings: ExpertsSettings) -> ExpertStatistics:
     assert settings.checkpoint is not None
     given = None if settings.prompts is None else read_prompts(Path(settings.prompts))
     count = settings.requests or (RANDOM_REQUESTS if given is None else len(given))
-    seeds = [(settings.seed + index) % (MAX_SEED + 1) for index in range(count)]
-    with LLM(
-        settings.checkpoint,
-        expert_statistics=True,
-        max_running=settings.concurrency,
-        weights=settings.weights,
-        device=settings.device,
-    ) as llm:
-        vocab_size = llm.config.model.vocab_size
-        prompts: list[Prompt] = (
-            [random_prompt(index, settings.input_tokens, vocab_size, settings.seed) for index in range(count)]
-            if given is None
-            else list(itertools.islice(itertools.cycle(given), count))
-        )
-        sampling = SamplingParams(
-            max_tokens=settings.output_tokens, ignore_eos=True, temperature=settings.temperature
-        )
-        llm.generate(prompts, [msgspec.structs.replace(sampling, seed=seed) for seed in seeds], progress=True)
+    engine = {"weights": settings.weights, "device": settings.device, "max_running": settings.concurrency}
+    with LLM(settings.checkpoint, expert_statistics=True, **engine) as llm:
+        drawn = settings.input_tokens, llm.config.model.vocab_size, settings.seed
+        prompts = given or [random_prompt(index, *drawn) for index in range(count)]
+        repeated = list(itertools.islice(itertools.cycle(prompts), count))
+        sampling = SamplingParams(max_tokens=settings.output_tokens, ignore_eos=True, temperature=0.0)
+        llm.generate(repeated, sampling, progress=True)
         statistics = llm.expert_statistics()
     assert statistics is not None
     return statistics
@@ -125,25 +114,7 @@ def run_traffic(settings: ExpertsSettings) -> ExpertStatistics:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read one prompt a line. Raises ConfigError that names the line which is none."""
-    is_json = path.suffix == ".jsonl"
-    limit = "a JSON string or a list of token ids" if is_json else "text in UTF-8"
-    prompts: list[Prompt] = []
-    try:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            where = f"prompts {path}, line {number}"
-            prompt: Prompt = msgspec.json.decode(line, type=Prompt) if is_json else line.decode()
-            if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-                raise ConfigError(f"{where} is empty", field="prompts", limit=limit, value=prompt)
-            prompts.append(prompt)
-    except OSError as error:
-        raise ConfigError(
-            f"prompts {path} cannot be read: {error.strerror}", field="prompts", value=path
-        ) from error
-    except (UnicodeDecodeError, msgspec.DecodeError) as error:
-        raise ConfigError(f"{where} must be {limit}: {error}", field="prompts", limit=limit) from error
-    if not prompts:
-        raise ConfigError(f"prompts {path} has no lines", field="prompts", limit="at least one line", value=path)
-    return prompts
+    return read_lines(path, PROMPT.decode if path.suffix == ".jsonl" else bytes.decode, "prompts")
 
 
 def tables(statistics: ExpertStatistics) -> str:

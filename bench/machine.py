@@ -6,13 +6,13 @@ runs, by torch or by our own kernels: nobody's kernel, ours included, is the lim
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +25,6 @@ READ_BYTES = 512 << 20
 SIDE = 2048  # of the matrices that are multiplied
 ROUNDS = 5
 GIGA, GIB = 1e9, 1 << 30
-APART_TIMEOUT_S = 600.0
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
 
@@ -120,16 +119,13 @@ def _seconds(run: Callable[..., object], *arguments: Any) -> float:
 
 
 def measure_apart() -> Ceilings:
-    """Measure ceilings in a process of its own, whose memory is free afterwards. Raises SubprocessError."""
-    command = [sys.executable, "-m", "cierzo.bench.machine"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=APART_TIMEOUT_S)
-    return msgspec.json.decode(done.stdout, type=Ceilings)
+    """Measure ceilings in a process of its own, whose memory is free afterwards. Raises BrokenProcessPool."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+        return apart.submit(measure_ceilings).result()
 
 
 def middle(found: Sequence[Ceilings]) -> Ceilings:
-    """The ceilings in the middle of several measurements, each rate on its own. Raises ValueError for none."""
-    if not found:
-        raise ValueError("no ceilings were measured")
+    """The ceilings in the middle of several measurements, at least one, each rate on its own."""
 
     def rate(name: str) -> Ceiling | None:
         each = [one for ceilings in found if (one := getattr(ceilings, name)) is not None]
@@ -158,12 +154,3 @@ def limit_device(found: Ceilings) -> Device:
         memory_bytes=int(machine.memory_gib * GIB),
         stated={"memory": 1.0, "experts": 1.0, "products": 1.0, "attention": 1.0},
     )
-
-
-def main() -> None:
-    """Print the ceilings as JSON: what `measure_apart` runs."""
-    print(msgspec.json.encode(measure_ceilings()).decode())
-
-
-if __name__ == "__main__":
-    main()

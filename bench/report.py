@@ -33,22 +33,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     results: Any
 
 
-def write_report(path: Path, benchmark: str, *, command: str, started: str, settings: Any, results: Any) -> None:
-    """Write one line of JSON; `started` is UTC, ISO 8601. Raises OSError where the path cannot be written."""
-    report = Report(
-        benchmark=benchmark,
-        command=command.encode("utf-8", "backslashreplace").decode(),  # a path may hold bytes that are no text
-        started=started,
-        machine=describe_machine(),
-        versions=installed_versions(),
-        settings=settings,
-        results=results,
-    )
-    path.write_bytes(msgspec.json.encode(report) + b"\n")
-
-
 def check_writable(path: Path) -> None:
-    """Raise ConfigError where `write_report` could not write `path`, and leave the path as it is."""
+    """Raise ConfigError where a report could not be written to `path`, and leave the path as it is."""
     file = path.resolve()
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise ConfigError(f"{path} cannot be written", field="json", limit="a path that can be written", value=path)
@@ -57,22 +43,20 @@ def check_writable(path: Path) -> None:
 class Recording:
     """A report in the making: it goes to `path`, if there is one, when there are results."""
 
-    def __init__(self, benchmark: str, path: Path | None, program: Sequence[str] = ("cierzo",)) -> None:
-        """Note the time, and the command: `program` with this process's arguments. Raises ConfigError where `path`
-        cannot be written: before the measurement, not after it."""
-        self._benchmark, self._path = benchmark, path
-        self._command = shlex.join([*program, *sys.argv[1:]])
-        self._started = now()
+    def __init__(self, benchmark: str, path: Path | None, command: Sequence[str] = ()) -> None:
+        """Note the time, and the command: by default that of this process, which is `cierzo`. Raises ConfigError
+        where `path` cannot be written: before the measurement, not after it."""
         if path is not None:
             check_writable(path)
+        words = shlex.join(command or ["cierzo", *sys.argv[1:]])
+        told = words.encode("utf-8", "backslashreplace").decode()  # a path may hold bytes that are no text
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._path = path
+        self._about: dict[str, Any] = {"benchmark": benchmark, "command": told, "started": started}
 
     def write(self, settings: Any, results: Any) -> None:
-        """Write the report, if it has a place."""
+        """Write one line of JSON, if the report has a place."""
         if self._path is not None:
-            about = {"command": self._command, "started": self._started, "settings": settings}
-            write_report(self._path, self._benchmark, **about, results=results)
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+            about = self._about | {"machine": describe_machine(), "versions": installed_versions()}
+            report = Report(**about, settings=settings, results=results)
+            self._path.write_bytes(msgspec.json.encode(report) + b"\n")

@@ -15,6 +15,7 @@ import selectors
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from cierzo.bench.latency import LoadResult
@@ -161,6 +162,7 @@ class SimulatedServer:
         self._arrivals: list[Submit] = []
         self._arrived = asyncio.Event()
         self._sent = 0
+        self.ends: list[StepTotals] = []  # the totals when each request ended, in order
 
     @property
     def totals(self) -> StepTotals:
@@ -186,6 +188,8 @@ class SimulatedServer:
                 ended = delta.finish is not None
                 stream = self._streams.pop(delta.request_id) if ended else self._streams[delta.request_id]
                 stream.put_nowait(delta)
+                if ended:
+                    self.ends.append(msgspec.structs.replace(self.totals))
 
     def send(self, prompt_token_ids: list[int], sampling: SamplingParams) -> asyncio.Queue[TokenDelta]:
         """Send a request; its output will appear in the queue that is returned."""

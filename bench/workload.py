@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -23,6 +24,7 @@ from cierzo.engine.settings import require
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
 Rate = Annotated[float, Meta(gt=0)]
+T = TypeVar("T")
 
 
 class TracedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
@@ -100,26 +102,33 @@ def parse_workload(text: str) -> Workload:
 
 def read_trace(path: Path) -> tuple[TracedRequest, ...]:
     """Read JSON objects, one a line, in order of arrival. Raises ConfigError that names the first bad line."""
-    found: list[TracedRequest] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            request = msgspec.json.decode(line, type=TracedRequest)
-            if found and request.arrival_s < found[-1].arrival_s:
-                before_s = found[-1].arrival_s
-                raise ValueError(f"arrival_s {request.arrival_s:g} comes after {before_s:g}: lines go by arrival")
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise ConfigError(
-                f"trace {path}, line {number}: {error}",
-                field="workload",
-                limit=f"line {number}",
-                value=line.decode(errors="replace"),
-            ) from error
-        found.append(request)
+    latest_s = 0.0
+
+    def decode(line: bytes) -> TracedRequest:
+        nonlocal latest_s
+        request = msgspec.json.decode(line, type=TracedRequest)
+        if request.arrival_s < latest_s:
+            raise ValueError(f"arrival_s {request.arrival_s:g} comes after {latest_s:g}: lines go by arrival")
+        latest_s = request.arrival_s
+        return request
+
+    return tuple(read_lines(path, decode, "workload"))
+
+
+def read_lines(path: Path, decode: Callable[[bytes], T], field: str) -> list[T]:
+    """Decode all lines of a file but blank ones. Raises ConfigError of `field` that names the first bad line."""
+    found: list[T] = []
+    where = str(path)
+    try:
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            where = f"{path}, line {number}"
+            if line.strip():
+                found.append(decode(line))
+    except (OSError, msgspec.MsgspecError, ValueError) as error:
+        raise ConfigError(f"{field} {where}: {error}", field=field, value=where) from error
     if not found:
-        raise ConfigError(f"trace {path}: holds no request", field="workload", limit=1, value=0)
-    return tuple(found)
+        raise ConfigError(f"{field} {path} has no lines", field=field, limit="at least one line", value=path)
+    return found
 
 
 def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from cierzo.bench.campaign.loop import Campaign, Run
 from cierzo.bench.campaign.outcome import Outcome, saved
 from cierzo.bench.campaign.store import Store
-from cierzo.bench.report import now, write_report
+from cierzo.bench.report import Recording
 from cierzo.bench.revision import current_commit
 from cierzo.engine.errors import CierzoError, ConfigError
 from cierzo.engine.options import positive
@@ -50,16 +50,18 @@ def run(
     stem_of: name of the files that options lead to, without their suffixes. kind: type of the outcomes that `text`
     (with the command) and `picture` tell.
     """
-    arguments, started = parser.parse_args(argv), now()
+    arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    command = shlex.join(["python", "-m", parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    words = ["python", "-m", parser.prog, *(sys.argv[1:] if argv is None else argv)]
+    command, benchmark = shlex.join(words), parser.prog.rpartition(".")[2]
     commit, name = arguments.commit or current_commit(), stem_of(arguments)
     samples, stem = arguments.samples or arguments.folder / f"{name}-{commit}.jsonl", arguments.output / name
     try:
         if arguments.report and not samples.exists() and (found := saved(stem, kind)) is not None:
             print(text(found, command))
             return 0
-        wanted = wanted_of(arguments)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        report, wanted = Recording(benchmark, Path(f"{stem}.json"), words), wanted_of(arguments)
         store = Store(samples, {"commit": commit, **wanted.identity})
         if not arguments.report:
             Run(wanted.campaign, store, functools.partial(print, flush=True)).measure(wanted.rounds)
@@ -67,13 +69,10 @@ def run(
     except CierzoError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    told, benchmark = text(outcome, command), parser.prog.rpartition(".")[2]
-    settings = {"rounds": wanted.rounds, **wanted.settings}
+    told = text(outcome, command)
     print(f"\n{told}")
-    stem.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{stem}.txt").write_text(told + "\n", encoding="utf-8")
-    about = {"command": command, "started": started}
-    write_report(Path(f"{stem}.json"), benchmark, settings=settings, results=outcome, **about)
+    report.write({"rounds": wanted.rounds, **wanted.settings}, outcome)
     try:
         picture(outcome, Path(f"{stem}.png"))
     except ConfigError as error:

@@ -18,10 +18,8 @@ import msgspec
 
 from cierzo.bench.campaign import options
 from cierzo.bench.headline.cells import CPU_PLAN, GPU_PLAN, MODELS, SIMULATED, Plan
-from cierzo.bench.headline.measurement import Headline
+from cierzo.bench.headline.engines import Headline, Serving, Simulation, gpu_name
 from cierzo.bench.headline.outcome import Outcome, outcome_of, picture, text
-from cierzo.bench.headline.serve import Serving, gpu_name
-from cierzo.bench.headline.simulate import Simulation
 from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers.engine import Checkpoint, find_checkpoint, fingerprint
 from cierzo.engine.cost.cards import find_device
@@ -59,9 +57,9 @@ def _wanted(arguments: argparse.Namespace) -> options.Wanted:
         raise ConfigError(told, field="small4", value=arguments.small4)
     else:
         checkpoints = {model: find_checkpoint(name, arguments.checkpoint_folder) for model, name in names.items()}
-        campaign = Serving(plan, arguments.device, checkpoints, arguments.folder)
-        machine = describe_machine()
-        where = f"{machine.processor}, {machine.cores} cores" if arguments.device == "cpu" else gpu_name()
+        machine, gpu = describe_machine(), "" if arguments.device == "cpu" else gpu_name()
+        campaign = Serving(plan, checkpoints, arguments.folder, gpu)
+        where = gpu or f"{machine.processor}, {machine.cores} cores"
         identity = {model: _checkpoint(found) for model, found in checkpoints.items()}
     return options.Wanted(
         campaign=campaign,

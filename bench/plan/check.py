@@ -169,7 +169,7 @@ def _run(arguments: argparse.Namespace) -> int:
     engines = [msgspec.convert({"model": model, **given}, EngineOptions) for model in arguments.checkpoints]
     for engine in engines:  # refuse a wrong one now, not after half an hour
         resolve(engine)
-    report = Recording("plan_check", arguments.json, ("python", "-m", PROGRAM))
+    report = Recording("plan_check", arguments.json, ["python", "-m", PROGRAM, *sys.argv[1:]])
     arguments.folder.mkdir(parents=True, exist_ok=True)
     settings = {"workloads": list(arguments.workloads), "weights": arguments.weights, "promised": PROMISED}
     found: list[Checked] = []

@@ -67,14 +67,11 @@ def test_a_model_without_experts_is_refused_by_name(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"fine\n\nfine\n", "line 2 is empty"),
-        ("a.txt", b"fine\n\xff\xfe\n", "line 2 must be text in UTF-8"),
+        ("a.txt", b"fine\n\xff\xfe\n", "line 2: 'utf-8' codec can't decode"),
         ("a.txt", b"", "has no lines"),
-        ("a.jsonl", b'"fine"\n[1]\n{"text": "x"}\n', "line 3 must be a JSON string or a list of token ids"),
-        ("a.jsonl", b"[1, 2]\n[1, true]\n", "line 2 must be a JSON string"),
-        ("a.jsonl", b"[1, 2]\n[1,\n", "line 2 must be a JSON string"),
-        ("a.jsonl", b"[1]\n[]\n", "line 2 is empty"),
-        ("a.jsonl", b'[1]\n"  "\n', "line 2 is empty"),
+        ("a.jsonl", b'"fine"\n[1]\n{"text": "x"}\n', "line 3: Expected `str | array`, got `object`"),
+        ("a.jsonl", b"[1, 2]\n\n[1, true]\n", "line 3: Expected `int`, got `bool`"),
+        ("a.jsonl", b"[1, 2]\n[1,\n", "line 2: Input data was truncated"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -86,16 +83,17 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, name: str, content: b
 
 
 def test_text_and_token_ids_are_read_as_they_are(tmp_path: Path) -> None:
-    assert read_prompts(write(tmp_path, "a.txt", b" [1]\r\n\xc3\xa9\n")) == [" [1]", "\xe9"]
+    assert read_prompts(write(tmp_path, "a.txt", b" [1]\r\n\r\n\xc3\xa9\n")) == [" [1]", "\xe9"]
     assert read_prompts(write(tmp_path, "a.jsonl", b'"[1]"\n[1]')) == ["[1]", [1]]
 
 
 def test_a_file_that_cannot_be_read_and_ids_that_are_no_tokens(checkpoints: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.txt cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"prompts .*nowhere\.txt: .*No such file"):
         read_prompts(tmp_path / "nowhere.txt")
-    for wrong in (-1, 1 << 20):
-        path = write(tmp_path, "a.jsonl", f"[1]\n[1, {wrong}]\n".encode())
-        with pytest.raises(InvalidRequest, match=f"prompt 1: token_ids holds token id {wrong}, outside"):
+    wrong = {"[1, -1]": "token_ids holds token id -1, outside", "[]": "the prompt is empty"}
+    for line, why in wrong.items():
+        path = write(tmp_path, "a.jsonl", f"[1]\n{line}\n".encode())
+        with pytest.raises(InvalidRequest, match=f"prompt 1: {why}"):
             run_traffic(ExpertsSettings(checkpoint=checkpoints["small4"], prompts=str(path)))
 
 

@@ -15,7 +15,7 @@ from steps_by_hand import Chunk, Step, take
 from cierzo.bench.experts import ExpertsSettings
 from cierzo.bench.plan import search as planning
 from cierzo.bench.plan.search import DevicePlan, LatencyLimits, Planner, other_cards, read_experts
-from cierzo.bench.report import write_report
+from cierzo.bench.report import Recording
 from cierzo.bench.workload import Workload, parse_workload
 from cierzo.cli import main
 from cierzo.engine.config import EngineOptions
@@ -231,8 +231,7 @@ def test_what_cannot_be_planned_is_refused_by_name(
 
 def _write_report(path: Path, statistics: ExpertStatistics) -> None:
     """As `cierzo bench experts --json` does."""
-    settings = ExpertsSettings(rpc="unix:somewhere")
-    write_report(path, "experts", command="cierzo", started="", settings=settings, results=statistics)
+    Recording("experts", path).write(ExpertsSettings(rpc="unix:somewhere"), statistics)
 
 
 def _statistics(shares: list[int]) -> ExpertStatistics:

@@ -25,7 +25,7 @@ from cierzo.bench.report import Report
 from cierzo.bench.virtual import SimulatedServer, VirtualClock, run_simulated_load
 from cierzo.bench.workload import parse_workload
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.cost.step_model import FloatArray
+from cierzo.engine.cost.step_model import FloatArray, StepTotals
 from cierzo.engine.cost.work import Distinct, measured_distinct
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.engine.messages import TokenDelta
@@ -97,12 +97,14 @@ class TimedCore(EngineCore):
 class InProcess(SimulatedServer):
     """Stands where `cierzo serve` would: a real engine in this process, under the real load client."""
 
+    totals = StepTotals()  # real steps are not counted
+
     def __init__(self, options: EngineOptions) -> None:
         config = resolve(options)
         self.clock = VirtualClock()
         self.core = TimedCore(config, self.clock)
         self.vocab_size = config.model.vocab_size
-        self._most_steps, self._sent = 1, 0
+        self._most_steps, self._sent, self.ends = 1, 0, []
         self._streams, self._arrivals, self._arrived = {}, [], asyncio.Event()
 
     def load(self, settings: LoadSettings) -> LoadResult:

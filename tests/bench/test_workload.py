@@ -84,13 +84,13 @@ def test_a_bad_line_of_a_trace_is_refused_with_its_number(tmp_path: Path, line: 
     path.write_bytes(GOOD + GOOD + line + b"\n" + GOOD)
     with pytest.raises(ConfigError, match="line 3") as caught:
         parse_workload(str(path))
-    assert (caught.value.field, caught.value.limit) == ("workload", "line 3")
+    assert (caught.value.field, caught.value.value) == ("workload", f"{path}, line 3")
 
 
 def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_bytes(b"\n\n")
-    with pytest.raises(ConfigError, match="no request"):
+    with pytest.raises(ConfigError, match=r"trace\.jsonl has no lines"):
         parse_workload(str(path))
 
 
