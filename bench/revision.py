@@ -8,17 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
-PACKAGES = (
-    "cierzo",
-    "torch",
-    "triton",
-    "cupy-cuda13x",
-    "cupy-cuda12x",
-    "transformers",
-    "numpy",
-    "msgspec",
-    "uvloop",
-)
+PACKAGES = ("cierzo", "torch", "triton", "cupy-cuda13x", "transformers", "numpy", "msgspec", "uvloop")
 
 
 def installed_versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
@@ -28,19 +28,15 @@ class Block(Generic[C, S]):
     subjects: Sequence[S]
 
 
+@dataclass(frozen=True, slots=True)
 class Session(Generic[C]):
-    """A loaded subject."""
+    """A loaded subject. measure: a cell in the round of this number -> JSON; whatever it raises is why the cell has
+    no result. close: lets go of the subject. by_products: further results, by cells of their own: the time to load,
+    memory."""
 
-    def measure(self, cell: C, number: int) -> Any:
-        """A cell in the round of this number -> JSON. Whatever this raises is why the cell has no result."""
-        raise NotImplementedError
-
-    def by_products(self) -> Mapping[C, Any]:
-        """Further results of the session, by cells of their own: the time to load, memory."""
-        return {}
-
-    def close(self) -> None:
-        """Let go of it."""
+    measure: Callable[[C, int], Any]
+    close: Callable[[], object] = lambda: None
+    by_products: Callable[[], Mapping[C, Any]] = dict
 
 
 class Campaign(Generic[C, S]):
@@ -71,27 +67,28 @@ class Campaign(Generic[C, S]):
         raise NotImplementedError
 
 
+@dataclass
 class Run(Generic[C, S]):
-    """A campaign over a store; cells that it holds already are not measured again."""
+    """A campaign over a store; cells that it holds already are not measured again. block_s: after so many seconds
+    of a block no further cell of it is begun. failed: attempts without a result."""
 
-    def __init__(
-        self, campaign: Campaign[C, S], store: Store, say: Callable[[str], None] = print, block_s: float = math.inf
-    ) -> None:
-        """block_s: after so many seconds of a block no further cell of it is begun."""
-        self.failed = 0
-        self._campaign, self._store, self._say, self._block_s = campaign, store, say, block_s
-        self._start = time.monotonic()
+    campaign: Campaign[C, S]
+    store: Store
+    say: Callable[[str], None] = print
+    block_s: float = math.inf
+    failed: int = 0
+    start: float = field(default_factory=time.monotonic)
 
     def measure(self, rounds: int) -> None:
         """All rounds. No subject always goes first. Raises DeviceLost."""
         for number in range(rounds):
-            wanted = self._campaign.wanted(number, self._store)
-            for block in self._campaign.blocks:
+            wanted = self.campaign.wanted(number, self.store)
+            for block in self.campaign.blocks:
                 missing = {
                     subject: [
                         cell
                         for cell in block.cells
-                        if wanted(cell, subject) and number not in self._store.measured(cell, subject)
+                        if wanted(cell, subject) and number not in self.store.measured(cell, subject)
                     ]
                     for subject in (block.subjects if number % 2 == 0 else block.subjects[::-1])
                 }
@@ -101,22 +98,22 @@ class Run(Generic[C, S]):
     def _block(self, number: int, block: Block[C, S], missing: dict[S, list[C]]) -> None:
         began = time.monotonic()
         try:
-            if (ceilings := self._campaign.ceilings()) is not None:
+            if (ceilings := self.campaign.ceilings()) is not None:
                 self._record((number, CEILINGS, block.name), began, ceilings, "measured")
         except Exception as error:  # whatever it is, the cells go on
             self._record((number, CEILINGS, block.name), began, error=error)
         for subject, cells in missing.items():
             while cells:  # after a failure a new session for those that are left
-                if time.monotonic() > began + self._block_s:
-                    self._say(f"{block.name}: {self._block_s:.0f} s are over; run it again for the rest")
+                if time.monotonic() > began + self.block_s:
+                    self.say(f"{block.name}: {self.block_s:.0f} s are over; run it again for the rest")
                     return
-                self._session(number, block, subject, cells, began + self._block_s)
+                self._session(number, block, subject, cells, began + self.block_s)
 
     def _session(self, number: int, block: Block[C, S], subject: S, missing: list[C], deadline: float) -> None:
         """Measure cells, and take them off `missing`, until one fails or time is over."""
         began = time.monotonic()
         try:
-            session = self._campaign.open(block, subject)
+            session = self.campaign.open(block, subject)
         except Exception as error:  # whatever it is, the other subjects go on
             for cell in missing:
                 self._record((number, cell, subject), began, error=error)
@@ -134,9 +131,9 @@ class Run(Generic[C, S]):
                     if isinstance(error, DeviceLost):
                         raise
                     break
-                self._record((number, cell, subject), cell_began, result, self._campaign.told(cell, result))
+                self._record((number, cell, subject), cell_began, result, self.campaign.told(cell, result))
             for cell, result in session.by_products().items():
-                self._record((number, cell, subject), began, result, self._campaign.told(cell, result))
+                self._record((number, cell, subject), began, result, self.campaign.told(cell, result))
         finally:
             session.close()
 
@@ -147,6 +144,6 @@ class Run(Generic[C, S]):
         (number, cell, subject), why = place, "" if error is None else str(error) or type(error).__name__
         self.failed += error is not None
         told = told if error is None else f"FAILED: {why}"
-        self._say(f"{time.monotonic() - self._start:6.0f} s  round {number + 1}  {subject}  {cell}: {told}")
+        self.say(f"{time.monotonic() - self.start:6.0f} s  round {number + 1}  {subject}  {cell}: {told}")
         started, took_s = datetime.now(UTC).isoformat(timespec="seconds"), round(time.monotonic() - began, 3)
-        self._store.add(Sample(str(cell), str(subject), number, started, took_s, why, result))
+        self.store.add(Sample(str(cell), str(subject), number, started, took_s, why, result))

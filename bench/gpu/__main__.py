@@ -24,6 +24,7 @@ from cierzo.bench.gpu import compiled, conformance, timing
 from cierzo.bench.gpu.calls import cells
 from cierzo.bench.gpu.cases import CASES
 from cierzo.bench.revision import ROOT, current_commit, installed_versions, output
+from cierzo.engine.errors import ConfigError
 from cierzo.kernels import registry
 
 PARTS = ("compile", "conformance", "ceilings", "kernels", "served")
@@ -46,7 +47,8 @@ class Part(Campaign[str, str]):
 
     def open(self, block: Block[str, str], subject: str) -> Session[str]:
         """Make the tasks; the first that needs a model loads it."""
-        return TaskSession(self._subjects[subject]())
+        tasks = dict(self._subjects[subject]())
+        return Session(partial(_measure, tasks), partial(_let_go, tasks))
 
     def told(self, cell: str, result: Any) -> str:
         """Times and rates of a kernel; else all that was found."""
@@ -64,28 +66,23 @@ class Part(Campaign[str, str]):
         )
 
 
-class TaskSession(Session[str]):
-    """Tasks, and what they hold of the device between them."""
+def _measure(tasks: Tasks, cell: str, _: int) -> Any:
+    """Raises RuntimeError, or DeviceLost where the driver takes no more calls from this process."""
+    try:
+        result = tasks[cell]()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
+        return result
+    except Exception as error:
+        kind = DeviceLost if "CUDA error" in str(error) else RuntimeError
+        raise kind(f"{type(error).__name__}: {error}"[:2000]) from error
 
-    def __init__(self, tasks: Tasks) -> None:
-        self._tasks = tasks
 
-    def measure(self, cell: str, number: int) -> Any:
-        """Raises RuntimeError, or DeviceLost where the driver takes no more calls from this process."""
-        try:
-            result = self._tasks[cell]()
-            torch.cuda.empty_cache()  # nothing where there is no GPU
-            return result
-        except Exception as error:
-            kind = DeviceLost if "CUDA error" in str(error) else RuntimeError
-            raise kind(f"{type(error).__name__}: {error}"[:2000]) from error
-
-    def close(self) -> None:
-        """Let go of a model: the plan of the next one asks the driver what is free."""
-        self._tasks = {}
-        gc.collect()
-        with suppress(RuntimeError):  # a lost device is told by the cell that lost it
-            torch.cuda.empty_cache()
+def _let_go(tasks: dict[str, Callable[[], Any]]) -> None:
+    """Let go of a model, which the tasks hold: the plan of the next one asks the driver what is free."""
+    tasks.clear()
+    gc.collect()
+    with suppress(RuntimeError):  # a lost device is told by the cell that lost it
+        torch.cuda.empty_cache()
 
 
 def subjects_of(part: str, device: torch.device, store: Store) -> Subjects:
@@ -150,7 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     card = str(described.get("card", device.type))
     name = card.lower().replace(" ", "-")
     path = arguments.output or ROOT / "bench" / "results" / f"gpu-{name}-{commit}.jsonl"
-    store = Store(path, {"commit": commit, "device": card})
+    try:
+        store = Store(path, {"commit": commit, "device": card})
+    except ConfigError as error:
+        print(f"cierzo.bench.gpu: {error}", file=sys.stderr)
+        return 2
     store.add(Sample(cell="machine", subject="machine", round=0, started="", took_s=0.0, result=described))
     # The defaults of KernelsConfig, for a machine without msgspec.
     registry.bind(SimpleNamespace(implementations={}, instruction_set="auto"), "cuda")  # type: ignore[arg-type]

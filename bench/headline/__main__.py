@@ -18,10 +18,8 @@ import msgspec
 
 from cierzo.bench.campaign import options
 from cierzo.bench.headline.cells import CPU_PLAN, GPU_PLAN, MODELS, SIMULATED, Plan
-from cierzo.bench.headline.measurement import Headline
+from cierzo.bench.headline.engines import Headline, Serving, Simulation, gpu_name
 from cierzo.bench.headline.outcome import Outcome, outcome_of, picture, text
-from cierzo.bench.headline.serve import Serving, gpu_name
-from cierzo.bench.headline.simulate import Simulation
 from cierzo.bench.machine import describe_machine
 from cierzo.bench.peers.engine import Checkpoint, find_checkpoint, fingerprint
 from cierzo.engine.cost.cards import find_device

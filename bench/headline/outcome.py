@@ -13,7 +13,7 @@ import msgspec
 from cierzo.bench.campaign import outcome, plot, table
 from cierzo.bench.campaign.store import Store
 from cierzo.bench.headline.cells import LIMIT_S, SIMULATED, Cell, Plan, Subject
-from cierzo.bench.headline.measurement import Measurement, value
+from cierzo.bench.headline.measurement import Measurement
 from cierzo.bench.machine import Ceilings
 
 Outcome = outcome.Outcome[Cell, Subject, Measurement]
@@ -48,7 +48,7 @@ def outcome_of(plan: Plan, store: Store) -> Outcome:
         return msgspec.convert(store.measured(cell, subject), dict[int, Measurement])
 
     def values(cell: Cell, subject: Subject) -> dict[int, float]:
-        return {number: value(cell, found) for number, found in measured(cell, subject).items()}
+        return {number: found.value(cell) for number, found in measured(cell, subject).items()}
 
     def limits(cell: Cell, subject: Subject) -> dict[int, float]:
         """At the device's full rates. Where equally many wait, completion times are as the inverse of the requests
@@ -167,19 +167,16 @@ def panels(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _draw(rows: list[Row], colors: dict[Subject, str], axis: Any) -> None:
     cell, searched = rows[0].cell, rows[0].cell.concurrency is None
-    curves: dict[Subject, list[tuple[float, float, int, bool]]] = {}  # latency, rate, concurrency, whether measured
-    for row in rows:
-        found, curve = row.result, curves.setdefault(row.subject, [])
-        assert found is not None
-        for one in found.points:
-            curve.append((one.time_per_output_token_s * 1e3, one.requests_per_s, one.concurrency, one.measured))
-        if not searched:
-            curve.append((found.completion_s.p50, found.requests_per_s, found.concurrency, True))
-    for subject, curve in curves.items():
-        color = colors[subject]
-        curve.sort(key=lambda point: point[2])
-        axis.plot([point[0] for point in curve], [point[1] for point in curve], color=color, linewidth=1)
-        for x, y, concurrency, measured in curve:
+    for subject, color in colors.items():
+        curve: list[tuple[int, float, float, bool]] = []  # concurrency, latency, requests/s, whether measured
+        for found in (row.result for row in rows if row.subject == subject and row.result):
+            curve.append((found.concurrency, found.completion_s.p50, found.requests_per_s, True))
+            if searched:
+                times_ms = [(one, one.time_per_output_token_s * 1e3) for one in found.points]
+                curve = [(one.concurrency, ms, one.requests_per_s, one.measured) for one, ms in times_ms]
+        curve.sort()
+        axis.plot([point[1] for point in curve], [point[2] for point in curve], color=color, linewidth=1)
+        for concurrency, x, y, measured in curve:
             axis.plot(x, y, marker="o", markersize=4, color=color, markerfacecolor=color if measured else "white")
             if not searched:
                 axis.annotate(f"{concurrency:,}", (x, y), fontsize=6, xytext=(3, -7), textcoords="offset points")

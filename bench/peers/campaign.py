@@ -73,47 +73,38 @@ class Peers(Campaign[Cell, Subject]):
             if AGREEMENT in block.cells:  # before an engine is loaded: in float32 a checkpoint takes twice its size
                 with contextlib.suppress(Exception):  # the cell that needs it will say so
                     agreement.reference(checkpoint, AGREEMENT, folder)
-            return _Loaded(peer.offline(engine, checkpoint, folder), checkpoint, folder, (LOAD, MEMORY))
+            return _loaded(peer.offline(engine, checkpoint, folder), checkpoint, folder, (LOAD, MEMORY))
         server = peer.server(engine, checkpoint, folder)
         if server is None:
             return None
-        return _Loaded(server, checkpoint, folder, (SERVED_LOAD, SERVED_MEMORY))
+        return _loaded(server, checkpoint, folder, (SERVED_LOAD, SERVED_MEMORY))
 
     def told(self, cell: Cell, result: Any) -> str:
         """The value in the cell's unit."""
         return f"{result['value']:.4g} {cell.unit}"
 
 
-@dataclass(frozen=True)
-class _Loaded(loop.Session[Cell]):
+def _loaded(
+    session: Session, checkpoint: Checkpoint, folder: Path, by_product_cells: tuple[Cell, Cell]
+) -> loop.Session[Cell]:
     """An engine that is loaded, and the cells of its time to load and its memory."""
 
-    session: Session
-    checkpoint: Checkpoint
-    folder: Path
-    by_product_cells: tuple[Cell, Cell]
+    def told(measured: Measured) -> Any:
+        return {**msgspec.to_builtins(measured), "command": session.command}
 
-    def measure(self, cell: Cell, number: int) -> Any:
-        """Raises EngineFailed."""
+    def measure(cell: Cell, number: int) -> Any:
         if cell != AGREEMENT:
-            return self._told(self.session.measure(cell, _seed(number, cell)))
-        table = agreement.reference(self.checkpoint, AGREEMENT, self.folder)
-        forced = agreement.sequences(AGREEMENT, self.checkpoint.vocab_size)
-        found = self.session.top_logprobs(forced, agreement.COUNT)
-        return self._told(agreement.compare(found, table))
+            return told(session.measure(cell, _seed(number, cell)))
+        table = agreement.reference(checkpoint, AGREEMENT, folder)
+        forced = agreement.sequences(AGREEMENT, checkpoint.vocab_size)
+        return told(agreement.compare(session.top_logprobs(forced, agreement.COUNT), table))
 
-    def by_products(self) -> Mapping[Cell, Any]:
+    def by_products() -> Mapping[Cell, Any]:
         """The time to load of an engine that stays loaded, and memory."""
-        values = self.session.load_s or 0.0, self.session.peak_memory_gb()
-        found = zip(self.by_product_cells, values, strict=True)
-        return {cell: self._told(Measured(value, None)) for cell, value in found if value > 0}
+        found = zip(by_product_cells, (session.load_s or 0.0, session.peak_memory_gb()), strict=True)
+        return {cell: told(Measured(value, None)) for cell, value in found if value > 0}
 
-    def close(self) -> None:
-        """End the engine's processes."""
-        self.session.close()
-
-    def _told(self, measured: Measured) -> Any:
-        return {**msgspec.to_builtins(measured), "command": self.session.command}
+    return loop.Session(measure, session.close, by_products)
 
 
 def _seed(number: int, cell: Cell) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,25 +90,17 @@ class Scripted(Campaign[str, str]):
     def open(self, block: Block[str, str], subject: str) -> Session[str] | None:
         self.diary.append(f"open {subject}")
         self.answer("open", subject, -1)
-        return None if subject == "nobody" else ScriptedSession(self, subject)
+        if subject == "nobody":
+            return None
+
+        def measure(cell: str, number: int) -> Any:
+            self.diary.append(f"{subject} {cell}{number}")
+            return self.answer(cell, subject, number)
+
+        return Session(measure, lambda: self.diary.append(f"close {subject}"), lambda: self.more)
 
     def told(self, cell: str, result: Any) -> str:
         return f"{result} of {cell}"
-
-
-class ScriptedSession(Session[str]):
-    def __init__(self, campaign: Scripted, subject: str) -> None:
-        self.campaign, self.subject = campaign, subject
-
-    def measure(self, cell: str, number: int) -> Any:
-        self.campaign.diary.append(f"{self.subject} {cell}{number}")
-        return self.campaign.answer(cell, self.subject, number)
-
-    def by_products(self) -> Mapping[str, Any]:
-        return self.campaign.more
-
-    def close(self) -> None:
-        self.campaign.diary.append(f"close {self.subject}")
 
 
 def run(campaign: Scripted, path: Path, rounds: int = 1, **more: Any) -> tuple[Store, list[str]]:

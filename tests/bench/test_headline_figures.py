@@ -10,17 +10,21 @@ import pytest
 
 from cierzo.bench.campaign.store import Sample, Store
 from cierzo.bench.headline.cells import CPU_PLAN, GPU_PLAN, LIMIT_S, Cell, Plan, Subject
-from cierzo.bench.headline.measurement import Measurement, Point, Steps, closed_loop, measured
-from cierzo.bench.headline.outcome import outcome_of
-from cierzo.bench.headline.search import (
+from cierzo.bench.headline.measurement import (
+    Measurement,
+    Point,
+    Steps,
     best,
     bound,
+    closed_loop,
     confirm,
     engine_settings,
     kv_room,
+    measured,
     resolved,
     search,
 )
+from cierzo.bench.headline.outcome import outcome_of
 from cierzo.bench.latency import RequestSample, steady_load, summarise_load
 from cierzo.bench.stats import Summary
 from cierzo.engine.cost.step_model import StepTotals

@@ -16,9 +16,9 @@ from cierzo.bench.campaign.loop import Run
 from cierzo.bench.campaign.store import CEILINGS, Store
 from cierzo.bench.headline import __main__ as command
 from cierzo.bench.headline.cells import GPU_PLAN, Cell, K, Plan, Subject
+from cierzo.bench.headline.engines import Simulation, layouts, simulate, simulated_config
 from cierzo.bench.headline.measurement import Measurement
 from cierzo.bench.headline.outcome import outcome_of, panels
-from cierzo.bench.headline.simulate import Simulation, layouts, simulate, simulated_config
 from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.bench.peers.engine import find_checkpoint
 from cierzo.engine.cost.cards import find_device, named

@@ -109,6 +109,13 @@ def test_thousands_of_sequences_run_at_once_on_the_blocks_of_four_cards() -> Non
     assert server.totals.rows / server.totals.steps > 1000  # running, on average
 
 
+def test_totals_at_a_request_s_end_are_those_of_the_steps_until_then() -> None:
+    """A closed loop keeps the engine busy, so that the time until an end is that of the steps."""
+    server = SimulatedServer(configure(profile="latency"))
+    result = load(server, requests=12, concurrency=4, input_tokens=1024, output_tokens=16)
+    assert [one.total_s for one in server.ends] == pytest.approx(sorted(one.end_s for one in result.samples))
+
+
 def test_short_requests_do_not_starve_beside_longest_ones() -> None:
     """Two prompts of 262,100 tokens, which take half a minute each, and short ones that come meanwhile."""
     core = VirtualCore(configure(), VirtualClock())

@@ -111,6 +111,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     (("chat", "--message", "caf\udce9"), 2, "argument --message: must be text in UTF-8, got 'caf\udce9'"),
     (("chat", "--system", "caf\udce9"), 2, "argument --system: must be text in UTF-8"),
     (("demo", "--prompt", "caf\udce9"), 2, "argument --prompt: must be text in UTF-8"),
+    ((*LOAD, "--prompt", "caf\udce9"), 2, "argument --prompt: must be text in UTF-8"),
     ((*GENERATE, "--stop", "caf\udce9"), 2, "argument --stop: must be text in UTF-8"),
     ((*GENERATE, "--temperature", "nan"), 2, "argument --temperature: must be a finite number, got 'nan'"),
     ((*GENERATE, "--max-tokens", "x"), 2, "argument --max-tokens: must be an integer, got 'x'"),
