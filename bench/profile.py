@@ -97,9 +97,10 @@ class Profiler:
         )
         self._repeats, self._block_tokens = repeats, layout.block_tokens
         self._model, self._pool, _ = load_model(config)
-        order = torch.randperm(self._pool.num_blocks, generator=torch.Generator().manual_seed(0)).int()
+        generator = torch.Generator().manual_seed(0)  # a step chooses the same experts whenever it is measured
+        order = torch.randperm(self._pool.num_blocks, generator=generator).int()
         self._tables = order[: count * width].view(count, width)
-        self._fill()
+        self._fill(generator)
 
     def decode(self, batch: int, ceilings: Ceilings) -> StepProfile:
         """A step in which `batch` sequences generate."""
@@ -132,9 +133,7 @@ class Profiler:
     def operations(self, pieces: Pieces, ceilings: Ceilings, *, generated: bool) -> list[OperationRow]:
         """A step taken apart. Raises ConfigError without native kernels, whose calls are what is timed."""
         if not has_native():
-            raise ConfigError(
-                "operations are timed as native calls, and no native kernels are here", field="device"
-            )
+            raise ConfigError("operations are native calls, and no native kernels are installed", field="device")
         rows = self._rows(pieces, generated=generated)
         bind(KernelsConfig(implementations=dict.fromkeys(BLOCKS, "composed")), "cpu")
         distinct = self._distinct(rows, pieces)
@@ -148,13 +147,14 @@ class Profiler:
         counted = {work.operation: work for work in model.work(StepShape.of(pieces, generated=generated))}
         return [_row(counted.get(name, Work(name, 0)), [run[name] for run in runs], ceilings) for name in runs[-1]]
 
-    def _fill(self) -> None:
+    def _fill(self, generator: torch.Generator) -> None:
         """Synthetic entries in every page, of the size that a norm leaves; zeros in INT8, whose bytes hold scales.
         Tokens that see what is not finite all choose the same experts."""
         for pages in self._pool.layers:
             for tensor in (pages.latents,) if isinstance(pages, MlaPages) else (pages.keys, pages.values):
                 first, *others = tensor.view(-1).split(FILLED)
-                first.copy_(torch.zeros(first.shape) if tensor.dtype == torch.uint8 else torch.randn(first.shape))
+                coded = tensor.dtype == torch.uint8
+                first.copy_(torch.zeros(first.shape) if coded else torch.randn(first.shape, generator=generator))
                 for part in others:
                     part.copy_(first[: len(part)])
 
