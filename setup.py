@@ -18,7 +18,7 @@ from setuptools.errors import CompileError
 
 RUNTIME = [
     "torch>=2.11,<2.14",
-    "numpy>=1.26",
+    "numpy>=2.0",
     "safetensors>=0.5",
     "msgspec>=0.19",
     "uvloop>=0.21",

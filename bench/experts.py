@@ -25,7 +25,7 @@ from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics, Phase, independent_distinct
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import SamplingParams
-from cierzo.engine.options import add_options, chosen, seed
+from cierzo.engine.options import MAX_SEED, add_options, chosen, seed
 
 HOTTEST = 4  # experts named in a layer's row
 RANDOM_REQUESTS = 32
@@ -39,7 +39,7 @@ class ExpertsSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of the traffic, which runs at `rpc`, or else on `checkpoint` with the fields after it.
 
     Prompts are the lines of `prompts`, over and over until there are `requests`, or else `input_tokens` random ids.
-    `concurrency` of them run at once. Every answer is greedy, and has exactly `output_tokens`.
+    `concurrency` of them run at once. Every answer has exactly `output_tokens`.
     """
 
     rpc: str | None = None
@@ -49,9 +49,10 @@ class ExpertsSettings(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: Annotated[Count, Meta(description="sequences that run at once")] = 8
     input_tokens: Annotated[Count, Meta(description="length of a random prompt, tokens")] = 128
     output_tokens: Annotated[Count, Meta(description="length of an answer, tokens")] = 32
+    temperature: Annotated[float, Meta(description="0: greedy")] = 0.0
     weights: Annotated[str, Meta(description="number format of the weights")] = "auto"
     device: Annotated[str, Meta(description="cpu or cuda")] = "auto"
-    seed: Annotated[int, Meta(description="of random prompts")] = 0
+    seed: Annotated[int, Meta(description="of random prompts and answers")] = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,13 +101,24 @@ def run_traffic(settings: ExpertsSettings) -> ExpertStatistics:
     assert settings.checkpoint is not None
     given = None if settings.prompts is None else read_prompts(Path(settings.prompts))
     count = settings.requests or (RANDOM_REQUESTS if given is None else len(given))
-    engine = {"weights": settings.weights, "device": settings.device, "max_running": settings.concurrency}
-    with LLM(settings.checkpoint, expert_statistics=True, **engine) as llm:
-        drawn = settings.input_tokens, llm.config.model.vocab_size, settings.seed
-        prompts = given or [random_prompt(index, *drawn) for index in range(count)]
-        repeated = list(itertools.islice(itertools.cycle(prompts), count))
-        sampling = SamplingParams(max_tokens=settings.output_tokens, ignore_eos=True, temperature=0.0)
-        llm.generate(repeated, sampling, progress=True)
+    seeds = [(settings.seed + index) % (MAX_SEED + 1) for index in range(count)]
+    with LLM(
+        settings.checkpoint,
+        expert_statistics=True,
+        max_running=settings.concurrency,
+        weights=settings.weights,
+        device=settings.device,
+    ) as llm:
+        vocab_size = llm.config.model.vocab_size
+        prompts: list[Prompt] = (
+            [random_prompt(index, settings.input_tokens, vocab_size, settings.seed) for index in range(count)]
+            if given is None
+            else list(itertools.islice(itertools.cycle(given), count))
+        )
+        sampling = SamplingParams(
+            max_tokens=settings.output_tokens, ignore_eos=True, temperature=settings.temperature
+        )
+        llm.generate(prompts, [msgspec.structs.replace(sampling, seed=seed) for seed in seeds], progress=True)
         statistics = llm.expert_statistics()
     assert statistics is not None
     return statistics

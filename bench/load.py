@@ -55,22 +55,25 @@ Connect = Callable[[str], Awaitable[LoadClient]]
 class LoadSettings(Workload, frozen=True, kw_only=True):
     """Settings of a load: a closed or an open loop, and the server at `rpc`.
 
-    Prompts are `input_tokens` random token ids, of which the first `shared_tokens` are the same in all, as a system
-    prompt is. Every answer is greedy, and has exactly `output_tokens`, or what the server's context leaves.
+    Prompts are `prompt`, or else `input_tokens` random token ids, of which the first `shared_tokens` are the same
+    in all, as a system prompt is. Every answer has exactly `output_tokens`, or what the server's context leaves.
     """
 
     rpc: str
     requests: Annotated[Count, Meta(description="requests in all")] = 100
     connections: Annotated[Count, Meta(description="connections that share the load")] = 1
+    prompt: Annotated[str | None, Meta(description="the prompt of every request; default: random tokens")] = None
+    temperature: Annotated[float, Meta(description="0: greedy")] = 0.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the address, the number of requests, the loop, the prompts and the answers."""
     add_rpc(parser, "server to load")
-    loops = {"concurrency", "rate"}
-    others = set(LoadSettings.__struct_fields__) - loops
-    add_options(parser.add_mutually_exclusive_group(), LoadSettings, skip=others)
-    add_options(parser, LoadSettings, skip={"rpc", "trace", *loops}, readers={"seed": seed})
+    every = set(LoadSettings.__struct_fields__)
+    apart = ({"concurrency", "rate"}, {"prompt", "input_tokens"})
+    for names in apart:
+        add_options(parser.add_mutually_exclusive_group(), LoadSettings, skip=every - names)
+    add_options(parser, LoadSettings, skip={"rpc", "trace"}.union(*apart), readers={"seed": seed})
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and raw samples here")
 
 
@@ -116,7 +119,7 @@ async def run_load(
     try:
         info = await clients[0].model_info()
         longest = getattr(info, "max_model_len", None)  # other engines need not say
-        if longest is not None and settings.input_tokens >= longest:
+        if longest is not None and settings.prompt is None and settings.input_tokens >= longest:
             why = f"max_model_len of the server is {longest}"
             raise refusal("input_tokens", f"at most {longest - 1}", settings.input_tokens, why)
         load = _Load(settings, clients, info.vocab_size, clock)
@@ -210,12 +213,16 @@ class _Load:
 
     def _generate(self, client: LoadClient, index: int) -> AsyncIterator[Delta]:
         settings = self.settings
-        shared = random_prompt(SHARED_INDEX, settings.shared_tokens, self.vocab_size, settings.seed)
-        own_tokens = settings.input_tokens - settings.shared_tokens
+        random_ids = None
+        if settings.prompt is None:
+            shared = random_prompt(SHARED_INDEX, settings.shared_tokens, self.vocab_size, settings.seed)
+            own_tokens = settings.input_tokens - settings.shared_tokens
+            random_ids = shared + random_prompt(index, own_tokens, self.vocab_size, settings.seed)
         return client.generate(
-            token_ids=shared + random_prompt(index, own_tokens, self.vocab_size, settings.seed),
+            text=settings.prompt,
+            token_ids=random_ids,
             max_tokens=settings.output_tokens,
             ignore_eos=True,
-            temperature=0.0,
+            temperature=settings.temperature,
             seed=(settings.seed + index) % (MAX_SEED + 1),
         )

@@ -1,10 +1,8 @@
 """`cierzo bench step --profile CHECKPOINT`: the time of a step, operation by operation.
 
-A step is computed twice. The engine computes it as in use, the whole model in one native call: the time in native
-calls against that of the whole step, scheduler and sampler included, says what Python and torch add. Then the model
-is taken apart into its operations, which gives the table: calls, time, bytes, GB/s, GFLOP/s, and the share of the
-limit, where the limit of an operation is the larger of bytes / read bandwidth and operations / GEMM rate of this
-machine, measured at start. Bytes and operations are those of engine/cost, with the experts that the step chose.
+A step is computed twice: by the engine as in use, where the time beside the one native call is what Python and
+torch add, then taken apart into its operations. The limit of an operation is the larger of bytes / read bandwidth
+and operations / GEMM rate of this machine, by engine/cost, with the experts that the step chose.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from cierzo.engine.messages import Submit
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import ModelRunner, load_model
 from cierzo.kernels.config import KernelsConfig
-from cierzo.kernels.cpu import abi, native
+from cierzo.kernels.cpu import native
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import bind, has_native
@@ -99,9 +97,10 @@ class Profiler:
         )
         self._repeats, self._block_tokens = repeats, layout.block_tokens
         self._model, self._pool, _ = load_model(config)
-        order = torch.randperm(self._pool.num_blocks, generator=torch.Generator().manual_seed(0)).int()
+        generator = torch.Generator().manual_seed(0)  # a step chooses the same experts whenever it is measured
+        order = torch.randperm(self._pool.num_blocks, generator=generator).int()
         self._tables = order[: count * width].view(count, width)
-        self._fill()
+        self._fill(generator)
 
     def decode(self, batch: int, ceilings: Ceilings) -> StepProfile:
         """A step in which `batch` sequences generate."""
@@ -134,29 +133,28 @@ class Profiler:
     def operations(self, pieces: Pieces, ceilings: Ceilings, *, generated: bool) -> list[OperationRow]:
         """A step taken apart. Raises ConfigError without native kernels, whose calls are what is timed."""
         if not has_native():
-            raise ConfigError(
-                "operations are timed as native calls, and no native kernels are installed", field="device"
-            )
+            raise ConfigError("operations are native calls, and no native kernels are installed", field="device")
         rows = self._rows(pieces, generated=generated)
         bind(KernelsConfig(implementations=dict.fromkeys(BLOCKS, "composed")), "cpu")
         distinct = self._distinct(rows, pieces)
         runs = []
         for _ in range(self._repeats):
-            with _watching(self.config.model.vocab_size) as calls:
+            with _watching() as calls:
                 self._seconds(rows, pieces)
-            runs.append(calls)
+            runs.append(calls | {"lm_head": [calls["linear"].pop()]})  # a step's last product is the output head's
         bind(KernelsConfig(), "cpu")
         model = StepModel(self.config, limit_device(ceilings), lambda _: distinct)
-        counted = {work.operation: work for work in model.work(shape_of(pieces, generated=generated))}
+        counted = {work.operation: work for work in model.work(StepShape.of(pieces, generated=generated))}
         return [_row(counted.get(name, Work(name, 0)), [run[name] for run in runs], ceilings) for name in runs[-1]]
 
-    def _fill(self) -> None:
+    def _fill(self, generator: torch.Generator) -> None:
         """Synthetic entries in every page, of the size that a norm leaves; zeros in INT8, whose bytes hold scales.
         Tokens that see what is not finite all choose the same experts."""
         for pages in self._pool.layers:
             for tensor in (pages.latents,) if isinstance(pages, MlaPages) else (pages.keys, pages.values):
                 first, *others = tensor.view(-1).split(FILLED)
-                first.copy_(torch.zeros(first.shape) if tensor.dtype == torch.uint8 else torch.randn(first.shape))
+                coded = tensor.dtype == torch.uint8
+                first.copy_(torch.zeros(first.shape) if coded else torch.randn(first.shape, generator=generator))
                 for part in others:
                     part.copy_(first[: len(part)])
 
@@ -209,7 +207,7 @@ class Profiler:
             core.submit(Submit(request_id=number, prompt_token_ids=prompt, sampling=sampling))
         runs = []
         while core.has_work():
-            with _watching(vocab_size) as calls:
+            with _watching() as calls:
                 begin = time.perf_counter()
                 deltas = core.step_plain()
                 seconds = time.perf_counter() - begin
@@ -218,23 +216,13 @@ class Profiler:
         return runs[1:] if new_tokens else runs  # the first has still computed a prompt
 
 
-def shape_of(pieces: Pieces, *, generated: bool) -> StepShape:
-    """The step's rows as engine/cost counts them: generated tokens in absorbed form, prompts in expanded form."""
-    starts, counts = np.array(pieces, dtype=np.float64).T
-    pairs = counts * starts + counts * (counts + 1) / 2
-    sums = (float(counts.sum()), float(pairs.sum()), float((starts + counts).sum()))
-    none = (0.0, 0.0, 0.0)
-    return StepShape(*(none + sums if generated else sums + none), float(len(pieces)))
-
-
 @contextmanager
-def _watching(vocab_size: int) -> Iterator[dict[str, list[float]]]:
-    """Seconds of native calls by operation. The product with a matrix of `vocab_size` rows is the output head's."""
+def _watching() -> Iterator[dict[str, list[float]]]:
+    """Seconds of native calls by operation."""
     calls: dict[str, list[float]] = {}
 
-    def note(operation: str, args: Any, seconds: float) -> None:
-        is_head = operation == "linear" and abi.Matrix.from_address(args.weight).n == vocab_size
-        calls.setdefault("lm_head" if is_head else operation, []).append(seconds)
+    def note(operation: str, _: Any, seconds: float) -> None:
+        calls.setdefault(operation, []).append(seconds)
 
     native.observe(note)
     try:

@@ -36,8 +36,6 @@ def spread(values: Sequence[float]) -> float:
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median of ours[i] / theirs[i]: rounds that ran side by side share the machine's mood, so pair them.
-
-    Raises ValueError for unequal lengths or none.
-    """
+    """Median of ours[i] / theirs[i]: rounds that ran side by side share the machine's mood. Raises ValueError for
+    unequal lengths or none."""
     return median([our / their for our, their in zip(ours, theirs, strict=True)])

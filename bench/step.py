@@ -1,9 +1,8 @@
 """`make bench-step`: the step loop apart from the model, with requests arriving, growing and finishing.
 
-Real scheduler, cache manager, block tables and batch builder, and a fake runner in place of the model. A step is
-timed from `schedule` to the encoded frame for the front end, the fake runner included. Taking in a new request
-(`submit`) happens between steps and is timed apart. Every prompt fills the context but for its output, and shares
-all but its last block with the others, so that long contexts are reached through the prefix cache.
+A step of the real engine core on a fake runner is timed from `schedule` to the encoded frame for the front end.
+Taking in a new request (`submit`) happens between steps and is timed apart. Every prompt fills the context but for
+its output, and shares all but its last block with the others, so that it is reached through the prefix cache.
 
 What a step costs must not depend on the context. What an arrival costs does: its prompt is hashed and looked up
 block by block in the step that admits it. Hence the long outputs: such a step is then the exception, as in use.
@@ -17,7 +16,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -27,13 +26,14 @@ from cierzo.bench.report import Recording, progress
 from cierzo.bench.stats import Summary, summarise
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.messages import SamplingParams, StepOutput, Submit
-from cierzo.engine.options import add_options, chosen, count, seed
+from cierzo.engine.options import add_options, chosen, count
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.process import prepare_memory
 from cierzo.scheduler.config import SchedulerConfig
 
 VOCAB_SIZE = 131_072
+BLOCK_TOKENS = 32
 WARM_UP_STEPS = 50
 MOST = 1 << 20
 
@@ -45,8 +45,6 @@ class StepSettings(msgspec.Struct, frozen=True, kw_only=True):
     contexts: tuple[int, ...]
     steps: Annotated[int, Meta(ge=1, description="timed steps of each row")] = 1000
     output_tokens: Annotated[int, Meta(ge=1, le=MOST, description="mean output, at most context / 4")] = 2048
-    block_tokens: Annotated[int, Meta(ge=1, le=MOST, description="tokens per KV block")] = 32
-    seed: Annotated[int, Meta(description="of output lengths and prompts")] = 0
 
 
 class StepRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of both kinds of measurement."""
     parser.add_argument("--running", type=count, nargs="+", default=[64, 512], metavar="N", help="running requests")
     parser.add_argument("--contexts", type=count, nargs="+", default=[1024, 131_072], metavar="N", help="tokens")
-    add_options(parser, StepSettings, skip={"running", "contexts"}, readers={"seed": seed})
+    add_options(parser, StepSettings, skip={"running", "contexts"})
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
     model = parser.add_argument_group("a model's step, operation by operation, instead")
     model.add_argument("--profile", metavar="CHECKPOINT", help="measure this model's kernels")
@@ -78,23 +76,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, write JSON if asked."""
     report = Recording("step", arguments.json)
-    settings: Any
-    results: Any
     if arguments.profile is None:
         settings = StepSettings(**chosen(arguments, StepSettings))
         pairs = itertools.product(settings.running, settings.contexts)
-        results = [measure(settings, running, context) for running, context in pairs]
-        print(table(results))
-    else:
-        from cierzo.bench import profile  # imports torch
+        rows = [measure(settings, running, context) for running, context in pairs]
+        print(table(rows))
+        report.write(settings, rows)
+        return 0
+    from cierzo.bench import profile  # imports torch
 
-        settings = {"checkpoint": arguments.profile, "weights": arguments.weights}
-        ceilings, steps = profile.profile(
-            arguments.profile, arguments.batches, arguments.prompts, weights=arguments.weights
-        )
-        print(profile.table(ceilings, steps))
-        results = {"ceilings": ceilings, "steps": steps}
-    report.write(settings, results)
+    checkpoint, weights = arguments.profile, arguments.weights
+    ceilings, steps = profile.profile(checkpoint, arguments.batches, arguments.prompts, weights=weights)
+    print(profile.table(ceilings, steps))
+    report.write({"checkpoint": checkpoint, "weights": weights}, {"ceilings": ceilings, "steps": steps})
     return 0
 
 
@@ -144,8 +138,8 @@ def _longest_output(settings: StepSettings, context: int) -> int:
 
 
 def _core(settings: StepSettings, running: int, context: int) -> EngineCore:
-    own_blocks = _longest_output(settings, context) // settings.block_tokens + 3
-    num_blocks = context // settings.block_tokens + running * own_blocks
+    own_blocks = _longest_output(settings, context) // BLOCK_TOKENS + 3
+    num_blocks = context // BLOCK_TOKENS + running * own_blocks
     scheduler = SchedulerConfig(
         budget_tokens=max(8192, running),
         max_chunk_tokens=8192,
@@ -153,7 +147,7 @@ def _core(settings: StepSettings, running: int, context: int) -> EngineCore:
         max_waiting=2 * running,
         max_model_len=context,
     )
-    cache = CacheConfig(block_tokens=settings.block_tokens, num_blocks=num_blocks, hash_key="00" * 16)
+    cache = CacheConfig(block_tokens=BLOCK_TOKENS, num_blocks=num_blocks, hash_key="00" * 16)
     core = EngineCore(fake_config(scheduler, cache, vocab_size=VOCAB_SIZE))
     prepare_memory()
     return core
@@ -161,7 +155,7 @@ def _core(settings: StepSettings, running: int, context: int) -> EngineCore:
 
 def _requests(settings: StepSettings, running: int, context: int) -> Iterator[Submit]:
     """Requests that end near the context's length. The first `running` ones are cut short, as if half grown."""
-    draw = random.Random(settings.seed)
+    draw = random.Random(0)
     longest = _longest_output(settings, context)
     shared = [draw.randrange(VOCAB_SIZE) for _ in range(max(1, context - longest))]
     for request_id in itertools.count():

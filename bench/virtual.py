@@ -1,16 +1,14 @@
 """Loads in virtual time: the real load client and the real scheduler, on a card that is simulated.
 
-The clock of the asyncio loop jumps to the next timer instead of waiting for it. `SimulatedServer` is the engine
-core as a task of that loop, and its `connect` opens what `bench.load` takes for a connection.
-
-A step at a time, an hour of load takes minutes, nearly all of them for steps in which the same sequences decode
-one token more. `JumpingScheduler` takes a stretch of such steps at once. Whatever else happens (an arrival, a
-prompt, an admission, an end, a preemption) is for the engine's own scheduler, a step at a time.
+The clock of the asyncio loop jumps to the next timer instead of waiting for it. Steps in which the same sequences
+decode one token more are taken together, by `JumpingScheduler`; whatever else happens (an arrival, a prompt, an
+admission, an end, a preemption) is for the engine's own scheduler, a step at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import selectors
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -19,7 +17,7 @@ import msgspec
 import numpy as np
 
 from cierzo.bench.latency import LoadResult
-from cierzo.bench.load import LoadClient, LoadSettings, run_load
+from cierzo.bench.load import LoadSettings, run_load
 from cierzo.bench.plan.batching import Row, expand
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.step_model import FloatArray, StepTotals
@@ -53,8 +51,7 @@ class JumpingScheduler(Scheduler):
     """The engine's scheduler, which can also take many decode steps at once.
 
     `advance` leaves the running requests (tokens, counts, blocks), the deltas and the counters of steps and output
-    tokens as `schedule` and `commit` would, step by step; it touches nothing else of the scheduler's state. Tests
-    hold loads with and without it against each other, and `check` holds after it.
+    tokens as `schedule` and `commit` would, step by step; it touches nothing else of the scheduler's state.
     """
 
     def steady(self) -> Row:
@@ -138,16 +135,8 @@ class _JumpingSelector(selectors.SelectSelector):
         return []
 
 
-def _virtual_loop(clock: VirtualClock) -> asyncio.AbstractEventLoop:
-    """An asyncio event loop whose clock jumps to the next timer instead of waiting."""
-    loop = asyncio.SelectorEventLoop(_JumpingSelector(clock))
-    loop.time = clock  # type: ignore[method-assign]
-    loop._clock_resolution = 1e-9  # type: ignore[attr-defined]
-    return loop
-
-
 class SimulatedServer:
-    """A simulated engine, and the connections to it."""
+    """A simulated engine, and the one connection to it: a `LoadClient`."""
 
     def __init__(
         self, config: EngineConfig, distinct: Distinct | None = None, *, step_at_a_time: bool = False
@@ -169,10 +158,6 @@ class SimulatedServer:
         """Sums over the engine's steps so far."""
         return self.core.simulated.totals
 
-    async def connect(self, _: str = "") -> LoadClient:
-        """Open a connection."""
-        return SimulatedClient(self)
-
     async def run(self) -> None:
         """Take requests and steps, until cancelled. A request that comes within a step waits for the step's end, as
         it does in the core."""
@@ -191,45 +176,16 @@ class SimulatedServer:
                 if ended:
                     self.ends.append(msgspec.structs.replace(self.totals))
 
-    def send(self, prompt_token_ids: list[int], sampling: SamplingParams) -> asyncio.Queue[TokenDelta]:
-        """Send a request; its output will appear in the queue that is returned."""
-        self._sent += 1
-        stream = self._streams[self._sent] = asyncio.Queue()
-        self._arrivals.append(Submit(request_id=self._sent, prompt_token_ids=prompt_token_ids, sampling=sampling))
-        self._arrived.set()
-        return stream
-
-    async def _step(self) -> list[TokenDelta]:
-        """Take one step, or all coming ones that are alike and have begun when a request comes. The core lets their
-        time pass at once; the clock is set back, and the loop waits, so that the other tasks see time pass too."""
-        begin_s, ends_s = self.clock.now_s, np.cumsum(self.core.steady_s(self._most_steps))
-        if len(ends_s) < 2:
-            deltas = self.core.step_plain()
-            end_s, self.clock.now_s = self.clock.now_s, begin_s
-            await asyncio.sleep(end_s - begin_s)
-            return deltas
-        try:
-            async with asyncio.timeout(float(ends_s[-1])):
-                await self._arrived.wait()
-            begun = int(np.searchsorted(ends_s, self.clock.now_s - begin_s, side="right")) + 1
-        except TimeoutError:
-            begun = len(ends_s)
-        begun = min(begun, len(ends_s))
-        await asyncio.sleep(begin_s + float(ends_s[begun - 1]) - self.clock.now_s)
-        self.clock.now_s = begin_s
-        return self.core.advance(begun)
-
-
-class SimulatedClient:
-    """A connection to a `SimulatedServer`: a `LoadClient`."""
-
-    def __init__(self, server: SimulatedServer) -> None:
-        self._server = server
-
     async def generate(self, **request: Any) -> AsyncIterator[Delta]:
         """Stream one answer; raises what the server would answer instead."""
+        self._sent += 1
+        stream = self._streams[self._sent] = asyncio.Queue()
         sampling = {name: value for name, value in request.items() if name in SamplingParams.__struct_fields__}
-        stream = self._server.send(request["token_ids"], SamplingParams(**sampling))
+        submit = Submit(
+            request_id=self._sent, prompt_token_ids=request["token_ids"], sampling=SamplingParams(**sampling)
+        )
+        self._arrivals.append(submit)
+        self._arrived.set()
         while True:
             delta = await stream.get()
             if delta.token_ids:
@@ -240,23 +196,49 @@ class SimulatedClient:
                     raise BY_CODE.get(code, CoreFailed)(words or delta.finish.message or delta.finish.reason)
                 return
 
-    async def model_info(self) -> Any:
+    async def model_info(self) -> SimulatedServer:
         """The server itself, which has what is asked for."""
-        return self._server
+        return self
 
     async def close(self) -> None:
         """Do nothing: there is nothing to let go of."""
+
+    async def _step(self) -> list[TokenDelta]:
+        """Take one step, or all coming ones that are alike and have begun when a request comes. The core lets their
+        time pass at once; the clock is set back, and the loop waits, so that the other tasks see time pass too."""
+        begin_s, ends_s = self.clock.now_s, np.cumsum(self.core.steady_s(self._most_steps))
+        if len(ends_s) < 2:
+            deltas = self.core.step_plain()
+            end_s, self.clock.now_s = self.clock.now_s, begin_s
+            await asyncio.sleep(end_s - begin_s)
+            return deltas
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(float(ends_s[-1])):
+                await self._arrived.wait()
+        begun = min(int(np.searchsorted(ends_s, self.clock.now_s - begin_s, side="right")) + 1, len(ends_s))
+        await asyncio.sleep(begin_s + float(ends_s[begun - 1]) - self.clock.now_s)
+        self.clock.now_s = begin_s
+        return self.core.advance(begun)
 
 
 def run_simulated_load(server: SimulatedServer, settings: LoadSettings) -> LoadResult:
     """Run one load in virtual time. Raises ConfigError for settings that contradict each other."""
 
+    def virtual_loop() -> asyncio.AbstractEventLoop:
+        loop = asyncio.SelectorEventLoop(_JumpingSelector(server.clock))
+        loop.time = server.clock  # type: ignore[method-assign]
+        loop._clock_resolution = 1e-9  # type: ignore[attr-defined]
+        return loop
+
+    async def connect(_: str) -> SimulatedServer:
+        return server
+
     async def load() -> LoadResult:
         engine = asyncio.create_task(server.run())
         try:
-            return await run_load(settings, server.connect, server.clock)
+            return await run_load(settings, connect, server.clock)
         finally:
             engine.cancel()
 
-    with asyncio.Runner(loop_factory=lambda: _virtual_loop(server.clock)) as runner:
+    with asyncio.Runner(loop_factory=virtual_loop) as runner:
         return runner.run(load())

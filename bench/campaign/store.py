@@ -90,5 +90,5 @@ class Store:
             theirs = there.get(name) if isinstance(there, dict) else None
             if theirs != wanted:
                 told = f"{self.path} holds samples of {name} {theirs!r}, this run is of {wanted!r}"
-                remedy = "name another file with --samples, or remove it"
+                remedy = "name another file, or remove it"
                 raise ConfigError(f"{told}: {remedy}", field=name, limit=theirs, value=wanted)

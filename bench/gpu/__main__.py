@@ -24,6 +24,7 @@ from cierzo.bench.gpu import compiled, conformance, timing
 from cierzo.bench.gpu.calls import cells
 from cierzo.bench.gpu.cases import CASES
 from cierzo.bench.revision import ROOT, current_commit, installed_versions, output
+from cierzo.engine.errors import ConfigError
 from cierzo.kernels import registry
 
 PARTS = ("compile", "conformance", "ceilings", "kernels", "served")
@@ -146,7 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     card = str(described.get("card", device.type))
     name = card.lower().replace(" ", "-")
     path = arguments.output or ROOT / "bench" / "results" / f"gpu-{name}-{commit}.jsonl"
-    store = Store(path, {"commit": commit, "device": card})
+    try:
+        store = Store(path, {"commit": commit, "device": card})
+    except ConfigError as error:
+        print(f"cierzo.bench.gpu: {error}", file=sys.stderr)
+        return 2
     store.add(Sample(cell="machine", subject="machine", round=0, started="", took_s=0.0, result=described))
     # The defaults of KernelsConfig, for a machine without msgspec.
     registry.bind(SimpleNamespace(implementations={}, instruction_set="auto"), "cuda")  # type: ignore[arg-type]

@@ -252,7 +252,7 @@ def blocks(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     arguments: Arguments = (pages, torch.arange(count) * 2, pages[:count].clone())
     if operation == "copy_blocks":
         arguments = (pages, torch.stack([torch.arange(count), torch.arange(2 * count - 1, count - 1, -1)], dim=1))
-    return [arguments], operations.moved_blocks(operation, count, pages[0].nbytes)
+    return [arguments], operations.Work(operation, 2 * count * pages[0].nbytes)  # read and written
 
 
 # --- attention ---------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def by_head(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     x = make.noise(size.rows, model.heads, model.nope + model.rope if absorb else model.rank)
     n, k = (model.rank, model.nope) if absorb else (model.value_dim, model.rank)
     weights = make.cold(lambda: (make.plain(model.heads, n, k),))
-    work = (operations.mla_absorb if absorb else operations.mla_unabsorb)(model, size.rows)
+    work = operations.by_head(operation, model, size.rows)
     return [(x, *matrices) for matrices in weights], work
 
 

@@ -81,18 +81,15 @@ def values(store: Store, cell: Cell, subject: Subject) -> dict[int, float]:
 def limit(cell: Cell, model: ModelConfig, number_format: str, device: Device) -> float | None:
     """Tokens per second of a decode or prefill cell if the machine's ceilings alone decided; for others None."""
     if cell.kind == "decode":
-        rows, context = float(cell.batch), cell.batch * (cell.prompt_tokens + cell.new_tokens / 2)
-        tokens = rows
-        shape = StepShape(absorbed_tokens=rows, absorbed_pairs=context, absorbed_context=context, sampled=rows)
+        pieces = [(cell.prompt_tokens + cell.new_tokens / 2 - 1, 1)] * cell.batch
     elif cell.kind == "prefill":
-        rows, tokens = 1.0, float(cell.prompt_tokens)
-        pairs = tokens * (tokens + 1) / 2
-        shape = StepShape(expanded_tokens=tokens, expanded_pairs=pairs, expanded_context=tokens, sampled=rows)
+        pieces = [(0.0, cell.prompt_tokens)]
     else:
         return None
+    shape = StepShape.of(pieces, generated=cell.kind == "decode")
     formats = NumberFormats(weights=WEIGHTS.get(number_format, number_format), on_gpu=False)
     work = step_work(model, model.cache_layout(1, "bfloat16"), formats, shape)
-    return tokens / float(step_time(device, work, rows=rows).limit_s)
+    return float(shape.tokens / step_time(device, work, rows=shape.sampled).limit_s)
 
 
 def ratios(

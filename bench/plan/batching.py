@@ -1,8 +1,5 @@
-"""Continuous batching in counts: which steps a workload comes to, without tokens and without block ids.
-
-The rules are the scheduler's, written a second time so that each can be held against the other. Requests that
-decode advance together: of each only its last step and its place in a block matter. A step costs the same with one
-request running or a thousand, and a stretch of steps in which nobody comes or goes costs as much as one step.
+"""Continuous batching in counts: which steps a workload comes to, without tokens and without block ids
+(docs/architecture.md, section 10). The rules are the scheduler's, written a second time.
 
 A step computes a token of every request that decodes, then chunks of the prompts that run, then prompts that
 wait, while slots, budget and blocks last. A request that comes while a step is in flight is seen after it. The
@@ -21,7 +18,6 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cierzo.bench.workload import TracedRequest
 from cierzo.engine.config import EngineConfig
@@ -69,28 +65,6 @@ class Row:
         self.sampled += samples
 
 
-@dataclass(slots=True)
-class Course:
-    """The steps of a load as rows, in order, and where its requests are in them.
-
-    first, last, arrival: steps [N] with whose end came a request's first token, its last one, and in a closed loop
-    the request itself (-1: the start). pauses: (request, step of the token before a preemption, step of the token
-    after it). idle_s: step -> idle seconds before it.
-    """
-
-    first: NDArray[np.int64]
-    last: NDArray[np.int64]
-    arrival: NDArray[np.int64]
-    rows: list[Row] = field(default_factory=list)
-    pauses: list[tuple[int, int, int]] = field(default_factory=list)
-    idle_s: dict[int, float] = field(default_factory=dict)
-    most_running: int = 0
-    most_waiting: int = 0
-    preemptions: int = 0
-    kv_room_reached: bool = False
-    max_running_reached: bool = False
-
-
 _FIELDS = attrgetter(*Row.__slots__)
 
 
@@ -102,13 +76,10 @@ def expand(rows: Sequence[Row]) -> tuple[StepShape, FloatArray]:
     decodes = of["decodes"]
     earlier = np.arange(len(decodes)) - np.repeat(np.cumsum(repeats) - repeats, repeats)  # steps of the same row
     context = of["context"] + decodes * earlier
-    for name, more in {
-        "absorbed_tokens": decodes,
-        "absorbed_pairs": context,
-        "absorbed_context": context,
-        "sampled": decodes,
-    }.items():
-        of[name] = of[name] + more
+    for name in ("absorbed_tokens", "sampled"):
+        of[name] = of[name] + decodes
+    for name in ("absorbed_pairs", "absorbed_context"):
+        of[name] = of[name] + context
     return StepShape(**{name: of[name] for name in StepShape.__slots__}), decodes + of["prompts"]
 
 
@@ -201,9 +172,7 @@ class _Room:
     def let_go(self, shared: int) -> None:
         """Release one request's hold on `shared` prefix blocks."""
         self._holders[shared] -= 1
-        if not self._holders[shared]:
-            del self._holders[shared]
-        left = max(self._holders, default=0)
+        left = max(+self._holders, default=0)
         if left < self.held:
             ready = max(0, self.ready - left)
             kept, self.kept[0] = [ready + self.kept[0]], 0  # together, as if all were given back now
@@ -213,7 +182,12 @@ class _Room:
 
 
 class Batching:
-    """A run of a load under an engine's limits, from its first step to its last."""
+    """A run of a load under an engine's limits: its steps as `rows`, in order, and where its requests are in them.
+
+    first, last, arrival: steps [N] with whose end came a request's first token, its last one, and in a closed loop
+    the request itself (-1: the start). pauses: (request, step of the token before a preemption, step of the token
+    after it). idle_s: step -> idle seconds before it.
+    """
 
     def __init__(
         self, config: EngineConfig, load: Sequence[TracedRequest], clients: int, model: StepModel | None = None
@@ -223,7 +197,12 @@ class Batching:
         self._limits, self._block_tokens = config.scheduler, config.cache.block_tokens
         self._caching = config.cache.prefix_caching
         self._load, self._clients, self._model = load, clients, model
-        self.course = Course(*np.full((3, len(load)), -1))
+        self.first, self.last, self.arrival = np.full((3, len(load)), -1)
+        self.rows: list[Row] = []
+        self.pauses: list[tuple[int, int, int]] = []
+        self.idle_s: dict[int, float] = {}
+        self.most_running = self.most_waiting = self.preemptions = 0
+        self.kv_room_reached = self.max_running_reached = False
         self._room = _Room(config.cache.num_blocks)
         self._step, self._now_s, self._arrived = 0, 0.0, 0
         self._late: list[int] = []  # for each answer that its client has not followed up: the step it came with
@@ -235,18 +214,17 @@ class Batching:
         self._ends: list[tuple[int, int]] = []  # a heap: (step, request that ends then), unless it is preempted
         self._blocked = False
 
-    def run(self) -> Course:
-        """Take steps until every request has ended."""
+    def run(self) -> Batching:
+        """Take steps until every request has ended; return this."""
         for _ in range(self._clients):
             self._arrive(-1)
         while self._running or self._waiting or self._late or self._arrived < len(self._load):
             self._take()
-            steps = self._sure_steps()
-            if steps:
+            if steps := self._sure_steps():
                 self._advance(steps)
             else:
                 self._single()
-        return self.course
+        return self
 
     # --- arrivals ------------------------------------------------------------------------------------------------
 
@@ -258,11 +236,11 @@ class Batching:
         new = self._load[index]
         tokens = new.input_tokens
         shared = min(new.shared_tokens, tokens - 1) // self._block_tokens if self._caching else 0
-        self.course.arrival[index] = step
+        self.arrival[index] = step
         self._waiting.append(_Request(index, tokens, new.output_tokens, shared, tokens))
         self._arrived += 1
         self._blocked = False
-        self.course.most_waiting = max(self.course.most_waiting, len(self._waiting))
+        self.most_waiting = max(self.most_waiting, len(self._waiting))
 
     def _next_s(self) -> float:
         """When the next request of an open load comes; never, if there is none."""
@@ -279,7 +257,7 @@ class Batching:
         for step in due:
             self._arrive(step)
         if idle and self._now_s < self._next_s() < math.inf:
-            self.course.idle_s[self._step] = self._next_s() - self._now_s
+            self.idle_s[self._step] = self._next_s() - self._now_s
             self._now_s = self._next_s()
         while self._next_s() <= self._now_s:
             self._arrive(-1)
@@ -324,7 +302,7 @@ class Batching:
 
     def _single(self) -> None:
         """Take one step: preempt for the requests that decode, then run chunks of prompts, then admit."""
-        preemptions = self.course.preemptions
+        preemptions = self.preemptions
         while self._growth(1) > self._room.free:
             self._preempt()
         self._room.take(self._growth(1))
@@ -333,7 +311,7 @@ class Batching:
         for request in self._prompts:
             if budget > 0:
                 budget -= self._chunk(request, row, budget)
-        if preemptions == self.course.preemptions:
+        if preemptions == self.preemptions:
             self._admit(row, budget)
         row.running = len(self._running)
         if self._model is not None:
@@ -357,13 +335,13 @@ class Batching:
         while budget > 0 and passed < len(self._waiting):
             request = self._waiting[passed]
             if len(self._running) >= self._limits.max_running:
-                self.course.max_running_reached = True
+                self.max_running_reached = True
                 break
             if passed < LOOKED_PAST and self._is_coming(request):
                 passed += 1
                 continue
             if not self._enter(request):
-                self.course.kv_room_reached = True
+                self.kv_room_reached = True
                 break
             del self._waiting[passed]
             budget -= self._chunk(request, row, budget)
@@ -392,14 +370,14 @@ class Batching:
         request.blocks, request.kept = total, [0]
         self._running[request.index] = request
         self._prompts.append(request)
-        self.course.most_running = max(self.course.most_running, len(self._running))
+        self.most_running = max(self.most_running, len(self._running))
         return True
 
     # --- ends ----------------------------------------------------------------------------------------------------
 
     def _end(self, row: Row) -> None:
         """End a step, or a stretch of steps: requests end, prompts that are computed begin to decode."""
-        self.course.rows.append(row)
+        self.rows.append(row)
         step = self._step = self._step + row.repeat - 1
         self._context += self._decodes * row.repeat
         while self._decodes and self._next_end() == step:
@@ -420,11 +398,11 @@ class Batching:
 
     def _sampled(self, request: _Request, step: int) -> None:
         """Give a token to a request whose prompt has been computed: its first, unless it had been preempted."""
-        index, course = request.index, self.course
-        if course.first[index] < 0:
-            course.first[index] = step
+        index = request.index
+        if self.first[index] < 0:
+            self.first[index] = step
         else:
-            course.pauses.append((index, request.paused, step))
+            self.pauses.append((index, request.paused, step))
         request.known += 1
         remaining = request.input_tokens + request.output_tokens - request.known
         if not remaining:
@@ -447,7 +425,7 @@ class Batching:
         self._grows[-request.offset % self._block_tokens] -= 1
 
     def _finish(self, request: _Request, step: int) -> None:
-        self.course.last[request.index] = step
+        self.last[request.index] = step
         self._leave(request)
         if self._clients and self._arrived + len(self._late) < len(self._load):
             self._late.append(step)
@@ -455,8 +433,8 @@ class Batching:
     def _preempt(self) -> None:
         """Send the request that came last back to its place in the queue."""
         request = self._running[max(self._running)]
-        self.course.preemptions += 1
-        self.course.kv_room_reached = True
+        self.preemptions += 1
+        self.kv_room_reached = True
         if request.decodes:
             self._stop_decoding(request, self._step)
             request.paused = self._step - 1

@@ -1,9 +1,7 @@
 """`python -m cierzo.bench.plan.calibrate CHECKPOINT`: this machine's CPU as a device for plans, in a minute.
 
-The description holds the machine's ceilings, the share of them that each operation of this checkpoint reaches at
-several sizes, and the seconds of a step beyond its operations. Operations are timed one by one, then scaled so that
-together they take as long as the engine's one native call: the rest of that call (rotations, cache writes,
-sampling), which engine/cost does not count, is shared out among them.
+Operations are timed one by one, then scaled so that together they take as long as the engine's one native call: the
+rest of that call (rotations, cache writes, sampling), which engine/cost does not count, is shared out among them.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ import msgspec
 import numpy as np
 
 from cierzo.bench.machine import limit_device, measure_ceilings
-from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile, shape_of
+from cierzo.bench.profile import CONTEXT, OperationRow, Profiler, StepProfile
 from cierzo.bench.report import check_writable
 from cierzo.bench.revision import current_commit
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.cost.device import Calibration, Device, Kind, MeasuredShare
+from cierzo.engine.cost.device import Device, Kind
 from cierzo.engine.cost.step_model import StepModel, price
 from cierzo.engine.cost.work import StepShape
 from cierzo.engine.errors import CierzoError, ConfigError, refusal
@@ -45,12 +43,10 @@ FIXED = {"model", "device", "kernels", "frontend", "runner"}
 
 
 class Calibrator:
-    """A loaded checkpoint, whose operations can be measured again as often as the machine's speed changes."""
+    """A loaded checkpoint, whose operations can be measured again as often as the machine's speed changes. Raises
+    ConfigError without native kernels, whose calls are what is timed."""
 
     def __init__(self, given: EngineOptions) -> None:
-        """Raises ConfigError without native kernels, whose calls are what is timed."""
-        if not has_native():
-            raise ConfigError("a calibration times the native kernels, and none are installed", field="device")
         self._options = given
         self._largest = resolve(given).scheduler.budget_tokens
         longest = max(self._largest, *(context for _, context in LONG))
@@ -62,7 +58,7 @@ class Calibrator:
         device = msgspec.structs.replace(
             limit_device(ceilings),
             name="cpu",
-            source=f"measured: {stamp.checkpoint}, weights {stamp.weights}, commit {stamp.commit}",
+            source="measured: {checkpoint}, weights {weights}, commit {commit}".format(**stamp),
             stated=STATED,
             calibration=stamp,
         )
@@ -72,18 +68,20 @@ class Calibrator:
         model = StepModel(profiler.config, device)
         times: Times = defaultdict(lambda: defaultdict(list))
         for batch, step in decodes.items():
-            _add(times, model, shape_of([(CONTEXT - 1, 1)] * batch, generated=True), step.operations, step)
+            _add(times, model, StepShape.of([(CONTEXT - 1, 1)] * batch, generated=True), step.operations, step)
         for tokens, step in prefills.items():
-            _add(times, model, shape_of([(0, tokens)], generated=False), step.operations, step)
+            _add(times, model, StepShape.of([(0, tokens)], generated=False), step.operations, step)
         for batch, context in LONG:
             pieces = [(context - 1, 1)] * batch
             rows = profiler.operations(pieces, ceilings, generated=True)
             attention = [row for row in rows if row.operation in ATTENTION]
-            _add(times, model, shape_of(pieces, generated=True), attention, decodes[batch])
+            _add(times, model, StepShape.of(pieces, generated=True), attention, decodes[batch])
         beyond = [(step.step_ms - step.native_ms) / 1e3 for step in decodes.values()]
         step_overhead_s, row_overhead_s = _line(list(decodes), beyond)
         measured = {
-            operation: [_share(limit_s, fmean(found[limit_s])) for limit_s in sorted(found)]
+            operation: {
+                limit_s: min(max(limit_s / fmean(took_s), SMALLEST), LARGEST) for limit_s, took_s in found.items()
+            }
             for operation, found in times.items()
         }
         return msgspec.structs.replace(
@@ -99,40 +97,31 @@ def read_calibration(path: Path, wanted: EngineOptions) -> Device:
     except (OSError, msgspec.MsgspecError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise refusal("calibration", limit, given, why) from error
-    if device.calibration is None:
+    if not device.calibration:
         raise refusal("calibration", limit, given, "a device, but not a calibration")
-    stamp = stamp_of(resolve(wanted))
-    for name in Calibration.__struct_fields__:
-        ours, theirs = getattr(stamp, name), getattr(device.calibration, name)
+    for name, ours in stamp_of(resolve(wanted)).items():
+        theirs = device.calibration.get(name)
         if ours != theirs:
-            raise ConfigError(
-                f"calibration {path}: made with {name} {theirs}, and this is {ours}",
-                field="calibration",
-                limit=f"{name} {ours}",
-                value=theirs,
-            )
+            told = f"calibration {path}: made with {name} {theirs}, and this is {ours}"
+            raise ConfigError(told, field="calibration", limit=f"{name} {ours}", value=theirs)
     return device
 
 
-def stamp_of(config: EngineConfig) -> Calibration:
-    """The stamp of a calibration made here and now: what it holds for."""
+def stamp_of(config: EngineConfig) -> dict[str, str | int]:
+    """The stamp of a calibration made here and now: what it holds for. config: digest of the checkpoint's."""
     text = Path(config.checkpoint, "config.json")
     source = text if text.is_file() else Path(config.checkpoint, "params.json")
     chosen_set = config.kernels.instruction_set
-    return Calibration(
-        checkpoint=config.name,
-        config=hashlib.sha256(source.read_bytes()).hexdigest()[:16],
-        commit=current_commit(),
-        dtype=config.dtype,
-        weights=config.weights,
-        kv_dtype=config.layout.dtype,
-        threads=config.threads,
-        instruction_set=native.instruction_set() if chosen_set == "auto" and has_native() else chosen_set,
-    )
-
-
-def _share(limit_s: float, took_s: float) -> MeasuredShare:
-    return MeasuredShare(limit_s, min(max(limit_s / took_s, SMALLEST), LARGEST))
+    return {
+        "checkpoint": config.name,
+        "config": hashlib.sha256(source.read_bytes()).hexdigest()[:16],
+        "commit": current_commit(),
+        "dtype": config.dtype,
+        "weights": config.weights,
+        "kv_dtype": config.layout.dtype,
+        "threads": config.threads,
+        "instruction_set": native.instruction_set() if chosen_set == "auto" and has_native() else chosen_set,
+    }
 
 
 def _add(times: Times, model: StepModel, shape: StepShape, rows: list[OperationRow], step: StepProfile) -> None:
@@ -165,21 +154,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the device here")
     add_options(parser, EngineOptions, skip=FIXED)
+    arguments = parser.parse_args(argv)
     try:
-        return _run(parser.parse_args(argv))
+        if arguments.json is not None:
+            check_writable(arguments.json)
+        given = chosen(arguments, EngineOptions, skip=FIXED)
+        device = Calibrator(EngineOptions(model=arguments.checkpoint, device="cpu", **given)).measure()
     except CierzoError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    if arguments.json is not None:
-        check_writable(arguments.json)
-    given = chosen(arguments, EngineOptions, skip=FIXED)
-    device = Calibrator(EngineOptions(model=arguments.checkpoint, device="cpu", **given)).measure()
     print(device.describe())
     for operation, points in device.measured.items():
-        shares = ", ".join(f"{point.share:.0%} at {point.limit_s * 1e6:,.0f} us" for point in points)
+        shares = ", ".join(f"{share:.0%} at {limit_s * 1e6:,.0f} us" for limit_s, share in sorted(points.items()))
         print(f"  {operation:14} {shares}")
     print(
         f"  beyond them    {device.step_overhead_s * 1e6:,.0f} us a step, {device.row_overhead_s * 1e6:,.0f} a row"

@@ -1,11 +1,7 @@
 """`python -m cierzo.bench.plan.check CHECKPOINT...`: hold plans for this machine's CPU against measurements.
 
-For each workload: calibrate (calibrate.py), load a `cierzo serve` of the checkpoint, calibrate again. The plan is
-the mean of those from the two calibrations, since a shared host's memory gives twice as much in one minute as in
-another. It is made from the experts that this traffic chose, as `cierzo plan --experts` does: clients that share
-most of a prompt share experts too. Where the two plans differ by more than `STEADY` in requests/s, the machine
-changed meanwhile, and the workload is measured again, up to `ATTEMPTS` times. The attempt whose plans agree best
-counts, whatever its result; all are kept.
+Each workload is measured between two calibrations, and again, up to `ATTEMPTS` times, while plans from both differ
+by more than `STEADY` in requests/s; all attempts are kept (docs/architecture.md, section 10).
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""`cierzo plan CHECKPOINT --device h200,4xh100 --workload 2048/256@64`: plan a workload on devices.
-
-The table says for each device whether weights and KV cache fit, how many requests run at once, requests a second,
-latencies, what limits, and which change would help most. `small4` and `small3` stand for the models at true size.
-Nothing is measured: figures follow from bytes and operations, and from the shares of a device's limits that kernels
-reach.
-"""
+"""`cierzo plan CHECKPOINT --device h200,4xh100 --workload 2048/256@64`: plan a workload on devices."""
 
 from __future__ import annotations
 
@@ -35,9 +29,9 @@ WORKLOAD = (
     "2048/256@64: tokens in, out, clients; 2048/256@3.5/s: requests a second; 1152:1024/64@16: 1,024 of 1,152 "
     "tokens are the same in all; FILE.jsonl: a trace"
 )
-FIGURE_CLIENTS = 2048
+FIGURE_CLIENTS = [2**power for power in range(12)]
 FIGURE_INCHES = (4.5, 2.8)
-Curve = list[tuple[float, float, float]]  # clients, requests/s, ms between tokens
+Curve = list[tuple[int, float, float]]  # clients, requests/s, ms between tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,19 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a folder, or for GPUs small4, small3: at true size"
     )
-    for option, metavar, told in (
-        ("--device", "NAME[,NAME...]", "h100, h200, several as in 4xh100, a device file, or cpu: this machine"),
-        ("--workload", "LOAD", WORKLOAD),
-    ):
-        parser.add_argument(option, required=True, metavar=metavar, help=told)
+    devices = "h100, h200, several as in 4xh100, a device file, or cpu: this machine"
+    parser.add_argument("--device", required=True, metavar="NAME[,NAME...]", help=devices)
+    parser.add_argument("--workload", required=True, metavar="LOAD", help=WORKLOAD)
     add_options(parser, LatencyLimits)
-    for option, told in (
-        ("--calibration", "of cierzo.bench.plan.calibrate, for cpu"),
-        ("--experts", "what traffic chose, of cierzo bench experts"),
-        ("--json", "write everything here"),
-        ("--png", "draw throughput over clients here"),
-    ):
-        parser.add_argument(option, type=Path, metavar="FILE", help=told)
+    file = partial(parser.add_argument, type=Path, metavar="FILE")
+    file("--calibration", help="of cierzo.bench.plan.calibrate, for cpu")
+    file("--experts", help="what traffic chose, of cierzo bench experts")
+    file("--json", help="write everything here")
+    file("--png", help="draw throughput over clients here")
     add_options(parser.add_argument_group("settings of the engine"), EngineOptions, skip=NOT_PLANNED)
 
 
@@ -162,47 +152,40 @@ def _changes(plan: DevicePlan) -> list[str]:
 
 
 def draw(planner: Planner, plans: Sequence[DevicePlan], workload: Workload, path: Path) -> None:
-    """Draw requests a second and time between tokens over the number of clients, a line for each device and a dot
-    for its plan. Raises ConfigError without matplotlib, and for a trace, which has no clients."""
+    """Draw requests a second and time between tokens over the number of clients, a line for each device. Raises
+    ConfigError without matplotlib, and for a trace, which has no clients."""
     if workload.trace:
         raise ConfigError("a trace has no number of clients to draw over", field="png", value=path)
     curves = {
-        f"{plan.device} ({plan.shares} shares)": _over_clients(planner, plan, workload)
+        f"{plan.device} ({plan.shares} shares)": _over_clients(planner, plan.device, workload)
         for plan in plans
         if plan.forecast is not None
     }
     colors = dict(zip(curves, plot.WARM + plot.COLD, strict=False))
-    titles = ("requests/s", "ms between tokens, mean")
-    draws = [
-        partial(_draw, title=title, which=which, curves=curves, colors=colors)
-        for which, title in enumerate(titles, 1)
-    ]
+
+    def panel(axis: Any, which: int, title: str) -> None:
+        for name, points in curves.items():
+            axis.plot([point[0] for point in points], [point[which] for point in points], color=colors[name])
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("clients")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+
     lengths = f"{workload.input_tokens:,} tokens in, {workload.output_tokens:,} out"
-    plot.plot(path, f"planned, not measured: {lengths}; a dot is the plan", draws, 2, FIGURE_INCHES, colors)
+    panels = [partial(panel, which=1, title="requests/s"), partial(panel, which=2, title="ms between tokens, mean")]
+    plot.plot(path, f"planned, not measured: {lengths}", panels, 2, FIGURE_INCHES, colors)
 
 
-def _draw(axis: Any, *, title: str, which: int, curves: dict[str, Curve], colors: dict[str, str]) -> None:
-    for name, (plan, *points) in curves.items():
-        axis.plot([point[0] for point in points], [point[which] for point in points], color=colors[name])
-        axis.plot(plan[0], plan[which], color=colors[name], marker="o")
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("clients")
-    axis.set_title(title, fontsize=10)
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-
-
-def _over_clients(planner: Planner, plan: DevicePlan, workload: Workload) -> Curve:
-    """The plan's own point, then others, as far as the queue goes."""
-    assert plan.forecast is not None
-    planned = parse_workload(plan.workload).concurrency
-    sizes = {2**power for power in range(FIGURE_CLIENTS.bit_length())} | ({planned} if planned else set())
-    found = [(planned or plan.forecast.running, plan.forecast)]
-    for clients in sorted(sizes):
+def _over_clients(planner: Planner, device: str, workload: Workload) -> Curve:
+    """Powers of two, as far as the queue goes."""
+    found: Curve = []
+    for clients in FIGURE_CLIENTS:
         loop = msgspec.structs.replace(workload, concurrency=clients, rate=None, requests=None)
         try:
-            found.append((clients, planner.at(plan.device, loop)))
+            one = planner.at(device, loop)
         except ConfigError:
             break
-    return [(clients, one.requests_per_s, one.inter_token_s.mean * 1e3) for clients, one in found]
+        found.append((clients, one.requests_per_s, one.inter_token_s.mean * 1e3))
+    return found

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cierzo.bench.plan.batching import Batching, Course, expand
+from cierzo.bench.plan.batching import Batching, expand
 from cierzo.bench.stats import Summary, summarise
 from cierzo.bench.workload import TracedRequest, Workload, poisson_arrivals
 from cierzo.engine.config import EngineConfig
@@ -22,6 +22,7 @@ from cierzo.engine.errors import ConfigError
 
 FEWEST_CLOSED, FEWEST_OPEN, MOST_OPEN = 8, 256, 1 << 15  # requests of a forecast
 LIMITS = ("memory", "arithmetic", "exchange", "overhead")
+COUNTED = ("most_running", "most_waiting", "preemptions", "kv_room_reached", "max_running_reached")  # by Batching
 LONGER = "a request of {:,} tokens, and max_model_len is {:,}"
 MORE = "{:,} requests at once, and the queue takes {:,} (max_waiting, max_open_samples)"
 GROWTH = 0.05  # seconds by which requests take longer, each second, from which on an engine does not keep up
@@ -29,7 +30,7 @@ GROWTH = 0.05  # seconds by which requests take longer, each second, from which 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of the requests between the S-th completion and the S-th last (S: a closed loop's concurrency, else a
-    tenth of the requests), so that the ramp at the start and the tail at the end are left out.
+    tenth of the requests).
 
     time_to_first_token_s and completion_s count from arrival. running: sequences, on average over time, and the
     most. most_waiting: sequences that waited at once. keeps_up: whether requests end as fast as they come; a closed
@@ -73,10 +74,16 @@ def forecast(
 ) -> Forecast:
     """Forecast a workload. device: by default the one that `config` simulates. distinct: experts that so many
     tokens reach, by default as if chosen at random. Raises ConfigError for a workload that cannot run."""
-    device = device or config.card
-    if device is None:
+    if (device := device or config.card) is None:
         raise ConfigError(f"a forecast for {config.device} needs its device", field="device", value=config.device)
-    _require(config, workload)
+    queue = min(config.scheduler.max_waiting, config.frontend.max_open_samples)
+    for field, value, limit, said in (  # what the engine would refuse
+        ("max_model_len", workload.longest_tokens, config.scheduler.max_model_len, LONGER),
+        ("max_waiting", workload.concurrency or 0, queue, MORE),
+    ):
+        if value > limit:
+            message = f"workload {workload}: {said.format(value, limit)}"
+            raise ConfigError(message, field=field, limit=limit, value=value)
     model = StepModel(config, device, distinct)
     if workload.rate is None or workload.requests is not None:
         return _forecast(config, requests_of(workload), workload.concurrency, model)
@@ -107,18 +114,6 @@ def left_out(requests: int, concurrency: int | None) -> int:
     return min(requests // 10 if concurrency is None else concurrency, (requests - 1) // 2)
 
 
-def _require(config: EngineConfig, workload: Workload) -> None:
-    """Raise ConfigError, with the numbers, for requests that the engine would refuse."""
-    queue = min(config.scheduler.max_waiting, config.frontend.max_open_samples)
-    for field, value, limit, said in (
-        ("max_model_len", workload.longest_tokens, config.scheduler.max_model_len, LONGER),
-        ("max_waiting", workload.concurrency or 0, queue, MORE),
-    ):
-        if value > limit:
-            message = f"workload {workload}: {said.format(value, limit)}"
-            raise ConfigError(message, field=field, limit=limit, value=value)
-
-
 def _forecast(
     config: EngineConfig, load: Sequence[TracedRequest], concurrency: int | None, model: StepModel
 ) -> Forecast:
@@ -126,10 +121,10 @@ def _forecast(
     course = Batching(config, load, concurrency or 0, model if is_open else None).run()
     time = model.time(*expand(course.rows))
     seconds = time.total_s
-    idle_s = np.zeros_like(seconds)
-    idle_s[list(course.idle_s)] = list(course.idle_s.values())
+    spans_s = seconds.copy()
+    spans_s[list(course.idle_s)] += list(course.idle_s.values())
     # a step's number plus one is the index of its end; 0 is the start
-    ends_s = np.concatenate([[0.0], np.cumsum(seconds + idle_s)])
+    ends_s = np.concatenate([[0.0], np.cumsum(spans_s)])
     arrival_s = np.array([one.arrival_s for one in load]) if is_open else ends_s[course.arrival + 1]
     first_s, last_s = ends_s[course.first + 1], ends_s[course.last + 1]
     skipped = left_out(len(load), concurrency)
@@ -149,11 +144,7 @@ def _forecast(
         inter_token_s=_gaps(course, ends_s, steady),
         completion_s=summarise(took_s[steady].tolist()),
         running=float((running * seconds * within).sum()) / (end_s - begin_s),
-        most_running=course.most_running,
-        most_waiting=course.most_waiting,
-        preemptions=course.preemptions,
-        kv_room_reached=course.kv_room_reached,
-        max_running_reached=course.max_running_reached,
+        **{name: getattr(course, name) for name in COUNTED},
         keeps_up=not is_open or _keeps_up(took_s, arrival_s),
         steps=len(seconds),
         tokens=round(float(np.sum(time.tokens))),
@@ -164,7 +155,7 @@ def _forecast(
     )
 
 
-def _gaps(course: Course, ends_s: FloatArray, steady: NDArray[np.int64]) -> Summary:
+def _gaps(course: Batching, ends_s: FloatArray, steady: NDArray[np.int64]) -> Summary:
     """Times between one token and the next: a step's, once for each request that decodes in it, and the pauses of
     requests that were preempted."""
     pauses = np.array(course.pauses, np.int64).reshape(-1, 3)
@@ -174,14 +165,10 @@ def _gaps(course: Course, ends_s: FloatArray, steady: NDArray[np.int64]) -> Summ
         np.add.at(changes, steps + 1, change)  # of the requests that decode
     gaps = np.append(np.diff(ends_s), ends_s[after + 1] - ends_s[before + 1])
     weights = np.append(np.cumsum(changes)[:-1], np.ones(len(before), np.int64))
-    order = np.argsort(gaps)
-    reached = np.cumsum(weights[order])
-    count = int(reached[-1])
-    if not count:
-        return summarise([])
-    ranks = np.ceil(count * np.array([0.5, 0.9, 0.99, 1.0]))
-    percentiles = gaps[order][np.searchsorted(reached, ranks)].tolist()
-    return Summary(count, float((gaps * weights).sum()) / count, *percentiles)
+    if not weights.any():
+        return Summary()
+    percentiles = np.percentile(gaps, (50, 90, 99, 100), weights=weights, method="inverted_cdf").tolist()
+    return Summary(int(weights.sum()), float(np.average(gaps, weights=weights)), *percentiles)
 
 
 def _keeps_up(took_s: FloatArray, arrival_s: FloatArray) -> bool:

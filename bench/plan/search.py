@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,12 +12,14 @@ import msgspec
 from msgspec import Meta
 
 from cierzo.bench.plan.forecast import Forecast, forecast
+from cierzo.bench.report import Report
 from cierzo.bench.workload import Workload
 from cierzo.engine.config import KV_BYTE_FORMAT, EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_model import StepModel
+from cierzo.engine.cost.weights import weight_bytes
 from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
@@ -82,38 +85,36 @@ class DevicePlan(msgspec.Struct, frozen=True, kw_only=True):
     refused: str = ""
 
 
+@dataclass
 class Planner:
-    """Plans of one checkpoint and one workload, for one device at a time."""
+    """Plans of one checkpoint and one workload, for one device at a time. experts: chosen by real traffic.
+    calibrated: this machine's CPU, for the device "cpu"."""
 
-    def __init__(
-        self,
-        options: EngineOptions,
-        workload: Workload,
-        limits: LatencyLimits,
-        *,
-        experts: ExpertStatistics | None = None,
-        calibrated: Device | None = None,
-    ) -> None:
-        """experts: chosen by real traffic. calibrated: this machine's CPU, for the device "cpu"."""
-        self._options, self._workload, self._limits = options, workload, limits
-        self._experts, self._calibrated = experts, calibrated
-        self._distinct = None if experts is None else measured_distinct(experts)
+    options: EngineOptions
+    workload: Workload
+    limits: LatencyLimits
+    experts: ExpertStatistics | None = None
+    calibrated: Device | None = None
+
+    def __post_init__(self) -> None:
+        self._distinct = None if self.experts is None else measured_distinct(self.experts)
 
     def plan(self, name: str, *, changes: bool = True) -> DevicePlan:
         """Plan for the device of this name. Raises ConfigError for an unknown one."""
-        device, given = self.device(name), self._options
-        shares = "measured" if device.measured else "stated"
+        device = self.calibrated if name == "cpu" else find_device(name)
+        assert device is not None
+        given, shares = self.options, "measured" if device.measured else "stated"
         plan = DevicePlan(device=name, shares=shares, weights=given.weights, kv_dtype=given.kv_dtype)
         try:
-            config = self.config(name, given)
+            config = self._config(name, given)
             plan = msgspec.structs.replace(plan, weights=config.weights, kv_dtype=config.layout.dtype)
-            found, workload = self._best(config, device)
+            found, workload = self._best(config)
         except ConfigError as error:
             return msgspec.structs.replace(plan, refused=error.message)
         return msgspec.structs.replace(
             plan,
-            weight_gb=StepModel(config, device).weight_bytes / 1e9,
-            memory_gb=device.total_memory_bytes / 1e9,
+            weight_gb=weight_bytes(config.model, StepModel(config, device).formats) / 1e9,
+            memory_gb=device.cards * device.memory_bytes / 1e9,
             kv_gb=config.cache.num_blocks * config.layout.bytes_per_block / 1e9,
             kv_tokens=config.cache.num_blocks * config.layout.block_tokens,
             workload=str(workload),
@@ -121,38 +122,37 @@ class Planner:
             changes=tuple(self._changes(name, config, found)) if changes else (),
         )
 
-    def device(self, name: str) -> Device:
-        """The device of this name; "cpu" is this machine's. Raises ConfigError for an unknown one."""
-        if name == "cpu":
-            assert self._calibrated is not None
-            return self._calibrated
-        return find_device(name)
-
-    def config(self, name: str, options: EngineOptions) -> EngineConfig:
-        """The engine's configuration on a device. Raises ConfigError where the engine would not start."""
-        config = resolve(msgspec.structs.replace(options, device=name if name == "cpu" else f"simulated:{name}"))
-        if self._experts is not None:
-            _require_same_experts(self._experts, config)
-        return config
-
     def at(self, name: str, workload: Workload) -> Forecast:
         """Forecast another workload, whatever the limits."""
-        return self._forecast(self.config(name, self._options), self.device(name), workload)
+        return self._forecast(self._config(name, self.options), workload)
 
-    def _forecast(self, config: EngineConfig, device: Device, workload: Workload) -> Forecast:
-        return forecast(config, workload, device=device, distinct=self._distinct)
+    def _config(self, name: str, options: EngineOptions) -> EngineConfig:
+        """The engine's configuration on a device. Raises ConfigError where the engine would not start."""
+        config = resolve(msgspec.structs.replace(options, device=name if name == "cpu" else f"simulated:{name}"))
+        if self.experts is not None:
+            moe, layers = config.model.moe, config.model.num_layers
+            ours = (layers - moe.first_dense_layers, moe.num_experts, moe.experts_per_token) if moe else (0, 0, 0)
+            theirs = (len(self.experts.layers), self.experts.num_experts, self.experts.top_k)
+            if ours != theirs:
+                found, limit = ("{} layers of {} experts, {} a token".format(*one) for one in (theirs, ours))
+                told = f"expert statistics of {found}; {config.name} has {limit}"
+                raise ConfigError(told, field="experts", limit=limit, value=found)
+        return config
 
-    def _best(self, config: EngineConfig, device: Device) -> tuple[Forecast, Workload]:
+    def _forecast(self, config: EngineConfig, workload: Workload) -> Forecast:
+        return forecast(config, workload, device=config.card or self.calibrated, distinct=self._distinct)
+
+    def _best(self, config: EngineConfig) -> tuple[Forecast, Workload]:
         """Forecast the workload as it is, or the highest load that keeps the limits."""
-        given, limits, rate = self._workload, self._limits, self._workload.rate
+        given, limits, rate = self.workload, self.limits, self.workload.rate
         if not limits.given or given.trace:
-            return self._forecast(config, device, given), given
+            return self._forecast(config, given), given
         found: dict[float, tuple[Forecast, Workload]] = {}
 
         def keeps(size: float) -> bool:
             load = {"concurrency": int(size)} if rate is None else {"rate": size}
             workload = msgspec.structs.replace(given, **load)
-            found[size] = self._forecast(config, device, workload), workload
+            found[size] = self._forecast(config, workload), workload
             return limits.broken(found[size][0]) is None
 
         clients = (config.scheduler.max_waiting, config.frontend.max_open_samples, 4 * config.scheduler.max_running)
@@ -165,12 +165,12 @@ class Planner:
 
     def _changes(self, name: str, config: EngineConfig, found: Forecast) -> list[Change]:
         """Forecast each change alone, the one that helps most first; changes that cannot be made come last."""
-        by_rate = self._workload.concurrency is not None or (self._limits.given and not self._workload.trace)
+        by_rate = self.workload.concurrency is not None or (self.limits.given and not self.workload.trace)
         changes = []
         for what, other, settings in self._candidates(name, config):
-            options = msgspec.structs.replace(self._options, **settings)
+            options = msgspec.structs.replace(self.options, **settings)
             try:
-                changed, _ = self._best(self.config(other, options), self.device(other))
+                changed, _ = self._best(self._config(other, options))
             except ConfigError as error:
                 changes.append(Change(what=what, refused=error.message))
                 continue
@@ -181,7 +181,7 @@ class Planner:
 
     def _candidates(self, name: str, config: EngineConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Changes as (words, device, settings). On a CPU the weights stay: its shares were measured with them."""
-        kind, limits = self.device(name).kind, config.scheduler
+        kind, limits = config.card.kind if config.card else "cpu", config.scheduler
         if kind == "cuda":
             for setting, formats in (("weights", formats_on(kind)), ("activations", ("bf16", *ACTIVATION_FORMATS))):
                 others = (one for one in formats if one != getattr(config, setting))
@@ -217,34 +217,16 @@ def highest(
     return low
 
 
-class _ExpertsReport(msgspec.Struct, frozen=True):
-    """A report of `cierzo bench experts --json`; only the counts matter here."""
-
-    results: ExpertStatistics
-
-
 def read_experts(path: Path) -> ExpertStatistics:
     """Read which experts real traffic chose, from a report of `cierzo bench experts`. Raises ConfigError for any
     other file."""
     try:
-        statistics = msgspec.json.decode(path.read_bytes(), type=_ExpertsReport).results
+        statistics = msgspec.convert(msgspec.json.decode(path.read_bytes(), type=Report).results, ExpertStatistics)
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(f"expert statistics {path}: {error}", field="experts", value=path) from error
     if not statistics.tokens:
         raise ConfigError(f"expert statistics {path}: nothing was counted", field="experts", value=path)
     return statistics
-
-
-def _require_same_experts(statistics: ExpertStatistics, config: EngineConfig) -> None:
-    moe, layers = config.model.moe, config.model.num_layers
-    ours = (0, 0, 0)
-    if moe is not None:
-        ours = (layers - moe.first_dense_layers, moe.num_experts, moe.experts_per_token)
-    theirs = (len(statistics.layers), statistics.num_experts, statistics.top_k)
-    if ours != theirs:
-        found, limit = ("{} layers of {} experts, {} a token".format(*one) for one in (theirs, ours))
-        message = f"expert statistics of {found}; {config.name} has {limit}"
-        raise ConfigError(message, field="experts", limit=limit, value=found)
 
 
 def other_cards(name: str) -> list[str]:

@@ -9,6 +9,5 @@ device.py       a device: bandwidth, rates, memory, and the shares of them that 
 cards.py        devices by name, with stated shares or with those that the GPU bench has measured
 step_model.py   the price of an operation, a step's seconds on a device, sums over many steps
 
-A machine that is lent with a card may lack msgspec: sizes.py, operations.py and data_sheets.py, which bench/gpu
-imports there, do without it (tests/bench/test_gpu.py).
+bench/gpu runs where msgspec may be missing: sizes.py, operations.py and data_sheets.py do without it.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import msgspec
@@ -20,39 +19,21 @@ Number: TypeAlias = "float | NDArray[np.float64]"  # of one step, or of several
 GB = 1e9
 
 
-class MeasuredShare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A call of an operation that takes `limit_s` at the device's ceilings reaches `share` of them."""
-
-    limit_s: Positive
-    share: Share
-
-
-class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Conditions of a measurement; a device's shares hold for nothing else. config: digest of the checkpoint's."""
-
-    checkpoint: str
-    config: str
-    commit: str
-    dtype: str
-    weights: str
-    kv_dtype: str
-    threads: int
-    instruction_set: str
-
-
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A card, or `cards` equal ones that serve one model together.
 
     Rates are those of one card: bytes per second from memory, operations per second by the number format that is
     multiplied (a multiplication and an addition are two). `stated` holds a share of the limit by kind of operation:
     "memory" for all that waits for memory, "experts", "products", "attention" for what waits for arithmetic.
-    `measured` holds shares found at several sizes of an operation, ascending; they take the stated ones' place. Its
-    names are an operation's, or those of an operation and the number format of its weights or pages ("linear fp8").
+    `measured` holds the shares found at several sizes of an operation, by a call's seconds at the device's rates;
+    they take the stated ones' place. Its names are an operation's, or an operation's and the number format of its
+    weights or pages ("linear fp8").
     `step_overhead_s` passes in each step whatever it computes, `row_overhead_s` for each sequence in it.
-    `calibration`: of a machine on which one checkpoint was measured.
+    `calibration`: of a machine on which one checkpoint was measured, the conditions by name; its shares hold for
+    nothing else.
 
-    Several cards: weights are divided (experts and dense products), attention and its cache by sequences, so that
-    each latent lies on one card; two exchanges a layer carry every row's hidden state over `link_bytes_per_s`.
+    Several cards divide experts and dense products, and attention by sequences; two exchanges a layer carry every
+    row's hidden state over `link_bytes_per_s`.
     """
 
     name: str
@@ -64,15 +45,10 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kind: Literal["cuda", "cpu"] = "cuda"
     link_bytes_per_s: Annotated[float, Meta(ge=0)] = 0.0
     stated: dict[Kind, Share]
-    measured: dict[str, list[MeasuredShare]] = {}
+    measured: dict[str, dict[Positive, Share]] = {}
     step_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     row_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
-    calibration: Calibration | None = None
-
-    @property
-    def total_memory_bytes(self) -> int:
-        """Memory of all cards together."""
-        return self.cards * self.memory_bytes
+    calibration: dict[str, str | int] = {}
 
     def measured_share(self, operation: str, format: str, limit_s: Number) -> Number | None:
         """Share that was found for calls of this size: linear in log(limit_s) between two, the nearest outside.
@@ -82,8 +58,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         found = self.measured.get(f"{operation} {format}") or self.measured.get(operation)
         if not found:
             return None
-        sizes, shares = [math.log(point.limit_s) for point in found], [point.share for point in found]
-        return np.interp(np.log(np.maximum(limit_s, 1e-12)), sizes, shares)
+        sizes = sorted(found)
+        return np.interp(np.log(np.maximum(limit_s, 1e-12)), np.log(sizes), [found[size] for size in sizes])
 
     def describe(self) -> str:
         """Tell limits, and where the shares come from, in a line."""

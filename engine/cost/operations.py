@@ -2,8 +2,7 @@
 
 Bytes are those that an operation must read and write: its weights, the cache entries that it reads, the rows that
 go in and out, each once. Operations are those of products, a multiplication and an addition being two; what is done
-value by value (norms, rotations, sampling) counts for none. What an implementation moves and computes beyond that
-is its own cost. Formulas: docs/model.md.
+value by value (norms, rotations, sampling) counts for none. Formulas: docs/model.md.
 
 rows: T. pairs: of a query row and a token that it sees. context: tokens whose cache entries are read, each once.
 entry_bytes, page_bytes: of a token's cache entry in one layer, of one value of it. format: number format of the
@@ -105,11 +104,6 @@ def moved(operation: str, s: ModelSizes, rows: Number, page_bytes: int = 2) -> W
     return Work(operation, MOVED[operation](s, rows, page_bytes))
 
 
-def moved_blocks(operation: str, count: int, block_bytes: int) -> Work:
-    """copy_blocks, gather_blocks, scatter_blocks: cache blocks, read here and written there."""
-    return Work(operation, 2 * count * block_bytes)
-
-
 def norm(s: ModelSizes, rows: Number, *, residual: bool = False, row_bytes: int | None = None) -> Work:
     """A norm of hidden rows; with a residual, that is read and written too. row_bytes: of a normed row."""
     values = s.hidden * s.value_bytes
@@ -159,17 +153,10 @@ def _mlp_bytes(s: ModelSizes, width: int, format: str) -> Number:
 # --- attention ---------------------------------------------------------------------------------------------
 
 
-def mla_absorb(s: ModelSizes, rows: Number) -> Work:
-    """W_UK of each head, which is plain, multiplied into generated queries."""
-    return _by_head(s, "mla_absorb", rows, s.nope, s.rank)
-
-
-def mla_unabsorb(s: ModelSizes, rows: Number) -> Work:
-    """Each head's sum of latents, multiplied out by W_UV, which is plain."""
-    return _by_head(s, "mla_unabsorb", rows, s.rank, s.value_dim)
-
-
-def _by_head(s: ModelSizes, operation: str, rows: Number, k: int, n: int) -> Work:
+def by_head(operation: str, s: ModelSizes, rows: Number) -> Work:
+    """mla_absorb: each head's W_UK, which is plain, multiplied into generated queries. mla_unabsorb: each head's
+    sum of latents, multiplied out by W_UV, which is plain."""
+    k, n = (s.nope, s.rank) if operation == "mla_absorb" else (s.rank, s.value_dim)
     moved = s.heads * (n * k + rows * (k + n)) * s.value_bytes
     return Work(operation, moved, 2 * rows * s.heads * k * n, replicated_bytes=moved)
 

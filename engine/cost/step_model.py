@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -10,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cierzo.engine.cost.device import Device, Number
-from cierzo.engine.cost.operations import Work
-from cierzo.engine.cost.weights import NumberFormats, weight_bytes
-from cierzo.engine.cost.work import Distinct, StepShape, step_work, uniform_distinct
+from cierzo.engine.cost.operations import Work, random_distinct
+from cierzo.engine.cost.weights import NumberFormats
+from cierzo.engine.cost.work import Distinct, StepShape, step_work
 
 if TYPE_CHECKING:
     from cierzo.engine.config import EngineConfig  # which finds the device of a plan here, at import
@@ -93,14 +94,9 @@ class StepModel:
         self.formats = NumberFormats(weights=config.weights, plain=plain, activations=activations, on_gpu=on_gpu)
         self.device = device
         self._distinct = distinct
-        if distinct is None and config.model.moe is not None:
-            self._distinct = uniform_distinct(config.model.moe)
+        if distinct is None and (moe := config.model.moe) is not None:
+            self._distinct = partial(random_distinct, moe.num_experts, moe.experts_per_token)
         self._model, self._layout = config.model, config.layout
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the model's weights on the device."""
-        return weight_bytes(self._model, self.formats)
 
     def work(self, step: StepShape) -> list[Work]:
         """List the operations of a step."""

@@ -6,7 +6,7 @@ The names are those under which `cierzo bench step --profile` and the GPU bench 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from cierzo.engine.cost.operations import Work, random_distinct
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.engine.cost.weights import NumberFormats, sizes_of
 from cierzo.engine.expert_statistics import ExpertStatistics, expected_distinct
-from cierzo.engine.model.config import ModelConfig, MoeConfig
+from cierzo.engine.model.config import ModelConfig
 
 # Sizes of a step, in tokens, at which expert statistics are asked; beyond the last nearly all experts have tokens.
 STEP_SIZES = np.unique(np.geomspace(1, 1 << 14, 57).astype(np.int64))
@@ -41,15 +41,20 @@ class StepShape:
     absorbed_context: Number = 0.0
     sampled: Number = 0.0
 
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[float, int]], *, generated: bool) -> StepShape:
+        """The shape of a step that computes of each sequence so many tokens from a position on: (position, tokens).
+        generated: in absorbed form. Each sequence's last row is sampled."""
+        starts, counts = np.array(pieces, dtype=np.float64).T
+        pairs = counts * starts + counts * (counts + 1) / 2
+        sums = (float(counts.sum()), float(pairs.sum()), float((starts + counts).sum()))
+        none = (0.0, 0.0, 0.0)
+        return cls(*(none + sums if generated else sums + none), float(len(pieces)))
+
     @property
     def tokens(self) -> Number:
         """T."""
         return self.expanded_tokens + self.absorbed_tokens
-
-
-def uniform_distinct(moe: MoeConfig) -> Distinct:
-    """Distinct experts if tokens choose at random."""
-    return lambda tokens: random_distinct(moe.num_experts, moe.experts_per_token, tokens)
 
 
 def measured_distinct(statistics: ExpertStatistics) -> Distinct:
@@ -85,7 +90,7 @@ def step_work(
         (1, step.sampled, head, operations.lm_head(s, step.sampled, head)),
     ]
     if model.moe is not None:
-        reached = (distinct or uniform_distinct(model.moe))(tokens)
+        reached = distinct(tokens) if distinct else random_distinct(s.experts, s.top_k, tokens)
         parts.append((sparse, tokens, plain, operations.route(s, tokens)))
         parts.append((sparse, tokens, experts, operations.expert_mlp(s, tokens, reached, experts)))
     if s.dense_layers:
@@ -117,7 +122,7 @@ def _attention(s: ModelSizes, layout: CacheLayout, step: StepShape) -> Iterator[
         yield generated, operations.gqa(s, *absorbed)
         yield prompt, replace(operations.gqa(s, *expanded), operation="gqa_prefill")
         return
-    yield generated, operations.mla_absorb(s, generated)
-    yield generated, operations.mla_unabsorb(s, generated)
+    yield generated, operations.by_head("mla_absorb", s, generated)
+    yield generated, operations.by_head("mla_unabsorb", s, generated)
     yield generated, operations.mla_decode(s, *absorbed)
     yield prompt, operations.mla_prefill(s, *expanded)

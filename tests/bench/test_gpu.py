@@ -18,7 +18,7 @@ import triton_interpreter
 from torch import Tensor
 
 from cierzo.bench.campaign.loop import DeviceLost, Run
-from cierzo.bench.campaign.store import Store
+from cierzo.bench.campaign.store import Sample, Store
 from cierzo.bench.gpu import __main__ as command
 from cierzo.bench.gpu import calls, conformance, served, timing
 from cierzo.bench.gpu.baselines import BASELINES
@@ -231,6 +231,15 @@ def test_kernels_need_no_package_of_ours_beside_torch() -> None:
         "import cierzo.engine.cost.data_sheets, cierzo.engine.cost.operations, cierzo.engine.cost.sizes"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_results_of_another_commit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpu.jsonl"
+    Store(path, {"commit": "another", "device": "cpu"}).add(
+        Sample(cell="machine", subject="machine", round=0, started="", took_s=0.0)
+    )
+    assert command.main(["--device", "cpu", "--output", str(path)]) == 2
+    assert "holds samples of commit 'another'" in capsys.readouterr().err
 
 
 def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def test_closed_loop_keeps_its_concurrency(clients: list[ScriptedClient]) -> Non
     assert client.most_open == 3
     assert client.closed
     assert len(client.requests) == len(result.samples) == 20
-    assert all(len(r["token_ids"]) == 4 and r["ignore_eos"] for r in client.requests)
+    assert all(len(r["token_ids"]) == 4 and r["text"] is None and r["ignore_eos"] for r in client.requests)
     assert len({tuple(r["token_ids"]) for r in client.requests}) > 1
     assert (result.answered, result.errors) == (15, {"refused: overloaded: full": 5})
     assert result.output_tokens_per_s == pytest.approx(15 * 4 / result.elapsed_s)
@@ -107,10 +107,10 @@ def test_closed_loop_keeps_its_concurrency(clients: list[ScriptedClient]) -> Non
 
 def test_open_loop_waits_for_no_answer(clients: list[ScriptedClient], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ScriptedClient, "answer_after", 15)
-    settings = LoadSettings(rpc="unix:/nowhere", requests=30, rate=1e9, connections=2, output_tokens=9)
+    settings = LoadSettings(rpc="unix:/nowhere", requests=30, rate=1e9, connections=2, prompt="Hi", output_tokens=9)
     result = asyncio.run(asyncio.wait_for(run_load(settings), timeout=5))
     assert [client.most_open for client in clients] == [15, 15]
-    assert all(r["max_tokens"] == 9 and r["temperature"] == 0.0 for r in clients[0].requests)
+    assert all(r["text"] == "Hi" and r["token_ids"] is None and r["max_tokens"] == 9 for r in clients[0].requests)
     assert sorted(r["seed"] for client in clients for r in client.requests) == list(range(30))
     dues = [sample.due_s for sample in result.samples]
     assert len(set(dues)) == 30
@@ -171,11 +171,12 @@ def test_options_are_the_settings() -> None:
         input_tokens=9,
         shared_tokens=4,
         output_tokens=5,
+        temperature=0.5,
         seed=6,
     )
-    assert settings_of(_parse(*words.split())) == given
-    given = load.LoadSettings(rpc="unix:/nowhere", requests=100, concurrency=3)
-    assert settings_of(_parse("--concurrency", "3")) == given
+    assert settings_of(_parse(*words.split(), "--temperature", "0.5")) == given
+    given = load.LoadSettings(rpc="unix:/nowhere", requests=100, concurrency=3, prompt="Hi")
+    assert settings_of(_parse("--concurrency", "3", "--prompt", "Hi")) == given
 
 
 @pytest.mark.parametrize(
@@ -185,9 +186,12 @@ def test_options_are_the_settings() -> None:
         ("--requests", "0"),
         ("--rate", "nan"),
         ("--rate", "inf"),
+        ("--prompt", "x", "--input-tokens", "3"),
         ("--output-tokens", "-1"),
         ("--concurrenc", "2"),
         ("--shared-tokens", "-1"),
+        ("--temperature", "inf"),
+        ("--prompt", "caf\udce9"),
         ("--seed", "-1"),
         ("--seed", "x"),
         ("--seed", str(2**63)),

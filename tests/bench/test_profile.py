@@ -12,7 +12,6 @@ from cierzo.bench import profile
 from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.engine.config import EngineOptions
 from cierzo.engine.cost.operations import Work
-from cierzo.engine.cost.work import StepShape
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import MlaConfig
 from cierzo.engine.weights.make import make_checkpoint
@@ -30,17 +29,6 @@ def test_a_row_gives_rates_and_the_share_of_its_limit() -> None:
         operation="linear", calls=3, ms=4000.0, megabytes=6000.0, gb_per_s=1.5, gflop_per_s=3.0, share=0.5
     )
     assert profile._row(Work("linear", 6e9, 24e9), [[4.0]], found).share == 0.75
-
-
-def test_a_step_s_shape_is_that_of_its_pieces() -> None:
-    """A prompt's row sees what comes before it and itself."""
-    seen = [6 + row for row in (1, 2, 3)] + [1 + row for row in (1, 2)]
-    assert profile.shape_of([(6, 3), (1, 2)], generated=False) == StepShape(
-        expanded_tokens=5.0, expanded_pairs=float(sum(seen)), expanded_context=9.0 + 3.0, sampled=2.0
-    )
-    assert profile.shape_of([(159, 1)] * 3, generated=True) == StepShape(
-        absorbed_tokens=3.0, absorbed_pairs=480.0, absorbed_context=480.0, sampled=3.0
-    )
 
 
 @needs_native
@@ -88,6 +76,16 @@ def test_every_kind_of_step_is_taken_apart(tmp_path: Path, monkeypatch: pytest.M
         assert (calls[attention], calls["expert_mlp"], calls["rope_tables"]) == (3, 3, 1)
         assert 0 < step.native_ms < step.step_ms
     assert "around them" in profile.table(ceilings, steps)
+
+
+@needs_native
+def test_a_product_as_tall_as_the_vocabulary_is_not_the_head(tmp_path: Path) -> None:
+    """Queries, keys and values of tiny Small 3 have as many rows as its head."""
+    checkpoint = make_checkpoint(tmp_path / "model", like="small3", scale="tiny")
+    profiler = profile.Profiler(EngineOptions(model=str(checkpoint), threads=1), 1, 64, 1)
+    assert (profiler.config.model.vocab_size, profiler.config.model.num_layers) == (8 * 128, 3)
+    calls = {row.operation: row.calls for row in profiler.operations([(9, 1)], CEILINGS, generated=True)}
+    assert (calls["lm_head"], calls["linear"]) == (1, 2 * 3)
 
 
 @needs_native

@@ -111,6 +111,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     (("chat", "--message", "caf\udce9"), 2, "argument --message: must be text in UTF-8, got 'caf\udce9'"),
     (("chat", "--system", "caf\udce9"), 2, "argument --system: must be text in UTF-8"),
     (("demo", "--prompt", "caf\udce9"), 2, "argument --prompt: must be text in UTF-8"),
+    ((*LOAD, "--prompt", "caf\udce9"), 2, "argument --prompt: must be text in UTF-8"),
     ((*GENERATE, "--stop", "caf\udce9"), 2, "argument --stop: must be text in UTF-8"),
     ((*GENERATE, "--temperature", "nan"), 2, "argument --temperature: must be a finite number, got 'nan'"),
     ((*GENERATE, "--max-tokens", "x"), 2, "argument --max-tokens: must be an integer, got 'x'"),
@@ -122,7 +123,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     *(
         ((*command, "--seed", value), 2, f"{SEED}'{value}'")
         for value in ("-1", "x", "1.5", str(2**63), str(2**64))
-        for command in (GENERATE, MAKE, LOAD, ("chat",), ("bench", "experts", "{sparse}"), STEP)
+        for command in (GENERATE, MAKE, LOAD, ("chat",), ("bench", "experts", "{sparse}"))
     ),
     # make-checkpoint
     (
@@ -172,7 +173,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     ((*LOAD, "--rate", "0"), 2, f"argument --rate: {NUMBER}'0'"),
     ((*LOAD, "--shared-tokens", "-1"), 2, "argument --shared-tokens: must be an integer of at least 0, got '-1'"),
     ((*LOAD, "--json", "{tmp}/none/x"), 2, "{tmp}/none/x cannot be written"),
-    ((*STEP, "--block-tokens", "0"), 2, f"argument --block-tokens: {COUNT}'0'"),
+    ((*STEP, "--output-tokens", "0"), 2, f"argument --output-tokens: {COUNT}'0'"),
     (("bench", "step", "--running", "0"), 2, f"argument --running: {COUNT}'0'"),
     (("bench", "step", "--contexts", "64", "99999999999"), 2, f"argument --contexts: {COUNT}'99999999999'"),
     (("bench", "step", "--steps", "-1"), 2, f"argument --steps: {POSITIVE}'-1'"),

@@ -14,7 +14,7 @@ from steps_by_hand import Chunk, Step, take
 from cierzo.bench.gpu.calls import CASES
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.cost.cards import STATED, find_device, named, with_measured
-from cierzo.engine.cost.device import Device, MeasuredShare
+from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.step_model import StepModel, step_time
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
@@ -199,7 +199,7 @@ def test_measured_shares_take_the_stated_ones_place() -> None:
     found = works("small4", DECODE_ONE)
     experts = found["expert_mlp"]
     call_s = float(experts.num_bytes) / stated.bytes_per_s / experts.calls
-    shares = [MeasuredShare(call_s / 10, 0.2), MeasuredShare(call_s * 10, 0.6)]
+    shares = {call_s * 10: 0.6, call_s / 10: 0.2}
     measured = msgspec.structs.replace(stated, measured={"expert_mlp": shares})
     assert measured.measured_share("expert_mlp", "fp8", call_s) == pytest.approx(0.4)  # half way, in the logarithm
     assert measured.measured_share("expert_mlp", "fp8", call_s / 1e6) == pytest.approx(0.2)
@@ -231,7 +231,7 @@ def test_a_device_file_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) 
 def test_names_of_devices() -> None:
     two = named("2xh200")
     assert isinstance(two, Device)
-    assert (two.cards, two.total_memory_bytes, two.link_bytes_per_s > 0) == (2, 282_000_000_000, True)
+    assert (two.cards, two.memory_bytes, two.link_bytes_per_s > 0) == (2, 141_000_000_000, True)
     for name in ("b200", "0xh100", "h100x2", "", "4x"):
         assert named(name) is None
         with pytest.raises(ConfigError, match="h100, h200"):
@@ -256,7 +256,7 @@ def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path:
     path = tmp_path / "gpu-nvidia-h100-80gb-hbm3-abc.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in cells), encoding="utf-8")
     found = with_measured(device, "h100", tmp_path)
-    assert {name: [one.share for one in shares] for name, shares in found.measured.items()} == {
+    assert {name: [*shares.values()] for name, shares in found.measured.items()} == {
         "linear fp8": [pytest.approx(0.5)],
         "linear bf16": [pytest.approx(0.25)],
     }
@@ -285,3 +285,14 @@ def test_every_operation_of_a_step_is_one_that_the_gpu_bench_measures(
     formats = NumberFormats(weights=weights, activations=activations)
     for work in step_work(config, layout, formats, DECODE_ONE):
         assert device.measured_share(work.operation, work.format, 1e-6) == pytest.approx(0.1), work.operation
+
+
+def test_a_step_s_shape_is_that_of_its_pieces() -> None:
+    """A prompt's row sees what comes before it and itself."""
+    seen = [6 + row for row in (1, 2, 3)] + [1 + row for row in (1, 2)]
+    assert StepShape.of([(6, 3), (1, 2)], generated=False) == StepShape(
+        expanded_tokens=5.0, expanded_pairs=float(sum(seen)), expanded_context=9.0 + 3.0, sampled=2.0
+    )
+    assert StepShape.of([(159, 1)] * 3, generated=True) == StepShape(
+        absorbed_tokens=3.0, absorbed_pairs=480.0, absorbed_context=480.0, sampled=3.0
+    )

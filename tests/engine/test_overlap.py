@@ -15,7 +15,7 @@ from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner, fake_config
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.params import SamplingParams
-from cierzo.scheduler.plan import StepPlan
+from cierzo.scheduler.plan import SeqPlan, StepPlan
 
 VOCAB = 11  # small, so that stop tokens come early
 BLOCK_TOKENS = 4
@@ -26,6 +26,7 @@ class Deferring(FakeRunner):
     """As a GPU does, it has results when they are collected; how many steps were in flight at once is counted."""
 
     ends: dict[int, int]  # slot -> tokens at which its sequence ends
+    beyond: list[SeqPlan]  # noted, not raised: what a launch raises ends a sequence that has ended anyway
     deepest = 0
 
     def launch(self, plan: StepPlan, batch: Batch) -> None:
@@ -34,7 +35,8 @@ class Deferring(FakeRunner):
                 ends = len(seq.admission.prompt_token_ids) + seq.admission.sampling.max_tokens
                 self.ends[seq.slot] = ends
             # the last token of a sequence is not computed: nobody asks for the one after it
-            assert seq.start + len(seq.token_ids) < self.ends[seq.slot], seq
+            if seq.start + len(seq.token_ids) >= self.ends[seq.slot]:
+                self.beyond.append(seq)
         super().launch(plan, batch)
         self.deepest = max(self.deepest, len(self._results))
 
@@ -43,7 +45,7 @@ def make_core(num_blocks: int) -> tuple[EngineCore, Deferring]:
     limits = SchedulerConfig(budget_tokens=12, max_chunk_tokens=5, max_running=4, max_model_len=40)
     cache = CacheConfig(block_tokens=BLOCK_TOKENS, num_blocks=num_blocks)
     runner = Deferring(vocab_size=VOCAB, num_blocks=num_blocks, block_tokens=BLOCK_TOKENS, max_running=4)
-    runner.ends = {}
+    runner.ends, runner.beyond = {}, []
     return EngineCore(fake_config(limits, cache, vocab_size=VOCAB), runner), runner
 
 
@@ -84,6 +86,7 @@ def run(
     assert not core.has_work()
     assert set(ends) == set(range(12))
     assert runner.deepest == (2 if overlapped else 1)
+    assert not runner.beyond
     return tokens, ends, core.stats().preemptions
 
 
