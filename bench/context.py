@@ -22,8 +22,12 @@ from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.machine import measure_ceilings
 from cierzo.bench.profile import OperationRow, Profiler, columns
 from cierzo.bench.report import Recording, progress
+from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import EngineOptions
+from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.engine.options import add_checkpoint, count, positive
 
+PROGRAM = "cierzo.bench.context"
 ATTENTION = ("mla_decode", "gqa_decode")
 
 
@@ -70,20 +74,27 @@ def resident_gb() -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, print, write JSON if asked."""
-    parser = argparse.ArgumentParser(
-        prog="cierzo.bench.context", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("--decode", type=int, nargs="*", default=[], metavar="TOKENS", help="contexts to decode at")
-    parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS", help="length of the prompt")
-    parser.add_argument("--chunk-tokens", type=int, default=1024, metavar="N", help="prompt tokens of one step")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps of each context")
+    """Parse, measure, print, write JSON if asked; exit status 2 for what cannot be measured."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_checkpoint(parser)
+    parser.add_argument("--decode", type=count, nargs="*", default=[], metavar="TOKENS", help="contexts of a step")
+    parser.add_argument("--prefill", type=count, default=0, metavar="TOKENS", help="length of the prompt")
+    parser.add_argument("--chunk-tokens", type=count, default=1024, metavar="N", help="prompt tokens of one step")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="steps of each context")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
-    arguments = parser.parse_args(argv)
-    report = Recording("context", arguments.json, ["python", "-m", parser.prog, *sys.argv[1:]])
+    try:
+        return _run(parser.parse_args(argv))
+    except CierzoError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if not arguments.decode and not arguments.prefill:
+        raise ConfigError("needs --decode or --prefill, else there is nothing to measure", field="decode")
+    report = Recording("context", arguments.json, ["python", "-m", PROGRAM, *sys.argv[1:]])
     longest = max(*arguments.decode, arguments.prefill, 1)
-    profiler = Profiler(EngineOptions(model=arguments.checkpoint), 1, longest, arguments.repeats)
+    profiler = Profiler(EngineOptions(model=checkpoint_folder(arguments.checkpoint)), 1, longest, arguments.repeats)
     contexts = progress(arguments.decode, desc="decode")
     decode = [measure_decode(profiler, context, arguments.repeats) for context in contexts]
     prefill = measure_prefill(profiler, arguments.prefill, arguments.chunk_tokens)

@@ -88,6 +88,8 @@ def _ask(settings: ExpertsSettings) -> ExpertStatistics:
     if statistics is None:
         why = "this server was started without --expert-statistics: it does not count"
         raise ConfigError(why, field="expert_statistics", limit=True, value=False)
+    if not statistics.tokens:
+        raise ConfigError("the server has counted no step yet", field="expert_statistics")
     return statistics
 
 

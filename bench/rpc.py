@@ -7,6 +7,7 @@ tokens per second). Exit status 1 if a figure is below its limit.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -25,7 +26,8 @@ LIMITS = ((SHORT, "requests_per_s", 1500.0), (LONG, "output_tokens_per_s", 30_00
 
 
 def main() -> int:
-    """Serve a tiny checkpoint, load it twice, print the verdicts."""
+    """Serve a tiny checkpoint, load it twice, print the verdicts. There are no options but --help."""
+    argparse.ArgumentParser(prog="cierzo.bench.rpc", description=__doc__).parse_args()
     is_good = True
     with tempfile.TemporaryDirectory(prefix="cierzo-bench-") as folder:
         checkpoint = find_checkpoint("small4", Path(folder), "tiny")

@@ -25,8 +25,11 @@ from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.report import Recording, progress
 from cierzo.bench.stats import Summary, summarise
 from cierzo.cache.config import CacheConfig
+from cierzo.engine.checkpoint import checkpoint_folder
+from cierzo.engine.errors import ConfigError
 from cierzo.engine.messages import SamplingParams, StepOutput, Submit
 from cierzo.engine.options import add_options, chosen, count
+from cierzo.engine.settings import word_reader
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.process import prepare_memory
@@ -36,6 +39,7 @@ VOCAB_SIZE = 131_072
 BLOCK_TOKENS = 32
 WARM_UP_STEPS = 50
 MOST = 1 << 20
+length = word_reader(Annotated[int, Meta(ge=2, le=MOST)])  # of a context: a token of the prompt, one of the answer
 
 
 class StepSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +65,7 @@ class StepRow(msgspec.Struct, frozen=True, kw_only=True):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of both kinds of measurement."""
     parser.add_argument("--running", type=count, nargs="+", default=[64, 512], metavar="N", help="running requests")
-    parser.add_argument("--contexts", type=count, nargs="+", default=[1024, 131_072], metavar="N", help="tokens")
+    parser.add_argument("--contexts", type=length, nargs="+", default=[1024, 131_072], metavar="N", help="tokens")
     add_options(parser, StepSettings, skip={"running", "contexts"})
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
     model = parser.add_argument_group("a model's step, operation by operation, instead")
@@ -83,9 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(table(rows))
         report.write(settings, rows)
         return 0
+    if not arguments.batches and not arguments.prompts:
+        raise ConfigError("--profile needs --batches or --prompts, else there is no step", field="batches")
     from cierzo.bench import profile  # imports torch
 
-    checkpoint, weights = arguments.profile, arguments.weights
+    checkpoint, weights = checkpoint_folder(arguments.profile), arguments.weights
     ceilings, steps = profile.profile(checkpoint, arguments.batches, arguments.prompts, weights=weights)
     print(profile.table(ceilings, steps))
     report.write({"checkpoint": checkpoint, "weights": weights}, {"ceilings": ceilings, "steps": steps})

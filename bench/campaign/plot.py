@@ -16,6 +16,15 @@ Draw = Callable[[Any], None]  # onto a matplotlib axis
 Legend = dict[str, str]  # name -> colour
 
 
+def find_matplotlib(path: Path) -> Any:
+    """Import matplotlib, which draws `path`. Raises ConfigError without it."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(f"{path} needs matplotlib: pip install 'cierzo[bench]'", field="output") from error
+    return matplotlib
+
+
 def plot(
     path: Path, title: str, panels: Sequence[Draw], columns: int, inches: tuple[float, float], legend: Legend
 ) -> None:
@@ -23,10 +32,7 @@ def plot(
 
     Raises ConfigError without matplotlib, or where there is nothing to show.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError(f"{path} needs matplotlib: pip install 'cierzo[bench]'", field="output") from error
+    matplotlib = find_matplotlib(path)
     if not panels:
         raise ConfigError(f"nothing was measured that {path} could show", field="output", value=path)
     matplotlib.use("Agg")

@@ -26,7 +26,7 @@ from cierzo.bench.workload import Workload, parse_workload
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.work import measured_distinct
-from cierzo.engine.errors import CierzoError
+from cierzo.engine.errors import CierzoError, refusal
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.kernels.formats.number_formats import formats_on
 
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Hold plans for this machine's CPU against loads.")
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+")
     parser.add_argument(
-        "--workloads", nargs="+", default=WORKLOADS, metavar="LOAD", help="as cierzo plan takes them"
+        "--workloads", nargs="+", default=WORKLOADS, metavar="LOAD", help="loops, as cierzo plan takes them"
     )
     parser.add_argument("--weights", default="auto", choices=("auto", *formats_on("cpu")), help="of the weights")
     parser.add_argument("--folder", type=Path, default=Path("build/plan-check"), help="for the servers' logs")
@@ -160,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     workloads = [parse_workload(text) for text in arguments.workloads]
+    if traces := [str(workload) for workload in workloads if workload.trace]:
+        raise refusal("workloads", "loops", traces[0], "a trace can be planned, not sent")
     given = {"device": "cpu", "weights": arguments.weights}
     engines = [msgspec.convert({"model": model, **given}, EngineOptions) for model in arguments.checkpoints]
     for engine in engines:  # refuse a wrong one now, not after half an hour

@@ -22,12 +22,13 @@ from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.options import add_options, chosen
 from cierzo.engine.weights.shapes import named_model_config
 
-NOT_PLANNED = {"model", "device", "kernels", "frontend", "runner"}
+NOT_PLANNED = {"model", "device", "kernels", "frontend", "runner", "expert_statistics"}
 SHOWN = 22  # last letters of a device's name: it may be a path
 MOST_CHANGES = 6
 WORKLOAD = (
     "2048/256@64: tokens in, out, clients; 2048/256@3.5/s: requests a second; 1152:1024/64@16: 1,024 of 1,152 "
-    "tokens are the same in all; FILE.jsonl: a trace"
+    "tokens are the same in all; FILE.jsonl: a trace, each line a request: "
+    '{"arrival_s": 0.5, "input_tokens": 1152, "output_tokens": 64, "shared_tokens": 1024}, shared_tokens if any'
 )
 FIGURE_CLIENTS = [2**power for power in range(12)]
 FIGURE_INCHES = (4.5, 2.8)
@@ -57,10 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
     if named_model_config(checkpoint) is None:
         checkpoint_path(checkpoint)  # else each device would be refused for it
     report = Recording("plan", arguments.json)
-    if arguments.png is not None:
-        check_writable(arguments.png)
     options = EngineOptions(model=checkpoint, **chosen(arguments, EngineOptions, skip=NOT_PLANNED))
     workload = parse_workload(arguments.workload)
+    if arguments.png is not None:
+        check_writable(arguments.png)
+        plot.find_matplotlib(arguments.png)
+        if workload.trace:
+            raise refusal("png", "left out", str(arguments.png), "a trace has no number of clients to draw over")
     limits = LatencyLimits(**chosen(arguments, LatencyLimits))
     names = arguments.device.split(",")
     experts = None if arguments.experts is None else read_experts(arguments.experts)
@@ -75,10 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     planner = Planner(options, workload, limits, experts=experts, calibrated=calibrated)
     plans = [planner.plan(name) for name in names]
     print(table(plans, checkpoint, workload, limits, arguments.experts))
-    if arguments.png is not None:
-        draw(planner, plans, workload, arguments.png)
     asked = {"options": options, "workload": workload, "limits": limits, "devices": names}
     report.write({**asked, "experts": None if arguments.experts is None else str(arguments.experts)}, plans)
+    if arguments.png is not None:
+        draw(planner, plans, workload, arguments.png)
     return int(all(plan.refused for plan in plans))
 
 
@@ -152,10 +156,7 @@ def _changes(plan: DevicePlan) -> list[str]:
 
 
 def draw(planner: Planner, plans: Sequence[DevicePlan], workload: Workload, path: Path) -> None:
-    """Draw requests a second and time between tokens over the number of clients, a line for each device. Raises
-    ConfigError without matplotlib, and for a trace, which has no clients."""
-    if workload.trace:
-        raise ConfigError("a trace has no number of clients to draw over", field="png", value=path)
+    """Draw requests a second and time between tokens over the number of clients, a line for each device."""
     curves = {
         f"{plan.device} ({plan.shares} shares)": _over_clients(planner, plan.device, workload)
         for plan in plans

@@ -33,7 +33,9 @@ FINENESS = 1.02  # the search within limits ends where a load this much higher b
 class LatencyLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Latencies that a plan must keep, milliseconds, on average or at a percentile; None: any will do."""
 
-    max_ttft_ms: Annotated[Limit, Meta(description="find the highest load whose first tokens keep this")] = None
+    max_ttft_ms: Annotated[
+        Limit, Meta(description="find the highest load whose first tokens keep this; a trace must keep it")
+    ] = None
     max_inter_token_ms: Annotated[Limit, Meta(description="the same for the time between two tokens")] = None
     statistic: Annotated[Statistic, Meta(description="of these times that must keep it")] = "p99"
 
@@ -143,21 +145,21 @@ class Planner:
         return forecast(config, workload, device=config.card or self.calibrated, distinct=self._distinct)
 
     def _best(self, config: EngineConfig) -> tuple[Forecast, Workload]:
-        """Forecast the workload as it is, or the highest load that keeps the limits."""
+        """Forecast the workload as it is, or the highest load that keeps the limits; a trace is one load."""
         given, limits, rate = self.workload, self.limits, self.workload.rate
-        if not limits.given or given.trace:
+        if not limits.given:
             return self._forecast(config, given), given
         found: dict[float, tuple[Forecast, Workload]] = {}
 
         def keeps(size: float) -> bool:
             load = {"concurrency": int(size)} if rate is None else {"rate": size}
-            workload = msgspec.structs.replace(given, **load)
+            workload = given if given.trace else msgspec.structs.replace(given, **load)
             found[size] = self._forecast(config, workload), workload
             return limits.broken(found[size][0]) is None
 
         clients = (config.scheduler.max_waiting, config.frontend.max_open_samples, 4 * config.scheduler.max_running)
         low, most = (1, min(clients)) if rate is None else (rate / 1024, rate * 1024)
-        best = highest(keeps, low, most, FINENESS, whole=rate is None)
+        best = highest(keeps, low, low if given.trace else most, FINENESS, whole=rate is None)
         if best is None:
             broken = limits.broken(found[low][0])
             raise ConfigError(f"workload {found[low][1]}: {broken}", field="max_ttft_ms", value=broken)

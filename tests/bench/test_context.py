@@ -97,6 +97,42 @@ def test_it_prints_and_writes_what_it_measured(
     assert capsys.readouterr().out == context.table(decode, prefill) + "\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{tmp}/none", "--decode", "5"], "checkpoint must be the folder of a checkpoint, got "),
+        (["{tmp}", "--decode", "5"], "is no checkpoint: it has no config.json"),
+        (["{tmp}", "--decode", "5", "--json", "{tmp}/none/x"], "none/x cannot be written"),
+        (["{tmp}"], "needs --decode or --prefill"),
+        (["{tmp}", "--decode", "0"], "--decode: must be an integer from 1 to 1048576, got '0'"),
+        (["{tmp}", "--decode", "99999999"], "--decode: must be an integer from 1 to 1048576, got '99999999'"),
+        (["{tmp}", "--prefill", "-1"], "--prefill: must be an integer from 1 to 1048576, got '-1'"),
+        (
+            ["{tmp}", "--prefill", "5", "--chunk-tokens", "0"],
+            "--chunk-tokens: must be an integer from 1 to 1048576",
+        ),
+        (["{tmp}", "--decode", "5", "--repeats", "0"], "--repeats: must be an integer of at least 1, got '0'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = context.main([word.format(tmp=tmp_path) for word in words])
+    except SystemExit as error:  # argparse's
+        status = int(str(error))
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith("cierzo.bench.context: ")
+    assert told in err
+
+
+def test_the_demo_model_can_be_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(context, "checkpoint_folder", {"demo": "/nowhere"}.__getitem__)
+    assert context.main(["demo", "--decode", "5"]) == 2
+    assert capsys.readouterr().err.endswith("must be the folder of a checkpoint, got '/nowhere'\n")
+
+
 def test_the_table() -> None:
     attention = OperationRow(
         operation="mla_decode", calls=36, ms=40.04, megabytes=294.0, gb_per_s=7.34, gflop_per_s=211.6, share=0.5

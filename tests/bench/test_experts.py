@@ -155,6 +155,10 @@ def test_a_running_server_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert " ".join(row.split()) == "5 3.0 - 2.0 0.703 0 (100.0%) 1 (75.0%) 2 (25.0%) 3 (0.0%)"
     # of independent tokens 1 + (1 - 1/4^2) + (1 - 3/4^2) + 0; of uniform ones 4 (1 - 1/2^2)
     assert re.search(r"^decode +2\.0 +4 +3\.0 +2\.4 +3\.0$", printed, re.MULTILINE)
+    told = msgspec.structs.replace(told, expert_tokens=[[0] * 4], decode=[])
+    assert main(["bench", "experts", "--rpc", "unix:/x"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "cierzo: config_error: the server has counted no step yet\n")
     told = None
     assert main(["bench", "experts", "--rpc", "unix:/x"]) == 2
     assert "without --expert-statistics" in capsys.readouterr().err

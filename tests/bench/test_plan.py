@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,9 +15,10 @@ import pytest
 from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.experts import ExpertsSettings
+from cierzo.bench.plan import command
 from cierzo.bench.plan.search import DevicePlan, LatencyLimits, Planner, other_cards, read_experts
 from cierzo.bench.report import Recording
-from cierzo.bench.workload import Workload, parse_workload
+from cierzo.bench.workload import TracedRequest, Workload, parse_workload
 from cierzo.cli import main
 from cierzo.engine import config
 from cierzo.engine.config import EngineOptions
@@ -275,6 +278,44 @@ def test_experts_of_another_model_are_refused(tmp_path: Path, capsys: pytest.Cap
     _write_report(path, msgspec.structs.replace(_statistics([125] * 32), decode=[]))
     assert main([*argv, "--experts", str(path)]) == 2
     assert "nothing was counted" in capsys.readouterr().err
+
+
+def test_a_trace_is_held_to_the_limits(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"arrival_s": 0, "input_tokens": 9000, "output_tokens": 8}')
+    kept, broken = (_plan(str(path), limits=LatencyLimits(max_ttft_ms=ms)) for ms in (1e6, 1))
+    assert kept.forecast == _plan(str(path)).forecast
+    assert broken.forecast is None
+    assert broken.refused.startswith("workload trace of 1 requests in 0 s: time to first token p99 ")
+    assert broken.refused.endswith("limit 1 ms")
+
+
+def test_a_figure_that_cannot_be_drawn_is_refused_before_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    argv = ["plan", "small4", "--device", "h200", "--workload", "9/9@1", "--png", str(tmp_path / "plan.png")]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert (out, "plan.png needs matplotlib: pip install" in err) == ("", True)
+
+
+def test_the_report_is_there_when_drawing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ConfigError("no picture")
+
+    monkeypatch.setattr(command, "draw", broken)
+    monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
+    report = tmp_path / "plan.json"
+    argv = ["plan", "small3", "--profile", "throughput", "--device", "h200", "--workload", "64/8@4"]
+    assert main([*argv, "--png", str(tmp_path / "plan.png"), "--json", str(report)]) == 2
+    assert json.loads(report.read_bytes())["results"][0]["forecast"]["requests_per_s"] > 0
+
+
+def test_help_names_the_fields_of_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert [name for name in TracedRequest.__struct_fields__ if f'"{name}"' not in told] == []
 
 
 def test_the_figure(tmp_path: Path) -> None:

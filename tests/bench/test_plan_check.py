@@ -164,14 +164,19 @@ def test_the_whole_way_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (["nowhere"], "cierzo.bench.plan.check: checkpoint must be the folder of a checkpoint, got 'nowhere'"),
         (["nowhere", "--workloads", "9/x@1"], "cierzo.bench.plan.check: workload must be IN/OUT@CLIENTS"),
+        (
+            ["nowhere", "--workloads", "{tmp}/trace.jsonl"],
+            "workloads must be loops (a trace can be planned, not sent)",
+        ),
         (["nowhere", "--weights", "int3"], "invalid choice: 'int3'"),
     ],
 )
 def test_what_cannot_be_checked_is_refused_by_name(
-    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "trace.jsonl").write_text('{"arrival_s": 0, "input_tokens": 9, "output_tokens": 9}')
     try:
-        status = plan_check.main(words)
+        status = plan_check.main([word.format(tmp=tmp_path) for word in words])
     except SystemExit as error:  # argparse's
         status = int(str(error))
     assert status == 2

@@ -40,6 +40,13 @@ def test_a_small_run_reports_every_row_and_its_load(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out == step.table(rows) + "\n"
 
 
+def test_the_shortest_context_has_steps_that_compute(tmp_path: Path) -> None:
+    target = tmp_path / "step.json"
+    assert main(["bench", "step", "--running", "2", "--contexts", "2", "--steps", "5", "--json", str(target)]) == 0
+    (row,) = msgspec.convert(msgspec.json.decode(target.read_bytes())["results"], list[step.StepRow])
+    assert row.output_tokens == 5 * row.running
+
+
 def test_the_table() -> None:
     times, submits = (Summary(1, 0.0, p50, 0.0, p99, 0.0) for p50, p99 in ((0.25, 1.5), (0.125, 10.0)))
     row = step.StepRow(running=64, context=1024, step_ms=times, submit_ms=submits, finished=3, output_tokens=64_000)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -147,6 +148,12 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     ((*PLAN, "9/9@0/s"), 2, "rate must be a finite number above 0, got 0.0"),
     ((*PLAN, "9:9/9@1"), 2, "shared_tokens must be 0 to 8, got 9"),
     ((*PLAN, "{tmp}/list.json"), 2, "workload {tmp}/list.json, line 1: Expected `object`, got `array`"),
+    ((*PLAN, "9/9@1", "--expert-statistics"), 2, "unrecognized arguments: --expert-statistics"),
+    (
+        (*PLAN, "{tmp}/trace.jsonl", "--png", "{tmp}/new"),
+        2,
+        "png must be left out (a trace has no number of clients",
+    ),
     ((*PLAN, "9/9@1", "--max-ttft-ms", "0"), 2, f"argument --max-ttft-ms: {NUMBER}'0'"),
     ((*PLAN, "9/9@1", "--threads", "0"), 2, "argument --threads: must be an integer from 1 to 1024, got '0'"),
     ((*PLAN, "9/9@1", "--experts", "{tmp}/none"), 2, "expert statistics {tmp}/none: "),
@@ -175,7 +182,11 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     ((*LOAD, "--json", "{tmp}/none/x"), 2, "{tmp}/none/x cannot be written"),
     ((*STEP, "--output-tokens", "0"), 2, f"argument --output-tokens: {COUNT}'0'"),
     (("bench", "step", "--running", "0"), 2, f"argument --running: {COUNT}'0'"),
-    (("bench", "step", "--contexts", "64", "99999999999"), 2, f"argument --contexts: {COUNT}'99999999999'"),
+    *(
+        (("bench", "step", "--contexts", "64", tokens), 2, f"must be an integer from 2 to 1048576, got '{tokens}'")
+        for tokens in ("1", "99999999999")
+    ),
+    (("bench", "step", "--profile", "{dense}", "--batches", "--prompts"), 2, "needs --batches or --prompts, else"),
     (("bench", "step", "--steps", "-1"), 2, f"argument --steps: {POSITIVE}'-1'"),
     (("bench", "step", "--batches", "0"), 2, f"argument --batches: {COUNT}'0'"),
     ((*STEP, "--json", "{tmp}/none/x"), 2, "{tmp}/none/x cannot be written"),
@@ -206,6 +217,8 @@ def test_a_wrong_command_line_is_told_in_one_line(
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "trace.jsonl").write_text('{"arrival_s": 0, "input_tokens": 9, "output_tokens": 9}')
+    monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
     places = {**checkpoints, "tmp": tmp_path}
     assert main([word.format(**places) for word in words]) == status
     out, err = capsys.readouterr()
@@ -310,7 +323,14 @@ def test_a_port_in_use_is_told_before_the_settings(
 
 
 @pytest.mark.parametrize(
-    "command", [("info", "demo"), ("serve", "demo"), ("generate", "demo", "--prompt", "x"), ("demo",)]
+    "command",
+    [
+        ("info", "demo"),
+        ("serve", "demo"),
+        ("generate", "demo", "--prompt", "x"),
+        ("demo",),
+        ("bench", "step", "--profile", "demo"),
+    ],
 )
 def test_a_cache_folder_that_cannot_be_written_is_named(
     command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 
 import pytest
 
+from cierzo.bench import rpc
 from cierzo.cli import Parser, build_parser
 
 
@@ -71,3 +73,15 @@ def test_unknown_options_are_refused(path: tuple[str, ...], capsys: pytest.Captu
     assert ended.value.code == 2
     if not _children(_find(path)):
         assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("word", "status"), [("--help", 0), ("extra", 2)])
+def test_the_benchmark_of_the_rpc_does_not_run_for_help(
+    word: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rpc, "LIMITS", ())  # else it would take a minute
+    monkeypatch.setattr(sys, "argv", ["rpc", word])
+    with pytest.raises(SystemExit) as ended:
+        rpc.main()
+    assert ended.value.code == status
+    assert "usage: cierzo.bench.rpc" in "".join(capsys.readouterr())

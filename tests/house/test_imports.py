@@ -94,8 +94,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "engine": HOUSE,  # llm, launch, commands and what they alone use
     "bench": CLIENT,
-    "bench.step": (*CLIENT, *WORKER),
-    "bench.context": (*CLIENT, *WORKER),  # it and the next run a model by hand
+    "bench.step": (*CLIENT, *WORKER, "engine.checkpoint"),
+    "bench.context": (*CLIENT, *WORKER, "engine.checkpoint"),  # it and the next run a model by hand
     "bench.profile": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
     "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint"),
