@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from cierzo.bench.campaign.loop import Campaign, Run
 from cierzo.bench.campaign.outcome import Outcome, saved
-from cierzo.bench.campaign.store import Store
+from cierzo.bench.campaign.store import Store, has_samples
 from cierzo.bench.report import Recording
 from cierzo.bench.revision import current_commit
 from cierzo.engine.errors import CierzoError, ConfigError
@@ -57,8 +57,8 @@ def run(
     commit, name = arguments.commit or current_commit(), stem_of(arguments)
     samples, stem = arguments.samples or arguments.folder / f"{name}-{commit}.jsonl", arguments.output / name
     try:
-        if arguments.report and not samples.exists() and (found := saved(stem, kind)) is not None:
-            print(text(found, command))
+        if arguments.report and not has_samples(samples):
+            print(text(saved(stem, kind), command))
             return 0
         stem.parent.mkdir(parents=True, exist_ok=True)
         report, wanted = Recording(benchmark, Path(f"{stem}.json"), words), wanted_of(arguments)

@@ -118,11 +118,11 @@ def notes(found: Outcome[Any, Any, Any]) -> list[str]:
     return lines + [f"{row.cell.name}, {row.subject}: NOT MEASURED: {row.error}" for row in found.rows if row.error]
 
 
-def saved(stem: Path, type_: type[T]) -> T | None:
-    """The outcome in `stem`.json, which an earlier run left; None where there is none. Raises ConfigError."""
+def saved(stem: Path, type_: type[T]) -> T:
+    """The outcome in `stem`.json, which an earlier run left. Raises ConfigError where there is none."""
     path = Path(f"{stem}.json")
     if not path.exists():
-        return None
+        raise ConfigError(f"nothing was measured: there is no {path}", field="output", value=str(path))
     try:
         return msgspec.convert(msgspec.json.decode(path.read_bytes(), type=Report).results, type_)
     except msgspec.MsgspecError as error:

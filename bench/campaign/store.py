@@ -31,7 +31,7 @@ class Store:
     """The samples of one file. Its first line is their identity: commit, device, checkpoints."""
 
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
-        """Read `path`, or begin it; a last line that a killed run left unfinished is dropped.
+        """Read `path`, which the first sample begins; a last line that a killed run left unfinished is dropped.
 
         Raises ConfigError where the file holds samples of another identity, or anything but samples.
         """
@@ -41,9 +41,7 @@ class Store:
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             os.truncate(path, len(whole))
-        if not whole:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._append(self.identity)
+        self._begun = bool(whole)
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 if number == 1:
@@ -58,6 +56,10 @@ class Store:
 
     def add(self, sample: Sample) -> None:
         """Append a sample; it is on disk when this returns."""
+        if not self._begun:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._append(self.identity)
+            self._begun = True
         self._append({name: getattr(sample, name) for name in Sample.__slots__})
         self._samples.append(sample)
 
@@ -92,3 +94,8 @@ class Store:
                 told = f"{self.path} holds samples of {name} {theirs!r}, this run is of {wanted!r}"
                 remedy = "name another file, or remove it"
                 raise ConfigError(f"{told}: {remedy}", field=name, limit=theirs, value=wanted)
+
+
+def has_samples(path: Path) -> bool:
+    """Whether a file holds any sample behind its identity."""
+    return path.exists() and path.read_bytes().count(b"\n") > 1

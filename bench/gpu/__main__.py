@@ -129,20 +129,19 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts; exit status 1 if a cell failed."""
+def main(argv: Sequence[str] | None = None, device_type: str = "cuda") -> int:
+    """Run the parts; exit status 1 if a cell failed. device_type: "cpu" for tests, which interpret the kernels."""
     parser = argparse.ArgumentParser(
         prog="cierzo.bench.gpu", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--part-s", type=float, default=PART_S, metavar="S", help="seconds of a part, at most")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: in bench/results")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: in Triton's interpreter")
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    if device_type == "cuda" and not torch.cuda.is_available():
         print("cierzo.bench.gpu: torch finds no GPU here", file=sys.stderr)
         return 2
-    device = torch.device(arguments.device)
+    device = torch.device(device_type)
     described, commit = describe(device), current_commit()
     card = str(described.get("card", device.type))
     name = card.lower().replace(" ", "-")

@@ -12,7 +12,7 @@ import pytest
 from cierzo.bench.campaign import outcome
 from cierzo.bench.campaign.loop import Block, Campaign, DeviceLost, Run, Session
 from cierzo.bench.campaign.outcome import Ratio, Row, saved
-from cierzo.bench.campaign.store import CEILINGS, Sample, Store
+from cierzo.bench.campaign.store import CEILINGS, Sample, Store, has_samples
 from cierzo.bench.campaign.table import Grid, grid_of, middle, page
 from cierzo.bench.headline.outcome import Outcome, text
 from cierzo.engine.errors import ConfigError
@@ -56,8 +56,20 @@ def test_what_a_killed_run_left_unfinished_is_dropped(path: Path) -> None:
     assert list(Store(path, IDENTITY)) == []
 
 
+def test_a_file_begins_with_its_first_sample(path: Path) -> None:
+    store = Store(path, IDENTITY)
+    assert not path.exists()
+    assert not has_samples(path)
+    store.add(sample("a", "ours", result=1))
+    assert has_samples(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert (json.loads(lines[0]), len(lines)) == (IDENTITY, 2)
+    path.write_bytes(lines[0])
+    assert not has_samples(path)
+
+
 def test_samples_of_something_else_are_refused_by_name(path: Path) -> None:
-    Store(path, IDENTITY)
+    Store(path, IDENTITY).add(sample("a", "ours", result=1))
     for field in IDENTITY:
         with pytest.raises(ConfigError, match=f"{field} '{IDENTITY[field]}', this run is of 'new'"):
             Store(path, {**IDENTITY, field: "new"})
@@ -65,9 +77,9 @@ def test_samples_of_something_else_are_refused_by_name(path: Path) -> None:
 
 @pytest.mark.parametrize("line", ['{"cell": 1', '{"cell": "a"}', '{"part": "a", "name": "b"}', "[1]"])
 def test_a_line_that_is_no_sample_is_named(path: Path, line: str) -> None:
-    Store(path, IDENTITY)
+    Store(path, IDENTITY).add(sample("a", "ours", result=1))
     path.write_bytes(path.read_bytes() + f"{line}\n".encode())
-    with pytest.raises(ConfigError, match=r"samples\.jsonl, line 2"):
+    with pytest.raises(ConfigError, match=r"samples\.jsonl, line 3"):
         Store(path, IDENTITY)
 
 
@@ -297,7 +309,8 @@ def test_committed_outcomes_say_what_their_tables_say(stem: str) -> None:
 
 
 def test_an_outcome_that_is_none_is_refused(tmp_path: Path) -> None:
-    assert saved(tmp_path / "nothing", Row) is None
+    with pytest.raises(ConfigError, match=r"nothing was measured: there is no .*nothing\.json"):
+        saved(tmp_path / "nothing", Row)
     (tmp_path / "other.json").write_text('{"benchmark": 1}')
     with pytest.raises(ConfigError, match=r"other\.json"):
         saved(tmp_path / "other", Row)

@@ -205,8 +205,8 @@ def test_parts_of_the_command_go_on_where_they_stopped(
     monkeypatch.setattr(conformance, "SIZES", (DECODE,))
     monkeypatch.setattr(timing, "SIZES", (PREFILL,))
     path = tmp_path / "cells.jsonl"
-    words = ["--device", "cpu", "--output", str(path), "--parts"]
-    assert command.main([*words, "compile", "conformance", "ceilings", "kernels"]) == 0
+    words = ["--output", str(path), "--parts"]
+    assert command.main([*words, "compile", "conformance", "ceilings", "kernels"], "cpu") == 0
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[0]["device"] == "cpu"
     cells = [(line["subject"], line["cell"]) for line in lines[1:]]
@@ -220,7 +220,7 @@ def test_parts_of_the_command_go_on_where_they_stopped(
     assert lines[2]["result"]["deviation"] < conformance.TOLERANCE
     assert lines[-1]["result"]["share"] > 0
     capsys.readouterr()
-    assert command.main([*words, "conformance", "kernels"]) == 0
+    assert command.main([*words, "conformance", "kernels"], "cpu") == 0
     assert capsys.readouterr().out == ""
 
 
@@ -238,7 +238,7 @@ def test_results_of_another_commit_are_refused(tmp_path: Path, capsys: pytest.Ca
     Store(path, {"commit": "another", "device": "cpu"}).add(
         Sample(cell="machine", subject="machine", round=0, started="", took_s=0.0)
     )
-    assert command.main(["--device", "cpu", "--output", str(path)]) == 2
+    assert command.main(["--output", str(path)], "cpu") == 2
     assert "holds samples of commit 'another'" in capsys.readouterr().err
 
 

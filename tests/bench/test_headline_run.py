@@ -160,6 +160,11 @@ def test_real_servers(run: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     run.samples("headline-cpu").unlink()
     assert run("--report") == 0  # from the JSON alone
     assert table.partition("small4:")[2] in capsys.readouterr().out
+    assert not run.samples("headline-cpu").exists()
+    (run.folder / "out" / "headline-cpu.json").unlink()
+    assert run("--report") == 2
+    assert "nothing was measured: there is no " in capsys.readouterr().err
+    assert not (run.folder / "out" / "headline-cpu.json").exists()
 
 
 def test_a_simulation(run: Main, capsys: pytest.CaptureFixture[str]) -> None:

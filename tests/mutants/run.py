@@ -17,6 +17,7 @@ import hashlib
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ TREES = 2  # copies in which faults are tried at the same time
 TIMEOUT_S = 300.0
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "build", "*.egg-info")
 PYTEST_PASSED, PYTEST_FAILED = 0, 1
+ENDED_FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 COMPILED = (".cpp", ".h", "cpu/abi.py")  # the library tells which abi.py it was built beside
 
 
@@ -119,7 +121,8 @@ class Tree:
             raise SystemExit(f"the tests would import {done.stdout.strip()}, not the copy in {self.root}")
 
     def test(self, tests: str, options: Sequence[str] = (), timeout_s: float | None = TIMEOUT_S) -> tuple[int, str]:
-        """pytest's exit status and output; a run that hangs past the limit or dies of a signal counts as failed."""
+        """pytest's exit status and output; a run that hangs past the limit or crashes counts as failed. Raises
+        KeyboardInterrupt where somebody else ended it, which says nothing of a fault."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options, *tests.split()]
         try:
             done = subprocess.run(
@@ -127,6 +130,8 @@ class Tree:
             )
         except subprocess.TimeoutExpired:
             return PYTEST_FAILED, f"still running after {TIMEOUT_S:.0f} s"
+        if -done.returncode in ENDED_FROM_OUTSIDE:
+            raise KeyboardInterrupt
         status = PYTEST_FAILED if done.returncode < 0 else done.returncode
         return status, done.stdout + done.stderr
 
@@ -178,7 +183,7 @@ def main(words: list[str]) -> int:
     faults = read_faults([word for word in words if word != "--again"])
     if not faults:
         raise SystemExit("no fault matches")
-    before = set() if again or not KILLED.exists() else set(KILLED.read_text(encoding="utf-8").split())
+    before = set() if again or not KILLED.exists() else set(KILLED.read_bytes().decode(errors="replace").split())
     # of the tree as it is now, which the copies are made of
     left = {fault: digest for fault in faults if (digest := fault.digest) not in before}
     print(f"{len(faults)} faults, {len(faults) - len(left)} of them killed in earlier runs", flush=True)
@@ -225,7 +230,7 @@ def _try(free: queue.SimpleQueue[Tree], fault: Fault, digest: str, place: str) -
     print(f"{place:>7}  {verdict:8} {time.monotonic() - start:6.1f} s  {fault.file}: {fault.why}", flush=True)
     if not survived:
         with KILLED.open("a", encoding="utf-8") as file:
-            file.write(f"{digest}\n")
+            file.write(f"\n{digest}\n")  # behind a line that a killed run may have left unfinished
     return survived
 
 
