@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import time
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -84,7 +85,10 @@ def _ask(settings: ExpertsSettings) -> ExpertStatistics:
             raise ConfigError(why, field=field.name, value=value)
     assert settings.rpc is not None
     with SyncClient(settings.rpc) as client:
-        statistics = client.stats().core.experts
+        client.wait_ready()
+        while not (core := client.stats().core).total_blocks:  # told as soon as the model is loaded
+            time.sleep(0.01)
+    statistics = core.experts
     if statistics is None:
         why = "this server was started without --expert-statistics: it does not count"
         raise ConfigError(why, field="expert_statistics", limit=True, value=False)

@@ -132,8 +132,13 @@ def test_a_running_server_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         def __exit__(self, *exc_info: object) -> None:
             pass
 
+        def wait_ready(self) -> None:
+            self.asked = 0
+
         def stats(self) -> Stats:
-            core = CoreStats(experts=told)
+            """A core that is ready tells its figures a moment later."""
+            self.asked += 1
+            core = CoreStats(total_blocks=8, experts=told) if self.asked > 1 else CoreStats()
             return Stats(
                 stream=1,
                 device="cpu",
