@@ -70,9 +70,9 @@ def run(
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     told = text(outcome, command)
-    print(f"\n{told}")
     Path(f"{stem}.txt").write_text(told + "\n", encoding="utf-8")
     report.write({"rounds": wanted.rounds, **wanted.settings}, outcome)
+    print(f"\n{told}")  # behind the files: a reader of the terminal may go away
     try:
         picture(outcome, Path(f"{stem}.png"))
     except ConfigError as error:
