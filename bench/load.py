@@ -122,6 +122,8 @@ async def run_load(
         if longest is not None and settings.prompt is None and settings.input_tokens >= longest:
             why = f"max_model_len of the server is {longest}"
             raise refusal("input_tokens", f"at most {longest - 1}", settings.input_tokens, why)
+        if info.vocab_size < 1:
+            raise refusal("vocab_size", "at least 1", info.vocab_size, f"which {settings.rpc} tells")
         load = _Load(settings, clients, info.vocab_size, clock)
         await load.run()
         return summarise_load(
@@ -193,10 +195,13 @@ class _Load:
                 if delta.token_ids:
                     delta_s.append(self.now_s)
                     delta_tokens.append(len(delta.token_ids))
-            if (final := getattr(answer, "final", None)) is not None:  # else the server does not tell how it ended
+            final = getattr(answer, "final", None)  # None: the server does not tell how it ended
+            if final is not None and final.samples:
                 finish, message = final.samples[0].finish_reason, final.samples[0].message
             if finish not in WHOLE:
                 error = finish
+            elif final is not None and not final.samples:
+                error, message = "failed", "the answer holds no sample"
             elif not delta_tokens:
                 error, message = "failed", "the answer holds no token"
         except CierzoError as failure:

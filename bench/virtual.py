@@ -113,7 +113,9 @@ class VirtualCore(EngineCore):
         """Take the first `steps` of those that `steady_s` told, and let their time pass."""
         row, simulated = self._scheduler.steady(), self.simulated
         row.repeat = steps
-        seconds = simulated.model.add(simulated.totals, *expand([row]))
+        found = simulated.model.time(*expand([row]))
+        simulated.totals.add(found)
+        seconds = np.atleast_1d(found.total_s)
         for slot, block_ids in self._scheduler.advance(steps, simulated.token_ids):
             self._builder.extend_table(slot, block_ids)
         self.virtual_clock.wait_until(self.virtual_clock() + float(seconds.sum()))

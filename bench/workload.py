@@ -23,14 +23,14 @@ from cierzo.engine.settings import require
 
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
-Rate = Annotated[float, Meta(gt=0)]
+Rate = Annotated[float, Meta(ge=1e-6, le=1e9)]  # beyond, sums of times lose a step's seconds
 T = TypeVar("T")
 
 
 class TracedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """A line of a trace. The first `shared_tokens` of the `input_tokens` are the same in all requests."""
 
-    arrival_s: Annotated[float, Meta(ge=0)]
+    arrival_s: Annotated[float, Meta(ge=0, le=1e9)]
     input_tokens: Count
     output_tokens: Count
     shared_tokens: Whole = 0

@@ -207,6 +207,8 @@ def resolve(options: EngineOptions) -> EngineConfig:
     path, model = _model(options, card)
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     layout = model.cache_layout(options.block_tokens, _kv_dtype(options, kind, dtype))
+    weights, activations = _weights(options, kind, dtype), _activations(options, kind, dtype)
+    _require_rate(card, dtype, weights, activations)
     num_blocks, max_model_len = plan_kv(
         model,
         layout,
@@ -221,8 +223,8 @@ def resolve(options: EngineOptions) -> EngineConfig:
         name=path.name,
         device="cpu" if options.device == "auto" else options.device,
         dtype=dtype,
-        weights=_weights(options, kind, dtype),
-        activations=_activations(options, kind, dtype),
+        weights=weights,
+        activations=activations,
         threads=options.threads or min(usable_cpus(), MAX_THREADS),
         pin_threads=options.pin_threads,
         overlap=kind == "cuda" if options.overlap == "auto" else options.overlap == "on",
@@ -254,6 +256,17 @@ def resolve(options: EngineOptions) -> EngineConfig:
             max_samples=min(options.frontend.max_samples, options.max_waiting),
         ),
     )
+
+
+def _require_rate(card: Device | None, dtype: str, weights: str, activations: str) -> None:
+    """Raise ConfigError for a simulated card that does not tell how fast it computes these: NumberFormats.rate."""
+    if card is None:
+        return
+    codes_on_cpu = card.kind == "cpu" and not NUMBER_FORMATS[weights].dtype
+    rate = "fp32" if dtype == "float32" else "int8" if codes_on_cpu else activations
+    if rate not in card.operations_per_s:
+        told = ", ".join(card.operations_per_s)
+        raise refusal("device", f"one whose operations_per_s tells {rate}", card.name, f"it tells {told}")
 
 
 def _require_running(options: EngineOptions, profile: Profile) -> None:

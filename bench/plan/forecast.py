@@ -30,7 +30,7 @@ GROWTH = 0.05  # seconds by which requests take longer, each second, from which 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of the requests between the S-th completion and the S-th last (S: a closed loop's concurrency, else a
-    tenth of the requests).
+    tenth of the requests), or of all where those two end in one step.
 
     time_to_first_token_s and completion_s count from arrival. running: sequences, on average over time, and the
     most. most_waiting: sequences that waited at once. keeps_up: whether requests end as fast as they come; a closed
@@ -129,6 +129,8 @@ def _forecast(
     first_s, last_s = ends_s[course.first + 1], ends_s[course.last + 1]
     skipped = left_out(len(load), concurrency)
     order = np.argsort(last_s, kind="stable")
+    if skipped and last_s[order[skipped - 1]] == last_s[order[-skipped - 1]]:
+        skipped = 0  # they end in one step
     steady = order[skipped : len(order) - skipped]
     begin_s, end_s = float(last_s[order[skipped - 1]]) if skipped else 0.0, float(last_s[steady[-1]])
     rate = len(steady) / (end_s - begin_s)

@@ -54,17 +54,19 @@ def named(name: str) -> Device | None:
 def find_device(name: str) -> Device:
     """Look up a named device, or read the one in a file. Raises ConfigError for an unknown name and a malformed
     file."""
-    found = named(name)
-    if found is not None:
+    if (found := named(name)) is not None:
         return found
     path = Path(name)
     if not path.is_file():
         limit = f"{', '.join(DATA_SHEETS)}, several as in 4xh100, or a JSON file"
         raise refusal("device", limit, name)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Device)
-    except msgspec.MsgspecError as error:
+        found = msgspec.json.decode(path.read_bytes(), type=Device)
+    except (OSError, msgspec.MsgspecError) as error:
         raise refusal("device", "a JSON file that describes a device", name, str(error)) from error
+    if found.calibration:
+        raise refusal("device", "no calibration", name, "it is for --device cpu --calibration FILE")
+    return found
 
 
 def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
@@ -75,7 +77,8 @@ def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
         return device
     newest = max(files, key=lambda path: path.stat().st_mtime)
     measured: dict[str, dict[float, float]] = defaultdict(dict)  # of a size the last sample counts
-    for number, line in enumerate(newest.read_text(encoding="utf-8").splitlines()[1:], 2):
+    whole = newest.read_bytes().rpartition(b"\n")[0]  # a run that was killed leaves half a line
+    for number, line in enumerate(whole.splitlines()[1:], 2):
         try:
             sample = json.loads(line)
             ours = sample["subject"] == "kernels" and ", small" in sample["cell"]  # not gpt-oss's layers
@@ -84,11 +87,12 @@ def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
                 # products are computed in bf16, but for those that the bench says to have FP8 activations
                 rate = device.operations_per_s["fp8" if format.endswith("x fp8") else "bf16"]
                 limit_s = max(found["bytes"] / device.bytes_per_s, found["flops"] / rate)
+                if not (limit_s > 0 and found["us"] > 0):
+                    raise ValueError(f"us {found['us']} and bytes or flops must be above 0")
                 name = f"{STEP_NAMES.get(operation, operation)} {format}"
                 measured[name][limit_s] = limit_s / found["us"] * 1e6
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{newest.name}, line {number}: {error}", field="device", value=newest.name
-            ) from error
+            where = f"{newest.name}, line {number}"
+            raise ConfigError(f"{where}: {error}", field="device", value=where) from error
     source = f"{device.source}; kernels as in bench/results/{newest.name}" if measured else device.source
     return msgspec.structs.replace(device, measured=dict(measured), source=source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
 
 import msgspec
 from msgspec import Meta
@@ -12,11 +12,11 @@ if TYPE_CHECKING:  # a server's settings hold a Device, and a server starts with
     from numpy.typing import NDArray
 
 Positive = Annotated[float, Meta(gt=0)]
-Share = Annotated[float, Meta(gt=0, le=4)]  # above 1 where a ceiling was read at a bad moment of a shared machine
+PerSecond = Annotated[float, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=1e-6, le=4)]  # above 1 where a ceiling was read at a bad moment of the machine
 Rate = Literal["fp32", "bf16", "fp8", "int8"]
 Kind = Literal["memory", "experts", "products", "attention"]
 Number: TypeAlias = "float | NDArray[np.float64]"  # of one step, or of several
-GB = 1e9
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,8 +38,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     name: str
     source: str
-    bytes_per_s: Positive
-    operations_per_s: dict[Rate, Positive]
+    bytes_per_s: PerSecond
+    operations_per_s: dict[Rate, PerSecond]
     memory_bytes: Annotated[int, Meta(ge=1)]
     cards: Annotated[int, Meta(ge=1)] = 1
     kind: Literal["cuda", "cpu"] = "cuda"
@@ -49,6 +49,13 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     step_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     row_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     calibration: dict[str, str | int] = {}
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a device without what every step needs."""
+        if missing := {*get_args(Kind)} - {*self.stated} | {"bf16"} - {*self.operations_per_s}:
+            raise ValueError(f"stated, operations_per_s: there must be {', '.join(sorted(missing))}")
+        if self.cards > 1 > self.link_bytes_per_s:
+            raise ValueError(f"link_bytes_per_s must be at least 1 for {self.cards} cards")
 
     def measured_share(self, operation: str, format: str, limit_s: Number) -> Number | None:
         """Share that was found for calls of this size: linear in log(limit_s) between two, the nearest outside.
@@ -66,5 +73,5 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         rates = ", ".join(f"{rate / 1e12:,.4g} TFLOP/s {name}" for name, rate in self.operations_per_s.items())
         shares = f"{len(self.measured)} operations measured" if self.measured else "shares stated, not measured"
         cards = f"{self.cards} cards of " if self.cards > 1 else ""
-        memory = f"{self.bytes_per_s / GB:,.4g} GB/s, {rates}, {self.memory_bytes / GB:,.0f} GB"
+        memory = f"{self.bytes_per_s / 1e9:,.4g} GB/s, {rates}, {self.memory_bytes / 1e9:,.0f} GB"
         return f"{self.name}: {cards}{memory}; {shares}"

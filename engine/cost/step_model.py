@@ -111,9 +111,3 @@ class StepModel:
         found.tokens = step.tokens
         found.distinct_experts = self._distinct(step.tokens) if self._distinct else 0.0
         return found
-
-    def add(self, totals: StepTotals, step: StepShape, rows: Number) -> FloatArray:
-        """Price a step, or several, and add them to `totals`; the seconds of each."""
-        found = self.time(step, rows)
-        totals.add(found)
-        return np.atleast_1d(found.total_s)

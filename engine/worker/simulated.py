@@ -71,7 +71,9 @@ class SimulatedRunner:
                 ends = {*seq.admission.eos_token_ids, *sampling.stop_token_ids}
                 self.token_ids[seq.slot] = next(token for token in range(len(ends) + 1) if token not in ends)
                 self._num_logprobs[seq.slot] = sampling.logprobs
-        seconds = float(self.model.add(self.totals, shape_of(batch), float(len(plan.seqs)))[0])
+        step = self.model.time(shape_of(batch), float(len(plan.seqs)))
+        self.totals.add(step)
+        seconds = float(step.total_s)
         self._busy_until_s = max(self._clock(), self._busy_until_s) + seconds
         self._launched.append((self._result(plan), self._busy_until_s))
 

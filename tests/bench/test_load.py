@@ -236,8 +236,9 @@ class Answer:
     @property
     def final(self) -> Final:
         end = SampleEnd(sample=0, finish_reason=self._finish, output_tokens=self._tokens, message=self._message)
+        ends = [] if self._finish == "no sample" else [end]
         usage = Usage(prompt_tokens=1, output_tokens=self._tokens, cached_tokens=0)
-        return Final(stream=0, samples=[end], usage=usage, timings=Timings(0.0, 0.0, 0.0, 0.0), seed=0)
+        return Final(stream=0, samples=ends, usage=usage, timings=Timings(0.0, 0.0, 0.0, 0.0), seed=0)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         for _ in range(self._tokens):
@@ -250,9 +251,10 @@ class EndingClient(ScriptedClient):
     """Answers the requests as `endings` says: finish reason, tokens, message."""
 
     endings: list[tuple[str, int, str]]
+    vocab_size = 11
 
     async def model_info(self) -> Any:
-        return SimpleNamespace(vocab_size=11, max_model_len=40)
+        return SimpleNamespace(vocab_size=self.vocab_size, max_model_len=40)
 
     def generate(self, **request: Any) -> Any:
         self.requests.append(request)
@@ -299,6 +301,17 @@ def test_only_what_came_to_its_end_is_an_answer(monkeypatch: pytest.MonkeyPatch)
     assert lines[header + 2].startswith("2 answered in ")
     assert lines[header + 3] == "1 that stopped early: 3 tokens instead of 4"
     assert {"2 failed: not finite", "1 deadline", "1 refused: invalid_request: no room"} <= set(lines)
+
+
+def test_an_answer_without_a_sample_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = _end(monkeypatch, ("length", 4, ""), ("no sample", 4, ""))
+    assert (result.answered, result.errors) == (1, {"failed: the answer holds no sample": 1})
+
+
+def test_a_server_without_a_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EndingClient, "vocab_size", 0)
+    with pytest.raises(ConfigError, match=r"vocab_size must be at least 1 .*unix:/nowhere.*, got 0"):
+        _end(monkeypatch, ("length", 4, ""))
 
 
 def test_answers_that_were_cut_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:

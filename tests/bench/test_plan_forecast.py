@@ -199,6 +199,18 @@ def test_a_trace_is_a_load_like_any_other() -> None:
     assert forecast(config, trace) == forecast(config, loop)
 
 
+@pytest.mark.parametrize("late", [0, 3])
+def test_requests_that_end_in_one_step_have_a_rate(late: int) -> None:
+    """A tenth of them, left out at either end, leaves no time between."""
+    config = _config("small4", "h200", NVFP4)
+    lengths = {"input_tokens": 100, "output_tokens": 1, "shared_tokens": 99}
+    arrivals = [0.0] * (40 - late) + [10.0] * late
+    found = forecast(config, Workload(trace=tuple(TracedRequest(arrival_s=at, **lengths) for at in arrivals)))
+    ends_s = [at + found.completion_s.max for at in arrivals]
+    assert found.requests_per_s == pytest.approx(40 / ends_s[-1], rel=0.01)
+    assert found.completion_s.count == 40
+
+
 def test_what_limits() -> None:
     """Few decode steps on one card wait for memory, long prompts for arithmetic, and slots and blocks run out."""
     config = _config("small4", "h200", NVFP4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -95,6 +96,26 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
         2,
         "must be a JSON file that describes a device (Expected",
     ),
+    *(
+        ((*GENERATE, *words, "--device", f"simulated:{{tmp}}/{name}.json"), 2, f"device {told}")
+        for name, words, told in (
+            (
+                "bare",
+                (),
+                "must be a JSON file that describes a device (stated, operations_per_s: there must be attention",
+            ),
+            (
+                "bf16",
+                ("--weights", "fp8", "--activations", "fp8"),
+                "must be one whose operations_per_s tells fp8 (it",
+            ),
+        )
+    ),
+    (
+        (*GENERATE, "--dtype", "float32", "--device", "simulated:h200"),
+        2,
+        "must be one whose operations_per_s tells fp32",
+    ),
     ((*GENERATE, "--weights", "fp8"), 2, "(fp8 has no kernels on a CPU), got 'fp8'"),
     ((*GENERATE, "--activations", "fp8"), 2, "(fp8 needs device cuda, which is cpu), got 'fp8'"),
     ((*GENERATE, "--expert-statistics"), 2, "has no experts), got True"),
@@ -145,7 +166,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     # plan
     ((*PLAN, "9"), 2, "workload must be IN/OUT@CLIENTS"),
     ((*PLAN, "9/9@0"), 2, "concurrency must be an integer of at least 1, got 0"),
-    ((*PLAN, "9/9@0/s"), 2, "rate must be a finite number above 0, got 0.0"),
+    ((*PLAN, "9/9@0/s"), 2, "rate must be a finite number from 1e-06 to 1000000000.0, got 0.0"),
     ((*PLAN, "9:9/9@1"), 2, "shared_tokens must be 0 to 8, got 9"),
     ((*PLAN, "{tmp}/list.json"), 2, "workload {tmp}/list.json, line 1: Expected `object`, got `array`"),
     ((*PLAN, "9/9@1", "--expert-statistics"), 2, "unrecognized arguments: --expert-statistics"),
@@ -159,6 +180,11 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     ((*PLAN, "9/9@1", "--experts", "{tmp}/none"), 2, "expert statistics {tmp}/none: "),
     ((*PLAN, "9/9@1", "--json", "{tmp}/none/x"), 2, "{tmp}/none/x cannot be written"),
     ((*PLAN, "9/9@1", "--calibration", "{tmp}/none"), 2, "calibration must be left out (it is for device cpu"),
+    (
+        ("plan", "small4", "--device", "{tmp}/bare.json", "--workload", "9/9@1"),
+        2,
+        "there must be attention, experts, memory",
+    ),
     *(
         (
             ("plan", "{sparse}", "--device", "cpu", "--workload", "9/9@1", "--calibration", "{tmp}/" + name),
@@ -177,7 +203,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     ),
     # bench
     ((*LOAD, "--requests", "0"), 2, f"argument --requests: {POSITIVE}'0'"),
-    ((*LOAD, "--rate", "0"), 2, f"argument --rate: {NUMBER}'0'"),
+    ((*LOAD, "--rate", "0"), 2, "argument --rate: must be a finite number from 1e-06 to 1000000000.0, got '0'"),
     ((*LOAD, "--shared-tokens", "-1"), 2, "argument --shared-tokens: must be an integer of at least 0, got '-1'"),
     ((*LOAD, "--json", "{tmp}/none/x"), 2, "{tmp}/none/x cannot be written"),
     ((*STEP, "--output-tokens", "0"), 2, f"argument --output-tokens: {COUNT}'0'"),
@@ -219,6 +245,16 @@ def test_a_wrong_command_line_is_told_in_one_line(
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "trace.jsonl").write_text('{"arrival_s": 0, "input_tokens": 9, "output_tokens": 9}')
     monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
+    card = {
+        "name": "x",
+        "source": "x",
+        "bytes_per_s": 1e12,
+        "operations_per_s": {"bf16": 1e15},
+        "memory_bytes": 10**12,
+    }
+    (tmp_path / "bare.json").write_text(json.dumps({**card, "stated": {}}))
+    stated = dict.fromkeys(("memory", "experts", "products", "attention"), 0.5)
+    (tmp_path / "bf16.json").write_text(json.dumps({**card, "stated": stated}))
     places = {**checkpoints, "tmp": tmp_path}
     assert main([word.format(**places) for word in words]) == status
     out, err = capsys.readouterr()

@@ -218,7 +218,14 @@ def test_a_device_file_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) 
         ({"cards": 0}, "cards"),
         ({"bytes_per_s": -1.0}, "bytes_per_s"),
         ({"colour": "red"}, "colour"),
-        ({"stated": {"memory": 5.0}}, "stated"),
+        ({"stated": {**STATED, "memory": 5.0}}, "stated"),
+        ({"stated": {**STATED, "memory": 1e-300}}, "stated"),
+        ({"stated": {"memory": 0.5, "experts": 0.5}}, "there must be attention, products"),
+        ({"operations_per_s": {"fp8": 1e15}}, "there must be bf16"),
+        ({"operations_per_s": {"bf16": 1e-300}}, "operations_per_s"),
+        ({"bytes_per_s": 1e-300}, "bytes_per_s"),
+        ({"cards": 2}, "link_bytes_per_s must be at least 1 for 2 cards"),
+        ({"calibration": {"checkpoint": "tiny"}}, "it is for --device cpu --calibration FILE"),
     ):
         path.write_bytes(msgspec.json.encode(msgspec.to_builtins(card) | wrong))
         with pytest.raises(ConfigError, match=said):
@@ -268,6 +275,34 @@ def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path:
         with_measured(device, "h100", tmp_path)
 
 
+def test_a_line_that_a_killed_gpu_bench_left_unfinished_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "gpu-h100-abc.jsonl"
+    path.write_text("{}\n" + json.dumps(cell("linear, small4, decode 1, fp8", 2.0)) + '\n{"subject": "ker')
+    found = with_measured(find_device("h100"), "h100", tmp_path)
+    assert [*found.measured["linear fp8"].values()] == [pytest.approx(0.5)]
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({"us": 0.0}, "us 0.0 and"),
+        ({"us": -1.0}, "us -1.0 and"),
+        ({"us": float("nan")}, "us nan and"),
+        ({"bytes": 0, "flops": 0}, "us 1.0 and bytes or flops must be above 0"),
+        ({"device": "\xff"}, "'utf-8' codec can't decode"),
+    ],
+)
+def test_a_sample_that_gives_no_share_is_refused_with_its_line(
+    tmp_path: Path, result: dict[str, Any], said: str
+) -> None:
+    sample = cell("linear, small4, any, fp8", 1.0)
+    sample["result"] |= result
+    path = tmp_path / "gpu-h100-abc.jsonl"
+    path.write_text("{}\n" + json.dumps(sample, ensure_ascii=False) + "\n", encoding="latin-1")
+    with pytest.raises(ConfigError, match=f"{path.name}, line 2: {said}"):
+        with_measured(find_device("h100"), "h100", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "weights", "activations"),
     [("small4", "fp8", "fp8"), ("small4", "nvfp4", "bf16"), ("small3", "bf16", "bf16")],
@@ -279,7 +314,7 @@ def test_every_operation_of_a_step_is_one_that_the_gpu_bench_measures(
     name says what they add up."""
     kernels = (cell(f"{one}, {name}, any, {format}", 10.0) for one in CASES for format in CASES[one].formats)
     path = tmp_path / "gpu-h100-abc.jsonl"
-    path.write_text("\n".join(map(json.dumps, [{}, *kernels])), encoding="utf-8")
+    path.write_text("".join(json.dumps(one) + "\n" for one in [{}, *kernels]), encoding="utf-8")
     device = with_measured(find_device("h100"), "h100", tmp_path)
     config, layout = model(name), model(name).cache_layout(32, "fp8")
     formats = NumberFormats(weights=weights, activations=activations)
