@@ -409,7 +409,8 @@ def test_a_cache_folder_that_is_not_needed_may_be_anything(
 
 def _run(code: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, in which `code` has run before anything of ours is imported."""
-    start = f"import sys\n{code}\nfrom cierzo.__main__ import main\nsys.exit(main())"
+    hears = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background too
+    start = f"{hears}\n{code}\nfrom cierzo.__main__ import main\nsys.exit(main())"
     command = [sys.executable, "-c", start, *words]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     options = {"env": environment, "stderr": subprocess.PIPE, "text": True, **options}
