@@ -19,6 +19,7 @@ from cierzo.cache.layout import CacheLayout, plan_capacity
 from cierzo.engine import device_memory
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.weights import NumberFormats
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.host import available_memory_bytes, usable_cpus
@@ -259,12 +260,12 @@ def resolve(options: EngineOptions) -> EngineConfig:
 
 
 def _require_rate(card: Device | None, dtype: str, weights: str, activations: str) -> None:
-    """Raise ConfigError for a simulated card that does not tell how fast it computes these: NumberFormats.rate."""
+    """Raise ConfigError for a simulated card that does not tell how fast it computes with these."""
     if card is None:
         return
-    codes_on_cpu = card.kind == "cpu" and not NUMBER_FORMATS[weights].dtype
-    rate = "fp32" if dtype == "float32" else "int8" if codes_on_cpu else activations
-    if rate not in card.operations_per_s:
+    plain, on_gpu = "bf16" if dtype == "bfloat16" else dtype, card.kind == "cuda"
+    formats = NumberFormats(weights=weights, plain=plain, activations=activations, on_gpu=on_gpu)
+    if (rate := formats.rate(weights)) not in card.operations_per_s:
         told = ", ".join(card.operations_per_s)
         raise refusal("device", f"one whose operations_per_s tells {rate}", card.name, f"it tells {told}")
 

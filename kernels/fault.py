@@ -35,13 +35,15 @@ note = _noted.append  # of a name; a launch pays for no more than this
 
 def is_device_error(error: BaseException) -> bool:
     """Whether torch, Triton or CuPy reports a CUDA error with it. Out of memory is none: the device lives on."""
-    named = type(error).__name__ == "AcceleratorError" or str(error).startswith(_BEGINNINGS)
-    return named and not _is_out_of_memory(error)
+    return _is_of_cuda(error) and not _is_out_of_memory(error)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    named = type(error).__name__ in ("AcceleratorError", "OutOfMemoryError") or str(error).startswith(_BEGINNINGS)
-    return named and _OUT_OF_MEMORY in str(error)
+    return type(error).__name__ == "OutOfMemoryError" or (_is_of_cuda(error) and _OUT_OF_MEMORY in str(error))
+
+
+def _is_of_cuda(error: BaseException) -> bool:
+    return type(error).__name__ == "AcceleratorError" or str(error).startswith(_BEGINNINGS)
 
 
 def launched() -> str:

@@ -40,7 +40,7 @@ POINTER = {
     torch.bool: "*i1",
 }
 _LIMITS = {"i32": 1 << 31, "i64": 1 << 63}
-_dry: list[Configuration] = []  # of launches on meta tensors
+_dry: list[Configuration] | None = None  # launches of a dry run; None: launches run
 
 
 def kernel(function: Callable[..., None]) -> Any:
@@ -114,7 +114,7 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
         name: _descriptor(configuration.name, name, arguments[name], block)
         for name, block in configuration.blocks.items()
     }
-    if device is not None and device.type == "meta":
+    if _dry is not None:
         _dry.append(configuration)
         return
     note(configuration.kernel.__name__)
@@ -127,10 +127,16 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
 
 
 def dry_run(function: Callable[..., Any], *arguments: Any) -> list[Configuration]:
-    """Call a function with meta tensors; the configurations of what it would launch, in order."""
-    _dry.clear()
-    function(*arguments)
-    return list(_dry)
+    """Call a function with meta tensors; the configurations of what it would launch, in order. Nothing runs, in no
+    thread of this process, until it returns."""
+    global _dry
+    found: list[Configuration] = []
+    _dry = found
+    try:
+        function(*arguments)
+    finally:
+        _dry = None
+    return found
 
 
 def _check_tensor(operation: str, name: str, kind: str, value: Tensor) -> None:

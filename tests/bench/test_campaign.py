@@ -269,7 +269,7 @@ def test_rows_have_the_result_of_the_round_in_the_middle(path: Path) -> None:
 def ratio(
     ours: dict[int, float], theirs: dict[int, float], goal: float | None = None, **more: bool
 ) -> Ratio[str, str]:
-    """Of these values by round."""
+    """The ratio of two subjects' values, which are given by round."""
     values = {"ours": ours, "theirs": theirs}
     return outcome.ratio("a", "ours", "theirs", lambda _, subject: values[subject], goal, **more)
 

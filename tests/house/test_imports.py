@@ -60,6 +60,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.profiles",
         "engine.cost.cards",
         "engine.cost.device",
+        "engine.cost.weights",
         "engine.settings",
         "engine.weights.shapes",
         "engine.errors",

@@ -72,12 +72,11 @@ class CupyBackend:
             raise DeviceFault(str(error)) from error
 
     def _function(self, kernel: Kernel, index: int) -> Any:
-        key = (kernel.name, index)
+        key, at = (kernel.name, index), (kernel.source, index)
         if key not in self._functions:
-            at = (kernel.source, index)
             if at not in self._modules:
                 self._modules[at] = self._cupy.cuda.function.Module()
-                self._modules[at].load(self._cubin(kernel.source, index))
+                self._modules[at].load(self._cubin(*at))
             self._functions[key] = self._modules[at].get_function(kernel.name)
         return self._functions[key]
 

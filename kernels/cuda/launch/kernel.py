@@ -1,6 +1,8 @@
 """Description of a CUDA C++ kernel; launcher.py runs it.
 
-SCALE = Kernel("scale.cu", "scale", {"values": "*f32", "count": "i32", "factor": "f32"})
+    SCALE = Kernel("scale.cu", "scale", {"values": "*f32", "count": "i32", "factor": "f32"})
+
+names a function of a source in the folder above, and its parameters in order.
 """
 
 from __future__ import annotations
