@@ -238,7 +238,8 @@ HTTP = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
         (b"220 mail ESMTP\r\n", 10, ProtocolError, "its answer begins with b'220 mail ESMTP"),
         (b"\0\0\0\2\x93\x01", 10, ProtocolError, "does not speak cierzo's protocol"),
         (b"\0\0\0\4\xa3\xed\xa0\x80", 10, ProtocolError, "does not speak cierzo's protocol"),
-        (b"\0\0\0\x0a\x81\xa4type\xa3\xed\xa0\x80", 10, ProtocolError, "'utf-8' codec can't decode"),
+        # no UTF-8: msgspec's words for it differ from version to version
+        (b"\0\0\0\x0a\x81\xa4type\xa3\xed\xa0\x80", 10, ProtocolError, r"begins with b'\x00\x00\x00\n\x81\xa4type"),
     ],
 )
 def test_what_is_no_cierzo_server_is_told_in_words(run, reply, timeout_s, error, message):
