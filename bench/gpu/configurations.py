@@ -75,10 +75,10 @@ def _launched() -> Iterator[tuple[str, Configuration]]:
         if call is None:
             continue
         function, (arguments, *_) = choice.load(), call[0]
-        for configuration in dry_run(function, *arguments):
-            yield f"{configuration.name}: {cell}", configuration
+        for one in dry_run(function, *arguments):
+            yield f"{one.configuration.name}: {cell}", one.configuration
         if CASES[operation].weighted and size.rows > APART_TOKENS:
             with read_through_descriptors():
                 described = dry_run(function, *arguments)
-            for configuration in described:
-                yield f"{configuration.name}: {cell}, TMA", configuration
+            for one in described:
+                yield f"{one.configuration.name}: {cell}, TMA", one.configuration

@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ POINTER = {
     torch.bool: "*i1",
 }
 _LIMITS = {"i32": 1 << 31, "i64": 1 << 63}
-_dry: list[Configuration] | None = None  # launches of a dry run; None: launches run
+_dry: list[Launch] | None = None  # launches of a dry run; None: launches run
 
 
 def kernel(function: Callable[..., None]) -> Any:
@@ -91,6 +92,19 @@ class Configuration:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launch of a dry run: the configuration, and the programs along each axis."""
+
+    configuration: Configuration
+    grid: tuple[int, ...]
+
+    @property
+    def programs(self) -> int:
+        """Number of programs."""
+        return prod(self.grid)
+
+
 def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any) -> None:
     """Run `grid` programs on torch's current stream; a grid without programs does nothing.
 
@@ -115,7 +129,7 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
         for name, block in configuration.blocks.items()
     }
     if _dry is not None:
-        _dry.append(configuration)
+        _dry.append(Launch(configuration, grid))
         return
     note(configuration.kernel.__name__)
     try:
@@ -126,11 +140,11 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
         raise fault_of(f"{described(configuration.name, arguments)}, grid {grid}", error) from error
 
 
-def dry_run(function: Callable[..., Any], *arguments: Any) -> list[Configuration]:
-    """Call a function with meta tensors; the configurations of what it would launch, in order. Nothing runs, in no
-    thread of this process, until it returns."""
+def dry_run(function: Callable[..., Any], *arguments: Any) -> list[Launch]:
+    """Call a function with meta tensors; what it would launch, in order. Nothing runs, in no thread of this
+    process, until it returns."""
     global _dry
-    found: list[Configuration] = []
+    found: list[Launch] = []
     _dry = found
     try:
         function(*arguments)
