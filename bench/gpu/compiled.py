@@ -40,7 +40,7 @@ SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 NO_E4M3 = "fp8e4nv not supported"  # what Triton says of kernels in FP8 before sm_89
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
 # Subnormals taken for zeros, asked for in PTX (ex2.approx.ftz.f32) or put there by the assembler (FADD.FTZ). Those
-# of FLUSHING are known: `tl.exp2` and `tl.rsqrt` have no other form. A softmax's weights below 2^-126 are then zeros
+# of FLUSHING are known: `tl.exp2` and `tl.rsqrt` have no other form. A softmax's weights below 2^-126 are then zero
 # beside one that is 1: the result changes by less than 2^-108 of the largest value. A norm's mean square has its
 # epsilon added, and is never subnormal. The assembler divides integers by way of the reciprocal of one. Its routine
 # for quotients of floats, behind ROUTINES, tells infinities and NaN with such instructions and keeps subnormals.
