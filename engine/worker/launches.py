@@ -1,12 +1,13 @@
 """All that a server can launch on a GPU: kernels, in the configurations in which its model's steps need them.
 
 The model runs on meta tensors, which hold nothing, in every form of step that there is; what it would launch is
-noted, and nothing runs. That takes the weights' formats, sizes and strides alone, and no GPU. The operations must be
-bound for "cuda".
+noted, and nothing runs. That takes the weights' formats, sizes and strides alone, and no GPU. The operations must
+be bound for "cuda".
 
-A kernel chooses between its forms by whether a number (rows of a step, of a segment, of logits, tokens of a context)
-is above a threshold, whatever that is. So steps have numbers that double, and one more than each: one of them lies
-on either side of a threshold, and between any two that are not within a factor of two. A test takes all numbers.
+A kernel chooses between its forms by whether a number (rows of a step, of a segment, of logits, tokens of a
+context) is above a threshold. So steps have numbers on both sides of those that are known, and numbers that double,
+and one more than each: they lie on both sides of any, and between two that are not within a factor of two. A test
+takes all numbers.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from cierzo.kernels.cuda.launch.kernel import Kernel
 from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import DecoderWeights, StepRows
+from cierzo.kernels.triton.heuristics import thresholds
 from cierzo.kernels.triton.launch import Configuration, dry_run
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.params import SamplingParams
@@ -57,7 +59,7 @@ def launches(config: EngineConfig, weights: DecoderWeights) -> Launches:
     pool = KVPool(config.layout, 1, META)
     found: dict[str, Configuration] = {}
     with running_on(noted), torch.inference_mode():
-        for rows, logit_rows in steps(limits, config.cache.block_tokens, doubling(limits.budget_tokens)):
+        for rows, logit_rows in steps(limits, config.cache.block_tokens, telling(limits.budget_tokens)):
             for launch in dry_run(model.logits, rows, pool, logit_rows):
                 found.setdefault(launch.configuration.key, launch.configuration)
         for admissions in _samplings():
@@ -65,10 +67,10 @@ def launches(config: EngineConfig, weights: DecoderWeights) -> Launches:
     return Launches([*found.values()], [*noted.kernels.values()])
 
 
-def doubling(most: int) -> list[int]:
-    """1, 2, 3, 4, 5, 8, 9, 16, 17 .. up to `most`, and that."""
-    powers = [1 << power for power in range(most.bit_length())]
-    return sorted({number for power in powers for number in (power, power + 1) if number <= most} | {most})
+def telling(most: int) -> list[int]:
+    """Numbers of rows up to `most` that tell all that numbers decide: 1, 2, 3, 4, 5, 8, 9, 16 .. and the others."""
+    last = [1 << power for power in range(most.bit_length())] + thresholds()
+    return sorted({number for one in last for number in (one, one + 1) if 0 < number <= most} | {most})
 
 
 def steps(
@@ -104,11 +106,13 @@ def _of_contexts(
     every = not expanded and len(absorbed) == total
     logit_rows = torch.empty(len(expanded) + len(absorbed), dtype=torch.int64, device=META)
     for longest in (False, True):
-        groups = [
-            PagedQueries.of(lengths, [limits.max_model_len] * len(lengths) if longest else lengths, of, tables)
-            for lengths, of in ((expanded, [0] * len(expanded)), (absorbed, [0] * len(absorbed)))
-        ]
-        rows = StepRows(tokens, positions, slots, sum(expanded), *groups)
+        prompts, generated = (
+            PagedQueries.of(
+                lengths, [limits.max_model_len] * len(lengths) if longest else lengths, [0] * len(lengths), tables
+            )
+            for lengths in (expanded, absorbed)
+        )
+        rows = StepRows(tokens, positions, slots, sum(expanded), prompts, generated)
         yield rows, None if every else logit_rows
 
 

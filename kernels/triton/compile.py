@@ -97,9 +97,9 @@ def load(configuration: Configuration) -> None:
 
 
 def compile_all(
-    configurations: Sequence[Configuration], capability: int, done: Callable[[int], object] = lambda count: None
+    configurations: Sequence[Configuration], capability: int, done: Callable[[], object] = lambda: None
 ) -> None:
-    """compile_launcher of all, in processes side by side. done: called with 1 after each, in any thread.
+    """compile_launcher of all, in processes side by side. done: called after each, in any thread.
 
     Raises CompileError after the first that fails.
     """
@@ -115,7 +115,7 @@ def compile_all(
             try:
                 while True:
                     _ask(process, waiting.get_nowait())
-                    done(1)
+                    done()
             except Empty:
                 return
             except BaseException:

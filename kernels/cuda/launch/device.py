@@ -78,15 +78,15 @@ class CupyBackend:
     def prepare(self, kernels: Sequence[Kernel], device: torch.device, folder: Path) -> None:
         """See Backend."""
         index = torch.cuda.current_device() if device.index is None else device.index
-        sources = sorted(
-            {kernel.source for kernel in kernels} - {source for source, at in self._modules if at == index}
-        )
+        wanted = {kernel.source for kernel in kernels}
+        sources = sorted(source for source in wanted if (source, index) not in self._modules)
         with ThreadPoolExecutor(max(1, len(sources))) as threads:  # NVRTC lets go of Python's lock
-            cubins = threads.map(lambda source: self._kept_cubin(source, index, folder), sources)
+            cubins = [*threads.map(lambda source: self._kept_cubin(source, index, folder), sources)]
+        with self._cupy.cuda.Device(index):
             for source, cubin in zip(sources, cubins, strict=True):
                 self._load(source, index, cubin)
-        for kernel in kernels:
-            self._function(kernel, index)
+            for kernel in kernels:
+                self._function(kernel, index)
 
     def _function(self, kernel: Kernel, index: int) -> Any:
         key, at = (kernel.name, index), (kernel.source, index)
@@ -97,13 +97,12 @@ class CupyBackend:
         return self._functions[key]
 
     def _load(self, source: str, index: int, cubin: bytes) -> None:
-        with self._cupy.cuda.Device(index):
-            module = self._cupy.cuda.function.Module()
-            module.load(cubin)
-            self._modules[source, index] = module
+        module = self._cupy.cuda.function.Module()
+        module.load(cubin)
+        self._modules[source, index] = module
 
     def _kept_cubin(self, source: str, index: int, folder: Path) -> bytes:
-        """Machine code from the folder, or compiled and put there: under a name that whatever it depends on makes."""
+        """Machine code from the folder, or compiled and put there, under a name that all it depends on makes."""
         made_of = program(source), options(_architecture(index)), self._nvrtc.getVersion()
         path = folder / f"{Path(source).stem}-{hashlib.sha256(repr(made_of).encode()).hexdigest()}.cubin"
         if path.exists():
