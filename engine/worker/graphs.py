@@ -27,18 +27,10 @@ import torch
 from torch import Tensor
 
 from cierzo.cache.pool import KVPool
+from cierzo.engine.graph_sizes import BOUND_PER_SEQUENCE, bound_of, buckets, pairs
 from cierzo.kernels.fault import kernels_since, note
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
-
-# Between powers of two a step of many sequences would compute up to twice what it must.
-MOST_DOUBLED = 16
-STEP = 16
-LEAST_BOUND = 8192  # tokens
-BOUND_FACTOR = 4
-# Tokens of a bound for each sequence, at least. They add one program to the 17 that a sequence has anyway
-# (triton/split.py): a lower bound would save next to nothing.
-BOUND_PER_SEQUENCE = 1024
 
 
 class Recording(Protocol):
@@ -58,37 +50,6 @@ class Model(Protocol):
     def logits(self, rows: StepRows, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
         """fp32 [M,N] of the rows `logit_rows`, None: of all; every token's cache entry is written to `kv`."""
         ...
-
-
-def buckets(most: int) -> list[int]:
-    """Numbers of sequences that graphs are recorded for: 1, 2, 4, 8, 16, 32, 48 .. up to `most`."""
-    doubled = [1 << power for power in range(MOST_DOUBLED.bit_length()) if 1 << power < most]
-    stepped = range(MOST_DOUBLED + STEP, most, STEP)
-    return [*doubled, *stepped, most]
-
-
-def bound_of(tokens: int) -> int:
-    """The least of 8192, 32768, 131072 .. that is not below `tokens`."""
-    bound = LEAST_BOUND
-    while bound < tokens:
-        bound *= BOUND_FACTOR
-    return bound
-
-
-def pairs(most: int, max_model_len: int, cached_tokens: int) -> list[tuple[int, int]]:
-    """(number of sequences, bound) of all graphs, the largest first: for each number the bounds from what so many
-    sequences have usually, to what they can have at most, or the cache holds.
-
-    More than the cache holds they have where prefixes are shared: beyond the last bound such steps are launched.
-    """
-    found = []
-    for size in buckets(most):
-        bound, last = bound_of(size * BOUND_PER_SEQUENCE), bound_of(min(size * max_model_len, cached_tokens))
-        found.append((size, bound))
-        while bound < last:
-            bound *= BOUND_FACTOR
-            found.append((size, bound))
-    return found[::-1]
 
 
 @dataclass(frozen=True, slots=True)

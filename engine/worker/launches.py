@@ -136,7 +136,7 @@ class _Noted:
 
 
 def _on_meta(value: Any) -> Any:
-    """The same with meta tensors in the place of tensors."""
+    """Copy a tree of weights, with meta tensors in the place of tensors."""
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
     if isinstance(value, list | tuple):

@@ -1,5 +1,5 @@
-"""What a server on a GPU does before it is ready: kernels compiled and loaded, decode steps recorded. No step does
-any of it then."""
+"""Warming up, on a GPU and before a server is ready: kernels are compiled and loaded, decode steps recorded. No
+step does any of it then."""
 
 from __future__ import annotations
 

@@ -13,11 +13,12 @@ from native_only import needs_native
 
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.graph_sizes import bound_of, buckets, pairs
 from cierzo.engine.messages import Submit, TokenDelta
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.experts import ExpertCounter
-from cierzo.engine.worker.graphs import DecodeGraphs, Recording, bound_of, buckets, pairs
+from cierzo.engine.worker.graphs import DecodeGraphs, Recording
 from cierzo.engine.worker.runner import ModelRunner, load_model
 from cierzo.engine.worker.step_rows import DeviceRows
 from cierzo.kernels.ops.block import StepRows

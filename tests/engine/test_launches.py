@@ -120,7 +120,7 @@ def serve(core: EngineCore, seed: int, count: int) -> None:
             temperature=chosen.choice((0.0, 0.8)),
             logprobs=chosen.choice((None, 2)),
             seed=number,
-            **(edits if chosen.random() < 0.3 else {}),
+            **(edits if number % 3 == 0 else {}),
         )
         waiting.append(Submit(request_id=number, prompt_token_ids=prompt, sampling=params))
     while waiting or core.has_work():
