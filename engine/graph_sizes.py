@@ -19,25 +19,21 @@ def buckets(most: int) -> list[int]:
     return [*doubled, *stepped, most]
 
 
-def bound_of(tokens: int) -> int:
-    """The least of 8192, 32768, 131072 .. that is not below `tokens`."""
-    bound = LEAST_BOUND
-    while bound < tokens:
+def bounds(size: int, max_model_len: int, cached_tokens: int) -> list[int]:
+    """Bounds that graphs of so many sequences are recorded for, the least first: 8192, 32768, 131072 .. from what
+    they have usually; the last is what they can have at most, or what the cache holds.
+
+    More than the cache holds they have where prefixes are shared: such steps are launched.
+    """
+    last = max(LEAST_BOUND, min(size * max_model_len, cached_tokens))
+    found, bound = [], LEAST_BOUND
+    while bound < last:
+        if bound >= size * BOUND_PER_SEQUENCE:
+            found.append(bound)
         bound *= BOUND_FACTOR
-    return bound
+    return [*found, last]
 
 
 def pairs(most: int, max_model_len: int, cached_tokens: int) -> list[tuple[int, int]]:
-    """(number of sequences, bound) of all graphs, the largest first: for each number the bounds from what so many
-    sequences have usually, to what they can have at most, or the cache holds.
-
-    More than the cache holds they have where prefixes are shared: beyond the last bound such steps are launched.
-    """
-    found = []
-    for size in buckets(most):
-        bound, last = bound_of(size * BOUND_PER_SEQUENCE), bound_of(min(size * max_model_len, cached_tokens))
-        found.append((size, bound))
-        while bound < last:
-            bound *= BOUND_FACTOR
-            found.append((size, bound))
-    return found[::-1]
+    """(number of sequences, bound) of all graphs, the largest first: the others' memory lies in its own."""
+    return [(size, bound) for size in buckets(most) for bound in bounds(size, max_model_len, cached_tokens)][::-1]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from cierzo.cache.pool import KVPool
-from cierzo.engine.graph_sizes import BOUND_PER_SEQUENCE, bound_of, buckets, pairs
+from cierzo.engine.graph_sizes import bounds, buckets
 from cierzo.kernels.fault import kernels_since, note
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
@@ -79,8 +79,8 @@ class DecodeGraphs:
         record: Recorder,
     ) -> None:
         self._model, self._kv = model, kv
-        self._pairs = pairs(max_running, max_model_len, cached_tokens)
-        self._buckets, self._longest = buckets(max_running), max_model_len
+        self._bounds = {size: bounds(size, max_model_len, cached_tokens) for size in buckets(max_running)}
+        self._most, self._longest = max_running, max_model_len
         self._padding_slot = cached_tokens
         self._device = device
         self._record = record
@@ -89,7 +89,7 @@ class DecodeGraphs:
 
     def __len__(self) -> int:
         """Number of graphs, recorded or to be recorded."""
-        return len(self._pairs)
+        return sum(map(len, self._bounds.values()))
 
     @torch.inference_mode()
     def record_all(
@@ -97,20 +97,22 @@ class DecodeGraphs:
     ) -> None:
         """Record all graphs. block_tables int32 [max_running,W], which stay where they are. experts: (MoE layers,
         experts per token), if those of a step are wanted. done: called after each. Raises what the model raises."""
-        for size, bound in self._pairs:
-            self._graphs[size, bound] = self._new_graph(size, bound, block_tables, experts)
-            done()
+        for size, of_size in reversed(self._bounds.items()):
+            for bound in reversed(of_size):
+                self._graphs[size, bound] = self._new_graph(size, bound, block_tables, experts)
+                done()
 
     def fits(self, rows: StepRows) -> bool:
         """Tell whether the step is one generated token for each of its sequences, and was recorded."""
         count = len(rows.token_ids)
-        one_each = rows.num_expanded == 0 and 0 < count == len(rows.absorbed.contexts) <= self._buckets[-1]
+        one_each = rows.num_expanded == 0 and 0 < count == len(rows.absorbed.contexts) <= self._most
         return one_each and self._pair(rows) in self._graphs
 
     def _pair(self, rows: StepRows) -> tuple[int, int]:
-        """(number of sequences, bound) of the graph that a step fits."""
-        size = next(size for size in self._buckets if size >= len(rows.token_ids))
-        return size, bound_of(max(sum(rows.absorbed.contexts), size * BOUND_PER_SEQUENCE))
+        """(number of sequences, bound) of the graph that a step fits; bound 0 if it has more tokens than any."""
+        size = next(size for size in self._bounds if size >= len(rows.token_ids))
+        tokens = sum(rows.absorbed.contexts)
+        return size, next((bound for bound in self._bounds[size] if bound >= tokens), 0)
 
     def logits(self, rows: StepRows) -> Tensor:
         """fp32 [T,N] of a step that fits; valid until the next replay."""
@@ -145,7 +147,7 @@ class DecodeGraphs:
             # the recording's.
             logits = self._model.logits(replace(rows, absorbed=replace(queries)), self._kv, None)
             if self._logits is None:
-                self._logits = logits.new_empty(self._buckets[-1], logits.shape[1])
+                self._logits = logits.new_empty(self._most, logits.shape[1])
             self._logits[:size] = logits
 
         name = f"recorded step of {size} sequences, {bound} tokens"

@@ -167,12 +167,30 @@ def test_the_sum_of_a_recorded_step_covers_what_it_allocates(
         device=META,
         record=record,
     )
-    graphs._pairs = [sizes]
+    graphs._bounds = {sizes[0]: [sizes[1]]}
     graphs.record_all(torch.empty(512, 4096, dtype=torch.int32, device=META), None)
     planned = device_memory.replayed_bytes(config.model, *sizes, 131_072)
     assert peaks[0] <= planned + 4 * 512 * config.model.vocab_size  # the logits that all write
     assert planned <= 1.5 * peaks[0]
     assert len(launched) <= config.model.num_layers * device_memory.LAUNCHES_PER_LAYER
+
+
+def test_the_step_that_is_recorded_first_holds_the_most(on_meta: Callable[..., Any]) -> None:
+    """All others find their memory in its own."""
+    _, model, pool = on_meta("small4", "nvfp4", "bf16", max_running=32)
+    peaks: list[int] = []
+    graphs = DecodeGraphs(
+        model,
+        pool,
+        max_running=32,
+        max_model_len=131_072,
+        cached_tokens=1_000_000,
+        device=META,
+        record=lambda work: peaks.append(peak_bytes(partial(dry_run, work))),  # type: ignore[arg-type, func-returns-value]
+    )
+    graphs.record_all(torch.empty(32, 4096, dtype=torch.int32, device=META), None)
+    assert len(peaks) == len(graphs) > 20
+    assert peaks[0] == max(peaks) > 4 * min(peaks)
 
 
 def test_constants_of_kernels_are_the_kernels_own() -> None:
