@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from cierzo.engine.config import EngineConfig, cache_dir
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
-from cierzo.engine.parameters import MatrixSource, PlainMatrices
+from cierzo.engine.parameters import MatrixSource, Parameter, PlainMatrices
 from cierzo.engine.weights.loader import Progress, load_parameters
 from cierzo.engine.weights.matrices import DeviceMatrices, PackedMatrices
 from cierzo.engine.weights.reader import CheckpointReader
@@ -35,6 +37,9 @@ from cierzo.kernels.formats.packed import PLAIN_FORMATS
 from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import KernelChoiceError, bind
 from cierzo.scheduler.plan import PENDING, StepPlan, StepResult, TokenLogprobs
+
+if TYPE_CHECKING:
+    from cierzo.engine.worker.warm import Compilation
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +84,7 @@ class ModelRunner:
         self._staged = staged
         self._graphs = graphs
         self._staging = None if staged is None else Staging(torch.device(device))
+        self._max_running = max_running
         self._sampler = Sampler(max_running, device, self._staging)
         self._steps: deque[_Step] = deque()
         self._description = description
@@ -97,7 +103,7 @@ class ModelRunner:
                 kv,
                 max_running=min(config.graph_sequences, limits.max_running),
                 max_model_len=limits.max_model_len,
-                padding_slot=config.cache.num_blocks * config.cache.block_tokens,
+                cached_tokens=config.cache.num_blocks * config.cache.block_tokens,
                 device=device,
                 record=cuda_recorder(),
             )
@@ -112,6 +118,25 @@ class ModelRunner:
             overlap=config.overlap,
             experts=ExpertCounter.of(config.model) if config.expert_statistics else None,
         )
+
+    def prepare(self, config: EngineConfig, compilation: Compilation) -> None:
+        """On a GPU, load what was compiled and record decode steps: no later step compiles or records.
+
+        `describe` tells how long it took. Raises CompileError, LaunchError, DeviceFault, MemoryError.
+        """
+        from cierzo.engine.worker import warm  # Triton: no CPU needs it
+
+        lines = [compilation.finish()]
+        if self._graphs is not None:
+            blocks = -(-config.scheduler.max_model_len // config.cache.block_tokens)
+            lines.append(warm.record_steps(partial(self.record, blocks), len(self._graphs)))
+        self._description = "\n".join([self._description, *lines])
+
+    def record(self, blocks: int, done: Callable[[], object] = lambda: None) -> None:
+        """Record the steps that are replayed. blocks: of the longest sequence. done: called after each."""
+        if self._graphs is not None and self._staged is not None:
+            experts = None if self.experts is None else (len(self.experts.layers), self.experts.top_k)
+            self._graphs.record_all(self._staged.tables(self._max_running, blocks), experts, done)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, batch: Batch) -> None:
@@ -207,15 +232,33 @@ class ModelRunner:
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:
-    """A runner of the checkpoint's model. Raises CheckpointError, ConfigError, DeviceFault, MemoryError."""
+    """A runner of the checkpoint's model, which compiles nothing any more. Raises CheckpointError, ConfigError,
+    CompileError, LaunchError, DeviceFault, MemoryError."""
+    compilations: list[Compilation] = []
+
+    def begin(parameters: Mapping[str, Parameter]) -> None:
+        from cierzo.engine.worker import launches, warm  # Triton: no CPU needs it
+
+        compilations.append(warm.Compilation(config, partial(launches.weights_on_meta, config, parameters)))
+
+    start, on_cpu = time.perf_counter(), torch.device(config.device).type == "cpu"
     with watching("loading"):
-        return ModelRunner.of(config, *load_model(config))
+        model, kv, description = load_model(config, None if on_cpu else begin)
+        if not on_cpu:
+            description += f"\nweights loaded in {time.perf_counter() - start:.1f} s"
+        runner = ModelRunner.of(config, model, kv, description)
+    for compilation in compilations:
+        runner.prepare(config, compilation)
+    return runner
 
 
-def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
+def load_model(
+    config: EngineConfig, begin: Callable[[Mapping[str, Parameter]], None] | None = None
+) -> tuple[Decoder, KVPool, str]:
     """Bind the kernels, load the checkpoint, allocate the cache -> also the table of kernels, as text.
 
-    A progress bar appears on a terminal if it takes more than two seconds. Raises CheckpointError, ConfigError.
+    begin: called with the parameters before any of their values is read. A progress bar appears on a terminal if it
+    takes more than two seconds. Raises CheckpointError, ConfigError.
     """
     torch.set_num_threads(config.threads)
     dtype, device = DTYPES[config.dtype], torch.device(config.device)
@@ -232,6 +275,9 @@ def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
     specs = parameter_specs(config.model)
     with CheckpointReader(Path(config.checkpoint)) as reader, _progress_bar() as progress:
         parameters = load_parameters(reader, specs, dtype=dtype, device="cpu", progress=progress)
+
+        if begin is not None:
+            begin(parameters)
 
         def build(matrices: MatrixSource) -> Decoder:
             return build_model(config.model, parameters, device=device, dtype=dtype, matrices=matrices)

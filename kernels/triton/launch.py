@@ -14,6 +14,7 @@ without a GPU is the code that runs on one.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ POINTER = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-_LIMITS = {"i32": 1 << 31, "i64": 1 << 63}
+_LIMITS = {"i32": 1 << 31}  # Triton itself takes an integer for an i64 where it is larger, and compiles anew
 _dry: list[Launch] | None = None  # launches of a dry run; None: launches run
 
 
@@ -58,7 +59,7 @@ def kernel(function: Callable[..., None]) -> Any:
 class Configuration:
     """A way to compile a kernel.
 
-    types: the run-time arguments: "*bf16" and the like (POINTER), "i32", "i64", "fp32". constants: the constexprs.
+    types: the run-time arguments: "*bf16" and the like (POINTER), "i32", "fp32". constants: the constexprs.
     blocks: the pointers that become tensor descriptors, and the (rows, columns) that one load brings; their tensors
     are two-dimensional. Sums of products keep the order and rounding of the source: no contraction to fused
     multiply-adds, which every version of a compiler chooses anew.
@@ -70,6 +71,17 @@ class Configuration:
     num_warps: int = 4
     num_stages: int = 3
     blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the kernel by its name."""
+        values = (self.types, self.constants, self.num_warps, self.num_stages, self.blocks)
+        return _named, (self.kernel.fn.__module__, self.kernel.fn.__name__, *values)
+
+    @property
+    def key(self) -> str:
+        """Text that is equal for equal configurations."""
+        constants = sorted(self.constants.items())
+        return repr((self.kernel.fn.__module__, self.name, self.signature, constants, sorted(self.options.items())))
 
     @property
     def signature(self) -> dict[str, str]:
@@ -103,6 +115,11 @@ class Launch:
     def programs(self) -> int:
         """Number of programs."""
         return prod(self.grid)
+
+
+def _named(module: str, kernel: str, *values: Any) -> Configuration:
+    """The configuration of a kernel by its name."""
+    return Configuration(getattr(importlib.import_module(module), kernel), *values)
 
 
 def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any) -> None:
