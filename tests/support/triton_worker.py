@@ -94,7 +94,7 @@ def difference(configuration: Configuration) -> str:
     compiling = JITFunction._do_compile
     JITFunction._do_compile = noted  # type: ignore[method-assign]
     try:
-        for ask in (compile_ahead, launched):
+        for ask in (compiling.compile_ahead, launched):
             ask(configuration)
     finally:
         JITFunction._do_compile = compiling  # type: ignore[method-assign]
