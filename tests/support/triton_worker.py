@@ -91,13 +91,13 @@ def difference(configuration: Configuration) -> str:
             (key, source.hash(), get_cache_key(source, backend, options, get_cache_invalidating_env_vars()))
         )
 
-    compiling = JITFunction._do_compile
+    before = JITFunction._do_compile
     JITFunction._do_compile = noted  # type: ignore[method-assign]
     try:
         for ask in (compiling.compile_ahead, launched):
             ask(configuration)
     finally:
-        JITFunction._do_compile = compiling  # type: ignore[method-assign]
+        JITFunction._do_compile = before  # type: ignore[method-assign]
     ahead, behind = asked
     return "" if ahead == behind else f"{ahead} is not {behind}"
 
