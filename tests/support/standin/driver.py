@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+
 from standin.library import (
     BUILD,
     ILLEGAL_ADDRESS,
@@ -42,8 +43,20 @@ MAP_MAGIC = 0x70616D2D72736E74
 MAP = struct.Struct("<3Q5Q4Q5I3I")  # device.c's Map
 DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[([\d, ]+)\]")
 FORMATS = {  # of parameters, by the signature's types
-    **{"i1": "<?", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u1": "<?", "u8": "<B", "u16": "<H"},
-    **{"u32": "<I", "u64": "<Q", "fp32": "<f", "f32": "<f", "fp64": "<d", "*": "<Q"},
+    "i1": "<?",
+    "i8": "<b",
+    "i16": "<h",
+    "i32": "<i",
+    "i64": "<q",
+    "u1": "<?",
+    "u8": "<B",
+    "u16": "<H",
+    "u32": "<I",
+    "u64": "<Q",
+    "fp32": "<f",
+    "f32": "<f",
+    "fp64": "<d",
+    "*": "<Q",
 }
 
 

@@ -15,10 +15,6 @@ from typing import Any
 import torch
 import triton.language as tl
 from card import OnCard
-from standin.driver import Machine, on_card
-from standin.library import ILLEGAL_ADDRESS, LAUNCH_FAILED, OUT_OF_MEMORY
-from standin.machine import Graph, torch_cuda
-from standin.memory import Place
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -28,6 +24,10 @@ from cierzo.kernels.ref import moe as ref
 from cierzo.kernels.triton import heuristics, moe, norm
 from cierzo.kernels.triton import launch as ours
 from cierzo.kernels.triton.launch import Configuration, kernel, launch
+from standin.driver import Machine, on_card
+from standin.library import ILLEGAL_ADDRESS, LAUNCH_FAILED, OUT_OF_MEMORY
+from standin.machine import Graph, torch_cuda
+from standin.memory import Place
 
 CASES: dict[str, Callable[[Machine, Path], None]] = {}
 D, F, E = 96, 64, 5

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from cuda_on_cpu import CpuBackend
-from standin.library import NOT_READY, IllegalAddress
-from standin.memory import Stream, StreamedCard, undisturbed
 
 from cierzo.kernels.cuda.launch.kernel import Kernel
+from standin.library import NOT_READY, IllegalAddress
+from standin.memory import Stream, StreamedCard, undisturbed
 
 
 class Event:
@@ -54,7 +54,7 @@ class CudaStream:
 class Graph:
     """In the place of torch.cuda.CUDAGraph."""
 
-    recordings = 0
+    recordings = replays = 0
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -69,6 +69,7 @@ class Graph:
 
     def replay(self) -> None:
         """Queue it."""
+        Graph.replays += 1
         self._stream.library.call("cuGraphLaunch", self._ready, self._stream.handle)
 
 
@@ -117,7 +118,7 @@ def replacements(card: StreamedCard) -> dict[str, Any]:
     @contextmanager
     def graph(made: Graph, pool: Any = None, **_: Any) -> Iterator[None]:
         library.call("cuCtxSynchronize")  # as torch's does
-        with switched(CudaStream(library)):
+        with card.serving(), switched(CudaStream(library)):
             library.call("cuStreamBeginCapture_v2", stream.handle, 0)
             stream.recording = True
             try:

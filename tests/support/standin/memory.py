@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from card import Card, OnCard, Waits
-from standin.library import POISON, IllegalAddress, Library, is_of_card
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from standin.library import POISON, IllegalAddress, Library, is_of_card
 
 ALIASES = {"aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh", "aten::detach"}
 FROM_DATA = {"tensor", "as_tensor", "from_numpy"}
@@ -98,6 +99,7 @@ class OnStream(TorchDispatchMode):
         super().__init__()
         self._stream = stream
         self.making = False  # what is made now lies on the card
+        self.waiting = False  # the host may wait for the card
 
     def is_there(self, tensor: Tensor) -> bool:
         """Whether a tensor lies on the card."""
@@ -114,6 +116,8 @@ class OnStream(TorchDispatchMode):
         aliased = any(argument.alias_info is not None for argument in schema.arguments)
         if not (there or self.making) or (there and not any(written) and aliased) or schema.name in ALIASES:
             return func(*args, **(kwargs or {}))
+        if self.waiting:
+            return self._at_once(func, args, kwargs or {}, any(written))
         if "_local_scalar_dense" in schema.name or "nonzero" in schema.name:
             raise Waits(f"{schema.name} of a tensor on the card")
         places = [self._place(leaf) for leaf in flat]
@@ -129,6 +133,17 @@ class OnStream(TorchDispatchMode):
             targets = [given[name] for name, is_written in zip(names, written, strict=True) if is_written]
             return targets[0] if len(schema.returns) == 1 else tuple(targets)
         return self._made(func, flat, spec, compute)
+
+    def _at_once(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], in_place: bool) -> Any:
+        """As if the host waited after every operation: sizes may depend on values, and values are read."""
+        self._stream.synchronize()
+        results = func(*args, **kwargs)
+
+        def there(leaf: Any) -> Any:
+            return self._stream.allocate(leaf).copy_(leaf) if isinstance(leaf, Tensor) else leaf
+
+        with _disable_current_modes():
+            return results if in_place else tree_map(there, results)
 
     def _made(self, func: Any, flat: list[Any], spec: Any, compute: Callable[[], Any]) -> Any:
         """Results in memory of their own: now their sizes, later their values."""
@@ -190,7 +205,6 @@ class StreamedCard(Card):
         super().__init__()
         self.stream = Stream(library)
         self._below = OnStream(self.stream)
-        self._waiting_is_allowed = False
 
     def __enter__(self) -> StreamedCard:
         super().__enter__()
@@ -204,11 +218,22 @@ class StreamedCard(Card):
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Copies may wait for the card: no step runs."""
-        before, self._waiting_is_allowed = self._waiting_is_allowed, True
+        with self._waiting(True):
+            yield
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Within `loading`: steps run, or are recorded, and nobody waits."""
+        with self._waiting(False):
+            yield
+
+    @contextlib.contextmanager
+    def _waiting(self, allowed: bool) -> Iterator[None]:
+        before, self._below.waiting = self._below.waiting, allowed
         try:
             yield
         finally:
-            self._waiting_is_allowed = before
+            self._below.waiting = before
 
     def values(self, tensor: Tensor) -> Tensor:
         """A tensor's values, for a test: waits for all that is queued."""
@@ -220,6 +245,10 @@ class StreamedCard(Card):
         found: list[Tensor] = []
         undisturbed(lambda: found.append(Place.of(tensor).tensor().clone()))()
         return found[0]
+
+    def _check(self, name: str, *rest: Any) -> None:
+        if not self._below.waiting:
+            super()._check(name, *rest)
 
     def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(func, "__name__", "") in FROM_DATA:
@@ -241,7 +270,7 @@ class StreamedCard(Card):
             return target.copy_(source)
         if there and not here:
             return target.as_subclass(Tensor).copy_(source.as_subclass(Tensor)).as_subclass(OnCard)
-        waits = not non_blocking and self._waiting_is_allowed
+        waits = not non_blocking and self._below.waiting
         if not waits:
             self._require_pinned(
                 source if there else target, non_blocking, "to the card" if there else "to the host"

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import triton_interpreter
-from standin.driver import DESCRIPTOR, Call, Descriptor, Pointer
-from standin.library import ILLEGAL_ADDRESS, LAUNCH_FAILED, SUCCESS, IllegalAddress, Library
-from standin.memory import memory_at
 from torch import Tensor
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cierzo.kernels.triton.launch import POINTER
+from standin.driver import DESCRIPTOR, Call, Descriptor, Pointer
+from standin.library import ILLEGAL_ADDRESS, LAUNCH_FAILED, SUCCESS, IllegalAddress, Library
+from standin.memory import memory_at
 
 DTYPES = {pointer.lstrip("*"): dtype for dtype, pointer in POINTER.items()}
 

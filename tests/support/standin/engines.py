@@ -1,0 +1,126 @@
+"""Engines on the stand-in: `python -m standin engines FOLDER SEED [FAULT]` serves the toy models of a folder and prints
+JSON, what each request got, by model. The whole of what serves on a card runs: loading, staging, recorded decode steps,
+overlapped steps."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.messages import Submit
+from cierzo.engine.weights.make import make_checkpoint
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.graphs import DecodeGraphs
+from cierzo.kernels.cuda.launch import device
+from cierzo.kernels.cuda.launch.launcher import running_on
+from cierzo.scheduler.params import SamplingParams
+from standin.driver import Machine, on_card
+from standin.machine import Backend, Graph, torch_cuda
+
+MOST_STEPS = 400
+MAX_RUNNING = 3
+# name -> (model, checkpoint, weights, activations)
+MODELS = {
+    "small4": ("small4", "hf", "nvfp4", "bf16"),
+    "small3": ("small3", "hf", "fp8", "fp8"),
+}
+
+
+def make_config(folder: Path, name: str, **changes: Any) -> EngineConfig:
+    """The configuration of a toy model, made in the folder unless it is there."""
+    like, checkpoint_format, weights, activations = MODELS[name]
+    checkpoint = folder / name
+    if not checkpoint.exists():
+        make_checkpoint(checkpoint, like=like, scale="tiny", checkpoint_format=checkpoint_format)
+    options = EngineOptions(
+        model=str(checkpoint),
+        device="cuda",
+        weights=weights,
+        activations=activations,
+        max_running=MAX_RUNNING,
+        budget_tokens=12,
+        block_tokens=16,
+        max_model_len=64,
+        kv_cache_gib=0.001,
+    )
+    return resolve(msgspec.structs.replace(options, **changes))
+
+
+def load(seed: int) -> list[tuple[int, Submit]]:
+    """Requests, and the steps before which they come: prompts of one chunk and of several, some that begin alike;
+    chosen greedily, drawn, penalised, with log-probabilities."""
+    rng = random.Random(seed)
+    beginning = [rng.randrange(3, 200) for _ in range(20)]
+    found, step = [], 0
+    for number in range(5):
+        prompt = [rng.randrange(3, 200) for _ in range(rng.choice((1, 5, 15)))]
+        temperature, top_p = (0.9, 0.95) if number % 2 else (0.0, 1.0)
+        params = SamplingParams(
+            max_tokens=rng.randrange(2, 6),
+            logprobs=2 if number == 3 else None,
+            repetition_penalty=1.3 if number == 2 else 1.0,
+            temperature=temperature,
+            top_p=top_p,
+            seed=number,
+            ignore_eos=True,
+        )
+        ids = [*beginning, *prompt] if number in (1, 4) else prompt
+        found.append((step, Submit(request_id=number, prompt_token_ids=ids, sampling=params)))
+        step += rng.randrange(3)
+    return found
+
+
+def answers(core: EngineCore, requests: list[tuple[int, Submit]]) -> dict[str, list[Any]]:
+    """Tokens and log-probabilities of each request."""
+    waiting, found = [*requests], {str(request.request_id): [[], []] for _, request in requests}
+    for step in range(MOST_STEPS):
+        while waiting and waiting[0][0] <= step:
+            core.submit(waiting.pop(0)[1])
+        if not waiting and not core.has_work():
+            return found
+        for delta in core.step():
+            tokens, logprobs = found[str(delta.request_id)]
+            tokens += delta.token_ids
+            logprobs += msgspec.to_builtins(delta.logprobs or [])
+            assert delta.finish is None or delta.finish.reason == "length", delta.finish
+    raise AssertionError(f"after {MOST_STEPS} steps there is still work")
+
+
+@contextmanager
+def engine(machine: Machine, config: EngineConfig) -> Iterator[EngineCore]:
+    """An engine on the card, as a server makes it."""
+    make = DecodeGraphs._new_graph
+
+    def make_waiting(*arguments: Any) -> Any:
+        with machine.card.loading():
+            return make(*arguments)
+
+    DecodeGraphs._new_graph = make_waiting
+    with running_on(Backend(machine.card.stream)), machine.card.loading():
+        core = EngineCore(config)
+        with machine.card.serving():
+            yield core
+
+
+def main(folder: str, seed: str) -> int:
+    """Serve them."""
+    device.require = lambda: None  # CUDA C++ runs on fibers, without CuPy
+    found: dict[str, Any] = {}
+    with on_card() as machine, torch_cuda(machine.card):
+        for name in MODELS:
+            config = make_config(Path(folder), name)
+            assert config.overlap
+            assert config.graph_sequences
+            before = Graph.replays
+            with engine(machine, config) as core:
+                found[name] = answers(core, load(int(seed)))
+            assert Graph.replays > before
+    print(json.dumps(found))
+    return 0
