@@ -1,5 +1,5 @@
-"""Engines on the stand-in: `python -m standin engines FOLDER SEED [FAULT]` serves the toy models of a folder and prints
-JSON, what each request got, by model. The whole of what serves on a card runs: loading, staging, recorded decode steps,
+"""Engines on the stand-in: `python -m standin engines FOLDER SEED [REQUESTS]` serves the toy models of a folder and
+prints JSON, what each request got, by model. The whole of what serves on a card runs: loading, staging, recorded decode steps,
 overlapped steps."""
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.graphs import DecodeGraphs
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.launcher import running_on
+from cierzo.kernels.fault import DeviceFault
 from cierzo.scheduler.params import SamplingParams
 from standin.driver import Machine, on_card
+from standin.library import ILLEGAL_ADDRESS
 from standin.machine import Backend, Graph, torch_cuda
 
 MOST_STEPS = 400
-MAX_RUNNING = 3
+MAX_RUNNING = 2
 # name -> (model, checkpoint, weights, activations)
 MODELS = {
     "small4": ("small4", "hf", "nvfp4", "bf16"),
@@ -53,27 +55,25 @@ def make_config(folder: Path, name: str, **changes: Any) -> EngineConfig:
     return resolve(msgspec.structs.replace(options, **changes))
 
 
-def load(seed: int) -> list[tuple[int, Submit]]:
-    """Requests, and the steps before which they come: prompts of one chunk and of several, some that begin alike;
-    chosen greedily, drawn, penalised, with log-probabilities."""
+def load(seed: int, count: int = 3) -> list[tuple[int, Submit]]:
+    """Requests, and the steps before which they come. A prompt of several chunks is alone at first, so that steps
+    without results follow one another; others begin alike. Tokens are the likeliest, drawn, penalised, reported."""
     rng = random.Random(seed)
-    beginning = [rng.randrange(3, 200) for _ in range(20)]
-    found, step = [], 0
-    for number in range(5):
-        prompt = [rng.randrange(3, 200) for _ in range(rng.choice((1, 5, 15)))]
-        temperature, top_p = (0.9, 0.95) if number % 2 else (0.0, 1.0)
+    beginning, found, step = [rng.randrange(3, 200) for _ in range(17)], [], 0
+    for number in range(count):
+        prompt = [rng.randrange(3, 200) for _ in range(rng.randrange(2, 6) if number else 41)]
         params = SamplingParams(
-            max_tokens=rng.randrange(2, 6),
-            logprobs=2 if number == 3 else None,
-            repetition_penalty=1.3 if number == 2 else 1.0,
-            temperature=temperature,
-            top_p=top_p,
+            max_tokens=rng.randrange(2, 4),
+            logprobs=2 if number % 3 == 2 else None,
+            repetition_penalty=1.3 if number % 3 == 2 else 1.0,
+            temperature=0.9 if number % 2 else 0.0,
+            top_p=0.95 if number % 2 else 1.0,
             seed=number,
             ignore_eos=True,
         )
-        ids = [*beginning, *prompt] if number in (1, 4) else prompt
+        ids = [*beginning, *prompt] if number % 2 or number > 3 else prompt
         found.append((step, Submit(request_id=number, prompt_token_ids=ids, sampling=params)))
-        step += rng.randrange(3)
+        step += 2 + rng.randrange(2)
     return found
 
 
@@ -109,7 +109,22 @@ def engine(machine: Machine, config: EngineConfig) -> Iterator[EngineCore]:
             yield core
 
 
-def main(folder: str, seed: str) -> int:
+def ends_with_its_card(machine: Machine, core: EngineCore) -> None:
+    """Fail the launch number 30 from now: the step that waits for it next is told, and so is whatever comes later."""
+    machine.library.inject("kernel", 30, ILLEGAL_ADDRESS)
+    for number in (100, 101):
+        core.submit(msgspec.structs.replace(load(0)[-1][1], request_id=number))
+        said = ""
+        for _ in range(MOST_STEPS):
+            try:
+                core.step()
+            except DeviceFault as error:
+                said = str(error)
+                break
+        assert "an illegal memory access was encountered" in said, said
+
+
+def main(folder: str, seed: str, count: str = "3") -> int:
     """Serve them."""
     device.require = lambda: None  # CUDA C++ runs on fibers, without CuPy
     found: dict[str, Any] = {}
@@ -120,7 +135,9 @@ def main(folder: str, seed: str) -> int:
             assert config.graph_sequences
             before = Graph.replays
             with engine(machine, config) as core:
-                found[name] = answers(core, load(int(seed)))
-            assert Graph.replays > before
+                found[name] = answers(core, load(int(seed), int(count)))
+                assert Graph.replays > before
+                if name == [*MODELS][-1]:
+                    ends_with_its_card(machine, core)
     print(json.dumps(found))
     return 0

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from card import OnCard
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cierzo.engine.worker.staging import Staging
 from cierzo.kernels.fault import DeviceFault, watching
 from cierzo.kernels.formats.device import quantise
 from cierzo.kernels.ref import moe as ref
@@ -82,13 +84,14 @@ def sent(machine: Machine, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def raising(kind: type[BaseException], *words: str) -> Iterator[None]:
+    said: str | None = None
     try:
         yield
     except kind as error:
-        for word in words:
-            assert word in str(error), f"{word!r} is not in {error}"
-        return
-    raise AssertionError(f"no {kind.__name__}")
+        said = str(error)
+    assert said is not None, f"no {kind.__name__}"
+    for word in words:
+        assert word in said, f"{word!r} is not in {said}"
 
 
 @case
@@ -299,6 +302,29 @@ def a_full_card_is_no_fault(machine: Machine, folder: Path) -> None:
     with raising(MemoryError, "CUDA out of memory"), watching("step 7"):
         torch.empty(1 << 40, device="cuda")
     assert torch.equal(machine.card.values(copy(x)), torch.arange(64.0))
+
+
+def staged(staging: Staging) -> list[Tensor]:
+    """What launches found in arrays that were sent one after the other, as a long prompt's chunks are."""
+    arrays = [np.full(64, step, np.float32) for step in range(5)]
+    return [copy(staging.to_device([array])[0]) for array in arrays]
+
+
+@case
+def staged_arrays_arrive_though_memory_is_used_in_turn(machine: Machine, folder: Path) -> None:
+    found = staged(Staging(torch.device("cuda")))
+    assert [machine.card.values(there).tolist() for there in found] == [[float(step)] * 64 for step in range(5)]
+
+
+@case
+def staged_memory_that_is_used_again_too_early_is_found(machine: Machine, folder: Path) -> None:
+    """A deliberate fault: nobody waits for the copy that still reads the memory."""
+    staging = Staging(torch.device("cuda"))
+    staging._event = lambda: None  # type: ignore[method-assign]
+    staged(staging)
+    with raising(DeviceFault, "step 3: CUDA error: device-side assert"), watching("step 3"):
+        torch.cuda.synchronize()
+    assert "memory was written to while a copy from it could still run" in str(machine.library.reason())
 
 
 @case
