@@ -113,7 +113,8 @@ class Machine:
         theirs.close()
         self._twin = ours
         self.card = StreamedCard(self.library)
-        os.environ["TRITON_LIBCUDA_PATH"] = str(self.library.path.parent)
+        folder = str(self.library.path.parent)
+        os.environ |= {"TRITON_LIBCUDA_PATH": folder, "LD_LIBRARY_PATH": folder}  # the latter for other processes
         triton.runtime.driver.set_active(self._driver())
 
     def close(self) -> None:

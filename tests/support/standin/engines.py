@@ -17,7 +17,6 @@ from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.messages import Submit
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
-from cierzo.engine.worker.graphs import DecodeGraphs
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.fault import DeviceFault
@@ -96,13 +95,6 @@ def answers(core: EngineCore, requests: list[tuple[int, Submit]]) -> dict[str, l
 @contextmanager
 def engine(machine: Machine, config: EngineConfig) -> Iterator[EngineCore]:
     """An engine on the card, as a server makes it."""
-    make = DecodeGraphs._new_graph
-
-    def make_waiting(*arguments: Any) -> Any:
-        with machine.card.loading():
-            return make(*arguments)
-
-    DecodeGraphs._new_graph = make_waiting
     with running_on(Backend(machine.card.stream)), machine.card.loading():
         core = EngineCore(config)
         with machine.card.serving():

@@ -105,36 +105,36 @@ class Backend(CpuBackend):
 
 def replacements(card: StreamedCard) -> dict[str, Any]:
     """By name, what stands in for attributes of torch.cuda."""
-    stream, library = card.stream, card.stream.library
+    current, library = card.stream, card.stream.library
 
     @contextmanager
     def switched(other: CudaStream) -> Iterator[None]:
-        before, stream.handle = stream.handle, other.cuda_stream
+        before, current.handle = current.handle, other.cuda_stream
         try:
             yield
         finally:
-            stream.handle = before
+            current.handle = before
 
     @contextmanager
-    def graph(made: Graph, pool: Any = None, **_: Any) -> Iterator[None]:
+    def graph(made: Graph, pool: Any = None, stream: CudaStream | None = None) -> Iterator[None]:
         library.call("cuCtxSynchronize")  # as torch's does
-        with card.serving(), switched(CudaStream(library)):
-            library.call("cuStreamBeginCapture_v2", stream.handle, 0)
-            stream.recording = True
+        with card.serving(), switched(stream or CudaStream(library)):
+            library.call("cuStreamBeginCapture_v2", current.handle, 0)
+            current.recording = True
             try:
                 yield
             finally:
-                stream.recording = False
-                made.capture_end(stream.handle)
+                current.recording = False
+                made.capture_end(current.handle)
 
     return {
-        "Event": lambda *_, **__: Event(stream),
+        "Event": lambda *_, **__: Event(current),
         "Stream": lambda *_, **__: CudaStream(library),
-        "CUDAGraph": lambda: Graph(stream),
+        "CUDAGraph": lambda: Graph(current),
         "graph": graph,
         "graph_pool_handle": lambda: (0, 1),
         "stream": switched,
-        "current_stream": lambda device=None: CudaStream(library, stream.handle),
+        "current_stream": lambda device=None: CudaStream(library, current.handle),
         "synchronize": lambda device=None: library.call("cuCtxSynchronize"),
         "is_available": lambda: True,
         "current_device": lambda: 0,
