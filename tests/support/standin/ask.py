@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 
-def ask(*arguments: str, **environment: str) -> Any:
-    """What `python -m standin` printed, JSON."""
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+def environment() -> dict[str, str]:
+    """Of such a process: no interpreter, and this folder's modules."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     variables["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(Path(__file__).resolve().parents[1])])
+    return variables
+
+
+def ask(*arguments: str) -> Any:
+    """What `python -m standin` printed, JSON."""
     command = [sys.executable, "-m", "standin", *arguments]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,5 +1,5 @@
-"""Engines on the stand-in: `python -m standin engines FOLDER SEED [REQUESTS]` serves the toy models of a folder and
-prints JSON, what each request got, by model. The whole of what serves on a card runs: loading, staging, recorded decode steps,
+"""Engines on the stand-in: `python -m standin engines FOLDER MODEL SEED REQUESTS` serves a toy model of a folder
+and prints JSON, what each request got. The whole of what serves on a card runs: loading, staging, recorded decode steps,
 overlapped steps."""
 
 from __future__ import annotations
@@ -116,20 +116,17 @@ def ends_with_its_card(machine: Machine, core: EngineCore) -> None:
         assert "an illegal memory access was encountered" in said, said
 
 
-def main(folder: str, seed: str, count: str = "3") -> int:
+def main(folder: str, name: str, seed: str, count: str) -> int:
     """Serve them."""
     device.require = lambda: None  # CUDA C++ runs on fibers, without CuPy
-    found: dict[str, Any] = {}
     with on_card() as machine, torch_cuda(machine.card):
-        for name in MODELS:
-            config = make_config(Path(folder), name)
-            assert config.overlap
-            assert config.graph_sequences
-            before = Graph.replays
-            with engine(machine, config) as core:
-                found[name] = answers(core, load(int(seed), int(count)))
-                assert Graph.replays > before
-                if name == [*MODELS][-1]:
-                    ends_with_its_card(machine, core)
+        config = make_config(Path(folder), name)
+        assert config.overlap
+        with engine(machine, config) as core:
+            recordings, modules = Graph.recordings, machine.library.raw("standin_count", 1)
+            found = answers(core, load(int(seed), int(count)))
+            assert Graph.replays > 0
+            assert (Graph.recordings, machine.library.raw("standin_count", 1)) == (recordings, modules)
+            ends_with_its_card(machine, core)
     print(json.dumps(found))
     return 0
