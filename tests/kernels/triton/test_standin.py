@@ -1,4 +1,5 @@
-"""Launches through Triton's own compiler and launcher on the stand-in for a card: values, refusals, faults, delay."""
+"""Launches through Triton's own compiler and launcher on the stand-in for a card: values, refusals, faults,
+delay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stand-in for a card: Triton's own compiler and launcher, bound to a libcuda of ours, with the interpreter's values.
+"""A stand-in for a card: Triton's own compiler and launcher on a libcuda of ours, with the interpreter's values.
 
     library.py  libcuda.c and device.c, compiled by gcc and bound: streams, events, recordings, memory
     driver.py   Triton's driver on it; a launch that runs is checked, and goes to

@@ -1,4 +1,4 @@
-"""Triton's driver on the stand-in: its own compiler, launcher and descriptors, and a launch that runs is interpreted.
+"""Triton's driver on the stand-in: its own compiler, launcher and descriptors; a launch that runs is interpreted.
 
     with on_card() as machine:
         ...                         # tensors made on "cuda"; kernels launched as on a card
@@ -236,9 +236,8 @@ class Misaligned(RuntimeError):
 
 @contextmanager
 def on_card() -> Iterator[Machine]:
-    """A card for a `with` block; its tensors and torch's operations on them are the card's within. One in a process:
-    the library is loaded, and its memory mapped, once. Triton's cache is kept below build/, by the content of all
-    that goes into it."""
+    """A card for a `with` block: tensors made on "cuda" within are its own. One in a process, which loads the
+    library and maps its memory once. Triton's cache is kept below build/, by the content of all that goes into it."""
     os.environ.setdefault("TRITON_CACHE_DIR", str(BUILD / "triton"))
     machine = Machine()
     try:

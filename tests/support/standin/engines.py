@@ -1,6 +1,6 @@
 """Engines on the stand-in: `python -m standin engines FOLDER MODEL SEED REQUESTS` serves a toy model of a folder
-and prints JSON, what each request got. The whole of what serves on a card runs: loading, staging, recorded decode steps,
-overlapped steps."""
+and prints JSON, what each request got. The whole of what serves on a card runs: loading, staging, recorded decode
+steps, overlapped steps."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def engine(machine: Machine, config: EngineConfig) -> Iterator[EngineCore]:
 
 
 def ends_with_its_card(machine: Machine, core: EngineCore) -> None:
-    """Fail the launch number 30 from now: the step that waits for it next is told, and so is whatever comes later."""
+    """Fail the launch number 30 from now: the step that waits for it next is told, and so is what comes after."""
     machine.library.inject("kernel", 30, ILLEGAL_ADDRESS)
     for number in (100, 101):
         core.submit(msgspec.structs.replace(load(0)[-1][1], request_id=number))

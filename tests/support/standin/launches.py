@@ -1,5 +1,5 @@
-"""Launches on the stand-in: `python -m standin launches FOLDER` runs every case below and prints JSON, what went wrong
-by the case's name. Tensors that cases keep are written to the folder, for whoever compares them."""
+"""Launches on the stand-in: `python -m standin launches FOLDER` runs every case below and prints JSON, what went
+wrong by the case's name. Tensors that cases keep are written to the folder, for whoever compares them."""
 
 from __future__ import annotations
 

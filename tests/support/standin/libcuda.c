@@ -368,11 +368,6 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
     return CUDA_SUCCESS;
 }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { ENTER(); return CUDA_SUCCESS; }
-CUresult cuOccupancyMaxActiveClusters(int *most, CUfunction function, const CUlaunchConfig *config) {
-    ENTER();
-    return *most = 132, CUDA_SUCCESS;
-}
-
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **values, void **extra) {
     ENTER();
     unsigned grid[] = {config->gridDimX, config->gridDimY, config->gridDimZ};

@@ -1,7 +1,7 @@
 """libcuda.c and device.c, compiled and bound.
 
-The library is loaded under the name libcuda.so.1, by which whoever wants the driver then finds it: Triton's launcher
-by dlopen and by linking. An error of a call becomes what torch makes of it.
+The library is loaded under the name libcuda.so.1, by which whoever wants the driver then finds it: Triton's
+launcher by dlopen and by linking. An error of a call becomes what torch makes of it.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Library:
         return self.failures[0] if self.failures else None
 
     def inject(self, call: str, after: int, result: int) -> None:
-        """Let the call number `after` from now return a result; "kernel": fail the launch that is run as that one."""
+        """Let the call number `after` from now return a result; "kernel": fail the launch that runs as that one."""
         self.raw("standin_inject", call.encode(), ctypes.c_int(after), ctypes.c_int(result))
 
     def enqueue(self, stream: int, function: Callable[[], None], *, kept: bool = False) -> None:

@@ -1,5 +1,6 @@
-"""A server on the stand-in: `python -m standin server FOLDER ADDRESS REPORT` is `cierzo serve` of a toy model, but that
-its core process has the stand-in for a card. What that did before it was ready and after, it writes to REPORT, JSON."""
+"""A server on the stand-in: `python -m standin server FOLDER ADDRESS REPORT` is `cierzo serve` of a toy model, but
+that its core process has the stand-in for a card. What it did before it was ready, and in all, it writes to REPORT,
+JSON."""
 
 from __future__ import annotations
 

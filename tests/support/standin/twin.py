@@ -1,7 +1,7 @@
 """The process that computes what launches on the stand-in ask for: `python -m standin.twin PIPE MEMORY LIBRARY`.
 
-It has Triton's interpreter where the other has the compiler, imports the same kernels, and maps the card's memory at
-the same addresses. Every load and store is held to the memory that the launch was given.
+It has Triton's interpreter where the other has the compiler, imports the same kernels, and maps the card's memory
+at the same addresses. Every load and store is held to the memory that the launch was given.
 """
 
 from __future__ import annotations
