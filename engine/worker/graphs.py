@@ -27,18 +27,10 @@ import torch
 from torch import Tensor
 
 from cierzo.cache.pool import KVPool
+from cierzo.engine.graph_sizes import bounds, buckets
 from cierzo.kernels.fault import kernels_since, note
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
-
-# Between powers of two a step of many sequences would compute up to twice what it must.
-MOST_DOUBLED = 16
-STEP = 16
-LEAST_BOUND = 8192  # tokens
-BOUND_FACTOR = 4
-# Tokens of a bound for each sequence, at least. They add one program to the 17 that a sequence has anyway
-# (triton/split.py): a lower bound would save next to nothing.
-BOUND_PER_SEQUENCE = 1024
 
 
 class Recording(Protocol):
@@ -58,37 +50,6 @@ class Model(Protocol):
     def logits(self, rows: StepRows, kv: KVPool, logit_rows: Tensor | None) -> Tensor:
         """fp32 [M,N] of the rows `logit_rows`, None: of all; every token's cache entry is written to `kv`."""
         ...
-
-
-def buckets(most: int) -> list[int]:
-    """Numbers of sequences that graphs are recorded for: 1, 2, 4, 8, 16, 32, 48 .. up to `most`."""
-    doubled = [1 << power for power in range(MOST_DOUBLED.bit_length()) if 1 << power < most]
-    stepped = range(MOST_DOUBLED + STEP, most, STEP)
-    return [*doubled, *stepped, most]
-
-
-def bound_of(tokens: int) -> int:
-    """The least of 8192, 32768, 131072 .. that is not below `tokens`."""
-    bound = LEAST_BOUND
-    while bound < tokens:
-        bound *= BOUND_FACTOR
-    return bound
-
-
-def pairs(most: int, max_model_len: int, cached_tokens: int) -> list[tuple[int, int]]:
-    """(number of sequences, bound) of all graphs, the largest first: for each number the bounds from what so many
-    sequences have usually, to what they can have at most, or the cache holds.
-
-    More than the cache holds they have where prefixes are shared: beyond the last bound such steps are launched.
-    """
-    found = []
-    for size in buckets(most):
-        bound, last = bound_of(size * BOUND_PER_SEQUENCE), bound_of(min(size * max_model_len, cached_tokens))
-        found.append((size, bound))
-        while bound < last:
-            bound *= BOUND_FACTOR
-            found.append((size, bound))
-    return found[::-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +79,8 @@ class DecodeGraphs:
         record: Recorder,
     ) -> None:
         self._model, self._kv = model, kv
-        self._pairs = pairs(max_running, max_model_len, cached_tokens)
-        self._buckets, self._longest = buckets(max_running), max_model_len
+        self._bounds = {size: bounds(size, max_model_len, cached_tokens) for size in buckets(max_running)}
+        self._most, self._longest = max_running, max_model_len
         self._padding_slot = cached_tokens
         self._device = device
         self._record = record
@@ -128,7 +89,7 @@ class DecodeGraphs:
 
     def __len__(self) -> int:
         """Number of graphs, recorded or to be recorded."""
-        return len(self._pairs)
+        return sum(map(len, self._bounds.values()))
 
     @torch.inference_mode()
     def record_all(
@@ -136,20 +97,22 @@ class DecodeGraphs:
     ) -> None:
         """Record all graphs. block_tables int32 [max_running,W], which stay where they are. experts: (MoE layers,
         experts per token), if those of a step are wanted. done: called after each. Raises what the model raises."""
-        for size, bound in self._pairs:
-            self._graphs[size, bound] = self._new_graph(size, bound, block_tables, experts)
-            done()
+        for size, of_size in reversed(self._bounds.items()):
+            for bound in reversed(of_size):
+                self._graphs[size, bound] = self._new_graph(size, bound, block_tables, experts)
+                done()
 
     def fits(self, rows: StepRows) -> bool:
         """Tell whether the step is one generated token for each of its sequences, and was recorded."""
         count = len(rows.token_ids)
-        one_each = rows.num_expanded == 0 and 0 < count == len(rows.absorbed.contexts) <= self._buckets[-1]
+        one_each = rows.num_expanded == 0 and 0 < count == len(rows.absorbed.contexts) <= self._most
         return one_each and self._pair(rows) in self._graphs
 
     def _pair(self, rows: StepRows) -> tuple[int, int]:
-        """(number of sequences, bound) of the graph that a step fits."""
-        size = next(size for size in self._buckets if size >= len(rows.token_ids))
-        return size, bound_of(max(sum(rows.absorbed.contexts), size * BOUND_PER_SEQUENCE))
+        """(number of sequences, bound) of the graph that a step fits; bound 0 if it has more tokens than any."""
+        size = next(size for size in self._bounds if size >= len(rows.token_ids))
+        tokens = sum(rows.absorbed.contexts)
+        return size, next((bound for bound in self._bounds[size] if bound >= tokens), 0)
 
     def logits(self, rows: StepRows) -> Tensor:
         """fp32 [T,N] of a step that fits; valid until the next replay."""
@@ -184,7 +147,7 @@ class DecodeGraphs:
             # the recording's.
             logits = self._model.logits(replace(rows, absorbed=replace(queries)), self._kv, None)
             if self._logits is None:
-                self._logits = logits.new_empty(self._buckets[-1], logits.shape[1])
+                self._logits = logits.new_empty(self._most, logits.shape[1])
             self._logits[:size] = logits
 
         name = f"recorded step of {size} sequences, {bound} tokens"

@@ -108,10 +108,9 @@ def compile_all(
         waiting.put(configuration)
 
     def work() -> None:
-        command = [sys.executable, "-m", __name__, str(capability)]
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-        with Popen(command, bufsize=0, stdin=PIPE, stdout=PIPE, env=environment) as process:
+        environment = ("env", "-u", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES=")
+        command = [*environment, sys.executable, "-m", __name__, str(capability)]
+        with Popen(command, bufsize=0, stdin=PIPE, stdout=PIPE) as process:
             try:
                 while True:
                     _ask(process, waiting.get_nowait())
@@ -145,7 +144,7 @@ def _ask(process: Popen[bytes], configuration: Configuration) -> None:
 
 
 def _warmed(configuration: Configuration) -> Any:
-    """What Triton compiles, or finds in a cache, for a launch on the active driver's device."""
+    """Have Triton compile, or find in a cache, what a launch on the active driver's device wants."""
     arguments = {name: _argument(configuration, name, kind) for name, kind in configuration.types.items()}
     return configuration.kernel.warmup(grid=(1,), **arguments, **configuration.constants, **configuration.options)
 

@@ -13,11 +13,12 @@ from native_only import needs_native
 
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.graph_sizes import bounds, buckets, pairs
 from cierzo.engine.messages import Submit, TokenDelta
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.experts import ExpertCounter
-from cierzo.engine.worker.graphs import DecodeGraphs, Recording, bound_of, buckets, pairs
+from cierzo.engine.worker.graphs import DecodeGraphs, Recording
 from cierzo.engine.worker.runner import ModelRunner, load_model
 from cierzo.engine.worker.step_rows import DeviceRows
 from cierzo.kernels.ops.block import StepRows
@@ -133,25 +134,22 @@ def test_buckets_and_bounds_end_where_the_limits_do() -> None:
     assert buckets(1) == [1]
     assert buckets(6) == [1, 2, 4, 6]
     assert buckets(70) == [1, 2, 4, 8, 16, 32, 48, 64, 70]
-    assert [bound_of(tokens) for tokens in (1, 8192, 8193, 200_000)] == [8192, 8192, 32_768, 524_288]
 
 
-def test_bounds_go_from_what_sequences_have_usually_to_what_the_cache_holds() -> None:
-    found = pairs(16, 262_144, 1_000_000)
-    assert found[0] == (16, 2_097_152)  # the largest first: the others' memory lies in its own
-    assert [bound for size, bound in found if size == 1] == [524_288, 131_072, 32_768, 8192]
-    assert [bound for size, bound in found if size == 16] == [2_097_152, 524_288, 131_072, 32_768]
-    assert [size for size, _ in found] == sorted((size for size, _ in found), reverse=True)
-    assert len(found) == len(set(found))
-    assert pairs(2, 64, 0) == [(2, 8192), (1, 8192)]
+def test_bounds_go_from_what_sequences_have_usually_to_what_they_or_the_cache_can_hold() -> None:
+    assert bounds(1, 262_144, 1_000_000) == [8192, 32_768, 131_072, 262_144]
+    assert bounds(16, 262_144, 1_000_000) == [32_768, 131_072, 524_288, 1_000_000]
+    assert bounds(256, 1024, 1_000_000) == [262_144]
+    assert bounds(8, 1024, 1_000_000) == bounds(2, 64, 0) == [8192]
+    assert pairs(2, 20_000, 30_000) == [(2, 30_000), (2, 8192), (1, 20_000), (1, 8192)]
     assert len(pairs(256, 262_144, 5_000_000)) <= 80  # at 0.15 s each, 12 s
     assert len(pairs(512, 262_144, 5_000_000)) <= 130
 
 
-@pytest.mark.parametrize(("contexts", "recorded"), [([1], True), ([2**21], True), ([2**21 + 1], False)])
+@pytest.mark.parametrize(("contexts", "recorded"), [([1], True), ([2_000_000], True), ([2_000_001], False)])
 def test_every_step_that_the_cache_can_hold_has_a_graph(contexts: list[int], recorded: bool) -> None:
     """And one with more tokens than that, whose sequences share prefixes, is launched."""
-    graphs = recorded_graphs(max_running=3, max_model_len=2**30, cached_tokens=2**21)
+    graphs = recorded_graphs(max_running=3, max_model_len=2**30, cached_tokens=2_000_000)
     for size in (1, 2, 3):
         assert graphs.fits(inputs(size, 0, [*contexts, *[0] * (size - 1)])) == recorded
 
