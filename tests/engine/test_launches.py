@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,14 @@ from cierzo.bench.gpu import served
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.messages import Abort, Submit
-from cierzo.engine.model.build import parameter_specs
+from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
+from cierzo.engine.parameters import MatrixRequest
 from cierzo.engine.weights.loader import load_parameters
+from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker import launches, warm
+from cierzo.engine.worker import runner as runner_module
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs
@@ -34,8 +38,9 @@ from cierzo.engine.worker.step_rows import DeviceRows
 from cierzo.kernels.cuda.launch import moe
 from cierzo.kernels.cuda.launch.kernel import Kernel
 from cierzo.kernels.cuda.launch.launcher import backend
+from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.block import DecoderWeights
-from cierzo.kernels.triton import flash, heuristics, split
+from cierzo.kernels.triton import flash, heuristics, linear, split
 from cierzo.kernels.triton.launch import Configuration
 from cierzo.kernels.triton.split import Splits
 from cierzo.scheduler.params import SamplingParams
@@ -144,6 +149,39 @@ def serve(core: EngineCore, seed: int, count: int) -> None:
             core.abort(Abort(request_id=chosen.randrange(count), reason="cancelled"))
         for delta in core.step():
             assert delta.finish is None or delta.finish.reason in ("length", "stop", "cancelled"), delta.finish
+
+
+def test_kernels_compile_while_the_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No matrix is made before compilation has begun; the runner is there when it has ended."""
+    config = make_config(tmp_path, "small4", "hf-fp8")
+    config = msgspec.structs.replace(config, device="cuda", weights="fp8", activations="fp8", dtype="bfloat16")
+    prepared, begun = Prepared(monkeypatch), threading.Event()
+    compile_all = warm.compiling.compile_all
+
+    def begin(*arguments: Any) -> None:
+        begun.set()
+        compile_all(*arguments)
+
+    class Loading(DeviceMatrices):
+        def matrix(self, request: MatrixRequest) -> Matrix:
+            assert begun.wait(60)
+            return super().matrix(request)
+
+    on_cpu = {"device": CPU, "dtype": torch.bfloat16}
+    monkeypatch.setattr(warm.compiling, "compile_all", begin)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: heuristics.MULTIPROCESSORS)
+    monkeypatch.setattr(runner_module, "DeviceMatrices", lambda *named: Loading(named[0], named[1], CPU, named[3]))
+    monkeypatch.setattr(runner_module, "build_model", lambda *given, **named: build_model(*given, **named | on_cpu))
+    monkeypatch.setattr(runner_module, "make_pool", lambda config: KVPool(config.layout, 2, CPU))
+    monkeypatch.setattr(ModelRunner, "of", lambda config, *made: ModelRunner(*made[:2], 4, description=made[2]))
+    *table, loaded, compiled = runner_module.load_runner(config).describe().splitlines()
+    assert table[0] == "kernels on cuda"
+    assert loaded.startswith("weights loaded in ")
+    number = len(prepared.loaded) + len(prepared.kernels)
+    assert compiled.startswith(f"{number} kernels compiled in ")
+    assert prepared.compiled == prepared.loaded
+    assert len(prepared.loaded) > 20
 
 
 def set_thresholds(
