@@ -236,8 +236,9 @@ class Misaligned(RuntimeError):
 
 @contextmanager
 def on_card() -> Iterator[Machine]:
-    """A card for a `with` block: tensors made on "cuda" within are its own. One in a process, which loads the library
-    and maps its memory once. Triton keeps what it compiled below build/, by the content of all that goes into it."""
+    """A card for a `with` block: tensors made on "cuda" within are its own. One in a process, which loads the
+    library and maps its memory once. What Triton compiles is kept below build/, by the content of all that it
+    depends on."""
     os.environ.setdefault("TRITON_CACHE_DIR", str(BUILD / "triton"))
     machine = Machine()
     try:
