@@ -17,7 +17,7 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test quick lint mutants sanitize soak compat bench-step bench-rpc peers headline headline-simulated gpu gpu-bundle gpu-report clean again
+.PHONY: help venv demo serve test quick lint mutants sanitize standin soak compat bench-step bench-rpc peers headline headline-simulated gpu gpu-bundle gpu-report clean again
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ sanitize: $(KERNELS) ## repeat the kernels' tests under AddressSanitizer and Und
 	CXXFLAGS="-O1 -g -fno-omit-frame-pointer $(SANITIZERS)" LDFLAGS="$(SANITIZERS) -fopenmp" \
 	  $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
 	$(BIN)/python -m pytest tests/kernels --deselect tests/kernels/test_native.py --sanitized build/sanitized
+
+standin: $(KERNELS) ## engines on the stand-in for a card under LOADS=5 random loads (by hand: a minute or two each)
+	$(BIN)/python -m pytest tests/engine/test_standin_engine.py --timeout 3600 --standin-loads $(or $(LOADS),5)
 
 soak: $(KERNELS) ## random traffic through scheduler, cache and sampler for MINUTES=10 (by hand)
 	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10)

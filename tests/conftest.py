@@ -23,6 +23,8 @@ registry.default_instruction_set = default_instruction_set()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sanitized", metavar="FOLDER", help="repeat native calls under sanitizers (make sanitize)")
+    help_loads = "random loads of engines on the stand-in for a card (make standin)"
+    parser.addoption("--standin-loads", metavar="N", type=int, default=0, help=help_loads)
 
 
 def pytest_configure(config: pytest.Config) -> None:

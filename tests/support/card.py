@@ -82,10 +82,14 @@ class Card(TorchFunctionMode):
         made_there = is_card(kwargs.get("device"))
         if made_there:
             kwargs["device"] = "cpu"
-        result = func(*args, **kwargs)
+        result = self._make(func, args, kwargs) if made_there else func(*args, **kwargs)
         if pinned:
             self._pinned[result.untyped_storage().data_ptr()] = result
         return result.as_subclass(OnCard) if made_there else result
+
+    def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a tensor on the card; `kwargs` say "cpu", where its memory is."""
+        return func(*args, **kwargs)
 
     def _check(self, name: str, args: tuple[Any, ...], tensors: list[Tensor], kwargs: dict[str, Any]) -> None:
         if name in READS or (name == "repeat_interleave" and "output_size" not in kwargs):
@@ -100,14 +104,17 @@ class Card(TorchFunctionMode):
     def _to(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         source = args[0]
         devices = [arg for arg in (*args[1:], kwargs.get("device")) if isinstance(arg, str | torch.device)]
+        dtypes = [arg for arg in (*args[1:], kwargs.get("dtype")) if isinstance(arg, torch.dtype)]
         if isinstance(source, OnCard):
             if any(not is_card(device) for device in devices):
                 raise Waits("to the host")
-            dtypes = [arg for arg in (*args[1:], kwargs.get("dtype")) if isinstance(arg, torch.dtype)]
             return func(source, *dtypes) if dtypes else source
         if not any(is_card(device) for device in devices):
             return func(*args, **kwargs)
-        self._send(source, kwargs.get("non_blocking", False))
+        return self._sent(func(source, *dtypes) if dtypes else source, kwargs.get("non_blocking", False))
+
+    def _sent(self, source: Tensor, non_blocking: bool) -> Tensor:
+        self._send(source, non_blocking)
         return source.clone().as_subclass(OnCard)
 
     def _copy(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:

@@ -34,6 +34,8 @@ def _patching_once_a_module(patch: Callable[..., Any]) -> Callable[..., Any]:
         if function.__module__ not in patched:
             patch(function)
             patched.add(function.__module__)
+            tensor: Any = core.tensor
+            tensor.__index__ = lambda self: self.handle.data.item()  # numpy 2.4 refuses what Triton 3.6 has here
         return interpreter._LangPatchScope()  # has nothing to take back
 
     return patch_lang
