@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import isclose
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,17 +115,18 @@ class Measurement(Campaign[str, str]):
             arithmetic_s = result["flops"] / limits[f"{kind}_tflop_per_s"] / 1e12
             limit_s = max(result["bytes"] / limits["copy_gb_per_s"] / 1e9, arithmetic_s)
             told += f", {limit_s / seconds:.0%} of the limit"
-        if found := predicted(cell, self._store.identity["device"]):
-            told += f", {seconds / found[0]:.2f} of the {found[0] * 1e6:.1f} us predicted ({found[1]})"
+        if found := predicted(cell, self._store.identity["device"], result["bytes"]):
+            told += f", {result['us'] / found[0]:.2f} of the {found[0]:.1f} us predicted ({found[1]})"
         return told
 
 
-def predicted(cell: str, card: str) -> tuple[float, str] | None:
-    """Seconds that the price of the binary says a cell takes on this card, and the roof that limits it there."""
+def predicted(cell: str, card: str, num_bytes: float) -> tuple[float, str] | None:
+    """Microseconds that today's machine code is predicted to take for a cell on this card, and the roof that limits
+    it; None where nothing is predicted, or of other work (all dense products of a layer are one cell there)."""
     path = ROOT / "engine" / "cost" / "predicted.json"
     sheet = next((name for name in DATA_SHEETS if name in card.lower()), "")
-    found = json.loads(path.read_text(encoding="utf-8")).get(cell, {}).get(sheet) if path.exists() else None
-    return None if found is None else (found["seconds"], found["roof"])
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"].get(cell, {}) if path.exists() else {}
+    return found[sheet] if sheet in found and isclose(found["bytes"], num_bytes, rel_tol=0.01) else None
 
 
 def prepared(groups: Sequence[Group], device: torch.device | None) -> Callable[..., Any]:
@@ -189,7 +191,7 @@ def main(argv: Sequence[str] | None = None, device_type: str = "cuda") -> int:
         print(carried.use(CARRIED))
     groups, budget_s = RUNS[arguments.run]
     budget_s = arguments.budget_s or budget_s
-    commit, device = current_commit(), torch.device(device_type)
+    commit, device = arguments.commit or current_commit(), torch.device(device_type)
     path = arguments.output / f"gpu-{card.lower().replace(' ', '-')}-{commit}.jsonl"
     if not path.exists() and (RESULTS / path.name).exists():  # brought along
         path.parent.mkdir(parents=True, exist_ok=True)

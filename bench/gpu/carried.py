@@ -50,9 +50,11 @@ def use(folder: Path) -> str:
     """Have this process, and those that it forks, take kernels from a folder; what is to be said of it."""
     path = folder / COMPILER
     if not path.exists():
+        cache.triton_key()  # it reads all of Triton, once for all that are forked
         return f"no kernels were compiled ahead: {folder} has none"
     compiler = json.loads(path.read_text(encoding="utf-8"))
     if compiler["triton"] != triton.__version__:
+        cache.triton_key()
         return f"kernels compiled ahead are Triton {compiler['triton']}'s, this is {triton.__version__}"
     for group in folder.glob("*/__grp__*.json"):
         names = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
