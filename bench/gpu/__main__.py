@@ -178,6 +178,7 @@ def main(argv: Sequence[str] | None = None, device_type: str = "cuda") -> int:
     parser.add_argument(
         "--cells", nargs="+", default=[""], metavar="TEXT", help="only cells with one of these in `subject: cell`"
     )
+    parser.add_argument("--commit", metavar="NAME", help="of these sources; default: what git says")
     parser.add_argument(
         "--retry", action="store_true", help="try cells again that failed, hung or took the run along"
     )

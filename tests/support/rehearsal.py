@@ -157,7 +157,8 @@ def wait_for(condition: Callable[[], bool]) -> bool:
 def killed(on: Rehearsal) -> None:
     """The run is killed in the middle of a cell, which its last sample tells; none of its processes lives on."""
     process = on.start("kernels", "--cell-s", "600", "--cells", "rms_norm, small4", faults={STUCK: "stuck"})
-    on.expect(wait_for(lambda: STUCK in on.last()), f"{STUCK} never began")
+    wait_for(lambda: STUCK in on.last() or process.poll() is not None)
+    on.expect(STUCK in on.last(), f"{STUCK} never began: {(on.folder / 'log.txt').read_text()[-600:]}")
     process.send_signal(signal.SIGKILL)
     process.wait()
     on.expect(wait_for(lambda: not on.alive()), f"processes outlive a killed run: {on.alive()}")
