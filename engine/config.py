@@ -23,7 +23,7 @@ from cierzo.engine.cost.weights import NumberFormats
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.host import available_memory_bytes, usable_cpus
-from cierzo.engine.kv_room import AUTO_KV_BYTES, plan_kv
+from cierzo.engine.kv_room import AUTO_KV_BYTES, longest_request, plan_kv
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.profiles import Profile, ProfileName, choose
@@ -213,7 +213,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
     num_blocks, max_model_len = plan_kv(
         model,
         layout,
-        _kv_room_bytes(options, kind, card, model),
+        _kv_room_bytes(options, kind, card, model, layout),
         max_model_len=options.max_model_len,
         kv_cache_gib=options.kv_cache_gib,
         max_running=profile.max_running,
@@ -381,17 +381,26 @@ def _kv_dtype(options: EngineOptions, kind: str, dtype: str) -> str:
     return options.kv_dtype
 
 
-def _kv_room_bytes(options: EngineOptions, kind: str, card: Device | None, model: ModelConfig) -> int:
+def _kv_room_bytes(
+    options: EngineOptions, kind: str, card: Device | None, model: ModelConfig, layout: CacheLayout
+) -> int:
     """Memory that the KV cache may take: of a GPU, what the weights leave. Without a driver to ask, the core says
     that there is no GPU."""
     if card is None and kind == "cpu":
         return available_memory_bytes()
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     weights = _weights(options, kind, dtype)
-    if card is not None:
-        return device_memory.kv_room_bytes(model, weights, card.memory_bytes, card.cards)
-    free = device_memory.free_bytes()
-    return AUTO_KV_BYTES if free is None else device_memory.kv_room_bytes(model, weights, free)
+    free = device_memory.free_bytes() if card is None else card.memory_bytes
+    if free is None:
+        return AUTO_KV_BYTES
+    limits = device_memory.StepLimits(
+        budget_tokens=options.budget_tokens or 0,
+        max_running=options.max_running or 0,
+        graph_sequences=options.graph_sequences or 0,
+        max_model_len=longest_request(model.max_position_embeddings, options.max_model_len),
+    )
+    cards = 1 if card is None else card.cards
+    return device_memory.kv_room_bytes(model, weights, free, limits, layout.bytes_per_token, cards)
 
 
 # --- environment -------------------------------------------------------------------------------------------

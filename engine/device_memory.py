@@ -1,16 +1,42 @@
-"""Memory of a GPU: what is left of it for the KV cache beside the weights and workspaces. No torch."""
+"""Memory of a GPU: what is left of it for the KV cache beside the weights and workspaces. No torch.
+
+    workspaces   the larger of what a launched step holds at a time, and what sampling its tokens does
+                 + the pool of the recorded steps: what the largest of them holds, as the others lie in its memory;
+                   the logits that all write; and the driver's own of each recorded launch
+
+What a step holds at a time is summed up here by its tensors; a test compares with all that a dry run allocates.
+"""
 
 from __future__ import annotations
 
 import subprocess
+from dataclasses import dataclass
 
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
 from cierzo.engine.errors import ConfigError, amount
-from cierzo.engine.model.config import ModelConfig
+from cierzo.engine.graph_sizes import pairs
+from cierzo.engine.model.config import GqaConfig, ModelConfig
 
 GIB = 1 << 30
 USABLE_SHARE = 0.95  # of the free memory: the allocator's rounding, and CUDA's own needs
-WORKSPACE_BYTES = 4 * GIB  # activations of a step, attention's partials and workspaces, CUDA graphs
+LEAST_WORKSPACE_BYTES = 4 * GIB  # whatever the sums say: no card has shown yet what CUDA and CuPy take beside them
+# Of kernels/triton/split.py and flash.py, which import Triton; a test compares.
+ROWS, SHORT, SHORTS, LONG = 64, 512, 16, 1024
+PARTIAL_BYTES = 256 << 20
+WORKSPACE_TOKENS = 16_384
+LAUNCHES_PER_LAYER = 24  # more than any layer has; a test counts
+LAUNCH_BYTES = 16 << 10  # of a recorded launch, in the driver: assumed, no card has shown it
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Limits of a step: its tokens, its sequences, those of a recorded step (0: none is recorded), and the tokens
+    of a sequence."""
+
+    budget_tokens: int
+    max_running: int
+    graph_sequences: int
+    max_model_len: int
 
 
 def free_bytes() -> int | None:
@@ -23,15 +49,20 @@ def free_bytes() -> int | None:
         return None
 
 
-def kv_room_bytes(model: ModelConfig, weights: str, free: int, cards: int = 1) -> int:
+def kv_room_bytes(
+    model: ModelConfig, weights: str, free: int, limits: StepLimits, token_bytes: int, cards: int = 1
+) -> int:
     """Bytes that are left for the KV cache of `free` bytes on each of `cards` GPUs, between which the weights are
-    divided. Raises ConfigError, with the numbers, if nothing is left."""
+    divided. token_bytes: of a token in the cache. Raises ConfigError, with the numbers, if nothing is left."""
     plain = "float32" if weights == "float32" else "bf16"
-    needed, workspaces = weight_bytes(model, NumberFormats(weights=weights, plain=plain)), cards * WORKSPACE_BYTES
+    needed = weight_bytes(model, NumberFormats(weights=weights, plain=plain))
     usable = int(cards * free * USABLE_SHARE)
+    cached_tokens = max(usable - needed, 0) // token_bytes
+    workspaces = cards * max(LEAST_WORKSPACE_BYTES, workspace_bytes(model, limits, cached_tokens))
     if usable <= needed + workspaces:
         each = f"each of {cards} GPUs" if cards > 1 else "the GPU"
-        taken = f"weights in {weights} take {amount(needed, GIB, up=True)} GiB, workspaces {workspaces // GIB}"
+        taken = f"weights in {weights} take {amount(needed, GIB, up=True)} GiB"
+        taken += f", workspaces {amount(workspaces, GIB, up=True)}"
         raise ConfigError(
             f"{each} has {amount(free, GIB)} GiB free; {taken}: nothing is left for the KV cache",
             field="weights",
@@ -39,3 +70,94 @@ def kv_room_bytes(model: ModelConfig, weights: str, free: int, cards: int = 1) -
             value=f"{amount(needed + workspaces, GIB, up=True)} GiB",
         )
     return usable - needed - workspaces
+
+
+def workspace_bytes(model: ModelConfig, limits: StepLimits, cached_tokens: int) -> int:
+    """Bytes of everything beside weights and cache. cached_tokens: what the cache holds at most."""
+    launched = max(launched_bytes(model, limits.budget_tokens), sampled_bytes(model, limits.max_running))
+    return launched + recorded_bytes(model, limits, cached_tokens)
+
+
+def launched_bytes(model: ModelConfig, rows: int) -> int:
+    """Bytes that a launched step of so many rows holds at a time, but for logits."""
+    gathered = WORKSPACE_TOKENS * _gathered_values(model) * 2
+    return rows * max(_mlp_bytes(model), _attention_bytes(model)) + max(gathered, PARTIAL_BYTES)
+
+
+def sampled_bytes(model: ModelConfig, rows: int) -> int:
+    """Bytes that sampling holds: fp32 logits, those of the rows that are drawn, and log-probabilities."""
+    return 3 * 4 * rows * model.vocab_size
+
+
+def recorded_bytes(model: ModelConfig, limits: StepLimits, cached_tokens: int) -> int:
+    """Bytes that recorded steps keep: see above."""
+    most = min(limits.graph_sequences, limits.max_running)
+    if not most:
+        return 0
+    found = pairs(most, limits.max_model_len, cached_tokens)
+    launches = len(found) * model.num_layers * LAUNCHES_PER_LAYER
+    return (
+        replayed_bytes(model, *found[0], limits.max_model_len)
+        + 4 * most * model.vocab_size
+        + launches * LAUNCH_BYTES
+    )
+
+
+def replayed_bytes(model: ModelConfig, size: int, bound: int, max_model_len: int) -> int:
+    """Bytes that a recorded step of so many sequences and tokens holds at a time, its logits included."""
+    heads, tiles, width = _partial_sizes(model)
+    item = 4 * heads * ROWS * (width + 2)
+    rest = max_model_len - SHORT * SHORTS
+    each = -(-max_model_len // SHORT) if rest <= 0 else SHORTS + -(-rest // LONG)
+    bounded, all_of_them = tiles * (size * (SHORTS + 1) + bound // LONG), tiles * size * each
+    items = bounded if bounded < all_of_them else min(all_of_them, max(1, PARTIAL_BYTES // item))
+    rows = max(_mlp_bytes(model), _attention_bytes(model))
+    return items * item + size * (rows + 4 * model.vocab_size)
+
+
+def _mlp_bytes(model: ModelConfig) -> int:
+    """Bytes of a row in an MLP: the residual, the norm's result and two more of its width; the inner values, in 16
+    bits and in FP8; of experts, for each slot, those, what it reads in FP8, and what it gives."""
+    streams, moe = 4 * 2 * model.hidden_size, model.moe
+    dense = 3 * model.mlp_width
+    if moe is None:
+        return streams + dense
+    slots = moe.experts_per_token + moe.num_shared_experts
+    experts = slots * 3 * (model.hidden_size + moe.expert_width) + 3 * 4 * moe.num_experts
+    return streams + (max(dense, experts) if moe.first_dense_layers else experts)
+
+
+def _attention_bytes(model: ModelConfig) -> int:
+    """Bytes of a row in attention: the same four, queries twice, latents or keys and values, what attention gives,
+    and its sums in fp32 between rounds."""
+    heads, attention = model.num_heads, model.attention
+    if isinstance(attention, GqaConfig):
+        query, result, latent = (
+            attention.head_dim,
+            attention.head_dim,
+            2 * attention.num_kv_heads * attention.head_dim,
+        )
+    else:
+        rank, rope = attention.kv_lora_rank, attention.qk_rope_head_dim
+        query, result = rank + rope, max(rank, attention.v_head_dim)
+        latent = (attention.q_lora_rank or 0) * 2 + rank + rope
+    return 4 * 2 * model.hidden_size + 2 * latent + heads * (2 * 2 * query + 6 * result)
+
+
+def _gathered_values(model: ModelConfig) -> int:
+    """Number of a token's values in a prompt's workspace: keys and values of all heads, and latents."""
+    attention = model.attention
+    if isinstance(attention, GqaConfig):
+        return 2 * attention.num_kv_heads * attention.head_dim
+    keys_values = model.num_heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+    return keys_values + attention.kv_lora_rank + attention.qk_rope_head_dim
+
+
+def _partial_sizes(model: ModelConfig) -> tuple[int, int, int]:
+    """Key-value heads of decoding, tiles of the query heads that share one, and columns of a result."""
+    attention = model.attention
+    if isinstance(attention, GqaConfig):
+        heads, width = attention.num_kv_heads, attention.head_dim
+    else:
+        heads, width = 1, attention.kv_lora_rank
+    return heads, -(-model.num_heads // heads // ROWS), width

@@ -25,7 +25,7 @@ def plan_kv(
     """(num_blocks, max_model_len) within `room` bytes; what is None is chosen. Raises ConfigError, with numbers,
     for what is given and does not fit; also where neither the user nor the checkpoint says how long a request may
     be."""
-    wanted = _longest(model.max_position_embeddings, max_model_len)
+    wanted = longest_request(model.max_position_embeddings, max_model_len)
     if kv_cache_gib is None:
         kv_bytes = _auto_bytes(max_running, on_gpu, wanted, layout, room)
     else:
@@ -46,7 +46,7 @@ def plan_kv(
     return num_blocks, min(wanted, held_tokens)
 
 
-def _longest(positions: int | None, max_model_len: int | None) -> int:
+def longest_request(positions: int | None, max_model_len: int | None) -> int:
     """How many tokens a request may have, as far as the model goes. positions: its max_position_embeddings."""
     if positions is None and max_model_len is None:
         raise ConfigError(

@@ -8,8 +8,13 @@ each from a short list, and serves every step that fits. Rows beyond a step's ow
     query_starts  0 1 2 3 4 5 5 5 5       context_lengths  120 9000 7 64 4096 0 0 0
 
 Kernels take their grids from the bound, and the lengths that count from the device (the plain-torch reference does
-not, and runs without graphs). As no kernel's arithmetic
-depends on the number of rows or the grid, a replayed step has the bits of a launched one.
+not, and runs without graphs). As no kernel's arithmetic depends on the number of rows or the grid, a replayed step
+has the bits of a launched one.
+
+All are recorded before the first step: recording one takes as long as ten steps. What they leave in memory is one
+pool (device_memory.py counts it). Torch gives memory that a recording let go of to later recordings in the same
+pool, on the same stream: they never run at the same time. So the largest comes first, and what the others need lies
+in its memory.
 """
 
 from __future__ import annotations
@@ -22,15 +27,10 @@ import torch
 from torch import Tensor
 
 from cierzo.cache.pool import KVPool
+from cierzo.engine.graph_sizes import bounds, buckets
 from cierzo.kernels.fault import kernels_since, note
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
-
-# Between powers of two a step of many sequences would compute up to twice what it must.
-MOST_DOUBLED = 16
-STEP = 16
-LEAST_BOUND = 8192  # tokens
-BOUND_FACTOR = 4
 
 
 class Recording(Protocol):
@@ -52,21 +52,6 @@ class Model(Protocol):
         ...
 
 
-def buckets(most: int) -> list[int]:
-    """Numbers of sequences that graphs are recorded for: 1, 2, 4, 8, 16, 32, 48 .. up to `most`."""
-    doubled = [1 << power for power in range(MOST_DOUBLED.bit_length()) if 1 << power < most]
-    stepped = range(MOST_DOUBLED + STEP, most, STEP)
-    return [*doubled, *stepped, most]
-
-
-def bound_of(tokens: int) -> int:
-    """The least of 8192, 32768, 131072 .. that is not below `tokens`."""
-    bound = LEAST_BOUND
-    while bound < tokens:
-        bound *= BOUND_FACTOR
-    return bound
-
-
 @dataclass(frozen=True, slots=True)
 class _Graph:
     rows: StepRows
@@ -75,10 +60,11 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Graphs of one model, each recorded at its first use: kernels are compiled for sizes that are no graph's own,
-    so that takes no longer than a few steps. All write their logits to one buffer: one for each would be gigabytes.
+    """Graphs of one model, all recorded before its first step. All write their logits to one buffer: one for each
+    would be gigabytes.
 
-    padding_slot: cache slot that nobody reads. record: torch's CUDA graphs on a GPU.
+    cached_tokens: what the cache holds; the slot behind them is one that nobody reads. record: torch's CUDA graphs
+    on a GPU.
     """
 
     def __init__(
@@ -88,31 +74,49 @@ class DecodeGraphs:
         *,
         max_running: int,
         max_model_len: int,
-        padding_slot: int,
+        cached_tokens: int,
         device: torch.device,
         record: Recorder,
     ) -> None:
         self._model, self._kv = model, kv
-        self._buckets, self._longest = buckets(max_running), max_model_len
-        self._padding_slot = padding_slot
+        self._bounds = {size: bounds(size, max_model_len, cached_tokens) for size in buckets(max_running)}
+        self._most, self._longest = max_running, max_model_len
+        self._padding_slot = cached_tokens
         self._device = device
         self._record = record
         self._graphs: dict[tuple[int, int], _Graph] = {}
-        self._logits: Tensor | None = None  # [largest number of sequences, vocabulary], made by the first step
+        self._logits: Tensor | None = None  # [largest number of sequences, vocabulary], made by the first recording
+
+    def __len__(self) -> int:
+        """Number of graphs, recorded or to be recorded."""
+        return sum(map(len, self._bounds.values()))
+
+    @torch.inference_mode()
+    def record_all(
+        self, block_tables: Tensor, experts: tuple[int, int] | None, done: Callable[[], object] = lambda: None
+    ) -> None:
+        """Record all graphs. block_tables int32 [max_running,W], which stay where they are. experts: (MoE layers,
+        experts per token), if those of a step are wanted. done: called after each. Raises what the model raises."""
+        for size, of_size in reversed(self._bounds.items()):
+            for bound in reversed(of_size):
+                self._graphs[size, bound] = self._new_graph(size, bound, block_tables, experts)
+                done()
 
     def fits(self, rows: StepRows) -> bool:
-        """Tell whether the step is one generated token for each of its sequences."""
+        """Tell whether the step is one generated token for each of its sequences, and was recorded."""
         count = len(rows.token_ids)
-        return rows.num_expanded == 0 and 0 < count == len(rows.absorbed.contexts) <= self._buckets[-1]
+        one_each = rows.num_expanded == 0 and 0 < count == len(rows.absorbed.contexts) <= self._most
+        return one_each and self._pair(rows) in self._graphs
+
+    def _pair(self, rows: StepRows) -> tuple[int, int]:
+        """(number of sequences, bound) of the graph that a step fits; bound 0 if it has more tokens than any."""
+        size = next(size for size in self._bounds if size >= len(rows.token_ids))
+        tokens = sum(rows.absorbed.contexts)
+        return size, next((bound for bound in self._bounds[size] if bound >= tokens), 0)
 
     def logits(self, rows: StepRows) -> Tensor:
         """fp32 [T,N] of a step that fits; valid until the next replay."""
-        count = len(rows.token_ids)
-        size = next(size for size in self._buckets if size >= count)
-        bound = bound_of(sum(rows.absorbed.contexts))
-        graph = self._graphs.get((size, bound))
-        if graph is None:
-            graph = self._graphs[size, bound] = self._new_graph(size, bound, rows)
+        count, graph = len(rows.token_ids), self._graphs[self._pair(rows)]
         self._load(graph.rows, rows, count)
         note(graph.name)
         graph.recording.replay()
@@ -121,12 +125,11 @@ class DecodeGraphs:
         assert self._logits is not None
         return self._logits[:count]
 
-    def _new_graph(self, size: int, bound: int, like: StepRows) -> _Graph:
-        block_tables, expert_ids = like.absorbed.block_tables, like.expert_ids
-        if expert_ids is not None:
-            layers, _, top_k = expert_ids.shape
-            expert_ids = expert_ids.new_empty((layers, size, top_k))
-
+    def _new_graph(self, size: int, bound: int, block_tables: Tensor, experts: tuple[int, int] | None) -> _Graph:
+        expert_ids = None
+        if experts is not None:
+            layers, top_k = experts
+            expert_ids = torch.empty((layers, size, top_k), dtype=torch.int64, device=self._device)
         none, nothing = [0] * size, PagedQueries.of([], [], [], block_tables)
         queries = replace(
             PagedQueries.of(none, none, none, block_tables),
@@ -144,7 +147,7 @@ class DecodeGraphs:
             # the recording's.
             logits = self._model.logits(replace(rows, absorbed=replace(queries)), self._kv, None)
             if self._logits is None:
-                self._logits = logits.new_empty(self._buckets[-1], logits.shape[1])
+                self._logits = logits.new_empty(self._most, logits.shape[1])
             self._logits[:size] = logits
 
         name = f"recorded step of {size} sequences, {bound} tokens"
@@ -167,18 +170,17 @@ class DecodeGraphs:
 
 
 def cuda_recorder() -> Recorder:
-    """torch's CUDA graphs, all in one pool of memory."""
-    pool = torch.cuda.graph_pool_handle()
+    """torch's CUDA graphs, all in one pool of memory and on one stream: torch keeps what was let go of by stream,
+    and a stream for each recording would leave a step's memory with every one of them."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def record(work: Callable[[], None]) -> Recording:
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled and workspaces made before the recording
-                work()
+            work()  # what torch makes at the first use of an operation is made before the recording
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             work()
         return graph
 

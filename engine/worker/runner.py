@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from cierzo.engine.worker.step_rows import DeviceRows, rows_in_place
 from cierzo.kernels.cpu import native
 from cierzo.kernels.fault import watching
 from cierzo.kernels.formats.packed import PLAIN_FORMATS
-from cierzo.kernels.ops.block import StepRows
+from cierzo.kernels.ops.block import DecoderWeights, StepRows
 from cierzo.kernels.registry import KernelChoiceError, bind
 from cierzo.scheduler.plan import PENDING, StepPlan, StepResult, TokenLogprobs
 
@@ -79,6 +80,7 @@ class ModelRunner:
         self._staged = staged
         self._graphs = graphs
         self._staging = None if staged is None else Staging(torch.device(device))
+        self._max_running = max_running
         self._sampler = Sampler(max_running, device, self._staging)
         self._steps: deque[_Step] = deque()
         self._description = description
@@ -97,7 +99,7 @@ class ModelRunner:
                 kv,
                 max_running=min(config.graph_sequences, limits.max_running),
                 max_model_len=limits.max_model_len,
-                padding_slot=config.cache.num_blocks * config.cache.block_tokens,
+                cached_tokens=config.cache.num_blocks * config.cache.block_tokens,
                 device=device,
                 record=cuda_recorder(),
             )
@@ -112,6 +114,27 @@ class ModelRunner:
             overlap=config.overlap,
             experts=ExpertCounter.of(config.model) if config.expert_statistics else None,
         )
+
+    def prepare(self, config: EngineConfig, weights: DecoderWeights) -> None:
+        """On a GPU, compile, load and record all that steps can launch: no step does. Nothing on a CPU.
+
+        `describe` tells how long it took. Raises CompileError, LaunchError, DeviceFault, MemoryError.
+        """
+        if torch.device(config.device).type == "cpu":
+            return
+        from cierzo.engine.worker import warm  # Triton: no CPU needs it
+
+        lines = [warm.compile_kernels(config, weights)]
+        if self._graphs is not None:
+            blocks = -(-config.scheduler.max_model_len // config.cache.block_tokens)
+            lines.append(warm.record_steps(partial(self.record, blocks), len(self._graphs)))
+        self._description = "\n".join([self._description, *lines])
+
+    def record(self, blocks: int, done: Callable[[], object] = lambda: None) -> None:
+        """Record the steps that are replayed. blocks: of the longest sequence. done: called after each."""
+        if self._graphs is not None and self._staged is not None:
+            experts = None if self.experts is None else (len(self.experts.layers), self.experts.top_k)
+            self._graphs.record_all(self._staged.tables(self._max_running, blocks), experts, done)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, batch: Batch) -> None:
@@ -207,9 +230,16 @@ class ModelRunner:
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:
-    """A runner of the checkpoint's model. Raises CheckpointError, ConfigError, DeviceFault, MemoryError."""
+    """A runner of the checkpoint's model, which compiles nothing any more. Raises CheckpointError, ConfigError,
+    CompileError, LaunchError, DeviceFault, MemoryError."""
+    start = time.perf_counter()
     with watching("loading"):
-        return ModelRunner.of(config, *load_model(config))
+        model, kv, description = load_model(config)
+        if torch.device(config.device).type != "cpu":
+            description += f"\nweights loaded in {time.perf_counter() - start:.1f} s"
+        runner = ModelRunner.of(config, model, kv, description)
+    runner.prepare(config, model.weights)
+    return runner
 
 
 def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:

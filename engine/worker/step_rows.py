@@ -70,10 +70,15 @@ class DeviceRows:
             tensors[0][pending_rows] = chosen[pending_slots]
         return _rows(batch, tensors, self._brought_up_to_date(batch, changed_rows, entries))
 
-    def _brought_up_to_date(self, batch: Batch, changed_rows: Tensor, entries: Tensor) -> Tensor:
-        """The tables, int32 [max_running, W], as the batch has them. A sequence's row comes with its admission."""
+    def tables(self, rows: int, blocks: int) -> Tensor:
+        """The tables, int32 [rows, blocks], where they stay: of max_running sequences, of so many blocks each."""
         if self._tables is None:
-            self._tables = torch.zeros(batch.block_tables.shape, dtype=torch.int32, device=self._device)
-        if batch.changed_rows:
-            self._tables[changed_rows] = entries.view(len(batch.changed_rows), -1)
+            self._tables = torch.zeros((rows, blocks), dtype=torch.int32, device=self._device)
         return self._tables
+
+    def _brought_up_to_date(self, batch: Batch, changed_rows: Tensor, entries: Tensor) -> Tensor:
+        """The tables as the batch has them. A sequence's row comes with its admission."""
+        tables = self.tables(*batch.block_tables.shape)
+        if batch.changed_rows:
+            tables[changed_rows] = entries.view(len(batch.changed_rows), -1)
+        return tables

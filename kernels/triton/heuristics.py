@@ -152,3 +152,8 @@ def narrow(weights: Weights, wide: Tile, tokens: int, multiprocessors: int = MUL
         return wide, Parts(1, weights.k)
     each = -(-steps // count) * chosen.block_k
     return chosen, Parts(-(-weights.k // each), each, tokens <= APART_TOKENS)
+
+
+def thresholds() -> list[int]:
+    """Numbers of tokens above which a choice of this file is another one."""
+    return [FEW_TOKENS, APART_TOKENS, *([] if DESCRIBED_TOKENS is None else [DESCRIBED_TOKENS - 1])]

@@ -14,6 +14,7 @@ without a GPU is the code that runs on one.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -71,6 +72,17 @@ class Configuration:
     num_stages: int = 3
     blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the kernel by its name."""
+        values = (self.types, self.constants, self.num_warps, self.num_stages, self.blocks)
+        return _named, (self.kernel.fn.__module__, self.kernel.fn.__name__, *values)
+
+    @property
+    def key(self) -> str:
+        """Text that is equal for equal configurations."""
+        constants = sorted(self.constants.items())
+        return repr((self.kernel.fn.__module__, self.name, self.signature, constants, sorted(self.options.items())))
+
     @property
     def signature(self) -> dict[str, str]:
         """`types` in the compiler's notation, tensor descriptors included."""
@@ -103,6 +115,11 @@ class Launch:
     def programs(self) -> int:
         """Number of programs."""
         return prod(self.grid)
+
+
+def _named(module: str, kernel: str, *values: Any) -> Configuration:
+    """The configuration of a kernel by its name."""
+    return Configuration(getattr(importlib.import_module(module), kernel), *values)
 
 
 def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any) -> None:

@@ -201,7 +201,10 @@ def _multiply(
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the card; in the interpreter, of the card that kernels are compiled for."""
+    """Multiprocessors of the card; for meta tensors, of the card that there is; in the interpreter, and without a
+    card, of that which kernels are compiled for."""
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda")
     if device.type != "cuda":
         return MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -10,82 +10,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cuda_on_cpu
 import msgspec
 import pytest
-import torch
-import triton_interpreter
+from gpu_engine import CPU, MAX_RUNNING, MODELS, gpu_kernels, load, make_config
 from graph_repeater import Repeated
 
 from cierzo.cache.pool import KVPool
-from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.config import EngineConfig
 from cierzo.engine.messages import Submit
-from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
-from cierzo.engine.weights.loader import load_parameters
-from cierzo.engine.weights.make import make_checkpoint
-from cierzo.engine.weights.matrices import DeviceMatrices
-from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs
 from cierzo.engine.worker.runner import ModelRunner
 from cierzo.engine.worker.step_rows import DeviceRows
-from cierzo.kernels.config import KernelsConfig
-from cierzo.kernels.cuda.launch import device
-from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.formats.activations import static_scales, takes_fp8
-from cierzo.kernels.registry import bind
 from cierzo.kernels.triton import mla, prefix, split
 from cierzo.kernels.triton.split import Splits
 from cierzo.scheduler.params import SamplingParams
 
-CPU = torch.device("cpu")
-MAX_RUNNING = 3
 PROMPTS = ([5, 9, 2, 11, 7], [3] * 9, [8, 1])
 NEW_TOKENS = (3, 2, 3)
-# (model, checkpoint, weights, activations); an FP8 checkpoint has static scales of activations, another has none
-MODELS = (
-    ("small4", "hf", "nvfp4", "bf16"),
-    ("small4", "hf", "fp8", "bf16"),
-    ("small4", "hf-fp8", "fp8", "fp8"),
-    ("small3", "hf", "bf16", "bf16"),
-    ("small3", "hf", "fp8", "fp8"),
-)
 
 
 @pytest.fixture(autouse=True)
 def _gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not cuda_on_cpu.available():
-        pytest.skip("no g++ on Linux")
-    triton_interpreter.repair()
-    monkeypatch.setattr(device, "require", lambda: None)
-    with running_on(cuda_on_cpu.CpuBackend()):
-        bind(KernelsConfig(), "cuda")
+    with gpu_kernels(monkeypatch):
         yield
-    bind(KernelsConfig(), "cpu")
-
-
-def make_config(folder: Path, like: str, checkpoint_format: str, **changes: Any) -> EngineConfig:
-    checkpoint = make_checkpoint(folder / "model", like=like, scale="tiny", checkpoint_format=checkpoint_format)
-    options = EngineOptions(
-        model=str(checkpoint),
-        max_running=MAX_RUNNING,
-        budget_tokens=12,
-        block_tokens=16,
-        max_model_len=64,
-        kv_cache_gib=0.001,
-        prefix_caching=False,
-    )
-    return resolve(msgspec.structs.replace(options, **changes))
-
-
-def load(config: EngineConfig, weights: str, activations: str) -> Decoder:
-    with CheckpointReader(Path(config.checkpoint)) as reader:
-        specs = parameter_specs(config.model)
-        parameters = load_parameters(reader, specs, dtype=torch.bfloat16, device="cpu")
-        matrices = DeviceMatrices(weights, torch.bfloat16, CPU, activations)
-        return build_model(config.model, parameters, device=CPU, dtype=torch.bfloat16, matrices=matrices)
 
 
 def run(
@@ -105,7 +56,7 @@ def run(
         pool,
         max_running=MAX_RUNNING,
         max_model_len=config.scheduler.max_model_len,
-        padding_slot=config.cache.num_blocks * config.cache.block_tokens,
+        cached_tokens=config.cache.num_blocks * config.cache.block_tokens,
         device=CPU,
         record=Repeated,
     )
@@ -119,6 +70,7 @@ def run(
         overlap=whole,
         experts=experts,
     )
+    runner.record(-(-config.scheduler.max_model_len // config.cache.block_tokens))
     core = EngineCore(msgspec.structs.replace(config, overlap=whole), runner)
     for number in chosen:
         params = SamplingParams(max_tokens=new_tokens[number], seed=number, ignore_eos=True)

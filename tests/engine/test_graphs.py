@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace as Inputs
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -12,11 +13,12 @@ from native_only import needs_native
 
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.graph_sizes import bounds, buckets, pairs
 from cierzo.engine.messages import Submit, TokenDelta
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.experts import ExpertCounter
-from cierzo.engine.worker.graphs import DecodeGraphs, Recording, bound_of, buckets
+from cierzo.engine.worker.graphs import DecodeGraphs, Recording
 from cierzo.engine.worker.runner import ModelRunner, load_model
 from cierzo.engine.worker.step_rows import DeviceRows
 from cierzo.kernels.ops.block import StepRows
@@ -48,7 +50,7 @@ def run(
         spacious,
         max_running=MAX_RUNNING,
         max_model_len=config.scheduler.max_model_len,
-        padding_slot=kv.num_blocks * config.cache.block_tokens,
+        cached_tokens=kv.num_blocks * config.cache.block_tokens,
         device=CPU,
         record=Repeated,
     )
@@ -62,6 +64,8 @@ def run(
         overlap=overlap,
         experts=experts,
     )
+    runner.record(-(-config.scheduler.max_model_len // config.cache.block_tokens))
+    Repeated.replays = 0
     core = EngineCore(msgspec.structs.replace(config, overlap=overlap), runner)
     found: dict[int, list[TokenDelta]] = {}
     for number in range(10):
@@ -83,13 +87,13 @@ def run(
 
 @needs_native  # the reference reads the host's lists, which are bounds here
 def test_tokens_are_equal_with_graphs_on_and_off(config: EngineConfig) -> None:
-    Repeated.recordings = Repeated.replays = 0
     plain = run(config, graphs=False)
-    assert run(config, graphs=True) == plain
-    assert run(config, graphs=True, overlap=True) == plain
     assert run(config, graphs=False, overlap=True) == plain
-    assert 4 <= Repeated.recordings <= 2 * len(buckets(MAX_RUNNING))  # of both runs with graphs
-    assert Repeated.replays > 80
+    for overlap in (False, True):
+        Repeated.recordings = 0
+        assert run(config, graphs=True, overlap=overlap) == plain
+        assert Repeated.recordings == len(buckets(MAX_RUNNING))  # all before the first step
+        assert Repeated.replays > 40
 
 
 @needs_native
@@ -120,6 +124,7 @@ def test_all_recordings_write_their_logits_to_one_buffer(
 
     monkeypatch.setattr(DecodeGraphs, "logits", noted)
     run(config, graphs=True)
+    assert Repeated.replays > 40
     assert {size for _, size, _ in found} == {MAX_RUNNING * config.model.vocab_size * 4}
     assert len({address for address, _, _ in found}) == 1
     assert max(graphs for _, _, graphs in found) > 1
@@ -129,21 +134,45 @@ def test_buckets_and_bounds_end_where_the_limits_do() -> None:
     assert buckets(1) == [1]
     assert buckets(6) == [1, 2, 4, 6]
     assert buckets(70) == [1, 2, 4, 8, 16, 32, 48, 64, 70]
-    assert [bound_of(tokens) for tokens in (1, 8192, 8193, 200_000)] == [8192, 8192, 32_768, 524_288]
 
 
-def test_a_recording_is_no_step_of_a_prompt(config: EngineConfig) -> None:
+def test_bounds_go_from_what_sequences_have_usually_to_what_they_or_the_cache_can_hold() -> None:
+    assert bounds(1, 262_144, 1_000_000) == [8192, 32_768, 131_072, 262_144]
+    assert bounds(16, 262_144, 1_000_000) == [32_768, 131_072, 524_288, 1_000_000]
+    assert bounds(256, 1024, 1_000_000) == [262_144]
+    assert bounds(8, 1024, 1_000_000) == bounds(2, 64, 0) == [8192]
+    assert pairs(2, 20_000, 30_000) == [(2, 30_000), (2, 8192), (1, 20_000), (1, 8192)]
+    assert len(pairs(256, 262_144, 5_000_000)) <= 80  # at 0.15 s each, 12 s
+    assert len(pairs(512, 262_144, 5_000_000)) <= 130
+
+
+@pytest.mark.parametrize(("contexts", "recorded"), [([1], True), ([2_000_000], True), ([2_000_001], False)])
+def test_every_step_that_the_cache_can_hold_has_a_graph(contexts: list[int], recorded: bool) -> None:
+    """And one with more tokens than that, whose sequences share prefixes, is launched."""
+    graphs = recorded_graphs(max_running=3, max_model_len=2**30, cached_tokens=2_000_000)
+    for size in (1, 2, 3):
+        assert graphs.fits(inputs(size, 0, [*contexts, *[0] * (size - 1)])) == recorded
+
+
+def test_a_recording_is_no_step_of_a_prompt() -> None:
+    graphs = recorded_graphs(max_running=2, max_model_len=64, cached_tokens=64)
+    assert graphs.fits(inputs(2, 0, [1, 1]))
+    for rows, expanded, sequences in ((2, 1, 1), (3, 0, 3), (0, 0, 0), (2, 0, 1)):
+        assert not graphs.fits(inputs(rows, expanded, [1] * sequences))
+
+
+def recorded_graphs(**limits: int) -> DecodeGraphs:
+    """Graphs in which there is nothing."""
+
     class Never(Recording):
         def replay(self) -> None: ...
 
-    model, kv, _ = load_model(config)
-    graphs = DecodeGraphs(
-        model, kv, max_running=2, max_model_len=64, padding_slot=0, device=CPU, record=lambda work: Never()
-    )
+    model, kv = cast(Any, None), cast(KVPool, None)
+    graphs = DecodeGraphs(model, kv, **limits, device=CPU, record=lambda work: Never())
+    graphs.record_all(torch.zeros(3, 1, dtype=torch.int32), None)
+    return graphs
 
-    def inputs(rows: int, expanded: int, sequences: int) -> Inputs:
-        return Inputs(token_ids=torch.zeros(rows), num_expanded=expanded, absorbed=Inputs(contexts=[1] * sequences))
 
-    assert graphs.fits(inputs(2, 0, 2))
-    for rows, expanded, sequences in ((2, 1, 1), (3, 0, 3), (0, 0, 0), (2, 0, 1)):
-        assert not graphs.fits(inputs(rows, expanded, sequences))
+def inputs(rows: int, expanded: int, contexts: list[int]) -> Any:
+    """As much of StepRows as is asked."""
+    return Inputs(token_ids=torch.zeros(rows), num_expanded=expanded, absorbed=Inputs(contexts=contexts))

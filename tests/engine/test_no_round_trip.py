@@ -72,7 +72,7 @@ def test_tokens_reach_the_next_step_and_nobody_waits(card: Card, recorded: bool,
     cache = CacheConfig(block_tokens=4, num_blocks=24, hash_key="00" * 16)
     model, nothing = TableModel(), cast(KVPool, None)
     graphs = DecodeGraphs(
-        model, nothing, max_running=max_running, max_model_len=64, padding_slot=0, device=CUDA, record=Repeated
+        model, nothing, max_running=max_running, max_model_len=64, cached_tokens=96, device=CUDA, record=Repeated
     )
     runner = ModelRunner(
         model,
@@ -83,6 +83,7 @@ def test_tokens_reach_the_next_step_and_nobody_waits(card: Card, recorded: bool,
         graphs=graphs if recorded else None,
         overlap=True,
     )
+    runner.record(16)
     core = EngineCore(fake_config(limits, cache, vocab_size=VOCAB, eos_token_ids=(EOS,)), runner)
     requests = [
         *variety(),

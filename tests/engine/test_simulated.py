@@ -9,6 +9,7 @@ import pytest
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
 from cierzo.engine.cost.work import StepShape
+from cierzo.engine.device_memory import StepLimits, workspace_bytes
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.worker.batch import BatchBuilder
 from cierzo.engine.worker.simulated import shape_of
@@ -34,7 +35,9 @@ def test_a_batch_is_counted_row_by_row() -> None:
 
 def test_the_cache_of_several_cards_is_what_weights_and_workspaces_leave() -> None:
     config = configure(card="4xh100", kv_dtype="bf16")
-    left = 4 * 80e9 * 0.95 - weight_bytes(config.model, NumberFormats(weights="nvfp4")) - 4 * (4 << 30)
+    left = 4 * 80e9 * 0.95 - weight_bytes(config.model, NumberFormats(weights="nvfp4"))
+    limits = StepLimits(8192, 2048, 512, config.scheduler.max_model_len)
+    left -= 4 * workspace_bytes(config.model, limits, int(left) // config.layout.bytes_per_token)
     assert config.cache.num_blocks * config.layout.bytes_per_block == pytest.approx(left, rel=1e-3)
 
 

@@ -16,7 +16,7 @@ PARAMETERS = ("engine.parameters", "engine.checkpoint_format", "engine.fields", 
 WORKER = (
     *("kernels", "engine.model", "engine.weights", *PARAMETERS),
     *("engine.cost", "cache", "scheduler", "engine.worker"),
-    *("engine.messages", "engine.expert_statistics", "engine.config"),
+    *("engine.messages", "engine.expert_statistics", "engine.config", "engine.graph_sizes"),
 )
 MESSAGES = ("engine.messages", "engine.expert_statistics", "engine.errors")
 CLIENT = (
@@ -43,7 +43,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.expert_statistics": (),
     "engine.messages": ("scheduler.params", "scheduler.plan", "engine.expert_statistics"),
     "engine.settings": ("engine.errors",),
-    "engine.device_memory": ("engine.cost", "engine.model.config", "engine.errors"),
+    "engine.device_memory": ("engine.cost", "engine.model.config", "engine.graph_sizes", "engine.errors"),
+    "engine.graph_sizes": (),
     "engine.config": (
         "cache.config",
         "cache.layout",
@@ -117,6 +118,7 @@ CIRCLES = {}
 WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.messages", "engine.config"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.device_memory"),
+    "engine.graph_sizes",
     "engine.expert_statistics",
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
     *("engine.model.config", "engine.model.config_json", "engine.model.params_json", "engine.model.read_config"),

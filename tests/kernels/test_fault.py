@@ -177,8 +177,10 @@ def one_step(logits: Any, record: Any = None) -> None:
 
     model, nothing = Model(), cast(KVPool, None)
     graphs = record and DecodeGraphs(
-        model, nothing, max_running=1, max_model_len=8, padding_slot=0, device=torch.device("cpu"), record=record
+        model, nothing, max_running=1, max_model_len=8, cached_tokens=0, device=torch.device("cpu"), record=record
     )
+    if graphs:
+        graphs.record_all(torch.zeros(1, 4, dtype=torch.int32), None)
     runner = ModelRunner(model, nothing, 1, graphs=graphs)
     admission = Admission(SamplingParams(temperature=0.0), (1,), (5,), ())
     seq = SeqPlan((1, 0), 0, 0, 1, [5], 1, [3], True, admission)

@@ -82,6 +82,10 @@ class CpuBackend:
         self._folder = folder
         self._libraries: dict[str, ctypes.CDLL] = {}
 
+    def prepare(self, kernels: Sequence[Kernel], device: torch.device, folder: Path) -> None:
+        """See cuda.launch.launcher.Backend."""
+        self._libraries |= {source: build(self._folder / source) for source in {one.source for one in kernels}}
+
     def run(
         self,
         kernel: Kernel,

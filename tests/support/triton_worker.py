@@ -2,6 +2,8 @@
 
 triton_worker.py compile NAME...   the configurations of these names, compiled for sm_90
 triton_worker.py bind              each configuration's difference from what Triton's launcher would compile
+triton_worker.py warm NAME...      the configurations of these names are compiled in processes; how many were
+triton_worker.py launch NAME...    for each, whether a launch finds it in the cache, and its launcher
 """
 
 from __future__ import annotations
@@ -9,28 +11,49 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from functools import cached_property
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
+from triton import knobs
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
+from triton.compiler import ASTSource, get_cache_key, make_backend
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cierzo.bench.gpu.compiled import inspect
 from cierzo.bench.gpu.configurations import configurations
-from cierzo.kernels.triton.compile import source
+from cierzo.kernels.triton.compile import compile_ahead, compile_all
 from cierzo.kernels.triton.launch import POINTER, Configuration
 
 DTYPES = {pointer: dtype for dtype, pointer in POINTER.items()}
 
 
-def difference(configuration: Configuration) -> str:
-    """Difference from what the launcher compiles for tensors and an integer that it would like to specialise; ""
-    if there is none."""
-    kernel, ahead = configuration.kernel, source(configuration)
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+class Launching:
+    """In the place of Triton's driver, as if there were an sm_90: launches get as far as the kernel's code."""
+
+    launcher_cls = CudaLauncher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    @cached_property
+    def utils(self) -> Any:
+        return CudaUtils()
+
+
+def launched(configuration: Configuration) -> Any:
+    """What Triton has for a launch with tensors, and integers that it would like to specialise."""
     values: dict[str, Any] = {}
     for name, kind in configuration.types.items():
         if kind.startswith("*"):
@@ -40,26 +63,69 @@ def difference(configuration: Configuration) -> str:
                 values[name] = TensorDescriptor.from_tensor(torch.empty(256, 256, dtype=DTYPES[kind]), block)
         else:
             values[name] = 0.5 if kind.startswith("fp") else 16 if kind == "i32" else 1 << 40
-    bound, specialisation, options = binder(**values, **configuration.constants, **configuration.options)
-    keywords = configuration.options
-    _, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialisation, options)
-    derived = {path: found for path, found in attributes.items() if found}  # the launcher lists the others too
-    pairs = {
-        "signature": (ahead.signature, signature),
-        "constants": (ahead.constants, constants),
-        "attributes": (ahead.attrs, derived),
-    }
-    found = [f"{what}: {a} is not {b}" for what, (a, b) in pairs.items() if a != b]
-    return "; ".join(found)
+    driver.set_active(Launching())  # type: ignore[arg-type]
+    return configuration.kernel.run(
+        grid=(1,), warmup=True, **values, **configuration.constants, **configuration.options
+    )
+
+
+def difference(configuration: Configuration) -> str:
+    """Difference from what a launch compiles: its key in memory, its source's hash, its key on disk; "" if none."""
+    asked: list[tuple[str, ...]] = []
+
+    def noted(
+        kernel: JITFunction,
+        key: str,
+        signature: Any,
+        device: Any,
+        constants: Any,
+        options: Any,
+        attributes: Any,
+        warmup: bool,
+    ) -> None:
+        source = ASTSource(kernel, signature, constants, attributes)
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        asked.append(
+            (key, source.hash(), get_cache_key(source, backend, options, get_cache_invalidating_env_vars()))
+        )
+
+    compiling = JITFunction._do_compile
+    JITFunction._do_compile = noted  # type: ignore[method-assign]
+    try:
+        for ask in (compile_ahead, launched):
+            ask(configuration)
+    finally:
+        JITFunction._do_compile = compiling  # type: ignore[method-assign]
+    ahead, behind = asked
+    return "" if ahead == behind else f"{ahead} is not {behind}"
+
+
+def from_the_cache(configuration: Configuration) -> dict[str, Any]:
+    """Of each kernel that a launch asks for, whether Triton had it; and whether its launcher is there, or a C
+    compiler that makes it."""
+    hits: list[bool] = []
+    knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+    compiled = launched(configuration)
+    try:
+        CudaLauncher(compiled.src, compiled.metadata)
+    except CalledProcessError:
+        return {"hits": hits, "launcher": False}
+    return {"hits": hits, "launcher": True}
 
 
 def main(command: str, *names: str) -> None:
     """Run a command; see the module."""
     result: dict[str, Any] = {}
+    if command == "warm":
+        done: list[None] = []
+        compile_all([configurations()[name] for name in names], 90, lambda: done.append(None))
+        result = {"done": len(done)}
     for name, configuration in configurations().items():
         if command == "bind":
             result[name] = difference(configuration)
-        elif name in names:
+        elif command == "launch" and name in names:
+            result[name] = from_the_cache(configuration)
+        elif command == "compile" and name in names:
             result[name] = dataclasses.asdict(inspect(configuration))
     print(json.dumps(result))
 

@@ -6,8 +6,12 @@ could not compile with the options that serve. So NVRTC is called through CuPy's
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,8 +43,8 @@ def require() -> None:
 
 
 class CupyBackend:
-    """CuPy as a backend: a source is compiled and loaded at the first launch of one of its kernels on a device, and
-    kept."""
+    """CuPy as a backend: a source is compiled and loaded ahead (`prepare`), or at the first launch of one of its
+    kernels on a device, and kept."""
 
     device_type = "cuda"
 
@@ -71,24 +75,58 @@ class CupyBackend:
                 raise
             raise DeviceFault(str(error)) from error
 
+    def prepare(self, kernels: Sequence[Kernel], device: torch.device, folder: Path) -> None:
+        """See Backend."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        wanted = {kernel.source for kernel in kernels}
+        sources = sorted(source for source in wanted if (source, index) not in self._modules)
+        with ThreadPoolExecutor(max(1, len(sources))) as threads:  # NVRTC lets go of Python's lock
+            cubins = [*threads.map(lambda source: self._kept_cubin(source, index, folder), sources)]
+        with self._cupy.cuda.Device(index):
+            for source, cubin in zip(sources, cubins, strict=True):
+                self._load(source, index, cubin)
+            for kernel in kernels:
+                self._function(kernel, index)
+
     def _function(self, kernel: Kernel, index: int) -> Any:
         key, at = (kernel.name, index), (kernel.source, index)
         if key not in self._functions:
             if at not in self._modules:
-                self._modules[at] = self._cupy.cuda.function.Module()
-                self._modules[at].load(self._cubin(*at))
+                self._load(*at, self._cubin(*at))
             self._functions[key] = self._modules[at].get_function(kernel.name)
         return self._functions[key]
 
+    def _load(self, source: str, index: int, cubin: bytes) -> None:
+        module = self._cupy.cuda.function.Module()
+        module.load(cubin)
+        self._modules[source, index] = module
+
+    def _kept_cubin(self, source: str, index: int, folder: Path) -> bytes:
+        """Machine code from the folder, or compiled and put there, under a name that all it depends on makes."""
+        made_of = program(source), options(_architecture(index)), self._nvrtc.getVersion()
+        path = folder / f"{Path(source).stem}-{hashlib.sha256(repr(made_of).encode()).hexdigest()}.cubin"
+        if path.exists():
+            return path.read_bytes()
+        cubin = self._cubin(source, index)
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(cubin)
+        unfinished.replace(path)
+        return cubin
+
     def _cubin(self, source: str, index: int) -> bytes:
         """Machine code of a source for a device. Raises LaunchError with the compiler's words."""
-        major, minor = torch.cuda.get_device_capability(index)
         made = self._nvrtc.createProgram(program(source), source, (), ())
         try:
-            self._nvrtc.compileProgram(made, options(f"sm_{major}{minor}"))
+            self._nvrtc.compileProgram(made, options(_architecture(index)))
             cubin: bytes = self._nvrtc.getCUBIN(made)
         except self._nvrtc.NVRTCError as error:
             raise LaunchError(f"NVRTC: {error}: {self._nvrtc.getProgramLog(made)}") from error
         finally:
             self._nvrtc.destroyProgram(made)
         return cubin
+
+
+def _architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +45,10 @@ class Backend(Protocol):
         values: Sequence[np.generic],
     ) -> None:
         """Launch on the device's current stream. Raises DeviceFault or LaunchError with the runtime's message."""
+
+    def prepare(self, kernels: Sequence[Kernel], device: torch.device, folder: Path) -> None:
+        """Compile and load kernels for a device, so that no launch does; `folder` keeps machine code. Raises
+        LaunchError with the compiler's words."""
 
 
 _backends: list[Backend] = []  # the last one is current

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,7 @@ class Cupy:
         self.calls: list[tuple[Any, ...]] = []
         self.entered: list[Any] = []
         self.error: Exception | None = None
+        self.version = (13, 0)
         self.cuda = SimpleNamespace(
             Device=lambda index: self._within(("device", index)),
             ExternalStream=lambda address, index: self._within(("stream", address, index)),
@@ -62,6 +64,10 @@ class Cupy:
         if isinstance(self.error, CompileError):
             raise self.error
         self.modules.append((*self.programs[number], options))
+
+    def getVersion(self) -> tuple[int, int]:
+        """Of NVRTC."""
+        return self.version
 
     def getCUBIN(self, number: int) -> bytes:
         """The machine code."""
@@ -108,6 +114,42 @@ def test_a_kernel_is_compiled_once_and_launched_on_torchs_stream(cupy: Cupy) -> 
     assert cupy.entered == [("device", 1), ("stream", 0xABC, 1)] * 3
     backend.run(COPY, torch.device("cuda", 0), (1, 1, 1), 32, 0, values)
     assert len(cupy.modules) == 2  # another device, another module
+
+
+def test_what_is_prepared_is_not_compiled_again_here_nor_in_the_next_process(
+    cupy: Cupy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = Kernel("route.cu", "route_choose", {})
+    kernels, device = (COPY, REVERSE, choose), torch.device("cuda")
+    backend = CupyBackend()
+    backend.prepare(kernels, device, tmp_path / "new")
+    assert sorted(name for _, name, _ in cupy.modules) == ["copy.cu", "route.cu"]
+    cupy.error = CompileError("nothing is compiled from here on")
+    backend.prepare(kernels, device, tmp_path / "new")
+    assert cupy.loaded == [b"copy.cu", b"route.cu"]
+    again = CupyBackend()
+    again.prepare(kernels, device, tmp_path / "new")
+    cupy.error = None
+    for other in (backend, again):
+        other.run(REVERSE, device, (1, 1, 1), 32, 0, [np.int32(5)])
+    assert (len(cupy.modules), cupy.loaded) == (2, 2 * [b"copy.cu", b"route.cu"])
+    assert [path.suffix for path in (tmp_path / "new").iterdir()] == 2 * [".cubin"]
+
+
+def test_machine_code_of_another_compiler_card_or_source_is_not_taken(
+    cupy: Cupy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled() -> int:
+        CupyBackend().prepare((COPY,), torch.device("cuda"), tmp_path)
+        return len(cupy.modules)
+
+    assert [compiled(), compiled()] == [1, 1]
+    cupy.version = (13, 1)
+    assert [compiled(), compiled()] == [2, 2]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert [compiled(), compiled()] == [3, 3]
+    monkeypatch.setattr(device, "program", lambda source: "another")
+    assert [compiled(), compiled()] == [4, 4]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,203 @@
+"""All that a server can launch on a GPU: kernels, in the configurations in which its model's steps need them.
+
+The model runs on meta tensors, which hold nothing, in every form of step that there is; what it would launch is
+noted, and nothing runs. That takes the weights' formats, sizes and strides alone, and no GPU. The operations must
+be bound for "cuda".
+
+A kernel chooses between its forms by whether a number (rows of a step, of a segment, of logits, tokens of a
+context) is above a threshold. So steps have numbers on both sides of those that are known, and numbers that double,
+and one more than each: they lie on both sides of any, and between two that are not within a factor of two. A test
+takes all numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cierzo.cache.pool import KVPool
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.model.decoder import Decoder
+from cierzo.engine.model.positions import Positions
+from cierzo.engine.parameters import Shard
+from cierzo.engine.worker.sampling import Sampler
+from cierzo.engine.worker.staging import Staging
+from cierzo.kernels.cuda.launch.kernel import Kernel
+from cierzo.kernels.cuda.launch.launcher import running_on
+from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.block import DecoderWeights, StepRows
+from cierzo.kernels.triton.heuristics import thresholds
+from cierzo.kernels.triton.launch import Configuration, dry_run
+from cierzo.scheduler.config import SchedulerConfig
+from cierzo.scheduler.params import SamplingParams
+from cierzo.scheduler.plan import Admission
+
+META = torch.device("meta")
+Lengths = list[int]  # of the segments of a step
+
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """Kernels in Triton, each configuration once, and in CUDA C++."""
+
+    configurations: Sequence[Configuration]
+    kernels: Sequence[Kernel]
+
+
+def launches(config: EngineConfig, weights: DecoderWeights) -> Launches:
+    """All that a server of this configuration can launch. weights: the model's, on any device, as they are read."""
+    noted = _Noted()
+    model = Decoder(_one_of_each(_on_meta(weights)), Positions(config.model, META), Shard(0, 1, lambda part: part))
+    limits = config.scheduler
+    # One block stands for all: their number is in no kernel.
+    pool = KVPool(config.layout, 1, META)
+    found: dict[str, Configuration] = {}
+    with running_on(noted), torch.inference_mode():
+        for rows, logit_rows in steps(limits, config.cache.block_tokens, telling(limits.budget_tokens)):
+            for launch in dry_run(model.logits, rows, pool, logit_rows):
+                found.setdefault(launch.configuration.key, launch.configuration)
+        for admissions in _samplings():
+            _sample(admissions, config.model.vocab_size)
+    return Launches([*found.values()], [*noted.kernels.values()])
+
+
+def telling(most: int) -> list[int]:
+    """Numbers of rows up to `most` that tell all that numbers decide: 1, 2, 3, 4, 5, 8, 9, 16 .. and the others."""
+    last = [1 << power for power in range(most.bit_length())] + thresholds()
+    return sorted({number for one in last for number in (one, one + 1) if 0 < number <= most} | {most})
+
+
+def steps(
+    limits: SchedulerConfig, block_tokens: int, counts: Sequence[int]
+) -> Iterator[tuple[StepRows, Tensor | None]]:
+    """Steps of so many rows each, in every form, on meta tensors, and the rows whose logits they ask for."""
+    tables = torch.empty(
+        (limits.max_running, -(-limits.max_model_len // block_tokens)), dtype=torch.int32, device=META
+    )
+    for count in counts:
+        for lengths in _segments(count, limits):
+            yield from _of_contexts(lengths, [], limits, tables)
+            yield from _of_contexts([], lengths, limits, tables)
+        for lengths in _segments(count - 1, limits):
+            if len(lengths) < limits.max_running:
+                yield from _of_contexts(lengths, [1], limits, tables)
+                yield from _of_contexts([1], lengths, limits, tables)
+
+
+def _segments(count: int, limits: SchedulerConfig) -> Iterator[Lengths]:
+    """So many rows as a sequence's, as those of two, of as many as can run, and of one each."""
+    for among in sorted({1, 2, limits.max_running, count}):
+        if 0 < among <= min(limits.max_running, count) and -(-count // among) <= limits.max_model_len:
+            yield [count // among + (number < count % among) for number in range(among)]
+
+
+def _of_contexts(
+    expanded: Lengths, absorbed: Lengths, limits: SchedulerConfig, tables: Tensor
+) -> Iterator[tuple[StepRows, Tensor | None]]:
+    """A step whose contexts are its own tokens, and one whose contexts are as long as may be."""
+    total = sum(expanded) + sum(absorbed)
+    tokens, positions, slots = (torch.empty(total, dtype=torch.int64, device=META) for _ in range(3))
+    every = not expanded and len(absorbed) == total
+    logit_rows = torch.empty(len(expanded) + len(absorbed), dtype=torch.int64, device=META)
+    for longest in (False, True):
+        prompts, generated = (
+            PagedQueries.of(
+                lengths, [limits.max_model_len] * len(lengths) if longest else lengths, [0] * len(lengths), tables
+            )
+            for lengths in (expanded, absorbed)
+        )
+        rows = StepRows(tokens, positions, slots, sum(expanded), prompts, generated)
+        yield rows, None if every else logit_rows
+
+
+class _Noted:
+    """A backend of CUDA C++ kernels that notes them."""
+
+    device_type = "meta"
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, Kernel] = {}
+
+    def run(self, kernel: Kernel, *_: object) -> None:
+        """See Backend."""
+        self.kernels[kernel.name] = kernel
+
+    def prepare(self, *_: object) -> None:
+        """See Backend."""
+
+
+# --- weights -----------------------------------------------------------------------------------------------
+
+
+def _on_meta(value: Any) -> Any:
+    """Copy a tree of weights, with meta tensors in the place of tensors."""
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_on_meta, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: _on_meta(getattr(value, one.name)) for one in fields(value) if one.init})
+    return value
+
+
+def _one_of_each(weights: DecoderWeights) -> DecoderWeights:
+    """The model with its first layer, and one of each kind behind that: all others launch what these do."""
+    first, *others = zip(weights.blocks[::2], weights.blocks[1::2], strict=True)
+    kinds = {_shapes(layer): layer for layer in others}
+    return replace(weights, blocks=[block for layer in (first, *kinds.values()) for block in layer])
+
+
+def _shapes(value: Any) -> str:
+    """Text that is equal for weights of equal formats, shapes and strides."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{list(value.shape)}{value.stride()}"
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_shapes, value))})"
+    if is_dataclass(value) and not isinstance(value, type):
+        return f"{type(value).__name__}{_shapes([getattr(value, one.name) for one in fields(value)])}"
+    return repr(value)
+
+
+# --- sampling ----------------------------------------------------------------------------------------------
+
+
+class _MetaStaging(Staging):
+    """Staging to tensors that hold nothing, from which nothing comes back."""
+
+    def __init__(self) -> None:
+        super().__init__(META)
+
+    def to_device(self, arrays: Sequence[NDArray[Any]]) -> list[Tensor]:
+        """See Staging."""
+        return [torch.from_numpy(np.ascontiguousarray(array)).reshape(-1).to(META) for array in arrays]
+
+    def to_host(self, tensors: Sequence[Tensor]) -> Callable[[], list[NDArray[Any]]]:
+        """See Staging."""
+        return list
+
+
+def _samplings() -> list[list[SamplingParams]]:
+    """Sequences of a step that ask for nothing, and for all that there is."""
+    everything = SamplingParams(
+        temperature=1.0, top_k=5, top_p=0.5, min_p=0.1, logprobs=2, min_tokens=9,
+        repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.5, logit_bias={1: 1.0}, seed=0,
+        stop_token_ids=(1,),
+    )  # fmt: skip
+    greedy = SamplingParams(temperature=0.0, seed=0)
+    return [[greedy], [everything], [greedy, everything]]
+
+
+def _sample(sequences: list[SamplingParams], vocab_size: int) -> None:
+    count = len(sequences)
+    sampler = Sampler(count, META, _MetaStaging())
+    for slot, params in enumerate(sequences):
+        sampler.admit(slot, 0, Admission(params, (1, 2), (3,), ()))
+    logits = torch.empty(count, vocab_size, dtype=torch.float32, device=META)
+    for pending in ((), range(count)):
+        sampler.launch(logits, [*range(count)], [3] * count, pending)

@@ -1,0 +1,256 @@
+"""What is compiled and recorded before a server is ready is all that its steps launch then."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import cuda_on_cpu
+import msgspec
+import pytest
+import torch
+from gpu_engine import CPU, MODELS, gpu_kernels, load, make_config
+from graph_repeater import Repeated
+
+from cierzo.bench.gpu import served
+from cierzo.cache.pool import KVPool
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.messages import Abort, Submit
+from cierzo.engine.model.decoder import Decoder
+from cierzo.engine.worker import launches, warm
+from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.experts import ExpertCounter
+from cierzo.engine.worker.graphs import DecodeGraphs
+from cierzo.engine.worker.runner import ModelRunner
+from cierzo.engine.worker.step_rows import DeviceRows
+from cierzo.kernels.cuda.launch import moe
+from cierzo.kernels.cuda.launch.kernel import Kernel
+from cierzo.kernels.cuda.launch.launcher import backend
+from cierzo.kernels.triton import flash, heuristics, split
+from cierzo.kernels.triton.launch import Configuration
+from cierzo.kernels.triton.split import Splits
+from cierzo.scheduler.params import SamplingParams
+
+META = torch.device("meta")
+MAX_RUNNING = 4
+
+
+@pytest.fixture(autouse=True)
+def _gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with gpu_kernels(monkeypatch):
+        yield
+
+
+class Prepared:
+    """What a runner compiled and loaded, and what was launched that it had not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.compiled: list[str] = []
+        self.loaded: list[str] = []
+        self.kernels: list[str] = []
+        self.strangers: set[str] = set()
+        self.launched: set[str] = set()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(warm.compiling, "compile_all", self._compile_all)
+        monkeypatch.setattr(warm.compiling, "load", lambda one: self.loaded.append(one.key))
+        monkeypatch.setattr(cuda_on_cpu.CpuBackend, "prepare", self._prepare)
+        self._monkeypatch = monkeypatch
+
+    def _compile_all(self, configurations: Sequence[Configuration], capability: int, done: Any) -> None:
+        assert capability == 90
+        for configuration in configurations:
+            self.compiled.append(configuration.key)
+            done()
+
+    def _prepare(self, kernels: Sequence[Kernel], device: torch.device, folder: Path) -> None:
+        self.kernels += [kernel.name for kernel in kernels]
+
+    def watch(self) -> None:
+        """From here on note launches: each asks for the compiler's options."""
+        options = Configuration.options.fget  # type: ignore[attr-defined]
+        key = Configuration.key.fget  # type: ignore[attr-defined]
+        asking: list[bool] = []
+
+        def noted(configuration: Configuration) -> Any:
+            if not asking:
+                asking.append(True)
+                self.launched.add(key(configuration))
+                asking.clear()
+            return options(configuration)
+
+        self._monkeypatch.setattr(Configuration, "options", property(noted))
+
+
+def make_core(config: EngineConfig, model: Decoder) -> tuple[EngineCore, ModelRunner]:
+    """An engine on the interpreter, as on a GPU."""
+    pool = KVPool(config.layout, config.cache.num_blocks + 1, CPU)
+    limits = config.scheduler
+    graphs = DecodeGraphs(
+        model,
+        pool,
+        max_running=limits.max_running - 1,  # some decode steps are beyond the graphs
+        max_model_len=limits.max_model_len,
+        cached_tokens=config.cache.num_blocks * config.cache.block_tokens,
+        device=CPU,
+        record=Repeated,
+    )
+    experts = None if config.model.moe is None else ExpertCounter.of(config.model)
+    runner = ModelRunner(
+        model, pool, limits.max_running, staged=DeviceRows(CPU), graphs=graphs, overlap=True, experts=experts
+    )
+    return EngineCore(msgspec.structs.replace(config, overlap=True), runner), runner
+
+
+def serve(core: EngineCore, seed: int, count: int) -> None:
+    """A random load: prompts that begin alike, and any parameters; some are aborted."""
+    chosen = random.Random(seed)
+    beginning = [chosen.randrange(1, 99) for _ in range(32)]
+    waiting = []
+    for number in range(count):
+        prompt = beginning[: chosen.choice((0, 16, 32))] + [
+            chosen.randrange(1, 99) for _ in range(chosen.choice((1, 2, 9)))
+        ]
+        edits: dict[str, Any] = {"repetition_penalty": 1.2, "logit_bias": {5: 2.0}, "min_tokens": 2}
+        params = SamplingParams(
+            max_tokens=chosen.randrange(1, 6),
+            temperature=chosen.choice((0.0, 0.8)),
+            logprobs=chosen.choice((None, 2)),
+            seed=number,
+            **(edits if number % 3 == 0 else {}),
+        )
+        waiting.append(Submit(request_id=number, prompt_token_ids=prompt, sampling=params))
+    while waiting or core.has_work():
+        for _ in range(chosen.choice((0, 1, 4))):
+            if waiting:
+                core.submit(waiting.pop())
+        if chosen.random() < 0.05:
+            core.abort(Abort(request_id=chosen.randrange(count), reason="cancelled"))
+        for delta in core.step():
+            assert delta.finish is None or delta.finish.reason in ("length", "stop", "cancelled"), delta.finish
+
+
+def set_thresholds(
+    monkeypatch: pytest.MonkeyPatch, *, few: int, apart: int, described: int, workspace: int
+) -> None:
+    """Numbers of tokens at which kernels choose another form."""
+    monkeypatch.setattr(heuristics, "WIDTH_KEEPS_BITS", True)
+    monkeypatch.setattr(heuristics, "FEW_TOKENS", few)
+    monkeypatch.setattr(heuristics, "APART_TOKENS", apart)
+    monkeypatch.setattr(heuristics, "DESCRIBED_TOKENS", described)
+    monkeypatch.setattr(flash, "WORKSPACE_TOKENS", workspace)
+
+
+@pytest.mark.parametrize(("like", "checkpoint_format", "weights", "activations"), [MODELS[0], MODELS[4]])
+def test_a_random_load_launches_what_was_prepared_and_records_nothing(
+    like: str,
+    checkpoint_format: str,
+    weights: str,
+    activations: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With thresholds so low that the load is on both sides of each."""
+    set_thresholds(monkeypatch, few=3, apart=5, described=7, workspace=64)
+    monkeypatch.setattr(moe, "MOST_ALONE", 9)
+    monkeypatch.setattr(split, "SPLITS", Splits(32, 4, 64))
+    config = make_config(
+        tmp_path, like, checkpoint_format, prefix_caching=True, max_running=MAX_RUNNING, kv_cache_gib=0.0002
+    )
+    model = load(config, weights, activations)
+    prepared = Prepared(monkeypatch)
+    core, runner = make_core(config, model)
+    Repeated.recordings = Repeated.replays = 0
+    runner.prepare(msgspec.structs.replace(config, device="cuda"), model.weights)
+    assert prepared.compiled == prepared.loaded
+    assert Repeated.recordings == MAX_RUNNING - 1
+    assert "kernels compiled in" in runner.describe()
+    assert "3 steps recorded in" in runner.describe()
+    Repeated.replays = 0
+    before = len(backend().launches)  # type: ignore[attr-defined]
+    prepared.watch()
+    serve(core, seed=3, count=5)
+    assert Repeated.recordings == MAX_RUNNING - 1
+    assert Repeated.replays > 5
+    assert prepared.launched - set(prepared.loaded) == set()
+    assert len(prepared.launched) > 10
+    launched = set(backend().launches[before:])  # type: ignore[attr-defined]
+    assert launched - set(prepared.kernels) == set()
+    assert "sample_apply_penalties" in launched
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "thresholds"),
+    [("small4", "nvfp4", (37, 9, 61, 16_384)), ("small3", "fp8", (7, 53, 50, 256))],
+)
+def test_numbers_that_tell_find_what_all_numbers_find(
+    name: str, weights: str, thresholds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, apart, described, workspace = thresholds
+    set_thresholds(monkeypatch, few=few, apart=apart, described=described, workspace=workspace)
+    config = full(monkeypatch, name, weights, layers=2, max_model_len=400)
+    model = served.make_model(config, META)
+    found = {one.key for one in launches.launches(config, model.weights).configurations}
+    monkeypatch.setattr(launches, "telling", lambda most: range(1, most + 1))
+    assert {one.key for one in launches.launches(config, model.weights).configurations} == found
+
+
+def test_every_form_of_a_step_is_in_the_list_of_the_published_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a kernel, or a constant of one, of its own; all layers but the first launch the same."""
+    options: dict[str, Any] = {"activations": "fp8", "max_model_len": 16_384, "budget_tokens": 4096}
+    config = full(monkeypatch, "small4", "fp8", layers=4, **options)
+    found = launches.launches(config, served.make_model(config, META).weights)
+    values: dict[tuple[str, str], set[Any]] = {}
+    for one in found.configurations:
+        for constant, value in one.constants.items():
+            values.setdefault((one.name, constant), set()).add(value)
+    assert values["flash", "CARRIED"] == {False, True}  # a prompt in one round, and in several
+    assert values["mla_attend", "TOGETHER"] == values["combine", "TOGETHER"] == {1, 2}  # one sequence, and more
+    assert values["linear", "APART"] == {False, True}
+    assert values["apply_rope", "SCALED"] == {False, True}  # contexts beyond the original positions
+    assert {"route_choose", "count_by_expert", "group_by_expert", "sample_draw"} < {
+        one.name for one in found.kernels
+    }
+    assert len(found.configurations) == len({one.key for one in found.configurations}) < 50
+    two = full(monkeypatch, "small4", "fp8", layers=2, **options)
+    of_two = launches.launches(two, served.make_model(two, META).weights)
+    assert {one.key for one in of_two.configurations} == {one.key for one in found.configurations}
+
+
+def full(monkeypatch: pytest.MonkeyPatch, name: str, weights: str, **options: Any) -> EngineConfig:
+    """A published model on an H200."""
+    monkeypatch.setattr("cierzo.engine.device_memory.free_bytes", lambda: 139 << 30)
+    limits = {"budget_tokens": 64, "max_running": 40, "kv_dtype": "fp8"}
+    return served.make_config(name, weights, **{**limits, **options})
+
+
+def test_numbers_tell_both_sides_of_each_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_thresholds(monkeypatch, few=20, apart=41, described=60, workspace=64)
+    assert launches.telling(1) == [1]
+    assert launches.telling(7) == [1, 2, 3, 4, 5, 7]
+    assert launches.telling(59) == [1, 2, 3, 4, 5, 8, 9, 16, 17, 20, 21, 32, 33, 41, 42, 59]
+    assert launches.telling(64)[-4:] == [42, 59, 60, 64]
+
+
+def test_operations_of_plain_torch_are_not_asked_what_they_launch(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "small4", "hf")
+    kernels = msgspec.structs.replace(config.kernels, implementations={"mla_decode": "torch"})
+    told = warm.compile_kernels(msgspec.structs.replace(config, kernels=kernels, device="cuda"), cast(Any, None))
+    assert "as they are launched" in told
+
+
+def test_a_cpu_server_compiles_nothing_and_imports_no_triton(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "small4", "hf")
+    program = """
+import sys, msgspec
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.worker.core import EngineCore
+EngineCore(msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig))
+assert "torch" in sys.modules
+assert not {"triton", "cierzo.engine.worker.warm", "cierzo.engine.worker.launches"} & set(sys.modules)
+"""
+    encoded = msgspec.json.encode(config)
+    subprocess.run([sys.executable, "-c", program], input=encoded, check=True)
