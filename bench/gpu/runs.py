@@ -16,6 +16,7 @@ import torch
 from cierzo.bench.gpu import carried, conformance, timing, widths
 from cierzo.bench.gpu.cases import CASES, SMALL4
 from cierzo.bench.revision import installed_versions, output
+from cierzo.kernels.triton.compile import compile_launcher
 
 Tasks = Mapping[str, Callable[[], Any]]  # by cell
 SEEDS = 1 << 31
@@ -102,7 +103,8 @@ def _taken(tasks: dict[str, Callable[[], Any]], names: set[str]) -> Tasks:
 def compile_all(device: torch.device) -> dict[str, Any]:
     """Compile, or find, what the run launches. Without touching the card, whose driver does not survive a fork."""
     capability = output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").partition("\n")[0]
-    return carried.compile_all(carried.every_cell(), int(capability.replace(".", "")))
+    wanted = carried.launched(carried.every_cell())
+    return carried.compile_all(wanted, int(capability.replace(".", "")), compile_launcher)[0]
 
 
 def models(device: torch.device) -> list[Group]:

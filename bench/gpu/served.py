@@ -93,16 +93,15 @@ class RandomMatrices(DeviceMatrices):
 
 
 def subjects(device: torch.device) -> dict[str, Tasks]:
-    """Each model's tasks by cell: the slice, then the loads on one engine, which the first of them makes."""
+    """Each model's tasks by cell: the slice, the engine made ready, then the loads on it."""
     found: dict[str, Tasks] = {}
     for name, weights, activations in MODELS:
         core = functools.cache(partial(make_core, name, weights, activations, device))
         tasks: Tasks = {"slice": partial(check_slice, name, weights, device, activations=activations)}
+        tasks["engine"] = partial(fitting, core, lambda made, _: {"ready": made.describe_runner()}, 0)
         for what, number in OTHER_LOADS if found else LOADS:
-            cell, run = (
-                (f"{number} concurrent", run_load) if what == "load" else (f"step of {number}", profile_steps)
-            )
-            tasks[cell] = partial(fitting, core, run, number)
+            cell = f"{number} concurrent" if what == "load" else f"step of {number}"
+            tasks[cell] = partial(fitting, core, run_load if what == "load" else profile_steps, number)
         found[f"{name} {weights}{' x fp8' if activations == 'fp8' else ''}"] = tasks
     return found
 
@@ -133,6 +132,11 @@ def make_config(
         return resolve(EngineOptions(model=folder, device="cuda", weights=weights, **options))  # type: ignore[arg-type]
 
 
+def serving(name: str, weights: str, activations: str) -> EngineConfig:
+    """The configuration of a model that is timed. Raises ConfigError."""
+    return make_config(name, weights, activations=activations, kv_dtype="fp8", **ENGINE)
+
+
 def make_model(config: EngineConfig, device: torch.device) -> Decoder:
     """Random weights, the same ones for the same configuration."""
     torch.manual_seed(0)
@@ -146,9 +150,12 @@ def make_model(config: EngineConfig, device: torch.device) -> Decoder:
 
 def make_core(name: str, weights: str, activations: str, device: torch.device) -> EngineCore:
     """The engine with a model of full size, and the cache that it plans for itself. Raises ConfigError."""
-    config = make_config(name, weights, activations=activations, kv_dtype="fp8", **ENGINE)
+    config = serving(name, weights, activations)
     registry.bind(KernelsConfig(), "cuda")
-    return EngineCore(config, ModelRunner.of(config, make_model(config, device), make_pool(config)))
+    model = make_model(config, device)
+    runner = ModelRunner.of(config, model, make_pool(config))
+    runner.prepare(config, model.weights)  # nothing is compiled or recorded while it is timed
+    return EngineCore(config, runner)
 
 
 def run_load(core: EngineCore, concurrent: int) -> dict[str, Any]:

@@ -25,24 +25,26 @@ def run(code: str) -> list[Any]:
 HEAD = """
 import json
 from pathlib import Path
-from triton import knobs
 from triton.runtime import cache
 from cierzo.bench.gpu import carried, conformance, widths
+from cierzo.kernels.triton.compile import compile_ahead
 widths.FORMATS = ()
 cells = [cell for _, cell in conformance.checked() if cell[0] == "rms_norm" and cell[1].name == "small4"]
+def compiled(cells, make=compile_ahead): return carried.compile_all(carried.launched(cells), 90, make)[0]
 """
 
 
 def test_a_folder_that_was_moved_is_found_by_another_build_of_the_same_triton(tmp_path: Path) -> None:
     made, folder = tmp_path / "made", tmp_path / "carried"
     run(
-        f"{HEAD}carried.every_cell = lambda: cells\ncache.triton_key = lambda: 'another build'\n"
+        f"{HEAD}cache.triton_key = lambda: 'another build'\n"
+        "carried.every_cell, carried.of_models = lambda: cells, list\n"
         f"assert carried.main(Path({str(made)!r})) == 0"
     )
     made.rename(folder)
     assert not list(folder.glob("*/*.ptx")), "more than machine code is carried"
     use = f"print(json.dumps(carried.use(Path({str(folder)!r}))))\n"
-    measure = "print(json.dumps(carried.compile_all(cells, 90)))\n"
+    measure = "print(json.dumps(compiled(cells)))\n"
     told, found = run(HEAD + use + measure)
     number = found["configurations"]
     assert number > 0
@@ -59,8 +61,8 @@ def test_a_folder_that_was_moved_is_found_by_another_build_of_the_same_triton(tm
 
 
 def test_a_kernel_that_does_not_compile_is_counted(tmp_path: Path) -> None:
-    broken = "def refuse(*_): raise ValueError('no registers')\ncarried.compile_ahead = refuse\n"
-    (found,) = run(f"{HEAD}{broken}print(json.dumps(carried.compile_all(cells, 90)))")
+    code = "def refuse(*_): raise ValueError('no registers')\nprint(json.dumps(compiled(cells, refuse)))"
+    (found,) = run(HEAD + code)
     assert found["failed"] == found["configurations"] > 0
     assert found["errors"][0] == "rms_norm: ValueError: no registers"
 

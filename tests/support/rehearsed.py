@@ -139,7 +139,7 @@ def make_toy_models() -> None:
         model, pool = served.make_model(config, device), KVPool(config.layout, config.cache.num_blocks + 1, device)
         graphs = DecodeGraphs(
             model, pool, max_running=4, max_model_len=64, device=device, record=Repeated,
-            padding_slot=config.cache.num_blocks * config.cache.block_tokens,
+            cached_tokens=config.cache.num_blocks * config.cache.block_tokens,
         )  # fmt: skip
         return EngineCore(config, ModelRunner(model, pool, 4, device, staged=DeviceRows(device), graphs=graphs))
 
