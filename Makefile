@@ -122,6 +122,7 @@ headline-simulated: $(KERNELS) ## the same at true size on a simulated card, DEV
 # cupy and numpy do for kernels; models also take what gpu-bundle fetched. Results go to OUT. GPU="--retry" or any
 # other option.
 BUNDLE = build/gpu-bundle
+GPU_TRITON = 3.6
 GPU_RUN = PYTHONPATH=src:$(BUNDLE) $(PYTHON) -m cierzo.bench.gpu
 gpu: gpu-kernels gpu-models ## check and measure kernels and models on this machine's GPU (ten minutes)
 
@@ -137,7 +138,6 @@ gpu-bundle: $(KERNELS) ## fetch the wheels that make gpu-models wants, and compi
 	  'msgspec>=0.19' 'uvloop>=0.21' 'tqdm>=4.66'
 	$(PIP) install --quiet --no-deps --upgrade --target build/triton-$(GPU_TRITON) 'triton==$(GPU_TRITON).*'
 	PYTHONPATH=build/triton-$(GPU_TRITON) $(BIN)/python -m cierzo.bench.gpu.carried $(BUNDLE)/kernels
-GPU_TRITON = 3.6
 
 gpu-rehearsal: $(KERNELS) ## play both commands without a GPU, with errors, hangs and a kill (ten minutes at most)
 	$(BIN)/python tests/support/rehearsal.py

@@ -71,7 +71,7 @@ def use(folder: Path) -> str:
             files = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
             group.write_text(json.dumps({"child_paths": {file: str(place / file) for file in files}}))
     path.write_text(json.dumps(made | {"keys": renamed}), encoding="utf-8")
-    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    knobs.cache.dir = str(folder)  # of processes that are started too: it sets TRITON_CACHE_DIR
     return f"kernels compiled ahead: {len(made['keys'])}"
 
 
@@ -164,7 +164,7 @@ def _compile(
 
 def main(folder: Path) -> int:
     """Fill a folder for compute capability 9.0 with what the two runs launch."""
-    knobs.compilation.store_binary_only, os.environ["TRITON_CACHE_DIR"] = True, str(folder)
+    knobs.compilation.store_binary_only, knobs.cache.dir = True, str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {one.key: one for one in (*launched(every_cell()), *of_models())}
     found, keys = compile_all(wanted.values(), 90, compile_ahead)

@@ -45,7 +45,8 @@ def test_a_folder_that_was_moved_is_found_by_another_build_of_the_same_triton(tm
     assert not list(folder.glob("*/*.ptx")), "more than machine code is carried"
     use = f"print(json.dumps(carried.use(Path({str(folder)!r}))))\n"
     measure = "print(json.dumps(compiled(cells)))\n"
-    told, found = run(HEAD + use + measure)
+    inherited = f"import os\nassert os.environ['TRITON_CACHE_DIR'] == {str(folder)!r}\n"
+    told, found = run(HEAD + use + inherited + measure)
     number = found["configurations"]
     assert number > 0
     assert told == f"kernels compiled ahead: {number}"
