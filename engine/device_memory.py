@@ -1,6 +1,7 @@
 """Memory of a GPU: what is left of it for the KV cache beside the weights and workspaces. No torch.
 
-    workspaces   the larger of what a launched step holds at a time, and what sampling its tokens does
+    workspaces   the largest of what a launched step holds at a time, what sampling its tokens does, and what a step
+                 holds that is run before it is recorded
                  + the pool of the recorded steps: what the largest of them holds, as the others lie in its memory;
                    the logits that all write; and the driver's own of each recorded launch
 
@@ -75,7 +76,14 @@ def kv_room_bytes(
 def workspace_bytes(model: ModelConfig, limits: StepLimits, cached_tokens: int) -> int:
     """Bytes of everything beside weights and cache. cached_tokens: what the cache holds at most."""
     launched = max(launched_bytes(model, limits.budget_tokens), sampled_bytes(model, limits.max_running))
-    return launched + recorded_bytes(model, limits, cached_tokens)
+    most = min(limits.graph_sequences, limits.max_running)
+    if not most:
+        return launched
+    found = pairs(most, limits.max_model_len, cached_tokens)
+    replayed = replayed_bytes(model, *found[0], limits.max_model_len)
+    launches = len(found) * model.num_layers * LAUNCHES_PER_LAYER
+    recorded = replayed + 4 * most * model.vocab_size + launches * LAUNCH_BYTES
+    return max(launched, replayed) + recorded
 
 
 def launched_bytes(model: ModelConfig, rows: int) -> int:
@@ -87,20 +95,6 @@ def launched_bytes(model: ModelConfig, rows: int) -> int:
 def sampled_bytes(model: ModelConfig, rows: int) -> int:
     """Bytes that sampling holds: fp32 logits, those of the rows that are drawn, and log-probabilities."""
     return 3 * 4 * rows * model.vocab_size
-
-
-def recorded_bytes(model: ModelConfig, limits: StepLimits, cached_tokens: int) -> int:
-    """Bytes that recorded steps keep: see above."""
-    most = min(limits.graph_sequences, limits.max_running)
-    if not most:
-        return 0
-    found = pairs(most, limits.max_model_len, cached_tokens)
-    launches = len(found) * model.num_layers * LAUNCHES_PER_LAYER
-    return (
-        replayed_bytes(model, *found[0], limits.max_model_len)
-        + 4 * most * model.vocab_size
-        + launches * LAUNCH_BYTES
-    )
 
 
 def replayed_bytes(model: ModelConfig, size: int, bound: int, max_model_len: int) -> int:

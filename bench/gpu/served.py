@@ -33,6 +33,7 @@ from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.engine.weights.shapes import shape_of
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import ModelRunner, make_pool
+from cierzo.engine.worker.warm import Compilation
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.device import in_fp8, quantise, stack
@@ -154,7 +155,8 @@ def make_core(name: str, weights: str, activations: str, device: torch.device) -
     registry.bind(KernelsConfig(), "cuda")
     model = make_model(config, device)
     runner = ModelRunner.of(config, model, make_pool(config))
-    runner.prepare(config, model.weights)  # nothing is compiled or recorded while it is timed
+    # Nothing is compiled or recorded while it is timed.
+    runner.prepare(config, Compilation(config, lambda: model.weights))
     return EngineCore(config, runner)
 
 

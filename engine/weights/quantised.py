@@ -84,6 +84,8 @@ class ScaledMatrix:
     def _checked_scale(self) -> float:
         """The scale. Raises CheckpointError for one that is no positive number."""
         assert self.scale is not None, self.name
+        if self.scale.is_meta:  # as good as any
+            return 1.0
         scale = float(self.scale)
         if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:  # NaN is refused too
             limit = "2^-100 .. 2^100"
@@ -138,6 +140,8 @@ class Nvfp4Matrix:
         return nvfp4.stored_values(self.codes, self.scales, self._multiplier())
 
     def _multiplier(self) -> float:
+        if self.divisor.is_meta:
+            return 1.0
         divisor = float(self.divisor)
         if not SMALLEST_SCALE <= divisor <= LARGEST_SCALE:
             raise CheckpointError(

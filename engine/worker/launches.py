@@ -12,7 +12,7 @@ takes all numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -21,11 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cierzo.cache.pool import KVPool
+from cierzo.cache.pool import DTYPES, KVPool
 from cierzo.engine.config import EngineConfig
+from cierzo.engine.model.build import build_model
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.positions import Positions
-from cierzo.engine.parameters import Shard
+from cierzo.engine.parameters import Parameter, Shard
+from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.engine.worker.sampling import Sampler
 from cierzo.engine.worker.staging import Staging
 from cierzo.kernels.cuda.launch.kernel import Kernel
@@ -135,10 +137,20 @@ class _Noted:
 # --- weights -----------------------------------------------------------------------------------------------
 
 
+def weights_on_meta(config: EngineConfig, parameters: Mapping[str, Parameter]) -> DecoderWeights:
+    """The weights that a GPU will hold of loaded parameters, of which no value is read."""
+    dtype = DTYPES[config.dtype]
+    matrices = DeviceMatrices(config.weights, dtype, META, config.activations)
+    stored = {name: _on_meta(parameter) for name, parameter in parameters.items()}
+    return build_model(config.model, stored, device=META, dtype=dtype, matrices=matrices).weights
+
+
 def _on_meta(value: Any) -> Any:
     """Copy a tree of weights, with meta tensors in the place of tensors."""
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
+    if isinstance(value, torch.device):
+        return META
     if isinstance(value, list | tuple):
         return type(value)(map(_on_meta, value))
     if is_dataclass(value) and not isinstance(value, type):

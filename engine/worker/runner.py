@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from cierzo.engine.config import EngineConfig, cache_dir
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
-from cierzo.engine.parameters import MatrixSource, PlainMatrices
+from cierzo.engine.parameters import MatrixSource, Parameter, PlainMatrices
 from cierzo.engine.weights.loader import Progress, load_parameters
 from cierzo.engine.weights.matrices import DeviceMatrices, PackedMatrices
 from cierzo.engine.weights.reader import CheckpointReader
@@ -33,9 +34,12 @@ from cierzo.engine.worker.step_rows import DeviceRows, rows_in_place
 from cierzo.kernels.cpu import native
 from cierzo.kernels.fault import watching
 from cierzo.kernels.formats.packed import PLAIN_FORMATS
-from cierzo.kernels.ops.block import DecoderWeights, StepRows
+from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import KernelChoiceError, bind
 from cierzo.scheduler.plan import PENDING, StepPlan, StepResult, TokenLogprobs
+
+if TYPE_CHECKING:
+    from cierzo.engine.worker.warm import Compilation
 
 log = logging.getLogger(__name__)
 
@@ -115,16 +119,14 @@ class ModelRunner:
             experts=ExpertCounter.of(config.model) if config.expert_statistics else None,
         )
 
-    def prepare(self, config: EngineConfig, weights: DecoderWeights) -> None:
-        """On a GPU, compile, load and record all that steps can launch: no step does. Nothing on a CPU.
+    def prepare(self, config: EngineConfig, compilation: Compilation) -> None:
+        """On a GPU, load what was compiled and record decode steps: no later step compiles or records.
 
         `describe` tells how long it took. Raises CompileError, LaunchError, DeviceFault, MemoryError.
         """
-        if torch.device(config.device).type == "cpu":
-            return
         from cierzo.engine.worker import warm  # Triton: no CPU needs it
 
-        lines = [warm.compile_kernels(config, weights)]
+        lines = [compilation.finish()]
         if self._graphs is not None:
             blocks = -(-config.scheduler.max_model_len // config.cache.block_tokens)
             lines.append(warm.record_steps(partial(self.record, blocks), len(self._graphs)))
@@ -232,20 +234,31 @@ class ModelRunner:
 def load_runner(config: EngineConfig) -> ModelRunner:
     """A runner of the checkpoint's model, which compiles nothing any more. Raises CheckpointError, ConfigError,
     CompileError, LaunchError, DeviceFault, MemoryError."""
-    start = time.perf_counter()
+    compilations: list[Compilation] = []
+
+    def begin(parameters: Mapping[str, Parameter]) -> None:
+        from cierzo.engine.worker import launches, warm  # Triton: no CPU needs it
+
+        compilations.append(warm.Compilation(config, partial(launches.weights_on_meta, config, parameters)))
+
+    start, on_cpu = time.perf_counter(), torch.device(config.device).type == "cpu"
     with watching("loading"):
-        model, kv, description = load_model(config)
-        if torch.device(config.device).type != "cpu":
+        model, kv, description = load_model(config, None if on_cpu else begin)
+        if not on_cpu:
             description += f"\nweights loaded in {time.perf_counter() - start:.1f} s"
         runner = ModelRunner.of(config, model, kv, description)
-    runner.prepare(config, model.weights)
+    for compilation in compilations:
+        runner.prepare(config, compilation)
     return runner
 
 
-def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
+def load_model(
+    config: EngineConfig, begin: Callable[[Mapping[str, Parameter]], None] | None = None
+) -> tuple[Decoder, KVPool, str]:
     """Bind the kernels, load the checkpoint, allocate the cache -> also the table of kernels, as text.
 
-    A progress bar appears on a terminal if it takes more than two seconds. Raises CheckpointError, ConfigError.
+    begin: called with the parameters before any of their values is read. A progress bar appears on a terminal if it
+    takes more than two seconds. Raises CheckpointError, ConfigError.
     """
     torch.set_num_threads(config.threads)
     dtype, device = DTYPES[config.dtype], torch.device(config.device)
@@ -262,6 +275,9 @@ def load_model(config: EngineConfig) -> tuple[Decoder, KVPool, str]:
     specs = parameter_specs(config.model)
     with CheckpointReader(Path(config.checkpoint)) as reader, _progress_bar() as progress:
         parameters = load_parameters(reader, specs, dtype=dtype, device="cpu", progress=progress)
+
+        if begin is not None:
+            begin(parameters)
 
         def build(matrices: MatrixSource) -> Decoder:
             return build_model(config.model, parameters, device=device, dtype=dtype, matrices=matrices)

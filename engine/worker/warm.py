@@ -5,39 +5,60 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
 
 from cierzo.engine.config import EngineConfig, cache_dir
-from cierzo.engine.worker import launches
+from cierzo.engine.worker.launches import Launches, launches
 from cierzo.kernels.cuda.launch.launcher import backend
 from cierzo.kernels.fault import watching
 from cierzo.kernels.ops.block import DecoderWeights
 from cierzo.kernels.triton import compile as compiling
 
 
-def compile_kernels(config: EngineConfig, weights: DecoderWeights) -> str:
-    """Compile all kernels that a server of this configuration can launch, and load them; says in a line what was
-    done. Nothing where plain torch is asked for, which meta tensors tell nothing.
+class Compilation:
+    """All kernels that a server of this configuration can launch, while they are compiled: beside whatever their
+    caller does, such as loading weights. Plain torch's operations meta tensors tell nothing: where some are asked
+    for, kernels are compiled as they are launched.
 
-    A progress bar appears on a terminal if it takes more than two seconds. Raises CompileError, LaunchError,
-    DeviceFault.
+    A progress bar appears on a terminal if it takes more than two seconds.
     """
-    if "torch" in config.kernels.implementations.values():
-        return "kernels compiled as they are launched: some operations are plain torch's"
-    start, device = time.perf_counter(), torch.device(config.device)
-    with watching("compiling"):
-        found = launches.launches(config, weights)
-        major, minor = torch.cuda.get_device_capability(device)
-        backend().prepare(found.kernels, device, cache_dir() / "cuda")
-        with bar("compiling kernels", len(found.configurations)) as done:
-            compiling.compile_all(found.configurations, 10 * major + minor, done)
-        for configuration in found.configurations:
-            compiling.load(configuration)
-    number = len(found.configurations) + len(found.kernels)
-    return f"{number} kernels compiled in {time.perf_counter() - start:.1f} s"
+
+    def __init__(self, config: EngineConfig, weights: Callable[[], DecoderWeights]) -> None:
+        """weights: the model's, or such as them on meta tensors (launches.py)."""
+        self._found: Launches | None = None
+        if "torch" in config.kernels.implementations.values():
+            return
+        self._device = torch.device(config.device)
+        with watching("compiling"):
+            self._found = launches(config, weights())
+        thread = ThreadPoolExecutor(1)
+        self._compiled: Future[float] = thread.submit(self._compile)
+        thread.shutdown(wait=False)
+
+    def _compile(self) -> float:
+        assert self._found is not None
+        start, (major, minor) = time.perf_counter(), torch.cuda.get_device_capability(self._device)
+        backend().prepare(self._found.kernels, self._device, cache_dir() / "cuda")
+        with bar("compiling kernels", len(self._found.configurations)) as done:
+            compiling.compile_all(self._found.configurations, 10 * major + minor, done)
+        return time.perf_counter() - start
+
+    def finish(self) -> str:
+        """Wait, and load the kernels; says in a line what was done.
+
+        Raises CompileError, LaunchError, DeviceFault.
+        """
+        if self._found is None:
+            return "kernels compiled as they are launched: some operations are plain torch's"
+        with watching("compiling"):
+            seconds = self._compiled.result()
+            for configuration in self._found.configurations:
+                compiling.load(configuration)
+        return f"{len(self._found.configurations) + len(self._found.kernels)} kernels compiled in {seconds:.1f} s"
 
 
 def record_steps(record: Callable[[Callable[[], None]], None], number: int) -> str:

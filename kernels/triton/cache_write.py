@@ -183,7 +183,7 @@ def write_configuration(
         "BLOCK_H": triton.next_power_of_2(heads),
         "BLOCK": triton.next_power_of_2(width),
     }
-    return Configuration(_write_rows, types | {"rows_token": "i64", "rows_head": "i64"}, constants, num_warps=1)
+    return Configuration(_write_rows, types | {"rows_token": "i32", "rows_head": "i32"}, constants, num_warps=1)
 
 
 def normed_configuration(

@@ -153,7 +153,7 @@ def _warmed(configuration: Configuration) -> Any:
 def _argument(configuration: Configuration, name: str, kind: str) -> Any:
     """A value that a launch could pass. Of a number it counts only what holds it: none is specialised."""
     if not kind.startswith("*"):
-        return 0.5 if kind.startswith("fp") else 1 << 40 if kind == "i64" else 1 << 20
+        return 0.5 if kind.startswith("fp") else 1 << 20
     if name in configuration.blocks:
         rows, columns = configuration.blocks[name]
         tensor = torch.empty(rows, columns, dtype=DTYPES[kind], device="meta")

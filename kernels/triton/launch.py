@@ -41,7 +41,7 @@ POINTER = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-_LIMITS = {"i32": 1 << 31, "i64": 1 << 63}
+_LIMITS = {"i32": 1 << 31}  # Triton itself takes an integer for an i64 where it is larger, and compiles anew
 _unsettled: list[Any] = []  # kernels, and functions that kernels call, in the order of their definition
 _dry: list[Launch] | None = None  # launches of a dry run; None: launches run
 
@@ -72,7 +72,7 @@ def settle() -> None:
 class Configuration:
     """A way to compile a kernel.
 
-    types: the run-time arguments: "*bf16" and the like (POINTER), "i32", "i64", "fp32". constants: the constexprs.
+    types: the run-time arguments: "*bf16" and the like (POINTER), "i32", "fp32". constants: the constexprs.
     blocks: the pointers that become tensor descriptors, and the (rows, columns) that one load brings; their tensors
     are two-dimensional. Sums of products keep the order and rounding of the source: no contraction to fused
     multiply-adds, which every version of a compiler chooses anew.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +22,14 @@ from cierzo.bench.gpu import served
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.messages import Abort, Submit
+from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
+from cierzo.engine.parameters import MatrixRequest
+from cierzo.engine.weights.loader import load_parameters
+from cierzo.engine.weights.matrices import DeviceMatrices
+from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker import launches, warm
+from cierzo.engine.worker import runner as runner_module
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs
@@ -30,7 +38,9 @@ from cierzo.engine.worker.step_rows import DeviceRows
 from cierzo.kernels.cuda.launch import moe
 from cierzo.kernels.cuda.launch.kernel import Kernel
 from cierzo.kernels.cuda.launch.launcher import backend
-from cierzo.kernels.triton import flash, heuristics, split
+from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.block import DecoderWeights
+from cierzo.kernels.triton import flash, heuristics, linear, split
 from cierzo.kernels.triton.launch import Configuration
 from cierzo.kernels.triton.split import Splits
 from cierzo.scheduler.params import SamplingParams
@@ -105,6 +115,14 @@ def make_core(config: EngineConfig, model: Decoder) -> tuple[EngineCore, ModelRu
     return EngineCore(msgspec.structs.replace(config, overlap=True), runner), runner
 
 
+def weights_before_they_are_loaded(config: EngineConfig) -> DecoderWeights:
+    """As a server knows them when it begins to compile."""
+    with CheckpointReader(Path(config.checkpoint)) as reader:
+        specs = parameter_specs(config.model)
+        parameters = load_parameters(reader, specs, dtype=torch.bfloat16, device="cpu")
+        return launches.weights_on_meta(config, parameters)
+
+
 def serve(core: EngineCore, seed: int, count: int) -> None:
     """A random load: prompts that begin alike, and any parameters; some are aborted."""
     chosen = random.Random(seed)
@@ -131,6 +149,39 @@ def serve(core: EngineCore, seed: int, count: int) -> None:
             core.abort(Abort(request_id=chosen.randrange(count), reason="cancelled"))
         for delta in core.step():
             assert delta.finish is None or delta.finish.reason in ("length", "stop", "cancelled"), delta.finish
+
+
+def test_kernels_compile_while_the_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No matrix is made before compilation has begun; the runner is there when it has ended."""
+    config = make_config(tmp_path, "small4", "hf-fp8")
+    config = msgspec.structs.replace(config, device="cuda", weights="fp8", activations="fp8", dtype="bfloat16")
+    prepared, begun = Prepared(monkeypatch), threading.Event()
+    compile_all = warm.compiling.compile_all
+
+    def begin(*arguments: Any) -> None:
+        begun.set()
+        compile_all(*arguments)
+
+    class Loading(DeviceMatrices):
+        def matrix(self, request: MatrixRequest) -> Matrix:
+            assert begun.wait(60)
+            return super().matrix(request)
+
+    on_cpu = {"device": CPU, "dtype": torch.bfloat16}
+    monkeypatch.setattr(warm.compiling, "compile_all", begin)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: heuristics.MULTIPROCESSORS)
+    monkeypatch.setattr(runner_module, "DeviceMatrices", lambda *named: Loading(named[0], named[1], CPU, named[3]))
+    monkeypatch.setattr(runner_module, "build_model", lambda *given, **named: build_model(*given, **named | on_cpu))
+    monkeypatch.setattr(runner_module, "make_pool", lambda config: KVPool(config.layout, 2, CPU))
+    monkeypatch.setattr(ModelRunner, "of", lambda config, *made: ModelRunner(*made[:2], 4, description=made[2]))
+    *table, loaded, compiled = runner_module.load_runner(config).describe().splitlines()
+    assert table[0] == "kernels on cuda"
+    assert loaded.startswith("weights loaded in ")
+    number = len(prepared.loaded) + len(prepared.kernels)
+    assert compiled.startswith(f"{number} kernels compiled in ")
+    assert prepared.compiled == prepared.loaded
+    assert len(prepared.loaded) > 20
 
 
 def set_thresholds(
@@ -164,7 +215,10 @@ def test_a_random_load_launches_what_was_prepared_and_records_nothing(
     prepared = Prepared(monkeypatch)
     core, runner = make_core(config, model)
     Repeated.recordings = Repeated.replays = 0
-    runner.prepare(msgspec.structs.replace(config, device="cuda"), model.weights)
+    on_gpu = msgspec.structs.replace(
+        config, device="cuda", weights=weights, activations=activations, dtype="bfloat16"
+    )
+    runner.prepare(on_gpu, warm.Compilation(on_gpu, partial(weights_before_they_are_loaded, on_gpu)))
     assert prepared.compiled == prepared.loaded
     assert Repeated.recordings == MAX_RUNNING - 1
     assert "kernels compiled in" in runner.describe()
@@ -174,7 +228,7 @@ def test_a_random_load_launches_what_was_prepared_and_records_nothing(
     prepared.watch()
     serve(core, seed=3, count=5)
     assert Repeated.recordings == MAX_RUNNING - 1
-    assert Repeated.replays > 5
+    assert Repeated.replays > 3
     assert prepared.launched - set(prepared.loaded) == set()
     assert len(prepared.launched) > 10
     launched = set(backend().launches[before:])  # type: ignore[attr-defined]
@@ -220,11 +274,39 @@ def test_every_form_of_a_step_is_in_the_list_of_the_published_model(monkeypatch:
     assert {one.key for one in of_two.configurations} == {one.key for one in found.configurations}
 
 
+def test_a_dense_layer_below_the_experts_is_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = full(monkeypatch, "small4", "fp8", layers=3)
+    assert config.model.moe is not None
+    moe_config = msgspec.structs.replace(config.model.moe, first_dense_layers=1)
+    config = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, moe=moe_config))
+    found = launches.launches(config, served.make_model(config, META).weights).configurations
+    paired = [one for one in found if one.name == "linear" and one.constants["PAIRED"]]
+    assert {one.constants["ROWS"] for one in paired} == {2 * config.model.mlp_width}
+    assert "expert_gate_up" in {one.name for one in found}
+
+
 def full(monkeypatch: pytest.MonkeyPatch, name: str, weights: str, **options: Any) -> EngineConfig:
     """A published model on an H200."""
     monkeypatch.setattr("cierzo.engine.device_memory.free_bytes", lambda: 139 << 30)
     limits = {"budget_tokens": 64, "max_running": 40, "kv_dtype": "fp8"}
     return served.make_config(name, weights, **{**limits, **options})
+
+
+@pytest.mark.parametrize(
+    ("like", "checkpoint_format", "weights", "activations"),
+    [*MODELS, ("small4", "native-nvfp4", "nvfp4", "bf16"), ("small4", "native-fp8", "fp8", "fp8")],
+)
+def test_parameters_tell_what_weights_do(
+    like: str, checkpoint_format: str, weights: str, activations: str, tmp_path: Path
+) -> None:
+    """Codes that are kept, codes that are made anew, static scales and none."""
+    config = make_config(tmp_path, like, checkpoint_format)
+    config = msgspec.structs.replace(config, weights=weights, activations=activations, dtype="bfloat16")
+    of_weights, of_parameters = (
+        {one.key for one in launches.launches(config, found).configurations}
+        for found in (load(config, weights, activations).weights, weights_before_they_are_loaded(config))
+    )
+    assert of_parameters == of_weights
 
 
 def test_numbers_tell_both_sides_of_each_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,8 +320,8 @@ def test_numbers_tell_both_sides_of_each_threshold(monkeypatch: pytest.MonkeyPat
 def test_operations_of_plain_torch_are_not_asked_what_they_launch(tmp_path: Path) -> None:
     config = make_config(tmp_path, "small4", "hf")
     kernels = msgspec.structs.replace(config.kernels, implementations={"mla_decode": "torch"})
-    told = warm.compile_kernels(msgspec.structs.replace(config, kernels=kernels, device="cuda"), cast(Any, None))
-    assert "as they are launched" in told
+    on_gpu = msgspec.structs.replace(config, kernels=kernels, device="cuda")
+    assert "as they are launched" in warm.Compilation(on_gpu, cast(Any, None)).finish()
 
 
 def test_a_cpu_server_compiles_nothing_and_imports_no_triton(tmp_path: Path) -> None:
