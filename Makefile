@@ -17,7 +17,8 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test quick lint mutants sanitize standin soak compat bench-step bench-rpc peers headline headline-simulated gpu gpu-bundle gpu-report clean again
+.PHONY: help venv demo serve test quick lint mutants sanitize standin soak compat bench-step bench-rpc peers headline \
+  headline-simulated gpu gpu-kernels gpu-models gpu-bundle gpu-rehearsal gpu-report clean again
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -121,16 +122,29 @@ headline-simulated: $(KERNELS) ## the same at true size on a simulated card, DEV
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install 'matplotlib>=3.8'
 	$(BIN)/python -m cierzo.bench.headline --device simulated:$(or $(DEVICE),h200) $(HEADLINE)
 
-# On a machine with a GPU, which need not have anything of ours installed: torch, triton, cupy and numpy do; the parts
-# that serve a model also take what gpu-bundle fetched. GPU="--parts conformance" or any of its other options.
+# On a machine with a GPU, which may be lent for minutes and need not have anything of ours installed: torch, triton,
+# cupy and numpy do for kernels; models also take what gpu-bundle fetched. Results go to OUT. GPU="--retry" or any
+# other option.
 BUNDLE = build/gpu-bundle
-gpu: ## check and measure kernels and models on this machine's GPU (by hand: half an hour; GPU=--help)
-	PYTHONPATH=src:$(BUNDLE) $(PYTHON) -m cierzo.bench.gpu $(GPU)
+GPU_TRITON = 3.6
+GPU_RUN = PYTHONPATH=src:$(BUNDLE) $(PYTHON) -m cierzo.bench.gpu
+gpu: gpu-kernels gpu-models ## check and measure kernels and models on this machine's GPU (ten minutes)
 
-gpu-bundle: ## fetch the wheels that make gpu wants beside torch, for a machine with GPU_PYTHON=3.12
+gpu-kernels: ## the first of both: the card, bits, conformance and times of kernels (270 s; GPU=--help)
+	$(GPU_RUN) kernels $(if $(OUT),--output $(OUT)) $(GPU)
+
+gpu-models: ## the second: whole models with random weights, served (300 s)
+	$(GPU_RUN) models $(if $(OUT),--output $(OUT)) $(GPU)
+
+gpu-bundle: $(KERNELS) ## fetch the wheels that make gpu-models wants, and compile the kernels, for a machine with GPU_PYTHON=3.12
 	$(PYTHON) -m pip install --quiet --target $(BUNDLE) --upgrade --only-binary=:all: --no-deps \
 	  --python-version $(or $(GPU_PYTHON),3.12) --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 \
 	  'msgspec>=0.19' 'uvloop>=0.21' 'tqdm>=4.66'
+	$(PIP) install --quiet --no-deps --upgrade --target build/triton-$(GPU_TRITON) 'triton==$(GPU_TRITON).*'
+	PYTHONPATH=build/triton-$(GPU_TRITON) $(BIN)/python -m cierzo.bench.gpu.carried $(BUNDLE)/kernels
+
+gpu-rehearsal: $(KERNELS) ## play both commands without a GPU, with errors, hangs and a kill (ten minutes at most)
+	$(BIN)/python tests/support/rehearsal.py
 
 # REPORT="--accept" or any other of its options.
 TRITON = 3.6 3.9

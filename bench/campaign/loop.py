@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
-from cierzo.bench.campaign.store import CEILINGS, Sample, Store
+from cierzo.bench.campaign.store import CEILINGS, STARTED, TIME_OVER, Sample, Store
 
 C = TypeVar("C")  # cells and subjects; their text names them in the store
 S = TypeVar("S")
 
 
 class DeviceLost(Exception):
-    """The device is lost to this process: the run ends behind the cell that failed, and a new one goes on there."""
+    """The device takes nobody any more: the run ends, and the cells that are left stay untried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Campaign(Generic[C, S]):
     def open(self, block: Block[C, S], subject: S) -> Session[C] | None:
         """Load a subject for the block's cells; None for one that has none of them.
 
-        Whatever this raises is why they have no results.
+        Whatever this raises is why they have no results; but DeviceLost ends the run.
         """
         raise NotImplementedError
 
@@ -69,13 +69,19 @@ class Campaign(Generic[C, S]):
 
 @dataclass
 class Run(Generic[C, S]):
-    """A campaign over a store; cells that it holds already are not measured again. block_s: after so many seconds
-    of a block no further cell of it is begun. failed: attempts without a result."""
+    """A campaign over a store; cells that it holds already are not measured again.
+
+    deadline: of time.monotonic(); no cell is begun behind it. announce: each cell leaves a sample before it begins,
+    which tells what took a run with it that was killed. retry: cells that failed are tried again. failed: attempts
+    without a result.
+    """
 
     campaign: Campaign[C, S]
     store: Store
     say: Callable[[str], None] = print
-    block_s: float = math.inf
+    deadline: float = math.inf
+    announce: bool = False
+    retry: bool = True
     failed: int = 0
     start: float = field(default_factory=time.monotonic)
 
@@ -89,10 +95,14 @@ class Run(Generic[C, S]):
                         cell
                         for cell in block.cells
                         if wanted(cell, subject) and number not in self.store.measured(cell, subject)
+                        if self.retry or not self.store.failed(cell, subject)
                     ]
                     for subject in (block.subjects if number % 2 == 0 else block.subjects[::-1])
                 }
                 if any(missing.values()):
+                    if time.monotonic() >= self.deadline:
+                        self.say("time is over: run it again for the rest")
+                        return
                     self._block(number, block, missing)
 
     def _block(self, number: int, block: Block[C, S], missing: dict[S, list[C]]) -> None:
@@ -103,17 +113,18 @@ class Run(Generic[C, S]):
         except Exception as error:  # whatever it is, the cells go on
             self._record((number, CEILINGS, block.name), began, error=error)
         for subject, cells in missing.items():
-            while cells:  # after a failure a new session for those that are left
-                if time.monotonic() > began + self.block_s:
-                    self.say(f"{block.name}: {self.block_s:.0f} s are over; run it again for the rest")
-                    return
-                self._session(number, block, subject, cells, began + self.block_s)
+            while (
+                cells and time.monotonic() < self.deadline
+            ):  # after a failure a new session for those that are left
+                self._session(number, block, subject, cells)
 
-    def _session(self, number: int, block: Block[C, S], subject: S, missing: list[C], deadline: float) -> None:
+    def _session(self, number: int, block: Block[C, S], subject: S, missing: list[C]) -> None:
         """Measure cells, and take them off `missing`, until one fails or time is over."""
         began = time.monotonic()
         try:
             session = self.campaign.open(block, subject)
+        except DeviceLost:
+            raise
         except Exception as error:  # whatever it is, the other subjects go on
             for cell in missing:
                 self._record((number, cell, subject), began, error=error)
@@ -122,14 +133,14 @@ class Run(Generic[C, S]):
             missing.clear()
             return
         try:
-            while missing and time.monotonic() <= deadline:
+            while missing and time.monotonic() < self.deadline:
                 cell, cell_began = missing.pop(0), time.monotonic()
+                if self.announce:
+                    self._add((number, cell, subject), cell_began, STARTED)
                 try:
                     result = session.measure(cell, number)
                 except Exception as error:  # whatever it is, the other cells go on
                     self._record((number, cell, subject), cell_began, error=error)
-                    if isinstance(error, DeviceLost):
-                        raise
                     break
                 self._record((number, cell, subject), cell_began, result, self.campaign.told(cell, result))
             for cell, result in session.by_products().items():
@@ -142,8 +153,12 @@ class Run(Generic[C, S]):
     ) -> None:
         """Write a sample to disk, and a line to the terminal. place: round, cell, subject."""
         (number, cell, subject), why = place, "" if error is None else str(error) or type(error).__name__
-        self.failed += error is not None
-        told = told if error is None else f"FAILED: {why}"
+        self.failed += why not in ("", TIME_OVER)
+        self._add(place, began, why, result)  # before a terminal that may be gone
+        told = told if error is None else why if why == TIME_OVER else f"FAILED: {why}"
         self.say(f"{time.monotonic() - self.start:6.0f} s  round {number + 1}  {subject}  {cell}: {told}")
-        started, took_s = datetime.now(UTC).isoformat(timespec="seconds"), round(time.monotonic() - began, 3)
-        self.store.add(Sample(str(cell), str(subject), number, started, took_s, why, result))
+
+    def _add(self, place: tuple[int, object, object], began: float, why: str, result: Any = None) -> None:
+        (number, cell, subject), took_s = place, round(time.monotonic() - began, 3)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.store.add(Sample(str(cell), str(subject), number, now, took_s, why, result))

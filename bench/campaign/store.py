@@ -12,6 +12,8 @@ from typing import Any
 from cierzo.engine.errors import ConfigError
 
 CEILINGS = "ceilings"  # the cell of what the machine can do; the subject is the block that it was measured for
+STARTED = "started"  # the error of a cell that has begun: the last word where it took the whole run with it
+TIME_OVER = "the run's time was over"  # before the cell was, which is no failure of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,8 @@ class Store:
         Raises ConfigError where the file holds samples of another identity, or anything but samples.
         """
         self.path, self.identity = path, dict(identity)
-        self._samples: list[Sample] = []
+        self._all: list[Sample] = []
+        self._samples: dict[tuple[str, str], list[Sample]] = {}  # the same, by cell and subject
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
@@ -47,12 +50,12 @@ class Store:
                 if number == 1:
                     self._require(json.loads(line))
                 else:
-                    self._samples.append(Sample(**json.loads(line)))
+                    self._keep(Sample(**json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"{path}, line {number}: {error}", field="samples", value=str(path)) from error
 
     def __iter__(self) -> Iterator[Sample]:
-        return iter(self._samples)
+        return iter(self._all)
 
     def add(self, sample: Sample) -> None:
         """Append a sample; it is on disk when this returns."""
@@ -61,12 +64,11 @@ class Store:
             self._append(self.identity)
             self._begun = True
         self._append({name: getattr(sample, name) for name in Sample.__slots__})
-        self._samples.append(sample)
+        self._keep(sample)
 
     def of(self, cell: object, subject: object) -> list[Sample]:
         """Every attempt at a cell of a subject, in order; both are named by their text."""
-        place = str(cell), str(subject)
-        return [sample for sample in self if (sample.cell, sample.subject) == place]
+        return self._samples.get((str(cell), str(subject)), [])
 
     def measured(self, cell: object, subject: object) -> dict[int, Any]:
         """Round -> result; the last one counts. A failure is no measurement."""
@@ -77,9 +79,17 @@ class Store:
         attempts = self.of(cell, subject)
         return attempts[-1].error if attempts else ""
 
+    def failed(self, cell: object, subject: object) -> bool:
+        """Whether the last attempt failed, or was the end of its run."""
+        return self.error(cell, subject) not in ("", TIME_OVER)
+
     def ceilings(self) -> list[Any]:
         """Every measurement of the machine's ceilings, in order."""
         return [sample.result for sample in self if sample.cell == CEILINGS and not sample.error]
+
+    def _keep(self, sample: Sample) -> None:
+        self._all.append(sample)
+        self._samples.setdefault((sample.cell, sample.subject), []).append(sample)
 
     def _append(self, value: Any) -> None:
         with self.path.open("ab") as file:

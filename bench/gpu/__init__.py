@@ -1,6 +1,10 @@
-"""The one command for a machine with a GPU: `PYTHONPATH=src python -m cierzo.bench.gpu`, or `make gpu`.
+"""The command for a machine with a GPU, which may be lent for minutes: `python -m cierzo.bench.gpu kernels|models`.
 
-Nothing needs to be installed for the parts that run kernels but torch, triton, cupy and numpy; the served parts
-also take msgspec and uvloop (`make gpu-bundle` fetches them beforehand). Parts take at most eight minutes each,
-results go to a file after every cell, and a run that was stopped goes on where it was.
+Nothing needs to be installed for the kernels but torch, triton, cupy and numpy; models also take msgspec and uvloop
+(`make gpu-bundle` fetches them beforehand, and compiles the kernels). A run ends in time, each operation is
+measured in a process of its own, results go to a file after every cell, and a run that was stopped goes on there.
 """
+
+import time
+
+BEGAN = time.monotonic()  # a run's time counts from here: importing torch takes seconds of it

@@ -1,171 +1,242 @@
-"""`python -m cierzo.bench.gpu`: conformance, kernels and served models on this machine's GPU; see __init__.py.
+"""`python -m cierzo.bench.gpu kernels|models`: measures this machine's GPU within a given time; see __init__.py.
 
-Without --parts all of them, in order. The figures' shares refer to what the same run measured of the card.
+Results go to gpu-<card>-<commit>.jsonl in a folder, behind those that lie there, or else in bench/results, already:
+what was measured is not measured again, what failed or hung only with --retry.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
+from math import isclose
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from cierzo.bench.campaign.isolation import Isolated
 from cierzo.bench.campaign.loop import Block, Campaign, DeviceLost, Run, Session
-from cierzo.bench.campaign.store import Sample, Store
-from cierzo.bench.gpu import compiled, conformance, timing
-from cierzo.bench.gpu.calls import cells
-from cierzo.bench.gpu.cases import CASES
-from cierzo.bench.revision import ROOT, current_commit, installed_versions, output
+from cierzo.bench.campaign.store import TIME_OVER, Store
+from cierzo.bench.gpu import BEGAN, carried, runs
+from cierzo.bench.gpu.runs import Group
+from cierzo.bench.revision import ROOT, current_commit, output
+from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.errors import ConfigError
 from cierzo.kernels import registry
+from cierzo.kernels.fault import DeviceFault, is_device_error
 
-PARTS = ("compile", "conformance", "ceilings", "kernels", "served")
-PART_S = 480  # no cell is begun after this many seconds of a part
-Tasks = Mapping[str, Callable[[], Any]]  # by cell
-Subjects = Mapping[str, Callable[[], Tasks]]  # the part itself, or each model that is served
+RESULTS = ROOT / "bench" / "results"
+CARRIED = ROOT / "build" / "gpu-bundle" / "kernels"
+RUNS = {"kernels": (runs.kernels, 270.0), "models": (runs.models, 300.0)}  # what it measures, and seconds for all
+CELL_S = 40.0
+READY_S = 60.0  # for a process to have the device; the first one loads the driver
+TOLD_LETTERS = 300
+END_S = 10.0  # of a run's time, for the processes' ends
 
 
-class Part(Campaign[str, str]):
-    """A block of one round, whose subjects have the same cells."""
+class Measurement(Campaign[str, str]):
+    """Groups, each in a process of its own; the next one's is made ready meanwhile.
 
-    def __init__(self, name: str, subjects: Subjects) -> None:
-        self._name, self._subjects = name, subjects
+    deadline: of time.monotonic(); what runs then is cut off.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], device: torch.device, store: Store, deadline: float, cell_s: float
+    ) -> None:
+        self._groups, self._store, self._deadline, self._cell_s = groups, store, deadline, cell_s
+        self._prepare = partial(prepared, groups, device)
+        self._ready: Isolated | None = None
 
     @property
     def blocks(self) -> Sequence[Block[str, str]]:
-        """The one."""
-        first, *_ = self._subjects.values()
-        return [Block(self._name, list(first()), list(self._subjects))]
+        """A block for each group, by its number."""
+        return [Block(str(i), list(group.tasks), [group.subject]) for i, group in enumerate(self._groups)]
 
     def open(self, block: Block[str, str], subject: str) -> Session[str]:
-        """Make the tasks; the first that needs a model loads it."""
-        tasks = dict(self._subjects[subject]())
-        return Session(partial(_measure, tasks), partial(_let_go, tasks))
+        """A process that has the device. Raises DeviceLost where it does not get it."""
+        number = int(block.name)
+        group = self._groups[number]
+        if group.bare:
+            process = Isolated(partial(prepared, self._groups, None))
+        else:
+            process, self._ready = self._ready or Isolated(self._prepare), None
+        try:
+            process.answer(min(READY_S, self._left()))
+            if not group.bare:  # it may have waited since it was made ready
+                process.ask(min(READY_S, self._left()))
+        except (RuntimeError, TimeoutError) as error:
+            process.end()
+            self._require_time()
+            raise DeviceLost(f"no process gets the device: {error}") from None
+        if not group.bare:
+            self._ready = Isolated(self._prepare)
+
+        def measure(cell: str, _: int) -> Any:
+            try:
+                return process.ask(min(group.limit_s or self._cell_s, self._left()), number, cell)
+            except TimeoutError:
+                self._require_time()
+                raise
+
+        return Session(measure, process.end)
+
+    def _left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def _require_time(self) -> None:
+        if self._left() <= 0:
+            raise RuntimeError(TIME_OVER) from None
+
+    def close(self) -> None:
+        """End the process that is ready."""
+        if self._ready is not None:
+            self._ready.end()
 
     def told(self, cell: str, result: Any) -> str:
-        """Times and rates of a kernel; else all that was found."""
-        if result is None:
-            return "not in this model"
+        """Times and rates of a kernel beside what limits it and what was predicted; else all that was found."""
         if "us" in result:
-            beside = f", torch {result['torch']['us']:.1f} us" if "torch" in result else ""
-            return (
-                f"{result['us']:.1f} us, {result['gb_per_s']:.0f} GB/s, {result['tflop_per_s']:.1f} TFLOP/s, "
-                f"{result['share']:.0%} of the limit{beside}"
-            )
-        return ", ".join(
-            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in result.items()
-        )
+            return self._told(cell, result)
+        told = (f"{name} {f'{value:.3g}' if isinstance(value, float) else value}" for name, value in result.items())
+        return ", ".join(told)[:TOLD_LETTERS]
+
+    def _told(self, cell: str, result: Any) -> str:
+        seconds = result["us"] / 1e6
+        told = f"{result['us']:.1f} us, {result['bytes'] / seconds / 1e9:.0f} GB/s"
+        told += f", {result['flops'] / seconds / 1e12:.1f} TFLOP/s"
+        for limits in self._store.ceilings()[-1:]:
+            kind = "fp8" if cell.endswith("x fp8") and "fp8_tflop_per_s" in limits else "bf16"
+            arithmetic_s = result["flops"] / limits[f"{kind}_tflop_per_s"] / 1e12
+            limit_s = max(result["bytes"] / limits["copy_gb_per_s"] / 1e9, arithmetic_s)
+            told += f", {limit_s / seconds:.0%} of the limit"
+        if found := predicted(cell, self._store.identity["device"], result["bytes"]):
+            told += f", {result['us'] / found[0]:.2f} of the {found[0]:.1f} us predicted ({found[1]})"
+        return told
 
 
-def _measure(tasks: Tasks, cell: str, _: int) -> Any:
-    """Raises RuntimeError, or DeviceLost where the driver takes no more calls from this process."""
-    try:
-        result = tasks[cell]()
-        torch.cuda.empty_cache()  # nothing where there is no GPU
-        return result
-    except Exception as error:
-        kind = DeviceLost if "CUDA error" in str(error) else RuntimeError
-        raise kind(f"{type(error).__name__}: {error}"[:2000]) from error
+def predicted(cell: str, card: str, num_bytes: float) -> tuple[float, str] | None:
+    """Microseconds that today's machine code is predicted to take for a cell on this card, and the roof that limits
+    it; None where nothing is predicted, or of other work (all dense products of a layer are one cell there)."""
+    path = ROOT / "engine" / "cost" / "predicted.json"
+    sheet = next((name for name in DATA_SHEETS if name in card.lower()), "")
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"].get(cell, {}) if path.exists() else {}
+    return found[sheet] if sheet in found and isclose(found["bytes"], num_bytes, rel_tol=0.01) else None
 
 
-def _let_go(tasks: dict[str, Callable[[], Any]]) -> None:
-    """Let go of a model, which the tasks hold: the plan of the next one asks the driver what is free."""
-    tasks.clear()
-    gc.collect()
-    with suppress(RuntimeError):  # a lost device is told by the cell that lost it
-        torch.cuda.empty_cache()
+def prepared(groups: Sequence[Group], device: torch.device | None) -> Callable[..., Any]:
+    """In a new process: have the device, if one is given; what measures a cell of the group of a number there, and
+    without one sees whether the device is still there."""
+    on_card = device is not None and device.type == "cuda"
+    carried.count()
+    if device is not None:
+        # The defaults of KernelsConfig, for a machine without msgspec.
+        registry.bind(SimpleNamespace(implementations={}, instruction_set="auto"), "cuda")  # type: ignore[arg-type]
+        touch(device)
+
+    def measure(number: int | None = None, cell: str = "") -> Any:
+        if number is None:
+            return device and touch(device)
+        carried.counted.clear()
+        try:
+            with torch.inference_mode():
+                result = groups[number].tasks[cell]()
+            if on_card:
+                torch.cuda.synchronize()  # an error that comes late is this cell's
+                torch.cuda.empty_cache()
+        except Exception as error:
+            if isinstance(error, DeviceFault) or is_device_error(error):
+                raise DeviceLost(f"{type(error).__name__}: {error}") from error
+            raise
+        return result | dict(carried.counted)
+
+    return measure
 
 
-def subjects_of(part: str, device: torch.device, store: Store) -> Subjects:
-    """Make the tasks of a part: those of each model that is served, else of the part itself."""
-    tasks: dict[str, Callable[[], Any]] = {}
-    match part:
-        case "compile":  # every kernel, side by side, before anything is timed
-            if device.type == "cuda":
-                major, minor = torch.cuda.get_device_capability(device)
-                tasks["all"] = partial(compiled.warm, 10 * major + minor)
-        case "conformance":  # every operation, model, size and number format, on inputs that are new in every run
-            seed = time.time_ns() % (1 << 31)
-            hostile = {operation: known.hostile for operation, known in CASES.items()}
-            for name, cell in cells(conformance.SIZES, hostile):
-                tasks[name] = partial(conformance.check, *cell, device, seed)
-        case "ceilings":
-            tasks["ceilings"] = partial(timing.ceilings, device)
-        case "kernels":  # every operation at the sizes of a step, beside the ceilings that were measured last
-            limits = (store.ceilings() or [timing.ceilings(device)])[-1]
-            for size in timing.SIZES:
-                for name, cell in cells([size]):
-                    tasks[name] = partial(timing.measure, *cell, device, limits)
-        case "served":
-            from cierzo.bench.gpu import served  # takes msgspec
-
-            return served.subjects(device)
-    return {part: lambda: tasks}
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """The card that figures belong to, its driver and the versions of packages, as JSON."""
-    found: dict[str, Any] = {"device": str(device), "versions": installed_versions()}
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found |= {
-            "card": card.name,
-            "capability": f"{card.major}.{card.minor}",
-            "multiprocessors": card.multi_processor_count,
-            "memory_gib": round(card.total_memory / 2**30, 1),
-            "cuda": torch.version.cuda,
-            "driver": driver.partition("\n")[0],
-        }
-    return found
+def touch(device: torch.device) -> float:
+    """Have a device do something. Raises what its driver raises."""
+    return float(torch.zeros(1, device=device).add(1).item())
 
 
 def main(argv: Sequence[str] | None = None, device_type: str = "cuda") -> int:
-    """Run the parts; exit status 1 if a cell failed. device_type: "cpu" for tests, which interpret the kernels."""
+    """Measure; exit status 1 if a cell failed. device_type: "cpu" for tests, which interpret the kernels."""
     parser = argparse.ArgumentParser(
         prog="cierzo.bench.gpu", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--part-s", type=float, default=PART_S, metavar="S", help="seconds of a part, at most")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: in bench/results")
+    parser.add_argument("run", choices=RUNS, help="what is measured")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
+    told = ", ".join(f"{seconds:.0f} for {run}" for run, (_, seconds) in RUNS.items())
+    parser.add_argument("--budget-s", type=float, metavar="S", help=f"seconds for all; default: {told}")
+    parser.add_argument(
+        "--cell-s", type=float, default=CELL_S, metavar="S", help=f"of a kernel's cell; {CELL_S:.0f}"
+    )
+    parser.add_argument(
+        "--cells", nargs="+", default=[""], metavar="TEXT", help="only cells with one of these in `subject: cell`"
+    )
+    parser.add_argument("--commit", metavar="NAME", help="of these sources; default: what git says")
+    parser.add_argument(
+        "--retry", action="store_true", help="try cells again that failed, hung or took the run along"
+    )
     arguments = parser.parse_args(argv)
-    if device_type == "cuda" and not torch.cuda.is_available():
-        print("cierzo.bench.gpu: torch finds no GPU here", file=sys.stderr)
-        return 2
-    device = torch.device(device_type)
-    described, commit = describe(device), current_commit()
-    card = str(described.get("card", device.type))
-    name = card.lower().replace(" ", "-")
-    path = arguments.output or ROOT / "bench" / "results" / f"gpu-{name}-{commit}.jsonl"
+    card = device_type
+    if device_type == "cuda":
+        card = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").partition("\n")[0]
+        if not card:
+            print("cierzo.bench.gpu: nvidia-smi finds no GPU here", file=sys.stderr)
+            return 2
+        print(carried.use(CARRIED))
+    groups, budget_s = RUNS[arguments.run]
+    budget_s = arguments.budget_s or budget_s
+    commit, device = arguments.commit or current_commit(), torch.device(device_type)
+    path = arguments.output / f"gpu-{card.lower().replace(' ', '-')}-{commit}.jsonl"
+    if not path.exists() and (RESULTS / path.name).exists():  # brought along
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(RESULTS / path.name, path)
     try:
         store = Store(path, {"commit": commit, "device": card})
     except ConfigError as error:
         print(f"cierzo.bench.gpu: {error}", file=sys.stderr)
         return 2
-    store.add(Sample(cell="machine", subject="machine", round=0, started="", took_s=0.0, result=described))
-    # The defaults of KernelsConfig, for a machine without msgspec.
-    registry.bind(SimpleNamespace(implementations={}, instruction_set="auto"), "cuda")  # type: ignore[arg-type]
-    failed = 0
-    with torch.inference_mode():
-        for name in arguments.parts:
-            part = Part(name, subjects_of(name, device, store))
-            run = Run(part, store, partial(print, flush=True), arguments.part_s)
-            try:
-                run.measure(1)
-            except DeviceLost:
-                print("the device is lost for this process: run the command again, it goes on behind this cell")
-                return 1
-            failed += run.failed
-    return 1 if failed else 0
+    deadline = BEGAN + budget_s - END_S
+    chosen = [_chosen(group, arguments.cells) for group in groups(device)]
+    campaign = Measurement(chosen, device, store, deadline, arguments.cell_s)
+    say = partial(print, flush=True)
+    run = Run(campaign, store, say, deadline, announce=True, retry=arguments.retry, start=BEGAN)
+    try:
+        run.measure(1)
+    except DeviceLost as error:
+        run.failed += 1
+        say(f"{error}; cells that are left stay untried")
+    finally:
+        campaign.close()
+    for line in summary(chosen, store):
+        say(line)
+    return 1 if run.failed else 0
+
+
+def _chosen(group: Group, texts: Sequence[str]) -> Group:
+    """The group with those of its tasks whose names, behind the subject's, have one of the texts."""
+    named = {f"{group.subject}: {cell}": cell for cell in group.tasks}
+    tasks = {cell: group.tasks[cell] for name, cell in named.items() if any(text in name for text in texts)}
+    return Group(group.subject, tasks, group.limit_s, group.bare)
+
+
+def summary(groups: Sequence[Group], store: Store) -> list[str]:
+    """How many cells of each subject are measured, failed and left, in this run and those before."""
+    counts: dict[str, Counter[str]] = {}
+    for group in groups:
+        for cell in group.tasks:
+            measured, failed = store.measured(cell, group.subject), store.failed(cell, group.subject)
+            state = "measured" if measured else "failed" if failed else "left"
+            counts.setdefault(group.subject, Counter())[state] += 1
+    return [
+        f"{subject}: {', '.join(f'{n} {what}' for what, n in found.items())}" for subject, found in counts.items()
+    ]
 
 
 if __name__ == "__main__":

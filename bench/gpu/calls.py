@@ -44,12 +44,13 @@ Cell = tuple[str, ModelSizes, Size, str]  # operation, model, size, format
 def cells(
     sizes: Sequence[Size], more: Mapping[str, Sequence[ModelSizes]] | None = None
 ) -> Iterator[tuple[str, Cell]]:
-    """(name, Cell) of every operation; engine/cost/cards.py takes names apart. more: models by operation, beside
-    those of its case."""
+    """(name, Cell) of every operation that a model and a size have; engine/cost/cards.py takes names apart. more:
+    models by operation, beside those of its case."""
     for operation, known in CASES.items():
         models = (*known.models, *(more or {}).get(operation, ()))
         for model, size, format in product(models, sizes, known.formats):
-            yield f"{operation}, {model.name}, {size.name}, {format}", (operation, model, size, format)
+            if known.has(model, size):
+                yield f"{operation}, {model.name}, {size.name}, {format}", (operation, model, size, format)
 
 
 def make_call(
@@ -210,11 +211,11 @@ def slots_of(size: Size) -> Tensor:
     return (blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS).flatten()
 
 
-def pages_of(model: ModelSizes, size: Size, make: Maker) -> tuple[Tensor, ...]:
-    """Pages of all contexts: of latents [B,S,R+P], or of keys and of values [B,S,heads,width]."""
+def pages_of(model: ModelSizes, size: Size, make: Maker) -> list[tuple[Tensor, ...]]:
+    """Pages of all contexts, each call's own: of latents [B,S,R+P], or of keys and of values [B,S,heads,width]."""
     entries = [(model.rank + model.rope,)] if model.rank else 2 * [(model.kv_heads, model.head_dim)]
     rows = size.sequences * size.context // BLOCK_TOKENS, BLOCK_TOKENS
-    return tuple(make.noise(*rows, *entry, dtype=make.kv_dtype) for entry in entries)
+    return make.cold(lambda: tuple(make.noise(*rows, *entry, dtype=make.kv_dtype) for entry in entries))
 
 
 @case("write_latents", "write_normed_latents", needs="rank", of="pages", changes=(0,))
@@ -223,7 +224,7 @@ def pages_of(model: ModelSizes, size: Size, make: Maker) -> tuple[Tensor, ...]:
 def write(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """The step's latents, or its keys and values: as they are; with their norm and rotation; or, with the queries
     beside them, with their rotation."""
-    arguments: Arguments = (*pages_of(model, size, make), slots_of(size))
+    arguments: Arguments = (slots_of(size),)
     if operation == "write_latents":
         arguments += (make.noise(size.rows, model.rank), make.noise(size.rows, model.rope))
     elif operation == "write_normed_latents":
@@ -240,7 +241,8 @@ def write(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     else:
         qkv = make.noise(size.rows, (model.heads + 2 * model.kv_heads) * model.head_dim)
         arguments += (qkv, *tables(size.rows, model.head_dim // 2), False)
-    return [arguments], operations.moved(operation, model, size.rows, make.kv_dtype.itemsize)
+    work = operations.moved(operation, model, size.rows, make.kv_dtype.itemsize)
+    return [(*pages, *arguments) for pages in pages_of(model, size, make)], work
 
 
 @case("copy_blocks", "scatter_blocks", changes=(0,))
@@ -248,11 +250,12 @@ def write(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
 def blocks(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """A context's blocks: from the front of a layer's pages to their end, or out of and into every second one."""
     width, count = model.rank + model.rope or model.kv_heads * model.head_dim, -(-size.context // BLOCK_TOKENS)
-    pages = make.noise(2 * count, BLOCK_TOKENS, width)
-    arguments: Arguments = (pages, torch.arange(count) * 2, pages[:count].clone())
+    every = make.cold(lambda: (make.noise(2 * count, BLOCK_TOKENS, width),))
+    work = operations.Work(operation, 2 * count * every[0][0][0].nbytes)  # read and written
     if operation == "copy_blocks":
-        arguments = (pages, torch.stack([torch.arange(count), torch.arange(2 * count - 1, count - 1, -1)], dim=1))
-    return [arguments], operations.Work(operation, 2 * count * pages[0].nbytes)  # read and written
+        pairs = torch.stack([torch.arange(count), torch.arange(2 * count - 1, count - 1, -1)], dim=1)
+        return [(pages, pairs) for (pages,) in every], work
+    return [(pages, torch.arange(count) * 2, pages[:count].clone()) for (pages,) in every], work
 
 
 # --- attention ---------------------------------------------------------------------------------------------
@@ -274,16 +277,18 @@ def mla_decode(model: ModelSizes, size: Size, make: Maker) -> Call:
     """Generated rows, absorbed."""
     q = make.noise(size.rows, model.heads, model.rank + model.rope)
     work = operations.mla_decode(model, *size.queries(), make.entry_bytes(model))
-    return [(q, *pages_of(model, size, make), queries_of(size, make.device), 0.1, model.rank)], work
+    queries = queries_of(size, make.device)
+    return [(q, *pages, queries, 0.1, model.rank) for pages in pages_of(model, size, make)], work
 
 
 @case(needs="rank", decodes=False, of="pages")
 def mla_prefill(model: ModelSizes, size: Size, make: Maker) -> Call:
     """Prompt rows, expanded; each context token's keys and values once, by weights that stay plain."""
     q = make.noise(size.rows, model.heads, model.nope + model.rope)
-    expanders = (make.plain(model.heads, width, model.rank) for width in (model.nope, model.value_dim))
+    expanders = [make.plain(model.heads, width, model.rank) for width in (model.nope, model.value_dim)]
     work = operations.mla_prefill(model, *size.queries(), make.entry_bytes(model))
-    return [(q, *pages_of(model, size, make), *expanders, queries_of(size, make.device), 0.1)], work
+    queries = queries_of(size, make.device)
+    return [(q, *pages, *expanders, queries, 0.1) for pages in pages_of(model, size, make)], work
 
 
 WINDOWED: dict[str, Any] = {"models": (*MODELS, GPT_OSS, GPT_OSS_WINDOW), "hostile": HOSTILE_WINDOWS}
@@ -294,12 +299,13 @@ WINDOWED: dict[str, Any] = {"models": (*MODELS, GPT_OSS, GPT_OSS_WINDOW), "hosti
 def gqa(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """Generated rows, or a prompt's; queries lie beside keys and values, in rows of one product."""
     q = make.noise(size.rows, model.heads + 2 * model.kv_heads, model.head_dim)[:, : model.heads]
-    arguments: Arguments = (q, *pages_of(model, size, make), queries_of(size, make.device), 0.1)
+    arguments: Arguments = (queries_of(size, make.device), 0.1)
     if model.window or model.sinks:  # sinks of every kind: one that is none, one that takes everything, and others
         sinks = make.noise(model.heads, dtype=torch.float32) * 2
         sinks[0], sinks[1] = -torch.inf, 1e4
         arguments += (model.window or None, sinks if model.sinks else None)
-    return [arguments], operations.gqa(model, *size.queries(model.window), make.entry_bytes(model))
+    work = operations.gqa(model, *size.queries(model.window), make.entry_bytes(model))
+    return [(q, *pages, *arguments) for pages in pages_of(model, size, make)], work
 
 
 # --- sampling ----------------------------------------------------------------------------------------------

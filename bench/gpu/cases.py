@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,9 +37,10 @@ GPT_OSS_WINDOW, *HOSTILE_WINDOWS = (
     replace(GPT_OSS, name=f"gpt-oss, window {window}", window=window) for window in (128, 1, 77, 1 << 20)
 )
 
-COLD_BYTES = 96 << 20  # of weights in turn, so that no cache holds them from one call to the next
+COLD_BYTES = 96 << 20  # of weights, or cache pages, in turn, so that no cache holds them from one call to the next
 NOISE = 65_521  # random values that all tensors repeat; a prime, so that no two rows are equal
 BY_FP8 = {"fp8 x fp8": None, "static fp8 x fp8": 0.0625}  # activations in FP8: by row, or by this scale
+M = TypeVar("M", bound=Matrix)
 KV = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
@@ -117,8 +118,8 @@ class Maker:
         static, experts = BY_FP8[self.format], shape[0] if len(shape) == 3 else 1
         return in_fp8(matrix, None if static is None else torch.full((experts,), static, device=self.device))
 
-    def cold(self, make: Callable[[], tuple[Matrix, ...]]) -> list[tuple[Matrix, ...]]:
-        """Call `make` until its matrices fill `cold_bytes`."""
+    def cold(self, make: Callable[[], tuple[M, ...]]) -> list[tuple[M, ...]]:
+        """Call `make` until its matrices or pages fill `cold_bytes`."""
         first = make()
         num_bytes = sum(one.nbytes if isinstance(one, Tensor) else one.num_bytes for one in first)
         return [first, *(make() for _ in range(self.cold_bytes // num_bytes))]
@@ -159,10 +160,14 @@ class Case:
         """Whether it multiplies by weights of a number format."""
         return self.of in ("weights", "head")
 
+    def has(self, model: ModelSizes, size: Size) -> bool:
+        """Whether the model and the step have such an operation; only attention knows a prefix that is shared."""
+        shared = not size.shared or (self.of == "pages" and self.decodes is True)
+        return bool(getattr(model, self.needs)) and self.decodes in (None, size.decodes) and shared
+
     def call(self, model: ModelSizes, size: Size, make: Maker) -> Call | None:
         """A call; None where the model or the step has no such operation."""
-        missing = not getattr(model, self.needs) or self.decodes not in (None, size.decodes)
-        return None if missing else self.make(model, size, make)
+        return self.make(model, size, make) if self.has(model, size) else None
 
 
 CASES: dict[str, Case] = {}

@@ -1,18 +1,19 @@
 """On the device: every operation against the plain-torch reference in fp32; a row's bits, whatever is beside it.
 
-Inputs are random and new in every run; memory that outputs may be made of holds NaN beforehand.
+Inputs are random and new in every run; memory that outputs are made of holds NaN beforehand, or -1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cierzo.bench.gpu.calls import make_call
-from cierzo.bench.gpu.cases import BY_FP8, CASES, Size, widened
+from cierzo.bench.gpu.calls import Cell, cells, make_call
+from cierzo.bench.gpu.cases import BY_FP8, CASES, Call, Size, widened
 from cierzo.bench.gpu.timing import read_through_descriptors
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
@@ -30,27 +31,40 @@ SIZES = (
 TOLERANCE = 1e-2  # of the root mean square: bf16 keeps 8 bits of every input, sum and result
 TOLERANCE_FP8 = 3e-2  # where values are rounded to 4 bits: a last bit of bf16 may turn the rounding of some
 CHOICES = 1e-2  # the share of choices between near equals that may fall otherwise
-POISON_BYTES = 256 << 20
+UNWRITTEN = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+}
+POISON = 0xFF  # of each byte: NaN in every float format
 
 
 class Failed(Exception):
     """An operation is wrong on this device; the text says how."""
 
 
+class Poisoned(TorchDispatchMode):
+    """While it is entered, memory that torch leaves as it was is poisoned, whatever its size and wherever an
+    allocator takes it from."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See TorchDispatchMode."""
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in UNWRITTEN:
+            torch.tensor((), dtype=torch.uint8, device=result.device).set_(result.untyped_storage()).fill_(POISON)
+        return result
+
+
 def check(
     operation: str, model: ModelSizes, size: Size, format: str, device: torch.device, seed: int
-) -> dict[str, Any] | None:
-    """Deviation from the reference, and whether rows keep their bits; None where the model lacks the operation.
-
-    Raises Failed.
-    """
-    call = make_call(operation, model, size, format, device, seed=seed, cold_bytes=0)
-    if call is None:
-        return None
+) -> dict[str, Any]:
+    """Deviation from the reference, and whether rows keep their bits. Raises Failed."""
+    call = cast(Call, make_call(operation, model, size, format, device, seed=seed, cold_bytes=0))
     ours, reference = (registry.implementations(operation, "cuda")[place] for place in (0, -1))
     function, arguments = ours.load(), call[0][0]
-    torch.full((POISON_BYTES // 4,), torch.nan, device=device)  # what the next outputs may be made of
-    got = outputs(operation, function, arguments)
+    with Poisoned():
+        got = outputs(operation, function, arguments)
     wanted = outputs(operation, reference.load(), tuple(map(widened, arguments)))
     tolerance = TOLERANCE_FP8 if format in BY_FP8 else TOLERANCE
     deviation = max((_deviation(a, b, tolerance) for a, b in zip(got, wanted, strict=True)), default=0.0)
@@ -117,6 +131,11 @@ def _same(some: list[Tensor], others: list[Tensor], otherwise: str) -> None:
         one, other = (tensor.contiguous().view(integers[tensor.element_size()]) for tensor in pair)
         if not torch.equal(one, other):
             raise Failed(otherwise)
+
+
+def checked() -> Iterator[tuple[str, Cell]]:
+    """Every operation, model, size and number format, sizes that no model has too."""
+    return cells(SIZES, {operation: known.hostile for operation, known in CASES.items()})
 
 
 Companies = Iterator[tuple[int, int, tuple[Any, ...]]]

@@ -1,7 +1,8 @@
 """A whole Small 4, and Small 3, with random weights made on the card, serving a closed loop through the engine.
 
-1,024 tokens in, 256 out, at 1, 8, 64 and 256 concurrent requests: output tokens per second, time to first token,
-time between tokens. Before a model is timed, two layers of it must give the logits of the plain-torch reference.
+1,024 tokens in, 256 out, at 1, 64, 256 and 8 concurrent requests, 20 s each: output tokens per second, time to
+first token, time between tokens; and the kernels of decode steps, each with its time. Before a model is timed, two
+layers of it must give the logits of the plain-torch reference.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor
 from cierzo.bench.gpu.conformance import Failed
 from cierzo.cache.pool import KVPool
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.messages import Submit
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.messages import Submit, TokenDelta
 from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.parameters import MatrixRequest, Parameter
@@ -31,6 +33,7 @@ from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.engine.weights.shapes import shape_of
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import ModelRunner, make_pool
+from cierzo.engine.worker.warm import Compilation
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats.device import in_fp8, quantise, stack
@@ -40,18 +43,22 @@ from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
 from cierzo.scheduler.params import SamplingParams
 
-# (model, weights, activations)
+# (model, weights, activations), the most valuable first
 MODELS = (
     ("small4", "nvfp4", "bf16"),
-    ("small4", "fp8", "bf16"),
-    ("small4", "fp8", "fp8"),
     ("small3", "fp8", "bf16"),
+    ("small4", "fp8", "fp8"),
+    ("small4", "fp8", "bf16"),
     ("small3", "fp8", "fp8"),
     ("small3", "bf16", "bf16"),
 )
-CONCURRENT = (1, 8, 64, 256)
+LOADS = (("load", 1), ("step", 1), ("load", 64), ("step", 64), ("load", 256), ("load", 8))  # of the first model
+OTHER_LOADS = (("load", 64), ("load", 1), ("load", 256), ("load", 8))
 PROMPT_TOKENS, NEW_TOKENS = 1024, 256
-LOAD_S = 90.0  # no new request after this long: a cell must end
+TOKENS = (1000, 30_000)  # a prompt's lie between these
+LOAD_S = 20.0  # then what runs is cut off
+BEFORE, STEPS = 8, 4  # decode steps, of which the latter are profiled
+KERNELS = 60  # the longest of them are told
 SLICE_LAYERS, PROMPT = 2, 37  # and tokens of a slice's prompt
 TOLERANCE = 2e-2  # of logits, relative to their root mean square
 # With activations in FP8, whose rounding moves these logits by 9 to 13 %; the last bit of bf16 before it decides
@@ -86,19 +93,32 @@ class RandomMatrices(DeviceMatrices):
         return torch.randn(*shape, dtype=torch.bfloat16, device=self._device) * shape[-1] ** -0.5
 
 
-def subjects(device: torch.device) -> dict[str, Callable[[], Tasks]]:
-    """Each model, and what makes its tasks by cell: the slice, then the loads on one engine, which the first makes.
-    A model that does not fit the card fails there."""
-
-    def tasks(name: str, weights: str, activations: str) -> Tasks:
+def subjects(device: torch.device) -> dict[str, Tasks]:
+    """Each model's tasks by cell: the slice, the engine made ready, then the loads on it."""
+    found: dict[str, Tasks] = {}
+    for name, weights, activations in MODELS:
         core = functools.cache(partial(make_core, name, weights, activations, device))
-        loads = {f"{concurrent} concurrent": partial(run_load, core, concurrent) for concurrent in CONCURRENT}
-        return {"slice": partial(check_slice, name, weights, device, activations=activations), **loads}
+        tasks: Tasks = {"slice": partial(check_slice, name, weights, device, activations=activations)}
+        tasks["engine"] = partial(fitting, core, lambda made, _: {"ready": made.describe_runner()}, 0)
+        for what, number in OTHER_LOADS if found else LOADS:
+            cell = f"{number} concurrent" if what == "load" else f"step of {number}"
+            tasks[cell] = partial(fitting, core, run_load if what == "load" else profile_steps, number)
+        found[f"{name} {weights}{' x fp8' if activations == 'fp8' else ''}"] = tasks
+    return found
 
-    return {
-        f"{name} {weights}{' x fp8' if activations == 'fp8' else ''}": partial(tasks, name, weights, activations)
-        for name, weights, activations in MODELS
-    }
+
+def fitting(
+    loaded: Callable[[], EngineCore], run: Callable[[EngineCore, int], dict[str, Any]], concurrent: int
+) -> dict[str, Any]:
+    """Run on an engine without requests; or find that the model does not fit, as its plan says beforehand."""
+    try:
+        core = loaded()
+    except ConfigError as error:
+        if error.field != "weights":
+            raise
+        return {"does not fit": str(error)}
+    core.reset()
+    return run(core, concurrent)
 
 
 def make_config(
@@ -111,6 +131,11 @@ def make_config(
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(values), encoding="utf-8")
         return resolve(EngineOptions(model=folder, device="cuda", weights=weights, **options))  # type: ignore[arg-type]
+
+
+def serving(name: str, weights: str, activations: str) -> EngineConfig:
+    """The configuration of a model that is timed. Raises ConfigError."""
+    return make_config(name, weights, activations=activations, kv_dtype="fp8", **ENGINE)
 
 
 def make_model(config: EngineConfig, device: torch.device) -> Decoder:
@@ -126,55 +151,94 @@ def make_model(config: EngineConfig, device: torch.device) -> Decoder:
 
 def make_core(name: str, weights: str, activations: str, device: torch.device) -> EngineCore:
     """The engine with a model of full size, and the cache that it plans for itself. Raises ConfigError."""
-    config = make_config(name, weights, activations=activations, kv_dtype="fp8", **ENGINE)
+    config = serving(name, weights, activations)
     registry.bind(KernelsConfig(), "cuda")
-    return EngineCore(config, ModelRunner.of(config, make_model(config, device), make_pool(config)))
+    model = make_model(config, device)
+    runner = ModelRunner.of(config, model, make_pool(config))
+    # Nothing is compiled or recorded while it is timed.
+    runner.prepare(config, Compilation(config, lambda: model.weights))
+    return EngineCore(config, runner)
 
 
-def run_load(loaded: Callable[[], EngineCore], concurrent: int) -> dict[str, Any]:
-    """A closed loop of `concurrent` clients, in this process -> rates, and times in seconds by percentile.
+def run_load(core: EngineCore, concurrent: int) -> dict[str, Any]:
+    """A closed loop of `concurrent` clients, in this process -> rates, and times in seconds by percentile; those of
+    requests that time cuts off too.
 
-    Raises Failed where a request ends before its length.
+    decode_tokens_per_s: from the moment on when the first requests all have their first token, until one must be
+    followed by another. Raises Failed where a request ends before its length.
     """
-    core, requests = loaded(), max(2 * concurrent, 4)
-    core.reset()
-    random = torch.Generator().manual_seed(concurrent)
     sent: list[float] = []  # by request
     times: list[list[float]] = []  # of its tokens
-
-    def send() -> None:
-        number = len(sent)
-        prompt = torch.randint(1000, 30_000, (PROMPT_TOKENS,), generator=random).tolist()
-        params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, seed=number)
-        times.append([])
-        sent.append(time.perf_counter())
-        core.submit(Submit(request_id=number, prompt_token_ids=prompt, sampling=params))
-
     start = time.perf_counter()
-    for _ in range(concurrent):
-        send()
-    while core.has_work():
-        for delta in core.step():
+    for number in range(concurrent):
+        sent.append(submit(core, number))
+        times.append([])
+    finished, most = 0, max(2 * concurrent, 4)
+    while core.has_work() and time.perf_counter() - start < LOAD_S:
+        for delta in step(core):
             now = time.perf_counter()
             times[delta.request_id] += [now] * len(delta.token_ids)
-            if delta.finish is None:
-                continue
-            if delta.finish.reason != "length":
-                raise Failed(f"request {delta.request_id} ended as {delta.finish.reason}: {delta.finish.message}")
-            if len(sent) < requests and now - start < LOAD_S:
-                send()
+            finished += delta.finish is not None
+            if delta.finish is not None and len(sent) < most:
+                sent.append(submit(core, len(sent)))
+                times.append([])
     elapsed_s = time.perf_counter() - start
-    first = [found[0] - begun for begun, found in zip(sent, times, strict=True)]
+    core.reset()
+    first = [found[0] - begun for begun, found in zip(sent, times, strict=True) if found]
     gaps = [later - sooner for found in times for sooner, later in pairwise(found)]
-    return {
-        "concurrent": concurrent,
-        "requests": len(sent),
-        "requests_per_s": len(sent) / elapsed_s,
-        "output_tokens_per_s": sum(map(len, times)) / elapsed_s,
-        "first_token_s": {p: float(np.percentile(first, p)) for p in (50, 99)},
-        "between_tokens_s": {p: float(np.percentile(gaps, p)) for p in (50, 99)},
-        "elapsed_s": elapsed_s,
-    }
+    found: dict[str, Any] = {"concurrent": concurrent, "requests": finished, "requests_per_s": finished / elapsed_s}
+    found |= {"output_tokens_per_s": sum(map(len, times)) / elapsed_s, "elapsed_s": elapsed_s}
+    if all(times[:concurrent]):
+        since, until = max(one[0] for one in times[:concurrent]), min(one[-1] for one in times[:concurrent])
+        decoded = sum(since < moment <= until for one in times for moment in one)
+        found["decode_tokens_per_s"] = decoded / (until - since) if until > since else 0.0
+    for name, values in (("first_token_s", first), ("between_tokens_s", gaps)):
+        found[name] = {p: float(np.percentile(values, p)) for p in (50, 99)} if values else {}
+    return found
+
+
+def submit(core: EngineCore, number: int) -> float:
+    """Send a request; when that was."""
+    random = torch.Generator().manual_seed(number)
+    prompt = torch.randint(*TOKENS, (PROMPT_TOKENS,), generator=random).tolist()
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, seed=number)
+    now = time.perf_counter()
+    core.submit(Submit(request_id=number, prompt_token_ids=prompt, sampling=params))
+    return now
+
+
+def step(core: EngineCore) -> list[TokenDelta]:
+    """A step's deltas. Raises Failed where a request ends before its length."""
+    deltas = core.step()
+    for delta in deltas:
+        if delta.finish is not None and delta.finish.reason != "length":
+            raise Failed(f"request {delta.request_id} ended as {delta.finish.reason}: {delta.finish.message}")
+    return deltas
+
+
+def profile_steps(core: EngineCore, concurrent: int) -> dict[str, Any]:
+    """Decode steps of so many requests under torch's profiler: per step, microseconds on the clock, of all kernels,
+    and of each kernel with its number of launches. On a CPU, of torch's operations."""
+    for number in range(concurrent):
+        submit(core, number)
+    waiting = set(range(concurrent))
+    while waiting:
+        waiting -= {delta.request_id for delta in step(core) if delta.token_ids}
+    for _ in range(BEFORE):
+        step(core)
+    on_card = torch.cuda.is_available()
+    activity = torch.profiler.ProfilerActivity.CUDA if on_card else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            step(core)
+        step_us = (time.perf_counter() - start) / STEPS * 1e6
+    core.reset()
+    time_of = "self_device_time_total" if on_card else "self_cpu_time_total"
+    rows = [(one.key, one.count / STEPS, getattr(one, time_of) / STEPS) for one in profiler.key_averages()]
+    rows.sort(key=lambda row: -row[2])
+    kernels_us, launches = (sum(row[column] for row in rows) for column in (2, 1))
+    return {"step_us": step_us, "kernels_us": kernels_us, "launches": launches, "kernels": rows[:KERNELS]}
 
 
 def check_slice(

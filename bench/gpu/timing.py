@@ -1,21 +1,23 @@
-"""Every kernel at the sizes of a serving step, beside torch's own, as shares of what the card can do at most."""
+"""Every kernel at the sizes of a serving step, and torch's own; what the card can do at most."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any
+from math import prod
+from typing import Any, cast
 
 import torch
 from triton import testing
 
 from cierzo.bench.gpu.baselines import BASELINES
-from cierzo.bench.gpu.calls import make_call
-from cierzo.bench.gpu.cases import BY_FP8, CASES, COLD_BYTES, Size
+from cierzo.bench.gpu.calls import Cell, cells, make_call
+from cierzo.bench.gpu.cases import CASES, COLD_BYTES, Call, Size
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
+from cierzo.kernels.formats.device import DeviceMatrix
 from cierzo.kernels.triton import heuristics
 
 SIZES = (
@@ -27,6 +29,9 @@ SIZES = (
 SAMPLES, SAMPLE_MS = 7, 20
 COPY_BYTES = 1 << 30
 SIDE = 8192
+# Of an element that is dequantised: its code as an index (8), then fp32 in three products; twice, as a graph that
+# is recorded has memory of its own.
+BASELINE_BYTES = 2 * (8 + 3 * 4)
 Calls = Sequence[tuple[Any, ...]]  # arguments of calls in turn
 
 
@@ -36,40 +41,51 @@ def measure(
     size: Size,
     format: str,
     device: torch.device,
-    limits: Mapping[str, float],
+    *,
     cold_bytes: int = COLD_BYTES,
-) -> dict[str, Any] | None:
-    """us, GB/s, TFLOP/s and share of the limit, ours and torch's; None where the model lacks the operation."""
-    call = make_call(operation, model, size, format, device, cold_bytes=cold_bytes)
-    if call is None:
-        return None
-    calls, work = call
+    subject: str = "kernels",
+) -> dict[str, Any]:
+    """Microseconds of a call, and its bytes and operations. subject: "kernels" are ours; "described" the same, read
+    through descriptors (for heuristics.DESCRIBED_TOKENS); "torch" is what torch has, if it fits."""
+    if subject == "torch" and device.type == "cuda":
+        calls, _ = cast(Call, make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0))
+        needed, free = baseline_bytes(calls[0]), torch.cuda.mem_get_info(device)[0]
+        if needed > free:
+            return {"does not fit": f"it takes {needed >> 30} GiB, {free >> 30} are free"}
+    calls, work = cast(Call, make_call(operation, model, size, format, device, cold_bytes=cold_bytes))
     choice = registry.implementations(operation, "cuda")[0]
-    num_bytes, flops = float(work.num_bytes), float(work.operations)
-    rate = limits.get("fp8_tflop_per_s" if format in BY_FP8 else "bf16_tflop_per_s", limits["bf16_tflop_per_s"])
-    limit_s = max(num_bytes / limits["copy_gb_per_s"] / 1e9, flops / rate / 1e12)
-
-    def timed(function: Callable[..., Any], calls: Calls) -> dict[str, Any]:
+    function, name = choice.load(), choice.name
+    reading: Callable[[], AbstractContextManager[None]] = nullcontext
+    if subject == "described":
+        reading = read_through_descriptors
+    elif subject == "torch":
+        calls, name = [(BASELINES[operation](*arguments),) for arguments in calls[:2]], "torch"
+        function = _run
+    with reading():
         times, replayed = samples(function, calls, device)
-        seconds = sorted(times)[len(times) // 2]
-        return {
-            "us": seconds * 1e6,
-            "samples_us": [sample * 1e6 for sample in times],
-            "gb_per_s": num_bytes / seconds / 1e9,
-            "tflop_per_s": flops / seconds / 1e12,
-            "share": limit_s / seconds,
-            "replayed": replayed,
-        }
+    us = [seconds * 1e6 for seconds in times]
+    found = {"bytes": float(work.num_bytes), "flops": float(work.operations), "implementation": name}
+    return found | {"us": sorted(us)[len(us) // 2], "samples_us": us, "replayed": replayed}
 
-    found: dict[str, Any] = {"bytes": num_bytes, "flops": flops, "implementation": choice.name}
-    found |= timed(choice.load(), calls)
-    if CASES[operation].weighted and not size.decodes:  # for heuristics.DESCRIBED_TOKENS
-        with read_through_descriptors():
-            found["described"] = timed(choice.load(), calls)
-    if operation in BASELINES and not (model.window or model.sinks):  # SDPA has no sinks
-        prepared = [(BASELINES[operation](*arguments),) for arguments in calls[:2]]
-        found["torch"] = timed(lambda run: run(), prepared)
-    return found
+
+def timed(subject: str) -> Iterator[tuple[str, Cell]]:
+    """Cells of a subject of `measure`, at the sizes of a step: all; what descriptors may read; what torch has."""
+    for size in SIZES:
+        for name, (operation, model, _, format) in cells([size]):
+            described = CASES[operation].weighted and not size.decodes
+            known = operation in BASELINES and not (model.window or model.sinks)  # SDPA has no sinks
+            if {"kernels": True, "described": described, "torch": known}[subject]:
+                yield name, (operation, model, size, format)
+
+
+def _run(baseline: Callable[[], Any]) -> Any:
+    return baseline()
+
+
+def baseline_bytes(arguments: tuple[Any, ...]) -> int:
+    """Memory that torch's own function takes for arguments, at most: it dequantises whole matrices, all experts."""
+    sizes = [prod(one.shape) for one in arguments if isinstance(one, DeviceMatrix) and one.activations != "fp8"]
+    return BASELINE_BYTES * max(sizes, default=0) + 2 * sum(sizes)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cierzo.kernels.triton.launch import POINTER, Configuration
+from cierzo.kernels.triton.launch import POINTER, Configuration, settle
 
 WARP_THREADS = 32
 MOST_PROCESSES = 16  # of half a gigabyte of memory each; Small 4 has less than a hundred configurations
@@ -145,6 +145,7 @@ def _ask(process: Popen[bytes], configuration: Configuration) -> None:
 
 def _warmed(configuration: Configuration) -> Any:
     """Have Triton compile, or find in a cache, what a launch on the active driver's device wants."""
+    settle()
     arguments = {name: _argument(configuration, name, kind) for name, kind in configuration.types.items()}
     return configuration.kernel.warmup(grid=(1,), **arguments, **configuration.constants, **configuration.options)
 

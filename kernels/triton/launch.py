@@ -42,6 +42,7 @@ POINTER = {
     torch.bool: "*i1",
 }
 _LIMITS = {"i32": 1 << 31}  # Triton itself takes an integer for an i64 where it is larger, and compiles anew
+_unsettled: list[Any] = []  # kernels, and functions that kernels call, in the order of their definition
 _dry: list[Launch] | None = None  # launches of a dry run; None: launches run
 
 
@@ -52,7 +53,19 @@ def kernel(function: Callable[..., None]) -> Any:
         for name, parameter in inspect.signature(function).parameters.items()
         if not name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
     ]
-    return triton.jit(do_not_specialize=scalars)(function)
+    found = triton.jit(do_not_specialize=scalars)(function)
+    _unsettled.append(found)
+    return found
+
+
+def settle() -> None:
+    """Have Triton take the digests of all kernels in one order, that of their definition.
+
+    In Triton 3.6 a digest depends on whether those of the functions that a kernel calls were taken before it, or
+    with it: processes that compile in different orders would look for the same kernel under different keys.
+    """
+    while _unsettled:
+        getattr(_unsettled.pop(0), "cache_key", None)  # the interpreter's functions have none
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,6 +162,7 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
         _dry.append(Launch(configuration, grid))
         return
     note(configuration.kernel.__name__)
+    settle()
     try:
         configuration.kernel[grid](**(arguments | descriptors), **configuration.constants, **configuration.options)
     except RuntimeError as error:

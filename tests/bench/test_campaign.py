@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from cierzo.bench.campaign import outcome
+from cierzo.bench.campaign import loop, outcome
 from cierzo.bench.campaign.loop import Block, Campaign, DeviceLost, Run, Session
 from cierzo.bench.campaign.outcome import Ratio, Row, saved
-from cierzo.bench.campaign.store import CEILINGS, Sample, Store, has_samples
+from cierzo.bench.campaign.store import CEILINGS, STARTED, TIME_OVER, Sample, Store, has_samples
 from cierzo.bench.campaign.table import Grid, grid_of, middle, page
 from cierzo.bench.headline.outcome import Outcome, text
 from cierzo.engine.errors import ConfigError
@@ -199,26 +199,70 @@ def test_an_interrupted_run_leaves_nothing_open_and_goes_on(path: Path) -> None:
     assert rest.diary[:3] == ["open theirs", "theirs b0", "close theirs"]
 
 
-def test_a_lost_device_ends_the_run_behind_its_cell(path: Path) -> None:
+def test_a_lost_device_ends_the_run_and_blames_no_further_cell(path: Path) -> None:
     def answer(cell: str, subject: str, number: int) -> float:
-        if cell == "a":
-            raise DeviceLost("CUDA error: misaligned address")
+        if (cell, subject) == ("a", "ours"):
+            raise RuntimeError("CUDA error: misaligned address")
+        if cell == "open" and "ours a0" in campaign.diary:
+            raise DeviceLost("no process gets the device")
         return 10.0
 
     campaign = Scripted(answer)
     with pytest.raises(DeviceLost):
         run(campaign, path)
-    assert campaign.diary == ["open ours", "ours a0", "close ours"]
-    assert "misaligned" in Store(path, IDENTITY).error("a", "ours")
+    assert campaign.diary == ["open ours", "ours a0", "close ours", "open ours"]
+    assert [one.cell for one in Store(path, IDENTITY)] == ["a"]
 
 
-def test_no_cell_is_begun_when_a_block_s_time_is_over(path: Path) -> None:
-    store, said = run(Scripted(), path, block_s=-1.0)
+def test_no_cell_is_begun_when_time_is_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, said = run(Scripted(), path, deadline=-1.0)
     assert list(store) == []
-    assert said == [
-        "first: -1 s are over; run it again for the rest",
-        "second: -1 s are over; run it again for the rest",
-    ]
+    assert said == ["time is over: run it again for the rest"]
+    now = 0.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+
+    def answer(cell: str, subject: str, number: int) -> float:
+        nonlocal now
+        now += cell != "open"
+        return 10.0
+
+    store, said = run(Scripted(answer), path, deadline=2.5)
+    assert [(one.cell, one.subject) for one in store] == [("a", "ours"), ("b", "ours"), ("a", "theirs")]
+
+
+def test_cells_that_failed_or_took_the_run_along_are_not_tried_again_unasked(path: Path) -> None:
+    def answer(cell: str, subject: str, number: int) -> float:
+        if subject == "theirs" and cell != "open":
+            raise {"a": ValueError("wrong"), "b": KeyboardInterrupt()}.get(cell, RuntimeError(TIME_OVER))
+        return 10.0
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Scripted(answer), path, announce=True)
+    states = [(one.cell, one.subject, one.error) for one in Store(path, IDENTITY)]
+    assert states[-3:] == [("a", "theirs", STARTED), ("a", "theirs", "wrong"), ("b", "theirs", STARTED)]
+    assert states[:2] == [("a", "ours", STARTED), ("a", "ours", "")]
+    campaign = Scripted(answer)
+    store = Store(path, IDENTITY)
+    again = Run(campaign, store, lambda _: None, announce=True, retry=False)
+    again.measure(1)
+    assert [line for line in campaign.diary if line[-1] == "0"] == ["ours c0", "theirs c0"]
+    assert again.failed == 0, "what time cut off is no failure"
+    assert not store.failed("c", "theirs")
+    campaign = Scripted(answer)
+    run(campaign, path, retry=False)
+    assert campaign.diary == ["open theirs", "theirs c0", "close theirs"]
+    rest = Scripted()
+    run(rest, path, announce=True)
+    assert [line for line in rest.diary if line[-1] == "0"] == ["theirs a0", "theirs b0", "theirs c0"]
+
+
+def test_a_result_is_on_disk_before_the_terminal_has_it(path: Path) -> None:
+    def say(_: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        Run(Scripted(), Store(path, IDENTITY), say).measure(1)
+    assert Store(path, IDENTITY).measured("a", "ours") == {0: 10.0}
 
 
 def test_ceilings_and_by_products_are_samples_too(path: Path) -> None:

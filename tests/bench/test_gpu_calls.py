@@ -175,6 +175,23 @@ def test_a_shared_prefix_is_read_once_and_a_window_leaves_what_it_leaves() -> No
     assert Size(name="", sequences=2, rows_each=3, context=5).queries() == (6, 2 * (3 + 4 + 5), 2 * 5)
 
 
+@pytest.mark.parametrize(
+    "operation", ["mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill", "write_latents", "gather_blocks"]
+)
+def test_cold_pages_fill_more_than_a_cache(operation: str) -> None:
+    """Each call has its own, so that none finds its context where the one before left it."""
+    cold_bytes, known = 1 << 18, CASES[operation]
+    model, size = next(one for one in itertools.product(MODELS.values(), SIZES.values()) if known.has(*one))
+    call, other = (known.call(model, size, Maker(cold_bytes=number)) for number in (cold_bytes, 0))
+    assert call is not None
+    assert other is not None
+    pages = [one for arguments in call[0] for one in arguments if isinstance(one, torch.Tensor) and one.dim() > 2]
+    pages = [one for one in pages if one.shape[1] == calls.BLOCK_TOKENS]
+    assert sum({one.data_ptr(): one.nbytes for one in pages}.values()) >= cold_bytes
+    assert len(call[0]) > len(other[0]) == 1
+    assert call[1] == other[1]
+
+
 def test_cold_weights_fill_more_than_a_cache() -> None:
     make = Maker(cold_bytes=1 << 14)
     assert len(make.cold(lambda: (make.matrix(32, 64),))) == (1 << 14) // (32 * 64 * 2) + 1
