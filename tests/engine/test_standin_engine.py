@@ -23,16 +23,10 @@ def served(folder: Path, name: str, seed: int, count: int) -> dict[str, list[Any
 
 
 def test_overlapped_recorded_steps_give_the_tokens_of_plain_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """The dense model; test_standin_server.py has the other."""
-    found = served(tmp_path, "small3", 1, 3)
-    assert plainly(tmp_path, "small3", load(1, 3), monkeypatch) == found
-
-
-def test_random_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """`make standin`: larger loads, of both models."""
-    for seed in range(request.config.getoption("--standin-loads")):
-        for name in MODELS:
-            found = served(tmp_path, name, seed, 8)
-            assert plainly(tmp_path, name, load(seed, 8), monkeypatch) == found, (name, seed)
+    """Of the dense model; test_standin_server.py has the other. `make standin` adds larger loads of both."""
+    more = range(request.config.getoption("--standin-loads"))
+    for name, seed, count in [("small3", 1, 3), *((name, seed, 8) for seed in more for name in MODELS)]:
+        found = served(tmp_path, name, seed, count)
+        assert plainly(tmp_path, name, load(seed, count), monkeypatch) == found, (name, seed)
