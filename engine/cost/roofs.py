@@ -1,0 +1,150 @@
+"""Seconds of a kernel's launch on a card, from its machine code: the roofs that it is under. Plain numbers, no torch.
+
+A launch runs in waves of as many programs as are resident together. In a wave three things are used: the memory, the
+tensor cores, and the instruction pipes, of which the busiest counts (issue slots, integer ALU, conversions). One
+program uses them in turn, since its next product waits for what its instructions unpack; so a multiprocessor with R
+programs hides behind the busiest of the three all but an R-th of the other two:
+
+    wave = worst + (sum - worst) / R        R = 1: nothing is hidden; R large: the worst roof alone
+
+(the asymptotic bound of a closed queueing network of R customers.) The constants below are FROZEN with the commit that
+brought this file: only a measurement on a card changes them, or takes the place of the prediction.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from math import ceil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cierzo.engine.cost.data_sheets import DataSheet
+
+# What a copy reaches of the memory's rate: 4.3 of 4.8 TB/s, seen on an H200; vLLM's bf16 experts reach 89 % on an H100
+# at batch 256 (its pull request 39902).
+COPY_SHARE = 0.9
+# A load's way to memory and back under load. Idle it takes 479 clocks, 0.27 us (arXiv 2402.13499, table of latencies);
+# loaded two to three times that: a full memory then needs 23 KB under way in each multiprocessor of an H200.
+LATENCY_S = 0.7e-6
+# What products of random numbers reach of the tensor cores' rate, at the card's power limit: 769 to 798 of 989.5
+# TFLOP/s, seen on an H200 (8192 cubed, bf16).
+TENSOR_SHARE = 0.8
+# Of the issue slots (and of a pipe's), those that code without a stall in its plan fills. With it the sum above gives
+# Marlin's published rates: 301 instructions for 9.2 KB of weights make 2.4 TB/s on an H200 (measured: 2.5), 1.7 on an
+# H20 (1.64). Marlin is alone in its multiprocessor, so that it reaches but 37 % of its issue roof.
+ISSUE_SHARE = 0.8
+# mma.sync's part of the rate that wgmma reaches (arXiv 2402.13499).
+MMA_SYNC_SHARE = 0.63
+# Columns below which a wgmma takes no less time: its 64x16 values of A, 2 KB, come from shared memory at 128 bytes a
+# clock (CUDA programming guide: 32 banks of 4 bytes), in 16 clocks; N columns take N / 2.
+LEAST_COLUMNS = 32
+# Clocks of an instruction of a warp that waits for its own results half the time (an arithmetic instruction takes 4:
+# CUDA programming guide, multiprocessor level); trips to memory one after another in a program: where its work is,
+# the work, the result.
+STRAIGHT_CLOCKS = 2.0
+TRIPS = 3
+# From one kernel of a replayed graph to the next, between 1.0 and 1.4 us with a dependence between them. Stated.
+NODE_S = 1.2e-6
+# Of a launch that is not replayed, on the host: Triton's launcher 37 us, its `Configuration` 30 us, read with a profiler
+# where no card was; it counts where the device is quicker.
+HOST_LAUNCH_S = 67e-6
+
+MEMORY, IN_FLIGHT, TENSOR, ISSUE, INTEGERS, CONVERSIONS, LAUNCHES = ROOFS = (
+    "memory", "bytes in flight", "tensor cores", "issue", "integer ALU", "conversions", "launches",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Instructions of one warp: all; those of the integer ALU (LOP3, SHF, PRMT, IADD3, ..); conversions (F2F, MUFU).
+    mma_clocks: clocks of the tensor cores of a multiprocessor."""
+
+    issued: float = 0.0
+    integers: float = 0.0
+    conversions: float = 0.0
+    mma_clocks: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Code:
+    """What the compiler made of a kernel: warps and shared bytes of a program, registers of a thread, stages of the
+    pipeline that loads ahead, instructions of a turn of the main loop, and those outside it."""
+
+    warps: int
+    registers: int
+    shared_bytes: int
+    stages: int = 1
+    turn: Counts = field(default_factory=Counts)
+    outside: Counts = field(default_factory=Counts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """A launch: programs that work and programs that return at once; turns of a program's main loop; bytes that all
+    of them must move to and from memory."""
+
+    code: Code
+    programs: int
+    num_bytes: float
+    turns: float = 0.0
+    idle: int = 0
+
+
+def mma_clocks(card: DataSheet, m: int, n: int, k: int, *, fp8: bool, group: bool) -> float:
+    """Clocks of a multiprocessor's tensor cores for a warp's part of an instruction of M x N x K products. Rows of M
+    and columns of N that hold nothing count like others. group: of four warps together (wgmma)."""
+    rate = card.products * (2 if fp8 else 1)
+    if group:
+        return m * max(n, LEAST_COLUMNS) * k / rate / 4
+    return m * n * k / rate / MMA_SYNC_SHARE
+
+
+def resident(card: DataSheet, code: Code) -> int:
+    """Programs that a multiprocessor holds at once, at least one."""
+    registers = 8 * ceil(code.registers / 8) * 32 * code.warps  # handed out by eights
+    rooms = (
+        card.programs,
+        card.warps // code.warps,
+        card.registers // max(registers, 1),
+        card.shared_bytes // (code.shared_bytes + card.program_shared_bytes),
+    )
+    return max(1, min(rooms))
+
+
+def seconds(card: DataSheet, launch: Launch) -> dict[str, float]:
+    """Seconds of a launch in a replayed graph, by the roof that they are under; their sum is its time."""
+    code, capacity = launch.code, card.multiprocessors * resident(card, launch.code)
+    outside_s = code.outside.issued * STRAIGHT_CLOCKS / card.clock
+    found = Counter({LAUNCHES: NODE_S + TRIPS * LATENCY_S + outside_s + LATENCY_S * launch.idle / capacity})
+    left = launch.programs
+    whole, rest = divmod(left, capacity)
+    for count, programs in ((whole, capacity), (1, rest)):
+        if count and programs:
+            name, wave_s = _wave(card, launch, programs)
+            found[name] += count * wave_s
+    return dict(found)
+
+
+def _wave(card: DataSheet, launch: Launch, programs: int) -> tuple[str, float]:
+    """The worst roof of a wave, and its seconds."""
+    code, together = launch.code, ceil(programs / card.multiprocessors)  # in the fullest multiprocessor
+    num_bytes = launch.num_bytes / launch.programs
+    under_way = num_bytes * min(1.0, max(1, code.stages - 1) / launch.turns) if launch.turns else num_bytes
+    copied = card.bytes_per_s * COPY_SHARE
+    rate = min(copied, programs * under_way / LATENCY_S) if num_bytes else copied
+    memory = (programs * num_bytes / rate, MEMORY if rate == copied else IN_FLIGHT)
+
+    def busy_s(pipe: str, a_clock: float) -> float:
+        turn, outside = getattr(code.turn, pipe), getattr(code.outside, pipe)
+        return together * code.warps * (launch.turns * turn + outside) / a_clock / card.clock
+
+    tensor = (busy_s("mma_clocks", TENSOR_SHARE), TENSOR)
+    pipes = max(
+        (busy_s("issued", card.issued * ISSUE_SHARE), ISSUE),
+        (busy_s("integers", card.integers / 32 * ISSUE_SHARE), INTEGERS),
+        (busy_s("conversions", card.conversions / 32 * ISSUE_SHARE), CONVERSIONS),
+    )
+    used = (memory, tensor, pipes)
+    worst_s, name = max(used)
+    return name, worst_s + (sum(one for one, _ in used) - worst_s) / together
