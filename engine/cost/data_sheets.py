@@ -14,7 +14,7 @@ class DataSheet:
     The sizes below those are Hopper's: streaming multiprocessors (data sheet of the SXM cards), and of each of them
     (CUDA programming guide, technical specifications and arithmetic instructions of compute capability 9.0):
     registers, bytes of shared memory and what each program takes besides its own, warps and programs that are
-    resident, instructions a clock, results a clock of an integer or logic operation and of a conversion, products a
+    resident, schedulers (an instruction a clock each), results a clock of an integer or logic operation and of a conversion, products a
     clock of the tensor cores in bf16 (FP8 has twice as many: the data sheet's rates).
     """
 
@@ -29,7 +29,7 @@ class DataSheet:
     program_shared_bytes: int = 1 << 10
     warps: int = 64
     programs: int = 32
-    issued: int = 4
+    schedulers: int = 4
     integers: int = 64
     conversions: int = 16
     products: int = 2048

@@ -1,14 +1,16 @@
 """Seconds of a kernel's launch on a card, from its machine code: the roofs that it is under. Plain numbers, no torch.
 
-A launch runs in waves of as many programs as are resident together. In a wave three things are used: the memory, the
-tensor cores, and the instruction pipes, of which the busiest counts (issue slots, integer ALU, conversions). One
-program uses them in turn, since its next product waits for what its instructions unpack; so a multiprocessor with R
-programs hides behind the busiest of the three all but an R-th of the other two:
+A launch runs in waves of as many programs as are resident together. A warp computes in turn with the instruction pipes,
+of which the busiest counts (issue slots, integer ALU, conversions), and with the tensor cores, since its next product
+waits for what its instructions unpack. So a scheduler that has R warps to choose from hides behind the busier of the
+two all but an R-th of the other; of the memory, which works ahead, or of the work behind it, half as much is left:
 
-    wave = worst + (sum - worst) / R        R = 1: nothing is hidden; R large: the worst roof alone
+    computing = max(pipes, tensor) + min(pipes, tensor) / R
+    wave      = max(computing, memory) + min(computing, memory) / 2 R        R large: the worst roof alone
 
-(the asymptotic bound of a closed queueing network of R customers.) The constants below are FROZEN with the commit that
-brought this file: only a measurement on a card changes them, or takes the place of the prediction.
+(the bound of a closed queueing network of R customers.) The constants below are FROZEN with the commit that brought
+this file: only a measurement on a card changes them, or takes the place of the prediction. How far predictions lie from
+what others have published of their kernels stands in bench/results/validation-sm90.txt.
 """
 
 from __future__ import annotations
@@ -24,26 +26,30 @@ if TYPE_CHECKING:
 # What a copy reaches of the memory's rate: 4.3 of 4.8 TB/s, seen on an H200; vLLM's bf16 experts reach 89 % on an H100
 # at batch 256 (its pull request 39902).
 COPY_SHARE = 0.9
-# A load's way to memory and back under load. Idle it takes 479 clocks, 0.27 us (arXiv 2402.13499, table of latencies);
-# loaded two to three times that: a full memory then needs 23 KB under way in each multiprocessor of an H200.
-LATENCY_S = 0.7e-6
-# What products of random numbers reach of the tensor cores' rate, at the card's power limit: 769 to 798 of 989.5
-# TFLOP/s, seen on an H200 (8192 cubed, bf16).
-TENSOR_SHARE = 0.8
-# Of the issue slots (and of a pipe's), those that code without a stall in its plan fills. With it the sum above gives
-# Marlin's published rates: 301 instructions for 9.2 KB of weights make 2.4 TB/s on an H200 (measured: 2.5), 1.7 on an
-# H20 (1.64). Marlin is alone in its multiprocessor, so that it reaches but 37 % of its issue roof.
+# A load's way to memory and back where the memory is busy: what the published times of DeepGEMM's, Marlin's and
+# FlashMLA's decoding imply of their stages. (Idle: 479 clocks, 0.27 us, arXiv 2402.13499.) So a full memory needs 34 KB
+# under way in each multiprocessor of an H200. Of the stages of a pipeline one and a half are not under way: the one
+# that is computed with, and half of the one before it.
+LATENCY_S, STAGES_HELD = 1.05e-6, 1.5
+# Of the tensor cores' rate, what a loop without other work reaches: FlashMLA 88 % on an H20 (its README), where they are
+# slow. The best products of H100 and H200, 71 to 80 %, come out of this and of what they do not hide.
+TENSOR_SHARE = 0.9
+# Of the issue slots, those that code fills. Marlin, published at 2.5 TB/s on an H200 (37 % of what its instructions
+# allow, 52 % of the memory's rate), then comes out within 15 %, DeepGEMM within 25 %, FlashMLA within 9 %.
 ISSUE_SHARE = 0.8
+# What loads ahead leave unhidden, beside computing: as above.
+UNHIDDEN = 0.5
 # mma.sync's part of the rate that wgmma reaches (arXiv 2402.13499).
 MMA_SYNC_SHARE = 0.63
 # Columns below which a wgmma takes no less time: its 64x16 values of A, 2 KB, come from shared memory at 128 bytes a
 # clock (CUDA programming guide: 32 banks of 4 bytes), in 16 clocks; N columns take N / 2.
 LEAST_COLUMNS = 32
-# Clocks of an instruction of a warp that waits for its own results half the time (an arithmetic instruction takes 4:
-# CUDA programming guide, multiprocessor level); trips to memory one after another in a program: where its work is,
-# the work, the result.
+# Clocks of an instruction outside the loop: half of those of a warp wait for its own results (an arithmetic instruction
+# takes 4, CUDA programming guide, multiprocessor level).
 STRAIGHT_CLOCKS = 2.0
-TRIPS = 3
+# From a kernel's start to its first loads' arrival, and from its last results to its end: what the same published
+# decoding times leave.
+START_S = 1.0e-6
 # From one kernel of a replayed graph to the next, between 1.0 and 1.4 us with a dependence between them. Stated.
 NODE_S = 1.2e-6
 # Of a launch that is not replayed, on the host: Triton's launcher 37 us, its `Configuration` 30 us, read with a profiler
@@ -116,7 +122,7 @@ def seconds(card: DataSheet, launch: Launch) -> dict[str, float]:
     """Seconds of a launch in a replayed graph, by the roof that they are under; their sum is its time."""
     code, capacity = launch.code, card.multiprocessors * resident(card, launch.code)
     outside_s = code.outside.issued * STRAIGHT_CLOCKS / card.clock
-    found = Counter({LAUNCHES: NODE_S + TRIPS * LATENCY_S + outside_s + LATENCY_S * launch.idle / capacity})
+    found = Counter({LAUNCHES: NODE_S + START_S + outside_s + START_S * launch.idle / capacity})
     left = launch.programs
     whole, rest = divmod(left, capacity)
     for count, programs in ((whole, capacity), (1, rest)):
@@ -130,7 +136,8 @@ def _wave(card: DataSheet, launch: Launch, programs: int) -> tuple[str, float]:
     """The worst roof of a wave, and its seconds."""
     code, together = launch.code, ceil(programs / card.multiprocessors)  # in the fullest multiprocessor
     num_bytes = launch.num_bytes / launch.programs
-    under_way = num_bytes * min(1.0, max(1, code.stages - 1) / launch.turns) if launch.turns else num_bytes
+    ahead = max(1.0, code.stages - STAGES_HELD) / launch.turns if launch.turns else 1.0
+    under_way = num_bytes * min(1.0, ahead)
     copied = card.bytes_per_s * COPY_SHARE
     rate = min(copied, programs * under_way / LATENCY_S) if num_bytes else copied
     memory = (programs * num_bytes / rate, MEMORY if rate == copied else IN_FLIGHT)
@@ -141,10 +148,12 @@ def _wave(card: DataSheet, launch: Launch, programs: int) -> tuple[str, float]:
 
     tensor = (busy_s("mma_clocks", TENSOR_SHARE), TENSOR)
     pipes = max(
-        (busy_s("issued", card.issued * ISSUE_SHARE), ISSUE),
-        (busy_s("integers", card.integers / 32 * ISSUE_SHARE), INTEGERS),
-        (busy_s("conversions", card.conversions / 32 * ISSUE_SHARE), CONVERSIONS),
+        (busy_s("issued", card.schedulers * ISSUE_SHARE), ISSUE),
+        (busy_s("integers", card.integers / 32), INTEGERS),
+        (busy_s("conversions", card.conversions / 32), CONVERSIONS),
     )
-    used = (memory, tensor, pipes)
-    worst_s, name = max(used)
-    return name, worst_s + (sum(one for one, _ in used) - worst_s) / together
+    warps = max(1.0, together * code.warps / card.schedulers)
+    computing = max(tensor, pipes)
+    computing_s = computing[0] + min(tensor, pipes)[0] / warps
+    name = computing[1] if computing_s > memory[0] else memory[1]
+    return name, max(computing_s, memory[0]) + min(computing_s, memory[0]) * UNHIDDEN / warps

@@ -1,0 +1,426 @@
+"""Seconds of every operation on the cards, predicted from the machine code and the launches of today's kernels.
+
+`make gpu-report` writes them to engine/cost/predicted.json, cell by cell under the names that `make gpu` times: a dry run
+tells the launches, the disassembler what the compiler made of each kernel, engine/cost/roofs.py the seconds. A model's
+dense products are one cell, as a step counts them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from math import ceil, prod
+from pathlib import Path
+from subprocess import run
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+
+from cierzo.bench.gpu import nvrtc
+from cierzo.bench.gpu.calls import make_call
+from cierzo.bench.gpu.cases import CASES, LATENT_QUERIES, SMALL3, SMALL4, Size
+from cierzo.bench.gpu.compiled import INSTRUCTION
+from cierzo.bench.gpu.loops import Loop, classes, functions, loops, main_loop, products
+from cierzo.engine.cost import operations, roofs
+from cierzo.engine.cost.data_sheets import DATA_SHEETS, DataSheet
+from cierzo.engine.cost.operations import Work, stored
+from cierzo.engine.cost.roofs import Code, Counts
+from cierzo.engine.cost.sizes import ModelSizes
+from cierzo.kernels import registry
+from cierzo.kernels.cuda.launch.kernel import Kernel, options, program
+from cierzo.kernels.cuda.launch.launcher import running_on
+from cierzo.kernels.triton.compile import compile_ahead
+from cierzo.kernels.triton.launch import Configuration, dry_run
+
+FILE = Path(operations.__file__).with_name("predicted.json")
+CONTEXT = 4096
+DECODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
+PREFILLS = (512, 1024, 2048, 4096, 8192, 16_384)
+SIZES = (
+    *(Size(name=f"decode {n}", sequences=n, rows_each=1, context=CONTEXT) for n in DECODES),
+    Size(name="decode 1 of 256k", sequences=1, rows_each=1, context=1 << 18),
+    *(Size(name=f"prefill {n}", sequences=1, rows_each=n, context=n) for n in PREFILLS),
+)
+# What a step of each model launches: of the cases of operations those that a model on a GPU calls.
+LAUNCHED = {
+    SMALL4: (
+        "add_rms_norm", "linear", "rms_norm", "rope_tables", "apply_rope", "write_normed_latents", "mla_prefill", "mla_absorb",
+        "mla_decode", "mla_unabsorb", "route", "group_by_expert", "expert_mlp", "lm_head", "draw",
+    ),
+    SMALL3: (
+        "add_rms_norm", "linear", "rope_tables", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode", "gated_mlp",
+        "lm_head", "draw",
+    ),
+}  # fmt: skip
+ONCE = ("prefixes", "plan")  # once a step for all layers
+LEFT_OUT = "static fp8 x fp8"  # steps do not tell it from FP8 activations with a scale for each row
+HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")  # 64 results a clock: CUDA programming guide, arithmetic instructions
+SLOW = ("F2F", "MUFU")  # 16 a clock, the same table
+VALUE_BYTES = {"*bf16": 2, "*fp32": 4, "*fp8e4nv": 1, "*u8": 1, "*fp16": 2}
+DRAW_PASSES = 7  # over a row of logits: the highest; four to find where top_p cuts; two that draw
+SPREAD = 16  # times that tokens choose their experts at random, for the mean number of tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A launch of a dry run. constants: the compile-time ones of Triton's kernels."""
+
+    name: str
+    grid: tuple[int, ...]
+    warps: int
+    shared_bytes: int = 0
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+    made: Configuration | Kernel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of a launch: bytes that it moves, programs that work (None: all), and how far the main loop of each goes:
+    multiplications of its tensor cores, or of its FP32 units, empty rows of tiles included, or turns."""
+
+    num_bytes: float
+    programs: float | None = None
+    products: float = 0.0
+    multiplications: float = 0.0
+    turns: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of an operation, whose launches are priced."""
+
+    operation: str
+    model: ModelSizes
+    size: Size
+    format: str
+    work: Work
+    arguments: tuple[Any, ...] = ()
+
+    @property
+    def weights(self) -> str:
+        """The number format in which weights lie in memory."""
+        return self.format.partition(" x ")[0]
+
+    @property
+    def distinct(self) -> float:
+        """Experts that have rows, on average."""
+        return float(operations.random_distinct(self.model.experts, self.model.top_k, self.size.rows))
+
+    @property
+    def pairs(self) -> int:
+        """Rows of the experts, the shared one's included."""
+        return self.size.rows * (self.model.top_k + 1)
+
+    def expert_tiles(self, block_t: int) -> float:
+        """Tiles of rows in which experts have any, on average."""
+        chances = np.full(self.model.experts, 1 / self.model.experts)
+        counts = np.random.default_rng(0).multinomial(self.size.rows * self.model.top_k, chances, size=SPREAD)
+        return float((-(-counts // block_t)).sum(1).mean()) + ceil(self.size.rows / block_t)
+
+
+def _experts(call: Call, seen: Seen) -> Part:
+    c, model = seen.constants, call.model
+    up = seen.name == "expert_gate_up"
+    outputs = c["ROWS"] // 2 if up else c["ROWS"]
+    weights = (call.distinct + 1) * stored(call.weights, c["ROWS"], c["K"])
+    read = VALUE_BYTES[seen.types["x_ptr" if up else "inner_ptr"]]
+    written = VALUE_BYTES[seen.types["inner_ptr" if up else "outputs_ptr"]]
+    rows = call.size.rows if up and read == 2 else call.pairs  # rows that are not quantised are read where they lie
+    moved = weights + rows * c["K"] * read + call.pairs * outputs * written
+    tile = c["BLOCK_T"] * c["BLOCK_N"] * (2 if up else 1)
+    return Part(moved, call.expert_tiles(c["BLOCK_T"]) * ceil(outputs / c["BLOCK_N"]), products=tile * c["K"])
+
+
+def _linear(call: Call, seen: Seen) -> Part:
+    c, rows, heads = seen.constants, call.size.rows, seen.grid[1]
+    rows = call.size.sequences if call.operation == "lm_head" else rows
+    depth = ceil(min(c["PART_K"], c["K"]) / c["BLOCK_K"]) * c["BLOCK_K"] * (1 if c["APART"] else c["PARTS"])
+    outputs = c["ROWS"] // 2 if c["PAIRED"] else c["ROWS"]
+    read, written = VALUE_BYTES[seen.types["x_ptr"]], VALUE_BYTES[seen.types["out_ptr"]]
+    moved = heads * stored(call.weights, c["ROWS"], c["K"])
+    moved += rows * heads * (c["K"] * read + outputs * written * (c["PARTS"] if c["APART"] else 1))
+    return Part(moved, products=c["BLOCK_T"] * c["BLOCK_N"] * (2 if c["PAIRED"] else 1) * depth)
+
+
+def _attend(call: Call, seen: Seen) -> Part:
+    """Decoding: an item's tile of rows meets its split of the context."""
+    c, (rows, pairs, context) = seen.constants, call.size.queries()
+    model, kv_heads = call.model, seen.grid[1]
+    width, value = (model.rank + model.rope, model.rank) if model.rank else (model.head_dim, model.head_dim)
+    entries = context * model.page_values * VALUE_BYTES[seen.types["pages_ptr" if model.rank else "k_pages_ptr"]]
+    moved = entries + rows * model.heads * width * 2 + seen.grid[0] * model.heads * (value + 2) * 4
+    return Part(moved, products=c["ROWS"] * pairs / seen.grid[0] * (width + value))
+
+
+def _combine(call: Call, seen: Seen) -> Part:
+    model, splits = call.model, call.size.context / 512 if call.size.context <= 8192 else 16 + call.size.context / 1024
+    value = model.rank or model.head_dim
+    moved = seen.grid[0] * seen.grid[1] * ((value + 2) * 4 * splits + value * 2)
+    return Part(moved, turns=ceil(splits / seen.constants["CHUNK"]))
+
+
+def _flash(call: Call, seen: Seen) -> Part:
+    c, (rows, pairs, context) = seen.constants, call.size.queries()
+    seen_tokens = ceil((pairs / rows + c["ROWS"] / 2) / c["TOKENS"]) * c["TOKENS"]
+    width = c["A"] + c["B"] + c["V"]
+    moved = context * (c["HK"] * (c["A"] + c["V"]) + c["B"]) * 2 + rows * c["H"] * width * 2
+    return Part(moved, products=c["ROWS"] * seen_tokens * width)
+
+
+def _gather(call: Call, seen: Seen) -> Part:
+    c = seen.constants
+    read = VALUE_BYTES[seen.types["pages_ptr"]] * (2 if c["KEYS"] else 1)
+    return Part(call.size.context * c["HK"] * c["W"] * (read + 2 * (2 if c["KEYS"] else 1)))
+
+
+def _expand(call: Call, seen: Seen) -> Part:
+    c = seen.constants
+    moved = (c["N"] * c["R"] + call.size.context * (c["R"] + c["N"])) * 2
+    return Part(moved, products=c["ROWS"] * c["COLUMNS"] * c["R"])
+
+
+def _logits(call: Call, seen: Seen) -> Part:
+    """The router, on FP32 units: 8 rows a warp, for one expert, or for four where rows are many."""
+    model, wide = call.model, seen.warps > 4
+    moved = call.size.rows * (model.hidden * 2 + model.experts * 4) + model.experts * model.hidden * 2
+    return Part(moved, multiplications=8 * (4 if wide else 1) * seen.warps * model.hidden)
+
+
+PARTS: dict[str, Callable[[Call, Seen], Part]] = {
+    "expert_gate_up": _experts,
+    "expert_down": _experts,
+    "sum_slots": lambda call, _: Part((call.pairs + call.size.rows) * call.model.hidden * 2),
+    "linear": _linear,
+    "sum_parts": lambda call, seen: Part(call.size.rows * seen.constants["N"] * (4 * seen.constants["PARTS"] + 2)),
+    "quantise_rows": lambda call, seen: Part(prod(seen.grid) * seen.constants["D"] * 3),
+    "quantise_pairs": lambda call, seen: Part(prod(seen.grid) * seen.constants["D"] * 3),
+    "mla_attend": _attend,
+    "gqa_attend": _attend,
+    "combine": _combine,
+    "prefixes": lambda call, _: Part(call.size.sequences * 24, turns=ceil(call.size.sequences / 512)),
+    "plan": lambda call, _: Part(call.size.sequences * 24, turns=ceil(call.size.sequences / 256)),
+    "gather": _gather,
+    "expand": _expand,
+    "flash": _flash,
+    "route_logits_bf16_bf16": _logits,
+    "route_choose": lambda call, _: Part(call.size.rows * (call.model.experts * 4 + call.model.top_k * 12)),
+    "count_by_expert": lambda call, _: Part(call.size.rows * call.model.top_k * 8),
+    "sample_draw": lambda call, seen: Part(
+        DRAW_PASSES * call.size.sequences * call.model.vocab * 4,
+        turns=DRAW_PASSES * call.model.vocab / (4 * 32 * seen.warps),
+    ),
+}
+
+
+# --- what is launched, and what the compiler made of it -----------------------------------------------------
+
+
+@dataclass
+class _Recorder:
+    """A backend of the CUDA C++ kernels that notes launches."""
+
+    device_type: str = "meta"
+    launches: list[Seen] = field(default_factory=list)
+
+    def run(self, kernel: Kernel, _: Any, grid: Sequence[int], threads: int, shared_bytes: int, __: Any) -> None:
+        """Note a launch."""
+        self.launches.append(Seen(kernel.name, tuple(grid), threads // 32, shared_bytes, made=kernel))
+
+
+def launches(operation: str, arguments: tuple[Any, ...]) -> list[Seen]:
+    """What a call would launch, in order, of Triton or of CUDA C++."""
+    recorder = _Recorder()
+    with running_on(recorder):
+        found = dry_run(registry.implementations(operation, "cuda")[0].load(), *arguments)
+    made = [(one.configuration, one.grid) for one in found]
+    return recorder.launches + [
+        Seen(one.name, grid, one.num_warps, 0, one.constants, one.types, one) for one, grid in made
+    ]
+
+
+def identity(configuration: Configuration) -> str:
+    """What two configurations that compile to the same code have in common."""
+    constants = sorted(configuration.constants.items())
+    return repr((configuration.name, configuration.signature, constants, configuration.options))
+
+
+def counts(card: DataSheet, instructions: Mapping[str, float]) -> Counts:
+    """Instructions of a warp by name -> by the pipes that they take."""
+    by_class = classes({name: int(number) for name, number in instructions.items()})
+    clocks = 0.0
+    for name, number in instructions.items():
+        if products(name):
+            opcode, *parts = name.split(".")
+            group = opcode in ("HGMMA", "QGMMA", "IGMMA")
+            m, n, k = map(int, next(part for part in parts if part.count("x") == 2).split("x")) if group else (
+                1, 1, products(name),
+            )  # fmt: skip
+            clocks += number * roofs.mma_clocks(card, m, n, k, fp8=opcode[0] == "Q", group=group)
+    return Counts(
+        issued=sum(instructions.values()),
+        integers=sum(by_class.get(name, 0) for name in HALF_RATE),
+        conversions=sum(by_class.get(name, 0) for name in SLOW),
+        mma_clocks=clocks,
+    )
+
+
+def _tool(cubin: bytes, tool: str, option: str) -> str:
+    """Output of a disassembler in Triton's wheel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return run([path, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def _cubin(source: str) -> bytes:
+    return nvrtc.compile_cubin(program(source), options("sm_90"))
+
+
+class Compiler:
+    """What the compilers made of each kernel that is launched, compiled once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Code, Loop | None]] = {}
+
+    def code(self, card: DataSheet, seen: Seen) -> tuple[Code, Loop | None]:
+        """Code, and its main loop; None where there is none."""
+        made = seen.made
+        name = identity(made) if isinstance(made, Configuration) else f"{seen.name} {seen.warps} {seen.shared_bytes}"
+        if name not in self._known:
+            if isinstance(made, Configuration):
+                compiled = compile_ahead(made)
+                cubin, shared, stages = compiled.asm["cubin"], compiled.metadata.shared, made.num_stages
+            else:
+                assert made is not None
+                cubin, shared, stages = _cubin(made.source), seen.shared_bytes, 1
+            code = functions(_tool(cubin, "nvdisasm", "-c"))
+            function = next(name for name in code if name.endswith(seen.name))
+            usage = re.search(rf"Function {function}:\s*REG:(\d+).*?SHARED:(\d+)", _tool(cubin, "cuobjdump", "-res-usage"))
+            assert usage is not None, function
+            found = loops(code[function])
+            loop = main_loop(code[function])
+            if seen.name.startswith("route_logits") and seen.warps > 4:  # the loop of many rows, not of few
+                loop = max(found, key=lambda one: one.classes().get("FP32", 0))
+            straight = Counter(INSTRUCTION.findall(code[function]))
+            if loop and isinstance(made, Configuration):
+                straight = Counter(loop.outside)
+            else:  # of the forms that a CUDA C++ kernel has of its loop, one runs
+                straight -= sum((Counter(one.instructions) for one in found if not one.depth), Counter())
+            self._known[name] = (
+                Code(
+                    warps=seen.warps,
+                    registers=int(usage[1]),
+                    shared_bytes=shared + (0 if isinstance(made, Configuration) else int(usage[2])),
+                    stages=stages,
+                    turn=counts(card, loop.instructions) if loop else Counts(),
+                    outside=counts(card, straight),
+                ),
+                loop,
+            )
+        return self._known[name]
+
+
+def priced(card: DataSheet, call: Call, seen: Seen, compiler: Compiler) -> dict[str, float]:
+    """Seconds of a launch by roof."""
+    code, loop = compiler.code(card, seen)
+    part = PARTS[seen.name](call, seen) if seen.name in PARTS else Part(float(call.work.num_bytes))
+    turns = part.turns
+    if loop and part.products:
+        turns = part.products / (loop.products * seen.warps)
+    elif loop and part.multiplications:
+        turns = part.multiplications / (loop.classes()["FP32"] * 32 * seen.warps)
+    if seen.name == "sample_draw":  # most of its loop is passed over: what few tokens come to
+        code = replace(code, turn=Counts())
+    programs = prod(seen.grid)
+    working = programs if part.programs is None else min(programs, round(part.programs))
+    launch = roofs.Launch(
+        code=code if turns else replace(code, turn=Counts()),
+        programs=working,
+        num_bytes=float(part.num_bytes),
+        turns=turns,
+        idle=programs - working,
+    )
+    return roofs.seconds(card, launch)
+
+
+# --- the table ---------------------------------------------------------------------------------------------
+
+
+def calls() -> Iterator[tuple[str, list[Call]]]:
+    """(name of a cell, the calls that it stands for): several of a model's dense products, else one."""
+    for model, names in LAUNCHED.items():
+        for operation in names:
+            for size in SIZES:
+                for format in (one for one in CASES[operation].formats if one != LEFT_OUT):
+                    found = [_call(operation, one, size, format) for one in _models(operation, model)]
+                    made = [one for one in found if one is not None]
+                    if made:
+                        yield f"{operation}, {model.name}, {size.name}, {format}", made
+
+
+def _models(operation: str, model: ModelSizes) -> list[ModelSizes]:
+    """The sizes with which a model calls an operation: linear's case has the product behind attention."""
+    if operation == "linear":
+        return [replace(model, hidden=n, heads=1, head_dim=k, value_dim=k) for k, n in model.projections]
+    return [LATENT_QUERIES] if operation == "rms_norm" else [model]
+
+
+def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call | None:
+    made = make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0)
+    if made is None:
+        return None
+    (arguments, *_), work = made
+    call = Call(operation, model, size, format, work, tuple(arguments))
+    if operation == "expert_mlp":  # of the mean of all choices, not of the one that was drawn
+        call = replace(call, work=operations.expert_mlp(model, size.rows, call.distinct, call.weights))
+    return call
+
+
+def predict(found: Sequence[Call], compiler: Compiler) -> dict[str, Any]:
+    """Bytes and operations of a cell's calls, their launches, and on each card their seconds and the roof that most of
+    them are under."""
+    seen = [
+        (call, one)
+        for call in found
+        for one in launches(call.operation, call.arguments)
+        if one.name not in ONCE
+    ]
+    result: dict[str, Any] = {
+        "bytes": float(sum(call.work.num_bytes for call in found)),
+        "flops": float(sum(call.work.operations for call in found)),
+        "calls": len(found),
+        "launches": len(seen),
+    }
+    for name, card in DATA_SHEETS.items():
+        total: Counter[str] = Counter()
+        for call, one in seen:
+            total.update(priced(card, call, one, compiler))
+        result[name] = round(sum(total.values()) * 1e6, 3), max(total, key=total.__getitem__)
+    return result
+
+
+def table() -> dict[str, Any]:
+    """All cells, with the Triton that compiled."""
+    compiler = Compiler()
+    return {"triton": triton.__version__, "cells": {name: predict(found, compiler) for name, found in calls()}}
+
+
+def text(made: Mapping[str, Any]) -> str:
+    """JSON, a cell a line."""
+    head = {name: value for name, value in made.items() if name != "cells"}
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(cell)}" for name, cell in made["cells"].items())
+    return f'{json.dumps(head)[:-1]}, "cells": {{\n{lines}\n}}}}\n'
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(table()), encoding="utf-8")
