@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from hashlib import sha256
+from inspect import getsource
 
 import torch
+from triton.language import constexpr
 
 from cierzo.bench.gpu.calls import cells, make_call
 from cierzo.bench.gpu.cases import CASES, MODELS, Size
@@ -49,15 +52,39 @@ MORE = {
 }
 
 
+def digest(configuration: Configuration) -> str:
+    """16 hexadecimal digits that tell a configuration from others: the kernel's name, types, constants, options."""
+    constants = sorted(configuration.constants.items())
+    same = repr((configuration.name, configuration.signature, constants, configuration.options))
+    return sha256(same.encode()).hexdigest()[:16]
+
+
+def fingerprint() -> str:
+    """64 hexadecimal digits of all that shapes machine code, but for compilers: the configurations, and the source
+    of their kernels with the functions that those call and the constants that they read."""
+    sources: dict[str, str] = {}
+    ahead = [configuration.kernel.fn for configuration in configurations().values()]
+    while ahead:
+        function = ahead.pop()
+        name = f"{function.__module__}.{function.__name__}"
+        if name not in sources:
+            sources[name] = getsource(function)
+            used = {one: function.__globals__.get(one) for one in function.__code__.co_names}
+            sources |= {
+                f"{name} {one}": repr(value.value) for one, value in used.items() if type(value) is constexpr
+            }
+            ahead += [value.fn for value in used.values() if hasattr(value, "fn")]
+    names = {name: digest(configuration) for name, configuration in configurations().items()}
+    return sha256(repr((sorted(sources.items()), sorted(names.items()))).encode()).hexdigest()
+
+
 @cache
 def configurations() -> dict[str, Configuration]:
     """Each configuration once, by its kernel and the first cell that launches it."""
     found: dict[str, Configuration] = {}
     known = set()
     for name, configuration in _launched():
-        constants = sorted(configuration.constants.items())
-        same = repr((configuration.name, configuration.signature, constants, configuration.options))
-        if same not in known:
+        if (same := digest(configuration)) not in known:
             known.add(same)
             while name in found:
                 name += ", another"

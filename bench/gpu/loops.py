@@ -154,6 +154,12 @@ def main_loop(code: str) -> Loop | None:
     return max(found, key=_work)[0] if found else None  # of equals the first
 
 
+def whole(code: str) -> Loop:
+    """The instructions of a function that run, each once: what counts for one without a loop."""
+    blocks, follow = _blocks(code)
+    return Loop(dict(sum((blocks[block] for block in _reached(follow, 0)), Counter[str]())), {})
+
+
 def loops(code: str) -> list[Loop]:
     """Every loop of a function, in the order of their first instructions; an outer one before those within it."""
     return [loop for loop, _ in _found(code)]

@@ -1,0 +1,118 @@
+"""What a kernel's machine code costs for each weight or token, and the ceilings that it may not pass.
+
+The committed reports, bench/results/gpu-report-sm90-triton-*.json, are the ceilings: `make gpu-report` writes one
+anew only where nothing rose. So counts fall for good, and rise only by REPORT=--accept, in a commit that says why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cierzo.bench.gpu.configurations import digest, fingerprint
+from cierzo.bench.gpu.loops import Loop, classes
+from cierzo.kernels.triton.launch import Configuration
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def unit(configuration: Configuration) -> tuple[str, int, int] | None:
+    """What the loop of a kernel of products counts in, how many of it one tile of the source has, and the
+    multiplications of that tile; None of other kernels. Weights: those of both matrices of a pair. Tokens: of
+    context, for the rows that a program has."""
+    get = configuration.constants.__getitem__
+    if "BLOCK_K" in configuration.constants:
+        paired = configuration.name == "expert_gate_up" or configuration.constants.get("PAIRED")
+        weights = get("BLOCK_N") * get("BLOCK_K") * (2 if paired else 1)
+        return "weights", weights, weights * get("BLOCK_T")
+    if configuration.name == "expand":
+        weights = get("COLUMNS") * get("DEPTH")
+        return "weights", weights, weights * get("ROWS")
+    widths = {"mla_attend": ("BLOCK_R", "BLOCK_P", "BLOCK_R"), "gqa_attend": ("BLOCK_D", "BLOCK_D")}
+    widths["flash"] = ("BLOCK_A", "BLOCK_V", *(("BLOCK_B",) if configuration.constants.get("B") else ()))
+    if configuration.name not in widths:
+        return None
+    return "tokens", get("TOKENS"), get("TOKENS") * get("ROWS") * sum(map(get, widths[configuration.name]))
+
+
+def units(configuration: Configuration, turn: Loop) -> tuple[str, int]:
+    """The unit, and how many of it one turn of the loop of a program does, by its matrix instructions: a turn may
+    hold several tiles of the source. ("turns", 1) for a kernel without products.
+
+    Raises ValueError if the turn's matrix instructions are not those of whole tiles.
+    """
+    found = unit(configuration)
+    if found is None:
+        return "turns", 1
+    name, number, multiplications = found
+    done = turn.products * configuration.num_warps
+    if done == 0 or done % multiplications:
+        raise ValueError(f"{configuration.name}: {done} products in a turn, not a multiple of {multiplications}")
+    return name, number * done // multiplications
+
+
+def entry(configuration: Configuration, compiled: Any) -> dict[str, Any]:
+    """The line of a Compiled in the report; `units` is how many `unit` one turn of the loop of a program does, and
+    "turn" and "outside" are of one warp."""
+    turn = compiled.turn
+    name, number = units(configuration, turn)
+    return {
+        "configuration": digest(configuration),
+        "registers": compiled.registers,
+        "spill_bytes": compiled.spill_bytes,
+        "shared_bytes": compiled.shared_bytes,
+        "warps": configuration.num_warps,
+        "stages": configuration.num_stages,
+        "flushes": compiled.flushes,
+        "unit": name,
+        "units": number,
+        "loops": compiled.loops,
+        "turn": {
+            "issued": turn.issued,
+            "skipped": turn.skipped,
+            "drains": turn.drains,
+            "classes": turn.classes(),
+            "mma": turn.mma,
+            "loads": turn.widths(),
+        },
+        "outside": classes(turn.outside),
+    }
+
+
+def measures(line: Mapping[str, Any]) -> dict[str, float]:
+    """What may only fall of a line of the report: instructions of all warps of a program per unit, and faults."""
+    turn, share = line["turn"], line["warps"] / line["units"]
+    counted = {"instructions": turn["issued"], "drains": turn["drains"], **turn["mma"], **turn["loads"]}
+    counted |= {name: turn["classes"].get(name, 0) for name in ("F2F", "WAIT", "BARRIER", "LOCAL")}
+    found = {f"{name} a {line['unit'][:-1]}": number * share for name, number in counted.items()}
+    return found | line["flushes"] | {"spilled bytes": line["spill_bytes"]}
+
+
+def rises(ceiling: Mapping[str, Any], line: Mapping[str, Any]) -> list[str]:
+    """What is above its ceiling, in words."""
+    old = measures(ceiling)
+    return [
+        f"{name}: {number:.6g} above {old.get(name, 0):.6g}"
+        for name, number in measures(line).items()
+        if number > old.get(name, 0) * (1 + 1e-9)
+    ]
+
+
+def path(triton: str) -> Path:
+    """The committed report of a version of Triton, "3.6.0" or "3.6"."""
+    return RESULTS / f"gpu-report-sm90-triton-{'.'.join(triton.split('.')[:2])}.json"
+
+
+def read(triton: str) -> dict[str, Any]:
+    """The committed report: {} of a version that has none."""
+    place = path(triton)
+    return json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+
+
+def write(triton: str, lines: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put a report in the place of the committed one: a line for each configuration."""
+    head = {"triton": triton, "sources": fingerprint()}
+    body = ",\n".join(f"{json.dumps(name)}: {json.dumps(line)}" for name, line in lines.items())
+    path(triton).write_text(f'{json.dumps(head)[:-1]}, "kernels": {{\n{body}\n}}}}\n', encoding="utf-8")
