@@ -72,12 +72,17 @@ def machine_code(cubin: bytes) -> str:
     return _dump(cubin, "-sass")
 
 
-def _dump(cubin: bytes, option: str) -> str:
-    """The output of the cuobjdump in Triton's wheel."""
+def disassembled(cubin: bytes) -> str:
+    """The instructions of all kernels with labels, for loops.py."""
+    return _dump(cubin, "-c", "nvdisasm")
+
+
+def _dump(cubin: bytes, option: str, name: str = "cuobjdump") -> str:
+    """The output of a tool in Triton's wheel."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None
     assert spec.origin is not None
-    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

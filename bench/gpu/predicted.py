@@ -8,26 +8,24 @@ dense products are one cell, as a step counts them.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import ceil, prod
 from pathlib import Path
-from subprocess import run
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
 import torch
 import triton
 
-from cierzo.bench.gpu import nvrtc
+from cierzo.bench.gpu import ceilings, nvrtc
 from cierzo.bench.gpu.calls import make_call
 from cierzo.bench.gpu.cases import CASES, LATENT_QUERIES, SMALL3, SMALL4, Size
-from cierzo.bench.gpu.compiled import INSTRUCTION
-from cierzo.bench.gpu.loops import Loop, classes, functions, loops, main_loop, products
+from cierzo.bench.gpu.compiled import inspect
+from cierzo.bench.gpu.configurations import digest, fingerprint
+from cierzo.bench.gpu.loops import Loop, classes, functions, loops, main_loop, products, whole
 from cierzo.engine.cost import operations, roofs
 from cierzo.engine.cost.data_sheets import DATA_SHEETS, DataSheet
 from cierzo.engine.cost.operations import Work, stored
@@ -36,10 +34,10 @@ from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.cuda.launch.kernel import Kernel, options, program
 from cierzo.kernels.cuda.launch.launcher import running_on
-from cierzo.kernels.triton.compile import compile_ahead
 from cierzo.kernels.triton.launch import Configuration, dry_run
 
 FILE = Path(operations.__file__).with_name("predicted.json")
+HOPPER = DATA_SHEETS["h100"]
 CONTEXT = 4096
 DECODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 PREFILLS = (512, 1024, 2048, 4096, 8192, 16_384)
@@ -246,39 +244,90 @@ def launches(operation: str, arguments: tuple[Any, ...]) -> list[Seen]:
     ]
 
 
-def identity(configuration: Configuration) -> str:
-    """What two configurations that compile to the same code have in common."""
-    constants = sorted(configuration.constants.items())
-    return repr((configuration.name, configuration.signature, constants, configuration.options))
-
-
-def counts(card: DataSheet, instructions: Mapping[str, float]) -> Counts:
-    """Instructions of a warp by name -> by the pipes that they take."""
-    by_class = classes({name: int(number) for name, number in instructions.items()})
+def counts(by_class: Mapping[str, float], mma: Mapping[str, int]) -> Counts:
+    """Instructions of a warp by class, and matrix instructions by name -> by the pipes that they take."""
     clocks = 0.0
-    for name, number in instructions.items():
-        if products(name):
-            opcode, *parts = name.split(".")
-            group = opcode in ("HGMMA", "QGMMA", "IGMMA")
-            m, n, k = map(int, next(part for part in parts if part.count("x") == 2).split("x")) if group else (
-                1, 1, products(name),
-            )  # fmt: skip
-            clocks += number * roofs.mma_clocks(card, m, n, k, fp8=opcode[0] == "Q", group=group)
+    for name, number in mma.items():
+        opcode, *parts = name.split(".")
+        shape = next((part.split("x") for part in parts if part.count("x") == 2), ["1", "1", str(products(name))])
+        m, n, k = map(int, shape)
+        group = opcode in ("HGMMA", "QGMMA")
+        clocks += number * roofs.mma_clocks(HOPPER, m, n, k, fp8=opcode[0] == "Q", group=group)
     return Counts(
-        issued=sum(instructions.values()),
+        issued=sum(by_class.values()),
         integers=sum(by_class.get(name, 0) for name in HALF_RATE),
         conversions=sum(by_class.get(name, 0) for name in SLOW),
         mma_clocks=clocks,
     )
 
 
-def _tool(cubin: bytes, tool: str, option: str) -> str:
-    """Output of a disassembler in Triton's wheel."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return run([path, option, file.name], check=True, capture_output=True, text=True).stdout
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What the compiler made of a kernel; of a turn of its main loop, multiplications of the tensor cores of all warps,
+    and of the FP32 units of all threads."""
+
+    code: Code
+    products: int = 0
+    multiplications: int = 0
+
+
+class Compiler:
+    """What the compilers made of each kernel: Triton's from lines of the report (ceilings.py), or compiled anew; CUDA
+    C++ compiled by NVRTC."""
+
+    def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._lines = {str(line["configuration"]): line for line in lines}
+        self._sources: dict[tuple[str, int, int], Made] = {}
+
+    def made(self, seen: Seen) -> Made:
+        """Find what was made for a launch."""
+        if isinstance(seen.made, Configuration):
+            name = digest(seen.made)
+            if name not in self._lines:
+                self._lines[name] = ceilings.entry(seen.made, inspect(seen.made))
+            return _of_line(self._lines[name])
+        key = seen.name, seen.warps, seen.shared_bytes
+        if key not in self._sources:
+            assert seen.made is not None
+            self._sources[key] = _of_source(seen, seen.made.source)
+        return self._sources[key]
+
+
+def _of_line(line: Mapping[str, Any]) -> Made:
+    turn, warps = line["turn"], line["warps"]
+    of_turn, outside = counts(turn["classes"], turn["mma"]), counts(line["outside"], {})
+    if not line["loops"]:  # the turn is all there is
+        of_turn, outside = Counts(), of_turn
+    code = Code(
+        warps=warps,
+        registers=line["registers"],
+        shared_bytes=line["shared_bytes"],
+        stages=line["stages"],
+        turn=of_turn,
+        outside=outside,
+    )
+    return Made(code, warps * sum(products(name) * number for name, number in turn["mma"].items()))
+
+
+def _of_source(seen: Seen, source: str) -> Made:
+    cubin = _cubin(source)
+    code = functions(nvrtc.disassembled(cubin))[seen.name]
+    found, usage = loops(code), nvrtc.usage(cubin)[seen.name]
+    loop = main_loop(code)
+    if seen.name.startswith("route_logits") and seen.warps > 4:  # the loop of many rows, not of few
+        loop = max(found, key=lambda one: one.classes().get("FP32", 0))
+    if loop is None or seen.name == "sample_draw":  # most of whose loop is passed over: what few tokens come to
+        loop = Loop({}, {})
+    # Of a branch within the loop one arm runs; of the forms that the kernel has of its loop, one.
+    runs = 1 - loop.skipped / 2 / max(loop.issued, 1)
+    turn = counts({name: number * runs for name, number in loop.classes().items()}, {})
+    straight = Counter(whole(code).instructions)
+    straight -= sum((Counter(one.instructions) for one in found if not one.depth), Counter())
+    shared = seen.shared_bytes + usage.shared_bytes
+    made = Code(
+        warps=seen.warps, registers=usage.registers, shared_bytes=shared, turn=turn, outside=counts(classes(straight), {})
+    )
+    return Made(made, multiplications=32 * seen.warps * loop.classes().get("FP32", 0))
 
 
 @cache
@@ -286,65 +335,19 @@ def _cubin(source: str) -> bytes:
     return nvrtc.compile_cubin(program(source), options("sm_90"))
 
 
-class Compiler:
-    """What the compilers made of each kernel that is launched, compiled once."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[Code, Loop | None]] = {}
-
-    def code(self, card: DataSheet, seen: Seen) -> tuple[Code, Loop | None]:
-        """Code, and its main loop; None where there is none."""
-        made = seen.made
-        name = identity(made) if isinstance(made, Configuration) else f"{seen.name} {seen.warps} {seen.shared_bytes}"
-        if name not in self._known:
-            if isinstance(made, Configuration):
-                compiled = compile_ahead(made)
-                cubin, shared, stages = compiled.asm["cubin"], compiled.metadata.shared, made.num_stages
-            else:
-                assert made is not None
-                cubin, shared, stages = _cubin(made.source), seen.shared_bytes, 1
-            code = functions(_tool(cubin, "nvdisasm", "-c"))
-            function = next(name for name in code if name.endswith(seen.name))
-            usage = re.search(rf"Function {function}:\s*REG:(\d+).*?SHARED:(\d+)", _tool(cubin, "cuobjdump", "-res-usage"))
-            assert usage is not None, function
-            found = loops(code[function])
-            loop = main_loop(code[function])
-            if seen.name.startswith("route_logits") and seen.warps > 4:  # the loop of many rows, not of few
-                loop = max(found, key=lambda one: one.classes().get("FP32", 0))
-            straight = Counter(INSTRUCTION.findall(code[function]))
-            if loop and isinstance(made, Configuration):
-                straight = Counter(loop.outside)
-            else:  # of the forms that a CUDA C++ kernel has of its loop, one runs
-                straight -= sum((Counter(one.instructions) for one in found if not one.depth), Counter())
-            self._known[name] = (
-                Code(
-                    warps=seen.warps,
-                    registers=int(usage[1]),
-                    shared_bytes=shared + (0 if isinstance(made, Configuration) else int(usage[2])),
-                    stages=stages,
-                    turn=counts(card, loop.instructions) if loop else Counts(),
-                    outside=counts(card, straight),
-                ),
-                loop,
-            )
-        return self._known[name]
-
-
 def priced(card: DataSheet, call: Call, seen: Seen, compiler: Compiler) -> dict[str, float]:
     """Seconds of a launch by roof."""
-    code, loop = compiler.code(card, seen)
+    made = compiler.made(seen)
     part = PARTS[seen.name](call, seen) if seen.name in PARTS else Part(float(call.work.num_bytes))
     turns = part.turns
-    if loop and part.products:
-        turns = part.products / (loop.products * seen.warps)
-    elif loop and part.multiplications:
-        turns = part.multiplications / (loop.classes()["FP32"] * 32 * seen.warps)
-    if seen.name == "sample_draw":  # most of its loop is passed over: what few tokens come to
-        code = replace(code, turn=Counts())
+    if part.products and made.products and made.code.turn.issued:
+        turns = part.products / made.products
+    elif part.multiplications:
+        turns = part.multiplications / made.multiplications
     programs = prod(seen.grid)
     working = programs if part.programs is None else min(programs, round(part.programs))
     launch = roofs.Launch(
-        code=code if turns else replace(code, turn=Counts()),
+        code=made.code,
         programs=working,
         num_bytes=float(part.num_bytes),
         turns=turns,
@@ -409,10 +412,17 @@ def predict(found: Sequence[Call], compiler: Compiler) -> dict[str, Any]:
     return result
 
 
-def table() -> dict[str, Any]:
-    """All cells, with the Triton that compiled."""
-    compiler = Compiler()
-    return {"triton": triton.__version__, "cells": {name: predict(found, compiler) for name, found in calls()}}
+def table(lines: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """All cells, with the Triton that compiled, and the kernels' sources. lines: of the report, so that what it has is
+    not compiled again."""
+    compiler = Compiler(lines)
+    cells = {name: predict(found, compiler) for name, found in calls()}
+    return {"triton": triton.__version__, "sources": fingerprint(), "cells": cells}
+
+
+def write(lines: Iterable[Mapping[str, Any]] = ()) -> None:
+    """Put the table in the place of the one that prices steps."""
+    FILE.write_text(text(table(lines)), encoding="utf-8")
 
 
 def text(made: Mapping[str, Any]) -> str:
@@ -420,7 +430,3 @@ def text(made: Mapping[str, Any]) -> str:
     head = {name: value for name, value in made.items() if name != "cells"}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(cell)}" for name, cell in made["cells"].items())
     return f'{json.dumps(head)[:-1]}, "cells": {{\n{lines}\n}}}}\n'
-
-
-if __name__ == "__main__":
-    FILE.write_text(text(table()), encoding="utf-8")

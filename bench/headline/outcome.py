@@ -23,7 +23,7 @@ GIGA, TERA = 1e9, 1e12
 COLUMNS, PANEL_INCHES = 3, (3.6, 2.9)
 SIMULATION = (
     "SIMULATION: no card has run this. Scheduler, cache and load client are the real ones; a step takes what the",
-    "roofline says of its bytes and operations, with the overheads and shares of the device's rates named below.",
+    "model says of its bytes, operations, machine code and launches, by the predictions named below.",
 )
 EXPLAINED = (
     "requests/s: completions between the C-th and the (N-C)-th of N = 3C requests of C clients, over the time "
@@ -34,7 +34,8 @@ EXPLAINED = (
     "clients, where the cell does not give them: as many as give the most requests/s with a median TPOT of at most "
     f"{LIMIT_S * 1e3:.0f} ms. fit: requests of full length that the KV cache holds.",
     "of limit: of the requests/s if the device moved all bytes, or computed all operations, of these steps at its "
-    "full rate, whichever takes longer; limit of the ratio: if both models ran at theirs. running, experts "
+    "full rate, whichever takes longer; limit of the ratio: if both models ran at theirs; limited by: the roof that "
+    "takes most of the time, and of which operation. running, experts "
     "(distinct, of a layer; of a real server as its tokens chose, which costs it up to 2 %), GB and TFLOP: of a "
     "step of one engine, on average.",
 )
@@ -121,7 +122,7 @@ def _line(row: Row) -> dict[str, str]:
     else:
         value += f"/{found.completion_s.p99:.4g}"
         first = {judged: value, "requests/s": f"{found.requests_per_s:.4g}", "out tok/s": rate}
-    steps = dict.fromkeys(("running", "experts", "GB/step", "TFLOP/step", "of limit"), "-")
+    steps = dict.fromkeys(("running", "experts", "GB/step", "TFLOP/step", "of limit", "limited by"), "-")
     if one := found.steps:
         steps = {
             "running": f"{one.running:.1f}",
@@ -129,6 +130,7 @@ def _line(row: Row) -> dict[str, str]:
             "GB/step": f"{one.num_bytes / GIGA:.3g}",
             "TFLOP/step": f"{one.operations / TERA:.3g}",
             "of limit": f"{found.requests_per_s / one.limit_requests_per_s:.0%}",
+            "limited by": one.roof,
         }
     last = {"fit": f"{found.kv_room_requests:,}", "bounded by": found.bounded_by}
     return {

@@ -52,6 +52,14 @@ class StepTotals(msgspec.Struct, kw_only=True):
         """Seconds of whole steps."""
         return self.memory_s + self.arithmetic_s + self.exchange_s + self.overhead_s
 
+    @property
+    def roof(self) -> str:
+        """What takes the largest part of sums over steps, with that part: "issue of expert_mlp nvfp4, 61 %"."""
+        if not self.roofs_s:
+            return "-"
+        name = max(self.roofs_s, key=lambda one: float(self.roofs_s[one]))
+        return f"{name}, {self.roofs_s[name] / self.total_s:.0%}"
+
     def add(self, found: StepTotals, chosen: Any = True) -> StepTotals:
         """Add the sums over steps, or over the `chosen` of them, bool [S]; return this."""
         shape = np.shape(found.rows)

@@ -13,7 +13,7 @@ from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.gpu.calls import CASES
 from cierzo.engine.config import EngineOptions, resolve
-from cierzo.engine.cost.cards import STATED, find_device, named, with_measured
+from cierzo.engine.cost.cards import find_device, named, with_measured
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.step_model import StepModel, step_time
@@ -23,6 +23,7 @@ from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.weights.shapes import named_model_config
 
+STATED = {"memory": 0.8, "experts": 0.4, "products": 0.6, "attention": 0.6}  # as in steps_by_hand.py
 DECODE_ONE = StepShape(absorbed_tokens=1.0, absorbed_pairs=2048.0, absorbed_context=2048.0, sampled=1.0)
 
 
@@ -30,6 +31,13 @@ def model(name: str) -> ModelConfig:
     found = named_model_config(name)
     assert found is not None
     return found
+
+
+def stated_device(name: str) -> Device:
+    """A card with shares that were stated, in place of predicted ones."""
+    overhead_s = 1.0e-3 if find_device(name).cards == 1 else 1.8e-3
+    changes = {"stated": STATED, "predicted": {}, "measured": {}, "step_overhead_s": overhead_s, "launch_s": 0.0}
+    return msgspec.structs.replace(find_device(name), **changes)
 
 
 def works(name: str, step: StepShape, weights: str = "fp8", kv: str = "fp8") -> dict[str, Work]:
@@ -116,7 +124,7 @@ def test_the_seconds_of_a_step_are_those_counted_by_hand(
 ) -> None:
     options = EngineOptions(model=name, weights=weights, kv_dtype=kv, activations=activations)
     config = resolve(msgspec.structs.replace(options, device=f"simulated:{device}"))
-    stated = msgspec.structs.replace(find_device(device), measured={})
+    stated = stated_device(device)
     shape = StepShape(
         expanded_tokens=float(step.prompt_tokens),
         expanded_pairs=float(sum(chunk.pairs for chunk in step.prompts)),
@@ -128,6 +136,7 @@ def test_the_seconds_of_a_step_are_those_counted_by_hand(
     )
     found = StepModel(config, stated).time(shape, rows=float(step.sequences))
     expected = take(name, device, step, weights, 1 if kv == "fp8" else 2, fp8_activations=activations == "fp8")
+    assert sum(map(float, found.roofs_s.values())) == pytest.approx(float(found.memory_s + found.arithmetic_s))
     for part, by_hand in expected._asdict().items():
         assert float(getattr(found, part)) == pytest.approx(by_hand, rel=1e-6), part
     assert float(found.total_s) == pytest.approx(expected.total_s, rel=1e-6)
@@ -195,7 +204,7 @@ def test_several_cards_divide_experts_and_keep_attentions_weights() -> None:
 
 
 def test_measured_shares_take_the_stated_ones_place() -> None:
-    stated = find_device("h100")
+    stated = stated_device("h100")
     found = works("small4", DECODE_ONE)
     experts = found["expert_mlp"]
     call_s = float(experts.num_bytes) / stated.bytes_per_s / experts.calls
@@ -211,7 +220,7 @@ def test_measured_shares_take_the_stated_ones_place() -> None:
 
 def test_a_device_file_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
-    card = msgspec.structs.replace(find_device("h100"), name="mine", bytes_per_s=1e12)
+    card = msgspec.structs.replace(stated_device("h100"), name="mine", bytes_per_s=1e12)
     path.write_bytes(msgspec.json.encode(card))
     assert find_device(str(path)) == card
     for wrong, said in (
@@ -268,7 +277,8 @@ def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path:
         "linear bf16": [pytest.approx(0.25)],
     }
     assert path.name in found.source
-    assert "measured" in found.describe()
+    assert "shares measured, else predicted from the machine code of Triton 3.6" in found.describe()
+    assert "measured" not in device.describe()
     assert with_measured(device, "h200", tmp_path) == device
     path.write_text('{"commit": "abc"}\n{"subject": "kernels"}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="line 2"):
