@@ -1,8 +1,9 @@
 """Seconds of every operation on the cards, predicted from the machine code and the launches of today's kernels.
 
-`make gpu-report` writes them to engine/cost/predicted.json, cell by cell under the names that `make gpu` times: a dry run
-tells the launches, the disassembler what the compiler made of each kernel, engine/cost/roofs.py the seconds. A model's
-dense products are one cell, as a step counts them.
+`make gpu-report TRITON=3.6` writes them to engine/cost/predicted.json, cell by cell under the names that `make gpu`
+times: a dry run tells the launches, the report (ceilings.py) what the compiler made of each kernel, and
+engine/cost/roofs.py the seconds. A model's dense products are one cell, as a step counts them. `print_validation` sets
+the same roofs against what others have published of their kernels.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from cierzo.kernels.cuda.launch.kernel import Kernel, options, program
 from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.triton.launch import Configuration, dry_run
 
+PUBLISHED = Path(__file__).parents[1] / "results" / "validation-sm90.json"
+CODE = ("warps", "registers", "shared_bytes", "stages")
+WIDTH = 120
 FILE = Path(operations.__file__).with_name("predicted.json")
 HOPPER = DATA_SHEETS["h100"]
 CONTEXT = 4096
@@ -49,18 +53,21 @@ SIZES = (
 # What a step of each model launches: of the cases of operations those that a model on a GPU calls.
 LAUNCHED = {
     SMALL4: (
-        "add_rms_norm", "linear", "rms_norm", "rope_tables", "apply_rope", "write_normed_latents", "mla_prefill", "mla_absorb",
-        "mla_decode", "mla_unabsorb", "route", "group_by_expert", "expert_mlp", "lm_head", "draw",
+        "add_rms_norm", "linear", "rms_norm", "rope_tables", "apply_rope", "write_normed_latents", "mla_prefill",
+        "mla_absorb", "mla_decode", "mla_unabsorb", "route", "group_by_expert", "expert_mlp", "lm_head", "draw",
     ),
     SMALL3: (
-        "add_rms_norm", "linear", "rope_tables", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode", "gated_mlp",
-        "lm_head", "draw",
+        "add_rms_norm", "linear", "rope_tables", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode",
+        "gated_mlp", "lm_head", "draw",
     ),
 }  # fmt: skip
 ONCE = ("prefixes", "plan")  # once a step for all layers
 LEFT_OUT = "static fp8 x fp8"  # steps do not tell it from FP8 activations with a scale for each row
-HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")  # 64 results a clock: CUDA programming guide, arithmetic instructions
-SLOW = ("F2F", "MUFU")  # 16 a clock, the same table
+# 64 results a clock: CUDA programming guide, arithmetic instructions of compute capability 9.0.
+HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")
+# 16 a clock: MUFU by the same table; F2F stated, as MUFU (that Hopper converts slowly enough to limit kernels is what
+# Triton's pull request 4563 found).
+SLOW = ("F2F", "MUFU")
 VALUE_BYTES = {"*bf16": 2, "*fp32": 4, "*fp8e4nv": 1, "*u8": 1, "*fp16": 2}
 DRAW_PASSES = 7  # over a row of logits: the highest; four to find where top_p cuts; two that draw
 SPREAD = 16  # times that tokens choose their experts at random, for the mean number of tiles
@@ -159,7 +166,10 @@ def _attend(call: Call, seen: Seen) -> Part:
 
 
 def _combine(call: Call, seen: Seen) -> Part:
-    model, splits = call.model, call.size.context / 512 if call.size.context <= 8192 else 16 + call.size.context / 1024
+    model, splits = (
+        call.model,
+        call.size.context / 512 if call.size.context <= 8192 else 16 + call.size.context / 1024,
+    )
     value = model.rank or model.head_dim
     moved = seen.grid[0] * seen.grid[1] * ((value + 2) * 4 * splits + value * 2)
     return Part(moved, turns=ceil(splits / seen.constants["CHUNK"]))
@@ -325,7 +335,11 @@ def _of_source(seen: Seen, source: str) -> Made:
     straight -= sum((Counter(one.instructions) for one in found if not one.depth), Counter())
     shared = seen.shared_bytes + usage.shared_bytes
     made = Code(
-        warps=seen.warps, registers=usage.registers, shared_bytes=shared, turn=turn, outside=counts(classes(straight), {})
+        warps=seen.warps,
+        registers=usage.registers,
+        shared_bytes=shared,
+        turn=turn,
+        outside=counts(classes(straight), {}),
     )
     return Made(made, multiplications=32 * seen.warps * loop.classes().get("FP32", 0))
 
@@ -393,10 +407,7 @@ def predict(found: Sequence[Call], compiler: Compiler) -> dict[str, Any]:
     """Bytes and operations of a cell's calls, their launches, and on each card their seconds and the roof that most of
     them are under."""
     seen = [
-        (call, one)
-        for call in found
-        for one in launches(call.operation, call.arguments)
-        if one.name not in ONCE
+        (call, one) for call in found for one in launches(call.operation, call.arguments) if one.name not in ONCE
     ]
     result: dict[str, Any] = {
         "bytes": float(sum(call.work.num_bytes for call in found)),
@@ -423,6 +434,35 @@ def table(lines: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
 def write(lines: Iterable[Mapping[str, Any]] = ()) -> None:
     """Put the table in the place of the one that prices steps."""
     FILE.write_text(text(table(lines)), encoding="utf-8")
+
+
+def validated() -> Iterator[tuple[str, float, float, str]]:
+    """(kernel, shape and card; published us; predicted us; roof) of public kernels, compiled and counted in the same
+    way, for shapes whose time is published. Theirs are times of kernels alone: without the way to the next one."""
+    for row in json.loads(PUBLISHED.read_text(encoding="utf-8")):
+        rate = 2 * row["products"] * row["multiprocessors"] * row["clock_hz"]
+        sizes = {name: row[name] for name in ("bytes_per_s", "multiprocessors", "products")}
+        card = replace(HOPPER, bf16=rate, fp8=2 * rate, **sizes)
+        code = Code(turn=Counts(**row["turn"]), **{name: row[name] for name in CODE})
+        launch = roofs.Launch(code=code, programs=row["programs"], num_bytes=row["num_bytes"], turns=row["turns"])
+        found = roofs.seconds(card, launch)
+        shape = " ".join(f"{name} {value}" for name, value in row["shape"].items())
+        name = f"{row['name']}: {shape}, {row['card']}"
+        yield (
+            name,
+            row["published_us"],
+            (sum(found.values()) - roofs.NODE_S) * 1e6,
+            max(found, key=found.__getitem__),
+        )
+
+
+def print_validation() -> None:
+    """Print published times beside those that roofs.py predicts."""
+    print("\nPublic kernels, compiled and counted in the same way: published times and predicted ones")
+    print(f"{'kernel: shape, card':{WIDTH}}{'published, us':>14}{'predicted, us':>14}{'error':>8}  roof")
+    for name, published_us, predicted_us, roof in validated():
+        error = predicted_us / published_us - 1
+        print(f"{name:{WIDTH}}{published_us:14.2f}{predicted_us:14.2f}{error:+8.0%}  {roof}")
 
 
 def text(made: Mapping[str, Any]) -> str:

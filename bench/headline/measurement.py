@@ -37,7 +37,7 @@ class Steps(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: float
     operations: float
     limit_requests_per_s: float
-    roof: str = ""
+    roof: str = "-"
 
 
 class Point(msgspec.Struct, frozen=True):

@@ -93,7 +93,9 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def shares(self) -> str:
         """Where the shares come from, in a word or a few."""
-        words = ["measured"] * bool(self.measured) + [f"predicted from {self.predicted_from}"] * bool(self.predicted)
+        words = ["measured"] * bool(self.measured) + [f"predicted from {self.predicted_from}"] * bool(
+            self.predicted
+        )
         return ", else ".join(words) or "stated"
 
     def describe(self) -> str:

@@ -10,7 +10,7 @@ two all but an R-th of the other; of the memory, which works ahead, or of the wo
 
 (the bound of a closed queueing network of R customers.) The constants below are FROZEN with the commit that brought
 this file: only a measurement on a card changes them, or takes the place of the prediction. How far predictions lie from
-what others have published of their kernels stands in bench/results/validation-sm90.txt.
+what others have published of their kernels stands in the compile report (bench/results/gpu-report-sm90*.txt).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from stated_cards import STATED, stated
 from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.gpu.calls import CASES
@@ -23,7 +24,6 @@ from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.weights.shapes import named_model_config
 
-STATED = {"memory": 0.8, "experts": 0.4, "products": 0.6, "attention": 0.6}  # as in steps_by_hand.py
 DECODE_ONE = StepShape(absorbed_tokens=1.0, absorbed_pairs=2048.0, absorbed_context=2048.0, sampled=1.0)
 
 
@@ -31,13 +31,6 @@ def model(name: str) -> ModelConfig:
     found = named_model_config(name)
     assert found is not None
     return found
-
-
-def stated_device(name: str) -> Device:
-    """A card with shares that were stated, in place of predicted ones."""
-    overhead_s = 1.0e-3 if find_device(name).cards == 1 else 1.8e-3
-    changes = {"stated": STATED, "predicted": {}, "measured": {}, "step_overhead_s": overhead_s, "launch_s": 0.0}
-    return msgspec.structs.replace(find_device(name), **changes)
 
 
 def works(name: str, step: StepShape, weights: str = "fp8", kv: str = "fp8") -> dict[str, Work]:
@@ -124,7 +117,7 @@ def test_the_seconds_of_a_step_are_those_counted_by_hand(
 ) -> None:
     options = EngineOptions(model=name, weights=weights, kv_dtype=kv, activations=activations)
     config = resolve(msgspec.structs.replace(options, device=f"simulated:{device}"))
-    stated = stated_device(device)
+    card = stated(device)
     shape = StepShape(
         expanded_tokens=float(step.prompt_tokens),
         expanded_pairs=float(sum(chunk.pairs for chunk in step.prompts)),
@@ -134,7 +127,7 @@ def test_the_seconds_of_a_step_are_those_counted_by_hand(
         absorbed_context=float(step.generated_context),
         sampled=float(step.sampled),
     )
-    found = StepModel(config, stated).time(shape, rows=float(step.sequences))
+    found = StepModel(config, card).time(shape, rows=float(step.sequences))
     expected = take(name, device, step, weights, 1 if kv == "fp8" else 2, fp8_activations=activations == "fp8")
     assert sum(map(float, found.roofs_s.values())) == pytest.approx(float(found.memory_s + found.arithmetic_s))
     for part, by_hand in expected._asdict().items():
@@ -204,23 +197,23 @@ def test_several_cards_divide_experts_and_keep_attentions_weights() -> None:
 
 
 def test_measured_shares_take_the_stated_ones_place() -> None:
-    stated = stated_device("h100")
+    card = stated("h100")
     found = works("small4", DECODE_ONE)
     experts = found["expert_mlp"]
-    call_s = float(experts.num_bytes) / stated.bytes_per_s / experts.calls
+    call_s = float(experts.num_bytes) / card.bytes_per_s / experts.calls
     shares = {call_s * 10: 0.6, call_s / 10: 0.2}
-    measured = msgspec.structs.replace(stated, measured={"expert_mlp": shares})
+    measured = msgspec.structs.replace(card, measured={"expert_mlp": shares})
     assert measured.measured_share("expert_mlp", "fp8", call_s) == pytest.approx(0.4)  # half way, in the logarithm
     assert measured.measured_share("expert_mlp", "fp8", call_s / 1e6) == pytest.approx(0.2)
     assert measured.measured_share("expert_mlp", "fp8", call_s * 1e6) == pytest.approx(0.6)
     assert measured.measured_share("linear", "fp8", call_s) is None
-    before, after = (float(step_time(device, [experts], rows=0.0).memory_s) for device in (stated, measured))
+    before, after = (float(step_time(device, [experts], rows=0.0).memory_s) for device in (card, measured))
     assert before / after == pytest.approx(0.4 / STATED["memory"])
 
 
 def test_a_device_file_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
-    card = msgspec.structs.replace(stated_device("h100"), name="mine", bytes_per_s=1e12)
+    card = msgspec.structs.replace(stated("h100"), name="mine", bytes_per_s=1e12)
     path.write_bytes(msgspec.json.encode(card))
     assert find_device(str(path)) == card
     for wrong, said in (
