@@ -1,4 +1,4 @@
-"""What a kernel's machine code costs for each weight or token, and the ceilings that it may not pass.
+"""Costs of a kernel's machine code for each weight or token, and the ceilings that they may not pass.
 
 The committed reports, bench/results/gpu-report-sm90-triton-*.json, are the ceilings: `make gpu-report` writes one
 anew only where nothing rose. So counts fall for good, and rise only by REPORT=--accept, in a commit that says why.
@@ -19,9 +19,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def unit(configuration: Configuration) -> tuple[str, int, int] | None:
-    """What the loop of a kernel of products counts in, how many of it one tile of the source has, and the
-    multiplications of that tile; None of other kernels. Weights: those of both matrices of a pair. Tokens: of
-    context, for the rows that a program has."""
+    """Name of what a kernel of products is counted in, the number of it in one tile of the source, and that tile's
+    multiplications; None of other kernels. Weights: those of both matrices of a pair. Tokens: of context, for the
+    rows that a program has."""
     get = configuration.constants.__getitem__
     if "BLOCK_K" in configuration.constants:
         paired = configuration.name == "expert_gate_up" or configuration.constants.get("PAIRED")
@@ -82,7 +82,7 @@ def entry(configuration: Configuration, compiled: Any) -> dict[str, Any]:
 
 
 def measures(line: Mapping[str, Any]) -> dict[str, float]:
-    """What may only fall of a line of the report: instructions of all warps of a program per unit, and faults."""
+    """Numbers of a line of the report that may only fall: instructions of all warps per unit, and faults."""
     turn, share = line["turn"], line["warps"] / line["units"]
     counted = {"instructions": turn["issued"], "drains": turn["drains"], **turn["mma"], **turn["loads"]}
     counted |= {name: turn["classes"].get(name, 0) for name in ("F2F", "WAIT", "BARRIER", "LOCAL")}
@@ -91,7 +91,7 @@ def measures(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def rises(ceiling: Mapping[str, Any], line: Mapping[str, Any]) -> list[str]:
-    """What is above its ceiling, in words."""
+    """Texts of what is above its ceiling."""
     old = measures(ceiling)
     return [
         f"{name}: {number:.6g} above {old.get(name, 0):.6g}"

@@ -62,20 +62,29 @@ def _mla_attend(
 
     dtype = q_ptr.dtype.element_ty
     rows = first_row + tl.arange(0, ROWS)
-    inside = rows < length * H
-    token = tl.where(inside, rows // H, 0)
+    token = tl.where(rows < length * H, rows // H, 0)  # a row that is not there repeats another, and is not stored
     sees = context - length + token + 1
     query = start + token
+    present = 0
+    nth = tl.arange(0, ROWS) // H if ROWS % H == 0 else rows // H - first_row // H  # query token of this tile
     if TOGETHER > 1:
-        places = rows // H
-        guest, joins = guests(mates_ptr, members_ptr, segment, segment_end, length, places, split_end, TOGETHER)
+        BITS: tl.constexpr = 32 if ROWS < 32 * H else 64
+        places = tl.arange(0, BITS)
+        _, found = guests(mates_ptr, members_ptr, segment, segment_end, length, places, split_end, TOGETHER)
+        joined = tl.sum(found.to(tl.int32 if BITS == 32 else tl.int64) << places, 0)
+        joins = (joined >> nth) & 1 != 0
+        guest = tl.load(members_ptr + segment * TOGETHER + nth, mask=joins, other=0)
         query = tl.where(joins, tl.load(query_starts_ptr + guest, mask=joins, other=0), query)
-        inside = inside | joins
+        # A bit for each query token of the tile, set if there is one. Which rows are stored is found from this word
+        # after the loop, which has no registers to spare for their masks.
+        own = first_row // H + places < length
+        present = tl.sum((own | found).to(joined.dtype) << places, 0)
+    every = tl.full((ROWS,), True, tl.int1)
     q_row = query.to(tl.int64) * Q_TOKEN + rows % H * Q_HEAD
     latent_columns = tl.arange(0, BLOCK_R)
     rope_columns = tl.arange(0, BLOCK_P)
-    q_latent = load_tile(q_ptr, q_row, inside, latent_columns, 1, R, BLOCK_R)
-    q_rope = load_tile(q_ptr + R, q_row, inside, rope_columns, 1, P, BLOCK_P)
+    q_latent = load_tile(q_ptr, q_row, every, latent_columns, 1, R, BLOCK_R)
+    q_rope = load_tile(q_ptr + R, q_row, every, rope_columns, 1, P, BLOCK_P)
     table = tables_ptr + tl.load(table_rows_ptr + segment).to(tl.int64) * table_stride
 
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -91,6 +100,9 @@ def _mla_attend(
         scores = tl.dot(q_rope, ropes.T, scores, input_precision="ieee") * factor
         scores = masked(scores, positions, sees, 0)
         acc, largest, total = softmax_step(scores, latents, acc, largest, total, True)
+    inside = rows < length * H
+    if TOGETHER > 1:
+        inside = (present >> nth) & 1 != 0
     place = slot.to(tl.int64)
     store_partial(partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, ROWS, R, BLOCK_R)
 

@@ -1,0 +1,205 @@
+"""Loops read from machine code: what belongs to them, which one does the work, and what its instructions are."""
+
+from __future__ import annotations
+
+import pytest
+
+from cierzo.bench.gpu import loops
+from cierzo.bench.gpu.loops import Loop, class_of, main_loop
+
+END = """
+    EXIT ;
+.L_trap:
+    BRA `(.L_trap) ;
+    NOP ;
+"""
+# Copies begin before the loop, which multiplies what came two turns ago; the last two turns' sums follow it.
+PIPELINED = """
+    LDGSTS.E.BYPASS.128 [R12], desc[UR4][R2.64] ;
+    LDGDEPBAR ;
+    @P1 EXIT ;
+.L_x_0:
+    DEPBAR.LE SB0, 0x6 ;
+    BAR.SYNC.DEFER_BLOCKING 0x0 ;
+    F2FP.F16.E4M3.UNPACK_B R166, R157.reuse ;
+    F2F.BF16.F16 R206, R166 ;
+    WARPGROUP.ARRIVE ;
+    HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+    HGMMA.64x64x16.F32.BF16 R24, gdesc[UR24], R24, gsb0 ;
+    WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+    @!P3 LDGSTS.E.BYPASS.128 [R12+0x800], desc[UR4][R2.64], P3 ;
+    LDGSTS.E [R13], desc[UR4][R4.64] ;
+    LDGDEPBAR ;
+    @!P3 BRA `(.L_x_0) ;
+    WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+    FADD R1, R2, R3 ;
+    STG.E.128 desc[UR4][R2.64], R4 ;
+"""
+NESTED = """
+    MOV R1, R2 ;
+.L_x_1:
+    LDG.E R4, desc[UR4][R2.64] ;
+    LDG.E R5, desc[UR4][R2.64] ;
+.L_x_0:
+    HMMA.16816.F32.BF16 R24, R8, R10, R24 ;
+    @P0 BRA `(.L_x_0) ;
+    FADD R1, R2, R3 ;
+    @P1 BRA `(.L_x_1) ;
+"""
+# A barrier is polled within the loop, its slow path lies behind it, and blocks are passed over.
+WITH_BRANCHES = """
+.L_x_0:
+    IMAD.SHL.U32 R0, R0, 0x4, RZ ;
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
+    @!P0 BRA `(.L_x_4) ;
+.L_x_1:
+    HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR12].tnspB, R24, gsb0 ;
+    WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+    BSSY B0, `(.L_x_3) ;
+    @P2 BRA `(.L_x_2) ;
+    FMUL R1, R2, R3 ;
+    FMUL R2, R2, R3 ;
+    BSYNC B0 ;
+.L_x_2:
+    MUFU.EX2 R1, R2 ;
+    BSYNC B0 ;
+.L_x_3:
+    @UP0 UTMALDG.2D [UR8], [UR14] ;
+    BRA.U UP1, `(.L_x_0) ;
+    EXIT ;
+.L_x_4:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
+    @!P0 BRA `(.L_x_4) ;
+    BRA `(.L_x_1) ;
+"""
+
+
+def code_of(lines: str, name: str = "kernel") -> str:
+    """A function as the disassembler prints it, with offsets."""
+    found, offset = [f'\t.section\t.text.{name},"ax",@progbits', f"{name}:", f".text.{name}:"], 0
+    for line in (lines + END).strip("\n").split("\n"):
+        if line.startswith("."):
+            found.append(line)
+        else:
+            found.append(f"        /*{offset:04x}*/              {line.strip()}")
+            offset += 16
+    return "\n".join(found) + "\n"
+
+
+def found_in(lines: str) -> Loop:
+    """The main loop, which there must be."""
+    loop = main_loop(code_of(lines))
+    assert loop is not None
+    return loop
+
+
+def test_a_pipelined_loop_is_one_turn_without_what_leads_in_and_out() -> None:
+    loop = found_in(PIPELINED)
+    assert loop.classes() == {
+        "WAIT": 2, "BARRIER": 1, "F2FP": 1, "F2F": 1, "FENCE": 2, "MMA": 2, "LDGSTS": 2, "CONTROL": 1,
+    }  # fmt: skip
+    assert loop.mma == {"HGMMA.64x64x16.F32.BF16": 2}
+    assert loop.widths() == {"LDGSTS.128": 1, "LDGSTS.32": 1}
+    assert loop.instructions["DEPBAR.LE 6"] == loop.drains == 1
+    assert loops.classes(loop.outside) == {"LDGSTS": 1, "FENCE": 1, "CONTROL": 2, "WAIT": 1, "FP32": 1, "STG": 1}
+    assert (loop.issued, loop.depth, loop.inner, loop.skipped) == (12, 0, 0, 0)
+
+
+def test_two_tiles_of_the_source_in_a_turn_show_in_its_products() -> None:
+    """A warp group multiplies 64 by 64 by 16 at a time: the loop above, unrolled twice, has the MMA of both."""
+    body = PIPELINED.split(".L_x_0:")[1].split("    @!P3 BRA")[0]
+    twice = found_in(PIPELINED.replace(body, body * 2))
+    assert twice.products == 2 * found_in(PIPELINED).products == 2 * (64 * 64 * 32) // 4
+    assert loops.products("QGMMA.64x128x32.F32.E4M3.E4M3") * 4 == 64 * 128 * 32
+    assert loops.products("HMMA.16816.F32.BF16") == 16 * 8 * 16
+    assert loops.products("IMMA.16832.S8.S8") == 16 * 8 * 32
+    assert loops.products("FMUL") == 0
+
+
+def test_the_loop_that_multiplies_is_the_main_one_however_deep_it_lies() -> None:
+    outer, inner = loops.loops(code_of(NESTED))
+    assert (outer.depth, outer.inner, outer.issued) == (0, 1, 6)
+    assert (inner.depth, inner.inner, inner.issued) == (1, 0, 2)
+    assert found_in(NESTED) == inner
+    # and where the inner one only counts down, the outer one, with one turn of the other
+    moved = NESTED.replace("HMMA.16816.F32.BF16 R24, R8, R10, R24", "IADD3 R1, R1, R1, RZ").replace(
+        "FADD R1, R2, R3", "HMMA.16816.F32.BF16 R24, R8, R10, R24"
+    )
+    assert found_in(moved).instructions["IADD3"] == 1
+    assert found_in(moved).issued == 6
+
+
+def test_without_products_the_loop_with_the_most_loads_is_the_main_one() -> None:
+    busy = ".L_x_0:\n" + "    FADD R1, R2, R3 ;\n" * 9 + "    @P0 BRA `(.L_x_0) ;\n"
+    loading = ".L_x_1:\n    LDG.E.U8 R4, desc[UR4][R2.64] ;\n    @P0 BRA `(.L_x_1) ;\n"
+    assert found_in(busy + loading).widths() == {"LDG.8": 1}
+    assert found_in(busy + ".L_x_1:\n    IADD3 R1, R1, R1, RZ ;\n    @P0 BRA `(.L_x_1) ;\n").issued == 10
+
+
+def test_of_two_loops_with_equal_products_the_first_counts() -> None:
+    """Attention without a mask comes before that with one, which is longer."""
+    second = PIPELINED.replace(".L_x_0", ".L_x_1").replace(
+        "    BAR.SYNC.DEFER_BLOCKING 0x0 ;\n", "    ISETP R1 ;\n" * 5
+    )
+    assert found_in(PIPELINED + second).issued == 12
+
+
+def test_code_without_a_loop_has_none_and_counts_once() -> None:
+    straight = code_of("    FMUL R1, R2, R3 ;\n    @P0 BRA `(.L_x_0) ;\n    FMUL R2, R2, R3 ;\n.L_x_0:\n")
+    assert main_loop(straight) is None
+    assert loops.loops(straight) == []
+    # neither the trap behind the code, a branch to itself that nothing reaches, nor what fills the last line
+    assert loops.whole(straight).instructions == {"FMUL": 2, "BRA": 1, "EXIT": 1}
+
+
+def test_branches_within_a_loop_and_blocks_moved_behind_it_belong_to_it() -> None:
+    loop = found_in(WITH_BRANCHES)
+    assert loop.classes() == {
+        "IMAD": 1, "WAIT": 3, "CONTROL": 8, "MMA": 1, "FP32": 2, "MUFU": 1, "UTMALDG": 1,
+    }  # fmt: skip
+    assert (loop.inner, loop.drains) == (1, 0)
+    assert loop.instructions["WARPGROUP.DEPBAR.LE 1"] == 1
+    assert loop.skipped == 8  # the slow path 3, the two multiplications and their end 3, the other side 2
+    assert loop.widths() == {"UTMALDG": 1}
+
+
+def test_a_branch_back_into_the_midst_of_a_block_that_others_reach_is_no_loop() -> None:
+    """Entered from two sides, neither of which the other must pass."""
+    lines = "    @P0 BRA `(.L_x_1) ;\n.L_x_0:\n    FADD R1, R2, R3 ;\n.L_x_1:\n    @P1 BRA `(.L_x_0) ;\n"
+    assert main_loop(code_of(lines)) is None
+
+
+def test_predicates_decide_what_may_follow() -> None:
+    """EXIT under a condition goes on, one without does not; a condition of a branch may stand before its target."""
+    body = "    HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;\n"
+    loop = found_in(f".L_x_0:\n{body}    @P0 EXIT P1 ;\n    FADD R1, R2, R3 ;\n    BRA P1, `(.L_x_0) ;\n")
+    assert loop.classes() == {"MMA": 1, "CONTROL": 2, "FP32": 1}
+    assert main_loop(code_of(f".L_x_0:\n{body}    EXIT ;\n    BRA `(.L_x_0) ;\n")) is None
+
+
+def test_functions_of_a_file_keep_to_themselves() -> None:
+    both = code_of(PIPELINED, "one") + code_of(NESTED, "two")
+    with pytest.raises(ValueError, match="2 functions, not of one: one, two"):
+        main_loop(both)
+    parts = loops.functions(both)
+    assert list(parts) == ["one", "two"]
+    assert main_loop(parts["one"]) == found_in(PIPELINED)  # both have a .L_x_0
+    assert main_loop(parts["two"]) == found_in(NESTED)
+    with pytest.raises(ValueError, match=r"a branch to \.L_x_9, which the code does not have"):
+        main_loop(code_of("    @P0 BRA `(.L_x_9) ;\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("FFMA", "FP32"), ("HFMA2.BF16_V2", "HALF2"), ("IMAD.MOV.U32", "IMAD"), ("LOP3.LUT", "LOP3"),
+        ("SHF.R.U32.HI", "SHF"), ("PRMT", "PRMT"), ("F2F.BF16.F16", "F2F"), ("F2FP.BF16.F32.PACK_AB", "F2FP"),
+        ("F2I.FTZ.U32.TRUNC.NTZ", "F2F"), ("MUFU.EX2", "MUFU"), ("LDSM.16.M88.4", "LDS"), ("STS.128", "STS"),
+        ("LDG.E.128.CONSTANT", "LDG"), ("LDGDEPBAR", "FENCE"), ("WARPGROUP.ARRIVE", "FENCE"),
+        ("WARPGROUP.DEPBAR.LE 0", "WAIT"), ("SYNCS.PHASECHK.TRANS64.TRYWAIT", "WAIT"),
+        ("SYNCS.ARRIVE.TRANS64", "FENCE"), ("UIADD3.64", "UNIFORM"), ("R2UR", "UNIFORM"), ("UTMALDG.2D", "UTMALDG"),
+        ("LDL.LU", "LOCAL"), ("S2R", "REST"), ("QGMMA.64x128x32.F32.E4M3.E4M3", "MMA"), ("IADD3.X", "ALU"),
+    ],
+)  # fmt: skip
+def test_classes(name: str, expected: str) -> None:
+    assert class_of(name) == expected
