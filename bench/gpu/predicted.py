@@ -2,8 +2,8 @@
 
 `make gpu-report TRITON=3.6` writes them to engine/cost/predicted.json, cell by cell under the names that `make gpu`
 times: a dry run tells the launches, the report (ceilings.py) what the compiler made of each kernel, and
-engine/cost/roofs.py the seconds. A model's dense products are one cell, as a step counts them. `print_validation` sets
-the same roofs against what others have published of their kernels.
+engine/cost/roofs.py the seconds. A model's dense products are one cell, as a step counts them. `print_validation`
+sets the same roofs against what others have published of their kernels.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 
-from cierzo.bench.gpu import ceilings, nvrtc
+from cierzo.bench.gpu import nvrtc
 from cierzo.bench.gpu.calls import make_call
 from cierzo.bench.gpu.cases import CASES, LATENT_QUERIES, SMALL3, SMALL4, Size
-from cierzo.bench.gpu.compiled import inspect
 from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.bench.gpu.loops import Loop, classes, functions, loops, main_loop, products, whole
 from cierzo.engine.cost import operations, roofs
@@ -41,6 +39,7 @@ PUBLISHED = Path(__file__).parents[1] / "results" / "validation-sm90.json"
 CODE = ("warps", "registers", "shared_bytes", "stages")
 WIDTH = 120
 FILE = Path(operations.__file__).with_name("predicted.json")
+PRICED = "3.6."  # the Triton of the machines that have cards
 HOPPER = DATA_SHEETS["h100"]
 CONTEXT = 4096
 DECODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
@@ -65,12 +64,11 @@ ONCE = ("prefixes", "plan")  # once a step for all layers
 LEFT_OUT = "static fp8 x fp8"  # steps do not tell it from FP8 activations with a scale for each row
 # 64 results a clock: CUDA programming guide, arithmetic instructions of compute capability 9.0.
 HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")
-# 16 a clock: MUFU by the same table; F2F stated, as MUFU (that Hopper converts slowly enough to limit kernels is what
-# Triton's pull request 4563 found).
+# 16 a clock: MUFU by the same table; F2F stated, as MUFU (that Hopper converts slowly enough to limit kernels is
+# what Triton's pull request 4563 found).
 SLOW = ("F2F", "MUFU")
 VALUE_BYTES = {"*bf16": 2, "*fp32": 4, "*fp8e4nv": 1, "*u8": 1, "*fp16": 2}
 DRAW_PASSES = 7  # over a row of logits: the highest; four to find where top_p cuts; two that draw
-SPREAD = 16  # times that tokens choose their experts at random, for the mean number of tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +123,16 @@ class Call:
         return self.size.rows * (self.model.top_k + 1)
 
     def expert_tiles(self, block_t: int) -> float:
-        """Tiles of rows in which experts have any, on average."""
-        chances = np.full(self.model.experts, 1 / self.model.experts)
-        counts = np.random.default_rng(0).multinomial(self.size.rows * self.model.top_k, chances, size=SPREAD)
-        return float((-(-counts // block_t)).sum(1).mean()) + ceil(self.size.rows / block_t)
+        """Tiles of rows in which experts have any, on average: an expert's rows are a binomial number."""
+        rows, share = self.size.rows, self.model.top_k / self.model.experts
+        numbers = np.arange(1, rows + 1)
+        ways = np.cumsum(np.log((rows + 1 - numbers) / numbers))
+        chances = np.exp(ways + numbers * np.log(share) + (rows - numbers) * np.log1p(-share))
+        return self.model.experts * float((chances * -(-numbers // block_t)).sum()) + ceil(rows / block_t)
 
 
 def _experts(call: Call, seen: Seen) -> Part:
-    c, model = seen.constants, call.model
+    c = seen.constants
     up = seen.name == "expert_gate_up"
     outputs = c["ROWS"] // 2 if up else c["ROWS"]
     weights = (call.distinct + 1) * stored(call.weights, c["ROWS"], c["K"])
@@ -158,7 +158,7 @@ def _linear(call: Call, seen: Seen) -> Part:
 def _attend(call: Call, seen: Seen) -> Part:
     """Decoding: an item's tile of rows meets its split of the context."""
     c, (rows, pairs, context) = seen.constants, call.size.queries()
-    model, kv_heads = call.model, seen.grid[1]
+    model = call.model
     width, value = (model.rank + model.rope, model.rank) if model.rank else (model.head_dim, model.head_dim)
     entries = context * model.page_values * VALUE_BYTES[seen.types["pages_ptr" if model.rank else "k_pages_ptr"]]
     moved = entries + rows * model.heads * width * 2 + seen.grid[0] * model.heads * (value + 2) * 4
@@ -273,8 +273,8 @@ def counts(by_class: Mapping[str, float], mma: Mapping[str, int]) -> Counts:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What the compiler made of a kernel; of a turn of its main loop, multiplications of the tensor cores of all warps,
-    and of the FP32 units of all threads."""
+    """What the compiler made of a kernel; of a turn of its main loop, multiplications of the tensor cores of all
+    warps, and of the FP32 units of all threads."""
 
     code: Code
     products: int = 0
@@ -282,20 +282,17 @@ class Made:
 
 
 class Compiler:
-    """What the compilers made of each kernel: Triton's from lines of the report (ceilings.py), or compiled anew; CUDA
-    C++ compiled by NVRTC."""
+    """What the compilers made of each kernel: Triton's from lines of the report (ceilings.py); CUDA C++ compiled by
+    NVRTC."""
 
-    def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
         self._lines = {str(line["configuration"]): line for line in lines}
         self._sources: dict[tuple[str, int, int], Made] = {}
 
     def made(self, seen: Seen) -> Made:
-        """Find what was made for a launch."""
+        """Find what was made for a launch. Raises KeyError for a configuration that is not in the report."""
         if isinstance(seen.made, Configuration):
-            name = digest(seen.made)
-            if name not in self._lines:
-                self._lines[name] = ceilings.entry(seen.made, inspect(seen.made))
-            return _of_line(self._lines[name])
+            return _of_line(self._lines[digest(seen.made)])
         key = seen.name, seen.warps, seen.shared_bytes
         if key not in self._sources:
             assert seen.made is not None
@@ -404,8 +401,8 @@ def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call | 
 
 
 def predict(found: Sequence[Call], compiler: Compiler) -> dict[str, Any]:
-    """Bytes and operations of a cell's calls, their launches, and on each card their seconds and the roof that most of
-    them are under."""
+    """Bytes and operations of a cell's calls, their launches, and on each card their us and the roof that most of
+    these are under."""
     seen = [
         (call, one) for call in found for one in launches(call.operation, call.arguments) if one.name not in ONCE
     ]
@@ -423,22 +420,20 @@ def predict(found: Sequence[Call], compiler: Compiler) -> dict[str, Any]:
     return result
 
 
-def table(lines: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """All cells, with the Triton that compiled, and the kernels' sources. lines: of the report, so that what it has is
-    not compiled again."""
+def write(triton: str, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Put a table in the place of the one that prices steps, if this Triton's is the code that the cards run: a cell
+    a line. lines: of the report."""
+    if not triton.startswith(PRICED):
+        return
     compiler = Compiler(lines)
-    cells = {name: predict(found, compiler) for name, found in calls()}
-    return {"triton": triton.__version__, "sources": fingerprint(), "cells": cells}
-
-
-def write(lines: Iterable[Mapping[str, Any]] = ()) -> None:
-    """Put the table in the place of the one that prices steps."""
-    FILE.write_text(text(table(lines)), encoding="utf-8")
+    body = ",\n".join(f"{json.dumps(name)}: {json.dumps(predict(found, compiler))}" for name, found in calls())
+    head = json.dumps({"triton": triton, "sources": fingerprint()})
+    FILE.write_text(f'{head[:-1]}, "cells": {{\n{body}\n}}}}\n', encoding="utf-8")
 
 
 def validated() -> Iterator[tuple[str, float, float, str]]:
-    """(kernel, shape and card; published us; predicted us; roof) of public kernels, compiled and counted in the same
-    way, for shapes whose time is published. Theirs are times of kernels alone: without the way to the next one."""
+    """(kernel, shape and card; published us; predicted us; roof) of public kernels, compiled and counted in the
+    same way, for shapes whose time is published. Those are times of a kernel, without the way to the next one."""
     for row in json.loads(PUBLISHED.read_text(encoding="utf-8")):
         rate = 2 * row["products"] * row["multiprocessors"] * row["clock_hz"]
         sizes = {name: row[name] for name in ("bytes_per_s", "multiprocessors", "products")}
@@ -463,10 +458,3 @@ def print_validation() -> None:
     for name, published_us, predicted_us, roof in validated():
         error = predicted_us / published_us - 1
         print(f"{name:{WIDTH}}{published_us:14.2f}{predicted_us:14.2f}{error:+8.0%}  {roof}")
-
-
-def text(made: Mapping[str, Any]) -> str:
-    """JSON, a cell a line."""
-    head = {name: value for name, value in made.items() if name != "cells"}
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(cell)}" for name, cell in made["cells"].items())
-    return f'{json.dumps(head)[:-1]}, "cells": {{\n{lines}\n}}}}\n'

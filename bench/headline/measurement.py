@@ -29,8 +29,8 @@ TRIES = 4  # loads, at most, to confirm what was found by forecasts
 
 class Steps(msgspec.Struct, frozen=True, kw_only=True):
     """A step on average, in one engine: sequences in it, experts of a layer that had tokens (0 in a dense
-    model), bytes and operations. limit_requests_per_s: of all replicas, at the device's full rates. roof: what limits
-    most of the time."""
+    model), bytes and operations. limit_requests_per_s: of all replicas, at the device's full rates. roof: what
+    limits most of the time."""
 
     running: float
     distinct_experts: float

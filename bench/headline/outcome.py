@@ -34,10 +34,9 @@ EXPLAINED = (
     "clients, where the cell does not give them: as many as give the most requests/s with a median TPOT of at most "
     f"{LIMIT_S * 1e3:.0f} ms. fit: requests of full length that the KV cache holds.",
     "of limit: of the requests/s if the device moved all bytes, or computed all operations, of these steps at its "
-    "full rate, whichever takes longer; limit of the ratio: if both models ran at theirs; limited by: the roof that "
-    "takes most of the time, and of which operation. running, experts "
-    "(distinct, of a layer; of a real server as its tokens chose, which costs it up to 2 %), GB and TFLOP: of a "
-    "step of one engine, on average.",
+    "full rate, whichever takes longer; limit of the ratio: if both models ran at theirs; limited by: the roof and "
+    "the operation that take most of the time. running, experts (distinct, of a layer; of a real server as its "
+    "tokens chose, which costs it up to 2 %), GB and TFLOP: of a step of one engine, on average.",
 )
 
 

@@ -36,7 +36,8 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     most. most_waiting: sequences that waited at once. keeps_up: whether requests end as fast as they come; a closed
     loop always does. steps, tokens: from the first step to the last. Shares of the time: operations that wait for
     memory, those that wait for arithmetic, exchanges between cards, overhead (launches, host); limit_share: what
-    the steps would take at the device's rates. roof: of an operation, that which takes most of the time. distinct_experts: in a layer of a step, on average.
+    the steps would take at the device's rates. roof: of an operation, that which takes most of the time.
+    distinct_experts: in a layer of a step, on average.
     """
 
     requests: int

@@ -1,9 +1,9 @@
 """Devices by name, and from files.
 
-Named ones are data sheets: `h100`, `h200`, and several of one kind, as in `4xh100`. What their kernels reach is predicted
-from machine code and launches (predicted.json, which `make gpu-report` writes by roofs.py). The shares that `make gpu`
-has measured take the predictions' place: the newest of a card's files of samples (bench/campaign/store.py) in
-bench/results counts, `gpu-<card>-<commit>.jsonl`. A file (JSON of a `Device`) describes any other device.
+Named ones are data sheets: `h100`, `h200`, and several of one kind, as in `4xh100`. What their kernels reach is
+predicted from machine code and launches (predicted.json, which `make gpu-report` writes by roofs.py). The shares that
+`make gpu` has measured take the predictions' place: the newest of a card's files of samples (bench/campaign/store.py)
+in bench/results counts, `gpu-<card>-<commit>.jsonl`. A file (JSON of a `Device`) describes any other device.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from cierzo.engine.cost.device import Curve, Device
 from cierzo.engine.cost.roofs import HOST_LAUNCH_S
 from cierzo.engine.errors import ConfigError, refusal
 
-# What a step takes on the host while no kernel runs: README's step loop without a model, 64 running, at its median. On
-# several cards, besides, two exchanges a layer: 11 us before the first byte moves, 36 layers. Stated.
+# What a step takes on the host while no kernel runs: README's step loop without a model, 64 running, at its median.
+# On several cards, besides, two exchanges a layer: 11 us before the first byte moves, 36 layers. Stated.
 HOST_STEP_S, EXCHANGES_S = 0.25e-3, 0.8e-3
 NVLINK_BYTES_PER_S = 450e9  # 900 GB/s both ways
 PREDICTED = Path(__file__).with_name("predicted.json")

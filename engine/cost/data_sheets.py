@@ -14,8 +14,8 @@ class DataSheet:
     The sizes below those are Hopper's: streaming multiprocessors (data sheet of the SXM cards), and of each of them
     (CUDA programming guide, technical specifications and arithmetic instructions of compute capability 9.0):
     registers, bytes of shared memory and what each program takes besides its own, warps and programs that are
-    resident, schedulers (an instruction a clock each), results a clock of an integer or logic operation and of a conversion, products a
-    clock of the tensor cores in bf16 (FP8 has twice as many: the data sheet's rates).
+    resident, schedulers (an instruction a clock each), results a clock of an integer or logic operation and of a
+    conversion, products a clock of the tensor cores in bf16 (in FP8 twice as many: the data sheet's rates).
     """
 
     name: str

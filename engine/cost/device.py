@@ -20,8 +20,8 @@ Number: TypeAlias = "float | NDArray[np.float64]"  # of one step, or of several
 
 
 class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An operation as it was predicted at several sizes, by a call's seconds at the device's rates, in order: seconds
-    of a call, the roof that limits them (roofs.py), kernels that it launches."""
+    """An operation as it was predicted at several sizes, by a call's seconds at the device's rates, in order:
+    seconds of a call, the roof that limits them (roofs.py), kernels that it launches."""
 
     limits_s: list[Positive]
     seconds: list[Positive]
