@@ -421,8 +421,8 @@ def predict(found: Sequence[Call], compiler: Compiler) -> dict[str, Any]:
 
 
 def write(triton: str, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Put a table in the place of the one that prices steps, if this Triton's is the code that the cards run: a cell
-    a line. lines: of the report."""
+    """Put a table in the place of the one that prices steps, if this Triton's is the code that the cards run: a
+    cell a line. lines: of the report."""
     if not triton.startswith(PRICED):
         return
     compiler = Compiler(lines)

@@ -1,9 +1,10 @@
 """Devices by name, and from files.
 
-Named ones are data sheets: `h100`, `h200`, and several of one kind, as in `4xh100`. What their kernels reach is
-predicted from machine code and launches (predicted.json, which `make gpu-report` writes by roofs.py). The shares that
-`make gpu` has measured take the predictions' place: the newest of a card's files of samples (bench/campaign/store.py)
-in bench/results counts, `gpu-<card>-<commit>.jsonl`. A file (JSON of a `Device`) describes any other device.
+Named ones are data sheets: `h100`, `h200`, and several of one kind, as in `4xh100`. What their kernels reach
+is predicted from machine code and launches (predicted.json, which `make gpu-report` writes by roofs.py). The
+shares that `make gpu` has measured take the predictions' place: the newest of a card's files of samples
+(bench/campaign/store.py) in bench/results counts, `gpu-<card>-<commit>.jsonl`. A file (JSON of a `Device`)
+describes any other device.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ class StepTotals(msgspec.Struct, kw_only=True):
 
     rows: sequences. distinct_experts: those that had tokens, in a layer on average. num_bytes, operations: on all
     cards together. memory_s: of operations that wait for memory; overhead_s: of those that are hardly more than
-    their launches, and beside all operations; arithmetic_s: of the others. limit_s: the least that any kernels could
-    take, for all bytes or all operations at the device's rates. roofs_s: of operations, by the roof that limits them
-    and by name ("issue of expert_mlp nvfp4").
+    their launches, and beside all operations; arithmetic_s: of the others. limit_s: the least that any kernels
+    could take, for all bytes or all operations at the device's rates. roofs_s: of operations, by the roof that
+    limits them and by name ("issue of expert_mlp nvfp4").
     """
 
     steps: Any = 0

@@ -1,4 +1,4 @@
-"""Times predicted for the cards: the table is whole and of this tree, and its cells are what roofs make of launches."""
+"""Times predicted for the cards: the table is whole and of this tree; a cell is what roofs make of its launches."""
 
 from __future__ import annotations
 
@@ -85,7 +85,11 @@ def test_the_price_of_experts_is_that_of_their_tiles() -> None:
     mma = {"HGMMA.64x64x16.F32.BF16": 16}  # of a turn: 64 rows by 2 x 64 outputs by 128 columns
     line = {
         "configuration": digest(up.made),
-        **{"warps": 4, "registers": 142, "shared_bytes": 83_968, "stages": 3, "loops": True},
+        "warps": 4,
+        "registers": 142,
+        "shared_bytes": 83_968,
+        "stages": 3,
+        "loops": True,
         "turn": {"classes": {"FP32": 500, "PRMT": 300, "F2F": 10, "MMA": 16}, "mma": mma},
         "outside": {"ALU": 100},
     }

@@ -21,8 +21,7 @@ from cierzo.bench.plan.forecast import Forecast, forecast, left_out
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.bench.workload import TracedRequest, Workload, parse_workload, poisson_arrivals
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.cost.cards import find_device, named
-from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.cards import named
 from cierzo.engine.errors import ConfigError
 
 TOLERANCE = 0.05  # what is promised; the steps are the same to the last one, see the test below

@@ -14,12 +14,13 @@ from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.gpu.calls import CASES
 from cierzo.engine.config import EngineOptions, resolve
-from cierzo.engine.cost.cards import find_device, named, with_measured
-from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.cards import HOST_STEP_S, find_device, named, with_measured
+from cierzo.engine.cost.device import Curve, Device
 from cierzo.engine.cost.operations import Work
-from cierzo.engine.cost.step_model import StepModel, step_time
+from cierzo.engine.cost.roofs import HOST_LAUNCH_S
+from cierzo.engine.cost.step_model import StepModel, price, step_time
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
-from cierzo.engine.cost.work import StepShape, step_work
+from cierzo.engine.cost.work import StepShape, step_work, work_beside
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.weights.shapes import named_model_config
@@ -240,6 +241,7 @@ def test_a_device_file_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) 
 def test_names_of_devices() -> None:
     two = named("2xh200")
     assert isinstance(two, Device)
+    assert two.step_overhead_s > find_device("h200").step_overhead_s > 0
     assert (two.cards, two.memory_bytes, two.link_bytes_per_s > 0) == (2, 141_000_000_000, True)
     for name in ("b200", "0xh100", "h100x2", "", "4x"):
         assert named(name) is None
@@ -276,6 +278,21 @@ def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path:
     path.write_text('{"commit": "abc"}\n{"subject": "kernels"}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="line 2"):
         with_measured(device, "h100", tmp_path)
+
+
+def test_a_measured_time_takes_the_predicted_one_s_place(tmp_path: Path) -> None:
+    """Of the operation that was measured; of others the prediction stays, and its roof."""
+    path = tmp_path / "gpu-h100-abc.jsonl"
+    path.write_text("{}\n" + json.dumps(cell("linear, small4, decode 1, fp8", 7.0)) + "\n", encoding="utf-8")
+    predicted = find_device("h100")
+    measured = with_measured(predicted, "h100", tmp_path)
+    found = works("small4", DECODE_ONE)
+    linear, experts = found["linear"], found["expert_mlp"]
+    limit_s = float(linear.num_bytes) / predicted.bytes_per_s
+    assert sum(map(float, price(measured, linear).roofs_s.values())) == pytest.approx(7 * limit_s)
+    assert sum(map(float, price(predicted, linear).roofs_s.values())) != pytest.approx(7 * limit_s)
+    assert price(measured, experts) == price(predicted, experts)
+    assert price(measured, experts).roofs_s["conversions"] > 0
 
 
 def test_a_line_that_a_killed_gpu_bench_left_unfinished_is_left_out(tmp_path: Path) -> None:
@@ -323,6 +340,36 @@ def test_every_operation_of_a_step_is_one_that_the_gpu_bench_measures(
     formats = NumberFormats(weights=weights, activations=activations)
     for work in step_work(config, layout, formats, DECODE_ONE):
         assert device.measured_share(work.operation, work.format, 1e-6) == pytest.approx(0.1), work.operation
+
+
+def test_predicted_seconds_lie_between_those_of_their_sizes() -> None:
+    """In the logarithms of both; a smaller call takes as long as the least, one twice the largest twice as long."""
+    curve = Curve([1e-6, 4e-6], [10e-6, 20e-6], ["issue", "memory"], [2, 4])
+    device = msgspec.structs.replace(find_device("h200"), predicted={"draw bf16": curve})
+
+    def of(limit_s: float) -> dict[str, float]:
+        found = price(device, Work("draw", limit_s * 4.8e12, calls=1))
+        return {name: float(seconds) for name, seconds in found.roofs_s.items() if seconds > 0}
+
+    assert of(1.5e-6) == {"issue": pytest.approx(10e-6 * 1.5**0.5)}
+    assert of(3e-6) == {"memory": pytest.approx(10e-6 * 3**0.5)}
+    assert of(1e-7) == {"issue": pytest.approx(10e-6)}
+    assert of(8e-6) == {"memory": pytest.approx(40e-6)}
+    assert of(0.0) == {}
+
+
+def test_launches_count_where_the_host_is_slower_than_the_device() -> None:
+    device, config = find_device("h200"), model("small4")
+    found = [*works("small4", DECODE_ONE).values()]
+    beside = work_beside(config, config.cache_layout(32, "fp8"), DECODE_ONE)
+    launches = sum(float(price(device, work).launches) for work in (*found, *beside))
+    assert 36 * 15 < launches < 36 * 20
+    replayed = step_time(device, found, rows=1.0, beside=beside)
+    launched = step_time(device, found, rows=1.0, beside=beside, launched=True)
+    assert float(launched.total_s) == pytest.approx(launches * HOST_LAUNCH_S + HOST_STEP_S)
+    assert float(replayed.total_s) < 0.5 * float(launched.total_s)
+    slow = msgspec.structs.replace(device, launch_s=1e-6)
+    assert float(step_time(slow, found, rows=1.0, beside=beside, launched=True).total_s) == replayed.total_s
 
 
 def test_a_step_s_shape_is_that_of_its_pieces() -> None:

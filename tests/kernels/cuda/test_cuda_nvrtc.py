@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import cuda_on_cpu
-
 import pytest
 
 from cierzo.bench.gpu import nvrtc
