@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import re
 import subprocess
 import tempfile
@@ -87,6 +86,5 @@ def _dump(cubin: bytes, option: str, name: str = "cuobjdump") -> str:
         file.write(cubin)
         file.flush()
         # nvdisasm, which cuobjdump calls for -sass, lies beside it
-        environment = os.environ | {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
-        command = [str(tool), option, file.name]
+        command, environment = [str(tool), option, file.name], {"PATH": str(tool.parent)}
         return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout

@@ -86,8 +86,8 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Of a launch: bytes that it moves, programs that work (None: all), and how far the main loop of each goes:
-    multiplications of its tensor cores, or of its FP32 units, empty rows of tiles included, or turns."""
+    """Work of a launch: bytes that it moves, programs that work (None: all), and how far the main loop of each
+    goes: multiplications of its tensor cores, or of its FP32 units, empty rows of tiles included, or turns."""
 
     num_bytes: float
     programs: float | None = None
@@ -244,7 +244,7 @@ class _Recorder:
 
 
 def launches(operation: str, arguments: tuple[Any, ...]) -> list[Seen]:
-    """What a call would launch, in order, of Triton or of CUDA C++."""
+    """List what a call would launch, in order, of Triton or of CUDA C++."""
     recorder = _Recorder()
     with running_on(recorder):
         found = dry_run(registry.implementations(operation, "cuda")[0].load(), *arguments)
@@ -273,7 +273,7 @@ def counts(by_class: Mapping[str, float], mma: Mapping[str, int]) -> Counts:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What the compiler made of a kernel; of a turn of its main loop, multiplications of the tensor cores of all
+    """A kernel as the compiler made it; of a turn of its main loop, multiplications of the tensor cores of all
     warps, and of the FP32 units of all threads."""
 
     code: Code
@@ -282,7 +282,7 @@ class Made:
 
 
 class Compiler:
-    """What the compilers made of each kernel: Triton's from lines of the report (ceilings.py); CUDA C++ compiled by
+    """Kernels as the compilers made them: Triton's from lines of the report (ceilings.py); CUDA C++ compiled by
     NVRTC."""
 
     def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -86,7 +86,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return np.interp(np.log(np.maximum(limit_s, 1e-12)), np.log(sizes), [found[size] for size in sizes])
 
     def curve(self, operation: str, format: str, width: int) -> Curve | None:
-        """What was predicted for an operation in a model of this width, or in any."""
+        """The prediction for an operation in a model of this width, or in any."""
         name = f"{operation} {format}"
         return self.predicted.get(f"{name}, {width} wide") or self.predicted.get(name)
 

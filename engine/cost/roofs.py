@@ -16,7 +16,7 @@ from what others have published of their kernels stands in the compile report (b
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 from math import ceil
 from typing import TYPE_CHECKING
@@ -75,7 +75,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
-    """What the compiler made of a kernel: warps and shared bytes of a program, registers of a thread, stages of the
+    """A kernel as the compiler made it: warps and shared bytes of a program, registers of a thread, stages of the
     pipeline that loads ahead, instructions of a turn of the main loop, and those outside it."""
 
     warps: int
@@ -123,7 +123,7 @@ def seconds(card: DataSheet, launch: Launch) -> dict[str, float]:
     """Seconds of a launch in a replayed graph, by the roof that they are under; their sum is its time."""
     code, capacity = launch.code, card.multiprocessors * resident(card, launch.code)
     outside_s = code.outside.issued * STRAIGHT_CLOCKS / card.clock
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     found[LAUNCHES] = NODE_S + START_S + outside_s + START_S * launch.idle / capacity
     whole, rest = divmod(launch.programs, capacity)
     for count, programs in ((whole, capacity), (1, rest)):

@@ -54,7 +54,7 @@ class StepTotals(msgspec.Struct, kw_only=True):
 
     @property
     def roof(self) -> str:
-        """What takes the largest part of sums over steps, with that part: "issue of expert_mlp nvfp4, 61 %"."""
+        """The roof and operation that take most of the time, and their part: "issue of expert_mlp nvfp4, 61%"."""
         if not self.roofs_s:
             return "-"
         name = max(self.roofs_s, key=lambda one: float(self.roofs_s[one]))
