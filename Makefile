@@ -129,9 +129,13 @@ gpu-bundle: ## fetch the wheels that make gpu wants beside torch, for a machine 
 	  --python-version $(or $(GPU_PYTHON),3.12) --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 \
 	  'msgspec>=0.19' 'uvloop>=0.21' 'tqdm>=4.66'
 
-gpu-report: $(KERNELS) ## compile every GPU kernel for H100, without one (TRITON=3.6: with another Triton's compiler)
-	@$(if $(TRITON),$(PIP) install --quiet --no-deps --upgrade --target build/triton-$(TRITON) 'triton==$(TRITON).*')
-	@$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(BIN)/python -m cierzo.bench.gpu.compiled $(REPORT)
+# REPORT="--accept" or any other of its options.
+TRITON = 3.6 3.9
+gpu-report: $(KERNELS) ## compile every GPU kernel for H100, without one, with the oldest and newest Triton (TRITON=3.9: one)
+	@$(foreach version,$(TRITON),[ -d build/triton-$(version) ] || $(PIP) install --quiet --no-deps \
+	  --target build/triton-$(version) 'triton==$(version).*' || exit 1;)
+	@status=0; $(foreach version,$(TRITON),PYTHONPATH=build/triton-$(version) $(BIN)/python -m cierzo.bench.gpu.compiled \
+	  $(REPORT) || status=1;) exit $$status
 
 clean: ## remove environments, builds and caches of tools
 	rm -rf kernels/cpu/_native*.so .venv .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

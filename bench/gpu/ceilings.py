@@ -114,5 +114,6 @@ def read(triton: str) -> dict[str, Any]:
 def write(triton: str, lines: Mapping[str, Mapping[str, Any]]) -> None:
     """Put a report in the place of the committed one: a line for each configuration."""
     head = {"triton": triton, "sources": fingerprint()}
-    body = ",\n".join(f"{json.dumps(name)}: {json.dumps(line)}" for name, line in lines.items())
+    dense = json.JSONEncoder(separators=(",", ":")).encode
+    body = ",\n".join(f"{dense(name)}: {dense(line)}" for name, line in lines.items())
     path(triton).write_text(f'{json.dumps(head)[:-1]}, "kernels": {{\n{body}\n}}}}\n', encoding="utf-8")

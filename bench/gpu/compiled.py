@@ -189,14 +189,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def print_loops(lines: Mapping[str, Mapping[str, Any]]) -> None:
     """Print what one turn of each kernel's main loop issues. Per 1,000 weights or per token: of all warps."""
-    heads = "".join(f"{name:>8}" for name in ("turn", "per unit", "per MMA", *COLUMNS, "drains"))
+    heads = "".join(f"{name:>9}" for name in ("turn", "per unit", "per MMA", *COLUMNS, "drains"))
     print("\nOne turn of the main loop, or all of a kernel without one; of one warp, but per unit of all")
     print(f"{'kernel, for':{WIDTH}}{'unit':>14}{heads}  matrix instructions")
     for name, line in lines.items():
         turn, mma = line["turn"], sum(line["turn"]["mma"].values())
         each = turn["issued"] * line["warps"] / line["units"] * (1000 if line["unit"] == "weights" else 1)
-        rates = f"{turn['issued']:8}{each:8.1f}{turn['issued'] / mma if mma else 0:8.1f}"
-        counts = "".join(f"{turn['classes'].get(one, 0):8}" for one in COLUMNS) + f"{turn['drains']:8}"
+        rates = f"{turn['issued']:9}{each:9.1f}{turn['issued'] / mma if mma else 0:9.1f}"
+        counts = "".join(f"{turn['classes'].get(one, 0):9}" for one in COLUMNS) + f"{turn['drains']:9}"
         products = " ".join(f"{one} {times}" for one, times in turn["mma"].items())
         print(f"{name:{WIDTH}}{line['units']:6} {line['unit']:7}{rates}{counts}  {products}")
 

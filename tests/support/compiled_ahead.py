@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -10,6 +11,101 @@ from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).with_name("triton_worker.py")
+# Products that are cut over k: their parts in one program, or each in its own.
+TOGETHER, APART = (f"linear: linear, small4 latents, {rows}" for rows in ("many rows", "one row"))
+# Configurations of which another form reads through descriptors.
+DESCRIBED = (
+    f"{TOGETHER}, bf16",
+    "linear: gated_mlp, small3, one row, fp8",
+    "expert_gate_up: expert_mlp, small4, one row, bf16",
+    "expert_down: expert_mlp, small4, one row, fp8",
+    "expert_gate_up: expert_mlp, small4, one row, nvfp4",
+)
+# configuration -> the machine instruction that does its work; `make gpu-report` has all configurations
+COMPILED = {
+    "linear: linear, small4, one row, bf16": "HGMMA",
+    "linear: gated_mlp, small3, one row, fp8": "HGMMA",
+    "linear: mla_absorb, small4, one row, bf16": "HGMMA",
+    **{f"{TOGETHER}, {format}": "HGMMA" for format in ("bf16", "nvfp4")},
+    **{f"{APART}, {format}": "HGMMA" for format in ("bf16", "nvfp4")},
+    "sum_parts: linear, small4 latents, one row, bf16": "FADD",
+    "expert_gate_up: expert_mlp, small4, one row, bf16": "HGMMA",
+    "expert_gate_up: expert_mlp, small4, one row, nvfp4": "HGMMA",
+    "expert_down: expert_mlp, small4, one row, fp8": "HGMMA",
+    "sum_slots: expert_mlp, small4, one row, bf16": "FADD",
+}
+# FP8 by FP8: one of each kernel and kind of result
+BY_FP8 = (
+    "linear: linear, small4, one row, fp8 x fp8",
+    "linear: gated_mlp, small3, one row, fp8 x fp8",
+    "linear: gated_mlp, small3, one row, static fp8 x fp8",
+    "expert_gate_up: expert_mlp, small4, one row, static fp8 x fp8",
+    "expert_down: expert_mlp, small4, one row, fp8 x fp8",
+)
+DECODE = [
+    "mla_attend: mla_decode, small4, one row, bf16",
+    "mla_attend: mla_decode, small4, one row, fp8",
+    "mla_attend: mla_decode, small4 / 8, one row, fp8",
+    "mla_attend: mla_decode, small4, decode, bf16",
+    "mla_attend: mla_decode, small4, decode, fp8",
+    "gqa_attend: gqa_decode, small3, one row, bf16",
+    "gqa_attend: gqa_decode, small3, one row, fp8",
+    "gqa_attend: gqa_decode, gpt-oss, window 128, one row, bf16",
+    "gqa_attend: gqa_decode, gpt-oss, window 128, one row, fp8",
+]
+PREFILL = [
+    "flash: mla_prefill, small4, prefill, bf16",
+    "flash: mla_prefill, small4, long prefill, bf16",
+    "expand: mla_prefill, small4, prefill, bf16",
+    "flash: gqa_prefill, small3, long prefill, bf16",
+    "flash: gqa_prefill, gpt-oss, long prefill, bf16",
+    "flash: gqa_prefill, gpt-oss, window 128, long prefill, bf16",
+]
+OTHERS = [
+    "plan: mla_decode, small4, one row, bf16",
+    "combine: mla_decode, small4, one row, bf16",
+    "combine: mla_decode, small4, decode, bf16",
+    "prefixes: mla_decode, small4, decode, bf16",
+    "plan: gqa_decode, gpt-oss, window 128, one row, bf16",
+    "combine: gqa_decode, gpt-oss, window 128, one row, bf16",
+    "gather: mla_prefill, small4, prefill, bf16",
+    "gather: mla_prefill, small4, prefill, fp8",
+    "gather: gqa_prefill, small3, prefill, bf16",
+    "gather: gqa_prefill, gpt-oss, prefill, fp8",
+    "rope_tables: rope_tables, small4, one row, bf16",
+    "apply_rope: apply_rope, small4, one row, bf16",
+    "write_normed_latents: write_normed_latents, small4, one row, fp8",
+    "rotate_and_write: rotate_and_write_keys_values, small3, one row, fp8",
+]
+
+
+def through_descriptors(name: str) -> str:
+    """The form of a configuration that reads through descriptors."""
+    return f"{name.replace('one row', 'many rows')}, TMA"
+
+
+EXPERTS = [
+    f"{kernel}: expert_mlp, small4, one row, {format}"
+    for kernel in ("expert_gate_up", "expert_down")
+    for format in ("nvfp4", "fp8")
+]
+# The loops that most of a step's time is spent in, whose counts may only fall.
+HOT = [
+    *EXPERTS,
+    *map(through_descriptors, EXPERTS),
+    *(f"linear: linear, small4, one row, {format}" for format in ("bf16", "fp8", "nvfp4")),
+    "linear: lm_head, small4, one row, bf16",
+    "mla_attend: mla_decode, small4, decode, bf16",
+    "mla_attend: mla_decode, small4, decode, fp8",
+    "flash: mla_prefill, small4, long prefill, bf16",
+    "linear: gated_mlp, small3, one row, fp8",
+    "gqa_attend: gqa_decode, small3, one row, bf16",
+]
+NAMES = [
+    *dict.fromkeys(
+        [*COMPILED, *BY_FP8, *DESCRIBED, *map(through_descriptors, DESCRIBED), *DECODE, *PREFILL, *OTHERS, *HOT]
+    )
+]
 
 
 def ask(*arguments: str) -> Any:
@@ -19,3 +115,13 @@ def ask(*arguments: str) -> Any:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
+
+
+def compiled_once(folder: Path) -> dict[str, Any]:
+    """NAMES, compiled: by the first process that asks, which leaves the answer in a folder for the others."""
+    found = folder / "compiled.json"
+    with (folder / "compiled.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            found.write_text(json.dumps(ask("compile", *NAMES)), encoding="utf-8")
+    return json.loads(found.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """Answers of Triton's compiler to tests, which have its interpreter in their own process: prints JSON.
 
-triton_worker.py compile NAME...   the configurations of these names, compiled for sm_90
+triton_worker.py compile NAME...   the configurations of these names, compiled for sm_90 on all cores: the fields of
+                                   Compiled, and their line of the report
 triton_worker.py bind              each configuration's difference from what Triton's launcher would compile
 """
 
@@ -17,7 +18,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cierzo.bench.gpu.compiled import inspect
+from cierzo.bench.gpu import ceilings
+from cierzo.bench.gpu.compiled import compile_all
 from cierzo.bench.gpu.configurations import configurations
 from cierzo.kernels.triton.compile import source
 from cierzo.kernels.triton.launch import POINTER, Configuration
@@ -56,11 +58,13 @@ def difference(configuration: Configuration) -> str:
 def main(command: str, *names: str) -> None:
     """Run a command; see the module."""
     result: dict[str, Any] = {}
-    for name, configuration in configurations().items():
-        if command == "bind":
-            result[name] = difference(configuration)
-        elif name in names:
-            result[name] = dataclasses.asdict(inspect(configuration))
+    if command == "bind":
+        result = {name: difference(configuration) for name, configuration in configurations().items()}
+    else:
+        for name, configuration, compiled, error in compile_all(90, names):
+            if compiled is None:
+                raise SystemExit(f"{name}: {error}")
+            result[name] = dataclasses.asdict(compiled) | {"line": ceilings.entry(configuration, compiled)}
     print(json.dumps(result))
 
 

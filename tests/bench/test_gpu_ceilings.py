@@ -1,0 +1,170 @@
+"""Ceilings of what machine code costs: what counts as a rise, per weight or token, and the committed reports."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cierzo.bench.gpu import ceilings, compiled
+from cierzo.bench.gpu.compiled import FLUSHING, Compiled
+from cierzo.bench.gpu.configurations import configurations, digest, fingerprint
+from cierzo.bench.gpu.loops import Loop
+from cierzo.kernels.triton import activations
+
+VERSIONS = ("3.6", "3.9")
+NAME = "linear: linear, small4, one row, fp8"
+CONFIGURATION = configurations()[NAME]  # 128 outputs, 64 tokens, 64 of k, 4 warps
+TURN = {
+    "HGMMA.64x128x16.F32.BF16": 4, "WARPGROUP.DEPBAR.LE 0": 1, "DEPBAR.LE 4": 1, "F2F.BF16.F16": 64,
+    "LDGSTS.E.BYPASS.128": 8, "BAR.SYNC": 2, "IADD3": 20,
+}  # fmt: skip
+
+
+def line_of(turn: dict[str, int] = TURN, **fields: Any) -> dict[str, Any]:
+    """The report's line of a kernel with such a loop."""
+    return ceilings.entry(CONFIGURATION, Compiled(200, 0, 1000, turn, Loop(turn, {"EXIT": 1}), True, **fields))
+
+
+def test_a_turn_is_counted_in_the_weights_that_its_products_take() -> None:
+    line = line_of()
+    assert (line["unit"], line["units"]) == ("weights", 128 * 64)
+    assert (line["warps"], line["loops"], line["outside"]) == (4, True, {"CONTROL": 1})
+    assert line["turn"]["issued"] == 100
+    assert line["turn"]["classes"]["F2F"] == 64
+    assert line["turn"]["loads"] == {"LDGSTS.128": 8}
+    assert ceilings.measures(line)["instructions a weight"] == 100 * 4 / 8192
+
+
+def test_twice_the_turn_for_twice_the_weights_is_no_rise() -> None:
+    twice = line_of({name: 2 * number for name, number in TURN.items()})
+    assert twice["units"] == 2 * 128 * 64
+    assert ceilings.rises(line_of(), twice) == ceilings.rises(twice, line_of()) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"IADD3": 21}, "instructions a weight"),
+        ({"F2F.BF16.F16": 65, "IADD3": 19}, "F2F a weight"),
+        ({"WARPGROUP.DEPBAR.LE 0": 2, "IADD3": 19}, "drains a weight"),
+        ({"DEPBAR.LE 4": 2, "IADD3": 19}, "WAIT a weight"),
+        ({"BAR.SYNC": 3, "IADD3": 19}, "BARRIER a weight"),
+        ({"LDL": 1, "IADD3": 19}, "LOCAL a weight"),
+        ({"LDGSTS.E.BYPASS.128": 7, "LDGSTS.E.64": 2, "IADD3": 19}, "LDGSTS.64 a weight"),
+        ({"HGMMA.64x128x16.F32.BF16": 0, "HGMMA.64x64x16.F32.BF16": 8, "IADD3": 16}, "HGMMA.64x64x16"),
+    ],
+)
+def test_each_count_has_a_ceiling(more: dict[str, int], told: str) -> None:
+    risen = ceilings.rises(line_of(), line_of(TURN | more))
+    assert any(one.startswith(told) for one in risen), risen
+    assert told == "instructions a weight" or not any(one.startswith("instructions") for one in risen)
+
+
+def test_fewer_is_no_rise_and_spills_and_flushes_are() -> None:
+    assert ceilings.rises(line_of(), line_of(TURN | {"IADD3": 3, "F2F.BF16.F16": 0})) == []
+    spilled = ceilings.entry(CONFIGURATION, Compiled(255, 8, 1000, TURN, Loop(TURN, {}), True))
+    assert ceilings.rises(line_of(), spilled) == ["spilled bytes: 8 above 0"]
+    assert ceilings.rises(line_of(), line_of(flushes={"FADD.FTZ": 2})) == ["FADD.FTZ: 2 above 0"]
+
+
+def test_products_that_are_not_of_whole_tiles_are_refused() -> None:
+    with pytest.raises(ValueError, match="linear: 655360 products in a turn, not a multiple of 524288"):
+        line_of(TURN | {"HGMMA.64x128x16.F32.BF16": 5})
+    with pytest.raises(ValueError, match="linear: 0 products in a turn"):
+        line_of({"IADD3": 1})
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_committed_reports_are_of_these_kernels(version: str) -> None:
+    report = ceilings.read(version)
+    wanted = "the kernels have changed: run `make gpu-report`, which compiles them with Triton 3.6 and 3.9"
+    assert report["sources"] == fingerprint(), wanted
+    assert {name: line["configuration"] for name, line in report["kernels"].items()} == {
+        name: digest(configuration) for name, configuration in configurations().items()
+    }, wanted
+    assert report["triton"].startswith(f"{version}.")
+
+
+def test_the_digest_of_sources_covers_what_kernels_call_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """softmax_step is called by a function that a kernel calls; LARGEST is read by functions that kernels call."""
+    before = fingerprint()
+    changed = {"softmax_step": "", "token_of": ""}
+    for name in changed:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                f"{fingerprint.__module__}.getsource",
+                lambda one, name=name: inspect.getsource(one) + "#" * (one.__name__ == name),
+            )
+            changed[name] = fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr(activations.LARGEST, "value", 1.0)
+        changed["LARGEST"] = fingerprint()
+    assert len({before, *changed.values()}) == 4
+    assert fingerprint() == before
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nothing_that_is_committed_spills_or_flushes_what_is_not_known(version: str) -> None:
+    """Local memory and spills are zero; so are flushes, but for the two that Triton has no other form of, in
+    softmax and norms, and those within divisions of integers."""
+    for name, line in ceilings.read(version)["kernels"].items():
+        assert (
+            line["spill_bytes"] == line["turn"]["classes"].get("LOCAL", 0) == line["outside"].get("LOCAL", 0) == 0
+        )
+        assert set(line["flushes"]) <= set(FLUSHING), name
+        if "ex2.approx.ftz.f32" in line["flushes"]:
+            assert name.split(":")[0] in ("mla_attend", "gqa_attend", "flash", "combine"), name
+        if "rsqrt.approx.ftz.f32" in line["flushes"]:
+            assert "norm" in name, name
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_products_of_a_turn_are_those_of_its_tile(version: str) -> None:
+    """Today's compilers unroll no loop of ours; a kernel without a loop does all its tiles at once."""
+    for name, line in ceilings.read(version)["kernels"].items():
+        found = ceilings.unit(configurations()[name])
+        assert (line["unit"] != "turns") == (found is not None) == bool(line["turn"]["mma"]), name
+        if found is not None and line["loops"]:
+            assert line["units"] == found[1], name
+
+
+@pytest.mark.parametrize(("more", "options", "status"), [(0, [], 0), (1, [], 1), (1, ["--accept"], 0), (-1, [], 0)])
+def test_a_report_is_written_unless_a_count_rose(
+    more: int,
+    options: list[str],
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ceilings, "RESULTS", tmp_path)
+    monkeypatch.setattr(compiled, "print_limits", lambda: None)
+    ceilings.write(compiled.triton.__version__, {NAME: line_of()})
+    turn = TURN | {"IADD3": TURN["IADD3"] + more}
+    found = Compiled(200, 0, 1000, turn, Loop(turn, {}), True)
+    monkeypatch.setattr(compiled, "compile_all", lambda _: [(NAME, CONFIGURATION, found, "")])
+    assert compiled.main(options) == status
+    told = capsys.readouterr().out
+    assert (f"RISEN: {NAME}: instructions a weight: 0.0493164 above 0.0488281" in told) == (more > 0)
+    issued = 100 if status else 100 + more
+    assert json.loads(ceilings.path("3.9.1").read_text())["kernels"][NAME]["turn"]["issued"] == issued
+    assert f"{issued if not status else 101:9}" in told
+
+
+def test_a_fault_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even on demand: spills and unknown flushes are no counts that one accepts."""
+    monkeypatch.setattr(ceilings, "RESULTS", tmp_path)
+    monkeypatch.setattr(compiled, "print_limits", lambda: None)
+    for fault in (
+        Compiled(255, 8, 0, TURN, Loop(TURN, {}), True),
+        Compiled(9, 0, 0, TURN | {"STL": 1}, Loop(TURN, {})),
+    ):
+        monkeypatch.setattr(compiled, "compile_all", lambda _, fault=fault: [(NAME, CONFIGURATION, fault, "")])
+        assert compiled.main(["--accept"]) == 1
+    assert list(tmp_path.iterdir()) == []
+    flushing = Compiled(9, 0, 0, TURN, Loop(TURN, {}), True, {"ex2.approx.ftz.f32": 1, "FADD.FTZ": 2})
+    assert compiled.faults(CONFIGURATION, flushing, 90) == ["flushes subnormals: FADD.FTZ"]
