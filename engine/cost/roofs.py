@@ -11,7 +11,7 @@ much is left:
 
 (the bound of a closed queueing network of R customers). The constants below are FROZEN with the commit that brought
 this file: only a measurement on a card changes them, or takes the place of the prediction. How far predictions lie
-from what others have published of their kernels stands in the compile report (bench/results/gpu-report-sm90*.txt).
+from what others have published of their kernels is printed by `make gpu-report`.
 """
 
 from __future__ import annotations
