@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from compiled_ahead import DECODE, OTHERS, PREFILL
 
+pytestmark = pytest.mark.timeout(900)  # half a minute of two cores, which others may want too
 SHARED_BYTES = 227 << 10  # of a multiprocessor that one program may have
 
 

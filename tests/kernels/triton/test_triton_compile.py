@@ -11,7 +11,10 @@ from compiled_ahead import APART, BY_FP8, COMPILED, DESCRIBED, HOT, TOGETHER, as
 
 from cierzo.bench.gpu import ceilings
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux"),
+    pytest.mark.timeout(900),  # half a minute of two cores, which others may want too
+]
 
 
 def test_some_configurations_compile_for_sm_90(compiled: dict[str, Any]) -> None:
