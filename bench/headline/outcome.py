@@ -23,7 +23,7 @@ GIGA, TERA = 1e9, 1e12
 COLUMNS, PANEL_INCHES = 3, (3.6, 2.9)
 SIMULATION = (
     "SIMULATION: no card has run this. Scheduler, cache and load client are the real ones; a step takes what the",
-    "model says of its bytes, operations, machine code and launches, by the predictions named below.",
+    "price of its operations says (engine/cost), by the shares of the rates and the overheads named below.",
 )
 EXPLAINED = (
     "requests/s: completions between the C-th and the (N-C)-th of N = 3C requests of C clients, over the time "
@@ -121,7 +121,7 @@ def _line(row: Row) -> dict[str, str]:
     else:
         value += f"/{found.completion_s.p99:.4g}"
         first = {judged: value, "requests/s": f"{found.requests_per_s:.4g}", "out tok/s": rate}
-    steps = dict.fromkeys(("running", "experts", "GB/step", "TFLOP/step", "of limit", "limited by"), "-")
+    steps = dict.fromkeys(("running", "experts", "GB/step", "TFLOP/step", "of limit"), "-")
     if one := found.steps:
         steps = {
             "running": f"{one.running:.1f}",
@@ -129,8 +129,9 @@ def _line(row: Row) -> dict[str, str]:
             "GB/step": f"{one.num_bytes / GIGA:.3g}",
             "TFLOP/step": f"{one.operations / TERA:.3g}",
             "of limit": f"{found.requests_per_s / one.limit_requests_per_s:.0%}",
-            "limited by": one.roof,
         }
+    if one and one.roof != "-":
+        steps["limited by"] = one.roof
     last = {"fit": f"{found.kv_room_requests:,}", "bounded by": found.bounded_by}
     return {
         "precision": f"{row.subject}{engines}",
