@@ -11,7 +11,8 @@ much is left:
 
 (the bound of a closed queueing network of R customers). The constants below are FROZEN with the commit that brought
 this file: only a measurement on a card changes them, or takes the place of the prediction. How far predictions lie
-from what others have published of their kernels is printed by `make gpu-report`.
+from what others have published of their kernels is printed by `make gpu-report`;
+the constants were chosen with those in view, so that it is a fit and no proof.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ COPY_SHARE = 0.9
 # 34 KB under way in each multiprocessor of an H200. Of the stages of a pipeline one and a half are not under way:
 # the one that is computed with, and half of the one before it.
 LATENCY_S, STAGES_HELD = 1.05e-6, 1.5
-# Of the tensor cores' rate, what a loop without other work reaches: FlashMLA 88 % on an H20 (its README), where
+# Of the tensor cores' rate, what a loop without other work reaches: FlashMLA 88 % on an H20 (its issue 30), where
 # they are slow. The best products of H100 and H200, 71 to 80 %, come out of this and of what they do not hide.
 TENSOR_SHARE = 0.9
 # Of the issue slots, those that code fills. Marlin, published at 2.5 TB/s on an H200 (37 % of what its instructions

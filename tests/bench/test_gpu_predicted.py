@@ -124,7 +124,7 @@ def _sizes(*rows: int) -> list[Size]:
 
 
 def test_public_kernels_come_out_near_their_published_times() -> None:
-    """Within a quarter; but for Marlin on an H100, whose times a driver of 2024 had."""
+    """Within a quarter, but for Marlin on an H100: why that one took longer is not known."""
     errors = {name: found / published - 1 for name, published, found, _ in predicted.validated()}
     assert len(errors) > 30
     for name, error in errors.items():
