@@ -146,7 +146,11 @@ setup(
     packages=find_packages("src"),
     ext_modules=native_kernels(),
     cmdclass={"build_ext": BuildKernels},
-    package_data={"cierzo": ["py.typed"], "cierzo.kernels.cuda": ["*.cu", "*.cuh"]},
+    package_data={
+        "cierzo": ["py.typed"],
+        "cierzo.kernels.cuda": ["*.cu", "*.cuh"],
+        "cierzo.engine.cost": ["*.json"],
+    },
     install_requires=RUNTIME,
     extras_require={"cuda": CUDA, "demo": DEMO, "bench": BENCH, "test": DEMO + TEST},
     entry_points={"console_scripts": ["cierzo=cierzo.__main__:main"]},

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 
-from cierzo.bench.gpu import ceilings
+from cierzo.bench.gpu import ceilings, predicted
 from cierzo.bench.gpu.calls import cells, make_call
 from cierzo.bench.gpu.configurations import configurations
 from cierzo.bench.gpu.loops import Loop, class_of, main_loop, whole, widths
@@ -174,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if capability == 90:
         print_loops(lines)
         print_limits()
+        predicted.print_validation()
         old = ceilings.read(triton.__version__).get("kernels", {})
         risen = {name: ceilings.rises(old[name], line) for name, line in lines.items() if name in old}
         for name, what in risen.items():
@@ -182,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bad += not options.accept
         if not bad:
             ceilings.write(triton.__version__, lines)
+            predicted.write(triton.__version__, lines.values())
     return 1 if bad else 0
 
 

@@ -85,9 +85,9 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
 def _assumed(device: Device) -> str:
     """The assumptions about a simulated device, in words."""
-    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in device.stated.items())
+    shares = device.shares + "".join(f", {kind} {share:.0%}" for kind, share in device.stated.items())
     measured = f", measured: {', '.join(device.measured)}" if device.measured else ""
-    overhead = f"{device.step_overhead_s * 1e3:.1f} ms a step and {device.row_overhead_s * 1e6:.1f} us a sequence"
+    overhead = f"{device.step_overhead_s * 1e3:.2f} ms a step and {device.row_overhead_s * 1e6:.1f} us a sequence"
     return f"shares of its rates: {shares}{measured}; beside them {overhead}; experts as if chosen at random"
 
 

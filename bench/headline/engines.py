@@ -30,7 +30,6 @@ from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.cards import named
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.device import Device
-from cierzo.engine.cost.step_model import StepTotals
 from cierzo.engine.cost.work import Distinct, measured_distinct
 from cierzo.engine.errors import ConfigError
 
@@ -188,6 +187,5 @@ def simulate(
     result = run_simulated_load(server, closed_loop(cell, concurrency, SEED))
     if result.errors:
         raise ConfigError(f"requests failed: {result.errors}", field="requests", value=result.errors)
-    begin, end = (msgspec.structs.asdict(server.ends[index - 1]) for index in (concurrency, -concurrency))
-    totals = StepTotals(**{name: end[name] - begin[name] for name in end})
-    return measured(cell, result, concurrency, replicas, totals)
+    begin, end = (server.ends[index - 1] for index in (concurrency, -concurrency))
+    return measured(cell, result, concurrency, replicas, end.since(begin))

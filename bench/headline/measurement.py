@@ -29,13 +29,15 @@ TRIES = 4  # loads, at most, to confirm what was found by forecasts
 
 class Steps(msgspec.Struct, frozen=True, kw_only=True):
     """A step on average, in one engine: sequences in it, experts of a layer that had tokens (0 in a dense
-    model), bytes and operations. limit_requests_per_s: of all replicas, at the device's full rates."""
+    model), bytes and operations. limit_requests_per_s: of all replicas, at the device's full rates. roof: what
+    limits most of the time."""
 
     running: float
     distinct_experts: float
     num_bytes: float
     operations: float
     limit_requests_per_s: float
+    roof: str = "-"
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -117,6 +119,7 @@ def measured(
             num_bytes=totals.num_bytes / totals.steps,
             operations=totals.operations / totals.steps,
             limit_requests_per_s=replicas * settled.answered / totals.limit_s,
+            roof=totals.roof,
         )
     return Measurement(
         replicas=replicas,

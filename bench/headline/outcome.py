@@ -23,7 +23,7 @@ GIGA, TERA = 1e9, 1e12
 COLUMNS, PANEL_INCHES = 3, (3.6, 2.9)
 SIMULATION = (
     "SIMULATION: no card has run this. Scheduler, cache and load client are the real ones; a step takes what the",
-    "roofline says of its bytes and operations, with the overheads and shares of the device's rates named below.",
+    "price of its operations says (engine/cost), by the shares of the rates and the overheads named below.",
 )
 EXPLAINED = (
     "requests/s: completions between the C-th and the (N-C)-th of N = 3C requests of C clients, over the time "
@@ -34,9 +34,9 @@ EXPLAINED = (
     "clients, where the cell does not give them: as many as give the most requests/s with a median TPOT of at most "
     f"{LIMIT_S * 1e3:.0f} ms. fit: requests of full length that the KV cache holds.",
     "of limit: of the requests/s if the device moved all bytes, or computed all operations, of these steps at its "
-    "full rate, whichever takes longer; limit of the ratio: if both models ran at theirs. running, experts "
-    "(distinct, of a layer; of a real server as its tokens chose, which costs it up to 2 %), GB and TFLOP: of a "
-    "step of one engine, on average.",
+    "full rate, whichever takes longer; limit of the ratio: if both models ran at theirs; limited by: the roof and "
+    "the operation that take most of the time. running, experts (distinct, of a layer; of a real server as its "
+    "tokens chose, which costs it up to 2 %), GB and TFLOP: of a step of one engine, on average.",
 )
 
 
@@ -130,6 +130,8 @@ def _line(row: Row) -> dict[str, str]:
             "TFLOP/step": f"{one.operations / TERA:.3g}",
             "of limit": f"{found.requests_per_s / one.limit_requests_per_s:.0%}",
         }
+    if one and one.roof != "-":
+        steps["limited by"] = one.roof
     last = {"fit": f"{found.kv_room_requests:,}", "bounded by": found.bounded_by}
     return {
         "precision": f"{row.subject}{engines}",

@@ -131,7 +131,7 @@ def _add(times: Times, model: StepModel, shape: StepShape, rows: list[OperationR
     scale = step.native_ms / sum(row.ms for row in step.operations if row.operation in works)
     for row in rows:
         work = works.get(row.operation)
-        limit_s = 0.0 if work is None else float(max(price(model.device, work)[:2]))
+        limit_s = 0.0 if work is None else float(price(model.device, work).limit_s)
         if work is not None and limit_s > 0:
             times[row.operation][limit_s / work.calls].append(row.ms / 1e3 * scale / work.calls)
 

@@ -131,6 +131,7 @@ def _column(plan: DevicePlan) -> dict[str, str]:
         "running, most": f"{found.running:,.1f}, {found.most_running:,}",
         "most waiting": f"{found.most_waiting:,}",
         "time goes to": found.limit,
+        "limited by": found.roof,
         "memory, arithmetic": f"{found.memory_share:.0%}, {found.arithmetic_share:.0%}",
         "exchange, overhead": f"{found.exchange_share:.0%}, {found.overhead_share:.0%}",
         "of the limit": f"{found.limit_share:.0%}",

@@ -36,7 +36,8 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     most. most_waiting: sequences that waited at once. keeps_up: whether requests end as fast as they come; a closed
     loop always does. steps, tokens: from the first step to the last. Shares of the time: operations that wait for
     memory, those that wait for arithmetic, exchanges between cards, overhead (launches, host); limit_share: what
-    the steps would take at the device's rates. distinct_experts: in a layer of a step, on average.
+    the steps would take at the device's rates. roof: of an operation, that which takes most of the time.
+    distinct_experts: in a layer of a step, on average.
     """
 
     requests: int
@@ -59,6 +60,7 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     exchange_share: float
     overhead_share: float
     limit_share: float
+    roof: str
     distinct_experts: float
     bytes_per_step: float
     operations_per_step: float
@@ -151,6 +153,7 @@ def _forecast(
         steps=len(seconds),
         tokens=round(float(np.sum(time.tokens))),
         **{f"{part}_share": getattr(totals, f"{part}_s") / totals.total_s for part in (*LIMITS, "limit")},
+        roof=totals.roof,
         distinct_experts=totals.distinct_experts / totals.steps,
         bytes_per_step=totals.num_bytes / totals.steps,
         operations_per_step=totals.operations / totals.steps,

@@ -74,7 +74,7 @@ class DevicePlan(msgspec.Struct, frozen=True, kw_only=True):
     """The plan for one device. refused: why the workload cannot run on it; then there is no forecast."""
 
     device: str
-    shares: str  # stated, or measured
+    shares: str  # measured, predicted or stated
     weights: str
     kv_dtype: str
     weight_gb: float = 0.0
@@ -105,8 +105,8 @@ class Planner:
         """Plan for the device of this name. Raises ConfigError for an unknown one."""
         device = self.calibrated if name == "cpu" else find_device(name)
         assert device is not None
-        given, shares = self.options, "measured" if device.measured else "stated"
-        plan = DevicePlan(device=name, shares=shares, weights=given.weights, kv_dtype=given.kv_dtype)
+        given = self.options
+        plan = DevicePlan(device=name, shares=device.shares, weights=given.weights, kv_dtype=given.kv_dtype)
         try:
             config = self._config(name, given)
             plan = msgspec.structs.replace(plan, weights=config.weights, kv_dtype=config.layout.dtype)

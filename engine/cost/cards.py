@@ -1,8 +1,10 @@
 """Devices by name, and from files.
 
-Named ones are data sheets with stated shares: `h100`, `h200`, and several of one kind, as in `4xh100`. The shares
-that `make gpu` has measured take their place: the newest of a card's files of samples (bench/campaign/store.py) in
-bench/results counts, `gpu-<card>-<commit>.jsonl`. A file (JSON of a `Device`) describes any other device.
+Named ones are data sheets: `h100`, `h200`, and several of one kind, as in `4xh100`. What their kernels reach
+is predicted from machine code and launches (predicted.json, which `make gpu-report` writes by roofs.py). The
+shares that `make gpu` has measured take the predictions' place: the newest of a card's files of samples
+(bench/campaign/store.py) in bench/results counts, `gpu-<card>-<commit>.jsonl`. A file (JSON of a `Device`)
+describes any other device.
 """
 
 from __future__ import annotations
@@ -10,23 +12,27 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
-from cierzo.engine.cost.device import Device, Kind
+from cierzo.engine.cost.device import Curve, Device
+from cierzo.engine.cost.roofs import HOST_LAUNCH_S
 from cierzo.engine.errors import ConfigError, refusal
 
-# What to plan with: four fifths of the memory's rate (the best published decode kernels reach 85 to 89 % on these
-# cards); of the arithmetic 40 % in grouped products, 60 % in dense ones and attention (their best published rows:
-# 60 to 78 %); launches and host 1.0 ms a step, 1.8 with exchanges between cards.
-STATED: dict[Kind, float] = {"memory": 0.8, "experts": 0.4, "products": 0.6, "attention": 0.6}
-ONE_CARD_OVERHEAD_S, CARDS_OVERHEAD_S = 1.0e-3, 1.8e-3
+# What a step takes on the host while no kernel runs: README's step loop without a model, 64 running, at its median.
+# On several cards, besides, two exchanges a layer: 11 us before the first byte moves, 36 layers. Stated.
+HOST_STEP_S, EXCHANGES_S = 0.25e-3, 0.8e-3
 NVLINK_BYTES_PER_S = 450e9  # 900 GB/s both ways
+PREDICTED = Path(__file__).with_name("predicted.json")
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 # Kernels that a step counts under another name (work.py): its norms, alone or after a sum.
 STEP_NAMES = {"rms_norm": "norm", "add_rms_norm": "norm"}
+WIDTHS = {"small4": 4096, "small3": 5120}  # of the models of the table
 _NAMED = re.compile(rf"(?:([1-9]\d*)x)?({'|'.join(DATA_SHEETS)})")
 
 
@@ -36,19 +42,48 @@ def named(name: str) -> Device | None:
     if match is None:
         return None
     cards, card = int(match[1] or 1), match[2]
-    sheet = DATA_SHEETS[card]
+    sheet, (triton, curves) = DATA_SHEETS[card], predicted(card)
     device = Device(
         name=name,
-        source=f"data sheet of the {card.upper()} SXM; shares stated in engine/cost/cards.py",
+        source=f"data sheet of the {card.upper()} SXM; kernels as in engine/cost/predicted.json",
         bytes_per_s=sheet.bytes_per_s,
         operations_per_s={"bf16": sheet.bf16, "fp8": sheet.fp8},
         memory_bytes=sheet.memory_bytes,
         cards=cards,
         link_bytes_per_s=NVLINK_BYTES_PER_S if cards > 1 else 0.0,
-        stated=STATED,
-        step_overhead_s=ONE_CARD_OVERHEAD_S if cards == 1 else CARDS_OVERHEAD_S,
+        predicted=curves,
+        predicted_from=f"the machine code of Triton {triton}",
+        launch_s=HOST_LAUNCH_S,
+        step_overhead_s=HOST_STEP_S + (EXCHANGES_S if cards > 1 else 0.0),
     )
     return with_measured(device, card)
+
+
+@cache
+def predicted(card: str) -> tuple[str, dict[str, Curve]]:
+    """The Triton that compiled, and each operation's curve by the names of `Device.predicted`."""
+    made = json.loads(PREDICTED.read_bytes())
+    found: dict[str, dict[float, tuple[float, str, int]]] = defaultdict(dict)
+    for name, cell in made["cells"].items():
+        operation, model, _, format = name.split(", ")
+        calls, (us, roof) = cell["calls"], cell[card]
+        point = us / 1e6 / calls, roof, round(cell["launches"] / calls)
+        limit_s = _limit_s(DATA_SHEETS[card], cell, format) / calls
+        key = f"{'norm' if operation == 'add_rms_norm' else operation} {format}"
+        found[key][limit_s] = found[f"{key}, {WIDTHS[model]} wide"][limit_s] = point
+    curves = {}
+    for name, points in found.items():
+        limits_s = sorted(points)
+        seconds, roofs, launches = zip(*(points[limit_s] for limit_s in limits_s), strict=True)
+        curves[name] = Curve(limits_s, list(seconds), list(roofs), list(launches))
+    return made["triton"], curves
+
+
+def _limit_s(sheet: Any, found: Mapping[str, Any], format: str) -> float:
+    """Seconds for bytes or operations. Products are computed in bf16, but for those that the bench says to have FP8
+    activations. sheet: rates in `bytes_per_s`, `bf16`, `fp8`."""
+    rate = sheet.fp8 if format.endswith("x fp8") else sheet.bf16
+    return float(max(found["bytes"] / sheet.bytes_per_s, found["flops"] / rate))
 
 
 def find_device(name: str) -> Device:
@@ -84,9 +119,7 @@ def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
             ours = sample["subject"] == "kernels" and ", small" in sample["cell"]  # not gpt-oss's layers
             if ours and (found := sample["result"]):
                 operation, *_, format = str(sample["cell"]).split(", ")
-                # products are computed in bf16, but for those that the bench says to have FP8 activations
-                rate = device.operations_per_s["fp8" if format.endswith("x fp8") else "bf16"]
-                limit_s = max(found["bytes"] / device.bytes_per_s, found["flops"] / rate)
+                limit_s = _limit_s(DATA_SHEETS[card], found, format)
                 if not (limit_s > 0 and found["us"] > 0):
                     raise ValueError(f"us {found['us']} and bytes or flops must be above 0")
                 name = f"{STEP_NAMES.get(operation, operation)} {format}"

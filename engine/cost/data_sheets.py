@@ -9,13 +9,35 @@ from cierzo.engine.cost.operations import Work
 
 @dataclass(frozen=True, slots=True)
 class DataSheet:
-    """A card: bytes a second from memory; dense operations a second of the tensor cores; bytes of memory."""
+    """A card: bytes a second from memory; dense operations a second of the tensor cores; bytes of memory.
+
+    The sizes below those are Hopper's: streaming multiprocessors (data sheet of the SXM cards), and of each of them
+    (CUDA programming guide, technical specifications and arithmetic instructions of compute capability 9.0):
+    registers, bytes of shared memory and what each program takes besides its own, warps and programs that are
+    resident, schedulers (an instruction a clock each), results a clock of an integer or logic operation and of a
+    conversion, products a clock of the tensor cores in bf16 (in FP8 twice as many: the data sheet's rates).
+    """
 
     name: str
     bytes_per_s: float
     bf16: float
     fp8: float
     memory_bytes: int
+    multiprocessors: int = 132
+    registers: int = 65_536
+    shared_bytes: int = 228 << 10
+    program_shared_bytes: int = 1 << 10
+    warps: int = 64
+    programs: int = 32
+    schedulers: int = 4
+    integers: int = 64
+    conversions: int = 16
+    products: int = 2048
+
+    @property
+    def clock(self) -> float:
+        """Clocks a second at which the data sheet's rates are reached: 1.83e9."""
+        return self.bf16 / (2 * self.products * self.multiprocessors)
 
     def limit_s(self, work: Work, fp8: bool) -> tuple[float, str]:
         """The least time that work takes, and which limit says so. fp8: whether its products' operands are."""

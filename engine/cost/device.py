@@ -19,6 +19,16 @@ Kind = Literal["memory", "experts", "products", "attention"]
 Number: TypeAlias = "float | NDArray[np.float64]"  # of one step, or of several
 
 
+class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An operation as it was predicted at several sizes, by a call's seconds at the device's rates, in order:
+    seconds of a call, the roof that limits them (roofs.py), kernels that it launches."""
+
+    limits_s: list[Positive]
+    seconds: list[Positive]
+    roofs: list[str]
+    launches: list[int]
+
+
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A card, or `cards` equal ones that serve one model together.
 
@@ -27,8 +37,11 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     "memory" for all that waits for memory, "experts", "products", "attention" for what waits for arithmetic.
     `measured` holds the shares found at several sizes of an operation, by a call's seconds at the device's rates;
     they take the stated ones' place. Its names are an operation's, or an operation's and the number format of its
-    weights or pages ("linear fp8").
-    `step_overhead_s` passes in each step whatever it computes, `row_overhead_s` for each sequence in it.
+    weights or pages ("linear fp8"). `predicted` is what machine code and launches let expect where nothing was
+    measured, by the same names and by those of one model's width ("linear fp8, 4096 wide"); `predicted_from` says
+    whose code. A device needs stated shares where it has no predicted ones.
+    `step_overhead_s` passes in each step whatever it computes, `row_overhead_s` for each sequence in it. The host
+    takes `launch_s` for each launch of a step that is not replayed, while the device computes.
     `calibration`: of a machine on which one checkpoint was measured, the conditions by name; its shares hold for
     nothing else.
 
@@ -44,15 +57,19 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     cards: Annotated[int, Meta(ge=1)] = 1
     kind: Literal["cuda", "cpu"] = "cuda"
     link_bytes_per_s: Annotated[float, Meta(ge=0)] = 0.0
-    stated: dict[Kind, Share]
+    stated: dict[Kind, Share] = {}
     measured: dict[str, dict[Positive, Share]] = {}
+    predicted: dict[str, Curve] = {}
+    predicted_from: str = ""
+    launch_s: Annotated[float, Meta(ge=0)] = 0.0
     step_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     row_overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     calibration: dict[str, str | int] = {}
 
     def __post_init__(self) -> None:
         """Raise ValueError for a device without what every step needs."""
-        if missing := {*get_args(Kind)} - {*self.stated} | {"bf16"} - {*self.operations_per_s}:
+        kinds = set() if self.predicted else {*get_args(Kind)}
+        if missing := kinds - {*self.stated} | {"bf16"} - {*self.operations_per_s}:
             raise ValueError(f"stated, operations_per_s: there must be {', '.join(sorted(missing))}")
         if self.cards > 1 > self.link_bytes_per_s:
             raise ValueError(f"link_bytes_per_s must be at least 1 for {self.cards} cards")
@@ -68,10 +85,22 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         sizes = sorted(found)
         return np.interp(np.log(np.maximum(limit_s, 1e-12)), np.log(sizes), [found[size] for size in sizes])
 
+    def curve(self, operation: str, format: str, width: int) -> Curve | None:
+        """The prediction for an operation in a model of this width, or in any."""
+        name = f"{operation} {format}"
+        return self.predicted.get(f"{name}, {width} wide") or self.predicted.get(name)
+
+    @property
+    def shares(self) -> str:
+        """Where the shares come from, in a word or a few."""
+        words = ["measured"] * bool(self.measured) + [f"predicted from {self.predicted_from}"] * bool(
+            self.predicted
+        )
+        return ", else ".join(words) or "stated"
+
     def describe(self) -> str:
         """Tell limits, and where the shares come from, in a line."""
         rates = ", ".join(f"{rate / 1e12:,.4g} TFLOP/s {name}" for name, rate in self.operations_per_s.items())
-        shares = f"{len(self.measured)} operations measured" if self.measured else "shares stated, not measured"
         cards = f"{self.cards} cards of " if self.cards > 1 else ""
         memory = f"{self.bytes_per_s / 1e9:,.4g} GB/s, {rates}, {self.memory_bytes / 1e9:,.0f} GB"
-        return f"{self.name}: {cards}{memory}; {shares}"
+        return f"{self.name}: {cards}{memory}; shares {self.shares}"

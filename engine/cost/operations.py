@@ -33,7 +33,8 @@ INT64, FP32 = 8, 4  # bytes
 class Work:
     """Bytes and operations that calls of one operation need at least.
 
-    rate: number format of the arithmetic; format: that of the weights or pages. replicated_bytes: bytes of
+    rate: number format of the arithmetic; format: that of the weights or pages; width: of the model's hidden rows.
+    replicated_bytes: bytes of
     which each of several cards moves all: attention is divided by sequences, so that the weights around MLA lie on
     every card. (Their rows do not, but weigh next to nothing beside them.)
     """
@@ -45,6 +46,7 @@ class Work:
     rate: Rate = "bf16"
     format: str = "bf16"
     replicated_bytes: Number = 0
+    width: int = 0
 
     @property
     def kind(self) -> Kind:

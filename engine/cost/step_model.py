@@ -12,21 +12,26 @@ from numpy.typing import NDArray
 
 from cierzo.engine.cost.device import Device, Number
 from cierzo.engine.cost.operations import Work, random_distinct
+from cierzo.engine.cost.roofs import IN_FLIGHT, LAUNCHES, MEMORY
 from cierzo.engine.cost.weights import NumberFormats
-from cierzo.engine.cost.work import Distinct, StepShape, step_work
+from cierzo.engine.cost.work import Distinct, StepShape, step_work, work_beside
 
 if TYPE_CHECKING:
     from cierzo.engine.config import EngineConfig  # which finds the device of a plan here, at import
 
 FloatArray = NDArray[np.float64]
+ARITHMETIC = "arithmetic"  # the roof of products whose share was stated or measured: which one, nobody knows
+WAITS = (MEMORY, IN_FLIGHT)
 
 
 class StepTotals(msgspec.Struct, kw_only=True):
     """Totals over the operations of a step, of several steps as arrays [S], or of a run as sums over its steps.
 
     rows: sequences. distinct_experts: those that had tokens, in a layer on average. num_bytes, operations: on all
-    cards together. memory_s: of operations that wait for memory, arithmetic_s: of the others. limit_s: the least
-    that any kernels could take, for all bytes or all operations at the device's rates.
+    cards together. memory_s: of operations that wait for memory; overhead_s: of those that are hardly more than
+    their launches, and beside all operations; arithmetic_s: of the others. limit_s: the least that any kernels
+    could take, for all bytes or all operations at the device's rates. roofs_s: of operations, by the roof that
+    limits them and by name ("issue of expert_mlp nvfp4").
     """
 
     steps: Any = 0
@@ -40,47 +45,119 @@ class StepTotals(msgspec.Struct, kw_only=True):
     exchange_s: Any = 0.0
     overhead_s: Any = 0.0
     limit_s: Any = 0.0
+    roofs_s: dict[str, Any] = {}
 
     @property
     def total_s(self) -> Any:
         """Seconds of whole steps."""
         return self.memory_s + self.arithmetic_s + self.exchange_s + self.overhead_s
 
+    @property
+    def roof(self) -> str:
+        """The roof and operation that take most of the time, and their part: "issue of expert_mlp nvfp4, 61%"."""
+        if not self.roofs_s:
+            return "-"
+        name = max(self.roofs_s, key=lambda one: float(self.roofs_s[one]))
+        return f"{name}, {self.roofs_s[name] / self.total_s:.0%}"
+
     def add(self, found: StepTotals, chosen: Any = True) -> StepTotals:
         """Add the sums over steps, or over the `chosen` of them, bool [S]; return this."""
-        for name in self.__struct_fields__:
-            each = np.broadcast_to(getattr(found, name), np.shape(found.rows))
-            setattr(self, name, getattr(self, name) + (each * chosen).sum().item())
+        shape = np.shape(found.rows)
+
+        def added(before: Any, each: Any) -> Any:
+            return before + (np.broadcast_to(each, shape) * chosen).sum().item()
+
+        for name in self.__struct_fields__[:-1]:
+            setattr(self, name, added(getattr(self, name), getattr(found, name)))
+        more = {name: added(self.roofs_s.get(name, 0.0), each) for name, each in found.roofs_s.items()}
+        self.roofs_s = self.roofs_s | more
         return self
 
+    def since(self, begin: StepTotals) -> StepTotals:
+        """The sums of the steps after those of `begin`."""
+        found = {name: getattr(self, name) - getattr(begin, name) for name in self.__struct_fields__[:-1]}
+        roofs_s = {name: seconds - begin.roofs_s.get(name, 0.0) for name, seconds in self.roofs_s.items()}
+        return StepTotals(**found, roofs_s=roofs_s)
 
-def price(device: Device, work: Work) -> tuple[Number, Number, Number, Any]:
-    """Price an operation: seconds for its bytes and for its arithmetic at the device's rates, seconds that it
-    takes, and whether it waits for memory."""
+
+class Price(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of an operation's calls: for their bytes and for their arithmetic at the device's rates; those that
+    they take, by the roof that limits them; and how many kernels they launch."""
+
+    bytes_s: Any
+    operations_s: Any
+    roofs_s: dict[str, Any]
+    launches: Any = 0.0
+
+    @property
+    def limit_s(self) -> Any:
+        """The least that the calls could take."""
+        return np.maximum(self.bytes_s, self.operations_s)
+
+
+def price(device: Device, work: Work) -> Price:
+    """Price an operation: by its measured share, or the predicted one, or the stated one of its kind."""
     mine = (work.num_bytes - work.replicated_bytes) / device.cards + work.replicated_bytes  # of one card
     bytes_s = mine / device.bytes_per_s
     operations_s = work.operations / device.cards / device.operations_per_s[work.rate]
     limit_s = np.maximum(bytes_s, operations_s)
-    share = device.measured_share(work.operation, work.format, limit_s / work.calls)
-    stated = bytes_s / device.stated["memory"], operations_s / device.stated[work.kind]
-    took_s = np.maximum(*stated) if share is None else limit_s / share
-    return bytes_s, operations_s, took_s, stated[0] >= stated[1]
+    call_s = limit_s / work.calls
+    launches: Number = 0.0
+    if (share := device.measured_share(work.operation, work.format, call_s)) is not None:
+        roofs_s = _either(bytes_s >= operations_s, limit_s / share)
+    elif (curve := device.curve(work.operation, work.format, work.width)) is not None:
+        least, *_, most = curve.limits_s  # a smaller call takes as long as the least; a larger one as much longer
+        place, places = np.log(np.clip(call_s, least, most)), np.log(curve.limits_s)
+        each_s = np.exp(np.interp(place, places, np.log(curve.seconds))) * np.maximum(call_s / most, 1.0)
+        took_s = work.calls * np.where(limit_s > 0, each_s, 0.0)
+        nearest = np.searchsorted((places[1:] + places[:-1]) / 2, place)
+        roofs_s = {}
+        for name in dict.fromkeys(curve.roofs):
+            under = [at for at, one in enumerate(curve.roofs) if one == name]
+            roofs_s[name] = np.where(np.isin(nearest, under), took_s, 0.0)
+        launches = work.calls * (limit_s > 0) * np.interp(place, places, curve.launches)
+    else:
+        stated = bytes_s / device.stated["memory"], operations_s / device.stated[work.kind]
+        roofs_s = _either(stated[0] >= stated[1], np.maximum(*stated))
+    return Price(bytes_s=bytes_s, operations_s=operations_s, roofs_s=roofs_s, launches=launches)
 
 
-def step_time(device: Device, works: Sequence[Work], *, rows: Number, exchanged_bytes: Number = 0.0) -> StepTotals:
-    """Price a step. rows: its sequences. exchanged_bytes: what one of several cards sends."""
-    bytes_s, operations_s, took_s, waits = zip(*(price(device, work) for work in works), strict=True)
-    memory_s = sum(np.where(*one, 0.0) for one in zip(waits, took_s, strict=True))
+def _either(waits: Any, took_s: Any) -> dict[str, Any]:
+    return {MEMORY: np.where(waits, took_s, 0.0), ARITHMETIC: np.where(waits, 0.0, took_s)}
+
+
+def step_time(
+    device: Device,
+    works: Sequence[Work],
+    *,
+    rows: Number,
+    exchanged_bytes: Number = 0.0,
+    beside: Sequence[Work] = (),
+    launched: Any = False,
+) -> StepTotals:
+    """Price a step. rows: its sequences. exchanged_bytes: what one of several cards sends. beside: operations that
+    are hardly more than their launches. launched: whether the host launches the step's kernels, which are else
+    replayed; it does so while the device computes, and counts where the device has to wait for it."""
+    found, more = ([price(device, work) for work in some] for some in (works, beside))
+    priced = [*zip((*works, *beside), (*found, *more), strict=True)]
+    parts = [(roof, work, each) for work, one in priced for roof, each in one.roofs_s.items()]
+    took_s = sum(each for *_, each in parts)
+    memory_s = sum(each for roof, _, each in parts if roof in WAITS)
+    launches_s = sum(each for roof, _, each in parts if roof == LAUNCHES)
+    host_s = sum(one.launches for _, one in priced) * device.launch_s * launched
+    bytes_s, operations_s = [one.bytes_s for one in found], [one.operations_s for one in found]
+    beyond_s = launches_s + np.maximum(host_s - took_s, 0.0)
     return StepTotals(
         steps=np.ones_like(rows, dtype=np.int64),
         rows=rows,
         num_bytes=sum(work.num_bytes + (device.cards - 1) * work.replicated_bytes for work in works),
         operations=sum(work.operations for work in works),
         memory_s=memory_s,
-        arithmetic_s=sum(took_s) - memory_s,
+        arithmetic_s=sum(each for roof, _, each in parts if roof not in (*WAITS, LAUNCHES)),
         exchange_s=exchanged_bytes / device.link_bytes_per_s if device.cards > 1 else 0.0,
-        overhead_s=device.step_overhead_s + device.row_overhead_s * rows,
+        overhead_s=beyond_s + device.step_overhead_s + device.row_overhead_s * rows,
         limit_s=np.maximum(sum(bytes_s), sum(operations_s)),
+        roofs_s={f"{roof} of {work.operation} {work.format}": each for roof, work, each in parts},
     )
 
 
@@ -97,6 +174,7 @@ class StepModel:
         if distinct is None and (moe := config.model.moe) is not None:
             self._distinct = partial(random_distinct, moe.num_experts, moe.experts_per_token)
         self._model, self._layout = config.model, config.layout
+        self._replayed = config.graph_sequences
 
     def work(self, step: StepShape) -> list[Work]:
         """List the operations of a step."""
@@ -107,7 +185,14 @@ class StepModel:
         hidden states (bf16) of the other cards' rows."""
         hidden_bytes, cards = 2 * self._model.hidden_size, self.device.cards
         sent = 2 * self._model.num_layers * step.tokens * hidden_bytes * (cards - 1) / cards
-        found = step_time(self.device, self.work(step), rows=rows, exchanged_bytes=sent)
+        found = step_time(
+            self.device,
+            self.work(step),
+            rows=rows,
+            exchanged_bytes=sent,
+            beside=work_beside(self._model, self._layout, step) if self.device.predicted else (),
+            launched=(np.asarray(step.expanded_tokens) > 0) | (np.asarray(rows) > self._replayed),
+        )
         found.tokens = step.tokens
         found.distinct_experts = self._distinct(step.tokens) if self._distinct else 0.0
         return found

@@ -22,9 +22,8 @@ from cierzo.bench.headline.outcome import outcome_of, panels
 from cierzo.bench.machine import Ceiling, Ceilings
 from cierzo.bench.peers.engine import find_checkpoint
 from cierzo.engine.cost.cards import find_device, named
-from cierzo.engine.cost.step_model import step_time
-from cierzo.engine.cost.weights import NumberFormats
-from cierzo.engine.cost.work import StepShape, step_work
+from cierzo.engine.cost.step_model import StepModel
+from cierzo.engine.cost.work import StepShape
 
 SMALL4 = Subject(model="small4", weights="nvfp4", kv_dtype="fp8")
 SMALL3 = Subject(model="small3", weights="bf16", kv_dtype="fp8")
@@ -178,13 +177,13 @@ def test_a_simulation(run: Main, capsys: pytest.CaptureFixture[str]) -> None:
     table = (run.folder / "out" / f"{name}.txt").read_text(encoding="utf-8")
     _check_outcome(run.outcome(name), table, records)
     assert table.startswith("SIMULATION")
-    assert "shares of its rates: memory 80%, experts 40%" in table
+    assert "shares of its rates: predicted from the machine code of Triton 3.6" in table
     assert "goals, set for a test: " in table
     assert "at least 3.00x" in table
     for record in records:
         found = record.result
         assert found.steps is not None
-        assert 0.2 < found.requests_per_s / found.steps.limit_requests_per_s < 1.0
+        assert 0.1 < found.requests_per_s / found.steps.limit_requests_per_s < 1.0
         if record.is_throughput:
             measured = [point for point in found.points if point.measured]
             assert len(measured) < len(found.points)
@@ -244,14 +243,12 @@ def test_steps_are_those_of_the_roofline(tmp_path: Path) -> None:
     cell = msgspec.structs.replace(SHORT, concurrency=1)
     config = simulated_config("small4", cell, SMALL4, _h200(), tmp_path)
     found = simulate(config, cell, 1)
-    formats = NumberFormats(weights="nvfp4")
     shapes = [StepShape(expanded_tokens=64.0, expanded_pairs=64 * 65 / 2, expanded_context=64.0, sampled=1.0)]
     shapes += [
         StepShape(absorbed_tokens=1.0, absorbed_pairs=n, absorbed_context=n, sampled=1.0) for n in range(65, 80)
     ]
-    each = [
-        step_time(_h200(), step_work(config.model, config.layout, formats, shape), rows=1.0) for shape in shapes
-    ]
+    model = StepModel(config, _h200())
+    each = [model.time(shape, rows=1.0) for shape in shapes]
     requests = len(found.samples) - 2  # from the end of the first to that of the last but one
     steps = found.steps
     assert steps is not None
@@ -279,7 +276,7 @@ def test_several_cards_are_one_engine_or_a_replica_each(tmp_path: Path) -> None:
     (loser,) = found.others
     assert float(loser.removesuffix(" s").rpartition(": ")[2]) > found.completion_s.p50
     fours = msgspec.structs.replace(SHORT, concurrency=4)
-    apart_only = msgspec.structs.replace(device, link_bytes_per_s=1e7)  # exchanges take most of a step
+    apart_only = msgspec.structs.replace(device, link_bytes_per_s=2e7)  # exchanges take most of a step
     replicas = _measure(apart_only, tmp_path, fours)
     alone = _measure(_h200(), tmp_path, SHORT)
     assert (replicas.layout, replicas.replicas, replicas.concurrency) == ("2 engines of one card", 2, 4)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from stated_cards import stated
 from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.experts import ExpertsSettings
@@ -22,7 +23,7 @@ from cierzo.bench.workload import TracedRequest, Workload, parse_workload
 from cierzo.cli import main
 from cierzo.engine import config
 from cierzo.engine.config import EngineOptions
-from cierzo.engine.cost.cards import find_device
+from cierzo.engine.cost.cards import find_device, named
 from cierzo.engine.cost.operations import random_distinct
 from cierzo.engine.cost.work import measured_distinct
 from cierzo.engine.errors import ConfigError
@@ -43,7 +44,8 @@ def test_several_cards_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path
     text = capsys.readouterr().out
     assert text.startswith("planned, not measured: small4, 512/32@8; experts as if chosen at random")
     lines = {label: cells for label, *cells in (re.split(r" {2,}", line) for line in text.splitlines())}
-    assert lines["shares of the device"] == ["stated", "stated"]
+    assert lines["shares of the device"] == 2 * ["predicted from the machine code of Triton 3.6.0"]
+    assert re.match(r"conversions of expert_mlp fp8, \d+%$", lines["limited by"][0])
     assert lines["fits"] == ["yes", "no"]
     assert "h100: cannot run: the GPU has 74.5 GiB free; weights in fp8 take 112.1 GiB" in text
     h200, h100 = json.loads(report.read_text())["results"]
@@ -101,8 +103,8 @@ CHANGED = {
 
 @pytest.fixture
 def _stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares as stated, even where the GPU bench has measured some."""
-    monkeypatch.setattr(config, "find_device", lambda name: msgspec.structs.replace(find_device(name), measured={}))
+    """Cards by name with stated shares."""
+    monkeypatch.setattr(config, "find_device", lambda name: stated(name) if named(name) else find_device(name))
 
 
 @pytest.mark.usefixtures("_stated")
@@ -131,6 +133,7 @@ def test_changes_bring_what_steps_priced_by_hand_do(workload: Workload) -> None:
             assert change.requests_per_s == pytest.approx(1 / taken_s[what], rel=1e-6), what
 
 
+@pytest.mark.usefixtures("_stated")
 def test_an_open_load_gains_in_the_median_of_completion_times() -> None:
     """Where requests meet, so that their times differ."""
     workload = Workload(input_tokens=512, output_tokens=64, rate=4.0, requests=64)
@@ -184,6 +187,7 @@ def test_the_most_clients_within_a_limit(statistic: Any) -> None:
     assert limits.broken(more) is not None or clients > 50  # above, the search ends 2 % below the limit
 
 
+@pytest.mark.usefixtures("_stated")
 def test_the_highest_rate_within_a_limit() -> None:
     limits = LatencyLimits(max_ttft_ms=100.0)
     given = Workload(input_tokens=256, output_tokens=16, rate=1.0, requests=120)
@@ -338,8 +342,9 @@ def test_limits_tell_what_is_broken() -> None:
     )
 
 
+@pytest.mark.usefixtures("_stated")
 def test_a_device_that_is_not_a_name_is_read_from_its_file(tmp_path: Path) -> None:
-    twice = msgspec.structs.replace(find_device("h200"), name="twice", bytes_per_s=9.6e12, step_overhead_s=0.5e-3)
+    twice = msgspec.structs.replace(stated("h200"), name="twice", bytes_per_s=9.6e12, step_overhead_s=0.5e-3)
     path = tmp_path / "twice.json"
     path.write_bytes(msgspec.json.encode(twice))
     quick, usual = _plan("16/64@16", str(path)).forecast, _plan("16/64@16").forecast

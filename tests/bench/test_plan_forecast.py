@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from stated_cards import stated
 from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.latency import LoadResult, steady_load
@@ -20,8 +21,7 @@ from cierzo.bench.plan.forecast import Forecast, forecast, left_out
 from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.bench.workload import TracedRequest, Workload, parse_workload, poisson_arrivals
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.cost.cards import find_device, named
-from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.cards import named
 from cierzo.engine.errors import ConfigError
 
 TOLERANCE = 0.05  # what is promised; the steps are the same to the last one, see the test below
@@ -61,11 +61,6 @@ LONG_CASES = [
 
 def _config(model: str, device: str, options: dict[str, Any]) -> EngineConfig:
     return resolve(EngineOptions(model=model, device=f"simulated:{device}", **options))
-
-
-def _stated(name: str) -> Device:
-    """A card of the data sheets with its stated shares, even where the GPU bench has measured some."""
-    return msgspec.structs.replace(find_device(name), measured={})
 
 
 def _measured(config: EngineConfig, workload: Workload, requests: int) -> tuple[LoadResult, SimulatedServer]:
@@ -133,7 +128,7 @@ def test_the_figures_of_a_closed_loop_are_sums_of_steps_priced_by_hand(
     first_s = sum(step.total_s for step in taken[: len(prompts)])
     gaps_s = [step.total_s for step in taken[len(prompts) :]]
     assert gaps_s == sorted(gaps_s)  # contexts grow
-    found = forecast(config, workload, device=_stated(device))
+    found = forecast(config, workload, device=stated(device))
     completion_s = first_s + sum(gaps_s)
     assert found.requests_per_s == pytest.approx(clients / completion_s, rel=1e-6)
     assert found.output_tokens_per_s == pytest.approx(clients * made / completion_s, rel=1e-6)
@@ -172,7 +167,7 @@ def test_the_figures_of_two_requests_are_sums_of_steps_priced_by_hand() -> None:
         TracedRequest(arrival_s=0.0, input_tokens=100, output_tokens=4),
         TracedRequest(arrival_s=came_s, input_tokens=300, output_tokens=3),
     )
-    found = forecast(config, Workload(trace=trace), device=_stated("h200"))
+    found = forecast(config, Workload(trace=trace), device=stated("h200"))
     first_s = [steps_s[0], sum(steps_s[:3]) - came_s]
     completion_s = [sum(steps_s[:4]), sum(steps_s) - came_s]
     gaps_s = [*steps_s[1:4], *steps_s[3:5]]
@@ -214,8 +209,9 @@ def test_requests_that_end_in_one_step_have_a_rate(late: int) -> None:
 def test_what_limits() -> None:
     """Few decode steps on one card wait for memory, long prompts for arithmetic, and slots and blocks run out."""
     config = _config("small4", "h200", NVFP4)
-    assert forecast(config, parse_workload("16/200@8")).limit == "memory"
-    assert forecast(config, parse_workload("30000/1@8")).limit == "arithmetic"
+    assert forecast(config, parse_workload("16/200@8"), device=stated("h200")).limit == "memory"
+    assert forecast(config, parse_workload("30000/1@8"), device=stated("h200")).limit == "arithmetic"
+    assert forecast(config, parse_workload("16/200@8")).roof.startswith("issue of expert_mlp nvfp4, ")
     few = _config("small4", "h200", NVFP4 | {"max_running": 4})
     found = forecast(few, parse_workload("100/50@12"))
     assert (found.max_running_reached, found.kv_room_reached, found.most_running) == (True, False, 4)

@@ -178,7 +178,7 @@ def test_prefixes_that_are_shared_are_computed_once() -> None:
     shared = load(server, shared_tokens=4000, **settings)
     stats = server.core.stats()
     assert stats.cached_tokens > 0.9 * (stats.prompt_tokens - 4096)
-    assert shared.requests_per_s > 4 * load(SimulatedServer(configure()), **settings).requests_per_s
+    assert shared.requests_per_s > 3 * load(SimulatedServer(configure()), **settings).requests_per_s
 
 
 def test_everything_says_that_it_is_a_simulation() -> None:

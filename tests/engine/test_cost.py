@@ -9,16 +9,18 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from stated_cards import STATED, stated
 from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.gpu.calls import CASES
 from cierzo.engine.config import EngineOptions, resolve
-from cierzo.engine.cost.cards import STATED, find_device, named, with_measured
-from cierzo.engine.cost.device import Device
+from cierzo.engine.cost.cards import HOST_STEP_S, find_device, named, with_measured
+from cierzo.engine.cost.device import Curve, Device
 from cierzo.engine.cost.operations import Work
-from cierzo.engine.cost.step_model import StepModel, step_time
+from cierzo.engine.cost.roofs import HOST_LAUNCH_S
+from cierzo.engine.cost.step_model import StepModel, price, step_time
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
-from cierzo.engine.cost.work import StepShape, step_work
+from cierzo.engine.cost.work import StepShape, step_work, work_beside
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.weights.shapes import named_model_config
@@ -116,7 +118,7 @@ def test_the_seconds_of_a_step_are_those_counted_by_hand(
 ) -> None:
     options = EngineOptions(model=name, weights=weights, kv_dtype=kv, activations=activations)
     config = resolve(msgspec.structs.replace(options, device=f"simulated:{device}"))
-    stated = msgspec.structs.replace(find_device(device), measured={})
+    card = stated(device)
     shape = StepShape(
         expanded_tokens=float(step.prompt_tokens),
         expanded_pairs=float(sum(chunk.pairs for chunk in step.prompts)),
@@ -126,8 +128,9 @@ def test_the_seconds_of_a_step_are_those_counted_by_hand(
         absorbed_context=float(step.generated_context),
         sampled=float(step.sampled),
     )
-    found = StepModel(config, stated).time(shape, rows=float(step.sequences))
+    found = StepModel(config, card).time(shape, rows=float(step.sequences))
     expected = take(name, device, step, weights, 1 if kv == "fp8" else 2, fp8_activations=activations == "fp8")
+    assert sum(map(float, found.roofs_s.values())) == pytest.approx(float(found.memory_s + found.arithmetic_s))
     for part, by_hand in expected._asdict().items():
         assert float(getattr(found, part)) == pytest.approx(by_hand, rel=1e-6), part
     assert float(found.total_s) == pytest.approx(expected.total_s, rel=1e-6)
@@ -195,23 +198,23 @@ def test_several_cards_divide_experts_and_keep_attentions_weights() -> None:
 
 
 def test_measured_shares_take_the_stated_ones_place() -> None:
-    stated = find_device("h100")
+    card = stated("h100")
     found = works("small4", DECODE_ONE)
     experts = found["expert_mlp"]
-    call_s = float(experts.num_bytes) / stated.bytes_per_s / experts.calls
+    call_s = float(experts.num_bytes) / card.bytes_per_s / experts.calls
     shares = {call_s * 10: 0.6, call_s / 10: 0.2}
-    measured = msgspec.structs.replace(stated, measured={"expert_mlp": shares})
+    measured = msgspec.structs.replace(card, measured={"expert_mlp": shares})
     assert measured.measured_share("expert_mlp", "fp8", call_s) == pytest.approx(0.4)  # half way, in the logarithm
     assert measured.measured_share("expert_mlp", "fp8", call_s / 1e6) == pytest.approx(0.2)
     assert measured.measured_share("expert_mlp", "fp8", call_s * 1e6) == pytest.approx(0.6)
     assert measured.measured_share("linear", "fp8", call_s) is None
-    before, after = (float(step_time(device, [experts], rows=0.0).memory_s) for device in (stated, measured))
+    before, after = (float(step_time(device, [experts], rows=0.0).memory_s) for device in (card, measured))
     assert before / after == pytest.approx(0.4 / STATED["memory"])
 
 
 def test_a_device_file_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
-    card = msgspec.structs.replace(find_device("h100"), name="mine", bytes_per_s=1e12)
+    card = msgspec.structs.replace(stated("h100"), name="mine", bytes_per_s=1e12)
     path.write_bytes(msgspec.json.encode(card))
     assert find_device(str(path)) == card
     for wrong, said in (
@@ -238,6 +241,7 @@ def test_a_device_file_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) 
 def test_names_of_devices() -> None:
     two = named("2xh200")
     assert isinstance(two, Device)
+    assert two.step_overhead_s > find_device("h200").step_overhead_s > 0
     assert (two.cards, two.memory_bytes, two.link_bytes_per_s > 0) == (2, 141_000_000_000, True)
     for name in ("b200", "0xh100", "h100x2", "", "4x"):
         assert named(name) is None
@@ -268,11 +272,27 @@ def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path:
         "linear bf16": [pytest.approx(0.25)],
     }
     assert path.name in found.source
-    assert "measured" in found.describe()
+    assert "shares measured, else predicted from the machine code of Triton 3.6" in found.describe()
+    assert "measured" not in device.describe()
     assert with_measured(device, "h200", tmp_path) == device
     path.write_text('{"commit": "abc"}\n{"subject": "kernels"}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="line 2"):
         with_measured(device, "h100", tmp_path)
+
+
+def test_a_measured_time_takes_the_predicted_one_s_place(tmp_path: Path) -> None:
+    """Of the operation that was measured; of others the prediction stays, and its roof."""
+    path = tmp_path / "gpu-h100-abc.jsonl"
+    path.write_text("{}\n" + json.dumps(cell("linear, small4, decode 1, fp8", 7.0)) + "\n", encoding="utf-8")
+    predicted = find_device("h100")
+    measured = with_measured(predicted, "h100", tmp_path)
+    found = works("small4", DECODE_ONE)
+    linear, experts = found["linear"], found["expert_mlp"]
+    limit_s = float(linear.num_bytes) / predicted.bytes_per_s
+    assert sum(map(float, price(measured, linear).roofs_s.values())) == pytest.approx(7 * limit_s)
+    assert sum(map(float, price(predicted, linear).roofs_s.values())) != pytest.approx(7 * limit_s)
+    assert price(measured, experts) == price(predicted, experts)
+    assert price(measured, experts).roofs_s["conversions"] > 0
 
 
 def test_a_line_that_a_killed_gpu_bench_left_unfinished_is_left_out(tmp_path: Path) -> None:
@@ -320,6 +340,36 @@ def test_every_operation_of_a_step_is_one_that_the_gpu_bench_measures(
     formats = NumberFormats(weights=weights, activations=activations)
     for work in step_work(config, layout, formats, DECODE_ONE):
         assert device.measured_share(work.operation, work.format, 1e-6) == pytest.approx(0.1), work.operation
+
+
+def test_predicted_seconds_lie_between_those_of_their_sizes() -> None:
+    """In the logarithms of both; a smaller call takes as long as the least, one twice the largest twice as long."""
+    curve = Curve([1e-6, 4e-6], [10e-6, 20e-6], ["issue", "memory"], [2, 4])
+    device = msgspec.structs.replace(find_device("h200"), predicted={"draw bf16": curve})
+
+    def of(limit_s: float) -> dict[str, float]:
+        found = price(device, Work("draw", limit_s * 4.8e12, calls=1))
+        return {name: float(seconds) for name, seconds in found.roofs_s.items() if seconds > 0}
+
+    assert of(1.5e-6) == {"issue": pytest.approx(10e-6 * 1.5**0.5)}
+    assert of(3e-6) == {"memory": pytest.approx(10e-6 * 3**0.5)}
+    assert of(1e-7) == {"issue": pytest.approx(10e-6)}
+    assert of(8e-6) == {"memory": pytest.approx(40e-6)}
+    assert of(0.0) == {}
+
+
+def test_launches_count_where_the_host_is_slower_than_the_device() -> None:
+    device, config = find_device("h200"), model("small4")
+    found = [*works("small4", DECODE_ONE).values()]
+    beside = work_beside(config, config.cache_layout(32, "fp8"), DECODE_ONE)
+    launches = sum(float(price(device, work).launches) for work in (*found, *beside))
+    assert 36 * 15 < launches < 36 * 20
+    replayed = step_time(device, found, rows=1.0, beside=beside)
+    launched = step_time(device, found, rows=1.0, beside=beside, launched=True)
+    assert float(launched.total_s) == pytest.approx(launches * HOST_LAUNCH_S + HOST_STEP_S)
+    assert float(replayed.total_s) < 0.5 * float(launched.total_s)
+    slow = msgspec.structs.replace(device, launch_s=1e-6)
+    assert float(step_time(slow, found, rows=1.0, beside=beside, launched=True).total_s) == replayed.total_s
 
 
 def test_a_step_s_shape_is_that_of_its_pieces() -> None:

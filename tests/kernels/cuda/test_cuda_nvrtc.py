@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import cuda_on_cpu
-import nvrtc
 import pytest
 
+from cierzo.bench.gpu import nvrtc
 from cierzo.kernels.cuda.launch.kernel import SOURCES, Kernel, options, program
 
 FILES = sorted(SOURCES.glob("*.cu"))

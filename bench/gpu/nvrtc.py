@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import re
 import subprocess
 import tempfile
@@ -72,16 +71,20 @@ def machine_code(cubin: bytes) -> str:
     return _dump(cubin, "-sass")
 
 
-def _dump(cubin: bytes, option: str) -> str:
-    """The output of the cuobjdump in Triton's wheel."""
+def disassembled(cubin: bytes) -> str:
+    """The instructions of all kernels with labels, for loops.py."""
+    return _dump(cubin, "-c", "nvdisasm")
+
+
+def _dump(cubin: bytes, option: str, name: str = "cuobjdump") -> str:
+    """The output of a tool in Triton's wheel."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None
     assert spec.origin is not None
-    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         # nvdisasm, which cuobjdump calls for -sass, lies beside it
-        environment = os.environ | {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
-        command = [str(tool), option, file.name]
+        command, environment = [str(tool), option, file.name], {"PATH": str(tool.parent)}
         return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
