@@ -127,12 +127,6 @@ def compile_all(
     return [(name, configurations()[name], *result) for name, result in zip(listed, found, strict=True)]
 
 
-def warm(capability: int) -> dict[str, int]:
-    """Fill Triton's cache for this card; how many were compiled, how many failed."""
-    errors = [error for *_, error in compile_all(capability)]
-    return {"configurations": len(errors), "failed": sum(map(bool, errors))}
-
-
 def faults(configuration: Configuration, compiled: Compiled, capability: int) -> list[str]:
     """Faults of a compiled kernel: what it must not have, or lacks."""
     found, types = [], configuration.types

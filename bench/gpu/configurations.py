@@ -19,6 +19,7 @@ from cierzo.bench.gpu.cases import CASES, MODELS, Size
 from cierzo.bench.gpu.timing import read_through_descriptors
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
+from cierzo.kernels.cuda.launch.kernel import SOURCES, program
 from cierzo.kernels.triton.flash import WORKSPACE_TOKENS
 from cierzo.kernels.triton.heuristics import APART_TOKENS
 from cierzo.kernels.triton.launch import Configuration, dry_run
@@ -54,15 +55,13 @@ MORE = {
 
 def digest(configuration: Configuration) -> str:
     """16 hexadecimal digits that tell a configuration from others: the kernel's name, types, constants, options."""
-    constants = sorted(configuration.constants.items())
-    same = repr((configuration.name, configuration.signature, constants, configuration.options))
-    return sha256(same.encode()).hexdigest()[:16]
+    return sha256(configuration.key.encode()).hexdigest()[:16]
 
 
 def fingerprint() -> str:
-    """64 hexadecimal digits of all that shapes machine code, but for compilers: the configurations, and the source
-    of their kernels with the functions that those call and the constants that they read."""
-    sources: dict[str, str] = {}
+    """64 hexadecimal digits of all that shapes machine code, but for compilers: the configurations, the source of
+    their kernels with the functions that those call and the constants that they read; and the CUDA C++ sources."""
+    sources = {path.name: program(path.name) for path in SOURCES.glob("*.cu")}
     ahead = [configuration.kernel.fn for configuration in configurations().values()]
     while ahead:
         function = ahead.pop()

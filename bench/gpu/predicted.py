@@ -242,6 +242,9 @@ class _Recorder:
         """Note a launch."""
         self.launches.append(Seen(kernel.name, tuple(grid), threads // 32, shared_bytes, made=kernel))
 
+    def prepare(self, *_: object) -> None:
+        """See Backend."""
+
 
 def launches(operation: str, arguments: tuple[Any, ...]) -> list[Seen]:
     """List what a call would launch, in order, of Triton or of CUDA C++."""
