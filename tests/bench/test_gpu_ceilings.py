@@ -13,6 +13,7 @@ from cierzo.bench.gpu import ceilings, compiled
 from cierzo.bench.gpu.compiled import FLUSHING, Compiled
 from cierzo.bench.gpu.configurations import configurations, digest, fingerprint
 from cierzo.bench.gpu.loops import Loop
+from cierzo.kernels.cuda.launch.kernel import program
 from cierzo.kernels.triton import activations
 
 VERSIONS = ("3.6", "3.9")
@@ -90,7 +91,8 @@ def test_the_committed_reports_are_of_these_kernels(version: str) -> None:
 
 
 def test_the_digest_of_sources_covers_what_kernels_call_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """softmax_step is called by a function that a kernel calls; LARGEST is read by functions that kernels call."""
+    """softmax_step is called by a function that a kernel calls; LARGEST is read by functions that kernels call; and
+    CUDA C++ is read from its files."""
     before = fingerprint()
     changed = {"softmax_step": "", "token_of": ""}
     for name in changed:
@@ -103,7 +105,10 @@ def test_the_digest_of_sources_covers_what_kernels_call_and_read(monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(activations.LARGEST, "value", 1.0)
         changed["LARGEST"] = fingerprint()
-    assert len({before, *changed.values()}) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{fingerprint.__module__}.program", lambda name: f"{program(name)}//" * (name == "route.cu"))
+        changed["route.cu"] = fingerprint()
+    assert len({before, *changed.values()}) == 5
     assert fingerprint() == before
 
 
