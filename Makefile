@@ -123,25 +123,32 @@ headline-simulated: $(KERNELS) ## the same at true size on a simulated card, DEV
 	$(BIN)/python -m cierzo.bench.headline --device simulated:$(or $(DEVICE),h200) $(HEADLINE)
 
 # On a machine with a GPU, which may be lent for minutes and need not have anything of ours installed: torch, triton,
-# cupy and numpy do for kernels; models also take what gpu-bundle fetched. Results go to OUT. GPU="--retry" or any
-# other option.
+# cupy and numpy do for kernels, with the C compiler and Python.h that Triton builds its launchers with; models also
+# take what gpu-bundle fetched. Results go to OUT, else to bench/results. GPU="--retry" or any other option.
 BUNDLE = build/gpu-bundle
+BUNDLE_MIB = 64
 GPU_TRITON = 3.6
-GPU_RUN = PYTHONPATH=src:$(BUNDLE) $(PYTHON) -m cierzo.bench.gpu
+GPU_PYTHON = 3.12
+GPU_RUN = $(PYTHON) -c 'import torch, triton, numpy' || \
+  { echo "$(PYTHON) must have torch, triton and numpy: PYTHON= names another interpreter"; exit 2; }; \
+  PYTHONPATH=src:$(BUNDLE) $(PYTHON) -m cierzo.bench.gpu
+GPU_OPTIONS = $(if $(OUT),--output $(OUT)) $(if $(wildcard .git),,--commit "$$(cat $(BUNDLE)/commit)") $(GPU)
 gpu: gpu-kernels gpu-models ## check and measure kernels and models on this machine's GPU (ten minutes)
 
 gpu-kernels: ## the first of both: the card, bits, conformance and times of kernels (270 s; GPU=--help)
-	$(GPU_RUN) kernels $(if $(OUT),--output $(OUT)) $(GPU)
+	@$(GPU_RUN) kernels $(GPU_OPTIONS)
 
 gpu-models: ## the second: whole models with random weights, served (300 s)
-	$(GPU_RUN) models $(if $(OUT),--output $(OUT)) $(GPU)
+	@$(GPU_RUN) models $(GPU_OPTIONS)
 
 gpu-bundle: $(KERNELS) ## fetch the wheels that make gpu-models wants, and compile the kernels, for a machine with GPU_PYTHON=3.12
-	$(PYTHON) -m pip install --quiet --target $(BUNDLE) --upgrade --only-binary=:all: --no-deps \
-	  --python-version $(or $(GPU_PYTHON),3.12) --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 \
-	  'msgspec>=0.19' 'uvloop>=0.21' 'tqdm>=4.66'
+	rm -rf $(BUNDLE)
+	$(PIP) install --quiet --target $(BUNDLE) --only-binary=:all: --no-deps --python-version $(GPU_PYTHON) \
+	  --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 'msgspec>=0.19' 'safetensors>=0.4' 'tqdm>=4.66'
 	$(PIP) install --quiet --no-deps --upgrade --target build/triton-$(GPU_TRITON) 'triton==$(GPU_TRITON).*'
 	PYTHONPATH=build/triton-$(GPU_TRITON) $(BIN)/python -m cierzo.bench.gpu.carried $(BUNDLE)/kernels
+	git rev-parse --short=12 HEAD > $(BUNDLE)/commit
+	@size=$$(du -sm $(BUNDLE) | cut -f1); echo "$(BUNDLE): $$size MiB of at most $(BUNDLE_MIB)"; [ $$size -le $(BUNDLE_MIB) ]
 
 gpu-rehearsal: $(KERNELS) ## play both commands without a GPU, with errors, hangs and a kill (ten minutes at most)
 	$(BIN)/python tests/support/rehearsal.py

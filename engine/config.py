@@ -356,7 +356,7 @@ def _activations(options: EngineOptions, kind: str, dtype: str) -> str:
     else:
         return options.activations
     limit = "auto or bf16" if plain == "bf16" else "auto"
-    why = f"{options.activations} needs {needed}, which is {found}"
+    why = f"{options.activations} needs {needed}, not {found}"
     raise refusal("activations", limit, options.activations, why)
 
 

@@ -19,6 +19,7 @@ from cierzo.engine.graph_sizes import pairs
 from cierzo.engine.model.config import GqaConfig, ModelConfig
 
 GIB = 1 << 30
+SMALLER = ("fp8", "nvfp4")  # number formats of weights that may be asked for where others do not fit
 USABLE_SHARE = 0.95  # of the free memory: the allocator's rounding, and CUDA's own needs
 LEAST_WORKSPACE_BYTES = 4 * GIB  # whatever the sums say: no card has shown yet what CUDA and CuPy take beside them
 # Of kernels/triton/split.py and flash.py, which import Triton; a test compares.
@@ -56,7 +57,11 @@ def kv_room_bytes(
     """Bytes that are left for the KV cache of `free` bytes on each of `cards` GPUs, between which the weights are
     divided. token_bytes: of a token in the cache. Raises ConfigError, with the numbers, if nothing is left."""
     plain = "float32" if weights == "float32" else "bf16"
-    needed = weight_bytes(model, NumberFormats(weights=weights, plain=plain))
+
+    def taken_by(format: str) -> int:
+        return weight_bytes(model, NumberFormats(weights=format, plain=plain))
+
+    needed = taken_by(weights)
     usable = int(cards * free * USABLE_SHARE)
     cached_tokens = max(usable - needed, 0) // token_bytes
     workspaces = cards * max(LEAST_WORKSPACE_BYTES, workspace_bytes(model, limits, cached_tokens))
@@ -64,8 +69,10 @@ def kv_room_bytes(
         each = f"each of {cards} GPUs" if cards > 1 else "the GPU"
         taken = f"weights in {weights} take {amount(needed, GIB, up=True)} GiB"
         taken += f", workspaces {amount(workspaces, GIB, up=True)}"
+        fitting = [format for format in SMALLER if taken_by(format) + workspaces < usable]
+        advice = f"; weights in {' or '.join(fitting)} would leave some" if fitting else ""
         raise ConfigError(
-            f"{each} has {amount(free, GIB)} GiB free; {taken}: nothing is left for the KV cache",
+            f"{each} has {amount(free, GIB)} GiB free; {taken}: nothing is left for the KV cache{advice}",
             field="weights",
             limit=f"{amount(usable, GIB)} GiB",
             value=f"{amount(needed + workspaces, GIB, up=True)} GiB",

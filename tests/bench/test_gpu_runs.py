@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -160,6 +161,27 @@ def test_a_run_names_no_gpu_itself() -> None:
         "assert not [name for name in sys.modules if name.startswith('cupy')]"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_models_need_no_more_than_what_is_bundled() -> None:
+    """Of the packages that a bare machine lacks: what the Makefile fetches for it."""
+    makefile = (command.ROOT / "Makefile").read_text(encoding="utf-8")
+    bundled = set(re.findall(r"'([a-z0-9]+)>=", makefile[makefile.index("gpu-bundle:") :]))
+    there = {"torch", "triton", "numpy", "cupy"} | bundled
+    code = (
+        "import sys\n"
+        "from importlib.metadata import packages_distributions\n"
+        "import torch, triton\n"
+        f"lacking = set(packages_distributions()) - {there!r} - set(sys.modules) - {{'cierzo'}}\n"
+        "for name in lacking: sys.modules[name] = None\n"
+        "import cierzo.bench.gpu.__main__ as command\n"
+        "assert command.runs.models(torch.device('cuda'))\n"
+        "from cierzo.bench.gpu import served\n"
+        "served.serving(*served.MODELS[0])"
+    )
+    assert {"msgspec", "safetensors", "tqdm"} <= bundled
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_results_of_another_commit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
