@@ -117,7 +117,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
         "must be one whose operations_per_s tells fp32",
     ),
     ((*GENERATE, "--weights", "fp8"), 2, "(fp8 has no kernels on a CPU), got 'fp8'"),
-    ((*GENERATE, "--activations", "fp8"), 2, "(fp8 needs device cuda, which is cpu), got 'fp8'"),
+    ((*GENERATE, "--activations", "fp8"), 2, "(fp8 needs device cuda, not cpu), got 'fp8'"),
     ((*GENERATE, "--expert-statistics"), 2, "has no experts), got True"),
     (("serve", "{dense}", "--max-connections", "0"), 2, f"argument --max-connections: {POSITIVE}'0'"),
     (("serve", "{dense}", "--max-connections", "99999999"), 2, "max_connections must be at most "),

@@ -145,11 +145,11 @@ def test_activations_in_fp8_need_a_gpu_and_weights_in_fp8(checkpoint: str) -> No
     assert whole.activations == "fp8"
     assert "weights fp8, activations fp8, KV cache bfloat16" in whole.describe()
     refused: tuple[tuple[dict[str, Any], str, str], ...] = (
-        ({"activations": "fp8"}, "auto or bf16", "device cuda, which is cpu"),
-        ({"activations": "fp8", "device": "cpu", "weights": "int8"}, "auto or bf16", "device cuda, which is cpu"),
-        ({"activations": "fp8", "device": "cuda"}, "auto or bf16", "weights fp8, which is bf16"),
+        ({"activations": "fp8"}, "auto or bf16", "device cuda, not cpu"),
+        ({"activations": "fp8", "device": "cpu", "weights": "int8"}, "auto or bf16", "device cuda, not cpu"),
+        ({"activations": "fp8", "device": "cuda"}, "auto or bf16", "weights fp8, not bf16"),
         ({"activations": "fp8", "device": "cuda", "weights": "nvfp4"}, "auto or bf16", "weights fp8, which is nv"),
-        ({"activations": "bf16", "dtype": "float32"}, "auto", "dtype bfloat16, which is float32"),
+        ({"activations": "bf16", "dtype": "float32"}, "auto", "dtype bfloat16, not float32"),
     )
     for options, limit, needed in refused:
         value = options["activations"]
