@@ -105,6 +105,11 @@ class Loop:
         return sum(self.instructions.values())
 
     @property
+    def everything(self) -> dict[str, int]:
+        """Instructions of the function, the loop's among them."""
+        return dict(Counter(self.instructions) + Counter(self.outside))
+
+    @property
     def products(self) -> int:
         """Multiplications of the tensor cores in one turn, of one warp."""
         return sum(products(name) * number for name, number in self.instructions.items())
@@ -123,20 +128,15 @@ class Loop:
         """Instructions of one turn of one warp by class; classes without one are left out."""
         return classes(self.instructions)
 
-    def widths(self, *kinds: str) -> dict[str, int]:
-        """Memory accesses of one turn of the classes `kinds` (LOADS if none is named) by width: {"LDG.128": 4}."""
-        return widths(self.instructions, *kinds)
+    def widths(self) -> dict[str, int]:
+        """Loads of one turn by width: {"LDG.128": 4, "UTMALDG": 1}."""
+        loads = ((name, number) for name, number in self.instructions.items() if class_of(name) in LOADS)
+        return _sums((width(name), number) for name, number in loads)
 
 
 def classes(instructions: Mapping[str, int]) -> dict[str, int]:
     """Instructions by class."""
     return _sums((class_of(name), number) for name, number in instructions.items())
-
-
-def widths(instructions: Mapping[str, int], *kinds: str) -> dict[str, int]:
-    """Memory accesses of the classes `kinds` (LOADS if none is named) by width: {"LDGSTS.128": 8, "UTMALDG": 1}."""
-    wanted = kinds or LOADS
-    return _sums((width(name), number) for name, number in instructions.items() if class_of(name) in wanted)
 
 
 def functions(code: str) -> dict[str, str]:

@@ -20,7 +20,6 @@ from cierzo.engine.cost.roofs import Code, Counts, Launch
 from cierzo.engine.cost.weights import NumberFormats
 from cierzo.engine.cost.work import StepShape, step_work, work_beside
 from cierzo.engine.weights.shapes import named_model_config
-from cierzo.kernels.triton.launch import Configuration
 
 STEP = StepShape(*(64.0,) * 6, sampled=64.0)
 
@@ -75,7 +74,7 @@ def _call(operation: str, rows: int, format: str = "bf16", each: int = 1) -> pre
 def test_launches_of_both_kinds_are_seen() -> None:
     def seen(operation: str, rows: int) -> list[tuple[str, tuple[int, ...]]]:
         call = _call(operation, rows)
-        return [(one.name, one.grid) for one in predicted.launches(operation, call.arguments)]
+        return [(one.kernel.name, one.grid) for one in predicted.launches(operation, call.arguments)]
 
     assert seen("expert_mlp", 8) == [("expert_gate_up", (1056,)), ("expert_down", (1056,)), ("sum_slots", (8, 4))]
     assert seen("route", 8) == [("route_logits_bf16_bf16", (1, 32, 1)), ("route_choose", (2, 1, 1))]
@@ -86,15 +85,15 @@ def test_the_price_of_experts_is_that_of_their_tiles() -> None:
     """One row: four experts and the shared one, 32 tiles of outputs each, of 32 turns."""
     call = _call("expert_mlp", 1, "nvfp4")
     up = predicted.launches("expert_mlp", call.arguments)[0]
-    assert isinstance(up.made, Configuration)
     mma = {"HGMMA.64x64x16.F32.BF16": 16}  # of a turn: 64 rows by 2 x 64 outputs by 128 columns
     line = {
-        "configuration": digest(up.made),
+        "configuration": digest(up.kernel),
         "warps": 4,
         "registers": 142,
         "shared_bytes": 83_968,
         "stages": 3,
         "loops": True,
+        "units": 2 * 64 * 128,
         "turn": {"classes": {"FP32": 500, "PRMT": 300, "F2F": 10, "MMA": 16}, "mma": mma},
         "outside": {"ALU": 100},
     }
@@ -113,7 +112,7 @@ def test_empty_rows_of_a_tile_cost_as_much_as_full_ones() -> None:
     call = _call("expert_mlp", 256, "fp8")
     up = predicted.launches("expert_mlp", call.arguments)[0]
     few, many = (predicted.PARTS["expert_gate_up"](replace(call, size=size), up) for size in _sizes(128, 1024))
-    assert few.products == many.products
+    assert few.units == many.units == 2 * 64 * 4096
     assert few.programs is not None
     assert many.programs is not None
     assert few.programs <= many.programs < 1.2 * few.programs  # 4 rows an expert or 32: a tile of 64 either way

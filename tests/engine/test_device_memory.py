@@ -28,7 +28,6 @@ from cierzo.engine.worker import launches
 from cierzo.engine.worker.graphs import DecodeGraphs
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device as cuda_device
-from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.registry import bind
 from cierzo.kernels.triton import flash, split
 from cierzo.kernels.triton.launch import dry_run
@@ -127,7 +126,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Eng
         config = served.make_config(name, weights, **options)
         return config, served.make_model(config, META), KVPool(config.layout, 1, META)
 
-    with running_on(launches._Noted()), torch.inference_mode():
+    with torch.inference_mode():
         yield make
     bind(KernelsConfig(), "cpu")
 
