@@ -11,13 +11,12 @@ from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from inspect import getsource
-from typing import cast
 
 import torch
 from triton.language import constexpr
 
 from cierzo.bench.gpu.calls import Cell, cells, make_call
-from cierzo.bench.gpu.cases import CASES, MODELS, Call, Size
+from cierzo.bench.gpu.cases import CASES, MODELS, Size
 from cierzo.bench.gpu.timing import read_through_descriptors
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
@@ -102,7 +101,7 @@ def forms(cell: Cell) -> Iterator[tuple[str, Configuration]]:
     descriptors (TMA)."""
     choice = registry.implementations(cell[0], "cuda")[0]
     if choice.name == "triton":
-        (arguments, *_), _ = cast(Call, make_call(*cell, torch.device("meta"), cold_bytes=0))
+        (arguments, *_), _ = make_call(*cell, torch.device("meta"), cold_bytes=0)
         for told in ("", ", TMA") if CASES[cell[0]].weighted else ("",):
             with read_through_descriptors() if told else nullcontext():
                 found = dry_run(choice.load(), *arguments)

@@ -89,14 +89,12 @@ class Loop:
     """A loop: instructions of one turn of one warp by opcode with modifiers, and those outside it.
 
     A wait's name holds how many groups may stay under way: "WARPGROUP.DEPBAR.LE 0" lets none. depth: loops around
-    it. inner: loops within it (polls of barriers), one turn of which counts. skipped: instructions that a branch
-    within the loop may pass over.
+    it. skipped: instructions that a branch within the loop may pass over.
     """
 
     instructions: dict[str, int]
     outside: dict[str, int]
     depth: int = 0
-    inner: int = 0
     skipped: int = 0
 
     @property
@@ -198,7 +196,7 @@ def _found(code: str) -> list[tuple[Loop, Counter[str]]]:
         within = [[after for after in row if number in body and after in body] for number, row in enumerate(follow)]
         last = [number for number in body if header in follow[number]]
         passed = [one for one in body - {header} if _reached(within, header, without=one).intersection(last)]
-        loop = Loop(dict(turn), dict(everything - turn), depth, len(inner), count(passed).total())
+        loop = Loop(dict(turn), dict(everything - turn), depth, count(passed).total())
         result.append((loop, count(body.difference(*inner))))
     return result
 

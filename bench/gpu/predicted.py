@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")
 # what Triton's pull request 4563 found).
 SLOW = ("F2F", "MUFU")
 VALUE_BYTES = {"*bf16": 2, "*fp32": 4, "*fp8e4nv": 1, "*u8": 1, "*fp16": 2}
+Lines = Mapping[str, Mapping[str, Any]]  # of the report (ceilings.py), by configuration
 DRAW_PASSES = 7  # over a row of logits: the highest; four to find where top_p cuts; two that draw
 
 
@@ -243,22 +245,12 @@ class Made:
     units: int = 0
 
 
-class Compiler:
-    """Kernels as the compilers made them: Triton's from lines of the report (ceilings.py); CUDA C++ compiled by
-    NVRTC."""
-
-    def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        self._lines = {str(line["configuration"]): line for line in lines}
-        self._sources: dict[tuple[str, int, int], Made] = {}
-
-    def made(self, seen: Launch) -> Made:
-        """Find what was made for a launch. Raises KeyError for a configuration that is not in the report."""
-        if isinstance(seen.kernel, Configuration):
-            return _of_line(self._lines[digest(seen.kernel)])
-        key = seen.kernel.name, seen.warps, seen.shared_bytes
-        if key not in self._sources:
-            self._sources[key] = _of_source(*key, seen.kernel.source)
-        return self._sources[key]
+def made_of(seen: Launch, lines: Lines) -> Made:
+    """What the compilers made for a launch: Triton's line of the report, or CUDA C++ compiled by NVRTC. Raises
+    KeyError for a configuration that is not in the report."""
+    if isinstance(seen.kernel, Configuration):
+        return _of_line(lines[digest(seen.kernel)])
+    return _of_source(seen.kernel.name, seen.warps, seen.shared_bytes, seen.kernel.source)
 
 
 def _of_line(line: Mapping[str, Any]) -> Made:
@@ -270,6 +262,7 @@ def _of_line(line: Mapping[str, Any]) -> Made:
     return Made(code, line["units"] if line["loops"] else 0)
 
 
+@cache
 def _of_source(name: str, warps: int, shared_bytes: int, source: str) -> Made:
     cubin = _cubin(source)
     code = functions(nvrtc.disassembled(cubin))[name]
@@ -299,9 +292,9 @@ def _cubin(source: str) -> bytes:
     return nvrtc.compile_cubin(program(source), options("sm_90"))
 
 
-def priced(card: DataSheet, call: Call, seen: Launch, compiler: Compiler) -> dict[str, float]:
+def priced(card: DataSheet, call: Call, seen: Launch, lines: Lines) -> dict[str, float]:
     """Seconds of a launch by roof."""
-    made, name, programs = compiler.made(seen), seen.kernel.name, prod(seen.grid)
+    made, name, programs = made_of(seen, lines), seen.kernel.name, prod(seen.grid)
     part = PARTS[name](call, seen) if name in PARTS else Part(float(call.work.num_bytes))
     working = programs if part.programs is None else min(programs, round(part.programs))
     turns = part.units / made.units if made.units else 0.0
@@ -316,13 +309,11 @@ def priced(card: DataSheet, call: Call, seen: Launch, compiler: Compiler) -> dic
 def calls() -> Iterator[tuple[str, list[Call]]]:
     """(name of a cell, the calls that it stands for): several of a model's dense products, else one."""
     for model, names in LAUNCHED.items():
-        for operation in names:
-            for size in SIZES:
-                for format in (one for one in CASES[operation].formats if one != LEFT_OUT):
+        for operation, size in product(names, SIZES):
+            for format in CASES[operation].formats:
+                if format != LEFT_OUT and CASES[operation].has(model, size):
                     found = [_call(operation, one, size, format) for one in _models(operation, model)]
-                    made = [one for one in found if one is not None]
-                    if made:
-                        yield f"{operation}, {model.name}, {size.name}, {format}", made
+                    yield f"{operation}, {model.name}, {size.name}, {format}", found
 
 
 def _models(operation: str, model: ModelSizes) -> list[ModelSizes]:
@@ -332,18 +323,15 @@ def _models(operation: str, model: ModelSizes) -> list[ModelSizes]:
     return [LATENT_QUERIES] if operation == "rms_norm" else [model]
 
 
-def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call | None:
-    made = make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0)
-    if made is None:
-        return None
-    (arguments, *_), work = made
-    call = Call(operation, model, size, format, work, tuple(arguments))
+def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call:
+    (arguments, *_), work = make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0)
+    call = Call(operation, model, size, format, work, arguments)
     if operation == "expert_mlp":  # of the mean of all choices, not of the one that was drawn
         call = replace(call, work=operations.expert_mlp(model, size.rows, call.distinct, call.weights))
     return call
 
 
-def predict(found: Sequence[Call], compiler: Compiler) -> dict[str, Any]:
+def predict(found: Sequence[Call], lines: Lines) -> dict[str, Any]:
     """Bytes and operations of a cell's calls, their launches, and on each card their us and the roof that most of
     these are under."""
     made = ((call, one) for call in found for one in launches(call.operation, call.arguments))
@@ -357,7 +345,7 @@ def predict(found: Sequence[Call], compiler: Compiler) -> dict[str, Any]:
     for name, card in DATA_SHEETS.items():
         total: Counter[str] = Counter()
         for call, one in seen:
-            total.update(priced(card, call, one, compiler))
+            total.update(priced(card, call, one, lines))
         result[name] = round(sum(total.values()) * 1e6, 3), max(total, key=total.__getitem__)
     return result
 
@@ -367,8 +355,8 @@ def write(triton: str, lines: Iterable[Mapping[str, Any]]) -> None:
     cell a line. lines: of the report."""
     if not triton.startswith(PRICED):
         return
-    compiler = Compiler(lines)
-    body = ",\n".join(f"{json.dumps(name)}: {json.dumps(predict(found, compiler))}" for name, found in calls())
+    known = {line["configuration"]: line for line in lines}
+    body = ",\n".join(f"{json.dumps(name)}: {json.dumps(predict(found, known))}" for name, found in calls())
     head = json.dumps({"triton": triton, "sources": fingerprint()})
     FILE.write_text(f'{head[:-1]}, "cells": {{\n{body}\n}}}}\n', encoding="utf-8")
 

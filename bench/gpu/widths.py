@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from cierzo.bench.gpu.calls import make_call
-from cierzo.bench.gpu.cases import Call, Size
+from cierzo.bench.gpu.cases import Size
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.fault import DeviceFault, is_device_error
@@ -26,7 +26,7 @@ TOKENS = Size(name="widths", sequences=max(WIDTHS), rows_each=1, context=32)
 def compare(format: str, model: ModelSizes, device: torch.device) -> dict[str, Any]:
     """For each way to compute the product behind attention, whether all bits are those of the usual tile, or why it
     does not run."""
-    (arguments, *_), _ = cast(Call, make_call("linear", model, TOKENS, format, device, cold_bytes=0))
+    (arguments, *_), _ = make_call("linear", model, TOKENS, format, device, cold_bytes=0)
     function = registry.implementations("linear", "cuda")[0].load()
     usual, found = function(*arguments).view(torch.int16), {}
     for way in product((False, True), WIDTHS):

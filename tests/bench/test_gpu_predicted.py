@@ -7,10 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from cierzo.bench.gpu import ceilings, predicted
-from cierzo.bench.gpu.calls import make_call
 from cierzo.bench.gpu.cases import SMALL4, Size
 from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.engine.cost import roofs
@@ -50,12 +48,12 @@ def test_the_table_is_of_these_kernels() -> None:
 
 def test_cells_are_what_roofs_make_of_the_committed_report() -> None:
     made = json.loads(predicted.FILE.read_bytes())["cells"]
-    compiler = predicted.Compiler(ceilings.read("3.6")["kernels"].values())
+    lines = {line["configuration"]: line for line in ceilings.read("3.6")["kernels"].values()}
     cells = dict(predicted.calls())
     assert set(made) == set(cells)
     for name in (one for one in cells if "decode 64, " in one and "route" not in one):  # NVRTC may be missing
         if not name.startswith(("group", "draw")):
-            assert json.loads(json.dumps(predicted.predict(cells[name], compiler))) == made[name], name
+            assert json.loads(json.dumps(predicted.predict(cells[name], lines))) == made[name], name
     for name, cell in made.items():
         for card in DATA_SHEETS:
             us, roof = cell[card]
@@ -66,9 +64,7 @@ def test_cells_are_what_roofs_make_of_the_committed_report() -> None:
 
 def _call(operation: str, rows: int, format: str = "bf16", each: int = 1) -> predicted.Call:
     size = Size(name="any", sequences=rows, rows_each=each, context=4096)
-    made = make_call(operation, SMALL4, size, format, torch.device("meta"), cold_bytes=0)
-    assert made is not None
-    return predicted.Call(operation, SMALL4, size, format, made[1], tuple(made[0][0]))
+    return predicted._call(operation, SMALL4, size, format)
 
 
 def test_launches_of_both_kinds_are_seen() -> None:
@@ -87,7 +83,6 @@ def test_the_price_of_experts_is_that_of_their_tiles() -> None:
     up = predicted.launches("expert_mlp", call.arguments)[0]
     mma = {"HGMMA.64x64x16.F32.BF16": 16}  # of a turn: 64 rows by 2 x 64 outputs by 128 columns
     line = {
-        "configuration": digest(up.kernel),
         "warps": 4,
         "registers": 142,
         "shared_bytes": 83_968,
@@ -97,7 +92,7 @@ def test_the_price_of_experts_is_that_of_their_tiles() -> None:
         "turn": {"classes": {"FP32": 500, "PRMT": 300, "F2F": 10, "MMA": 16}, "mma": mma},
         "outside": {"ALU": 100},
     }
-    found = predicted.priced(DATA_SHEETS["h200"], call, up, predicted.Compiler([line]))
+    found = predicted.priced(DATA_SHEETS["h200"], call, up, {digest(up.kernel): line})
     turn = Counts(issued=826, integers=300, conversions=10, mma_clocks=16 * 32 / 4)
     outside = Counts(issued=100, integers=100)
     code = Code(warps=4, registers=142, shared_bytes=83_968, stages=3, turn=turn, outside=outside)

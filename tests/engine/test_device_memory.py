@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -171,7 +172,10 @@ def test_the_sum_of_a_recorded_step_covers_what_it_allocates(
     planned = device_memory.replayed_bytes(config.model, *sizes, 131_072)
     assert peaks[0] <= planned + 4 * 512 * config.model.vocab_size  # the logits that all write
     assert planned <= 1.5 * peaks[0]
-    assert len(launched) <= config.model.num_layers * device_memory.LAUNCHES_PER_LAYER
+    numbers = Counter(one.kernel.name for one in launched).values()
+    once = sum(number for number in numbers if number == 1)  # a step's own, whatever the number of layers
+    of_layers = 18 * (len(launched) - once)  # with the published 36
+    assert of_layers + once <= 36 * device_memory.LAUNCHES_PER_LAYER
 
 
 def test_the_step_that_is_recorded_first_holds_the_most(on_meta: Callable[..., Any]) -> None:
