@@ -28,7 +28,7 @@ from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.bench.gpu.loops import Loop, classes, functions, loops, main_loop, products, whole
 from cierzo.engine.cost import operations, roofs
 from cierzo.engine.cost.data_sheets import DATA_SHEETS, DataSheet
-from cierzo.engine.cost.operations import Work, stored
+from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.roofs import Code, Counts
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
@@ -67,19 +67,19 @@ HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")
 # 16 a clock: MUFU by the same table; F2F stated, as MUFU (that Hopper converts slowly enough to limit kernels is
 # what Triton's pull request 4563 found).
 SLOW = ("F2F", "MUFU")
-VALUE_BYTES = {"*bf16": 2, "*fp32": 4, "*fp8e4nv": 1, "*u8": 1, "*fp16": 2}
 Lines = Mapping[str, Mapping[str, Any]]  # of the report (ceilings.py), by configuration
 DRAW_PASSES = 7  # over a row of logits: the highest; four to find where top_p cuts; two that draw
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Work of a launch: bytes that it moves, how far the main loop of each program goes, in its unit (ceilings.py:
-    weights, tokens, turns; of the router multiplications), and programs that work (None: all)."""
+    """Work of a launch: how far the main loop of each program goes, in its unit (ceilings.py: weights, tokens,
+    turns; of the router multiplications), programs that work (None: all), and bytes that it moves (None: those of
+    its tensors)."""
 
-    num_bytes: float
     units: float = 0.0
     programs: float | None = None
+    num_bytes: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +94,9 @@ class Call:
     arguments: tuple[Any, ...] = ()
 
     @property
-    def weights(self) -> str:
-        """The number format in which weights lie in memory."""
-        return self.format.partition(" x ")[0]
-
-    @property
     def distinct(self) -> float:
         """Experts that have rows, on average."""
         return float(operations.random_distinct(self.model.experts, self.model.top_k, self.size.rows))
-
-    @property
-    def pairs(self) -> int:
-        """Rows of the experts, the shared one's included."""
-        return self.size.rows * (self.model.top_k + 1)
 
     def expert_tiles(self, block_t: int) -> float:
         """Tiles of rows in which experts have any, on average: an expert's rows are a binomial number."""
@@ -118,96 +108,72 @@ class Call:
 
 
 def _experts(call: Call, seen: Launch) -> Part:
-    c, types, up = seen.kernel.constants, seen.kernel.types, seen.kernel.name == "expert_gate_up"
-    outputs = c["ROWS"] // 2 if up else c["ROWS"]
-    weights = (call.distinct + 1) * stored(call.weights, c["ROWS"], c["K"])
-    read = VALUE_BYTES[types["x_ptr" if up else "inner_ptr"]]
-    written = VALUE_BYTES[types["inner_ptr" if up else "outputs_ptr"]]
-    rows = call.size.rows if up and read == 2 else call.pairs  # rows that are not quantised are read where they lie
-    moved = weights + rows * c["K"] * read + call.pairs * outputs * written
-    programs = call.expert_tiles(c["BLOCK_T"]) * ceil(outputs / c["BLOCK_N"])
-    return Part(moved, c["BLOCK_N"] * (2 if up else 1) * c["K"], programs)
+    """Experts that have rows: of all weights, beside which the shared one's lie, theirs are read."""
+    c, moved, paired = seen.kernel.constants, seen.num_bytes, 2 if seen.kernel.name == "expert_gate_up" else 1
+    reached = {name: call.distinct / call.model.experts for name in moved if f"shared_{name}" in moved}
+    num_bytes = sum(number * reached.get(name, 1) for name, number in moved.items())
+    programs = call.expert_tiles(c["BLOCK_T"]) * ceil(c["ROWS"] / paired / c["BLOCK_N"])
+    return Part(c["BLOCK_N"] * paired * c["K"], programs, num_bytes)
 
 
 def _linear(call: Call, seen: Launch) -> Part:
-    c, types, heads = seen.kernel.constants, seen.kernel.types, seen.grid[1]
-    rows = call.size.sequences if call.operation == "lm_head" else call.size.rows
+    """Products; of a head's queries MLA multiplies a part, so that there the call's bytes count."""
+    c = seen.kernel.constants
     depth = ceil(min(c["PART_K"], c["K"]) / c["BLOCK_K"]) * c["BLOCK_K"] * (1 if c["APART"] else c["PARTS"])
-    outputs = c["ROWS"] // 2 if c["PAIRED"] else c["ROWS"]
-    read, written = VALUE_BYTES[types["x_ptr"]], VALUE_BYTES[types["out_ptr"]]
-    moved = heads * stored(call.weights, c["ROWS"], c["K"])
-    moved += rows * heads * (c["K"] * read + outputs * written * (c["PARTS"] if c["APART"] else 1))
-    return Part(moved, c["BLOCK_N"] * (2 if c["PAIRED"] else 1) * depth)
+    moved = float(call.work.num_bytes) if call.operation.startswith("mla_") else None
+    return Part(c["BLOCK_N"] * (2 if c["PAIRED"] else 1) * depth, num_bytes=moved)
 
 
 def _attend(call: Call, seen: Launch) -> Part:
-    """Decoding: an item's tile of rows meets its split of the context."""
-    model, (rows, pairs, context) = call.model, call.size.queries()
-    width, value = (model.rank + model.rope, model.rank) if model.rank else (model.head_dim, model.head_dim)
-    page_bytes = VALUE_BYTES[seen.kernel.types["pages_ptr" if model.rank else "k_pages_ptr"]]
-    moved = context * model.page_values * page_bytes + rows * model.heads * width * 2
-    moved += seen.grid[0] * model.heads * (value + 2) * 4
-    return Part(moved, pairs / seen.grid[0])
+    """Decoding: an item's tile of rows meets its split of the context, and leaves partial sums, not results."""
+    rows, pairs, _ = call.size.queries()
+    heads, value = call.model.heads, call.model.rank or call.model.head_dim
+    moved = float(call.work.num_bytes) + heads * (seen.grid[0] * (value + 2) * 4 - rows * value * 2)
+    return Part(pairs / seen.grid[0], num_bytes=moved)
 
 
 def _combine(call: Call, seen: Launch) -> Part:
     context, value = call.size.context, call.model.rank or call.model.head_dim
     splits = context / 512 if context <= 8192 else 16 + context / 1024
     moved = seen.grid[0] * seen.grid[1] * ((value + 2) * 4 * splits + value * 2)
-    return Part(moved, ceil(splits / seen.kernel.constants["CHUNK"]))
+    return Part(ceil(splits / seen.kernel.constants["CHUNK"]), num_bytes=moved)
 
 
 def _flash(call: Call, seen: Launch) -> Part:
-    c, (rows, pairs, context) = seen.kernel.constants, call.size.queries()
-    seen_tokens = ceil((pairs / rows + c["ROWS"] / 2) / c["TOKENS"]) * c["TOKENS"]
-    width = c["A"] + c["B"] + c["V"]
-    moved = context * (c["HK"] * (c["A"] + c["V"]) + c["B"]) * 2 + rows * c["H"] * width * 2
-    return Part(moved, seen_tokens)
+    c, (rows, pairs, _) = seen.kernel.constants, call.size.queries()
+    return Part(ceil((pairs / rows + c["ROWS"] / 2) / c["TOKENS"]) * c["TOKENS"])
 
 
-def _gather(call: Call, seen: Launch) -> Part:
-    c, page_bytes = seen.kernel.constants, VALUE_BYTES[seen.kernel.types["pages_ptr"]]
-    return Part(call.size.context * c["HK"] * c["W"] * (page_bytes + 2) * (2 if c["KEYS"] else 1))
-
-
-def _expand(call: Call, seen: Launch) -> Part:
-    c = seen.kernel.constants
-    return Part((c["N"] * c["R"] + call.size.context * (c["R"] + c["N"])) * 2, c["COLUMNS"] * c["R"])
+def _expand(_: Call, seen: Launch) -> Part:
+    return Part(seen.kernel.constants["COLUMNS"] * seen.kernel.constants["R"])
 
 
 def _logits(call: Call, seen: Launch) -> Part:
     """The router, on FP32 units: 8 rows a warp, for one expert, or for four where rows are many."""
     model, wide = call.model, seen.warps > 4
     moved = call.size.rows * (model.hidden * 2 + model.experts * 4) + model.experts * model.hidden * 2
-    return Part(moved, 8 * (4 if wide else 1) * seen.warps * model.hidden)
+    return Part(8 * (4 if wide else 1) * seen.warps * model.hidden, num_bytes=moved)
 
 
-def _quantise(_: Call, seen: Launch) -> Part:
-    return Part(prod(seen.grid) * seen.kernel.constants["D"] * 3)
-
-
+# Of the others, such as those that write into pages, a call's bytes count. Arguments of CUDA C++ are addresses.
 PARTS: dict[str, Callable[[Call, Launch], Part]] = {
     "expert_gate_up": _experts,
     "expert_down": _experts,
-    "sum_slots": lambda call, _: Part((call.pairs + call.size.rows) * call.model.hidden * 2),
     "linear": _linear,
-    "sum_parts": lambda call, seen: Part(
-        call.size.rows * seen.kernel.constants["N"] * (4 * seen.kernel.constants["PARTS"] + 2)
-    ),
-    "quantise_rows": _quantise,
-    "quantise_pairs": _quantise,
+    **dict.fromkeys(("gather", "quantise_pairs", "quantise_rows", "sum_parts", "sum_slots"), lambda *_: Part()),
     "mla_attend": _attend,
     "gqa_attend": _attend,
     "combine": _combine,
-    "gather": _gather,
     "expand": _expand,
     "flash": _flash,
     "route_logits_bf16_bf16": _logits,
-    "route_choose": lambda call, _: Part(call.size.rows * (call.model.experts * 4 + call.model.top_k * 12)),
-    "count_by_expert": lambda call, _: Part(call.size.rows * call.model.top_k * 8),
+    "route_choose": lambda call, _: Part(
+        num_bytes=call.size.rows * (call.model.experts * 4 + call.model.top_k * 12)
+    ),
+    "count_by_expert": lambda call, _: Part(num_bytes=call.size.rows * call.model.top_k * 8),
     "sample_draw": lambda call, seen: Part(
-        DRAW_PASSES * call.size.sequences * call.model.vocab * 4,
         DRAW_PASSES * call.model.vocab / (4 * 32 * seen.warps),
+        num_bytes=DRAW_PASSES * call.size.sequences * call.model.vocab * 4,
     ),
 }
 
@@ -246,7 +212,7 @@ class Made:
 
 
 def made_of(seen: Launch, lines: Lines) -> Made:
-    """What the compilers made for a launch: Triton's line of the report, or CUDA C++ compiled by NVRTC. Raises
+    """A launch's kernel as it was made: Triton's line of the report, or CUDA C++ compiled by NVRTC. Raises
     KeyError for a configuration that is not in the report."""
     if isinstance(seen.kernel, Configuration):
         return _of_line(lines[digest(seen.kernel)])
@@ -295,10 +261,11 @@ def _cubin(source: str) -> bytes:
 def priced(card: DataSheet, call: Call, seen: Launch, lines: Lines) -> dict[str, float]:
     """Seconds of a launch by roof."""
     made, name, programs = made_of(seen, lines), seen.kernel.name, prod(seen.grid)
-    part = PARTS[name](call, seen) if name in PARTS else Part(float(call.work.num_bytes))
+    part = PARTS[name](call, seen) if name in PARTS else Part(num_bytes=float(call.work.num_bytes))
     working = programs if part.programs is None else min(programs, round(part.programs))
     turns = part.units / made.units if made.units else 0.0
-    num_bytes, idle = float(part.num_bytes), programs - working
+    num_bytes = sum(seen.num_bytes.values()) if part.num_bytes is None else part.num_bytes
+    idle = programs - working
     launch = roofs.Launch(code=made.code, programs=working, num_bytes=num_bytes, turns=turns, idle=idle)
     return roofs.seconds(card, launch)
 
@@ -327,7 +294,8 @@ def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call:
     (arguments, *_), work = make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0)
     call = Call(operation, model, size, format, work, arguments)
     if operation == "expert_mlp":  # of the mean of all choices, not of the one that was drawn
-        call = replace(call, work=operations.expert_mlp(model, size.rows, call.distinct, call.weights))
+        weights = format.partition(" x ")[0]
+        call = replace(call, work=operations.expert_mlp(model, size.rows, call.distinct, weights))
     return call
 
 

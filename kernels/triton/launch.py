@@ -120,12 +120,13 @@ class Configuration:
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A launch of a dry run, of a Configuration or of a CUDA C++ Kernel: programs along each axis, warps of each.
-    shared_bytes: what the launch itself asks for."""
+    shared_bytes: what the launch itself asks for. num_bytes: of Triton's tensors by argument, each tensor once."""
 
     kernel: Any
     grid: tuple[int, ...]
     warps: int
     shared_bytes: int = 0
+    num_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 class _Noting:
@@ -171,7 +172,9 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
         for name, block in configuration.blocks.items()
     }
     if _dry is not None:
-        _dry.append(Launch(configuration, grid, configuration.num_warps))
+        tensors = {id(value): name for name, value in arguments.items() if isinstance(value, Tensor)}
+        num_bytes = {name: arguments[name].nbytes for name in tensors.values()}
+        _dry.append(Launch(configuration, grid, configuration.num_warps, 0, num_bytes))
         return
     note(configuration.kernel.__name__)
     settle()

@@ -97,7 +97,7 @@ def test_the_price_of_experts_is_that_of_their_tiles() -> None:
     outside = Counts(issued=100, integers=100)
     code = Code(warps=4, registers=142, shared_bytes=83_968, stages=3, turn=turn, outside=outside)
     weights = 5 * 4096 * (4096 * 9 / 16 + 4)
-    rows = 4096 * 2 + 5 * 2048 * 2
+    rows = 4096 * 2 + 5 * 2048 * 2 + (4 + 129) * 8  # and which row goes to which expert
     assert up.grid == (5 * 32,)
     expected = Launch(code=code, programs=160, num_bytes=weights + rows, turns=32.0)
     assert found == pytest.approx(roofs.seconds(DATA_SHEETS["h200"], expected))
