@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import isclose
 from pathlib import Path
@@ -221,9 +222,9 @@ def main(argv: Sequence[str] | None = None, device_type: str = "cuda") -> int:
 
 def _chosen(group: Group, texts: Sequence[str]) -> Group:
     """The group with those of its tasks whose names, behind the subject's, have one of the texts."""
-    named = {f"{group.subject}: {cell}": cell for cell in group.tasks}
-    tasks = {cell: group.tasks[cell] for name, cell in named.items() if any(text in name for text in texts)}
-    return Group(group.subject, tasks, group.limit_s, group.bare)
+    named = {cell: f"{group.subject}: {cell}" for cell in group.tasks}
+    chosen = {cell: task for cell, task in group.tasks.items() if any(text in named[cell] for text in texts)}
+    return replace(group, tasks=chosen)
 
 
 def summary(groups: Sequence[Group], store: Store) -> list[str]:

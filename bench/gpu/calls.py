@@ -62,14 +62,11 @@ def make_call(
     *,
     seed: int = 0,
     cold_bytes: int = COLD_BYTES,
-) -> Call | None:
-    """The call of an operation on a device; None where the model or the step has no such operation."""
+) -> Call:
+    """The call of an operation, which the model and the step have (Case.has), on a device."""
     known = CASES[operation]
     weights, pages = ("bf16", format) if known.of == "pages" else (format, "bf16")
-    call = known.call(model, size, Maker(weights, str(device), seed, KV[pages], cold_bytes))
-    if call is None:
-        return None
-    calls, work = call
+    calls, work = known.make(model, size, Maker(weights, str(device), seed, KV[pages], cold_bytes))
     on_device = [
         tuple(one.to(device) if isinstance(one, Tensor) else one for one in arguments) for arguments in calls
     ]

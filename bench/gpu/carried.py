@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -30,14 +29,13 @@ from triton.runtime import cache
 
 from cierzo.bench.campaign.isolation import die_with
 from cierzo.bench.gpu import conformance, timing, widths
-from cierzo.bench.gpu.calls import Cell, cells, make_call
-from cierzo.bench.gpu.cases import CASES, SMALL4
-from cierzo.bench.gpu.configurations import MORE
-from cierzo.bench.gpu.timing import read_through_descriptors
+from cierzo.bench.gpu.calls import Cell, cells
+from cierzo.bench.gpu.cases import SMALL4
+from cierzo.bench.gpu.configurations import MORE, forms
 from cierzo.kernels import registry
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.triton.compile import compile_ahead
-from cierzo.kernels.triton.launch import Configuration, dry_run
+from cierzo.kernels.triton.launch import Configuration
 
 COMPILER = "compiler.json"
 MODELS = 2  # of those that are served, whose kernels are carried
@@ -89,7 +87,12 @@ def every_cell() -> Iterator[Cell]:
 
 def launched(wanted: Iterable[Cell]) -> list[Configuration]:
     """Configurations of the experiment with widths, and of cells, each once, in this order."""
-    return list({one.key: one for one in _launched(wanted)}.values())
+    found: list[Configuration] = []
+    for format, way in product(widths.FORMATS, product((False, True), widths.WIDTHS)):
+        with widths.tiles(*way):
+            found += (one for told, one in forms(("linear", SMALL4, widths.TOKENS, format)) if not told)
+    found += (one for cell in wanted for _, one in forms(cell))
+    return list({one.key: one for one in found}.values())
 
 
 def of_models() -> list[Configuration]:
@@ -105,25 +108,6 @@ def of_models() -> list[Configuration]:
         config = served.serving(name, weights, activations)
         found += launches(config, served.make_model(config, torch.device("meta")).weights).configurations
     return found
-
-
-def _launched(wanted: Iterable[Cell]) -> Iterator[Configuration]:
-    meta = torch.device("meta")
-    for format, way in product(widths.FORMATS, product((False, True), widths.WIDTHS)):
-        with widths.tiles(*way):
-            yield from (one.configuration for one in dry_run(*_flat(widths.prepare(format, SMALL4, meta))))
-    for operation, model, size, format in wanted:
-        choice = registry.implementations(operation, "cuda")[0]
-        call = make_call(operation, model, size, format, meta, cold_bytes=0) if choice.name == "triton" else None
-        for reading in (nullcontext, read_through_descriptors) if CASES[operation].weighted else (nullcontext,):
-            if call is not None:
-                with reading():
-                    yield from (one.configuration for one in dry_run(choice.load(), *call[0][0]))
-
-
-def _flat(prepared: tuple[Any, tuple[Any, ...]]) -> tuple[Any, ...]:
-    function, arguments = prepared
-    return function, *arguments
 
 
 def compile_all(

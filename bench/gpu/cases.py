@@ -165,10 +165,6 @@ class Case:
         shared = not size.shared or (self.of == "pages" and self.decodes is True)
         return bool(getattr(model, self.needs)) and self.decodes in (None, size.decodes) and shared
 
-    def call(self, model: ModelSizes, size: Size, make: Maker) -> Call | None:
-        """A call; None where the model or the step has no such operation."""
-        return self.make(model, size, make) if self.has(model, size) else None
-
 
 CASES: dict[str, Case] = {}
 

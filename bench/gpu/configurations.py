@@ -6,6 +6,7 @@ On meta tensors, which hold nothing, every case of an operation chooses its kern
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from hashlib import sha256
@@ -14,7 +15,7 @@ from inspect import getsource
 import torch
 from triton.language import constexpr
 
-from cierzo.bench.gpu.calls import cells, make_call
+from cierzo.bench.gpu.calls import Cell, cells, make_call
 from cierzo.bench.gpu.cases import CASES, MODELS, Size
 from cierzo.bench.gpu.timing import read_through_descriptors
 from cierzo.engine.cost.sizes import ModelSizes
@@ -82,29 +83,26 @@ def configurations() -> dict[str, Configuration]:
     """Each configuration once, by its kernel and the first cell that launches it."""
     found: dict[str, Configuration] = {}
     known = set()
-    for name, configuration in _launched():
-        if (same := digest(configuration)) not in known:
-            known.add(same)
-            while name in found:
-                name += ", another"
-            found[name] = configuration
+    for cell, parts in cells(SIZES, MORE):
+        for told, configuration in forms(parts):
+            if told and parts[2].rows <= APART_TOKENS:  # parts of k apart have no descriptors
+                continue
+            if (same := digest(configuration)) not in known:
+                known.add(same)
+                name = f"{configuration.name}: {cell}{told}"
+                while name in found:
+                    name += ", another"
+                found[name] = configuration
     return found
 
 
-def _launched() -> Iterator[tuple[str, Configuration]]:
-    """(kernel and cell, Configuration) of every launch; with many tokens also as read through descriptors (TMA)."""
-    for cell, (operation, model, size, format) in cells(SIZES, MORE):
-        choice = registry.implementations(operation, "cuda")[0]
-        if choice.name != "triton":
-            continue
-        call = make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0)
-        if call is None:
-            continue
-        function, (arguments, *_) = choice.load(), call[0]
-        for one in dry_run(function, *arguments):
-            yield f"{one.configuration.name}: {cell}", one.configuration
-        if CASES[operation].weighted and size.rows > APART_TOKENS:
-            with read_through_descriptors():
-                described = dry_run(function, *arguments)
-            for one in described:
-                yield f"{one.configuration.name}: {cell}, TMA", one.configuration
+def forms(cell: Cell) -> Iterator[tuple[str, Configuration]]:
+    """(", TMA" or "", Configuration) of every launch of a cell in Triton; where it has weights also as read through
+    descriptors (TMA)."""
+    choice = registry.implementations(cell[0], "cuda")[0]
+    if choice.name == "triton":
+        (arguments, *_), _ = make_call(*cell, torch.device("meta"), cold_bytes=0)
+        for told in ("", ", TMA") if CASES[cell[0]].weighted else ("",):
+            with read_through_descriptors() if told else nullcontext():
+                found = dry_run(choice.load(), *arguments)
+            yield from ((told, one.kernel) for one in found)

@@ -6,14 +6,14 @@ Inputs are random and new in every run; memory that outputs are made of holds Na
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cierzo.bench.gpu.calls import Cell, cells, make_call
-from cierzo.bench.gpu.cases import BY_FP8, CASES, Call, Size, widened
+from cierzo.bench.gpu.cases import BY_FP8, CASES, Size, widened
 from cierzo.bench.gpu.timing import read_through_descriptors
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
@@ -60,9 +60,9 @@ def check(
     operation: str, model: ModelSizes, size: Size, format: str, device: torch.device, seed: int
 ) -> dict[str, Any]:
     """Deviation from the reference, and whether rows keep their bits. Raises Failed."""
-    call = cast(Call, make_call(operation, model, size, format, device, seed=seed, cold_bytes=0))
+    (arguments, *_), _ = make_call(operation, model, size, format, device, seed=seed, cold_bytes=0)
     ours, reference = (registry.implementations(operation, "cuda")[place] for place in (0, -1))
-    function, arguments = ours.load(), call[0][0]
+    function = ours.load()
     with Poisoned():
         got = outputs(operation, function, arguments)
     wanted = outputs(operation, reference.load(), tuple(map(widened, arguments)))

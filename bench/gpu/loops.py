@@ -89,20 +89,23 @@ class Loop:
     """A loop: instructions of one turn of one warp by opcode with modifiers, and those outside it.
 
     A wait's name holds how many groups may stay under way: "WARPGROUP.DEPBAR.LE 0" lets none. depth: loops around
-    it. inner: loops within it (polls of barriers), one turn of which counts. skipped: instructions that a branch
-    within the loop may pass over.
+    it. skipped: instructions that a branch within the loop may pass over.
     """
 
     instructions: dict[str, int]
     outside: dict[str, int]
     depth: int = 0
-    inner: int = 0
     skipped: int = 0
 
     @property
     def issued(self) -> int:
         """Instructions of one turn of one warp."""
         return sum(self.instructions.values())
+
+    @property
+    def everything(self) -> dict[str, int]:
+        """Instructions of the function, the loop's among them."""
+        return dict(Counter(self.instructions) + Counter(self.outside))
 
     @property
     def products(self) -> int:
@@ -123,20 +126,15 @@ class Loop:
         """Instructions of one turn of one warp by class; classes without one are left out."""
         return classes(self.instructions)
 
-    def widths(self, *kinds: str) -> dict[str, int]:
-        """Memory accesses of one turn of the classes `kinds` (LOADS if none is named) by width: {"LDG.128": 4}."""
-        return widths(self.instructions, *kinds)
+    def widths(self) -> dict[str, int]:
+        """Loads of one turn by width: {"LDG.128": 4, "UTMALDG": 1}."""
+        loads = ((name, number) for name, number in self.instructions.items() if class_of(name) in LOADS)
+        return _sums((width(name), number) for name, number in loads)
 
 
 def classes(instructions: Mapping[str, int]) -> dict[str, int]:
     """Instructions by class."""
     return _sums((class_of(name), number) for name, number in instructions.items())
-
-
-def widths(instructions: Mapping[str, int], *kinds: str) -> dict[str, int]:
-    """Memory accesses of the classes `kinds` (LOADS if none is named) by width: {"LDGSTS.128": 8, "UTMALDG": 1}."""
-    wanted = kinds or LOADS
-    return _sums((width(name), number) for name, number in instructions.items() if class_of(name) in wanted)
 
 
 def functions(code: str) -> dict[str, str]:
@@ -198,7 +196,7 @@ def _found(code: str) -> list[tuple[Loop, Counter[str]]]:
         within = [[after for after in row if number in body and after in body] for number, row in enumerate(follow)]
         last = [number for number in body if header in follow[number]]
         passed = [one for one in body - {header} if _reached(within, header, without=one).intersection(last)]
-        loop = Loop(dict(turn), dict(everything - turn), depth, len(inner), count(passed).total())
+        loop = Loop(dict(turn), dict(everything - turn), depth, count(passed).total())
         result.append((loop, count(body.difference(*inner))))
     return result
 

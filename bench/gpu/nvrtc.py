@@ -66,11 +66,6 @@ def usage(cubin: bytes) -> dict[str, Usage]:
     }
 
 
-def machine_code(cubin: bytes) -> str:
-    """The instructions of all kernels."""
-    return _dump(cubin, "-sass")
-
-
 def disassembled(cubin: bytes) -> str:
     """The instructions of all kernels with labels, for loops.py."""
     return _dump(cubin, "-c", "nvdisasm")
@@ -85,6 +80,4 @@ def _dump(cubin: bytes, option: str, name: str = "cuobjdump") -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        # nvdisasm, which cuobjdump calls for -sass, lies beside it
-        command, environment = [str(tool), option, file.name], {"PATH": str(tool.parent)}
-        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout

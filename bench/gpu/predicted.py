@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,12 @@ from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.bench.gpu.loops import Loop, classes, functions, loops, main_loop, products, whole
 from cierzo.engine.cost import operations, roofs
 from cierzo.engine.cost.data_sheets import DATA_SHEETS, DataSheet
-from cierzo.engine.cost.operations import Work, stored
+from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.roofs import Code, Counts
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
-from cierzo.kernels.cuda.launch.kernel import Kernel, options, program
-from cierzo.kernels.cuda.launch.launcher import running_on
-from cierzo.kernels.triton.launch import Configuration, dry_run
+from cierzo.kernels.cuda.launch.kernel import options, program
+from cierzo.kernels.triton.launch import Configuration, Launch, dry_run
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "validation-sm90.json"
 CODE = ("warps", "registers", "shared_bytes", "stages")
@@ -67,33 +67,19 @@ HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")
 # 16 a clock: MUFU by the same table; F2F stated, as MUFU (that Hopper converts slowly enough to limit kernels is
 # what Triton's pull request 4563 found).
 SLOW = ("F2F", "MUFU")
-VALUE_BYTES = {"*bf16": 2, "*fp32": 4, "*fp8e4nv": 1, "*u8": 1, "*fp16": 2}
+Lines = Mapping[str, Mapping[str, Any]]  # of the report (ceilings.py), by configuration
 DRAW_PASSES = 7  # over a row of logits: the highest; four to find where top_p cuts; two that draw
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A launch of a dry run. constants: the compile-time ones of Triton's kernels."""
-
-    name: str
-    grid: tuple[int, ...]
-    warps: int
-    shared_bytes: int = 0
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    types: Mapping[str, str] = field(default_factory=dict)
-    made: Configuration | Kernel | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
-    """Work of a launch: bytes that it moves, programs that work (None: all), and how far the main loop of each
-    goes: multiplications of its tensor cores, or of its FP32 units, empty rows of tiles included, or turns."""
+    """Work of a launch: how far the main loop of each program goes, in its unit (ceilings.py: weights, tokens,
+    turns; of the router multiplications), programs that work (None: all), and bytes that it moves (None: those of
+    its tensors)."""
 
-    num_bytes: float
+    units: float = 0.0
     programs: float | None = None
-    products: float = 0.0
-    multiplications: float = 0.0
-    turns: float = 0.0
+    num_bytes: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +94,9 @@ class Call:
     arguments: tuple[Any, ...] = ()
 
     @property
-    def weights(self) -> str:
-        """The number format in which weights lie in memory."""
-        return self.format.partition(" x ")[0]
-
-    @property
     def distinct(self) -> float:
         """Experts that have rows, on average."""
         return float(operations.random_distinct(self.model.experts, self.model.top_k, self.size.rows))
-
-    @property
-    def pairs(self) -> int:
-        """Rows of the experts, the shared one's included."""
-        return self.size.rows * (self.model.top_k + 1)
 
     def expert_tiles(self, block_t: int) -> float:
         """Tiles of rows in which experts have any, on average: an expert's rows are a binomial number."""
@@ -131,99 +107,73 @@ class Call:
         return self.model.experts * float((chances * -(-numbers // block_t)).sum()) + ceil(rows / block_t)
 
 
-def _experts(call: Call, seen: Seen) -> Part:
-    c = seen.constants
-    up = seen.name == "expert_gate_up"
-    outputs = c["ROWS"] // 2 if up else c["ROWS"]
-    weights = (call.distinct + 1) * stored(call.weights, c["ROWS"], c["K"])
-    read = VALUE_BYTES[seen.types["x_ptr" if up else "inner_ptr"]]
-    written = VALUE_BYTES[seen.types["inner_ptr" if up else "outputs_ptr"]]
-    rows = call.size.rows if up and read == 2 else call.pairs  # rows that are not quantised are read where they lie
-    moved = weights + rows * c["K"] * read + call.pairs * outputs * written
-    tile = c["BLOCK_T"] * c["BLOCK_N"] * (2 if up else 1)
-    return Part(moved, call.expert_tiles(c["BLOCK_T"]) * ceil(outputs / c["BLOCK_N"]), products=tile * c["K"])
+def _experts(call: Call, seen: Launch) -> Part:
+    """Experts that have rows: of all weights, beside which the shared one's lie, theirs are read."""
+    c, moved, paired = seen.kernel.constants, seen.num_bytes, 2 if seen.kernel.name == "expert_gate_up" else 1
+    reached = {name: call.distinct / call.model.experts for name in moved if f"shared_{name}" in moved}
+    num_bytes = sum(number * reached.get(name, 1) for name, number in moved.items())
+    programs = call.expert_tiles(c["BLOCK_T"]) * ceil(c["ROWS"] / paired / c["BLOCK_N"])
+    return Part(c["BLOCK_N"] * paired * c["K"], programs, num_bytes)
 
 
-def _linear(call: Call, seen: Seen) -> Part:
-    c, rows, heads = seen.constants, call.size.rows, seen.grid[1]
-    rows = call.size.sequences if call.operation == "lm_head" else rows
+def _linear(call: Call, seen: Launch) -> Part:
+    """Products; of a head's queries MLA multiplies a part, so that there the call's bytes count."""
+    c = seen.kernel.constants
     depth = ceil(min(c["PART_K"], c["K"]) / c["BLOCK_K"]) * c["BLOCK_K"] * (1 if c["APART"] else c["PARTS"])
-    outputs = c["ROWS"] // 2 if c["PAIRED"] else c["ROWS"]
-    read, written = VALUE_BYTES[seen.types["x_ptr"]], VALUE_BYTES[seen.types["out_ptr"]]
-    moved = heads * stored(call.weights, c["ROWS"], c["K"])
-    moved += rows * heads * (c["K"] * read + outputs * written * (c["PARTS"] if c["APART"] else 1))
-    return Part(moved, products=c["BLOCK_T"] * c["BLOCK_N"] * (2 if c["PAIRED"] else 1) * depth)
+    moved = float(call.work.num_bytes) if call.operation.startswith("mla_") else None
+    return Part(c["BLOCK_N"] * (2 if c["PAIRED"] else 1) * depth, num_bytes=moved)
 
 
-def _attend(call: Call, seen: Seen) -> Part:
-    """Decoding: an item's tile of rows meets its split of the context."""
-    c, (rows, pairs, context) = seen.constants, call.size.queries()
-    model = call.model
-    width, value = (model.rank + model.rope, model.rank) if model.rank else (model.head_dim, model.head_dim)
-    entries = context * model.page_values * VALUE_BYTES[seen.types["pages_ptr" if model.rank else "k_pages_ptr"]]
-    moved = entries + rows * model.heads * width * 2 + seen.grid[0] * model.heads * (value + 2) * 4
-    return Part(moved, products=c["ROWS"] * pairs / seen.grid[0] * (width + value))
+def _attend(call: Call, seen: Launch) -> Part:
+    """Decoding: an item's tile of rows meets its split of the context, and leaves partial sums, not results."""
+    rows, pairs, _ = call.size.queries()
+    heads, value = call.model.heads, call.model.rank or call.model.head_dim
+    moved = float(call.work.num_bytes) + heads * (seen.grid[0] * (value + 2) * 4 - rows * value * 2)
+    return Part(pairs / seen.grid[0], num_bytes=moved)
 
 
-def _combine(call: Call, seen: Seen) -> Part:
-    model, splits = (
-        call.model,
-        call.size.context / 512 if call.size.context <= 8192 else 16 + call.size.context / 1024,
-    )
-    value = model.rank or model.head_dim
+def _combine(call: Call, seen: Launch) -> Part:
+    context, value = call.size.context, call.model.rank or call.model.head_dim
+    splits = context / 512 if context <= 8192 else 16 + context / 1024
     moved = seen.grid[0] * seen.grid[1] * ((value + 2) * 4 * splits + value * 2)
-    return Part(moved, turns=ceil(splits / seen.constants["CHUNK"]))
+    return Part(ceil(splits / seen.kernel.constants["CHUNK"]), num_bytes=moved)
 
 
-def _flash(call: Call, seen: Seen) -> Part:
-    c, (rows, pairs, context) = seen.constants, call.size.queries()
-    seen_tokens = ceil((pairs / rows + c["ROWS"] / 2) / c["TOKENS"]) * c["TOKENS"]
-    width = c["A"] + c["B"] + c["V"]
-    moved = context * (c["HK"] * (c["A"] + c["V"]) + c["B"]) * 2 + rows * c["H"] * width * 2
-    return Part(moved, products=c["ROWS"] * seen_tokens * width)
+def _flash(call: Call, seen: Launch) -> Part:
+    c, (rows, pairs, _) = seen.kernel.constants, call.size.queries()
+    return Part(ceil((pairs / rows + c["ROWS"] / 2) / c["TOKENS"]) * c["TOKENS"])
 
 
-def _gather(call: Call, seen: Seen) -> Part:
-    c = seen.constants
-    read = VALUE_BYTES[seen.types["pages_ptr"]] * (2 if c["KEYS"] else 1)
-    return Part(call.size.context * c["HK"] * c["W"] * (read + 2 * (2 if c["KEYS"] else 1)))
+def _expand(_: Call, seen: Launch) -> Part:
+    return Part(seen.kernel.constants["COLUMNS"] * seen.kernel.constants["R"])
 
 
-def _expand(call: Call, seen: Seen) -> Part:
-    c = seen.constants
-    moved = (c["N"] * c["R"] + call.size.context * (c["R"] + c["N"])) * 2
-    return Part(moved, products=c["ROWS"] * c["COLUMNS"] * c["R"])
-
-
-def _logits(call: Call, seen: Seen) -> Part:
+def _logits(call: Call, seen: Launch) -> Part:
     """The router, on FP32 units: 8 rows a warp, for one expert, or for four where rows are many."""
     model, wide = call.model, seen.warps > 4
     moved = call.size.rows * (model.hidden * 2 + model.experts * 4) + model.experts * model.hidden * 2
-    return Part(moved, multiplications=8 * (4 if wide else 1) * seen.warps * model.hidden)
+    return Part(8 * (4 if wide else 1) * seen.warps * model.hidden, num_bytes=moved)
 
 
-PARTS: dict[str, Callable[[Call, Seen], Part]] = {
+# Of the others, such as those that write into pages, a call's bytes count. Arguments of CUDA C++ are addresses.
+PARTS: dict[str, Callable[[Call, Launch], Part]] = {
     "expert_gate_up": _experts,
     "expert_down": _experts,
-    "sum_slots": lambda call, _: Part((call.pairs + call.size.rows) * call.model.hidden * 2),
     "linear": _linear,
-    "sum_parts": lambda call, seen: Part(call.size.rows * seen.constants["N"] * (4 * seen.constants["PARTS"] + 2)),
-    "quantise_rows": lambda call, seen: Part(prod(seen.grid) * seen.constants["D"] * 3),
-    "quantise_pairs": lambda call, seen: Part(prod(seen.grid) * seen.constants["D"] * 3),
+    **dict.fromkeys(("gather", "quantise_pairs", "quantise_rows", "sum_parts", "sum_slots"), lambda *_: Part()),
     "mla_attend": _attend,
     "gqa_attend": _attend,
     "combine": _combine,
-    "prefixes": lambda call, _: Part(call.size.sequences * 24, turns=ceil(call.size.sequences / 512)),
-    "plan": lambda call, _: Part(call.size.sequences * 24, turns=ceil(call.size.sequences / 256)),
-    "gather": _gather,
     "expand": _expand,
     "flash": _flash,
     "route_logits_bf16_bf16": _logits,
-    "route_choose": lambda call, _: Part(call.size.rows * (call.model.experts * 4 + call.model.top_k * 12)),
-    "count_by_expert": lambda call, _: Part(call.size.rows * call.model.top_k * 8),
+    "route_choose": lambda call, _: Part(
+        num_bytes=call.size.rows * (call.model.experts * 4 + call.model.top_k * 12)
+    ),
+    "count_by_expert": lambda call, _: Part(num_bytes=call.size.rows * call.model.top_k * 8),
     "sample_draw": lambda call, seen: Part(
-        DRAW_PASSES * call.size.sequences * call.model.vocab * 4,
-        turns=DRAW_PASSES * call.model.vocab / (4 * 32 * seen.warps),
+        DRAW_PASSES * call.model.vocab / (4 * 32 * seen.warps),
+        num_bytes=DRAW_PASSES * call.size.sequences * call.model.vocab * 4,
     ),
 }
 
@@ -231,30 +181,9 @@ PARTS: dict[str, Callable[[Call, Seen], Part]] = {
 # --- what is launched, and what the compiler made of it -----------------------------------------------------
 
 
-@dataclass
-class _Recorder:
-    """A backend of the CUDA C++ kernels that notes launches."""
-
-    device_type: str = "meta"
-    launches: list[Seen] = field(default_factory=list)
-
-    def run(self, kernel: Kernel, _: Any, grid: Sequence[int], threads: int, shared_bytes: int, __: Any) -> None:
-        """Note a launch."""
-        self.launches.append(Seen(kernel.name, tuple(grid), threads // 32, shared_bytes, made=kernel))
-
-    def prepare(self, *_: object) -> None:
-        """See Backend."""
-
-
-def launches(operation: str, arguments: tuple[Any, ...]) -> list[Seen]:
+def launches(operation: str, arguments: tuple[Any, ...]) -> list[Launch]:
     """List what a call would launch, in order, of Triton or of CUDA C++."""
-    recorder = _Recorder()
-    with running_on(recorder):
-        found = dry_run(registry.implementations(operation, "cuda")[0].load(), *arguments)
-    made = [(one.configuration, one.grid) for one in found]
-    return recorder.launches + [
-        Seen(one.name, grid, one.num_warps, 0, one.constants, one.types, one) for one, grid in made
-    ]
+    return dry_run(registry.implementations(operation, "cuda")[0].load(), *arguments)
 
 
 def counts(by_class: Mapping[str, float], mma: Mapping[str, int]) -> Counts:
@@ -276,72 +205,52 @@ def counts(by_class: Mapping[str, float], mma: Mapping[str, int]) -> Counts:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A kernel as the compiler made it; of a turn of its main loop, multiplications of the tensor cores of all
-    warps, and of the FP32 units of all threads."""
+    """A kernel as the compiler made it, and units that a turn of a program's main loop does; 0 without a loop."""
 
     code: Code
-    products: int = 0
-    multiplications: int = 0
+    units: int = 0
 
 
-class Compiler:
-    """Kernels as the compilers made them: Triton's from lines of the report (ceilings.py); CUDA C++ compiled by
-    NVRTC."""
-
-    def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        self._lines = {str(line["configuration"]): line for line in lines}
-        self._sources: dict[tuple[str, int, int], Made] = {}
-
-    def made(self, seen: Seen) -> Made:
-        """Find what was made for a launch. Raises KeyError for a configuration that is not in the report."""
-        if isinstance(seen.made, Configuration):
-            return _of_line(self._lines[digest(seen.made)])
-        key = seen.name, seen.warps, seen.shared_bytes
-        if key not in self._sources:
-            assert seen.made is not None
-            self._sources[key] = _of_source(seen, seen.made.source)
-        return self._sources[key]
+def made_of(seen: Launch, lines: Lines) -> Made:
+    """A launch's kernel as it was made: Triton's line of the report, or CUDA C++ compiled by NVRTC. Raises
+    KeyError for a configuration that is not in the report."""
+    if isinstance(seen.kernel, Configuration):
+        return _of_line(lines[digest(seen.kernel)])
+    return _of_source(seen.kernel.name, seen.warps, seen.shared_bytes, seen.kernel.source)
 
 
 def _of_line(line: Mapping[str, Any]) -> Made:
-    turn, warps = line["turn"], line["warps"]
+    turn = line["turn"]
     of_turn, outside = counts(turn["classes"], turn["mma"]), counts(line["outside"], {})
     if not line["loops"]:  # the turn is all there is
         of_turn, outside = Counts(), of_turn
-    code = Code(
-        warps=warps,
-        registers=line["registers"],
-        shared_bytes=line["shared_bytes"],
-        stages=line["stages"],
-        turn=of_turn,
-        outside=outside,
-    )
-    return Made(code, warps * sum(products(name) * number for name, number in turn["mma"].items()))
+    code = Code(turn=of_turn, outside=outside, **{name: line[name] for name in CODE})
+    return Made(code, line["units"] if line["loops"] else 0)
 
 
-def _of_source(seen: Seen, source: str) -> Made:
+@cache
+def _of_source(name: str, warps: int, shared_bytes: int, source: str) -> Made:
     cubin = _cubin(source)
-    code = functions(nvrtc.disassembled(cubin))[seen.name]
-    found, usage = loops(code), nvrtc.usage(cubin)[seen.name]
-    loop = main_loop(code)
-    if seen.name.startswith("route_logits") and seen.warps > 4:  # the loop of many rows, not of few
+    code = functions(nvrtc.disassembled(cubin))[name]
+    found, usage = loops(code), nvrtc.usage(cubin)[name]
+    loop, routes = main_loop(code), name.startswith("route_logits")
+    if routes and warps > 4:  # the loop of many rows, not of few
         loop = max(found, key=lambda one: one.classes().get("FP32", 0))
-    if loop is None or seen.name == "sample_draw":  # most of whose loop is passed over: what few tokens come to
+    if loop is None or name == "sample_draw":  # most of whose loop is passed over: what few tokens come to
         loop = Loop({}, {})
     # Of a branch within the loop one arm runs; of the forms that the kernel has of its loop, one.
     runs = 1 - loop.skipped / 2 / max(loop.issued, 1)
     turn = counts({name: number * runs for name, number in loop.classes().items()}, {})
     straight = Counter(whole(code).instructions)
     straight -= sum((Counter(one.instructions) for one in found if not one.depth), Counter())
-    shared = seen.shared_bytes + usage.shared_bytes
     made = Code(
-        warps=seen.warps,
+        warps=warps,
         registers=usage.registers,
-        shared_bytes=shared,
+        shared_bytes=shared_bytes + usage.shared_bytes,
         turn=turn,
         outside=counts(classes(straight), {}),
     )
-    return Made(made, multiplications=32 * seen.warps * loop.classes().get("FP32", 0))
+    return Made(made, 32 * warps * loop.classes().get("FP32", 0) if routes else 1)
 
 
 @cache
@@ -349,24 +258,15 @@ def _cubin(source: str) -> bytes:
     return nvrtc.compile_cubin(program(source), options("sm_90"))
 
 
-def priced(card: DataSheet, call: Call, seen: Seen, compiler: Compiler) -> dict[str, float]:
+def priced(card: DataSheet, call: Call, seen: Launch, lines: Lines) -> dict[str, float]:
     """Seconds of a launch by roof."""
-    made = compiler.made(seen)
-    part = PARTS[seen.name](call, seen) if seen.name in PARTS else Part(float(call.work.num_bytes))
-    turns = part.turns
-    if part.products and made.products and made.code.turn.issued:
-        turns = part.products / made.products
-    elif part.multiplications:
-        turns = part.multiplications / made.multiplications
-    programs = prod(seen.grid)
+    made, name, programs = made_of(seen, lines), seen.kernel.name, prod(seen.grid)
+    part = PARTS[name](call, seen) if name in PARTS else Part(num_bytes=float(call.work.num_bytes))
     working = programs if part.programs is None else min(programs, round(part.programs))
-    launch = roofs.Launch(
-        code=made.code,
-        programs=working,
-        num_bytes=float(part.num_bytes),
-        turns=turns,
-        idle=programs - working,
-    )
+    turns = part.units / made.units if made.units else 0.0
+    num_bytes = sum(seen.num_bytes.values()) if part.num_bytes is None else part.num_bytes
+    idle = programs - working
+    launch = roofs.Launch(code=made.code, programs=working, num_bytes=num_bytes, turns=turns, idle=idle)
     return roofs.seconds(card, launch)
 
 
@@ -376,13 +276,11 @@ def priced(card: DataSheet, call: Call, seen: Seen, compiler: Compiler) -> dict[
 def calls() -> Iterator[tuple[str, list[Call]]]:
     """(name of a cell, the calls that it stands for): several of a model's dense products, else one."""
     for model, names in LAUNCHED.items():
-        for operation in names:
-            for size in SIZES:
-                for format in (one for one in CASES[operation].formats if one != LEFT_OUT):
+        for operation, size in product(names, SIZES):
+            for format in CASES[operation].formats:
+                if format != LEFT_OUT and CASES[operation].has(model, size):
                     found = [_call(operation, one, size, format) for one in _models(operation, model)]
-                    made = [one for one in found if one is not None]
-                    if made:
-                        yield f"{operation}, {model.name}, {size.name}, {format}", made
+                    yield f"{operation}, {model.name}, {size.name}, {format}", found
 
 
 def _models(operation: str, model: ModelSizes) -> list[ModelSizes]:
@@ -392,23 +290,20 @@ def _models(operation: str, model: ModelSizes) -> list[ModelSizes]:
     return [LATENT_QUERIES] if operation == "rms_norm" else [model]
 
 
-def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call | None:
-    made = make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0)
-    if made is None:
-        return None
-    (arguments, *_), work = made
-    call = Call(operation, model, size, format, work, tuple(arguments))
+def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call:
+    (arguments, *_), work = make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0)
+    call = Call(operation, model, size, format, work, arguments)
     if operation == "expert_mlp":  # of the mean of all choices, not of the one that was drawn
-        call = replace(call, work=operations.expert_mlp(model, size.rows, call.distinct, call.weights))
+        weights = format.partition(" x ")[0]
+        call = replace(call, work=operations.expert_mlp(model, size.rows, call.distinct, weights))
     return call
 
 
-def predict(found: Sequence[Call], compiler: Compiler) -> dict[str, Any]:
+def predict(found: Sequence[Call], lines: Lines) -> dict[str, Any]:
     """Bytes and operations of a cell's calls, their launches, and on each card their us and the roof that most of
     these are under."""
-    seen = [
-        (call, one) for call in found for one in launches(call.operation, call.arguments) if one.name not in ONCE
-    ]
+    made = ((call, one) for call in found for one in launches(call.operation, call.arguments))
+    seen = [(call, one) for call, one in made if one.kernel.name not in ONCE]
     result: dict[str, Any] = {
         "bytes": float(sum(call.work.num_bytes for call in found)),
         "flops": float(sum(call.work.operations for call in found)),
@@ -418,7 +313,7 @@ def predict(found: Sequence[Call], compiler: Compiler) -> dict[str, Any]:
     for name, card in DATA_SHEETS.items():
         total: Counter[str] = Counter()
         for call, one in seen:
-            total.update(priced(card, call, one, compiler))
+            total.update(priced(card, call, one, lines))
         result[name] = round(sum(total.values()) * 1e6, 3), max(total, key=total.__getitem__)
     return result
 
@@ -428,8 +323,8 @@ def write(triton: str, lines: Iterable[Mapping[str, Any]]) -> None:
     cell a line. lines: of the report."""
     if not triton.startswith(PRICED):
         return
-    compiler = Compiler(lines)
-    body = ",\n".join(f"{json.dumps(name)}: {json.dumps(predict(found, compiler))}" for name, found in calls())
+    known = {line["configuration"]: line for line in lines}
+    body = ",\n".join(f"{json.dumps(name)}: {json.dumps(predict(found, known))}" for name, found in calls())
     head = json.dumps({"triton": triton, "sources": fingerprint()})
     FILE.write_text(f'{head[:-1]}, "cells": {{\n{body}\n}}}}\n', encoding="utf-8")
 
@@ -446,12 +341,8 @@ def validated() -> Iterator[tuple[str, float, float, str]]:
         found = roofs.seconds(card, launch)
         shape = " ".join(f"{name} {value}" for name, value in row["shape"].items())
         name = f"{row['name']}: {shape}, {row['card']}"
-        yield (
-            name,
-            row["published_us"],
-            (sum(found.values()) - roofs.NODE_S) * 1e6,
-            max(found, key=found.__getitem__),
-        )
+        predicted_us = (sum(found.values()) - roofs.NODE_S) * 1e6
+        yield name, row["published_us"], predicted_us, max(found, key=found.__getitem__)
 
 
 def print_validation() -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import torch
 from triton import testing
 
 from cierzo.bench.gpu.baselines import BASELINES
 from cierzo.bench.gpu.calls import Cell, cells, make_call
-from cierzo.bench.gpu.cases import CASES, COLD_BYTES, Call, Size
+from cierzo.bench.gpu.cases import CASES, COLD_BYTES, Size
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.formats.device import DeviceMatrix
@@ -48,20 +48,17 @@ def measure(
     """Microseconds of a call, and its bytes and operations. subject: "kernels" are ours; "described" the same, read
     through descriptors (for heuristics.DESCRIBED_TOKENS); "torch" is what torch has, if it fits."""
     if subject == "torch" and device.type == "cuda":
-        calls, _ = cast(Call, make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0))
+        calls, _ = make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0)
         needed, free = baseline_bytes(calls[0]), torch.cuda.mem_get_info(device)[0]
         if needed > free:
             return {"does not fit": f"it takes {needed >> 30} GiB, {free >> 30} are free"}
-    calls, work = cast(Call, make_call(operation, model, size, format, device, cold_bytes=cold_bytes))
+    calls, work = make_call(operation, model, size, format, device, cold_bytes=cold_bytes)
     choice = registry.implementations(operation, "cuda")[0]
     function, name = choice.load(), choice.name
-    reading: Callable[[], AbstractContextManager[None]] = nullcontext
-    if subject == "described":
-        reading = read_through_descriptors
-    elif subject == "torch":
+    if subject == "torch":
         calls, name = [(BASELINES[operation](*arguments),) for arguments in calls[:2]], "torch"
         function = _run
-    with reading():
+    with read_through_descriptors() if subject == "described" else nullcontext():
         times, replayed = samples(function, calls, device)
     us = [seconds * 1e6 for seconds in times]
     found = {"bytes": float(work.num_bytes), "flops": float(work.operations), "implementation": name}

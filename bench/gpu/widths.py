@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from cierzo.bench.gpu.calls import make_call
-from cierzo.bench.gpu.cases import Call, Size
+from cierzo.bench.gpu.cases import Size
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.fault import DeviceFault, is_device_error
@@ -24,8 +24,10 @@ TOKENS = Size(name="widths", sequences=max(WIDTHS), rows_each=1, context=32)
 
 
 def compare(format: str, model: ModelSizes, device: torch.device) -> dict[str, Any]:
-    """For each way to multiply, whether all bits are those of the usual tile, or why it does not run."""
-    function, arguments = prepare(format, model, device)
+    """For each way to compute the product behind attention, whether all bits are those of the usual tile, or why it
+    does not run."""
+    (arguments, *_), _ = make_call("linear", model, TOKENS, format, device, cold_bytes=0)
+    function = registry.implementations("linear", "cuda")[0].load()
     usual, found = function(*arguments).view(torch.int16), {}
     for way in product((False, True), WIDTHS):
         with tiles(*way):
@@ -43,12 +45,6 @@ def compare(format: str, model: ModelSizes, device: torch.device) -> dict[str, A
         "all": all(one is True for one in found.values()),
         "ways": found,
     }
-
-
-def prepare(format: str, model: ModelSizes, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
-    """The product behind attention, and arguments."""
-    (arguments, *_), _ = cast(Call, make_call("linear", model, TOKENS, format, device, cold_bytes=0))
-    return registry.implementations("linear", "cuda")[0].load(), arguments
 
 
 @contextmanager

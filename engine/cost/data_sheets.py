@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cierzo.engine.cost.operations import Work
-
 
 @dataclass(frozen=True, slots=True)
 class DataSheet:
@@ -38,12 +36,6 @@ class DataSheet:
     def clock(self) -> float:
         """Clocks a second at which the data sheet's rates are reached: 1.83e9."""
         return self.bf16 / (2 * self.products * self.multiprocessors)
-
-    def limit_s(self, work: Work, fp8: bool) -> tuple[float, str]:
-        """The least time that work takes, and which limit says so. fp8: whether its products' operands are."""
-        memory_s = float(work.num_bytes) / self.bytes_per_s
-        arithmetic_s = float(work.operations) / (self.fp8 if fp8 else self.bf16)
-        return max((memory_s, "memory"), (arithmetic_s, "arithmetic"))
 
 
 DATA_SHEETS = {

@@ -31,11 +31,10 @@ from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.engine.worker.sampling import Sampler
 from cierzo.engine.worker.staging import Staging
 from cierzo.kernels.cuda.launch.kernel import Kernel
-from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import DecoderWeights, StepRows
 from cierzo.kernels.triton.heuristics import thresholds
-from cierzo.kernels.triton.launch import Configuration, dry_run
+from cierzo.kernels.triton.launch import Configuration, Launch, dry_run
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import Admission
@@ -54,19 +53,19 @@ class Launches:
 
 def launches(config: EngineConfig, weights: DecoderWeights) -> Launches:
     """All that a server of this configuration can launch. weights: the model's, on any device, as they are read."""
-    noted = _Noted()
     model = Decoder(_one_of_each(_on_meta(weights)), Positions(config.model, META), Shard(0, 1, lambda part: part))
     limits = config.scheduler
     # One block stands for all: their number is in no kernel.
     pool = KVPool(config.layout, 1, META)
-    found: dict[str, Configuration] = {}
-    with running_on(noted), torch.inference_mode():
+    found: list[Launch] = []
+    with torch.inference_mode():
         for rows, logit_rows in steps(limits, config.cache.block_tokens, telling(limits.budget_tokens)):
-            for launch in dry_run(model.logits, rows, pool, logit_rows):
-                found.setdefault(launch.configuration.key, launch.configuration)
+            found += dry_run(model.logits, rows, pool, logit_rows)
         for admissions in _samplings():
-            _sample(admissions, config.model.vocab_size)
-    return Launches([*found.values()], [*noted.kernels.values()])
+            found += dry_run(_sample, admissions, config.model.vocab_size)
+    kernels = {one.kernel.name: one.kernel for one in found if isinstance(one.kernel, Kernel)}
+    configurations = {one.kernel.key: one.kernel for one in found if isinstance(one.kernel, Configuration)}
+    return Launches([*configurations.values()], [*kernels.values()])
 
 
 def telling(most: int) -> list[int]:
@@ -116,22 +115,6 @@ def _of_contexts(
         )
         rows = StepRows(tokens, positions, slots, sum(expanded), prompts, generated)
         yield rows, None if every else logit_rows
-
-
-class _Noted:
-    """A backend of CUDA C++ kernels that notes them."""
-
-    device_type = "meta"
-
-    def __init__(self) -> None:
-        self.kernels: dict[str, Kernel] = {}
-
-    def run(self, kernel: Kernel, *_: object) -> None:
-        """See Backend."""
-        self.kernels[kernel.name] = kernel
-
-    def prepare(self, *_: object) -> None:
-        """See Backend."""
 
 
 # --- weights -----------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.fault import described, fault_of, is_device_error, note
 
 ALIGNMENT = 16  # bytes: the widest load of one thread
@@ -119,15 +119,28 @@ class Configuration:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A launch of a dry run: the configuration, and the programs along each axis."""
+    """A launch of a dry run, of a Configuration or of a CUDA C++ Kernel: programs along each axis, warps of each.
+    shared_bytes: what the launch itself asks for. num_bytes: of Triton's tensors by argument, each tensor once."""
 
-    configuration: Configuration
+    kernel: Any
     grid: tuple[int, ...]
+    warps: int
+    shared_bytes: int = 0
+    num_bytes: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def programs(self) -> int:
-        """Number of programs."""
-        return prod(self.grid)
+
+class _Noting:
+    """A backend of CUDA C++ kernels for a dry run."""
+
+    device_type = "meta"
+
+    def run(self, kernel: Any, _: Any, grid: tuple[int, ...], threads: int, shared_bytes: int, *__: object) -> None:
+        """See cuda.launch.launcher.Backend."""
+        assert _dry is not None
+        _dry.append(Launch(kernel, grid, threads // 32, shared_bytes))
+
+    def prepare(self, *_: object) -> None:
+        """See cuda.launch.launcher.Backend."""
 
 
 def _named(module: str, kernel: str, *values: Any) -> Configuration:
@@ -159,7 +172,9 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
         for name, block in configuration.blocks.items()
     }
     if _dry is not None:
-        _dry.append(Launch(configuration, grid))
+        tensors = {id(value): name for name, value in arguments.items() if isinstance(value, Tensor)}
+        num_bytes = {name: arguments[name].nbytes for name in tensors.values()}
+        _dry.append(Launch(configuration, grid, configuration.num_warps, 0, num_bytes))
         return
     note(configuration.kernel.__name__)
     settle()
@@ -172,13 +187,14 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
 
 
 def dry_run(function: Callable[..., Any], *arguments: Any) -> list[Launch]:
-    """Call a function with meta tensors; what it would launch, in order. Nothing runs, in no thread of this
-    process, until it returns."""
+    """Call a function with meta tensors; what it would launch, in order, CUDA C++ kernels too. Nothing runs, in no
+    thread of this process, until it returns."""
     global _dry
     found: list[Launch] = []
     _dry = found
     try:
-        function(*arguments)
+        with running_on(_Noting()):
+            function(*arguments)
     finally:
         _dry = None
     return found

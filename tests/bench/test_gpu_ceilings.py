@@ -27,7 +27,7 @@ TURN = {
 
 def line_of(turn: dict[str, int] = TURN, **fields: Any) -> dict[str, Any]:
     """The report's line of a kernel with such a loop."""
-    return ceilings.entry(CONFIGURATION, Compiled(200, 0, 1000, turn, Loop(turn, {"EXIT": 1}), True, **fields))
+    return ceilings.entry(CONFIGURATION, Compiled(200, 0, 1000, Loop(turn, {"EXIT": 1}), True, **fields))
 
 
 def test_a_turn_is_counted_in_the_weights_that_its_products_take() -> None:
@@ -67,7 +67,7 @@ def test_each_count_has_a_ceiling(more: dict[str, int], told: str) -> None:
 
 def test_fewer_is_no_rise_and_spills_and_flushes_are() -> None:
     assert ceilings.rises(line_of(), line_of(TURN | {"IADD3": 3, "F2F.BF16.F16": 0})) == []
-    spilled = ceilings.entry(CONFIGURATION, Compiled(255, 8, 1000, TURN, Loop(TURN, {}), True))
+    spilled = ceilings.entry(CONFIGURATION, Compiled(255, 8, 1000, Loop(TURN, {}), True))
     assert ceilings.rises(line_of(), spilled) == ["spilled bytes: 8 above 0"]
     assert ceilings.rises(line_of(), line_of(flushes={"FADD.FTZ": 2})) == ["FADD.FTZ: 2 above 0"]
 
@@ -147,11 +147,10 @@ def test_a_report_is_written_unless_a_count_rose(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(ceilings, "RESULTS", tmp_path)
-    monkeypatch.setattr(compiled, "print_limits", lambda: None)
     ceilings.write(compiled.triton.__version__, {NAME: line_of()})
     turn = TURN | {"IADD3": TURN["IADD3"] + more}
-    found = Compiled(200, 0, 1000, turn, Loop(turn, {}), True)
-    monkeypatch.setattr(compiled, "compile_all", lambda _: [(NAME, CONFIGURATION, found, "")])
+    found = Compiled(200, 0, 1000, Loop(turn, {}), True)
+    monkeypatch.setattr(compiled, "compile_all", lambda: [(NAME, CONFIGURATION, found, "")])
     assert compiled.main(options) == status
     told = capsys.readouterr().out
     assert (f"RISEN: {NAME}: instructions a weight: 0.0493164 above 0.0488281" in told) == (more > 0)
@@ -163,13 +162,12 @@ def test_a_report_is_written_unless_a_count_rose(
 def test_a_fault_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even on demand: spills and unknown flushes are no counts that one accepts."""
     monkeypatch.setattr(ceilings, "RESULTS", tmp_path)
-    monkeypatch.setattr(compiled, "print_limits", lambda: None)
     for fault in (
-        Compiled(255, 8, 0, TURN, Loop(TURN, {}), True),
-        Compiled(9, 0, 0, TURN | {"STL": 1}, Loop(TURN, {})),
+        Compiled(255, 8, 0, Loop(TURN, {})),
+        Compiled(9, 0, 0, Loop(TURN, {"STL": 1})),
     ):
-        monkeypatch.setattr(compiled, "compile_all", lambda _, fault=fault: [(NAME, CONFIGURATION, fault, "")])
+        monkeypatch.setattr(compiled, "compile_all", lambda fault=fault: [(NAME, CONFIGURATION, fault, "")])
         assert compiled.main(["--accept"]) == 1
     assert list(tmp_path.iterdir()) == []
-    flushing = Compiled(9, 0, 0, TURN, Loop(TURN, {}), True, {"ex2.approx.ftz.f32": 1, "FADD.FTZ": 2})
-    assert compiled.faults(CONFIGURATION, flushing, 90) == ["flushes subnormals: FADD.FTZ"]
+    flushing = Compiled(9, 0, 0, Loop(TURN, {}), True, {"ex2.approx.ftz.f32": 1, "FADD.FTZ": 2})
+    assert compiled.faults(CONFIGURATION, flushing) == ["flushes subnormals: FADD.FTZ"]

@@ -102,7 +102,7 @@ def test_a_pipelined_loop_is_one_turn_without_what_leads_in_and_out() -> None:
     assert loop.widths() == {"LDGSTS.128": 1, "LDGSTS.32": 1}
     assert loop.instructions["DEPBAR.LE 6"] == loop.drains == 1
     assert loops.classes(loop.outside) == {"LDGSTS": 1, "FENCE": 1, "CONTROL": 2, "WAIT": 1, "FP32": 1, "STG": 1}
-    assert (loop.issued, loop.depth, loop.inner, loop.skipped) == (12, 0, 0, 0)
+    assert (loop.issued, loop.depth, loop.skipped) == (12, 0, 0)
 
 
 def test_two_tiles_of_the_source_in_a_turn_show_in_its_products() -> None:
@@ -118,8 +118,8 @@ def test_two_tiles_of_the_source_in_a_turn_show_in_its_products() -> None:
 
 def test_the_loop_that_multiplies_is_the_main_one_however_deep_it_lies() -> None:
     outer, inner = loops.loops(code_of(NESTED))
-    assert (outer.depth, outer.inner, outer.issued) == (0, 1, 6)
-    assert (inner.depth, inner.inner, inner.issued) == (1, 0, 2)
+    assert (outer.depth, outer.issued) == (0, 6)
+    assert (inner.depth, inner.issued) == (1, 2)
     assert found_in(NESTED) == inner
     # and where the inner one only counts down, the outer one, with one turn of the other
     moved = NESTED.replace("HMMA.16816.F32.BF16 R24, R8, R10, R24", "IADD3 R1, R1, R1, RZ").replace(
@@ -157,7 +157,7 @@ def test_branches_within_a_loop_and_blocks_moved_behind_it_belong_to_it() -> Non
     assert loop.classes() == {
         "IMAD": 1, "WAIT": 3, "CONTROL": 8, "MMA": 1, "FP32": 2, "MUFU": 1, "UTMALDG": 1,
     }  # fmt: skip
-    assert (loop.inner, loop.drains) == (1, 0)
+    assert loop.drains == 0
     assert loop.instructions["WARPGROUP.DEPBAR.LE 1"] == 1
     assert loop.skipped == 8  # the slow path 3, the two multiplications and their end 3, the other side 2
     assert loop.widths() == {"UTMALDG": 1}

@@ -7,10 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from cierzo.bench.gpu import ceilings, predicted
-from cierzo.bench.gpu.calls import make_call
 from cierzo.bench.gpu.cases import SMALL4, Size
 from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.engine.cost import roofs
@@ -20,7 +18,6 @@ from cierzo.engine.cost.roofs import Code, Counts, Launch
 from cierzo.engine.cost.weights import NumberFormats
 from cierzo.engine.cost.work import StepShape, step_work, work_beside
 from cierzo.engine.weights.shapes import named_model_config
-from cierzo.kernels.triton.launch import Configuration
 
 STEP = StepShape(*(64.0,) * 6, sampled=64.0)
 
@@ -51,12 +48,12 @@ def test_the_table_is_of_these_kernels() -> None:
 
 def test_cells_are_what_roofs_make_of_the_committed_report() -> None:
     made = json.loads(predicted.FILE.read_bytes())["cells"]
-    compiler = predicted.Compiler(ceilings.read("3.6")["kernels"].values())
+    lines = {line["configuration"]: line for line in ceilings.read("3.6")["kernels"].values()}
     cells = dict(predicted.calls())
     assert set(made) == set(cells)
     for name in (one for one in cells if "decode 64, " in one and "route" not in one):  # NVRTC may be missing
         if not name.startswith(("group", "draw")):
-            assert json.loads(json.dumps(predicted.predict(cells[name], compiler))) == made[name], name
+            assert json.loads(json.dumps(predicted.predict(cells[name], lines))) == made[name], name
     for name, cell in made.items():
         for card in DATA_SHEETS:
             us, roof = cell[card]
@@ -67,15 +64,13 @@ def test_cells_are_what_roofs_make_of_the_committed_report() -> None:
 
 def _call(operation: str, rows: int, format: str = "bf16", each: int = 1) -> predicted.Call:
     size = Size(name="any", sequences=rows, rows_each=each, context=4096)
-    made = make_call(operation, SMALL4, size, format, torch.device("meta"), cold_bytes=0)
-    assert made is not None
-    return predicted.Call(operation, SMALL4, size, format, made[1], tuple(made[0][0]))
+    return predicted._call(operation, SMALL4, size, format)
 
 
 def test_launches_of_both_kinds_are_seen() -> None:
     def seen(operation: str, rows: int) -> list[tuple[str, tuple[int, ...]]]:
         call = _call(operation, rows)
-        return [(one.name, one.grid) for one in predicted.launches(operation, call.arguments)]
+        return [(one.kernel.name, one.grid) for one in predicted.launches(operation, call.arguments)]
 
     assert seen("expert_mlp", 8) == [("expert_gate_up", (1056,)), ("expert_down", (1056,)), ("sum_slots", (8, 4))]
     assert seen("route", 8) == [("route_logits_bf16_bf16", (1, 32, 1)), ("route_choose", (2, 1, 1))]
@@ -86,24 +81,23 @@ def test_the_price_of_experts_is_that_of_their_tiles() -> None:
     """One row: four experts and the shared one, 32 tiles of outputs each, of 32 turns."""
     call = _call("expert_mlp", 1, "nvfp4")
     up = predicted.launches("expert_mlp", call.arguments)[0]
-    assert isinstance(up.made, Configuration)
     mma = {"HGMMA.64x64x16.F32.BF16": 16}  # of a turn: 64 rows by 2 x 64 outputs by 128 columns
     line = {
-        "configuration": digest(up.made),
         "warps": 4,
         "registers": 142,
         "shared_bytes": 83_968,
         "stages": 3,
         "loops": True,
+        "units": 2 * 64 * 128,
         "turn": {"classes": {"FP32": 500, "PRMT": 300, "F2F": 10, "MMA": 16}, "mma": mma},
         "outside": {"ALU": 100},
     }
-    found = predicted.priced(DATA_SHEETS["h200"], call, up, predicted.Compiler([line]))
+    found = predicted.priced(DATA_SHEETS["h200"], call, up, {digest(up.kernel): line})
     turn = Counts(issued=826, integers=300, conversions=10, mma_clocks=16 * 32 / 4)
     outside = Counts(issued=100, integers=100)
     code = Code(warps=4, registers=142, shared_bytes=83_968, stages=3, turn=turn, outside=outside)
     weights = 5 * 4096 * (4096 * 9 / 16 + 4)
-    rows = 4096 * 2 + 5 * 2048 * 2
+    rows = 4096 * 2 + 5 * 2048 * 2 + (4 + 129) * 8  # and which row goes to which expert
     assert up.grid == (5 * 32,)
     expected = Launch(code=code, programs=160, num_bytes=weights + rows, turns=32.0)
     assert found == pytest.approx(roofs.seconds(DATA_SHEETS["h200"], expected))
@@ -113,7 +107,7 @@ def test_empty_rows_of_a_tile_cost_as_much_as_full_ones() -> None:
     call = _call("expert_mlp", 256, "fp8")
     up = predicted.launches("expert_mlp", call.arguments)[0]
     few, many = (predicted.PARTS["expert_gate_up"](replace(call, size=size), up) for size in _sizes(128, 1024))
-    assert few.products == many.products
+    assert few.units == many.units == 2 * 64 * 4096
     assert few.programs is not None
     assert many.programs is not None
     assert few.programs <= many.programs < 1.2 * few.programs  # 4 rows an expert or 32: a tile of 64 either way

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,6 @@ from cierzo.engine.worker import launches
 from cierzo.engine.worker.graphs import DecodeGraphs
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device as cuda_device
-from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.registry import bind
 from cierzo.kernels.triton import flash, split
 from cierzo.kernels.triton.launch import dry_run
@@ -127,7 +127,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Eng
         config = served.make_config(name, weights, **options)
         return config, served.make_model(config, META), KVPool(config.layout, 1, META)
 
-    with running_on(launches._Noted()), torch.inference_mode():
+    with torch.inference_mode():
         yield make
     bind(KernelsConfig(), "cpu")
 
@@ -172,7 +172,10 @@ def test_the_sum_of_a_recorded_step_covers_what_it_allocates(
     planned = device_memory.replayed_bytes(config.model, *sizes, 131_072)
     assert peaks[0] <= planned + 4 * 512 * config.model.vocab_size  # the logits that all write
     assert planned <= 1.5 * peaks[0]
-    assert len(launched) <= config.model.num_layers * device_memory.LAUNCHES_PER_LAYER
+    numbers = Counter(one.kernel.name for one in launched).values()
+    once = sum(number for number in numbers if number == 1)  # a step's own, whatever the number of layers
+    of_layers = 18 * (len(launched) - once)  # with the published 36
+    assert of_layers + once <= 36 * device_memory.LAUNCHES_PER_LAYER
 
 
 def test_the_step_that_is_recorded_first_holds_the_most(on_meta: Callable[..., Any]) -> None:

@@ -1,7 +1,7 @@
 """Answers of Triton's compiler to tests, which have its interpreter in their own process: prints JSON.
 
-triton_worker.py compile NAME...   the configurations of these names, compiled for sm_90 on all cores: the fields of
-                                   Compiled, and their line of the report
+triton_worker.py compile NAME...   the configurations of these names, compiled for sm_90 on all cores: their lines
+                                   of the report, and all instructions
 triton_worker.py bind              each configuration's difference from what Triton's launcher would compile
 triton_worker.py warm NAME...      the configurations of these names are compiled in processes; how many were
 triton_worker.py launch NAME...    for each, whether a launch finds it in the cache, and its launcher
@@ -9,7 +9,6 @@ triton_worker.py launch NAME...    for each, whether a launch finds it in the ca
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from functools import cached_property
@@ -127,10 +126,11 @@ def main(command: str, *names: str) -> None:
     if command == "launch":
         result = {name: from_the_cache(configurations()[name]) for name in names}
     if command == "compile":
-        for name, configuration, compiled, error in compile_all(90, names):
+        for name, configuration, compiled, error in compile_all(names):
             if compiled is None:
                 raise SystemExit(f"{name}: {error}")
-            result[name] = dataclasses.asdict(compiled) | {"line": ceilings.entry(configuration, compiled)}
+            instructions = compiled.turn.everything
+            result[name] = {"instructions": instructions, **ceilings.entry(configuration, compiled)}
     print(json.dumps(result))
 
 

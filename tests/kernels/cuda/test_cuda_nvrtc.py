@@ -42,9 +42,9 @@ def test_subnormal_numbers_are_kept(name: str) -> None:
     """Products that flush would take small logits, and weights of experts, for zero. (Sums and comparisons that
     flush occur in the compiler's own division and square root, behind a test for what is no number.)"""
     flushing = re.compile(r"\b(?:FFMA|FMUL|FMNMX)\S*\.FTZ")
-    assert not flushing.findall(nvrtc.machine_code(nvrtc.compile_cubin(program(name), options("sm_90"))))
+    assert not flushing.findall(nvrtc.disassembled(nvrtc.compile_cubin(program(name), options("sm_90"))))
     flushed = nvrtc.compile_cubin(program(name), (*options("sm_90"), "--ftz=true"))
-    assert flushing.findall(nvrtc.machine_code(flushed))
+    assert flushing.findall(nvrtc.disassembled(flushed))
 
 
 def test_launchers_name_kernels_that_exist() -> None:

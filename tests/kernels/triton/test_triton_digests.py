@@ -41,8 +41,8 @@ def test_nothing_is_compiled_before_all_digests_are_taken() -> None:
         "x, weight = (torch.empty(*shape, dtype=torch.bfloat16, device='meta') for shape in ((1, 16), (16,)))\n"
         "(one,) = launch.dry_run(norm.rms_norm, x, weight, 1e-6)\n"
         "assert launch._unsettled\n"
-        "one.configuration.kernel.warmup = lambda **_: print('unsettled:', len(launch._unsettled))\n"
-        "compile.compile_ahead(one.configuration)"
+        "one.kernel.kernel.warmup = lambda **_: print('unsettled:', len(launch._unsettled))\n"
+        "compile.compile_ahead(one.kernel)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
