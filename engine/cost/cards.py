@@ -1,10 +1,10 @@
 """Devices by name, and from files.
 
 Named ones are data sheets: `h100`, `h200`, and several of one kind, as in `4xh100`. What their kernels reach
-is predicted from machine code and launches (predicted.json, which `make gpu-report` writes by roofs.py). The
-shares that `make gpu` has measured take the predictions' place: the newest of a card's files of samples
-(bench/campaign/store.py) in bench/results counts, `gpu-<card>-<commit>.jsonl`. A file (JSON of a `Device`)
-describes any other device.
+is predicted from machine code and launches (predicted.json, which `make gpu-report` writes by roofs.py). What
+`make gpu` has measured takes the predictions' place, and corrects those of other sizes: the newest of a card's
+files of samples (bench/campaign/store.py) in bench/results counts, `gpu-<card>-<commit>.jsonl`. A file (JSON of a
+`Device`) describes any other device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
-from cierzo.engine.cost.device import Curve, Device
+from cierzo.engine.cost.device import LEAST_SHARE, MOST_SHARE, Curve, Device
 from cierzo.engine.cost.roofs import HOST_LAUNCH_S
 from cierzo.engine.errors import ConfigError, refusal
 
@@ -101,31 +101,44 @@ def find_device(name: str) -> Device:
         raise refusal("device", "a JSON file that describes a device", name, str(error)) from error
     if found.calibration:
         raise refusal("device", "no calibration", name, "it is for --device cpu --calibration FILE")
+    if found.predicted:
+        raise refusal("device", "without predicted", name, "predictions are of named cards; a file states shares")
     return found
 
 
 def with_measured(device: Device, card: str, folder: Path = RESULTS) -> Device:
-    """Give `device` the shares found on a card of this name ("h200"), if there are any. Raises ConfigError for a
-    file that is not what the GPU bench writes."""
+    """Give `device` the shares found on a card of this name ("h200"), if there are any, and correct its predictions
+    by them. Raises ConfigError for a file that is not what the GPU bench writes."""
     files = [path for path in folder.glob("gpu-*.jsonl") if card in path.stem.split("-")]
     if not files:
         return device
     newest = max(files, key=lambda path: path.stat().st_mtime)
-    measured: dict[str, dict[float, float]] = defaultdict(dict)  # of a size the last sample counts
+    measured: dict[str, dict[float, float]] = defaultdict(dict)  # seconds by size, of which the last sample counts
     whole = newest.read_bytes().rpartition(b"\n")[0]  # a run that was killed leaves half a line
     for number, line in enumerate(whole.splitlines()[1:], 2):
         try:
             sample = json.loads(line)
             ours = sample["subject"] == "kernels" and ", small" in sample["cell"]  # not gpt-oss's layers
             if ours and (found := sample["result"]):
-                operation, *_, format = str(sample["cell"]).split(", ")
-                limit_s = _limit_s(DATA_SHEETS[card], found, format)
-                if not (limit_s > 0 and found["us"] > 0):
-                    raise ValueError(f"us {found['us']} and bytes or flops must be above 0")
+                operation, model, *_, format = str(sample["cell"]).split(", ")
+                limit_s, took_s = _limit_s(DATA_SHEETS[card], found, format), found["us"] / 1e6
+                if not (took_s > 0 and LEAST_SHARE <= limit_s / took_s <= MOST_SHARE):
+                    raise ValueError(f"us {found['us']}: {limit_s * 1e6:.4g} are the least that this card takes")
                 name = f"{STEP_NAMES.get(operation, operation)} {format}"
-                measured[name][limit_s] = limit_s / found["us"] * 1e6
+                measured[name][limit_s] = measured[f"{name}, {WIDTHS.get(model)} wide"][limit_s] = took_s
         except (ValueError, KeyError, TypeError) as error:
             where = f"{newest.name}, line {number}"
             raise ConfigError(f"{where}: {error}", field="device", value=where) from error
-    source = f"{device.source}; kernels as in bench/results/{newest.name}" if measured else device.source
-    return msgspec.structs.replace(device, measured=dict(measured), source=source)
+    return msgspec.structs.replace(
+        device,
+        measured={
+            name: {size: size / took_s for size, took_s in found.items()}
+            for name, found in measured.items()
+            if not name.endswith(" wide")
+        },
+        predicted={
+            name: curve.measured(measured[name]) if name in measured else curve
+            for name, curve in device.predicted.items()
+        },
+        source=f"{device.source}; kernels as in bench/results/{newest.name}" if measured else device.source,
+    )

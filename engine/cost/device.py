@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
 
 import msgspec
@@ -13,7 +14,10 @@ if TYPE_CHECKING:  # a server's settings hold a Device, and a server starts with
 
 Positive = Annotated[float, Meta(gt=0)]
 PerSecond = Annotated[float, Meta(ge=1)]
-Share = Annotated[float, Meta(ge=1e-6, le=4)]  # above 1 where a ceiling was read at a bad moment of the machine
+LEAST_SHARE, MOST_SHARE = 1e-6, 4
+Share = Annotated[
+    float, Meta(ge=LEAST_SHARE, le=MOST_SHARE)
+]  # above 1 where a ceiling was read at a bad moment of the machine
 Rate = Literal["fp32", "bf16", "fp8", "int8"]
 Kind = Literal["memory", "experts", "products", "attention"]
 Number: TypeAlias = "float | NDArray[np.float64]"  # of one step, or of several
@@ -28,6 +32,25 @@ class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     roofs: list[str]
     launches: list[int]
 
+    def seconds_of(self, limit_s: Number) -> Number:
+        """Seconds of calls of a size: between two sizes by a straight line in logarithms; a smaller call takes as
+        long as the smallest, a larger one as much longer than the largest as it is larger."""
+        import numpy as np
+
+        least, *_, most = self.limits_s
+        places, place = np.log(self.limits_s), np.log(np.clip(limit_s, least, most))
+        return np.exp(np.interp(place, places, np.log(self.seconds))) * np.maximum(limit_s / most, 1.0)
+
+    def measured(self, found: Mapping[float, float]) -> Curve:
+        """The curve as measured, at some sizes: between those, and beyond, it is wrong by as much as there. found:
+        seconds by size."""
+        import numpy as np
+
+        sizes = sorted(found)
+        ratios = [np.log(found[size] / self.seconds_of(size)) for size in sizes]
+        wrong = np.exp(np.interp(np.log(self.limits_s), np.log(sizes), ratios))
+        return msgspec.structs.replace(self, seconds=(np.array(self.seconds) * wrong).tolist())
+
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A card, or `cards` equal ones that serve one model together.
@@ -37,7 +60,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     "memory" for all that waits for memory, "experts", "products", "attention" for what waits for arithmetic.
     `measured` holds the shares found at several sizes of an operation, by a call's seconds at the device's rates;
     they take the stated ones' place. Its names are an operation's, or an operation's and the number format of its
-    weights or pages ("linear fp8"). `predicted` is what machine code and launches let expect where nothing was
+    weights or pages ("linear fp8"). `predicted` is what machine code and launches let expect, corrected by what was
     measured, by the same names and by those of one model's width ("linear fp8, 4096 wide"); `predicted_from` says
     whose code. A device needs stated shares where it has no predicted ones.
     `step_overhead_s` passes in each step whatever it computes, `row_overhead_s` for each sequence in it. The host

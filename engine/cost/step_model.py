@@ -96,26 +96,24 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def price(device: Device, work: Work) -> Price:
-    """Price an operation: by its measured share, or the predicted one, or the stated one of its kind."""
+    """Price an operation: by what is predicted of it, or its measured share, or the stated one of its kind."""
     mine = (work.num_bytes - work.replicated_bytes) / device.cards + work.replicated_bytes  # of one card
     bytes_s = mine / device.bytes_per_s
     operations_s = work.operations / device.cards / device.operations_per_s[work.rate]
     limit_s = np.maximum(bytes_s, operations_s)
     call_s = limit_s / work.calls
     launches: Number = 0.0
-    if (share := device.measured_share(work.operation, work.format, call_s)) is not None:
-        roofs_s = _either(bytes_s >= operations_s, limit_s / share)
-    elif (curve := device.curve(work.operation, work.format, work.width)) is not None:
-        least, *_, most = curve.limits_s  # a smaller call takes as long as the least; a larger one as much longer
-        place, places = np.log(np.clip(call_s, least, most)), np.log(curve.limits_s)
-        each_s = np.exp(np.interp(place, places, np.log(curve.seconds))) * np.maximum(call_s / most, 1.0)
-        took_s = work.calls * np.where(limit_s > 0, each_s, 0.0)
+    if (curve := device.curve(work.operation, work.format, work.width)) is not None:
+        took_s = work.calls * np.where(limit_s > 0, curve.seconds_of(call_s), 0.0)
+        places, place = np.log(curve.limits_s), np.log(np.maximum(call_s, curve.limits_s[0]))
         nearest = np.searchsorted((places[1:] + places[:-1]) / 2, place)
         roofs_s = {}
         for name in dict.fromkeys(curve.roofs):
             under = [at for at, one in enumerate(curve.roofs) if one == name]
             roofs_s[name] = np.where(np.isin(nearest, under), took_s, 0.0)
         launches = work.calls * (limit_s > 0) * np.interp(place, places, curve.launches)
+    elif (share := device.measured_share(work.operation, work.format, call_s)) is not None:
+        roofs_s = _either(bytes_s >= operations_s, limit_s / share)
     else:
         stated = bytes_s / device.stated["memory"], operations_s / device.stated[work.kind]
         roofs_s = _either(stated[0] >= stated[1], np.maximum(*stated))

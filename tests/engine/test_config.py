@@ -148,7 +148,7 @@ def test_activations_in_fp8_need_a_gpu_and_weights_in_fp8(checkpoint: str) -> No
         ({"activations": "fp8"}, "auto or bf16", "device cuda, not cpu"),
         ({"activations": "fp8", "device": "cpu", "weights": "int8"}, "auto or bf16", "device cuda, not cpu"),
         ({"activations": "fp8", "device": "cuda"}, "auto or bf16", "weights fp8, not bf16"),
-        ({"activations": "fp8", "device": "cuda", "weights": "nvfp4"}, "auto or bf16", "weights fp8, which is nv"),
+        ({"activations": "fp8", "device": "cuda", "weights": "nvfp4"}, "auto or bf16", "weights fp8, not nv"),
         ({"activations": "bf16", "dtype": "float32"}, "auto", "dtype bfloat16, not float32"),
     )
     for options, limit, needed in refused:

@@ -14,7 +14,7 @@ from steps_by_hand import Chunk, Step, take
 
 from cierzo.bench.gpu.calls import CASES
 from cierzo.engine.config import EngineOptions, resolve
-from cierzo.engine.cost.cards import HOST_STEP_S, find_device, named, with_measured
+from cierzo.engine.cost.cards import HOST_STEP_S, PREDICTED, find_device, named, with_measured
 from cierzo.engine.cost.device import Curve, Device
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.roofs import HOST_LAUNCH_S
@@ -229,6 +229,7 @@ def test_a_device_file_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) 
         ({"bytes_per_s": 1e-300}, "bytes_per_s"),
         ({"cards": 2}, "link_bytes_per_s must be at least 1 for 2 cards"),
         ({"calibration": {"checkpoint": "tiny"}}, "it is for --device cpu --calibration FILE"),
+        ({"predicted": {"draw bf16": CURVE}}, "predictions are of named cards; a file states shares"),
     ):
         path.write_bytes(msgspec.json.encode(msgspec.to_builtins(card) | wrong))
         with pytest.raises(ConfigError, match=said):
@@ -247,6 +248,9 @@ def test_names_of_devices() -> None:
         assert named(name) is None
         with pytest.raises(ConfigError, match="h100, h200"):
             find_device(name)
+
+
+CURVE = {"limits_s": [1e-6, 1e-5], "seconds": [1e-6, 1e-5], "roofs": ["memory"] * 2, "launches": [1, 1]}
 
 
 def cell(name: str, us: float, part: str = "kernels", error: str = "") -> dict[str, Any]:
@@ -280,19 +284,54 @@ def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path:
         with_measured(device, "h100", tmp_path)
 
 
-def test_a_measured_time_takes_the_predicted_one_s_place(tmp_path: Path) -> None:
-    """Of the operation that was measured; of others the prediction stays, and its roof."""
+def test_a_measured_time_corrects_the_prediction_at_every_size(tmp_path: Path) -> None:
+    """Of the operation that was measured; of others the prediction stays."""
     path = tmp_path / "gpu-h100-abc.jsonl"
     path.write_text("{}\n" + json.dumps(cell("linear, small4, decode 1, fp8", 7.0)) + "\n", encoding="utf-8")
     predicted = find_device("h100")
     measured = with_measured(predicted, "h100", tmp_path)
     found = works("small4", DECODE_ONE)
     linear, experts = found["linear"], found["expert_mlp"]
-    limit_s = float(linear.num_bytes) / predicted.bytes_per_s
-    assert sum(map(float, price(measured, linear).roofs_s.values())) == pytest.approx(7 * limit_s)
-    assert sum(map(float, price(predicted, linear).roofs_s.values())) != pytest.approx(7 * limit_s)
+    before, after = (price(device, linear) for device in (predicted, measured))
+    curve = predicted.curve("linear", "fp8", linear.width)
+    assert curve is not None
+    wrong = float(7e-6 / curve.seconds_of(1e-6))
+    assert after.launches == before.launches > 0
+    assert {name: float(seconds) for name, seconds in after.roofs_s.items()} == pytest.approx(
+        {name: float(seconds) * wrong for name, seconds in before.roofs_s.items()}
+    )
     assert price(measured, experts) == price(predicted, experts)
     assert price(measured, experts).roofs_s["conversions"] > 0
+
+
+def test_between_two_measured_sizes_and_beyond_them_a_prediction_is_as_wrong_as_there() -> None:
+    curve = Curve([1e-6, 1e-5, 1e-4, 1e-3], [2e-6, 2e-5, 2e-4, 2e-3], ["memory"] * 4, [1] * 4)
+    assert curve.measured({1e-5: 2e-5}).seconds == pytest.approx(curve.seconds)
+    found = curve.measured({1e-5: 4e-5, 1e-3: 1e-3})
+    assert found.seconds == pytest.approx([4e-6, 4e-5, 2e-4, 1e-3])
+    assert (found.limits_s, found.roofs, found.launches) == (curve.limits_s, curve.roofs, curve.launches)
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_prediction_that_a_card_confirms_changes_no_price(tmp_path: Path, every: bool) -> None:
+    cells = json.loads(PREDICTED.read_bytes())["cells"]
+    chosen = cells if every else ["expert_mlp, small4, decode 1, fp8"]
+    rows = [
+        {"subject": "kernels", "cell": name, "error": "", "result": cells[name] | {"us": cells[name]["h200"][0]}}
+        for name in chosen
+        if not name.startswith("linear")  # all dense products of a layer, where the bench times one
+    ]
+    path = tmp_path / "gpu-h200-abc.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in [{}, *rows]), encoding="utf-8")
+    predicted = find_device("h200")
+    measured = with_measured(predicted, "h200", tmp_path)
+    prompt = StepShape.of([(0, 16)], generated=False)
+    for shape, launched in ((DECODE_ONE, False), (prompt, True)):
+        some = [*works("small4", shape).values()]
+        before, after = (
+            step_time(device, some, rows=1, launched=launched).total_s for device in (predicted, measured)
+        )
+        assert after == pytest.approx(before, rel=1e-9)
 
 
 def test_a_line_that_a_killed_gpu_bench_left_unfinished_is_left_out(tmp_path: Path) -> None:
@@ -305,10 +344,12 @@ def test_a_line_that_a_killed_gpu_bench_left_unfinished_is_left_out(tmp_path: Pa
 @pytest.mark.parametrize(
     ("result", "said"),
     [
-        ({"us": 0.0}, "us 0.0 and"),
-        ({"us": -1.0}, "us -1.0 and"),
-        ({"us": float("nan")}, "us nan and"),
-        ({"bytes": 0, "flops": 0}, "us 1.0 and bytes or flops must be above 0"),
+        ({"us": 0.0}, "us 0.0: 1 are the least"),
+        ({"us": -1.0}, "us -1.0: 1 are"),
+        ({"us": float("nan")}, "us nan: 1 are"),
+        ({"us": float("inf")}, "us inf: 1 are"),
+        ({"us": 1e-9}, "us 1e-09: 1 are the least that this card takes"),
+        ({"bytes": 0, "flops": 0}, "us 1.0: 0 are the least"),
         ({"device": "\xff"}, "'utf-8' codec can't decode"),
     ],
 )

@@ -45,7 +45,7 @@ def test_the_cache_of_several_cards_is_what_weights_and_workspaces_leave() -> No
     ("options", "said"),
     [
         ({"model": "small4", "card": "h100", "weights": "fp8"}, "workspaces"),
-        ({"model": "small4", "card": "h100", "weights": "bf16"}, "nothing is left for the KV cache; weights in nvfp4 would leave some"),
+        ({"model": "small4", "card": "h100", "weights": "bf16"}, "KV cache; weights in nvfp4 would leave some"),
         ({"model": "small4", "card": "b300"}, "b300"),
         ({"model": "small4", "max_model_len": 2_000_000}, "max_position_embeddings"),
         ({"model": "small3", "max_model_len": 131_072, "kv_cache_gib": 1.0}, "131072 tokens need"),
