@@ -17,9 +17,9 @@ from cierzo.engine.cost.weights import NumberFormats, weight_bytes
 from cierzo.engine.errors import ConfigError, amount
 from cierzo.engine.graph_sizes import pairs
 from cierzo.engine.model.config import GqaConfig, ModelConfig
+from cierzo.kernels.formats.number_formats import formats_on
 
 GIB = 1 << 30
-SMALLER = ("fp8", "nvfp4")  # number formats of weights that may be asked for where others do not fit
 USABLE_SHARE = 0.95  # of the free memory: the allocator's rounding, and CUDA's own needs
 LEAST_WORKSPACE_BYTES = 4 * GIB  # whatever the sums say: no card has shown yet what CUDA and CuPy take beside them
 # Of kernels/triton/split.py and flash.py, which import Triton; a test compares.
@@ -69,7 +69,7 @@ def kv_room_bytes(
         each = f"each of {cards} GPUs" if cards > 1 else "the GPU"
         taken = f"weights in {weights} take {amount(needed, GIB, up=True)} GiB"
         taken += f", workspaces {amount(workspaces, GIB, up=True)}"
-        fitting = [format for format in SMALLER if taken_by(format) + workspaces < usable]
+        fitting = [format for format in formats_on("cuda") if taken_by(format) + workspaces < usable]
         advice = f"; weights in {' or '.join(fitting)} would leave some" if fitting else ""
         raise ConfigError(
             f"{each} has {amount(free, GIB)} GiB free; {taken}: nothing is left for the KV cache{advice}",

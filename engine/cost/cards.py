@@ -101,8 +101,6 @@ def find_device(name: str) -> Device:
         raise refusal("device", "a JSON file that describes a device", name, str(error)) from error
     if found.calibration:
         raise refusal("device", "no calibration", name, "it is for --device cpu --calibration FILE")
-    if found.predicted:
-        raise refusal("device", "without predicted", name, "predictions are of named cards; a file states shares")
     return found
 
 

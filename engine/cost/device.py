@@ -32,6 +32,14 @@ class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     roofs: list[str]
     launches: list[int]
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for what is no curve."""
+        sizes = self.limits_s
+        if len(sizes) < 2 or sizes != sorted({*sizes}):
+            raise ValueError("limits_s: there must be two sizes or more, each above the one before")
+        if {len(self.seconds), len(self.roofs), len(self.launches)} != {len(sizes)}:
+            raise ValueError("seconds, roofs, launches: there must be as many as limits_s")
+
     def seconds_of(self, limit_s: Number) -> Number:
         """Seconds of calls of a size: between two sizes by a straight line in logarithms; a smaller call takes as
         long as the smallest, a larger one as much longer than the largest as it is larger."""

@@ -15,6 +15,7 @@ from cierzo.engine.cost.operations import Work, random_distinct
 from cierzo.engine.cost.roofs import IN_FLIGHT, LAUNCHES, MEMORY
 from cierzo.engine.cost.weights import NumberFormats
 from cierzo.engine.cost.work import Distinct, StepShape, step_work, work_beside
+from cierzo.engine.errors import refusal
 
 if TYPE_CHECKING:
     from cierzo.engine.config import EngineConfig  # which finds the device of a plan here, at import
@@ -96,7 +97,8 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def price(device: Device, work: Work) -> Price:
-    """Price an operation: by what is predicted of it, or its measured share, or the stated one of its kind."""
+    """Price an operation: by what is predicted of it, or its measured share, or the stated one of its kind. Raises
+    ConfigError for a device that has none of them."""
     mine = (work.num_bytes - work.replicated_bytes) / device.cards + work.replicated_bytes  # of one card
     bytes_s = mine / device.bytes_per_s
     operations_s = work.operations / device.cards / device.operations_per_s[work.rate]
@@ -114,6 +116,10 @@ def price(device: Device, work: Work) -> Price:
         launches = work.calls * (limit_s > 0) * np.interp(place, places, curve.launches)
     elif (share := device.measured_share(work.operation, work.format, call_s)) is not None:
         roofs_s = _either(bytes_s >= operations_s, limit_s / share)
+    elif not device.stated:
+        raise refusal(
+            "device", f"one with a prediction or a stated share of {work.operation} {work.format}", device.name
+        )
     else:
         stated = bytes_s / device.stated["memory"], operations_s / device.stated[work.kind]
         roofs_s = _either(stated[0] >= stated[1], np.maximum(*stated))
@@ -163,7 +169,10 @@ class StepModel:
     """Prices the steps of a configuration on a device."""
 
     def __init__(self, config: EngineConfig, device: Device, distinct: Distinct | None = None) -> None:
-        """distinct: of a model with experts, as measured; by default as if tokens chose at random."""
+        """distinct: of a model with experts, as measured; by default as if tokens chose at random.
+
+        Raises ConfigError for a device that lacks the price of an operation.
+        """
         plain = "bf16" if config.dtype == "bfloat16" else config.dtype
         on_gpu, activations = device.kind == "cuda", config.activations
         self.formats = NumberFormats(weights=config.weights, plain=plain, activations=activations, on_gpu=on_gpu)
@@ -173,6 +182,8 @@ class StepModel:
             self._distinct = partial(random_distinct, moe.num_experts, moe.experts_per_token)
         self._model, self._layout = config.model, config.layout
         self._replayed = config.graph_sequences
+        for generated in (False, True):
+            self.time(StepShape.of([(0, 1)], generated=generated), 1.0)
 
     def work(self, step: StepShape) -> list[Work]:
         """List the operations of a step."""

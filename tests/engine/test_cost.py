@@ -229,7 +229,9 @@ def test_a_device_file_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) 
         ({"bytes_per_s": 1e-300}, "bytes_per_s"),
         ({"cards": 2}, "link_bytes_per_s must be at least 1 for 2 cards"),
         ({"calibration": {"checkpoint": "tiny"}}, "it is for --device cpu --calibration FILE"),
-        ({"predicted": {"draw bf16": CURVE}}, "predictions are of named cards; a file states shares"),
+        ({"predicted": {"draw bf16": CURVE | {"limits_s": [1e-5]}}}, "two sizes or more"),
+        ({"predicted": {"draw bf16": CURVE | {"limits_s": [1e-5, 1e-6]}}}, "each above the one before"),
+        ({"predicted": {"draw bf16": CURVE | {"roofs": ["memory"]}}}, "as many as limits_s"),
     ):
         path.write_bytes(msgspec.json.encode(msgspec.to_builtins(card) | wrong))
         with pytest.raises(ConfigError, match=said):
@@ -251,6 +253,15 @@ def test_names_of_devices() -> None:
 
 
 CURVE = {"limits_s": [1e-6, 1e-5], "seconds": [1e-6, 1e-5], "roofs": ["memory"] * 2, "launches": [1, 1]}
+
+
+def test_a_device_without_the_price_of_an_operation_is_refused_before_any_step() -> None:
+    known = Curve(**CURVE)  # type: ignore[arg-type]
+    device = msgspec.structs.replace(find_device("h200"), predicted={"draw bf16": known})
+    options = EngineOptions(model="small4", device="simulated:h200", weights="nvfp4")
+    config = msgspec.structs.replace(resolve(options), card=device)
+    with pytest.raises(ConfigError, match=r"one with a prediction or a stated share of .*, got 'h200'"):
+        StepModel(config, device)
 
 
 def cell(name: str, us: float, part: str = "kernels", error: str = "") -> dict[str, Any]:

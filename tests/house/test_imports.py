@@ -43,7 +43,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.expert_statistics": (),
     "engine.messages": ("scheduler.params", "scheduler.plan", "engine.expert_statistics"),
     "engine.settings": ("engine.errors",),
-    "engine.device_memory": ("engine.cost", "engine.model.config", "engine.graph_sizes", "engine.errors"),
+    "engine.device_memory": (
+        *("engine.cost", "engine.model.config", "engine.graph_sizes", "engine.errors"),
+        "kernels.formats.number_formats",
+    ),
     "engine.graph_sizes": (),
     "engine.config": (
         "cache.config",
@@ -77,7 +80,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "kernels.formats.number_formats",
         "engine.errors",
     ),
-    "engine.cost.step_model": ("engine.cost", "engine.config"),
+    "engine.cost.step_model": ("engine.cost", "engine.config", "engine.errors"),
     "engine.fields": ("engine.errors",),
     "engine.checkpoint_format": ("engine.fields", "engine.errors"),
     "engine.parameters": ("kernels.formats", "engine.errors"),
