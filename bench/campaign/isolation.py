@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import get_context
@@ -17,6 +18,7 @@ from typing import Any
 
 SIGNAL_OF_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 ERROR_LETTERS = 2000
+POLL_S = 0.5  # between looks at whether a process that does not answer still lives
 END_S = 5.0  # to wait for a killed process: one that hangs in a driver may take longer, and is left behind
 
 
@@ -41,10 +43,17 @@ class Isolated:
     def answer(self, limit_s: float) -> Any:
         """The result. Raises RuntimeError with the words of what was raised there, and, with the process at
         its end, where it died, or TimeoutError where it did not answer within `limit_s`."""
-        if not self._here.poll(max(0.0, limit_s)):
-            self.end()
-            raise TimeoutError(f"hung: no answer within {limit_s:.0f} s")
+        until = time.monotonic() + limit_s
+        while not self._here.poll(max(0.0, min(POLL_S, until - time.monotonic()))):
+            # Its own children may hold the pipe open when it is dead.
+            if self._process.exitcode is not None and not self._here.poll():
+                break
+            if time.monotonic() >= until:
+                self.end()
+                raise TimeoutError(f"hung: no answer within {limit_s:g} s")
         try:
+            if not self._here.poll():
+                raise EOFError
             error, result = self._here.recv()
         except (EOFError, OSError):
             self._process.join(END_S)

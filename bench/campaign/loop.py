@@ -139,14 +139,24 @@ class Run(Generic[C, S]):
                     self._add((number, cell, subject), cell_began, STARTED)
                 try:
                     result = session.measure(cell, number)
+                except KeyboardInterrupt:  # no failure of the cell
+                    if self.announce:
+                        self._add((number, cell, subject), cell_began, TIME_OVER)
+                    raise
                 except Exception as error:  # whatever it is, the other cells go on
                     self._record((number, cell, subject), cell_began, error=error)
                     break
-                self._record((number, cell, subject), cell_began, result, self.campaign.told(cell, result))
+                self._record((number, cell, subject), cell_began, result, self._told(cell, result))
             for cell, result in session.by_products().items():
-                self._record((number, cell, subject), began, result, self.campaign.told(cell, result))
+                self._record((number, cell, subject), began, result, self._told(cell, result))
         finally:
             session.close()
+
+    def _told(self, cell: C, result: Any) -> str:
+        try:
+            return self.campaign.told(cell, result)
+        except Exception as error:  # whatever it is, the result counts
+            return f"measured; {type(error).__name__} in telling it: {error}"
 
     def _record(
         self, place: tuple[int, object, object], began: float, result: Any = None, told: str = "", error: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -92,10 +93,15 @@ class Store:
         self._samples.setdefault((sample.cell, sample.subject), []).append(sample)
 
     def _append(self, value: Any) -> None:
-        with self.path.open("ab") as file:
-            file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self.path.open("ab", buffering=0) as file:
+            end, line = file.tell(), json.dumps(value, ensure_ascii=False).encode() + b"\n"
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except OSError:  # half a line would spoil the next one
+                file.truncate(end)
+                raise
 
     def _require(self, there: Any) -> None:
         for name, wanted in self.identity.items():

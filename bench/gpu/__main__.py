@@ -13,9 +13,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from math import isclose
+from math import inf, isclose
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,9 +173,11 @@ def main(argv: Sequence[str] | None = None, device_type: str = "cuda") -> int:
     parser.add_argument("run", choices=RUNS, help="what is measured")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
     told = ", ".join(f"{seconds:.0f} for {run}" for run, (_, seconds) in RUNS.items())
-    parser.add_argument("--budget-s", type=float, metavar="S", help=f"seconds for all; default: {told}")
     parser.add_argument(
-        "--cell-s", type=float, default=CELL_S, metavar="S", help=f"of a kernel's cell; {CELL_S:.0f}"
+        "--budget-s", type=_seconds, default=0.0, metavar="S", help=f"seconds for all; default: {told}"
+    )
+    parser.add_argument(
+        "--cell-s", type=_seconds, default=CELL_S, metavar="S", help=f"of a kernel's cell; {CELL_S:.0f}"
     )
     parser.add_argument(
         "--cells", nargs="+", default=[""], metavar="TEXT", help="only cells with one of these in `subject: cell`"
@@ -195,16 +198,19 @@ def main(argv: Sequence[str] | None = None, device_type: str = "cuda") -> int:
     budget_s = arguments.budget_s or budget_s
     commit, device = arguments.commit or current_commit(), torch.device(device_type)
     path = arguments.output / f"gpu-{card.lower().replace(' ', '-')}-{commit}.jsonl"
-    if not path.exists() and (RESULTS / path.name).exists():  # brought along
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(RESULTS / path.name, path)
     try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and (RESULTS / path.name).exists():  # brought along
+            shutil.copy(RESULTS / path.name, path)
         store = Store(path, {"commit": commit, "device": card})
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"cierzo.bench.gpu: {error}", file=sys.stderr)
         return 2
     deadline = BEGAN + budget_s - END_S
     chosen = [_chosen(group, arguments.cells) for group in groups(device)]
+    if not any(group.tasks for group in chosen):
+        print(f"cierzo.bench.gpu: --cells must be in a cell's name, got {arguments.cells}", file=sys.stderr)
+        return 2
     campaign = Measurement(chosen, device, store, deadline, arguments.cell_s)
     say = partial(print, flush=True)
     run = Run(campaign, store, say, deadline, announce=True, retry=arguments.retry, start=BEGAN)
@@ -213,11 +219,22 @@ def main(argv: Sequence[str] | None = None, device_type: str = "cuda") -> int:
     except DeviceLost as error:
         run.failed += 1
         say(f"{error}; cells that are left stay untried")
+    except KeyboardInterrupt:
+        say("interrupted: run it again for the rest")
+        return 130
     finally:
         campaign.close()
     for line in summary(chosen, store):
         say(line)
     return 1 if run.failed else 0
+
+
+def _seconds(text: str) -> float:
+    """Read an option. Raises ArgumentTypeError."""
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"must be seconds above 0, got {text!r}")
 
 
 def _chosen(group: Group, texts: Sequence[str]) -> Group:

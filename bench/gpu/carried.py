@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
@@ -56,21 +56,32 @@ def use(folder: Path) -> str:
     path = folder / COMPILER
     if not path.exists():
         return f"no kernels were compiled ahead: {folder} has none"
-    made = json.loads(path.read_text(encoding="utf-8"))
-    if made["triton"] != triton.__version__:
-        return f"kernels compiled ahead are Triton {made['triton']}'s, this is {triton.__version__}"
-    renamed = {}
-    for name, key in made["keys"].items():
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        if made["triton"] != triton.__version__:
+            kernels = f"kernels compiled ahead are Triton {made['triton']}'s, this is {triton.__version__}"
+            return f"{kernels}: all are compiled here (make gpu-bundle GPU_TRITON=... compiles others)"
+        renamed = dict(_renamed(folder, build, made["keys"]))
+        text = json.dumps(made | {"keys": renamed})
+        path.with_suffix(".new").write_text(text, encoding="utf-8")
+        path.with_suffix(".new").replace(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = f"{type(error).__name__}: {error}"
+        return f"kernels compiled ahead are damaged, and all are compiled here: {folder}: {told}"
+    knobs.cache.dir = str(folder)  # of processes that are started too: it sets TRITON_CACHE_DIR
+    return f"kernels compiled ahead: {sum((folder / name).exists() for name in renamed)}"
+
+
+def _renamed(folder: Path, build: str, keys: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Give kernels the names that this build and place want: (name, key) of each."""
+    for name, key in keys.items():
         place = folder / _named(build + key)
         if (folder / name).exists():
             (folder / name).rename(place)
-        renamed[place.name] = key
         for group in place.glob("__grp__*.json"):
             files = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
             group.write_text(json.dumps({"child_paths": {file: str(place / file) for file in files}}))
-    path.write_text(json.dumps(made | {"keys": renamed}), encoding="utf-8")
-    knobs.cache.dir = str(folder)  # of processes that are started too: it sets TRITON_CACHE_DIR
-    return f"kernels compiled ahead: {len(made['keys'])}"
+        yield place.name, key
 
 
 def _named(key: str) -> str:

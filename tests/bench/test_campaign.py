@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,22 @@ def test_a_file_begins_with_its_first_sample(path: Path) -> None:
     assert (json.loads(lines[0]), len(lines)) == (IDENTITY, 2)
     path.write_bytes(lines[0])
     assert not has_samples(path)
+
+
+def test_a_full_disk_leaves_no_half_line(path: Path) -> None:
+    store = Store(path, IDENTITY)
+    store.add(sample("a", "ours", result=1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large|No space left"):
+            store.add(sample("b", "ours", result=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    store.add(sample("c", "ours", result=2))
+    assert [one.cell for one in Store(path, IDENTITY)] == ["a", "c"]
 
 
 def test_samples_of_something_else_are_refused_by_name(path: Path) -> None:
@@ -199,6 +217,20 @@ def test_an_interrupted_run_leaves_nothing_open_and_goes_on(path: Path) -> None:
     assert rest.diary[:3] == ["open theirs", "theirs b0", "close theirs"]
 
 
+def test_a_cell_that_was_interrupted_has_not_failed(path: Path) -> None:
+    """Though it was announced, which of a run that was killed says that it took the run along."""
+
+    def answer(cell: str, subject: str, number: int) -> float:
+        if cell == "b":
+            raise KeyboardInterrupt
+        return 10.0
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Scripted(answer), path, announce=True)
+    assert not Store(path, IDENTITY).failed("b", "theirs")
+    assert run(Scripted(), path, announce=True)[0].measured("b", "ours") == {0: 10.0}
+
+
 def test_a_lost_device_ends_the_run_and_blames_no_further_cell(path: Path) -> None:
     def answer(cell: str, subject: str, number: int) -> float:
         if (cell, subject) == ("a", "ours"):
@@ -233,10 +265,10 @@ def test_no_cell_is_begun_when_time_is_over(path: Path, monkeypatch: pytest.Monk
 def test_cells_that_failed_or_took_the_run_along_are_not_tried_again_unasked(path: Path) -> None:
     def answer(cell: str, subject: str, number: int) -> float:
         if subject == "theirs" and cell != "open":
-            raise {"a": ValueError("wrong"), "b": KeyboardInterrupt()}.get(cell, RuntimeError(TIME_OVER))
+            raise {"a": ValueError("wrong"), "b": SystemExit()}.get(cell, RuntimeError(TIME_OVER))
         return 10.0
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         run(Scripted(answer), path, announce=True)
     states = [(one.cell, one.subject, one.error) for one in Store(path, IDENTITY)]
     assert states[-3:] == [("a", "theirs", STARTED), ("a", "theirs", "wrong"), ("b", "theirs", STARTED)]
@@ -263,6 +295,14 @@ def test_a_result_is_on_disk_before_the_terminal_has_it(path: Path) -> None:
     with pytest.raises(BrokenPipeError):
         Run(Scripted(), Store(path, IDENTITY), say).measure(1)
     assert Store(path, IDENTITY).measured("a", "ours") == {0: 10.0}
+
+
+def test_a_result_that_cannot_be_told_counts(path: Path) -> None:
+    campaign = Scripted()
+    campaign.told = lambda cell, result: str(1 / 0)  # type: ignore[method-assign]
+    store, said = run(campaign, path)
+    assert store.measured("a", "ours") == {0: 10.0}
+    assert all("measured; ZeroDivisionError in telling it" in line for line in said)
 
 
 def test_ceilings_and_by_products_are_samples_too(path: Path) -> None:

@@ -68,6 +68,18 @@ def test_a_kernel_that_does_not_compile_is_counted(tmp_path: Path) -> None:
     assert found["errors"][0] == "rms_norm: ValueError: no registers"
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"triton": 1', "[]", '{"triton": "VERSION"}', '{"triton": "VERSION", "keys": 3}']
+)
+def test_a_damaged_bundle_is_told_and_not_used(tmp_path: Path, text: str) -> None:
+    from cierzo.bench.gpu import carried
+
+    (tmp_path / carried.COMPILER).write_text(text.replace("VERSION", carried.triton.__version__), encoding="utf-8")
+    before = carried.knobs.cache.dir
+    assert carried.use(tmp_path).startswith("kernels compiled ahead are damaged, and all are compiled here")
+    assert carried.knobs.cache.dir == before
+
+
 def test_a_machine_without_the_bundle_says_so(tmp_path: Path) -> None:
     from cierzo.bench.gpu import carried
 

@@ -201,6 +201,27 @@ def test_without_a_gpu_the_command_says_so(
     assert "nvidia-smi finds no GPU here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--budget-s", "0"], "must be seconds above 0, got '0'"),
+        (["--budget-s", "-5"], "must be seconds above 0, got '-5'"),
+        (["--cell-s", "nan"], "must be seconds above 0, got 'nan'"),
+        (["--cells", "nonesuch"], "--cells must be in a cell's name, got ['nonesuch']"),
+        (["--output", "/dev/null/below"], "Not a directory: '/dev/null/below'"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = command.main(["kernels", "--output", str(tmp_path), *options], "cpu")
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert said in capsys.readouterr().err
+
+
 def test_both_runs_keep_what_they_had(tmp_path: Path) -> None:
     """The rehearsal, of few operations: errors, crashes, a hang, a kill of the run."""
     said: list[str] = []

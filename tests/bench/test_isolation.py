@@ -56,6 +56,20 @@ def test_what_a_process_answers_and_keeps() -> None:
     assert kept == []
 
 
+def test_a_process_that_dies_is_told_at_once_though_a_child_of_it_lives() -> None:
+    def die() -> None:
+        if os.fork() == 0:
+            time.sleep(3600)
+        os._exit(7)
+
+    with isolated(lambda: die) as process:
+        process.answer(20)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match="exit status 7"):
+            process.ask(60)
+        assert time.monotonic() - began < 20
+
+
 def test_what_is_raised_there_is_told_and_the_process_lives_on() -> None:
     def half(value: int) -> int:
         if value % 2:
