@@ -117,18 +117,20 @@ class Measurement(Campaign[str, str]):
             arithmetic_s = result["flops"] / limits[f"{kind}_tflop_per_s"] / 1e12
             limit_s = max(result["bytes"] / limits["copy_gb_per_s"] / 1e9, arithmetic_s)
             told += f", {limit_s / seconds:.0%} of the limit"
-        if found := predicted(cell, self._store.identity["device"], result["bytes"]):
-            told += f", {result['us'] / found[0]:.2f} of the {found[0]:.1f} us predicted ({found[1]})"
+        if found := predicted(cell, result["bytes"]):
+            card = str(self._store.identity["device"]).lower()
+            told += f", {found['instructions'] / seconds / 1e9:.0f} G instructions/s"
+            for us, roof in (found[name] for name in DATA_SHEETS if name in card):
+                told += f", {result['us'] / us:.2f} of the {us:.1f} us predicted ({roof})"
         return told
 
 
-def predicted(cell: str, card: str, num_bytes: float) -> tuple[float, str] | None:
-    """Microseconds that today's machine code is predicted to take for a cell on this card, and the roof that limits
-    it; None where nothing is predicted, or of other work (all dense products of a layer are one cell there)."""
+def predicted(cell: str, num_bytes: float) -> dict[str, Any] | None:
+    """What today's machine code is predicted to take for a cell (bench/gpu/predicted.py); None where nothing is
+    predicted, or of other work (all dense products of a layer are one cell there)."""
     path = ROOT / "engine" / "cost" / "predicted.json"
-    sheet = next((name for name in DATA_SHEETS if name in card.lower()), "")
-    found = json.loads(path.read_text(encoding="utf-8"))["cells"].get(cell, {}) if path.exists() else {}
-    return found[sheet] if sheet in found and isclose(found["bytes"], num_bytes, rel_tol=0.01) else None
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"].get(cell) if path.exists() else None
+    return found if found and isclose(found["bytes"], num_bytes, rel_tol=0.01) else None
 
 
 def prepared(groups: Sequence[Group], device: torch.device | None) -> Callable[..., Any]:

@@ -27,7 +27,7 @@ from cierzo.bench.gpu.cases import CASES, LATENT_QUERIES, SMALL3, SMALL4, Size
 from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.bench.gpu.loops import Loop, classes, functions, loops, main_loop, products, whole
 from cierzo.engine.cost import operations, roofs
-from cierzo.engine.cost.data_sheets import DATA_SHEETS, DataSheet
+from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.roofs import Code, Counts
 from cierzo.engine.cost.sizes import ModelSizes
@@ -258,16 +258,15 @@ def _cubin(source: str) -> bytes:
     return nvrtc.compile_cubin(program(source), options("sm_90"))
 
 
-def priced(card: DataSheet, call: Call, seen: Launch, lines: Lines) -> dict[str, float]:
-    """Seconds of a launch by roof."""
+def to_price(call: Call, seen: Launch, lines: Lines) -> roofs.Launch:
+    """A launch of a call as it is priced."""
     made, name, programs = made_of(seen, lines), seen.kernel.name, prod(seen.grid)
     part = PARTS[name](call, seen) if name in PARTS else Part(num_bytes=float(call.work.num_bytes))
     working = programs if part.programs is None else min(programs, round(part.programs))
     turns = part.units / made.units if made.units else 0.0
     num_bytes = sum(seen.num_bytes.values()) if part.num_bytes is None else part.num_bytes
     idle = programs - working
-    launch = roofs.Launch(code=made.code, programs=working, num_bytes=num_bytes, turns=turns, idle=idle)
-    return roofs.seconds(card, launch)
+    return roofs.Launch(code=made.code, programs=working, num_bytes=num_bytes, turns=turns, idle=idle)
 
 
 # --- the table ---------------------------------------------------------------------------------------------
@@ -300,20 +299,21 @@ def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call:
 
 
 def predict(found: Sequence[Call], lines: Lines) -> dict[str, Any]:
-    """Bytes and operations of a cell's calls, their launches, and on each card their us and the roof that most of
-    these are under."""
+    """Bytes and operations of a cell's calls, their launches, the instructions that warps issue, and on each card
+    their us and the roof that most of these are under."""
     made = ((call, one) for call in found for one in launches(call.operation, call.arguments))
-    seen = [(call, one) for call, one in made if one.kernel.name not in ONCE]
+    seen = [to_price(call, one, lines) for call, one in made if one.kernel.name not in ONCE]
     result: dict[str, Any] = {
         "bytes": float(sum(call.work.num_bytes for call in found)),
         "flops": float(sum(call.work.operations for call in found)),
         "calls": len(found),
         "launches": len(seen),
+        "instructions": round(sum(launch.instructions for launch in seen)),
     }
     for name, card in DATA_SHEETS.items():
         total: Counter[str] = Counter()
-        for call, one in seen:
-            total.update(priced(card, call, one, lines))
+        for launch in seen:
+            total.update(roofs.seconds(card, launch))
         result[name] = round(sum(total.values()) * 1e6, 3), max(total, key=total.__getitem__)
     return result
 

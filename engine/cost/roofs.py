@@ -98,6 +98,12 @@ class Launch:
     turns: float = 0.0
     idle: int = 0
 
+    @property
+    def instructions(self) -> float:
+        """Instructions that all warps issue."""
+        code = self.code
+        return self.programs * code.warps * (self.turns * code.turn.issued + code.outside.issued)
+
 
 def mma_clocks(card: DataSheet, m: int, n: int, k: int, *, fp8: bool, group: bool) -> float:
     """Clocks of a multiprocessor's tensor cores for a warp's part of an instruction of M x N x K products. Rows of

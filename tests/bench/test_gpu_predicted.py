@@ -92,7 +92,7 @@ def test_the_price_of_experts_is_that_of_their_tiles() -> None:
         "turn": {"classes": {"FP32": 500, "PRMT": 300, "F2F": 10, "MMA": 16}, "mma": mma},
         "outside": {"ALU": 100},
     }
-    found = predicted.priced(DATA_SHEETS["h200"], call, up, {digest(up.kernel): line})
+    found = predicted.to_price(call, up, {digest(up.kernel): line})
     turn = Counts(issued=826, integers=300, conversions=10, mma_clocks=16 * 32 / 4)
     outside = Counts(issued=100, integers=100)
     code = Code(warps=4, registers=142, shared_bytes=83_968, stages=3, turn=turn, outside=outside)
@@ -100,7 +100,8 @@ def test_the_price_of_experts_is_that_of_their_tiles() -> None:
     rows = 4096 * 2 + 5 * 2048 * 2 + (4 + 129) * 8  # and which row goes to which expert
     assert up.grid == (5 * 32,)
     expected = Launch(code=code, programs=160, num_bytes=weights + rows, turns=32.0)
-    assert found == pytest.approx(roofs.seconds(DATA_SHEETS["h200"], expected))
+    assert roofs.seconds(DATA_SHEETS["h200"], found) == pytest.approx(roofs.seconds(DATA_SHEETS["h200"], expected))
+    assert found.instructions == expected.instructions == 160 * 4 * (32 * 826 + 100)
 
 
 def test_empty_rows_of_a_tile_cost_as_much_as_full_ones() -> None:

@@ -139,9 +139,11 @@ def test_a_time_is_told_beside_the_limit_and_the_prediction(
     monkeypatch.setattr(command, "ROOT", tmp_path)
     path = tmp_path / "engine" / "cost" / "predicted.json"
     path.parent.mkdir(parents=True)
-    price = {"bytes": 40.1e6, "h100": [20.0, "memory"], "h200": [16.0, "issue"]}
+    price = {"bytes": 40.1e6, "instructions": 4e6, "h100": [20.0, "memory"], "h200": [16.0, "issue"]}
     path.write_text(json.dumps({"cells": {bf16: price, fp8: price | {"bytes": 99e6}}}))
-    assert campaign.told(bf16, found).endswith("75% of the limit, 1.25 of the 16.0 us predicted (issue)")
+    assert campaign.told(bf16, found).endswith(
+        "75% of the limit, 200 G instructions/s, 1.25 of the 16.0 us predicted (issue)"
+    )
     assert campaign.told(fp8, found).endswith("50% of the limit")
     assert campaign.told("widths", {"all": True, "share": 0.12345}) == "all True, share 0.123"
 
