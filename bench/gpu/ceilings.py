@@ -15,7 +15,9 @@ from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.bench.gpu.loops import Loop, classes
 from cierzo.kernels.triton.launch import Configuration
 
+Lines = Mapping[str, Mapping[str, Any]]  # of a report, by configuration's name
 RESULTS = Path(__file__).parents[1] / "results"
+REGISTERS_STEP = 8  # CUDA programming guide, compute capability 9.0: a warp's in steps of 256
 
 
 def unit(configuration: Configuration) -> tuple[str, int, int] | None:
@@ -82,22 +84,52 @@ def entry(configuration: Configuration, compiled: Any) -> dict[str, Any]:
 
 
 def measures(line: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of a line of the report that may only fall: instructions of all warps per unit, and faults."""
+    """Numbers of a line of the report that may only fall: instructions of all warps per unit, those outside the
+    loop per program, what decides how many programs an SM holds at once, and faults. A thread's registers are given
+    out in steps."""
     turn, share = line["turn"], line["warps"] / line["units"]
     counted = {"instructions": turn["issued"], "drains": turn["drains"], **turn["mma"], **turn["loads"]}
-    counted |= {name: turn["classes"].get(name, 0) for name in ("F2F", "WAIT", "BARRIER", "LOCAL")}
+    counted |= {name: turn["classes"].get(name, 0) for name in ("F2F", "WAIT", "BARRIER", "LOCAL", "LDS", "STS")}
     found = {f"{name} a {line['unit'][:-1]}": number * share for name, number in counted.items()}
+    found["instructions outside the loop"] = sum(line["outside"].values()) * line["warps"]
+    found["registers"] = -(-line["registers"] // REGISTERS_STEP) * REGISTERS_STEP
+    found["shared bytes"] = line["shared_bytes"]
     return found | line["flushes"] | {"spilled bytes": line["spill_bytes"]}
 
 
 def rises(ceiling: Mapping[str, Any], line: Mapping[str, Any]) -> list[str]:
-    """Texts of what is above its ceiling."""
-    old = measures(ceiling)
-    return [
+    """Texts of what is above its ceiling, and of stages below theirs: fewer take less memory, and hide less time."""
+    old, stages, least = measures(ceiling), line["stages"], ceiling["stages"]
+    found = [
         f"{name}: {number:.6g} above {old.get(name, 0):.6g}"
         for name, number in measures(line).items()
         if number > old.get(name, 0) * (1 + 1e-9)
     ]
+    return [f"stages: {stages} below {least}", *found] if stages < least else found
+
+
+def risen(old: Lines, new: Lines) -> dict[str, list[str]]:
+    """Texts of what is wrong with a report by its lines' names. A line has the ceilings of the old one of its name,
+    and of that of its configuration, which may have had another name. An old one that passes on neither is told."""
+    of = {line["configuration"]: line for line in old.values()}
+    found = {
+        name: [
+            *dict.fromkeys(
+                text
+                for ceiling in (old.get(name), of.get(line["configuration"]))
+                if ceiling is not None
+                for text in rises(ceiling, line)
+            )
+        ]
+        for name, line in new.items()
+    }
+    kept = {line["configuration"] for line in new.values()}
+    found |= {
+        name: ["a ceiling that no kernel has any more"]
+        for name, line in old.items()
+        if name not in new and line["configuration"] not in kept
+    }
+    return {name: texts for name, texts in found.items() if texts}
 
 
 def path(triton: str) -> Path:
@@ -111,7 +143,7 @@ def read(triton: str) -> dict[str, Any]:
     return json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
 
 
-def write(triton: str, lines: Mapping[str, Mapping[str, Any]]) -> None:
+def write(triton: str, lines: Lines) -> None:
     """Put a report in the place of the committed one: a line for each configuration."""
     head = {"triton": triton, "sources": fingerprint()}
     dense = json.JSONEncoder(separators=(",", ":")).encode

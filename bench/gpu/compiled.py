@@ -119,11 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:{WIDTH}}{_told(lines[name])}{'  FAULT: ' * bool(wrong)}{', '.join(wrong)}")
             bad += bool(wrong)
     predicted.print_validation()
-    old = ceilings.read(triton.__version__).get("kernels", {})
-    for name, line in lines.items():
-        if risen := ceilings.rises(old.get(name, line), line):
-            print(f"RISEN: {name}: {'; '.join(risen)}")
-            bad += not options.accept
+    risen = ceilings.risen(ceilings.read(triton.__version__).get("kernels", {}), lines)
+    for name, texts in risen.items():
+        print(f"{'ACCEPTED' if options.accept else 'RISEN'}: {name}: {'; '.join(texts)}")
+    bad += bool(risen) and not options.accept
     if not bad:
         ceilings.write(triton.__version__, lines)
         predicted.write(triton.__version__, lines.values())

@@ -7,7 +7,9 @@ blocks that the compiler moved behind the loop belong to it, predicated blocks c
 instructions may be passed over), and a poll of a barrier is a loop of its own inside, one turn of which counts. The
 *main loop* is the one with the most multiplication outside loops within it, or most loads where none multiplies; of
 two alike it is the first, such as attention's without a mask. What the compiler took out in front and behind (the
-first and last turns of a pipeline) is `outside`, with the rest of the kernel.
+first and last turns of a pipeline) is `outside`, with the rest of the kernel. A routine that a kernel calls counts
+nowhere. What this cannot follow is a ValueError: code with gaps, cut short, or of several functions; a branch to no
+label; a loop with more than one entrance, or with a call.
 """
 
 from __future__ import annotations
@@ -46,15 +48,17 @@ CLASSES = {
     "WAIT": ("WARPGROUP.DEPBAR", "DEPBAR", "SYNCS.PHASECHK"),
     "BARRIER": ("BAR", "WARPSYNC"),
     "FENCE": ("WARPGROUP", "LDGDEPBAR", "SYNCS", "MEMBAR", "FENCE", "ERRBAR", "CCTL"),  # and what closes a group
-    "CONTROL": ("BRA", "BRX", "BSSY", "BSYNC", "BREAK", "EXIT", "CALL", "RET", "NOP", "ELECT", "NANOSLEEP"),
+    "CONTROL": ("BRA", "BRX", "BRXU", "BSSY", "BSYNC", "BREAK", "EXIT", "CALL", "RET", "NOP", "ELECT", "NANOSLEEP"),
 }  # fmt: skip
 CLASS_OF = {opcode: name for name, opcodes in CLASSES.items() for opcode in opcodes}
 LOADS = ("LDG", "LDGSTS", "UTMALDG")
 WIDTHS = ("128", "64", "U16", "S16", "U8", "S8")  # of a load, as modifiers; without one it has 32 bits
 WARP_GROUP = 4  # warps that execute a GMMA together
 _LINE = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;|^\s*([.$\w]+):", re.MULTILINE
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;|^\s*([.$\w]+):", re.MULTILINE
 )
+INSTRUCTION_BYTES = 16
+BRANCHES = ("BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU")
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.([^,\s]+)", re.MULTILINE)
 _LABEL = re.compile(r"\.L\w+")
 _SHAPE = re.compile(r"\.(?:(\d+)x(\d+)x(\d+)|16(8)(4|8|16|32|64|128))\b")
@@ -146,7 +150,7 @@ def functions(code: str) -> dict[str, str]:
 def main_loop(code: str) -> Loop | None:
     """The loop that does the work of a function; None if it has no loop.
 
-    Raises ValueError for the code of several functions: hand over one of `functions`.
+    Raises ValueError for what it cannot follow, such as code of several functions: hand over one of `functions`.
     """
     found = _found(code)
     return max(found, key=_work)[0] if found else None  # of equals the first
@@ -193,6 +197,10 @@ def _found(code: str) -> list[tuple[Loop, Counter[str]]]:
         inner = [other for other in bodies.values() if other < body]
         depth = sum(body < other for other in bodies.values())
         turn = count(body)
+        if called := [name for name in turn if name.startswith("CALL")]:
+            raise ValueError(
+                f"a loop of {turn.total()} instructions has a {called[0]}, whose routine nobody counts"
+            )
         within = [[after for after in row if number in body and after in body] for number, row in enumerate(follow)]
         last = [number for number in body if header in follow[number]]
         passed = [one for one in body - {header} if _reached(within, header, without=one).intersection(last)]
@@ -206,11 +214,16 @@ def _bodies(follow: Sequence[Sequence[int]]) -> dict[int, set[int]]:
     live = _reached(follow, 0)
     before = [[one for one in live if number in follow[one]] for number in range(len(follow))]
     bodies: dict[int, set[int]] = {}
+    onward = [list(row) for row in follow]
     for header in sorted(live):
         elsewhere = _reached(follow, 0, without=header)
         for last in before[header]:
             if last not in elsewhere:  # every way there passes the header: this edge goes back
                 bodies.setdefault(header, {header}).update(_reached(before, last, without=header))
+                onward[last] = [one for one in onward[last] if one != header]
+    for one in sorted(live):
+        if any(one in _reached(onward, after) for after in onward[one]):
+            raise ValueError(f"a loop by way of block {one} of {len(follow)} has more than one entrance")
     return bodies
 
 
@@ -220,7 +233,7 @@ def _reached(follow: Sequence[Sequence[int]], start: int, without: int = -1) -> 
     ahead = [start]
     while ahead:
         one = ahead.pop()
-        if one != without and one not in found and one < len(follow):
+        if one != without and one not in found:
             found.add(one)
             ahead += follow[one]
     return found
@@ -231,9 +244,13 @@ def _blocks(code: str) -> tuple[list[Counter[str]], list[list[int]]]:
     labels: dict[str, int] = {}
     lines: list[tuple[str, str, str]] = []
     for found in _LINE.finditer(code):
-        predicate, name, operands, label = (part or "" for part in found.groups())
+        place, predicate, name, operands, label = (part or "" for part in found.groups())
+        if label in labels:
+            raise ValueError(f"the label {label} twice: code of several functions")
         if label:
             labels[label] = len(lines)
+        elif int(place, 16) != len(lines) * INSTRUCTION_BYTES:
+            raise ValueError(f"an instruction at 0x{place}, not at 0x{len(lines) * INSTRUCTION_BYTES:04x}")
         else:
             lines.append((predicate, name, operands))
     jumps: dict[int, tuple[list[int], bool]] = {}  # line -> lines that it names, and whether the next may follow
@@ -246,12 +263,13 @@ def _blocks(code: str) -> tuple[list[Counter[str]], list[list[int]]]:
         elif opcode == "BSYNC":
             named = joins.get(operands, [])
             jumps[number] = [labels[one] for one in named], predicate != "" or not named
-        elif opcode in ("BRA", "EXIT", "KILL", "BRX", "JMP", "RET"):
+        elif opcode in (*BRANCHES, "EXIT", "KILL", "RET"):
             if missing := [one for one in named if one not in labels]:
                 raise ValueError(f"a branch to {missing[0]}, which the code does not have")
-            goes = opcode in ("BRA", "BRX", "JMP")
+            if opcode in BRANCHES and not named:
+                raise ValueError(f"a branch to no label: {name} {operands}")
             falls = falls if opcode in ("BRA", "EXIT") else predicate != ""  # others name registers to go to
-            jumps[number] = [labels[one] for one in named if goes], falls
+            jumps[number] = [labels[one] for one in named if opcode in BRANCHES], falls
     targets = [target for found, _ in jumps.values() for target in found]
     starts = sorted({0, *labels.values(), *targets, *(number + 1 for number in jumps)} - {len(lines)})
     block_of = {start: block for block, start in enumerate(starts)}
@@ -259,8 +277,11 @@ def _blocks(code: str) -> tuple[list[Counter[str]], list[list[int]]]:
     for start, end in pairwise([*starts, len(lines)]):
         named, falls = jumps.get(end - 1, ([], True))
         blocks.append(Counter(_full_name(name, operands) for _, name, operands in lines[start:end]))
-        follow.append([block_of[one] for one in [*named, *([end] if falls else [])] if one in block_of])
-    return blocks, follow
+        # beyond the last line: a block that is not there
+        follow.append([block_of.get(one, len(starts)) for one in [*named, *([end] if falls else [])]])
+    if not lines or len(starts) in _reached([*follow, []], 0):
+        raise ValueError(f"code of {len(lines)} instructions that is cut short: it goes on behind the last")
+    return blocks, [[one for one in row if one < len(starts)] for row in follow]
 
 
 def _full_name(name: str, operands: str) -> str:

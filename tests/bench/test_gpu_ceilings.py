@@ -55,6 +55,8 @@ def test_twice_the_turn_for_twice_the_weights_is_no_rise() -> None:
         ({"DEPBAR.LE 4": 2, "IADD3": 19}, "WAIT a weight"),
         ({"BAR.SYNC": 3, "IADD3": 19}, "BARRIER a weight"),
         ({"LDL": 1, "IADD3": 19}, "LOCAL a weight"),
+        ({"LDS.128": 1, "IADD3": 19}, "LDS a weight"),
+        ({"STS": 1, "IADD3": 19}, "STS a weight"),
         ({"LDGSTS.E.BYPASS.128": 7, "LDGSTS.E.64": 2, "IADD3": 19}, "LDGSTS.64 a weight"),
         ({"HGMMA.64x128x16.F32.BF16": 0, "HGMMA.64x64x16.F32.BF16": 8, "IADD3": 16}, "HGMMA.64x64x16"),
     ],
@@ -67,9 +69,52 @@ def test_each_count_has_a_ceiling(more: dict[str, int], told: str) -> None:
 
 def test_fewer_is_no_rise_and_spills_and_flushes_are() -> None:
     assert ceilings.rises(line_of(), line_of(TURN | {"IADD3": 3, "F2F.BF16.F16": 0})) == []
-    spilled = ceilings.entry(CONFIGURATION, Compiled(255, 8, 1000, Loop(TURN, {}), True))
+    spilled = ceilings.entry(CONFIGURATION, Compiled(200, 8, 1000, Loop(TURN, {}), True))
     assert ceilings.rises(line_of(), spilled) == ["spilled bytes: 8 above 0"]
     assert ceilings.rises(line_of(), line_of(flushes={"FADD.FTZ": 2})) == ["FADD.FTZ: 2 above 0"]
+
+
+@pytest.mark.parametrize(
+    ("worse", "told"),
+    [
+        ({"registers": 201}, "registers: 208 above 200"),
+        ({"shared_bytes": 1001}, "shared bytes: 1001 above 1000"),
+        ({"outside": {"CONTROL": 1, "ALU": 49}}, "instructions outside the loop: 200 above 4"),
+        ({"stages": CONFIGURATION.num_stages - 1}, f"stages: {CONFIGURATION.num_stages - 1} below "),
+    ],
+)
+def test_what_a_program_takes_and_does_before_its_loop_has_a_ceiling_and_stages_a_floor(
+    worse: dict[str, Any], told: str
+) -> None:
+    (risen,) = ceilings.rises(line_of(), line_of() | worse)
+    assert risen.startswith(told)
+    assert ceilings.rises(line_of() | worse, line_of()) == []
+
+
+def test_registers_within_a_step_of_their_allocation_are_no_rise() -> None:
+    assert ceilings.rises(line_of() | {"registers": 193}, line_of()) == []
+
+
+def test_a_renamed_line_keeps_its_ceiling_and_a_configuration_that_changes_its_kernel_too() -> None:
+    line, more = line_of(), line_of(TURN | {"IADD3": 21})
+    risen = ["instructions a weight: 0.0493164 above 0.0488281"]
+    assert ceilings.risen({"before": line}, {"now": line}) == {}
+    assert ceilings.risen({"before": line}, {"now": more}) == {"now": risen}
+    assert ceilings.risen({"same": line}, {"same": more | {"configuration": "other"}}) == {"same": risen}
+    # the configuration of one name under another that had a worse one
+    both = {"same": more | {"configuration": "other"}, "before": line}
+    assert ceilings.risen(both, {"same": more, "before": line}) == {"same": risen}
+    gone = ceilings.risen({"before": line}, {"now": more | {"configuration": "other"}})
+    assert gone == {"before": ["a ceiling that no kernel has any more"]}
+    assert ceilings.risen({}, {"now": more}) == {}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_committed_line_is_at_its_own_ceilings(version: str) -> None:
+    lines = ceilings.read(version)["kernels"]
+    assert ceilings.risen(lines, lines) == {}
+    stage_less = {name: line | {"stages": line["stages"] - 1} for name, line in lines.items()}
+    assert ceilings.risen(lines, stage_less).keys() == lines.keys()
 
 
 def test_products_that_are_not_of_whole_tiles_are_refused() -> None:
@@ -153,7 +198,8 @@ def test_a_report_is_written_unless_a_count_rose(
     monkeypatch.setattr(compiled, "compile_all", lambda: [(NAME, CONFIGURATION, found, "")])
     assert compiled.main(options) == status
     told = capsys.readouterr().out
-    assert (f"RISEN: {NAME}: instructions a weight: 0.0493164 above 0.0488281" in told) == (more > 0)
+    word = "ACCEPTED" if options else "RISEN"
+    assert (f"{word}: {NAME}: instructions a weight: 0.0493164 above 0.0488281" in told) == (more > 0)
     issued = 100 if status else 100 + more
     assert json.loads(ceilings.path("3.9.1").read_text())["kernels"][NAME]["turn"]["issued"] == issued
     assert f"{issued if not status else 101:9}" in told

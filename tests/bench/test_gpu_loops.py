@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from cierzo.bench.gpu import loops
@@ -77,8 +79,8 @@ WITH_BRANCHES = """
 def code_of(lines: str, name: str = "kernel") -> str:
     """A function as the disassembler prints it, with offsets."""
     found, offset = [f'\t.section\t.text.{name},"ax",@progbits', f"{name}:", f".text.{name}:"], 0
-    for line in (lines + END).strip("\n").split("\n"):
-        if line.startswith("."):
+    for line in filter(None, (lines + END).split("\n")):
+        if line.endswith(":"):
             found.append(line)
         else:
             found.append(f"        /*{offset:04x}*/              {line.strip()}")
@@ -163,10 +165,65 @@ def test_branches_within_a_loop_and_blocks_moved_behind_it_belong_to_it() -> Non
     assert loop.widths() == {"UTMALDG": 1}
 
 
-def test_a_branch_back_into_the_midst_of_a_block_that_others_reach_is_no_loop() -> None:
-    """Entered from two sides, neither of which the other must pass."""
-    lines = "    @P0 BRA `(.L_x_1) ;\n.L_x_0:\n    FADD R1, R2, R3 ;\n.L_x_1:\n    @P1 BRA `(.L_x_0) ;\n"
-    assert main_loop(code_of(lines)) is None
+BODY = "    LDG.E R4, [R2] ;\n    HMMA.16816.F32.BF16 R24, R8, R10, R24 ;\n"
+COPYING = ".L_x_7:\n    LDG.E R4, [R2] ;\n    @P0 BRA `(.L_x_7) ;\n"
+
+
+@pytest.mark.parametrize("behind", ["", COPYING])
+def test_a_loop_with_two_entrances_is_refused(behind: str) -> None:
+    """Neither of them passes the other; no loop beside it becomes the main one."""
+    lines = f"    @P0 BRA `(.L_x_1) ;\n.L_x_0:\n{BODY}.L_x_1:\n    @P1 BRA `(.L_x_0) ;\n{behind}"
+    with pytest.raises(ValueError, match="more than one entrance"):
+        main_loop(code_of(lines))
+
+
+@pytest.mark.parametrize(
+    "branch", ["BRA 0x10", "BRX R4 -0x50", "BRXU UR4 -0x50", "JMP 0x10", "@P0 BRA 0x10", "BRA.U UP1, 0x10"]
+)
+def test_a_branch_without_a_label_is_refused(branch: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"a branch to no label: {branch.removeprefix('@P0 ')}")):
+        main_loop(code_of(f".L_x_0:\n{BODY}    {branch} ;\n"))
+
+
+def test_a_branch_by_a_table_goes_to_what_the_table_names() -> None:
+    for name in ("BRX R4", "BRXU UR4"):
+        table = f'    {name} -0x50 (*"BRANCH_TARGETS .L_x_0,.L_x_1"*) ;\n.L_x_1:\n'
+        assert found_in(f".L_x_0:\n{BODY}{table}").classes() == {"LDG": 1, "MMA": 1, "CONTROL": 1}
+
+
+def test_a_call_within_a_loop_is_refused_and_one_outside_is_not() -> None:
+    """Division calls a routine of the compiler's, whose instructions nobody counts."""
+    call, loop = "    CALL.REL.NOINC `($kernel$__internal_0) ;\n", f".L_x_0:\n{BODY}    @P0 BRA `(.L_x_0) ;\n"
+    routine = "    EXIT ;\n$kernel$__internal_0:\n    FMUL R1, R2, R3 ;\n    RET.REL.NODEC R20 `(kernel) ;\n"
+    assert found_in(call + loop + call + routine).classes() == {"LDG": 1, "MMA": 1, "CONTROL": 1}
+    with pytest.raises(ValueError, match=r"a loop of 4 instructions has a CALL\.REL\.NOINC"):
+        main_loop(code_of(loop.replace("    @P0", f"{call}    @P0") + routine))
+    with pytest.raises(ValueError, match="a loop of 4 instructions"):  # which would not be the main one
+        main_loop(code_of(loop + COPYING.replace("    @P0", f"{call}    FMUL R1, R2, R3 ;\n    @P0") + routine))
+
+
+def test_code_that_is_cut_short_or_has_a_gap_is_refused() -> None:
+    """Wherever the listing ends, or a line is missing, before the trap that ends it."""
+    listing = code_of(PIPELINED).splitlines()
+    trap = next(number for number, line in enumerate(listing) if line.startswith(".L_trap"))
+    labelled = [number for number, line in enumerate(listing) if "/*" not in line]
+    for number in range(trap - 1):
+        with pytest.raises(ValueError, match=r"cut short|which the code does not have"):
+            loops.whole("\n".join(listing[:number]))
+    for number in set(range(trap)) - set(labelled):
+        with pytest.raises(ValueError, match=r"an instruction at 0x\w{4}, not at 0x\w{4}"):
+            loops.whole("\n".join(listing[:number] + listing[number + 1 :]))
+    assert loops.whole("\n".join(listing[:trap])) == loops.whole(code_of(PIPELINED))
+
+
+def test_functions_without_sections_are_not_taken_for_one() -> None:
+    def bare(lines: str) -> str:
+        return code_of(lines).split(".text.kernel:\n")[1]
+
+    with pytest.raises(ValueError, match="an instruction at 0x0000, not at"):
+        main_loop(bare(PIPELINED.replace(".L_x_0", ".L_x_8")) + bare(NESTED.replace(".L_trap", ".L_other")))
+    with pytest.raises(ValueError, match=r"the label \.L_x_0 twice"):
+        main_loop(code_of(PIPELINED + ".L_x_0:\n"))
 
 
 def test_predicates_decide_what_may_follow() -> None:

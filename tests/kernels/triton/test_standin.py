@@ -14,8 +14,12 @@ from standin.library import available
 from cierzo.kernels.triton import heuristics, moe, norm
 
 pytestmark = pytest.mark.skipif(not available(), reason="Triton's wheels are for Linux on x86-64")
-LAUNCHES = Path(__file__).parents[2] / "support" / "standin" / "launches.py"
-CASES = re.findall(r"^@case\ndef (\w+)\(", LAUNCHES.read_text(encoding="utf-8"), re.MULTILINE)
+FOLDER = Path(__file__).parents[2] / "support" / "standin"
+CASES = [
+    name
+    for file in ("launches.py", "calls.py")
+    for name in re.findall(r"^@case\ndef (\w+)\(", (FOLDER / file).read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,9 @@ wrong by the case's name. Tensors that cases keep are written to the folder, for
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +23,14 @@ from cierzo.kernels.ref import moe as ref
 from cierzo.kernels.triton import heuristics, moe, norm
 from cierzo.kernels.triton import launch as ours
 from cierzo.kernels.triton.launch import Configuration, kernel, launch
+from standin import calls  # noqa: F401 (its cases)
+from standin.cases import CASES, COPY, case, copy, raising, sent
 from standin.driver import Machine, on_card
 from standin.library import ILLEGAL_ADDRESS, LAUNCH_FAILED, OUT_OF_MEMORY
 from standin.machine import Graph, torch_cuda
 from standin.memory import Place
 
-CASES: dict[str, Callable[[Machine, Path], None]] = {}
 D, F, E = 96, 64, 5
-
-
-def case(function: Callable[[Machine, Path], None]) -> Callable[[Machine, Path], None]:
-    """Run by `main`."""
-    CASES[function.__name__] = function
-    return function
-
-
-@kernel
-def _copy(x_ptr, out_ptr, count, beyond, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + at, tl.load(x_ptr + at + beyond, mask=at < count), mask=at < count)
 
 
 @kernel
@@ -53,9 +39,6 @@ def _copy_tile(x_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tl.store(out_ptr + at, x_ptr.load([0, 0]))
 
 
-COPY = Configuration(
-    _copy, {"x_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32", "beyond": "i32"}, {"BLOCK": 64}, num_warps=1
-)
 COPY_TILE = Configuration(
     _copy_tile,
     {"x_ptr": "*fp32", "out_ptr": "*fp32"},
@@ -65,33 +48,10 @@ COPY_TILE = Configuration(
 )
 
 
-def copy(x: Tensor, beyond: int = 0, grid: tuple[int, ...] = (1,)) -> Tensor:
-    out = x.new_empty(64)
-    launch(COPY, grid, x_ptr=x, out_ptr=out, count=64, beyond=beyond)
-    return out
-
-
 def copy_tile(x: Tensor) -> Tensor:
     out = x.new_empty(16, 16)
     launch(COPY_TILE, (1,), x_ptr=x, out_ptr=out)
     return out
-
-
-def sent(machine: Machine, tensor: Tensor) -> Tensor:
-    with machine.card.loading():
-        return tensor.to("cuda")
-
-
-@contextmanager
-def raising(kind: type[BaseException], *words: str) -> Iterator[None]:
-    said: str | None = None
-    try:
-        yield
-    except kind as error:
-        said = str(error)
-    assert said is not None, f"no {kind.__name__}"
-    for word in words:
-        assert word in said, f"{word!r} is not in {said}"
 
 
 @case
@@ -245,29 +205,6 @@ def a_grid_beyond_the_limits_is_refused(machine: Machine, folder: Path) -> None:
         copy(x, grid=(1, 65536))
     copy(x)  # such an error does not stay
     torch.cuda.synchronize()
-
-
-@case
-def a_block_beyond_the_limits_is_refused(machine: Machine, folder: Path) -> None:
-    """Threads beyond those that the code is for, and shared memory beyond what was asked for, or can be."""
-    x, out = sent(machine, torch.arange(64.0)), torch.empty(64, device="cuda")
-    function = COPY.kernel[(1,)](x, out, 64, 0, **COPY.constants, **COPY.options).function
-    values = [ctypes.c_uint64(x.data_ptr()), ctypes.c_uint64(out.data_ptr()), *map(ctypes.c_int32, (64, 0))]
-    values += [ctypes.c_uint64(), ctypes.c_uint64()]
-    pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-
-    def launch_with(threads: int, shared: int) -> None:
-        machine.library.call("cuLaunchKernel", function, 1, 1, 1, threads, 1, 1, shared, 0, pointers, 0)
-
-    launch_with(32, 48 << 10)
-    for threads, shared in ((64, 0), (0, 0), (32, (48 << 10) + 1)):
-        with raising(torch.AcceleratorError, "invalid argument"):
-            launch_with(threads, shared)
-    machine.library.call("cuFuncSetAttribute", function, 8, 227 << 10)
-    launch_with(32, 227 << 10)
-    with raising(torch.AcceleratorError, "invalid argument"):
-        machine.library.call("cuFuncSetAttribute", function, 8, (227 << 10) + 1)
-    assert torch.equal(machine.card.values(out), torch.arange(64.0))
 
 
 @case
