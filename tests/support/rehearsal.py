@@ -266,7 +266,9 @@ def main() -> int:
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="gpu-rehearsal-"))
     print(f"in {folder}", flush=True)
     on = Rehearsal(folder, stand_in=arguments.stand_in)
-    return 1 if rehearse(on, (*FIRST, models), lambda line: print(line, flush=True)) else 0
+    deviations = rehearse(on, (*FIRST, models), lambda line: print(line, flush=True))
+    print(f"{deviations or 'no'} deviations; what the runs left is in {folder}")
+    return 1 if deviations else 0
 
 
 if __name__ == "__main__":
