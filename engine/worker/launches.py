@@ -6,8 +6,10 @@ be bound for "cuda".
 
 A kernel chooses between its forms by whether a number (rows of a step, of a segment, of logits, tokens of a
 context) is above a threshold. So steps have numbers on both sides of those that are known, and numbers that double,
-and one more than each: they lie on both sides of any, and between two that are not within a factor of two. A test
-takes all numbers.
+and one more than each: they lie on both sides of any, and between two that are not within a factor of two. Of
+sequences there are the fewest and the most that can have the rows, and contexts are as long as one that any kernel
+tells from longer ones: the host's work for all the tokens of thousands of longest contexts would take minutes.
+Tests take all numbers, the longest contexts, and steps drawn at random.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from cierzo.engine.worker.staging import Staging
 from cierzo.kernels.cuda.launch.kernel import Kernel
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import DecoderWeights, StepRows
+from cierzo.kernels.triton import flash
 from cierzo.kernels.triton.heuristics import thresholds
 from cierzo.kernels.triton.launch import Configuration, Launch, dry_run
 from cierzo.scheduler.config import SchedulerConfig
@@ -57,9 +60,12 @@ def launches(config: EngineConfig, weights: DecoderWeights) -> Launches:
     limits = config.scheduler
     # One block stands for all: their number is in no kernel.
     pool = KVPool(config.layout, 1, META)
+    # Of contexts it counts whether they are one round's, and whether one of them needs scaled queries.
+    scaling = config.model.query_scaling
+    enough = 1 + max(flash.WORKSPACE_TOKENS, 0 if scaling is None else scaling.original_positions)
     found: list[Launch] = []
     with torch.inference_mode():
-        for rows, logit_rows in steps(limits, config.cache.block_tokens, telling(limits.budget_tokens)):
+        for rows, logit_rows in steps(limits, config.cache.block_tokens, telling(limits.budget_tokens), enough):
             found += dry_run(model.logits, rows, pool, logit_rows)
         for admissions in _samplings():
             found += dry_run(_sample, admissions, config.model.vocab_size)
@@ -75,41 +81,57 @@ def telling(most: int) -> list[int]:
 
 
 def steps(
-    limits: SchedulerConfig, block_tokens: int, counts: Sequence[int]
+    limits: SchedulerConfig, block_tokens: int, counts: Sequence[int], enough: int
 ) -> Iterator[tuple[StepRows, Tensor | None]]:
-    """Steps of so many rows each, in every form, on meta tensors, and the rows whose logits they ask for."""
+    """Steps of so many rows each, in every form, on meta tensors, and the rows whose logits they ask for.
+
+    enough: tokens that a long context, or all of a step's, have before its rows, where there is room for them.
+    """
     tables = torch.empty(
         (limits.max_running, -(-limits.max_model_len // block_tokens)), dtype=torch.int32, device=META
     )
     for count in counts:
         for lengths in _segments(count, limits):
-            yield from _of_contexts(lengths, [], limits, tables)
-            yield from _of_contexts([], lengths, limits, tables)
+            yield from _of_contexts(lengths, [], limits, tables, enough)
+            yield from _of_contexts([], lengths, limits, tables, enough)
         for lengths in _segments(count - 1, limits):
-            if len(lengths) < limits.max_running:
-                yield from _of_contexts(lengths, [1], limits, tables)
-                yield from _of_contexts([1], lengths, limits, tables)
+            # A sequence that goes on after a preemption can have rows of both kinds: there may be one more segment.
+            yield from _of_contexts(lengths, [1], limits, tables, enough)
+            yield from _of_contexts([1], lengths, limits, tables, enough)
 
 
 def _segments(count: int, limits: SchedulerConfig) -> Iterator[Lengths]:
-    """So many rows as a sequence's, as those of two, of as many as can run, and of one each."""
-    for among in sorted({1, 2, limits.max_running, count}):
-        if 0 < among <= min(limits.max_running, count) and -(-count // among) <= limits.max_model_len:
+    """So many rows as those of as few sequences as can have them, and of as many."""
+    fewest = -(-count // limits.max_model_len)
+    if 0 < fewest <= limits.max_running:
+        for among in sorted({fewest, min(limits.max_running, count)}):
             yield [count // among + (number < count % among) for number in range(among)]
 
 
+def long_contexts(lengths: Lengths, most: int, enough: int) -> Lengths:
+    """Contexts of segments that have `enough` tokens before their own between them, the first as many as it can;
+    less where contexts of `most` tokens are not enough."""
+    contexts = []
+    for length in lengths:
+        before = min(most - length, enough)
+        contexts.append(before + length)
+        enough -= before
+    return contexts
+
+
 def _of_contexts(
-    expanded: Lengths, absorbed: Lengths, limits: SchedulerConfig, tables: Tensor
+    expanded: Lengths, absorbed: Lengths, limits: SchedulerConfig, tables: Tensor, enough: int
 ) -> Iterator[tuple[StepRows, Tensor | None]]:
-    """A step whose contexts are its own tokens, and one whose contexts are as long as may be."""
+    """A step whose contexts are its own tokens, and one whose contexts are long."""
     total = sum(expanded) + sum(absorbed)
     tokens, positions, slots = (torch.empty(total, dtype=torch.int64, device=META) for _ in range(3))
     every = not expanded and len(absorbed) == total
-    logit_rows = torch.empty(len(expanded) + len(absorbed), dtype=torch.int64, device=META)
-    for longest in (False, True):
+    sequences = min(len(expanded) + len(absorbed), limits.max_running)
+    logit_rows = torch.empty(sequences, dtype=torch.int64, device=META)
+    for before in (0, enough):
         prompts, generated = (
             PagedQueries.of(
-                lengths, [limits.max_model_len] * len(lengths) if longest else lengths, [0] * len(lengths), tables
+                lengths, long_contexts(lengths, limits.max_model_len, before), [0] * len(lengths), tables
             )
             for lengths in (expanded, absorbed)
         )

@@ -35,6 +35,7 @@ class Compilation:
         self._device = torch.device(config.device)
         with watching("compiling"):
             self._found = launches(config, weights())
+            self._missing = compiling.missing(self._found.configurations)
         thread = ThreadPoolExecutor(1)
         self._compiled: Future[float] = thread.submit(self._compile)
         thread.shutdown(wait=False)
@@ -43,8 +44,8 @@ class Compilation:
         assert self._found is not None
         start, (major, minor) = time.perf_counter(), torch.cuda.get_device_capability(self._device)
         backend().prepare(self._found.kernels, self._device, cache_dir() / "cuda")
-        with bar("compiling kernels", len(self._found.configurations)) as done:
-            compiling.compile_all(self._found.configurations, 10 * major + minor, done)
+        with bar("compiling kernels", len(self._missing)) as done:
+            compiling.compile_all(self._missing, 10 * major + minor, done)
         return time.perf_counter() - start
 
     def finish(self) -> str:

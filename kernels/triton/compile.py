@@ -23,8 +23,10 @@ from subprocess import PIPE, Popen
 from typing import IO, Any
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
+from triton.runtime.cache import FileCacheManager
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -37,6 +39,14 @@ DTYPES = {pointer: dtype for dtype, pointer in POINTER.items()}
 
 class CompileError(RuntimeError):
     """A kernel does not compile; the message names it, with the compiler's words."""
+
+
+class _Ended(CompileError):
+    """The process that compiled it ended: whoever is short of memory may have killed it."""
+
+
+class _Missing(Exception):
+    """Something is not in Triton's cache."""
 
 
 class _Ahead:
@@ -87,8 +97,7 @@ def compile_launcher(configuration: Configuration, capability: int = 90) -> None
 
     Needs a C compiler and libcuda, but no GPU. Raises what the compilers raise."""
     with _ahead(capability):
-        compiled = _warmed(configuration)
-        CudaLauncher(compiled.src, compiled.metadata)
+        _with_launcher(configuration)
 
 
 def load(configuration: Configuration) -> None:
@@ -96,27 +105,69 @@ def load(configuration: Configuration) -> None:
     _warmed(configuration).run  # noqa: B018 (a property that loads)
 
 
+def missing(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """Configurations that a launch on the current GPU would not find in Triton's cache, launchers in C included.
+
+    Nothing is compiled, in no thread of this process, until it returns.
+    """
+    present: Any = knobs.cache.manager_class or FileCacheManager
+
+    class Present(present):
+        """A cache into which nothing comes."""
+
+        def get_file(self, filename: str) -> str:
+            return self._found(super().get_file(filename))
+
+        def get_group(self, filename: str) -> dict[str, str]:
+            return self._found(super().get_group(filename))
+
+        def put(self, *_: Any, **__: Any) -> Any:
+            raise _Missing
+
+        def _found(self, value: Any) -> Any:
+            if value is None:
+                raise _Missing
+            return value
+
+    found = []
+    with knobs.cache.scope():
+        knobs.cache.manager_class = Present
+        for configuration in configurations:
+            try:
+                _with_launcher(configuration)
+            except _Missing:
+                found.append(configuration)
+    return found
+
+
 def compile_all(
     configurations: Sequence[Configuration], capability: int, done: Callable[[], object] = lambda: None
 ) -> None:
     """compile_launcher of all, in processes side by side. done: called after each, in any thread.
 
-    Raises CompileError after the first that fails.
+    Where a process ends, the others go on, and what it has left is compiled by one more, alone. Raises CompileError
+    after the first that fails.
     """
     waiting: SimpleQueue[Configuration] = SimpleQueue()
+    ended: list[Configuration] = []  # with their process
     for configuration in configurations:
         waiting.put(configuration)
 
-    def work() -> None:
+    def work(alone: bool) -> None:
         environment = ("env", "-u", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES=")
         command = [*environment, sys.executable, "-m", __name__, str(capability)]
         with Popen(command, bufsize=0, stdin=PIPE, stdout=PIPE) as process:
             try:
                 while True:
-                    _ask(process, waiting.get_nowait())
+                    configuration = waiting.get_nowait()
+                    _ask(process, configuration)
                     done()
             except Empty:
                 return
+            except _Ended:
+                if alone:
+                    raise
+                ended.append(configuration)
             except BaseException:
                 while not waiting.empty():  # the others need not go on
                     waiting.get_nowait()
@@ -124,8 +175,12 @@ def compile_all(
 
     count = min(len(configurations), MOST_PROCESSES, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(max(1, count)) as threads:
-        for working in [threads.submit(work) for _ in range(count)]:
+        for working in [threads.submit(work, False) for _ in range(count)]:
             working.result()
+    for configuration in ended:
+        waiting.put(configuration)
+    if not waiting.empty():
+        work(alone=True)
 
 
 def _ask(process: Popen[bytes], configuration: Configuration) -> None:
@@ -138,7 +193,7 @@ def _ask(process: Popen[bytes], configuration: Configuration) -> None:
     except BrokenPipeError:
         answer = b""
     if not answer:
-        raise CompileError(f"{configuration.name}: its compiler ended with status {process.wait()}")
+        raise _Ended(f"{configuration.name}: its compiler ended with status {process.wait()}")
     if error := json.loads(answer)["error"]:
         raise CompileError(f"{configuration.name} {dict(configuration.constants)}: {error}")
 
@@ -148,6 +203,11 @@ def _warmed(configuration: Configuration) -> Any:
     settle()
     arguments = {name: _argument(configuration, name, kind) for name, kind in configuration.types.items()}
     return configuration.kernel.warmup(grid=(1,), **arguments, **configuration.constants, **configuration.options)
+
+
+def _with_launcher(configuration: Configuration) -> None:
+    compiled = _warmed(configuration)
+    CudaLauncher(compiled.src, compiled.metadata)
 
 
 def _argument(configuration: Configuration, name: str, kind: str) -> Any:

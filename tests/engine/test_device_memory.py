@@ -138,7 +138,8 @@ def test_the_sum_of_a_launched_step_covers_what_it_allocates(
 ) -> None:
     config, model, pool = on_meta(name, weights, activations, budget_tokens=8192, max_running=256)
     most = 0
-    for rows, logit_rows in launches.steps(config.scheduler, config.cache.block_tokens, [8192]):
+    longest = 256 * config.scheduler.max_model_len  # of all sequences
+    for rows, logit_rows in launches.steps(config.scheduler, config.cache.block_tokens, [8192], longest):
         most = max(most, peak_bytes(partial(dry_run, model.logits, rows, pool, logit_rows)))
     planned = device_memory.launched_bytes(config.model, 8192)
     assert most <= planned + 4 * 256 * config.model.vocab_size  # logits

@@ -24,7 +24,8 @@ from cierzo.engine.config import EngineConfig
 from cierzo.engine.messages import Abort, Submit
 from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
-from cierzo.engine.parameters import MatrixRequest
+from cierzo.engine.model.positions import Positions
+from cierzo.engine.parameters import MatrixRequest, Shard
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.engine.weights.reader import CheckpointReader
@@ -37,11 +38,12 @@ from cierzo.engine.worker.runner import ModelRunner
 from cierzo.engine.worker.step_rows import DeviceRows
 from cierzo.kernels.cuda.launch import moe
 from cierzo.kernels.cuda.launch.kernel import Kernel
-from cierzo.kernels.cuda.launch.launcher import backend
+from cierzo.kernels.cuda.launch.launcher import backend, running_on
 from cierzo.kernels.formats.packed import Matrix
-from cierzo.kernels.ops.block import DecoderWeights
+from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.block import DecoderWeights, StepRows
 from cierzo.kernels.triton import flash, heuristics, linear, split
-from cierzo.kernels.triton.launch import Configuration
+from cierzo.kernels.triton.launch import Configuration, dry_run
 from cierzo.kernels.triton.split import Splits
 from cierzo.scheduler.params import SamplingParams
 
@@ -65,6 +67,7 @@ class Prepared:
         self.strangers: set[str] = set()
         self.launched: set[str] = set()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(warm.compiling, "missing", lambda configurations: configurations)
         monkeypatch.setattr(warm.compiling, "compile_all", self._compile_all)
         monkeypatch.setattr(warm.compiling, "load", lambda one: self.loaded.append(one.key))
         monkeypatch.setattr(cuda_on_cpu.CpuBackend, "prepare", self._prepare)
@@ -250,6 +253,75 @@ def test_numbers_that_tell_find_what_all_numbers_find(
     found = {one.key for one in launches.launches(config, model.weights).configurations}
     monkeypatch.setattr(launches, "telling", lambda most: range(1, most + 1))
     assert {one.key for one in launches.launches(config, model.weights).configurations} == found
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "max_model_len", "max_running"),
+    [("small4", "nvfp4", 16_384, 3), ("small4", "nvfp4", 600, 40), ("small3", "fp8", 600, 40)],
+)
+def test_long_contexts_find_what_the_longest_find(
+    name: str, weights: str, max_model_len: int, max_running: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one sequence fills more than the workspace, and where it takes many."""
+    limits = {"max_model_len": max_model_len, "max_running": max_running}
+    config = full(monkeypatch, name, weights, layers=2, **limits)
+    model = served.make_model(config, META)
+    found = {one.key for one in launches.launches(config, model.weights).configurations}
+    assert {key for key in found if "'CARRIED', True" in key}
+    monkeypatch.setattr(
+        launches, "long_contexts", lambda lengths, most, before: [most if before else one for one in lengths]
+    )
+    assert {one.key for one in launches.launches(config, model.weights).configurations} == found
+
+
+def test_long_contexts_have_enough_tokens_between_them() -> None:
+    assert launches.long_contexts([3, 4], 100, 0) == [3, 4]
+    assert launches.long_contexts([3, 4], 100, 50) == [53, 4]
+    assert launches.long_contexts([3, 4, 5], 100, 120) == [100, 27, 5]
+    assert launches.long_contexts([3, 4], 100, 1000) == [100, 100]
+
+
+@pytest.mark.parametrize(("name", "weights"), [("small4", "nvfp4"), ("small3", "fp8")])
+def test_steps_drawn_at_random_launch_what_is_in_the_list(
+    name: str, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any segments, contexts and logits, with thresholds that they lie on both sides of."""
+    set_thresholds(monkeypatch, few=6, apart=11, described=21, workspace=512)
+    config = full(monkeypatch, name, weights, layers=2, max_model_len=9000, max_running=7)
+    weights_read = served.make_model(config, META).weights
+    found = launches.launches(config, weights_read)
+    keys, kernels = {one.key for one in found.configurations}, {one.name for one in found.kernels}
+    noted, chosen = launches._Noted(), random.Random(2)
+    model = Decoder(launches._on_meta(weights_read), Positions(config.model, META), Shard(0, 1, lambda part: part))
+    pool, tables = KVPool(config.layout, 1, META), torch.empty(7, 1000, dtype=torch.int32, device=META)
+    launched: set[str] = set()
+    with running_on(noted), torch.inference_mode():
+        for _ in range(150):
+            segments: tuple[list[int], list[int]] = ([], [])
+            left = chosen.choice((1, 7, 64))
+            for _ in range(chosen.randrange(1, 8)):
+                length = min(left, chosen.choice((1, 1, 2, 5, 20, 63)))
+                if length:
+                    segments[chosen.randrange(2)].append(length)
+                left -= length
+            queries = [
+                PagedQueries.of(
+                    lengths,
+                    [min(9000, one + chosen.choice((0, 0, 1, 63, 400, 600, 8191, 8192))) for one in lengths],
+                    [chosen.randrange(7) for _ in lengths],
+                    tables,
+                )
+                for lengths in segments
+            ]
+            total, of = sum(map(sum, segments)), sum(map(len, segments))
+            numbers = (torch.empty(total, dtype=torch.int64, device=META) for _ in range(3))
+            rows = StepRows(*numbers, sum(segments[0]), *queries)
+            logit_rows = torch.empty(chosen.randrange(of + 1), dtype=torch.int64, device=META)
+            asked = None if total == of and chosen.randrange(2) else logit_rows
+            launched |= {one.configuration.key for one in dry_run(model.logits, rows, pool, asked)}
+    assert launched - keys == set()
+    assert set(noted.kernels) - kernels == set()
+    assert len(launched) > 0.9 * len(keys)
 
 
 def test_every_form_of_a_step_is_in_the_list_of_the_published_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ triton_worker.py compile NAME...   the configurations of these names, compiled f
                                    of the report, and all instructions
 triton_worker.py bind              each configuration's difference from what Triton's launcher would compile
 triton_worker.py warm NAME...      the configurations of these names are compiled in processes; how many were
+triton_worker.py missing NAME...   those that a launch would not find
 triton_worker.py launch NAME...    for each, whether a launch finds it in the cache, and its launcher
 """
 
@@ -121,6 +122,12 @@ def main(command: str, *names: str) -> None:
         done: list[None] = []
         compiling.compile_all([configurations()[name] for name in names], 90, lambda: done.append(None))
         result = {"done": len(done)}
+    if command == "missing":
+        driver.set_active(Launching())  # type: ignore[arg-type]
+        asked = {name: configurations()[name] for name in names}
+        missing = compiling.missing([*asked.values()])
+        assert knobs.cache.manager_class is None
+        result = {"missing": [name for name, configuration in asked.items() if configuration in missing]}
     if command == "bind":
         result = {name: difference(configuration) for name, configuration in configurations().items()}
     if command == "launch":

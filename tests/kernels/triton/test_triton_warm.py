@@ -50,8 +50,11 @@ def test_a_launch_finds_what_other_processes_compiled_and_calls_no_compiler(
 ) -> None:
     """One is launched that was not compiled, lest hits be counted where there are none."""
     *warmed, cold = NAMES
+    assert ask("missing", *NAMES) == {"missing": [*NAMES]}
+    assert not list((fresh / "cache").rglob("*.*"))
     assert ask("warm", *warmed) == {"done": len(warmed)}
     monkeypatch.setenv("CC", "/bin/false")
+    assert ask("missing", *NAMES) == {"missing": [cold]}
     found = ask("launch", *NAMES)
     assert {name: found[name] for name in warmed} == {name: {"hits": [True], "launcher": True} for name in warmed}
     assert found[cold]["hits"] == [False]
@@ -68,6 +71,34 @@ def test_a_compiler_that_dies_is_told_with_its_status(monkeypatch: pytest.Monkey
     monkeypatch.setattr(compiling.sys, "executable", "/bin/false")
     with pytest.raises(compiling.CompileError, match="sum_parts: its compiler ended with status 1"):
         compiling.compile_all([configurations()[NAMES[2]]], 90)
+
+
+def test_what_a_killed_compiler_had_is_compiled_by_one_more_alone(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process is killed, as by a system that is short of memory, once it has been asked."""
+    spy, log = fresh / "python", fresh / "log"
+    killed = f"if mkdir {fresh}/killed 2>/dev/null; then head -c 1 >/dev/null; kill -9 $$; fi"
+    lines = ("#!/bin/sh", f"echo start >>{log}", killed, f'{sys.executable} "$@"', f"echo end >>{log}")
+    spy.write_text("\n".join(lines))
+    spy.chmod(0o755)
+    monkeypatch.setattr(compiling.sys, "executable", str(spy))
+    done: list[None] = []
+    compiling.compile_all([configurations()[name] for name in NAMES[2:]], 90, lambda: done.append(None))
+    assert len(done) == 2
+    started = log.read_text().split()
+    assert started.count("start") == started.count("end") + 1 == min(2, len(os.sched_getaffinity(0))) + 1
+    assert started[-2:] == ["start", "end"]
+
+
+def test_a_compiler_that_is_killed_twice_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy, log = tmp_path / "python", tmp_path / "log"
+    spy.write_text(f"#!/bin/sh\necho start >>{log}\nkill -9 $$\n")
+    spy.chmod(0o755)
+    monkeypatch.setattr(compiling.sys, "executable", str(spy))
+    with pytest.raises(compiling.CompileError, match="sum_parts: its compiler ended with status -9"):
+        compiling.compile_all([configurations()[NAMES[2]]], 90)
+    assert log.read_text().split() == ["start", "start"]
 
 
 def test_processes_that_compile_see_no_gpu_and_no_interpreter(
