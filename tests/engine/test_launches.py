@@ -67,7 +67,7 @@ class Prepared:
         self.strangers: set[str] = set()
         self.launched: set[str] = set()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(warm.compiling, "missing", lambda configurations: configurations)
+        monkeypatch.setattr(warm.compiling, "missing", lambda configurations: configurations[1:])
         monkeypatch.setattr(warm.compiling, "compile_all", self._compile_all)
         monkeypatch.setattr(warm.compiling, "load", lambda one: self.loaded.append(one.key))
         monkeypatch.setattr(cuda_on_cpu.CpuBackend, "prepare", self._prepare)
@@ -183,7 +183,7 @@ def test_kernels_compile_while_the_weights_load(tmp_path: Path, monkeypatch: pyt
     assert loaded.startswith("weights loaded in ")
     number = len(prepared.loaded) + len(prepared.kernels)
     assert compiled.startswith(f"{number} kernels compiled in ")
-    assert prepared.compiled == prepared.loaded
+    assert prepared.compiled == prepared.loaded[1:]  # the first is in the cache
     assert len(prepared.loaded) > 20
 
 
@@ -222,7 +222,7 @@ def test_a_random_load_launches_what_was_prepared_and_records_nothing(
         config, device="cuda", weights=weights, activations=activations, dtype="bfloat16"
     )
     runner.prepare(on_gpu, warm.Compilation(on_gpu, partial(weights_before_they_are_loaded, on_gpu)))
-    assert prepared.compiled == prepared.loaded
+    assert prepared.compiled == prepared.loaded[1:]  # the first is in the cache
     assert Repeated.recordings == MAX_RUNNING - 1
     assert "kernels compiled in" in runner.describe()
     assert "3 steps recorded in" in runner.describe()
