@@ -62,7 +62,7 @@ def test_a_source_that_does_not_compile_is_told() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_loops_of_every_kernel_can_be_followed(path: Path) -> None:
-    """sample_draw divides within its loops, by a routine: it has no main one, and is priced without (predicted.py)."""
+    """sample_draw divides within its loops, by a routine: it has no main one; predicted.py needs none."""
     listing = nvrtc.disassembled(nvrtc.compile_cubin(program(path.name), options("sm_90")))
     refused = []
     for name, code in loops.functions(listing).items():
