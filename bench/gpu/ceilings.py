@@ -98,7 +98,7 @@ def measures(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def rises(ceiling: Mapping[str, Any], line: Mapping[str, Any]) -> list[str]:
-    """Texts of what is above its ceiling, and of stages below theirs: fewer take less memory, and hide less."""
+    """Texts of what is above its ceiling, and of stages below theirs: fewer hide less time."""
     old, stages, least = measures(ceiling), line["stages"], ceiling["stages"]
     found = [
         f"{name}: {number:.6g} above {old.get(name, 0):.6g}"

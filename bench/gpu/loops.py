@@ -9,7 +9,7 @@ instructions may be passed over), and a poll of a barrier is a loop of its own i
 two alike it is the first, such as attention's without a mask. What the compiler took out in front and behind (the
 first and last turns of a pipeline) is `outside`, with the rest of the kernel. A routine that a kernel calls counts
 nowhere. What this cannot follow is a ValueError: code with gaps, cut short, or of several functions; a branch to no
-label; a loop with more than one entrance, or with a call.
+label; a loop with more than one entrance; and for the main loop any loop with a call.
 """
 
 from __future__ import annotations
@@ -153,6 +153,9 @@ def main_loop(code: str) -> Loop | None:
     Raises ValueError for what it cannot follow, such as code of several functions: hand over one of `functions`.
     """
     found = _found(code)
+    for loop, _ in found:  # whichever it is: what it calls may be the work
+        if called := [name for name in loop.instructions if name.startswith("CALL")]:
+            raise ValueError(f"a loop of {loop.issued} instructions has a {called[0]}, whose routine nobody counts")
     return max(found, key=_work)[0] if found else None  # of equals the first
 
 
@@ -197,10 +200,6 @@ def _found(code: str) -> list[tuple[Loop, Counter[str]]]:
         inner = [other for other in bodies.values() if other < body]
         depth = sum(body < other for other in bodies.values())
         turn = count(body)
-        if called := [name for name in turn if name.startswith("CALL")]:
-            raise ValueError(
-                f"a loop of {turn.total()} instructions has a {called[0]}, whose routine nobody counts"
-            )
         within = [[after for after in row if number in body and after in body] for number, row in enumerate(follow)]
         last = [number for number in body if header in follow[number]]
         passed = [one for one in body - {header} if _reached(within, header, without=one).intersection(last)]

@@ -233,10 +233,12 @@ def _of_source(name: str, warps: int, shared_bytes: int, source: str) -> Made:
     cubin = _cubin(source)
     code = functions(nvrtc.disassembled(cubin))[name]
     found, usage = loops(code), nvrtc.usage(cubin)[name]
-    loop, routes = main_loop(code), name.startswith("route_logits")
+    routes = name.startswith("route_logits")
+    # Most of sample_draw's loop, which calls divisions, is passed over: what few tokens come to.
+    loop = None if name == "sample_draw" else main_loop(code)
     if routes and warps > 4:  # the loop of many rows, not of few
         loop = max(found, key=lambda one: one.classes().get("FP32", 0))
-    if loop is None or name == "sample_draw":  # most of whose loop is passed over: what few tokens come to
+    if loop is None:
         loop = Loop({}, {})
     # Of a branch within the loop one arm runs; of the forms that the kernel has of its loop, one.
     runs = 1 - loop.skipped / 2 / max(loop.issued, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import cuda_on_cpu
 import pytest
 
-from cierzo.bench.gpu import nvrtc
+from cierzo.bench.gpu import loops, nvrtc
 from cierzo.kernels.cuda.launch.kernel import SOURCES, Kernel, options, program
 
 FILES = sorted(SOURCES.glob("*.cu"))
@@ -58,3 +58,17 @@ def test_launchers_name_kernels_that_exist() -> None:
 def test_a_source_that_does_not_compile_is_told() -> None:
     with pytest.raises(AssertionError, match="error: identifier"):
         nvrtc.compile_cubin('extern "C" __global__ void f() { nothing(); }', options("sm_90"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_loops_of_every_kernel_can_be_followed(path: Path) -> None:
+    """sample_draw divides within its loops, by a routine: it has no main one; predicted.py needs none."""
+    listing = nvrtc.disassembled(nvrtc.compile_cubin(program(path.name), options("sm_90")))
+    refused = []
+    for name, code in loops.functions(listing).items():
+        loops.loops(code)
+        try:
+            loops.main_loop(code)
+        except ValueError as error:
+            refused.append((name, "whose routine nobody counts" in str(error)))
+    assert refused == [("sample_draw", True)] * (path.stem == "sampling")
