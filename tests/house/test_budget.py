@@ -9,28 +9,28 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 200,
-    "engine": 2_800,
-    "engine/cost": 800,
+    "engine": 3_000,
+    "engine/cost": 1_200,
     "engine/frontend": 3_650,
     "engine/model": 1_050,
     "engine/weights": 3_200,
-    "engine/worker": 2_250,
+    "engine/worker": 2_650,
     "engine/commands": 350,
     "kernels": 600,
     "kernels/cpu": 1_550,
-    "kernels/cuda": 700,
+    "kernels/cuda": 750,
     "kernels/formats": 1_200,
     "kernels/ops": 1_200,
     "kernels/ref": 850,
-    "kernels/triton": 3_500,
+    "kernels/triton": 3_800,
     "scheduler": 1_000,
     "cache": 650,
-    "bench": 6_700,
+    "bench": 8_250,
     "bench/plan": 1_450,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 9_000
+MEASURING_BUDGET = 10_900
 
 
 @pytest.fixture(scope="module")
