@@ -126,8 +126,8 @@ class Measurement(Campaign[str, str]):
 
 
 def predicted(cell: str, num_bytes: float) -> dict[str, Any] | None:
-    """What today's machine code is predicted to take for a cell (bench/gpu/predicted.py); None where nothing is
-    predicted, or of other work (all dense products of a layer are one cell there)."""
+    """Prediction for a cell from today's machine code (bench/gpu/predicted.py); None where there is none, or one of
+    other work (all dense products of a layer are one cell there)."""
     path = ROOT / "engine" / "cost" / "predicted.json"
     found = json.loads(path.read_text(encoding="utf-8"))["cells"].get(cell) if path.exists() else None
     return found if found and isclose(found["bytes"], num_bytes, rel_tol=0.01) else None
@@ -197,7 +197,6 @@ def main(argv: Sequence[str] | None = None, device_type: str = "cuda") -> int:
             return 2
         print(carried.use(CARRIED))
     groups, budget_s = RUNS[arguments.run]
-    budget_s = arguments.budget_s or budget_s
     commit, device = arguments.commit or current_commit(), torch.device(device_type)
     path = arguments.output / f"gpu-{card.lower().replace(' ', '-')}-{commit}.jsonl"
     try:
@@ -208,7 +207,7 @@ def main(argv: Sequence[str] | None = None, device_type: str = "cuda") -> int:
     except (ConfigError, OSError) as error:
         print(f"cierzo.bench.gpu: {error}", file=sys.stderr)
         return 2
-    deadline = BEGAN + budget_s - END_S
+    deadline = BEGAN + (arguments.budget_s or budget_s) - END_S
     chosen = [_chosen(group, arguments.cells) for group in groups(device)]
     if not any(group.tasks for group in chosen):
         print(f"cierzo.bench.gpu: --cells must be in a cell's name, got {arguments.cells}", file=sys.stderr)
