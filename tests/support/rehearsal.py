@@ -3,10 +3,9 @@
 Both run at toy sizes on interpreted kernels (rehearsed.py), in a folder of their own. Cells raise the CUDA errors
 of torch, Triton and CuPy, after which their process has lost its device; they crash and hang; the whole run is
 killed in the middle; the device is gone. A partial run must keep what it had, and the next one go on behind it.
+A few cells run as they would on a card, on Triton's compiler, launcher and a stand-in of libcuda (standin/lent.py).
 
-    python tests/support/rehearsal.py [--folder DIR] [--stand-in MODULE]
-
-MODULE is imported first in each run: a stand-in for the device that kernels are to run on.
+    python tests/support/rehearsal.py [--folder DIR]
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +22,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from standin.library import build
 
 from cierzo.bench.campaign.store import STARTED, TIME_OVER
 
@@ -38,6 +41,17 @@ CUDA_ERRORS = (
 TROUBLE = {"hang": "hung: no answer within", "kill": "its process died", "segfault": "its process died"}
 STUCK = "conformance: rms_norm, small4, prefill, bf16"  # the cell in which the run is killed
 FEW = ("linear", "rms_norm")  # of the part in `make test`
+ON_CARD = ("rms_norm", "write_normed_latents", "expert_mlp", "linear")  # the last for what is compiled for widths
+CARD_CELLS = (
+    *("machine", "compile", "rms_norm, small4", "write_normed_latents, small4, decode, bf16"),
+    *("conformance: expert_mlp, small4, decode, nvfp4", "kernels: expert_mlp, small4, decode 1, nvfp4"),
+    "described: expert_mlp, small4, prefill 8192, nvfp4",
+)
+LOST = "conformance: rms_norm, small4, decode, bf16"  # the cell whose launch the card fails
+SLICE = "small4 nvfp4: slice"
+NVIDIA_SMI = """#!/bin/sh
+case "$1" in *=name) echo stand-in ;; *=compute_cap) echo 9.0 ;; *) echo none ;; esac
+"""
 CELL_S, FEW_CELL_S, WAIT_S = 10.0, 6.0, 300.0
 Row = dict[str, Any]
 
@@ -66,11 +80,11 @@ class Rehearsal:
 
     folder: Path
     operations: Sequence[str] = ()
-    stand_in: str = ""
+    on_card: bool = False  # on the stand-in's card
     deviations: list[str] = field(default_factory=list)
     said: str = ""  # by the last run
 
-    def start(self, run: str, *words: str, faults: dict[str, str] | None = None, output: str = "out") -> Any:
+    def start(self, run: str, *words: str, faults: dict[str, Any] | None = None, output: str = "out") -> Any:
         """Begin a run; its process."""
         asked: dict[str, Any] = {"results": str(self.folder / "results"), "faults": faults or {}}
         if self.operations:
@@ -80,11 +94,24 @@ class Rehearsal:
         )
         environment = {**os.environ, "REHEARSAL": json.dumps(asked), "PYTHONPATH": places}
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "TRITON_INTERPRET": "1"}
-        imports = f"import {self.stand_in}; " if self.stand_in else ""
-        command = [sys.executable, "-c", f"{imports}import rehearsed; raise SystemExit(rehearsed.main())", run]
+        command = [sys.executable, "-c", "import rehearsed; raise SystemExit(rehearsed.main())", run]
+        if self.on_card:
+            del environment["TRITON_INTERPRET"]
+            environment |= self._driver()
+            command = [sys.executable, "-m", "standin", "lent", run]
         command += ["--output", str(self.folder / output), *words]
         log = (self.folder / "log.txt").open("w")
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def _driver(self) -> dict[str, str]:
+        """What a machine with a card has: libcuda and nvidia-smi, found by their names."""
+        library = build(Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "include").parent
+        program = self.folder / "bin" / "nvidia-smi"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(NVIDIA_SMI)
+        program.chmod(0o755)
+        found = {"LD_LIBRARY_PATH": str(library), "TRITON_LIBCUDA_PATH": str(library)}
+        return found | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
 
     def run(self, run: str, *words: str, limit_s: float = WAIT_S, **more: Any) -> int:
         """A whole run, within its time; its exit status."""
@@ -111,7 +138,7 @@ class Rehearsal:
 
     def bytes(self, output: str = "out") -> bytes:
         """The file in a folder."""
-        return b"".join(path.read_bytes() for path in (self.folder / output).glob("gpu-cpu-*.jsonl"))
+        return b"".join(path.read_bytes() for path in (self.folder / output).glob("gpu-*.jsonl"))
 
     def last(self, output: str = "out") -> dict[str, Row]:
         """The last sample by "subject: cell"."""
@@ -237,6 +264,47 @@ def models(on: Rehearsal) -> None:
     on.expect((status, wrong) == (0, set()), f"exit status {status}, without a result: {sorted(wrong)}")
 
 
+def on_card(on: Rehearsal) -> None:
+    """As on a card: carried kernels are found, and one that is not there is compiled; launched by Triton they give
+    the right values, alone, in company and through descriptors; a launch that the card fails costs its cell."""
+    card = Rehearsal(on.folder / "card", ON_CARD, on_card=True, deviations=on.deviations)
+    (card.folder / "results").mkdir(parents=True)
+    status = card.run("carried")
+    card.expect(status == 0, f"exit status {status}, nothing is carried: {card.said[-600:]}")
+    names = list(json.loads((card.folder / "results" / "kernels" / "compiler.json").read_text())["keys"])
+    shutil.rmtree(card.folder / "results" / "kernels" / names[0])
+    words = ("kernels", "--budget-s", "120", "--cells", *CARD_CELLS)
+    status = card.run(*words, faults={LOST: 3})
+    last = card.last()
+    card.expect(status == 1, f"exit status {status} of a run with a failure: {card.said[-600:]}")
+    card.failed({LOST: "DeviceLost: AcceleratorError: CUDA error: an illegal memory access was encountered"})
+    compiled = last["compile: all"]["result"]
+    counts = {name: compiled.get(name) for name in ("from cache", "compiled", "failed")}
+    card.expect(counts == {"from cache": len(names) - 1, "compiled": 1, "failed": 0}, f"kernels: {counts}")
+    before = len(card.rows())
+    status = card.run(*words, "--retry")
+    again = {named(row) for row in card.rows()[before:]}
+    card.expect((status, again) == (0, {LOST}), f"exit status {status} without the fault, measured: {again}")
+    for name, row in card.last().items():
+        if row["subject"] in ("conformance", "kernels", "described"):
+            found = row["result"] or {}
+            # What an earlier cell of the process has loaded is not looked for again.
+            loaded = row["subject"] != "conformance" or found.get("from cache", 0) > 0
+            card.expect(loaded and "compiled" not in found, f"{name}: not by carried kernels: {found}")
+            card.expect(found.get("implementation") == "triton", f"{name}: not by Triton: {found}")
+            card.expect(found.get("replayed", True), f"{name}: not by a recording")
+
+
+def model_on_card(on: Rehearsal) -> None:
+    """As on a card: two layers of Small 4 in NVFP4, compiled as they are launched, give the reference's logits."""
+    card = Rehearsal(on.folder / "card", on_card=True, deviations=on.deviations)
+    (card.folder / "results").mkdir(parents=True, exist_ok=True)
+    status = card.run("models", "--budget-s", "120", "--cells", SLICE, output="models")
+    result = card.last("models")[SLICE]["result"] or {}
+    card.expect(status == 0, f"exit status {status}: {card.said[-600:]}")
+    card.expect(result.get("compiled", 0) > 0, f"{SLICE}: nothing was compiled: {result}")
+
+
 FIRST: tuple[Callable[[Rehearsal], None], ...] = (killed, short, rest, gone, retried)
 
 
@@ -251,7 +319,7 @@ def rehearse(on: Rehearsal, parts: Sequence[Callable[[Rehearsal], None]], say: C
         except Exception as error:  # whatever it is, it is a deviation
             on.deviations.append(f"{part.__name__}: {type(error).__name__}: {error}")
         verdict = "DEVIATES" if len(on.deviations) > before else "as it should be"
-        say(f"{part.__name__:10}{time.monotonic() - began:6.0f} s  {verdict}: {(part.__doc__ or '').strip()}")
+        say(f"{part.__name__:14}{time.monotonic() - began:6.0f} s  {verdict}: {(part.__doc__ or '').strip()}")
         for deviation in on.deviations[before:]:
             say(f"    {deviation}")
     return len(on.deviations)
@@ -261,12 +329,11 @@ def main() -> int:
     """All parts; exit status 1 with any deviation."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, metavar="DIR", help="default: a new one")
-    parser.add_argument("--stand-in", default="", metavar="MODULE", help="imported first in each process")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="gpu-rehearsal-"))
     print(f"in {folder}", flush=True)
-    on = Rehearsal(folder, stand_in=arguments.stand_in)
-    deviations = rehearse(on, (*FIRST, models), lambda line: print(line, flush=True))
+    on = Rehearsal(folder)
+    deviations = rehearse(on, (*FIRST, models, on_card, model_on_card), lambda line: print(line, flush=True))
     print(f"{deviations or 'no'} deviations; what the runs left is in {folder}")
     return 1 if deviations else 0
 

@@ -152,16 +152,21 @@ def make_toy_models() -> None:
     served.make_core = make_core
 
 
+def put_in_place() -> None:
+    """Have results lie in the rehearsal's folder, and belong to no commit."""
+    command.RESULTS = Path(ASKED["results"])
+    command.current_commit = lambda: "rehearsed"
+
+
 def main() -> int:
-    """Run it on the stand-in."""
+    """Run it."""
     make_toys()
     if "models" in sys.argv:
         make_toy_models()
     triton_interpreter.repair()
     device.require = lambda: None
-    command.RESULTS = Path(ASKED["results"])
+    put_in_place()
     command.touch = touch
-    command.current_commit = lambda: "rehearsed"
     command.RUNS = {
         name: (lambda device, groups=groups: [faulty(one) for one in groups(device)], seconds)
         for name, (groups, seconds) in command.RUNS.items()

@@ -4,7 +4,8 @@
     driver.py   Triton's driver on it; a launch that runs is checked, and goes to
     twin.py     a process that interprets the same kernels, on the same memory at the same addresses
     memory.py   torch's tensors in the card's memory; what torch does with them takes its turn in the queue
-    machine.py  torch.cuda, as far as the engine uses it
+    machine.py  torch.cuda, as far as the engine and benchmarks use it
+    lent.py     the benchmarks of a lent card, for its rehearsal
 
 Work waits in a queue until the host waits for a stream or an event; memory is poison until it is written, and again
 when it was freed; a recording replays its launches with the addresses that they had. So it finds: what the driver

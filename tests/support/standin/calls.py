@@ -120,6 +120,25 @@ def an_event_is_ready_when_the_work_before_it_has_run(machine: Machine, folder: 
 
 
 @case
+def a_timed_event_is_reached_when_the_work_before_it_has_run(machine: Machine, folder: Path) -> None:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    copy(sent(machine, torch.arange(64.0)))
+    end.record()
+    end.synchronize()
+    assert start.elapsed_time(end) > 0
+
+
+@case
+def what_torch_composes_waits_its_turn_in_inference_mode_too(machine: Machine, folder: Path) -> None:
+    """A conversion may be a view there, and comes undivided: it is none of what has not been computed yet."""
+    x = sent(machine, torch.arange(64.0))
+    with torch.inference_mode():
+        wide = copy(x).double()
+    assert torch.equal(machine.card.values(wide), torch.arange(64.0).double())
+
+
+@case
 def a_recorded_event_is_not_waited_for(machine: Machine, folder: Path) -> None:
     stream, event = (machine.library.made(name, 0) for name in ("cuStreamCreate", "cuEventCreate"))
     machine.library.call("cuStreamBeginCapture_v2", stream, 0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import nan
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,20 +15,30 @@ import torch
 from cuda_on_cpu import CpuBackend
 
 from cierzo.kernels.cuda.launch.kernel import Kernel
-from standin.library import NOT_READY, IllegalAddress
+from standin.library import ARENA_BYTES, NOT_READY, IllegalAddress
 from standin.memory import Stream, StreamedCard, undisturbed
 
 
 class Event:
     """In the place of torch.cuda.Event."""
 
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
+    def __init__(self, stream: Stream, *, enable_timing: bool = False, **_: Any) -> None:
+        self._stream, self._timed = stream, enable_timing
+        self._reached_s = nan
         self.handle = stream.library.made("cuEventCreate", 0)
 
     def record(self) -> None:
         """Behind all that was queued."""
+        if self._timed:
+            self._stream.enqueue(self._reached)
         self._stream.library.call("cuEventRecord", self.handle, self._stream.handle)
+
+    def _reached(self) -> None:
+        self._reached_s = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds from this one to another, as the interpreter took them."""
+        return (end._reached_s - self._reached_s) * 1e3
 
     def synchronize(self) -> None:
         """Wait."""
@@ -128,7 +140,7 @@ def replacements(card: StreamedCard) -> dict[str, Any]:
                 made.capture_end(current.handle)
 
     return {
-        "Event": lambda *_, **__: Event(current),
+        "Event": lambda **options: Event(current, **options),
         "Stream": lambda *_, **__: CudaStream(library),
         "CUDAGraph": lambda: Graph(current),
         "graph": graph,
@@ -140,7 +152,9 @@ def replacements(card: StreamedCard) -> dict[str, Any]:
         "current_device": lambda: 0,
         "device_count": lambda: 1,
         "get_device_capability": lambda device=None: (9, 0),
-        "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132),
+        "get_device_properties": lambda device=None: SimpleNamespace(
+            name="stand-in", major=9, minor=0, multi_processor_count=132, total_memory=ARENA_BYTES
+        ),
     }
 
 

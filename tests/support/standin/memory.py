@@ -109,6 +109,11 @@ class OnStream(TorchDispatchMode):
         flat, spec = tree_flatten((args, kwargs or {}))
         tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
         there = any(self.is_there(tensor) for tensor in tensors)
+        if there or self.making:
+            with self:  # within torch.inference_mode what is made of other operations comes as a whole
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         schema = func._schema
         written = [
             argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments
