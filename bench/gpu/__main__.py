@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import inf, isclose
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,9 +128,13 @@ class Measurement(Campaign[str, str]):
 def predicted(cell: str, num_bytes: float) -> dict[str, Any] | None:
     """Prediction for a cell from today's machine code (bench/gpu/predicted.py); None where there is none, or one of
     other work (all dense products of a layer are one cell there)."""
-    path = ROOT / "engine" / "cost" / "predicted.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["cells"].get(cell) if path.exists() else None
+    found = _cells(ROOT / "engine" / "cost" / "predicted.json").get(cell)
     return found if found and isclose(found["bytes"], num_bytes, rel_tol=0.01) else None
+
+
+@cache
+def _cells(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))["cells"]) if path.exists() else {}
 
 
 def prepared(groups: Sequence[Group], device: torch.device | None) -> Callable[..., Any]:

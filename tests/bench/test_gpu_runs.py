@@ -166,7 +166,7 @@ def test_a_run_names_no_gpu_itself() -> None:
 
 
 def test_models_need_no_more_than_what_is_bundled() -> None:
-    """Of the packages that a bare machine lacks: what the Makefile fetches for it."""
+    """A bare machine lacks packages; those that the Makefile fetches for it suffice."""
     makefile = (command.ROOT / "Makefile").read_text(encoding="utf-8")
     bundled = set(re.findall(r"'([a-z0-9]+)>=", makefile[makefile.index("gpu-bundle:") :]))
     there = {"torch", "triton", "numpy", "cupy"} | bundled

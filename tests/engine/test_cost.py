@@ -296,7 +296,7 @@ def test_what_the_gpu_bench_has_measured_takes_the_stated_shares_place(tmp_path:
 
 
 def test_a_measured_time_corrects_the_prediction_at_every_size(tmp_path: Path) -> None:
-    """Of the operation that was measured; of others the prediction stays."""
+    """Only the operation that was measured changes; predictions of others stay."""
     path = tmp_path / "gpu-h100-abc.jsonl"
     path.write_text("{}\n" + json.dumps(cell("linear, small4, decode 1, fp8", 7.0)) + "\n", encoding="utf-8")
     predicted = find_device("h100")

@@ -1,4 +1,4 @@
-"""What is compiled and recorded before a server is ready is all that its steps launch then."""
+"""Steps of a ready server launch nothing but what was compiled and recorded before."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Prepared:
-    """What a runner compiled and loaded, and what was launched that it had not."""
+    """Configurations that a runner compiled and loaded, and launches of others."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.compiled: list[str] = []

@@ -25,7 +25,7 @@ def served(folder: Path, name: str, seed: int, count: int) -> dict[str, list[Any
 def test_overlapped_recorded_steps_give_the_tokens_of_plain_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Of the dense model; test_standin_server.py has the other. `make standin` adds larger loads of both."""
+    """The dense model's steps; test_standin_server.py has the other. `make standin` adds larger loads of both."""
     more = range(request.config.getoption("--standin-loads"))
     for name, seed, count in [("small3", 1, 3), *((name, seed, 8) for seed in more for name in MODELS)]:
         found = served(tmp_path, name, seed, count)

@@ -1,4 +1,4 @@
-"""What work on meta tensors would take of a GPU's memory."""
+"""Bytes of a GPU's memory that work on meta tensors would take."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Rehearsal:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     def _driver(self) -> dict[str, str]:
-        """What a machine with a card has: libcuda and nvidia-smi, found by their names."""
+        """Stand-ins for what a machine with a card has: libcuda and nvidia-smi, found by their names."""
         library = build(Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "include").parent
         program = self.folder / "bin" / "nvidia-smi"
         program.parent.mkdir(exist_ok=True)

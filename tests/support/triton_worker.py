@@ -55,7 +55,7 @@ class Launching:
 
 
 def launched(configuration: Configuration) -> Any:
-    """What Triton has for a launch with tensors, and integers that it would like to specialise."""
+    """Kernel that Triton has for a launch with tensors, and integers that it would like to specialise."""
     values: dict[str, Any] = {}
     for name, kind in configuration.types.items():
         if kind.startswith("*"):
@@ -104,7 +104,7 @@ def difference(configuration: Configuration) -> str:
 
 
 def from_the_cache(configuration: Configuration) -> dict[str, Any]:
-    """Of each kernel that a launch asks for, whether Triton had it; and whether its launcher is there, or a C
+    """Tell of each kernel that a launch asks for, whether Triton had it; and whether its launcher is there, or a C
     compiler that makes it."""
     hits: list[bool] = []
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)

@@ -66,7 +66,7 @@ class Cupy:
         self.modules.append((*self.programs[number], options))
 
     def getVersion(self) -> tuple[int, int]:
-        """Of NVRTC."""
+        """NVRTC's."""
         return self.version
 
     def getCUBIN(self, number: int) -> bytes:

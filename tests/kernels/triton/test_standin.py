@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(folder: Path) -> dict[str, str]:
-    """What went wrong, by case. One process runs them: it imports torch once."""
+    """Errors by case. One process runs them: it imports torch once."""
     answers: dict[str, str] = ask("launches", str(folder))
     assert set(answers) == set(CASES)
     return answers

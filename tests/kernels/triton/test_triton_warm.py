@@ -48,7 +48,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_launch_finds_what_other_processes_compiled_and_calls_no_compiler(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One is launched that was not compiled, lest hits be counted where there are none."""
+    """A kernel that was not compiled is launched too, lest hits be counted where there are none."""
     *warmed, cold = NAMES
     assert ask("missing", *NAMES) == {"missing": [*NAMES]}
     assert not list((fresh / "cache").rglob("*.*"))

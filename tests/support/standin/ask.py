@@ -11,14 +11,14 @@ from typing import Any
 
 
 def environment() -> dict[str, str]:
-    """Of such a process: no interpreter, and this folder's modules."""
+    """Environment of such a process: no interpreter, and this folder's modules."""
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     variables["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(Path(__file__).resolve().parents[1])])
     return variables
 
 
 def ask(*arguments: str) -> Any:
-    """What `python -m standin` printed, JSON."""
+    """Output of `python -m standin`, read as JSON."""
     command = [sys.executable, "-m", "standin", *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]

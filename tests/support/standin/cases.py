@@ -1,4 +1,4 @@
-"""What the cases of launches.py and calls.py share: their list, a kernel that copies, and errors that must come."""
+"""Pieces that the cases of launches.py and calls.py share: a list, a kernel that copies, errors that must come."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def a_full_card_is_no_fault(machine: Machine, folder: Path) -> None:
 
 
 def staged(staging: Staging) -> list[Tensor]:
-    """What launches found in arrays that were sent one after the other, as a long prompt's chunks are."""
+    """Values that launches found in arrays that were sent one after the other, as a long prompt's chunks are."""
     arrays = [np.full(64, step, np.float32) for step in range(5)]
     return [copy(staging.to_device([array])[0]) for array in arrays]
 

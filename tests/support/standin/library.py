@@ -130,7 +130,7 @@ class Library:
             self.fault(error, ILLEGAL_ADDRESS if isinstance(error, IllegalAddress) else ASSERT)
 
     def fault(self, error: BaseException, result: int) -> None:
-        """What was queued has failed: every later call returns the result."""
+        """Return the error of queued work that failed from every later call."""
         self.failures.append(error)
         self.raw("standin_fault", result)
 

@@ -73,7 +73,7 @@ class Graph:
         self._ready = 0
 
     def capture_end(self, handle: int) -> None:
-        """What was recorded on a stream is now this graph."""
+        """Keep as this graph what was recorded on a stream."""
         graph = ctypes.c_uint64()
         self._stream.library.call("cuStreamEndCapture", handle, ctypes.byref(graph))
         self._ready = self._stream.library.made("cuGraphInstantiateWithFlags", graph.value, 0)

@@ -246,7 +246,7 @@ class StreamedCard(Card):
         return self.now(tensor)
 
     def now(self, tensor: Tensor) -> Tensor:
-        """What lies there now, for a test."""
+        """Bytes that lie there now, for a test."""
         found: list[Tensor] = []
         undisturbed(lambda: found.append(Place.of(tensor).tensor().clone()))()
         return found[0]

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def plainly(
     folder: Path, name: str, requests: list[tuple[int, Submit]], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, list[Any]]:
-    """Their answers, by request; see engines.answers."""
+    """Answers of these steps, by request; see engines.answers."""
     config = make_config(folder, name, overlap="off")
     with gpu_kernels(monkeypatch):
         model = load_model(config, *MODELS[name][2:])

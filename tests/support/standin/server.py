@@ -30,7 +30,7 @@ STARTED = ("subprocess.Popen", "os.posix_spawn", "os.fork", "os.exec")  # audit 
 
 
 class Activity:
-    """What must be done before a server is ready, counted."""
+    """Counts of what must be done before a server is ready."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
