@@ -4,9 +4,15 @@ CierzoError
 ├── InvalidRequest        the request cannot be served as it is: field, limit, value
 │   └── ProtocolError     the bytes on the wire are not the protocol
 │       └── VersionMismatch, FrameTooLarge, UnknownMethod
+├── NotFound              no request has this id
+├── KeyReused             an idempotency key came again with another request
 ├── Overloaded            a bounded queue is full: try again after `retry_after_s`
+│   └── DeadlineUnreachable   the queue before it is too long for its deadline
 ├── Draining              the server finishes its work and takes no more
+├── Interrupted           the server stops before the answer is complete: resume it elsewhere
+├── SlowReader            output was left unread for too long
 ├── CoreFailed            the core process died or a step failed
+│   └── CoreStalled       the core process shows no sign of life
 ├── ConnectionLost        (client side) the server went away in the middle
 ├── ConfigError           a setting is unknown, malformed or does not fit: field, limit, value
 └── CheckpointError       a checkpoint is not what its config says: tensor or file named
@@ -94,6 +100,26 @@ class Overloaded(CierzoError):
     retry = True
 
 
+class DeadlineUnreachable(Overloaded):
+    """The estimate of queue and prefill exceeds the deadline; `retry_after_s`: when it would no longer, if ever."""
+
+    code = "deadline_unreachable"
+
+
+class NotFound(CierzoError):
+    """No request has this id: it has never been, it is another's, or it was forgotten."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class KeyReused(CierzoError):
+    """An idempotency key came again, with another request under it."""
+
+    code = "key_reused"
+    http_status = 422
+
+
 class Draining(CierzoError):
     """The server finishes what it has and accepts nothing new."""
 
@@ -102,12 +128,34 @@ class Draining(CierzoError):
     retry = True
 
 
+class Interrupted(CierzoError):
+    """The server stops before the answer is complete. It can be resumed elsewhere, from the tokens that came."""
+
+    code = "interrupted"
+    http_status = 503
+    retry = True
+
+
+class SlowReader(CierzoError):
+    """The client left output of a stream unread for too long; the bound is named."""
+
+    code = "slow_reader"
+    http_status = 408
+
+
 class CoreFailed(CierzoError):
     """The core process died, or a step failed for this request."""
 
     code = "core_failed"
     http_status = 500
     retry = True
+
+
+class CoreStalled(CoreFailed):
+    """The core process shows no sign of life; it is replaced if that lasts."""
+
+    code = "core_stalled"
+    http_status = 503
 
 
 class ConnectionLost(CierzoError):

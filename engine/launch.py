@@ -25,7 +25,6 @@ from cierzo.engine.messages import ModelInfo
 log = logging.getLogger(__name__)
 
 HEALTH_CHECK_S = 0.5
-DRAIN_S = 30.0
 SPARE_FILES = 64  # descriptors besides the connections: sockets to the core, logs, libraries
 
 
@@ -62,11 +61,11 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     await server.start()
     print(config.describe(), flush=True)
     try:
-        startup = await _first(link.start(frontend), signals.get())
+        startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):
             return 128 + startup
         print(f"{startup}\nready: {config.name} at {server.address}", flush=True)
-        return await _until_stopped(signals, frontend)
+        return await _until_stopped(signals, frontend, config.frontend.drain_s)
     finally:
         await server.close()
         await frontend.close()
@@ -81,15 +80,15 @@ def _signals() -> asyncio.Queue[signal.Signals]:
     return queue
 
 
-async def _until_stopped(signals: asyncio.Queue[signal.Signals], frontend: Frontend) -> int:
+async def _until_stopped(signals: asyncio.Queue[signal.Signals], frontend: Frontend, drain_s: float) -> int:
     """SIGINT stops at once; SIGTERM first lets the open requests finish, for a while or until a second signal."""
     reason = await _first(signals.get(), _failed(frontend))
     if reason is None:
         raise CoreFailed("the core died too often; see the log above")
-    if reason == signal.SIGTERM and frontend.num_streams:
-        log.info("draining %d requests, at most %g s", frontend.num_streams, DRAIN_S)
+    if reason == signal.SIGTERM and len(frontend.streams):
+        log.info("draining %d requests, at most %g s", len(frontend.streams), drain_s)
         frontend.drain()
-        await _first(frontend.drained(), signals.get(), asyncio.sleep(DRAIN_S))
+        await _first(frontend.drained(), signals.get(), asyncio.sleep(drain_s))
     return 0
 
 

@@ -13,7 +13,10 @@ from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import Finish, FinishReason, TokenDelta, TokenLogprobs
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+OLDEST_VERSION = 2  # spoken too; it knows no features
+# Named abilities, which hello asks for and welcome grants. What belongs to one that was not granted is an error.
+FEATURES = ("accounting", "attach", "credit", "keepalive", "resume")
 MAGIC = "cierzo"
 
 __all__ = ["ExpertStatistics", "Finish", "FinishReason", "SamplingParams", "TokenDelta", "TokenLogprobs"]
@@ -27,11 +30,13 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """First frame of a connection."""
+    """First frame of a connection. `features`: names of FEATURES that the client wants; welcome grants those that
+    the server has."""
 
     magic: str = MAGIC
     version: int = PROTOCOL_VERSION
     client: str = ""
+    features: list[str] = []
 
 
 class ToolCall(Message, frozen=True):
@@ -52,24 +57,64 @@ class ChatMessage(Message, frozen=True):
     tool_call_id: str = ""
 
 
+class Attach(Message, frozen=True, tag="attach"):
+    """Part of a prompt that is too long for one frame (feature "attach"): bytes that are appended to what was
+    attached to `stream` before. The `generate` that follows says by `attached` which field they stand for.
+    """
+
+    stream: int
+    data: bytes
+
+
 class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
-    """Start a generation. Exactly one of `text`, `messages`, `token_ids`.
+    """Start a generation. Exactly one of `text`, `messages`, `token_ids`, `attached`.
 
     `stream` is an id that the client chooses, unique among its open streams of this connection.
+    `attached` ("text", "messages" or "token_ids"): the attached bytes are the MessagePack of that field's value.
     `output_token_ids` resumes: tokens already generated for this prompt (needs the seed of the first run).
     `deltas` false asks for the final record alone. `priority`: lower runs first. `deadline_s` counts from arrival.
+    `idempotency_key` (feature "resume"): the same key never generates twice; a second `generate` with it joins the
+    first one from its first token.
     """
 
     stream: int
     text: str | None = None
     messages: list[ChatMessage] | None = None
     token_ids: list[int] | None = None
+    attached: str | None = None
     sampling: SamplingParams = SamplingParams()
     output_token_ids: list[int] = []
     reasoning_effort: str | None = None
     priority: int = 0
     deadline_s: float | None = None
     deltas: bool = True
+    idempotency_key: str | None = None
+
+
+class Resume(Message, frozen=True, tag="resume"):
+    """Go on with a request whose connection was lost, or take it over from another one (feature "resume").
+
+    `request_id` is that of its `accepted`; `received[i]`: tokens of sample i that the client has. The deltas go on
+    from there, text included; if the request has ended meanwhile, what is left and its final record come.
+    """
+
+    stream: int
+    request_id: str
+    received: list[int]
+
+
+class CancelRequest(Message, frozen=True, tag="cancel_request"):
+    """Cancel the request `request_id` from any connection (feature "resume"). Answered by Done, or not_found."""
+
+    stream: int
+    request_id: str
+
+
+class Credit(Message, frozen=True, tag="credit"):
+    """The client has consumed deltas of `stream` that cost so many `bytes` (feature "credit"; `delta_cost`)."""
+
+    stream: int
+    bytes: int
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
@@ -102,33 +147,74 @@ class GetModel(Message, frozen=True, tag="model"):
     stream: int
 
 
-class Drain(Message, frozen=True, tag="drain"):
-    """Refuse new requests, finish those accepted, then answer."""
+class Drain(Message, frozen=True, tag="drain", omit_defaults=True):
+    """Refuse new requests, finish those accepted, then answer Drained. `undo`: take requests again; answered by
+    Done."""
+
+    stream: int
+    undo: bool = False
+
+
+class Pong(Message, frozen=True, tag="pong"):
+    """Answer to Ping, of either side: a server pings a silent client that has the feature "keepalive"."""
 
     stream: int
 
 
-ClientMessage = Hello | Generate | Cancel | Ping | GetHealth | GetStats | GetModel | Drain
+ClientMessage = (
+    Hello
+    | Attach
+    | Generate
+    | Resume
+    | Cancel
+    | CancelRequest
+    | Credit
+    | Ping
+    | Pong
+    | GetHealth
+    | GetStats
+    | GetModel
+    | Drain
+)
 
 # --- front end -> client -----------------------------------------------------------------------------------
 
 
-class Limits(Message, frozen=True):
-    """Limits that the front end enforces on this connection."""
+class Limits(Message, frozen=True, omit_defaults=True):
+    """Limits that the front end enforces on this connection. Those with a default are told to clients that have the
+    feature that they belong to: attached bytes of a stream; delta cost in bytes that a stream may have outstanding;
+    seconds of silence after which a ping comes, and the connection ends if nothing answers it as long again.
+    """
 
     max_frame_bytes: int
     max_streams: int
     max_model_len: int
     max_samples: int
+    max_attached_bytes: int = 0
+    stream_credit_bytes: int = 0
+    keepalive_s: float = 0.0
 
 
-class Welcome(Message, frozen=True, tag="welcome"):
-    """Answer to Hello."""
+class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
+    """Answer to Hello: the version that both speak, and the features that are granted."""
 
     version: int
     server: str
     model: str
     limits: Limits
+    features: list[str] = []
+
+
+class Accepted(Message, frozen=True, tag="accepted"):
+    """First message of a stream that was accepted (feature "resume"). `request_id`: 128 random bits in hex, which
+    whoever knows them may resume and cancel by. `seed` repeats the generation. `queue_position`: requests before it
+    that have no token yet. `deadline_s`: what counts, from arrival."""
+
+    stream: int
+    request_id: str
+    seed: int
+    queue_position: int
+    deadline_s: float
 
 
 class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
@@ -147,6 +233,22 @@ class Usage(Message, frozen=True):
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int
+
+
+class Cost(Message, frozen=True):
+    """Work of the core for a request (feature "accounting"), over all its samples and, if it was paused or a core
+    died, all its runs that a core reported.
+
+    computed_tokens: rows of steps; recomputed_tokens: of these, tokens that had been computed before, and were lost
+    to a preemption, a pause or a core's death. steps: those that had a row of it, counted by sample.
+    kv_block_s: blocks held, times seconds; a block that several sequences share counts for each.
+    """
+
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    kv_block_s: float = 0.0
 
 
 class Timings(Message, frozen=True):
@@ -175,7 +277,7 @@ class SampleEnd(Message, frozen=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
 
 
-class Final(Message, frozen=True, tag="final"):
+class Final(Message, frozen=True, tag="final", omit_defaults=True):
     """Last message of a stream that was accepted. `seed` repeats a generation."""
 
     stream: int
@@ -183,6 +285,7 @@ class Final(Message, frozen=True, tag="final"):
     usage: Usage
     timings: Timings
     seed: int
+    cost: Cost | None = None
 
 
 class Failure(Message, frozen=True, tag="error", omit_defaults=True):
@@ -198,23 +301,27 @@ class Failure(Message, frozen=True, tag="error", omit_defaults=True):
     retry_after_s: float | None = None
 
 
-class Pong(Message, frozen=True, tag="pong"):
-    """Answer to Ping."""
+class Done(Message, frozen=True, tag="done"):
+    """Answer to a message that has no other: it was done."""
 
     stream: int
 
 
 class Health(Message, frozen=True, tag="health_reply"):
-    """`state` is loading, ready, draining or failed."""
+    """`state` is loading, ready, stalled, draining or failed."""
 
     stream: int
     state: str
     uptime_s: float
 
 
-class CoreStats(Message, frozen=True):
+class CoreStats(Message, frozen=True, omit_defaults=True):
     """Gauges and counters of scheduler and cache, as the core last published them.
 
+    computed_tokens, recomputed_tokens, sequence_steps, kv_block_s: sums of what `Cost` says of each request.
+    waiting_tokens: known tokens of running and waiting sequences that are not computed yet. prefill_tokens_per_s:
+    rate at which steps with prompts in them computed their tokens of late; 0 before the first one. step_s: time of
+    a step of late. Version 2 has none of these.
     experts: which ones the tokens of all its steps chose; None where they are not counted.
     """
 
@@ -229,6 +336,13 @@ class CoreStats(Message, frozen=True):
     output_tokens: int = 0
     preemptions: int = 0
     finished: int = 0
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    sequence_steps: int = 0
+    kv_block_s: float = 0.0
+    waiting_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
+    step_s: float = 0.0
     experts: ExpertStatistics | None = None
 
 
@@ -271,17 +385,18 @@ class Drained(Message, frozen=True, tag="drained"):
 
 
 ServerMessage = (
-    Welcome | Delta | Final | Failure | Pong | Health | Stats | ModelInfo | Drained
+    Welcome | Accepted | Delta | Final | Failure | Ping | Pong | Done | Health | Stats | ModelInfo | Drained
 )  # Hello is answered by Welcome; every other client message by the reply that carries its stream id
 
 # --- front end -> core -------------------------------------------------------------------------------------
 
 
 class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
-    """A validated request. `sampling.seed` is set, `deadline_s` counts from when the core reads this.
+    """A validated request. `sampling.seed` is set.
 
     Prompt and generated tokens travel apart because the form in which a token is computed belongs to it.
-    `first_sample`: the samples are numbered from here (a restart resubmits only those that still run).
+    `arrival_s` (None: now) and `deadline_at_s` are readings of the machine's monotonic clock, which both processes
+    share. `first_sample`: the samples are numbered from here (a restart resubmits only those that still run).
     """
 
     request_id: int
@@ -289,7 +404,8 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     sampling: SamplingParams
     output_token_ids: list[int] = []
     priority: int = 0
-    deadline_s: float | None = None
+    arrival_s: float | None = None
+    deadline_at_s: float | None = None
     first_sample: int = 0
 
 

@@ -81,7 +81,11 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """How a sequence ended, and what it cost. Times in seconds; `stop_token_id` set when a token ended it."""
+    """How a sequence ended, and what it cost. Times in seconds; `stop_token_id` set when a token ended it.
+
+    computed_tokens: rows of steps that were its; recomputed_tokens: of these, tokens that this core had computed
+    before. steps: those with a row of it. kv_block_s: blocks that it held, times seconds.
+    """
 
     reason: FinishReason
     message: str
@@ -93,6 +97,10 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
     queue_s: float
     prefill_s: float
     decode_s: float
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    steps: int = 0
+    kv_block_s: float = 0.0
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):

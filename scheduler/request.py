@@ -25,7 +25,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A sequence to run. `sampling.seed` is set.
 
     `output_token_ids` resumes: tokens generated before, which count as output and are not delivered again.
-    `deadline_s` counts from `arrival_s`, a reading of the scheduler's clock (None: now).
+    `arrival_s` (None: now) and `deadline_at_s` are readings of the scheduler's clock.
     """
 
     request_id: int
@@ -35,8 +35,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
     priority: int = 0
-    deadline_s: float | None = None
     arrival_s: float | None = None
+    deadline_at_s: float | None = None
 
 
 class State(Enum):

@@ -99,8 +99,8 @@ class Scheduler:
         self._live.setdefault(new.request_id, {})[new.sample] = request
         if self._ends_on_arrival(request):
             return
-        if new.deadline_s is not None:
-            self._deadlines.push(request, (arrived_at + new.deadline_s, order[1]))
+        if new.deadline_at_s is not None:
+            self._deadlines.push(request, (new.deadline_at_s, order[1]))
         if new.sampling.n == 1 or not self._cache.prefix_caching or self._gate.enter(request):
             self._enqueue(request)
 

@@ -213,7 +213,7 @@ class World:
             prompt_token_ids=prompt,
             sampling=sampling,
             priority=rng.randint(-1, 1),
-            deadline_s=rng.choice((None, None, None, 0.5, 10.0, 60.0)),
+            deadline_at_s=rng.choice((None, None, None, self.now + 0.5, self.now + 10.0, self.now + 60.0)),
         )
         if sampling.n == 1 and len(prompt) < limit and rng.random() < 0.2:
             before = alone(request, self)[0].tokens
@@ -318,7 +318,7 @@ def alone(request: Submit, world: World) -> list[Answer]:
     cache = CacheConfig(block_tokens=16, num_blocks=4 * (limits.max_model_len // 16 + 1), prefix_caching=False)
     runner = SoakRunner(cache, 4, world.sampled)
     core = EngineCore(fake_config(limits, cache, vocab_size=VOCAB, eos_token_ids=EOS), runner, lambda: 0.0)
-    core.submit(msgspec.structs.replace(request, deadline_s=None))
+    core.submit(msgspec.structs.replace(request, arrival_s=None, deadline_at_s=None))
     first, n = request.first_sample, request.sampling.n
     answers = {sample: Answer(request, list(request.output_token_ids)) for sample in range(first, first + n)}
     while any(answer.finish is None for answer in answers.values()):

@@ -17,18 +17,47 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     address: Annotated[str, Meta(description='"HOST:PORT" or "unix:PATH"')] = "127.0.0.1:7071"
 
     # connections
-    max_frame_bytes: Annotated[int, Meta(ge=1, description="longest frame of a client, bytes")] = 16 * 1024 * 1024
+    max_frame_bytes: Annotated[int, Meta(ge=1024, description="longest frame of a client, bytes")] = 4 * 1024 * 1024
+    max_attached_bytes: Annotated[
+        int, Meta(ge=0, description="attached bytes of one prompt that is too long for a frame")
+    ] = 64 * 1024 * 1024
+    max_unencoded_bytes: Annotated[
+        int, Meta(ge=1, description="bytes of all prompts that are attached or wait to be encoded")
+    ] = 256 * 1024 * 1024
     max_connections: Annotated[int, Meta(ge=1, description="connections open at a time")] = 1024
     max_streams_per_connection: Annotated[int, Meta(ge=1, description="generations open on one connection")] = 1024
+    max_cancels_per_s: Annotated[
+        int,
+        Meta(ge=1, description="generations that a connection may open and cancel a second, over ten"),
+    ] = 200
     handshake_timeout_s: Annotated[
         float, Meta(gt=0, description="seconds until a connection that has not said hello is closed")
     ] = 5.0
+    keepalive_s: Annotated[
+        float, Meta(gt=0, description="seconds of silence after which a client is pinged; as many later it is gone")
+    ] = 20.0
     high_water_bytes: Annotated[
         int, Meta(ge=1, description="unsent bytes of a connection from which on its deltas are merged")
     ] = 256 * 1024
+    stream_credit_bytes: Annotated[
+        int, Meta(ge=1024, description="cost of the deltas that a stream may have sent and its client not consumed")
+    ] = 256 * 1024
     max_pending_bytes: Annotated[
-        int, Meta(ge=1, description="merged bytes that a connection may leave unread before it is closed")
-    ] = 8 * 1024 * 1024
+        int, Meta(ge=1, description="heap of a stream's merged deltas; past it the stream is paused")
+    ] = 1024 * 1024
+    slow_reader_s: Annotated[
+        float, Meta(gt=0, description="seconds that a stream may stay paused before it is ended")
+    ] = 10.0
+    max_answer_bytes: Annotated[
+        int, Meta(ge=1, description="heap of an answer that is kept whole, for deltas=false and for resuming")
+    ] = 64 * 1024 * 1024
+    orphan_s: Annotated[
+        float, Meta(ge=0, description="seconds that a request goes on without its connection, to be resumed")
+    ] = 60.0
+    idempotency_s: Annotated[
+        float, Meta(gt=0, description="seconds for which idempotency keys and their answers are kept")
+    ] = 600.0
+    max_idempotency_keys: Annotated[int, Meta(ge=0, description="idempotency keys kept at a time")] = 65_536
 
     # requests
     max_open_samples: Annotated[
@@ -45,17 +74,40 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_logit_bias: Annotated[int, Meta(ge=0, description="entries of logit_bias")] = 1024
     max_abs_priority: Annotated[int, Meta(ge=0, description="priorities lie within plus or minus this")] = 100
     max_deadline_s: Annotated[float, Meta(gt=0, description="longest deadline, seconds")] = 86_400.0
+    default_deadline_s: Annotated[
+        float, Meta(gt=0, description="deadline of a request that names none, seconds")
+    ] = 3600.0
     retry_after_s: Annotated[float, Meta(gt=0, description="hint given with overloaded and draining, seconds")] = (
         1.0
     )
-    thread_encode_chars: Annotated[
-        int, Meta(ge=0, description="prompts longer than this are encoded in a thread, off the event loop")
-    ] = 16_384
+    inline_chars: Annotated[
+        int, Meta(ge=0, description="prompts longer than this are encoded by a process of their own")
+    ] = 2048
+    encoders: Annotated[int, Meta(ge=1, le=64, description="processes that encode long prompts")] = 1
+
+    # the end
+    lame_duck_s: Annotated[
+        float,
+        Meta(ge=0, description="seconds from SIGTERM, and a health that says draining, to the end of admission"),
+    ] = 0.0
+    drain_s: Annotated[
+        float, Meta(ge=0, description="seconds that open requests have to finish after admission has ended")
+    ] = 25.0
 
     # core process
     max_core_restarts: Annotated[
-        int, Meta(ge=0, description="deaths of the core in the window; one more, and open requests fail")
+        int,
+        Meta(ge=0, description="deaths of cores without a committed step in the window; one more, and all ends"),
     ] = 3
+    max_core_restarts_per_hour: Annotated[
+        int, Meta(ge=0, description="deaths of cores in an hour; one more, and all ends")
+    ] = 100
+    core_stall_s: Annotated[
+        float, Meta(gt=0, description="seconds without a sign of life after which the core counts as stalled")
+    ] = 1.5
+    core_hang_s: Annotated[
+        float, Meta(gt=0, description="seconds without a sign of life after which the core is killed and replaced")
+    ] = 10.0
     core_restart_window_s: Annotated[
         float, Meta(gt=0, description="window in which deaths of the core are counted, seconds")
     ] = 60.0

@@ -50,21 +50,21 @@ Spawn = Callable[[str], Awaitable[CoreProcess]]  # path of the socket -> a proce
 
 
 class CoreEvents(Protocol):
-    """Who is told: the `Frontend`."""
+    """Who is told: the front end's `CoreSide`."""
 
-    def core_ready(self) -> None:
+    def ready(self) -> None:
         """A core takes commands."""
         ...
 
-    def core_step(self, step: StepOutput) -> None:
+    def step(self, step: StepOutput) -> None:
         """Take what the core made in a step."""
         ...
 
-    def core_lost(self) -> None:
+    def lost(self) -> None:
         """Learn that the core has died, and that another one is being started."""
         ...
 
-    def core_failed(self, error: CierzoError) -> None:
+    def failed(self, error: CierzoError) -> None:
         """Learn that the core has died too often: there will be no other."""
         ...
 
@@ -141,12 +141,12 @@ class CoreLink:
         """
         self._events = events
         ready = await self._launch()
-        events.core_ready()
+        events.ready()
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
         return ready.startup
 
     def send(self, command: CoreCommand) -> None:
-        """Write a command. To a core that has just died it is lost; `core_lost` and `core_ready` then follow."""
+        """Write a command. To a core that has just died it is lost; `lost` and `ready` then follow."""
         pipe = self._pipe
         if pipe is not None and pipe.transport is not None and not pipe.lost.done():
             pipe.transport.write(pack((command,)))
@@ -169,7 +169,7 @@ class CoreLink:
         remove_folder = partial(shutil.rmtree, folder, ignore_errors=True)
         try:
             path = os.path.join(folder, "core.sock")
-            pipe = self._pipe = _Pipe(self._hello, remove_folder, self._events.core_step)
+            pipe = self._pipe = _Pipe(self._hello, remove_folder, self._events.step)
             listener = await asyncio.get_running_loop().create_unix_server(lambda: pipe, path)
             try:
                 os.chmod(path, 0o600)
@@ -210,7 +210,7 @@ class CoreLink:
             assert self._pipe is not None
             await asyncio.wait({self._pipe.lost})  # unlike `await`, its cancellation leaves the future alone
             error: CierzoError = self._pipe.last_error or CoreFailed("the core process died")
-            self._events.core_lost()
+            self._events.lost()
             await self._reap()
             while True:
                 log.error("the core is gone: %s; starting it again", error.message)
@@ -218,14 +218,14 @@ class CoreLink:
                 while deaths[0] < deaths[-1] - self._config.core_restart_window_s:
                     deaths.popleft()
                 if len(deaths) > self._config.max_core_restarts:
-                    self._events.core_failed(_too_often(error, self._config))
+                    self._events.failed(_too_often(error, self._config))
                     return
                 try:
                     await self._launch()
                     break
                 except CierzoError as again:
                     error = again
-            self._events.core_ready()
+            self._events.ready()
 
     async def _reap(self) -> None:
         """No process and no socket is left behind."""

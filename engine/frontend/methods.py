@@ -72,13 +72,13 @@ class Methods:
             Stats(
                 stream=message.stream,
                 device=frontend.model.device,
-                connections=frontend.num_connections,
-                streams=frontend.num_streams,
+                connections=frontend.streams.num_sinks,
+                streams=len(frontend.streams),
                 accepted=counters.accepted,
                 refused=counters.refused,
                 finished=counters.finished,
-                core_restarts=counters.core_restarts,
-                core=frontend.core_stats,
+                core_restarts=frontend.core.num_restarts,
+                core=frontend.core.stats,
             )
         )
 

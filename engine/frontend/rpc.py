@@ -32,7 +32,7 @@ from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter, pack
 from cierzo.engine.frontend.frontend import Frontend, failure
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.validate import mistyped
-from cierzo.engine.messages import MAGIC, PROTOCOL_VERSION, ClientMessage, Limits, Message, Welcome
+from cierzo.engine.messages import MAGIC, OLDEST_VERSION, PROTOCOL_VERSION, ClientMessage, Limits, Message, Welcome
 
 log = logging.getLogger(__name__)
 
@@ -183,9 +183,9 @@ class Connection(asyncio.Protocol):
             raise ProtocolError(f"the first frame is no hello: {error}", field="type", limit="hello") from error
         if hello.magic != MAGIC:
             raise ProtocolError("hello has the wrong magic", field="magic", limit=MAGIC, value=hello.magic)
-        if hello.version != PROTOCOL_VERSION:
+        if not OLDEST_VERSION <= hello.version <= PROTOCOL_VERSION:
             raise VersionMismatch(
-                f"the server speaks version {PROTOCOL_VERSION}, the client {hello.version}",
+                f"the server speaks versions {OLDEST_VERSION} to {PROTOCOL_VERSION}, the client {hello.version}",
                 field="version",
                 limit=PROTOCOL_VERSION,
                 value=hello.version,
@@ -194,7 +194,7 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._server.frontend.connect(self)
-        self.put(self._server.welcome())
+        self.put(self._server.welcome(hello.version))
 
     def _undecodable(self, body: memoryview, error: Exception) -> None:
         """End the stream that the message is about, or raise ProtocolError if that cannot be read."""
@@ -284,11 +284,11 @@ class RpcServer:
         if self._socket_path is not None and os.path.exists(self._socket_path):
             os.unlink(self._socket_path)
 
-    def welcome(self) -> Welcome:
-        """The answer to Hello."""
+    def welcome(self, version: int) -> Welcome:
+        """The answer to a Hello of this version."""
         config, model = self.config, self.frontend.model
         return Welcome(
-            version=PROTOCOL_VERSION,
+            version=version,
             server=f"cierzo {__version__}",
             model=model.name,
             limits=Limits(

@@ -85,8 +85,9 @@ class Sample:
 class Stream:
     """An accepted request. `submit` is None while its prompt is still being encoded.
 
-    `arrived` is a time of the clock in seconds; `sent_s` (None: the core that runs now has not got it) and
-    `first_token_s` count from there. `deaths`: how many cores have died that had it.
+    `arrived` and `deadline_at_s` are times of the clock in seconds; `sent_s` (None: the core that runs now has not
+    got it) and `first_token_s` count from arrival. `run_id`: the core's name of its present run. `deaths`: how many
+    cores have died that had it.
     """
 
     request_id: int
@@ -96,7 +97,9 @@ class Stream:
     num_samples: int
     num_tokens: int
     arrived: float
+    deadline_at_s: float
     submit: Submit | None = None
+    run_id: int = -1
     aborted: FinishReason | None = None
     sent_s: float | None = None
     first_token_s: float | None = None
@@ -152,33 +155,28 @@ class Stream:
         output_tokens, waited_s = len(sample.token_ids), now - self.arrived
         self.end(sample, Finish(reason, message, None, prompt_tokens, output_tokens, 0, 0, waited_s, 0.0, 0.0))
 
-    def submits(self, now: float) -> list[Submit]:
+    def submits(self, run_id: int) -> list[Submit]:
         """Build the messages that make a core compute the rest: one `Submit` for all samples, or, once tokens have
         come, one for each sample that still runs.
 
         The same tokens follow, as the seed is kept and random numbers belong to (seed, sample, position).
         """
-        submit = self.submit
-        assert submit is not None
+        assert self.submit is not None
+        submit = msgspec.structs.replace(
+            self.submit, request_id=run_id, arrival_s=self.arrived, deadline_at_s=self.deadline_at_s
+        )
         if self.first_token_s is None and self.running == len(self.samples):
-            return [msgspec.structs.replace(submit, deadline_s=self.remaining_s(now))]
+            return [submit]
         return [
             msgspec.structs.replace(
                 submit,
                 sampling=msgspec.structs.replace(submit.sampling, n=1),
                 output_token_ids=sample.token_ids,
                 first_sample=sample.index,
-                deadline_s=self.remaining_s(now),
             )
             for sample in self.samples
             if sample.finish is None
         ]
-
-    def remaining_s(self, now: float) -> float | None:
-        """Seconds to the deadline, None without one."""
-        if self.submit is None or self.submit.deadline_s is None:
-            return None
-        return self.submit.deadline_s - (now - self.arrived)
 
     def final(self, now: float) -> Final:
         """The last message, once no sample runs."""
@@ -198,11 +196,11 @@ class Stream:
         )
 
     def _timings(self, finishes: list[Finish], total_s: float) -> Timings:
-        """By the front end's clock, but for the wait inside the core, which only the core knows.
+        """By the front end's clock, but for the wait until the first step, which only the core knows.
 
         If a core has died since the first token, nobody knows that wait any more: it counts as prefill.
         """
-        started_s = (self.sent_s or 0.0) + min(finish.queue_s for finish in finishes)
+        started_s = min(finish.queue_s for finish in finishes)
         first_token_s = total_s if self.first_token_s is None else self.first_token_s
         if not any(finish.prefill_s for finish in finishes):
             started_s = total_s  # it never ran

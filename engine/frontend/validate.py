@@ -46,8 +46,10 @@ def request(
     model: ModelInfo,
     special_ids: Mapping[str, int] = {},
 ) -> Submit:
-    """The `Submit` of a message that passed `fields`. `max_tokens` is cut to what is left of `max_model_len`; stop
-    strings that are special tokens of the model are stop tokens to the core, which finds no text in them.
+    """The `Submit` of a message that passed `fields`, without its times.
+
+    `max_tokens` is cut to what is left of `max_model_len`; stop strings that are special tokens of the model are
+    stop tokens to the core, which finds no text in them.
 
     Raises InvalidRequest if the prompt is empty, too long, or has ids outside the vocabulary.
     """
@@ -77,7 +79,6 @@ def request(
         ),
         output_token_ids=message.output_token_ids,
         priority=message.priority,
-        deadline_s=message.deadline_s,
     )
 
 

@@ -102,7 +102,8 @@ class EngineCore:
                 sampling=submit.sampling,
                 eos_token_ids=self._config.model.eos_token_ids,
                 priority=submit.priority,
-                deadline_s=submit.deadline_s,
+                arrival_s=submit.arrival_s,
+                deadline_at_s=submit.deadline_at_s,
             )
             try:
                 self._scheduler.add(new)

@@ -243,7 +243,12 @@ def test_abort_and_deadline_end_a_request_at_once() -> None:
     core = make_core(clock=clock)
     core.submit(submit(1, [1, 2], max_tokens=20, n=2, ignore_eos=True))
     core.submit(
-        Submit(request_id=2, prompt_token_ids=[5], sampling=SamplingParams(max_tokens=20, seed=0), deadline_s=3.0)
+        Submit(
+            request_id=2,
+            prompt_token_ids=[5],
+            sampling=SamplingParams(max_tokens=20, seed=0),
+            deadline_at_s=clock() + 3.0,
+        )
     )
     outcomes: Outcomes = {}
     for _ in range(3):

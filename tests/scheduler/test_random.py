@@ -235,7 +235,7 @@ def add_samples(traffic: Traffic, request_id: int, operation: tuple) -> None:  #
             sampling=sampling,
             eos_token_ids=(EOS,),
             priority=priority,
-            deadline_s=deadline_s,
+            deadline_at_s=None if deadline_s is None else traffic.now + deadline_s,
         )
         before, _ = run_alone(new, traffic.limits.max_model_len)
         traffic.add(
@@ -247,7 +247,7 @@ def add_samples(traffic: Traffic, request_id: int, operation: tuple) -> None:  #
                 sampling=sampling,
                 eos_token_ids=(EOS,),
                 priority=priority,
-                deadline_s=deadline_s,
+                deadline_at_s=None if deadline_s is None else traffic.now + deadline_s,
             )
         )
 

@@ -379,9 +379,9 @@ def test_abort_of_one_sample_with_a_reason() -> None:
 
 def test_deadlines_pass_while_running_and_while_waiting() -> None:
     bench = Bench(max_running=1)
-    bench.add(1, [1], deadline_s=5.0, arrival_s=0.0)
-    bench.add(2, [2], deadline_s=3.0, arrival_s=1.0)
-    bench.add(3, [3], deadline_s=3.0, arrival_s=1.5)
+    bench.add(1, [1], deadline_at_s=5.0, arrival_s=0.0)
+    bench.add(2, [2], deadline_at_s=4.0, arrival_s=1.0)
+    bench.add(3, [3], deadline_at_s=4.5, arrival_s=1.5)
     bench.now = 3.99
     bench.step()
     assert bench.ends() == {}

@@ -310,7 +310,7 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         server = RpcServer(config, frontend)
         await server.start()
         try:
-            await link.start(frontend)
+            await link.start(frontend.core)
             yield House(frontend, server, link, cores)
         finally:
             await server.close()

@@ -89,7 +89,7 @@ def test_parameters_reach_the_core(run, serving, cores):
             params = submit.sampling
             assert (params.top_k, params.max_tokens, params.min_p) == (7, 2, 0.5)
             assert (params.stop, params.stop_token_ids) == (("xyz",), (5,))
-            assert (submit.priority, submit.deadline_s) == (3, pytest.approx(9.0, abs=1.0))
+            assert (submit.priority, submit.deadline_at_s) == (3, pytest.approx(submit.arrival_s + 9.0))
             assert params.seed is not None  # drawn at admission
 
     run(body())
@@ -105,7 +105,7 @@ def test_many_streams_on_one_connection(run, serving):
                 assert got == [(index + 7 * position) % 256 for position in range(1 + index % 9)]
 
             await asyncio.gather(*map(one, range(200)))
-            assert house.frontend.num_streams == 0
+            assert len(house.frontend.streams) == 0
 
     run(body())
 
@@ -464,9 +464,10 @@ def test_importing_the_client_is_light():
 def test_version_mismatch_is_told_apart(run, serving, monkeypatch):
     async def body():
         async with serving() as house:
-            monkeypatch.setattr("cierzo.engine.frontend.rpc.PROTOCOL_VERSION", 3)
+            monkeypatch.setattr("cierzo.engine.frontend.rpc.OLDEST_VERSION", 4)
+            monkeypatch.setattr("cierzo.engine.frontend.rpc.PROTOCOL_VERSION", 4)
             with pytest.raises(VersionMismatch) as caught:
                 await Client.connect(house.address)
-            assert (caught.value.limit, caught.value.value) == ("3", "2")
+            assert (caught.value.limit, caught.value.value) == ("4", "3")
 
     run(body())

@@ -21,6 +21,7 @@ PARTS = (
     messages.Limits,
     messages.Usage,
     messages.Timings,
+    messages.Cost,
     messages.SampleEnd,
     messages.CoreStats,
     ExpertStatistics,
@@ -39,7 +40,7 @@ def test_every_field_is_described(struct):
 
 def test_every_code_and_limit_is_described():
     limits = set(FrontendConfig.__struct_fields__)
-    internal = {"address", "retry_after_s", "thread_encode_chars", "core_start_timeout_s"}
+    internal = {"address", "retry_after_s", "inline_chars", "core_start_timeout_s"}
     assert not [name for name in (set(BY_CODE) | limits) - internal if f"`{name}`" not in TEXT]
 
 

@@ -231,15 +231,15 @@ def test_a_disconnect_frees_everything(run, serving, peering, cores):
             async with await Client.connect(house.address) as client:  # its answer comes behind the core's
                 cores.free = True
                 await client.complete(token_ids=[1], max_tokens=1)
-                assert (house.frontend.num_streams, house.frontend.num_connections) == (0, 1)
-                assert house.frontend._open_samples == house.frontend._open_tokens == 0
+                assert (len(house.frontend.streams), house.frontend.streams.num_sinks) == (0, 1)
+                assert house.frontend.streams.num_samples == house.frontend.streams.num_tokens == 0
 
     run(body())
 
 
 def test_cancel_of_a_long_prompt_that_is_still_being_encoded(run, serving, cores, peering):
     async def body():
-        async with serving(cores=cores, thread_encode_chars=10) as house:
+        async with serving(cores=cores, inline_chars=10) as house:
             async with peering(house) as peer:
                 peer.raw(b"")
                 peer.say(Generate(stream=1, text="x" * 2000))
@@ -253,7 +253,7 @@ def test_cancel_of_a_long_prompt_that_is_still_being_encoded(run, serving, cores
                     await client.complete(text="x" * 5000)
                 assert caught.value.field == "text"
                 assert len(cores.now.submits) == 1
-                assert house.frontend.num_streams == 0
+                assert len(house.frontend.streams) == 0
 
     run(body())
 

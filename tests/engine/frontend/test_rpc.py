@@ -141,7 +141,7 @@ def test_a_faulty_message_about_an_open_stream_ends_that_stream(run, serving, pe
             cores.now.go_on()
             final = await peer.hear_until(Final)
             assert (final.stream, final.usage.output_tokens) == (2, 3)
-            assert house.frontend.num_streams == 0
+            assert len(house.frontend.streams) == 0
 
     run(body())
 
@@ -238,7 +238,7 @@ def test_the_welcome_tells_the_limits(run, serving, peering):
             peer.say(Hello(client="test"))
             welcome = await peer.hear()
             assert isinstance(welcome, Welcome)
-            assert (welcome.model, welcome.version) == ("fake", 2)
+            assert (welcome.model, welcome.version) == ("fake", 3)
             limits = welcome.limits
             assert (limits.max_streams, limits.max_samples, limits.max_model_len) == (7, 3, 4096)
 

@@ -141,10 +141,10 @@ def test_stop_strings_with_a_special_token_inside(model_info, string):
 
 
 def test_the_request_carries_the_seed_and_what_room_there_is(model_info):
-    message = replace(PLAIN, sampling=SamplingParams(max_tokens=5000), priority=2, deadline_s=3.0)
+    message = replace(PLAIN, sampling=SamplingParams(max_tokens=5000), priority=2)
     submit = validate.request(message, [7] * 4000, 11, 99, model_info)
     assert (submit.request_id, submit.sampling.seed, submit.sampling.max_tokens) == (11, 99, 96)
-    assert (submit.priority, submit.deadline_s, len(submit.prompt_token_ids)) == (2, 3.0, 4000)
+    assert (submit.priority, len(submit.prompt_token_ids)) == (2, 4000)
     assert validate.request(PLAIN, [7] * 4095, 1, 1, model_info).sampling.max_tokens == 1
 
 

@@ -1,0 +1,74 @@
+"""Open streams by each of their names, and what they amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cierzo.engine.frontend.stream import Sink, Stream
+
+
+class Registry:
+    """The tables of open streams: every stream enters by `open` and leaves by `close`.
+
+    num_samples, num_tokens: of all open streams, samples, and tokens of prompts and resumed answers.
+    """
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.num_tokens = 0
+        self._streams: dict[int, Stream] = {}  # by request id; an orphan's sink is None
+        self._sinks: dict[Sink, dict[int, Stream]] = {}  # by the client's stream id
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __iter__(self) -> Iterator[Stream]:
+        """All open streams, oldest first; streams may be closed meanwhile."""
+        return iter([*self._streams.values()])
+
+    def __contains__(self, stream: Stream) -> bool:
+        return stream.request_id in self._streams
+
+    @property
+    def num_sinks(self) -> int:
+        """Connections that said Hello."""
+        return len(self._sinks)
+
+    def connect(self, sink: Sink) -> None:
+        """A connection finished its handshake."""
+        self._sinks[sink] = {}
+
+    def disconnect(self, sink: Sink) -> list[Stream]:
+        """A connection is gone: the streams that were its own, whose sink is None now."""
+        streams = [*self._sinks.pop(sink, {}).values()]
+        for stream in streams:
+            stream.sink = None
+        return streams
+
+    def of(self, sink: Sink) -> dict[int, Stream]:
+        """The streams of a connection by the client's ids; empty for one that is gone. Not to be changed."""
+        return self._sinks.get(sink, {})
+
+    def open(self, stream: Stream) -> None:
+        """Enter a stream of a connection."""
+        assert stream.sink is not None
+        self._streams[stream.request_id] = self._sinks[stream.sink][stream.stream_id] = stream
+        self.num_samples += stream.num_samples
+
+    def charge(self, stream: Stream, num_tokens: int) -> None:
+        """Count the tokens of a stream, until it is closed."""
+        stream.num_tokens = num_tokens
+        self.num_tokens += num_tokens
+
+    def close(self, stream: Stream) -> None:
+        """Remove a stream: the single place where one leaves the tables."""
+        del self._streams[stream.request_id]
+        self.num_samples -= stream.num_samples
+        self.num_tokens -= stream.num_tokens
+        self.detach(stream)
+
+    def detach(self, stream: Stream) -> None:
+        """Take a stream from its connection, which may use the stream id again."""
+        if stream.sink is not None:
+            del self._sinks[stream.sink][stream.stream_id]
+            stream.sink = None
