@@ -7,12 +7,15 @@ from typing import Any
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError, ProtocolError
+from cierzo.engine.errors import CierzoError, InvalidRequest, ProtocolError
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.stream import Sink
 from cierzo.engine.messages import (
+    Attach,
     Cancel,
+    CancelRequest,
     ClientMessage,
+    Credit,
     Drain,
     Generate,
     GetHealth,
@@ -22,8 +25,13 @@ from cierzo.engine.messages import (
     Hello,
     Ping,
     Pong,
+    Resume,
     Stats,
 )
+
+# Messages and fields of `generate` that belong to a feature.
+FEATURE_OF = {Attach: "attach", Resume: "resume", CancelRequest: "resume", Credit: "credit", Pong: "keepalive"}
+FEATURE_OF_FIELD = {"attached": "attach", "idempotency_key": "resume"}
 
 
 class Methods:
@@ -43,15 +51,23 @@ class Methods:
 
     def dispatch(self, sink: Sink, message: ClientMessage) -> None:
         """Run the method of `message`. Raises ProtocolError for a second Hello and for a negative stream id."""
-        method = self._table.get(type(message))
-        if method is None or isinstance(message, Hello):
+        if isinstance(message, Hello):
             raise ProtocolError("hello is said once, first", field="type", value="hello")
         if message.stream < 0:
             raise ProtocolError("a stream id is negative", field="stream", limit="at least 0", value=message.stream)
-        method(sink, message)
+        try:
+            if (feature := FEATURE_OF.get(type(message))) is not None:
+                _require(sink, feature, "type", type(message).__struct_config__.tag)
+        except InvalidRequest as error:
+            self._frontend.fail(sink, message.stream, error)
+            return
+        self._table[type(message)](sink, message)
 
     def _generate(self, sink: Sink, message: Generate) -> None:
         try:
+            for field, feature in FEATURE_OF_FIELD.items():
+                if getattr(message, field) is not None:
+                    _require(sink, feature, field, getattr(message, field))
             self._frontend.generate(sink, message)
         except CierzoError as error:
             self._frontend.fail(sink, message.stream, error)
@@ -87,3 +103,13 @@ class Methods:
 
     def _drain(self, sink: Sink, message: Drain) -> None:
         self._frontend.drain(sink, message.stream)
+
+
+def _require(sink: Sink, feature: str, field: str, value: object) -> None:
+    if feature not in sink.features:
+        raise InvalidRequest(
+            f"{value} needs the feature {feature}, which hello did not ask for or welcome did not grant",
+            field=field,
+            limit=f"with the feature {feature}",
+            value=value,
+        )

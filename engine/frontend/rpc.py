@@ -36,6 +36,7 @@ from cierzo.engine.messages import MAGIC, OLDEST_VERSION, PROTOCOL_VERSION, Clie
 
 log = logging.getLogger(__name__)
 
+GRANTED: frozenset[str] = frozenset()  # of messages.FEATURES, what this server has
 LINGER_S = 2.0  # how long a peer may take to read why its connection ends
 
 
@@ -44,6 +45,7 @@ class _AnyHello(msgspec.Struct, tag="hello"):
 
     magic: str = ""
     version: int = -1
+    features: list[str] = []
 
 
 class _Envelope(msgspec.Struct):
@@ -63,6 +65,7 @@ class Connection(asyncio.Protocol):
     """A client's connection. Messages are `put`, then sent by one `flush`: one write for all that a step gives."""
 
     def __init__(self, server: RpcServer) -> None:
+        self.features: frozenset[str] = frozenset()
         self._server = server
         self._splitter = FrameSplitter(server.config.max_frame_bytes)
         self._transport: asyncio.Transport | None = None
@@ -191,10 +194,12 @@ class Connection(asyncio.Protocol):
                 value=hello.version,
             )
         self._welcomed = True
+        if hello.version > OLDEST_VERSION:
+            self.features = GRANTED.intersection(hello.features)
         if self._timer is not None:
             self._timer.cancel()
         self._server.frontend.connect(self)
-        self.put(self._server.welcome(hello.version))
+        self.put(self._server.welcome(hello.version, self.features))
 
     def _undecodable(self, body: memoryview, error: Exception) -> None:
         """End the stream that the message is about, or raise ProtocolError if that cannot be read."""
@@ -284,8 +289,8 @@ class RpcServer:
         if self._socket_path is not None and os.path.exists(self._socket_path):
             os.unlink(self._socket_path)
 
-    def welcome(self, version: int) -> Welcome:
-        """The answer to a Hello of this version."""
+    def welcome(self, version: int, features: frozenset[str]) -> Welcome:
+        """The answer to a Hello of this version, to which these features are granted."""
         config, model = self.config, self.frontend.model
         return Welcome(
             version=version,
@@ -296,7 +301,11 @@ class RpcServer:
                 max_streams=config.max_streams_per_connection,
                 max_model_len=model.max_model_len,
                 max_samples=config.max_samples,
+                max_attached_bytes=config.max_attached_bytes if "attach" in features else 0,
+                stream_credit_bytes=config.stream_credit_bytes if "credit" in features else 0,
+                keepalive_s=config.keepalive_s if "keepalive" in features else 0.0,
             ),
+            features=sorted(features),
         )
 
     def joined(self, connection: Connection) -> None:

@@ -27,7 +27,9 @@ from cierzo.engine.messages import (
 
 
 class Sink(Protocol):
-    """Where a stream's messages go: one connection."""
+    """Where a stream's messages go: one connection, with the features that it was granted."""
+
+    features: frozenset[str]
 
     def put(self, message: Message) -> None:
         """Add a message to what the next `flush` sends."""

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from cierzo.engine.errors import ConfigError, FrameTooLarge
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.frames import FrameSplitter, pack
-from cierzo.engine.messages import Delta, Failure, Final, Generate, Hello, Ping, Pong, SamplingParams, Welcome
+from cierzo.engine.messages import (
+    Credit,
+    Delta,
+    Failure,
+    Final,
+    Generate,
+    Hello,
+    Ping,
+    Pong,
+    SamplingParams,
+    Welcome,
+)
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.lists(st.integers(0, 60), max_size=20))
@@ -321,5 +332,17 @@ def test_nothing_is_left_open(run, serving, peering):
                 await peer.hear_until(Failure)
         await asyncio.sleep(0)
         assert len(os.listdir("/proc/self/fd")) == before
+
+    run(body())
+
+
+def test_what_belongs_to_a_feature_that_was_not_granted_is_refused(run, serving, peering):
+    async def body():
+        async with serving() as house, peering(house) as peer:
+            peer.say(Credit(stream=3, bytes=1))
+            peer.say(Generate(stream=4, token_ids=[1], idempotency_key="k"))
+            for stream, field in ((3, "type"), (4, "idempotency_key")):
+                refusal = await peer.hear()
+                assert (refusal.stream, refusal.code, refusal.field) == (stream, "invalid_request", field)
 
     run(body())
