@@ -112,6 +112,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Count | None,
         Meta(description="tokens of one prompt in one step while others wait, at most; default: the profile's"),
     ] = None
+    max_step_ms: Annotated[
+        Annotated[float, Meta(ge=0, le=1e9)] | None,
+        Meta(
+            description="target for a step's predicted time, which chunks of prompts are cut to; 0: cut by tokens "
+            "alone; default: the profile's"
+        ),
+    ] = None
     overlap: Annotated[
         Literal["auto", "on", "off"],
         Meta(description="begin a step before the one before has ended; auto: where a GPU would wait otherwise"),
@@ -182,6 +189,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"{self.scheduler.budget_tokens:,} tokens, chunks of {self.scheduler.max_chunk_tokens:,} "
                 f"beside others, {self.scheduler.max_running:,} running, {self.scheduler.max_waiting:,} waiting",
             ),
+            (
+                "step time",
+                f"chunks are cut to {1e3 * self.scheduler.max_step_s:,.6g} ms a step, by prediction"
+                if self.scheduler.max_step_s
+                else "no target: chunks are cut by tokens alone",
+            ),
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
         ]
@@ -245,6 +258,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
         scheduler=SchedulerConfig(
             budget_tokens=profile.budget_tokens,
             max_chunk_tokens=min(profile.max_chunk_tokens, profile.budget_tokens),
+            max_step_s=profile.max_step_ms / 1e3,
             max_running=min(profile.max_running, profile.budget_tokens),
             max_waiting=options.max_waiting,
             max_model_len=max_model_len,
