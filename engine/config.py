@@ -255,21 +255,26 @@ def resolve(options: EngineOptions) -> EngineConfig:
             prefix_caching=options.prefix_caching,
             hash_key=secrets.token_hex(16),
         ),
-        scheduler=SchedulerConfig(
-            budget_tokens=profile.budget_tokens,
-            max_chunk_tokens=min(profile.max_chunk_tokens, profile.budget_tokens),
-            max_step_s=profile.max_step_ms / 1e3,
-            max_running=min(profile.max_running, profile.budget_tokens),
-            max_waiting=options.max_waiting,
-            max_model_len=max_model_len,
-            priority_aging_s=options.priority_aging_s,
-        ),
+        scheduler=_limits(options, profile, max_model_len),
         kernels=_kernels(options),
         frontend=msgspec.structs.replace(  # what the front end admits, the core's queue must take
             options.frontend,
             max_open_samples=min(options.frontend.max_open_samples, options.max_waiting),
             max_samples=min(options.frontend.max_samples, options.max_waiting),
         ),
+    )
+
+
+def _limits(options: EngineOptions, profile: Profile, max_model_len: int) -> SchedulerConfig:
+    """The scheduler's section."""
+    return SchedulerConfig(
+        budget_tokens=profile.budget_tokens,
+        max_chunk_tokens=min(profile.max_chunk_tokens, profile.budget_tokens),
+        max_step_s=profile.max_step_ms / 1e3,
+        max_running=min(profile.max_running, profile.budget_tokens),
+        max_waiting=options.max_waiting,
+        max_model_len=max_model_len,
+        priority_aging_s=options.priority_aging_s,
     )
 
 

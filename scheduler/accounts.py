@@ -1,4 +1,4 @@
-"""What sequences cost, and the sums over all of them."""
+"""Books of what sequences cost, and the sums over all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step has left, in tokens and in predicted seconds, and the work that it has taken on."""
+"""Budget of a step: tokens and predicted seconds that are left, and the work that it has taken on."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ LEAST_CHUNK = 16  # tokens
 SEEN_ENOUGH = 8  # steps before a price is told
 FORGET = 0.98  # what a learned step still counts for when the next one has been learned
 OUTLIER = 3.0  # a step counts as at most so many times longer, or shorter, than predicted
-DECODE_STRIDE = 32  # of steps that only decode, which are much alike, one in so many is learned from
+DECODE_STRIDE = 16  # of steps that only decode, which are much alike, one in so many is learned from
 SWEEPS = 6
 
 
