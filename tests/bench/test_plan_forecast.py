@@ -36,7 +36,7 @@ CASES = [  # model, device, workload, options, preemptions are expected
     ("small4", "h200", "40000/8@2", FP8, False),  # chunks that are cut to the time of a step
     ("small4", "h200", "30000:20000/8@4", {"profile": "latency"}, False),
     ("small4", "h200", "20000/8@4", NVFP4 | {"max_step_ms": 60.0}, False),  # too little: the least chunks
-    ("small4", "h200", "4000/200@60", NVFP4 | {"max_step_ms": 100.0, "kv_cache_gib": 0.5}, True),
+    ("small4", "h200", "1024/200@100", NVFP4 | {"max_step_ms": 100.0, "kv_cache_gib": 1.0}, True),
     ("small3", "h100", "256/300@40", FP8 | {"max_step_ms": 30.0, "kv_cache_gib": 2.0}, True),
     ("small4", "h200", "9000/64@2/s", FP8 | {"max_step_ms": 90.0}, False),
     ("small4", "h200", "20000/64@1/s", FP8 | {"max_step_ms": 0.0}, False),
