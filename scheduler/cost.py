@@ -86,8 +86,8 @@ class CostLearner:
     """Learns a machine's StepCost from the steps that it has taken; the same measurements give the same price.
 
     Least squares of the relative error, with coefficients of at least 0, over steps that count less the longer ago
-    they were. The error is relative to what was measured or predicted, whichever is longer: no outlier, long or short,
-    has one of more than 1.
+    they were. The error is relative to what was measured or predicted, whichever is longer: no outlier, long or
+    short, has one of more than 1.
     """
 
     def __init__(self, context_pairs: float = 0.0) -> None:
