@@ -86,6 +86,8 @@ class FakeCore(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.scheduled = False
 
+    pid = 0  # it gives no signs of life: nobody looks for its process
+
     async def wait(self) -> int:
         return await asyncio.shield(self.exited)
 
