@@ -192,6 +192,8 @@ class Recorder:
         self._write(header)
         room = self._segment_bytes // 2  # for the tokens of those in flight
         for request in self._core.requests():
+            if self._size > self._segment_bytes * 3 // 4:
+                break  # thousands with a long logit_bias each: the rest is not written
             new, tokens = request.new, request.tokens
             room -= 5 * len(tokens)  # bytes of a token, at most
             self._write(

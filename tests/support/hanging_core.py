@@ -1,8 +1,9 @@
 """A core process that hangs: `python hanging_core.py SOCKET HOW LAUNCH MARKER`.
 
-It is the real one with the fake runner, a millisecond a step. At launch number LAUNCH it hangs in the way HOW, once:
-MARKER, a file, is made then, and a core that finds it is sound. Ways: "native", in a native call that has released
-the interpreter; "interpreter", in one that holds it; "long", for two seconds that were predicted to be one; "never".
+It is the real one with the fake runner, a millisecond a step. At launch number LAUNCH it hangs in the way HOW,
+once: MARKER, a file, is made then, and a core that finds it is sound. Ways: "native", in a native call that has
+released the interpreter; "interpreter", in one that holds it; "long", for two seconds that were predicted to be
+one; "never".
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def main(socket: str, how: str, launch: str, marker: str) -> int:
             num_blocks=config.cache.num_blocks,
             block_tokens=config.cache.block_tokens,
             max_running=config.scheduler.max_running,
+            reads="last",
         )
 
     core.make_runner = make_runner

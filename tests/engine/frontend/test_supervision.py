@@ -1,4 +1,4 @@
-"""A core that hangs is seen, killed and replaced, and every stream goes on; how often cores may die, and how soon."""
+"""A core that hangs is seen, killed and replaced, and every stream goes on; how often cores may die."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from msgspec.structs import replace
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.errors import CoreFailed, CoreStalled
+from cierzo.engine.flight import Header, packed, read
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.flights import MAX_KEPT, Flights
 from cierzo.engine.frontend.restarts import Restarts
 from cierzo.engine.messages import CoreError
 from cierzo.engine.worker.fake import fake_config
+from cierzo.engine.worker.replay import Replay
 from cierzo.scheduler.config import SchedulerConfig
 
 SUPPORT = Path(__file__).parents[2] / "support"
@@ -134,9 +136,7 @@ def test_a_short_stop_is_nothing_and_a_longer_one_is_over_when_the_core_goes_on(
 def test_a_step_that_never_returns_is_a_hang(run, serving, hanging, children, caplog, how, told):
     async def body():
         async with (
-            serving(
-                engine_config=CONFIG, spawn=hanging(how, 40), core_stall_s=0.5, core_hang_s=1.0
-            ) as house,
+            serving(engine_config=CONFIG, spawn=hanging(how, 40), core_stall_s=0.5, core_hang_s=1.0) as house,
             await Client.connect(house.address) as client,
         ):
             broken = await _answers(client)
@@ -278,7 +278,10 @@ def test_a_core_that_does_not_start_again_counts_as_dead(run, serving, cores, ca
             assert len(cores.lives) == 3
 
     run(body())
-    assert "died more than 2 times without ending a step within 60 s (max_core_restarts); last: somebody" in caplog.text
+    assert (
+        "died more than 2 times without ending a step within 60 s (max_core_restarts); last: somebody"
+        in caplog.text
+    )
 
 
 def test_the_front_end_may_forgive_while_it_hears_of_a_death(run, serving, cores):
@@ -306,7 +309,7 @@ def test_the_front_end_may_forgive_while_it_hears_of_a_death(run, serving, cores
 @pytest.mark.parametrize(("how", "reason"), [("native", "hung"), ("never", "died")])
 def test_the_record_of_a_dead_core_is_kept(run, serving, hanging, children, tmp_path, caplog, how, reason):
     folder = tmp_path / "flights"
-    config = replace(CONFIG, flight_folder=str(folder))
+    config = replace(CONFIG, flight_folder=str(folder), record_prompts=True)
 
     async def body():
         flights = Flights(str(folder))
@@ -323,6 +326,13 @@ def test_the_record_of_a_dead_core_is_kept(run, serving, hanging, children, tmp_
             assert kept.stat().st_mode & 0o777 == 0o600
             assert folder.stat().st_mode & 0o777 == 0o700
             assert f"cierzo replay {kept}" in caplog.text
+            replay = Replay(read(kept))
+            assert (replay.kept.reason, replay.is_whole) == (reason, True)
+            replay.run()
+            assert replay.describe_outcome().endswith("equal rows and tokens")
+            if how == "native":
+                assert f"at step {replay.last_step}:" in replay.describe_outcome()
+                assert replay.last_step >= 40
             assert {path.name for path in folder.iterdir()} == {kept.name, f"live-{children[1].pid}.0"}
         assert list(folder.iterdir()) == [kept]  # a core that ends in order leaves nothing
 
@@ -334,8 +344,6 @@ def test_the_oldest_records_make_room(run, tmp_path):
         flights = Flights(str(tmp_path))
         paths = []
         for number in range(MAX_KEPT + 3):
-            from cierzo.engine.flight import Header, packed
-
             header = Header(number=0, config=b"", with_prompts=False)
             (tmp_path / f"live-{number}.0").write_bytes(packed(header))
             paths.append(await flights.keep(number, "died", "it was shot"))

@@ -1,0 +1,252 @@
+"""The flight recorder: what it writes, that it survives kill -9, its bounds, and a disk that refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+from recorded import CONFIG, Recorded, segments, submit
+
+from cierzo.engine.config import EngineConfig, EngineOptions, resolve
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.flight import Aborted, Ended, Failed, Header, Open, Step, Submitted, Tokens, packed, read
+from cierzo.engine.messages import Abort, Shutdown
+from cierzo.engine.weights.make import make_checkpoint
+
+
+def test_everything_is_there_in_order_and_nothing_of_the_text(tmp_path):
+    folder = tmp_path / "made" / "flights"
+    recorded = Recorded(folder)
+    recorded.tell(submit(1))
+    recorded.tell(submit(2, max_tokens=3))
+    recorded.turn()
+    recorded.tell(Abort(request_id=1))
+    recorded.run()
+    recorded.recorder.command(Shutdown())
+    recorded.recorder.failed("DeviceFault: it is on fire")
+    (segment,) = segments(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(segment.stat().st_mode) == 0o600
+    records = read(segment)
+    kinds = [type(record) for record in records]
+    assert kinds == [Header, Submitted, Submitted, Step, Aborted, Step, Ended, Step, Ended, Failed]
+    header, first, _, step = records[:4]
+    assert msgspec.msgpack.decode(header.config, type=EngineConfig).name == CONFIG.name
+    assert (first.num_prompt, first.tokens, first.sampling.stop) == (3, None, ())
+    assert (step.num_seqs, step.num_tokens, step.rows) == (2, 6, [(1, 0, 0, 3), (2, 0, 0, 3)])
+    assert b"secret" not in segment.read_bytes()
+    assert all(step.readings for step in records if isinstance(step, Step))
+    assert [(r.request_id, r.reason, r.output_tokens) for r in records if isinstance(r, Ended)] == [
+        (1, "cancelled", 1),
+        (2, "length", 3),
+    ]
+
+
+def test_token_ids_are_there_if_they_are_asked_for(tmp_path):
+    recorded = Recorded(tmp_path, with_prompts=True)
+    recorded.tell(submit(1))
+    deltas = []
+    while recorded.core.has_work():
+        deltas += recorded.turn()
+    records = read(*segments(tmp_path))
+    assert next(record for record in records if isinstance(record, Submitted)).tokens == [1, 2, 1]
+    assert next(record for record in records if isinstance(record, Submitted)).sampling.stop == ("secret",)
+    told = [
+        token for record in records if isinstance(record, Tokens) for _, _, ids in record.tokens for token in ids
+    ]
+    assert told == [token for delta in deltas for token in delta.token_ids]
+
+
+def test_rows_are_written_out_when_they_are_not_those_of_the_step_before(tmp_path):
+    recorded = Recorded(tmp_path)
+    recorded.tell(submit(1, max_tokens=8))
+    for _ in range(4):
+        recorded.turn()
+    recorded.tell(submit(2, max_tokens=2))
+    recorded.run()
+    steps = [record for record in read(*segments(tmp_path)) if isinstance(record, Step)]
+    assert [step.rows is not None for step in steps] == [True, True, False, False, True, True, True, False]
+    assert [step.num_tokens for step in steps] == [3, 1, 1, 1, 4, 2, 1, 1]
+
+
+def test_segments_take_turns_and_each_begins_with_what_is_in_flight(tmp_path):
+    recorded = Recorded(tmp_path, with_prompts=True, segment_bytes=6000)
+    for request_id in range(200):
+        recorded.tell(submit(request_id, max_tokens=4))
+        recorded.turn()
+    assert len(segments(tmp_path)) == 2
+    old, new = sorted((read(path) for path in segments(tmp_path)), key=lambda records: records[0].number)
+    assert new[0].number == old[0].number + 1 > 2
+    assert all(path.stat().st_size < 6000 + 1500 for path in segments(tmp_path))
+    last = [record for record in old if isinstance(record, Step)][-1]
+    first = next(record for record in new if isinstance(record, Step))
+    assert first.step == last.step + 1
+    in_flight = [record for record in new if isinstance(record, Open)]
+    assert in_flight
+    for record in in_flight:
+        assert record.tokens[: record.num_prompt] == [1, 2, record.request_id]
+        assert record.num_computed < record.num_tokens == len(record.tokens)
+
+
+def test_tokens_in_flight_that_would_fill_a_segment_are_left_out(tmp_path):
+    recorded = Recorded(tmp_path, with_prompts=True, segment_bytes=8000)
+    for request_id in range(8):
+        recorded.tell(submit(request_id, max_tokens=400))
+    while recorded.core.stats().output_tokens < 8 * 395:
+        recorded.turn()
+    newest = max((read(path) for path in segments(tmp_path)), key=lambda records: records[0].number)
+    left_out = [record.tokens is None for record in newest if isinstance(record, Open)]
+    assert left_out == [False] * 2 + [True] * 6
+
+
+def test_what_is_in_flight_never_fills_a_segment(tmp_path):
+    recorded = Recorded(tmp_path, segment_bytes=20_000)
+    for request_id in range(40):
+        recorded.tell(submit(request_id, max_tokens=400, logit_bias=dict.fromkeys(range(100), 1.0)))
+        recorded.turn()
+    while segments(tmp_path)[1].stat().st_size < 19_000:
+        recorded.turn()
+    assert all(path.stat().st_size < 20_000 + 2000 for path in segments(tmp_path))
+    newest = max((read(path) for path in segments(tmp_path)), key=lambda records: records[0].number)
+    assert 1 < sum(isinstance(record, Open) for record in newest) < 40
+    assert any(isinstance(record, Step) for record in newest)
+
+
+def test_a_core_that_ends_in_order_leaves_nothing(tmp_path):
+    recorded = Recorded(tmp_path)
+    recorded.recorder.close()
+    assert not list(tmp_path.iterdir())
+
+
+SUPPORT = Path(__file__).parents[1] / "support"
+KILLED = """
+import sys
+sys.path.insert(0, {support!r})
+from recorded import Recorded, submit
+from pathlib import Path
+recorded = Recorded(Path({folder!r}))
+recorded.tell(submit(1, max_tokens=500))
+for _ in range(100):
+    recorded.turn()
+print("going", flush=True)
+while True:
+    recorded.turn()
+"""
+
+
+def test_kill_9_leaves_a_record_that_can_be_read(tmp_path):
+    script = KILLED.format(support=str(SUPPORT), folder=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"going\n"
+        process.send_signal(signal.SIGKILL)
+    (segment,) = segments(tmp_path)
+    steps = [record.step for record in read(segment) if isinstance(record, Step)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= 100
+    whole = segment.read_bytes()
+    for cut in (1, 5, 13):  # the last record may be half written
+        segment.write_bytes(whole[:-cut])
+        assert len(read(segment)) >= len(steps)
+
+
+def test_what_is_damaged_is_refused(tmp_path):
+    recorded = Recorded(tmp_path)
+    recorded.tell(submit(1))
+    recorded.run()
+    (segment,) = segments(tmp_path)
+    whole = segment.read_bytes()
+    second = 12 + int.from_bytes(whole[:4], "big")
+    for place, text in (
+        (second + 20, "record 1"),
+        (second + 2, "record 1"),
+        (30, "its beginning"),
+        (1, "its beginning"),
+    ):
+        broken = bytearray(whole)
+        broken[place] ^= 0x40
+        segment.write_bytes(broken)
+        with pytest.raises(ConfigError, match=text) as caught:
+            read(segment)
+        assert caught.value.field == "file"
+    for nothing in (b"", b"no record at all", packed(Failed(message="no header"))):
+        segment.write_bytes(nothing)
+        with pytest.raises(ConfigError, match="its beginning"):
+            read(segment)
+
+
+def test_a_folder_that_cannot_be_written_switches_it_off(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    recorded = Recorded(tmp_path / "file" / "flights")
+    recorded.tell(submit(1))
+    recorded.run()
+    assert not recorded.recorder.is_on
+    assert [message for message in caplog.messages if "the flight recorder is off" in message] == caplog.messages
+    assert len(caplog.messages) == 1
+    assert not recorded.readings.times  # they would gather
+    recorded.recorder.close()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_full_disk_switches_it_off_and_the_core_goes_on(tmp_path, caplog, monkeypatch, cut):
+    recorded = Recorded(tmp_path)
+    recorded.tell(submit(1))
+    recorded.turn()
+    write = os.write
+
+    def full(file, data):
+        if cut:
+            return write(file, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    recorded.run()
+    assert not recorded.recorder.is_on
+    assert len(caplog.messages) == 1
+    assert ("bytes written" if cut else "No space left") in caplog.text
+    assert not recorded.readings.times
+    assert isinstance(read(*segments(tmp_path))[-1], Step)  # what was whole can be read
+    assert recorded.core.stats().finished == 1
+
+
+def test_the_cost_of_a_step_is_small(tmp_path):
+    """A decode step of 64 sequences: one small write. The bound is loose; bench-step has the figure."""
+    recorded = Recorded(tmp_path)
+    for request_id in range(8):
+        recorded.tell(submit(request_id, max_tokens=500))
+    for _ in range(20):
+        recorded.turn()
+    plans = []
+    recorded.core.observe = plans.append
+    recorded.turn()
+    (plan,) = plans
+    best_s = 1.0
+    for _ in range(20):
+        began_s = time.perf_counter()
+        for _ in range(100):
+            recorded.recorder.step(plan)
+        best_s = min(best_s, (time.perf_counter() - began_s) / 100)
+    assert best_s < 50e-6
+
+
+def test_settings_name_the_folder(tmp_path, monkeypatch):
+    checkpoint = make_checkpoint(tmp_path / "tiny", like="small3")
+    monkeypatch.setenv("CIERZO_CACHE_DIR", str(tmp_path / "cache"))
+    options = EngineOptions(model=str(checkpoint), runner="fake")
+    config = resolve(options)
+    assert config.flight_folder == str(tmp_path / "cache" / "flights")
+    assert f"flight record  {config.flight_folder} (ids and lengths)" in config.describe()
+    config = resolve(replace(options, flight_folder="here", record_prompts=True))
+    assert config.flight_folder == os.path.abspath("here")
+    assert "here (with token ids)" in config.describe()
+    config = resolve(replace(options, flight_folder=""))
+    assert config.flight_folder == ""
+    assert "flight record" not in config.describe()
