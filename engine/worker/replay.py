@@ -62,11 +62,11 @@ class Replay:
         self, records: list[AnyRecord], runner: Runner | None = None, begin_step: Callable[[int], object] = int
     ) -> None:
         """Loads the recorded checkpoint, unless a `runner` is given. Raises ConfigError, CheckpointError."""
-        self.kept = records[0] if isinstance(records[0], Kept) else None
-        self._records = _without_later_heads(records[self.kept is not None :])
-        header = self._records[0]
-        if not isinstance(header, Header):
+        kept, header = (*records, None)[:2]
+        if not isinstance(kept, Kept) or not isinstance(header, Header):
             raise refusal("file", "a flight record with a header", type(header).__name__)
+        self.kept = kept
+        self._records = _without_later_heads(records[1:])
         try:
             self.config = msgspec.msgpack.decode(header.config, type=EngineConfig)
         except msgspec.ValidationError as error:
@@ -212,8 +212,7 @@ class Replay:
         steps = sum(isinstance(record, Step) for record in self._records)
         commands = sum(isinstance(record, Submitted) for record in self._records)
         lines = [f"{steps:,} steps and {commands:,} requests of {self.config.name}, {self.config.runner} runner"]
-        if self.kept is not None:
-            lines.append(f"the core {self.kept.reason} at {self.kept.at}: {self.kept.message}")
+        lines.append(f"the core {self.kept.reason} at {self.kept.at}: {self.kept.message}")
         lines += [f"its last words: {record.message}" for record in self._records if isinstance(record, Failed)]
         if not self.with_prompts:
             lines.append("token ids were not recorded: prompts of the same lengths are made up (--record-prompts)")

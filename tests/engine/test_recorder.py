@@ -14,8 +14,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from msgspec.structs import replace
-from recorded import CONFIG, Recorded, segments, submit
+from recorded import CONFIG, KEPT, Recorded, parts, segments, submit
 
+from cierzo.engine import flight
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.flight import Aborted, Ended, Failed, Header, Open, Step, Submitted, Tokens, packed, read
@@ -36,7 +37,7 @@ def test_everything_is_there_in_order_and_nothing_of_the_text(tmp_path):
     (segment,) = segments(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE(segment.stat().st_mode) == 0o600
-    records = read(segment)
+    (records,) = parts(folder)
     kinds = [type(record) for record in records]
     assert kinds == [Header, Submitted, Submitted, Step, Aborted, Step, Ended, Step, Ended, Failed]
     header, first, _, step = records[:4]
@@ -57,7 +58,7 @@ def test_token_ids_are_there_if_they_are_asked_for(tmp_path):
     deltas = []
     while recorded.core.has_work():
         deltas += recorded.turn()
-    records = read(*segments(tmp_path))
+    (records,) = parts(tmp_path)
     assert next(record for record in records if isinstance(record, Submitted)).tokens == [1, 2, 1]
     assert next(record for record in records if isinstance(record, Submitted)).sampling.stop == ("secret",)
     told = [
@@ -73,7 +74,7 @@ def test_rows_are_written_out_when_they_are_not_those_of_the_step_before(tmp_pat
         recorded.turn()
     recorded.tell(submit(2, max_tokens=2))
     recorded.run()
-    steps = [record for record in read(*segments(tmp_path)) if isinstance(record, Step)]
+    steps = [record for record in parts(tmp_path)[0] if isinstance(record, Step)]
     assert [step.rows is not None for step in steps] == [True, True, False, False, True, True, True, False]
     assert [step.num_tokens for step in steps] == [3, 1, 1, 1, 4, 2, 1, 1]
 
@@ -84,9 +85,9 @@ def test_segments_take_turns_and_each_begins_with_what_is_in_flight(tmp_path):
         recorded.tell(submit(request_id, max_tokens=4))
         recorded.turn()
     assert len(segments(tmp_path)) == 2
-    old, new = sorted((read(path) for path in segments(tmp_path)), key=lambda records: records[0].number)
+    old, new = parts(tmp_path)
     assert new[0].number == old[0].number + 1 > 2
-    assert all(path.stat().st_size < 6000 + 1500 for path in segments(tmp_path))
+    assert {path.stat().st_size for path in segments(tmp_path)} == {6000}
     last = [record for record in old if isinstance(record, Step)][-1]
     first = next(record for record in new if isinstance(record, Step))
     assert first.step == last.step + 1
@@ -103,7 +104,7 @@ def test_tokens_in_flight_that_would_fill_a_segment_are_left_out(tmp_path):
         recorded.tell(submit(request_id, max_tokens=400))
     while recorded.core.stats().output_tokens < 8 * 395:
         recorded.turn()
-    newest = max((read(path) for path in segments(tmp_path)), key=lambda records: records[0].number)
+    newest = parts(tmp_path)[-1]
     left_out = [record.tokens is None for record in newest if isinstance(record, Open)]
     assert left_out == [False] * 2 + [True] * 6
 
@@ -113,10 +114,9 @@ def test_what_is_in_flight_never_fills_a_segment(tmp_path):
     for request_id in range(40):
         recorded.tell(submit(request_id, max_tokens=400, logit_bias=dict.fromkeys(range(100), 1.0)))
         recorded.turn()
-    while segments(tmp_path)[1].stat().st_size < 19_000:
+    for _ in range(5):
         recorded.turn()
-    assert all(path.stat().st_size < 20_000 + 2000 for path in segments(tmp_path))
-    newest = max((read(path) for path in segments(tmp_path)), key=lambda records: records[0].number)
+    newest = parts(tmp_path)[-1]
     assert 1 < sum(isinstance(record, Open) for record in newest) < 40
     assert any(isinstance(record, Step) for record in newest)
 
@@ -148,39 +148,49 @@ def test_kill_9_leaves_a_record_that_can_be_read(tmp_path):
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"going\n"
         process.send_signal(signal.SIGKILL)
-    (segment,) = segments(tmp_path)
-    steps = [record.step for record in read(segment) if isinstance(record, Step)]
+    (records,) = parts(tmp_path, process.pid)
+    steps = [record.step for record in records if isinstance(record, Step)]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= 100
-    whole = segment.read_bytes()
-    for cut in (1, 5, 13):  # the last record may be half written
-        segment.write_bytes(whole[:-cut])
-        assert len(read(segment)) >= len(steps)
 
 
 def test_what_is_damaged_is_refused(tmp_path):
-    recorded = Recorded(tmp_path)
+    recorded = Recorded(tmp_path / "flights")
     recorded.tell(submit(1))
     recorded.run()
-    (segment,) = segments(tmp_path)
-    whole = segment.read_bytes()
-    second = 12 + int.from_bytes(whole[:4], "big")
+    (data,) = flight.segments(str(tmp_path / "flights"), os.getpid())
+    whole, path = packed(KEPT) + data, tmp_path / "x.flight"
+    second = len(packed(KEPT))
     for place, text in (
         (second + 20, "record 1"),
         (second + 2, "record 1"),
         (30, "its beginning"),
-        (1, "its beginning"),
+        (1, "its begin"),
     ):
         broken = bytearray(whole)
         broken[place] ^= 0x40
-        segment.write_bytes(broken)
+        path.write_bytes(broken)
         with pytest.raises(ConfigError, match=text) as caught:
-            read(segment)
+            read(path)
         assert caught.value.field == "file"
+    path.write_bytes(whole)
+    count = len(read(path))
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ConfigError, match=f"record {count - 1}, at byte"):
+        read(path)
     for nothing in (b"", b"no record at all", packed(Failed(message="no header"))):
-        segment.write_bytes(nothing)
+        path.write_bytes(nothing)
         with pytest.raises(ConfigError, match="its beginning"):
-            read(segment)
+            read(path)
+
+
+def test_a_record_that_was_being_written_does_not_count(tmp_path):
+    recorded = Recorded(tmp_path)
+    recorded.tell(submit(1))
+    (before,) = parts(tmp_path)
+    memory, end = recorded.recorder._memory, recorded.recorder._size
+    memory[end : end + 9] = b"cut short"
+    assert parts(tmp_path) == [before]
 
 
 def test_a_folder_that_cannot_be_written_switches_it_off(tmp_path, caplog):
@@ -195,25 +205,40 @@ def test_a_folder_that_cannot_be_written_switches_it_off(tmp_path, caplog):
     recorded.recorder.close()
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_full_disk_switches_it_off_and_the_core_goes_on(tmp_path, caplog, monkeypatch, cut):
-    recorded = Recorded(tmp_path)
-    recorded.tell(submit(1))
-    recorded.turn()
-    write = os.write
+def test_a_full_disk_switches_it_off_and_the_core_goes_on(tmp_path, caplog, monkeypatch):
+    recorded = Recorded(tmp_path, segment_bytes=9000)
+    recorded.tell(submit(2))
+    recorded.run()
 
-    def full(file, data):
-        if cut:
-            return write(file, data[: len(data) // 2])
+    def full(*where):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    recorded.tell(submit(1, max_tokens=400))
     recorded.run()
     assert not recorded.recorder.is_on
-    assert len(caplog.messages) == 1
-    assert ("bytes written" if cut else "No space left") in caplog.text
+    (message,) = caplog.messages
+    assert "the flight recorder is off" in message
+    assert "No space left" in message
     assert not recorded.readings.times
-    assert isinstance(read(*segments(tmp_path))[-1], Step)  # what was whole can be read
+    assert any(isinstance(record, Step) for record in parts(tmp_path)[0])  # what was there before can be read
+    assert recorded.core.stats().finished == 2
+
+
+def test_a_segment_that_was_just_made_hides_no_other(tmp_path):
+    recorded = Recorded(tmp_path)
+    (before,) = parts(tmp_path)
+    (tmp_path / f"live-{os.getpid()}.1").write_bytes(bytes(1000))
+    assert parts(tmp_path) == [before]
+    recorded.recorder.close()
+
+
+def test_a_command_that_no_segment_holds_switches_it_off(tmp_path, caplog):
+    recorded = Recorded(tmp_path, with_prompts=True, segment_bytes=3000)
+    recorded.tell(submit(1, [70_000] * 500))
+    assert "is larger than a segment" in caplog.text
+    assert not recorded.recorder.is_on
+    recorded.run()
     assert recorded.core.stats().finished == 1
 
 

@@ -7,11 +7,12 @@ import random
 import msgspec
 import pytest
 from msgspec.structs import replace
-from recorded import Recorded, segments, submit
+from recorded import KEPT, Recorded, segments, submit
+from recorded import records as records_of
 
 from cierzo import cli
 from cierzo.engine.errors import ConfigError
-from cierzo.engine.flight import Ended, Header, Kept, Open, Step, Submitted, Tokens, packed, read
+from cierzo.engine.flight import Ended, Header, Open, Step, Submitted, Tokens, packed
 from cierzo.engine.messages import Abort
 from cierzo.engine.worker.fake import FakeRunner
 from cierzo.engine.worker.replay import Replay
@@ -39,17 +40,12 @@ def _work(recorded: Recorded, seed: int = 0) -> None:
     recorded.run()
 
 
-def _newest_last(folder) -> list:
-    parts = sorted((read(path) for path in segments(folder)), key=lambda records: records[0].number)
-    return [record for part in parts for record in part]
-
-
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_with_recorded_prompts_is_the_same_run(tmp_path, overlap, seed):
     recorded = Recorded(tmp_path, with_prompts=True, overlap=overlap)
     _work(recorded, seed)
-    records = _newest_last(tmp_path)
+    records = records_of(tmp_path)
     assert {"stop", "length", "cancelled"} == {record.reason for record in records if isinstance(record, Ended)}
     replay = Replay(records)
     replay.run()
@@ -67,7 +63,7 @@ def test_every_reading_of_the_clock_is_the_recorded_one(tmp_path):
     for request_id in range(3):
         recorded.tell(replace(submit(request_id, [request_id], max_tokens=50), deadline_at_s=40.0 + 9 * request_id))
     recorded.run()
-    records = _newest_last(tmp_path)
+    records = records_of(tmp_path)
     assert [record.reason for record in records if isinstance(record, Ended)] == ["deadline"] * 3
     replay = Replay(records)
     replay.run()
@@ -91,7 +87,7 @@ def test_made_up_prompts_take_the_same_steps(tmp_path, overlap):
         recorded.tell(submit(request_id, prompt, max_tokens=draw.randint(1, 40), n=2, stop_token_ids=stops))
         recorded.turn()
     recorded.run()
-    records = _newest_last(tmp_path)
+    records = records_of(tmp_path)
     assert {"stop", "length"} == {record.reason for record in records if isinstance(record, Ended)}
     replay = Replay(records)
     replay.run()
@@ -103,7 +99,7 @@ def test_made_up_prompts_take_the_same_steps(tmp_path, overlap):
 def test_it_tells_where_it_departs(tmp_path):
     recorded = Recorded(tmp_path, with_prompts=True)
     _work(recorded)
-    records = _newest_last(tmp_path)
+    records = records_of(tmp_path)
 
     def replayed(change) -> Replay:
         replay = Replay([change(record) for record in records])
@@ -149,7 +145,7 @@ def test_a_record_whose_end_came_early_in_the_replay_departs(tmp_path):
         replace(record, sampling=replace(record.sampling, max_tokens=3))
         if isinstance(record, Submitted)
         else record
-        for record in _newest_last(tmp_path)
+        for record in records_of(tmp_path)
     ]
     replay = Replay(records)
     replay.run()
@@ -164,8 +160,8 @@ def test_a_second_segment_goes_on_where_the_first_one_ends(tmp_path):
         recorded.turn()
     for _ in range(9):
         recorded.turn()
-    records = _newest_last(tmp_path)
-    assert (records[0].number, sum(isinstance(record, Open) for record in records)) == (0, 1)
+    records = records_of(tmp_path)
+    assert (records[1].number, sum(isinstance(record, Open) for record in records)) == (0, 1)
     replay = Replay(records)
     replay.run()
     assert replay.describe_outcome().endswith("equal rows and tokens")
@@ -179,8 +175,8 @@ def test_a_record_without_its_beginning_starts_from_what_was_in_flight(tmp_path,
         recorded.tell(submit(request_id, [draw.randrange(30_000) for _ in range(9)], max_tokens=20))
         for _ in range(3):
             recorded.turn()
-    records = _newest_last(tmp_path)
-    assert records[0].number > 0
+    records = records_of(tmp_path)
+    assert records[1].number > 0
     assert sum(isinstance(record, Header) for record in records) == 2
     replay = Replay(records)
     count = sum(
@@ -215,7 +211,7 @@ def test_what_killed_the_core_kills_the_replay_at_the_same_step(tmp_path):
     recorded.tell(submit(2, [5] * 40 + [666], max_tokens=20))
     with pytest.raises(DeviceFault):
         recorded.run()
-    records = _newest_last(tmp_path)
+    records = records_of(tmp_path)
     last = records[-1]
     assert isinstance(last, Step)  # it was written before the step was launched
     replay = Replay(records, _killer())
@@ -234,8 +230,7 @@ def kept(tmp_path):
     recorded = Recorded(folder, with_prompts=True)
     _work(recorded)
     path = tmp_path / "20260101T000000Z-died.flight"
-    head = Kept(reason="died", message="the core process died", at="20260101T000000Z")
-    path.write_bytes(packed(head) + segments(folder)[0].read_bytes())
+    path.write_bytes(b"".join(map(packed, records_of(folder))))
     return path
 
 
@@ -283,7 +278,7 @@ def test_what_is_no_record_is_refused(kept, capfd, what):
         path.write_bytes(data)
     else:
         config = msgspec.msgpack.encode({"name": "of another version"})
-        path.write_bytes(packed(Header(number=0, config=config, with_prompts=False)))
+        path.write_bytes(packed(KEPT) + packed(Header(number=0, config=config, with_prompts=False)))
     assert cli.main(["replay", str(path)]) == (1 if what == "missing" else 2)
     told = "".join(capfd.readouterr())
     assert told.count("\n") == 1
@@ -296,6 +291,7 @@ def test_what_is_no_record_is_refused(kept, capfd, what):
     assert expected[what] in told
 
 
-def test_a_kept_file_alone_is_no_record(tmp_path):
-    with pytest.raises(ConfigError, match="a header"):
-        Replay([Kept(reason="died", message="", at=""), Tokens(tokens=[])])
+def test_a_kept_file_alone_is_no_record():
+    for nothing in ([KEPT], [KEPT, Tokens(tokens=[])]):
+        with pytest.raises(ConfigError, match="a header"):
+            Replay(nothing)

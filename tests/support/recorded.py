@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
 from cierzo.cache.config import CacheConfig
+from cierzo.engine import flight
+from cierzo.engine.flight import AnyRecord, Kept, packed, read
 from cierzo.engine.messages import CoreCommand, SamplingParams, Submit, TokenDelta
 from cierzo.engine.worker.core import EngineCore, Runner
 from cierzo.engine.worker.fake import fake_config
@@ -18,6 +21,7 @@ CONFIG = fake_config(
     SchedulerConfig(budget_tokens=32, max_running=8, max_model_len=512, max_chunk_tokens=32),
     CacheConfig(block_tokens=8, num_blocks=512, hash_key="00" * 16),
 )
+KEPT = Kept(reason="died", message="the core process died", at="20260101T000000Z")
 
 
 def submit(request_id: int, prompt: list[int] | None = None, **params: Any) -> Submit:
@@ -70,3 +74,19 @@ class Recorded:
 def segments(folder: Path) -> list[Path]:
     """The files of the record."""
     return sorted(folder.glob("live-*"))
+
+
+def parts(folder: Path, pid: int = 0) -> list[list[AnyRecord]]:
+    """The records of each segment, the older one first."""
+    found = []
+    for data in flight.segments(str(folder), pid or os.getpid()):
+        path = folder / "part.flight"
+        path.write_bytes(packed(KEPT) + data)
+        found.append(read(path)[1:])
+        path.unlink()
+    return found
+
+
+def records(folder: Path) -> list[AnyRecord]:
+    """The record, as the front end would keep it."""
+    return [KEPT, *(record for part in parts(folder) for record in part)]

@@ -345,7 +345,9 @@ def test_the_oldest_records_make_room(run, tmp_path):
         paths = []
         for number in range(MAX_KEPT + 3):
             header = Header(number=0, config=b"", with_prompts=False)
-            (tmp_path / f"live-{number}.0").write_bytes(packed(header))
+            (tmp_path / f"live-{number}.0").write_bytes(
+                len(packed(header)).to_bytes(8, sys.byteorder) + packed(header)
+            )
             paths.append(await flights.keep(number, "died", "it was shot"))
         assert sorted(tmp_path.iterdir()) == sorted(paths[3:])
         assert await flights.keep(77, "died", "it had none") is None
