@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from cierzo.cache.config import CacheConfig
-from cierzo.cache.layout import CacheLayout, plan_capacity
+from cierzo.cache.layout import CacheLayout
 from cierzo.engine import device_memory
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
@@ -112,6 +112,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Count | None,
         Meta(description="tokens of one prompt in one step while others wait, at most; default: the profile's"),
     ] = None
+    max_step_ms: Annotated[
+        Annotated[float, Meta(ge=0, le=1e9)] | None,
+        Meta(
+            description="target for a step's predicted time, which chunks of prompts are cut to; 0: cut by tokens "
+            "alone; default: the profile's"
+        ),
+    ] = None
     overlap: Annotated[
         Literal["auto", "on", "off"],
         Meta(description="begin a step before the one before has ended; auto: where a GPU would wait otherwise"),
@@ -177,36 +184,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     flight_folder: str = ""  # "": nothing is recorded
     record_prompts: bool = False
 
-    def describe(self) -> str:
-        """The resolved settings and the capacity plan, as printed at start."""
-        threads = "pinned threads" if self.pin_threads else "threads"
-        rows = [
-            ("model", f"{self.name} ({self.model.architecture}, {self.model.num_layers} layers)"),
-            ("profile", self.profile),
-            ("runner", f"{self.runner} on {self.device}, {self.dtype}, {self.threads} {threads}"),
-            (
-                "number formats",
-                f"weights {self.weights}, activations {self.activations}, KV cache {self.layout.dtype}",
-            ),
-            ("max_model_len", f"{self.scheduler.max_model_len:,} tokens"),
-            (
-                "step",
-                f"{self.scheduler.budget_tokens:,} tokens, chunks of {self.scheduler.max_chunk_tokens:,} "
-                f"beside others, {self.scheduler.max_running:,} running, {self.scheduler.max_waiting:,} waiting",
-            ),
-            ("prefix cache", "on" if self.cache.prefix_caching else "off"),
-            ("steps", "overlapped" if self.overlap else "one by one"),
-        ]
-        if self.flight_folder:
-            what = "with token ids" if self.record_prompts else "ids and lengths"
-            rows.append(("flight record", f"{self.flight_folder} ({what})"))
-        if self.model.moe is not None:
-            rows.append(("experts", "counted" if self.expert_statistics else "not counted"))
-        if self.card is not None:
-            rows.append(("simulation", f"{self.card.describe()}; nothing is computed, tokens are made up"))
-        lines = [f"{key:<14} {value}" for key, value in rows]
-        return "\n".join([*lines, str(plan_capacity(self.layout, self.cache.num_blocks))])
-
 
 def resolve(options: EngineOptions) -> EngineConfig:
     """Turn options into a whole configuration.
@@ -257,14 +234,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
             prefix_caching=options.prefix_caching,
             hash_key=secrets.token_hex(16),
         ),
-        scheduler=SchedulerConfig(
-            budget_tokens=profile.budget_tokens,
-            max_chunk_tokens=min(profile.max_chunk_tokens, profile.budget_tokens),
-            max_running=min(profile.max_running, profile.budget_tokens),
-            max_waiting=options.max_waiting,
-            max_model_len=max_model_len,
-            priority_aging_s=options.priority_aging_s,
-        ),
+        scheduler=_limits(options, profile, max_model_len),
         kernels=_kernels(options),
         flight_folder=_flight_folder(options),
         record_prompts=options.record_prompts,
@@ -277,6 +247,19 @@ def _frontend(options: EngineOptions) -> FrontendConfig:
     limits, most = options.frontend, options.max_waiting
     return msgspec.structs.replace(
         limits, max_open_samples=min(limits.max_open_samples, most), max_samples=min(limits.max_samples, most)
+    )
+
+
+def _limits(options: EngineOptions, profile: Profile, max_model_len: int) -> SchedulerConfig:
+    """The scheduler's section."""
+    return SchedulerConfig(
+        budget_tokens=profile.budget_tokens,
+        max_chunk_tokens=min(profile.max_chunk_tokens, profile.budget_tokens),
+        max_step_s=profile.max_step_ms / 1e3,
+        max_running=min(profile.max_running, profile.budget_tokens),
+        max_waiting=options.max_waiting,
+        max_model_len=max_model_len,
+        priority_aging_s=options.priority_aging_s,
     )
 
 
