@@ -46,7 +46,7 @@ PROFILES = {
         budget_tokens=4096, max_chunk_tokens=2048, max_running=256, graph_sequences=256, max_step_ms=250.0
     ),
     ("balanced", "cpu"): Profile(
-        budget_tokens=1024, max_chunk_tokens=512, max_running=256, graph_sequences=256, max_step_ms=5000.0
+        budget_tokens=1024, max_chunk_tokens=512, max_running=256, graph_sequences=256, max_step_ms=5500.0
     ),
     ("throughput", "cuda"): Profile(
         budget_tokens=8192,
