@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from cierzo.cache.config import CacheConfig
-from cierzo.cache.layout import CacheLayout
+from cierzo.cache.layout import CacheLayout, plan_capacity
 from cierzo.engine import device_memory
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
@@ -26,22 +26,17 @@ from cierzo.engine.host import available_memory_bytes, usable_cpus
 from cierzo.engine.kv_room import AUTO_KV_BYTES, longest_request, plan_kv
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.read_config import read_model_config
+from cierzo.engine.number_choice import PLACE, activations_format, listed, weights_format
 from cierzo.engine.profiles import Profile, ProfileName, choose
 from cierzo.engine.settings import limit_of, require
 from cierzo.engine.weights.shapes import named_model_config
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.kernels.cpu import MAX_THREADS
-from cierzo.kernels.formats.number_formats import NUMBER_FORMATS, FormatName, formats_on, plain_format
+from cierzo.kernels.formats.number_formats import FormatName
 from cierzo.scheduler.config import SchedulerConfig
 
 ENVIRONMENT_PREFIX = "CIERZO_"
-_PLACE = {"cpu": "on a CPU", "cuda": "on a GPU"}
 KV_BYTE_FORMAT = {"cpu": "int8", "cuda": "fp8"}  # the format of cached values that has a byte each
-
-
-def _listed(kind: str) -> str:
-    """The number formats of weights that a kind of device computes with, as text."""
-    return ", ".join(formats_on(kind))
 
 
 # Beyond every use, and little enough for the arrays that are made of these numbers at the start.
@@ -71,8 +66,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weights: Annotated[
         Literal["auto", FormatName],
         Meta(
-            description=f"number format of the weights; auto: that of dtype. On a CPU {_listed('cpu')}; on "
-            f"a GPU {_listed('cuda')}. lm_head keeps 8 bits at least"
+            description=f"number format of the weights; auto: that of dtype. On a CPU {listed('cpu')}; on "
+            f"a GPU {listed('cuda')}. lm_head keeps 8 bits at least"
         ),
     ] = "auto"
     activations: Annotated[
@@ -184,6 +179,42 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     flight_folder: str = ""  # "": nothing is recorded
     record_prompts: bool = False
 
+    def describe(self) -> str:
+        """The resolved settings and the capacity plan, as printed at start."""
+        threads = "pinned threads" if self.pin_threads else "threads"
+        rows = [
+            ("model", f"{self.name} ({self.model.architecture}, {self.model.num_layers} layers)"),
+            ("profile", self.profile),
+            ("runner", f"{self.runner} on {self.device}, {self.dtype}, {self.threads} {threads}"),
+            (
+                "number formats",
+                f"weights {self.weights}, activations {self.activations}, KV cache {self.layout.dtype}",
+            ),
+            ("max_model_len", f"{self.scheduler.max_model_len:,} tokens"),
+            (
+                "step",
+                f"{self.scheduler.budget_tokens:,} tokens, chunks of {self.scheduler.max_chunk_tokens:,} "
+                f"beside others, {self.scheduler.max_running:,} running, {self.scheduler.max_waiting:,} waiting",
+            ),
+            (
+                "step time",
+                f"chunks are cut to {1e3 * self.scheduler.max_step_s:,.6g} ms a step, by prediction"
+                if self.scheduler.max_step_s
+                else "no target: chunks are cut by tokens alone",
+            ),
+            ("prefix cache", "on" if self.cache.prefix_caching else "off"),
+            ("steps", "overlapped" if self.overlap else "one by one"),
+        ]
+        if self.flight_folder:
+            what = "with token ids" if self.record_prompts else "ids and lengths"
+            rows.append(("flight record", f"{self.flight_folder} ({what})"))
+        if self.model.moe is not None:
+            rows.append(("experts", "counted" if self.expert_statistics else "not counted"))
+        if self.card is not None:
+            rows.append(("simulation", f"{self.card.describe()}; nothing is computed, tokens are made up"))
+        lines = [f"{key:<14} {value}" for key, value in rows]
+        return "\n".join([*lines, str(plan_capacity(self.layout, self.cache.num_blocks))])
+
 
 def resolve(options: EngineOptions) -> EngineConfig:
     """Turn options into a whole configuration.
@@ -200,7 +231,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
     path, model = _model(options, card)
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     layout = model.cache_layout(options.block_tokens, _kv_dtype(options, kind, dtype))
-    weights, activations = _weights(options, kind, dtype), _activations(options, kind, dtype)
+    weights, activations = weights_format(options, kind, dtype), activations_format(options, kind, dtype)
     _require_rate(card, dtype, weights, activations)
     num_blocks, max_model_len = plan_kv(
         model,
@@ -341,44 +372,6 @@ def _flight_folder(options: EngineOptions) -> str:
         return ""
 
 
-def _weights(options: EngineOptions, kind: str, dtype: str) -> str:
-    """The weights' number format. Activations in fp32 are not multiplied with rounded weights unasked."""
-    if options.weights == "auto":
-        return plain_format(dtype)
-    known = formats_on(kind)
-    if options.weights not in known:
-        limit = f"one of auto, {_listed(kind)}"
-        raise refusal("weights", limit, options.weights, f"{options.weights} has no kernels {_PLACE[kind]}")
-    if options.weights == "bf16" and dtype != "bfloat16":
-        rounded = ", ".join(name for name in known if name != "bf16")
-        raise refusal("weights", f"one of auto, {rounded}", options.weights, f"dtype is {dtype}")
-    return options.weights
-
-
-def _activations(options: EngineOptions, kind: str, dtype: str) -> str:
-    """The number format of what weights are multiplied with. Those in FP8 meet it in FP8, on the tensor cores of a
-    GPU, only where that is asked for: it rounds what dtype would hold."""
-    plain = plain_format(dtype)
-    if options.activations in ("auto", plain):
-        return plain
-    if options.activations == "bf16":
-        needed, found = "dtype bfloat16", dtype
-    elif kind != "cuda":
-        needed, found = "device cuda", kind
-    elif options.weights not in (takers := _formats_meeting(options.activations)):
-        needed, found = f"weights {' or '.join(takers)}", _weights(options, kind, dtype)
-    else:
-        return options.activations
-    limit = "auto or bf16" if plain == "bf16" else "auto"
-    why = f"{options.activations} needs {needed}, not {found}"
-    raise refusal("activations", limit, options.activations, why)
-
-
-def _formats_meeting(activations: str) -> list[str]:
-    """The number formats of weights whose codes are multiplied with activations in this format."""
-    return [name for name, one in NUMBER_FORMATS.items() if activations in one.activations]
-
-
 def _kv_dtype(options: EngineOptions, kind: str, dtype: str) -> str:
     """The cache's number format. Of those with a byte each kind of device has kernels for one: GPUs convert e4m3 in
     one instruction, CPUs multiply int8. On a CPU the plain-torch reference, asked for by name, reads FP8 too."""
@@ -391,7 +384,7 @@ def _kv_dtype(options: EngineOptions, kind: str, dtype: str) -> str:
     right = KV_BYTE_FORMAT[kind]
     if options.kv_dtype != right and (kind == "cuda" or _kernels(options).instruction_set != "reference"):
         limit = f"one of auto, {'bf16, ' * (dtype == 'bfloat16')}{right}"
-        raise refusal("kv_dtype", limit, options.kv_dtype, f"{options.kv_dtype} has no kernels {_PLACE[kind]}")
+        raise refusal("kv_dtype", limit, options.kv_dtype, f"{options.kv_dtype} has no kernels {PLACE[kind]}")
     return options.kv_dtype
 
 
@@ -403,7 +396,7 @@ def _kv_room_bytes(
     if card is None and kind == "cpu":
         return available_memory_bytes()
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    weights = _weights(options, kind, dtype)
+    weights = weights_format(options, kind, dtype)
     free = device_memory.free_bytes() if card is None else card.memory_bytes
     if free is None:
         return AUTO_KV_BYTES

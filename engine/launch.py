@@ -22,7 +22,6 @@ from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import ModelInfo
-from cierzo.engine.startup import describe
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     frontend = Frontend(config.frontend, model_info(config, prompts), prompts, link)
     server = RpcServer(config.frontend, frontend)
     await server.start()
-    print(describe(config), flush=True)
+    print(config.describe(), flush=True)
     try:
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):

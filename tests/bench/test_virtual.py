@@ -13,7 +13,6 @@ from cierzo.bench.load import LoadSettings
 from cierzo.bench.virtual import SimulatedServer, VirtualClock, VirtualCore, run_simulated_load
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.messages import Submit
-from cierzo.engine.startup import describe
 from cierzo.engine.worker.core import EngineCore, make_runner
 from cierzo.engine.worker.simulated import SimulatedRunner
 from cierzo.scheduler.params import SamplingParams
@@ -189,7 +188,7 @@ def test_prefixes_that_are_shared_are_computed_once() -> None:
 def test_everything_says_that_it_is_a_simulation() -> None:
     config = configure(card="2xh200")
     assert "SIMULATION" in make_runner(config).describe()
-    assert "nothing is computed" in describe(config)
+    assert "nothing is computed" in config.describe()
     server = SimulatedServer(config)
     result = load(server, requests=2, concurrency=1, input_tokens=8, output_tokens=2)
     assert result.device == "simulated:2xh200"

@@ -21,7 +21,6 @@ from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.flight import Aborted, Ended, Failed, Header, Open, Step, Submitted, Tokens, packed, read
 from cierzo.engine.messages import Abort, Shutdown
-from cierzo.engine.startup import describe
 from cierzo.engine.weights.make import make_checkpoint
 
 
@@ -269,10 +268,10 @@ def test_settings_name_the_folder(tmp_path, monkeypatch):
     options = EngineOptions(model=str(checkpoint), runner="fake")
     config = resolve(options)
     assert config.flight_folder == str(tmp_path / "cache" / "flights")
-    assert f"flight record  {config.flight_folder} (ids and lengths)" in describe(config)
+    assert f"flight record  {config.flight_folder} (ids and lengths)" in config.describe()
     config = resolve(replace(options, flight_folder="here", record_prompts=True))
     assert config.flight_folder == os.path.abspath("here")
-    assert "here (with token ids)" in describe(config)
+    assert "here (with token ids)" in config.describe()
     config = resolve(replace(options, flight_folder=""))
     assert config.flight_folder == ""
-    assert "flight record" not in describe(config)
+    assert "flight record" not in config.describe()
