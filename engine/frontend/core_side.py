@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from cierzo.engine.errors import CierzoError, CoreFailed, Overloaded
+from cierzo.engine.errors import CierzoError, CoreFailed, CoreStalled, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.stream import Sample, Sink, Stream
@@ -69,6 +69,8 @@ class CoreSide:
         """Raise the CierzoError that says why no request can be taken now."""
         if self.state == "failed":
             raise CoreFailed("the core process cannot be kept alive", retry_after_s=self._config.retry_after_s)
+        if self.state == "stalled":
+            raise CoreStalled("the core process shows no sign of life", retry_after_s=self._config.retry_after_s)
         if self.state != "ready":
             raise Overloaded("the core is loading the model", retry_after_s=self._config.retry_after_s)
 
@@ -100,7 +102,11 @@ class CoreSide:
         self._to_resume.extend(stream for stream in self._streams if stream.submit is not None)
         self._resume_next()
 
-    def lost(self) -> None:
+    def stalled(self, is_stalled: bool) -> None:
+        """The core shows no sign of life, or does again: no request is taken meanwhile."""
+        self.state = "stalled" if is_stalled else "ready"
+
+    def lost(self, committed: bool) -> None:
         """The core is gone and a new one is on its way: end what needs no core to end."""
         self.state = "loading"
         self.num_restarts += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from cierzo.cache.manager import KVCacheManager
@@ -16,7 +16,7 @@ from cierzo.engine.worker.fake import FakeRunner
 from cierzo.engine.worker.step_cost import StepTimes
 from cierzo.kernels.fault import DeviceFault
 from cierzo.scheduler.plan import StepPlan, StepResult
-from cierzo.scheduler.request import NewRequest, QueueFull
+from cierzo.scheduler.request import NewRequest, QueueFull, Request
 from cierzo.scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,16 @@ class EngineCore:
             block_tokens=config.cache.block_tokens,
         )
         self._runner = make_runner(config) if runner is None else runner
+        self.observe: Callable[[StepPlan], None] = _ignore  # called with each step's plan before it is launched
+
+    def requests(self) -> Iterator[Request]:
+        """All live sequences, to be read."""
+        return self._scheduler.requests()
+
+    @property
+    def num_finished(self) -> int:
+        """Sequences that have ended so far."""
+        return self._scheduler.num_finished
 
     def reset(self) -> None:
         """Forget every request, without a word, and the prefix cache; the model stays loaded.
@@ -139,8 +149,7 @@ class EngineCore:
 
     def step_plain(self) -> list[TokenDelta]:
         """Schedule, build, run, commit."""
-        plan = self._scheduler.schedule()
-        self._predicted_s = plan.predicted_s
+        plan = self._schedule()
         self._run(plan)
         return self.take_deltas()
 
@@ -150,9 +159,8 @@ class EngineCore:
         The same tokens as `step_plain` gives, each a call later. A step that fails is run again by itself, and so
         is one that was launched behind it.
         """
-        plan = self._scheduler.schedule()
+        plan = self._schedule()
         before, self._flying = self._flying, None
-        self._predicted_s = max(plan.predicted_s, before.predicted_s if before is not None else 0.0)
         since_s, launched_s = self._flying_since_s, self._clock()
         error = self._launch(plan) if plan.seqs else None
         if before is not None and (lost := self._collect(before, max(since_s, self._free_at_s))) is not None:
@@ -210,6 +218,13 @@ class EngineCore:
     def check(self) -> None:
         """Assert the invariants of scheduler and cache; for tests and idle moments."""
         self._scheduler.check()
+
+    def _schedule(self) -> StepPlan:
+        """The next step's plan, which is told before anything of it is computed."""
+        plan = self._scheduler.schedule()
+        self._predicted_s = max(plan.predicted_s, self._flying.predicted_s if self._flying is not None else 0.0)
+        self.observe(plan)
+        return plan
 
     def _run(self, plan: StepPlan) -> None:
         """Launch, collect and commit a step; where that fails, its halves, down to single sequences."""
@@ -272,6 +287,10 @@ def make_runner(config: EngineConfig) -> Runner:
     from cierzo.engine.worker.runner import load_runner
 
     return load_runner(config)
+
+
+def _ignore(plan: StepPlan) -> None:
+    """Observe nothing."""
 
 
 def _refusal(new: NewRequest, message: str) -> TokenDelta:
