@@ -17,6 +17,7 @@ from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import CoreFailed, refusal
 from cierzo.engine.frontend.address import parse_address
 from cierzo.engine.frontend.core_link import CoreLink, Spawn, spawn_worker
+from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
@@ -55,7 +56,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     read."""
     signals = _signals()
     config, prompts = load_prompts(config)
-    link = CoreLink(config.frontend, config, spawn)
+    link = CoreLink(config.frontend, config, spawn, flights=Flights.under(config.flight_folder))
     frontend = Frontend(config.frontend, model_info(config, prompts), prompts, link)
     server = RpcServer(config.frontend, frontend)
     await server.start()

@@ -36,6 +36,10 @@ class Core(Protocol):
         """Queue a command; only called while the core is up."""
         ...
 
+    def forgive(self) -> None:
+        """The death that was just told is part of a search: it counts for the hour's limit alone."""
+        ...
+
 
 class Owner(Protocol):
     """Who is told what the core says of a stream: the `Frontend`."""
@@ -88,11 +92,6 @@ class CoreSide:
         self._admission = Admission()
 
     # --- from the front end ----------------------------------------------------------------------------
-
-    @property
-    def searching(self) -> bool:
-        """Whether a request that kills cores is being searched: deaths meanwhile are steps of the search."""
-        return self._recovery.searching
 
     def require(self) -> None:
         """Raise the CierzoError that says why no request can be taken now."""
@@ -169,7 +168,7 @@ class CoreSide:
             self._send_all([stream for stream in self._unsent() if self._recovery.may_go(stream)])
             self._send_due()
 
-    def lost(self, committed: bool = True) -> None:
+    def lost(self, committed: bool) -> None:
         """The core is gone and a new one is on its way: end what needs no core to end.
 
         committed: it had made a step, so whatever killed it did not do so at once.
@@ -180,6 +179,8 @@ class CoreSide:
         self._withdrawn.clear()
         self._admission = Admission()
         found = self._recovery.died()
+        if found is not None or self._recovery.searching:
+            self._core.forgive()  # searches end
         now = self._clock()
         for stream in self._streams:
             stream.sent_s = None

@@ -87,6 +87,8 @@ class FakeCore(asyncio.Protocol):
         self.scheduled = False
         self.deaf = False  # hears nothing, and says nothing unless told to: as if stopped
 
+    pid = 0  # it gives no signs of life: nobody looks for its process
+
     async def wait(self) -> int:
         return await asyncio.shield(self.exited)
 

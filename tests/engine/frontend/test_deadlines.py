@@ -54,6 +54,9 @@ class Link:
     def send(self, command):
         self.commands.append(command)
 
+    def forgive(self):
+        raise AssertionError("there is nothing to forgive")
+
 
 class Bench:
     """A core's side alone, on the loop's clock."""
@@ -142,7 +145,7 @@ def test_a_timer_of_an_earlier_run_ends_nothing(run):
         stream = bench.open(0, n=2)
         stream.samples[0].stop = "STOP"
         bench.side.abort(stream, "stop", stream.samples[0])
-        bench.side.lost()
+        bench.side.lost(True)
         assert stream.samples[0].finish.reason == "stop"
         bench.side.ready()
         assert [command.first_sample for command in bench.link.commands[-1:]] == [1]
@@ -179,7 +182,7 @@ def test_a_withdrawn_stream_goes_on_when_submitted_again(run):
         bench.side.step(StepOutput(deltas=late))
         assert stream.samples[0].token_ids == [7, 8]
         assert (stream.cost.computed_tokens, stream.cost.recomputed_tokens, stream.cost.steps) == (6, 1, 4)
-        bench.side.lost()
+        bench.side.lost(True)
         bench.side.ready()
         assert len(bench.link.commands) == 2  # it stays withdrawn, whatever becomes of the core
         bench.side.submit(stream)

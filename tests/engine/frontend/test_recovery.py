@@ -261,7 +261,7 @@ def test_200_streams_come_back_at_once_and_new_ones_join(run, serving, cores):
             for i, stream in enumerate([*streams, new]):
                 tokens = [token async for delta in stream for token in delta.token_ids]
                 assert tokens[-5:] == [(i + 7 * position) % 256 for position in range(15, 20)]
-            assert not house.frontend.core.searching
+            assert not house.frontend.core._recovery.searching
 
     run(body())
 
@@ -271,7 +271,7 @@ def test_held_streams_keep_their_deadlines_and_can_be_cancelled(run, serving, co
 
     async def body():
         async with (
-            serving(cores=cores, clock=clock, max_core_restarts=9) as house,
+            serving(cores=cores, clock=clock, max_core_restarts=2) as house,
             await Client.connect(house.address) as client,
         ):
             streams = [client.generate(token_ids=[i], max_tokens=9, deadline_s=500.0) for i in range(3)]
@@ -285,11 +285,11 @@ def test_held_streams_keep_their_deadlines_and_can_be_cancelled(run, serving, co
             clock.now += 1
             assert (await _final(timed)).samples[0].finish_reason == "deadline"
             assert len(house.frontend.streams) == 2
-            assert house.frontend.core.searching
+            assert house.frontend.core._recovery.searching
             cores.free = True
             cores.now.go_on()
             for stream in streams[:2]:
                 await _final(stream)
-            assert not house.frontend.core.searching
+            assert not house.frontend.core._recovery.searching
 
     run(body())

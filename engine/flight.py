@@ -1,0 +1,181 @@
+"""Format of a flight record: what a core did of late, as it wrote it down, and as it is kept when it is gone.
+
+A record of the file is a head of 12 bytes (length of the body, the length's complement, CRC-32 of the body:
+big-endian uint32 each) and a body of MessagePack. A segment is a Header, an Open for each request in flight, then
+commands and steps in order. A kept file is a Kept and one or two segments. Each record carries the readings of the
+clock that were made since the one before it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import msgspec
+
+from cierzo.engine.errors import refusal
+from cierzo.engine.messages import FinishReason, SamplingParams
+
+FORMAT = 1
+_HEAD = struct.Struct(">III")
+_ALL_ONES = 0xFFFFFFFF
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
+    """Base of all records."""
+
+    readings: list[float] = []
+
+
+class Kept(Record, frozen=True, tag="k"):
+    """First record of a file that the front end keeps: why, what the core died of, and when, by the calendar."""
+
+    reason: str
+    message: str
+    at: str
+    format: int = FORMAT
+
+
+class Header(Record, frozen=True, tag="h"):
+    """First record of a segment. `number` counts the segments of a core's life from 0; `config`: its EngineConfig
+    in MessagePack."""
+
+    number: int
+    config: bytes
+    with_prompts: bool
+    format: int = FORMAT
+
+
+class Open(Record, frozen=True, tag="o"):
+    """A request in flight when a segment began: its lengths, its progress, and its tokens if they are recorded."""
+
+    request_id: int
+    sample: int
+    num_prompt: int
+    num_tokens: int
+    num_computed: int
+    sampling: SamplingParams
+    priority: int
+    arrival_s: float
+    deadline_at_s: float | None
+    tokens: list[int] | None
+
+
+class Submitted(Record, frozen=True, tag="c"):
+    """A Submit: lengths, and tokens if they are recorded."""
+
+    request_id: int
+    num_prompt: int
+    num_output: int
+    sampling: SamplingParams
+    priority: int
+    arrival_s: float | None
+    deadline_at_s: float | None
+    first_sample: int
+    tokens: list[int] | None
+
+
+class Aborted(Record, frozen=True, tag="a"):
+    """An Abort."""
+
+    request_id: int
+    sample: int | None
+    reason: FinishReason
+
+
+class Step(Record, frozen=True, tag="s"):
+    """A step's plan, written before it is launched.
+
+    rows: (request id, sample, position of the first token, number of tokens); None where all that is new is a token
+    for each of as many sequences as in the step before.
+    """
+
+    step: int
+    num_seqs: int
+    num_tokens: int
+    rows: list[tuple[int, int, int, int]] | None
+
+
+class Tokens(Record, frozen=True, tag="t"):
+    """Tokens that steps chose, if tokens are recorded: (request id, sample, token ids)."""
+
+    tokens: list[tuple[int, int, list[int]]]
+
+
+class Ended(Record, frozen=True, tag="e"):
+    """A sequence has ended."""
+
+    request_id: int
+    sample: int
+    reason: FinishReason
+    output_tokens: int
+    message: str
+
+
+class Failed(Record, frozen=True, tag="f"):
+    """The core cannot go on, and says why."""
+
+    message: str
+
+
+AnyRecord = Kept | Header | Open | Submitted | Aborted | Step | Tokens | Ended | Failed
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(AnyRecord).decode
+
+
+def segment_paths(folder: str, pid: int) -> tuple[str, str]:
+    """The two files that a core process writes in turns."""
+    first, second = (os.path.join(folder, f"live-{pid}.{number}") for number in range(2))
+    return first, second
+
+
+def segment_number(path: str) -> int:
+    """The number of a segment. Raises OSError, ValueError."""
+    with open(path, "rb") as file:
+        length, _, _ = _HEAD.unpack(file.read(_HEAD.size).ljust(_HEAD.size, b"\0"))
+        header = _decode(file.read(length))
+    if not isinstance(header, Header):
+        raise ValueError(f"{path} begins with {type(header).__name__}")
+    return header.number
+
+
+def packed(record: Record) -> bytes:
+    """A record as it stands in the file."""
+    body = _encode(record)
+    return _HEAD.pack(len(body), len(body) ^ _ALL_ONES, zlib.crc32(body)) + body
+
+
+def read(path: str | Path) -> list[AnyRecord]:
+    """All whole records of a file; the last one is left out if the core died while it wrote it.
+
+    Raises ConfigError for what is no flight record or is damaged, OSError where it cannot be read.
+    """
+    data, at = memoryview(Path(path).read_bytes()), 0
+    records: list[AnyRecord] = []
+    while len(data) - at >= _HEAD.size:
+        length, complement, checksum = _HEAD.unpack_from(data, at)
+        start, end = at + _HEAD.size, at + _HEAD.size + length
+        if length != complement ^ _ALL_ONES:
+            raise _damaged(path, at, records)
+        if end > len(data):
+            break
+        try:
+            if zlib.crc32(data[start:end]) != checksum:
+                raise ValueError
+            record = _decode(data[start:end])
+        except ValueError:  # msgspec's errors are
+            if end == len(data) and records:
+                break
+            raise _damaged(path, at, records) from None
+        records.append(record)
+        at = end
+    if not records or not isinstance(records[0], Kept | Header):
+        raise _damaged(path, 0, [])
+    return records
+
+
+def _damaged(path: str | Path, at: int, records: list[AnyRecord]) -> Exception:
+    why = f"record {len(records)}, at byte {at:,}, is damaged" if records else "its beginning is none of one"
+    return refusal("file", f"a flight record of format {FORMAT}", str(path), why)
