@@ -1,8 +1,10 @@
 """An estimate of the time to a request's first token, by which one that must miss its deadline is refused at once.
 
-Measured by the core: tokens that wait, and the rate at which steps with prompts in them compute tokens. Measured
-here: what has been sent since the core said so, and, while requests queue in the core, the rate at which they get
-their first token, since what they wait for may be a place rather than its prompt's turn. Pure bookkeeping.
+Measured by the core: tokens that wait, and the rate at which steps with prompts in them compute tokens. That rate
+is the engine's best only while there is more to compute than steps take; what it was then is believed for a while.
+Measured here: what has been sent since the core told, and, while requests queue in the core, the rate at which they
+get their first token, as they may wait for a place rather than for the prompts before them. Nothing is refused
+without evidence of either kind. Pure bookkeeping.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 from cierzo.engine.errors import DeadlineUnreachable
 from cierzo.engine.messages import CoreStats
 
+EVIDENCE_S = 10.0  # how long a rate is believed
+BACKLOG_STEPS = 2  # of prompt tokens, more than which a core must have waiting for its rate to be its best
 FEWEST_STARTS = 8  # first tokens from which a rate of requests is taken
 MOST_STARTS = 64
 
@@ -31,6 +35,9 @@ class Admission:
     def __init__(self) -> None:
         self._stats = CoreStats()
         self._published_s = 0.0
+        self._backlogged = False  # when the core last told
+        self._rate = 0.0  # prompt tokens a second that the engine can compute, as far as known
+        self._rate_s = float("-inf")  # when that was seen
         self._runs: dict[int, tuple[int, int]] = {}  # sent, without a token yet: (tokens, priority)
         self._tokens: Counter[int] = Counter()  # of these, by priority
         self._requests: Counter[int] = Counter()
@@ -41,6 +48,7 @@ class Admission:
     def published(self, stats: CoreStats, now: float) -> None:
         """The core has told its gauges. Commands that came within its last step are not in them."""
         self._stats, self._published_s = stats, now
+        self._learn_rate(stats.prefill_tokens_per_s, now)
         if not stats.waiting:
             self._starts.clear()
         while self._unknown:
@@ -71,17 +79,18 @@ class Admission:
     def estimate(self, num_tokens: int, priority: int, now: float) -> Estimate | None:
         """The time to the first token of a request that was sent now; None while no rate is known."""
         stats = self._stats
-        if stats.prefill_tokens_per_s <= 0:
+        rate_known, starts_known = now - self._rate_s <= EVIDENCE_S, len(self._starts) >= FEWEST_STARTS
+        if not rate_known and not starts_known:
             return None
-        new_share = 1 - stats.cached_tokens / stats.prompt_tokens if stats.prompt_tokens else 1.0
-        s_per_token = new_share / stats.prefill_tokens_per_s
-        done = (now - self._published_s) * stats.prefill_tokens_per_s
-        waiting = max(0.0, stats.waiting_tokens - done) + self._unknown_tokens
-        before = sum(tokens for level, tokens in self._tokens.items() if level <= priority)
-        queue_s = min(waiting, before) * s_per_token
-        if len(self._starts) >= FEWEST_STARTS:
-            requests = sum(count for level, count in self._requests.items() if level <= priority)
-            queue_s = max(queue_s, requests * (now - self._starts[0]) / len(self._starts))
+        queue_s = s_per_token = 0.0
+        if rate_known:
+            new_share = 1 - stats.cached_tokens / stats.prompt_tokens if stats.prompt_tokens else 1.0
+            s_per_token = new_share / self._rate
+            waiting = max(0.0, stats.waiting_tokens - (now - self._published_s) * self._rate)
+            queue_s = min(waiting + self._unknown_tokens, _up_to(priority, self._tokens)) * s_per_token
+        if starts_known:
+            s_per_start = (now - self._starts[0]) / len(self._starts)
+            queue_s = max(queue_s, _up_to(priority, self._requests) * s_per_start)
         return Estimate(queue_s, num_tokens * s_per_token + stats.step_s)
 
     def require(self, num_tokens: int, priority: int, deadline_s: float, now: float) -> None:
@@ -105,7 +114,22 @@ class Admission:
             retry_after_s=late_s,
         )
 
+    def _learn_rate(self, rate: float, now: float) -> None:
+        """Take in a rate that the core has told: the engine's best if there was a backlog then and the time before,
+        else no less than it can do."""
+        backlogged = self._stats.waiting_tokens > BACKLOG_STEPS * rate * self._stats.step_s and rate > 0
+        if backlogged and self._backlogged:
+            self._rate, self._rate_s = rate, now
+        else:
+            self._rate = max(self._rate, rate)
+        self._backlogged = backlogged
+
     def _known(self, run_id: int) -> None:
         """The core's gauges count this run, or it has left the queue."""
         if self._unknown.pop(run_id, None) is not None:
             self._unknown_tokens -= self._runs[run_id][0]
+
+
+def _up_to(priority: int, counts: Counter[int]) -> int:
+    """What goes before a request of this priority that comes now."""
+    return sum(count for level, count in counts.items() if level <= priority)

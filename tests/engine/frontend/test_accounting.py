@@ -70,7 +70,7 @@ class Client:
 
 
 class Engine:
-    """A front end with an `EngineCore` in the same thread: what is sent is there at once, steps are taken by hand."""
+    """A front end and an `EngineCore` in one thread: what is sent is there at once, steps are taken by hand."""
 
     def __init__(self, model_info):
         self.frontend = Frontend(FrontendConfig(), model_info, PromptEncoder(), self)

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from cierzo.engine.errors import DeadlineUnreachable
-from cierzo.engine.frontend.admission import FEWEST_STARTS, Admission
+from cierzo.engine.frontend.admission import EVIDENCE_S, FEWEST_STARTS, Admission
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import CoreStats, StepOutput
 
@@ -17,6 +17,15 @@ STEP_S = 0.02
 PUBLISH_S = 0.1
 FACTOR = 1.5  # between estimate and truth
 SLACK_S = 2 * STEP_S + 0.01  # what no estimate can know: where in a step a request arrives
+
+
+def _knowing(rate, **gauges):
+    """Admission that has seen an engine compute so many tokens a second under a backlog, then told `gauges`."""
+    admission = Admission()
+    for _ in range(2):
+        admission.published(CoreStats(prefill_tokens_per_s=rate, waiting_tokens=1 << 40), 0.0)
+    admission.published(CoreStats(prefill_tokens_per_s=rate, **gauges), 0.0)
+    return admission
 
 
 class Queue:
@@ -89,7 +98,7 @@ class Queue:
 
 def _estimated_s(queue, num_tokens):
     estimate = queue.admission.estimate(num_tokens, 0, queue.now)
-    return estimate.queue_s + estimate.own_s
+    return None if estimate is None else estimate.queue_s + estimate.own_s
 
 
 def _agree(estimated_s, true_s):
@@ -107,8 +116,8 @@ def test_nothing_is_refused_while_no_rate_is_known():
 def test_the_estimate_is_near_the_truth_when_prompts_queue(seed):
     chance = random.Random(seed)
     queue = Queue()
-    queue.send(100)
-    queue.advance(0.2)
+    queue.send(5000)
+    queue.advance(0.6)
     expected = []
     for _ in range(300):
         num_tokens = chance.choice([10, 100, 500, 3000])
@@ -123,8 +132,6 @@ def test_the_estimate_is_near_the_truth_when_prompts_queue(seed):
 def test_the_estimate_is_near_the_truth_when_places_are_what_is_waited_for(seed):
     chance = random.Random(seed)
     queue = Queue(places=16, decode_s=1.0)  # 16 requests a second, whatever the prompts allow
-    queue.send(10)
-    queue.advance(0.2)
     expected = []
     for _ in range(600):
         expected.append((queue.now, _estimated_s(queue, 50), queue.send(50)))
@@ -142,8 +149,6 @@ def test_a_retry_after_the_hint_is_accepted_and_in_time(places, seed):
     random, a factor of the first hint may pass."""
     by_prompts = places > 100
     queue = Queue(places, 0.0 if by_prompts else 1.0, seed)
-    queue.send(10)
-    queue.advance(0.2)
     for _ in range(100):
         queue.send(500)
     queue.advance(2.0)  # it is seen how fast requests start
@@ -169,8 +174,8 @@ def test_a_retry_after_the_hint_is_accepted_and_in_time(places, seed):
 
 def test_what_even_an_idle_engine_cannot_do_is_refused_for_good():
     queue = Queue()
-    queue.send(10)
-    queue.advance(0.2)
+    queue.send(5000)
+    queue.advance(0.6)
     with pytest.raises(DeadlineUnreachable, match="a retry is of no use") as caught:
         queue.admission.require(50_000, 0, 1.0, queue.now)
     assert caught.value.retry_after_s is None
@@ -178,9 +183,26 @@ def test_what_even_an_idle_engine_cannot_do_is_refused_for_good():
     queue.admission.require(50_000, 0, 5.1, queue.now)
 
 
-def test_only_what_goes_first_counts():
+def test_a_rate_counts_while_there_is_evidence_that_it_is_the_engines_best():
     admission = Admission()
-    admission.published(CoreStats(prefill_tokens_per_s=100.0), 0.0)
+
+    def told(rate, waiting_tokens, now):
+        stats = CoreStats(prefill_tokens_per_s=rate, waiting_tokens=waiting_tokens, step_s=0.1)
+        admission.published(stats, now)
+        estimate = admission.estimate(1000, 0, now)
+        return None if estimate is None else round(estimate.own_s - 0.1, 3)
+
+    assert told(100.0, 5, 0.0) is None  # short prompts: steps were not full
+    assert told(100.0, 21, 1.0) is None  # a backlog of more than two steps, for the first time
+    assert told(200.0, 1000, 2.0) == 5.0
+    assert told(100.0, 5, 3.0) == 5.0  # not full again: it can do no less than before
+    assert told(400.0, 5, 4.0) == 2.5  # but more
+    assert told(400.0, 0, 2.0 + EVIDENCE_S) == 2.5
+    assert told(400.0, 0, 2.1 + EVIDENCE_S) is None
+
+
+def test_only_what_goes_first_counts():
+    admission = _knowing(100.0)
     admission.sent(1, 1000, 0, 0.1)
     admission.sent(2, 300, -1, 0.1)
     assert [admission.estimate(0, level, 0.1).queue_s for level in (-2, -1, 0, 5)] == [0.0, 3.0, 13.0, 13.0]
@@ -192,7 +214,7 @@ def test_only_what_goes_first_counts():
 
 
 def test_what_was_sent_within_the_cores_last_step_is_not_in_its_gauges():
-    admission = Admission()
+    admission = _knowing(100.0)
     admission.sent(1, 50, 0, 0.5)
     admission.sent(2, 70, 0, 0.95)
     admission.published(CoreStats(prefill_tokens_per_s=100.0, waiting_tokens=50, step_s=0.1), 1.0)
@@ -203,17 +225,14 @@ def test_what_was_sent_within_the_cores_last_step_is_not_in_its_gauges():
 
 
 def test_tokens_that_the_prefix_cache_spares_cost_nothing():
-    admission = Admission()
-    stats = CoreStats(prefill_tokens_per_s=100.0, waiting_tokens=50, prompt_tokens=1000, cached_tokens=800)
-    admission.published(stats, 0.0)
+    admission = _knowing(100.0, waiting_tokens=50, prompt_tokens=1000, cached_tokens=800)
     admission.sent(1, 50, 0, 0.0)
     estimate = admission.estimate(100, 0, 0.0)
     assert (estimate.queue_s, estimate.own_s) == (pytest.approx(0.1), pytest.approx(0.2))
 
 
 def test_a_rate_of_requests_needs_enough_of_them_and_a_queue():
-    admission = Admission()
-    admission.published(CoreStats(prefill_tokens_per_s=1e9, waiting=1), 0.0)
+    admission = _knowing(1e9, waiting=1)
     for run in range(FEWEST_STARTS):
         admission.sent(run, 1, 0, 0.0)
         admission.sent(100 + run, 1, 0, 0.0)
@@ -230,10 +249,11 @@ def test_the_front_end_refuses_by_it(run, serving, cores):
 
     async def body():
         async with serving(cores=cores) as house, await Client.connect(house.address) as client:
-            cores.now.say(StepOutput(deltas=[], stats=CoreStats(prefill_tokens_per_s=10.0)))
-            await client.stats()
-            while not house.frontend.core.stats.prefill_tokens_per_s:
-                await client.ping()
+            for waiting_tokens in (1000, 1000, 0):
+                stats = CoreStats(prefill_tokens_per_s=10.0, waiting_tokens=waiting_tokens, total_blocks=7)
+                cores.now.say(StepOutput(deltas=[], stats=stats))
+            while (await client.stats()).core.waiting_tokens or not house.frontend.core.stats.total_blocks:
+                pass
             first = client.generate(token_ids=[1] * 50, max_tokens=1)
             with pytest.raises(DeadlineUnreachable) as caught:
                 await client.complete(token_ids=[2] * 10, deadline_s=4.0)
