@@ -7,10 +7,12 @@ import random
 
 import pytest
 
+from cierzo.bench.virtual import VirtualClock, VirtualCore
+from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import DeadlineUnreachable
 from cierzo.engine.frontend.admission import EVIDENCE_S, FEWEST_STARTS, Admission
 from cierzo.engine.frontend.client import Client
-from cierzo.engine.messages import CoreStats, StepOutput
+from cierzo.engine.messages import CoreStats, SamplingParams, StepOutput, Submit
 
 RATE = 10_000.0  # prompt tokens per second
 STEP_S = 0.02
@@ -268,3 +270,59 @@ def test_the_front_end_refuses_by_it(run, serving, cores):
                 pass
 
     run(body())
+
+
+class VirtualEngine:
+    """The real scheduler on a simulated card, in its own virtual time, and the `Admission` of its front end."""
+
+    def __init__(self):
+        config = resolve(EngineOptions(model="small4", device="simulated:h200", weights="fp8", max_model_len=8192))
+        self.clock, self.admission = VirtualClock(), Admission()
+        self.core = VirtualCore(config, self.clock)
+        self.first_token_s = {}
+        self.told_s = 0.0
+
+    def run_until(self, then_s):
+        """Take steps until a time, which the last one may overrun, or until nothing is left."""
+        while self.clock.now_s < then_s and self.core.has_work():
+            for delta in self.core.step_plain():
+                if delta.token_ids and delta.request_id not in self.first_token_s:
+                    self.first_token_s[delta.request_id] = self.clock.now_s
+                    self.admission.left(delta.request_id, self.clock.now_s, started=True)
+            if self.clock.now_s - self.told_s >= PUBLISH_S:
+                self.told_s = self.clock.now_s
+                self.admission.published(self.core.stats(), self.clock.now_s)
+
+    def send(self, number, num_tokens):
+        sampling = SamplingParams(max_tokens=20, ignore_eos=True, seed=0)
+        prompt = [number] * num_tokens
+        self.admission.sent(number, num_tokens, 0, self.clock.now_s)
+        self.core.submit(Submit(request_id=number, prompt_token_ids=prompt, sampling=sampling))
+
+
+def test_the_estimate_is_near_the_truth_with_the_real_scheduler_on_a_simulated_card():
+    """Prompts of 200 to 4,000 tokens, twice as fast as an H200 can take them."""
+    engine, chance, expected, next_s = VirtualEngine(), random.Random(1), {}, 0.0
+    for number in range(400):
+        next_s += chance.choice([0.0, 0.01, 0.02])
+        engine.run_until(next_s)
+        num_tokens = chance.choice([200, 1000, 4000])
+        now = engine.clock.now_s = max(engine.clock.now_s, next_s)
+        estimate = engine.admission.estimate(num_tokens, 0, now)
+        if estimate is not None:
+            expected[number] = (now, estimate.queue_s + estimate.own_s)
+        engine.send(number, num_tokens)
+    asked_s, deadline_s = engine.clock.now_s, 5.0
+    with pytest.raises(DeadlineUnreachable) as caught:
+        engine.admission.require(1000, 0, deadline_s, asked_s)
+    engine.run_until(asked_s + caught.value.retry_after_s + PUBLISH_S)
+    engine.admission.require(1000, 0, deadline_s, engine.clock.now_s)
+    retried_s = engine.clock.now_s
+    engine.send(1000, 1000)
+    engine.run_until(float("inf"))
+    assert engine.first_token_s[1000] - retried_s <= deadline_s
+    assert len(expected) > 300  # all but those before a rate was known
+    waits = {number: engine.first_token_s[number] - sent_s for number, (sent_s, _) in expected.items()}
+    assert max(waits.values()) > 10.0
+    for number, wait_s in waits.items():
+        assert _agree(expected[number][1], wait_s)
