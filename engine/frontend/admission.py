@@ -131,5 +131,5 @@ class Admission:
 
 
 def _up_to(priority: int, counts: Counter[int]) -> int:
-    """What goes before a request of this priority that comes now."""
+    """Sum of what goes before a request of this priority that comes now."""
     return sum(count for level, count in counts.items() if level <= priority)

@@ -167,7 +167,7 @@ def test_a_request_that_kills_the_core_fails_alone(run, serving, cores, caplog):
 
     async def body():
         async with (
-            serving(cores=cores, max_core_restarts=2) as house,
+            serving(cores=cores, max_core_restarts=1) as house,
             await Client.connect(house.address) as client,
         ):
 
