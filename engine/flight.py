@@ -1,17 +1,20 @@
 """Format of a flight record: what a core did of late, as it wrote it down, and as it is kept when it is gone.
 
-A record of the file is a head of 12 bytes (length of the body, the length's complement, CRC-32 of the body:
-big-endian uint32 each) and a body of MessagePack. A segment is a Header, an Open for each request in flight, then
-commands and steps in order. A kept file is a Kept and one or two segments. Each record carries the readings of the
-clock that were made since the one before it.
+A record is a head of 12 bytes (length of the body, the length's complement, CRC-32 of the body: big-endian uint32
+each) and a body of MessagePack. A segment is a Header, an Open for each request in flight, then commands and steps
+in order; its file begins with the number of bytes that are written, 8 bytes in native order. A kept file is a Kept
+and the records of one or two segments. Each record carries the readings of the clock made since the one before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -19,6 +22,8 @@ from cierzo.engine.errors import refusal
 from cierzo.engine.messages import FinishReason, SamplingParams
 
 FORMAT = 1
+SIZE_BYTES = 8
+STEP_TAG = "s"
 _HEAD = struct.Struct(">III")
 _ALL_ONES = 0xFFFFFFFF
 
@@ -85,7 +90,7 @@ class Aborted(Record, frozen=True, tag="a"):
     reason: FinishReason
 
 
-class Step(Record, frozen=True, tag="s"):
+class Step(Record, frozen=True, tag=STEP_TAG):
     """A step's plan, written before it is launched.
 
     rows: (request id, sample, position of the first token, number of tokens); None where all that is new is a token
@@ -131,47 +136,43 @@ def segment_paths(folder: str, pid: int) -> tuple[str, str]:
     return first, second
 
 
-def segment_number(path: str) -> int:
-    """The number of a segment. Raises OSError, ValueError."""
-    with open(path, "rb") as file:
-        length, _, _ = _HEAD.unpack(file.read(_HEAD.size).ljust(_HEAD.size, b"\0"))
-        header = _decode(file.read(length))
-    if not isinstance(header, Header):
-        raise ValueError(f"{path} begins with {type(header).__name__}")
-    return header.number
+def segments(folder: str, pid: int) -> list[bytes]:
+    """Records that a core process has written, by segment, the older one first. Raises OSError, ValueError."""
+    found = []
+    for path in segment_paths(folder, pid):
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            size = int.from_bytes(file.read(SIZE_BYTES), sys.byteorder)
+            data = file.read(min(size, os.fstat(file.fileno()).st_size))
+            if not data:  # it had just been made
+                continue
+            length, _, _ = _HEAD.unpack_from(data.ljust(_HEAD.size, b"\0"))
+            header = _decode(data[_HEAD.size : _HEAD.size + length])
+            if isinstance(header, Header):
+                found.append((header.number, data))
+    return [data for _, data in sorted(found)]
 
 
-def packed(record: Record) -> bytes:
-    """A record as it stands in the file."""
+def packed(record: Record | tuple[Any, ...]) -> bytes:
+    """A record, or its tag and fields, as it stands in the file."""
     body = _encode(record)
     return _HEAD.pack(len(body), len(body) ^ _ALL_ONES, zlib.crc32(body)) + body
 
 
 def read(path: str | Path) -> list[AnyRecord]:
-    """All whole records of a file; the last one is left out if the core died while it wrote it.
-
-    Raises ConfigError for what is no flight record or is damaged, OSError where it cannot be read.
-    """
+    """All records of a kept file. Raises ConfigError for what is none or is damaged, OSError if unreadable."""
     data, at = memoryview(Path(path).read_bytes()), 0
     records: list[AnyRecord] = []
-    while len(data) - at >= _HEAD.size:
-        length, complement, checksum = _HEAD.unpack_from(data, at)
-        start, end = at + _HEAD.size, at + _HEAD.size + length
-        if length != complement ^ _ALL_ONES:
+    while at < len(data):
+        length, complement, checksum = _HEAD.unpack(bytes(data[at : at + _HEAD.size]).ljust(_HEAD.size, b"\0"))
+        body = data[at + _HEAD.size : at + _HEAD.size + length]
+        if length != complement ^ _ALL_ONES or zlib.crc32(body) != checksum:
             raise _damaged(path, at, records)
-        if end > len(data):
-            break
         try:
-            if zlib.crc32(data[start:end]) != checksum:
-                raise ValueError
-            record = _decode(data[start:end])
-        except ValueError:  # msgspec's errors are
-            if end == len(data) and records:
-                break
+            records.append(_decode(body))
+        except msgspec.MsgspecError:
             raise _damaged(path, at, records) from None
-        records.append(record)
-        at = end
-    if not records or not isinstance(records[0], Kept | Header):
+        at += _HEAD.size + length
+    if not records or not isinstance(records[0], Kept):
         raise _damaged(path, 0, [])
     return records
 

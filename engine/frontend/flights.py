@@ -7,11 +7,10 @@ import contextlib
 import logging
 import os
 import shlex
-import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cierzo.engine.flight import Kept, packed, segment_number, segment_paths
+from cierzo.engine.flight import Kept, packed, segment_paths, segments
 
 log = logging.getLogger(__name__)
 
@@ -42,21 +41,17 @@ class Flights:
         return path
 
     def _keep(self, pid: int, kept: Kept) -> Path | None:
-        segments = [path for path in segment_paths(self._folder, pid) if os.path.exists(path)]
-        if not segments:
+        parts = segments(self._folder, pid)
+        if not parts:
             return None
-        segments.sort(key=segment_number)
         path = Path(self._folder, f"{kept.at}-{kept.reason}.flight")
         unfinished = path.with_suffix(".unfinished")
         try:
             with open(unfinished, "xb", opener=_private) as file:
-                file.write(packed(kept))
-                for segment in segments:
-                    with open(segment, "rb") as part:
-                        shutil.copyfileobj(part, file)
+                file.writelines((packed(kept), *parts))
             os.replace(unfinished, path)
         finally:
-            for left in (str(unfinished), *segments):
+            for left in (str(unfinished), *segment_paths(self._folder, pid)):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(left)
         for old in sorted(path.parent.glob("*.flight"))[:-MAX_KEPT]:

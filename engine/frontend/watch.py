@@ -9,9 +9,10 @@ from pathlib import Path
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.signs import Signs
 
-LOOK_S = 0.25
+LOOK_S = 0.2
 LONGEST_GAP_S = 4 * LOOK_S  # between two looks; what is over this, the front end itself did not run
 PATIENCE = 10  # a step may take so many times what was predicted
+STOPPED_SHARE = 0.5  # of core_hang_s: whoever stopped a process may let it go on
 
 
 class Verdict(Enum):
@@ -53,26 +54,24 @@ class Watch:
 
     def _judge(self, signs: Signs) -> Verdict:
         patience_s = PATIENCE * signs.predicted_s
-        overdue = signs.predicted_s > 0 and self._turn_s > max(self._stall_s, patience_s)
-        if self._quiet_s < self._stall_s and not overdue and self._turn_s <= max(self._hang_s, patience_s):
+        limit_s = max(self._hang_s, patience_s)
+        late = signs.predicted_s > 0 and self._turn_s > max(self._stall_s, patience_s)
+        if self._quiet_s < self._stall_s and not late and self._turn_s <= limit_s:
             self.reason = ""
             return Verdict.LIVES
-        state = self._state_of()
+        state, quiet = self._state_of(), f"{self._quiet_s:.1f} s"
         if state == "t":  # somebody debugs it
             self.reason = "it is being traced"
-        elif state == "T":
-            self.reason = "it was stopped by a signal"
-            return Verdict.HUNG
-        elif self._quiet_s >= self._hang_s:
-            self.reason = f"it has shown no sign of life for {self._quiet_s:.1f} s"
-            return Verdict.HUNG
-        elif self._turn_s > max(self._hang_s, patience_s):
-            thought = f", thought to take {signs.predicted_s:.3g} s," if signs.predicted_s else ""
-            self.reason = f"its step {signs.turns + 1}{thought} has run for {self._turn_s:.1f} s"
-            return Verdict.HUNG
-        else:
-            self.reason = f"no sign of life for {max(self._quiet_s, self._turn_s):.1f} s"
-        return Verdict.STALLED
+            return Verdict.STALLED
+        if state == "T":
+            self.reason = f"it was stopped by a signal {quiet} ago"
+            return Verdict.HUNG if self._quiet_s >= STOPPED_SHARE * self._hang_s else Verdict.STALLED
+        if self._quiet_s >= self._stall_s:
+            self.reason = f"it has shown no sign of life for {quiet}"
+            return Verdict.HUNG if self._quiet_s >= self._hang_s else Verdict.STALLED
+        thought = f", thought to take {signs.predicted_s:.3g} s," if signs.predicted_s else ""
+        self.reason = f"its turn {signs.turns + 1}{thought} has run for {self._turn_s:.1f} s"
+        return Verdict.HUNG if self._turn_s > limit_s else Verdict.STALLED
 
 
 def process_state(pid: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Sequence
+from itertools import dropwhile
 
 import msgspec
 
@@ -61,11 +62,11 @@ class Replay:
         self, records: list[AnyRecord], runner: Runner | None = None, begin_step: Callable[[int], object] = int
     ) -> None:
         """Loads the recorded checkpoint, unless a `runner` is given. Raises ConfigError, CheckpointError."""
-        self.kept = records[0] if isinstance(records[0], Kept) else None
-        self._records = records[self.kept is not None :]
-        header = self._records[0]
-        if not isinstance(header, Header):
+        kept, header = (*records, None)[:2]
+        if not isinstance(kept, Kept) or not isinstance(header, Header):
             raise refusal("file", "a flight record with a header", type(header).__name__)
+        self.kept = kept
+        self._records = _without_later_heads(records[1:])
         try:
             self.config = msgspec.msgpack.decode(header.config, type=EngineConfig)
         except msgspec.ValidationError as error:
@@ -75,7 +76,7 @@ class Replay:
         self.steps = 0
         self.last_step = 0  # the number, by the scheduler's count, of the step under way or the last one
         self.departure = ""
-        self.made_up = 0  # requests whose tokens are not in the record
+        self.made_up: set[int] = set()  # requests whose tokens are not in the record
         self._begin_step = begin_step
         self._clock = RecordedClock(self._records)
         self._core = EngineCore(self.config, runner, self._clock)
@@ -103,7 +104,7 @@ class Replay:
                 case Tokens():
                     for request_id, sample, tokens in record.tokens:
                         self._meet((request_id, sample), tokens, 0)
-                case Ended(reason="stop" | "failed") if not self.with_prompts:  # made up tokens would go on
+                case Ended(reason="stop" | "failed") if record.request_id in self.made_up:  # they would go on
                     self._core.abort(
                         Abort(request_id=record.request_id, sample=record.sample, reason=record.reason)
                     )
@@ -148,7 +149,7 @@ class Replay:
         """The recorded tokens of a request, or as many others."""
         if tokens is not None:
             return tokens
-        self.made_up += 1
+        self.made_up.add(request_id)
         return random.Random(request_id).choices(range(self.config.model.vocab_size), k=count)
 
     def _sampling(self, sampling: SamplingParams, tokens: list[int] | None) -> SamplingParams:
@@ -192,6 +193,8 @@ class Replay:
 
     def _meet(self, key: tuple[int, int], tokens: list[int], side: int) -> None:
         """Compare tokens of a sequence, recorded (side 0) or chosen now (1), as far as both are known."""
+        if key[0] in self.made_up:
+            return
         pair = self._tokens.setdefault(key, ([], []))
         pair[side].extend(tokens)
         known = min(map(len, pair))
@@ -209,8 +212,7 @@ class Replay:
         steps = sum(isinstance(record, Step) for record in self._records)
         commands = sum(isinstance(record, Submitted) for record in self._records)
         lines = [f"{steps:,} steps and {commands:,} requests of {self.config.name}, {self.config.runner} runner"]
-        if self.kept is not None:
-            lines.append(f"the core {self.kept.reason} at {self.kept.at}: {self.kept.message}")
+        lines.append(f"the core {self.kept.reason} at {self.kept.at}: {self.kept.message}")
         lines += [f"its last words: {record.message}" for record in self._records if isinstance(record, Failed)]
         if not self.with_prompts:
             lines.append("token ids were not recorded: prompts of the same lengths are made up (--record-prompts)")
@@ -232,6 +234,12 @@ class Replay:
         return f"the same run, to the end of the record at step {self.last_step:,}" + (
             f": equal {compared}" if compared else "; there was nothing to compare"
         )
+
+
+def _without_later_heads(records: list[AnyRecord]) -> list[AnyRecord]:
+    """The records of one or two segments; what the second one repeats at its head has been replayed by then."""
+    second = next((at for at, record in enumerate(records) if at and isinstance(record, Header)), len(records))
+    return [*records[:second], *dropwhile(lambda record: isinstance(record, Header | Open), records[second:])]
 
 
 def _shown(rows: list[tuple[int, int, int, int]]) -> str:

@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from cierzo.engine.frontend.chat import ChatTemplate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_link import CoreLink, Spawn
+from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frames import FrameSplitter, pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
@@ -304,13 +305,14 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         clock: Callable[[], float] | None = None,
         engine_config: msgspec.Struct = FakeEngineConfig(),  # noqa: B008, it is frozen
         spawn: Spawn | None = None,
+        flights: Flights | None = None,
         **limits: Any,
     ) -> AsyncIterator[House]:
         config = FrontendConfig(**{"address": "127.0.0.1:0", **limits})
         encoder = prompts if text else PromptEncoder()
         cores = cores or FakeCores()
         clocks = {} if clock is None else {"clock": clock}
-        link = CoreLink(config, engine_config, spawn or cores, **clocks)
+        link = CoreLink(config, engine_config, spawn or cores, flights=flights, **clocks)
         frontend = Frontend(config, model(text), encoder, link, **clocks)
         server = RpcServer(config, frontend)
         await server.start()
