@@ -66,7 +66,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
         if isinstance(startup, signal.Signals):
             return 128 + startup
         print(f"{startup}\nready: {config.name} at {server.address}", flush=True)
-        return await _until_stopped(signals, frontend, config.frontend.drain_s)
+        return await _until_stopped(signals, frontend)
     finally:
         await server.close()
         await frontend.close()
@@ -81,15 +81,15 @@ def _signals() -> asyncio.Queue[signal.Signals]:
     return queue
 
 
-async def _until_stopped(signals: asyncio.Queue[signal.Signals], frontend: Frontend, drain_s: float) -> int:
-    """SIGINT stops at once; SIGTERM first lets the open requests finish, for a while or until a second signal."""
+async def _until_stopped(signals: asyncio.Queue[signal.Signals], frontend: Frontend) -> int:
+    """SIGINT stops at once; SIGTERM drains, until the drain is over or a second signal comes."""
     reason = await _first(signals.get(), _failed(frontend))
     if reason is None:
         raise CoreFailed("the core died too often; see the log above")
-    if reason == signal.SIGTERM and len(frontend.streams):
-        log.info("draining %d requests, at most %g s", len(frontend.streams), drain_s)
+    if reason == signal.SIGTERM:
         frontend.drain()
-        await _first(frontend.drained(), signals.get(), asyncio.sleep(drain_s))
+        await _first(frontend.drained(), signals.get())
+    frontend.interrupt()
     return 0
 
 

@@ -34,7 +34,7 @@ from cierzo.engine.signs import SignsPage
 log = logging.getLogger(__name__)
 
 MAX_CORE_FRAME_BYTES = 1 << 30  # our own process: the bound only tells a frame from garbage
-STOP_TIMEOUT_S = 2.0  # a core in a longer step than this is killed: it has nothing to save
+STOP_TIMEOUT_S = 1.5  # a core in a longer step than this is killed: it has nothing to save
 _decode = msgspec.msgpack.Decoder(CoreEvent).decode
 
 

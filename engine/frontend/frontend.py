@@ -13,16 +13,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cierzo.engine.errors import CierzoError, Draining, InvalidRequest, Overloaded
+from cierzo.engine.errors import CierzoError, Draining, Interrupted, InvalidRequest, Overloaded
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import Core, CoreSide
 from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.drain import Drain
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.messages import (
-    Drained,
     Failure,
     FinishReason,
     Generate,
@@ -59,6 +59,16 @@ def failure(stream_id: int, error: CierzoError) -> Failure:
     )
 
 
+def interruption(stream: Stream) -> Interrupted:
+    """The error for a stream that the server's end cuts short; it tells the seed, which a resumed request needs."""
+    seed = None if stream.submit is None else stream.submit.sampling.seed
+    return Interrupted(
+        "the server stops; the same request goes on elsewhere, with this seed and the tokens that came",
+        field="seed",
+        value=seed,
+    )
+
+
 class Frontend:
     """Owns the streams; every accepted one ends in exactly one Final or Failure, unless its connection is gone."""
 
@@ -81,16 +91,14 @@ class Frontend:
         self._random = random.SystemRandom()
         self._next_request_id = 0
         self._encoding: set[asyncio.Task[None]] = set()
-        self._draining = False
-        self._drain_waiters: list[tuple[Sink, int]] = []
-        self._drained = asyncio.Event()
+        self._drain = Drain(config, lambda: len(self.streams), self.interrupt)
 
     # --- what is going on ------------------------------------------------------------------------------
 
     @property
     def health(self) -> str:
-        """loading, ready, draining or failed."""
-        return "draining" if self._draining and self.core.state != "failed" else self.core.state
+        """loading, ready, stalled, draining or failed."""
+        return "draining" if self._drain.active and self.core.state != "failed" else self.core.state
 
     @property
     def uptime_s(self) -> float:
@@ -107,7 +115,7 @@ class Frontend:
         """A connection is gone: nobody waits for its streams."""
         for stream in self.streams.disconnect(sink):
             self._abort(stream, "cancelled")
-        self._drain_waiters = [waiter for waiter in self._drain_waiters if waiter[0] is not sink]
+        self._drain.leave(sink)
 
     def generate(self, sink: Sink, message: Generate) -> None:
         """Accept a request, or raise the CierzoError that says why not."""
@@ -141,18 +149,31 @@ class Frontend:
         sink.put(failure(stream_id, error))
 
     def drain(self, sink: Sink | None = None, stream_id: int = 0) -> None:
-        """Accept nothing from now on; `sink` hears when the last stream has ended."""
-        self._draining = True
+        """Say that the server is draining, then accept nothing, then end what is left; `sink` hears when nothing
+        is open any more."""
         if sink is not None:
-            self._drain_waiters.append((sink, stream_id))
-        self._tell_drained()
+            self._drain.wait_for(sink, stream_id)
+        self._drain.begin()
+        self._drain.check()
+
+    def undo_drain(self) -> None:
+        """Accept requests again; who waits for the end of the drain hears that it will not come."""
+        for sink, stream_id in self._drain.undo():
+            sink.put(failure(stream_id, Draining("the drain was undone before it was complete")))
+            sink.flush()
 
     async def drained(self) -> None:
         """Wait until a drain is complete."""
-        await self._drained.wait()
+        await self._drain.wait()
+
+    def interrupt(self) -> None:
+        """End every open stream with an error that says how to go on elsewhere."""
+        for stream in self.streams:
+            self._fail(stream, interruption(stream))
 
     async def close(self) -> None:
         """Stop what runs on the side."""
+        self._drain.close()
         tasks = list(self._encoding)
         for task in tasks:
             task.cancel()
@@ -190,11 +211,7 @@ class Frontend:
     def fail_all(self, error: CierzoError) -> None:
         """There will be no core any more: every open stream fails with `error`."""
         for stream in self.streams:
-            sink, stream_id = stream.sink, stream.stream_id
-            self._close(stream)
-            if sink is not None:
-                sink.put(failure(stream_id, error))
-                sink.flush()
+            self._fail(stream, error)
 
     # --- inside ----------------------------------------------------------------------------------------
 
@@ -204,7 +221,7 @@ class Frontend:
             raise InvalidRequest(
                 "this stream is already open", field="stream", limit="unique", value=message.stream
             )
-        if self._draining:
+        if self._drain.refusing:
             raise Draining("the server is draining", retry_after_s=config.retry_after_s)
         self.core.require()
         validate.fields(message, config, self.model, self._prompts.special_ids)
@@ -236,6 +253,7 @@ class Frontend:
             deadline_at_s=arrived + (message.deadline_s or self._config.default_deadline_s),
         )
         self.streams.open(stream)
+        self.core.opened(stream)
         return stream
 
     async def _encode_aside(self, stream: Stream, message: Generate) -> None:
@@ -257,6 +275,7 @@ class Frontend:
         special_ids = self._prompts.special_ids
         submit = validate.request(message, token_ids, stream.request_id, seed, self.model, special_ids)
         num_tokens = len(token_ids) + len(message.output_token_ids)
+        self.core.require_in_time(stream, submit)
         self._room("max_open_tokens", self.streams.num_tokens + num_tokens, self._config.max_open_tokens)
         stream.start(submit, [self._detokenizer(submit) for _ in range(stream.num_samples)])
         self.streams.charge(stream, num_tokens)
@@ -289,7 +308,16 @@ class Frontend:
         sink = stream.sink
         self._close(stream)
         if sink is not None:
-            sink.put(stream.final(self._clock()))
+            sink.put(stream.final(self._clock(), with_cost="accounting" in sink.features))
+
+    def _fail(self, stream: Stream, error: CierzoError) -> None:
+        """End a stream with an error, in the core too."""
+        sink, stream_id = stream.sink, stream.stream_id
+        self.core.withdraw(stream)
+        self._close(stream)
+        if sink is not None:
+            sink.put(failure(stream_id, error))
+            sink.flush()
 
     def _refuse(self, stream: Stream) -> None:
         if stream in self.streams:
@@ -307,13 +335,4 @@ class Frontend:
         """A stream ends, whatever the way."""
         self.streams.close(stream)
         self.core.forget(stream)
-        self._tell_drained()
-
-    def _tell_drained(self) -> None:
-        if not self._draining or len(self.streams):
-            return
-        self._drained.set()
-        waiters, self._drain_waiters = self._drain_waiters, []
-        for sink, stream_id in waiters:
-            sink.put(Drained(stream=stream_id))
-            sink.flush()
+        self._drain.check()

@@ -10,8 +10,10 @@ from typing import Protocol
 
 import msgspec
 
+from cierzo.engine.frontend.accounting import add_run
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.messages import (
+    Cost,
     Delta,
     Final,
     Finish,
@@ -42,7 +44,10 @@ class Sink(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Sample:
-    """A sample: one of the request's n answers. `token_ids` includes the tokens of a resumed request."""
+    """A sample: one of the request's n answers. `token_ids` includes the tokens of a resumed request.
+
+    `computed`: positions that runs before the present one have computed for sure.
+    """
 
     index: int
     detokenizer: Detokenizer | None
@@ -51,6 +56,7 @@ class Sample:
     finish: Finish | None = None
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    computed: int = 0
 
     @property
     def cut(self) -> bool:
@@ -88,8 +94,8 @@ class Stream:
     """An accepted request. `submit` is None while its prompt is still being encoded.
 
     `arrived` and `deadline_at_s` are times of the clock in seconds; `sent_s` (None: the core that runs now has not
-    got it) and `first_token_s` count from arrival. `run_id`: the core's name of its present run. `deaths`: how many
-    cores have died that had it.
+    got it) and `first_token_s` count from arrival. `run_id`: the core's name of its present run. `cost`: of the
+    runs that cores have reported.
     """
 
     request_id: int
@@ -105,7 +111,7 @@ class Stream:
     aborted: FinishReason | None = None
     sent_s: float | None = None
     first_token_s: float | None = None
-    deaths: int = 0
+    cost: Cost = field(default_factory=Cost)
     samples: list[Sample] = field(default_factory=list)
     running: int = 0
 
@@ -133,10 +139,15 @@ class Stream:
 
     def end(self, sample: Sample, finish: Finish) -> bool:
         """Record the end of a sample; True if it was the last one."""
+        self.spend(sample, finish)
         if sample.finish is None:
             sample.end(finish)
             self.running -= 1
         return self.running == 0
+
+    def spend(self, sample: Sample, finish: Finish) -> None:
+        """Add what a core reported of a run of a sample to the cost."""
+        self.cost = add_run(self.cost, finish, sample.computed)
 
     def end_all(self, reason: FinishReason, now: float, message: str = "") -> None:
         """End what still runs without the core's word: it is not there to be asked."""
@@ -169,6 +180,9 @@ class Stream:
         )
         if self.first_token_s is None and self.running == len(self.samples):
             return [submit]
+        for sample in self.samples:
+            if len(sample.token_ids) > len(submit.output_token_ids):
+                sample.computed = len(submit.prompt_token_ids) + len(sample.token_ids) - 1
         return [
             msgspec.structs.replace(
                 submit,
@@ -180,8 +194,8 @@ class Stream:
             if sample.finish is None
         ]
 
-    def final(self, now: float) -> Final:
-        """The last message, once no sample runs."""
+    def final(self, now: float, *, with_cost: bool = False) -> Final:
+        """The last message, once no sample runs. with_cost: the client has the feature "accounting"."""
         ends = [(sample, sample.finish) for sample in self.samples if sample.finish is not None]
         finishes = [finish for _, finish in ends]
         prompt_tokens = 0 if self.submit is None else len(self.submit.prompt_token_ids)
@@ -195,6 +209,7 @@ class Stream:
             ),
             timings=self._timings(finishes, now - self.arrived),
             seed=0 if self.submit is None else self.submit.sampling.seed or 0,
+            cost=self.cost if with_cost else None,
         )
 
     def _timings(self, finishes: list[Finish], total_s: float) -> Timings:

@@ -86,6 +86,7 @@ class FakeCore(asyncio.Protocol):
         self.splitter = FrameSplitter(1 << 30)
         self.transport: asyncio.Transport | None = None
         self.scheduled = False
+        self.deaf = False  # hears nothing, and says nothing unless told to: as if stopped
 
     pid = 0  # it gives no signs of life: nobody looks for its process
 
@@ -108,6 +109,8 @@ class FakeCore(asyncio.Protocol):
             self.exited.set_result(0)
 
     def data_received(self, data: bytes) -> None:
+        if self.deaf:
+            return
         for body in self.splitter.feed(data):
             if self.hello is None:
                 self.hello = bytes(body)
@@ -179,7 +182,7 @@ class FakeCore(asyncio.Protocol):
 
     def _run(self) -> None:
         self.scheduled = False
-        if self.running and self.owner.free and not self.exited.done():
+        if self.running and self.owner.free and not self.deaf and not self.exited.done():
             self.step()
             self.go_on()
 
