@@ -10,7 +10,8 @@ from typing import Protocol
 from cierzo.engine.errors import CierzoError, CoreFailed, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.registry import Registry
-from cierzo.engine.frontend.stream import Sample, Sink, Stream
+from cierzo.engine.frontend.sample import Sample
+from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.messages import Abort, CoreCommand, CoreStats, FinishReason, StepOutput, TokenDelta
 
 MAX_DEATHS = 2  # of cores, in a row, that had a request of which no other sign was seen
@@ -88,6 +89,15 @@ class CoreSide:
         )
         return True
 
+    def withdraw(self, stream: Stream) -> None:
+        """Have the core forget a stream, which `submit` makes go on later with the same tokens."""
+        if stream.sent_s is not None and self.state == "ready":
+            self._core.send(Abort(request_id=stream.run_id))
+        self._runs.pop(stream.run_id, None)
+        stream.sent_s = None
+        if stream is self._on_trial:
+            self._resume_next()
+
     def forget(self, stream: Stream) -> None:
         """A stream has ended: what the core still says of it is dropped."""
         self._runs.pop(stream.run_id, None)
@@ -97,7 +107,7 @@ class CoreSide:
     def ready(self) -> None:
         """A core is up; if it replaces one that died, it gets all that the old one had not finished."""
         self.state = "ready"
-        self._to_resume.extend(stream for stream in self._streams if stream.submit is not None)
+        self._to_resume.extend(s for s in self._streams if s.submit is not None and not s.paused)
         self._resume_next()
 
     def lost(self) -> None:
@@ -161,7 +171,7 @@ class CoreSide:
         self._on_trial = None
         while self._to_resume and self._on_trial is None:
             stream = self._to_resume.popleft()
-            if stream in self._streams:
+            if stream in self._streams and not stream.paused:
                 self._send(stream)
                 self._on_trial = stream if stream.sent_s is not None else None
 
