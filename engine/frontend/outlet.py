@@ -13,13 +13,12 @@ from typing import Protocol
 
 from cierzo.engine.errors import SlowReader
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.credit import delta_cost
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.stream import Sink, Stream
-from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta
+from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
 CHUNK_LOGPROBS = 128

@@ -148,7 +148,9 @@ class Sample:
     @property
     def unsent(self) -> bool:
         """Whether there is something behind the cursor."""
-        return self.sent < len(self.token_ids) or (self.finish is not None and not self._flushed)
+        if self.sent < len(self.token_ids):
+            return True
+        return self.finish is not None and not self._flushed and not self.cut
 
     @property
     def unsent_bytes(self) -> int:
@@ -183,6 +185,7 @@ class Sample:
             self._log(logprobs)
         self.token_ids.extend(token_ids)
         self.sent = len(self.token_ids)
+        self._reader = None
         self._flushed = delta.finish is not None or self.cut
         return token_ids, text, logprobs
 
