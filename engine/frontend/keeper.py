@@ -19,12 +19,15 @@ from cierzo.engine.messages import Generate
 NAME_BYTES = 16
 MAX_KEY_CHARS = 128
 KEPT_BYTES = 4096  # heap of an answer that is kept, besides what its log says
-_encode = msgspec.msgpack.Encoder(order="deterministic").encode
+_encode = msgspec.msgpack.Encoder().encode
 
 
 def digest(message: Generate) -> bytes:
     """A digest of what is asked for, the same for every repetition of a request."""
-    content = msgspec.structs.replace(message, stream=0, deadline_s=None, idempotency_key=None)
+    params = message.sampling
+    if params.logit_bias:
+        params = msgspec.structs.replace(params, logit_bias=dict(sorted(params.logit_bias.items())))
+    content = msgspec.structs.replace(message, stream=0, deadline_s=None, idempotency_key=None, sampling=params)
     return hashlib.blake2b(_encode(content), digest_size=16).digest()
 
 
