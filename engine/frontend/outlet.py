@@ -22,6 +22,7 @@ from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, 
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
 CHUNK_LOGPROBS = 128
+BOUND_TOKENS = 32  # of a sample, after which `max_answer_bytes` is looked at again
 LOGPROBS_TOKENS = 16  # a token with log-probabilities is as much work as so many without
 TURN_TOKENS = 8192  # sent to readers that were behind in one turn of the loop, which they share
 
@@ -137,10 +138,9 @@ class Outlets:
         sink.put(message)
         if stream.credit is not None:
             stream.credit -= delta_cost(message)
-            if stream.credit <= 0:
-                stream.flows = False
-        if logprobs and stream.name:
-            self._bound(stream)
+            stream.flows = stream.credit > 0
+        if logprobs is not None and stream.name:
+            self._bound(stream, sample, len(token_ids))
 
     def ended(self, stream: Stream) -> None:
         """Nothing more will come: the reader gets the last message, after what it has not got."""
@@ -175,8 +175,8 @@ class Outlets:
 
     def _log(self, stream: Stream, sample: Sample, delta: TokenDelta) -> None:
         num_bytes = sample.append(delta)
-        if stream.name:
-            self._bound(stream)
+        if delta.logprobs is not None and stream.name:
+            self._bound(stream, sample, len(delta.token_ids))
         if stream.sink is None or not stream.deltas:
             return
         stream.flows = False
@@ -187,13 +187,14 @@ class Outlets:
             self._slow.add(stream)
             self._core.withdraw(stream)
 
-    def _bound(self, stream: Stream) -> None:
-        """Keep a stream that can be resumed within `max_answer_bytes`: its oldest log-probabilities go."""
-        limit = self._config.max_answer_bytes
-        if stream.sampling.logprobs is None or not stream.deltas or stream.num_bytes <= limit:
+    def _bound(self, stream: Stream, sample: Sample, num_tokens: int) -> None:
+        """Keep a stream that can be resumed within `max_answer_bytes`, now that so many tokens have come: its
+        oldest log-probabilities go. Looked at now and then, as it costs as much as a delta."""
+        if len(sample.token_ids) % BOUND_TOKENS >= num_tokens or not stream.deltas:
             return
-        for sample in stream.samples:
-            sample.forget_logprobs(1 / 4, sent_only=stream.sink is not None)
+        if stream.num_bytes > self._config.max_answer_bytes:
+            for sample in stream.samples:
+                sample.forget_logprobs(1 / 4, sent_only=stream.sink is not None)
 
     def _behind(self, stream: Stream) -> None:
         """Have the reader watched, and remember what it waits for."""

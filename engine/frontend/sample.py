@@ -97,6 +97,7 @@ class Sample:
 
     sent: the cursor; the reader has the tokens before it. keeps: log-probabilities are kept after they were sent.
     whole: nothing is sent before the end (deltas=false).
+    cut: a stop string was found; whatever the core still sends is overrun.
     tail_apart: it ended without a last token, so the text that was held back comes in a delta without tokens.
     """
 
@@ -106,6 +107,8 @@ class Sample:
         "_logprobs",
         "_reader",
         "_text",
+        "_watches",
+        "cut",
         "detokenizer",
         "finish",
         "index",
@@ -130,20 +133,17 @@ class Sample:
         self.token_ids = array("i", token_ids)
         self.num_brought = self.sent = len(self.token_ids)
         self.stop: str | int | None = None
+        self.cut = False
         self.finish: Finish | None = None
         self.tail_apart: bool | None = None
         self._keeps = keeps
+        self._watches = detokenizer is not None and detokenizer.watches
         # With stop strings `detokenizer` stands at the end of the log, and a reader that is behind has its own;
         # without, it stands at the cursor. With `whole` and stop strings the text is kept, as UTF-8.
         self._text = bytearray() if whole and self._watches else None
         self._reader: Detokenizer | None = None
         self._flushed = False
         self._logprobs: LogprobLog | None = None
-
-    @property
-    def cut(self) -> bool:
-        """A stop string was found: whatever the core still sends is overrun."""
-        return isinstance(self.stop, str)
 
     @property
     def unsent(self) -> bool:
@@ -180,29 +180,32 @@ class Sample:
     def take(self, delta: TokenDelta) -> tuple[list[int], str, list[TokenLogprobs] | None]:
         """Pass on, to a reader who has all that was before: the tokens of `delta` that belong to the answer, the
         text that is now certain, and their log-probabilities."""
-        token_ids, text, logprobs = self._push(delta)
-        if logprobs and self._keeps:
+        token_ids, logprobs, detokenizer = delta.token_ids, delta.logprobs, self.detokenizer
+        text = "" if detokenizer is None else detokenizer.push(token_ids)
+        if delta.finish is not None or (detokenizer is not None and detokenizer.stop is not None):
+            token_ids, text, logprobs = self._end_text(delta, text)
+            self._flushed = True
+        if logprobs is not None and self._keeps:
             self._log(logprobs)
-        self.token_ids.extend(token_ids)
+        self.token_ids.fromlist(token_ids)
         self.sent = len(self.token_ids)
         self._reader = None
-        self._flushed = delta.finish is not None or self.cut
         return token_ids, text, logprobs
 
     def append(self, delta: TokenDelta) -> int:
         """Only log, for a reader who is behind or not there: the bytes that it takes."""
         token_ids, logprobs = delta.token_ids, delta.logprobs
         if self._watches:
+            assert self.detokenizer is not None
             if self._reader is None and self._text is None:
-                assert self.detokenizer is not None
                 self._reader = self.detokenizer.fork()
-            token_ids, text, logprobs = self._push(delta)
+            token_ids, text, logprobs = self._end_text(delta, self.detokenizer.push(token_ids))
             if self._text is not None:
                 self._text += text.encode()
         elif delta.finish is not None:
             self.tail_apart = not token_ids
         num_bytes = self._log(logprobs) if logprobs else 0
-        self.token_ids.extend(token_ids)
+        self.token_ids.fromlist(token_ids)
         return num_bytes + TOKEN_BYTES * len(token_ids)
 
     def read(self, most: int) -> tuple[list[int], str, list[TokenLogprobs] | None] | None:
@@ -270,20 +273,14 @@ class Sample:
         """Why it ended, as the client sees it."""
         return "stop" if self.cut else finish.reason
 
-    @property
-    def _watches(self) -> bool:
-        return self.detokenizer is not None and self.detokenizer.watches
-
-    def _push(self, delta: TokenDelta) -> tuple[list[int], str, list[TokenLogprobs] | None]:
-        """Let the detokenizer see what is new, and cut it where a stop string ends the answer."""
-        token_ids, logprobs, text = delta.token_ids, delta.logprobs, ""
-        detokenizer = self.detokenizer
+    def _end_text(self, delta: TokenDelta, text: str) -> tuple[list[int], str, list[TokenLogprobs] | None]:
+        """At the end of the text, add what the detokenizer held back, and cut what is behind a stop string."""
+        token_ids, logprobs, detokenizer = delta.token_ids, delta.logprobs, self.detokenizer
         if detokenizer is not None:
-            text = detokenizer.push(token_ids)
             if detokenizer.stop is None and delta.finish is not None:
                 text += detokenizer.flush()
             if detokenizer.stop is not None:
-                self.stop = detokenizer.stop
+                self.stop, self.cut = detokenizer.stop, True
                 token_ids = token_ids[: detokenizer.num_tokens - len(self.token_ids)]
                 logprobs = None if logprobs is None else logprobs[: len(token_ids)]
         if delta.finish is not None:

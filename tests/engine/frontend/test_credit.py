@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
 
 import pytest
 
 from cierzo.engine.frontend.client import Client
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.frontend import Frontend
+from cierzo.engine.frontend.outlet import TURN_TOKENS
 from cierzo.engine.messages import (
+    Accepted,
     Cancel,
     Credit,
     Delta,
+    Drain,
+    Drained,
     Failure,
     Final,
     Generate,
     Hello,
     Ping,
     Pong,
+    Resume,
     SamplingParams,
+    StepOutput,
+    TokenDelta,
     TokenLogprobs,
     delta_cost,
 )
@@ -188,6 +198,15 @@ def test_a_reader_that_takes_nothing_is_given_up(run, serving, peering, cores):
                 assert (failed.stream, failed.code, failed.field) == (stream, "slow_reader", "slow_reader_s")
                 assert ("max_pending_bytes" in failed.message) == is_paused
                 assert len(house.frontend.streams) == house.frontend.streams.num_read == 0
+            cores.free = False
+            peer.say(generate(3, max_tokens=1000))
+            await cores.until(lambda: len(cores.now.submits) == 3)
+            for _ in range(30):
+                cores.now.step()
+            failed = await peer.hear_until(Failure)
+            assert (failed.stream, failed.code) == (3, "slow_reader")
+            await cores.until(lambda: not cores.now.running)  # it was aborted, though not paused
+            cores.free = True
             peer.say(generate(2, max_tokens=1))
             assert isinstance(await peer.hear_until(Final), Final), "the connection goes on"
             assert len(house.frontend.outlets._slow) == 0
@@ -248,6 +267,68 @@ def test_a_connection_that_stays_full_loses_its_streams(run, serving, peering, c
             assert await peer.hear() == Pong(stream=4)
 
     run(body())
+
+
+def test_a_drain_waits_for_readers_that_are_behind(run, serving, peering, cores):
+    async def body():
+        async with serving(cores=cores, stream_credit_bytes=1024) as house, peering(house, CREDIT) as peer:
+            peer.say(generate(1, max_tokens=400))
+            while len(house.frontend.streams) or not house.frontend.streams.num_read:
+                peer.say(Ping(stream=8))
+                await peer.hear_until(Pong)
+            peer.say(Drain(stream=9))
+            assert await heard_so_far(peer, 8) == []
+            peer.say(Credit(stream=1, bytes=10**6))
+            heard = [await peer.hear()]
+            while not isinstance(heard[-1], Drained):
+                heard.append(await peer.hear())
+            assert isinstance(heard[-2], Final)
+
+    run(body())
+
+
+def test_readers_that_are_behind_share_turns_of_the_loop(prompts, model_info):
+    """A reader that resumes 64,000 tokens of four requests gets them in parts, and others have their turns between."""
+
+    class Sink:
+        features, is_paused = frozenset(["resume"]), False
+
+        def __init__(self):
+            self.parts, self.heard = [], []
+
+        def put(self, message):
+            self.parts.append(message)
+
+        def flush(self):
+            self.heard.append(self.parts)
+            self.parts = []
+
+    class NoCore:
+        def send(self, command):
+            pass
+
+    async def body():
+        frontend = Frontend(FrontendConfig(), model_info, prompts, NoCore())
+        frontend.core.ready()
+        first, sink = Sink(), Sink()
+        for one in (first, sink):
+            frontend.connect(one)
+        for run in range(4):
+            frontend.generate(first, generate(run, n=4, max_tokens=4000))
+        runs = [(run, sample) for run in range(4) for sample in range(4)]
+        frontend.core.step(StepOutput(deltas=[TokenDelta(*run, [65] * 4000, None, None) for run in runs]))
+        for accepted in [message for message in first.heard[0] if isinstance(message, Accepted)]:
+            frontend.resume(sink, Resume(stream=accepted.stream, request_id=accepted.request_id, received=[0] * 4))
+        turns = 0
+        while sum(len(d.token_ids) for part in sink.heard for d in part if isinstance(d, Delta)) < 64_000:
+            await asyncio.sleep(0)
+            turns += 1
+        sent = [sum(len(d.token_ids) for d in part if isinstance(d, Delta)) for part in sink.heard]
+        assert max(sent) <= TURN_TOKENS
+        assert turns >= 64_000 // TURN_TOKENS
+        await frontend.close()
+
+    asyncio.run(body())
 
 
 def test_stalled_readers_stay_small(run, serving, peering, cores):

@@ -15,6 +15,7 @@ import pytest
 from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
+from cierzo.engine.frontend.outlet import BOUND_TOKENS
 from cierzo.engine.frontend.stream import failure
 from cierzo.engine.messages import (
     Abort,
@@ -341,7 +342,7 @@ class World:
             flushed = stream.sink is not None and stream.flows
             assert not (flushed and stream.unsent)
             assert not (stream.paused and stream.sent_s is not None)
-            assert stream.num_bytes <= CONFIG.max_answer_bytes + CONFIG.max_pending_bytes + 2000
+            assert stream.num_bytes <= CONFIG.max_answer_bytes + CONFIG.max_pending_bytes + 3 * BOUND_TOKENS * 40
         assert all("max_answer_bytes" in message for message in self.too_long)
         for names in self.begun.values():
             assert len(names) == 1
