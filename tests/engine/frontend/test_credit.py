@@ -288,7 +288,7 @@ def test_a_drain_waits_for_readers_that_are_behind(run, serving, peering, cores)
 
 
 def test_readers_that_are_behind_share_turns_of_the_loop(prompts, model_info):
-    """A reader that resumes 64,000 tokens of four requests gets them in parts, and others have their turns between."""
+    """A reader that resumes 64,000 tokens of four requests gets them in parts, so that others have their turns."""
 
     class Sink:
         features, is_paused = frozenset(["resume"]), False
