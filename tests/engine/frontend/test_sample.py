@@ -6,7 +6,7 @@ import random
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cierzo.engine.errors import InvalidRequest
@@ -38,6 +38,13 @@ def logprobs(token_ids):
 
 tokens = st.lists(st.integers(0, len(PIECES) - 1), max_size=60)
 stops = st.lists(st.sampled_from(STOPS), max_size=2, unique=True).map(tuple)
+
+
+def test_a_detokenizer_that_caught_up_knows_the_beginning_of_a_stop_string():
+    token_ids = [0, 1, 0, 4, 1, 0]  # "aba ba", and "ba b" stops
+    fresh = Detokenizer(Pieces(), ("ba b",))
+    fresh.catch_up(token_ids, 4)
+    assert (fresh.push(token_ids[4:]), fresh.stop) == ("", "ba b")
 
 
 @given(tokens, stops, st.integers(0, 5), st.booleans(), st.data())
@@ -98,6 +105,7 @@ class Reader:
 
 
 @settings(max_examples=300, deadline=None)
+@example([0, 0], ("ab",), False, False, 2)  # an empty delta, while the reader has everything
 @given(tokens, stops, st.booleans(), st.booleans(), st.integers(0, 2**32))
 def test_a_reader_gets_the_reference_in_any_pieces(token_ids, stop, asks_logprobs, keeps, seed):
     """Deltas of any length, taken or only logged, read in any pieces, and now and then resumed from any token."""
