@@ -272,7 +272,8 @@ class Frontend:
             deadline_at_s=arrived + (message.deadline_s or self._config.default_deadline_s),
         )
         if "resume" in sink.features:
-            self.keeper.enter(stream, message)
+            self.keeper.enter(stream)
+            self.keeper.claim(stream, message)
         self.streams.open(stream)
         return stream
 

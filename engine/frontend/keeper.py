@@ -68,8 +68,9 @@ class Keeper:
             raise NotFound("no request has this id", field="request_id", value=name)
         return stream
 
-    def find_key(self, message: Generate) -> Stream | None:
-        """The stream that was begun with the message's idempotency key, if there is one.
+    def find_key(self, message: Generate, content: bytes | None = None) -> Stream | None:
+        """The stream that was begun with the message's idempotency key, if there is one. content: the digest of
+        what is asked for, if the message does not hold all of it.
 
         Raises InvalidRequest, KeyReused, NotFound if its answer is kept no longer, and Overloaded if there is no
         room for another key.
@@ -88,7 +89,7 @@ class Keeper:
         if known is None:
             self._room_for_key()
             return None
-        if known.digest != digest(message):
+        if known.digest != (content or digest(message)):
             raise KeyReused("this key came before with another request", field="idempotency_key", value=key)
         if known.stream is None:
             raise NotFound(
@@ -98,13 +99,16 @@ class Keeper:
             )
         return known.stream
 
-    def enter(self, stream: Stream, message: Generate) -> None:
+    def enter(self, stream: Stream) -> None:
         """Name a new stream."""
         stream.name = secrets.token_hex(NAME_BYTES)
         self._named[stream.name] = stream
+
+    def claim(self, stream: Stream, message: Generate, content: bytes | None = None) -> None:
+        """Give a named stream the message's idempotency key, if it has one, which must be free."""
         if message.idempotency_key is not None:
             stream.key = message.idempotency_key
-            self._keys[stream.key] = _Key(digest(message), stream)
+            self._keys[stream.key] = _Key(content or digest(message), stream)
 
     def refused(self, stream: Stream) -> None:
         """A stream was not accepted after all: its names are free."""
