@@ -11,6 +11,7 @@ CierzoError
 ├── Draining              the server finishes its work and takes no more
 ├── Interrupted           the server stops before the answer is complete: resume it elsewhere
 ├── SlowReader            output was left unread for too long
+├── TakenOver             another stream resumed this request
 ├── CoreFailed            the core process died or a step failed
 │   └── CoreStalled       the core process shows no sign of life
 ├── ConnectionLost        (client side) the server went away in the middle
@@ -141,6 +142,13 @@ class SlowReader(CierzoError):
 
     code = "slow_reader"
     http_status = 408
+
+
+class TakenOver(CierzoError):
+    """Another stream resumed this request: the answer goes on there."""
+
+    code = "taken_over"
+    http_status = 409
 
 
 class CoreFailed(CierzoError):

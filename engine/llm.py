@@ -31,7 +31,7 @@ from cierzo.engine.frontend.arguments import generate_message, held, sampling_pa
 from cierzo.engine.frontend.frontend import SEED_BITS
 from cierzo.engine.frontend.one_process import OneProcess
 from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.frontend.stream import Sample
+from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.launch import load_prompts, model_info
 from cierzo.engine.messages import (
     Abort,
@@ -255,7 +255,7 @@ class _Job:
         asked = self.submit.sampling.logprobs is not None
         samples = [
             SampleOutput(
-                token_ids=sample.token_ids,
+                token_ids=sample.token_ids.tolist(),
                 text="".join(self.texts[sample.index]),
                 finish_reason=sample.reason(finish),
                 logprobs=self.logprobs[sample.index] if asked else None,
@@ -280,7 +280,7 @@ class _Run:
     def add(self, submit: Submit, prompts: PromptEncoder) -> None:
         """A validated request, to be submitted when there is room."""
         params = submit.sampling
-        samples = [Sample(index, prompts.detokenizer(params), []) for index in range(params.n)]
+        samples = [Sample(index, prompts.detokenizer(params)) for index in range(params.n)]
         self.jobs[submit.request_id] = _Job(submit, samples, [[] for _ in samples], [[] for _ in samples])
 
     def finish(self, progress: bool) -> None:

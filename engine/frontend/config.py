@@ -43,16 +43,20 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         int, Meta(ge=1024, description="cost of the deltas that a stream may have sent and its client not consumed")
     ] = 256 * 1024
     max_pending_bytes: Annotated[
-        int, Meta(ge=1, description="heap of a stream's merged deltas; past it the stream is paused")
-    ] = 1024 * 1024
+        int, Meta(ge=1, description="heap of a stream's output that waits to be sent; past it the stream is paused")
+    ] = 512 * 1024
     slow_reader_s: Annotated[
-        float, Meta(gt=0, description="seconds that a stream may stay paused before it is ended")
+        float,
+        Meta(gt=0, description="seconds without progress of its reader, or in a pause, until a stream is ended"),
     ] = 10.0
     max_answer_bytes: Annotated[
         int, Meta(ge=1, description="heap of an answer that is kept whole, for deltas=false and for resuming")
     ] = 64 * 1024 * 1024
+    max_kept_bytes: Annotated[
+        int, Meta(ge=0, description="heap of all answers that have ended and are kept to be resumed")
+    ] = 256 * 1024 * 1024
     orphan_s: Annotated[
-        float, Meta(ge=0, description="seconds that a request goes on without its connection, to be resumed")
+        float, Meta(ge=0, description="seconds that a request goes on, or is kept, without its connection")
     ] = 60.0
     idempotency_s: Annotated[
         float, Meta(gt=0, description="seconds for which idempotency keys and their answers are kept")

@@ -17,7 +17,8 @@ from cierzo.engine.frontend.admission import Admission
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.recovery import Recovery
 from cierzo.engine.frontend.registry import Registry
-from cierzo.engine.frontend.stream import Sample, Sink, Stream
+from cierzo.engine.frontend.sample import Sample
+from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.messages import Abort, CoreCommand, CoreStats, FinishReason, StepOutput, Submit, TokenDelta
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,6 @@ class CoreSide:
         self._next_run_id = 0
         self._runs: dict[int, Stream] = {}  # what the core has, by its own ids
         self._withdrawn: dict[int, _Withdrawn] = {}
-        self._paused: set[Stream] = set()  # withdrawn, and not submitted again
         self._timers: dict[Stream, asyncio.TimerHandle] = {}  # of deadlines
         self._recovery = Recovery[Stream]()
         self._admission = Admission()
@@ -115,7 +115,7 @@ class CoreSide:
 
     def submit(self, stream: Stream) -> None:
         """Give the core what is left of a stream, now or once there is a core that may have it."""
-        self._paused.discard(stream)
+        stream.paused = False
         if self.state == "ready" and self._recovery.may_go(stream):
             self._send(stream)
 
@@ -133,7 +133,7 @@ class CoreSide:
 
     def withdraw(self, stream: Stream) -> None:
         """Have the core forget a stream, until it is submitted again: it then goes on with the same tokens."""
-        self._paused.add(stream)
+        stream.paused = True
         if stream.sent_s is not None:
             if self.state in ("ready", "stalled"):
                 self._core.send(Abort(request_id=stream.run_id))
@@ -146,7 +146,6 @@ class CoreSide:
         """A stream has ended: what the core still says of it is dropped."""
         if (timer := self._timers.pop(stream, None)) is not None:
             timer.cancel()
-        self._paused.discard(stream)
         self._end_run(stream)
         self._recovery.ended(stream)
         self._send_due()
@@ -223,7 +222,7 @@ class CoreSide:
     def _unsent(self) -> list[Stream]:
         """Streams that want a core and are not with one, in order of arrival."""
         streams = (stream for stream in self._streams if stream.submit is not None and stream.sent_s is None)
-        return [stream for stream in streams if stream not in self._paused]
+        return [stream for stream in streams if not stream.paused]
 
     def _send_due(self) -> None:
         """Send the suspects whose turn it is."""

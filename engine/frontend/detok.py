@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Protocol
 
@@ -121,6 +122,32 @@ class Detokenizer:
         self._at_start = tokens.strip_leading_space
         self.num_tokens = 0
         self.stop: str | None = None
+
+    @property
+    def watches(self) -> bool:
+        """Whether there are stop strings to look for."""
+        return self._matcher is not None
+
+    def fork(self) -> Detokenizer:
+        """Another one that stands at the same place."""
+        fork: Detokenizer = copy(self)
+        fork._decoder = _utf8(errors="replace")
+        fork._decoder.setstate(self._decoder.getstate())
+        return fork
+
+    def catch_up(self, token_ids: Sequence[int], end: int) -> None:
+        """Stand where one that has seen the first `end` tokens stands; this one must be new.
+
+        The end of the text decides: a character that is not whole, and what could become a stop string. Only so
+        many bytes are looked at, however long the text, from the beginning of a character on.
+        """
+        needed, start, piece = 4 * (2 + (0 if self._matcher is None else max(self._matcher.depth))), end, b""
+        while start and (needed > 0 or not piece or 0x80 <= piece[0] < 0xC0):
+            start -= 1
+            piece = self._token_bytes(token_ids[start])
+            needed -= len(piece)
+        self.num_tokens = start
+        self.push(token_ids[start:end])
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens, return the text that is now certain.

@@ -13,20 +13,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cierzo.engine.errors import CierzoError, Draining, Interrupted, InvalidRequest, Overloaded
+from cierzo.engine.errors import CierzoError, Draining, Interrupted, InvalidRequest, SlowReader
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import Core, CoreSide
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.drain import Drain
+from cierzo.engine.frontend.keeper import Keeper
+from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.frontend.registry import Registry
-from cierzo.engine.frontend.stream import Sink, Stream
+from cierzo.engine.frontend.readers import Readers
+from cierzo.engine.frontend.registry import Registry, require_room
+from cierzo.engine.frontend.sample import require_bounded
+from cierzo.engine.frontend.stream import Sink, Stream, failure
 from cierzo.engine.messages import (
-    Failure,
+    Credit,
     FinishReason,
     Generate,
     ModelInfo,
+    Resume,
     Submit,
     TokenDelta,
 )
@@ -45,32 +50,17 @@ class Counters:
     finished: int = 0
 
 
-def failure(stream_id: int, error: CierzoError) -> Failure:
-    """The message that carries `error`; stream -1 is the connection itself."""
-    return Failure(
-        stream=stream_id,
-        code=error.code,
-        message=error.message,
-        field=error.field,
-        limit=error.limit,
-        value=error.value,
-        retry=error.retry,
-        retry_after_s=error.retry_after_s,
-    )
-
-
 def interruption(stream: Stream) -> Interrupted:
     """The error for a stream that the server's end cuts short; it tells the seed, which a resumed request needs."""
-    seed = None if stream.submit is None else stream.submit.sampling.seed
     return Interrupted(
         "the server stops; the same request goes on elsewhere, with this seed and the tokens that came",
         field="seed",
-        value=seed,
+        value=stream.sampling.seed,
     )
 
 
 class Frontend:
-    """Owns the streams; every accepted one ends in exactly one Final or Failure, unless its connection is gone."""
+    """Owns the streams; every accepted one ends in exactly one Final or Failure, for whoever reads it then."""
 
     def __init__(
         self,
@@ -84,6 +74,9 @@ class Frontend:
         self.counters = Counters()
         self.streams = Registry()
         self.core = CoreSide(config, core, self.streams, self, clock)
+        self.outlets = Outlets(config, self.streams, self.core, self, prompts.detokenizer, clock)
+        self.keeper = Keeper(config, clock, self._abandon)
+        self._readers = Readers(config, self.streams, self.keeper, self.outlets, prompts.detokenizer)
         self._config = config
         self._prompts = prompts
         self._clock = clock
@@ -112,15 +105,31 @@ class Frontend:
         self.streams.connect(sink)
 
     def disconnect(self, sink: Sink) -> None:
-        """A connection is gone: nobody waits for its streams."""
+        """A connection is gone: its streams go on if they can be resumed, else nobody waits for them."""
         for stream in self.streams.disconnect(sink):
-            self._abort(stream, "cancelled")
+            if stream in self.streams:
+                if stream.name and (stream.submit is not None or stream.key is not None):
+                    self.keeper.orphaned(stream)
+                else:
+                    self._abort(stream, "cancelled")
+            self.outlets.detach(stream, sink)
+        self.outlets.left(sink)
         self._drain.leave(sink)
+        self._drain.check()
+
+    def writable(self, sink: Sink) -> None:
+        """A connection that was paused takes output again."""
+        self.outlets.writable(sink)
 
     def generate(self, sink: Sink, message: Generate) -> None:
-        """Accept a request, or raise the CierzoError that says why not."""
+        """Accept a request, or join the one that its idempotency key names, or raise the CierzoError that says why
+        not."""
         try:
-            self._admit(sink, message)
+            self._readers.place(sink, message.stream)
+            if (stream := self.keeper.find_key(message)) is not None:
+                self._readers.join(sink, message, stream)
+                return
+            self._admit(message)
         except CierzoError:
             self.counters.refused += 1
             raise
@@ -136,17 +145,35 @@ class Frontend:
             self._refuse(stream)
             raise
 
+    def resume(self, sink: Sink, message: Resume) -> None:
+        """Give a request to another reader, who has some of it. Raises the CierzoError that says why not."""
+        self._readers.resume(sink, message)
+
+    def credit(self, sink: Sink, message: Credit) -> None:
+        """A reader has consumed deltas. For a stream that has just ended nothing happens."""
+        if message.bytes < 1:
+            raise InvalidRequest("credit of less than 1", field="bytes", limit="at least 1", value=message.bytes)
+        if (stream := self.streams.of(sink).get(message.stream)) is not None:
+            self.outlets.grant(stream, message.bytes)
+
     def cancel(self, sink: Sink, stream_id: int) -> None:
         """End a stream; one that has just ended is no error, as the two messages may have crossed."""
         if (stream := self.streams.of(sink).get(stream_id)) is not None:
-            self._abort(stream, "cancelled")
+            self._cancel(stream)
+
+    def cancel_request(self, request_id: str) -> None:
+        """End a request, whoever reads it. Raises NotFound."""
+        self._cancel(self.keeper.find(request_id))
 
     def fail(self, sink: Sink, stream_id: int, error: CierzoError) -> None:
         """A message about `stream_id` was faulty: the stream, if there is one, ends with this error."""
         if (stream := self.streams.of(sink).get(stream_id)) is not None:
             self.streams.detach(stream)
-            self._abort(stream, "cancelled")
+            if stream in self.streams:
+                self._abort(stream, "cancelled")
+            self.outlets.detach(stream, sink)
         sink.put(failure(stream_id, error))
+        self._drain.check()
 
     def drain(self, sink: Sink | None = None, stream_id: int = 0) -> None:
         """Say that the server is draining, then accept nothing, then end what is left; `sink` hears when nothing
@@ -174,6 +201,8 @@ class Frontend:
     async def close(self) -> None:
         """Stop what runs on the side."""
         self._drain.close()
+        self.outlets.close()
+        self.keeper.close()
         tasks = list(self._encoding)
         for task in tasks:
             task.cancel()
@@ -184,12 +213,11 @@ class Frontend:
     def deliver(self, stream: Stream, delta: TokenDelta) -> None:
         """Take new tokens, or the end, of a sample."""
         if stream.first_token_s is None and delta.token_ids:
-            stream.first_token_s = self._clock() - stream.arrived
+            self.streams.began(stream, self._clock() - stream.arrived)
         sample = stream.samples[delta.sample]
         was_cut = sample.cut
-        message = stream.take(sample, delta)
-        if message is not None and stream.sink is not None:
-            stream.sink.put(message)
+        if not was_cut:
+            self.outlets.add(stream, sample, delta)
         if delta.finish is not None:
             if stream.end(sample, delta.finish):
                 self._finish(stream)
@@ -213,30 +241,38 @@ class Frontend:
         for stream in self.streams:
             self._fail(stream, error)
 
+    # --- from the outlets ------------------------------------------------------------------------------
+
+    def give_up(self, stream: Stream, error: SlowReader) -> None:
+        """The reader of a stream is too slow: it hears so at once, and the request ends if it still runs."""
+        sink = stream.sink
+        assert sink is not None
+        sink.put(failure(stream.stream_id, error))
+        self.streams.detach(stream)
+        if stream in self.streams:
+            self.core.withdraw(stream)
+            stream.paused = False
+            self._close(stream, error)
+        self.outlets.detach(stream, sink)
+        sink.flush()
+        self._drain.check()
+
+    def delivered(self) -> None:
+        """A reader has got the last message of its stream."""
+        self._drain.check()
+
     # --- inside ----------------------------------------------------------------------------------------
 
-    def _admit(self, sink: Sink, message: Generate) -> None:
-        config, streams = self._config, self.streams.of(sink)
-        if message.stream in streams:
-            raise InvalidRequest(
-                "this stream is already open", field="stream", limit="unique", value=message.stream
-            )
+    def _admit(self, message: Generate) -> None:
+        config = self._config
         if self._drain.refusing:
             raise Draining("the server is draining", retry_after_s=config.retry_after_s)
         self.core.require()
         validate.fields(message, config, self.model, self._prompts.special_ids)
-        self._room("max_streams_per_connection", len(streams) + 1, config.max_streams_per_connection)
         self._room("max_open_samples", self.streams.num_samples + message.sampling.n, config.max_open_samples)
 
     def _room(self, limit_name: str, value: int, limit: int) -> None:
-        if value > limit:
-            raise Overloaded(
-                f"{limit_name} is {limit}",
-                field=limit_name,
-                limit=limit,
-                value=value,
-                retry_after_s=self._config.retry_after_s,
-            )
+        require_room(limit_name, value, limit, self._config.retry_after_s)
 
     def _open(self, sink: Sink, message: Generate) -> Stream:
         request_id = self._next_request_id
@@ -252,6 +288,9 @@ class Frontend:
             arrived=arrived,
             deadline_at_s=arrived + (message.deadline_s or self._config.default_deadline_s),
         )
+        if "resume" in sink.features:
+            self.keeper.enter(stream)
+            self.keeper.claim(stream, message)
         self.streams.open(stream)
         self.core.opened(stream)
         return stream
@@ -262,6 +301,8 @@ class Frontend:
             token_ids = await asyncio.to_thread(self._prompts.encode, message)
             if stream in self.streams:
                 self._start(stream, message, token_ids)
+                if stream.sink is not None:
+                    stream.sink.flush()
         except CierzoError as error:
             self._refuse_late(stream, error)
         except Exception as error:
@@ -277,9 +318,13 @@ class Frontend:
         num_tokens = len(token_ids) + len(message.output_token_ids)
         self.core.require_in_time(stream, submit)
         self._room("max_open_tokens", self.streams.num_tokens + num_tokens, self._config.max_open_tokens)
+        if not stream.deltas:
+            require_bounded(submit, self._config.max_answer_bytes)
         stream.start(submit, [self._detokenizer(submit) for _ in range(stream.num_samples)])
         self.streams.charge(stream, num_tokens)
         self.counters.accepted += 1
+        if stream.sink is not None:
+            self.outlets.attach(stream)
         self.core.submit(stream)
 
     def _detokenizer(self, submit: Submit) -> Detokenizer | None:
@@ -296,6 +341,16 @@ class Frontend:
             )
         return detokenizer
 
+    def _cancel(self, stream: Stream) -> None:
+        """End a stream; output that its reader has not been sent by now is not sent any more."""
+        self.outlets.skip(stream)
+        if stream in self.streams:
+            self._abort(stream, "cancelled")
+
+    def _abandon(self, stream: Stream) -> None:
+        """Nobody came in time to resume it."""
+        self._abort(stream, "cancelled")
+
     def _abort(self, stream: Stream, reason: FinishReason) -> None:
         """The core reports the end of what it has; without it, or before it heard of the stream, we end it here."""
         stream.aborted = reason
@@ -303,26 +358,27 @@ class Frontend:
             self.end(stream, reason)
 
     def _finish(self, stream: Stream) -> None:
-        """The last sample has ended: put its final record, and forget the stream."""
+        """The last sample has ended."""
         self.counters.finished += 1
-        sink = stream.sink
         self._close(stream)
-        if sink is not None:
-            sink.put(stream.final(self._clock(), with_cost="accounting" in sink.features))
 
     def _fail(self, stream: Stream, error: CierzoError) -> None:
         """End a stream with an error, in the core too."""
-        sink, stream_id = stream.sink, stream.stream_id
+        sink = stream.sink
         self.core.withdraw(stream)
-        self._close(stream)
+        stream.paused = False
+        self._close(stream, error)
         if sink is not None:
-            sink.put(failure(stream_id, error))
             sink.flush()
 
     def _refuse(self, stream: Stream) -> None:
         if stream in self.streams:
             self.counters.refused += 1
-            self._close(stream)
+            self.streams.close(stream)
+            self.streams.detach(stream)
+            self.keeper.refused(stream)
+            self.core.forget(stream)
+            self._drain.check()
 
     def _refuse_late(self, stream: Stream, error: CierzoError) -> None:
         sink = stream.sink
@@ -331,8 +387,11 @@ class Frontend:
             sink.put(failure(stream.stream_id, error))
             sink.flush()
 
-    def _close(self, stream: Stream) -> None:
-        """A stream ends, whatever the way."""
+    def _close(self, stream: Stream, error: CierzoError | None = None) -> None:
+        """Nothing of a stream is computed any more, whatever the reason: its reader gets what is left and why."""
+        stream.close(self._clock(), error)
         self.streams.close(stream)
         self.core.forget(stream)
+        self.keeper.ended(stream)
+        self.outlets.ended(stream)
         self._drain.check()

@@ -42,7 +42,10 @@ class Methods:
         self._frontend = frontend
         self._table: dict[type, Callable[[Sink, Any], None]] = {
             Generate: self._generate,
+            Resume: self._resume,
             Cancel: self._cancel,
+            CancelRequest: self._cancel_request,
+            Credit: self._credit,
             Ping: self._ping,
             GetHealth: self._health,
             GetStats: self._stats,
@@ -73,8 +76,28 @@ class Methods:
         except CierzoError as error:
             self._frontend.fail(sink, message.stream, error)
 
+    def _resume(self, sink: Sink, message: Resume) -> None:
+        try:
+            self._frontend.resume(sink, message)
+        except CierzoError as error:
+            self._frontend.fail(sink, message.stream, error)
+
     def _cancel(self, sink: Sink, message: Cancel) -> None:
         self._frontend.cancel(sink, message.stream)
+
+    def _cancel_request(self, sink: Sink, message: CancelRequest) -> None:
+        try:
+            self._frontend.cancel_request(message.request_id)
+        except CierzoError as error:
+            self._frontend.fail(sink, message.stream, error)
+        else:
+            sink.put(Done(stream=message.stream))
+
+    def _credit(self, sink: Sink, message: Credit) -> None:
+        try:
+            self._frontend.credit(sink, message)
+        except CierzoError as error:
+            self._frontend.fail(sink, message.stream, error)
 
     def _ping(self, sink: Sink, message: Ping) -> None:
         sink.put(Pong(stream=message.stream))

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cierzo.engine.errors import Overloaded
 from cierzo.engine.frontend.stream import Sink, Stream
 
 
-class Registry:
-    """The tables of open streams: every stream enters by `open` and leaves by `close`.
+def require_room(name: str, value: int, limit: int, retry_after_s: float) -> None:
+    """Raise Overloaded if `value` is beyond the limit of this name."""
+    if value > limit:
+        raise Overloaded(f"{name} is {limit}", field=name, limit=limit, value=value, retry_after_s=retry_after_s)
 
-    num_samples, num_tokens: of all open streams, samples, and tokens of prompts and resumed answers.
+
+class Registry:
+    """The tables of streams. Each enters by `open`. It leaves the open ones by `close`, when no more is computed
+    for it, and its connection by `detach` or `disconnect`: when that has its last message, or is gone.
+
+    num_samples, num_tokens: of all open streams, samples, and tokens of prompts and resumed answers. num_tokenless:
+    open streams without a first token. num_read: streams that have a connection.
     """
 
     def __init__(self) -> None:
         self.num_samples = 0
         self.num_tokens = 0
+        self.num_tokenless = 0
+        self.num_read = 0
         self._streams: dict[int, Stream] = {}  # by request id; an orphan's sink is None
         self._sinks: dict[Sink, dict[int, Stream]] = {}  # by the client's stream id
 
@@ -41,6 +52,7 @@ class Registry:
     def disconnect(self, sink: Sink) -> list[Stream]:
         """A connection is gone: the streams that were its own, whose sink is None now."""
         streams = [*self._sinks.pop(sink, {}).values()]
+        self.num_read -= len(streams)
         for stream in streams:
             stream.sink = None
         return streams
@@ -52,8 +64,23 @@ class Registry:
     def open(self, stream: Stream) -> None:
         """Enter a stream of a connection."""
         assert stream.sink is not None
-        self._streams[stream.request_id] = self._sinks[stream.sink][stream.stream_id] = stream
+        self._streams[stream.request_id] = stream
         self.num_samples += stream.num_samples
+        self.num_tokenless += 1
+        self.attach(stream, stream.sink, stream.stream_id)
+
+    def began(self, stream: Stream, first_token_s: float) -> None:
+        """The first token has come."""
+        stream.first_token_s = first_token_s
+        self.num_tokenless -= 1
+
+    def position(self, stream: Stream) -> int:
+        """Open streams before this one that have no token yet."""
+        if stream.first_token_s is not None or stream not in self:
+            return 0
+        if next(reversed(self._streams)) == stream.request_id:
+            return self.num_tokenless - 1
+        return sum(o.first_token_s is None for o in self if o.request_id < stream.request_id)
 
     def charge(self, stream: Stream, num_tokens: int) -> None:
         """Count the tokens of a stream, until it is closed."""
@@ -61,14 +88,21 @@ class Registry:
         self.num_tokens += num_tokens
 
     def close(self, stream: Stream) -> None:
-        """Remove a stream: the single place where one leaves the tables."""
+        """Remove a stream from the open ones; its connection keeps it until it has got its last message."""
         del self._streams[stream.request_id]
         self.num_samples -= stream.num_samples
         self.num_tokens -= stream.num_tokens
-        self.detach(stream)
+        self.num_tokenless -= stream.first_token_s is None
+
+    def attach(self, stream: Stream, sink: Sink, stream_id: int) -> None:
+        """Give a stream to a connection, under an id that is free there."""
+        self._sinks[sink][stream_id] = stream
+        stream.sink, stream.stream_id = sink, stream_id
+        self.num_read += 1
 
     def detach(self, stream: Stream) -> None:
         """Take a stream from its connection, which may use the stream id again."""
         if stream.sink is not None:
             del self._sinks[stream.sink][stream.stream_id]
             stream.sink = None
+            self.num_read -= 1

@@ -26,17 +26,17 @@ from cierzo.engine.errors import (
     VersionMismatch,
 )
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
-from cierzo.engine.frontend.backlog import Backlog
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter, pack
-from cierzo.engine.frontend.frontend import Frontend, failure
+from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.methods import Methods
+from cierzo.engine.frontend.stream import failure
 from cierzo.engine.frontend.validate import mistyped
 from cierzo.engine.messages import MAGIC, OLDEST_VERSION, PROTOCOL_VERSION, ClientMessage, Limits, Message, Welcome
 
 log = logging.getLogger(__name__)
 
-GRANTED: frozenset[str] = frozenset({"accounting"})  # of messages.FEATURES, what this server has
+GRANTED = frozenset({"accounting", "credit", "resume"})  # of messages.FEATURES, what this server has
 LINGER_S = 2.0  # how long a peer may take to read why its connection ends
 
 
@@ -72,9 +72,9 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._welcomed = False
         self._ending = False
-        self._paused = False
+        self.is_paused = False
         self._outbox: list[Message] = []
-        self._backlog = Backlog()
+        self._late = bytearray()  # frames that wait for a slow reader; no deltas, which wait in their streams' logs
 
     # --- asyncio.Protocol ------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._outbox.clear()
-        self._backlog.take()
+        self._late.clear()
         self._server.left(self)
 
     def data_received(self, data: bytes) -> None:
@@ -120,14 +120,18 @@ class Connection(asyncio.Protocol):
         return False
 
     def pause_writing(self) -> None:
-        """The peer reads too slowly: from now on its output is merged."""
-        self._paused = True
+        """The peer reads too slowly: from now on its streams keep their output."""
+        self.is_paused = True
 
     def resume_writing(self) -> None:
-        """The peer has caught up: send what waited."""
-        self._paused = False
-        if self._backlog and self._transport is not None and not self._ending:
-            self._transport.write(pack(self._backlog.take()))
+        """The peer has caught up: send what waited, then what the streams have."""
+        self.is_paused = False
+        if self._transport is None or self._ending:
+            return
+        late, self._late = self._late, bytearray()
+        if late:
+            self._transport.write(late)
+        self._server.frontend.writable(self)
 
     # --- Sink ------------------------------------------------------------------------------------------
 
@@ -136,20 +140,19 @@ class Connection(asyncio.Protocol):
         self._outbox.append(message)
 
     def flush(self) -> None:
-        """Write what was put; behind a slow reader's backlog, if there is one."""
+        """Write what was put; behind what waits for a slow reader, if something does."""
         if not self._outbox:
             return
         outbox, self._outbox = self._outbox, []
         if self._transport is None or self._ending:
             return
-        if not self._paused:
+        if not self.is_paused:
             self._transport.write(pack(outbox))
             return
-        for message in outbox:
-            self._backlog.add(message)
+        self._late += pack(outbox)
         limit = self._server.config.max_pending_bytes
-        if self._backlog.num_bytes > limit:
-            log.error("closing a connection that left more than %d bytes of output unread", limit)
+        if len(self._late) > limit:
+            log.error("closing a connection that left more than %d bytes of answers unread", limit)
             self._ending = True
             self._transport.abort()
 
@@ -224,9 +227,8 @@ class Connection(asyncio.Protocol):
         if self._ending or self._transport is None:
             return
         self.put(failure(-1, error))
-        unsent = [*self._backlog.take(), *self._outbox]
         self._ending = True
-        self._transport.write(pack(unsent))
+        self._transport.write(self._late + pack(self._outbox))
         if self._transport.can_write_eof():
             self._transport.write_eof()
         if self._timer is not None:

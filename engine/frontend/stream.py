@@ -1,37 +1,42 @@
-"""An accepted request: its samples, what was delivered of them, and what is still to be computed.
+"""An accepted request: its samples, who reads them, and what is still to be computed.
 
-Pure bookkeeping, no sockets: `Frontend` moves the messages.
+Pure bookkeeping, no sockets: `Frontend` and `Outlets` move the messages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
+from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.accounting import add_run
 from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.messages import (
     Cost,
-    Delta,
+    Failure,
     Final,
     Finish,
     FinishReason,
     Message,
     SampleEnd,
+    SamplingParams,
     Submit,
     Timings,
-    TokenDelta,
-    TokenLogprobs,
     Usage,
 )
+
+_NOTHING = SamplingParams()
 
 
 class Sink(Protocol):
     """Where a stream's messages go: one connection, with the features that it was granted."""
 
     features: frozenset[str]
+    is_paused: bool  # the reader does not keep up: streams keep their output back
 
     def put(self, message: Message) -> None:
         """Add a message to what the next `flush` sends."""
@@ -43,59 +48,18 @@ class Sink(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Sample:
-    """A sample: one of the request's n answers. `token_ids` includes the tokens of a resumed request.
-
-    `computed`: positions that runs before the present one have computed for sure.
-    """
-
-    index: int
-    detokenizer: Detokenizer | None
-    token_ids: list[int]
-    stop: str | int | None = None
-    finish: Finish | None = None
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    computed: int = 0
-
-    @property
-    def cut(self) -> bool:
-        """A stop string was found: whatever the core still sends is overrun."""
-        return isinstance(self.stop, str)
-
-    def take(self, delta: TokenDelta) -> tuple[list[int], str, list[TokenLogprobs] | None]:
-        """The tokens of `delta` that belong to the answer, the text that is now certain, and their logprobs."""
-        token_ids, logprobs, text = delta.token_ids, delta.logprobs, ""
-        detokenizer = self.detokenizer
-        if detokenizer is not None:
-            text = detokenizer.push(token_ids)
-            if detokenizer.stop is None and delta.finish is not None:
-                text += detokenizer.flush()
-            if detokenizer.stop is not None:
-                self.stop = detokenizer.stop
-                token_ids = token_ids[: detokenizer.num_tokens - len(self.token_ids)]
-                logprobs = None if logprobs is None else logprobs[: len(token_ids)]
-        self.token_ids += token_ids
-        return token_ids, text, logprobs
-
-    def end(self, finish: Finish) -> None:
-        """The sample is over; a stop string found before keeps its say about why."""
-        self.finish = finish
-        if self.stop is None:
-            self.stop = finish.stop_token_id
-
-    def reason(self, finish: Finish) -> FinishReason:
-        """Why it ended, as the client sees it."""
-        return "stop" if self.cut else finish.reason
-
-
-@dataclass(slots=True, eq=False)
 class Stream:
     """An accepted request. `submit` is None while its prompt is still being encoded.
 
-    `arrived` and `deadline_at_s` are times of the clock in seconds; `sent_s` (None: the core that runs now has not
-    got it) and `first_token_s` count from arrival. `run_id`: the core's name of its present run. `cost`: of the
-    runs that cores have reported.
+    `arrived`, `deadline_at_s` and `ended_at_s` (None: it runs) are times of the clock in seconds; `sent_s` (None:
+    the core that runs now has not got it) and `first_token_s` count from arrival. `run_id`: the core's name of its
+    present run. `cost`: of the runs that cores have reported. `error`: what it ended with, if not as planned.
+
+    name: the request id that `accepted` tells, "" without the feature "resume". key: its idempotency key.
+    sink: the connection that reads it, under `stream_id`; None for an orphan. credit: what that reader may still be
+    sent, in delta costs; None without the feature "credit". flows: its reader has all there is, and gets what comes
+    at once. skips: what its reader has not got by now is not sent any more. pending_bytes: heap of what waits for
+    the reader; beyond `pending_limit` it is paused, which means that the core does not know it.
     """
 
     request_id: int
@@ -106,36 +70,43 @@ class Stream:
     num_tokens: int
     arrived: float
     deadline_at_s: float
+    name: str = ""
+    key: str | None = None
     submit: Submit | None = None
+    sampling: SamplingParams = _NOTHING
+    prompt_tokens: int = 0
     run_id: int = -1
     aborted: FinishReason | None = None
     sent_s: float | None = None
     first_token_s: float | None = None
     cost: Cost = field(default_factory=Cost)
+    ended_at_s: float | None = None
+    error: CierzoError | None = None
     samples: list[Sample] = field(default_factory=list)
     running: int = 0
+    credit: int | None = None
+    flows: bool = False
+    skips: bool = False
+    paused: bool = False
+    pending_bytes: int = 0
+    pending_limit: int = 0
 
     def start(self, submit: Submit, detokenizers: list[Detokenizer | None]) -> None:
         """The prompt is ready. What a resumed request brought was delivered before: its text is not sent again."""
         self.submit = submit
-        self.samples = [Sample(i, detok, list(submit.output_token_ids)) for i, detok in enumerate(detokenizers)]
+        self.sampling = submit.sampling
+        self.prompt_tokens = len(submit.prompt_token_ids)
+        keeps, whole = bool(self.name), not self.deltas
+        self.samples = [
+            Sample(i, detokenizer, submit.output_token_ids, keeps=keeps, whole=whole)
+            for i, detokenizer in enumerate(detokenizers)
+        ]
         self.running = len(self.samples)
 
-    def take(self, sample: Sample, delta: TokenDelta) -> Delta | None:
-        """Advance `sample`; the message that the client gets for it, None if there is nothing to say."""
-        if sample.cut:
-            return None
-        token_ids, text, logprobs = sample.take(delta)
-        if self.deltas:
-            if not token_ids and not text:
-                return None
-            return Delta(
-                stream=self.stream_id, sample=delta.sample, token_ids=token_ids, text=text, logprobs=logprobs
-            )
-        sample.texts.append(text)
-        if logprobs is not None:
-            sample.logprobs += logprobs
-        return None
+    @property
+    def unsent(self) -> bool:
+        """Whether the reader has not got all deltas that there are."""
+        return self.deltas and not self.skips and any(sample.unsent for sample in self.samples)
 
     def end(self, sample: Sample, finish: Finish) -> bool:
         """Record the end of a sample; True if it was the last one."""
@@ -151,10 +122,22 @@ class Stream:
 
     def end_all(self, reason: FinishReason, now: float, message: str = "") -> None:
         """End what still runs without the core's word: it is not there to be asked."""
-        self.samples = self.samples or [Sample(index, None, []) for index in range(self.num_samples)]
+        self.samples = self.samples or [Sample(index, None) for index in range(self.num_samples)]
         self.running = sum(sample.finish is None for sample in self.samples)
         for sample in self.samples:
             self._end_here(sample, reason, now, message)
+
+    def close(self, now: float, error: CierzoError | None = None) -> None:
+        """Nothing is computed any more: only what its readers may ask for is kept."""
+        self.ended_at_s = now
+        self.error = error
+        self.submit = None
+        self.sampling = msgspec.structs.replace(self.sampling, logit_bias={})
+
+    @property
+    def num_bytes(self) -> int:
+        """Heap of the answer."""
+        return sum(sample.num_bytes for sample in self.samples)
 
     def end_cut(self, now: float) -> bool:
         """End the samples whose stop string was found, as if the core had answered; True if none is left."""
@@ -164,9 +147,8 @@ class Stream:
         return self.running == 0
 
     def _end_here(self, sample: Sample, reason: FinishReason, now: float, message: str) -> None:
-        prompt_tokens = 0 if self.submit is None else len(self.submit.prompt_token_ids)
         output_tokens, waited_s = len(sample.token_ids), now - self.arrived
-        self.end(sample, Finish(reason, message, None, prompt_tokens, output_tokens, 0, 0, waited_s, 0.0, 0.0))
+        self.end(sample, Finish(reason, message, None, self.prompt_tokens, output_tokens, 0, 0, waited_s, 0.0, 0.0))
 
     def submits(self, run_id: int) -> list[Submit]:
         """Build the messages that make a core compute the rest: one `Submit` for all samples, or, once tokens have
@@ -187,29 +169,31 @@ class Stream:
             msgspec.structs.replace(
                 submit,
                 sampling=msgspec.structs.replace(submit.sampling, n=1),
-                output_token_ids=sample.token_ids,
+                output_token_ids=sample.token_ids.tolist(),
                 first_sample=sample.index,
             )
             for sample in self.samples
             if sample.finish is None
         ]
 
-    def final(self, now: float, *, with_cost: bool = False) -> Final:
-        """The last message, once no sample runs. with_cost: the client has the feature "accounting"."""
+    def last(self, detokenizer: Callable[[SamplingParams], Detokenizer | None]) -> Message:
+        """The last message, once it has ended. `detokenizer` makes new ones."""
+        if self.error is not None:
+            return failure(self.stream_id, self.error)
+        assert self.ended_at_s is not None
         ends = [(sample, sample.finish) for sample in self.samples if sample.finish is not None]
         finishes = [finish for _, finish in ends]
-        prompt_tokens = 0 if self.submit is None else len(self.submit.prompt_token_ids)
         return Final(
             stream=self.stream_id,
-            samples=[self._sample_end(sample, finish) for sample, finish in ends],
+            samples=[self._sample_end(sample, finish, detokenizer) for sample, finish in ends],
             usage=Usage(
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=self.prompt_tokens,
                 output_tokens=sum(len(sample.token_ids) for sample in self.samples),
-                cached_tokens=min(min((f.cached_tokens for f in finishes), default=0), prompt_tokens),
+                cached_tokens=min(min((f.cached_tokens for f in finishes), default=0), self.prompt_tokens),
             ),
-            timings=self._timings(finishes, now - self.arrived),
-            seed=0 if self.submit is None else self.submit.sampling.seed or 0,
-            cost=self.cost if with_cost else None,
+            timings=self._timings(finishes, self.ended_at_s - self.arrived),
+            seed=self.sampling.seed or 0,
+            cost=self.cost if self.sink is not None and "accounting" in self.sink.features else None,
         )
 
     def _timings(self, finishes: list[Finish], total_s: float) -> Timings:
@@ -229,7 +213,9 @@ class Stream:
             total_s=total_s,
         )
 
-    def _sample_end(self, sample: Sample, finish: Finish) -> SampleEnd:
+    def _sample_end(
+        self, sample: Sample, finish: Finish, detokenizer: Callable[[SamplingParams], Detokenizer | None]
+    ) -> SampleEnd:
         whole = not self.deltas
         return SampleEnd(
             sample=sample.index,
@@ -238,7 +224,21 @@ class Stream:
             stop=sample.stop,
             message=finish.message,
             preemptions=finish.preemptions,
-            token_ids=sample.token_ids if whole else [],
-            text="".join(sample.texts) if whole else "",
-            logprobs=sample.logprobs if whole and sample.logprobs else None,
+            token_ids=sample.token_ids.tolist() if whole else [],
+            text=sample.text(detokenizer(self.sampling)) if whole else "",
+            logprobs=sample.all_logprobs() if whole else None,
         )
+
+
+def failure(stream_id: int, error: CierzoError) -> Failure:
+    """The message that carries `error`; stream -1 is the connection itself."""
+    return Failure(
+        stream=stream_id,
+        code=error.code,
+        message=error.message,
+        field=error.field,
+        limit=error.limit,
+        value=error.value,
+        retry=error.retry,
+        retry_after_s=error.retry_after_s,
+    )

@@ -276,7 +276,8 @@ def test_a_slow_reader_holds_back_nobody_and_gets_its_tokens_merged(run, serving
                 cores.free = True
                 cores.now.go_on()
                 token_ids, _, _ = await _all(quick)
-            assert connection._backlog.num_bytes < 40_000
+            (slow,) = house.frontend.streams.of(connection).values()
+            assert (slow.pending_bytes, connection._outbox, bytes(connection._late)) == (16_000, [], b"")
             connection.resume_writing()
             peer.reader._transport.resume_reading()
             merged, final = await peer.hear(), await peer.hear()
@@ -287,7 +288,8 @@ def test_a_slow_reader_holds_back_nobody_and_gets_its_tokens_merged(run, serving
     run(body())
 
 
-def test_a_reader_that_never_reads_is_closed(run, serving, peering, cores, caplog):
+def test_a_reader_that_asks_on_and_never_reads_is_closed(run, serving, peering, cores, caplog):
+    """Answers that are no stream's output are kept within a bound; past it the connection and its streams end."""
     cores.free = False
 
     async def body():
@@ -297,8 +299,8 @@ def test_a_reader_that_never_reads_is_closed(run, serving, peering, cores, caplo
                 peer.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=4000)))
                 await cores.until(lambda: cores.now.submits)
                 connection.pause_writing()
-                cores.free = True
-                cores.now.go_on()
+                for stream in range(2, 300):
+                    peer.say(Ping(stream=stream))
                 await peer.hear_until(Final)  # None: the connection has ended
             await cores.until(lambda: cores.now.aborts)
             assert house.server._connections == set()
@@ -317,7 +319,7 @@ def test_a_real_full_socket_pauses_and_resumes(run, serving, peering, cores):
                 end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, option, 4096)
             peer.reader._transport.pause_reading()
             stream = 0
-            while not connection._paused or len(connection._backlog) < 100:
+            while not connection.is_paused or len(connection._late) < 2000:
                 for _ in range(100):
                     peer.say(Ping(stream=stream))
                     stream += 1

@@ -1,0 +1,163 @@
+"""Requests by names that outlive a connection, request ids and idempotency keys, and what is kept under them."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from cierzo.engine.errors import InvalidRequest, KeyReused, NotFound
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.expiry import Expiry
+from cierzo.engine.frontend.registry import require_room
+from cierzo.engine.frontend.stream import Stream
+from cierzo.engine.messages import Generate
+
+NAME_BYTES = 16
+MAX_KEY_CHARS = 128
+KEPT_BYTES = 4096  # heap of an answer that is kept, besides what its log says
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def digest(message: Generate) -> bytes:
+    """A digest of what is asked for, the same for every repetition of a request."""
+    params = message.sampling
+    if params.logit_bias:
+        params = msgspec.structs.replace(params, logit_bias=dict(sorted(params.logit_bias.items())))
+    content = msgspec.structs.replace(message, stream=0, deadline_s=None, idempotency_key=None, sampling=params)
+    return hashlib.blake2b(_encode(content), digest_size=16).digest()
+
+
+@dataclass(slots=True)
+class _Key:
+    """An idempotency key: the digest of its request, and the stream of it; None once its answer was forgotten."""
+
+    digest: bytes
+    stream: Stream | None
+
+
+class Keeper:
+    """Named streams: those that run, and those that have ended, for `orphan_s` (with a key: `idempotency_s`).
+
+    What has ended takes at most `max_kept_bytes`; beyond that the oldest answers are forgotten. A key is remembered
+    all the same: it never generates twice.
+    """
+
+    def __init__(
+        self, config: FrontendConfig, clock: Callable[[], float], abandon: Callable[[Stream], None]
+    ) -> None:
+        self.kept_bytes = 0
+        self._config = config
+        self._named: dict[str, Stream] = {}
+        self._keys: dict[str, _Key] = {}
+        self._kept: dict[Stream, int] = {}  # those that have ended, oldest first -> bytes
+        self._orphans: Expiry[Stream] = Expiry(config.orphan_s, clock, abandon)
+        self._ended: Expiry[Stream] = Expiry(config.orphan_s, clock, self._forget)
+        self._ended_keys: Expiry[str] = Expiry(config.idempotency_s, clock, self._forget_key)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def find(self, name: str) -> Stream:
+        """The stream of a request id. Raises NotFound."""
+        stream = self._named.get(name)
+        if stream is None:
+            raise NotFound("no request has this id", field="request_id", value=name)
+        return stream
+
+    def find_key(self, message: Generate, content: bytes | None = None) -> Stream | None:
+        """The stream that was begun with the message's idempotency key, if there is one. content: the digest of
+        what is asked for, if the message does not hold all of it.
+
+        Raises InvalidRequest, KeyReused, NotFound if its answer is kept no longer, and Overloaded if there is no
+        room for another key.
+        """
+        key = message.idempotency_key
+        if key is None:
+            return None
+        if not 1 <= len(key) <= MAX_KEY_CHARS:
+            raise InvalidRequest(
+                f"idempotency_key has {len(key)} characters, allowed: 1 to {MAX_KEY_CHARS}",
+                field="idempotency_key",
+                limit=f"1 to {MAX_KEY_CHARS} characters",
+                value=len(key),
+            )
+        known = self._keys.get(key)
+        if known is None:
+            self._room_for_key()
+            return None
+        if known.digest != (content or digest(message)):
+            raise KeyReused("this key came before with another request", field="idempotency_key", value=key)
+        if known.stream is None:
+            raise NotFound(
+                "the request under this key has ended, and its answer is kept no longer",
+                field="idempotency_key",
+                value=key,
+            )
+        return known.stream
+
+    def enter(self, stream: Stream) -> None:
+        """Name a new stream."""
+        stream.name = secrets.token_hex(NAME_BYTES)
+        self._named[stream.name] = stream
+
+    def claim(self, stream: Stream, message: Generate, content: bytes | None = None) -> None:
+        """Give a named stream the message's idempotency key, if it has one, which must be free."""
+        if message.idempotency_key is not None:
+            stream.key = message.idempotency_key
+            self._keys[stream.key] = _Key(content or digest(message), stream)
+
+    def refused(self, stream: Stream) -> None:
+        """A stream was not accepted after all: its names are free."""
+        self._named.pop(stream.name, None)
+        self._keys.pop(stream.key or "", None)
+        self._orphans.discard(stream)
+
+    def orphaned(self, stream: Stream) -> None:
+        """The connection of a stream that runs is lost: it is abandoned, unless somebody comes for it."""
+        self._orphans.add(stream)
+
+    def adopted(self, stream: Stream) -> None:
+        """A stream has a reader again."""
+        self._orphans.discard(stream)
+
+    def ended(self, stream: Stream) -> None:
+        """Nothing of a stream is computed any more: keep its answer for a while."""
+        self._orphans.discard(stream)
+        if stream.name not in self._named:
+            return
+        self._kept[stream] = num_bytes = KEPT_BYTES + stream.num_bytes
+        self.kept_bytes += num_bytes
+        if stream.key is None:
+            self._ended.add(stream)
+        else:
+            self._ended_keys.add(stream.key)
+        while self.kept_bytes > self._config.max_kept_bytes:
+            self._forget(next(iter(self._kept)))
+
+    def close(self) -> None:
+        """Stop all timers."""
+        for expiry in (self._orphans, self._ended, self._ended_keys):
+            expiry.close()
+
+    def _room_for_key(self) -> None:
+        limit = self._config.max_idempotency_keys
+        hint_s = self._ended_keys.next_s if self._ended_keys else self._config.retry_after_s
+        require_room("max_idempotency_keys", len(self._keys) + 1, limit, hint_s)
+
+    def _forget(self, stream: Stream) -> None:
+        """Drop an answer; its key, if it has one, stays."""
+        self.kept_bytes -= self._kept.pop(stream)
+        del self._named[stream.name]
+        self._ended.discard(stream)
+        if stream.key is not None:
+            self._keys[stream.key].stream = None
+
+    def _forget_key(self, key: str) -> None:
+        stream = self._keys[key].stream
+        if stream is not None:
+            self._forget(stream)
+        del self._keys[key]

@@ -1,0 +1,303 @@
+"""From the streams' logs to their readers: deltas at once while a reader keeps up, else merged when it wants more.
+
+Nothing is queued as messages. What a reader has not got is behind its cursor in the log (`Sample`). A stream whose
+reader lets more than `max_pending_bytes` wait is paused: the core forgets it until the reader has taken half. A
+reader who takes nothing for `slow_reader_s`, or does not get its stream out of a pause in this time, is given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from cierzo.engine.errors import SlowReader
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.expiry import Expiry
+from cierzo.engine.frontend.registry import Registry
+from cierzo.engine.frontend.sample import Sample
+from cierzo.engine.frontend.stream import Sink, Stream
+from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost
+
+CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
+CHUNK_LOGPROBS = 128
+BOUND_TOKENS = 32  # of a sample, after which `max_answer_bytes` is looked at again
+LOGPROBS_TOKENS = 16  # a token with log-probabilities is as much work as so many without
+TURN_TOKENS = 8192  # sent to readers that were behind in one turn of the loop, which they share
+
+
+class Pauser(Protocol):
+    """The part of `CoreSide` that is used to pause a stream."""
+
+    def withdraw(self, stream: Stream) -> None:
+        """Have the core forget a stream that is to go on later."""
+        ...
+
+    def submit(self, stream: Stream) -> None:
+        """Give the core what is left of a stream."""
+        ...
+
+
+class Owner(Protocol):
+    """Who is told what becomes of readers: the `Frontend`."""
+
+    def give_up(self, stream: Stream, error: SlowReader) -> None:
+        """End a stream whose reader is too slow."""
+        ...
+
+    def delivered(self) -> None:
+        """A reader has got the last message of its stream."""
+        ...
+
+
+class Outlets:
+    """Sends to each stream's reader what its log holds, and in the end its last message."""
+
+    def __init__(
+        self,
+        config: FrontendConfig,
+        streams: Registry,
+        core: Pauser,
+        owner: Owner,
+        detokenizer: Callable[[SamplingParams], Detokenizer | None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._streams = streams
+        self._core = core
+        self._owner = owner
+        self._detokenizer = detokenizer
+        self._slow: Expiry[Stream] = Expiry(config.slow_reader_s, clock, self._slow_reader)
+        self._waiting: dict[Sink, dict[Stream, None]] = {}  # for their connection
+        self._ready: dict[Stream, None] = {}  # they are behind, and may send
+        self._turn: asyncio.Handle | None = None
+
+    # --- readers ---------------------------------------------------------------------------------------
+
+    def attach(self, stream: Stream) -> None:
+        """A stream was accepted, or has a new reader: it gets what is behind the cursor."""
+        sink = stream.sink
+        assert sink is not None
+        if stream.name:
+            sink.put(self._accepted(stream))
+        stream.skips = False
+        stream.credit = self._config.stream_credit_bytes if "credit" in sink.features else None
+        stream.pending_bytes = sum(sample.unsent_bytes for sample in stream.samples) if stream.deltas else 0
+        stream.pending_limit = self._config.max_pending_bytes + stream.pending_bytes
+        stream.flows = stream.deltas and not stream.unsent
+        if stream.ended_at_s is not None or stream.unsent:
+            self._behind(stream)
+            self._make_ready(stream)
+
+    def detach(self, stream: Stream, sink: Sink) -> None:
+        """The reader of a stream is gone, whatever the way; one that was paused for it goes on."""
+        stream.flows = False
+        stream.pending_bytes = 0
+        self._slow.discard(stream)
+        self._ready.pop(stream, None)
+        self._waiting.get(sink, {}).pop(stream, None)
+        if stream.paused and stream.ended_at_s is None:
+            stream.paused = False
+            self._core.submit(stream)
+
+    def left(self, sink: Sink) -> None:
+        """A connection is gone; its streams have been detached."""
+        self._waiting.pop(sink, None)
+
+    def grant(self, stream: Stream, num_bytes: int) -> None:
+        """The reader has consumed deltas of so much cost."""
+        if stream.credit is None:
+            return
+        stream.credit += num_bytes
+        if stream.credit > 0 and not stream.flows and stream.deltas:
+            if stream.unsent:
+                self._make_ready(stream)
+            else:
+                stream.flows = stream.ended_at_s is None
+
+    def writable(self, sink: Sink) -> None:
+        """A connection takes output again."""
+        for stream in self._waiting.pop(sink, {}):
+            self._make_ready(stream)
+
+    # --- output ----------------------------------------------------------------------------------------
+
+    def add(self, stream: Stream, sample: Sample, delta: TokenDelta) -> None:
+        """Take new output: to a reader at once that has all that was before and may get more, else to the log."""
+        sink = stream.sink
+        if not stream.flows or sink is None or sink.is_paused:
+            self._log(stream, sample, delta)
+            return
+        token_ids, text, logprobs = sample.take(delta)
+        if not token_ids and not text:
+            return
+        message = Delta(
+            stream=stream.stream_id, sample=sample.index, token_ids=token_ids, text=text, logprobs=logprobs
+        )
+        sink.put(message)
+        if stream.credit is not None:
+            stream.credit -= delta_cost(message)
+            stream.flows = stream.credit > 0
+        if logprobs is not None and stream.name:
+            self._bound(stream, sample, len(token_ids))
+
+    def ended(self, stream: Stream) -> None:
+        """Nothing more will come: the reader gets the last message, after what it has not got."""
+        stream.flows = False
+        if stream.sink is not None and not self._advance(stream, CHUNK_TOKENS)[1]:
+            self._behind(stream)
+            self._make_ready(stream)
+
+    def skip(self, stream: Stream) -> None:
+        """Send no more of what has not been sent."""
+        stream.skips = True
+        if stream.ended_at_s is not None:
+            self._make_ready(stream)
+
+    def close(self) -> None:
+        """Stop all timers."""
+        self._slow.close()
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+
+    # --- inside ----------------------------------------------------------------------------------------
+
+    def _accepted(self, stream: Stream) -> Accepted:
+        return Accepted(
+            stream=stream.stream_id,
+            request_id=stream.name,
+            seed=stream.sampling.seed or 0,
+            queue_position=self._streams.position(stream),
+            deadline_s=stream.deadline_at_s - stream.arrived,
+        )
+
+    def _log(self, stream: Stream, sample: Sample, delta: TokenDelta) -> None:
+        num_bytes = sample.append(delta)
+        if delta.logprobs is not None and stream.name:
+            self._bound(stream, sample, len(delta.token_ids))
+        if stream.sink is None or not stream.deltas:
+            return
+        stream.flows = False
+        self._behind(stream)
+        stream.pending_bytes += num_bytes
+        if stream.pending_bytes > stream.pending_limit and not stream.paused and delta.finish is None:
+            stream.paused = True
+            self._slow.add(stream)
+            self._core.withdraw(stream)
+
+    def _bound(self, stream: Stream, sample: Sample, num_tokens: int) -> None:
+        """Keep a stream that can be resumed within `max_answer_bytes`, now that so many tokens have come: its
+        oldest log-probabilities go. Looked at now and then, as it costs as much as a delta."""
+        if len(sample.token_ids) % BOUND_TOKENS >= num_tokens or not stream.deltas:
+            return
+        if stream.num_bytes > self._config.max_answer_bytes:
+            for sample in stream.samples:
+                sample.forget_logprobs(1 / 4, sent_only=stream.sink is not None)
+
+    def _behind(self, stream: Stream) -> None:
+        """Have the reader watched, and remember what it waits for."""
+        sink = stream.sink
+        assert sink is not None
+        if stream not in self._slow:
+            self._slow.add(stream)
+        if sink.is_paused:
+            self._waiting.setdefault(sink, {})[stream] = None
+
+    def _make_ready(self, stream: Stream) -> None:
+        if stream.sink is None:
+            return
+        self._ready[stream] = None
+        if self._turn is None:
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        """Serve the readers that are behind, a chunk each, until the turn is over; then the loop has its own."""
+        self._turn = None
+        tokens_left, touched = TURN_TOKENS, dict[Sink, None]()
+        ready, self._ready = self._ready, {}
+        while ready and tokens_left > 0:
+            stream = next(iter(ready))
+            del ready[stream]
+            if (sink := stream.sink) is None:
+                continue
+            num_tokens, is_done = self._advance(stream, min(CHUNK_TOKENS, tokens_left))
+            tokens_left -= 1 + num_tokens * (1 if stream.sampling.logprobs is None else LOGPROBS_TOKENS)
+            touched[sink] = None
+            if not is_done and _may_send(stream) and not sink.is_paused:
+                self._ready[stream] = None
+        self._ready = {**ready, **self._ready}
+        for sink in touched:
+            sink.flush()
+        if self._ready and self._turn is None:
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
+
+    def _advance(self, stream: Stream, most: int) -> tuple[int, bool]:
+        """Send up to `most` tokens: how many it were, and whether the reader has all there is, the end included."""
+        sink, num_tokens = stream.sink, 0
+        assert sink is not None
+        if sink.is_paused:
+            self._waiting.setdefault(sink, {})[stream] = None
+            return 0, False
+        if stream.sampling.logprobs is not None:
+            most = min(most, CHUNK_LOGPROBS)
+        for sample in stream.samples:
+            while stream.unsent and sample.unsent and num_tokens < most and _may_send(stream):
+                num_tokens += self._send(stream, sample, most - num_tokens)
+        is_done = not stream.unsent
+        if is_done and stream.ended_at_s is not None:
+            sink.put(stream.last(self._detokenizer))
+            self._streams.detach(stream)
+            self._slow.discard(stream)
+            self._owner.delivered()
+        else:
+            self._progress(stream, num_tokens, is_done)
+        return num_tokens, is_done
+
+    def _send(self, stream: Stream, sample: Sample, most: int) -> int:
+        """Put one delta with up to `most` tokens that the reader has not got."""
+        part = sample.read(most)
+        if part is None:
+            return 0
+        token_ids, text, logprobs = part
+        delta = Delta(
+            stream=stream.stream_id, sample=sample.index, token_ids=token_ids, text=text, logprobs=logprobs
+        )
+        if stream.credit is not None:
+            stream.credit -= delta_cost(delta)
+        assert stream.sink is not None
+        stream.sink.put(delta)
+        return len(token_ids)
+
+    def _progress(self, stream: Stream, num_tokens: int, is_done: bool) -> None:
+        """The reader has taken something: its time begins again, unless its stream is still paused."""
+        stream.pending_bytes = sum(sample.unsent_bytes for sample in stream.samples) if stream.deltas else 0
+        goes_on = stream.paused and stream.ended_at_s is None and stream.pending_bytes * 2 < stream.pending_limit
+        if goes_on:
+            stream.paused = False
+        if is_done:
+            stream.flows = stream.deltas and _may_send(stream)
+            self._slow.discard(stream)
+        elif num_tokens and not stream.paused:
+            self._slow.add(stream)
+        if goes_on:
+            self._core.submit(stream)  # the last thing here: it may end the stream
+
+    def _slow_reader(self, stream: Stream) -> None:
+        config = self._config
+        what = f"{stream.pending_bytes} bytes wait"
+        bound = f", more than max_pending_bytes, {config.max_pending_bytes}" if stream.paused else ""
+        self._owner.give_up(
+            stream,
+            SlowReader(
+                f"output was left unread for slow_reader_s, {config.slow_reader_s:g} s: {what}{bound}",
+                field="slow_reader_s",
+                limit=config.slow_reader_s,
+                value=stream.pending_bytes,
+            ),
+        )
+
+
+def _may_send(stream: Stream) -> bool:
+    return stream.credit is None or stream.credit > 0

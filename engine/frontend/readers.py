@@ -1,0 +1,98 @@
+"""Another reader for a request: one that resumes it, or one that asks for it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cierzo.engine.errors import InvalidRequest, NotFound, TakenOver
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.keeper import Keeper
+from cierzo.engine.frontend.outlet import Outlets
+from cierzo.engine.frontend.registry import Registry, require_room
+from cierzo.engine.frontend.stream import Sink, Stream, failure
+from cierzo.engine.messages import Generate, Resume, SamplingParams
+
+
+class Readers:
+    """Gives streams to connections. A stream has one reader at a time: the last one that came."""
+
+    def __init__(
+        self,
+        config: FrontendConfig,
+        streams: Registry,
+        keeper: Keeper,
+        outlets: Outlets,
+        detokenizer: Callable[[SamplingParams], Detokenizer | None],
+    ) -> None:
+        self._config = config
+        self._streams = streams
+        self._keeper = keeper
+        self._outlets = outlets
+        self._detokenizer = detokenizer
+
+    def place(self, sink: Sink, stream_id: int) -> None:
+        """Raise the CierzoError that says why a connection cannot have another stream, under this id."""
+        streams = self._streams.of(sink)
+        if stream_id in streams:
+            raise InvalidRequest("this stream is already open", field="stream", limit="unique", value=stream_id)
+        config = self._config
+        limit = config.max_streams_per_connection
+        require_room("max_streams_per_connection", len(streams) + 1, limit, config.retry_after_s)
+
+    def resume(self, sink: Sink, message: Resume) -> None:
+        """Give a request to a reader who has some of it. Raises the CierzoError that says why not."""
+        self.place(sink, message.stream)
+        stream = self._keeper.find(message.request_id)
+        if len(message.received) != stream.num_samples:
+            raise InvalidRequest(
+                f"received has {len(message.received)} entries, the request {stream.num_samples} samples",
+                field="received",
+                limit=stream.num_samples,
+                value=len(message.received),
+            )
+        self._take_over(stream, sink, message.stream, message.received)
+
+    def join(self, sink: Sink, message: Generate, stream: Stream) -> None:
+        """A request came again: it gets the whole answer."""
+        offsets = [sample.num_brought for sample in stream.samples]
+        if stream.deltas and any(
+            s.first_offset > offset for s, offset in zip(stream.samples, offsets, strict=True)
+        ):
+            raise NotFound(
+                f"the answer under this key has outgrown max_answer_bytes, {self._config.max_answer_bytes}: its "
+                f"first log-probabilities are kept no longer",
+                field="idempotency_key",
+                value=message.idempotency_key,
+            )
+        self._take_over(stream, sink, message.stream, offsets)
+
+    def _take_over(self, stream: Stream, sink: Sink, stream_id: int, received: list[int]) -> None:
+        """Give a stream to a connection that has so many tokens of each sample, and tell the one that had it."""
+        for index, (sample, offset) in enumerate(zip(stream.samples, received, strict=False)):
+            first, end = sample.first_offset if stream.deltas else 0, len(sample.token_ids)
+            if not first <= offset <= end:
+                kept = (
+                    f" (log-probabilities within max_answer_bytes, {self._config.max_answer_bytes})"
+                    if first
+                    else ""
+                )
+                raise InvalidRequest(
+                    f"sample {index} can be resumed from token {first} to {end}{kept}, not from {offset}",
+                    field=f"received[{index}]",
+                    limit=f"{first} to {end}",
+                    value=offset,
+                )
+        if (old := stream.sink) is not None:
+            old.put(failure(stream.stream_id, TakenOver("the request was resumed by another stream")))
+            self._streams.detach(stream)
+            self._outlets.detach(stream, old)
+            old.flush()
+        self._keeper.adopted(stream)
+        self._streams.attach(stream, sink, stream_id)
+        if not stream.samples:
+            return  # its prompt is still being encoded
+        if stream.deltas:
+            for sample, offset in zip(stream.samples, received, strict=True):
+                sample.seek(offset, self._detokenizer(stream.sampling))
+        self._outlets.attach(stream)

@@ -1,0 +1,297 @@
+"""An answer as a log of its tokens, with a cursor that says what its reader has got.
+
+Text is not kept: what is certain after so many tokens is a function of these tokens, so that a reader at any place
+of the log gets its text from a detokenizer that stands there.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from typing import cast
+
+import msgspec
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.messages import Finish, FinishReason, Submit, TokenDelta, TokenLogprobs
+
+TOKEN_BYTES = 4
+TEXT_BYTES = 4  # of a token, about
+ENTRY_BYTES, ALTERNATIVE_BYTES = 29, 14  # most that a token's log-probabilities, and each alternative, take
+_encode_into = msgspec.msgpack.Encoder().encode_into
+_decode = msgspec.msgpack.Decoder(list[TokenLogprobs]).decode
+
+
+def most_token_bytes(logprobs: int | None) -> int:
+    """Heap that a token of an answer takes at most, with so many alternatives to it."""
+    known = 0 if logprobs is None else ENTRY_BYTES + ALTERNATIVE_BYTES * logprobs
+    return TOKEN_BYTES + TEXT_BYTES + known
+
+
+def require_bounded(submit: Submit, limit: int) -> None:
+    """Raise InvalidRequest for answers that are to come in one piece, and may take more bytes than `limit`."""
+    params = submit.sampling
+    token_bytes = most_token_bytes(params.logprobs)
+    if params.n * params.max_tokens * token_bytes > limit:
+        raise InvalidRequest(
+            f"without deltas, {params.n} answers of {params.max_tokens} tokens may take {token_bytes} bytes a "
+            f"token, more than max_answer_bytes, {limit}",
+            field="sampling.max_tokens",
+            limit=limit // (params.n * token_bytes),
+            value=params.max_tokens,
+        )
+
+
+class LogprobLog:
+    """Log-probabilities of consecutive tokens, as the MessagePack in which they are sent: a fifth of the heap that
+    they take as objects. `first`: the index of the token that the first entry belongs to."""
+
+    __slots__ = ("_data", "_dropped", "_ends", "first")
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self._data = bytearray()
+        self._ends = array("I")
+        self._dropped = 0  # bytes that were forgotten: `_ends` counts them too
+
+    @property
+    def num_bytes(self) -> int:
+        """Heap of what is kept."""
+        return len(self._data) + 4 * len(self._ends)
+
+    def add(self, entries: list[TokenLogprobs]) -> int:
+        """Append the entries of the next tokens; the bytes that they take."""
+        data, ends, before = self._data, self._ends, len(self._data)
+        for entry in entries:
+            _encode_into(entry, data, -1)
+            ends.append(self._dropped + len(data))
+        return len(data) - before + 4 * len(entries)
+
+    def packed(self, start: int, end: int) -> msgspec.Raw:
+        """A MessagePack list of the entries of tokens `start` to `end`."""
+        low, high = self._place(start), self._place(end)
+        return msgspec.Raw(b"\xdd" + (end - start).to_bytes(4, "big") + self._data[low:high])
+
+    def read(self, start: int, end: int) -> list[TokenLogprobs]:
+        """The entries of tokens `start` to `end`."""
+        return _decode(self.packed(start, end))
+
+    def forget(self, until: int) -> None:
+        """Drop the entries of tokens before `until`."""
+        count = min(until - self.first, len(self._ends))
+        if count > 0:
+            place = self._place(self.first + count)
+            del self._data[:place], self._ends[:count]
+            self._dropped += place
+            self.first += count
+
+    def _place(self, token: int) -> int:
+        """Where the entry of a token begins."""
+        index = token - self.first
+        return self._ends[index - 1] - self._dropped if index > 0 else 0
+
+
+class Sample:
+    """An answer, of a request's n. `token_ids` includes the tokens of a resumed request (`num_brought`).
+
+    sent: the cursor; the reader has the tokens before it. keeps: log-probabilities are kept after they were sent.
+    whole: nothing is sent before the end (deltas=false).
+    cut: a stop string was found; whatever the core still sends is overrun.
+    computed: positions that runs before the present one have computed for sure.
+    tail_apart: it ended without a last token, so the text that was held back comes in a delta without tokens.
+    """
+
+    __slots__ = (
+        "_flushed",
+        "_keeps",
+        "_logprobs",
+        "_reader",
+        "_text",
+        "_watches",
+        "computed",
+        "cut",
+        "detokenizer",
+        "finish",
+        "index",
+        "num_brought",
+        "sent",
+        "stop",
+        "tail_apart",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        index: int,
+        detokenizer: Detokenizer | None,
+        token_ids: Iterable[int] = (),
+        *,
+        keeps: bool = False,
+        whole: bool = False,
+    ) -> None:
+        self.index = index
+        self.detokenizer = detokenizer
+        self.token_ids = array("i", token_ids)
+        self.num_brought = self.sent = len(self.token_ids)
+        self.stop: str | int | None = None
+        self.cut = False
+        self.finish: Finish | None = None
+        self.tail_apart: bool | None = None
+        self.computed = 0
+        self._keeps = keeps
+        self._watches = detokenizer is not None and detokenizer.watches
+        # With stop strings `detokenizer` stands at the end of the log, and a reader that is behind has its own;
+        # without, it stands at the cursor. With `whole` and stop strings the text is kept, as UTF-8.
+        self._text = bytearray() if whole and self._watches else None
+        self._reader: Detokenizer | None = None
+        self._flushed = False
+        self._logprobs: LogprobLog | None = None
+
+    @property
+    def unsent(self) -> bool:
+        """Whether there is something behind the cursor."""
+        if self.sent < len(self.token_ids):
+            return True
+        return self.finish is not None and not self._flushed and not self.cut
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Heap of what is behind the cursor."""
+        tokens = len(self.token_ids) - self.sent
+        if not tokens or self._logprobs is None:
+            return TOKEN_BYTES * tokens
+        kept = len(self.token_ids) - self._logprobs.first
+        return TOKEN_BYTES * tokens + self._logprobs.num_bytes * min(tokens, kept) // max(kept, 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Heap of the whole log."""
+        text = 0 if self._text is None else len(self._text)
+        return TOKEN_BYTES * len(self.token_ids) + text + self.logprob_bytes
+
+    @property
+    def logprob_bytes(self) -> int:
+        """Heap of the log-probabilities."""
+        return 0 if self._logprobs is None else self._logprobs.num_bytes
+
+    @property
+    def first_offset(self) -> int:
+        """The first token from which on the log is whole."""
+        return 0 if self._logprobs is None else self._logprobs.first
+
+    def take(self, delta: TokenDelta) -> tuple[list[int], str, list[TokenLogprobs] | None]:
+        """Pass on, to a reader who has all that was before: the tokens of `delta` that belong to the answer, the
+        text that is now certain, and their log-probabilities."""
+        token_ids, logprobs, detokenizer = delta.token_ids, delta.logprobs, self.detokenizer
+        text = "" if detokenizer is None else detokenizer.push(token_ids)
+        if delta.finish is not None or (detokenizer is not None and detokenizer.stop is not None):
+            token_ids, text, logprobs = self._end_text(delta, text)
+            self._flushed = True
+        if logprobs is not None and self._keeps:
+            self._log(logprobs)
+        self.token_ids.fromlist(token_ids)
+        self.sent = len(self.token_ids)
+        self._reader = None
+        return token_ids, text, logprobs
+
+    def append(self, delta: TokenDelta) -> int:
+        """Only log, for a reader who is behind or not there: the bytes that it takes."""
+        token_ids, logprobs = delta.token_ids, delta.logprobs
+        if self._watches:
+            assert self.detokenizer is not None
+            if self._reader is None and self._text is None:
+                self._reader = self.detokenizer.fork()
+            token_ids, text, logprobs = self._end_text(delta, self.detokenizer.push(token_ids))
+            if self._text is not None:
+                self._text += text.encode()
+        elif delta.finish is not None:
+            self.tail_apart = not token_ids
+        num_bytes = self._log(logprobs) if logprobs else 0
+        self.token_ids.fromlist(token_ids)
+        return num_bytes + TOKEN_BYTES * len(token_ids)
+
+    def read(self, most: int) -> tuple[list[int], str, list[TokenLogprobs] | None] | None:
+        """Move the cursor by up to `most` tokens: these, their text and log-probabilities; None for nothing."""
+        start, end = self.sent, min(self.sent + most, len(self.token_ids))
+        token_ids = self.token_ids[start:end].tolist()
+        reader = self._reader or self.detokenizer
+        text = "" if reader is None else reader.push(token_ids)
+        self.sent = end
+        if end == len(self.token_ids):
+            if self.finish is None:
+                self._reader = None  # `detokenizer` stands here too
+            elif not (self.tail_apart and token_ids):
+                self._flushed = True
+                text += "" if reader is None else reader.flush()
+        logprobs = None
+        if self._logprobs is not None and token_ids:
+            logprobs = self._logprobs.read(start, end)
+            if not self._keeps:
+                self._logprobs.forget(end)
+        return (token_ids, text, logprobs) if token_ids or text else None
+
+    def seek(self, offset: int, fresh: Detokenizer | None) -> None:
+        """Move the cursor to token `offset`, for a reader who has what is before; `fresh` is a new detokenizer."""
+        self.sent = offset
+        is_end = offset == len(self.token_ids)
+        self._flushed = is_end and self.finish is not None and not self.tail_apart
+        if fresh is None:
+            return
+        fresh.catch_up(self.token_ids, offset)
+        if not self._watches:
+            self.detokenizer = fresh
+        elif self._text is None:
+            self._reader = None if is_end and self.finish is None else fresh
+
+    def text(self, fresh: Detokenizer | None) -> str:
+        """The text of the whole answer, of one that has ended; without that of tokens that the client brought."""
+        if self._text is not None:
+            return self._text.decode()
+        if fresh is None:
+            return ""
+        fresh.catch_up(self.token_ids, self.num_brought)
+        return fresh.push(self.token_ids[self.num_brought :]) + fresh.flush()
+
+    def all_logprobs(self) -> list[TokenLogprobs] | None:
+        """The log-probabilities of the whole answer, ready to be sent."""
+        log = self._logprobs
+        return None if log is None else cast(list[TokenLogprobs], log.packed(log.first, len(self.token_ids)))
+
+    def forget_logprobs(self, share: float, *, sent_only: bool) -> None:
+        """Drop the oldest log-probabilities, a share of those that are kept; `sent_only`: before the cursor."""
+        if (log := self._logprobs) is not None:
+            until = log.first + int((len(self.token_ids) - log.first) * share) + 1
+            log.forget(min(until, self.sent) if sent_only else until)
+
+    def end(self, finish: Finish) -> None:
+        """The sample is over; a stop string found before keeps its say about why."""
+        self.finish = finish
+        if self.tail_apart is None:
+            self.tail_apart = True
+        if self.stop is None:
+            self.stop = finish.stop_token_id
+
+    def reason(self, finish: Finish) -> FinishReason:
+        """Why it ended, as the client sees it."""
+        return "stop" if self.cut else finish.reason
+
+    def _end_text(self, delta: TokenDelta, text: str) -> tuple[list[int], str, list[TokenLogprobs] | None]:
+        """At the end of the text, add what the detokenizer held back, and cut what is behind a stop string."""
+        token_ids, logprobs, detokenizer = delta.token_ids, delta.logprobs, self.detokenizer
+        if detokenizer is not None:
+            if detokenizer.stop is None and delta.finish is not None:
+                text += detokenizer.flush()
+            if detokenizer.stop is not None:
+                self.stop, self.cut = detokenizer.stop, True
+                token_ids = token_ids[: detokenizer.num_tokens - len(self.token_ids)]
+                logprobs = None if logprobs is None else logprobs[: len(token_ids)]
+        if delta.finish is not None:
+            self.tail_apart = not token_ids
+        return token_ids, text, logprobs
+
+    def _log(self, logprobs: list[TokenLogprobs]) -> int:
+        """Append log-probabilities of tokens that are about to be appended."""
+        if self._logprobs is None or (not self._keeps and self._logprobs.num_bytes == 0):
+            self._logprobs = LogprobLog(len(self.token_ids))
+        return self._logprobs.add(logprobs)

@@ -1,0 +1,188 @@
+"""The log of an answer: whoever reads it, in whatever pieces and from wherever, gets what a reader of all gets."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.sample import LogprobLog, Sample, most_token_bytes, require_bounded
+from cierzo.engine.messages import Finish, SamplingParams, Submit, TokenDelta, TokenLogprobs
+
+PIECES = [b"a", b"b", b"ab", b"", b" ", "€".encode(), b"\xe2", b"\x82", b"\xac", b"\xf0\x9f", b"\x99\x82", b"\xff"]
+STOPS = ["ab", "ba b", "€a", "\ufffd\ufffd", "🙂", "bb"]
+
+
+class Pieces:
+    """A tokenizer of a dozen tokens, whole characters and parts of some."""
+
+    def __init__(self, strip_leading_space=False):
+        self.strip_leading_space = strip_leading_space
+
+    def token_bytes(self, token_id):
+        return PIECES[token_id]
+
+
+def finish(reason="length"):
+    return Finish(reason, "", None, 1, 1, 0, 0, 0.0, 0.0, 0.0)
+
+
+def logprobs(token_ids):
+    return [TokenLogprobs(t, -0.1 * t, list(range(t % 3)), [-1.0 / 3] * (t % 3)) for t in token_ids]
+
+
+tokens = st.lists(st.integers(0, len(PIECES) - 1), max_size=60)
+stops = st.lists(st.sampled_from(STOPS), max_size=2, unique=True).map(tuple)
+
+
+def test_a_detokenizer_that_caught_up_knows_the_beginning_of_a_stop_string():
+    token_ids = [0, 1, 0, 4, 1, 0]  # "aba ba", and "ba b" stops
+    fresh = Detokenizer(Pieces(), ("ba b",))
+    fresh.catch_up(token_ids, 4)
+    assert (fresh.push(token_ids[4:]), fresh.stop) == ("", "ba b")
+
+
+@given(tokens, stops, st.integers(0, 5), st.booleans(), st.data())
+def test_a_detokenizer_catches_up_with_one_that_saw_all(token_ids, stop, min_tokens, strips, data):
+    seen = Detokenizer(Pieces(strips), stop, min_tokens)
+    offset = data.draw(st.integers(0, len(token_ids)))
+    seen.push(token_ids[:offset])
+    if seen.stop is not None:
+        return
+    fork, fresh = seen.fork(), Detokenizer(Pieces(strips), stop, min_tokens)
+    fresh.catch_up(token_ids, offset)
+    ends = []
+    for detokenizer in (seen, fork, fresh):
+        text = detokenizer.push(token_ids[offset:])
+        ends.append((text + detokenizer.flush(), detokenizer.stop, detokenizer.num_tokens))
+    assert ends[0] == ends[1] == ends[2]
+
+
+def test_catching_up_looks_at_the_end_alone():
+    asked = []
+
+    class Counting(Pieces):
+        def token_bytes(self, token_id):
+            asked.append(token_id)
+            return b"x"
+
+    Detokenizer(Counting(), ("stop",)).catch_up([0] * 100_000, 100_000)
+    assert len(asked) < 100
+
+
+class Reader:
+    """A client's copy of an answer, which may go back to any token that it has."""
+
+    def __init__(self, stop):
+        self.stop = stop
+        self.token_ids, self.text, self.tail, self.logprobs = [], "", "", []
+
+    def take(self, part):
+        """Add a delta; text without tokens stands apart."""
+        if part is None:
+            return
+        token_ids, text, entries = part
+        self.token_ids += token_ids
+        self.logprobs += entries or []
+        if token_ids:
+            self.text += text
+        else:
+            self.tail += text
+
+    def go_back(self, offset, sample):
+        """Forget all from token `offset` on, and resume there."""
+        del self.token_ids[offset:], self.logprobs[offset:]
+        detokenizer = Detokenizer(Pieces(), self.stop)
+        self.text, self.tail = detokenizer.push(self.token_ids), ""
+        if sample.finish is not None and offset == len(sample.token_ids) and not sample.tail_apart:
+            self.text += detokenizer.flush()
+        sample.seek(offset, Detokenizer(Pieces(), self.stop))
+
+
+@settings(max_examples=300, deadline=None)
+@example([0, 0], ("ab",), False, False, 2)  # an empty delta, while the reader has everything
+@given(tokens, stops, st.booleans(), st.booleans(), st.integers(0, 2**32))
+def test_a_reader_gets_the_reference_in_any_pieces(token_ids, stop, asks_logprobs, keeps, seed):
+    """Deltas of any length, taken or only logged, read in any pieces, and now and then resumed from any token."""
+    reference, draw = Detokenizer(Pieces(), stop), random.Random(seed)
+    text = reference.push(token_ids) + reference.flush()
+    whole = token_ids[: reference.num_tokens]
+    sample, reader = Sample(0, Detokenizer(Pieces(), stop), keeps=keeps), Reader(stop)
+    rest, ends_apart = list(token_ids), draw.random() < 0.5
+    while sample.finish is None or sample.unsent:
+        if keeps and draw.random() < 0.1:
+            reader.go_back(draw.randint(0, len(reader.token_ids)), sample)
+        if sample.finish is not None or draw.random() < 0.3:
+            reader.take(sample.read(draw.randint(1, 9)))
+            continue
+        count = draw.randint(0, 4)
+        new, rest = rest[:count], rest[count:]
+        is_last = not rest and not (ends_apart and new)
+        delta = TokenDelta(0, 0, new, logprobs(new) if asks_logprobs else None, finish() if is_last else None)
+        if not sample.cut:
+            if sample.unsent or draw.random() < 0.5:
+                sample.append(delta)
+            else:
+                reader.take(sample.take(delta))
+        if is_last:
+            sample.end(delta.finish)
+    assert (reader.token_ids, reader.text + reader.tail, sample.stop) == (whole, text, reference.stop)
+    assert reader.logprobs == (logprobs(whole) if asks_logprobs else [])
+
+
+@given(tokens, stops, st.integers(0, 3))
+def test_an_answer_without_deltas_is_the_reference(token_ids, stop, num_brought):
+    brought, rest = token_ids[:num_brought], token_ids[num_brought:]
+    reference = Detokenizer(Pieces(), stop)
+    reference.push(brought)
+    if reference.stop is not None:
+        return
+    live = reference.fork()
+    text = reference.push(rest) + reference.flush()
+    sample = Sample(0, live, brought, whole=True)
+    for token_id in rest:
+        if not sample.cut:
+            sample.append(TokenDelta(0, 0, [token_id], logprobs([token_id]), None))
+    if not sample.cut:
+        sample.append(TokenDelta(0, 0, [], None, finish()))
+    sample.end(finish())
+    assert sample.text(Detokenizer(Pieces(), stop)) == text
+    assert sample.token_ids.tolist() == token_ids[: reference.num_tokens]
+    if rest:
+        sent = msgspec.msgpack.decode(msgspec.msgpack.encode(sample.all_logprobs()), type=list[TokenLogprobs])
+        assert sent == logprobs(sample.token_ids[num_brought:])
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.data())
+def test_a_log_of_logprobs_gives_back_what_it_has_not_forgotten(token_ids, data):
+    log, entries, first = LogprobLog(7), logprobs(token_ids), 7
+    assert log.add(entries) == log.num_bytes
+    for _ in range(3):
+        first = max(first, data.draw(st.integers(0, 7 + len(entries))))
+        log.forget(first)
+        start = data.draw(st.integers(first, 7 + len(entries)))
+        end = data.draw(st.integers(start, 7 + len(entries)))
+        assert log.read(start, end) == entries[start - 7 : end - 7]
+    log.add(entries)
+    assert log.read(first, 7 + 2 * len(entries)) == (entries * 2)[first - 7 :]
+    assert log.num_bytes < 80 * 2 * len(entries)
+
+
+def test_log_probabilities_take_no_more_than_the_bound_says():
+    entry = TokenLogprobs(2**31 - 1, -1.0 / 3, [2**31 - 1] * 20, [-1.0 / 3] * 20)
+    log = LogprobLog(0)
+    assert log.add([entry] * 10) <= 10 * (most_token_bytes(20) - most_token_bytes(None))
+
+
+def test_an_answer_without_deltas_must_fit():
+    submit = Submit(request_id=1, prompt_token_ids=[1], sampling=SamplingParams(n=16, max_tokens=1000, logprobs=20))
+    needed = 16 * 1000 * most_token_bytes(20)
+    require_bounded(submit, needed)
+    with pytest.raises(InvalidRequest, match="max_answer_bytes") as caught:
+        require_bounded(submit, needed - 1)
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("sampling.max_tokens", "999", "1000")
