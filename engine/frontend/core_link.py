@@ -253,9 +253,9 @@ class CoreLink:
                 try:
                     await self._launch()
                     break
-                except CierzoError as again:
-                    error = again
-                    self._restarts.record(self._clock(), False)
+                except (CierzoError, OSError) as again:  # a full disk, no more processes
+                    error = again if isinstance(again, CierzoError) else CoreFailed(f"it cannot start: {again}")
+                    self._restarts.record(self._clock(), committed=False)
             self._events.ready()
 
     async def _watch_until_lost(self, pipe: _Pipe, process: CoreProcess) -> str:
