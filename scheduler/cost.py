@@ -15,7 +15,6 @@ import msgspec
 LEAST_CHUNK = 16  # tokens
 SEEN_ENOUGH = 8  # steps before a price is told
 FORGET = 0.98  # what a learned step still counts for when the next one has been learned
-OUTLIER = 3.0  # a step counts as at most so many times longer, or shorter, than predicted
 DECODE_STRIDE = 16  # of steps that only decode, which are much alike, one in so many is learned from
 SWEEPS = 6
 
@@ -86,15 +85,16 @@ class StepCost(msgspec.Struct, frozen=True, gc=False):
 class CostLearner:
     """Learns a machine's StepCost from the steps that it has taken; the same measurements give the same price.
 
-    Least squares of predicted over measured seconds less 1, with coefficients of at least 0, over steps that count
-    less the longer ago they were. An outlier that took long weighs little by that division, and is clipped.
+    Least squares of the relative error, with coefficients of at least 0, over steps that count less the longer ago
+    they were. The error is relative to what was measured or predicted, whichever is longer: no outlier, long or
+    short, has one of more than 1.
     """
 
     def __init__(self, context_pairs: float = 0.0) -> None:
         self.cost: StepCost | None = None  # until enough steps have been seen
         self._context_pairs = context_pairs
         self._products = [[0.0] * 6 for _ in range(6)]  # sums of products of two features
-        self._sums = [0.0] * 6  # of features
+        self._sums = [0.0] * 6  # of products of a feature and the seconds
         # in the order in which coefficients are found: what one explains, no later one has to
         self._found = [0.0] * 6  # step, row, pair, sequence, decode context, prompt
         self._seen = self._decodes = 0
@@ -107,22 +107,22 @@ class CostLearner:
             self._decodes += 1
             if self._decodes % DECODE_STRIDE and self.cost is not None:
                 return False
-        if self.cost is not None and (expected := self.cost.seconds(work)) > 0.0:
-            seconds = min(max(seconds, expected / OUTLIER), expected * OUTLIER)
+        expected = seconds if self.cost is None else self.cost.seconds(work)
+        scale = max(seconds, expected)
         pairs = work.pairs + self._context_pairs * work.context
         features = (1.0, work.rows, pairs, work.sequences, work.decode_context, float(work.rows > 0))
-        self._take([feature / seconds for feature in features])
+        self._take([feature / scale for feature in features], seconds / scale)
         self._seen += 1
         if self._seen >= SEEN_ENOUGH:
             step, row, pair, sequence, context, prompt = self._found
             self.cost = StepCost(step, prompt, sequence, context, row, pair, self._context_pairs)
         return self.cost is not None
 
-    def _take(self, features: list[float]) -> None:
+    def _take(self, features: list[float], target: float) -> None:
         """Add a step, then improve one coefficient after the other, several times."""
         sums, found = self._sums, self._found
         for index, (mine, row) in enumerate(zip(features, self._products, strict=True)):
-            sums[index] = sums[index] * FORGET + mine
+            sums[index] = sums[index] * FORGET + mine * target
             self._products[index] = [old * FORGET + mine * other for old, other in zip(row, features, strict=True)]
         for _ in range(SWEEPS):
             for index, row in enumerate(self._products):

@@ -281,7 +281,7 @@ class CoreLink:
                 return "hung"
 
     async def _reap(self) -> None:
-        """No process and no socket is left behind."""
+        """No process, no socket and no page is left behind."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -289,6 +289,9 @@ class CoreLink:
             await process.wait()
         if self._pipe is not None and self._pipe.transport is not None:
             self._pipe.transport.abort()
+        if self._signs is not None:
+            self._signs.close()
+            self._signs = None
 
 
 def _shows_a_step(output: StepOutput) -> bool:

@@ -32,12 +32,13 @@ def context_pairs(model: ModelConfig) -> float:
 
 def fitted_cost(config: EngineConfig, model: StepModel) -> StepCost:
     """The price that is nearest to the model's in relative terms, over steps of many shapes."""
-    limits = config.scheduler
+    most, most_running = config.scheduler.max_model_len, config.scheduler.max_running
+    contexts, chunks = ({min(one, most): None for one in some} for some in (CONTEXTS, CHUNKS))
     shapes = [
         (decodes, decodes * each, rows, start)
-        for decodes, each, rows, start in itertools.product(DECODES, CONTEXTS, CHUNKS, STARTS)
-        if decodes + rows and decodes <= limits.max_running and max(each, start + rows) <= limits.max_model_len
-        if decodes * each <= MOST_CONTEXT and (rows or not start) and (decodes or each == CONTEXTS[0])
+        for decodes, each, rows, start in itertools.product(DECODES, contexts, chunks, STARTS)
+        if decodes + rows and decodes <= most_running and start + rows <= most
+        if decodes * each <= MOST_CONTEXT and (rows or not start) and (decodes or each == min(contexts))
     ]
     decodes, context, rows, start = np.array(shapes, dtype=np.float64).T
     pairs, attended, sequences = rows * (start + (rows + 1) / 2), (start + rows) * (rows > 0), decodes + (rows > 0)

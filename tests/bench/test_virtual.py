@@ -12,7 +12,7 @@ from cierzo.bench.latency import LoadResult, result_table
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.virtual import SimulatedServer, VirtualClock, VirtualCore, run_simulated_load
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.messages import Submit
+from cierzo.engine.messages import Finish, Submit
 from cierzo.engine.worker.core import EngineCore, make_runner
 from cierzo.engine.worker.simulated import SimulatedRunner
 from cierzo.scheduler.params import SamplingParams
@@ -78,6 +78,31 @@ def test_steps_taken_together_change_nothing(settings: dict[str, Any], kv_cache_
     if kv_cache_gib < 1 and settings.get("concurrency") == 30:
         assert stats[0].preemptions > 0
         assert stats[0].recomputed_tokens > 0
+
+
+def test_what_a_request_has_cost_is_the_same_with_steps_taken_together() -> None:
+    """Some of them on blocks that others had, after preemptions."""
+    config = configure(kv_cache_gib=0.05, max_model_len=2048)
+    found: list[dict[int, Finish]] = []
+    for most_steps in (4096, 1):
+        core, finishes = VirtualCore(config, VirtualClock()), {}
+        for number in range(1, 13):
+            core.submit(submit(number, 100 + 7 * number, 300 + 40 * (number % 5)))
+        while core.has_work():
+            steps = len(core.steady_s(most_steps))
+            for delta in core.advance(steps) if steps > 1 else core.step_plain():
+                if delta.finish is not None:
+                    finishes[delta.request_id] = delta.finish
+        found.append(finishes)
+        assert core.stats().kv_block_s == sum(one.kv_block_s for one in finishes.values())
+    together, single = found
+    assert together.keys() == single.keys()
+    assert any(one.recomputed_tokens for one in single.values())
+    for number, one in together.items():
+        other = single[number]
+        for name in ("computed_tokens", "recomputed_tokens", "steps", "preemptions"):
+            assert getattr(one, name) == getattr(other, name), (number, name)
+        assert one.kv_block_s == pytest.approx(other.kv_block_s, abs=1e-2)
 
 
 def test_time_passes_as_the_roofline_says() -> None:

@@ -174,6 +174,14 @@ def test_a_device_s_price_is_near_to_what_the_step_model_says(
             assert 1 / most < found_s / true_s < most, (rows, start, found_s, true_s)
 
 
+@pytest.mark.parametrize("max_model_len", [2, 40, 300, 5000])
+def test_a_device_has_a_price_however_short_its_requests(max_model_len: int) -> None:
+    config = configure("small4", "h200", weights="nvfp4", max_model_len=max_model_len, max_running=1)
+    cost = predicted_cost(config)
+    assert cost is not None
+    assert 1e-3 < cost.seconds(StepWork(1, 1)) < 0.1
+
+
 def test_what_a_token_of_context_costs_a_chunk() -> None:
     """Of Small 4: 256 x (64 + 128) products to multiply out a head's key and value, 256 for a pair."""
     assert context_pairs(configure("small4", "h200", weights="nvfp4").model) == 256 * (64 + 128) / (64 + 64 + 128)
