@@ -170,7 +170,7 @@ class Outlets:
             request_id=stream.name,
             seed=stream.sampling.seed or 0,
             queue_position=self._streams.position(stream),
-            deadline_s=stream.deadline_at_s - stream.arrived,
+            deadline_s=round(stream.deadline_at_s - stream.arrived, 6),
         )
 
     def _log(self, stream: Stream, sample: Sample, delta: TokenDelta) -> None:
