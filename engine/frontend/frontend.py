@@ -84,7 +84,7 @@ class Frontend:
         self._random = random.SystemRandom()
         self._next_request_id = 0
         self._encoding: set[asyncio.Task[None]] = set()
-        self._drain = Drain(config, lambda: len(self.streams), self.interrupt)
+        self._drain = Drain(config, lambda: len(self.streams) or self.streams.num_read, self.interrupt)
 
     # --- what is going on ------------------------------------------------------------------------------
 

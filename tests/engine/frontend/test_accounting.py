@@ -59,6 +59,7 @@ class Client:
 
     def __init__(self, *features):
         self.features = frozenset(features)
+        self.is_paused = False
         self.finals = {}
 
     def put(self, message):
