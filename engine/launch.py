@@ -17,6 +17,8 @@ from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import CoreFailed, refusal
 from cierzo.engine.frontend.address import parse_address
 from cierzo.engine.frontend.core_link import CoreLink, Spawn, spawn_worker
+from cierzo.engine.frontend.encoders import Encoders
+from cierzo.engine.frontend.encoding import Setup
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
@@ -56,10 +58,14 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     signals = _signals()
     config, prompts = load_prompts(config)
     link = CoreLink(config.frontend, config, spawn)
-    frontend = Frontend(config.frontend, model_info(config, prompts), prompts, link)
+    model = model_info(config, prompts)
+    checkpoint = config.checkpoint if prompts.tokenizer is not None else ""
+    encoders = Encoders(config.frontend, Setup(checkpoint=checkpoint, frontend=config.frontend, model=model))
+    frontend = Frontend(config.frontend, model, prompts, link, encoders)
     server = RpcServer(config.frontend, frontend)
     await server.start()
     print(config.describe(), flush=True)
+    encoders.start()
     try:
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):
@@ -68,7 +74,8 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
         return await _until_stopped(signals, frontend, config.frontend.drain_s)
     finally:
         await server.close()
-        await frontend.close()
+        frontend.close()
+        await encoders.close()
         await link.close()
 
 

@@ -13,13 +13,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from cierzo.engine.errors import CierzoError, Draining, InvalidRequest, Overloaded
 from cierzo.engine.frontend import validate
+from cierzo.engine.frontend.attachments import ATTACHED_S, Attached, Attachments
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import Core, CoreSide
 from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.encoders import Encoder, Late
+from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, pack_prompt
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.registry import Registry
+from cierzo.engine.frontend.room import Resets
 from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.messages import (
     Drained,
@@ -27,7 +33,6 @@ from cierzo.engine.messages import (
     FinishReason,
     Generate,
     ModelInfo,
-    Submit,
     TokenDelta,
 )
 
@@ -68,9 +73,11 @@ class Frontend:
         model: ModelInfo,
         prompts: PromptEncoder,
         core: Core,
+        encoders: Encoder,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
+        self.room = encoders.room
         self.counters = Counters()
         self.streams = Registry()
         self.core = CoreSide(config, core, self.streams, self, clock)
@@ -80,7 +87,11 @@ class Frontend:
         self._started = clock()
         self._random = random.SystemRandom()
         self._next_request_id = 0
-        self._encoding: set[asyncio.Task[None]] = set()
+        self._inline = RequestEncoder(prompts, config, model)
+        self._encoders = encoders
+        self._encoding: dict[int, asyncio.Future[Encoded]] = {}  # by request id
+        self._attachments = Attachments(config, encoders.room, self._attachment_expired)
+        self._resets = Resets(config, clock)
         self._draining = False
         self._drain_waiters: list[tuple[Sink, int]] = []
         self._drained = asyncio.Event()
@@ -107,38 +118,80 @@ class Frontend:
         """A connection is gone: nobody waits for its streams."""
         for stream in self.streams.disconnect(sink):
             self._abort(stream, "cancelled")
+        self._attachments.disconnect(sink)
         self._drain_waiters = [waiter for waiter in self._drain_waiters if waiter[0] is not sink]
+
+    def attach(self, sink: Sink, stream_id: int, data: bytes) -> None:
+        """Append bytes to what the next `generate` of this stream says they are."""
+        if stream_id in self.streams.of(sink):
+            raise InvalidRequest(
+                "this stream is already open", field="stream", limit="attached before generate", value=stream_id
+            )
+        self._attachments.add(sink, stream_id, data)
 
     def generate(self, sink: Sink, message: Generate) -> None:
         """Accept a request, or raise the CierzoError that says why not."""
+        attached = self._attachments.take(sink, message.stream)
+        if attached is not None and attached.refused:
+            if message.attached is not None:
+                return  # the client has its answer
+            attached = None
         try:
-            self._admit(sink, message)
+            self._admit(sink, message.stream, message.sampling.n)
+            validate.fields(message, self._config, self.model, self._prompts.special_ids)
+            num_bytes, most = None if attached is None else len(attached.data), self.model.max_model_len
+            validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
         except CierzoError:
             self.counters.refused += 1
             raise
         stream = self._open(sink, message)
-        if self._prompts.num_chars(message) > self._config.inline_chars:
-            task = asyncio.get_running_loop().create_task(self._encode_aside(stream, message))
-            self._encoding.add(task)
-            task.add_done_callback(self._encoding.discard)
-            return
         try:
-            self._start(stream, message, self._prompts.encode(message))
+            if attached is not None or self._prompts.weight(message) > self._config.inline_chars:
+                self._encode_aside(stream, msgspec.msgpack.encode(message), attached)
+            else:
+                self._start(stream, self._inline.encode(message))
+        except CierzoError:
+            self._refuse(stream)
+            raise
+
+    def generate_large(self, sink: Sink, stream_id: int, body: bytearray) -> None:
+        """Accept a request that is too long to be decoded here, or raise the CierzoError that says why not."""
+        attached = self._attachments.take(sink, stream_id)
+        try:
+            self._admit(sink, stream_id, 1)
+        except CierzoError:
+            self.counters.refused += 1
+            raise
+        stream = self._open(sink, Generate(stream=stream_id))  # the true one comes with the answer
+        try:
+            self._encode_aside(stream, body, None if attached is None or attached.refused else attached)
         except CierzoError:
             self._refuse(stream)
             raise
 
     def cancel(self, sink: Sink, stream_id: int) -> None:
-        """End a stream; one that has just ended is no error, as the two messages may have crossed."""
+        """End a stream, and forget what is attached to it; one that has just ended is no error, as the two messages
+        may have crossed. Raises Overloaded if the connection does that too often."""
+        self._attachments.take(sink, stream_id)
         if (stream := self.streams.of(sink).get(stream_id)) is not None:
             self._abort(stream, "cancelled")
+            self._resets.count(sink)
 
-    def fail(self, sink: Sink, stream_id: int, error: CierzoError) -> None:
-        """A message about `stream_id` was faulty: the stream, if there is one, ends with this error."""
-        if (stream := self.streams.of(sink).get(stream_id)) is not None:
+    def fail(self, sink: Sink, stream_id: int, error: CierzoError, *, attaching: bool = False) -> None:
+        """A message about `stream_id` was faulty: the stream, if there is one, ends with this error.
+
+        `attaching`: it was part of a prompt, of which more may come. Raises Overloaded as `cancel` does.
+        """
+        stream = self.streams.of(sink).get(stream_id)
+        sink.put(failure(stream_id, error))
+        if stream is not None:
             self.streams.detach(stream)
             self._abort(stream, "cancelled")
-        sink.put(failure(stream_id, error))
+            self._resets.count(sink)
+        elif attaching:
+            self._attachments.refuse(sink, stream_id)
+        else:
+            self._attachments.take(sink, stream_id)
 
     def drain(self, sink: Sink | None = None, stream_id: int = 0) -> None:
         """Accept nothing from now on; `sink` hears when the last stream has ended."""
@@ -151,12 +204,10 @@ class Frontend:
         """Wait until a drain is complete."""
         await self._drained.wait()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Stop what runs on the side."""
-        tasks = list(self._encoding)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for future in list(self._encoding.values()):
+            future.cancel()
 
     # --- from the core's side --------------------------------------------------------------------------
 
@@ -198,18 +249,15 @@ class Frontend:
 
     # --- inside ----------------------------------------------------------------------------------------
 
-    def _admit(self, sink: Sink, message: Generate) -> None:
+    def _admit(self, sink: Sink, stream_id: int, num_samples: int) -> None:
         config, streams = self._config, self.streams.of(sink)
-        if message.stream in streams:
-            raise InvalidRequest(
-                "this stream is already open", field="stream", limit="unique", value=message.stream
-            )
+        if stream_id in streams:
+            raise InvalidRequest("this stream is already open", field="stream", limit="unique", value=stream_id)
         if self._draining:
             raise Draining("the server is draining", retry_after_s=config.retry_after_s)
         self.core.require()
-        validate.fields(message, config, self.model, self._prompts.special_ids)
         self._room("max_streams_per_connection", len(streams) + 1, config.max_streams_per_connection)
-        self._room("max_open_samples", self.streams.num_samples + message.sampling.n, config.max_open_samples)
+        self._room("max_open_samples", self.streams.num_samples + num_samples, config.max_open_samples)
 
     def _room(self, limit_name: str, value: int, limit: int) -> None:
         if value > limit:
@@ -238,44 +286,70 @@ class Frontend:
         self.streams.open(stream)
         return stream
 
-    async def _encode_aside(self, stream: Stream, message: Generate) -> None:
-        """A long prompt is rendered and encoded in a thread; meanwhile the stream can be cancelled."""
+    def _encode_aside(self, stream: Stream, body: bytes | bytearray, attached: Attached | None) -> None:
+        """A long prompt is rendered and encoded by a process; meanwhile the stream can be cancelled."""
+        assert stream.sink is not None
+        features = sorted(stream.sink.features)
+        job = Job(stream=stream.stream_id, features=features, has_attached=attached is not None)
+        data = None if attached is None else attached.data
+        future = self._encoders.submit(job, body, data, stream.deadline_at_s)
+        self._encoding[stream.request_id] = future
+        future.add_done_callback(lambda done: self._encoded(stream, done))
+
+    def _encoded(self, stream: Stream, future: asyncio.Future[Encoded]) -> None:
+        """An answer for a stream that waits for it; a stream that ended meanwhile has cancelled it."""
+        self._encoding.pop(stream.request_id, None)
+        if future.cancelled() or stream not in self.streams:
+            return
         try:
-            token_ids = await asyncio.to_thread(self._prompts.encode, message)
-            if stream in self.streams:
-                self._start(stream, message, token_ids)
+            encoded = future.result()
+            self._settle(stream, encoded.message)
+            self._start(stream, encoded)
+        except Late:
+            self.end(stream, "deadline")
         except CierzoError as error:
             self._refuse_late(stream, error)
         except Exception as error:
-            log.exception("request %d could not be encoded", stream.request_id)
+            log.exception("request %d could not be started", stream.request_id)
             self._refuse_late(stream, CierzoError(f"internal error: {type(error).__name__}"))
 
-    def _start(self, stream: Stream, message: Generate, token_ids: list[int]) -> None:
-        seed = message.sampling.seed
-        if seed is None:
+    def _settle(self, stream: Stream, message: Generate) -> None:
+        """What a message says of its stream, where it was too long to be decoded when the stream was opened."""
+        num_samples = self.streams.num_samples + message.sampling.n - stream.num_samples
+        self._room("max_open_samples", num_samples, self._config.max_open_samples)
+        self.streams.resize(stream, message.sampling.n)
+        stream.deltas = message.deltas
+        stream.deadline_at_s = stream.arrived + (message.deadline_s or self._config.default_deadline_s)
+
+    def _start(self, stream: Stream, encoded: Encoded) -> None:
+        submit = pack_prompt(encoded.submit)
+        if submit.sampling.seed is None:
             seed = self._random.getrandbits(SEED_BITS)
-        special_ids = self._prompts.special_ids
-        submit = validate.request(message, token_ids, stream.request_id, seed, self.model, special_ids)
-        num_tokens = len(token_ids) + len(message.output_token_ids)
+            submit = msgspec.structs.replace(submit, sampling=msgspec.structs.replace(submit.sampling, seed=seed))
+        num_tokens = encoded.num_prompt_tokens + len(submit.output_token_ids)
         self._room("max_open_tokens", self.streams.num_tokens + num_tokens, self._config.max_open_tokens)
-        stream.start(submit, [self._detokenizer(submit) for _ in range(stream.num_samples)])
+        detokenizers = [self._detokenizer(encoded) for _ in range(stream.num_samples)]
+        stream.start(submit, encoded.num_prompt_tokens, detokenizers)
         self.streams.charge(stream, num_tokens)
         self.counters.accepted += 1
         self.core.submit(stream)
 
-    def _detokenizer(self, submit: Submit) -> Detokenizer | None:
+    def _detokenizer(self, encoded: Encoded) -> Detokenizer | None:
         """A new one, which has seen what a resumed request brings."""
-        detokenizer = self._prompts.detokenizer(submit.sampling)
-        if detokenizer is None:
-            return None
-        detokenizer.push(submit.output_token_ids)
-        if detokenizer.stop is not None:
-            raise InvalidRequest(
-                "the generation has already ended: it holds a stop string",
-                field="output_token_ids",
-                value=detokenizer.stop,
-            )
+        detokenizer = self._prompts.detokenizer(encoded.submit.sampling)
+        if detokenizer is not None:
+            detokenizer.go_on_after(len(encoded.submit.output_token_ids), encoded.tail)
         return detokenizer
+
+    def _attachment_expired(self, sink: Sink, stream_id: int) -> None:
+        error = InvalidRequest(
+            "bytes were attached, and no generate came",
+            field="attached",
+            limit=f"{ATTACHED_S:g} s",
+            value=stream_id,
+        )
+        sink.put(failure(stream_id, error))
+        sink.flush()
 
     def _abort(self, stream: Stream, reason: FinishReason) -> None:
         """The core reports the end of what it has; without it, or before it heard of the stream, we end it here."""
@@ -305,6 +379,8 @@ class Frontend:
 
     def _close(self, stream: Stream) -> None:
         """A stream ends, whatever the way."""
+        if (future := self._encoding.pop(stream.request_id, None)) is not None:
+            future.cancel()
         self.streams.close(stream)
         self.core.forget(stream)
         self._tell_drained()

@@ -55,6 +55,11 @@ class Registry:
         self._streams[stream.request_id] = self._sinks[stream.sink][stream.stream_id] = stream
         self.num_samples += stream.num_samples
 
+    def resize(self, stream: Stream, num_samples: int) -> None:
+        """Learn how many samples an open stream has."""
+        self.num_samples += num_samples - stream.num_samples
+        stream.num_samples = num_samples
+
     def charge(self, stream: Stream, num_tokens: int) -> None:
         """Count the tokens of a stream, until it is closed."""
         stream.num_tokens = num_tokens

@@ -5,6 +5,7 @@ Pure bookkeeping, no sockets: `Frontend` moves the messages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -85,7 +86,7 @@ class Sample:
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """An accepted request. `submit` is None while its prompt is still being encoded.
+    """An accepted request. `submit` is None while its prompt is still being encoded; then its prompt is packed.
 
     `arrived` and `deadline_at_s` are times of the clock in seconds; `sent_s` (None: the core that runs now has not
     got it) and `first_token_s` count from arrival. `run_id`: the core's name of its present run. `deaths`: how many
@@ -101,6 +102,7 @@ class Stream:
     arrived: float
     deadline_at_s: float
     submit: Submit | None = None
+    num_prompt_tokens: int = 0
     run_id: int = -1
     aborted: FinishReason | None = None
     sent_s: float | None = None
@@ -109,9 +111,10 @@ class Stream:
     samples: list[Sample] = field(default_factory=list)
     running: int = 0
 
-    def start(self, submit: Submit, detokenizers: list[Detokenizer | None]) -> None:
+    def start(self, submit: Submit, num_prompt_tokens: int, detokenizers: Sequence[Detokenizer | None]) -> None:
         """The prompt is ready. What a resumed request brought was delivered before: its text is not sent again."""
         self.submit = submit
+        self.num_prompt_tokens = num_prompt_tokens
         self.samples = [Sample(i, detok, list(submit.output_token_ids)) for i, detok in enumerate(detokenizers)]
         self.running = len(self.samples)
 
@@ -153,7 +156,7 @@ class Stream:
         return self.running == 0
 
     def _end_here(self, sample: Sample, reason: FinishReason, now: float, message: str) -> None:
-        prompt_tokens = 0 if self.submit is None else len(self.submit.prompt_token_ids)
+        prompt_tokens = self.num_prompt_tokens
         output_tokens, waited_s = len(sample.token_ids), now - self.arrived
         self.end(sample, Finish(reason, message, None, prompt_tokens, output_tokens, 0, 0, waited_s, 0.0, 0.0))
 
@@ -184,7 +187,7 @@ class Stream:
         """The last message, once no sample runs."""
         ends = [(sample, sample.finish) for sample in self.samples if sample.finish is not None]
         finishes = [finish for _, finish in ends]
-        prompt_tokens = 0 if self.submit is None else len(self.submit.prompt_token_ids)
+        prompt_tokens = self.num_prompt_tokens
         return Final(
             stream=self.stream_id,
             samples=[self._sample_end(sample, finish) for sample, finish in ends],
