@@ -17,7 +17,7 @@ ENTRY_BYTES = 512  # charged for each stream that has some, besides them
 
 @dataclass(slots=True)
 class Attached:
-    """What was attached to a stream. `refused`: the client has an error for its answer already, and nothing is
+    """Bytes attached to a stream. `refused`: the client has an error for its answer already, and nothing is
     kept; up to the `generate`, what still comes of this prompt is passed over in silence."""
 
     data: bytearray = field(default_factory=bytearray)

@@ -1,4 +1,4 @@
-"""What an encoder process does with a request: decode, check, render, encode. And the words that it is asked in.
+"""The work of an encoder process: a request is decoded, checked, rendered and encoded; and the words for it.
 
 The front end sends a `Job`, the bytes of the `generate` message and, if the prompt was attached, those; the answer
 is a `Refused`, or an `Encoded` and the prompt's token ids. Each is a frame, the ids as one MessagePack list: they
@@ -184,7 +184,7 @@ def packed(token_ids: bytes) -> list[int]:
 
 
 def pack_prompt(submit: Submit) -> Submit:
-    """The same message with its prompt packed, if it is not yet."""
+    """Pack the prompt of a message to the core, if it is not yet."""
     if isinstance(submit.prompt_token_ids, msgspec.Raw):
         return submit
     return msgspec.structs.replace(submit, prompt_token_ids=packed(_encode(submit.prompt_token_ids)))

@@ -314,7 +314,7 @@ class Frontend:
             self._refuse_late(stream, CierzoError(f"internal error: {type(error).__name__}"))
 
     def _settle(self, stream: Stream, message: Generate) -> None:
-        """What a message says of its stream, where it was too long to be decoded when the stream was opened."""
+        """Take over what a message says of its stream, which may have been opened without it."""
         num_samples = self.streams.num_samples + message.sampling.n - stream.num_samples
         self._room("max_open_samples", num_samples, self._config.max_open_samples)
         self.streams.resize(stream, message.sampling.n)

@@ -1,4 +1,4 @@
-"""What a server makes of the frames of a connection: messages for `Methods`, or the end of what they are about.
+"""Frames of a connection, made into messages for `Methods`, or into the end of what they are about.
 
 A message that cannot be decoded but whose stream id can be read ends that stream; anything worse raises the
 CierzoError that ends the connection.

@@ -1,4 +1,4 @@
-"""What clients of the protocol's version before this one are told: nothing that they do not know."""
+"""Messages for clients that speak the version of the protocol before this one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _without_new = partial(msgspec.structs.replace, **_NEW_STATS)
 
 
 def as_version_2(message: Message) -> Message:
-    """The same message without fields and values that version 2 does not have."""
+    """Take from a message the fields and values that version 2 does not have."""
     if isinstance(message, Stats):
         return msgspec.structs.replace(message, core=_without_new(message.core))
     if isinstance(message, Health) and message.state == "stalled":
