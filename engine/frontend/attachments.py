@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 from cierzo.engine.errors import InvalidRequest, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.room import Room
 from cierzo.engine.frontend.stream import Sink
 
 ATTACHED_S = 60.0  # how long attached bytes are kept without news
+JOIN_BYTES = 64 * 1024  # smaller pieces are joined; larger ones stay where they came, uncopied
 ENTRY_BYTES = 512  # charged for each stream that has some, besides them
 
 
@@ -20,9 +22,19 @@ class Attached:
     """Bytes attached to a stream. `refused`: the client has an error for its answer already, and nothing is
     kept; up to the `generate`, what still comes of this prompt is passed over in silence."""
 
-    data: bytearray = field(default_factory=bytearray)
+    pieces: list[Buffer] = field(default_factory=list)
+    num_bytes: int = 0
     refused: bool = False
     timer: asyncio.TimerHandle | None = None
+
+    def append(self, data: Buffer) -> None:
+        """Keep a piece."""
+        self.num_bytes += len(data)
+        last = self.pieces[-1] if self.pieces else None
+        if isinstance(last, bytearray) and len(last) + len(data) <= JOIN_BYTES:
+            last += data
+        else:
+            self.pieces.append(bytearray(data) if len(data) < JOIN_BYTES else data)
 
 
 class Attachments:
@@ -35,21 +47,22 @@ class Attachments:
         self._expired = expired
         self._sinks: dict[Sink, dict[int, Attached]] = {}
 
-    def add(self, sink: Sink, stream_id: int, data: bytes) -> None:
+    def add(self, sink: Sink, stream_id: int, data: Buffer) -> None:
         """Append to what `stream_id` has; raises InvalidRequest or Overloaded, and keeps nothing then."""
         entry = self._entry(sink, stream_id)
         if entry.refused:
             return
         most = self._config.max_attached_bytes
-        if len(entry.data) + len(data) > most:
+        num_bytes = entry.num_bytes + len(data)
+        if num_bytes > most:
             raise InvalidRequest(
-                f"{len(entry.data) + len(data)} bytes are attached, allowed: {most}",
+                f"{num_bytes} bytes are attached, allowed: {most}",
                 field="max_attached_bytes",
                 limit=most,
-                value=len(entry.data) + len(data),
+                value=num_bytes,
             )
         self._room.take(len(data))
-        entry.data += data
+        entry.append(data)
 
     def refuse(self, sink: Sink, stream_id: int) -> None:
         """An error was the answer to part of a prompt: keep nothing of it, and pass over the rest."""
@@ -57,8 +70,8 @@ class Attachments:
             entry = self._entry(sink, stream_id)
         except Overloaded:
             return
-        self._room.give(len(entry.data))
-        entry.data, entry.refused = bytearray(), True
+        self._room.give(entry.num_bytes)
+        entry.pieces, entry.num_bytes, entry.refused = [], 0, True
 
     def take(self, sink: Sink, stream_id: int) -> Attached | None:
         """Let go of what a stream has: it is the caller's, and not charged any more."""
@@ -66,7 +79,7 @@ class Attachments:
         if entry is not None:
             if entry.timer is not None:
                 entry.timer.cancel()
-            self._room.give(ENTRY_BYTES + len(entry.data))
+            self._room.give(ENTRY_BYTES + entry.num_bytes)
         return entry
 
     def disconnect(self, sink: Sink) -> None:

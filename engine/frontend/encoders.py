@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -24,7 +24,7 @@ from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_link import CoreProcess, Spawn
 from cierzo.engine.frontend.encoding import Answer, Encoded, Job, Loaded, Refused, Setup, packed
-from cierzo.engine.frontend.frames import LENGTH_BYTES, FrameSplitter, pack
+from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer, FrameSplitter, pack
 from cierzo.engine.frontend.room import Room
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Encoder(Protocol):
     room: Room
 
     def submit(
-        self, job: Job, body: bytes | bytearray, attached: bytearray | None, deadline_at_s: float
+        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float
     ) -> asyncio.Future[Encoded]:
         """Have a request encoded; the future's `submit` has its prompt packed. Cancel it to drop the job.
 
@@ -73,9 +73,9 @@ class EncoderDied(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Ticket:
-    """A job on its way. `rank`: the lowest goes first. `frames`: what the process gets; empty once it is over."""
+    """A job on its way. `rank`: the lowest goes first. `frames`: the pieces of each; empty once it is over."""
 
-    frames: list[bytes | bytearray]
+    frames: list[list[Buffer]]
     num_bytes: int
     rank: float
     deadline_at_s: float
@@ -125,14 +125,15 @@ class _Pipe(asyncio.Protocol):
         self._say(EncoderDied())
         self._on_lost()
 
-    async def ask(self, frames: list[bytes | bytearray]) -> Encoded:
+    async def ask(self, frames: list[list[Buffer]]) -> Encoded:
         """Have a job done. Raises the request's CierzoError, or EncoderDied."""
         if self.is_lost or self.transport is None:
             raise EncoderDied
         self._answer = asyncio.get_running_loop().create_future()
-        for frame in frames:
-            self.transport.write(len(frame).to_bytes(LENGTH_BYTES, "big"))
-            self.transport.write(frame)
+        for pieces in frames:
+            self.transport.write(sum(map(len, pieces)).to_bytes(LENGTH_BYTES, "big"))
+            for piece in pieces:
+                self.transport.write(piece)
         return await self._answer
 
     def _say(self, answer: Encoded | Exception) -> None:
@@ -188,15 +189,14 @@ class Encoders:
             self._over(ticket)
 
     def submit(
-        self, job: Job, body: bytes | bytearray, attached: bytearray | None, deadline_at_s: float
+        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float
     ) -> asyncio.Future[Encoded]:
         """Queue a job. Raises Overloaded."""
         now, loop = self._clock(), asyncio.get_running_loop()
-        parts = [body] if attached is None else [body, attached]
-        num_bytes = sum(map(len, parts))
+        num_bytes = len(body) + sum(map(len, attached))
         self.room.take(num_bytes)
         ticket = _Ticket(
-            [msgspec.msgpack.encode(job), *parts],
+            [[msgspec.msgpack.encode(job)], [body], *([[*attached]] if job.has_attached else [])],
             num_bytes,
             num_bytes + AGEING_BYTES_PER_S * now,
             deadline_at_s,

@@ -23,6 +23,7 @@ from cierzo.engine.frontend.core_side import Core, CoreSide
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.encoders import Encoder, Late
 from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, pack_prompt
+from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.room import Resets
@@ -121,7 +122,7 @@ class Frontend:
         self._attachments.disconnect(sink)
         self._drain_waiters = [waiter for waiter in self._drain_waiters if waiter[0] is not sink]
 
-    def attach(self, sink: Sink, stream_id: int, data: bytes) -> None:
+    def attach(self, sink: Sink, stream_id: int, data: Buffer) -> None:
         """Append bytes to what the next `generate` of this stream says they are."""
         if stream_id in self.streams.of(sink):
             raise InvalidRequest(
@@ -139,7 +140,7 @@ class Frontend:
         try:
             self._admit(sink, message.stream, message.sampling.n)
             validate.fields(message, self._config, self.model, self._prompts.special_ids)
-            num_bytes, most = None if attached is None else len(attached.data), self.model.max_model_len
+            num_bytes, most = None if attached is None else attached.num_bytes, self.model.max_model_len
             validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
         except CierzoError:
             self.counters.refused += 1
@@ -291,8 +292,8 @@ class Frontend:
         assert stream.sink is not None
         features = sorted(stream.sink.features)
         job = Job(stream=stream.stream_id, features=features, has_attached=attached is not None)
-        data = None if attached is None else attached.data
-        future = self._encoders.submit(job, body, data, stream.deadline_at_s)
+        pieces = [] if attached is None else attached.pieces
+        future = self._encoders.submit(job, body, pieces, stream.deadline_at_s)
         self._encoding[stream.request_id] = future
         future.add_done_callback(lambda done: self._encoded(stream, done))
 

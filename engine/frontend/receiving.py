@@ -21,11 +21,11 @@ from cierzo.engine.errors import (
 )
 from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.inbox import SMALL_FRAME_BYTES, Envelope, Large, Skipped, envelope, peek
+from cierzo.engine.frontend.inbox import PREFIX_BYTES, SMALL_FRAME_BYTES, Envelope, Large, Skipped, envelope, peek
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.stream import Sink
 from cierzo.engine.frontend.validate import undecodable
-from cierzo.engine.messages import MAGIC, OLDEST_VERSION, PROTOCOL_VERSION, Attach, ClientMessage
+from cierzo.engine.messages import MAGIC, OLDEST_VERSION, PROTOCOL_VERSION, Attach, ClientMessage, Message
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,15 @@ class AnyHello(msgspec.Struct, tag="hello"):
     features: list[str] = []
 
 
+class LargeAttach(Message, frozen=True, tag="attach"):
+    """An `attach` whose bytes stay in the frame that brought them."""
+
+    stream: int
+    data: memoryview
+
+
 _decode = msgspec.msgpack.Decoder(ClientMessage).decode
-_decode_attach = msgspec.msgpack.Decoder(Attach).decode
+_decode_attach = msgspec.msgpack.Decoder(LargeAttach).decode
 _decode_hello = msgspec.msgpack.Decoder(AnyHello).decode
 _decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
 _METHODS = {cast(str, cls.__struct_config__.tag) for cls in get_args(ClientMessage)}
@@ -105,11 +112,15 @@ def receive_large(sink: Sink, methods: Methods, frontend: Frontend, frame: Large
         methods.generate_large(sink, found.stream, frame.body)
     elif found.type == "attach":
         try:
-            message = _decode_attach(frame.body)
+            data = _decode_attach(frame.body).data
         except UNDECODABLE as error:
             frontend.fail(sink, found.stream, undecodable(error), attaching=True)
             return
-        _dispatch(sink, methods, frontend, message)
+        if len(frame.body) - len(data) > PREFIX_BYTES:  # what is kept would be more than what is charged
+            twice = InvalidRequest("data is named twice", field="data", limit="once")
+            frontend.fail(sink, found.stream, twice, attaching=True)
+            return
+        _dispatch(sink, methods, frontend, Attach(stream=found.stream, data=cast("bytes", data)))
     else:
         size = len(frame.body)
         too_large = FrameTooLarge(

@@ -2,9 +2,9 @@
 
     python tests/support/abuse.py [--scale 1.0] [--only NAME]
 
-`--scale 1.0` is the long form; `make test` runs a reduced one. Each attack gets a server's address, must be answered
-to the end, and afterwards the server must serve. The table has, for each: the loop's longest turn in processor time,
-the peak of the process's resident memory, and how long the attack took.
+`--scale 1.0` is the long form; `make test` runs a reduced one. Each attack gets a server's address, must be
+answered to the end, and afterwards the server must serve. The table has, for each: the loop's longest turn in
+processor time, the peak of the process's resident memory, and how long the attack took.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def frame(body: bytes) -> bytes:
 
 
 def listed(field: str, entry: bytes, num_bytes: int, stream: int, *, last: bool = False) -> bytes:
-    """The frame of a `generate` whose `field` is a list of equal entries, of so many bytes in all. `last`: stream and
-    type stand behind the list."""
+    """The frame of a `generate` whose `field` is a list of equal entries, of so many bytes in all. `last`: stream
+    and type stand behind the list."""
     number = (num_bytes - 64) // len(entry)
     names = encode("type") + encode("generate") + encode("stream") + encode(stream)
     entries = encode(field) + b"\xdd" + number.to_bytes(4, "big") + entry * number
@@ -157,7 +157,7 @@ async def output_ids(address: str, scale: float) -> Figures:
 async def parameters(address: str, scale: float) -> Figures:
     """Frames of 64 KiB full of biases, and of stop strings."""
     base = {"type": "generate", "token_ids": [1]}
-    bias = {"logit_bias": {n: 1.0 for n in range(5000)}}
+    bias = {"logit_bias": dict.fromkeys(range(5000), 1.0)}
     stops = {"stop": ["ab"] * 20_000}
     frames = [
         frame(encode({**base, "stream": n, "sampling": bias if n % 2 else stops}))
@@ -306,7 +306,8 @@ class Victim:
 
     async def ask(self, word: str) -> str:
         """The answer to a line."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(f"{word}\n".encode())
         return (await self._process.stdout.readline()).decode().strip()
 
@@ -316,7 +317,8 @@ async def victim() -> AsyncIterator[Victim]:
     """Start a server; its process and those of its own are gone afterwards."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(sys.executable, str(SERVER), stdin=pipe, stdout=pipe)
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         yield Victim(process, (await process.stdout.readline()).decode().strip())
     finally:
@@ -356,9 +358,7 @@ def main() -> int:
     parser.add_argument("--only", choices=[attack.__name__ for attack in ATTACKS])
     given = parser.parse_args()
     found = asyncio.run(run(given.scale, given.only))
-    broken = [
-        name for name, f in found.items() if f["turn_ms"] > MOST_TURN_MS or f["peak_mb"] > MOST_PEAK_MB
-    ]
+    broken = [name for name, f in found.items() if f["turn_ms"] > MOST_TURN_MS or f["peak_mb"] > MOST_PEAK_MB]
     print(f"FAIL {', '.join(broken)}" if broken else "PASS")
     return bool(broken)
 

@@ -1,4 +1,4 @@
-"""A front end in a process of its own, whose core answers at once, and which measures its event loop and its memory.
+"""A front end in a process of its own, whose core answers at once, and which measures its loop and its memory.
 
 `python tests/support/abused_server.py '{"max_frame_bytes": ...}'` makes a checkpoint with a tokenizer of bytes,
 prints its address, and obeys lines on its standard input: "reset" (answered by "ok") and "report" (by JSON).

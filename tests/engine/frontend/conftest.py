@@ -23,7 +23,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_link import CoreLink, Spawn
 from cierzo.engine.frontend.encoders import Encoders
 from cierzo.engine.frontend.encoding import Encoded, Job, Refused, RequestEncoder, packed
-from cierzo.engine.frontend.frames import FrameSplitter, pack
+from cierzo.engine.frontend.frames import Buffer, FrameSplitter, pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.room import Room
@@ -251,19 +251,19 @@ class LocalEncoders:
     room: Room
 
     def submit(
-        self, job: Job, body: bytes | bytearray, attached: bytearray | None, deadline_at_s: float
+        self, job: Job, body: Buffer, attached: list[Buffer], deadline_at_s: float
     ) -> asyncio.Future[Encoded]:
-        num_bytes = len(body) + len(attached or b"")
+        num_bytes = len(body) + sum(map(len, attached))
         self.room.take(num_bytes)
         future: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda _: self.room.give(num_bytes))
-        asyncio.get_running_loop().call_soon(self._answer, future, job, body, attached)
+        asyncio.get_running_loop().call_soon(self._answer, future, job, bytes(body), b"".join(attached))
         return future
 
-    def _answer(self, future: asyncio.Future[Encoded], job: Job, body: bytes, attached: bytearray | None) -> None:
+    def _answer(self, future: asyncio.Future[Encoded], job: Job, body: bytes, attached: bytes) -> None:
         if future.done():
             return
-        first, *rest = self.encoder.answer(job, body, attached)
+        first, *rest = self.encoder.answer(job, body, attached if job.has_attached else None)
         answer = msgspec.msgpack.decode(first, type=Encoded | Refused)
         if isinstance(answer, Refused):
             future.set_exception(answer.error())
