@@ -184,6 +184,8 @@ class Encoders:
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
+        for seat in self._seats:
+            await _end(seat)  # of which the keeper may have been in the middle
         for ticket in list(self._waiting):
             ticket.answer.cancel()
             self._over(ticket)
@@ -267,7 +269,7 @@ class Encoders:
             listener = await asyncio.get_running_loop().create_unix_server(lambda: pipe, path)
             try:
                 os.chmod(path, 0o600)
-                process = seat.process = await self._spawn(path)
+                process = await self._fill(seat, path)
                 ended = asyncio.ensure_future(process.wait())
                 try:
                     first: set[asyncio.Future[Any]] = {pipe.loaded, ended}
@@ -283,6 +285,15 @@ class Encoders:
                 listener.close()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    async def _fill(self, seat: _Seat, path: str) -> CoreProcess:
+        """Start the process; when the pool closes meanwhile, it is known all the same, and ends."""
+        starting = asyncio.ensure_future(self._spawn(path))
+        try:
+            await asyncio.shield(starting)
+        finally:
+            seat.process = await starting
+        return seat.process
 
     async def _serve(self, seat: _Seat, pipe: _Pipe) -> None:
         """Give a process its jobs, until it dies or has to be killed."""
@@ -338,14 +349,14 @@ def _set(answer: asyncio.Future[Encoded], outcome: Encoded | Exception) -> None:
 
 async def _end(seat: _Seat) -> None:
     """No process and no socket is left behind."""
-    process, seat.process = seat.process, None
     pipe, seat.pipe = seat.pipe, None
     if pipe is not None:
         if pipe.transport is not None:
             pipe.transport.abort()
         if pipe.loaded.done() and not pipe.loaded.cancelled():
             pipe.loaded.exception()  # it was seen, or is of no interest any more
-    if process is not None:
+    if seat.process is not None:
         with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+            seat.process.kill()
+        await seat.process.wait()
+        seat.process = None

@@ -13,6 +13,8 @@ import socket
 import stat
 from typing import cast
 
+import msgspec
+
 from cierzo import __version__
 from cierzo.engine.errors import CierzoError, ConfigError, Overloaded, ProtocolError
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
@@ -31,6 +33,7 @@ from cierzo.engine.messages import OLDEST_VERSION, PROTOCOL_VERSION, Limits, Mes
 log = logging.getLogger(__name__)
 
 GRANTED = frozenset({"attach", "keepalive"})  # of messages.FEATURES, what this server has
+LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
 KEEPALIVE_PROBES = 4
 LINGER_S = 2.0  # how long a peer may take to read why its connection ends
 
@@ -293,19 +296,18 @@ class RpcServer:
     def welcome(self, version: int, features: frozenset[str]) -> Welcome:
         """The answer to a Hello of this version, to which these features are granted."""
         config, model = self.config, self.frontend.model
+        limits = Limits(
+            max_frame_bytes=config.max_frame_bytes,
+            max_streams=config.max_streams_per_connection,
+            max_model_len=model.max_model_len,
+            max_samples=config.max_samples,
+        )
+        told = {name: getattr(config, name) for feature, name in LIMIT_OF_FEATURE.items() if feature in features}
         return Welcome(
             version=version,
             server=f"cierzo {__version__}",
             model=model.name,
-            limits=Limits(
-                max_frame_bytes=config.max_frame_bytes,
-                max_streams=config.max_streams_per_connection,
-                max_model_len=model.max_model_len,
-                max_samples=config.max_samples,
-                max_attached_bytes=config.max_attached_bytes if "attach" in features else 0,
-                stream_credit_bytes=config.stream_credit_bytes if "credit" in features else 0,
-                keepalive_s=config.keepalive_s if "keepalive" in features else 0.0,
-            ),
+            limits=msgspec.structs.replace(limits, **told),
             features=sorted(features),
         )
 

@@ -57,9 +57,12 @@ class Turns:
             return
         self._open()
         assert self._until is not None
-        while self._waiting and (now := self.clock()) < self._until:
+        now = self.clock()
+        while self._waiting:
             worker = self._waiting.popleft()
             if worker.work(min(self._until, now + SLICE_S)):
                 self._waiting.append(worker)
             else:
                 worker.release()
+            if (now := self.clock()) >= self._until:
+                break

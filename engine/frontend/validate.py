@@ -60,7 +60,6 @@ def request(
     source = next(name for name in ("token_ids", "text", "messages") if getattr(message, name) is not None)
     if not prompt_token_ids:
         raise InvalidRequest("the prompt is empty", field=source, limit="at least 1 token", value=0)
-    _token_ids(source, prompt_token_ids, model.vocab_size)
     room = model.max_model_len - len(prompt_token_ids)
     if room <= len(message.output_token_ids):
         raise InvalidRequest(
@@ -70,6 +69,7 @@ def request(
             limit=model.max_model_len - len(message.output_token_ids) - 1,
             value=len(prompt_token_ids),
         )
+    _token_ids(source, prompt_token_ids, model.vocab_size)
     params = message.sampling
     stop_ids = (*params.stop_token_ids, *(special_ids[string] for string in params.stop if string in special_ids))
     return Submit(

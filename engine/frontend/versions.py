@@ -6,17 +6,16 @@ from functools import partial
 
 import msgspec
 
-from cierzo.engine.messages import Health, Message, Stats
+from cierzo.engine.messages import CoreStats, Health, Message, Stats
 
-# Gauges and counters that version 3 added to `CoreStats`; a value that is the default is not sent.
+# Gauges and counters that version 3 added to `CoreStats`. Their defaults are not sent: msgspec knows a float that
+# is the default by its identity, so these are the very objects.
 _NEW_STATS = {
-    "computed_tokens": 0,
-    "recomputed_tokens": 0,
-    "sequence_steps": 0,
-    "kv_block_s": 0.0,
-    "waiting_tokens": 0,
-    "prefill_tokens_per_s": 0.0,
-    "step_s": 0.0,
+    name: getattr(CoreStats(), name)
+    for name in (
+        *("computed_tokens", "recomputed_tokens", "sequence_steps", "kv_block_s"),
+        *("waiting_tokens", "prefill_tokens_per_s", "step_s"),
+    )
 }
 _without_new = partial(msgspec.structs.replace, **_NEW_STATS)
 
