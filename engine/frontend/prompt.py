@@ -60,15 +60,19 @@ class PromptEncoder:
         return self.tokenizer.encode_rendered(rendered)
 
     def max_text_bytes(self, max_tokens: int) -> int | None:
-        """UTF-8 bytes of the longest text that fits so many tokens; None if that cannot be told."""
-        longest = 0 if self.tokenizer is None else self.tokenizer.longest_token_bytes
-        return None if longest is None else max_tokens * longest
+        """UTF-8 bytes of the longest text that fits so many tokens; None if only its reader can tell."""
+        if self.tokenizer is None or self.tokenizer.lost_bytes or self.tokenizer.longest_token_bytes is None:
+            return None
+        return max_tokens * self.tokenizer.longest_token_bytes
 
     def _refuse_unfit(self, field: str, text: str, max_tokens: int | None) -> None:
-        most = None if max_tokens is None else self.max_text_bytes(max_tokens)
-        if most is None or 4 * len(text) <= most:
+        tokenizer = self.tokenizer
+        if tokenizer is None or tokenizer.longest_token_bytes is None or max_tokens is None:
             return
-        num_bytes = len(text.encode(errors="surrogatepass"))
+        most = max_tokens * tokenizer.longest_token_bytes
+        if MAX_CHAR_BYTES * len(text) <= most:
+            return
+        num_bytes = len(text.encode(errors="surrogatepass").translate(None, tokenizer.lost_bytes))
         if num_bytes > most:
             raise InvalidRequest(
                 f"a text of {num_bytes} bytes cannot fit a context of {max_tokens} tokens",

@@ -12,6 +12,7 @@ from cierzo.engine.errors import CheckpointError
 from cierzo.engine.frontend.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from cierzo.engine.frontend.validate import refuse_surrogates
 
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 LONG_TEXT_CHARS = 4096  # from here on the interpreter lock is released while encoding
 
 
@@ -83,6 +84,7 @@ class Tokenizer:
         self.eos_token = self.spellings.get("eos_token", "")
         self.eos_token_id: int | None = inner.token_to_id(self.eos_token) if self.eos_token else None
         self.longest_token_bytes = _longest_token_bytes(inner, file, self._byte_level)
+        self.lost_bytes = _lost_bytes(inner) if self._byte_level else b""
         plain, whole = (self._encode("a", add_special_tokens=add) for add in (False, True))
         self._leading_id = whole[0] if whole[: len(plain)] != plain else None
 
@@ -175,14 +177,14 @@ def _apply(config: TokenizerConfig, inner: tokenizers.Tokenizer) -> None:
 
 
 def _longest_token_bytes(inner: tokenizers.Tokenizer, file: _File, byte_level: bool) -> int | None:
-    """UTF-8 bytes of a text that a token stands for at the most; None if a token may stand for any number.
+    """UTF-8 bytes of a text that a token stands for at the most, but for `lost_bytes`; None for any number.
 
-    That is so where spaces beside an added token belong to it, and unless every byte of a text is in some token.
+    That is so where spaces beside an added token belong to it, and where parts of a text come into no token.
     """
     vocabulary = inner.get_vocab(with_added_tokens=False)
     added = inner.get_added_tokens_decoder().values()
     if byte_level:
-        keeps_all = _is_byte_level(file) and all(char in vocabulary for char in _BYTE_OF)
+        keeps_all = _is_byte_level(file)
     else:
         keeps_all = file.model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
     if (
@@ -195,6 +197,13 @@ def _longest_token_bytes(inner: tokenizers.Tokenizer, file: _File, byte_level: b
         return None
     spelled = (len(token) if byte_level else len(token.encode()) for token in vocabulary)
     return max(max(spelled), max((len(token.content.encode()) for token in added), default=0))
+
+
+def _lost_bytes(inner: tokenizers.Tokenizer) -> bytes:
+    """Bytes that a text may have and no token has: the library drops them in silence."""
+    vocabulary = inner.get_vocab(with_added_tokens=False)
+    lost = {byte for char, byte in _BYTE_OF.items() if char not in vocabulary}
+    return bytes(sorted(lost - NEVER_IN_UTF8))
 
 
 def _is_byte_level(file: _File) -> bool:

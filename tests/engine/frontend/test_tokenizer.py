@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from cierzo.engine.errors import CheckpointError
+from cierzo.engine.errors import CheckpointError, InvalidRequest
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.frontend.tokenizer import LONG_TEXT_CHARS, Tokenizer, load_tokenizer
+from cierzo.engine.frontend.tokenizer import _BYTE_OF, LONG_TEXT_CHARS, Tokenizer, load_tokenizer
 from cierzo.engine.messages import ChatMessage, Generate
 
 CORPUS = ["the quick brown fox, naïve café €5 🙂 日本語 and the lazy dog\n\tthe end  of the day"] * 3
@@ -179,6 +179,36 @@ def test_where_a_token_may_stand_for_any_number_of_bytes_there_is_no_bound(why):
     assert tokenizer.longest_token_bytes is None
     assert PromptEncoder(tokenizer).max_text_bytes(10) is None
     assert PromptEncoder(tokenizer).encode(Generate(stream=0, text="a" * 1000), 10) is not None
+
+
+def _without(*lost):
+    """Single bytes without some."""
+    chars = [char for char, byte in _BYTE_OF.items() if byte not in lost]
+    return _shape(byte_level, model=models.BPE({char: number for number, char in enumerate(chars)}, []))
+
+
+@given(st.text("ab\x04\U00050000\u20ac", max_size=50))
+def test_bytes_that_no_token_has_do_not_count(text):
+    tokenizer = LOSSY
+    assert tokenizer.lost_bytes == b"\x04\xf1"
+    kept = len(text.encode().translate(None, tokenizer.lost_bytes))
+    num_tokens = len(tokenizer.encode_rendered(text))
+    assert kept <= num_tokens * tokenizer.longest_token_bytes
+    encoder = PromptEncoder(tokenizer)
+    assert encoder.max_text_bytes(10) is None
+    encoder.encode(Generate(stream=0, text=text), num_tokens)
+
+
+def test_a_byte_that_no_text_has_may_be_in_no_token():
+    tokenizer = Tokenizer(_without(0xC0, 0xFF))
+    assert tokenizer.lost_bytes == b""
+    assert PromptEncoder(tokenizer).max_text_bytes(1) == tokenizer.longest_token_bytes
+    with pytest.raises(InvalidRequest, match="cannot fit"):
+        PromptEncoder(LOSSY).encode(Generate(stream=0, text="a" * 200), 10)
+    assert PromptEncoder(LOSSY).encode(Generate(stream=0, text="\x04" * 200), 10) == []
+
+
+LOSSY = Tokenizer(_without(0x04, 0xF1))
 
 
 def test_metaspace_and_digits_only_split():
