@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
@@ -70,11 +71,13 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):
             return 128 + startup
+        gc.collect()
+        gc.freeze()  # what lives as long as the server is never looked at again, so that no collection takes long
         print(f"{startup}\nready: {config.name} at {server.address}", flush=True)
         return await _until_stopped(signals, frontend, config.frontend.drain_s)
     finally:
         await server.close()
-        frontend.close()
+        await frontend.close()
         await encoders.close()
         await link.close()
 

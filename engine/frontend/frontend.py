@@ -205,7 +205,7 @@ class Frontend:
         """Wait until a drain is complete."""
         await self._drained.wait()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Stop what runs on the side."""
         for future in list(self._encoding.values()):
             future.cancel()

@@ -135,7 +135,7 @@ async def serve(limits: dict[str, Any]) -> None:
                 }
                 print(json.dumps(figures), flush=True)
         await server.close()
-        frontend.close()
+        await frontend.close()
         await encoders.close()
 
 

@@ -350,7 +350,7 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
             yield House(frontend, server, link, cores)
         finally:
             await server.close()
-            frontend.close()
+            await frontend.close()
             if encoders is not None:
                 await encoders.close()
             await link.close()
