@@ -194,8 +194,6 @@ def _walk(body: memoryview, found: Envelope) -> None:
             return
         key, at = bytes(body[at:key_end]), key_end
         end, pending = _span(body, at)
-        if end > len(body) and not pending:
-            return
         if key == b"\xa4type":
             found.type = msgspec.msgpack.decode(body[at:end], type=str)
         elif key == b"\xa6stream":

@@ -37,11 +37,11 @@ class Turns:
         self._waiting: deque[Worker] = deque()
 
     def enter(self, worker: Worker) -> None:
-        """Let `worker` work now if the turn has time left and nobody is before it, else later."""
+        """Let `worker` work now if the turn has time left, which it has not while someone waits; else later."""
         if self._until is None:
             self._open()
         assert self._until is not None
-        if not self._waiting and self.clock() < self._until and not worker.work(self._until):
+        if self.clock() < self._until and not worker.work(self._until):
             return
         worker.hold()
         self._waiting.append(worker)

@@ -126,6 +126,8 @@ def test_after_a_refusal_the_rest_of_the_prompt_is_passed_over(run, attaching, c
             if case == "too many streams":
                 return
             peer.say(Attach(stream=3, data=b"more"))
+            await alive(peer)
+            assert house.frontend.room.num_bytes == ENTRY_BYTES
             peer.say(Generate(stream=3, attached="text"))
             await alive(peer)  # there was no second answer
             assert house.frontend.room.num_bytes == 0
