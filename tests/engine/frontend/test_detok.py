@@ -147,3 +147,12 @@ def test_a_tail_is_no_longer_than_it_must_be():
     assert encoder.tail([97] * 100_000 + [300] * 1000, 3) == [97] * 17
     assert encoder.tail([300] * 50, 3) == []
     assert PromptEncoder().tail([97], 3) == []
+
+
+def test_a_character_that_the_tail_cuts_is_no_stop_string():
+    before, stop = [*"€a".encode(), *b"b" * 10], "\ufffda"
+    tail = PromptEncoder(Bytes()).tail(before, len(stop))
+    assert tail == before[1:]
+    detokenizer = Detokenizer(Bytes(), (stop,))
+    detokenizer.go_on_after(len(before), tail)
+    assert (detokenizer.push([97]), detokenizer.stop, detokenizer.num_tokens) == ("a", None, 15)

@@ -234,12 +234,11 @@ def test_the_shortest_goes_first_but_none_waits_for_ever(run, setup):
         answers.append(submit(encoders, Generate(stream=1_600, text="x" * 1_600_000)))
         answers.append(submit(encoders, Generate(stream=2_000, text="x" * 2_000)))
         order = []
-        for seat in (short_seat, *[long_seat] * 5):
-            ticket = encoders._next(seat)
-            order.append(round(ticket.num_bytes, -3))
-            encoders._over(ticket)
-        assert order == [1_000, 300_000, 900_000, 2_000, 2_000_000, 1_600_000]
-        assert encoders._next(short_seat) is None
+        for seat in (short_seat, short_seat, short_seat, *[long_seat] * 4):
+            if (ticket := encoders._next(seat)) is not None:
+                order.append(round(ticket.num_bytes, -3))
+                encoders._over(ticket)
+        assert order == [1_000, 2_000, 300_000, 900_000, 2_000_000, 1_600_000]
         assert encoders.room.num_bytes == 0
         for answer in answers:
             answer.cancel()
