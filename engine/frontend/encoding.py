@@ -7,6 +7,7 @@ go on to the core as they are, and the front end never looks at them.
 
 from __future__ import annotations
 
+import hashlib
 from typing import cast
 
 import msgspec
@@ -51,12 +52,14 @@ class Encoded(Message, frozen=True, tag="encoded"):
     """A request that is valid. `message` lacks its prompt, `submit` too, and its seed if the client gave none.
 
     tail: the last of the output tokens that have text, enough for a Detokenizer to go on after all of them.
+    content: `digest` of the whole message, if it has an idempotency key.
     """
 
     message: Generate
     submit: Submit
     num_prompt_tokens: int
     tail: list[int]
+    content: bytes = b""
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -128,7 +131,9 @@ class RequestEncoder:
                     value=detokenizer.stop,
                 )
             tail = prompts.tail(message.output_token_ids, self._config.max_stop_chars)
-        return Encoded(message=message, submit=submit, num_prompt_tokens=len(token_ids), tail=tail)
+        content = b"" if message.idempotency_key is None else digest(message)
+        num_tokens = len(token_ids)
+        return Encoded(message=message, submit=submit, num_prompt_tokens=num_tokens, tail=tail, content=content)
 
     def _encode(
         self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None
@@ -176,6 +181,15 @@ class RequestEncoder:
             raise InvalidRequest(
                 f"{kind} has {length} entries, allowed: {most}", field=kind, limit=most, value=length
             )
+
+
+def digest(message: Generate) -> bytes:
+    """A digest of what is asked for, the same for every repetition of a request, attached or not."""
+    params = message.sampling
+    if params.logit_bias:
+        params = msgspec.structs.replace(params, logit_bias=dict(sorted(params.logit_bias.items())))
+    content = msgspec.structs.replace(message, stream=0, deadline_s=None, idempotency_key=None, sampling=params)
+    return hashlib.blake2b(_encode(content), digest_size=16).digest()
 
 
 def packed(token_ids: bytes) -> list[int]:

@@ -306,6 +306,8 @@ class Frontend:
             encoded = future.result()
             self._settle(stream, encoded.message)
             self._start(stream, encoded)
+            if stream.sink is not None:
+                stream.sink.flush()
         except Late:
             self.end(stream, "deadline")
         except CierzoError as error:

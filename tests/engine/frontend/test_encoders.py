@@ -114,6 +114,29 @@ def test_a_process_answers_as_the_front_end_would(run, setup, spawned, prompts):
     run(body())
 
 
+def test_a_request_with_a_key_has_a_digest_of_all_that_is_asked(run, setup, spawned):
+    async def body():
+        features = ("attach", "resume")
+        async with running(setup, spawned) as encoders:
+
+            async def content(message, attached=None):
+                answer = submit(encoders, message, attached=attached, features=features)
+                return (await answer).content
+
+            first = Generate(stream=1, text="hi", idempotency_key="a", deadline_s=5.0)
+            same = Generate(stream=2, attached="text", idempotency_key="b")
+            assert await content(first) == await content(same, [b"\xa2hi"]) != b""
+            assert await content(first) != await content(same, [b"\xa2ho"])
+            biases = [
+                SamplingParams(logit_bias=dict(pairs)) for pairs in (((1, 1.0), (2, 2.0)), ((2, 2.0), (1, 1.0)))
+            ]
+            one, other = [await content(msgspec.structs.replace(first, sampling=bias)) for bias in biases]
+            assert one == other
+            assert await content(Generate(stream=1, text="hi")) == b""
+
+    run(body())
+
+
 REFUSED = {
     "outside the vocabulary": (Generate(stream=1, token_ids=[5000]), None, "token_ids", "300"),
     "too long": (Generate(stream=1, token_ids=[1] * 5000), None, "token_ids", "no room"),
