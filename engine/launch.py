@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
@@ -17,6 +18,8 @@ from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import CoreFailed, refusal
 from cierzo.engine.frontend.address import parse_address
 from cierzo.engine.frontend.core_link import CoreLink, Spawn, spawn_worker
+from cierzo.engine.frontend.encoders import Encoders
+from cierzo.engine.frontend.encoding import Setup
 from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
@@ -57,19 +60,26 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     signals = _signals()
     config, prompts = load_prompts(config)
     link = CoreLink(config.frontend, config, spawn, flights=Flights.under(config.flight_folder))
-    frontend = Frontend(config.frontend, model_info(config, prompts), prompts, link)
+    model = model_info(config, prompts)
+    checkpoint = config.checkpoint if prompts.tokenizer is not None else ""
+    encoders = Encoders(config.frontend, Setup(checkpoint=checkpoint, frontend=config.frontend, model=model))
+    frontend = Frontend(config.frontend, model, prompts, link, encoders)
     server = RpcServer(config.frontend, frontend)
     await server.start()
     print(config.describe(), flush=True)
+    encoders.start()
     try:
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):
             return 128 + startup
+        gc.collect()
+        gc.freeze()  # what lives as long as the server is never looked at again, so that no collection takes long
         print(f"{startup}\nready: {config.name} at {server.address}", flush=True)
         return await _until_stopped(signals, frontend)
     finally:
         await server.close()
         await frontend.close()
+        await encoders.close()
         await link.close()
 
 

@@ -28,10 +28,10 @@ from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import CoreFailed, InvalidRequest
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.arguments import generate_message, held, sampling_params
-from cierzo.engine.frontend.frontend import SEED_BITS
 from cierzo.engine.frontend.one_process import OneProcess
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.sample import Sample
+from cierzo.engine.frontend.validate import SEED_BITS
 from cierzo.engine.launch import load_prompts, model_info
 from cierzo.engine.messages import (
     Abort,

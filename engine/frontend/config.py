@@ -70,6 +70,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_open_tokens: Annotated[
         int, Meta(ge=1, description="prompt and resumed tokens of all open requests: the memory that they take")
     ] = 8 * 1024 * 1024
+    max_turns: Annotated[int, Meta(ge=1, description="turns of a chat, and tool calls in it")] = 4096
     max_samples: Annotated[int, Meta(ge=1, description="largest n")] = 16
     max_stop_strings: Annotated[int, Meta(ge=0, description="stop strings of a request")] = 16
     max_stop_chars: Annotated[int, Meta(ge=0, description="length of a stop string, characters")] = 256
@@ -87,7 +88,9 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     inline_chars: Annotated[
         int, Meta(ge=0, description="prompts longer than this are encoded by a process of their own")
     ] = 2048
-    encoders: Annotated[int, Meta(ge=1, le=64, description="processes that encode long prompts")] = 1
+    encoders: Annotated[
+        int, Meta(ge=1, le=64, description="processes that encode long prompts, beside one for those up to 256 KiB")
+    ] = 1
 
     # the end
     lame_duck_s: Annotated[

@@ -19,7 +19,7 @@ from cierzo.engine.frontend.recovery import Recovery
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.stream import Sink, Stream
-from cierzo.engine.messages import Abort, CoreCommand, CoreStats, FinishReason, StepOutput, Submit, TokenDelta
+from cierzo.engine.messages import Abort, CoreCommand, CoreStats, FinishReason, StepOutput, TokenDelta
 
 log = logging.getLogger(__name__)
 
@@ -103,14 +103,15 @@ class CoreSide:
         if self.state != "ready":
             raise Overloaded("the core is loading the model", retry_after_s=retry_after_s)
 
-    def require_in_time(self, stream: Stream, submit: Submit) -> None:
+    def require_in_time(self, stream: Stream, num_tokens: int, priority: int) -> None:
         """Raise DeadlineUnreachable if the first token of a new request is estimated to come too late."""
         now = self._clock()
-        num_tokens = len(submit.prompt_token_ids) + len(submit.output_token_ids)
-        self._admission.require(num_tokens, submit.priority, stream.deadline_at_s - now, now)
+        self._admission.require(num_tokens, priority, stream.deadline_at_s - now, now)
 
     def opened(self, stream: Stream) -> None:
-        """A stream was opened: from now on its deadline counts, whatever it waits for."""
+        """A stream was opened, or its deadline became known: it counts from now on, whatever the stream waits for."""
+        if (timer := self._timers.pop(stream, None)) is not None:
+            timer.cancel()
         self._set_timer(stream, stream.deadline_at_s - self._clock())
 
     def submit(self, stream: Stream) -> None:
@@ -248,7 +249,7 @@ class CoreSide:
         stream.sent_s = now - stream.arrived
         self._recovery.sent(stream, stream.running)
         submits = stream.submits(stream.run_id)
-        num_tokens = len(submits[0].prompt_token_ids) + sum(len(submit.output_token_ids) for submit in submits)
+        num_tokens = stream.num_prompt_tokens + sum(len(submit.output_token_ids) for submit in submits)
         self._admission.sent(stream.run_id, num_tokens, submits[0].priority, now)
         for submit in submits:
             self._core.send(submit)

@@ -8,6 +8,7 @@ constant per token, whatever the length of the output.
 from __future__ import annotations
 
 import codecs
+import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import lru_cache
@@ -171,6 +172,14 @@ class Detokenizer:
             if self.stop is not None:
                 break
         return "".join(certain)
+
+    def go_on_after(self, num_tokens: int, tail: Sequence[int]) -> None:
+        """Start behind so many tokens, in whose text no stop string was found. `tail`: the last of them that have a
+        text, with more characters than any stop string, unless there are no more.
+        """
+        min_tokens, self._min_tokens = self._min_tokens, sys.maxsize  # the tail may begin within a character
+        self.push(tail)
+        self._min_tokens, self.num_tokens = min_tokens, num_tokens
 
     def flush(self) -> str:
         """Text that was held back, at the end of a generation that no stop string in the text ended."""

@@ -9,6 +9,7 @@ import msgspec
 
 from cierzo.engine.errors import FrameTooLarge
 
+Buffer = bytes | bytearray | memoryview
 _LENGTH = Layout(">I")
 LENGTH_BYTES = _LENGTH.size
 _NO_LENGTH = bytes(LENGTH_BYTES)

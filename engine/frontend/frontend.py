@@ -6,48 +6,27 @@ connection. `rpc.Connection` is the only `Sink`, `core_link.CoreLink` the only `
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from cierzo.engine.errors import CierzoError, Draining, Interrupted, InvalidRequest, SlowReader
-from cierzo.engine.frontend import validate
+from cierzo.engine.frontend.arrivals import Arrivals, Counters
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import Core, CoreSide
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.drain import Drain
+from cierzo.engine.frontend.encoders import Encoder
+from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.readers import Readers
-from cierzo.engine.frontend.registry import Registry, require_room
-from cierzo.engine.frontend.sample import require_bounded
+from cierzo.engine.frontend.registry import Registry
+from cierzo.engine.frontend.room import Resets
 from cierzo.engine.frontend.stream import Sink, Stream, failure
-from cierzo.engine.messages import (
-    Credit,
-    FinishReason,
-    Generate,
-    ModelInfo,
-    Resume,
-    Submit,
-    TokenDelta,
-)
+from cierzo.engine.messages import Credit, FinishReason, Generate, ModelInfo, Resume, TokenDelta
 
 log = logging.getLogger(__name__)
-
-SEED_BITS = 53  # a seed that was drawn here survives clients whose numbers are doubles
-
-
-@dataclass(slots=True)
-class Counters:
-    """Since the start of the front end."""
-
-    accepted: int = 0
-    refused: int = 0
-    finished: int = 0
 
 
 def interruption(stream: Stream) -> Interrupted:
@@ -68,22 +47,24 @@ class Frontend:
         model: ModelInfo,
         prompts: PromptEncoder,
         core: Core,
+        encoders: Encoder,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
+        self.room = encoders.room
         self.counters = Counters()
         self.streams = Registry()
         self.core = CoreSide(config, core, self.streams, self, clock)
         self.outlets = Outlets(config, self.streams, self.core, self, prompts.detokenizer, clock)
         self.keeper = Keeper(config, clock, self._abandon)
         self._readers = Readers(config, self.streams, self.keeper, self.outlets, prompts.detokenizer)
-        self._config = config
-        self._prompts = prompts
+        self._arrivals = Arrivals(
+            *(config, model, prompts, encoders, self.streams, self.core),
+            *(self.keeper, self._readers, self.outlets, self, clock),
+        )
+        self._resets = Resets(config, clock)
         self._clock = clock
         self._started = clock()
-        self._random = random.SystemRandom()
-        self._next_request_id = 0
-        self._encoding: set[asyncio.Task[None]] = set()
         self._drain = Drain(config, lambda: len(self.streams) or self.streams.num_read, self.interrupt)
 
     # --- what is going on ------------------------------------------------------------------------------
@@ -113,6 +94,7 @@ class Frontend:
                 else:
                     self._abort(stream, "cancelled")
             self.outlets.detach(stream, sink)
+        self._arrivals.disconnect(sink)
         self.outlets.left(sink)
         self._drain.leave(sink)
         self._drain.check()
@@ -121,29 +103,18 @@ class Frontend:
         """A connection that was paused takes output again."""
         self.outlets.writable(sink)
 
+    def attach(self, sink: Sink, stream_id: int, data: Buffer) -> None:
+        """Append bytes to what the next `generate` of this stream says they are. Raises CierzoError."""
+        self._arrivals.attach(sink, stream_id, data)
+
     def generate(self, sink: Sink, message: Generate) -> None:
         """Accept a request, or join the one that its idempotency key names, or raise the CierzoError that says why
         not."""
-        try:
-            self._readers.place(sink, message.stream)
-            if (stream := self.keeper.find_key(message)) is not None:
-                self._readers.join(sink, message, stream)
-                return
-            self._admit(message)
-        except CierzoError:
-            self.counters.refused += 1
-            raise
-        stream = self._open(sink, message)
-        if self._prompts.num_chars(message) > self._config.inline_chars:
-            task = asyncio.get_running_loop().create_task(self._encode_aside(stream, message))
-            self._encoding.add(task)
-            task.add_done_callback(self._encoding.discard)
-            return
-        try:
-            self._start(stream, message, self._prompts.encode(message))
-        except CierzoError:
-            self._refuse(stream)
-            raise
+        self._arrivals.generate(sink, message)
+
+    def generate_large(self, sink: Sink, stream_id: int, body: bytearray) -> None:
+        """Accept a request that is too long to be decoded here, or raise the CierzoError that says why not."""
+        self._arrivals.generate_large(sink, stream_id, body)
 
     def resume(self, sink: Sink, message: Resume) -> None:
         """Give a request to another reader, who has some of it. Raises the CierzoError that says why not."""
@@ -157,23 +128,36 @@ class Frontend:
             self.outlets.grant(stream, message.bytes)
 
     def cancel(self, sink: Sink, stream_id: int) -> None:
-        """End a stream; one that has just ended is no error, as the two messages may have crossed."""
+        """End a stream, and forget what is attached to it; one that has just ended is no error, as the two messages
+        may have crossed. Raises Overloaded if the connection does that too often."""
+        self._arrivals.forget_attached(sink, stream_id)
         if (stream := self.streams.of(sink).get(stream_id)) is not None:
             self._cancel(stream)
+            self._resets.count(sink)
 
-    def cancel_request(self, request_id: str) -> None:
-        """End a request, whoever reads it. Raises NotFound."""
+    def cancel_request(self, sink: Sink, request_id: str) -> None:
+        """End a request, whoever reads it. Raises NotFound; and Overloaded as `cancel` does."""
         self._cancel(self.keeper.find(request_id))
+        self._resets.count(sink)
 
-    def fail(self, sink: Sink, stream_id: int, error: CierzoError) -> None:
-        """A message about `stream_id` was faulty: the stream, if there is one, ends with this error."""
-        if (stream := self.streams.of(sink).get(stream_id)) is not None:
+    def fail(self, sink: Sink, stream_id: int, error: CierzoError, *, attaching: bool = False) -> None:
+        """A message about `stream_id` was faulty: the stream, if there is one, ends with this error.
+
+        `attaching`: it was part of a prompt, of which more may come. Raises Overloaded as `cancel` does.
+        """
+        stream = self.streams.of(sink).get(stream_id)
+        sink.put(failure(stream_id, error))
+        if stream is not None:
             self.streams.detach(stream)
             if stream in self.streams:
                 self._abort(stream, "cancelled")
             self.outlets.detach(stream, sink)
-        sink.put(failure(stream_id, error))
-        self._drain.check()
+            self._drain.check()
+            self._resets.count(sink)
+        elif attaching:
+            self._arrivals.refuse_attached(sink, stream_id)
+        else:
+            self._arrivals.forget_attached(sink, stream_id)
 
     def drain(self, sink: Sink | None = None, stream_id: int = 0) -> None:
         """Say that the server is draining, then accept nothing, then end what is left; `sink` hears when nothing
@@ -203,10 +187,18 @@ class Frontend:
         self._drain.close()
         self.outlets.close()
         self.keeper.close()
-        tasks = list(self._encoding)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._arrivals.close()
+
+    # --- from the arrivals -----------------------------------------------------------------------------
+
+    @property
+    def is_refusing(self) -> bool:
+        """Whether a drain has ended admission."""
+        return self._drain.refusing
+
+    def left(self, stream: Stream) -> None:
+        """A stream was refused: nothing of it is left."""
+        self._drain.check()
 
     # --- from the core's side --------------------------------------------------------------------------
 
@@ -263,84 +255,6 @@ class Frontend:
 
     # --- inside ----------------------------------------------------------------------------------------
 
-    def _admit(self, message: Generate) -> None:
-        config = self._config
-        if self._drain.refusing:
-            raise Draining("the server is draining", retry_after_s=config.retry_after_s)
-        self.core.require()
-        validate.fields(message, config, self.model, self._prompts.special_ids)
-        self._room("max_open_samples", self.streams.num_samples + message.sampling.n, config.max_open_samples)
-
-    def _room(self, limit_name: str, value: int, limit: int) -> None:
-        require_room(limit_name, value, limit, self._config.retry_after_s)
-
-    def _open(self, sink: Sink, message: Generate) -> Stream:
-        request_id = self._next_request_id
-        self._next_request_id += 1
-        arrived = self._clock()
-        stream = Stream(
-            request_id=request_id,
-            stream_id=message.stream,
-            sink=sink,
-            deltas=message.deltas,
-            num_samples=message.sampling.n,
-            num_tokens=0,
-            arrived=arrived,
-            deadline_at_s=arrived + (message.deadline_s or self._config.default_deadline_s),
-        )
-        if "resume" in sink.features:
-            self.keeper.enter(stream)
-            self.keeper.claim(stream, message)
-        self.streams.open(stream)
-        self.core.opened(stream)
-        return stream
-
-    async def _encode_aside(self, stream: Stream, message: Generate) -> None:
-        """A long prompt is rendered and encoded in a thread; meanwhile the stream can be cancelled."""
-        try:
-            token_ids = await asyncio.to_thread(self._prompts.encode, message)
-            if stream in self.streams:
-                self._start(stream, message, token_ids)
-                if stream.sink is not None:
-                    stream.sink.flush()
-        except CierzoError as error:
-            self._refuse_late(stream, error)
-        except Exception as error:
-            log.exception("request %d could not be encoded", stream.request_id)
-            self._refuse_late(stream, CierzoError(f"internal error: {type(error).__name__}"))
-
-    def _start(self, stream: Stream, message: Generate, token_ids: list[int]) -> None:
-        seed = message.sampling.seed
-        if seed is None:
-            seed = self._random.getrandbits(SEED_BITS)
-        special_ids = self._prompts.special_ids
-        submit = validate.request(message, token_ids, stream.request_id, seed, self.model, special_ids)
-        num_tokens = len(token_ids) + len(message.output_token_ids)
-        self.core.require_in_time(stream, submit)
-        self._room("max_open_tokens", self.streams.num_tokens + num_tokens, self._config.max_open_tokens)
-        if not stream.deltas:
-            require_bounded(submit, self._config.max_answer_bytes)
-        stream.start(submit, [self._detokenizer(submit) for _ in range(stream.num_samples)])
-        self.streams.charge(stream, num_tokens)
-        self.counters.accepted += 1
-        if stream.sink is not None:
-            self.outlets.attach(stream)
-        self.core.submit(stream)
-
-    def _detokenizer(self, submit: Submit) -> Detokenizer | None:
-        """A new one, which has seen what a resumed request brings."""
-        detokenizer = self._prompts.detokenizer(submit.sampling)
-        if detokenizer is None:
-            return None
-        detokenizer.push(submit.output_token_ids)
-        if detokenizer.stop is not None:
-            raise InvalidRequest(
-                "the generation has already ended: it holds a stop string",
-                field="output_token_ids",
-                value=detokenizer.stop,
-            )
-        return detokenizer
-
     def _cancel(self, stream: Stream) -> None:
         """End a stream; output that its reader has not been sent by now is not sent any more."""
         self.outlets.skip(stream)
@@ -371,25 +285,10 @@ class Frontend:
         if sink is not None:
             sink.flush()
 
-    def _refuse(self, stream: Stream) -> None:
-        if stream in self.streams:
-            self.counters.refused += 1
-            self.streams.close(stream)
-            self.streams.detach(stream)
-            self.keeper.refused(stream)
-            self.core.forget(stream)
-            self._drain.check()
-
-    def _refuse_late(self, stream: Stream, error: CierzoError) -> None:
-        sink = stream.sink
-        self._refuse(stream)
-        if sink is not None:
-            sink.put(failure(stream.stream_id, error))
-            sink.flush()
-
     def _close(self, stream: Stream, error: CierzoError | None = None) -> None:
         """Nothing of a stream is computed any more, whatever the reason: its reader gets what is left and why."""
         stream.close(self._clock(), error)
+        self._arrivals.ended(stream)
         self.streams.close(stream)
         self.core.forget(stream)
         self.keeper.ended(stream)

@@ -10,6 +10,7 @@ import msgspec
 from cierzo.engine.errors import CierzoError, InvalidRequest, ProtocolError
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.stream import Sink
+from cierzo.engine.frontend.validate import features, require_feature
 from cierzo.engine.messages import (
     Attach,
     Cancel,
@@ -30,9 +31,8 @@ from cierzo.engine.messages import (
     Stats,
 )
 
-# Messages and fields of `generate` that belong to a feature.
+# Messages that belong to a feature.
 FEATURE_OF = {Attach: "attach", Resume: "resume", CancelRequest: "resume", Credit: "credit", Pong: "keepalive"}
-FEATURE_OF_FIELD = {"attached": "attach", "idempotency_key": "resume"}
 
 
 class Methods:
@@ -41,8 +41,10 @@ class Methods:
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
         self._table: dict[type, Callable[[Sink, Any], None]] = {
+            Attach: self._attach,
             Generate: self._generate,
             Resume: self._resume,
+            Pong: self._pong,
             Cancel: self._cancel,
             CancelRequest: self._cancel_request,
             Credit: self._credit,
@@ -61,7 +63,7 @@ class Methods:
             raise ProtocolError("a stream id is negative", field="stream", limit="at least 0", value=message.stream)
         try:
             if (feature := FEATURE_OF.get(type(message))) is not None:
-                _require(sink, feature, "type", type(message).__struct_config__.tag)
+                require_feature(sink.features, feature, "type", type(message).__struct_config__.tag)
         except InvalidRequest as error:
             self._frontend.fail(sink, message.stream, error)
             return
@@ -69,9 +71,7 @@ class Methods:
 
     def _generate(self, sink: Sink, message: Generate) -> None:
         try:
-            for field, feature in FEATURE_OF_FIELD.items():
-                if getattr(message, field) is not None:
-                    _require(sink, feature, field, getattr(message, field))
+            features(message, sink.features)
             self._frontend.generate(sink, message)
         except CierzoError as error:
             self._frontend.fail(sink, message.stream, error)
@@ -82,12 +82,28 @@ class Methods:
         except CierzoError as error:
             self._frontend.fail(sink, message.stream, error)
 
+    def generate_large(self, sink: Sink, stream_id: int, body: bytearray) -> None:
+        """Run `generate` for a message that is too long to be decoded here."""
+        try:
+            self._frontend.generate_large(sink, stream_id, body)
+        except CierzoError as error:
+            self._frontend.fail(sink, stream_id, error)
+
+    def _attach(self, sink: Sink, message: Attach) -> None:
+        try:
+            self._frontend.attach(sink, message.stream, message.data)
+        except CierzoError as error:
+            self._frontend.fail(sink, message.stream, error, attaching=True)
+
+    def _pong(self, sink: Sink, message: Pong) -> None:
+        """Any byte is a sign of life."""
+
     def _cancel(self, sink: Sink, message: Cancel) -> None:
         self._frontend.cancel(sink, message.stream)
 
     def _cancel_request(self, sink: Sink, message: CancelRequest) -> None:
         try:
-            self._frontend.cancel_request(message.request_id)
+            self._frontend.cancel_request(sink, message.request_id)
         except CierzoError as error:
             self._frontend.fail(sink, message.stream, error)
         else:
@@ -131,13 +147,3 @@ class Methods:
             sink.put(Done(stream=message.stream))
         else:
             self._frontend.drain(sink, message.stream)
-
-
-def _require(sink: Sink, feature: str, field: str, value: object) -> None:
-    if feature not in sink.features:
-        raise InvalidRequest(
-            f"{value} needs the feature {feature}, which hello did not ask for or welcome did not grant",
-            field=field,
-            limit=f"with the feature {feature}",
-            value=value,
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from cierzo.engine.frontend.chat import ChatTemplate, load_chat_template, read_c
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.tokenizer import Tokenizer, load_tokenizer
 from cierzo.engine.messages import Generate, SamplingParams
+
+MAX_CHAR_BYTES = 4
+PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +39,47 @@ class PromptEncoder:
         """Special tokens, which have no text in an output, by how they are spelled."""
         return {} if self.tokenizer is None else self.tokenizer.special_ids
 
-    def encode(self, message: Generate) -> list[int]:
-        """The prompt's token ids; raises InvalidRequest. Takes time in proportion to `num_chars`."""
+    def encode(self, message: Generate, max_tokens: int | None = None) -> list[int]:
+        """The prompt's token ids; raises InvalidRequest, before it encodes, if a text cannot fit `max_tokens`.
+
+        Takes time in proportion to `weight`.
+        """
         if message.token_ids is not None:
             return message.token_ids
         if self.tokenizer is None:
             raise InvalidRequest("the served checkpoint has no tokenizer: send token_ids", field=_field(message))
         if message.text is not None:
+            self._refuse_unfit("text", message.text, max_tokens)
             return self.tokenizer.encode(message.text)
         if self.template is None:
             named = f"default chat template, only {', '.join(self.other_templates)}"
             known = named if self.other_templates else "chat template"
             raise InvalidRequest(f"the served checkpoint has no {known}: send text", field="messages")
-        return self.tokenizer.encode_rendered(
-            self.template.render(message.messages or [], message.reasoning_effort)
-        )
+        rendered = self.template.render(message.messages or [], message.reasoning_effort)
+        self._refuse_unfit("messages", rendered, max_tokens)
+        return self.tokenizer.encode_rendered(rendered)
+
+    def max_text_bytes(self, max_tokens: int) -> int | None:
+        """UTF-8 bytes of the longest text that fits so many tokens; None if only its reader can tell."""
+        if self.tokenizer is None or self.tokenizer.lost_bytes or self.tokenizer.longest_token_bytes is None:
+            return None
+        return max_tokens * self.tokenizer.longest_token_bytes
+
+    def _refuse_unfit(self, field: str, text: str, max_tokens: int | None) -> None:
+        tokenizer = self.tokenizer
+        if tokenizer is None or tokenizer.longest_token_bytes is None or max_tokens is None:
+            return
+        most = max_tokens * tokenizer.longest_token_bytes
+        if MAX_CHAR_BYTES * len(text) <= most:
+            return
+        num_bytes = len(text.encode(errors="surrogatepass").translate(None, tokenizer.lost_bytes))
+        if num_bytes > most:
+            raise InvalidRequest(
+                f"a text of {num_bytes} bytes cannot fit a context of {max_tokens} tokens",
+                field=field,
+                limit=f"{most} bytes",
+                value=num_bytes,
+            )
 
     def detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         """A reader of one sample's tokens; None without a tokenizer."""
@@ -59,13 +88,29 @@ class PromptEncoder:
         stop_tokens = {self.special_ids[string]: string for string in params.stop if string in self.special_ids}
         return Detokenizer(self.tokenizer, params.stop, params.min_tokens, stop_tokens)
 
-    def num_chars(self, message: Generate) -> int:
-        """Characters to encode; 0 for token ids."""
+    def tail(self, token_ids: Sequence[int], num_chars: int) -> list[int]:
+        """The last tokens that have a text, with more than `num_chars` characters if there are so many."""
+        if self.tokenizer is None:
+            return []
+        tail: list[int] = []
+        num_bytes = 0
+        for token_id in reversed(token_ids):
+            if num_bytes > MAX_CHAR_BYTES * (num_chars + 1):
+                break
+            if piece := self.tokenizer.token_bytes(token_id):
+                tail.append(token_id)
+                num_bytes += len(piece)
+        return tail[::-1]
+
+    def weight(self, message: Generate) -> int:
+        """The work to encode a message, in characters of text that take as long. Token ids take none."""
+        weight = len(message.output_token_ids)
         if message.text is not None:
-            return len(message.text)
-        turns = message.messages or []
-        calls = sum(len(call.arguments) for turn in turns for call in turn.tool_calls)
-        return calls + sum(len(turn.content) + len(turn.reasoning) for turn in turns)
+            return weight + len(message.text)
+        for turn in message.messages or ():
+            weight += PART_CHARS + len(turn.content) + len(turn.reasoning)
+            weight += sum(PART_CHARS + len(call.arguments) for call in turn.tool_calls)
+        return weight
 
 
 def _field(message: Generate) -> str:

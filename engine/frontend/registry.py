@@ -82,6 +82,11 @@ class Registry:
             return self.num_tokenless - 1
         return sum(o.first_token_s is None for o in self if o.request_id < stream.request_id)
 
+    def resize(self, stream: Stream, num_samples: int) -> None:
+        """Learn how many samples an open stream has."""
+        self.num_samples += num_samples - stream.num_samples
+        stream.num_samples = num_samples
+
     def charge(self, stream: Stream, num_tokens: int) -> None:
         """Count the tokens of a stream, until it is closed."""
         stream.num_tokens = num_tokens

@@ -11,54 +11,31 @@ import logging
 import os
 import socket
 import stat
-from typing import cast, get_args
+from typing import cast
 
 import msgspec
 
 from cierzo import __version__
-from cierzo.engine.errors import (
-    CierzoError,
-    ConfigError,
-    InvalidRequest,
-    Overloaded,
-    ProtocolError,
-    UnknownMethod,
-    VersionMismatch,
-)
+from cierzo.engine.errors import CierzoError, ConfigError, Overloaded, ProtocolError
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter, pack
+from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.frontend import Frontend
+from cierzo.engine.frontend.inbox import SMALL_FRAME_BYTES, Inbox, Large, Skipped
+from cierzo.engine.frontend.keepalive import Keepalive
 from cierzo.engine.frontend.methods import Methods
+from cierzo.engine.frontend.receiving import foreign, greeting, receive_large, receive_skipped, receive_small
 from cierzo.engine.frontend.stream import failure
-from cierzo.engine.frontend.validate import mistyped
-from cierzo.engine.messages import MAGIC, OLDEST_VERSION, PROTOCOL_VERSION, ClientMessage, Limits, Message, Welcome
+from cierzo.engine.frontend.turns import Turns
+from cierzo.engine.frontend.versions import as_version_2
+from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, Limits, Message, Ping, Welcome
 
 log = logging.getLogger(__name__)
 
-GRANTED = frozenset({"accounting", "credit", "resume"})  # of messages.FEATURES, what this server has
+GRANTED = frozenset(FEATURES)
+LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
+KEEPALIVE_PROBES = 4
 LINGER_S = 2.0  # how long a peer may take to read why its connection ends
-
-
-class _AnyHello(msgspec.Struct, tag="hello"):
-    """Hello of whatever version: fields that this version does not know are passed over."""
-
-    magic: str = ""
-    version: int = -1
-    features: list[str] = []
-
-
-class _Envelope(msgspec.Struct):
-    """The fields of a message that can be read even if the rest cannot be decoded."""
-
-    type: str = ""
-    stream: int = -1
-
-
-_decode = msgspec.msgpack.Decoder(ClientMessage).decode
-_decode_hello = msgspec.msgpack.Decoder(_AnyHello).decode
-_decode_envelope = msgspec.msgpack.Decoder(_Envelope).decode
-_METHODS = {cast(str, cls.__struct_config__.tag) for cls in get_args(ClientMessage)}
 
 
 class Connection(asyncio.Protocol):
@@ -67,9 +44,12 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: RpcServer) -> None:
         self.features: frozenset[str] = frozenset()
         self._server = server
-        self._splitter = FrameSplitter(server.config.max_frame_bytes)
+        self._inbox = Inbox(server.config.max_frame_bytes, server.frontend.room)
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._keepalive: Keepalive | None = None
+        self._version = PROTOCOL_VERSION
+        self._has_spoken = False
         self._welcomed = False
         self._ending = False
         self.is_paused = False
@@ -86,6 +66,7 @@ class Connection(asyncio.Protocol):
         sock = self._transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            find_half_open(sock, config.keepalive_s)
         self._timer = asyncio.get_running_loop().call_later(config.handshake_timeout_s, self._silent)
         try:
             self._server.joined(self)
@@ -97,6 +78,9 @@ class Connection(asyncio.Protocol):
         self._ending = True
         if self._timer is not None:
             self._timer.cancel()
+        if self._keepalive is not None:
+            self._keepalive.cancel()
+        self._inbox.close()
         self._outbox.clear()
         self._late.clear()
         self._server.left(self)
@@ -105,15 +89,43 @@ class Connection(asyncio.Protocol):
         """Take what came, however it is cut."""
         if self._ending:
             return
+        if self._keepalive is not None:
+            self._keepalive.heard()
+        if not self._has_spoken and (protocol := foreign(data)) is not None:
+            self._turn_away(*protocol)
+            return
+        self._has_spoken = True
+        self._inbox.feed(data)
+        self._server.turns.enter(self)
+
+    # --- turns.Worker ----------------------------------------------------------------------------------
+
+    def work(self, until: float) -> bool:
+        """Work off what came, until the clock shows `until`; True if something is left."""
+        clock = self._server.turns.clock
         try:
-            for body in self._splitter.feed(data):
-                self._receive(body)
-                if self._ending:
-                    return
+            while not self._ending and (frame := self._inbox.next()) is not None:
+                self._receive(frame)
+                if clock() >= until:
+                    break
+            else:
+                return False
+            return not self._ending
         except CierzoError as error:
             self._end(error)
-        else:
+            return False
+        finally:
             self.flush()
+
+    def hold(self) -> None:
+        """Read no more from the peer: what came waits for its turn."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def release(self) -> None:
+        """Read again."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def eof_received(self) -> bool:
         """Half-closed counts as closed."""
@@ -137,7 +149,7 @@ class Connection(asyncio.Protocol):
 
     def put(self, message: Message) -> None:
         """Add to what the next flush sends."""
-        self._outbox.append(message)
+        self._outbox.append(message if self._version > OLDEST_VERSION else as_version_2(message))
 
     def flush(self) -> None:
         """Write what was put; behind what waits for a slow reader, if something does."""
@@ -164,57 +176,49 @@ class Connection(asyncio.Protocol):
 
     # --- inside ----------------------------------------------------------------------------------------
 
-    def _receive(self, body: memoryview) -> None:
+    def _receive(self, frame: memoryview | Large | Skipped) -> None:
         if not self._welcomed:
-            self._greet(body)
-            return
-        try:
-            message = _decode(body)
-        except UNDECODABLE as error:
-            self._undecodable(body, error)
-            return
-        try:
-            self._server.methods.dispatch(self, message)
-        except CierzoError:
-            raise
-        except Exception as error:
-            log.exception("a %s message failed", type(message).__name__)
-            reason = CierzoError(f"internal error: {type(error).__name__}")
-            self._server.frontend.fail(self, getattr(message, "stream", -1), reason)
+            self._greet(frame)
+        elif isinstance(frame, Large):
+            receive_large(self, self._server.methods, self._server.frontend, frame)
+        elif isinstance(frame, Skipped):
+            receive_skipped(self, self._server.frontend, frame)
+        else:
+            receive_small(self, self._server.methods, self._server.frontend, frame)
 
-    def _greet(self, body: memoryview) -> None:
-        try:
-            hello = _decode_hello(body)
-        except UNDECODABLE as error:
-            raise ProtocolError(f"the first frame is no hello: {error}", field="type", limit="hello") from error
-        if hello.magic != MAGIC:
-            raise ProtocolError("hello has the wrong magic", field="magic", limit=MAGIC, value=hello.magic)
-        if not OLDEST_VERSION <= hello.version <= PROTOCOL_VERSION:
-            raise VersionMismatch(
-                f"the server speaks versions {OLDEST_VERSION} to {PROTOCOL_VERSION}, the client {hello.version}",
-                field="version",
-                limit=PROTOCOL_VERSION,
-                value=hello.version,
-            )
+    def _greet(self, frame: memoryview | Large | Skipped) -> None:
+        if isinstance(frame, Skipped):
+            raise frame.error
+        if isinstance(frame, Large):
+            limit = f"hello, of at most {SMALL_FRAME_BYTES} bytes"
+            raise ProtocolError("the first frame is too long for a hello", field="type", limit=limit)
+        hello = greeting(frame)
         self._welcomed = True
+        self._version = hello.version
         if hello.version > OLDEST_VERSION:
             self.features = GRANTED.intersection(hello.features)
         if self._timer is not None:
             self._timer.cancel()
+        if "keepalive" in self.features:
+            self._keepalive = Keepalive(self._server.config.keepalive_s, self._ping, self._gone)
         self._server.frontend.connect(self)
         self.put(self._server.welcome(hello.version, self.features))
 
-    def _undecodable(self, body: memoryview, error: Exception) -> None:
-        """End the stream that the message is about, or raise ProtocolError if that cannot be read."""
-        try:
-            envelope = _decode_envelope(body)
-        except UNDECODABLE:
-            raise ProtocolError(f"a frame holds no message: {error}", field="frame") from error
-        not_utf8 = isinstance(error, UnicodeDecodeError)  # which does not say in which field
-        reason = _reason(envelope, f"a text must be UTF-8: {error}" if not_utf8 else str(error))
-        if envelope.stream < 0:
-            raise ProtocolError(reason.message, field=reason.field, value=reason.value) from error
-        self._server.frontend.fail(self, envelope.stream, reason)
+    def _turn_away(self, protocol: str, answer: bytes) -> None:
+        """The peer speaks another protocol: say so in its own words, where it has some."""
+        peer = None if self._transport is None else self._transport.get_extra_info("peername")
+        log.warning("%s came to the RPC's port from %s: the connection is closed", protocol, peer or "a local peer")
+        self._ending = True
+        self._close(answer)
+
+    def _ping(self) -> None:
+        self.put(Ping(stream=0))
+        self.flush()
+
+    def _gone(self) -> None:
+        """The peer has not answered a ping."""
+        limit = self._server.config.keepalive_s
+        self._end(ProtocolError("the client did not answer a ping in time", field="keepalive_s", limit=limit))
 
     def _silent(self) -> None:
         """The handshake did not come in time."""
@@ -228,21 +232,20 @@ class Connection(asyncio.Protocol):
             return
         self.put(failure(-1, error))
         self._ending = True
-        self._transport.write(self._late + pack(self._outbox))
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(LINGER_S, self._transport.abort)
+        self._close(bytes(self._late + pack(self._outbox)))
         self._server.frontend.disconnect(self)
 
-
-def _reason(envelope: _Envelope, text: str) -> InvalidRequest:
-    """The error for a message that msgspec refused with `text` ("... - at `$.sampling.top_k`")."""
-    if envelope.type not in _METHODS:
-        known = ", ".join(sorted(_METHODS - {"hello"}))
-        return UnknownMethod("there is no such method", field="type", limit=known, value=envelope.type)
-    return mistyped(text)
+    def _close(self, last_words: bytes) -> None:
+        if self._transport is None:
+            return
+        self._inbox.close()
+        self._transport.write(last_words)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        for timer in (self._timer, self._keepalive):
+            if timer is not None:
+                timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(LINGER_S, self._transport.abort)
 
 
 class RpcServer:
@@ -252,6 +255,7 @@ class RpcServer:
         self.config = config
         self.frontend = frontend
         self.methods = Methods(frontend)
+        self.turns = Turns()
         self.address = config.address
         self._connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
@@ -294,19 +298,18 @@ class RpcServer:
     def welcome(self, version: int, features: frozenset[str]) -> Welcome:
         """The answer to a Hello of this version, to which these features are granted."""
         config, model = self.config, self.frontend.model
+        limits = Limits(
+            max_frame_bytes=config.max_frame_bytes,
+            max_streams=config.max_streams_per_connection,
+            max_model_len=model.max_model_len,
+            max_samples=config.max_samples,
+        )
+        told = {name: getattr(config, name) for feature, name in LIMIT_OF_FEATURE.items() if feature in features}
         return Welcome(
             version=version,
             server=f"cierzo {__version__}",
             model=model.name,
-            limits=Limits(
-                max_frame_bytes=config.max_frame_bytes,
-                max_streams=config.max_streams_per_connection,
-                max_model_len=model.max_model_len,
-                max_samples=config.max_samples,
-                max_attached_bytes=config.max_attached_bytes if "attach" in features else 0,
-                stream_credit_bytes=config.stream_credit_bytes if "credit" in features else 0,
-                keepalive_s=config.keepalive_s if "keepalive" in features else 0.0,
-            ),
+            limits=msgspec.structs.replace(limits, **told),
             features=sorted(features),
         )
 
@@ -333,6 +336,17 @@ class RpcServer:
 
     def _connection(self) -> Connection:
         return Connection(self)
+
+
+def find_half_open(sock: socket.socket, keepalive_s: float) -> None:
+    """Have the kernel look for a peer that is gone without a word: after `keepalive_s` of silence, and as long
+    again until the connection ends; also while something is on its way to it."""
+    quiet_s = max(1, round(keepalive_s))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, quiet_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, quiet_s // KEEPALIVE_PROBES))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2000 * quiet_s)
 
 
 def _remove_stale(path: str) -> None:

@@ -5,7 +5,7 @@ Pure bookkeeping, no sockets: `Frontend` and `Outlets` move the messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,7 +49,7 @@ class Sink(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """An accepted request. `submit` is None while its prompt is still being encoded.
+    """An accepted request. `submit` is None while its prompt is still being encoded; then its prompt is packed.
 
     `arrived`, `deadline_at_s` and `ended_at_s` (None: it runs) are times of the clock in seconds; `sent_s` (None:
     the core that runs now has not got it) and `first_token_s` count from arrival. `run_id`: the core's name of its
@@ -74,7 +74,7 @@ class Stream:
     key: str | None = None
     submit: Submit | None = None
     sampling: SamplingParams = _NOTHING
-    prompt_tokens: int = 0
+    num_prompt_tokens: int = 0
     run_id: int = -1
     aborted: FinishReason | None = None
     sent_s: float | None = None
@@ -91,11 +91,11 @@ class Stream:
     pending_bytes: int = 0
     pending_limit: int = 0
 
-    def start(self, submit: Submit, detokenizers: list[Detokenizer | None]) -> None:
+    def start(self, submit: Submit, num_prompt_tokens: int, detokenizers: Sequence[Detokenizer | None]) -> None:
         """The prompt is ready. What a resumed request brought was delivered before: its text is not sent again."""
         self.submit = submit
         self.sampling = submit.sampling
-        self.prompt_tokens = len(submit.prompt_token_ids)
+        self.num_prompt_tokens = num_prompt_tokens
         keeps, whole = bool(self.name), not self.deltas
         self.samples = [
             Sample(i, detokenizer, submit.output_token_ids, keeps=keeps, whole=whole)
@@ -148,7 +148,9 @@ class Stream:
 
     def _end_here(self, sample: Sample, reason: FinishReason, now: float, message: str) -> None:
         output_tokens, waited_s = len(sample.token_ids), now - self.arrived
-        self.end(sample, Finish(reason, message, None, self.prompt_tokens, output_tokens, 0, 0, waited_s, 0.0, 0.0))
+        self.end(
+            sample, Finish(reason, message, None, self.num_prompt_tokens, output_tokens, 0, 0, waited_s, 0.0, 0.0)
+        )
 
     def submits(self, run_id: int) -> list[Submit]:
         """Build the messages that make a core compute the rest: one `Submit` for all samples, or, once tokens have
@@ -164,7 +166,7 @@ class Stream:
             return [submit]
         for sample in self.samples:
             if len(sample.token_ids) > len(submit.output_token_ids):
-                sample.computed = len(submit.prompt_token_ids) + len(sample.token_ids) - 1
+                sample.computed = self.num_prompt_tokens + len(sample.token_ids) - 1
         return [
             msgspec.structs.replace(
                 submit,
@@ -187,9 +189,9 @@ class Stream:
             stream=self.stream_id,
             samples=[self._sample_end(sample, finish, detokenizer) for sample, finish in ends],
             usage=Usage(
-                prompt_tokens=self.prompt_tokens,
+                prompt_tokens=self.num_prompt_tokens,
                 output_tokens=sum(len(sample.token_ids) for sample in self.samples),
-                cached_tokens=min(min((f.cached_tokens for f in finishes), default=0), self.prompt_tokens),
+                cached_tokens=min(min((f.cached_tokens for f in finishes), default=0), self.num_prompt_tokens),
             ),
             timings=self._timings(finishes, self.ended_at_s - self.arrived),
             seed=self.sampling.seed or 0,

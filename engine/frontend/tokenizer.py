@@ -12,6 +12,7 @@ from cierzo.engine.errors import CheckpointError
 from cierzo.engine.frontend.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from cierzo.engine.frontend.validate import refuse_surrogates
 
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 LONG_TEXT_CHARS = 4096  # from here on the interpreter lock is released while encoding
 
 
@@ -24,8 +25,35 @@ class _Step(msgspec.Struct, frozen=True):
     start: int = 0
 
 
+class _Model(msgspec.Struct, frozen=True):
+    """The rest of tokenizer.json's "model"."""
+
+    type: str = ""
+    byte_fallback: bool = False
+
+
+class _Normalizer(msgspec.Struct, frozen=True):
+    """A node of tokenizer.json's "normalizer"."""
+
+    type: str = ""
+    normalizers: list[_Normalizer] = []
+    pattern: dict[str, str] = {}
+    content: str = ""
+
+
+class _PreTokenizer(msgspec.Struct, frozen=True):
+    """A node of tokenizer.json's "pre_tokenizer"."""
+
+    type: str = ""
+    pretokenizers: list[_PreTokenizer] = []
+    behavior: str = ""
+
+
 class _File(msgspec.Struct, frozen=True):
     decoder: _Step | None = None
+    model: _Model = _Model()
+    normalizer: _Normalizer | None = None
+    pre_tokenizer: _PreTokenizer | None = None
 
 
 class Tokenizer:
@@ -35,7 +63,8 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, config: TokenizerConfig | None = None) -> None:
         """Raises CheckpointError for a decoder of another kind."""
         config = config or TokenizerConfig()
-        steps = _flat(msgspec.json.decode(inner.to_str(), type=_File).decoder)
+        file = msgspec.json.decode(inner.to_str(), type=_File)
+        steps = _flat(file.decoder)
         kinds = {step.type for step in steps}
         self._byte_level = "ByteLevel" in kinds
         if not self._byte_level and "ByteFallback" not in kinds:
@@ -54,6 +83,8 @@ class Tokenizer:
         self.spellings = config.spellings
         self.eos_token = self.spellings.get("eos_token", "")
         self.eos_token_id: int | None = inner.token_to_id(self.eos_token) if self.eos_token else None
+        self.longest_token_bytes = _longest_token_bytes(inner, file, self._byte_level)
+        self.lost_bytes = _lost_bytes(inner) if self._byte_level else b""
         plain, whole = (self._encode("a", add_special_tokens=add) for add in (False, True))
         self._leading_id = whole[0] if whole[: len(plain)] != plain else None
 
@@ -143,6 +174,61 @@ def _apply(config: TokenizerConfig, inner: tokenizers.Tokenizer) -> None:
             next_id += 1
     inner.add_tokens([token for content, token in tokens.items() if content in known])
     inner.encode_special_tokens = config.split_special_tokens
+
+
+def _longest_token_bytes(inner: tokenizers.Tokenizer, file: _File, byte_level: bool) -> int | None:
+    """UTF-8 bytes of a text that a token stands for at the most, but for `lost_bytes`; None for any number.
+
+    That is so where spaces beside an added token belong to it, and where parts of a text come into no token.
+    """
+    vocabulary = inner.get_vocab(with_added_tokens=False)
+    added = inner.get_added_tokens_decoder().values()
+    if byte_level:
+        keeps_all = _is_byte_level(file)
+    else:
+        keeps_all = file.model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    if (
+        not keeps_all
+        or file.model.type != "BPE"
+        or not _keeps_bytes(file.normalizer)
+        or not _splits_only(file.pre_tokenizer)
+        or any(token.lstrip or token.rstrip for token in added)
+    ):
+        return None
+    spelled = (len(token) if byte_level else len(token.encode()) for token in vocabulary)
+    return max(max(spelled), max((len(token.content.encode()) for token in added), default=0))
+
+
+def _lost_bytes(inner: tokenizers.Tokenizer) -> bytes:
+    """Bytes that a text may have and no token has: the library drops them in silence."""
+    vocabulary = inner.get_vocab(with_added_tokens=False)
+    lost = {byte for char, byte in _BYTE_OF.items() if char not in vocabulary}
+    return bytes(sorted(lost - NEVER_IN_UTF8))
+
+
+def _is_byte_level(file: _File) -> bool:
+    """Whether texts are spelled in the alphabet of bytes before they are looked up."""
+    normalizer, splitter = file.normalizer or _Normalizer(), file.pre_tokenizer or _PreTokenizer()
+    kinds = {node.type for node in (normalizer, *normalizer.normalizers)}
+    return "ByteLevel" in kinds | {node.type for node in (splitter, *splitter.pretokenizers)}
+
+
+def _keeps_bytes(node: _Normalizer | None) -> bool:
+    """Whether a text never gets shorter by this: SentencePiece's marks for spaces are longer than spaces."""
+    if node is None or node.type in ("Prepend", "ByteLevel"):
+        return True
+    if node.type == "Sequence":
+        return all(map(_keeps_bytes, node.normalizers))
+    return node.type == "Replace" and 0 < len(node.pattern.get("String", "").encode()) <= len(node.content.encode())
+
+
+def _splits_only(node: _PreTokenizer | None) -> bool:
+    """Whether all of a text is in some piece of it."""
+    if node is None or node.type in ("ByteLevel", "Metaspace", "Digits"):
+        return True
+    if node.type == "Sequence":
+        return all(map(_splits_only, node.pretokenizers))
+    return node.type == "Split" and node.behavior != "Removed"
 
 
 def _flat(step: _Step | None) -> list[_Step]:

@@ -16,7 +16,11 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit
 
 MAX_SEED = 2**63 - 1
+SEED_BITS = 53  # of seeds drawn for clients: they survive those whose numbers are doubles
 MAX_BIAS = 100.0
+FEATURE_OF_FIELD = {"attached": "attach", "idempotency_key": "resume"}  # fields of `generate`
+ATTACHABLE = ("text", "messages", "token_ids")
+MAX_ID_BYTES = 9  # of a token id in MessagePack; the longest head of a list or text has 5
 ROLES = ("system", "user", "assistant", "tool")
 REASONING_EFFORTS = ("none", "low", "medium", "high")
 
@@ -28,13 +32,14 @@ def fields(
 
     special_ids: the tokenizer's special tokens, by how they are spelled.
     """
-    _prompt_kind(message)
+    _prompt_kind(message, config)
     _sampling(message.sampling, config, model)
     _stop_strings(message.sampling.stop, config, model, special_ids)
     _within("priority", message.priority, -config.max_abs_priority, config.max_abs_priority)
     if message.deadline_s is not None:
         _within("deadline_s", message.deadline_s, 0, config.max_deadline_s, above=True)
     if message.output_token_ids:
+        _count("output_token_ids", message.output_token_ids, model.max_model_len)
         _resume(message, model)
 
 
@@ -42,7 +47,7 @@ def request(
     message: Generate,
     prompt_token_ids: list[int],
     request_id: int,
-    seed: int,
+    seed: int | None,
     model: ModelInfo,
     special_ids: Mapping[str, int] = {},
 ) -> Submit:
@@ -56,7 +61,6 @@ def request(
     source = next(name for name in ("token_ids", "text", "messages") if getattr(message, name) is not None)
     if not prompt_token_ids:
         raise InvalidRequest("the prompt is empty", field=source, limit="at least 1 token", value=0)
-    _token_ids(source, prompt_token_ids, model.vocab_size)
     room = model.max_model_len - len(prompt_token_ids)
     if room <= len(message.output_token_ids):
         raise InvalidRequest(
@@ -66,6 +70,7 @@ def request(
             limit=model.max_model_len - len(message.output_token_ids) - 1,
             value=len(prompt_token_ids),
         )
+    _token_ids(source, prompt_token_ids, model.vocab_size)
     params = message.sampling
     stop_ids = (*params.stop_token_ids, *(special_ids[string] for string in params.stop if string in special_ids))
     return Submit(
@@ -80,6 +85,58 @@ def request(
         output_token_ids=message.output_token_ids,
         priority=message.priority,
     )
+
+
+def features(message: Generate, granted: frozenset[str]) -> None:
+    """Raise InvalidRequest for a field whose feature the connection does not have."""
+    for field, feature in FEATURE_OF_FIELD.items():
+        if getattr(message, field) is not None:
+            require_feature(granted, feature, field, getattr(message, field))
+
+
+def require_feature(granted: frozenset[str], feature: str, field: str, value: object) -> None:
+    """Raise InvalidRequest if `feature`, which `field` needs to be `value`, is not among those granted."""
+    if feature not in granted:
+        raise InvalidRequest(
+            f"{value} needs the feature {feature}, which hello did not ask for or welcome did not grant",
+            field=field,
+            limit=f"with the feature {feature}",
+            value=value,
+        )
+
+
+def attached(message: Generate, num_bytes: int | None, max_model_len: int, text_bytes: int | None) -> None:
+    """Check what a message says of the bytes attached before it, if any were: cheap, and before they are decoded.
+
+    text_bytes: the longest text whose tokens can fit; None if that cannot be told.
+    """
+    kind = message.attached
+    if kind is None:
+        if num_bytes is not None:
+            raise InvalidRequest(
+                "bytes are attached to this stream, and attached does not say what they are",
+                field="attached",
+                limit=", ".join(ATTACHABLE),
+            )
+        return
+    _one_of("attached", kind, ATTACHABLE)
+    if num_bytes is None:
+        raise InvalidRequest("nothing is attached to this stream", field="attached", value=kind)
+    _prompts_given(message)
+    most = {"text": text_bytes, "token_ids": MAX_ID_BYTES * max_model_len}.get(kind)
+    if most is not None and num_bytes > most + 5:
+        raise InvalidRequest(
+            f"{num_bytes} bytes of {kind} cannot fit a context of {max_model_len} tokens",
+            field=kind,
+            limit=f"{most} bytes",
+            value=num_bytes,
+        )
+
+
+def undecodable(error: Exception) -> InvalidRequest:
+    """The error for a message whose bytes msgspec refused."""
+    not_utf8 = isinstance(error, UnicodeDecodeError)  # which does not say in which field
+    return mistyped(f"a text must be UTF-8: {error}" if not_utf8 else str(error))
 
 
 def refuse_surrogates(field: str, text: str) -> None:
@@ -109,8 +166,8 @@ def mistyped(text: str) -> InvalidRequest:
     return InvalidRequest(message, field=field or None, limit=expected.group(1) if expected else None)
 
 
-def _prompt_kind(message: Generate) -> None:
-    given = [name for name in ("text", "messages", "token_ids") if getattr(message, name) is not None]
+def _prompts_given(message: Generate) -> None:
+    given = [name for name in (*ATTACHABLE, "attached") if getattr(message, name) is not None]
     if len(given) != 1:
         raise InvalidRequest(
             "exactly one of text, messages and token_ids is needed",
@@ -118,14 +175,27 @@ def _prompt_kind(message: Generate) -> None:
             limit="exactly one of text, messages, token_ids",
             value=", ".join(given) or "none",
         )
+
+
+def _prompt_kind(message: Generate, config: FrontendConfig) -> None:
+    _prompts_given(message)
     if message.messages is not None:
         if not message.messages:
             raise InvalidRequest("messages is empty", field="messages", limit="at least 1", value=0)
+        _count("messages", message.messages, config.max_turns)
+        num_calls = sum(len(turn.tool_calls) for turn in message.messages)
+        if num_calls > config.max_turns:
+            raise InvalidRequest(
+                f"messages have {num_calls} tool calls, allowed: {config.max_turns}",
+                field="messages.tool_calls",
+                limit=config.max_turns,
+                value=num_calls,
+            )
         for index, turn in enumerate(message.messages):
             _one_of(f"messages[{index}].role", turn.role, ROLES)
     if message.reasoning_effort is not None:
         _one_of("reasoning_effort", message.reasoning_effort, REASONING_EFFORTS)
-        if message.messages is None:
+        if message.messages is None and message.attached != "messages":
             raise InvalidRequest("reasoning_effort needs messages", field="reasoning_effort", limit="with messages")
 
 

@@ -464,8 +464,8 @@ def test_importing_the_client_is_light():
 def test_version_mismatch_is_told_apart(run, serving, monkeypatch):
     async def body():
         async with serving() as house:
-            monkeypatch.setattr("cierzo.engine.frontend.rpc.OLDEST_VERSION", 4)
-            monkeypatch.setattr("cierzo.engine.frontend.rpc.PROTOCOL_VERSION", 4)
+            monkeypatch.setattr("cierzo.engine.frontend.receiving.OLDEST_VERSION", 4)
+            monkeypatch.setattr("cierzo.engine.frontend.receiving.PROTOCOL_VERSION", 4)
             with pytest.raises(VersionMismatch) as caught:
                 await Client.connect(house.address)
             assert (caught.value.limit, caught.value.value) == ("4", "3")

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cierzo.engine.frontend.detok import Detokenizer, stop_matcher
+from cierzo.engine.frontend.prompt import PromptEncoder
 
 
 class Bytes:
@@ -120,3 +121,38 @@ def test_special_tokens_stop_like_strings(token_ids, stops, min_tokens, width):
 def test_special_tokens_are_no_text():
     detokenizer = Detokenizer(Bytes(), ("<s>",))
     assert detokenizer.push([300, 65, 301, 66]) + detokenizer.flush() == "AB"
+
+
+PIECES = st.lists(st.sampled_from([*b"abc ", *"\u20ac\ufffd".encode(), 0xC3, 300]), max_size=60)
+
+
+@given(PIECES, PIECES, STOPS | st.just(["\ufffda", "c\u20ac"]), st.booleans(), st.integers(0, 80), st.booleans())
+def test_the_tail_of_a_long_answer_is_enough_to_go_on(before, after, stops, with_stops, min_tokens, strip):
+    stops = tuple(stops) if with_stops else ()
+    tokens = Bytes(strip)
+    whole = Detokenizer(tokens, stops, min_tokens)
+    whole.push(before)
+    if whole.stop is not None:
+        return
+    tail = PromptEncoder(tokens).tail(before, max(map(len, stops), default=0))
+    short = Detokenizer(tokens, stops, min_tokens)
+    short.go_on_after(len(before), tail)
+    assert short.push(after) == whole.push(after)
+    assert (short.stop, short.num_tokens) == (whole.stop, whole.num_tokens)
+    assert short.flush() == whole.flush()
+
+
+def test_a_tail_is_no_longer_than_it_must_be():
+    encoder = PromptEncoder(Bytes())
+    assert encoder.tail([97] * 100_000 + [300] * 1000, 3) == [97] * 17
+    assert encoder.tail([300] * 50, 3) == []
+    assert PromptEncoder().tail([97], 3) == []
+
+
+def test_a_character_that_the_tail_cuts_is_no_stop_string():
+    before, stop = [*"€a".encode(), *b"b" * 10], "\ufffda"
+    tail = PromptEncoder(Bytes()).tail(before, len(stop))
+    assert tail == before[1:]
+    detokenizer = Detokenizer(Bytes(), (stop,))
+    detokenizer.go_on_after(len(before), tail)
+    assert (detokenizer.push([97]), detokenizer.stop, detokenizer.num_tokens) == ("a", None, 15)

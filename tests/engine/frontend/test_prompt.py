@@ -9,8 +9,8 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.chat import ChatTemplate
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.frontend import failure
-from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
+from cierzo.engine.frontend.prompt import PART_CHARS, PromptEncoder
+from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, ToolCall
 
 LONE = "a\ud800b"
 
@@ -75,8 +75,8 @@ def test_the_server_lives_on_after_what_cannot_be_encoded(run, serving, prompts)
             with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
                 await client.complete(messages=[{"role": "user", "content": "hi!"}])
             assert caught.value.field == "messages"
-            with pytest.raises(InvalidRequest, match="lone surrogate"):  # so long that a thread encodes it
-                await client.complete(messages=[{"role": "user", "content": "hi!" * 20_000}])
+            with pytest.raises(InvalidRequest, match="lone surrogate"):  # so long that a process encodes it
+                await client.complete(messages=[{"role": "user", "content": "hi!" * 2_000}])
             assert (await client.complete(messages=[{"role": "user", "content": "hi"}], max_tokens=2)).samples
 
     run(body())
@@ -92,3 +92,25 @@ def test_stop_strings_reach_the_detokenizer(prompts):
 def _sent(error: InvalidRequest) -> None:
     """An answer that could not be packed would end its connection."""
     assert msgspec.msgpack.encode(failure(1, error))
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(prompts, monkeypatch):
+    most = prompts.max_text_bytes(10)
+    assert most == 10 * len("<two words>")
+    monkeypatch.setattr(type(prompts.tokenizer), "_encode", lambda *_, **__: [1])
+    fits, too_long = "\u20ac" * 36, "\u20ac" * 37
+    turn = [ChatMessage(role="user", content="x" * 200)]
+    assert prompts.encode(Generate(stream=0, text=fits), 10) == [1]
+    assert prompts.encode(Generate(stream=0, text=too_long)) == [1]
+    for field, message in (("text", {"text": too_long}), ("messages", {"messages": turn})):
+        with pytest.raises(InvalidRequest, match="cannot fit") as caught:
+            prompts.encode(Generate(stream=0, **message), 10)
+        assert (caught.value.field, caught.value.limit) == (field, "110 bytes")
+
+
+def test_turns_calls_and_output_tokens_are_work_too(prompts):
+    call = ToolCall(name="f", arguments="{}")
+    turn = ChatMessage(role="assistant", content="abc", reasoning="de", tool_calls=[call])
+    assert prompts.weight(Generate(stream=0, text="abc", output_token_ids=[1] * 5)) == 8
+    assert prompts.weight(Generate(stream=0, messages=[turn] * 2)) == 2 * (5 + 2 + 2 * PART_CHARS)
+    assert prompts.weight(Generate(stream=0, token_ids=[1] * 1000)) == 0

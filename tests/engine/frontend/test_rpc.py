@@ -175,6 +175,67 @@ def test_an_oversized_frame_is_refused_before_it_is_read(run, serving, peering):
     run(body())
 
 
+def test_an_oversized_frame_ends_its_own_stream_alone(run, serving, peering, cores):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores, max_frame_bytes=70_000) as house, peering(house) as peer:
+            for stream in (1, 2):
+                peer.say(Generate(stream=stream, token_ids=[stream], sampling=SamplingParams(max_tokens=3, seed=0)))
+            await cores.until(lambda: len(cores.now.submits) == 2)
+            for stream in (1, 3):  # one that is open, and one that is not
+                peer.say({"type": "generate", "stream": stream, "text": "x" * 1_000_000})
+                reply = await peer.hear_until(Failure)
+                assert (reply.stream, reply.code, reply.limit) == (stream, "frame_too_large", "70000")
+            cores.free = True
+            cores.now.go_on()
+            final = await peer.hear_until(Final)
+            assert (final.stream, final.usage.output_tokens) == (2, 3)
+            assert house.frontend.room.num_bytes == 0
+
+    run(body())
+
+
+def test_only_prompts_may_be_long(run, serving, peering):
+    async def body():
+        async with serving() as house, peering(house) as peer:
+            peer.say({"type": "resume", "stream": 4, "request_id": "x" * 70_000, "received": []})
+            reply = await peer.hear()
+            assert (reply.stream, reply.code, reply.limit) == (4, "frame_too_large", "65536")
+            peer.say({"type": "fly", "stream": 4, "text": "x" * 70_000})
+            assert (await peer.hear()).code == "unknown_method"
+            peer.say({"token_ids": [[1]] * 1_500_000, "type": "generate", "stream": 4})
+            reply = await peer.hear()
+            assert (reply.stream, reply.code, reply.field) == (-1, "protocol_error", "stream")
+
+    run(body())
+
+
+def test_a_long_prompt_with_its_names_behind_it(run, serving, peering, cores):
+    async def body():
+        async with serving(cores=cores) as house, peering(house) as peer:
+            peer.say({"sampling": {"max_tokens": 1}, "stream": 4, "token_ids": [299] * 30_000, "type": "generate"})
+            reply = await peer.hear_until(Failure)
+            assert (reply.stream, reply.code, reply.field) == (4, "invalid_request", "token_ids")
+            assert house.frontend.counters.refused == 1
+
+    run(body())
+
+
+def test_input_beyond_a_turn_waits_for_the_next(run, serving, peering, monkeypatch):
+    """With turns of no length every message needs one of its own; the order stays."""
+    monkeypatch.setattr("cierzo.engine.frontend.turns.TURN_S", 0.0)
+
+    async def body():
+        async with serving() as house, peering(house) as peer, peering(house) as other:
+            for each in (peer, other):
+                each.raw(bytes(pack([Ping(stream=number) for number in range(300)])))
+            for each in (peer, other):
+                assert [(await each.hear()).stream for _ in range(300)] == list(range(300))
+
+    run(body())
+
+
 def test_messages_before_the_faulty_one_are_answered(run, serving, peering):
     async def body():
         async with serving() as house, peering(house) as peer:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from cierzo.engine.errors import CheckpointError
+from cierzo.engine.errors import CheckpointError, InvalidRequest
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.frontend.tokenizer import LONG_TEXT_CHARS, Tokenizer, load_tokenizer
+from cierzo.engine.frontend.tokenizer import _BYTE_OF, LONG_TEXT_CHARS, Tokenizer, load_tokenizer
 from cierzo.engine.messages import ChatMessage, Generate
 
 CORPUS = ["the quick brown fox, naïve café €5 🙂 日本語 and the lazy dog\n\tthe end  of the day"] * 3
@@ -28,6 +28,14 @@ def _byte_level():
     inner.train_from_iterator(CORPUS, trainer)
     inner.add_tokens(["<two words>", "plain€"])
     return inner
+
+
+def _shape(inner, **parts):
+    """The same tokenizer with other parts."""
+    changed = tokenizers.Tokenizer.from_str(inner.to_str())
+    for name, part in parts.items():
+        setattr(changed, name, part)
+    return changed
 
 
 def _sentence_piece():
@@ -126,3 +134,83 @@ def test_an_unknown_decoder_is_refused():
     inner.decoder = decoders.WordPiece()
     with pytest.raises(CheckpointError, match="unknown kind"):
         Tokenizer(inner)
+
+
+@pytest.mark.parametrize("kind", INNERS)
+@given(text=st.text("ab né€🙂\n the quick\u2581<s>", max_size=60))
+def test_no_token_stands_for_more_bytes_than_the_longest(kind, text):
+    tokenizer = OURS[kind]
+    assert tokenizer.longest_token_bytes is not None
+    ids = tokenizer.encode_rendered(text)
+    assert len(text.encode()) <= len(ids) * tokenizer.longest_token_bytes
+
+
+def test_the_longest_token_is_counted_in_bytes_of_text():
+    added = [*tokenizers.Tokenizer.get_vocab(INNERS["byte level"], with_added_tokens=False)]
+    spelled = max(len(OURS["byte level"].token_bytes(i)) for i in range(len(added)))
+    assert OURS["byte level"].longest_token_bytes == max(spelled, len("<two words>"))
+    assert OURS["sentence piece"].longest_token_bytes == len("<0x00>")
+
+
+byte_level, sentence_piece = INNERS["byte level"], INNERS["sentence piece"]
+swallowing = _shape(byte_level)
+swallowing.add_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
+removing = pre_tokenizers.Split(" ", "removed")
+UNKNOWN = {
+    "a token takes the spaces beside it": swallowing,
+    "a text may get shorter": _shape(byte_level, normalizer=normalizers.NFKC()),
+    "characters are replaced by none": _shape(byte_level, normalizer=normalizers.Replace("a", "")),
+    "characters of a class are replaced": _shape(
+        byte_level, normalizer=normalizers.Replace(tokenizers.Regex("a+"), "a")
+    ),
+    "spaces are removed": _shape(
+        byte_level, pre_tokenizer=pre_tokenizers.Sequence([removing, pre_tokenizers.ByteLevel()])
+    ),
+    "bytes are not spelled": _shape(byte_level, pre_tokenizer=pre_tokenizers.Split(" ", "isolated")),
+    "no bytes to fall back to": _shape(
+        sentence_piece, model=models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>", fuse_unk=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("why", UNKNOWN)
+def test_where_a_token_may_stand_for_any_number_of_bytes_there_is_no_bound(why):
+    tokenizer = Tokenizer(UNKNOWN[why])
+    assert tokenizer.longest_token_bytes is None
+    assert PromptEncoder(tokenizer).max_text_bytes(10) is None
+    assert PromptEncoder(tokenizer).encode(Generate(stream=0, text="a" * 1000), 10) is not None
+
+
+def _without(*lost):
+    """Single bytes without some."""
+    chars = [char for char, byte in _BYTE_OF.items() if byte not in lost]
+    return _shape(byte_level, model=models.BPE({char: number for number, char in enumerate(chars)}, []))
+
+
+@given(st.text("ab\x04\U00050000\u20ac", max_size=50))
+def test_bytes_that_no_token_has_do_not_count(text):
+    tokenizer = LOSSY
+    assert tokenizer.lost_bytes == b"\x04\xf1"
+    kept = len(text.encode().translate(None, tokenizer.lost_bytes))
+    num_tokens = len(tokenizer.encode_rendered(text))
+    assert kept <= num_tokens * tokenizer.longest_token_bytes
+    encoder = PromptEncoder(tokenizer)
+    assert encoder.max_text_bytes(10) is None
+    encoder.encode(Generate(stream=0, text=text), num_tokens)
+
+
+def test_a_byte_that_no_text_has_may_be_in_no_token():
+    tokenizer = Tokenizer(_without(0xC0, 0xFF))
+    assert tokenizer.lost_bytes == b""
+    assert PromptEncoder(tokenizer).max_text_bytes(1) == tokenizer.longest_token_bytes
+    with pytest.raises(InvalidRequest, match="cannot fit"):
+        PromptEncoder(LOSSY).encode(Generate(stream=0, text="a" * 200), 10)
+    assert PromptEncoder(LOSSY).encode(Generate(stream=0, text="\x04" * 200), 10) == []
+
+
+LOSSY = Tokenizer(_without(0x04, 0xF1))
+
+
+def test_metaspace_and_digits_only_split():
+    splitter = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.Metaspace()])
+    assert Tokenizer(_shape(sentence_piece, normalizer=None, pre_tokenizer=splitter)).longest_token_bytes

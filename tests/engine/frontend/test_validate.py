@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
+from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, ToolCall
 
 CONFIG = FrontendConfig(max_samples=4, max_logprobs=5, max_stop_strings=2, max_stop_chars=3, max_stop_token_ids=2)
 PLAIN = Generate(stream=1, token_ids=[1, 2, 3])
@@ -203,3 +203,25 @@ def test_the_limit_of_temperature_names_zero_too(model_info):
 def test_what_msgspec_refuses_is_named(text, message, field, limit):
     refusal = validate.mistyped(text)
     assert (refusal.message, refusal.field, refusal.limit) == (message, field, limit)
+
+
+def test_turns_and_calls_of_a_chat_are_counted(model_info):
+    config = FrontendConfig(max_turns=2)
+    call = ToolCall(name="f", arguments="")
+    turn = ChatMessage(role="assistant", tool_calls=[call])
+    chat = Generate(stream=1, messages=[turn, turn])
+    validate.fields(chat, config, model_info)
+    longer = replace(turn, tool_calls=[call, call])
+    for messages, field in (([turn] * 3, "messages"), ([turn, longer], "messages.tool_calls")):
+        with pytest.raises(InvalidRequest) as caught:
+            validate.fields(replace(chat, messages=messages), config, model_info)
+        assert (caught.value.field, caught.value.limit, caught.value.value) == (field, "2", "3")
+
+
+def test_more_output_tokens_than_the_model_has_room_for_are_not_looked_at(model_info, monkeypatch):
+    monkeypatch.setattr(validate, "_token_ids", lambda *_: pytest.fail("looked at"))
+    with pytest.raises(InvalidRequest) as caught:
+        validate.fields(replace(PLAIN, output_token_ids=[1] * 4097), CONFIG, model_info)
+    assert (caught.value.field, caught.value.value) == ("output_token_ids", "4097")
+    with pytest.raises(InvalidRequest, match="no room"):
+        validate.request(PLAIN, [1] * 4096, 0, None, model_info)

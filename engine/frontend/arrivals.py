@@ -1,0 +1,318 @@
+"""Requests between their message and the core: attached bytes, bounds, keys, and the encoding of their prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from cierzo.engine.errors import CierzoError, Draining, InvalidRequest
+from cierzo.engine.frontend import validate
+from cierzo.engine.frontend.attachments import ATTACHED_S, Attached, Attachments
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.core_side import CoreSide
+from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.encoders import Encoder, Late
+from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, pack_prompt
+from cierzo.engine.frontend.frames import Buffer
+from cierzo.engine.frontend.keeper import Keeper
+from cierzo.engine.frontend.outlet import Outlets
+from cierzo.engine.frontend.prompt import PromptEncoder
+from cierzo.engine.frontend.readers import Readers
+from cierzo.engine.frontend.registry import Registry, require_room
+from cierzo.engine.frontend.sample import require_bounded
+from cierzo.engine.frontend.stream import Sink, Stream, failure
+from cierzo.engine.frontend.validate import SEED_BITS
+from cierzo.engine.messages import FinishReason, Generate, ModelInfo
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the start of the front end."""
+
+    accepted: int = 0
+    refused: int = 0
+    finished: int = 0
+
+
+class Owner(Protocol):
+    """Who is told what becomes of a stream: the `Frontend`."""
+
+    counters: Counters
+
+    @property
+    def is_refusing(self) -> bool:
+        """Whether a drain has ended admission."""
+        ...
+
+    def end(self, stream: Stream, reason: FinishReason, message: str = "") -> None:
+        """End a stream that never reached the core."""
+        ...
+
+    def left(self, stream: Stream) -> None:
+        """A stream was refused: nothing of it is left."""
+        ...
+
+
+class Arrivals:
+    """Takes requests until the core has them. A request is refused here, or started."""
+
+    def __init__(
+        self,
+        config: FrontendConfig,
+        model: ModelInfo,
+        prompts: PromptEncoder,
+        encoders: Encoder,
+        streams: Registry,
+        core: CoreSide,
+        keeper: Keeper,
+        readers: Readers,
+        outlets: Outlets,
+        owner: Owner,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._prompts = prompts
+        self._inline = RequestEncoder(prompts, config, model)
+        self._encoders = encoders
+        self._encoding: dict[int, asyncio.Future[Encoded]] = {}  # by request id
+        self._attachments = Attachments(config, encoders.room, self._attachment_expired)
+        self._streams = streams
+        self._core = core
+        self._keeper = keeper
+        self._readers = readers
+        self._outlets = outlets
+        self._owner = owner
+        self._clock = clock
+        self._random = random.SystemRandom()
+        self._next_request_id = 0
+
+    # --- from the connections --------------------------------------------------------------------------
+
+    def attach(self, sink: Sink, stream_id: int, data: Buffer) -> None:
+        """Append bytes to what the next `generate` of this stream says they are."""
+        if stream_id in self._streams.of(sink):
+            raise InvalidRequest(
+                "this stream is already open", field="stream", limit="attached before generate", value=stream_id
+            )
+        self._attachments.add(sink, stream_id, data)
+
+    def generate(self, sink: Sink, message: Generate) -> None:
+        """Accept a request, or join the one that its idempotency key names, or raise the CierzoError that says why
+        not."""
+        attached = self._attachments.take(sink, message.stream)
+        if attached is not None and attached.refused:
+            if message.attached is not None:
+                return  # the client has its answer
+            attached = None
+        try:
+            self._readers.place(sink, message.stream)
+            if attached is None and (stream := self._keeper.find_key(message)) is not None:
+                self._readers.join(sink, message, stream)
+                return
+            self._admit(message.sampling.n)
+            validate.fields(message, self._config, self._model, self._prompts.special_ids)
+            num_bytes, most = None if attached is None else attached.num_bytes, self._model.max_model_len
+            validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
+        except CierzoError:
+            self._owner.counters.refused += 1
+            raise
+        stream = self._open(sink, message)
+        try:
+            if attached is None:
+                self._keeper.claim(stream, message)
+            if attached is not None or self._prompts.weight(message) > self._config.inline_chars:
+                self._encode_aside(stream, msgspec.msgpack.encode(message), attached)
+            else:
+                self._start(stream, self._inline.encode(message))
+        except CierzoError:
+            self._refuse(stream)
+            raise
+
+    def generate_large(self, sink: Sink, stream_id: int, body: bytearray) -> None:
+        """Accept a request that is too long to be decoded here, or raise the CierzoError that says why not."""
+        attached = self._attachments.take(sink, stream_id)
+        try:
+            self._readers.place(sink, stream_id)
+            self._admit(1)
+        except CierzoError:
+            self._owner.counters.refused += 1
+            raise
+        stream = self._open(sink, Generate(stream=stream_id))  # the true one comes with the answer
+        try:
+            self._encode_aside(stream, body, None if attached is None or attached.refused else attached)
+        except CierzoError:
+            self._refuse(stream)
+            raise
+
+    def forget_attached(self, sink: Sink, stream_id: int) -> None:
+        """Let go of what is attached to a stream."""
+        self._attachments.take(sink, stream_id)
+
+    def refuse_attached(self, sink: Sink, stream_id: int) -> None:
+        """Part of a prompt was refused: pass over the rest of it."""
+        self._attachments.refuse(sink, stream_id)
+
+    def disconnect(self, sink: Sink) -> None:
+        """A connection is gone, and what it attached."""
+        self._attachments.disconnect(sink)
+
+    def ended(self, stream: Stream) -> None:
+        """A stream has ended: its prompt is not wanted any more."""
+        if (future := self._encoding.pop(stream.request_id, None)) is not None:
+            future.cancel()
+
+    def close(self) -> None:
+        """Stop what runs on the side."""
+        for future in [*self._encoding.values()]:
+            future.cancel()
+
+    # --- inside ----------------------------------------------------------------------------------------
+
+    def _admit(self, num_samples: int) -> None:
+        if self._owner.is_refusing:
+            raise Draining("the server is draining", retry_after_s=self._config.retry_after_s)
+        self._core.require()
+        self._room("max_open_samples", self._streams.num_samples + num_samples, self._config.max_open_samples)
+
+    def _room(self, limit_name: str, value: int, limit: int) -> None:
+        require_room(limit_name, value, limit, self._config.retry_after_s)
+
+    def _open(self, sink: Sink, message: Generate) -> Stream:
+        request_id = self._next_request_id
+        self._next_request_id += 1
+        arrived = self._clock()
+        stream = Stream(
+            request_id=request_id,
+            stream_id=message.stream,
+            sink=sink,
+            deltas=message.deltas,
+            num_samples=message.sampling.n,
+            num_tokens=0,
+            arrived=arrived,
+            deadline_at_s=arrived + (message.deadline_s or self._config.default_deadline_s),
+        )
+        if "resume" in sink.features:
+            self._keeper.enter(stream)
+        self._streams.open(stream)
+        self._core.opened(stream)
+        return stream
+
+    def _encode_aside(self, stream: Stream, body: bytes | bytearray, attached: Attached | None) -> None:
+        """A long prompt is rendered and encoded by a process; meanwhile the stream can be cancelled."""
+        assert stream.sink is not None
+        features = sorted(stream.sink.features)
+        job = Job(stream=stream.stream_id, features=features, has_attached=attached is not None)
+        pieces = [] if attached is None else attached.pieces
+        future = self._encoders.submit(job, body, pieces, stream.deadline_at_s)
+        self._encoding[stream.request_id] = future
+        future.add_done_callback(lambda done: self._encoded(stream, done))
+
+    def _encoded(self, stream: Stream, future: asyncio.Future[Encoded]) -> None:
+        """An answer for a stream that waits for it; a stream that ended meanwhile has cancelled it."""
+        self._encoding.pop(stream.request_id, None)
+        if future.cancelled() or stream not in self._streams:
+            return
+        sink = stream.sink
+        try:
+            encoded = future.result()
+            if self._settle(stream, encoded):
+                self._start(stream, encoded)
+        except Late:
+            self._owner.end(stream, "deadline")
+        except CierzoError as error:
+            self._refuse_late(stream, error)
+        except Exception as error:
+            log.exception("request %d could not be started", stream.request_id)
+            self._refuse_late(stream, CierzoError(f"internal error: {type(error).__name__}"))
+        if sink is not None:
+            sink.flush()
+
+    def _settle(self, stream: Stream, encoded: Encoded) -> bool:
+        """Take over what a message says of its stream, which may have been opened without it; False if its key
+        names another stream, which its reader gets instead."""
+        message = encoded.message
+        if message.idempotency_key is not None and stream.key is None:
+            known = self._keeper.find_key(message, encoded.content)
+            if known is not None:
+                sink = stream.sink
+                self._leave(stream)
+                if sink is not None:
+                    self._join(sink, message, known)
+                return False
+            self._keeper.claim(stream, message, encoded.content)
+        num_samples = self._streams.num_samples + message.sampling.n - stream.num_samples
+        self._room("max_open_samples", num_samples, self._config.max_open_samples)
+        self._streams.resize(stream, message.sampling.n)
+        stream.deltas = message.deltas
+        stream.deadline_at_s = stream.arrived + (message.deadline_s or self._config.default_deadline_s)
+        self._core.opened(stream)
+        return True
+
+    def _join(self, sink: Sink, message: Generate, known: Stream) -> None:
+        try:
+            self._readers.join(sink, message, known)
+        except CierzoError as error:
+            sink.put(failure(message.stream, error))
+
+    def _start(self, stream: Stream, encoded: Encoded) -> None:
+        submit = pack_prompt(encoded.submit)
+        if submit.sampling.seed is None:
+            seed = self._random.getrandbits(SEED_BITS)
+            submit = msgspec.structs.replace(submit, sampling=msgspec.structs.replace(submit.sampling, seed=seed))
+        num_tokens = encoded.num_prompt_tokens + len(submit.output_token_ids)
+        self._core.require_in_time(stream, num_tokens, submit.priority)
+        self._room("max_open_tokens", self._streams.num_tokens + num_tokens, self._config.max_open_tokens)
+        if not stream.deltas:
+            require_bounded(submit, self._config.max_answer_bytes)
+        detokenizers = [self._detokenizer(encoded) for _ in range(stream.num_samples)]
+        stream.start(submit, encoded.num_prompt_tokens, detokenizers)
+        self._streams.charge(stream, num_tokens)
+        self._owner.counters.accepted += 1
+        if stream.sink is not None:
+            self._outlets.attach(stream)
+        self._core.submit(stream)
+
+    def _detokenizer(self, encoded: Encoded) -> Detokenizer | None:
+        """A new one, which has seen what a resumed request brings."""
+        detokenizer = self._prompts.detokenizer(encoded.submit.sampling)
+        if detokenizer is not None:
+            detokenizer.go_on_after(len(encoded.submit.output_token_ids), encoded.tail)
+        return detokenizer
+
+    def _attachment_expired(self, sink: Sink, stream_id: int) -> None:
+        error = InvalidRequest(
+            "bytes were attached, and no generate came",
+            field="attached",
+            limit=f"{ATTACHED_S:g} s",
+            value=stream_id,
+        )
+        sink.put(failure(stream_id, error))
+        sink.flush()
+
+    def _refuse(self, stream: Stream) -> None:
+        if stream in self._streams:
+            self._owner.counters.refused += 1
+            self._leave(stream)
+
+    def _refuse_late(self, stream: Stream, error: CierzoError) -> None:
+        sink = stream.sink
+        self._refuse(stream)
+        if sink is not None:
+            sink.put(failure(stream.stream_id, error))
+
+    def _leave(self, stream: Stream) -> None:
+        """A stream that was not started leaves no trace."""
+        self._streams.close(stream)
+        self._streams.detach(stream)
+        self._keeper.refused(stream)
+        self._core.forget(stream)
+        self._owner.left(stream)

@@ -1,0 +1,77 @@
+"""`python -m cierzo.engine.frontend.encoder_process --socket PATH`: a process that encodes prompts, one at a time.
+
+Started by the front end, not by hand; it ends when the front end closes the socket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from cierzo.engine.errors import CierzoError
+from cierzo.engine.frontend.encoding import Job, Loaded, Refused, RequestEncoder, Setup
+from cierzo.engine.frontend.frames import LENGTH_BYTES
+from cierzo.engine.frontend.prompt import PromptEncoder
+
+
+def main() -> int:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(
+        prog="cierzo.engine.frontend.encoder_process", description="Encodes prompts.", allow_abbrev=False
+    )
+    parser.add_argument("--socket", required=True, metavar="PATH", help="Unix socket of the front end")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    return run(parser.parse_args().socket)
+
+
+def run(socket_path: str) -> int:
+    """Connect, read the set-up, load the tokenizer, say so; then answer jobs until the socket ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front end, which then ends this process
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(socket_path)
+    with connection, connection.makefile("rb") as incoming, contextlib.suppress(EOFError, ConnectionError):
+        setup = msgspec.msgpack.decode(_read(incoming), type=Setup)
+        try:
+            prompts = PromptEncoder.load(Path(setup.checkpoint)) if setup.checkpoint else PromptEncoder()
+        except CierzoError as error:
+            _write(connection, [msgspec.msgpack.encode(Refused.of(error))])
+            return 1
+        encoder = RequestEncoder(prompts, setup.frontend, setup.model)
+        _write(connection, [msgspec.msgpack.encode(Loaded())])
+        while True:
+            job = msgspec.msgpack.decode(_read(incoming), type=Job)
+            body = _read(incoming)
+            attached = _read(incoming) if job.has_attached else None
+            _write(connection, encoder.answer(job, body, attached))
+    return 0
+
+
+def _read(incoming: BinaryIO) -> bytes:
+    """The body of the next frame. Raises EOFError at the end."""
+    length = int.from_bytes(_exactly(incoming, LENGTH_BYTES), "big")
+    return _exactly(incoming, length)
+
+
+def _exactly(incoming: BinaryIO, num_bytes: int) -> bytes:
+    data = incoming.read(num_bytes)
+    if len(data) < num_bytes:
+        raise EOFError
+    return data
+
+
+def _write(connection: socket.socket, bodies: Iterable[bytes]) -> None:
+    for body in bodies:
+        connection.sendall(len(body).to_bytes(LENGTH_BYTES, "big"))
+        connection.sendall(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,362 @@
+"""The front end's side of the encoder processes: starts them, gives them jobs, and replaces those that die or hang.
+
+A long prompt keeps its process for seconds. So the shortest job goes first, and one process takes short jobs only;
+a job gains on shorter ones as it waits, so that none waits for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import msgspec
+
+from cierzo.engine.errors import CierzoError
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.core_link import CoreProcess, Spawn
+from cierzo.engine.frontend.encoding import Answer, Encoded, Job, Loaded, Refused, Setup, packed
+from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer, FrameSplitter, pack
+from cierzo.engine.frontend.room import Room
+
+log = logging.getLogger(__name__)
+
+SHORT_BYTES = 256 * 1024  # what the process for short jobs takes
+AGEING_BYTES_PER_S = 1024 * 1024.0  # a job that waits a second is as good as one so much shorter
+LONGEST_JOB_S = 300.0  # past any deadline that a client may set: a template can run in circles
+GRACE_S = 2.0  # for a job past its deadline: about what a new process costs
+START_TIMEOUT_S = 60.0
+RESTART_WAIT_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a start, by the number of those in a row that failed
+MAX_TRIES = 2  # of a job whose process dies
+MAX_FRAME_BYTES = 1 << 30  # our own process: the bound only tells a frame from garbage
+_decode = msgspec.msgpack.Decoder(Answer).decode
+
+
+class Late(Exception):
+    """The deadline of a request passed before it was encoded."""
+
+
+class Encoder(Protocol):
+    """The part of `Encoders` that the front end uses."""
+
+    room: Room
+
+    def submit(
+        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float
+    ) -> asyncio.Future[Encoded]:
+        """Have a request encoded; the future's `submit` has its prompt packed. Cancel it to drop the job.
+
+        Raises Overloaded. The future gives a CierzoError, or Late.
+        """
+        ...
+
+
+async def spawn_encoder(socket_path: str) -> CoreProcess:
+    """A real process, in a session of its own: a Ctrl-C in the terminal is for the front end to handle."""
+    module = "cierzo.engine.frontend.encoder_process"
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", module, "--socket", socket_path, start_new_session=True
+    )
+
+
+class EncoderDied(Exception):
+    """The process ended."""
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """A job on its way. `rank`: the lowest goes first. `frames`: the pieces of each; empty once it is over."""
+
+    frames: list[list[Buffer]]
+    num_bytes: int
+    rank: float
+    deadline_at_s: float
+    answer: asyncio.Future[Encoded]
+    timer: asyncio.TimerHandle | None = None
+    tries: int = 0
+
+
+class _Pipe(asyncio.Protocol):
+    """The socket to one process."""
+
+    def __init__(self, setup: bytes | bytearray, on_lost: Callable[[], None]) -> None:
+        self.loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.is_lost = False
+        self.transport: asyncio.Transport | None = None
+        self._setup = setup
+        self._on_lost = on_lost
+        self._splitter = FrameSplitter(MAX_FRAME_BYTES)
+        self._answer: asyncio.Future[Encoded] | None = None
+        self._encoded: Encoded | None = None  # its ids come next
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.write(self._setup)
+
+    def data_received(self, data: bytes) -> None:
+        for body in self._splitter.feed(data):
+            if self._encoded is not None:
+                encoded, self._encoded = self._encoded, None
+                submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=packed(bytes(body)))
+                self._say(msgspec.structs.replace(encoded, submit=submit))
+                continue
+            match _decode(body):
+                case Encoded() as encoded:
+                    self._encoded = encoded
+                case Refused() as refused if self.loaded.done():
+                    self._say(refused.error())
+                case Refused() as refused:
+                    self.loaded.set_exception(refused.error())
+                case Loaded() if not self.loaded.done():
+                    self.loaded.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_lost = True
+        if not self.loaded.done():
+            self.loaded.set_exception(EncoderDied())
+        self._say(EncoderDied())
+        self._on_lost()
+
+    async def ask(self, frames: list[list[Buffer]]) -> Encoded:
+        """Have a job done. Raises the request's CierzoError, or EncoderDied."""
+        if self.is_lost or self.transport is None:
+            raise EncoderDied
+        self._answer = asyncio.get_running_loop().create_future()
+        for pieces in frames:
+            self.transport.write(sum(map(len, pieces)).to_bytes(LENGTH_BYTES, "big"))
+            for piece in pieces:
+                self.transport.write(piece)
+        return await self._answer
+
+    def _say(self, answer: Encoded | Exception) -> None:
+        future, self._answer = self._answer, None
+        if future is None or future.done():
+            return
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """A place for one process at a time. `takes_long`: whether it takes jobs of any length."""
+
+    takes_long: bool
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    process: CoreProcess | None = None
+    pipe: _Pipe | None = None
+
+
+class Encoders:
+    """A pool of `config.encoders` processes, and one more for short jobs. `start`, `submit`, `close`."""
+
+    def __init__(
+        self,
+        config: FrontendConfig,
+        setup: Setup,
+        spawn: Spawn = spawn_encoder,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.room = Room(config)
+        self._setup = pack([setup])
+        self._spawn = spawn
+        self._clock = clock
+        self._seats = [_Seat(takes_long=True) for _ in range(config.encoders)] + [_Seat(takes_long=False)]
+        self._waiting: dict[_Ticket, None] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Start the processes; jobs may come at once, and wait for them."""
+        loop = asyncio.get_running_loop()
+        self._keepers = [loop.create_task(self._keep(seat)) for seat in self._seats]
+
+    async def close(self) -> None:
+        """End the processes; jobs that are left are cancelled."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        for seat in self._seats:
+            await _end(seat)  # of which the keeper may have been in the middle
+        for ticket in list(self._waiting):
+            ticket.answer.cancel()
+            self._over(ticket)
+
+    def submit(
+        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float
+    ) -> asyncio.Future[Encoded]:
+        """Queue a job. Raises Overloaded."""
+        now, loop = self._clock(), asyncio.get_running_loop()
+        num_bytes = len(body) + sum(map(len, attached))
+        self.room.take(num_bytes)
+        ticket = _Ticket(
+            [[msgspec.msgpack.encode(job)], [body], *([[*attached]] if job.has_attached else [])],
+            num_bytes,
+            num_bytes + AGEING_BYTES_PER_S * now,
+            deadline_at_s,
+            loop.create_future(),
+        )
+        ticket.timer = loop.call_later(max(0.0, deadline_at_s - now), self._late, ticket)
+        ticket.answer.add_done_callback(lambda _: self._forget(ticket))
+        self._wait(ticket)
+        return ticket.answer
+
+    # --- jobs ------------------------------------------------------------------------------------------
+
+    def _wait(self, ticket: _Ticket) -> None:
+        self._waiting[ticket] = None
+        for seat in self._seats:
+            seat.news.set()
+
+    def _forget(self, ticket: _Ticket) -> None:
+        """Nobody waits for the answer any more, or it is there."""
+        if ticket in self._waiting:
+            self._over(ticket)
+
+    def _over(self, ticket: _Ticket) -> None:
+        """A job is no longer here, whatever the way: its bytes go. May be called twice."""
+        self._waiting.pop(ticket, None)
+        if ticket.timer is not None:
+            ticket.timer.cancel()
+            ticket.timer = None
+            self.room.give(ticket.num_bytes)
+        ticket.frames.clear()
+
+    def _late(self, ticket: _Ticket) -> None:
+        """The deadline of a job has passed. If a process works at it, its seat's own timer ends that."""
+        if not ticket.answer.done():
+            ticket.answer.set_exception(Late())
+
+    def _next(self, seat: _Seat) -> _Ticket | None:
+        """Take the job that is due next from the queue."""
+        fitting = (each for each in self._waiting if seat.takes_long or each.num_bytes <= SHORT_BYTES)
+        ticket = min(fitting, key=lambda each: each.rank, default=None)
+        if ticket is not None:
+            del self._waiting[ticket]
+        return ticket
+
+    # --- processes -------------------------------------------------------------------------------------
+
+    async def _keep(self, seat: _Seat) -> None:
+        """Keep a process in this seat."""
+        failures = 0
+        while True:
+            await asyncio.sleep(RESTART_WAIT_S[min(failures, len(RESTART_WAIT_S) - 1)])
+            try:
+                pipe = await self._launch(seat)
+                failures = 0
+                await self._serve(seat, pipe)
+            except (EncoderDied, TimeoutError, OSError, CierzoError) as error:
+                failures += 1
+                log.error("an encoder process could not be started: %r", error)
+            finally:
+                await _end(seat)
+
+    async def _launch(self, seat: _Seat) -> _Pipe:
+        """Start a process, and wait until it takes jobs."""
+        folder = tempfile.mkdtemp(prefix="cierzo-encoder-")  # mode 0700; gone as soon as the process is connected
+        try:
+            path = os.path.join(folder, "encoder.sock")
+            pipe = seat.pipe = _Pipe(self._setup, seat.news.set)
+            listener = await asyncio.get_running_loop().create_unix_server(lambda: pipe, path)
+            try:
+                os.chmod(path, 0o600)
+                process = await self._fill(seat, path)
+                ended = asyncio.ensure_future(process.wait())
+                try:
+                    first: set[asyncio.Future[Any]] = {pipe.loaded, ended}
+                    await asyncio.wait(first, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    ended.cancel()
+                    await asyncio.gather(ended, return_exceptions=True)
+                if not pipe.loaded.done():
+                    raise EncoderDied
+                pipe.loaded.result()
+                return pipe
+            finally:
+                listener.close()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def _fill(self, seat: _Seat, path: str) -> CoreProcess:
+        """Start the process; when the pool closes meanwhile, it is known all the same, and ends."""
+        starting = asyncio.ensure_future(self._spawn(path))
+        try:
+            await asyncio.shield(starting)
+        finally:
+            seat.process = await starting
+        return seat.process
+
+    async def _serve(self, seat: _Seat, pipe: _Pipe) -> None:
+        """Give a process its jobs, until it dies or has to be killed."""
+        while not pipe.is_lost:
+            ticket = self._next(seat)
+            if ticket is None:
+                seat.news.clear()
+                await seat.news.wait()
+            elif ticket.answer.done():
+                self._over(ticket)
+            elif not await self._work(pipe, ticket):
+                return
+
+    async def _work(self, pipe: _Pipe, ticket: _Ticket) -> bool:
+        """Have one job done; False if the process is of no use any more."""
+        answer, is_over = ticket.answer, True
+        limit_s = min(max(ticket.deadline_at_s - self._clock(), GRACE_S), LONGEST_JOB_S)
+        try:
+            async with asyncio.timeout(limit_s):
+                encoded = await pipe.ask(ticket.frames)
+        except CierzoError as error:
+            _set(answer, error)
+        except TimeoutError:
+            log.error("an encoder process is replaced: its job was not done within %.3g s", limit_s)
+            _set(answer, CierzoError(f"internal error: the prompt was not encoded within {limit_s:g} s"))
+            return False
+        except EncoderDied:
+            ticket.tries += 1
+            log.error("an encoder process died at a job of %d bytes", ticket.num_bytes)
+            if ticket.tries < MAX_TRIES and not answer.done():
+                is_over = False
+                self._wait(ticket)
+            else:
+                _set(answer, CierzoError("internal error: the process that encoded the prompt died"))
+            return False
+        else:
+            _set(answer, encoded)
+        finally:
+            if is_over:
+                self._over(ticket)
+                answer.cancel()  # the pool closes, if there is no answer yet
+        return True
+
+
+def _set(answer: asyncio.Future[Encoded], outcome: Encoded | Exception) -> None:
+    if answer.done():
+        return
+    if isinstance(outcome, Exception):
+        answer.set_exception(outcome)
+    else:
+        answer.set_result(outcome)
+
+
+async def _end(seat: _Seat) -> None:
+    """No process and no socket is left behind."""
+    pipe, seat.pipe = seat.pipe, None
+    if pipe is not None:
+        if pipe.transport is not None:
+            pipe.transport.abort()
+        if pipe.loaded.done() and not pipe.loaded.cancelled():
+            pipe.loaded.exception()  # it was seen, or is of no interest any more
+    if seat.process is not None:
+        with contextlib.suppress(ProcessLookupError):
+            seat.process.kill()
+        await seat.process.wait()
+        seat.process = None

@@ -1,0 +1,213 @@
+"""The work of an encoder process: a request is decoded, checked, rendered and encoded; and the words for it.
+
+The front end sends a `Job`, the bytes of the `generate` message and, if the prompt was attached, those; the answer
+is a `Refused`, or an `Encoded` and the prompt's token ids. Each is a frame, the ids as one MessagePack list: they
+go on to the core as they are, and the front end never looks at them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import cast
+
+import msgspec
+
+from cierzo.engine.errors import BY_CODE, CierzoError, InvalidRequest, ProtocolError
+from cierzo.engine.frontend import validate
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.frames import UNDECODABLE
+from cierzo.engine.frontend.prompt import PromptEncoder
+from cierzo.engine.messages import ChatMessage, Generate, Message, ModelInfo, Submit
+
+_decode_generate = msgspec.msgpack.Decoder(Generate).decode
+_decode_attached = {
+    "text": msgspec.msgpack.Decoder(str).decode,
+    "messages": msgspec.msgpack.Decoder(list[ChatMessage]).decode,
+    "token_ids": msgspec.msgpack.Decoder(list[int]).decode,
+}
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Setup(Message, frozen=True):
+    """First message to an encoder process. `checkpoint`: folder of the tokenizer; "": there is none."""
+
+    checkpoint: str
+    frontend: FrontendConfig
+    model: ModelInfo
+
+
+class Loaded(Message, frozen=True, tag="loaded"):
+    """The encoder process has read its tokenizer, and takes jobs."""
+
+
+class Job(Message, frozen=True):
+    """A request to encode. `stream` is what its beginning named; `features` are those of its connection."""
+
+    stream: int
+    features: list[str]
+    has_attached: bool
+
+
+class Encoded(Message, frozen=True, tag="encoded"):
+    """A request that is valid. `message` lacks its prompt, `submit` too, and its seed if the client gave none.
+
+    tail: the last of the output tokens that have text, enough for a Detokenizer to go on after all of them.
+    content: `digest` of the whole message, if it has an idempotency key.
+    """
+
+    message: Generate
+    submit: Submit
+    num_prompt_tokens: int
+    tail: list[int]
+    content: bytes = b""
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """The error of a request that is not."""
+
+    code: str
+    message: str
+    field: str | None = None
+    limit: str | None = None
+    value: str | None = None
+    retry_after_s: float | None = None
+
+    @classmethod
+    def of(cls, error: CierzoError) -> Refused:
+        """Take down an error."""
+        return cls(
+            code=error.code,
+            message=error.message,
+            field=error.field,
+            limit=error.limit,
+            value=error.value,
+            retry_after_s=error.retry_after_s,
+        )
+
+    def error(self) -> CierzoError:
+        """The error again."""
+        return BY_CODE.get(self.code, CierzoError)(
+            self.message,
+            field=self.field,
+            limit=self.limit,
+            value=self.value,
+            retry_after_s=self.retry_after_s,
+        )
+
+
+Answer = Loaded | Encoded | Refused
+
+
+class RequestEncoder:
+    """Turns requests into their answers. Holds no state between them."""
+
+    def __init__(self, prompts: PromptEncoder, config: FrontendConfig, model: ModelInfo) -> None:
+        self._prompts = prompts
+        self._config = config
+        self._model = model
+
+    def answer(self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None) -> list[bytes]:
+        """The frames of the answer. Never raises."""
+        try:
+            encoded, token_ids = self._encode(job, body, attached)
+            return [_encode(encoded), token_ids]
+        except CierzoError as error:
+            return [_encode(Refused.of(error))]
+        except Exception as error:
+            return [_encode(Refused.of(CierzoError(f"internal error: {type(error).__name__}")))]
+
+    def encode(self, message: Generate) -> Encoded:
+        """Encode a decoded message whose fields are checked; the ids lie in `submit`. Raises InvalidRequest."""
+        prompts, model = self._prompts, self._model
+        token_ids = prompts.encode(message, model.max_model_len)
+        submit = validate.request(message, token_ids, 0, message.sampling.seed, model, prompts.special_ids)
+        tail: list[int] = []
+        if message.output_token_ids and (detokenizer := prompts.detokenizer(submit.sampling)) is not None:
+            detokenizer.push(message.output_token_ids)
+            if detokenizer.stop is not None:
+                raise InvalidRequest(
+                    "the generation has already ended: it holds a stop string",
+                    field="output_token_ids",
+                    value=detokenizer.stop,
+                )
+            tail = prompts.tail(message.output_token_ids, self._config.max_stop_chars)
+        content = b"" if message.idempotency_key is None else digest(message)
+        num_tokens = len(token_ids)
+        return Encoded(message=message, submit=submit, num_prompt_tokens=num_tokens, tail=tail, content=content)
+
+    def _encode(
+        self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None
+    ) -> tuple[Encoded, bytes]:
+        message = self._message(job, body, attached)
+        validate.fields(message, self._config, self._model, self._prompts.special_ids)
+        encoded = self.encode(message)
+        bare = msgspec.structs.replace(
+            message, text=None, messages=None, token_ids=None, attached=None, output_token_ids=[]
+        )
+        submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=[])
+        return (
+            msgspec.structs.replace(encoded, message=bare, submit=submit),
+            _encode(encoded.submit.prompt_token_ids),
+        )
+
+    def _message(self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None) -> Generate:
+        """The whole message, with what was attached in its place."""
+        try:
+            message = _decode_generate(body)
+        except UNDECODABLE as error:
+            raise validate.undecodable(error) from error
+        if message.stream != job.stream:
+            raise ProtocolError("stream is named twice", field="stream", limit="once", value=message.stream)
+        validate.features(message, frozenset(job.features))
+        num_bytes, most = None if attached is None else len(attached), self._model.max_model_len
+        validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
+        if message.attached is None or attached is None:
+            return message
+        try:
+            self._check_length(message.attached, attached)
+            value = _decode_attached[message.attached](attached)
+        except UNDECODABLE as error:
+            refused = validate.undecodable(error)
+            raise InvalidRequest(
+                f"attached {message.attached}: {refused.message}", field=message.attached, limit=refused.limit
+            ) from error
+        changes = {message.attached: value, "attached": None}
+        return msgspec.structs.replace(message, **changes)
+
+    def _check_length(self, kind: str, attached: bytes | bytearray) -> None:
+        """Refuse a list that is too long before its entries are made."""
+        most = {"messages": self._config.max_turns, "token_ids": self._model.max_model_len}.get(kind)
+        if most is not None and (length := _list_length(attached)) > most:
+            raise InvalidRequest(
+                f"{kind} has {length} entries, allowed: {most}", field=kind, limit=most, value=length
+            )
+
+
+def digest(message: Generate) -> bytes:
+    """A digest of what is asked for, the same for every repetition of a request, attached or not."""
+    params = message.sampling
+    if params.logit_bias:
+        params = msgspec.structs.replace(params, logit_bias=dict(sorted(params.logit_bias.items())))
+    content = msgspec.structs.replace(message, stream=0, deadline_s=None, idempotency_key=None, sampling=params)
+    return hashlib.blake2b(_encode(content), digest_size=16).digest()
+
+
+def packed(token_ids: bytes) -> list[int]:
+    """Token ids in their wire form, where a message to the core has a list: who decodes it sees no difference."""
+    return cast("list[int]", msgspec.Raw(token_ids))
+
+
+def pack_prompt(submit: Submit) -> Submit:
+    """Pack the prompt of a message to the core, if it is not yet."""
+    if isinstance(submit.prompt_token_ids, msgspec.Raw):
+        return submit
+    return msgspec.structs.replace(submit, prompt_token_ids=packed(_encode(submit.prompt_token_ids)))
+
+
+def _list_length(data: bytes | bytearray) -> int:
+    """Entries that a MessagePack list announces; 0 for anything else."""
+    first = data[0] if data else 0
+    if 0x90 <= first <= 0x9F:
+        return first & 0x0F
+    width = {0xDC: 2, 0xDD: 4}.get(first, 0)
+    return int.from_bytes(data[1 : 1 + width], "big")

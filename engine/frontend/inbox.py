@@ -1,0 +1,236 @@
+"""The bytes that come from a client, cut into frames without ever keeping more than one, or work beyond a turn.
+
+A small frame is decoded where it arrives. A large one is kept, and charged as it comes; its type and its stream are
+all that the event loop reads of it. One that is over the limit, or finds no room, is passed over as it arrives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from struct import Struct as Layout
+
+import msgspec
+
+from cierzo.engine.errors import CierzoError, FrameTooLarge
+from cierzo.engine.frontend.frames import LENGTH_BYTES, UNDECODABLE
+from cierzo.engine.frontend.room import Room
+
+SMALL_FRAME_BYTES = 64 * 1024  # decoding the worst one takes the loop 2 ms
+READABLE_BYTES = 2 * 1024 * 1024  # msgspec passes over the worst one, lists of lists, in 9 ms
+PREFIX_BYTES = 256
+ABSURD_BYTES = 1 << 30  # such a length is no frame, but the letters of another protocol
+MAX_STEPS = 256  # values that `peek` looks at
+_LENGTH = Layout(">I")
+
+
+@dataclass(slots=True)
+class Large:
+    """A whole frame that is too long to be decoded on the event loop."""
+
+    body: bytearray
+
+
+@dataclass(slots=True)
+class Skipped:
+    """A frame that is not kept. `prefix`: its first bytes; `error`: why."""
+
+    prefix: bytes
+    error: CierzoError
+
+
+class Envelope(msgspec.Struct):
+    """The fields of a message that can be read even if the rest cannot be decoded."""
+
+    type: str = ""
+    stream: int = -1
+
+
+_decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
+_decode_int = msgspec.msgpack.Decoder(int).decode
+
+
+class Inbox:
+    """Cuts what `feed` brings; `next` gives the next frame: a small one's body, Large or Skipped, or None."""
+
+    __slots__ = ("_at", "_data", "_frame", "_left", "_room", "_size", "_why", "max_frame_bytes")
+
+    def __init__(self, max_frame_bytes: int, room: Room) -> None:
+        self.max_frame_bytes = max_frame_bytes
+        self._room = room
+        self._data = b""  # what came last; read up to _at
+        self._at = 0
+        self._size = -1  # of the frame that is being read; -1: its length is
+        self._frame = bytearray()  # what is here of the length, of the body, or of a skipped one's prefix
+        self._left = 0  # bytes of the frame that are to be passed over
+        self._why: CierzoError | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes, to be cut by `next`."""
+        self._data = self._data[self._at :] + data if self._at < len(self._data) else data
+        self._at = 0
+
+    def close(self) -> None:
+        """Let go of what is kept."""
+        if self._size > SMALL_FRAME_BYTES:
+            self._room.give(len(self._frame))
+        self._data, self._at, self._size = b"", 0, -1
+        self._frame.clear()
+
+    def next(self) -> memoryview | Large | Skipped | None:
+        """The next frame, None until more has come. Raises FrameTooLarge for a length that is none."""
+        while True:
+            if self._left:
+                if (skipped := self._skip()) is not None:
+                    return skipped
+            elif self._size >= 0 or self._read_length():
+                frame = self._read_body()
+                if frame is not None:
+                    return frame
+            if self._at == len(self._data):
+                return None
+
+    def _take(self, most: int) -> memoryview:
+        piece = memoryview(self._data)[self._at : self._at + most]
+        self._at += len(piece)
+        return piece
+
+    def _read_length(self) -> bool:
+        self._frame += self._take(LENGTH_BYTES - len(self._frame))
+        if len(self._frame) < LENGTH_BYTES:
+            return False
+        (size,) = _LENGTH.unpack(self._frame)
+        self._frame.clear()
+        if size <= self.max_frame_bytes:
+            self._size = size
+            return True
+        error = FrameTooLarge(
+            f"a frame of {size} bytes exceeds the limit of {self.max_frame_bytes}",
+            field="frame",
+            limit=self.max_frame_bytes,
+            value=size,
+        )
+        if size > ABSURD_BYTES:
+            raise error
+        self._left, self._why = size, error
+        return False
+
+    def _read_body(self) -> memoryview | Large | Skipped | None:
+        size = self._size
+        if not self._frame and size <= SMALL_FRAME_BYTES and len(self._data) - self._at >= size:
+            self._size = -1
+            return self._take(size)
+        piece = self._take(size - len(self._frame))
+        if size > SMALL_FRAME_BYTES:
+            try:
+                self._room.take(len(piece))
+            except CierzoError as error:
+                return self._give_up(piece, error)
+        self._frame += piece
+        if len(self._frame) < size:
+            return None
+        body, self._frame, self._size = self._frame, bytearray(), -1
+        if size <= SMALL_FRAME_BYTES:
+            return memoryview(body)
+        self._room.give(size)  # to who gets the frame, which takes it again
+        return Large(body)
+
+    def _give_up(self, piece: memoryview, error: CierzoError) -> Skipped | None:
+        """There is no room for the rest of a frame."""
+        self._room.give(len(self._frame))
+        self._left = self._size - len(self._frame) - len(piece)
+        self._frame += piece[:PREFIX_BYTES]
+        del self._frame[PREFIX_BYTES:]
+        self._size, self._why = -1, error
+        if len(self._frame) == PREFIX_BYTES or not self._left:
+            return self._skipped()
+        return None
+
+    def _skip(self) -> Skipped | None:
+        """Pass over what came of a frame; it is told once, as soon as its beginning is here."""
+        piece = self._take(self._left)
+        self._left -= len(piece)
+        if self._why is None:
+            return None
+        self._frame += piece[: PREFIX_BYTES - len(self._frame)]
+        return self._skipped() if len(self._frame) == PREFIX_BYTES or not self._left else None
+
+    def _skipped(self) -> Skipped:
+        assert self._why is not None
+        skipped = Skipped(bytes(self._frame), self._why)
+        self._why = None
+        self._frame.clear()
+        return skipped
+
+
+def envelope(body: bytearray) -> Envelope:
+    """Type and stream of a large message. Raises msgspec's errors for what is none."""
+    found = peek(body)
+    if (found.stream < 0 or not found.type) and len(body) <= READABLE_BYTES:
+        return _decode_envelope(body)
+    return found
+
+
+def peek(body: bytes | bytearray) -> Envelope:
+    """Type and stream of a message, as far as they are found among its first values, or in its first bytes."""
+    found = Envelope()
+    with memoryview(body) as view:
+        try:
+            _walk(view, found)
+        except (IndexError, *UNDECODABLE):
+            pass  # the bytes end there, or are no such thing
+    return found
+
+
+def _walk(body: memoryview, found: Envelope) -> None:
+    at, inside = _span(body, 0)
+    if not 0x80 <= body[0] <= 0x8F and body[0] not in (0xDE, 0xDF):
+        return
+    outer = inside  # keys and values of the map that are still to come
+    for _ in range(MAX_STEPS):
+        if not outer or (found.type and found.stream >= 0):
+            return
+        key_end, more = _span(body, at)
+        if more:
+            return
+        key, at = bytes(body[at:key_end]), key_end
+        end, pending = _span(body, at)
+        if key == b"\xa4type":
+            found.type = msgspec.msgpack.decode(body[at:end], type=str)
+        elif key == b"\xa6stream":
+            found.stream = _decode_int(body[at:end])
+        for _ in range(MAX_STEPS):
+            if not pending:
+                break
+            end, more = _span(body, end)
+            pending += more - 1
+        if pending:
+            return
+        at, outer = end, outer - 2
+
+
+# First byte of a MessagePack value -> bytes of the head behind it that hold a length, bytes per unit of it that the
+# value has, values per unit of it that follow.
+_HEADS = {
+    **{0xC4 + i: (1 << i, 1, 0) for i in range(3)},  # bin
+    **{0xC7 + i: (1 << i, 1, 0) for i in range(3)},  # ext, with one byte more for its type
+    **{0xD9 + i: (1 << i, 1, 0) for i in range(3)},  # str
+    **{0xDC + i: (2 << i, 0, 1) for i in range(2)},  # array
+    **{0xDE + i: (2 << i, 0, 2) for i in range(2)},  # map
+}
+_FIXED = {0xCA: 4, 0xCB: 8, **{0xCC + i: 1 << i for i in range(4)}, **{0xD0 + i: 1 << i for i in range(4)}} | {
+    0xD4 + i: 1 + (1 << i) for i in range(5)
+}
+
+
+def _span(body: memoryview, at: int) -> tuple[int, int]:
+    """Where the value at `at` ends, and how many values follow inside it. Raises IndexError behind the end."""
+    first = body[at]
+    if first in _HEADS:
+        width, num_bytes, values = _HEADS[first]
+        length = int.from_bytes(body[at + 1 : at + 1 + width], "big")
+        return at + 1 + width + num_bytes * length + (0xC7 <= first <= 0xC9), values * length
+    if 0x80 <= first <= 0x9F:
+        return at + 1, (first & 0x0F) * (2 if first < 0x90 else 1)
+    if 0xA0 <= first <= 0xBF:
+        return at + 1 + (first & 0x1F), 0
+    return at + 1 + _FIXED.get(first, 0), 0
