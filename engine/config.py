@@ -134,6 +134,16 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     softmax_scale: Annotated[
         Amount | None, Meta(description="attention's softmax scale; default: (query-key width)^-0.5")
     ] = None
+    flight_folder: Annotated[
+        str | None,
+        Meta(
+            description="folder where a server's core writes down what it does of late, and where that is kept "
+            'when it dies (cierzo replay); default: flights/ in the cache folder; "": nowhere'
+        ),
+    ] = None
+    record_prompts: Annotated[
+        bool, Meta(description="write down token ids too, of prompts and answers; else ids of requests and lengths")
+    ] = False
     runner: Annotated[
         Literal["model", "fake"], Meta(description="fake: deterministic tokens without a model, for load tests")
     ] = "model"
@@ -164,6 +174,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     scheduler: SchedulerConfig
     kernels: KernelsConfig
     frontend: FrontendConfig
+    flight_folder: str = ""  # "": nothing is recorded
+    record_prompts: bool = False
 
     def describe(self) -> str:
         """The resolved settings and the capacity plan, as printed at start."""
@@ -185,6 +197,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
         ]
+        if self.flight_folder:
+            what = "with token ids" if self.record_prompts else "ids and lengths"
+            rows.append(("flight record", f"{self.flight_folder} ({what})"))
         if self.model.moe is not None:
             rows.append(("experts", "counted" if self.expert_statistics else "not counted"))
         if self.card is not None:
@@ -251,11 +266,17 @@ def resolve(options: EngineOptions) -> EngineConfig:
             priority_aging_s=options.priority_aging_s,
         ),
         kernels=_kernels(options),
-        frontend=msgspec.structs.replace(  # what the front end admits, the core's queue must take
-            options.frontend,
-            max_open_samples=min(options.frontend.max_open_samples, options.max_waiting),
-            max_samples=min(options.frontend.max_samples, options.max_waiting),
-        ),
+        flight_folder=_flight_folder(options),
+        record_prompts=options.record_prompts,
+        frontend=_frontend(options),
+    )
+
+
+def _frontend(options: EngineOptions) -> FrontendConfig:
+    """The front end's section: what it admits, the core's queue must take."""
+    limits, most = options.frontend, options.max_waiting
+    return msgspec.structs.replace(
+        limits, max_open_samples=min(limits.max_open_samples, most), max_samples=min(limits.max_samples, most)
     )
 
 
@@ -325,6 +346,16 @@ def _expert_statistics(options: EngineOptions, model: ModelConfig, card: Device 
             without = "the fake runner" if card is None else "a simulated card"
         raise refusal("expert_statistics", False, True, f"{without} has no experts")
     return options.expert_statistics
+
+
+def _flight_folder(options: EngineOptions) -> str:
+    """Where flight records go: a whole path, "" for nowhere, as for a user without a home."""
+    if options.flight_folder is not None:
+        return os.path.abspath(options.flight_folder) if options.flight_folder else ""
+    try:
+        return str(cache_dir() / "flights")
+    except ConfigError:
+        return ""
 
 
 def _weights(options: EngineOptions, kind: str, dtype: str) -> str:

@@ -17,6 +17,7 @@ from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import CoreFailed, refusal
 from cierzo.engine.frontend.address import parse_address
 from cierzo.engine.frontend.core_link import CoreLink, Spawn, spawn_worker
+from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
@@ -55,7 +56,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     read."""
     signals = _signals()
     config, prompts = load_prompts(config)
-    link = CoreLink(config.frontend, config, spawn)
+    link = CoreLink(config.frontend, config, spawn, flights=Flights.under(config.flight_folder))
     frontend = Frontend(config.frontend, model_info(config, prompts), prompts, link)
     server = RpcServer(config.frontend, frontend)
     await server.start()
@@ -65,7 +66,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
         if isinstance(startup, signal.Signals):
             return 128 + startup
         print(f"{startup}\nready: {config.name} at {server.address}", flush=True)
-        return await _until_stopped(signals, frontend, config.frontend.drain_s)
+        return await _until_stopped(signals, frontend)
     finally:
         await server.close()
         await frontend.close()
@@ -80,15 +81,15 @@ def _signals() -> asyncio.Queue[signal.Signals]:
     return queue
 
 
-async def _until_stopped(signals: asyncio.Queue[signal.Signals], frontend: Frontend, drain_s: float) -> int:
-    """SIGINT stops at once; SIGTERM first lets the open requests finish, for a while or until a second signal."""
+async def _until_stopped(signals: asyncio.Queue[signal.Signals], frontend: Frontend) -> int:
+    """SIGINT stops at once; SIGTERM drains, until the drain is over or a second signal comes."""
     reason = await _first(signals.get(), _failed(frontend))
     if reason is None:
         raise CoreFailed("the core died too often; see the log above")
-    if reason == signal.SIGTERM and len(frontend.streams):
-        log.info("draining %d requests, at most %g s", len(frontend.streams), drain_s)
+    if reason == signal.SIGTERM:
         frontend.drain()
-        await _first(frontend.drained(), signals.get(), asyncio.sleep(drain_s))
+        await _first(frontend.drained(), signals.get())
+    frontend.interrupt()
     return 0
 
 

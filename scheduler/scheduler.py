@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -123,6 +123,15 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether any accepted sequence has not ended."""
         return bool(self._live)
+
+    def requests(self) -> Iterator[Request]:
+        """All live sequences, by arrival of their request; to be read."""
+        return (request for samples in self._live.values() for request in samples.values())
+
+    @property
+    def num_finished(self) -> int:
+        """Sequences that have ended so far."""
+        return self._num_finished
 
     def stats(self) -> SchedulerStats:
         """Gauges and counters of this moment."""

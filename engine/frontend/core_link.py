@@ -1,8 +1,9 @@
-"""The front end's side of the core process: starts it, speaks with it, starts it again when it dies.
+"""The front end's side of the core process: starts it, speaks with it, starts it again when it dies or hangs.
 
 The link listens on a private Unix socket and hands its path to the new process. Then: our EngineConfig, its Ready
 (or CoreError), and from there commands one way, steps the other. When the socket ends, the process is taken for
-dead, whatever the reason.
+dead, whatever the reason. From Ready on its signs of life are watched (engine/signs.py, watch.py): a core that
+hangs is killed, and that ends its socket too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol, cast
@@ -24,18 +24,27 @@ import msgspec
 
 from cierzo.engine.errors import BY_CODE, CierzoError, CoreFailed
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frames import FrameSplitter, pack
+from cierzo.engine.frontend.restarts import Restarts
+from cierzo.engine.frontend.watch import LOOK_S, Verdict, Watch, process_state
 from cierzo.engine.messages import CoreCommand, CoreError, CoreEvent, Ready, Shutdown, StepOutput
+from cierzo.engine.signs import SignsPage
 
 log = logging.getLogger(__name__)
 
 MAX_CORE_FRAME_BYTES = 1 << 30  # our own process: the bound only tells a frame from garbage
-STOP_TIMEOUT_S = 2.0  # a core in a longer step than this is killed: it has nothing to save
+STOP_TIMEOUT_S = 1.0  # a core in a longer step than this is killed: it has nothing to save
 _decode = msgspec.msgpack.Decoder(CoreEvent).decode
 
 
 class CoreProcess(Protocol):
     """The part of `asyncio.subprocess.Process` that a link to a core uses."""
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        ...
 
     async def wait(self) -> int:
         """Wait for its end; the exit status."""
@@ -60,8 +69,12 @@ class CoreEvents(Protocol):
         """Take what the core made in a step."""
         ...
 
-    def lost(self) -> None:
-        """Learn that the core has died, and that another one is being started."""
+    def stalled(self, is_stalled: bool) -> None:
+        """Learn that the core shows no sign of life, or does again."""
+        ...
+
+    def lost(self, committed: bool) -> None:
+        """Learn that the core has died, and that another one is being started. `committed`: it had ended a step."""
         ...
 
     def failed(self, error: CierzoError) -> None:
@@ -86,6 +99,7 @@ class _Pipe(asyncio.Protocol):
         self.ready: asyncio.Future[Ready] = loop.create_future()
         self.lost: asyncio.Future[None] = loop.create_future()
         self.last_error: CierzoError | None = None
+        self.committed = False  # a step has ended
         self.transport: asyncio.Transport | None = None
         self._hello = hello
         self._on_connect = on_connect
@@ -104,6 +118,7 @@ class _Pipe(asyncio.Protocol):
         for body in self._splitter.feed(data):
             event = _decode(body)
             if isinstance(event, StepOutput):
+                self.committed = self.committed or _shows_a_step(event)
                 self._on_step(event)
             elif isinstance(event, CoreError):
                 self.last_error = BY_CODE.get(event.code, CoreFailed)(event.message)
@@ -124,11 +139,16 @@ class CoreLink:
         engine_config: msgspec.Struct,
         spawn: Spawn = spawn_worker,
         clock: Callable[[], float] = time.monotonic,
+        flights: Flights | None = None,
     ) -> None:
+        """flights: where the records of cores that died are kept."""
         self._config = config
         self._hello = pack([engine_config])
         self._spawn = spawn
         self._clock = clock
+        self._flights = flights
+        self._restarts = Restarts(config)
+        self._signs: SignsPage | None = None
         self._events: CoreEvents | None = None
         self._pipe: _Pipe | None = None
         self._process: CoreProcess | None = None
@@ -151,6 +171,10 @@ class CoreLink:
         if pipe is not None and pipe.transport is not None and not pipe.lost.done():
             pipe.transport.write(pack((command,)))
 
+    def forgive(self) -> None:
+        """The last death was part of a search for the request that kills: it does not count in the window."""
+        self._restarts.forgive()
+
     async def close(self) -> None:
         """End the process: politely, then after a while not."""
         if self._supervisor is not None:
@@ -169,6 +193,7 @@ class CoreLink:
         remove_folder = partial(shutil.rmtree, folder, ignore_errors=True)
         try:
             path = os.path.join(folder, "core.sock")
+            self._signs = SignsPage.create(folder)
             pipe = self._pipe = _Pipe(self._hello, remove_folder, self._events.step)
             listener = await asyncio.get_running_loop().create_unix_server(lambda: pipe, path)
             try:
@@ -203,29 +228,57 @@ class CoreLink:
             await asyncio.gather(ended, return_exceptions=True)
 
     async def _supervise(self) -> None:
-        """Start the core again whenever it dies, within the limit."""
+        """Start the core again whenever it dies, within the limits."""
         assert self._events is not None
-        deaths: deque[float] = deque()
         while True:
             assert self._pipe is not None
-            await asyncio.wait({self._pipe.lost})  # unlike `await`, its cancellation leaves the future alone
-            error: CierzoError = self._pipe.last_error or CoreFailed("the core process died")
-            self._events.lost()
+            assert self._process is not None
+            pipe, pid = self._pipe, self._process.pid
+            reason = await self._watch_until_lost(pipe, self._process)
+            error: CierzoError = pipe.last_error or CoreFailed("the core process died")
+            self._restarts.record(self._clock(), pipe.committed)
+            self._events.lost(pipe.committed)
             await self._reap()
+            if self._flights is not None:
+                await self._flights.keep(pid, reason, error.message)
             while True:
-                log.error("the core is gone: %s; starting it again", error.message)
-                deaths.append(self._clock())
-                while deaths[0] < deaths[-1] - self._config.core_restart_window_s:
-                    deaths.popleft()
-                if len(deaths) > self._config.max_core_restarts:
-                    self._events.failed(_too_often(error, self._config))
+                refusal = self._restarts.refusal(error.message)
+                if refusal is not None:
+                    log.error("%s", refusal.message)
+                    self._events.failed(refusal)
                     return
+                delay_s = self._restarts.delay_s
+                log.error("the core is gone: %s; starting it again in %g s", error.message, delay_s)
+                await asyncio.sleep(delay_s)
                 try:
                     await self._launch()
                     break
                 except CierzoError as again:
                     error = again
+                    self._restarts.record(self._clock(), False)
             self._events.ready()
+
+    async def _watch_until_lost(self, pipe: _Pipe, process: CoreProcess) -> str:
+        """Look at the core's signs of life until its socket ends, and kill it if it hangs: "died" or "hung"."""
+        assert self._events is not None
+        assert self._signs is not None
+        watch, stalled = Watch(self._config, lambda: process_state(process.pid)), False
+        while True:
+            # unlike `await`, the cancellation of `wait` leaves the future alone
+            await asyncio.wait({pipe.lost}, timeout=LOOK_S)
+            if pipe.lost.done():
+                return "died"
+            verdict = watch.look(self._signs.read(), self._clock())
+            if (verdict is not Verdict.LIVES) != stalled:
+                stalled = not stalled
+                log.warning("the core %s", f"is stalled: {watch.reason}" if stalled else "goes on")
+                self._events.stalled(stalled)
+            if verdict is Verdict.HUNG:
+                pipe.last_error = CoreFailed(f"the core process hung: {watch.reason}")
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await asyncio.wait({pipe.lost}, timeout=STOP_TIMEOUT_S)
+                return "hung"
 
     async def _reap(self) -> None:
         """No process and no socket is left behind."""
@@ -238,10 +291,7 @@ class CoreLink:
             self._pipe.transport.abort()
 
 
-def _too_often(error: CierzoError, config: FrontendConfig) -> CoreFailed:
-    return CoreFailed(
-        f"the core process died more than {config.max_core_restarts} times "
-        f"within {config.core_restart_window_s:g} s; last: {error.message}",
-        field="max_core_restarts",
-        limit=config.max_core_restarts,
-    )
+def _shows_a_step(output: StepOutput) -> bool:
+    """Whether a core that says this has ended a step: a token came of one, or a second one has begun."""
+    begun = output.stats is not None and output.stats.steps > 1
+    return begun or any(delta.token_ids for delta in output.deltas)

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cierzo.engine.errors import CierzoError, Draining, InvalidRequest, SlowReader
+from cierzo.engine.errors import CierzoError, Draining, Interrupted, InvalidRequest, SlowReader
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import Core, CoreSide
 from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.drain import Drain
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.prompt import PromptEncoder
@@ -27,7 +28,6 @@ from cierzo.engine.frontend.sample import require_bounded
 from cierzo.engine.frontend.stream import Sink, Stream, failure
 from cierzo.engine.messages import (
     Credit,
-    Drained,
     FinishReason,
     Generate,
     ModelInfo,
@@ -48,6 +48,16 @@ class Counters:
     accepted: int = 0
     refused: int = 0
     finished: int = 0
+
+
+def interruption(stream: Stream) -> Interrupted:
+    """The error for a stream that the server's end cuts short; it tells the seed, which a resumed request needs."""
+    seed = None if stream.submit is None else stream.submit.sampling.seed
+    return Interrupted(
+        "the server stops; the same request goes on elsewhere, with this seed and the tokens that came",
+        field="seed",
+        value=seed,
+    )
 
 
 class Frontend:
@@ -75,16 +85,14 @@ class Frontend:
         self._random = random.SystemRandom()
         self._next_request_id = 0
         self._encoding: set[asyncio.Task[None]] = set()
-        self._draining = False
-        self._drain_waiters: list[tuple[Sink, int]] = []
-        self._drained = asyncio.Event()
+        self._drain = Drain(config, lambda: len(self.streams) + self.streams.num_read, self.interrupt)
 
     # --- what is going on ------------------------------------------------------------------------------
 
     @property
     def health(self) -> str:
-        """loading, ready, draining or failed."""
-        return "draining" if self._draining and self.core.state != "failed" else self.core.state
+        """loading, ready, stalled, draining or failed."""
+        return "draining" if self._drain.active and self.core.state != "failed" else self.core.state
 
     @property
     def uptime_s(self) -> float:
@@ -107,8 +115,8 @@ class Frontend:
                     self._abort(stream, "cancelled")
             self.outlets.detach(stream, sink)
         self.outlets.left(sink)
-        self._drain_waiters = [waiter for waiter in self._drain_waiters if waiter[0] is not sink]
-        self._tell_drained()
+        self._drain.leave(sink)
+        self._drain.check()
 
     def writable(self, sink: Sink) -> None:
         """A connection that was paused takes output again."""
@@ -166,23 +174,37 @@ class Frontend:
                 self._abort(stream, "cancelled")
             self.outlets.detach(stream, sink)
         sink.put(failure(stream_id, error))
-        self._tell_drained()
+        self._drain.check()
 
     def drain(self, sink: Sink | None = None, stream_id: int = 0) -> None:
-        """Accept nothing from now on; `sink` hears when the last stream has ended."""
-        self._draining = True
+        """Say that the server is draining, then accept nothing, then end what is left; `sink` hears when nothing
+        is open any more."""
         if sink is not None:
-            self._drain_waiters.append((sink, stream_id))
-        self._tell_drained()
+            self._drain.wait_for(sink, stream_id)
+        self._drain.begin()
+        self._drain.check()
+
+    def undo_drain(self) -> None:
+        """Accept requests again; who waits for the end of the drain hears that it will not come."""
+        for sink, stream_id in self._drain.undo():
+            sink.put(failure(stream_id, Draining("the drain was undone before it was complete")))
+            sink.flush()
 
     async def drained(self) -> None:
         """Wait until a drain is complete."""
-        await self._drained.wait()
+        await self._drain.wait()
+
+    def interrupt(self) -> None:
+        """End every open stream with an error that says how to go on elsewhere."""
+        for stream in self.streams:
+            self._fail(stream, interruption(stream))
+        self.outlets.hurry(Interrupted("the server stops, and does not wait for its slow readers"))
 
     async def close(self) -> None:
         """Stop what runs on the side."""
         self.outlets.close()
         self.keeper.close()
+        self._drain.close()
         tasks = list(self._encoding)
         for task in tasks:
             task.cancel()
@@ -219,10 +241,7 @@ class Frontend:
     def fail_all(self, error: CierzoError) -> None:
         """There will be no core any more: every open stream fails with `error`."""
         for stream in self.streams:
-            sink = stream.sink
-            self._close(stream, error)
-            if sink is not None:
-                sink.flush()
+            self._fail(stream, error)
 
     # --- from the outlets ------------------------------------------------------------------------------
 
@@ -233,22 +252,20 @@ class Frontend:
         sink.put(failure(stream.stream_id, error))
         self.streams.detach(stream)
         if stream in self.streams:
-            self.core.withdraw(stream)
-            stream.paused = False
-            self._close(stream, error)
+            self._fail(stream, error)
         self.outlets.detach(stream, sink)
         sink.flush()
-        self._tell_drained()
+        self._drain.check()
 
     def delivered(self) -> None:
         """A reader has got the last message of its stream."""
-        self._tell_drained()
+        self._drain.check()
 
     # --- inside ----------------------------------------------------------------------------------------
 
     def _admit(self, message: Generate) -> None:
         config = self._config
-        if self._draining:
+        if self._drain.refusing:
             raise Draining("the server is draining", retry_after_s=config.retry_after_s)
         self.core.require()
         validate.fields(message, config, self.model, self._prompts.special_ids)
@@ -275,6 +292,7 @@ class Frontend:
             self.keeper.enter(stream)
             self.keeper.claim(stream, message)
         self.streams.open(stream)
+        self.core.opened(stream)
         return stream
 
     async def _encode_aside(self, stream: Stream, message: Generate) -> None:
@@ -298,6 +316,7 @@ class Frontend:
         special_ids = self._prompts.special_ids
         submit = validate.request(message, token_ids, stream.request_id, seed, self.model, special_ids)
         num_tokens = len(token_ids) + len(message.output_token_ids)
+        self.core.require_in_time(stream, submit)
         self._room("max_open_tokens", self.streams.num_tokens + num_tokens, self._config.max_open_tokens)
         if not stream.deltas:
             require_bounded(submit, self._config.max_answer_bytes)
@@ -343,6 +362,15 @@ class Frontend:
         self.counters.finished += 1
         self._close(stream)
 
+    def _fail(self, stream: Stream, error: CierzoError) -> None:
+        """End a stream with an error, in the core too."""
+        sink = stream.sink
+        self.core.withdraw(stream)
+        stream.paused = False
+        self._close(stream, error)
+        if sink is not None:
+            sink.flush()
+
     def _refuse(self, stream: Stream) -> None:
         if stream in self.streams:
             self.counters.refused += 1
@@ -350,7 +378,7 @@ class Frontend:
             self.streams.detach(stream)
             self.keeper.refused(stream)
             self.core.forget(stream)
-            self._tell_drained()
+            self._drain.check()
 
     def _refuse_late(self, stream: Stream, error: CierzoError) -> None:
         sink = stream.sink
@@ -366,13 +394,4 @@ class Frontend:
         self.core.forget(stream)
         self.keeper.ended(stream)
         self.outlets.ended(stream)
-        self._tell_drained()
-
-    def _tell_drained(self) -> None:
-        if not self._draining or len(self.streams) or self.streams.num_read:
-            return
-        self._drained.set()
-        waiters, self._drain_waiters = self._drain_waiters, []
-        for sink, stream_id in waiters:
-            sink.put(Drained(stream=stream_id))
-            sink.flush()
+        self._drain.check()

@@ -126,7 +126,11 @@ class Methods:
         sink.put(msgspec.structs.replace(self._frontend.model, stream=message.stream))
 
     def _drain(self, sink: Sink, message: Drain) -> None:
-        self._frontend.drain(sink, message.stream)
+        if message.undo:
+            self._frontend.undo_drain()
+            sink.put(Done(stream=message.stream))
+        else:
+            self._frontend.drain(sink, message.stream)
 
 
 def _require(sink: Sink, feature: str, field: str, value: object) -> None:

@@ -36,7 +36,7 @@ from cierzo.engine.messages import MAGIC, OLDEST_VERSION, PROTOCOL_VERSION, Clie
 
 log = logging.getLogger(__name__)
 
-GRANTED = frozenset({"credit", "resume"})  # of messages.FEATURES, what this server has
+GRANTED = frozenset({"accounting", "credit", "resume"})  # of messages.FEATURES, what this server has
 LINGER_S = 2.0  # how long a peer may take to read why its connection ends
 
 

@@ -12,9 +12,11 @@ from typing import Protocol
 import msgspec
 
 from cierzo.engine.errors import CierzoError
+from cierzo.engine.frontend.accounting import add_run
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.messages import (
+    Cost,
     Failure,
     Final,
     Finish,
@@ -51,7 +53,7 @@ class Stream:
 
     `arrived`, `deadline_at_s` and `ended_at_s` (None: it runs) are times of the clock in seconds; `sent_s` (None:
     the core that runs now has not got it) and `first_token_s` count from arrival. `run_id`: the core's name of its
-    present run. `deaths`: how many cores have died that had it. `error`: what it ended with, if not as planned.
+    present run. `cost`: of the runs that cores have reported. `error`: what it ended with, if not as planned.
 
     name: the request id that `accepted` tells, "" without the feature "resume". key: its idempotency key.
     sink: the connection that reads it, under `stream_id`; None for an orphan. credit: what that reader may still be
@@ -79,7 +81,7 @@ class Stream:
     first_token_s: float | None = None
     ended_at_s: float | None = None
     error: CierzoError | None = None
-    deaths: int = 0
+    cost: Cost = field(default_factory=Cost)
     samples: list[Sample] = field(default_factory=list)
     running: int = 0
     credit: int | None = None
@@ -108,10 +110,15 @@ class Stream:
 
     def end(self, sample: Sample, finish: Finish) -> bool:
         """Record the end of a sample; True if it was the last one."""
+        self.spend(sample, finish)
         if sample.finish is None:
             sample.end(finish)
             self.running -= 1
         return self.running == 0
+
+    def spend(self, sample: Sample, finish: Finish) -> None:
+        """Add what a core reported of a run of a sample to the cost."""
+        self.cost = add_run(self.cost, finish, sample.computed)
 
     def end_all(self, reason: FinishReason, now: float, message: str = "") -> None:
         """End what still runs without the core's word: it is not there to be asked."""
@@ -155,6 +162,9 @@ class Stream:
         )
         if self.first_token_s is None and self.running == len(self.samples):
             return [submit]
+        for sample in self.samples:
+            if len(sample.token_ids) > len(submit.output_token_ids):
+                sample.computed = len(submit.prompt_token_ids) + len(sample.token_ids) - 1
         return [
             msgspec.structs.replace(
                 submit,
@@ -167,10 +177,11 @@ class Stream:
         ]
 
     def last(self, detokenizer: Callable[[SamplingParams], Detokenizer | None]) -> Message:
-        """The last message, once it has ended. `detokenizer` makes new ones."""
+        """The last message for its reader, once it has ended. `detokenizer` makes new ones."""
         if self.error is not None:
             return failure(self.stream_id, self.error)
         assert self.ended_at_s is not None
+        assert self.sink is not None
         ends = [(sample, sample.finish) for sample in self.samples if sample.finish is not None]
         finishes = [finish for _, finish in ends]
         return Final(
@@ -183,6 +194,7 @@ class Stream:
             ),
             timings=self._timings(finishes, self.ended_at_s - self.arrived),
             seed=self.sampling.seed or 0,
+            cost=self.cost if "accounting" in self.sink.features else None,
         )
 
     def _timings(self, finishes: list[Finish], total_s: float) -> Timings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from cierzo.cache.manager import KVCacheManager
@@ -13,9 +13,10 @@ from cierzo.engine.messages import Abort, CoreStats, Finish, Submit, TokenDelta
 from cierzo.engine.worker.batch import Batch, BatchBuilder
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.fake import FakeRunner
+from cierzo.engine.worker.step_times import StepTimes
 from cierzo.kernels.fault import DeviceFault
 from cierzo.scheduler.plan import StepPlan, StepResult
-from cierzo.scheduler.request import NewRequest, QueueFull
+from cierzo.scheduler.request import NewRequest, QueueFull, Request
 from cierzo.scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,22 @@ class EngineCore:
             block_tokens=config.cache.block_tokens,
         )
         self._runner = make_runner(config) if runner is None else runner
+        self.observe: Callable[[StepPlan], None] = _ignore  # called with each step's plan before it is launched
+        self._step_times = StepTimes()
+
+    @property
+    def predicted_s(self) -> float:
+        """Seconds that the step about to run is thought to take; 0.0: not known yet."""
+        return self._step_times.predicted_s
+
+    def requests(self) -> Iterator[Request]:
+        """All live sequences, to be read."""
+        return self._scheduler.requests()
+
+    @property
+    def num_finished(self) -> int:
+        """Sequences that have ended so far."""
+        return self._scheduler.num_finished
 
     def reset(self) -> None:
         """Forget every request, without a word, and the prefix cache; the model stays loaded.
@@ -127,7 +144,10 @@ class EngineCore:
 
     def step_plain(self) -> list[TokenDelta]:
         """Schedule, build, run, commit."""
-        self._run(self._scheduler.schedule())
+        begun_s = time.perf_counter()
+        plan = self._schedule()
+        self._run(plan)
+        self._step_times.took(plan, time.perf_counter() - begun_s)
         return self.take_deltas()
 
     def step_overlapped(self) -> list[TokenDelta]:
@@ -136,7 +156,8 @@ class EngineCore:
         The same tokens as `step_plain` gives, each a call later. A step that fails is run again by itself, and so
         is one that was launched behind it.
         """
-        plan = self._scheduler.schedule()
+        begun_s = time.perf_counter()
+        plan = self._schedule()
         before, self._flying = self._flying, None
         error = self._launch(plan) if plan.seqs else None
         if before is not None and (lost := self._collect(before)) is not None:
@@ -147,6 +168,8 @@ class EngineCore:
             self._run(self._scheduler.revise(plan))
         elif plan.seqs:
             self._flying = plan
+        if before is not None:
+            self._step_times.took(before, time.perf_counter() - begun_s)
         return self.take_deltas()
 
     def take_deltas(self) -> list[TokenDelta]:
@@ -186,6 +209,13 @@ class EngineCore:
     def check(self) -> None:
         """Assert the invariants of scheduler and cache; for tests and idle moments."""
         self._scheduler.check()
+
+    def _schedule(self) -> StepPlan:
+        """The next step's plan, which is told before anything of it is computed."""
+        plan = self._scheduler.schedule()
+        self._step_times.expect(self._flying or plan)
+        self.observe(plan)
+        return plan
 
     def _run(self, plan: StepPlan) -> None:
         """Launch, collect and commit a step; where that fails, its halves, down to single sequences."""
@@ -243,6 +273,10 @@ def make_runner(config: EngineConfig) -> Runner:
     from cierzo.engine.worker.runner import load_runner
 
     return load_runner(config)
+
+
+def _ignore(plan: StepPlan) -> None:
+    """Observe nothing."""
 
 
 def _refusal(new: NewRequest, message: str) -> TokenDelta:

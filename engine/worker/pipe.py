@@ -16,6 +16,8 @@ from cierzo.engine.messages import CoreCommand, CoreEvent
 
 LENGTH_BYTES = 4
 RECEIVE_BYTES = 1 << 18
+MAX_READ_BYTES = 1 << 22  # of a call: a peer that never stops sending holds nothing up
+MAX_FRAMES = 256  # cut at a time
 
 
 class PipeClosed(Exception):
@@ -66,20 +68,25 @@ class CorePipe:
 
     def wait(self, timeout_s: float | None) -> None:
         """Wait for something to read, or until the kept bytes could move; at most `timeout_s` (None: for ever)."""
-        self._wait_for(select.POLLIN | (select.POLLOUT if self._outgoing else 0), timeout_s)
+        if not self._has_frame():
+            self._wait_for(select.POLLIN | (select.POLLOUT if self._outgoing else 0), timeout_s)
 
     def wait_writable(self, timeout_s: float) -> None:
         """Wait until the kept bytes could move; at most `timeout_s`."""
         self._wait_for(select.POLLOUT, timeout_s)
 
-    def receive(self) -> Iterator[CoreCommand]:
-        """All commands that have arrived in full; does not wait. Raises PipeClosed, msgspec.DecodeError."""
-        while (body := self.receive_frame()) is not None:
+    def receive(self, limit: int = MAX_FRAMES) -> Iterator[CoreCommand]:
+        """At most `limit` of the commands that have arrived in full; does not wait.
+
+        Raises PipeClosed, msgspec.DecodeError.
+        """
+        while limit > 0 and (body := self.receive_frame()) is not None:
             yield self._decode(body)
+            limit -= 1
 
     def receive_frame(self) -> bytes | None:
         """The body of the next frame, None if it has not arrived in full. Raises PipeClosed once all are taken."""
-        if not self._frames:
+        if not self._has_frame():
             self._read()
         return self._frames.popleft() if self._frames else None
 
@@ -88,15 +95,19 @@ class CorePipe:
         self._socket.close()
 
     def _wait_for(self, events: int, timeout_s: float | None) -> None:
-        if self._frames:
-            return
         self._poll.register(self._socket, events)
         self._poll.poll(None if timeout_s is None else timeout_s * 1000)
 
+    def _has_frame(self) -> bool:
+        """Whether a frame is here in full."""
+        if not self._frames:
+            self._cut()
+        return bool(self._frames)
+
     def _read(self) -> None:
         """Take what the socket has and cut it into frames. Raises PipeClosed if that was nothing, and its end."""
-        closed = False
-        while not closed:
+        closed, most = False, len(self._incoming) + MAX_READ_BYTES
+        while not closed and len(self._incoming) < most:
             try:
                 received = self._socket.recv(RECEIVE_BYTES)
             except BlockingIOError:
@@ -111,7 +122,7 @@ class CorePipe:
 
     def _cut(self) -> None:
         start, end = 0, len(self._incoming)
-        while end - start >= LENGTH_BYTES:
+        while end - start >= LENGTH_BYTES and len(self._frames) < MAX_FRAMES:
             body = start + LENGTH_BYTES
             after = body + int.from_bytes(self._incoming[start:body], "big")
             if after > end:

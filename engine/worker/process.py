@@ -28,13 +28,17 @@ from cierzo.engine.messages import (
     Submit,
     TokenDelta,
 )
+from cierzo.engine.signs import SignsPage
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.pipe import CorePipe, PipeClosed
+from cierzo.engine.worker.recorder import Readings, Recorder
+from cierzo.scheduler.plan import StepPlan
 
 log = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 0.1
 DELTAS_PER_FRAME = 8192
+MAX_COMMANDS = 256  # of a turn: the rest waits for the next one
 LAST_WORDS_S = 5.0
 HANGUP_POLL_MS = 200
 GC_THRESHOLDS = (20_000, 50, 1_000)  # the last: young collections between two full ones
@@ -47,9 +51,21 @@ class CoreLoop:
     every delta belongs to a request that the front end itself has sent and counts.
     """
 
-    def __init__(self, core: EngineCore, pipe: CorePipe, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        pipe: CorePipe,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        signs: SignsPage | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """signs: where the loop shows that it lives; recorder: what keeps its commands and steps."""
         self._core = core
         self._pipe = pipe
+        self._signs = signs or SignsPage.unread()
+        self._recorder = recorder
+        core.observe = self._begin_step
         self._clock = clock
         self._unsent: list[TokenDelta] = []
         self._next_stats_s = clock()
@@ -66,7 +82,10 @@ class CoreLoop:
         core, pipe = self._core, self._pipe
         if not core.has_work():
             self._wait()
-        for command in pipe.receive():
+        self._signs.begin()
+        for command in pipe.receive(MAX_COMMANDS):
+            if self._recorder is not None:
+                self._recorder.command(command)
             match command:
                 case Submit():
                     core.submit(command)
@@ -76,12 +95,22 @@ class CoreLoop:
                     return False
             self._stats_are_old = True
         if core.has_work():
-            self._unsent += core.step()
+            deltas = core.step()
             self._stats_are_old = True
         else:
-            self._unsent += core.take_deltas()  # of aborts
+            deltas = core.take_deltas()  # of aborts
+        if self._recorder is not None:
+            self._recorder.results(deltas)
+        self._unsent += deltas
         self._publish()
+        self._signs.end()
         return True
+
+    def _begin_step(self, plan: StepPlan) -> None:
+        """A step is planned, and about to be launched."""
+        self._signs.predict(self._core.predicted_s)
+        if self._recorder is not None:
+            self._recorder.step(plan)
 
     def _wait(self) -> None:
         """Wait until a command comes, or the socket takes more of what is kept. Checks an idle core."""
@@ -118,31 +147,48 @@ class CoreLoop:
 def run(socket_path: str) -> int:
     """Connect, read the configuration, load, say Ready, loop. The exit status: 1 if the core could not go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front end, which then ends this process
+    signs, recorder = SignsPage.beside(socket_path), None  # the folder goes as soon as we are connected
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(socket_path)
     pipe = CorePipe(connection)
     try:
         config = _read_config(pipe)
+        readings = Readings() if config.flight_folder else None
         with _ends_with_front_end(connection):
-            core = EngineCore(config)
+            core = EngineCore(config, clock=readings or time.monotonic)
+        if readings is not None:
+            recorder = Recorder(config, core, readings)
         prepare_memory()
+        signs.start_beating()
         pipe.send(Ready(startup=core.describe_runner()))
-        CoreLoop(core, pipe).run()
+        CoreLoop(core, pipe, signs=signs, recorder=recorder).run()
+        _close(recorder)
     except PipeClosed:
+        _close(recorder)
         return 0
     except CierzoError as error:
         _last_words(pipe, CoreError(code=error.code, message=error.message))
         return 1
     except MemoryError as error:
+        if recorder is not None:
+            recorder.failed(f"out of memory: {error}")
         _last_words(pipe, CoreError(code=CoreFailed.code, message=f"out of memory: {error}"))
         return 1
     except Exception as error:
         log.exception("the core cannot go on")
-        _last_words(pipe, CoreError(code=CoreFailed.code, message=f"{type(error).__name__}: {error}"))
+        told = f"{type(error).__name__}: {error}"
+        if recorder is not None:
+            recorder.failed(told)
+        _last_words(pipe, CoreError(code=CoreFailed.code, message=told))
         return 1
     finally:
         pipe.close()
     return 0
+
+
+def _close(recorder: Recorder | None) -> None:
+    if recorder is not None:
+        recorder.close()
 
 
 def prepare_memory() -> None:

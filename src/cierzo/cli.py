@@ -25,6 +25,7 @@ COMMANDS = (
     ("chat", "engine.commands.chat", "talk to a running server"),
     ("demo", "engine.commands.demo", "serve the demo model and ask it one question"),
     ("make-checkpoint", "engine.commands.make_checkpoint", "write a random checkpoint"),
+    ("replay", "engine.commands.replay", "run again what a core that died had recorded"),
     ("info", "engine.commands.info", "describe a checkpoint"),
     ("plan", "bench.plan.command", "plan a workload on devices that need not be here"),
     ("bench", "", "measure"),

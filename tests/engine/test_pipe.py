@@ -31,8 +31,8 @@ from cierzo.engine.messages import (
 from cierzo.engine.worker.core import EngineCore, make_runner
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.fake import fake_config
-from cierzo.engine.worker.pipe import CorePipe, PipeClosed
-from cierzo.engine.worker.process import STATS_INTERVAL_S, CoreLoop
+from cierzo.engine.worker.pipe import MAX_FRAMES, MAX_READ_BYTES, RECEIVE_BYTES, CorePipe, PipeClosed
+from cierzo.engine.worker.process import MAX_COMMANDS, STATS_INTERVAL_S, CoreLoop
 from cierzo.scheduler.config import SchedulerConfig
 
 CONFIG = fake_config(
@@ -166,6 +166,43 @@ def test_a_slow_front_end_holds_nothing_up_and_misses_nothing(ends: tuple[CorePi
         while alone.has_work():
             expected += [t for delta in alone.step_plain() for t in delta.token_ids]
         assert tokens == expected
+
+
+def test_a_flood_of_commands_delays_no_step_by_more_than_a_turn(ends: tuple[CorePipe, Peer]) -> None:
+    pipe, peer = ends
+    core, taken = EngineCore(CONFIG), []
+    core.abort = lambda abort: taken.append(abort.request_id)  # type: ignore[method-assign]
+    loop = CoreLoop(core, pipe)
+    peer.send(submit(1, max_tokens=500))
+    loop.turn()
+    body = msgspec.msgpack.encode(Abort(request_id=7))
+    flood = (len(body).to_bytes(4, "big") + body) * 100_000
+    sender = threading.Thread(target=peer.socket.sendall, args=(flood,))
+    sender.start()
+    while core.has_work():
+        before, steps = len(taken), core.stats().steps
+        loop.turn()
+        assert len(taken) - before <= MAX_COMMANDS
+        assert core.stats().steps == steps + 1
+        assert len(pipe._incoming) <= MAX_READ_BYTES + RECEIVE_BYTES
+    while len(taken) < 100_000:  # an idle core waits for none of those that are here
+        loop.turn()
+    sender.join()
+    assert set(taken) == {7}
+
+
+def test_commands_beyond_a_turn_wait_for_the_next_and_the_end_comes_after_them(ends: tuple[CorePipe, Peer]) -> None:
+    pipe, peer = ends
+    bodies = [msgspec.msgpack.encode(Abort(request_id=number)) for number in range(MAX_FRAMES + 7)]
+    peer.socket.sendall(b"".join(len(body).to_bytes(4, "big") + body for body in bodies))
+    peer.socket.close()
+    assert [abort.request_id for abort in pipe.receive(5)] == [0, 1, 2, 3, 4]
+    assert len(list(pipe.receive())) == MAX_FRAMES
+    pipe.wait(None)  # two are here
+    last = pipe.receive()
+    assert [next(last).request_id for _ in range(2)] == [MAX_FRAMES + 5, MAX_FRAMES + 6]
+    with pytest.raises(PipeClosed):
+        next(last)
 
 
 def test_figures_are_sent_when_they_change_but_not_more_often_than_due(ends: tuple[CorePipe, Peer]) -> None:

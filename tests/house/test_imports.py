@@ -17,6 +17,7 @@ WORKER = (
     *("kernels", "engine.model", "engine.weights", *PARAMETERS),
     *("engine.cost", "cache", "scheduler", "engine.worker"),
     *("engine.messages", "engine.expert_statistics", "engine.config", "engine.graph_sizes"),
+    *("engine.signs", "engine.flight"),
 )
 MESSAGES = ("engine.messages", "engine.expert_statistics", "engine.errors")
 CLIENT = (
@@ -42,6 +43,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.errors": (),
     "engine.expert_statistics": (),
     "engine.messages": ("scheduler.params", "scheduler.plan", "engine.expert_statistics"),
+    "engine.signs": (),
+    "engine.flight": ("engine.messages", "engine.errors"),
     "engine.settings": ("engine.errors",),
     "engine.device_memory": (
         *("engine.cost", "engine.model.config", "engine.graph_sizes", "engine.errors"),
@@ -94,6 +97,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.frontend",
         "engine.messages",
         "engine.errors",
+        "engine.signs",
+        "engine.flight",
         "scheduler.params",
         "scheduler.plan",
     ),
@@ -123,6 +128,7 @@ WITHOUT_TORCH = (
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.device_memory"),
     "engine.graph_sizes",
     "engine.expert_statistics",
+    *("engine.signs", "engine.flight"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
     *("engine.model.config", "engine.model.config_json", "engine.model.params_json", "engine.model.read_config"),
     *("engine.weights.shapes", "kernels.formats.number_formats", "cli", "__main__"),

@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from cierzo.engine.frontend.chat import ChatTemplate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_link import CoreLink, Spawn
+from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frames import FrameSplitter, pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
@@ -85,6 +86,9 @@ class FakeCore(asyncio.Protocol):
         self.splitter = FrameSplitter(1 << 30)
         self.transport: asyncio.Transport | None = None
         self.scheduled = False
+        self.deaf = False  # hears nothing, and says nothing unless told to: as if stopped
+
+    pid = 0  # it gives no signs of life: nobody looks for its process
 
     async def wait(self) -> int:
         return await asyncio.shield(self.exited)
@@ -105,6 +109,8 @@ class FakeCore(asyncio.Protocol):
             self.exited.set_result(0)
 
     def data_received(self, data: bytes) -> None:
+        if self.deaf:
+            return
         for body in self.splitter.feed(data):
             if self.hello is None:
                 self.hello = bytes(body)
@@ -176,7 +182,7 @@ class FakeCore(asyncio.Protocol):
 
     def _run(self) -> None:
         self.scheduled = False
-        if self.running and self.owner.free and not self.exited.done():
+        if self.running and self.owner.free and not self.deaf and not self.exited.done():
             self.step()
             self.go_on()
 
@@ -299,13 +305,14 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         clock: Callable[[], float] | None = None,
         engine_config: msgspec.Struct = FakeEngineConfig(),  # noqa: B008, it is frozen
         spawn: Spawn | None = None,
+        flights: Flights | None = None,
         **limits: Any,
     ) -> AsyncIterator[House]:
         config = FrontendConfig(**{"address": "127.0.0.1:0", **limits})
         encoder = prompts if text else PromptEncoder()
         cores = cores or FakeCores()
         clocks = {} if clock is None else {"clock": clock}
-        link = CoreLink(config, engine_config, spawn or cores, **clocks)
+        link = CoreLink(config, engine_config, spawn or cores, flights=flights, **clocks)
         frontend = Frontend(config, model(text), encoder, link, **clocks)
         server = RpcServer(config, frontend)
         await server.start()

@@ -6,6 +6,7 @@ import pytest
 
 from cierzo.engine.errors import CheckpointError, CoreFailed, Overloaded
 from cierzo.engine.frontend.client import Client
+from cierzo.engine.frontend.recovery import LIFE_TOKENS
 from cierzo.engine.messages import CoreError
 
 
@@ -29,9 +30,7 @@ def test_streams_survive_the_death_of_the_core(run, serving, cores):
                 first.step()
             await client.ping()
             first.kill()
-            await cores.until(lambda: len(cores.lives) == 2 and len(cores.now.submits) == 2)
-            cores.now.step()  # the first stream lives: the next one may come
-            await cores.until(lambda: len(cores.now.submits) == 3)
+            await cores.until(lambda: len(cores.lives) == 2 and len(cores.now.submits) == 3)  # all at once
             samples = [(s.first_sample, s.sampling.n, len(s.output_token_ids)) for s in cores.now.submits]
             assert samples == [(0, 1, 4), (1, 1, 4), (0, 1, 4)]
             cores.free = True
@@ -130,22 +129,23 @@ def test_a_core_that_keeps_dying_is_given_up(run, serving, cores, clock):
     cores.free = False
 
     async def body():
-        limits = {"max_core_restarts": 2, "core_restart_window_s": 60.0}
+        limits = {"max_core_restarts_per_hour": 2}
         async with (
             serving(cores=cores, clock=clock, **limits) as house,
             await Client.connect(house.address) as client,
         ):
-            stream = client.generate(token_ids=[1], max_tokens=5)
+            stream = client.generate(token_ids=[1], max_tokens=50, deadline_s=10_000.0)
             for life in range(1, 5):
                 await cores.until(lambda life=life: len(cores.lives) == life and cores.now.submits)
-                cores.now.step()
+                for _ in range(LIFE_TOKENS):
+                    cores.now.step()
                 await anext(stream)
                 if life == 2:
-                    clock.now += 61  # the first death is forgotten
+                    clock.now += 3601  # the first death is forgotten
                 cores.now.kill()
             with pytest.raises(CoreFailed) as caught:
                 await _all(stream)
-            assert (caught.value.field, caught.value.limit) == ("max_core_restarts", "2")
+            assert (caught.value.field, caught.value.limit) == ("max_core_restarts_per_hour", "2")
             assert (await client.health()).state == "failed"
             with pytest.raises(CoreFailed):
                 await client.complete(token_ids=[1])
@@ -155,59 +155,79 @@ def test_a_core_that_keeps_dying_is_given_up(run, serving, cores, clock):
     run(body())
 
 
-def test_a_request_that_kills_the_core_fails_alone(run, serving, cores):
+def _prompts(core):
+    """First tokens of the prompts that a core has got, in order."""
+    return [submit.prompt_token_ids[0] for submit in core.submits]
+
+
+def test_a_request_that_kills_the_core_fails_alone(run, serving, cores, caplog):
     """Four streams; the core dies whenever it has got the third. Nothing else is lost, and the core is kept."""
     cores.free = False
+    caplog.set_level("INFO")
 
     async def body():
-        async with serving(cores=cores) as house, await Client.connect(house.address) as client:
-            streams = [client.generate(token_ids=[i], max_tokens=3, seed=0) for i in range(3)]
+        async with (
+            serving(cores=cores, max_core_restarts=1) as house,
+            await Client.connect(house.address) as client,
+        ):
+
+            async def life(number, prompts):
+                """Wait until core `number` has got these."""
+                await cores.until(lambda: len(cores.lives) == number and len(cores.now.submits) == len(prompts))
+                assert _prompts(cores.now) == prompts
+
+            streams = [client.generate(token_ids=[i], max_tokens=9, seed=0) for i in range(3)]
             cancelled = client.generate(token_ids=[3], deadline_s=60.0)
-            await cores.until(lambda: len(cores.now.submits) == 4)
+            for number in (1, 2):
+                await life(number, [0, 1, 2, 3])
+                cores.now.kill()
+            await life(3, [0, 1])  # half of the suspects
+            cancelled.cancel()  # no core has it
+            assert (await _all(cancelled))[2].samples[0].finish_reason == "cancelled"
+            late = client.generate(token_ids=[7], max_tokens=9, seed=0)  # no suspect: need not wait
+            await life(3, [0, 1, 7])
+            for _ in range(LIFE_TOKENS):
+                cores.now.step()
+            await life(3, [0, 1, 7, 2])  # the other half
             cores.now.kill()
-            for number in (0, 1, 2):
-                await cores.until(lambda n=number: len(cores.lives) == 2 and len(cores.now.submits) == n + 1)
-                assert cores.now.submits[-1].prompt_token_ids == [number]
-                if number == 1:
-                    cancelled.cancel()  # the core has not got it
-                    assert (await _all(cancelled))[2].samples[0].finish_reason == "cancelled"
-                    late = client.generate(token_ids=[7], max_tokens=3, seed=0)  # waits for its turn as well
-                    await client.ping()
-                if number < 2:
-                    cores.now.step()
-            cores.now.kill()  # while the third is on trial
+            await life(4, [0, 1, 7])  # these must show life first, as one of them could kill too
+            for _ in range(LIFE_TOKENS):
+                cores.now.step()
+            await life(4, [0, 1, 7, 2])
+            cores.now.kill()
             failed = (await _all(streams[2]))[2].samples[0]
             assert (failed.finish_reason, failed.output_tokens) == ("failed", 0)
             assert "each time that it began this request" in failed.message
             cores.free = True
-            await cores.until(lambda: len(cores.lives) == 3 and cores.now.submits)
+            await life(5, [0, 1, 7])
             cores.now.go_on()
             for first, stream in ((0, streams[0]), (1, streams[1]), (7, late)):
-                assert (await _all(stream))[0] == [first, first + 7, first + 14]
-            assert (len(house.frontend.streams), (await client.stats()).core_restarts) == (0, 2)
+                assert (await _all(stream))[0] == [first + 7 * i for i in range(9)]
+            assert (len(house.frontend.streams), (await client.stats()).core_restarts) == (0, 4)
+            assert "4 requests may be the reason, of which 2 are tested next: [0, 1]" in caplog.text
+            assert "the core gets 1 suspects: requests [2]" in caplog.text
 
     run(body())
 
 
-def test_one_death_in_its_first_step_is_no_proof_against_a_request(run, serving, cores):
+def test_deaths_before_its_first_step_are_no_proof_against_a_request(run, serving, cores):
     cores.free = False
 
     async def body():
         async with serving(cores=cores) as house, await Client.connect(house.address) as client:
-            old = client.generate(token_ids=[1], max_tokens=2, seed=0)
+            old = client.generate(token_ids=[1], max_tokens=9, seed=0)
             await cores.until(lambda: cores.now.submits)
             cores.now.step()
             cores.now.kill()
             await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
-            new = client.generate(token_ids=[2], max_tokens=2, seed=0)
-            await client.ping()
-            cores.now.step()  # the old one ends; the new one is sent
+            new = client.generate(token_ids=[2], max_tokens=9, seed=0)
             await cores.until(lambda: len(cores.now.submits) == 2)
             cores.free = True
             cores.now.kill()
             await cores.until(lambda: len(cores.lives) == 3 and cores.now.submits)
             cores.now.go_on()
-            assert [(await _all(stream))[0] for stream in (old, new)] == [[1, 8], [2, 9]]
+            ends = [(await _all(stream))[0] for stream in (old, new)]
+            assert ends == [[first + 7 * i for i in range(9)] for first in (1, 2)]
 
     run(body())
 
@@ -225,10 +245,11 @@ def test_timings_add_up_across_cores(run, serving, cores, clock):
             await anext(streams[0])
             clock.now += 2.0
             cores.now.kill()
-            await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
+            await cores.until(lambda: len(cores.lives) == 2 and len(cores.now.submits) == 2)
+            behind = cores.now.running.pop((3, 0))  # the second one comes to it after the first step
             cores.now.step()
             await _all(streams[0])
-            await cores.until(lambda: len(cores.now.submits) == 2)
+            cores.now.running[3, 0] = behind
             for _ in range(2):
                 clock.now += 4.0
                 cores.now.step()

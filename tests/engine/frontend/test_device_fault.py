@@ -98,7 +98,7 @@ def test_every_stream_goes_on_with_the_same_tokens(run, serving, failing, childr
 def test_a_device_that_fails_in_every_core_is_given_up(run, serving, failing, children):
     async def body():
         async with (
-            serving(engine_config=CONFIG, spawn=failing(5), max_core_restarts=1) as house,
+            serving(engine_config=CONFIG, spawn=failing(5), max_core_restarts_per_hour=1) as house,
             await Client.connect(house.address) as client,
         ):
             with pytest.raises(CoreFailed, match=r"more than 1 times .* last: DeviceFault: step \d+: CUDA error"):

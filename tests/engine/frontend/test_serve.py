@@ -39,12 +39,14 @@ def start(checkpoint, tmp_path):
     """Start a server on `tmp_path`'s socket and give it, and its core's process id, once it is ready."""
     servers = []
 
-    def ready() -> tuple[subprocess.Popen[str], int]:
+    def ready(stderr=None) -> tuple[subprocess.Popen[str], int]:
         command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint), "--runner", "fake"]
+        command += ["--flight-folder", ""]
         address = f"unix:{tmp_path / 'rpc.sock'}"
         server = subprocess.Popen(
             [*command, "--rpc", address],
             stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             env=os.environ | {"TMPDIR": str(tmp_path)},
         )
@@ -86,6 +88,32 @@ def test_nothing_is_left_of_a_killed_server_and_the_next_one_takes_its_place(sta
         assert second.wait(DEADLINE_S) == 0
     assert _ends(core)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_server_on_the_address_is_refused_and_the_first_lives_on(start, checkpoint, tmp_path):
+    start()
+    address = f"unix:{tmp_path / 'rpc.sock'}"
+    command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint), "--runner", "fake", "--rpc", address]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert second.returncode == 2
+    (line,) = second.stderr.splitlines()
+    assert line.startswith("cierzo: config_error: ")
+    assert "another server listens there" in line
+    with SyncClient(address) as client:
+        assert len(client.complete(token_ids=[1], max_tokens=3, ignore_eos=True).samples[0].token_ids) == 3
+
+
+def test_a_full_disk_under_the_log_ends_nothing(start, tmp_path):
+    with open("/dev/full", "wb") as full:
+        server, core = start(stderr=full)
+    with SyncClient(f"unix:{tmp_path / 'rpc.sock'}") as client:
+        stream = client.generate(token_ids=[1], max_tokens=20_000, ignore_eos=True, seed=1)
+        next(stream)
+        os.kill(core, signal.SIGKILL)  # which is logged
+        assert sum(len(delta.token_ids) for delta in stream) > 10_000
+        assert client.stats().core_restarts == 1
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(DEADLINE_S) == 0
 
 
 CONFIG = fake_config(SchedulerConfig(max_model_len=64), CacheConfig(num_blocks=8, hash_key="00" * 16))

@@ -1,0 +1,246 @@
+"""The flight recorder: writes down what the core is told and what it computes, for whoever asks why it died.
+
+Two segment files, written in turns, hold the last of it. They are written through a mapping of memory, for a
+tenth of the time of a write(2): what is in it survives the end of the process, kill -9 included, though not that of
+the machine. Their space is allocated beforehand, so that a full disk is told then, and not by a signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.flight import (
+    SIZE_BYTES,
+    STEP_TAG,
+    Aborted,
+    Ended,
+    Failed,
+    Header,
+    Open,
+    Record,
+    Submitted,
+    Tokens,
+    packed,
+    segment_paths,
+)
+from cierzo.engine.messages import Abort, CoreCommand, SamplingParams, Submit, TokenDelta
+from cierzo.engine.worker.core import EngineCore
+from cierzo.scheduler.plan import StepPlan
+
+log = logging.getLogger(__name__)
+
+SEGMENT_BYTES = 8 << 20
+
+
+class Readings:
+    """A clock that keeps what it read, until the recorder takes it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.times: list[float] = []
+
+    def __call__(self) -> float:
+        now = self._clock()
+        self.times.append(now)
+        return now
+
+
+class Recorder:
+    """A writer of flight records. It switches itself off, with one line of the log, when the disk refuses.
+
+    `core` runs on the clock `readings`. Call `command` before the core gets one, `step` with its plan before that
+    is launched, `results` with what a turn brought.
+    """
+
+    def __init__(
+        self, config: EngineConfig, core: EngineCore, readings: Readings, segment_bytes: int = SEGMENT_BYTES
+    ) -> None:
+        self._core = core
+        self._readings = readings
+        self._segment_bytes = segment_bytes
+        self._with_prompts = config.record_prompts
+        self._config = msgspec.msgpack.encode(config)
+        self._paths = segment_paths(config.flight_folder, os.getpid())
+        self._memory: mmap.mmap | None = None
+        self._counter = memoryview(b"")  # of bytes written; a word of the memory
+        self._number = -1
+        self._size = 0
+        self._num_seqs = 0
+        self._num_finished = core.num_finished
+        try:
+            os.makedirs(config.flight_folder, mode=0o700, exist_ok=True)
+        except OSError as error:
+            self._switch_off(error.strerror or str(error))
+            return
+        self._begin_segment()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is written."""
+        return self._memory is not None
+
+    def command(self, command: CoreCommand) -> None:
+        """Write down a command."""
+        match command:
+            case Submit():
+                prompt, output = command.prompt_token_ids, command.output_token_ids
+                record: Record = Submitted(
+                    readings=self._readings.times,
+                    request_id=command.request_id,
+                    num_prompt=len(prompt),
+                    num_output=len(output),
+                    sampling=self._shown(command.sampling),
+                    priority=command.priority,
+                    arrival_s=command.arrival_s,
+                    deadline_at_s=command.deadline_at_s,
+                    first_sample=command.first_sample,
+                    tokens=[*prompt, *output] if self._with_prompts else None,
+                )
+            case Abort():
+                record = Aborted(
+                    readings=self._readings.times,
+                    request_id=command.request_id,
+                    sample=command.sample,
+                    reason=command.reason,
+                )
+            case _:
+                return
+        self._num_seqs = -1  # the next step's rows are written out
+        self._write(record)
+
+    def step(self, plan: StepPlan) -> None:
+        """Write down a step that is about to be launched."""
+        seqs = plan.seqs
+        rows = None
+        if plan.num_tokens != len(seqs) or len(seqs) != self._num_seqs:
+            rows = [(*seq.key, seq.start, len(seq.token_ids)) for seq in seqs]
+            self._num_seqs = len(seqs) if plan.num_tokens == len(seqs) else -1
+        # a Step, without the microsecond of making one
+        self._write((STEP_TAG, plan.step, len(seqs), plan.num_tokens, rows, self._readings.times))
+
+    def results(self, deltas: list[TokenDelta]) -> None:
+        """Write down what a turn of the core brought."""
+        num_finished = self._core.num_finished
+        if self._with_prompts and deltas:
+            tokens = [(delta.request_id, delta.sample, delta.token_ids) for delta in deltas if delta.token_ids]
+            self._write(Tokens(readings=self._readings.times, tokens=tokens))
+        if num_finished != self._num_finished:
+            self._num_finished, self._num_seqs = num_finished, -1
+            for delta in deltas:
+                if delta.finish is not None:
+                    self._write(
+                        Ended(
+                            readings=self._readings.times,
+                            request_id=delta.request_id,
+                            sample=delta.sample,
+                            reason=delta.finish.reason,
+                            output_tokens=delta.finish.output_tokens,
+                            message=delta.finish.message,
+                        )
+                    )
+
+        if self.is_on and self._size > self._segment_bytes * 7 // 8:  # what a turn writes fits into the rest
+            self._begin_segment()
+
+    def failed(self, message: str) -> None:
+        """Write down why the core cannot go on."""
+        self._write(Failed(readings=self._readings.times, message=message))
+
+    def close(self) -> None:
+        """Stop, and remove what was written: the core ends in order."""
+        self._close_file()
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def _write(self, record: Record | tuple[Any, ...]) -> None:
+        """Append a record, which holds the readings made until now; where one is too long, to a new segment."""
+        data = packed(record)
+        self._readings.times.clear()
+        if not self._append(data):
+            self._begin_segment()
+            if not self._append(data):
+                self._switch_off(f"a record of {len(data)} bytes is larger than a segment")
+
+    def _append(self, data: bytes) -> bool:
+        """Write a record if there is room for it; its bytes count once they are there. Off, it takes everything."""
+        memory, end = self._memory, self._size + len(data)
+        if memory is None:
+            return True
+        if end > self._segment_bytes:
+            return False
+        memory[self._size : end] = data
+        self._size = end
+        self._counter[0] = end - SIZE_BYTES
+        return True
+
+    def _begin_segment(self) -> None:
+        """Go on in the older one of the two files, from its start."""
+        self._close_file()
+        self._number += 1
+        self._size, self._num_seqs = SIZE_BYTES, -1
+        path = self._paths[self._number % 2]
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            with open(path, "x+b", opener=_private) as file:
+                os.posix_fallocate(file.fileno(), 0, self._segment_bytes)
+                self._memory = mmap.mmap(file.fileno(), self._segment_bytes)
+        except OSError as error:
+            self._switch_off(error.strerror or str(error))
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # what there was room for
+            return
+        self._counter = memoryview(self._memory)[:SIZE_BYTES].cast("Q")
+        self._append_head()
+
+    def _append_head(self) -> None:
+        """Write down the configuration, and what is in flight."""
+        header = Header(number=self._number, config=self._config, with_prompts=self._with_prompts)
+        self._append(packed(header))
+        room = self._segment_bytes // 2  # for the tokens of those in flight
+        for request in self._core.requests():
+            if self._size > self._segment_bytes * 3 // 4:
+                break  # thousands with a long logit_bias each: the rest is not written
+            new, tokens = request.new, request.tokens
+            room -= 5 * len(tokens)  # bytes of a token, at most
+            record = Open(
+                request_id=request.key[0],
+                sample=request.key[1],
+                num_prompt=request.num_prompt_tokens,
+                num_tokens=len(tokens),
+                num_computed=request.num_computed,
+                sampling=self._shown(new.sampling),
+                priority=new.priority,
+                arrival_s=request.arrived_at,
+                deadline_at_s=new.deadline_at_s,
+                tokens=tokens if self._with_prompts and room >= 0 else None,
+            )
+            self._append(packed(record))
+
+    def _shown(self, sampling: SamplingParams) -> SamplingParams:
+        """Sampling parameters without text of the user's, unless prompts are recorded; the core needs none."""
+        return sampling if self._with_prompts or not sampling.stop else msgspec.structs.replace(sampling, stop=())
+
+    def _switch_off(self, why: str) -> None:
+        log.warning("the flight recorder is off: %s: %s", self._paths[self._number % 2], why)
+        self._close_file()
+
+    def _close_file(self) -> None:
+        if self._memory is not None:
+            self._counter.release()
+            self._memory.close()
+            self._memory = None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)

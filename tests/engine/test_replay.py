@@ -1,0 +1,297 @@
+"""Replay of flight records: the same run, step by step, or where it departs; and what ends it."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+from recorded import KEPT, Recorded, segments, submit
+from recorded import records as records_of
+
+from cierzo import cli
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.flight import Ended, Header, Open, Step, Submitted, Tokens, packed
+from cierzo.engine.messages import Abort
+from cierzo.engine.worker.fake import FakeRunner
+from cierzo.engine.worker.replay import Replay
+from cierzo.kernels.fault import DeviceFault
+
+
+def _work(recorded: Recorded, seed: int = 0) -> None:
+    """A random load with shared beginnings, several samples, cancels and stop tokens."""
+    draw = random.Random(seed)
+    for request_id in range(30):
+        prompt = [7] * draw.choice([0, 16]) + [draw.randrange(300) for _ in range(draw.randint(1, 60))]
+        recorded.tell(
+            submit(
+                request_id,
+                prompt,
+                max_tokens=draw.randint(1, 30),
+                n=draw.randint(1, 3),
+                stop_token_ids=tuple(range(0, 32_000, 20)),
+            )
+        )
+        for _ in range(draw.randint(0, 4)):
+            recorded.turn()
+        if draw.random() < 0.2:
+            recorded.tell(Abort(request_id=draw.randrange(request_id + 1)))
+    recorded.run()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_with_recorded_prompts_is_the_same_run(tmp_path, overlap, seed):
+    recorded = Recorded(tmp_path, with_prompts=True, overlap=overlap)
+    _work(recorded, seed)
+    records = records_of(tmp_path)
+    assert {"stop", "length", "cancelled"} == {record.reason for record in records if isinstance(record, Ended)}
+    replay = Replay(records)
+    replay.run()
+    steps = [record for record in records if isinstance(record, Step)]
+    assert replay.departure == ""
+    assert (replay.steps, replay.last_step) == (len(steps), steps[-1].step)
+    assert replay.describe_outcome().endswith("equal rows and tokens")
+    assert not replay.made_up
+
+
+def test_every_reading_of_the_clock_is_the_recorded_one(tmp_path):
+    """A deadline that passed in the middle of the run passes at the same step."""
+    recorded = Recorded(tmp_path)
+    recorded.readings._clock = iter(range(10_000)).__next__
+    for request_id in range(3):
+        recorded.tell(replace(submit(request_id, [request_id], max_tokens=50), deadline_at_s=40.0 + 9 * request_id))
+    recorded.run()
+    records = records_of(tmp_path)
+    assert [record.reason for record in records if isinstance(record, Ended)] == ["deadline"] * 3
+    replay = Replay(records)
+    replay.run()
+    assert replay.departure == ""
+    broken = [
+        replace(record, deadline_at_s=30.0) if isinstance(record, Submitted) and record.request_id == 1 else record
+        for record in records
+    ]
+    replay = Replay(broken)
+    replay.run()
+    assert "in the record" in replay.departure
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_made_up_prompts_take_the_same_steps(tmp_path, overlap):
+    recorded = Recorded(tmp_path, overlap=overlap)
+    draw = random.Random(3)
+    for request_id in range(20):
+        prompt = [draw.randrange(30_000) for _ in range(draw.randint(1, 60))]  # no two share a block
+        stops = tuple(range(0, 32_000, 20))
+        recorded.tell(submit(request_id, prompt, max_tokens=draw.randint(1, 40), n=2, stop_token_ids=stops))
+        recorded.turn()
+    recorded.run()
+    records = records_of(tmp_path)
+    assert {"stop", "length"} == {record.reason for record in records if isinstance(record, Ended)}
+    replay = Replay(records)
+    replay.run()
+    assert (replay.departure, len(replay.made_up)) == ("", 20)
+    assert "are made up" in replay.describe_record()
+    assert replay.describe_outcome().endswith("equal rows")
+
+
+def test_it_tells_where_it_departs(tmp_path):
+    recorded = Recorded(tmp_path, with_prompts=True)
+    _work(recorded)
+    records = records_of(tmp_path)
+
+    def replayed(change) -> Replay:
+        replay = Replay([change(record) for record in records])
+        replay.run()
+        return replay
+
+    def other_rows(record):
+        if isinstance(record, Step) and record.step == 9:
+            return replace(record, rows=[(99, 0, 0, 1)])
+        return record
+
+    def fewer(record):
+        return replace(record, num_seqs=77) if isinstance(record, Step) and record.rows is None else record
+
+    def other_tokens(record):
+        return (
+            replace(record, tokens=[(r, s, [1] * len(t)) for r, s, t in record.tokens])
+            if isinstance(record, Tokens)
+            else record
+        )
+
+    def other_sampling(record):
+        if isinstance(record, Submitted) and record.request_id == 4:
+            return replace(record, sampling=replace(record.sampling, seed=99))
+        return record
+
+    replay = replayed(other_rows)
+    assert replay.departure.startswith("step 9 computes [(")
+    assert "in the record [(99, 0, 0, 1)]" in replay.departure
+    assert "another run than the record's: step 9" in replay.describe_outcome()
+    first = next(record for record in records if isinstance(record, Step) and record.rows is None)
+    assert replayed(fewer).departure.startswith(f"step {first.step} computes")
+    assert "of 77" in replayed(fewer).departure
+    assert replayed(other_tokens).departure.startswith("request (0, ")
+    assert "request (4, " in replayed(other_sampling).departure
+
+
+def test_a_record_whose_end_came_early_in_the_replay_departs(tmp_path):
+    recorded = Recorded(tmp_path, with_prompts=True)
+    recorded.tell(submit(1, max_tokens=9))
+    recorded.run()
+    records = [
+        replace(record, sampling=replace(record.sampling, max_tokens=3))
+        if isinstance(record, Submitted)
+        else record
+        for record in records_of(tmp_path)
+    ]
+    replay = Replay(records)
+    replay.run()
+    assert replay.departure == "step 4: the record has 1 sequences, the replay has none left"
+    assert replay.steps == 3
+
+
+def test_a_second_segment_goes_on_where_the_first_one_ends(tmp_path):
+    recorded = Recorded(tmp_path, with_prompts=True, segment_bytes=8_000)
+    recorded.tell(submit(1, max_tokens=400))
+    while len(segments(tmp_path)) < 2:
+        recorded.turn()
+    for _ in range(9):
+        recorded.turn()
+    records = records_of(tmp_path)
+    assert (records[1].number, sum(isinstance(record, Open) for record in records)) == (0, 1)
+    replay = Replay(records)
+    replay.run()
+    assert replay.describe_outcome().endswith("equal rows and tokens")
+
+
+@pytest.mark.parametrize("with_prompts", [False, True])
+def test_a_record_without_its_beginning_starts_from_what_was_in_flight(tmp_path, with_prompts):
+    recorded = Recorded(tmp_path, with_prompts=with_prompts, segment_bytes=30_000)
+    draw = random.Random(1)
+    for request_id in range(400):
+        recorded.tell(submit(request_id, [draw.randrange(30_000) for _ in range(9)], max_tokens=20))
+        for _ in range(3):
+            recorded.turn()
+    records = records_of(tmp_path)
+    assert records[1].number > 0
+    assert sum(isinstance(record, Header) for record in records) == 2
+    replay = Replay(records)
+    count = sum(
+        isinstance(record, Open)
+        for record in records[: records.index(next(r for r in records if isinstance(r, Step)))]
+    )
+    assert f"starts with {count} requests in flight; rows are not compared" in replay.describe_record()
+    replay.run()
+    assert replay.departure == ""
+    compared = ": equal tokens" if with_prompts else "; there was nothing to compare"
+    assert replay.describe_outcome().endswith(compared)
+
+
+class Killer(FakeRunner):
+    """A runner that one token kills."""
+
+    def launch(self, plan, batch):
+        super().launch(plan, batch)
+        if 666 in batch.token_ids[: plan.num_tokens]:
+            raise DeviceFault("an illegal memory access")
+
+
+def _killer() -> Killer:
+    return Killer(vocab_size=32_000, num_blocks=512, block_tokens=8, max_running=8, reads="last")
+
+
+def test_what_killed_the_core_kills_the_replay_at_the_same_step(tmp_path):
+    recorded = Recorded(tmp_path, with_prompts=True, runner=_killer())
+    recorded.tell(submit(1, max_tokens=20))
+    for _ in range(4):
+        recorded.turn()
+    recorded.tell(submit(2, [5] * 40 + [666], max_tokens=20))
+    with pytest.raises(DeviceFault):
+        recorded.run()
+    records = records_of(tmp_path)
+    last = records[-1]
+    assert isinstance(last, Step)  # it was written before the step was launched
+    replay = Replay(records, _killer())
+    with pytest.raises(DeviceFault, match="illegal"):
+        replay.run()
+    assert (replay.last_step, replay.departure) == (last.step, "")
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A record as the front end keeps it."""
+    folder = tmp_path / "flights"
+    recorded = Recorded(folder, with_prompts=True)
+    _work(recorded)
+    path = tmp_path / "20260101T000000Z-died.flight"
+    path.write_bytes(b"".join(map(packed, records_of(folder))))
+    return path
+
+
+def test_the_command_tells_what_it_replays_and_how_that_ends(kept, capfd):
+    assert cli.main(["replay", str(kept)]) == 0
+    out = capfd.readouterr().out
+    assert "30 requests of fake, fake runner" in out
+    assert "the core died at 20260101T000000Z: the core process died" in out
+    assert "the same run, to the end of the record at step" in out
+
+
+KILLS = """
+import os, signal
+from cierzo.engine.worker.fake import FakeRunner
+collect = FakeRunner.collect
+count = 0
+def killing(self):
+    global count
+    count += 1
+    if count == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return collect(self)
+FakeRunner.collect = killing
+"""
+
+
+def test_the_command_survives_what_kills_the_replay(kept, capfd, monkeypatch, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(KILLS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=":")
+    assert cli.main(["replay", str(kept)]) == 1
+    assert "step 12 ended the replay: killed by SIGKILL" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["missing", "other", "damaged", "version"])
+def test_what_is_no_record_is_refused(kept, capfd, what):
+    path = kept
+    if what == "missing":
+        path = kept.with_name("none.flight")
+    elif what == "other":
+        path.write_text("not a record")
+    elif what == "damaged":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        config = msgspec.msgpack.encode({"name": "of another version"})
+        path.write_bytes(packed(KEPT) + packed(Header(number=0, config=config, with_prompts=False)))
+    assert cli.main(["replay", str(path)]) == (1 if what == "missing" else 2)
+    told = "".join(capfd.readouterr())
+    assert told.count("\n") == 1
+    expected = {
+        "missing": "No such file",
+        "other": "must be a flight record",
+        "damaged": "is damaged",
+        "version": "of another version of cierzo",
+    }
+    assert expected[what] in told
+
+
+def test_a_kept_file_alone_is_no_record():
+    for nothing in ([KEPT], [KEPT, Tokens(tokens=[])]):
+        with pytest.raises(ConfigError, match="a header"):
+            Replay(nothing)
