@@ -18,7 +18,7 @@ from cierzo.engine.messages import Generate
 
 NAME_BYTES = 16
 MAX_KEY_CHARS = 128
-KEPT_BYTES = 4096  # heap of an answer that is kept, besides what its log says
+KEPT_BYTES, KEPT_SAMPLE_BYTES = 2048, 768  # heap of an answer that is kept, besides what its logs say
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -129,7 +129,8 @@ class Keeper:
         self._orphans.discard(stream)
         if stream.name not in self._named:
             return
-        self._kept[stream] = num_bytes = KEPT_BYTES + stream.num_bytes
+        num_bytes = KEPT_BYTES + KEPT_SAMPLE_BYTES * stream.num_samples + stream.num_bytes
+        self._kept[stream] = num_bytes
         self.kept_bytes += num_bytes
         if stream.key is None:
             self._ended.add(stream)
