@@ -50,8 +50,9 @@ class VirtualClock:
 class JumpingScheduler(Scheduler):
     """The engine's scheduler, which can also take many decode steps at once.
 
-    `advance` leaves the running requests (tokens, counts, blocks), the deltas and the counters of steps and output
-    tokens as `schedule` and `commit` would, step by step; it touches nothing else of the scheduler's state.
+    `advance` leaves the running requests (tokens, counts, blocks), the deltas, the accounts and the counters of
+    steps and output tokens as `schedule` and `commit` would, step by step; it touches nothing else of the
+    scheduler's state.
     """
 
     def steady(self) -> Row:
@@ -66,16 +67,22 @@ class JumpingScheduler(Scheduler):
         steps = max(0, min(before_an_end, with_room))
         return Row(len(running), sum(len(one.tokens) for one in running), len(running), steps)
 
-    def advance(self, num_steps: int, token_ids: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """Take the first `num_steps` of the steps that `steady` told; return (slot, new blocks) where a sequence
-        gained any. token_ids: by slot, the token that each step gives, which ends nothing."""
+    def advance(self, begins_s: Sequence[float], token_ids: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """Take the first of the steps that `steady` told, one for each time of `begins_s` at which it begins;
+        return (slot, new blocks) where a sequence gained any. token_ids: by slot, the token that each step gives,
+        which ends nothing."""
+        num_steps, accounts = len(begins_s), self._accounts
         grown, too_many = [], f"{num_steps} steps are more than steady() allows"
         for request in self._running.values():
             new, blocks = [token_ids[request.slot]] * num_steps, request.blocks
             request.tokens += new
             assert len(request.tokens) < request.stop.limit_tokens, too_many
-            request.num_computed = request.num_planned = computed = request.num_computed + num_steps
+            first = request.num_computed
+            request.num_computed = request.num_planned = computed = first + num_steps
+            request.num_steps += num_steps
             if computed > blocks.capacity_tokens:
+                for full in range(blocks.capacity_tokens, computed, self._cache.block_tokens):
+                    accounts.hold(request, full // self._cache.block_tokens, begins_s[full - first])
                 block_ids = self._cache.allocate(blocks, computed)
                 assert block_ids is not None, too_many
                 grown.append((request.slot, block_ids))
@@ -84,6 +91,8 @@ class JumpingScheduler(Scheduler):
             self._deltas.append(TokenDelta(*request.key, new, None, None))
         self._num_steps += num_steps
         self._output_tokens += num_steps * len(self._running)
+        accounts.computed_tokens += num_steps * len(self._running)
+        accounts.sequence_steps += num_steps * len(self._running)
         return grown
 
 
@@ -98,9 +107,8 @@ class VirtualCore(EngineCore):
         self.simulated = SimulatedRunner(config, clock, distinct)
         super().__init__(config, self.simulated, clock)
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._scheduler = JumpingScheduler(self._config.scheduler, self._cache, self.virtual_clock)
+    def _make_scheduler(self) -> JumpingScheduler:
+        return JumpingScheduler(self._config.scheduler, self._cache, self.virtual_clock, self._times.cost)
 
     def steady_s(self, at_most: int) -> FloatArray:
         """Seconds of each coming step that is sure to be alike, up to `at_most` of them. Fewer than two: the next
@@ -116,9 +124,10 @@ class VirtualCore(EngineCore):
         found = simulated.model.time(*expand([row]))
         simulated.totals.add(found)
         seconds = np.atleast_1d(found.total_s)
-        for slot, block_ids in self._scheduler.advance(steps, simulated.token_ids):
+        ends_s = self.virtual_clock() + np.cumsum(seconds)
+        for slot, block_ids in self._scheduler.advance([*(ends_s - seconds)], simulated.token_ids):
             self._builder.extend_table(slot, block_ids)
-        self.virtual_clock.wait_until(self.virtual_clock() + float(seconds.sum()))
+        self.virtual_clock.wait_until(float(ends_s[-1]))
         return self.take_deltas()
 
 

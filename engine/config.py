@@ -26,22 +26,17 @@ from cierzo.engine.host import available_memory_bytes, usable_cpus
 from cierzo.engine.kv_room import AUTO_KV_BYTES, longest_request, plan_kv
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.read_config import read_model_config
+from cierzo.engine.number_choice import PLACE, activations_format, listed, weights_format
 from cierzo.engine.profiles import Profile, ProfileName, choose
 from cierzo.engine.settings import limit_of, require
 from cierzo.engine.weights.shapes import named_model_config
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.kernels.cpu import MAX_THREADS
-from cierzo.kernels.formats.number_formats import NUMBER_FORMATS, FormatName, formats_on, plain_format
+from cierzo.kernels.formats.number_formats import FormatName
 from cierzo.scheduler.config import SchedulerConfig
 
 ENVIRONMENT_PREFIX = "CIERZO_"
-_PLACE = {"cpu": "on a CPU", "cuda": "on a GPU"}
 KV_BYTE_FORMAT = {"cpu": "int8", "cuda": "fp8"}  # the format of cached values that has a byte each
-
-
-def _listed(kind: str) -> str:
-    """The number formats of weights that a kind of device computes with, as text."""
-    return ", ".join(formats_on(kind))
 
 
 # Beyond every use, and little enough for the arrays that are made of these numbers at the start.
@@ -71,8 +66,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weights: Annotated[
         Literal["auto", FormatName],
         Meta(
-            description=f"number format of the weights; auto: that of dtype. On a CPU {_listed('cpu')}; on "
-            f"a GPU {_listed('cuda')}. lm_head keeps 8 bits at least"
+            description=f"number format of the weights; auto: that of dtype. On a CPU {listed('cpu')}; on "
+            f"a GPU {listed('cuda')}. lm_head keeps 8 bits at least"
         ),
     ] = "auto"
     activations: Annotated[
@@ -111,6 +106,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_chunk_tokens: Annotated[
         Count | None,
         Meta(description="tokens of one prompt in one step while others wait, at most; default: the profile's"),
+    ] = None
+    max_step_ms: Annotated[
+        Annotated[float, Meta(ge=0, le=1e9)] | None,
+        Meta(
+            description="target for a step's predicted time, which chunks of prompts are cut to; 0: cut by tokens "
+            "alone; default: the profile's"
+        ),
     ] = None
     overlap: Annotated[
         Literal["auto", "on", "off"],
@@ -194,6 +196,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"{self.scheduler.budget_tokens:,} tokens, chunks of {self.scheduler.max_chunk_tokens:,} "
                 f"beside others, {self.scheduler.max_running:,} running, {self.scheduler.max_waiting:,} waiting",
             ),
+            (
+                "step time",
+                f"chunks are cut to {1e3 * self.scheduler.max_step_s:,.6g} ms a step, by prediction"
+                if self.scheduler.max_step_s
+                else "no target: chunks are cut by tokens alone",
+            ),
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
         ]
@@ -223,7 +231,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
     path, model = _model(options, card)
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     layout = model.cache_layout(options.block_tokens, _kv_dtype(options, kind, dtype))
-    weights, activations = _weights(options, kind, dtype), _activations(options, kind, dtype)
+    weights, activations = weights_format(options, kind, dtype), activations_format(options, kind, dtype)
     _require_rate(card, dtype, weights, activations)
     num_blocks, max_model_len = plan_kv(
         model,
@@ -257,14 +265,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
             prefix_caching=options.prefix_caching,
             hash_key=secrets.token_hex(16),
         ),
-        scheduler=SchedulerConfig(
-            budget_tokens=profile.budget_tokens,
-            max_chunk_tokens=min(profile.max_chunk_tokens, profile.budget_tokens),
-            max_running=min(profile.max_running, profile.budget_tokens),
-            max_waiting=options.max_waiting,
-            max_model_len=max_model_len,
-            priority_aging_s=options.priority_aging_s,
-        ),
+        scheduler=_limits(options, profile, max_model_len),
         kernels=_kernels(options),
         flight_folder=_flight_folder(options),
         record_prompts=options.record_prompts,
@@ -277,6 +278,19 @@ def _frontend(options: EngineOptions) -> FrontendConfig:
     limits, most = options.frontend, options.max_waiting
     return msgspec.structs.replace(
         limits, max_open_samples=min(limits.max_open_samples, most), max_samples=min(limits.max_samples, most)
+    )
+
+
+def _limits(options: EngineOptions, profile: Profile, max_model_len: int) -> SchedulerConfig:
+    """The scheduler's section."""
+    return SchedulerConfig(
+        budget_tokens=profile.budget_tokens,
+        max_chunk_tokens=min(profile.max_chunk_tokens, profile.budget_tokens),
+        max_step_s=profile.max_step_ms / 1e3,
+        max_running=min(profile.max_running, profile.budget_tokens),
+        max_waiting=options.max_waiting,
+        max_model_len=max_model_len,
+        priority_aging_s=options.priority_aging_s,
     )
 
 
@@ -358,44 +372,6 @@ def _flight_folder(options: EngineOptions) -> str:
         return ""
 
 
-def _weights(options: EngineOptions, kind: str, dtype: str) -> str:
-    """The weights' number format. Activations in fp32 are not multiplied with rounded weights unasked."""
-    if options.weights == "auto":
-        return plain_format(dtype)
-    known = formats_on(kind)
-    if options.weights not in known:
-        limit = f"one of auto, {_listed(kind)}"
-        raise refusal("weights", limit, options.weights, f"{options.weights} has no kernels {_PLACE[kind]}")
-    if options.weights == "bf16" and dtype != "bfloat16":
-        rounded = ", ".join(name for name in known if name != "bf16")
-        raise refusal("weights", f"one of auto, {rounded}", options.weights, f"dtype is {dtype}")
-    return options.weights
-
-
-def _activations(options: EngineOptions, kind: str, dtype: str) -> str:
-    """The number format of what weights are multiplied with. Those in FP8 meet it in FP8, on the tensor cores of a
-    GPU, only where that is asked for: it rounds what dtype would hold."""
-    plain = plain_format(dtype)
-    if options.activations in ("auto", plain):
-        return plain
-    if options.activations == "bf16":
-        needed, found = "dtype bfloat16", dtype
-    elif kind != "cuda":
-        needed, found = "device cuda", kind
-    elif options.weights not in (takers := _formats_meeting(options.activations)):
-        needed, found = f"weights {' or '.join(takers)}", _weights(options, kind, dtype)
-    else:
-        return options.activations
-    limit = "auto or bf16" if plain == "bf16" else "auto"
-    why = f"{options.activations} needs {needed}, not {found}"
-    raise refusal("activations", limit, options.activations, why)
-
-
-def _formats_meeting(activations: str) -> list[str]:
-    """The number formats of weights whose codes are multiplied with activations in this format."""
-    return [name for name, one in NUMBER_FORMATS.items() if activations in one.activations]
-
-
 def _kv_dtype(options: EngineOptions, kind: str, dtype: str) -> str:
     """The cache's number format. Of those with a byte each kind of device has kernels for one: GPUs convert e4m3 in
     one instruction, CPUs multiply int8. On a CPU the plain-torch reference, asked for by name, reads FP8 too."""
@@ -408,7 +384,7 @@ def _kv_dtype(options: EngineOptions, kind: str, dtype: str) -> str:
     right = KV_BYTE_FORMAT[kind]
     if options.kv_dtype != right and (kind == "cuda" or _kernels(options).instruction_set != "reference"):
         limit = f"one of auto, {'bf16, ' * (dtype == 'bfloat16')}{right}"
-        raise refusal("kv_dtype", limit, options.kv_dtype, f"{options.kv_dtype} has no kernels {_PLACE[kind]}")
+        raise refusal("kv_dtype", limit, options.kv_dtype, f"{options.kv_dtype} has no kernels {PLACE[kind]}")
     return options.kv_dtype
 
 
@@ -420,7 +396,7 @@ def _kv_room_bytes(
     if card is None and kind == "cpu":
         return available_memory_bytes()
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    weights = _weights(options, kind, dtype)
+    weights = weights_format(options, kind, dtype)
     free = device_memory.free_bytes() if card is None else card.memory_bytes
     if free is None:
         return AUTO_KV_BYTES

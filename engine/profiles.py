@@ -21,6 +21,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     max_chunk_tokens: int
     max_running: int
     graph_sequences: int
+    max_step_ms: float = 0.0
     weights: str = "auto"
     kv_dtype: str = "auto"
     overlap: str = "auto"
@@ -40,15 +41,19 @@ class Given(Protocol):
         ...
 
 
-BALANCED = Profile(budget_tokens=1024, max_chunk_tokens=512, max_running=256, graph_sequences=256)
 PROFILES = {
-    ("balanced", "cuda"): BALANCED,
-    ("balanced", "cpu"): BALANCED,
+    ("balanced", "cuda"): Profile(
+        budget_tokens=4096, max_chunk_tokens=2048, max_running=256, graph_sequences=256, max_step_ms=250.0
+    ),
+    ("balanced", "cpu"): Profile(
+        budget_tokens=1024, max_chunk_tokens=512, max_running=256, graph_sequences=256, max_step_ms=5500.0
+    ),
     ("throughput", "cuda"): Profile(
         budget_tokens=8192,
         max_chunk_tokens=4096,
         max_running=2048,
         graph_sequences=512,
+        max_step_ms=1000.0,
         weights="nvfp4",
         kv_dtype="fp8",
         overlap="on",
@@ -61,12 +66,19 @@ PROFILES = {
         max_chunk_tokens=1024,
         max_running=32,
         graph_sequences=32,
+        max_step_ms=150.0,
         weights="nvfp4",
         kv_dtype="fp8",
         overlap="on",
     ),
     ("latency", "cpu"): Profile(
-        budget_tokens=512, max_chunk_tokens=256, max_running=4, graph_sequences=0, weights="int8", overlap="off"
+        budget_tokens=512,
+        max_chunk_tokens=256,
+        max_running=4,
+        graph_sequences=0,
+        max_step_ms=1000.0,
+        weights="int8",
+        overlap="off",
     ),
 }
 

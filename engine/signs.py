@@ -43,6 +43,7 @@ class SignsPage:
     """A mapped page: the front end makes one and reads it, the core opens it and writes."""
 
     def __init__(self, memory: mmap.mmap, clock: Callable[[], float] = time.monotonic) -> None:
+        self._memory = memory
         self._counts = memoryview(memory).cast("Q")
         self._times = memoryview(memory).cast("d")
         self._clock = clock
@@ -68,6 +69,12 @@ class SignsPage:
     def unread(cls) -> SignsPage:
         """Make a page that only this process has."""
         return cls(mmap.mmap(-1, PAGE_BYTES))
+
+    def close(self) -> None:
+        """Give up the mapping, which holds a descriptor of the file."""
+        self._counts.release()
+        self._times.release()
+        self._memory.close()
 
     def read(self) -> Signs:
         """Look at what the core says now."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from cierzo.scheduler.cost import StepWork
 from cierzo.scheduler.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "failed"]
@@ -50,13 +51,16 @@ class SeqPlan(msgspec.Struct, frozen=True, gc=False):
 class StepPlan(msgspec.Struct, frozen=True, gc=False):
     """The rows that one step computes, in the order in which rows are laid out. Empty when there is nothing to do.
 
-    ahead: some of its tokens are PENDING.
+    ahead: some of its tokens are PENDING. work, predicted_s: as priced when it was planned (0.0: no price was
+    known); a plan that is run again has none.
     """
 
     step: int
     seqs: list[SeqPlan]
     num_tokens: int
     ahead: bool = False
+    work: StepWork | None = None
+    predicted_s: float = 0.0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):

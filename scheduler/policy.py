@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from cierzo.scheduler.request import Request
 
 MAX_LOOKED_PAST = 64  # waiting sequences in one step, each asked once; more, and a step would be spent on asking
+HOPELESS = 2.0  # a prompt is given up when it takes, by prediction, so many times the seconds that it has left
 
 
 def waiting_order(arrived_at: float, priority: int, priority_aging_s: float, sequence: int) -> tuple[float, int]:

@@ -12,6 +12,9 @@ from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import Admission, Finish, FinishReason, RequestKey
 from cierzo.scheduler.stop import StopRule
 
+# Block-seconds are counted in these parts, so that sums of them are exact in floating point, in whatever order.
+TICKS_PER_S = 1 << 16
+
 
 class QueueFull(Exception):
     """`max_waiting` sequences wait already; try again later."""
@@ -87,6 +90,13 @@ class Request:
     epoch: int = -1
     num_cached_prompt_tokens: int = 0  # at the first admission
     num_preemptions: int = 0
+    num_found: int = 0  # computed tokens that it found at its last admission
+    most_computed: int = 0  # before its last admission
+    computed_tokens: int = 0  # rows of steps, up to its last preemption or its end; as are the next two
+    recomputed_tokens: int = 0
+    kv_ticks: int = 0  # blocks held times time; see Accounts
+    held_since_ticks: int = 0
+    num_steps: int = 0
     admitted_at: float | None = None  # first admission
     first_token_at: float | None = None  # first token of this run; resumed ones came before
 
@@ -116,4 +126,8 @@ class Request:
             queue_s=admitted_at - self.arrived_at,
             prefill_s=first_token_at - admitted_at,
             decode_s=now - first_token_at,
+            computed_tokens=self.computed_tokens,
+            recomputed_tokens=self.recomputed_tokens,
+            steps=self.num_steps,
+            kv_block_s=self.kv_ticks / TICKS_PER_S,
         )

@@ -9,7 +9,10 @@ import msgspec
 
 from cierzo.cache.manager import KVCacheManager
 from cierzo.scheduler import policy
+from cierzo.scheduler.accounts import Accounts, SchedulerStats
+from cierzo.scheduler.budget import StepBudget
 from cierzo.scheduler.config import SchedulerConfig
+from cierzo.scheduler.cost import StepCost
 from cierzo.scheduler.plan import (
     PENDING,
     FinishReason,
@@ -25,21 +28,8 @@ from cierzo.scheduler.request import DuplicateRequest, NewRequest, QueueFull, Re
 from cierzo.scheduler.stop import stop_rule
 
 
-class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Gauges (`running`, `waiting`: sequences) and counters since the start."""
-
-    running: int
-    waiting: int
-    steps: int
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    preemptions: int
-    finished: int
-
-
 class Scheduler:
-    """Continuous batching on one token budget.
+    """Continuous batching on a budget of tokens and predicted seconds (`StepBudget`).
 
     A step computes, for each request in it, some of (known tokens - computed tokens): see `plan.py`. Calls come
     from one thread: `add` and `abort` at any moment, `schedule` and `commit` once per step, `take_deltas` after.
@@ -51,9 +41,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: SchedulerConfig, cache: KVCacheManager, clock: Callable[[], float] = time.monotonic
+        self,
+        config: SchedulerConfig,
+        cache: KVCacheManager,
+        clock: Callable[[], float] = time.monotonic,
+        cost: StepCost | None = None,
     ) -> None:
-        _require(config, cache)
+        """cost: the price of a step; without one, chunks are cut by tokens alone (`reprice` gives one later)."""
+        config.require(cache.num_blocks * cache.block_tokens)
         self._config = config
         self._cache = cache
         self._clock = clock
@@ -70,6 +65,12 @@ class Scheduler:
         self._blocked = False  # whoever waits found no room, and nothing has changed since
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._num_preemptions = self._num_finished = 0
+        self._accounts = Accounts()
+        self._cost = cost
+
+    def reprice(self, cost: StepCost) -> None:
+        """Cut chunks by another price from the next step on. No bit of any result depends on it."""
+        self._cost = cost
 
     # --- requests in and out -----------------------------------------------------------------------------------
 
@@ -135,15 +136,21 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Gauges and counters of this moment."""
+        accounts, live = self._accounts, [*self._running.values(), *self._waiting]
         return SchedulerStats(
             running=len(self._running),
             waiting=len(self._waiting) + len(self._gate),
+            waiting_tokens=sum(len(one.tokens) - one.num_computed for one in live),
             steps=self._num_steps,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             preemptions=self._num_preemptions,
             finished=self._num_finished,
+            computed_tokens=accounts.computed_tokens,
+            recomputed_tokens=accounts.recomputed_tokens,
+            sequence_steps=accounts.sequence_steps,
+            kv_block_s=accounts.kv_block_s,
         )
 
     # --- one step ----------------------------------------------------------------------------------------------
@@ -157,17 +164,23 @@ class Scheduler:
         self._expire(now)
         preemptions = self._num_preemptions
         decodes, prefills = self._plan_decodes()
-        budget_tokens = self._config.budget_tokens - len(decodes)
         seqs = [*decodes.values()]
-        budget_tokens = self._plan_chunks(prefills, seqs, budget_tokens)
+        context = sum([seq.start for seq in seqs]) + len(seqs)
+        prefills = [request for request in prefills if request.state is State.RUNNING]
+        budget = StepBudget(self._config, self._cost, len(seqs), context, len(prefills))
+        ahead = PENDING in [seq.token_ids[-1] for seq in seqs]
+        self._plan_chunks(prefills, seqs, budget, now)
         if preemptions == self._num_preemptions:  # else there is no room, and the victims are first in line
-            budget_tokens = self._admit(seqs, budget_tokens, now)
+            self._admit(seqs, budget, now)
         self._num_steps += 1
-        ahead = any(seq.token_ids[-1] == PENDING for seq in decodes.values())
-        return StepPlan(self._num_steps, seqs, self._config.budget_tokens - budget_tokens, ahead)
+        work = budget.work()
+        predicted_s = 0.0 if self._cost is None or not seqs else self._cost.seconds(work)
+        num_tokens = self._config.budget_tokens - budget.tokens
+        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, predicted_s)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
-        """Take in what a step produced. Results of sequences that ended or were preempted since are dropped.
+        """Take in what a step produced. Results of sequences that ended or were preempted since are dropped. Who
+        then is past a deadline ends with this step, not with the next.
 
         Raises ValueError if the result does not fit the plan.
         """
@@ -175,18 +188,25 @@ class Scheduler:
             raise ValueError(f"{len(result.token_ids)} results for a plan of {len(plan.seqs)} sequences")
         now = self._clock()
         running, failures, logprobs = self._running, result.failures, result.logprobs
+        num_tokens, num_seqs = plan.num_tokens, len(plan.seqs)
         for index, seq in enumerate(plan.seqs):
             request = running.get(seq.key)
             if request is None or request.epoch != seq.epoch or request.num_computed != seq.start:
+                num_tokens, num_seqs = num_tokens - len(seq.token_ids), num_seqs - 1
                 continue
             if failures and index in failures:
+                num_tokens, num_seqs = num_tokens - len(seq.token_ids), num_seqs - 1
                 self._finish(request, "failed", failures[index])
                 continue
+            request.num_steps += 1
             request.num_computed = computed = seq.start + len(seq.token_ids)
             if computed >= request.blocks.next_index_tokens:
                 self._cache.index(request.blocks, computed)
             if seq.samples:
                 self._append(request, result.token_ids[index], logprobs[index] if logprobs else None, now)
+        self._accounts.computed_tokens += num_tokens
+        self._accounts.sequence_steps += num_seqs
+        self._expire(now)
 
     def revise(self, plan: StepPlan) -> StepPlan:
         """A plan that has to be run again, once every plan before it is committed.
@@ -314,25 +334,31 @@ class Scheduler:
             plans.pop(victim.key, None)
             if victim is request:
                 return None
+        self._accounts.hold(request, len(request.blocks.block_ids) - len(new), self._clock())
         return new
 
-    def _plan_chunks(self, prefills: list[Request], seqs: list[SeqPlan], budget_tokens: int) -> int:
-        """Append chunks of the running prompts; the budget left. Their blocks were allocated at admission."""
+    def _plan_chunks(self, prefills: list[Request], seqs: list[SeqPlan], budget: StepBudget, now: float) -> None:
+        """Append chunks of the running prompts. Their blocks were allocated at admission."""
         for request in prefills:
-            if budget_tokens == 0:
+            if budget.is_spent:
                 break
-            if request.state is State.RUNNING:
-                budget_tokens -= self._plan_chunk(request, seqs, budget_tokens, [], admitted=False)
-        return budget_tokens
+            self._plan_chunk(request, seqs, budget, now, admitted=False)
 
     def _plan_chunk(
-        self, request: Request, seqs: list[SeqPlan], budget_tokens: int, block_ids: list[int], *, admitted: bool
-    ) -> int:
-        """Append the next chunk of a prompt (or of what a preemption lost): its number of tokens."""
+        self, request: Request, seqs: list[SeqPlan], budget: StepBudget, now: float, *, admitted: bool
+    ) -> None:
+        """Append the next chunk of a prompt (or of what a preemption lost), if there is time for one."""
         start, num_tokens = request.num_planned, len(request.tokens)
-        contended = len(self._running) + len(self._waiting) > 1
-        max_chunk_tokens = self._config.max_chunk_tokens
-        count = policy.chunk_tokens(num_tokens - start, budget_tokens, max_chunk_tokens, contended)
+        if self._is_hopeless(request, now):
+            self._finish(request, "deadline", "what is left of the prompt takes longer than its deadline")
+            return
+        num_waiting = len(self._waiting)
+        contended = len(self._running) + num_waiting > 1
+        count = budget.chunk(
+            start, num_tokens - start, contended=contended, num_waiting=num_waiting, admitted=admitted
+        )
+        if not count:
+            return
         samples = start + count == num_tokens
         request.num_planned += count
         request.num_pending += samples
@@ -344,22 +370,30 @@ class Scheduler:
                 start=start,
                 token_ids=request.tokens[start : start + count],
                 num_prompt_tokens=request.num_prompt_tokens,
-                new_block_ids=block_ids,
+                new_block_ids=[*request.blocks.block_ids] if admitted else [],
                 samples=samples,
                 admission=request.admission() if admitted else None,
             )
         )
-        return count
 
-    def _admit(self, seqs: list[SeqPlan], budget_tokens: int, now: float) -> int:
-        """Start waiting sequences in order, until the first that finds no room; the budget left.
+    def _is_hopeless(self, request: Request, now: float) -> bool:
+        """Whether a prompt is sure to miss its deadline: what is left of it would take more than HOPELESS times the
+        seconds that are left, if it had the machine to itself."""
+        deadline_at_s, cost = request.new.deadline_at_s, self._cost
+        if deadline_at_s is None or cost is None:
+            return False
+        least_s = cost.prompt_seconds(request.num_planned, len(request.tokens))
+        return least_s > policy.HOPELESS * (deadline_at_s - now)
+
+    def _admit(self, seqs: list[SeqPlan], budget: StepBudget, now: float) -> None:
+        """Start waiting sequences in order, until the first that finds no room.
 
         One whose next block another sequence is about to compute is looked past: it finds that block later, instead
         of computing it too. Its place stays, and so does that of all who share a prefix that is being computed.
         """
         looked_past: list[Request] = []
         num_running = len(self._running)
-        while budget_tokens > 0 and self._free_slots and (entry := self._waiting.first()) is not None:
+        while not budget.is_spent and self._free_slots and (entry := self._waiting.first()) is not None:
             request = entry[2]
             if len(looked_past) < policy.MAX_LOOKED_PAST and self._cache.is_coming(request.blocks):
                 self._waiting.discard(request)
@@ -369,12 +403,11 @@ class Scheduler:
             if cached_tokens is None:
                 break
             self._start(request, cached_tokens, now)
-            block_ids = [*request.blocks.block_ids]
-            budget_tokens -= self._plan_chunk(request, seqs, budget_tokens, block_ids, admitted=True)
+            budget.num_prompts += 1
+            self._plan_chunk(request, seqs, budget, now, admitted=True)
         for request in looked_past:
             self._waiting.push(request, request.order)
-        self._blocked = budget_tokens > 0 and not looked_past and len(self._running) == num_running
-        return budget_tokens
+        self._blocked = not budget.is_spent and not looked_past and len(self._running) == num_running
 
     def _start(self, request: Request, cached_tokens: int, now: float) -> None:
         self._waiting.discard(request)
@@ -382,6 +415,7 @@ class Scheduler:
         request.slot = self._free_slots.pop()
         request.epoch = self._num_epochs  # never given twice: a late result cannot meet a later run
         request.num_computed = request.num_planned = cached_tokens
+        self._accounts.begin(request, now)
         self._num_epochs += 1
         self._running[request.key] = request
         if request.admitted_at is None:
@@ -428,6 +462,7 @@ class Scheduler:
 
     def _leave_slot(self, request: Request) -> None:
         """A running sequence gives slot and blocks back."""
+        self._accounts.leave(request, self._clock())
         self._blocked = False
         del self._running[request.key]
         self._free_slots.append(request.slot)
@@ -461,19 +496,3 @@ class Scheduler:
         self._num_finished += 1
         finish = request.finish(reason, message, stop_token_id, self._clock())
         self._deltas.append(TokenDelta(request_id, sample, token_ids or [], logprobs, finish))
-
-
-def _require(config: SchedulerConfig, cache: KVCacheManager) -> None:
-    """Limits without which a step could stall: every running sequence gets a token, any one request fits."""
-    if not 1 <= config.max_running <= config.budget_tokens:
-        raise ValueError(
-            f"max_running={config.max_running} must be 1 to budget_tokens={config.budget_tokens}: "
-            f"each running sequence may need a token in the same step"
-        )
-    if config.max_chunk_tokens < 1:
-        raise ValueError(f"max_chunk_tokens={config.max_chunk_tokens} must be >= 1")
-    capacity = cache.num_blocks * cache.block_tokens
-    if not 1 <= config.max_model_len <= capacity:
-        raise ValueError(
-            f"max_model_len={config.max_model_len} must be 1 to {capacity}, the tokens the cache holds"
-        )

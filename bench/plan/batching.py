@@ -23,6 +23,8 @@ from cierzo.bench.workload import TracedRequest
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.cost.step_model import FloatArray, StepModel
 from cierzo.engine.cost.work import StepShape
+from cierzo.engine.worker.step_cost import fitted_cost
+from cierzo.scheduler.cost import LEAST_CHUNK, StepCost, StepWork
 
 LOOKED_PAST = 64  # requests that a step may pass over because another one computes their prefix
 
@@ -189,14 +191,14 @@ class Batching:
     after it). idle_s: step -> idle seconds before it.
     """
 
-    def __init__(
-        self, config: EngineConfig, load: Sequence[TracedRequest], clients: int, model: StepModel | None = None
-    ) -> None:
+    def __init__(self, config: EngineConfig, load: Sequence[TracedRequest], clients: int, model: StepModel) -> None:
         """clients: of a closed loop, in which so many requests come at the start and one more whenever one has
-        ended; 0: requests come when they say. model: for an open load, where seconds decide between which steps."""
+        ended; 0: requests come when they say, and the model's seconds decide between which steps."""
         self._limits, self._block_tokens = config.scheduler, config.cache.block_tokens
         self._caching = config.cache.prefix_caching
-        self._load, self._clients, self._model = load, clients, model
+        self._load, self._clients = load, clients
+        self._model = None if clients else model
+        self._cost = fitted_cost(config, model) if config.scheduler.max_step_s else None
         self.first, self.last, self.arrival = np.full((3, len(load)), -1)
         self.rows: list[Row] = []
         self.pauses: list[tuple[int, int, int]] = []
@@ -204,6 +206,7 @@ class Batching:
         self.most_running = self.most_waiting = self.preemptions = 0
         self.kv_room_reached = self.max_running_reached = False
         self._room = _Room(config.cache.num_blocks)
+        self._seconds = math.inf  # of predicted time that the step has left
         self._step, self._now_s, self._arrived = 0, 0.0, 0
         self._late: list[int] = []  # for each answer that its client has not followed up: the step it came with
         self._waiting: list[_Request] = []  # in order of arrival
@@ -308,8 +311,12 @@ class Batching:
         self._room.take(self._growth(1))
         row = Row(self._decodes, self._context, 0)
         budget = self._limits.budget_tokens - self._decodes
+        self._seconds = math.inf
+        if self._cost is not None:
+            decodes_s = self._cost.seconds(StepWork(self._decodes, self._context))
+            self._seconds = self._limits.max_step_s - decodes_s - self._cost.prompt_s
         for request in self._prompts:
-            if budget > 0:
+            if not self._is_spent(row, budget):
                 budget -= self._chunk(request, row, budget)
         if preemptions == self.preemptions:
             self._admit(row, budget)
@@ -318,21 +325,45 @@ class Batching:
             self._now_s += float(self._model.time(*expand([row])).total_s[0])
         self._end(row)
 
-    def _chunk(self, request: _Request, row: Row, budget: int) -> int:
+    def _is_spent(self, row: Row, budget: int) -> bool:
+        """Whether no token is left, or, after a chunk, no time."""
+        return budget <= 0 or (self._seconds <= 0 and row.prompts > 0)
+
+    def _chunk(self, request: _Request, row: Row, budget: int, passed: int | None = None) -> int:
         """Add the next chunk of a prompt to the step; return its tokens. Alone a prompt takes the whole budget;
-        beside others a long one is cut, and leaves half of the budget."""
+        beside others a long one is cut, and leaves half of the budget. passed: of a request that is just admitted,
+        how many this step has passed over."""
         missing = request.known - request.computed
         count = min(missing, budget)
-        if len(self._running) + len(self._waiting) > 1 and missing > self._limits.max_chunk_tokens:
+        is_long = missing > self._limits.max_chunk_tokens
+        if len(self._running) + len(self._waiting) > 1 and is_long:
             count = min(self._limits.max_chunk_tokens, (budget + 1) // 2)
+        if self._cost is not None:
+            others = len(self._prompts) + len(self._waiting) - (passed or 0) - 1
+            half = 2 if is_long and others else 1
+            count = min(count, self._most(self._cost, request.computed, row, self._seconds / half, passed))
+            if not count:
+                return 0
+            self._seconds -= self._cost.chunk_s(request.computed, count)
         row.chunk(request.computed, count, request.input_tokens, count == missing)
         request.computed += count
         return count
 
+    @staticmethod
+    def _most(cost: StepCost, start: int, row: Row, seconds: float, passed: int | None) -> int:
+        """Tokens of a chunk that `seconds` are enough for. The step's first one has a least size, and so has that
+        of a request that is just admitted; any other waits where it would be smaller."""
+        most = cost.most_tokens(start, seconds)
+        if not row.prompts:
+            return max(most, cost.least_tokens(start))
+        if passed is not None:
+            return max(most, LEAST_CHUNK)
+        return most if most >= LEAST_CHUNK else 0
+
     def _admit(self, row: Row, budget: int) -> None:
         """Admit requests that wait, in order, until the first that finds no room."""
-        passed, before, had_budget = 0, len(self._running), budget > 0
-        while budget > 0 and passed < len(self._waiting):
+        passed, before, had_budget = 0, len(self._running), not self._is_spent(row, budget)
+        while not self._is_spent(row, budget) and passed < len(self._waiting):
             request = self._waiting[passed]
             if len(self._running) >= self._limits.max_running:
                 self.max_running_reached = True
@@ -344,7 +375,7 @@ class Batching:
                 self.kv_room_reached = True
                 break
             del self._waiting[passed]
-            budget -= self._chunk(request, row, budget)
+            budget -= self._chunk(request, row, budget, passed)
         self._blocked = had_budget and not passed and len(self._running) == before
 
     def _is_coming(self, request: _Request) -> bool:

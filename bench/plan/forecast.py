@@ -120,7 +120,7 @@ def _forecast(
     config: EngineConfig, load: Sequence[TracedRequest], concurrency: int | None, model: StepModel
 ) -> Forecast:
     is_open = concurrency is None
-    course = Batching(config, load, concurrency or 0, model if is_open else None).run()
+    course = Batching(config, load, concurrency or 0, model).run()
     time = model.time(*expand(course.rows))
     seconds = time.total_s
     spans_s = seconds.copy()

@@ -34,7 +34,7 @@ from cierzo.engine.signs import SignsPage
 log = logging.getLogger(__name__)
 
 MAX_CORE_FRAME_BYTES = 1 << 30  # our own process: the bound only tells a frame from garbage
-STOP_TIMEOUT_S = 1.0  # a core in a longer step than this is killed: it has nothing to save
+STOP_TIMEOUT_S = 1.5  # a core in a longer step than this is killed: it has nothing to save
 _decode = msgspec.msgpack.Decoder(CoreEvent).decode
 
 
@@ -253,9 +253,9 @@ class CoreLink:
                 try:
                     await self._launch()
                     break
-                except CierzoError as again:
-                    error = again
-                    self._restarts.record(self._clock(), False)
+                except (CierzoError, OSError) as again:  # a full disk, no more processes
+                    error = again if isinstance(again, CierzoError) else CoreFailed(f"it cannot start: {again}")
+                    self._restarts.record(self._clock(), committed=False)
             self._events.ready()
 
     async def _watch_until_lost(self, pipe: _Pipe, process: CoreProcess) -> str:
@@ -281,7 +281,7 @@ class CoreLink:
                 return "hung"
 
     async def _reap(self) -> None:
-        """No process and no socket is left behind."""
+        """No process, no socket and no page is left behind."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -289,6 +289,9 @@ class CoreLink:
             await process.wait()
         if self._pipe is not None and self._pipe.transport is not None:
             self._pipe.transport.abort()
+        if self._signs is not None:
+            self._signs.close()
+            self._signs = None
 
 
 def _shows_a_step(output: StepOutput) -> bool:

@@ -1,7 +1,7 @@
 """The search for the stream that kills cores, and which streams a new core gets meanwhile. Pure bookkeeping.
 
-After a death all streams come back at once. A stream shows life by making LIFE_TOKENS new tokens, or by ending:
-generation is exact, so a stream that kills its core does so at the same place each time, and never shows life.
+After a death all streams come back at once. A stream shows life by making LIFE_TOKENS new tokens, on one core or on
+several, or by ending: generation is exact, so a stream that kills its core does so at the same place each time.
 Streams that two cores in a row had and saw no life of are suspects. They are searched by halves: a new core first
 gets all others; once these have shown life, so that a death cannot be theirs, it gets one half, while the other
 half is held. If it dies, that half is halved again; if the half lives, the held ones follow, a group at a time. A
@@ -28,6 +28,7 @@ class Recovery(Generic[T]):
 
     def __init__(self) -> None:
         self._lifeless: dict[T, int] = {}  # what the core has, and tokens until it counts as alive
+        self._needed: dict[T, int] = {}  # such tokens of streams that the core before had, lifeless
         self._before: set[T] = set()  # what the core before had when it died, lifeless
         self._first: set[T] = set()  # must show life before the group under test is sent
         self._group: dict[T, None] = {}  # under test, in order of arrival; those that have shown no life yet
@@ -58,7 +59,8 @@ class Recovery(Generic[T]):
 
     def sent(self, stream: T, num_samples: int) -> None:
         """The core has been given a stream, of which so many samples run."""
-        self._lifeless[stream] = LIFE_TOKENS * num_samples
+        tokens = LIFE_TOKENS * num_samples
+        self._lifeless[stream] = min(tokens, self._needed.pop(stream, tokens))
 
     def made(self, stream: T, num_tokens: int, *, ended: bool) -> bool:
         """A sample made tokens, or ended; True if the stream has shown life by this, and `due` may have news."""
@@ -76,6 +78,7 @@ class Recovery(Generic[T]):
     def ended(self, stream: T) -> None:
         """A stream has ended, or is not to be computed any more."""
         self._lifeless.pop(stream, None)
+        self._needed.pop(stream, None)
         self._before.discard(stream)
         for group in self._held:
             if stream in group:
@@ -85,7 +88,9 @@ class Recovery(Generic[T]):
 
     def died(self) -> T | None:
         """The core is gone. Returns the stream that has killed it and those before it, if that is certain now."""
-        lifeless, self._lifeless = [*self._lifeless], {}
+        lifeless = [*self._lifeless]
+        self._needed |= self._lifeless
+        self._lifeless = {}
         found = None
         if self._group and self._group_sent:
             suspects = [*self._group]

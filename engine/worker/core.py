@@ -13,7 +13,7 @@ from cierzo.engine.messages import Abort, CoreStats, Finish, Submit, TokenDelta
 from cierzo.engine.worker.batch import Batch, BatchBuilder
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.fake import FakeRunner
-from cierzo.engine.worker.step_times import StepTimes
+from cierzo.engine.worker.step_cost import StepTimes
 from cierzo.kernels.fault import DeviceFault
 from cierzo.scheduler.plan import StepPlan, StepResult
 from cierzo.scheduler.request import NewRequest, QueueFull, Request
@@ -64,6 +64,7 @@ class EngineCore:
         limits = config.scheduler
         self._config = config
         self._clock = clock
+        self._times = StepTimes(config)
         self._forget()
         self._builder = BatchBuilder(
             max_tokens=limits.budget_tokens,
@@ -73,12 +74,6 @@ class EngineCore:
         )
         self._runner = make_runner(config) if runner is None else runner
         self.observe: Callable[[StepPlan], None] = _ignore  # called with each step's plan before it is launched
-        self._step_times = StepTimes()
-
-    @property
-    def predicted_s(self) -> float:
-        """Seconds that the step about to run is thought to take; 0.0: not known yet."""
-        return self._step_times.predicted_s
 
     def requests(self) -> Iterator[Request]:
         """All live sequences, to be read."""
@@ -99,9 +94,19 @@ class EngineCore:
 
     def _forget(self) -> None:
         self._cache = KVCacheManager(self._config.cache)
-        self._scheduler = Scheduler(self._config.scheduler, self._cache, self._clock)
+        self._scheduler = self._make_scheduler()
         self._refused: list[TokenDelta] = []
         self._flying: StepPlan | None = None  # launched, and not collected
+        self._flying_since_s = self._free_at_s = 0.0  # when it was launched, and when the step before it had ended
+        self._predicted_s = 0.0
+
+    def _make_scheduler(self) -> Scheduler:
+        return Scheduler(self._config.scheduler, self._cache, self._clock, self._times.cost)
+
+    @property
+    def predicted_s(self) -> float:
+        """Predicted seconds of the step that is about to run or runs, of two in flight the longer; 0.0: unknown."""
+        return self._predicted_s
 
     def submit(self, submit: Submit) -> None:
         """Take a request, one sequence per sample.
@@ -144,10 +149,8 @@ class EngineCore:
 
     def step_plain(self) -> list[TokenDelta]:
         """Schedule, build, run, commit."""
-        begun_s = time.perf_counter()
         plan = self._schedule()
         self._run(plan)
-        self._step_times.took(plan, time.perf_counter() - begun_s)
         return self.take_deltas()
 
     def step_overlapped(self) -> list[TokenDelta]:
@@ -156,20 +159,19 @@ class EngineCore:
         The same tokens as `step_plain` gives, each a call later. A step that fails is run again by itself, and so
         is one that was launched behind it.
         """
-        begun_s = time.perf_counter()
         plan = self._schedule()
         before, self._flying = self._flying, None
+        since_s, launched_s = self._flying_since_s, self._clock()
         error = self._launch(plan) if plan.seqs else None
-        if before is not None and (lost := self._collect(before)) is not None:
+        if before is not None and (lost := self._collect(before, max(since_s, self._free_at_s))) is not None:
             self._runner.reset()
             self._run(self._scheduler.revise(before))
             error = error or lost
+        self._free_at_s, self._flying_since_s = self._clock(), launched_s
         if error is not None:
             self._run(self._scheduler.revise(plan))
         elif plan.seqs:
             self._flying = plan
-        if before is not None:
-            self._step_times.took(before, time.perf_counter() - begun_s)
         return self.take_deltas()
 
     def take_deltas(self) -> list[TokenDelta]:
@@ -199,6 +201,13 @@ class EngineCore:
             output_tokens=scheduler.output_tokens,
             preemptions=scheduler.preemptions,
             finished=scheduler.finished,
+            computed_tokens=scheduler.computed_tokens,
+            recomputed_tokens=scheduler.recomputed_tokens,
+            sequence_steps=scheduler.sequence_steps,
+            kv_block_s=scheduler.kv_block_s,
+            waiting_tokens=scheduler.waiting_tokens,
+            prefill_tokens_per_s=self._times.prefill_tokens_per_s,
+            step_s=self._times.step_s,
             experts=None if self._runner.experts is None else self._runner.experts.statistics(),
         )
 
@@ -213,7 +222,7 @@ class EngineCore:
     def _schedule(self) -> StepPlan:
         """The next step's plan, which is told before anything of it is computed."""
         plan = self._scheduler.schedule()
-        self._step_times.expect(self._flying or plan)
+        self._predicted_s = max(plan.predicted_s, self._flying.predicted_s if self._flying is not None else 0.0)
         self.observe(plan)
         return plan
 
@@ -221,7 +230,8 @@ class EngineCore:
         """Launch, collect and commit a step; where that fails, its halves, down to single sequences."""
         if not plan.seqs:
             return
-        error = self._launch(plan) or self._collect(plan)
+        since_s = self._clock()
+        error = self._launch(plan) or self._collect(plan, since_s)
         if error is None:
             return
         count, reason = len(plan.seqs), f"step {plan.step} failed: {type(error).__name__}: {error}"
@@ -243,14 +253,18 @@ class EngineCore:
             return error
         return None
 
-    def _collect(self, plan: StepPlan) -> Exception | None:
-        """Wait for a step and commit its result; why there is none, if it is the step's own fault."""
+    def _collect(self, plan: StepPlan, since_s: float) -> Exception | None:
+        """Wait for a step that the device has had since `since_s`, and commit its result; why there is none, if it
+        is the step's own fault."""
         try:
             result = self._runner.collect()
         except (MemoryError, DeviceFault):
             raise
         except Exception as error:
             return error
+        if plan.work is not None and self._times.took(plan.work, self._clock() - since_s):
+            assert self._times.cost is not None
+            self._scheduler.reprice(self._times.cost)
         self._scheduler.commit(plan, result)
         return None
 

@@ -33,6 +33,13 @@ CASES = [  # model, device, workload, options, preemptions are expected
     ("small4", "4xh100", "1024/96@64", {"weights": "fp8", "profile": "latency"}, False),
     ("small4", "h200", "10000/40@4", FP8, False),  # prompts in many chunks
     ("small4", "h200", "5000/1@3", FP8, False),  # prompts alone
+    ("small4", "h200", "40000/8@2", FP8, False),  # chunks that are cut to the time of a step
+    ("small4", "h200", "30000:20000/8@4", {"profile": "latency"}, False),
+    ("small4", "h200", "20000/8@4", NVFP4 | {"max_step_ms": 60.0}, False),  # too little: the least chunks
+    ("small4", "h200", "1024/200@100", NVFP4 | {"max_step_ms": 100.0, "kv_cache_gib": 1.0}, True),
+    ("small3", "h100", "256/300@40", FP8 | {"max_step_ms": 30.0, "kv_cache_gib": 2.0}, True),
+    ("small4", "h200", "9000/64@2/s", FP8 | {"max_step_ms": 90.0}, False),
+    ("small4", "h200", "20000/64@1/s", FP8 | {"max_step_ms": 0.0}, False),
     ("small4", "h200", "33/32@1", FP8, False),
     ("small4", "h200", "1152:1024/64@32", NVFP4, False),
     ("small4", "h200", "3000:2999/20@90", NVFP4, False),  # more wait for a prefix than a step looks past

@@ -12,7 +12,7 @@ from cierzo.bench.latency import LoadResult, result_table
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.virtual import SimulatedServer, VirtualClock, VirtualCore, run_simulated_load
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.messages import Submit
+from cierzo.engine.messages import Finish, Submit
 from cierzo.engine.worker.core import EngineCore, make_runner
 from cierzo.engine.worker.simulated import SimulatedRunner
 from cierzo.scheduler.params import SamplingParams
@@ -57,7 +57,7 @@ def run_out(core: VirtualCore, most_steps: int = 4096) -> dict[int, float]:
 def test_steps_taken_together_change_nothing(settings: dict[str, Any], kv_cache_gib: float) -> None:
     """The second size preempts."""
     config = configure(kv_cache_gib=kv_cache_gib, max_model_len=2048)
-    results, totals, preemptions = [], [], []
+    results, totals, stats = [], [], []
     for one_at_a_time in (False, True):
         server = SimulatedServer(config, step_at_a_time=one_at_a_time)
         result = load(server, **settings)
@@ -65,15 +65,44 @@ def test_steps_taken_together_change_nothing(settings: dict[str, Any], kv_cache_
         assert result.answered == settings["requests"], result.errors
         results.append(sorted((s.due_s, s.delta_s[0], s.end_s, sum(s.delta_tokens)) for s in result.samples))
         totals.append(server.totals)
-        preemptions.append(server.core.stats().preemptions)
+        stats.append(server.core.stats())
     for together, single in zip(*results, strict=True):
         assert together == pytest.approx(single, rel=1e-9)
-    assert preemptions[0] == preemptions[1]
+    for name in ("preemptions", "computed_tokens", "recomputed_tokens", "sequence_steps", "steps", "output_tokens"):
+        assert getattr(stats[0], name) == getattr(stats[1], name), name
+    assert stats[0].computed_tokens > 0
+    assert stats[0].kv_block_s == pytest.approx(stats[1].kv_block_s, rel=1e-4)
     assert (totals[0].steps, totals[0].rows) == (totals[1].steps, totals[1].rows)
     assert totals[0].total_s == pytest.approx(totals[1].total_s)
     assert totals[0].distinct_experts == pytest.approx(totals[1].distinct_experts)
     if kv_cache_gib < 1 and settings.get("concurrency") == 30:
-        assert preemptions[0] > 0
+        assert stats[0].preemptions > 0
+        assert stats[0].recomputed_tokens > 0
+
+
+def test_what_a_request_has_cost_is_the_same_with_steps_taken_together() -> None:
+    """Some of them on blocks that others had, after preemptions."""
+    config = configure(kv_cache_gib=0.05, max_model_len=2048)
+    found: list[dict[int, Finish]] = []
+    for most_steps in (4096, 1):
+        core, finishes = VirtualCore(config, VirtualClock()), {}
+        for number in range(1, 13):
+            core.submit(submit(number, 100 + 7 * number, 300 + 40 * (number % 5)))
+        while core.has_work():
+            steps = len(core.steady_s(most_steps))
+            for delta in core.advance(steps) if steps > 1 else core.step_plain():
+                if delta.finish is not None:
+                    finishes[delta.request_id] = delta.finish
+        found.append(finishes)
+        assert core.stats().kv_block_s == sum(one.kv_block_s for one in finishes.values())
+    together, single = found
+    assert together.keys() == single.keys()
+    assert any(one.recomputed_tokens for one in single.values())
+    for number, one in together.items():
+        other = single[number]
+        for name in ("computed_tokens", "recomputed_tokens", "steps", "preemptions"):
+            assert getattr(one, name) == getattr(other, name), (number, name)
+        assert one.kv_block_s == pytest.approx(other.kv_block_s, abs=1e-2)
 
 
 def test_time_passes_as_the_roofline_says() -> None:

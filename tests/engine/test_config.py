@@ -38,6 +38,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     *(("block_tokens", value, COUNT) for value in (0, -4, 2**70, None, "auto")),
     *(("budget_tokens", value, COUNT) for value in (0, 2**31, 1.5)),
     *(("max_chunk_tokens", value, COUNT) for value in (0, "all")),
+    *(("max_step_ms", value, "a number from 0 to 1000000000") for value in (-1.0, 1e10, float("nan"))),
     *(("max_running", value, COUNT) for value in (0, False)),
     ("max_running", 1025, "at most 1024"),
     ("graph_sequences", -1, "an integer from 0 to 1048576"),
@@ -319,6 +320,9 @@ def test_a_profile_fills_what_is_left_open(checkpoint: str) -> None:
     assert (latency.weights, latency.layout.dtype, latency.overlap) == ("nvfp4", "fp8", True)
     assert (latency.graph_sequences, latency.scheduler.max_running) == (32, 32)
     assert "profile        latency" in latency.describe()
+    assert (found.scheduler.max_step_s, latency.scheduler.max_step_s) == (0.0, 0.15)
+    assert "step time      chunks are cut to 150 ms a step" in latency.describe()
+    assert "step time      no target" in found.describe()
 
 
 def test_what_is_given_counts_whatever_the_profile_says(checkpoint: str) -> None:
@@ -333,9 +337,11 @@ def test_what_is_given_counts_whatever_the_profile_says(checkpoint: str) -> None
             budget_tokens=1000,
             max_running=77,
             graph_sequences=0,
+            max_step_ms=0,
         )
     )
     limits = found.scheduler
+    assert limits.max_step_s == 0.0
     assert (limits.budget_tokens, limits.max_chunk_tokens, limits.max_running) == (1000, 1000, 77)
     assert (found.weights, found.layout.dtype, found.overlap, found.graph_sequences) == (
         "fp8",
@@ -356,6 +362,7 @@ def test_without_a_profile_everything_is_as_it_was(checkpoint: str) -> None:
     found = resolve(EngineOptions(model=checkpoint))
     limits = found.scheduler
     assert (limits.budget_tokens, limits.max_chunk_tokens, limits.max_running) == (1024, 512, 256)
+    assert limits.max_step_s == 5.5
     assert (found.weights, found.profile, found.card) == ("bf16", "balanced", None)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_cuts import random_cuts
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.messages import Abort, Finish, Submit, TokenDelta
@@ -150,18 +151,19 @@ def loads(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, Submit]]]:
 
 
 @settings(max_examples=120, deadline=None)
-@given(loads())
+@given(loads(), st.one_of(st.none(), st.integers(0, 1 << 30)))
 def test_every_request_gets_the_tokens_of_its_run_alone(
-    load: tuple[dict[str, int], list[tuple[int, Submit]]],
+    load: tuple[dict[str, int], list[tuple[int, Submit]]], cuts: int | None
 ) -> None:
     limits, arrivals = load
     core, outcomes = make_core(**limits), {}
-    for step in range(11):
-        for _, request in (pair for pair in arrivals if pair[0] == step):
-            core.submit(request)
-        gather(outcomes, core.step_plain())
-        core.check()
-    finish_all(core, outcomes)
+    with random_cuts(cuts):
+        for step in range(11):
+            for _, request in (pair for pair in arrivals if pair[0] == step):
+                core.submit(request)
+            gather(outcomes, core.step_plain())
+            core.check()
+        finish_all(core, outcomes)
     for _, request in arrivals:
         expected = alone(request, limits["max_model_len"])
         for sample in range(request.sampling.n):

@@ -2,7 +2,8 @@
 
 Random loads go through the engine on the native kernels: other requests beside it, prompts cut into chunks, few
 blocks (so that requests are preempted and computed again), prefixes shared through the cache, answers resumed after
-some of their tokens, one or two threads. Each answer is compared with that of the same request alone, in one chunk.
+some of their tokens, one or two threads; in some worlds every chunk has a size drawn by chance. Each answer is
+compared with that of the same request alone, in one chunk.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_only import needs_native
+from random_cuts import random_cuts
 
 from cierzo.cache.layout import GIB
 from cierzo.cache.pool import GqaPages
@@ -87,6 +89,7 @@ class World:
     threads: int
     arrivals: tuple[int, ...]
     resumed: tuple[bool, ...]
+    cuts: int | None  # seed of random chunks
 
 
 asks = st.builds(
@@ -108,6 +111,7 @@ worlds = st.builds(
     threads=st.sampled_from([1, 2]),
     arrivals=st.tuples(*[st.integers(0, 5)] * 5),
     resumed=st.tuples(*[st.booleans()] * 5),
+    cuts=st.one_of(st.none(), st.integers(0, 1 << 30)),
 )
 
 Answer = list[tuple[int, float, tuple[int, ...], tuple[float, ...]]]
@@ -214,6 +218,7 @@ def test_a_request_is_the_same_whatever_happens_around_it(
         output = tuple(entry[0] for entry in expected[index][:known])
         arrivals.setdefault(world.arrivals[index], []).append(ask.submit(index, vocab_size, output))
         skipped.append(known)
-    answers = drain(engine.core(world), arrivals)
+    with random_cuts(world.cuts):
+        answers = drain(engine.core(world), arrivals)
     for index in range(len(requests)):
         assert answers[index] == expected[index][skipped[index] :], (index, requests[index])

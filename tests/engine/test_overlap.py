@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_cuts import random_cuts
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.messages import Abort, Submit, TokenDelta
@@ -92,10 +93,11 @@ def run(
 
 @pytest.mark.parametrize("num_blocks", [10, 12, 200])
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 1 << 30))
-def test_the_same_tokens(num_blocks: int, seed: int) -> None:
+@given(seed=st.integers(0, 1 << 30), cuts=st.one_of(st.none(), st.integers(0, 1 << 30)))
+def test_the_same_tokens(num_blocks: int, seed: int, cuts: int | None) -> None:
     plain = run(seed, num_blocks, overlapped=False)
-    overlapped = run(seed, num_blocks, overlapped=True)
+    with random_cuts(cuts):
+        overlapped = run(seed, num_blocks, overlapped=True)
     assert overlapped[:2] == plain[:2]
 
 

@@ -79,6 +79,29 @@ def test_rows_are_written_out_when_they_are_not_those_of_the_step_before(tmp_pat
     assert [step.num_tokens for step in steps] == [3, 1, 1, 1, 4, 2, 1, 1]
 
 
+def test_rows_are_written_out_when_one_takes_the_place_of_another(tmp_path):
+    recorded = Recorded(tmp_path)
+    for request_id in range(9):  # one more than may run
+        recorded.tell(submit(request_id, [request_id], max_tokens=10 if request_id else 3))
+    recorded.run()
+    steps = [record for record in parts(tmp_path)[0] if isinstance(record, Step)]
+    assert [(step.num_seqs, step.num_tokens) for step in steps[:5]] == [(8, 8)] * 5
+    assert [step.rows is not None for step in steps[:5]] == [True, False, False, True, False]
+
+
+def test_a_segment_begins_between_two_turns(tmp_path):
+    recorded = Recorded(tmp_path, with_prompts=True, segment_bytes=6000)
+    first, number = [], 0
+    for request_id in range(300):
+        recorded.tell(submit(request_id, max_tokens=2))
+        if recorded.recorder._number != number:
+            number = recorded.recorder._number
+            first += [type(record) for record in parts(tmp_path)[-1] if not isinstance(record, Header | Open)][:1]
+        recorded.turn()
+    assert len(first) > 5
+    assert set(first) == {Submitted}
+
+
 def test_segments_take_turns_and_each_begins_with_what_is_in_flight(tmp_path):
     recorded = Recorded(tmp_path, with_prompts=True, segment_bytes=6000)
     for request_id in range(200):

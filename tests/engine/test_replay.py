@@ -11,9 +11,11 @@ from recorded import KEPT, Recorded, segments, submit
 from recorded import records as records_of
 
 from cierzo import cli
+from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.flight import Ended, Header, Open, Step, Submitted, Tokens, packed
 from cierzo.engine.messages import Abort
+from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.fake import FakeRunner
 from cierzo.engine.worker.replay import Replay
 from cierzo.kernels.fault import DeviceFault
@@ -188,6 +190,25 @@ def test_a_record_without_its_beginning_starts_from_what_was_in_flight(tmp_path,
     assert replay.departure == ""
     compared = ": equal tokens" if with_prompts else "; there was nothing to compare"
     assert replay.describe_outcome().endswith(compared)
+
+
+@pytest.mark.parametrize("with_prompts", [False, True])
+def test_a_model_is_replayed_from_its_checkpoint(tmp_path, with_prompts):
+    checkpoint = make_checkpoint(tmp_path / "tiny", like="small4", scale="tiny")
+    options = EngineOptions(
+        model=str(checkpoint), kv_cache_gib=0.01, max_model_len=256, threads=1, budget_tokens=64
+    )
+    recorded = Recorded(tmp_path, with_prompts=with_prompts, config=resolve(options))
+    draw = random.Random(5)
+    for request_id in range(6):
+        prompt = [draw.randrange(1000) for _ in range(draw.randint(1, 90))]
+        recorded.tell(submit(request_id, prompt, max_tokens=12, n=2, temperature=1.0))
+        for _ in range(3):
+            recorded.turn()
+    recorded.run()
+    replay = Replay(records_of(tmp_path))
+    replay.run()
+    assert replay.describe_outcome().endswith("equal rows and tokens" if with_prompts else "equal rows")
 
 
 class Killer(FakeRunner):

@@ -16,9 +16,8 @@ from cierzo.engine.messages import SamplingParams, Submit
 from cierzo.engine.signs import NAME, Signs, SignsPage
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner, fake_config
-from cierzo.engine.worker.step_times import StepTimes
 from cierzo.scheduler.config import SchedulerConfig
-from cierzo.scheduler.plan import SeqPlan, StepPlan
+from cierzo.scheduler.cost import StepCost
 
 LIVES, STALLED, HUNG = Verdict.LIVES, Verdict.STALLED, Verdict.HUNG
 CONFIG = FrontendConfig(core_stall_s=1.5, core_hang_s=10.0)
@@ -206,30 +205,7 @@ def test_the_state_of_a_process():
     assert process_state(2**22 + 1) == ""  # beyond the kernel's largest
 
 
-# --- predictions -------------------------------------------------------------------------------------------
-
-
-def _plan(*lengths: int) -> StepPlan:
-    seqs = [SeqPlan((i, 0), i, 0, 0, [0] * length, length, [], True, None) for i, length in enumerate(lengths)]
-    return StepPlan(1, seqs, sum(lengths))
-
-
-def test_a_prediction_follows_decodes_by_the_step_and_prompts_by_the_token():
-    times = StepTimes()
-    times.expect(_plan(1, 1))
-    assert times.predicted_s == 0.0
-    times.took(_plan(1, 1), 0.5)
-    times.expect(_plan(100, 1))
-    assert times.predicted_s == 0.0  # no prompt was computed yet
-    times.took(_plan(99, 1), 2.0)
-    times.took(_plan(), 9.0)  # nothing was computed
-    times.expect(_plan(500))
-    assert times.predicted_s == pytest.approx(10.0)
-    times.expect(_plan(1, 1, 1))
-    assert times.predicted_s == 0.5
-    times.took(_plan(1), 0.9)
-    times.expect(_plan(1))
-    assert times.predicted_s == pytest.approx(0.6)
+# --- what the core tells -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -247,12 +223,10 @@ def test_a_core_tells_what_it_predicts_before_it_computes(overlap):
 
     runner = Runner(vocab_size=300, num_blocks=64, block_tokens=8, max_running=8)
     core = EngineCore(replace(config, overlap=overlap), runner)
-    core.observe = lambda plan: told.append((plan.num_tokens, core.predicted_s > 0))
-    core.submit(Submit(request_id=1, prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=4, seed=0)))
+    core._scheduler.reprice(StepCost(0.5, 0.0, 0.0, 0.0, 0.25, 0.0, 0.0))  # half a second, and a quarter a row
+    core.observe = lambda plan: told.append((plan.num_tokens, core.predicted_s))
+    core.submit(Submit(request_id=1, prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=2, seed=0)))
     while core.has_work():
         core.step()
-    computed = [entry for entry in told if entry != "launched" and entry[0]]
-    assert computed[0] == (3, False)
-    assert computed[-1] == (1, True)
-    assert told.count("launched") == len(computed)
-    assert told[1] == "launched"
+    assert [entry for entry in told if entry == "launched" or entry[0]][:2] == [(3, 1.25), "launched"]
+    assert told.count("launched") == 2

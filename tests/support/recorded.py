@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine import flight
+from cierzo.engine.config import EngineConfig
 from cierzo.engine.flight import AnyRecord, Kept, packed, read
 from cierzo.engine.messages import CoreCommand, SamplingParams, Submit, TokenDelta
 from cierzo.engine.worker.core import EngineCore, Runner
@@ -42,8 +43,9 @@ class Recorded:
         segment_bytes: int = 1 << 20,
         overlap: bool = False,
         runner: Runner | None = None,
+        config: EngineConfig = CONFIG,
     ) -> None:
-        config = replace(CONFIG, flight_folder=str(folder), record_prompts=with_prompts, overlap=overlap)
+        config = replace(config, flight_folder=str(folder), record_prompts=with_prompts, overlap=overlap)
         self.readings = Readings()
         self.core = EngineCore(config, runner, clock=self.readings)
         self.recorder = Recorder(config, self.core, self.readings, segment_bytes)

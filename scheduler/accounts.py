@@ -1,0 +1,64 @@
+"""Books of what sequences cost, and the sums over all of them."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cierzo.scheduler.request import TICKS_PER_S, Request
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Gauges (`running`, `waiting`: sequences; `waiting_tokens`: known to them and not computed) and counters since
+    the start. computed_tokens to kv_block_s: sums of what each `Finish` says, once all have ended."""
+
+    running: int
+    waiting: int
+    waiting_tokens: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+    finished: int
+    computed_tokens: int
+    recomputed_tokens: int
+    sequence_steps: int
+    kv_block_s: float
+
+
+class Accounts:
+    """Books of what sequences cost. A step's rows count when its result is taken in, for the sequences that still
+    run as they did when it was planned; blocks count from the reading of the clock at which they were given."""
+
+    def __init__(self) -> None:
+        self.computed_tokens = self.recomputed_tokens = self.sequence_steps = 0
+        self._kv_ticks = 0
+
+    @property
+    def kv_block_s(self) -> float:
+        """Blocks times seconds, up to each sequence's last change of blocks."""
+        return self._kv_ticks / TICKS_PER_S
+
+    def begin(self, request: Request, now: float) -> None:
+        """Note an admission: what the sequence found computed, and since when it holds blocks."""
+        request.num_found = request.num_computed
+        request.held_since_ticks = int(now * TICKS_PER_S)
+
+    def hold(self, request: Request, num_blocks: int, now: float) -> None:
+        """Count the blocks that a sequence has held until now; to be called when their number changes."""
+        ticks = int(now * TICKS_PER_S)
+        held = num_blocks * (ticks - request.held_since_ticks)
+        request.held_since_ticks = ticks
+        request.kv_ticks += held
+        self._kv_ticks += held
+
+    def leave(self, request: Request, now: float) -> None:
+        """Note that a sequence gives its blocks back: what it has computed since its admission, and which part of
+        that for the second time."""
+        self.hold(request, len(request.blocks.block_ids), now)
+        found, computed = request.num_found, request.num_computed
+        again = max(0, min(computed, request.most_computed) - found)
+        request.computed_tokens += computed - found
+        request.recomputed_tokens += again
+        request.most_computed = max(request.most_computed, computed)
+        self.recomputed_tokens += again

@@ -1,0 +1,77 @@
+"""Budget of a step: tokens and predicted seconds that are left, and the work that it has taken on."""
+
+from __future__ import annotations
+
+import math
+
+from cierzo.scheduler import policy
+from cierzo.scheduler.config import SchedulerConfig
+from cierzo.scheduler.cost import LEAST_CHUNK, StepCost, StepWork
+
+
+class StepBudget:
+    """The budget of one step: first its decode rows, then one chunk after the other.
+
+    Tokens are a cap. Where a price is known and a target set, predicted seconds count too. A step's first chunk is
+    at least one that is worth it, so that the prompt that came first always advances; the others fill what is left.
+    """
+
+    __slots__ = (
+        *("tokens", "num_prompts", "_limits", "_cost", "_seconds"),
+        *("_sequences", "_decode_context", "_rows", "_pairs", "_context"),
+    )
+
+    def __init__(
+        self,
+        limits: SchedulerConfig,
+        cost: StepCost | None,
+        num_decodes: int,
+        decode_context: int,
+        num_prompts: int,
+    ) -> None:
+        """decode_context: tokens that the decode rows read. num_prompts: running sequences that get chunks."""
+        self.tokens = limits.budget_tokens - num_decodes
+        self.num_prompts = num_prompts
+        self._limits, self._cost = limits, cost
+        self._sequences, self._decode_context = num_decodes, decode_context
+        self._rows = self._context = 0
+        self._pairs = 0.0
+        self._seconds = math.inf
+        if cost is not None and limits.max_step_s:
+            self._seconds = limits.max_step_s - cost.seconds(self.work()) - cost.prompt_s
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing more fits."""
+        return self.tokens == 0 or (self._seconds <= 0 and self._rows > 0)
+
+    def chunk(self, start: int, num_missing: int, *, contended: bool, num_waiting: int, admitted: bool) -> int:
+        """Take a prompt's next chunk, from `start` on: its tokens, 0 where there is no time for it.
+
+        contended: other sequences run or wait. num_waiting: of these, those that wait. admitted: it begins in this
+        step, and must get a token.
+        """
+        limits, cost = self._limits, self._cost
+        count = policy.chunk_tokens(num_missing, self.tokens, limits.max_chunk_tokens, contended)
+        if cost is not None and self._seconds < math.inf:
+            is_cut = num_missing > limits.max_chunk_tokens and self.num_prompts + num_waiting > 1
+            most = cost.most_tokens(start, self._seconds / 2 if is_cut else self._seconds)
+            if not self._rows:
+                most = max(most, cost.least_tokens(start))
+            elif admitted:
+                most = max(most, LEAST_CHUNK)
+            elif most < LEAST_CHUNK:
+                most = 0
+            count = min(count, most)
+            self._seconds -= cost.chunk_s(start, count) if count else 0.0
+        self.tokens -= count
+        if count:
+            self._sequences += 1
+            self._rows += count
+            self._pairs += count * (start + (count + 1) / 2)
+            self._context += start + count
+        return count
+
+    def work(self) -> StepWork:
+        """All that the step has taken on."""
+        return StepWork(self._sequences, self._decode_context, self._rows, self._pairs, self._context)
