@@ -11,13 +11,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from cierzo.engine.errors import SlowReader
+from cierzo.engine.errors import CierzoError, SlowReader
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
-from cierzo.engine.frontend.stream import Sink, Stream
+from cierzo.engine.frontend.stream import Sink, Stream, failure
 from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
@@ -154,6 +154,18 @@ class Outlets:
         stream.skips = True
         if stream.ended_at_s is not None:
             self._make_ready(stream)
+
+    def hurry(self, error: CierzoError) -> None:
+        """Wait for readers no longer: each stream that has ended gives its last message now, or `error` if its
+        reader has not got all that comes before."""
+        for stream in self._streams.with_readers():
+            sink = stream.sink
+            if sink is not None and stream.ended_at_s is not None:
+                sink.put(failure(stream.stream_id, error) if stream.unsent else stream.last(self._detokenizer))
+                self._streams.detach(stream)
+                self.detach(stream, sink)
+                sink.flush()
+        self._owner.delivered()
 
     def close(self) -> None:
         """Stop all timers."""

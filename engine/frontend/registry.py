@@ -61,6 +61,10 @@ class Registry:
         """The streams of a connection by the client's ids; empty for one that is gone. Not to be changed."""
         return self._sinks.get(sink, {})
 
+    def with_readers(self) -> list[Stream]:
+        """All streams that have a connection, also those that have ended and still have something for it."""
+        return [stream for streams in self._sinks.values() for stream in streams.values()]
+
     def open(self, stream: Stream) -> None:
         """Enter a stream of a connection."""
         assert stream.sink is not None

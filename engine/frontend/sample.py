@@ -97,6 +97,7 @@ class Sample:
 
     sent: the cursor; the reader has the tokens before it. keeps: log-probabilities are kept after they were sent.
     whole: nothing is sent before the end (deltas=false).
+    computed: positions that runs before the present one have computed for sure.
     cut: a stop string was found; whatever the core still sends is overrun.
     computed: positions that runs before the present one have computed for sure.
     tail_apart: it ended without a last token, so the text that was held back comes in a delta without tokens.
@@ -135,6 +136,7 @@ class Sample:
         self.token_ids = array("i", token_ids)
         self.num_brought = self.sent = len(self.token_ids)
         self.stop: str | int | None = None
+        self.computed = 0
         self.cut = False
         self.finish: Finish | None = None
         self.tail_apart: bool | None = None

@@ -31,7 +31,8 @@ class Owner:
         self.ends = []
 
     def deliver(self, stream, delta):
-        stream.samples[delta.sample].append(delta)
+        if not (sample := stream.samples[delta.sample]).cut:
+            sample.take(delta)
         if delta.finish is not None and stream.end(stream.samples[delta.sample], delta.finish):
             self.finish(stream)
 
@@ -194,6 +195,7 @@ def test_a_withdrawn_stream_goes_on_when_submitted_again(run):
         # the second run has computed 5 positions, of which 4 had been: 3 of the prompt, and the first token
         assert (stream.cost.computed_tokens, stream.cost.recomputed_tokens) == (11, 5)
         assert not bench.side._withdrawn
+        assert not bench.side._paused
 
     run(body())
 

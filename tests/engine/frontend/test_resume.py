@@ -279,13 +279,13 @@ def test_an_orphan_is_finished_and_survives_the_core(run, serving, peering, core
 
 def test_the_oldest_answers_are_forgotten_first(run, serving, peering, cores):
     async def body():
-        async with serving(cores=cores, max_kept_bytes=3 * 5000) as house, peering(house, RESUME) as peer:
+        async with serving(cores=cores, max_kept_bytes=3 * 3500) as house, peering(house, RESUME) as peer:
             names = []
             for stream in range(5):
                 peer.say(generate(stream, max_tokens=100))
                 names.append((await peer.hear()).request_id)
                 await peer.hear_until(Final)
-                assert house.frontend.keeper.kept_bytes <= 15_000
+                assert house.frontend.keeper.kept_bytes <= 3 * 3500
             known = []
             for stream, name in enumerate(names, start=10):
                 peer.say(Resume(stream=stream, request_id=name, received=[100]))

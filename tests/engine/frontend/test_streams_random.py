@@ -72,6 +72,9 @@ class ScriptedCore:
     def __init__(self):
         self.sequences = {}
 
+    def forgive(self):
+        pass
+
     def send(self, command):
         if isinstance(command, Abort):
             for key in [k for k in self.sequences if k[0] == command.request_id and command.sample in (None, k[1])]:
@@ -82,9 +85,6 @@ class ScriptedCore:
             done = len(command.output_token_ids)
             assert command.output_token_ids == whole[:done]
             self.sequences[command.request_id, sample] = [command, whole, done]
-
-    def forgive(self):
-        pass
 
     @property
     def ended(self):
@@ -305,7 +305,7 @@ class World:
         if self.draw.random() < 0.2:
             self.core.sequences.clear()
             self.core._ended = []
-            self.frontend.core.lost(True)
+            self.frontend.core.lost(committed=True)
             self.frontend.core.ready()
 
     def collect(self, sink):
