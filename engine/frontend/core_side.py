@@ -109,7 +109,7 @@ class CoreSide:
         self._admission.require(num_tokens, priority, stream.deadline_at_s - now, now)
 
     def opened(self, stream: Stream) -> None:
-        """A stream was opened, or its deadline became known: it counts from now on, whatever the stream waits for."""
+        """A stream was opened, or its deadline became known: it counts, whatever the stream waits for."""
         if (timer := self._timers.pop(stream, None)) is not None:
             timer.cancel()
         self._set_timer(stream, stream.deadline_at_s - self._clock())

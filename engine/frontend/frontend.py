@@ -65,7 +65,7 @@ class Frontend:
         self._resets = Resets(config, clock)
         self._clock = clock
         self._started = clock()
-        self._drain = Drain(config, lambda: len(self.streams) or self.streams.num_read, self.interrupt)
+        self._drain = Drain(config, lambda: len(self.streams) + self.streams.num_read, self.interrupt)
 
     # --- what is going on ------------------------------------------------------------------------------
 
@@ -181,6 +181,7 @@ class Frontend:
         """End every open stream with an error that says how to go on elsewhere."""
         for stream in self.streams:
             self._fail(stream, interruption(stream))
+        self.outlets.hurry(Interrupted("the server stops, and does not wait for its slow readers"))
 
     async def close(self) -> None:
         """Stop what runs on the side."""

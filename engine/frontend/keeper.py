@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
-
 from cierzo.engine.errors import InvalidRequest, KeyReused, NotFound
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.encoding import digest
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.registry import require_room
 from cierzo.engine.frontend.stream import Stream
@@ -19,16 +17,6 @@ from cierzo.engine.messages import Generate
 NAME_BYTES = 16
 MAX_KEY_CHARS = 128
 KEPT_BYTES, KEPT_SAMPLE_BYTES = 2048, 768  # heap of an answer that is kept, besides what its logs say
-_encode = msgspec.msgpack.Encoder().encode
-
-
-def digest(message: Generate) -> bytes:
-    """A digest of what is asked for, the same for every repetition of a request."""
-    params = message.sampling
-    if params.logit_bias:
-        params = msgspec.structs.replace(params, logit_bias=dict(sorted(params.logit_bias.items())))
-    content = msgspec.structs.replace(message, stream=0, deadline_s=None, idempotency_key=None, sampling=params)
-    return hashlib.blake2b(_encode(content), digest_size=16).digest()
 
 
 @dataclass(slots=True)

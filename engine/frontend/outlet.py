@@ -126,7 +126,7 @@ class Outlets:
     def add(self, stream: Stream, sample: Sample, delta: TokenDelta) -> None:
         """Take new output: to a reader at once that has all that was before and may get more, else to the log."""
         sink = stream.sink
-        if not stream.flows or sink is None or sink.is_paused:
+        if not stream.flows or stream.skips or sink is None or sink.is_paused:
             self._log(stream, sample, delta)
             return
         token_ids, text, logprobs = sample.take(delta)
