@@ -38,7 +38,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     *(("block_tokens", value, COUNT) for value in (0, -4, 2**70, None, "auto")),
     *(("budget_tokens", value, COUNT) for value in (0, 2**31, 1.5)),
     *(("max_chunk_tokens", value, COUNT) for value in (0, "all")),
-    *(("max_step_ms", value, "a number from 0 to 1000000000") for value in (-1.0, 1e10, float("nan"))),
+    *(("max_step_ms", value, "a finite number from 0 to 1000000000.0") for value in (-1.0, 1e10, float("nan"))),
     *(("max_running", value, COUNT) for value in (0, False)),
     ("max_running", 1025, "at most 1024"),
     ("graph_sequences", -1, "an integer from 0 to 1048576"),
