@@ -230,7 +230,8 @@ class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
 def delta_cost(delta: Delta) -> int:
     """Bytes that `delta` counts for in flow control: about what it takes of a heap, by a formula that both sides
     compute alike."""
-    cost = 64 + 8 * len(delta.token_ids) + len(delta.text.encode())
+    text = delta.text
+    cost = 64 + 8 * len(delta.token_ids) + (len(text) if text.isascii() else len(text.encode()))
     if delta.logprobs is not None:
         cost += sum(32 + 16 * len(entry.top_token_ids) for entry in delta.logprobs)
     return cost
