@@ -70,7 +70,7 @@ class Inbox:
             self.accepted, self.request = message, None
         elif isinstance(message, Final):
             self.final = message
-        elif self.reopened and isinstance(message, NotFound):
+        elif self.reopened and self.accepted is not None and isinstance(message, NotFound | InvalidRequest):
             self.error = ConnectionLost(f"the connection was lost, and the server knows no more of it: {message}")
         else:
             self.error = message

@@ -1,4 +1,4 @@
-"""What a client keeps while its connections come and go: the one in use, and the requests that outlive it."""
+"""A client over its connections: the one in use, and the requests that outlive it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY_BYTES = 16  # of an idempotency key that the client makes
 
 @dataclass(frozen=True, slots=True)
 class Reconnect:
-    """How long a client tries to mend a lost connection before its requests end with ConnectionLost.
+    """Bounds on the mending of a lost connection; past them its requests end with ConnectionLost.
 
     max_attempts, within_s: connections tried, and seconds since the loss; both count from the last connection on
     which something came for a request. The pause before an attempt doubles up to `longest_pause_s`, and is cut at
@@ -79,7 +79,8 @@ class Session:
         while self.link.error is not None:
             if self._end is not None or self._policy is None or not self.link.error.retry:
                 raise self._end or self.link.error
-            if (error := await asyncio.shield(self._mend())) is not None:
+            await asyncio.wait([mending := self._mend()])
+            if not mending.cancelled() and (error := mending.result()) is not None:
                 raise error
         return await self.link.call(method, **fields)
 
@@ -183,7 +184,7 @@ class Session:
 
 
 def _again(inbox: Inbox) -> Generate | Resume | None:
-    """What makes a generation go on on another connection, if anything does."""
+    """The message by which a generation goes on on another connection, if one can."""
     request = inbox.request
     if inbox.accepted is not None:
         return Resume(stream=0, request_id=inbox.accepted.request_id, received=[*inbox.received])
