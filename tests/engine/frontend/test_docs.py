@@ -57,9 +57,8 @@ def test_every_feature_is_described_with_what_belongs_to_it():
 
 
 def test_the_formula_of_a_delta_s_cost():
-    formula = re.search(
-        r"^(\d+) +\+ +(\d+) x tokens .*`logprobs`: (\d+) \+ (\d+) x its top ids$", TEXT, re.MULTILINE
-    )
+    pattern = r"^(\d+) +\+ +(\d+) x tokens .*`logprobs`: (\d+) \+ (\d+) x its top ids$"
+    formula = re.search(pattern, TEXT, re.MULTILINE)
     base, token, entry, alternative = map(int, formula.groups())
     logprobs = [messages.TokenLogprobs(1, -1.0, [1, 2, 3], [-1.0, -2.0, -3.0])]
     delta = messages.Delta(stream=1, token_ids=[1, 2], text="é", logprobs=logprobs)
