@@ -140,7 +140,7 @@ def test_cancelling(address, client, case):
     told = node(address, case, token_ids=[1, 2, 3])
     (sample,) = told["final"]["samples"]
     assert sample["finish_reason"] == "cancelled"
-    assert sample["output_tokens"] == sum(map(len, told["tokens"]))
+    assert sample["output_tokens"] >= sum(map(len, told["tokens"]))  # what waited to be sent is dropped
     if case == "cancel_after_first_response":
         assert sample["output_tokens"] >= 1
     if case == "cancel_by_id":
