@@ -19,7 +19,7 @@ async function rest(generation, answer = { tokens: [], text: [] }) {
 }
 
 function add(answer, { sample = 0, token_ids = [], text = "" }) {
-  answer.tokens[sample] = (answer.tokens[sample] ?? []).concat(token_ids);
+  (answer.tokens[sample] ??= []).push(...token_ids);
   answer.text[sample] = (answer.text[sample] ?? "") + text;
 }
 
