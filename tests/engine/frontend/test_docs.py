@@ -16,7 +16,7 @@ from cierzo.engine.errors import BY_CODE
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import pack
-from cierzo.engine.frontend.methods import FEATURE_OF, FEATURE_OF_FIELD
+from cierzo.engine.frontend.methods import FEATURE_OF
 from cierzo.engine.messages import ClientMessage, SamplingParams, ServerMessage
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "rpc.md").read_text(encoding="utf-8")
@@ -52,7 +52,8 @@ def test_every_feature_is_described_with_what_belongs_to_it():
         re.findall(r"^\| `(\w+)` \| (.*?) \|", TEXT.split("**Features**")[1].split("## 3.")[0], re.MULTILINE)
     )
     assert sorted(rows) == sorted(messages.FEATURES)
-    belongings = {kind.__struct_config__.tag: feature for kind, feature in FEATURE_OF.items()} | FEATURE_OF_FIELD
+    belongings = {kind.__struct_config__.tag: feature for kind, feature in FEATURE_OF.items()}
+    belongings |= {"attached": "attach", "idempotency_key": "resume", "cost": "accounting", "accepted": "resume"}
     assert not [name for name, feature in belongings.items() if f"`{name}`" not in rows[feature]]
 
 
