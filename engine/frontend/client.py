@@ -57,7 +57,6 @@ from cierzo.engine.messages import (
     SamplingParams,
     Stats,
     Welcome,
-    delta_cost,
 )
 
 __all__ = ["Client", "Generation", "Reconnect", "SyncClient", "SyncGeneration"]
@@ -300,8 +299,7 @@ class SyncGeneration:
         """More deltas, in the loop's thread; the last ones are in use no more."""
         self._generation.consumed(self._batch_cost)
         self._batch_cost = 0
-        batch = await self._generation.take_batch(timeout_s)
-        self._batch_cost += sum(map(delta_cost, batch))
+        batch, self._batch_cost = await self._generation.take_batch(timeout_s)
         return batch
 
     def cancel(self) -> None:

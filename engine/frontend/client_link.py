@@ -93,6 +93,7 @@ class ClientLink(asyncio.Protocol):
         self._keepalive_s = keepalive_s
         self._max_unread_bytes = max_unread_bytes
         self._unread_bytes = 0
+        self._credit_part = 0  # without the feature
         self._is_reading = True
         self._transport: asyncio.Transport | None = None
         self._splitter = FrameSplitter(MAX_WELCOME_FRAME_BYTES)
@@ -197,12 +198,12 @@ class ClientLink(asyncio.Protocol):
 
     def consumed(self, inbox: Inbox, cost: int) -> None:
         """Deltas that cost so much have left the inbox for good: the server may send others."""
-        cost = min(cost, inbox.held)  # those of an earlier connection count no more
+        if cost > inbox.held:
+            cost = inbox.held  # deltas of an earlier connection count no more
         inbox.held -= cost
-        if "credit" in self.features:
+        if self._credit_part:
             inbox.uncredited += cost
-            is_due = inbox.uncredited * CREDIT_PARTS >= self.welcome.limits.stream_credit_bytes
-            if is_due and self._inboxes.get(inbox.stream) is inbox:
+            if inbox.uncredited >= self._credit_part and self._inboxes.get(inbox.stream) is inbox:
                 self.send(Credit(stream=inbox.stream, bytes=inbox.uncredited))
                 inbox.uncredited = 0
             return
@@ -243,9 +244,7 @@ class ClientLink(asyncio.Protocol):
 
     def _receive(self, message: ServerMessage) -> None:
         if isinstance(message, Delta):
-            self.had_news = True
-            inbox = self._inboxes.get(message.stream)
-            if inbox is not None:
+            if (inbox := self._inboxes.get(message.stream)) is not None:
                 self._delta(inbox, message)
         elif isinstance(message, Final):
             self.had_news = True
@@ -269,22 +268,25 @@ class ClientLink(asyncio.Protocol):
                 call.set_result(message)
 
     def _delta(self, inbox: Inbox, delta: Delta) -> None:
+        self.had_news = True
         cost = delta_cost(delta)
         inbox.held += cost
-        if "credit" not in self.features:
+        if not self._credit_part:
             self._unread_bytes += cost
+            if self._is_reading and self._unread_bytes > self._max_unread_bytes and self._transport is not None:
+                self._is_reading = False
+                self._transport.pause_reading()
         if inbox.dropped or (inbox.reopened and inbox.repeats(delta)):
             self.consumed(inbox, cost)
-            return
-        inbox.put(delta)
-        if self._is_reading and self._unread_bytes > self._max_unread_bytes and self._transport is not None:
-            self._is_reading = False
-            self._transport.pause_reading()
+        else:
+            inbox.add(delta)
 
     def _greeted(self, welcome: Welcome) -> None:
         if self.welcomed.done():
             return
         self.welcome, self.features = welcome, frozenset(welcome.features)
+        if "credit" in self.features:
+            self._credit_part = max(1, welcome.limits.stream_credit_bytes // CREDIT_PARTS)
         self._splitter.max_frame_bytes = MAX_SERVER_FRAME_BYTES
         if self._keepalive_s is None:
             self._keepalive_s = welcome.limits.keepalive_s or KEEPALIVE_S

@@ -31,13 +31,13 @@ class Inbox:
     stream: its id on the present connection, which has sent deltas that cost `held` and are not consumed, and those
     that cost `uncredited`, which are, but the server was not told yet.
     request: what asked for it; None once the server has accepted it, for a prompt may be long.
-    received: tokens of each sample that were taken. tails: text that was taken after them without a token.
+    received: tokens of each sample that were taken. last: the last delta of each sample that was.
     reopened: the present connection is not the one that it began on.
     """
 
     __slots__ = (
-        *("accepted", "cancelled", "deltas", "dropped", "error", "final", "held", "link", "received", "reopened"),
-        *("request", "stream", "tails", "uncredited", "waiters"),
+        *("accepted", "cancelled", "deltas", "dropped", "error", "final", "held", "last", "link", "received"),
+        *("reopened", "request", "stream", "uncredited", "waiters"),
     )
 
     def __init__(self, link: Link, request: Generate | Resume, received: list[int]) -> None:
@@ -47,7 +47,7 @@ class Inbox:
         self.uncredited = 0
         self.request: Generate | Resume | None = request
         self.received = received
-        self.tails = [""] * len(received)
+        self.last: list[Delta | None] = [None] * len(received)
         self.reopened = False
         self.deltas: deque[Delta] = deque()
         self.accepted: Accepted | None = None
@@ -62,11 +62,16 @@ class Inbox:
         """Whether nothing more comes."""
         return self.final is not None or self.error is not None
 
-    def put(self, message: Delta | Accepted | Final | CierzoError) -> None:
-        """Take in what has come, and wake those who wait for it."""
-        if isinstance(message, Delta):
-            self.deltas.append(message)
-        elif isinstance(message, Accepted):
+    def add(self, delta: Delta) -> None:
+        """Take in a delta, and wake those who wait for one."""
+        self.deltas.append(delta)
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(True)
+
+    def put(self, message: Accepted | Final | CierzoError) -> None:
+        """Take in other news, and wake those who wait for it."""
+        if isinstance(message, Accepted):
             self.accepted, self.request = message, None
         elif isinstance(message, Final):
             self.final = message
@@ -88,13 +93,19 @@ class Inbox:
         delta = self.deltas.popleft()
         if delta.sample < len(self.received):
             self.received[delta.sample] += len(delta.token_ids)
-            self.tails[delta.sample] = delta.text if not delta.token_ids else ""
+            self.last[delta.sample] = delta
+        return delta
+
+    def consume(self) -> Delta:
+        """The next delta, with which its taker is done at once."""
+        delta = self.take()
+        self.link.consumed(self, delta_cost(delta) if self.deltas else self.held)  # the last one: all that came
         return delta
 
     def repeats(self, delta: Delta) -> bool:
         """Whether a resumed stream's delta was taken before: text without a token, which no offset counts."""
-        tail = self.tails[delta.sample] if delta.sample < len(self.tails) else ""
-        return not delta.token_ids and bool(tail) and delta.text == tail
+        last = self.last[delta.sample] if delta.sample < len(self.last) else None
+        return last is not None and not last.token_ids and not delta.token_ids and last.text == delta.text
 
     async def until(self, is_there: Callable[[], object], timeout_s: float | None) -> None:
         """Wait until `is_there`, or the generation has ended. Raises TimeoutError."""
@@ -198,37 +209,30 @@ class Generation:
         return self
 
     async def __anext__(self) -> Delta:
-        delta = await self.next()
-        if delta is None:
+        inbox = self._inbox
+        if not inbox.deltas and not await self._more(None):
             raise StopAsyncIteration
-        return delta
+        return inbox.consume()
 
     async def next(self, timeout_s: float | None = None) -> Delta | None:
         """The next delta; None at the end. Raises TimeoutError if none comes in time: the generation goes on, and
         nothing of it is lost."""
-        inbox = self._inbox
-        if not inbox.deltas:
-            await self._more(timeout_s)
-            if not inbox.deltas:
-                return None
-        delta = inbox.take()
-        inbox.link.consumed(inbox, delta_cost(delta))
-        return delta
+        return self._inbox.consume() if await self._more(timeout_s) else None
 
     async def next_batch(self, timeout_s: float | None = None) -> list[Delta]:
         """All deltas that have come and were not taken, at least one; none at the end. `timeout_s` as in `next`."""
-        deltas = await self.take_batch(timeout_s)
-        self.consumed(sum(map(delta_cost, deltas)))
+        deltas, cost = await self.take_batch(timeout_s)
+        self.consumed(cost)
         return deltas
 
-    async def take_batch(self, timeout_s: float | None = None) -> list[Delta]:
-        """As `next_batch`, but what they cost counts as waiting until `consumed` is called."""
+    async def take_batch(self, timeout_s: float | None = None) -> tuple[list[Delta], int]:
+        """As `next_batch`, but the deltas count as waiting until `consumed` is called, with the cost given here."""
         inbox = self._inbox
         await self._more(timeout_s)
-        return [inbox.take() for _ in range(len(inbox.deltas))]
+        return [inbox.take() for _ in range(len(inbox.deltas))], inbox.held
 
     def consumed(self, cost: int) -> None:
-        """Deltas of a batch that cost so much (`delta_cost`) are in use no more: the server may send others."""
+        """Deltas of a batch are in use no more: the server may send others."""
         self._inbox.link.consumed(self._inbox, cost)
 
     def cancel(self) -> None:
@@ -240,9 +244,11 @@ class Generation:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
                 self._inbox.link.loop.call_soon_threadsafe(self._inbox.drop)
 
-    async def _more(self, timeout_s: float | None) -> None:
-        """Wait until there is a delta to take, or the generation has ended well. Raises its error."""
+    async def _more(self, timeout_s: float | None) -> bool:
+        """Wait until there is a delta to take (True), or the generation has ended well. Raises its error."""
         inbox = self._inbox
-        await inbox.until(lambda: inbox.deltas, timeout_s)
-        if not inbox.deltas and inbox.error is not None:
-            raise inbox.error
+        if not inbox.deltas:
+            await inbox.until(inbox.deltas.__len__, timeout_s)
+            if not inbox.deltas and inbox.error is not None:
+                raise inbox.error
+        return bool(inbox.deltas)
