@@ -31,7 +31,8 @@ class Inbox:
     stream: its id on the present connection, which has sent deltas that cost `held` and are not consumed, and those
     that cost `uncredited`, which are, but the server was not told yet.
     request: what asked for it; None once the server has accepted it, for a prompt may be long.
-    received: tokens of each sample that were taken. last: the last delta of each sample that was.
+    received: tokens of each sample that were taken, last: the last delta of each that was; empty where the
+    generation ends with its connection.
     reopened: the present connection is not the one that it began on.
     """
 

@@ -95,7 +95,7 @@ class Session:
         await asyncio.shield(self.link.closed)
 
     def _open(self, request: Generate | Resume, received: list[int]) -> Generation:
-        inbox = Inbox(self.link, request, [*received])
+        inbox = Inbox(self.link, request, [] if self._policy is None else [*received])
         if self._end is not None:
             inbox.put(self._end)
         elif self._policy is not None and self.link.error is not None and self.link.error.retry:
