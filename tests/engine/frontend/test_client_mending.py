@@ -88,26 +88,27 @@ def test_answers_over_a_network_that_loses_connections(run, serving, seed):
     way = [None]
 
     async def body():
-        async with serving() as house, network(house.address, cut) as (way[0], near):
-            async with (
-                await Client.connect(house.address) as direct,
-                await Client.connect(near, reconnect=AT_ONCE) as client,
-            ):
+        async with (
+            serving() as house,
+            network(house.address, cut) as (way[0], near),
+            await Client.connect(house.address) as direct,
+            await Client.connect(near, reconnect=AT_ONCE) as client,
+        ):
 
-                async def one(index):
-                    request = {"token_ids": [index, seed], "max_tokens": draw.randrange(1, 300), "seed": index}
-                    request |= {"n": draw.randrange(1, 4), "stop": ["zzz"] if index % 2 else []}
-                    expected = (await direct.complete(**request)).samples
-                    generation = client.generate(**request)
-                    tokens, texts = await collect(generation)
-                    assert tokens == [sample.token_ids for sample in expected]
-                    assert texts == [sample.text for sample in expected]
-                    assert generation.final.samples[0].finish_reason == expected[0].finish_reason
+            async def one(index):
+                request = {"token_ids": [index, seed], "max_tokens": draw.randrange(1, 300), "seed": index}
+                request |= {"n": draw.randrange(1, 4), "stop": ["zzz"] if index % 2 else []}
+                expected = (await direct.complete(**request)).samples
+                generation = client.generate(**request)
+                tokens, texts = await collect(generation)
+                assert tokens == [sample.token_ids for sample in expected]
+                assert texts == [sample.text for sample in expected]
+                assert generation.final.samples[0].finish_reason == expected[0].finish_reason
 
-                await asyncio.gather(*map(one, range(12)))
-                assert way[0].lost == 12
-                assert len(house.frontend.streams) == 0
-                assert house.frontend.counters.accepted == 24  # none was generated twice
+            await asyncio.gather(*map(one, range(12)))
+            assert way[0].lost == 12
+            assert len(house.frontend.streams) == 0
+            assert house.frontend.counters.accepted == 24  # none was generated twice
 
     run(body(), 60.0)
 
