@@ -149,7 +149,7 @@ def test_cancelling(address, client, case):
 
 @needs("credit")
 def test_a_slow_consumer_gets_everything_later_and_holds_up_nobody(address, client):
-    request = {"token_ids": [4, 2], "sampling": SAMPLING | {"max_tokens": 10_000}}
+    request = {"token_ids": [4, 2], "sampling": SAMPLING | {"max_tokens": 6000}}
     told = node(address, "slow_consumer", **request)
     assert told["quick"]["tokens"], told["quick"]
     assert 0 < told["held"] <= 2 * told["credit"]
