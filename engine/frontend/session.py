@@ -162,13 +162,13 @@ class Session:
         link.on_lost, self.link = self._lost, link
         waiting, self._waiting = self._waiting, []
         for inbox in waiting:
-            request = _again(inbox)
+            request = _again(inbox) if inbox.reopened else inbox.request
             if inbox.dropped or request is None:
                 if inbox.accepted is not None and "resume" in link.features:
                     link.tell(CancelRequest, request_id=inbox.accepted.request_id)
                 continue
             try:
-                if inbox.reopened or isinstance(request, Resume):
+                if isinstance(request, Resume) or request.idempotency_key is not None:
                     require(link.welcome, "resume", "going on after a lost connection")
                 link.open(inbox, request)
             except CierzoError as error:
