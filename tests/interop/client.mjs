@@ -10,7 +10,6 @@ import net from "node:net";
 import { decode, encode } from "./msgpack.mjs";
 
 export const FEATURES = ["accounting", "attach", "credit", "keepalive", "resume"];
-const MAX_UNREAD = 4 << 20; // cost of unread deltas from which on a connection without credit is not read
 
 export class RpcError extends Error {
   constructor({ code, message, field = null, limit = null, value = null, retry = false, retry_after_s = null }) {
@@ -21,8 +20,8 @@ export class RpcError extends Error {
 
 export function costOf(delta) {
   const entries = delta.logprobs ?? [];
-  const text = Buffer.byteLength(delta.text ?? "", "utf8");
-  return 64 + 8 * (delta.token_ids?.length ?? 0) + text + entries.reduce((sum, [, , top]) => sum + 32 + 16 * top.length, 0);
+  const own = 64 + 8 * (delta.token_ids?.length ?? 0) + Buffer.byteLength(delta.text ?? "", "utf8");
+  return entries.reduce((sum, [, , top]) => sum + 32 + 16 * top.length, own);
 }
 
 // Iterate over its deltas; then `final` is there. `accepted()` waits for the server's word that it has the request.
@@ -84,7 +83,7 @@ export class Connection {
   constructor(address) {
     const [, path, host, port] = /^(?:unix:(.*)|(.*):(\d+))$/.exec(address);
     this.socket = net.connect(path ? { path } : { host, port: Number(port), noDelay: true });
-    Object.assign(this, { open: new Map(), nextStream: 0, unread: 0, rest: [], restBytes: 0, neededBytes: 4 });
+    Object.assign(this, { open: new Map(), nextStream: 0, rest: [], restBytes: 0, neededBytes: 4 });
     this.welcomed = resolvers();
     this.socket.on("data", (data) => this.receive(data));
     this.socket.on("error", (error) => this.lost(error));
@@ -95,10 +94,15 @@ export class Connection {
     return this.welcome.features?.includes(feature) ?? false;
   }
 
+  begin() {
+    const generation = new Generation(this, ++this.nextStream);
+    this.open.set(generation.stream, generation);
+    return generation;
+  }
+
   generate(fields) {
-    const stream = ++this.nextStream;
-    const generation = new Generation(this, stream);
-    this.open.set(stream, generation);
+    const generation = this.begin();
+    const { stream } = generation;
     const frame = encode({ type: "generate", stream, ...fields });
     const { max_frame_bytes: most, max_attached_bytes: mostAttached } = this.welcome.limits;
     if (frame.length <= most) this.write(frame);
@@ -116,8 +120,7 @@ export class Connection {
   }
 
   resume(request_id, received) {
-    const generation = new Generation(this, ++this.nextStream);
-    this.open.set(generation.stream, generation);
+    const generation = this.begin();
     this.send({ type: "resume", stream: generation.stream, request_id, received });
     return generation;
   }
@@ -125,21 +128,18 @@ export class Connection {
   // The answer to a message that has one: ping, health, stats, model, drain, cancel_request.
   async call(type, fields = {}) {
     const call = resolvers();
-    this.open.set(++this.nextStream, { take: (answer) => (answer instanceof Error ? call.reject(answer) : call.resolve(answer)) });
+    this.open.set(++this.nextStream, { take: call.resolve });
     this.send({ type, stream: this.nextStream, ...fields });
     const answer = await call.promise;
+    if (answer instanceof Error) throw answer;
     if (answer.type === "error") throw new RpcError(answer);
     return answer;
   }
 
   consumed(generation, cost) {
-    if (!this.has("credit")) {
-      this.unread -= cost;
-      if (this.unread < MAX_UNREAD / 2) this.socket.resume();
-      return;
-    }
     generation.uncredited += cost;
-    if (generation.uncredited < this.welcome.limits.stream_credit_bytes / 4 || generation.final) return;
+    const part = this.welcome.limits.stream_credit_bytes / 4;
+    if (!this.has("credit") || generation.uncredited < part || generation.final) return;
     this.send({ type: "credit", stream: generation.stream, bytes: generation.uncredited });
     generation.uncredited = 0;
   }
@@ -183,10 +183,6 @@ export class Connection {
     if (message.stream === -1) return this.lost(new RpcError(message));
     const one = this.open.get(message.stream);
     if (message.type !== "delta" && message.type !== "accepted") this.open.delete(message.stream);
-    else if (message.type === "delta" && !this.has("credit")) {
-      this.unread += costOf(message);
-      if (this.unread > MAX_UNREAD) this.socket.pause();
-    }
     one?.take(message);
   }
 

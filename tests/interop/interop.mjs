@@ -133,4 +133,5 @@ const connection = await Connection.open(address, version2 ? { version: 2, featu
 const body = cases[name] ?? cases.plain;
 const told = await body(connection);
 connection.close();
-console.log(JSON.stringify({ welcome: connection.welcome, ...told }, (_, value) => (typeof value === "bigint" ? String(value) : value)));
+const shown = (_, value) => (typeof value === "bigint" ? String(value) : value);
+console.log(JSON.stringify({ welcome: connection.welcome, ...told }, shown));

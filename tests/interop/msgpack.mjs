@@ -27,7 +27,8 @@ function write(value, out) {
     out.push(header(value.length, [0x90, 15], null, 0xdc, 0xdd));
     for (const item of value) write(item, out);
   } else {
-    const entries = (value instanceof Map ? [...value] : Object.entries(value)).filter((entry) => entry[1] !== undefined);
+    const all = value instanceof Map ? [...value] : Object.entries(value);
+    const entries = all.filter(([, item]) => item !== undefined);
     out.push(header(entries.length, [0x80, 15], null, 0xde, 0xdf));
     for (const [key, item] of entries) (write(key, out), write(item, out));
   }
