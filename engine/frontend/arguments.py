@@ -21,7 +21,7 @@ from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
 LOWEST_INT, HIGHEST_INT = -(2**63), 2**64 - 1  # MessagePack has no others
 _AS_THEY_ARE = {type(None), bool, float}
 _DEFAULTS = msgspec.structs.asdict(SamplingParams())
-_FIELDS = tuple(name for name in Generate.__struct_fields__ if name != "stream")
+_FIELDS = tuple(name for name in Generate.__struct_fields__ if name not in ("stream", "attached"))  # the sender's
 
 
 def generate_message(**arguments: Any) -> Generate:

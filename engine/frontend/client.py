@@ -7,16 +7,21 @@
 
 `generate` gives a `Generation`: an iterator of Deltas; afterwards its `final` holds the last record. Leaving the
 loop early, or cancelling the task that runs it, cancels the request at the server. A refusal or failure is
-raised as the class of `engine.errors` that its code names; what no message can carry is refused as InvalidRequest
-before anything is sent. A lost connection is not repaired: connect again, and resume with `output_token_ids` and
-the seed if need be.
+raised as the class of `engine.errors` that its code names; what no message can carry, and what the server's limits
+refuse, is refused before anything is sent. Output that nobody takes stays at the server, but for a bounded part.
 
 Waits can be limited:
 
     client = await Client.connect("127.0.0.1:7071", timeout_s=5.0)  # ConnectionLost
     await client.wait_ready(timeout_s=600.0)  # TimeoutError
     generation = client.generate(text="Hi", deadline_s=30.0)  # ends with what there is by then
+    await generation.accepted(timeout_s=1.0)  # TimeoutError, or the refusal
     delta = await generation.next(timeout_s=5.0)  # TimeoutError; the generation goes on
+
+A lost connection ends its generations with ConnectionLost, unless the client may mend it, and they go on then:
+
+    client = await Client.connect("127.0.0.1:7071", reconnect=True)  # or a Reconnect, with limits of its own
+    generation = client.resume(request_id, received=[17])  # by hand: the answer from its 18th token on
 """
 
 from __future__ import annotations
@@ -27,18 +32,22 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Self, TypeVar, cast
 
-from cierzo.engine.errors import ConnectionLost, CoreFailed, Draining
+from cierzo.engine.errors import ConnectionLost, CoreFailed, Draining, VersionMismatch
 from cierzo.engine.frontend.address import Address, TcpAddress, parse_address
 from cierzo.engine.frontend.arguments import generate_message
-from cierzo.engine.frontend.client_link import ClientLink, Generation
+from cierzo.engine.frontend.client_link import ClientLink
+from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.loop_thread import LoopThread
 from cierzo.engine.frontend.one_process import OneProcess
+from cierzo.engine.frontend.session import Reconnect, Session
 from cierzo.engine.messages import (
+    OLDEST_VERSION,
+    PROTOCOL_VERSION,
+    Accepted,
     ChatMessage,
     Delta,
     Drain,
     Final,
-    Generate,
     GetHealth,
     GetModel,
     GetStats,
@@ -50,6 +59,8 @@ from cierzo.engine.messages import (
     Welcome,
 )
 
+__all__ = ["Client", "Generation", "Reconnect", "SyncClient", "SyncGeneration"]
+
 CONNECT_TIMEOUT_S = 10.0
 FIRST_READY_POLL_S, LONGEST_READY_POLL_S = 0.05, 1.0
 Message = ChatMessage | Mapping[str, Any]
@@ -60,30 +71,37 @@ Run = Callable[[Callable[[], Coroutine[Any, Any, T]]], T]  # runs the coroutine 
 class Client:
     """A connection to a server, for any number of generations at a time. For use on one event loop."""
 
-    def __init__(self, link: ClientLink, welcome: Welcome) -> None:
-        self._link = link
-        self.welcome = welcome
+    def __init__(self, session: Session) -> None:
+        self._session = session
 
     @classmethod
-    async def connect(cls, address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Self:
+    async def connect(
+        cls,
+        address: str,
+        timeout_s: float = CONNECT_TIMEOUT_S,
+        *,
+        reconnect: bool | Reconnect = False,
+        keepalive_s: float | None = None,
+    ) -> Self:
         """Connect to "HOST:PORT" or "unix:PATH".
 
+        reconnect: mend lost connections, and go on with what was open on them; where the server has the feature
+        "resume". keepalive_s: seconds after which a silent server, of which something is awaited, is pinged; as
+        many later the connection counts as lost (None: what the server tells, else 20).
         Raises ConnectionLost where no server answers, ProtocolError where something else does, or the refusal.
         """
-        loop, where = asyncio.get_running_loop(), parse_address(address)
-        link = ClientLink(loop, str(where))
-        try:
-            async with asyncio.timeout(timeout_s):
-                if isinstance(where, TcpAddress):
-                    await loop.create_connection(lambda: link, where.host, where.port)
-                else:
-                    await loop.create_unix_connection(lambda: link, where.path)
-                return cls(link, await link.welcome)
-        except BaseException as error:
-            link.close()
-            if isinstance(error, OSError):  # a TimeoutError too
-                raise ConnectionLost(_unanswered(where, link, error, timeout_s)) from error
-            raise
+        where = parse_address(address)
+
+        async def link() -> ClientLink:
+            return await _connected(where, timeout_s, keepalive_s)
+
+        policy = reconnect if isinstance(reconnect, Reconnect) else Reconnect() if reconnect else None
+        return cls(Session(await link(), link, policy))
+
+    @property
+    def welcome(self) -> Welcome:
+        """The server's description of itself, its limits, and the features that it grants."""
+        return self._session.link.welcome
 
     def generate(
         self,
@@ -97,15 +115,16 @@ class Client:
         priority: int = 0,
         deadline_s: float | None = None,
         deltas: bool = True,
+        idempotency_key: str | None = None,
         **params: Any,
     ) -> Generation:
         """Send a request now, and give what iterates over its answer.
 
         Exactly one of `text`, `messages`, `token_ids`. Further keywords are the fields of SamplingParams
         (`max_tokens`, `temperature`, `seed`, `stop`, ...), on top of `sampling` if that is given. The other
-        arguments are those of `messages.Generate`. Raises InvalidRequest for an unknown keyword and for what no
-        message can carry, FrameTooLarge for more than the server reads at once; the server's refusals are raised by
-        the iteration.
+        arguments are those of `messages.Generate`. Raises InvalidRequest for an unknown keyword, for what no
+        message can carry and for what the server's limits refuse, FrameTooLarge for more than it reads, Overloaded
+        for one request too many; the server's own refusals are raised by the iteration.
         """
         message = generate_message(
             text=text,
@@ -117,9 +136,22 @@ class Client:
             priority=priority,
             deadline_s=deadline_s,
             deltas=deltas,
+            idempotency_key=idempotency_key,
             **params,
         )
-        return self._send(message)
+        return self._session.generate(message)
+
+    def resume(self, request_id: str, received: Iterable[int]) -> Generation:
+        """Go on with a request, of a lost connection or of another client's, behind its first tokens.
+
+        request_id: that of its `Generation.accepted()`. received: how many tokens of each sample the caller has.
+        Raises InvalidRequest where the server has not granted the feature "resume", the iteration NotFound.
+        """
+        return self._session.resume(request_id, received)
+
+    async def cancel_request(self, request_id: str) -> None:
+        """Cancel a request by its id, whichever connection it is of. Raises NotFound."""
+        await self._session.cancel_request(request_id)
 
     async def complete(self, **arguments: Any) -> Final:
         """As `generate`, but the whole answer at once: `final.samples[i].text`, `.token_ids`, `.logprobs`."""
@@ -129,14 +161,14 @@ class Client:
         return generation.final
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
-        """Wait until the server takes requests; that it still loads its model is no error.
+        """Wait until the server takes requests; that it still loads its model, or finds its core hung, is no error.
 
         Raises Draining or CoreFailed if it never will, and TimeoutError with the state seen last.
         """
         state, pause_s = "unknown, as it does not answer", FIRST_READY_POLL_S
         try:
             async with asyncio.timeout(timeout_s):
-                while (state := (await self.health()).state) == "loading":
+                while (state := (await self.health()).state) in ("loading", "stalled"):
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, LONGEST_READY_POLL_S)
         except TimeoutError:
@@ -148,37 +180,69 @@ class Client:
 
     async def ping(self) -> None:
         """Wait for an answer of the front end."""
-        await self._link.call(Ping)
+        await self._session.call(Ping)
 
     async def health(self) -> Health:
-        """The server's state: loading, ready, draining or failed."""
-        return cast(Health, await self._link.call(GetHealth))
+        """The server's state: loading, ready, stalled, draining or failed."""
+        return cast(Health, await self._session.call(GetHealth))
 
     async def stats(self) -> Stats:
         """Counters and gauges of the server."""
-        return cast(Stats, await self._link.call(GetStats))
+        return cast(Stats, await self._session.call(GetStats))
 
     async def model_info(self) -> ModelInfo:
         """Describe the model that is served, and its limits."""
-        return cast(ModelInfo, await self._link.call(GetModel))
+        return cast(ModelInfo, await self._session.call(GetModel))
 
-    async def drain(self) -> None:
-        """Have the server take nothing more, and wait until it has finished what it had."""
-        await self._link.call(Drain)
+    async def drain(self, *, undo: bool = False) -> None:
+        """Have the server take nothing more, and wait until it has finished what it had; or, to undo that, have it
+        take requests again."""
+        await self._session.call(Drain, undo=undo)
 
     async def close(self) -> None:
         """Close the connection; what still runs is cancelled by the server, and fails here with ConnectionLost."""
-        self._link.close(ConnectionLost("this client is closed"))
-        await asyncio.shield(self._link.closed)
-
-    def _send(self, message: Generate) -> Generation:
-        return self._link.open(message)
+        await self._session.close()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
+
+
+async def _connected(where: Address, timeout_s: float, keepalive_s: float | None) -> ClientLink:
+    """A connection that was welcomed, by a server of this version or the one before."""
+    until_s = asyncio.get_running_loop().time() + timeout_s
+    try:
+        return await _welcomed(where, PROTOCOL_VERSION, until_s, timeout_s, keepalive_s)
+    except VersionMismatch as error:
+        if error.limit != str(OLDEST_VERSION):
+            raise
+    return await _welcomed(where, OLDEST_VERSION, until_s, timeout_s, keepalive_s)
+
+
+async def _welcomed(
+    where: Address, version: int, until_s: float, timeout_s: float, keepalive_s: float | None
+) -> ClientLink:
+    loop = asyncio.get_running_loop()
+    link = ClientLink(loop, str(where), version=version, keepalive_s=keepalive_s)
+
+    def protocol() -> ClientLink:
+        return link
+
+    try:
+        async with asyncio.timeout_at(until_s):
+            if isinstance(where, TcpAddress):
+                await loop.create_connection(protocol, where.host, where.port)
+            else:
+                await loop.create_unix_connection(protocol, where.path)
+            await link.welcomed
+            return link
+    except BaseException as error:
+        link.close()
+        if isinstance(error, OSError):  # a TimeoutError too
+            raise ConnectionLost(_unanswered(where, link, error, timeout_s)) from error
+        raise
 
 
 def _unanswered(where: Address, link: ClientLink, error: Exception, timeout_s: float) -> str:
@@ -195,21 +259,48 @@ class SyncGeneration:
         self._generation = generation
         self._run = run
         self._batch: deque[Delta] = deque()
+        self._batch_cost = 0
 
     @property
     def final(self) -> Final:
         """As `Generation.final`."""
         return self._generation.final
 
+    @property
+    def request_id(self) -> str | None:
+        """As `Generation.request_id`."""
+        return self._generation.request_id
+
+    @property
+    def seed(self) -> int | None:
+        """As `Generation.seed`."""
+        return self._generation.seed
+
+    @property
+    def queue_position(self) -> int | None:
+        """As `Generation.queue_position`."""
+        return self._generation.queue_position
+
+    def accepted(self, timeout_s: float | None = None) -> Accepted:
+        """As `Generation.accepted`."""
+        return self._run(lambda: self._generation.accepted(timeout_s))
+
     def next(self, timeout_s: float | None = None) -> Delta | None:
         """As `Generation.next`: None at the end; after a TimeoutError the generation goes on."""
         while True:
             with contextlib.suppress(IndexError):
                 return self._batch.popleft()
-            batch = self._run(lambda: self._generation.next_batch(timeout_s))
+            batch = self._run(lambda: self._next_batch(timeout_s))
             if not batch:
                 return None
             self._batch.extend(batch)
+
+    async def _next_batch(self, timeout_s: float | None) -> list[Delta]:
+        """More deltas, in the loop's thread; the last ones are in use no more."""
+        self._generation.consumed(self._batch_cost)
+        self._batch_cost = 0
+        batch, self._batch_cost = await self._generation.take_batch(timeout_s)
+        return batch
 
     def cancel(self) -> None:
         """As `Generation.cancel`."""
@@ -241,13 +332,21 @@ class SyncClient(OneProcess):
     After `close`, and in threads that wait while it is called, everything raises ConnectionLost.
     """
 
-    def __init__(self, address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-        """Connect; raises as `Client.connect` does."""
+    def __init__(
+        self,
+        address: str,
+        timeout_s: float = CONNECT_TIMEOUT_S,
+        *,
+        reconnect: bool | Reconnect = False,
+        keepalive_s: float | None = None,
+    ) -> None:
+        """Connect; arguments and errors are those of `Client.connect`."""
         super().__init__()
         self._thread = LoopThread("cierzo-client")
 
         async def connect() -> Client:
-            return await self._thread.exits.enter_async_context(await Client.connect(address, timeout_s))
+            client = await Client.connect(address, timeout_s, reconnect=reconnect, keepalive_s=keepalive_s)
+            return await self._thread.exits.enter_async_context(client)
 
         try:
             self._client = self._run(connect)
@@ -265,9 +364,22 @@ class SyncClient(OneProcess):
         message = generate_message(**arguments)  # in this thread: an iterable may ask this client as well
 
         async def send() -> Generation:
-            return self._client._send(message)
+            return self._client._session.generate(message)
 
         return SyncGeneration(self._run(send), self._run)
+
+    def resume(self, request_id: str, received: Iterable[int]) -> SyncGeneration:
+        """As `Client.resume`; iterate with `for`."""
+        tokens = [*received]
+
+        async def send() -> Generation:
+            return self._client.resume(request_id, tokens)
+
+        return SyncGeneration(self._run(send), self._run)
+
+    def cancel_request(self, request_id: str) -> None:
+        """As `Client.cancel_request`."""
+        self._run(lambda: self._client.cancel_request(request_id))
 
     def complete(self, **arguments: Any) -> Final:
         """As `Client.complete`."""
@@ -296,9 +408,9 @@ class SyncClient(OneProcess):
         """As `Client.model_info`."""
         return self._run(self._client.model_info)
 
-    def drain(self) -> None:
+    def drain(self, *, undo: bool = False) -> None:
         """As `Client.drain`."""
-        self._run(self._client.drain)
+        self._run(lambda: self._client.drain(undo=undo))
 
     def close(self) -> None:
         """Close the connection and end the thread. Does nothing the second time, nor in a forked child."""

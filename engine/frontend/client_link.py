@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
-from typing import Any, Self, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import msgspec
 
-from cierzo.engine.errors import BY_CODE, CierzoError, ConnectionLost, FrameTooLarge, ProtocolError
-from cierzo.engine.frontend.frames import LENGTH_BYTES, UNDECODABLE, FrameSplitter, pack
+from cierzo.engine.errors import BY_CODE, CierzoError, ConnectionLost, Overloaded, ProtocolError
+from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter, pack
+from cierzo.engine.frontend.generation import Inbox
+from cierzo.engine.frontend.request_frames import frame_of, request_frames
 from cierzo.engine.messages import (
+    FEATURES,
+    OLDEST_VERSION,
+    PROTOCOL_VERSION,
+    Accepted,
     Cancel,
+    Credit,
     Delta,
-    Drain,
     Failure,
     Final,
     Generate,
-    GetHealth,
-    GetModel,
-    GetStats,
     Hello,
+    Limits,
     Message,
     Ping,
+    Pong,
+    Resume,
     ServerMessage,
     Welcome,
+    delta_cost,
 )
 
 MAX_WELCOME_FRAME_BYTES = 65536  # the first bytes of another protocol, read as a length, are nearly all larger
 SHOWN_BYTES = 40  # of what another protocol answers
 MAX_SERVER_FRAME_BYTES = 1 << 30  # a final record can hold a whole long answer with log-probabilities
+KEEPALIVE_S = 20.0  # of a server that does not tell
+MAX_UNREAD_BYTES = 4 << 20  # cost of deltas that nobody has taken, over all generations of a server without credit
+CREDIT_PARTS = 4  # credit is given back when such a part of it has been consumed
+NO_WELCOME = Welcome(
+    version=0,
+    server="",
+    model="",
+    limits=Limits(max_frame_bytes=MAX_WELCOME_FRAME_BYTES, max_streams=0, max_model_len=0, max_samples=0),
+)
 _decode = msgspec.msgpack.Decoder(ServerMessage).decode
 
 
@@ -45,185 +60,121 @@ def error_of(message: Failure) -> CierzoError:
     )
 
 
-class _Inbox:
-    """Messages that have come for one generation and were not taken yet."""
-
-    __slots__ = ("cancelled", "deltas", "dropped", "error", "final", "waiters")
-
-    def __init__(self, error: CierzoError | None) -> None:
-        self.deltas: deque[Delta] = deque()
-        self.final: Final | None = None
-        self.error = error
-        self.waiters: set[asyncio.Future[bool]] = set()  # True: there is news; False: the time is over
-        self.cancelled = False
-        self.dropped = False
-
-    @property
-    def ended(self) -> bool:
-        return self.final is not None or self.error is not None
-
-    def wake(self) -> None:
-        for waiter in self.waiters:
-            _settle(waiter, True)
-
-
-def _settle(waiter: asyncio.Future[bool], has_news: bool) -> None:
-    if not waiter.done():
-        waiter.set_result(has_news)
-
-
-class Generation:
-    """A request under way: iterate over its Deltas. `final` is the last record, set when the iteration has ended.
-
-    Dropping it (leaving the loop early) cancels the request; so does cancelling the task that waits in it, which is
-    what `asyncio.wait_for` does. To wait for a limited time and go on afterwards, use `timeout_s`:
-
-        while (delta := await generation.next(timeout_s=5.0)) is not None:  # TimeoutError: nothing came for 5 s
-            print(delta.text, end="")
-
-    Several iterators of one Generation share it: each delta goes to one of them, and all of them end.
-    """
-
-    __slots__ = ("_inbox", "_link", "_stream")
-
-    def __init__(self, link: ClientLink, stream: int, inbox: _Inbox) -> None:
-        self._link = link
-        self._stream = stream
-        self._inbox = inbox
-
-    @property
-    def final(self) -> Final:
-        """Usage, timings, seed, and how each sample ended. Raises RuntimeError while the generation still runs, and
-        the error of one that failed."""
-        if self._inbox.error is not None:
-            raise self._inbox.error
-        if self._inbox.final is None:
-            raise RuntimeError("the generation has not ended")
-        return self._inbox.final
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Delta:
-        if not await self._has_more():
-            raise StopAsyncIteration
-        return self._inbox.deltas.popleft()
-
-    async def next(self, timeout_s: float | None = None) -> Delta | None:
-        """The next delta; None at the end. Raises TimeoutError if none comes in time: the generation goes on, and
-        nothing of it is lost."""
-        return self._inbox.deltas.popleft() if await self._has_more(timeout_s) else None
-
-    async def next_batch(self, timeout_s: float | None = None) -> list[Delta]:
-        """All deltas that have come and were not taken, at least one; none at the end. `timeout_s` as in `next`."""
-        await self._has_more(timeout_s)
-        deltas = list(self._inbox.deltas)
-        self._inbox.deltas.clear()
-        return deltas
-
-    def cancel(self) -> None:
-        """Ask the server to stop. What it had sent still comes, then `final` says "cancelled"."""
-        if not self._inbox.ended and not self._inbox.cancelled:
-            self._inbox.cancelled = True
-            self._link.send(Cancel(stream=self._stream))
-
-    def __del__(self) -> None:
-        if not self._inbox.ended:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
-                self._link.loop.call_soon_threadsafe(self._link.drop, self._stream)
-
-    async def _has_more(self, timeout_s: float | None = None) -> bool:
-        """Wait until there is a delta to take (True), or the generation has ended (False)."""
-        inbox, loop = self._inbox, self._link.loop
-        until_s = None if timeout_s is None else loop.time() + timeout_s
-        while not inbox.deltas:
-            if inbox.error is not None:
-                raise inbox.error
-            if inbox.final is not None:
-                return False
-            waiter = loop.create_future()
-            inbox.waiters.add(waiter)
-            timer = None if until_s is None else loop.call_at(until_s, _settle, waiter, False)
-            try:
-                if not await waiter:
-                    raise TimeoutError(f"nothing came for {timeout_s:g} s; the generation goes on")
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
-            finally:
-                inbox.waiters.discard(waiter)
-                if timer is not None:
-                    timer.cancel()
-        return True
+def _all(inboxes: list[Inbox], error: CierzoError) -> list[Inbox]:
+    return inboxes
 
 
 class ClientLink(asyncio.Protocol):
-    """The connection to `peer`: frames out, and each message in to whom it is for."""
+    """The connection to `peer`: frames out, and each message in to whom it is for.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, peer: str) -> None:
+    on_lost: called once with the generations that were open and the reason; gives back those that it ends.
+    had_news: whether the server has done more than to take requests.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        peer: str,
+        *,
+        version: int = PROTOCOL_VERSION,
+        keepalive_s: float | None = None,
+        max_unread_bytes: int = MAX_UNREAD_BYTES,
+    ) -> None:
         self.loop = loop
-        self.welcome: asyncio.Future[Welcome] = loop.create_future()
+        self.welcomed: asyncio.Future[Welcome] = loop.create_future()
         self.closed: asyncio.Future[None] = loop.create_future()
+        self.welcome = NO_WELCOME
+        self.features: frozenset[str] = frozenset()
+        self.error: CierzoError | None = None
+        self.on_lost: Callable[[list[Inbox], CierzoError], list[Inbox]] = _all
+        self.had_news = False
         self._peer = peer
-        self._error: CierzoError | None = None
+        self._version = version
+        self._keepalive_s = keepalive_s
+        self._max_unread_bytes = max_unread_bytes
+        self._unread_bytes = 0
+        self._credit_part = 0  # without the feature
+        self._is_reading = True
         self._transport: asyncio.Transport | None = None
         self._splitter = FrameSplitter(MAX_WELCOME_FRAME_BYTES)
-        self._max_frame_bytes = MAX_WELCOME_FRAME_BYTES
-        self._inboxes: dict[int, _Inbox] = {}
+        self._inboxes: dict[int, Inbox] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._next_stream = 0
         self._outbox = bytearray()
+        self._heard_s = self._pinged_s = loop.time()
+        self._watch: asyncio.TimerHandle | None = None
 
     @property
     def is_connected(self) -> bool:
         """Whether somebody has accepted the connection, whoever that is."""
         return self._transport is not None
 
+    # --- asyncio.Protocol ------------------------------------------------------------------------------
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.write(pack([Hello(client="cierzo python")]))
+        features = [] if self._version <= OLDEST_VERSION else [*FEATURES]
+        self._transport.write(pack([Hello(version=self._version, client="cierzo python", features=features)]))
 
     def data_received(self, data: bytes) -> None:
+        self._heard_s = self.loop.time()
         try:
             for body in self._splitter.feed(data):
                 self._receive(_decode(body))
         except (*UNDECODABLE, ProtocolError) as error:
-            begins = "" if self.welcome.done() else f" (its answer begins with {data[:SHOWN_BYTES]!r})"
+            begins = "" if self.welcomed.done() else f" (its answer begins with {data[:SHOWN_BYTES]!r})"
             self.close(ProtocolError(f"{self._peer} does not speak cierzo's protocol{begins}: {error}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        when = "" if self.welcome.done() else " before it said welcome: is it a cierzo server?"
+        if self._watch is not None:
+            self._watch.cancel()
+        when = "" if self.welcomed.done() else " before it said welcome: is it a cierzo server?"
         reason = f": {exc}" if exc is not None and not when else ""
-        self._error = self._error or ConnectionLost(f"{self._peer} has closed the connection{when}{reason}")
-        for inbox in self._inboxes.values():
-            inbox.error = self._error
-            inbox.wake()
-        for call in [self.welcome, *self._calls.values()]:
+        error = self.error or ConnectionLost(f"{self._peer} has closed the connection{when}{reason}")
+        self.error = error
+        inboxes, self._inboxes = [*self._inboxes.values()], {}
+        for inbox in self.on_lost(inboxes, error):
+            inbox.put(error)
+        for call in [self.welcomed, *self._calls.values()]:
             if not call.done():
-                call.set_exception(self._error)
+                call.set_exception(error)
                 call.exception()  # if nobody waits any more, nobody misses it
-        self._inboxes.clear()
         self._calls.clear()
         self.closed.set_result(None)
 
-    def open(self, request: Generate) -> Generation:
-        """Send a request under a new stream id. Raises FrameTooLarge for one that the server would not read."""
-        self._next_stream += 1
-        stream = self._next_stream
-        inbox = _Inbox(self._error)
-        if self._error is None:
-            self.send(msgspec.structs.replace(request, stream=stream))
-            self._inboxes[stream] = inbox
-        return Generation(self, stream, inbox)
+    # --- what is sent ----------------------------------------------------------------------------------
 
-    async def call(self, method: type[Ping | GetHealth | GetStats | GetModel | Drain]) -> Any:
+    def open(self, inbox: Inbox, request: Generate | Resume) -> None:
+        """Send a request under a new stream id; its inbox gets what comes.
+
+        Raises FrameTooLarge for one that the server would not read, and Overloaded beyond its max_streams.
+        """
+        inbox.link = self
+        if self.error is not None:
+            inbox.put(self.error)
+            return
+        num_open, limit = len(self._inboxes) + 1, self.welcome.limits.max_streams
+        if num_open > limit:
+            raise Overloaded(
+                f"the server's max_streams is {limit}", field="max_streams", limit=limit, value=num_open
+            )
+        message = msgspec.structs.replace(request, stream=self._next_stream + 1)
+        if isinstance(message, Generate):
+            self._write(request_frames(message, self.welcome))
+        else:
+            self.send(message)
+        inbox.stream = self._new_stream()
+        self._inboxes[inbox.stream] = inbox
+        self._watch_on()
+
+    async def call(self, method: Callable[..., Message], **fields: Any) -> Any:
         """Send a message that has one answer, and wait for it."""
-        if self._error is not None:
-            raise self._error
-        self._next_stream += 1
-        stream = self._next_stream
+        if self.error is not None:
+            raise self.error
+        stream = self._new_stream()
+        self.send(method(stream=stream, **fields))
         answer = self._calls[stream] = self.loop.create_future()
-        self.send(method(stream=stream))
+        self._watch_on()
         try:
             return await answer
         finally:
@@ -234,62 +185,112 @@ class ClientLink(asyncio.Protocol):
 
         All that is sent in one turn of the loop leaves in one write. Raises FrameTooLarge.
         """
-        frame = pack([message])
-        size = len(frame) - LENGTH_BYTES
-        if size > self._max_frame_bytes:
-            raise FrameTooLarge(
-                f"the request is {size} bytes long, the server's max_frame_bytes {self._max_frame_bytes}",
-                field="max_frame_bytes",
-                limit=self._max_frame_bytes,
-                value=size,
-            )
-        if not self._outbox:
-            self.loop.call_soon(self._flush)
-        self._outbox += frame
+        self._write(frame_of(message, self.welcome.limits))
 
-    def drop(self, stream: int) -> None:
-        """Nobody reads this generation any more."""
-        inbox = self._inboxes.get(stream)
-        if inbox is not None:
-            inbox.dropped = True
-            inbox.deltas.clear()
-            if not inbox.cancelled:
-                self.send(Cancel(stream=stream))
+    def tell(self, method: Callable[..., Message], **fields: Any) -> None:
+        """Send a message whose answer nobody waits for."""
+        self.send(method(stream=self._new_stream(), **fields))
+
+    def cancel(self, inbox: Inbox) -> None:
+        """Ask the server to end a generation."""
+        if self._inboxes.get(inbox.stream) is inbox:
+            self.send(Cancel(stream=inbox.stream))
+
+    def consumed(self, inbox: Inbox, cost: int) -> None:
+        """Deltas that cost so much have left the inbox for good: the server may send others."""
+        if cost > inbox.held:
+            cost = inbox.held  # deltas of an earlier connection count no more
+        inbox.held -= cost
+        if self._credit_part:
+            inbox.uncredited += cost
+            if inbox.uncredited >= self._credit_part and self._inboxes.get(inbox.stream) is inbox:
+                self.send(Credit(stream=inbox.stream, bytes=inbox.uncredited))
+                inbox.uncredited = 0
+            return
+        self._unread_bytes -= cost
+        if not self._is_reading and 2 * self._unread_bytes < self._max_unread_bytes:
+            self._is_reading = True
+            self._heard_s = self.loop.time()  # the silence until now was our own
+            if self._transport is not None and not self._transport.is_closing():
+                self._transport.resume_reading()
 
     def close(self, reason: CierzoError | None = None) -> None:
         """Send what waits, then close. What still waits for an answer fails with `reason`."""
-        self._error = self._error or reason
+        self.error = self.error or reason
         self._flush()
         if self._transport is not None:
             self._transport.close()
+
+    def cancel_all(self) -> None:
+        """Ask the server to end all generations: one that can be resumed goes on without its connection."""
+        for inbox in self._inboxes.values():
+            inbox.cancel()
+
+    def _new_stream(self) -> int:
+        self._next_stream += 1
+        return self._next_stream
+
+    def _write(self, frames: bytearray) -> None:
+        if not self._outbox:
+            self.loop.call_soon(self._flush)
+        self._outbox += frames
 
     def _flush(self) -> None:
         outbox, self._outbox = self._outbox, bytearray()
         if outbox and self._transport is not None and not self._transport.is_closing():
             self._transport.write(outbox)
 
+    # --- what comes ------------------------------------------------------------------------------------
+
     def _receive(self, message: ServerMessage) -> None:
         if isinstance(message, Delta):
-            inbox = self._inboxes.get(message.stream)
-            if inbox is not None and not inbox.dropped:
-                inbox.deltas.append(message)
-                inbox.wake()
+            if (inbox := self._inboxes.get(message.stream)) is not None:
+                self._delta(inbox, message)
         elif isinstance(message, Final):
+            self.had_news = True
             ended = self._inboxes.pop(message.stream, None)
             if ended is not None:
-                ended.final = message
-                ended.wake()
+                ended.put(message)
+        elif isinstance(message, Accepted):
+            if message.stream in self._inboxes:
+                self._inboxes[message.stream].put(message)
         elif isinstance(message, Failure):
             self._failed(message)
         elif isinstance(message, Welcome):
-            if not self.welcome.done():
-                self.welcome.set_result(message)
-                self._max_frame_bytes = message.limits.max_frame_bytes
-                self._splitter.max_frame_bytes = MAX_SERVER_FRAME_BYTES
+            self._greeted(message)
+        elif isinstance(message, Ping):
+            self.had_news = True
+            self.send(Pong(stream=message.stream))
         else:
+            self.had_news = True
             call = self._calls.pop(message.stream, None)
             if call is not None and not call.done():
                 call.set_result(message)
+
+    def _delta(self, inbox: Inbox, delta: Delta) -> None:
+        self.had_news = True
+        cost = delta_cost(delta)
+        inbox.held += cost
+        if not self._credit_part:
+            self._unread_bytes += cost
+            if self._is_reading and self._unread_bytes > self._max_unread_bytes and self._transport is not None:
+                self._is_reading = False
+                self._transport.pause_reading()
+        if inbox.dropped or (inbox.reopened and inbox.repeats(delta)):
+            self.consumed(inbox, cost)
+        else:
+            inbox.add(delta)
+
+    def _greeted(self, welcome: Welcome) -> None:
+        if self.welcomed.done():
+            return
+        self.welcome, self.features = welcome, frozenset(welcome.features)
+        if "credit" in self.features:
+            self._credit_part = max(1, welcome.limits.stream_credit_bytes // CREDIT_PARTS)
+        self._splitter.max_frame_bytes = MAX_SERVER_FRAME_BYTES
+        if self._keepalive_s is None:
+            self._keepalive_s = welcome.limits.keepalive_s or KEEPALIVE_S
+        self.welcomed.set_result(welcome)
 
     def _failed(self, message: Failure) -> None:
         error = error_of(message)
@@ -298,8 +299,38 @@ class ClientLink(asyncio.Protocol):
             return
         inbox = self._inboxes.pop(message.stream, None)
         if inbox is not None:
-            inbox.error = error
-            inbox.wake()
+            inbox.put(error)
         call = self._calls.pop(message.stream, None)
         if call is not None and not call.done():
             call.set_exception(error)
+
+    # --- keepalive -------------------------------------------------------------------------------------
+
+    def _watch_on(self) -> None:
+        """Look after the server's silence, from now on until nothing is awaited."""
+        if self._watch is None and self._keepalive_s is not None:
+            self._heard_s = self.loop.time()
+            self._watch = self.loop.call_later(self._keepalive_s, self._look)
+
+    def _look(self) -> None:
+        """Ping a server that has been silent for long; end the connection if it stays so."""
+        assert self._keepalive_s is not None
+        self._watch, now = None, self.loop.time()
+        if not self._inboxes and not self._calls:
+            return
+        if not self._is_reading:
+            self._heard_s = now  # the silence is our own
+        is_silent = now >= max(self._heard_s, self._pinged_s) + self._keepalive_s
+        if is_silent and self._pinged_s > self._heard_s:
+            self.error = self.error or ConnectionLost(
+                f"{self._peer} has been silent for {now - self._heard_s:.3g} s, and does not answer a ping",
+                field="keepalive_s",
+                limit=self._keepalive_s,
+            )
+            if self._transport is not None:
+                self._transport.abort()
+            return
+        if is_silent:
+            self._pinged_s = now
+            self.tell(Ping)
+        self._watch = self.loop.call_at(max(self._heard_s, self._pinged_s) + self._keepalive_s, self._look)

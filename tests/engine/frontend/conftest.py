@@ -16,6 +16,7 @@ import msgspec
 import pytest
 import tokenizers
 import uvloop
+from fake_rpc_server import Script, scripted
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from cierzo.engine.frontend.chat import ChatTemplate
@@ -493,3 +494,48 @@ def served(serving: Callable[..., AbstractAsyncContextManager[House]], cores: Fa
     loop.call_soon_threadsafe(stop.set)
     thread.join()
     loop.close()
+
+
+@dataclass
+class Scripted:
+    """A scripted server whose loop runs in another thread, for clients that block."""
+
+    address: str
+    loop: asyncio.AbstractEventLoop
+
+    def wait(self, ask: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """The result of a coroutine that runs in that thread."""
+        return asyncio.run_coroutine_threadsafe(ask(), self.loop).result(20)
+
+
+@pytest.fixture
+def scripting() -> Iterator[Callable[..., Scripted]]:
+    """Start a server that runs a script for each connection; what the script raises, the test raises at its end."""
+    started: list[Callable[[], None]] = []
+
+    def start(script: Script, **options: Any) -> Scripted:
+        address: concurrent.futures.Future[str] = concurrent.futures.Future()
+        loop, stop = uvloop.new_event_loop(), asyncio.Event()
+
+        async def serve() -> None:
+            async with scripted(script, **options) as where:
+                address.set_result(where)
+                await stop.wait()
+
+        thread = concurrent.futures.ThreadPoolExecutor(1)
+        ended = thread.submit(loop.run_until_complete, serve())
+
+        def end() -> None:
+            loop.call_soon_threadsafe(stop.set)
+            try:
+                ended.result(20)
+            finally:
+                thread.shutdown()
+                loop.close()
+
+        started.append(end)
+        return Scripted(address.result(20), loop)
+
+    yield start
+    for end in started:
+        end()

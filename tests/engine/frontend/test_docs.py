@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,8 @@ from cierzo.engine import messages
 from cierzo.engine.errors import BY_CODE
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.frames import pack
+from cierzo.engine.frontend.methods import FEATURE_OF
 from cierzo.engine.messages import ClientMessage, SamplingParams, ServerMessage
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "rpc.md").read_text(encoding="utf-8")
@@ -44,11 +47,45 @@ def test_every_code_and_limit_is_described():
     assert not [name for name in (set(BY_CODE) | limits) - internal if f"`{name}`" not in TEXT]
 
 
-def test_examples_are_what_is_sent():
-    pairs = re.findall(r"```\n((?:[0-9a-f]{2}[ \n])+)```\n```json\n(.*?)```", TEXT, re.DOTALL)
-    assert len(pairs) == 3
-    for frame, text in pairs:
-        data = bytes.fromhex(frame)
-        assert int.from_bytes(data[:4], "big") == len(data) - 4
-        assert msgspec.msgpack.decode(data[4:]) == json.loads(text)
-        msgspec.msgpack.decode(data[4:], type=ClientMessage | ServerMessage)
+def test_every_feature_is_described_with_what_belongs_to_it():
+    rows = dict(
+        re.findall(r"^\| `(\w+)` \| (.*?) \|", TEXT.split("**Features**")[1].split("## 3.")[0], re.MULTILINE)
+    )
+    assert sorted(rows) == sorted(messages.FEATURES)
+    belongings = {kind.__struct_config__.tag: feature for kind, feature in FEATURE_OF.items()}
+    belongings |= {"attached": "attach", "idempotency_key": "resume", "cost": "accounting", "accepted": "resume"}
+    assert not [name for name, feature in belongings.items() if f"`{name}`" not in rows[feature]]
+
+
+def test_the_formula_of_a_delta_s_cost():
+    pattern = r"^(\d+) +\+ +(\d+) x tokens .*`logprobs`: (\d+) \+ (\d+) x its top ids$"
+    formula = re.search(pattern, TEXT, re.MULTILINE)
+    base, token, entry, alternative = map(int, formula.groups())
+    logprobs = [messages.TokenLogprobs(1, -1.0, [1, 2, 3], [-1.0, -2.0, -3.0])]
+    delta = messages.Delta(stream=1, token_ids=[1, 2], text="é", logprobs=logprobs)
+    assert messages.delta_cost(delta) == base + 2 * token + 2 + entry + 3 * alternative
+
+
+EXAMPLES = re.findall(r"```\n((?:[0-9a-f]{2}[ \n])+)```\n```json\n(.*?)```", TEXT, re.DOTALL)
+MESSAGES = [
+    *("hello", "welcome", "generate", "accepted", "delta", "final", "error", "credit", "resume", "cancel_request"),
+    *("attach", "ping", "pong", "drain", "done"),
+]
+
+
+def test_the_messages_that_take_explaining_have_an_example():
+    assert {json.loads(text)["type"] for _, text in EXAMPLES} == set(MESSAGES)
+    assert TEXT.count("```json") == len(EXAMPLES)
+
+
+@pytest.mark.parametrize(("frame", "text"), EXAMPLES, ids=[json.loads(text)["type"] for _, text in EXAMPLES])
+def test_examples_are_what_is_sent(frame, text):
+    message = msgspec.json.decode(text, type=ClientMessage | ServerMessage)  # bytes are base64 there
+    assert bytes.fromhex(frame) == pack([message])
+
+
+def test_the_attached_example_is_the_prompt_that_it_says():
+    parts = [json.loads(text) for _, text in EXAMPLES]
+    data = b"".join(base64.b64decode(part["data"]) for part in parts if part["type"] == "attach")
+    prompt = re.search(r"prompt of this generation is `(.*?)`", TEXT).group(1)
+    assert msgspec.msgpack.decode(data) == json.loads(prompt)

@@ -1,0 +1,255 @@
+"""A client's generation: what has come of it and was not taken yet, and the iterator that a caller holds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol, Self
+
+from cierzo.engine.errors import CierzoError, ConnectionLost, InvalidRequest, NotFound, ProtocolError
+from cierzo.engine.messages import Accepted, Delta, Final, Generate, Resume, delta_cost
+
+
+class Link(Protocol):
+    """The connection that a generation runs on."""
+
+    loop: asyncio.AbstractEventLoop
+    features: frozenset[str]
+
+    def cancel(self, inbox: Inbox) -> None:
+        """Ask the server to end it."""
+
+    def consumed(self, inbox: Inbox, cost: int) -> None:
+        """Deltas that cost so much have left the inbox for good."""
+
+
+class Inbox:
+    """Messages that have come for one generation and were not taken yet, over all connections that it had.
+
+    stream: its id on the present connection, which has sent deltas that cost `held` and are not consumed, and those
+    that cost `uncredited`, which are, but the server was not told yet.
+    request: what asked for it; None once the server has accepted it, for a prompt may be long.
+    received: tokens of each sample that were taken, last: the last delta of each that was; empty where the
+    generation ends with its connection.
+    reopened: the present connection is not the one that it began on.
+    """
+
+    __slots__ = (
+        *("accepted", "cancelled", "deltas", "dropped", "error", "final", "held", "last", "link", "received"),
+        *("reopened", "request", "stream", "uncredited", "waiters"),
+    )
+
+    def __init__(self, link: Link, request: Generate | Resume, received: list[int]) -> None:
+        self.link = link
+        self.stream = -1
+        self.held = 0
+        self.uncredited = 0
+        self.request: Generate | Resume | None = request
+        self.received = received
+        self.last: list[Delta | None] = [None] * len(received)
+        self.reopened = False
+        self.deltas: deque[Delta] = deque()
+        self.accepted: Accepted | None = None
+        self.final: Final | None = None
+        self.error: CierzoError | None = None
+        self.waiters: set[asyncio.Future[bool]] = set()  # True: there is news; False: the time is over
+        self.cancelled = False
+        self.dropped = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes."""
+        return self.final is not None or self.error is not None
+
+    def add(self, delta: Delta) -> None:
+        """Take in a delta, and wake those who wait for one."""
+        self.deltas.append(delta)
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(True)
+
+    def put(self, message: Accepted | Final | CierzoError) -> None:
+        """Take in other news, and wake those who wait for it."""
+        if isinstance(message, Accepted):
+            self.accepted, self.request = message, None
+        elif isinstance(message, Final):
+            self.final = message
+        elif self.reopened and self.accepted is not None and isinstance(message, NotFound | InvalidRequest):
+            self.error = ConnectionLost(f"the connection was lost, and the server knows no more of it: {message}")
+        else:
+            self.error = message
+        for waiter in self.waiters:
+            _settle(waiter, True)
+
+    def rewind(self) -> None:
+        """The connection is lost: what was not taken will come again."""
+        self.deltas.clear()
+        self.held = self.uncredited = 0
+        self.reopened = True
+
+    def take(self) -> Delta:
+        """The next delta, which counts as received; whoever takes it says `consumed` once it is done with it."""
+        delta = self.deltas.popleft()
+        if delta.sample < len(self.received):
+            self.received[delta.sample] += len(delta.token_ids)
+            self.last[delta.sample] = delta
+        return delta
+
+    def consume(self) -> Delta:
+        """The next delta, with which its taker is done at once."""
+        delta = self.take()
+        self.link.consumed(self, delta_cost(delta) if self.deltas else self.held)  # the last one: all that came
+        return delta
+
+    def repeats(self, delta: Delta) -> bool:
+        """Whether a resumed stream's delta was taken before: text without a token, which no offset counts."""
+        last = self.last[delta.sample] if delta.sample < len(self.last) else None
+        return last is not None and not last.token_ids and not delta.token_ids and last.text == delta.text
+
+    async def until(self, is_there: Callable[[], object], timeout_s: float | None) -> None:
+        """Wait until `is_there`, or the generation has ended. Raises TimeoutError."""
+        loop = self.link.loop
+        until_s = None if timeout_s is None else loop.time() + timeout_s
+        while not is_there() and not self.ended:
+            waiter = loop.create_future()
+            self.waiters.add(waiter)
+            timer = None if until_s is None else loop.call_at(until_s, _settle, waiter, False)
+            try:
+                if not await waiter:
+                    raise TimeoutError(f"nothing came for {timeout_s:g} s; the generation goes on")
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+            finally:
+                self.waiters.discard(waiter)
+                if timer is not None:
+                    timer.cancel()
+
+    def cancel(self) -> None:
+        """Ask the server to stop, once."""
+        if not self.ended and not self.cancelled:
+            self.cancelled = True
+            self.link.cancel(self)
+
+    def drop(self) -> None:
+        """Nobody reads this generation any more."""
+        self.dropped = True
+        self.deltas.clear()
+        self.cancel()
+        self.link.consumed(self, self.held)
+
+
+def _settle(waiter: asyncio.Future[bool], has_news: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(has_news)
+
+
+class Generation:
+    """A request under way: iterate over its Deltas. `final` is the last record, set when the iteration has ended.
+
+    Dropping it (leaving the loop early) cancels the request; so does cancelling the task that waits in it, which is
+    what `asyncio.wait_for` does. To wait for a limited time and go on afterwards, use `timeout_s`:
+
+        while (delta := await generation.next(timeout_s=5.0)) is not None:  # TimeoutError: nothing came for 5 s
+            print(delta.text, end="")
+
+    Several iterators of one Generation share it: each delta goes to one of them, and all of them end.
+    """
+
+    __slots__ = ("_inbox",)
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+
+    @property
+    def final(self) -> Final:
+        """Usage, timings, seed, and how each sample ended. Raises RuntimeError while the generation still runs, and
+        the error of one that failed."""
+        if self._inbox.error is not None:
+            raise self._inbox.error
+        if self._inbox.final is None:
+            raise RuntimeError("the generation has not ended")
+        return self._inbox.final
+
+    @property
+    def request_id(self) -> str | None:
+        """The server's name for the request, to resume or cancel it by; None until it is accepted."""
+        return None if self._inbox.accepted is None else self._inbox.accepted.request_id
+
+    @property
+    def seed(self) -> int | None:
+        """The seed that repeats the generation; None until it is accepted."""
+        return None if self._inbox.accepted is None else self._inbox.accepted.seed
+
+    @property
+    def queue_position(self) -> int | None:
+        """Requests before this one that had no token when it was accepted; None until then."""
+        return None if self._inbox.accepted is None else self._inbox.accepted.queue_position
+
+    async def accepted(self, timeout_s: float | None = None) -> Accepted:
+        """Wait until the server has accepted the request.
+
+        Raises its refusal, TimeoutError if neither comes in time (the request goes on), and InvalidRequest where
+        the server does not have the feature "resume", with which it would say so.
+        """
+        inbox = self._inbox
+        if inbox.accepted is None and "resume" not in inbox.link.features and not inbox.ended:
+            raise InvalidRequest(
+                "the server does not say when it accepts a request: it has not granted the feature resume",
+                field="features",
+                limit="resume",
+            )
+        await inbox.until(lambda: inbox.accepted, timeout_s)
+        if inbox.accepted is not None:
+            return inbox.accepted
+        raise inbox.error or ProtocolError("the request has ended, and the server did not say that it was accepted")
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        inbox = self._inbox
+        if not inbox.deltas and not await self._more(None):
+            raise StopAsyncIteration
+        return inbox.consume()
+
+    async def next(self, timeout_s: float | None = None) -> Delta | None:
+        """The next delta; None at the end. Raises TimeoutError if none comes in time: the generation goes on, and
+        nothing of it is lost."""
+        return self._inbox.consume() if await self._more(timeout_s) else None
+
+    async def next_batch(self, timeout_s: float | None = None) -> list[Delta]:
+        """All deltas that have come and were not taken, at least one; none at the end. `timeout_s` as in `next`."""
+        deltas, cost = await self.take_batch(timeout_s)
+        self.consumed(cost)
+        return deltas
+
+    async def take_batch(self, timeout_s: float | None = None) -> tuple[list[Delta], int]:
+        """As `next_batch`, but the deltas count as waiting until `consumed` is called, with the cost given here."""
+        inbox = self._inbox
+        await self._more(timeout_s)
+        return [inbox.take() for _ in range(len(inbox.deltas))], inbox.held
+
+    def consumed(self, cost: int) -> None:
+        """Deltas of a batch are in use no more: the server may send others."""
+        self._inbox.link.consumed(self._inbox, cost)
+
+    def cancel(self) -> None:
+        """Ask the server to stop. What it had sent still comes, then `final` says "cancelled"."""
+        self._inbox.cancel()
+
+    def __del__(self) -> None:
+        if self._inbox.held or not self._inbox.ended:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
+                self._inbox.link.loop.call_soon_threadsafe(self._inbox.drop)
+
+    async def _more(self, timeout_s: float | None) -> bool:
+        """Wait until there is a delta to take (True), or the generation has ended well. Raises its error."""
+        inbox = self._inbox
+        if not inbox.deltas:
+            await inbox.until(inbox.deltas.__len__, timeout_s)
+            if not inbox.deltas and inbox.error is not None:
+                raise inbox.error
+        return bool(inbox.deltas)

@@ -1,0 +1,76 @@
+"""A client's request as frames, within the limits that the server's welcome tells."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cierzo.engine.errors import FrameTooLarge, InvalidRequest
+from cierzo.engine.frontend.frames import LENGTH_BYTES, pack
+from cierzo.engine.messages import Attach, Generate, Limits, Message, Welcome
+
+ATTACH_BYTES = 64  # of an attach frame beside its data, rounded up
+PROMPTS = ("text", "messages", "token_ids")
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def require(welcome: Welcome, feature: str, what: str) -> None:
+    """Raise InvalidRequest if the server has not granted `feature`, which `what` needs."""
+    if feature not in welcome.features:
+        raise InvalidRequest(
+            f"{what} needs the feature {feature}, which the server has not granted", field="features", limit=feature
+        )
+
+
+def check_request(message: Generate, welcome: Welcome) -> None:
+    """Raise InvalidRequest for what the server is known to refuse."""
+    limits = welcome.limits
+    if message.idempotency_key is not None:
+        require(welcome, "resume", "idempotency_key")
+    if message.sampling.n > limits.max_samples:
+        _refuse("sampling.n", message.sampling.n, "max_samples", limits.max_samples)
+    if message.token_ids is not None:
+        num_tokens = len(message.token_ids) + len(message.output_token_ids)
+        if num_tokens >= limits.max_model_len:
+            _refuse("token_ids", num_tokens, "max_model_len", limits.max_model_len)
+
+
+def _refuse(field: str, value: int, name: str, limit: int) -> None:
+    amount = f"{value} tokens, and one more must fit" if field == "token_ids" else value
+    raise InvalidRequest(
+        f"{field}: {amount}; the server's {name} is {limit}", field=field, limit=limit, value=value
+    )
+
+
+def frame_of(message: Message, limits: Limits) -> bytearray:
+    """The frame of a message. Raises FrameTooLarge for one that the server would not read."""
+    frame = pack([message])
+    if (size := len(frame) - LENGTH_BYTES) > limits.max_frame_bytes:
+        raise _too_large(f"the request is {size} bytes long", "max_frame_bytes", limits.max_frame_bytes, size)
+    return frame
+
+
+def request_frames(message: Generate, welcome: Welcome) -> bytearray:
+    """The frames of a request: one, or, if its prompt is too long for that, attached parts before it.
+
+    Raises FrameTooLarge for one that cannot be sent.
+    """
+    limits = welcome.limits
+    try:
+        return frame_of(message, limits)
+    except FrameTooLarge:
+        field = next(
+            (name for name in ("text", "messages", "token_ids") if getattr(message, name) is not None), None
+        )
+        if "attach" not in welcome.features or field is None:
+            raise
+    data = _encode(getattr(message, field))
+    if len(data) > (limit := limits.max_attached_bytes):
+        raise _too_large(f"{field} is {len(data)} bytes long", "max_attached_bytes", limit, len(data))
+    last = frame_of(msgspec.structs.replace(message, **{field: None}, attached=field), limits)
+    step = limits.max_frame_bytes - ATTACH_BYTES
+    parts = (Attach(stream=message.stream, data=data[at : at + step]) for at in range(0, len(data), step))
+    return pack(parts) + last
+
+
+def _too_large(what: str, name: str, limit: int, size: int) -> FrameTooLarge:
+    return FrameTooLarge(f"{what}, the server's {name} {limit}", field=name, limit=limit, value=size)
