@@ -1,0 +1,105 @@
+"""What each request gets when it runs alone, on a fresh core, without neighbours, chunks, hits, deaths or haste."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from cierzo.cache.config import CacheConfig
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.messages import SamplingParams, Submit, TokenLogprobs
+
+from .history import Body, Request
+from .link import new_core
+
+
+class ByteTokenizer:
+    """Token ids are bytes; what lies above has no text."""
+
+    strip_leading_space = False
+    special_ids: Mapping[str, int] = {}
+    eos_token = None
+    eos_token_id = None
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of the text."""
+        return list(text.encode())
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The same, of a rendered chat."""
+        return self.encode(text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The byte."""
+        return bytes([token_id]) if token_id < 256 else b""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sample, complete."""
+
+    tokens: list[int]
+    text: str
+    logprobs: list[TokenLogprobs]
+    reason: str
+    stop: str | int | None
+
+
+class References:
+    """Answers, each computed once."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        limits = config.scheduler
+        cache = CacheConfig(block_tokens=16, num_blocks=4 * (limits.max_model_len // 16 + 1), prefix_caching=False)
+        scheduler = msgspec.structs.replace(
+            limits, budget_tokens=4096, max_chunk_tokens=4096, max_running=4, max_waiting=64
+        )
+        self._config = msgspec.structs.replace(config, scheduler=scheduler, cache=cache)
+        self._core = new_core(self._config, lambda: 0.0)
+        self._known: dict[int, list[Answer]] = {}
+
+    def of(self, request: Request) -> list[Answer]:
+        """The samples of a request."""
+        if request.number not in self._known:
+            self._known[request.number] = self._alone(request.body)
+        return self._known[request.number]
+
+    def _alone(self, body: Body) -> list[Answer]:
+        params = msgspec.convert(body["sampling"], SamplingParams)
+        room = self._config.scheduler.max_model_len - len(body["token_ids"])
+        params = msgspec.structs.replace(params, max_tokens=min(params.max_tokens, room))
+        core = self._core = new_core(self._config, lambda: 0.0)
+        core.submit(Submit(request_id=0, prompt_token_ids=body["token_ids"], sampling=params))
+        tokens: list[list[int]] = [[] for _ in range(params.n)]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in range(params.n)]
+        finishes: list[Any] = [None] * params.n
+        while None in finishes:
+            for delta in core.step_plain():
+                tokens[delta.sample] += delta.token_ids
+                logprobs[delta.sample] += delta.logprobs or []
+                finishes[delta.sample] = delta.finish
+        return [self._answer(params, *each) for each in zip(tokens, logprobs, finishes, strict=True)]
+
+    def _answer(
+        self, params: SamplingParams, tokens: list[int], logprobs: list[TokenLogprobs], finish: Any
+    ) -> Answer:
+        reader = Detokenizer(ByteTokenizer(), params.stop, params.min_tokens)
+        text = ""
+        for token_id in tokens:
+            text += reader.push([token_id])
+            if reader.stop is not None:
+                break
+        if reader.stop is None:
+            text += reader.flush()
+        if reader.stop is not None:
+            count = reader.num_tokens
+            return Answer(tokens[:count], text, logprobs[:count], "stop", reader.stop)
+        if not params.stop:
+            whole = codecs.decode(bytes(one for one in tokens if one < 256), "utf-8", "replace")
+            assert text == whole, "the stream rule without stop strings is a plain decode"
+        return Answer(tokens, text, logprobs, finish.reason, finish.stop_token_id)
