@@ -1,4 +1,4 @@
-"""A client that does random things: asks, cancels, stops reading, loses connections, resumes, repeats keys, errs."""
+"""A client that does random things: asks, cancels, stops reading, loses connections, resumes, repeats keys."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ class Request:
 class Attempt:
     """A stream of one connection: a generate, or a resume, and what came of it.
 
-    tokens, texts, logprobs: by sample, with what earlier attempts had brought. marks: by sample, (tokens, characters)
-    after each delta. disturbed: the client did not read, or the link was frozen, at a time when it was open.
+    tokens, texts, logprobs: by sample, with what earlier attempts had brought. marks: by sample, tokens and
+    characters after each delta. disturbed: for a while the client did not read, or the link was frozen.
     """
 
     request: Request
@@ -69,7 +69,7 @@ class Attempt:
 
 @dataclass(eq=False)
 class Question:
-    """A message with one answer: ping, health, stats, model, cancel_request, junk about a stream that is not open."""
+    """A message with one answer: ping, stats, cancel_request, ..., or a faulty one about a stream of its own."""
 
     kind: str
     stream: int
