@@ -17,6 +17,8 @@ DEADLINE_S = 4.0
 GOODPUT = 0.9  # of the peak
 REFUSAL_S = 0.01
 TOKENS = 64
+CLIENTS = 16  # of the closed loop
+CLIENTS = 16  # of the closed loop
 REFUSALS = ("overloaded", "deadline_unreachable")
 # A server that little load fills: what is measured is the server's rule, not how fast this machine's clients are.
 OPTIONS = {"max_running": 4, "max_open_samples": 64, "device": "simulated:h200"}
@@ -65,7 +67,7 @@ async def _peak(address: str, seconds: float, rng: random.Random) -> Seen:
         while time.monotonic() < began_s + seconds:
             await _one(talk, rng, seen)
 
-    await asyncio.gather(*(client() for _ in range(OPTIONS["max_running"] * 2)))
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
     seen.seconds = time.monotonic() - began_s
     talk.close()
     return seen
@@ -99,9 +101,9 @@ def run(seconds: float = 30.0, seed: int = 0) -> bool:
             seen = await _open(server.address, seconds, factor * peak, rng)
             report.say(f"{factor} x: {', '.join(f'{count:,} {end}' for end, count in sorted(seen.ends.items()))}")
             report.at_least(f"goodput at {factor} x", seen.goodput, GOODPUT * peak, "answers a second")
-            report.at_most(
-                "99 of 100 refusals come within", percentile(seen.refusals_s or [9.9], 99), REFUSAL_S, "s"
-            )
+            report.at_least("refusals", len(seen.refusals_s), 1)
+            slowest_s = percentile(seen.refusals_s or [0.0], 99)
+            report.at_most("99 of 100 refusals come within", slowest_s, REFUSAL_S, "s")
             await asyncio.sleep(DEADLINE_S)
 
     with serving(**OPTIONS) as server:

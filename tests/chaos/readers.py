@@ -14,6 +14,7 @@ READERS = 16
 EACH_KB = 1024
 SLOWER = 1.05
 SETTLE_S = 1.0
+JUDGED_ROUNDS = 3  # fewer pairs say nothing
 STALLED: Body = {
     "token_ids": [5, 6, 7],
     "sampling": {"max_tokens": 4000, "n": 1, "ignore_eos": True, "logprobs": 20, "seed": 1},
@@ -86,5 +87,6 @@ def run(count: int = 1000, rounds: int = 5, seconds: float = 4.0) -> bool:
         asyncio.run(paired())
     ratios.sort()
     report.say(f"p99 between tokens of others, with / without: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
-    report.at_most("median ratio", ratios[len(ratios) // 2], SLOWER)
+    if rounds >= JUDGED_ROUNDS:
+        report.at_most("median ratio", ratios[len(ratios) // 2], SLOWER)
     return report.verdict()
