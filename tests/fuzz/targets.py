@@ -8,21 +8,19 @@ import random
 import zlib
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
+from simulation.house import House
 from simulation.link import SimulatedLink
-from simulation.reference import ByteTokenizer
 from simulation.virtual_time import Clock, VirtualLoop
+from simulation.world import bytes_kept
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.errors import FrameTooLarge, InvalidRequest
 from cierzo.engine.frontend import rpc, validate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter
-from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import FEATURES, Generate, Hello, ModelInfo, ServerMessage
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
@@ -191,19 +189,15 @@ class Connections(logging.Handler):
         scheduler = SchedulerConfig(budget_tokens=64, max_chunk_tokens=32, max_running=8, max_model_len=64)
         config = fake_config(scheduler, CacheConfig(block_tokens=8, num_blocks=64), vocab_size=128)
         self._link = SimulatedLink(random.Random(0), config, LIMITS, self._clock)
-        prompts = PromptEncoder(cast(Any, ByteTokenizer()))
-        self._frontend = Frontend(LIMITS, MODEL, prompts, cast(Any, self._link), self._clock)
-        self._server = RpcServer(LIMITS, self._frontend)
-        self._link.start(self._frontend.core)
+        self._house = House(random.Random(0), LIMITS, MODEL, self._link, self._clock)
+        self._frontend, self._server = self._house.frontend, self._house.server
         self._other = self._connect()
         hello = msgspec.msgpack.encode(Hello(features=list(FEATURES)))
         self._other.protocol.data_received(len(hello).to_bytes(4, "big") + hello)
         await asyncio.sleep(0.01)
 
     async def _stop(self) -> None:
-        await self._server.close()
-        await self._frontend.close()
-        await self._link.close()
+        await self._house.close()
 
     def _connect(self) -> _Transport:
         connection = self._server._connection()
@@ -218,8 +212,7 @@ class Connections(logging.Handler):
                 transport.protocol.data_received(piece)
                 await asyncio.sleep(0)
         await asyncio.sleep(0.02)
-        kept = getattr(transport.protocol, "_splitter", None)
-        assert kept is None or len(kept._rest) <= MAX_FRAME_BYTES + 4
+        assert bytes_kept(transport.protocol) <= MAX_FRAME_BYTES + 4
         _read_all(transport.written)
         if not transport.is_closed and not transport.protocol.eof_received():
             transport.abort()

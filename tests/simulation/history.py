@@ -61,6 +61,10 @@ class Attempt:
     disturbed: bool = False
     cancelled_s: float | None = None
 
+    def text_to_resume(self, sample: int) -> str:
+        """The text of the tokens that have come: a delta without tokens is not counted, and comes again."""
+        return self.texts[sample][: self.marks[sample][-1][1]] if self.marks[sample] else ""
+
     @property
     def is_open(self) -> bool:
         """Tell whether more may come."""

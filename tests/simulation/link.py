@@ -112,6 +112,9 @@ class SimulatedLink:
         ends = self.die if seconds >= self._limits.core_hang_s else lambda: self._tell_stalled(life, False)
         self._loop.call_at(life.stalled_until_s, ends)
 
+    def forgive(self) -> None:
+        """Nothing: only `fail` ends all."""
+
     def fail(self) -> None:
         """It has died too often."""
         if not self.has_failed:

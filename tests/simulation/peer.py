@@ -73,7 +73,7 @@ class Peer:
             features=self.features,
             sent_s=self._loop.time(),
             tokens=[list(base.tokens[i]) if base else list(given) for i in range(count)],
-            texts=[base.texts[i] if base else "" for i in range(count)],
+            texts=[base.text_to_resume(i) if base else "" for i in range(count)],
             logprobs=[list(base.logprobs[i]) if base else [] for i in range(count)],
             marks=[list(base.marks[i]) if base else [] for i in range(count)],
             disturbed=not self._reads.is_set() or self.wire.is_frozen or self.wire.is_narrow,
@@ -173,7 +173,8 @@ class Peer:
         attempt.tokens[sample] += message.get("token_ids", [])
         attempt.texts[sample] += message.get("text", "")
         attempt.logprobs[sample] += message.get("logprobs") or []
-        attempt.marks[sample].append((len(attempt.tokens[sample]), len(attempt.texts[sample])))
+        if message.get("token_ids"):
+            attempt.marks[sample].append((len(attempt.tokens[sample]), len(attempt.texts[sample])))
         if "credit" in self.features and not self.withholds_credit:
             self.say({"type": "credit", "stream": attempt.stream, "bytes": delta_cost(message)})
 

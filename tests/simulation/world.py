@@ -6,14 +6,10 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from typing import Any, cast
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.frontend import rpc
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import FEATURES, ModelInfo
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
@@ -21,10 +17,11 @@ from cierzo.scheduler.config import SchedulerConfig
 from .checker import Checker, costs
 from .client import Client
 from .history import History
+from .house import House
 from .link import SimulatedLink
 from .network import Network
-from .peer import Peer, frame
-from .reference import ByteTokenizer, References
+from .peer import Peer
+from .reference import References
 from .virtual_time import Clock, VirtualLoop
 
 WATCH_S = 0.05
@@ -122,12 +119,9 @@ class World:
     async def _live(self, loop: VirtualLoop) -> None:
         rng = self.rng
         self.link = SimulatedLink(random.Random(rng.random()), self.config, self.limits, self.clock)
-        prompts = PromptEncoder(cast(Any, ByteTokenizer()))
-        self.frontend = Frontend(self.limits, self._model(), prompts, cast(Any, self.link), self.clock)
-        self.frontend._random = cast(Any, random.Random(rng.random()))
-        self.server = RpcServer(self.limits, self.frontend)
+        house = House(random.Random(rng.random()), self.limits, self._model(), self.link, self.clock)
+        self.frontend, self.server = house.frontend, house.server
         self.network = Network(random.Random(rng.random()), self.server)
-        self.link.start(self.frontend.core)
         poisoned = rng.random() < 0.15
         clients = [self._client(number, poisoned) for number in range(rng.randint(1, 4))]
         sides = [loop.create_task(self._troubles()), loop.create_task(self._watch())]
@@ -143,9 +137,7 @@ class World:
         sides[1].cancel()
         await asyncio.gather(*sides, return_exceptions=True)
         self._check_empty()
-        await self.server.close()
-        await self.frontend.close()
-        await self.link.close()
+        await house.close()
         await asyncio.gather(*(peer.task for peer in self.everybody))
         await asyncio.sleep(rpc.LINGER_S)
         self._check_nothing_left(loop)
@@ -239,8 +231,8 @@ class World:
             for connection in self.server._connections:
                 if len(streams.of(connection)) > limits.max_streams_per_connection:
                     self.history.wrong(f"{len(streams.of(connection))} streams on a connection")
-                if len(connection._splitter._rest) > limits.max_frame_bytes + 4:
-                    self.history.wrong(f"{len(connection._splitter._rest)} bytes kept of a frame")
+                if (kept := bytes_kept(connection)) > limits.max_frame_bytes + 4:
+                    self.history.wrong(f"{kept} bytes kept of a frame")
             for stream in streams if self.strict or not self.link.deaths else ():
                 if now > stream.deadline_at_s + LATE_S + self.history.leapt_s(stream.deadline_at_s, now):
                     self.history.wrong(
@@ -290,6 +282,6 @@ class World:
         self.counts["hello"] += len(self.everybody)
 
 
-def hello(features: tuple[str, ...]) -> bytes:
-    """A hello, for tests that speak by hand."""
-    return frame({"type": "hello", "magic": "cierzo", "version": 3, "features": list(features)})
+def bytes_kept(connection: rpc.Connection) -> int:
+    """Bytes of an unfinished frame that a connection holds."""
+    return len(connection._splitter._rest)
