@@ -112,7 +112,8 @@ class Checker:
     def _early(self, attempt: Attempt, reason: str, sample: Body) -> None:
         name, request = _name(attempt), attempt.request
         if reason == "cancelled":
-            if not any(at <= attempt.end_s for at in request.cancelled_s):
+            asked = any(at <= attempt.end_s for at in request.cancelled_s)
+            if not asked and not any(self._let_go(earlier, attempt) for earlier in request.attempts):
                 self._wrong(f"{name}: cancelled by nobody")
         elif reason == "deadline":
             deadline_s = request.body.get("deadline_s", self._config.default_deadline_s)
@@ -141,6 +142,14 @@ class Checker:
         }
         if not fits.get(code, False):
             self._wrong(f"{name}: {attempt.end}")
+
+    def _let_go(self, earlier: Attempt, attempt: Attempt) -> bool:
+        """Whether an earlier attempt left the request without a reader for so long that the server cancelled it."""
+        if earlier is attempt or "resume" not in attempt.features:
+            return False
+        if earlier.end is not None:
+            return earlier.end.get("code") == "slow_reader"
+        return earlier.lost_s is not None and self._may_be_forgotten(earlier, attempt)
 
     def _may_be_forgotten(self, before: Attempt | None, attempt: Attempt) -> bool:
         if before is None or before.disturbed or before.lost_s is None:

@@ -45,7 +45,7 @@ class Life:
 
     def __init__(self, config: EngineConfig, clock: Callable[[], float]) -> None:
         self.core = new_core(config, clock)
-        self.inbox: deque[bytes] = deque()
+        self.inbox: deque[CoreCommand] = deque()
         self.news = asyncio.Event()
         self.is_alive = True
         self.committed = False
@@ -83,11 +83,11 @@ class SimulatedLink:
 
     def send(self, command: CoreCommand) -> None:
         """Queue a command."""
-        if isinstance(command, Submit) and command.first_sample == 0:
-            self.submissions[tuple(command.prompt_token_ids)] += 1
-        life, body = self.life, _encode(command)
+        life, arrived = self.life, _decode(_encode(command))
+        if isinstance(arrived, Submit) and arrived.first_sample == 0:
+            self.submissions[tuple(arrived.prompt_token_ids)] += 1
         if life is not None and life.is_alive:
-            self._loop.call_later(0.0002, self._arrive, life, body)
+            self._loop.call_later(0.0002, self._arrive, life, arrived)
 
     def die(self) -> None:
         """The process is killed: steps that are in its socket still come, then the end."""
@@ -144,8 +144,8 @@ class SimulatedLink:
         if not task.cancelled() and task.exception() is not None:
             self._loop.call_exception_handler({"message": "the core", "exception": task.exception()})
 
-    def _arrive(self, life: Life, body: bytes) -> None:
-        life.inbox.append(body)
+    def _arrive(self, life: Life, command: CoreCommand) -> None:
+        life.inbox.append(command)
         life.news.set()
 
     def _tell_stalled(self, life: Life, is_stalled: bool) -> None:
@@ -191,7 +191,7 @@ class SimulatedLink:
         """Take commands of a turn; whether the core dies of one."""
         taken = 0
         while life.inbox and taken < COMMANDS_PER_TURN:
-            command = _decode(life.inbox.popleft())
+            command = life.inbox.popleft()
             taken += 1
             if isinstance(command, Submit):
                 if command.prompt_token_ids[0] == POISON:

@@ -25,6 +25,7 @@ class ByteTokenizer:
     special_ids: Mapping[str, int] = {}
     eos_token = None
     eos_token_id = None
+    longest_token_bytes = 1
 
     def encode(self, text: str) -> list[int]:
         """The bytes of the text."""
