@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib
+import importlib.util
 import logging
 import random
 import zlib
@@ -21,10 +24,14 @@ from cierzo.engine.errors import FrameTooLarge, InvalidRequest
 from cierzo.engine.frontend import rpc, validate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter
-from cierzo.engine.messages import FEATURES, Generate, Hello, ModelInfo, ServerMessage
+from cierzo.engine.messages import FEATURES, ClientMessage, Generate, Hello, ModelInfo, ServerMessage
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
 
+inbox: Any = None  # what cuts frames, where there is more than the splitter
+if importlib.util.find_spec("cierzo.engine.frontend.inbox") is not None:
+    inbox = importlib.import_module("cierzo.engine.frontend.inbox")
+_decode = msgspec.msgpack.Decoder(ClientMessage).decode
 CORPUS = Path(__file__).parent / "corpus"
 MAX_FRAME_BYTES = 16 * 1024
 LIMITS = FrontendConfig(
@@ -56,18 +63,13 @@ def entries(target: str) -> list[bytes]:
 
 
 def frame(body: bytes) -> None:
-    """A frame's body is a message, or is refused with words; a generate is valid, or is refused with words."""
+    """A frame's body is a message, or is refused; a generate is valid, or is refused with words and a field."""
     try:
-        message = rpc._decode(body)
-    except UNDECODABLE as error:
-        try:
-            envelope = rpc._decode_envelope(body)
-        except UNDECODABLE:
-            return
-        reason = rpc._reason(envelope, str(error))
-        if not reason.message:
-            raise AssertionError(f"a refusal without words, for {error}") from error
-        return
+        message = _decode(body)
+    except UNDECODABLE:
+        message = None
+    if inbox is not None:
+        _envelope(bytearray(body), message)
     if isinstance(message, Generate):
         try:
             validate.fields(message, LIMITS, MODEL)
@@ -79,11 +81,40 @@ def frame(body: bytes) -> None:
                 raise AssertionError(f"a refusal without words or field: {error}") from error
 
 
+def _envelope(body: bytearray, message: Any) -> None:
+    """What is read of a large frame's type and stream is what the whole says."""
+    found = inbox.peek(body)
+    if message is not None and found.type:
+        assert found.type == type(message).__struct_config__.tag, found
+    if message is not None and found.stream >= 0:
+        assert found.stream == message.stream, found
+    with contextlib.suppress(*UNDECODABLE):
+        inbox.envelope(body)
+
+
 def splitter(data: bytes) -> None:
     """However bytes are cut, the same bodies come out, and little is kept."""
     whole, cut = FrameSplitter(MAX_FRAME_BYTES), FrameSplitter(MAX_FRAME_BYTES)
     assert _split(whole, [data]) == _split(cut, pieces(data))
     assert len(cut._rest) <= MAX_FRAME_BYTES + 4
+    if inbox is not None:
+        assert _taken([data]) == _taken(pieces(data))
+
+
+def _taken(parts: list[bytes]) -> list[str]:
+    """The frames that an inbox cuts; all room is given back in the end."""
+    room = importlib.import_module("cierzo.engine.frontend.room").Room(LIMITS)
+    box, found = inbox.Inbox(MAX_FRAME_BYTES, room), []
+    try:
+        for part in parts:
+            box.feed(part)
+            while (taken := box.next()) is not None:
+                found.append(bytes(taken).hex() if isinstance(taken, memoryview) else repr(taken))
+    except FrameTooLarge as error:
+        found.append(error.message)
+    box.close()
+    assert not room.num_bytes
+    return found
 
 
 def _split(split: FrameSplitter, parts: list[bytes]) -> list[bytes | str]:
@@ -233,6 +264,8 @@ class Connections(logging.Handler):
 def _read_all(written: bytearray) -> list[dict[str, Any]]:
     """The server's messages: whole frames, each of them one that is in the protocol."""
     messages, at = [], 0
+    if written.startswith(b"HTTP/1.1 400 "):  # to one who speaks HTTP
+        return []
     while at < len(written):
         end = at + 4 + int.from_bytes(written[at : at + 4], "big")
         assert end <= len(written), "half a frame was written"

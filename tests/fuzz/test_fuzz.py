@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from cierzo.engine.frontend import rpc
 from cierzo.engine.frontend.frames import FrameSplitter
 from cierzo.engine.frontend.methods import Methods
 from fuzz import __main__ as fuzz
@@ -54,10 +53,8 @@ def nothing_is_kept(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("nothing_is_kept")
 def test_a_decoder_that_raises_is_found(monkeypatch):
-    monkeypatch.setattr(rpc, "UNDECODABLE", (UnicodeDecodeError,))
     monkeypatch.setattr(targets, "UNDECODABLE", (UnicodeDecodeError,))
     assert fuzz.run_frames(seed=1, count=3000)[1]
-    assert fuzz.run_sequences(seed=1, count=300)[1]
 
 
 @pytest.mark.usefixtures("nothing_is_kept")

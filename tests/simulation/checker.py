@@ -160,7 +160,7 @@ class Checker:
         """Bounds in time, of streams whose client and connection were sound."""
         if not self._strict and self._link.deaths:
             return
-        if attempt.disturbed or attempt.end is None or attempt.kind != "generate":
+        if attempt.disturbed or attempt.end is None or attempt.kind == "resume":
             return
         leapt_s = self._history.leapt_s(attempt.sent_s, attempt.end_s)
         deadline_s = attempt.request.body.get("deadline_s")

@@ -274,7 +274,7 @@ class Client:
         stream, cut = peer.next_stream() + 1, self.rng.randrange(len(data))
         for part in (data[:cut], data[cut:]):
             peer.say({"type": "attach", "stream": stream, "data": part})
-        return peer.start(request, {**message, "attached": "token_ids"}, "generate")
+        return peer.start(request, {**message, "attached": "token_ids"}, "attached")
 
     async def _take_up(self, request: Request) -> bool:
         """Go on with a request whose connection was lost; whether that can be."""

@@ -13,7 +13,7 @@ from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import ModelInfo
 
 from .link import SimulatedLink
-from .reference import ByteTokenizer
+from .reference import byte_tokenizer
 from .virtual_time import Clock
 
 
@@ -24,7 +24,7 @@ class House:
         self, rng: random.Random, config: FrontendConfig, model: ModelInfo, link: SimulatedLink, clock: Clock
     ) -> None:
         self.link = link
-        prompts = PromptEncoder(cast(Any, ByteTokenizer()))
+        prompts = PromptEncoder(byte_tokenizer())
         more: list[Any] = []
         if "encoders" in inspect.signature(Frontend).parameters:
             from .encoders import SimulatedEncoders
@@ -33,6 +33,8 @@ class House:
         self.frontend = Frontend(config, model, prompts, cast(Any, link), *more, clock=clock)
         self.frontend._random = cast(Any, random.Random(rng.random()))
         self.server = RpcServer(config, self.frontend)
+        if (turns := getattr(self.server, "turns", None)) is not None:
+            turns.clock = clock
         link.start(self.frontend.core)
 
     async def close(self) -> None:

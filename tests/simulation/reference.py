@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgspec
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.tokenizer import _BYTE_OF, Tokenizer
+from cierzo.engine.frontend.tokenizer_config import TokenizerConfig
 from cierzo.engine.messages import SamplingParams, Submit, TokenLogprobs
 
 from .history import Body, Request
 from .link import new_core
 
 
-class ByteTokenizer:
-    """Token ids are bytes; what lies above has no text."""
-
-    strip_leading_space = False
-    special_ids: Mapping[str, int] = {}
-    eos_token = None
-    eos_token_id = None
-    longest_token_bytes = 1
-
-    def encode(self, text: str) -> list[int]:
-        """The bytes of the text."""
-        return list(text.encode())
-
-    def encode_rendered(self, text: str) -> list[int]:
-        """The same, of a rendered chat."""
-        return self.encode(text)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The byte."""
-        return bytes([token_id]) if token_id < 256 else b""
+@lru_cache(maxsize=1)
+def byte_tokenizer() -> Tokenizer:
+    """Token ids up to 255 are bytes; those above have no text."""
+    vocabulary = {char: _BYTE_OF[char] for char in pre_tokenizers.ByteLevel.alphabet()}
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return Tokenizer(inner, TokenizerConfig(named={}))
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,7 @@ class References:
     def _answer(
         self, params: SamplingParams, tokens: list[int], logprobs: list[TokenLogprobs], finish: Any
     ) -> Answer:
-        reader = Detokenizer(ByteTokenizer(), params.stop, params.min_tokens)
+        reader = Detokenizer(byte_tokenizer(), params.stop, params.min_tokens)
         text = ""
         for token_id in tokens:
             text += reader.push([token_id])

@@ -115,4 +115,4 @@ def test_all_features_are_tried():
         world = World(seed)
         assert not world.run()
         counts.update(world.counts)
-    assert not {"resume", "stall", "drain"} - set(counts)
+    assert not {"resume", "attached", "stall", "drain", "slow_reader", "taken_over"} - set(counts)

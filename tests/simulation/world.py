@@ -135,7 +135,9 @@ class World:
             client.close()
         await asyncio.sleep(self.limits.orphan_s + 2 * self.limits.keepalive_s + self.limits.default_deadline_s)
         sides[1].cancel()
-        await asyncio.gather(*sides, return_exceptions=True)
+        for ended in await asyncio.gather(*sides, return_exceptions=True):
+            if isinstance(ended, Exception):
+                raise ended
         self._check_empty()
         await house.close()
         await asyncio.gather(*(peer.task for peer in self.everybody))
@@ -284,4 +286,6 @@ class World:
 
 def bytes_kept(connection: rpc.Connection) -> int:
     """Bytes of an unfinished frame that a connection holds."""
+    if (inbox := getattr(connection, "_inbox", None)) is not None:
+        return len(inbox._frame) + len(inbox._data) - inbox._at
     return len(connection._splitter._rest)
