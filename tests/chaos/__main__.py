@@ -6,12 +6,18 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from chaos import cancels, kills, overload, readers, soak
 
 
 def _simulation(seeds: int) -> bool:
     return subprocess.run([sys.executable, "-m", "simulation", "--seeds", str(seeds)], check=False).returncode == 0
+
+
+def _abuse() -> bool:
+    script = Path(__file__).parents[1] / "support" / "abuse.py"  # attacks on loop and memory, its long form
+    return subprocess.run([sys.executable, str(script)], check=False).returncode == 0
 
 
 def main() -> int:
@@ -27,7 +33,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=10_000, metavar="N", help="of the simulation")
     parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="of the soak, which must be named")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("names", nargs="*", help="kills, cancels, readers, overload, simulation, soak")
+    parser.add_argument("names", nargs="*", help="kills, cancels, readers, overload, simulation, abuse, soak")
     arguments = parser.parse_args()
     parts: dict[str, Callable[[], bool]] = {
         "kills": lambda: kills.run(arguments.kills, arguments.seed),
@@ -35,6 +41,7 @@ def main() -> int:
         "readers": lambda: readers.run(arguments.readers, arguments.rounds),
         "overload": lambda: overload.run(arguments.seconds, arguments.seed),
         "simulation": lambda: _simulation(arguments.seeds),
+        "abuse": _abuse,
         "soak": lambda: soak.run(arguments.minutes, arguments.seed),
     }
     if unknown := set(arguments.names) - set(parts):

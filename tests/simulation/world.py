@@ -214,7 +214,7 @@ class World:
         self.everybody.append(peer)
         self.history.drains.append(self.clock())
         if await peer.welcome is not None:
-            peer.ask("drain", ("drained",))
+            peer.ask("drain", ("drained", "error"))  # an error if it is undone first
             await asyncio.sleep(self.rng.random())
             peer.ask("drain", ("done",), undo=True)
         await asyncio.sleep(0.1)
