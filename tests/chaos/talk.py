@@ -55,6 +55,7 @@ class Talk(asyncio.Protocol):
         where = parse_address(address)
         assert isinstance(where, TcpAddress)
         sock = socket.socket()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if receive_bytes is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         sock.setblocking(False)
