@@ -13,7 +13,6 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.tokenizer import _BYTE_OF, Tokenizer
 from cierzo.engine.frontend.tokenizer_config import TokenizerConfig
 from cierzo.engine.messages import SamplingParams, Submit, TokenLogprobs
@@ -81,18 +80,19 @@ class References:
     def _answer(
         self, params: SamplingParams, tokens: list[int], logprobs: list[TokenLogprobs], finish: Any
     ) -> Answer:
-        reader = Detokenizer(byte_tokenizer(), params.stop, params.min_tokens)
-        text = ""
-        for token_id in tokens:
-            text += reader.push([token_id])
-            if reader.stop is not None:
-                break
-        if reader.stop is None:
-            text += reader.flush()
-        if reader.stop is not None:
-            count = reader.num_tokens
-            return Answer(tokens[:count], text, logprobs[:count], "stop", reader.stop)
-        if not params.stop:
-            whole = codecs.decode(bytes(one for one in tokens if one < 256), "utf-8", "replace")
-            assert text == whole, "the stream rule without stop strings is a plain decode"
+        decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
+        for count, token_id in enumerate(tokens, start=1):
+            text += decoder.decode(bytes([token_id]) if token_id < 256 else b"", final=count == len(tokens))
+            if (found := _first_stop(text, params.stop)) is not None:
+                begin, stop = found
+                return Answer(tokens[:count], text[:begin], logprobs[:count], "stop", stop)
         return Answer(tokens, text, logprobs, finish.reason, finish.stop_token_id)
+
+
+def _first_stop(text: str, stops: tuple[str, ...]) -> tuple[int, str] | None:
+    """Where the stop string begins that ends first, of several that end there the longest."""
+    ends = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
+    if not ends:
+        return None
+    end, _, stop = min(ends)
+    return end - len(stop), stop
