@@ -133,7 +133,7 @@ class Checker:
         fits = {
             "overloaded": attempt.accepted is None,
             "draining": attempt.accepted is None and any(at <= attempt.end_s for at in self._history.drains),
-            "deadline_unreachable": attempt.accepted is None and "deadline_s" in attempt.request.body,
+            "deadline_unreachable": attempt.accepted is None,
             "core_stalled": attempt.accepted is None and bool(self._link.stalls),
             "core_failed": self._link.has_failed,
             "slow_reader": attempt.disturbed or attempt.kind == "resume",
