@@ -130,13 +130,14 @@ class Checker:
         """An error has a reason that the seed gave."""
         assert attempt.end is not None
         name, code = _name(attempt), attempt.end["code"]
+        leapt_s = self._history.leapt_s(attempt.sent_s, attempt.end_s)
         fits = {
             "overloaded": attempt.accepted is None,
             "draining": attempt.accepted is None and any(at <= attempt.end_s for at in self._history.drains),
             "deadline_unreachable": attempt.accepted is None,
             "core_stalled": attempt.accepted is None and bool(self._link.stalls),
             "core_failed": self._link.has_failed,
-            "slow_reader": attempt.disturbed or attempt.kind == "resume",
+            "slow_reader": attempt.disturbed or attempt.kind == "resume" or leapt_s > 0,
             "taken_over": len(attempt.request.attempts) > 1,
             "not_found": attempt.kind == "resume" and self._may_be_forgotten(before, attempt),
         }

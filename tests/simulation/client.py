@@ -73,8 +73,7 @@ class Client:
     async def finish(self) -> None:
         """Read all there is, take up what was lost, and wait for the end of everything."""
         for peer in self.peers:
-            peer.withholds_credit = False
-            peer.pause(False)
+            self._read_again(peer)
         for request in self.mine:
             for _ in range(5):
                 if not request.attempts or request.has_ended or not await self._wait(request):
@@ -133,7 +132,7 @@ class Client:
         self._loop.call_later(seconds, self._read_again, peer)
 
     def _read_again(self, peer: Peer) -> None:
-        peer.withholds_credit = False
+        peer.give_credit()
         peer.pause(False)
 
     async def _lose_connection(self) -> None:
@@ -163,8 +162,8 @@ class Client:
         if peer is None or not keyed or "resume" not in peer.features:
             return
         body = self.rng.choice(keyed).body
-        other = {**body, "token_ids": [*body["token_ids"][:4], 3], "output_token_ids": []}
-        peer.ask("generate", ("error",), **other)
+        *before, last = body["token_ids"]
+        peer.ask("generate", ("error",), **{**body, "token_ids": [*before, 2 if last > 2 else 3]})
 
     async def _ask(self) -> None:
         peer = await self._peer()

@@ -223,6 +223,11 @@ class Wire:
         """What a system does to a half-open connection after long."""
         self._close_server(TimeoutError("timed out"))
 
+    @property
+    def is_hard(self) -> bool:
+        """Tell whether answers may have to wait."""
+        return self.is_frozen or self.is_narrow
+
     # --- between ---------------------------------------------------------------------------------------
 
     def pump(self) -> None:

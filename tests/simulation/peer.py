@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -35,6 +36,7 @@ class Peer:
         self.failure: Body | None = None  # of the connection
         self.news = asyncio.Event()
         self.withholds_credit = False
+        self._owed: Counter[int] = Counter()  # credit that was withheld, by stream
         self._history = history
         self._rest = b""
         self._loop = asyncio.get_running_loop()
@@ -76,7 +78,7 @@ class Peer:
             texts=[base.text_to_resume(i) if base else "" for i in range(count)],
             logprobs=[list(base.logprobs[i]) if base else [] for i in range(count)],
             marks=[list(base.marks[i]) if base else [] for i in range(count)],
-            disturbed=not self._reads.is_set() or self.wire.is_frozen or self.wire.is_narrow,
+            disturbed=not self._reads.is_set() or self.withholds_credit or self.wire.is_hard,
         )
         for earlier in request.attempts:
             if earlier.is_open:
@@ -101,6 +103,13 @@ class Peer:
             self.disturb()
         else:
             self._reads.set()
+
+    def give_credit(self) -> None:
+        """Give back what deltas cost, and withhold it no more."""
+        self.withholds_credit = False
+        for stream, num_bytes in self._owed.items():
+            self.say({"type": "credit", "stream": stream, "bytes": num_bytes})
+        self._owed.clear()
 
     def disturb(self) -> None:
         """Say of what is open that its times do not count."""
@@ -175,8 +184,10 @@ class Peer:
         attempt.logprobs[sample] += message.get("logprobs") or []
         if message.get("token_ids"):
             attempt.marks[sample].append((len(attempt.tokens[sample]), len(attempt.texts[sample])))
-        if "credit" in self.features and not self.withholds_credit:
-            self.say({"type": "credit", "stream": attempt.stream, "bytes": delta_cost(message)})
+        if "credit" in self.features:
+            self._owed[attempt.stream] += delta_cost(message)
+            if not self.withholds_credit:
+                self.give_credit()
 
 
 def delta_cost(message: Body) -> int:
