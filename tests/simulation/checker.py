@@ -179,9 +179,10 @@ class Checker:
         ids = {one.accepted["request_id"] for one in request.attempts if one.accepted is not None}
         if len(ids) > 1:
             self._wrong(f"request {request.number} was accepted as {sorted(ids)}")
-        if not self._link.deaths and not self._link.pauses:
-            count = self._link.submissions[tuple(request.body["token_ids"])]
-            if count > 1:
+        if not self._link.deaths:
+            prompt = tuple(request.body["token_ids"])
+            count = self._link.submissions[prompt]
+            if count > 1 + self._link.withdrawals[prompt]:
                 self._wrong(f"request {request.number} was given to the core {count} times")
 
 

@@ -73,8 +73,10 @@ class SimulatedLink:
         self.stalls: list[tuple[float, float]] = []  # from, to
         self.has_failed = False
         self.most_commands = 0
-        self.pauses = 0  # withdrawn and submitted again
-        self.submissions: Counter[tuple[int, ...]] = Counter()  # of a prompt: runs that a core was sent
+        # Of a prompt: runs that a core was sent, and how often it was told to forget one, as for a pause.
+        self.submissions: Counter[tuple[int, ...]] = Counter()
+        self.withdrawals: Counter[tuple[int, ...]] = Counter()
+        self._prompts: dict[int, tuple[int, ...]] = {}  # by the core's ids
 
     def start(self, events: Any) -> None:
         """The first core is up."""
@@ -85,7 +87,10 @@ class SimulatedLink:
         """Queue a command."""
         life, arrived = self.life, _decode(_encode(command))
         if isinstance(arrived, Submit) and arrived.first_sample == 0:
-            self.submissions[tuple(arrived.prompt_token_ids)] += 1
+            prompt = self._prompts[arrived.request_id] = tuple(arrived.prompt_token_ids)
+            self.submissions[prompt] += 1
+        elif isinstance(arrived, Abort) and arrived.request_id in self._prompts:
+            self.withdrawals[self._prompts[arrived.request_id]] += 1
         if life is not None and life.is_alive:
             self._loop.call_later(0.0002, self._arrive, life, arrived)
 
