@@ -17,7 +17,7 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test quick lint mutants sanitize standin soak compat bench-step bench-rpc peers headline \
+.PHONY: help venv demo serve test quick lint mutants sanitize standin soak chaos fuzz compat bench-step bench-rpc peers headline \
   headline-simulated gpu gpu-kernels gpu-models gpu-bundle gpu-rehearsal gpu-report clean again
 
 help: ## list the targets
@@ -91,8 +91,24 @@ sanitize: $(KERNELS) ## repeat the kernels' tests under AddressSanitizer and Und
 standin: $(KERNELS) ## engines on the stand-in for a card under LOADS=5 random loads (by hand: a minute or two each)
 	$(BIN)/python -m pytest tests/engine/test_standin_engine.py --timeout 3600 --standin-loads $(or $(LOADS),5)
 
-soak: $(KERNELS) ## random traffic through scheduler, cache and sampler for MINUTES=10 (by hand)
-	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10)
+# The programs below tests/ are packages: simulation, fuzz, chaos.
+TOOL = PYTHONPATH=tests $(BIN)/python -m
+
+soak: $(KERNELS) ## random traffic through scheduler, cache and sampler, then a server at 80 % load, MINUTES=30 each (by hand)
+	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),30)
+	$(TOOL) chaos soak --minutes $(or $(MINUTES),30)
+
+# CHAOS="kills --kills 5", or any other part or option; `PYTHONPATH=tests python -m simulation SEED` repeats a seed.
+chaos: $(KERNELS) ## break a server on purpose: kills, cancels, stalled readers, overload, 10,000 simulated worlds (by hand: an hour)
+	$(TOOL) chaos $(CHAOS)
+
+# atheris is 35 MB that nothing else needs: it stays out of .venv. FUZZ="--frames 100000" or any other option.
+FUZZ_PACKAGES = build/fuzz/packages
+$(FUZZ_PACKAGES)/atheris: | $(KERNELS)
+	$(PIP) install --quiet --no-deps --only-binary=:all: --target $(FUZZ_PACKAGES) atheris==3.0.0
+
+fuzz: $(FUZZ_PACKAGES)/atheris ## feed 10^7 broken frames and 10^5 broken connections to the server (by hand: half an hour)
+	PYTHONPATH=tests:$(FUZZ_PACKAGES) $(BIN)/python -m fuzz $(FUZZ)
 
 compat: ## run the tests with other versions of torch and Python, in environments of their own (by hand: GBs)
 	$(PYTHON) tests/compat.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(COMPAT)
@@ -104,8 +120,8 @@ build/checkpoints/%: | $(KERNELS)
 bench-step: $(KERNELS) ## time the step loop apart from the model
 	$(BIN)/cierzo bench step
 
-bench-rpc: $(KERNELS) ## requests and tokens per second over the RPC, with a fake model
-	$(BIN)/python -m cierzo.bench.rpc
+bench-rpc: $(KERNELS) ## requests and tokens per second over the RPC, with a fake model; AGAINST=COMMIT: in turns with that one
+	$(BIN)/python -m cierzo.bench.rpc $(if $(AGAINST),--against $(AGAINST)) $(RPC)
 
 # Each peer gets an environment of its own below build/peers. PEERS="--quick" or any of its other options.
 peers: $(KERNELS) ## compare us with transformers, vLLM and llama.cpp (hours; PEERS=--quick: 40 minutes)

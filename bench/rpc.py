@@ -2,45 +2,127 @@
 
 The server runs with the fake runner, which computes next tokens without a model: what is measured is sockets,
 frames, scheduling and streams. Two closed loops: short answers (requests per second) and long ones (streamed
-tokens per second). Exit status 1 if a figure is below its limit.
+tokens per second). With `--against COMMIT` this tree and another commit take turns, each with its own client, and
+the median of the pairs' ratios is judged. Exit status 1 if a figure is below its limit.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
+import cierzo
 from cierzo.bench.latency import result_table
 from cierzo.bench.load import LoadSettings
 from cierzo.bench.peers.engine import find_checkpoint
 from cierzo.bench.peers.ours import CierzoServer
+from cierzo.bench.peers.process import HOST, Process, free_port
+from cierzo.engine.errors import ConfigError
 
 CLIENTS = 64
-SHORT = LoadSettings(rpc="", requests=20_000, concurrency=CLIENTS, output_tokens=16)
-LONG = msgspec.structs.replace(SHORT, requests=2_000, output_tokens=256)
+REQUESTS, LONG_SHARE = 20_000, 10  # of short answers; that many times fewer of long ones
+SHORT = LoadSettings(rpc="", requests=REQUESTS, concurrency=CLIENTS, output_tokens=16)
+LONG = msgspec.structs.replace(SHORT, requests=REQUESTS // LONG_SHARE, output_tokens=256)
 # What is loaded, the figure of its result that has a limit, and the limit.
 LIMITS = ((SHORT, "requests_per_s", 1500.0), (LONG, "output_tokens_per_s", 30_000.0))
+RATIOS = (0.87, 0.93)  # of requests a second, of tokens a second: this tree over the other commit
+ROOT = Path(cierzo.__file__).resolve().parents[2]
+Figures = tuple[float, float]  # requests a second, tokens a second
 
 
 def main() -> int:
-    """Serve a tiny checkpoint, load it twice, print the verdicts. There are no options but --help."""
-    argparse.ArgumentParser(prog="cierzo.bench.rpc", description=__doc__).parse_args()
-    is_good = True
+    """Serve a tiny checkpoint, load it, print the verdicts."""
+    parser = argparse.ArgumentParser(prog="cierzo.bench.rpc", description=__doc__)
+    parser.add_argument("--against", metavar="COMMIT", help="take turns with this commit, and judge the ratios")
+    parser.add_argument("--pairs", type=int, default=5, metavar="N", help="turns of each (default: 5)")
+    parser.add_argument("--requests", type=int, default=REQUESTS, metavar="N", help=f"default: {REQUESTS}")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cierzo-bench-") as folder:
         checkpoint = find_checkpoint("small4", Path(folder), "tiny")
-        with CierzoServer(checkpoint, {"runner": "fake"}, Path(folder) / "server.log") as server:
-            for settings, name, limit in LIMITS:
-                result = server.load(settings)
-                figure = getattr(result, name)
-                print(f"\n{settings.requests} requests of {settings.output_tokens} tokens, {CLIENTS} open")
-                print(result_table(result))
-                told = "holds" if figure >= limit else "BELOW THE LIMIT"
-                print(f"{told}: {figure:,.0f} {name.replace('_', ' ')} (limit {limit:,.0f})")
-                is_good = is_good and figure >= limit and not result.errors
+        if arguments.against is None:
+            return alone(checkpoint, Path(folder) / "server.log", arguments.requests)
+        other = extracted(arguments.against, ROOT / "build" / "against")
+        log = Path(folder) / "server.log"
+        turns = [lambda: once(ROOT, checkpoint, log, arguments.requests)]
+        turns.append(lambda: once(other, checkpoint, log, arguments.requests))
+        return paired(turns, arguments.pairs, arguments.against)
+
+
+def alone(checkpoint: Path, log: Path, requests: int) -> int:
+    """Load this tree's server twice, and judge the figures by themselves."""
+    is_good = True
+    with CierzoServer(checkpoint, {"runner": "fake"}, log) as server:
+        for load, name, limit in LIMITS:
+            count = max(CLIENTS, load.requests * requests // REQUESTS)
+            settings = msgspec.structs.replace(load, requests=count)
+            result = server.load(settings)
+            figure = getattr(result, name)
+            print(f"\n{settings.requests} requests of {settings.output_tokens} tokens, {CLIENTS} open")
+            print(result_table(result))
+            told = "holds" if figure >= limit else "BELOW THE LIMIT"
+            print(f"{told}: {figure:,.0f} {name.replace('_', ' ')} (limit {limit:,.0f})")
+            is_good = is_good and figure >= limit and not result.errors
     return 0 if is_good else 1
+
+
+def paired(turns: Sequence[Callable[[], Figures]], pairs: int, commit: str) -> int:
+    """Take turns, `pairs` times; print what each gave, and judge the median of the pairs' ratios."""
+    seen: tuple[list[Figures], list[Figures]] = ([], [])
+    for number in range(pairs):
+        for name, figures, turn in zip(("this tree", commit), seen, turns, strict=True):
+            figures.append(turn())
+            told = "{:8,.0f} requests/s  {:10,.0f} tokens/s".format(*figures[-1])
+            print(f"{number + 1}  {name:12}  {told}", flush=True)
+    is_good = True
+    for index, (unit, limit) in enumerate(zip(("requests/s", "tokens/s"), RATIOS, strict=True)):
+        ours, theirs = (statistics.median(one[index] for one in figures) for figures in seen)
+        ratio = statistics.median(our[index] / their[index] for our, their in zip(*seen, strict=True))
+        is_good = is_good and ratio >= limit
+        told = "holds" if ratio >= limit else "BELOW THE LIMIT"
+        print(f"{told}: medians {ours:,.0f} and {theirs:,.0f} {unit}, median ratio {ratio:.3f} (limit {limit})")
+    return 0 if is_good else 1
+
+
+def once(tree: Path, checkpoint: Path, log: Path, requests: int) -> Figures:
+    """Server and client of a tree, in processes of their own. Its compiled kernels need not be there."""
+    loads = (f"{requests}:{SHORT.output_tokens}", f"{max(1, requests // LONG_SHARE)}:{LONG.output_tokens}")
+    python = ["env", f"PYTHONPATH={tree / 'src'}", sys.executable, "-P"]
+    module = "cierzo" if (tree / "src" / "cierzo" / "__main__.py").exists() else "cierzo.engine"  # as it was once
+    address = f"{HOST}:{free_port()}"
+    serve = [*python, "-m", module, "serve", str(checkpoint), "--runner", "fake", "--rpc", address]
+    load = [*python, str(ROOT / "bench" / "rpc_once.py"), address, str(CLIENTS), f"{CLIENTS}:4", *loads]
+    with Process(serve, log):
+        done = subprocess.run(load, stdout=subprocess.PIPE, check=True, text=True)
+    _, short, long = json.loads(done.stdout.splitlines()[-1])
+    return short[0], long[1]
+
+
+def extracted(commit: str, folder: Path) -> Path:
+    """The tree of a commit, below `folder`. Raises ConfigError if there is no such commit."""
+    found = subprocess.run(["git", "rev-parse", f"{commit}^{{commit}}"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        raise ConfigError(
+            f"there is no commit {commit} here: {found.stderr.strip()}", field="against", value=commit
+        )
+    tree = folder / found.stdout.strip()
+    if not tree.exists():
+        tree.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=tree.parent) as scratch:
+            archive = subprocess.run(
+                ["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True
+            ).stdout
+            subprocess.run(["tar", "-x", "-C", scratch], input=archive, check=True)
+            Path(scratch).rename(tree)
+            Path(scratch).mkdir()
+    return tree
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""Writes the first entries of the corpus: every message of a client, whole and in small variations.
+
+    PYTHONPATH=tests .venv/bin/python -m fuzz.make_corpus
+
+Findings are added by hand or by `make fuzz`; they stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from fuzz.targets import CORPUS
+
+_encode = msgspec.msgpack.encode
+
+HELLO: dict[str, Any] = {
+    "type": "hello",
+    "magic": "cierzo",
+    "version": 3,
+    "client": "fuzz",
+    "features": ["accounting", "attach", "credit", "keepalive", "resume"],
+}
+OLD_HELLO = {"type": "hello", "magic": "cierzo", "version": 2}
+SAMPLING = {"max_tokens": 5, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "n": 2, "stop": ["ab"], "seed": 3}
+GENERATE: dict[str, Any] = {"type": "generate", "stream": 1, "token_ids": [1, 2, 3], "sampling": {"max_tokens": 3}}
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}", "id": "1"}]},
+    {"role": "tool", "content": "x", "tool_call_id": "1"},
+]
+FRAMES: dict[str, dict[str, Any]] = {
+    "hello": HELLO,
+    "hello-2": OLD_HELLO,
+    "generate-ids": GENERATE,
+    "generate-text": {"type": "generate", "stream": 2, "text": "hello", "sampling": SAMPLING, "deadline_s": 2.5},
+    "generate-chat": {"type": "generate", "stream": 3, "messages": CHAT, "reasoning_effort": "low"},
+    "generate-resumed": {**GENERATE, "output_token_ids": [4, 5], "priority": -3, "deltas": False},
+    "generate-bias": {**GENERATE, "sampling": {"logit_bias": {5: 1.5}, "logprobs": 2, "stop_token_ids": [9]}},
+    "generate-key": {**GENERATE, "idempotency_key": "a key"},
+    "generate-attached": {"type": "generate", "stream": 4, "attached": "token_ids"},
+    "attach": {"type": "attach", "stream": 4, "data": _encode([1, 2, 3])},
+    "resume": {"type": "resume", "stream": 5, "request_id": "0" * 32, "received": [1, 2]},
+    "cancel": {"type": "cancel", "stream": 1},
+    "cancel-request": {"type": "cancel_request", "stream": 6, "request_id": "f" * 32},
+    "credit": {"type": "credit", "stream": 1, "bytes": 1000},
+    "ping": {"type": "ping", "stream": 7},
+    "pong": {"type": "pong", "stream": 7},
+    "health": {"type": "health", "stream": 8},
+    "stats": {"type": "stats", "stream": 9},
+    "model": {"type": "model", "stream": 10},
+    "drain-undo": {"type": "drain", "stream": 11, "undo": True},
+}
+SEQUENCES = {
+    "asks": ["hello", "ping", "health", "stats", "model"],
+    "generates": ["hello", "generate-ids", "generate-text", "cancel"],
+    "generates-2": ["hello-2", "generate-ids", "generate-text", "ping"],
+    "attaches": ["hello", "attach", "generate-attached", "ping"],
+    "resumes": ["hello", "generate-key", "generate-key", "resume", "cancel-request", "credit"],
+    "twice": ["hello", "hello"],
+    "no-hello": ["ping"],
+}
+
+
+def main() -> None:
+    """Write the files that are not there."""
+    for name, message in FRAMES.items():
+        _write(f"frames/{name}", _encode(message))
+    for name, names in SEQUENCES.items():
+        bodies = [_encode(FRAMES[each]) for each in names]
+        _write(f"sequences/{name}", b"".join(len(body).to_bytes(4, "big") + body for body in bodies))
+    _write("sequences/http", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    _write("sequences/tls", bytes.fromhex("160301020001000001fc0303") + bytes(range(64)))
+    hello = _encode(HELLO)
+    _write("sequences/empty-frames", len(hello).to_bytes(4, "big") + hello + bytes(64))
+
+
+def _write(name: str, data: bytes) -> None:
+    path = CORPUS / f"{name}.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()

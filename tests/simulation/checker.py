@@ -1,0 +1,212 @@
+"""The history checker: what must hold of the clients' logs, whatever a seed did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cierzo.engine.frontend.config import FrontendConfig
+
+from .history import Attempt, Body, History, Request
+from .link import POISON, SimulatedLink
+from .network import MOST_DELAY_S
+from .reference import Answer, References
+
+CANCEL_S = 0.1  # within which a cancel is answered
+STEP_S = 0.02  # longest step
+ROUND_TRIP_S = 2 * MOST_DELAY_S + 0.002
+REFUSALS = {"overloaded", "draining", "deadline_unreachable", "core_stalled", "core_failed"}
+BY_ITSELF = ("stop", "length")
+
+
+class Checker:
+    """Collects violations. `strict`: the server has all features, and every bound in time must hold."""
+
+    def __init__(
+        self, history: History, link: SimulatedLink, config: FrontendConfig, references: References, strict: bool
+    ) -> None:
+        self._history = history
+        self._link = link
+        self._config = config
+        self._references = references
+        self._strict = strict
+        self.wrongs = list(history.wrongs)
+
+    def check(self) -> list[str]:
+        """Look at everything; what is wrong."""
+        for request in self._history.requests:
+            for before, attempt in zip([None, *request.attempts], request.attempts, strict=False):
+                self._outcome(attempt)
+                self._times(attempt)
+                if attempt.end is None or attempt.end["type"] != "error":
+                    self._answer(attempt)
+                else:
+                    self._error(before, attempt)
+            self._once(request)
+        for question in self._history.questions:
+            if question.answer is None and not question.lost:
+                self._wrong(f"{question.kind} on stream {question.stream} was never answered")
+        return self.wrongs
+
+    def _wrong(self, what: str) -> None:
+        self.wrongs.append(what)
+
+    def _outcome(self, attempt: Attempt) -> None:
+        name = _name(attempt)
+        if attempt.is_open:
+            self._wrong(f"{name} never ended")
+        if attempt.end is not None and attempt.end["type"] == "final" and "resume" in attempt.features:
+            if attempt.accepted is None:
+                self._wrong(f"{name}: a final without accepted")
+            elif attempt.accepted["seed"] != attempt.end["seed"]:
+                self._wrong(f"{name}: two seeds: {attempt.accepted}, {attempt.end}")
+
+    def _answer(self, attempt: Attempt) -> None:
+        """Tokens, text and log-probabilities are those of the reference, as far as they go."""
+        name, answers, final = _name(attempt), self._references.of(attempt.request), attempt.end
+        if final is not None and attempt.request.body.get("deltas", True) is False:
+            if any(attempt.tokens):
+                self._wrong(f"{name}: deltas nobody wanted")
+            for sample in final["samples"]:
+                attempt.tokens[sample["sample"]] = list(sample.get("token_ids", []))
+                attempt.texts[sample["sample"]] = sample.get("text", "")
+                attempt.logprobs[sample["sample"]] = list(sample.get("logprobs") or [])
+        for index, right in enumerate(answers):
+            tokens, text, logprobs = attempt.tokens[index], attempt.texts[index], attempt.logprobs[index]
+            if tokens != right.tokens[: len(tokens)]:
+                self._wrong(f"{name}: sample {index} has {tokens}, right is {right.tokens}")
+            if not right.text.startswith(text) and not _is_cut_character(final, index, text, right):
+                self._wrong(f"{name}: sample {index} reads {text!r}, right is {right.text!r}")
+            plain = [[one.token_id, one.logprob, one.top_token_ids, one.top_logprobs] for one in right.logprobs]
+            if "logprobs" in attempt.request.body["sampling"] and logprobs != plain[: len(tokens)]:
+                self._wrong(f"{name}: log-probabilities of sample {index}: {logprobs} for {tokens}")
+        if final is not None:
+            self._final(attempt, final, answers)
+
+    def _final(self, attempt: Attempt, final: Body, answers: list[Answer]) -> None:
+        name, samples = _name(attempt), final["samples"]
+        if [sample["sample"] for sample in samples] != list(range(len(answers))):
+            self._wrong(f"{name}: samples {samples}")
+            return
+        for sample, right in zip(samples, answers, strict=True):
+            index, reason = sample["sample"], sample["finish_reason"]
+            count = len(attempt.tokens[index])
+            if attempt.request.cancelled_s and count < sample["output_tokens"] <= len(right.tokens):
+                continue  # what waited for a reader that was slow is dropped with a cancel, though it counts
+            if sample["output_tokens"] != count:
+                self._wrong(f"{name}: {sample} after {count} tokens")
+            if reason in BY_ITSELF:
+                if attempt.request.body["token_ids"][0] == POISON:
+                    self._wrong(f"{name}: poison ended by {reason}")
+                got = (attempt.tokens[index], attempt.texts[index], reason, sample.get("stop"))
+                if got != (right.tokens, right.text, right.reason, right.stop):
+                    self._wrong(f"{name}: {got}, right is {right}")
+            else:
+                self._early(attempt, reason, sample)
+        if attempt.request.cancelled_s:
+            return
+        usage = final["usage"]
+        expected = (len(attempt.request.body["token_ids"]), sum(map(len, attempt.tokens)))
+        if (usage["prompt_tokens"], usage["output_tokens"]) != expected and usage["prompt_tokens"]:
+            self._wrong(f"{name}: {usage}, counted {expected}")
+
+    def _early(self, attempt: Attempt, reason: str, sample: Body) -> None:
+        name, request = _name(attempt), attempt.request
+        if reason == "cancelled":
+            asked = any(at <= attempt.end_s for at in request.cancelled_s)
+            if not asked and not any(self._let_go(earlier, attempt) for earlier in request.attempts):
+                self._wrong(f"{name}: cancelled by nobody")
+        elif reason == "deadline":
+            deadline_s = request.body.get("deadline_s", self._config.default_deadline_s)
+            if attempt.end_s - request.attempts[0].sent_s < deadline_s - 1e-6:
+                self._wrong(f"{name}: deadline after {attempt.end_s - request.attempts[0].sent_s} s")
+        elif reason == "failed":
+            begin_s = request.attempts[0].sent_s
+            if sum(begin_s <= at <= attempt.end_s for at in self._link.deaths) < 2:
+                self._wrong(f"{name}: failed, though fewer than two cores died: {sample}")
+        else:
+            self._wrong(f"{name}: {sample}")
+
+    def _error(self, before: Attempt | None, attempt: Attempt) -> None:
+        """An error has a reason that the seed gave."""
+        assert attempt.end is not None
+        name, code = _name(attempt), attempt.end["code"]
+        leapt_s = self._history.leapt_s(attempt.sent_s, attempt.end_s)
+        fits = {
+            "overloaded": attempt.accepted is None,
+            "draining": attempt.accepted is None and any(at <= attempt.end_s for at in self._history.drains),
+            "deadline_unreachable": attempt.accepted is None,
+            "core_stalled": attempt.accepted is None and bool(self._link.stalls),
+            "core_failed": self._link.has_failed,
+            "slow_reader": attempt.disturbed or attempt.kind == "resume" or leapt_s > 0,
+            "taken_over": len(attempt.request.attempts) > 1,
+            "not_found": attempt.kind == "resume" and self._may_be_forgotten(before, attempt),
+        }
+        if not fits.get(code, False):
+            self._wrong(f"{name}: {attempt.end}")
+
+    def _let_go(self, earlier: Attempt, attempt: Attempt) -> bool:
+        """Whether an earlier attempt left the request without a reader for so long that the server cancelled it."""
+        if earlier is attempt or "resume" not in attempt.features:
+            return False
+        if earlier.end is not None:
+            return earlier.end.get("code") == "slow_reader"
+        return earlier.lost_s is not None and self._may_be_forgotten(earlier, attempt)
+
+    def _may_be_forgotten(self, before: Attempt | None, attempt: Attempt) -> bool:
+        if before is None or before.disturbed or before.lost_s is None:
+            return True
+        return attempt.end_s - before.lost_s > 0.5 * self._config.orphan_s
+
+    def _times(self, attempt: Attempt) -> None:
+        """Bounds in time, of streams whose client and connection were sound."""
+        if not self._strict and self._link.deaths:
+            return
+        if attempt.disturbed or attempt.end is None or attempt.kind == "resume":
+            return
+        leapt_s = self._history.leapt_s(attempt.sent_s, attempt.end_s)
+        deadline_s = attempt.request.body.get("deadline_s")
+        took_s = attempt.end_s - attempt.sent_s
+        first = attempt is attempt.request.attempts[0]
+        if first and deadline_s is not None and took_s > deadline_s + STEP_S + 0.01 + ROUND_TRIP_S + leapt_s:
+            self._wrong(f"{_name(attempt)}: a deadline of {deadline_s} s, ended after {took_s} s: {attempt.end}")
+        if attempt.cancelled_s is not None:
+            took_s = attempt.end_s - attempt.cancelled_s
+            if took_s > CANCEL_S + ROUND_TRIP_S + leapt_s:
+                self._wrong(f"{_name(attempt)}: cancelled, ended {took_s} s later: {attempt.end}")
+
+    def _once(self, request: Request) -> None:
+        """No request generates twice."""
+        ids = {one.accepted["request_id"] for one in request.attempts if one.accepted is not None}
+        if len(ids) > 1:
+            self._wrong(f"request {request.number} was accepted as {sorted(ids)}")
+        if not self._link.deaths:
+            prompt = tuple(request.body["token_ids"])
+            count = self._link.submissions[prompt]
+            if count > 1 + self._link.withdrawals[prompt]:
+                self._wrong(f"request {request.number} was given to the core {count} times")
+
+
+def _is_cut_character(final: Body | None, index: int, text: str, right: Answer) -> bool:
+    """A sample that was ended early may end in the replacement of an incomplete character."""
+    if final is None or final["samples"][index]["finish_reason"] in BY_ITSELF:
+        return False
+    return text.endswith("\ufffd") and right.text.startswith(text[:-1])
+
+
+def costs(history: History) -> Any:
+    """Sums of `cost` over all finals; None unless every request that was accepted has one."""
+    sums = {"computed_tokens": 0, "recomputed_tokens": 0, "steps": 0, "preemptions": 0, "kv_block_s": 0.0}
+    for request in history.requests:
+        last = request.attempts[-1]
+        if last.end is None or (last.end["type"] == "final" and last.end.get("cost") is None):
+            return None
+        for name, value in (last.end.get("cost") or {}).items():
+            sums[name] += value
+    return sums
+
+
+def _name(attempt: Attempt) -> str:
+    return (
+        f"request {attempt.request.number}, {attempt.kind} as stream {attempt.stream} of connection "
+        f"{attempt.connection} at {attempt.sent_s:.4f}"
+    )

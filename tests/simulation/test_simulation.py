@@ -1,0 +1,118 @@
+"""Hundreds of worlds in virtual time, and proof that the checker sees what is wrong. Long form: `make chaos`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from cierzo.engine.frontend import rpc
+from cierzo.engine.frontend.backlog import Backlog
+from cierzo.engine.frontend.core_side import CoreSide
+from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.registry import Registry
+from cierzo.engine.messages import FEATURES
+from simulation.__main__ import COMMAND
+from simulation.virtual_time import Clock, VirtualLoop
+from simulation.world import World
+
+SEEDS, PARTS = 300, 6
+HAPPENS = {"cancelled", "deadline", "failed", "length", "stop", "overloaded", "lost", "die", "leap", "swizzle"}
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_seeds(part):
+    counts: Counter[str] = Counter()
+    for seed in range(part * SEEDS // PARTS, (part + 1) * SEEDS // PARTS):
+        world = World(seed)
+        wrongs = world.run()
+        assert not wrongs, f"repeat it by: {COMMAND} {seed}\n" + "\n".join(wrongs[:5])
+        counts.update(world.counts)
+    missing = HAPPENS - set(counts)
+    assert not missing, f"the seeds do not try {missing}"
+
+
+def test_a_seed_is_one_history():
+    """Two runs of a seed are the same, so that one that fails can be looked into."""
+
+    def story(seed):
+        world = World(seed)
+        assert not world.run()
+        return [
+            (one.sent_s, one.tokens, one.end_s, one.lost_s)
+            for request in world.history.requests
+            for one in request.attempts
+        ]
+
+    assert story(3) == story(3)
+
+
+def first_red(most=60):
+    """The first of so many seeds that fails, and why."""
+    for seed in range(most):
+        if wrongs := World(seed).run():
+            return wrongs[0]
+    return ""
+
+
+def forget_tokens(monkeypatch):
+    take = Backlog.take
+
+    def shorter(self):
+        messages = take(self)
+        return [m for m in messages if type(m).__name__ != "Delta" or len(m.token_ids) < 3]
+
+    monkeypatch.setattr(Backlog, "take", shorter)
+
+
+def never_close(monkeypatch):
+    monkeypatch.setattr(Registry, "close", lambda self, stream: self.detach(stream))
+
+
+def ignore_cancels(monkeypatch):
+    monkeypatch.setattr(CoreSide, "abort", lambda self, stream, reason, sample=None: True)
+
+
+def resume_a_token_early(monkeypatch):
+    send = CoreSide._send
+
+    def short(self, stream):
+        for sample in stream.samples:
+            del sample.token_ids[-1:]
+        send(self, stream)
+
+    monkeypatch.setattr(CoreSide, "_send", short)
+
+
+def swallow_text(monkeypatch):
+    monkeypatch.setattr(Detokenizer, "flush", lambda self: "")
+
+
+@pytest.mark.parametrize("fault", [forget_tokens, never_close, ignore_cancels, resume_a_token_early, swallow_text])
+def test_a_fault_turns_seeds_red(fault, monkeypatch):
+    fault(monkeypatch)
+    assert first_red()
+
+
+def test_time_jumps_to_the_next_timer():
+    clock = Clock()
+    loop = VirtualLoop(clock)
+    begin = clock.now_s
+    loop.run_until_complete(asyncio.sleep(3600.0))
+    assert 3600.0 <= clock.now_s - begin < 3600.1
+    with pytest.raises(RuntimeError, match="never end"):
+        loop.run_until_complete(asyncio.Event().wait())
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.close()
+
+
+@pytest.mark.skipif(frozenset(FEATURES) != rpc.GRANTED, reason="features are still missing")
+def test_all_features_are_tried():
+    counts: Counter[str] = Counter()
+    for seed in range(100):
+        world = World(seed)
+        assert not world.run()
+        counts.update(world.counts)
+    assert not {"resume", "attached", "stall", "drain", "slow_reader", "taken_over"} - set(counts)
