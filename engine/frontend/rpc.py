@@ -32,7 +32,6 @@ from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, L
 
 log = logging.getLogger(__name__)
 
-GRANTED = frozenset(FEATURES)
 LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
 KEEPALIVE_PROBES = 4
 LINGER_S = 2.0  # how long a peer may take to read why its connection ends
@@ -196,7 +195,7 @@ class Connection(asyncio.Protocol):
         self._welcomed = True
         self._version = hello.version
         if hello.version > OLDEST_VERSION:
-            self.features = GRANTED.intersection(hello.features)
+            self.features = frozenset(FEATURES).intersection(hello.features)
         if self._timer is not None:
             self._timer.cancel()
         if "keepalive" in self.features:

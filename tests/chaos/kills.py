@@ -11,9 +11,6 @@ import time
 
 from tqdm import tqdm
 
-from cierzo.engine.frontend import rpc
-from cierzo.engine.messages import FEATURES
-
 from .report import Report
 from .server import Server, serving
 from .talk import Body, Talk
@@ -110,7 +107,7 @@ async def _working_core(server: Server) -> int:
 def run(count: int = 200, seed: int = 0) -> bool:
     """The whole of it; whether all was well."""
     asked = bodies(random.Random(seed))
-    stops = frozenset(FEATURES) == rpc.GRANTED
+    stops = True
     often = {"max_core_restarts": 100_000, "max_core_restarts_per_hour": 100_000}
 
     async def all_of_it(server: Server) -> tuple[_Load, tuple[int, int]]:

@@ -9,12 +9,12 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 200,
-    "engine": 3_400,
+    "engine": 3_600,
     "engine/cost": 1_200,
-    "engine/frontend": 5_800,
+    "engine/frontend": 8_300,
     "engine/model": 1_050,
     "engine/weights": 3_200,
-    "engine/worker": 3_100,
+    "engine/worker": 3_350,
     "engine/commands": 450,
     "kernels": 600,
     "kernels/cpu": 1_550,
@@ -23,14 +23,14 @@ BUDGET = {
     "kernels/ops": 1_200,
     "kernels/ref": 850,
     "kernels/triton": 3_800,
-    "scheduler": 1_250,
+    "scheduler": 1_350,
     "cache": 650,
-    "bench": 8_250,
-    "bench/plan": 1_450,
+    "bench": 8_400,
+    "bench/plan": 1_500,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 10_900
+MEASURING_BUDGET = 11_100
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.client import SyncClient
-from cierzo.engine.frontend.rpc import GRANTED
 from cierzo.engine.messages import FEATURES
 from cierzo.engine.weights.make import make_checkpoint
 
@@ -29,12 +28,6 @@ VOCAB = 300
 SLOW_READER_S, KEEPALIVE_S, MAX_FRAME_BYTES = 3.0, 0.5, 8192
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 pytestmark = pytest.mark.skipif(NODE is None, reason="there is no node here to run the client with")
-
-
-def needs(*features):
-    """Skip a case whose feature the server does not have yet."""
-    missing = set(features) - GRANTED
-    return pytest.mark.skipif(bool(missing), reason=f"not granted yet: {', '.join(sorted(missing))}")
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +109,8 @@ def test_the_same_answers_as_in_python(address, client, prompt, more):
     assert (told["tokens"], told["text"]) == expected(client, **request)
     assert any(told["text"])
     assert int(told["final"]["seed"]) == request["sampling"]["seed"]
-    if "resume" in GRANTED:
-        assert int(told["accepted"]["seed"]) == request["sampling"]["seed"]
-        assert len(told["accepted"]["request_id"]) == 32
+    assert int(told["accepted"]["seed"]) == request["sampling"]["seed"]
+    assert len(told["accepted"]["request_id"]) == 32
 
 
 def test_control_messages(address, client):
@@ -131,9 +123,9 @@ def test_control_messages(address, client):
     "case",
     [
         "cancel_at_once",
-        pytest.param("cancel_after_begin", marks=needs("resume")),
+        "cancel_after_begin",
         "cancel_after_first_response",
-        pytest.param("cancel_by_id", marks=needs("resume")),
+        "cancel_by_id",
     ],
 )
 def test_cancelling(address, client, case):
@@ -147,7 +139,6 @@ def test_cancelling(address, client, case):
         assert (told["done"], told["unknown"]) == ("done", "not_found")
 
 
-@needs("credit")
 def test_a_slow_consumer_gets_everything_later_and_holds_up_nobody(address, client):
     request = {"token_ids": [4, 2], "sampling": SAMPLING | {"max_tokens": 6000}}
     told = node(address, "slow_consumer", **request)
@@ -159,7 +150,6 @@ def test_a_slow_consumer_gets_everything_later_and_holds_up_nobody(address, clie
         assert (told["tokens"], told["text"]) == expected(client, **request)
 
 
-@needs("credit")
 def test_where_nobody_consumes_the_server_ends_the_stream_and_no_other(address, client):
     told = node(address, "no_consumer", token_ids=[4, 2])
     error = told["error"]
@@ -167,7 +157,6 @@ def test_where_nobody_consumes_the_server_ends_the_stream_and_no_other(address, 
     assert told["quick"]["tokens"]
 
 
-@needs("resume")
 @pytest.mark.parametrize("n", [1, 2])
 def test_resuming_on_another_connection(address, client, n):
     request = {"text": "Go on", "sampling": SAMPLING | {"max_tokens": 3000, "n": n}}
@@ -178,7 +167,6 @@ def test_resuming_on_another_connection(address, client, n):
     assert told["final"]["usage"]["output_tokens"] == 3000 * n
 
 
-@needs("resume")
 def test_a_key_generates_once(address, client):
     request = {"token_ids": [1, 2, 3], "sampling": {"max_tokens": 30, "ignore_eos": True}}  # with a seed of its own
     before = client.stats().accepted
@@ -190,7 +178,6 @@ def test_a_key_generates_once(address, client):
     assert client.stats().accepted == before + 1
 
 
-@needs("attach")
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -247,14 +234,12 @@ def test_a_hello_of_the_version_before(address, client):
     assert (refused["code"], refused["field"]) == ("invalid_request", "idempotency_key")
 
 
-@needs("keepalive")
 def test_pings_are_answered(address, client):
     told = node(address, "keepalive", token_ids=[1], sampling=SAMPLING)
     assert told["welcome"]["limits"]["keepalive_s"] == KEEPALIVE_S
     assert len(told["tokens"][0]) == SAMPLING["max_tokens"]
 
 
-@needs("accounting")
 def test_what_a_request_costs(address, client):
     cost = node(address, "plain", token_ids=[1, 2, 3], sampling=SAMPLING)["final"]["cost"]
     assert cost["computed_tokens"] >= SAMPLING["max_tokens"]
@@ -262,4 +247,4 @@ def test_what_a_request_costs(address, client):
 
 
 def test_every_feature_is_asked_for(address, client):
-    assert set(node(address, "control")["welcome"].get("features", [])) == set(FEATURES) & GRANTED
+    assert set(node(address, "control")["welcome"].get("features", [])) == set(FEATURES)

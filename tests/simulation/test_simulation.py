@@ -7,12 +7,10 @@ from collections import Counter
 
 import pytest
 
-from cierzo.engine.frontend import rpc
 from cierzo.engine.frontend.backlog import Backlog
 from cierzo.engine.frontend.core_side import CoreSide
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.registry import Registry
-from cierzo.engine.messages import FEATURES
 from simulation.__main__ import COMMAND
 from simulation.virtual_time import Clock, VirtualLoop
 from simulation.world import World
@@ -108,7 +106,6 @@ def test_time_jumps_to_the_next_timer():
     loop.close()
 
 
-@pytest.mark.skipif(frozenset(FEATURES) != rpc.GRANTED, reason="features are still missing")
 def test_all_features_are_tried():
     counts: Counter[str] = Counter()
     for seed in range(100):

@@ -11,15 +11,8 @@ import pytest
 
 from cierzo.engine.errors import ConnectionLost, KeyReused, NotFound
 from cierzo.engine.frontend.client import Client, Reconnect
-from cierzo.engine.frontend.rpc import GRANTED
 
 AT_ONCE = Reconnect(max_attempts=50, first_pause_s=0.0, longest_pause_s=0.0)
-
-
-def needs(*features):
-    """Skip a test whose feature the server does not have yet."""
-    missing = set(features) - GRANTED
-    return pytest.mark.skipif(bool(missing), reason=f"not granted yet: {', '.join(sorted(missing))}")
 
 
 class Network:
@@ -77,7 +70,6 @@ async def collect(generation):
     return [tokens[sample] for sample in sorted(tokens)], [texts[sample] for sample in sorted(texts)]
 
 
-@needs("resume")
 @pytest.mark.parametrize("seed", range(5))
 def test_answers_over_a_network_that_loses_connections(run, serving, seed):
     draw = random.Random(seed)
@@ -113,7 +105,6 @@ def test_answers_over_a_network_that_loses_connections(run, serving, seed):
     run(body(), 60.0)
 
 
-@needs("resume")
 def test_resume_and_cancel_from_another_client(run, serving, cores):
     cores.free = False
 
@@ -142,7 +133,6 @@ def test_resume_and_cancel_from_another_client(run, serving, cores):
     run(body())
 
 
-@needs("resume")
 def test_a_key_of_the_caller(run, serving, cores):
     async def body():
         async with serving(cores=cores) as house, await Client.connect(house.address) as client:
@@ -156,7 +146,6 @@ def test_a_key_of_the_caller(run, serving, cores):
     run(body())
 
 
-@needs("resume")
 def test_a_client_that_closes_leaves_no_orphan(run, serving, cores):
     cores.free = False
 
@@ -174,7 +163,6 @@ def test_a_client_that_closes_leaves_no_orphan(run, serving, cores):
     run(body())
 
 
-@needs("attach")
 @pytest.mark.parametrize(
     "prompt", [{"text": "abc" * 1000}, {"token_ids": [97, 98, 99] * 1000}], ids=["text", "tokens"]
 )
@@ -191,7 +179,6 @@ def test_an_attached_prompt_is_the_prompt(run, serving, cores, prompt):
     run(body())
 
 
-@needs("credit")
 def test_what_nobody_takes_stays_at_the_server(run, serving, cores):
     async def body():
         async with (
