@@ -114,7 +114,7 @@ class Outlets:
             if stream.unsent:
                 self._make_ready(stream)
             else:
-                stream.flows = stream.ended_at_s is None
+                stream.flows = stream.ended_at_s is None and not stream.skips
 
     def writable(self, sink: Sink) -> None:
         """A connection takes output again."""
@@ -126,7 +126,7 @@ class Outlets:
     def add(self, stream: Stream, sample: Sample, delta: TokenDelta) -> None:
         """Take new output: to a reader at once that has all that was before and may get more, else to the log."""
         sink = stream.sink
-        if not stream.flows or stream.skips or sink is None or sink.is_paused:
+        if not stream.flows or sink is None or sink.is_paused:
             self._log(stream, sample, delta)
             return
         token_ids, text, logprobs = sample.take(delta)
@@ -289,7 +289,7 @@ class Outlets:
         if goes_on:
             stream.paused = False
         if is_done:
-            stream.flows = stream.deltas and _may_send(stream)
+            stream.flows = stream.deltas and not stream.skips and _may_send(stream)
             self._slow.discard(stream)
         elif num_tokens and not stream.paused:
             self._slow.add(stream)

@@ -36,6 +36,11 @@ class FakeEngineConfig(msgspec.Struct, frozen=True):
     name: str = "fake"
 
 
+def as_sent(command: CoreCommand) -> CoreCommand:
+    """A command as a core reads it: a prompt that is packed is a list again."""
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=CoreCommand)
+
+
 def plain_answer(submit: Submit, sample: int) -> list[int]:
     """`max_tokens` tokens that depend on prompt, seed, sample and position."""
     start = sum(submit.prompt_token_ids) + (submit.sampling.seed or 0) + 17 * sample

@@ -17,18 +17,16 @@ import tokenizers
 import uvloop
 from fake_core import BOS, EOS, VOCAB, FakeCores, FakeEngineConfig
 from fake_rpc_server import Script, scripted
+from local_encoders import local_encoders
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from cierzo.engine.frontend.chat import ChatTemplate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_link import CoreLink, Spawn
 from cierzo.engine.frontend.encoders import Encoders
-from cierzo.engine.frontend.encoding import Encoded, Job, Refused, RequestEncoder, packed
 from cierzo.engine.frontend.flights import Flights
-from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.frontend.room import Room
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.frontend.tokenizer import Tokenizer
 from cierzo.engine.frontend.tokenizer_config import TokenizerConfig
@@ -62,35 +60,6 @@ class FakeClock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@dataclass
-class LocalEncoders:
-    """Encodes in the event loop, a turn later: for tests where a process is not the point."""
-
-    encoder: RequestEncoder
-    room: Room
-
-    def submit(
-        self, job: Job, body: Buffer, attached: list[Buffer], deadline_at_s: float
-    ) -> asyncio.Future[Encoded]:
-        num_bytes = len(body) + sum(map(len, attached))
-        self.room.take(num_bytes)
-        future: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda _: self.room.give(num_bytes))
-        asyncio.get_running_loop().call_soon(self._answer, future, job, bytes(body), b"".join(attached))
-        return future
-
-    def _answer(self, future: asyncio.Future[Encoded], job: Job, body: bytes, attached: bytes) -> None:
-        if future.done():
-            return
-        first, *rest = self.encoder.answer(job, body, attached if job.has_attached else None)
-        answer = msgspec.msgpack.decode(first, type=Encoded | Refused)
-        if isinstance(answer, Refused):
-            future.set_exception(answer.error())
-            return
-        submit = msgspec.structs.replace(answer.submit, prompt_token_ids=packed(rest[0]))
-        future.set_result(msgspec.structs.replace(answer, submit=submit))
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -161,7 +130,7 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         cores = cores or FakeCores()
         clocks = {} if clock is None else {"clock": clock}
         link = CoreLink(config, engine_config, spawn or cores, flights=flights, **clocks)
-        pool = encoders or LocalEncoders(RequestEncoder(encoder, config, model(text)), Room(config))
+        pool = encoders or local_encoders(encoder, config, model(text))
         frontend = Frontend(config, model(text), encoder, link, pool, **clocks)
         server = RpcServer(config, frontend)
         await server.start()

@@ -7,6 +7,8 @@ import random
 import time
 
 import pytest
+from fake_core import as_sent
+from local_encoders import local_encoders
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.frontend.accounting import add_run
@@ -54,6 +56,9 @@ def test_what_an_earlier_run_had_computed_counts_as_recomputed(finish, before, a
     assert add_run(Cost(), finish, before).recomputed_tokens == finish.recomputed_tokens + again
 
 
+FRONT, NO_TEXT = FrontendConfig(), PromptEncoder()
+
+
 class Client:
     """A sink that keeps final records."""
 
@@ -74,7 +79,7 @@ class Engine:
     """A front end and an `EngineCore` in one thread: what is sent is there at once, steps are taken by hand."""
 
     def __init__(self, model_info):
-        self.frontend = Frontend(FrontendConfig(), model_info, PromptEncoder(), self)
+        self.frontend = Frontend(FRONT, model_info, NO_TEXT, self, local_encoders(NO_TEXT, FRONT, model_info))
         self.client = Client("accounting")
         self.frontend.connect(self.client)
         self.start()
@@ -91,6 +96,7 @@ class Engine:
         self.start()
 
     def send(self, command):
+        command = as_sent(command)
         if isinstance(command, Submit):
             self.core.submit(command)
         elif isinstance(command, Abort):

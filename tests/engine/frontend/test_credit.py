@@ -6,6 +6,7 @@ import asyncio
 import tracemalloc
 
 import pytest
+from local_encoders import local_encoders
 
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.config import FrontendConfig
@@ -331,7 +332,8 @@ def test_readers_that_are_behind_share_turns_of_the_loop(prompts, model_info):
             pass
 
     async def body():
-        frontend = Frontend(FrontendConfig(), model_info, prompts, NoCore())
+        config = FrontendConfig()
+        frontend = Frontend(config, model_info, prompts, NoCore(), local_encoders(prompts, config, model_info))
         frontend.core.ready()
         first, sink = Sink(), Sink()
         for one in (first, sink):

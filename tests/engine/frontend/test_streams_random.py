@@ -11,6 +11,8 @@ from collections import defaultdict
 from typing import Any, cast
 
 import pytest
+from fake_core import as_sent
+from local_encoders import local_encoders
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
@@ -76,6 +78,7 @@ class ScriptedCore:
         pass
 
     def send(self, command):
+        command = as_sent(command)
         if isinstance(command, Abort):
             for key in [k for k in self.sequences if k[0] == command.request_id and command.sample in (None, k[1])]:
                 self.ended.append(self._end(key, command.reason, []))
@@ -166,7 +169,9 @@ class World:
         self.draw = random.Random(seed)
         self.loop = cast(VirtualLoop, asyncio.get_running_loop())
         self.core = ScriptedCore()
-        self.frontend = Frontend(CONFIG, model, prompts, self.core, self.loop.time)
+        self.frontend = Frontend(
+            CONFIG, model, prompts, self.core, local_encoders(prompts, CONFIG, model), self.loop.time
+        )
         self.frontend.core.ready()
         self.sinks = []
         self.lost = []  # copies whose connection is gone
@@ -258,7 +263,7 @@ class World:
                 self.too_long.append(error.message)
 
     def text_of(self, copy, index):
-        detokenizer = self.frontend._prompts.detokenizer(copy.message.sampling)
+        detokenizer = self.frontend._arrivals._prompts.detokenizer(copy.message.sampling)
         return detokenizer.push(copy.token_ids[index])
 
     def give(self):
@@ -281,7 +286,7 @@ class World:
             for reader in (reader for sink in self.sinks for reader in sink.open.values()):
                 reader.cancelled |= reader.name == copy.name
             try:
-                self.frontend.cancel_request(copy.name)
+                self.frontend.cancel_request(self, copy.name)
             except NotFound:
                 self.num_forgotten += 1
 
@@ -322,7 +327,7 @@ class World:
             whole = answer(copy.message.token_ids, index, params.max_tokens)
             got = copy.token_ids[index]
             assert got == whole[: len(got)]
-            detokenizer = self.frontend._prompts.detokenizer(params)
+            detokenizer = self.frontend._arrivals._prompts.detokenizer(params)
             text = detokenizer.push(got)
             if isinstance(last, Final) and last.samples[index].output_tokens == len(got):
                 text += detokenizer.flush()
