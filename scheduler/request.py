@@ -96,7 +96,7 @@ class Request:
     recomputed_tokens: int = 0
     kv_ticks: int = 0  # blocks held times time; see Accounts
     held_since_ticks: int = 0
-    num_steps: int = 0
+    other_steps: int = 0  # beside the one that each token came with: those that chose none
     admitted_at: float | None = None  # first admission
     first_token_at: float | None = None  # first token of this run; resumed ones came before
 
@@ -128,6 +128,6 @@ class Request:
             decode_s=now - first_token_at,
             computed_tokens=self.computed_tokens,
             recomputed_tokens=self.recomputed_tokens,
-            steps=self.num_steps,
+            steps=self.other_steps + len(self.tokens) - self.num_prompt_tokens - len(self.new.output_token_ids),
             kv_block_s=self.kv_ticks / TICKS_PER_S,
         )

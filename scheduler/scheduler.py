@@ -27,6 +27,8 @@ from cierzo.scheduler.queue import RequestHeap, SiblingGate
 from cierzo.scheduler.request import DuplicateRequest, NewRequest, QueueFull, Request, State
 from cierzo.scheduler.stop import stop_rule
 
+PRICED_STRIDE = 16  # of steps that only decode, with nobody waiting, one in so many is priced: they are much alike
+
 
 class Scheduler:
     """Continuous batching on a budget of tokens and predicted seconds (`StepBudget`).
@@ -67,6 +69,7 @@ class Scheduler:
         self._num_preemptions = self._num_finished = 0
         self._accounts = Accounts()
         self._cost = cost
+        self._predicted_s = 0.0
 
     def reprice(self, cost: StepCost) -> None:
         """Cut chunks by another price from the next step on. No bit of any result depends on it."""
@@ -156,18 +159,21 @@ class Scheduler:
         preemptions = self._num_preemptions
         decodes, prefills = self._plan_decodes()
         seqs = [*decodes.values()]
-        context = sum([seq.start for seq in seqs]) + len(seqs)
-        prefills = [request for request in prefills if request.state is State.RUNNING]
+        if prefills:
+            prefills = [request for request in prefills if request.state is State.RUNNING]
+        is_priced = bool(prefills or self._waiting or self._num_steps % PRICED_STRIDE == 0)
+        context = sum([seq.start for seq in seqs]) + len(seqs) if is_priced else 0
         budget = StepBudget(self._config, self._cost, len(seqs), context, len(prefills))
         ahead = PENDING in [seq.token_ids[-1] for seq in seqs]
         self._plan_chunks(prefills, seqs, budget, now)
         if preemptions == self._num_preemptions:  # else there is no room, and the victims are first in line
             self._admit(seqs, budget, now)
         self._num_steps += 1
-        work = budget.work()
-        predicted_s = 0.0 if self._cost is None or not seqs else self._cost.seconds(work)
+        work = budget.work() if is_priced else None
+        if work is not None and seqs and self._cost is not None:
+            self._predicted_s = self._cost.seconds(work)
         num_tokens = self._config.budget_tokens - budget.tokens
-        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, predicted_s)
+        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, self._predicted_s)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what a step produced. Results of sequences that ended or were preempted since are dropped. Who
@@ -189,12 +195,13 @@ class Scheduler:
                 num_tokens, num_seqs = num_tokens - len(seq.token_ids), num_seqs - 1
                 self._finish(request, "failed", failures[index])
                 continue
-            request.num_steps += 1
             request.num_computed = computed = seq.start + len(seq.token_ids)
             if computed >= request.blocks.next_index_tokens:
                 self._cache.index(request.blocks, computed)
             if seq.samples:
                 self._append(request, result.token_ids[index], logprobs[index] if logprobs else None, now)
+            else:
+                request.other_steps += 1
         self._accounts.computed_tokens += num_tokens
         self._accounts.sequence_steps += num_seqs
         self._expire(now)
@@ -423,11 +430,14 @@ class Scheduler:
             self._first_token(request, now)
         request.num_pending -= 1
         tokens, check = request.tokens, request.stop.check
+        if len(new) > 1:
+            request.other_steps += 1 - len(new)
         for count, token_id in enumerate(new, 1):
             tokens.append(token_id)
             reason = check(token_id, len(tokens))
             if reason is not None:
                 self._output_tokens += count
+                request.other_steps += len(new) - count
                 logprobs = None if logprobs is None else logprobs[:count]
                 stop_token_id = token_id if reason == "stop" else None
                 self._finish(request, reason, "", new[:count], logprobs, stop_token_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -17,7 +18,7 @@ from cierzo.scheduler.cost import DECODE_STRIDE, LEAST_CHUNK, SEEN_ENOUGH, CostL
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import StepPlan, StepResult
 from cierzo.scheduler.request import NewRequest
-from cierzo.scheduler.scheduler import Scheduler
+from cierzo.scheduler.scheduler import PRICED_STRIDE, Scheduler
 
 ROW = StepCost(step_s=1.0, prompt_s=0.0, sequence_s=0.0, decode_context_s=0.0, row_s=0.1, pair_s=0.0)
 CARD = StepCost(0.014, 0.035, 6e-5, 1.5e-8, 3.8e-5, 1.2e-9, context_pairs=192.0)
@@ -215,9 +216,24 @@ def test_chunks_shrink_as_their_context_grows_and_steps_take_as_long() -> None:
         predicted.append(plan.predicted_s)
         assert plan.work is not None
         assert plan.predicted_s == CARD.seconds(plan.work)
+        assert plan.work.decode_context == sum(seq.start + 1 for seq in plan.seqs[:-1])
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > 8 * counts[-2]
     assert all(0.248 < seconds <= 0.25 for seconds in predicted[:-1])
+
+
+def test_of_steps_that_only_decode_few_are_priced() -> None:
+    machine = Machine(CARD)
+    machine.add(1, 50)
+    plans = [machine.step() for _ in range(100)]
+    priced = [plan for plan in plans if plan.work is not None]
+    assert plans[0] in priced
+    assert 100 // PRICED_STRIDE <= len(priced) <= 100 // PRICED_STRIDE + 2
+    for before, plan in itertools.pairwise(plans):
+        expected = before.predicted_s if plan.work is None else CARD.seconds(plan.work)
+        assert plan.predicted_s == expected > 0
+    machine.add(2, 50)
+    assert machine.step().work is not None
 
 
 def test_without_a_target_or_a_price_chunks_are_cut_by_tokens() -> None:
