@@ -17,8 +17,9 @@ from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.cost import DECODE_STRIDE, LEAST_CHUNK, SEEN_ENOUGH, CostLearner, StepCost, StepWork
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import StepPlan, StepResult
+from cierzo.scheduler.policy import PRICED_STRIDE
 from cierzo.scheduler.request import NewRequest
-from cierzo.scheduler.scheduler import PRICED_STRIDE, Scheduler
+from cierzo.scheduler.scheduler import Scheduler
 
 ROW = StepCost(step_s=1.0, prompt_s=0.0, sequence_s=0.0, decode_context_s=0.0, row_s=0.1, pair_s=0.0)
 CARD = StepCost(0.014, 0.035, 6e-5, 1.5e-8, 3.8e-5, 1.2e-9, context_pairs=192.0)
