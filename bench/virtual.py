@@ -79,7 +79,6 @@ class JumpingScheduler(Scheduler):
             assert len(request.tokens) < request.stop.limit_tokens, too_many
             first = request.num_computed
             request.num_computed = request.num_planned = computed = first + num_steps
-            request.num_steps += num_steps
             if computed > blocks.capacity_tokens:
                 for full in range(blocks.capacity_tokens, computed, self._cache.block_tokens):
                     accounts.hold(request, full // self._cache.block_tokens, begins_s[full - first])

@@ -41,24 +41,27 @@ class Accounts:
 
     def begin(self, request: Request, now: float) -> None:
         """Note an admission: what the sequence found computed, and since when it holds blocks."""
-        request.num_found = request.num_computed
-        request.held_since_ticks = int(now * TICKS_PER_S)
+        spent = request.spent
+        spent.num_found = request.num_computed
+        spent.held_since_ticks = int(now * TICKS_PER_S)
 
     def hold(self, request: Request, num_blocks: int, now: float) -> None:
         """Count the blocks that a sequence has held until now; to be called when their number changes."""
         ticks = int(now * TICKS_PER_S)
-        held = num_blocks * (ticks - request.held_since_ticks)
-        request.held_since_ticks = ticks
-        request.kv_ticks += held
+        spent = request.spent
+        held = num_blocks * (ticks - spent.held_since_ticks)
+        spent.held_since_ticks = ticks
+        spent.kv_ticks += held
         self._kv_ticks += held
 
     def leave(self, request: Request, now: float) -> None:
         """Note that a sequence gives its blocks back: what it has computed since its admission, and which part of
         that for the second time."""
         self.hold(request, len(request.blocks.block_ids), now)
-        found, computed = request.num_found, request.num_computed
-        again = max(0, min(computed, request.most_computed) - found)
-        request.computed_tokens += computed - found
-        request.recomputed_tokens += again
-        request.most_computed = max(request.most_computed, computed)
+        spent = request.spent
+        found, computed = spent.num_found, request.num_computed
+        again = max(0, min(computed, spent.most_computed) - found)
+        spent.computed_tokens += computed - found
+        spent.recomputed_tokens += again
+        spent.most_computed = max(spent.most_computed, computed)
         self.recomputed_tokens += again

@@ -63,6 +63,8 @@ class StepBudget:
             elif most < LEAST_CHUNK:
                 most = 0
             count = min(count, most)
+            if count == num_missing - 1 > 1:
+                count -= 1  # a single token would be a decode row, which no budget of time cuts
             self._seconds -= cost.chunk_s(start, count) if count else 0.0
         self.tokens -= count
         if count:

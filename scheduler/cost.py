@@ -15,7 +15,7 @@ import msgspec
 LEAST_CHUNK = 16  # tokens
 SEEN_ENOUGH = 8  # steps before a price is told
 FORGET = 0.98  # what a learned step still counts for when the next one has been learned
-DECODE_STRIDE = 16  # of steps that only decode, which are much alike, one in so many is learned from
+DECODE_STRIDE = 4  # of priced steps that only decode, which are much alike, one in so many is learned from
 SWEEPS = 6
 
 

@@ -51,8 +51,8 @@ class SeqPlan(msgspec.Struct, frozen=True, gc=False):
 class StepPlan(msgspec.Struct, frozen=True, gc=False):
     """The rows that one step computes, in the order in which rows are laid out. Empty when there is nothing to do.
 
-    ahead: some of its tokens are PENDING. work, predicted_s: as priced when it was planned (0.0: no price was
-    known); a plan that is run again has none.
+    ahead: some of its tokens are PENDING. work: as priced when it was planned; None where the step is not priced,
+    or run again. predicted_s: of this step, or the last priced one; 0.0: no price was known.
     """
 
     step: int

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from cierzo.scheduler.request import Request
 
 MAX_LOOKED_PAST = 64  # waiting sequences in one step, each asked once; more, and a step would be spent on asking
+PRICED_STRIDE = 16  # of steps that only decode, with nobody waiting, one in so many is priced: they are much alike
 HOPELESS = 2.0  # a prompt is given up when it takes, by prediction, so many times the seconds that it has left
 
 

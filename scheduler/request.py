@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import msgspec
@@ -65,6 +65,19 @@ LEGAL_MOVES = {
 
 
 @dataclass(slots=True, eq=False)
+class Spent:
+    """Cost of a sequence up to its last preemption or its end, but for `other_steps`."""
+
+    num_found: int = 0  # computed tokens that it found at its last admission
+    most_computed: int = 0  # before its last admission
+    computed_tokens: int = 0  # rows of steps
+    recomputed_tokens: int = 0  # of these, below most_computed
+    kv_ticks: int = 0  # blocks held times time; see Accounts
+    held_since_ticks: int = 0
+    other_steps: int = 0  # beside the one that each token came with: those that chose none
+
+
+@dataclass(slots=True, eq=False)
 class Request:
     """A live sequence. Only the scheduler writes it; `blocks` belongs to the cache manager.
 
@@ -90,15 +103,9 @@ class Request:
     epoch: int = -1
     num_cached_prompt_tokens: int = 0  # at the first admission
     num_preemptions: int = 0
-    num_found: int = 0  # computed tokens that it found at its last admission
-    most_computed: int = 0  # before its last admission
-    computed_tokens: int = 0  # rows of steps, up to its last preemption or its end; as are the next two
-    recomputed_tokens: int = 0
-    kv_ticks: int = 0  # blocks held times time; see Accounts
-    held_since_ticks: int = 0
-    num_steps: int = 0
     admitted_at: float | None = None  # first admission
     first_token_at: float | None = None  # first token of this run; resumed ones came before
+    spent: Spent = field(default_factory=Spent)
 
     def move(self, state: State) -> None:
         """Change state; an illegal move is a bug of the scheduler."""
@@ -115,6 +122,7 @@ class Request:
         """The record of its end at time `now`. A phase it did not reach, or left unfinished, ends now."""
         admitted_at = now if self.admitted_at is None else self.admitted_at
         first_token_at = now if self.first_token_at is None else self.first_token_at
+        spent = self.spent
         return Finish(
             reason=reason,
             message=message,
@@ -126,8 +134,8 @@ class Request:
             queue_s=admitted_at - self.arrived_at,
             prefill_s=first_token_at - admitted_at,
             decode_s=now - first_token_at,
-            computed_tokens=self.computed_tokens,
-            recomputed_tokens=self.recomputed_tokens,
-            steps=self.num_steps,
-            kv_block_s=self.kv_ticks / TICKS_PER_S,
+            computed_tokens=spent.computed_tokens,
+            recomputed_tokens=spent.recomputed_tokens,
+            steps=spent.other_steps + len(self.tokens) - self.num_prompt_tokens - len(self.new.output_token_ids),
+            kv_block_s=spent.kv_ticks / TICKS_PER_S,
         )

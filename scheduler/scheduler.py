@@ -66,7 +66,7 @@ class Scheduler:
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._num_preemptions = self._num_finished = 0
         self._accounts = Accounts()
-        self._cost = cost
+        self._cost, self._predicted_s = cost, 0.0
 
     def reprice(self, cost: StepCost) -> None:
         """Cut chunks by another price from the next step on. No bit of any result depends on it."""
@@ -163,20 +163,23 @@ class Scheduler:
         now = self._clock()
         self._expire(now)
         preemptions = self._num_preemptions
-        decodes, prefills = self._plan_decodes()
+        decodes, prefills, num_pending = self._plan_decodes()
         seqs = [*decodes.values()]
-        context = sum([seq.start for seq in seqs]) + len(seqs)
-        prefills = [request for request in prefills if request.state is State.RUNNING]
+        if prefills:
+            prefills = [request for request in prefills if request.state is State.RUNNING]
+        is_priced = bool(prefills or self._waiting or self._num_steps % policy.PRICED_STRIDE == 0)
+        context = sum([seq.start for seq in seqs]) + len(seqs) if is_priced else 0
         budget = StepBudget(self._config, self._cost, len(seqs), context, len(prefills))
-        ahead = PENDING in [seq.token_ids[-1] for seq in seqs]
+        ahead = num_pending > 0 and PENDING in [seq.token_ids[-1] for seq in seqs]
         self._plan_chunks(prefills, seqs, budget, now)
         if preemptions == self._num_preemptions:  # else there is no room, and the victims are first in line
             self._admit(seqs, budget, now)
         self._num_steps += 1
-        work = budget.work()
-        predicted_s = 0.0 if self._cost is None or not seqs else self._cost.seconds(work)
+        work = budget.work() if is_priced else None
+        if work is not None and seqs and self._cost is not None:
+            self._predicted_s = self._cost.seconds(work)
         num_tokens = self._config.budget_tokens - budget.tokens
-        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, predicted_s)
+        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, self._predicted_s)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what a step produced. Results of sequences that ended or were preempted since are dropped. Who
@@ -198,12 +201,13 @@ class Scheduler:
                 num_tokens, num_seqs = num_tokens - len(seq.token_ids), num_seqs - 1
                 self._finish(request, "failed", failures[index])
                 continue
-            request.num_steps += 1
             request.num_computed = computed = seq.start + len(seq.token_ids)
             if computed >= request.blocks.next_index_tokens:
                 self._cache.index(request.blocks, computed)
             if seq.samples:
                 self._append(request, result.token_ids[index], logprobs[index] if logprobs else None, now)
+            else:
+                request.spent.other_steps += 1
         self._accounts.computed_tokens += num_tokens
         self._accounts.sequence_steps += num_seqs
         self._expire(now)
@@ -286,19 +290,23 @@ class Scheduler:
         while (entry := self._deadlines.first()) is not None and entry[0] <= now:
             self._finish(entry[2], "deadline")
 
-    def _plan_decodes(self) -> tuple[dict[RequestKey, SeqPlan], list[Request]]:
-        """Plans of all running sequences that lack one token, and the others: both in admission order.
+    def _plan_decodes(self) -> tuple[dict[RequestKey, SeqPlan], list[Request], int]:
+        """Plans of all running sequences that lack one token, and the others, both in admission order; how many
+        tokens steps in flight are about to choose.
 
         `max_running` is at most the budget, so that these always fit in it. A sequence that a step in flight is
         sure to end is in neither.
         """
         plans: dict[RequestKey, SeqPlan] = {}
         others: list[Request] = []
+        all_pending = 0
         for request in [*self._running.values()]:
             if request.state is not State.RUNNING:
                 continue  # preempted by one before it
             start, tokens, blocks = request.num_planned, request.tokens, request.blocks
-            num_tokens = len(tokens) + request.num_pending
+            pending = request.num_pending
+            all_pending += pending
+            num_tokens = len(tokens) + pending
             if num_tokens >= request.stop.limit_tokens:
                 continue
             if num_tokens - start != 1:
@@ -324,7 +332,7 @@ class Scheduler:
                 True,
                 None,
             )
-        return plans, others
+        return plans, others, all_pending
 
     def _grow(self, request: Request, num_tokens: int, plans: dict[RequestKey, SeqPlan]) -> list[int] | None:
         """Blocks for `num_tokens` tokens, preempting for them if need be; None if `request` itself had to go."""
@@ -437,11 +445,14 @@ class Scheduler:
             reason = check(token_id, len(tokens))
             if reason is not None:
                 self._output_tokens += count
+                request.spent.other_steps += 1 - count
                 logprobs = None if logprobs is None else logprobs[:count]
                 stop_token_id = token_id if reason == "stop" else None
                 self._finish(request, reason, "", new[:count], logprobs, stop_token_id)
                 return
-        self._output_tokens += len(new)
+        self._output_tokens += count
+        if count > 1:
+            request.spent.other_steps += 1 - count
         request_id, sample = request.key
         self._deltas.append(TokenDelta(request_id, sample, new, logprobs, None))
 

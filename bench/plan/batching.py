@@ -344,6 +344,7 @@ class Batching:
             count = min(count, self._most(self._cost, request.computed, row, self._seconds / half, passed))
             if not count:
                 return 0
+            count -= count == missing - 1 > 1
             self._seconds -= self._cost.chunk_s(request.computed, count)
         row.chunk(request.computed, count, request.input_tokens, count == missing)
         request.computed += count

@@ -262,7 +262,7 @@ class EngineCore:
             raise
         except Exception as error:
             return error
-        if plan.work is not None and self._times.took(plan.work, self._clock() - since_s):
+        if self._times.took(plan.work, self._clock() - since_s):
             assert self._times.cost is not None
             self._scheduler.reprice(self._times.cost)
         self._scheduler.commit(plan, result)

@@ -80,9 +80,11 @@ class StepTimes:
         """Prompt tokens a second of the steps that computed some; 0 before the first one."""
         return self._prompt_tokens / self._prompt_steps_s if self._prompt_steps_s else 0.0
 
-    def took(self, work: StepWork, seconds: float) -> bool:
-        """Take in how long a step took; whether the price has changed."""
+    def took(self, work: StepWork | None, seconds: float) -> bool:
+        """Take in how long a step took, and its work if it was priced; whether the price has changed."""
         self.step_s = seconds if not self.step_s else RECENT * self.step_s + (1 - RECENT) * seconds
+        if work is None:
+            return False
         if work.rows:
             self._prompt_tokens = RECENT * self._prompt_tokens + work.rows
             self._prompt_steps_s = RECENT * self._prompt_steps_s + seconds

@@ -124,6 +124,21 @@ def test_one_request_s_books() -> None:
     booked.check_books()
 
 
+@pytest.mark.parametrize(("tokens", "steps"), [([1, 1], 3), ([1, EOS], 2), ([EOS, 1], 2)])
+def test_a_step_that_gives_several_tokens_is_one_step(tokens: list[int], steps: int) -> None:
+    """Two chunks, and what comes with the second; the first end counts."""
+    booked = Booked()
+    booked.add(1, [1, 2, 3, 4] * 3, max_tokens=3)
+    booked.add(2, [2] * 2, max_tokens=1)
+    booked.step()
+    plan = booked.schedule()
+    booked.scheduler.commit(plan, StepResult([tokens]))
+    booked.collect()
+    booked.drain()
+    assert booked.finishes[1].steps == steps
+    assert booked.scheduler.stats().sequence_steps == sum(one.steps for one in booked.finishes.values())
+
+
 def test_what_the_prefix_cache_has_is_not_computed() -> None:
     booked = Booked()
     booked.add(1, [1, 2, 3, 4, 0, 1, 2, 3, 4], max_tokens=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -16,6 +17,7 @@ from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.cost import DECODE_STRIDE, LEAST_CHUNK, SEEN_ENOUGH, CostLearner, StepCost, StepWork
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import StepPlan, StepResult
+from cierzo.scheduler.policy import PRICED_STRIDE
 from cierzo.scheduler.request import NewRequest
 from cierzo.scheduler.scheduler import Scheduler
 
@@ -70,7 +72,7 @@ def test_the_least_chunk_takes_as_long_as_its_context_costs_whatever_its_size(co
     least = cost.least_tokens(start)
     fixed_s = cost.context_pairs * start * cost.pair_s
     own_s = cost.row_s + cost.pair_s * start
-    assert least == LEAST_CHUNK or (least - 1) * own_s < fixed_s <= least * own_s * (1 + 1e-9)
+    assert least == LEAST_CHUNK or (least - 1) * own_s < fixed_s * (1 + 1e-9) <= least * own_s * (1 + 2e-9)
     assert LEAST_CHUNK <= least <= max(LEAST_CHUNK, cost.context_pairs + 1)
 
 
@@ -215,9 +217,24 @@ def test_chunks_shrink_as_their_context_grows_and_steps_take_as_long() -> None:
         predicted.append(plan.predicted_s)
         assert plan.work is not None
         assert plan.predicted_s == CARD.seconds(plan.work)
+        assert plan.work.decode_context == sum(seq.start + 1 for seq in plan.seqs[:-1])
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > 8 * counts[-2]
     assert all(0.248 < seconds <= 0.25 for seconds in predicted[:-1])
+
+
+def test_of_steps_that_only_decode_few_are_priced() -> None:
+    machine = Machine(CARD)
+    machine.add(1, 50)
+    plans = [machine.step() for _ in range(100)]
+    priced = [plan for plan in plans if plan.work is not None]
+    assert plans[0] in priced
+    assert 100 // PRICED_STRIDE <= len(priced) <= 100 // PRICED_STRIDE + 2
+    for before, plan in itertools.pairwise(plans):
+        expected = before.predicted_s if plan.work is None else CARD.seconds(plan.work)
+        assert plan.predicted_s == expected > 0
+    machine.add(2, 50)
+    assert machine.step().work is not None
 
 
 def test_without_a_target_or_a_price_chunks_are_cut_by_tokens() -> None:
