@@ -72,14 +72,14 @@ class _Load:
         talk.close()
 
 
-async def _harm(server: Server, count: int, seed: int, stops: bool) -> tuple[int, int]:
+async def _harm(server: Server, count: int, seed: int) -> tuple[int, int]:
     """Kill or stop the core, so many times, at random moments of its work."""
     rng, killed, stopped = random.Random(seed), 0, 0
     for _ in tqdm(range(count), desc="kills", disable=None, delay=2.0):
         victim = await _working_core(server)
         await asyncio.sleep(rng.random() ** 2)
         with contextlib.suppress(ProcessLookupError):
-            if stops and rng.random() < 0.3:
+            if rng.random() < 0.3:
                 os.kill(victim, signal.SIGSTOP)
                 stopped += 1
             else:
@@ -107,14 +107,13 @@ async def _working_core(server: Server) -> int:
 def run(count: int = 200, seed: int = 0) -> bool:
     """The whole of it; whether all was well."""
     asked = bodies(random.Random(seed))
-    stops = True
     often = {"max_core_restarts": 100_000, "max_core_restarts_per_hour": 100_000}
 
     async def all_of_it(server: Server) -> tuple[_Load, tuple[int, int]]:
         right = await _unbroken(server.address, asked)
         load = _Load(server.address, asked, right, seed)
         workers = [asyncio.create_task(load.worker()) for _ in range(WORKERS)]
-        harmed = await _harm(server, count, seed, stops)
+        harmed = await _harm(server, count, seed)
         load.is_over = True
         await asyncio.gather(*workers)
         return load, harmed

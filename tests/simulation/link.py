@@ -67,7 +67,7 @@ class SimulatedLink:
         self._loop = asyncio.get_running_loop()
         self._events: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._step_s = rng.choice((0.001, 0.004, 0.02))
+        self.step_s = rng.choice((0.001, 0.004, 0.02))
         self.life: Life | None = None
         self.deaths: list[float] = []
         self.stalls: list[tuple[float, float]] = []  # from, to
@@ -184,7 +184,7 @@ class SimulatedLink:
                 return
             deltas = core.step_plain() if core.has_work() else core.take_deltas()
             core.check()
-            await asyncio.sleep(self._step_s * self._rng.random())
+            await asyncio.sleep(self.step_s * self._rng.random())
             if life.is_alive and life.stalled_until_s <= self._clock():
                 self._publish(life, deltas)
             elif life.is_alive:
