@@ -64,9 +64,8 @@ class Scheduler:
         self._num_steps = 0
         self._blocked = False  # whoever waits found no room, and nothing has changed since
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
-        self._num_preemptions = self._num_finished = 0
-        self._accounts = Accounts()
-        self._cost, self._predicted_s = cost, 0.0
+        self._num_preemptions = self.num_finished = 0
+        self._accounts, self._cost, self._predicted_s = Accounts(), cost, 0.0
 
     def reprice(self, cost: StepCost) -> None:
         """Cut chunks by another price from the next step on. No bit of any result depends on it."""
@@ -108,10 +107,7 @@ class Scheduler:
     def abort(self, request_id: int, sample: int | None = None, reason: FinishReason = "cancelled") -> int:
         """End one sample, or all of a request, now: how many ended. Unknown ones (already over) count nothing."""
         samples = self._live.get(request_id, {})
-        if sample is None:
-            ended = list(samples.values())
-        else:
-            ended = [samples[sample]] if sample in samples else []
+        ended = [request for number, request in samples.items() if sample in (None, number)]
         for request in ended:
             self._finish(request, reason)
         return len(ended)
@@ -129,11 +125,6 @@ class Scheduler:
         """All live sequences, by arrival of their request; to be read."""
         return (request for samples in self._live.values() for request in samples.values())
 
-    @property
-    def num_finished(self) -> int:
-        """Sequences that have ended so far."""
-        return self._num_finished
-
     def stats(self) -> SchedulerStats:
         """Gauges and counters of this moment."""
         accounts, live = self._accounts, [*self._running.values(), *self._waiting]
@@ -146,7 +137,7 @@ class Scheduler:
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             preemptions=self._num_preemptions,
-            finished=self._num_finished,
+            finished=self.num_finished,
             computed_tokens=accounts.computed_tokens,
             recomputed_tokens=accounts.recomputed_tokens,
             sequence_steps=accounts.sequence_steps,
@@ -228,7 +219,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert every invariant of scheduler and cache. O(tokens): for tests and idle moments."""
-        live = {request.key: request for samples in self._live.values() for request in samples.values()}
+        live = {request.key: request for request in self.requests()}
         for request in live.values():
             places = (request.key in self._waiting, request.key in self._running)
             assert places == (request.state is State.WAITING, request.state is State.RUNNING), request
@@ -504,6 +495,6 @@ class Scheduler:
         heir = self._gate.ended(request)
         if heir is not None:
             self._enqueue(heir)
-        self._num_finished += 1
+        self.num_finished += 1
         finish = request.finish(reason, message, stop_token_id, self._clock())
         self._deltas.append(TokenDelta(request_id, sample, token_ids or [], logprobs, finish))

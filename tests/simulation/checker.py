@@ -199,6 +199,8 @@ def costs(history: History) -> Any:
         last = request.attempts[-1]
         if last.end is None or (last.end["type"] == "final" and last.end.get("cost") is None):
             return None
+        if last.end.get("code") in ("slow_reader", "interrupted"):  # ends of what the core had begun
+            return None
         for name, value in (last.end.get("cost") or {}).items():
             sums[name] += value
     return sums
