@@ -17,7 +17,8 @@ import uvloop
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import CoreFailed, refusal
 from cierzo.engine.frontend.address import parse_address
-from cierzo.engine.frontend.core_link import CoreLink, Spawn, spawn_worker
+from cierzo.engine.frontend.child import Spawn
+from cierzo.engine.frontend.core_link import CoreLink, spawn_worker
 from cierzo.engine.frontend.encoders import Encoders
 from cierzo.engine.frontend.encoding import Setup
 from cierzo.engine.frontend.flights import Flights

@@ -12,17 +12,23 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
-import sys
-import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import msgspec
 
 from cierzo.engine.errors import BY_CODE, CierzoError, CoreFailed
+from cierzo.engine.frontend.child import (
+    MAX_CHILD_FRAME_BYTES,
+    Child,
+    Spawn,
+    kill,
+    private_socket,
+    spawn_module,
+    wait_for_news,
+)
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frames import FrameSplitter, pack
@@ -33,29 +39,9 @@ from cierzo.engine.signs import SignsPage
 
 log = logging.getLogger(__name__)
 
-MAX_CORE_FRAME_BYTES = 1 << 30  # our own process: the bound only tells a frame from garbage
 STOP_TIMEOUT_S = 1.5  # a core in a longer step than this is killed: it has nothing to save
 _decode = msgspec.msgpack.Decoder(CoreEvent).decode
-
-
-class CoreProcess(Protocol):
-    """The part of `asyncio.subprocess.Process` that a link to a core uses."""
-
-    @property
-    def pid(self) -> int:
-        """The process's number."""
-        ...
-
-    async def wait(self) -> int:
-        """Wait for its end; the exit status."""
-        ...
-
-    def kill(self) -> None:
-        """End it at once; ProcessLookupError if it has ended."""
-        ...
-
-
-Spawn = Callable[[str], Awaitable[CoreProcess]]  # path of the socket -> a process that connects to it
+spawn_worker = partial(spawn_module, "cierzo.engine.worker")
 
 
 class CoreEvents(Protocol):
@@ -82,19 +68,10 @@ class CoreEvents(Protocol):
         ...
 
 
-async def spawn_worker(socket_path: str) -> CoreProcess:
-    """The real core process, in a session of its own: a Ctrl-C in the terminal is for the front end to handle."""
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "cierzo.engine.worker", "--socket", socket_path, start_new_session=True
-    )
-
-
 class _Pipe(asyncio.Protocol):
     """The socket to one core process."""
 
-    def __init__(
-        self, hello: bytes | bytearray, on_connect: Callable[[], None], on_step: Callable[[StepOutput], None]
-    ) -> None:
+    def __init__(self, hello: bytes | bytearray, on_step: Callable[[StepOutput], None]) -> None:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[Ready] = loop.create_future()
         self.lost: asyncio.Future[None] = loop.create_future()
@@ -102,16 +79,14 @@ class _Pipe(asyncio.Protocol):
         self.committed = False  # a step has ended
         self.transport: asyncio.Transport | None = None
         self._hello = hello
-        self._on_connect = on_connect
         self._on_step = on_step
-        self._splitter = FrameSplitter(MAX_CORE_FRAME_BYTES)
+        self._splitter = FrameSplitter(MAX_CHILD_FRAME_BYTES)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if self.transport is not None:  # the path is private, so this is a bug; the first one stays
             cast(asyncio.Transport, transport).abort()
             return
         self.transport = cast(asyncio.Transport, transport)
-        self._on_connect()
         self.transport.write(self._hello)
 
     def data_received(self, data: bytes) -> None:
@@ -151,7 +126,7 @@ class CoreLink:
         self._signs: SignsPage | None = None
         self._events: CoreEvents | None = None
         self._pipe: _Pipe | None = None
-        self._process: CoreProcess | None = None
+        self._process: Child | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
     async def start(self, events: CoreEvents) -> str:
@@ -189,43 +164,28 @@ class CoreLink:
     async def _launch(self) -> Ready:
         """Start a core process and wait for its Ready."""
         assert self._events is not None
-        folder = tempfile.mkdtemp(prefix="cierzo-core-")  # mode 0700; gone as soon as the core is connected
-        remove_folder = partial(shutil.rmtree, folder, ignore_errors=True)
+        pipe = self._pipe = _Pipe(self._hello, self._events.step)
         try:
-            path = os.path.join(folder, "core.sock")
-            self._signs = SignsPage.create(folder)
-            pipe = self._pipe = _Pipe(self._hello, remove_folder, self._events.step)
-            listener = await asyncio.get_running_loop().create_unix_server(lambda: pipe, path)
-            try:
-                os.chmod(path, 0o600)
+            async with private_socket("core", pipe) as path:
+                self._signs = SignsPage.create(os.path.dirname(path))
                 self._process = await self._spawn(path)
                 return await self._first_words(pipe, self._process)
-            finally:
-                listener.close()
         except BaseException:
             await self._reap()
             raise
-        finally:
-            remove_folder()
 
-    async def _first_words(self, pipe: _Pipe, process: CoreProcess) -> Ready:
-        ended = asyncio.ensure_future(process.wait())
-        try:
-            news: set[asyncio.Future[Any]] = {pipe.ready, pipe.lost, ended}
-            limit = self._config.core_start_timeout_s
-            await asyncio.wait(news, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if pipe.ready.done():
-                return pipe.ready.result()
-            if not pipe.lost.done() and not ended.done():
-                raise CoreFailed(
-                    f"the core process was not ready within {limit} s", field="core_start_timeout_s", limit=limit
-                )
-            if pipe.transport is not None:
-                await pipe.lost  # its last words may still be on the way
-            raise pipe.last_error or CoreFailed("the core process ended before it was ready")
-        finally:
-            ended.cancel()
-            await asyncio.gather(ended, return_exceptions=True)
+    async def _first_words(self, pipe: _Pipe, process: Child) -> Ready:
+        limit = self._config.core_start_timeout_s
+        has_ended = await wait_for_news(process, {pipe.ready, pipe.lost}, limit)
+        if pipe.ready.done():
+            return pipe.ready.result()
+        if not pipe.lost.done() and not has_ended:
+            raise CoreFailed(
+                f"the core process was not ready within {limit} s", field="core_start_timeout_s", limit=limit
+            )
+        if pipe.transport is not None:
+            await pipe.lost  # its last words may still be on the way
+        raise pipe.last_error or CoreFailed("the core process ended before it was ready")
 
     async def _supervise(self) -> None:
         """Start the core again whenever it dies, within the limits."""
@@ -258,7 +218,7 @@ class CoreLink:
                     self._restarts.record(self._clock(), committed=False)
             self._events.ready()
 
-    async def _watch_until_lost(self, pipe: _Pipe, process: CoreProcess) -> str:
+    async def _watch_until_lost(self, pipe: _Pipe, process: Child) -> str:
         """Look at the core's signs of life until its socket ends, and kill it if it hangs: "died" or "hung"."""
         assert self._events is not None
         assert self._signs is not None
@@ -284,9 +244,7 @@ class CoreLink:
         """No process, no socket and no page is left behind."""
         process, self._process = self._process, None
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+            await kill(process)
         if self._pipe is not None and self._pipe.transport is not None:
             self._pipe.transport.abort()
         if self._signs is not None:

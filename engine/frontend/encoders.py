@@ -7,22 +7,26 @@ a job gains on shorter ones as it waits, so that none waits for ever.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import Protocol, cast
 
 import msgspec
 
 from cierzo.engine.errors import CierzoError
+from cierzo.engine.frontend.child import (
+    MAX_CHILD_FRAME_BYTES,
+    Child,
+    Spawn,
+    kill,
+    private_socket,
+    spawn_module,
+    wait_for_news,
+)
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.core_link import CoreProcess, Spawn
 from cierzo.engine.frontend.encoding import Answer, Encoded, Job, Loaded, Refused, Setup, packed
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer, FrameSplitter, pack
 from cierzo.engine.frontend.room import Room
@@ -36,8 +40,8 @@ GRACE_S = 2.0  # for a job past its deadline: about what a new process costs
 START_TIMEOUT_S = 60.0
 RESTART_WAIT_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a start, by the number of those in a row that failed
 MAX_TRIES = 2  # of a job whose process dies
-MAX_FRAME_BYTES = 1 << 30  # our own process: the bound only tells a frame from garbage
 _decode = msgspec.msgpack.Decoder(Answer).decode
+spawn_encoder = partial(spawn_module, "cierzo.engine.frontend.encoder_process")
 
 
 class Late(Exception):
@@ -57,14 +61,6 @@ class Encoder(Protocol):
         Raises Overloaded. The future gives a CierzoError, or Late.
         """
         ...
-
-
-async def spawn_encoder(socket_path: str) -> CoreProcess:
-    """A real process, in a session of its own: a Ctrl-C in the terminal is for the front end to handle."""
-    module = "cierzo.engine.frontend.encoder_process"
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", module, "--socket", socket_path, start_new_session=True
-    )
 
 
 class EncoderDied(Exception):
@@ -93,7 +89,7 @@ class _Pipe(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self._setup = setup
         self._on_lost = on_lost
-        self._splitter = FrameSplitter(MAX_FRAME_BYTES)
+        self._splitter = FrameSplitter(MAX_CHILD_FRAME_BYTES)
         self._answer: asyncio.Future[Encoded] | None = None
         self._encoded: Encoded | None = None  # its ids come next
 
@@ -152,7 +148,7 @@ class _Seat:
 
     takes_long: bool
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    process: CoreProcess | None = None
+    process: Child | None = None
     pipe: _Pipe | None = None
 
 
@@ -262,31 +258,15 @@ class Encoders:
 
     async def _launch(self, seat: _Seat) -> _Pipe:
         """Start a process, and wait until it takes jobs."""
-        folder = tempfile.mkdtemp(prefix="cierzo-encoder-")  # mode 0700; gone as soon as the process is connected
-        try:
-            path = os.path.join(folder, "encoder.sock")
-            pipe = seat.pipe = _Pipe(self._setup, seat.news.set)
-            listener = await asyncio.get_running_loop().create_unix_server(lambda: pipe, path)
-            try:
-                os.chmod(path, 0o600)
-                process = await self._fill(seat, path)
-                ended = asyncio.ensure_future(process.wait())
-                try:
-                    first: set[asyncio.Future[Any]] = {pipe.loaded, ended}
-                    await asyncio.wait(first, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    ended.cancel()
-                    await asyncio.gather(ended, return_exceptions=True)
-                if not pipe.loaded.done():
-                    raise EncoderDied
-                pipe.loaded.result()
-                return pipe
-            finally:
-                listener.close()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        pipe = seat.pipe = _Pipe(self._setup, seat.news.set)
+        async with private_socket("encoder", pipe) as path:
+            await wait_for_news(await self._fill(seat, path), {pipe.loaded}, START_TIMEOUT_S)
+        if not pipe.loaded.done():
+            raise EncoderDied
+        pipe.loaded.result()
+        return pipe
 
-    async def _fill(self, seat: _Seat, path: str) -> CoreProcess:
+    async def _fill(self, seat: _Seat, path: str) -> Child:
         """Start the process; when the pool closes meanwhile, it is known all the same, and ends."""
         starting = asyncio.ensure_future(self._spawn(path))
         try:
@@ -356,7 +336,5 @@ async def _end(seat: _Seat) -> None:
         if pipe.loaded.done() and not pipe.loaded.cancelled():
             pipe.loaded.exception()  # it was seen, or is of no interest any more
     if seat.process is not None:
-        with contextlib.suppress(ProcessLookupError):
-            seat.process.kill()
-        await seat.process.wait()
+        await kill(seat.process)
         seat.process = None

@@ -21,8 +21,9 @@ from local_encoders import local_encoders
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from cierzo.engine.frontend.chat import ChatTemplate
+from cierzo.engine.frontend.child import Spawn
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.core_link import CoreLink, Spawn
+from cierzo.engine.frontend.core_link import CoreLink
 from cierzo.engine.frontend.encoders import Encoders
 from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from cierzo.engine import launch
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.frontend.core_link import CoreProcess
+from cierzo.engine.frontend.child import Child
 from cierzo.engine.worker import core, process
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.launcher import running_on
@@ -79,7 +79,7 @@ def main(folder: str, *arguments: str) -> int:
     config = make_config(Path(folder), "small4")
     config = replace(config, frontend=replace(config.frontend, address=address))
 
-    async def spawn(socket: str) -> CoreProcess:
+    async def spawn(socket: str) -> Child:
         command = (sys.executable, "-m", "standin", "server", "core", socket, report)
         return await asyncio.create_subprocess_exec(*command)
 
