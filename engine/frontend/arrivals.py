@@ -19,6 +19,7 @@ from cierzo.engine.frontend.core_side import CoreSide
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.encoders import Encoder, Late
 from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, pack_prompt
+from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.outlet import Outlets
@@ -26,7 +27,7 @@ from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry, require_room
 from cierzo.engine.frontend.sample import require_bounded
-from cierzo.engine.frontend.stream import Sink, Stream, failure
+from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.frontend.validate import SEED_BITS
 from cierzo.engine.messages import FinishReason, Generate, ModelInfo
 

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import msgspec
 
-from cierzo.engine.errors import BY_CODE, CierzoError, ConnectionLost, Overloaded, ProtocolError
+from cierzo.engine.errors import CierzoError, ConnectionLost, Overloaded, ProtocolError
+from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter, pack
 from cierzo.engine.frontend.generation import Inbox
 from cierzo.engine.frontend.request_frames import frame_of, request_frames
@@ -47,17 +48,6 @@ NO_WELCOME = Welcome(
     limits=Limits(max_frame_bytes=MAX_WELCOME_FRAME_BYTES, max_streams=0, max_model_len=0, max_samples=0),
 )
 _decode = msgspec.msgpack.Decoder(ServerMessage).decode
-
-
-def error_of(message: Failure) -> CierzoError:
-    """The exception that a Failure stands for."""
-    return BY_CODE.get(message.code, CierzoError)(
-        message.message,
-        field=message.field,
-        limit=message.limit,
-        value=message.value,
-        retry_after_s=message.retry_after_s,
-    )
 
 
 def _all(inboxes: list[Inbox], error: CierzoError) -> list[Inbox]:

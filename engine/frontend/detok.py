@@ -14,6 +14,7 @@ from copy import copy
 from functools import lru_cache
 from typing import Protocol
 
+MAX_CHAR_BYTES = 4
 _utf8 = codecs.getincrementaldecoder("utf-8")
 
 
@@ -136,19 +137,29 @@ class Detokenizer:
         fork._decoder.setstate(self._decoder.getstate())
         return fork
 
-    def catch_up(self, token_ids: Sequence[int], end: int) -> None:
-        """Stand where one that has seen the first `end` tokens stands; this one must be new.
+    def tail(self, token_ids: Sequence[int], end: int) -> list[int]:
+        """The last of the first `end` tokens that have a text: as many as decide how the text goes on, which are a
+        character that is not whole, and what could become a stop string."""
+        needed = MAX_CHAR_BYTES * (2 + (0 if self._matcher is None else max(self._matcher.depth)))
+        tail: list[int] = []
+        for index in reversed(range(end)):
+            if needed <= 0:
+                break
+            if piece := self._token_bytes(token_ids[index]):
+                tail.append(token_ids[index])
+                needed -= len(piece)
+        return tail[::-1]
 
-        The end of the text decides: a character that is not whole, and what could become a stop string. Only so
-        many bytes are looked at, however long the text, from the beginning of a character on.
-        """
-        needed, start, piece = 4 * (2 + (0 if self._matcher is None else max(self._matcher.depth))), end, b""
-        while start and (needed > 0 or not piece or 0x80 <= piece[0] < 0xC0):
-            start -= 1
-            piece = self._token_bytes(token_ids[start])
-            needed -= len(piece)
-        self.num_tokens = start
-        self.push(token_ids[start:end])
+    def go_on_after(self, num_tokens: int, tail: Sequence[int]) -> None:
+        """Stand where one that has seen so many tokens, of this `tail`, and found no stop string, stands; this one
+        must be new."""
+        min_tokens, self._min_tokens = self._min_tokens, sys.maxsize  # the tail may begin within a character
+        self.push(tail)
+        self._min_tokens, self.num_tokens = min_tokens, num_tokens
+
+    def catch_up(self, token_ids: Sequence[int], end: int) -> None:
+        """Go on after the first `end` tokens."""
+        self.go_on_after(end, self.tail(token_ids, end))
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens, return the text that is now certain.
@@ -172,14 +183,6 @@ class Detokenizer:
             if self.stop is not None:
                 break
         return "".join(certain)
-
-    def go_on_after(self, num_tokens: int, tail: Sequence[int]) -> None:
-        """Start behind so many tokens, in whose text no stop string was found. `tail`: the last of them that have a
-        text, with more characters than any stop string, unless there are no more.
-        """
-        min_tokens, self._min_tokens = self._min_tokens, sys.maxsize  # the tail may begin within a character
-        self.push(tail)
-        self._min_tokens, self.num_tokens = min_tokens, num_tokens
 
     def flush(self) -> str:
         """Text that was held back, at the end of a generation that no stop string in the text ended."""

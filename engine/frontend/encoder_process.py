@@ -17,7 +17,8 @@ from typing import BinaryIO
 import msgspec
 
 from cierzo.engine.errors import CierzoError
-from cierzo.engine.frontend.encoding import Job, Loaded, Refused, RequestEncoder, Setup
+from cierzo.engine.frontend.encoding import Job, Loaded, RequestEncoder, Setup
+from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import LENGTH_BYTES
 from cierzo.engine.frontend.prompt import PromptEncoder
 
@@ -42,7 +43,7 @@ def run(socket_path: str) -> int:
         try:
             prompts = PromptEncoder.load(Path(setup.checkpoint)) if setup.checkpoint else PromptEncoder()
         except CierzoError as error:
-            _write(connection, [msgspec.msgpack.encode(Refused.of(error))])
+            _write(connection, [msgspec.msgpack.encode(failure(0, error))])
             return 1
         encoder = RequestEncoder(prompts, setup.frontend, setup.model)
         _write(connection, [msgspec.msgpack.encode(Loaded())])

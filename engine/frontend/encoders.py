@@ -27,9 +27,11 @@ from cierzo.engine.frontend.child import (
     wait_for_news,
 )
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.encoding import Answer, Encoded, Job, Loaded, Refused, Setup, packed
+from cierzo.engine.frontend.encoding import Answer, Encoded, Job, Loaded, Setup, packed
+from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer, FrameSplitter, pack
 from cierzo.engine.frontend.room import Room
+from cierzo.engine.messages import Failure
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +109,10 @@ class _Pipe(asyncio.Protocol):
             match _decode(body):
                 case Encoded() as encoded:
                     self._encoded = encoded
-                case Refused() as refused if self.loaded.done():
-                    self._say(refused.error())
-                case Refused() as refused:
-                    self.loaded.set_exception(refused.error())
+                case Failure() as refused if self.loaded.done():
+                    self._say(error_of(refused))
+                case Failure() as refused:
+                    self.loaded.set_exception(error_of(refused))
                 case Loaded() if not self.loaded.done():
                     self.loaded.set_result(None)
 

@@ -1,7 +1,7 @@
 """The work of an encoder process: a request is decoded, checked, rendered and encoded; and the words for it.
 
 The front end sends a `Job`, the bytes of the `generate` message and, if the prompt was attached, those; the answer
-is a `Refused`, or an `Encoded` and the prompt's token ids. Each is a frame, the ids as one MessagePack list: they
+is a `Failure`, or an `Encoded` and the prompt's token ids. Each is a frame, the ids as one MessagePack list: they
 go on to the core as they are, and the front end never looks at them.
 """
 
@@ -12,12 +12,13 @@ from typing import cast
 
 import msgspec
 
-from cierzo.engine.errors import BY_CODE, CierzoError, InvalidRequest, ProtocolError
+from cierzo.engine.errors import CierzoError, InvalidRequest, ProtocolError
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.messages import ChatMessage, Generate, Message, ModelInfo, Submit
+from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit
 
 _decode_generate = msgspec.msgpack.Decoder(Generate).decode
 _decode_attached = {
@@ -51,7 +52,7 @@ class Job(Message, frozen=True):
 class Encoded(Message, frozen=True, tag="encoded"):
     """A request that is valid. `message` lacks its prompt, `submit` too, and its seed if the client gave none.
 
-    tail: the last of the output tokens that have text, enough for a Detokenizer to go on after all of them.
+    tail: `Detokenizer.tail` of the output tokens.
     content: `digest` of the whole message, if it has an idempotency key.
     """
 
@@ -62,40 +63,7 @@ class Encoded(Message, frozen=True, tag="encoded"):
     content: bytes = b""
 
 
-class Refused(Message, frozen=True, tag="refused"):
-    """The error of a request that is not."""
-
-    code: str
-    message: str
-    field: str | None = None
-    limit: str | None = None
-    value: str | None = None
-    retry_after_s: float | None = None
-
-    @classmethod
-    def of(cls, error: CierzoError) -> Refused:
-        """Take down an error."""
-        return cls(
-            code=error.code,
-            message=error.message,
-            field=error.field,
-            limit=error.limit,
-            value=error.value,
-            retry_after_s=error.retry_after_s,
-        )
-
-    def error(self) -> CierzoError:
-        """The error again."""
-        return BY_CODE.get(self.code, CierzoError)(
-            self.message,
-            field=self.field,
-            limit=self.limit,
-            value=self.value,
-            retry_after_s=self.retry_after_s,
-        )
-
-
-Answer = Loaded | Encoded | Refused
+Answer = Loaded | Encoded | Failure
 
 
 class RequestEncoder:
@@ -112,9 +80,9 @@ class RequestEncoder:
             encoded, token_ids = self._encode(job, body, attached)
             return [_encode(encoded), token_ids]
         except CierzoError as error:
-            return [_encode(Refused.of(error))]
+            return [_encode(failure(job.stream, error))]
         except Exception as error:
-            return [_encode(Refused.of(CierzoError(f"internal error: {type(error).__name__}")))]
+            return [_encode(failure(job.stream, CierzoError(f"internal error: {type(error).__name__}")))]
 
     def encode(self, message: Generate) -> Encoded:
         """Encode a decoded message whose fields are checked; the ids lie in `submit`. Raises InvalidRequest."""
@@ -130,7 +98,7 @@ class RequestEncoder:
                     field="output_token_ids",
                     value=detokenizer.stop,
                 )
-            tail = prompts.tail(message.output_token_ids, self._config.max_stop_chars)
+            tail = detokenizer.tail(message.output_token_ids, len(message.output_token_ids))
         content = b"" if message.idempotency_key is None else digest(message)
         num_tokens = len(token_ids)
         return Encoded(message=message, submit=submit, num_prompt_tokens=num_tokens, tail=tail, content=content)

@@ -16,6 +16,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import Core, CoreSide
 from cierzo.engine.frontend.drain import Drain
 from cierzo.engine.frontend.encoders import Encoder
+from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.outlet import Outlets
@@ -23,7 +24,7 @@ from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.room import Resets
-from cierzo.engine.frontend.stream import Sink, Stream, failure
+from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.messages import Credit, FinishReason, Generate, ModelInfo, Resume, TokenDelta
 
 log = logging.getLogger(__name__)

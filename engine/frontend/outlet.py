@@ -15,9 +15,10 @@ from cierzo.engine.errors import CierzoError, SlowReader
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.expiry import Expiry
+from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
-from cierzo.engine.frontend.stream import Sink, Stream, failure
+from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer

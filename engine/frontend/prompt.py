@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.chat import ChatTemplate, load_chat_template, read_chat_templates
-from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.detok import MAX_CHAR_BYTES, Detokenizer
 from cierzo.engine.frontend.tokenizer import Tokenizer, load_tokenizer
 from cierzo.engine.messages import Generate, SamplingParams
 
-MAX_CHAR_BYTES = 4
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
 
 
@@ -87,20 +86,6 @@ class PromptEncoder:
             return None
         stop_tokens = {self.special_ids[string]: string for string in params.stop if string in self.special_ids}
         return Detokenizer(self.tokenizer, params.stop, params.min_tokens, stop_tokens)
-
-    def tail(self, token_ids: Sequence[int], num_chars: int) -> list[int]:
-        """The last tokens that have a text, with more than `num_chars` characters if there are so many."""
-        if self.tokenizer is None:
-            return []
-        tail: list[int] = []
-        num_bytes = 0
-        for token_id in reversed(token_ids):
-            if num_bytes > MAX_CHAR_BYTES * (num_chars + 1):
-                break
-            if piece := self.tokenizer.token_bytes(token_id):
-                tail.append(token_id)
-                num_bytes += len(piece)
-        return tail[::-1]
 
     def weight(self, message: Generate) -> int:
         """The work to encode a message, in characters of text that take as long. Token ids take none."""

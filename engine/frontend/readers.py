@@ -7,10 +7,11 @@ from collections.abc import Callable
 from cierzo.engine.errors import InvalidRequest, NotFound, TakenOver
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.registry import Registry, require_room
-from cierzo.engine.frontend.stream import Sink, Stream, failure
+from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.messages import Generate, Resume, SamplingParams
 
 

@@ -19,13 +19,13 @@ from cierzo import __version__
 from cierzo.engine.errors import CierzoError, ConfigError, Overloaded, ProtocolError
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.inbox import SMALL_FRAME_BYTES, Inbox, Large, Skipped
 from cierzo.engine.frontend.keepalive import Keepalive
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.receiving import foreign, greeting, receive_large, receive_skipped, receive_small
-from cierzo.engine.frontend.stream import failure
 from cierzo.engine.frontend.turns import Turns
 from cierzo.engine.frontend.versions import as_version_2
 from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, Limits, Message, Ping, Welcome

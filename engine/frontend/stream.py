@@ -14,10 +14,10 @@ import msgspec
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.accounting import add_run
 from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.messages import (
     Cost,
-    Failure,
     Final,
     Finish,
     FinishReason,
@@ -230,17 +230,3 @@ class Stream:
             text=sample.text(detokenizer(self.sampling)) if whole else "",
             logprobs=sample.all_logprobs() if whole else None,
         )
-
-
-def failure(stream_id: int, error: CierzoError) -> Failure:
-    """The message that carries `error`; stream -1 is the connection itself."""
-    return Failure(
-        stream=stream_id,
-        code=error.code,
-        message=error.message,
-        field=error.field,
-        limit=error.limit,
-        value=error.value,
-        retry=error.retry,
-        retry_after_s=error.retry_after_s,
-    )

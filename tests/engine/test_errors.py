@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.client_link import error_of
+from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import LENGTH_BYTES, pack
 from cierzo.engine.frontend.frontend import failure
 from cierzo.engine.messages import Failure

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
-import importlib.util
 import logging
 import random
 import zlib
@@ -21,16 +19,14 @@ from simulation.world import bytes_kept
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.errors import FrameTooLarge, InvalidRequest
-from cierzo.engine.frontend import rpc, validate
+from cierzo.engine.frontend import inbox, rpc, validate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter
+from cierzo.engine.frontend.room import Room
 from cierzo.engine.messages import FEATURES, ClientMessage, Generate, Hello, ModelInfo, ServerMessage
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
 
-inbox: Any = None  # what cuts frames, where there is more than the splitter
-if importlib.util.find_spec("cierzo.engine.frontend.inbox") is not None:
-    inbox = importlib.import_module("cierzo.engine.frontend.inbox")
 _decode = msgspec.msgpack.Decoder(ClientMessage).decode
 CORPUS = Path(__file__).parent / "corpus"
 MAX_FRAME_BYTES = 16 * 1024
@@ -68,8 +64,7 @@ def frame(body: bytes) -> None:
         message = _decode(body)
     except UNDECODABLE:
         message = None
-    if inbox is not None:
-        _envelope(bytearray(body), message)
+    _envelope(bytearray(body), message)
     if isinstance(message, Generate):
         try:
             validate.fields(message, LIMITS, MODEL)
@@ -97,13 +92,12 @@ def splitter(data: bytes) -> None:
     whole, cut = FrameSplitter(MAX_FRAME_BYTES), FrameSplitter(MAX_FRAME_BYTES)
     assert _split(whole, [data]) == _split(cut, pieces(data))
     assert len(cut._rest) <= MAX_FRAME_BYTES + 4
-    if inbox is not None:
-        assert _taken([data]) == _taken(pieces(data))
+    assert _taken([data]) == _taken(pieces(data))
 
 
 def _taken(parts: list[bytes]) -> list[str]:
     """The frames that an inbox cuts; all room is given back in the end."""
-    room = importlib.import_module("cierzo.engine.frontend.room").Room(LIMITS)
+    room = Room(LIMITS)
     box, found = inbox.Inbox(MAX_FRAME_BYTES, room), []
     try:
         for part in parts:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from typing import Any, cast
+
+from support.local_encoders import local_encoders
 
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
@@ -16,6 +17,8 @@ from .link import SimulatedLink
 from .reference import byte_tokenizer
 from .virtual_time import Clock
 
+LONGEST_ENCODING_S = 0.005
+
 
 class House:
     """Front end and server, in virtual time."""
@@ -25,22 +28,16 @@ class House:
     ) -> None:
         self.link = link
         prompts = PromptEncoder(byte_tokenizer())
-        more: list[Any] = []
-        if "encoders" in inspect.signature(Frontend).parameters:
-            from .encoders import SimulatedEncoders
-
-            more = [SimulatedEncoders(random.Random(rng.random()), config, model, prompts)]
-        self.frontend = Frontend(config, model, prompts, cast(Any, link), *more, clock=clock)
-        self.frontend._random = cast(Any, random.Random(rng.random()))
+        delays, seeds = random.Random(rng.random()), random.Random(rng.random())
+        encoders = local_encoders(prompts, config, model, lambda: delays.random() * LONGEST_ENCODING_S)
+        self.frontend = Frontend(config, model, prompts, link, encoders, clock)
+        self.frontend._arrivals._random = cast(Any, seeds)
         self.server = RpcServer(config, self.frontend)
-        if (turns := getattr(self.server, "turns", None)) is not None:
-            turns.clock = clock
+        self.server.turns.clock = clock
         link.start(self.frontend.core)
 
     async def close(self) -> None:
         """End it, server first."""
         await self.server.close()
-        closed: Any = self.frontend.close()
-        if inspect.isawaitable(closed):
-            await closed
+        await self.frontend.close()
         await self.link.close()

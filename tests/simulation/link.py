@@ -6,7 +6,6 @@ Commands and steps are encoded and decoded on the way, so that neither side sees
 from __future__ import annotations
 
 import asyncio
-import inspect
 import random
 from collections import Counter, deque
 from collections.abc import Callable
@@ -154,15 +153,14 @@ class SimulatedLink:
         life.news.set()
 
     def _tell_stalled(self, life: Life, is_stalled: bool) -> None:
-        if life.is_alive and life is self.life and (tell := getattr(self._events, "stalled", None)) is not None:
-            tell(is_stalled)
+        if life.is_alive and life is self.life:
+            self._events.stalled(is_stalled)
 
     def _lost(self, life: Life) -> None:
         if self.has_failed:
             return
         self.deaths.append(self._clock())
-        lost = self._events.lost
-        lost(life.committed) if inspect.signature(lost).parameters else lost()
+        self._events.lost(life.committed)
         self._loop.call_later(0.01 + self._rng.random() ** 3 * 2.0, self._again)
 
     def _again(self) -> None:

@@ -3,47 +3,57 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.encoding import Encoded, Job, Refused, RequestEncoder, packed
+from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, packed
+from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.room import Room
-from cierzo.engine.messages import ModelInfo
+from cierzo.engine.messages import Failure, ModelInfo
 
 
 @dataclass
 class LocalEncoders:
-    """Encodes in the event loop, a turn later."""
+    """Encodes in the event loop: `delay_s` later, if that is given, else in its next turn."""
 
     encoder: RequestEncoder
     room: Room
+    delay_s: Callable[[], float] | None = None
 
     def submit(
         self, job: Job, body: Buffer, attached: list[Buffer], deadline_at_s: float
     ) -> asyncio.Future[Encoded]:
-        num_bytes = len(body) + sum(map(len, attached))
+        num_bytes, loop = len(body) + sum(map(len, attached)), asyncio.get_running_loop()
         self.room.take(num_bytes)
-        future: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Encoded] = loop.create_future()
         future.add_done_callback(lambda _: self.room.give(num_bytes))
-        asyncio.get_running_loop().call_soon(self._answer, future, job, bytes(body), b"".join(attached))
+        answer = partial(self._answer, future, job, bytes(body), b"".join(attached))
+        if self.delay_s is None:
+            loop.call_soon(answer)
+        else:
+            loop.call_later(self.delay_s(), answer)
         return future
 
     def _answer(self, future: asyncio.Future[Encoded], job: Job, body: bytes, attached: bytes) -> None:
         if future.done():
             return
         first, *rest = self.encoder.answer(job, body, attached if job.has_attached else None)
-        answer = msgspec.msgpack.decode(first, type=Encoded | Refused)
-        if isinstance(answer, Refused):
-            future.set_exception(answer.error())
+        answer = msgspec.msgpack.decode(first, type=Encoded | Failure)
+        if isinstance(answer, Failure):
+            future.set_exception(error_of(answer))
             return
         submit = msgspec.structs.replace(answer.submit, prompt_token_ids=packed(rest[0]))
         future.set_result(msgspec.structs.replace(answer, submit=submit))
 
 
-def local_encoders(prompts: PromptEncoder, config: FrontendConfig, model: ModelInfo) -> LocalEncoders:
+def local_encoders(
+    prompts: PromptEncoder, config: FrontendConfig, model: ModelInfo, delay_s: Callable[[], float] | None = None
+) -> LocalEncoders:
     """The encoders of a front end with these prompts."""
-    return LocalEncoders(RequestEncoder(prompts, config, model), Room(config))
+    return LocalEncoders(RequestEncoder(prompts, config, model), Room(config), delay_s)

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cierzo.engine.frontend.detok import Detokenizer, stop_matcher
-from cierzo.engine.frontend.prompt import PromptEncoder
 
 
 class Bytes:
@@ -134,25 +133,23 @@ def test_the_tail_of_a_long_answer_is_enough_to_go_on(before, after, stops, with
     whole.push(before)
     if whole.stop is not None:
         return
-    tail = PromptEncoder(tokens).tail(before, max(map(len, stops), default=0))
     short = Detokenizer(tokens, stops, min_tokens)
-    short.go_on_after(len(before), tail)
+    short.catch_up(before, len(before))
     assert short.push(after) == whole.push(after)
     assert (short.stop, short.num_tokens) == (whole.stop, whole.num_tokens)
     assert short.flush() == whole.flush()
 
 
 def test_a_tail_is_no_longer_than_it_must_be():
-    encoder = PromptEncoder(Bytes())
-    assert encoder.tail([97] * 100_000 + [300] * 1000, 3) == [97] * 17
-    assert encoder.tail([300] * 50, 3) == []
-    assert PromptEncoder().tail([97], 3) == []
+    detokenizer = Detokenizer(Bytes(), ("abc",))
+    assert detokenizer.tail([97] * 100_000 + [300] * 1000, 101_000) == [97] * 20
+    assert detokenizer.tail([300] * 50, 50) == []
 
 
 def test_a_character_that_the_tail_cuts_is_no_stop_string():
-    before, stop = [*"€a".encode(), *b"b" * 10], "\ufffda"
-    tail = PromptEncoder(Bytes()).tail(before, len(stop))
-    assert tail == before[1:]
+    before, stop = [*"€a".encode(), *b"b" * 13], "\ufffda"
     detokenizer = Detokenizer(Bytes(), (stop,))
+    tail = detokenizer.tail(before, len(before))
+    assert tail == before[1:]
     detokenizer.go_on_after(len(before), tail)
-    assert (detokenizer.push([97]), detokenizer.stop, detokenizer.num_tokens) == ("a", None, 15)
+    assert (detokenizer.push([97]), detokenizer.stop, detokenizer.num_tokens) == ("a", None, 18)

@@ -16,9 +16,9 @@ from local_encoders import local_encoders
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.outlet import BOUND_TOKENS
-from cierzo.engine.frontend.stream import failure
 from cierzo.engine.messages import (
     Abort,
     Accepted,
