@@ -25,7 +25,8 @@ from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.readers import Readers
-from cierzo.engine.frontend.registry import Registry, require_room
+from cierzo.engine.frontend.registry import Registry
+from cierzo.engine.frontend.room import require_room
 from cierzo.engine.frontend.sample import require_bounded
 from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.frontend.validate import SEED_BITS
@@ -85,7 +86,7 @@ class Arrivals:
         self._inline = RequestEncoder(prompts, config, model)
         self._encoders = encoders
         self._encoding: dict[int, asyncio.Future[Encoded]] = {}  # by request id
-        self._attachments = Attachments(config, encoders.room, self._attachment_expired)
+        self._attachments = Attachments(config, encoders.room, clock, self._attachment_expired)
         self._streams = streams
         self._core = core
         self._keeper = keeper
@@ -173,6 +174,7 @@ class Arrivals:
 
     def close(self) -> None:
         """Stop what runs on the side."""
+        self._attachments.close()
         for future in [*self._encoding.values()]:
             future.cancel()
 
@@ -182,10 +184,7 @@ class Arrivals:
         if self._owner.is_refusing:
             raise Draining("the server is draining", retry_after_s=self._config.retry_after_s)
         self._core.require()
-        self._room("max_open_samples", self._streams.num_samples + num_samples, self._config.max_open_samples)
-
-    def _room(self, limit_name: str, value: int, limit: int) -> None:
-        require_room(limit_name, value, limit, self._config.retry_after_s)
+        require_room(self._config, "max_open_samples", self._streams.num_samples + num_samples)
 
     def _open(self, sink: Sink, message: Generate) -> Stream:
         request_id = self._next_request_id
@@ -251,7 +250,7 @@ class Arrivals:
                 return False
             self._keeper.claim(stream, message, encoded.content)
         num_samples = self._streams.num_samples + message.sampling.n - stream.num_samples
-        self._room("max_open_samples", num_samples, self._config.max_open_samples)
+        require_room(self._config, "max_open_samples", num_samples)
         self._streams.resize(stream, message.sampling.n)
         stream.deltas = message.deltas
         stream.deadline_at_s = stream.arrived + (message.deadline_s or self._config.default_deadline_s)
@@ -271,7 +270,7 @@ class Arrivals:
             submit = msgspec.structs.replace(submit, sampling=msgspec.structs.replace(submit.sampling, seed=seed))
         num_tokens = encoded.num_prompt_tokens + len(submit.output_token_ids)
         self._core.require_in_time(stream, num_tokens, submit.priority)
-        self._room("max_open_tokens", self._streams.num_tokens + num_tokens, self._config.max_open_tokens)
+        require_room(self._config, "max_open_tokens", self._streams.num_tokens + num_tokens)
         if not stream.deltas:
             require_bounded(submit, self._config.max_answer_bytes)
         detokenizers = [self._detokenizer(encoded) for _ in range(stream.num_samples)]

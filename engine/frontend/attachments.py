@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cierzo.engine.errors import InvalidRequest, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.frames import Buffer
-from cierzo.engine.frontend.room import Room
+from cierzo.engine.frontend.room import Room, require_room
 from cierzo.engine.frontend.stream import Sink
 
 ATTACHED_S = 60.0  # how long attached bytes are kept without news
@@ -25,7 +25,6 @@ class Attached:
     pieces: list[Buffer] = field(default_factory=list)
     num_bytes: int = 0
     refused: bool = False
-    timer: asyncio.TimerHandle | None = None
 
     def append(self, data: Buffer) -> None:
         """Keep a piece."""
@@ -40,12 +39,15 @@ class Attached:
 class Attachments:
     """Attached bytes by connection and stream, charged as they come."""
 
-    def __init__(self, config: FrontendConfig, room: Room, expired: Callable[[Sink, int], None]) -> None:
+    def __init__(
+        self, config: FrontendConfig, room: Room, clock: Callable[[], float], expired: Callable[[Sink, int], None]
+    ) -> None:
         """`expired` is told of a stream whose bytes were let go because nothing more came."""
         self._config = config
         self._room = room
         self._expired = expired
         self._sinks: dict[Sink, dict[int, Attached]] = {}
+        self._expiry: Expiry[tuple[Sink, int]] = Expiry(ATTACHED_S, clock, self._expire)
 
     def add(self, sink: Sink, stream_id: int, data: Buffer) -> None:
         """Append to what `stream_id` has; raises InvalidRequest or Overloaded, and keeps nothing then."""
@@ -77,8 +79,7 @@ class Attachments:
         """Let go of what a stream has: it is the caller's, and not charged any more."""
         entry = self._sinks.get(sink, {}).pop(stream_id, None)
         if entry is not None:
-            if entry.timer is not None:
-                entry.timer.cancel()
+            self._expiry.discard((sink, stream_id))
             self._room.give(ENTRY_BYTES + entry.num_bytes)
         return entry
 
@@ -88,27 +89,22 @@ class Attachments:
             self.take(sink, stream_id)
         self._sinks.pop(sink, None)
 
+    def close(self) -> None:
+        """Stop the timer."""
+        self._expiry.close()
+
     def _entry(self, sink: Sink, stream_id: int) -> Attached:
         entries = self._sinks.setdefault(sink, {})
         entry = entries.get(stream_id)
         if entry is None:
-            limit = self._config.max_streams_per_connection
-            if len(entries) >= limit:
-                raise Overloaded(
-                    f"max_streams_per_connection is {limit}, for streams with attached bytes too",
-                    field="max_streams_per_connection",
-                    limit=limit,
-                    value=len(entries) + 1,
-                    retry_after_s=self._config.retry_after_s,
-                )
+            require_room(self._config, "max_streams_per_connection", len(entries) + 1)
             self._room.take(ENTRY_BYTES)
             entry = entries[stream_id] = Attached()
-        elif entry.timer is not None:
-            entry.timer.cancel()
-        entry.timer = asyncio.get_running_loop().call_later(ATTACHED_S, self._expire, sink, stream_id)
+        self._expiry.add((sink, stream_id))
         return entry
 
-    def _expire(self, sink: Sink, stream_id: int) -> None:
+    def _expire(self, place: tuple[Sink, int]) -> None:
+        sink, stream_id = place
         entry = self.take(sink, stream_id)
         if entry is not None and not entry.refused:
             self._expired(sink, stream_id)

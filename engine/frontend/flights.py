@@ -10,7 +10,7 @@ import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cierzo.engine.flight import Kept, packed, segment_paths, segments
+from cierzo.engine.flight import Kept, packed, private, segment_paths, segments
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Flights:
         path = Path(self._folder, f"{kept.at}-{kept.reason}.flight")
         unfinished = path.with_suffix(".unfinished")
         try:
-            with open(unfinished, "xb", opener=_private) as file:
+            with open(unfinished, "xb", opener=private) as file:
                 file.writelines((packed(kept), *parts))
             os.replace(unfinished, path)
         finally:
@@ -70,7 +70,3 @@ class Flights:
 def _now() -> str:
     """The time of the calendar, such that names sort by it."""
     return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

@@ -29,6 +29,13 @@ def pack(messages: Iterable[msgspec.Struct]) -> bytearray:
     return frames
 
 
+def too_large(size: int, limit: int) -> FrameTooLarge:
+    """The error for a frame of `size` bytes."""
+    return FrameTooLarge(
+        f"a frame of {size} bytes exceeds the limit of {limit}", field="frame", limit=limit, value=size
+    )
+
+
 class FrameSplitter:
     """Cuts the byte stream of one connection into frame bodies; keeps at most one unfinished frame."""
 
@@ -52,12 +59,7 @@ class FrameSplitter:
         while end - start >= LENGTH_BYTES:
             (size,) = _LENGTH.unpack_from(data, start)
             if size > self.max_frame_bytes:
-                raise FrameTooLarge(
-                    f"a frame of {size} bytes exceeds the limit of {self.max_frame_bytes}",
-                    field="frame",
-                    limit=self.max_frame_bytes,
-                    value=size,
-                )
+                raise too_large(size, self.max_frame_bytes)
             body = start + LENGTH_BYTES
             if body + size > end:
                 self._needed = LENGTH_BYTES + size

@@ -7,12 +7,11 @@ all that the event loop reads of it. One that is over the limit, or finds no roo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from struct import Struct as Layout
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError, FrameTooLarge
-from cierzo.engine.frontend.frames import LENGTH_BYTES, UNDECODABLE
+from cierzo.engine.errors import CierzoError
+from cierzo.engine.frontend.frames import LENGTH_BYTES, UNDECODABLE, too_large
 from cierzo.engine.frontend.room import Room
 
 SMALL_FRAME_BYTES = 64 * 1024  # decoding the worst one takes the loop 2 ms
@@ -20,7 +19,6 @@ READABLE_BYTES = 2 * 1024 * 1024  # msgspec passes over the worst one, lists of 
 PREFIX_BYTES = 256
 ABSURD_BYTES = 1 << 30  # such a length is no frame, but the letters of another protocol
 MAX_STEPS = 256  # values that `peek` looks at
-_LENGTH = Layout(">I")
 
 
 @dataclass(slots=True)
@@ -98,17 +96,12 @@ class Inbox:
         self._frame += self._take(LENGTH_BYTES - len(self._frame))
         if len(self._frame) < LENGTH_BYTES:
             return False
-        (size,) = _LENGTH.unpack(self._frame)
+        size = int.from_bytes(self._frame, "big")
         self._frame.clear()
         if size <= self.max_frame_bytes:
             self._size = size
             return True
-        error = FrameTooLarge(
-            f"a frame of {size} bytes exceeds the limit of {self.max_frame_bytes}",
-            field="frame",
-            limit=self.max_frame_bytes,
-            value=size,
-        )
+        error = too_large(size, self.max_frame_bytes)
         if size > ABSURD_BYTES:
             raise error
         self._left, self._why = size, error

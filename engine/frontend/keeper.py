@@ -10,7 +10,7 @@ from cierzo.engine.errors import InvalidRequest, KeyReused, NotFound
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.encoding import digest
 from cierzo.engine.frontend.expiry import Expiry
-from cierzo.engine.frontend.registry import require_room
+from cierzo.engine.frontend.room import require_room
 from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.messages import Generate
 
@@ -133,9 +133,8 @@ class Keeper:
             expiry.close()
 
     def _room_for_key(self) -> None:
-        limit = self._config.max_idempotency_keys
-        hint_s = self._ended_keys.next_s if self._ended_keys else self._config.retry_after_s
-        require_room("max_idempotency_keys", len(self._keys) + 1, limit, hint_s)
+        hint_s = self._ended_keys.next_s if self._ended_keys else None
+        require_room(self._config, "max_idempotency_keys", len(self._keys) + 1, hint_s)
 
     def _forget(self, stream: Stream) -> None:
         """Drop an answer; its key, if it has one, stays."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError, InvalidRequest, ProtocolError
+from cierzo.engine.errors import CierzoError, Overloaded, ProtocolError
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.stream import Sink
 from cierzo.engine.frontend.validate import features, require_feature
@@ -43,11 +43,11 @@ class Methods:
         self._table: dict[type, Callable[[Sink, Any], None]] = {
             Attach: self._attach,
             Generate: self._generate,
-            Resume: self._resume,
+            Resume: frontend.resume,
             Pong: self._pong,
             Cancel: self._cancel,
             CancelRequest: self._cancel_request,
-            Credit: self._credit,
+            Credit: frontend.credit,
             Ping: self._ping,
             GetHealth: self._health,
             GetStats: self._stats,
@@ -56,7 +56,8 @@ class Methods:
         }
 
     def dispatch(self, sink: Sink, message: ClientMessage) -> None:
-        """Run the method of `message`. Raises ProtocolError for a second Hello and for a negative stream id."""
+        """Run the method of `message`. Raises ProtocolError for a second Hello and for a negative stream id, and
+        Overloaded for one cancellation too many."""
         if isinstance(message, Hello):
             raise ProtocolError("hello is said once, first", field="type", value="hello")
         if message.stream < 0:
@@ -64,23 +65,12 @@ class Methods:
         try:
             if (feature := FEATURE_OF.get(type(message))) is not None:
                 require_feature(sink.features, feature, "type", type(message).__struct_config__.tag)
-        except InvalidRequest as error:
-            self._frontend.fail(sink, message.stream, error)
-            return
-        self._table[type(message)](sink, message)
-
-    def _generate(self, sink: Sink, message: Generate) -> None:
-        try:
-            features(message, sink.features)
-            self._frontend.generate(sink, message)
+            self._table[type(message)](sink, message)
         except CierzoError as error:
-            self._frontend.fail(sink, message.stream, error)
-
-    def _resume(self, sink: Sink, message: Resume) -> None:
-        try:
-            self._frontend.resume(sink, message)
-        except CierzoError as error:
-            self._frontend.fail(sink, message.stream, error)
+            if isinstance(error, Overloaded) and isinstance(message, Cancel | CancelRequest):
+                raise  # one cancellation too many ends the connection
+            attaching = isinstance(message, Attach) and "attach" in sink.features
+            self._frontend.fail(sink, message.stream, error, attaching=attaching)
 
     def generate_large(self, sink: Sink, stream_id: int, body: bytearray) -> None:
         """Run `generate` for a message that is too long to be decoded here."""
@@ -90,10 +80,11 @@ class Methods:
             self._frontend.fail(sink, stream_id, error)
 
     def _attach(self, sink: Sink, message: Attach) -> None:
-        try:
-            self._frontend.attach(sink, message.stream, message.data)
-        except CierzoError as error:
-            self._frontend.fail(sink, message.stream, error, attaching=True)
+        self._frontend.attach(sink, message.stream, message.data)
+
+    def _generate(self, sink: Sink, message: Generate) -> None:
+        features(message, sink.features)
+        self._frontend.generate(sink, message)
 
     def _pong(self, sink: Sink, message: Pong) -> None:
         """Any byte is a sign of life."""
@@ -102,18 +93,8 @@ class Methods:
         self._frontend.cancel(sink, message.stream)
 
     def _cancel_request(self, sink: Sink, message: CancelRequest) -> None:
-        try:
-            self._frontend.cancel_request(sink, message.request_id)
-        except CierzoError as error:
-            self._frontend.fail(sink, message.stream, error)
-        else:
-            sink.put(Done(stream=message.stream))
-
-    def _credit(self, sink: Sink, message: Credit) -> None:
-        try:
-            self._frontend.credit(sink, message)
-        except CierzoError as error:
-            self._frontend.fail(sink, message.stream, error)
+        self._frontend.cancel_request(sink, message.request_id)
+        sink.put(Done(stream=message.stream))
 
     def _ping(self, sink: Sink, message: Ping) -> None:
         sink.put(Pong(stream=message.stream))

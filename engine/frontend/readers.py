@@ -10,7 +10,8 @@ from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.outlet import Outlets
-from cierzo.engine.frontend.registry import Registry, require_room
+from cierzo.engine.frontend.registry import Registry
+from cierzo.engine.frontend.room import require_room
 from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.messages import Generate, Resume, SamplingParams
 
@@ -37,9 +38,7 @@ class Readers:
         streams = self._streams.of(sink)
         if stream_id in streams:
             raise InvalidRequest("this stream is already open", field="stream", limit="unique", value=stream_id)
-        config = self._config
-        limit = config.max_streams_per_connection
-        require_room("max_streams_per_connection", len(streams) + 1, limit, config.retry_after_s)
+        require_room(self._config, "max_streams_per_connection", len(streams) + 1)
 
     def resume(self, sink: Sink, message: Resume) -> None:
         """Give a request to a reader who has some of it. Raises the CierzoError that says why not."""

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cierzo.engine.errors import Overloaded
 from cierzo.engine.frontend.stream import Sink, Stream
-
-
-def require_room(name: str, value: int, limit: int, retry_after_s: float) -> None:
-    """Raise Overloaded if `value` is beyond the limit of this name."""
-    if value > limit:
-        raise Overloaded(f"{name} is {limit}", field=name, limit=limit, value=value, retry_after_s=retry_after_s)
 
 
 class Registry:

@@ -6,10 +6,10 @@ import msgspec
 
 from cierzo.engine.errors import FrameTooLarge, InvalidRequest
 from cierzo.engine.frontend.frames import LENGTH_BYTES, pack
+from cierzo.engine.frontend.validate import ATTACHABLE
 from cierzo.engine.messages import Attach, Generate, Limits, Message, Welcome
 
 ATTACH_BYTES = 64  # of an attach frame beside its data, rounded up
-PROMPTS = ("text", "messages", "token_ids")
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -58,9 +58,7 @@ def request_frames(message: Generate, welcome: Welcome) -> bytearray:
     try:
         return frame_of(message, limits)
     except FrameTooLarge:
-        field = next(
-            (name for name in ("text", "messages", "token_ids") if getattr(message, name) is not None), None
-        )
+        field = next((name for name in ATTACHABLE if getattr(message, name) is not None), None)
         if "attach" not in welcome.features or field is None:
             raise
     data = _encode(getattr(message, field))

@@ -13,6 +13,14 @@ from cierzo.engine.frontend.stream import Sink
 RESET_WINDOW_S = 10
 
 
+def require_room(config: FrontendConfig, name: str, value: int, retry_after_s: float | None = None) -> None:
+    """Raise Overloaded if `value` is beyond the limit of this name, with the usual hint or another one."""
+    limit = getattr(config, name)
+    if value > limit:
+        hint_s = config.retry_after_s if retry_after_s is None else retry_after_s
+        raise Overloaded(f"{name} is {limit}", field=name, limit=limit, value=value, retry_after_s=hint_s)
+
+
 class Room:
     """Bytes of prompts that are not encoded yet, of all connections, charged as they come: `max_unencoded_bytes`.
 
@@ -21,19 +29,11 @@ class Room:
 
     def __init__(self, config: FrontendConfig) -> None:
         self.num_bytes = 0
-        self._limit = config.max_unencoded_bytes
-        self._retry_after_s = config.retry_after_s
+        self._config = config
 
     def take(self, num_bytes: int) -> None:
         """Charge bytes; raises Overloaded, and charges nothing, if they are too many."""
-        if self.num_bytes + num_bytes > self._limit:
-            raise Overloaded(
-                f"prompts that wait to be encoded may take {self._limit} bytes together (max_unencoded_bytes)",
-                field="max_unencoded_bytes",
-                limit=self._limit,
-                value=self.num_bytes + num_bytes,
-                retry_after_s=self._retry_after_s,
-            )
+        require_room(self._config, "max_unencoded_bytes", self.num_bytes + num_bytes)
         self.num_bytes += num_bytes
 
     def give(self, num_bytes: int) -> None:

@@ -16,7 +16,7 @@ from typing import cast
 import msgspec
 
 from cierzo import __version__
-from cierzo.engine.errors import CierzoError, ConfigError, Overloaded, ProtocolError
+from cierzo.engine.errors import CierzoError, ConfigError, ProtocolError
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.failures import failure
@@ -26,6 +26,7 @@ from cierzo.engine.frontend.inbox import SMALL_FRAME_BYTES, Inbox, Large, Skippe
 from cierzo.engine.frontend.keepalive import Keepalive
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.receiving import foreign, greeting, receive_large, receive_skipped, receive_small
+from cierzo.engine.frontend.room import require_room
 from cierzo.engine.frontend.turns import Turns
 from cierzo.engine.frontend.versions import as_version_2
 from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, Limits, Message, Ping, Welcome
@@ -316,15 +317,7 @@ class RpcServer:
         """Count a connection, until it leaves. Raises Overloaded if it is one too many."""
         self._connections.add(connection)
         self._empty.clear()
-        limit = self.config.max_connections
-        if len(self._connections) > limit:
-            raise Overloaded(
-                f"max_connections is {limit}",
-                field="max_connections",
-                limit=limit,
-                value=len(self._connections),
-                retry_after_s=self.config.retry_after_s,
-            )
+        require_room(self.config, "max_connections", len(self._connections))
 
     def left(self, connection: Connection) -> None:
         """A connection is gone."""

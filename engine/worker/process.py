@@ -166,20 +166,11 @@ def run(socket_path: str) -> int:
     except PipeClosed:
         _close(recorder)
         return 0
-    except CierzoError as error:
-        _last_words(pipe, CoreError(code=error.code, message=error.message))
-        return 1
-    except MemoryError as error:
-        if recorder is not None:
-            recorder.failed(f"out of memory: {error}")
-        _last_words(pipe, CoreError(code=CoreFailed.code, message=f"out of memory: {error}"))
-        return 1
     except Exception as error:
-        log.exception("the core cannot go on")
-        told = f"{type(error).__name__}: {error}"
+        told = _reason(error)
         if recorder is not None:
-            recorder.failed(told)
-        _last_words(pipe, CoreError(code=CoreFailed.code, message=told))
+            recorder.failed(told.message)
+        _last_words(pipe, told)
         return 1
     finally:
         pipe.close()
@@ -189,6 +180,16 @@ def run(socket_path: str) -> int:
 def _close(recorder: Recorder | None) -> None:
     if recorder is not None:
         recorder.close()
+
+
+def _reason(error: Exception) -> CoreError:
+    """Say what the core died of; with a trace in the log, unless the error is of a known kind."""
+    if isinstance(error, CierzoError):
+        return CoreError(code=error.code, message=error.message)
+    if isinstance(error, MemoryError):
+        return CoreError(code=CoreFailed.code, message=f"out of memory: {error}")
+    log.exception("the core cannot go on")
+    return CoreError(code=CoreFailed.code, message=f"{type(error).__name__}: {error}")
 
 
 def prepare_memory() -> None:

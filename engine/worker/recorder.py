@@ -30,6 +30,7 @@ from cierzo.engine.flight import (
     Submitted,
     Tokens,
     packed,
+    private,
     segment_paths,
 )
 from cierzo.engine.messages import Abort, CoreCommand, SamplingParams, Submit, TokenDelta
@@ -192,7 +193,7 @@ class Recorder:
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            with open(path, "x+b", opener=_private) as file:
+            with open(path, "x+b", opener=private) as file:
                 os.posix_fallocate(file.fileno(), 0, self._segment_bytes)
                 self._memory = mmap.mmap(file.fileno(), self._segment_bytes)
         except OSError as error:
@@ -240,7 +241,3 @@ class Recorder:
             self._counter.release()
             self._memory.close()
             self._memory = None
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)

@@ -13,7 +13,7 @@ from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.keepalive import Keepalive
 from cierzo.engine.frontend.room import RESET_WINDOW_S, Resets
-from cierzo.engine.messages import Cancel, Failure, Final, Generate, Hello, Ping, Pong
+from cierzo.engine.messages import Accepted, Cancel, CancelRequest, Failure, Final, Generate, Hello, Ping, Pong
 
 WANTS = Hello(features=["keepalive"])
 
@@ -158,15 +158,19 @@ def test_a_bucket_holds_ten_seconds_and_fills_up(clock):
         resets.count(sink)
 
 
-@pytest.mark.parametrize("way", ["cancel", "a faulty message"])
+@pytest.mark.parametrize("way", ["cancel", "by id", "a faulty message"])
 def test_who_opens_and_cancels_without_end_is_disconnected(run, serving, peering, cores, clock, way):
     cores.free = False
 
     async def body():
         async with serving(cores=cores, clock=clock, max_cancels_per_s=1) as house:
-            async with peering(house) as peer:
+            async with peering(house, Hello(features=["resume"])) as peer:
                 for stream in range(RESET_WINDOW_S + 1):
                     peer.say(Generate(stream=stream, token_ids=[1]))
+                    if way == "by id":
+                        name = (await peer.hear_until(Accepted)).request_id
+                        peer.say(CancelRequest(stream=stream + 100, request_id=name))
+                        continue
                     peer.say(Cancel(stream=stream) if way == "cancel" else {"type": "fly", "stream": stream})
                     peer.say(Cancel(stream=stream))  # of one that has ended costs nothing
                 failure = await peer.hear_until(Failure)
