@@ -22,11 +22,11 @@ from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, pack_p
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.keeper import Keeper
+from cierzo.engine.frontend.limits import require_room
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry
-from cierzo.engine.frontend.room import require_room
 from cierzo.engine.frontend.sample import require_bounded
 from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.frontend.validate import SEED_BITS
@@ -86,7 +86,7 @@ class Arrivals:
         self._inline = RequestEncoder(prompts, config, model)
         self._encoders = encoders
         self._encoding: dict[int, asyncio.Future[Encoded]] = {}  # by request id
-        self._attachments = Attachments(config, encoders.room, clock, self._attachment_expired)
+        self._attachments = Attachments(config, encoders.budget, clock, self._attachment_expired)
         self._streams = streams
         self._core = core
         self._keeper = keeper

@@ -9,7 +9,7 @@ from cierzo.engine.errors import InvalidRequest, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.frames import Buffer
-from cierzo.engine.frontend.room import Room, require_room
+from cierzo.engine.frontend.limits import ByteBudget, require_room
 from cierzo.engine.frontend.stream import Sink
 
 ATTACHED_S = 60.0  # how long attached bytes are kept without news
@@ -40,11 +40,15 @@ class Attachments:
     """Attached bytes by connection and stream, charged as they come."""
 
     def __init__(
-        self, config: FrontendConfig, room: Room, clock: Callable[[], float], expired: Callable[[Sink, int], None]
+        self,
+        config: FrontendConfig,
+        budget: ByteBudget,
+        clock: Callable[[], float],
+        expired: Callable[[Sink, int], None],
     ) -> None:
         """`expired` is told of a stream whose bytes were let go because nothing more came."""
         self._config = config
-        self._room = room
+        self._budget = budget
         self._expired = expired
         self._sinks: dict[Sink, dict[int, Attached]] = {}
         self._expiry: Expiry[tuple[Sink, int]] = Expiry(ATTACHED_S, clock, self._expire)
@@ -63,7 +67,7 @@ class Attachments:
                 limit=most,
                 value=num_bytes,
             )
-        self._room.take(len(data))
+        self._budget.take(len(data))
         entry.append(data)
 
     def refuse(self, sink: Sink, stream_id: int) -> None:
@@ -72,7 +76,7 @@ class Attachments:
             entry = self._entry(sink, stream_id)
         except Overloaded:
             return
-        self._room.give(entry.num_bytes)
+        self._budget.give(entry.num_bytes)
         entry.pieces, entry.num_bytes, entry.refused = [], 0, True
 
     def take(self, sink: Sink, stream_id: int) -> Attached | None:
@@ -80,7 +84,7 @@ class Attachments:
         entry = self._sinks.get(sink, {}).pop(stream_id, None)
         if entry is not None:
             self._expiry.discard((sink, stream_id))
-            self._room.give(ENTRY_BYTES + entry.num_bytes)
+            self._budget.give(ENTRY_BYTES + entry.num_bytes)
         return entry
 
     def disconnect(self, sink: Sink) -> None:
@@ -98,7 +102,7 @@ class Attachments:
         entry = entries.get(stream_id)
         if entry is None:
             require_room(self._config, "max_streams_per_connection", len(entries) + 1)
-            self._room.take(ENTRY_BYTES)
+            self._budget.take(ENTRY_BYTES)
             entry = entries[stream_id] = Attached()
         self._expiry.add((sink, stream_id))
         return entry

@@ -30,7 +30,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.encoding import Answer, Encoded, Job, Loaded, Setup, packed
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer, FrameSplitter, pack
-from cierzo.engine.frontend.room import Room
+from cierzo.engine.frontend.limits import ByteBudget
 from cierzo.engine.messages import Failure
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Late(Exception):
 class Encoder(Protocol):
     """The part of `Encoders` that the front end uses."""
 
-    room: Room
+    budget: ByteBudget
 
     def submit(
         self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float
@@ -164,7 +164,7 @@ class Encoders:
         spawn: Spawn = spawn_encoder,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.room = Room(config)
+        self.budget = ByteBudget(config)
         self._setup = pack([setup])
         self._spawn = spawn
         self._clock = clock
@@ -194,7 +194,7 @@ class Encoders:
         """Queue a job. Raises Overloaded."""
         now, loop = self._clock(), asyncio.get_running_loop()
         num_bytes = len(body) + sum(map(len, attached))
-        self.room.take(num_bytes)
+        self.budget.take(num_bytes)
         ticket = _Ticket(
             [[msgspec.msgpack.encode(job)], [body], *([[*attached]] if job.has_attached else [])],
             num_bytes,
@@ -225,7 +225,7 @@ class Encoders:
         if ticket.timer is not None:
             ticket.timer.cancel()
             ticket.timer = None
-            self.room.give(ticket.num_bytes)
+            self.budget.give(ticket.num_bytes)
         ticket.frames.clear()
 
     def _late(self, ticket: _Ticket) -> None:

@@ -19,11 +19,11 @@ from cierzo.engine.frontend.encoders import Encoder
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.keeper import Keeper
+from cierzo.engine.frontend.limits import CancelLimiter
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry
-from cierzo.engine.frontend.room import Resets
 from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.messages import Credit, FinishReason, Generate, ModelInfo, Resume, TokenDelta
 
@@ -52,7 +52,7 @@ class Frontend:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
-        self.room = encoders.room
+        self.budget = encoders.budget
         self.counters = Counters()
         self.streams = Registry()
         self.core = CoreSide(config, core, self.streams, self, clock)
@@ -63,7 +63,7 @@ class Frontend:
             *(config, model, prompts, encoders, self.streams, self.core),
             *(self.keeper, self._readers, self.outlets, self, clock),
         )
-        self._resets = Resets(config, clock)
+        self._cancels = CancelLimiter(config, clock)
         self._clock = clock
         self._started = clock()
         self._drain = Drain(config, lambda: len(self.streams) + self.streams.num_read, self.interrupt)
@@ -134,12 +134,12 @@ class Frontend:
         self._arrivals.forget_attached(sink, stream_id)
         if (stream := self.streams.of(sink).get(stream_id)) is not None:
             self._cancel(stream)
-            self._resets.count(sink)
+            self._cancels.count(sink)
 
     def cancel_request(self, sink: Sink, request_id: str) -> None:
         """End a request, whoever reads it. Raises NotFound; and Overloaded as `cancel` does."""
         self._cancel(self.keeper.find(request_id))
-        self._resets.count(sink)
+        self._cancels.count(sink)
 
     def fail(self, sink: Sink, stream_id: int, error: CierzoError, *, attaching: bool = False) -> None:
         """A message about `stream_id` was faulty: the stream, if there is one, ends with this error.
@@ -154,7 +154,7 @@ class Frontend:
                 self._abort(stream, "cancelled")
             self.outlets.detach(stream, sink)
             self._drain.check()
-            self._resets.count(sink)
+            self._cancels.count(sink)
         elif attaching:
             self._arrivals.refuse_attached(sink, stream_id)
         else:

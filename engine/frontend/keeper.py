@@ -10,7 +10,7 @@ from cierzo.engine.errors import InvalidRequest, KeyReused, NotFound
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.encoding import digest
 from cierzo.engine.frontend.expiry import Expiry
-from cierzo.engine.frontend.room import require_room
+from cierzo.engine.frontend.limits import require_room
 from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.messages import Generate
 

@@ -19,9 +19,17 @@ from cierzo.engine.errors import (
     UnknownMethod,
     VersionMismatch,
 )
+from cierzo.engine.frontend.frame_reader import (
+    PREFIX_BYTES,
+    SMALL_FRAME_BYTES,
+    Envelope,
+    Large,
+    Skipped,
+    envelope,
+    peek,
+)
 from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.inbox import PREFIX_BYTES, SMALL_FRAME_BYTES, Envelope, Large, Skipped, envelope, peek
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.stream import Sink
 from cierzo.engine.frontend.validate import undecodable

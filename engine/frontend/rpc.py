@@ -20,13 +20,13 @@ from cierzo.engine.errors import CierzoError, ConfigError, ProtocolError
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.failures import failure
+from cierzo.engine.frontend.frame_reader import SMALL_FRAME_BYTES, FrameReader, Large, Skipped
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.inbox import SMALL_FRAME_BYTES, Inbox, Large, Skipped
 from cierzo.engine.frontend.keepalive import Keepalive
+from cierzo.engine.frontend.limits import require_room
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.receiving import foreign, greeting, receive_large, receive_skipped, receive_small
-from cierzo.engine.frontend.room import require_room
 from cierzo.engine.frontend.turns import Turns
 from cierzo.engine.frontend.versions import as_version_2
 from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, Limits, Message, Ping, Welcome
@@ -44,7 +44,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: RpcServer) -> None:
         self.features: frozenset[str] = frozenset()
         self._server = server
-        self._inbox = Inbox(server.config.max_frame_bytes, server.frontend.room)
+        self._frames = FrameReader(server.config.max_frame_bytes, server.frontend.budget)
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._keepalive: Keepalive | None = None
@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
         if self._keepalive is not None:
             self._keepalive.cancel()
-        self._inbox.close()
+        self._frames.close()
         self._outbox.clear()
         self._late.clear()
         self._server.left(self)
@@ -95,7 +95,7 @@ class Connection(asyncio.Protocol):
             self._turn_away(*protocol)
             return
         self._has_spoken = True
-        self._inbox.feed(data)
+        self._frames.feed(data)
         self._server.turns.enter(self)
 
     # --- turns.Worker ----------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Connection(asyncio.Protocol):
         """Work off what came, until the clock shows `until`; True if something is left."""
         clock = self._server.turns.clock
         try:
-            while not self._ending and (frame := self._inbox.next()) is not None:
+            while not self._ending and (frame := self._frames.next()) is not None:
                 self._receive(frame)
                 if clock() >= until:
                     break
@@ -238,7 +238,7 @@ class Connection(asyncio.Protocol):
     def _close(self, last_words: bytes) -> None:
         if self._transport is None:
             return
-        self._inbox.close()
+        self._frames.close()
         self._transport.write(last_words)
         if self._transport.can_write_eof():
             self._transport.write_eof()

@@ -19,10 +19,10 @@ from simulation.world import bytes_kept
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.errors import FrameTooLarge, InvalidRequest
-from cierzo.engine.frontend import inbox, rpc, validate
+from cierzo.engine.frontend import frame_reader, rpc, validate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter
-from cierzo.engine.frontend.room import Room
+from cierzo.engine.frontend.limits import ByteBudget
 from cierzo.engine.messages import FEATURES, ClientMessage, Generate, Hello, ModelInfo, ServerMessage
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
@@ -78,13 +78,13 @@ def frame(body: bytes) -> None:
 
 def _envelope(body: bytearray, message: Any) -> None:
     """What is read of a large frame's type and stream is what the whole says."""
-    found = inbox.peek(body)
+    found = frame_reader.peek(body)
     if message is not None and found.type:
         assert found.type == type(message).__struct_config__.tag, found
     if message is not None and found.stream >= 0:
         assert found.stream == message.stream, found
     with contextlib.suppress(*UNDECODABLE):
-        inbox.envelope(body)
+        frame_reader.envelope(body)
 
 
 def splitter(data: bytes) -> None:
@@ -96,9 +96,9 @@ def splitter(data: bytes) -> None:
 
 
 def _taken(parts: list[bytes]) -> list[str]:
-    """The frames that an inbox cuts; all room is given back in the end."""
-    room = Room(LIMITS)
-    box, found = inbox.Inbox(MAX_FRAME_BYTES, room), []
+    """The frames that a reader cuts; all bytes are given back in the end."""
+    budget = ByteBudget(LIMITS)
+    box, found = frame_reader.FrameReader(MAX_FRAME_BYTES, budget), []
     try:
         for part in parts:
             box.feed(part)
@@ -107,7 +107,7 @@ def _taken(parts: list[bytes]) -> list[str]:
     except FrameTooLarge as error:
         found.append(error.message)
     box.close()
-    assert not room.num_bytes
+    assert not budget.num_bytes
     return found
 
 

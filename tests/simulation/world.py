@@ -287,6 +287,5 @@ class World:
 
 def bytes_kept(connection: rpc.Connection) -> int:
     """Bytes of an unfinished frame that a connection holds."""
-    if (inbox := getattr(connection, "_inbox", None)) is not None:
-        return len(inbox._frame) + len(inbox._data) - inbox._at
-    return len(connection._splitter._rest)
+    reader = connection._frames
+    return len(reader._frame) + len(reader._data) - reader._at

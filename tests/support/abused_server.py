@@ -131,7 +131,7 @@ async def serve(limits: dict[str, Any]) -> None:
                     "turn_ms": watchdog.longest_s * 1000,
                     "peak_mb": _peak_rss_mb(),
                     "open": len(frontend.streams),
-                    "unencoded": encoders.room.num_bytes,
+                    "unencoded": encoders.budget.num_bytes,
                 }
                 print(json.dumps(figures), flush=True)
         await server.close()

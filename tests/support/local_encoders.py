@@ -13,8 +13,8 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, packed
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import Buffer
+from cierzo.engine.frontend.limits import ByteBudget
 from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.frontend.room import Room
 from cierzo.engine.messages import Failure, ModelInfo
 
 
@@ -23,16 +23,16 @@ class LocalEncoders:
     """Encodes in the event loop: `delay_s` later, if that is given, else in its next turn."""
 
     encoder: RequestEncoder
-    room: Room
+    budget: ByteBudget
     delay_s: Callable[[], float] | None = None
 
     def submit(
         self, job: Job, body: Buffer, attached: list[Buffer], deadline_at_s: float
     ) -> asyncio.Future[Encoded]:
         num_bytes, loop = len(body) + sum(map(len, attached)), asyncio.get_running_loop()
-        self.room.take(num_bytes)
+        self.budget.take(num_bytes)
         future: asyncio.Future[Encoded] = loop.create_future()
-        future.add_done_callback(lambda _: self.room.give(num_bytes))
+        future.add_done_callback(lambda _: self.budget.give(num_bytes))
         answer = partial(self._answer, future, job, bytes(body), b"".join(attached))
         if self.delay_s is None:
             loop.call_soon(answer)
@@ -56,4 +56,4 @@ def local_encoders(
     prompts: PromptEncoder, config: FrontendConfig, model: ModelInfo, delay_s: Callable[[], float] | None = None
 ) -> LocalEncoders:
     """The encoders of a front end with these prompts."""
-    return LocalEncoders(RequestEncoder(prompts, config, model), Room(config), delay_s)
+    return LocalEncoders(RequestEncoder(prompts, config, model), ByteBudget(config), delay_s)

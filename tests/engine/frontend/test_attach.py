@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from cierzo.engine.frontend import attachments, inbox
+from cierzo.engine.frontend import attachments, frame_reader
 from cierzo.engine.frontend.attachments import ENTRY_BYTES, JOIN_BYTES
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import (
@@ -37,7 +37,7 @@ def attaching(serving, peering):
     async def start(cores=None, **limits):
         async with serving(cores=cores, **limits) as house, peering(house, WANTS) as peer:
             yield house, peer
-        assert house.frontend.room.num_bytes == 0
+        assert house.frontend.budget.num_bytes == 0
 
     return start
 
@@ -81,11 +81,11 @@ def test_large_pieces_stay_in_the_frames_that_brought_them(run, attaching, cores
             for piece in pieces:
                 peer.say(Attach(stream=3, data=piece))
             await alive(peer)
-            assert house.frontend.room.num_bytes == len(data) + ENTRY_BYTES
+            assert house.frontend.budget.num_bytes == len(data) + ENTRY_BYTES
             peer.say(Generate(stream=3, attached="messages", sampling=ONE))
             assert isinstance(await peer.hear_until(Final), Final)
             assert bytes(cores.now.submits[-1].prompt_token_ids[1:]) == b"[assistant]" * 301
-            assert house.frontend.room.num_bytes == 0
+            assert house.frontend.budget.num_bytes == 0
 
     run(body())
 
@@ -97,7 +97,7 @@ def test_data_that_is_named_twice_would_keep_more_than_is_charged(run, attaching
             twice = b"\x84" + head + 2 * (encode("data") + encode(bytes(JOIN_BYTES)))
             peer.frame(twice)
             assert (await peer.hear()).limit == "once"
-            assert house.frontend.room.num_bytes == ENTRY_BYTES
+            assert house.frontend.budget.num_bytes == ENTRY_BYTES
             peer.say(Cancel(stream=4))
             await alive(peer)
 
@@ -127,10 +127,10 @@ def test_after_a_refusal_the_rest_of_the_prompt_is_passed_over(run, attaching, c
                 return
             peer.say(Attach(stream=3, data=b"more"))
             await alive(peer)
-            assert house.frontend.room.num_bytes == ENTRY_BYTES
+            assert house.frontend.budget.num_bytes == ENTRY_BYTES
             peer.say(Generate(stream=3, attached="text"))
             await alive(peer)  # there was no second answer
-            assert house.frontend.room.num_bytes == 0
+            assert house.frontend.budget.num_bytes == 0
             peer.say(Generate(stream=3, token_ids=[1], sampling=ONE))
             assert (await peer.hear_until(Final)).stream == 3
 
@@ -177,7 +177,7 @@ def test_a_generate_that_is_refused_frees_what_is_attached(run, attaching, case)
             failure = await peer.hear()
             assert (failure.stream, failure.code, failure.field) == (3, "invalid_request", field)
             await alive(peer)
-            assert house.frontend.room.num_bytes == 0
+            assert house.frontend.budget.num_bytes == 0
             assert house.frontend.counters.refused == 1
 
     run(body())
@@ -201,7 +201,7 @@ def test_attached_bytes_go_with_their_stream(run, attaching, end):
         async with attaching() as (house, peer):
             peer.say(Attach(stream=3, data=b"x" * 1000))
             await alive(peer)
-            assert house.frontend.room.num_bytes == 1000 + ENTRY_BYTES
+            assert house.frontend.budget.num_bytes == 1000 + ENTRY_BYTES
             if end == "cancel":
                 peer.say(Cancel(stream=3))
             elif end == "another message":
@@ -210,7 +210,7 @@ def test_attached_bytes_go_with_their_stream(run, attaching, end):
             else:
                 return
             await alive(peer)
-            assert house.frontend.room.num_bytes == 0
+            assert house.frontend.budget.num_bytes == 0
 
     run(body())
 
@@ -223,7 +223,7 @@ def test_attached_bytes_are_forgotten_after_a_while(run, attaching, monkeypatch)
             peer.say(Attach(stream=3, data=b"x"))
             failure = await peer.hear()
             assert (failure.stream, failure.field) == (3, "attached")
-            assert house.frontend.room.num_bytes == 0
+            assert house.frontend.budget.num_bytes == 0
 
     run(body())
 
@@ -250,7 +250,7 @@ def test_who_did_not_ask_for_it_may_not_attach(run, serving, peering):
             for message in (Attach(stream=1, data=b"x"), Generate(stream=1, attached="text")):
                 peer.say(message)
                 assert "attach" in (await peer.hear()).message
-            assert house.frontend.room.num_bytes == 0
+            assert house.frontend.budget.num_bytes == 0
 
     run(body())
 
@@ -270,7 +270,7 @@ def test_the_welcome_tells_how_much_may_be_attached(run, serving, peering):
 def test_a_large_generate_says_late_what_it_is(run, serving, peering, cores, monkeypatch):
     """Samples, deltas and deadline of a long message are known once a process has read it."""
     cores.free = False
-    monkeypatch.setattr(inbox, "SMALL_FRAME_BYTES", 4000)
+    monkeypatch.setattr(frame_reader, "SMALL_FRAME_BYTES", 4000)
 
     async def body():
         async with serving(cores=cores, max_open_samples=3) as house, peering(house) as peer:

@@ -76,7 +76,7 @@ async def running(setup, spawned, **limits):
     finally:
         await encoders.close()
         assert spawned.all_gone()
-        assert encoders.room.num_bytes == 0
+        assert encoders.budget.num_bytes == 0
 
 
 def submit(encoders, message, deadline_at_s=FAR, attached=None, features=("attach",)):
@@ -262,7 +262,7 @@ def test_the_shortest_goes_first_but_none_waits_for_ever(run, setup):
                 order.append(round(ticket.num_bytes, -3))
                 encoders._over(ticket)
         assert order == [1_000, 2_000, 300_000, 900_000, 2_000_000, 1_600_000]
-        assert encoders.room.num_bytes == 0
+        assert encoders.budget.num_bytes == 0
         for answer in answers:
             answer.cancel()
 

@@ -12,7 +12,7 @@ from cierzo.engine.errors import Overloaded
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.keepalive import Keepalive
-from cierzo.engine.frontend.room import RESET_WINDOW_S, Resets
+from cierzo.engine.frontend.limits import RESET_WINDOW_S, CancelLimiter
 from cierzo.engine.messages import Accepted, Cancel, CancelRequest, Failure, Final, Generate, Hello, Ping, Pong
 
 WANTS = Hello(features=["keepalive"])
@@ -139,23 +139,23 @@ def test_a_bucket_holds_ten_seconds_and_fills_up(clock):
     class Sink:
         pass
 
-    resets, sink = Resets(FrontendConfig(max_cancels_per_s=3), clock), Sink()
+    limiter, sink = CancelLimiter(FrontendConfig(max_cancels_per_s=3), clock), Sink()
     for _ in range(3 * RESET_WINDOW_S):
-        resets.count(sink)
+        limiter.count(sink)
     with pytest.raises(Overloaded) as caught:
-        resets.count(sink)
+        limiter.count(sink)
     assert caught.value.field == "max_cancels_per_s"
-    resets.count(Sink())  # of another connection
+    limiter.count(Sink())  # of another connection
     clock.now += 1
     for _ in range(3):
-        resets.count(sink)
+        limiter.count(sink)
     with pytest.raises(Overloaded):
-        resets.count(sink)
+        limiter.count(sink)
     clock.now += 1000
     for _ in range(3 * RESET_WINDOW_S):
-        resets.count(sink)
+        limiter.count(sink)
     with pytest.raises(Overloaded):
-        resets.count(sink)
+        limiter.count(sink)
 
 
 @pytest.mark.parametrize("way", ["cancel", "by id", "a faulty message"])

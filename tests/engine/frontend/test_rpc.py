@@ -191,7 +191,7 @@ def test_an_oversized_frame_ends_its_own_stream_alone(run, serving, peering, cor
             cores.now.go_on()
             final = await peer.hear_until(Final)
             assert (final.stream, final.usage.output_tokens) == (2, 3)
-            assert house.frontend.room.num_bytes == 0
+            assert house.frontend.budget.num_bytes == 0
 
     run(body())
 

@@ -8,10 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cierzo.engine.errors import FrameTooLarge, Overloaded
-from cierzo.engine.frontend import inbox
+from cierzo.engine.frontend import frame_reader
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.inbox import ABSURD_BYTES, PREFIX_BYTES, Inbox, Large, Skipped, envelope, peek
-from cierzo.engine.frontend.room import Room
+from cierzo.engine.frontend.frame_reader import (
+    ABSURD_BYTES,
+    PREFIX_BYTES,
+    FrameReader,
+    Large,
+    Skipped,
+    envelope,
+    peek,
+)
+from cierzo.engine.frontend.limits import ByteBudget
 
 SMALL, MOST = 20, 300
 encode = msgspec.msgpack.encode
@@ -21,7 +29,7 @@ def _frame(body: bytes) -> bytes:
     return len(body).to_bytes(4, "big") + body
 
 
-def _all(box: Inbox, data: bytes, cuts: list[int]) -> list[bytes | Large | Skipped]:
+def _all(box: FrameReader, data: bytes, cuts: list[int]) -> list[bytes | Large | Skipped]:
     found: list[bytes | Large | Skipped] = []
     ends = sorted({min(cut, len(data)) for cut in cuts} | {len(data)})
     start = 0
@@ -38,19 +46,19 @@ def _all(box: Inbox, data: bytes, cuts: list[int]) -> list[bytes | Large | Skipp
     st.lists(st.integers(0, 4000), max_size=30),
     st.sampled_from([10_000, 120]),
 )
-def test_any_cut_gives_the_same_frames_and_the_room_is_given_back(sizes, cuts, room_bytes):
+def test_any_cut_gives_the_same_frames_and_the_room_is_given_back(sizes, cuts, budget_bytes):
     bodies = [bytes((size + i) % 256 for i in range(size)) for size in sizes]
-    room = Room(FrontendConfig(max_unencoded_bytes=room_bytes))
-    box = Inbox(MOST, room)
+    budget = ByteBudget(FrontendConfig(max_unencoded_bytes=budget_bytes))
+    box = FrameReader(MOST, budget)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inbox, "SMALL_FRAME_BYTES", SMALL)
+        patch.setattr(frame_reader, "SMALL_FRAME_BYTES", SMALL)
         found = _all(box, b"".join(map(_frame, bodies)), cuts)
-    assert room.num_bytes == 0
+    assert budget.num_bytes == 0
     assert len(found) == len(bodies)
     for body, frame in zip(bodies, found, strict=True):
         if len(body) <= SMALL:
             assert frame == body
-        elif len(body) <= min(MOST, room_bytes):
+        elif len(body) <= min(MOST, budget_bytes):
             assert isinstance(frame, Large)
             assert frame.body == body
         else:
@@ -61,19 +69,19 @@ def test_any_cut_gives_the_same_frames_and_the_room_is_given_back(sizes, cuts, r
 
 @given(st.integers(1, 299), st.booleans())
 def test_a_frame_that_never_ends_is_charged_until_its_connection_is_gone(num_bytes, closes):
-    room = Room(FrontendConfig(max_unencoded_bytes=1000))
-    box = Inbox(MOST, room)
+    budget = ByteBudget(FrontendConfig(max_unencoded_bytes=1000))
+    box = FrameReader(MOST, budget)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inbox, "SMALL_FRAME_BYTES", SMALL)
+        patch.setattr(frame_reader, "SMALL_FRAME_BYTES", SMALL)
         box.feed(_frame(b"x" * 300)[: 4 + num_bytes])
         assert box.next() is None
-        assert room.num_bytes == num_bytes
+        assert budget.num_bytes == num_bytes
         box.close()
-    assert room.num_bytes == 0
+    assert budget.num_bytes == 0
 
 
 def test_a_length_beyond_reason_is_no_frame():
-    box = Inbox(MOST, Room(FrontendConfig()))
+    box = FrameReader(MOST, ByteBudget(FrontendConfig()))
     box.feed((ABSURD_BYTES + 1).to_bytes(4, "big"))
     with pytest.raises(FrameTooLarge):
         box.next()
@@ -124,5 +132,5 @@ def test_behind_a_long_list_the_stream_is_read_as_far_as_that_takes_no_time(monk
     body = bytearray(encode({"token_ids": [1] * 5000, "type": "generate", "stream": 5}))
     assert peek(body).stream == -1
     assert envelope(body).stream == 5
-    monkeypatch.setattr(inbox, "READABLE_BYTES", 5000)
+    monkeypatch.setattr(frame_reader, "READABLE_BYTES", 5000)
     assert envelope(body).stream == -1

@@ -1,4 +1,4 @@
-"""Bounds on what clients may make the front end keep or do: bytes, and cancellations a second."""
+"""Limits on what clients may make the front end keep or do: whatever a setting counts, bytes, cancels a second."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def require_room(config: FrontendConfig, name: str, value: int, retry_after_s: f
         raise Overloaded(f"{name} is {limit}", field=name, limit=limit, value=value, retry_after_s=hint_s)
 
 
-class Room:
+class ByteBudget:
     """Bytes of prompts that are not encoded yet, of all connections, charged as they come: `max_unencoded_bytes`.
 
-    Whoever keeps bytes takes room for them, and gives it back when it lets go of them.
+    Whoever keeps bytes takes so many, and gives them back when it lets go.
     """
 
     def __init__(self, config: FrontendConfig) -> None:
@@ -48,7 +48,7 @@ class _Bucket:
     filled: float
 
 
-class Resets:
+class CancelLimiter:
     """Counts the generations that a connection opened and ended before their time: a token bucket for each.
 
     It holds ten seconds' worth of `max_cancels_per_s`, and is filled at that rate.

@@ -12,7 +12,7 @@ import msgspec
 
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.frames import LENGTH_BYTES, UNDECODABLE, too_large
-from cierzo.engine.frontend.room import Room
+from cierzo.engine.frontend.limits import ByteBudget
 
 SMALL_FRAME_BYTES = 64 * 1024  # decoding the worst one takes the loop 2 ms
 READABLE_BYTES = 2 * 1024 * 1024  # msgspec passes over the worst one, lists of lists, in 9 ms
@@ -47,14 +47,14 @@ _decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
 _decode_int = msgspec.msgpack.Decoder(int).decode
 
 
-class Inbox:
+class FrameReader:
     """Cuts what `feed` brings; `next` gives the next frame: a small one's body, Large or Skipped, or None."""
 
-    __slots__ = ("_at", "_data", "_frame", "_left", "_room", "_size", "_why", "max_frame_bytes")
+    __slots__ = ("_at", "_budget", "_data", "_frame", "_left", "_size", "_why", "max_frame_bytes")
 
-    def __init__(self, max_frame_bytes: int, room: Room) -> None:
+    def __init__(self, max_frame_bytes: int, budget: ByteBudget) -> None:
         self.max_frame_bytes = max_frame_bytes
-        self._room = room
+        self._budget = budget
         self._data = b""  # what came last; read up to _at
         self._at = 0
         self._size = -1  # of the frame that is being read; -1: its length is
@@ -70,7 +70,7 @@ class Inbox:
     def close(self) -> None:
         """Let go of what is kept."""
         if self._size > SMALL_FRAME_BYTES:
-            self._room.give(len(self._frame))
+            self._budget.give(len(self._frame))
         self._data, self._at, self._size = b"", 0, -1
         self._frame.clear()
 
@@ -115,7 +115,7 @@ class Inbox:
         piece = self._take(size - len(self._frame))
         if size > SMALL_FRAME_BYTES:
             try:
-                self._room.take(len(piece))
+                self._budget.take(len(piece))
             except CierzoError as error:
                 return self._give_up(piece, error)
         self._frame += piece
@@ -124,12 +124,12 @@ class Inbox:
         body, self._frame, self._size = self._frame, bytearray(), -1
         if size <= SMALL_FRAME_BYTES:
             return memoryview(body)
-        self._room.give(size)  # to who gets the frame, which takes it again
+        self._budget.give(size)  # to who gets the frame, which takes it again
         return Large(body)
 
     def _give_up(self, piece: memoryview, error: CierzoError) -> Skipped | None:
         """There is no room for the rest of a frame."""
-        self._room.give(len(self._frame))
+        self._budget.give(len(self._frame))
         self._left = self._size - len(self._frame) - len(piece)
         self._frame += piece[:PREFIX_BYTES]
         del self._frame[PREFIX_BYTES:]
