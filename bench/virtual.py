@@ -35,11 +35,11 @@ MOST_STEPS = 4096  # taken together, at most
 class VirtualClock:
     """A clock whose time passes only when somebody waits for it."""
 
-    def __init__(self) -> None:
-        self.now_s = 0.0
+    def __init__(self, now_s: float = 0.0) -> None:
+        self.now_s = now_s
 
     def __call__(self) -> float:
-        """Seconds since the clock was made."""
+        """Virtual seconds."""
         return self.now_s
 
     def wait_until(self, then_s: float) -> None:
@@ -145,6 +145,19 @@ class _JumpingSelector(selectors.SelectSelector):
         return []
 
 
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An asyncio event loop whose clock jumps to the next timer instead of waiting."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self._virtual_clock = clock
+        super().__init__(_JumpingSelector(clock))
+        self._clock_resolution = 1e-9
+
+    def time(self) -> float:
+        """Virtual seconds."""
+        return self._virtual_clock.now_s
+
+
 class SimulatedServer:
     """A simulated engine, and the one connection to it: a `LoadClient`."""
 
@@ -234,12 +247,6 @@ class SimulatedServer:
 def run_simulated_load(server: SimulatedServer, settings: LoadSettings) -> LoadResult:
     """Run one load in virtual time. Raises ConfigError for settings that contradict each other."""
 
-    def virtual_loop() -> asyncio.AbstractEventLoop:
-        loop = asyncio.SelectorEventLoop(_JumpingSelector(server.clock))
-        loop.time = server.clock  # type: ignore[method-assign]
-        loop._clock_resolution = 1e-9  # type: ignore[attr-defined]
-        return loop
-
     async def connect(_: str) -> SimulatedServer:
         return server
 
@@ -250,5 +257,5 @@ def run_simulated_load(server: SimulatedServer, settings: LoadSettings) -> LoadR
         finally:
             engine.cancel()
 
-    with asyncio.Runner(loop_factory=virtual_loop) as runner:
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(server.clock)) as runner:
         return runner.run(load())

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 from simulation.house import House
 from simulation.link import SimulatedLink
-from simulation.virtual_time import Clock, VirtualLoop
 from simulation.world import bytes_kept
 
+from cierzo.bench.virtual import VirtualClock, VirtualLoop
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.errors import FrameTooLarge, InvalidRequest
 from cierzo.engine.frontend import frame_reader, rpc, validate
@@ -182,7 +182,7 @@ class Connections(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
-        self._clock = Clock()
+        self._clock = VirtualClock(100.0)
         self._loop = VirtualLoop(self._clock)
         self._loop.set_exception_handler(lambda _, context: self._faults.append(str(context)))
         self._faults: list[str] = []

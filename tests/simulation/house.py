@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from support.local_encoders import local_encoders
 
+from cierzo.bench.virtual import VirtualClock
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
@@ -15,7 +16,6 @@ from cierzo.engine.messages import ModelInfo
 
 from .link import SimulatedLink
 from .reference import byte_tokenizer
-from .virtual_time import Clock
 
 LONGEST_ENCODING_S = 0.005
 
@@ -24,7 +24,7 @@ class House:
     """Front end and server, in virtual time."""
 
     def __init__(
-        self, rng: random.Random, config: FrontendConfig, model: ModelInfo, link: SimulatedLink, clock: Clock
+        self, rng: random.Random, config: FrontendConfig, model: ModelInfo, link: SimulatedLink, clock: VirtualClock
     ) -> None:
         self.link = link
         prompts = PromptEncoder(byte_tokenizer())

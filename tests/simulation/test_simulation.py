@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 
+from cierzo.bench.virtual import VirtualClock, VirtualLoop
 from cierzo.engine.frontend.core_side import CoreSide
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
 from simulation.__main__ import COMMAND
-from simulation.virtual_time import Clock, VirtualLoop
 from simulation.world import World
 
 SEEDS, PARTS = 300, 6
@@ -94,7 +94,7 @@ def test_a_fault_turns_seeds_red(fault, monkeypatch):
 
 
 def test_time_jumps_to_the_next_timer():
-    clock = Clock()
+    clock = VirtualClock(100.0)
     loop = VirtualLoop(clock)
     begin = clock.now_s
     loop.run_until_complete(asyncio.sleep(3600.0))

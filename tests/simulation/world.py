@@ -7,6 +7,7 @@ import logging
 import random
 from collections import Counter
 
+from cierzo.bench.virtual import VirtualClock, VirtualLoop
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.frontend import rpc
 from cierzo.engine.frontend.config import FrontendConfig
@@ -23,7 +24,6 @@ from .link import SimulatedLink
 from .network import Network
 from .peer import Peer
 from .reference import References
-from .virtual_time import Clock, VirtualLoop
 
 WATCH_S = 0.05
 LATE_S = 0.1  # by which a stream may outlive its deadline in the tables
@@ -48,7 +48,7 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
-        self.clock = Clock()
+        self.clock = VirtualClock(100.0)
         self.history = History()
         self.counts: Counter[str] = Counter()
         self.limits = FrontendConfig(
@@ -267,7 +267,7 @@ class World:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         if tasks:
             self.history.wrong(f"tasks are left: {tasks}")
-        ours = [timer for timer in loop.timers if "simulation" not in repr(timer)]
+        ours = [timer for timer in loop._scheduled if not timer.cancelled() and "simulation" not in repr(timer)]
         if ours:
             self.history.wrong(f"timers are left: {ours}")
 
