@@ -28,7 +28,6 @@ positive = word_reader(Annotated[int, Meta(ge=1)])
 count = word_reader(Annotated[int, Meta(ge=1, le=1 << 20)])  # of what a list is made, as long as that
 whole = word_reader(Annotated[int, Meta(ge=0)])
 finite = word_reader(float)
-positive_float = word_reader(Annotated[float, Meta(gt=0)])
 text = word_reader(str)
 seed = word_reader(Annotated[int, Meta(ge=0, le=MAX_SEED)])
 

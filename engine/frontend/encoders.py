@@ -136,12 +136,8 @@ class _Pipe(asyncio.Protocol):
 
     def _say(self, answer: Encoded | Exception) -> None:
         future, self._answer = self._answer, None
-        if future is None or future.done():
-            return
-        if isinstance(answer, Exception):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)
+        if future is not None:
+            _set(future, answer)
 
 
 @dataclass(slots=True, eq=False)

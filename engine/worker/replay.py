@@ -28,7 +28,7 @@ from cierzo.engine.flight import (
     Tokens,
     read,
 )
-from cierzo.engine.messages import Abort, SamplingParams, Submit, TokenDelta
+from cierzo.engine.messages import Abort, Submit, TokenDelta
 from cierzo.engine.signs import SignsPage
 from cierzo.engine.worker.core import EngineCore, Runner
 from cierzo.scheduler.plan import StepPlan
@@ -92,10 +92,8 @@ class Replay:
             match record:
                 case Step():
                     self._step(record)
-                case Submitted():
-                    self._submit(self._again(record))
-                case Open():
-                    self._submit(self._resumed(record))
+                case Submitted() | Open():
+                    self._submit(record)
                 case Aborted():
                     self._clock.seek()
                     self._core.abort(
@@ -111,52 +109,33 @@ class Replay:
 
     # --- commands --------------------------------------------------------------------------------------
 
-    def _submit(self, submit: Submit) -> None:
+    def _submit(self, record: Submitted | Open) -> None:
+        """Give the core a request: one that came, or one that was in flight and goes on from its last token."""
+        sampling, tokens = record.sampling, record.tokens
+        if isinstance(record, Open):
+            num_tokens, first_sample = record.num_tokens, record.sample
+            sampling = msgspec.structs.replace(sampling, n=1)
+        else:
+            num_tokens, first_sample = record.num_prompt + record.num_output, record.first_sample
+        if tokens is None:  # as many others, of a request that ends where the record says
+            self.made_up.add(record.request_id)
+            tokens = random.Random(record.request_id).choices(range(self.config.model.vocab_size), k=num_tokens)
+            sampling = msgspec.structs.replace(sampling, ignore_eos=True, stop_token_ids=())
+        submit = Submit(
+            request_id=record.request_id,
+            prompt_token_ids=tokens[: record.num_prompt],
+            output_token_ids=tokens[record.num_prompt :],
+            sampling=sampling,
+            priority=record.priority,
+            arrival_s=record.arrival_s,
+            deadline_at_s=record.deadline_at_s,
+            first_sample=first_sample,
+        )
         self._clock.seek()
         try:
             self._core.submit(submit)
         except DuplicateRequest as error:  # it ended at another step than in the record
             self._depart(str(error))
-
-    def _again(self, record: Submitted) -> Submit:
-        tokens = self._tokens_of(record.request_id, record.tokens, record.num_prompt + record.num_output)
-        return Submit(
-            request_id=record.request_id,
-            prompt_token_ids=tokens[: record.num_prompt],
-            output_token_ids=tokens[record.num_prompt :],
-            sampling=self._sampling(record.sampling, record.tokens),
-            priority=record.priority,
-            arrival_s=record.arrival_s,
-            deadline_at_s=record.deadline_at_s,
-            first_sample=record.first_sample,
-        )
-
-    def _resumed(self, record: Open) -> Submit:
-        """A request that was in flight goes on from its last token."""
-        tokens = self._tokens_of(record.request_id, record.tokens, record.num_tokens)
-        return Submit(
-            request_id=record.request_id,
-            prompt_token_ids=tokens[: record.num_prompt],
-            output_token_ids=tokens[record.num_prompt :],
-            sampling=msgspec.structs.replace(self._sampling(record.sampling, record.tokens), n=1),
-            priority=record.priority,
-            arrival_s=record.arrival_s,
-            deadline_at_s=record.deadline_at_s,
-            first_sample=record.sample,
-        )
-
-    def _tokens_of(self, request_id: int, tokens: list[int] | None, count: int) -> list[int]:
-        """The recorded tokens of a request, or as many others."""
-        if tokens is not None:
-            return tokens
-        self.made_up.add(request_id)
-        return random.Random(request_id).choices(range(self.config.model.vocab_size), k=count)
-
-    def _sampling(self, sampling: SamplingParams, tokens: list[int] | None) -> SamplingParams:
-        """Sampling parameters; where tokens are made up, those of a request that ends where the record says."""
-        if tokens is not None:
-            return sampling
-        return msgspec.structs.replace(sampling, ignore_eos=True, stop_token_ids=())
 
     # --- steps -----------------------------------------------------------------------------------------
 
