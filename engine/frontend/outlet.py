@@ -197,6 +197,8 @@ class Outlets:
         if stream.pending_bytes > stream.pending_limit and not stream.paused and delta.finish is None:
             stream.paused = True
             self._slow.add(stream)
+            for each in stream.samples:
+                each.keep_sent(self._config.stream_credit_bytes // len(stream.samples))
             self._core.withdraw(stream)
 
     def _bound(self, stream: Stream, sample: Sample, num_tokens: int) -> None:

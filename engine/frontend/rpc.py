@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
 KEEPALIVE_PROBES = 4
+KERNEL_BYTES = 128 * 1024  # that the kernel takes beyond what it can send: a reader that stalls is seen early
 LINGER_S = 2.0  # how long a peer may take to read why its connection ends
 
 
@@ -65,6 +66,7 @@ class Connection(asyncio.Protocol):
         sock = self._transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_BYTES)
             find_half_open(sock, config.keepalive_s)
         self._timer = asyncio.get_running_loop().call_later(config.handshake_timeout_s, self._silent)
         try:

@@ -7,6 +7,7 @@ of the log gets its text from a detokenizer that stands there.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import cast
 
@@ -76,6 +77,11 @@ class LogprobLog:
     def read(self, start: int, end: int) -> list[TokenLogprobs]:
         """The entries of tokens `start` to `end`."""
         return _decode(self.packed(start, end))
+
+    def before(self, token: int, num_bytes: int) -> int:
+        """The first token whose entry, with all from there to `token`, takes at most so many bytes."""
+        beyond = self._place(token) - num_bytes
+        return self.first if beyond <= 0 else self.first + 1 + bisect_left(self._ends, self._dropped + beyond)
 
     def forget(self, until: int) -> None:
         """Drop the entries of tokens before `until`."""
@@ -265,6 +271,11 @@ class Sample:
         if (log := self._logprobs) is not None:
             until = log.first + int((len(self.token_ids) - log.first) * share) + 1
             log.forget(min(until, self.sent) if sent_only else until)
+
+    def keep_sent(self, num_bytes: int) -> None:
+        """Of the log-probabilities before the cursor, keep the last ones, in so many bytes."""
+        if self._logprobs is not None:
+            self._logprobs.forget(self._logprobs.before(self.sent, num_bytes))
 
     def end(self, finish: Finish) -> None:
         """The sample is over; a stop string found before keeps its say about why."""
