@@ -65,7 +65,7 @@ class Frontend:
         self._resets = Resets(config, clock)
         self._clock = clock
         self._started = clock()
-        self._drain = Drain(config, lambda: len(self.streams) + self.streams.num_read, self.interrupt)
+        self._drain = Drain(config, self._num_left, self.interrupt)
 
     # --- what is going on ------------------------------------------------------------------------------
 
@@ -255,6 +255,10 @@ class Frontend:
         self._drain.check()
 
     # --- inside ----------------------------------------------------------------------------------------
+
+    def _num_left(self) -> int:
+        """What a drain waits for: streams that run, those that have a reader, and last messages on their way."""
+        return len(self.streams) + self.streams.num_read + self.outlets.num_sending
 
     def _cancel(self, stream: Stream) -> None:
         """End a stream; output that its reader has not been sent by now is not sent any more."""

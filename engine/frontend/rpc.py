@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Iterator
 from typing import cast
 
 import msgspec
@@ -19,7 +20,7 @@ from cierzo import __version__
 from cierzo.engine.errors import CierzoError, ConfigError, Overloaded, ProtocolError
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.frames import pack
+from cierzo.engine.frontend.frames import Buffer, pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.inbox import SMALL_FRAME_BYTES, Inbox, Large, Skipped
 from cierzo.engine.frontend.keepalive import Keepalive
@@ -53,6 +54,8 @@ class Connection(asyncio.Protocol):
         self._welcomed = False
         self._ending = False
         self.is_paused = False
+        self._is_full = False
+        self._pieces: Iterator[Buffer] | None = None  # of a frame that is half sent
         self._outbox: list[Message] = []
         self._late = bytearray()  # frames that wait for a slow reader; no deltas, which wait in their streams' logs
 
@@ -84,6 +87,7 @@ class Connection(asyncio.Protocol):
         self._inbox.close()
         self._outbox.clear()
         self._late.clear()
+        self._pieces = None
         self._server.left(self)
 
     def data_received(self, data: bytes) -> None:
@@ -134,23 +138,25 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The peer reads too slowly: from now on its streams keep their output."""
-        self.is_paused = True
+        self._is_full = self.is_paused = True
 
     def resume_writing(self) -> None:
-        """The peer has caught up: send what waited, then what the streams have."""
-        self.is_paused = False
-        if self._transport is None or self._ending:
-            return
-        late, self._late = self._late, bytearray()
-        if late:
-            self._transport.write(late)
-        self._server.frontend.writable(self)
+        """The peer has caught up: send the rest of a frame, what waited, then what the streams have."""
+        self._is_full = False
+        self._go_on()
 
     # --- Sink ------------------------------------------------------------------------------------------
 
     def put(self, message: Message) -> None:
         """Add to what the next flush sends."""
         self._outbox.append(message if self._version > OLDEST_VERSION else as_version_2(message))
+
+    def put_frame(self, pieces: Iterator[Buffer]) -> None:
+        """Send a frame in pieces, one in a turn of the loop; meanwhile the connection counts as full."""
+        self.flush()
+        self.is_paused = True
+        self._pieces = pieces
+        self._go_on()
 
     def flush(self) -> None:
         """Write what was put; behind what waits for a slow reader, if something does."""
@@ -176,6 +182,23 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     # --- inside ----------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """Write what has waited for room, if there is room."""
+        if self._transport is None or self._ending or self._is_full or not self.is_paused:
+            return
+        if self._pieces is not None:
+            if (piece := next(self._pieces, None)) is not None:
+                self._transport.write(piece)
+                if not self._is_full:
+                    asyncio.get_running_loop().call_soon(self._go_on)
+                return
+            self._pieces = None
+        self.is_paused = False
+        late, self._late = self._late, bytearray()
+        if late:
+            self._transport.write(late)
+        self._server.frontend.writable(self)
 
     def _receive(self, frame: memoryview | Large | Skipped) -> None:
         if not self._welcomed:
@@ -240,6 +263,8 @@ class Connection(asyncio.Protocol):
         if self._transport is None:
             return
         self._inbox.close()
+        for piece in self._pieces or ():
+            self._transport.write(piece)
         self._transport.write(last_words)
         if self._transport.can_write_eof():
             self._transport.write_eof()

@@ -69,6 +69,10 @@ class LogprobLog:
             ends.append(self._dropped + len(data))
         return len(data) - before + 4 * len(entries)
 
+    def whole(self) -> tuple[bytes, bytearray]:
+        """All of it, as the header and the entries of a MessagePack list."""
+        return b"\xdd" + len(self._ends).to_bytes(4, "big"), self._data
+
     def packed(self, start: int, end: int) -> msgspec.Raw:
         """A MessagePack list of the entries of tokens `start` to `end`."""
         low, high = self._place(start), self._place(end)
@@ -265,6 +269,15 @@ class Sample:
         """The log-probabilities of the whole answer, ready to be sent."""
         log = self._logprobs
         return None if log is None else cast(list[TokenLogprobs], log.packed(log.first, len(self.token_ids)))
+
+    @property
+    def watched_text(self) -> bytearray | None:
+        """The text of the whole answer, as UTF-8, if it was looked at for stop strings and nothing was sent."""
+        return self._text
+
+    def packed_logprobs(self) -> tuple[bytes, bytearray] | None:
+        """The log-probabilities of the whole answer, as MessagePack in two parts."""
+        return None if self._logprobs is None else self._logprobs.whole()
 
     def forget_logprobs(self, share: float, *, sent_only: bool) -> None:
         """Drop the oldest log-probabilities, a share of those that are kept; `sent_only`: before the cursor."""
