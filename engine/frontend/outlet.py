@@ -20,7 +20,7 @@ from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.stream import Sink, Stream, failure
 from cierzo.engine.frontend.whole import Pieces, build, cut, is_long
-from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost
+from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost, output_cost
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
 CHUNK_LOGPROBS = 128
@@ -143,12 +143,12 @@ class Outlets:
         token_ids, text, logprobs = sample.take(delta)
         if not token_ids and not text:
             return
-        message = Delta(
-            stream=stream.stream_id, sample=sample.index, token_ids=token_ids, text=text, logprobs=logprobs
+        sink.put(
+            Delta(stream=stream.stream_id, sample=sample.index, token_ids=token_ids, text=text, logprobs=logprobs)
         )
-        sink.put(message)
         if stream.credit is not None:
-            stream.credit -= delta_cost(message)
+            entries = delta.logprobs and delta.logprobs[: len(token_ids)]
+            stream.credit -= output_cost(token_ids, text, entries)
             stream.flows = stream.credit > 0
         if logprobs is not None and stream.name:
             self._bound(stream, sample, len(token_ids))

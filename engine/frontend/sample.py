@@ -20,7 +20,7 @@ from cierzo.engine.messages import Finish, FinishReason, Submit, TokenDelta, Tok
 TOKEN_BYTES = 4
 TEXT_BYTES = 4  # of a token, about
 ENTRY_BYTES, ALTERNATIVE_BYTES = 29, 14  # most that a token's log-probabilities, and each alternative, take
-_encode_into = msgspec.msgpack.Encoder().encode_into
+_encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[TokenLogprobs]).decode
 
 
@@ -61,13 +61,19 @@ class LogprobLog:
         """Heap of what is kept."""
         return len(self._data) + 4 * len(self._ends)
 
-    def add(self, entries: list[TokenLogprobs]) -> int:
-        """Append the entries of the next tokens; the bytes that they take."""
-        data, ends, before = self._data, self._ends, len(self._data)
-        for entry in entries:
-            _encode_into(entry, data, -1)
+    def add(self, entries: list[TokenLogprobs]) -> bytes:
+        """Append the entries of the next tokens; a MessagePack list of them, which are fewer than 65,536."""
+        data, ends = self._data, self._ends
+        if len(entries) == 1:
+            packed = _encode(entries)
+            data += packed[1:]
             ends.append(self._dropped + len(data))
-        return len(data) - before + 4 * len(entries)
+            return packed
+        start = len(data)
+        for entry in entries:
+            data += _encode(entry)
+            ends.append(self._dropped + len(data))
+        return b"\xdc" + len(entries).to_bytes(2, "big") + data[start:]
 
     def whole(self) -> tuple[bytes, bytearray]:
         """All of it, as the header and the entries of a MessagePack list."""
@@ -194,14 +200,16 @@ class Sample:
 
     def take(self, delta: TokenDelta) -> tuple[list[int], str, list[TokenLogprobs] | None]:
         """Pass on, to a reader who has all that was before: the tokens of `delta` that belong to the answer, the
-        text that is now certain, and their log-probabilities."""
+        text that is now certain, and their log-probabilities, ready to be sent."""
         token_ids, logprobs, detokenizer = delta.token_ids, delta.logprobs, self.detokenizer
         text = "" if detokenizer is None else detokenizer.push(token_ids)
         if delta.finish is not None or (detokenizer is not None and detokenizer.stop is not None):
             token_ids, text, logprobs = self._end_text(delta, text)
             self._flushed = True
-        if logprobs is not None and self._keeps:
-            self._log(logprobs)
+        if logprobs and self._keeps:
+            logprobs = cast(
+                list[TokenLogprobs], msgspec.Raw(self._log(logprobs))
+            )  # packed once, for log and reader
         self.token_ids.fromlist(token_ids)
         self.sent = len(self.token_ids)
         self._reader = None
@@ -219,9 +227,11 @@ class Sample:
                 self._text += text.encode()
         elif delta.finish is not None:
             self.tail_apart = not token_ids
-        num_bytes = self._log(logprobs) if logprobs else 0
+        before = self.logprob_bytes
+        if logprobs:
+            self._log(logprobs)
         self.token_ids.fromlist(token_ids)
-        return num_bytes + TOKEN_BYTES * len(token_ids)
+        return self.logprob_bytes - before + TOKEN_BYTES * len(token_ids)
 
     def read(self, most: int) -> tuple[list[int], str, list[TokenLogprobs] | None] | None:
         """Move the cursor by up to `most` tokens: these, their text and log-probabilities; None for nothing."""
@@ -316,8 +326,8 @@ class Sample:
             self.tail_apart = not token_ids
         return token_ids, text, logprobs
 
-    def _log(self, logprobs: list[TokenLogprobs]) -> int:
-        """Append log-probabilities of tokens that are about to be appended."""
+    def _log(self, logprobs: list[TokenLogprobs]) -> bytes:
+        """Append log-probabilities of tokens that are about to be appended; they as a MessagePack list."""
         if self._logprobs is None or (not self._keeps and self._logprobs.num_bytes == 0):
             self._logprobs = LogprobLog(len(self.token_ids))
         return self._logprobs.add(logprobs)

@@ -56,6 +56,8 @@ class Sink(Protocol):
         """End the connection at once."""
         ...
 
+    def __hash__(self) -> int: ...
+
 
 @dataclass(slots=True, eq=False)
 class Stream:
@@ -194,15 +196,17 @@ class Stream:
             return failure(self.stream_id, self.error)
         if self.deltas:
             return self.final([end for _, end in self.ends()])
-        return self.final([
-            msgspec.structs.replace(
-                end,
-                token_ids=sample.token_ids.tolist(),
-                text=sample.text(detokenizer(self.sampling)),
-                logprobs=sample.all_logprobs(),
-            )
-            for sample, end in self.ends()
-        ])
+        return self.final(
+            [
+                msgspec.structs.replace(
+                    end,
+                    token_ids=sample.token_ids.tolist(),
+                    text=sample.text(detokenizer(self.sampling)),
+                    logprobs=sample.all_logprobs(),
+                )
+                for sample, end in self.ends()
+            ]
+        )
 
     def final(self, samples: list[SampleEnd]) -> Final:
         """The final record, with these records of its samples."""

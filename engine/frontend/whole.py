@@ -14,7 +14,7 @@ from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.stream import Stream
-from cierzo.engine.messages import SamplingParams, SampleEnd
+from cierzo.engine.messages import SampleEnd, SamplingParams
 
 CHUNK_TOKENS = 4096  # built in a step
 PIECE_BYTES = 128 * 1024  # written in a step

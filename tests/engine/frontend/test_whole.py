@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
 
 from cierzo.engine.errors import Interrupted
+from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.frontend.whole import CHUNK_TOKENS, ONE_PIECE_TOKENS, PIECE_BYTES, build, cut, is_long
 from cierzo.engine.messages import (
-    Delta,
     Final,
     Finish,
     Generate,
-    Hello,
     Ping,
     Pong,
     SamplingParams,
@@ -51,7 +52,9 @@ def ended(rng, tokenizer, *, num_tokens, n=1, brought=0, stop=(), logprobs=None)
         for start in range(0, num_tokens, 999):
             part = rest[start : start + 999]
             tops = [[rng.randrange(2**17) for _ in range(logprobs or 0)] for _ in part]
-            entries = [TokenLogprobs(t, -rng.random(), top, [-1.0] * len(top)) for t, top in zip(part, tops)]
+            entries = [
+                TokenLogprobs(t, -rng.random(), top, [-1.0] * len(top)) for t, top in zip(part, tops, strict=True)
+            ]
             sample.append(TokenDelta(0, sample.index, part, None if logprobs is None else entries, None))
             if sample.cut:
                 break
@@ -111,33 +114,88 @@ def test_which_records_are_long(tokenizer):
     assert not is_long(failed)
 
 
+LONG = SamplingParams(max_tokens=2000, n=16, logprobs=20, ignore_eos=True)
+
+
+async def until(house, condition):
+    """Look again whenever a ping was answered."""
+    async with await Client.connect(house.address) as client:
+        while not condition():
+            await client.ping()
+
+
+@asynccontextmanager
+async def half_sent(house, peer, cores):
+    """A connection that takes nothing, with a record of 10 MB on its way."""
+    entry = TokenLogprobs(1, -1.0 / 3, list(range(100, 120)), [-1.0 / 3] * 20)
+    cores.now.logprobs = lambda sequence, token_ids: [entry] * len(token_ids) if token_ids else None
+    peer.writer.transport.pause_reading()
+    peer.say(Generate(stream=1, token_ids=[0], sampling=LONG, deltas=False))
+    await until(house, lambda: house.frontend.outlets.num_sending)
+    yield
+    peer.writer.transport.resume_reading()
+
+
 def test_others_go_on_beside_a_long_record(run, serving, peering, cores):
-    """Frames of the same connection wait for the record's end; those of another connection do not."""
+    """What comes on the same connection waits for the record's end; other connections feel nothing."""
 
     async def body():
-        async with serving(cores=cores, high_water_bytes=1) as house, peering(house, Hello()) as peer:
-            peer.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=20), deltas=False))
-            small = await peer.hear()
-            assert len(small.samples[0].token_ids) == 20
-            sampling = SamplingParams(max_tokens=4000, n=4, logprobs=1)
-            peer.say(Generate(stream=1, token_ids=[0], sampling=sampling, deltas=False))
-            peer.say(Generate(stream=2, token_ids=[0], sampling=SamplingParams(max_tokens=4090)))
-            while house.frontend.streams.num_read or not house.frontend.counters.finished == 3:
-                async with peering(house) as other:
-                    other.say(Ping(stream=7))
-                    assert isinstance(await other.hear(), Pong)
-                if house.frontend.outlets.num_sending:
-                    break
+        async with serving(cores=cores) as house, peering(house) as peer, half_sent(house, peer, cores):
+            connection = next(iter(house.frontend.streams._sinks))
+            assert (
+                connection._transport.get_write_buffer_size() < PIECE_BYTES + house.server.config.high_water_bytes
+            )
             peer.say(Ping(stream=9))
-            heard = [await peer.hear()]
-            while sum(not isinstance(message, Delta) for message in heard) < 3:
-                heard.append(await peer.hear())
-            long, short = [message for message in heard if isinstance(message, Final)]
-            if long.stream == 2:
-                long, short = short, long
-            assert [len(end.token_ids) for end in long.samples] == [4000] * 4
-            assert [len(end.logprobs) for end in long.samples] == [4000] * 4
-            assert sum(len(m.token_ids) for m in heard if isinstance(m, Delta)) == 4090
-            assert house.frontend.outlets.num_sending == 0
+            peer.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=50)))
+            async with peering(house) as other:
+                other.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=500)))
+                assert (await other.hear_until(Final)).samples[0].output_tokens == 500
+            assert house.frontend.outlets.num_sending
+            peer.writer.transport.resume_reading()
+            long, pong = await peer.hear(), await peer.hear()
+            assert [len(end.logprobs) for end in long.samples] == [2000] * 16
+            assert pong == Pong(stream=9)
+            assert (await peer.hear_until(Final)).samples[0].output_tokens == 50
+            assert not house.frontend.outlets.num_sending
 
-    run(body())
+    run(body(), 15.0)
+
+
+def test_a_reader_that_stops_within_a_record_loses_its_connection(run, serving, peering, cores):
+    async def body():
+        async with serving(cores=cores, slow_reader_s=0.1) as house, peering(house) as peer:
+            async with half_sent(house, peer, cores):
+                await until(house, lambda: len(house.server._connections) == 1)
+            assert not house.frontend.outlets.num_sending
+            assert await peer.hear() is None
+
+    run(body(), 15.0)
+
+
+def test_a_drain_waits_for_the_end_of_a_long_record(run, serving, peering, cores):
+    async def body():
+        async with serving(cores=cores) as house, peering(house) as peer, half_sent(house, peer, cores):
+            house.frontend.drain()
+            waiting = asyncio.ensure_future(house.frontend.drained())
+            async with peering(house) as other:
+                other.say(Ping(stream=1))
+                await other.hear()
+            assert not waiting.done()
+            peer.writer.transport.resume_reading()
+            assert len((await peer.hear()).samples) == 16
+            await waiting
+
+    run(body(), 15.0)
+
+
+def test_an_interrupt_does_not_wait_for_a_long_record(run, serving, peering, cores):
+    async def body():
+        async with (
+            serving(cores=cores, drain_s=0.05) as house,
+            peering(house) as peer,
+            half_sent(house, peer, cores),
+        ):
+            house.frontend.drain()
+            await house.frontend.drained()
+
+    run(body(), 15.0)
