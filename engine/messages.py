@@ -234,7 +234,7 @@ def delta_cost(delta: Delta) -> int:
 
 
 def output_cost(token_ids: list[int], text: str, logprobs: list[TokenLogprobs] | None) -> int:
-    """What a delta with this content counts for."""
+    """The cost of a delta with this content."""
     cost = 64 + 8 * len(token_ids) + (len(text) if text.isascii() else len(text.encode()))
     if logprobs is not None:
         cost += 32 * len(logprobs)

@@ -296,7 +296,7 @@ class Sample:
             log.forget(min(until, self.sent) if sent_only else until)
 
     def keep_sent(self, num_bytes: int) -> None:
-        """Of the log-probabilities before the cursor, keep the last ones, in so many bytes."""
+        """Drop log-probabilities before the cursor, but for the last ones, in so many bytes."""
         if self._logprobs is not None:
             self._logprobs.forget(self._logprobs.before(self.sent, num_bytes))
 

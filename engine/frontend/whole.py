@@ -55,7 +55,7 @@ def cut(parts: list[Buffer]) -> Iterator[memoryview]:
 
 
 def _sample(sample: Sample, end: SampleEnd, detokenizer: Detokenizer | None) -> Pieces:
-    """One sample's record: `end`, and the long fields behind its own."""
+    """Build the record of a sample: `end`, and the long fields behind its own."""
     token_ids, logprobs = sample.token_ids, sample.packed_logprobs()
     tokens, text = bytearray(), bytearray()
     watched = sample.watched_text
