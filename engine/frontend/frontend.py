@@ -257,7 +257,7 @@ class Frontend:
     # --- inside ----------------------------------------------------------------------------------------
 
     def _num_left(self) -> int:
-        """Count what a drain waits for: streams that run, those that have a reader, and last messages on their way."""
+        """Count what a drain waits for: streams that run or have a reader, and last messages on their way."""
         return len(self.streams) + self.streams.num_read + self.outlets.num_sending
 
     def _cancel(self, stream: Stream) -> None:

@@ -396,3 +396,35 @@ def test_stalled_readers_stay_small(run, serving, cores, features, n):
                 sock.close()
 
     run(body(), 60.0)
+
+
+def test_a_paused_stream_keeps_what_its_reader_may_lack(run, serving, peering, cores):
+    """Log-probabilities that the reader has consumed go, the others come again after a resume."""
+
+    async def body():
+        cores.free = False
+        limits = {"stream_credit_bytes": 4096, "max_pending_bytes": 4000}
+        hello = Hello(features=["credit", "resume"])
+        async with serving(cores=cores, **limits) as house, peering(house, hello) as peer:
+            peer.say(generate(max_tokens=3000, logprobs=1, ignore_eos=True))
+            name = (await peer.hear()).request_id
+            await cores.until(lambda: cores.now.submits)
+            (stream,) = house.frontend.streams
+            for _ in range(400):
+                cores.now.step()
+                peer.say(Credit(stream=1, bytes=delta_cost(await peer.hear())))
+            (sample,) = stream.samples
+            assert sample.logprob_bytes > 400 * 30
+            cores.free = True
+            cores.now.go_on()
+            await cores.until(lambda: cores.now.aborts)
+            assert stream.paused
+            assert 4000 < sample.logprob_bytes < 4096 + 4000 + 1000
+            async with peering(house, hello) as other:
+                other.say(Resume(stream=5, request_id=name, received=[400]))
+                assert isinstance(await other.hear(), Accepted)
+                delta = await other.hear()
+                assert delta.token_ids == answer(400 + len(delta.token_ids))[400:]
+                assert [entry.token_id for entry in delta.logprobs] == delta.token_ids
+
+    run(body())
