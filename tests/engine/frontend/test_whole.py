@@ -191,7 +191,7 @@ def test_a_drain_waits_for_the_end_of_a_long_record(run, serving, peering, cores
 def test_an_interrupt_does_not_wait_for_a_long_record(run, serving, peering, cores):
     async def body():
         async with (
-            serving(cores=cores, drain_s=0.05) as house,
+            serving(cores=cores, drain_s=0.05, slow_reader_s=3600.0) as house,
             peering(house) as peer,
             half_sent(house, peer, cores),
         ):
