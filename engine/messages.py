@@ -230,10 +230,16 @@ class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
 def delta_cost(delta: Delta) -> int:
     """Bytes that `delta` counts for in flow control: about what it takes of a heap, by a formula that both sides
     compute alike."""
-    text = delta.text
-    cost = 64 + 8 * len(delta.token_ids) + (len(text) if text.isascii() else len(text.encode()))
-    if delta.logprobs is not None:
-        cost += sum(32 + 16 * len(entry.top_token_ids) for entry in delta.logprobs)
+    return output_cost(delta.token_ids, delta.text, delta.logprobs)
+
+
+def output_cost(token_ids: list[int], text: str, logprobs: list[TokenLogprobs] | None) -> int:
+    """The cost of a delta with this content."""
+    cost = 64 + 8 * len(token_ids) + (len(text) if text.isascii() else len(text.encode()))
+    if logprobs is not None:
+        cost += 32 * len(logprobs)
+        for entry in logprobs:
+            cost += 16 * len(entry.top_token_ids)
     return cost
 
 

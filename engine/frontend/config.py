@@ -38,13 +38,13 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = 20.0
     high_water_bytes: Annotated[
         int, Meta(ge=1, description="unsent bytes of a connection from which on its deltas are merged")
-    ] = 256 * 1024
+    ] = 16 * 1024
     stream_credit_bytes: Annotated[
         int, Meta(ge=1024, description="cost of the deltas that a stream may have sent and its client not consumed")
     ] = 256 * 1024
     max_pending_bytes: Annotated[
         int, Meta(ge=1, description="heap of a stream's output that waits to be sent; past it the stream is paused")
-    ] = 512 * 1024
+    ] = 256 * 1024
     slow_reader_s: Annotated[
         float,
         Meta(gt=0, description="seconds without progress of its reader, or in a pause, until a stream is ended"),

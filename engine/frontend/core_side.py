@@ -86,6 +86,7 @@ class CoreSide:
         self._clock = clock
         self._next_run_id = 0
         self._runs: dict[int, Stream] = {}  # what the core has, by its own ids
+        self._fresh: set[int] = set()  # of these, those that have not shown life to `_recovery`
         self._withdrawn: dict[int, _Withdrawn] = {}
         self._timers: dict[Stream, asyncio.TimerHandle] = {}  # of deadlines
         self._recovery = Recovery[Stream]()
@@ -176,6 +177,7 @@ class CoreSide:
         self.state = "loading"
         self.num_restarts += 1
         self._runs.clear()
+        self._fresh.clear()
         self._withdrawn.clear()
         self._admission = Admission()
         found = self._recovery.died()
@@ -210,8 +212,8 @@ class CoreSide:
                 continue
             if stream.sink is not None:
                 touched[stream.sink] = None
-            self._admission.left(delta.request_id, now, started=True)
-            alive |= self._recovery.made(stream, len(delta.token_ids), ended=delta.finish is not None)
+            if delta.request_id in self._fresh:
+                alive |= self._shows_life(stream, delta, now)
             self._owner.deliver(stream, delta)
         if alive:
             self._send_due()
@@ -246,6 +248,7 @@ class CoreSide:
         stream.run_id = self._next_run_id
         self._next_run_id += 1
         self._runs[stream.run_id] = stream
+        self._fresh.add(stream.run_id)
         stream.sent_s = now - stream.arrived
         self._recovery.sent(stream, stream.running)
         submits = stream.submits(stream.run_id)
@@ -257,6 +260,7 @@ class CoreSide:
     def _end_run(self, stream: Stream) -> None:
         """Let go of a stream's present run, if it has one."""
         if self._runs.pop(stream.run_id, None) is not None:
+            self._fresh.discard(stream.run_id)
             self._admission.left(stream.run_id, self._clock())
         stream.run_id, stream.sent_s = -1, None
 
@@ -268,6 +272,14 @@ class CoreSide:
             self._owner.end(stream, "deadline")
         elif stream.submit is not None and stream.end_cut(now):
             self._owner.finish(stream)
+
+    def _shows_life(self, stream: Stream, delta: TokenDelta, now: float) -> bool:
+        """First news of a run: whether it counts as alive from now on."""
+        self._admission.left(delta.request_id, now, started=True)
+        alive = self._recovery.made(stream, len(delta.token_ids), ended=delta.finish is not None)
+        if alive:
+            self._fresh.discard(delta.request_id)
+        return alive
 
     def _account(self, delta: TokenDelta) -> None:
         """Late news of a withdrawn run: only what it cost matters."""

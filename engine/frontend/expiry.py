@@ -41,6 +41,11 @@ class Expiry(Generic[T]):
         if not self._things:
             self.close()
 
+    def clear(self) -> None:
+        """Stop the time of all."""
+        self._things.clear()
+        self.close()
+
     @property
     def next_s(self) -> float:
         """Seconds until the oldest is due; the whole delay if there is none."""

@@ -66,7 +66,7 @@ class Frontend:
         self._cancels = CancelLimiter(config, clock)
         self._clock = clock
         self._started = clock()
-        self._drain = Drain(config, lambda: len(self.streams) + self.streams.num_read, self.interrupt)
+        self._drain = Drain(config, self._num_left, self.interrupt)
 
     # --- what is going on ------------------------------------------------------------------------------
 
@@ -256,6 +256,10 @@ class Frontend:
         self._drain.check()
 
     # --- inside ----------------------------------------------------------------------------------------
+
+    def _num_left(self) -> int:
+        """Count what a drain waits for: streams that run or have a reader, and last messages on their way."""
+        return len(self.streams) + self.streams.num_read + self.outlets.num_sending
 
     def _cancel(self, stream: Stream) -> None:
         """End a stream; output that its reader has not been sent by now is not sent any more."""

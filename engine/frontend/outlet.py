@@ -8,7 +8,7 @@ reader who takes nothing for `slow_reader_s`, or does not get its stream out of 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from cierzo.engine.errors import CierzoError, SlowReader
@@ -16,10 +16,12 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.failures import failure
+from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.stream import Sink, Stream
-from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost
+from cierzo.engine.frontend.whole import Pieces, build, cut, is_long
+from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost, output_cost
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
 CHUNK_LOGPROBS = 128
@@ -70,6 +72,8 @@ class Outlets:
         self._owner = owner
         self._detokenizer = detokenizer
         self._slow: Expiry[Stream] = Expiry(config.slow_reader_s, clock, self._slow_reader)
+        self._stuck: Expiry[Sink] = Expiry(config.slow_reader_s, clock, self._drop)  # within a long last message
+        self._building: dict[Stream, Pieces] = {}  # long last messages
         self._waiting: dict[Sink, dict[Stream, None]] = {}  # for their connection
         self._ready: dict[Stream, None] = {}  # they are behind, and may send
         self._turn: asyncio.Handle | None = None
@@ -96,6 +100,7 @@ class Outlets:
         stream.flows = False
         stream.pending_bytes = 0
         self._slow.discard(stream)
+        self._building.pop(stream, None)
         self._ready.pop(stream, None)
         self._waiting.get(sink, {}).pop(stream, None)
         if stream.paused and stream.ended_at_s is None:
@@ -104,7 +109,13 @@ class Outlets:
 
     def left(self, sink: Sink) -> None:
         """A connection is gone; its streams have been detached."""
+        self._stuck.discard(sink)
         self._waiting.pop(sink, None)
+
+    @property
+    def num_sending(self) -> int:
+        """Long last messages that are being sent."""
+        return len(self._stuck)
 
     def grant(self, stream: Stream, num_bytes: int) -> None:
         """The reader has consumed deltas of so much cost."""
@@ -133,12 +144,12 @@ class Outlets:
         token_ids, text, logprobs = sample.take(delta)
         if not token_ids and not text:
             return
-        message = Delta(
-            stream=stream.stream_id, sample=sample.index, token_ids=token_ids, text=text, logprobs=logprobs
+        sink.put(
+            Delta(stream=stream.stream_id, sample=sample.index, token_ids=token_ids, text=text, logprobs=logprobs)
         )
-        sink.put(message)
         if stream.credit is not None:
-            stream.credit -= delta_cost(message)
+            entries = delta.logprobs and delta.logprobs[: len(token_ids)]
+            stream.credit -= output_cost(token_ids, text, entries)
             stream.flows = stream.credit > 0
         if logprobs is not None and stream.name:
             self._bound(stream, sample, len(token_ids))
@@ -166,11 +177,13 @@ class Outlets:
                 self._streams.detach(stream)
                 self.detach(stream, sink)
                 sink.flush()
+        self._stuck.clear()
         self._owner.delivered()
 
     def close(self) -> None:
         """Stop all timers."""
         self._slow.close()
+        self._stuck.close()
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
@@ -198,6 +211,8 @@ class Outlets:
         if stream.pending_bytes > stream.pending_limit and not stream.paused and delta.finish is None:
             stream.paused = True
             self._slow.add(stream)
+            for each in stream.samples:
+                each.keep_sent(self._config.stream_credit_bytes // len(stream.samples))
             self._core.withdraw(stream)
 
     def _bound(self, stream: Stream, sample: Sample, num_tokens: int) -> None:
@@ -260,13 +275,44 @@ class Outlets:
                 num_tokens += self._send(stream, sample, most - num_tokens)
         is_done = not stream.unsent
         if is_done and stream.ended_at_s is not None:
+            if is_long(stream):
+                return self._build(stream, sink)
             sink.put(stream.last(self._detokenizer))
-            self._streams.detach(stream)
-            self._slow.discard(stream)
-            self._owner.delivered()
+            self._last_is_put(stream)
         else:
             self._progress(stream, num_tokens, is_done)
         return num_tokens, is_done
+
+    def _build(self, stream: Stream, sink: Sink) -> tuple[int, bool]:
+        """Build more of a long last message, and put it when it is complete; as `_advance`."""
+        if stream not in self._building:
+            self._building[stream] = build(stream, self._detokenizer)
+        try:
+            return next(self._building[stream]), False
+        except StopIteration as done:
+            del self._building[stream]
+            self._stuck.add(sink)
+            sink.put_frame(self._sending(sink, done.value))
+            self._last_is_put(stream)
+            return 0, True
+
+    def _sending(self, sink: Sink, parts: list[Buffer]) -> Iterator[Buffer]:
+        """Give the pieces of a last message as the reader takes them, for as long as it does."""
+        for piece in cut(parts):
+            if sink in self._stuck:
+                self._stuck.add(sink)
+            yield piece
+        self._stuck.discard(sink)
+        self._owner.delivered()
+
+    def _last_is_put(self, stream: Stream) -> None:
+        self._streams.detach(stream)
+        self._slow.discard(stream)
+        self._owner.delivered()
+
+    def _drop(self, sink: Sink) -> None:
+        """The reader takes no more of a message that is half sent: it can be told nothing."""
+        sink.drop()
 
     def _send(self, stream: Stream, sample: Sample, most: int) -> int:
         """Put one delta with up to `most` tokens that the reader has not got."""

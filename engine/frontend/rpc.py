@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Iterator
 from typing import cast
 
 import msgspec
@@ -21,7 +22,7 @@ from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_addres
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frame_reader import SMALL_FRAME_BYTES, FrameReader, Large, Skipped
-from cierzo.engine.frontend.frames import pack
+from cierzo.engine.frontend.frames import Buffer, pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.keepalive import Keepalive
 from cierzo.engine.frontend.limits import require_room
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
 KEEPALIVE_PROBES = 4
+KERNEL_BYTES = 128 * 1024  # that the kernel takes beyond what it can send: a reader that stalls is seen early
 LINGER_S = 2.0  # how long a peer may take to read why its connection ends
 
 
@@ -53,6 +55,8 @@ class Connection(asyncio.Protocol):
         self._welcomed = False
         self._ending = False
         self.is_paused = False
+        self._is_full = False
+        self._pieces: Iterator[Buffer] | None = None  # of a frame that is half sent
         self._outbox: list[Message] = []
         self._late = bytearray()  # frames that wait for a slow reader; no deltas, which wait in their streams' logs
 
@@ -66,6 +70,7 @@ class Connection(asyncio.Protocol):
         sock = self._transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_BYTES)
             find_half_open(sock, config.keepalive_s)
         self._timer = asyncio.get_running_loop().call_later(config.handshake_timeout_s, self._silent)
         try:
@@ -83,6 +88,7 @@ class Connection(asyncio.Protocol):
         self._frames.close()
         self._outbox.clear()
         self._late.clear()
+        self._pieces = None
         self._server.left(self)
 
     def data_received(self, data: bytes) -> None:
@@ -133,23 +139,25 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The peer reads too slowly: from now on its streams keep their output."""
-        self.is_paused = True
+        self._is_full = self.is_paused = True
 
     def resume_writing(self) -> None:
-        """The peer has caught up: send what waited, then what the streams have."""
-        self.is_paused = False
-        if self._transport is None or self._ending:
-            return
-        late, self._late = self._late, bytearray()
-        if late:
-            self._transport.write(late)
-        self._server.frontend.writable(self)
+        """The peer has caught up: send the rest of a frame, what waited, then what the streams have."""
+        self._is_full = False
+        self._go_on()
 
     # --- Sink ------------------------------------------------------------------------------------------
 
     def put(self, message: Message) -> None:
         """Add to what the next flush sends."""
         self._outbox.append(message if self._version > OLDEST_VERSION else as_version_2(message))
+
+    def put_frame(self, pieces: Iterator[Buffer]) -> None:
+        """Send a frame in pieces, one in a turn of the loop; meanwhile the connection counts as full."""
+        self.flush()
+        self.is_paused = True
+        self._pieces = pieces
+        self._go_on()
 
     def flush(self) -> None:
         """Write what was put; behind what waits for a slow reader, if something does."""
@@ -175,6 +183,23 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     # --- inside ----------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """Write what has waited for room, if there is room."""
+        if self._transport is None or self._ending or self._is_full or not self.is_paused:
+            return
+        if self._pieces is not None:
+            if (piece := next(self._pieces, None)) is not None:
+                self._transport.write(piece)
+                if not self._is_full:
+                    asyncio.get_running_loop().call_soon(self._go_on)
+                return
+            self._pieces = None
+        self.is_paused = False
+        late, self._late = self._late, bytearray()
+        if late:
+            self._transport.write(late)
+        self._server.frontend.writable(self)
 
     def _receive(self, frame: memoryview | Large | Skipped) -> None:
         if not self._welcomed:
@@ -239,6 +264,8 @@ class Connection(asyncio.Protocol):
         if self._transport is None:
             return
         self._frames.close()
+        for piece in self._pieces or ():
+            self._transport.write(piece)
         self._transport.write(last_words)
         if self._transport.can_write_eof():
             self._transport.write_eof()

@@ -7,6 +7,7 @@ of the log gets its text from a detokenizer that stands there.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import cast
 
@@ -19,7 +20,7 @@ from cierzo.engine.messages import Finish, FinishReason, Submit, TokenDelta, Tok
 TOKEN_BYTES = 4
 TEXT_BYTES = 4  # of a token, about
 ENTRY_BYTES, ALTERNATIVE_BYTES = 29, 14  # most that a token's log-probabilities, and each alternative, take
-_encode_into = msgspec.msgpack.Encoder().encode_into
+_encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[TokenLogprobs]).decode
 
 
@@ -60,13 +61,23 @@ class LogprobLog:
         """Heap of what is kept."""
         return len(self._data) + 4 * len(self._ends)
 
-    def add(self, entries: list[TokenLogprobs]) -> int:
-        """Append the entries of the next tokens; the bytes that they take."""
-        data, ends, before = self._data, self._ends, len(self._data)
-        for entry in entries:
-            _encode_into(entry, data, -1)
+    def add(self, entries: list[TokenLogprobs]) -> bytes:
+        """Append the entries of the next tokens; a MessagePack list of them, which are fewer than 65,536."""
+        data, ends = self._data, self._ends
+        if len(entries) == 1:
+            packed = _encode(entries)
+            data += packed[1:]
             ends.append(self._dropped + len(data))
-        return len(data) - before + 4 * len(entries)
+            return packed
+        start = len(data)
+        for entry in entries:
+            data += _encode(entry)
+            ends.append(self._dropped + len(data))
+        return b"\xdc" + len(entries).to_bytes(2, "big") + data[start:]
+
+    def whole(self) -> tuple[bytes, bytearray]:
+        """All of it, as the header and the entries of a MessagePack list."""
+        return b"\xdd" + len(self._ends).to_bytes(4, "big"), self._data
 
     def packed(self, start: int, end: int) -> msgspec.Raw:
         """A MessagePack list of the entries of tokens `start` to `end`."""
@@ -76,6 +87,11 @@ class LogprobLog:
     def read(self, start: int, end: int) -> list[TokenLogprobs]:
         """The entries of tokens `start` to `end`."""
         return _decode(self.packed(start, end))
+
+    def before(self, token: int, num_bytes: int) -> int:
+        """The first token whose entry, with all from there to `token`, takes at most so many bytes."""
+        beyond = self._place(token) - num_bytes
+        return self.first if beyond <= 0 else self.first + 1 + bisect_left(self._ends, self._dropped + beyond)
 
     def forget(self, until: int) -> None:
         """Drop the entries of tokens before `until`."""
@@ -184,14 +200,16 @@ class Sample:
 
     def take(self, delta: TokenDelta) -> tuple[list[int], str, list[TokenLogprobs] | None]:
         """Pass on, to a reader who has all that was before: the tokens of `delta` that belong to the answer, the
-        text that is now certain, and their log-probabilities."""
+        text that is now certain, and their log-probabilities, ready to be sent."""
         token_ids, logprobs, detokenizer = delta.token_ids, delta.logprobs, self.detokenizer
         text = "" if detokenizer is None else detokenizer.push(token_ids)
         if delta.finish is not None or (detokenizer is not None and detokenizer.stop is not None):
             token_ids, text, logprobs = self._end_text(delta, text)
             self._flushed = True
-        if logprobs is not None and self._keeps:
-            self._log(logprobs)
+        if logprobs and self._keeps:
+            logprobs = cast(
+                list[TokenLogprobs], msgspec.Raw(self._log(logprobs))
+            )  # packed once, for log and reader
         self.token_ids.fromlist(token_ids)
         self.sent = len(self.token_ids)
         self._reader = None
@@ -209,9 +227,11 @@ class Sample:
                 self._text += text.encode()
         elif delta.finish is not None:
             self.tail_apart = not token_ids
-        num_bytes = self._log(logprobs) if logprobs else 0
+        before = self.logprob_bytes
+        if logprobs:
+            self._log(logprobs)
         self.token_ids.fromlist(token_ids)
-        return num_bytes + TOKEN_BYTES * len(token_ids)
+        return self.logprob_bytes - before + TOKEN_BYTES * len(token_ids)
 
     def read(self, most: int) -> tuple[list[int], str, list[TokenLogprobs] | None] | None:
         """Move the cursor by up to `most` tokens: these, their text and log-probabilities; None for nothing."""
@@ -260,11 +280,25 @@ class Sample:
         log = self._logprobs
         return None if log is None else cast(list[TokenLogprobs], log.packed(log.first, len(self.token_ids)))
 
+    @property
+    def watched_text(self) -> bytearray | None:
+        """The text of the whole answer, as UTF-8, if it was looked at for stop strings and nothing was sent."""
+        return self._text
+
+    def packed_logprobs(self) -> tuple[bytes, bytearray] | None:
+        """The log-probabilities of the whole answer, as MessagePack in two parts."""
+        return None if self._logprobs is None else self._logprobs.whole()
+
     def forget_logprobs(self, share: float, *, sent_only: bool) -> None:
         """Drop the oldest log-probabilities, a share of those that are kept; `sent_only`: before the cursor."""
         if (log := self._logprobs) is not None:
             until = log.first + int((len(self.token_ids) - log.first) * share) + 1
             log.forget(min(until, self.sent) if sent_only else until)
+
+    def keep_sent(self, num_bytes: int) -> None:
+        """Drop log-probabilities before the cursor, but for the last ones, in so many bytes."""
+        if self._logprobs is not None:
+            self._logprobs.forget(self._logprobs.before(self.sent, num_bytes))
 
     def end(self, finish: Finish) -> None:
         """The sample is over; a stop string found before keeps its say about why."""
@@ -292,8 +326,8 @@ class Sample:
             self.tail_apart = not token_ids
         return token_ids, text, logprobs
 
-    def _log(self, logprobs: list[TokenLogprobs]) -> int:
-        """Append log-probabilities of tokens that are about to be appended."""
+    def _log(self, logprobs: list[TokenLogprobs]) -> bytes:
+        """Append log-probabilities of tokens that are about to be appended; they as a MessagePack list."""
         if self._logprobs is None or (not self._keeps and self._logprobs.num_bytes == 0):
             self._logprobs = LogprobLog(len(self.token_ids))
         return self._logprobs.add(logprobs)

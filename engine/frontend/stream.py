@@ -5,7 +5,7 @@ Pure bookkeeping, no sockets: `Frontend` and `Outlets` move the messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.accounting import add_run
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.failures import failure
+from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.messages import (
     Cost,
@@ -42,9 +43,20 @@ class Sink(Protocol):
         """Add a message to what the next `flush` sends."""
         ...
 
+    def put_frame(self, pieces: Iterator[Buffer]) -> None:
+        """Send a frame in pieces, as the reader takes them, after all that was put; what is put from now on comes
+        after it. The iterator is asked for another one when the last is sent."""
+        ...
+
     def flush(self) -> None:
         """Send what was put, in order."""
         ...
+
+    def drop(self) -> None:
+        """End the connection at once."""
+        ...
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -182,12 +194,27 @@ class Stream:
         """The last message, once it has ended. `detokenizer` makes new ones."""
         if self.error is not None:
             return failure(self.stream_id, self.error)
+        if self.deltas:
+            return self.final([end for _, end in self.ends()])
+        return self.final(
+            [
+                msgspec.structs.replace(
+                    end,
+                    token_ids=sample.token_ids.tolist(),
+                    text=sample.text(detokenizer(self.sampling)),
+                    logprobs=sample.all_logprobs(),
+                )
+                for sample, end in self.ends()
+            ]
+        )
+
+    def final(self, samples: list[SampleEnd]) -> Final:
+        """The final record, with these records of its samples."""
         assert self.ended_at_s is not None
-        ends = [(sample, sample.finish) for sample in self.samples if sample.finish is not None]
-        finishes = [finish for _, finish in ends]
+        finishes = [sample.finish for sample in self.samples if sample.finish is not None]
         return Final(
             stream=self.stream_id,
-            samples=[self._sample_end(sample, finish, detokenizer) for sample, finish in ends],
+            samples=samples,
             usage=Usage(
                 prompt_tokens=self.num_prompt_tokens,
                 output_tokens=sum(len(sample.token_ids) for sample in self.samples),
@@ -197,6 +224,24 @@ class Stream:
             seed=self.sampling.seed or 0,
             cost=self.cost if self.sink is not None and "accounting" in self.sink.features else None,
         )
+
+    def ends(self) -> list[tuple[Sample, SampleEnd]]:
+        """Each sample, and how it ended."""
+        return [
+            (
+                sample,
+                SampleEnd(
+                    sample=sample.index,
+                    finish_reason=sample.reason(sample.finish),
+                    output_tokens=len(sample.token_ids),
+                    stop=sample.stop,
+                    message=sample.finish.message,
+                    preemptions=sample.finish.preemptions,
+                ),
+            )
+            for sample in self.samples
+            if sample.finish is not None
+        ]
 
     def _timings(self, finishes: list[Finish], total_s: float) -> Timings:
         """By the front end's clock, but for the wait until the first step, which only the core knows.
@@ -213,20 +258,4 @@ class Stream:
             prefill_s=first_token_s - queue_s,
             decode_s=total_s - first_token_s,
             total_s=total_s,
-        )
-
-    def _sample_end(
-        self, sample: Sample, finish: Finish, detokenizer: Callable[[SamplingParams], Detokenizer | None]
-    ) -> SampleEnd:
-        whole = not self.deltas
-        return SampleEnd(
-            sample=sample.index,
-            finish_reason=sample.reason(finish),
-            output_tokens=len(sample.token_ids),
-            stop=sample.stop,
-            message=finish.message,
-            preemptions=finish.preemptions,
-            token_ids=sample.token_ids.tolist() if whole else [],
-            text=sample.text(detokenizer(self.sampling)) if whole else "",
-            logprobs=sample.all_logprobs() if whole else None,
         )

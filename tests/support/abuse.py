@@ -291,9 +291,24 @@ async def hopeless_prompts(address: str, scale: float) -> Figures:
     return {"wall_s": time.monotonic() - start}
 
 
+async def long_finals(address: str, scale: float) -> Figures:
+    """Answers that come in one piece: one of 200,000 tokens, and 16 of 16,000 with log-probabilities."""
+    message = {"type": "generate", "token_ids": [1], "deltas": False}
+    one = {"max_tokens": round(200_000 * max(scale, 0.1)), "ignore_eos": True}
+    many = {"max_tokens": round(16_000 * max(scale, 0.1)), "ignore_eos": True, "n": 16, "logprobs": 5}
+    for sampling in (one, many):
+        wire = await Wire.connect(address)
+        wire.send(frame(encode({**message, "stream": 1, "sampling": sampling})))
+        ((final,), num_samples) = await wire.ends(1), sampling.get("n", 1)
+        ended = [len(sample["token_ids"]) for sample in final["samples"]]
+        assert ended == [sampling["max_tokens"]] * num_samples
+        await wire.close()
+    return {}
+
+
 ATTACKS: tuple[Callable[[str, float], Awaitable[Figures]], ...] = (
     *(empty_messages, small_chats, ids, small_ids, output_ids, parameters, inline_prompts, long_prompts),
-    *(nesting, lists_first, pings, oversized, half_frames, attached_prompts, hopeless_prompts),
+    *(nesting, lists_first, pings, oversized, half_frames, attached_prompts, hopeless_prompts, long_finals),
 )
 
 

@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
-from cierzo.engine.messages import CoreCommand, Finish, ModelInfo, StepOutput, Submit, TokenDelta
+from cierzo.engine.messages import CoreCommand, Finish, ModelInfo, StepOutput, Submit, TokenDelta, TokenLogprobs
 
 WATCH_S = 0.001
 LONGEST_TOKEN = "ab " * 32  # in bytes of a text 96 a token: 15 MB of it could fit the model
@@ -63,8 +64,12 @@ def served_model() -> ModelInfo:
     )
 
 
+STEP_TOKENS = 256
+ENTRY = TokenLogprobs(65, -1 / 3, [70, 71, 72, 73, 74], [-1 / 3] * 5)
+
+
 class InstantCore:
-    """Ends every request with one token, a turn later."""
+    """Ends every request with one token, a turn later; one that ignores the end of text gets all its tokens."""
 
     frontend: Frontend
 
@@ -72,11 +77,23 @@ class InstantCore:
         """Encode the command as a link would, and answer it."""
         pack((command,))
         if isinstance(command, Submit):
-            asyncio.get_running_loop().call_soon(self._answer, command.request_id)
+            params = command.sampling
+            count = params.max_tokens if params.ignore_eos else 1
+            turn = self._answer(command.request_id, params.n, count, params.logprobs is not None)
+            asyncio.get_running_loop().call_soon(self._take_turn, turn)
 
-    def _answer(self, run_id: int) -> None:
-        finish = Finish("length", "", None, 1, 1, 0, 0, 0.0, 0.0, 0.0)
-        self.frontend.core.step(StepOutput(deltas=[TokenDelta(run_id, 0, [65], None, finish)]))
+    def _take_turn(self, turns: Iterator[StepOutput]) -> None:
+        if (step := next(turns, None)) is not None:
+            self.frontend.core.step(step)
+            asyncio.get_running_loop().call_soon(self._take_turn, turns)
+
+    def _answer(self, run_id: int, n: int, count: int, logprobs: bool) -> Iterator[StepOutput]:
+        finish = Finish("length", "", None, 1, count, 0, 0, 0.0, 0.0, 0.0)
+        size = STEP_TOKENS // n
+        for start in range(0, count, size):
+            tokens = [65] * min(size, count - start)
+            entries, end = [ENTRY] * len(tokens) if logprobs else None, finish if start + size >= count else None
+            yield StepOutput(deltas=[TokenDelta(run_id, i, tokens, entries, end) for i in range(n)])
 
 
 class Watchdog:
@@ -118,6 +135,8 @@ async def serve(limits: dict[str, Any]) -> None:
         encoders.start()
         lines = asyncio.StreamReader()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+        gc.collect()
+        gc.freeze()  # as `cierzo serve` does
         print(server.address, flush=True)
         watchdog.look()
         while line := await lines.readline():

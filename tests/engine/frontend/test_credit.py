@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import tracemalloc
 
 import pytest
@@ -10,9 +11,11 @@ from local_encoders import local_encoders
 
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.outlet import TURN_TOKENS
 from cierzo.engine.messages import (
+    FEATURES,
     Accepted,
     Cancel,
     Credit,
@@ -356,19 +359,32 @@ def test_readers_that_are_behind_share_turns_of_the_loop(prompts, model_info):
     asyncio.run(body())
 
 
-def test_stalled_readers_stay_small(run, serving, peering, cores):
-    """A dozen readers that never read, twenty alternatives to each of 3,000 tokens: under 1 MiB of heap each."""
+@pytest.mark.parametrize("features", [[], ["resume"], [*FEATURES]], ids=str)
+@pytest.mark.parametrize("n", [1, 16])
+def test_stalled_readers_stay_small(run, serving, cores, features, n):
+    """Readers that never read, twenty alternatives to each token, with every feature and with none: each is paused,
+    and takes less than 1 MiB of heap."""
+
+    async def stalled(house):
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setblocking(False)
+        host, port = house.address.split(":")
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(sock, (host, int(port)))
+        request = generate(max_tokens=4000, logprobs=20, n=n, ignore_eos=True)
+        await loop.sock_sendall(sock, bytes(pack((Hello(features=features), request))))
+        return sock
 
     async def body():
-        count = 12
+        count = 6
         cores.free = False
-        async with serving(cores=cores) as house, peering(house, CREDIT) as peer:
-            for stream in range(count):
-                peer.say(generate(stream, max_tokens=3000, logprobs=20))
+        async with serving(cores=cores) as house:
+            tracemalloc.start()
+            socks = [await stalled(house) for _ in range(count)]
             await cores.until(lambda: len(cores.now.submits) == count)
             entry = TokenLogprobs(1, -1.0 / 3, list(range(100, 120)), [-1.0 / 3] * 20)
             cores.now.logprobs = lambda sequence, token_ids: None if not token_ids else [entry] * len(token_ids)
-            tracemalloc.start()
             cores.free = True
             cores.now.go_on()
             await cores.until(lambda: len(cores.now.aborts) == count)
@@ -376,5 +392,39 @@ def test_stalled_readers_stay_small(run, serving, peering, cores):
             tracemalloc.stop()
             assert all(stream.paused for stream in house.frontend.streams)
             assert peak < count * (1 << 20)
+            for sock in socks:
+                sock.close()
 
     run(body(), 60.0)
+
+
+def test_a_paused_stream_keeps_what_its_reader_may_lack(run, serving, peering, cores):
+    """Log-probabilities that the reader has consumed go, the others come again after a resume."""
+
+    async def body():
+        cores.free = False
+        limits = {"stream_credit_bytes": 4096, "max_pending_bytes": 4000}
+        hello = Hello(features=["credit", "resume"])
+        async with serving(cores=cores, **limits) as house, peering(house, hello) as peer:
+            peer.say(generate(max_tokens=3000, logprobs=1, ignore_eos=True))
+            name = (await peer.hear()).request_id
+            await cores.until(lambda: cores.now.submits)
+            (stream,) = house.frontend.streams
+            for _ in range(400):
+                cores.now.step()
+                peer.say(Credit(stream=1, bytes=delta_cost(await peer.hear())))
+            (sample,) = stream.samples
+            assert sample.logprob_bytes > 400 * 30
+            cores.free = True
+            cores.now.go_on()
+            await cores.until(lambda: cores.now.aborts)
+            assert stream.paused
+            assert 4000 < sample.logprob_bytes < 4096 + 4000 + 1000
+            async with peering(house, hello) as other:
+                other.say(Resume(stream=5, request_id=name, received=[400]))
+                assert isinstance(await other.hear(), Accepted)
+                delta = await other.hear()
+                assert delta.token_ids == answer(400 + len(delta.token_ids))[400:]
+                assert [entry.token_id for entry in delta.logprobs] == delta.token_ids
+
+    run(body())

@@ -36,6 +36,10 @@ def logprobs(token_ids):
     return [TokenLogprobs(t, -0.1 * t, list(range(t % 3)), [-1.0 / 3] * (t % 3)) for t in token_ids]
 
 
+def as_sent(entries):
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(entries), type=list[TokenLogprobs])
+
+
 tokens = st.lists(st.integers(0, len(PIECES) - 1), max_size=60)
 stops = st.lists(st.sampled_from(STOPS), max_size=2, unique=True).map(tuple)
 
@@ -88,7 +92,7 @@ class Reader:
             return
         token_ids, text, entries = part
         self.token_ids += token_ids
-        self.logprobs += entries or []
+        self.logprobs += as_sent(entries or [])
         if token_ids:
             self.text += text
         else:
@@ -154,14 +158,13 @@ def test_an_answer_without_deltas_is_the_reference(token_ids, stop, num_brought)
     assert sample.text(Detokenizer(Pieces(), stop)) == text
     assert sample.token_ids.tolist() == token_ids[: reference.num_tokens]
     if rest:
-        sent = msgspec.msgpack.decode(msgspec.msgpack.encode(sample.all_logprobs()), type=list[TokenLogprobs])
-        assert sent == logprobs(sample.token_ids[num_brought:])
+        assert as_sent(sample.all_logprobs()) == logprobs(sample.token_ids[num_brought:])
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.data())
 def test_a_log_of_logprobs_gives_back_what_it_has_not_forgotten(token_ids, data):
     log, entries, first = LogprobLog(7), logprobs(token_ids), 7
-    assert log.add(entries) == log.num_bytes
+    assert as_sent(msgspec.Raw(log.add(entries))) == entries
     for _ in range(3):
         first = max(first, data.draw(st.integers(0, 7 + len(entries))))
         log.forget(first)
@@ -171,12 +174,17 @@ def test_a_log_of_logprobs_gives_back_what_it_has_not_forgotten(token_ids, data)
     log.add(entries)
     assert log.read(first, 7 + 2 * len(entries)) == (entries * 2)[first - 7 :]
     assert log.num_bytes < 80 * 2 * len(entries)
+    token, room = data.draw(st.integers(first, 7 + 2 * len(entries))), data.draw(st.integers(0, 300))
+    sizes = [len(msgspec.msgpack.encode(entry)) for entry in (entries * 2)[first - 7 : token - 7]]
+    fitting = [count for count in range(len(sizes) + 1) if sum(sizes[len(sizes) - count :]) <= room]
+    assert log.before(token, room) == token - fitting[-1]
 
 
 def test_log_probabilities_take_no_more_than_the_bound_says():
     entry = TokenLogprobs(2**31 - 1, -1.0 / 3, [2**31 - 1] * 20, [-1.0 / 3] * 20)
     log = LogprobLog(0)
-    assert log.add([entry] * 10) <= 10 * (most_token_bytes(20) - most_token_bytes(None))
+    log.add([entry] * 10)
+    assert log.num_bytes <= 10 * (most_token_bytes(20) - most_token_bytes(None))
 
 
 def test_an_answer_without_deltas_must_fit():

@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 from fake_core import as_sent
 from local_encoders import local_encoders
+from msgspec.msgpack import decode, encode
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
@@ -30,6 +31,7 @@ from cierzo.engine.messages import (
     Generate,
     Resume,
     SamplingParams,
+    ServerMessage,
     StepOutput,
     TokenDelta,
     TokenLogprobs,
@@ -139,6 +141,7 @@ class FakeSink:
 
     def put(self, message):
         assert not (self.is_paused and isinstance(message, Delta | Final)), "sent into a full connection"
+        message = decode(encode(message), type=ServerMessage)
         copy = self.open[message.stream]
         if isinstance(message, Accepted):
             assert not copy.name or copy.name == message.request_id
