@@ -9,12 +9,12 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 200,
-    "engine": 3_600,
+    "engine": 3_560,
     "engine/cost": 1_200,
-    "engine/frontend": 8_300,
+    "engine/frontend": 8_450,
     "engine/model": 1_050,
     "engine/weights": 3_200,
-    "engine/worker": 3_350,
+    "engine/worker": 3_320,
     "engine/commands": 450,
     "kernels": 600,
     "kernels/cpu": 1_550,
