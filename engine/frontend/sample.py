@@ -115,7 +115,6 @@ class Sample:
     whole: nothing is sent before the end (deltas=false).
     computed: positions that runs before the present one have computed for sure.
     cut: a stop string was found; whatever the core still sends is overrun.
-    computed: positions that runs before the present one have computed for sure.
     tail_apart: it ended without a last token, so the text that was held back comes in a delta without tokens.
     """
 
@@ -156,7 +155,6 @@ class Sample:
         self.cut = False
         self.finish: Finish | None = None
         self.tail_apart: bool | None = None
-        self.computed = 0
         self._keeps = keeps
         self._watches = detokenizer is not None and detokenizer.watches
         # With stop strings `detokenizer` stands at the end of the log, and a reader that is behind has its own;
