@@ -178,6 +178,10 @@ class Checker:
         ids = {one.accepted["request_id"] for one in request.attempts if one.accepted is not None}
         if len(ids) > 1:
             self._wrong(f"request {request.number} was accepted as {sorted(ids)}")
+        finals = [one.end for one in request.attempts if one.end is not None and one.end["type"] == "final"]
+        for final in finals[1:]:
+            if _told(final) != _told(finals[0]):
+                self._wrong(f"request {request.number} ended as {finals[0]}, and as {final}")
         if not self._link.deaths:
             prompt = tuple(request.body["token_ids"])
             count = self._link.submissions[prompt]
@@ -192,18 +196,35 @@ def _is_cut_character(final: Body | None, index: int, text: str, right: Answer) 
     return text.endswith("\ufffd") and right.text.startswith(text[:-1])
 
 
-def costs(history: History) -> Any:
-    """Sums of `cost` over all finals; None unless every request that was accepted has one."""
+def costs(history: History) -> dict[str, float] | None:
+    """Sums of `cost` over all requests; None unless each one's is known."""
     sums = {"computed_tokens": 0, "recomputed_tokens": 0, "steps": 0, "preemptions": 0, "kv_block_s": 0.0}
     for request in history.requests:
-        last = request.attempts[-1]
-        if last.end is None or (last.end["type"] == "final" and last.end.get("cost") is None):
+        cost = _cost(request)
+        if cost is None:
             return None
-        if last.end.get("code") in ("slow_reader", "interrupted"):  # ends of what the core had begun
-            return None
-        for name, value in (last.end.get("cost") or {}).items():
+        for name, value in cost.items():
             sums[name] += value
     return sums
+
+
+def _told(final: Body) -> list[Any]:
+    """What every reader of a request is told of its end, whatever came before."""
+    ends = [
+        [sample.get(name) for name in ("sample", "finish_reason", "output_tokens", "stop")]
+        for sample in final["samples"]
+    ]
+    return [ends, final["usage"], final["timings"], final["seed"]]
+
+
+def _cost(request: Request) -> Body | None:
+    """What a request cost by its last final, whatever was answered to who asked again; nothing if it was refused
+    each time; None if it may have run, and no client got to know."""
+    ends = [attempt.end for attempt in request.attempts]
+    told: list[Body] = [end["cost"] for end in ends if end is not None and end.get("cost") is not None]
+    if told:
+        return told[-1]
+    return {} if all(end is not None and end.get("code") in REFUSALS for end in ends) else None
 
 
 def _name(attempt: Attempt) -> str:

@@ -167,6 +167,7 @@ class Wire:
         self.is_narrow = window < 100_000  # answers may have to wait for room
         self.is_open = True  # at the server
         self.is_lost = False  # at the client
+        self.on_freeze: Callable[[], None] = lambda: None  # who learns that times do not count for a while
         self._window = window
         self._unread: deque[bytes] = deque()
         self._num_unread = 0
@@ -216,6 +217,8 @@ class Wire:
     def freeze(self, is_frozen: bool) -> None:
         """Hold both directions, or let them go on."""
         self.is_frozen = is_frozen
+        if is_frozen:
+            self.on_freeze()
         self.up.hold(is_frozen)
         self.down.hold(is_frozen)
 

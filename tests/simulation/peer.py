@@ -43,6 +43,7 @@ class Peer:
         self._next_stream = 1
         self._reads = asyncio.Event()
         self._reads.set()
+        wire.on_freeze = self.disturb
         hello: Body = {"type": "hello", "magic": "cierzo", "version": PROTOCOL_VERSION, "features": list(features)}
         wire.send(frame(hello))
         self.task = self._loop.create_task(self._read())

@@ -202,8 +202,6 @@ class World:
         self.clock.now_s += seconds
 
     async def _swizzle(self) -> None:
-        for peer in self.everybody:
-            peer.disturb()
         await self.network.swizzle()
 
     async def _drain(self) -> None:

@@ -1,0 +1,90 @@
+"""The checker's own rules, on histories written by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from types import SimpleNamespace
+from typing import Any, cast
+
+from cierzo.bench.virtual import VirtualClock, VirtualLoop
+from cierzo.engine.frontend.config import FrontendConfig
+from simulation.checker import Checker, costs
+from simulation.history import Attempt, Body, History, Request
+from simulation.network import Wire
+from simulation.peer import Peer
+
+COST = {"computed_tokens": 5, "recomputed_tokens": 1, "steps": 3, "preemptions": 0, "kv_block_s": 0.5}
+
+
+def history(*ends: Body | None) -> History:
+    """One request that was tried so often; None is a connection that was lost."""
+    request = Request(0, {"token_ids": [2], "sampling": {}})
+    for end in ends:
+        attempt = Attempt(request, "generate", 1, 0, frozenset(), 0.0, [[]], [""], [[]], [[]], end=end)
+        attempt.lost_s = 1.0 if end is None else None
+        request.attempts.append(attempt)
+    return History(requests=[request])
+
+
+def final(**fields: object) -> Body:
+    told = {"samples": [{"sample": 0, "finish_reason": "length", "output_tokens": 3}], "usage": {}, "timings": {}}
+    return {"type": "final", **told, "seed": 1, "cost": COST, **fields}
+
+
+def refusal(code: str) -> Body:
+    return {"type": "error", "code": code}
+
+
+def test_a_request_costs_what_its_final_says_whatever_came_after():
+    assert costs(history(final())) == COST
+    assert costs(history(None, final(), refusal("overloaded"))) == COST
+    assert costs(history(final(), refusal("not_found"))) == COST
+    assert costs(history(final(), final(cost=None))) == COST
+
+
+def test_a_request_that_was_refused_costs_nothing():
+    told = costs(history(refusal("overloaded"), refusal("draining")))
+    assert told is not None
+    assert not any(told.values())
+
+
+def test_what_a_request_cost_that_ended_for_nobody_is_not_known():
+    assert costs(history(None)) is None
+    assert costs(history(None, refusal("not_found"))) is None
+    assert costs(history(None, refusal("overloaded"))) is None
+    assert costs(history(refusal("slow_reader"))) is None
+    assert costs(history(final(cost=None))) is None
+
+
+def test_all_readers_of_a_request_are_told_one_end():
+    def wrongs(*ends: Body) -> list[str]:
+        told = history(*ends)
+        checker = Checker(told, cast(Any, SimpleNamespace(deaths=[0.0])), FrontendConfig(), cast(Any, None))
+        checker._once(told.requests[0])
+        return checker.wrongs
+
+    other = {"sample": 0, "finish_reason": "cancelled", "output_tokens": 3}
+    assert not wrongs(final(), final(cost=None))
+    assert "ended as" in wrongs(final(), final(samples=[other]))[0]
+    assert "ended as" in wrongs(final(), final(seed=2))[0]
+
+
+def test_times_do_not_count_while_a_link_is_frozen():
+    """Also for what was sent before; of other connections they do."""
+
+    async def freeze_one() -> None:
+        server = cast(Any, SimpleNamespace(_connection=asyncio.Protocol))
+        peers = [Peer(Wire(random.Random(0), server, number, 3000), History(), ()) for number in range(2)]
+        attempts = [peer.start(history().requests[0], {"type": "generate"}, "generate") for peer in peers]
+        for attempt in attempts:
+            attempt.disturbed = False  # as on a wide link
+        peers[0].wire.freeze(True)
+        assert [attempt.disturbed for attempt in attempts] == [True, False]
+        for peer in peers:
+            peer.wire.reset()
+            await peer.task
+
+    loop = VirtualLoop(VirtualClock(0.0))
+    loop.run_until_complete(freeze_one())
+    loop.close()
