@@ -9,6 +9,7 @@ import asyncio
 import random
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from cierzo.engine.worker.fake import FakeRunner
 
 POISON = 1  # a core dies of a prompt that begins with it
 COMMANDS_PER_TURN = 256
+SOCKET_S = 0.0002
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(CoreCommand).decode
 _decode_step = msgspec.msgpack.Decoder(StepOutput).decode
@@ -39,6 +41,22 @@ def new_core(config: EngineConfig, clock: Callable[[], float]) -> EngineCore:
     return EngineCore(config, runner, clock)
 
 
+class Line:
+    """One direction of a socket: what is sent is done in order, also what arrives at the same moment, for which a
+    loop's timers keep none."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._due: deque[Callable[[], None]] = deque()
+        self._last_s = 0.0
+
+    def put(self, at_s: float, arrive: Callable[[], None]) -> None:
+        """Have `arrive` called at a time, or when all that was sent before has arrived, if that is later."""
+        self._last_s = max(self._last_s, at_s)
+        self._due.append(arrive)
+        self._loop.call_at(self._last_s, lambda: self._due.popleft()())
+
+
 class Life:
     """One core process."""
 
@@ -49,8 +67,7 @@ class Life:
         self.is_alive = True
         self.committed = False
         self.stalled_until_s = 0.0
-        self.on_the_way = 0  # step outputs in the socket
-        self.last_s = 0.0
+        self.commands, self.steps = Line(), Line()
 
 
 class SimulatedLink:
@@ -91,7 +108,7 @@ class SimulatedLink:
         elif isinstance(arrived, Abort) and arrived.request_id in self._prompts:
             self.withdrawals[self._prompts[arrived.request_id]] += 1
         if life is not None and life.is_alive:
-            self._loop.call_later(0.0002, self._arrive, life, arrived)
+            life.commands.put(self._clock() + SOCKET_S, partial(self._arrive, life, arrived))
 
     def die(self) -> None:
         """The process is killed: steps that are in its socket still come, then the end."""
@@ -100,7 +117,7 @@ class SimulatedLink:
             return
         life.is_alive = False
         life.news.set()
-        self._loop.call_at(max(life.last_s, self._clock()), self._lost, life)
+        life.steps.put(self._clock(), partial(self._lost, life))
 
     def stall(self, seconds: float) -> None:
         """The process stops for a while; past the limit it is killed."""
@@ -208,8 +225,7 @@ class SimulatedLink:
     def _publish(self, life: Life, deltas: list[TokenDelta]) -> None:
         body = _encode(StepOutput(deltas=deltas, stats=life.core.stats()))
         life.committed = True
-        life.last_s = max(life.last_s, self._clock() + 0.0002)
-        self._loop.call_at(life.last_s, self._deliver, body)
+        life.steps.put(self._clock() + SOCKET_S, partial(self._deliver, body))
 
     def _deliver(self, body: bytes) -> None:
         if not self.has_failed:

@@ -11,6 +11,7 @@ from cierzo.bench.virtual import VirtualClock, VirtualLoop
 from cierzo.engine.frontend.config import FrontendConfig
 from simulation.checker import Checker, costs
 from simulation.history import Attempt, Body, History, Request
+from simulation.link import Line
 from simulation.network import Wire
 from simulation.peer import Peer
 
@@ -88,3 +89,19 @@ def test_times_do_not_count_while_a_link_is_frozen():
     loop = VirtualLoop(VirtualClock(0.0))
     loop.run_until_complete(freeze_one())
     loop.close()
+
+
+def test_a_line_keeps_the_order_of_what_arrives_at_one_moment():
+    async def send_at_once() -> list[tuple[float, int]]:
+        arrived: list[tuple[float, int]] = []
+        line, loop = Line(), asyncio.get_running_loop()
+        for number in range(20):
+            line.put(10.0 - (number > 10), lambda number=number: arrived.append((loop.time(), number)))
+        await asyncio.sleep(11.0)
+        return arrived
+
+    loop = VirtualLoop(VirtualClock(0.0))
+    arrived = loop.run_until_complete(send_at_once())
+    loop.close()
+    assert [number for _, number in arrived] == [*range(20)]
+    assert all(at_s >= 10.0 for at_s, _ in arrived)
