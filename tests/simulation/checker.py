@@ -173,13 +173,26 @@ class Checker:
             if took_s > CANCEL_S + ROUND_TRIP_S + leapt_s:
                 self._wrong(f"{_name(attempt)}: cancelled, ended {took_s} s later: {attempt.end}")
 
+    def _computed(self, request: Request, final: Body) -> None:
+        """A request that ended by the core's word costs what cores have told of it, also those that were killed."""
+        by_core = all(
+            s["finish_reason"] in BY_ITSELF and isinstance(s.get("stop"), int | None) for s in final["samples"]
+        )
+        if by_core and final.get("cost") is not None:
+            told, right = final["cost"]["computed_tokens"], self._link.computed[tuple(request.body["token_ids"])]
+            if told != right:
+                self._wrong(
+                    f"request {request.number} cost {told} computed tokens by its final, {right} by the core"
+                )
+
     def _once(self, request: Request) -> None:
         """No request generates twice."""
         ids = {one.accepted["request_id"] for one in request.attempts if one.accepted is not None}
         if len(ids) > 1:
             self._wrong(f"request {request.number} was accepted as {sorted(ids)}")
         finals = [one.end for one in request.attempts if one.end is not None and one.end["type"] == "final"]
-        for final in finals[1:]:
+        for final in finals:
+            self._computed(request, final)
             if _told(final) != _told(finals[0]):
                 self._wrong(f"request {request.number} ended as {finals[0]}, and as {final}")
         if not self._link.deaths:

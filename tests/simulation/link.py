@@ -92,7 +92,9 @@ class SimulatedLink:
         # Of a prompt: runs that a core was sent, and how often it was told to forget one, as for a pause.
         self.submissions: Counter[tuple[int, ...]] = Counter()
         self.withdrawals: Counter[tuple[int, ...]] = Counter()
-        self._prompts: dict[int, tuple[int, ...]] = {}  # by the core's ids
+        self._prompts: dict[int, tuple[int, ...]] = {}  # by the core's ids, of runs from the first sample on
+        self._runs: dict[int, tuple[int, ...]] = {}  # the same of all runs
+        self.computed: Counter[tuple[int, ...]] = Counter()  # tokens by prompt, as cores told of runs that ended
 
     def start(self, events: Any) -> None:
         """The first core is up."""
@@ -102,13 +104,20 @@ class SimulatedLink:
     def send(self, command: CoreCommand) -> None:
         """Queue a command."""
         life, arrived = self.life, _decode(_encode(command))
-        if isinstance(arrived, Submit) and arrived.first_sample == 0:
-            prompt = self._prompts[arrived.request_id] = tuple(arrived.prompt_token_ids)
-            self.submissions[prompt] += 1
+        if isinstance(arrived, Submit):
+            prompt = self._runs[arrived.request_id] = tuple(arrived.prompt_token_ids)
+            if arrived.first_sample == 0:
+                self._prompts[arrived.request_id] = prompt
+                self.submissions[prompt] += 1
         elif isinstance(arrived, Abort) and arrived.request_id in self._prompts:
             self.withdrawals[self._prompts[arrived.request_id]] += 1
         if life is not None and life.is_alive:
             life.commands.put(self._clock() + SOCKET_S, partial(self._arrive, life, arrived))
+
+    @property
+    def has_repeated(self) -> bool:
+        """Tell whether a core was given a request anew, of which an earlier run may have computed some."""
+        return len(set(self._runs.values())) < len(self._runs)
 
     def die(self) -> None:
         """The process is killed: steps that are in its socket still come, then the end."""
@@ -229,4 +238,8 @@ class SimulatedLink:
 
     def _deliver(self, body: bytes) -> None:
         if not self.has_failed:
-            self._events.step(_decode_step(body))
+            step = _decode_step(body)
+            for delta in step.deltas:
+                if delta.finish is not None:
+                    self.computed[self._runs[delta.request_id]] += delta.finish.computed_tokens
+            self._events.step(step)

@@ -10,12 +10,14 @@ import pytest
 from cierzo.bench.virtual import VirtualClock, VirtualLoop
 from cierzo.engine.frontend.core_side import CoreSide
 from cierzo.engine.frontend.detok import Detokenizer
+from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
 from simulation.__main__ import COMMAND
 from simulation.world import World
 
 SEEDS, PARTS = 300, 6
+ONCE_RED = (391, 479, 701, 1170, 1242, 20_018, 20_129, 20_626, 20_870)
 HAPPENS = {"cancelled", "deadline", "failed", "length", "stop", "overloaded", "lost", "die", "leap", "swizzle"}
 
 
@@ -29,6 +31,11 @@ def test_seeds(part):
         counts.update(world.counts)
     missing = HAPPENS - set(counts)
     assert not missing, f"the seeds do not try {missing}"
+
+
+@pytest.mark.parametrize("seed", ONCE_RED)
+def test_seeds_that_were_red(seed):
+    assert not World(seed).run()
 
 
 def test_a_seed_is_one_history():
@@ -87,7 +94,28 @@ def swallow_text(monkeypatch):
     monkeypatch.setattr(Detokenizer, "flush", lambda self: "")
 
 
-@pytest.mark.parametrize("fault", [forget_tokens, never_close, ignore_cancels, resume_a_token_early, swallow_text])
+def forget_costs(monkeypatch):
+    monkeypatch.setattr(CoreSide, "_account", lambda self, delta: None)
+
+
+def tell_another_end(monkeypatch):
+    attach = Outlets.attach
+
+    def later(self, stream):
+        if stream.ended_at_s is not None:
+            stream.ended_at_s += 1.0
+        attach(self, stream)
+
+    monkeypatch.setattr(Outlets, "attach", later)
+
+
+FAULTS = [
+    *(forget_tokens, never_close, ignore_cancels, resume_a_token_early),
+    *(swallow_text, forget_costs, tell_another_end),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_turns_seeds_red(fault, monkeypatch):
     fault(monkeypatch)
     assert first_red()

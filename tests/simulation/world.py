@@ -60,7 +60,7 @@ class World:
             max_open_tokens=rng.choice((400, 8192, 1 << 20)),
             high_water_bytes=rng.choice((300, 4096, 262_144)),
             stream_credit_bytes=rng.choice((1024, 8192, 262_144)),
-            max_pending_bytes=rng.choice((4096, 65_536, 1 << 20)),
+            max_pending_bytes=rng.choice((500, 65_536, 1 << 20)),
             keepalive_s=rng.choice((1.0, 5.0)),
             slow_reader_s=rng.choice((1.0, 3.0)),
             orphan_s=rng.choice((1.0, 8.0)),
@@ -256,8 +256,10 @@ class World:
         is_late = self.link.step_s > PATIENCE_S["deadline"]
         is_told = not (is_late or self.link.deaths or self.link.stalls or self.history.leaps)
         sums = costs(self.history) if is_told else None
-        told = None if sums is None else (sums["computed_tokens"], sums["recomputed_tokens"])
-        if told is not None and told != (stats.computed_tokens, stats.recomputed_tokens):
+        if sums is None:
+            return
+        again = sums["recomputed_tokens"] - stats.recomputed_tokens  # by later runs, of which a core does not know
+        if sums["computed_tokens"] != stats.computed_tokens or again < 0 or (again and not self.link.has_repeated):
             wrong(f"costs are {sums}, the core counted {stats}")
 
     def _check_nothing_left(self, loop: VirtualLoop) -> None:
