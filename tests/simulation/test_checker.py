@@ -58,17 +58,27 @@ def test_what_a_request_cost_that_ended_for_nobody_is_not_known():
     assert costs(history(final(cost=None))) is None
 
 
-def test_all_readers_of_a_request_are_told_one_end():
-    def wrongs(*ends: Body) -> list[str]:
-        told = history(*ends)
-        checker = Checker(told, cast(Any, SimpleNamespace(deaths=[0.0])), FrontendConfig(), cast(Any, None))
-        checker._once(told.requests[0])
-        return checker.wrongs
+def wrongs_of(*ends: Body) -> list[str]:
+    """What is wrong with these ends of one request, of which cores told 5 computed tokens."""
+    told, link = history(*ends), SimpleNamespace(deaths=[0.0], computed={(2,): 5})
+    checker = Checker(told, cast(Any, link), FrontendConfig(), cast(Any, None))
+    checker._once(told.requests[0])
+    return checker.wrongs
 
+
+def test_all_readers_of_a_request_are_told_one_end():
     other = {"sample": 0, "finish_reason": "cancelled", "output_tokens": 3}
-    assert not wrongs(final(), final(cost=None))
-    assert "ended as" in wrongs(final(), final(samples=[other]))[0]
-    assert "ended as" in wrongs(final(), final(seed=2))[0]
+    assert not wrongs_of(final(), final(cost=None))
+    assert "ended as" in wrongs_of(final(), final(samples=[other]))[0]
+    assert "ended as" in wrongs_of(final(), final(seed=2))[0]
+
+
+def test_a_final_costs_what_cores_told():
+    dear = {**COST, "computed_tokens": 6}
+    assert "cost 6 computed tokens" in wrongs_of(final(cost=dear))[0]
+    for reason, stop in (("cancelled", None), ("deadline", None), ("stop", "text")):  # the core's word may be late
+        sample = {"sample": 0, "finish_reason": reason, "output_tokens": 3, "stop": stop}
+        assert not wrongs_of(final(cost=dear, samples=[sample]))
 
 
 def test_times_do_not_count_while_a_link_is_frozen():
