@@ -60,23 +60,27 @@ class Readers:
             s.first_offset > offset for s, offset in zip(stream.samples, offsets, strict=True)
         ):
             raise NotFound(
-                f"the answer under this key has outgrown max_answer_bytes, {self._config.max_answer_bytes}: its "
-                f"first log-probabilities are kept no longer",
+                f"the first log-probabilities under this key are kept no longer: {self._why_forgotten}",
                 field="idempotency_key",
                 value=message.idempotency_key,
             )
         self._take_over(stream, sink, message.stream, offsets)
+
+    @property
+    def _why_forgotten(self) -> str:
+        """The bounds for which a log loses its oldest log-probabilities."""
+        config = self._config
+        return (
+            f"an answer has at most max_answer_bytes, {config.max_answer_bytes}, and one that was paused for its "
+            f"reader the last stream_credit_bytes, {config.stream_credit_bytes}, of those that were sent"
+        )
 
     def _take_over(self, stream: Stream, sink: Sink, stream_id: int, received: list[int]) -> None:
         """Give a stream to a connection that has so many tokens of each sample, and tell the one that had it."""
         for index, (sample, offset) in enumerate(zip(stream.samples, received, strict=False)):
             first, end = sample.first_offset if stream.deltas else 0, len(sample.token_ids)
             if not first <= offset <= end:
-                kept = (
-                    f" (log-probabilities within max_answer_bytes, {self._config.max_answer_bytes})"
-                    if first
-                    else ""
-                )
+                kept = f" (of the log-probabilities before, {self._why_forgotten})" if first else ""
                 raise InvalidRequest(
                     f"sample {index} can be resumed from token {first} to {end}{kept}, not from {offset}",
                     field=f"received[{index}]",

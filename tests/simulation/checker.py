@@ -140,7 +140,9 @@ class Checker:
             "core_failed": self._link.has_failed,
             "slow_reader": attempt.disturbed or attempt.kind == "resume" or leapt_s > 0,
             "taken_over": len(attempt.request.attempts) > 1,
-            "not_found": attempt.kind == "resume" and self._may_be_forgotten(before, attempt),
+            "not_found": (attempt.kind == "resume" and self._may_be_forgotten(before, attempt))
+            or (before is not None and attempt.kind == "generate" and self._may_lack_logprobs(attempt)),
+            "invalid_request": attempt.shortened and self._may_lack_logprobs(attempt),
         }
         if not fits.get(code, False):
             self._wrong(f"{name}: {attempt.end}")
@@ -152,6 +154,14 @@ class Checker:
         if earlier.end is not None:
             return earlier.end.get("code") == "slow_reader"
         return earlier.lost_s is not None and self._may_be_forgotten(earlier, attempt)
+
+    def _may_lack_logprobs(self, attempt: Attempt) -> bool:
+        """Whether the first log-probabilities may be gone: the stream was paused, and its reader had some of it."""
+        body = attempt.request.body
+        paused = self._link.withdrawals[tuple(body["token_ids"])] > 0
+        return (
+            paused and "logprobs" in body["sampling"] and any(any(one.tokens) for one in attempt.request.attempts)
+        )
 
     def _may_be_forgotten(self, before: Attempt | None, attempt: Attempt) -> bool:
         if before is None or before.disturbed or before.lost_s is None:

@@ -305,7 +305,7 @@ class Client:
             tokens[sample] = tokens[sample][:num_tokens]
             texts[sample] = texts[sample][:num_chars]
             logprobs[sample] = logprobs[sample][:num_tokens]
-        return replace(last, tokens=tokens, texts=texts, logprobs=logprobs, marks=marks)
+        return replace(last, tokens=tokens, texts=texts, logprobs=logprobs, marks=marks, shortened=True)
 
     async def _wait(self, request: Request) -> bool:
         """Wait until an attempt has ended or its connection was lost; whether to look again."""

@@ -53,6 +53,7 @@ class Attempt:
     texts: list[str]
     logprobs: list[list[Any]]
     marks: list[list[tuple[int, int]]]
+    shortened: bool = False  # the client has thrown away some of what had come
     accepted: Body | None = None
     end: Body | None = None
     end_s: float = 0.0

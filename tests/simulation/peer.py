@@ -79,6 +79,7 @@ class Peer:
             texts=[base.text_to_resume(i) if base else "" for i in range(count)],
             logprobs=[list(base.logprobs[i]) if base else [] for i in range(count)],
             marks=[list(base.marks[i]) if base else [] for i in range(count)],
+            shortened=base is not None and base.shortened,
             disturbed=not self._reads.is_set() or self.withholds_credit or self.wire.is_hard,
         )
         for earlier in request.attempts:
