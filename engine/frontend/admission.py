@@ -1,10 +1,10 @@
 """An estimate of the time to a request's first token, by which one that must miss its deadline is refused at once.
 
-Told by the core: tokens that wait, the price of a prompt's work, and the rate at which steps with prompts in them
-do such work. That rate is the engine's best only while there is more to compute than steps take; what it was then
-is believed for a while. Measured here: what has been sent since the core told, and, while requests queue in the core,
-the rate at which they get their first token, as they may wait for a place rather than for the prompts before them.
-Nothing is refused without evidence of either kind. Pure bookkeeping.
+Told by the core: tokens that wait, the price of a prompt's work, and the rate at which steps with prompts in
+them do such work. That rate is the engine's best only while there is more to compute than steps take; what it
+was then is believed for a while. Measured here: what has been sent since the core told, and, while requests
+queue in the core, the rate at which they get their first token, as they may wait for a place rather than for
+the prompts before them. Nothing is refused without evidence of either kind. Pure bookkeeping.
 """
 
 from __future__ import annotations

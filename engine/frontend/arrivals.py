@@ -150,7 +150,7 @@ class Arrivals:
             raise
         stream = self._open(sink, Generate(stream=stream_id))  # the true one comes with the answer
         try:
-            self._encode_aside(stream, body, None if attached is None or attached.refused else attached)
+            self._encode_aside(stream, body, attached)
         except CierzoError:
             self._refuse(stream)
             raise
@@ -210,14 +210,17 @@ class Arrivals:
         """A long prompt is rendered and encoded by a process; meanwhile the stream can be cancelled."""
         assert stream.sink is not None
         features = sorted(stream.sink.features)
+        was_refused = attached is not None and attached.refused
+        attached = None if was_refused else attached
         job = Job(stream=stream.stream_id, features=features, has_attached=attached is not None)
         pieces = [] if attached is None else attached.pieces
         future = self._encoders.submit(job, body, pieces, stream.deadline_at_s)
         self._encoding[stream.request_id] = future
-        future.add_done_callback(lambda done: self._encoded(stream, done))
+        future.add_done_callback(lambda done: self._encoded(stream, done, was_refused))
 
-    def _encoded(self, stream: Stream, future: asyncio.Future[Encoded]) -> None:
-        """An answer for a stream that waits for it; a stream that ended meanwhile has cancelled it."""
+    def _encoded(self, stream: Stream, future: asyncio.Future[Encoded], was_refused: bool) -> None:
+        """An answer for a stream that waits for it; a stream that ended meanwhile has cancelled it. was_refused: of
+        bytes that were attached, the client has heard so already."""
         self._encoding.pop(stream.request_id, None)
         if future.cancelled() or stream not in self._streams:
             return
@@ -229,7 +232,10 @@ class Arrivals:
         except Late:
             self._owner.end(stream, "deadline")
         except CierzoError as error:
-            self._refuse_late(stream, error)
+            if was_refused and error.field == "attached":
+                self._refuse(stream)
+            else:
+                self._refuse_late(stream, error)
         except Exception as error:
             log.exception("request %d could not be started", stream.request_id)
             self._refuse_late(stream, CierzoError(f"internal error: {type(error).__name__}"))
