@@ -120,8 +120,8 @@ class Arrivals:
             if attached is None and (stream := self._keeper.find_key(message)) is not None:
                 self._readers.join(sink, message, stream)
                 return
-            self._admit(message.sampling.n)
             validate.fields(message, self._config, self._model, self._prompts.special_ids)
+            self._admit(message.sampling.n)
             num_bytes, most = None if attached is None else attached.num_bytes, self._model.max_model_len
             validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
         except CierzoError:
@@ -197,6 +197,7 @@ class Arrivals:
             deltas=message.deltas,
             num_samples=message.sampling.n,
             num_tokens=0,
+            sampling=message.sampling,
             arrived=arrived,
             deadline_at_s=arrived + (message.deadline_s or self._config.default_deadline_s),
         )
@@ -258,7 +259,7 @@ class Arrivals:
         num_samples = self._streams.num_samples + message.sampling.n - stream.num_samples
         require_room(self._config, "max_open_samples", num_samples)
         self._streams.resize(stream, message.sampling.n)
-        stream.deltas = message.deltas
+        stream.deltas, stream.sampling = message.deltas, message.sampling
         stream.deadline_at_s = stream.arrived + (message.deadline_s or self._config.default_deadline_s)
         self._core.opened(stream)
         return True
@@ -275,6 +276,13 @@ class Arrivals:
             seed = self._random.getrandbits(SEED_BITS)
             submit = msgspec.structs.replace(submit, sampling=msgspec.structs.replace(submit.sampling, seed=seed))
         num_tokens = encoded.num_prompt_tokens + len(submit.output_token_ids)
+        if num_tokens > (most := self._config.max_open_tokens):
+            raise InvalidRequest(
+                f"{num_tokens} tokens are more than all open generations together may have (max_open_tokens)",
+                field="max_open_tokens",
+                limit=most,
+                value=num_tokens,
+            )
         self._core.require_in_time(stream, num_tokens, submit.priority)
         require_room(self._config, "max_open_tokens", self._streams.num_tokens + num_tokens)
         if not stream.deltas:
