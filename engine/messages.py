@@ -337,7 +337,9 @@ class CoreStats(Message, frozen=True, omit_defaults=True):
     computed_tokens, recomputed_tokens, sequence_steps, kv_block_s: sums of what `Cost` says of each request.
     waiting_tokens: known tokens of running and waiting sequences that are not computed yet. prefill_tokens_per_s:
     rate at which steps with prompts in them computed their tokens of late; 0 before the first one. step_s: time of
-    a step of late. Version 2 has none of these.
+    a step of late. prompt_row_s, prompt_pair_s: predicted seconds of a prompt's token, and of a pair of one and one
+    before it; 0 while no price is known. prefill_share: such seconds of work a second of the steps with prompts in
+    them, of late. max_chunk_tokens: longer prompts leave half a step to others. Version 2 has none of these.
     experts: which ones the tokens of all its steps chose; None where they are not counted.
     """
 
@@ -359,6 +361,10 @@ class CoreStats(Message, frozen=True, omit_defaults=True):
     waiting_tokens: int = 0
     prefill_tokens_per_s: float = 0.0
     step_s: float = 0.0
+    prompt_row_s: float = 0.0
+    prompt_pair_s: float = 0.0
+    prefill_share: float = 0.0
+    max_chunk_tokens: int = 0
     experts: ExpertStatistics | None = None
 
 

@@ -1,10 +1,10 @@
 """An estimate of the time to a request's first token, by which one that must miss its deadline is refused at once.
 
-Measured by the core: tokens that wait, and the rate at which steps with prompts in them compute tokens. That rate
-is the engine's best only while there is more to compute than steps take; what it was then is believed for a while.
-Measured here: what has been sent since the core told, and, while requests queue in the core, the rate at which they
-get their first token, as they may wait for a place rather than for the prompts before them. Nothing is refused
-without evidence of either kind. Pure bookkeeping.
+Told by the core: tokens that wait, the price of a prompt's work, and the rate at which steps with prompts in
+them do such work. That rate is the engine's best only while there is more to compute than steps take; what it
+was then is believed for a while. Measured here: what has been sent since the core told, and, while requests
+queue in the core, the rate at which they get their first token, as they may wait for a place rather than for
+the prompts before them. Nothing is refused without evidence of either kind. Pure bookkeeping.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from collections import Counter, deque
 from dataclasses import dataclass
 
 from cierzo.engine.errors import DeadlineUnreachable
+from cierzo.engine.frontend.prompt_line import PromptLine
 from cierzo.engine.messages import CoreStats
 
 EVIDENCE_S = 10.0  # how long a rate is believed
 BACKLOG_STEPS = 2  # of prompt tokens, more than which a core must have waiting for its rate to be its best
 FEWEST_STARTS = 8  # first tokens from which a rate of requests is taken
 MOST_STARTS = 64
+OPTIMISM = 0.75  # of the estimate: a request is refused if it would be late even so. In doubt it is let in
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,23 @@ class Estimate:
     own_s: float
 
 
+class _Prompts:
+    """Prompts that wait, summed up: how many, their tokens, and the squares of these."""
+
+    __slots__ = ("requests", "squares", "tokens")
+
+    def __init__(self) -> None:
+        self.requests: Counter[int] = Counter()  # each by priority
+        self.tokens: Counter[int] = Counter()
+        self.squares: Counter[int] = Counter()
+
+    def add(self, num_tokens: int, priority: int, count: int = 1) -> None:
+        """Count a prompt, or (-1) count it no more."""
+        self.requests[priority] += count
+        self.tokens[priority] += count * num_tokens
+        self.squares[priority] += count * num_tokens * num_tokens
+
+
 class Admission:
     """The queue before the first token, as the front end can know it. Times are the caller's clock, in seconds."""
 
@@ -36,19 +55,24 @@ class Admission:
         self._stats = CoreStats()
         self._published_s = 0.0
         self._backlogged = False  # when the core last told
-        self._rate = 0.0  # prompt tokens a second that the engine can compute, as far as known
+        self._rate = 0.0  # work on prompts a second that the engine can do, as far as known
         self._rate_s = float("-inf")  # when that was seen
         self._runs: dict[int, tuple[int, int]] = {}  # sent, without a token yet: (tokens, priority)
-        self._tokens: Counter[int] = Counter()  # of these, by priority
-        self._requests: Counter[int] = Counter()
+        self._num_tokens = 0  # of these
+        self._short = _Prompts()  # those of them that steps do not cut to leave something for others
+        self._long: dict[int, tuple[int, int]] = {}  # the others
         self._unknown: dict[int, float] = {}  # when they were sent, of those sent after the core last looked
         self._unknown_tokens = 0
         self._starts: deque[float] = deque(maxlen=MOST_STARTS)  # of requests, while others waited in the core
 
     def published(self, stats: CoreStats, now: float) -> None:
         """The core has told its gauges. Commands that came within its last step are not in them."""
-        self._stats, self._published_s = stats, now
-        self._learn_rate(stats.prefill_tokens_per_s, now)
+        before, self._stats, self._published_s = self._stats, stats, now
+        if bool(stats.prompt_row_s) != bool(before.prompt_row_s):  # work is counted in another unit from now on
+            self._rate, self._rate_s, self._backlogged = 0.0, float("-inf"), False
+        if stats.max_chunk_tokens != before.max_chunk_tokens:
+            self._sort()
+        self._learn_rate(now)
         if not stats.waiting:
             self._starts.clear()
         while self._unknown:
@@ -60,8 +84,8 @@ class Admission:
     def sent(self, run_id: int, num_tokens: int, priority: int, now: float) -> None:
         """A run was sent to the core: tokens to compute until it gives one."""
         self._runs[run_id] = (num_tokens, priority)
-        self._tokens[priority] += num_tokens
-        self._requests[priority] += 1
+        self._num_tokens += num_tokens
+        self._enter(run_id, num_tokens, priority)
         self._unknown[run_id] = now
         self._unknown_tokens += num_tokens
 
@@ -71,58 +95,108 @@ class Admission:
             return
         self._known(run_id)
         num_tokens, priority = self._runs.pop(run_id)
-        self._tokens[priority] -= num_tokens
-        self._requests[priority] -= 1
+        self._num_tokens -= num_tokens
+        if self._long.pop(run_id, None) is None:
+            self._short.add(num_tokens, priority, -1)
         if started and self._stats.waiting:
             self._starts.append(now)
 
     def estimate(self, num_tokens: int, priority: int, now: float) -> Estimate | None:
         """The time to the first token of a request that was sent now; None while no rate is known."""
-        stats = self._stats
-        rate_known, starts_known = now - self._rate_s <= EVIDENCE_S, len(self._starts) >= FEWEST_STARTS
-        if not rate_known and not starts_known:
+        line, start_s = self._line(priority, now), self._start_s(priority, now)
+        if line is None and start_s is None:
             return None
-        queue_s = s_per_token = 0.0
-        if rate_known:
-            new_share = 1 - stats.cached_tokens / stats.prompt_tokens if stats.prompt_tokens else 1.0
-            s_per_token = new_share / self._rate
-            waiting = max(0.0, stats.waiting_tokens - (now - self._published_s) * self._rate)
-            queue_s = min(waiting + self._unknown_tokens, _up_to(priority, self._tokens)) * s_per_token
-        if starts_known:
-            s_per_start = (now - self._starts[0]) / len(self._starts)
-            queue_s = max(queue_s, _up_to(priority, self._requests) * s_per_start)
-        return Estimate(queue_s, num_tokens * s_per_token + stats.step_s)
+        own_s = self._seconds(num_tokens, num_tokens * num_tokens) if line is not None else 0.0
+        queue_s = line.queue_s(own_s) if line is not None else 0.0
+        return Estimate(max(queue_s, start_s or 0.0), own_s + self._stats.step_s)
 
     def require(self, num_tokens: int, priority: int, deadline_s: float, now: float) -> None:
-        """Raise DeadlineUnreachable if the first token cannot come within `deadline_s`, by the estimate."""
+        """Raise DeadlineUnreachable if the first token is late even if it comes earlier than estimated, by
+        OPTIMISM."""
         estimate = self.estimate(num_tokens, priority, now)
-        if estimate is None or estimate.queue_s + estimate.own_s <= deadline_s:
+        if estimate is None or OPTIMISM * (estimate.queue_s + estimate.own_s) <= deadline_s:
             return
-        if estimate.own_s > deadline_s:
+        if OPTIMISM * estimate.own_s > deadline_s:
             raise DeadlineUnreachable(
                 f"its own prompt takes about {estimate.own_s:.3g} s: with this deadline a retry is of no use",
                 field="deadline_s",
-                limit=f"at least {estimate.own_s:.3g} s, with nothing else to compute",
+                limit=f"at least {OPTIMISM * estimate.own_s:.3g} s, with nothing else to compute",
                 value=f"{deadline_s:.3g} s left",
             )
-        late_s = estimate.queue_s + estimate.own_s - deadline_s
         raise DeadlineUnreachable(
             f"the first token is about {estimate.queue_s + estimate.own_s:.3g} s away",
             field="deadline_s",
-            limit=f"at least {estimate.queue_s + estimate.own_s:.3g} s at this time",
+            limit=f"at least {OPTIMISM * (estimate.queue_s + estimate.own_s):.3g} s at this time",
             value=f"{deadline_s:.3g} s left",
-            retry_after_s=late_s,
+            retry_after_s=self._retry_after_s(estimate, priority, deadline_s, now),
         )
 
-    def _learn_rate(self, rate: float, now: float) -> None:
+    def _retry_after_s(self, estimate: Estimate, priority: int, deadline_s: float, now: float) -> float:
+        """Seconds after which, by the estimate and if nobody else comes, the first token would be in time."""
+        line, start_s = self._line(priority, now), self._start_s(priority, now)
+        wait_s = 0.0 if start_s is None else start_s + estimate.own_s - deadline_s
+        if line is not None:
+            wait_s = max(wait_s, line.time_until(estimate.own_s, max(0.0, deadline_s - estimate.own_s)))
+        return wait_s + self._stats.step_s  # it does not come as a step begins
+
+    def _line(self, priority: int, now: float) -> PromptLine | None:
+        """Work that is to be computed before or beside a request of this priority; None while no rate is known."""
+        if now - self._rate_s > EVIDENCE_S:
+            return None
+        stats, short = self._stats, self._short
+        done = max(0, self._num_tokens - self._unknown_tokens - stats.waiting_tokens)
+        long_s = []
+        for num_tokens, level in self._long.values():
+            if level <= priority:
+                computed = min(done, num_tokens)
+                done -= computed
+                long_s.append(self._seconds(num_tokens - computed, num_tokens**2 - computed**2))
+        num_tokens, squares = _up_to(priority, short.tokens), _up_to(priority, short.squares)
+        left = max(0.0, 1 - done / num_tokens) if num_tokens else 0.0
+        since_s = min(now - self._published_s, self._seconds(stats.waiting_tokens, 0))  # it goes on meanwhile
+        return PromptLine(long_s, left * self._seconds(num_tokens, squares)).after(since_s)
+
+    def _start_s(self, priority: int, now: float) -> float | None:
+        """Seconds until a place is free, by the rate at which requests got their first token while others waited
+        for it; None while there is none."""
+        if len(self._starts) < FEWEST_STARTS:
+            return None
+        requests = _up_to(priority, self._short.requests) + sum(lv <= priority for _, lv in self._long.values())
+        return requests * (now - self._starts[0]) / len(self._starts)
+
+    def _seconds(self, num_tokens: int, squares: int) -> float:
+        """Seconds of work on prompts, with nothing else to do: by the core's price; without one, all tokens are
+        alike."""
+        stats = self._stats
+        new_share = 1 - stats.cached_tokens / stats.prompt_tokens if stats.prompt_tokens else 1.0
+        if not stats.prompt_row_s:
+            return num_tokens * new_share / self._rate
+        work_s = num_tokens * stats.prompt_row_s + squares / 2 * stats.prompt_pair_s
+        return work_s * new_share / self._rate
+
+    def _learn_rate(self, now: float) -> None:
         """Take in a rate that the core has told: the engine's best if there was a backlog then and the time before,
         else no less than it can do."""
-        backlogged = self._stats.waiting_tokens > BACKLOG_STEPS * rate * self._stats.step_s and rate > 0
+        stats = self._stats
+        rate = stats.prefill_share if stats.prompt_row_s else stats.prefill_tokens_per_s
+        backlogged = stats.waiting_tokens > BACKLOG_STEPS * stats.prefill_tokens_per_s * stats.step_s and rate > 0
         if backlogged and self._backlogged:
             self._rate, self._rate_s = rate, now
         else:
             self._rate = max(self._rate, rate)
         self._backlogged = backlogged
+
+    def _sort(self) -> None:
+        """Learn from which length on prompts are long."""
+        self._short, self._long = _Prompts(), {}
+        for run_id, (num_tokens, priority) in self._runs.items():
+            self._enter(run_id, num_tokens, priority)
+
+    def _enter(self, run_id: int, num_tokens: int, priority: int) -> None:
+        if 0 < self._stats.max_chunk_tokens < num_tokens:
+            self._long[run_id] = (num_tokens, priority)
+        else:
+            self._short.add(num_tokens, priority)
 
     def _known(self, run_id: int) -> None:
         """The core's gauges count this run, or it has left the queue."""

@@ -120,8 +120,8 @@ class Arrivals:
             if attached is None and (stream := self._keeper.find_key(message)) is not None:
                 self._readers.join(sink, message, stream)
                 return
-            self._admit(message.sampling.n)
             validate.fields(message, self._config, self._model, self._prompts.special_ids)
+            self._admit(message.sampling.n)
             num_bytes, most = None if attached is None else attached.num_bytes, self._model.max_model_len
             validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
         except CierzoError:
@@ -150,7 +150,7 @@ class Arrivals:
             raise
         stream = self._open(sink, Generate(stream=stream_id))  # the true one comes with the answer
         try:
-            self._encode_aside(stream, body, None if attached is None or attached.refused else attached)
+            self._encode_aside(stream, body, attached)
         except CierzoError:
             self._refuse(stream)
             raise
@@ -197,6 +197,7 @@ class Arrivals:
             deltas=message.deltas,
             num_samples=message.sampling.n,
             num_tokens=0,
+            sampling=message.sampling,
             arrived=arrived,
             deadline_at_s=arrived + (message.deadline_s or self._config.default_deadline_s),
         )
@@ -210,14 +211,17 @@ class Arrivals:
         """A long prompt is rendered and encoded by a process; meanwhile the stream can be cancelled."""
         assert stream.sink is not None
         features = sorted(stream.sink.features)
+        was_refused = attached is not None and attached.refused
+        attached = None if was_refused else attached
         job = Job(stream=stream.stream_id, features=features, has_attached=attached is not None)
         pieces = [] if attached is None else attached.pieces
         future = self._encoders.submit(job, body, pieces, stream.deadline_at_s)
         self._encoding[stream.request_id] = future
-        future.add_done_callback(lambda done: self._encoded(stream, done))
+        future.add_done_callback(lambda done: self._encoded(stream, done, was_refused))
 
-    def _encoded(self, stream: Stream, future: asyncio.Future[Encoded]) -> None:
-        """An answer for a stream that waits for it; a stream that ended meanwhile has cancelled it."""
+    def _encoded(self, stream: Stream, future: asyncio.Future[Encoded], was_refused: bool) -> None:
+        """An answer for a stream that waits for it; a stream that ended meanwhile has cancelled it. was_refused: of
+        bytes that were attached, the client has heard so already."""
         self._encoding.pop(stream.request_id, None)
         if future.cancelled() or stream not in self._streams:
             return
@@ -229,7 +233,10 @@ class Arrivals:
         except Late:
             self._owner.end(stream, "deadline")
         except CierzoError as error:
-            self._refuse_late(stream, error)
+            if was_refused and error.field == "attached":
+                self._refuse(stream)
+            else:
+                self._refuse_late(stream, error)
         except Exception as error:
             log.exception("request %d could not be started", stream.request_id)
             self._refuse_late(stream, CierzoError(f"internal error: {type(error).__name__}"))
@@ -252,7 +259,7 @@ class Arrivals:
         num_samples = self._streams.num_samples + message.sampling.n - stream.num_samples
         require_room(self._config, "max_open_samples", num_samples)
         self._streams.resize(stream, message.sampling.n)
-        stream.deltas = message.deltas
+        stream.deltas, stream.sampling = message.deltas, message.sampling
         stream.deadline_at_s = stream.arrived + (message.deadline_s or self._config.default_deadline_s)
         self._core.opened(stream)
         return True
@@ -269,6 +276,13 @@ class Arrivals:
             seed = self._random.getrandbits(SEED_BITS)
             submit = msgspec.structs.replace(submit, sampling=msgspec.structs.replace(submit.sampling, seed=seed))
         num_tokens = encoded.num_prompt_tokens + len(submit.output_token_ids)
+        if num_tokens > (most := self._config.max_open_tokens):
+            raise InvalidRequest(
+                f"{num_tokens} tokens are more than all open generations together may have (max_open_tokens)",
+                field="max_open_tokens",
+                limit=most,
+                value=num_tokens,
+            )
         self._core.require_in_time(stream, num_tokens, submit.priority)
         require_room(self._config, "max_open_tokens", self._streams.num_tokens + num_tokens)
         if not stream.deltas:

@@ -15,6 +15,7 @@ from cierzo.engine.frontend.stream import Sink
 ATTACHED_S = 60.0  # how long attached bytes are kept without news
 JOIN_BYTES = 64 * 1024  # smaller pieces are joined; larger ones stay where they came, uncopied
 ENTRY_BYTES = 512  # charged for each stream that has some, besides them
+MAX_REFUSED = 1024  # prompts of a connection that were refused in part and may go on; one more ends it
 
 
 @dataclass(slots=True)
@@ -37,7 +38,7 @@ class Attached:
 
 
 class Attachments:
-    """Attached bytes by connection and stream, charged as they come."""
+    """Attached bytes by connection and stream, charged as they come; and which streams had theirs refused."""
 
     def __init__(
         self,
@@ -51,13 +52,15 @@ class Attachments:
         self._budget = budget
         self._expired = expired
         self._sinks: dict[Sink, dict[int, Attached]] = {}
+        self._refused: dict[Sink, set[int]] = {}  # no stream is in both
         self._expiry: Expiry[tuple[Sink, int]] = Expiry(ATTACHED_S, clock, self._expire)
 
     def add(self, sink: Sink, stream_id: int, data: Buffer) -> None:
         """Append to what `stream_id` has; raises InvalidRequest or Overloaded, and keeps nothing then."""
-        entry = self._entry(sink, stream_id)
-        if entry.refused:
+        if stream_id in self._refused.get(sink, ()):
+            self._expiry.add((sink, stream_id))
             return
+        entry = self._entry(sink, stream_id)
         most = self._config.max_attached_bytes
         num_bytes = entry.num_bytes + len(data)
         if num_bytes > most:
@@ -71,16 +74,27 @@ class Attachments:
         entry.append(data)
 
     def refuse(self, sink: Sink, stream_id: int) -> None:
-        """An error was the answer to part of a prompt: keep nothing of it, and pass over the rest."""
-        try:
-            entry = self._entry(sink, stream_id)
-        except Overloaded:
-            return
-        self._budget.give(entry.num_bytes)
-        entry.pieces, entry.num_bytes, entry.refused = [], 0, True
+        """An error was the answer to part of a prompt: keep nothing of it, and pass over the rest. Raises
+        Overloaded if that is so of too many."""
+        self.take(sink, stream_id)
+        refused = self._refused.setdefault(sink, set())
+        refused.add(stream_id)
+        self._expiry.add((sink, stream_id))
+        if len(refused) > MAX_REFUSED:
+            raise Overloaded(
+                f"of more than {MAX_REFUSED} prompts of this connection a part was refused, and no generate came",
+                field="attached",
+                limit=MAX_REFUSED,
+                retry_after_s=self._config.retry_after_s,
+            )
 
     def take(self, sink: Sink, stream_id: int) -> Attached | None:
-        """Let go of what a stream has: it is the caller's, and not charged any more."""
+        """Let go of what a stream has: it is the caller's, and not charged any more. What was refused counts as
+        something."""
+        if stream_id in self._refused.get(sink, ()):
+            self._refused[sink].discard(stream_id)
+            self._expiry.discard((sink, stream_id))
+            return Attached(refused=True)
         entry = self._sinks.get(sink, {}).pop(stream_id, None)
         if entry is not None:
             self._expiry.discard((sink, stream_id))
@@ -89,9 +103,10 @@ class Attachments:
 
     def disconnect(self, sink: Sink) -> None:
         """A connection is gone, and what it attached."""
-        for stream_id in list(self._sinks.get(sink, {})):
+        for stream_id in [*self._sinks.get(sink, ()), *self._refused.get(sink, ())]:
             self.take(sink, stream_id)
         self._sinks.pop(sink, None)
+        self._refused.pop(sink, None)
 
     def close(self) -> None:
         """Stop the timer."""
@@ -111,4 +126,6 @@ class Attachments:
         sink, stream_id = place
         entry = self.take(sink, stream_id)
         if entry is not None and not entry.refused:
+            self._refused.setdefault(sink, set()).add(stream_id)
+            self._expiry.add((sink, stream_id))
             self._expired(sink, stream_id)

@@ -154,11 +154,12 @@ class Frontend:
                 self._abort(stream, "cancelled")
             self.outlets.detach(stream, sink)
             self._drain.check()
-            self._cancels.count(sink)
-        elif attaching:
+        if attaching:
             self._arrivals.refuse_attached(sink, stream_id)
         else:
             self._arrivals.forget_attached(sink, stream_id)
+        if stream is not None:
+            self._cancels.count(sink)
 
     def drain(self, sink: Sink | None = None, stream_id: int = 0) -> None:
         """Say that the server is draining, then accept nothing, then end what is left; `sink` hears when nothing

@@ -15,6 +15,7 @@ _NEW_STATS = {
     for name in (
         *("computed_tokens", "recomputed_tokens", "sequence_steps", "kv_block_s"),
         *("waiting_tokens", "prefill_tokens_per_s", "step_s"),
+        *("prompt_row_s", "prompt_pair_s", "prefill_share", "max_chunk_tokens"),
     )
 }
 _without_new = partial(msgspec.structs.replace, **_NEW_STATS)

@@ -208,6 +208,10 @@ class EngineCore:
             waiting_tokens=scheduler.waiting_tokens,
             prefill_tokens_per_s=self._times.prefill_tokens_per_s,
             step_s=self._times.step_s,
+            prompt_row_s=self._times.prompt_row_s,
+            prompt_pair_s=self._times.prompt_pair_s,
+            prefill_share=self._times.prefill_share,
+            max_chunk_tokens=self._config.scheduler.max_chunk_tokens,
             experts=None if self._runner.experts is None else self._runner.experts.statistics(),
         )
 

@@ -72,13 +72,32 @@ class StepTimes:
     def __init__(self, config: EngineConfig) -> None:
         self.cost = predicted_cost(config)
         self.step_s = 0.0
-        self._learner = CostLearner(context_pairs(config.model)) if self.cost is None else None
-        self._prompt_tokens = self._prompt_steps_s = 0.0
+        self._context_pairs = context_pairs(config.model)
+        self._learner = CostLearner(self._context_pairs) if self.cost is None else None
+        self._prompt_tokens = self._prompt_pairs = self._prompt_steps_s = 0.0
 
     @property
     def prefill_tokens_per_s(self) -> float:
         """Prompt tokens a second of the steps that computed some; 0 before the first one."""
         return self._prompt_tokens / self._prompt_steps_s if self._prompt_steps_s else 0.0
+
+    @property
+    def prompt_row_s(self) -> float:
+        """Predicted seconds of a prompt's token, without its pairs; 0 while there is no price."""
+        return 0.0 if self.cost is None else self.cost.row_s + self._context_pairs * self.cost.pair_s
+
+    @property
+    def prompt_pair_s(self) -> float:
+        """Predicted seconds of a pair of a prompt's token and one before it; 0 while there is no price."""
+        return 0.0 if self.cost is None else self.cost.pair_s
+
+    @property
+    def prefill_share(self) -> float:
+        """Predicted seconds of prompts' work a second of the steps that did some; 0 before the first one."""
+        if self.cost is None or not self._prompt_steps_s:
+            return 0.0
+        work_s = self._prompt_tokens * self.cost.row_s + self._prompt_pairs * self.cost.pair_s
+        return work_s / self._prompt_steps_s
 
     def took(self, work: StepWork | None, seconds: float) -> bool:
         """Take in how long a step took, and its work if it was priced; whether the price has changed."""
@@ -87,6 +106,8 @@ class StepTimes:
             return False
         if work.rows:
             self._prompt_tokens = RECENT * self._prompt_tokens + work.rows
+            pairs = work.pairs + self._context_pairs * work.context
+            self._prompt_pairs = RECENT * self._prompt_pairs + pairs
             self._prompt_steps_s = RECENT * self._prompt_steps_s + seconds
         if self._learner is None or not self._learner.observe(work, seconds):
             return False

@@ -10,8 +10,9 @@ import pytest
 from cierzo.bench.virtual import VirtualClock, VirtualCore
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import DeadlineUnreachable
-from cierzo.engine.frontend.admission import EVIDENCE_S, FEWEST_STARTS, Admission
+from cierzo.engine.frontend.admission import EVIDENCE_S, FEWEST_STARTS, OPTIMISM, Admission
 from cierzo.engine.frontend.client import Client
+from cierzo.engine.frontend.prompt_line import MOST_SHARING, PromptLine
 from cierzo.engine.messages import CoreStats, SamplingParams, StepOutput, Submit
 
 RATE = 10_000.0  # prompt tokens per second
@@ -261,7 +262,7 @@ def test_the_front_end_refuses_by_it(run, serving, cores):
                 await client.complete(token_ids=[2] * 10, deadline_s=4.0)
             assert caught.value.retry_after_s == pytest.approx(2.0, abs=0.2)
             with pytest.raises(DeadlineUnreachable) as caught:
-                await client.complete(token_ids=[2] * 50, deadline_s=4.0)
+                await client.complete(token_ids=[2] * 50, deadline_s=3.0)
             assert caught.value.retry_after_s is None
             stats = await client.stats()
             assert (stats.accepted, stats.refused, stats.streams) == (1, 2, 1)
@@ -275,8 +276,9 @@ def test_the_front_end_refuses_by_it(run, serving, cores):
 class VirtualEngine:
     """The real scheduler on a simulated card, in its own virtual time, and the `Admission` of its front end."""
 
-    def __init__(self):
-        config = resolve(EngineOptions(model="small4", device="simulated:h200", weights="fp8", max_model_len=8192))
+    def __init__(self, max_model_len=8192):
+        options = EngineOptions(model="small4", device="simulated:h200", weights="fp8", max_model_len=max_model_len)
+        config = resolve(options)
         self.clock, self.admission = VirtualClock(), Admission()
         self.core = VirtualCore(config, self.clock)
         self.first_token_s = {}
@@ -298,6 +300,21 @@ class VirtualEngine:
         prompt = [number] * num_tokens
         self.admission.sent(number, num_tokens, 0, self.clock.now_s)
         self.core.submit(Submit(request_id=number, prompt_token_ids=prompt, sampling=sampling))
+
+    def until_first_token(self, number):
+        """Seconds to the first token of what was sent now."""
+        sent_s = self.clock.now_s
+        while number not in self.first_token_s:
+            self.run_until(self.clock.now_s + 1e-6)
+        return self.first_token_s[number] - sent_s
+
+    def refusal(self, num_tokens, deadline_s):
+        """The error that a request would get now, None where it would be let in."""
+        try:
+            self.admission.require(num_tokens, 0, deadline_s, self.clock.now_s)
+        except DeadlineUnreachable as error:
+            return error
+        return None
 
 
 def test_the_estimate_is_near_the_truth_with_the_real_scheduler_on_a_simulated_card():
@@ -326,3 +343,99 @@ def test_the_estimate_is_near_the_truth_with_the_real_scheduler_on_a_simulated_c
     assert max(waits.values()) > 10.0
     for number, wait_s in waits.items():
         assert _agree(expected[number][1], wait_s)
+
+
+def test_short_ones_beside_a_long_prompt_are_let_in():
+    """A prompt of 60,000 tokens takes 5 s; beside it short ones take little longer than alone."""
+    engine, chance, truths = VirtualEngine(65536), random.Random(1), []
+    engine.send(0, 60_000)
+    engine.run_until(0.5)
+    assert engine.refusal(60_000, 4.0) is not None  # a rate is known, and by it the queue is long
+    number = 0
+    while 0 not in engine.first_token_s:
+        number += 1
+        num_tokens = chance.choice([10, 500, 3000])
+        estimate = engine.admission.estimate(num_tokens, 0, engine.clock.now_s)
+        refused_at = [d for d in (0.05, 0.1, 0.2, 0.4, 1.0, 1.5) if engine.refusal(num_tokens, d) is not None]
+        engine.send(number, num_tokens)
+        truth_s = engine.until_first_token(number)
+        truths.append(truth_s)
+        assert _agree(estimate.queue_s + estimate.own_s, truth_s)
+        assert all(deadline_s < truth_s * FACTOR for deadline_s in refused_at)
+        engine.run_until(engine.clock.now_s + 0.1)
+    assert len(truths) > 8
+    assert max(truths) < 0.5
+
+
+def _after_a_change_of_load():
+    """An engine that has computed a long context of 60,000 tokens, then got 60 prompts of 2,000 at once."""
+    engine = VirtualEngine(65536)
+    engine.send(0, 60_000)
+    engine.until_first_token(0)
+    for number in range(1, 61):
+        engine.send(number, 2000)
+    engine.run_until(engine.clock.now_s + 0.3)
+    return engine
+
+
+@pytest.mark.parametrize("deadline_s", [0.5, 2.0])
+def test_a_hint_is_near_the_truth_after_a_change_of_load(deadline_s):
+    """The truth: the first moment at which the same request, sent to the same engine, is in time."""
+    asked = _after_a_change_of_load()
+    hint_s = asked.refusal(500, deadline_s).retry_after_s
+    truth_s = 0.0
+    while True:
+        engine = _after_a_change_of_load()
+        engine.run_until(asked.clock.now_s + truth_s)
+        is_refused = engine.refusal(500, deadline_s) is not None
+        engine.send(1000, 500)
+        until_s = engine.until_first_token(1000)
+        assert not (is_refused and until_s * FACTOR <= deadline_s)
+        if until_s <= deadline_s:
+            break
+        truth_s += 0.1
+    assert truth_s > 1.0
+    assert truth_s / 2 <= hint_s <= truth_s * 2
+
+
+def test_a_hint_beside_a_long_prompt_waits_for_its_end():
+    """Nothing but the end of the long one helps a request whose own half of each step is too little."""
+    engine = VirtualEngine(65536)
+    engine.send(0, 60_000)
+    engine.run_until(0.5)
+    hint_s = engine.refusal(20_000, 1.5).retry_after_s
+    left_s = engine.until_first_token(0)
+    assert left_s / 2 <= hint_s <= left_s * 2
+
+
+def test_long_prompts_leave_half_of_what_is_left():
+    assert PromptLine([], 3.0).queue_s(1.0) == 3.0
+    assert PromptLine([10.0], 0.0).queue_s(1.0) == 1.0  # half of each step
+    assert PromptLine([10.0], 2.0).queue_s(1.0) == 5.0
+    assert PromptLine([0.5], 0.0).queue_s(1.0) == 0.5  # it ends meanwhile
+    assert PromptLine([10.0, 10.0], 0.0).queue_s(1.0) == 3.0
+    assert PromptLine([10.0] * (MOST_SHARING + 2), 0.0).queue_s(0.0) == 20.0
+    assert PromptLine([4.0, 0.0], 3.0).after(2.0).queue_s(0.0) == 4.0  # 3 and 2 are left
+    assert PromptLine([4.0], 1.0).after(5.0).queue_s(9.0) == 0.0
+    assert PromptLine([4.0], 0.0).after(1.0).queue_s(9.0) == 3.0  # alone it has the whole step
+    assert PromptLine([], 3.0).time_until(1.0, 1.0) == pytest.approx(2.0)
+    assert PromptLine([10.0], 0.0).time_until(1.0, 0.25) == pytest.approx(9.75)
+
+
+def test_in_doubt_a_request_is_let_in():
+    admission = _knowing(100.0)
+    admission.sent(1, 1000, 0, 0.1)
+    with pytest.raises(DeadlineUnreachable):
+        admission.require(0, 0, OPTIMISM * 10.0 - 0.01, 0.1)
+    admission.require(0, 0, OPTIMISM * 10.0, 0.1)
+
+
+def test_a_price_counts_work_instead_of_tokens():
+    """By tokens the second half of a long context would be worth as much as the first."""
+    priced = {"prompt_row_s": 0.01, "prompt_pair_s": 0.0002, "prefill_share": 0.5, "max_chunk_tokens": 5000}
+    admission = _knowing(100.0, waiting_tokens=0)
+    for waiting_tokens in (1 << 40, 1 << 40, 0):
+        stats = CoreStats(prefill_tokens_per_s=100.0, waiting_tokens=waiting_tokens, **priced)
+        admission.published(stats, 0.0)
+    own_s = [admission.estimate(count, 0, 0.0).own_s for count in (100, 1000)]
+    assert own_s == [pytest.approx((1 + 1) / 0.5), pytest.approx((10 + 100) / 0.5)]

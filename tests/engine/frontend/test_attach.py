@@ -97,7 +97,7 @@ def test_data_that_is_named_twice_would_keep_more_than_is_charged(run, attaching
             twice = b"\x84" + head + 2 * (encode("data") + encode(bytes(JOIN_BYTES)))
             peer.frame(twice)
             assert (await peer.hear()).limit == "once"
-            assert house.frontend.budget.num_bytes == ENTRY_BYTES
+            assert house.frontend.budget.num_bytes == 0
             peer.say(Cancel(stream=4))
             await alive(peer)
 
@@ -107,32 +107,49 @@ def test_data_that_is_named_twice_would_keep_more_than_is_charged(run, attaching
 REFUSED = {
     "too many bytes": ({"max_attached_bytes": 10}, [b"123456", b"123456"], "max_attached_bytes"),
     "no room": ({"max_unencoded_bytes": ENTRY_BYTES + 10}, [b"123456", b"123456"], "max_unencoded_bytes"),
+    "no room for the first": ({"max_unencoded_bytes": ENTRY_BYTES - 1}, [b"1"], "max_unencoded_bytes"),
     "too many streams": ({"max_streams_per_connection": 1}, [b"1"], "max_streams_per_connection"),
+    "an open stream": ({}, [b"1"], "stream"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_after_a_refusal_the_rest_of_the_prompt_is_passed_over(run, attaching, case):
+@pytest.mark.parametrize(
+    ("case", "is_large"), [*((case, False) for case in REFUSED), ("too many bytes", True), ("an open stream", True)]
+)
+def test_after_a_refusal_the_rest_of_the_prompt_is_passed_over(run, attaching, cores, monkeypatch, case, is_large):
     limits, pieces, field = REFUSED[case]
+    cores.free = case != "an open stream"
+    monkeypatch.setattr(frame_reader, "SMALL_FRAME_BYTES", 4000)
 
     async def body():
-        async with attaching(**limits) as (house, peer):
+        async with attaching(cores, **limits) as (house, peer):
             if case == "too many streams":
                 peer.say(Attach(stream=1, data=b"1"))
+            if case == "an open stream":
+                peer.say(Generate(stream=3, token_ids=[1]))
+                await cores.until(lambda: cores.now.submits)
             for piece in pieces:
                 peer.say(Attach(stream=3, data=piece))
             failure = await peer.hear()
             assert (failure.stream, failure.field) == (3, field)
             if case == "too many streams":
-                return
-            peer.say(Attach(stream=3, data=b"more"))
+                peer.say(Cancel(stream=1))  # there is room again
+            cores.free = True
+            peer.say(Attach(stream=3, data=encode("a whole text")))
             await alive(peer)
-            assert house.frontend.budget.num_bytes == ENTRY_BYTES
-            peer.say(Generate(stream=3, attached="text"))
-            await alive(peer)  # there was no second answer
             assert house.frontend.budget.num_bytes == 0
-            peer.say(Generate(stream=3, token_ids=[1], sampling=ONE))
-            assert (await peer.hear_until(Final)).stream == 3
+            num_submits = len(cores.now.submits)
+            stop_ids = tuple(range(1, 2000 if is_large else 2))
+            peer.say(Generate(stream=3, attached="text", sampling=SamplingParams(stop_token_ids=stop_ids)))
+            await alive(peer)  # there was no second answer
+            while len(house.frontend.streams):
+                await alive(peer)
+            await alive(peer)
+            assert len(cores.now.submits) == num_submits
+            assert house.frontend.budget.num_bytes == 0
+            if case != "no room for the first":
+                peer.say(Generate(stream=3, token_ids=[1], sampling=ONE))
+                assert (await peer.hear_until(Final)).stream == 3
 
     run(body())
 
@@ -224,6 +241,28 @@ def test_attached_bytes_are_forgotten_after_a_while(run, attaching, monkeypatch)
             failure = await peer.hear()
             assert (failure.stream, failure.field) == (3, "attached")
             assert house.frontend.budget.num_bytes == 0
+            peer.say(Attach(stream=3, data=encode("the rest")))
+            peer.say(Generate(stream=3, attached="text"))
+            await alive(peer)
+
+    run(body())
+
+
+def test_a_connection_that_has_too_many_prompts_refused_in_part_ends(run, attaching, monkeypatch):
+    """Which prompts they were is remembered; so there is a bound."""
+    monkeypatch.setattr(attachments, "MAX_REFUSED", 3)
+
+    async def body():
+        async with attaching(max_attached_bytes=3) as (_, peer):
+            for stream in range(1, 5):
+                peer.say(Attach(stream=stream, data=b"1234"))
+                assert (await peer.hear()).field == "max_attached_bytes"
+                if stream == 3:
+                    peer.say(Generate(stream=1, attached="text"))  # it is remembered no longer
+            peer.say(Attach(stream=5, data=b"1234"))
+            assert (await peer.hear()).field == "max_attached_bytes"
+            failure = await peer.hear()
+            assert (failure.stream, failure.code, failure.field) == (-1, "overloaded", "attached")
 
     run(body())
 

@@ -217,6 +217,24 @@ def test_limits_refuse_with_a_hint(run, serving, cores):
     run(body())
 
 
+def test_what_no_limit_will_ever_let_in_is_invalid(run, serving, peering, cores):
+    """A hint to try again would never come true."""
+    cores.free = False
+
+    async def body():
+        limits = {"max_samples": 4, "max_open_samples": 4, "max_open_tokens": 10}
+        async with serving(cores=cores, **limits) as house, peering(house) as peer:
+            peer.say(Generate(stream=1, token_ids=[1], sampling=SamplingParams(n=2)))
+            await cores.until(lambda: cores.now.submits)
+            for ids, n, field, value in (([1], 5, "sampling.n", "5"), ([1] * 11, 1, "max_open_tokens", "11")):
+                peer.say(Generate(stream=2, token_ids=ids, sampling=SamplingParams(n=n)))
+                failure = await peer.hear()
+                assert (failure.code, failure.field, failure.value) == ("invalid_request", field, value)
+                assert failure.retry_after_s is None
+
+    run(body())
+
+
 def test_a_disconnect_frees_everything(run, serving, peering, cores):
     cores.free = False
 

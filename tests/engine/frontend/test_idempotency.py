@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from cierzo.engine.frontend.keeper import digest
 from cierzo.engine.messages import (
     Accepted,
+    Cancel,
     Delta,
     Failure,
     Final,
@@ -105,6 +107,25 @@ def test_a_key_joins_a_request_that_is_still_encoded(run, serving, peering, core
     run(body())
 
 
+def test_the_seed_is_told_though_the_prompt_was_never_encoded(run, serving, peering, cores):
+    async def body():
+        async with serving(cores=cores, inline_chars=0) as house, peering(house, RESUME) as peer:
+            request = Generate(
+                stream=1, text="hello", sampling=SamplingParams(max_tokens=5, seed=7), idempotency_key="k"
+            )
+            peer.say(request)
+            peer.say(Cancel(stream=1))
+            while not isinstance(end := await peer.hear(), Final):
+                pass
+            assert end.samples[0].finish_reason == "cancelled"
+            assert not cores.now.submits
+            peer.say(msgspec.structs.replace(request, stream=2))
+            accepted = await peer.hear()
+            assert (accepted.stream, accepted.seed) == (2, 7)
+
+    run(body())
+
+
 @pytest.mark.parametrize(
     "other", [{"prompt": (2,)}, {"max_tokens": 6}, {"seed": 1}, {"deltas": False}, {"logit_bias": {1: 1.0, 2: 2.0}}]
 )
@@ -136,7 +157,7 @@ def test_a_refused_request_keeps_no_key(run, serving, peering, cores):
                 codes.append((await peer.hear()).code)
             peer.say(aside)
             codes.append((await peer.hear()).code)
-            assert codes == ["invalid_request", "invalid_request", "overloaded"]
+            assert codes == ["invalid_request"] * 3
             assert len(house.frontend.keeper) == 0
             peer.say(generate(4))
             assert isinstance((await hear_all(peer, 4))[2], Final)
