@@ -70,9 +70,12 @@ class StepTimes:
     """Times of the steps that were taken: averages of late, and the price that the scheduler cuts chunks by."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.cost = predicted_cost(config)
+        predicted = predicted_cost(config)
+        self._learner = (
+            CostLearner(context_pairs(config.model), config.scheduler.max_step_s) if predicted is None else None
+        )
+        self.cost = predicted if self._learner is None else self._learner.cost
         self.step_s = 0.0
-        self._learner = CostLearner(context_pairs(config.model)) if self.cost is None else None
         self._prompt_tokens = self._prompt_steps_s = 0.0
 
     @property
