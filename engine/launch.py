@@ -149,7 +149,7 @@ def model_info(config: EngineConfig, prompts: PromptEncoder) -> ModelInfo:
         name=config.name,
         architecture=config.model.architecture,
         dtype=config.dtype,
-        device=config.device,
+        device="simulated:fake runner" if config.runner == "fake" else config.device,
         vocab_size=config.model.vocab_size,
         max_model_len=config.scheduler.max_model_len,
         block_tokens=config.cache.block_tokens,
