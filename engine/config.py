@@ -199,7 +199,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             (
                 "step time",
                 "prompt chunks are shortened so that a step should take at most "
-                f"{1e3 * self.scheduler.max_step_s:,.6g} ms (--max-step-ms); {'predicted' if self.card is not None else 'learned from the first steps'}"
+                f"{1e3 * self.scheduler.max_step_s:,.6g} ms (--max-step-ms); "
+                + ("learned from the first steps" if self.card is None else "predicted")
                 if self.scheduler.max_step_s
                 else "no target (--max-step-ms): chunks are cut by tokens alone",
             ),
