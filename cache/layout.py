@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 import msgspec
@@ -57,6 +58,7 @@ class CapacityPlan(msgspec.Struct, frozen=True):
     bytes_per_token: int
     block_tokens: int
     num_blocks: int
+    max_model_len: int = sys.maxsize  # no request is longer
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +75,10 @@ class CapacityPlan(msgspec.Struct, frozen=True):
         return self.num_blocks // -(-context_tokens // self.block_tokens)
 
     def __str__(self) -> str:
-        fits = ", ".join(f"{self.requests(tokens):,} of {tokens // KIB}k" for tokens in PLANNED_CONTEXTS)
+        lengths = [*(tokens for tokens in PLANNED_CONTEXTS if tokens <= self.max_model_len)]
+        if self.max_model_len < PLANNED_CONTEXTS[-1] and self.max_model_len not in lengths:
+            lengths.append(self.max_model_len)
+        fits = ", ".join(f"{self.requests(tokens):,} of {_length(tokens)}" for tokens in lengths)
         return (
             f"KV cache       {self.total_bytes / GIB:.3f} GiB: {self.num_blocks:,} blocks of "
             f"{self.block_tokens} tokens, {self.num_tokens:,} tokens at {self.bytes_per_token:,} bytes each\n"
@@ -81,6 +86,10 @@ class CapacityPlan(msgspec.Struct, frozen=True):
         )
 
 
-def plan_capacity(layout: CacheLayout, num_blocks: int) -> CapacityPlan:
-    """The plan of a pool of `num_blocks` blocks with this layout."""
-    return CapacityPlan(layout.bytes_per_token, layout.block_tokens, num_blocks)
+def _length(tokens: int) -> str:
+    return f"{tokens:,}" if tokens % KIB else f"{tokens // KIB}k"
+
+
+def plan_capacity(layout: CacheLayout, num_blocks: int, max_model_len: int = sys.maxsize) -> CapacityPlan:
+    """The plan of a pool of `num_blocks` blocks with this layout; no request is longer than `max_model_len`."""
+    return CapacityPlan(layout.bytes_per_token, layout.block_tokens, num_blocks, max_model_len)

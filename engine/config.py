@@ -110,8 +110,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_step_ms: Annotated[
         Annotated[float, Meta(ge=0, le=1e9)] | None,
         Meta(
-            description="target for a step's predicted time, which chunks of prompts are cut to; 0: cut by tokens "
-            "alone; default: the profile's"
+            description="prompt chunks are shortened so that a step should take at most so long, by what was "
+            "learned from the first steps; 0: cut by tokens alone; default: the profile's"
         ),
     ] = None
     overlap: Annotated[
@@ -198,9 +198,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ),
             (
                 "step time",
-                f"chunks are cut to {1e3 * self.scheduler.max_step_s:,.6g} ms a step, by prediction"
+                "prompt chunks are shortened so that a step should take at most "
+                f"{1e3 * self.scheduler.max_step_s:,.6g} ms (--max-step-ms); "
+                + ("learned from the first steps" if self.card is None else "predicted")
                 if self.scheduler.max_step_s
-                else "no target: chunks are cut by tokens alone",
+                else "no target (--max-step-ms): chunks are cut by tokens alone",
             ),
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
@@ -213,7 +215,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.card is not None:
             rows.append(("simulation", f"{self.card.describe()}; nothing is computed, tokens are made up"))
         lines = [f"{key:<14} {value}" for key, value in rows]
-        return "\n".join([*lines, str(plan_capacity(self.layout, self.cache.num_blocks))])
+        capacity = plan_capacity(self.layout, self.cache.num_blocks, self.scheduler.max_model_len)
+        return "\n".join([*lines, str(capacity)])
 
 
 def resolve(options: EngineOptions) -> EngineConfig:

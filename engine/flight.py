@@ -21,8 +21,9 @@ import msgspec
 from cierzo.engine.errors import refusal
 from cierzo.engine.messages import FinishReason, SamplingParams
 
-FORMAT = 1
+FORMAT = 2
 SIZE_BYTES = 8
+DIGEST_BYTES = 8  # of a piece of a sequence
 STEP_TAG = "s"
 _HEAD = struct.Struct(">III")
 _ALL_ONES = 0xFFFFFFFF
@@ -54,7 +55,12 @@ class Header(Record, frozen=True, tag="h"):
 
 
 class Open(Record, frozen=True, tag="o"):
-    """A request in flight when a segment began: its lengths, its progress, and its tokens if they are recorded."""
+    """A request in flight when a segment began: its lengths, its progress, and its tokens if they are recorded.
+
+    pieces: where they are not, a digest of each piece of prompt and output, as blocks of the KV cache cut them.
+    Their key was of the core process alone: they tell which pieces are equal, and nothing else. Empty: there was no
+    room.
+    """
 
     request_id: int
     sample: int
@@ -66,10 +72,11 @@ class Open(Record, frozen=True, tag="o"):
     arrival_s: float
     deadline_at_s: float | None
     tokens: list[int] | None
+    pieces: bytes
 
 
 class Submitted(Record, frozen=True, tag="c"):
-    """A Submit: lengths, and tokens if they are recorded."""
+    """A Submit: lengths, and tokens if they are recorded; pieces: as of an Open, if they are not."""
 
     request_id: int
     num_prompt: int
@@ -80,6 +87,7 @@ class Submitted(Record, frozen=True, tag="c"):
     deadline_at_s: float | None
     first_sample: int
     tokens: list[int] | None
+    pieces: bytes
 
 
 class Aborted(Record, frozen=True, tag="a"):
@@ -176,8 +184,12 @@ def read(path: str | Path) -> list[AnyRecord]:
             records.append(_decode(body))
         except msgspec.MsgspecError:
             raise _damaged(path, at, records) from None
+        if not isinstance(kept := records[0], Kept):
+            raise _damaged(path, 0, [])
+        if kept.format != FORMAT:
+            raise refusal("file", f"a flight record of format {FORMAT}", str(path), f"it has format {kept.format}")
         at += _HEAD.size + length
-    if not records or not isinstance(records[0], Kept):
+    if not records:
         raise _damaged(path, 0, [])
     return records
 

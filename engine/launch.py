@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import resource
 import signal
+import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
+from cierzo.engine.host import LOG_FORMAT
 from cierzo.engine.messages import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ def serve(options: EngineOptions) -> int:
 
     Raises ConfigError (the port in use included) and CheckpointError before anything is served.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     config = resolve(options)
     parse_address(config.frontend.address)  # refused before anything is made of it
     _allow_files(config.frontend.max_connections + SPARE_FILES)
@@ -60,14 +63,16 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     read."""
     signals = _signals()
     config, prompts = load_prompts(config)
-    link = CoreLink(config.frontend, config, spawn, flights=Flights.under(config.flight_folder))
+    config, recorder = with_flight_folder(config)
+    flights = Flights.under(config.flight_folder, config.record_prompts)
+    link = CoreLink(config.frontend, config, spawn, flights=flights)
     model = model_info(config, prompts)
     checkpoint = config.checkpoint if prompts.tokenizer is not None else ""
     encoders = Encoders(config.frontend, Setup(checkpoint=checkpoint, frontend=config.frontend, model=model))
     frontend = Frontend(config.frontend, model, prompts, link, encoders)
     server = RpcServer(config.frontend, frontend)
     await server.start()
-    print(config.describe(), flush=True)
+    print(config.describe() + recorder, flush=True)
     encoders.start()
     try:
         startup = await _first(link.start(frontend.core), signals.get())
@@ -121,6 +126,20 @@ async def _first(*awaitables: Coroutine[Any, Any, Any]) -> Any:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def with_flight_folder(config: EngineConfig) -> tuple[EngineConfig, str]:
+    """The settings, without a flight recorder if its folder cannot be written; what the banner then says of it."""
+    folder = config.flight_folder
+    if not folder:
+        return config, ""
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return config, ""
+    except OSError as error:
+        line = f"\n{'flight record':<14} off: {folder}: {error.strerror or error}"
+        return msgspec.structs.replace(config, flight_folder=""), line
+
+
 def load_prompts(config: EngineConfig) -> tuple[EngineConfig, PromptEncoder]:
     """Tokenizer and chat template of a checkpoint, and the settings with the tokenizer's own eos_token among the
     ids that end a generation: a fine-tune may end its turns with a token that its config.json does not name.
@@ -149,7 +168,7 @@ def model_info(config: EngineConfig, prompts: PromptEncoder) -> ModelInfo:
         name=config.name,
         architecture=config.model.architecture,
         dtype=config.dtype,
-        device=config.device,
+        device="simulated:fake runner" if config.runner == "fake" else config.device,
         vocab_size=config.model.vocab_size,
         max_model_len=config.scheduler.max_model_len,
         block_tokens=config.cache.block_tokens,

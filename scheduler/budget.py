@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from cierzo.scheduler import policy
 from cierzo.scheduler.config import SchedulerConfig
@@ -18,7 +19,7 @@ class StepBudget:
 
     __slots__ = (
         *("tokens", "num_prompts", "_limits", "_cost", "_seconds"),
-        *("_sequences", "_decode_context", "_rows", "_pairs", "_context"),
+        *("_sequences", "_decode_context", "_rows", "_rows_left", "_pairs", "_context"),
     )
 
     def __init__(
@@ -36,14 +37,16 @@ class StepBudget:
         self._sequences, self._decode_context = num_decodes, decode_context
         self._rows = self._context = 0
         self._pairs = 0.0
-        self._seconds = math.inf
+        self._seconds, self._rows_left = math.inf, sys.maxsize
         if cost is not None and limits.max_step_s:
+            self._rows_left = cost.most_rows
             self._seconds = limits.max_step_s - cost.seconds(self.work()) - cost.prompt_s
 
     @property
     def is_spent(self) -> bool:
         """Whether nothing more fits."""
-        return self.tokens == 0 or (self._seconds <= 0 and self._rows > 0)
+        has_time = self._seconds > 0 and self._rows_left >= LEAST_CHUNK
+        return self.tokens == 0 or (self._rows > 0 and not has_time)
 
     def chunk(self, start: int, num_missing: int, *, contended: bool, num_waiting: int, admitted: bool) -> int:
         """Take a prompt's next chunk, from `start` on: its tokens, 0 where there is no time for it.
@@ -60,7 +63,9 @@ class StepBudget:
                 most = max(most, cost.least_tokens(start))
             elif admitted:
                 most = max(most, LEAST_CHUNK)
-            elif most < LEAST_CHUNK:
+            if contended:
+                most = min(most, self._rows_left)
+            if most < LEAST_CHUNK:
                 most = 0
             count = min(count, most)
             if count == num_missing - 1 > 1:
@@ -70,6 +75,7 @@ class StepBudget:
         if count:
             self._sequences += 1
             self._rows += count
+            self._rows_left -= count
             self._pairs += count * (start + (count + 1) / 2)
             self._context += start + count
         return count

@@ -13,6 +13,7 @@ import sys
 import msgspec
 
 LEAST_CHUNK = 16  # tokens
+FIRST_ROWS = 64  # of the chunks of a step beside others, before any was measured
 SEEN_ENOUGH = 8  # steps before a price is told
 FORGET = 0.98  # what a learned step still counts for when the next one has been learned
 DECODE_STRIDE = 4  # of priced steps that only decode, which are much alike, one in so many is learned from
@@ -32,7 +33,10 @@ class StepWork(msgspec.Struct, frozen=True, gc=False):
 
 class StepCost(msgspec.Struct, frozen=True, gc=False):
     """Seconds of a step as a sum: of any step; of one with a chunk in it; of each sequence; of each token of
-    context that a decode row reads; of each row of a chunk; of each pair of such a row and a key that it sees."""
+    context that a decode row reads; of each row of a chunk; of each pair of such a row and a key that it sees.
+
+    most_rows: of a step's chunks together, beside others; nobody knows yet what more would take.
+    """
 
     step_s: float
     prompt_s: float
@@ -41,6 +45,7 @@ class StepCost(msgspec.Struct, frozen=True, gc=False):
     row_s: float
     pair_s: float
     context_pairs: float = 0.0
+    most_rows: int = sys.maxsize
 
     def seconds(self, work: StepWork) -> float:
         """Predict a step."""
@@ -88,16 +93,27 @@ class CostLearner:
     Least squares of the relative error, with coefficients of at least 0, over steps that count less the longer ago
     they were. The error is relative to what was measured or predicted, whichever is longer: no outlier, long or
     short, has one of more than 1.
+
+    Until enough steps were seen the price is 0. What keeps steps to the target then, and later where a price was
+    learned from few chunks, is a slow start: a step's chunks have no more rows than would fit if each took as
+    long as those of a step that was seen, and at most twice as many as that.
     """
 
-    def __init__(self, context_pairs: float = 0.0) -> None:
-        self.cost: StepCost | None = None  # until enough steps have been seen
-        self._context_pairs = context_pairs
+    def __init__(self, context_pairs: float = 0.0, target_s: float = 0.0) -> None:
+        """target_s: the longest that a step beside others should take; 0: no matter."""
+        most_rows = FIRST_ROWS if target_s else sys.maxsize
+        self.cost = StepCost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, context_pairs, most_rows)
+        self._context_pairs, self._target_s = context_pairs, target_s
         self._products = [[0.0] * 6 for _ in range(6)]  # sums of products of two features
         self._sums = [0.0] * 6  # of products of a feature and the seconds
         # in the order in which coefficients are found: what one explains, no later one has to
         self._found = [0.0] * 6  # step, row, pair, sequence, decode context, prompt
         self._seen = self._decodes = 0
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether enough steps were seen."""
+        return self._seen >= SEEN_ENOUGH
 
     def observe(self, work: StepWork, seconds: float) -> bool:
         """Learn from a step that took `seconds`; whether the price has changed."""
@@ -105,18 +121,32 @@ class CostLearner:
             return False
         if not work.rows:
             self._decodes += 1
-            if self._decodes % DECODE_STRIDE and self.cost is not None:
+            if self._decodes % DECODE_STRIDE and self.is_priced:
                 return False
-        expected = seconds if self.cost is None else self.cost.seconds(work)
-        scale = max(seconds, expected)
+        scale = max(seconds, self.cost.seconds(work))
         pairs = work.pairs + self._context_pairs * work.context
         features = (1.0, work.rows, pairs, work.sequences, work.decode_context, float(work.rows > 0))
         self._take([feature / scale for feature in features], seconds / scale)
         self._seen += 1
-        if self._seen >= SEEN_ENOUGH:
+        most_rows = self._most_rows(work.rows, seconds)
+        if self.is_priced:
             step, row, pair, sequence, context, prompt = self._found
-            self.cost = StepCost(step, prompt, sequence, context, row, pair, self._context_pairs)
-        return self.cost is not None
+            self.cost = StepCost(step, prompt, sequence, context, row, pair, self._context_pairs, most_rows)
+        elif most_rows != self.cost.most_rows:
+            self.cost = msgspec.structs.replace(self.cost, most_rows=most_rows)
+        else:
+            return False
+        return True
+
+    def _most_rows(self, rows: int, seconds: float) -> int:
+        """Rows that the next steps may have, after one of so many: by the row a larger step is no slower."""
+        most, target_s = self.cost.most_rows, self._target_s
+        if not rows or not target_s:
+            return most
+        within = int(rows * min(2.0, target_s / seconds))
+        if seconds > target_s and rows <= most and not self.is_priced:
+            return max(LEAST_CHUNK, within)
+        return max(most, within)
 
     def _take(self, features: list[float], target: float) -> None:
         """Add a step, then improve one coefficient after the other, several times."""

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -39,6 +40,7 @@ from cierzo.engine.signs import SignsPage
 
 log = logging.getLogger(__name__)
 
+EXIT_TIMEOUT_S = 0.5  # of a core whose socket has ended
 STOP_TIMEOUT_S = 1.5  # a core in a longer step than this is killed: it has nothing to save
 _decode = msgspec.msgpack.Decoder(CoreEvent).decode
 spawn_worker = partial(spawn_module, "cierzo.engine.worker")
@@ -47,8 +49,8 @@ spawn_worker = partial(spawn_module, "cierzo.engine.worker")
 class CoreEvents(Protocol):
     """Who is told: the front end's `CoreSide`."""
 
-    def ready(self) -> None:
-        """A core takes commands."""
+    def ready(self) -> int:
+        """Learn that a core takes commands; how many open requests go on in it."""
         ...
 
     def step(self, step: StepOutput) -> None:
@@ -195,9 +197,11 @@ class CoreLink:
             assert self._process is not None
             pipe, pid = self._pipe, self._process.pid
             reason = await self._watch_until_lost(pipe, self._process)
-            error: CierzoError = pipe.last_error or CoreFailed("the core process died")
             self._restarts.record(self._clock(), pipe.committed)
             self._events.lost(pipe.committed)
+            lost_s = self._clock()
+            status = await self._status()
+            error: CierzoError = pipe.last_error or CoreFailed(f"the core process {_ending(status)}")
             await self._reap()
             if self._flights is not None:
                 await self._flights.keep(pid, reason, error.message)
@@ -208,7 +212,8 @@ class CoreLink:
                     self._events.failed(refusal)
                     return
                 delay_s = self._restarts.delay_s
-                log.error("the core is gone: %s; starting it again in %g s", error.message, delay_s)
+                soon = f"in {delay_s:g} s" if delay_s else "at once"
+                log.error("the core is gone: %s; starting it again %s", error.message, soon)
                 await asyncio.sleep(delay_s)
                 try:
                     await self._launch()
@@ -216,7 +221,9 @@ class CoreLink:
                 except (CierzoError, OSError) as again:  # a full disk, no more processes
                     error = again if isinstance(again, CierzoError) else CoreFailed(f"it cannot start: {again}")
                     self._restarts.record(self._clock(), committed=False)
-            self._events.ready()
+            count = self._events.ready()
+            what = "request goes" if count == 1 else "requests go"
+            log.warning("a new core is ready after %.1f s; %d %s on", self._clock() - lost_s, count, what)
 
     async def _watch_until_lost(self, pipe: _Pipe, process: Child) -> str:
         """Look at the core's signs of life until its socket ends, and kill it if it hangs: "died" or "hung"."""
@@ -240,6 +247,13 @@ class CoreLink:
                 await asyncio.wait({pipe.lost}, timeout=STOP_TIMEOUT_S)
                 return "hung"
 
+    async def _status(self) -> int | None:
+        """The exit status of a core whose socket has ended; None if it runs on without."""
+        assert self._process is not None
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(self._process.wait(), EXIT_TIMEOUT_S)
+        return None
+
     async def _reap(self) -> None:
         """No process, no socket and no page is left behind."""
         process, self._process = self._process, None
@@ -250,6 +264,20 @@ class CoreLink:
         if self._signs is not None:
             self._signs.close()
             self._signs = None
+
+
+def _ending(status: int | None) -> str:
+    """How a process ended, by its exit status."""
+    if status is None:
+        return "closed its socket"
+    if status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    why = " (the kernel's out-of-memory killer, if nobody else: see dmesg)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{why}"
 
 
 def _shows_a_step(output: StepOutput) -> bool:

@@ -154,11 +154,13 @@ class CoreSide:
 
     # --- from the core ---------------------------------------------------------------------------------
 
-    def ready(self) -> None:
-        """A core is up; if it replaces one that died, it gets all that the old one had not finished."""
+    def ready(self) -> int:
+        """A core is up; if it replaces one that died, it gets all that the old one had not finished: how many."""
         self.state = "ready"
-        self._send_all(self._recovery.restart(self._unsent()))
+        unsent = self._unsent()
+        self._send_all(self._recovery.restart(unsent))
         self._send_due()
+        return len(unsent)
 
     def stalled(self, is_stalled: bool) -> None:
         """The core has stopped showing signs of life, or shows them again."""

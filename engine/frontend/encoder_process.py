@@ -21,6 +21,7 @@ from cierzo.engine.frontend.encoding import Job, Loaded, RequestEncoder, Setup
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import LENGTH_BYTES
 from cierzo.engine.frontend.prompt import PromptEncoder
+from cierzo.engine.host import LOG_FORMAT
 
 
 def main() -> int:
@@ -29,7 +30,7 @@ def main() -> int:
         prog="cierzo.engine.frontend.encoder_process", description="Encodes prompts.", allow_abbrev=False
     )
     parser.add_argument("--socket", required=True, metavar="PATH", help="Unix socket of the front end")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
     return run(parser.parse_args().socket)
 
 

@@ -20,14 +20,16 @@ MAX_KEPT = 8
 class Flights:
     """A folder of flight records; the segments of living cores lie in it too."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, with_prompts: bool = True) -> None:
+        """with_prompts: the records have token ids, which is no more than said where they are kept."""
         self._folder = folder
+        self._without = "" if with_prompts else " (prompts were not recorded: --record-prompts)"
         self._sweep()
 
     @classmethod
-    def under(cls, folder: str) -> Flights | None:
+    def under(cls, folder: str, with_prompts: bool) -> Flights | None:
         """The records of a folder; None for "", where nothing is recorded."""
-        return cls(folder) if folder else None
+        return cls(folder, with_prompts) if folder else None
 
     async def keep(self, pid: int, reason: str, message: str) -> Path | None:
         """Keep the record of a process that has ended, and tell where; None if there is none, or no room for it."""
@@ -37,7 +39,8 @@ class Flights:
             log.warning("the core's flight record is not kept: %s", error)
             return None
         if path is not None:
-            log.error("the core's last minutes are kept; to replay them: cierzo replay %s", shlex.quote(str(path)))
+            text = "the core's last minutes are kept%s; to replay them: cierzo replay %s"
+            log.error(text, self._without, shlex.quote(str(path)))
         return path
 
     def _keep(self, pid: int, kept: Kept) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
+from cierzo.engine.host import LOG_FORMAT
 from cierzo.engine.worker.process import run
 
 
@@ -14,7 +15,7 @@ def main() -> int:
         prog="cierzo.engine.worker", description="The core process.", allow_abbrev=False
     )
     parser.add_argument("--socket", required=True, metavar="PATH", help="Unix socket of the front end")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
     return run(parser.parse_args().socket)
 
 

@@ -83,7 +83,8 @@ def fake_config(
 
 
 class FakeRunner:
-    """A `Runner` for tests and load. Of the sampling parameters it honours seed and number of logprobs alone.
+    """A `Runner` for tests and load. Of the sampling parameters it honours seed, greedy temperature and number of
+    logprobs alone.
 
     `reads` "context": the next token depends on every token of the context, read anew (for tests; cost grows with
     the context). "last": on the last token alone (for benchmarks; constant cost). `script` overrides the tokens.
@@ -140,7 +141,8 @@ class FakeRunner:
         assert seq.admission is not None
         sampling = seq.admission.sampling
         words = mix(np.array([sampling.seed or 0, seq.key[1]], np.uint64))
-        self._seeds[seq.slot] = (words << np.array([0, 1], np.uint64)).sum()
+        drawn = (words << np.array([0, 1], np.uint64)).sum()
+        self._seeds[seq.slot] = drawn if sampling.temperature else 0  # a greedy answer depends on no seed
         self._num_logprobs[seq.slot] = sampling.logprobs
 
     def _write(self, batch: Batch) -> None:

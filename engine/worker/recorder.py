@@ -8,17 +8,22 @@ the machine. Their space is allocated beforehand, so that a full disk is told th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import mmap
 import os
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
+from cierzo.cache.hashing import TOKEN_BYTES, pack_tokens
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.flight import (
+    DIGEST_BYTES,
     SIZE_BYTES,
     STEP_TAG,
     Aborted,
@@ -55,6 +60,30 @@ class Readings:
         return now
 
 
+class PieceDigests:
+    """Digests of the pieces of sequences, as of flight.Open: equal ones for equal pieces, by a key that nobody else
+    knows and that goes with the process."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self._keyed = blake2b(key=secrets.token_bytes(32), digest_size=DIGEST_BYTES)
+        self._block_bytes = block_tokens * TOKEN_BYTES
+
+    def of(self, prompt: Sequence[int], output: Sequence[int]) -> bytes:
+        """Digests of prompt and output, cut at multiples of a block and where the output begins."""
+        packed, size = pack_tokens(prompt), self._block_bytes
+        end = len(packed)
+        cuts = [*range(0, end, size), end]
+        if output:
+            packed += pack_tokens(output)
+            cuts += [*range((end // size + 1) * size, len(packed), size), len(packed)]
+        found, copy = [], self._keyed.copy
+        for start, stop in itertools.pairwise(cuts):
+            state = copy()
+            state.update(packed[start:stop])
+            found.append(state.digest())
+        return b"".join(found)
+
+
 class Recorder:
     """A writer of flight records. It switches itself off, with one line of the log, when the disk refuses.
 
@@ -69,6 +98,7 @@ class Recorder:
         self._readings = readings
         self._segment_bytes = segment_bytes
         self._with_prompts = config.record_prompts
+        self._pieces = PieceDigests(config.cache.block_tokens)
         self._config = msgspec.msgpack.encode(config)
         self._paths = segment_paths(config.flight_folder, os.getpid())
         self._memory: mmap.mmap | None = None
@@ -105,6 +135,7 @@ class Recorder:
                     deadline_at_s=command.deadline_at_s,
                     first_sample=command.first_sample,
                     tokens=[*prompt, *output] if self._with_prompts else None,
+                    pieces=b"" if self._with_prompts or not self.is_on else self._pieces.of(prompt, output),
                 )
             case Abort():
                 record = Aborted(
@@ -212,19 +243,23 @@ class Recorder:
         for request in self._core.requests():
             if self._size > self._segment_bytes * 3 // 4:
                 break  # thousands with a long logit_bias each: the rest is not written
-            new, tokens = request.new, request.tokens
-            room -= 5 * len(tokens)  # bytes of a token, at most
+            new, tokens, num_prompt = request.new, request.tokens, request.num_prompt_tokens
+            room -= 5 * len(tokens)  # bytes of a token, at most; digests have less, but take time
+            has_room = room >= 0
             record = Open(
                 request_id=request.key[0],
                 sample=request.key[1],
-                num_prompt=request.num_prompt_tokens,
+                num_prompt=num_prompt,
                 num_tokens=len(tokens),
                 num_computed=request.num_computed,
                 sampling=self._shown(new.sampling),
                 priority=new.priority,
                 arrival_s=request.arrived_at,
                 deadline_at_s=new.deadline_at_s,
-                tokens=tokens if self._with_prompts and room >= 0 else None,
+                tokens=tokens if self._with_prompts and has_room else None,
+                pieces=self._pieces.of(tokens[:num_prompt], tokens[num_prompt:])
+                if has_room and not self._with_prompts
+                else b"",
             )
             self._append(packed(record))
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
+import time
+from array import array
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from itertools import dropwhile
 
 import msgspec
@@ -16,6 +20,7 @@ import msgspec
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.errors import CierzoError, ConfigError, refusal
 from cierzo.engine.flight import (
+    DIGEST_BYTES,
     Aborted,
     AnyRecord,
     Ended,
@@ -35,6 +40,7 @@ from cierzo.scheduler.plan import StepPlan
 from cierzo.scheduler.request import DuplicateRequest
 
 MOST_SHOWN = 8  # rows of a step that differs
+PROGRESS_S = 5.0
 
 
 class RecordedClock:
@@ -53,6 +59,61 @@ class RecordedClock:
     def seek(self) -> None:
         """Go on after the readings of the record that is being replayed."""
         self._next = self.num_ends
+
+
+class MadeUp:
+    """Tokens in the place of those that were not recorded: pieces that were equal are equal, others are not, and
+    cuts are at the same places, so that the prefix cache finds what it found."""
+
+    def __init__(self, vocab_size: int, block_tokens: int) -> None:
+        self.request_ids: set[int] = set()
+        self._vocab_size, self._block_tokens = vocab_size, block_tokens
+        # of prompt, parameters and sample, on which an answer depends and on nothing else: tokens of the answer
+        self._answers: dict[tuple[bytes, bytes, int], array[int]] = {}
+        self._open: dict[tuple[int, int], tuple[array[int], int]] = {}  # by request and sample: its answer, how far
+
+    def tokens(self, record: Submitted | Open) -> list[int]:
+        """Prompt and output of a request, or of a sample that goes on."""
+        self.request_ids.add(record.request_id)
+        if isinstance(record, Open):
+            num_tokens, samples = record.num_tokens, range(record.sample, record.sample + 1)
+        else:
+            num_tokens = record.num_prompt + record.num_output
+            samples = range(record.first_sample, record.first_sample + record.sampling.n)
+        if not record.pieces:  # there was no room for them
+            seed = f"{record.request_id} {samples[0]}"
+            return random.Random(seed).choices(range(self._vocab_size), k=num_tokens)
+        tokens, prompt = self._of_pieces(record, num_tokens), record.pieces[: self._prompt_bytes(record)]
+        parameters = msgspec.msgpack.encode(msgspec.structs.replace(record.sampling, n=1))
+        num_output = num_tokens - record.num_prompt
+        for sample in samples:
+            answer = self._answers.get((prompt, parameters, sample))
+            if answer is None or len(answer) < num_output:
+                answer = self._answers[prompt, parameters, sample] = array("I", tokens[record.num_prompt :])
+            tokens[record.num_prompt :] = answer[:num_output]  # if it comes back, it has what it got here
+            self._open[record.request_id, sample] = answer, num_output
+        return tokens
+
+    def chose(self, delta: TokenDelta) -> None:
+        """Keep what a step chose."""
+        key = delta.request_id, delta.sample
+        if key in self._open:
+            answer, count = self._open[key]
+            answer.extend(delta.token_ids[len(answer) - count :] if len(answer) > count else delta.token_ids)
+            self._open[key] = answer, count + len(delta.token_ids)
+
+    def _prompt_bytes(self, record: Submitted | Open) -> int:
+        return -(-record.num_prompt // self._block_tokens) * DIGEST_BYTES
+
+    def _of_pieces(self, record: Submitted | Open, num_tokens: int) -> list[int]:
+        size, choices, made = self._block_tokens, range(self._vocab_size), list[int]()
+        for at in range(0, len(record.pieces), DIGEST_BYTES):
+            end = min((len(made) // size + 1) * size, num_tokens)
+            if len(made) < record.num_prompt:
+                end = min(end, record.num_prompt)
+            digest = record.pieces[at : at + DIGEST_BYTES]
+            made += random.Random(digest).choices(choices, k=end - len(made))
+        return made
 
 
 class Replay:
@@ -76,14 +137,19 @@ class Replay:
         self.steps = 0
         self.last_step = 0  # the number, by the scheduler's count, of the step under way or the last one
         self.departure = ""
-        self.made_up: set[int] = set()  # requests whose tokens are not in the record
         self._begin_step = begin_step
+        self._made_up = MadeUp(self.config.model.vocab_size, self.config.cache.block_tokens)
         self._clock = RecordedClock(self._records)
         self._core = EngineCore(self.config, runner, self._clock)
         self._core.observe = self._compare
         self._expected: Step | None = None
         self._num_seqs = 0
         self._tokens: dict[tuple[int, int], tuple[list[int], list[int]]] = {}  # recorded, and chosen now
+
+    @property
+    def made_up(self) -> set[int]:
+        """Requests whose tokens are not in the record."""
+        return self._made_up.request_ids
 
     def run(self) -> None:
         """Replay every record. What the model raises passes, as it ended the core."""
@@ -113,13 +179,11 @@ class Replay:
         """Give the core a request: one that came, or one that was in flight and goes on from its last token."""
         sampling, tokens = record.sampling, record.tokens
         if isinstance(record, Open):
-            num_tokens, first_sample = record.num_tokens, record.sample
-            sampling = msgspec.structs.replace(sampling, n=1)
+            first_sample, sampling = record.sample, msgspec.structs.replace(sampling, n=1)
         else:
-            num_tokens, first_sample = record.num_prompt + record.num_output, record.first_sample
+            first_sample = record.first_sample
         if tokens is None:  # as many others, of a request that ends where the record says
-            self.made_up.add(record.request_id)
-            tokens = random.Random(record.request_id).choices(range(self.config.model.vocab_size), k=num_tokens)
+            tokens = self._made_up.tokens(record)
             sampling = msgspec.structs.replace(sampling, ignore_eos=True, stop_token_ids=())
         submit = Submit(
             request_id=record.request_id,
@@ -166,8 +230,10 @@ class Replay:
             )
 
     def _take(self, deltas: list[TokenDelta]) -> None:
-        if self.with_prompts:
-            for delta in deltas:
+        for delta in deltas:
+            if delta.request_id in self.made_up:
+                self._made_up.chose(delta)
+            else:
                 self._meet((delta.request_id, delta.sample), delta.token_ids, 1)
 
     def _meet(self, key: tuple[int, int], tokens: list[int], side: int) -> None:
@@ -191,10 +257,14 @@ class Replay:
         steps = sum(isinstance(record, Step) for record in self._records)
         commands = sum(isinstance(record, Submitted) for record in self._records)
         lines = [f"{steps:,} steps and {commands:,} requests of {self.config.name}, {self.config.runner} runner"]
-        lines.append(f"the core {self.kept.reason} at {self.kept.at}: {self.kept.message}")
-        lines += [f"its last words: {record.message}" for record in self._records if isinstance(record, Failed)]
+        lines.append(f"the core {self.kept.reason} {_readable(self.kept.at)}: {self.kept.message}")
+        failures = [record.message for record in self._records if isinstance(record, Failed)]
+        lines += [f"its last words: {message}" for message in failures if message not in self.kept.message]
         if not self.with_prompts:
-            lines.append("token ids were not recorded: prompts of the same lengths are made up (--record-prompts)")
+            lines.append(
+                "token ids were not recorded (--record-prompts): prompts and answers are made up, of the same "
+                "lengths and equal where the recorded ones were"
+            )
         if not self.is_whole:
             count = sum(isinstance(record, Open) for record in self._records)
             lines.append(
@@ -205,10 +275,7 @@ class Replay:
     def describe_outcome(self) -> str:
         """Describe how the run compares with the record."""
         if self.departure:
-            why = (
-                "" if self.with_prompts else "; made-up prompts share no beginnings that a prefix cache could hold"
-            )
-            return f"another run than the record's: {self.departure}{why}"
+            return f"another run than the record's: {self.departure}"
         compared = " and ".join(["rows"] * self.is_whole + ["tokens"] * self.with_prompts)
         return f"the same run, to the end of the record at step {self.last_step:,}" + (
             f": equal {compared}" if compared else "; there was nothing to compare"
@@ -222,8 +289,40 @@ def _without_later_heads(records: list[AnyRecord]) -> list[AnyRecord]:
 
 
 def _shown(rows: list[tuple[int, int, int, int]]) -> str:
-    more = f" and {len(rows) - MOST_SHOWN} more" if len(rows) > MOST_SHOWN else ""
-    return f"{rows[:MOST_SHOWN]}{more}"
+    more = [f"{len(rows) - MOST_SHOWN} more"] if len(rows) > MOST_SHOWN else []
+    told = [
+        f"{count:,} {'token' if count == 1 else 'tokens'} of request {request_id}, sample {sample}, from position "
+        f"{start:,}"
+        for request_id, sample, start, count in rows[:MOST_SHOWN]
+    ]
+    return "; ".join([*told, *more]) or "nothing"
+
+
+def _readable(at: str) -> str:
+    """A time of Kept, for people."""
+    for form in ("%Y%m%dT%H%M%S.%fZ", "%Y%m%dT%H%M%SZ"):
+        try:
+            return f"on {datetime.strptime(at, form).replace(tzinfo=UTC):%Y-%m-%d at %H:%M:%S} UTC"
+        except ValueError:
+            continue
+    return f"at {at}"
+
+
+class Progress:
+    """A line on stderr every few seconds of a long replay."""
+
+    def __init__(self, records: list[AnyRecord], clock: Callable[[], float] = time.monotonic) -> None:
+        self._num_steps = sum(isinstance(record, Step) for record in records)
+        self._clock = clock
+        self._done, self._next_s = 0, clock() + PROGRESS_S
+
+    def step(self) -> None:
+        """Count a step that begins."""
+        now = self._clock()
+        if now >= self._next_s:
+            print(f"{self._done:,} of {self._num_steps:,} steps", file=sys.stderr, flush=True)
+            self._next_s = now + PROGRESS_S
+        self._done += 1
 
 
 def main() -> int:
@@ -233,8 +332,14 @@ def main() -> int:
     parser.add_argument("--socket", required=True)
     arguments = parser.parse_args()
     signs = SignsPage.beside(arguments.socket)
+
+    def begin_step(step: int) -> None:
+        signs.begin_step(step)
+        progress.step()
+
     try:
-        replay = Replay(read(arguments.file), begin_step=signs.begin_step)
+        records = read(arguments.file)
+        replay, progress = Replay(records, begin_step=begin_step), Progress(records)
     except CierzoError as error:
         print(f"cierzo: {error.code}: {error}", flush=True)
         return 2

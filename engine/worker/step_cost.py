@@ -70,10 +70,13 @@ class StepTimes:
     """Times of the steps that were taken: averages of late, and the price that the scheduler cuts chunks by."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.cost = predicted_cost(config)
-        self.step_s = 0.0
         self._context_pairs = context_pairs(config.model)
-        self._learner = CostLearner(self._context_pairs) if self.cost is None else None
+        predicted = predicted_cost(config)
+        self._learner = (
+            CostLearner(self._context_pairs, config.scheduler.max_step_s) if predicted is None else None
+        )
+        self.cost = predicted if self._learner is None else self._learner.cost
+        self.step_s = 0.0
         self._prompt_tokens = self._prompt_pairs = self._prompt_steps_s = 0.0
 
     @property

@@ -90,3 +90,11 @@ def memory_flags(address: int) -> list[str]:
         elif inside and name == "VmFlags":
             return rest.split()
     return []
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "told"),
+    [(8192, "64 of 4k, 32 of 8k"), (3000, "87 of 3,000"), (262_144, "64 of 4k, 8 of 32k, 1 of 256k")],
+)
+def test_the_text_names_no_request_that_is_too_long(max_model_len: int, told: str) -> None:
+    assert str(plan_capacity(SMALL4, 8192, max_model_len)).endswith(f"fits requests  {told} tokens")

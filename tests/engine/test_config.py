@@ -321,7 +321,8 @@ def test_a_profile_fills_what_is_left_open(checkpoint: str) -> None:
     assert (latency.graph_sequences, latency.scheduler.max_running) == (32, 32)
     assert "profile        latency" in latency.describe()
     assert (found.scheduler.max_step_s, latency.scheduler.max_step_s) == (0.0, 0.15)
-    assert "step time      chunks are cut to 150 ms a step" in latency.describe()
+    told = "prompt chunks are shortened so that a step should take at most 150 ms (--max-step-ms); predicted"
+    assert f"step time      {told}" in latency.describe()
     assert "step time      no target" in found.describe()
 
 

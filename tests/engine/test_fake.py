@@ -23,13 +23,16 @@ def run(
     chunk: int = 6,
     seed: int = 3,
     sample: int = 0,
+    temperature: float = 0.7,
     written: tuple[int, int] | None = None,
     **settings: object,
 ) -> StepResult:
     """The result of computing `tokens` in chunks; `written`: at the end this cache slot gets this word."""
     runner = FakeRunner(vocab_size=1 << 40, num_blocks=4, block_tokens=2, max_running=1, **settings)
     builder = BatchBuilder(max_tokens=6, max_running=1, max_blocks=3, block_tokens=2)
-    admission = Admission(SamplingParams(seed=seed, logprobs=2), tuple(tokens[:prompt]), (), ())
+    admission = Admission(
+        SamplingParams(seed=seed, logprobs=2, temperature=temperature), tuple(tokens[:prompt]), (), ()
+    )
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
         first = start == 0
@@ -57,6 +60,11 @@ def test_chunks_and_blocks_make_no_difference() -> None:
     expected = run()
     assert len(expected.token_ids[0]) == 1
     assert run(chunk=1) == run(chunk=4) == run(blocks=(3, 1, 2)) == expected
+
+
+def test_a_greedy_answer_depends_on_no_seed() -> None:
+    greedy = [run(seed=seed, sample=sample, temperature=0.0).token_ids for seed, sample in ((3, 0), (4, 0), (4, 1))]
+    assert greedy[0] == greedy[1] == greedy[2] != run().token_ids
 
 
 @pytest.mark.parametrize(

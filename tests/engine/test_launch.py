@@ -14,7 +14,7 @@ from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.tokenizer import _BYTE_OF
-from cierzo.engine.launch import load_prompts, model_info
+from cierzo.engine.launch import load_prompts, model_info, with_flight_folder
 from cierzo.engine.weights.make import make_checkpoint
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_end|>", "<|call|>")
@@ -131,3 +131,23 @@ def test_what_is_no_unicode_is_refused_by_its_place(model):
                 ask()
             assert caught.value.field == field
         assert llm.chat([USER], SamplingParams(max_tokens=1)).finish_reason
+
+
+def test_a_flight_folder_that_cannot_be_written_is_told_before_anything_is_served(
+    model: Path, tmp_path: Path
+) -> None:
+    config = resolve(EngineOptions(model=str(model), flight_folder=str(tmp_path / "new"), **SETTINGS))
+    assert with_flight_folder(config) == (config, "")
+    (tmp_path / "file").touch()
+    config = resolve(EngineOptions(model=str(model), flight_folder=str(tmp_path / "file" / "new"), **SETTINGS))
+    without, line = with_flight_folder(config)
+    assert without.flight_folder == ""
+    assert line == f"\nflight record  off: {tmp_path}/file/new: Not a directory"
+    assert with_flight_folder(without) == (without, "")
+
+
+def test_a_fake_runner_is_told_apart(model: Path) -> None:
+    config, prompts = load_prompts(resolve(EngineOptions(model=str(model), runner="fake", **SETTINGS)))
+    assert model_info(config, prompts).device == "simulated:fake runner"
+    config, prompts = load_prompts(resolve(EngineOptions(model=str(model), **SETTINGS)))
+    assert model_info(config, prompts).device == "cpu"

@@ -7,7 +7,7 @@ import random
 import msgspec
 import pytest
 from msgspec.structs import replace
-from recorded import KEPT, Recorded, segments, submit
+from recorded import CONFIG, KEPT, Recorded, segments, submit
 from recorded import records as records_of
 
 from cierzo import cli
@@ -17,7 +17,7 @@ from cierzo.engine.flight import Ended, Header, Open, Step, Submitted, Tokens, p
 from cierzo.engine.messages import Abort
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.fake import FakeRunner
-from cierzo.engine.worker.replay import Replay
+from cierzo.engine.worker.replay import Progress, Replay
 from cierzo.kernels.fault import DeviceFault
 
 
@@ -98,6 +98,60 @@ def test_made_up_prompts_take_the_same_steps(tmp_path, overlap):
     assert replay.describe_outcome().endswith("equal rows")
 
 
+def _crowd(recorded: Recorded, seed: int, greedy: bool) -> None:
+    """A load with shared beginnings in a cache that is too small for it; some come back, as after a pause or the
+    death of an earlier core, with what they had got."""
+    draw = random.Random(seed)
+    beginnings = [[draw.randrange(30_000) for _ in range(draw.choice([16, 37, 80]))] for _ in range(3)]
+    told, got = {}, {}
+
+    def turn() -> None:
+        for delta in recorded.turn():
+            got.setdefault((delta.request_id, delta.sample), []).extend(delta.token_ids)
+
+    for request_id in range(40):
+        prompt = draw.choice(beginnings) + [draw.randrange(3) for _ in range(draw.randint(0, 20))]
+        params = {"temperature": 0.0 if greedy else 1.0, "n": draw.randint(1, 3), "max_tokens": draw.randint(5, 60)}
+        told[request_id] = submit(request_id, prompt, stop_token_ids=tuple(range(0, 32_000, 90)), **params)
+        if request_id % 3 == 0:  # of an earlier core
+            lost = told.pop(request_id)
+            sampling = replace(lost.sampling, n=1, max_tokens=100)
+            for sample in range(params["n"]):
+                output = [sample, *range(1, draw.randint(1, 40))]
+                recorded.tell(replace(lost, sampling=sampling, output_token_ids=output, first_sample=sample))
+        else:
+            recorded.tell(told[request_id])
+        for _ in range(draw.randint(0, 8)):
+            turn()
+        paused = draw.choice([*told, -1])
+        if draw.random() < 0.6 and any(request.key == (paused, 0) for request in recorded.core.requests()):
+            recorded.tell(Abort(request_id=paused, sample=0))
+            turn()
+            again = replace(told[paused], request_id=1000 + request_id, output_token_ids=got.get((paused, 0), []))
+            for _ in range(draw.randint(0, 30)):
+                turn()
+            recorded.tell(replace(again, sampling=replace(again.sampling, n=1)))
+    while recorded.core.has_work():
+        turn()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("overlap", "greedy"), [(False, False), (True, False), (False, True)])
+def test_made_up_prompts_share_the_beginnings_that_were_shared(tmp_path, overlap, greedy, seed):
+    """Prefixes are found, sequences are preempted, samples are restored: with the recorded rows."""
+    limits = replace(CONFIG.scheduler, max_model_len=256)
+    config = replace(CONFIG, scheduler=limits, cache=replace(CONFIG.cache, num_blocks=44))
+    recorded = Recorded(tmp_path, overlap=overlap, config=config)
+    _crowd(recorded, seed, greedy)
+    stats = recorded.core.stats()
+    assert stats.cached_tokens > 500
+    assert stats.preemptions > 2
+    replay = Replay(records_of(tmp_path))
+    replay.run()
+    assert replay.departure == ""
+    assert replay.describe_outcome().endswith("equal rows")
+
+
 def test_it_tells_where_it_departs(tmp_path):
     recorded = Recorded(tmp_path, with_prompts=True)
     _work(recorded)
@@ -129,8 +183,8 @@ def test_it_tells_where_it_departs(tmp_path):
         return record
 
     replay = replayed(other_rows)
-    assert replay.departure.startswith("step 9 computes [(")
-    assert "in the record [(99, 0, 0, 1)]" in replay.departure
+    assert replay.departure.startswith("step 9 computes 1 token of request 0, sample 0, from position 70; 1 token")
+    assert replay.departure.endswith("in the record 1 token of request 99, sample 0, from position 0")
     assert "another run than the record's: step 9" in replay.describe_outcome()
     first = next(record for record in records if isinstance(record, Step) and record.rows is None)
     assert replayed(fewer).departure.startswith(f"step {first.step} computes")
@@ -259,7 +313,7 @@ def test_the_command_tells_what_it_replays_and_how_that_ends(kept, capfd):
     assert cli.main(["replay", str(kept)]) == 0
     out = capfd.readouterr().out
     assert "30 requests of fake, fake runner" in out
-    assert "the core died at 20260101T000000Z: the core process died" in out
+    assert "the core died on 2026-01-01 at 00:00:00 UTC: the core process died" in out
     assert "the same run, to the end of the record at step" in out
 
 
@@ -284,6 +338,15 @@ def test_the_command_survives_what_kills_the_replay(kept, capfd, monkeypatch, tm
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=":")
     assert cli.main(["replay", str(kept)]) == 1
     assert "step 12 ended the replay: killed by SIGKILL" in capfd.readouterr().out
+
+
+def test_a_long_replay_tells_how_far_it_is(capfd):
+    now = [0.0]
+    progress = Progress([KEPT, *[Step(step=1, num_seqs=1, num_tokens=1, rows=None)] * 30], lambda: now[0])
+    for _ in range(30):
+        progress.step()
+        now[0] += 1.0
+    assert capfd.readouterr().err.splitlines() == [f"{done} of 30 steps" for done in (5, 10, 15, 20, 25)]
 
 
 @pytest.mark.parametrize("what", ["missing", "other", "damaged", "version"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from cierzo.cache.config import CacheConfig
@@ -142,6 +144,20 @@ def test_a_learned_price_cuts_chunks_to_the_target() -> None:
     assert len(took) > 20, "tokens alone would be cut by 256"
     assert max(took[2:]) < 1.3 * 1.5
     assert sorted(took)[len(took) // 2] == pytest.approx(1.5, rel=0.1)
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_the_first_chunks_after_a_start_keep_to_the_target(overlapped: bool) -> None:
+    """Of the 3 s of a target 2 are left for 200 rows; by tokens alone chunks had 256."""
+    core, runner = make_core(max_step_s=3.0)
+    core.submit(submit(1, 20, max_tokens=100))
+    core.submit(submit(2, 2000, max_tokens=1))
+    step = core.step_overlapped if overlapped else core.step_plain
+    while core.stats().waiting_tokens > 300:
+        step()
+    took = [after - before for before, after in itertools.pairwise([0.0, *runner.ready_s])]
+    assert max(took) < 3.0 * 1.05
+    assert max(took) > 2.8
 
 
 # --- prices of devices -----------------------------------------------------------------------------------------

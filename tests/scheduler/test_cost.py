@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from cierzo.cache.config import CacheConfig
 from cierzo.cache.manager import KVCacheManager
 from cierzo.scheduler.config import SchedulerConfig
-from cierzo.scheduler.cost import DECODE_STRIDE, LEAST_CHUNK, SEEN_ENOUGH, CostLearner, StepCost, StepWork
+from cierzo.scheduler.cost import (
+    DECODE_STRIDE,
+    FIRST_ROWS,
+    LEAST_CHUNK,
+    SEEN_ENOUGH,
+    CostLearner,
+    StepCost,
+    StepWork,
+)
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import StepPlan, StepResult
 from cierzo.scheduler.policy import PRICED_STRIDE
@@ -103,7 +111,6 @@ def test_a_machine_s_price_is_learned_from_its_steps(true: StepCost, outliers: f
     for work in steps(1, 300, true.context_pairs):
         wrong = (10.0 if draw.random() < outliers else 1.0) * draw.gauss(1.0, 0.05)
         learner.observe(work, true.seconds(work) * max(0.1, wrong))
-    assert learner.cost is not None
     found = [(work, abs(learner.cost.seconds(work) / true.seconds(work) - 1)) for work in steps(2, 300, 0.0)]
     errors = sorted(error for work, error in found if work.rows)
     assert errors[len(errors) // 2] < 0.05
@@ -130,9 +137,7 @@ def test_one_outlier_changes_little(seconds: float) -> None:
         learner.observe(work, CARD.seconds(work))
     before = learner.cost
     work = chunk(1000, 496)
-    assert before is not None
     learner.observe(work, seconds)
-    assert learner.cost is not None
     assert learner.cost.seconds(work) == pytest.approx(before.seconds(work), rel=0.25)
 
 
@@ -140,7 +145,6 @@ def test_a_machine_that_slows_down_is_followed() -> None:
     learner = CostLearner(192.0)
     for number, work in enumerate(steps(5, 400, 192.0)):
         learner.observe(work, CARD.seconds(work) * (1 if number < 200 else 2))
-    assert learner.cost is not None
     work = chunk(1000, 496)
     assert learner.cost.seconds(work) == pytest.approx(2 * CARD.seconds(work), rel=0.1)
 
@@ -148,7 +152,8 @@ def test_a_machine_that_slows_down_is_followed() -> None:
 def test_nothing_is_told_before_enough_steps_were_seen() -> None:
     learner = CostLearner()
     for number in range(1, SEEN_ENOUGH + 1):
-        assert learner.cost is None
+        assert not learner.is_priced
+        assert learner.cost.seconds(chunk(0, 1000)) == 0.0
         assert learner.observe(chunk(0, 100 * number), 0.1 * number) == (number == SEEN_ENOUGH)
     assert not learner.observe(StepWork(1, 5), 0.0), "a clock that stood still"
 
@@ -168,7 +173,6 @@ def test_a_long_time_without_prompts_forgets_no_prompt() -> None:
         features = (1.0, 0.0, 0.0, 8.0, 8000.0 + number, 0.0)
         learner._take([feature / CARD.seconds(work) for feature in features], 1.0)
     learner.observe(work := chunk(5000, 496), CARD.seconds(work))
-    assert learner.cost is not None
     assert learner.cost.seconds(work) == pytest.approx(CARD.seconds(work), rel=0.2)
 
 
@@ -299,6 +303,68 @@ def test_nobody_is_admitted_when_the_time_is_spent() -> None:
     machine.add(2, 50)
     assert machine.chunks() == {1: 10}
     assert machine.chunks() == {1: 1, 2: LEAST_CHUNK}
+
+
+class Learning(Machine):
+    """A machine that learns from steps of 5 ms, and half a millisecond for each row of a chunk: 490 fit."""
+
+    ROWS = StepCost(step_s=5e-3, prompt_s=0.0, sequence_s=0.0, decode_context_s=0.0, row_s=5e-4, pair_s=0.0)
+
+    def __init__(self, target_s: float = 0.25) -> None:
+        self.learner = CostLearner(0.0, target_s)
+        super().__init__(self.learner.cost, max_step_s=target_s)
+
+    def taken(self, slower: float = 1.0) -> tuple[StepWork, float]:
+        """Work and seconds of the next step."""
+        work = self.step().work or StepWork(1, 1)
+        seconds = self.ROWS.seconds(work) * slower
+        if self.learner.observe(work, seconds):
+            self.scheduler.reprice(self.learner.cost)
+        return work, seconds
+
+
+@pytest.mark.parametrize("decodes_before", [0, 4, 4 * PRICED_STRIDE * SEEN_ENOUGH])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_the_first_long_prompts_after_a_start_keep_to_the_target(decodes_before: int, prompts: int) -> None:
+    machine = Learning()
+    machine.add(1, 20)
+    for _ in range(decodes_before):
+        machine.taken()
+    for number in range(prompts):
+        machine.add(2 + number, 10_000)
+    taken = [machine.taken() for _ in range(30)]
+    rows = [work.rows for work, _ in taken]
+    assert rows[0] == FIRST_ROWS
+    assert max(seconds for _, seconds in taken) <= 0.25 * (1 + 1e-9)
+    assert max(rows[10:]) > 420, "and is used"
+    for before, after in itertools.pairwise(rows):
+        assert after <= 2 * before
+
+
+def test_alone_a_prompt_is_not_slowed_down_at_the_start() -> None:
+    machine = Learning()
+    machine.add(1, 10_000)
+    assert machine.chunks() == {1: 4096}
+
+
+def test_a_start_on_a_slow_machine_takes_smaller_chunks_still() -> None:
+    """A step of 64 rows takes more than half of the target, or more than all of it."""
+    for slower, expected in ((5.0, [64, 86, 89]), (16.0, [64, 27, 22]), (60.0, [64, LEAST_CHUNK, LEAST_CHUNK])):
+        machine = Learning()
+        machine.add(1, 2)
+        machine.chunks()
+        machine.add(2, 10_000)
+        assert [machine.taken(slower)[0].rows for _ in range(3)] == expected
+
+
+def test_a_step_above_the_target_tells_how_many_rows_fit() -> None:
+    learner = CostLearner(0.0, 0.25)
+    for _ in range(SEEN_ENOUGH + 1):
+        learner.observe(chunk(0, 4096), 2.0)  # alone
+    assert learner.cost.most_rows == 512
+    learner.observe(chunk(0, 64), 1.0)
+    assert learner.cost.most_rows == 512, "there is a price"
+    assert CostLearner(0.0, 0.0).cost.most_rows > 1 << 60, "without a target"
 
 
 # --- deadlines -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from cierzo.engine.errors import CoreFailed, CoreStalled
 from cierzo.engine.flight import Header, packed, read
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.core_link import _ending
 from cierzo.engine.frontend.flights import MAX_KEPT, Flights
 from cierzo.engine.frontend.restarts import Restarts
 from cierzo.engine.messages import CoreError
@@ -346,6 +348,12 @@ def test_the_record_of_a_dead_core_is_kept(run, serving, hanging, children, tmp_
             assert kept.stat().st_mode & 0o777 == 0o600
             assert folder.stat().st_mode & 0o777 == 0o700
             assert f"cierzo replay {kept}" in caplog.text
+            cause = (
+                "was killed by SIGKILL (the kernel's out-of-memory killer" if reason == "died" else "hung: its turn"
+            )
+            assert f"the core is gone: the core process {cause}" in caplog.text
+            assert "starting it again at once" in caplog.text
+            assert re.search(r"a new core is ready after \d+\.\d s; [1-9]\d* requests go on", caplog.text)
             replay = Replay(read(kept))
             assert (replay.kept.reason, replay.is_whole) == (reason, True)
             replay.run()
@@ -357,6 +365,32 @@ def test_the_record_of_a_dead_core_is_kept(run, serving, hanging, children, tmp_
         assert list(folder.iterdir()) == [kept]  # a core that ends in order leaves nothing
 
     run(body(), LIMIT_S)
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (None, "closed its socket"),
+        (1, "ended with exit status 1"),
+        (-signal.SIGSEGV, "was killed by SIGSEGV"),
+        (-signal.SIGKILL, "was killed by SIGKILL (the kernel's out-of-memory killer, if nobody else: see dmesg)"),
+        (-200, "was killed by signal 200"),
+    ],
+)
+def test_how_a_core_ended(status, told):
+    assert _ending(status) == told
+
+
+def test_the_log_says_if_prompts_were_not_recorded(run, tmp_path, caplog):
+    async def body(with_prompts):
+        header = packed(Header(number=0, config=b"", with_prompts=with_prompts))
+        (tmp_path / "live-5.0").write_bytes(len(header).to_bytes(8, sys.byteorder) + header)
+        await Flights(str(tmp_path), with_prompts).keep(5, "died", "")
+
+    run(body(True))
+    assert "are kept; to replay them" in caplog.text
+    run(body(False))
+    assert "are kept (prompts were not recorded: --record-prompts); to replay them" in caplog.text
 
 
 def test_the_oldest_records_make_room(run, tmp_path):
@@ -391,4 +425,4 @@ def test_segments_of_processes_that_are_gone_are_swept(tmp_path):
     (tmp_path / "live-x.0").touch()
     Flights(str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {f"live-{os.getpid()}.0", "live-x.0"}
-    assert Flights.under("") is None
+    assert Flights.under("", with_prompts=False) is None
