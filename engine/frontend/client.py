@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Self, TypeVar, cast
@@ -57,11 +59,13 @@ from cierzo.engine.messages import (
     SamplingParams,
     Stats,
     Welcome,
+    delta_cost,
 )
 
 __all__ = ["Client", "Generation", "Reconnect", "SyncClient", "SyncGeneration"]
 
 CONNECT_TIMEOUT_S = 10.0
+TOLD_S, TOLD_PARTS = 0.25, 4  # a caller's taking is told to the loop's thread after such a time or part of a batch
 FIRST_READY_POLL_S, LONGEST_READY_POLL_S = 0.05, 1.0
 Message = ChatMessage | Mapping[str, Any]
 T = TypeVar("T")
@@ -259,7 +263,10 @@ class SyncGeneration:
         self._generation = generation
         self._run = run
         self._batch: deque[Delta] = deque()
-        self._batch_cost = 0
+        self._part = 0
+        self._untold = 0  # cost of deltas that the caller took, and the loop's thread does not know
+        self._told_s = time.monotonic()
+        self._lock = threading.Lock()  # of these four
 
     @property
     def final(self) -> Final:
@@ -288,19 +295,30 @@ class SyncGeneration:
     def next(self, timeout_s: float | None = None) -> Delta | None:
         """As `Generation.next`: None at the end; after a TimeoutError the generation goes on."""
         while True:
-            with contextlib.suppress(IndexError):
-                return self._batch.popleft()
-            batch = self._run(lambda: self._next_batch(timeout_s))
+            with self._lock:
+                if self._batch:
+                    delta = self._batch.popleft()
+                    self._count(delta_cost(delta))
+                    return delta
+                self._tell()
+            batch, cost = self._run(lambda: self._generation.take_batch(timeout_s))
             if not batch:
                 return None
-            self._batch.extend(batch)
+            with self._lock:
+                self._batch.extend(batch)
+                self._part = cost // TOLD_PARTS
 
-    async def _next_batch(self, timeout_s: float | None) -> list[Delta]:
-        """More deltas, in the loop's thread; the last ones are in use no more."""
-        self._generation.consumed(self._batch_cost)
-        self._batch_cost = 0
-        batch, self._batch_cost = await self._generation.take_batch(timeout_s)
-        return batch
+    def _count(self, cost: int) -> None:
+        """The caller has taken so much: tell it in parts, but soon, as the server waits for it."""
+        self._untold += cost
+        if time.monotonic() - self._told_s >= TOLD_S or (self._batch and self._untold > self._part):
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._untold:
+            self._generation.consumed(self._untold)
+            self._untold = 0
+        self._told_s = time.monotonic()
 
     def cancel(self) -> None:
         """As `Generation.cancel`."""

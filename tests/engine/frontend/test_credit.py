@@ -318,7 +318,7 @@ def test_readers_that_are_behind_share_turns_of_the_loop(prompts, model_info):
     """A reader that resumes 64,000 tokens of four requests gets them in parts, so that others have their turns."""
 
     class Sink:
-        features, is_paused = frozenset(["resume"]), False
+        features, is_paused, num_taken = frozenset(["resume"]), False, 0
 
         def __init__(self):
             self.parts, self.heard = [], []
