@@ -170,18 +170,24 @@ class Outlets:
         if stream.ended_at_s is not None:
             self._make_ready(stream)
 
-    def hurry(self, error: CierzoError) -> None:
+    def hurry(self, error: Callable[[Stream], CierzoError]) -> int:
         """Wait for readers no longer: each stream that has ended gives its last message now, or `error` if its
-        reader has not got all that comes before."""
+        reader has not got all that comes before. Gives the number of those that had ended well, and do not now."""
+        num_cut = 0
         for stream in self._streams.with_readers():
             sink = stream.sink
             if sink is not None and stream.ended_at_s is not None:
-                sink.put(failure(stream.stream_id, error) if stream.unsent else stream.last(self._detokenizer))
+                if stream.unsent:
+                    num_cut += stream.error is None
+                    sink.put(failure(stream.stream_id, error(stream)))
+                else:
+                    sink.put(stream.last(self._detokenizer))
                 self._streams.detach(stream)
                 self.detach(stream, sink)
                 sink.flush()
         self._stuck.clear()
         self._owner.delivered()
+        return num_cut
 
     def close(self) -> None:
         """Stop all timers."""
