@@ -96,11 +96,11 @@ class Client:
         """
         where = parse_address(address)
 
-        async def link() -> ClientLink:
-            return await _connected(where, timeout_s, keepalive_s)
+        async def again() -> ClientLink:
+            return await _connected(where, timeout_s, keepalive_s, is_known=True)
 
         policy = reconnect if isinstance(reconnect, Reconnect) else Reconnect() if reconnect else None
-        return cls(Session(await link(), link, policy))
+        return cls(Session(await _connected(where, timeout_s, keepalive_s), again, policy))
 
     @property
     def welcome(self) -> Welcome:
@@ -214,22 +214,25 @@ class Client:
         await self.close()
 
 
-async def _connected(where: Address, timeout_s: float, keepalive_s: float | None) -> ClientLink:
-    """A connection that was welcomed, by a server of this version or the one before."""
+async def _connected(
+    where: Address, timeout_s: float, keepalive_s: float | None, is_known: bool = False
+) -> ClientLink:
+    """A connection that was welcomed, by a server of this version or the one before. `is_known`: it has welcomed us
+    before."""
     until_s = asyncio.get_running_loop().time() + timeout_s
     try:
-        return await _welcomed(where, PROTOCOL_VERSION, until_s, timeout_s, keepalive_s)
+        return await _welcomed(where, PROTOCOL_VERSION, until_s, timeout_s, keepalive_s, is_known)
     except VersionMismatch as error:
         if error.limit != str(OLDEST_VERSION):
             raise
-    return await _welcomed(where, OLDEST_VERSION, until_s, timeout_s, keepalive_s)
+    return await _welcomed(where, OLDEST_VERSION, until_s, timeout_s, keepalive_s, is_known)
 
 
 async def _welcomed(
-    where: Address, version: int, until_s: float, timeout_s: float, keepalive_s: float | None
+    where: Address, version: int, until_s: float, timeout_s: float, keepalive_s: float | None, is_known: bool
 ) -> ClientLink:
     loop = asyncio.get_running_loop()
-    link = ClientLink(loop, str(where), version=version, keepalive_s=keepalive_s)
+    link = ClientLink(loop, str(where), version=version, keepalive_s=keepalive_s, is_known=is_known)
 
     def protocol() -> ClientLink:
         return link
@@ -252,7 +255,7 @@ async def _welcomed(
 def _unanswered(where: Address, link: ClientLink, error: Exception, timeout_s: float) -> str:
     """The reason why there is no client, in words: a TimeoutError of asyncio has none."""
     if link.is_connected:
-        return f"{where} takes connections, but did not say welcome within {timeout_s:g} s: is it a cierzo server?"
+        return f"{where} takes connections, but did not say welcome within {timeout_s:g} s{link.question}"
     return f"no server answers at {where}: {str(error) or f'not connected within {timeout_s:g} s'}"
 
 

@@ -60,6 +60,7 @@ class ClientLink(asyncio.Protocol):
 
     on_lost: called once with the generations that were open and the reason; gives back those that it ends.
     had_news: whether the server has done more than to take requests.
+    question: what to ask of a peer that does not say welcome; nothing if it did before (is_known).
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class ClientLink(asyncio.Protocol):
         version: int = PROTOCOL_VERSION,
         keepalive_s: float | None = None,
         max_unread_bytes: int = MAX_UNREAD_BYTES,
+        is_known: bool = False,
     ) -> None:
         self.loop = loop
         self.welcomed: asyncio.Future[Welcome] = loop.create_future()
@@ -79,6 +81,7 @@ class ClientLink(asyncio.Protocol):
         self.error: CierzoError | None = None
         self.on_lost: Callable[[list[Inbox], CierzoError], list[Inbox]] = _all
         self.had_news = False
+        self.question = "" if is_known else ": is it a cierzo server?"
         self._peer = peer
         self._version = version
         self._keepalive_s = keepalive_s
@@ -123,7 +126,7 @@ class ClientLink(asyncio.Protocol):
             if timer is not None:
                 timer.cancel()
         self._uncredited.clear()
-        when = "" if self.welcomed.done() else " before it said welcome: is it a cierzo server?"
+        when = "" if self.welcomed.done() else f" before it said welcome{self.question}"
         reason = f": {exc}" if exc is not None and not when else ""
         error = self.error or ConnectionLost(f"{self._peer} has closed the connection{when}{reason}")
         self.error = error
