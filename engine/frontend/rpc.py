@@ -13,6 +13,7 @@ import socket
 import stat
 from collections.abc import Iterator
 from fcntl import ioctl
+from ipaddress import ip_address
 from struct import Struct as Layout
 from termios import TIOCOUTQ
 from typing import cast
@@ -324,6 +325,9 @@ class RpcServer:
             else:
                 self._server = await loop.create_server(self._connection, address.host, address.port)
                 port = self._server.sockets[0].getsockname()[1]
+                hosts = [sock.getsockname()[0] for sock in self._server.sockets]
+                if not all(ip_address(host).is_loopback for host in hosts):
+                    log.warning("%s is reached from other machines, and has neither keys nor TLS", address)
                 self.address = str(TcpAddress(address.host, port))
         except OSError as error:
             raise ConfigError(

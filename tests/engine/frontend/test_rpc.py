@@ -163,6 +163,17 @@ def test_what_is_refused_is_named_in_plain_words(run, serving, peering):
     run(body())
 
 
+@pytest.mark.parametrize(("address", "warns"), [("0.0.0.0:0", True), ("127.0.0.1:0", False), ("localhost:0", False)])
+def test_an_address_beyond_loopback_is_warned_of(run, serving, caplog, address, warns):
+    async def body():
+        async with serving(address=address):
+            pass
+
+    run(body())
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["0.0.0.0:0 is reached from other machines, and has neither keys nor TLS"] * warns
+
+
 def test_a_faulty_message_about_an_open_stream_ends_that_stream(run, serving, peering, cores):
     cores.free = False
 
