@@ -279,6 +279,9 @@ def resolve(options: EngineOptions) -> EngineConfig:
 def _frontend(options: EngineOptions) -> FrontendConfig:
     """The front end's section: what it admits, the core's queue must take."""
     limits, most = options.frontend, options.max_waiting
+    if limits.core_stall_s >= limits.core_hang_s:
+        why = "core_hang_s: a core is killed after it has counted as stalled"
+        raise refusal("core_stall_s", f"less than {limits.core_hang_s:g}", limits.core_stall_s, why)
     return msgspec.structs.replace(
         limits, max_open_samples=min(limits.max_open_samples, most), max_samples=min(limits.max_samples, most)
     )

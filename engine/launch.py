@@ -102,10 +102,13 @@ async def _until_stopped(signals: asyncio.Queue[signal.Signals], frontend: Front
     reason = await _first(signals.get(), _failed(frontend))
     if reason is None:
         raise CoreFailed("the core died too often; see the log above")
+    log.info("%s: the server %s", reason.name, "drains" if reason == signal.SIGTERM else "stops at once")
     if reason == signal.SIGTERM:
         frontend.drain()
-        await _first(frontend.drained(), signals.get())
+        if (second := await _first(frontend.drained(), signals.get())) is not None:
+            log.info("%s: the drain ends before its time", second.name)
     frontend.interrupt()
+    log.info("the server exits with status 0")
     return 0
 
 

@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Self, TypeVar, cast
@@ -57,11 +59,13 @@ from cierzo.engine.messages import (
     SamplingParams,
     Stats,
     Welcome,
+    delta_cost,
 )
 
 __all__ = ["Client", "Generation", "Reconnect", "SyncClient", "SyncGeneration"]
 
 CONNECT_TIMEOUT_S = 10.0
+TOLD_S, TOLD_PARTS = 0.25, 4  # a caller's taking is told to the loop's thread after such a time or part of a batch
 FIRST_READY_POLL_S, LONGEST_READY_POLL_S = 0.05, 1.0
 Message = ChatMessage | Mapping[str, Any]
 T = TypeVar("T")
@@ -92,11 +96,11 @@ class Client:
         """
         where = parse_address(address)
 
-        async def link() -> ClientLink:
-            return await _connected(where, timeout_s, keepalive_s)
+        async def again() -> ClientLink:
+            return await _connected(where, timeout_s, keepalive_s, is_known=True)
 
         policy = reconnect if isinstance(reconnect, Reconnect) else Reconnect() if reconnect else None
-        return cls(Session(await link(), link, policy))
+        return cls(Session(await _connected(where, timeout_s, keepalive_s), again, policy))
 
     @property
     def welcome(self) -> Welcome:
@@ -210,22 +214,25 @@ class Client:
         await self.close()
 
 
-async def _connected(where: Address, timeout_s: float, keepalive_s: float | None) -> ClientLink:
-    """A connection that was welcomed, by a server of this version or the one before."""
+async def _connected(
+    where: Address, timeout_s: float, keepalive_s: float | None, is_known: bool = False
+) -> ClientLink:
+    """A connection that was welcomed, by a server of this version or the one before. `is_known`: it has welcomed us
+    before."""
     until_s = asyncio.get_running_loop().time() + timeout_s
     try:
-        return await _welcomed(where, PROTOCOL_VERSION, until_s, timeout_s, keepalive_s)
+        return await _welcomed(where, PROTOCOL_VERSION, until_s, timeout_s, keepalive_s, is_known)
     except VersionMismatch as error:
         if error.limit != str(OLDEST_VERSION):
             raise
-    return await _welcomed(where, OLDEST_VERSION, until_s, timeout_s, keepalive_s)
+    return await _welcomed(where, OLDEST_VERSION, until_s, timeout_s, keepalive_s, is_known)
 
 
 async def _welcomed(
-    where: Address, version: int, until_s: float, timeout_s: float, keepalive_s: float | None
+    where: Address, version: int, until_s: float, timeout_s: float, keepalive_s: float | None, is_known: bool
 ) -> ClientLink:
     loop = asyncio.get_running_loop()
-    link = ClientLink(loop, str(where), version=version, keepalive_s=keepalive_s)
+    link = ClientLink(loop, str(where), version=version, keepalive_s=keepalive_s, is_known=is_known)
 
     def protocol() -> ClientLink:
         return link
@@ -248,7 +255,7 @@ async def _welcomed(
 def _unanswered(where: Address, link: ClientLink, error: Exception, timeout_s: float) -> str:
     """The reason why there is no client, in words: a TimeoutError of asyncio has none."""
     if link.is_connected:
-        return f"{where} takes connections, but did not say welcome within {timeout_s:g} s: is it a cierzo server?"
+        return f"{where} takes connections, but did not say welcome within {timeout_s:g} s{link.question}"
     return f"no server answers at {where}: {str(error) or f'not connected within {timeout_s:g} s'}"
 
 
@@ -259,7 +266,10 @@ class SyncGeneration:
         self._generation = generation
         self._run = run
         self._batch: deque[Delta] = deque()
-        self._batch_cost = 0
+        self._part = 0
+        self._untold = 0  # cost of deltas that the caller took, and the loop's thread does not know
+        self._told_s = time.monotonic()
+        self._lock = threading.Lock()  # of these four
 
     @property
     def final(self) -> Final:
@@ -288,19 +298,30 @@ class SyncGeneration:
     def next(self, timeout_s: float | None = None) -> Delta | None:
         """As `Generation.next`: None at the end; after a TimeoutError the generation goes on."""
         while True:
-            with contextlib.suppress(IndexError):
-                return self._batch.popleft()
-            batch = self._run(lambda: self._next_batch(timeout_s))
+            with self._lock:
+                if self._batch:
+                    delta = self._batch.popleft()
+                    self._count(delta_cost(delta))
+                    return delta
+                self._tell()
+            batch, cost = self._run(lambda: self._generation.take_batch(timeout_s))
             if not batch:
                 return None
-            self._batch.extend(batch)
+            with self._lock:
+                self._batch.extend(batch)
+                self._part = cost // TOLD_PARTS
 
-    async def _next_batch(self, timeout_s: float | None) -> list[Delta]:
-        """More deltas, in the loop's thread; the last ones are in use no more."""
-        self._generation.consumed(self._batch_cost)
-        self._batch_cost = 0
-        batch, self._batch_cost = await self._generation.take_batch(timeout_s)
-        return batch
+    def _count(self, cost: int) -> None:
+        """The caller has taken so much: tell it in parts, but soon, as the server waits for it."""
+        self._untold += cost
+        if time.monotonic() - self._told_s >= TOLD_S or (self._batch and self._untold > self._part):
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._untold:
+            self._generation.consumed(self._untold)
+            self._untold = 0
+        self._told_s = time.monotonic()
 
     def cancel(self) -> None:
         """As `Generation.cancel`."""

@@ -41,6 +41,7 @@ MAX_SERVER_FRAME_BYTES = 1 << 30  # a final record can hold a whole long answer 
 KEEPALIVE_S = 20.0  # of a server that does not tell
 MAX_UNREAD_BYTES = 4 << 20  # cost of deltas that nobody has taken, over all generations of a server without credit
 CREDIT_PARTS = 4  # credit is given back when such a part of it has been consumed
+CREDIT_S = 1.0  # and after so long whatever has been: a server ends a stream whose reader gives none for long
 NO_WELCOME = Welcome(
     version=0,
     server="",
@@ -59,6 +60,7 @@ class ClientLink(asyncio.Protocol):
 
     on_lost: called once with the generations that were open and the reason; gives back those that it ends.
     had_news: whether the server has done more than to take requests.
+    question: what to ask of a peer that does not say welcome; nothing if it did before (is_known).
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class ClientLink(asyncio.Protocol):
         version: int = PROTOCOL_VERSION,
         keepalive_s: float | None = None,
         max_unread_bytes: int = MAX_UNREAD_BYTES,
+        is_known: bool = False,
     ) -> None:
         self.loop = loop
         self.welcomed: asyncio.Future[Welcome] = loop.create_future()
@@ -78,12 +81,15 @@ class ClientLink(asyncio.Protocol):
         self.error: CierzoError | None = None
         self.on_lost: Callable[[list[Inbox], CierzoError], list[Inbox]] = _all
         self.had_news = False
+        self.question = "" if is_known else ": is it a cierzo server?"
         self._peer = peer
         self._version = version
         self._keepalive_s = keepalive_s
         self._max_unread_bytes = max_unread_bytes
         self._unread_bytes = 0
         self._credit_part = 0  # without the feature
+        self._uncredited: dict[Inbox, None] = {}  # of which less than a part has been consumed
+        self._crediting: asyncio.TimerHandle | None = None
         self._is_reading = True
         self._transport: asyncio.Transport | None = None
         self._splitter = FrameSplitter(MAX_WELCOME_FRAME_BYTES)
@@ -116,9 +122,11 @@ class ClientLink(asyncio.Protocol):
             self.close(ProtocolError(f"{self._peer} does not speak cierzo's protocol{begins}: {error}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-        when = "" if self.welcomed.done() else " before it said welcome: is it a cierzo server?"
+        for timer in (self._watch, self._crediting):
+            if timer is not None:
+                timer.cancel()
+        self._uncredited.clear()
+        when = "" if self.welcomed.done() else f" before it said welcome{self.question}"
         reason = f": {exc}" if exc is not None and not when else ""
         error = self.error or ConnectionLost(f"{self._peer} has closed the connection{when}{reason}")
         self.error = error
@@ -193,9 +201,12 @@ class ClientLink(asyncio.Protocol):
         inbox.held -= cost
         if self._credit_part:
             inbox.uncredited += cost
-            if inbox.uncredited >= self._credit_part and self._inboxes.get(inbox.stream) is inbox:
-                self.send(Credit(stream=inbox.stream, bytes=inbox.uncredited))
-                inbox.uncredited = 0
+            if inbox.uncredited >= self._credit_part:
+                self._credit(inbox)
+            elif self._inboxes.get(inbox.stream) is inbox:
+                self._uncredited[inbox] = None
+                if self._crediting is None:
+                    self._crediting = self.loop.call_later(CREDIT_S, self._credit_all)
             return
         self._unread_bytes -= cost
         if not self._is_reading and 2 * self._unread_bytes < self._max_unread_bytes:
@@ -203,6 +214,18 @@ class ClientLink(asyncio.Protocol):
             self._heard_s = self.loop.time()  # the silence until now was our own
             if self._transport is not None and not self._transport.is_closing():
                 self._transport.resume_reading()
+
+    def _credit(self, inbox: Inbox) -> None:
+        """Give back what has been consumed."""
+        self._uncredited.pop(inbox, None)
+        if inbox.uncredited and self._inboxes.get(inbox.stream) is inbox:
+            self.send(Credit(stream=inbox.stream, bytes=inbox.uncredited))
+            inbox.uncredited = 0
+
+    def _credit_all(self) -> None:
+        self._crediting = None
+        for inbox in [*self._uncredited]:
+            self._credit(inbox)
 
     def close(self, reason: CierzoError | None = None) -> None:
         """Send what waits, then close. What still waits for an answer fails with `reason`."""

@@ -47,7 +47,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = 256 * 1024
     slow_reader_s: Annotated[
         float,
-        Meta(gt=0, description="seconds without progress of its reader, or in a pause, until a stream is ended"),
+        Meta(gt=0, description="seconds in which its reader takes nothing of what waits, until a stream is ended"),
     ] = 10.0
     max_answer_bytes: Annotated[
         int, Meta(ge=1, description="heap of an answer that is kept whole, for deltas=false and for resuming")

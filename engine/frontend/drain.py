@@ -22,10 +22,17 @@ class Drain:
     more, `interrupt` is called, which is to end what is still open. It is `over` when nothing is.
     """
 
-    def __init__(self, config: FrontendConfig, num_open: Callable[[], int], interrupt: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: FrontendConfig,
+        is_idle: Callable[[], bool],
+        num_open: Callable[[], int],
+        interrupt: Callable[[], None],
+    ) -> None:
         self.active = False
         self.refusing = False
         self._config = config
+        self._is_idle = is_idle
         self._num_open = num_open
         self._interrupt = interrupt
         self._timer: asyncio.TimerHandle | None = None
@@ -38,6 +45,8 @@ class Drain:
             return
         self.active = True
         if self._config.lame_duck_s > 0:
+            text = "a lame duck for %g s: %d requests are open, and others are taken"
+            log.info(text, self._config.lame_duck_s, self._num_open())
             self._later(self._config.lame_duck_s, self._refuse)
         else:
             self._refuse()
@@ -52,6 +61,8 @@ class Drain:
 
     def undo(self) -> list[Waiter]:
         """Take requests again; who waits in vain for the end."""
+        if self.active:
+            log.info("the drain is undone: requests are taken")
         self.active = self.refusing = False
         self._over.clear()
         self.close()
@@ -59,7 +70,7 @@ class Drain:
 
     def check(self) -> None:
         """A stream may have ended: if it was the last one, say so to all who asked."""
-        if not self.refusing or self._num_open():
+        if not self.refusing or not self._is_idle():
             return
         self._over.set()
         self.close()
@@ -81,8 +92,7 @@ class Drain:
 
     def _refuse(self) -> None:
         self.refusing = True
-        if self._num_open():
-            log.info("draining %d requests, at most %g s", self._num_open(), self._config.drain_s)
+        log.info("draining %d requests, at most %g s; no others are taken", self._num_open(), self._config.drain_s)
         self._later(self._config.drain_s, self._interrupt)
         self.check()
 

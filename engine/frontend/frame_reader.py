@@ -185,11 +185,11 @@ def _walk(body: memoryview, found: Envelope) -> None:
         key_end, more = _span(body, at)
         if more:
             return
-        key, at = bytes(body[at:key_end]), key_end
+        key, at = _content(body[at:key_end]), key_end
         end, pending = _span(body, at)
-        if key == b"\xa4type":
-            found.type = msgspec.msgpack.decode(body[at:end], type=str)
-        elif key == b"\xa6stream":
+        if key == b"type" and end <= len(body):
+            found.type = _content(body[at:end]).decode()
+        elif key == b"stream":
             found.stream = _decode_int(body[at:end])
         for _ in range(MAX_STEPS):
             if not pending:
@@ -213,6 +213,14 @@ _HEADS = {
 _FIXED = {0xCA: 4, 0xCB: 8, **{0xCC + i: 1 << i for i in range(4)}, **{0xD0 + i: 1 << i for i in range(4)}} | {
     0xD4 + i: 1 + (1 << i) for i in range(5)
 }
+
+
+def _content(value: memoryview) -> bytes:
+    """The bytes of a string, or of bytes, in whatever form; nothing of another value."""
+    first = value[0]
+    if 0xA0 <= first <= 0xBF:
+        return bytes(value[1:])
+    return bytes(value[1 + _HEADS[first][0] :]) if first in _HEADS and _HEADS[first][1] else b""
 
 
 def _span(body: memoryview, at: int) -> tuple[int, int]:

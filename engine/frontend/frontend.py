@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 def interruption(stream: Stream) -> Interrupted:
     """The error for a stream that the server's end cuts short; it tells the seed, which a resumed request needs."""
+    if stream.sampling.seed is None:
+        return Interrupted("the server stops; it had not begun the request, which can be sent elsewhere")
     return Interrupted(
         "the server stops; the same request goes on elsewhere, with this seed and the tokens that came",
         field="seed",
@@ -66,7 +68,7 @@ class Frontend:
         self._cancels = CancelLimiter(config, clock)
         self._clock = clock
         self._started = clock()
-        self._drain = Drain(config, self._num_left, self.interrupt)
+        self._drain = Drain(config, self._is_idle, self._num_left, self.interrupt)
 
     # --- what is going on ------------------------------------------------------------------------------
 
@@ -181,9 +183,12 @@ class Frontend:
 
     def interrupt(self) -> None:
         """End every open stream with an error that says how to go on elsewhere."""
+        num_interrupted = len(self.streams)
         for stream in self.streams:
             self._fail(stream, interruption(stream))
-        self.outlets.hurry(Interrupted("the server stops, and does not wait for its slow readers"))
+        num_interrupted += self.outlets.hurry(interruption)
+        if num_interrupted:
+            log.info("interrupted %d requests", num_interrupted)
 
     async def close(self) -> None:
         """Stop what runs on the side."""
@@ -259,8 +264,13 @@ class Frontend:
     # --- inside ----------------------------------------------------------------------------------------
 
     def _num_left(self) -> int:
-        """Count what a drain waits for: streams that run or have a reader, and last messages on their way."""
-        return len(self.streams) + self.streams.num_read + self.outlets.num_sending
+        """Count the requests that run or have a reader, or whose last message is on its way."""
+        orphans = sum(stream.sink is None for stream in self.streams)
+        return orphans + self.streams.num_read + self.outlets.num_sending
+
+    def _is_idle(self) -> bool:
+        """Whether there are none of these."""
+        return not (len(self.streams) or self.streams.num_read or self.outlets.num_sending)
 
     def _cancel(self, stream: Stream) -> None:
         """End a stream; output that its reader has not been sent by now is not sent any more."""

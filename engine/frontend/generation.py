@@ -223,18 +223,20 @@ class Generation:
     async def next_batch(self, timeout_s: float | None = None) -> list[Delta]:
         """All deltas that have come and were not taken, at least one; none at the end. `timeout_s` as in `next`."""
         deltas, cost = await self.take_batch(timeout_s)
-        self.consumed(cost)
+        self._inbox.link.consumed(self._inbox, cost)
         return deltas
 
     async def take_batch(self, timeout_s: float | None = None) -> tuple[list[Delta], int]:
-        """As `next_batch`, but the deltas count as waiting until `consumed` is called, with the cost given here."""
+        """As `next_batch`, but the deltas, of the cost given here, count as waiting until `consumed` is called."""
         inbox = self._inbox
         await self._more(timeout_s)
         return [inbox.take() for _ in range(len(inbox.deltas))], inbox.held
 
     def consumed(self, cost: int) -> None:
-        """Deltas of a batch are in use no more: the server may send others."""
-        self._inbox.link.consumed(self._inbox, cost)
+        """Deltas of a batch, of this cost, are in use no more: the server may send others. Any thread may call."""
+        link = self._inbox.link
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
+            link.loop.call_soon_threadsafe(link.consumed, self._inbox, cost)
 
     def cancel(self) -> None:
         """Ask the server to stop. What it had sent still comes, then `final` says "cancelled"."""

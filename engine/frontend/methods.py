@@ -64,7 +64,7 @@ class Methods:
             raise ProtocolError("a stream id is negative", field="stream", limit="at least 0", value=message.stream)
         try:
             if (feature := FEATURE_OF.get(type(message))) is not None:
-                require_feature(sink.features, feature, "type", type(message).__struct_config__.tag)
+                require_feature(sink.features, feature, str(type(message).__struct_config__.tag), "type")
             self._table[type(message)](sink, message)
         except CierzoError as error:
             if isinstance(error, Overloaded) and isinstance(message, Cancel | CancelRequest):

@@ -2,7 +2,7 @@
 
 Nothing is queued as messages. What a reader has not got is behind its cursor in the log (`Sample`). A stream whose
 reader lets more than `max_pending_bytes` wait is paused: the core forgets it until the reader has taken half. A
-reader who takes nothing for `slow_reader_s`, or does not get its stream out of a pause in this time, is given up.
+reader who takes nothing for `slow_reader_s` while something waits is given up; one who is slow is not.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Outlets:
         self._detokenizer = detokenizer
         self._slow: Expiry[Stream] = Expiry(config.slow_reader_s, clock, self._slow_reader)
         self._stuck: Expiry[Sink] = Expiry(config.slow_reader_s, clock, self._drop)  # within a long last message
+        self._taken: dict[Stream | Sink, int] = {}  # what its connection had taken, of all that are watched
         self._building: dict[Stream, Pieces] = {}  # long last messages
         self._waiting: dict[Sink, dict[Stream, None]] = {}  # for their connection
         self._ready: dict[Stream, None] = {}  # they are behind, and may send
@@ -99,7 +100,7 @@ class Outlets:
         """The reader of a stream is gone, whatever the way; one that was paused for it goes on."""
         stream.flows = False
         stream.pending_bytes = 0
-        self._slow.discard(stream)
+        self._unwatch(stream)
         self._building.pop(stream, None)
         self._ready.pop(stream, None)
         self._waiting.get(sink, {}).pop(stream, None)
@@ -110,6 +111,7 @@ class Outlets:
     def left(self, sink: Sink) -> None:
         """A connection is gone; its streams have been detached."""
         self._stuck.discard(sink)
+        self._taken.pop(sink, None)
         self._waiting.pop(sink, None)
 
     @property
@@ -122,6 +124,7 @@ class Outlets:
         if stream.credit is None:
             return
         stream.credit += num_bytes
+        self._took(stream)
         if stream.credit > 0 and not stream.flows and stream.deltas:
             if stream.unsent:
                 self._make_ready(stream)
@@ -167,18 +170,24 @@ class Outlets:
         if stream.ended_at_s is not None:
             self._make_ready(stream)
 
-    def hurry(self, error: CierzoError) -> None:
+    def hurry(self, error: Callable[[Stream], CierzoError]) -> int:
         """Wait for readers no longer: each stream that has ended gives its last message now, or `error` if its
-        reader has not got all that comes before."""
+        reader has not got all that comes before. Gives the number of those that had ended well, and do not now."""
+        num_cut = 0
         for stream in self._streams.with_readers():
             sink = stream.sink
             if sink is not None and stream.ended_at_s is not None:
-                sink.put(failure(stream.stream_id, error) if stream.unsent else stream.last(self._detokenizer))
+                if stream.unsent:
+                    num_cut += stream.error is None
+                    sink.put(failure(stream.stream_id, error(stream)))
+                else:
+                    sink.put(stream.last(self._detokenizer))
                 self._streams.detach(stream)
                 self.detach(stream, sink)
                 sink.flush()
         self._stuck.clear()
         self._owner.delivered()
+        return num_cut
 
     def close(self) -> None:
         """Stop all timers."""
@@ -210,7 +219,6 @@ class Outlets:
         stream.pending_bytes += num_bytes
         if stream.pending_bytes > stream.pending_limit and not stream.paused and delta.finish is None:
             stream.paused = True
-            self._slow.add(stream)
             for each in stream.samples:
                 each.keep_sent(self._config.stream_credit_bytes // len(stream.samples))
             self._core.withdraw(stream)
@@ -230,8 +238,20 @@ class Outlets:
         assert sink is not None
         if stream not in self._slow:
             self._slow.add(stream)
+            self._taken[stream] = sink.num_taken
         if sink.is_paused:
             self._waiting.setdefault(sink, {})[stream] = None
+
+    def _took(self, stream: Stream) -> None:
+        """The reader has taken something: its time begins again, if it is watched."""
+        if stream in self._slow:
+            self._slow.add(stream)
+
+    def _moved(self, watched: Stream | Sink, sink: Sink) -> bool:
+        """Whether the peer of a full connection has taken bytes since the last look, if slower than it was sent."""
+        before = self._taken.get(watched)
+        self._taken[watched] = sink.num_taken
+        return sink.is_paused and self._taken[watched] != before
 
     def _make_ready(self, stream: Stream) -> None:
         if stream.sink is None:
@@ -280,7 +300,7 @@ class Outlets:
             sink.put(stream.last(self._detokenizer))
             self._last_is_put(stream)
         else:
-            self._progress(stream, num_tokens, is_done)
+            self._progress(stream, is_done)
         return num_tokens, is_done
 
     def _build(self, stream: Stream, sink: Sink) -> tuple[int, bool]:
@@ -292,6 +312,7 @@ class Outlets:
         except StopIteration as done:
             del self._building[stream]
             self._stuck.add(sink)
+            self._taken[sink] = sink.num_taken
             sink.put_frame(self._sending(sink, done.value))
             self._last_is_put(stream)
             return 0, True
@@ -303,16 +324,20 @@ class Outlets:
                 self._stuck.add(sink)
             yield piece
         self._stuck.discard(sink)
+        self._taken.pop(sink, None)
         self._owner.delivered()
 
     def _last_is_put(self, stream: Stream) -> None:
         self._streams.detach(stream)
-        self._slow.discard(stream)
+        self._unwatch(stream)
         self._owner.delivered()
 
     def _drop(self, sink: Sink) -> None:
         """The reader takes no more of a message that is half sent: it can be told nothing."""
-        sink.drop()
+        if self._moved(sink, sink):
+            self._stuck.add(sink)
+        else:
+            sink.drop()
 
     def _send(self, stream: Stream, sample: Sample, most: int) -> int:
         """Put one delta with up to `most` tokens that the reader has not got."""
@@ -327,24 +352,31 @@ class Outlets:
             stream.credit -= delta_cost(delta)
         assert stream.sink is not None
         stream.sink.put(delta)
+        self._took(stream)
         return len(token_ids)
 
-    def _progress(self, stream: Stream, num_tokens: int, is_done: bool) -> None:
-        """The reader has taken something: its time begins again, unless its stream is still paused."""
+    def _progress(self, stream: Stream, is_done: bool) -> None:
+        """The reader was sent what it may have: if it is all there is, or half, its stream goes on."""
         stream.pending_bytes = sum(sample.unsent_bytes for sample in stream.samples) if stream.deltas else 0
         goes_on = stream.paused and stream.ended_at_s is None and stream.pending_bytes * 2 < stream.pending_limit
         if goes_on:
             stream.paused = False
         if is_done:
             stream.flows = stream.deltas and not stream.skips and _may_send(stream)
-            self._slow.discard(stream)
-        elif num_tokens and not stream.paused:
-            self._slow.add(stream)
+            self._unwatch(stream)
         if goes_on:
             self._core.submit(stream)  # the last thing here: it may end the stream
 
+    def _unwatch(self, stream: Stream) -> None:
+        self._slow.discard(stream)
+        self._taken.pop(stream, None)
+
     def _slow_reader(self, stream: Stream) -> None:
-        config = self._config
+        config, sink = self._config, stream.sink
+        assert sink is not None
+        if _may_send(stream) and self._moved(stream, sink):
+            self._slow.add(stream)
+            return
         what = f"{stream.pending_bytes} bytes wait"
         bound = f", more than max_pending_bytes, {config.max_pending_bytes}" if stream.paused else ""
         self._owner.give_up(

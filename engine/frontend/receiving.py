@@ -58,6 +58,7 @@ _decode_attach = msgspec.msgpack.Decoder(LargeAttach).decode
 _decode_hello = msgspec.msgpack.Decoder(AnyHello).decode
 _decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
 _METHODS = {cast(str, cls.__struct_config__.tag) for cls in get_args(ClientMessage)}
+SHOWN_CHARS = 40  # of a type that does not exist
 _HTTP = (b"GET ", b"HEAD", b"POST", b"PUT ", b"DELE", b"OPTI", b"PATC", b"CONN", b"TRAC", b"PRI ")
 _NOT_HTTP = b"This port speaks the RPC of cierzo (docs/rpc.md), not HTTP.\n"
 _HTTP_ANSWER = (
@@ -170,4 +171,6 @@ def _undecodable(sink: Sink, frontend: Frontend, body: memoryview, error: Except
 
 def _unknown(found: Envelope) -> InvalidRequest:
     known = ", ".join(sorted(_METHODS - {"hello"}))
-    return UnknownMethod("there is no such method", field="type", limit=known, value=found.type)
+    name = found.type[:SHOWN_CHARS] + "..." * (len(found.type) > SHOWN_CHARS)
+    what = f"there is no method {name!r}" if found.type else "the message has no type"
+    return UnknownMethod(what, field="type", limit=known, value=name)

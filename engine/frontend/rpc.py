@@ -12,6 +12,10 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
+from fcntl import ioctl
+from ipaddress import ip_address
+from struct import Struct as Layout
+from termios import TIOCOUTQ
 from typing import cast
 
 import msgspec
@@ -37,6 +41,7 @@ log = logging.getLogger(__name__)
 LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
 KEEPALIVE_PROBES = 4
 KERNEL_BYTES = 128 * 1024  # that the kernel takes beyond what it can send: a reader that stalls is seen early
+INT = Layout("i")
 LINGER_S = 2.0  # how long a peer may take to read why its connection ends
 
 
@@ -57,6 +62,7 @@ class Connection(asyncio.Protocol):
         self.is_paused = False
         self._is_full = False
         self._pieces: Iterator[Buffer] | None = None  # of a frame that is half sent
+        self._num_written = 0
         self._outbox: list[Message] = []
         self._late = bytearray()  # frames that wait for a slow reader; no deltas, which wait in their streams' logs
 
@@ -167,7 +173,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self._ending:
             return
         if not self.is_paused:
-            self._transport.write(pack(outbox))
+            self._write(pack(outbox))
             return
         self._late += pack(outbox)
         limit = self._server.config.max_pending_bytes
@@ -175,6 +181,19 @@ class Connection(asyncio.Protocol):
             log.error("closing a connection that left more than %d bytes of answers unread", limit)
             self._ending = True
             self._transport.abort()
+
+    @property
+    def num_taken(self) -> int:
+        """Bytes that the peer's kernel has taken: finer than the events of a connection that was full."""
+        if self._transport is None or self._transport.is_closing():
+            return self._num_written
+        queued = self._transport.get_write_buffer_size()
+        sock = self._transport.get_extra_info("socket")
+        try:
+            (in_kernel,) = INT.unpack(ioctl(sock.fileno(), TIOCOUTQ, bytes(INT.size)))
+        except (AttributeError, OSError):
+            in_kernel = 0
+        return self._num_written - queued - cast(int, in_kernel)
 
     def drop(self) -> None:
         """Close at once."""
@@ -184,13 +203,18 @@ class Connection(asyncio.Protocol):
 
     # --- inside ----------------------------------------------------------------------------------------
 
+    def _write(self, data: Buffer) -> None:
+        assert self._transport is not None
+        self._num_written += len(data)
+        self._transport.write(data)
+
     def _go_on(self) -> None:
         """Write what has waited for room, if there is room."""
         if self._transport is None or self._ending or self._is_full or not self.is_paused:
             return
         if self._pieces is not None:
             if (piece := next(self._pieces, None)) is not None:
-                self._transport.write(piece)
+                self._write(piece)
                 if not self._is_full:
                     asyncio.get_running_loop().call_soon(self._go_on)
                 return
@@ -198,7 +222,7 @@ class Connection(asyncio.Protocol):
         self.is_paused = False
         late, self._late = self._late, bytearray()
         if late:
-            self._transport.write(late)
+            self._write(late)
         self._server.frontend.writable(self)
 
     def _receive(self, frame: memoryview | Large | Skipped) -> None:
@@ -301,6 +325,9 @@ class RpcServer:
             else:
                 self._server = await loop.create_server(self._connection, address.host, address.port)
                 port = self._server.sockets[0].getsockname()[1]
+                hosts = [sock.getsockname()[0] for sock in self._server.sockets]
+                if not all(ip_address(host).is_loopback for host in hosts):
+                    log.warning("%s is reached from other machines, and has neither keys nor TLS", address)
                 self.address = str(TcpAddress(address.host, port))
         except OSError as error:
             raise ConfigError(

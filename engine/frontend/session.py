@@ -152,7 +152,7 @@ class Session:
                 if (error := link.error) is None:
                     self._take_over(link)
                     return None
-        failed = ConnectionLost(f"{error} (tried to connect again {self._attempts} times)")
+        failed = ConnectionLost(f"the connection was lost: {error} (tried to connect again {self._attempts} times)")
         self._attempts, self._lost_s = 0, None
         self._give_up(failed)
         return failed

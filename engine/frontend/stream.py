@@ -39,6 +39,11 @@ class Sink(Protocol):
     features: frozenset[str]
     is_paused: bool  # the reader does not keep up: streams keep their output back
 
+    @property
+    def num_taken(self) -> int:
+        """A count that moves when the peer takes bytes, and while the connection is full not otherwise."""
+        ...
+
     def put(self, message: Message) -> None:
         """Add a message to what the next `flush` sends."""
         ...

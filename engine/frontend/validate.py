@@ -91,17 +91,16 @@ def features(message: Generate, granted: frozenset[str]) -> None:
     """Raise InvalidRequest for a field whose feature the connection does not have."""
     for field, feature in FEATURE_OF_FIELD.items():
         if getattr(message, field) is not None:
-            require_feature(granted, feature, field, getattr(message, field))
+            require_feature(granted, feature, field, field)
 
 
-def require_feature(granted: frozenset[str], feature: str, field: str, value: object) -> None:
-    """Raise InvalidRequest if `feature`, which `field` needs to be `value`, is not among those granted."""
+def require_feature(granted: frozenset[str], feature: str, what: str, field: str) -> None:
+    """Raise InvalidRequest if `feature`, which `what` needs, is not among those granted."""
     if feature not in granted:
         raise InvalidRequest(
-            f"{value} needs the feature {feature}, which hello did not ask for or welcome did not grant",
+            f"{what} needs the feature {feature}, which hello did not ask for or welcome did not grant",
             field=field,
             limit=f"with the feature {feature}",
-            value=value,
         )
 
 
@@ -161,7 +160,7 @@ def mistyped(text: str) -> InvalidRequest:
     unknown = re.search(r"unknown field `([^`]*)`", reason)
     where = path.group(1) if path else ""
     field = ".".join(filter(None, (where, unknown.group(1) if unknown else "")))
-    words = reason.replace("`", "")
+    words = reason.removeprefix("Object contains ").replace("`", "")
     message = f"{where}: {words[:1].lower()}{words[1:]}" if where else words
     return InvalidRequest(message, field=field or None, limit=expected.group(1) if expected else None)
 
@@ -170,9 +169,9 @@ def _prompts_given(message: Generate) -> None:
     given = [name for name in (*ATTACHABLE, "attached") if getattr(message, name) is not None]
     if len(given) != 1:
         raise InvalidRequest(
-            "exactly one of text, messages and token_ids is needed",
+            "exactly one of text, messages, token_ids and attached is needed",
             field=given[1] if given else "text",
-            limit="exactly one of text, messages, token_ids",
+            limit="exactly one of text, messages, token_ids, attached",
             value=", ".join(given) or "none",
         )
 

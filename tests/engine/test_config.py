@@ -169,6 +169,17 @@ def test_a_length_that_does_not_fit_is_refused_with_the_numbers(checkpoint: str)
     assert (caught.value.limit, caught.value.value) == ("at most 320", "321")
 
 
+def test_a_core_counts_as_stalled_before_it_is_killed(checkpoint: str) -> None:
+    for stall_s, is_right in ((1.9, True), (2.0, False), (3.0, False)):
+        options = EngineOptions(model=checkpoint, frontend=FrontendConfig(core_stall_s=stall_s, core_hang_s=2.0))
+        if is_right:
+            assert resolve(options).frontend.core_stall_s == stall_s
+            continue
+        with pytest.raises(ConfigError, match="core_stall_s must be less than 2 ") as caught:
+            resolve(options)
+        assert (caught.value.field, caught.value.value) == ("core_stall_s", str(stall_s))
+
+
 def test_a_budget_beyond_the_free_memory_is_refused(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "available_memory_bytes", lambda: GIB)
     assert resolve(EngineOptions(model=checkpoint, kv_cache_gib=0.9)).cache.num_blocks == int(0.9 * GIB) // (

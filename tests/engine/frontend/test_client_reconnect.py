@@ -316,6 +316,29 @@ def test_attempts_are_bounded_and_count_until_something_comes(run, policy):
     run(body())
 
 
+def test_a_server_that_welcomed_us_once_is_not_asked_what_it_is(run):
+    """It stops while the client comes back: its socket takes connections, and nobody says welcome."""
+
+    async def body():
+        ports = []
+        async with scripted(lambda peer, number: peer.hear(Ping)) as address:
+            ports.append(int(address.rpartition(":")[2]))
+            client = await Client.connect(address, reconnect=Reconnect(max_attempts=1, first_pause_s=0.0))
+            client._session.link.tell(Ping)
+            await client._session.link.closed
+
+        def close(reader, writer):
+            writer.close()
+
+        async with await asyncio.start_server(close, "127.0.0.1", ports[0]):
+            with pytest.raises(ConnectionLost, match=r"was lost: .* before it said welcome") as caught:
+                await client.health()
+            assert "is it a cierzo server?" not in str(caught.value)
+            await client.close()
+
+    run(body())
+
+
 def test_where_no_server_is_left_attempts_end(run):
     async def script(peer, number):
         await peer.hear()
@@ -324,7 +347,9 @@ def test_where_no_server_is_left_attempts_end(run):
         async with scripted(script) as address:
             client = await Client.connect(address, reconnect=Reconnect(max_attempts=2, first_pause_s=0.0))
             generation = client.generate(token_ids=[1])
-        with pytest.raises(ConnectionLost, match=r"no server answers at .* \(tried to connect again 2 times\)"):
+        with pytest.raises(
+            ConnectionLost, match=r"connection was lost: no server .* \(tried to connect again 2 times\)"
+        ):
             await anext(generation)
         with pytest.raises(ConnectionLost, match=r"tried to connect again 2 times"):
             await client.health()  # which has tried anew

@@ -298,18 +298,22 @@ def test_the_end_of_a_drain_does_not_wait_for_slow_readers(run, serving, peering
     async def body():
         limits = {"stream_credit_bytes": 1024, "drain_s": 0.05}
         async with serving(cores=cores, **limits) as house, peering(house, CREDIT) as peer:
-            peer.say(generate(1, max_tokens=400))
+            peer.say(generate(1, max_tokens=400, seed=5))
             while len(house.frontend.streams) or not house.frontend.streams.num_read:
                 peer.say(Ping(stream=8))
                 await peer.hear_until(Pong)
             cores.free = False
-            peer.say(generate(2, max_tokens=400))
+            peer.say(generate(2, max_tokens=400, seed=6))
             peer.say(Drain(stream=9))
             heard = [await peer.hear()]
             while not isinstance(heard[-1], Drained):
                 heard.append(await peer.hear())
-            ends = {message.stream: message.code for message in heard if isinstance(message, Failure)}
-            assert ends == {1: "interrupted", 2: "interrupted"}
+            ends = {message.stream: message for message in heard if isinstance(message, Failure)}
+            assert {stream: end.code for stream, end in ends.items()} == {1: "interrupted", 2: "interrupted"}
+            assert {stream: (end.field, end.value) for stream, end in ends.items()} == {
+                1: ("seed", "5"),
+                2: ("seed", "6"),
+            }
             assert house.frontend.streams.num_read == 0
 
     run(body())
@@ -319,7 +323,7 @@ def test_readers_that_are_behind_share_turns_of_the_loop(prompts, model_info):
     """A reader that resumes 64,000 tokens of four requests gets them in parts, so that others have their turns."""
 
     class Sink:
-        features, is_paused = frozenset(["resume"]), False
+        features, is_paused, num_taken = frozenset(["resume"]), False, 0
 
         def __init__(self):
             self.parts, self.heard = [], []

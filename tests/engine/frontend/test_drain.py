@@ -14,6 +14,8 @@ import pytest
 
 from cierzo.engine.errors import Draining, Interrupted
 from cierzo.engine.frontend.client import Client, SyncClient
+from cierzo.engine.frontend.frontend import interruption
+from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.messages import Abort, Done, Drain, Drained, Failure, Generate, SamplingParams
 from cierzo.engine.weights.make import make_checkpoint
 
@@ -100,6 +102,49 @@ def test_a_drain_can_be_undone(run, serving, cores, peering):
     run(body())
 
 
+def test_the_log_counts_each_request_once(run, serving, cores, peering, caplog):
+    cores.free = False
+    caplog.set_level("INFO")
+
+    async def body():
+        async with serving(cores=cores, drain_s=0.05, lame_duck_s=0.05) as house, peering(house) as peer:
+            for stream in (1, 2):
+                peer.say(Generate(stream=stream, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+            async with await Client.connect(house.address) as client:
+                await client.generate(token_ids=[1]).accepted()
+                orphaned = client._session.link
+                orphaned._inboxes.clear()  # its end says nothing to the server
+                orphaned._transport.abort()
+                while house.frontend.streams.num_read > 2:
+                    await asyncio.sleep(0)
+            house.frontend.drain()
+            house.frontend.undo_drain()
+            house.frontend.undo_drain()
+            house.frontend.drain()
+            await house.frontend.drained()
+
+    run(body())
+    duck = "a lame duck for 0.05 s: 3 requests are open, and others are taken"
+    said = [record.getMessage() for record in caplog.records if record.name.endswith((".drain", ".frontend"))]
+    assert said == [
+        duck,
+        "the drain is undone: requests are taken",
+        duck,
+        "draining 3 requests, at most 0.05 s; no others are taken",
+        "interrupted 3 requests",
+    ]
+
+
+def test_a_request_that_was_not_begun_has_no_seed_to_go_on_with():
+    stream = Stream(
+        *(1, 1, None, True, 1, 0, 0.0, 1.0),
+    )
+    error = interruption(stream)
+    assert (error.retry, error.field, error.value) == (True, None, None)
+    stream.sampling = SamplingParams(seed=7)
+    assert (interruption(stream).field, interruption(stream).value) == ("seed", "7")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small; the fake runner reads its config.json alone."""
@@ -118,6 +163,7 @@ def start(checkpoint, tmp_path):
                 *("--rpc", f"unix:{tmp_path / 'rpc.sock'}", *options),
             ],
             stdout=subprocess.PIPE,
+            stderr=(tmp_path / "log").open("wb"),
             text=True,
             env=os.environ | {"TMPDIR": str(tmp_path)},
         )
@@ -167,6 +213,14 @@ def test_a_second_signal_ends_a_drain_sooner(start, tmp_path, second):
             for _ in endless:
                 pass
     assert server.wait(DEADLINE_S) == 0
+    lines = [line.partition(": ")[2] for line in (tmp_path / "log").read_text().splitlines()]
+    assert lines[-5:] == [
+        "SIGTERM: the server drains",
+        "draining 1 requests, at most 600 s; no others are taken",
+        f"{second.name}: the drain ends before its time",
+        "interrupted 1 requests",
+        "the server exits with status 0",
+    ]
 
 
 def test_a_drain_ends_in_time_while_the_core_hangs(start, tmp_path):

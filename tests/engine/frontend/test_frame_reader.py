@@ -117,8 +117,39 @@ def test_bytes_that_are_no_message_name_nothing_that_msgpack_does_not(data):
     found = peek(data)
     for message in (b"\x82\xa4type\xa4ping\xa6stream\x07" + data, b"\x81" + data):
         seen = peek(message[:PREFIX_BYTES])
-        assert seen.stream in (-1, 7) or b"\xa6stream" in data
-    assert found.stream == -1 or b"\xa6stream" in data
+        assert seen.stream in (-1, 7) or b"stream" in data
+    assert found.stream == -1 or b"stream" in data
+
+
+def _heads(text):
+    """A text in each form that MessagePack has for it and for bytes."""
+    body, size = text.encode(), len(text)
+    forms = {"fixstr": bytes([0xA0 | size]) + body}
+    for width, str_head, bin_head in ((1, 0xD9, 0xC4), (2, 0xDA, 0xC5), (4, 0xDB, 0xC6)):
+        for name, head in (("str", str_head), ("bin", bin_head)):
+            forms[f"{name}{8 * width}"] = bytes([head]) + size.to_bytes(width, "big") + body
+    return forms
+
+
+INTEGERS = {
+    "fixint": b"\x07",
+    **{f"uint{8 << i}": bytes([0xCC + i]) + (7).to_bytes(1 << i, "big") for i in range(4)},
+    **{f"int{8 << i}": bytes([0xD0 + i]) + (7).to_bytes(1 << i, "big") for i in range(4)},
+}
+MAPS = {"fixmap": b"\x83", "map16": b"\xde\x00\x03", "map32": b"\xdf\x00\x00\x00\x03"}
+
+
+@pytest.mark.parametrize("outer", MAPS)
+@pytest.mark.parametrize("number", INTEGERS)
+@pytest.mark.parametrize("form", _heads(""))
+def test_type_and_stream_are_found_in_each_form_of_messagepack(form, number, outer):
+    key, name, stream, text = (_heads(word)[form] for word in ("type", "generate", "stream", "text"))
+    too_long = b"\xdb\x00\x4c\x4b\x40" + b"y" * 400
+    for parts in ((key, name, stream, INTEGERS[number]), (stream, INTEGERS[number], key, name)):
+        found = peek((MAPS[outer] + b"".join(parts) + text + too_long)[:PREFIX_BYTES])
+        assert (found.type, found.stream) == ("generate", 7)
+        found = peek(MAPS[outer] + b"".join(parts)[:-1])  # cut within the last value
+        assert (found.type, found.stream) in (("generate", -1), ("", 7))
 
 
 def test_a_prefix_that_ends_within_a_value_does_not_name_it():

@@ -136,6 +136,44 @@ def test_what_ends_its_stream_alone(run, serving, peering, case):
     run(body())
 
 
+def test_what_is_refused_is_named_in_plain_words(run, serving, peering):
+    """The type of a method that there is not; a field and its feature, never the key that a caller made up."""
+
+    async def body():
+        async with serving() as house, peering(house) as peer:
+            for said, message in (
+                ({"type": "fly"}, "there is no method 'fly'"),
+                ({"type": "y" * 50}, f"there is no method '{'y' * 40}...'"),
+                ({}, "the message has no type"),
+                ({"type": "ping", "colour": 1}, "unknown field colour"),
+                ({"type": "generate"}, "exactly one of text, messages, token_ids and attached is needed"),
+            ):
+                peer.say({"stream": 5, **said})
+                assert (await peer.hear()).message == message
+            for said, what, field in (
+                ({"type": "generate", "token_ids": [1], "idempotency_key": "secret"}, "idempotency_key", None),
+                ({"type": "cancel_request", "request_id": "secret"}, "cancel_request", "type"),
+            ):
+                peer.say({"stream": 5, **said})
+                refusal = await peer.hear()
+                assert refusal.message.startswith(f"{what} needs the feature resume, which")
+                assert refusal.field == (field or what)
+                assert "secret" not in str(refusal)
+
+    run(body())
+
+
+@pytest.mark.parametrize(("address", "warns"), [("0.0.0.0:0", True), ("127.0.0.1:0", False), ("localhost:0", False)])
+def test_an_address_beyond_loopback_is_warned_of(run, serving, caplog, address, warns):
+    async def body():
+        async with serving(address=address):
+            pass
+
+    run(body())
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["0.0.0.0:0 is reached from other machines, and has neither keys nor TLS"] * warns
+
+
 def test_a_faulty_message_about_an_open_stream_ends_that_stream(run, serving, peering, cores):
     cores.free = False
 

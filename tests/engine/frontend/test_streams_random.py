@@ -134,6 +134,7 @@ class FakeSink:
     def __init__(self, features):
         self.features = frozenset(features)
         self.is_paused = False
+        self.num_taken = 0
         self.open = {}  # stream id -> Copy
         self.ended = []
         self.spent = defaultdict(int)  # cost of deltas that were not given back

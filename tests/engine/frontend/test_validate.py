@@ -190,10 +190,10 @@ def test_the_limit_of_temperature_names_zero_too(model_info):
             "sampling.logit_bias",
             "int",
         ),
-        ("Object contains unknown field `x`", "Object contains unknown field x", "x", None),
+        ("Object contains unknown field `x`", "unknown field x", "x", None),
         (
             "Object contains unknown field `x` - at `$.messages[0]`",
-            "messages[0]: object contains unknown field x",
+            "messages[0]: unknown field x",
             "messages[0].x",
             None,
         ),

@@ -34,6 +34,7 @@ FINISH = Finish("length", "", None, 3, 0, 0, 0, 0.0, 0.1, 0.2)
 class Sink:
     features = frozenset(["accounting"])
     is_paused = False
+    num_taken = 0
 
 
 def ended(rng, tokenizer, *, num_tokens, n=1, brought=0, stop=(), logprobs=None):
