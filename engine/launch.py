@@ -98,7 +98,7 @@ async def _until_stopped(signals: asyncio.Queue[signal.Signals], frontend: Front
     if reason is None:
         raise CoreFailed("the core died too often; see the log above")
     if reason == signal.SIGTERM:
-        frontend.drain()
+        frontend.drain(for_good=True)
         await _first(frontend.drained(), signals.get())
     frontend.interrupt()
     return 0
