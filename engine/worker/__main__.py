@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 
-from cierzo.engine.worker.process import run
+from cierzo.engine.orphan import end_with_parent
+
+end_with_parent()  # before the long imports
+
+from cierzo.engine.worker.process import run  # noqa: E402
 
 
 def main() -> int:
