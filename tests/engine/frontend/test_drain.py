@@ -246,11 +246,11 @@ def test_a_drain_waits_until_what_was_put_is_sent(run, serving, cores, tmp_path)
                 await asyncio.sleep(0)
             house.frontend.drain()
             assert not house.frontend._drain._over.is_set()
-            drained = asyncio.create_task(house.frontend.drained())
-            while not drained.done():
-                await reader.read(1024)
+            reading = asyncio.create_task(reader.read())
+            await house.frontend.drained()
             assert not sink.unsent_bytes
             writer.close()
+            await reading
 
     run(body())
 
