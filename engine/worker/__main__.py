@@ -6,14 +6,12 @@ import argparse
 import logging
 
 from cierzo.engine.orphan import end_with_parent
-
-end_with_parent()  # before the long imports
-
-from cierzo.engine.worker.process import run  # noqa: E402
+from cierzo.engine.worker.process import run
 
 
 def main() -> int:
     """Parse and run."""
+    end_with_parent()
     parser = argparse.ArgumentParser(
         prog="cierzo.engine.worker", description="The core process.", allow_abbrev=False
     )
