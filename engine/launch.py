@@ -104,7 +104,7 @@ async def _until_stopped(signals: asyncio.Queue[signal.Signals], frontend: Front
         raise CoreFailed("the core died too often; see the log above")
     log.info("%s: the server %s", reason.name, "drains" if reason == signal.SIGTERM else "stops at once")
     if reason == signal.SIGTERM:
-        frontend.drain()
+        frontend.drain(for_good=True)
         if (second := await _first(frontend.drained(), signals.get())) is not None:
             log.info("%s: the drain ends before its time", second.name)
     frontend.interrupt()

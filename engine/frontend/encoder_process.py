@@ -22,10 +22,12 @@ from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import LENGTH_BYTES
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.host import LOG_FORMAT
+from cierzo.engine.orphan import end_with_parent
 
 
 def main() -> int:
     """Parse and run."""
+    end_with_parent()
     parser = argparse.ArgumentParser(
         prog="cierzo.engine.frontend.encoder_process", description="Encodes prompts.", allow_abbrev=False
     )

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from cierzo.engine.errors import CierzoError, Draining, Interrupted, InvalidRequest, SlowReader
+from cierzo.engine.errors import CierzoError, Interrupted, InvalidRequest, SlowReader
 from cierzo.engine.frontend.arrivals import Arrivals, Counters
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import Core, CoreSide
@@ -68,7 +68,7 @@ class Frontend:
         self._cancels = CancelLimiter(config, clock)
         self._clock = clock
         self._started = clock()
-        self._drain = Drain(config, self._is_idle, self._num_left, self.interrupt)
+        self._drain = Drain(config, self)
 
     # --- what is going on ------------------------------------------------------------------------------
 
@@ -163,19 +163,22 @@ class Frontend:
         if stream is not None:
             self._cancels.count(sink)
 
-    def drain(self, sink: Sink | None = None, stream_id: int = 0) -> None:
+    def drain(self, sink: Sink | None = None, stream_id: int = 0, *, for_good: bool = False) -> None:
         """Say that the server is draining, then accept nothing, then end what is left; `sink` hears when nothing
-        is open any more."""
+        is open any more. for_good: it cannot be undone. Raises InvalidRequest for the id of an open stream, and
+        Overloaded for one question too many."""
         if sink is not None:
-            self._drain.wait_for(sink, stream_id)
-        self._drain.begin()
+            streams = self.streams.of(sink)
+            if stream_id in streams:
+                raise InvalidRequest("this stream is already open", field="stream", limit="unique", value=stream_id)
+            self._drain.wait_for(sink, stream_id, len(streams))
+        self._drain.begin(for_good=for_good)
         self._drain.check()
 
     def undo_drain(self) -> None:
-        """Accept requests again; who waits for the end of the drain hears that it will not come."""
-        for sink, stream_id in self._drain.undo():
-            sink.put(failure(stream_id, Draining("the drain was undone before it was complete")))
-            sink.flush()
+        """Accept requests again; who waits for the end of the drain hears that it will not come. Raises Draining
+        if the server is to stop."""
+        self._drain.undo()
 
     async def drained(self) -> None:
         """Wait until a drain is complete."""
@@ -186,6 +189,7 @@ class Frontend:
         num_interrupted = len(self.streams)
         for stream in self.streams:
             self._fail(stream, interruption(stream))
+        self._drain.interrupted()
         num_interrupted += self.outlets.hurry(interruption)
         if num_interrupted:
             log.info("interrupted %d requests", num_interrupted)
@@ -196,6 +200,24 @@ class Frontend:
         self.outlets.close()
         self.keeper.close()
         self._arrivals.close()
+
+    # --- from the drain --------------------------------------------------------------------------------
+
+    @property
+    def num_open(self) -> int:
+        """Streams that run or have a reader, and last messages on their way."""
+        return len(self.streams) + self.streams.num_read + self.outlets.num_sending
+
+    @property
+    def num_left(self) -> int:
+        """Count the requests that run or have a reader, or whose last message is on its way."""
+        orphans = sum(stream.sink is None for stream in self.streams)
+        return orphans + self.streams.num_read + self.outlets.num_sending
+
+    @property
+    def num_unsent(self) -> int:
+        """Connections with messages that are not on their way yet."""
+        return self.streams.num_unsent
 
     # --- from the arrivals -----------------------------------------------------------------------------
 
@@ -262,15 +284,6 @@ class Frontend:
         self._drain.check()
 
     # --- inside ----------------------------------------------------------------------------------------
-
-    def _num_left(self) -> int:
-        """Count the requests that run or have a reader, or whose last message is on its way."""
-        orphans = sum(stream.sink is None for stream in self.streams)
-        return orphans + self.streams.num_read + self.outlets.num_sending
-
-    def _is_idle(self) -> bool:
-        """Whether there are none of these."""
-        return not (len(self.streams) or self.streams.num_read or self.outlets.num_sending)
 
     def _cancel(self, stream: Stream) -> None:
         """End a stream; output that its reader has not been sent by now is not sent any more."""

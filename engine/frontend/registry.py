@@ -54,6 +54,11 @@ class Registry:
         """The streams of a connection by the client's ids; empty for one that is gone. Not to be changed."""
         return self._sinks.get(sink, {})
 
+    @property
+    def num_unsent(self) -> int:
+        """Connections with messages that are not on their way yet."""
+        return sum(sink.unsent_bytes > 0 for sink in self._sinks)
+
     def with_readers(self) -> list[Stream]:
         """All streams that have a connection, also those that have ended and still have something for it."""
         return [stream for streams in self._sinks.values() for stream in streams.values()]

@@ -42,7 +42,7 @@ LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_byt
 KEEPALIVE_PROBES = 4
 KERNEL_BYTES = 128 * 1024  # that the kernel takes beyond what it can send: a reader that stalls is seen early
 INT = Layout("i")
-LINGER_S = 2.0  # how long a peer may take to read why its connection ends
+LINGER_S = 2.0  # how long a peer may take to read what its connection ends with
 
 
 class Connection(asyncio.Protocol):
@@ -195,11 +195,26 @@ class Connection(asyncio.Protocol):
             in_kernel = 0
         return self._num_written - queued - cast(int, in_kernel)
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes that were put, and that the kernel has not taken yet."""
+        if self._transport is None or self._ending:
+            return 0
+        return self._transport.get_write_buffer_size() + len(self._late) + (self._pieces is not None)
+
     def drop(self) -> None:
         """Close at once."""
         self._ending = True
         if self._transport is not None:
             self._transport.abort()
+
+    def finish(self) -> None:
+        """Close once the peer has all that was put, or after a while."""
+        if self._ending or self._transport is None:
+            return
+        self._ending = True
+        self._close(bytes(self._late + pack(self._outbox)))
+        self._server.frontend.disconnect(self)
 
     # --- inside ----------------------------------------------------------------------------------------
 
@@ -280,9 +295,7 @@ class Connection(asyncio.Protocol):
         if self._ending or self._transport is None:
             return
         self.put(failure(-1, error))
-        self._ending = True
-        self._close(bytes(self._late + pack(self._outbox)))
-        self._server.frontend.disconnect(self)
+        self.finish()
 
     def _close(self, last_words: bytes) -> None:
         if self._transport is None:
@@ -338,11 +351,12 @@ class RpcServer:
             ) from error
 
     async def close(self) -> None:
-        """Stop listening, drop every connection, and wait until they are gone."""
+        """Stop listening, send every connection what is left for it, and wait until they are gone: at most
+        `LINGER_S`."""
         if self._server is not None:
             self._server.close()
         for connection in list(self._connections):
-            connection.drop()
+            connection.finish()
         await self._empty.wait()
         if self._server is not None:
             await self._server.wait_closed()

@@ -57,6 +57,11 @@ class Sink(Protocol):
         """Send what was put, in order."""
         ...
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes that were put, and that the kernel has not taken yet."""
+        ...
+
     def drop(self) -> None:
         """End the connection at once."""
         ...

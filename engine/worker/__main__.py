@@ -6,11 +6,13 @@ import argparse
 import logging
 
 from cierzo.engine.host import LOG_FORMAT
+from cierzo.engine.orphan import end_with_parent
 from cierzo.engine.worker.process import run
 
 
 def main() -> int:
     """Parse and run."""
+    end_with_parent()
     parser = argparse.ArgumentParser(
         prog="cierzo.engine.worker", description="The core process.", allow_abbrev=False
     )

@@ -72,9 +72,7 @@ class StepTimes:
     def __init__(self, config: EngineConfig) -> None:
         self._context_pairs = context_pairs(config.model)
         predicted = predicted_cost(config)
-        self._learner = (
-            CostLearner(self._context_pairs, config.scheduler.max_step_s) if predicted is None else None
-        )
+        self._learner = CostLearner(self._context_pairs, config.scheduler.max_step_s) if predicted is None else None
         self.cost = predicted if self._learner is None else self._learner.cost
         self.step_s = 0.0
         self._prompt_tokens = self._prompt_pairs = self._prompt_steps_s = 0.0

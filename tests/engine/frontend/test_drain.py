@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cierzo.engine.errors import Draining, Interrupted
 from cierzo.engine.frontend.client import Client, SyncClient
 from cierzo.engine.frontend.frontend import interruption
+from cierzo.engine.frontend.rpc import LINGER_S
 from cierzo.engine.frontend.stream import Stream
-from cierzo.engine.messages import Abort, Done, Drain, Drained, Failure, Generate, SamplingParams
+from cierzo.engine.messages import (
+    Abort,
+    Done,
+    Drain,
+    Drained,
+    Failure,
+    Final,
+    Generate,
+    Hello,
+    Ping,
+    Pong,
+    SamplingParams,
+    ServerMessage,
+)
 from cierzo.engine.weights.make import make_checkpoint
 
 DEADLINE_S = 20
@@ -236,3 +253,147 @@ def test_a_drain_ends_in_time_while_the_core_hangs(start, tmp_path):
                 pass
         assert server.wait(DEADLINE_S) == 0
         assert time.monotonic() - signalled_s < 0.5 + 2
+
+
+@contextlib.contextmanager
+def behind(tmp_path, max_tokens):
+    """A connection that asked for an answer and does not read yet."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(tmp_path / "rpc.sock"))
+        peer.settimeout(DEADLINE_S)
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        for message in (Hello(features=["resume"]), Generate(stream=1, token_ids=[1], sampling=sampling)):
+            body = msgspec.msgpack.encode(message)
+            peer.sendall(len(body).to_bytes(4, "big") + body)
+        yield peer
+
+
+def read_all(peer):
+    """The messages up to the end of the connection."""
+    with peer.makefile("rb") as incoming:
+        while len(head := incoming.read(4)) == 4:
+            size = int.from_bytes(head, "big")
+            body = incoming.read(size)
+            assert len(body) == size, "a frame is cut"
+            yield msgspec.msgpack.decode(body, type=ServerMessage)
+
+
+def until_behind(tmp_path):
+    """Wait until the answer has ended; what the kernel does not take of it waits in the front end."""
+    with SyncClient(f"unix:{tmp_path / 'rpc.sock'}") as client:
+        while client.stats().finished == 0:
+            pass
+
+
+def test_a_drain_waits_until_what_was_put_is_sent(run, serving, cores, tmp_path):
+    async def body():
+        async with serving(cores=cores, address=f"unix:{tmp_path / 'rpc.sock'}") as house:
+            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "rpc.sock"), limit=1024)
+            for message in (Hello(), Ping(stream=1)):
+                body = msgspec.msgpack.encode(message)
+                writer.write(len(body).to_bytes(4, "big") + body)
+            await reader.readexactly(4)
+            (sink,) = house.frontend.streams._sinks
+            while not sink.unsent_bytes:
+                writer.write((len(body).to_bytes(4, "big") + body) * 100)  # pings; nobody reads the answers
+                await asyncio.sleep(0)
+            house.frontend.drain()
+            assert not house.frontend._drain._over.is_set()
+            reading = asyncio.create_task(reader.read())
+            await house.frontend.drained()
+            assert not sink.unsent_bytes
+            writer.close()
+            await reading
+
+    run(body())
+
+
+def test_an_interrupt_sends_what_was_put_and_waits_a_little_for_its_reader(start, tmp_path):
+    server, _ = start()
+    with behind(tmp_path, 3000) as peer:
+        until_behind(tmp_path)
+        server.send_signal(signal.SIGINT)
+        time.sleep(0.5)  # the reader's: less than the server waits
+        assert isinstance(list(read_all(peer))[-1], Final | Failure)
+    assert server.wait(DEADLINE_S) == 0
+
+
+def test_a_reader_that_never_reads_ends_with_the_drains_time(start, tmp_path):
+    server, _ = start("--drain-s", "0.5")
+    with behind(tmp_path, 3000):
+        until_behind(tmp_path)
+        signalled_s = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(DEADLINE_S) == 0
+        assert 0.5 <= time.monotonic() - signalled_s < 0.5 + LINGER_S + 2
+
+
+def test_a_drain_by_signal_cannot_be_undone(run, serving, cores, peering):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house, peering(house) as peer:
+            peer.say(Generate(stream=1, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+            await cores.until(lambda: cores.now.submits)
+            peer.say(Drain(stream=2))
+            house.frontend.drain(for_good=True)  # as SIGTERM does, also when one is under way
+            peer.say(Drain(stream=3, undo=True))
+            refusal = await peer.hear()
+            assert (refusal.stream, refusal.code, refusal.field) == (3, "draining", "undo")
+            assert house.frontend.health == "draining"
+            cores.free = True
+            cores.now.go_on()
+            assert await peer.hear_until(Drained) == Drained(stream=2)
+            await house.frontend.drained()
+
+    run(body())
+
+
+def test_a_connection_may_ask_for_as_many_ends_of_drains_as_for_streams(run, serving, cores, peering):
+    cores.free = False
+
+    async def body():
+        limits = {"max_streams_per_connection": 1000}
+        async with serving(cores=cores, **limits) as house, peering(house) as peer, peering(house) as other:
+            peer.say(Generate(stream=1, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+            await cores.until(lambda: cores.now.submits)
+            for stream_id in (*range(2, 1001), 2, 2):
+                peer.say(Drain(stream=stream_id))
+            peer.say(Drain(stream=1001))
+            refusal = await peer.hear()
+            assert (refusal.stream, refusal.code, refusal.field) == (
+                *(1001, "overloaded"),
+                "max_streams_per_connection",
+            )
+            other.say(Drain(stream=9, undo=True))
+            assert await other.hear() == Done(stream=9)
+            heard = [await peer.hear() for _ in range(999)]
+            assert [message.stream for message in heard] == [*range(2, 1001)]
+            assert {message.code for message in heard} == {"draining"}
+            for stream_id in range(2, 1001):
+                peer.say(Drain(stream=stream_id))
+            peer.say(Ping(stream=0))
+            assert await peer.hear() == Pong(stream=0)
+            cores.free = True
+            cores.now.go_on()
+            assert await peer.hear_until(Drained) == Drained(stream=2)
+            assert not house.frontend._drain._over.is_set()  # they get their answers in turns
+            assert [(await peer.hear()).stream for _ in range(998)] == [*range(3, 1001)]
+            await house.frontend.drained()
+
+    run(body())
+
+
+def test_a_drain_under_the_id_of_an_open_stream_is_refused(run, serving, cores, peering):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house, peering(house) as peer:
+            peer.say(Generate(stream=1, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+            await cores.until(lambda: cores.now.submits)
+            peer.say(Drain(stream=1))
+            refusal = await peer.hear()
+            assert (refusal.stream, refusal.code, refusal.field) == (1, "invalid_request", "stream")
+            assert house.frontend.health == "ready"
+
+    run(body())

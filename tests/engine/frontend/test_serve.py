@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -88,6 +90,30 @@ def test_nothing_is_left_of_a_killed_server_and_the_next_one_takes_its_place(sta
         assert second.wait(DEADLINE_S) == 0
     assert _ends(core)
     assert not list(tmp_path.iterdir())
+
+
+def test_stopped_children_of_a_killed_server_end_too(start):
+    server, core = start()
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    while len(pids := [int(pid) for pid in children.read_text(encoding="ascii").split()]) < 3:
+        time.sleep(0.01)
+    encoders = [pid for pid in pids if pid != core]
+    while not all(_is_on_its_way(pid) for pid in encoders):
+        time.sleep(0.01)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    server.kill()
+    try:
+        assert all(_ends(pid) for pid in pids)
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is_on_its_way(encoder):
+    """Whether an encoder has come as far as to its socket."""
+    return any(os.readlink(each).startswith("socket:") for each in Path(f"/proc/{encoder}/fd").iterdir())
 
 
 def test_a_second_server_on_the_address_is_refused_and_the_first_lives_on(start, checkpoint, tmp_path):
