@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from cierzo.engine import launch
 from cierzo.engine.config import EngineConfig
+from cierzo.engine.frontend import core_link
 from cierzo.engine.frontend.child import Child
 from cierzo.engine.worker import core, process
 from cierzo.kernels.cuda.launch import device
@@ -26,6 +27,7 @@ from standin.driver import Machine, on_card
 from standin.engines import make_config
 from standin.machine import Backend, Graph, torch_cuda
 
+STOP_TIMEOUT_S = 50.0  # the core reports at its end, however long that takes on a busy machine
 STARTED = ("subprocess.Popen", "os.posix_spawn", "os.fork", "os.exec")  # audit events: a compiler is a process
 
 
@@ -78,6 +80,8 @@ def main(folder: str, *arguments: str) -> int:
     address, report = arguments
     config = make_config(Path(folder), "small4")
     config = replace(config, frontend=replace(config.frontend, address=address))
+
+    core_link.STOP_TIMEOUT_S = STOP_TIMEOUT_S
 
     async def spawn(socket: str) -> Child:
         command = (sys.executable, "-m", "standin", "server", "core", socket, report)
