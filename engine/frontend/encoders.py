@@ -31,6 +31,7 @@ from cierzo.engine.frontend.encoding import Answer, Encoded, Job, Loaded, Setup,
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer, FrameSplitter, pack
 from cierzo.engine.frontend.limits import ByteBudget
+from cierzo.engine.frontend.watch import process_state
 from cierzo.engine.messages import Failure
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,12 @@ GRACE_S = 2.0  # for a job past its deadline: about what a new process costs
 START_TIMEOUT_S = 60.0
 RESTART_WAIT_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a start, by the number of those in a row that failed
 MAX_TRIES = 2  # of a job whose process dies
+PATIENCE_S = (
+    2.0  # with a job, and SLOWEST of its time at the usual rate, before it is looked at what its process does
+)
+SLOWEST = 10.0
+LOOK_AGAIN_S = 0.2
+FIRST_BYTES_PER_S = 1e6  # until a rate is measured
 _decode = msgspec.msgpack.Decoder(Answer).decode
 spawn_encoder = partial(spawn_module, "cierzo.engine.frontend.encoder_process")
 
@@ -67,6 +74,14 @@ class Encoder(Protocol):
 
 class EncoderDied(Exception):
     """The process ended."""
+
+
+class EncoderHangs(Exception):
+    """The process does nothing. `is_stopped`: by a signal, for which no job is to blame."""
+
+    def __init__(self, is_stopped: bool) -> None:
+        super().__init__()
+        self.is_stopped = is_stopped
 
 
 @dataclass(slots=True, eq=False)
@@ -166,6 +181,7 @@ class Encoders:
         self._clock = clock
         self._seats = [_Seat(takes_long=True) for _ in range(config.encoders)] + [_Seat(takes_long=False)]
         self._waiting: dict[_Ticket, None] = {}
+        self._bytes_per_s = FIRST_BYTES_PER_S
         self._keepers: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -282,30 +298,32 @@ class Encoders:
                 await seat.news.wait()
             elif ticket.answer.done():
                 self._over(ticket)
-            elif not await self._work(pipe, ticket):
+            elif not await self._work(seat, pipe, ticket):
                 return
 
-    async def _work(self, pipe: _Pipe, ticket: _Ticket) -> bool:
+    async def _work(self, seat: _Seat, pipe: _Pipe, ticket: _Ticket) -> bool:
         """Have one job done; False if the process is of no use any more."""
         answer, is_over = ticket.answer, True
         limit_s = min(max(ticket.deadline_at_s - self._clock(), GRACE_S), LONGEST_JOB_S)
         try:
             async with asyncio.timeout(limit_s):
-                encoded = await pipe.ask(ticket.frames)
+                encoded = await self._ask(seat, pipe, ticket)
         except CierzoError as error:
             _set(answer, error)
         except TimeoutError:
             log.error("an encoder process is replaced: its job was not done within %.3g s", limit_s)
             _set(answer, CierzoError(f"internal error: the prompt was not encoded within {limit_s:g} s"))
             return False
-        except EncoderDied:
-            ticket.tries += 1
-            log.error("an encoder process died at a job of %d bytes", ticket.num_bytes)
+        except (EncoderDied, EncoderHangs) as error:
+            is_stopped = isinstance(error, EncoderHangs) and error.is_stopped
+            ticket.tries += not is_stopped
+            what = "was stopped" if is_stopped else "hung" if isinstance(error, EncoderHangs) else "died"
+            log.error("an encoder process %s at a job of %d bytes", what, ticket.num_bytes)
             if ticket.tries < MAX_TRIES and not answer.done():
                 is_over = False
                 self._wait(ticket)
             else:
-                _set(answer, CierzoError("internal error: the process that encoded the prompt died"))
+                _set(answer, CierzoError(f"internal error: the process that encoded the prompt {what}"))
             return False
         else:
             _set(answer, encoded)
@@ -314,6 +332,25 @@ class Encoders:
                 self._over(ticket)
                 answer.cancel()  # the pool closes, if there is no answer yet
         return True
+
+    async def _ask(self, seat: _Seat, pipe: _Pipe, ticket: _Ticket) -> Encoded:
+        """Have a process do a job. One that takes long, and was twice found doing nothing, hangs: EncoderHangs."""
+        assert seat.process is not None
+        asking, since_s, idle = asyncio.ensure_future(pipe.ask(ticket.frames)), self._clock(), 0
+        wait_s = PATIENCE_S + SLOWEST * ticket.num_bytes / self._bytes_per_s
+        try:
+            while not (await asyncio.wait({asking}, timeout=wait_s))[0]:
+                wait_s, state = LOOK_AGAIN_S, process_state(seat.process.pid)
+                idle = 0 if state == "R" else idle + 1
+                if idle == 2:
+                    raise EncoderHangs(is_stopped=state in ("T", "t"))
+            encoded = asking.result()
+            rate = ticket.num_bytes / max(self._clock() - since_s, 1e-6)
+            self._bytes_per_s += 0.1 * (rate - self._bytes_per_s)
+            return encoded
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
 
 
 def _set(answer: asyncio.Future[Encoded], outcome: Encoded | Exception) -> None:

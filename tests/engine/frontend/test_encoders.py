@@ -209,6 +209,67 @@ def test_a_process_that_is_killed_in_the_middle_is_replaced_and_its_job_done(run
     run(body())
 
 
+def _impatient(monkeypatch):
+    monkeypatch.setattr(pool, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(pool, "SLOWEST", 0.0)
+    monkeypatch.setattr(pool, "LOOK_AGAIN_S", 0.05)
+
+
+def test_processes_that_are_stopped_are_replaced_and_their_job_is_done(run, setup, spawned, monkeypatch):
+    """However many of them are stopped: the job is not to blame."""
+    _impatient(monkeypatch)
+
+    async def body():
+        async with running(setup, spawned) as encoders:
+            await submit(encoders, Generate(stream=1, text="x"))
+            while len(spawned.processes) < 2 or any(seat.pipe is None for seat in encoders._seats):
+                await asyncio.sleep(0.01)
+            await asyncio.gather(*(seat.pipe.loaded for seat in encoders._seats))
+            for process in spawned.processes[:]:
+                process.send_signal(signal.SIGSTOP)
+            answer = submit(encoders, Generate(stream=1, text="word " * 600))
+            assert (await answer).num_prompt_tokens == 3001
+            assert len(spawned.processes) > 2
+
+    run(body())
+
+
+def test_a_job_at_which_processes_do_nothing_is_given_up(run, setup, spawned, monkeypatch):
+    _impatient(monkeypatch)
+    monkeypatch.setattr(pool, "process_state", lambda pid: "S")
+
+    async def body():
+        async with running(setup, spawned) as encoders:
+            with pytest.raises(CierzoError, match="hung") as caught:
+                await submit(encoders, said("!"))
+            assert caught.value.code == "internal"
+            assert spawned.asked.qsize() == pool.MAX_TRIES
+
+    run(body())
+
+
+def test_a_job_that_takes_long_is_let_be_while_its_process_works(run, setup, spawned, monkeypatch):
+    _impatient(monkeypatch)
+    looks, found = [], pool.process_state
+
+    def look(pid):
+        looks.append(found(pid))
+        return looks[-1]
+
+    monkeypatch.setattr(pool, "process_state", look)
+
+    async def body():
+        async with running(setup, spawned) as encoders:
+            answer = submit(encoders, said("!"))
+            while len(looks) < 10:
+                await asyncio.sleep(0.01)
+            assert not answer.done()
+            assert spawned.asked.qsize() == 1
+            answer.cancel()
+
+    run(body())
+
+
 def test_a_deadline_ends_a_job_that_waits_and_one_that_runs(run, setup, spawned, monkeypatch):
     monkeypatch.setattr(pool, "GRACE_S", 0.1)
 
