@@ -27,8 +27,8 @@ from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
-from cierzo.engine.host import LOG_FORMAT
 from cierzo.engine.messages import ModelInfo
+from cierzo.engine.server_process import LOG_FORMAT
 
 log = logging.getLogger(__name__)
 

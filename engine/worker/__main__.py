@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from cierzo.engine.host import LOG_FORMAT
-from cierzo.engine.orphan import end_with_parent
+from cierzo.engine.server_process import LOG_FORMAT, end_with_parent
 from cierzo.engine.worker.process import run
 
 

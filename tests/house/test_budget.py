@@ -9,12 +9,12 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 200,
-    "engine": 3_560,
+    "engine": 3_640,
     "engine/cost": 1_200,
-    "engine/frontend": 8_450,
+    "engine/frontend": 9_000,
     "engine/model": 1_050,
     "engine/weights": 3_200,
-    "engine/worker": 3_320,
+    "engine/worker": 3_480,
     "engine/commands": 450,
     "kernels": 600,
     "kernels/cpu": 1_550,
@@ -23,8 +23,8 @@ BUDGET = {
     "kernels/ops": 1_200,
     "kernels/ref": 850,
     "kernels/triton": 3_800,
-    "scheduler": 1_350,
-    "cache": 650,
+    "scheduler": 1_400,
+    "cache": 670,
     "bench": 8_400,
     "bench/plan": 1_500,
 }

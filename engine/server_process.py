@@ -1,4 +1,5 @@
-"""The end of a child process together with its parent, also while the child is stopped or in a native call."""
+"""Properties of every process of a server: its log lines, and a child's end together with its parent, also while
+the child is stopped or in a native call."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import ctypes
 import signal
 import sys
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PR_SET_PDEATHSIG = 1
 
 
