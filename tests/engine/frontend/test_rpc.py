@@ -163,7 +163,9 @@ def test_what_is_refused_is_named_in_plain_words(run, serving, peering):
     run(body())
 
 
-@pytest.mark.parametrize(("address", "warns"), [("0.0.0.0:0", True), ("127.0.0.1:0", False), ("localhost:0", False)])
+@pytest.mark.parametrize(
+    ("address", "warns"), [("0.0.0.0:0", True), ("127.0.0.1:0", False), ("localhost:0", False)]
+)
 def test_an_address_beyond_loopback_is_warned_of(run, serving, caplog, address, warns):
     async def body():
         async with serving(address=address):
