@@ -20,7 +20,6 @@ from cierzo.engine.frontend.client import Client, SyncClient
 from cierzo.engine.frontend.rpc import LINGER_S
 from cierzo.engine.messages import (
     Abort,
-    Delta,
     Done,
     Drain,
     Drained,
