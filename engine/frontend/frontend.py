@@ -125,10 +125,12 @@ class Frontend:
 
     def credit(self, sink: Sink, message: Credit) -> None:
         """A reader has consumed deltas. For a stream that has just ended nothing happens."""
+        stream = self.streams.of(sink).get(message.stream)
+        if stream is None:
+            return
         if message.bytes < 1:
             raise InvalidRequest("credit of less than 1", field="bytes", limit="at least 1", value=message.bytes)
-        if (stream := self.streams.of(sink).get(message.stream)) is not None:
-            self.outlets.grant(stream, message.bytes)
+        self.outlets.grant(stream, message.bytes)
 
     def cancel(self, sink: Sink, stream_id: int) -> None:
         """End a stream, and forget what is attached to it; one that has just ended is no error, as the two messages

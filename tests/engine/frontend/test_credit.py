@@ -428,3 +428,13 @@ def test_a_paused_stream_keeps_what_its_reader_may_lack(run, serving, peering, c
                 assert [entry.token_id for entry in delta.logprobs] == delta.token_ids
 
     run(body())
+
+
+def test_credit_that_grants_nothing_means_nothing_to_a_stream_that_has_ended(run, serving, peering, cores):
+    async def body():
+        async with serving(cores=cores) as house, peering(house, CREDIT) as peer:
+            peer.say(Credit(stream=5, bytes=0))
+            peer.say(Ping(stream=8))
+            assert await peer.hear() == Pong(stream=8)
+
+    run(body())
