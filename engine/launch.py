@@ -77,7 +77,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     try:
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):
-            return 128 + startup
+            return 0 if startup == signal.SIGTERM else 128 + startup
         gc.collect()
         gc.freeze()  # what lives as long as the server is never looked at again, so that no collection takes long
         print(f"{startup}\nready: {config.name} at {server.address}", flush=True)

@@ -21,6 +21,7 @@ from cierzo.engine.frontend.encoders import Encoder, Late
 from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, pack_prompt
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
+from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.limits import require_room
 from cierzo.engine.frontend.outlet import Outlets
@@ -77,6 +78,7 @@ class Arrivals:
         keeper: Keeper,
         readers: Readers,
         outlets: Outlets,
+        heap: Heap,
         owner: Owner,
         clock: Callable[[], float],
     ) -> None:
@@ -92,6 +94,7 @@ class Arrivals:
         self._keeper = keeper
         self._readers = readers
         self._outlets = outlets
+        self._heap = heap
         self._owner = owner
         self._clock = clock
         self._random = random.SystemRandom()
@@ -184,6 +187,7 @@ class Arrivals:
         if self._owner.is_refusing:
             raise Draining("the server is draining", retry_after_s=self._config.retry_after_s)
         self._core.require()
+        self._heap.require()
         require_room(self._config, "max_open_samples", self._streams.num_samples + num_samples)
 
     def _open(self, sink: Sink, message: Generate) -> Stream:

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
+from cierzo.engine import signs
+
 MAX_CHILD_FRAME_BYTES = 1 << 30  # our own process: the bound only tells a frame from garbage
 
 
@@ -46,8 +48,15 @@ async def private_socket(name: str, protocol: asyncio.Protocol) -> AsyncIterator
     """A socket, by its path, on which `protocol` awaits a connection. Its folder goes as soon as there is one."""
     folder = tempfile.mkdtemp(prefix=f"cierzo-{name}-")  # mode 0700
 
-    def accepted() -> asyncio.Protocol:
+    def remove() -> None:
+        """Remove the folder, also when there is no descriptor left to list it with."""
         shutil.rmtree(folder, ignore_errors=True)
+        for left in (f"{name}.sock", signs.NAME, ""):
+            with contextlib.suppress(OSError):
+                (os.unlink if left else os.rmdir)(os.path.join(folder, left))
+
+    def accepted() -> asyncio.Protocol:
+        remove()
         return protocol
 
     try:
@@ -59,7 +68,7 @@ async def private_socket(name: str, protocol: asyncio.Protocol) -> AsyncIterator
         finally:
             listener.close()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove()
 
 
 async def wait_for_news(child: Child, news: set[asyncio.Future[Any]], timeout_s: float) -> bool:

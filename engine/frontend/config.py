@@ -53,8 +53,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         int, Meta(ge=1, description="heap of an answer that is kept whole, for deltas=false and for resuming")
     ] = 64 * 1024 * 1024
     max_kept_bytes: Annotated[
-        int, Meta(ge=0, description="heap of all answers that have ended and are kept to be resumed")
-    ] = 256 * 1024 * 1024
+        int, Meta(ge=0, description="heap of all answers: open ones, and those that have ended and are kept")
+    ] = 512 * 1024 * 1024
     orphan_s: Annotated[
         float, Meta(ge=0, description="seconds that a request goes on, or is kept, without its connection")
     ] = 60.0

@@ -218,8 +218,11 @@ class CoreLink:
                 try:
                     await self._launch()
                     break
-                except (CierzoError, OSError) as again:  # a full disk, no more processes
-                    error = again if isinstance(again, CierzoError) else CoreFailed(f"it cannot start: {again}")
+                except OSError as lack:  # no descriptors, a full disk, no more processes: no core has died
+                    error = CoreFailed(f"it cannot start: {lack}")
+                    self._restarts.not_started()
+                except CierzoError as again:
+                    error = again
                     self._restarts.record(self._clock(), committed=False)
             count = self._events.ready()
             what = "request goes" if count == 1 else "requests go"

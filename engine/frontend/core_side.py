@@ -288,7 +288,8 @@ class CoreSide:
         run = self._withdrawn.get(delta.request_id)
         if run is None or delta.finish is None:
             return
-        run.stream.spend(run.stream.samples[delta.sample], delta.finish)
+        if run.stream.samples:  # else its answer was dropped, and only an error is told
+            run.stream.spend(run.stream.samples[delta.sample], delta.finish)
         run.samples -= 1
         if run.samples == 0:
             del self._withdrawn[delta.request_id]

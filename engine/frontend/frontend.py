@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from cierzo.engine.errors import CierzoError, Interrupted, InvalidRequest, SlowReader
+from cierzo.engine.errors import CierzoError, Interrupted, InvalidRequest
 from cierzo.engine.frontend.arrivals import Arrivals, Counters
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import Core, CoreSide
@@ -18,6 +18,7 @@ from cierzo.engine.frontend.drain import Drain
 from cierzo.engine.frontend.encoders import Encoder
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
+from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.limits import CancelLimiter
 from cierzo.engine.frontend.outlet import Outlets
@@ -58,12 +59,13 @@ class Frontend:
         self.counters = Counters()
         self.streams = Registry()
         self.core = CoreSide(config, core, self.streams, self, clock)
-        self.outlets = Outlets(config, self.streams, self.core, self, prompts.detokenizer, clock)
         self.keeper = Keeper(config, clock, self._abandon)
+        self.heap = Heap(config, self.keeper, self._overflow)
+        self.outlets = Outlets(config, self.streams, self.core, self, prompts.detokenizer, self.heap, clock)
         self._readers = Readers(config, self.streams, self.keeper, self.outlets, prompts.detokenizer)
         self._arrivals = Arrivals(
             *(config, model, prompts, encoders, self.streams, self.core),
-            *(self.keeper, self._readers, self.outlets, self, clock),
+            *(self.keeper, self._readers, self.outlets, self.heap, self, clock),
         )
         self._cancels = CancelLimiter(config, clock)
         self._clock = clock
@@ -125,10 +127,12 @@ class Frontend:
 
     def credit(self, sink: Sink, message: Credit) -> None:
         """A reader has consumed deltas. For a stream that has just ended nothing happens."""
+        stream = self.streams.of(sink).get(message.stream)
+        if stream is None:
+            return
         if message.bytes < 1:
             raise InvalidRequest("credit of less than 1", field="bytes", limit="at least 1", value=message.bytes)
-        if (stream := self.streams.of(sink).get(message.stream)) is not None:
-            self.outlets.grant(stream, message.bytes)
+        self.outlets.grant(stream, message.bytes)
 
     def cancel(self, sink: Sink, stream_id: int) -> None:
         """End a stream, and forget what is attached to it; one that has just ended is no error, as the two messages
@@ -197,6 +201,7 @@ class Frontend:
     async def close(self) -> None:
         """Stop what runs on the side."""
         self._drain.close()
+        self.heap.close()
         self.outlets.close()
         self.keeper.close()
         self._arrivals.close()
@@ -265,8 +270,8 @@ class Frontend:
 
     # --- from the outlets ------------------------------------------------------------------------------
 
-    def give_up(self, stream: Stream, error: SlowReader) -> None:
-        """The reader of a stream is too slow: it hears so at once, and the request ends if it still runs."""
+    def give_up(self, stream: Stream, error: CierzoError) -> None:
+        """The reader of a stream costs too much: it hears so at once, and the request ends if it still runs."""
         sink = stream.sink
         assert sink is not None
         sink.put(failure(stream.stream_id, error))
@@ -290,6 +295,17 @@ class Frontend:
         self.outlets.skip(stream)
         if stream in self.streams:
             self._abort(stream, "cancelled")
+
+    def _overflow(self, stream: Stream, error: CierzoError) -> None:
+        """The heap is full: a stream ends, and its answer goes."""
+        stream.samples = []
+        if stream.sink is not None:
+            stream.error = error  # also if it has ended, and its reader has not got all
+            self.give_up(stream, error)
+        elif stream in self.streams:
+            self._fail(stream, error)
+        else:
+            self.outlets.drop(stream)
 
     def _abandon(self, stream: Stream) -> None:
         """Nobody came in time to resume it."""
@@ -323,4 +339,5 @@ class Frontend:
         self.core.forget(stream)
         self.keeper.ended(stream)
         self.outlets.ended(stream)
+        self.heap.fit()
         self._drain.check()

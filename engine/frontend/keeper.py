@@ -30,8 +30,8 @@ class _Key:
 class Keeper:
     """Named streams: those that run, and those that have ended, for `orphan_s` (with a key: `idempotency_s`).
 
-    What has ended takes at most `max_kept_bytes`; beyond that the oldest answers are forgotten. A key is remembered
-    all the same: it never generates twice.
+    What has ended takes what `max_kept_bytes` leaves to it beside what runs (`Heap`); beyond that the oldest
+    answers are forgotten. A key is remembered all the same: it never generates twice.
     """
 
     def __init__(
@@ -124,7 +124,11 @@ class Keeper:
             self._ended.add(stream)
         else:
             self._ended_keys.add(stream.key)
-        while self.kept_bytes > self._config.max_kept_bytes:
+        self.fit(self._config.max_kept_bytes)
+
+    def fit(self, num_bytes: int) -> None:
+        """Forget the oldest answers until all take at most so many bytes."""
+        while self._kept and self.kept_bytes > num_bytes:
             self._forget(next(iter(self._kept)))
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
+from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.stream import Sink, Stream
@@ -64,17 +65,20 @@ class Outlets:
         core: Pauser,
         owner: Owner,
         detokenizer: Callable[[SamplingParams], Detokenizer | None],
+        heap: Heap,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._streams = streams
         self._core = core
         self._owner = owner
+        self._heap = heap
         self._detokenizer = detokenizer
         self._slow: Expiry[Stream] = Expiry(config.slow_reader_s, clock, self._slow_reader)
         self._stuck: Expiry[Sink] = Expiry(config.slow_reader_s, clock, self._drop)  # within a long last message
         self._taken: dict[Stream | Sink, int] = {}  # what its connection had taken, of all that are watched
         self._building: dict[Stream, Pieces] = {}  # long last messages
+        self._frames: dict[Sink, Stream] = {}  # whose long last message is being sent
         self._waiting: dict[Sink, dict[Stream, None]] = {}  # for their connection
         self._ready: dict[Stream, None] = {}  # they are behind, and may send
         self._turn: asyncio.Handle | None = None
@@ -92,6 +96,7 @@ class Outlets:
         stream.pending_bytes = sum(sample.unsent_bytes for sample in stream.samples) if stream.deltas else 0
         stream.pending_limit = self._config.max_pending_bytes + stream.pending_bytes
         stream.flows = stream.deltas and not stream.unsent
+        self._heap.measure(stream)
         if stream.ended_at_s is not None or stream.unsent:
             self._behind(stream)
             self._make_ready(stream)
@@ -107,12 +112,15 @@ class Outlets:
         if stream.paused and stream.ended_at_s is None:
             stream.paused = False
             self._core.submit(stream)
+        if stream.ended_at_s is not None:
+            self._heap.release(stream)
 
     def left(self, sink: Sink) -> None:
         """A connection is gone; its streams have been detached."""
         self._stuck.discard(sink)
         self._taken.pop(sink, None)
         self._waiting.pop(sink, None)
+        self._frame_is_gone(sink)
 
     @property
     def num_sending(self) -> int:
@@ -154,13 +162,14 @@ class Outlets:
             entries = delta.logprobs and delta.logprobs[: len(token_ids)]
             stream.credit -= output_cost(token_ids, text, entries)
             stream.flows = stream.credit > 0
-        if logprobs is not None and stream.name:
-            self._bound(stream, sample, len(token_ids))
+        self._bound(stream, sample, len(token_ids))
 
     def ended(self, stream: Stream) -> None:
         """Nothing more will come: the reader gets the last message, after what it has not got."""
         stream.flows = False
-        if stream.sink is not None and not self._advance(stream, CHUNK_TOKENS)[1]:
+        if stream.sink is None:
+            self._heap.release(stream)
+        elif not self._advance(stream, CHUNK_TOKENS)[1]:
             self._behind(stream)
             self._make_ready(stream)
 
@@ -189,6 +198,12 @@ class Outlets:
         self._owner.delivered()
         return num_cut
 
+    def drop(self, stream: Stream) -> None:
+        """End the connection that is in the middle of the last message of this stream."""
+        for sink, sent in [*self._frames.items()]:
+            if sent is stream:
+                sink.drop()
+
     def close(self) -> None:
         """Stop all timers."""
         self._slow.close()
@@ -210,8 +225,7 @@ class Outlets:
 
     def _log(self, stream: Stream, sample: Sample, delta: TokenDelta) -> None:
         num_bytes = sample.append(delta)
-        if delta.logprobs is not None and stream.name:
-            self._bound(stream, sample, len(delta.token_ids))
+        self._bound(stream, sample, len(delta.token_ids))
         if stream.sink is None or not stream.deltas:
             return
         stream.flows = False
@@ -224,11 +238,12 @@ class Outlets:
             self._core.withdraw(stream)
 
     def _bound(self, stream: Stream, sample: Sample, num_tokens: int) -> None:
-        """Keep a stream that can be resumed within `max_answer_bytes`, now that so many tokens have come: its
-        oldest log-probabilities go. Looked at now and then, as it costs as much as a delta."""
-        if len(sample.token_ids) % BOUND_TOKENS >= num_tokens or not stream.deltas:
+        """Look at what a stream takes, now that so many tokens have come; now and then, as it costs as much as a
+        delta. One that can be resumed is kept within `max_answer_bytes`: its oldest log-probabilities go."""
+        if len(sample.token_ids) % BOUND_TOKENS >= num_tokens:
             return
-        if stream.num_bytes > self._config.max_answer_bytes:
+        self._heap.measure(stream)
+        if stream.deltas and stream.name and stream.num_bytes > self._config.max_answer_bytes:
             for sample in stream.samples:
                 sample.forget_logprobs(1 / 4, sent_only=stream.sink is not None)
 
@@ -313,8 +328,9 @@ class Outlets:
             del self._building[stream]
             self._stuck.add(sink)
             self._taken[sink] = sink.num_taken
-            sink.put_frame(self._sending(sink, done.value))
+            self._frames[sink] = stream
             self._last_is_put(stream)
+            sink.put_frame(self._sending(sink, done.value))
             return 0, True
 
     def _sending(self, sink: Sink, parts: list[Buffer]) -> Iterator[Buffer]:
@@ -325,12 +341,19 @@ class Outlets:
             yield piece
         self._stuck.discard(sink)
         self._taken.pop(sink, None)
+        self._frame_is_gone(sink)
         self._owner.delivered()
 
     def _last_is_put(self, stream: Stream) -> None:
         self._streams.detach(stream)
         self._unwatch(stream)
+        if stream not in self._frames.values():
+            self._heap.release(stream)
         self._owner.delivered()
+
+    def _frame_is_gone(self, sink: Sink) -> None:
+        if (stream := self._frames.pop(sink, None)) is not None and stream.sink is None:
+            self._heap.release(stream)
 
     def _drop(self, sink: Sink) -> None:
         """The reader takes no more of a message that is half sent: it can be told nothing."""

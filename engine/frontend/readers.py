@@ -94,9 +94,9 @@ class Readers:
             old.flush()
         self._keeper.adopted(stream)
         self._streams.attach(stream, sink, stream_id)
-        if not stream.samples:
+        if not stream.samples and stream.ended_at_s is None:
             return  # its prompt is still being encoded
         if stream.deltas:
-            for sample, offset in zip(stream.samples, received, strict=True):
+            for sample, offset in zip(stream.samples, received, strict=False):
                 sample.seek(offset, self._detokenizer(stream.sampling))
         self._outlets.attach(stream)

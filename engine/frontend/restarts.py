@@ -35,6 +35,10 @@ class Restarts:
             while deaths and deaths[0] < now - window_s:
                 deaths.popleft()
 
+    def not_started(self) -> None:
+        """A core could not even be started: the next try waits longer, and nothing is counted."""
+        self._in_a_row = max(self._in_a_row, 1) + 1
+
     def forgive(self) -> None:
         """The last death was foreseen, as when a request that kills is sought: only the hour's limit counts it."""
         if self._last_was_fruitless:

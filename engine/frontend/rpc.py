@@ -42,6 +42,7 @@ LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_byt
 KEEPALIVE_PROBES = 4
 KERNEL_BYTES = 128 * 1024  # that the kernel takes beyond what it can send: a reader that stalls is seen early
 INT = Layout("i")
+MAX_REFUSED = 16  # connections past `max_connections` that may linger: each has a descriptor
 LINGER_S = 2.0  # how long a peer may take to read what its connection ends with
 
 
@@ -60,6 +61,7 @@ class Connection(asyncio.Protocol):
         self._welcomed = False
         self._ending = False
         self.is_paused = False
+        self.is_refused = False  # it is one too many
         self._is_full = False
         self._pieces: Iterator[Buffer] | None = None  # of a frame that is half sent
         self._num_written = 0
@@ -322,6 +324,7 @@ class RpcServer:
         self.turns = Turns()
         self.address = config.address
         self._connections: set[Connection] = set()
+        self._num_refused = 0  # of these, those past `max_connections`
         self._server: asyncio.Server | None = None
         self._socket_path: str | None = None
         self._empty = asyncio.Event()
@@ -383,13 +386,22 @@ class RpcServer:
 
     def joined(self, connection: Connection) -> None:
         """Count a connection, until it leaves. Raises Overloaded if it is one too many."""
-        self._connections.add(connection)
         self._empty.clear()
-        require_room(self.config, "max_connections", len(self._connections))
+        num_connections = len(self._connections) - self._num_refused + 1
+        self._connections.add(connection)
+        try:
+            require_room(self.config, "max_connections", num_connections)
+        except CierzoError:
+            connection.is_refused = True
+            self._num_refused += 1
+            if self._num_refused > MAX_REFUSED:
+                connection.drop()
+            raise
 
     def left(self, connection: Connection) -> None:
         """A connection is gone."""
         self._connections.discard(connection)
+        self._num_refused -= connection.is_refused
         self.frontend.disconnect(connection)
         if not self._connections:
             self._empty.set()

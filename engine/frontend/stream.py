@@ -161,6 +161,12 @@ class Stream:
         """Heap of the answer."""
         return sum(sample.num_bytes for sample in self.samples)
 
+    def forget_sent(self) -> None:
+        """Drop the older half of the log-probabilities that could be sent again."""
+        if self.deltas:
+            for sample in self.samples:
+                sample.forget_logprobs(1 / 2, sent_only=True)
+
     def end_cut(self, now: float) -> bool:
         """End the samples whose stop string was found, as if the core had answered; True if none is left."""
         for sample in self.samples:

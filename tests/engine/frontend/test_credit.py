@@ -460,3 +460,13 @@ def test_what_a_paused_stream_has_forgotten_is_refused_by_the_bound(run, serving
                     assert "stream_credit_bytes, 1024" in refusal.message
 
     run(body())
+
+
+def test_credit_that_grants_nothing_means_nothing_to_a_stream_that_has_ended(run, serving, peering, cores):
+    async def body():
+        async with serving(cores=cores) as house, peering(house, CREDIT) as peer:
+            peer.say(Credit(stream=5, bytes=0))
+            peer.say(Ping(stream=8))
+            assert await peer.hear() == Pong(stream=8)
+
+    run(body())

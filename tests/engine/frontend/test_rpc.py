@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cierzo.engine.errors import ConfigError, FrameTooLarge
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.frames import FrameSplitter, pack
+from cierzo.engine.frontend.rpc import MAX_REFUSED
 from cierzo.engine.messages import (
     Credit,
     Delta,
@@ -445,5 +446,23 @@ def test_what_belongs_to_a_feature_that_was_not_granted_is_refused(run, serving,
             for stream, field in ((3, "type"), (4, "idempotency_key")):
                 refusal = await peer.hear()
                 assert (refusal.stream, refusal.code, refusal.field) == (stream, "invalid_request", field)
+
+    run(body())
+
+
+def test_connections_past_the_bound_hold_few_descriptors(run, serving, peering):
+    async def body():
+        async with serving(max_connections=1) as house, peering(house):
+            host, port = house.address.split(":")
+            others = [await asyncio.open_connection(host, int(port)) for _ in range(MAX_REFUSED + 20)]
+            heard = [await reader.read() for reader, _ in others[:MAX_REFUSED]]  # to the end
+            assert all(b"max_connections" in each for each in heard)
+            while len(house.server._connections) > 1 + MAX_REFUSED:
+                await asyncio.sleep(0)
+            for _, writer in others:
+                writer.close()
+            while len(house.server._connections) > 1:
+                await asyncio.sleep(0)
+            assert house.server._num_refused == 0
 
     run(body())

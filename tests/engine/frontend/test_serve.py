@@ -145,8 +145,8 @@ def test_a_full_disk_under_the_log_ends_nothing(start, tmp_path):
 CONFIG = fake_config(SchedulerConfig(max_model_len=64), CacheConfig(num_blocks=8, hash_key="00" * 16))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_the_core_loads(cores, tmp_path, number):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_while_the_core_loads(cores, tmp_path, number, status):
     cores.silent = True  # never ready
 
     async def spawn(path):
@@ -155,7 +155,7 @@ def test_a_signal_while_the_core_loads(cores, tmp_path, number):
         return core
 
     frontend = FrontendConfig(address=f"unix:{tmp_path / 'rpc.sock'}")
-    assert uvloop.run(launch._serve(replace(CONFIG, frontend=frontend), spawn)) == 128 + number
+    assert uvloop.run(launch._serve(replace(CONFIG, frontend=frontend), spawn)) == status
     assert cores.now.exited.done()
     assert not list(tmp_path.iterdir())
 

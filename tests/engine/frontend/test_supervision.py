@@ -288,22 +288,31 @@ def test_a_core_that_does_not_start_again_counts_as_dead(run, serving, cores, ca
     )
 
 
-def test_a_full_disk_at_a_restart_is_tried_again_and_then_told(run, serving, cores, caplog, monkeypatch):
-    def full(folder):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_a_start_that_lacks_something_is_tried_again_and_is_no_death(run, serving, cores, caplog, monkeypatch):
+    create, tries = SignsPage.create, []
+
+    def lacking(folder):
+        tries.append(folder)
+        if len(tries) < 4:
+            number = errno.EMFILE if len(tries) == 1 else errno.ENOSPC
+            raise OSError(number, os.strerror(number))
+        return create(folder)
 
     async def body():
         async with (
-            serving(cores=cores, max_core_restarts=1) as house,
+            serving(cores=cores, max_core_restarts=1, max_core_restarts_per_hour=1) as house,
             await Client.connect(house.address) as client,
         ):
-            with monkeypatch.context() as patched:
-                patched.setattr(SignsPage, "create", full)
-                cores.now.kill()
-                await _until(client, "failed")
+            monkeypatch.setattr("cierzo.engine.frontend.restarts.FIRST_DELAY_S", 0.01)
+            monkeypatch.setattr(SignsPage, "create", lacking)
+            cores.now.kill()
+            await cores.until(lambda: len(cores.lives) == 2 and cores.now.hello)
+            await _until(client, "ready")
 
     run(body())
-    assert "last: it cannot start: [Errno 28] No space left on device" in caplog.text
+    assert "it cannot start: [Errno 28] No space left on device" in caplog.text
+    assert len(tries) == 4
+    assert not any(os.path.exists(folder) for folder in tries)
 
 
 def test_the_front_end_may_forgive_while_it_hears_of_a_death(run, serving, cores):

@@ -1,0 +1,111 @@
+"""The heap that all answers take together, within `max_kept_bytes`: those that run, wait, or are kept.
+
+What is given up first costs least: answers that have ended are forgotten (`Keeper`); from three quarters of the
+limit on, requests are refused, and answers that can be resumed lose log-probabilities that were sent; at the limit
+streams end, those that nobody reads before the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from cierzo.engine.errors import CierzoError, Overloaded
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.stream import Stream
+
+TURN_BYTES = 16 * 1024 * 1024  # of logs that are cut in a turn of the loop
+STREAM_BYTES = 64 * 1024  # what a stream counts for besides: its turn
+STEPS = 64  # the limit is approached in so many
+
+
+class Kept(Protocol):
+    """The part of `Keeper` that is used: answers that have ended."""
+
+    kept_bytes: int
+
+    def fit(self, num_bytes: int) -> None:
+        """Forget the oldest until they take at most so many bytes."""
+        ...
+
+
+class Heap:
+    """Counts the answers of streams: `measure` one from time to time, `release` it when nobody has it any more."""
+
+    def __init__(self, config: FrontendConfig, kept: Kept, overflow: Callable[[Stream, CierzoError], None]) -> None:
+        """overflow: ends a stream with an error, now, and lets go of its answer."""
+        self.num_bytes = 0
+        self._limit = config.max_kept_bytes
+        self._soft = self._limit * 3 // 4
+        self._retry_after_s = config.retry_after_s
+        self._kept = kept
+        self._overflow = overflow
+        self._held: dict[Stream, int] = {}
+        self._look_at = self._soft
+        self._cutting: list[Stream] = []  # the largest last
+        self._busy = False
+        self._turn: asyncio.Handle | None = None
+
+    def require(self) -> None:
+        """Raise Overloaded if there is no room for the answer of another request."""
+        if self.num_bytes > self._soft:
+            raise self._error(f"open answers take {self.num_bytes} bytes, three quarters of it")
+
+    def measure(self, stream: Stream) -> None:
+        """Take note of what a stream's answer takes now."""
+        num_bytes = stream.num_bytes
+        self.num_bytes += num_bytes - self._held.get(stream, 0)
+        self._held[stream] = num_bytes
+        self.fit()
+        if self.num_bytes > self._look_at and not self._busy:
+            self._busy = True
+            self._cutting = sorted(self._held, key=self._held.__getitem__)
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
+
+    def fit(self) -> None:
+        """Have ended answers forgotten to make room for the others."""
+        if self._kept.kept_bytes > (room := self._limit - self.num_bytes):
+            self._kept.fit(room)
+
+    def release(self, stream: Stream) -> None:
+        """A stream has ended, and its reader has all of it or is gone."""
+        self.num_bytes -= self._held.pop(stream, 0)
+        if self.num_bytes <= self._soft:
+            self._look_at = self._soft
+
+    def close(self) -> None:
+        """Stop what is to come."""
+        if self._turn is not None:
+            self._turn.cancel()
+
+    def _take_turn(self) -> None:
+        """Cut logs, the largest first, to half the limit; end streams if that is not enough."""
+        left = TURN_BYTES
+        while self._cutting and self.num_bytes > self._limit // 2 and left > 0:
+            stream = self._cutting.pop()
+            if stream in self._held:
+                left -= STREAM_BYTES + self._held[stream]
+                stream.forget_sent()
+                self.measure(stream)
+        if left > 0 and self.num_bytes > self._limit:
+            for stream in sorted(self._held, key=lambda each: (each.sink is not None, -self._held[each])):
+                if self.num_bytes <= self._limit or left <= 0:
+                    break
+                left -= STREAM_BYTES
+                self._overflow(stream, self._error("open answers take more"))
+                self.release(stream)
+        if left <= 0:
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
+            return
+        self._look_at = max(self._soft, min(self.num_bytes + self._limit // STEPS, self._limit))
+        self._busy = False
+
+    def _error(self, why: str) -> Overloaded:
+        return Overloaded(
+            f"max_kept_bytes is {self._limit}: {why}",
+            field="max_kept_bytes",
+            limit=self._limit,
+            value=self.num_bytes,
+            retry_after_s=self._retry_after_s,
+        )
