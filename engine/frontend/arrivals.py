@@ -142,8 +142,9 @@ class Arrivals:
             self._refuse(stream)
             raise
 
-    def generate_large(self, sink: Sink, stream_id: int, body: bytearray) -> None:
-        """Accept a request that is too long to be decoded here, or raise the CierzoError that says why not."""
+    def generate_large(self, sink: Sink, stream_id: int, body: bytearray, deadline_s: float | None) -> None:
+        """Accept a request that is too long to be decoded here, or raise the CierzoError that says why not.
+        deadline_s: what it says of it, where that was found."""
         attached = self._attachments.take(sink, stream_id)
         try:
             self._readers.place(sink, stream_id)
@@ -151,7 +152,9 @@ class Arrivals:
         except CierzoError:
             self._owner.counters.refused += 1
             raise
-        stream = self._open(sink, Generate(stream=stream_id))  # the true one comes with the answer
+        if deadline_s is not None and not 0 < deadline_s <= self._config.max_deadline_s:
+            deadline_s = None  # which will be refused
+        stream = self._open(sink, Generate(stream=stream_id, deadline_s=deadline_s))  # the true one comes later
         try:
             self._encode_aside(stream, body, attached)
         except CierzoError:

@@ -117,9 +117,9 @@ class Frontend:
         not."""
         self._arrivals.generate(sink, message)
 
-    def generate_large(self, sink: Sink, stream_id: int, body: bytearray) -> None:
+    def generate_large(self, sink: Sink, stream_id: int, body: bytearray, deadline_s: float | None) -> None:
         """Accept a request that is too long to be decoded here, or raise the CierzoError that says why not."""
-        self._arrivals.generate_large(sink, stream_id, body)
+        self._arrivals.generate_large(sink, stream_id, body, deadline_s)
 
     def resume(self, sink: Sink, message: Resume) -> None:
         """Give a request to another reader, who has some of it. Raises the CierzoError that says why not."""

@@ -72,10 +72,10 @@ class Methods:
             attaching = isinstance(message, Attach) and "attach" in sink.features
             self._frontend.fail(sink, message.stream, error, attaching=attaching)
 
-    def generate_large(self, sink: Sink, stream_id: int, body: bytearray) -> None:
+    def generate_large(self, sink: Sink, stream_id: int, body: bytearray, deadline_s: float | None) -> None:
         """Run `generate` for a message that is too long to be decoded here."""
         try:
-            self._frontend.generate_large(sink, stream_id, body)
+            self._frontend.generate_large(sink, stream_id, body, deadline_s)
         except CierzoError as error:
             self._frontend.fail(sink, stream_id, error)
 

@@ -27,6 +27,7 @@ from cierzo.engine.frontend.frame_reader import (
     Skipped,
     envelope,
     peek,
+    seconds_of,
 )
 from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.frontend import Frontend
@@ -118,7 +119,7 @@ def receive_large(sink: Sink, methods: Methods, frontend: Frontend, frame: Large
             value=found.stream,
         )
     if found.type == "generate":
-        methods.generate_large(sink, found.stream, frame.body)
+        methods.generate_large(sink, found.stream, frame.body, seconds_of(found.deadline_s))
     elif found.type == "attach":
         try:
             data = _decode_attach(frame.body).data

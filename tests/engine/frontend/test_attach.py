@@ -306,6 +306,36 @@ def test_the_welcome_tells_how_much_may_be_attached(run, serving, peering):
     run(body())
 
 
+LONG_LAST = {"deadline_s": 0.05, "sampling": {"max_tokens": 1}, "token_ids": [299] * 4000}
+DEADLINES = {
+    "before the list": LONG_LAST,
+    "behind a text": {"text": "x" * 5000, "deadline_s": 0.05},
+    "behind a list": dict(reversed(LONG_LAST.items())),
+}
+
+
+@pytest.mark.parametrize("case", DEADLINES)
+def test_the_deadline_of_a_large_generate_holds_before_it_is_encoded(run, serving, peering, monkeypatch, case):
+    monkeypatch.setattr(frame_reader, "SMALL_FRAME_BYTES", 4000)
+
+    async def body():
+        async with serving() as house, peering(house) as peer:
+            house.frontend._arrivals._encoders.delay_s = lambda: 1e6
+            peer.say({"type": "generate", "stream": 1, **DEADLINES[case]})
+            final = await peer.hear()
+            assert final.samples[0].finish_reason == "deadline"
+            for odd in ("soon", -1, float("nan"), [1], None, 1e9):  # is refused once it is read
+                peer.say({"type": "generate", "stream": 2, **DEADLINES[case], "deadline_s": odd})
+                while not len(house.frontend.streams):
+                    await alive(peer)
+                (stream,) = house.frontend.streams
+                assert stream.deadline_at_s - stream.arrived == FrontendConfig().default_deadline_s
+                peer.say(Cancel(stream=2))
+                await peer.hear()
+
+    run(body())
+
+
 def test_a_large_generate_says_late_what_it_is(run, serving, peering, cores, monkeypatch):
     """Samples, deltas and deadline of a long message are known once a process has read it."""
     cores.free = False

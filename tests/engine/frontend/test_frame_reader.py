@@ -159,6 +159,12 @@ def test_a_prefix_that_ends_within_a_value_does_not_name_it():
     assert peek(body).stream == 70_000
 
 
+def test_a_large_message_that_cannot_be_decoded_is_still_its_streams():
+    body = encode({"type": "generate", "stream": 5, "token_ids": [1] * 5000})
+    found = envelope(bytearray(body[:-1]))
+    assert (found.type, found.stream) == ("generate", 5)
+
+
 def test_behind_a_long_list_the_stream_is_read_as_far_as_that_takes_no_time(monkeypatch):
     body = bytearray(encode({"token_ids": [1] * 5000, "type": "generate", "stream": 5}))
     assert peek(body).stream == -1
