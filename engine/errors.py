@@ -36,6 +36,9 @@ def amount(num_bytes: int, unit: int, *, up: bool = False) -> str:
     return f"{scaled // scale}.{scaled % scale:0{digits}}"
 
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"  # of every process of a server
+
+
 class CierzoError(Exception):
     """Base. `field`, `limit` and `value` say what was wrong with what, as text, where that applies."""
 

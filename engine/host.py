@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"  # of every process of a server
-
 
 def available_memory_bytes() -> int:
     """Memory that can be taken without swapping: the kernel's MemAvailable, cut to the container's limit."""

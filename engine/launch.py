@@ -17,7 +17,7 @@ import msgspec
 import uvloop
 
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.errors import CoreFailed, refusal
+from cierzo.engine.errors import LOG_FORMAT, CoreFailed, refusal
 from cierzo.engine.frontend.address import parse_address
 from cierzo.engine.frontend.child import Spawn
 from cierzo.engine.frontend.core_link import CoreLink, spawn_worker
@@ -27,7 +27,6 @@ from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
-from cierzo.engine.host import LOG_FORMAT
 from cierzo.engine.messages import ModelInfo
 
 log = logging.getLogger(__name__)

@@ -16,12 +16,11 @@ from typing import BinaryIO
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError
+from cierzo.engine.errors import LOG_FORMAT, CierzoError
 from cierzo.engine.frontend.encoding import Job, Loaded, RequestEncoder, Setup
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import LENGTH_BYTES
 from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.host import LOG_FORMAT
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from cierzo.engine.host import LOG_FORMAT
+from cierzo.engine.errors import LOG_FORMAT
 from cierzo.engine.worker.process import run
 
 
