@@ -97,6 +97,7 @@ class Outlets:
         stream.pending_limit = self._config.max_pending_bytes + stream.pending_bytes
         stream.flows = stream.deltas and not stream.unsent
         self._heap.measure(stream)
+        stream.begin_reading()
         if stream.ended_at_s is not None or stream.unsent:
             self._behind(stream)
             self._make_ready(stream)
@@ -133,6 +134,8 @@ class Outlets:
             return
         stream.credit += num_bytes
         self._took(stream)
+        if stream.sampling.logprobs is not None:
+            stream.consume(num_bytes, self._config.stream_credit_bytes - stream.credit)
         if stream.credit > 0 and not stream.flows and stream.deltas:
             if stream.unsent:
                 self._make_ready(stream)
@@ -233,8 +236,9 @@ class Outlets:
         stream.pending_bytes += num_bytes
         if stream.pending_bytes > stream.pending_limit and not stream.paused and delta.finish is None:
             stream.paused = True
-            for each in stream.samples:
-                each.keep_sent(self._config.stream_credit_bytes // len(stream.samples))
+            share = self._config.stream_credit_bytes // len(stream.samples)
+            for each, consumed in zip(stream.samples, stream.consumed, strict=True):
+                each.keep_sent(share) if stream.credit is None else each.keep_from(consumed)
             self._core.withdraw(stream)
 
     def _bound(self, stream: Stream, sample: Sample, num_tokens: int) -> None:

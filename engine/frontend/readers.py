@@ -69,10 +69,9 @@ class Readers:
     @property
     def _why_forgotten(self) -> str:
         """The bounds for which a log loses its oldest log-probabilities."""
-        config = self._config
         return (
-            f"an answer has at most max_answer_bytes, {config.max_answer_bytes}, and one that was paused for its "
-            f"reader the last stream_credit_bytes, {config.stream_credit_bytes}, of those that were sent"
+            f"an answer has at most max_answer_bytes, {self._config.max_answer_bytes}, and a paused one what its "
+            f"reader may lack, or the last stream_credit_bytes, {self._config.stream_credit_bytes}"
         )
 
     def _take_over(self, stream: Stream, sink: Sink, stream_id: int, received: list[int]) -> None:

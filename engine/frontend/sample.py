@@ -295,8 +295,13 @@ class Sample:
 
     def keep_sent(self, num_bytes: int) -> None:
         """Drop log-probabilities before the cursor, but for the last ones, in so many bytes."""
-        if self._logprobs is not None:
+        if self._logprobs is not None and self._keeps:  # else none are there
             self._logprobs.forget(self._logprobs.before(self.sent, num_bytes))
+
+    def keep_from(self, token: int) -> None:
+        """Drop log-probabilities before this token."""
+        if self._logprobs is not None:
+            self._logprobs.forget(token)
 
     def end(self, finish: Finish) -> None:
         """The sample is over; a stop string found before keeps its say about why."""

@@ -81,7 +81,8 @@ class Stream:
     sink: the connection that reads it, under `stream_id`; None for an orphan. credit: what that reader may still be
     sent, in delta costs; None without the feature "credit". flows: its reader has all there is, and gets what comes
     at once. skips: what its reader has not got by now is not sent any more. pending_bytes: heap of what waits for
-    the reader; beyond `pending_limit` it is paused, which means that the core does not know it.
+    the reader; beyond `pending_limit` it is paused, which means that the core does not know it. consumed: tokens of
+    each sample that a reader who gives credit has for sure; it has `mark` too after so many `mark_bytes` of credit.
     """
 
     request_id: int
@@ -112,6 +113,9 @@ class Stream:
     paused: bool = False
     pending_bytes: int = 0
     pending_limit: int = 0
+    consumed: list[int] = field(default_factory=list)
+    mark: list[int] = field(default_factory=list)
+    mark_bytes: int = 0
 
     def start(self, submit: Submit, num_prompt_tokens: int, detokenizers: Sequence[Detokenizer | None]) -> None:
         """The prompt is ready. What a resumed request brought was delivered before: its text is not sent again."""
@@ -129,6 +133,17 @@ class Stream:
     def unsent(self) -> bool:
         """Whether the reader has not got all deltas that there are."""
         return self.deltas and not self.skips and any(sample.unsent for sample in self.samples)
+
+    def begin_reading(self) -> None:
+        """A reader comes, who has all before the cursors."""
+        self.consumed = self.mark = [sample.sent for sample in self.samples]
+        self.mark_bytes = 0
+
+    def consume(self, num_bytes: int, lacking: int) -> None:
+        """The reader has consumed so much more; of what was sent, it lacks at most `lacking` bytes."""
+        self.mark_bytes -= num_bytes
+        if self.mark_bytes <= 0:
+            self.consumed, self.mark, self.mark_bytes = self.mark, [sample.sent for sample in self.samples], lacking
 
     def end(self, sample: Sample, finish: Finish) -> bool:
         """Record the end of a sample; True if it was the last one."""

@@ -17,7 +17,7 @@ from simulation.__main__ import COMMAND
 from simulation.world import World
 
 SEEDS, PARTS = 300, 6
-ONCE_RED = (391, 479, 701, 1170, 1242, 20_018, 20_129, 20_626, 20_870)
+ONCE_RED = (391, 479, 701, 786, 1170, 1242, 1346, 1485, 20_018, 20_129, 20_626, 20_870)
 HAPPENS = {"cancelled", "deadline", "failed", "length", "stop", "overloaded", "lost", "die", "leap", "swizzle"}
 
 
