@@ -28,7 +28,7 @@ from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import ModelInfo
-from cierzo.engine.server_process import LOG_FORMAT
+from cierzo.engine.signs import LOG_FORMAT
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,11 @@ the socket; both sides map it before that folder goes.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,8 +29,21 @@ from typing import NamedTuple
 
 NAME = "signs"  # of the file, beside the socket
 PAGE_BYTES = 4096
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"  # of every process of a server
+PR_SET_PDEATHSIG = 1  # of prctl
 BEAT_S = 0.25
 _BEATS, _TURNS, _BEGUN, _PREDICTED = range(4)  # 8-byte words
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends, even while it is stopped. Only Linux
+    can.
+
+    A parent that is gone already is not seen here: who calls this first and then connects to the parent's socket
+    finds nobody there.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Signs(NamedTuple):

@@ -22,7 +22,7 @@ TURN_ANSWERS = 256  # in a turn of the loop
 
 
 class Work(Protocol):
-    """Work that a drain waits for."""
+    """Streams and connections that a drain waits for."""
 
     @property
     def num_open(self) -> int:
