@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from cierzo.engine import signs
 
+MAX_BASE_CHARS = 64  # of the folder for temporary files: a socket's path may have 107
 MAX_CHILD_FRAME_BYTES = 1 << 30  # our own process: the bound only tells a frame from garbage
 
 
@@ -46,7 +47,8 @@ async def spawn_module(module: str, socket_path: str) -> Child:
 @contextlib.asynccontextmanager
 async def private_socket(name: str, protocol: asyncio.Protocol) -> AsyncIterator[str]:
     """A socket, by its path, on which `protocol` awaits a connection. Its folder goes as soon as there is one."""
-    folder = tempfile.mkdtemp(prefix=f"cierzo-{name}-")  # mode 0700
+    base = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix=f"cierzo-{name}-", dir=base if len(base) <= MAX_BASE_CHARS else "/tmp")  # 0700
 
     def remove() -> None:
         """Remove the folder, also when there is no descriptor left to list it with."""

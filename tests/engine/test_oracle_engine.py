@@ -194,7 +194,7 @@ def in_chunks(folder: Path, prompts: list[list[int]]) -> list[Answer]:
     """Chunks that end anywhere in a block."""
     engine = Engine(folder, budget_tokens=9)
     answers = engine.run(prompts[0])
-    assert engine.runner.expanded[:6] == [[9], [9], [9], [9], [1], []]
+    assert engine.runner.expanded[:6] == [[9], [9], [9], [8], [2], []]
     return answers
 
 
