@@ -230,17 +230,18 @@ class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
 def delta_cost(delta: Delta) -> int:
     """Bytes that `delta` counts for in flow control: about what it takes of a heap, by a formula that both sides
     compute alike."""
-    return output_cost(delta.token_ids, delta.text, delta.logprobs)
+    cost = text_cost(len(delta.token_ids), delta.text)
+    return cost if delta.logprobs is None else cost + logprobs_cost(delta.logprobs)
 
 
-def output_cost(token_ids: list[int], text: str, logprobs: list[TokenLogprobs] | None) -> int:
-    """The cost of a delta with this content."""
-    cost = 64 + 8 * len(token_ids) + (len(text) if text.isascii() else len(text.encode()))
-    if logprobs is not None:
-        cost += 32 * len(logprobs)
-        for entry in logprobs:
-            cost += 16 * len(entry.top_token_ids)
-    return cost
+def text_cost(num_tokens: int, text: str) -> int:
+    """The part of a delta's cost that it has without log-probabilities."""
+    return 64 + 8 * num_tokens + (len(text) if text.isascii() else len(text.encode()))
+
+
+def logprobs_cost(logprobs: list[TokenLogprobs]) -> int:
+    """The part of a delta's cost that its log-probabilities are."""
+    return 32 * len(logprobs) + 16 * sum([len(entry.top_token_ids) for entry in logprobs])
 
 
 class Usage(Message, frozen=True):

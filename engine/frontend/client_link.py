@@ -88,7 +88,6 @@ class ClientLink(asyncio.Protocol):
         self._max_unread_bytes = max_unread_bytes
         self._unread_bytes = 0
         self._credit_part = 0  # without the feature
-        self._uncredited: dict[Inbox, None] = {}  # of which less than a part has been consumed
         self._crediting: asyncio.TimerHandle | None = None
         self._is_reading = True
         self._transport: asyncio.Transport | None = None
@@ -125,7 +124,6 @@ class ClientLink(asyncio.Protocol):
         for timer in (self._watch, self._crediting):
             if timer is not None:
                 timer.cancel()
-        self._uncredited.clear()
         when = "" if self.welcomed.done() else f" before it said welcome{self.question}"
         reason = f": {exc}" if exc is not None and not when else ""
         error = self.error or ConnectionLost(f"{self._peer} has closed the connection{when}{reason}")
@@ -203,10 +201,8 @@ class ClientLink(asyncio.Protocol):
             inbox.uncredited += cost
             if inbox.uncredited >= self._credit_part:
                 self._credit(inbox)
-            elif self._inboxes.get(inbox.stream) is inbox:
-                self._uncredited[inbox] = None
-                if self._crediting is None:
-                    self._crediting = self.loop.call_later(CREDIT_S, self._credit_all)
+            elif self._crediting is None:
+                self._crediting = self.loop.call_later(CREDIT_S, self._credit_all)
             return
         self._unread_bytes -= cost
         if not self._is_reading and 2 * self._unread_bytes < self._max_unread_bytes:
@@ -217,14 +213,14 @@ class ClientLink(asyncio.Protocol):
 
     def _credit(self, inbox: Inbox) -> None:
         """Give back what has been consumed."""
-        self._uncredited.pop(inbox, None)
         if inbox.uncredited and self._inboxes.get(inbox.stream) is inbox:
             self.send(Credit(stream=inbox.stream, bytes=inbox.uncredited))
             inbox.uncredited = 0
 
     def _credit_all(self) -> None:
+        """Once in a while, what is too little to be given back by itself."""
         self._crediting = None
-        for inbox in [*self._uncredited]:
+        for inbox in self._inboxes.values():
             self._credit(inbox)
 
     def close(self, reason: CierzoError | None = None) -> None:
@@ -256,7 +252,7 @@ class ClientLink(asyncio.Protocol):
     # --- what comes ------------------------------------------------------------------------------------
 
     def _receive(self, message: ServerMessage) -> None:
-        if isinstance(message, Delta):
+        if type(message) is Delta:
             if (inbox := self._inboxes.get(message.stream)) is not None:
                 self._delta(inbox, message)
         elif isinstance(message, Final):
@@ -292,7 +288,7 @@ class ClientLink(asyncio.Protocol):
         if inbox.dropped or (inbox.reopened and inbox.repeats(delta)):
             self.consumed(inbox, cost)
         else:
-            inbox.add(delta)
+            inbox.add(delta, cost)
 
     def _greeted(self, welcome: Welcome) -> None:
         if self.welcomed.done():

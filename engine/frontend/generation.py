@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Protocol, Self
 
 from cierzo.engine.errors import CierzoError, ConnectionLost, InvalidRequest, NotFound, ProtocolError
-from cierzo.engine.messages import Accepted, Delta, Final, Generate, Resume, delta_cost
+from cierzo.engine.messages import Accepted, Delta, Final, Generate, Resume
 
 
 class Link(Protocol):
@@ -29,7 +29,7 @@ class Inbox:
     """Messages that have come for one generation and were not taken yet, over all connections that it had.
 
     stream: its id on the present connection, which has sent deltas that cost `held` and are not consumed, and those
-    that cost `uncredited`, which are, but the server was not told yet.
+    that cost `uncredited`, which are, but the server was not told yet. costs: of each of `deltas`.
     request: what asked for it; None once the server has accepted it, for a prompt may be long.
     received: tokens of each sample that were taken, last: the last delta of each that was; empty where the
     generation ends with its connection.
@@ -37,7 +37,19 @@ class Inbox:
     """
 
     __slots__ = (
-        *("accepted", "cancelled", "deltas", "dropped", "error", "final", "held", "last", "link", "received"),
+        *(
+            "accepted",
+            "cancelled",
+            "costs",
+            "deltas",
+            "dropped",
+            "error",
+            "final",
+            "held",
+            "last",
+            "link",
+            "received",
+        ),
         *("reopened", "request", "stream", "uncredited", "waiters"),
     )
 
@@ -51,6 +63,7 @@ class Inbox:
         self.last: list[Delta | None] = [None] * len(received)
         self.reopened = False
         self.deltas: deque[Delta] = deque()
+        self.costs: deque[int] = deque()
         self.accepted: Accepted | None = None
         self.final: Final | None = None
         self.error: CierzoError | None = None
@@ -63,9 +76,10 @@ class Inbox:
         """Whether nothing more comes."""
         return self.final is not None or self.error is not None
 
-    def add(self, delta: Delta) -> None:
-        """Take in a delta, and wake those who wait for one."""
+    def add(self, delta: Delta, cost: int) -> None:
+        """Take in a delta of this cost, and wake those who wait for one."""
         self.deltas.append(delta)
+        self.costs.append(cost)
         for waiter in self.waiters:
             if not waiter.done():
                 waiter.set_result(True)
@@ -86,13 +100,14 @@ class Inbox:
     def rewind(self) -> None:
         """The connection is lost: what was not taken will come again."""
         self.deltas.clear()
+        self.costs.clear()
         self.held = self.uncredited = 0
         self.reopened = True
 
     def take(self) -> Delta:
         """The next delta, which counts as received; whoever takes it says `consumed` once it is done with it."""
         delta = self.deltas.popleft()
-        if delta.sample < len(self.received):
+        if self.received and delta.sample < len(self.received):
             self.received[delta.sample] += len(delta.token_ids)
             self.last[delta.sample] = delta
         return delta
@@ -100,7 +115,7 @@ class Inbox:
     def consume(self) -> Delta:
         """The next delta, with which its taker is done at once."""
         delta = self.take()
-        self.link.consumed(self, delta_cost(delta) if self.deltas else self.held)  # the last one: all that came
+        self.link.consumed(self, self.costs.popleft())
         return delta
 
     def repeats(self, delta: Delta) -> bool:
@@ -137,6 +152,7 @@ class Inbox:
         """Nobody reads this generation any more."""
         self.dropped = True
         self.deltas.clear()
+        self.costs.clear()
         self.cancel()
         self.link.consumed(self, self.held)
 
@@ -230,6 +246,7 @@ class Generation:
         """As `next_batch`, but the deltas, of the cost given here, count as waiting until `consumed` is called."""
         inbox = self._inbox
         await self._more(timeout_s)
+        inbox.costs.clear()
         return [inbox.take() for _ in range(len(inbox.deltas))], inbox.held
 
     def consumed(self, cost: int) -> None:

@@ -22,7 +22,7 @@ from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.frontend.whole import Pieces, build, cut, is_long
-from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost, output_cost
+from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost, logprobs_cost, text_cost
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
 CHUNK_LOGPROBS = 128
@@ -162,8 +162,9 @@ class Outlets:
             Delta(stream=stream.stream_id, sample=sample.index, token_ids=token_ids, text=text, logprobs=logprobs)
         )
         if stream.credit is not None:
-            entries = delta.logprobs and delta.logprobs[: len(token_ids)]
-            stream.credit -= output_cost(token_ids, text, entries)
+            stream.credit -= text_cost(len(token_ids), text)
+            if delta.logprobs:
+                stream.credit -= logprobs_cost(delta.logprobs[: len(token_ids)])
             stream.flows = stream.credit > 0
         self._bound(stream, sample, len(token_ids))
 
