@@ -29,10 +29,10 @@ from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.messages import SamplingParams, StepOutput, Submit
 from cierzo.engine.options import add_options, chosen, count
+from cierzo.engine.server_process import prepare_memory
 from cierzo.engine.settings import word_reader
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import fake_config
-from cierzo.engine.worker.process import prepare_memory
 from cierzo.scheduler.config import SchedulerConfig
 
 VOCAB_SIZE = 131_072

@@ -138,11 +138,6 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(AnyRecord).decode
 
 
-def private(path: str, flags: int) -> int:
-    """The `opener` of a file that its owner alone may read."""
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
-
-
 def segment_paths(folder: str, pid: int) -> tuple[str, str]:
     """The two files that a core process writes in turns."""
     first, second = (os.path.join(folder, f"live-{pid}.{number}") for number in range(2))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import resource
@@ -28,7 +27,7 @@ from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import ModelInfo
-from cierzo.engine.signs import LOG_FORMAT
+from cierzo.engine.server_process import LOG_FORMAT, prepare_memory
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +77,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):
             return 0 if startup == signal.SIGTERM else 128 + startup
-        gc.collect()
-        gc.freeze()  # what lives as long as the server is never looked at again, so that no collection takes long
+        prepare_memory()
         print(f"{startup}\nready: {config.name} at {server.address}", flush=True)
         return await _until_stopped(signals, frontend)
     finally:

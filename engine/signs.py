@@ -17,33 +17,19 @@ the socket; both sides map it before that folder goes.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from cierzo.engine.server_process import private
+
 NAME = "signs"  # of the file, beside the socket
 PAGE_BYTES = 4096
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"  # of every process of a server
-PR_SET_PDEATHSIG = 1  # of prctl
 BEAT_S = 0.25
 _BEATS, _TURNS, _BEGUN, _PREDICTED = range(4)  # 8-byte words
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends, even while it is stopped. Only Linux
-    can.
-
-    A parent that is gone already is not seen here: who calls this first and then connects to the parent's socket
-    finds nobody there.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Signs(NamedTuple):
@@ -68,7 +54,7 @@ class SignsPage:
     @classmethod
     def create(cls, folder: str) -> SignsPage:
         """Make the page in a folder. Raises OSError."""
-        with open(os.path.join(folder, NAME), "x+b", buffering=0, opener=_private) as file:
+        with open(os.path.join(folder, NAME), "x+b", buffering=0, opener=private) as file:
             file.write(bytes(PAGE_BYTES))
             return cls(mmap.mmap(file.fileno(), PAGE_BYTES))
 
@@ -139,7 +125,3 @@ class SignsPage:
         pause = threading.Event()  # never set
         while not pause.wait(BEAT_S):
             self.beat()
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

@@ -10,7 +10,8 @@ import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cierzo.engine.flight import Kept, packed, private, segment_paths, segments
+from cierzo.engine.flight import Kept, packed, segment_paths, segments
+from cierzo.engine.server_process import private
 
 log = logging.getLogger(__name__)
 

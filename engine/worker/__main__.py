@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from cierzo.engine.signs import LOG_FORMAT, end_with_parent
+from cierzo.engine.server_process import LOG_FORMAT, end_with_parent
 from cierzo.engine.worker.process import run
 
 

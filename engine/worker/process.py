@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import select
@@ -28,6 +27,7 @@ from cierzo.engine.messages import (
     Submit,
     TokenDelta,
 )
+from cierzo.engine.server_process import prepare_memory
 from cierzo.engine.signs import SignsPage
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.pipe import CorePipe, PipeClosed
@@ -41,7 +41,6 @@ DELTAS_PER_FRAME = 8192
 MAX_COMMANDS = 256  # of a turn: the rest waits for the next one
 LAST_WORDS_S = 5.0
 HANGUP_POLL_MS = 200
-GC_THRESHOLDS = (20_000, 50, 1_000)  # the last: young collections between two full ones
 
 
 class CoreLoop:
@@ -190,18 +189,6 @@ def _reason(error: Exception) -> CoreError:
         return CoreError(code=CoreFailed.code, message=f"out of memory: {error}")
     log.exception("the core cannot go on")
     return CoreError(code=CoreFailed.code, message=f"{type(error).__name__}: {error}")
-
-
-def prepare_memory() -> None:
-    """Keep the cycle collector out of the steps.
-
-    What was allocated up to now stays, so it is never looked at again. A full collection walks every known token
-    of every request, hundreds of milliseconds with many long contexts, and the loop makes next to no cycles: it
-    becomes rare enough to bound what could gather, and no more.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
 
 
 def _read_config(pipe: CorePipe) -> EngineConfig:

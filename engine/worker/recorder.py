@@ -35,10 +35,10 @@ from cierzo.engine.flight import (
     Submitted,
     Tokens,
     packed,
-    private,
     segment_paths,
 )
 from cierzo.engine.messages import Abort, CoreCommand, SamplingParams, Submit, TokenDelta
+from cierzo.engine.server_process import private
 from cierzo.engine.worker.core import EngineCore
 from cierzo.scheduler.plan import StepPlan
 

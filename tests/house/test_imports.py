@@ -17,7 +17,7 @@ WORKER = (
     *("kernels", "engine.model", "engine.weights", *PARAMETERS),
     *("engine.cost", "cache", "scheduler", "engine.worker"),
     *("engine.messages", "engine.expert_statistics", "engine.config", "engine.graph_sizes"),
-    *("engine.signs", "engine.flight"),
+    *("engine.signs", "engine.flight", "engine.server_process"),
 )
 MESSAGES = ("engine.messages", "engine.expert_statistics", "engine.errors")
 CLIENT = (
@@ -43,7 +43,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.errors": (),
     "engine.expert_statistics": (),
     "engine.messages": ("scheduler.params", "scheduler.plan", "engine.expert_statistics"),
-    "engine.signs": (),
+    "engine.signs": ("engine.server_process",),
+    "engine.server_process": (),
     "engine.number_choice": ("kernels.formats.number_formats", "engine.errors"),
     "engine.flight": ("engine.messages", "engine.errors"),
     "engine.settings": ("engine.errors",),
@@ -100,6 +101,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.messages",
         "engine.errors",
         "engine.signs",
+        "engine.server_process",
         "engine.flight",
         "scheduler.params",
         "scheduler.plan",
@@ -130,7 +132,7 @@ WITHOUT_TORCH = (
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.device_memory"),
     "engine.graph_sizes",
     "engine.expert_statistics",
-    *("engine.signs", "engine.flight", "engine.number_choice"),
+    *("engine.signs", "engine.flight", "engine.server_process", "engine.number_choice"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
     *("engine.model.config", "engine.model.config_json", "engine.model.params_json", "engine.model.read_config"),
     *("engine.weights.shapes", "kernels.formats.number_formats", "cli", "__main__"),

@@ -6,8 +6,8 @@ from typing import Any
 
 from cierzo.engine.config import EngineOptions, resolve, spin_briefly
 from cierzo.engine.messages import SamplingParams, Submit, TokenDelta
+from cierzo.engine.server_process import prepare_memory
 from cierzo.engine.worker.core import EngineCore
-from cierzo.engine.worker.process import prepare_memory
 
 PROMPT_SHARE = 4  # a forced sequence is prompt up to a quarter of its length, then generated tokens
 

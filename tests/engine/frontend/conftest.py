@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import msgspec
 import pytest
@@ -37,6 +41,7 @@ from cierzo.engine.messages import (
     ServerMessage,
     Welcome,
 )
+from cierzo.engine.weights.make import make_checkpoint
 
 
 @dataclass
@@ -323,3 +328,39 @@ def scripting() -> Iterator[Callable[..., Scripted]]:
     yield start
     for end in started:
         end()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small one; the fake runner reads its config.json alone."""
+    return make_checkpoint(tmp_path_factory.mktemp("served") / "tiny", like="small3")
+
+
+@pytest.fixture
+def start(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
+    """Start `cierzo serve` on `tmp_path`'s socket, with options; it and its core's process id, once it is ready."""
+    servers = []
+
+    def ready(*options: str, stderr: IO[bytes] | None = None) -> tuple[subprocess.Popen[str], int]:
+        server = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "cierzo", "serve", str(checkpoint), "--runner", "fake"),
+                *("--rpc", f"unix:{tmp_path / 'rpc.sock'}", "--flight-folder", "", *options),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+        servers.append(server)
+        assert server.stdout is not None
+        assert any(line.startswith("ready: tiny at unix:") for line in server.stdout)
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text(encoding="ascii").split()
+        return server, int(children[0])
+
+    yield ready
+    for server in servers:
+        server.kill()
+        server.wait()
+        assert server.stdout is not None
+        server.stdout.close()

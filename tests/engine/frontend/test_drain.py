@@ -7,10 +7,7 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -34,7 +31,6 @@ from cierzo.engine.messages import (
     SamplingParams,
     ServerMessage,
 )
-from cierzo.engine.weights.make import make_checkpoint
 
 DEADLINE_S = 20
 
@@ -162,40 +158,6 @@ def test_a_request_that_was_not_begun_has_no_seed_to_go_on_with():
     assert (interruption(stream).field, interruption(stream).value) == ("seed", "7")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small; the fake runner reads its config.json alone."""
-    return make_checkpoint(tmp_path_factory.mktemp("drain") / "tiny", like="small3")
-
-
-@pytest.fixture
-def start(checkpoint, tmp_path):
-    """Start `cierzo serve` on `tmp_path`'s socket, with options; it and its core's process id, once it is ready."""
-    servers = []
-
-    def ready(*options: str) -> tuple[subprocess.Popen[str], int]:
-        server = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "cierzo", "serve", str(checkpoint), "--runner", "fake"),
-                *("--rpc", f"unix:{tmp_path / 'rpc.sock'}", *options),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=(tmp_path / "log").open("wb"),
-            text=True,
-            env=os.environ | {"TMPDIR": str(tmp_path)},
-        )
-        servers.append(server)
-        assert any(line.startswith("ready: ") for line in server.stdout)
-        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text(encoding="ascii").split()
-        return server, int(children[0])
-
-    yield ready
-    for server in servers:
-        server.kill()
-        server.wait()
-        server.stdout.close()
-
-
 ENDLESS = {"token_ids": [1], "max_tokens": 10**6, "ignore_eos": True, "temperature": 1.0}
 
 
@@ -218,7 +180,8 @@ def test_sigterm_drains_and_interrupts_what_does_not_end(start, tmp_path):
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_a_drain_sooner(start, tmp_path, second):
-    server, _ = start("--drain-s", "600")
+    with (tmp_path / "log").open("wb") as log:
+        server, _ = start("--drain-s", "600", stderr=log)
     with SyncClient(f"unix:{tmp_path / 'rpc.sock'}") as client:
         endless = client.generate(**ENDLESS)
         next(endless)

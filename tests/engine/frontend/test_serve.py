@@ -23,45 +23,10 @@ from cierzo.engine.errors import CheckpointError, ConfigError
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import CoreError
-from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
 
 DEADLINE_S = 20
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small; the fake runner reads its config.json alone."""
-    return make_checkpoint(tmp_path_factory.mktemp("serve") / "tiny", like="small3")
-
-
-@pytest.fixture
-def start(checkpoint, tmp_path):
-    """Start a server on `tmp_path`'s socket and give it, and its core's process id, once it is ready."""
-    servers = []
-
-    def ready(stderr=None) -> tuple[subprocess.Popen[str], int]:
-        command = [sys.executable, "-m", "cierzo", "serve", str(checkpoint), "--runner", "fake"]
-        command += ["--flight-folder", ""]
-        address = f"unix:{tmp_path / 'rpc.sock'}"
-        server = subprocess.Popen(
-            [*command, "--rpc", address],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=os.environ | {"TMPDIR": str(tmp_path)},
-        )
-        servers.append(server)
-        assert any(line.startswith("ready: tiny at unix:") for line in server.stdout)
-        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text(encoding="ascii").split()
-        return server, int(children[0])
-
-    yield ready
-    for server in servers:
-        server.kill()
-        server.wait()
-        server.stdout.close()
 
 
 def _ends(pid: int) -> bool:
