@@ -146,6 +146,7 @@ class _Load:
         self, settings: LoadSettings, clients: list[LoadClient], vocab_size: int, clock: Callable[[], float]
     ) -> None:
         self.settings, self.clients, self.vocab_size = settings, clients, vocab_size
+        self.shared_ids = random_prompt(SHARED_INDEX, settings.shared_tokens, vocab_size, settings.seed)
         self.clock, self.zero = clock, clock()
         self.lost = False
         self.samples: list[RequestSample] = []
@@ -220,9 +221,8 @@ class _Load:
         settings = self.settings
         random_ids = None
         if settings.prompt is None:
-            shared = random_prompt(SHARED_INDEX, settings.shared_tokens, self.vocab_size, settings.seed)
             own_tokens = settings.input_tokens - settings.shared_tokens
-            random_ids = shared + random_prompt(index, own_tokens, self.vocab_size, settings.seed)
+            random_ids = self.shared_ids + random_prompt(index, own_tokens, self.vocab_size, settings.seed)
         return client.generate(
             text=settings.prompt,
             token_ids=random_ids,

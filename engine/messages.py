@@ -22,7 +22,7 @@ MAGIC = "cierzo"
 __all__ = ["ExpertStatistics", "Finish", "FinishReason", "SamplingParams", "TokenDelta", "TokenLogprobs"]
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """Base of all messages: an unknown field is an error, not a silence."""
 
 

@@ -21,7 +21,8 @@ from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
 LOWEST_INT, HIGHEST_INT = -(2**63), 2**64 - 1  # MessagePack has no others
 _AS_THEY_ARE = {type(None), bool, float}
 _DEFAULTS = msgspec.structs.asdict(SamplingParams())
-_FIELDS = tuple(name for name in Generate.__struct_fields__ if name not in ("stream", "attached"))  # the sender's
+_TUPLES = {"stop", "stop_token_ids"}  # one alone is taken too
+_FIELDS = dict.fromkeys(name for name in Generate.__struct_fields__ if name not in ("stream", "attached"))
 
 
 def generate_message(**arguments: Any) -> Generate:
@@ -30,16 +31,18 @@ def generate_message(**arguments: Any) -> Generate:
     The message's stream id is 0, for the sender to replace. Raises InvalidRequest, with field and value, for an
     unknown name, a value of a wrong type, and a value that no message can carry. `validate` checks limits.
     """
-    given = {name: arguments.pop(name) for name in _FIELDS if name in arguments}
-    fields = {name: value for name, value in given.items() if value is not None}
-    sampling = sampling_params(fields.pop("sampling", None), arguments, also_known=_FIELDS)
     message: dict[str, Any] = {"type": "generate", "stream": 0}
+    params: dict[str, Any] = {}
     try:
-        for name, value in fields.items():
-            message[name] = _turns(value) if name == "messages" else _plain(value, name)
+        for name, value in arguments.items():
+            if name not in _FIELDS:
+                params[name] = value
+            elif value is not None and name != "sampling":
+                message[name] = _turns(value) if name == "messages" else _plain(value, name)
+        sampling = _sampling_fields(arguments.get("sampling"), params, also_known=_FIELDS)
         message["sampling"] = {
             name: _plain(value, f"sampling.{name}")
-            for name, value in msgspec.structs.asdict(sampling).items()
+            for name, value in sampling.items()
             if value is not _DEFAULTS[name]
         }
         return msgspec.convert(message, Generate)
@@ -51,12 +54,17 @@ def generate_message(**arguments: Any) -> Generate:
         raise InvalidRequest("an argument is nested too deeply") from error
 
 
-def sampling_params(base: Any, params: Mapping[str, Any], also_known: Iterable[str] = ()) -> SamplingParams:
+def sampling_params(base: Any, params: Mapping[str, Any]) -> SamplingParams:
     """`base` (SamplingParams, a mapping of its fields, or None) with the fields in `params` on top.
 
-    Values are not checked. Raises InvalidRequest for another kind of `base`, and for a name that is no field. Its
-    message names the nearest field, which may also be one of `also_known`.
+    Values are not checked. Raises InvalidRequest for another kind of `base`, and for a name that is no field, with
+    the nearest one that is.
     """
+    return SamplingParams(**_sampling_fields(base, params))
+
+
+def _sampling_fields(base: Any, params: Mapping[str, Any], also_known: Iterable[str] = ()) -> dict[str, Any]:
+    """As `sampling_params`, the fields alone; the nearest name may also be one of `also_known`."""
     if isinstance(base, SamplingParams):
         base = msgspec.structs.asdict(base)
     elif base is None:
@@ -70,7 +78,9 @@ def sampling_params(base: Any, params: Mapping[str, Any], also_known: Iterable[s
     for name in given:
         if name not in _DEFAULTS:
             raise _unknown(name, (*also_known, *_DEFAULTS))
-    return SamplingParams(**given)
+    for name in _TUPLES.intersection(given):
+        given[name] = getattr(SamplingParams(**{name: given[name]}), name)
+    return given
 
 
 def _unknown(name: object, known: Iterable[str]) -> InvalidRequest:
@@ -93,7 +103,8 @@ def _turns(messages: Any) -> Any:
 
 def _plain(value: Any, field: str) -> Any:
     """`value` in types that MessagePack has; whether they are the right ones is for `msgspec.convert` to say."""
-    if type(value) in _AS_THEY_ARE:
+    kind = type(value)
+    if kind in _AS_THEY_ARE or (kind is int and LOWEST_INT <= value <= HIGHEST_INT):
         return value
     if isinstance(value, str):
         return _text(value, field)

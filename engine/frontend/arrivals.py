@@ -298,6 +298,8 @@ class Arrivals:
         stream.start(submit, encoded.num_prompt_tokens, detokenizers)
         self._streams.charge(stream, num_tokens)
         self._owner.counters.accepted += 1
+        if submit.output_token_ids:
+            self._heap.measure(stream)
         if stream.sink is not None:
             self._outlets.attach(stream)
         self._core.submit(stream)

@@ -115,7 +115,11 @@ class ClientLink(asyncio.Protocol):
         self._heard_s = self.loop.time()
         try:
             for body in self._splitter.feed(data):
-                self._receive(_decode(body))
+                message = _decode(body)
+                if type(message) is Delta:
+                    self._delta(message)
+                else:
+                    self._receive(message)
         except (*UNDECODABLE, ProtocolError) as error:
             begins = "" if self.welcomed.done() else f" (its answer begins with {data[:SHOWN_BYTES]!r})"
             self.close(ProtocolError(f"{self._peer} does not speak cierzo's protocol{begins}: {error}"))
@@ -252,10 +256,7 @@ class ClientLink(asyncio.Protocol):
     # --- what comes ------------------------------------------------------------------------------------
 
     def _receive(self, message: ServerMessage) -> None:
-        if type(message) is Delta:
-            if (inbox := self._inboxes.get(message.stream)) is not None:
-                self._delta(inbox, message)
-        elif isinstance(message, Final):
+        if isinstance(message, Final):
             self.had_news = True
             ended = self._inboxes.pop(message.stream, None)
             if ended is not None:
@@ -276,7 +277,10 @@ class ClientLink(asyncio.Protocol):
             if call is not None and not call.done():
                 call.set_result(message)
 
-    def _delta(self, inbox: Inbox, delta: Delta) -> None:
+    def _delta(self, delta: Delta) -> None:
+        inbox = self._inboxes.get(delta.stream)
+        if inbox is None:
+            return
         self.had_news = True
         cost = delta_cost(delta)
         inbox.held += cost

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cierzo.engine.errors import CierzoError
-from cierzo.engine.frontend.frames import LENGTH_BYTES, UNDECODABLE, too_large
+from cierzo.engine.frontend.frames import LENGTH, LENGTH_BYTES, UNDECODABLE, too_large
 from cierzo.engine.frontend.limits import ByteBudget
 
 SMALL_FRAME_BYTES = 64 * 1024  # decoding the worst one takes the loop 2 ms
@@ -79,6 +79,8 @@ class FrameReader:
 
     def next(self) -> memoryview | Large | Skipped | None:
         """The next frame, None until more has come. Raises FrameTooLarge for a length that is none."""
+        if not self._left and self._size < 0 and not self._frame and (frame := self._whole()) is not None:
+            return frame
         while True:
             if self._left:
                 if (skipped := self._skip()) is not None:
@@ -89,6 +91,18 @@ class FrameReader:
                     return frame
             if self._at == len(self._data):
                 return None
+
+    def _whole(self) -> memoryview | None:
+        """The next frame if it is small and all of it is here, which is the rule."""
+        data, start = self._data, self._at + LENGTH_BYTES
+        if start > len(data):
+            return None
+        (size,) = LENGTH.unpack_from(data, self._at)
+        end = start + size
+        if end > len(data) or size > SMALL_FRAME_BYTES or size > self.max_frame_bytes:
+            return None
+        self._at = end
+        return memoryview(data)[start:end]
 
     def _take(self, most: int) -> memoryview:
         piece = memoryview(self._data)[self._at : self._at + most]
@@ -112,9 +126,6 @@ class FrameReader:
 
     def _read_body(self) -> memoryview | Large | Skipped | None:
         size = self._size
-        if not self._frame and size <= SMALL_FRAME_BYTES and len(self._data) - self._at >= size:
-            self._size = -1
-            return self._take(size)
         piece = self._take(size - len(self._frame))
         if size > SMALL_FRAME_BYTES:
             try:

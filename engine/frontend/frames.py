@@ -10,8 +10,8 @@ import msgspec
 from cierzo.engine.errors import FrameTooLarge
 
 Buffer = bytes | bytearray | memoryview
-_LENGTH = Layout(">I")
-LENGTH_BYTES = _LENGTH.size
+LENGTH = Layout(">I")
+LENGTH_BYTES = LENGTH.size
 _NO_LENGTH = bytes(LENGTH_BYTES)
 # Errors of bytes that are no message. The second: text is not UTF-8; the third: maps within maps within maps.
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -25,7 +25,7 @@ def pack(messages: Iterable[msgspec.Struct]) -> bytearray:
         start = len(frames)
         frames += _NO_LENGTH
         _encode_into(message, frames, start + LENGTH_BYTES)
-        _LENGTH.pack_into(frames, start, len(frames) - start - LENGTH_BYTES)
+        LENGTH.pack_into(frames, start, len(frames) - start - LENGTH_BYTES)
     return frames
 
 
@@ -57,7 +57,7 @@ class FrameSplitter:
         view, start, end = memoryview(data), 0, len(data)
         self._needed = LENGTH_BYTES
         while end - start >= LENGTH_BYTES:
-            (size,) = _LENGTH.unpack_from(data, start)
+            (size,) = LENGTH.unpack_from(data, start)
             if size > self.max_frame_bytes:
                 raise too_large(size, self.max_frame_bytes)
             body = start + LENGTH_BYTES

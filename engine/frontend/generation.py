@@ -39,6 +39,7 @@ class Inbox:
     __slots__ = (
         *(
             "accepted",
+            "accepting",
             "cancelled",
             "costs",
             "deltas",
@@ -67,7 +68,8 @@ class Inbox:
         self.accepted: Accepted | None = None
         self.final: Final | None = None
         self.error: CierzoError | None = None
-        self.waiters: set[asyncio.Future[bool]] = set()  # True: there is news; False: the time is over
+        self.waiters: list[asyncio.Future[bool]] = []  # for a delta. True: there is news; False: the time is over
+        self.accepting: list[asyncio.Future[bool]] = []  # as `waiters`, for the server to accept the request
         self.cancelled = False
         self.dropped = False
 
@@ -86,6 +88,7 @@ class Inbox:
 
     def put(self, message: Accepted | Final | CierzoError) -> None:
         """Take in other news, and wake those who wait for it."""
+        woken = self.accepting
         if isinstance(message, Accepted):
             self.accepted, self.request = message, None
         elif isinstance(message, Final):
@@ -94,7 +97,9 @@ class Inbox:
             self.error = ConnectionLost(f"the connection was lost, and the server knows no more of it: {message}")
         else:
             self.error = message
-        for waiter in self.waiters:
+        if self.ended:
+            woken = woken + self.waiters
+        for waiter in woken:
             _settle(waiter, True)
 
     def rewind(self) -> None:
@@ -114,7 +119,7 @@ class Inbox:
 
     def consume(self) -> Delta:
         """The next delta, with which its taker is done at once."""
-        delta = self.take()
+        delta = self.take() if self.received else self.deltas.popleft()
         self.link.consumed(self, self.costs.popleft())
         return delta
 
@@ -123,13 +128,16 @@ class Inbox:
         last = self.last[delta.sample] if delta.sample < len(self.last) else None
         return last is not None and not last.token_ids and not delta.token_ids and last.text == delta.text
 
-    async def until(self, is_there: Callable[[], object], timeout_s: float | None) -> None:
-        """Wait until `is_there`, or the generation has ended. Raises TimeoutError."""
+    async def until(
+        self, is_there: Callable[[], object], timeout_s: float | None, waiters: list[asyncio.Future[bool]]
+    ) -> None:
+        """Wait, among those who are woken for it, until `is_there`, or the generation has ended. Raises
+        TimeoutError."""
         loop = self.link.loop
         until_s = None if timeout_s is None else loop.time() + timeout_s
-        while not is_there() and not self.ended:
+        while not is_there() and self.final is None and self.error is None:
             waiter = loop.create_future()
-            self.waiters.add(waiter)
+            waiters.append(waiter)
             timer = None if until_s is None else loop.call_at(until_s, _settle, waiter, False)
             try:
                 if not await waiter:
@@ -138,7 +146,7 @@ class Inbox:
                 self.cancel()
                 raise
             finally:
-                self.waiters.discard(waiter)
+                waiters.remove(waiter)
                 if timer is not None:
                     timer.cancel()
 
@@ -217,7 +225,7 @@ class Generation:
                 field="features",
                 limit="resume",
             )
-        await inbox.until(lambda: inbox.accepted, timeout_s)
+        await inbox.until(lambda: inbox.accepted, timeout_s, inbox.accepting)
         if inbox.accepted is not None:
             return inbox.accepted
         raise inbox.error or ProtocolError("the request has ended, and the server did not say that it was accepted")
@@ -227,8 +235,10 @@ class Generation:
 
     async def __anext__(self) -> Delta:
         inbox = self._inbox
-        if not inbox.deltas and not await self._more(None):
-            raise StopAsyncIteration
+        if not inbox.deltas:
+            await inbox.until(inbox.deltas.__len__, None, inbox.waiters)
+            if not inbox.deltas:
+                raise inbox.error or StopAsyncIteration
         return inbox.consume()
 
     async def next(self, timeout_s: float | None = None) -> Delta | None:
@@ -268,7 +278,7 @@ class Generation:
         """Wait until there is a delta to take (True), or the generation has ended well. Raises its error."""
         inbox = self._inbox
         if not inbox.deltas:
-            await inbox.until(inbox.deltas.__len__, timeout_s)
+            await inbox.until(inbox.deltas.__len__, timeout_s, inbox.waiters)
             if not inbox.deltas and inbox.error is not None:
                 raise inbox.error
         return bool(inbox.deltas)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cierzo.engine.errors import InvalidRequest, KeyReused, NotFound
@@ -15,6 +15,7 @@ from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.messages import Generate
 
 NAME_BYTES = 16
+NAMES = 256  # made at a time: asking the kernel for each takes as long as all else that is done for a name
 MAX_KEY_CHARS = 128
 KEPT_BYTES, KEPT_SAMPLE_BYTES = 2048, 768  # heap of an answer that is kept, besides what its logs say
 
@@ -39,6 +40,7 @@ class Keeper:
     ) -> None:
         self.kept_bytes = 0
         self._config = config
+        self._names = _random_names()
         self._named: dict[str, Stream] = {}
         self._keys: dict[str, _Key] = {}
         self._kept: dict[Stream, int] = {}  # those that have ended, oldest first -> bytes
@@ -89,7 +91,7 @@ class Keeper:
 
     def enter(self, stream: Stream) -> None:
         """Name a new stream."""
-        stream.name = secrets.token_hex(NAME_BYTES)
+        stream.name = next(self._names)
         self._named[stream.name] = stream
 
     def claim(self, stream: Stream, message: Generate, content: bytes | None = None) -> None:
@@ -153,3 +155,10 @@ class Keeper:
         if stream is not None:
             self._forget(stream)
         del self._keys[key]
+
+
+def _random_names() -> Iterator[str]:
+    """Names that nobody can guess."""
+    while True:
+        digits, width = os.urandom(NAMES * NAME_BYTES).hex(), 2 * NAME_BYTES
+        yield from (digits[at : at + width] for at in range(0, len(digits), width))

@@ -96,7 +96,6 @@ class Outlets:
         stream.pending_bytes = sum(sample.unsent_bytes for sample in stream.samples) if stream.deltas else 0
         stream.pending_limit = self._config.max_pending_bytes + stream.pending_bytes
         stream.flows = stream.deltas and not stream.unsent
-        self._heap.measure(stream)
         stream.begin_reading()
         if stream.ended_at_s is not None or stream.unsent:
             self._behind(stream)
@@ -166,7 +165,8 @@ class Outlets:
             if delta.logprobs:
                 stream.credit -= logprobs_cost(delta.logprobs[: len(token_ids)])
             stream.flows = stream.credit > 0
-        self._bound(stream, sample, len(token_ids))
+        if len(sample.token_ids) % BOUND_TOKENS < len(token_ids):
+            self._bound(stream)
 
     def ended(self, stream: Stream) -> None:
         """Nothing more will come: the reader gets the last message, after what it has not got."""
@@ -229,7 +229,8 @@ class Outlets:
 
     def _log(self, stream: Stream, sample: Sample, delta: TokenDelta) -> None:
         num_bytes = sample.append(delta)
-        self._bound(stream, sample, len(delta.token_ids))
+        if len(sample.token_ids) % BOUND_TOKENS < len(delta.token_ids):
+            self._bound(stream)
         if stream.sink is None or not stream.deltas:
             return
         stream.flows = False
@@ -242,11 +243,9 @@ class Outlets:
                 each.keep_sent(share) if stream.credit is None else each.keep_from(consumed)
             self._core.withdraw(stream)
 
-    def _bound(self, stream: Stream, sample: Sample, num_tokens: int) -> None:
-        """Look at what a stream takes, now that so many tokens have come; now and then, as it costs as much as a
-        delta. One that can be resumed is kept within `max_answer_bytes`: its oldest log-probabilities go."""
-        if len(sample.token_ids) % BOUND_TOKENS >= num_tokens:
-            return
+    def _bound(self, stream: Stream) -> None:
+        """Look at what a stream takes; now and then, as that costs as much as a delta. One that can be resumed is
+        kept within `max_answer_bytes`: its oldest log-probabilities go."""
         self._heap.measure(stream)
         if stream.deltas and stream.name and stream.num_bytes > self._config.max_answer_bytes:
             for sample in stream.samples:

@@ -169,12 +169,13 @@ class Stream:
         self.ended_at_s = now
         self.error = error
         self.submit = None
-        self.sampling = msgspec.structs.replace(self.sampling, logit_bias={})
+        if self.sampling.logit_bias:
+            self.sampling = msgspec.structs.replace(self.sampling, logit_bias={})
 
     @property
     def num_bytes(self) -> int:
         """Heap of the answer."""
-        return sum(sample.num_bytes for sample in self.samples)
+        return sum([sample.num_bytes for sample in self.samples])
 
     def forget_sent(self) -> None:
         """Drop the older half of the log-probabilities that could be sent again."""

@@ -58,7 +58,7 @@ def request(
 
     Raises InvalidRequest if the prompt is empty, too long, or has ids outside the vocabulary.
     """
-    source = next(name for name in ("token_ids", "text", "messages") if getattr(message, name) is not None)
+    source = "token_ids" if message.token_ids is not None else "text" if message.text is not None else "messages"
     if not prompt_token_ids:
         raise InvalidRequest("the prompt is empty", field=source, limit="at least 1 token", value=0)
     room = model.max_model_len - len(prompt_token_ids)
@@ -72,16 +72,16 @@ def request(
         )
     _token_ids(source, prompt_token_ids, model.vocab_size)
     params = message.sampling
-    stop_ids = (*params.stop_token_ids, *(special_ids[string] for string in params.stop if string in special_ids))
+    if params.max_tokens > room or params.seed != seed:
+        params = msgspec.structs.replace(params, seed=seed, max_tokens=min(params.max_tokens, room))
+    if params.stop or params.stop_token_ids:
+        stop_ids = (*params.stop_token_ids, *(special_ids[word] for word in params.stop if word in special_ids))
+        known = tuple(token_id for token_id in dict.fromkeys(stop_ids) if token_id < model.vocab_size)
+        params = msgspec.structs.replace(params, stop_token_ids=known)
     return Submit(
         request_id=request_id,
         prompt_token_ids=prompt_token_ids,
-        sampling=msgspec.structs.replace(
-            params,
-            seed=seed,
-            max_tokens=min(params.max_tokens, room),
-            stop_token_ids=tuple(token_id for token_id in dict.fromkeys(stop_ids) if token_id < model.vocab_size),
-        ),
+        sampling=params,
         output_token_ids=message.output_token_ids,
         priority=message.priority,
     )

@@ -80,8 +80,10 @@ class CorePipe:
 
         Raises PipeClosed, msgspec.DecodeError.
         """
-        while limit > 0 and (body := self.receive_frame()) is not None:
-            yield self._decode(body)
+        if not self._has_frame():
+            self._read()
+        while limit > 0 and self._has_frame():
+            yield self._decode(self._frames.popleft())
             limit -= 1
 
     def receive_frame(self) -> bytes | None:
@@ -106,8 +108,8 @@ class CorePipe:
 
     def _read(self) -> None:
         """Take what the socket has and cut it into frames. Raises PipeClosed if that was nothing, and its end."""
-        closed, most = False, len(self._incoming) + MAX_READ_BYTES
-        while not closed and len(self._incoming) < most:
+        closed, most, num_bytes = False, len(self._incoming) + MAX_READ_BYTES, RECEIVE_BYTES
+        while num_bytes == RECEIVE_BYTES and len(self._incoming) < most:  # less is all there was
             try:
                 received = self._socket.recv(RECEIVE_BYTES)
             except BlockingIOError:
@@ -115,6 +117,7 @@ class CorePipe:
             except OSError:
                 received = b""
             self._incoming += received
+            num_bytes = len(received)
             closed = not received
         self._cut()
         if closed and not self._frames:
