@@ -17,6 +17,7 @@ FIRST_ROWS = 64  # of the chunks of a step beside others, before any was measure
 SEEN_ENOUGH = 8  # steps before a price is told
 FORGET = 0.98  # what a learned step still counts for when the next one has been learned
 DECODE_STRIDE = 4  # of priced steps that only decode, which are much alike, one in so many is learned from
+LEARN_EVERY_S = 0.002  # of priced steps: learning takes 30 us, which is much of a step of a tenth of this
 SWEEPS = 6
 
 
@@ -109,6 +110,7 @@ class CostLearner:
         # in the order in which coefficients are found: what one explains, no later one has to
         self._found = [0.0] * 6  # step, row, pair, sequence, decode context, prompt
         self._seen = self._decodes = 0
+        self._passed_s = 0.0  # of steps that nothing was learned from
 
     @property
     def is_priced(self) -> bool:
@@ -123,6 +125,10 @@ class CostLearner:
             self._decodes += 1
             if self._decodes % DECODE_STRIDE and self.is_priced:
                 return False
+        self._passed_s += seconds
+        if self._passed_s < LEARN_EVERY_S and self.is_priced:
+            return False
+        self._passed_s = 0.0
         scale = max(seconds, self.cost.seconds(work))
         pairs = work.pairs + self._context_pairs * work.context
         features = (1.0, work.rows, pairs, work.sequences, work.decode_context, float(work.rows > 0))

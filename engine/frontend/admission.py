@@ -9,7 +9,7 @@ the prompts before them. Nothing is refused without evidence of either kind. Pur
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass
 
 from cierzo.engine.errors import DeadlineUnreachable
@@ -32,20 +32,27 @@ class Estimate:
 
 
 class _Prompts:
-    """Prompts that wait, summed up: how many, their tokens, and the squares of these."""
+    """Prompts that wait, summed up by priority."""
 
-    __slots__ = ("requests", "squares", "tokens")
+    __slots__ = ("_sums",)
 
     def __init__(self) -> None:
-        self.requests: Counter[int] = Counter()  # each by priority
-        self.tokens: Counter[int] = Counter()
-        self.squares: Counter[int] = Counter()
+        self._sums: dict[int, list[int]] = {}
 
     def add(self, num_tokens: int, priority: int, count: int = 1) -> None:
         """Count a prompt, or (-1) count it no more."""
-        self.requests[priority] += count
-        self.tokens[priority] += count * num_tokens
-        self.squares[priority] += count * num_tokens * num_tokens
+        sums = self._sums.get(priority)
+        if sums is None:
+            sums = self._sums[priority] = [0, 0, 0]
+        sums[0] += count
+        sums[1] += count * num_tokens
+        sums[2] += count * num_tokens * num_tokens
+
+    def before(self, priority: int) -> tuple[int, int, int]:
+        """Sums over what goes before a request of this priority that comes now: prompts, their tokens, and the
+        squares of these."""
+        sums = [each for level, each in self._sums.items() if level <= priority]
+        return sum(each[0] for each in sums), sum(each[1] for each in sums), sum(each[2] for each in sums)
 
 
 class Admission:
@@ -143,7 +150,7 @@ class Admission:
         """Work that is to be computed before or beside a request of this priority; None while no rate is known."""
         if now - self._rate_s > EVIDENCE_S:
             return None
-        stats, short = self._stats, self._short
+        stats = self._stats
         done = max(0, self._num_tokens - self._unknown_tokens - stats.waiting_tokens)
         long_s = []
         for num_tokens, level in self._long.values():
@@ -151,7 +158,7 @@ class Admission:
                 computed = min(done, num_tokens)
                 done -= computed
                 long_s.append(self._seconds(num_tokens - computed, num_tokens**2 - computed**2))
-        num_tokens, squares = _up_to(priority, short.tokens), _up_to(priority, short.squares)
+        _, num_tokens, squares = self._short.before(priority)
         left = max(0.0, 1 - done / num_tokens) if num_tokens else 0.0
         since_s = min(now - self._published_s, self._seconds(stats.waiting_tokens, 0))  # it goes on meanwhile
         return PromptLine(long_s, left * self._seconds(num_tokens, squares)).after(since_s)
@@ -161,7 +168,7 @@ class Admission:
         for it; None while there is none."""
         if len(self._starts) < FEWEST_STARTS:
             return None
-        requests = _up_to(priority, self._short.requests) + sum(lv <= priority for _, lv in self._long.values())
+        requests = self._short.before(priority)[0] + sum(level <= priority for _, level in self._long.values())
         return requests * (now - self._starts[0]) / len(self._starts)
 
     def _seconds(self, num_tokens: int, squares: int) -> float:
@@ -202,8 +209,3 @@ class Admission:
         """The core's gauges count this run, or it has left the queue."""
         if self._unknown.pop(run_id, None) is not None:
             self._unknown_tokens -= self._runs[run_id][0]
-
-
-def _up_to(priority: int, counts: Counter[int]) -> int:
-    """Sum of what goes before a request of this priority that comes now."""
-    return sum(count for level, count in counts.items() if level <= priority)

@@ -232,7 +232,6 @@ class Arrivals:
         self._encoding.pop(stream.request_id, None)
         if future.cancelled() or stream not in self._streams:
             return
-        sink = stream.sink
         try:
             encoded = future.result()
             if self._settle(stream, encoded):
@@ -247,8 +246,6 @@ class Arrivals:
         except Exception as error:
             log.exception("request %d could not be started", stream.request_id)
             self._refuse_late(stream, CierzoError(f"internal error: {type(error).__name__}"))
-        if sink is not None:
-            sink.flush()
 
     def _settle(self, stream: Stream, encoded: Encoded) -> bool:
         """Take over what a message says of its stream, which may have been opened without it; False if its key
@@ -319,7 +316,6 @@ class Arrivals:
             value=stream_id,
         )
         sink.put(failure(stream_id, error))
-        sink.flush()
 
     def _refuse(self, stream: Stream) -> None:
         if stream in self._streams:

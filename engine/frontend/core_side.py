@@ -18,7 +18,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.recovery import Recovery
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
-from cierzo.engine.frontend.stream import Sink, Stream
+from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.messages import Abort, CoreCommand, CoreStats, FinishReason, StepOutput, TokenDelta
 
 log = logging.getLogger(__name__)
@@ -200,27 +200,22 @@ class CoreSide:
         self._owner.fail_all(error)
 
     def step(self, step: StepOutput) -> None:
-        """Deliver one step: every delta to its stream, then one write per connection."""
+        """Deliver a step: every delta to its stream."""
         now = self._clock()
         if step.stats is not None:
             self.stats = step.stats
             self._admission.published(step.stats, now)
-        touched: dict[Sink, None] = {}
         alive = False
         for delta in step.deltas:
             stream = self._runs.get(delta.request_id)
             if stream is None:
                 self._account(delta)
                 continue
-            if stream.sink is not None:
-                touched[stream.sink] = None
             if delta.request_id in self._fresh:
                 alive |= self._shows_life(stream, delta, now)
             self._owner.deliver(stream, delta)
         if alive:
             self._send_due()
-        for sink in touched:
-            sink.flush()
 
     # --- inside ----------------------------------------------------------------------------------------
 

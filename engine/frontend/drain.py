@@ -159,13 +159,10 @@ class Drain:
             self._answer_some()
 
     def _answer_some(self) -> None:
-        self._answering, touched = None, dict[Sink, None]()
+        self._answering = None
         for _ in range(min(TURN_ANSWERS, len(self._answers))):
             sink, message = self._answers.popleft()
             sink.put(message)
-            touched[sink] = None
-        for sink in touched:
-            sink.flush()
         if self._answers:
             self._answering = asyncio.get_running_loop().call_soon(self._answer_some)
         elif self.refusing and not self._work.num_open:

@@ -79,8 +79,8 @@ class FrameReader:
 
     def next(self) -> memoryview | Large | Skipped | None:
         """The next frame, None until more has come. Raises FrameTooLarge for a length that is none."""
-        if not self._left and self._size < 0 and not self._frame and (frame := self._whole()) is not None:
-            return frame
+        if not self._left and self._size < 0 and not self._frame and (whole := self._whole()) is not None:
+            return whole
         while True:
             if self._left:
                 if (skipped := self._skip()) is not None:

@@ -247,7 +247,7 @@ class Frontend:
             self.outlets.add(stream, sample, delta)
         if delta.finish is not None:
             if stream.end(sample, delta.finish):
-                self._finish(stream)
+                self.finish(stream)
         elif sample.cut and not was_cut:
             self.core.abort(stream, "stop", sample)
 
@@ -257,11 +257,9 @@ class Frontend:
         self.finish(stream)
 
     def finish(self, stream: Stream) -> None:
-        """All samples of a stream have ended: say so, now."""
-        sink = stream.sink
-        self._finish(stream)
-        if sink is not None:
-            sink.flush()
+        """All samples of a stream have ended."""
+        self.counters.finished += 1
+        self._close(stream)
 
     def fail_all(self, error: CierzoError) -> None:
         """There will be no core any more: every open stream fails with `error`."""
@@ -281,7 +279,6 @@ class Frontend:
             stream.paused = False
             self._close(stream, error)
         self.outlets.detach(stream, sink)
-        sink.flush()
         self._drain.check()
 
     def delivered(self) -> None:
@@ -317,19 +314,11 @@ class Frontend:
         if not self.core.abort(stream, reason):
             self.end(stream, reason)
 
-    def _finish(self, stream: Stream) -> None:
-        """The last sample has ended."""
-        self.counters.finished += 1
-        self._close(stream)
-
     def _fail(self, stream: Stream, error: CierzoError) -> None:
         """End a stream with an error, in the core too."""
-        sink = stream.sink
         self.core.withdraw(stream)
         stream.paused = False
         self._close(stream, error)
-        if sink is not None:
-            sink.flush()
 
     def _close(self, stream: Stream, error: CierzoError | None = None) -> None:
         """Nothing of a stream is computed any more, whatever the reason: its reader gets what is left and why."""

@@ -93,11 +93,12 @@ class Outlets:
             sink.put(self._accepted(stream))
         stream.skips = False
         stream.credit = self._config.stream_credit_bytes if "credit" in sink.features else None
-        stream.pending_bytes = sum(sample.unsent_bytes for sample in stream.samples) if stream.deltas else 0
+        is_behind = stream.unsent
+        stream.pending_bytes = sum(sample.unsent_bytes for sample in stream.samples) if is_behind else 0
         stream.pending_limit = self._config.max_pending_bytes + stream.pending_bytes
-        stream.flows = stream.deltas and not stream.unsent
+        stream.flows = stream.deltas and not is_behind
         stream.begin_reading()
-        if stream.ended_at_s is not None or stream.unsent:
+        if stream.ended_at_s is not None or is_behind:
             self._behind(stream)
             self._make_ready(stream)
 
@@ -197,7 +198,6 @@ class Outlets:
                     sink.put(stream.last(self._detokenizer))
                 self._streams.detach(stream)
                 self.detach(stream, sink)
-                sink.flush()
         self._stuck.clear()
         self._owner.delivered()
         return num_cut
@@ -282,7 +282,7 @@ class Outlets:
     def _take_turn(self) -> None:
         """Serve the readers that are behind, a chunk each, until the turn is over; then the loop has its own."""
         self._turn = None
-        tokens_left, touched = TURN_TOKENS, dict[Sink, None]()
+        tokens_left = TURN_TOKENS
         ready, self._ready = self._ready, {}
         while ready and tokens_left > 0:
             stream = next(iter(ready))
@@ -291,12 +291,9 @@ class Outlets:
                 continue
             num_tokens, is_done = self._advance(stream, min(CHUNK_TOKENS, tokens_left))
             tokens_left -= 1 + num_tokens * (1 if stream.sampling.logprobs is None else LOGPROBS_TOKENS)
-            touched[sink] = None
             if not is_done and _may_send(stream) and not sink.is_paused:
                 self._ready[stream] = None
         self._ready = {**ready, **self._ready}
-        for sink in touched:
-            sink.flush()
         if self._ready and self._turn is None:
             self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
 

@@ -90,7 +90,6 @@ class Readers:
             old.put(failure(stream.stream_id, TakenOver("the request was resumed by another stream")))
             self._streams.detach(stream)
             self._outlets.detach(stream, old)
-            old.flush()
         self._keeper.adopted(stream)
         self._streams.attach(stream, sink, stream_id)
         if not stream.samples and stream.ended_at_s is None:

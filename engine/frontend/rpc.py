@@ -47,7 +47,7 @@ LINGER_S = 2.0  # how long a peer may take to read what its connection ends with
 
 
 class Connection(asyncio.Protocol):
-    """A client's connection. Messages are `put`, then sent by one `flush`: one write for all that a step gives."""
+    """A client's connection. All messages that are `put` in a turn of the loop leave in one write at its end."""
 
     def __init__(self, server: RpcServer) -> None:
         self.features: frozenset[str] = frozenset()
@@ -128,8 +128,6 @@ class Connection(asyncio.Protocol):
         except CierzoError as error:
             self._end(error)
             return False
-        finally:
-            self.flush()
 
     def hold(self) -> None:
         """Read no more from the peer: what came waits for its turn."""
@@ -157,32 +155,17 @@ class Connection(asyncio.Protocol):
     # --- Sink ------------------------------------------------------------------------------------------
 
     def put(self, message: Message) -> None:
-        """Add to what the next flush sends."""
+        """Add to what is sent at the end of this turn of the loop."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
         self._outbox.append(message if self._version > OLDEST_VERSION else as_version_2(message))
 
     def put_frame(self, pieces: Iterator[Buffer]) -> None:
         """Send a frame in pieces, one in a turn of the loop; meanwhile the connection counts as full."""
-        self.flush()
+        self._flush()
         self.is_paused = True
         self._pieces = pieces
         self._go_on()
-
-    def flush(self) -> None:
-        """Write what was put; behind what waits for a slow reader, if something does."""
-        if not self._outbox:
-            return
-        outbox, self._outbox = self._outbox, []
-        if self._transport is None or self._ending:
-            return
-        if not self.is_paused:
-            self._write(pack(outbox))
-            return
-        self._late += pack(outbox)
-        limit = self._server.config.max_pending_bytes
-        if len(self._late) > limit:
-            log.error("closing a connection that left more than %d bytes of answers unread", limit)
-            self._ending = True
-            self._transport.abort()
 
     @property
     def num_taken(self) -> int:
@@ -202,7 +185,8 @@ class Connection(asyncio.Protocol):
         """Bytes that were put, and that the kernel has not taken yet."""
         if self._transport is None or self._ending:
             return 0
-        return self._transport.get_write_buffer_size() + len(self._late) + (self._pieces is not None)
+        waits = bool(self._outbox) + (self._pieces is not None)
+        return self._transport.get_write_buffer_size() + len(self._late) + waits
 
     def drop(self) -> None:
         """Close at once."""
@@ -219,6 +203,23 @@ class Connection(asyncio.Protocol):
         self._server.frontend.disconnect(self)
 
     # --- inside ----------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Write what was put; behind what waits for a slow reader, if something does."""
+        if not self._outbox:
+            return
+        outbox, self._outbox = self._outbox, []
+        if self._transport is None or self._ending:
+            return
+        if not self.is_paused:
+            self._write(pack(outbox))
+            return
+        self._late += pack(outbox)
+        limit = self._server.config.max_pending_bytes
+        if len(self._late) > limit:
+            log.error("closing a connection that left more than %d bytes of answers unread", limit)
+            self._ending = True
+            self._transport.abort()
 
     def _write(self, data: Buffer) -> None:
         assert self._transport is not None
@@ -279,7 +280,6 @@ class Connection(asyncio.Protocol):
 
     def _ping(self) -> None:
         self.put(Ping(stream=0))
-        self.flush()
 
     def _gone(self) -> None:
         """The peer has not answered a ping."""

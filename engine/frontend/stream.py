@@ -45,16 +45,12 @@ class Sink(Protocol):
         ...
 
     def put(self, message: Message) -> None:
-        """Add a message to what the next `flush` sends."""
+        """Send a message, after all others that were put; soon, with those of the same turn of the loop."""
         ...
 
     def put_frame(self, pieces: Iterator[Buffer]) -> None:
         """Send a frame in pieces, as the reader takes them, after all that was put; what is put from now on comes
         after it. The iterator is asked for another one when the last is sent."""
-        ...
-
-    def flush(self) -> None:
-        """Send what was put, in order."""
         ...
 
     @property

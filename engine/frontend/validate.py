@@ -34,8 +34,10 @@ def fields(
     """
     _prompt_kind(message, config)
     _sampling(message.sampling, config, model)
-    _stop_strings(message.sampling.stop, config, model, special_ids)
-    _within("priority", message.priority, -config.max_abs_priority, config.max_abs_priority)
+    if message.sampling.stop:
+        _stop_strings(message.sampling.stop, config, model, special_ids)
+    if message.priority:
+        _within("priority", message.priority, -config.max_abs_priority, config.max_abs_priority)
     if message.deadline_s is not None:
         _within("deadline_s", message.deadline_s, 0, config.max_deadline_s, above=True)
     if message.output_token_ids:
@@ -166,8 +168,9 @@ def mistyped(text: str) -> InvalidRequest:
 
 
 def _prompts_given(message: Generate) -> None:
-    given = [name for name in (*ATTACHABLE, "attached") if getattr(message, name) is not None]
-    if len(given) != 1:
+    prompts = (message.text, message.messages, message.token_ids, message.attached)
+    if prompts.count(None) != len(prompts) - 1:
+        given = [name for name in (*ATTACHABLE, "attached") if getattr(message, name) is not None]
         raise InvalidRequest(
             "exactly one of text, messages, token_ids and attached is needed",
             field=given[1] if given else "text",
@@ -200,15 +203,24 @@ def _prompt_kind(message: Generate, config: FrontendConfig) -> None:
 
 def _sampling(params: SamplingParams, config: FrontendConfig, model: ModelInfo) -> None:
     _within("sampling.max_tokens", params.max_tokens, 1, math.inf)
-    _within("sampling.min_tokens", params.min_tokens, 0, params.max_tokens)
-    _within("sampling.temperature", params.temperature, 0.001, 100, or_zero=True)
-    _within("sampling.top_k", params.top_k, 0, model.vocab_size)
-    _within("sampling.top_p", params.top_p, 0, 1, above=True)
-    _within("sampling.min_p", params.min_p, 0, 1)
-    _within("sampling.repetition_penalty", params.repetition_penalty, 0.01, 100)
-    _within("sampling.presence_penalty", params.presence_penalty, -2, 2)
-    _within("sampling.frequency_penalty", params.frequency_penalty, -2, 2)
-    _within("sampling.n", params.n, 1, config.max_samples)
+    if params.min_tokens:
+        _within("sampling.min_tokens", params.min_tokens, 0, params.max_tokens)
+    if params.temperature:
+        _within("sampling.temperature", params.temperature, 0.001, 100, or_zero=True)
+    if params.top_k:
+        _within("sampling.top_k", params.top_k, 0, model.vocab_size)
+    if params.top_p != 1:
+        _within("sampling.top_p", params.top_p, 0, 1, above=True)
+    if params.min_p:
+        _within("sampling.min_p", params.min_p, 0, 1)
+    if params.repetition_penalty != 1:
+        _within("sampling.repetition_penalty", params.repetition_penalty, 0.01, 100)
+    if params.presence_penalty:
+        _within("sampling.presence_penalty", params.presence_penalty, -2, 2)
+    if params.frequency_penalty:
+        _within("sampling.frequency_penalty", params.frequency_penalty, -2, 2)
+    if params.n != 1:
+        _within("sampling.n", params.n, 1, config.max_samples)
     if params.seed is not None:
         _within("sampling.seed", params.seed, 0, MAX_SEED)
     if params.logprobs is not None:

@@ -71,9 +71,6 @@ class Client:
         if isinstance(message, Final):
             self.finals[message.stream] = message
 
-    def flush(self):
-        pass
-
 
 class Engine:
     """A front end and an `EngineCore` in one thread: what is sent is there at once, steps are taken by hand."""

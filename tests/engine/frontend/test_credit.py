@@ -328,9 +328,11 @@ def test_readers_that_are_behind_share_turns_of_the_loop(prompts, model_info):
             self.parts, self.heard = [], []
 
         def put(self, message):
+            if not self.parts:
+                asyncio.get_running_loop().call_soon(self.turn_is_over)
             self.parts.append(message)
 
-        def flush(self):
+        def turn_is_over(self):
             self.heard.append(self.parts)
             self.parts = []
 
@@ -349,7 +351,7 @@ def test_readers_that_are_behind_share_turns_of_the_loop(prompts, model_info):
             frontend.generate(first, generate(run, n=4, max_tokens=4000))
         runs = [(run, sample) for run in range(4) for sample in range(4)]
         frontend.core.step(StepOutput(deltas=[TokenDelta(*run, [65] * 4000, None, None) for run in runs]))
-        for accepted in [message for message in first.heard[0] if isinstance(message, Accepted)]:
+        for accepted in [message for message in first.parts if isinstance(message, Accepted)]:
             frontend.resume(sink, Resume(stream=accepted.stream, request_id=accepted.request_id, received=[0] * 4))
         turns = 0
         while sum(len(d.token_ids) for part in sink.heard for d in part if isinstance(d, Delta)) < 64_000:

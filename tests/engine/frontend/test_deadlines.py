@@ -71,9 +71,6 @@ class Bench:
         self.features = frozenset()  # it is its own sink
         self.streams.connect(self)
 
-    def flush(self):
-        pass
-
     def open(self, number, deadline_s=60.0, submitted=True, **sampling):
         now = asyncio.get_running_loop().time()
         stream = Stream(number, number, self, True, sampling.get("n", 1), 0, now, now + deadline_s)

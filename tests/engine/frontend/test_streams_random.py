@@ -157,9 +157,6 @@ class FakeSink:
             self.spent.pop(message.stream, None)
             self.ended.append((copy, message))
 
-    def flush(self):
-        pass
-
     def _take(self, copy, delta):
         copy.token_ids[delta.sample] += delta.token_ids
         copy.logprobs[delta.sample] += delta.logprobs or []
