@@ -1,6 +1,6 @@
 """`python -m simulation SEED` repeats a seed; `--seeds N` runs N of them from SEED on, over all processors.
 
-The last line is PASS, or the first seeds that failed, each with the command that repeats it.
+The last line is PASS, or the seeds that failed, the first ones each with the command that repeats it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def main() -> int:
     for seed, wrongs in failed[:SHOWN]:
         shown = "\n  ".join(wrongs[: 20 if len(seeds) == 1 else 3])
         print(f"FAIL  seed {seed} ({len(wrongs)} violations): {COMMAND} {seed}\n  {shown}")
+    if len(failed) > SHOWN:
+        print(f"and seeds {', '.join(str(seed) for seed, _ in failed[SHOWN:])}")
     verdict = f"FAIL  {len(failed)} of" if failed else "PASS "
     print(f"{verdict} {len(seeds):,} seeds in {time.monotonic() - start:.0f} s")
     return 1 if failed else 0

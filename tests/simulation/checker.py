@@ -75,7 +75,7 @@ class Checker:
             tokens, text, logprobs = attempt.tokens[index], attempt.texts[index], attempt.logprobs[index]
             if tokens != right.tokens[: len(tokens)]:
                 self._wrong(f"{name}: sample {index} has {tokens}, right is {right.tokens}")
-            if not right.text.startswith(text) and not _is_cut_character(final, index, text, right):
+            if not right.text.startswith(text) and not self._is_cut_character(attempt, index, right):
                 self._wrong(f"{name}: sample {index} reads {text!r}, right is {right.text!r}")
             plain = [[one.token_id, one.logprob, one.top_token_ids, one.top_logprobs] for one in right.logprobs]
             if "logprobs" in attempt.request.body["sampling"] and logprobs != plain[: len(tokens)]:
@@ -142,7 +142,7 @@ class Checker:
             "taken_over": len(attempt.request.attempts) > 1,
             "not_found": (attempt.kind == "resume" and self._may_be_forgotten(before, attempt))
             or (before is not None and attempt.kind == "generate" and self._may_lack_logprobs(attempt)),
-            "invalid_request": attempt.shortened and self._may_lack_logprobs(attempt),
+            "invalid_request": self._lacks_some(attempt) and self._may_lack_logprobs(attempt),
         }
         if not fits.get(code, False):
             self._wrong(f"{name}: {attempt.end}")
@@ -163,8 +163,28 @@ class Checker:
             paused and "logprobs" in body["sampling"] and any(any(one.tokens) for one in attempt.request.attempts)
         )
 
+    def _lacks_some(self, attempt: Attempt) -> bool:
+        """Whether a client asks for what it, or another attempt of its own, had once."""
+        return attempt.shortened or any(
+            len(mine) < len(theirs)
+            for other in attempt.request.attempts
+            for mine, theirs in zip(attempt.tokens, other.tokens, strict=True)
+        )
+
+    def _is_cut_character(self, attempt: Attempt, index: int, right: Answer) -> bool:
+        """Whether a sample ends in the replacement of an incomplete character, as one may that was ended early, even
+        if the connection was lost before that was told."""
+        text, final = attempt.texts[index], attempt.end
+        if not (text.endswith("\ufffd") and right.text.startswith(text[:-1])):
+            return False
+        if final is not None:
+            return final["samples"][index]["finish_reason"] not in BY_ITSELF
+        first, lost_s = attempt.request.attempts[0], attempt.lost_s or 0.0
+        deadline_s = attempt.request.body.get("deadline_s", self._config.default_deadline_s)
+        return any(at <= lost_s for at in attempt.request.cancelled_s) or lost_s >= first.sent_s + deadline_s
+
     def _may_be_forgotten(self, before: Attempt | None, attempt: Attempt) -> bool:
-        if before is None or before.disturbed or before.lost_s is None:
+        if before is None or before.disturbed or before.taken or before.lost_s is None:
             return True
         return attempt.end_s - before.lost_s > 0.5 * self._config.orphan_s
 
@@ -210,13 +230,6 @@ class Checker:
             count = self._link.submissions[prompt]
             if count > 1 + self._link.withdrawals[prompt]:
                 self._wrong(f"request {request.number} was given to the core {count} times")
-
-
-def _is_cut_character(final: Body | None, index: int, text: str, right: Answer) -> bool:
-    """A sample that was ended early may end in the replacement of an incomplete character."""
-    if final is None or final["samples"][index]["finish_reason"] in BY_ITSELF:
-        return False
-    return text.endswith("\ufffd") and right.text.startswith(text[:-1])
 
 
 def costs(history: History) -> dict[str, float] | None:

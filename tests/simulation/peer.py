@@ -121,7 +121,7 @@ class Peer:
     def lost(self) -> None:
         """The connection is gone: nothing more comes of what is open."""
         for attempt in self.attempts.values():
-            if attempt.is_open:
+            if attempt.end is None:  # also of one that was taken over: the messages may have crossed
                 attempt.lost_s = self._loop.time()
         for question in self.questions.values():
             question.lost = question.answer is None
