@@ -172,8 +172,8 @@ class Checker:
         )
 
     def _is_cut_character(self, attempt: Attempt, index: int, right: Answer) -> bool:
-        """Whether a sample ends in the replacement of an incomplete character, as one may that was ended early, even
-        if the connection was lost before that was told."""
+        """Whether a sample ends in the replacement of an incomplete character, as one may that was ended early: by
+        its final, or by what was asked where that was lost."""
         text, final = attempt.texts[index], attempt.end
         if not (text.endswith("\ufffd") and right.text.startswith(text[:-1])):
             return False
