@@ -1,6 +1,6 @@
 """The front end's heart: open streams between many connections and one core.
 
-Single-threaded, on the event loop. A step of the core comes in as one message and leaves as one write per
+Single-threaded, on the event loop. A step of the core comes in as one message and leaves in one write per
 connection. `rpc.Connection` is the only `Sink`, `core_link.CoreLink` the only `Core`; tests bring their own.
 """
 
