@@ -282,6 +282,9 @@ def _frontend(options: EngineOptions) -> FrontendConfig:
     if limits.core_stall_s >= limits.core_hang_s:
         why = "core_hang_s: a core is killed after it has counted as stalled"
         raise refusal("core_stall_s", f"less than {limits.core_hang_s:g}", limits.core_stall_s, why)
+    if limits.max_open_samples > max(most, FrontendConfig().max_open_samples):
+        why = "max_waiting: what the front end takes, the core must take"
+        raise refusal("max_open_samples", f"at most {most}", limits.max_open_samples, why)
     return msgspec.structs.replace(
         limits, max_open_samples=min(limits.max_open_samples, most), max_samples=min(limits.max_samples, most)
     )

@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
@@ -57,6 +58,17 @@ def _allow_files(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _say(text: str) -> None:
+    """Print what a server says of itself. A disk that is full under it is no reason not to serve."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        log.warning("the standard output takes nothing (%s); it would say: %s", error.strerror, text)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, what is kept of the old one is not tried again at the end
+
+
 async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     """Bind first, so that an address that cannot be had is all that is told; take requests once the weights are
     read."""
@@ -71,14 +83,14 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     frontend = Frontend(config.frontend, model, prompts, link, encoders)
     server = RpcServer(config.frontend, frontend)
     await server.start()
-    print(config.describe() + recorder, flush=True)
+    _say(config.describe() + recorder)
     encoders.start()
     try:
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):
             return 0 if startup == signal.SIGTERM else 128 + startup
         prepare_memory()
-        print(f"{startup}\nready: {config.name} at {server.address}", flush=True)
+        _say(f"{startup}\nready: {config.name} at {server.address}")
         return await _until_stopped(signals, frontend)
     finally:
         await server.close()

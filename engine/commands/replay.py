@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 
+from cierzo.engine.errors import refusal
 from cierzo.engine.signs import SignsPage
 
 
@@ -19,8 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay the file in a process of its own, which may die of it as the core did, and say where."""
-    with open(arguments.file, "rb"):
-        pass  # raises OSError
+    try:
+        open(arguments.file, "rb").close()
+    except OSError as error:
+        raise refusal("file", "a flight record", arguments.file, error.strerror or str(error)) from error
     with tempfile.TemporaryDirectory(prefix="cierzo-replay-") as folder:
         signs = SignsPage.create(folder)
         command = [sys.executable, "-m", "cierzo.engine.worker.replay", arguments.file]

@@ -199,8 +199,8 @@ class Client:
         return cast(ModelInfo, await self._session.call(GetModel))
 
     async def drain(self, *, undo: bool = False) -> None:
-        """Have the server take nothing more, and wait until it has finished what it had; or, to undo that, have it
-        take requests again."""
+        """Have the server take nothing more, and wait until it has finished what it had, or, after its `drain_s`,
+        has ended that as Interrupted. undo: have it take requests again."""
         await self._session.call(Drain, undo=undo)
 
     async def close(self) -> None:

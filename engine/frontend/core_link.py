@@ -202,7 +202,8 @@ class CoreLink:
             )
         if pipe.transport is not None:
             await pipe.lost  # its last words may still be on the way
-        raise pipe.last_error or CoreFailed("the core process ended before it was ready")
+        ending = _ending(await self._status())
+        raise pipe.last_error or CoreFailed(f"the core process {ending}, before it was ready")
 
     async def _supervise(self) -> None:
         """Start the core again whenever it dies, within the limits."""

@@ -60,7 +60,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise CheckpointError(f"{target} exists already, and is not to be overwritten", field="path", value=target)
+        raise CheckpointError(f"{target} exists already (--overwrite replaces it)", field="path", value=target)
     # Overwriting removes a whole folder: refuse to do that to anything but an earlier checkpoint.
     if not target.is_dir() or (any(target.iterdir()) and not _is_checkpoint(target)):
         raise CheckpointError(f"{target} is not a checkpoint: not overwritten", field="path", value=target)

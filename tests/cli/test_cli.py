@@ -153,7 +153,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
         2,
         "FOLDER must be the path of a folder that does not exist",
     ),
-    (("make-checkpoint", "{dense}", "--like", "small3"), 1, "exists already, and is not to be overwritten"),
+    (("make-checkpoint", "{dense}", "--like", "small3"), 1, "exists already (--overwrite replaces it)"),
     (("make-checkpoint", "{tmp}/file/new", "--like", "small3"), 1, "file: File exists"),
     ((*MAKE, "--scale", "0"), 2, "scale must be tiny, mini, full or a number in (0, 1], got '0'"),
     ((*MAKE, "--scale", "x"), 2, "scale must be tiny, mini, full or a number in (0, 1], got 'x'"),
