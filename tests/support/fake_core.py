@@ -199,6 +199,11 @@ class FakeCores:
         """The one that lives."""
         return self.lives[-1]
 
+    def go_on(self) -> None:
+        """Have this core and all after it run freely."""
+        self.free = True
+        self.now.go_on()
+
     async def until(self, condition: Callable[[], object]) -> None:
         """Wait until `condition` holds; it is looked at whenever a command has come."""
         while not condition():

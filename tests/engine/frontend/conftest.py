@@ -38,6 +38,8 @@ from cierzo.engine.frontend.tokenizer_config import TokenizerConfig
 from cierzo.engine.messages import (
     Hello,
     ModelInfo,
+    Ping,
+    Pong,
     ServerMessage,
     Welcome,
 )
@@ -179,6 +181,12 @@ def cores() -> FakeCores:
 
 
 @pytest.fixture
+def children() -> list[asyncio.subprocess.Process]:
+    """The core processes that were started."""
+    return []
+
+
+@pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
 
@@ -217,6 +225,15 @@ class Peer:
         while not isinstance(message := await self.hear(), kind | None):
             pass
         return message
+
+    async def hear_so_far(self) -> list[Any]:
+        """What is said until a ping is answered: by then the server has read all that it was sent."""
+        self.say(Ping(stream=99))
+        heard = []
+        while not isinstance(message := await self.hear(), Pong | None):
+            heard.append(message)
+        assert message == Pong(stream=99)
+        return heard
 
     async def close(self) -> None:
         self.writer.close()

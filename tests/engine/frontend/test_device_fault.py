@@ -42,12 +42,6 @@ REQUESTS += [{"token_ids": [9], "max_tokens": 40, "seed": 1, "temperature": 0.0,
 
 
 @pytest.fixture
-def children():
-    """The processes that were started."""
-    return []
-
-
-@pytest.fixture
 def failing(children):
     """`failing(calls, marker)` is a Spawn of cores whose device fails at that forward pass."""
 

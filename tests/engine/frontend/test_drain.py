@@ -11,6 +11,7 @@ import time
 
 import msgspec
 import pytest
+from streams import tokens_of
 
 from cierzo.engine.errors import Draining, Interrupted
 from cierzo.engine.frontend.client import Client, SyncClient
@@ -80,7 +81,7 @@ def test_what_is_left_when_the_time_is_over_can_be_resumed_elsewhere(run, servin
             cores.free = True
             seed = int(caught.value.value)
             rest = client.generate(**arguments, seed=seed, output_token_ids=tokens)
-            tokens += [token async for delta in rest for token in delta.token_ids]
+            tokens += await tokens_of(rest)
             assert tokens == [(3 + seed + 7 * position) % 256 for position in range(8)]
 
     run(body())
@@ -108,8 +109,7 @@ def test_a_drain_can_be_undone(run, serving, cores, peering):
             await asyncio.sleep(0.1)  # the drain's timer would have ended them
             assert len(house.frontend.streams) == 2
             other.say(Drain(stream=9))  # and again
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             assert await other.hear() == Drained(stream=9)
 
     run(body())
@@ -304,8 +304,7 @@ def test_a_drain_by_signal_cannot_be_undone(run, serving, cores, peering):
             refusal = await peer.hear()
             assert (refusal.stream, refusal.code, refusal.field) == (3, "draining", "undo")
             assert house.frontend.health == "draining"
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             assert await peer.hear_until(Drained) == Drained(stream=2)
             await house.frontend.drained()
 
@@ -337,8 +336,7 @@ def test_a_connection_may_ask_for_as_many_ends_of_drains_as_for_streams(run, ser
                 peer.say(Drain(stream=stream_id))
             peer.say(Ping(stream=0))
             assert await peer.hear() == Pong(stream=0)
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             assert await peer.hear_until(Drained) == Drained(stream=2)
             assert not house.frontend._drain._over.is_set()  # they get their answers in turns
             assert [(await peer.hear()).stream for _ in range(998)] == [*range(3, 1001)]
