@@ -32,6 +32,16 @@ async def all_of(generation: Generation) -> tuple[list[int], str, Final]:
     return [t for d in deltas for t in d.token_ids], "".join(d.text for d in deltas), generation.final
 
 
+async def by_sample(generation: Generation) -> tuple[dict[int, list[int]], dict[int, str]]:
+    """The token ids and the text of each sample."""
+    token_ids: dict[int, list[int]] = {}
+    texts: dict[int, str] = {}
+    async for delta in generation:
+        token_ids.setdefault(delta.sample, []).extend(delta.token_ids)
+        texts[delta.sample] = texts.get(delta.sample, "") + delta.text
+    return token_ids, texts
+
+
 async def final_of(generation: Generation) -> Final:
     """The end of a generation, whatever comes before."""
     async for _ in generation:

@@ -19,7 +19,7 @@ import msgspec
 import pytest
 import tokenizers
 import uvloop
-from fake_core import BOS, EOS, VOCAB, FakeCores, FakeEngineConfig
+from fake_core import BOS, FakeCores, FakeEngineConfig, fake_model
 from fake_rpc_server import Script, scripted
 from local_encoders import local_encoders
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -135,11 +135,12 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
     ) -> AsyncIterator[House]:
         config = FrontendConfig(**{"address": "127.0.0.1:0", **limits})
         encoder = prompts if text else PromptEncoder()
+        model = fake_model(has_tokenizer=text, has_chat_template=text)
         cores = cores or FakeCores()
         clocks = {} if clock is None else {"clock": clock}
         link = CoreLink(config, engine_config, spawn or cores, flights=flights, **clocks)
-        pool = encoders or local_encoders(encoder, config, model(text))
-        frontend = Frontend(config, model(text), encoder, link, pool, **clocks)
+        pool = encoders or local_encoders(encoder, config, model)
+        frontend = Frontend(config, model, encoder, link, pool, **clocks)
         server = RpcServer(config, frontend)
         await server.start()
         try:
@@ -155,24 +156,6 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
             await link.close()
 
     return start
-
-
-def model(text: bool = True) -> ModelInfo:
-    """What the fake core serves."""
-    return ModelInfo(
-        stream=0,
-        name="fake",
-        architecture="none",
-        dtype="float32",
-        device="cpu",
-        vocab_size=VOCAB,
-        max_model_len=4096,
-        block_tokens=16,
-        num_blocks=64,
-        eos_token_ids=[EOS],
-        has_tokenizer=text,
-        has_chat_template=text,
-    )
 
 
 @pytest.fixture
@@ -193,7 +176,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def model_info() -> ModelInfo:
-    return model()
+    return fake_model()
 
 
 class Peer:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
-from streams import tokens_of
+from streams import tokens_of, until
 
 from cierzo.engine.errors import (
     ConnectionLost,
@@ -414,8 +414,7 @@ def test_wait_ready_of_a_server_that_never_will_be(run, serving, cores):
             await Client.connect(house.address) as client,
         ):
             cores.now.kill()
-            while house.frontend.health == "ready":
-                await asyncio.sleep(0)
+            await until(lambda: house.frontend.health != "ready")
             with pytest.raises(CoreFailed, match="its state is failed"):
                 await client.wait_ready(timeout_s=10)
         limits = Limits(max_frame_bytes=9999, max_streams=1, max_model_len=1, max_samples=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from streams import all_of
+from streams import all_of, by_sample
 
 from cierzo.engine.errors import CheckpointError, CoreFailed, Overloaded
 from cierzo.engine.frontend.client import Client
@@ -29,9 +29,7 @@ def test_streams_survive_the_death_of_the_core(run, serving, cores):
             samples = [(s.first_sample, s.sampling.n, len(s.output_token_ids)) for s in cores.now.submits]
             assert samples == [(0, 1, 4), (1, 1, 4), (0, 1, 4)]
             cores.go_on()
-            token_ids = {0: [], 1: []}
-            async for delta in generation:
-                token_ids[delta.sample] += delta.token_ids
+            token_ids, _ = await by_sample(generation)
             unbroken = await client.complete(**arguments)
             assert token_ids == {end.sample: end.token_ids for end in unbroken.samples}
             got, _, final = await all_of(drawn)
@@ -88,10 +86,7 @@ def test_samples_that_had_ended_do_not_run_again(run, serving, cores):
             await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
             assert [(submit.first_sample, submit.sampling.n) for submit in cores.now.submits] == [(1, 1)]
             cores.now.step()
-            got = {0: [], 1: []}
-            async for delta in generation:
-                got[delta.sample] += delta.token_ids
-            assert got == {0: [65, 257], 1: [66, 67, 68]}
+            assert (await by_sample(generation))[0] == {0: [65, 257], 1: [66, 67, 68]}
             assert [end.finish_reason for end in generation.final.samples] == ["stop", "length"]
 
     run(body())

@@ -11,7 +11,7 @@ import time
 
 import msgspec
 import pytest
-from streams import tokens_of
+from streams import tokens_of, until
 
 from cierzo.engine.errors import Draining, Interrupted
 from cierzo.engine.frontend.client import Client, SyncClient
@@ -128,8 +128,7 @@ def test_the_log_counts_each_request_once(run, serving, cores, peering, caplog):
                 orphaned = client._session.link
                 orphaned._inboxes.clear()  # its end says nothing to the server
                 orphaned._transport.abort()
-                while house.frontend.streams.num_read > 2:
-                    await asyncio.sleep(0)
+                await until(lambda: house.frontend.streams.num_read <= 2)
             house.frontend.drain()
             house.frontend.undo_drain()
             house.frontend.undo_drain()

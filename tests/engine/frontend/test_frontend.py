@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 import pytest
-from streams import all_of
+from streams import all_of, by_sample
 
 from cierzo.engine.errors import Draining, InvalidRequest, Overloaded
 from cierzo.engine.frontend.client import Client
@@ -166,10 +166,7 @@ def test_samples_end_on_their_own(run, serving, cores):
     async def body():
         async with serving(cores=cores) as house, await Client.connect(house.address) as client:
             generation = client.generate(token_ids=[1, 2], n=3, stop=["X"])
-            texts = {0: "", 1: "", 2: ""}
-            async for delta in generation:
-                texts[delta.sample] += delta.text
-            assert texts == {0: "abcdef!", 1: "abc", 2: "abcdef!"}
+            assert (await by_sample(generation))[1] == {0: "abcdef!", 1: "abc", 2: "abcdef!"}
             ends = generation.final.samples
             assert [end.finish_reason for end in ends] == ["length", "stop", "length"]
             assert [end.output_tokens for end in ends] == [7, 4, 7]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from streams import until
 
 from cierzo.engine.errors import Overloaded
 from cierzo.engine.frontend.client import Client
@@ -239,8 +240,7 @@ def test_an_orphan_goes_on_and_is_cancelled_when_nobody_comes(run, serving, peer
                 with pytest.raises(Overloaded, match="max_open_samples"):  # the orphan counts
                     await client.complete(token_ids=[1], n=2)
                 await cores.until(lambda: len(cores.now.aborts) == 2)
-                while len(house.frontend.keeper):
-                    await client.ping()  # the answer is forgotten after orphan_s
+                await until(lambda: not len(house.frontend.keeper))  # the answer is forgotten after orphan_s
             registry = house.frontend.streams
             assert (len(registry), registry.num_samples, registry.num_tokens) == (0, 0, 0)
 

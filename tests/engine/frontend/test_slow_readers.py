@@ -99,9 +99,21 @@ def taken(monkeypatch):
     return count
 
 
+async def fill(house, peer, cores):
+    """A peer's connection, which is full, and its stream, which is paused for that."""
+    cores.free = False
+    (connection,) = house.server._connections
+    peer.say(generate(max_tokens=1000))
+    await cores.until(lambda: cores.now.submits)
+    connection.pause_writing()
+    cores.go_on()
+    await cores.until(lambda: cores.now.aborts)
+    (stream,) = house.frontend.streams
+    return connection, stream
+
+
 def test_a_delta_that_is_sent_is_progress(run, serving, peering, cores, clock, taken, monkeypatch):
     """The connection takes one delta at a time, and the stream stays paused."""
-    cores.free = False
     monkeypatch.setattr("cierzo.engine.frontend.outlet.CHUNK_TOKENS", 8)
 
     async def body():
@@ -110,13 +122,7 @@ def test_a_delta_that_is_sent_is_progress(run, serving, peering, cores, clock, t
             peering(house) as peer,
         ):
             passes = on(clock, house)
-            (connection,) = house.server._connections
-            peer.say(generate(max_tokens=1000))
-            await cores.until(lambda: cores.now.submits)
-            connection.pause_writing()
-            cores.go_on()
-            await cores.until(lambda: cores.now.aborts)
-            (stream,) = house.frontend.streams
+            connection, stream = await fill(house, peer, cores)
             put = connection.put
 
             def put_one(message):
@@ -140,21 +146,13 @@ def test_a_delta_that_is_sent_is_progress(run, serving, peering, cores, clock, t
 
 
 def test_bytes_that_a_full_connections_peer_takes_are_progress(run, serving, peering, cores, clock, taken):
-    cores.free = False
-
     async def body():
         async with (
             serving(cores=cores, max_pending_bytes=400, slow_reader_s=SLOW_S) as house,
             peering(house) as peer,
         ):
             passes = on(clock, house)
-            (connection,) = house.server._connections
-            peer.say(generate(max_tokens=1000))
-            await cores.until(lambda: cores.now.submits)
-            connection.pause_writing()
-            cores.go_on()
-            await cores.until(lambda: cores.now.aborts)
-            (stream,) = house.frontend.streams
+            connection, stream = await fill(house, peer, cores)
             for _ in range(3):
                 taken[0] += 1
                 passes(1.1 * SLOW_S)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from streams import tokens_of
+from streams import by_sample, tokens_of
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.errors import CoreFailed, CoreStalled
@@ -57,15 +57,8 @@ def hanging(children, tmp_path):
 
 async def _answers(client):
     """The tokens of REQUESTS, sample by sample."""
-    generations = [client.generate(**request) for request in REQUESTS]
-    answers = [{sample: [] for sample in range(request["n"])} for request in REQUESTS]
-
-    async def read(generation, samples):
-        async for delta in generation:
-            samples[delta.sample] += delta.token_ids
-
-    await asyncio.gather(*map(read, generations, answers))
-    return answers
+    answers = await asyncio.gather(*(by_sample(client.generate(**request)) for request in REQUESTS))
+    return [tokens for tokens, _ in answers]
 
 
 async def _begun(house, client):
