@@ -11,7 +11,7 @@ import time
 
 import msgspec
 import pytest
-from streams import tokens_of, until
+from streams import generate, tokens_of, until
 
 from cierzo.engine.errors import Draining, Interrupted
 from cierzo.engine.frontend.client import Client, SyncClient
@@ -122,7 +122,7 @@ def test_the_log_counts_each_request_once(run, serving, cores, peering, caplog):
     async def body():
         async with serving(cores=cores, drain_s=0.05, lame_duck_s=0.05) as house, peering(house) as peer:
             for stream in (1, 2):
-                peer.say(Generate(stream=stream, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+                peer.say(generate(stream, max_tokens=2))
             async with await Client.connect(house.address) as client:
                 await client.generate(token_ids=[1]).accepted()
                 orphaned = client._session.link
@@ -295,7 +295,7 @@ def test_a_drain_by_signal_cannot_be_undone(run, serving, cores, peering):
 
     async def body():
         async with serving(cores=cores) as house, peering(house) as peer:
-            peer.say(Generate(stream=1, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+            peer.say(generate(max_tokens=2))
             await cores.until(lambda: cores.now.submits)
             peer.say(Drain(stream=2))
             house.frontend.drain(for_good=True)  # as SIGTERM does, also when one is under way
@@ -316,7 +316,7 @@ def test_a_connection_may_ask_for_as_many_ends_of_drains_as_for_streams(run, ser
     async def body():
         limits = {"max_streams_per_connection": 1000}
         async with serving(cores=cores, **limits) as house, peering(house) as peer, peering(house) as other:
-            peer.say(Generate(stream=1, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+            peer.say(generate(max_tokens=2))
             await cores.until(lambda: cores.now.submits)
             for stream_id in (*range(2, 1001), 2, 2):
                 peer.say(Drain(stream=stream_id))
@@ -349,7 +349,7 @@ def test_a_drain_under_the_id_of_an_open_stream_is_refused(run, serving, cores, 
 
     async def body():
         async with serving(cores=cores) as house, peering(house) as peer:
-            peer.say(Generate(stream=1, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+            peer.say(generate(max_tokens=2))
             await cores.until(lambda: cores.now.submits)
             peer.say(Drain(stream=1))
             refusal = await peer.hear()

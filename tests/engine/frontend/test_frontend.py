@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 import pytest
-from streams import all_of, by_sample
+from streams import all_of, by_sample, generate
 
 from cierzo.engine.errors import Draining, InvalidRequest, Overloaded
 from cierzo.engine.frontend.client import Client
@@ -276,7 +276,7 @@ def test_a_slow_reader_holds_back_nobody_and_gets_its_tokens_merged(run, serving
         async with serving(cores=cores, high_water_bytes=2000) as house, peering(house) as peer:
             (connection,) = house.server._connections
             peer.reader._transport.pause_reading()
-            peer.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=4000, seed=0)))
+            peer.say(generate(max_tokens=4000))
             async with await Client.connect(house.address) as client:
                 quick = client.generate(token_ids=[0], max_tokens=4000, seed=0)
                 await cores.until(lambda: len(cores.now.submits) == 2)
@@ -303,7 +303,7 @@ def test_a_reader_that_asks_on_and_never_reads_is_closed(run, serving, peering, 
         async with serving(cores=cores, high_water_bytes=2000, max_pending_bytes=3000) as house:
             async with peering(house) as peer:
                 (connection,) = house.server._connections
-                peer.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=4000)))
+                peer.say(generate(max_tokens=4000))
                 await cores.until(lambda: cores.now.submits)
                 connection.pause_writing()
                 for stream in range(2, 300):

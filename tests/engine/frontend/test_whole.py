@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
-from streams import until
+from streams import generate, until
 
 from cierzo.engine.errors import Interrupted
 from cierzo.engine.frontend.detok import Detokenizer
@@ -140,9 +140,9 @@ def test_others_go_on_beside_a_long_record(run, serving, peering, cores):
                 connection._transport.get_write_buffer_size() < PIECE_BYTES + house.server.config.high_water_bytes
             )
             peer.say(Ping(stream=9))
-            peer.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=50)))
+            peer.say(generate(max_tokens=50))
             async with peering(house) as other:
-                other.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=500)))
+                other.say(generate(max_tokens=500))
                 assert (await other.hear_until(Final)).samples[0].output_tokens == 500
             assert house.frontend.outlets.num_sending
             peer.writer.transport.resume_reading()
