@@ -15,6 +15,7 @@ import msgspec
 from simulation.house import House
 from simulation.link import SimulatedLink
 from simulation.world import bytes_kept
+from support.fake_core import fake_model
 
 from cierzo.bench.virtual import VirtualClock, VirtualLoop
 from cierzo.cache.config import CacheConfig
@@ -23,7 +24,7 @@ from cierzo.engine.frontend import frame_reader, rpc, validate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter
 from cierzo.engine.frontend.limits import ByteBudget
-from cierzo.engine.messages import FEATURES, ClientMessage, Generate, Hello, ModelInfo, ServerMessage
+from cierzo.engine.messages import FEATURES, ClientMessage, Generate, Hello, ServerMessage
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
 
@@ -37,20 +38,7 @@ LIMITS = FrontendConfig(
     orphan_s=1.0,
     default_deadline_s=5.0,
 )
-MODEL = ModelInfo(
-    stream=0,
-    name="fake",
-    architecture="none",
-    dtype="float32",
-    device="cpu",
-    vocab_size=128,
-    max_model_len=64,
-    block_tokens=8,
-    num_blocks=64,
-    eos_token_ids=[7],
-    has_tokenizer=True,
-    has_chat_template=False,
-)
+MODEL = fake_model(vocab_size=128, max_model_len=64, block_tokens=8, eos_token_ids=[7], has_chat_template=False)
 
 
 def entries(target: str) -> list[bytes]:
@@ -149,9 +137,6 @@ class _Transport(asyncio.Transport):
 
     def write(self, data: Any) -> None:
         self.written += data
-
-    def writelines(self, list_of_data: Any) -> None:
-        self.write(b"".join(list_of_data))
 
     def can_write_eof(self) -> bool:
         return True

@@ -88,10 +88,6 @@ class ServerTransport(asyncio.Transport):
         self._high = 65536 if high is None else high
         self._low = self._high // 4 if low is None else low
 
-    def get_write_buffer_limits(self) -> tuple[int, int]:
-        """Low and high mark."""
-        return self._low, self._high
-
     def get_write_buffer_size(self) -> int:
         """Bytes that the network has not taken."""
         return len(self.buffer)
@@ -104,10 +100,6 @@ class ServerTransport(asyncio.Transport):
         if len(self.buffer) > self._high and not self._is_paused:
             self._is_paused = True
             self._wire.protocol.pause_writing()
-
-    def writelines(self, list_of_data: Any) -> None:
-        """Queue several buffers."""
-        self.write(b"".join(list_of_data))
 
     def drained(self) -> None:
         """The network has taken some of the buffer."""
@@ -149,13 +141,9 @@ class ServerTransport(asyncio.Transport):
         """Take bytes again."""
         self._wire.up.hold(self._wire.is_frozen)
 
-    def is_reading(self) -> bool:
-        """Tell whether bytes are taken."""
-        return not self._wire.up.is_held
-
 
 class Wire:
-    """A connection. The client's end: `send`, `read`, `close`, `reset`, `vanish`, `is_reading`."""
+    """A connection. The client's end: `send`, `read`, `close`, `reset`, `vanish`."""
 
     def __init__(self, rng: random.Random, server: RpcServer, number: int, window: int) -> None:
         self.number = number

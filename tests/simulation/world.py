@@ -7,6 +7,8 @@ import logging
 import random
 from collections import Counter
 
+from support.fake_core import fake_model
+
 from cierzo.bench.virtual import VirtualClock, VirtualLoop
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.frontend import rpc
@@ -157,18 +159,12 @@ class World:
         )
 
     def _model(self) -> ModelInfo:
-        return ModelInfo(
-            stream=0,
-            name="fake",
-            architecture="none",
-            dtype="float32",
-            device="cpu",
+        return fake_model(
             vocab_size=self.vocab_size,
             max_model_len=self.config.scheduler.max_model_len,
             block_tokens=self.config.cache.block_tokens,
             num_blocks=self.config.cache.num_blocks,
             eos_token_ids=list(self.eos),
-            has_tokenizer=True,
             has_chat_template=False,
         )
 

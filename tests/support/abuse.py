@@ -101,6 +101,13 @@ async def _floods(address: str, frames: list[bytes], expected: int | None = None
     return answers
 
 
+async def _all_end(address: str, frames: list[bytes], kind: str, expected: int | None = None) -> Figures:
+    """Send frames as `_floods` does, and see that all answers are of one type."""
+    answers = await _floods(address, frames, expected)
+    assert {answer["type"] for answer in answers} == {kind}, answers[:2]
+    return {"answers": len(answers)}
+
+
 TURN = b"\x81\xa4role\xa4user"
 
 
@@ -133,11 +140,9 @@ async def ids(address: str, scale: float) -> Figures:
 
 async def small_ids(address: str, scale: float) -> Figures:
     """Frames of 64 KiB with as many token ids."""
-    answers = await _floods(
-        address, [listed("token_ids", b"\x01", 64 * 1024, n) for n in range(_count(scale, 100))]
+    return await _all_end(
+        address, [listed("token_ids", b"\x01", 64 * 1024, n) for n in range(_count(scale, 100))], "final"
     )
-    assert {answer["type"] for answer in answers} == {"final"}
-    return {"answers": len(answers)}
 
 
 async def output_ids(address: str, scale: float) -> Figures:
@@ -149,9 +154,7 @@ async def output_ids(address: str, scale: float) -> Figures:
         encode({**message, "output_token_ids": [65] * 50_000, "stream": 50 + n, "sampling": sampling})
         for n in range(_count(scale, 6))
     ]
-    answers = await _floods(address, [frame(body) for body in bodies + small])
-    assert {answer["type"] for answer in answers} == {"final"}, answers[:2]
-    return {"answers": len(answers)}
+    return await _all_end(address, [frame(body) for body in bodies + small], "final")
 
 
 async def parameters(address: str, scale: float) -> Figures:
@@ -163,9 +166,7 @@ async def parameters(address: str, scale: float) -> Figures:
         frame(encode({**base, "stream": n, "sampling": bias if n % 2 else stops}))
         for n in range(_count(scale, 200))
     ]
-    answers = await _floods(address, frames)
-    assert {answer["type"] for answer in answers} == {"error"}
-    return {"answers": len(answers)}
+    return await _all_end(address, frames, "error")
 
 
 async def inline_prompts(address: str, scale: float) -> Figures:
@@ -174,9 +175,7 @@ async def inline_prompts(address: str, scale: float) -> Figures:
         frame(encode({"type": "generate", "stream": n, "text": f"{n:04d}" + "word " * 408}))
         for n in range(_count(scale, 500))
     ]
-    answers = await _floods(address, frames)
-    assert {answer["type"] for answer in answers} == {"final"}
-    return {"answers": len(answers)}
+    return await _all_end(address, frames, "final")
 
 
 async def long_prompts(address: str, scale: float) -> Figures:
@@ -184,9 +183,7 @@ async def long_prompts(address: str, scale: float) -> Figures:
     frames = [
         frame(encode({"type": "generate", "stream": n, "text": f"{n:04d}" + "word " * 3200})) for n in range(64)
     ]
-    answers = await _floods(address, [b"".join(frames)], 64)
-    assert {answer["type"] for answer in answers} == {"final"}
-    return {"answers": len(answers)}
+    return await _all_end(address, [b"".join(frames)], "final", 64)
 
 
 async def nesting(address: str, scale: float) -> Figures:
@@ -202,11 +199,8 @@ async def nesting(address: str, scale: float) -> Figures:
 
 async def lists_first(address: str, scale: float) -> Figures:
     """Messages whose type and stream stand behind the longest list that the loop passes over."""
-    frames = [
-        listed("token_ids", entry, 2 * 1024 * 1024, n, last=True)
-        for n in range(_count(scale, 20))
-        for entry in (b"\x91\x01",)
-    ]
+    number = _count(scale, 20)
+    frames = [listed("token_ids", b"\x91\x01", 2 * 1024 * 1024, n, last=True) for n in range(number)]
     answers = await _floods(address, frames)
     assert {answer["code"] for answer in answers} == {"invalid_request"}, answers[:1]
     return {"answers": len(answers)}

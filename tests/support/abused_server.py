@@ -18,6 +18,7 @@ from typing import Any
 
 import tokenizers
 import uvloop
+from fake_core import fake_model
 from tokenizers import decoders, models, pre_tokenizers
 
 from cierzo.engine.frontend.config import FrontendConfig
@@ -27,7 +28,7 @@ from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
-from cierzo.engine.messages import CoreCommand, Finish, ModelInfo, StepOutput, Submit, TokenDelta, TokenLogprobs
+from cierzo.engine.messages import CoreCommand, Finish, StepOutput, Submit, TokenDelta, TokenLogprobs
 
 WATCH_S = 0.001
 LONGEST_TOKEN = "ab " * 32  # in bytes of a text 96 a token: 15 MB of it could fit the model
@@ -44,24 +45,6 @@ def write_checkpoint(folder: Path) -> None:
     inner.add_tokens([tokenizers.AddedToken(LONGEST_TOKEN)])
     inner.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-
-
-def served_model() -> ModelInfo:
-    """The model that the server says it has."""
-    return ModelInfo(
-        stream=0,
-        name="abused",
-        architecture="none",
-        dtype="float32",
-        device="cpu",
-        vocab_size=300,
-        max_model_len=MAX_MODEL_LEN,
-        block_tokens=16,
-        num_blocks=64,
-        eos_token_ids=[],
-        has_tokenizer=True,
-        has_chat_template=True,
-    )
 
 
 STEP_TOKENS = 256
@@ -125,7 +108,8 @@ async def serve(limits: dict[str, Any]) -> None:
     loop, watchdog = asyncio.get_running_loop(), Watchdog()
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder))
-        config, model = FrontendConfig(address="127.0.0.1:0", **limits), served_model()
+        config = FrontendConfig(address="127.0.0.1:0", **limits)
+        model = fake_model(name="abused", max_model_len=MAX_MODEL_LEN, eos_token_ids=[])
         core = InstantCore()
         encoders = Encoders(config, Setup(checkpoint=folder, frontend=config, model=model))
         frontend = core.frontend = Frontend(config, model, PromptEncoder.load(Path(folder)), core, encoders)

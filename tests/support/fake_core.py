@@ -18,6 +18,7 @@ from cierzo.engine.messages import (
     CoreStats,
     Finish,
     Message,
+    ModelInfo,
     Ready,
     Shutdown,
     StepOutput,
@@ -34,6 +35,25 @@ class FakeEngineConfig(msgspec.Struct, frozen=True):
     """Stands for the EngineConfig that a core is sent."""
 
     name: str = "fake"
+
+
+def fake_model(**changed: Any) -> ModelInfo:
+    """What a fake core serves, but for some fields."""
+    model = ModelInfo(
+        stream=0,
+        name="fake",
+        architecture="none",
+        dtype="float32",
+        device="cpu",
+        vocab_size=VOCAB,
+        max_model_len=4096,
+        block_tokens=16,
+        num_blocks=64,
+        eos_token_ids=[EOS],
+        has_tokenizer=True,
+        has_chat_template=True,
+    )
+    return msgspec.structs.replace(model, **changed)
 
 
 def as_sent(command: CoreCommand) -> CoreCommand:
@@ -198,6 +218,11 @@ class FakeCores:
     def now(self) -> FakeCore:
         """The one that lives."""
         return self.lives[-1]
+
+    def go_on(self) -> None:
+        """Have this core and all after it run freely."""
+        self.free = True
+        self.now.go_on()
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Wait until `condition` holds; it is looked at whenever a command has come."""

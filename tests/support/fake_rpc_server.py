@@ -41,7 +41,6 @@ class Peer:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.hello = Hello()
-        self.gone = False
         self._reader = reader
         self._writer = writer
 

@@ -19,7 +19,7 @@ import msgspec
 import pytest
 import tokenizers
 import uvloop
-from fake_core import BOS, EOS, VOCAB, FakeCores, FakeEngineConfig
+from fake_core import BOS, FakeCores, FakeEngineConfig, fake_model
 from fake_rpc_server import Script, scripted
 from local_encoders import local_encoders
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -38,6 +38,8 @@ from cierzo.engine.frontend.tokenizer_config import TokenizerConfig
 from cierzo.engine.messages import (
     Hello,
     ModelInfo,
+    Ping,
+    Pong,
     ServerMessage,
     Welcome,
 )
@@ -133,11 +135,12 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
     ) -> AsyncIterator[House]:
         config = FrontendConfig(**{"address": "127.0.0.1:0", **limits})
         encoder = prompts if text else PromptEncoder()
+        model = fake_model(has_tokenizer=text, has_chat_template=text)
         cores = cores or FakeCores()
         clocks = {} if clock is None else {"clock": clock}
         link = CoreLink(config, engine_config, spawn or cores, flights=flights, **clocks)
-        pool = encoders or local_encoders(encoder, config, model(text))
-        frontend = Frontend(config, model(text), encoder, link, pool, **clocks)
+        pool = encoders or local_encoders(encoder, config, model)
+        frontend = Frontend(config, model, encoder, link, pool, **clocks)
         server = RpcServer(config, frontend)
         await server.start()
         try:
@@ -155,27 +158,15 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
     return start
 
 
-def model(text: bool = True) -> ModelInfo:
-    """What the fake core serves."""
-    return ModelInfo(
-        stream=0,
-        name="fake",
-        architecture="none",
-        dtype="float32",
-        device="cpu",
-        vocab_size=VOCAB,
-        max_model_len=4096,
-        block_tokens=16,
-        num_blocks=64,
-        eos_token_ids=[EOS],
-        has_tokenizer=text,
-        has_chat_template=text,
-    )
-
-
 @pytest.fixture
 def cores() -> FakeCores:
     return FakeCores()
+
+
+@pytest.fixture
+def children() -> list[asyncio.subprocess.Process]:
+    """The core processes that were started."""
+    return []
 
 
 @pytest.fixture
@@ -185,7 +176,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def model_info() -> ModelInfo:
-    return model()
+    return fake_model()
 
 
 class Peer:
@@ -217,6 +208,15 @@ class Peer:
         while not isinstance(message := await self.hear(), kind | None):
             pass
         return message
+
+    async def hear_so_far(self) -> list[Any]:
+        """What is said until a ping is answered: by then the server has read all that it was sent."""
+        self.say(Ping(stream=99))
+        heard = []
+        while not isinstance(message := await self.hear(), Pong | None):
+            heard.append(message)
+        assert message == Pong(stream=99)
+        return heard
 
     async def close(self) -> None:
         self.writer.close()

@@ -6,6 +6,7 @@ import heapq
 import random
 
 import pytest
+from streams import final_of
 
 from cierzo.bench.virtual import VirtualClock, VirtualCore
 from cierzo.engine.config import EngineOptions, resolve
@@ -267,8 +268,7 @@ def test_the_front_end_refuses_by_it(run, serving, cores):
             stats = await client.stats()
             assert (stats.accepted, stats.refused, stats.streams) == (1, 2, 1)
             cores.now.step()
-            async for _ in first:
-                pass
+            await final_of(first)
 
     run(body())
 

@@ -18,8 +18,6 @@ from cierzo.engine.messages import (
     Final,
     Generate,
     Hello,
-    Ping,
-    Pong,
     SamplingParams,
     Welcome,
 )
@@ -40,12 +38,6 @@ def attaching(serving, peering):
         assert house.frontend.budget.num_bytes == 0
 
     return start
-
-
-async def alive(peer):
-    """The connection lives, and nothing is left to hear."""
-    peer.say(Ping(stream=99))
-    assert await peer.hear() == Pong(stream=99)
 
 
 CASES = {
@@ -80,7 +72,7 @@ def test_large_pieces_stay_in_the_frames_that_brought_them(run, attaching, cores
             pieces = [data[:70_000], data[70_000:70_100], data[70_100:]]
             for piece in pieces:
                 peer.say(Attach(stream=3, data=piece))
-            await alive(peer)
+            assert await peer.hear_so_far() == []
             assert house.frontend.budget.num_bytes == len(data) + ENTRY_BYTES
             peer.say(Generate(stream=3, attached="messages", sampling=ONE))
             assert isinstance(await peer.hear_until(Final), Final)
@@ -99,7 +91,7 @@ def test_data_that_is_named_twice_would_keep_more_than_is_charged(run, attaching
             assert (await peer.hear()).limit == "once"
             assert house.frontend.budget.num_bytes == 0
             peer.say(Cancel(stream=4))
-            await alive(peer)
+            assert await peer.hear_so_far() == []
 
     run(body())
 
@@ -136,15 +128,15 @@ def test_after_a_refusal_the_rest_of_the_prompt_is_passed_over(run, attaching, c
                 peer.say(Cancel(stream=1))  # there is room again
             cores.free = True
             peer.say(Attach(stream=3, data=encode("a whole text")))
-            await alive(peer)
+            assert await peer.hear_so_far() == []
             assert house.frontend.budget.num_bytes == 0
             num_submits = len(cores.now.submits)
             stop_ids = tuple(range(1, 2000 if is_large else 2))
             peer.say(Generate(stream=3, attached="text", sampling=SamplingParams(stop_token_ids=stop_ids)))
-            await alive(peer)  # there was no second answer
+            assert await peer.hear_so_far() == []  # there was no second answer
             while len(house.frontend.streams):
-                await alive(peer)
-            await alive(peer)
+                assert await peer.hear_so_far() == []
+            assert await peer.hear_so_far() == []
             assert len(cores.now.submits) == num_submits
             assert house.frontend.budget.num_bytes == 0
             if case != "no room for the first":
@@ -193,7 +185,7 @@ def test_a_generate_that_is_refused_frees_what_is_attached(run, attaching, case)
             peer.say(generate)
             failure = await peer.hear()
             assert (failure.stream, failure.code, failure.field) == (3, "invalid_request", field)
-            await alive(peer)
+            assert await peer.hear_so_far() == []
             assert house.frontend.budget.num_bytes == 0
             assert house.frontend.counters.refused == 1
 
@@ -217,7 +209,7 @@ def test_attached_bytes_go_with_their_stream(run, attaching, end):
     async def body():
         async with attaching() as (house, peer):
             peer.say(Attach(stream=3, data=b"x" * 1000))
-            await alive(peer)
+            assert await peer.hear_so_far() == []
             assert house.frontend.budget.num_bytes == 1000 + ENTRY_BYTES
             if end == "cancel":
                 peer.say(Cancel(stream=3))
@@ -226,7 +218,7 @@ def test_attached_bytes_go_with_their_stream(run, attaching, end):
                 assert isinstance(await peer.hear(), Failure)
             else:
                 return
-            await alive(peer)
+            assert await peer.hear_so_far() == []
             assert house.frontend.budget.num_bytes == 0
 
     run(body())
@@ -243,7 +235,7 @@ def test_attached_bytes_are_forgotten_after_a_while(run, attaching, monkeypatch)
             assert house.frontend.budget.num_bytes == 0
             peer.say(Attach(stream=3, data=encode("the rest")))
             peer.say(Generate(stream=3, attached="text"))
-            await alive(peer)
+            assert await peer.hear_so_far() == []
 
     run(body())
 
@@ -278,7 +270,7 @@ def test_bytes_are_attached_before_the_stream_is_open(run, attaching, cores):
             failure = await peer.hear()
             assert (failure.stream, failure.field) == (3, "stream")
             await cores.until(lambda: cores.now.aborts)
-            await alive(peer)
+            assert await peer.hear_so_far() == []
 
     run(body())
 
@@ -327,7 +319,7 @@ def test_the_deadline_of_a_large_generate_holds_before_it_is_encoded(run, servin
             for odd in ("soon", -1, float("nan"), [1], None, 1e9):  # is refused once it is read
                 peer.say({"type": "generate", "stream": 2, **DEADLINES[case], "deadline_s": odd})
                 while not len(house.frontend.streams):
-                    await alive(peer)
+                    assert await peer.hear_so_far() == []
                 (stream,) = house.frontend.streams
                 assert stream.deadline_at_s - stream.arrived == pytest.approx(FrontendConfig().default_deadline_s)
                 peer.say(Cancel(stream=2))

@@ -126,7 +126,7 @@ def test_a_server_that_loads_is_waited_for(served, cores, monkeypatch, capsys):
     assert err == "the server still loads its model ...\n"
 
 
-def test_a_server_that_drains_is_told_in_one_line(served, cores, capsys):
+def test_a_server_that_drains_is_told_in_one_line(served, capsys):
     served.do(served.house.frontend.drain)
     assert main(["chat", "--rpc", served.address, "--message", "Hi"]) == 1
     assert capsys.readouterr().err == "cierzo: draining: the server drains: it takes no new requests\n"

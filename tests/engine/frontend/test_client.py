@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
+from streams import tokens_of, until
 
 from cierzo.engine.errors import (
     ConnectionLost,
@@ -101,7 +102,7 @@ def test_many_streams_on_one_connection(run, serving):
 
             async def one(index):
                 generation = client.generate(token_ids=[index], max_tokens=1 + index % 9, seed=0)
-                got = [token async for delta in generation for token in delta.token_ids]
+                got = await tokens_of(generation)
                 assert got == [(index + 7 * position) % 256 for position in range(1 + index % 9)]
 
             await asyncio.gather(*map(one, range(200)))
@@ -280,10 +281,6 @@ def test_the_connection_ends_in_the_middle(run, serving, cores):
     run(body())
 
 
-async def all_tokens(generation):
-    return [token async for delta in generation for token in delta.token_ids]
-
-
 @pytest.mark.parametrize(
     "bad",
     [
@@ -304,7 +301,7 @@ def test_what_cannot_be_sent_is_refused_at_once_and_takes_nobody_with_it(run, se
             with pytest.raises(InvalidRequest):
                 await client.complete(**bad)
             behind = client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)
-            assert [await all_tokens(generation) for generation in (before, behind)] == [TOKENS, TOKENS]
+            assert [await tokens_of(generation) for generation in (before, behind)] == [TOKENS, TOKENS]
             assert (await client.stats()).refused == 0  # none of it was sent
 
     run(body())
@@ -322,8 +319,8 @@ def test_a_request_longer_than_the_server_reads_is_refused_here(run, serving, mo
             too_many = int(caught.value.value) - 1000
             with pytest.raises(FrameTooLarge):
                 client.generate(text="x" * (1000 - too_many + 1))
-            assert await all_tokens(client.generate(text="x" * (1000 - too_many)))
-            assert await all_tokens(other) == TOKENS
+            assert await tokens_of(client.generate(text="x" * (1000 - too_many)))
+            assert await tokens_of(other) == TOKENS
             await client.ping()  # the connection lives
 
     run(body())
@@ -376,11 +373,11 @@ def test_iterators_of_one_generation_share_it_and_all_end(run, serving):
     async def body():
         async with serving() as house, await Client.connect(house.address) as client:
             generation = client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)
-            parts = await asyncio.gather(*(all_tokens(generation) for _ in range(3)))
+            parts = await asyncio.gather(*(tokens_of(generation) for _ in range(3)))
             assert sorted(token for part in parts for token in part) == TOKENS
-            assert await all_tokens(generation) == []  # and after the end as well
+            assert await tokens_of(generation) == []  # and after the end as well
             refused = client.generate(token_ids=[1], top_p=2.0)
-            ends = await asyncio.gather(*(all_tokens(refused) for _ in range(3)), return_exceptions=True)
+            ends = await asyncio.gather(*(tokens_of(refused) for _ in range(3)), return_exceptions=True)
             assert [type(end) for end in ends] == [InvalidRequest] * 3
             with pytest.raises(InvalidRequest, match=r"sampling.top_p is 2.0"):
                 _ = refused.final
@@ -402,7 +399,7 @@ def test_wait_ready_waits_while_the_server_loads(run, serving, cores):
             assert not waiting.done()
             cores.now.say(Ready(startup="fake core"))
             await waiting
-            assert await all_tokens(client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)) == TOKENS
+            assert await tokens_of(client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)) == TOKENS
             await client.drain()
             with pytest.raises(Draining, match="takes no new requests"):
                 await client.wait_ready()
@@ -417,8 +414,7 @@ def test_wait_ready_of_a_server_that_never_will_be(run, serving, cores):
             await Client.connect(house.address) as client,
         ):
             cores.now.kill()
-            while house.frontend.health == "ready":
-                await asyncio.sleep(0)
+            await until(lambda: house.frontend.health != "ready")
             with pytest.raises(CoreFailed, match="its state is failed"):
                 await client.wait_ready(timeout_s=10)
         limits = Limits(max_frame_bytes=9999, max_streams=1, max_model_len=1, max_samples=1)

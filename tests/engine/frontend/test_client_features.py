@@ -8,6 +8,7 @@ import types
 import msgspec
 import pytest
 from fake_rpc_server import LIMITS, accepted, delta, final, scripted
+from streams import tokens_of
 
 from cierzo.engine.errors import (
     ConnectionLost,
@@ -38,17 +39,7 @@ from cierzo.engine.messages import (
     Welcome,
 )
 
-CREDIT = LIMITS.stream_credit_bytes
 ID = "ab" * 16
-
-
-async def tokens_of(generation):
-    return [token async for delta in generation for token in delta.token_ids]
-
-
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0)
 
 
 # --- versions and features -----------------------------------------------------------------------------------

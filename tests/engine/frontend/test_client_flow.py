@@ -8,6 +8,7 @@ import itertools
 
 import msgspec
 from fake_rpc_server import LIMITS, accepted, delta, final, scripted
+from streams import tokens_of, until
 
 from cierzo.engine.frontend.client import Client, SyncClient
 from cierzo.engine.frontend.client_link import ClientLink
@@ -19,17 +20,8 @@ from cierzo.engine.messages import (
     delta_cost,
 )
 
-CREDIT = CREDIT = LIMITS.stream_credit_bytes
+CREDIT = LIMITS.stream_credit_bytes
 ID = "ab" * 16
-
-
-async def tokens_of(generation):
-    return [token async for delta in generation for token in delta.token_ids]
-
-
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0)
 
 
 def test_the_cost_of_a_delta():

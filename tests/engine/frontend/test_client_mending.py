@@ -8,6 +8,7 @@ import random
 from contextlib import asynccontextmanager
 
 import pytest
+from streams import by_sample, tokens_of
 
 from cierzo.engine.errors import ConnectionLost, KeyReused, NotFound
 from cierzo.engine.frontend.client import Client, Reconnect
@@ -61,15 +62,6 @@ async def network(address, cut):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def collect(generation):
-    """Tokens and text of each sample."""
-    tokens, texts = {}, {}
-    async for delta in generation:
-        tokens.setdefault(delta.sample, []).extend(delta.token_ids)
-        texts[delta.sample] = texts.get(delta.sample, "") + delta.text
-    return [tokens[sample] for sample in sorted(tokens)], [texts[sample] for sample in sorted(texts)]
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_answers_over_a_network_that_loses_connections(run, serving, seed):
     draw = random.Random(seed)
@@ -92,9 +84,9 @@ def test_answers_over_a_network_that_loses_connections(run, serving, seed):
                 request |= {"n": draw.randrange(1, 4), "stop": ["zzz"] if index % 2 else []}
                 expected = (await direct.complete(**request)).samples
                 generation = client.generate(**request)
-                tokens, texts = await collect(generation)
-                assert tokens == [sample.token_ids for sample in expected]
-                assert texts == [sample.text for sample in expected]
+                tokens, texts = await by_sample(generation)
+                assert tokens == {sample.sample: sample.token_ids for sample in expected}
+                assert texts == {sample.sample: sample.text for sample in expected}
                 assert generation.final.samples[0].finish_reason == expected[0].finish_reason
 
             await asyncio.gather(*map(one, range(12)))
@@ -137,7 +129,7 @@ def test_a_key_of_the_caller(run, serving, cores):
     async def body():
         async with serving(cores=cores) as house, await Client.connect(house.address) as client:
             request = {"token_ids": [1], "max_tokens": 5, "idempotency_key": "mine"}
-            first, second = [await collect(client.generate(**request)) for _ in range(2)]
+            first, second = [await by_sample(client.generate(**request)) for _ in range(2)]
             assert first == second
             assert len(cores.now.submits) == 1
             with pytest.raises(KeyReused):
@@ -187,9 +179,9 @@ def test_what_nobody_takes_stays_at_the_server(run, serving, cores):
         ):
             unread = client.generate(token_ids=[1], max_tokens=3000, seed=0)
             other = client.generate(token_ids=[2], max_tokens=3000, seed=0)
-            assert (await collect(other))[0] == [[(2 + 7 * place) % 256 for place in range(3000)]]
+            assert await tokens_of(other) == [(2 + 7 * place) % 256 for place in range(3000)]
             one_delta = 64 + 4096 * 9  # the last one may exceed the credit, and is merged
             assert 0 < unread._inbox.held <= 4096 + one_delta
-            assert (await collect(unread))[0] == [[(1 + 7 * place) % 256 for place in range(3000)]]
+            assert await tokens_of(unread) == [(1 + 7 * place) % 256 for place in range(3000)]
 
     run(body())

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from streams import all_of, by_sample
 
 from cierzo.engine.errors import CheckpointError, CoreFailed, Overloaded
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.recovery import LIFE_TOKENS
 from cierzo.engine.messages import CoreError
-
-
-async def _all(generation):
-    """(token ids, text, final) of a one-sample generation."""
-    deltas = [delta async for delta in generation]
-    return [t for d in deltas for t in d.token_ids], "".join(d.text for d in deltas), generation.final
 
 
 def test_streams_survive_the_death_of_the_core(run, serving, cores):
@@ -33,14 +28,11 @@ def test_streams_survive_the_death_of_the_core(run, serving, cores):
             await cores.until(lambda: len(cores.lives) == 2 and len(cores.now.submits) == 3)  # all at once
             samples = [(s.first_sample, s.sampling.n, len(s.output_token_ids)) for s in cores.now.submits]
             assert samples == [(0, 1, 4), (1, 1, 4), (0, 1, 4)]
-            cores.free = True
-            cores.now.go_on()
-            token_ids = {0: [], 1: []}
-            async for delta in generation:
-                token_ids[delta.sample] += delta.token_ids
+            cores.go_on()
+            token_ids, _ = await by_sample(generation)
             unbroken = await client.complete(**arguments)
             assert token_ids == {end.sample: end.token_ids for end in unbroken.samples}
-            got, _, final = await _all(drawn)
+            got, _, final = await all_of(drawn)
             assert got == [(5 + final.seed + 7 * position) % 256 for position in range(6)]
             stats = await client.stats()
             assert (stats.core_restarts, stats.finished) == (1, 3)
@@ -71,12 +63,11 @@ def test_what_ended_while_the_core_was_dead_is_not_run_again(run, serving, cores
             await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
             (again,) = cores.now.submits
             assert (again.prompt_token_ids, again.deadline_at_s - clock.now) == ([4], 40.0)
-            ends = [(await _all(stream))[2].samples[0] for stream in (late, cut, cancelled)]
+            ends = [(await all_of(stream))[2].samples[0] for stream in (late, cut, cancelled)]
             assert [end.finish_reason for end in ends] == ["deadline", "stop", "cancelled"]
             assert (ends[1].stop, ends[1].output_tokens) == ("STOP", 5)
-            cores.free = True
-            cores.now.go_on()
-            assert len((await _all(lasting))[0]) == 9
+            cores.go_on()
+            assert len((await all_of(lasting))[0]) == 9
 
     run(body())
 
@@ -95,10 +86,7 @@ def test_samples_that_had_ended_do_not_run_again(run, serving, cores):
             await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
             assert [(submit.first_sample, submit.sampling.n) for submit in cores.now.submits] == [(1, 1)]
             cores.now.step()
-            got = {0: [], 1: []}
-            async for delta in generation:
-                got[delta.sample] += delta.token_ids
-            assert got == {0: [65, 257], 1: [66, 67, 68]}
+            assert (await by_sample(generation))[0] == {0: [65, 257], 1: [66, 67, 68]}
             assert [end.finish_reason for end in generation.final.samples] == ["stop", "length"]
 
     run(body())
@@ -119,8 +107,8 @@ def test_requests_while_the_core_loads_are_refused(run, serving, cores):
             with pytest.raises(Overloaded, match="loading"):
                 await client.complete(token_ids=[1])
             open_stream.cancel()  # there is no core to ask
-            assert (await _all(open_stream))[2].samples[0].finish_reason == "cancelled"
-            assert (await _all(short_lived))[2].samples[0].finish_reason == "deadline"
+            assert (await all_of(open_stream))[2].samples[0].finish_reason == "cancelled"
+            assert (await all_of(short_lived))[2].samples[0].finish_reason == "deadline"
 
     run(body())
 
@@ -144,7 +132,7 @@ def test_a_core_that_keeps_dying_is_given_up(run, serving, cores, clock):
                     clock.now += 3601  # the first death is forgotten
                 cores.now.kill()
             with pytest.raises(CoreFailed) as caught:
-                await _all(stream)
+                await all_of(stream)
             assert (caught.value.field, caught.value.limit) == ("max_core_restarts_per_hour", "2")
             assert (await client.health()).state == "failed"
             with pytest.raises(CoreFailed):
@@ -183,7 +171,7 @@ def test_a_request_that_kills_the_core_fails_alone(run, serving, cores, caplog):
                 cores.now.kill()
             await life(3, [0, 1])  # half of the suspects
             cancelled.cancel()  # no core has it
-            assert (await _all(cancelled))[2].samples[0].finish_reason == "cancelled"
+            assert (await all_of(cancelled))[2].samples[0].finish_reason == "cancelled"
             late = client.generate(token_ids=[7], max_tokens=9, seed=0)  # no suspect: need not wait
             await life(3, [0, 1, 7])
             for _ in range(LIFE_TOKENS):
@@ -195,14 +183,13 @@ def test_a_request_that_kills_the_core_fails_alone(run, serving, cores, caplog):
                 cores.now.step()
             await life(4, [0, 1, 7, 2])
             cores.now.kill()
-            failed = (await _all(streams[2]))[2].samples[0]
+            failed = (await all_of(streams[2]))[2].samples[0]
             assert (failed.finish_reason, failed.output_tokens) == ("failed", 0)
             assert "each time that it began this request" in failed.message
-            cores.free = True
             await life(5, [0, 1, 7])
-            cores.now.go_on()
+            cores.go_on()
             for first, stream in ((0, streams[0]), (1, streams[1]), (7, late)):
-                assert (await _all(stream))[0] == [first + 7 * i for i in range(9)]
+                assert (await all_of(stream))[0] == [first + 7 * i for i in range(9)]
             assert (len(house.frontend.streams), (await client.stats()).core_restarts) == (0, 4)
             assert "4 requests may be the reason, of which 2 are tested next: [0, 1]" in caplog.text
             assert "the core gets 1 suspects: requests [2]" in caplog.text
@@ -222,11 +209,10 @@ def test_deaths_before_its_first_step_are_no_proof_against_a_request(run, servin
             await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
             new = client.generate(token_ids=[2], max_tokens=9, seed=0)
             await cores.until(lambda: len(cores.now.submits) == 2)
-            cores.free = True
             cores.now.kill()
             await cores.until(lambda: len(cores.lives) == 3 and cores.now.submits)
-            cores.now.go_on()
-            ends = [(await _all(stream))[0] for stream in (old, new)]
+            cores.go_on()
+            ends = [(await all_of(stream))[0] for stream in (old, new)]
             assert ends == [[first + 7 * i for i in range(9)] for first in (1, 2)]
 
     run(body())
@@ -248,13 +234,13 @@ def test_timings_add_up_across_cores(run, serving, cores, clock):
             await cores.until(lambda: len(cores.lives) == 2 and len(cores.now.submits) == 2)
             behind = cores.now.running.pop((3, 0))  # the second one comes to it after the first step
             cores.now.step()
-            await _all(streams[0])
+            await all_of(streams[0])
             cores.now.running[3, 0] = behind
             for _ in range(2):
                 clock.now += 4.0
                 cores.now.step()
                 await client.ping()
-            first, second = streams[0].final.timings, (await _all(streams[1]))[2].timings
+            first, second = streams[0].final.timings, (await all_of(streams[1]))[2].timings
             assert (first.queue_s, first.prefill_s, first.decode_s, first.total_s) == pytest.approx(
                 (0.1, 0.9, 2.0, 3.0)
             )

@@ -25,12 +25,6 @@ CONFIG = fake_config(
 
 
 @pytest.fixture
-def children():
-    """The processes that were started."""
-    return []
-
-
-@pytest.fixture
 def spawn(children):
     async def start(path):
         children.append(await spawn_worker(path))

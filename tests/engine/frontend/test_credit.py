@@ -8,6 +8,7 @@ import tracemalloc
 
 import pytest
 from local_encoders import local_encoders
+from streams import answer, generate, tokens_of
 
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.config import FrontendConfig
@@ -24,12 +25,10 @@ from cierzo.engine.messages import (
     Drained,
     Failure,
     Final,
-    Generate,
     Hello,
     Ping,
     Pong,
     Resume,
-    SamplingParams,
     StepOutput,
     TokenDelta,
     TokenLogprobs,
@@ -37,24 +36,6 @@ from cierzo.engine.messages import (
 )
 
 CREDIT = Hello(client="test", features=["credit"])
-
-
-def generate(stream=1, **params):
-    deltas = params.pop("deltas", True)
-    return Generate(stream=stream, token_ids=[0], sampling=SamplingParams(**{"seed": 0, **params}), deltas=deltas)
-
-
-def answer(count):
-    return [7 * position % 256 for position in range(count)]
-
-
-async def heard_so_far(peer, mark):
-    """What has come until the answer to a ping."""
-    peer.say(Ping(stream=mark))
-    heard = []
-    while not isinstance(message := await peer.hear(), Pong):
-        heard.append(message)
-    return heard
 
 
 def test_the_cost_of_a_delta():
@@ -79,13 +60,12 @@ def test_a_stream_sends_while_it_has_credit(run, serving, peering, cores, logpro
                 heard.append(await peer.hear())
             spent = sum(map(delta_cost, heard))
             assert 1024 <= spent < 1024 + 64 + 8 + 2 + 32 + 32
-            assert await heard_so_far(peer, 50) == []
+            assert await peer.hear_so_far() == []
             peer.say(Credit(stream=1, bytes=spent))
             merged = [await peer.hear()]
             assert len(merged[0].token_ids) == 100 - len(heard), "all that waited is one delta"
             peer.say(Credit(stream=1, bytes=10**6))
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             while not isinstance(merged[-1], Final):
                 merged.append(await peer.hear())
             deltas = [*heard, *merged[:-1]]
@@ -117,7 +97,7 @@ def test_credit_is_each_streams_own(run, serving, peering, cores):
                 heard[1].append(await peer.hear())
             assert [t for d in heard[1][:-1] for t in d.token_ids] == answer(500)
             peer.say(Credit(stream=1, bytes=5))  # it has ended: nothing happens
-            assert await heard_so_far(peer, 9) == []
+            assert await peer.hear_so_far() == []
 
     run(body())
 
@@ -170,9 +150,8 @@ def test_a_slow_readers_stream_is_paused_and_goes_on_where_it_was(run, serving, 
             other = await Client.connect(house.address)
             quick = other.generate(token_ids=[0], max_tokens=1000, seed=0)
             await cores.until(lambda: len(cores.now.submits) == 2)
-            cores.free = True
-            cores.now.go_on()
-            assert [t async for d in quick for t in d.token_ids] == answer(1000), "nobody else is held up"
+            cores.go_on()
+            assert await tokens_of(quick) == answer(1000), "nobody else is held up"
             ((abort,), submits) = (cores.now.aborts, cores.now.submits)
             assert (abort.request_id, abort.sample) == (0, None)
             (stream,) = house.frontend.streams
@@ -229,8 +208,7 @@ def test_a_full_connection_pauses_its_streams(run, serving, peering, cores):
                 peer.say(generate(stream, max_tokens=50 if stream == 3 else 1000))
             await cores.until(lambda: len(cores.now.submits) == 3)
             connection.pause_writing()
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             await cores.until(lambda: len(cores.now.aborts) == 2)
             assert [stream.paused for stream in house.frontend.streams] == [True, True]
             assert len(house.frontend.streams.of(connection)) == 3, "the third has ended, and was not sent"
@@ -259,8 +237,7 @@ def test_a_connection_that_stays_full_loses_its_streams(run, serving, peering, c
             peer.say(generate(3, max_tokens=50, deltas=False))
             await cores.until(lambda: len(cores.now.submits) == 3)
             connection.pause_writing()
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             async with await Client.connect(house.address) as client:
                 while house.frontend.streams.num_read:
                     await client.ping()
@@ -278,10 +255,9 @@ def test_a_drain_waits_for_readers_that_are_behind(run, serving, peering, cores)
         async with serving(cores=cores, stream_credit_bytes=1024) as house, peering(house, CREDIT) as peer:
             peer.say(generate(1, max_tokens=400))
             while len(house.frontend.streams) or not house.frontend.streams.num_read:
-                peer.say(Ping(stream=8))
-                await peer.hear_until(Pong)
+                await peer.hear_so_far()
             peer.say(Drain(stream=9))
-            assert await heard_so_far(peer, 8) == []
+            assert await peer.hear_so_far() == []
             peer.say(Credit(stream=1, bytes=10**6))
             heard = [await peer.hear()]
             while not isinstance(heard[-1], Drained):
@@ -299,8 +275,7 @@ def test_the_end_of_a_drain_does_not_wait_for_slow_readers(run, serving, peering
         async with serving(cores=cores, **limits) as house, peering(house, CREDIT) as peer:
             peer.say(generate(1, max_tokens=400, seed=5))
             while len(house.frontend.streams) or not house.frontend.streams.num_read:
-                peer.say(Ping(stream=8))
-                await peer.hear_until(Pong)
+                await peer.hear_so_far()
             cores.free = False
             peer.say(generate(2, max_tokens=400, seed=6))
             peer.say(Drain(stream=9))
@@ -391,8 +366,7 @@ def test_stalled_readers_stay_small(run, serving, cores, features, n):
             await cores.until(lambda: len(cores.now.submits) == count)
             entry = TokenLogprobs(1, -1.0 / 3, list(range(100, 120)), [-1.0 / 3] * 20)
             cores.now.logprobs = lambda sequence, token_ids: None if not token_ids else [entry] * len(token_ids)
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             await cores.until(lambda: len(cores.now.aborts) == count)
             _, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
@@ -427,8 +401,7 @@ def test_a_paused_stream_keeps_what_its_reader_may_lack(run, serving, peering, c
             if "credit" not in features:
                 (connection,) = house.server._connections
                 connection.pause_writing()
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             await cores.until(lambda: cores.now.aborts)
             assert stream.paused
             assert 4000 < sample.logprob_bytes < 4096 + 4000 + 1000

@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import pytest
+from streams import final_of
 
 from cierzo.engine.errors import CoreStalled
 from cierzo.engine.frontend.client import Client
@@ -14,12 +15,6 @@ from cierzo.engine.frontend.core_side import CoreSide
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.messages import Abort, Finish, SamplingParams, StepOutput, Submit, TokenDelta
-
-
-async def _final(generation):
-    async for _ in generation:
-        pass
-    return generation.final
 
 
 class Owner:
@@ -224,17 +219,16 @@ def test_a_stalled_core_refuses_and_its_streams_wait(run, serving, cores):
             assert caught.value.retry_after_s == 1.0
             cancelled.cancel()
             began = time.monotonic()
-            assert (await _final(cancelled)).samples[0].finish_reason == "cancelled"
+            assert (await final_of(cancelled)).samples[0].finish_reason == "cancelled"
             assert time.monotonic() - began < 1.0
-            assert (await _final(timed)).samples[0].finish_reason == "deadline"
+            assert (await final_of(timed)).samples[0].finish_reason == "deadline"
             late = house.frontend.streams
             assert len(late) == 1
             cores.now.deaf = False
             house.frontend.core.stalled(False)
             assert (await client.health()).state == "ready"
-            cores.free = True
-            cores.now.go_on()
-            assert (await _final(waiting)).usage.output_tokens == 5
+            cores.go_on()
+            assert (await final_of(waiting)).usage.output_tokens == 5
             cores.now.kill()
             await cores.until(lambda: len(cores.lives) == 2 and cores.now.hello)
             house.frontend.core.stalled(False)  # of the core before: says nothing about this one
@@ -269,6 +263,6 @@ def test_a_request_without_a_deadline_has_the_default_one(run, serving, cores):
             generation = client.generate(token_ids=[1])
             await cores.until(lambda: cores.now.submits)
             cores.now.deaf = True
-            assert (await _final(generation)).samples[0].finish_reason == "deadline"
+            assert (await final_of(generation)).samples[0].finish_reason == "deadline"
 
     run(body())

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 from sampling_twin import VOCAB
+from streams import by_sample, final_of
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.errors import CoreFailed
@@ -42,12 +43,6 @@ REQUESTS += [{"token_ids": [9], "max_tokens": 40, "seed": 1, "temperature": 0.0,
 
 
 @pytest.fixture
-def children():
-    """The processes that were started."""
-    return []
-
-
-@pytest.fixture
 def failing(children):
     """`failing(calls, marker)` is a Spawn of cores whose device fails at that forward pass."""
 
@@ -62,14 +57,6 @@ def failing(children):
     return after
 
 
-async def _all(generation):
-    """Tokens by sample."""
-    tokens = {}
-    async for delta in generation:
-        tokens.setdefault(delta.sample, []).extend(delta.token_ids)
-    return tokens
-
-
 @pytest.mark.parametrize("overlap", [False, True])
 def test_every_stream_goes_on_with_the_same_tokens(run, serving, failing, children, tmp_path, caplog, overlap):
     marker = tmp_path / "failed"
@@ -79,11 +66,13 @@ def test_every_stream_goes_on_with_the_same_tokens(run, serving, failing, childr
             serving(engine_config=replace(CONFIG, overlap=overlap), spawn=failing(30, marker)) as house,
             await Client.connect(house.address) as client,
         ):
-            broken = await asyncio.gather(*map(_all, [client.generate(**request) for request in REQUESTS]))
+            broken = await asyncio.gather(*map(by_sample, [client.generate(**request) for request in REQUESTS]))
             assert marker.exists()
             unbroken = await asyncio.gather(*(client.complete(**request) for request in REQUESTS))
-            assert broken == [{end.sample: end.token_ids for end in final.samples} for final in unbroken]
-            assert sum(len(tokens) for samples in broken for tokens in samples.values()) >= 200
+            assert [tokens for tokens, _ in broken] == [
+                {end.sample: end.token_ids for end in final.samples} for final in unbroken
+            ]
+            assert sum(len(tokens) for samples, _ in broken for tokens in samples.values()) >= 200
             assert (await client.stats()).core_restarts == 1
         assert children[0].returncode in ENDED
         assert children[1].returncode == 0
@@ -102,7 +91,7 @@ def test_a_device_that_fails_in_every_core_is_given_up(run, serving, failing, ch
             await Client.connect(house.address) as client,
         ):
             with pytest.raises(CoreFailed, match=r"more than 1 times .* last: DeviceFault: step \d+: CUDA error"):
-                await _all(client.generate(token_ids=[1], max_tokens=100, seed=1, ignore_eos=True))
+                await final_of(client.generate(token_ids=[1], max_tokens=100, seed=1, ignore_eos=True))
             assert (await client.health()).state == "failed"
         assert len(children) == 2
         assert all(child.returncode in ENDED for child in children)

@@ -11,6 +11,7 @@ import time
 
 import msgspec
 import pytest
+from streams import generate, tokens_of, until
 
 from cierzo.engine.errors import Draining, Interrupted
 from cierzo.engine.frontend.client import Client, SyncClient
@@ -80,7 +81,7 @@ def test_what_is_left_when_the_time_is_over_can_be_resumed_elsewhere(run, servin
             cores.free = True
             seed = int(caught.value.value)
             rest = client.generate(**arguments, seed=seed, output_token_ids=tokens)
-            tokens += [token async for delta in rest for token in delta.token_ids]
+            tokens += await tokens_of(rest)
             assert tokens == [(3 + seed + 7 * position) % 256 for position in range(8)]
 
     run(body())
@@ -108,8 +109,7 @@ def test_a_drain_can_be_undone(run, serving, cores, peering):
             await asyncio.sleep(0.1)  # the drain's timer would have ended them
             assert len(house.frontend.streams) == 2
             other.say(Drain(stream=9))  # and again
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             assert await other.hear() == Drained(stream=9)
 
     run(body())
@@ -122,14 +122,13 @@ def test_the_log_counts_each_request_once(run, serving, cores, peering, caplog):
     async def body():
         async with serving(cores=cores, drain_s=0.05, lame_duck_s=0.05) as house, peering(house) as peer:
             for stream in (1, 2):
-                peer.say(Generate(stream=stream, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+                peer.say(generate(stream, max_tokens=2))
             async with await Client.connect(house.address) as client:
                 await client.generate(token_ids=[1]).accepted()
                 orphaned = client._session.link
                 orphaned._inboxes.clear()  # its end says nothing to the server
                 orphaned._transport.abort()
-                while house.frontend.streams.num_read > 2:
-                    await asyncio.sleep(0)
+                await until(lambda: house.frontend.streams.num_read <= 2)
             house.frontend.drain()
             house.frontend.undo_drain()
             house.frontend.undo_drain()
@@ -296,7 +295,7 @@ def test_a_drain_by_signal_cannot_be_undone(run, serving, cores, peering):
 
     async def body():
         async with serving(cores=cores) as house, peering(house) as peer:
-            peer.say(Generate(stream=1, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+            peer.say(generate(max_tokens=2))
             await cores.until(lambda: cores.now.submits)
             peer.say(Drain(stream=2))
             house.frontend.drain(for_good=True)  # as SIGTERM does, also when one is under way
@@ -304,8 +303,7 @@ def test_a_drain_by_signal_cannot_be_undone(run, serving, cores, peering):
             refusal = await peer.hear()
             assert (refusal.stream, refusal.code, refusal.field) == (3, "draining", "undo")
             assert house.frontend.health == "draining"
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             assert await peer.hear_until(Drained) == Drained(stream=2)
             await house.frontend.drained()
 
@@ -318,7 +316,7 @@ def test_a_connection_may_ask_for_as_many_ends_of_drains_as_for_streams(run, ser
     async def body():
         limits = {"max_streams_per_connection": 1000}
         async with serving(cores=cores, **limits) as house, peering(house) as peer, peering(house) as other:
-            peer.say(Generate(stream=1, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+            peer.say(generate(max_tokens=2))
             await cores.until(lambda: cores.now.submits)
             for stream_id in (*range(2, 1001), 2, 2):
                 peer.say(Drain(stream=stream_id))
@@ -337,8 +335,7 @@ def test_a_connection_may_ask_for_as_many_ends_of_drains_as_for_streams(run, ser
                 peer.say(Drain(stream=stream_id))
             peer.say(Ping(stream=0))
             assert await peer.hear() == Pong(stream=0)
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             assert await peer.hear_until(Drained) == Drained(stream=2)
             assert not house.frontend._drain._over.is_set()  # they get their answers in turns
             assert [(await peer.hear()).stream for _ in range(998)] == [*range(3, 1001)]
@@ -352,7 +349,7 @@ def test_a_drain_under_the_id_of_an_open_stream_is_refused(run, serving, cores, 
 
     async def body():
         async with serving(cores=cores) as house, peering(house) as peer:
-            peer.say(Generate(stream=1, token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+            peer.say(generate(max_tokens=2))
             await cores.until(lambda: cores.now.submits)
             peer.say(Drain(stream=1))
             refusal = await peer.hear()

@@ -354,7 +354,7 @@ def test_closing_ends_a_process_in_the_middle_of_a_job(run, setup, spawned):
     run(body())
 
 
-def test_a_long_prompt_through_real_processes(run, serving, setup, spawned, cores, model_info):
+def test_a_long_prompt_through_real_processes(run, serving, setup, spawned, cores):
     async def body():
         config = FrontendConfig(inline_chars=4)
         encoders = Encoders(config, msgspec.structs.replace(setup, frontend=config), spawned)

@@ -67,8 +67,8 @@ def test_any_cut_gives_the_same_frames_and_the_room_is_given_back(sizes, cuts, b
             assert type(frame.error) is (FrameTooLarge if len(body) > MOST else Overloaded)
 
 
-@given(st.integers(1, 299), st.booleans())
-def test_a_frame_that_never_ends_is_charged_until_its_connection_is_gone(num_bytes, closes):
+@given(st.integers(1, 299))
+def test_a_frame_that_never_ends_is_charged_until_its_connection_is_gone(num_bytes):
     budget = ByteBudget(FrontendConfig(max_unencoded_bytes=1000))
     box = FrameReader(MOST, budget)
     with pytest.MonkeyPatch.context() as patch:

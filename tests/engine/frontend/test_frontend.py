@@ -6,16 +6,11 @@ import asyncio
 import socket
 
 import pytest
+from streams import all_of, by_sample, generate
 
 from cierzo.engine.errors import Draining, InvalidRequest, Overloaded
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Delta, Final, Generate, Ping, Pong, SamplingParams
-
-
-async def _all(generation):
-    """(token ids, text, final) of a one-sample generation."""
-    deltas = [delta async for delta in generation]
-    return [t for d in deltas for t in d.token_ids], "".join(d.text for d in deltas), generation.final
 
 
 @pytest.mark.parametrize(("stop", "text"), [(["wor"], "Hello "), (["o", "l"], "He"), (["H"], ""), (["zzz"], None)])
@@ -27,7 +22,7 @@ def test_stop_strings_cut_at_the_completing_token(run, serving, cores, stop, tex
     async def body():
         async with serving(cores=cores) as house, await Client.connect(house.address) as client:
             generation = client.generate(token_ids=[1], stop=stop, logprobs=0, deltas=deltas)
-            token_ids, got, final = await _all(generation)
+            token_ids, got, final = await all_of(generation)
             (end,) = final.samples
             if not deltas:
                 token_ids, got = end.token_ids, end.text
@@ -71,7 +66,7 @@ def test_a_stop_token_is_named(run, serving, cores):
 
     async def body():
         async with serving(cores=cores) as house, await Client.connect(house.address) as client:
-            token_ids, text, final = await _all(client.generate(token_ids=[1]))
+            token_ids, text, final = await all_of(client.generate(token_ids=[1]))
             assert (token_ids, text) == ([*b"ok", 257], "ok")
             assert (final.samples[0].finish_reason, final.samples[0].stop) == ("stop", 257)
 
@@ -104,7 +99,7 @@ def test_a_stop_string_that_is_a_special_token_stops_at_the_token(
     async def body():
         async with serving(cores=cores) as house, await Client.connect(house.address) as client:
             generation = client.generate(token_ids=[1], logprobs=0, deltas=deltas, **params)
-            token_ids, got, final = await _all(generation)
+            token_ids, got, final = await all_of(generation)
             (end,) = final.samples
             if not deltas:
                 token_ids, got = end.token_ids, end.text
@@ -171,10 +166,7 @@ def test_samples_end_on_their_own(run, serving, cores):
     async def body():
         async with serving(cores=cores) as house, await Client.connect(house.address) as client:
             generation = client.generate(token_ids=[1, 2], n=3, stop=["X"])
-            texts = {0: "", 1: "", 2: ""}
-            async for delta in generation:
-                texts[delta.sample] += delta.text
-            assert texts == {0: "abcdef!", 1: "abc", 2: "abcdef!"}
+            assert (await by_sample(generation))[1] == {0: "abcdef!", 1: "abc", 2: "abcdef!"}
             ends = generation.final.samples
             assert [end.finish_reason for end in ends] == ["length", "stop", "length"]
             assert [end.output_tokens for end in ends] == [7, 4, 7]
@@ -207,9 +199,8 @@ def test_limits_refuse_with_a_hint(run, serving, cores):
                 with pytest.raises(Overloaded) as caught:
                     await client.complete(token_ids=prompt, **arguments)
                 assert (caught.value.field, caught.value.retry_after_s) == (field, 1.0)
-            cores.free = True
-            cores.now.go_on()
-            await _all(kept)
+            cores.go_on()
+            await all_of(kept)
             assert (await client.complete(token_ids=list(range(10)), n=3)).usage.output_tokens == 3 * 256
             stats = await client.stats()
             assert (stats.accepted, stats.refused, stats.finished) == (2, 2, 2)
@@ -259,7 +250,6 @@ def test_cancel_of_a_long_prompt_that_is_still_being_encoded(run, serving, cores
     async def body():
         async with serving(cores=cores, inline_chars=10) as house:
             async with peering(house) as peer:
-                peer.raw(b"")
                 peer.say(Generate(stream=1, text="x" * 2000))
                 peer.say({"type": "cancel", "stream": 1})
                 final = await peer.hear()
@@ -286,14 +276,13 @@ def test_a_slow_reader_holds_back_nobody_and_gets_its_tokens_merged(run, serving
         async with serving(cores=cores, high_water_bytes=2000) as house, peering(house) as peer:
             (connection,) = house.server._connections
             peer.reader._transport.pause_reading()
-            peer.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=4000, seed=0)))
+            peer.say(generate(max_tokens=4000))
             async with await Client.connect(house.address) as client:
                 quick = client.generate(token_ids=[0], max_tokens=4000, seed=0)
                 await cores.until(lambda: len(cores.now.submits) == 2)
                 connection.pause_writing()  # as the transport does, once the kernel's buffers are full
-                cores.free = True
-                cores.now.go_on()
-                token_ids, _, _ = await _all(quick)
+                cores.go_on()
+                token_ids, _, _ = await all_of(quick)
             (slow,) = house.frontend.streams.of(connection).values()
             assert (slow.pending_bytes, connection._outbox, bytes(connection._late)) == (16_000, [], b"")
             connection.resume_writing()
@@ -314,7 +303,7 @@ def test_a_reader_that_asks_on_and_never_reads_is_closed(run, serving, peering, 
         async with serving(cores=cores, high_water_bytes=2000, max_pending_bytes=3000) as house:
             async with peering(house) as peer:
                 (connection,) = house.server._connections
-                peer.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=4000)))
+                peer.say(generate(max_tokens=4000))
                 await cores.until(lambda: cores.now.submits)
                 connection.pause_writing()
                 for stream in range(2, 300):
@@ -366,10 +355,9 @@ def test_drain_finishes_what_runs_and_refuses_the_rest(run, serving, cores):
             with pytest.raises(Draining):
                 await client.complete(token_ids=[1])
             assert not drain.done()
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             await asyncio.gather(drain, house.frontend.drained())
-            assert len((await _all(running))[0]) == 3
+            assert len((await all_of(running))[0]) == 3
 
     run(body())
 
@@ -389,7 +377,7 @@ def test_a_resumed_stream_goes_on_from_its_tokens_and_text(run, serving, cores):
                     if len(texts) == done:
                         break
                 resumed = client.generate(output_token_ids=whole[:done], **arguments)
-                token_ids, rest, final = await _all(resumed)
+                token_ids, rest, final = await all_of(resumed)
                 assert token_ids == whole[done:]
                 assert "".join(texts) + rest == "abc€ "
                 assert final.samples[0].output_tokens == len(whole)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from streams import until
+
 from cierzo.engine.messages import Accepted, Delta, Failure, Final, Generate, Hello, Resume, SamplingParams
 
 RESUME = Hello(client="test", features=["resume"])
@@ -13,11 +15,6 @@ LIMIT = 64 * 1024
 def generate(stream, max_tokens, logprobs=1, **fields):
     sampling = SamplingParams(max_tokens=max_tokens, logprobs=logprobs, seed=0, ignore_eos=True)
     return Generate(stream=stream, token_ids=[stream], sampling=sampling, **fields)
-
-
-async def _until(condition):
-    while not condition():
-        await asyncio.sleep(0)
 
 
 async def _accepted(peer, streams):
@@ -33,7 +30,7 @@ def test_answers_that_nobody_reads_end_at_the_limit(run, serving, peering, cores
                 for stream in range(1, 5):
                     peer.say(generate(stream, 4000))
                 names = await _accepted(peer, range(1, 5))
-            await _until(lambda: not house.frontend.streams.num_sinks)
+            await until(lambda: not house.frontend.streams.num_sinks)
             most = 0
             while len(house.frontend.streams) == 4:
                 cores.now.step()
@@ -85,10 +82,10 @@ def test_open_answers_push_out_those_that_have_ended(run, serving, peering, core
             assert house.frontend.keeper.kept_bytes > LIMIT // 2
             cores.free = False
             peer.say(generate(2, 1000, deltas=False))
-            await _until(lambda: len(cores.now.submits) == 2)
+            await until(lambda: len(cores.now.submits) == 2)
             for _ in range(990):
                 cores.now.step()
-            await _until(lambda: house.frontend.heap.num_bytes > LIMIT // 2)
+            await until(lambda: house.frontend.heap.num_bytes > LIMIT // 2)
             assert house.frontend.keeper.kept_bytes == 0
 
     run(body())
@@ -100,9 +97,9 @@ def test_an_answer_whose_reader_left_counts_no_longer(run, serving, peering, cor
         async with serving(cores=cores, stream_credit_bytes=1024) as house:
             async with peering(house, features) as peer:
                 peer.say(generate(1, 500))
-                await _until(lambda: house.frontend.counters.finished)
+                await until(lambda: house.frontend.counters.finished)
                 assert house.frontend.heap.num_bytes > 0
-            await _until(lambda: not house.frontend.streams.num_sinks)
+            await until(lambda: not house.frontend.streams.num_sinks)
             assert house.frontend.heap.num_bytes == 0
 
     run(body())

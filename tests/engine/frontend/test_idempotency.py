@@ -81,8 +81,7 @@ def test_a_key_joins_the_request_that_runs(run, serving, peering, cores):
             await first.hear()
             second.say(generate(9, seed=0))
             assert (await first.hear()).code == "taken_over"
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             assert (await hear_all(second, 9))[:2] == (name, [1, 8, 15, 22, 29])
             assert len(cores.now.submits) == 1
 
@@ -243,8 +242,7 @@ def test_an_orphan_with_a_key_is_found_by_it_after_the_death_of_the_core(run, se
                 await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
                 peer.say(generate(2, seed=0))
                 assert isinstance(await peer.hear(), Accepted)
-                cores.free = True
-                cores.now.go_on()
+                cores.go_on()
                 assert (await hear_all(peer, 2))[1] == [1, 8, 15, 22, 29]
                 assert [len(life.submits) for life in cores.lives] == [1, 1]
 

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import msgspec
+from streams import generate
 
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.messages import (
     Accepted,
     Credit,
-    Generate,
     Hello,
-    Ping,
-    Pong,
     Resume,
-    SamplingParams,
     TokenDelta,
     TokenLogprobs,
     delta_cost,
 )
-
-
-def generate(**params):
-    return Generate(stream=1, token_ids=[0], sampling=SamplingParams(seed=0, **params))
 
 
 def test_what_a_paused_stream_has_forgotten_is_refused_by_the_bound(run, serving, peering, cores):
@@ -37,8 +30,7 @@ def test_what_a_paused_stream_has_forgotten_is_refused_by_the_bound(run, serving
             for _ in range(100):
                 cores.now.step()
                 peer.say(Credit(stream=1, bytes=delta_cost(await peer.hear())))
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             await cores.until(lambda: cores.now.aborts)
             async with peering(house, hello) as other:
                 other.say(msgspec.structs.replace(message, stream=2, idempotency_key="once"))
@@ -76,12 +68,9 @@ def test_a_paused_stream_keeps_what_its_reader_may_lack_of_each_sample(run, serv
             delta = await peer.hear()  # of ten; the others are not consumed
             peer.say(Credit(stream=1, bytes=delta_cost(delta)))
             got[3] += len(delta.token_ids)
-            peer.say(Ping(stream=99))
-            while not isinstance(await peer.hear(), Pong):
-                pass
+            await peer.hear_so_far()
             (stream,) = house.frontend.streams
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             await cores.until(lambda: any(abort.sample is None for abort in cores.now.aborts))
             assert stream.paused
             assert 0 < stream.samples[3].first_offset <= got[3], "what was consumed goes, but for the last"

@@ -6,17 +6,12 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
+from streams import final_of, tokens_of
 
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.recovery import LIFE_TOKENS, MAX_DEATHS, Recovery
 
 MANY_DEATHS = 1000
-
-
-async def _final(generation):
-    async for _ in generation:
-        pass
-    return generation.final
 
 
 @dataclass
@@ -266,10 +261,9 @@ def test_200_streams_come_back_at_once_and_new_ones_join(run, serving, cores):
             await cores.until(lambda: len(cores.now.submits) == 201)
             got = [(submit.prompt_token_ids, len(submit.output_token_ids)) for submit in cores.now.submits]
             assert got == [([i], 5) for i in range(200)] + [([200], 0)]
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             for i, stream in enumerate([*streams, new]):
-                tokens = [token async for delta in stream for token in delta.token_ids]
+                tokens = await tokens_of(stream)
                 assert tokens[-5:] == [(i + 7 * position) % 256 for position in range(15, 20)]
             assert not house.frontend.core._recovery.searching
 
@@ -291,15 +285,14 @@ def test_held_streams_keep_their_deadlines_and_can_be_cancelled(run, serving, co
                 cores.now.kill()
             await cores.until(lambda: len(cores.lives) == 3 and len(cores.now.submits) == 2)
             streams[2].cancel()
-            assert (await _final(streams[2])).samples[0].finish_reason == "cancelled"
+            assert (await final_of(streams[2])).samples[0].finish_reason == "cancelled"
             clock.now += 1
-            assert (await _final(timed)).samples[0].finish_reason == "deadline"
+            assert (await final_of(timed)).samples[0].finish_reason == "deadline"
             assert len(house.frontend.streams) == 2
             assert house.frontend.core._recovery.searching
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             for stream in streams[:2]:
-                await _final(stream)
+                await final_of(stream)
             assert not house.frontend.core._recovery.searching
 
     run(body())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from streams import until
 
 from cierzo.engine.errors import Overloaded
 from cierzo.engine.frontend.client import Client
@@ -107,8 +108,7 @@ def test_a_lost_connection_is_resumed_from_any_token(run, serving, peering, core
                 peer.say(Resume(stream=8, request_id=name, received=[offset, 3]))
                 again = await peer.hear()
                 assert (again.stream, again.request_id, again.queue_position) == (8, name, 0)
-                cores.free = True
-                cores.now.go_on()
+                cores.go_on()
                 token_ids, rest, final = await hear_all(peer)
             assert token_ids == {0: answer[offset:], 1: answer[3:]}
             assert [known + rest[i] for i, known in enumerate(texts)] == ["é€ STx"] * 2
@@ -168,8 +168,7 @@ def test_a_resume_takes_the_stream_over(run, serving, peering, cores):
             old.say(Cancel(stream=1))  # its id is free: nothing happens
             new.say(Resume(stream=2, request_id=name, received=[0]))  # by the same connection, from the beginning
             assert (await new.hear()).code == "taken_over"
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             token_ids, _, final = await hear_all(new)
             assert token_ids == {0: [1, 8, 15, 22, 29, 36]}
             assert final.stream == 2
@@ -201,8 +200,7 @@ def test_what_cannot_be_resumed_is_refused_by_name(run, serving, peering, cores)
                 assert (refusal.stream, refusal.code, refusal.field) == (stream, code, field)
             peer.say(CancelRequest(stream=30, request_id="f" * 32))
             assert (await peer.hear()).code == "not_found"
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             assert (await peer.hear_until(Final)).stream == 1, "the stream itself is not touched"
 
     run(body())
@@ -242,8 +240,7 @@ def test_an_orphan_goes_on_and_is_cancelled_when_nobody_comes(run, serving, peer
                 with pytest.raises(Overloaded, match="max_open_samples"):  # the orphan counts
                     await client.complete(token_ids=[1], n=2)
                 await cores.until(lambda: len(cores.now.aborts) == 2)
-                while len(house.frontend.keeper):
-                    await client.ping()  # the answer is forgotten after orphan_s
+                await until(lambda: not len(house.frontend.keeper))  # the answer is forgotten after orphan_s
             registry = house.frontend.streams
             assert (len(registry), registry.num_samples, registry.num_tokens) == (0, 0, 0)
 
@@ -267,8 +264,7 @@ def test_an_orphan_is_finished_and_survives_the_core(run, serving, peering, core
                 cores.now.step()
                 cores.now.kill()
                 await cores.until(lambda: len(cores.lives) == 2 and cores.now.submits)
-                cores.free = True
-                cores.now.go_on()
+                cores.go_on()
                 peer.say(Resume(stream=5, request_id=name, received=[1]))
                 token_ids, _, final = await hear_all(peer)
                 assert token_ids == {0: [8, 15, 22, 29, 36, 43]}

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from streams import until
 
 from cierzo.engine.errors import ConfigError, FrameTooLarge
 from cierzo.engine.frontend.client import Client
@@ -189,8 +190,7 @@ def test_a_faulty_message_about_an_open_stream_ends_that_stream(run, serving, pe
             reply = await peer.hear()
             assert (reply.stream, reply.code, reply.field) == (1, "invalid_request", "stream")
             await cores.until(lambda: cores.now.aborts)
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             final = await peer.hear_until(Final)
             assert (final.stream, final.usage.output_tokens) == (2, 3)
             assert len(house.frontend.streams) == 0
@@ -228,8 +228,7 @@ def test_an_oversized_frame_ends_its_own_stream_alone(run, serving, peering, cor
                 peer.say({"type": "generate", "stream": stream, "text": "x" * 1_000_000})
                 reply = await peer.hear_until(Failure)
                 assert (reply.stream, reply.code, reply.limit) == (stream, "frame_too_large", "70000")
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             final = await peer.hear_until(Final)
             assert (final.stream, final.usage.output_tokens) == (2, 3)
             assert house.frontend.budget.num_bytes == 0
@@ -457,12 +456,10 @@ def test_connections_past_the_bound_hold_few_descriptors(run, serving, peering):
             others = [await asyncio.open_connection(host, int(port)) for _ in range(MAX_REFUSED + 20)]
             heard = [await reader.read() for reader, _ in others[:MAX_REFUSED]]  # to the end
             assert all(b"max_connections" in each for each in heard)
-            while len(house.server._connections) > 1 + MAX_REFUSED:
-                await asyncio.sleep(0)
+            await until(lambda: len(house.server._connections) <= 1 + MAX_REFUSED)
             for _, writer in others:
                 writer.close()
-            while len(house.server._connections) > 1:
-                await asyncio.sleep(0)
+            await until(lambda: len(house.server._connections) <= 1)
             assert house.server._num_refused == 0
 
     run(body())

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from fake_rpc_server import LIMITS, accepted, delta, final, scripted
+from streams import answer, final_of, generate, until
 
 from cierzo.engine.errors import SlowReader
 from cierzo.engine.frontend import client as client_module
@@ -20,32 +21,12 @@ from cierzo.engine.messages import (
     Failure,
     Generate,
     Hello,
-    Ping,
-    Pong,
-    SamplingParams,
     TokenLogprobs,
     delta_cost,
 )
 
 CREDIT = Hello(client="test", features=["credit"])
 SLOW_S = 10.0
-
-
-def generate(stream=1, **sampling):
-    return Generate(stream=stream, token_ids=[0], sampling=SamplingParams(seed=0, **sampling))
-
-
-def answer(count):
-    return [7 * position % 256 for position in range(count)]
-
-
-async def settle(peer):
-    """Wait until the server has read all that was said; what it said before is passed over."""
-    peer.say(Ping(stream=99))
-    heard = []
-    while not isinstance(message := await peer.hear(), Pong):
-        heard.append(message)
-    return heard
 
 
 def on(clock, house):
@@ -69,14 +50,13 @@ def test_who_gives_credit_is_never_given_up_also_while_the_stream_is_paused(run,
             passes = on(clock, house)
             peer.say(generate(max_tokens=1000))
             await cores.until(lambda: cores.now.submits)
-            cores.free = True
-            cores.now.go_on()
+            cores.go_on()
             await cores.until(lambda: cores.now.aborts)
             (stream,) = house.frontend.streams
             for _ in range(10):
                 passes(0.6 * SLOW_S)
                 peer.say(Credit(stream=1, bytes=1))
-                await settle(peer)
+                await peer.hear_so_far()
                 assert stream.paused
                 assert stream in house.frontend.streams
             passes(0.9 * SLOW_S)
@@ -100,11 +80,11 @@ def test_a_pause_does_not_begin_the_time_anew(run, serving, peering, cores, cloc
             (stream,) = house.frontend.streams
             while not stream.unsent:
                 cores.now.step()
-                await settle(peer)
+                await peer.hear_so_far()
             passes(0.6 * SLOW_S)
             while not stream.paused:
                 cores.now.step()
-                await settle(peer)
+                await peer.hear_so_far()
             passes(0.6 * SLOW_S)
             assert (await peer.hear_until(Failure)).code == "slow_reader"
 
@@ -119,9 +99,21 @@ def taken(monkeypatch):
     return count
 
 
+async def fill(house, peer, cores):
+    """A peer's connection, which is full, and its stream, which is paused for that."""
+    cores.free = False
+    (connection,) = house.server._connections
+    peer.say(generate(max_tokens=1000))
+    await cores.until(lambda: cores.now.submits)
+    connection.pause_writing()
+    cores.go_on()
+    await cores.until(lambda: cores.now.aborts)
+    (stream,) = house.frontend.streams
+    return connection, stream
+
+
 def test_a_delta_that_is_sent_is_progress(run, serving, peering, cores, clock, taken, monkeypatch):
     """The connection takes one delta at a time, and the stream stays paused."""
-    cores.free = False
     monkeypatch.setattr("cierzo.engine.frontend.outlet.CHUNK_TOKENS", 8)
 
     async def body():
@@ -130,14 +122,7 @@ def test_a_delta_that_is_sent_is_progress(run, serving, peering, cores, clock, t
             peering(house) as peer,
         ):
             passes = on(clock, house)
-            (connection,) = house.server._connections
-            peer.say(generate(max_tokens=1000))
-            await cores.until(lambda: cores.now.submits)
-            connection.pause_writing()
-            cores.free = True
-            cores.now.go_on()
-            await cores.until(lambda: cores.now.aborts)
-            (stream,) = house.frontend.streams
+            connection, stream = await fill(house, peer, cores)
             put = connection.put
 
             def put_one(message):
@@ -161,22 +146,13 @@ def test_a_delta_that_is_sent_is_progress(run, serving, peering, cores, clock, t
 
 
 def test_bytes_that_a_full_connections_peer_takes_are_progress(run, serving, peering, cores, clock, taken):
-    cores.free = False
-
     async def body():
         async with (
             serving(cores=cores, max_pending_bytes=400, slow_reader_s=SLOW_S) as house,
             peering(house) as peer,
         ):
             passes = on(clock, house)
-            (connection,) = house.server._connections
-            peer.say(generate(max_tokens=1000))
-            await cores.until(lambda: cores.now.submits)
-            connection.pause_writing()
-            cores.free = True
-            cores.now.go_on()
-            await cores.until(lambda: cores.now.aborts)
-            (stream,) = house.frontend.streams
+            connection, stream = await fill(house, peer, cores)
             for _ in range(3):
                 taken[0] += 1
                 passes(1.1 * SLOW_S)
@@ -196,7 +172,7 @@ def test_bytes_of_other_streams_are_no_progress_of_one_without_credit(run, servi
             (connection,) = house.server._connections
             peer.say(generate(max_tokens=100))
             while len(house.frontend.streams) or not house.frontend.streams.num_read:
-                await settle(peer)
+                await peer.hear_so_far()
             connection.pause_writing()
             taken[0] += 1
             passes(1.1 * SLOW_S)
@@ -216,8 +192,7 @@ def test_what_the_peer_takes_of_a_full_connection_is_seen(run, serving, kind, tm
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             host, _, port = house.address.rpartition(":")
             peer.connect((host, int(port)) if kind == "tcp" else port)
-            while not house.server._connections:
-                await asyncio.sleep(0)
+            await until(lambda: house.server._connections)
             (connection,) = house.server._connections
             connection._write(bytes(8 << 20))
             assert connection.is_paused
@@ -231,8 +206,7 @@ def test_what_the_peer_takes_of_a_full_connection_is_seen(run, serving, kind, tm
             while left:
                 left -= len(peer.recv(min(left, 65536)))
                 await asyncio.sleep(0)
-            while connection.num_taken == now:
-                await asyncio.sleep(0)
+            await until(lambda: connection.num_taken != now)
             assert connection.is_paused, "it is seen before the connection takes more"
             peer.close()
 
@@ -271,8 +245,7 @@ def test_a_slow_consumer_gives_credit_soon(run, monkeypatch, sampling):
             generation = client.generate(token_ids=[1], **sampling)
             await generation.next()
             await generation.next()
-            while not generation._inbox.ended:
-                await asyncio.sleep(0)
+            await until(lambda: generation._inbox.ended)
             assert told["credit"] in (told["cost"], 2 * told["cost"])
             assert 2 * told["cost"] < LIMITS.stream_credit_bytes // 4
 
@@ -363,10 +336,8 @@ def test_a_consumer_that_stops_is_given_up(run, serving):
             await Client.connect(house.address) as client,
         ):
             generation = client.generate(token_ids=[0], max_tokens=500, seed=0)
-            while not generation._inbox.ended:
-                await asyncio.sleep(0)
+            await until(lambda: generation._inbox.ended)
             with pytest.raises(SlowReader):
-                async for _ in generation:
-                    pass
+                await final_of(generation)
 
     run(body())

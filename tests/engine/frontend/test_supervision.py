@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from streams import by_sample, tokens_of
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.errors import CoreFailed, CoreStalled
@@ -40,12 +41,6 @@ LIMIT_S = 60.0
 
 
 @pytest.fixture
-def children():
-    """The core processes that were started."""
-    return []
-
-
-@pytest.fixture
 def hanging(children, tmp_path):
     """`hanging("native", 50)`: a spawn of cores the first of which hangs so at that launch."""
 
@@ -62,15 +57,8 @@ def hanging(children, tmp_path):
 
 async def _answers(client):
     """The tokens of REQUESTS, sample by sample."""
-    generations = [client.generate(**request) for request in REQUESTS]
-    answers = [{sample: [] for sample in range(request["n"])} for request in REQUESTS]
-
-    async def read(generation, samples):
-        async for delta in generation:
-            samples[delta.sample] += delta.token_ids
-
-    await asyncio.gather(*map(read, generations, answers))
-    return answers
+    answers = await asyncio.gather(*(by_sample(client.generate(**request)) for request in REQUESTS))
+    return [tokens for tokens, _ in answers]
 
 
 async def _begun(house, client):
@@ -242,7 +230,7 @@ def test_the_fourth_kill_of_cores_that_ended_steps_does_not_end_the_server(run, 
                 cores.now.kill()
             await cores.until(lambda: len(cores.lives) == 7 and cores.now.submits)
             cores.now.step()
-            got += [token for delta in [delta async for delta in stream] for token in delta.token_ids]
+            got += await tokens_of(stream)
             assert got == [1 + 7 * position for position in range(7)]
             assert ((await client.health()).state, (await client.stats()).core_restarts) == ("ready", 6)
 
@@ -418,7 +406,7 @@ def test_the_oldest_records_make_room(run, tmp_path):
     run(body())
 
 
-def test_a_record_that_cannot_be_kept_is_a_line_in_the_log(run, tmp_path, caplog, monkeypatch):
+def test_a_record_that_cannot_be_kept_is_a_line_in_the_log(run, tmp_path, caplog):
     (tmp_path / "live-5.0").write_bytes(b"no header")
 
     async def body():

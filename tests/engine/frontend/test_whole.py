@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
+from streams import generate, until
 
 from cierzo.engine.errors import Interrupted
-from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.stream import Stream
@@ -118,13 +118,6 @@ def test_which_records_are_long(tokenizer):
 LONG = SamplingParams(max_tokens=2000, n=16, logprobs=20, ignore_eos=True)
 
 
-async def until(house, condition):
-    """Look again whenever a ping was answered."""
-    async with await Client.connect(house.address) as client:
-        while not condition():
-            await client.ping()
-
-
 @asynccontextmanager
 async def half_sent(house, peer, cores):
     """A connection that takes nothing, with a record of 10 MB on its way."""
@@ -132,7 +125,7 @@ async def half_sent(house, peer, cores):
     cores.now.logprobs = lambda sequence, token_ids: [entry] * len(token_ids) if token_ids else None
     peer.writer.transport.pause_reading()
     peer.say(Generate(stream=1, token_ids=[0], sampling=LONG, deltas=False))
-    await until(house, lambda: house.frontend.outlets.num_sending)
+    await until(lambda: house.frontend.outlets.num_sending)
     yield
     peer.writer.transport.resume_reading()
 
@@ -147,9 +140,9 @@ def test_others_go_on_beside_a_long_record(run, serving, peering, cores):
                 connection._transport.get_write_buffer_size() < PIECE_BYTES + house.server.config.high_water_bytes
             )
             peer.say(Ping(stream=9))
-            peer.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=50)))
+            peer.say(generate(max_tokens=50))
             async with peering(house) as other:
-                other.say(Generate(stream=1, token_ids=[0], sampling=SamplingParams(max_tokens=500)))
+                other.say(generate(max_tokens=500))
                 assert (await other.hear_until(Final)).samples[0].output_tokens == 500
             assert house.frontend.outlets.num_sending
             peer.writer.transport.resume_reading()
@@ -166,7 +159,7 @@ def test_a_reader_that_stops_within_a_record_loses_its_connection(run, serving, 
     async def body():
         async with serving(cores=cores, slow_reader_s=0.1) as house, peering(house) as peer:
             async with half_sent(house, peer, cores):
-                await until(house, lambda: len(house.server._connections) == 1)
+                await until(lambda: not house.server._connections)
             assert not house.frontend.outlets.num_sending
             assert await peer.hear() is None
 
