@@ -99,6 +99,7 @@ class Outlets:
         stream.flows = stream.deltas and not is_behind
         stream.begin_reading()
         if stream.ended_at_s is not None or is_behind:
+            self._heap.measure(stream)  # it may have been given back when the reader before had all of it
             self._behind(stream)
             self._make_ready(stream)
 
@@ -170,11 +171,12 @@ class Outlets:
             self._bound(stream)
 
     def ended(self, stream: Stream) -> None:
-        """Nothing more will come: the reader gets the last message, after what it has not got."""
+        """Nothing more will come: the reader gets the last message, after what it has not got. A whole answer waits
+        for its turn, as many may end in a step."""
         stream.flows = False
         if stream.sink is None:
             self._heap.release(stream)
-        elif not self._advance(stream, CHUNK_TOKENS)[1]:
+        elif not stream.deltas or not self._advance(stream, CHUNK_TOKENS)[1]:
             self._behind(stream)
             self._make_ready(stream)
 
@@ -185,13 +187,14 @@ class Outlets:
             self._make_ready(stream)
 
     def hurry(self, error: Callable[[Stream], CierzoError]) -> int:
-        """Wait for readers no longer: each stream that has ended gives its last message now, or `error` if its
-        reader has not got all that comes before. Gives the number of those that had ended well, and do not now."""
+        """Wait for readers no longer: each stream that has ended gives its last message now, or `error` if that is
+        long, or its reader has not got all that comes before, or takes nothing. Gives the number of those that had
+        ended well, and do not now."""
         num_cut = 0
         for stream in self._streams.with_readers():
             sink = stream.sink
             if sink is not None and stream.ended_at_s is not None:
-                if stream.unsent:
+                if stream.unsent or sink.is_paused or is_long(stream):
                     num_cut += stream.error is None
                     sink.put(failure(stream.stream_id, error(stream)))
                 else:
@@ -313,6 +316,7 @@ class Outlets:
         if is_done and stream.ended_at_s is not None:
             if is_long(stream):
                 return self._build(stream, sink)
+            num_tokens += 0 if stream.deltas else sum(len(sample.token_ids) for sample in stream.samples)
             sink.put(stream.last(self._detokenizer))
             self._last_is_put(stream)
         else:

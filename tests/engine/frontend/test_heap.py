@@ -103,3 +103,23 @@ def test_an_answer_whose_reader_left_counts_no_longer(run, serving, peering, cor
             assert house.frontend.heap.num_bytes == 0
 
     run(body())
+
+
+def test_ended_answers_that_are_read_again_count(run, serving, peering, cores):
+    async def body():
+        reading = Hello(client="test", features=["resume", "credit"])
+        async with (
+            serving(cores=cores, max_kept_bytes=LIMIT, stream_credit_bytes=1024) as house,
+            peering(house, RESUME) as asker,
+            peering(house, reading) as reader,
+        ):
+            for stream in range(1, 41):
+                asker.say(generate(stream, 300))
+                first = await asker.hear()
+                await asker.hear_until(Final)
+                reader.say(Resume(stream=stream, request_id=first.request_id, received=[0]))
+                await reader.hear_so_far()
+            held = sum(stream.num_bytes for stream in house.frontend.streams.with_readers())
+            assert LIMIT // 2 < held <= house.frontend.heap.num_bytes < 1.1 * LIMIT
+
+    run(body())

@@ -13,6 +13,7 @@ from streams import generate, until
 from cierzo.engine.errors import Interrupted
 from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.frames import pack
+from cierzo.engine.frontend.outlet import TURN_TOKENS, Outlets
 from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.frontend.whole import CHUNK_TOKENS, ONE_PIECE_TOKENS, PIECE_BYTES, build, cut, is_long
 from cierzo.engine.messages import (
@@ -193,3 +194,43 @@ def test_an_interrupt_does_not_wait_for_a_long_record(run, serving, peering, cor
             await house.frontend.drained()
 
     run(body(), 15.0)
+
+
+def test_an_interrupt_tells_whoever_waits_behind_a_long_record(run, serving, peering, cores):
+    async def body():
+        async with serving(cores=cores) as house, peering(house) as peer, half_sent(house, peer, cores):
+            peer.say(generate(2, max_tokens=300, logprobs=20, deltas=False))
+            peer.say(generate(3, max_tokens=5, deltas=False))
+            await until(lambda: house.frontend.counters.finished == 3)
+            house.frontend.interrupt()
+            peer.writer.transport.resume_reading()
+            assert isinstance(await peer.hear(), Final)
+            ends = [await peer.hear() for _ in range(2)]
+            assert sorted((end.stream, end.code) for end in ends) == [(2, "interrupted"), (3, "interrupted")]
+
+    run(body(), 15.0)
+
+
+def test_whole_answers_that_end_together_leave_in_turns(run, serving, peering, cores, monkeypatch):
+    given, inner = [], Outlets._take_turn
+
+    def counted(self):
+        before = self._streams.num_read
+        inner(self)
+        given.append(before - self._streams.num_read)
+
+    monkeypatch.setattr(Outlets, "_take_turn", counted)
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house, peering(house) as peer:
+            for stream in range(100):
+                peer.say(generate(stream, max_tokens=1000, ignore_eos=True, deltas=False))
+            await cores.until(lambda: len(cores.now.submits) == 100)
+            cores.go_on()
+            for _ in range(100):
+                await peer.hear_until(Final)
+            assert sum(given) == 100
+            assert max(given) <= TURN_TOKENS // 1000 + 1
+
+    run(body())
