@@ -96,7 +96,8 @@ class Connection(asyncio.Protocol):
         self._frames.close()
         self._outbox.clear()
         self._late.clear()
-        self._pieces = None
+        # they know us, and the cycle collector comes so rarely that the cycles would gather for hours
+        self._transport = self._keepalive = self._timer = self._pieces = None
         self._server.left(self)
 
     def data_received(self, data: bytes) -> None:
