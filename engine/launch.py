@@ -28,7 +28,7 @@ from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import ModelInfo
-from cierzo.engine.server_process import LOG_FORMAT, prepare_memory
+from cierzo.engine.server_process import LOG_FORMAT, prepare_memory, return_large_blocks
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
         if isinstance(startup, signal.Signals):
             return 0 if startup == signal.SIGTERM else 128 + startup
         prepare_memory()
+        return_large_blocks()
         _say(f"{startup}\nready: {config.name} at {server.address}")
         return await _until_stopped(signals, frontend)
     finally:

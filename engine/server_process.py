@@ -11,6 +11,8 @@ import sys
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PR_SET_PDEATHSIG = 1  # of prctl
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+LARGE_BYTES = 256 * 1024
 GC_THRESHOLDS = (20_000, 50, 1_000)  # the last: young collections between two full ones
 
 
@@ -40,3 +42,14 @@ def prepare_memory() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
+
+
+def return_large_blocks() -> None:
+    """Have glibc take each large block from the system, and give it back when it is freed.
+
+    By itself it takes them from its heap once a first one was freed, and tables of as many entries as requests are
+    kept, rebuilt as they turn over, leave gaps there: the heap grows in steps. Not for a process that computes,
+    whose arrays would be mapped anew in each step.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)

@@ -9,7 +9,7 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 200,
-    "engine": 3_650,
+    "engine": 3_670,
     "engine/cost": 1_200,
     "engine/frontend": 9_250,
     "engine/model": 1_050,
