@@ -78,6 +78,12 @@ class Inbox:
         """Whether nothing more comes."""
         return self.final is not None or self.error is not None
 
+    @property
+    def failure(self) -> CierzoError | None:
+        """The error, to be raised: one that ends a connection is raised by all its generations, and would otherwise
+        keep what each of them was doing."""
+        return None if self.error is None else self.error.with_traceback(None)
+
     def add(self, delta: Delta, cost: int) -> None:
         """Take in a delta of this cost, and wake those who wait for one."""
         self.deltas.append(delta)
@@ -191,8 +197,8 @@ class Generation:
     def final(self) -> Final:
         """Usage, timings, seed, and how each sample ended. Raises RuntimeError while the generation still runs, and
         the error of one that failed."""
-        if self._inbox.error is not None:
-            raise self._inbox.error
+        if (error := self._inbox.failure) is not None:
+            raise error
         if self._inbox.final is None:
             raise RuntimeError("the generation has not ended")
         return self._inbox.final
@@ -228,7 +234,9 @@ class Generation:
         await inbox.until(lambda: inbox.accepted, timeout_s, inbox.accepting)
         if inbox.accepted is not None:
             return inbox.accepted
-        raise inbox.error or ProtocolError("the request has ended, and the server did not say that it was accepted")
+        raise inbox.failure or ProtocolError(
+            "the request has ended, and the server did not say that it was accepted"
+        )
 
     def __aiter__(self) -> Self:
         return self
@@ -238,7 +246,7 @@ class Generation:
         if not inbox.deltas:
             await inbox.until(inbox.deltas.__len__, None, inbox.waiters)
             if not inbox.deltas:
-                raise inbox.error or StopAsyncIteration
+                raise inbox.failure or StopAsyncIteration
         return inbox.consume()
 
     async def next(self, timeout_s: float | None = None) -> Delta | None:
@@ -279,6 +287,6 @@ class Generation:
         inbox = self._inbox
         if not inbox.deltas:
             await inbox.until(inbox.deltas.__len__, timeout_s, inbox.waiters)
-            if not inbox.deltas and inbox.error is not None:
-                raise inbox.error
+            if not inbox.deltas and (error := inbox.failure) is not None:
+                raise error
         return bool(inbox.deltas)

@@ -281,6 +281,24 @@ def test_the_connection_ends_in_the_middle(run, serving, cores):
     run(body())
 
 
+def test_an_error_of_many_generations_keeps_no_traces_of_them(run, serving, cores):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores) as house:
+            client = await Client.connect(house.address)
+            generations = [client.generate(token_ids=[1], max_tokens=9) for _ in range(50)]
+            await cores.until(lambda: len(cores.now.submits) == 50)
+            await house.server.close()
+            for generation in generations:
+                with pytest.raises(ConnectionLost) as caught:
+                    await anext(generation)
+            assert len(caught.traceback) < 5
+            await client.close()
+
+    run(body())
+
+
 @pytest.mark.parametrize(
     "bad",
     [
