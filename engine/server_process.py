@@ -1,5 +1,5 @@
-"""Properties of every process of a server: its log lines, its end together with its parent, its collections,
-and how it opens files of its own."""
+"""Properties of every process of a server: its log lines, its end together with its parent, its collections and its
+heap, and how it opens files of its own."""
 
 from __future__ import annotations
 

@@ -125,8 +125,9 @@ class Arrivals:
                 return
             validate.fields(message, self._config, self._model, self._prompts.special_ids)
             self._admit(message.sampling.n)
-            num_bytes, most = None if attached is None else attached.num_bytes, self._model.max_model_len
-            validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
+            if attached is not None or message.attached is not None:
+                num_bytes, most = None if attached is None else attached.num_bytes, self._model.max_model_len
+                validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
         except CierzoError:
             self._owner.counters.refused += 1
             raise

@@ -43,10 +43,8 @@ GRACE_S = 2.0  # for a job past its deadline: about what a new process costs
 START_TIMEOUT_S = 60.0
 RESTART_WAIT_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a start, by the number of those in a row that failed
 MAX_TRIES = 2  # of a job whose process dies
-PATIENCE_S = (
-    2.0  # with a job, and SLOWEST of its time at the usual rate, before it is looked at what its process does
-)
-SLOWEST = 10.0
+# A job may take so long, and so many times what it would at the usual rate, before its process is looked at.
+PATIENCE_S, SLOWEST = 2.0, 10.0
 LOOK_AGAIN_S = 0.2
 FIRST_BYTES_PER_S = 1e6  # until a rate is measured
 _decode = msgspec.msgpack.Decoder(Answer).decode

@@ -17,6 +17,7 @@ from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.cost import (
     DECODE_STRIDE,
     FIRST_ROWS,
+    LEARN_EVERY_S,
     LEAST_CHUNK,
     SEEN_ENOUGH,
     CostLearner,
@@ -162,6 +163,16 @@ def test_of_steps_that_only_decode_few_are_learned() -> None:
     learner = CostLearner()
     changed = [learner.observe(StepWork(4, 100 + n), 0.01) for n in range(10 * DECODE_STRIDE)]
     assert sum(changed) == pytest.approx(10, abs=2)
+
+
+def test_of_short_steps_one_is_learned_from_in_a_while() -> None:
+    learner = CostLearner()
+    for count in range(SEEN_ENOUGH):
+        learner.observe(chunk(0, 16 + count), 1.0)
+    seconds = LEARN_EVERY_S / 10
+    learned = [learner.observe(chunk(0, 32), seconds) for _ in range(100)]
+    assert 9 <= sum(learned) <= 11
+    assert learner.observe(chunk(0, 64), 2 * LEARN_EVERY_S)  # of a longer one always
 
 
 def test_a_long_time_without_prompts_forgets_no_prompt() -> None:

@@ -20,10 +20,11 @@ from cierzo.engine.errors import CoreFailed, CoreStalled
 from cierzo.engine.flight import Header, packed, read
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.core_link import _ending
+from cierzo.engine.frontend.core_link import COMMANDS_PER_WRITE, _ending, _Pipe
 from cierzo.engine.frontend.flights import MAX_KEPT, Flights
+from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.restarts import Restarts
-from cierzo.engine.messages import CoreError
+from cierzo.engine.messages import Abort, CoreError
 from cierzo.engine.signs import SignsPage
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.replay import Replay
@@ -423,3 +424,27 @@ def test_segments_of_processes_that_are_gone_are_swept(tmp_path):
     Flights(str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {f"live-{os.getpid()}.0", "live-x.0"}
     assert Flights.under("", with_prompts=False) is None
+
+
+def test_commands_of_a_turn_leave_together_and_in_order(run):
+    written = []
+
+    class Transport:
+        write = staticmethod(written.append)
+
+    async def body():
+        pipe = _Pipe(b"hello", lambda step: None)
+        pipe.connection_made(Transport())
+        commands = [Abort(request_id=number) for number in range(COMMANDS_PER_WRITE + 3)]
+        for command in commands:
+            pipe.send(command)
+        first, rest = commands[:COMMANDS_PER_WRITE], commands[COMMANDS_PER_WRITE:]
+        assert written == [b"hello", pack(first)]
+        await asyncio.sleep(0)
+        assert written[2:] == [pack(rest)]
+        pipe.send(commands[0])
+        pipe.connection_lost(None)
+        await asyncio.sleep(0)
+        assert len(written) == 3
+
+    run(body())
