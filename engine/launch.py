@@ -25,10 +25,10 @@ from cierzo.engine.frontend.encoders import Encoders
 from cierzo.engine.frontend.encoding import Setup
 from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import ModelInfo
 from cierzo.engine.server_process import LOG_FORMAT, prepare_memory, return_large_blocks
+from cierzo.engine.text.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
 

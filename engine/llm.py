@@ -29,7 +29,6 @@ from cierzo.engine.errors import CoreFailed, InvalidRequest
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.arguments import generate_message, held, sampling_params
 from cierzo.engine.frontend.one_process import OneProcess
-from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.validate import SEED_BITS
 from cierzo.engine.launch import load_prompts, model_info
@@ -45,6 +44,7 @@ from cierzo.engine.messages import (
     Usage,
 )
 from cierzo.engine.settings import settings_of
+from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.worker.core import EngineCore
 from cierzo.kernels.fault import DeviceFault
 

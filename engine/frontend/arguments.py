@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.validate import mistyped, refuse_surrogates
+from cierzo.engine.frontend.validate import mistyped
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
+from cierzo.engine.text.unicode import refuse_surrogates
 
 LOWEST_INT, HIGHEST_INT = -(2**63), 2**64 - 1  # MessagePack has no others
 _AS_THEY_ARE = {type(None), bool, float}

@@ -16,7 +16,6 @@ from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.attachments import ATTACHED_S, Attached, Attachments
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import CoreSide
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.encoders import Encoder, Late
 from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, pack_prompt
 from cierzo.engine.frontend.failures import failure
@@ -25,13 +24,14 @@ from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.limits import require_room
 from cierzo.engine.frontend.outlet import Outlets
-from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import require_bounded
 from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.frontend.validate import SEED_BITS
 from cierzo.engine.messages import FinishReason, Generate, ModelInfo
+from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.text.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
 

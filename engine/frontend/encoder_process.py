@@ -20,8 +20,8 @@ from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.encoding import Job, Loaded, RequestEncoder, Setup
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import LENGTH_BYTES
-from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.server_process import LOG_FORMAT, end_with_parent
+from cierzo.engine.text.prompt import PromptEncoder
 
 
 def main() -> int:

@@ -17,8 +17,8 @@ from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import UNDECODABLE
-from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit
+from cierzo.engine.text.prompt import PromptEncoder
 
 _decode_generate = msgspec.msgpack.Decoder(Generate).decode
 _decode_attached = {

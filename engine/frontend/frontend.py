@@ -22,11 +22,11 @@ from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.limits import CancelLimiter
 from cierzo.engine.frontend.outlet import Outlets
-from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.messages import Credit, FinishReason, Generate, ModelInfo, Resume, TokenDelta
+from cierzo.engine.text.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
 

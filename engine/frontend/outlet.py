@@ -13,7 +13,6 @@ from typing import Protocol
 
 from cierzo.engine.errors import CierzoError, SlowReader
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
@@ -23,6 +22,7 @@ from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.frontend.whole import Pieces, build, cut, is_long
 from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost, logprobs_cost, text_cost
+from cierzo.engine.text.detok import Detokenizer
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
 CHUNK_LOGPROBS = 128

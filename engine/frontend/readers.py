@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from cierzo.engine.errors import InvalidRequest, NotFound, TakenOver
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.limits import require_room
@@ -14,6 +13,7 @@ from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.stream import Sink, Stream
 from cierzo.engine.messages import Generate, Resume, SamplingParams
+from cierzo.engine.text.detok import Detokenizer
 
 
 class Readers:

@@ -14,8 +14,8 @@ from typing import cast
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.messages import Finish, FinishReason, Submit, TokenDelta, TokenLogprobs
+from cierzo.engine.text.detok import Detokenizer
 
 TOKEN_BYTES = 4
 TEXT_BYTES = 4  # of a token, about

@@ -13,7 +13,6 @@ import msgspec
 
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.accounting import add_run
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.sample import Sample
@@ -29,6 +28,7 @@ from cierzo.engine.messages import (
     Timings,
     Usage,
 )
+from cierzo.engine.text.detok import Detokenizer
 
 _NOTHING = SamplingParams()
 

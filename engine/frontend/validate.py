@@ -140,20 +140,6 @@ def undecodable(error: Exception) -> InvalidRequest:
     return mistyped(f"a text must be UTF-8: {error}" if not_utf8 else str(error))
 
 
-def refuse_surrogates(field: str, text: str) -> None:
-    """Raise InvalidRequest if `text` holds half of a surrogate pair: Python strings can, UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        lone = text[error.start]
-        raise InvalidRequest(
-            f"{field} holds a lone surrogate, U+{ord(lone):04X}, as character {error.start}: it cannot be encoded",
-            field=field,
-            limit="Unicode text",
-            value=ascii(lone),
-        ) from error
-
-
 def mistyped(text: str) -> InvalidRequest:
     """The error for a field that msgspec refuses, as in "Expected `int`, got `str` - at `$.sampling.top_k`"."""
     reason, _, place = text.partition(" - at ")

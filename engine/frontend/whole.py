@@ -10,11 +10,11 @@ from collections.abc import Callable, Generator, Iterator
 
 import msgspec
 
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.messages import SampleEnd, SamplingParams
+from cierzo.engine.text.detok import Detokenizer
 
 CHUNK_TOKENS = 4096  # built in a step
 PIECE_BYTES = 128 * 1024  # written in a step

@@ -12,9 +12,9 @@ import tokenizers
 from cierzo.engine import LLM, SamplingParams
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.frontend.tokenizer import _BYTE_OF
 from cierzo.engine.launch import load_prompts, model_info, with_flight_folder
+from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.tokenizer import _BYTE_OF
 from cierzo.engine.weights.make import make_checkpoint
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_end|>", "<|call|>")

@@ -15,9 +15,9 @@ import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.frontend.tokenizer import load_tokenizer
 from cierzo.engine.model.build import parameter_specs
 from cierzo.engine.model.read_config import read_model_config
+from cierzo.engine.text.tokenizer import load_tokenizer
 from cierzo.engine.weights import gguf, gguf_tokenizer
 from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.reader import CheckpointReader

@@ -16,8 +16,8 @@ from loading import TOKENS, logits
 from tiny_folders import changed
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.frontend.tokenizer import _byte_alphabet
 from cierzo.engine.model.read_config import read_model_config
+from cierzo.engine.text.tokenizer import _byte_alphabet
 from cierzo.engine.weights.gguf import convert_gguf
 
 # key -> (type as gguf's writer calls it, value)

@@ -96,8 +96,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("kernels", *PARAMETERS),
     ),
     "engine.worker": WORKER,
+    "engine.text": ("engine.text", "engine.messages", "engine.errors"),
     "engine.frontend": (
         "engine.frontend",
+        "engine.text",
         "engine.messages",
         "engine.errors",
         "engine.signs",

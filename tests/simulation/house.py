@@ -10,9 +10,9 @@ from support.local_encoders import local_encoders
 from cierzo.bench.virtual import VirtualClock
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import ModelInfo
+from cierzo.engine.text.prompt import PromptEncoder
 
 from .link import SimulatedLink
 from .reference import byte_tokenizer

@@ -13,9 +13,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.frontend.tokenizer import _BYTE_OF, Tokenizer
-from cierzo.engine.frontend.tokenizer_config import TokenizerConfig
 from cierzo.engine.messages import SamplingParams, Submit, TokenLogprobs
+from cierzo.engine.text.tokenizer import _BYTE_OF, Tokenizer
+from cierzo.engine.text.tokenizer_config import TokenizerConfig
 
 from .history import Body, Request
 from .link import new_core

@@ -9,10 +9,10 @@ import pytest
 
 from cierzo.bench.virtual import VirtualClock, VirtualLoop
 from cierzo.engine.frontend.core_side import CoreSide
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
+from cierzo.engine.text.detok import Detokenizer
 from simulation.__main__ import COMMAND
 from simulation.world import World
 

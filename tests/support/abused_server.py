@@ -26,9 +26,9 @@ from cierzo.engine.frontend.encoders import Encoders
 from cierzo.engine.frontend.encoding import Setup
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import CoreCommand, Finish, StepOutput, Submit, TokenDelta, TokenLogprobs
+from cierzo.engine.text.prompt import PromptEncoder
 
 WATCH_S = 0.001
 LONGEST_TOKEN = "ab " * 32  # in bytes of a text 96 a token: 15 MB of it could fit the model

@@ -14,8 +14,8 @@ from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, packed
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.limits import ByteBudget
-from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.messages import Failure, ModelInfo
+from cierzo.engine.text.prompt import PromptEncoder
 
 
 @dataclass

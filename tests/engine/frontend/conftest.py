@@ -24,17 +24,13 @@ from fake_rpc_server import Script, scripted
 from local_encoders import local_encoders
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from cierzo.engine.frontend.chat import ChatTemplate
 from cierzo.engine.frontend.child import Spawn
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_link import CoreLink
 from cierzo.engine.frontend.encoders import Encoders
 from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.frontend.rpc import RpcServer
-from cierzo.engine.frontend.tokenizer import Tokenizer
-from cierzo.engine.frontend.tokenizer_config import TokenizerConfig
 from cierzo.engine.messages import (
     Hello,
     ModelInfo,
@@ -43,6 +39,10 @@ from cierzo.engine.messages import (
     ServerMessage,
     Welcome,
 )
+from cierzo.engine.text.chat import ChatTemplate
+from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.tokenizer import Tokenizer
+from cierzo.engine.text.tokenizer_config import TokenizerConfig
 from cierzo.engine.weights.make import make_checkpoint
 
 
@@ -73,7 +73,7 @@ class FakeClock:
 def byte_tokenizer() -> Tokenizer:
     """Ids 0..255 are bytes, 256 and 257 begin and end a text, 258 is an added word with a space in it."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    from cierzo.engine.frontend.tokenizer import _BYTE_OF
+    from cierzo.engine.text.tokenizer import _BYTE_OF
 
     vocabulary = {char: _BYTE_OF[char] for char in alphabet}
     inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))

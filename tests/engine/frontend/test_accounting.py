@@ -14,8 +14,8 @@ from cierzo.cache.config import CacheConfig
 from cierzo.engine.frontend.accounting import add_run
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.prompt import PromptEncoder
 from cierzo.engine.messages import Abort, Cost, Final, Finish, Generate, Hello, SamplingParams, StepOutput, Submit
+from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner, fake_config
 from cierzo.scheduler.config import SchedulerConfig

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.sample import LogprobLog, Sample, most_token_bytes, require_bounded
 from cierzo.engine.messages import Finish, SamplingParams, Submit, TokenDelta, TokenLogprobs
+from cierzo.engine.text.detok import Detokenizer
 
 PIECES = [b"a", b"b", b"ab", b"", b" ", "€".encode(), b"\xe2", b"\x82", b"\xac", b"\xf0\x9f", b"\x99\x82", b"\xff"]
 STOPS = ["ab", "ba b", "€a", "\ufffd\ufffd", "🙂", "bb"]

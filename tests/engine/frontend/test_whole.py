@@ -11,7 +11,6 @@ import pytest
 from streams import generate, until
 
 from cierzo.engine.errors import Interrupted
-from cierzo.engine.frontend.detok import Detokenizer
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.outlet import TURN_TOKENS, Outlets
 from cierzo.engine.frontend.stream import Stream
@@ -28,6 +27,7 @@ from cierzo.engine.messages import (
     TokenDelta,
     TokenLogprobs,
 )
+from cierzo.engine.text.detok import Detokenizer
 
 FINISH = Finish("length", "", None, 3, 0, 0, 0, 0.0, 0.1, 0.2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cierzo.engine.frontend.detok import Detokenizer, stop_matcher
+from cierzo.engine.text.detok import Detokenizer, stop_matcher
 
 
 class Bytes:

@@ -6,8 +6,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.frontend.chat import ChatTemplate
 from cierzo.engine.messages import ChatMessage
+from cierzo.engine.text.chat import ChatTemplate
 
 TURNS = [
     {"role": "system", "content": "Be <brief> & 'kind'."},

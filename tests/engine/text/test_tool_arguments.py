@@ -13,9 +13,9 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.chat import ChatTemplate
-from cierzo.engine.frontend.tool_arguments import Arguments
 from cierzo.engine.messages import ChatMessage, ToolCall
+from cierzo.engine.text.chat import ChatTemplate
+from cierzo.engine.text.tool_arguments import Arguments
 
 TURNS = (
     "{% for m in messages %}{% if m.tool_calls is defined %}{% for c in m.tool_calls %}CALL{% endfor %}{% endif %}"

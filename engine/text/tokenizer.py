@@ -9,8 +9,8 @@ import msgspec
 import tokenizers
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.frontend.tokenizer_config import TokenizerConfig, read_tokenizer_config
-from cierzo.engine.frontend.validate import refuse_surrogates
+from cierzo.engine.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
+from cierzo.engine.text.unicode import refuse_surrogates
 
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 LONG_TEXT_CHARS = 4096  # from here on the interpreter lock is released while encoding

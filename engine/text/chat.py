@@ -9,10 +9,10 @@ from typing import Any
 import jinja2
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.frontend.template_environment import template_environment
-from cierzo.engine.frontend.tokenizer_config import read_object, read_tokenizer_config, templates_by_name
-from cierzo.engine.frontend.tool_arguments import Arguments
 from cierzo.engine.messages import ChatMessage
+from cierzo.engine.text.template_environment import template_environment
+from cierzo.engine.text.tokenizer_config import read_object, read_tokenizer_config, templates_by_name
+from cierzo.engine.text.tool_arguments import Arguments
 
 MAX_REASON_CHARS = 500  # of what a template says against the messages
 Shape = Callable[[Arguments], Any]  # from a call's arguments to what a template sees of them

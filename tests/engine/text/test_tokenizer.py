@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.frontend.detok import Detokenizer
-from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.frontend.tokenizer import _BYTE_OF, LONG_TEXT_CHARS, Tokenizer, load_tokenizer
 from cierzo.engine.messages import ChatMessage, Generate
+from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.tokenizer import _BYTE_OF, LONG_TEXT_CHARS, Tokenizer, load_tokenizer
 
 CORPUS = ["the quick brown fox, naïve café €5 🙂 日本語 and the lazy dog\n\tthe end  of the day"] * 3
 

@@ -12,10 +12,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.frontend.chat import load_chat_template, read_chat_templates
-from cierzo.engine.frontend.prompt import PromptEncoder
-from cierzo.engine.frontend.tokenizer import _BYTE_OF, load_tokenizer
 from cierzo.engine.messages import ChatMessage, Generate
+from cierzo.engine.text.chat import load_chat_template, read_chat_templates
+from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.tokenizer import _BYTE_OF, load_tokenizer
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 TEXTS = ("hi", "", "a</s>b <|im_end|> <tool>h</tool>", "é\n🙂  <new> x", "<s>", "</s>")

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.frontend.chat import ChatTemplate, load_chat_template
 from cierzo.engine.messages import ChatMessage, ToolCall
+from cierzo.engine.text.chat import ChatTemplate, load_chat_template
 
 USER = ChatMessage(role="user", content="Hi")
 CALL = ToolCall(name="add", arguments='{"b": 1,  "a": 2}', id="c1")

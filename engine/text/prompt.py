@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.chat import ChatTemplate, load_chat_template, read_chat_templates
-from cierzo.engine.frontend.detok import MAX_CHAR_BYTES, Detokenizer
-from cierzo.engine.frontend.tokenizer import Tokenizer, load_tokenizer
 from cierzo.engine.messages import Generate, SamplingParams
+from cierzo.engine.text.chat import ChatTemplate, load_chat_template, read_chat_templates
+from cierzo.engine.text.detok import MAX_CHAR_BYTES, Detokenizer
+from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
 
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
 

@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.chat import ChatTemplate
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.frontend import failure
-from cierzo.engine.frontend.prompt import PART_CHARS, PromptEncoder
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, ToolCall
+from cierzo.engine.text.chat import ChatTemplate
+from cierzo.engine.text.prompt import PART_CHARS, PromptEncoder
 
 LONE = "a\ud800b"
 
