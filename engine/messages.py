@@ -7,6 +7,8 @@ not public).
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import msgspec
 
 from cierzo.engine.expert_statistics import ExpertStatistics
@@ -16,8 +18,9 @@ from cierzo.scheduler.plan import Finish, FinishReason, TokenDelta, TokenLogprob
 PROTOCOL_VERSION = 3
 OLDEST_VERSION = 2  # spoken too; it knows no features
 # Named abilities, which hello asks for and welcome grants. What belongs to one that was not granted is an error.
-FEATURES = ("accounting", "attach", "credit", "keepalive", "resume")
+FEATURES = ("accounting", "attach", "credit", "keepalive", "masks", "parts", "resume")
 MAGIC = "cierzo"
+EndReason = FinishReason | Literal["tool_calls"]
 
 __all__ = ["ExpertStatistics", "Finish", "FinishReason", "SamplingParams", "TokenDelta", "TokenLogprobs"]
 
@@ -47,14 +50,44 @@ class ToolCall(Message, frozen=True):
     id: str = ""
 
 
+class TextChunk(Message, frozen=True, tag="text"):
+    """Part of a turn's content: text."""
+
+    text: str
+
+
+class ThinkingChunk(Message, frozen=True, tag="thinking"):
+    """Part of a turn's content: a thought. `closed` false: the answer goes on within it."""
+
+    thinking: str
+    closed: bool = True
+
+
+Content = str | list[TextChunk | ThinkingChunk]
+
+
 class ChatMessage(Message, frozen=True):
-    """A turn of a conversation. `role` is system, user, assistant or tool."""
+    """A turn of a conversation. `role` is system, user, assistant or tool.
+
+    `reasoning`: a thought that comes before the content. `name`: of a tool that gave a result. `prefix` (feature
+    "parts"), of the last turn, an assistant's: the answer goes on with it.
+    """
 
     role: str
-    content: str = ""
+    content: Content = ""
     reasoning: str = ""
     tool_calls: list[ToolCall] = []
     tool_call_id: str = ""
+    name: str = ""
+    prefix: bool = False
+
+
+class Tool(Message, frozen=True):
+    """A function that the model may call. `parameters`: JSON schema of its arguments."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = {}
 
 
 class Attach(Message, frozen=True, tag="attach"):
@@ -75,6 +108,10 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     `deltas` false asks for the final record alone. `priority`: lower runs first. `deadline_s` counts from arrival.
     `idempotency_key` (feature "resume"): the same key never generates twice; a second `generate` with it joins the
     first one from its first token.
+
+    Of the feature "parts": `tools`, which `messages` may call; `tool_choice` "auto" or "none"; with
+    `parallel_tool_calls` false an answer ends after its first call; `suffix`: what comes behind the answer to
+    `text` (fill in the middle).
     """
 
     stream: int
@@ -89,6 +126,10 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     deadline_s: float | None = None
     deltas: bool = True
     idempotency_key: str | None = None
+    tools: list[Tool] = []
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    suffix: str | None = None
 
 
 class Resume(Message, frozen=True, tag="resume"):
@@ -217,14 +258,39 @@ class Accepted(Message, frozen=True, tag="accepted"):
     deadline_s: float
 
 
+PartKind = Literal["text", "thinking", "call"]
+
+
+class Part(Message, frozen=True, omit_defaults=True):
+    """A piece of an output (feature "parts"): text, a thought, or a call of a tool.
+
+    In deltas: pieces that follow each other and have the same `kind` (and `call`) are one part, `text` is what is
+    new of it. In a final record: a whole part. Of a call, `text` is the JSON of its arguments, as it was generated,
+    `call` its number in the sample, from 0; `name` and `id` come with its first piece. `num_tokens`: tokens of the
+    delta, or of the output, that the piece was made of; markers belong to what they open or close.
+    """
+
+    kind: PartKind
+    text: str = ""
+    call: int = 0
+    name: str = ""
+    id: str = ""
+    num_tokens: int = 0
+
+
 class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
-    """New output of one sample of a stream. `text` may lag behind `token_ids` (incomplete characters, stops)."""
+    """New output of one sample of a stream. `text` may lag behind `token_ids` (incomplete characters, stops).
+
+    With the feature "parts" `text` has no thoughts and no calls; `parts` are all its pieces in order, text
+    included, and empty where there is nothing but text.
+    """
 
     stream: int
     sample: int = 0
     token_ids: list[int] = []
     text: str = ""
     logprobs: list[TokenLogprobs] | None = None
+    parts: list[Part] = []
 
 
 def delta_cost(delta: Delta) -> int:
@@ -280,11 +346,13 @@ class Timings(Message, frozen=True):
 class SampleEnd(Message, frozen=True, omit_defaults=True):
     """How one sample ended. `stop` is the stop string or token id that ended it, if one did.
 
-    With `Generate.deltas` false, `token_ids`, `text` and `logprobs` carry the whole output; else they are empty.
+    With `Generate.deltas` false, `token_ids`, `text`, `logprobs` and `parts` carry the whole output; else they are
+    empty. With the feature "parts", one that stopped and has a whole call ends as "tool_calls"; `broken_calls`:
+    numbers of the calls whose arguments are no JSON object.
     """
 
     sample: int
-    finish_reason: FinishReason
+    finish_reason: EndReason
     output_tokens: int
     stop: str | int | None = None
     message: str = ""
@@ -292,6 +360,8 @@ class SampleEnd(Message, frozen=True, omit_defaults=True):
     token_ids: list[int] = []
     text: str = ""
     logprobs: list[TokenLogprobs] | None = None
+    parts: list[Part] = []
+    broken_calls: list[int] = []
 
 
 class Final(Message, frozen=True, tag="final", omit_defaults=True):

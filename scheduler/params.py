@@ -44,6 +44,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = ()
     ignore_eos: Annotated[bool, Meta(description="the model's own end tokens do not end the answer")] = False
     logprobs: Annotated[int | None, Meta(description="most likely tokens reported beside each chosen one")] = None
+    allowed_token_ids: Annotated[
+        tuple[int, ...], Meta(description="the only tokens to choose from; none: all")
+    ] = ()
+    bad_words: Annotated[
+        tuple[str, ...], Meta(description="a text that no answer holds, as its tokens spell it")
+    ] = ()
+    max_thinking_tokens: Annotated[
+        int | None, Meta(description="tokens of a thought, after which it is closed")
+    ] = None
 
     def __post_init__(self) -> None:
         for name, single in (("stop", str), ("stop_token_ids", Integral)):

@@ -18,7 +18,16 @@ from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit
 MAX_SEED = 2**63 - 1
 SEED_BITS = 53  # of seeds drawn for clients: they survive those whose numbers are doubles
 MAX_BIAS = 100.0
-FEATURE_OF_FIELD = {"attached": "attach", "idempotency_key": "resume"}  # fields of `generate`
+# Fields of `generate`, and of its `sampling`, that belong to a feature.
+FEATURE_OF_FIELD = {
+    **{"attached": "attach", "idempotency_key": "resume"},
+    **dict.fromkeys(("tools", "tool_choice", "parallel_tool_calls", "suffix"), "parts"),
+}
+FEATURE_OF_PARAMETER = {
+    **dict.fromkeys(("allowed_token_ids", "bad_words"), "masks"),
+    "max_thinking_tokens": "parts",
+}
+_PLAIN, _PLAIN_PARAMS = Generate(stream=0), SamplingParams()
 ATTACHABLE = ("text", "messages", "token_ids")
 MAX_ID_BYTES = 9  # of a token id in MessagePack; the longest head of a list or text has 5
 ROLES = ("system", "user", "assistant", "tool")
@@ -92,8 +101,13 @@ def request(
 def features(message: Generate, granted: frozenset[str]) -> None:
     """Raise InvalidRequest for a field whose feature the connection does not have."""
     for field, feature in FEATURE_OF_FIELD.items():
-        if getattr(message, field) is not None:
+        if getattr(message, field) != getattr(_PLAIN, field):
             require_feature(granted, feature, field, field)
+    if message.sampling is _PLAIN_PARAMS:
+        return
+    for field, feature in FEATURE_OF_PARAMETER.items():
+        if getattr(message.sampling, field) != getattr(_PLAIN_PARAMS, field):
+            require_feature(granted, feature, field, f"sampling.{field}")
 
 
 def require_feature(granted: frozenset[str], feature: str, what: str, field: str) -> None:

@@ -6,13 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.messages import Generate, SamplingParams
+from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, TextChunk
 from cierzo.engine.text.chat import ChatTemplate, load_chat_template, read_chat_templates
 from cierzo.engine.text.detok import MAX_CHAR_BYTES, Detokenizer
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
 
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
+
+
+class Prompt(msgspec.Struct, frozen=True, gc=False):
+    """A prompt that is encoded. `in_thinking`: it ends within a thought, which the answer goes on with."""
+
+    token_ids: list[int]
+    in_thinking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +47,25 @@ class PromptEncoder:
         """Special tokens, which have no text in an output, by how they are spelled."""
         return {} if self.tokenizer is None else self.tokenizer.special_ids
 
-    def encode(self, message: Generate, max_tokens: int | None = None) -> list[int]:
-        """The prompt's token ids; raises InvalidRequest, before it encodes, if a text cannot fit `max_tokens`.
+    def encode(self, message: Generate, max_tokens: int | None = None) -> Prompt:
+        """Encode the prompt; raises InvalidRequest, before it encodes, if a text cannot fit `max_tokens`.
 
         Takes time in proportion to `weight`.
         """
         if message.token_ids is not None:
-            return message.token_ids
+            return Prompt(message.token_ids)
         if self.tokenizer is None:
             raise InvalidRequest("the served checkpoint has no tokenizer: send token_ids", field=_field(message))
         if message.text is not None:
             self._refuse_unfit("text", message.text, max_tokens)
-            return self.tokenizer.encode(message.text)
+            return Prompt(self.tokenizer.encode(message.text))
         if self.template is None:
             named = f"default chat template, only {', '.join(self.other_templates)}"
             known = named if self.other_templates else "chat template"
             raise InvalidRequest(f"the served checkpoint has no {known}: send text", field="messages")
         rendered = self.template.render(message.messages or [], message.reasoning_effort)
         self._refuse_unfit("messages", rendered, max_tokens)
-        return self.tokenizer.encode_rendered(rendered)
+        return Prompt(self.tokenizer.encode_rendered(rendered))
 
     def max_text_bytes(self, max_tokens: int) -> int | None:
         """UTF-8 bytes of the longest text that fits so many tokens; None if only its reader can tell."""
@@ -93,9 +102,18 @@ class PromptEncoder:
         if message.text is not None:
             return weight + len(message.text)
         for turn in message.messages or ():
-            weight += PART_CHARS + len(turn.content) + len(turn.reasoning)
+            weight += PART_CHARS + content_chars(turn) + len(turn.reasoning)
             weight += sum(PART_CHARS + len(call.arguments) for call in turn.tool_calls)
         return weight
+
+
+def content_chars(turn: ChatMessage) -> int:
+    """Characters of a turn's content."""
+    if isinstance(turn.content, str):
+        return len(turn.content)
+    return sum(
+        PART_CHARS + len(chunk.text if isinstance(chunk, TextChunk) else chunk.thinking) for chunk in turn.content
+    )
 
 
 def _field(message: Generate) -> str:

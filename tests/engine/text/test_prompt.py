@@ -24,7 +24,7 @@ def test_prompts_that_cannot_be_encoded(tokenizer):
         with pytest.raises(InvalidRequest) as caught:
             encoder.encode(message)
         assert caught.value.field == field
-    assert PromptEncoder().encode(Generate(stream=0, token_ids=[5])) == [5]
+    assert PromptEncoder().encode(Generate(stream=0, token_ids=[5])).token_ids == [5]
 
 
 def test_without_a_default_chat_template_the_others_are_named(tokenizer):
@@ -100,8 +100,8 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(prompts, monkeyp
     monkeypatch.setattr(type(prompts.tokenizer), "_encode", lambda *_, **__: [1])
     fits, too_long = "\u20ac" * 36, "\u20ac" * 37
     turn = [ChatMessage(role="user", content="x" * 200)]
-    assert prompts.encode(Generate(stream=0, text=fits), 10) == [1]
-    assert prompts.encode(Generate(stream=0, text=too_long)) == [1]
+    assert prompts.encode(Generate(stream=0, text=fits), 10).token_ids == [1]
+    assert prompts.encode(Generate(stream=0, text=too_long)).token_ids == [1]
     for field, message in (("text", {"text": too_long}), ("messages", {"messages": turn})):
         with pytest.raises(InvalidRequest, match="cannot fit") as caught:
             prompts.encode(Generate(stream=0, **message), 10)
