@@ -66,7 +66,7 @@ class ThinkingChunk(Message, frozen=True, tag="thinking"):
 Content = str | list[TextChunk | ThinkingChunk]
 
 
-class ChatMessage(Message, frozen=True):
+class ChatMessage(Message, frozen=True, omit_defaults=True):
     """A turn of a conversation. `role` is system, user, assistant or tool.
 
     `reasoning`: a thought that comes before the content. `name`: of a tool that gave a result. `prefix` (feature
@@ -82,7 +82,7 @@ class ChatMessage(Message, frozen=True):
     prefix: bool = False
 
 
-class Tool(Message, frozen=True):
+class Tool(Message, frozen=True, omit_defaults=True):
     """A function that the model may call. `parameters`: JSON schema of its arguments."""
 
     name: str
@@ -266,8 +266,8 @@ class Part(Message, frozen=True, omit_defaults=True):
 
     In deltas: pieces that follow each other and have the same `kind` (and `call`) are one part, `text` is what is
     new of it. In a final record: a whole part. Of a call, `text` is the JSON of its arguments, as it was generated,
-    `call` its number in the sample, from 0; `name` and `id` come with its first piece. `num_tokens`: tokens of the
-    delta, or of the output, that the piece was made of; markers belong to what they open or close.
+    `call` its number in the sample, from 0; `name` and `id` come with its first piece. `num_tokens`: tokens that it was
+    made of, as far as that is certain; markers belong to what they open or close. Those of all parts are all tokens.
     """
 
     kind: PartKind
@@ -297,17 +297,28 @@ def delta_cost(delta: Delta) -> int:
     """Bytes that `delta` counts for in flow control: about what it takes of a heap, by a formula that both sides
     compute alike."""
     cost = text_cost(len(delta.token_ids), delta.text)
+    if delta.parts:
+        cost += parts_cost(delta.parts)
     return cost if delta.logprobs is None else cost + logprobs_cost(delta.logprobs)
 
 
 def text_cost(num_tokens: int, text: str) -> int:
     """The part of a delta's cost that it has without log-probabilities."""
-    return 64 + 8 * num_tokens + (len(text) if text.isascii() else len(text.encode()))
+    return 64 + 8 * num_tokens + _utf8_bytes(text)
 
 
 def logprobs_cost(logprobs: list[TokenLogprobs]) -> int:
     """The part of a delta's cost that its log-probabilities are."""
     return 32 * len(logprobs) + 16 * sum([len(entry.top_token_ids) for entry in logprobs])
+
+
+def parts_cost(parts: list[Part]) -> int:
+    """The part of a delta's cost that its parts are."""
+    return sum([64 + _utf8_bytes(part.text) + _utf8_bytes(part.name) + _utf8_bytes(part.id) for part in parts])
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 class Usage(Message, frozen=True):

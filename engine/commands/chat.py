@@ -7,6 +7,7 @@ import io
 import sys
 import time
 
+from cierzo.engine.commands.screen import Screen
 from cierzo.engine.errors import CierzoError, CoreFailed
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import ChatMessage, Final, SamplingParams
@@ -46,7 +47,7 @@ def chat(address: str, message: str | None, system: str | None, params: Sampling
         while (line := _read_line()) is not None:
             history.append(ChatMessage(role="user", content=line))
             try:
-                history.append(ChatMessage(role="assistant", content=turn(client, history, params)))
+                history.append(turn(client, history, params))
             except (CierzoError, KeyboardInterrupt) as error:
                 history.pop()
                 told = f"{error.code}: {error}" if isinstance(error, CierzoError) else "the answer was cancelled"
@@ -60,30 +61,29 @@ def _wait_ready(client: SyncClient) -> None:
     client.wait_ready()
 
 
-def turn(client: SyncClient, messages: list[ChatMessage], params: SamplingParams) -> str:
-    """Stream one answer into the terminal, then a line of what it took; return the answer's text.
+def turn(client: SyncClient, messages: list[ChatMessage], params: SamplingParams) -> ChatMessage:
+    """Stream one answer into the terminal, then a line of what it took; return the answer as a turn.
 
     An interrupt cancels the answer at the server. Raises CierzoError, also for an answer that failed.
     """
-    answer = []
-    started = time.monotonic()
-    first = 0.0
+    screen, started, first = Screen(), time.monotonic(), 0.0
     generation = client.generate(messages=messages, sampling=params)
     try:
         for delta in generation:
             first = first or time.monotonic()
-            answer.append(delta.text)
-            print(delta.text, end="", flush=True)
+            screen.show(delta.parts, delta.text)
     except KeyboardInterrupt:
         generation.cancel()
         print(flush=True)
         raise
+    finally:
+        screen.close()
     first = first or time.monotonic()
     final = generation.final
     print(f"\n\n{_summary(final, first - started, time.monotonic() - first)}", flush=True)
     if final.samples[0].finish_reason == "failed":
         raise CoreFailed(final.samples[0].message or "the answer failed")
-    return "".join(answer)
+    return generation.answer().turn
 
 
 def _summary(final: Final, first_token_s: float, decode_s: float) -> str:

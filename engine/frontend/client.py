@@ -10,6 +10,15 @@ loop early, or cancelling the task that runs it, cancels the request at the serv
 raised as the class of `engine.errors` that its code names; what no message can carry, and what the server's limits
 refuse, is refused before anything is sent. Output that nobody takes stays at the server, but for a bounded part.
 
+What came is `generation.answer()`: text, thoughts and calls of tools apart, where the model marks them. A
+conversation with tools, `run` being yours:
+
+    while (answer := await client.ask(messages=messages, tools=tools)).tool_calls:
+        messages.append(answer.turn)
+        for call in answer.tool_calls:
+            result = run(call.name, call.arguments)
+            messages.append({"role": "tool", "content": result, "tool_call_id": call.id, "name": call.name})
+
 Waits can be limited:
 
     client = await Client.connect("127.0.0.1:7071", timeout_s=5.0)  # ConnectionLost
@@ -36,6 +45,7 @@ from typing import Any, Self, TypeVar, cast
 
 from cierzo.engine.errors import ConnectionLost, CoreFailed, Draining, VersionMismatch
 from cierzo.engine.frontend.address import Address, TcpAddress, parse_address
+from cierzo.engine.frontend.answer import Answer, Answers
 from cierzo.engine.frontend.arguments import generate_message
 from cierzo.engine.frontend.client_link import ClientLink
 from cierzo.engine.frontend.generation import Generation
@@ -58,6 +68,7 @@ from cierzo.engine.messages import (
     Ping,
     SamplingParams,
     Stats,
+    Tool,
     Welcome,
     delta_cost,
 )
@@ -115,6 +126,10 @@ class Client:
         token_ids: Iterable[Any] | None = None,
         sampling: SamplingParams | Mapping[str, Any] | None = None,
         output_token_ids: Iterable[Any] | None = None,
+        tools: Iterable[Tool | Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
+        suffix: str | None = None,
         reasoning_effort: str | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
@@ -136,6 +151,10 @@ class Client:
             token_ids=token_ids,
             sampling=sampling,
             output_token_ids=output_token_ids,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            suffix=suffix,
             reasoning_effort=reasoning_effort,
             priority=priority,
             deadline_s=deadline_s,
@@ -159,10 +178,17 @@ class Client:
 
     async def complete(self, **arguments: Any) -> Final:
         """As `generate`, but the whole answer at once: `final.samples[i].text`, `.token_ids`, `.logprobs`."""
+        return (await self._whole(arguments)).final
+
+    async def ask(self, **arguments: Any) -> Answer:
+        """As `complete`, but what was said: text, thoughts and calls of sample 0, and its turn of a conversation."""
+        return (await self._whole(arguments)).answer()
+
+    async def _whole(self, arguments: dict[str, Any]) -> Generation:
         generation = self.generate(deltas=False, **arguments)
         async for _ in generation:
             pass
-        return generation.final
+        return generation
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
         """Wait until the server takes requests; that it still loads its model, or finds its core hung, is no error.
@@ -269,12 +295,18 @@ class SyncGeneration:
         self._part = 0
         self._untold = 0  # cost of deltas that the caller took, and the loop's thread does not know
         self._told_s = time.monotonic()
-        self._lock = threading.Lock()  # of these four
+        self._answers = Answers()
+        self._lock = threading.Lock()  # of these five
 
     @property
     def final(self) -> Final:
         """As `Generation.final`."""
         return self._generation.final
+
+    def answer(self, sample: int = 0) -> Answer:
+        """As `Generation.answer`."""
+        with self._lock:
+            return self._answers.of(sample, self._generation._inbox.final)
 
     @property
     def request_id(self) -> str | None:
@@ -301,6 +333,7 @@ class SyncGeneration:
             with self._lock:
                 if self._batch:
                     delta = self._batch.popleft()
+                    self._answers.add(delta)
                     self._count(delta_cost(delta))
                     return delta
                 self._tell()
@@ -404,10 +437,17 @@ class SyncClient(OneProcess):
 
     def complete(self, **arguments: Any) -> Final:
         """As `Client.complete`."""
+        return self._whole(arguments).final
+
+    def ask(self, **arguments: Any) -> Answer:
+        """As `Client.ask`."""
+        return self._whole(arguments).answer()
+
+    def _whole(self, arguments: dict[str, Any]) -> SyncGeneration:
         generation = self.generate(deltas=False, **arguments)
         for _ in generation:
             pass
-        return generation.final
+        return generation
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """As `Client.wait_ready`."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 
 import msgspec
@@ -12,9 +15,14 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, TextChunk
 from cierzo.engine.text.chat import ChatTemplate, load_chat_template, read_chat_templates
 from cierzo.engine.text.detok import MAX_CHAR_BYTES, Detokenizer
+from cierzo.engine.text.parts import PartsReader
+from cierzo.engine.text.syntax import Syntax, syntax_of
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
 
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
+CALL_ID_CHARS = 9  # what every version of Mistral's templates takes
+_ID_ALPHABET = string.ascii_letters + string.digits
+Reader = Detokenizer | PartsReader
 
 
 class Prompt(msgspec.Struct, frozen=True, gc=False):
@@ -27,11 +35,13 @@ class Prompt(msgspec.Struct, frozen=True, gc=False):
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
     """Tokenizer and chat template of what is served; either may be missing, then only `token_ids` (or no
-    `messages`) can be asked. `other_templates`: names of chat templates where none is the default."""
+    `messages`) can be asked. `other_templates`: names of chat templates where none is the default. `syntax`: how the
+    model marks thoughts and calls; None if it marks nothing."""
 
     tokenizer: Tokenizer | None = None
     template: ChatTemplate | None = None
     other_templates: tuple[str, ...] = ()
+    syntax: Syntax | None = None
 
     @classmethod
     def load(cls, checkpoint_dir: Path) -> PromptEncoder:
@@ -39,8 +49,9 @@ class PromptEncoder:
         tokenizer = load_tokenizer(checkpoint_dir)
         if tokenizer is None:
             return cls()
-        template = load_chat_template(checkpoint_dir)
-        return cls(tokenizer, template, () if template else tuple(sorted(read_chat_templates(checkpoint_dir))))
+        template, sources = load_chat_template(checkpoint_dir), read_chat_templates(checkpoint_dir)
+        syntax = syntax_of(tokenizer, sources.get("default"), None)
+        return cls(tokenizer, template, () if template else tuple(sorted(sources)), syntax)
 
     @property
     def special_ids(self) -> Mapping[str, int]:
@@ -89,12 +100,37 @@ class PromptEncoder:
                 value=num_bytes,
             )
 
-    def detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        """A reader of one sample's tokens; None without a tokenizer."""
+    def reader(
+        self,
+        params: SamplingParams,
+        *,
+        apart: bool = False,
+        in_thinking: bool = False,
+        parallel: bool = True,
+        sample: int = 0,
+        num_prompt_tokens: int = 0,
+    ) -> Reader | None:
+        """A reader of one sample's tokens; None without a tokenizer.
+
+        apart: one that tells text, thoughts and calls apart, if the model marks them. in_thinking: the prompt ends
+        within a thought. parallel: several calls may follow each other. The ids of calls depend on the last two, and
+        on the seed.
+        """
         if self.tokenizer is None:
             return None
-        stop_tokens = {self.special_ids[string]: string for string in params.stop if string in self.special_ids}
-        return Detokenizer(self.tokenizer, params.stop, params.min_tokens, stop_tokens)
+        stop_tokens = {self.special_ids[text]: text for text in params.stop if text in self.special_ids}
+        if not apart or self.syntax is None:
+            return Detokenizer(self.tokenizer, params.stop, params.min_tokens, stop_tokens)
+        return PartsReader(
+            self.tokenizer,
+            self.syntax,
+            params.stop,
+            params.min_tokens,
+            stop_tokens,
+            in_thinking=in_thinking,
+            parallel=parallel,
+            call_id=partial(call_id, params.seed, num_prompt_tokens, sample),
+        )
 
     def weight(self, message: Generate) -> int:
         """The work to encode a message, in characters of text that take as long. Token ids take none."""
@@ -105,6 +141,17 @@ class PromptEncoder:
             weight += PART_CHARS + content_chars(turn) + len(turn.reasoning)
             weight += sum(PART_CHARS + len(call.arguments) for call in turn.tool_calls)
         return weight
+
+
+def call_id(seed: int | None, num_prompt_tokens: int, sample: int, number: int) -> str:
+    """The id of a call: the same whenever the generation is repeated or resumed, another one in each turn of a
+    conversation, whose prompts get longer."""
+    source = f"{seed} {num_prompt_tokens} {sample} {number}".encode()
+    rest, chars = int.from_bytes(blake2b(source, digest_size=8).digest(), "big"), ""
+    for _ in range(CALL_ID_CHARS):
+        rest, place = divmod(rest, len(_ID_ALPHABET))
+        chars += _ID_ALPHABET[place]
+    return chars
 
 
 def content_chars(turn: ChatMessage) -> int:

@@ -126,6 +126,7 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         *,
         cores: FakeCores | None = None,
         text: bool = True,
+        words: PromptEncoder | None = None,
         clock: Callable[[], float] | None = None,
         engine_config: msgspec.Struct = FakeEngineConfig(),  # noqa: B008, it is frozen
         spawn: Spawn | None = None,
@@ -134,7 +135,7 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         **limits: Any,
     ) -> AsyncIterator[House]:
         config = FrontendConfig(**{"address": "127.0.0.1:0", **limits})
-        encoder = prompts if text else PromptEncoder()
+        encoder = words or (prompts if text else PromptEncoder())
         model = fake_model(has_tokenizer=text, has_chat_template=text)
         cores = cores or FakeCores()
         clocks = {} if clock is None else {"clock": clock}
@@ -268,21 +269,40 @@ class Served:
 
 
 @pytest.fixture
-def served(serving: Callable[..., AbstractAsyncContextManager[House]], cores: FakeCores) -> Iterator[Served]:
-    loop, stop = uvloop.new_event_loop(), asyncio.Event()
-    started: concurrent.futures.Future[House] = concurrent.futures.Future()
+def serves(
+    serving: Callable[..., AbstractAsyncContextManager[House]], cores: FakeCores
+) -> Iterator[Callable[..., Served]]:
+    """Start a front end in another thread; the keywords are those of `serving`."""
+    ends: list[Callable[[], None]] = []
 
-    async def serve() -> None:
-        async with serving(cores=cores) as house:
-            started.set_result(house)
-            await stop.wait()
+    def start(**given: Any) -> Served:
+        loop, stop = uvloop.new_event_loop(), asyncio.Event()
+        started: concurrent.futures.Future[House] = concurrent.futures.Future()
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    yield Served(started.result(20), loop)
-    loop.call_soon_threadsafe(stop.set)
-    thread.join()
-    loop.close()
+        async def serve() -> None:
+            async with serving(cores=cores, **given) as house:
+                started.set_result(house)
+                await stop.wait()
+
+        thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+        thread.start()
+
+        def end() -> None:
+            loop.call_soon_threadsafe(stop.set)
+            thread.join()
+            loop.close()
+
+        ends.append(end)
+        return Served(started.result(20), loop)
+
+    yield start
+    for end in ends:
+        end()
+
+
+@pytest.fixture
+def served(serves: Callable[..., Served]) -> Served:
+    return serves()
 
 
 @dataclass

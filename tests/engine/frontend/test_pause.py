@@ -101,5 +101,5 @@ def test_a_sample_that_keeps_nothing_can_be_paused_with_others():
     sample.take(delta(2))
     sample.keep_sent(1)
     sample.append(delta(3))
-    token_ids, _, logprobs = sample.read(10)
+    token_ids, _, logprobs, _ = sample.read(10)
     assert token_ids == [entry.token_id for entry in logprobs] == [3]

@@ -264,7 +264,7 @@ class World:
                 self.too_long.append(error.message)
 
     def text_of(self, copy, index):
-        detokenizer = self.frontend._arrivals._prompts.detokenizer(copy.message.sampling)
+        detokenizer = self.frontend._arrivals._prompts.reader(copy.message.sampling)
         return detokenizer.push(copy.token_ids[index])
 
     def give(self):
@@ -328,7 +328,7 @@ class World:
             whole = answer(copy.message.token_ids, index, params.max_tokens)
             got = copy.token_ids[index]
             assert got == whole[: len(got)]
-            detokenizer = self.frontend._arrivals._prompts.detokenizer(params)
+            detokenizer = self.frontend._arrivals._prompts.reader(params)
             text = detokenizer.push(got)
             if isinstance(last, Final) and last.samples[index].output_tokens == len(got):
                 text += detokenizer.flush()

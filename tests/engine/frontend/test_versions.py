@@ -40,6 +40,8 @@ FEATURE_FIELDS = {
     "Welcome": {"features"},
     "Limits": {"max_attached_bytes", "stream_credit_bytes", "keepalive_s"},
     "Final": {"cost"},
+    "Delta": {"parts"},
+    "SampleEnd": {"parts", "broken_calls"},
 }
 REMOVED = {"CoreStats": set(CoreStats.__struct_fields__) - set(VERSION_2["CoreStats"].split())}
 PARTS = ("Limits", "Usage", "Timings", "SampleEnd", "CoreStats", "ExpertStatistics", "StepBucket")

@@ -8,12 +8,14 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
+from marked import ids, marked_prompts
 from streams import generate, until
 
 from cierzo.engine.errors import Interrupted
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.outlet import TURN_TOKENS, Outlets
-from cierzo.engine.frontend.stream import Stream
+from cierzo.engine.frontend.sample import STATE_TOKENS
+from cierzo.engine.frontend.stream import Stream, reader_of
 from cierzo.engine.frontend.whole import CHUNK_TOKENS, ONE_PIECE_TOKENS, PIECE_BYTES, build, cut, is_long
 from cierzo.engine.messages import (
     Final,
@@ -28,6 +30,7 @@ from cierzo.engine.messages import (
     TokenLogprobs,
 )
 from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.text.prompt import PromptEncoder
 
 FINISH = Finish("length", "", None, 3, 0, 0, 0, 0.0, 0.1, 0.2)
 
@@ -43,13 +46,13 @@ def ended(rng, tokenizer, *, num_tokens, n=1, brought=0, stop=(), logprobs=None)
     params = SamplingParams(n=n, stop=list(stop), logprobs=logprobs, seed=3)
     stream = Stream(0, 2**40, Sink(), False, n, 0, 5.0, 99.0)
 
-    def detokenizer(_):
+    def detokenizer(_stream, _sample):
         return Detokenizer(tokenizer, tuple(stop))
 
     data = "".join(rng.choices("abc €𝄞é", k=num_tokens + brought)).encode()
     before, rest = list(data[:brought]), list(data[brought : brought + num_tokens])
     submit = Submit(request_id=0, prompt_token_ids=[1], sampling=params, output_token_ids=before)
-    stream.start(submit, 3, [detokenizer(params) for _ in range(n)])
+    stream.start(submit, 3, [detokenizer(stream, sample) for sample in range(n)])
     for sample in stream.samples:
         for start in range(0, num_tokens, 999):
             part = rest[start : start + 999]
@@ -92,6 +95,45 @@ def test_a_record_in_pieces_is_the_record(tokenizer, num_tokens, given):
     assert len(message.samples[-1].token_ids) == num_tokens + given.get("brought", 0)
     assert max(steps, default=0) <= CHUNK_TOKENS
     assert max(map(len, pieces)) <= PIECE_BYTES
+
+
+SAID = [
+    "[THINK]" + "hm € " * 2000 + '[/THINK]It blows.[TOOL_CALLS]wind[ARGS]{"at":  "' + "Z" * 5000 + '"}',
+    "[THINK]a[/THINK]b" * 3000,
+    "no marker " * 900,
+    "[TOOL_CALLS]wind[ARGS]{}" * 500 + "[TOOL_CALLS]wind",
+]
+
+
+@pytest.mark.parametrize("said", SAID)
+@pytest.mark.parametrize("brought", [0, 1, 5000])
+def test_a_record_of_parts_in_pieces_is_the_record(said, brought):
+    prompts: PromptEncoder = marked_prompts()
+    tokens, params = ids(said), SamplingParams(n=2, seed=3, max_tokens=10**5)
+    stream = Stream(0, 1, Sink(), False, 2, 0, 5.0, 99.0, apart=True)
+    new_reader = reader_of(prompts)
+    stream.sampling, stream.num_prompt_tokens = params, 3
+    readers, states = [new_reader(stream, sample) for sample in range(2)], []
+    for start in range(0, brought, STATE_TOKENS):
+        for reader in readers:
+            reader.push(tokens[start : min(start + STATE_TOKENS, brought)])
+        states.append(readers[0].state())
+    submit = Submit(request_id=0, prompt_token_ids=[1], sampling=params, output_token_ids=tokens[:brought])
+    stream.start(submit, 3, readers, states)
+    for sample in stream.samples:
+        for start in range(brought, len(tokens), 999):
+            sample.append(TokenDelta(0, sample.index, tokens[start : start + 999], None, None))
+            sample.remember()
+        stream.end(sample, FINISH)
+    stream.close(7.0)
+    pieces, steps = built(stream, new_reader)
+    message = msgspec.msgpack.decode(b"".join(pieces)[4:], type=ServerMessage)
+    assert message == msgspec.msgpack.decode(pack((stream.last(new_reader),))[4:], type=ServerMessage)
+    end = message.samples[1]
+    assert bool(end.parts) == ("[" in said)
+    assert not end.parts or sum(part.num_tokens for part in end.parts) == len(tokens) - brought
+    assert max(steps) <= CHUNK_TOKENS
+    assert message.samples[0].broken_calls == ([500] if said.endswith("wind") else [])
 
 
 def test_an_answer_that_a_stop_string_cut(tokenizer):
