@@ -63,9 +63,9 @@ class SampleOutput:
     """A sample: one answer to a prompt. `stop` is the stop string or token id that ended it, if any; `text` leaves
     the string out.
 
-    `parts`: text, thoughts and calls of tools in order, where the model marks them; else all is text. `text` is that
-    of the text alone, and empty without a tokenizer; `broken_calls` are the numbers of calls whose arguments are no
-    JSON object. `logprobs` is None unless asked for, else one entry per token, of which each part has its
+    `parts`: text, thoughts and calls of tools in order, where the model marks them; else all is text. `text` is
+    that of the text alone, and empty without a tokenizer; `broken_calls` are the numbers of calls whose arguments
+    are no JSON object. `logprobs` is None unless asked for, else one entry per token, of which each part has its
     `num_tokens`. `message` says why an answer failed.
     """
 
@@ -291,9 +291,7 @@ class LLM(OneProcess):
         prompt = self._prompts.encode(message)
         seed = message.sampling.seed
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
-        submit = validate.request(
-            message, prompt.token_ids, next(self._request_ids), seed, self._info, special_ids
-        )
+        submit = validate.request(message, prompt.token_ids, next(self._request_ids), seed, self._info, special_ids)
         samples = [
             Sample(
                 index,

@@ -35,7 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
             prompt = arguments.prompt if arguments.token_ids is None else arguments.token_ids
             output = llm.generate([prompt], params, progress=True)[0]
     screen, parts = Screen(), output.samples[0].parts
-    screen.show(parts if any(part.text or part.name for part in parts) else [], ",".join(map(str, output.token_ids)))
+    screen.show(
+        parts if any(part.text or part.name for part in parts) else [], ",".join(map(str, output.token_ids))
+    )
     screen.close()
     print()
     if output.finish_reason == "failed":

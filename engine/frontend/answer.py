@@ -21,10 +21,10 @@ from cierzo.engine.messages import (
 class Answer:
     """What has come of one sample. `add` each of its deltas, and at last how it ended.
 
-        messages.append(answer.turn)  # the conversation goes on with it
-        for call in answer.tool_calls:
-            result = run(call.name, call.arguments)
-            messages.append({"role": "tool", "content": result, "tool_call_id": call.id, "name": call.name})
+    messages.append(answer.turn)  # the conversation goes on with it
+    for call in answer.tool_calls:
+        result = run(call.name, call.arguments)
+        messages.append({"role": "tool", "content": result, "tool_call_id": call.id, "name": call.name})
     """
 
     __slots__ = ("_broken", "_joining")
@@ -69,7 +69,7 @@ class Answer:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        """The calls that it makes, but for those that turned out to be broken: their arguments are no JSON object."""
+        """The calls that it makes, but for broken ones, whose arguments turned out to be no JSON object."""
         return tool_calls(self.parts, self._broken)
 
     @property

@@ -181,7 +181,7 @@ class Client:
         return (await self._whole(arguments)).final
 
     async def ask(self, **arguments: Any) -> Answer:
-        """As `complete`, but what was said: text, thoughts and calls of sample 0, and its turn of a conversation."""
+        """As `complete`, but what was said: text, thoughts and calls of sample 0, and the turn that they are."""
         return (await self._whole(arguments)).answer()
 
     async def _whole(self, arguments: dict[str, Any]) -> Generation:

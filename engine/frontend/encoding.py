@@ -54,16 +54,16 @@ class Job(Message, frozen=True):
 class Encoded(Message, frozen=True, tag="encoded"):
     """A request that is valid. `message` lacks its prompt, `submit` too, and its seed if the client gave none.
 
-    in_thinking: the prompt ends within a thought. states: of a reader of the output tokens, after each STATE_TOKENS of
-    them and after all. content: `digest` of the whole message, if it has an idempotency key.
+    in_thinking: the prompt ends within a thought. states: of a reader of the output tokens, after each STATE_TOKENS
+    of them and after all. content: `digest` of the whole message, if it has an idempotency key.
     """
 
     message: Generate
     submit: Submit
     num_prompt_tokens: int
+    states: list[ReaderState]
     content: bytes = b""
     in_thinking: bool = False
-    states: list[ReaderState] = []
 
 
 Answer = Loaded | Encoded | Failure
@@ -88,8 +88,8 @@ class RequestEncoder:
             return [_encode(failure(job.stream, CierzoError(f"internal error: {type(error).__name__}")))]
 
     def encode(self, message: Generate, *, apart: bool = False) -> Encoded:
-        """Encode a decoded message whose fields are checked; the ids lie in `submit`. apart: its answer is to come in
-        parts. Raises InvalidRequest."""
+        """Encode a decoded message whose fields are checked; the ids lie in `submit`. apart: its answer is to come
+        in parts. Raises InvalidRequest."""
         prompts, model = self._prompts, self._model
         prompt = prompts.encode(message, model.max_model_len)
         seed, special_ids = message.sampling.seed, prompts.special_ids

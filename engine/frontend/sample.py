@@ -174,8 +174,8 @@ class Sample:
         is_apart = isinstance(detokenizer, PartsReader)
         self._watches = detokenizer is not None and (is_apart or detokenizer.watches)
         # With stop strings `detokenizer` stands at the end of the log, and a reader that is behind has its own;
-        # without, it stands at the cursor. With `whole` and stop strings the text is kept, as UTF-8. A reader of parts
-        # stands at the end of the log in any case, and of these the text is not kept: its `_states` are.
+        # without, it stands at the cursor. With `whole` and stop strings the text is kept, as UTF-8. A reader of
+        # parts stands at the end of the log in any case, and the text is not kept: its `_states` are.
         self._whole = whole
         self._text = bytearray() if whole and self._watches and not is_apart else None
         self._reader: Reader | None = None
@@ -227,7 +227,7 @@ class Sample:
             token_ids, text, logprobs, parts = self._end_text(delta, text)
             self._flushed = True
         else:
-            parts = NO_PARTS if detokenizer is None else detokenizer.parts
+            parts = detokenizer.parts if token_ids and detokenizer is not None else NO_PARTS
         if logprobs and self._keeps:
             logprobs = cast(
                 list[TokenLogprobs], msgspec.Raw(self._log(logprobs))
@@ -311,8 +311,8 @@ class Sample:
         fresh.push(self.token_ids[start:offset])
 
     def read_whole(self, fresh: Reader | None) -> tuple[str, list[Part]]:
-        """The text and the parts of the whole answer, of one that has ended; without those of tokens that the client
-        brought."""
+        """The text and the parts of the whole answer, of one that has ended; without those of tokens that the
+        client brought."""
         if self._text is not None:
             return self._text.decode(), NO_PARTS
         if fresh is None:
@@ -382,7 +382,7 @@ class Sample:
         token_ids, logprobs, detokenizer = delta.token_ids, delta.logprobs, self.detokenizer
         parts = NO_PARTS
         if detokenizer is not None:
-            parts = detokenizer.parts
+            parts = detokenizer.parts if token_ids else NO_PARTS
             if detokenizer.stop is None and delta.finish is not None:
                 text, parts = _flushed(detokenizer, token_ids, text, parts)
             if detokenizer.stop is not None:

@@ -35,8 +35,8 @@ class Prompt(msgspec.Struct, frozen=True, gc=False):
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
     """Tokenizer and chat template of what is served; either may be missing, then only `token_ids` (or no
-    `messages`) can be asked. `other_templates`: names of chat templates where none is the default. `syntax`: how the
-    model marks thoughts and calls; None if it marks nothing."""
+    `messages`) can be asked. `other_templates`: names of chat templates where none is the default. `syntax`: how
+    the model marks thoughts and calls; None if it marks nothing."""
 
     tokenizer: Tokenizer | None = None
     template: ChatTemplate | None = None
@@ -113,8 +113,8 @@ class PromptEncoder:
         """A reader of one sample's tokens; None without a tokenizer.
 
         apart: one that tells text, thoughts and calls apart, if the model marks them. in_thinking: the prompt ends
-        within a thought. parallel: several calls may follow each other. The ids of calls depend on the last two, and
-        on the seed.
+        within a thought. parallel: several calls may follow each other. The ids of calls depend on the last two,
+        and on the seed.
         """
         if self.tokenizer is None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -233,7 +234,8 @@ def test_a_reader_gets_the_parts_of_the_reference_in_any_pieces(token_ids, stop,
     reference, draw = parts_reader(stop, parallel), random.Random(seed)
     text, parts = reference.push(token_ids), reference.parts
     held = reference.flush()
-    right = joined_of([(in_order(parts, text, reference.num_tokens, reference.parts, held), text + held, len(token_ids))])
+    in_all = in_order(parts, text, reference.num_tokens, reference.parts, held)
+    right = joined_of([(in_all, text + held, reference.num_tokens)])
     whole = token_ids[: reference.num_tokens]
     sample, reader = Sample(0, parts_reader(stop, parallel), keeps=keeps), PartsCopy(stop, parallel)
     rest, ends_apart = list(token_ids), draw.random() < 0.5
@@ -296,7 +298,7 @@ def test_where_a_reader_of_parts_stood_is_kept_within_what_a_token_may_take():
         assert sample.num_bytes <= len(tokens) * most_token_bytes(None)
         assert sample.num_bytes > 4 * len(tokens)
         offsets = [offset for offset, _ in sample._states]
-        assert all(before + STATE_TOKENS <= offset for before, offset in zip(offsets, offsets[1:], strict=False))
+        assert all(before + STATE_TOKENS <= offset for before, offset in pairwise(offsets))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.data())
