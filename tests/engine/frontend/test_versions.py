@@ -73,6 +73,13 @@ def _unknown(value, name):
     return found
 
 
+def test_a_turn_without_news_has_no_field_that_version_2_does_not_know():
+    calls = [messages.ToolCall(name="a", arguments="{}", id="b")]
+    turn = messages.ChatMessage(role="assistant", content="x", reasoning="y", tool_calls=calls, tool_call_id="z")
+    known = {"role", "content", "reasoning", "tool_calls", "tool_call_id"}
+    assert set(msgspec.msgpack.decode(msgspec.msgpack.encode(turn))) == known
+
+
 def test_new_counters_are_taken_out():
     core = CoreStats(**{name: 3 for name in CoreStats.__struct_fields__ if name != "experts"})
     counts = dict.fromkeys(("connections", "streams", "accepted", "refused", "finished", "core_restarts"), 0)
