@@ -35,8 +35,8 @@ pytestmark = pytest.mark.skipif(NODE is None, reason="there is no node here to r
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose configuration the fake runner reads; every token but a few is a byte of text. Those of thoughts
-    and calls come at random too."""
+    """A folder whose configuration the fake runner reads; every token but a few is a byte of text. Those that mark
+    thoughts and calls come at random too."""
     folder = make_checkpoint(tmp_path_factory.mktemp("interop") / "tiny", like="small3")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (config.get("text_config") or config)["vocab_size"] = VOCAB

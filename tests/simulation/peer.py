@@ -77,6 +77,7 @@ class Peer:
             sent_s=self._loop.time(),
             tokens=[list(base.tokens[i]) if base else list(given) for i in range(count)],
             texts=[base.text_to_resume(i) if base else "" for i in range(count)],
+            thoughts=[base.thoughts_to_resume(i) if base else "" for i in range(count)],
             logprobs=[list(base.logprobs[i]) if base else [] for i in range(count)],
             marks=[list(base.marks[i]) if base else [] for i in range(count)],
             shortened=base is not None and base.shortened,
@@ -183,13 +184,21 @@ class Peer:
         sample = message.get("sample", 0)
         attempt.tokens[sample] += message.get("token_ids", [])
         attempt.texts[sample] += message.get("text", "")
+        attempt.thoughts[sample] += thoughts_of(message)
         attempt.logprobs[sample] += message.get("logprobs") or []
         if message.get("token_ids"):
-            attempt.marks[sample].append((len(attempt.tokens[sample]), len(attempt.texts[sample])))
+            lengths = (attempt.tokens, attempt.texts, attempt.thoughts)
+            num_tokens, num_chars, num_thought = (len(each[sample]) for each in lengths)
+            attempt.marks[sample].append((num_tokens, num_chars, num_thought))
         if "credit" in self.features:
             self._owed[attempt.stream] += delta_cost(message)
             if not self.withholds_credit:
                 self.give_credit()
+
+
+def thoughts_of(message: Body) -> str:
+    """The thoughts that a delta, or a sample's record, has among its parts."""
+    return "".join(part.get("text", "") for part in message.get("parts", []) if part["kind"] == "thinking")
 
 
 def delta_cost(message: Body) -> int:
