@@ -88,8 +88,8 @@ def stop_matcher(strings: tuple[str, ...]) -> StopMatcher:
 
 
 class TextReader:
-    """Text of one sample, and the base of what reads more in its tokens. After a `push` look at `stop`: once set, the
-    text is cut and further pushes are errors.
+    """Text of one sample, and the base of what reads more in its tokens. After a `push` look at `stop`: once set,
+    the text is cut and further pushes are errors.
 
     The stop string whose last character comes first wins; of several that end there, the longest. It is not
     part of the text. One completed before token number `min_tokens` does not count.

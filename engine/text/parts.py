@@ -179,7 +179,6 @@ class PartsReader(TextReader):
         self._settle(self.num_tokens)
         if self.stop is None:
             self._leave()
-            self._credit(0)
         return self._hand_over(0)
 
     # --- calls, as `Calls` finds them
@@ -342,6 +341,7 @@ class PartsReader(TextReader):
             self._calls.end(self)
             self._calls, self._mode = None, "text"
             self._target = self._target or TEXT
+            self._credit(0)
         elif self._held:
             self._piece(TEXT).texts.append(self._held)
             self._hold("")
