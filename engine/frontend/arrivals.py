@@ -30,6 +30,8 @@ from cierzo.engine.frontend.sample import require_bounded
 from cierzo.engine.frontend.stream import Sink, Stream, reader_of
 from cierzo.engine.frontend.validate import SEED_BITS
 from cierzo.engine.messages import FinishReason, Generate, ModelInfo
+from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import PromptEncoder, Reader
 
 log = logging.getLogger(__name__)
@@ -310,8 +312,10 @@ class Arrivals:
     def _reader(self, stream: Stream, encoded: Encoded, sample: int) -> Reader | None:
         """A new one, which has seen what a resumed request brings."""
         reader, num_tokens = self._new_reader(stream, sample), len(encoded.submit.output_token_ids)
-        if reader is not None and num_tokens:
+        if isinstance(reader, PartsReader) and num_tokens:
             reader.go_on_after(num_tokens, encoded.states[-1])
+        elif isinstance(reader, Detokenizer):
+            reader.go_on_after(num_tokens, encoded.tail)
         return reader
 
     def _attachment_expired(self, sink: Sink, stream_id: int) -> None:

@@ -19,6 +19,7 @@ from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.sample import STATE_TOKENS
 from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit
+from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import Prompt, PromptEncoder
 from cierzo.engine.text.reader_state import ReaderState
 
@@ -54,13 +55,14 @@ class Job(Message, frozen=True):
 class Encoded(Message, frozen=True, tag="encoded"):
     """A request that is valid. `message` lacks its prompt, `submit` too, and its seed if the client gave none.
 
-    in_thinking: the prompt ends within a thought. states: of a reader of the output tokens, after each STATE_TOKENS
-    of them and after all. content: `digest` of the whole message, if it has an idempotency key.
+    in_thinking: the prompt ends within a thought. tail: `Detokenizer.tail` of the output tokens; where the answer
+    comes in parts, instead `states` of their reader, after each STATE_TOKENS of them and after all. content: `digest` of the whole message, if it has an idempotency key.
     """
 
     message: Generate
     submit: Submit
     num_prompt_tokens: int
+    tail: list[int]
     states: list[ReaderState]
     content: bytes = b""
     in_thinking: bool = False
@@ -94,24 +96,28 @@ class RequestEncoder:
         prompt = prompts.encode(message, model.max_model_len)
         seed, special_ids = message.sampling.seed, prompts.special_ids
         submit = validate.request(message, prompt.token_ids, 0, seed, model, special_ids)
+        tail, states = self._seen(message, submit, prompt, apart)
         return Encoded(
             message=message,
             submit=submit,
             num_prompt_tokens=len(prompt.token_ids),
             content=b"" if message.idempotency_key is None else digest(message),
             in_thinking=prompt.in_thinking,
-            states=self._seen(message, submit, prompt, apart),
+            tail=tail,
+            states=states,
         )
 
-    def _seen(self, message: Generate, submit: Submit, prompt: Prompt, apart: bool) -> list[ReaderState]:
-        """`Encoded.states`, of the tokens that a resumed request brings."""
+    def _seen(
+        self, message: Generate, submit: Submit, prompt: Prompt, apart: bool
+    ) -> tuple[list[int], list[ReaderState]]:
+        """`Encoded.tail` and `Encoded.states`, of the tokens that a resumed request brings."""
         states: list[ReaderState] = []
         if not (brought := message.output_token_ids):
-            return states
+            return [], states
         in_thinking, parallel = prompt.in_thinking, message.parallel_tool_calls
         reader = self._prompts.reader(submit.sampling, apart=apart, in_thinking=in_thinking, parallel=parallel)
         if reader is None:
-            return states
+            return [], states
         for start in range(0, len(brought), STATE_TOKENS):
             reader.push(brought[start : start + STATE_TOKENS])
             if reader.stop is not None:
@@ -120,8 +126,9 @@ class RequestEncoder:
                     field="output_token_ids",
                     value=reader.stop,
                 )
-            states.append(reader.state())
-        return states
+            if isinstance(reader, PartsReader):
+                states.append(reader.state())
+        return [] if isinstance(reader, PartsReader) else reader.tail(brought, len(brought)), states
 
     def _encode(
         self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None

@@ -106,7 +106,7 @@ SAID = [
 
 
 @pytest.mark.parametrize("said", SAID)
-@pytest.mark.parametrize("brought", [0, 1, 5000])
+@pytest.mark.parametrize("brought", [0, 5, 3500])
 def test_a_record_of_parts_in_pieces_is_the_record(said, brought):
     prompts: PromptEncoder = marked_prompts()
     tokens, params = ids(said), SamplingParams(n=2, seed=3, max_tokens=10**5)
@@ -131,7 +131,8 @@ def test_a_record_of_parts_in_pieces_is_the_record(said, brought):
     assert message == msgspec.msgpack.decode(pack((stream.last(new_reader),))[4:], type=ServerMessage)
     end = message.samples[1]
     assert bool(end.parts) == ("[" in said)
-    assert not end.parts or sum(part.num_tokens for part in end.parts) == len(tokens) - brought
+    counted = sum(part.num_tokens for part in end.parts)  # with those of a call whose first tokens were brought
+    assert not end.parts or len(tokens) - brought <= counted <= len(tokens)
     assert max(steps) <= CHUNK_TOKENS
     assert message.samples[0].broken_calls == ([500] if said.endswith("wind") else [])
 
