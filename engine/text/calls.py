@@ -295,7 +295,7 @@ class Calls(msgspec.Struct, omit_defaults=True):
         caller.call(self.name.strip(), self.call_id.strip())
         if self.head:
             caller.argue(self.head)
-        self.head = ""
+        self.head = self.string = ""
 
     def _close(self, caller: Caller) -> None:
         if not self.is_open:

@@ -502,9 +502,9 @@ def joined(pieces: Iterable[Part]) -> list[Part]:
     whole: list[_Piece] = []
     for piece in pieces:
         part = (piece.kind, piece.call)
+        if not (piece.text or piece.num_tokens or piece.id):
+            continue
         if not whole or whole[-1].part != part:
-            if piece.kind == "text" and not piece.text and not piece.num_tokens:
-                continue
             whole.append(_Piece(part))
             whole[-1].begin(piece.name, piece.id)
         whole[-1].texts.append(piece.text)
