@@ -243,7 +243,7 @@ class Calls(msgspec.Struct, omit_defaults=True):
             return self._deviate(at, caller)
         if not self.scan.is_done:
             return behind
-        string = _decoded(self.string) if self.scan.is_valid and self.scan.first == '"' else ""
+        string = _decoded(self.string) if self.scan.is_valid and self.string[:1] == '"' else ""
         if self.place == "key":
             self.place, self.key = "colon", string
             return behind
