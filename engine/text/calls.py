@@ -243,7 +243,7 @@ class Calls(msgspec.Struct, omit_defaults=True):
             return self._deviate(at, caller)
         if not self.scan.is_done:
             return behind
-        string = _decoded(self.string) if self.scan.is_valid and self.scan.first == '"' else ""
+        string = _decoded(self.string) if self.scan.is_valid and self.string[:1] == '"' else ""
         if self.place == "key":
             self.place, self.key = "colon", string
             return behind
@@ -295,7 +295,7 @@ class Calls(msgspec.Struct, omit_defaults=True):
         caller.call(self.name.strip(), self.call_id.strip())
         if self.head:
             caller.argue(self.head)
-        self.head = ""
+        self.head = self.string = ""
 
     def _close(self, caller: Caller) -> None:
         if not self.is_open:

@@ -61,7 +61,7 @@ class PartsReader(TextReader):
         "_mode",
         "_parallel",
         "_pieces",
-        "_quick",
+        "_plain",
         "_slow_ids",
         "_spelled",
         "_spelled_state",
@@ -90,9 +90,7 @@ class PartsReader(TextReader):
         self._marks = syntax.tokens
         self._slow_ids = frozenset((*syntax.tokens, *stop_tokens))
         self._spelled = stop_matcher(tuple(syntax.spelled)) if syntax.spelled else None
-        # Bytes without which no token begins a marker; empty if they begin with several.
-        firsts = {spelling[0] for spelling in syntax.spelled}
-        self._first = firsts.pop().encode() if len(firsts) == 1 else b""
+        self._first = ord(min(syntax.spelled)[0]) if syntax.spelled else None  # the byte that they all begin with
         self._parallel = parallel
         self._call_id = call_id
         self._mode: Mode = "thinking" if in_thinking else "start" if syntax.bare_calls else "text"
@@ -105,7 +103,7 @@ class PartsReader(TextReader):
         self._pieces: list[_Piece] = []
         self.num_calls = 0
         self.broken_calls: list[int] = []
-        self._quick = self._plain_part()
+        self._plain = self._plain_part()
 
     @property
     def watches(self) -> bool:
@@ -152,7 +150,7 @@ class PartsReader(TextReader):
         if self._spelled is not None:
             for char in "".join(self._unsure):
                 self._spelled_state = self._spelled.step(self._spelled_state, char)
-        self._quick = self._plain_part()
+        self._plain = self._plain_part()
 
     def catch_up(self, token_ids: Sequence[int], end: int) -> None:
         """Go on after the first `end` tokens, in which nothing stops; this one must be new. It reads them all."""
@@ -161,10 +159,20 @@ class PartsReader(TextReader):
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens, return the text that is now certain; see `TextReader.push`."""
-        if self._quick is not None and self._slow_ids.isdisjoint(token_ids):
+        plain = self._plain
+        if plain is not None and self._slow_ids.isdisjoint(token_ids):
+            if plain == "text" and self._first is None:
+                self.parts = []
+                return TextReader.push(self, token_ids)
             pieces = b"".join(map(self._token_bytes, token_ids))
-            if self._spelled is None or self._first not in pieces:
-                return self._push_plain(token_ids, pieces)
+            if self._first is None or self._first not in pieces:
+                if plain == "text":
+                    self.parts = []
+                    return TextReader.push(self, token_ids)
+                self.num_tokens += len(token_ids)
+                text = self._stripped(self._decoder.decode(pieces))
+                self.parts = [Part(kind="thinking", text=text, num_tokens=len(token_ids))]
+                return ""
         before = self.num_tokens
         for token_id in token_ids:
             if self._take(token_id):
@@ -197,8 +205,8 @@ class PartsReader(TextReader):
             self._mode, self._unsure = "call", []
         number = self.num_calls
         self.num_calls += 1
-        self._target = ("call", number)
-        self._piece(self._target).begin(name, call_id if _is_call_id(call_id) else self._call_id(number))
+        self._target = part = ("call", number)
+        self._piece(part).begin(name, call_id if _is_call_id(call_id) else self._call_id(number))
         self._credit(0)
 
     def argue(self, text: str) -> None:
@@ -211,19 +219,6 @@ class PartsReader(TextReader):
             self.broken_calls.append(self.num_calls - 1)
 
     # --- tokens
-
-    def _push_plain(self, token_ids: Sequence[int], pieces: bytes) -> str:
-        """Take tokens that are all text, or all of a thought."""
-        if self._quick == "text":
-            self.parts = []
-            if self._matcher is not None:
-                return super().push(token_ids)
-            self.num_tokens += len(token_ids)
-            return self._stripped(self._decoder.decode(pieces))
-        self.num_tokens += len(token_ids)
-        text = self._stripped(self._decoder.decode(pieces))
-        self.parts = [Part(kind="thinking", text=text, num_tokens=len(token_ids))]
-        return ""
 
     def _take(self, token_id: int) -> bool:
         """Take a token; whether it stops."""
@@ -458,7 +453,7 @@ class PartsReader(TextReader):
     def _hand_over(self, num_taken: int) -> str:
         """The text of the pieces, which become `parts` if they are more than that."""
         pieces, self._pieces = self._pieces, []
-        self._quick = self._plain_part()
+        self._plain = self._plain_part()
         text = "".join(["".join(piece.texts) for piece in pieces if piece.part == TEXT])
         is_text = all(piece.part == TEXT for piece in pieces)
         if is_text and sum(piece.num_tokens for piece in pieces) == num_taken:
@@ -502,9 +497,9 @@ def joined(pieces: Iterable[Part]) -> list[Part]:
     whole: list[_Piece] = []
     for piece in pieces:
         part = (piece.kind, piece.call)
+        if not (piece.text or piece.num_tokens or piece.id):
+            continue
         if not whole or whole[-1].part != part:
-            if piece.kind == "text" and not piece.text and not piece.num_tokens:
-                continue
             whole.append(_Piece(part))
             whole[-1].begin(piece.name, piece.id)
         whole[-1].texts.append(piece.text)

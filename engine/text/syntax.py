@@ -31,7 +31,8 @@ SPELLED_THOUGHTS = "v11"  # of Mistral's tokenizers, the one whose reasoning mod
 
 
 class Syntax(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Markers of a model. tokens: those that are tokens, by id. spelled: those that are spelled out in the text.
+    """Markers of a model. tokens: those that are tokens, by id. spelled: those that are spelled out in the text,
+    all with the same first character of ASCII.
 
     call_marker: the spelling of the one that opens calls. named_calls: behind it may stand a name and arguments;
     else JSON alone. bare_calls: an answer that is the JSON of a call from its first character on is a call.

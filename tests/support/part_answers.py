@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from random import Random
 
 from hypothesis import strategies as st
 
@@ -111,6 +112,36 @@ def _cut(draw: st.DrawFn, data: bytes) -> list[bytes]:
         pieces.append(data[:length])
         data = data[length:]
     return pieces
+
+
+def random_answer(rng: Random, name: str) -> tuple[Pieces, list[int]]:
+    """The same by chance, longer, and with damage in the fragments."""
+    syntax, vocabulary = SYNTAXES[name], Pieces()
+    token_ids: list[int] = []
+    data = b""
+    for _ in range(rng.randint(0, 20)):
+        if rng.random() < 0.25:
+            token_ids += _cut_by_chance(rng, vocabulary, data)
+            token_ids.append(rng.choice([*syntax.tokens, IDS["[IMG]"]]))
+            data = b""
+            continue
+        fragment = rng.choice(FRAGMENTS).encode()
+        if rng.random() < 0.1:
+            at = rng.randrange(len(fragment))
+            damage = rng.choice((b"", bytes([rng.randrange(256)]), b'"', b"}", b"{", b"\\", b" "))
+            fragment = fragment[:at] + damage + fragment[at + rng.randint(0, 1) :]
+        data += fragment
+    return vocabulary, token_ids + _cut_by_chance(rng, vocabulary, data)
+
+
+def _cut_by_chance(rng: Random, vocabulary: Pieces, data: bytes) -> list[int]:
+    """Tokens that these bytes are."""
+    token_ids = []
+    while data:
+        length = rng.choice((1, 1, 2, 3, 8, 30))
+        token_ids.append(vocabulary.add(data[:length]))
+        data = data[length:]
+    return token_ids
 
 
 def read(reader: PartsReader, token_ids: list[int], lengths: list[int] | None = None) -> tuple[str, list[Part]]:
