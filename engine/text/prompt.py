@@ -9,12 +9,14 @@ from pathlib import Path
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, TextChunk
+from cierzo.engine.messages import ChatMessage, Generate, ModelInfo, SamplingParams, Submit, TextChunk
 from cierzo.engine.text.chat import ChatTemplate, load_chat_template, read_chat_templates
 from cierzo.engine.text.detok import MAX_CHAR_BYTES, Detokenizer
+from cierzo.engine.text.masks import Markers, masked
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
 
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
+WORD_CHARS = 16  # a text of its own takes a tokenizer as long as so many characters more
 
 
 class Prompt(msgspec.Struct, frozen=True, gc=False):
@@ -32,6 +34,7 @@ class PromptEncoder:
     tokenizer: Tokenizer | None = None
     template: ChatTemplate | None = None
     other_templates: tuple[str, ...] = ()
+    syntax: Markers | None = None
 
     @classmethod
     def load(cls, checkpoint_dir: Path) -> PromptEncoder:
@@ -96,9 +99,14 @@ class PromptEncoder:
         stop_tokens = {self.special_ids[string]: string for string in params.stop if string in self.special_ids}
         return Detokenizer(self.tokenizer, params.stop, params.min_tokens, stop_tokens)
 
+    def masked(self, submit: Submit, message: Generate, model: ModelInfo, *, in_thinking: bool) -> Submit:
+        """`submit` with what its message says that a token may be; see masks.py. Raises InvalidRequest."""
+        return masked(submit, message, self.tokenizer, self.syntax, model, in_thinking=in_thinking)
+
     def weight(self, message: Generate) -> int:
         """The work to encode a message, in characters of text that take as long. Token ids take none."""
         weight = len(message.output_token_ids)
+        weight += sum(2 * (WORD_CHARS + len(word)) for word in message.sampling.bad_words)
         if message.text is not None:
             return weight + len(message.text)
         for turn in message.messages or ():
