@@ -5,7 +5,7 @@ from __future__ import annotations
 _ABILITIES = {
     "adapters (LoRA)": ("lora", "loras", "lora_name", "lora_path", "lora_request", "adapter", "adapter_id"),
     "beam search": ("beam_width", "beam_size", "num_beams", "use_beam_search", "best_of", "length_penalty"),
-    "outputs guided by a grammar or schema": (
+    "guided outputs (grammars, schemas)": (
         *("response_format", "structured_outputs", "grammar", "json_schema", "guided_decoding"),
         *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex"),
     ),

@@ -14,7 +14,14 @@ from msgspec.structs import replace
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit, ThinkingBudget
-from cierzo.engine.text.vocabulary import Vocabulary
+
+
+class Pieces(Protocol):
+    """The part of a `Vocabulary` that is used."""
+
+    def encode_piece(self, text: str) -> list[int]:
+        """Token ids of a text alone."""
+        ...
 
 
 class Markers(Protocol):
@@ -39,7 +46,7 @@ class Markers(Protocol):
 def masked(
     submit: Submit,
     message: Generate,
-    vocabulary: Vocabulary | None,
+    vocabulary: Pieces | None,
     markers: Markers | None,
     model: ModelInfo,
     *,
@@ -61,7 +68,7 @@ def masked(
 
 
 def banned(
-    message: Generate, vocabulary: Vocabulary | None, markers: Markers | None, vocab_size: int
+    message: Generate, vocabulary: Pieces | None, markers: Markers | None, vocab_size: int
 ) -> list[list[int]]:
     """Sequences of tokens that an answer may not hold: its bad words, and with `tool_choice` "none" the marker of
     calls. Those with a token that the model does not have are left out. Raises InvalidRequest."""

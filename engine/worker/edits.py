@@ -154,7 +154,7 @@ def _masks(
     return arrays
 
 
-def _sparse(name: str, entries: Sequence[tuple[int, *tuple[NDArray[Any], ...]]]) -> Arrays:
+def _sparse(name: str, entries: Sequence[tuple[int, NDArray[Any], *tuple[NDArray[Any], ...]]]) -> Arrays:
     """The rows' token ids, and their values if they have any, laid end to end; nothing where there are none."""
     counts = [len(entry[1]) for entry in entries]
     if not any(counts):

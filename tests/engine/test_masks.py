@@ -206,7 +206,7 @@ def test_answers_are_those_of_direct_sampling_whatever_happens_around_them(
             assert answers[request.request_id, sample] == expected(request, sample), request
 
 
-THREES = {"logit_bias": {3: 30.0, 4: 29.0}, "temperature": 0.0, "max_tokens": 30, "ignore_eos": True}
+THREES = {"logit_bias": {3: 90.0, 4: 60.0}, "temperature": 0.0, "max_tokens": 30, "ignore_eos": True}
 MANY = [
     {**THREES, "banned": [[3, 3, 3], [4, 4]]},
     {**THREES, "allowed_token_ids": (5, 6, 7)},

@@ -119,8 +119,8 @@ def test_a_model_that_marks_no_thoughts_has_no_budget(run, serving, cores):
         ("beam_width", "beam search"),
         ("use_beam_search", "beam search"),
         ("best_of", "beam search"),
-        ("response_format", "grammar"),
-        ("guided_json", "grammar"),
+        ("response_format", "guided outputs"),
+        ("guided_json", "guided outputs"),
         ("embeddings", "embeddings"),
     ],
 )

@@ -115,7 +115,7 @@ def test_what_leaves_a_token_is_taken() -> None:
         {"allowed_token_ids": [2], "min_tokens": 2, "output": (5,)},
         {"allowed_token_ids": [20, 21], "max_thinking_tokens": 0},
     ):
-        assert submit_of(**settings).sampling.allowed_token_ids == settings["allowed_token_ids"]
+        assert [*submit_of(**settings).sampling.allowed_token_ids] == settings["allowed_token_ids"]
 
 
 def test_a_request_without_masks_is_left_as_it_is() -> None:
