@@ -1,4 +1,4 @@
-"""What a request says that a token may be, as the core is told it: words become sequences of token ids.
+"""Masks of a request, from what its client says to what the core is told: words become sequences of token ids.
 
 A bad word is banned as its tokens spell it, alone and behind one space: the token ids of the text without its
 leading spaces, and of a space and that text. Of each of these two sequences the last token may not be chosen where

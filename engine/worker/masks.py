@@ -1,4 +1,4 @@
-"""What the next token of a sequence may be, by the tokens of its answer: allowed tokens, banned words, thoughts.
+"""Masks: which token may come next, by the tokens of the answer so far. Allowed tokens, banned words, thoughts.
 
 A banned word is a sequence of token ids: its last one may not be chosen where the answer ends in those before it.
 Tokens of the prompt are none of the answer's. A thought that has used its budget is closed: the closing token comes
@@ -36,7 +36,7 @@ class Forced:
 
 
 class Masks:
-    """What one sequence may choose next. It follows from the parameters and the output alone."""
+    """State of one sequence's masks. It follows from the parameters and the output alone."""
 
     def __init__(
         self,
