@@ -288,10 +288,11 @@ class LLM(OneProcess):
         message = generate_message(**fields, sampling=sampling_params(sampling, params))
         special_ids = self._prompts.special_ids
         validate.fields(message, self._config.frontend, self._info, special_ids)
-        prompt = self._prompts.encode(message)
+        prompt, info = self._prompts.encode(message), self._info
         seed = message.sampling.seed
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
-        submit = validate.request(message, prompt.token_ids, next(self._request_ids), seed, self._info, special_ids)
+        submit = validate.request(message, prompt.token_ids, next(self._request_ids), seed, info, special_ids)
+        submit = self._prompts.masked(submit, message, info, in_thinking=prompt.in_thinking)
         samples = [
             Sample(
                 index,

@@ -96,6 +96,7 @@ class RequestEncoder:
         prompt = prompts.encode(message, model.max_model_len)
         seed, special_ids = message.sampling.seed, prompts.special_ids
         submit = validate.request(message, prompt.token_ids, 0, seed, model, special_ids)
+        submit = prompts.masked(submit, message, model, in_thinking=prompt.in_thinking)
         tail, states = self._seen(message, submit, prompt, apart)
         return Encoded(
             message=message,

@@ -12,14 +12,16 @@ from pathlib import Path
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, TextChunk
+from cierzo.engine.messages import ChatMessage, Generate, ModelInfo, SamplingParams, Submit, TextChunk
 from cierzo.engine.text.chat import ChatTemplate, load_chat_template, read_chat_templates
 from cierzo.engine.text.detok import MAX_CHAR_BYTES, Detokenizer
+from cierzo.engine.text.masks import masked
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.syntax import Syntax, syntax_of
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
 
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
+WORD_CHARS = 16  # a text of its own takes a tokenizer as long as so many characters more
 CALL_ID_CHARS = 9  # what every version of Mistral's templates takes
 _ID_ALPHABET = string.ascii_letters + string.digits
 Reader = Detokenizer | PartsReader
@@ -132,9 +134,14 @@ class PromptEncoder:
             call_id=partial(call_id, params.seed, num_prompt_tokens, sample),
         )
 
+    def masked(self, submit: Submit, message: Generate, model: ModelInfo, *, in_thinking: bool) -> Submit:
+        """`submit` with what its message says that a token may be; see masks.py. Raises InvalidRequest."""
+        return masked(submit, message, self.tokenizer, self.syntax, model, in_thinking=in_thinking)
+
     def weight(self, message: Generate) -> int:
         """The work to encode a message, in characters of text that take as long. Token ids take none."""
         weight = len(message.output_token_ids)
+        weight += sum(2 * (WORD_CHARS + len(word)) for word in message.sampling.bad_words)
         if message.text is not None:
             return weight + len(message.text)
         for turn in message.messages or ():
