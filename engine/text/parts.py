@@ -166,11 +166,13 @@ class PartsReader(TextReader):
                 return TextReader.push(self, token_ids)
             pieces = b"".join(map(self._token_bytes, token_ids))
             if self._first is None or self._first not in pieces:
-                if plain == "text":
-                    self.parts = []
+                self.parts = []
+                if plain == "text" and self._matcher is not None:
                     return TextReader.push(self, token_ids)
                 self.num_tokens += len(token_ids)
                 text = self._stripped(self._decoder.decode(pieces))
+                if plain == "text":
+                    return text
                 self.parts = [Part(kind="thinking", text=text, num_tokens=len(token_ids))]
                 return ""
         before = self.num_tokens

@@ -88,6 +88,20 @@ def _same(answer):
 )
 def test_stop_strings_are_looked_for_in_text_alone(case, stops, min_tokens, lengths):
     name, (vocabulary, token_ids) = case
+    _stops_in_text(name, vocabulary, token_ids, lengths, stops, min_tokens)
+
+
+def test_stop_strings_in_random_answers():
+    rng = random.Random(17)
+    for _ in range(1000):
+        name = rng.choice(list(SYNTAXES))
+        vocabulary, token_ids = random_answer(rng, name)
+        stops = rng.sample(["b  ", "get", "€\n", "<a", ";", "f {", "aa", "\ufffd", '": 1', "<"], rng.randint(1, 3))
+        lengths = [rng.choice((1, 1, 1, 2, 5, 20)) for _ in token_ids]
+        _stops_in_text(name, vocabulary, token_ids, lengths, stops, rng.randint(0, 40))
+
+
+def _stops_in_text(name, vocabulary, token_ids, lengths, stops, min_tokens):
     syntax = SYNTAXES[name]
     reader = PartsReader(vocabulary, syntax, tuple(stops), min_tokens)
     text, pieces = read(reader, token_ids, lengths)
