@@ -38,7 +38,7 @@ class Screen:
         self._write(piece.text)
 
     def _around(self, part: Part) -> tuple[str, str]:
-        """What begins a part, and what ends it."""
+        """Text that begins a part, and text that ends it."""
         if part.kind == "call":
             return f"{part.name}(", ")"
         return (DIM, UNDIM) if part.kind == "thinking" and self._dims else ("", "")

@@ -19,7 +19,7 @@ from cierzo.engine.messages import (
 
 
 class Answer:
-    """What has come of one sample. `add` each of its deltas, and at last how it ended.
+    """Sample of a generation, as far as it has come. `add` each of its deltas, and at last how it ended.
 
     messages.append(answer.turn)  # the conversation goes on with it
     for call in answer.tool_calls:
@@ -59,12 +59,12 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """Its text, without thoughts and calls."""
+        """The text alone, without thoughts and calls."""
         return "".join([joining.text() for joining in self._joining if joining.first.kind == "text"])
 
     @property
     def thinking(self) -> str:
-        """Its thoughts."""
+        """The thoughts alone."""
         return "".join([joining.text() for joining in self._joining if joining.first.kind == "thinking"])
 
     @property
@@ -95,7 +95,7 @@ class Answers:
         answer.take(delta.parts, delta.text, len(delta.token_ids))
 
     def of(self, sample: int, final: Final | None) -> Answer:
-        """What there is of a sample; `final` if that has come."""
+        """Give a sample; `final` if that has come."""
         if final is not None and not self._has_ended:
             self._has_ended = True
             for end in final.samples:

@@ -48,6 +48,7 @@ from cierzo.engine.frontend.address import Address, TcpAddress, parse_address
 from cierzo.engine.frontend.answer import Answer, Answers
 from cierzo.engine.frontend.arguments import generate_message
 from cierzo.engine.frontend.client_link import ClientLink
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.loop_thread import LoopThread
 from cierzo.engine.frontend.one_process import OneProcess
@@ -70,7 +71,6 @@ from cierzo.engine.messages import (
     Stats,
     Tool,
     Welcome,
-    delta_cost,
 )
 
 __all__ = ["Client", "Generation", "Reconnect", "SyncClient", "SyncGeneration"]

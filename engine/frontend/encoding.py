@@ -56,8 +56,8 @@ class Encoded(Message, frozen=True, tag="encoded"):
     """A request that is valid. `message` lacks its prompt, `submit` too, and its seed if the client gave none.
 
     in_thinking: the prompt ends within a thought. tail: `Detokenizer.tail` of the output tokens; where the answer
-    comes in parts, instead `states` of their reader, after each STATE_TOKENS of them and after all. content: `digest`
-    of the whole message, if it has an idempotency key.
+    comes in parts, instead `states` of their reader, after each STATE_TOKENS of them and after all.
+    content: `digest` of the whole message, if it has an idempotency key.
     """
 
     message: Generate

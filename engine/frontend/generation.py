@@ -208,8 +208,8 @@ class Generation:
         return self._inbox.final
 
     def answer(self, sample: int = 0) -> Answer:
-        """What was taken of a sample so far: its text, thoughts and calls, and, once the iteration has ended, the
-        turn with which the conversation goes on. Of a resumed generation, what came behind the tokens received."""
+        """Give what was taken of a sample so far: its text, thoughts and calls, and, once the iteration has ended,
+        the turn with which the conversation goes on. Of a resumed one, what came behind the tokens received."""
         return self._answers.of(sample, self._inbox.final)
 
     @property

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from cierzo.engine.errors import CierzoError, SlowReader
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.delta_cost import delta_cost, logprobs_cost, parts_cost, text_cost
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
@@ -25,10 +26,6 @@ from cierzo.engine.messages import (
     Accepted,
     Delta,
     TokenDelta,
-    delta_cost,
-    logprobs_cost,
-    parts_cost,
-    text_cost,
 )
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer

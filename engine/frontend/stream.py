@@ -306,7 +306,7 @@ NewReader = Callable[[Stream, int], Reader | None]  # of a stream's sample: one 
 
 
 def reader_of(prompts: PromptEncoder) -> NewReader:
-    """What makes readers, as the streams of this model want them."""
+    """Give what makes readers for the streams of this model."""
 
     def new_reader(stream: Stream, sample: int) -> Reader | None:
         return prompts.reader(

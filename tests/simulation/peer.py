@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from cierzo.engine import messages
+from cierzo.engine.frontend import delta_cost as costs
 from cierzo.engine.messages import PROTOCOL_VERSION
 
 from .history import Attempt, Body, History, Question, Request
@@ -203,4 +204,4 @@ def thoughts_of(message: Body) -> str:
 
 def delta_cost(message: Body) -> int:
     """Credit that a delta takes."""
-    return messages.delta_cost(msgspec.convert({k: v for k, v in message.items() if k != "type"}, messages.Delta))
+    return costs.delta_cost(msgspec.convert({k: v for k, v in message.items() if k != "type"}, messages.Delta))

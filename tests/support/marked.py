@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tokenizers
+from fake_core import EOS
 from tokenizers import decoders, models, pre_tokenizers
 
 from cierzo.engine.messages import Part
@@ -50,3 +51,16 @@ def ids(text: str) -> list[int]:
 def bare(parts: list[Part]) -> list[tuple[str, str, str]]:
     """Kind, name and text of each part that has one."""
     return [(part.kind, part.name, part.text) for part in parts if part.text or part.name]
+
+
+SAID = (
+    "[THINK]let me see €[/THINK]It blows. "
+    '[TOOL_CALLS]wind[ARGS]{"at": "Zaragoza"}[TOOL_CALLS]rain[ARGS]{"in":  [1, 2]}'
+)
+TOKENS = [*ids(SAID), EOS]
+RIGHT = [
+    ("thinking", "", "let me see €"),
+    ("text", "", "It blows. "),
+    ("call", "wind", '{"at": "Zaragoza"}'),
+    ("call", "rain", '{"in":  [1, 2]}'),
+]

@@ -22,6 +22,7 @@ import uvloop
 from fake_core import BOS, FakeCores, FakeEngineConfig, fake_model
 from fake_rpc_server import Script, scripted
 from local_encoders import local_encoders
+from marked import marked_prompts
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from cierzo.engine.frontend.child import Spawn
@@ -162,6 +163,14 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
 @pytest.fixture
 def cores() -> FakeCores:
     return FakeCores()
+
+
+@pytest.fixture
+def marking(
+    serving: Callable[..., AbstractAsyncContextManager[House]], cores: FakeCores
+) -> Callable[..., AbstractAsyncContextManager[House]]:
+    """A server of a model that marks its thoughts and calls; the keywords are those of `serving`."""
+    return lambda **limits: serving(cores=cores, words=marked_prompts(), **limits)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from cierzo.engine import messages
 from cierzo.engine.errors import BY_CODE
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.methods import FEATURE_OF
 from cierzo.engine.frontend.validate import FEATURE_OF_FIELD, FEATURE_OF_PARAMETER
@@ -71,10 +72,10 @@ def test_the_formula_of_a_delta_s_cost():
     logprobs = [messages.TokenLogprobs(1, -1.0, [1, 2, 3], [-1.0, -2.0, -3.0])]
     delta = messages.Delta(stream=1, token_ids=[1, 2], text="é", logprobs=logprobs)
     without = base + 2 * token + 2 + entry + 3 * alternative
-    assert messages.delta_cost(delta) == without
+    assert delta_cost(delta) == without
     parts = [messages.Part(kind="text", text="é"), messages.Part(kind="call", text="{}", name="ñ", id="abc")]
     with_parts = messages.Delta(stream=1, token_ids=[1, 2], text="é", logprobs=logprobs, parts=parts)
-    assert messages.delta_cost(with_parts) == without + 2 * part + 2 + 2 + 2 + 3
+    assert delta_cost(with_parts) == without + 2 * part + 2 + 2 + 2 + 3
 
 
 EXAMPLES = re.findall(r"```\n((?:[0-9a-f]{2}[ \n])+)```\n```json\n(.*?)```", TEXT, re.DOTALL)

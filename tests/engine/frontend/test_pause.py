@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from streams import generate
 
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.messages import (
     Accepted,
@@ -13,7 +14,6 @@ from cierzo.engine.messages import (
     Resume,
     TokenDelta,
     TokenLogprobs,
-    delta_cost,
 )
 
 

@@ -14,6 +14,7 @@ from cierzo.engine.errors import SlowReader
 from cierzo.engine.frontend import client as client_module
 from cierzo.engine.frontend import client_link
 from cierzo.engine.frontend.client import Client, SyncClient
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.rpc import Connection
 from cierzo.engine.messages import (
     Credit,
@@ -22,7 +23,6 @@ from cierzo.engine.messages import (
     Generate,
     Hello,
     TokenLogprobs,
-    delta_cost,
 )
 
 CREDIT = Hello(client="test", features=["credit"])

@@ -17,6 +17,7 @@ from msgspec.msgpack import decode, encode
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.outlet import BOUND_TOKENS
@@ -35,7 +36,6 @@ from cierzo.engine.messages import (
     StepOutput,
     TokenDelta,
     TokenLogprobs,
-    delta_cost,
 )
 
 CONFIG = FrontendConfig(
