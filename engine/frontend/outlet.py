@@ -30,8 +30,10 @@ from cierzo.engine.messages import (
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
 CHUNK_LOGPROBS = 128
+CHUNK_PARTS = 1024
 BOUND_TOKENS = 32  # of a sample, after which `max_answer_bytes` is looked at again
 LOGPROBS_TOKENS = 16  # a token with log-probabilities is as much work as so many without
+PARTS_TOKENS = 4  # as much as one that is read for parts may be
 TURN_TOKENS = 8192  # sent to readers that were behind in one turn of the loop, which they share
 
 
@@ -307,7 +309,7 @@ class Outlets:
             if (sink := stream.sink) is None:
                 continue
             num_tokens, is_done = self._advance(stream, min(CHUNK_TOKENS, tokens_left))
-            tokens_left -= 1 + num_tokens * (1 if stream.sampling.logprobs is None else LOGPROBS_TOKENS)
+            tokens_left -= 1 + num_tokens * _weight(stream)
             if not is_done and _may_send(stream) and not sink.is_paused:
                 self._ready[stream] = None
         self._ready = {**ready, **self._ready}
@@ -323,6 +325,8 @@ class Outlets:
             return 0, False
         if stream.sampling.logprobs is not None:
             most = min(most, CHUNK_LOGPROBS)
+        elif stream.apart:
+            most = min(most, CHUNK_PARTS)
         for sample in stream.samples:
             while stream.unsent and sample.unsent and num_tokens < most and _may_send(stream):
                 num_tokens += self._send(stream, sample, most - num_tokens)
@@ -435,6 +439,11 @@ class Outlets:
                 value=stream.pending_bytes,
             ),
         )
+
+
+def _weight(stream: Stream) -> int:
+    """Work that a token of a stream is, in tokens of text alone."""
+    return LOGPROBS_TOKENS if stream.sampling.logprobs is not None else PARTS_TOKENS if stream.apart else 1
 
 
 def _may_send(stream: Stream) -> bool:

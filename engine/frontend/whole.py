@@ -18,7 +18,7 @@ from cierzo.engine.messages import Part, SampleEnd
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import Reader
 
-CHUNK_TOKENS = 4096  # built in a step
+CHUNK_TOKENS, CHUNK_PARTS = 4096, 1024  # built in a step; of an answer in parts, whose tokens are more work
 PIECE_BYTES = 128 * 1024  # written in a step
 ONE_PIECE_TOKENS = 4096  # answers up to so many tokens in all need no steps; with log-probabilities, fewer
 ONE_PIECE_BYTES = 64 * 1024
@@ -33,7 +33,8 @@ def is_long(stream: Stream) -> bool:
     if stream.deltas or stream.error is not None:
         return False
     num_tokens = sum(len(sample.token_ids) for sample in stream.samples)
-    return num_tokens > ONE_PIECE_TOKENS or stream.num_bytes > ONE_PIECE_BYTES
+    most = ONE_PIECE_TOKENS * CHUNK_PARTS // CHUNK_TOKENS if stream.apart else ONE_PIECE_TOKENS
+    return num_tokens > most or stream.num_bytes > ONE_PIECE_BYTES
 
 
 def build(stream: Stream, new_reader: NewReader) -> Pieces:
@@ -64,8 +65,9 @@ def _sample(sample: Sample, end: SampleEnd, reader: Reader | None) -> Pieces:
     reader = reader if watched is None else None
     if reader is not None:
         sample.place(reader, sample.num_brought)
-    for start in range(0, len(token_ids), CHUNK_TOKENS):
-        chunk = token_ids[start : start + CHUNK_TOKENS]
+    step = CHUNK_TOKENS if packed is None else CHUNK_PARTS
+    for start in range(0, len(token_ids), step):
+        chunk = token_ids[start : start + step]
         for_text = chunk[max(0, sample.num_brought - start) :]
         tokens += _without_header(_encode(chunk.tolist()), len(chunk))
         if reader is not None:

@@ -16,7 +16,15 @@ from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.outlet import TURN_TOKENS, Outlets
 from cierzo.engine.frontend.sample import STATE_TOKENS
 from cierzo.engine.frontend.stream import Stream, reader_of
-from cierzo.engine.frontend.whole import CHUNK_TOKENS, ONE_PIECE_TOKENS, PIECE_BYTES, build, cut, is_long
+from cierzo.engine.frontend.whole import (
+    CHUNK_PARTS,
+    CHUNK_TOKENS,
+    ONE_PIECE_TOKENS,
+    PIECE_BYTES,
+    build,
+    cut,
+    is_long,
+)
 from cierzo.engine.messages import (
     Final,
     Finish,
@@ -133,7 +141,8 @@ def test_a_record_of_parts_in_pieces_is_the_record(said, brought):
     assert bool(end.parts) == ("[" in said)
     counted = sum(part.num_tokens for part in end.parts)  # with those of a call whose first tokens were brought
     assert not end.parts or len(tokens) - brought <= counted <= len(tokens)
-    assert max(steps) <= CHUNK_TOKENS
+    assert max(steps) <= CHUNK_PARTS
+    assert is_long(stream)
     assert message.samples[0].broken_calls == ([500] if said.endswith("wind") else [])
 
 
@@ -151,6 +160,12 @@ def test_which_records_are_long(tokenizer):
     assert not is_long(stream(num_tokens=ONE_PIECE_TOKENS))
     assert is_long(stream(num_tokens=ONE_PIECE_TOKENS // 4 + 1, n=4))
     assert is_long(stream(num_tokens=500, logprobs=20))
+    apart = stream(num_tokens=ONE_PIECE_TOKENS // 4)
+    apart.apart = True
+    assert not is_long(apart)
+    apart = stream(num_tokens=ONE_PIECE_TOKENS // 4 + 1)
+    apart.apart = True
+    assert is_long(apart)
     read = stream(num_tokens=9000)
     read.deltas = True
     assert not is_long(read)
