@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from fake_core import EOS
 from marked import ID_OF, RIGHT, SAID, TOKENS, bare, ids
@@ -20,6 +21,7 @@ from cierzo.engine.messages import (
     SamplingParams,
 )
 from cierzo.engine.text.parts import PartsReader
+from cierzo.engine.text.prompt import PromptEncoder
 
 PARTS = Hello(client="test", features=["parts", "resume"])
 PLAIN = Hello(client="test", features=["resume"])
@@ -114,6 +116,39 @@ def test_a_model_that_marks_nothing_has_no_parts(run, serving, peering, cores, t
             assert "".join(delta.text for delta in deltas) == "<think>a</think>b"
             assert not any(delta.parts for delta in deltas)
             assert final.samples[0].finish_reason == "stop"
+
+    run(body())
+
+
+@pytest.mark.parametrize("inline_chars", [0, 2048])
+def test_an_answer_goes_on_within_the_thought_that_the_prompt_ends_in(
+    run, marking, peering, cores, inline_chars, monkeypatch
+):
+    """Streamed, whole, resumed from its second token, and at another server that is told of the first one."""
+    tokens = [*ids("so[/THINK]It blows."), EOS]
+    cores.answer = lambda submit, sample: tokens
+    encode = PromptEncoder.encode
+    monkeypatch.setattr(
+        PromptEncoder, "encode", lambda *given: msgspec.structs.replace(encode(*given), in_thinking=True)
+    )
+
+    async def body():
+        async with marking(inline_chars=inline_chars) as house, peering(house, PARTS) as peer:
+            text = Generate(stream=1, text="Wind?", sampling=SamplingParams(seed=3, max_tokens=200))
+            peer.say(text)
+            name = (await peer.hear()).request_id
+            _, answers, _ = await hear_all(peer)
+            assert bare(answers.of(0, None).parts) == [("thinking", "", "so"), ("text", "", "It blows.")]
+            peer.say(msgspec.structs.replace(text, deltas=False))
+            _, _, final = await hear_all(peer)
+            assert bare(final.samples[0].parts) == [("thinking", "", "so"), ("text", "", "It blows.")]
+            for rest in (
+                Resume(stream=1, request_id=name, received=[1]),
+                msgspec.structs.replace(text, output_token_ids=tokens[:1]),
+            ):
+                peer.say(rest)
+                _, answers, _ = await hear_all(peer)
+                assert bare(answers.of(0, None).parts) == [("thinking", "", "o"), ("text", "", "It blows.")]
 
     run(body())
 
