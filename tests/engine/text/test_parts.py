@@ -8,12 +8,12 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.part_answers import IDS, SYNTAXES, Pieces, answers, random_answer, read
+from support.part_answers import IDS, SYNTAXES, Pieces, answers, joined, random_answer, read
 from support.parts_reference import parse
 
 from cierzo.engine.messages import Part
 from cierzo.engine.text.detok import Detokenizer
-from cierzo.engine.text.parts import PartsReader, joined, numbered
+from cierzo.engine.text.parts import PartsReader, numbered
 from cierzo.engine.text.reader_state import ReaderState
 
 NAMES = st.sampled_from(list(SYNTAXES))
@@ -75,6 +75,32 @@ def test_one_that_goes_on_after_a_state_reads_the_same(case, lengths, place, in_
         )
 
 
+def test_many_readers_in_turn_read_a_random_answer():
+    rng = random.Random(17)
+    for _ in range(500):
+        name = rng.choice(list(SYNTAXES))
+        vocabulary, token_ids = random_answer(rng, name)
+        reader, text, pieces = PartsReader(vocabulary, SYNTAXES[name], ("zzz",)), "", []
+        for token_id in token_ids:
+            text += reader.push([token_id])
+            pieces += reader.parts or [Part(kind="text", text=" ", num_tokens=1)]
+            if rng.random() < 0.5:
+                reader.fork().push([token_id, *token_ids])
+                packed = msgspec.msgpack.encode(reader.state())
+                num_tokens, reader = reader.num_tokens, PartsReader(vocabulary, SYNTAXES[name], ("zzz",))
+                reader.go_on_after(num_tokens, msgspec.msgpack.decode(packed, type=ReaderState))
+        text += reader.flush()
+        pieces += reader.parts
+        whole = parse(token_ids, vocabulary.token_bytes, SYNTAXES[name], numbered)
+        assert (text, reader.broken_calls, reader.num_tokens) == (whole.text, whole.broken, len(token_ids))
+        assert [_unsaid(part) for part in joined(pieces)] == [_unsaid(part) for part in whole.parts]
+
+
+def _unsaid(part):
+    """The part, but for the text of a text, which is compared on its own."""
+    return msgspec.structs.replace(part, text="") if part.kind == "text" else part
+
+
 def _same(answer):
     text, pieces = answer
     return text, joined(pieces)
@@ -133,25 +159,43 @@ def _stopped(texts, stops, min_tokens):
     return given_out, None, None
 
 
-@given(answers("mistral"), LENGTHS)
-def test_without_parallel_calls_what_opens_a_second_one_stops(answer, lengths):
-    vocabulary, token_ids = answer
-    syntax = SYNTAXES["mistral"]
-    reader = PartsReader(vocabulary, syntax, parallel=False)
-    _, pieces = read(reader, token_ids, lengths)
-    whole = parse(token_ids, vocabulary.token_bytes, syntax, numbered)
-    num_calls = len({part.call for part in whole.parts if part.kind == "call"})
-    assert reader.watches
-    assert reader.stop == (None if num_calls < 2 and not _opens_again(token_ids, reader) else "[TOOL_CALLS]")
-    taken = token_ids[: reader.num_tokens]
-    assert sum(piece.num_tokens for piece in pieces) == len(taken)
-    cut = parse(taken, vocabulary.token_bytes, syntax, numbered)
-    assert [part for part in joined(pieces) if part.call == 0] == [part for part in cut.parts if part.call == 0]
+def test_without_parallel_calls_what_opens_a_second_one_stops():
+    rng, num_stopped = random.Random(17), 0
+    for _ in range(1000):
+        name = rng.choice(list(SYNTAXES))
+        vocabulary, token_ids = random_answer(rng, name)
+        reader = PartsReader(vocabulary, SYNTAXES[name], parallel=False)
+        assert reader.watches
+        _, pieces = read(reader, token_ids, [rng.choice((1, 1, 1, 2, 5, 20)) for _ in token_ids])
+        whole = parse(token_ids, vocabulary.token_bytes, SYNTAXES[name], numbered).parts
+        first = next((at for at, part in enumerate(whole) if part.kind == "call" and part.call == 1), len(whole))
+        if reader.stop is None:
+            assert (joined(pieces), first) == (whole, len(whole))
+            continue
+        num_stopped += 1
+        assert (reader.stop, reader.num_calls) == (SYNTAXES[name].call_marker, 1)
+        assert reader.num_tokens == sum(piece.num_tokens for piece in pieces)
+        said, expected = _said(joined(pieces)), _said(whole[:first])
+        if first < len(whole):
+            assert said == expected
+        else:  # what opened one was none after all
+            assert said[:-1] == expected[: len(said) - 1]
+            assert expected[len(said) - 1][1].startswith(said[-1][1])
+    assert num_stopped > 50
 
 
-def _opens_again(token_ids, reader):
-    """Whether the next token opens calls."""
-    return token_ids[reader.num_tokens : reader.num_tokens + 1] == [IDS["[TOOL_CALLS]"]] and reader.num_calls
+def _said(parts):
+    return [(part.kind, part.text, part.name) for part in parts if part.text or part.kind == "call"]
+
+
+def test_the_token_that_opens_a_second_call_is_not_taken():
+    vocabulary = Pieces()
+    token_ids = _tokens(vocabulary, "[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]g[ARGS]{}")
+    for lengths in ([1] * 20, [20]):
+        reader = PartsReader(vocabulary, SYNTAXES["mistral"], parallel=False)
+        _, pieces = read(reader, token_ids, lengths)
+        assert (reader.stop, reader.num_tokens) == ("[TOOL_CALLS]", 5)
+        assert joined(pieces) == [Part(kind="call", name="f", id="000000000", text="{}", num_tokens=5)]
 
 
 def _tokens(vocabulary, text, markers=IDS):
