@@ -63,7 +63,7 @@ SEQUENCES = {
 }
 ANSWERS = {  # a byte for the syntax, and text in which bytes from 0xF8 on stand for its markers
     "mistral": b'\x00\xf8hm\xf9ok \xfaget\xfb{"x": [1, "\xc3\xa9"]}\xfag\xfc123456789\xfb{}',
-    "mistral-list": b'\x00\xfa [{"name": "f", "arguments": {"x": "}"}, "id": "x"}, {"arguments": {}, "name": "g"}] a',
+    "mistral-list": b'\x00\xfa [{"name": "f", "arguments": {"x": "}"}, "id": "x"}, {"arguments": {}, "name": "g"}]',
     "magistral": b"\x01<think>hm</think>\n\xf8f\xf9{}",
     "tags": b'\x02<think>a<b</think>\n<tool_call>\n{"name": "f", "arguments": {"a": [true, -1.5e3]}}\n</tool_call>',
     "tag-tokens": b'\x03\xf8hm\xf9\n\xfa\n{"name": "f", "arguments": {"b": "\\u00e9"}}\n\xfb\n\xfax\xfb',
