@@ -1,5 +1,5 @@
-"""`python -m fuzz`: 10^7 frames, 10^5 connections, and 30,000 answers that have parts, over all processors; what fails
-is kept in the corpus.
+"""`python -m fuzz`: 10^7 frames, 10^5 connections, and 30,000 answers that have parts, over all processors; what
+fails is kept in the corpus.
 
 Frames and splitter run under atheris if it can be imported (`make fuzz` installs it beside the environment), and
 under the seeded mutator otherwise, which `--no-atheris` asks for too. The others run under the mutator.

@@ -198,6 +198,15 @@ def test_the_token_that_opens_a_second_call_is_not_taken():
         assert joined(pieces) == [Part(kind="call", name="f", id="000000000", text="{}", num_tokens=5)]
 
 
+def test_a_second_call_in_the_same_token_is_none():
+    vocabulary = Pieces()
+    text = b'[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]'
+    reader = PartsReader(vocabulary, SYNTAXES["mistral"], parallel=False)
+    _, pieces = read(reader, [IDS["[TOOL_CALLS]"], vocabulary.add(text)])
+    assert (reader.stop, reader.num_tokens, reader.num_calls) == ("[TOOL_CALLS]", 2, 1)
+    assert joined(pieces) == [Part(kind="call", name="f", id="000000000", text="{}", num_tokens=2)]
+
+
 def _tokens(vocabulary, text, markers=IDS):
     """Tokens of a character each, and of the markers in the text."""
     token_ids = []
