@@ -89,7 +89,7 @@ class PartsReader(TextReader):
         self._marks = syntax.tokens
         self._slow_ids = frozenset((*syntax.tokens, *stop_tokens))
         self._spelled = stop_matcher(tuple(syntax.spelled)) if syntax.spelled else None
-        self._first = ord(min(syntax.spelled)[0]) if syntax.spelled else None  # the byte that they all begin with
+        self._first = ord(min(syntax.spelled)[0]) if syntax.spelled else 0  # the byte that they all begin with
         self._parallel = parallel
         self._call_id = call_id
         self._mode: Mode = "thinking" if in_thinking else "start" if syntax.bare_calls else "text"
@@ -160,11 +160,11 @@ class PartsReader(TextReader):
         """Take tokens, return the text that is now certain; see `TextReader.push`."""
         plain = self._plain
         if plain is not None and self._slow_ids.isdisjoint(token_ids):
-            if plain == "text" and self._first is None:
+            if plain == "text" and self._spelled is None:
                 self.parts = []
                 return TextReader.push(self, token_ids)
             pieces = b"".join(map(self._token_bytes, token_ids))
-            if self._first is None or self._first not in pieces:
+            if self._spelled is None or self._first not in pieces:
                 self.parts = []
                 if plain == "text" and self._matcher is not None:
                     return TextReader.push(self, token_ids)
@@ -206,7 +206,8 @@ class PartsReader(TextReader):
             self._mode, self._unsure = "call", []
         number = self.num_calls
         self.num_calls += 1
-        self._target = part = ("call", number)
+        part: PartName = ("call", number)
+        self._target = part
         self._piece(part).begin(name, call_id if _is_call_id(call_id) else self._call_id(number))
         self._credit(0)
 

@@ -391,6 +391,17 @@ def test_text_without_markers_is_read_as_a_detokenizer_reads_it(answer, lengths)
     assert (reader.stop, reader.num_tokens) == (plain.stop, plain.num_tokens)
 
 
+def test_a_marker_that_does_nothing_cuts_no_character():
+    vocabulary = Pieces()
+    first, rest = vocabulary.add("€".encode()[:2]), vocabulary.add("€".encode()[2:])
+    think, end = IDS["[THINK]"], IDS["[/THINK]"]
+    token_ids = [first, end, rest, think, first, think, rest, IDS["[TOOL_CALLS]"], first, end, rest]
+    _, pieces = read(PartsReader(vocabulary, SYNTAXES["mistral"]), token_ids)
+    assert [(part.kind, part.text or part.name) for part in joined(pieces)] == [
+        *(("text", "€"), ("thinking", "€"), ("call", "€"))
+    ]
+
+
 def test_a_stop_string_that_is_a_control_token_stops_in_a_thought_too():
     vocabulary = Pieces()
     reader = PartsReader(vocabulary, SYNTAXES["mistral"], ("[IMG]", "b"), 0, {IDS["[IMG]"]: "[IMG]"})
