@@ -6,7 +6,7 @@ import random
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.part_answers import IDS, SYNTAXES, Pieces, answers, joined, random_answer, read
 from support.parts_reference import parse
@@ -21,6 +21,7 @@ LENGTHS = st.lists(st.integers(1, 6), max_size=20)
 CASES = NAMES.flatmap(lambda name: st.tuples(st.just(name), answers(name)))
 
 
+@settings(deadline=None)
 @given(CASES, LENGTHS, st.booleans())
 def test_however_the_tokens_come_the_parts_are_those_of_the_whole(case, lengths, in_thinking):
     name, (vocabulary, token_ids) = case
@@ -47,6 +48,7 @@ def _like_the_whole(name, vocabulary, token_ids, lengths, in_thinking):
     assert reader.num_tokens == sum(piece.num_tokens for piece in pieces) == len(token_ids)
 
 
+@settings(deadline=None)
 @given(CASES, LENGTHS, st.integers(0, 30), st.booleans())
 def test_one_that_goes_on_after_a_state_reads_the_same(case, lengths, place, in_thinking):
     name, (vocabulary, token_ids) = case
@@ -106,6 +108,7 @@ def _same(answer):
     return text, joined(pieces)
 
 
+@settings(deadline=None)
 @given(
     CASES,
     st.lists(st.text('ab<{ \n"€', min_size=1, max_size=3), min_size=1, max_size=3),
@@ -348,6 +351,7 @@ def test_a_model_s_id_counts_if_it_comes_before_the_arguments_and_has_the_form_o
     assert [part.id for part in joined(pieces)] == ["abc123XYZ", "made1"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "<", "<t", "<th", "</", "ink>", " "]), max_size=20))
 def test_no_more_is_held_back_than_could_become_a_marker(texts):
     vocabulary, seen, out = Pieces(), "", ""
@@ -369,6 +373,7 @@ def test_a_json_answer_is_held_back_until_it_is_no_call():
     assert [text for text in texts if text] == [" ", '{"name": "Ann", "ag', *'e": 3}']
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(["a", " ", "<think>", "</think>", "<tool_call>", "</tool_call>", '{"x": 1}']), max_size=12
@@ -380,6 +385,7 @@ def test_no_marker_leaks_into_a_part(texts):
         assert not [text for _, text in parts if "<" in text or ">" in text]
 
 
+@settings(deadline=None)
 @given(answers("mistral"), LENGTHS)
 def test_text_without_markers_is_read_as_a_detokenizer_reads_it(answer, lengths):
     vocabulary, token_ids = answer

@@ -154,6 +154,7 @@ TURNS = st.lists(
 
 
 @pytest.mark.parametrize("in_thinking", [False, True])
+@settings(deadline=None)
 @given(TURNS, LENGTHS, LENGTHS)
 def test_answers_with_tags_as_transformers_streams_them(in_thinking, turns, cuts, lengths):
     text, is_open = "", in_thinking
