@@ -319,7 +319,7 @@ class PartsReader(TextReader):
                 self._leave()
                 self._mode, self._target = "thinking", THINKING
             case "/think":
-                self._mode = "text"
+                self._mode = "start" if self._syntax.bare_calls else "text"
             case "call":
                 self._leave()
                 if self.may_call(0):

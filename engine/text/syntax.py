@@ -36,7 +36,7 @@ class Syntax(msgspec.Struct, frozen=True, omit_defaults=True):
     all with the same first character of ASCII.
 
     call_marker: the spelling of the one that opens calls. named_calls: behind it may stand a name and arguments;
-    else JSON alone. bare_calls: an answer that is the JSON of a call from its first character on is a call.
+    else JSON alone. bare_calls: the JSON of a call at the beginning of an answer, or behind its thought, is a call.
     """
 
     tokens: dict[int, Mark] = {}

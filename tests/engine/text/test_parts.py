@@ -283,6 +283,12 @@ ENDINGS = {
         [("f", "{}"), ("g", "{}")],
         [],
     ),
+    "a call behind a thought": (
+        "llama",
+        '<think>hm</think>\n\n{"name": "f", "parameters": {}}',
+        [("thinking", "hm"), ("text", "\n\n"), ("f", "{}")],
+        [],
+    ),
     "JSON behind text": (
         "llama",
         'so: {"name": "f", "parameters": {}}',
