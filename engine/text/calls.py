@@ -55,7 +55,7 @@ class Caller(Protocol):
         ...
 
     def close(self, is_whole: bool) -> None:
-        """It has ended. `is_whole`: it has a name, and its arguments are a JSON object."""
+        """The call has ended. `is_whole`: it has a name, and its arguments are a JSON object."""
         ...
 
 

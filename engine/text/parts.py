@@ -24,19 +24,18 @@ there is a piece without text and tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from cierzo.engine.messages import Part, PartKind
 from cierzo.engine.text.calls import Calls
 from cierzo.engine.text.detok import StopMatcher, TextReader, TokenBytes, stop_matcher
 from cierzo.engine.text.json_scan import SPACE
-from cierzo.engine.text.reader_state import Mode, PartName, ReaderState
+from cierzo.engine.text.pieces import TEXT, THINKING, PartName, Piece
+from cierzo.engine.text.reader_state import Mode, ReaderState
 from cierzo.engine.text.syntax import Mark, Syntax
 
 _is_call_id = re.compile(r"[a-zA-Z0-9]{9}").fullmatch
-TEXT: PartName = ("text", 0)
-THINKING: PartName = ("thinking", 0)
 
 
 def numbered(call: int) -> str:
@@ -90,7 +89,7 @@ class PartsReader(TextReader):
         self._marks = syntax.tokens
         self._slow_ids = frozenset((*syntax.tokens, *stop_tokens))
         self._spelled = stop_matcher(tuple(syntax.spelled)) if syntax.spelled else None
-        self._first = ord(min(syntax.spelled)[0]) if syntax.spelled else None  # the byte that they all begin with
+        self._first = ord(min(syntax.spelled)[0]) if syntax.spelled else 0  # the byte that they all begin with
         self._parallel = parallel
         self._call_id = call_id
         self._mode: Mode = "thinking" if in_thinking else "start" if syntax.bare_calls else "text"
@@ -100,7 +99,7 @@ class PartsReader(TextReader):
         self._unsure: list[str] = []
         self._spelled_state = 0
         self._calls: Calls | None = None
-        self._pieces: list[_Piece] = []
+        self._pieces: list[Piece] = []
         self.num_calls = 0
         self.broken_calls: list[int] = []
         self._plain = self._plain_part()
@@ -161,11 +160,11 @@ class PartsReader(TextReader):
         """Take tokens, return the text that is now certain; see `TextReader.push`."""
         plain = self._plain
         if plain is not None and self._slow_ids.isdisjoint(token_ids):
-            if plain == "text" and self._first is None:
+            if plain == "text" and self._spelled is None:
                 self.parts = []
                 return TextReader.push(self, token_ids)
             pieces = b"".join(map(self._token_bytes, token_ids))
-            if self._first is None or self._first not in pieces:
+            if self._spelled is None or self._first not in pieces:
                 self.parts = []
                 if plain == "text" and self._matcher is not None:
                     return TextReader.push(self, token_ids)
@@ -207,7 +206,8 @@ class PartsReader(TextReader):
             self._mode, self._unsure = "call", []
         number = self.num_calls
         self.num_calls += 1
-        self._target = part = ("call", number)
+        part: PartName = ("call", number)
+        self._target = part
         self._piece(part).begin(name, call_id if _is_call_id(call_id) else self._call_id(number))
         self._credit(0)
 
@@ -319,7 +319,7 @@ class PartsReader(TextReader):
                 self._leave()
                 self._mode, self._target = "thinking", THINKING
             case "/think":
-                self._mode = "text"
+                self._mode = "start" if self._syntax.bare_calls else "text"
             case "call":
                 self._leave()
                 if self.may_call(0):
@@ -439,10 +439,10 @@ class PartsReader(TextReader):
 
     # --- pieces
 
-    def _piece(self, part: PartName) -> _Piece:
+    def _piece(self, part: PartName) -> Piece:
         """The piece that is added to, if it is of this part; else a new one."""
         if not self._pieces or self._pieces[-1].part != part:
-            self._pieces.append(_Piece(part))
+            self._pieces.append(Piece(part))
         return self._pieces[-1]
 
     def _credit(self, num_tokens: int) -> None:
@@ -461,7 +461,7 @@ class PartsReader(TextReader):
         if is_text and sum(piece.num_tokens for piece in pieces) == num_taken:
             self.parts = []
         else:
-            self.parts = [piece.whole() for piece in pieces or (_Piece(self._last),)]
+            self.parts = [piece.whole() for piece in pieces or (Piece(self._last),)]
         self._last = pieces[-1].part if pieces else self._last
         return text
 
@@ -470,40 +470,3 @@ class PartsReader(TextReader):
         if self._unsure or self._target not in (TEXT, THINKING) or self._mode != self._target[0]:
             return None
         return self._target[0]
-
-
-class _Piece:
-    """Piece of a part, while it grows."""
-
-    __slots__ = ("call_id", "name", "num_tokens", "part", "texts")
-
-    def __init__(self, part: PartName) -> None:
-        self.part = part
-        self.texts: list[str] = []
-        self.name = self.call_id = ""
-        self.num_tokens = 0
-
-    def begin(self, name: str, call_id: str) -> None:
-        """Note how the call begins."""
-        self.name, self.call_id = name, call_id
-
-    def whole(self) -> Part:
-        """The piece, as it is sent."""
-        kind, call = self.part
-        text = "".join(self.texts)
-        return Part(kind=kind, text=text, call=call, name=self.name, id=self.call_id, num_tokens=self.num_tokens)
-
-
-def joined(pieces: Iterable[Part]) -> list[Part]:
-    """The whole parts that all pieces of an answer make up. Where there were no pieces, but text, that is one."""
-    whole: list[_Piece] = []
-    for piece in pieces:
-        part = (piece.kind, piece.call)
-        if not (piece.text or piece.num_tokens or piece.id):
-            continue
-        if not whole or whole[-1].part != part:
-            whole.append(_Piece(part))
-            whole[-1].begin(piece.name, piece.id)
-        whole[-1].texts.append(piece.text)
-        whole[-1].num_tokens += piece.num_tokens
-    return [piece.whole() for piece in whole]

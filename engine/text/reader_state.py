@@ -6,13 +6,12 @@ from typing import Literal
 
 import msgspec
 
-from cierzo.engine.messages import PartKind
 from cierzo.engine.text.calls import Calls
+from cierzo.engine.text.pieces import PartName
 
 # Kind of the next text. "start": text, or a call without a marker. "closed": the same, or where calls have markers
 # text alone, after spaces that belong to neither. "guess": a call without a marker, or what looks like one so far.
 Mode = Literal["start", "text", "thinking", "call", "closed", "guess"]
-PartName = tuple[PartKind, int]  # with the number of a call
 
 
 class ReaderState(msgspec.Struct, frozen=True, omit_defaults=True):

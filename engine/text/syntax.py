@@ -7,6 +7,7 @@ one, because then the model was trained to write that token, and letters that lo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -35,7 +36,7 @@ class Syntax(msgspec.Struct, frozen=True, omit_defaults=True):
     all with the same first character of ASCII.
 
     call_marker: the spelling of the one that opens calls. named_calls: behind it may stand a name and arguments;
-    else JSON alone. bare_calls: an answer that is the JSON of a call from its first character on is a call.
+    else JSON alone. bare_calls: the JSON of a call at the beginning of an answer, or behind its thought, is a call.
     """
 
     tokens: dict[int, Mark] = {}
@@ -68,36 +69,27 @@ def syntax_of(vocabulary: Vocabulary, template_source: str | None, tekken_versio
 
     template_source: its chat template, if it has one. tekken_version: of a Mistral tokenizer, such as "v13".
     """
-    source, special_ids = template_source or "", vocabulary.special_ids
-    marks: dict[str, Mark] = {spelling: mark for spelling, mark in MISTRAL.items() if spelling in special_ids}
+    source = template_source or ""
+    # Some markers are tokens that have a text: where a vocabulary knows them, it keeps them from users' texts too.
+    ids: Mapping[str, int] = getattr(vocabulary, "control_ids", vocabulary.special_ids)
+    marks = {spelling: mark for spelling, mark in MISTRAL.items() if spelling in ids}
     is_mistral = "[TOOL_CALLS]" in marks
-    by_default = tekken_version == SPELLED_THOUGHTS and template_source is None
-    bare_calls = LLAMA_CALL in special_ids and '"parameters"' in source
+    bare_calls = LLAMA_CALL in ids and '"parameters"' in source
     if bare_calls:
         marks[LLAMA_CALL] = "call"
     if "[THINK]" not in marks:
-        marks |= _tags(vocabulary, source, THINK_TAGS, by_default)
+        by_default = tekken_version == SPELLED_THOUGHTS and template_source is None
+        marks |= THINK_TAGS if by_default or _are_used(THINK_TAGS, source, ids) else {}
     if "call" not in marks.values():
-        marks |= _tags(vocabulary, source, CALL_TAGS, False)
+        marks |= CALL_TAGS if _are_used(CALL_TAGS, source, ids) else {}
     if not marks:
         return None
-    found = {spelling: _token(vocabulary, spelling) for spelling in marks}
-    tokens = {token_id: marks[spelling] for spelling, token_id in found.items() if token_id is not None}
-    spelled = {spelling: marks[spelling] for spelling, token_id in found.items() if token_id is None}
+    tokens = {ids[spelling]: mark for spelling, mark in marks.items() if spelling in ids}
+    spelled = {spelling: mark for spelling, mark in marks.items() if spelling not in ids}
     call_marker = next((spelling for spelling, mark in marks.items() if mark == "call"), "")
     return Syntax(tokens, spelled, call_marker, is_mistral, bare_calls and not spelled)
 
 
-def _tags(vocabulary: Vocabulary, source: str, tags: dict[str, Mark], by_default: bool) -> dict[str, Mark]:
-    """The tags of a kind, if the template writes one of them, or all of them are tokens."""
-    written = any(tag in source for tag in tags)
-    is_known = written or by_default or all(_token(vocabulary, tag) is not None for tag in tags)
-    return tags if is_known else {}
-
-
-def _token(vocabulary: Vocabulary, spelling: str) -> int | None:
-    """The one token that a marker is, if it is one: a control token, or an added one that has a text."""
-    if spelling in vocabulary.special_ids:
-        return vocabulary.special_ids[spelling]
-    token_ids = vocabulary.encode_piece(spelling)
-    return token_ids[0] if len(token_ids) == 1 else None
+def _are_used(tags: Mapping[str, Mark], source: str, ids: Mapping[str, int]) -> bool:
+    """Whether the template writes one of these tags, or all of them are tokens."""
+    return any(tag in source for tag in tags) or all(tag in ids for tag in tags)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
 from hypothesis import strategies as st
 
 from cierzo.engine.messages import Part
@@ -157,3 +159,18 @@ def read(reader: PartsReader, token_ids: list[int], lengths: list[int] | None = 
             break
     more = reader.flush()
     return text + more, [*pieces, *(reader.parts or [Part(kind="text", text=more)])]
+
+
+def joined(pieces: Iterable[Part]) -> list[Part]:
+    """The whole parts that all pieces of an answer make up, those of text too."""
+    parts: list[Part] = []
+    for piece in pieces:
+        if not (piece.text or piece.num_tokens or piece.id):
+            continue
+        if parts and (parts[-1].kind, parts[-1].call) == (piece.kind, piece.call):
+            assert piece.name == piece.id == ""
+            last = parts.pop()
+            text, num_tokens = last.text + piece.text, last.num_tokens + piece.num_tokens
+            piece = msgspec.structs.replace(last, text=text, num_tokens=num_tokens)
+        parts.append(piece)
+    return parts

@@ -191,7 +191,7 @@ class _Walk:
             self.spot = THINKING if mark == "think" else self.spot
         self.note(tokens)
         if mark == "/think":
-            self.mode = "text"
+            self.mode = "start" if self.syntax.bare_calls else "text"
         if mark == "/call":
             self.end_calls()
             self.mode = "closed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import msgspec
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cierzo.engine.text.json_scan import MAX_DEPTH, JsonScan
@@ -43,6 +43,7 @@ def _scanned(text, cuts=()):
 CUTS = st.lists(st.integers(0, 60), max_size=5)
 
 
+@settings(deadline=None)
 @given(VALUES, CUTS, st.booleans(), st.sampled_from(["", " ", ",", "}", "x"]))
 def test_a_value_ends_where_it_ends(value, cuts, ascii_only, behind):
     text = json.dumps(value, ensure_ascii=ascii_only, indent=2)
@@ -51,6 +52,7 @@ def test_a_value_ends_where_it_ends(value, cuts, ascii_only, behind):
     assert scan.is_object == isinstance(value, dict)
 
 
+@settings(deadline=None)
 @given(
     NOISE
     | st.builds(
@@ -74,6 +76,7 @@ def test_what_is_json_is_what_a_decoder_takes(text, cuts):
     assert (scan.is_valid and scan.is_done and not text[end:].strip(" \t\n\r")) == _is_json(text)
 
 
+@settings(deadline=None)
 @given(VALUES, st.sampled_from([",", "tru", "\n", "\\x", "1 2"]), CUTS)
 def test_the_end_of_a_broken_object_is_told_by_its_brackets(value, fault, cuts):
     text = (

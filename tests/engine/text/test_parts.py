@@ -6,14 +6,14 @@ import random
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.part_answers import IDS, SYNTAXES, Pieces, answers, random_answer, read
+from support.part_answers import IDS, SYNTAXES, Pieces, answers, joined, random_answer, read
 from support.parts_reference import parse
 
 from cierzo.engine.messages import Part
 from cierzo.engine.text.detok import Detokenizer
-from cierzo.engine.text.parts import PartsReader, joined, numbered
+from cierzo.engine.text.parts import PartsReader, numbered
 from cierzo.engine.text.reader_state import ReaderState
 
 NAMES = st.sampled_from(list(SYNTAXES))
@@ -21,6 +21,7 @@ LENGTHS = st.lists(st.integers(1, 6), max_size=20)
 CASES = NAMES.flatmap(lambda name: st.tuples(st.just(name), answers(name)))
 
 
+@settings(deadline=None)
 @given(CASES, LENGTHS, st.booleans())
 def test_however_the_tokens_come_the_parts_are_those_of_the_whole(case, lengths, in_thinking):
     name, (vocabulary, token_ids) = case
@@ -47,6 +48,7 @@ def _like_the_whole(name, vocabulary, token_ids, lengths, in_thinking):
     assert reader.num_tokens == sum(piece.num_tokens for piece in pieces) == len(token_ids)
 
 
+@settings(deadline=None)
 @given(CASES, LENGTHS, st.integers(0, 30), st.booleans())
 def test_one_that_goes_on_after_a_state_reads_the_same(case, lengths, place, in_thinking):
     name, (vocabulary, token_ids) = case
@@ -75,11 +77,38 @@ def test_one_that_goes_on_after_a_state_reads_the_same(case, lengths, place, in_
         )
 
 
+def test_many_readers_in_turn_read_a_random_answer():
+    rng = random.Random(17)
+    for _ in range(500):
+        name = rng.choice(list(SYNTAXES))
+        vocabulary, token_ids = random_answer(rng, name)
+        reader, text, pieces = PartsReader(vocabulary, SYNTAXES[name], ("zzz",)), "", []
+        for token_id in token_ids:
+            text += reader.push([token_id])
+            pieces += reader.parts or [Part(kind="text", text=" ", num_tokens=1)]
+            if rng.random() < 0.5:
+                reader.fork().push([token_id, *token_ids])
+                packed = msgspec.msgpack.encode(reader.state())
+                num_tokens, reader = reader.num_tokens, PartsReader(vocabulary, SYNTAXES[name], ("zzz",))
+                reader.go_on_after(num_tokens, msgspec.msgpack.decode(packed, type=ReaderState))
+        text += reader.flush()
+        pieces += reader.parts
+        whole = parse(token_ids, vocabulary.token_bytes, SYNTAXES[name], numbered)
+        assert (text, reader.broken_calls, reader.num_tokens) == (whole.text, whole.broken, len(token_ids))
+        assert [_unsaid(part) for part in joined(pieces)] == [_unsaid(part) for part in whole.parts]
+
+
+def _unsaid(part):
+    """The part, but for the text of a text, which is compared on its own."""
+    return msgspec.structs.replace(part, text="") if part.kind == "text" else part
+
+
 def _same(answer):
     text, pieces = answer
     return text, joined(pieces)
 
 
+@settings(deadline=None)
 @given(
     CASES,
     st.lists(st.text('ab<{ \n"€', min_size=1, max_size=3), min_size=1, max_size=3),
@@ -133,25 +162,52 @@ def _stopped(texts, stops, min_tokens):
     return given_out, None, None
 
 
-@given(answers("mistral"), LENGTHS)
-def test_without_parallel_calls_what_opens_a_second_one_stops(answer, lengths):
-    vocabulary, token_ids = answer
-    syntax = SYNTAXES["mistral"]
-    reader = PartsReader(vocabulary, syntax, parallel=False)
-    _, pieces = read(reader, token_ids, lengths)
-    whole = parse(token_ids, vocabulary.token_bytes, syntax, numbered)
-    num_calls = len({part.call for part in whole.parts if part.kind == "call"})
-    assert reader.watches
-    assert reader.stop == (None if num_calls < 2 and not _opens_again(token_ids, reader) else "[TOOL_CALLS]")
-    taken = token_ids[: reader.num_tokens]
-    assert sum(piece.num_tokens for piece in pieces) == len(taken)
-    cut = parse(taken, vocabulary.token_bytes, syntax, numbered)
-    assert [part for part in joined(pieces) if part.call == 0] == [part for part in cut.parts if part.call == 0]
+def test_without_parallel_calls_what_opens_a_second_one_stops():
+    rng, num_stopped = random.Random(17), 0
+    for _ in range(1000):
+        name = rng.choice(list(SYNTAXES))
+        vocabulary, token_ids = random_answer(rng, name)
+        reader = PartsReader(vocabulary, SYNTAXES[name], parallel=False)
+        assert reader.watches
+        _, pieces = read(reader, token_ids, [rng.choice((1, 1, 1, 2, 5, 20)) for _ in token_ids])
+        whole = parse(token_ids, vocabulary.token_bytes, SYNTAXES[name], numbered).parts
+        first = next((at for at, part in enumerate(whole) if part.kind == "call" and part.call == 1), len(whole))
+        if reader.stop is None:
+            assert (joined(pieces), first) == (whole, len(whole))
+            continue
+        num_stopped += 1
+        assert (reader.stop, reader.num_calls) == (SYNTAXES[name].call_marker, 1)
+        assert reader.num_tokens == sum(piece.num_tokens for piece in pieces)
+        said, expected = _said(joined(pieces)), _said(whole[:first])
+        if first < len(whole):
+            assert said == expected
+        else:  # what opened one was none after all
+            assert said[:-1] == expected[: len(said) - 1]
+            assert expected[len(said) - 1][1].startswith(said[-1][1])
+    assert num_stopped > 50
 
 
-def _opens_again(token_ids, reader):
-    """Whether the next token opens calls."""
-    return token_ids[reader.num_tokens : reader.num_tokens + 1] == [IDS["[TOOL_CALLS]"]] and reader.num_calls
+def _said(parts):
+    return [(part.kind, part.text, part.name) for part in parts if part.text or part.kind == "call"]
+
+
+def test_the_token_that_opens_a_second_call_is_not_taken():
+    vocabulary = Pieces()
+    token_ids = _tokens(vocabulary, "[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]g[ARGS]{}")
+    for lengths in ([1] * 20, [20]):
+        reader = PartsReader(vocabulary, SYNTAXES["mistral"], parallel=False)
+        _, pieces = read(reader, token_ids, lengths)
+        assert (reader.stop, reader.num_tokens) == ("[TOOL_CALLS]", 5)
+        assert joined(pieces) == [Part(kind="call", name="f", id="000000000", text="{}", num_tokens=5)]
+
+
+def test_a_second_call_in_the_same_token_is_none():
+    vocabulary = Pieces()
+    text = b'[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]'
+    reader = PartsReader(vocabulary, SYNTAXES["mistral"], parallel=False)
+    _, pieces = read(reader, [IDS["[TOOL_CALLS]"], vocabulary.add(text)])
+    assert (reader.stop, reader.num_tokens, reader.num_calls) == ("[TOOL_CALLS]", 2, 1)
+    assert joined(pieces) == [Part(kind="call", name="f", id="000000000", text="{}", num_tokens=2)]
 
 
 def _tokens(vocabulary, text, markers=IDS):
@@ -227,6 +283,12 @@ ENDINGS = {
         [("f", "{}"), ("g", "{}")],
         [],
     ),
+    "a call behind a thought": (
+        "llama",
+        '<think>hm</think>\n\n{"name": "f", "parameters": {}}',
+        [("thinking", "hm"), ("text", "\n\n"), ("f", "{}")],
+        [],
+    ),
     "JSON behind text": (
         "llama",
         'so: {"name": "f", "parameters": {}}',
@@ -295,6 +357,7 @@ def test_a_model_s_id_counts_if_it_comes_before_the_arguments_and_has_the_form_o
     assert [part.id for part in joined(pieces)] == ["abc123XYZ", "made1"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "<", "<t", "<th", "</", "ink>", " "]), max_size=20))
 def test_no_more_is_held_back_than_could_become_a_marker(texts):
     vocabulary, seen, out = Pieces(), "", ""
@@ -316,6 +379,7 @@ def test_a_json_answer_is_held_back_until_it_is_no_call():
     assert [text for text in texts if text] == [" ", '{"name": "Ann", "ag', *'e": 3}']
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(["a", " ", "<think>", "</think>", "<tool_call>", "</tool_call>", '{"x": 1}']), max_size=12
@@ -327,6 +391,7 @@ def test_no_marker_leaks_into_a_part(texts):
         assert not [text for _, text in parts if "<" in text or ">" in text]
 
 
+@settings(deadline=None)
 @given(answers("mistral"), LENGTHS)
 def test_text_without_markers_is_read_as_a_detokenizer_reads_it(answer, lengths):
     vocabulary, token_ids = answer
@@ -336,6 +401,17 @@ def test_text_without_markers_is_read_as_a_detokenizer_reads_it(answer, lengths)
     plain = Detokenizer(vocabulary, stops, 2, {IDS["[IMG]"]: "[IMG]"})
     assert read(reader, token_ids, lengths)[0] == plain.push(token_ids) + plain.flush()
     assert (reader.stop, reader.num_tokens) == (plain.stop, plain.num_tokens)
+
+
+def test_a_marker_that_does_nothing_cuts_no_character():
+    vocabulary = Pieces()
+    first, rest = vocabulary.add("€".encode()[:2]), vocabulary.add("€".encode()[2:])
+    think, end = IDS["[THINK]"], IDS["[/THINK]"]
+    token_ids = [first, end, rest, think, first, think, rest, IDS["[TOOL_CALLS]"], first, end, rest]
+    _, pieces = read(PartsReader(vocabulary, SYNTAXES["mistral"]), token_ids)
+    assert [(part.kind, part.text or part.name) for part in joined(pieces)] == [
+        *(("text", "€"), ("thinking", "€"), ("call", "€"))
+    ]
 
 
 def test_a_stop_string_that_is_a_control_token_stops_in_a_thought_too():

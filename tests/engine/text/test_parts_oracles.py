@@ -1,5 +1,5 @@
-"""The parts of answers against parsers that were written elsewhere. Of Mistral's formats, the decoders of whole answers
-of mistral-common, on tokens that its encoders made; of tags, the streaming parser of transformers."""
+"""The parts of answers against parsers that were written elsewhere. Of Mistral's formats, the decoders of whole
+answers of mistral-common, on tokens that its encoders made; of tags, the streaming parser of transformers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mistral_common.protocol.instruct.messages import AssistantMessage
 from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from support.part_answers import SYNTAXES, Pieces, read
+from support.part_answers import SYNTAXES, Pieces, joined, read
 from support.tekken_folders import write_tekken
 from transformers.utils.chat_parsing import ResponseParser
 
-from cierzo.engine.text.parts import PartsReader, joined
+from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.syntax import Syntax, syntax_of
 
 VERSIONS = ("v3", "v7", "v11", "v13", "v15")
@@ -154,6 +154,7 @@ TURNS = st.lists(
 
 
 @pytest.mark.parametrize("in_thinking", [False, True])
+@settings(deadline=None)
 @given(TURNS, LENGTHS, LENGTHS)
 def test_answers_with_tags_as_transformers_streams_them(in_thinking, turns, cuts, lengths):
     text, is_open = "", in_thinking

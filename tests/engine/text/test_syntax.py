@@ -8,26 +8,11 @@ from cierzo.engine.text.syntax import CALL_TAGS, LLAMA_CALL, MISTRAL, THINK_TAGS
 
 
 class Words:
-    """A vocabulary of characters, control tokens, and tokens that have a text and are matched whole."""
-
-    strip_leading_space = False
-    eos_token = ""
-    eos_token_id = None
-    longest_token_bytes = None
-    lost_bytes = b""
+    """A vocabulary's control tokens: those without a text, and those that have one."""
 
     def __init__(self, special: tuple[str, ...] = (), added: tuple[str, ...] = ()) -> None:
         self.special_ids = {spelling: 500 + place for place, spelling in enumerate(special)}
-        self.added = {spelling: 600 + place for place, spelling in enumerate(added)}
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_piece(text)
-
-    def encode_piece(self, text: str) -> list[int]:
-        return [self.added[text]] if text in self.added else [ord(char) for char in text]
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return b""
+        self.control_ids = self.special_ids | {spelling: 600 + place for place, spelling in enumerate(added)}
 
 
 QWEN = "{%- for tool_call in message.tool_calls %}<tool_call>\n{{ tool_call }}\n</tool_call>{%- endfor %}"
@@ -75,6 +60,14 @@ def test_tags_that_are_tokens_are_looked_for_as_tokens(special):
     assert syntax.call_marker == "<tool_call>"
 
 
+def test_a_vocabulary_that_knows_no_other_control_tokens_has_its_special_ones():
+    vocabulary = Words(("[TOOL_CALLS]",))
+    del vocabulary.control_ids
+    syntax = syntax_of(vocabulary, None, "v7")
+    assert syntax is not None
+    assert syntax.call_open_id == 500
+
+
 def test_tags_that_are_no_tokens_are_looked_for_in_the_text():
     syntax = syntax_of(Words(), QWEN, None)
     assert syntax is not None
@@ -91,6 +84,9 @@ def test_llama_calls_without_a_marker():
     reasoning = syntax_of(Words((LLAMA_CALL,), ("<think>", "</think>")), LLAMA + REASONING, None)
     assert reasoning is not None
     assert (reasoning.think_open_id, reasoning.bare_calls) == (600, True)
+    spelled = syntax_of(Words((LLAMA_CALL,)), LLAMA + REASONING, None)
+    assert spelled is not None
+    assert (spelled.spelled, spelled.bare_calls, spelled.call_open_id) == (THINK_TAGS, False, 500)
 
 
 def test_a_model_that_marks_nothing_has_no_syntax():
