@@ -72,11 +72,7 @@ class Edits:
     stop_ids: NDArray[np.int64]
     first_stop_tokens: int  # known tokens from which on a stop token may end the sequence, itself counted
     masks: Masks | None
-
-    @property
-    def followers(self) -> list[TokenHistory | Masks]:
-        """All that each token chosen must be told to."""
-        return [one for one in (self.history, self.masks) if one is not None]
+    followers: list[TokenHistory | Masks]  # history and masks: all that each chosen token is told to
 
 
 def edits_of(admission: Admission) -> Edits | None:
@@ -86,14 +82,16 @@ def edits_of(admission: Admission) -> Edits | None:
     penalised, masks = penalties != (1.0, 0.0, 0.0), Masks.of(admission)
     if not (params.logit_bias or penalised or params.min_tokens or masks):
         return None
+    history = TokenHistory(admission.prompt_token_ids, admission.output_token_ids) if penalised else None
     return Edits(
         bias_ids=np.array(list(params.logit_bias), np.int64),
         bias=np.array(list(params.logit_bias.values()), np.float32),
         penalties=penalties,
-        history=TokenHistory(admission.prompt_token_ids, admission.output_token_ids) if penalised else None,
+        history=history,
         stop_ids=_stop_ids(params, admission.eos_token_ids),
         first_stop_tokens=len(admission.prompt_token_ids) + params.min_tokens,
         masks=masks,
+        followers=[one for one in (history, masks) if one is not None],
     )
 
 
@@ -116,7 +114,8 @@ def arrays_of(
     arrays |= _sparse("bias", [(row, edit.bias_ids, edit.bias) for row, edit in edited])
     arrays |= _sparse("seen", [(row, history.token_ids, history.output_counts) for row, _, history in seen])
     masked = [(row, edit.masks) for row, edit in edited if edit.masks is not None]
-    arrays |= _masks(masked, early, slots, pending)
+    if masked or early:
+        arrays |= _masks(masked, early, slots, pending)
     if seen:
         penalties = np.zeros((3, len(slots)), np.float32)
         for row, edit, _ in seen:
