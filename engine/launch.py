@@ -161,6 +161,9 @@ def load_prompts(config: EngineConfig) -> tuple[EngineConfig, PromptEncoder]:
     Raises CheckpointError.
     """
     prompts, model = PromptEncoder.load(Path(config.checkpoint)), config.model
+    if places := prompts.unsafe_places():
+        text = "the chat template changes what it is given: a control token that a client spells becomes one in %s"
+        log.warning(text, ", ".join(places))
     tokenizer = prompts.tokenizer
     if tokenizer is None or not tokenizer.eos_token:
         return config, prompts

@@ -229,11 +229,20 @@ class LLM(OneProcess):
     def _submit(self, fields: dict[str, Any], sampling: Any, params: dict[str, Any]) -> Submit:
         message = generate_message(**fields, sampling=sampling_params(sampling, params))
         special_ids = self._prompts.special_ids
-        validate.fields(message, self._config.frontend, self._info, special_ids)
+        prompts = self._prompts
+        validate.fields(message, self._config.frontend, self._info, special_ids, efforts=prompts.efforts)
         token_ids = self._prompts.encode(message).token_ids
         seed = message.sampling.seed
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
-        return validate.request(message, token_ids, next(self._request_ids), seed, self._info, special_ids)
+        return validate.request(
+            message,
+            token_ids,
+            next(self._request_ids),
+            seed,
+            self._info,
+            special_ids,
+            image_token_ids=prompts.image_token_ids,
+        )
 
 
 @dataclass(slots=True)

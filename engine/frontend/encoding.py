@@ -88,7 +88,15 @@ class RequestEncoder:
         """Encode a decoded message whose fields are checked; the ids lie in `submit`. Raises InvalidRequest."""
         prompts, model = self._prompts, self._model
         token_ids = prompts.encode(message, model.max_model_len).token_ids
-        submit = validate.request(message, token_ids, 0, message.sampling.seed, model, prompts.special_ids)
+        submit = validate.request(
+            message,
+            token_ids,
+            0,
+            message.sampling.seed,
+            model,
+            prompts.special_ids,
+            image_token_ids=prompts.image_token_ids,
+        )
         tail: list[int] = []
         if message.output_token_ids and (detokenizer := prompts.detokenizer(submit.sampling)) is not None:
             detokenizer.push(message.output_token_ids)
@@ -107,7 +115,8 @@ class RequestEncoder:
         self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None
     ) -> tuple[Encoded, bytes]:
         message = self._message(job, body, attached)
-        validate.fields(message, self._config, self._model, self._prompts.special_ids)
+        prompts = self._prompts
+        validate.fields(message, self._config, self._model, prompts.special_ids, efforts=prompts.efforts)
         encoded = self.encode(message)
         bare = msgspec.structs.replace(
             message, text=None, messages=None, token_ids=None, attached=None, output_token_ids=[]
@@ -140,7 +149,9 @@ class RequestEncoder:
                 f"attached {message.attached}: {refused.message}", field=message.attached, limit=refused.limit
             ) from error
         changes = {message.attached: value, "attached": None}
-        return msgspec.structs.replace(message, **changes)
+        whole = msgspec.structs.replace(message, **changes)
+        validate.features(whole, frozenset(job.features))
+        return whole
 
     def _check_length(self, kind: str, attached: bytes | bytearray) -> None:
         """Refuse a list that is too long before its entries are made."""

@@ -10,11 +10,15 @@ import msgspec
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, TextChunk
-from cierzo.engine.text.chat import ChatTemplate, load_chat_template, read_chat_templates
-from cierzo.engine.text.detok import MAX_CHAR_BYTES, Detokenizer
+from cierzo.engine.text.chat import load_chat_template
+from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.text.template_chat import TemplateChat
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
+from cierzo.engine.text.tokenizer_config import image_token_ids, read_chat_templates
+from cierzo.engine.text.vocabulary import USUAL_EFFORTS, Chat, refuse_unfit
 
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
+TOOL_CHARS = 1024  # a tool whose schema is checked
 
 
 class Prompt(msgspec.Struct, frozen=True, gc=False):
@@ -27,11 +31,13 @@ class Prompt(msgspec.Struct, frozen=True, gc=False):
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
     """Tokenizer and chat template of what is served; either may be missing, then only `token_ids` (or no
-    `messages`) can be asked. `other_templates`: names of chat templates where none is the default."""
+    `messages`) can be asked. `other_templates`: names of chat templates where none is the default.
+    `image_token_ids`: the tokens that stand for an image."""
 
     tokenizer: Tokenizer | None = None
-    template: ChatTemplate | None = None
+    template: Chat | None = None
     other_templates: tuple[str, ...] = ()
+    image_token_ids: frozenset[int] = frozenset()
 
     @classmethod
     def load(cls, checkpoint_dir: Path) -> PromptEncoder:
@@ -40,12 +46,23 @@ class PromptEncoder:
         if tokenizer is None:
             return cls()
         template = load_chat_template(checkpoint_dir)
-        return cls(tokenizer, template, () if template else tuple(sorted(read_chat_templates(checkpoint_dir))))
+        others = () if template else tuple(sorted(read_chat_templates(checkpoint_dir)))
+        chat = None if template is None else TemplateChat(template, tokenizer)
+        return cls(tokenizer, chat, others, image_token_ids(checkpoint_dir, tokenizer.special_ids))
 
     @property
     def special_ids(self) -> Mapping[str, int]:
         """Special tokens, which have no text in an output, by how they are spelled."""
         return {} if self.tokenizer is None else self.tokenizer.special_ids
+
+    @property
+    def efforts(self) -> tuple[str, ...]:
+        """The words that `reasoning_effort` may say."""
+        return USUAL_EFFORTS if self.template is None else self.template.efforts
+
+    def unsafe_places(self) -> list[str]:
+        """The fields of a conversation in which a client's text may become a control token. Takes milliseconds."""
+        return self.template.unsafe_places() if isinstance(self.template, TemplateChat) else []
 
     def encode(self, message: Generate, max_tokens: int | None = None) -> Prompt:
         """Encode the prompt; raises InvalidRequest, before it encodes, if a text cannot fit `max_tokens`.
@@ -57,37 +74,22 @@ class PromptEncoder:
         if self.tokenizer is None:
             raise InvalidRequest("the served checkpoint has no tokenizer: send token_ids", field=_field(message))
         if message.text is not None:
-            self._refuse_unfit("text", message.text, max_tokens)
-            return Prompt(self.tokenizer.encode(message.text))
+            refuse_unfit(self.tokenizer, "text", message.text, max_tokens)
+            if message.suffix is None:
+                return Prompt(self.tokenizer.encode(message.text))
+            refuse_unfit(self.tokenizer, "suffix", message.suffix, max_tokens)
+            return Prompt(self.tokenizer.encode_middle(message.text, message.suffix))
         if self.template is None:
             named = f"default chat template, only {', '.join(self.other_templates)}"
             known = named if self.other_templates else "chat template"
             raise InvalidRequest(f"the served checkpoint has no {known}: send text", field="messages")
-        rendered = self.template.render(message.messages or [], message.reasoning_effort)
-        self._refuse_unfit("messages", rendered, max_tokens)
-        return Prompt(self.tokenizer.encode_rendered(rendered))
+        return Prompt(*self.template.encode(message, max_tokens))
 
     def max_text_bytes(self, max_tokens: int) -> int | None:
         """UTF-8 bytes of the longest text that fits so many tokens; None if only its reader can tell."""
         if self.tokenizer is None or self.tokenizer.lost_bytes or self.tokenizer.longest_token_bytes is None:
             return None
         return max_tokens * self.tokenizer.longest_token_bytes
-
-    def _refuse_unfit(self, field: str, text: str, max_tokens: int | None) -> None:
-        tokenizer = self.tokenizer
-        if tokenizer is None or tokenizer.longest_token_bytes is None or max_tokens is None:
-            return
-        most = max_tokens * tokenizer.longest_token_bytes
-        if MAX_CHAR_BYTES * len(text) <= most:
-            return
-        num_bytes = len(text.encode(errors="surrogatepass").translate(None, tokenizer.lost_bytes))
-        if num_bytes > most:
-            raise InvalidRequest(
-                f"a text of {num_bytes} bytes cannot fit a context of {max_tokens} tokens",
-                field=field,
-                limit=f"{most} bytes",
-                value=num_bytes,
-            )
 
     def detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         """A reader of one sample's tokens; None without a tokenizer."""
@@ -100,7 +102,9 @@ class PromptEncoder:
         """The work to encode a message, in characters of text that take as long. Token ids take none."""
         weight = len(message.output_token_ids)
         if message.text is not None:
-            return weight + len(message.text)
+            return weight + len(message.text) + len(message.suffix or "")
+        if message.tools:
+            weight += TOOL_CHARS * len(message.tools) + len(msgspec.msgpack.encode(message.tools))
         for turn in message.messages or ():
             weight += PART_CHARS + content_chars(turn) + len(turn.reasoning)
             weight += sum(PART_CHARS + len(call.arguments) for call in turn.tool_calls)

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
+from byte_words import byte_level
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, Overloaded
 from cierzo.engine.frontend import encoders as pool
@@ -17,6 +18,8 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.encoders import SHORT_BYTES, Encoders, Late, spawn_encoder
 from cierzo.engine.frontend.encoding import Job, Setup
 from cierzo.engine.messages import ChatMessage, Generate, ModelInfo, SamplingParams
+from cierzo.engine.text.chat import ChatTemplate
+from cierzo.engine.text.template_chat import TemplateChat
 
 FAR = 1e12
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -24,9 +27,9 @@ TEMPLATE = f"{{{{ messages[0].content }}}}{{% if messages[0].content[0] == '!' %
 
 
 @pytest.fixture
-def checkpoint(tokenizer, tmp_path):
+def checkpoint(tmp_path):
     """A folder whose chat template runs in circles for a message that begins with "!"."""
-    tokenizer._inner.save(str(tmp_path / "tokenizer.json"))
+    byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     return tmp_path
 
@@ -398,5 +401,21 @@ def test_closing_while_they_start_leaves_nothing(run, setup, spawned):
             async with running(setup, spawned):
                 for _ in range(turns):
                     await asyncio.sleep(0)
+
+    run(body())
+
+
+def test_the_server_lives_on_after_what_cannot_be_encoded(run, serving, prompts):
+    template = ChatTemplate("{{ messages[0].content | replace('!', '\\ud800') }}")
+    object.__setattr__(prompts, "template", TemplateChat(template, prompts.tokenizer))
+
+    async def body():
+        async with serving() as house, await Client.connect(house.address) as client:
+            with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
+                await client.complete(messages=[{"role": "user", "content": "hi!"}])
+            assert caught.value.field == "messages"
+            with pytest.raises(InvalidRequest, match="lone surrogate"):  # so long that a process encodes it
+                await client.complete(messages=[{"role": "user", "content": "hi!" * 2_000}])
+            assert (await client.complete(messages=[{"role": "user", "content": "hi"}], max_tokens=2)).samples
 
     run(body())
