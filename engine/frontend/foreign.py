@@ -86,8 +86,8 @@ def _chunk(value: Any, field: str) -> Any:
             value=kind,
         )
     if isinstance(thoughts := fields.get("thinking"), list):  # as Mistral's interface has them
-        texts = [each.get("text") if isinstance(each, dict) else each for each in thoughts]
-        fields["thinking"] = "".join(texts) if all(isinstance(text, str) for text in texts) else thoughts
+        texts = [text for each in thoughts if isinstance(each, dict) and isinstance(text := each.get("text"), str)]
+        fields["thinking"] = "".join(texts) if len(texts) == len(thoughts) else thoughts
     return fields
 
 

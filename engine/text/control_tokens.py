@@ -74,7 +74,7 @@ class ControlTokens:
         fillers = [f"{self.secret}{number}" for number in range(self.first_id - inner.get_vocab_size())]
         inner.add_tokens([_token(filler) for filler in fillers])
         inner.add_tokens([_token(self._cut), *named])
-        return {inner.token_to_id(filler) for filler in fillers}
+        return {index for filler in fillers if (index := inner.token_to_id(filler)) is not None}
 
     def call(self, spelling: str) -> str:
         """The secret name of a control token."""

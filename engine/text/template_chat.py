@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.messages import ChatMessage, Generate, Tool, ToolCall
+from cierzo.engine.messages import ChatMessage, Generate, ThinkingChunk, Tool, ToolCall
 from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.spellings import Breaker, free_marks, without
 from cierzo.engine.text.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ class TemplateChat:
         )
         return [
             place
-            for (place, *harmless), (_, *spelling) in zip(_places(HARMLESS), _places(spelled), strict=True)
+            for (place, harmless), (_, spelling) in zip(_places(HARMLESS), _places(spelled), strict=True)
             if (expected := self._calls(*harmless)) is not None and self._calls(*spelling) not in (None, expected)
         ]
 
@@ -76,24 +76,23 @@ class TemplateChat:
 
 def is_within_thought(turn: ChatMessage) -> bool:
     """Whether the words of a turn end within a thought."""
-    return (
-        not isinstance(turn.content, str) and bool(turn.content) and not getattr(turn.content[-1], "closed", True)
-    )
+    chunks = [] if isinstance(turn.content, str) else turn.content
+    return any(isinstance(chunk, ThinkingChunk) and not chunk.closed for chunk in chunks[-1:])
 
 
-def _places(text: str) -> Iterator[tuple[str, list[ChatMessage], list[Tool]]]:
+def _places(text: str) -> Iterator[tuple[str, tuple[list[ChatMessage], list[Tool]]]]:
     """Fields of clients' strings, each with a conversation and tools where `text` stands in it."""
     user, answer = ChatMessage(role="user", content=HARMLESS), ChatMessage(role="assistant", content=HARMLESS)
     call = ToolCall(name="f", arguments='{"a": "b"}', id="abcdefghi")
     with_text = msgspec.json.encode({"a": text}).decode()
     answered = ChatMessage(role="tool", content=HARMLESS, tool_call_id=call.id, name="f")
-    yield "the content of a system turn", [ChatMessage(role="system", content=text), user], []
-    yield "the content of a user's turn", [ChatMessage(role="user", content=text)], []
-    yield "the content of an assistant's turn", [user, ChatMessage(role="assistant", content=text), user], []
-    yield "a thought", [user, ChatMessage(role="assistant", content=HARMLESS, reasoning=text)], []
+    yield "the content of a system turn", ([ChatMessage(role="system", content=text), user], [])
+    yield "the content of a user's turn", ([ChatMessage(role="user", content=text)], [])
+    yield "the content of an assistant's turn", ([user, ChatMessage(role="assistant", content=text), user], [])
+    yield "a thought", ([user, ChatMessage(role="assistant", content=HARMLESS, reasoning=text)], [])
     calls = ChatMessage(role="assistant", tool_calls=[msgspec.structs.replace(call, arguments=with_text)])
-    yield "the arguments of a call", [user, calls, answered], []
+    yield "the arguments of a call", ([user, calls, answered], [])
     calls = ChatMessage(role="assistant", tool_calls=[call])
-    yield "the result of a call", [user, calls, msgspec.structs.replace(answered, content=text), answer, user], []
-    yield "a tool's description", [user], [Tool(name="f", description=text, parameters={"type": "object"})]
-    yield "a tool's parameters", [user], [Tool(name="f", parameters={"properties": {"a": {"description": text}}})]
+    yield "the result of a call", ([user, calls, msgspec.structs.replace(answered, content=text), answer, user], [])
+    yield "a tool's description", ([user], [Tool(name="f", description=text, parameters={"type": "object"})])
+    yield "a tool's parameters", ([user], [Tool(name="f", parameters={"properties": {"a": {"description": text}}})])

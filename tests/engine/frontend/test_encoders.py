@@ -102,7 +102,7 @@ def test_a_process_answers_as_the_front_end_would(run, setup, spawned, prompts):
             text = await submit(
                 encoders, Generate(stream=3, text="hi", sampling=SamplingParams(seed=7), priority=2)
             )
-            assert ids_of(text) == prompts.encode(Generate(stream=3, text="hi"))
+            assert ids_of(text) == prompts.encode(Generate(stream=3, text="hi")).token_ids
             assert (text.num_prompt_tokens, text.submit.priority, text.submit.sampling.seed) == (3, 2, 7)
             assert (text.message.stream, text.message.text) == (3, None)
             chat = await submit(encoders, said("yes"))
