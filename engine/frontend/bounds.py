@@ -1,7 +1,8 @@
-"""Two checks that all others are made of: how many entries a field has, and which words it may say."""
+"""Checks that others are made of: how many entries a field has, which words it may say, whether JSON can say it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from cierzo.engine.errors import InvalidRequest
@@ -26,3 +27,11 @@ def one_of(field: str, value: str, allowed: Sequence[str]) -> None:
             limit=", ".join(allowed),
             value=value,
         )
+
+
+def json_text(field: str, value: object) -> str:
+    """The JSON of a value, as chat templates write it. Raises InvalidRequest for one that has none."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{field} cannot be JSON: {error}", field=field, limit="JSON") from error

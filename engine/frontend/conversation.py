@@ -6,10 +6,9 @@ import re
 from collections.abc import Sequence
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.bounds import MAX_SHOWN_CHARS, count, one_of
+from cierzo.engine.frontend.bounds import MAX_SHOWN_CHARS, count, json_text, one_of
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import ChatMessage, Generate, ThinkingChunk, Tool
-from cierzo.engine.text.tool_arguments import canonical_json
 
 ROLES = ("system", "user", "assistant", "tool")
 TOOL_CHOICES = ("auto", "none")
@@ -25,10 +24,10 @@ _is_tool_name = re.compile(r"[a-zA-Z0-9_-]{1,64}").fullmatch
 _PLAIN = ChatMessage(role="")
 
 
-def conversation(message: Generate, config: FrontendConfig, efforts: Sequence[str]) -> None:
+def conversation(message: Generate, config: FrontendConfig, efforts: Sequence[str] | None) -> None:
     """Check what a message says of turns, tools and suffix; raises InvalidRequest.
 
-    efforts: the words that `reasoning_effort` may say to the served model.
+    efforts: the words that `reasoning_effort` may say to the served model; None: not known here.
     """
     if message.messages is not None:
         _turns(message.messages, config)
@@ -36,7 +35,8 @@ def conversation(message: Generate, config: FrontendConfig, efforts: Sequence[st
     if message.reasoning_effort is not None:
         if not is_chat:
             raise InvalidRequest("reasoning_effort needs messages", field="reasoning_effort", limit="with messages")
-        _effort(message.reasoning_effort, efforts)
+        if efforts is not None:
+            _effort(message.reasoning_effort, efforts)
     if message.tools:
         if not is_chat:
             raise InvalidRequest("tools need messages", field="tools", limit="with messages")
@@ -170,10 +170,7 @@ def _parameters(field: str, tool: Tool) -> None:
             limit="object",
             value=kind,
         )
-    try:
-        canonical_json(tool.parameters)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{field} of {tool.name} are no JSON: {error}", field=field, limit="JSON") from error
+    json_text(field, tool.parameters)
 
 
 def _misplaced(field: str, place: str, what: str = "") -> InvalidRequest:

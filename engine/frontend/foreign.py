@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.text.tool_arguments import canonical_json
+from cierzo.engine.frontend.bounds import json_text
 
 CHUNKS = ("text", "thinking")
 
@@ -57,11 +57,7 @@ def _call(value: Any, field: str) -> Any:
     fields = _function(_given(value), field)
     fields.pop("index", None)  # its place in the list, as deltas of an answer number it
     if isinstance(arguments := fields.get("arguments"), dict):
-        try:
-            fields["arguments"] = canonical_json(arguments)
-        except (TypeError, ValueError) as error:
-            place = f"{field}.arguments"
-            raise InvalidRequest(f"{place} are no JSON: {error}", field=place, limit="JSON") from error
+        fields["arguments"] = json_text(f"{field}.arguments", arguments)
     return fields
 
 

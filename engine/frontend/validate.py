@@ -17,7 +17,6 @@ from cierzo.engine.frontend.bounds import one_of
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.conversation import conversation
 from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit
-from cierzo.engine.text.vocabulary import USUAL_EFFORTS
 
 MAX_SEED = 2**63 - 1
 SEED_BITS = 53  # of seeds drawn for clients: they survive those whose numbers are doubles
@@ -43,11 +42,12 @@ def fields(
     model: ModelInfo,
     special_ids: Mapping[str, int] = {},
     *,
-    efforts: Sequence[str] = USUAL_EFFORTS,
+    efforts: Sequence[str] | None = None,
 ) -> None:
     """Check everything but the prompt's tokens: cheap, and before a long text is encoded. Raises InvalidRequest.
 
-    special_ids: the tokenizer's special tokens, by how they are spelled. efforts: what `reasoning_effort` may say.
+    special_ids: the tokenizer's special tokens, by how they are spelled. efforts: what `reasoning_effort` may say;
+    None: only its chat can tell.
     """
     _prompts_given(message)
     conversation(message, config, efforts)

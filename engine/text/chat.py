@@ -15,9 +15,9 @@ from cierzo.engine.text.spellings import each_text
 from cierzo.engine.text.template_environment import template_environment
 from cierzo.engine.text.tokenizer_config import read_chat_templates, read_tokenizer_config
 from cierzo.engine.text.tool_arguments import Arguments
-from cierzo.engine.text.vocabulary import USUAL_EFFORTS
 
 MAX_REASON_CHARS = 500  # of what a template says against the messages
+USUAL_EFFORTS = ("none", "low", "medium", "high")
 OTHER_EFFORTS = ("minimal", "xhigh", "max")  # known to few templates, which spell them
 THOUGHT_SWITCHES = ("enable_thinking", "thinking")  # variables by which a template thinks or does not
 REASONING_FIELDS = ("thinking", "reasoning", "reasoning_content")  # each name that a template may read
@@ -100,8 +100,8 @@ class ChatTemplate:
         return _cut(rendered, tag, f"messages[{len(messages) - 1}].prefix") if tag else rendered
 
     def efforts(self) -> tuple[str, ...]:
-        """What `reasoning_effort` may say: each word that the template does not refuse, and that makes a difference
-        to what it writes, or that it names."""
+        """Words that `reasoning_effort` may say: each that the template does not refuse, and that makes a
+        difference to what it writes, or that it names."""
         if not self._variables.intersection(("reasoning_effort", *THOUGHT_SWITCHES)):
             return ()
         other = self._with_effort("no such effort")

@@ -15,7 +15,7 @@ from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.template_chat import TemplateChat
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
 from cierzo.engine.text.tokenizer_config import image_token_ids, read_chat_templates
-from cierzo.engine.text.vocabulary import USUAL_EFFORTS, Chat, refuse_unfit
+from cierzo.engine.text.vocabulary import Chat, refuse_unfit
 
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
 TOOL_CHARS = 1024  # a tool whose schema is checked
@@ -56,9 +56,9 @@ class PromptEncoder:
         return {} if self.tokenizer is None else self.tokenizer.special_ids
 
     @property
-    def efforts(self) -> tuple[str, ...]:
-        """The words that `reasoning_effort` may say."""
-        return USUAL_EFFORTS if self.template is None else self.template.efforts
+    def efforts(self) -> tuple[str, ...] | None:
+        """The words that `reasoning_effort` may say; None where there are no conversations."""
+        return None if self.template is None else self.template.efforts
 
     def unsafe_places(self) -> list[str]:
         """The fields of a conversation in which a client's text may become a control token. Takes milliseconds."""

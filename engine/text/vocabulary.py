@@ -10,7 +10,6 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import Generate
 from cierzo.engine.text.detok import MAX_CHAR_BYTES
 
-USUAL_EFFORTS = ("none", "low", "medium", "high")  # what `reasoning_effort` says to models that take any word
 TEKKEN_FILE = "tekken.json"  # of a folder in Mistral's layout; some folders have tokenizer.json too
 
 

@@ -85,7 +85,6 @@ USER = [ChatMessage(role="user", content="Hi")]
         ({"messages": USER}, "token_ids"),
         ({"token_ids": None, "messages": []}, "messages"),
         ({"token_ids": None, "messages": [*USER, ChatMessage(role="robot")]}, "messages[1].role"),
-        ({"token_ids": None, "messages": USER, "reasoning_effort": "huge"}, "reasoning_effort"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"priority": 101}, "priority"),
         ({"priority": -101}, "priority"),
