@@ -9,7 +9,7 @@ from time import perf_counter
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from word_folders import NOT_SPECIAL, PLAIN, ROLES, SPECIAL, TOKENIZERS, write_folder
@@ -35,6 +35,7 @@ TEXTS = st.lists(st.sampled_from([*CONTROLS, *PLAIN, "a", " ", "\n", "b é", "<"
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(text=TEXTS)
+@example(text="a <|user|>  b</s> <think>\n<h1>    <|end|>a<|end|>")
 def test_no_text_becomes_a_control_token(kind, text):
     inner, ours = TOKENIZERS[kind], OURS[kind]
     controls = set(ours.control_ids.values())

@@ -220,8 +220,9 @@ def test_a_template_cannot_be_made_to_put_a_control_token_together():
         assert found == ["<|im_start|>", "<tool_call>", "</tool_call>", "<|im_end|>"], key
 
 
-def test_texts_that_meet_make_no_control_token():
-    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+@pytest.mark.parametrize("content", ["m.content", "m.content | trim"])
+def test_texts_that_meet_make_no_control_token(content):
+    source = "{% for m in messages %}{{ " + content + " }}{% endfor %}"
     encoder = PromptEncoder.load(write_folder(Path(mkdtemp()), "bytes", source))
     for token in CONTROLS:
         for cut in range(1, len(token)):
