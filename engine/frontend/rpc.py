@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fcntl import ioctl
 from ipaddress import ip_address
 from struct import Struct as Layout
@@ -156,10 +156,14 @@ class Connection(asyncio.Protocol):
     # --- Sink ------------------------------------------------------------------------------------------
 
     def put(self, message: Message) -> None:
-        """Add to what is sent at the end of this turn of the loop."""
+        """Add to what is sent at the end of this turn of the loop; of a full connection, to what waits."""
+        message = message if self._version > OLDEST_VERSION else as_version_2(message)
+        if self.is_paused:
+            self._wait((message,))
+            return
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._outbox.append(message if self._version > OLDEST_VERSION else as_version_2(message))
+        self._outbox.append(message)
 
     def put_frame(self, pieces: Iterator[Buffer]) -> None:
         """Send a frame in pieces, one in a turn of the loop; meanwhile the connection counts as full."""
@@ -200,22 +204,22 @@ class Connection(asyncio.Protocol):
         if self._ending or self._transport is None:
             return
         self._ending = True
-        self._close(bytes(self._late + pack(self._outbox)))
+        self._close(bytes(pack(self._outbox) + self._late))
         self._server.frontend.disconnect(self)
 
     # --- inside ----------------------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        """Write what was put; behind what waits for a slow reader, if something does."""
-        if not self._outbox:
-            return
+        """Write what was put while there was room, also if there is none any more: it comes before what waits."""
         outbox, self._outbox = self._outbox, []
+        if outbox and self._transport is not None and not self._ending:
+            self._write(pack(outbox))
+
+    def _wait(self, messages: Sequence[Message]) -> None:
+        """Keep what is no delta until there is room."""
         if self._transport is None or self._ending:
             return
-        if not self.is_paused:
-            self._write(pack(outbox))
-            return
-        self._late += pack(outbox)
+        self._late += pack(messages)
         limit = self._server.config.max_pending_bytes
         if len(self._late) > limit:
             log.error("closing a connection that left more than %d bytes of answers unread", limit)
@@ -231,6 +235,7 @@ class Connection(asyncio.Protocol):
         """Write what has waited for room, if there is room."""
         if self._transport is None or self._ending or self._is_full or not self.is_paused:
             return
+        self._flush()
         if self._pieces is not None:
             if (piece := next(self._pieces, None)) is not None:
                 self._write(piece)

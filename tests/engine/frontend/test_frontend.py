@@ -316,6 +316,28 @@ def test_a_reader_that_asks_on_and_never_reads_is_closed(run, serving, peering, 
     run(body())
 
 
+@pytest.mark.parametrize("turns", [0, 1])
+def test_output_of_the_turn_in_which_a_connection_fills_up_is_not_unread(run, serving, peering, turns):
+    """The transport may say that it is full between a step's output and the end of the turn that sends it."""
+
+    async def body():
+        async with serving(max_pending_bytes=3000) as house, peering(house) as peer:
+            (connection,) = house.server._connections
+            for token in range(500):
+                connection.put(Delta(stream=1, token_ids=[token]))
+            connection.pause_writing()
+            connection.put(Pong(stream=2))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            connection.resume_writing()
+            connection.put(Pong(stream=3))
+            for token in range(500):
+                assert await peer.hear() == Delta(stream=1, token_ids=[token])
+            assert [await peer.hear(), await peer.hear()] == [Pong(stream=2), Pong(stream=3)]
+
+    run(body())
+
+
 def test_a_real_full_socket_pauses_and_resumes(run, serving, peering, cores):
     """Many pings whose answers nobody reads, until the kernel takes no more; then all are read, in order."""
 
