@@ -11,7 +11,7 @@ BUDGET = {
     "src": 200,
     "engine": 3_670,
     "engine/cost": 1_200,
-    "engine/frontend": 9_250,
+    "engine/frontend": 9_320,
     "engine/model": 1_050,
     "engine/weights": 3_200,
     "engine/worker": 3_480,
