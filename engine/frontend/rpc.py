@@ -254,6 +254,8 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self._ending or self._is_full or not self.is_paused:
             return
         self._flush()
+        if self._is_full:  # by what was flushed
+            return
         if self._pieces is not None:
             if (piece := next(self._pieces, None)) is not None:
                 self._write(piece)
