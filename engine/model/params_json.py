@@ -3,7 +3,7 @@
 Small 4 has `qk_nope_head_dim` and `moe`; the dense models have neither. Ministral 3 and Devstral Small 2 are dense
 models with `yarn` and `llama_4_scaling`; Pixtral and Small 3.1 have a `vision_encoder`, which is left aside. What
 params.json leaves unsaid is the same in all of them: SiLU, no biases, a softmax over the experts that is
-renormalised over the chosen ones, <s> and </s> as ids 1 and 2. Source: vLLM's transformers_utils/configs/mistral.py,
+renormalised over the chosen ones, <s> and </s> as ids 1 and 2. Source: vLLM's transformers_utils/configs/mistral.py
 and the published file of Small 4.
 """
 

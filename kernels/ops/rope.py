@@ -23,22 +23,17 @@ def default_inv_freq(dim: int, theta: float, factor: float = 1.0) -> Tensor:
 
 
 def llama3_inv_freq(
-    dim: int,
-    theta: float,
-    factor: float,
-    original_positions: int,
-    low_freq_factor: float,
-    high_freq_factor: float,
+    dim: int, theta: float, factor: float, original_positions: int, low: float, high: float
 ) -> Tensor:
     """Llama 3.1's blend of frequencies -> fp32 [dim/2], computed in fp64.
 
-    Pairs that turn at least high_freq_factor times within the original context keep their frequency, those that
-    turn at most low_freq_factor times get it divided by `factor`; those between are blended by how often they turn
-    (YaRN's by their index). Source: Meta's llama-models, and transformers' `_compute_llama3_parameters`.
+    Pairs that turn at least `high` times within the original context keep their frequency, those that turn at most
+    `low` times get it divided by `factor`, those between are blended by how often they turn (YaRN's by index).
+    Source: Meta's llama-models, and transformers' `_compute_llama3_parameters`.
     """
     kept = _powers(dim, theta)
     turns = original_positions * kept / (2 * math.pi)
-    ramp = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    ramp = ((turns - low) / (high - low)).clamp(0, 1)
     return (kept * ramp + kept / factor * (1 - ramp)).float()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 from loading import TOKENS, logits
-from published import FP8_CONFIG
+from published import FP8_CONFIG, NATIVE
 from safetensors.torch import save_file
 from tiny_folders import write_config
 from torch import Tensor
@@ -290,6 +291,64 @@ def test_ministral3_in_fp8_as_published(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model.float().eval()(input_ids=TOKENS[None]).logits[0]
     torch.testing.assert_close(logits(folder, dtype="float32"), expected, rtol=1e-4, atol=1e-4)
+
+
+# params.json of Pixtral 12B: no length, no tie flag
+PIXTRAL_PARAMS: dict[str, Any] = {
+    "dim": 64,
+    "n_layers": 2,
+    "head_dim": 16,
+    "hidden_dim": 96,
+    "n_heads": 32,
+    "n_kv_heads": 2,
+    "rope_theta": 1000000000.0,
+    "norm_eps": 1e-05,
+    "vocab_size": 192,
+    "vision_encoder": {
+        "hidden_size": 1024,
+        "num_channels": 3,
+        "image_size": 1024,
+        "patch_size": 16,
+        "rope_theta": 10000.0,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "adapter_bias": True,
+        "image_token_id": 10,
+    },
+}
+PIXTRAL_VISION = (  # a few of each kind
+    *("vision_encoder.patch_conv.weight", "vision_encoder.ln_pre.weight"),
+    "vision_encoder.transformer.layers.0.attention.wq.weight",
+    *(f"vision_language_adapter.{name}" for name in ("w_in.weight", "w_in.bias", "w_out.weight", "w_out.bias")),
+)
+
+
+def test_pixtral_in_its_own_layout(tmp_path: Path) -> None:
+    """params.json beside a vision_encoder: the text model is that of the Hugging Face folder."""
+    config = FOLDERS["Pixtral 12B"]
+    folder = write_config(tmp_path / "hf", config)
+    weights = random_weights(folder, config, tied=False)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    stored = {name: torch.ones(3) for name in PIXTRAL_VISION}
+    outer = {"model.language_model.embed_tokens": "tok_embeddings", "model.language_model.norm": "norm"}
+    for name, tensor in weights.items():
+        stem = name.removesuffix(".weight")
+        if ".language_model.layers." in name:
+            layer, inner = stem.removeprefix("model.language_model.layers.").split(".", 1)
+            if inner in ("self_attn.q_proj", "self_attn.k_proj"):  # pairs side by side
+                tensor = tensor.unflatten(0, (-1, 2, 8)).transpose(1, 2).reshape(tensor.shape)
+            stored[f"layers.{layer}.{NATIVE[inner]}.weight"] = tensor.contiguous()
+        elif stem in outer or stem == "lm_head":
+            stored[f"{outer.get(stem, 'output')}.weight"] = tensor
+    native = tmp_path / "native"
+    native.mkdir()
+    save_file(stored, native / "consolidated.safetensors")
+    (native / "params.json").write_text(json.dumps(PIXTRAL_PARAMS))
+    found = logits(native, dtype="float32", max_model_len=64)
+    assert torch.equal(found, logits(folder, dtype="float32", max_model_len=64))
+    format, tensors = read_checkpoint_headers(native)
+    assert set(map_names(tensors, format).vision) == set(PIXTRAL_VISION)
 
 
 def test_what_is_published_is_read_whole(tmp_path: Path) -> None:
