@@ -160,7 +160,7 @@ def test_pitfall_1_no_magnitude_in_the_softmax_scale(tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_pitfall_2_cos_and_sin_are_not_stretched(tmp_path: Path, name: str) -> None:
-    """Code that ignores mscale and mscale_all_dim multiplies them by 1.277 (factor 16), and the model repeats itself
+    """Code that ignores mscale and mscale_all_dim multiplies them by 1.277 (factor 16): endless repetition
     (vllm#48623, sglang#22711)."""
     assert 0.1 * math.log(16) + 1 == pytest.approx(1.277, abs=1e-3)
     for config in (read_hf(tmp_path, MODELS[name]), read_native(_new(tmp_path), MODELS[name])):
