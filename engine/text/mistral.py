@@ -1,4 +1,4 @@
-"""Prompts of a Mistral model, token by token, by mistral-common: conversations, and text to be filled in."""
+"""Prompts of a Mistral model, token by token, by mistral-common:."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import msgspec
-from mistral_common.protocol.fim.request import FIMRequest
 from mistral_common.protocol.instruct.messages import AssistantMessage
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest, ReasoningEffort
@@ -51,7 +50,6 @@ _WRITERS: dict[TokenizerVersion, type[InstructTokenizerV3]] = {
     TokenizerVersion.v15: InstructTokenizerV15,
 }
 MAX_KEPT_BYTES = 64 * 1024  # of tools whose schemas are not checked again
-BEFORE_SUFFIX = "\u263a"  # mistral-common writes it before a suffix and cuts off two tokens
 
 
 class MistralChat:
@@ -72,7 +70,6 @@ class MistralChat:
         thinks = number >= 13 and {"[THINK]", "[/THINK]"} <= special_ids.keys()
         thinkers = ("assistant", "system") if number == 13 else ("assistant",)
         self._rules = Rules(number, thinkers if thinks else (), tuple(special_ids))
-        self._fills = len(inner.encode(BEFORE_SUFFIX, bos=False, eos=False)) == 2
         efforts = None if builder is None else builder.reasoning_effort
         self.efforts = () if efforts is None else tuple(ReasoningEffort(value).value for value in efforts.values)
         self._validator = get_validator(inner.version, ValidationMode.test)
@@ -87,10 +84,9 @@ class MistralChat:
         vars(self._normalizer)["_normalize_tool_call"] = lambda call: call
 
     def encode(self, message: Generate, max_tokens: int | None) -> tuple[list[int], bool]:
-        """Token ids of the prompt of `message.messages`, or of what goes between `text` and `suffix`; and whether
-        the answer goes on within a thought. Raises InvalidRequest, with the field that is wrong."""
-        if message.messages is None:
-            return self._fill(message.text or "", message.suffix, max_tokens), False
+        """Token ids of the prompt of `message.messages`, and whether the answer goes on within a thought. Raises
+        InvalidRequest, with the field that is wrong."""
+        conversation = message.messages or []
         if message.reasoning_effort is not None and message.reasoning_effort not in self.efforts:
             known = ", ".join(self.efforts) or "none of them: the served model has no such setting"
             raise InvalidRequest(
@@ -99,8 +95,8 @@ class MistralChat:
                 limit=known,
                 value=message.reasoning_effort,
             )
-        refuse_unfit(self._vocabulary, "messages", "".join(texts(message.messages)), max_tokens)
-        turns, tools = their_messages(message.messages, self._rules), their_tools(message.tools)
+        refuse_unfit(self._vocabulary, "messages", "".join(texts(conversation)), max_tokens)
+        turns, tools = their_messages(conversation, self._rules), their_tools(message.tools)
         try:
             self._validator.validate_messages(turns)
             effort = None if message.reasoning_effort is None else ReasoningEffort(message.reasoning_effort)
@@ -108,17 +104,7 @@ class MistralChat:
             tokenized = self._writer.encode_instruct(self._normalizer.from_chat_completion_request(request))
         except Exception as error:  # it raises errors of its own, pydantic's, and fails assertions
             raise _refusal("messages", error) from error
-        return tokenized.tokens, is_within_thought(message.messages)
-
-    def _fill(self, prefix: str, suffix: str | None, max_tokens: int | None) -> list[int]:
-        if not self._fills:
-            raise InvalidRequest("the served model does not fill in the middle", field="suffix")
-        refuse_unfit(self._vocabulary, "text", prefix, max_tokens)
-        refuse_unfit(self._vocabulary, "suffix", suffix or "", max_tokens)
-        try:
-            return self._writer.encode_fim(FIMRequest(prompt=prefix, suffix=suffix)).tokens
-        except Exception as error:
-            raise _refusal("text", error) from error
+        return tokenized.tokens, is_within_thought(conversation)
 
     def _call_tokens(self, message: AssistantMessage) -> list[int]:
         """The calls of a turn. Up to v7 they are one JSON list, from v11 on a marker begins each of them."""

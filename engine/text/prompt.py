@@ -74,11 +74,14 @@ class PromptEncoder:
             return Prompt(message.token_ids)
         if self.tokenizer is None:
             raise InvalidRequest("the served checkpoint has no tokenizer: send token_ids", field=_field(message))
-        if message.text is not None and message.suffix is None:
-            self._refuse_unfit("text", message.text, max_tokens)
-            return Prompt(self.tokenizer.encode(message.text))
-        if message.suffix is not None and (self.template is None or isinstance(self.template, ChatTemplate)):
-            raise InvalidRequest("the served checkpoint does not fill in the middle", field="suffix")
+        if message.text is not None:
+            refuse_unfit(self.tokenizer, "text", message.text, max_tokens)
+            if message.suffix is None:
+                return Prompt(self.tokenizer.encode(message.text))
+            refuse_unfit(self.tokenizer, "suffix", message.suffix, max_tokens)
+            if isinstance(self.tokenizer, Tokenizer):
+                raise InvalidRequest("the served model does not fill in the middle", field="suffix")
+            return Prompt(self.tokenizer.encode_middle(message.text, message.suffix))
         if self.template is None:
             named = f"default chat template, only {', '.join(self.other_templates)}"
             known = named if self.other_templates else "chat template"
@@ -87,7 +90,7 @@ class PromptEncoder:
             return Prompt(*self.template.encode(message, max_tokens))
         assert isinstance(self.tokenizer, Tokenizer)  # what is beside a template
         rendered = self.template.render(message.messages or [], message.reasoning_effort)
-        self._refuse_unfit("messages", rendered, max_tokens)
+        refuse_unfit(self.tokenizer, "messages", rendered, max_tokens)
         return Prompt(self.tokenizer.encode_rendered(rendered))
 
     def max_text_bytes(self, max_tokens: int) -> int | None:
@@ -95,10 +98,6 @@ class PromptEncoder:
         if self.tokenizer is None or self.tokenizer.lost_bytes or self.tokenizer.longest_token_bytes is None:
             return None
         return max_tokens * self.tokenizer.longest_token_bytes
-
-    def _refuse_unfit(self, field: str, text: str, max_tokens: int | None) -> None:
-        if self.tokenizer is not None:
-            refuse_unfit(self.tokenizer, field, text, max_tokens)
 
     def detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         """A reader of one sample's tokens; None without a tokenizer."""

@@ -10,7 +10,9 @@ from cierzo.engine.errors import CheckpointError, InvalidRequest
 from cierzo.engine.text.unicode import refuse_surrogates
 from cierzo.engine.text.vocabulary import TEKKEN_FILE
 
-BEGIN, END = "<s>", "</s>"
+BEGIN, END, SUFFIX, PREFIX = "<s>", "</s>", "[SUFFIX]", "[PREFIX]"
+# mistral-common encodes a suffix behind this character and cuts off its tokens: so a suffix begins in mid-word.
+BEFORE_SUFFIX, CUT_TOKENS = "\u263a", 2
 MAX_REASON_CHARS = 300  # of what is wrong with a file, which may quote all of it
 
 
@@ -48,6 +50,18 @@ class TekkenVocabulary:
                 field="text",
                 limit="no run of about a million spaces",
             ) from error
+
+    def encode_middle(self, text: str, suffix: str) -> list[int]:
+        """Token ids of the prompt for what comes between two texts. Raises InvalidRequest where the vocabulary has
+        no tokens to ask for it, and for what is no Unicode text."""
+        ids = self.special_ids
+        if not {SUFFIX, PREFIX} <= ids.keys() or len(self.encode_piece(BEFORE_SUFFIX)) != CUT_TOKENS:
+            what = "the served model does not fill in the middle: its tekken.json is not made for that"
+            raise InvalidRequest(what, field="suffix")
+        refuse_surrogates("text", text)
+        refuse_surrogates("suffix", suffix)
+        behind = self.encode_piece(BEFORE_SUFFIX + suffix)[CUT_TOKENS:] if suffix else []
+        return [*self._begin, ids[SUFFIX], *behind, ids[PREFIX], *self.encode_piece(text)]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The token's bytes in the text; empty for control tokens and for ids that the vocabulary does not have."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.protocol.fim.request import FIMRequest
 from mistral_speakers import speaker
-from tekken_folders import CONTROL, VERSIONS
+from tekken_folders import CONTROL, NUM_SPECIAL, VERSIONS, tekken, write_tekken
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, TextChunk, ThinkingChunk, Tool, ToolCall
+from cierzo.engine.text.tekken import load_tekken
 
 HI = ChatMessage(role="user", content="Hi")
 WORDS = st.text(st.sampled_from('ab \n\t{}":,é日\U0001f642'), max_size=10)
@@ -84,24 +86,24 @@ def test_ids_of_conversations_are_mistral_commons(version: str, data: st.DataObj
 @settings(max_examples=40, deadline=None)
 @given(prefix=TEXTS, suffix=TEXTS)
 def test_ids_to_fill_in_the_middle_are_mistral_commons(version: str, prefix: str, suffix: str) -> None:
-    ours, in_thinking = speaker(version).chat.encode(Generate(stream=0, text=prefix, suffix=suffix), None)
+    ours = speaker(version).vocabulary.encode_middle(prefix, suffix)
     assert ours == speaker(version).theirs.encode_fim(FIMRequest(prompt=prefix, suffix=suffix)).tokens
-    assert not in_thinking
     assert (ours[:2], ours.count(14)) == ([1, 16], 1)
 
 
-def test_a_suffix_that_a_vocabulary_would_spoil_is_refused() -> None:
+def test_a_suffix_that_a_vocabulary_would_spoil_is_refused(tmp_path: Path) -> None:
     """mistral-common cuts off two tokens before it, which stand for one character in the published vocabulary."""
     small, full = speaker("v7"), speaker("v15", full=True)
-    ask = Generate(stream=0, text="def f(", suffix="(self):\n")
-    spelled = full.spell(full.chat.encode(ask, None)[0])
-    assert spelled == "<s>[SUFFIX](self):\n[PREFIX]def f("
-    assert small.spell(small.chat.encode(ask, None)[0]) == spelled
-    small.chat._fills = False
-    with pytest.raises(InvalidRequest, match="fill in the middle") as caught:
-        small.chat.encode(ask, None)
-    small.chat._fills = True
-    assert caught.value.field == "suffix"
+    for ours in (small, full):
+        ids = ours.vocabulary.encode_middle("def f(", "(self):\n")
+        assert ours.spell(ids) == "<s>[SUFFIX](self):\n[PREFIX]def f("
+    short = tekken("v7")["vocab"][:-1]
+    config = tekken("v7")["config"] | {"default_vocab_size": len(short) + NUM_SPECIAL}
+    for changes in ({"vocab": short, "config": config}, {"special_tokens": tekken("v7")["special_tokens"][:16]}):
+        vocabulary = load_tekken(write_tekken(tmp_path, "v7", **changes))
+        with pytest.raises(InvalidRequest, match="fill in the middle") as caught:
+            vocabulary.encode_middle("a", "b")
+        assert caught.value.field == "suffix"
 
 
 # --- Small 4, id by id, in the published vocabulary --------------------------------------------------------

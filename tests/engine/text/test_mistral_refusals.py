@@ -14,6 +14,7 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, TextChunk, ThinkingChunk, Tool, ToolCall
 from cierzo.engine.text import mistral
 from cierzo.engine.text.mistral import their_tools
+from cierzo.engine.text.prompt import PromptEncoder
 
 A, B = "aaaaaaaaa", "bbbbbbbbb"
 USER = ChatMessage(role="user", content="x")
@@ -290,15 +291,16 @@ def test_schemas_are_checked_once_unless_they_are_long() -> None:
 @pytest.mark.parametrize("field", ["messages", "text", "suffix"])
 def test_a_prompt_that_cannot_fit_is_not_encoded(field: str) -> None:
     ours, long = speaker("v15"), "ab" * 1000
+    prompts = PromptEncoder(ours.vocabulary, ours.chat)
     asks = {
         "messages": Generate(stream=0, messages=[ChatMessage(role="user", content=[TextChunk(text=long)])]),
         "text": Generate(stream=0, text=long, suffix=""),
         "suffix": Generate(stream=0, text="", suffix=long),
     }
-    fits = len(ours.chat.encode(asks[field], None)[0])
-    assert ours.chat.encode(asks[field], fits)
+    fits = len(prompts.encode(asks[field]).token_ids)
+    assert prompts.encode(asks[field], fits)
     with pytest.raises(InvalidRequest, match="cannot fit") as caught:
-        ours.chat.encode(asks[field], 2)
+        prompts.encode(asks[field], 2)
     assert (caught.value.field, caught.value.value) == (field, "2000")
 
 
@@ -307,7 +309,7 @@ def test_spaces_without_end_are_refused() -> None:
     ours, spaces = speaker("v15"), " " * 1_000_000
     for ask, field in (
         (lambda: ours.encode(ChatMessage(role="user", content=spaces)), "messages"),
-        (lambda: ours.chat.encode(Generate(stream=0, text=spaces, suffix=""), None), "text"),
+        (lambda: ours.vocabulary.encode_middle(spaces, "x"), "text"),
         (lambda: ours.vocabulary.encode(spaces), "text"),
     ):
         with pytest.raises(InvalidRequest) as caught:
@@ -341,5 +343,5 @@ def _markers(version: str, number: int, text: str) -> list[int]:
     ]
     ours = speaker(version)
     ids = ours.encode(*turns, tools=[Tool(name="f", description=text, parameters=schema)])
-    ids += ours.chat.encode(Generate(stream=0, text=text, suffix=text), None)[0]
+    ids += ours.vocabulary.encode_middle(text, text)
     return [token_id for token_id in ids if token_id in ours.vocabulary.special_ids.values()]
