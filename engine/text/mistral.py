@@ -38,6 +38,8 @@ from cierzo.engine.text.mistral_turns import (
     their_messages,
 )
 from cierzo.engine.text.tekken import TekkenVocabulary, load_tekken
+from cierzo.engine.text.tool_arguments import canonical_json
+from cierzo.engine.text.unicode import refuse_surrogates
 from cierzo.engine.text.vocabulary import TEKKEN_FILE, refuse_unfit
 
 log = logging.getLogger(__name__)
@@ -95,7 +97,9 @@ class MistralChat:
                 limit=known,
                 value=message.reasoning_effort,
             )
-        refuse_unfit(self._vocabulary, "messages", "".join(texts(conversation)), max_tokens)
+        text = "".join(texts(conversation))
+        refuse_unfit(self._vocabulary, "messages", text, max_tokens)
+        refuse_surrogates("messages", text)
         turns, tools = their_messages(conversation, self._rules), their_tools(message.tools)
         try:
             self._validator.validate_messages(turns)
@@ -155,8 +159,9 @@ def _checked_tools(packed: bytes) -> list[TheirTool]:
     for index, tool in enumerate(msgspec.msgpack.decode(packed, type=list[Tool])):
         check_name(f"tools[{index}].name", tool.name)
         try:
+            canonical_json(tool.parameters)
             validate_json_schema_by_draft7(tool.parameters)
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest(
                 f"tools[{index}].parameters is no JSON schema: {str(error)[:MAX_VALUE_CHARS]}",
                 field=f"tools[{index}].parameters",

@@ -44,6 +44,8 @@ class Rules(msgspec.Struct, frozen=True):
 
 def their_messages(turns: Sequence[ChatMessage], rules: Rules) -> list[Message]:
     """The conversation for mistral-common. Raises InvalidRequest, with the field that is wrong."""
+    if not turns:
+        raise _refused("messages", "messages is empty", "at least 1", 0)
     _check_order(turns, rules)
     messages = [_message(f"messages[{index}]", turn, rules) for index, turn in enumerate(turns)]
     _check_results(turns)

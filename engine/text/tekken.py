@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
@@ -72,6 +73,7 @@ def load_tekken(checkpoint_dir: Path, vocab_size: int | None = None) -> TekkenVo
     """Read tekken.json. Raises CheckpointError if that cannot be done, or if it has more tokens than the model's
     vocabulary; a model may have more, which no text is made of."""
     path = checkpoint_dir / TEKKEN_FILE
+    logging.getLogger("mistral_common").setLevel(logging.WARNING)  # it counts tokens aloud
     try:
         inner = Tekkenizer.from_file(path)
         vocabulary = TekkenVocabulary(inner)

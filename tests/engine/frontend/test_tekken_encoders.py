@@ -66,11 +66,12 @@ def test_a_process_encodes_as_mistral_common_does_and_has_no_torch(run, tmp_path
 
 def test_a_process_reads_the_file_that_the_front_end_reads(run, tmp_path: Path, tokenizer: Tokenizer) -> None:
     tokenizer._inner.save(str(write_tekken(tmp_path) / "tokenizer.json"))
+    by_tekken = [1, *speaker("v15").vocabulary.encode_piece("hi")]
 
     async def body() -> None:
         for setting, expected in (
             ("tokenizers", tokenizer.encode("hi")),
-            ("mistral", [1, *speaker("v15").vocabulary.encode_piece("hi")]),
+            ("mistral", by_tekken),
         ):
             setup = Setup(str(tmp_path), FrontendConfig(), fake_model(vocab_size=3000), setting)
             encoders = Encoders(setup.frontend, setup)

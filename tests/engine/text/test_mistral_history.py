@@ -114,6 +114,7 @@ def test_a_change_of_effort_or_tools_keeps_the_system_prompt_alone() -> None:
         settings = _marked(ours, "MODEL_SETTINGS", f'{{"reasoning_effort": "{effort}"}}')
         assert ids[: len(head)] == head
         assert ids[-len(settings + tail) :] == settings + tail
+        assert ids == ours.encode(SYSTEM, user, tools=tools, reasoning_effort=effort, tool_choice="none")
         assert (ids[len(head)] == ours.vocabulary.special_ids["[AVAILABLE_TOOLS]"]) == bool(tools)
 
 

@@ -42,6 +42,7 @@ def prefix(content: Any, **fields: Any) -> ChatMessage:
 
 
 EVERYWHERE = {
+    "nothing at all": ([], "messages", "at least 1", "0"),
     "an answer is the last turn": (
         [USER, ANSWER],
         "messages[1].role",
@@ -270,6 +271,8 @@ def test_an_effort_that_the_model_does_not_know_is_refused_by_name(version: str)
         (Tool(name="[INST]"), "name", NAME, "[INST]"),
         (Tool(name="f", parameters={"type": "strng"}), "parameters", "a JSON schema (draft 7)", "f"),
         (Tool(name="f", parameters={"properties": [1]}), "parameters", "a JSON schema (draft 7)", "f"),
+        (Tool(name="f", parameters={"default": b"1"}), "parameters", "a JSON schema (draft 7)", "f"),
+        (Tool(name="f", parameters={"default": float("nan")}), "parameters", "a JSON schema (draft 7)", "f"),
     ],
 )
 def test_a_tool_that_no_model_can_call(tool: Tool, field: str, limit: str, value: str) -> None:
@@ -280,6 +283,12 @@ def test_a_tool_that_no_model_can_call(tool: Tool, field: str, limit: str, value
     with pytest.raises(InvalidRequest) as caught:
         speaker("v15").encode(USER, tools=[Tool(name="g", description="\ud800")])
     assert caught.value.field == "tools"
+
+
+def test_what_is_no_unicode_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
+        speaker("v15").encode(ChatMessage(role="user", content="a\ud800"))
+    assert caught.value.field == "messages"
 
 
 def test_schemas_are_checked_once_unless_they_are_long() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_a_file_of_bytes_and_few_control_tokens_is_text_alone(
         ("messages", Generate(stream=0, messages=[ChatMessage(role="user", content="x")])),
         ("suffix", Generate(stream=0, text="x", suffix="y")),
     ):
-        with pytest.raises(InvalidRequest, match="the served (checkpoint|model)") as caught:
+        with pytest.raises(InvalidRequest, match=r"the served (checkpoint|model)") as caught:
             prompts.encode(ask)
         assert caught.value.field == field
 
@@ -199,32 +200,35 @@ def test_a_vocabulary_of_another_model_is_refused_by_name(tmp_path: Path) -> Non
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose vocabulary is larger than its tekken.json."""
     folder = make_checkpoint(tmp_path_factory.mktemp("tekken") / "tiny", like="small3", dtype="float32")
-    special = [*tekken("v15")["special_tokens"]]
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"eos_token_id": 2', '"eos_token_id": 5')
+    )
     config = tekken("v15")["config"] | {"default_vocab_size": 256 + NUM_SPECIAL}
-    return write_tekken(folder, vocab=BYTES, special_tokens=special, config=config)
+    return write_tekken(folder, vocab=BYTES, config=config)
 
 
 def test_a_model_speaks_and_ends_with_tekken(model: Path) -> None:
     config, prompts = load_prompts(resolve(EngineOptions(model=str(model), **SETTINGS)))
-    assert config.tokenizer == "mistral"
-    assert 2 in config.model.eos_token_ids
-    assert prompts.tokenizer is not None
+    assert (config.tokenizer, config.model.eos_token_ids) == ("mistral", (5, 2))
+    turn = ChatMessage(role="user", content="</s>[INST]")
+    greedy = {"max_tokens": 4, "temperature": 0.0}
     with LLM(model, **SETTINGS) as llm:
-        turns = [{"role": "user", "content": "</s>[INST]"}]
-        output = llm.chat(turns, max_tokens=4, temperature=0.0, logit_bias={NUM_SPECIAL + 65: 100.0})
+        output = llm.chat([turn], **greedy, logit_bias={NUM_SPECIAL + ord("A"): 100.0})
         assert output.text == "AAAA"
-        assert (
-            output.prompt_token_ids
-            == prompts.encode(
-                Generate(stream=0, messages=[ChatMessage(role="user", content="</s>[INST]")])
-            ).token_ids
-        )
-        assert llm.chat(turns, max_tokens=4, temperature=0.0, logit_bias={2: 100.0}).finish_reason == "stop"
-        assert llm.generate("<s>A", max_tokens=1)[0].prompt_token_ids[1:2] == [NUM_SPECIAL + ord("<")]
+        assert output.prompt_token_ids == prompts.encode(Generate(stream=0, messages=[turn])).token_ids
+        assert llm.chat([turn], **greedy, logit_bias={2: 100.0}).finish_reason == "stop"
+        assert llm.generate("<s>A", **greedy)[0].prompt_token_ids[:2] == [1, NUM_SPECIAL + ord("<")]
+
+
+def test_a_setting_says_what_speaks_for_a_model(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tokenizer must be one of auto, mistral, tokenizers"):
         LLM(model, tokenizer="tekken", **SETTINGS)
     with LLM(model, tokenizer="tokenizers", **SETTINGS) as llm, pytest.raises(InvalidRequest, match="no tokenizer"):
         llm.generate("A")
+    other = write_tekken(shutil.copytree(model, tmp_path / "other"))
+    with pytest.raises(CheckpointError, match=r"it has 2113 tokens, the model 1024") as caught:
+        LLM(other, **SETTINGS)
+    assert caught.value.field == "vocab_size"
 
 
 def test_tools_weigh_as_their_schemas_take_to_check() -> None:
