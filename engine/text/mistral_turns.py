@@ -34,7 +34,7 @@ MAX_VALUE_CHARS = 200
 
 
 class Rules(msgspec.Struct, frozen=True):
-    """What the version of a tokenizer allows. `thinkers`: roles whose content may hold thoughts. `markers`: how its
+    """Limits of a version of the tokenizer. `thinkers`: roles whose content may hold thoughts. `markers`: how its
     control tokens are spelled."""
 
     version: int
@@ -127,7 +127,7 @@ def _check_answered(calls: dict[str, str]) -> None:
 
 
 def _check_prefix(field: str, turn: ChatMessage, rules: Rules) -> None:
-    """What is continued ends in text, or in a thought. A marker at its end would be text too, which it is not."""
+    """Refuse to go on behind a marker: it would be read as the text that it is, and not as what it says."""
     if not turn.prefix:
         return
     end, place = turn.content, f"{field}.content"

@@ -19,13 +19,15 @@ MAX_REASON_CHARS = 300  # of what is wrong with a file, which may quote all of i
 
 class TekkenVocabulary:
     """The Tekkenizer `inner` as a `Vocabulary`. No text becomes a control token: those are not among the tokens
-    that it looks for in a text. `num_tokens`: control tokens, fillers among them, and all others."""
+    that it looks for in a text. `version`: such as "v15". `num_tokens`: control tokens, fillers among them, and all
+    others."""
 
     strip_leading_space = False
     lost_bytes = b""  # it has a token for every byte
 
     def __init__(self, inner: Tekkenizer) -> None:
         self.inner = inner
+        self.version: str = inner.version.value
         self.num_tokens = inner.n_words
         num_special = inner.num_special_tokens
         self.special_ids = {inner.id_to_piece(token_id): token_id for token_id in range(num_special)}

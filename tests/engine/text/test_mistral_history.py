@@ -1,4 +1,7 @@
-"""The prompt of a turn begins with the tokens of the turn before it: what was computed for those is used again."""
+"""The prompt of a turn begins with the tokens of the turn before it: what was computed for those is used again.
+
+A pitfall is a fault that other engines had with these models, by its number in the list that was gathered.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +76,8 @@ def test_blocks_of_earlier_turns_are_used_again(version: str) -> None:
     assert used == full  # 95 % are promised: a model may write one text with other tokens
 
 
-def test_mistral_commons_own_history_would_lose_them() -> None:
-    """Pitfall 31: arguments that are written anew are other tokens."""
+def test_pitfall_31_mistral_commons_own_history_would_lose_them() -> None:
+    """Arguments that are written anew are other tokens."""
     ours, turn = speaker("v15"), _call(1)
     turns = [
         ChatMessage(role="user", content="x"),
@@ -104,8 +107,8 @@ def test_arguments_come_as_they_were_generated(version: str, arguments: str) -> 
     assert written[{"v7": "v3", "v15": "v13"}.get(version, version)] in spelled
 
 
-def test_a_change_of_effort_or_tools_keeps_the_system_prompt_alone() -> None:
-    """Pitfall 30: both stand behind the system prompt and before the first turn of the user."""
+def test_pitfall_30_a_change_of_effort_or_tools_keeps_the_system_prompt_alone() -> None:
+    """Both stand behind the system prompt and before the first turn of the user."""
     ours, user = speaker("v15"), ChatMessage(role="user", content="x")
     head = [1, *_marked(ours, "SYSTEM_PROMPT", SYSTEM.content)]
     tail = [3, *ours.vocabulary.encode_piece("x"), 4]
@@ -118,8 +121,8 @@ def test_a_change_of_effort_or_tools_keeps_the_system_prompt_alone() -> None:
         assert (ids[len(head)] == ours.vocabulary.special_ids["[AVAILABLE_TOOLS]"]) == bool(tools)
 
 
-def test_a_thought_stays_in_the_history() -> None:
-    """Pitfall 31: a thought that is dropped, or a text that is trimmed, is not what was generated."""
+def test_pitfall_31_a_thought_stays_in_the_history() -> None:
+    """A thought that is dropped, or a text that is trimmed, is not what was generated."""
     ours = speaker("v15")
     ids, piece = ours.vocabulary.special_ids, ours.vocabulary.encode_piece
     first = ours.encode(ChatMessage(role="user", content="x"), reasoning_effort="high")

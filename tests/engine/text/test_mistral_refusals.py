@@ -1,4 +1,7 @@
-"""Conversations that a Mistral model cannot go on with: each gets an error with its field, limit and value."""
+"""Conversations that a Mistral model cannot go on with: each gets an error with its field, limit and value.
+
+A pitfall is a fault that other engines had with these models, by its number in the list that was gathered.
+"""
 
 from __future__ import annotations
 
@@ -247,8 +250,8 @@ def test_what_only_mistral_common_refuses_has_a_field_and_is_short() -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_an_effort_that_the_model_does_not_know_is_refused_by_name(version: str) -> None:
-    """Pitfall 24: it is neither dropped nor sent as something else."""
+def test_pitfall_24_an_effort_that_the_model_does_not_know_is_refused_by_name(version: str) -> None:
+    """It is neither dropped nor sent as something else."""
     ours = speaker(version)
     assert ours.chat.efforts == (("none", "high") if version == "v15" else ())
     for effort in ("low", "medium", "High", "", "none", "high"):

@@ -1,4 +1,7 @@
-"""tekken.json as a tokenizer: what it encodes and spells, which folders' words it is, and what is refused."""
+"""tekken.json as a tokenizer: what it encodes and spells, which folders' words it is, and what is refused.
+
+A pitfall is a fault that other engines had with these models, by its number in the list that was gathered.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +51,13 @@ def test_texts_come_back_and_are_cut_as_mistral_common_cuts_them(text: str) -> N
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_control_tokens_have_names_and_no_text(version: str) -> None:
-    """Pitfall 20: what marks thoughts and calls is known by its id, and never by a text."""
+def test_pitfall_20_control_tokens_have_names_and_no_text(version: str) -> None:
+    """What marks thoughts and calls is known by its id, and never by a text."""
     vocabulary = speaker(version).vocabulary
     known = [text for text in CONTROL if text in vocabulary.special_ids]
     assert [vocabulary.special_ids[text] for text in known] == [CONTROL.index(text) for text in known]
     assert ("[THINK]" in known, "[ARGS]" in known) == (version in ("v13", "v15"), version not in ("v3", "v7"))
-    assert len(vocabulary.special_ids) == NUM_SPECIAL
+    assert (vocabulary.version, len(vocabulary.special_ids)) == (version, NUM_SPECIAL)
     assert (vocabulary.eos_token, vocabulary.eos_token_id) == ("</s>", 2)
     assert {vocabulary.token_bytes(token_id) for token_id in range(NUM_SPECIAL)} == {b""}
     beyond = (-1, vocabulary.num_tokens, 1 << 40)
@@ -75,8 +78,8 @@ def test_what_is_no_unicode_is_refused() -> None:
 # --- folders -----------------------------------------------------------------------------------------------
 
 
-def test_tekken_speaks_where_both_are_there(tmp_path: Path) -> None:
-    """Pitfall 19: a tokenizer.json beside it may cut words otherwise."""
+def test_pitfall_19_tekken_speaks_where_both_are_there(tmp_path: Path) -> None:
+    """A tokenizer.json beside it may cut words otherwise."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(dict(_BYTE_OF), []))
     inner.decoder = tokenizers.decoders.ByteLevel()
     inner.save(str(tmp_path / "tokenizer.json"))
@@ -110,7 +113,7 @@ def test_prompts_of_a_folder_with_tekken(tmp_path: Path) -> None:
 def test_a_file_of_bytes_and_few_control_tokens_is_text_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A chat is told to be missing at start, not when the first one comes: pitfall 25."""
+    """A chat is told to be missing at start, not when the first one comes."""
     few = [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(CONTROL[:3])]
     config = tekken("v7")["config"] | {"default_vocab_size": 272, "default_num_special_tokens": 16}
     prompts = PromptEncoder.load(write_tekken(tmp_path, "v7", vocab=BYTES, special_tokens=few, config=config))
@@ -139,15 +142,15 @@ def test_a_file_of_bytes_and_few_control_tokens_is_text_alone(
         ),
     ],
 )
-def test_a_chat_that_cannot_be_written_is_told_at_start(tmp_path, caplog, version, changes, why) -> None:
-    """Pitfall 25: markers are looked up before a request comes."""
+def test_pitfall_25_a_chat_that_cannot_be_written_is_told_at_start(tmp_path, caplog, version, changes, why) -> None:
+    """Markers are looked up before a request comes."""
     prompts = PromptEncoder.load(write_tekken(tmp_path, version, **changes))
     assert prompts.template is None
     assert why in caplog.messages[0]
 
 
-def test_a_model_that_thinks_needs_both_markers(tmp_path: Path) -> None:
-    """Pitfall 25, for the markers of thoughts: mistral-common fails an assertion in the request's midst."""
+def test_pitfall_25_a_model_that_thinks_needs_both_markers(tmp_path: Path) -> None:
+    """Mistral-common fails an assertion in the request's midst."""
     prompts = PromptEncoder.load(write_tekken(tmp_path, "v13", special_tokens=tekken("v11")["special_tokens"]))
     thought = ChatMessage(role="assistant", reasoning="so", content="a", prefix=True)
     with pytest.raises(InvalidRequest, match="cannot have with this model's tokenizer") as caught:
