@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -62,6 +64,34 @@ def test_a_process_encodes_as_mistral_common_does_and_has_no_torch(run, tmp_path
             await encoders.close()
 
     run(body())
+
+
+def test_a_server_may_end_while_they_start(run, tmp_path: Path) -> None:
+    """Reading tekken.json takes a second, and nothing is left to complain about."""
+    setup = Setup(checkpoint=str(write_tekken(tmp_path)), frontend=FrontendConfig(), model=fake_model())
+    complaints: list[dict[str, Any]] = []
+
+    async def body() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        started = asyncio.Event()
+
+        async def spawn(path: str) -> asyncio.subprocess.Process:
+            process = await spawn_encoder(path)
+            started.set()
+            return process
+
+        encoders = Encoders(setup.frontend, setup, spawn)
+        encoders.start()
+        await started.wait()
+        while not any(seat.pipe is not None and seat.pipe.transport is not None for seat in encoders._seats):
+            await asyncio.sleep(0.01)  # until one has connected
+        await encoders.close()
+        del encoders
+        gc.collect()
+
+    run(body())
+    gc.collect()
+    assert not complaints
 
 
 def test_a_process_reads_the_file_that_the_front_end_reads(run, tmp_path: Path, tokenizer: Tokenizer) -> None:
