@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.errors import CheckpointError, InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, TextChunk
 from cierzo.engine.text.chat import load_chat_template
 from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.template_chat import TemplateChat
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
 from cierzo.engine.text.tokenizer_config import image_token_ids, read_chat_templates
-from cierzo.engine.text.vocabulary import Chat, refuse_unfit
+from cierzo.engine.text.vocabulary import TEKKEN_FILE, Chat, refuse_unfit
+
+if TYPE_CHECKING:
+    from cierzo.engine.text.tekken import TekkenVocabulary
 
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
 TOOL_CHARS = 1024  # a tool whose schema is checked
@@ -34,14 +38,27 @@ class PromptEncoder:
     `messages`) can be asked. `other_templates`: names of chat templates where none is the default.
     `image_token_ids`: the tokens that stand for an image."""
 
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer | TekkenVocabulary | None = None
     template: Chat | None = None
     other_templates: tuple[str, ...] = ()
     image_token_ids: frozenset[int] = frozenset()
 
     @classmethod
-    def load(cls, checkpoint_dir: Path) -> PromptEncoder:
-        """Read tokenizer and chat template from a checkpoint's folder; raises CheckpointError."""
+    def load(cls, checkpoint_dir: Path, tokenizer: str = "auto", vocab_size: int | None = None) -> PromptEncoder:
+        """Read tokenizer and chat template from a checkpoint's folder; raises CheckpointError.
+
+        tokenizer: "mistral" reads tekken.json, "tokenizers" tokenizer.json, "auto" the first of them that is there.
+        vocab_size: of the model.
+        """
+        if reads_tekken(checkpoint_dir, tokenizer):
+            from cierzo.engine.text.mistral import load_mistral  # takes half a second, and memory
+
+            tekken, chat = load_mistral(checkpoint_dir, vocab_size)
+            return cls(tekken, chat, (), image_token_ids(checkpoint_dir, tekken.special_ids))
+        return cls._load_tokenizers(checkpoint_dir)
+
+    @classmethod
+    def _load_tokenizers(cls, checkpoint_dir: Path) -> PromptEncoder:
         tokenizer = load_tokenizer(checkpoint_dir)
         if tokenizer is None:
             return cls()
@@ -109,6 +126,20 @@ class PromptEncoder:
             weight += PART_CHARS + content_chars(turn) + len(turn.reasoning)
             weight += sum(PART_CHARS + len(call.arguments) for call in turn.tool_calls)
         return weight
+
+
+def reads_tekken(checkpoint_dir: Path, tokenizer: str) -> bool:
+    """Whether the words of a folder are those of its tekken.json, by this setting. Raises CheckpointError where
+    they are to be, and there is none."""
+    path = checkpoint_dir / TEKKEN_FILE
+    if tokenizer == "mistral" and not path.is_file():
+        raise CheckpointError(
+            f"tokenizer is mistral, which reads {TEKKEN_FILE}, and {checkpoint_dir} has none",
+            field="tokenizer",
+            limit="auto, tokenizers",
+            value=tokenizer,
+        )
+    return tokenizer != "tokenizers" and path.is_file()
 
 
 def content_chars(turn: ChatMessage) -> int:
