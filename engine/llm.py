@@ -287,16 +287,25 @@ class LLM(OneProcess):
     def _submit(self, fields: dict[str, Any], sampling: Any, params: dict[str, Any]) -> _Job:
         message = generate_message(**fields, sampling=sampling_params(sampling, params))
         special_ids = self._prompts.special_ids
-        validate.fields(message, self._config.frontend, self._info, special_ids)
-        prompt, info = self._prompts.encode(message), self._info
+        prompts, info = self._prompts, self._info
+        validate.fields(message, self._config.frontend, info, special_ids, efforts=prompts.efforts)
+        prompt = prompts.encode(message)
         seed = message.sampling.seed
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
-        submit = validate.request(message, prompt.token_ids, next(self._request_ids), seed, info, special_ids)
-        submit = self._prompts.masked(submit, message, info, in_thinking=prompt.in_thinking)
+        submit = validate.request(
+            message,
+            prompt.token_ids,
+            next(self._request_ids),
+            seed,
+            info,
+            special_ids,
+            image_token_ids=prompts.image_token_ids,
+        )
+        submit = prompts.masked(submit, message, info, in_thinking=prompt.in_thinking)
         samples = [
             Sample(
                 index,
-                self._prompts.reader(
+                prompts.reader(
                     submit.sampling,
                     apart=True,
                     in_thinking=prompt.in_thinking,

@@ -125,7 +125,8 @@ class Arrivals:
             if attached is None and (stream := self._keeper.find_key(message)) is not None:
                 self._readers.join(sink, message, stream)
                 return
-            validate.fields(message, self._config, self._model, self._prompts.special_ids)
+            prompts = self._prompts
+            validate.fields(message, self._config, self._model, prompts.special_ids, efforts=prompts.efforts)
             self._admit(message.sampling.n)
             if attached is not None or message.attached is not None:
                 num_bytes, most = None if attached is None else attached.num_bytes, self._model.max_model_len

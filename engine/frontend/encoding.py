@@ -33,11 +33,13 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Setup(Message, frozen=True):
-    """First message to an encoder process. `checkpoint`: folder of the tokenizer; "": there is none."""
+    """First message to an encoder process. `checkpoint`: folder of the tokenizer; "": there is none. `tokenizer`:
+    which of its files is read."""
 
     checkpoint: str
     frontend: FrontendConfig
     model: ModelInfo
+    tokenizer: str = "auto"
 
 
 class Loaded(Message, frozen=True, tag="loaded"):
@@ -95,8 +97,15 @@ class RequestEncoder:
         in parts. Raises InvalidRequest."""
         prompts, model = self._prompts, self._model
         prompt = prompts.encode(message, model.max_model_len)
-        seed, special_ids = message.sampling.seed, prompts.special_ids
-        submit = validate.request(message, prompt.token_ids, 0, seed, model, special_ids)
+        submit = validate.request(
+            message,
+            prompt.token_ids,
+            0,
+            message.sampling.seed,
+            model,
+            prompts.special_ids,
+            image_token_ids=prompts.image_token_ids,
+        )
         submit = prompts.masked(submit, message, model, in_thinking=prompt.in_thinking)
         tail, states = self._seen(message, submit, prompt, apart)
         return Encoded(
@@ -136,7 +145,8 @@ class RequestEncoder:
         self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None
     ) -> tuple[Encoded, bytes]:
         message = self._message(job, body, attached)
-        validate.fields(message, self._config, self._model, self._prompts.special_ids)
+        prompts = self._prompts
+        validate.fields(message, self._config, self._model, prompts.special_ids, efforts=prompts.efforts)
         encoded = self.encode(message, apart="parts" in job.features)
         nothing: dict[str, Any] = dict.fromkeys(("text", "messages", "token_ids", "attached", "suffix"))
         bare = msgspec.structs.replace(message, **nothing, output_token_ids=[], tools=[])
@@ -168,7 +178,9 @@ class RequestEncoder:
                 f"attached {message.attached}: {refused.message}", field=message.attached, limit=refused.limit
             ) from error
         changes = {message.attached: value, "attached": None}
-        return msgspec.structs.replace(message, **changes)
+        whole = msgspec.structs.replace(message, **changes)
+        validate.features(whole, frozenset(job.features))
+        return whole
 
     def _check_length(self, kind: str, attached: bytes | bytearray) -> None:
         """Refuse a list that is too long before its entries are made."""

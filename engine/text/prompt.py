@@ -8,19 +8,27 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.errors import CheckpointError, InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, ModelInfo, SamplingParams, Submit, TextChunk
-from cierzo.engine.text.chat import ChatTemplate, load_chat_template, read_chat_templates
-from cierzo.engine.text.detok import MAX_CHAR_BYTES, Detokenizer
+from cierzo.engine.text.chat import load_chat_template
+from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.masks import masked
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.syntax import Syntax, syntax_of
+from cierzo.engine.text.template_chat import TemplateChat
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
+from cierzo.engine.text.tokenizer_config import image_token_ids, read_chat_templates
+from cierzo.engine.text.vocabulary import TEKKEN_FILE, Chat, refuse_unfit
+
+if TYPE_CHECKING:
+    from cierzo.engine.text.tekken import TekkenVocabulary
 
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
+TOOL_CHARS = 1024  # a tool whose schema is checked
 WORD_CHARS = 16  # a text of its own takes a tokenizer as long as so many characters more
 CALL_ID_CHARS = 9  # what every version of Mistral's templates takes
 _ID_ALPHABET = string.ascii_letters + string.digits
@@ -37,28 +45,55 @@ class Prompt(msgspec.Struct, frozen=True, gc=False):
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
     """Tokenizer and chat template of what is served; either may be missing, then only `token_ids` (or no
-    `messages`) can be asked. `other_templates`: names of chat templates where none is the default. `syntax`: how
-    the model marks thoughts and calls; None if it marks nothing."""
+    `messages`) can be asked. `other_templates`: names of chat templates where none is the default.
+    `image_token_ids`: the tokens that stand for an image. `syntax`: how the model marks thoughts and calls; None if
+    it marks nothing."""
 
-    tokenizer: Tokenizer | None = None
-    template: ChatTemplate | None = None
+    tokenizer: Tokenizer | TekkenVocabulary | None = None
+    template: Chat | None = None
     other_templates: tuple[str, ...] = ()
+    image_token_ids: frozenset[int] = frozenset()
     syntax: Syntax | None = None
 
     @classmethod
-    def load(cls, checkpoint_dir: Path) -> PromptEncoder:
-        """Read tokenizer and chat template from a checkpoint's folder; raises CheckpointError."""
+    def load(cls, checkpoint_dir: Path, tokenizer: str = "auto", vocab_size: int | None = None) -> PromptEncoder:
+        """Read tokenizer and chat template from a checkpoint's folder; raises CheckpointError.
+
+        tokenizer: "mistral" reads tekken.json, "tokenizers" tokenizer.json, "auto" the first of them that is there.
+        vocab_size: of the model.
+        """
+        if reads_tekken(checkpoint_dir, tokenizer):
+            from cierzo.engine.text.mistral import load_mistral  # takes half a second, and memory
+
+            tekken, chat = load_mistral(checkpoint_dir, vocab_size)
+            images = image_token_ids(checkpoint_dir, tekken.special_ids)
+            return cls(tekken, chat, (), images, syntax_of(tekken, None, tekken.version))
+        return cls._load_tokenizers(checkpoint_dir)
+
+    @classmethod
+    def _load_tokenizers(cls, checkpoint_dir: Path) -> PromptEncoder:
         tokenizer = load_tokenizer(checkpoint_dir)
         if tokenizer is None:
             return cls()
         template, sources = load_chat_template(checkpoint_dir), read_chat_templates(checkpoint_dir)
-        syntax = syntax_of(tokenizer, sources.get("default"), None)
-        return cls(tokenizer, template, () if template else tuple(sorted(sources)), syntax)
+        chat = None if template is None else TemplateChat(template, tokenizer)
+        others = () if template else tuple(sorted(sources))
+        images = image_token_ids(checkpoint_dir, tokenizer.special_ids)
+        return cls(tokenizer, chat, others, images, syntax_of(tokenizer, sources.get("default"), None))
 
     @property
     def special_ids(self) -> Mapping[str, int]:
         """Special tokens, which have no text in an output, by how they are spelled."""
         return {} if self.tokenizer is None else self.tokenizer.special_ids
+
+    @property
+    def efforts(self) -> tuple[str, ...] | None:
+        """The words that `reasoning_effort` may say; None where there are no conversations."""
+        return None if self.template is None else self.template.efforts
+
+    def unsafe_places(self) -> list[str]:
+        """The fields of a conversation in which a client's text may become a control token. Takes milliseconds."""
+        return self.template.unsafe_places() if isinstance(self.template, TemplateChat) else []
 
     def encode(self, message: Generate, max_tokens: int | None = None) -> Prompt:
         """Encode the prompt; raises InvalidRequest, before it encodes, if a text cannot fit `max_tokens`.
@@ -70,37 +105,22 @@ class PromptEncoder:
         if self.tokenizer is None:
             raise InvalidRequest("the served checkpoint has no tokenizer: send token_ids", field=_field(message))
         if message.text is not None:
-            self._refuse_unfit("text", message.text, max_tokens)
-            return Prompt(self.tokenizer.encode(message.text))
+            refuse_unfit(self.tokenizer, "text", message.text, max_tokens)
+            if message.suffix is None:
+                return Prompt(self.tokenizer.encode(message.text))
+            refuse_unfit(self.tokenizer, "suffix", message.suffix, max_tokens)
+            return Prompt(self.tokenizer.encode_middle(message.text, message.suffix))
         if self.template is None:
             named = f"default chat template, only {', '.join(self.other_templates)}"
             known = named if self.other_templates else "chat template"
             raise InvalidRequest(f"the served checkpoint has no {known}: send text", field="messages")
-        rendered = self.template.render(message.messages or [], message.reasoning_effort)
-        self._refuse_unfit("messages", rendered, max_tokens)
-        return Prompt(self.tokenizer.encode_rendered(rendered))
+        return Prompt(*self.template.encode(message, max_tokens))
 
     def max_text_bytes(self, max_tokens: int) -> int | None:
         """UTF-8 bytes of the longest text that fits so many tokens; None if only its reader can tell."""
         if self.tokenizer is None or self.tokenizer.lost_bytes or self.tokenizer.longest_token_bytes is None:
             return None
         return max_tokens * self.tokenizer.longest_token_bytes
-
-    def _refuse_unfit(self, field: str, text: str, max_tokens: int | None) -> None:
-        tokenizer = self.tokenizer
-        if tokenizer is None or tokenizer.longest_token_bytes is None or max_tokens is None:
-            return
-        most = max_tokens * tokenizer.longest_token_bytes
-        if MAX_CHAR_BYTES * len(text) <= most:
-            return
-        num_bytes = len(text.encode(errors="surrogatepass").translate(None, tokenizer.lost_bytes))
-        if num_bytes > most:
-            raise InvalidRequest(
-                f"a text of {num_bytes} bytes cannot fit a context of {max_tokens} tokens",
-                field=field,
-                limit=f"{most} bytes",
-                value=num_bytes,
-            )
 
     def reader(
         self,
@@ -143,7 +163,9 @@ class PromptEncoder:
         weight = len(message.output_token_ids)
         weight += sum(2 * (WORD_CHARS + len(word)) for word in message.sampling.bad_words)
         if message.text is not None:
-            return weight + len(message.text)
+            return weight + len(message.text) + len(message.suffix or "")
+        if message.tools:
+            weight += TOOL_CHARS * len(message.tools) + len(msgspec.msgpack.encode(message.tools))
         for turn in message.messages or ():
             weight += PART_CHARS + content_chars(turn) + len(turn.reasoning)
             weight += sum(PART_CHARS + len(call.arguments) for call in turn.tool_calls)
@@ -159,6 +181,20 @@ def call_id(seed: int | None, num_prompt_tokens: int, sample: int, number: int) 
         rest, place = divmod(rest, len(_ID_ALPHABET))
         chars += _ID_ALPHABET[place]
     return chars
+
+
+def reads_tekken(checkpoint_dir: Path, tokenizer: str) -> bool:
+    """Whether the words of a folder are those of its tekken.json, by this setting. Raises CheckpointError where
+    they are to be, and there is none."""
+    path = checkpoint_dir / TEKKEN_FILE
+    if tokenizer == "mistral" and not path.is_file():
+        raise CheckpointError(
+            f"tokenizer is mistral, which reads {TEKKEN_FILE}, and {checkpoint_dir} has none",
+            field="tokenizer",
+            limit="auto, tokenizers",
+            value=tokenizer,
+        )
+    return tokenizer != "tokenizers" and path.is_file()
 
 
 def content_chars(turn: ChatMessage) -> int:

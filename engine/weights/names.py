@@ -21,14 +21,17 @@ from cierzo.engine.errors import CheckpointError
 # What a companion is to its matrix. Scales of activations are used where a GPU takes these in FP8 (on_device.py).
 Role = Literal["scale", "global scale", "activation scale"]
 
-# A multimodal checkpoint nests the text model: Mistral 3's published spelling, and that of transformers 5.
+# A multimodal checkpoint nests the text model: as Mistral 3 and LLaVA are published, and as transformers 5 has it.
 _PREFIXES = (
     ("language_model.model.", "model."),
     ("model.language_model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
 _VISION = {
-    "hf": ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+    "hf": (
+        *("vision_tower.", "multi_modal_projector.", "image_newline"),
+        *("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline"),
+    ),
     "native": ("vision_encoder.", "vision_language_adapter.", "pre_mm_projector_norm.", "patch_merger."),
 }
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from marked import TEMPLATE, bare, ids, marked_tokenizer
+from marked import TEMPLATE, bare, ids, marked_level
 
 from cierzo.engine import LLM, SamplingParams
 from cierzo.engine.errors import ConfigError, CoreFailed, InvalidRequest
@@ -232,7 +232,7 @@ def test_messages_of_any_kind(with_tokenizer: Path) -> None:
 def marking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a model that marks its thoughts and calls."""
     folder = make_checkpoint(tmp_path_factory.mktemp("llm") / "marking", like="small3", dtype="float32")
-    marked_tokenizer()._inner.save(str(folder / "tokenizer.json"))
+    marked_level().save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
@@ -257,8 +257,9 @@ def test_thoughts_and_calls_are_parts_of_an_output(marking: Path) -> None:
         assert sum(part.num_tokens for part in output.samples[0].parts) == len(output.logprobs)
         turn = output.turn
         assert (turn.reasoning, turn.content, turn.tool_calls) == ("hm", "So: ", [call])
-        again = llm.chat([HI, turn, HI], max_tokens=1)
-        prompt = "[user]Hi[assistant]" + CALLING.rpartition("[TOOL_CALLS]")[0] + "[user]Hi"
+        result = {"role": "tool", "content": "yes", "tool_call_id": call.id, "name": "wind"}
+        again = llm.chat([HI, turn, result], max_tokens=1)
+        prompt = "[user]Hi[assistant]" + CALLING.rpartition("[TOOL_CALLS]")[0] + "[tool]yes"
         assert again.prompt_token_ids == ids(prompt)
 
 

@@ -10,6 +10,7 @@ from cierzo.engine.messages import Part
 from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.text.syntax import syntax_of
+from cierzo.engine.text.template_chat import TemplateChat
 from cierzo.engine.text.tokenizer import _BYTE_OF, Tokenizer
 from cierzo.engine.text.tokenizer_config import TokenizerConfig
 
@@ -22,20 +23,26 @@ TEMPLATE = (
 )
 
 
-def marked_tokenizer() -> Tokenizer:
+def marked_level() -> tokenizers.Tokenizer:
     """Ids 0 to 255 are bytes, 256 and 257 begin and end a text, the next ones are the markers."""
-    vocabulary = {char: _BYTE_OF[char] for char in pre_tokenizers.ByteLevel.alphabet()}
-    inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    inner = tokenizers.Tokenizer(models.BPE(_BYTE_OF, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(["<s>", "</s>", *MARKERS])
-    return Tokenizer(inner, TokenizerConfig(named={"eos_token": tokenizers.AddedToken("</s>", special=True)}))
+    return inner
+
+
+def marked_tokenizer() -> Tokenizer:
+    """The same as ours."""
+    eos_token = tokenizers.AddedToken("</s>", special=True)
+    return Tokenizer(marked_level(), TokenizerConfig(named={"eos_token": eos_token}))
 
 
 def marked_prompts() -> PromptEncoder:
     """Tokenizer, template and syntax of that model."""
     tokenizer = marked_tokenizer()
-    return PromptEncoder(tokenizer, ChatTemplate(TEMPLATE), syntax=syntax_of(tokenizer, None, None))
+    chat = TemplateChat(ChatTemplate(TEMPLATE), tokenizer)
+    return PromptEncoder(tokenizer, chat, syntax=syntax_of(tokenizer, None, None))
 
 
 def ids(text: str) -> list[int]:

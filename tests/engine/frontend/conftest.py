@@ -17,13 +17,11 @@ from typing import IO, Any
 
 import msgspec
 import pytest
-import tokenizers
 import uvloop
-from fake_core import BOS, FakeCores, FakeEngineConfig, fake_model
+from fake_core import FakeCores, FakeEngineConfig, fake_model
 from fake_rpc_server import Script, scripted
 from local_encoders import local_encoders
 from marked import marked_prompts
-from tokenizers import decoders, models, pre_tokenizers, processors
 
 from cierzo.engine.frontend.child import Spawn
 from cierzo.engine.frontend.config import FrontendConfig
@@ -40,10 +38,7 @@ from cierzo.engine.messages import (
     ServerMessage,
     Welcome,
 )
-from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.prompt import PromptEncoder
-from cierzo.engine.text.tokenizer import Tokenizer
-from cierzo.engine.text.tokenizer_config import TokenizerConfig
 from cierzo.engine.weights.make import make_checkpoint
 
 
@@ -69,39 +64,6 @@ class FakeClock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def byte_tokenizer() -> Tokenizer:
-    """Ids 0..255 are bytes, 256 and 257 begin and end a text, 258 is an added word with a space in it."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    from cierzo.engine.text.tokenizer import _BYTE_OF
-
-    vocabulary = {char: _BYTE_OF[char] for char in alphabet}
-    inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<s>", "</s>"])
-    inner.add_tokens(["<two words>"])
-    inner.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", BOS)])
-    eos_token = tokenizers.AddedToken("</s>", special=True)
-    return Tokenizer(inner, TokenizerConfig(named={"eos_token": eos_token}))
-
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "[{{ m.role }}]{{ m.content }}{% endfor %}{% if reasoning_effort %}({{ reasoning_effort }}){% endif %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    return byte_tokenizer()
-
-
-@pytest.fixture
-def prompts(tokenizer: Tokenizer) -> PromptEncoder:
-    return PromptEncoder(tokenizer, ChatTemplate(TEMPLATE, "<s>", "</s>"))
 
 
 @pytest.fixture

@@ -136,6 +136,21 @@ def test_a_conversation_keeps_thoughts(marked_chat, cores):
     assert second.prompt_token_ids == ids(f"[user]one[assistant]{said}[user]two")
 
 
+def test_a_line_is_the_result_of_a_call(marked_chat, cores):
+    said = "[TOOL_CALLS]wind[ARGS]{}[TOOL_CALLS]rain[ARGS]{}"
+    cores.answer = lambda submit, sample: [*(ids(said) if len(cores.now.submits) == 1 else HELLO), EOS]
+    talk = marked_chat()
+    out, err = talk.communicate(b"one\nblows\nfalls\ntwo\n", timeout=DEADLINE_S)
+    assert talk.returncode == 0, err
+    assert b"> wind({})\n\nrain({})\n\n[" in out
+    assert b"\nwind> rain> Salut" in out
+    _, second, third = cores.now.submits
+    assert second.prompt_token_ids == ids(f"[user]one[assistant]{said}[tool]blows[tool]falls")
+    assert third.prompt_token_ids == ids(
+        f"[user]one[assistant]{said}[tool]blows[tool]falls[assistant]Salut[user]two"
+    )
+
+
 def test_an_interrupt_ends_the_answer_alone(chat, served, cores):
     cores.free = False
     talk = chat()

@@ -93,11 +93,9 @@ def test_the_blocking_client_has_the_same(served, cores):
         assert client.ask(token_ids=[1]).turn.content == "It blows."
 
 
-def test_what_needs_the_feature_is_refused_by_the_client_where_it_is_missing(run, marking, monkeypatch):
-    monkeypatch.setattr("cierzo.engine.frontend.client_link.FEATURES", ("resume",))
-
+def test_what_needs_the_feature_is_refused_by_the_client_where_it_is_missing(run, marking):
     async def body():
-        async with marking() as house, await Client.connect(house.address) as client:
+        async with marking() as house, await Client.connect(house.address, features=("resume",)) as client:
             with pytest.raises(InvalidRequest, match="needs the feature parts") as caught:
                 client.generate(messages=[{"role": "user", "content": "x"}], tools=[{"name": "wind"}])
             assert caught.value.field == "tools"

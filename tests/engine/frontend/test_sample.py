@@ -264,6 +264,21 @@ def test_a_reader_gets_the_parts_of_the_reference_in_any_pieces(token_ids, stop,
     assert joined_of([(*sample.read_whole(parts_reader(stop, parallel))[::-1], len(whole))]) == right
 
 
+def test_what_a_second_call_lets_out_comes_again_after_a_resume_before_the_core_knows():
+    """The marker that ends the answer is no token of it, so nothing counts what came with it."""
+    sample = Sample(0, parts_reader(parallel=False), keeps=True)
+    tokens = [CALL, 0, 1]  # a call without arguments
+    sample.take(TokenDelta(0, 0, tokens, None, None))
+    *rest, parts = sample.take(TokenDelta(0, 0, [CALL], None, None))
+    assert (rest, sample.cut, sample.stop) == ([[], "", None], True, "[TOOL_CALLS]")
+    assert [part.kind for part in parts] == ["call"]
+    assert not sample.unsent
+    sample.seek(len(tokens), parts_reader(parallel=False))
+    assert sample.unsent
+    assert sample.read(10) == ([], "", None, parts)
+    assert not sample.unsent
+
+
 @given(marked, st.integers(0, 8), st.booleans())
 def test_an_answer_in_parts_without_deltas_begins_behind_what_was_brought(token_ids, num_brought, parallel):
     brought, rest = token_ids[:num_brought], token_ids[num_brought:]
