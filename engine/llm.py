@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from numbers import Integral
 from os import PathLike, fspath
@@ -75,8 +75,8 @@ class SampleOutput:
     logprobs: list[TokenLogprobs] | None
     stop: str | int | None
     message: str
-    parts: list[Part]
-    broken_calls: list[int]
+    parts: list[Part] = field(default_factory=list)
+    broken_calls: list[int] = field(default_factory=list)
 
     @property
     def thinking(self) -> str:

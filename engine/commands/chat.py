@@ -110,7 +110,7 @@ def _open_calls(history: list[ChatMessage]) -> list[ToolCall]:
 
 
 def _read_turn(history: list[ChatMessage]) -> ChatMessage | None:
-    """What the user says next, or the result of a call, where one is open; None at the end of input."""
+    """Read what the user says next, or the result of a call, where one is open; None at the end of input."""
     call = next(iter(_open_calls(history)), None)
     line = _read_line("> " if call is None else f"{call.name}> ")
     if line is None:
