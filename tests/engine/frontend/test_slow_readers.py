@@ -11,8 +11,7 @@ from fake_rpc_server import LIMITS, accepted, delta, final, scripted
 from streams import answer, final_of, generate, until
 
 from cierzo.engine.errors import SlowReader
-from cierzo.engine.frontend import sync_generation
-from cierzo.engine.frontend import client_link
+from cierzo.engine.frontend import client_link, sync_generation
 from cierzo.engine.frontend.client import Client, SyncClient
 from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.rpc import Connection
