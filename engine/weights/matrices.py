@@ -9,13 +9,17 @@ from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.parameters import MatrixRequest, Parameter, as_tensor
+from cierzo.engine.weights.grids import GridMatrix
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.packed import PackedStore
-from cierzo.engine.weights.quantised import ScaledMatrix, StoredParameter, kept_codes
+from cierzo.engine.weights.quantised import ScaledMatrix, StoredMatrix, StoredParameter, block_columns, kept_codes
 from cierzo.engine.weights.reader import CheckpointReader
+from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import DeviceFormatError, DeviceMatrix, in_fp8, joined, quantise, stack
 from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import PLAIN_FORMATS, Matrix, PackedMatrix
+
+BLOCK_COLUMNS = 128  # GPU kernels read whole multiples under one FP8 scale
 
 
 class PackedMatrices:
@@ -78,8 +82,12 @@ class DeviceMatrices:
 
 
 def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
-    """The stored codes, if all of them are of the format; scales of matrices above one another stay their own."""
+    """The stored codes, if the format holds all of them; scales of matrices above one another stay their own."""
     if not isinstance(parameter, StoredParameter):
+        return None
+    columns = {block_columns(parts) for parts in parameter.experts}
+    block = max(columns)
+    if len(columns) > 1 or (block % BLOCK_COLUMNS and block < parameter.shape[-1]):
         return None
     experts = [kept_codes(parts, format) for parts in parameter.experts]
     tensors = [[tensor[None] for tensor in kept] for kept in experts if kept is not None]
@@ -88,6 +96,8 @@ def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
     stacked = [joined(of_experts) for of_experts in zip(*tensors, strict=True)]
     if not parameter.fused:
         stacked = [tensor[0] for tensor in stacked]
+    if block:
+        return fp8.from_codes(stacked[0], stacked[1], parameter.dtype, (1, block))
     return NUMBER_FORMATS[format].codec().from_codes(*stacked, parameter.dtype)
 
 
@@ -101,7 +111,7 @@ def _activation_scales(parameter: Parameter) -> Tensor | None:
         return None
     without, largest = "", []
     for expert in parameter.experts:
-        found = {part.name: part.activation_scale if isinstance(part, ScaledMatrix) else None for part in expert}
+        found = {part.name: _activation_scale(part) for part in expert}
         without = without or next((name for name, scale in found.items() if scale is None), "")
         present = [scale.float().reshape(1) for scale in found.values() if scale is not None]
         largest += [torch.cat(present).amax(0, keepdim=True)] if present else []
@@ -110,6 +120,10 @@ def _activation_scales(parameter: Parameter) -> Tensor | None:
             f"{without} has no scale of its activations, and what lies beside it has", field=without
         )
     return torch.cat(largest) if largest else None
+
+
+def _activation_scale(part: StoredMatrix) -> Tensor | None:
+    return part.activation_scale if isinstance(part, ScaledMatrix | GridMatrix) else None
 
 
 def _quantised(parameter: Parameter, format: str, device: torch.device) -> DeviceMatrix:
