@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from cierzo.engine.fields import Fields
 
@@ -245,7 +245,7 @@ def _shared(weights: Fields, storage: Storage) -> tuple[Strategy, int, int]:
         return ("tensor_group" if storage == "nvfp4" else "group"), 1, fixed
     default = "tensor" if size is None else "channel" if size == -1 else "group"
     weights.only("strategy", (*_STRATEGIES[storage], None), default=None)
-    strategy: Strategy = weights.get("strategy", None) or default
+    strategy = cast(Strategy, weights.get("strategy", None) or default)
     if strategy == "group":
         return strategy, 1, weights.integer("group_size")
     if strategy == "block":

@@ -74,10 +74,9 @@ def owner_of(name: str, format: CheckpointFormat, present: Container[str]) -> tu
     stem, dot, last = name.rpartition(".")
     if dot + last in _REFUSED:
         raise CheckpointError(f"tensor {name}: {_REFUSED[dot + last]}", field=name)
-    role = _COMPRESSED.get(dot + last)
-    if role is None:
+    if dot + last not in _COMPRESSED:
         return None
-    return stem + (PACKED if stem + PACKED in present else _PLAIN), role
+    return stem + (PACKED if stem + PACKED in present else _PLAIN), _COMPRESSED[dot + last]
 
 
 def companion(name: str, role: Role, format: CheckpointFormat) -> str:

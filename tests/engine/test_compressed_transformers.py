@@ -19,7 +19,7 @@ from cierzo.engine.parameters import as_tensor
 def dequantised(folder: Path, settings: Any) -> Any:
     """transformers' own way from the folder to a dense model."""
     family = transformers.MistralForCausalLM
-    return family.from_pretrained(folder, dtype=torch.float32, quantization_config=settings).eval()
+    return family.from_pretrained(folder, dtype=torch.float32, quantization_config=settings).float().eval()
 
 
 def assert_same(folder: Path, oracle: Any) -> None:
@@ -63,14 +63,10 @@ def test_a_dense_model_in_fp8_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["fp8-static", "w4a16", "nvfp4", "mxfp4"])
 def test_logits_of_small_4_with_what_compressed_tensors_decompressed(tmp_path: Path, name: str) -> None:
     model = Compressed(SMALL4, name)
-    rope = {
-        "rope_parameters": ORACLES["moe"][1]["rope_parameters"]
-    }  # with which transformers has our softmax scale (model.md 1.3)
-    model.base |= rope
-    model.config |= rope
-    settings = {
-        key: value for key, value in model.base.items() if key not in ("architectures", "model_type", "dtype")
-    }
+    rope = ORACLES["moe"][1]["rope_parameters"]  # with which transformers has our softmax scale (model.md 1.3)
+    model.base["rope_parameters"] = model.config["rope_parameters"] = rope
+    named = ("architectures", "model_type", "dtype")
+    settings = {key: value for key, value in model.base.items() if key not in named}
     oracle = transformers.Mistral4ForCausalLM(transformers.Mistral4Config(**settings)).float().eval()
     missing = oracle.load_state_dict({key: value.float() for key, value in model.plain.items()}, strict=False)
     assert not missing.unexpected_keys
@@ -78,4 +74,7 @@ def test_logits_of_small_4_with_what_compressed_tensors_decompressed(tmp_path: P
     with torch.inference_mode():
         expected = oracle(TOKENS[None]).logits[0]
     found = logits(model.write(tmp_path), dtype="float32")
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 + 2e-3 * (name == "nvfp4"))
+    if name == "nvfp4":  # decompressed to bfloat16, where ours are float32
+        assert (found - expected).norm() < 0.01 * expected.norm()
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

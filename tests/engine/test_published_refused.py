@@ -116,7 +116,7 @@ WRONG: dict[str, tuple[str, Changes, str, str]] = {
         "native-fp8",
         {"layers.1.ffn_norm.weight": torch.ones(64).to(torch.float8_e4m3fn)},
         "layers.1.ffn_norm.weight",
-        "dtype F8_E4M3, expected F64",
+        "dtype F8_E4M3, expected one of F64",
     ),
     "another FP8": (
         "native-fp8",

@@ -122,7 +122,8 @@ class Compressed:
     def write_plain(self, folder: Path, dtype: torch.dtype) -> Path:
         """What compressed-tensors decompressed, in the layout of transformers."""
         folder.mkdir(exist_ok=True)
-        save_file({name: tensor.to(dtype) for name, tensor in self.plain.items()}, folder / "model.safetensors")
+        values = {name: tensor.to(dtype).contiguous() for name, tensor in self.plain.items()}
+        save_file(values, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(self.base))
         return folder
 
