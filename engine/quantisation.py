@@ -123,7 +123,7 @@ class Quantisation:
         return None
 
     def notes(self) -> list[str]:
-        """What a user should know about how such weights are served, one sentence each."""
+        """Sentences that say how such weights are served, for the log and `cierzo info`."""
         if not self.groups:
             return []
         found = []
@@ -202,7 +202,7 @@ def _kv_cache(fields: Fields) -> str:
 
 
 def _group(group: Fields, outer: Fields) -> WeightGroup:
-    """One of config_groups. The format is its own, or the whole model's."""
+    """Read a group of config_groups. The format is its own, or the whole model's."""
     holder = group if group.has("format") else outer
     holder.only("format", tuple(_STORAGE))
     weights = group.section("weights")

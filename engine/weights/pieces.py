@@ -37,7 +37,7 @@ def _each(reader: CheckpointReader, piece: Piece, order: Tensor | None = None) -
     """The [n,k] of a piece, or each expert's of a stack."""
     tensors = {role: reader.read(tensor.name) for role, tensor in piece.scales.items()}
     codes = reader.read(piece.tensor.name)
-    if piece.format == "mxfp4" and codes.dim() == 4:
+    if codes.dim() == 4:  # experts' rows in blocks
         codes = codes.flatten(2)
     if len(piece.shape or piece.tensor.shape) == 2:
         yield _matrix(piece, "", codes, tensors, order)

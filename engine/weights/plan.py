@@ -151,7 +151,7 @@ class _Planner:
         return Piece(info, group.storage, scales, shape, group)
 
     def _group(self, info: TensorInfo, shape: Shape) -> WeightGroup:
-        """What the config declares of a tensor of codes."""
+        """The group that the config declares for a tensor of codes. Raises CheckpointError if there is none."""
         format = self._mapped.format
         names = without_ending(info.name, format), plain_name(info.name, format).removesuffix(".weight")
         group = format.quantisation.group_of(*names)
@@ -227,7 +227,7 @@ def _scale_forms(group: WeightGroup, shape: Shape) -> tuple[tuple[str, ...], lis
 
 
 def _zero_point_form(group: WeightGroup, shape: Shape) -> tuple[tuple[str, ...], list[Shape]]:
-    """The same of zero points, which are packed along n where the codes are along k."""
+    """Dtypes and shapes of zero points, which are packed along n where the codes are along k."""
     if group.storage != "packed" or group.strategy == "tensor":
         return ("I8",), _scale_forms(group, shape)[1]
     *experts, n, k = shape
