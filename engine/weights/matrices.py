@@ -12,7 +12,7 @@ from cierzo.engine.parameters import MatrixRequest, Parameter, as_tensor
 from cierzo.engine.weights.grids import GridMatrix
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.packed import PackedStore
-from cierzo.engine.weights.quantised import ScaledMatrix, StoredMatrix, StoredParameter, block_columns, kept_codes
+from cierzo.engine.weights.quantised import ScaledMatrix, StoredMatrix, StoredParameter, fp8_blocks, kept_codes
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import DeviceFormatError, DeviceMatrix, in_fp8, joined, quantise, stack
@@ -85,9 +85,9 @@ def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
     """The stored codes, if the format holds all of them; scales of matrices above one another stay their own."""
     if not isinstance(parameter, StoredParameter):
         return None
-    columns = {block_columns(parts) for parts in parameter.experts}
-    block = max(columns)
-    if len(columns) > 1 or (block % BLOCK_COLUMNS and block < parameter.shape[-1]):
+    blocks = set[tuple[int, int]]().union(*(fp8_blocks(parts) for parts in parameter.experts))
+    rows, columns = max(blocks, default=(0, 0))
+    if len(blocks) > 1 or (columns % BLOCK_COLUMNS and columns < parameter.shape[-1]):
         return None
     experts = [kept_codes(parts, format) for parts in parameter.experts]
     tensors = [[tensor[None] for tensor in kept] for kept in experts if kept is not None]
@@ -96,9 +96,20 @@ def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
     stacked = [joined(of_experts) for of_experts in zip(*tensors, strict=True)]
     if not parameter.fused:
         stacked = [tensor[0] for tensor in stacked]
-    if block:
-        return fp8.from_codes(stacked[0], stacked[1], parameter.dtype, (1, block))
-    return NUMBER_FORMATS[format].codec().from_codes(*stacked, parameter.dtype)
+    if not columns:
+        return NUMBER_FORMATS[format].codec().from_codes(*stacked, parameter.dtype)
+    scales, rows = _of_blocks(stacked[1], rows)
+    return fp8.from_codes(stacked[0], scales, parameter.dtype, (rows, columns))
+
+
+def _of_blocks(scales: Tensor, rows: int) -> tuple[Tensor, int]:
+    """Scales [..., n, blocks] of each row -> one for `rows` rows, where these have the same, and how many rows that
+    is; 1 where matrices that lie above one another begin within a block."""
+    if scales.shape[-2] % rows == 0:
+        blocks = scales.unflatten(-2, (-1, rows))
+        if torch.equal(blocks, blocks[..., :1, :].expand_as(blocks)):
+            return blocks[..., 0, :], rows
+    return scales, 1
 
 
 def _activation_scales(parameter: Parameter) -> Tensor | None:

@@ -108,8 +108,10 @@ def plain_name(name: str, format: CheckpointFormat) -> str:
         stem = without_ending(name, format)
         return name if stem == name else _plain_native(stem) + ".weight"
     stem = without_ending(name, format)
-    if stem != name and not name.endswith(".weight"):
-        name = stem if stem.endswith(_STACKS) else stem + ".weight"
+    if stem.endswith(_STACKS) and format.quantisation.groups:
+        name = stem
+    elif stem != name:
+        name = stem + ".weight"
     for prefix, plain in _PREFIXES:
         if name.startswith(prefix):
             return plain + name[len(prefix) :]

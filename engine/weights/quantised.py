@@ -223,7 +223,7 @@ def kept_codes(parts: Sequence[StoredMatrix], format: str) -> list[Tensor] | Non
     """
     kept = [part.kept(format) for part in parts]
     tensors = [list(one) for one in kept if one is not None]
-    if len(tensors) < len(parts) or len(_block_columns(parts)) > 1:
+    if len(tensors) < len(parts) or len(fp8_blocks(parts)) > 1:
         return None
     blocks = max((one[1].shape[1] for one in tensors if one[1].dim() == 2), default=0)
     for one in tensors:
@@ -232,14 +232,10 @@ def kept_codes(parts: Sequence[StoredMatrix], format: str) -> list[Tensor] | Non
     return [joined(each) for each in zip(*tensors, strict=True)]
 
 
-def block_columns(parts: Sequence[StoredMatrix]) -> int:
-    """Columns that share a scale of FP8 codes that are kept; 0: all of a row."""
-    return max(_block_columns(parts), default=0)
-
-
-def _block_columns(parts: Sequence[StoredMatrix]) -> set[int]:
-    found = {part.group.columns for part in parts if isinstance(part, GridMatrix) and part.group.storage == "fp8"}
-    return found - {0}
+def fp8_blocks(parts: Sequence[StoredMatrix]) -> set[tuple[int, int]]:
+    """Sizes (rows, columns) of the blocks of FP8 matrices that have some."""
+    groups = [part.group for part in parts if isinstance(part, GridMatrix)]
+    return {(group.rows, group.columns) for group in groups if group.storage == "fp8" and group.columns}
 
 
 def pack_parameter(weight: Parameter, format: str, paired: bool, target: Tensor) -> None:

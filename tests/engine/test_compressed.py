@@ -226,6 +226,27 @@ def test_stacks_of_experts_in_blocks(tmp_path: Path) -> None:
     assert_same(load(model.write(tmp_path)), model)
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "w4a16-asymmetric", "fp8-dynamic", "mxfp4"])
+def test_stacks_of_experts_under_one_name(tmp_path: Path, name: str) -> None:
+    """Y.weight_packed [E,n,k/2] and what lies beside it, instead of a matrix for each expert."""
+    model = Compressed(SMALL4, name, ignore=("lm_head", "re:.*"))
+    model.stored = {key: one for key, one in model.stored.items() if ".mlp.experts." not in key}
+    for key in [key for key in model.plain if ".mlp.experts." in key]:
+        count, n, k = model.plain[key].shape
+        experts = [
+            support.compress(torch.randn(n, k, generator=model.random), support.make_scheme(name))
+            for _ in range(count)
+        ]
+        for ending in experts[0][0]:
+            tensors = [compressed[ending] for compressed, _ in experts]
+            stacked = torch.stack([one.view(torch.uint8) for one in tensors]).view(tensors[0].dtype)
+            shape = torch.tensor([count, n, k])
+            model.stored[f"{key}.{ending}"] = shape if ending == "weight_shape" else stacked
+        model.plain[key] = torch.stack([values for _, values in experts])
+    assert_same(load(model.write(tmp_path)), model)
+    assert describe(tmp_path).parameters == sum(tensor.numel() for tensor in model.plain.values())
+
+
 def test_stacks_of_experts_in_mxfp4_as_gpt_oss_spells_them(tmp_path: Path) -> None:
     """Blocks of 16 bytes and their scales; transformers' own conversion gives the transposed experts."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors

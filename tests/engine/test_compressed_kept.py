@@ -57,7 +57,8 @@ def test_a_gpu_keeps_fp8_codes_in_blocks_of_a_ranks_columns(tmp_path: Path) -> N
     key = "model.layers.0.mlp.down_proj.weight"
     for rank in range(2):
         matrix = on_device([load(tmp_path, rank, 2)[key]], "fp8")
-        assert matrix.block == (1, 128)
+        assert matrix.block == (128, 128)
+        assert matrix.scales.shape == (1, 1, 1)
         assert torch.equal(dequantise(matrix), model.plain[key][:, rank * 128 : (rank + 1) * 128])
 
 
