@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cierzo.engine.parameters import MatrixRequest, Parameter, above_each_other, as_tensor
 from cierzo.engine.weights.matrices import DeviceMatrices
-from cierzo.engine.weights.quantised import pack_parameter
+from cierzo.engine.weights.quantised import StoredParameter, kept_codes, pack_parameter
 from cierzo.kernels.formats.definition import unpack
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise
 from cierzo.kernels.formats.packed import empty_packed, packed_bytes, view_packed
@@ -127,10 +127,14 @@ def test_mxfp4_rows_of_more_than_seventeen_powers_are_quantised_anew(tmp_path: P
     codes[4, 16:], scales[4] = 0x80, torch.tensor([120, 0], dtype=torch.uint8)  # zeros need no power
     codes[5], scales[5] = 0, torch.tensor([9, 0], dtype=torch.uint8)
     kept = load(model.write(tmp_path))[O_PROJ]
+    assert isinstance(kept, StoredParameter)
+    assert kept_codes(kept.experts[0], "nvfp4") is not None
     assert torch.equal(packed(kept, "nvfp4"), as_tensor(kept))
     scales[3] = torch.tensor([120, 102], dtype=torch.uint8)
     model.write(tmp_path)
     requantised = load(tmp_path)[O_PROJ]
+    assert isinstance(requantised, StoredParameter)
+    assert kept_codes(requantised.experts[0], "nvfp4") is None
     found = packed(requantised, "nvfp4")
     assert not torch.equal(found, as_tensor(requantised))
     assert (found - as_tensor(requantised)).norm() < 0.2 * as_tensor(requantised).norm()
