@@ -76,12 +76,11 @@ def map_names(names: Iterable[str], format: CheckpointFormat) -> NameMap:
     """Sort tensor names; raises CheckpointError when two of them are the same parameter."""
     mapped, present = NameMap(format), set(names := list(names))
     for name in names:
-        owner = owner_of(name, format, present)
         if name.startswith(_VISION[format.layout]):
             mapped.vision.append(name)
         elif name.endswith(_INV_FREQ) or is_of_cache(name, format):
             mapped.ignored.append(name)
-        elif owner is not None:
+        elif (owner := owner_of(name, format, present)) is not None:
             mapped.companions.setdefault(owner[0], {})[owner[1]] = name
         else:
             _place(mapped, name, plain_name(name, format))

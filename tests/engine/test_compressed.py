@@ -150,6 +150,13 @@ def test_a_name_has_precedence_over_a_pattern_and_this_over_a_class(tmp_path: Pa
     assert_same(load(model.write(tmp_path)), model)
 
 
+def test_a_quantised_vision_tower_is_left_aside_whole(tmp_path: Path) -> None:
+    model = Compressed(SMALL3, "w4a16")
+    endings = ("weight_packed", "weight_scale", "weight_shape", "weight_g_idx", "weight_scale_2")
+    model.stored |= {f"vision_tower.layers.0.wq.{ending}": torch.zeros(4) for ending in endings}
+    assert_same(load(model.write(tmp_path)), model)
+
+
 def test_frozen_is_as_good_as_compressed(tmp_path: Path) -> None:
     model = Compressed(SMALL3, "fp8-static")
     model.quantisation["quantization_status"] = "frozen"
