@@ -174,9 +174,9 @@ def test_columns_of_columns(tmp_path: Path) -> None:
 
 def test_nvfp4_is_rounded_as_compressed_tensors_rounds_it(tmp_path: Path) -> None:
     """In float32 too, where scale / divisor and scale * (1 / divisor) differ."""
-    model = Compressed(SMALL4, "nvfp4")
-    found = as_tensor(load(model.write(tmp_path))[O_PROJ])
-    stored = {name.removeprefix(O_PROJ.removesuffix("weight")): one for name, one in model.stored.items()}
+    model, key = Compressed(SMALL4, "nvfp4"), "model.layers.1.self_attn.q_b_proj.weight"
+    found = as_tensor(load(model.write(tmp_path))[key])
+    stored = {name.removeprefix(key.removesuffix("weight")): one for name, one in model.stored.items()}
     wanted = dequantize(
         unpack_fp4_from_uint8(stored["weight_packed"], *found.shape, dtype=torch.float32),
         stored["weight_scale"].float(),
