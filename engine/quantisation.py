@@ -257,20 +257,18 @@ def _block(fields: Fields, name: str) -> tuple[int, int]:
     """[rows, columns], or "128x128" as older files have it."""
     value: Any = fields.get(name)
     sizes = value.split("x") if isinstance(value, str) else value
-    try:
-        rows, columns = (int(size) for size in sizes)
-    except (TypeError, ValueError):
-        rows = columns = 0
-    if min(rows, columns) < 1:
+    found = [int(str(size)) for size in sizes if str(size).isdecimal()] if isinstance(sizes, list) else []
+    if len(found) != 2 or len(sizes) != 2 or min(found) < 1:
         raise fields.error(name, value, "[rows, columns], such as [128, 128]")
-    return rows, columns
+    return found[0], found[1]
 
 
 def _title(arguments: Fields) -> str:
     """A quantisation of activations or of the cache, as text: "FP8 (dynamic)"."""
-    kind = {"float": "FP", "int": "INT"}.get(arguments.get("type", "int"), str(arguments.get("type", "int")))
+    arguments.only("type", ("float", "int"), default="int")
+    kind = "FP" if arguments.get("type", "int") == "float" else "INT"
     how = "dynamic" if arguments.get("dynamic", False) else "static"
-    return f"{kind}{arguments.get('num_bits', 8)} ({how})"
+    return f"{kind}{arguments.integer('num_bits', default=8)} ({how})"
 
 
 def described(groups: Iterable[WeightGroup]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from loading import load, logits
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.fields import Fields
 from cierzo.engine.model.read_config import read_model_config
+from cierzo.engine.quantisation import read_compressed
 from cierzo.engine.weights.info import describe
 
 O_PROJ = "model.layers.1.self_attn.o_proj"
@@ -282,6 +286,40 @@ def test_another_quantisation_is_refused_by_name(tmp_path: Path, name: str, path
         assert caught.value.limit is not None
         if not isinstance(value, dict | list):
             assert str(value) in caught.value.message or json.dumps(value) in caught.value.message
+
+
+JUNK: list[Any] = [None, 0, -1, 1.5, True, "x", "128x128", [], [1], ["re:["], {}, {"a": [1]}, [[]], [{}]]
+
+
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a JSON object."""
+    yield path
+    if isinstance(value, dict | list):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(one, (*path, key))
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "w4a16-asymmetric", "nvfp4", "mxfp4"])
+def test_junk_anywhere_in_the_config_is_read_or_refused(name: str) -> None:
+    sound = Compressed(replace(SMALL3, num_layers=1), name).quantisation
+    sound["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    refused = []
+    for *outer, last in (path for path in _leaves(sound) if path):
+        for junk in JUNK:
+            config = json.loads(json.dumps(sound))
+            section = config
+            for key in outer:
+                section = section[key]
+            section[last] = junk
+            try:
+                found = read_compressed(Fields(config))
+            except CheckpointError as error:
+                refused.append(error.field)
+            else:
+                assert found.groups
+                assert all(found.notes())
+    assert len(refused) > 100
+    assert all(refused)
 
 
 def test_a_matrix_that_no_target_names(tmp_path: Path) -> None:
