@@ -217,13 +217,13 @@ class StoredParameter:
 
 def kept_codes(parts: Sequence[StoredMatrix], format: str) -> list[Tensor] | None:
     """Codes and scales of matrices that lie one above the other, if this number format holds all of them as they
-    are. FP8's scales are of rows [n], or of blocks of a row [n, blocks], where one part has blocks.
+    are. FP8's scales are of rows [n], or of blocks of a row [n, blocks], where one part has blocks (of one size).
 
     Raises CheckpointError for a scale that is none.
     """
     kept = [part.kept(format) for part in parts]
     tensors = [list(one) for one in kept if one is not None]
-    if len(tensors) < len(parts) or len(fp8_blocks(parts)) > 1:
+    if len(tensors) < len(parts):
         return None
     blocks = max((one[1].shape[1] for one in tensors if one[1].dim() == 2), default=0)
     for one in tensors:
