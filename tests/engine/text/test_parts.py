@@ -417,9 +417,21 @@ def test_a_marker_that_does_nothing_cuts_no_character():
 def test_a_stop_string_that_is_a_control_token_stops_in_a_thought_too():
     vocabulary = Pieces()
     reader = PartsReader(vocabulary, SYNTAXES["mistral"], ("[IMG]", "b"), 0, {IDS["[IMG]"]: "[IMG]"})
-    text, pieces = read(reader, _tokens(vocabulary, "[THINK]abc[IMG]d"))
+    text, pieces = read(reader, _tokens(vocabulary, "[THINK]abc[IMG]d"), [1] * 5)
     assert (text, reader.stop, reader.num_tokens) == ("", "[IMG]", 5)
     assert joined(pieces) == [Part(kind="thinking", text="abc", num_tokens=5)]
+
+
+def test_a_stop_string_is_not_found_across_a_thought():
+    for name, text in (("mistral", "a[THINK]b[/THINK]bc"), ("tags", "a<think>b</think>bc")):
+        parts, reader = _parts(name, text, stop=("ab",))
+        assert (parts, reader.stop) == ([("text", "a"), ("thinking", "b"), ("text", "bc")], None)
+
+
+def test_what_could_have_been_a_marker_is_a_stop_string_at_the_token_that_it_came_with():
+    for min_tokens, expected in ((1, "a"), (2, "a"), (3, "a<b")):
+        parts, reader = _parts("tags", "a<b", stop=("<",), min_tokens=min_tokens)
+        assert (parts, reader.num_tokens) == ([("text", expected)], 3)
 
 
 def test_a_leading_space_of_a_sentencepiece_vocabulary_is_no_part_of_a_thought():
