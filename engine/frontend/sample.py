@@ -275,7 +275,7 @@ class Sample:
         if end == len(self.token_ids):
             if self.finish is None and not self.cut:
                 self._reader = None  # `detokenizer` stands here too
-            elif not (self.tail_apart and token_ids):
+            elif not self._flushed and not (self.tail_apart and token_ids):
                 self._flushed = True
                 text, parts = _flushed(reader, token_ids, text, parts)
         logprobs = None

@@ -124,6 +124,7 @@ class Reader:
 
 @settings(max_examples=300, deadline=None)
 @example([0, 0], ("ab",), False, False, 2)  # an empty delta, while the reader has everything
+@example([0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], ("ab",), False, True, 15998)  # read again behind the end
 @given(tokens, stops, st.booleans(), st.booleans(), st.integers(0, 2**32))
 def test_a_reader_gets_the_reference_in_any_pieces(token_ids, stop, asks_logprobs, keeps, seed):
     """Deltas of any length, taken or only logged, read in any pieces, and now and then resumed from any token."""
