@@ -281,6 +281,7 @@ def test_what_a_second_call_lets_out_comes_again_after_a_resume_before_the_core_
 
 
 @given(marked, st.integers(0, 8), st.booleans())
+@example([CALL], 1, False)  # a token that was brought, and counts for nothing before the end
 def test_an_answer_in_parts_without_deltas_begins_behind_what_was_brought(token_ids, num_brought, parallel):
     brought, rest = token_ids[:num_brought], token_ids[num_brought:]
     live = parts_reader(parallel=parallel)
@@ -301,7 +302,10 @@ def test_an_answer_in_parts_without_deltas_begins_behind_what_was_brought(token_
     sample.end(finish())
     text_again, parts_again = sample.read_whole(parts_reader(parallel=parallel))
     assert (text_again, sample.token_ids.tolist()) == (text + held, brought + whole)
-    assert joined_of([(parts_again, text_again, len(whole))]) == right
+    if all(part.kind == "text" for part in right):
+        assert parts_again == []
+    else:
+        assert joined_of([(parts_again, text_again, len(whole))]) == right
 
 
 def test_where_a_reader_of_parts_stood_is_kept_within_what_a_token_may_take():
