@@ -325,11 +325,12 @@ def test_what_cannot_be_sent_is_refused_at_once_and_takes_nobody_with_it(run, se
     run(body())
 
 
-def test_a_request_longer_than_the_server_reads_is_refused_here(run, serving, monkeypatch):
-    monkeypatch.setattr("cierzo.engine.frontend.client_link.FEATURES", ())  # with "attach", it would be cut
-
+def test_a_request_longer_than_the_server_reads_is_refused_here(run, serving):
     async def body():
-        async with serving(max_frame_bytes=1000) as house, await Client.connect(house.address) as client:
+        async with (
+            serving(max_frame_bytes=1000) as house,
+            await Client.connect(house.address, features=()) as client,  # with "attach", it would be cut
+        ):
             other = client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)
             with pytest.raises(FrameTooLarge, match="max_frame_bytes 1000") as caught:
                 client.generate(text="x" * 1000)
