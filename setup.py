@@ -23,6 +23,7 @@ RUNTIME = [
     "msgspec>=0.19",
     "uvloop>=0.21",
     "tokenizers>=0.21",
+    "mistral-common>=1.13.1,<1.14",
     "jinja2>=3.1",
     "tqdm>=4.66",
 ]
@@ -36,6 +37,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "transformers>=5.23,<5.24",
+    "compressed-tensors>=0.20,<0.21",
     "accelerate>=1.0",  # transformers refuses gguf_file= without it
     "psutil>=6",
     "triton>=3.6",  # kernels are interpreted and compiled without a GPU; torch for CUDA asks for one version of it

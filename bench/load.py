@@ -13,6 +13,7 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -29,6 +30,7 @@ from cierzo.engine.options import MAX_SEED, add_options, add_rpc, chosen, seed
 
 READY_TIMEOUT_S = 600.0  # for weights to load
 WHOLE = ("stop", "length", "")  # finish reasons of an answer that came to its end; empty: its server tells none
+FEATURES = ("accounting", "credit", "keepalive")  # a load is not resumed, nor are its prompts longer than a frame
 SHARED_INDEX = -1  # no request's: the random prompt that all others may begin with
 
 
@@ -114,7 +116,7 @@ async def run_load(
     speak our RPC; `clock` tells seconds. Raises ConfigError for prompts that the server's context cannot hold,
     ConnectionLost where no server answers.
     """
-    connect = connect or Client.connect
+    connect = connect or partial(Client.connect, features=FEATURES)
     clients = [await connect(settings.rpc) for _ in range(settings.connections)]
     try:
         info = await clients[0].model_info()

@@ -4,10 +4,12 @@
     hf        config.json    model*.safetensors               model.layers.0.self_attn.o_proj.weight
     native    params.json    consolidated*.safetensors        layers.0.attention.wo.weight
 
-    scheme    stored as                                                     in layout
-    plain     floating-point tensors                                        hf, native
-    fp8       e4m3, one scale a tensor: weight = code * scale               hf, native
-    nvfp4     compressed-tensors' nvfp4-pack-quantized, of experts alone    native
+    scheme        stored as                                                        in layout
+    plain         floating-point tensors                                           hf, native
+    fp8           e4m3, one scale a tensor, or a block: weight = code * scale      hf, native
+    nvfp4         compressed-tensors' nvfp4-pack-quantized, of experts alone       native
+    mxfp4         e2m1 and powers of two, of experts alone, as gpt-oss names them  hf
+    compressed    compressed-tensors' formats (engine/quantisation.py)             hf, native
 
 Adapters (LoRA and its kin) are found and named, and not applied: PEFT writes `adapter_config.json` and
 `adapter_model.safetensors`, Mistral's own fine-tuning `lora.safetensors`. Without a word, whoever keeps them beside
@@ -21,26 +23,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.fields import Fields, read_json
+from cierzo.engine.quantisation import COMPRESSED, Quantisation, WeightGroup, described, read_compressed, read_fp8
 
 _log = logging.getLogger(__name__)
 
 Layout = Literal["hf", "native"]
-Scheme = Literal["plain", "fp8", "nvfp4"]
+Scheme = Literal["plain", "fp8", "nvfp4", "mxfp4", "compressed"]
 CONFIG_NAME = "config.json"
 PARAMS_NAME = "params.json"
 _FILE_STEM: dict[Layout, str] = {"hf": "model", "native": "consolidated"}
 _LAYOUT_TEXT = {"hf": "Hugging Face", "native": "Mistral-native"}
-_SCHEME_TEXT = {
-    "plain": "not quantised",
-    "fp8": "FP8, one scale a matrix",
-    "nvfp4": "NVFP4 (compressed-tensors), experts only",
-}
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_REMEDY = "merge it into its base model first (PEFT: merge_and_unload)"
 _ADAPTER_PATTERNS = (ADAPTER_CONFIG_NAME, "adapter*.safetensors", "adapter*.bin", "lora*.safetensors")
@@ -52,6 +50,7 @@ class CheckpointFormat:
 
     layout: Layout
     scheme: Scheme
+    quantisation: Quantisation = field(default=Quantisation(()))
 
     @property
     def config_name(self) -> str:
@@ -64,16 +63,31 @@ class CheckpointFormat:
         return _FILE_STEM[self.layout]
 
     def __str__(self) -> str:
-        return f"{_LAYOUT_TEXT[self.layout]}, {_SCHEME_TEXT[self.scheme]}"
+        return f"{_LAYOUT_TEXT[self.layout]}, {self._scheme_text()}"
+
+    def _scheme_text(self) -> str:
+        match self.scheme:
+            case "plain":
+                return "not quantised"
+            case "nvfp4":
+                return f"NVFP4 ({COMPRESSED}), experts only"
+            case "mxfp4":
+                return "MXFP4, experts only"
+            case "compressed":
+                return f"{described(self.quantisation.groups)} ({COMPRESSED})"
+        return described(self.quantisation.groups)
 
 
+_FP8 = Quantisation((WeightGroup("fp8"),))
+_MXFP4_EXPERTS = WeightGroup("mxfp4", bits=4, strategy="group", rows=1, columns=32)
+_NVFP4 = Quantisation((WeightGroup("nvfp4", bits=4, strategy="tensor_group", rows=1, columns=16),))
 # Formats that Mistral publishes checkpoints in, by the names that `cierzo make-checkpoint` knows them by.
 PUBLISHED_FORMATS: Mapping[str, CheckpointFormat] = {
     "hf": CheckpointFormat("hf", "plain"),
-    "hf-fp8": CheckpointFormat("hf", "fp8"),
+    "hf-fp8": CheckpointFormat("hf", "fp8", _FP8),
     "native": CheckpointFormat("native", "plain"),
-    "native-fp8": CheckpointFormat("native", "fp8"),
-    "native-nvfp4": CheckpointFormat("native", "nvfp4"),
+    "native-fp8": CheckpointFormat("native", "fp8", _FP8),
+    "native-nvfp4": CheckpointFormat("native", "nvfp4", _NVFP4),
 }
 
 
@@ -101,16 +115,16 @@ def find_format(folder: Path) -> CheckpointFormat:
     """
     layout = find_layout(folder)
     if layout == "native":
-        return CheckpointFormat(layout, _native_scheme(Fields(read_json(folder / PARAMS_NAME), file=PARAMS_NAME)))
+        return _native_format(Fields(read_json(folder / PARAMS_NAME), file=PARAMS_NAME))
     if not (folder / CONFIG_NAME).exists():
         refuse_lone_adapter(folder)
     outer = Fields(read_json(folder / CONFIG_NAME))
     outer.only("transformers_weights", (None,), default=None)  # has transformers read another file than model.*
     sections = [outer, outer.section("text_config")] if outer.has("text_config") else [outer]
-    declared = [section.section("quantization_config") for section in sections if _declares(section)]
-    for one in declared:
-        _check_fp8(one)
-    return CheckpointFormat(layout, "fp8" if declared else "plain")
+    declared = [_hf_format(section.section("quantization_config")) for section in sections if _declares(section)]
+    if len(declared) == 2 and declared[0] != declared[1]:
+        raise sections[1].error("quantization_config", str(declared[1]), f"the same as outside ({declared[0]})")
+    return declared[0] if declared else CheckpointFormat(layout, "plain")
 
 
 def _has_tensors(folder: Path, layout: Layout) -> bool:
@@ -123,45 +137,31 @@ def _declares(fields: Fields) -> bool:
     return value is not None and value != {}
 
 
-def _check_fp8(fields: Fields) -> None:
-    """transformers' `fp8` as Mistral publishes it: one scale a matrix. Scales in blocks, or scales of activations
-    that are computed on the way, are other formats. Where `modules_to_not_convert` applies, tensors' dtypes say."""
-    fields.only("quant_method", ("fp8",))
-    fields.only("activation_scheme", ("static",))
-    fields.only("weight_block_size", (None,), default=None)
-    fields.only("fmt", ("e4m3", None), default=None)
+def _hf_format(fields: Fields) -> CheckpointFormat:
+    fields.only("quant_method", ("fp8", COMPRESSED, "mxfp4"))
+    match fields.get("quant_method"):
+        case "fp8":
+            return CheckpointFormat("hf", "fp8", read_fp8(fields))
+        case "mxfp4":
+            return CheckpointFormat("hf", "mxfp4", Quantisation((_MXFP4_EXPERTS,)))
+    return CheckpointFormat("hf", "compressed", read_compressed(fields))
 
 
-def _native_scheme(params: Fields) -> Scheme:
+def _native_format(params: Fields) -> CheckpointFormat:
     """`quantization`, or `quantization_config`: published params.json have either, or the same in both."""
     names = [name for name in ("quantization", "quantization_config") if params.has(name)]
     if not names:
-        return "plain"
+        return CheckpointFormat("native", "plain")
     if len(names) == 2 and params.get(names[0]) != params.get(names[1]):
         raise params.error(names[1], params.get(names[1]), "the same as quantization")
     fields = params.section(names[0])
     if fields.has("qformat_weight"):
         fields.only("qformat_weight", ("fp8_e4m3",))
         fields.only("qscheme_act", ("TENSOR", None), default=None)
-        return "fp8"
-    _check_nvfp4(fields)
-    return "nvfp4"
-
-
-def _check_nvfp4(fields: Fields) -> None:
-    """Check a group of 4-bit float weights with a scale for 16; the tensors say which matrices it applies to."""
-    fields.only("quant_method", ("compressed-tensors",))
-    fields.only("format", ("nvfp4-pack-quantized",))
-    fields.only("kv_cache_scheme", (None,), default=None)
-    groups = fields.section("config_groups")
-    names: list[Any] = list(fields.get("config_groups"))
-    if len(names) != 1:
-        raise fields.error("config_groups", names, "one group")
-    weights = groups.section(names[0]).section("weights")
-    weights.only("num_bits", (4,))
-    weights.only("type", ("float",))
-    weights.only("group_size", (16,))
-    weights.only("symmetric", (True,), default=True)
+        return CheckpointFormat("native", "fp8", _FP8)
+    found = read_compressed(fields)
+    alone = all(group.storage == "nvfp4" for group in found.groups)
+    return CheckpointFormat("native", "nvfp4" if alone else "compressed", found)
 
 
 def adapter_files(folder: Path) -> tuple[str, ...]:

@@ -81,6 +81,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Literal["auto", "bf16", "fp8", "int8"],
         Meta(description="number format of the KV cache; auto: that of dtype; fp8 on GPUs, int8 on CPUs"),
     ] = "auto"
+    tokenizer: Annotated[
+        Literal["auto", "mistral", "tokenizers"],
+        Meta(description="mistral: tekken.json, by mistral-common; tokenizers: tokenizer.json; auto: the first"),
+    ] = "auto"
     threads: Annotated[
         Annotated[int, Meta(ge=1, le=MAX_THREADS)] | None,
         Meta(description="CPU threads of the core; default: all usable ones"),
@@ -178,6 +182,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     frontend: FrontendConfig
     flight_folder: str = ""  # "": nothing is recorded
     record_prompts: bool = False
+    tokenizer: str = "auto"  # until it is loaded
 
     def describe(self) -> str:
         """The resolved settings and the capacity plan, as printed at start."""
@@ -272,6 +277,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
         kernels=_kernels(options),
         flight_folder=_flight_folder(options),
         record_prompts=options.record_prompts,
+        tokenizer=options.tokenizer,
         frontend=_frontend(options),
     )
 

@@ -28,7 +28,7 @@ from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import ModelInfo
 from cierzo.engine.server_process import LOG_FORMAT, prepare_memory, return_large_blocks
-from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.prompt import PromptEncoder, reads_tekken
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     link = CoreLink(config.frontend, config, spawn, flights=flights)
     model = model_info(config, prompts)
     checkpoint = config.checkpoint if prompts.tokenizer is not None else ""
-    encoders = Encoders(config.frontend, Setup(checkpoint=checkpoint, frontend=config.frontend, model=model))
+    setup = Setup(checkpoint=checkpoint, tokenizer=config.tokenizer, frontend=config.frontend, model=model)
+    encoders = Encoders(config.frontend, setup)
     frontend = Frontend(config.frontend, model, prompts, link, encoders)
     server = RpcServer(config.frontend, frontend)
     await server.start()
@@ -160,7 +161,10 @@ def load_prompts(config: EngineConfig) -> tuple[EngineConfig, PromptEncoder]:
 
     Raises CheckpointError.
     """
-    prompts, model = PromptEncoder.load(Path(config.checkpoint)), config.model
+    folder, model = Path(config.checkpoint), config.model
+    kind = "mistral" if reads_tekken(folder, config.tokenizer) else "tokenizers"
+    config = msgspec.structs.replace(config, tokenizer=kind)
+    prompts = PromptEncoder.load(folder, kind, model.vocab_size)
     tokenizer = prompts.tokenizer
     if tokenizer is None or not tokenizer.eos_token:
         return config, prompts

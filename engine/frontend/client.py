@@ -34,7 +34,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Self, TypeVar, cast
 
-from cierzo.engine.errors import ConnectionLost, CoreFailed, Draining, VersionMismatch
+from cierzo.engine.errors import ConnectionLost, CoreFailed, Draining, InvalidRequest, VersionMismatch
 from cierzo.engine.frontend.address import Address, TcpAddress, parse_address
 from cierzo.engine.frontend.arguments import generate_message
 from cierzo.engine.frontend.client_link import ClientLink
@@ -43,6 +43,7 @@ from cierzo.engine.frontend.loop_thread import LoopThread
 from cierzo.engine.frontend.one_process import OneProcess
 from cierzo.engine.frontend.session import Reconnect, Session
 from cierzo.engine.messages import (
+    FEATURES,
     OLDEST_VERSION,
     PROTOCOL_VERSION,
     Accepted,
@@ -86,21 +87,23 @@ class Client:
         *,
         reconnect: bool | Reconnect = False,
         keepalive_s: float | None = None,
+        features: Iterable[str] = FEATURES,
     ) -> Self:
         """Connect to "HOST:PORT" or "unix:PATH".
 
         reconnect: mend lost connections, and go on with what was open on them; where the server has the feature
         "resume". keepalive_s: seconds after which a silent server, of which something is awaited, is pinged; as
-        many later the connection counts as lost (None: what the server tells, else 20).
+        many later the connection counts as lost (None: what the server tells, else 20). features: of the protocol,
+        to be asked for; who needs few of them costs both sides less.
         Raises ConnectionLost where no server answers, ProtocolError where something else does, or the refusal.
         """
-        where = parse_address(address)
+        where, features = parse_address(address), _known(features)
 
         async def again() -> ClientLink:
-            return await _connected(where, timeout_s, keepalive_s, is_known=True)
+            return await _connected(where, timeout_s, keepalive_s, features, is_known=True)
 
         policy = reconnect if isinstance(reconnect, Reconnect) else Reconnect() if reconnect else None
-        return cls(Session(await _connected(where, timeout_s, keepalive_s), again, policy))
+        return cls(Session(await _connected(where, timeout_s, keepalive_s, features), again, policy))
 
     @property
     def welcome(self) -> Welcome:
@@ -214,25 +217,44 @@ class Client:
         await self.close()
 
 
+def _known(features: Iterable[str]) -> tuple[str, ...]:
+    """The features, if each is one that there is; raises InvalidRequest."""
+    for feature in (features := tuple(features)):
+        if feature not in FEATURES:
+            limit = ", ".join(FEATURES)
+            raise InvalidRequest(
+                f"there is no feature {feature!r}, only {limit}", field="features", limit=limit, value=feature
+            )
+    return features
+
+
 async def _connected(
-    where: Address, timeout_s: float, keepalive_s: float | None, is_known: bool = False
+    where: Address, timeout_s: float, keepalive_s: float | None, features: tuple[str, ...], is_known: bool = False
 ) -> ClientLink:
     """A connection that was welcomed, by a server of this version or the one before. `is_known`: it has welcomed us
     before."""
     until_s = asyncio.get_running_loop().time() + timeout_s
     try:
-        return await _welcomed(where, PROTOCOL_VERSION, until_s, timeout_s, keepalive_s, is_known)
+        return await _welcomed(where, PROTOCOL_VERSION, features, until_s, timeout_s, keepalive_s, is_known)
     except VersionMismatch as error:
         if error.limit != str(OLDEST_VERSION):
             raise
-    return await _welcomed(where, OLDEST_VERSION, until_s, timeout_s, keepalive_s, is_known)
+    return await _welcomed(where, OLDEST_VERSION, (), until_s, timeout_s, keepalive_s, is_known)
 
 
 async def _welcomed(
-    where: Address, version: int, until_s: float, timeout_s: float, keepalive_s: float | None, is_known: bool
+    where: Address,
+    version: int,
+    features: tuple[str, ...],
+    until_s: float,
+    timeout_s: float,
+    keepalive_s: float | None,
+    is_known: bool,
 ) -> ClientLink:
     loop = asyncio.get_running_loop()
-    link = ClientLink(loop, str(where), version=version, keepalive_s=keepalive_s, is_known=is_known)
+    link = ClientLink(
+        loop, str(where), version=version, features=features, keepalive_s=keepalive_s, is_known=is_known
+    )
 
     def protocol() -> ClientLink:
         return link
@@ -360,13 +382,16 @@ class SyncClient(OneProcess):
         *,
         reconnect: bool | Reconnect = False,
         keepalive_s: float | None = None,
+        features: Iterable[str] = FEATURES,
     ) -> None:
         """Connect; arguments and errors are those of `Client.connect`."""
         super().__init__()
         self._thread = LoopThread("cierzo-client")
 
         async def connect() -> Client:
-            client = await Client.connect(address, timeout_s, reconnect=reconnect, keepalive_s=keepalive_s)
+            client = await Client.connect(
+                address, timeout_s, reconnect=reconnect, keepalive_s=keepalive_s, features=features
+            )
             return await self._thread.exits.enter_async_context(client)
 
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import msgspec
@@ -69,6 +69,7 @@ class ClientLink(asyncio.Protocol):
         peer: str,
         *,
         version: int = PROTOCOL_VERSION,
+        features: Iterable[str] = FEATURES,
         keepalive_s: float | None = None,
         max_unread_bytes: int = MAX_UNREAD_BYTES,
         is_known: bool = False,
@@ -84,6 +85,7 @@ class ClientLink(asyncio.Protocol):
         self.question = "" if is_known else ": is it a cierzo server?"
         self._peer = peer
         self._version = version
+        self._wanted = [] if version <= OLDEST_VERSION else [*features]
         self._keepalive_s = keepalive_s
         self._max_unread_bytes = max_unread_bytes
         self._unread_bytes = 0
@@ -108,8 +110,7 @@ class ClientLink(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        features = [] if self._version <= OLDEST_VERSION else [*FEATURES]
-        self._transport.write(pack([Hello(version=self._version, client="cierzo python", features=features)]))
+        self._transport.write(pack([Hello(version=self._version, client="cierzo python", features=self._wanted)]))
 
     def data_received(self, data: bytes) -> None:
         self._heard_s = self.loop.time()

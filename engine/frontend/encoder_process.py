@@ -43,7 +43,8 @@ def run(socket_path: str) -> int:
     with connection, connection.makefile("rb") as incoming, contextlib.suppress(EOFError, ConnectionError):
         setup = msgspec.msgpack.decode(_read(incoming), type=Setup)
         try:
-            prompts = PromptEncoder.load(Path(setup.checkpoint)) if setup.checkpoint else PromptEncoder()
+            folder = Path(setup.checkpoint)
+            prompts = PromptEncoder.load(folder, setup.tokenizer) if setup.checkpoint else PromptEncoder()
         except CierzoError as error:
             _write(connection, [msgspec.msgpack.encode(failure(0, error))])
             return 1

@@ -133,6 +133,7 @@ class _Pipe(asyncio.Protocol):
         self.is_lost = True
         if not self.loaded.done():
             self.loaded.set_exception(EncoderDied())
+            self.loaded.exception()  # when the server ends while it starts, nobody else asks for it
         self._say(EncoderDied())
         self._on_lost()
 

@@ -30,11 +30,13 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Setup(Message, frozen=True):
-    """First message to an encoder process. `checkpoint`: folder of the tokenizer; "": there is none."""
+    """First message to an encoder process. `checkpoint`: folder of the tokenizer; "": there is none. `tokenizer`:
+    which of its files is read."""
 
     checkpoint: str
     frontend: FrontendConfig
     model: ModelInfo
+    tokenizer: str = "auto"
 
 
 class Loaded(Message, frozen=True, tag="loaded"):

@@ -11,7 +11,8 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from fcntl import ioctl
 from ipaddress import ip_address
 from struct import Struct as Layout
@@ -24,6 +25,7 @@ from cierzo import __version__
 from cierzo.engine.errors import CierzoError, ConfigError, ProtocolError
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frame_reader import SMALL_FRAME_BYTES, FrameReader, Large, Skipped
 from cierzo.engine.frontend.frames import Buffer, pack
@@ -64,7 +66,8 @@ class Connection(asyncio.Protocol):
         self.is_refused = False  # it is one too many
         self._is_full = False
         self._pieces: Iterator[Buffer] | None = None  # of a frame that is half sent
-        self._num_written = 0
+        self._is_deaf = False  # nothing more is read from a peer that lets too many answers wait
+        self._num_written = self._num_taken = 0
         self._outbox: list[Message] = []
         self._late = bytearray()  # frames that wait for a slow reader; no deltas, which wait in their streams' logs
 
@@ -96,6 +99,7 @@ class Connection(asyncio.Protocol):
         self._frames.close()
         self._outbox.clear()
         self._late.clear()
+        self._server.deaf.discard(self)
         # they know us, and the cycle collector comes so rarely that the cycles would gather for hours
         self._transport = self._keepalive = self._timer = self._pieces = None
         self._server.left(self)
@@ -119,7 +123,7 @@ class Connection(asyncio.Protocol):
         """Work off what came, until the clock shows `until`; True if something is left."""
         clock = self._server.turns.clock
         try:
-            while not self._ending and (frame := self._frames.next()) is not None:
+            while not (self._ending or self._is_deaf) and (frame := self._frames.next()) is not None:
                 self._receive(frame)
                 if clock() >= until:
                     break
@@ -137,7 +141,7 @@ class Connection(asyncio.Protocol):
 
     def release(self) -> None:
         """Read again."""
-        if self._transport is not None and not self._transport.is_closing():
+        if self._transport is not None and not self._transport.is_closing() and not self._is_deaf:
             self._transport.resume_reading()
 
     def eof_received(self) -> bool:
@@ -156,10 +160,14 @@ class Connection(asyncio.Protocol):
     # --- Sink ------------------------------------------------------------------------------------------
 
     def put(self, message: Message) -> None:
-        """Add to what is sent at the end of this turn of the loop."""
+        """Add to what is sent at the end of this turn of the loop; of a full connection, to what waits."""
+        message = message if self._version > OLDEST_VERSION else as_version_2(message)
+        if self.is_paused:
+            self._wait((message,))
+            return
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._outbox.append(message if self._version > OLDEST_VERSION else as_version_2(message))
+        self._outbox.append(message)
 
     def put_frame(self, pieces: Iterator[Buffer]) -> None:
         """Send a frame in pieces, one in a turn of the loop; meanwhile the connection counts as full."""
@@ -200,27 +208,41 @@ class Connection(asyncio.Protocol):
         if self._ending or self._transport is None:
             return
         self._ending = True
-        self._close(bytes(self._late + pack(self._outbox)))
+        self._close(bytes(pack(self._outbox) + self._late))
         self._server.frontend.disconnect(self)
 
     # --- inside ----------------------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        """Write what was put; behind what waits for a slow reader, if something does."""
-        if not self._outbox:
-            return
+        """Write what was put while there was room, also if there is none any more: it comes before what waits."""
         outbox, self._outbox = self._outbox, []
+        if outbox and self._transport is not None and not self._ending:
+            self._write(pack(outbox))
+
+    def _wait(self, messages: Sequence[Message]) -> None:
+        """Keep what is no delta until there is room. Who lets too much of it wait is not heard until then: what it
+        asks stays in its own buffers."""
         if self._transport is None or self._ending:
             return
-        if not self.is_paused:
-            self._write(pack(outbox))
+        self._late += pack(messages)
+        if len(self._late) > self._server.config.max_pending_bytes and not self._is_deaf:
+            self._is_deaf = True
+            self._num_taken = self.num_taken
+            self._server.deaf.add(self)
+            self.hold()
+
+    def look(self) -> None:
+        """End a connection that is not heard, if its peer has taken nothing since the last look."""
+        taken, config = self.num_taken, self._server.config
+        if taken == self._num_taken:
+            text = "closing a connection: more than %d bytes of answers were left unread for %g s"
+            log.error(text, config.max_pending_bytes, config.slow_reader_s)
+            self.drop()
             return
-        self._late += pack(outbox)
-        limit = self._server.config.max_pending_bytes
-        if len(self._late) > limit:
-            log.error("closing a connection that left more than %d bytes of answers unread", limit)
-            self._ending = True
-            self._transport.abort()
+        self._num_taken = taken
+        self._server.deaf.add(self)
+        if self._keepalive is not None:
+            self._keepalive.heard()  # taking is a sign of life as well
 
     def _write(self, data: Buffer) -> None:
         assert self._transport is not None
@@ -230,6 +252,9 @@ class Connection(asyncio.Protocol):
     def _go_on(self) -> None:
         """Write what has waited for room, if there is room."""
         if self._transport is None or self._ending or self._is_full or not self.is_paused:
+            return
+        self._flush()
+        if self._is_full:  # by what was flushed
             return
         if self._pieces is not None:
             if (piece := next(self._pieces, None)) is not None:
@@ -242,6 +267,11 @@ class Connection(asyncio.Protocol):
         late, self._late = self._late, bytearray()
         if late:
             self._write(late)
+        if self._is_deaf:
+            self._is_deaf = False
+            self._server.deaf.discard(self)
+            self.release()
+            self._server.turns.enter(self)
         self._server.frontend.writable(self)
 
     def _receive(self, frame: memoryview | Large | Skipped) -> None:
@@ -303,6 +333,8 @@ class Connection(asyncio.Protocol):
     def _close(self, last_words: bytes) -> None:
         if self._transport is None:
             return
+        self._is_deaf = False
+        self.release()
         self._frames.close()
         for piece in self._pieces or ():
             self._transport.write(piece)
@@ -323,6 +355,7 @@ class RpcServer:
         self.frontend = frontend
         self.methods = Methods(frontend)
         self.turns = Turns()
+        self.deaf: Expiry[Connection] = Expiry(config.slow_reader_s, time.monotonic, Connection.look)
         self.address = config.address
         self._connections: set[Connection] = set()
         self._num_refused = 0  # of these, those past `max_connections`

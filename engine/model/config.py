@@ -62,7 +62,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     may be. `tie_word_embeddings`: an output head that the checkpoint stores counts all the same.
     """
 
-    architecture: Literal["mistral4", "mistral", "llama"]
+    architecture: Literal["mistral4", "ministral3", "mistral", "llama"]
     vocab_size: int
     hidden_size: int
     num_layers: int

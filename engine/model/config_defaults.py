@@ -1,8 +1,8 @@
 """Values of fields that a config.json leaves out: the defaults of transformers' configuration classes.
 
 A saver may leave out what its class has by default, in a `text_config` above all. Source: transformers 5.23,
-`MistralConfig`, `LlamaConfig`, `Mistral4Config`, `Mistral3Config` and `RotaryEmbeddingConfigMixin.default_theta`; a
-test compares the tables with the classes.
+`MistralConfig`, `Ministral3Config`, `LlamaConfig`, `Mistral4Config`, the classes of WRAPPERS, and
+`RotaryEmbeddingConfigMixin.default_theta`; a test compares the tables with the classes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ROPE_THETA = 10000.0
-EOS_TOKEN_ID = 2  # of all three classes; only where generation_config.json names no id either
+EOS_TOKEN_ID = 2  # of all classes; only where generation_config.json names no id either
 
 _COMMON: Mapping[str, Any] = {
     "hidden_size": 4096,
@@ -38,6 +38,27 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 32,
         "num_key_value_heads": None,
         "max_position_embeddings": 2048,
+    },
+    "ministral3": {
+        **_COMMON,
+        "vocab_size": 131072,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale_all_dim": 1.0,
+            "mscale": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
     },
     "mistral4": {
         **_COMMON,
@@ -73,6 +94,14 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         },
     },
 }
-# The multimodal class around a text model ties by default: its own flag counts, not that of its `text_config`.
-MISTRAL3: Mapping[str, Any] = {"tie_word_embeddings": True}
-MISTRAL3_TEXT: Mapping[str, Any] = {"model_type": "mistral"}
+# Multimodal classes around a text model: their own tie flag, which counts, and the type of a `text_config` without.
+WRAPPERS: Mapping[str, Mapping[str, Any]] = {
+    "mistral3": {"tie_word_embeddings": True},
+    "llava": {"tie_word_embeddings": False},
+    "llava_next": {"tie_word_embeddings": False},
+}
+WRAPPED: Mapping[str, Mapping[str, Any]] = {
+    "mistral3": {"model_type": "mistral"},
+    "llava": {"model_type": "llama"},
+    "llava_next": {"model_type": "llama"},
+}

@@ -1,6 +1,7 @@
 """config.json -> `ModelConfig`: the spelling of Hugging Face's checkpoints. No torch here.
 
-Knows transformers' `mistral4`, `mistral` and `llama`, and `mistral3`, which wraps one of them as its `text_config`.
+Knows transformers' `mistral4`, `ministral3`, `mistral` and `llama`, and the multimodal types that wrap one of them
+as their `text_config`: `mistral3`, `llava` and `llava_next`.
 A field that is missing has the default of transformers' class (`config_defaults`). One that would change the
 arithmetic and is malformed or unsupported is a CheckpointError that names it; fields that have no bearing on
 inference are ignored.
@@ -10,8 +11,8 @@ from __future__ import annotations
 
 from cierzo.engine.fields import Fields
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, MoeConfig, QueryScaling, check_groups
-from cierzo.engine.model.config_defaults import DEFAULTS, EOS_TOKEN_ID, MISTRAL3, MISTRAL3_TEXT
-from cierzo.engine.model.rope_config import RopeConfig, read_rope
+from cierzo.engine.model.config_defaults import DEFAULTS, EOS_TOKEN_ID, WRAPPED, WRAPPERS
+from cierzo.engine.model.rope_config import Llama3Config, RopeConfig, YarnConfig, read_rope
 
 
 def parse_config(outer: Fields, ends_elsewhere: bool = False) -> ModelConfig:
@@ -20,18 +21,27 @@ def parse_config(outer: Fields, ends_elsewhere: bool = False) -> ModelConfig:
     ends_elsewhere: generation_config.json names end-of-text ids, so that the default of transformers' class is not
     meant.
     """
-    fields = outer
-    if outer.string("model_type") == "mistral3":
-        fields = outer.section("text_config")
-        fields.fill_in(MISTRAL3_TEXT)
-        outer.fill_in(MISTRAL3)
-        fields.inherit(outer, "tie_word_embeddings", "bos_token_id", "eos_token_id")
+    fields = _wrapped(outer) if outer.string("model_type") in WRAPPERS else outer
     architecture = fields.string("model_type")
     if architecture not in DEFAULTS:
-        raise fields.error("model_type", architecture, "mistral4, mistral, llama, or mistral3 around one of them")
+        known = f"{', '.join(DEFAULTS)}, or around one of them {', '.join(WRAPPERS)}"
+        raise fields.error("model_type", architecture, known)
     fields.fill_in(DEFAULTS[architecture])
     fields.fill_in({"eos_token_id": [] if ends_elsewhere else EOS_TOKEN_ID})
     return _mistral4(fields) if architecture == "mistral4" else _dense(fields, architecture)
+
+
+def _wrapped(outer: Fields) -> Fields:
+    """The text model of a multimodal one, whose vision tower is left aside."""
+    wrapper = outer.string("model_type")
+    fields = outer.section("text_config")
+    fields.fill_in(WRAPPED[wrapper])
+    outer.fill_in(WRAPPERS[wrapper])
+    fields.inherit(outer, "bos_token_id", "eos_token_id")
+    # llava's class alone takes over a true flag of its text model where its own is false
+    if wrapper != "llava" or outer.boolean("tie_word_embeddings"):
+        fields.inherit(outer, "tie_word_embeddings")
+    return fields
 
 
 def _mistral4(fields: Fields) -> ModelConfig:
@@ -52,10 +62,17 @@ def _mistral4(fields: Fields) -> ModelConfig:
         interleaved=fields.boolean("rope_interleave"),
         rotated_share=attention.qk_rope_head_dim / qk_dim,
     )
+    return _model(fields, attention, _moe(fields), rope, _query_scaling(rope, parameters))
+
+
+def _query_scaling(rope: RopeConfig, parameters: Fields) -> QueryScaling | None:
+    """Llama-4's, which stands among the rope settings and counts from the same original length."""
     beta = parameters.number("llama_4_scaling_beta", minimum=0.0)
-    original = rope.yarn.original_positions if rope.yarn else parameters.integer("original_max_position_embeddings")
-    scaling = QueryScaling(beta=beta, original_positions=original)
-    return _model(fields, attention, _moe(fields), rope, scaling if beta else None)
+    if isinstance(rope.scaling, YarnConfig | Llama3Config):
+        original = rope.scaling.original_positions
+    else:
+        original = parameters.integer("original_max_position_embeddings")
+    return QueryScaling(beta=beta, original_positions=original) if beta else None
 
 
 def _moe(fields: Fields) -> MoeConfig:
@@ -87,8 +104,9 @@ def _dense(fields: Fields, architecture: str) -> ModelConfig:
     if head_dim % 2:
         raise fields.error("head_dim", head_dim, "an even number")
     attention = GqaConfig(num_kv_heads=kv_heads, head_dim=head_dim)
-    rope, _ = read_rope(fields, dim=head_dim, interleaved=False, rotated_share=1.0)
-    return _model(fields, attention, None, rope, None)
+    rope, parameters = read_rope(fields, dim=head_dim, interleaved=False, rotated_share=1.0)
+    scaling = _query_scaling(rope, parameters) if architecture == "ministral3" else None
+    return _model(fields, attention, None, rope, scaling)
 
 
 def _model(
@@ -135,14 +153,17 @@ def _refuse_other_layers(fields: Fields) -> None:
 
 def _refuse_sliding_window(fields: Fields) -> None:
     """A window of at least the whole context never cuts anything, nor does one that no layer of `layer_types` has.
-    transformers' `mistral` has one of 4096 where the field is missing, and no `use_sliding_window`."""
-    mistral = fields.string("model_type") == "mistral"
-    if fields.has("layer_types") or (not mistral and fields.get("use_sliding_window", None) is False):
+    transformers' `mistral` has one of 4096 where the field is missing; it and `ministral3` ignore
+    `use_sliding_window`."""
+    architecture = fields.string("model_type")
+    told_off = architecture not in ("mistral", "ministral3")
+    if fields.has("layer_types") or (told_off and fields.get("use_sliding_window", None) is False):
         return
     longest = fields.integer("max_position_embeddings")
     window = fields.optional_integer("sliding_window", default=None)
     if window is not None and window < longest:
-        default = f" (if missing, it is {DEFAULTS['mistral']['sliding_window']})" if mistral else ""
+        unsaid = DEFAULTS[architecture].get("sliding_window")
+        default = "" if unsaid is None else f" (if missing, it is {unsaid})"
         raise fields.error(
             "sliding_window", window, f"null, or at least max_position_embeddings {longest}{default}"
         )

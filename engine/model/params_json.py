@@ -1,13 +1,16 @@
 """params.json -> `ModelConfig`: the spelling of Mistral's own checkpoints. No torch here.
 
-Small 4 has `qk_nope_head_dim` and `moe`; the dense models have neither. What params.json leaves unsaid is the same
-in all of them: SiLU, no biases, a softmax over the experts that is renormalised over the chosen ones, <s> and </s>
-as ids 1 and 2. Source: vLLM's transformers_utils/configs/mistral.py, and the published file of Small 4.
+Small 4 has `qk_nope_head_dim` and `moe`; the dense models have neither. Ministral 3 and Devstral Small 2 are dense
+models with `yarn` and `llama_4_scaling`; Pixtral and Small 3.1 have a `vision_encoder`, which is left aside. What
+params.json leaves unsaid is the same in all of them: SiLU, no biases, a softmax over the experts that is
+renormalised over the chosen ones, <s> and </s> as ids 1 and 2. Source: vLLM's transformers_utils/configs/mistral.py
+and the published file of Small 4.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from cierzo.engine.fields import Fields
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, MoeConfig, QueryScaling, check_groups
@@ -33,7 +36,7 @@ def read_params(fields: Fields) -> ModelConfig:
     rotated = attention.qk_rope_head_dim if isinstance(attention, MlaConfig) else attention.head_dim
     vocab_size = fields.integer("vocab_size")
     return ModelConfig(
-        architecture="mistral4" if is_mla else "mistral",
+        architecture=_architecture(fields, is_mla),
         vocab_size=vocab_size,
         hidden_size=fields.integer("dim"),
         num_layers=fields.integer("n_layers"),
@@ -45,11 +48,19 @@ def read_params(fields: Fields) -> ModelConfig:
         attention=attention,
         moe=_moe(fields) if is_mla else None,
         # Dense weights' pairs are brought into the other order when they are loaded; MLA's stay as they are.
-        rope=RopeConfig(dim=rotated, theta=fields.number("rope_theta", minimum=1.0), interleaved=is_mla, yarn=yarn),
-        query_scaling=_query_scaling(fields, is_mla),
+        rope=RopeConfig(
+            dim=rotated, theta=fields.number("rope_theta", minimum=1.0), interleaved=is_mla, scaling=yarn
+        ),
+        query_scaling=_query_scaling(fields),
         bos_token_id=fields.token_id("bos_token_id", vocab_size),
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
     )
+
+
+def _architecture(fields: Fields, is_mla: bool) -> Literal["mistral4", "ministral3", "mistral"]:
+    if is_mla:
+        return "mistral4"
+    return "ministral3" if fields.has("llama_4_scaling") else "mistral"
 
 
 def _positions(fields: Fields, yarn: YarnConfig | None) -> int | None:
@@ -133,12 +144,10 @@ def _yarn(fields: Fields) -> YarnConfig | None:
     )
 
 
-def _query_scaling(fields: Fields, is_mla: bool) -> QueryScaling | None:
+def _query_scaling(fields: Fields) -> QueryScaling | None:
     if not fields.has("llama_4_scaling"):
         return None
     inner = fields.section("llama_4_scaling")
-    if not is_mla:  # Ministral 3's: grouped-query attention here has no scale of its own for each row
-        raise fields.error("llama_4_scaling", fields.get("llama_4_scaling"), "null in a dense model (unsupported)")
     beta = inner.number("beta", minimum=0.0)
     scaling = QueryScaling(beta=beta, original_positions=inner.integer("original_max_position_embeddings"))
     return scaling if beta else None

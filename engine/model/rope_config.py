@@ -15,8 +15,8 @@ from cierzo.engine.fields import Fields
 from cierzo.engine.model.config_defaults import ROPE_THETA
 
 
-class YarnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """YaRN's blend of frequencies; `magnitude` multiplies cos and sin."""
+class YarnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="yarn"):
+    """YaRN's blend of frequencies by how often a pair turns; `magnitude` multiplies cos and sin."""
 
     factor: float
     original_positions: int
@@ -25,13 +25,29 @@ class YarnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     magnitude: float
 
 
+class Llama3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="llama3"):
+    """Llama 3.1's blend of frequencies by wavelength: those shorter than original_positions / high_freq_factor
+    stay, those longer than original_positions / low_freq_factor are divided by `factor`."""
+
+    factor: float
+    original_positions: int
+    low_freq_factor: float
+    high_freq_factor: float
+
+
+class LinearConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="linear"):
+    """Every frequency divided by `factor`."""
+
+    factor: float
+
+
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`dim` values of each head rotate, in pairs (2i, 2i+1) if `interleaved`, else (i, i + dim/2)."""
 
     dim: int
     theta: float
     interleaved: bool
-    yarn: YarnConfig | None
+    scaling: YarnConfig | Llama3Config | LinearConfig | None
 
 
 def read_rope(fields: Fields, *, dim: int, interleaved: bool, rotated_share: float) -> tuple[RopeConfig, Fields]:
@@ -52,22 +68,53 @@ def read_rope(fields: Fields, *, dim: int, interleaved: bool, rotated_share: flo
         dim=dim,
         theta=theta.number("rope_theta", ROPE_THETA, minimum=1.0),
         interleaved=interleaved,
-        yarn=_yarn(fields, parameters),
+        scaling=_scaling(fields, parameters),
     )
     return rope, parameters
 
 
-def _yarn(fields: Fields, parameters: Fields) -> YarnConfig | None:
+def _scaling(fields: Fields, parameters: Fields) -> YarnConfig | Llama3Config | LinearConfig | None:
     spelling = "rope_type" if parameters.has("rope_type") else "type"
     kind = parameters.string(spelling, "default")
-    if kind == "default" or (kind == "linear" and parameters.number("factor") == 1.0):
-        return None
-    if kind != "yarn":
-        raise parameters.error(spelling, kind, "default or yarn (linear with factor 1 alone)")
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            factor = parameters.number("factor", minimum=1.0)
+            return None if factor == 1.0 else LinearConfig(factor=factor)
+        case "llama3":
+            return _llama3(fields, parameters)
+        case "yarn":
+            return _yarn(fields, parameters)
+    raise parameters.error(spelling, kind, "default, linear, llama3 or yarn (others unsupported)")
+
+
+def _original_positions(fields: Fields, parameters: Fields) -> int:
+    """The length that the model was trained at: all of it where none is said."""
+    outside = fields.has("original_max_position_embeddings")  # Phi-3's place for it, which transformers prefers
+    longest = fields.integer("max_position_embeddings")
+    return (fields if outside else parameters).integer("original_max_position_embeddings", longest)
+
+
+def _llama3(fields: Fields, parameters: Fields) -> Llama3Config:
+    low = parameters.number("low_freq_factor")
+    if low <= 0.0:
+        raise parameters.error("low_freq_factor", low, "above 0")
+    high = parameters.number("high_freq_factor")
+    if high <= low:
+        raise parameters.error("high_freq_factor", high, f"above low_freq_factor {low:g}")
+    return Llama3Config(
+        factor=parameters.number("factor", minimum=1.0),
+        original_positions=_original_positions(fields, parameters),
+        low_freq_factor=low,
+        high_freq_factor=high,
+    )
+
+
+def _yarn(fields: Fields, parameters: Fields) -> YarnConfig:
     parameters.only("truncate", (True,), default=True)
     longest = fields.integer("max_position_embeddings")
-    outside = fields.has("original_max_position_embeddings")  # Phi-3's place for it, which transformers prefers
-    original = (fields if outside else parameters).integer("original_max_position_embeddings", longest)
+    original = _original_positions(fields, parameters)
     unsaid = parameters.get("factor") is None  # null: as far as the model goes
     factor = longest / original if unsaid else parameters.number("factor", minimum=1.0)
     return YarnConfig(

@@ -12,7 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, Self
+
+from cierzo.engine.messages import Part
 
 MAX_CHAR_BYTES = 4
 _utf8 = codecs.getincrementaldecoder("utf-8")
@@ -85,13 +87,15 @@ def stop_matcher(strings: tuple[str, ...]) -> StopMatcher:
     return StopMatcher(strings)
 
 
-class Detokenizer:
-    """Text of one sample. After a `push` look at `stop`: once set, the text is cut and further pushes are errors.
+class TextReader:
+    """Text of one sample, and the base of what reads more in its tokens. After a `push` look at `stop`: once set,
+    the text is cut and further pushes are errors.
 
     The stop string whose last character comes first wins; of several that end there, the longest. It is not
     part of the text. One completed before token number `min_tokens` does not count.
 
     stop_tokens: stop strings that are special tokens, by their ids. As those have no text, the token itself stops.
+    parts: pieces of what the last `push` or `flush` read; empty where all of it is text, as it always is here.
     """
 
     __slots__ = (
@@ -104,6 +108,7 @@ class Detokenizer:
         "_stop_tokens",
         "_token_bytes",
         "num_tokens",
+        "parts",
         "stop",
     )
 
@@ -123,6 +128,7 @@ class Detokenizer:
         self._held = ""
         self._at_start = tokens.strip_leading_space
         self.num_tokens = 0
+        self.parts: list[Part] = []
         self.stop: str | None = None
 
     @property
@@ -130,36 +136,12 @@ class Detokenizer:
         """Whether there are stop strings to look for."""
         return self._matcher is not None
 
-    def fork(self) -> Detokenizer:
+    def fork(self) -> Self:
         """Another one that stands at the same place."""
-        fork: Detokenizer = copy(self)
+        fork = copy(self)
         fork._decoder = _utf8(errors="replace")
         fork._decoder.setstate(self._decoder.getstate())
         return fork
-
-    def tail(self, token_ids: Sequence[int], end: int) -> list[int]:
-        """The last of the first `end` tokens that have a text: as many as decide how the text goes on, which are a
-        character that is not whole, and what could become a stop string."""
-        needed = MAX_CHAR_BYTES * (2 + (0 if self._matcher is None else max(self._matcher.depth)))
-        tail: list[int] = []
-        for index in reversed(range(end)):
-            if needed <= 0:
-                break
-            if piece := self._token_bytes(token_ids[index]):
-                tail.append(token_ids[index])
-                needed -= len(piece)
-        return tail[::-1]
-
-    def go_on_after(self, num_tokens: int, tail: Sequence[int]) -> None:
-        """Stand where one that has seen so many tokens, of this `tail`, and found no stop string, stands; this one
-        must be new."""
-        min_tokens, self._min_tokens = self._min_tokens, sys.maxsize  # the tail may begin within a character
-        self.push(tail)
-        self._min_tokens, self.num_tokens = min_tokens, num_tokens
-
-    def catch_up(self, token_ids: Sequence[int], end: int) -> None:
-        """Go on after the first `end` tokens."""
-        self.go_on_after(end, self.tail(token_ids, end))
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens, return the text that is now certain.
@@ -207,9 +189,46 @@ class Detokenizer:
         self._held = text[certain:]
         return text[:certain]
 
+    def _hold(self, text: str) -> None:
+        """Hold back a text that may become a stop string."""
+        self._held, self._state = text, 0
+        if self._matcher is not None:
+            for char in text:
+                self._state = self._matcher.step(self._state, char)
+
     def _stripped(self, text: str) -> str:
         """SentencePiece tokenizers write a space before the first word that is not part of the text."""
         if self._at_start and text:
             self._at_start = False
             return text.removeprefix(" ")
         return text
+
+
+class Detokenizer(TextReader):
+    """Text of one sample, and nothing else: how it goes on follows from the last few tokens."""
+
+    __slots__ = ()
+
+    def tail(self, token_ids: Sequence[int], end: int) -> list[int]:
+        """The last of the first `end` tokens that have a text: as many as decide how the text goes on, which are a
+        character that is not whole, and what could become a stop string."""
+        needed = MAX_CHAR_BYTES * (2 + (0 if self._matcher is None else max(self._matcher.depth)))
+        tail: list[int] = []
+        for index in reversed(range(end)):
+            if needed <= 0:
+                break
+            if piece := self._token_bytes(token_ids[index]):
+                tail.append(token_ids[index])
+                needed -= len(piece)
+        return tail[::-1]
+
+    def go_on_after(self, num_tokens: int, tail: Sequence[int]) -> None:
+        """Stand where one that has seen so many tokens, of this `tail`, and found no stop string, stands; this one
+        must be new."""
+        min_tokens, self._min_tokens = self._min_tokens, sys.maxsize  # the tail may begin within a character
+        self.push(tail)
+        self._min_tokens, self.num_tokens = min_tokens, num_tokens
+
+    def catch_up(self, token_ids: Sequence[int], end: int) -> None:
+        """Go on after the first `end` tokens."""
+        self.go_on_after(end, self.tail(token_ids, end))

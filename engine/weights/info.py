@@ -11,8 +11,9 @@ import msgspec
 from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, CheckpointFormat, adapter_files
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig
 from cierzo.engine.model.read_config import read_model_config
+from cierzo.engine.weights.companions import num_weights
 from cierzo.engine.weights.headers import TensorInfo, read_checkpoint_headers
-from cierzo.engine.weights.names import PACKED, map_names
+from cierzo.engine.weights.names import map_names
 
 # The first that a parameter's name contains is its component.
 _COMPONENTS = (
@@ -124,8 +125,8 @@ def _components(
         owner = scales.get(name, name)
         component = "vision" if name in vision else _component(plain.get(owner, owner))
         num_bytes[component] += info.num_bytes
-        if name not in scales:  # two codes of 4 bits are stored as one byte
-            parameters[component] += info.num_elements * (2 if name.endswith(PACKED) else 1)
+        if name not in scales:
+            parameters[component] += num_weights(info, format)
     order = ["embedding", *(name for _, name in _COMPONENTS[3:]), "norms", "output head", "vision", "other"]
     return tuple(
         ComponentSize(name, parameters[name], _active(name, parameters, model), num_bytes[name])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, adapter_files
 from cierzo.engine.parameters import Parameter, ParameterSpec
-from cierzo.engine.weights.names import PACKED, NameMap, map_names
-from cierzo.engine.weights.plan import ParameterPlan, Piece, plan_parameters
-from cierzo.engine.weights.quantised import Nvfp4Matrix, ScaledMatrix, StoredMatrix, StoredParameter
+from cierzo.engine.weights.names import NameMap, map_names
+from cierzo.engine.weights.pieces import stored_matrices
+from cierzo.engine.weights.plan import ParameterPlan, plan_parameters
+from cierzo.engine.weights.quantised import StoredParameter
 from cierzo.engine.weights.reader import CheckpointReader, Range
 
 _log = logging.getLogger(__name__)
@@ -78,14 +79,6 @@ def rank_ranges(spec: ParameterSpec, rank: int, world: int) -> list[Range]:
     return [(start, start + piece) for start in starts]
 
 
-def halves_first(rows: int, heads: int) -> Tensor:
-    """int64 [rows]: for each row in the order of (i, i + d/2) pairs, its place in that of (2i, 2i+1) pairs.
-
-    [heads, d/2, 2] -> [heads, 2, d/2]: rotary pairs of Mistral-native wq and wk lie next to each other.
-    """
-    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
-
-
 def _read(
     reader: CheckpointReader, plan: ParameterPlan, ranges: list[Range], dtype: torch.dtype, device: torch.device
 ) -> Parameter:
@@ -93,46 +86,8 @@ def _read(
     axis, shape = plan.spec.shard_axis, plan.spec.shape
     if plan.is_plain:
         return _read_ranges(reader, plan.experts[0][0].tensor.name, axis, ranges).to(device=device, dtype=dtype)
-    stored = StoredParameter(_matrices(reader, plan), len(shape) == 3, dtype, device)
+    stored = StoredParameter(stored_matrices(reader, plan), len(shape) == 3, dtype, device)
     return stored if axis is None or ranges == [(0, shape[axis])] else stored.cut(axis, ranges)
-
-
-def _matrices(reader: CheckpointReader, plan: ParameterPlan) -> tuple[tuple[StoredMatrix, ...], ...]:
-    """The matrices of each expert, mapped: nothing of them is read yet."""
-    whole = plan.experts[0][0]
-    if len(whole.tensor.shape) == 3:  # a stack of experts, whose gate and up share a scale
-        return tuple((matrix,) for matrix in _scaled(reader, whole))
-    if plan.reordered:
-        rows, heads = plan.spec.shape[0], plan.spec.rotated_heads or 1
-        return ((next(_scaled(reader, whole, halves_first(rows, heads))),),)
-    return tuple(tuple(_matrix(reader, piece) for piece in pieces) for pieces in plan.experts)
-
-
-def _matrix(reader: CheckpointReader, piece: Piece) -> StoredMatrix:
-    """The [n,k] of one piece."""
-    if piece.format != Nvfp4Matrix.format:
-        return next(_scaled(reader, piece))
-    tensors = (piece.tensor, piece.scales["scale"], piece.scales["global scale"])
-    return Nvfp4Matrix(piece.tensor.name.removesuffix(PACKED), *(reader.read(one.name) for one in tensors))
-
-
-def _scaled(reader: CheckpointReader, piece: Piece, order: Tensor | None = None) -> Iterator[ScaledMatrix]:
-    """The [n,k] of a piece, or each expert's of a stack."""
-    name = piece.tensor.name
-    codes, fused = reader.read(name), len(piece.tensor.shape) == 3
-    read = {role: reader.read(scale.name).flatten() for role, scale in piece.scales.items()}
-    scales, activations = read.get("scale"), read.get("activation scale")
-    scale_name = piece.scales["scale"].name if scales is not None else ""
-    for expert in range(len(codes) if fused else 1):
-        place, number = f"[{expert}]" if fused else "", slice(expert, expert + 1)
-        yield ScaledMatrix(
-            name + place,
-            codes[expert] if fused else codes,
-            None if scales is None else scales[number],
-            scale_name + place,
-            order,
-            None if activations is None else activations[number],
-        )
 
 
 def _read_ranges(reader: CheckpointReader, name: str, axis: int | None, ranges: list[Range]) -> Tensor:
@@ -170,6 +125,8 @@ def _log_skipped(reader: CheckpointReader, mapped: NameMap) -> None:
             "%s holds an adapter (%s), which is NOT applied: the base model answers. To use the adapter, %s",
             *(reader.folder, ", ".join(adapters), ADAPTER_REMEDY),
         )
+    for note in reader.format.quantisation.notes():
+        _log.info("%s: %s", reader.folder, note)
     if mapped.vision:
         _log.info("%s: %d vision tensors skipped: text only", reader.folder, len(mapped.vision))
     skipped = sum("activation scale" in roles for roles in mapped.companions.values())

@@ -9,13 +9,17 @@ from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.parameters import MatrixRequest, Parameter, as_tensor
+from cierzo.engine.weights.grids import GridMatrix
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.packed import PackedStore
-from cierzo.engine.weights.quantised import ScaledMatrix, StoredParameter, kept_codes
+from cierzo.engine.weights.quantised import ScaledMatrix, StoredMatrix, StoredParameter, fp8_blocks, kept_codes
 from cierzo.engine.weights.reader import CheckpointReader
+from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import DeviceFormatError, DeviceMatrix, in_fp8, joined, quantise, stack
 from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import PLAIN_FORMATS, Matrix, PackedMatrix
+
+BLOCK_COLUMNS = 128  # GPU kernels read whole multiples under one FP8 scale
 
 
 class PackedMatrices:
@@ -78,8 +82,12 @@ class DeviceMatrices:
 
 
 def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
-    """The stored codes, if all of them are of the format; scales of matrices above one another stay their own."""
+    """The stored codes, if the format holds all of them; scales of matrices above one another stay their own."""
     if not isinstance(parameter, StoredParameter):
+        return None
+    blocks = set[tuple[int, int]]().union(*(fp8_blocks(parts) for parts in parameter.experts))
+    rows, columns = max(blocks, default=(0, 0))
+    if len(blocks) > 1 or (columns % BLOCK_COLUMNS and columns < parameter.shape[-1]):
         return None
     experts = [kept_codes(parts, format) for parts in parameter.experts]
     tensors = [[tensor[None] for tensor in kept] for kept in experts if kept is not None]
@@ -88,7 +96,20 @@ def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
     stacked = [joined(of_experts) for of_experts in zip(*tensors, strict=True)]
     if not parameter.fused:
         stacked = [tensor[0] for tensor in stacked]
-    return NUMBER_FORMATS[format].codec().from_codes(*stacked, parameter.dtype)
+    if not columns:
+        return NUMBER_FORMATS[format].codec().from_codes(*stacked, parameter.dtype)
+    scales, rows = _of_blocks(stacked[1], rows)
+    return fp8.from_codes(stacked[0], scales, parameter.dtype, (rows, columns))
+
+
+def _of_blocks(scales: Tensor, rows: int) -> tuple[Tensor, int]:
+    """Scales [..., n, blocks] of each row -> one for `rows` rows, where these have the same, and how many rows that
+    is; 1 where matrices that lie above one another begin within a block."""
+    if scales.shape[-2] % rows == 0:
+        blocks = scales.unflatten(-2, (-1, rows))
+        if torch.equal(blocks, blocks[..., :1, :].expand_as(blocks)):
+            return blocks[..., 0, :], rows
+    return scales, 1
 
 
 def _activation_scales(parameter: Parameter) -> Tensor | None:
@@ -101,7 +122,7 @@ def _activation_scales(parameter: Parameter) -> Tensor | None:
         return None
     without, largest = "", []
     for expert in parameter.experts:
-        found = {part.name: part.activation_scale if isinstance(part, ScaledMatrix) else None for part in expert}
+        found = {part.name: _activation_scale(part) for part in expert}
         without = without or next((name for name, scale in found.items() if scale is None), "")
         present = [scale.float().reshape(1) for scale in found.values() if scale is not None]
         largest += [torch.cat(present).amax(0, keepdim=True)] if present else []
@@ -110,6 +131,10 @@ def _activation_scales(parameter: Parameter) -> Tensor | None:
             f"{without} has no scale of its activations, and what lies beside it has", field=without
         )
     return torch.cat(largest) if largest else None
+
+
+def _activation_scale(part: StoredMatrix) -> Tensor | None:
+    return part.activation_scale if isinstance(part, ScaledMatrix | GridMatrix) else None
 
 
 def _quantised(parameter: Parameter, format: str, device: torch.device) -> DeviceMatrix:

@@ -1,11 +1,6 @@
 """Checkpoint spellings -> the one spelling that models use: `model.layers.N...`, `lm_head.weight`.
 
-A quantised matrix has companions beside it, which are no parameters of their own:
-
-    hf, fp8          X.weight + X.weight_scale_inv, X.activation_scale; a fused stack of experts, which has no
-                     ".weight", Y + Y_scale_inv, Y_activation_scale
-    native, fp8      X.weight + X.qscale_weight, X.qscale_act
-    native, nvfp4    X.weight_packed + X.weight_scale, X.weight_global_scale, X.input_global_scale
+A quantised matrix has companions beside it (companions.py), which are no parameters of their own.
 """
 
 from __future__ import annotations
@@ -13,25 +8,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from cierzo.engine.checkpoint_format import CheckpointFormat
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.weights.companions import Role, is_of_cache, owner_of, without_ending
 
-# What a companion is to its matrix. Scales of activations are used where a GPU takes these in FP8 (on_device.py).
-Role = Literal["scale", "global scale", "activation scale"]
-
-# A multimodal checkpoint nests the text model: Mistral 3's published spelling, and that of transformers 5.
+# A multimodal checkpoint nests the text model: as Mistral 3 and LLaVA are published, and as transformers 5 has it.
 _PREFIXES = (
     ("language_model.model.", "model."),
     ("model.language_model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
 _VISION = {
-    "hf": ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+    "hf": (
+        *("vision_tower.", "multi_modal_projector.", "image_newline"),
+        *("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline"),
+    ),
     "native": ("vision_encoder.", "vision_language_adapter.", "pre_mm_projector_norm.", "patch_merger."),
 }
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_STACKS = (".experts.gate_up_proj", ".experts.down_proj")  # of all experts' matrices: without ".weight"
 _FUSED = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
 _INV_FREQ = ".rotary_emb.inv_freq"  # old llama checkpoints store this buffer; it follows from the config
 
@@ -58,28 +54,6 @@ _NATIVE_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _NATIVE_EXPERT = re.compile(r"experts\.(\d+)\.(w[123])")
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
-PACKED = ".weight_packed"
-# (layout, scheme) -> (what the companion's name ends with, what its matrix' name ends with instead, role)
-_COMPANIONS: dict[tuple[str, str], tuple[tuple[str, str, Role], ...]] = {
-    ("hf", "fp8"): (
-        (".weight_scale_inv", ".weight", "scale"),
-        (".activation_scale", ".weight", "activation scale"),
-        (".experts.gate_up_proj_scale_inv", ".experts.gate_up_proj", "scale"),
-        (".experts.down_proj_scale_inv", ".experts.down_proj", "scale"),
-        (".experts.gate_up_proj_activation_scale", ".experts.gate_up_proj", "activation scale"),
-        (".experts.down_proj_activation_scale", ".experts.down_proj", "activation scale"),
-    ),
-    ("native", "fp8"): (
-        (".qscale_weight", ".weight", "scale"),
-        (".qscale_act", ".weight", "activation scale"),
-    ),
-    ("native", "nvfp4"): (
-        (".weight_scale", PACKED, "scale"),
-        (".weight_global_scale", PACKED, "global scale"),
-        (".input_global_scale", PACKED, "activation scale"),
-    ),
-}
-
 
 @dataclass(slots=True)
 class NameMap:
@@ -90,7 +64,7 @@ class NameMap:
         Part 0 and 1 of `gate_up_proj` are the gate's and the up projection's rows; `down_proj` has part 0 alone.
     companions: tensor of a quantised matrix -> {role: tensor}. The matrix itself may be missing.
     vision: tensors of the vision tower and its projector.
-    ignored: buffers that follow from the config.
+    ignored: buffers that follow from the config, and scales of keys and values, which are not stored so.
     """
 
     format: CheckpointFormat
@@ -103,26 +77,17 @@ class NameMap:
 
 def map_names(names: Iterable[str], format: CheckpointFormat) -> NameMap:
     """Sort tensor names; raises CheckpointError when two of them are the same parameter."""
-    mapped = NameMap(format)
+    mapped, present = NameMap(format), set(names := list(names))
     for name in names:
-        owner = _owner(name, format)
         if name.startswith(_VISION[format.layout]):
             mapped.vision.append(name)
-        elif name.endswith(_INV_FREQ):
+        elif name.endswith(_INV_FREQ) or is_of_cache(name, format):
             mapped.ignored.append(name)
-        elif owner is not None:
+        elif (owner := owner_of(name, format, present)) is not None:
             mapped.companions.setdefault(owner[0], {})[owner[1]] = name
         else:
-            _place(mapped, name, _plain(name, format))
+            _place(mapped, name, plain_name(name, format))
     return mapped
-
-
-def companion(name: str, role: Role, format: CheckpointFormat) -> str:
-    """Name the companion of the tensor `name` in this format; `name` itself where there is none."""
-    for suffix, owner, found in _COMPANIONS.get((format.layout, format.scheme), ()):
-        if found == role and name.endswith(owner):
-            return name.removesuffix(owner) + suffix
-    return name
 
 
 def native_name(name: str) -> str:
@@ -139,18 +104,16 @@ def native_name(name: str) -> str:
     return f"layers.{layer[1]}." + {hf: native for native, hf in _NATIVE_INNER.items()}[layer[2]] + dot + suffix
 
 
-def _owner(name: str, format: CheckpointFormat) -> tuple[str, Role] | None:
-    for suffix, owner, role in _COMPANIONS.get((format.layout, format.scheme), ()):
-        if name.endswith(suffix):
-            return name.removesuffix(suffix) + owner, role
-    return None
-
-
-def _plain(name: str, format: CheckpointFormat) -> str:
+def plain_name(name: str, format: CheckpointFormat) -> str:
     """The models' name of a tensor; an unknown one stays as it is, and has no place in any model."""
     if format.layout == "native":
-        stem = name.removesuffix(PACKED if format.scheme == "nvfp4" and name.endswith(PACKED) else ".weight")
+        stem = without_ending(name, format)
         return name if stem == name else _plain_native(stem) + ".weight"
+    stem = without_ending(name, format)
+    if stem.endswith(_STACKS) and format.quantisation.groups:
+        name = stem
+    elif stem != name:
+        name = stem + ".weight"
     for prefix, plain in _PREFIXES:
         if name.startswith(prefix):
             return plain + name[len(prefix) :]

@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.parameters import ParameterSpec
+from cierzo.engine.quantisation import WeightGroup
+from cierzo.engine.weights.companions import PACKED, Role, companion, without_ending
 from cierzo.engine.weights.headers import FLOAT_DTYPES, TensorInfo
-from cierzo.engine.weights.names import PACKED, NameMap, Role, companion
+from cierzo.engine.weights.names import NameMap, plain_name
 from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 
 E4M3 = "F8_E4M3"
+WORD_BITS = 32  # of packed integers
+_CODES = (E4M3, "I8", "I32", "U8")  # dtypes that mean nothing without a scale
 Shape = tuple[int, ...]
 
 
@@ -22,12 +26,15 @@ Shape = tuple[int, ...]
 class Piece:
     """A stored tensor and the scales beside it: a whole parameter, or one matrix of an expert.
 
-    format: the number format of its codes; "": floating-point weights.
+    format: how its codes are stored (engine/quantisation.py); "": floating-point weights. shape: of the weights.
+    group: what the config declares of it.
     """
 
     tensor: TensorInfo
     format: str = ""
     scales: Mapping[Role, TensorInfo] = field(default_factory=dict)
+    shape: Shape = ()
+    group: WeightGroup | None = None
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -100,10 +107,7 @@ class _Planner:
             return ParameterPlan(spec, tuple(self._experts(name, spec.shape)), apart=True, reordered=False)
         piece = self._piece(self._mapped.whole[name], spec.shape)
         reordered = spec.rotated_heads is not None and self._mapped.format.layout == "native"
-        if reordered and piece.format not in (
-            "",
-            "fp8",
-        ):  # none is published: 4 bits are for experts
+        if reordered and piece.format == "nvfp4":  # none is published: 4 bits are for experts
             matrix, title = piece.tensor.name.removesuffix(PACKED), NUMBER_FORMATS[piece.format].title
             raise CheckpointError(
                 f"{matrix} is {title}, and its rotary pairs lie in the native order (unsupported)",
@@ -129,32 +133,34 @@ class _Planner:
     def _piece(self, name: str, shape: Shape) -> Piece:
         """The tensor `name`, of this shape, and the scales that it needs; other scales beside it are left over."""
         info = self._tensors[name]
-        if name.endswith(PACKED) and self._mapped.format.scheme == "nvfp4":
-            return self._nvfp4(info, shape)
-        if info.dtype == E4M3:
-            return self._fp8(info, shape)
-        _check(info, FLOAT_DTYPES, [shape])
-        return Piece(info)
+        if info.dtype not in _CODES:
+            _check(info, FLOAT_DTYPES, [shape])
+            return Piece(info)
+        group = self._group(info, shape)
+        dtype, stored = _stored(info, group, shape)
+        _check(info, (dtype,), [stored])
+        scales: dict[Role, TensorInfo] = {"scale": self._scale(info, "scale")}
+        _check(scales["scale"], *_scale_forms(group, shape))
+        if group.storage == "nvfp4":
+            scales["global scale"] = self._scale(info, "global scale")
+            _check(scales["global scale"], FLOAT_DTYPES, [(*shape[:-2], 1), shape[:-2]])
+        if group.zero_points:
+            scales["zero point"] = self._scale(info, "zero point")
+            _check(scales["zero point"], *_zero_point_form(group, shape))
+        scales |= self._shape(info, group) | self._activations(info, shape)
+        return Piece(info, group.storage, scales, shape, group)
 
-    def _nvfp4(self, info: TensorInfo, shape: Shape) -> Piece:
-        group = NUMBER_FORMATS["nvfp4"].group
-        n, k = shape[0], shape[-1]
-        if len(shape) != 2 or k % group:
-            raise _misfit(info, "shape", f"[n, k], k a multiple of {group}, for NVFP4", list(shape))
-        _check(info, ("U8",), [(n, k // 2)])
-        scale, whole = self._scale(info, "scale"), self._scale(info, "global scale")
-        _check(scale, (E4M3,), [(n, k // group)])
-        _check(whole, FLOAT_DTYPES, [(1,), ()])
-        scales = {"scale": scale, "global scale": whole, **self._activation_scale(info, shape)}
-        return Piece(info, "nvfp4", scales)
-
-    def _fp8(self, info: TensorInfo, shape: Shape) -> Piece:
-        _check(info, (E4M3,), [shape])
-        if len(shape) not in (2, 3):
-            raise _misfit(info, "dtype", ", ".join(FLOAT_DTYPES), info.dtype)
-        scale = self._scale(info, "scale")
-        _check(scale, FLOAT_DTYPES, [(), (1,)] if len(shape) == 2 else [(shape[0], 1, 1)])
-        return Piece(info, "fp8", {"scale": scale, **self._activation_scale(info, shape)})
+    def _group(self, info: TensorInfo, shape: Shape) -> WeightGroup:
+        """The group that the config declares for a tensor of codes. Raises CheckpointError if there is none."""
+        format = self._mapped.format
+        names = without_ending(info.name, format), plain_name(info.name, format).removesuffix(".weight")
+        group = format.quantisation.group_of(*names)
+        dtype = None if group is None else _stored(info, group, shape)[0]
+        if group is None or len(shape) not in (2, 3):
+            raise _misfit(info, "dtype", f"one of {', '.join(FLOAT_DTYPES)}", info.dtype)
+        if dtype != info.dtype:
+            raise _misfit(info, "dtype", f"one of {', '.join((dtype or '', *FLOAT_DTYPES))}", info.dtype)
+        return group
 
     def _scale(self, info: TensorInfo, role: Role) -> TensorInfo:
         """A companion without which the tensor means nothing."""
@@ -166,13 +172,67 @@ class _Planner:
             )
         return self._tensors[name]
 
-    def _activation_scale(self, info: TensorInfo, shape: Shape) -> dict[Role, TensorInfo]:
-        """A companion that few computations use, and that may be missing; but it must be one."""
-        name = self._mapped.companions.get(info.name, {}).get("activation scale")
-        if name is None:
+    def _shape(self, info: TensorInfo, group: WeightGroup) -> dict[Role, TensorInfo]:
+        """The weights' shape, stored beside packed integers, whose last word may not be full."""
+        if group.storage != "packed":
             return {}
-        _check(self._tensors[name], FLOAT_DTYPES, [(), (1,)] if len(shape) == 2 else [shape[:1], (shape[0], 1, 1)])
-        return {"activation scale": self._tensors[name]}
+        found = self._scale(info, "shape")
+        _check(found, ("I64", "I32"), [(len(info.shape),)])
+        return {"shape": found}
+
+    def _activations(self, info: TensorInfo, shape: Shape) -> dict[Role, TensorInfo]:
+        """Companions that few computations use, and that may be missing; but they must be such."""
+        found: dict[Role, TensorInfo] = {}
+        each = [(), (1,)] if len(shape) == 2 else [shape[:1], (shape[0], 1), (shape[0], 1, 1)]
+        for role, dtypes in _OF_ACTIVATIONS.items():
+            name = self._mapped.companions.get(info.name, {}).get(role)
+            if name is not None:
+                _check(self._tensors[name], dtypes, each)
+                found[role] = self._tensors[name]
+        return found
+
+
+_OF_ACTIVATIONS: dict[Role, tuple[str, ...]] = {
+    "activation scale": FLOAT_DTYPES,
+    "activation zero point": ("I8", E4M3, *FLOAT_DTYPES),
+}
+
+
+def _stored(info: TensorInfo, group: WeightGroup, shape: Shape) -> tuple[str, Shape]:
+    """Dtype and shape of the codes of weights of this shape. Raises CheckpointError where groups do not fill k."""
+    *outer, k = shape
+    if group.strategy in ("group", "tensor_group") and k % group.columns:
+        title = str(group).partition(",")[0]
+        raise _misfit(info, "shape", f"[n, k], k a multiple of {group.columns}, for {title}", list(shape))
+    match group.storage:
+        case "fp8":
+            return E4M3, shape
+        case "int8":
+            return "I8", shape
+        case "packed":
+            return "I32", (*outer, -(-k * group.bits // WORD_BITS))
+    blocks = (*outer, k // group.columns, group.columns // 2)  # as gpt-oss has them
+    return "U8", blocks if len(info.shape) == 4 else (*outer, k // 2)
+
+
+def _scale_forms(group: WeightGroup, shape: Shape) -> tuple[tuple[str, ...], list[Shape]]:
+    """Dtypes and shapes that the scales of weights of this shape may have."""
+    *experts, n, k = shape
+    dtypes = {"nvfp4": (E4M3,), "mxfp4": ("U8", "F8_E8M0")}.get(group.storage, FLOAT_DTYPES)
+    if group.strategy == "tensor":
+        return dtypes, [(*experts, 1, 1)] if experts else [(), (1,)]
+    if group.strategy == "channel":
+        return dtypes, [(*experts, n, 1), (*experts, n)]
+    return dtypes, [(*experts, -(-n // group.rows), -(-k // group.columns))]
+
+
+def _zero_point_form(group: WeightGroup, shape: Shape) -> tuple[tuple[str, ...], list[Shape]]:
+    """Dtypes and shapes of zero points, which are packed along n where the codes are along k."""
+    if group.storage != "packed" or group.strategy == "tensor":
+        return ("I8",), _scale_forms(group, shape)[1]
+    *experts, n, k = shape
+    columns = 1 if group.strategy == "channel" else k // group.columns
+    return ("I32",), [(*experts, -(-n * group.bits // WORD_BITS), columns)]
 
 
 def _check(info: TensorInfo, dtypes: tuple[str, ...], shapes: list[Shape]) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from cierzo.engine.checkpoint_format import PUBLISHED_FORMATS, CheckpointFormat
 from cierzo.engine.errors import refusal
-from cierzo.engine.weights.names import PACKED, companion, native_name
+from cierzo.engine.weights.companions import PACKED, companion
+from cierzo.engine.weights.names import native_name
 from cierzo.engine.weights.shapes import Shape, Small4Shape
 from cierzo.engine.weights.writer import TensorPlan
 from cierzo.kernels.formats.nvfp4 import GROUP as SCALE_GROUP

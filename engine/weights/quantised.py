@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.parameters import Parameter, as_tensor
+from cierzo.engine.weights.grids import LARGEST_SCALE, SCALE_LIMIT, SMALLEST_SCALE, GridMatrix
 from cierzo.kernels.formats import nvfp4
 from cierzo.kernels.formats.device import joined
 from cierzo.kernels.formats.packed import PackError, packed_bytes
 from cierzo.kernels.pack import pack_into, pack_nvfp4
 
 Range = tuple[int, int]
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-100, 2.0**100  # far beyond any model's; a product stays a float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,11 +44,6 @@ class ScaledMatrix:
     def shape(self) -> tuple[int, int]:
         """(n, k)."""
         return (len(self.codes) if self.order is None else len(self.order), self.codes.shape[1])
-
-    @property
-    def format(self) -> str:
-        """The number format of the codes; "" of weights as they are."""
-        return "fp8" if self.codes.dtype == torch.float8_e4m3fn and self.scale is not None else ""
 
     def rows(self, begin: int, end: int) -> ScaledMatrix:
         """Some of its rows."""
@@ -77,8 +71,11 @@ class ScaledMatrix:
         codes = self.codes  # by bytes: not every operation knows 8-bit floats
         return (codes.view(torch.uint8) if codes.dtype.itemsize == 1 else codes)[self.order].view(codes.dtype)
 
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """Codes, and the scale of each row. Raises CheckpointError for a scale that is no positive number."""
+    def kept(self, format: str) -> tuple[Tensor, ...] | None:
+        """Codes, and the scale of each row, of FP8; None in another format. Raises CheckpointError for a scale that
+        is no positive number."""
+        if format != "fp8" or self.scale is None:
+            return None
         return self._ordered_codes(), torch.full((self.shape[0],), self._checked_scale())
 
     def _checked_scale(self) -> float:
@@ -88,11 +85,10 @@ class ScaledMatrix:
             return 1.0
         scale = float(self.scale)
         if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:  # NaN is refused too
-            limit = "2^-100 .. 2^100"
             raise CheckpointError(
-                f"tensor {self.scale_name}: the scale of {self.name} is {scale}, must be in {limit}",
+                f"tensor {self.scale_name}: the scale of {self.name} is {scale}, must be in {SCALE_LIMIT}",
                 field=self.scale_name,
-                limit=limit,
+                limit=SCALE_LIMIT,
                 value=scale,
             )
         return scale
@@ -106,8 +102,6 @@ class Nvfp4Matrix:
     codes: Tensor
     scales: Tensor
     divisor: Tensor
-
-    format: ClassVar[str] = "nvfp4"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -131,28 +125,42 @@ class Nvfp4Matrix:
         codes = self.codes[:, begin // 2 : end // 2]
         return replace(self, codes=codes, scales=self.scales[:, begin // group : end // group])
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scales, and the multiplier of each row. Raises CheckpointError for a scale that is none."""
-        return self.codes, self.scales, torch.full((self.shape[0],), self._multiplier())
+    def kept(self, format: str) -> tuple[Tensor, ...] | None:
+        """Codes, scales, and the multiplier of each row, of NVFP4; None in another format. Raises CheckpointError
+        for a scale that is none."""
+        if format != "nvfp4":
+            return None
+        return self.codes, self.scales, torch.full((self.shape[0],), 1 / self._checked_divisor())
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """The weights, float32 [n,k]. Raises CheckpointError for a scale that is none."""
-        return nvfp4.stored_values(self.codes, self.scales, self._multiplier())
+        return nvfp4.stored_values(self.codes, self.scales, self._checked_divisor())
 
-    def _multiplier(self) -> float:
+    def _checked_divisor(self) -> float:
         if self.divisor.is_meta:
             return 1.0
         divisor = float(self.divisor)
         if not SMALLEST_SCALE <= divisor <= LARGEST_SCALE:
             raise CheckpointError(
-                f"{self.name}: global scale {divisor}, must be in 2^-100 .. 2^100", field=self.name
+                f"{self.name}: global scale {divisor}, must be in {SCALE_LIMIT}",
+                field=self.name,
+                limit=SCALE_LIMIT,
+                value=divisor,
             )
-        if (self.scales.view(torch.uint8) > nvfp4.LARGEST_SCALE_CODE).any():
-            raise CheckpointError(f"{self.name}: a scale is NaN or negative", field=self.name)
-        return 1 / divisor
+        bad = self.scales.view(torch.uint8) > nvfp4.LARGEST_SCALE_CODE
+        if bool(bad.any()):
+            row, group = (int(index) for index in bad.nonzero()[0])
+            value = float(self.scales[row, group])
+            raise CheckpointError(
+                f"{self.name}: a scale is NaN or negative: {value} at [{row}, {group}], must be in 0 .. 448",
+                field=self.name,
+                limit="0 .. 448",
+                value=value,
+            )
+        return divisor
 
 
-StoredMatrix = ScaledMatrix | Nvfp4Matrix
+StoredMatrix = ScaledMatrix | Nvfp4Matrix | GridMatrix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,13 +216,26 @@ class StoredParameter:
 
 
 def kept_codes(parts: Sequence[StoredMatrix], format: str) -> list[Tensor] | None:
-    """Codes and scales of matrices that lie one above the other, if all of them are of this format.
+    """Codes and scales of matrices that lie one above the other, if this number format holds all of them as they
+    are. FP8's scales are of rows [n], or of blocks of a row [n, blocks], where one part has blocks (of one size).
 
     Raises CheckpointError for a scale that is none.
     """
-    if any(part.format != format for part in parts):
+    kept = [part.kept(format) for part in parts]
+    tensors = [list(one) for one in kept if one is not None]
+    if len(tensors) < len(parts):
         return None
-    return [joined(tensors) for tensors in zip(*(part.parts() for part in parts), strict=True)]
+    blocks = max((one[1].shape[1] for one in tensors if one[1].dim() == 2), default=0)
+    for one in tensors:
+        if blocks and one[1].dim() == 1:
+            one[1] = one[1][:, None].expand(-1, blocks).contiguous()
+    return [joined(each) for each in zip(*tensors, strict=True)]
+
+
+def fp8_blocks(parts: Sequence[StoredMatrix]) -> set[tuple[int, int]]:
+    """Sizes (rows, columns) of the blocks of FP8 matrices that have some."""
+    groups = [part.group for part in parts if isinstance(part, GridMatrix)]
+    return {(group.rows, group.columns) for group in groups if group.storage == "fp8" and group.columns}
 
 
 def pack_parameter(weight: Parameter, format: str, paired: bool, target: Tensor) -> None:

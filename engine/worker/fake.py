@@ -53,7 +53,7 @@ def fake_config(
         tie_word_embeddings=True,
         attention=GqaConfig(num_kv_heads=1, head_dim=8),
         moe=None,
-        rope=RopeConfig(dim=8, theta=10_000.0, interleaved=False, yarn=None),
+        rope=RopeConfig(dim=8, theta=10_000.0, interleaved=False, scaling=None),
         query_scaling=None,
         bos_token_id=None,
         eos_token_ids=eos_token_ids,

@@ -172,6 +172,18 @@ void mla_block(Team& team, const MlaBlockArgs& args) {
     multiply(team, attended, rows, w.heads * w.value_width, w.output, args.in.out, dtype);
 }
 
+// The queries of each row of qkv times the row's scale, in place.
+void scale_queries(Team& team, const GqaBlockArgs& args, char* qkv) {
+    const GqaLayer& w = *args.layer;
+    const int64_t stride = w.qkv->n, count = w.query_heads * w.width;
+    const float* scale = args.step->query_scale;
+    each_row(team, args.in.rows, [&](int64_t row) {
+        char* q = at(qkv, row * stride, args.in.dtype);
+        args.in.dtype == DTYPE_BF16 ? scale_values(reinterpret_cast<bf16*>(q), count, scale[row])
+                                    : scale_values(reinterpret_cast<float*>(q), count, scale[row]);
+    });
+}
+
 void gqa_block(Team& team, const GqaBlockArgs& args) {
     const GqaLayer& w = *args.layer;
     const StepArgs& step = *args.step;
@@ -182,6 +194,7 @@ void gqa_block(Team& team, const GqaBlockArgs& args) {
     multiply(team, x, rows, args.in.hidden, w.qkv, qkv, dtype);
     rotate_and_write_keys_values(team, {args.key_pages, args.value_pages, step.slots, rows, w.query_heads, w.kv_heads,
                                         w.width, qkv, stride, step.cos, step.sin, 0, args.in.kv_format, dtype});
+    if (step.query_scale != nullptr) scale_queries(team, args, qkv);
     char* attended = values(team, rows * query_values, dtype);
     GqaArgs attention{};
     attention.query_heads = w.query_heads;

@@ -61,6 +61,15 @@ void rotate(const Rotation& turn, const T* x, T* out) {
     }
 }
 
+// A row's values times its scale: Llama-4's factor on the query.
+template <class T>
+INLINE void scale_values(T* x, int64_t count, float scale) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const int n = int(smaller(LANES, count - i));
+        store(x + i, load(x + i, n) * set(scale), n);
+    }
+}
+
 template <class T>
 void rope_rows(Team& team, const RopeArgs& args) {
     constexpr int64_t ROWS = 4;  // per claim
@@ -73,11 +82,7 @@ void rope_rows(Team& team, const RopeArgs& args) {
                 T* x = static_cast<T*>(args.x) + row * args.row_stride + head * args.head_stride;
                 T* end = x + args.width - turn.width;
                 rotate(turn, end, end);
-                if (args.scale == nullptr) continue;
-                for (int64_t i = 0; i < args.width; i += LANES) {
-                    const int n = int(smaller(LANES, args.width - i));
-                    store(x + i, load(x + i, n) * set(args.scale[row]), n);
-                }
+                if (args.scale != nullptr) scale_values(x, args.width, args.scale[row]);
             }
         }
     });

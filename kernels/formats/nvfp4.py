@@ -65,9 +65,10 @@ def decode(panels: Tensor) -> Tensor:
     return (e2m1.SIGNED[codes.long()].unflatten(2, (-1, GROUP)) * steps[..., None]).flatten(2)
 
 
-def stored_values(octets: Tensor, scales: Tensor, multiplier: float) -> Tensor:
-    """The weights, float32 [n,k], of a checkpoint's codes and e4m3 scales: exactly those of their packed form."""
-    steps = (scales.float() * multiplier)[..., None]
+def stored_values(octets: Tensor, scales: Tensor, divisor: float) -> Tensor:
+    """The weights, float32 [n,k], of a checkpoint's codes and e4m3 scales, rounded as compressed-tensors rounds:
+    scale / divisor, and code times this. Packed, the multiplier is rounded instead: 2^-23 apart at most."""
+    steps = (scales.float() / torch.tensor([divisor], device=scales.device))[..., None]
     return (e2m1.widen(octets).unflatten(1, (-1, GROUP)) * steps).flatten(1)
 
 

@@ -169,7 +169,8 @@ def gqa_block(
     k_pages: Tensor,
     v_pages: Tensor,
 ) -> Tensor:
-    """Grouped-query attention, halves of each head rotated; writes keys and values first -> new [T,D]."""
+    """Grouped-query attention, halves of each head rotated, queries then scaled; writes keys and values first ->
+    new [T,D]."""
     _check("gqa_block", x, residual, weights.norm)
     return bound.gqa_block(x, residual, weights, rows, tables, k_pages, v_pages)
 

@@ -78,6 +78,8 @@ def gqa_block(
         k_pages, v_pages, rows.cache_slots, qkv, tables.cos, tables.sin, interleaved=False
     )
     q = qkv.unflatten(1, (sum(heads), -1))[:, : weights.query_heads]
+    if tables.query_scale is not None:
+        q.mul_(tables.query_scale[:, None, None])  # in fp32, rounded once, as apply_rope does it
     expanded, absorbed = q[: rows.num_expanded], q[rows.num_expanded :]
     results = []
     if len(expanded):

@@ -14,9 +14,27 @@ from cierzo.kernels import check
 from cierzo.kernels.registry import bound
 
 
-def default_inv_freq(dim: int, theta: float) -> Tensor:
-    """theta^(-2i/dim) for i < dim/2 -> fp32 [dim/2], computed in fp64 (Su et al. 2021, arXiv 2104.09864)."""
-    return _powers(dim, theta).float()
+def default_inv_freq(dim: int, theta: float, factor: float = 1.0) -> Tensor:
+    """theta^(-2i/dim) for i < dim/2 -> fp32 [dim/2], computed in fp64 (Su et al. 2021, arXiv 2104.09864).
+
+    factor: each is divided by it (linear scaling: Chen et al. 2023, arXiv 2306.15595).
+    """
+    return (_powers(dim, theta) / factor).float()
+
+
+def llama3_inv_freq(
+    dim: int, theta: float, factor: float, original_positions: int, low: float, high: float
+) -> Tensor:
+    """Llama 3.1's blend of frequencies -> fp32 [dim/2], computed in fp64.
+
+    Pairs that turn at least `high` times within the original context keep their frequency, those that turn at most
+    `low` times get it divided by `factor`, those between are blended by how often they turn (YaRN's by index).
+    Source: Meta's llama-models, and transformers' `_compute_llama3_parameters`.
+    """
+    kept = _powers(dim, theta)
+    turns = original_positions * kept / (2 * math.pi)
+    ramp = ((turns - low) / (high - low)).clamp(0, 1)
+    return (kept * ramp + kept / factor * (1 - ramp)).float()
 
 
 def yarn_inv_freq(

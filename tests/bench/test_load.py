@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -45,8 +45,8 @@ class ScriptedClient:
         self.answering = asyncio.Event()
 
     @classmethod
-    async def connect(cls, address: str) -> ScriptedClient:
-        assert address == "unix:/nowhere"
+    async def connect(cls, address: str, features: Sequence[str] = ()) -> ScriptedClient:
+        assert (address, *features) in (("unix:/nowhere",), ("unix:/nowhere", *load.FEATURES))
         cls.opened.append(cls())
         return cls.opened[-1]
 

@@ -15,6 +15,7 @@ from cierzo.engine.frontend.address import TcpAddress, parse_address
 from cierzo.engine.messages import FEATURES, PROTOCOL_VERSION
 
 Body = dict[str, Any]
+LOST: Body = {"type": "error", "code": "connection_lost"}
 
 
 @dataclass
@@ -80,6 +81,8 @@ class Talk(asyncio.Protocol):
         self.answers[stream] = Answer(time.monotonic())
         self._news[stream] = asyncio.Event()
         self.say({"type": "generate", **body, "stream": stream})
+        if self._transport is None or self._transport.is_closing():
+            self._end(stream, LOST)
         return stream
 
     def cancel(self, stream: int) -> None:
@@ -128,11 +131,10 @@ class Talk(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Whoever waits hears of it as an error."""
-        lost = {"type": "error", "code": "connection_lost"}
         for stream in list(self.answers):
-            self._end(stream, lost)
+            self._end(stream, LOST)
         for reply in self._replies.values():
-            reply.set_result(lost)
+            reply.set_result(LOST)
         if not self.welcome.done():
             self.welcome.set_result({})
 

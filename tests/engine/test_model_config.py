@@ -10,11 +10,13 @@ from typing import Any
 import msgspec
 import pytest
 import transformers
+from tiny_folders import changed
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, QueryScaling
-from cierzo.engine.model.config_defaults import DEFAULTS, EOS_TOKEN_ID, MISTRAL3, ROPE_THETA
+from cierzo.engine.model.config_defaults import DEFAULTS, EOS_TOKEN_ID, ROPE_THETA, WRAPPED, WRAPPERS
 from cierzo.engine.model.read_config import read_model_config
+from cierzo.engine.model.rope_config import YarnConfig
 
 YARN = {
     "type": "yarn",
@@ -107,7 +109,7 @@ def test_small3(tmp_path: Path) -> None:
     assert config.attention == GqaConfig(num_kv_heads=8, head_dim=128)
     assert config.moe is None
     assert config.rope.theta == 1e9
-    assert config.rope.yarn is None
+    assert config.rope.scaling is None
     assert config.eos_token_ids == (2, 11)
     assert config.cache_layout(32, "bfloat16").bytes_per_token == 163840
     assert config.cache_layout(32, "bfloat16", world=2).bytes_per_token == 81920
@@ -120,16 +122,16 @@ def test_softmax_scale_has_no_yarn_term_in_either_form(tmp_path: Path) -> None:
     oracle = read(tmp_path, SMALL4, rope_parameters=YARN | {"attention_factor": 1.0, "mscale_all_dim": 0.0})
     for config in (published, oracle):
         assert config.softmax_scale == pytest.approx(0.0883883476, abs=1e-10)
-        assert config.rope.yarn is not None
-        assert config.rope.yarn.magnitude == 1.0
+        assert isinstance(config.rope.scaling, YarnConfig)
+        assert config.rope.scaling.magnitude == 1.0
     other = msgspec.structs.replace(published, softmax_scale_override=0.1949694947)
     assert other.softmax_scale == 0.1949694947
 
 
 def test_yarn_without_ratio_scales_cos_and_sin(tmp_path: Path) -> None:
     config = read(tmp_path, SMALL4, rope_parameters=YARN | {"mscale_all_dim": 0.0})
-    assert config.rope.yarn is not None
-    assert config.rope.yarn.magnitude == pytest.approx(1.4852030264)
+    assert isinstance(config.rope.scaling, YarnConfig)
+    assert config.rope.scaling.magnitude == pytest.approx(1.4852030264)
 
 
 def test_wrapped(tmp_path: Path) -> None:
@@ -161,11 +163,29 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
         else:
             assert getattr(theirs, name) == value, name
     assert (theirs.eos_token_id, theirs.default_theta) == (EOS_TOKEN_ID, ROPE_THETA)
-    assert theirs.rope_parameters["rope_theta"] == ROPE_THETA
+    own = DEFAULTS[architecture].get("rope_parameters", {}).get("rope_theta", ROPE_THETA)
+    assert theirs.rope_parameters["rope_theta"] == own
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_have_the_defaults_of_transformers(wrapper: str) -> None:
+    theirs = transformers.AutoConfig.for_model(wrapper)
+    assert theirs.tie_word_embeddings is WRAPPERS[wrapper]["tie_word_embeddings"]
+    assert theirs.text_config.model_type == WRAPPED[wrapper]["model_type"]
+
+
+@pytest.mark.parametrize("wrapper", ["llava", "llava_next"])
+@pytest.mark.parametrize("outer", [..., False, True])
+@pytest.mark.parametrize("inner", [..., False, True])
+def test_the_tie_flags_of_llava(tmp_path: Path, wrapper: str, outer: object, inner: object) -> None:
+    """Either flag ties llava, the outer one alone llava_next."""
+    text = changed(SMALL3, {"tie_word_embeddings": inner})
+    config = read(tmp_path, {"model_type": wrapper, "text_config": text}, tie_word_embeddings=outer)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.tie_word_embeddings is theirs.tie_word_embeddings
 
 
 def test_the_wrapper_ties_by_default(tmp_path: Path) -> None:
-    assert transformers.Mistral3Config().tie_word_embeddings is MISTRAL3["tie_word_embeddings"] is True
     inner = SMALL4 | {"tie_word_embeddings": False}
     for flag, tied in ((..., True), (True, True), (False, False)):
         config = read(tmp_path, {"model_type": "mistral3", "text_config": inner}, tie_word_embeddings=flag)
@@ -333,7 +353,7 @@ def test_unsupported_values_are_named(tmp_path: Path, base: dict[str, Any], fiel
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("rope_type", "llama3"),
+        ("rope_type", "dynamic"),
         ("partial_rotary_factor", 1.0),
         ("truncate", False),
         ("factor", 0.5),
@@ -354,8 +374,8 @@ def test_missing_rope_fields_are_named(tmp_path: Path, field: str) -> None:
 def test_yarn_starts_at_the_whole_length_unless_it_is_said(tmp_path: Path) -> None:
     yarn = {name: value for name, value in YARN.items() if name != "original_max_position_embeddings"}
     config = read(tmp_path, SMALL4, rope_parameters=yarn)
-    assert config.rope.yarn is not None
-    assert config.rope.yarn.original_positions == 1048576
+    assert isinstance(config.rope.scaling, YarnConfig)
+    assert config.rope.scaling.original_positions == 1048576
     assert config.query_scaling == QueryScaling(beta=0.1, original_positions=1048576)
 
 

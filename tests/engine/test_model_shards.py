@@ -23,7 +23,7 @@ from cierzo.kernels.registry import bind
 WORLD = 2
 TOKENS = torch.arange(12) * 7
 LOGIT_ROWS = torch.tensor([11, 0, 1, 2, 3, 5, 8, 9, 10])
-NAMES = ["moe_two_shared", "moe_no_q_lora", "moe_dense_first", "moe_tied", "mistral"]
+NAMES = ["moe_two_shared", "moe_no_q_lora", "moe_dense_first", "moe_tied", "mistral", "ministral3"]
 
 
 def cut(whole: Tensor, spec: ParameterSpec, rank: int, world: int) -> Tensor:
@@ -59,15 +59,16 @@ def compute(
     all_reduce: AllReduce | None,
     token_ids: Tensor = TOKENS,
     expert_ids: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """One step of 9 prompt and 3 generated rows of one sequence -> this rank's logits of LOGIT_ROWS."""
     config = read_config(name)
     specs = parameter_specs(config)
-    parameters = {key: cut(value, specs[key], rank, world) for key, value in parameters_of(name).items()}
+    parameters = {key: cut(value, specs[key], rank, world).to(dtype) for key, value in parameters_of(name).items()}
     model = build_model(
-        config, parameters, device="cpu", dtype=torch.float32, rank=rank, world=world, all_reduce=all_reduce
+        config, parameters, device="cpu", dtype=dtype, rank=rank, world=world, all_reduce=all_reduce
     )
-    pool = KVPool(config.cache_layout(4, "float32", world), 8, "cpu")
+    pool = KVPool(config.cache_layout(4, str(dtype).removeprefix("torch."), world), 8, "cpu")
     tables = torch.tensor([[5, 2, 7]], dtype=torch.int32)
     slots = torch.tensor([20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31])
     expanded, absorbed = make_queries([(9, 9, 0)], tables), make_queries([(3, 12, 0)], tables)
@@ -85,13 +86,14 @@ def test_two_ranks_compute_what_one_does(name: str) -> None:
     torch.testing.assert_close(torch.cat(ranks, dim=-1), logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_in_one_call_is_its_operations_one_by_one(name: str) -> None:
+def test_a_model_in_one_call_is_its_operations_one_by_one(name: str, dtype: torch.dtype) -> None:
     bind(KernelsConfig(), "cpu")
-    together = compute(name, 0, 1, None)
+    together = compute(name, 0, 1, None, dtype=dtype)
     blocks = ("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block")
     bind(KernelsConfig(implementations=dict.fromkeys(blocks, "composed")), "cpu")
-    assert torch.equal(compute(name, 0, 1, None), together)
+    assert torch.equal(compute(name, 0, 1, None, dtype=dtype), together)
 
 
 @pytest.mark.parametrize("name", ["moe", "moe_dense_first", "moe_groups"])

@@ -20,6 +20,8 @@ from cierzo.engine.model.read_config import read_model_config
 BOTH, MISTRAL, LLAMA = ("mistral", "llama"), ("mistral",), ("llama",)
 OTHER = {"rope_type": "default", "rope_theta": 500.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MEANT = {**LLAMA3, "original_max_position_embeddings": 64, "rope_theta": 500.0}
 SPELLINGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "as saved": (BOTH, {}),
     "theta outside": (BOTH, {"rope_parameters": ..., "rope_theta": 500.0, "rope_scaling": None}),
@@ -52,6 +54,12 @@ SPELLINGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "yarn, betas given": (BOTH, {"rope_parameters": {**YARN, "beta_fast": 8, "beta_slow": 0.5}}),
     "yarn, mscale": (BOTH, {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}),
     "yarn, attention_factor": (BOTH, {"rope_parameters": {**YARN, "attention_factor": 0.7}}),
+    "linear": (BOTH, {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.5}}),
+    "llama3": (BOTH, {"rope_parameters": MEANT}),
+    "llama3, old places": (BOTH, {"rope_parameters": ..., "rope_scaling": LLAMA3, "rope_theta": 500.0}),
+    "llama3, no original length": (BOTH, {"rope_parameters": LLAMA3, "max_position_embeddings": 128}),
+    "llama3, original length outside": (BOTH, {"rope_parameters": MEANT, "original_max_position_embeddings": 32}),
+    "llama3, other ends": (BOTH, {"rope_parameters": {**MEANT, "low_freq_factor": 0.25, "high_freq_factor": 9}}),
     "epsilon missing": (BOTH, {"rms_norm_eps": ...}),
     "activation missing": (BOTH, {"hidden_act": ...}),
     "activation's other name": (BOTH, {"hidden_act": "swish"}),
@@ -101,6 +109,8 @@ def test_is_read_as_transformers_reads_it(tmp_path: Path, architecture: str, spe
         ("mistral", "scaling, parameters and theta"),
         ("llama", "yarn, mscale"),
         ("llama", "activation's other name"),
+        ("llama", "llama3"),
+        ("mistral", "linear"),
         ("mistral", "window missing"),
         ("llama", "window not used"),
         ("mistral", "layers listed beside a window"),
@@ -127,8 +137,14 @@ REFUSED: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (BOTH, {"attention_bias": True}, "attention_bias"),
     (BOTH, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     (BOTH, {"rope_parameters": ..., "rope_theta": None}, "rope_theta"),
-    (BOTH, {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.rope_type"),
-    (BOTH, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
+    (BOTH, {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.low_freq_factor"),
+    (BOTH, {"rope_scaling": {**LLAMA3, "low_freq_factor": 0}}, "rope_scaling.low_freq_factor"),
+    (BOTH, {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "rope_scaling.high_freq_factor"),
+    (BOTH, {"rope_scaling": {**LLAMA3, "factor": 0.5}}, "rope_scaling.factor"),
+    (BOTH, {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor"),
+    (BOTH, {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor"),
+    (BOTH, {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.type"),
+    (BOTH, {"rope_parameters": {"rope_type": "proportional"}}, "rope_parameters.rope_type"),
     (BOTH, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type"),
     (BOTH, {"rope_scaling": {"type": None, "factor": 2.0}}, "rope_scaling.type"),
     (BOTH, {"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor"),

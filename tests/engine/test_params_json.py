@@ -15,6 +15,7 @@ from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import CheckpointError, ConfigError
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.read_config import read_model_config
+from cierzo.engine.model.rope_config import YarnConfig
 from cierzo.engine.weights.info import describe
 from cierzo.engine.weights.published import native_params
 from cierzo.engine.weights.shapes import shape_of
@@ -101,9 +102,9 @@ def test_yarn_has_its_magnitude_unless_apply_scale_is_false(tmp_path: Path) -> N
     """True, or unsaid, is transformers' mscale_all_dim 0."""
     magnitudes = []
     for value in (False, True, ...):
-        rope = read(tmp_path, changed(PUBLISHED, "yarn.apply_scale", value)).rope
-        assert rope.yarn is not None
-        magnitudes.append(rope.yarn.magnitude)
+        scaling = read(tmp_path, changed(PUBLISHED, "yarn.apply_scale", value)).rope.scaling
+        assert isinstance(scaling, YarnConfig)
+        magnitudes.append(scaling.magnitude)
     assert magnitudes == pytest.approx([1.0, 0.1 * math.log(128) + 1, 0.1 * math.log(128) + 1])
 
 
@@ -112,7 +113,7 @@ def test_the_lesser_spellings(tmp_path: Path) -> None:
     config = read(tmp_path, changed(values, "tied_embeddings", ...))
     assert config.max_position_embeddings == 4096
     assert not config.tie_word_embeddings
-    assert config.rope.yarn is None
+    assert config.rope.scaling is None
     assert not config.rope.interleaved
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
     assert read(tmp_path, DENSE).eos_token_ids == (2, 4)
@@ -211,7 +212,6 @@ def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
         (DENSE, "n_kv_heads", 3),
         (DENSE, "head_dim", 31),
         (DENSE, "moe", {"num_experts": 8}),
-        (DENSE, "llama_4_scaling", {"beta": 0.1, "original_max_position_embeddings": 8192}),
     ],
 )
 def test_unsupported_values_are_named(tmp_path: Path, values: dict[str, Any], field: str, value: object) -> None:

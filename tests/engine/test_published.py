@@ -12,7 +12,7 @@ import pytest
 import torch
 from loading import load, logits
 from native_only import needs_native
-from published import SMALL3, SMALL4, Published, halves_of_pairs
+from published import MINISTRAL3, SMALL3, SMALL4, Published, halves_of_pairs
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from cierzo.kernels.formats.int4 import split
 from cierzo.kernels.formats.packed import empty_packed, from_panels, packed_bytes, view_packed
 from cierzo.scheduler.params import SamplingParams
 
-SHAPES = {"small4": SMALL4, "small3": SMALL3}
+SHAPES = {"small4": SMALL4, "small3": SMALL3, "ministral3": MINISTRAL3}
 CASES = [
     ("small4", "native"),
     ("small4", "hf-fp8"),
@@ -40,6 +40,8 @@ CASES = [
     ("small3", "native"),
     ("small3", "hf-fp8"),
     ("small3", "native-fp8"),
+    ("ministral3", "hf-fp8"),
+    ("ministral3", "native-fp8"),
 ]
 TOKENS = torch.arange(12) * 13 % 192
 QUANTISED_WEIGHTS = ["int8", "int4", "nvfp4"]

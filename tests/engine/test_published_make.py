@@ -108,9 +108,7 @@ def test_formats_that_do_not_fit(tmp_path: Path, like: str, name: str, dtype: st
 
 
 def test_a_prompt_of_text_needs_a_tokenizer(tmp_path: Path) -> None:
-    """tekken.json alone is none."""
     folder = make_checkpoint(tmp_path / "new", like="small4", checkpoint_format="native-fp8")
-    (folder / "tekken.json").write_text("{}")
     with LLM(folder, kv_cache_gib=0.01) as llm, pytest.raises(Exception, match="token") as caught:
         llm.generate(["text"])
     assert "tokenizer" in str(caught.value)

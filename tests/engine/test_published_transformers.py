@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from oracle import make_queries
-from published import FP8_CONFIG, SMALL3, SMALL4, Published
+from published import FP8_CONFIG, MINISTRAL3, SMALL3, SMALL4, Published
 from safetensors.torch import save_file
 
 from cierzo.engine.config import EngineOptions, resolve
@@ -47,7 +47,10 @@ def dequantised(folder: Path, name: str) -> Any:
     return family.from_pretrained(folder, dtype=torch.float32, quantization_config=settings).eval()
 
 
-@pytest.mark.parametrize(("shape", "name"), [(SMALL3, "MistralForCausalLM"), (SMALL4, "Mistral4ForCausalLM")])
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [(SMALL3, "MistralForCausalLM"), (MINISTRAL3, "Ministral3ForCausalLM"), (SMALL4, "Mistral4ForCausalLM")],
+)
 def test_the_same_weights(tmp_path: Path, shape: Any, name: str) -> None:
     theirs = dequantised(text_only(tmp_path, shape), name).state_dict()
     specs = parameter_specs(read_model_config(tmp_path))
@@ -59,8 +62,9 @@ def test_the_same_weights(tmp_path: Path, shape: Any, name: str) -> None:
                 assert torch.equal(as_tensor(parameter), theirs[key]), key
 
 
-def test_the_same_logits(tmp_path: Path) -> None:
-    oracle = dequantised(text_only(tmp_path, SMALL3), "MistralForCausalLM").float()  # some of it is bfloat16
+@pytest.mark.parametrize(("shape", "name"), [(SMALL3, "MistralForCausalLM"), (MINISTRAL3, "Ministral3ForCausalLM")])
+def test_the_same_logits(tmp_path: Path, shape: Any, name: str) -> None:
+    oracle = dequantised(text_only(tmp_path, shape), name).float()  # some of it is bfloat16
     tokens = torch.arange(9) * 17 % 192
     with torch.inference_mode():
         expected = oracle(tokens[None]).logits[0]

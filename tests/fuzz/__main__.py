@@ -1,7 +1,8 @@
-"""`python -m fuzz`: 10^7 frames and 10^5 connections, over all processors; what fails is kept in the corpus.
+"""`python -m fuzz`: 10^7 frames, 10^5 connections, and 30,000 answers that have parts, over all processors; what
+fails is kept in the corpus.
 
 Frames and splitter run under atheris if it can be imported (`make fuzz` installs it beside the environment), and
-under the seeded mutator otherwise, which `--no-atheris` asks for too. Connections run under the mutator.
+under the seeded mutator otherwise, which `--no-atheris` asks for too. The others run under the mutator.
 """
 
 from __future__ import annotations
@@ -57,6 +58,16 @@ def run_sequences(seed: int, count: int) -> tuple[int, str]:
     return count, ""
 
 
+def run_parts(seed: int, count: int) -> tuple[int, str]:
+    """Mutated answers through the reader of parts: how many, and the first finding's file."""
+    rng, corpus = random.Random(seed), targets.entries("answers")
+    for number in range(count):
+        data = b"".join(mutated(rng, corpus) for _ in range(rng.choice((1, 1, 2))))
+        if found := tried("answers", targets.parts, data):
+            return number, found
+    return count, ""
+
+
 def _names() -> list[str]:
     return [path.stem for path in sorted((targets.CORPUS / "frames").iterdir())]
 
@@ -77,6 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzz", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--frames", type=int, default=10_000_000, metavar="N")
     parser.add_argument("--sequences", type=int, default=100_000, metavar="N")
+    parser.add_argument("--answers", type=int, default=30_000, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--no-atheris", action="store_true", help="frames by the seeded mutator")
     arguments = parser.parse_args()
@@ -86,6 +98,7 @@ def main() -> int:
     else:
         is_sound = _over_processors("frames", run_frames, arguments.frames, SHARE, seed)
     is_sound &= _over_processors("sequences", run_sequences, arguments.sequences, SEQUENCES_SHARE, seed)
+    is_sound &= _over_processors("answers", run_parts, arguments.answers, SEQUENCES_SHARE, seed)
     print(f"{'PASS' if is_sound else 'FAIL'}  in {time.monotonic() - start:.0f} s")
     return 0 if is_sound else 1
 

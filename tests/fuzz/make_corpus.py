@@ -61,6 +61,15 @@ SEQUENCES = {
     "twice": ["hello", "hello"],
     "no-hello": ["ping"],
 }
+ANSWERS = {  # a byte for the syntax, and text in which bytes from 0xF8 on stand for its markers
+    "mistral": b'\x00\xf8hm\xf9ok \xfaget\xfb{"x": [1, "\xc3\xa9"]}\xfag\xfc123456789\xfb{}',
+    "mistral-list": b'\x00\xfa [{"name": "f", "arguments": {"x": "}"}, "id": "x"}, {"arguments": {}, "name": "g"}]',
+    "magistral": b"\x01<think>hm</think>\n\xf8f\xf9{}",
+    "tags": b'\x02<think>a<b</think>\n<tool_call>\n{"name": "f", "arguments": {"a": [true, -1.5e3]}}\n</tool_call>',
+    "tag-tokens": b'\x03\xf8hm\xf9\n\xfa\n{"name": "f", "arguments": {"b": "\\u00e9"}}\n\xfb\n\xfax\xfb',
+    "llama": b'\x04 {"name": "f", "parameters": {}}; {"type": "function", "name": "g", "parameters": {"x": 1}}',
+    "llama-json": b'\x04{"name": "Ann", "age": 3}',
+}
 
 
 def main() -> None:
@@ -70,6 +79,8 @@ def main() -> None:
     for name, names in SEQUENCES.items():
         bodies = [_encode(FRAMES[each]) for each in names]
         _write(f"sequences/{name}", b"".join(len(body).to_bytes(4, "big") + body for body in bodies))
+    for name, answer in ANSWERS.items():
+        _write(f"answers/{name}", answer)
     _write("sequences/http", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
     _write("sequences/tls", bytes.fromhex("160301020001000001fc0303") + bytes(range(64)))
     hello = _encode(HELLO)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import re
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,8 @@ from simulation.house import House
 from simulation.link import SimulatedLink
 from simulation.world import bytes_kept
 from support.fake_core import fake_model
+from support.part_answers import IDS, SYNTAXES, Pieces, joined, read
+from support.parts_reference import parse
 
 from cierzo.bench.virtual import VirtualClock, VirtualLoop
 from cierzo.cache.config import CacheConfig
@@ -25,12 +28,14 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter
 from cierzo.engine.frontend.limits import ByteBudget
 from cierzo.engine.messages import FEATURES, ClientMessage, Generate, Hello, ServerMessage
+from cierzo.engine.text.parts import PartsReader, numbered
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
 
 _decode = msgspec.msgpack.Decoder(ClientMessage).decode
 CORPUS = Path(__file__).parent / "corpus"
 MAX_FRAME_BYTES = 16 * 1024
+MAX_ANSWER_BYTES = 200  # the slow parser takes time in proportion to the square of it
 LIMITS = FrontendConfig(
     max_frame_bytes=MAX_FRAME_BYTES,
     max_attached_bytes=32 * 1024,
@@ -97,6 +102,23 @@ def _taken(parts: list[bytes]) -> list[str]:
     box.close()
     assert not budget.num_bytes
     return found
+
+
+def parts(data: bytes) -> None:
+    """However an answer's tokens come, its parts are those of the whole. The first byte chooses the syntax; what is
+    no byte of UTF-8 stands for a token that is a marker."""
+    name, vocabulary = [*SYNTAXES][data[0] % len(SYNTAXES) if data else 0], Pieces()
+    markers = [*SYNTAXES[name].tokens, IDS["[IMG]"]]
+    token_ids: list[int] = []
+    for piece in pieces(data[1:MAX_ANSWER_BYTES]):
+        for text in re.findall(rb"[\xf8-\xff]|[^\xf8-\xff]+", piece):
+            place = text[0] - 0xF8
+            token_ids.append(markers[place % len(markers)] if place >= 0 else vocabulary.add(text))
+    whole = parse(token_ids, vocabulary.token_bytes, SYNTAXES[name], numbered)
+    for lengths in ([], [1] * len(token_ids)):
+        reader = PartsReader(vocabulary, SYNTAXES[name])
+        text, found = read(reader, token_ids, lengths)
+        assert (joined(found), text, reader.broken_calls) == (whole.parts, whole.text, whole.broken)
 
 
 def _split(split: FrameSplitter, parts: list[bytes]) -> list[bytes | str]:

@@ -6,6 +6,7 @@ import pytest
 
 from cierzo.engine.frontend.frames import FrameSplitter
 from cierzo.engine.frontend.methods import Methods
+from cierzo.engine.text.parts import PartsReader
 from fuzz import __main__ as fuzz
 from fuzz import targets
 from fuzz.make_corpus import FRAMES, SEQUENCES
@@ -39,10 +40,16 @@ def test_mutated_connections():
     assert fuzz.run_sequences(seed=1, count=600) == (600, "")
 
 
+def test_mutated_answers():
+    for data in targets.entries("answers"):
+        targets.parts(data)
+    assert fuzz.run_parts(seed=1, count=400) == (400, "")
+
+
 @pytest.fixture
 def nothing_is_kept(monkeypatch, tmp_path):
     """Findings of a fault that was put in are not for the corpus."""
-    for folder in ("frames", "sequences"):
+    for folder in ("frames", "sequences", "answers"):
         (tmp_path / folder).mkdir()
         for number, data in enumerate(targets.entries(folder)):
             (tmp_path / folder / f"{number}.bin").write_bytes(data)
@@ -67,6 +74,13 @@ def test_a_method_that_breaks_is_found(monkeypatch):
 
     monkeypatch.setattr(Methods, "_ping", breaks)
     assert "told to" in fuzz.run_sequences(seed=1, count=300)[1]
+
+
+@pytest.mark.usefixtures("nothing_is_kept")
+def test_a_reader_that_counts_a_token_twice_is_found(monkeypatch):
+    credit = PartsReader._credit
+    monkeypatch.setattr(PartsReader, "_credit", lambda self, num: credit(self, num + (num > 1)))
+    assert fuzz.run_parts(seed=1, count=1500)[1]
 
 
 @pytest.mark.usefixtures("nothing_is_kept")

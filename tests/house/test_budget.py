@@ -11,7 +11,7 @@ BUDGET = {
     "src": 200,
     "engine": 3_670,
     "engine/cost": 1_200,
-    "engine/frontend": 8_700,
+    "engine/frontend": 8_800,
     "engine/model": 1_050,
     "engine/text": 2_600,
     "engine/weights": 3_200,

@@ -19,17 +19,18 @@ EVERYWHERE = (
 )
 CHECKPOINTS = (
     *("engine.checkpoint_format", "engine.weights.names", "engine.weights.plan", "engine.weights.published"),
-    "engine.weights.quantised",
+    *("engine.quantisation", "engine.weights.companions", "engine.weights.pieces"),
+    *("engine.weights.quantised", "engine.weights.grids"),
 )
 # fp8 and int8 are also formats of cached values and of activations, and rates of a device.
 CACHED = ("cache.layout", "cache.pool", "engine.config", "kernels.triton.paged")
 RATES = ("engine.cost", "bench.plan.calibrate")
 SPELLED = {
     "nvfp4": (*EVERYWHERE, *CHECKPOINTS, "kernels.formats.nvfp4", "kernels.cpu.abi", "kernels.pack"),
-    "mxfp4": (*EVERYWHERE, "kernels.formats.mxfp4"),
-    "int4": (*EVERYWHERE, "kernels.cpu.abi"),
+    "mxfp4": (*EVERYWHERE, *CHECKPOINTS, "kernels.formats.mxfp4"),
+    "int4": (*EVERYWHERE, "kernels.cpu.abi", "engine.quantisation"),
     "fp8": (*EVERYWHERE, *CHECKPOINTS, *CACHED, *RATES, "kernels.formats"),
-    "int8": (*EVERYWHERE, *CACHED, *RATES, "kernels.cpu.abi"),
+    "int8": (*EVERYWHERE, *CACHED, *RATES, "kernels.cpu.abi", "engine.quantisation", "engine.weights.plan"),
 }
 
 

@@ -12,7 +12,10 @@ from cierzo.cli import COMMANDS
 
 Edge = tuple[str, int, str]  # module, line, the full name that it imports
 
-PARAMETERS = ("engine.parameters", "engine.checkpoint_format", "engine.fields", "engine.errors")
+PARAMETERS = (
+    *("engine.parameters", "engine.checkpoint_format", "engine.quantisation"),
+    *("engine.fields", "engine.errors"),
+)
 WORKER = (
     *("kernels", "engine.model", "engine.weights", *PARAMETERS),
     *("engine.cost", "cache", "scheduler", "engine.worker"),
@@ -88,7 +91,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "engine.cost.step_model": ("engine.cost", "engine.config", "engine.errors"),
     "engine.fields": ("engine.errors",),
-    "engine.checkpoint_format": ("engine.fields", "engine.errors"),
+    "engine.quantisation": ("engine.fields",),
+    "engine.checkpoint_format": ("engine.quantisation", "engine.fields", "engine.errors"),
     "engine.parameters": ("kernels.formats", "engine.errors"),
     "engine.model": ("engine.model", "kernels", "cache.layout", "cache.pool", *PARAMETERS),
     "engine.weights": (
@@ -136,6 +140,7 @@ WITHOUT_TORCH = (
     "engine.expert_statistics",
     *("engine.signs", "engine.flight", "engine.server_process", "engine.number_choice"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
+    "engine.quantisation",
     *("engine.model.config", "engine.model.config_json", "engine.model.params_json", "engine.model.read_config"),
     *("engine.weights.shapes", "kernels.formats.number_formats", "cli", "__main__"),
 )

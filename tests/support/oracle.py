@@ -67,6 +67,27 @@ def _yarn(original_positions: int = 8192, factor: float = 128.0) -> dict[str, ob
     }
 
 
+_DENSE = {**TINY, "num_key_value_heads": 2, "head_dim": 16}
+# Ministral 3's rope settings, its original length and base so small that 43 tokens go far beyond it.
+_MINISTRAL: dict[str, object] = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 _PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 ORACLES: dict[str, tuple[str, dict[str, object]]] = {
     "moe": ("Mistral4", {**MOE, "rope_parameters": _yarn()}),
@@ -102,9 +123,16 @@ ORACLES: dict[str, tuple[str, dict[str, object]]] = {
             "attn_implementation": "sdpa",  # a whole score matrix of 8k x 8k would be slow
         },
     ),
-    "mistral": (
-        "Mistral",
-        {**TINY, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": None, "rope_parameters": _PLAIN},
+    "mistral": ("Mistral", {**_DENSE, "sliding_window": None, "rope_parameters": _PLAIN}),
+    "ministral3": ("Ministral3", {**_DENSE, "rope_parameters": _MINISTRAL}),
+    "ministral3_magnitude": (  # as params.json's apply_scale true asks for it; tied like the 3B model
+        "Ministral3",
+        {**_DENSE, "rope_parameters": {**_MINISTRAL, "mscale_all_dim": 0.0}, "tie_word_embeddings": True},
+    ),
+    "llama3": ("Llama", {**TINY, "num_key_value_heads": 2, "rope_parameters": _LLAMA3}),
+    "llama_linear": (
+        "Llama",
+        {**TINY, "num_key_value_heads": 2, "rope_parameters": {**_PLAIN, "rope_type": "linear", "factor": 4.0}},
     ),
     "llama": ("Llama", {**TINY, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_parameters": _PLAIN}),
     "llama_tied": (

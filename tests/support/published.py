@@ -35,6 +35,23 @@ SMALL4 = Small4Shape(
 SMALL3 = Small3Shape(
     vocab_size=192, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=96
 )
+
+
+class Ministral3Shape(Small3Shape):
+    """A dense model with YaRN, the queries from position 8 on scaled: a dozen tokens go beyond it."""
+
+    def config(self, dtype: str) -> dict[str, object]:
+        """config.json."""
+        rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 8}
+        rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+        own = {"model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"]}
+        parameters = {"rope_parameters": rope | {"llama_4_scaling_beta": 0.5}, "max_position_embeddings": 128}
+        return Small3Shape.config(self, dtype) | own | parameters
+
+
+MINISTRAL3 = Ministral3Shape(
+    vocab_size=192, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=96
+)
 FP8_CONFIG = {
     "quant_method": "fp8",
     "activation_scheme": "static",
@@ -239,6 +256,11 @@ class Published:
             "max_position_embeddings": base["max_position_embeddings"],
             "vision_encoder": {"hidden_size": 1024},
         }
+        if isinstance(self.shape, Ministral3Shape):
+            rope = base["rope_parameters"]
+            original = {"original_max_position_embeddings": rope["original_max_position_embeddings"]}
+            params["llama_4_scaling"] = {**original, "beta": rope["llama_4_scaling_beta"]}
+            params["yarn"] = {**original, "factor": 16, "apply_scale": False, "beta": 32, "alpha": 1}
         if isinstance(self.shape, Small4Shape):
             params |= {
                 name: base[name]

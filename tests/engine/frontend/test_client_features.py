@@ -45,6 +45,23 @@ ID = "ab" * 16
 # --- versions and features -----------------------------------------------------------------------------------
 
 
+def test_a_client_asks_for_the_features_that_it_was_told(run, serving):
+    async def body():
+        async with serving() as house:
+            for features in ((), ("credit",), ["accounting", "resume"]):
+                async with await Client.connect(house.address, features=features) as client:
+                    assert client.welcome.features == sorted(features)
+                    generation = client.generate(token_ids=[1], max_tokens=2)
+                    assert len(await tokens_of(generation)) == 2
+                    assert (generation.final.cost is not None) == ("accounting" in features)
+                    assert (generation.request_id is not None) == ("resume" in features)
+            with pytest.raises(InvalidRequest, match="'speed'") as caught:
+                await Client.connect(house.address, features=["credit", "speed"])
+            assert (caught.value.field, caught.value.value) == ("features", "speed")
+
+    run(body())
+
+
 def test_a_server_of_the_version_before_is_spoken_to_in_it(run):
     """It answers a hello of version 3 with its limit, 2, as the last release did."""
     hellos = []

@@ -6,10 +6,11 @@ import asyncio
 import socket
 
 import pytest
-from streams import all_of, by_sample, generate
+from streams import all_of, by_sample, generate, until
 
 from cierzo.engine.errors import Draining, InvalidRequest, Overloaded
 from cierzo.engine.frontend.client import Client
+from cierzo.engine.frontend.rpc import Connection
 from cierzo.engine.messages import Delta, Final, Generate, Ping, Pong, SamplingParams
 
 
@@ -295,23 +296,74 @@ def test_a_slow_reader_holds_back_nobody_and_gets_its_tokens_merged(run, serving
     run(body())
 
 
-def test_a_reader_that_asks_on_and_never_reads_is_closed(run, serving, peering, cores, caplog):
-    """Answers that are no stream's output are kept within a bound; past it the connection and its streams end."""
+def test_a_reader_that_asks_on_and_never_reads_is_heard_no_more_and_closed_in_the_end(
+    run, serving, peering, cores, caplog
+):
+    """Answers that are no stream's output are kept within a bound."""
     cores.free = False
 
     async def body():
-        async with serving(cores=cores, high_water_bytes=2000, max_pending_bytes=3000) as house:
+        async with serving(cores=cores, max_pending_bytes=3000, slow_reader_s=0.3) as house:
             async with peering(house) as peer:
                 (connection,) = house.server._connections
                 peer.say(generate(max_tokens=4000))
                 await cores.until(lambda: cores.now.submits)
                 connection.pause_writing()
-                for stream in range(2, 300):
+                for stream in range(2, 3000):
                     peer.say(Ping(stream=stream))
+                await until(lambda: connection in house.server.deaf)
+                assert 3000 < len(connection._late) < 3100
                 await peer.hear_until(Final)  # None: the connection has ended
             await cores.until(lambda: cores.now.aborts)
             assert house.server._connections == set()
         assert "unread" in caplog.text
+
+    run(body())
+
+
+def test_a_reader_that_catches_up_is_heard_again(run, serving, peering, monkeypatch):
+    """It takes longer than slow_reader_s, but takes something all the time."""
+    taken = []
+
+    def more(connection):
+        taken.append(len(taken))
+        return len(taken)
+
+    monkeypatch.setattr(Connection, "num_taken", property(more))
+
+    async def body():
+        async with serving(max_pending_bytes=3000, slow_reader_s=0.02) as house, peering(house) as peer:
+            (connection,) = house.server._connections
+            connection.pause_writing()
+            for stream in range(2, 1000):
+                peer.say(Ping(stream=stream))
+            await until(lambda: len(taken) > 5)
+            assert len(connection._late) < 3100
+            connection.resume_writing()
+            assert [await peer.hear() for _ in range(2, 1000)] == [Pong(stream=stream) for stream in range(2, 1000)]
+            assert len(house.server.deaf) == 0
+
+    run(body())
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+def test_output_of_the_turn_in_which_a_connection_fills_up_is_not_unread(run, serving, peering, turns):
+    """The transport may say that it is full between a step's output and the end of the turn that sends it."""
+
+    async def body():
+        async with serving(max_pending_bytes=3000) as house, peering(house) as peer:
+            (connection,) = house.server._connections
+            for token in range(500):
+                connection.put(Delta(stream=1, token_ids=[token]))
+            connection.pause_writing()
+            connection.put(Pong(stream=2))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            connection.resume_writing()
+            connection.put(Pong(stream=3))
+            for token in range(500):
+                assert await peer.hear() == Delta(stream=1, token_ids=[token])
+            assert [await peer.hear(), await peer.hear()] == [Pong(stream=2), Pong(stream=3)]
 
     run(body())
 

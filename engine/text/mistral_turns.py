@@ -1,0 +1,254 @@
+"""Turns of a conversation as mistral-common's messages.
+
+It refuses what its models were not trained on, and does not say where that stands. All of it is looked for here
+first, so that an error names the field, the limit and the value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import msgspec
+from mistral_common.protocol.instruct import chunk as theirs
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
+from mistral_common.protocol.instruct.tool_calls import FunctionCall
+from mistral_common.protocol.instruct.tool_calls import ToolCall as TheirCall
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.messages import ChatMessage, TextChunk, ThinkingChunk, ToolCall
+from cierzo.engine.text.tool_arguments import Arguments
+
+Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+FOLLOWERS = {
+    "system": ("system", "user", "assistant"),
+    "user": ("user", "assistant", "system"),
+    "assistant": ("assistant", "user", "tool"),
+    "tool": ("tool", "assistant", "user"),
+}
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+NAME_LIMIT = "1 to 64 of a-z, A-Z, 0-9, _ and -"
+_OLD_ID = re.compile(r"[a-zA-Z0-9]{9}")
+_NO_ID = "null"  # mistral-common's word for a call that has none
+MAX_VALUE_CHARS = 200
+
+
+class Rules(msgspec.Struct, frozen=True):
+    """Limits of a version of the tokenizer. `thinkers`: roles whose content may hold thoughts. `markers`: how its
+    control tokens are spelled."""
+
+    version: int
+    thinkers: tuple[str, ...]
+    markers: tuple[str, ...]
+
+
+def their_messages(turns: Sequence[ChatMessage], rules: Rules) -> list[Message]:
+    """The conversation for mistral-common. Raises InvalidRequest, with the field that is wrong."""
+    if not turns:
+        raise _refused("messages", "messages is empty", "at least 1", 0)
+    _check_order(turns, rules)
+    messages = [_message(f"messages[{index}]", turn, rules) for index, turn in enumerate(turns)]
+    _check_results(turns)
+    _check_prefix(f"messages[{len(turns) - 1}]", turns[-1], rules)
+    return messages
+
+
+def is_within_thought(turns: Sequence[ChatMessage]) -> bool:
+    """Whether the answer goes on within a thought."""
+    last = turns[-1]
+    chunk = last.content[-1] if isinstance(last.content, list) and last.content else None
+    return last.prefix and isinstance(chunk, ThinkingChunk) and not chunk.closed
+
+
+def texts(turns: Sequence[ChatMessage]) -> Iterator[str]:
+    """Whatever of the turns comes into the prompt as it is: a result is written anew by old versions."""
+    for turn in turns:
+        if turn.role != "tool":
+            yield turn.reasoning
+            chunks = [TextChunk(text=turn.content)] if isinstance(turn.content, str) else turn.content
+            yield from (chunk.text if isinstance(chunk, TextChunk) else chunk.thinking for chunk in chunks)
+
+
+# --- the order of turns ------------------------------------------------------------------------------------
+
+
+def _check_order(turns: Sequence[ChatMessage], rules: Rules) -> None:
+    last = len(turns) - 1
+    for index, turn in enumerate(turns):
+        before = turns[index - 1].role if index else None
+        allowed = tuple(FOLLOWERS) if before is None else FOLLOWERS[before]
+        if turn.role not in allowed:
+            what = f"messages[{index}] is of the role {turn.role[:50]!r}, which cannot follow {before!r}"
+            raise _refused(f"messages[{index}].role", what, ", ".join(allowed), turn.role)
+        if turn.tool_calls and before == "assistant" and rules.version < 7:
+            what = f"messages[{index}] calls behind content, which a tokenizer of v{rules.version} cannot write"
+            raise _refused(f"messages[{index}].tool_calls", what, "behind a turn of another role", "assistant")
+        if turn.prefix and (turn.role != "assistant" or index != last):
+            what = f"messages[{index}] cannot be continued: it is not the last turn, or not the assistant's"
+            raise _refused(f"messages[{index}].prefix", what, "the last turn, if it is the assistant's", True)
+    if turns[last].role == "assistant" and not turns[last].prefix:
+        what = "the last turn is the assistant's already; to have it continued, set its prefix"
+        raise _refused(f"messages[{last}].role", what, "user, tool, or assistant with prefix", "assistant")
+    if last == 0 and turns[0].role not in ("user", "system"):
+        what = "a conversation does not begin with its only turn being the assistant's or a tool's"
+        raise _refused("messages[0].role", what, "user, system", turns[0].role)
+
+
+def _check_results(turns: Sequence[ChatMessage]) -> None:
+    """Each call has one result before the assistant speaks again, or is to speak."""
+    calls: dict[str, str] = {}  # id -> field, of those without a result
+    seen: set[str] = set()
+    for index, turn in enumerate(turns):
+        field = f"messages[{index}]"
+        if turn.role == "tool":
+            if turn.tool_call_id not in calls:
+                why = "has a result already" if turn.tool_call_id in seen else "is not of the calls before it"
+                what = f"{field} is the result of the call {turn.tool_call_id[:50]!r}, which {why}"
+                raise _refused(f"{field}.tool_call_id", what, ", ".join(calls) or "no call", turn.tool_call_id)
+            seen.add(turn.tool_call_id)
+            del calls[turn.tool_call_id]
+        elif turn.role == "assistant":
+            _check_answered(calls)
+            seen.clear()
+            for number, call in enumerate(turn.tool_calls):
+                place = f"{field}.tool_calls[{number}].id"
+                if call.id in calls:
+                    raise _refused(place, f"{place} is that of another call of this turn", "unique", call.id)
+                calls[call.id] = place
+    _check_answered(calls)
+
+
+def _check_answered(calls: dict[str, str]) -> None:
+    for call_id, place in calls.items():
+        field = place.removesuffix(".id")
+        raise _refused(
+            field, f"the call {call_id!r} has no result", "a turn of the role tool for each call", call_id
+        )
+
+
+def _check_prefix(field: str, turn: ChatMessage, rules: Rules) -> None:
+    """Refuse to go on behind a marker: it would be read as the text that it is, and not as what it says."""
+    if not turn.prefix:
+        return
+    end, place = turn.content, f"{field}.content"
+    if not isinstance(end, str):
+        place += f"[{len(end) - 1}]"
+        end = _open_text(end[-1]) if end else ""
+    end = end.rstrip()
+    if end.endswith(rules.markers):
+        marker = max((marker for marker in rules.markers if end.endswith(marker)), key=len)
+        what = f"{place} ends in the marker {marker}, which would be read as text; send a chunk that it stands for"
+        raise _refused(place, what, "text that does not end in a marker", marker)
+
+
+def _open_text(chunk: TextChunk | ThinkingChunk) -> str:
+    """The text that a model goes on with behind this chunk: none behind a thought that is closed."""
+    if isinstance(chunk, TextChunk):
+        return chunk.text
+    return "" if chunk.closed else chunk.thinking
+
+
+# --- one turn ----------------------------------------------------------------------------------------------
+
+
+def _message(field: str, turn: ChatMessage, rules: Rules) -> Message:
+    if turn.role != "assistant":
+        if turn.tool_calls:
+            what = f"{field} has calls and is of the role {turn.role}"
+            raise _refused(f"{field}.tool_calls", what, "of the assistant alone", len(turn.tool_calls))
+        if turn.reasoning:
+            what = f"{field} has reasoning and is of the role {turn.role}"
+            raise _refused(f"{field}.reasoning", what, "of the assistant alone", turn.reasoning)
+    content = _content(field, turn, rules)
+    match turn.role:
+        case "system":
+            return SystemMessage(content=content)
+        case "user":
+            return UserMessage(content=content)
+        case "tool":
+            return _result(field, turn, content, rules)
+        case _:
+            return _answer(field, turn, content, rules)
+
+
+def _content(field: str, turn: ChatMessage, rules: Rules) -> str | list[theirs.ContentChunk]:
+    """The content, with `reasoning` as a thought before it."""
+    if isinstance(turn.content, str) and not turn.reasoning:
+        return turn.content
+    chunks: list[theirs.ContentChunk] = []
+    if turn.reasoning:
+        _check_thinks(f"{field}.reasoning", turn, rules)
+        chunks.append(theirs.ThinkChunk(thinking=turn.reasoning))
+    if isinstance(turn.content, str):
+        return [*chunks, theirs.TextChunk(text=turn.content)] if turn.content else chunks
+    for index, chunk in enumerate(turn.content):
+        place = f"{field}.content[{index}]"
+        if isinstance(chunk, TextChunk):
+            chunks.append(theirs.TextChunk(text=chunk.text))
+            continue
+        _check_thinks(place, turn, rules)
+        if turn.reasoning:
+            what = f"{field} has a thought in its content and another one in reasoning"
+            raise _refused(f"{field}.reasoning", what, "one of both", turn.reasoning)
+        if not chunk.closed and not (turn.prefix and index == len(turn.content) - 1):
+            what = f"{place} is a thought that is not closed, and the answer does not go on with it"
+            raise _refused(f"{place}.closed", what, "true, but at the end of a turn with prefix", False)
+        chunks.append(theirs.ThinkChunk(thinking=chunk.thinking, closed=chunk.closed))
+    return chunks
+
+
+def _check_thinks(field: str, turn: ChatMessage, rules: Rules) -> None:
+    if turn.role not in rules.thinkers:
+        known = ", ".join(rules.thinkers)
+        what = f"{field} is a thought, which a turn of the role {turn.role} cannot have with this model's tokenizer"
+        raise _refused(field, f"{what} (v{rules.version})", f"in turns of: {known}" if known else "none", turn.role)
+
+
+def _result(field: str, turn: ChatMessage, content: str | list[theirs.ContentChunk], rules: Rules) -> Message:
+    _check_id(f"{field}.tool_call_id", turn.tool_call_id, rules)
+    if turn.name:
+        check_name(f"{field}.name", turn.name)
+    return ToolMessage(content=content, tool_call_id=turn.tool_call_id, name=turn.name or None)
+
+
+def _answer(field: str, turn: ChatMessage, content: str | list[theirs.ContentChunk], rules: Rules) -> Message:
+    is_empty = not content or (isinstance(content, list) and not any(map(_says_something, content)))
+    if is_empty and not turn.tool_calls:
+        raise _refused(f"{field}.content", f"{field} says nothing and calls nothing", "at least 1 character", "")
+    if turn.tool_calls and not is_empty and rules.version < 7:
+        what = f"{field} has content and calls, which this model's tokenizer (v{rules.version}) cannot write both"
+        raise _refused(f"{field}.content", what, "none beside tool_calls", content)
+    calls = [_call(f"{field}.tool_calls[{number}]", call, rules) for number, call in enumerate(turn.tool_calls)]
+    return AssistantMessage(content=content, tool_calls=calls or None, prefix=turn.prefix)
+
+
+def _says_something(chunk: theirs.ContentChunk) -> bool:
+    return not isinstance(chunk, theirs.TextChunk) or chunk.text != ""
+
+
+def _call(field: str, call: ToolCall, rules: Rules) -> TheirCall:
+    check_name(f"{field}.name", call.name)
+    _check_id(f"{field}.id", call.id, rules)
+    if Arguments.parse(call.arguments).value is None:
+        what = f"{field}.arguments is no JSON object"
+        raise _refused(f"{field}.arguments", what, "a JSON object", call.arguments)
+    arguments = call.arguments if call.arguments.strip() else "{}"
+    return TheirCall(id=call.id, function=FunctionCall(name=call.name, arguments=arguments))
+
+
+def check_name(field: str, name: str) -> None:
+    """Raise InvalidRequest for what cannot be the name of a tool."""
+    if NAME.fullmatch(name) is None:
+        raise _refused(field, f"{field} is {name[:80]!r}, allowed: {NAME_LIMIT}", NAME_LIMIT, name)
+
+
+def _check_id(field: str, call_id: str, rules: Rules) -> None:
+    """Old tokenizers write the id of a call into the prompt, and know those of 9 characters."""
+    is_old = rules.version < 13
+    if call_id == _NO_ID or not (_OLD_ID.fullmatch(call_id) if is_old else call_id):
+        limit = "9 of a-z, A-Z, 0-9" if is_old else f"not empty, and not {_NO_ID!r}"
+        raise _refused(field, f"{field} is {call_id[:50]!r}, allowed: {limit}", limit, call_id)
+
+
+def _refused(field: str, what: str, limit: str, value: object) -> InvalidRequest:
+    return InvalidRequest(what, field=field, limit=limit, value=str(value)[:MAX_VALUE_CHARS])
