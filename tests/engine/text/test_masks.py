@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace as replace_fields
+from tekken_folders import write_tekken
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit, ThinkingBudget
 from cierzo.engine.text.masks import masked
-from cierzo.engine.text.syntax import Syntax
+from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.syntax import Syntax, syntax_of
 
 VOCAB = 300
 ALLOWED = "sampling.allowed_token_ids"
@@ -122,3 +127,21 @@ def test_what_leaves_a_token_is_taken() -> None:
 def test_a_request_without_masks_is_left_as_it_is() -> None:
     submit = Submit(request_id=1, prompt_token_ids=[1], sampling=SamplingParams())
     assert masked(submit, Generate(stream=1), None, None, MODEL, in_thinking=True) is submit
+
+
+def test_mistral_s_own_tokens(tmp_path: Path) -> None:
+    prompts = PromptEncoder.load(write_tekken(tmp_path, "v15"), "mistral")
+    tokens = prompts.tokenizer
+    assert tokens is not None
+    prompts = replace(prompts, syntax=syntax_of(tokens, None, "v15"))
+    params = SamplingParams(bad_words=("the cat", "[TOOL_CALLS]"), max_thinking_tokens=9)
+    message = Generate(stream=1, token_ids=[1], sampling=params, tool_choice="none")
+    submit = Submit(request_id=1, prompt_token_ids=[1], sampling=params)
+    model = replace_fields(MODEL, vocab_size=1 << 20)
+    submit = prompts.masked(submit, message, model, in_thinking=True)
+    *words, marker = submit.banned_token_ids
+    spelled = [b"".join(map(tokens.token_bytes, word)).decode() for word in words]
+    assert spelled == ["the cat", " the cat", "[TOOL_CALLS]", " [TOOL_CALLS]"]  # text, never the control token
+    special = tokens.special_ids
+    assert marker == [special["[TOOL_CALLS]"]]
+    assert submit.thinking == ThinkingBudget(9, special["[THINK]"], special["[/THINK]"], True)
