@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from cierzo.engine.errors import refusal
-from cierzo.engine.messages import FinishReason, SamplingParams
+from cierzo.engine.messages import FinishReason, SamplingParams, ThinkingBudget
 
 FORMAT = 2
 SIZE_BYTES = 8
@@ -59,7 +59,7 @@ class Open(Record, frozen=True, tag="o"):
 
     pieces: where they are not, a digest of each piece of prompt and output, as blocks of the KV cache cut them.
     Their key was of the core process alone: they tell which pieces are equal, and nothing else. Empty: there was no
-    room.
+    room. banned: the sequences that the output may not hold, if tokens are recorded; banned_digest: else.
     """
 
     request_id: int
@@ -73,10 +73,14 @@ class Open(Record, frozen=True, tag="o"):
     deadline_at_s: float | None
     tokens: list[int] | None
     pieces: bytes
+    thinking: ThinkingBudget | None = None
+    banned: list[list[int]] = []
+    banned_digest: bytes = b""
 
 
 class Submitted(Record, frozen=True, tag="c"):
-    """A Submit: lengths, and tokens if they are recorded; pieces: as of an Open, if they are not."""
+    """A Submit: lengths, and tokens if they are recorded; pieces and banned_digest: as of an Open, if they are
+    not."""
 
     request_id: int
     num_prompt: int
@@ -88,6 +92,9 @@ class Submitted(Record, frozen=True, tag="c"):
     first_sample: int
     tokens: list[int] | None
     pieces: bytes
+    thinking: ThinkingBudget | None = None
+    banned: list[list[int]] = []
+    banned_digest: bytes = b""
 
 
 class Aborted(Record, frozen=True, tag="a"):

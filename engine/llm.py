@@ -230,10 +230,11 @@ class LLM(OneProcess):
         message = generate_message(**fields, sampling=sampling_params(sampling, params))
         special_ids = self._prompts.special_ids
         validate.fields(message, self._config.frontend, self._info, special_ids)
-        token_ids = self._prompts.encode(message).token_ids
+        prompt, info = self._prompts.encode(message), self._info
         seed = message.sampling.seed
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
-        return validate.request(message, token_ids, next(self._request_ids), seed, self._info, special_ids)
+        submit = validate.request(message, prompt.token_ids, next(self._request_ids), seed, info, special_ids)
+        return self._prompts.masked(submit, message, info, in_thinking=prompt.in_thinking)
 
 
 @dataclass(slots=True)

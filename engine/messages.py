@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from cierzo.engine.expert_statistics import ExpertStatistics
-from cierzo.scheduler.params import SamplingParams
+from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 from cierzo.scheduler.plan import Finish, FinishReason, TokenDelta, TokenLogprobs
 
 PROTOCOL_VERSION = 3
@@ -22,7 +22,15 @@ FEATURES = ("accounting", "attach", "credit", "keepalive", "masks", "parts", "re
 MAGIC = "cierzo"
 EndReason = FinishReason | Literal["tool_calls"]
 
-__all__ = ["ExpertStatistics", "Finish", "FinishReason", "SamplingParams", "TokenDelta", "TokenLogprobs"]
+__all__ = [
+    "ExpertStatistics",
+    "Finish",
+    "FinishReason",
+    "SamplingParams",
+    "ThinkingBudget",
+    "TokenDelta",
+    "TokenLogprobs",
+]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
@@ -490,6 +498,7 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     Prompt and generated tokens travel apart because the form in which a token is computed belongs to it.
     `arrival_s` (None: now) and `deadline_at_s` are readings of the machine's monotonic clock, which both processes
     share. `first_sample`: the samples are numbered from here (a restart resubmits only those that still run).
+    `banned_token_ids`: sequences of tokens that no output holds; `thinking`: the budget of its thoughts.
     """
 
     request_id: int
@@ -500,6 +509,8 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     arrival_s: float | None = None
     deadline_at_s: float | None = None
     first_sample: int = 0
+    banned_token_ids: list[list[int]] = []
+    thinking: ThinkingBudget | None = None
 
 
 class Abort(Message, frozen=True, tag="abort"):

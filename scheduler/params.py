@@ -8,6 +8,12 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+# Fields of several values, of which one alone is taken too.
+_SEVERAL = (
+    *(("stop", str), ("stop_token_ids", Integral)),
+    *(("bad_words", str), ("allowed_token_ids", Integral)),
+)
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How to draw the tokens of one request, and when to stop.
@@ -17,7 +23,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `seed` None means: one is drawn at admission, and kept for the life of the request.
     `logprobs` is the number of top alternatives reported beside each chosen token (0: the chosen token
     alone, None: nothing); they are an fp32 log-softmax of the raw logits, before penalties and temperature.
-    `stop="x"` means `stop=("x",)`, and `stop_token_ids=3` means `stop_token_ids=(3,)`; lists and sets do as well.
+    Masks (`allowed_token_ids`, `bad_words`, `max_thinking_tokens`) apply after penalties and before temperature;
+    engine/text/masks.py has the rule for words. Each thought of an answer has the budget.
+    `stop="x"` means `stop=("x",)`, and `stop_token_ids=3` means `stop_token_ids=(3,)`, as with `bad_words` and
+    `allowed_token_ids`; lists and sets do as well.
     """
 
     max_tokens: Annotated[int, Meta(description="output tokens, at most")] = 256
@@ -55,7 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = None
 
     def __post_init__(self) -> None:
-        for name, single in (("stop", str), ("stop_token_ids", Integral)):
+        for name, single in _SEVERAL:
             value = getattr(self, name)
             if type(value) is tuple:
                 continue
@@ -63,3 +72,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 msgspec.structs.force_setattr(self, name, (value,))
             elif isinstance(value, list | set | frozenset):
                 msgspec.structs.force_setattr(self, name, tuple(value))
+
+
+class ThinkingBudget(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Tokens that each thought of an answer may have; the token after them is the closing one.
+
+    open_id, close_id: the tokens that begin and end a thought. is_open: the prompt ends within one, which has used
+    nothing of the budget when the answer begins.
+    """
+
+    max_tokens: int
+    open_id: int
+    close_id: int
+    is_open: bool = False

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from cierzo.scheduler.cost import StepWork
-from cierzo.scheduler.params import SamplingParams
+from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "failed"]
 RequestKey = tuple[int, int]  # (request id, sample index); one running sequence each
@@ -20,12 +20,17 @@ PENDING = -1  # a token that a step in flight is about to choose: the runner kno
 
 
 class Admission(msgspec.Struct, frozen=True, gc=False):
-    """Facts about a sequence that a runner needs once per epoch: sent with the first plan after (re)admission."""
+    """Facts about a sequence that a runner needs once per epoch: sent with the first plan after (re)admission.
+
+    banned: sequences of tokens that the output may not hold.
+    """
 
     sampling: SamplingParams
     prompt_token_ids: tuple[int, ...]
     output_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
+    banned: tuple[tuple[int, ...], ...] = ()
+    thinking: ThinkingBudget | None = None
 
 
 class SeqPlan(msgspec.Struct, frozen=True, gc=False):

@@ -8,7 +8,7 @@ from enum import Enum
 import msgspec
 
 from cierzo.cache.manager import SequenceBlocks
-from cierzo.scheduler.params import SamplingParams
+from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 from cierzo.scheduler.plan import Admission, Finish, FinishReason, RequestKey
 from cierzo.scheduler.stop import StopRule
 
@@ -28,7 +28,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A sequence to run. `sampling.seed` is set.
 
     `output_token_ids` resumes: tokens generated before, which count as output and are not delivered again.
-    `arrival_s` (None: now) and `deadline_at_s` are readings of the scheduler's clock.
+    `arrival_s` (None: now) and `deadline_at_s` are readings of the scheduler's clock. `banned`, `thinking`: as in
+    Admission; no decision here depends on them.
     """
 
     request_id: int
@@ -37,6 +38,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     output_token_ids: tuple[int, ...] = ()
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
+    banned: tuple[tuple[int, ...], ...] = ()
+    thinking: ThinkingBudget | None = None
     priority: int = 0
     arrival_s: float | None = None
     deadline_at_s: float | None = None
@@ -116,7 +119,8 @@ class Request:
         """The facts that the runner is told at (re)admission."""
         new = self.new
         output_token_ids = tuple(self.tokens[self.num_prompt_tokens :])
-        return Admission(new.sampling, new.prompt_token_ids, output_token_ids, new.eos_token_ids)
+        facts = new.sampling, new.prompt_token_ids, output_token_ids, new.eos_token_ids
+        return Admission(*facts, new.banned, new.thinking)
 
     def finish(self, reason: FinishReason, message: str, stop_token_id: int | None, now: float) -> Finish:
         """The record of its end at time `now`. A phase it did not reach, or left unfinished, ends now."""

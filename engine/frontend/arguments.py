@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.absent import absent
 from cierzo.engine.frontend.validate import mistyped
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
 from cierzo.engine.text.unicode import refuse_surrogates
@@ -22,7 +23,7 @@ from cierzo.engine.text.unicode import refuse_surrogates
 LOWEST_INT, HIGHEST_INT = -(2**63), 2**64 - 1  # MessagePack has no others
 _AS_THEY_ARE = {type(None), bool, float}
 _DEFAULTS = msgspec.structs.asdict(SamplingParams())
-_TUPLES = {"stop", "stop_token_ids"}  # one alone is taken too
+_TUPLES = {"stop", "stop_token_ids", "bad_words", "allowed_token_ids"}  # one alone is taken too
 _FIELDS = dict.fromkeys(name for name in Generate.__struct_fields__ if name not in ("stream", "attached"))
 
 
@@ -85,6 +86,8 @@ def _sampling_fields(base: Any, params: Mapping[str, Any], also_known: Iterable[
 
 
 def _unknown(name: object, known: Iterable[str]) -> InvalidRequest:
+    if reason := absent(str(name)):
+        return InvalidRequest(reason, field=str(name), limit="left out", value=name)
     known = list(known)
     nearest = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"

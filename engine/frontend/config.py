@@ -77,6 +77,9 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_stop_token_ids: Annotated[int, Meta(ge=0, description="stop token ids of a request")] = 64
     max_logprobs: Annotated[int, Meta(ge=0, description="alternatives reported with each token")] = 20
     max_logit_bias: Annotated[int, Meta(ge=0, description="entries of logit_bias")] = 1024
+    max_allowed_token_ids: Annotated[int, Meta(ge=0, description="entries of allowed_token_ids")] = 4096
+    max_bad_words: Annotated[int, Meta(ge=0, description="bad words of a request")] = 256
+    max_bad_word_chars: Annotated[int, Meta(ge=0, description="length of a bad word, characters")] = 256
     max_abs_priority: Annotated[int, Meta(ge=0, description="priorities lie within plus or minus this")] = 100
     max_deadline_s: Annotated[float, Meta(gt=0, description="longest deadline, seconds")] = 86_400.0
     default_deadline_s: Annotated[

@@ -89,8 +89,10 @@ class RequestEncoder:
     def encode(self, message: Generate) -> Encoded:
         """Encode a decoded message whose fields are checked; the ids lie in `submit`. Raises InvalidRequest."""
         prompts, model = self._prompts, self._model
-        token_ids = prompts.encode(message, model.max_model_len).token_ids
+        prompt = prompts.encode(message, model.max_model_len)
+        token_ids = prompt.token_ids
         submit = validate.request(message, token_ids, 0, message.sampling.seed, model, prompts.special_ids)
+        submit = prompts.masked(submit, message, model, in_thinking=prompt.in_thinking)
         tail: list[int] = []
         if message.output_token_ids and (detokenizer := prompts.detokenizer(submit.sampling)) is not None:
             detokenizer.push(message.output_token_ids)

@@ -19,6 +19,7 @@ from cierzo.engine.errors import (
     UnknownMethod,
     VersionMismatch,
 )
+from cierzo.engine.frontend.absent import absent
 from cierzo.engine.frontend.frame_reader import (
     PREFIX_BYTES,
     SMALL_FRAME_BYTES,
@@ -174,4 +175,5 @@ def _unknown(found: Envelope) -> InvalidRequest:
     known = ", ".join(sorted(_METHODS - {"hello"}))
     name = found.type[:SHOWN_CHARS] + "..." * (len(found.type) > SHOWN_CHARS)
     what = f"there is no method {name!r}" if found.type else "the message has no type"
+    what = absent(found.type) or what
     return UnknownMethod(what, field="type", limit=known, value=name)

@@ -165,8 +165,8 @@ class Stream:
         self.ended_at_s = now
         self.error = error
         self.submit = None
-        if self.sampling.logit_bias:
-            self.sampling = msgspec.structs.replace(self.sampling, logit_bias={})
+        if self.sampling.logit_bias or self.sampling.allowed_token_ids:
+            self.sampling = msgspec.structs.replace(self.sampling, logit_bias={}, allowed_token_ids=())
 
     @property
     def num_bytes(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.absent import absent
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit
 
@@ -164,6 +165,8 @@ def mistyped(text: str) -> InvalidRequest:
     field = ".".join(filter(None, (where, unknown.group(1) if unknown else "")))
     words = reason.removeprefix("Object contains ").replace("`", "")
     message = f"{where}: {words[:1].lower()}{words[1:]}" if where else words
+    if unknown and (reason := absent(unknown.group(1))):
+        return InvalidRequest(reason, field=field, limit="left out")
     return InvalidRequest(message, field=field or None, limit=expected.group(1) if expected else None)
 
 
@@ -233,6 +236,21 @@ def _sampling(params: SamplingParams, config: FrontendConfig, model: ModelInfo) 
     if params.stop_token_ids:
         _count("sampling.stop_token_ids", params.stop_token_ids, config.max_stop_token_ids)
         _token_ids("sampling.stop_token_ids", params.stop_token_ids, model.vocab_size)
+    _masks(params, config, model)
+
+
+def _masks(params: SamplingParams, config: FrontendConfig, model: ModelInfo) -> None:
+    """Check what a token may be, as far as no tokenizer is needed; text/masks.py has the rest."""
+    if params.allowed_token_ids:
+        _count("sampling.allowed_token_ids", params.allowed_token_ids, config.max_allowed_token_ids)
+        _token_ids("sampling.allowed_token_ids", params.allowed_token_ids, model.vocab_size)
+    if params.bad_words:
+        _count("sampling.bad_words", params.bad_words, config.max_bad_words)
+        for index, word in enumerate(params.bad_words):
+            field = f"sampling.bad_words[{index}]"
+            _within(field, len(word), 1, config.max_bad_word_chars, unit=" characters")
+    if params.max_thinking_tokens is not None:
+        _within("sampling.max_thinking_tokens", params.max_thinking_tokens, 0, math.inf)
 
 
 def _stop_strings(

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, TextChunk
+from cierzo.engine.messages import ChatMessage, Generate, ModelInfo, SamplingParams, Submit, TextChunk
 from cierzo.engine.text.chat import ChatTemplate, load_chat_template, read_chat_templates
 from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.text.masks import masked
+from cierzo.engine.text.syntax import Syntax
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
 from cierzo.engine.text.vocabulary import TEKKEN_FILE, Chat, refuse_unfit
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from cierzo.engine.text.tekken import TekkenVocabulary
 
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
+WORD_CHARS = 16  # a text of its own takes a tokenizer as long as so many characters more
 TOOL_CHARS = 1024  # a tool whose schema is checked
 
 
@@ -38,6 +41,7 @@ class PromptEncoder:
     tokenizer: Tokenizer | TekkenVocabulary | None = None
     template: ChatTemplate | Chat | None = None
     other_templates: tuple[str, ...] = ()
+    syntax: Syntax | None = None
 
     @classmethod
     def load(cls, checkpoint_dir: Path, tokenizer: str = "auto", vocab_size: int | None = None) -> PromptEncoder:
@@ -106,9 +110,14 @@ class PromptEncoder:
         stop_tokens = {self.special_ids[string]: string for string in params.stop if string in self.special_ids}
         return Detokenizer(self.tokenizer, params.stop, params.min_tokens, stop_tokens)
 
+    def masked(self, submit: Submit, message: Generate, model: ModelInfo, *, in_thinking: bool) -> Submit:
+        """`submit` with what its message says that a token may be; see masks.py. Raises InvalidRequest."""
+        return masked(submit, message, self.tokenizer, self.syntax, model, in_thinking=in_thinking)
+
     def weight(self, message: Generate) -> int:
         """The work to encode a message, in characters of text that take as long. Token ids take none."""
         weight = len(message.output_token_ids)
+        weight += sum(2 * (WORD_CHARS + len(word)) for word in message.sampling.bad_words)
         if message.text is not None:
             return weight + len(message.text) + len(message.suffix or "")
         if message.tools:

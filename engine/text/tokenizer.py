@@ -103,6 +103,10 @@ class Tokenizer:
         refuse_surrogates("messages", text)
         return self._encode(text, add_special_tokens=False)
 
+    def encode_piece(self, text: str) -> list[int]:
+        """Token ids of a text alone: nothing is put around it."""
+        return self._encode(text, add_special_tokens=False)
+
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if len(text) < LONG_TEXT_CHARS:
             ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids

@@ -115,6 +115,7 @@ class EngineCore:
         an empty prompt, one longer than max_model_len. Raises DuplicateRequest for one that is alive already.
         """
         prompt, output = tuple(submit.prompt_token_ids), tuple(submit.output_token_ids)
+        banned = tuple(map(tuple, submit.banned_token_ids))
         for sample in range(submit.first_sample, submit.first_sample + submit.sampling.n):
             new = NewRequest(
                 request_id=submit.request_id,
@@ -123,6 +124,8 @@ class EngineCore:
                 output_token_ids=output,
                 sampling=submit.sampling,
                 eos_token_ids=self._config.model.eos_token_ids,
+                banned=banned,
+                thinking=submit.thinking,
                 priority=submit.priority,
                 arrival_s=submit.arrival_s,
                 deadline_at_s=submit.deadline_at_s,

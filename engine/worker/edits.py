@@ -1,12 +1,13 @@
-"""Changes that a sequence makes to its logits before a token is chosen: bias, penalties, masked stop tokens.
+"""Changes that a sequence makes to its logits before a token is chosen: bias, penalties, masks.
 
 Everything that the host knows of a step's edits is laid out as arrays, which go to the device in one copy; there
 they are applied. What the host may not know yet is the last token, if the step before is still choosing it: its
-place in the penalties is found on the device.
+place in the penalties, and what it means for the masks, is found on the device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cierzo.engine.worker.masks import Masks
 from cierzo.kernels.ops import sampling as ops
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import Admission
@@ -69,22 +71,27 @@ class Edits:
     history: TokenHistory | None
     stop_ids: NDArray[np.int64]
     first_stop_tokens: int  # known tokens from which on a stop token may end the sequence, itself counted
+    masks: Masks | None
+    followers: list[TokenHistory | Masks]  # history and masks: all that each chosen token is told to
 
 
 def edits_of(admission: Admission) -> Edits | None:
     """Return what the parameters change in the logits; None for nothing."""
     params = admission.sampling
     penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-    penalised = penalties != (1.0, 0.0, 0.0)
-    if not (params.logit_bias or penalised or params.min_tokens):
+    penalised, masks = penalties != (1.0, 0.0, 0.0), Masks.of(admission)
+    if not (params.logit_bias or penalised or params.min_tokens or masks):
         return None
+    history = TokenHistory(admission.prompt_token_ids, admission.output_token_ids) if penalised else None
     return Edits(
         bias_ids=np.array(list(params.logit_bias), np.int64),
         bias=np.array(list(params.logit_bias.values()), np.float32),
         penalties=penalties,
-        history=TokenHistory(admission.prompt_token_ids, admission.output_token_ids) if penalised else None,
+        history=history,
         stop_ids=_stop_ids(params, admission.eos_token_ids),
         first_stop_tokens=len(admission.prompt_token_ids) + params.min_tokens,
+        masks=masks,
+        followers=[one for one in (history, masks) if one is not None],
     )
 
 
@@ -106,7 +113,9 @@ def arrays_of(
     arrays: Arrays = {"edited": np.array([row for row, _ in edited], np.int64)}
     arrays |= _sparse("bias", [(row, edit.bias_ids, edit.bias) for row, edit in edited])
     arrays |= _sparse("seen", [(row, history.token_ids, history.output_counts) for row, _, history in seen])
-    arrays |= _sparse("stop", [(row, stop_ids, stop_ids) for row, stop_ids in early])
+    masked = [(row, edit.masks) for row, edit in edited if edit.masks is not None]
+    if masked or early:
+        arrays |= _masks(masked, early, slots, pending)
     if seen:
         penalties = np.zeros((3, len(slots)), np.float32)
         for row, edit, _ in seen:
@@ -119,17 +128,41 @@ def arrays_of(
     return arrays
 
 
-def _sparse(name: str, entries: list[tuple[int, NDArray[Any], NDArray[Any]]]) -> Arrays:
-    """The rows' token ids and their values laid end to end; nothing where there are none."""
-    counts = [len(token_ids) for _, token_ids, _ in entries]
+def _masks(
+    masked: list[tuple[int, Masks]],
+    early: list[tuple[int, NDArray[np.int64]]],
+    slots: list[int],
+    pending: Collection[int],
+) -> Arrays:
+    """Arrays of what may not be chosen, and of what must be. early: rows, and what may not end them yet."""
+    found = [(row, *masks.banned(row in pending)) for row, masks in masked]
+    arrays = _sparse("banned", [*early, *((row, token_ids) for row, token_ids, _ in found)])
+    after = [(row, pairs[:, 1], pairs[:, 0]) for row, _, pairs in found if len(pairs)]
+    arrays |= _sparse("after", after)
+    if after:
+        arrays["after_slots"] = np.array(slots, np.int64)[arrays["after_rows"]]
+    kept = [(row, masks.allowed) for row, masks in masked if len(masks.allowed)]
+    arrays |= _sparse("kept", kept)
+    if kept:
+        arrays["restricted"] = np.array([row for row, _ in kept], np.int64)
+    forced = [(row, one) for row, masks in masked if (one := masks.forced(row in pending)) is not None]
+    if forced:
+        columns = [(row, one.token_id, slots[row], one.last, one.is_last) for row, one in forced]
+        names = [f"forced_{name}" for name in ("rows", "ids", "slots", "last", "is_last")]
+        arrays |= dict(zip(names, np.array(columns, np.int64).T, strict=True))
+    return arrays
+
+
+def _sparse(name: str, entries: Sequence[tuple[int, NDArray[Any], *tuple[NDArray[Any], ...]]]) -> Arrays:
+    """The rows' token ids, and their values if they have any, laid end to end; nothing where there are none."""
+    counts = [len(entry[1]) for entry in entries]
     if not any(counts):
         return {}
-    rows, token_ids, values = zip(*entries, strict=True)
-    return {
-        f"{name}_rows": np.repeat(np.array(rows, np.int64), counts),
-        f"{name}_ids": np.concatenate(token_ids),
-        f"{name}_values": np.concatenate(values),
-    }
+    rows, *columns = zip(*entries, strict=True)
+    arrays = {f"{name}_rows": np.repeat(np.array(rows, np.int64), counts)}
+    for kind, column in zip(("ids", "values"), columns, strict=False):
+        arrays[f"{name}_{kind}"] = np.concatenate(column)
+    return arrays
 
 
 def apply(logits: Tensor, arrays: Mapping[str, Tensor], chosen: Tensor) -> None:
@@ -141,8 +174,17 @@ def apply(logits: Tensor, arrays: Mapping[str, Tensor], chosen: Tensor) -> None:
         ops.add_bias(logits, arrays["bias_rows"], arrays["bias_ids"], arrays["bias_values"])
     if "seen_rows" in arrays:
         _penalise(logits, arrays, chosen)
-    if "stop_rows" in arrays:
-        ops.mask_tokens(logits, arrays["stop_rows"], arrays["stop_ids"])
+    if "restricted" in arrays:
+        rows, token_ids = arrays["kept_rows"], arrays["kept_ids"]
+        kept = logits[rows, token_ids]
+        logits.index_fill_(0, arrays["restricted"], -math.inf)
+        logits[rows, token_ids] = kept
+    if "banned_rows" in arrays:
+        ops.mask_tokens(logits, arrays["banned_rows"], arrays["banned_ids"])
+    if "after_rows" in arrays:
+        _ban_after(logits, arrays, chosen)
+    if "forced_rows" in arrays:
+        _force(logits, arrays, chosen)
 
 
 def _penalise(logits: Tensor, arrays: Mapping[str, Tensor], chosen: Tensor) -> None:
@@ -163,3 +205,21 @@ def _penalise(logits: Tensor, arrays: Mapping[str, Tensor], chosen: Tensor) -> N
     again = torch.where(by_row[rows] == token_ids, counts, 0)
     times = torch.zeros_like(by_row).index_add_(0, rows, again)[late] + 1  # whole numbers: in any order
     ops.apply_penalties(logits, late, last, times, *penalties)
+
+
+def _ban_after(logits: Tensor, arrays: Mapping[str, Tensor], chosen: Tensor) -> None:
+    """Ban tokens that may not follow the one chosen last, where it is that one. A token that several may not be
+    followed by has several entries, of which one that holds is enough: hence a sum, in which the others are 0."""
+    rows, token_ids = arrays["after_rows"], arrays["after_ids"]
+    holds = chosen[arrays["after_slots"]] == arrays["after_values"]
+    bans = torch.zeros_like(rows, dtype=logits.dtype).masked_fill_(holds, -math.inf)
+    logits.index_put_((rows, token_ids), bans, accumulate=True)
+
+
+def _force(logits: Tensor, arrays: Mapping[str, Tensor], chosen: Tensor) -> None:
+    """Leave one token to choose, where the condition on the last one holds; it may have been masked before."""
+    rows = arrays["forced_rows"]
+    holds = (chosen[arrays["forced_slots"]] == arrays["forced_last"]) == arrays["forced_is_last"].bool()
+    before = logits[rows]
+    alone = torch.full_like(before, -math.inf).scatter_(1, arrays["forced_ids"][:, None], 0.0)
+    logits[rows] = torch.where(holds[:, None], alone, before)

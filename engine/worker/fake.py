@@ -19,8 +19,9 @@ from cierzo.engine.config import EngineConfig, EngineOptions
 from cierzo.engine.model.config import GqaConfig, ModelConfig
 from cierzo.engine.model.rope_config import RopeConfig
 from cierzo.engine.worker.batch import Batch, Segments
+from cierzo.engine.worker.masks import NOTHING_LEFT, Masks
 from cierzo.scheduler.config import SchedulerConfig
-from cierzo.scheduler.plan import RequestKey, SeqPlan, StepPlan, StepResult, TokenLogprobs
+from cierzo.scheduler.plan import Admission, RequestKey, SeqPlan, StepPlan, StepResult, TokenLogprobs
 
 Words = NDArray[np.uint64]
 Script = Callable[[RequestKey, int], int]  # (request, index in its output) -> token id
@@ -83,8 +84,8 @@ def fake_config(
 
 
 class FakeRunner:
-    """A `Runner` for tests and load. Of the sampling parameters it honours seed, greedy temperature and number of
-    logprobs alone.
+    """A `Runner` for tests and load. Of the sampling parameters it honours seed, greedy temperature, masks and
+    number of logprobs alone.
 
     `reads` "context": the next token depends on every token of the context, read anew (for tests; cost grows with
     the context). "last": on the last token alone (for benchmarks; constant cost). `script` overrides the tokens.
@@ -109,6 +110,7 @@ class FakeRunner:
         self._seeds = np.zeros(max_running, np.uint64)
         self._num_logprobs: list[int | None] = [None] * max_running
         self._chosen = np.zeros(max_running, np.int64)  # the last token of every slot
+        self._masked: dict[int, tuple[Admission, list[int]]] = {}  # by slot, of who has masks; and its output
         self._results: deque[StepResult] = deque()
 
     def launch(self, plan: StepPlan, batch: Batch) -> None:
@@ -144,6 +146,9 @@ class FakeRunner:
         drawn = (words << np.array([0, 1], np.uint64)).sum()
         self._seeds[seq.slot] = drawn if sampling.temperature else 0  # a greedy answer depends on no seed
         self._num_logprobs[seq.slot] = sampling.logprobs
+        self._masked.pop(seq.slot, None)
+        if Masks.of(seq.admission) is not None:
+            self._masked[seq.slot] = seq.admission, [*seq.admission.output_token_ids]
 
     def _write(self, batch: Batch) -> None:
         words = mix(batch.token_ids.astype(np.uint64)) + mix(batch.positions.astype(np.uint64) << _ONE)
@@ -183,6 +188,7 @@ class FakeRunner:
         if self._script is not None:
             sampling = [plan.seqs[index] for index in batch.sample_seqs]
             tokens = [self._script(seq.key, _output_index(seq)) for seq in sampling]
+        failures = self._mask(plan, batch, tokens) if self._masked else {}
         token_ids: list[list[int]] = [[] for _ in plan.seqs]
         logprobs: list[list[TokenLogprobs] | None] | None = None
         for index, token in zip(batch.sample_seqs, tokens, strict=True):
@@ -193,7 +199,44 @@ class FakeRunner:
                 if logprobs is None:
                     logprobs = [None] * len(plan.seqs)
                 logprobs[index] = [made_up_logprobs(token, count, int(self._vocab_size))]
-        return StepResult(token_ids, logprobs)
+        return StepResult(token_ids, logprobs, failures)
+
+    def _mask(self, plan: StepPlan, batch: Batch, tokens: list[int]) -> dict[int, str]:
+        """Put other tokens in the place of those that masks forbid; by sequence, why it can have none.
+
+        Outputs are taken from the plans, as a step may come again. Masks are made anew each time: only tests ask
+        for any.
+        """
+        failures = {}
+        last = batch.token_ids[batch.sample_rows].tolist()
+        for row, index in enumerate(batch.sample_seqs):
+            seq = plan.seqs[index]
+            if seq.slot not in self._masked:
+                continue
+            admission, output = self._masked[seq.slot]
+            if count := _output_index(seq):
+                output[count - 1 :] = [last[row]]
+            else:
+                output.clear()
+            masks = Masks(admission.sampling.allowed_token_ids, admission.banned, admission.thinking, output)
+            token = _permitted(masks, tokens[row], int(self._vocab_size))
+            if token is None:
+                failures[index] = NOTHING_LEFT
+            else:
+                tokens[row] = token
+        return failures
+
+
+def _permitted(masks: Masks, token: int, vocab_size: int) -> int | None:
+    """The token, or the next one behind it that may be chosen."""
+    forced = masks.forced(pending=False)
+    if forced is not None:
+        return forced.token_id
+    candidates = masks.allowed.tolist() or range(vocab_size)
+    banned = {*masks.banned(pending=False)[0].tolist()}
+    first = candidates.index(token) if token in candidates else token % len(candidates)
+    behind = (candidates[(first + step) % len(candidates)] for step in range(len(candidates)))
+    return next((one for one in behind if one not in banned), None)
 
 
 def made_up_logprobs(token: int, count: int, vocab_size: int) -> TokenLogprobs:

@@ -83,6 +83,13 @@ class PieceDigests:
             found.append(state.digest())
         return b"".join(found)
 
+    def of_words(self, words: Sequence[Sequence[int]]) -> bytes:
+        """Digest of a list of words, each of some tokens."""
+        state = self._keyed.copy()
+        for word in words:
+            state.update(pack_tokens([len(word), *word]))
+        return state.digest()
+
 
 class Recorder:
     """A writer of flight records. It switches itself off, with one line of the log, when the disk refuses.
@@ -136,6 +143,9 @@ class Recorder:
                     first_sample=command.first_sample,
                     tokens=[*prompt, *output] if self._with_prompts else None,
                     pieces=b"" if self._with_prompts or not self.is_on else self._pieces.of(prompt, output),
+                    thinking=command.thinking,
+                    banned=command.banned_token_ids if self._with_prompts else [],
+                    banned_digest=self._banned_digest(command.banned_token_ids),
                 )
             case Abort():
                 record = Aborted(
@@ -260,12 +270,23 @@ class Recorder:
                 pieces=self._pieces.of(tokens[:num_prompt], tokens[num_prompt:])
                 if has_room and not self._with_prompts
                 else b"",
+                thinking=new.thinking,
+                banned=[[*word] for word in new.banned] if self._with_prompts else [],
+                banned_digest=self._banned_digest(new.banned),
             )
             self._append(packed(record))
 
+    def _banned_digest(self, banned: Sequence[Sequence[int]]) -> bytes:
+        """Tell banned words apart where they are not recorded."""
+        if self._with_prompts or not banned or not self.is_on:
+            return b""
+        return self._pieces.of_words(banned)
+
     def _shown(self, sampling: SamplingParams) -> SamplingParams:
         """Sampling parameters without text of the user's, unless prompts are recorded; the core needs none."""
-        return sampling if self._with_prompts or not sampling.stop else msgspec.structs.replace(sampling, stop=())
+        if self._with_prompts or not (sampling.stop or sampling.bad_words):
+            return sampling
+        return msgspec.structs.replace(sampling, stop=(), bad_words=())
 
     def _switch_off(self, why: str) -> None:
         log.warning("the flight recorder is off: %s: %s", self._paths[self._number % 2], why)

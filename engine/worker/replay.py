@@ -84,7 +84,8 @@ class MadeUp:
             seed = f"{record.request_id} {samples[0]}"
             return random.Random(seed).choices(range(self._vocab_size), k=num_tokens)
         tokens, prompt = self._of_pieces(record, num_tokens), record.pieces[: self._prompt_bytes(record)]
-        parameters = msgspec.msgpack.encode(msgspec.structs.replace(record.sampling, n=1))
+        asked = msgspec.structs.replace(record.sampling, n=1), record.thinking, record.banned_digest
+        parameters = msgspec.msgpack.encode(asked)
         num_output = num_tokens - record.num_prompt
         for sample in samples:
             answer = self._answers.get((prompt, parameters, sample))
@@ -194,6 +195,8 @@ class Replay:
             arrival_s=record.arrival_s,
             deadline_at_s=record.deadline_at_s,
             first_sample=first_sample,
+            banned_token_ids=record.banned,
+            thinking=record.thinking,
         )
         self._clock.seek()
         try:

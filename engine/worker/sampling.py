@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cierzo.engine.worker.edits import Arrays, Edits, TokenHistory, apply, arrays_of, edits_of
+from cierzo.engine.worker.masks import NOTHING_LEFT, Masks
 from cierzo.engine.worker.staging import Staging
 from cierzo.kernels.ops import sampling as ops
 from cierzo.scheduler.plan import Admission, TokenLogprobs
 
-NOT_FINITE = "the model's logits are not finite (NaN or infinity), or min_tokens leaves no token to choose"
+NOT_FINITE = "the model's logits are not finite (NaN or infinity)"
 _KEYS = ("temperature", "top_k", "top_p", "min_p", "seed", "sample", "position")  # of a drawn row
 
 
@@ -33,22 +34,22 @@ class Sampled:
     """Sampled tokens, an entry for each row of logits.
 
     failures: by row, why its token means nothing.
-    histories: those that are still to count their row's token, see `remember`.
+    followers: those that are still to be told their row's token, see `remember`.
     """
 
     token_ids: list[int]
     logprobs: list[list[TokenLogprobs] | None] | None = None
     failures: dict[int, str] = field(default_factory=dict)
-    histories: list[tuple[int, TokenHistory]] = field(default_factory=list)
+    followers: list[tuple[int, TokenHistory | Masks]] = field(default_factory=list)
 
     def itself(self) -> Sampled:
         """Return this object: the results of a step that has nothing to wait for."""
         return self
 
     def remember(self) -> None:
-        """Count the tokens in the histories that penalties read: once, when the step can fail no more."""
-        for row, history in self.histories:
-            history.append(self.token_ids[row])
+        """Tell the tokens to penalties and masks: once, when the step can fail no more."""
+        for row, follower in self.followers:
+            follower.append(self.token_ids[row])
 
 
 @dataclass(slots=True, frozen=True)
@@ -57,21 +58,24 @@ class _Launched:
 
     results: "token_ids" int64 [M], "peaks" fp32 [M]; of edited rows "edited_peaks", those of the edited logits; of
     Q reports "own" fp32 [Q], the tokens' log-probabilities, "top" fp32 [Q,C], the largest, "top_ids" int64 [Q,C].
-    histories: by row, the token is theirs.
+    followers: by row, the token is for them.
     """
 
     results: Callable[[], dict[str, NDArray[Any]]]
     edited: list[int]
     reports: list[int]
     counts: list[int]
-    histories: list[tuple[int, TokenHistory]]
+    followers: list[tuple[int, TokenHistory | Masks]]
 
     def sampled(self) -> Sampled:
         """Wait for the results and report them."""
         found = self.results()
         finite = np.isfinite(found["peaks"])
+        failed = {} if finite.all() else dict.fromkeys(np.flatnonzero(~finite).tolist(), NOT_FINITE)
         if self.edited:
             finite[self.edited] &= np.isfinite(found["edited_peaks"])
+            if not finite.all():
+                failed = dict.fromkeys(np.flatnonzero(~finite).tolist(), NOTHING_LEFT) | failed
         chosen: list[int] = found["token_ids"].tolist()
         logprobs: list[list[TokenLogprobs] | None] | None = None
         if self.reports:
@@ -81,8 +85,7 @@ class _Launched:
                 if finite[row]:
                     top = found["top_ids"][index, :count].tolist(), found["top"][index, :count].tolist()
                     logprobs[row] = [TokenLogprobs(chosen[row], own, *top)]
-        failed = {} if finite.all() else dict.fromkeys(np.flatnonzero(~finite).tolist(), NOT_FINITE)
-        return Sampled(chosen, logprobs, failed, self.histories)
+        return Sampled(chosen, logprobs, failed, self.followers)
 
 
 class Sampler:
@@ -168,9 +171,9 @@ class Sampler:
         if scores is not None:
             results["own"] = scores.gather(1, token_ids[arrays["reports"]][:, None])[:, 0]
             results["top"], results["top_ids"] = ops.top_tokens(scores, max(counts))
-        histories = [(row, edit.history) for row, edit in edits if edit.history is not None]
+        followers = [(row, follower) for row, edit in edits for follower in edit.followers]
         edited = [row for row, _ in edits]
-        return _Launched(self._on_host(results), edited, reports.tolist(), counts, histories).sampled
+        return _Launched(self._on_host(results), edited, reports.tolist(), counts, followers).sampled
 
     def _usable(self, peaks: Tensor) -> NDArray[np.bool_]:
         """Rows that may be drawn from. On a device of its own nobody knows yet: its kernels take what comes."""

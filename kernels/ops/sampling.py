@@ -7,7 +7,7 @@ Order of operations on one row, each skipped where its parameter is off:
  1. log-probabilities are taken from the raw logits (`log_probabilities`), before anything else;
  2. logit bias is added (`add_bias`);
  3. penalties (`apply_penalties`): repetition, then frequency, then presence;
- 4. while fewer than `min_tokens` are out, the tokens that would stop are masked (`mask_tokens`);
+ 4. what may not be chosen is masked (`mask_tokens`), such as tokens that would stop before `min_tokens` are out;
  5. temperature 0: the largest logit, ties to the lower id (`peaks`). Otherwise `draw`: divide by the temperature,
     top-k, top-p among what top-k left, min-p, Gumbel noise, the largest sum, ties to the lower id.
 

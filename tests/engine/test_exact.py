@@ -23,7 +23,7 @@ from random_cuts import random_cuts
 from cierzo.cache.layout import GIB
 from cierzo.cache.pool import GqaPages
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.messages import SamplingParams, Submit
+from cierzo.engine.messages import SamplingParams, Submit, ThinkingBudget
 from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
@@ -33,6 +33,8 @@ pytestmark = needs_native  # the reference is not exact, and its start-up table 
 
 FAMILIES, PREFIX_TOKENS = 2, 320  # prompts begin with one of two texts, long enough for several splits of attention
 MAX_LEN = 400
+ALLOWED = tuple(range(9))  # few, so that words and thoughts come up
+BANNED = [[5], *([first, second] for first in ALLOWED for second in (0, 1) if first > 5), [0, 1, 2], [1, 0, 2]]
 CASES: dict[str, dict[str, Any]] = {
     "small4-bf16": {},
     "small4-float32": {"dtype": "float32"},
@@ -53,6 +55,7 @@ class Ask:
     max_tokens: int
     temperature: float
     seed: int
+    masked: bool
 
     def prompt(self, vocab_size: int) -> list[int]:
         random = torch.Generator().manual_seed(self.family)
@@ -61,7 +64,11 @@ class Ask:
         return [*text.tolist(), *own.tolist()]
 
     def submit(self, request_id: int, vocab_size: int, output: tuple[int, ...] = ()) -> Submit:
+        masks: dict[str, Any] = {}
+        if self.masked:
+            masks = {"banned_token_ids": BANNED, "thinking": ThinkingBudget(2, 3, 4, is_open=self.seed == 1)}
         sampling = SamplingParams(
+            allowed_token_ids=ALLOWED if self.masked else (),
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             top_p=0.9,
@@ -74,6 +81,7 @@ class Ask:
             prompt_token_ids=self.prompt(vocab_size),
             output_token_ids=list(output),
             sampling=sampling,
+            **masks,
         )
 
 
@@ -100,6 +108,7 @@ asks = st.builds(
     max_tokens=st.integers(1, 9),
     temperature=st.sampled_from([0.0, 0.8]),
     seed=st.integers(0, 3),
+    masked=st.booleans(),
 )
 worlds = st.builds(
     World,

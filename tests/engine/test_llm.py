@@ -21,6 +21,7 @@ from cierzo.engine.messages import ChatMessage
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner
+from cierzo.engine.worker.masks import NOTHING_LEFT
 from cierzo.kernels.fault import DeviceFault
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True, logprobs=3, seed=1)
@@ -359,6 +360,21 @@ def test_bad_requests_are_refused_before_anything_runs(
         fake.generate([prompt], SamplingParams(**params))
     assert not caught.value.message.startswith("prompt ")
     assert not fake._core.has_work()
+
+
+def test_what_a_token_may_be(with_tokenizer: Path) -> None:
+    llm = says(with_tokenizer, "abab")
+    for params, text in (
+        ({"bad_words": ["b"]}, "acac"),
+        ({"bad_words": "ba"}, "abbb"),
+        ({"allowed_token_ids": [97]}, "aaaa"),
+    ):
+        assert llm.generate("x", max_tokens=4, **params)[0].text == text
+    with pytest.raises(InvalidRequest, match="marks its thoughts") as caught:
+        llm.generate("x", max_thinking_tokens=3)
+    assert caught.value.field == "sampling.max_thinking_tokens"
+    failed = llm.generate("x", allowed_token_ids=[97, 98], bad_words=["b", "aa"])[0].samples[0]
+    assert (failed.text, failed.finish_reason, failed.message) == ("a", "failed", NOTHING_LEFT)
 
 
 def test_bad_settings_and_a_closed_engine(checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ from cierzo import cli
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.flight import Ended, Header, Open, Step, Submitted, Tokens, packed
-from cierzo.engine.messages import Abort
+from cierzo.engine.messages import Abort, Submit, ThinkingBudget
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.fake import FakeRunner
 from cierzo.engine.worker.replay import Progress, Replay
@@ -147,6 +147,62 @@ def test_made_up_prompts_share_the_beginnings_that_were_shared(tmp_path, overlap
     assert stats.cached_tokens > 500
     assert stats.preemptions > 2
     replay = Replay(records_of(tmp_path))
+    replay.run()
+    assert replay.departure == ""
+    assert replay.describe_outcome().endswith("equal rows")
+
+
+def _masked(request_id: int, banned: list[list[int]], thinking: ThinkingBudget | None) -> Submit:
+    """A request of few tokens, so that masks show."""
+    plain = submit(request_id, [7] * 20, seed=1, max_tokens=40, allowed_token_ids=(3, 4, 5, 9))
+    return replace(plain, banned_token_ids=banned, thinking=thinking)
+
+
+MASKS = [([[5], [3, 4]], None), ([[3, 3], [5]], None), ([], ThinkingBudget(2, 3, 9)), ([], ThinkingBudget(4, 3, 9))]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_masks_are_part_of_a_record(tmp_path, overlap):
+    """With its first segment, and where it begins with requests in flight."""
+    recorded = Recorded(tmp_path, with_prompts=True, overlap=overlap)
+    for request_id, masks in enumerate(MASKS):
+        recorded.tell(_masked(request_id, *masks))
+    recorded.turn()
+    recorded.recorder._begin_segment()
+    recorded.run()
+    records = records_of(tmp_path)
+    second = next(at for at, record in enumerate(records) if at > 1 and isinstance(record, Header))
+    for run_of in (records, [records[0], *records[second:]]):
+        replay = Replay(run_of)
+        replay.run()
+        assert replay.departure == ""
+        for change in ({"banned": []}, {"thinking": None}):
+            replay = Replay(
+                [replace(one, **change) if isinstance(one, Submitted | Open) else one for one in run_of]
+            )
+            replay.run()
+            assert "in the record" in replay.departure
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_without_prompts_masks_are_told_apart_and_not_recorded(tmp_path, overlap):
+    """Equal requests share what they have generated, others do not; no row depends on a token."""
+    recorded = Recorded(tmp_path, overlap=overlap)
+    for request_id, masks in enumerate([*MASKS, *MASKS]):
+        request = _masked(request_id, *masks)
+        recorded.tell(replace(request, sampling=replace(request.sampling, bad_words=("secret",))))
+        for _ in range(25):
+            recorded.turn()
+    recorded.run()
+    records = records_of(tmp_path)
+    found = [record for record in records if isinstance(record, Submitted)]
+    assert [record.banned for record in found] == [[]] * 8
+    digests = [record.banned_digest for record in found]
+    assert digests[:4] == digests[4:]
+    assert len(set(digests[:3])) == 3
+    assert digests[2] == digests[3] == b""
+    assert all(record.sampling.bad_words == () for record in found)
+    replay = Replay(records)
     replay.run()
     assert replay.departure == ""
     assert replay.describe_outcome().endswith("equal rows")

@@ -17,6 +17,7 @@ from cierzo.engine.worker import sampling
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.edits import TokenHistory
 from cierzo.engine.worker.fake import fake_config
+from cierzo.engine.worker.masks import NOTHING_LEFT
 from cierzo.engine.worker.runner import ModelRunner
 from cierzo.engine.worker.sampling import NOT_FINITE, Sampler
 from cierzo.engine.worker.step_rows import DeviceRows
@@ -175,7 +176,7 @@ def test_a_request_that_leaves_itself_no_token_fails_alone(temperature: float, m
         Submit(request_id=1, prompt_token_ids=[4], sampling=nothing),
     ]
     answers = run(requests, mode=mode)
-    assert (answers[1, 0].finish.reason, answers[1, 0].finish.message) == ("failed", NOT_FINITE)
+    assert (answers[1, 0].finish.reason, answers[1, 0].finish.message) == ("failed", NOTHING_LEFT)
     assert answers[0, 0].tokens == directly(requests[0], 0)[0]
 
 

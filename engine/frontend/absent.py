@@ -1,0 +1,24 @@
+"""Names that clients of other engines send, and what they ask for: this one has none of it, and says so by name."""
+
+from __future__ import annotations
+
+_ABILITIES = {
+    "adapters (LoRA)": ("lora", "loras", "lora_name", "lora_path", "lora_request", "adapter", "adapter_id"),
+    "beam search": ("beam_width", "beam_size", "num_beams", "use_beam_search", "best_of", "length_penalty"),
+    "guided outputs (grammars, schemas)": (
+        *("response_format", "structured_outputs", "grammar", "json_schema", "guided_decoding"),
+        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex"),
+    ),
+    "embeddings": (
+        *("embed", "embedding", "embeddings", "encoding_format", "dimensions"),
+        *("prompt_embeds", "input_embeds", "inputs_embeds"),
+    ),
+    "log-probabilities of a prompt": ("prompt_logprobs", "echo"),
+}
+_ABILITY_OF = {name: ability for ability, names in _ABILITIES.items() for name in names}
+
+
+def absent(name: str) -> str:
+    """Say which ability a name asks for that no server has; "" for any other name."""
+    ability = _ABILITY_OF.get(name)
+    return f"this engine has no {ability}: {name}" if ability else ""
