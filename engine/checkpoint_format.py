@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cierzo.engine.errors import CheckpointError
+from cierzo.engine.errors import CheckpointError, amount
 from cierzo.engine.fields import Fields, read_json
 
 _log = logging.getLogger(__name__)
@@ -91,6 +91,13 @@ def find_layout(folder: Path) -> Layout:
             _log.info("%s holds %s and %s: %s is read", folder, CONFIG_NAME, PARAMS_NAME, CONFIG_NAME)
         return "hf"
     return "native" if not has_config or _has_tensors(folder, "native") else "hf"
+
+
+def found_layouts(folder: Path) -> tuple[str, ...]:
+    """Titles of the layouts that a folder holds whole, a config and tensors; the one that is read comes first."""
+    names: dict[Layout, str] = {"hf": CONFIG_NAME, "native": PARAMS_NAME}
+    found = [layout for layout, name in names.items() if (folder / name).is_file() and _has_tensors(folder, layout)]
+    return tuple(_LAYOUT_TEXT[layout] for layout in found)
 
 
 def find_format(folder: Path) -> CheckpointFormat:
@@ -162,6 +169,11 @@ def _check_nvfp4(fields: Fields) -> None:
     weights.only("type", ("float",))
     weights.only("group_size", (16,))
     weights.only("symmetric", (True,), default=True)
+
+
+def left_aside(num_tensors: int, num_bytes: int) -> str:
+    """Say of a vision tower, which no image reaches, that it is not used."""
+    return f"images are not served: {num_tensors:,} tensors, {amount(num_bytes, 10**9)} GB, are left aside"
 
 
 def adapter_files(folder: Path) -> tuple[str, ...]:

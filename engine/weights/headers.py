@@ -61,8 +61,7 @@ def read_checkpoint_headers(folder: Path) -> tuple[CheckpointFormat, dict[str, T
             message = f"{folder} is not a folder: a checkpoint is a folder with config.json"
             raise CheckpointError(message, value=folder)
         format = find_format(folder)
-        placed = _find_tensors(folder, format)
-    tensors = read_shard_header(placed) if isinstance(placed, Path) else _read_shards(folder, placed)
+    tensors = read_tensors(folder, format)
     for info in tensors.values():
         if format.scheme == "plain" and info.dtype.startswith(("F8", "F4")):
             raise CheckpointError(
@@ -72,6 +71,14 @@ def read_checkpoint_headers(folder: Path) -> tuple[CheckpointFormat, dict[str, T
                 value=info.dtype,
             )
     return format, tensors
+
+
+def read_tensors(folder: Path, format: CheckpointFormat) -> dict[str, TensorInfo]:
+    """All tensors of a folder, in the files of the format's layout. Raises CheckpointError; the scheme is not
+    compared with what they are."""
+    with naming_unreadable(folder):
+        placed = _find_tensors(folder, format)
+    return read_shard_header(placed) if isinstance(placed, Path) else _read_shards(folder, placed)
 
 
 def read_shard_header(path: Path) -> dict[str, TensorInfo]:

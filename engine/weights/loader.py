@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, adapter_files
+from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, adapter_files, left_aside
 from cierzo.engine.parameters import Parameter, ParameterSpec
 from cierzo.engine.weights.names import PACKED, NameMap, map_names
 from cierzo.engine.weights.plan import ParameterPlan, Piece, plan_parameters
@@ -171,7 +171,8 @@ def _log_skipped(reader: CheckpointReader, mapped: NameMap) -> None:
             *(reader.folder, ", ".join(adapters), ADAPTER_REMEDY),
         )
     if mapped.vision:
-        _log.info("%s: %d vision tensors skipped: text only", reader.folder, len(mapped.vision))
+        num_bytes = sum(reader.tensors[name].num_bytes for name in mapped.vision)
+        _log.warning("%s: %s", reader.folder, left_aside(len(mapped.vision), num_bytes))
     skipped = sum("activation scale" in roles for roles in mapped.companions.values())
     if skipped:
         _log.info(
