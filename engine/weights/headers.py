@@ -186,11 +186,14 @@ def _read_index(path: Path) -> dict[str, str]:
     placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{path}: weight_map is missing or empty", field="weight_map")
+    names: dict[str, str] = {}  # of files: there are few, and up to 56,000 tensors
     for name, file in placed.items():
-        inside = PurePosixPath(file) if isinstance(file, str) else PurePosixPath()
-        if inside.is_absolute() or ".." in inside.parts or not inside.name:
-            raise CheckpointError(f"{path}: tensor {name}: {file!r} is no file name", field=name)
-        placed[name] = str(inside)  # "./a" is "a"
+        if not isinstance(file, str) or file not in names:
+            inside = PurePosixPath(file) if isinstance(file, str) else PurePosixPath()
+            if inside.is_absolute() or ".." in inside.parts or not inside.name:
+                raise CheckpointError(f"{path}: tensor {name}: {file!r} is no file name", field=name)
+            names[file] = str(inside)  # "./a" is "a"
+        placed[name] = names[file]
     return placed
 
 
@@ -210,14 +213,15 @@ def _hint(others: list[str]) -> str:
 
 def _read_shards(folder: Path, placed: dict[str, str]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
-    for file in sorted(set(placed.values())):
-        for name, info in read_shard_header(folder / file).items():
+    paths = {file: folder / file for file in sorted(set(placed.values()))}
+    for path in paths.values():
+        for name, info in read_shard_header(path).items():
             if name in tensors:
                 raise CheckpointError(f"tensor {name} is in both {tensors[name].file} and {info.file}", field=name)
             tensors[name] = info
     for name, file in placed.items():
-        if name not in tensors or tensors[name].file != folder / file:
-            raise CheckpointError(f"{folder / file} lacks tensor {name}, which the index places there", field=name)
+        if name not in tensors or tensors[name].file is not paths[file]:
+            raise CheckpointError(f"{paths[file]} lacks tensor {name}, which the index places there", field=name)
     for name in tensors:
         if name not in placed:
             raise CheckpointError(f"{tensors[name].file}: tensor {name} is not in the index", field=name)

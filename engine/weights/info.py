@@ -104,8 +104,8 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
             yield "tensors", f"{self.num_tensors:,} in {self.num_shards} file(s), {self.num_bytes / 1e9:.3f} GB"
             yield "stored as", ", ".join(f"{dtype} {size / 1e9:.3f} GB" for dtype, size in self.stored.items())
         if self.activation_scales:
-            what = "used with FP8 weights where `activations` is fp8, on a GPU; else activations have 16 bits"
-            yield "activations", f"{self.activation_scales:,} scales of their own: {what}"
+            what = "used for FP8 weights alone, on a GPU where `activations` is fp8; else they have 16 bits"
+            yield "activations", f"{self.activation_scales:,} scales: {what}"
         yield from self._component_rows()
         if self.model is not None:
             yield "KV cache", f"{self.kv_bytes_per_token:,} bytes per token in bfloat16"
