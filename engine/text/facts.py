@@ -22,6 +22,7 @@ _ABILITIES = {
     "fill in the middle": ("[SUFFIX]",),
 }
 _OF_TEMPLATES = ("thinking", "tool calls")
+_USUAL = {"[INST]", "[TOOL_CALLS]", "[SUFFIX]"}  # among mistral-common's own, where a tekken.json lists none
 
 
 class Words(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +131,8 @@ def read_words(folder: Path, vocab_size: int | None) -> tuple[Words, list[Checkp
 def _mistral(path: Path, words: Words) -> Words:
     """tekken.json wins wherever there is one; mistral-common makes its prompts, and no template does."""
     file = _decoded(path, _Tekken)
-    spelled = {token.token_str for token in file.special_tokens or ()}
+    listed = file.special_tokens
+    spelled = _USUAL if listed is None else {token.token_str for token in listed}
     settings = file.model_settings_builder
     effort = None if settings is None else settings.reasoning_effort
     return msgspec.structs.replace(
@@ -139,7 +141,7 @@ def _mistral(path: Path, words: Words) -> Words:
         file=TEKKEN,
         version=file.config.version,
         num_tokens=file.config.default_vocab_size,
-        chat=MISTRAL_COMMON,
+        chat=MISTRAL_COMMON if "[INST]" in spelled else "",
         abilities=tuple(name for name, marks in _ABILITIES.items() if spelled.intersection(marks)),
         efforts=() if effort is None else tuple(effort.values),
     )

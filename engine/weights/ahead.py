@@ -10,9 +10,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from cierzo.engine.parameters import MatrixRequest, MatrixSource, Parameter
 from cierzo.engine.weights import mapping
 from cierzo.engine.weights.loader import Progress
 from cierzo.engine.weights.names import map_names
-from cierzo.engine.weights.quantised import StoredParameter
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.formats.packed import Matrix
 
@@ -183,13 +182,17 @@ def _mapped(name: str, parameter: Parameter, ranges: list[tuple[int, int, str]])
     return sorted(found, key=lambda span: span.begin)
 
 
-def _tensors(name: str, parameter: Parameter) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(parameter, Tensor):
-        yield name, parameter
-    elif isinstance(parameter, StoredParameter):
-        for matrix in (part for parts in parameter.experts for part in parts):
-            values = (getattr(matrix, field.name) for field in fields(matrix))
-            yield from ((matrix.name, value) for value in values if isinstance(value, Tensor))
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a tree of dataclasses, each with the name of the innermost that has one."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(name, one)
+    elif is_dataclass(value) and not isinstance(value, type):
+        own = getattr(value, "name", name)
+        for field in fields(value):
+            yield from _tensors(own, getattr(value, field.name))
 
 
 def _pieces(spans: list[_Span]) -> Iterator[tuple[int, int]]:

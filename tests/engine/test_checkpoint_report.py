@@ -31,7 +31,9 @@ TEKKEN: dict[str, Any] = {  # as far as it is no vocabulary; of Small 4
     "vocab": [{"rank": 0, "token_bytes": "AA==", "token_str": None}],
     "special_tokens": [
         {"rank": rank, "token_str": text, "is_control": True}
-        for rank, text in enumerate(("<unk>", "<s>", "</s>", "[TOOL_CALLS]", "[THINK]", "[/THINK]", "[SUFFIX]"))
+        for rank, text in enumerate(
+            ("<unk>", "<s>", "</s>", "[INST]", "[TOOL_CALLS]", "[THINK]", "[/THINK]", "[SUFFIX]")
+        )
     ],
     "model_settings_builder": {"reasoning_effort": {"values": ["none", "high"], "default": "none"}},
 }
@@ -153,7 +155,18 @@ def test_tekken_wins_and_the_other_is_named(tmp_path: Path) -> None:
 def test_an_older_tekken_has_no_efforts(tmp_path: Path) -> None:
     write(tmp_path / "tekken.json", {"config": {"version": "v7", "default_vocab_size": 131072}, "vocab": []})
     words, wrong = read_words(tmp_path, 131_072)
-    assert (words.version, words.efforts, words.abilities, wrong) == ("v7", (), (), [])
+    assert (words.version, words.efforts, wrong) == ("v7", (), [])
+    assert (words.chat, words.abilities) == ("mistral-common", ("tool calls", "fill in the middle"))
+
+
+def test_a_tekken_without_the_markers_of_chats_has_none(tmp_path: Path) -> None:
+    special = [{"rank": 0, "token_str": "<unk>", "is_control": True}]
+    write(
+        tmp_path / "tekken.json",
+        {"config": {"version": "v7", "default_vocab_size": 272}, "special_tokens": special},
+    )
+    words, wrong = read_words(tmp_path, 272)
+    assert (words.chat, words.num_tokens, wrong) == ("", 272, [])
 
 
 @pytest.mark.parametrize(
