@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,11 +44,24 @@ class _Span:
     mapping: int
 
 
+@dataclass(slots=True)
+class _Reading:
+    """A parameter that is being read: its tensors, and for each piece of them its future and addresses."""
+
+    spans: list[_Span]
+    pieces: list[tuple[Future[None], int, int]]
+    is_used: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(span.end - span.begin for span in self.spans)
+
+
 class ReadAhead:
     """Reads parameters in their order, layers first, at most `window_bytes` beyond what was waited for.
 
-    Nothing is read before the first `wait`. Only the caller's thread may use it, as a context manager; at the end
-    no thread is left. reader: whose files the parameters are mapped from. progress: called with (bytes waited for,
+    Nothing is done before the first `wait`. Only the caller's thread may use it, as a context manager; at the end no
+    thread is left. reader: whose files the parameters are mapped from. progress: called with (bytes waited for,
     bytes of all). read: reads the addresses [begin, end), raises OSError.
     """
 
@@ -61,15 +75,12 @@ class ReadAhead:
         window_bytes: int = WINDOW_BYTES,
         read: Read = mapping.read_in,
     ) -> None:
-        names = sorted(parameters, key=lambda name: not name.startswith("model.layers."))
+        # Kept, so that their mappings stay. The order is that of their use: the embedding and the head come last.
+        self._parameters = sorted(parameters.items(), key=lambda item: not item[0].startswith("model.layers."))
+        self._place = {id(parameter): place for place, (_, parameter) in enumerate(self._parameters)}
         self._reader = reader
-        self._ranges = sorted(mapping.mapped_ranges(reader.files))
-        self._order = [parameters[name] for name in names]  # kept, so that their mappings stay
-        self._place = {id(parameter): place for place, parameter in enumerate(self._order)}
-        self._spans = [_mapped(name, parameters[name], self._ranges) for name in names]
-        self._bytes = [sum(span.end - span.begin for span in spans) for spans in self._spans]
-        self._reading: dict[int, list[tuple[Future[None], int, int]]] = {}  # by place; empty when waited for
-        self._ahead_bytes = self._done_bytes = 0
+        self._reading: dict[int, _Reading] = {}  # by place
+        self._ahead_bytes = self._used_bytes = 0
         self._progress = progress
         self._window_bytes = window_bytes
         self._read = read
@@ -80,14 +91,17 @@ class ReadAhead:
 
         Raises CheckpointError naming the file and the tensor that cannot be read.
         """
-        before = self._done_bytes
+        before = self._used_bytes
         for parameter in parameters:
             place = self._place.get(id(parameter))
             if place is not None:
-                self._begin(place)
-                self._go_ahead(place + 1)
-                self._finish(place)
-        return self._done_bytes - before
+                reading = self._begin(place)
+                if not reading.is_used:
+                    reading.is_used = True
+                    self._ahead_bytes -= reading.num_bytes
+                    self._go_ahead(place + 1)
+                    self._finish(reading)
+        return self._used_bytes - before
 
     def __enter__(self) -> Self:
         return self
@@ -98,42 +112,52 @@ class ReadAhead:
         """Drop what is not begun, and wait for the pieces under way: their mappings must outlive them."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _begin(self, place: int) -> None:
+    @cached_property
+    def _ranges(self) -> list[tuple[int, int, str]]:
+        """The mappings of the checkpoint's files."""
+        return sorted(mapping.mapped_ranges(self._reader.files))
+
+    @cached_property
+    def _total_bytes(self) -> int:
+        spans = (span for name, parameter in self._parameters for span in _mapped(name, parameter, self._ranges))
+        return sum(span.end - span.begin for span in spans)
+
+    def _begin(self, place: int) -> _Reading:
         """Have a parameter read, if that has not begun."""
         if place not in self._reading:
-            pieces = list(_pieces(self._spans[place]))
-            self._reading[place] = [(self._pool.submit(self._read, *piece), *piece) for piece in pieces]
-            self._ahead_bytes += self._bytes[place]
+            spans = _mapped(*self._parameters[place], self._ranges)
+            pieces = [(self._pool.submit(self._read, *piece), *piece) for piece in _pieces(spans)]
+            self._reading[place] = _Reading(spans, pieces)
+            self._ahead_bytes += self._reading[place].num_bytes
+        return self._reading[place]
 
     def _go_ahead(self, place: int) -> None:
-        while place < len(self._order) and self._ahead_bytes < self._window_bytes:
+        while place < len(self._parameters) and self._ahead_bytes < self._window_bytes:
             self._begin(place)
             place += 1
 
-    def _finish(self, place: int) -> None:
-        pieces, self._reading[place] = self._reading[place], []
-        for future, begin, end in pieces:
+    def _finish(self, reading: _Reading) -> None:
+        """Wait until a parameter is read."""
+        for future, begin, end in reading.pieces:
             try:
                 future.result()
             except OSError as error:
-                raise self._error(place, begin, end, error) from error
-        if pieces:
-            self._ahead_bytes -= self._bytes[place]
-            self._done_bytes += self._bytes[place]
-            if self._progress is not None:
-                self._progress(self._done_bytes, sum(self._bytes))
+                self._raise(reading.spans, begin, end, error)
+        self._used_bytes += reading.num_bytes
+        if self._progress is not None:
+            self._progress(self._used_bytes, self._total_bytes)
 
-    def _error(self, place: int, begin: int, end: int, error: OSError) -> CheckpointError:
-        """Name the tensor: of those in the piece the first that cannot be read by itself."""
-        touched = [span for span in self._spans[place] if span.begin < end and begin < span.end]
-        for span in touched:
+    def _raise(self, spans: list[_Span], begin: int, end: int, error: OSError) -> None:
+        """Raise CheckpointError naming the first tensor in the piece that cannot be read by itself; what lies between
+        them may be another parameter's."""
+        for span in (one for one in spans if one.begin < end and begin < one.end):
             try:
                 self._read(max(span.begin, begin), min(span.end, end))
             except OSError:
-                break
-        stored = map_names(self._reader.tensors, self._reader.format).whole
-        file, name, why = self._ranges[span.mapping][2], stored.get(span.name, span.name), error.strerror or error
-        return CheckpointError(f"{file}: tensor {name} cannot be read: {why}", field=name)
+                stored = map_names(self._reader.tensors, self._reader.format).whole
+                file, name = self._ranges[span.mapping][2], stored.get(span.name, span.name)
+                why = error.strerror or error
+                raise CheckpointError(f"{file}: tensor {name} cannot be read: {why}", field=name) from error
 
 
 class ReadFirst:

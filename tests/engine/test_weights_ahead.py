@@ -75,9 +75,9 @@ class Disk:
 
 
 def mapped_bytes(parameter: Parameter) -> set[tuple[int, int]]:
-    """Where its tensors lie."""
-    tensors = dict(ahead._tensors("", parameter))
-    return {(one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors.values() if one.nbytes}
+    """Where its tensors lie, but for the order of its rows, which is in no file."""
+    tensors = [one for _, one in ahead._tensors("", parameter) if one.dtype != torch.int64]
+    return {(one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors}
 
 
 CASES = [(SMALL4, name) for name in ("hf", "hf-fp8", "native-fp8", "native-nvfp4")] + [(SMALL3, "native")]
@@ -139,7 +139,7 @@ def test_no_more_than_the_window_is_read_ahead(tmp_path: Path, window_bytes: int
 def test_what_is_used_makes_room(tmp_path: Path) -> None:
     with loaded(in_shards(tmp_path, Published(SMALL4, "hf"), 2)) as (reader, parameters):
         sizes = {name: sum(end - begin for begin, end in mapped_bytes(one)) for name, one in parameters.items()}
-        window_bytes, used_bytes = 20_000, 0
+        window_bytes, used_bytes = 1, 0
         layers = [name for name in parameters if name.startswith("model.layers.")]
         with ReadAhead(parameters, reader, read=lambda begin, end: None, window_bytes=window_bytes) as reading:
             for name in layers[:-1]:
@@ -254,7 +254,7 @@ def test_ctrl_c_drops_what_is_not_begun(tmp_path: Path) -> None:
         def interrupted(reading: ReadAhead) -> None:
             for place in range(20):
                 reading._begin(place)
-            last, *_ = reading._reading[19][-1]
+            last, *_ = reading._reading[19].pieces[-1]
             last.add_done_callback(lambda _: disk.hold.set())  # when it is dropped
             raise KeyboardInterrupt
 
