@@ -9,16 +9,17 @@ from typing import Any
 
 import msgspec
 
-from cierzo.engine.config import EngineOptions, resolve
+from cierzo.engine.config import KV_BYTE_FORMAT, EngineOptions, resolve
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
 from cierzo.engine.errors import ConfigError, amount
 from cierzo.engine.host import available_memory_bytes
 from cierzo.engine.kv_room import SERVED_CONTEXT_TOKENS, longest_request
 from cierzo.engine.model.config import ModelConfig
-from cierzo.kernels.formats.number_formats import formats_on
+from cierzo.kernels.formats.number_formats import formats_on, plain_format
 
 COUNTS = (1, 2, 4, 8)  # of equal cards
+PLAIN = "bfloat16"  # the cache's dtype, unless it is given
 GB = 10**9
 SEVERAL = "several cards: planned, as by `cierzo plan`; one process computes on one card today"
 
@@ -88,7 +89,7 @@ def needs_of(folder: Path, model: ModelConfig) -> Needs:
         request_tokens=longest,
         request_bytes={
             name: longest * model.cache_layout(1, dtype).bytes_per_token
-            for name, dtype in (("bf16", "bfloat16"), ("fp8", "fp8"))
+            for name, dtype in ((plain_format(PLAIN), PLAIN), (KV_BYTE_FORMAT["cuda"],) * 2)
         },
         cards=tuple(_card_need(folder, model, weights, longest) for weights in formats_on("cuda")),
         host=tuple(_host_need(folder, model, weights, longest) for weights in formats_on("cpu")),

@@ -144,15 +144,21 @@ def describe(path: Path | str) -> CheckpointInfo:
 def examine(path: Path | str, specs_of: SpecsOf | None = None) -> tuple[CheckpointInfo, list[CheckpointError]]:
     """Read what can be read of a checkpoint folder, and tell what keeps it from being loaded.
 
-    specs_of: gives a model's parameters; with it, tensors are compared with the architecture.
+    specs_of: gives a model's parameters; with it, tensors are compared with the architecture. Raises CheckpointError
+    only for a folder of which nothing can be read.
     """
     folder, wrong = Path(path), list[CheckpointError]()
+    with naming_unreadable(folder):
+        return _examined(folder, specs_of, wrong), wrong
+
+
+def _examined(folder: Path, specs_of: SpecsOf | None, wrong: list[CheckpointError]) -> CheckpointInfo:
     format, tensors, model = None, dict[str, TensorInfo](), None
     try:
         format, tensors = read_checkpoint_headers(folder)
     except CheckpointError as error:
         wrong.append(error)
-        with suppress(CheckpointError), naming_unreadable(folder):
+        with suppress(CheckpointError):
             tensors = read_tensors(folder, CheckpointFormat(find_layout(folder), "plain"))
     try:
         model = read_model_config(folder)
@@ -166,8 +172,8 @@ def examine(path: Path | str, specs_of: SpecsOf | None = None) -> tuple[Checkpoi
 
             plan_parameters(tensors, specs_of(model), mapped)
     except CheckpointError as error:
-        wrong.append(error)
-    return _info(folder, format, tensors, model, mapped), wrong
+        wrong += [] if format is None else [error]  # by other names than the folder's own
+    return _info(folder, format, tensors, model, mapped)
 
 
 def _info(
