@@ -66,17 +66,14 @@ def test_a_model_takes_its_packed_weights_and_hardly_more(models: tuple[Path, Pa
 
 
 @needs_native
-@pytest.mark.parametrize(
-    ("published", "weights"), [("hf-fp8", "bf16"), ("native-fp8", "int8"), ("native-nvfp4", "bf16")]
-)
-def test_dequantising_takes_a_matrix_at_a_time(
-    models: tuple[Path, Path], tmp_path: Path, published: str, weights: str
-) -> None:
-    """Shards of 32 MB, of which several are read at a time. Whole stacks of experts in float32 would be 66 MB each,
-    and all of them in bfloat16 as much as the packed weights again."""
+@pytest.mark.parametrize("published", ["hf-fp8", "native-nvfp4"])
+def test_dequantising_takes_a_matrix_at_a_time(models: tuple[Path, Path], tmp_path: Path, published: str) -> None:
+    """From shards of 32 MB, of which several are read at a time. A layer's stack of experts, dequantised, would be
+    16.4 MB beside the packed weights, and those of all layers as much as these."""
     folder = tmp_path / "model"
     make_checkpoint(folder, like="small4", scale=0.15, checkpoint_format=published, max_shard_bytes=32 << 20)
     assert len(list(folder.glob("*.safetensors"))) > 2
-    used = used_bytes(models[0], folder, weights)
-    packed_bytes = (folder / ".cierzo" / f"packed-{weights}").stat().st_size
-    assert 0.5 * packed_bytes < used < 1.15 * (packed_bytes + CACHE_BYTES), (used, packed_bytes)
+    used = used_bytes(models[0], folder, "bf16")
+    packed_bytes = (folder / ".cierzo" / "packed-bf16").stat().st_size
+    stack_bytes = 2 * 20 * 640 * 640
+    assert 0.9 * packed_bytes < used < packed_bytes + stack_bytes, (used, packed_bytes)
