@@ -320,6 +320,21 @@ def test_a_model_names_the_parts_of_every_matrix(tmp_path: Path, shape: object, 
         assert used == {id(parameter) for parameter in parameters.values()}
 
 
+def test_what_a_gpu_has_taken_is_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the host would hold all of a checkpoint that is only carried through it."""
+    let_go: list[set[Path]] = []
+    monkeypatch.setattr(ahead, "RELEASE_BYTES", 10_000)
+    monkeypatch.setattr(mapping, "release_pages", lambda files: let_go.append(set(files)))
+    with loaded(in_shards(tmp_path, Published(SMALL4, "hf"), 2)) as (reader, parameters):
+        matrix = parameters["model.layers.0.mlp.experts.down_proj"]
+        assert matrix.nbytes >= 10_000  # type: ignore[union-attr]
+        request = MatrixRequest("x", tuple(matrix.shape), lambda: matrix, parts=(matrix,))
+        for at_once, times in ((False, 0), (True, 1)):
+            with ReadAhead(parameters, reader, read=lambda begin, end: None) as reading:
+                ReadFirst(PlainMatrices(), reading, reader, at_once=at_once).matrix(request)
+            assert let_go == [reader.files] * times
+
+
 CORE = """
 import os, sys
 from pathlib import Path
