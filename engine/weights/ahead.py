@@ -60,8 +60,8 @@ class _Reading:
 class ReadAhead:
     """Reads parameters in their order, layers first, at most `window_bytes` beyond what was waited for.
 
-    Nothing is done before the first `wait`. Only the caller's thread may use it, as a context manager; at the end no
-    thread is left. reader: whose files the parameters are mapped from. progress: called with (bytes waited for,
+    Nothing is done before the first `wait`. Only the caller's thread may use it, as a context manager; at the end
+    no thread is left. reader: whose files the parameters are mapped from. progress: called with (bytes waited for,
     bytes of all). read: reads the addresses [begin, end), raises OSError.
     """
 
@@ -148,8 +148,8 @@ class ReadAhead:
             self._progress(self._used_bytes, self._total_bytes)
 
     def _raise(self, spans: list[_Span], begin: int, end: int, error: OSError) -> None:
-        """Raise CheckpointError naming the first tensor in the piece that cannot be read by itself; what lies between
-        them may be another parameter's."""
+        """Raise CheckpointError naming the first tensor in the piece that cannot be read by itself. There may be none:
+        what lies between two of them is another parameter's."""
         for span in (one for one in spans if one.begin < end and begin < one.end):
             try:
                 self._read(max(span.begin, begin), min(span.end, end))

@@ -144,8 +144,8 @@ def describe(path: Path | str) -> CheckpointInfo:
 def examine(path: Path | str, specs_of: SpecsOf | None = None) -> tuple[CheckpointInfo, list[CheckpointError]]:
     """Read what can be read of a checkpoint folder, and tell what keeps it from being loaded.
 
-    specs_of: gives a model's parameters; with it, tensors are compared with the architecture. Raises CheckpointError
-    only for a folder of which nothing can be read.
+    specs_of: gives a model's parameters; with it, tensors are compared with the architecture. Raises
+    CheckpointError only for a folder of which nothing can be read.
     """
     folder, wrong = Path(path), list[CheckpointError]()
     with naming_unreadable(folder):
