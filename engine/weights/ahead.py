@@ -148,8 +148,8 @@ class ReadAhead:
             self._progress(self._used_bytes, self._total_bytes)
 
     def _raise(self, spans: list[_Span], begin: int, end: int, error: OSError) -> None:
-        """Raise CheckpointError naming the first tensor in the piece that cannot be read by itself. There may be none:
-        what lies between two of them is another parameter's."""
+        """Raise CheckpointError naming the first tensor in the piece that cannot be read by itself. There may be
+        none: what lies between two of them is another parameter's."""
         for span in (one for one in spans if one.begin < end and begin < one.end):
             try:
                 self._read(max(span.begin, begin), min(span.end, end))
