@@ -59,6 +59,7 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     layouts: those that are there whole, the one that is read first. format, model: None where they cannot be read;
     then there are no components. stored: bytes by the dtypes of the tensors. activation_scales: how many there are.
+    notes: sentences on how quantised weights are served.
     """
 
     folder: str
@@ -72,6 +73,7 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
     vision_tensors: int
     vision_bytes: int
     activation_scales: int
+    notes: tuple[str, ...]
     kv_bytes_per_token: int
     adapters: tuple[str, ...]
 
@@ -107,6 +109,8 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
         if self.activation_scales:
             what = "used for FP8 weights alone, on a GPU where `activations` is fp8; else they have 16 bits"
             yield "activations", f"{self.activation_scales:,} scales: {what}"
+        for note in self.notes:
+            yield "quantisation", note
         yield from self._component_rows()
         if self.model is not None:
             yield "KV cache", f"{self.kv_bytes_per_token:,} bytes per token in bfloat16"
@@ -200,6 +204,7 @@ def _info(
         vision_tensors=len(mapped.vision),
         vision_bytes=sum(tensors[name].num_bytes for name in mapped.vision),
         activation_scales=sum("activation scale" in roles for roles in mapped.companions.values()),
+        notes=() if format is None else tuple(format.quantisation.notes()),
         kv_bytes_per_token=0 if model is None else model.cache_layout(1, "bfloat16").bytes_per_token,
         adapters=adapter_files(folder),
     )
