@@ -173,6 +173,7 @@ def _shorts(result: LoadResult) -> list[str]:
     """A line for each reason that answers are shorter than they were asked for."""
     context = "the context" if result.max_model_len is None else f"max_model_len {result.max_model_len}"
     reasons = {"length": f"cut to what {context} leaves", "stop": "that stopped early", "": "that ended early"}
+    reasons["tool_calls"] = "that ended in a call"
     lines = []
     for finish, reason in reasons.items():
         answers = (one for one in result.samples if one.outcome == "answered" and one.finish == finish)

@@ -3,6 +3,8 @@
     llm = LLM("path/to/checkpoint", dtype="float32")
     outs = llm.generate([[1, 2, 3], "text"], SamplingParams(max_tokens=16, temperature=0.0, logprobs=5))
     outs[0].token_ids, outs[0].text, outs[0].finish_reason, outs[0].logprobs, outs[0].samples[0]
+    answer = llm.chat(messages, tools=tools)
+    answer.thinking, answer.text, answer.tool_calls, answer.turn
 
 Requests are validated, detokenized and cut at stop strings by the code that serves the RPC.
 """
@@ -27,6 +29,7 @@ from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import CoreFailed, InvalidRequest
 from cierzo.engine.frontend import validate
+from cierzo.engine.frontend.answer import Answer, as_turn, tool_calls
 from cierzo.engine.frontend.arguments import generate_message, held, sampling_params
 from cierzo.engine.frontend.one_process import OneProcess
 from cierzo.engine.frontend.sample import Sample
@@ -35,16 +38,18 @@ from cierzo.engine.launch import load_prompts, model_info
 from cierzo.engine.messages import (
     Abort,
     ChatMessage,
+    EndReason,
     ExpertStatistics,
-    FinishReason,
+    Part,
     SamplingParams,
     Submit,
     TokenDelta,
     TokenLogprobs,
+    Tool,
+    ToolCall,
     Usage,
 )
 from cierzo.engine.settings import settings_of
-from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.worker.core import EngineCore
 from cierzo.kernels.fault import DeviceFault
 
@@ -58,16 +63,35 @@ class SampleOutput:
     """A sample: one answer to a prompt. `stop` is the stop string or token id that ended it, if any; `text` leaves
     the string out.
 
-    `text` is empty without a tokenizer; `logprobs` is None unless asked for, else one entry per token. `message`
-    says why an answer failed.
+    `parts`: text, thoughts and calls of tools in order, where the model marks them; else all is text. `text` is
+    that of the text alone, and empty without a tokenizer; `broken_calls` are the numbers of calls whose arguments
+    are no JSON object. `logprobs` is None unless asked for, else one entry per token, of which each part has its
+    `num_tokens`. `message` says why an answer failed.
     """
 
     token_ids: list[int]
     text: str
-    finish_reason: FinishReason
+    finish_reason: EndReason
     logprobs: list[TokenLogprobs] | None
     stop: str | int | None
     message: str
+    parts: list[Part] = field(default_factory=list)
+    broken_calls: list[int] = field(default_factory=list)
+
+    @property
+    def thinking(self) -> str:
+        """The model's thoughts."""
+        return "".join(part.text for part in self.parts if part.kind == "thinking")
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Calls that the model makes, but for the broken ones."""
+        return tool_calls(self.parts, self.broken_calls)
+
+    @property
+    def turn(self) -> ChatMessage:
+        """The assistant's turn that says the same, for the next `chat`."""
+        return as_turn(self.parts, self.broken_calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +114,22 @@ class Output:
         return self.samples[0].text
 
     @property
-    def finish_reason(self) -> FinishReason:
+    def thinking(self) -> str:
+        """Thoughts of sample 0."""
+        return self.samples[0].thinking
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Whole calls of sample 0."""
+        return self.samples[0].tool_calls
+
+    @property
+    def turn(self) -> ChatMessage:
+        """The assistant's turn that sample 0 is."""
+        return self.samples[0].turn
+
+    @property
+    def finish_reason(self) -> EndReason:
         """Why sample 0 ended."""
         return self.samples[0].finish_reason
 
@@ -132,6 +171,7 @@ class LLM(OneProcess):
         prompts: Prompt | Iterable[Prompt],
         sampling: Sampling | Iterable[Sampling] | None = None,
         *,
+        suffix: str | None = None,
         progress: bool = False,
         **params: Any,
     ) -> list[Output]:
@@ -144,33 +184,53 @@ class LLM(OneProcess):
         prompt or parameter that the RPC would refuse too: the message says which prompt's. Raises CoreFailed when
         the device has failed, now and from then on: only a new process can use it again.
 
+        suffix: text that comes behind the answer to a prompt of text, for models that fill in the middle.
+
         Ctrl-C ends the call. A signal handler that is to end it must raise a BaseException, as Ctrl-C does: an
         Exception within a step is taken for the step's own, and ends only the request that meets it.
         """
         self._check_process()
         listed = _listed(prompts)
-        submits = []
+        jobs = []
         for number, (prompt, base) in enumerate(zip(listed, _each(sampling, len(listed)), strict=True)):
             with _naming_prompt(number, len(listed)):
-                submits.append(self._submit(_fields(prompt), base, params))
-        return self._run(submits, progress)
+                jobs.append(self._submit({**_fields(prompt), "suffix": suffix}, base, params))
+        return self._run(jobs, progress)
 
     def chat(
         self,
         messages: ChatMessage | Mapping[str, Any] | Iterable[ChatMessage | Mapping[str, Any]],
         sampling: Sampling | None = None,
         *,
+        tools: Iterable[Tool | Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
         reasoning_effort: str | None = None,
         progress: bool = False,
         **params: Any,
     ) -> Output:
         """Answer a conversation, rendered by the checkpoint's chat template.
 
-        One message alone may be given without its list. The other arguments are those of `generate`. Raises
-        InvalidRequest, CoreFailed.
+        One message alone may be given without its list. The other arguments are those of `generate`. The model may
+        call `tools` (tool_choice "none": it may not); without `parallel_tool_calls` its answer ends after one call.
+        Raises InvalidRequest, CoreFailed.
+
+            answer = llm.chat(messages, tools=tools)
+            while answer.tool_calls:
+                messages.append(answer.turn)
+                for call in answer.tool_calls:  # run: yours
+                    result = run(call.name, call.arguments)
+                    messages.append({"role": "tool", "content": result, "tool_call_id": call.id, "name": call.name})
+                answer = llm.chat(messages, tools=tools)
         """
         self._check_process()
-        fields = {"messages": messages, "reasoning_effort": reasoning_effort}
+        fields = {
+            "messages": messages,
+            "tools": tools,
+            "tool_choice": tool_choice,
+            "parallel_tool_calls": parallel_tool_calls,
+            "reasoning_effort": reasoning_effort,
+        }
         return self._run([self._submit(fields, sampling, params)], progress)[0]
 
     def expert_statistics(self) -> ExpertStatistics | None:
@@ -214,11 +274,9 @@ class LLM(OneProcess):
             raise RuntimeError("this LLM is closed")
         return self._core
 
-    def _run(self, submits: list[Submit], progress: bool) -> list[Output]:
+    def _run(self, jobs: list[_Job], progress: bool) -> list[Output]:
         with self._alone():
-            run = _Run(self._open_core(), self._config.scheduler.max_waiting)
-            for submit in submits:
-                run.add(submit, self._prompts)
+            run = _Run(self._open_core(), self._config.scheduler.max_waiting, jobs)
             try:
                 run.finish(progress)
             except DeviceFault as fault:
@@ -226,15 +284,39 @@ class LLM(OneProcess):
                 raise CoreFailed(self._fault) from fault
             return [job.output() for job in run.jobs.values()]
 
-    def _submit(self, fields: dict[str, Any], sampling: Any, params: dict[str, Any]) -> Submit:
+    def _submit(self, fields: dict[str, Any], sampling: Any, params: dict[str, Any]) -> _Job:
         message = generate_message(**fields, sampling=sampling_params(sampling, params))
         special_ids = self._prompts.special_ids
-        validate.fields(message, self._config.frontend, self._info, special_ids)
-        prompt, info = self._prompts.encode(message), self._info
+        prompts, info = self._prompts, self._info
+        validate.fields(message, self._config.frontend, info, special_ids, efforts=prompts.efforts)
+        prompt = prompts.encode(message)
         seed = message.sampling.seed
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
-        submit = validate.request(message, prompt.token_ids, next(self._request_ids), seed, info, special_ids)
-        return self._prompts.masked(submit, message, info, in_thinking=prompt.in_thinking)
+        submit = validate.request(
+            message,
+            prompt.token_ids,
+            next(self._request_ids),
+            seed,
+            info,
+            special_ids,
+            image_token_ids=prompts.image_token_ids,
+        )
+        submit = prompts.masked(submit, message, info, in_thinking=prompt.in_thinking)
+        samples = [
+            Sample(
+                index,
+                prompts.reader(
+                    submit.sampling,
+                    apart=True,
+                    in_thinking=prompt.in_thinking,
+                    parallel=message.parallel_tool_calls,
+                    sample=index,
+                    num_prompt_tokens=len(prompt.token_ids),
+                ),
+            )
+            for index in range(submit.sampling.n)
+        ]
+        return _Job(submit, samples, [Answer() for _ in samples], [[] for _ in samples])
 
 
 @dataclass(slots=True)
@@ -243,8 +325,8 @@ class _Job:
 
     submit: Submit
     samples: list[Sample]
-    texts: list[list[str]] = field(default_factory=list)
-    logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
+    answers: list[Answer]
+    logprobs: list[list[TokenLogprobs]]
 
     def output(self) -> Output:
         finishes = [sample.finish for sample in self.samples if sample.finish is not None]
@@ -254,17 +336,20 @@ class _Job:
             cached_tokens=max(finish.cached_tokens for finish in finishes),
         )
         asked = self.submit.sampling.logprobs is not None
-        samples = [
-            SampleOutput(
+        samples = []
+        for sample, answer, finish in zip(self.samples, self.answers, finishes, strict=True):
+            reason, broken_calls = sample.outcome(finish)
+            output = SampleOutput(
                 token_ids=sample.token_ids.tolist(),
-                text="".join(self.texts[sample.index]),
-                finish_reason=sample.reason(finish),
+                text=answer.text,
+                finish_reason=reason,
                 logprobs=self.logprobs[sample.index] if asked else None,
                 stop=sample.stop,
                 message=finish.message,
+                parts=answer.parts,
+                broken_calls=broken_calls,
             )
-            for sample, finish in zip(self.samples, finishes, strict=True)
-        ]
+            samples.append(output)
         assert self.submit.sampling.seed is not None
         return Output(self.submit.prompt_token_ids, samples, usage, self.submit.sampling.seed)
 
@@ -272,17 +357,11 @@ class _Job:
 class _Run:
     """A call of `generate`: its requests through the core until all have ended."""
 
-    def __init__(self, core: EngineCore, max_waiting: int) -> None:
-        self.jobs: dict[int, _Job] = {}
+    def __init__(self, core: EngineCore, max_waiting: int, jobs: list[_Job]) -> None:
+        self.jobs = {job.submit.request_id: job for job in jobs}
         self._core = core
         self._max_waiting = max_waiting
         self._live = 0  # sequences in the core
-
-    def add(self, submit: Submit, prompts: PromptEncoder) -> None:
-        """A validated request, to be submitted when there is room."""
-        params = submit.sampling
-        samples = [Sample(index, prompts.detokenizer(params)) for index in range(params.n)]
-        self.jobs[submit.request_id] = _Job(submit, samples, [[] for _ in samples], [[] for _ in samples])
 
     def finish(self, progress: bool) -> None:
         """Step until every sample has ended. Interrupted, wherever that was, the core is left as good as new.
@@ -320,8 +399,8 @@ class _Run:
         job = self.jobs[delta.request_id]
         sample = job.samples[delta.sample]
         if not sample.cut:
-            _, text, logprobs = sample.take(delta)
-            job.texts[delta.sample].append(text)
+            token_ids, text, logprobs, parts = sample.take(delta)
+            job.answers[delta.sample].take(parts, text, len(token_ids))
             job.logprobs[delta.sample] += logprobs or []
             if sample.cut and delta.finish is None:
                 self._core.abort(Abort(request_id=delta.request_id, sample=delta.sample))

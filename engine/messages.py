@@ -7,10 +7,20 @@ not public).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
+from cierzo.engine.conversation import (
+    ChatMessage,
+    Content,
+    Part,
+    PartKind,
+    TextChunk,
+    ThinkingChunk,
+    Tool,
+    ToolCall,
+)
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 from cierzo.scheduler.plan import Finish, FinishReason, TokenDelta, TokenLogprobs
@@ -23,13 +33,21 @@ MAGIC = "cierzo"
 EndReason = FinishReason | Literal["tool_calls"]
 
 __all__ = [
+    "ChatMessage",
+    "Content",
     "ExpertStatistics",
     "Finish",
     "FinishReason",
+    "Part",
+    "PartKind",
     "SamplingParams",
+    "TextChunk",
     "ThinkingBudget",
+    "ThinkingChunk",
     "TokenDelta",
     "TokenLogprobs",
+    "Tool",
+    "ToolCall",
 ]
 
 
@@ -48,54 +66,6 @@ class Hello(Message, frozen=True, tag="hello"):
     version: int = PROTOCOL_VERSION
     client: str = ""
     features: list[str] = []
-
-
-class ToolCall(Message, frozen=True):
-    """A call that an assistant message of the history made. `arguments` is JSON text."""
-
-    name: str
-    arguments: str
-    id: str = ""
-
-
-class TextChunk(Message, frozen=True, tag="text"):
-    """Part of a turn's content: text."""
-
-    text: str
-
-
-class ThinkingChunk(Message, frozen=True, tag="thinking"):
-    """Part of a turn's content: a thought. `closed` false: the answer goes on within it."""
-
-    thinking: str
-    closed: bool = True
-
-
-Content = str | list[TextChunk | ThinkingChunk]
-
-
-class ChatMessage(Message, frozen=True):
-    """A turn of a conversation. `role` is system, user, assistant or tool.
-
-    `reasoning`: a thought that comes before the content. `name`: of a tool that gave a result. `prefix` (feature
-    "parts"), of the last turn, an assistant's: the answer goes on with it.
-    """
-
-    role: str
-    content: Content = ""
-    reasoning: str = ""
-    tool_calls: list[ToolCall] = []
-    tool_call_id: str = ""
-    name: str = ""
-    prefix: bool = False
-
-
-class Tool(Message, frozen=True):
-    """A function that the model may call. `parameters`: JSON schema of its arguments."""
-
-    name: str
-    description: str = ""
-    parameters: dict[str, Any] = {}
 
 
 class Attach(Message, frozen=True, tag="attach"):
@@ -266,26 +236,6 @@ class Accepted(Message, frozen=True, tag="accepted"):
     deadline_s: float
 
 
-PartKind = Literal["text", "thinking", "call"]
-
-
-class Part(Message, frozen=True, omit_defaults=True):
-    """A piece of an output (feature "parts"): text, a thought, or a call of a tool.
-
-    In deltas: pieces that follow each other and have the same `kind` (and `call`) are one part, `text` is what is
-    new of it. In a final record: a whole part. Of a call, `text` is the JSON of its arguments, as it was generated,
-    `call` its number in the sample, from 0; `name` and `id` come with its first piece. `num_tokens`: tokens of the
-    delta, or of the output, that the piece was made of; markers belong to what they open or close.
-    """
-
-    kind: PartKind
-    text: str = ""
-    call: int = 0
-    name: str = ""
-    id: str = ""
-    num_tokens: int = 0
-
-
 class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
     """New output of one sample of a stream. `text` may lag behind `token_ids` (incomplete characters, stops).
 
@@ -299,23 +249,6 @@ class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
     text: str = ""
     logprobs: list[TokenLogprobs] | None = None
     parts: list[Part] = []
-
-
-def delta_cost(delta: Delta) -> int:
-    """Bytes that `delta` counts for in flow control: about what it takes of a heap, by a formula that both sides
-    compute alike."""
-    cost = text_cost(len(delta.token_ids), delta.text)
-    return cost if delta.logprobs is None else cost + logprobs_cost(delta.logprobs)
-
-
-def text_cost(num_tokens: int, text: str) -> int:
-    """The part of a delta's cost that it has without log-probabilities."""
-    return 64 + 8 * num_tokens + (len(text) if text.isascii() else len(text.encode()))
-
-
-def logprobs_cost(logprobs: list[TokenLogprobs]) -> int:
-    """The part of a delta's cost that its log-probabilities are."""
-    return 32 * len(logprobs) + 16 * sum([len(entry.top_token_ids) for entry in logprobs])
 
 
 class Usage(Message, frozen=True):

@@ -7,9 +7,10 @@ import io
 import sys
 import time
 
+from cierzo.engine.commands.screen import Screen
 from cierzo.engine.errors import CierzoError, CoreFailed
 from cierzo.engine.frontend.client import SyncClient
-from cierzo.engine.messages import ChatMessage, Final, SamplingParams
+from cierzo.engine.messages import ChatMessage, Final, SamplingParams, ToolCall
 from cierzo.engine.options import add_rpc, add_sampling, sampling, text
 
 
@@ -29,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def chat(address: str, message: str | None, system: str | None, params: SamplingParams) -> int:
-    """Send one message, or lead a conversation that is read from the terminal until its end (Ctrl-D).
+    """Send one message, or lead a conversation that is read from the terminal until its end (Ctrl-D). Where the
+    model calls a tool, a line is its result.
 
     Ctrl-C ends an answer early. Raises CierzoError; within a conversation a turn that fails is told and forgotten.
     """
@@ -43,10 +45,12 @@ def chat(address: str, message: str | None, system: str | None, params: Sampling
             return 0
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text spoil their line alone
-        while (line := _read_line()) is not None:
-            history.append(ChatMessage(role="user", content=line))
+        while (said := _read_turn(history)) is not None:
+            history.append(said)
+            if _open_calls(history):
+                continue
             try:
-                history.append(ChatMessage(role="assistant", content=turn(client, history, params)))
+                history.append(turn(client, history, params))
             except (CierzoError, KeyboardInterrupt) as error:
                 history.pop()
                 told = f"{error.code}: {error}" if isinstance(error, CierzoError) else "the answer was cancelled"
@@ -60,30 +64,29 @@ def _wait_ready(client: SyncClient) -> None:
     client.wait_ready()
 
 
-def turn(client: SyncClient, messages: list[ChatMessage], params: SamplingParams) -> str:
-    """Stream one answer into the terminal, then a line of what it took; return the answer's text.
+def turn(client: SyncClient, messages: list[ChatMessage], params: SamplingParams) -> ChatMessage:
+    """Stream one answer into the terminal, then a line of what it took; return the answer as a turn.
 
     An interrupt cancels the answer at the server. Raises CierzoError, also for an answer that failed.
     """
-    answer = []
-    started = time.monotonic()
-    first = 0.0
+    screen, started, first = Screen(), time.monotonic(), 0.0
     generation = client.generate(messages=messages, sampling=params)
     try:
         for delta in generation:
             first = first or time.monotonic()
-            answer.append(delta.text)
-            print(delta.text, end="", flush=True)
+            screen.show(delta.parts, delta.text)
     except KeyboardInterrupt:
         generation.cancel()
         print(flush=True)
         raise
+    finally:
+        screen.close()
     first = first or time.monotonic()
     final = generation.final
     print(f"\n\n{_summary(final, first - started, time.monotonic() - first)}", flush=True)
     if final.samples[0].finish_reason == "failed":
         raise CoreFailed(final.samples[0].message or "the answer failed")
-    return "".join(answer)
+    return generation.answer().turn
 
 
 def _summary(final: Final, first_token_s: float, decode_s: float) -> str:
@@ -96,11 +99,32 @@ def _summary(final: Final, first_token_s: float, decode_s: float) -> str:
     )
 
 
-def _read_line() -> str | None:
+def _open_calls(history: list[ChatMessage]) -> list[ToolCall]:
+    """Calls of the last answer that have no result yet."""
+    answered = set()
+    for turn in reversed(history):
+        if turn.role != "tool":
+            return [call for call in turn.tool_calls if call.id not in answered]
+        answered.add(turn.tool_call_id)
+    return []
+
+
+def _read_turn(history: list[ChatMessage]) -> ChatMessage | None:
+    """Read what the user says next, or the result of a call, where one is open; None at the end of input."""
+    call = next(iter(_open_calls(history)), None)
+    line = _read_line("> " if call is None else f"{call.name}> ")
+    if line is None:
+        return None
+    if call is None:
+        return ChatMessage(role="user", content=line)
+    return ChatMessage(role="tool", content=line, tool_call_id=call.id, name=call.name)
+
+
+def _read_line(prompt: str) -> str | None:
     """The next line that is not empty; None at the end of input."""
     while True:
         try:
-            line = input("> ").strip()
+            line = input(prompt).strip()
         except EOFError:
             return None
         if line:

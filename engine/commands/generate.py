@@ -6,6 +6,7 @@ import argparse
 
 import msgspec
 
+from cierzo.engine.commands.screen import Screen
 from cierzo.engine.errors import CoreFailed
 from cierzo.engine.llm import LLM
 from cierzo.engine.options import add_engine, add_sampling, engine_options, sampling, text, token_ids
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the answer's text, or its token ids where the checkpoint has no tokenizer. Raises CierzoError."""
+    """Print the answer, or its token ids where the checkpoint has no tokenizer. Raises CierzoError."""
     params = sampling(arguments)
     options = msgspec.structs.asdict(engine_options(arguments))
     with LLM(options.pop("model"), **options) as llm:
@@ -33,7 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             prompt = arguments.prompt if arguments.token_ids is None else arguments.token_ids
             output = llm.generate([prompt], params, progress=True)[0]
-    print(output.text or ",".join(map(str, output.token_ids)))
+    screen, parts = Screen(), output.samples[0].parts
+    screen.show(
+        parts if any(part.text or part.name for part in parts) else [], ",".join(map(str, output.token_ids))
+    )
+    screen.close()
+    print()
     if output.finish_reason == "failed":
         raise CoreFailed(output.samples[0].message)
     return 0

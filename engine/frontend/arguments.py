@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend import foreign
 from cierzo.engine.frontend.absent import absent
 from cierzo.engine.frontend.validate import mistyped
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
@@ -40,7 +41,7 @@ def generate_message(**arguments: Any) -> Generate:
             if name not in _FIELDS:
                 params[name] = value
             elif value is not None and name != "sampling":
-                message[name] = _turns(value) if name == "messages" else _plain(value, name)
+                message[name] = _value(name, value)
         sampling = _sampling_fields(arguments.get("sampling"), params, also_known=_FIELDS)
         message["sampling"] = {
             name: _plain(value, f"sampling.{name}")
@@ -94,15 +95,17 @@ def _unknown(name: object, known: Iterable[str]) -> InvalidRequest:
     return InvalidRequest(f"unknown argument {name!r}; {hint}", field=str(name), limit=", ".join(known), value=name)
 
 
-def _turns(messages: Any) -> Any:
-    """Chat messages, one alone as a list; a field that is None counts as left out, as OpenAI's clients mean it."""
-    turns = _plain([messages] if isinstance(messages, Mapping | ChatMessage) else messages, "messages")
-    if not isinstance(turns, list):
-        return turns
-    return [
-        {name: value for name, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
-        for turn in turns
-    ]
+def _value(name: str, value: Any) -> Any:
+    """The plain value of a field of Generate; of messages and tools also as other interfaces write them, and one
+    message alone as a list."""
+    alone = name == "messages" and isinstance(value, Mapping | ChatMessage)
+    plain = _plain([value] if alone else value, name)
+    if name == "tool_choice":
+        return foreign.tool_choice(plain)
+    if name not in ("messages", "tools") or not isinstance(plain, list):
+        return plain
+    flat = foreign.turn if name == "messages" else foreign.tool
+    return [flat(each, f"{name}[{number}]") for number, each in enumerate(plain)]
 
 
 def _plain(value: Any, field: str) -> Any:
@@ -120,7 +123,8 @@ def _plain(value: Any, field: str) -> Any:
         if isinstance(value, bytes | bytearray | memoryview):  # iterable, but never meant as a list of integers
             return bytes(value)
         if isinstance(value, msgspec.Struct):
-            value = msgspec.structs.asdict(value)
+            tag = value.__struct_config__.tag
+            value = ({} if tag is None else {"type": tag}) | msgspec.structs.asdict(value)
         if isinstance(value, Mapping):
             return dict(_entry(key, item, field) for key, item in value.items())
         if isinstance(value, set | frozenset):

@@ -27,11 +27,12 @@ from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import require_bounded
-from cierzo.engine.frontend.stream import Sink, Stream
+from cierzo.engine.frontend.stream import Sink, Stream, reader_of
 from cierzo.engine.frontend.validate import SEED_BITS
 from cierzo.engine.messages import FinishReason, Generate, ModelInfo
 from cierzo.engine.text.detok import Detokenizer
-from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.parts import PartsReader
+from cierzo.engine.text.prompt import PromptEncoder, Reader
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class Arrivals:
         self._config = config
         self._model = model
         self._prompts = prompts
+        self._new_reader = reader_of(prompts)
         self._inline = RequestEncoder(prompts, config, model)
         self._encoders = encoders
         self._encoding: dict[int, asyncio.Future[Encoded]] = {}  # by request id
@@ -123,7 +125,8 @@ class Arrivals:
             if attached is None and (stream := self._keeper.find_key(message)) is not None:
                 self._readers.join(sink, message, stream)
                 return
-            validate.fields(message, self._config, self._model, self._prompts.special_ids)
+            prompts = self._prompts
+            validate.fields(message, self._config, self._model, prompts.special_ids, efforts=prompts.efforts)
             self._admit(message.sampling.n)
             if attached is not None or message.attached is not None:
                 num_bytes, most = None if attached is None else attached.num_bytes, self._model.max_model_len
@@ -138,7 +141,7 @@ class Arrivals:
             if attached is not None or self._prompts.weight(message) > self._config.inline_chars:
                 self._encode_aside(stream, msgspec.msgpack.encode(message), attached)
             else:
-                self._start(stream, self._inline.encode(message))
+                self._start(stream, self._inline.encode(message, apart=stream.apart))
         except CierzoError:
             self._refuse(stream)
             raise
@@ -208,6 +211,8 @@ class Arrivals:
             sampling=message.sampling,
             arrived=arrived,
             deadline_at_s=arrived + (message.deadline_s or self._config.default_deadline_s),
+            apart=self._prompts.syntax is not None and "parts" in sink.features,
+            parallel=message.parallel_tool_calls,
         )
         if "resume" in sink.features:
             self._keeper.enter(stream)
@@ -265,6 +270,7 @@ class Arrivals:
         require_room(self._config, "max_open_samples", num_samples)
         self._streams.resize(stream, message.sampling.n)
         stream.deltas, stream.sampling = message.deltas, message.sampling
+        stream.parallel = message.parallel_tool_calls
         stream.deadline_at_s = stream.arrived + (message.deadline_s or self._config.default_deadline_s)
         self._core.opened(stream)
         return True
@@ -292,8 +298,10 @@ class Arrivals:
         require_room(self._config, "max_open_tokens", self._streams.num_tokens + num_tokens)
         if not stream.deltas:
             require_bounded(submit, self._config.max_answer_bytes)
-        detokenizers = [self._detokenizer(encoded) for _ in range(stream.num_samples)]
-        stream.start(submit, encoded.num_prompt_tokens, detokenizers)
+        stream.sampling, stream.in_thinking = submit.sampling, encoded.in_thinking
+        stream.num_prompt_tokens = encoded.num_prompt_tokens
+        readers = [self._reader(stream, encoded, sample) for sample in range(stream.num_samples)]
+        stream.start(submit, encoded.num_prompt_tokens, readers, encoded.states)
         self._streams.charge(stream, num_tokens)
         self._owner.counters.accepted += 1
         if submit.output_token_ids:
@@ -302,12 +310,14 @@ class Arrivals:
             self._outlets.attach(stream)
         self._core.submit(stream)
 
-    def _detokenizer(self, encoded: Encoded) -> Detokenizer | None:
+    def _reader(self, stream: Stream, encoded: Encoded, sample: int) -> Reader | None:
         """A new one, which has seen what a resumed request brings."""
-        detokenizer = self._prompts.detokenizer(encoded.submit.sampling)
-        if detokenizer is not None:
-            detokenizer.go_on_after(len(encoded.submit.output_token_ids), encoded.tail)
-        return detokenizer
+        reader, num_tokens = self._new_reader(stream, sample), len(encoded.submit.output_token_ids)
+        if isinstance(reader, PartsReader) and num_tokens:
+            reader.go_on_after(num_tokens, encoded.states[-1])
+        elif isinstance(reader, Detokenizer):
+            reader.go_on_after(num_tokens, encoded.tail)
+        return reader
 
     def _attachment_expired(self, sink: Sink, stream_id: int) -> None:
         error = InvalidRequest(

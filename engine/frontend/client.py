@@ -10,6 +10,15 @@ loop early, or cancelling the task that runs it, cancels the request at the serv
 raised as the class of `engine.errors` that its code names; what no message can carry, and what the server's limits
 refuse, is refused before anything is sent. Output that nobody takes stays at the server, but for a bounded part.
 
+What came is `generation.answer()`: text, thoughts and calls of tools apart, where the model marks them. A
+conversation with tools, `run` being yours:
+
+    while (answer := await client.ask(messages=messages, tools=tools)).tool_calls:
+        messages.append(answer.turn)
+        for call in answer.tool_calls:
+            result = run(call.name, call.arguments)
+            messages.append({"role": "tool", "content": result, "tool_call_id": call.id, "name": call.name})
+
 Waits can be limited:
 
     client = await Client.connect("127.0.0.1:7071", timeout_s=5.0)  # ConnectionLost
@@ -27,28 +36,24 @@ A lost connection ends its generations with ConnectionLost, unless the client ma
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Self, TypeVar, cast
 
 from cierzo.engine.errors import ConnectionLost, CoreFailed, Draining, InvalidRequest, VersionMismatch
 from cierzo.engine.frontend.address import Address, TcpAddress, parse_address
+from cierzo.engine.frontend.answer import Answer
 from cierzo.engine.frontend.arguments import generate_message
 from cierzo.engine.frontend.client_link import ClientLink
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.loop_thread import LoopThread
 from cierzo.engine.frontend.one_process import OneProcess
 from cierzo.engine.frontend.session import Reconnect, Session
+from cierzo.engine.frontend.sync_generation import SyncGeneration
 from cierzo.engine.messages import (
     FEATURES,
     OLDEST_VERSION,
     PROTOCOL_VERSION,
-    Accepted,
     ChatMessage,
-    Delta,
     Drain,
     Final,
     GetHealth,
@@ -59,18 +64,16 @@ from cierzo.engine.messages import (
     Ping,
     SamplingParams,
     Stats,
+    Tool,
     Welcome,
-    delta_cost,
 )
 
 __all__ = ["Client", "Generation", "Reconnect", "SyncClient", "SyncGeneration"]
 
 CONNECT_TIMEOUT_S = 10.0
-TOLD_S, TOLD_PARTS = 0.25, 4  # a caller's taking is told to the loop's thread after such a time or part of a batch
 FIRST_READY_POLL_S, LONGEST_READY_POLL_S = 0.05, 1.0
 Message = ChatMessage | Mapping[str, Any]
 T = TypeVar("T")
-Run = Callable[[Callable[[], Coroutine[Any, Any, T]]], T]  # runs the coroutine that a function makes
 
 
 class Client:
@@ -118,6 +121,10 @@ class Client:
         token_ids: Iterable[Any] | None = None,
         sampling: SamplingParams | Mapping[str, Any] | None = None,
         output_token_ids: Iterable[Any] | None = None,
+        tools: Iterable[Tool | Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
+        suffix: str | None = None,
         reasoning_effort: str | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
@@ -139,6 +146,10 @@ class Client:
             token_ids=token_ids,
             sampling=sampling,
             output_token_ids=output_token_ids,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            suffix=suffix,
             reasoning_effort=reasoning_effort,
             priority=priority,
             deadline_s=deadline_s,
@@ -162,10 +173,17 @@ class Client:
 
     async def complete(self, **arguments: Any) -> Final:
         """As `generate`, but the whole answer at once: `final.samples[i].text`, `.token_ids`, `.logprobs`."""
+        return (await self._whole(arguments)).final
+
+    async def ask(self, **arguments: Any) -> Answer:
+        """As `complete`, but what was said: text, thoughts and calls of sample 0, and the turn that they are."""
+        return (await self._whole(arguments)).answer()
+
+    async def _whole(self, arguments: dict[str, Any]) -> Generation:
         generation = self.generate(deltas=False, **arguments)
         async for _ in generation:
             pass
-        return generation.final
+        return generation
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
         """Wait until the server takes requests; that it still loads its model, or finds its core hung, is no error.
@@ -281,88 +299,6 @@ def _unanswered(where: Address, link: ClientLink, error: Exception, timeout_s: f
     return f"no server answers at {where}: {str(error) or f'not connected within {timeout_s:g} s'}"
 
 
-class SyncGeneration:
-    """A `Generation` for a plain `for` loop. Threads may share it: each delta goes to one of them."""
-
-    def __init__(self, generation: Generation, run: Run) -> None:
-        self._generation = generation
-        self._run = run
-        self._batch: deque[Delta] = deque()
-        self._part = 0
-        self._untold = 0  # cost of deltas that the caller took, and the loop's thread does not know
-        self._told_s = time.monotonic()
-        self._lock = threading.Lock()  # of these four
-
-    @property
-    def final(self) -> Final:
-        """As `Generation.final`."""
-        return self._generation.final
-
-    @property
-    def request_id(self) -> str | None:
-        """As `Generation.request_id`."""
-        return self._generation.request_id
-
-    @property
-    def seed(self) -> int | None:
-        """As `Generation.seed`."""
-        return self._generation.seed
-
-    @property
-    def queue_position(self) -> int | None:
-        """As `Generation.queue_position`."""
-        return self._generation.queue_position
-
-    def accepted(self, timeout_s: float | None = None) -> Accepted:
-        """As `Generation.accepted`."""
-        return self._run(lambda: self._generation.accepted(timeout_s))
-
-    def next(self, timeout_s: float | None = None) -> Delta | None:
-        """As `Generation.next`: None at the end; after a TimeoutError the generation goes on."""
-        while True:
-            with self._lock:
-                if self._batch:
-                    delta = self._batch.popleft()
-                    self._count(delta_cost(delta))
-                    return delta
-                self._tell()
-            batch, cost = self._run(lambda: self._generation.take_batch(timeout_s))
-            if not batch:
-                return None
-            with self._lock:
-                self._batch.extend(batch)
-                self._part = cost // TOLD_PARTS
-
-    def _count(self, cost: int) -> None:
-        """The caller has taken so much: tell it in parts, but soon, as the server waits for it."""
-        self._untold += cost
-        if time.monotonic() - self._told_s >= TOLD_S or (self._batch and self._untold > self._part):
-            self._tell()
-
-    def _tell(self) -> None:
-        if self._untold:
-            self._generation.consumed(self._untold)
-            self._untold = 0
-        self._told_s = time.monotonic()
-
-    def cancel(self) -> None:
-        """As `Generation.cancel`."""
-
-        async def cancel() -> None:
-            self._generation.cancel()
-
-        with contextlib.suppress(ConnectionLost):  # which has cancelled it already
-            self._run(cancel)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Delta:
-        if (delta := self.next()) is None:
-            raise StopIteration
-        return delta
-
-
 class SyncClient(OneProcess):
     """`Client` for scripts: the same methods, blocking. Its event loop runs in a thread; any thread may call.
 
@@ -429,10 +365,17 @@ class SyncClient(OneProcess):
 
     def complete(self, **arguments: Any) -> Final:
         """As `Client.complete`."""
+        return self._whole(arguments).final
+
+    def ask(self, **arguments: Any) -> Answer:
+        """As `Client.ask`."""
+        return self._whole(arguments).answer()
+
+    def _whole(self, arguments: dict[str, Any]) -> SyncGeneration:
         generation = self.generate(deltas=False, **arguments)
         for _ in generation:
             pass
-        return generation.final
+        return generation
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """As `Client.wait_ready`."""

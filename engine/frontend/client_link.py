@@ -9,6 +9,7 @@ from typing import Any, cast
 import msgspec
 
 from cierzo.engine.errors import CierzoError, ConnectionLost, Overloaded, ProtocolError
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter, pack
 from cierzo.engine.frontend.generation import Inbox
@@ -32,7 +33,6 @@ from cierzo.engine.messages import (
     Resume,
     ServerMessage,
     Welcome,
-    delta_cost,
 )
 
 MAX_WELCOME_FRAME_BYTES = 65536  # the first bytes of another protocol, read as a length, are nearly all larger

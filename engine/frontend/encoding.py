@@ -8,7 +8,7 @@ go on to the core as they are, and the front end never looks at them.
 from __future__ import annotations
 
 import hashlib
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 
@@ -17,8 +17,11 @@ from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import UNDECODABLE
+from cierzo.engine.frontend.sample import STATE_TOKENS
 from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit
-from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.parts import PartsReader
+from cierzo.engine.text.prompt import Prompt, PromptEncoder
+from cierzo.engine.text.reader_state import ReaderState
 
 _decode_generate = msgspec.msgpack.Decoder(Generate).decode
 _decode_attached = {
@@ -54,7 +57,8 @@ class Job(Message, frozen=True):
 class Encoded(Message, frozen=True, tag="encoded"):
     """A request that is valid. `message` lacks its prompt, `submit` too, and its seed if the client gave none.
 
-    tail: `Detokenizer.tail` of the output tokens.
+    in_thinking: the prompt ends within a thought. tail: `Detokenizer.tail` of the output tokens; where the answer
+    comes in parts, instead `states` of their reader, after each STATE_TOKENS of them and after all.
     content: `digest` of the whole message, if it has an idempotency key.
     """
 
@@ -62,7 +66,9 @@ class Encoded(Message, frozen=True, tag="encoded"):
     submit: Submit
     num_prompt_tokens: int
     tail: list[int]
+    states: list[ReaderState]
     content: bytes = b""
+    in_thinking: bool = False
 
 
 Answer = Loaded | Encoded | Failure
@@ -86,36 +92,64 @@ class RequestEncoder:
         except Exception as error:
             return [_encode(failure(job.stream, CierzoError(f"internal error: {type(error).__name__}")))]
 
-    def encode(self, message: Generate) -> Encoded:
-        """Encode a decoded message whose fields are checked; the ids lie in `submit`. Raises InvalidRequest."""
+    def encode(self, message: Generate, *, apart: bool = False) -> Encoded:
+        """Encode a decoded message whose fields are checked; the ids lie in `submit`. apart: its answer is to come
+        in parts. Raises InvalidRequest."""
         prompts, model = self._prompts, self._model
         prompt = prompts.encode(message, model.max_model_len)
-        token_ids = prompt.token_ids
-        submit = validate.request(message, token_ids, 0, message.sampling.seed, model, prompts.special_ids)
+        submit = validate.request(
+            message,
+            prompt.token_ids,
+            0,
+            message.sampling.seed,
+            model,
+            prompts.special_ids,
+            image_token_ids=prompts.image_token_ids,
+        )
         submit = prompts.masked(submit, message, model, in_thinking=prompt.in_thinking)
-        tail: list[int] = []
-        if message.output_token_ids and (detokenizer := prompts.detokenizer(submit.sampling)) is not None:
-            detokenizer.push(message.output_token_ids)
-            if detokenizer.stop is not None:
+        tail, states = self._seen(message, submit, prompt, apart)
+        return Encoded(
+            message=message,
+            submit=submit,
+            num_prompt_tokens=len(prompt.token_ids),
+            content=b"" if message.idempotency_key is None else digest(message),
+            in_thinking=prompt.in_thinking,
+            tail=tail,
+            states=states,
+        )
+
+    def _seen(
+        self, message: Generate, submit: Submit, prompt: Prompt, apart: bool
+    ) -> tuple[list[int], list[ReaderState]]:
+        """`Encoded.tail` and `Encoded.states`, of the tokens that a resumed request brings."""
+        states: list[ReaderState] = []
+        if not (brought := message.output_token_ids):
+            return [], states
+        in_thinking, parallel = prompt.in_thinking, message.parallel_tool_calls
+        reader = self._prompts.reader(submit.sampling, apart=apart, in_thinking=in_thinking, parallel=parallel)
+        if reader is None:
+            return [], states
+        for start in range(0, len(brought), STATE_TOKENS):
+            reader.push(brought[start : start + STATE_TOKENS])
+            if reader.stop is not None:
                 raise InvalidRequest(
                     "the generation has already ended: it holds a stop string",
                     field="output_token_ids",
-                    value=detokenizer.stop,
+                    value=reader.stop,
                 )
-            tail = detokenizer.tail(message.output_token_ids, len(message.output_token_ids))
-        content = b"" if message.idempotency_key is None else digest(message)
-        num_tokens = len(token_ids)
-        return Encoded(message=message, submit=submit, num_prompt_tokens=num_tokens, tail=tail, content=content)
+            if isinstance(reader, PartsReader):
+                states.append(reader.state())
+        return [] if isinstance(reader, PartsReader) else reader.tail(brought, len(brought)), states
 
     def _encode(
         self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None
     ) -> tuple[Encoded, bytes]:
         message = self._message(job, body, attached)
-        validate.fields(message, self._config, self._model, self._prompts.special_ids)
-        encoded = self.encode(message)
-        bare = msgspec.structs.replace(
-            message, text=None, messages=None, token_ids=None, attached=None, output_token_ids=[]
-        )
+        prompts = self._prompts
+        validate.fields(message, self._config, self._model, prompts.special_ids, efforts=prompts.efforts)
+        encoded = self.encode(message, apart="parts" in job.features)
+        nothing: dict[str, Any] = dict.fromkeys(("text", "messages", "token_ids", "attached", "suffix"))
+        bare = msgspec.structs.replace(message, **nothing, output_token_ids=[], tools=[])
         submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=[])
         return (
             msgspec.structs.replace(encoded, message=bare, submit=submit),
@@ -144,7 +178,9 @@ class RequestEncoder:
                 f"attached {message.attached}: {refused.message}", field=message.attached, limit=refused.limit
             ) from error
         changes = {message.attached: value, "attached": None}
-        return msgspec.structs.replace(message, **changes)
+        whole = msgspec.structs.replace(message, **changes)
+        validate.features(whole, frozenset(job.features))
+        return whole
 
     def _check_length(self, kind: str, attached: bytes | bytearray) -> None:
         """Refuse a list that is too long before its entries are made."""

@@ -24,7 +24,7 @@ from cierzo.engine.frontend.limits import CancelLimiter
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry
-from cierzo.engine.frontend.stream import Sink, Stream
+from cierzo.engine.frontend.stream import Sink, Stream, reader_of
 from cierzo.engine.messages import Credit, FinishReason, Generate, ModelInfo, Resume, TokenDelta
 from cierzo.engine.text.prompt import PromptEncoder
 
@@ -61,8 +61,9 @@ class Frontend:
         self.core = CoreSide(config, core, self.streams, self, clock)
         self.keeper = Keeper(config, clock, self._abandon)
         self.heap = Heap(config, self.keeper, self._overflow)
-        self.outlets = Outlets(config, self.streams, self.core, self, prompts.detokenizer, self.heap, clock)
-        self._readers = Readers(config, self.streams, self.keeper, self.outlets, prompts.detokenizer)
+        new_reader = reader_of(prompts)
+        self.outlets = Outlets(config, self.streams, self.core, self, new_reader, self.heap, clock)
+        self._readers = Readers(config, self.streams, self.keeper, self.outlets, new_reader)
         self._arrivals = Arrivals(
             *(config, model, prompts, encoders, self.streams, self.core),
             *(self.keeper, self._readers, self.outlets, self.heap, self, clock),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol, Self
 
 from cierzo.engine.errors import CierzoError, ConnectionLost, InvalidRequest, NotFound, ProtocolError
+from cierzo.engine.frontend.answer import Answer, Answers
 from cierzo.engine.messages import Accepted, Delta, Final, Generate, Resume
 
 
@@ -132,7 +133,9 @@ class Inbox:
     def repeats(self, delta: Delta) -> bool:
         """Whether a resumed stream's delta was taken before: text without a token, which no offset counts."""
         last = self.last[delta.sample] if delta.sample < len(self.last) else None
-        return last is not None and not last.token_ids and not delta.token_ids and last.text == delta.text
+        if last is None or last.token_ids or delta.token_ids:
+            return False
+        return last.text == delta.text and last.parts == delta.parts
 
     async def until(
         self, is_there: Callable[[], object], timeout_s: float | None, waiters: list[asyncio.Future[bool]]
@@ -188,10 +191,11 @@ class Generation:
     Several iterators of one Generation share it: each delta goes to one of them, and all of them end.
     """
 
-    __slots__ = ("_inbox",)
+    __slots__ = ("_answers", "_inbox")
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
+        self._answers = Answers()
 
     @property
     def final(self) -> Final:
@@ -202,6 +206,11 @@ class Generation:
         if self._inbox.final is None:
             raise RuntimeError("the generation has not ended")
         return self._inbox.final
+
+    def answer(self, sample: int = 0) -> Answer:
+        """Give what was taken of a sample so far: its text, thoughts and calls, and, once the iteration has ended,
+        the turn with which the conversation goes on. Of a resumed one, what came behind the tokens received."""
+        return self._answers.of(sample, self._inbox.final)
 
     @property
     def request_id(self) -> str | None:
@@ -247,21 +256,26 @@ class Generation:
             await inbox.until(inbox.deltas.__len__, None, inbox.waiters)
             if not inbox.deltas:
                 raise inbox.failure or StopAsyncIteration
-        return inbox.consume()
+        delta = inbox.consume()
+        self._answers.add(delta)
+        return delta
 
     async def next(self, timeout_s: float | None = None) -> Delta | None:
         """The next delta; None at the end. Raises TimeoutError if none comes in time: the generation goes on, and
         nothing of it is lost."""
-        return self._inbox.consume() if await self._more(timeout_s) else None
+        return await self.__anext__() if await self._more(timeout_s) else None
 
     async def next_batch(self, timeout_s: float | None = None) -> list[Delta]:
         """All deltas that have come and were not taken, at least one; none at the end. `timeout_s` as in `next`."""
         deltas, cost = await self.take_batch(timeout_s)
         self._inbox.link.consumed(self._inbox, cost)
+        for delta in deltas:
+            self._answers.add(delta)
         return deltas
 
     async def take_batch(self, timeout_s: float | None = None) -> tuple[list[Delta], int]:
-        """As `next_batch`, but the deltas, of the cost given here, count as waiting until `consumed` is called."""
+        """As `next_batch`, but the deltas, of the cost given here, count as waiting until `consumed` is called, and
+        are not in `answer`."""
         inbox = self._inbox
         await self._more(timeout_s)
         inbox.costs.clear()

@@ -13,21 +13,27 @@ from typing import Protocol
 
 from cierzo.engine.errors import CierzoError, SlowReader
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.delta_cost import delta_cost, logprobs_cost, parts_cost, text_cost
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
-from cierzo.engine.frontend.stream import Sink, Stream
+from cierzo.engine.frontend.stream import NewReader, Sink, Stream
 from cierzo.engine.frontend.whole import Pieces, build, cut, is_long
-from cierzo.engine.messages import Accepted, Delta, SamplingParams, TokenDelta, delta_cost, logprobs_cost, text_cost
-from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.messages import (
+    Accepted,
+    Delta,
+    TokenDelta,
+)
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
 CHUNK_LOGPROBS = 128
+CHUNK_PARTS = 1024
 BOUND_TOKENS = 32  # of a sample, after which `max_answer_bytes` is looked at again
 LOGPROBS_TOKENS = 16  # a token with log-probabilities is as much work as so many without
+PARTS_TOKENS = 4  # as much as one that is read for parts may be
 TURN_TOKENS = 8192  # sent to readers that were behind in one turn of the loop, which they share
 
 
@@ -64,7 +70,7 @@ class Outlets:
         streams: Registry,
         core: Pauser,
         owner: Owner,
-        detokenizer: Callable[[SamplingParams], Detokenizer | None],
+        new_reader: NewReader,
         heap: Heap,
         clock: Callable[[], float],
     ) -> None:
@@ -73,7 +79,7 @@ class Outlets:
         self._core = core
         self._owner = owner
         self._heap = heap
-        self._detokenizer = detokenizer
+        self._new_reader = new_reader
         self._slow: Expiry[Stream] = Expiry(config.slow_reader_s, clock, self._slow_reader)
         self._stuck: Expiry[Sink] = Expiry(config.slow_reader_s, clock, self._drop)  # within a long last message
         self._taken: dict[Stream | Sink, int] = {}  # what its connection had taken, of all that are watched
@@ -156,19 +162,28 @@ class Outlets:
         if not stream.flows or sink is None or sink.is_paused:
             self._log(stream, sample, delta)
             return
-        token_ids, text, logprobs = sample.take(delta)
-        if not token_ids and not text:
+        token_ids, text, logprobs, parts = sample.take(delta)
+        if not token_ids and not text and not parts:
             return
         sink.put(
-            Delta(stream=stream.stream_id, sample=sample.index, token_ids=token_ids, text=text, logprobs=logprobs)
+            Delta(
+                stream=stream.stream_id,
+                sample=sample.index,
+                token_ids=token_ids,
+                text=text,
+                logprobs=logprobs,
+                parts=parts,
+            )
         )
         if stream.credit is not None:
             stream.credit -= text_cost(len(token_ids), text)
             if delta.logprobs:
                 stream.credit -= logprobs_cost(delta.logprobs[: len(token_ids)])
+            if parts:
+                stream.credit -= parts_cost(parts)
             stream.flows = stream.credit > 0
         if len(sample.token_ids) % BOUND_TOKENS < len(token_ids):
-            self._bound(stream)
+            self._bound(stream, sample)
 
     def ended(self, stream: Stream) -> None:
         """Nothing more will come: the reader gets the last message, after what it has not got. A whole answer waits
@@ -198,7 +213,7 @@ class Outlets:
                     num_cut += stream.error is None
                     sink.put(failure(stream.stream_id, error(stream)))
                 else:
-                    sink.put(stream.last(self._detokenizer))
+                    sink.put(stream.last(self._new_reader))
                 self._streams.detach(stream)
                 self.detach(stream, sink)
         self._stuck.clear()
@@ -233,7 +248,7 @@ class Outlets:
     def _log(self, stream: Stream, sample: Sample, delta: TokenDelta) -> None:
         num_bytes = sample.append(delta)
         if len(sample.token_ids) % BOUND_TOKENS < len(delta.token_ids):
-            self._bound(stream)
+            self._bound(stream, sample)
         if stream.sink is None or not stream.deltas:
             return
         stream.flows = False
@@ -246,9 +261,10 @@ class Outlets:
                 each.keep_sent(share) if stream.credit is None else each.keep_from(consumed)
             self._core.withdraw(stream)
 
-    def _bound(self, stream: Stream) -> None:
+    def _bound(self, stream: Stream, sample: Sample) -> None:
         """Look at what a stream takes; now and then, as that costs as much as a delta. One that can be resumed is
         kept within `max_answer_bytes`: its oldest log-probabilities go."""
+        sample.remember()
         self._heap.measure(stream)
         if stream.deltas and stream.name and stream.num_bytes > self._config.max_answer_bytes:
             for sample in stream.samples:
@@ -293,7 +309,7 @@ class Outlets:
             if (sink := stream.sink) is None:
                 continue
             num_tokens, is_done = self._advance(stream, min(CHUNK_TOKENS, tokens_left))
-            tokens_left -= 1 + num_tokens * (1 if stream.sampling.logprobs is None else LOGPROBS_TOKENS)
+            tokens_left -= 1 + num_tokens * _weight(stream)
             if not is_done and _may_send(stream) and not sink.is_paused:
                 self._ready[stream] = None
         self._ready = {**ready, **self._ready}
@@ -309,6 +325,8 @@ class Outlets:
             return 0, False
         if stream.sampling.logprobs is not None:
             most = min(most, CHUNK_LOGPROBS)
+        elif stream.apart:
+            most = min(most, CHUNK_PARTS)
         for sample in stream.samples:
             while stream.unsent and sample.unsent and num_tokens < most and _may_send(stream):
                 num_tokens += self._send(stream, sample, most - num_tokens)
@@ -317,7 +335,7 @@ class Outlets:
             if is_long(stream):
                 return self._build(stream, sink)
             num_tokens += 0 if stream.deltas else sum(len(sample.token_ids) for sample in stream.samples)
-            sink.put(stream.last(self._detokenizer))
+            sink.put(stream.last(self._new_reader))
             self._last_is_put(stream)
         else:
             self._progress(stream, is_done)
@@ -326,7 +344,7 @@ class Outlets:
     def _build(self, stream: Stream, sink: Sink) -> tuple[int, bool]:
         """Build more of a long last message, and put it when it is complete; as `_advance`."""
         if stream not in self._building:
-            self._building[stream] = build(stream, self._detokenizer)
+            self._building[stream] = build(stream, self._new_reader)
         try:
             return next(self._building[stream]), False
         except StopIteration as done:
@@ -369,12 +387,17 @@ class Outlets:
 
     def _send(self, stream: Stream, sample: Sample, most: int) -> int:
         """Put one delta with up to `most` tokens that the reader has not got."""
-        part = sample.read(most)
-        if part is None:
+        taken = sample.read(most)
+        if taken is None:
             return 0
-        token_ids, text, logprobs = part
+        token_ids, text, logprobs, parts = taken
         delta = Delta(
-            stream=stream.stream_id, sample=sample.index, token_ids=token_ids, text=text, logprobs=logprobs
+            stream=stream.stream_id,
+            sample=sample.index,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            parts=parts,
         )
         if stream.credit is not None:
             stream.credit -= delta_cost(delta)
@@ -416,6 +439,11 @@ class Outlets:
                 value=stream.pending_bytes,
             ),
         )
+
+
+def _weight(stream: Stream) -> int:
+    """Work that a token of a stream is, in tokens of text alone."""
+    return LOGPROBS_TOKENS if stream.sampling.logprobs is not None else PARTS_TOKENS if stream.apart else 1
 
 
 def _may_send(stream: Stream) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from cierzo.engine.errors import InvalidRequest, NotFound, TakenOver
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.failures import failure
@@ -11,13 +9,17 @@ from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.limits import require_room
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.registry import Registry
-from cierzo.engine.frontend.stream import Sink, Stream
-from cierzo.engine.messages import Generate, Resume, SamplingParams
-from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.frontend.stream import NewReader, Sink, Stream
+from cierzo.engine.frontend.validate import require_feature
+from cierzo.engine.messages import Generate, Resume
 
 
 class Readers:
-    """Gives streams to connections. A stream has one reader at a time: the last one that came."""
+    """Gives streams to connections. A stream has one reader at a time: the last one that came.
+
+    Whether an answer comes in parts is settled by the connection that asked for it: of one that does, another
+    connection needs the feature, and of one that does not, nobody gets parts.
+    """
 
     def __init__(
         self,
@@ -25,13 +27,13 @@ class Readers:
         streams: Registry,
         keeper: Keeper,
         outlets: Outlets,
-        detokenizer: Callable[[SamplingParams], Detokenizer | None],
+        new_reader: NewReader,
     ) -> None:
         self._config = config
         self._streams = streams
         self._keeper = keeper
         self._outlets = outlets
-        self._detokenizer = detokenizer
+        self._new_reader = new_reader
 
     def place(self, sink: Sink, stream_id: int) -> None:
         """Raise the CierzoError that says why a connection cannot have another stream, under this id."""
@@ -44,6 +46,8 @@ class Readers:
         """Give a request to a reader who has some of it. Raises the CierzoError that says why not."""
         self.place(sink, message.stream)
         stream = self._keeper.find(message.request_id)
+        if stream.apart:
+            require_feature(sink.features, "parts", "this request, whose answer comes in parts,", "request_id")
         if len(message.received) != stream.num_samples:
             raise InvalidRequest(
                 f"received has {len(message.received)} entries, the request {stream.num_samples} samples",
@@ -55,6 +59,8 @@ class Readers:
 
     def join(self, sink: Sink, message: Generate, stream: Stream) -> None:
         """A request came again: it gets the whole answer."""
+        if stream.apart:
+            require_feature(sink.features, "parts", "this request, whose answer comes in parts,", "idempotency_key")
         offsets = [sample.num_brought for sample in stream.samples]
         if stream.deltas and any(
             s.first_offset > offset for s, offset in zip(stream.samples, offsets, strict=True)
@@ -96,5 +102,5 @@ class Readers:
             return  # its prompt is still being encoded
         if stream.deltas:
             for sample, offset in zip(stream.samples, received, strict=False):
-                sample.seek(offset, self._detokenizer(stream.sampling))
+                sample.seek(offset, self._new_reader(stream, sample.index))
         self._outlets.attach(stream)

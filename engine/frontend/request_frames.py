@@ -6,7 +6,7 @@ import msgspec
 
 from cierzo.engine.errors import FrameTooLarge, InvalidRequest
 from cierzo.engine.frontend.frames import LENGTH_BYTES, pack
-from cierzo.engine.frontend.validate import ATTACHABLE
+from cierzo.engine.frontend.validate import ATTACHABLE, features
 from cierzo.engine.messages import Attach, Generate, Limits, Message, Welcome
 
 ATTACH_BYTES = 64  # of an attach frame beside its data, rounded up
@@ -26,6 +26,7 @@ def check_request(message: Generate, welcome: Welcome) -> None:
     limits = welcome.limits
     if message.idempotency_key is not None:
         require(welcome, "resume", "idempotency_key")
+    features(message, frozenset(welcome.features))
     if message.sampling.n > limits.max_samples:
         _refuse("sampling.n", message.sampling.n, "max_samples", limits.max_samples)
     if message.token_ids is not None:

@@ -28,7 +28,8 @@ from cierzo.engine.messages import (
     Timings,
     Usage,
 )
-from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.text.prompt import PromptEncoder, Reader
+from cierzo.engine.text.reader_state import ReaderState
 
 _NOTHING = SamplingParams()
 
@@ -79,6 +80,10 @@ class Stream:
     at once. skips: what its reader has not got by now is not sent any more. pending_bytes: heap of what waits for
     the reader; beyond `pending_limit` it is paused, which means that the core does not know it. consumed: tokens of
     each sample that a reader who gives credit has for sure; it has `mark` too after so many `mark_bytes` of credit.
+
+    apart: text, thoughts and calls are told apart, for whoever reads it: the model marks them, and the connection
+    that asked has the feature "parts". in_thinking: the prompt ends within a thought. parallel: several calls may
+    follow each other.
     """
 
     request_id: int
@@ -112,15 +117,25 @@ class Stream:
     consumed: list[int] = field(default_factory=list)
     mark: list[int] = field(default_factory=list)
     mark_bytes: int = 0
+    apart: bool = False
+    in_thinking: bool = False
+    parallel: bool = True
 
-    def start(self, submit: Submit, num_prompt_tokens: int, detokenizers: Sequence[Detokenizer | None]) -> None:
-        """The prompt is ready. What a resumed request brought was delivered before: its text is not sent again."""
+    def start(
+        self,
+        submit: Submit,
+        num_prompt_tokens: int,
+        detokenizers: Sequence[Reader | None],
+        states: Sequence[ReaderState] = (),
+    ) -> None:
+        """The prompt is ready. What a resumed request brought was delivered before: its text is not sent again;
+        `states` as in `Sample`."""
         self.submit = submit
         self.sampling = submit.sampling
         self.num_prompt_tokens = num_prompt_tokens
         keeps, whole = bool(self.name), not self.deltas
         self.samples = [
-            Sample(i, detokenizer, submit.output_token_ids, keeps=keeps, whole=whole)
+            Sample(i, detokenizer, submit.output_token_ids, keeps=keeps, whole=whole, states=states)
             for i, detokenizer in enumerate(detokenizers)
         ]
         self.running = len(self.samples)
@@ -218,23 +233,20 @@ class Stream:
             if sample.finish is None
         ]
 
-    def last(self, detokenizer: Callable[[SamplingParams], Detokenizer | None]) -> Message:
-        """The last message, once it has ended. `detokenizer` makes new ones."""
+    def last(self, new_reader: NewReader) -> Message:
+        """The last message, once it has ended."""
         if self.error is not None:
             return failure(self.stream_id, self.error)
         if self.deltas:
             return self.final([end for _, end in self.ends()])
-        return self.final(
-            [
-                msgspec.structs.replace(
-                    end,
-                    token_ids=sample.token_ids.tolist(),
-                    text=sample.text(detokenizer(self.sampling)),
-                    logprobs=sample.all_logprobs(),
-                )
-                for sample, end in self.ends()
-            ]
-        )
+        samples = []
+        for sample, end in self.ends():
+            token_ids, logprobs = sample.token_ids.tolist(), sample.all_logprobs()
+            text, parts = sample.read_whole(new_reader(self, sample.index))
+            samples.append(
+                msgspec.structs.replace(end, token_ids=token_ids, text=text, logprobs=logprobs, parts=parts)
+            )
+        return self.final(samples)
 
     def final(self, samples: list[SampleEnd]) -> Final:
         """The final record, with these records of its samples."""
@@ -255,21 +267,22 @@ class Stream:
 
     def ends(self) -> list[tuple[Sample, SampleEnd]]:
         """Each sample, and how it ended."""
-        return [
-            (
-                sample,
-                SampleEnd(
-                    sample=sample.index,
-                    finish_reason=sample.reason(sample.finish),
-                    output_tokens=len(sample.token_ids),
-                    stop=sample.stop,
-                    message=sample.finish.message,
-                    preemptions=sample.finish.preemptions,
-                ),
+        ends = []
+        for sample in self.samples:
+            if (finish := sample.finish) is None:
+                continue
+            reason, broken_calls = sample.outcome(finish)
+            end = SampleEnd(
+                sample=sample.index,
+                finish_reason=reason,
+                output_tokens=len(sample.token_ids),
+                stop=sample.stop,
+                message=finish.message,
+                preemptions=finish.preemptions,
+                broken_calls=broken_calls,
             )
-            for sample in self.samples
-            if sample.finish is not None
-        ]
+            ends.append((sample, end))
+        return ends
 
     def _timings(self, finishes: list[Finish], total_s: float) -> Timings:
         """By the front end's clock, but for the wait until the first step, which only the core knows.
@@ -287,3 +300,22 @@ class Stream:
             decode_s=total_s - first_token_s,
             total_s=total_s,
         )
+
+
+NewReader = Callable[[Stream, int], Reader | None]  # of a stream's sample: one that has seen nothing of it yet
+
+
+def reader_of(prompts: PromptEncoder) -> NewReader:
+    """Give what makes readers for the streams of this model."""
+
+    def new_reader(stream: Stream, sample: int) -> Reader | None:
+        return prompts.reader(
+            stream.sampling,
+            apart=stream.apart,
+            in_thinking=stream.in_thinking,
+            parallel=stream.parallel,
+            sample=sample,
+            num_prompt_tokens=stream.num_prompt_tokens,
+        )
+
+    return new_reader

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.absent import absent
+from cierzo.engine.frontend.bounds import count as _count
+from cierzo.engine.frontend.bounds import one_of
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.conversation import conversation
 from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit
 
 MAX_SEED = 2**63 - 1
@@ -21,7 +24,8 @@ SEED_BITS = 53  # of seeds drawn for clients: they survive those whose numbers a
 MAX_BIAS = 100.0
 # Fields of `generate`, and of its `sampling`, that belong to a feature.
 FEATURE_OF_FIELD = {
-    **{"attached": "attach", "idempotency_key": "resume"},
+    "attached": "attach",
+    "idempotency_key": "resume",
     **dict.fromkeys(("tools", "tool_choice", "parallel_tool_calls", "suffix"), "parts"),
 }
 FEATURE_OF_PARAMETER = {
@@ -31,18 +35,23 @@ FEATURE_OF_PARAMETER = {
 _PLAIN, _PLAIN_PARAMS = Generate(stream=0), SamplingParams()
 ATTACHABLE = ("text", "messages", "token_ids")
 MAX_ID_BYTES = 9  # of a token id in MessagePack; the longest head of a list or text has 5
-ROLES = ("system", "user", "assistant", "tool")
-REASONING_EFFORTS = ("none", "low", "medium", "high")
 
 
 def fields(
-    message: Generate, config: FrontendConfig, model: ModelInfo, special_ids: Mapping[str, int] = {}
+    message: Generate,
+    config: FrontendConfig,
+    model: ModelInfo,
+    special_ids: Mapping[str, int] = {},
+    *,
+    efforts: Sequence[str] | None = None,
 ) -> None:
     """Check everything but the prompt's tokens: cheap, and before a long text is encoded. Raises InvalidRequest.
 
-    special_ids: the tokenizer's special tokens, by how they are spelled.
+    special_ids: the tokenizer's special tokens, by how they are spelled. efforts: what `reasoning_effort` may say;
+    None: only its chat can tell.
     """
-    _prompt_kind(message, config)
+    _prompts_given(message)
+    conversation(message, config, efforts)
     _sampling(message.sampling, config, model)
     if message.sampling.stop:
         _stop_strings(message.sampling.stop, config, model, special_ids)
@@ -62,13 +71,16 @@ def request(
     seed: int | None,
     model: ModelInfo,
     special_ids: Mapping[str, int] = {},
+    *,
+    image_token_ids: Collection[int] = (),
 ) -> Submit:
     """The `Submit` of a message that passed `fields`, without its times.
 
     `max_tokens` is cut to what is left of `max_model_len`; stop strings that are special tokens of the model are
     stop tokens to the core, which finds no text in them.
 
-    Raises InvalidRequest if the prompt is empty, too long, or has ids outside the vocabulary.
+    Raises InvalidRequest if the prompt is empty, too long, has ids outside the vocabulary, or, sent as ids, one
+    that stands for an image, as none came with it.
     """
     source = "token_ids" if message.token_ids is not None else "text" if message.text is not None else "messages"
     if not prompt_token_ids:
@@ -83,6 +95,8 @@ def request(
             value=len(prompt_token_ids),
         )
     _token_ids(source, prompt_token_ids, model.vocab_size)
+    if message.token_ids is not None:
+        _no_images(prompt_token_ids, image_token_ids)
     params = message.sampling
     if params.max_tokens > room or params.seed != seed:
         params = msgspec.structs.replace(params, seed=seed, max_tokens=min(params.max_tokens, room))
@@ -104,6 +118,8 @@ def features(message: Generate, granted: frozenset[str]) -> None:
     for field, feature in FEATURE_OF_FIELD.items():
         if getattr(message, field) != getattr(_PLAIN, field):
             require_feature(granted, feature, field, field)
+    if message.messages and message.messages[-1].prefix:
+        require_feature(granted, "parts", "prefix", f"messages[{len(message.messages) - 1}].prefix")
     if message.sampling is _PLAIN_PARAMS:
         return
     for field, feature in FEATURE_OF_PARAMETER.items():
@@ -135,7 +151,7 @@ def attached(message: Generate, num_bytes: int | None, max_model_len: int, text_
                 limit=", ".join(ATTACHABLE),
             )
         return
-    _one_of("attached", kind, ATTACHABLE)
+    one_of("attached", kind, ATTACHABLE)
     if num_bytes is None:
         raise InvalidRequest("nothing is attached to this stream", field="attached", value=kind)
     _prompts_given(message)
@@ -180,28 +196,6 @@ def _prompts_given(message: Generate) -> None:
             limit="exactly one of text, messages, token_ids, attached",
             value=", ".join(given) or "none",
         )
-
-
-def _prompt_kind(message: Generate, config: FrontendConfig) -> None:
-    _prompts_given(message)
-    if message.messages is not None:
-        if not message.messages:
-            raise InvalidRequest("messages is empty", field="messages", limit="at least 1", value=0)
-        _count("messages", message.messages, config.max_turns)
-        num_calls = sum(len(turn.tool_calls) for turn in message.messages)
-        if num_calls > config.max_turns:
-            raise InvalidRequest(
-                f"messages have {num_calls} tool calls, allowed: {config.max_turns}",
-                field="messages.tool_calls",
-                limit=config.max_turns,
-                value=num_calls,
-            )
-        for index, turn in enumerate(message.messages):
-            _one_of(f"messages[{index}].role", turn.role, ROLES)
-    if message.reasoning_effort is not None:
-        _one_of("reasoning_effort", message.reasoning_effort, REASONING_EFFORTS)
-        if message.messages is None and message.attached != "messages":
-            raise InvalidRequest("reasoning_effort needs messages", field="reasoning_effort", limit="with messages")
 
 
 def _sampling(params: SamplingParams, config: FrontendConfig, model: ModelInfo) -> None:
@@ -309,13 +303,6 @@ def _within(
     raise InvalidRequest(f"{field} is {value}{unit}, allowed: {limit}", field=field, limit=limit, value=value)
 
 
-def _count(field: str, values: Sequence[object] | dict[int, float], most: int) -> None:
-    if len(values) > most:
-        raise InvalidRequest(
-            f"{field} has {len(values)} entries, allowed: {most}", field=field, limit=most, value=len(values)
-        )
-
-
 def _token_ids(field: str, token_ids: Sequence[int] | dict[int, float], vocab_size: int) -> None:
     lowest, highest = min(token_ids), max(token_ids)
     if lowest < 0 or highest >= vocab_size:
@@ -328,11 +315,13 @@ def _token_ids(field: str, token_ids: Sequence[int] | dict[int, float], vocab_si
         )
 
 
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidRequest(
-            f"{field} is {value[:50]!r}, allowed: {', '.join(allowed)}",
-            field=field,
-            limit=", ".join(allowed),
-            value=value,
-        )
+def _no_images(token_ids: list[int], image_token_ids: Collection[int]) -> None:
+    for token_id in image_token_ids:
+        if token_id in token_ids:
+            place = token_ids.index(token_id)
+            raise InvalidRequest(
+                f"token_ids[{place}] is {token_id}, which stands for an image, and no image came with it",
+                field="token_ids",
+                limit="no image tokens",
+                value=token_id,
+            )

@@ -7,19 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import meta, nodes
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.messages import ChatMessage
+from cierzo.engine.messages import ChatMessage, TextChunk, Tool
+from cierzo.engine.text.spellings import each_text
 from cierzo.engine.text.template_environment import template_environment
-from cierzo.engine.text.tokenizer_config import read_object, read_tokenizer_config, templates_by_name
+from cierzo.engine.text.tokenizer_config import read_chat_templates, read_tokenizer_config
 from cierzo.engine.text.tool_arguments import Arguments
 
 MAX_REASON_CHARS = 500  # of what a template says against the messages
+USUAL_EFFORTS = ("none", "low", "medium", "high")
+OTHER_EFFORTS = ("minimal", "xhigh", "max")  # known to few templates, which spell them
+THOUGHT_SWITCHES = ("enable_thinking", "thinking")  # variables by which a template thinks or does not
+REASONING_FIELDS = ("thinking", "reasoning", "reasoning_content")  # each name that a template may read
 Shape = Callable[[Arguments], Any]  # from a call's arguments to what a template sees of them
 
 
 class ChatTemplate:
-    """A Jinja template with the helpers that templates on Hugging Face expect, in a sandbox."""
+    """A Jinja template with the helpers that templates on Hugging Face expect, in a sandbox.
+
+    literals: the strings that it writes itself, or may.
+    """
 
     def __init__(
         self,
@@ -33,29 +42,50 @@ class ChatTemplate:
         Raises CheckpointError if `source` is not a template.
         """
         try:
-            self._template = template_environment().from_string(source)
+            environment = template_environment()
+            tree = environment.parse(source)
+            self._variables = meta.find_undeclared_variables(tree)
+            self._template = environment.from_string(source)
         except Exception as error:  # not only of Jinja: what it compiles to may be too deep for Python
             raise CheckpointError(
                 f"the chat template cannot be compiled: {error}", field="chat_template"
             ) from error
+        self.source = source
+        written = [node.data for node in tree.find_all(nodes.TemplateData)]
+        constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+        self.literals = {*written, *constants}
         given = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {role: text for role, text in given.items() if text is not None} | dict(special_tokens)
 
-    def render(self, messages: Sequence[ChatMessage], reasoning_effort: str | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        reasoning_effort: str | None = None,
+        *,
+        tools: Sequence[Tool] = (),
+        change: Callable[[str], str] = str,
+        tag: str = "",
+    ) -> str:
         """The prompt's text, up to where the assistant begins to speak.
+
+        change: what is made of each string of messages and tools on its way into the template. tag: a character
+        that none of them holds, and a space: the answer goes on with the words of the last turn, and the text ends
+        there.
 
         Raises InvalidRequest with what the template says against the messages.
         """
-        turns = _Turns(messages)
-        context = {**self._tokens, "tools": None, "documents": None, "add_generation_prompt": True}
+        turns = _Turns(messages, change, tag)
+        context = {**self._tokens, "documents": None, "add_generation_prompt": not tag}
         if reasoning_effort is not None:
-            context["reasoning_effort"] = reasoning_effort
+            switches = dict.fromkeys(self._variables.intersection(THOUGHT_SWITCHES), reasoning_effort != "none")
+            context |= {"reasoning_effort": reasoning_effort, **switches}
 
         def text(shape: Shape) -> str:
-            return self._template.render({**context, "messages": turns.seen(shape)})
+            shown = [_tool_for_template(tool, change) for tool in tools] or None
+            return self._template.render({**context, "tools": shown, "messages": turns.seen(shape)})
 
         try:
-            return text(_shape(text) if turns.has_mapping else _as_text)
+            rendered = text(_shape(text) if turns.has_mapping else _as_text)
         except Exception as error:  # a template can raise whatever its expressions raise
             said = str(error)[:MAX_REASON_CHARS]
             if turns.no_mapping is not None and isinstance(_try(text, _as_any_mapping), str):
@@ -67,19 +97,79 @@ class ChatTemplate:
                     value=value,
                 ) from error
             raise InvalidRequest(f"the chat template refuses the messages: {said}", field="messages") from error
+        return _cut(rendered, tag, f"messages[{len(messages) - 1}].prefix") if tag else rendered
+
+    def efforts(self) -> tuple[str, ...]:
+        """Words that `reasoning_effort` may say: each that the template does not refuse, and that makes a
+        difference to what it writes, or that it names."""
+        if not self._variables.intersection(("reasoning_effort", *THOUGHT_SWITCHES)):
+            return ()
+        other = self._with_effort("no such effort")
+        usual = [word for word in USUAL_EFFORTS if self._knows(word, other)]
+        return (*usual, *(word for word in OTHER_EFFORTS if self._names(word) and self._knows(word, other)))
+
+    def _knows(self, effort: str, other: str | None) -> bool:
+        text = self._with_effort(effort)
+        is_switch = not self._variables.isdisjoint(THOUGHT_SWITCHES)
+        return text is not None and (text != other or is_switch or self._names(effort))
+
+    def _names(self, effort: str) -> bool:
+        return f"'{effort}'" in self.source or f'"{effort}"' in self.source
+
+    def _with_effort(self, effort: str) -> str | None:
+        try:
+            return self.render([ChatMessage(role="user", content="Hi")], effort)
+        except InvalidRequest:
+            return None
+
+
+def _cut(rendered: str, tag: str, field: str) -> str:
+    """The text up to the tag; as in transformers, without the spaces before it where the template cut off the tag's
+    own."""
+    place = rendered.rfind(tag.rstrip())
+    if place < 0:
+        raise InvalidRequest(
+            "the chat template does not write the words of the last turn, so that no answer can go on with them",
+            field=field,
+            value=True,
+        )
+    return rendered[:place] if rendered.startswith(tag, place) else rendered[:place].rstrip()
+
+
+class _Words:
+    """The words of a turn as a template has them: a text, and before it a thought. `is_open`: the answer goes on
+    with the thought."""
+
+    def __init__(self, turn: ChatMessage, field: str) -> None:
+        """Raises InvalidRequest for a thought after text, or not of the assistant: no template can write that."""
+        chunks = [TextChunk(turn.content)] if isinstance(turn.content, str) else turn.content
+        self.text, self.thought, self.is_open = "", turn.reasoning, False
+        for chunk in chunks:
+            if isinstance(chunk, TextChunk):
+                self.text, self.is_open = self.text + chunk.text, False
+            elif self.text or turn.role != "assistant":
+                limit = "before the text of an assistant's turn"
+                what = f"a thought where the chat template writes none; it does {limit}"
+                raise InvalidRequest(f"{field} has {what}", field=field, limit=limit)
+            else:
+                self.thought += chunk.thinking
+                self.is_open = not chunk.closed
 
 
 class _Turns:
     """The messages of a chat on their way into a template. `no_mapping`: the first call whose arguments are no JSON
     object, as the name of the field and its text."""
 
-    def __init__(self, messages: Sequence[ChatMessage]) -> None:
-        self._messages = messages
-        self._arguments = [[Arguments.parse(call.arguments) for call in turn.tool_calls] for turn in messages]
+    def __init__(self, messages: Sequence[ChatMessage], change: Callable[[str], str], tag: str) -> None:
+        self._messages, self._change, self._tag = messages, change, tag
+        self._words = [_Words(turn, f"messages[{number}].content") for number, turn in enumerate(messages)]
+        self._arguments = [
+            [Arguments.parse(call.arguments, change) for call in turn.tool_calls] for turn in messages
+        ]
         self.has_mapping = any(arguments.value is not None for calls in self._arguments for arguments in calls)
         self.no_mapping = next(
             (
-                (f"messages[{turn}].tool_calls[{call}].arguments", arguments.text)
+                (f"messages[{turn}].tool_calls[{call}].arguments", messages[turn].tool_calls[call].arguments)
                 for turn, calls in enumerate(self._arguments)
                 for call, arguments in enumerate(calls)
                 if arguments.value is None
@@ -89,10 +179,46 @@ class _Turns:
 
     def seen(self, shape: Shape) -> list[dict[str, Any]]:
         """The messages as the template is given them, with each call's arguments in this shape."""
+        last = len(self._messages) - 1
         return [
-            _for_template(message, [shape(arguments) for arguments in calls])
-            for message, calls in zip(self._messages, self._arguments, strict=True)
+            self._for_template(number, self._tag if number == last else "", [shape(each) for each in calls])
+            for number, calls in enumerate(self._arguments)
         ]
+
+    def _for_template(self, number: int, tag: str, arguments: list[Any]) -> dict[str, Any]:
+        """Only what is there: templates ask for the presence of a key."""
+        message, words, change = self._messages[number], self._words[number], self._change
+        thought = change(words.thought) + (tag if words.is_open else "")
+        turn: dict[str, Any] = {
+            "role": message.role,
+            "content": change(words.text) + ("" if words.is_open else tag),
+        }
+        if thought:
+            first, *others = REASONING_FIELDS
+            turn = {first: thought, **turn, **dict.fromkeys(others, thought)}
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "id": change(call.id),
+                    "type": "function",
+                    "function": {"name": change(call.name), "arguments": shaped},
+                }
+                for call, shaped in zip(message.tool_calls, arguments, strict=True)
+            ]
+        if message.tool_call_id:
+            turn["tool_call_id"] = change(message.tool_call_id)
+        if message.name:
+            turn["name"] = change(message.name)
+        return turn
+
+
+def _tool_for_template(tool: Tool, change: Callable[[str], str]) -> dict[str, Any]:
+    function = {
+        "name": change(tool.name),
+        "description": change(tool.description),
+        "parameters": each_text(tool.parameters, change),
+    }
+    return {"type": "function", "function": function}
 
 
 def _shape(text: Callable[[Shape], str]) -> Shape:
@@ -129,45 +255,3 @@ def load_chat_template(checkpoint_dir: Path) -> ChatTemplate | None:
     if source is None:
         return None
     return ChatTemplate(source, special_tokens=read_tokenizer_config(checkpoint_dir).spellings)
-
-
-def read_chat_templates(checkpoint_dir: Path) -> dict[str, str]:
-    """The chat templates of a checkpoint by name, from the first of these places that has any: files of their own,
-    tokenizer_config.json (the order of transformers' tokenizers), and what its processors alone read.
-
-    Raises CheckpointError.
-    """
-    single, several = checkpoint_dir / "chat_template.jinja", checkpoint_dir / "additional_chat_templates"
-    files = {"default": single} if single.exists() else {}
-    files |= {path.name.removesuffix(".jinja"): path for path in several.glob("*.jinja")}
-    if files:
-        return {name: _read(path) for name, path in sorted(files.items())}
-    templates = read_tokenizer_config(checkpoint_dir).chat_templates
-    for name in ("processor_config.json", "chat_template.json"):
-        if templates is None:
-            path = checkpoint_dir / name
-            templates = templates_by_name(path, read_object(path).get("chat_template"))
-    return templates or {}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", field="chat_template") from error
-
-
-def _for_template(message: ChatMessage, arguments: list[Any]) -> dict[str, Any]:
-    """Only what is there: templates ask for the presence of a key."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning:  # under each name that a template may read
-        thought = message.reasoning
-        turn = {"thinking": thought, **turn, "reasoning": thought, "reasoning_content": thought}
-    if message.tool_calls:
-        turn["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": shaped}}
-            for call, shaped in zip(message.tool_calls, arguments, strict=True)
-        ]
-    if message.tool_call_id:
-        turn["tool_call_id"] = message.tool_call_id
-    return turn

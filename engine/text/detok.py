@@ -17,6 +17,7 @@ from typing import Protocol, Self
 from cierzo.engine.messages import Part
 
 MAX_CHAR_BYTES = 4
+_NO_PARTS: list[Part] = []  # one for all: a server has thousands of readers
 _utf8 = codecs.getincrementaldecoder("utf-8")
 
 
@@ -128,7 +129,7 @@ class TextReader:
         self._held = ""
         self._at_start = tokens.strip_leading_space
         self.num_tokens = 0
-        self.parts: list[Part] = []
+        self.parts = _NO_PARTS
         self.stop: str | None = None
 
     @property

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,19 +14,25 @@ import msgspec
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, ModelInfo, SamplingParams, Submit, TextChunk
-from cierzo.engine.text.chat import ChatTemplate, load_chat_template, read_chat_templates
+from cierzo.engine.text.chat import load_chat_template
 from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.masks import masked
-from cierzo.engine.text.syntax import Syntax
+from cierzo.engine.text.parts import PartsReader
+from cierzo.engine.text.syntax import Syntax, syntax_of
+from cierzo.engine.text.template_chat import TemplateChat
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
+from cierzo.engine.text.tokenizer_config import image_token_ids, read_chat_templates
 from cierzo.engine.text.vocabulary import TEKKEN_FILE, Chat, refuse_unfit
 
 if TYPE_CHECKING:
     from cierzo.engine.text.tekken import TekkenVocabulary
 
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
-WORD_CHARS = 16  # a text of its own takes a tokenizer as long as so many characters more
 TOOL_CHARS = 1024  # a tool whose schema is checked
+WORD_CHARS = 16  # a text of its own takes a tokenizer as long as so many characters more
+CALL_ID_CHARS = 9  # what every version of Mistral's templates takes
+_ID_ALPHABET = string.ascii_letters + string.digits
+Reader = Detokenizer | PartsReader
 
 
 class Prompt(msgspec.Struct, frozen=True, gc=False):
@@ -36,11 +45,14 @@ class Prompt(msgspec.Struct, frozen=True, gc=False):
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
     """Tokenizer and chat template of what is served; either may be missing, then only `token_ids` (or no
-    `messages`) can be asked. `other_templates`: names of chat templates where none is the default."""
+    `messages`) can be asked. `other_templates`: names of chat templates where none is the default.
+    `image_token_ids`: the tokens that stand for an image. `syntax`: how the model marks thoughts and calls; None if
+    it marks nothing."""
 
     tokenizer: Tokenizer | TekkenVocabulary | None = None
-    template: ChatTemplate | Chat | None = None
+    template: Chat | None = None
     other_templates: tuple[str, ...] = ()
+    image_token_ids: frozenset[int] = frozenset()
     syntax: Syntax | None = None
 
     @classmethod
@@ -53,7 +65,9 @@ class PromptEncoder:
         if reads_tekken(checkpoint_dir, tokenizer):
             from cierzo.engine.text.mistral import load_mistral  # takes half a second, and memory
 
-            return cls(*load_mistral(checkpoint_dir, vocab_size))
+            tekken, chat = load_mistral(checkpoint_dir, vocab_size)
+            images = image_token_ids(checkpoint_dir, tekken.special_ids)
+            return cls(tekken, chat, (), images, syntax_of(tekken, None, tekken.version))
         return cls._load_tokenizers(checkpoint_dir)
 
     @classmethod
@@ -61,13 +75,25 @@ class PromptEncoder:
         tokenizer = load_tokenizer(checkpoint_dir)
         if tokenizer is None:
             return cls()
-        template = load_chat_template(checkpoint_dir)
-        return cls(tokenizer, template, () if template else tuple(sorted(read_chat_templates(checkpoint_dir))))
+        template, sources = load_chat_template(checkpoint_dir), read_chat_templates(checkpoint_dir)
+        chat = None if template is None else TemplateChat(template, tokenizer)
+        others = () if template else tuple(sorted(sources))
+        images = image_token_ids(checkpoint_dir, tokenizer.special_ids)
+        return cls(tokenizer, chat, others, images, syntax_of(tokenizer, sources.get("default"), None))
 
     @property
     def special_ids(self) -> Mapping[str, int]:
         """Special tokens, which have no text in an output, by how they are spelled."""
         return {} if self.tokenizer is None else self.tokenizer.special_ids
+
+    @property
+    def efforts(self) -> tuple[str, ...] | None:
+        """The words that `reasoning_effort` may say; None where there are no conversations."""
+        return None if self.template is None else self.template.efforts
+
+    def unsafe_places(self) -> list[str]:
+        """The fields of a conversation in which a client's text may become a control token. Takes milliseconds."""
+        return self.template.unsafe_places() if isinstance(self.template, TemplateChat) else []
 
     def encode(self, message: Generate, max_tokens: int | None = None) -> Prompt:
         """Encode the prompt; raises InvalidRequest, before it encodes, if a text cannot fit `max_tokens`.
@@ -83,19 +109,12 @@ class PromptEncoder:
             if message.suffix is None:
                 return Prompt(self.tokenizer.encode(message.text))
             refuse_unfit(self.tokenizer, "suffix", message.suffix, max_tokens)
-            if isinstance(self.tokenizer, Tokenizer):
-                raise InvalidRequest("the served model does not fill in the middle", field="suffix")
             return Prompt(self.tokenizer.encode_middle(message.text, message.suffix))
         if self.template is None:
             named = f"default chat template, only {', '.join(self.other_templates)}"
             known = named if self.other_templates else "chat template"
             raise InvalidRequest(f"the served checkpoint has no {known}: send text", field="messages")
-        if not isinstance(self.template, ChatTemplate):
-            return Prompt(*self.template.encode(message, max_tokens))
-        assert isinstance(self.tokenizer, Tokenizer)  # what is beside a template
-        rendered = self.template.render(message.messages or [], message.reasoning_effort)
-        refuse_unfit(self.tokenizer, "messages", rendered, max_tokens)
-        return Prompt(self.tokenizer.encode_rendered(rendered))
+        return Prompt(*self.template.encode(message, max_tokens))
 
     def max_text_bytes(self, max_tokens: int) -> int | None:
         """UTF-8 bytes of the longest text that fits so many tokens; None if only its reader can tell."""
@@ -103,12 +122,37 @@ class PromptEncoder:
             return None
         return max_tokens * self.tokenizer.longest_token_bytes
 
-    def detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        """A reader of one sample's tokens; None without a tokenizer."""
+    def reader(
+        self,
+        params: SamplingParams,
+        *,
+        apart: bool = False,
+        in_thinking: bool = False,
+        parallel: bool = True,
+        sample: int = 0,
+        num_prompt_tokens: int = 0,
+    ) -> Reader | None:
+        """A reader of one sample's tokens; None without a tokenizer.
+
+        apart: one that tells text, thoughts and calls apart, if the model marks them. in_thinking: the prompt ends
+        within a thought. parallel: several calls may follow each other. The ids of calls depend on the last two,
+        and on the seed.
+        """
         if self.tokenizer is None:
             return None
-        stop_tokens = {self.special_ids[string]: string for string in params.stop if string in self.special_ids}
-        return Detokenizer(self.tokenizer, params.stop, params.min_tokens, stop_tokens)
+        stop_tokens = {self.special_ids[text]: text for text in params.stop if text in self.special_ids}
+        if not apart or self.syntax is None:
+            return Detokenizer(self.tokenizer, params.stop, params.min_tokens, stop_tokens)
+        return PartsReader(
+            self.tokenizer,
+            self.syntax,
+            params.stop,
+            params.min_tokens,
+            stop_tokens,
+            in_thinking=in_thinking,
+            parallel=parallel,
+            call_id=partial(call_id, params.seed, num_prompt_tokens, sample),
+        )
 
     def masked(self, submit: Submit, message: Generate, model: ModelInfo, *, in_thinking: bool) -> Submit:
         """`submit` with what its message says that a token may be; see masks.py. Raises InvalidRequest."""
@@ -126,6 +170,17 @@ class PromptEncoder:
             weight += PART_CHARS + content_chars(turn) + len(turn.reasoning)
             weight += sum(PART_CHARS + len(call.arguments) for call in turn.tool_calls)
         return weight
+
+
+def call_id(seed: int | None, num_prompt_tokens: int, sample: int, number: int) -> str:
+    """The id of a call: the same whenever the generation is repeated or resumed, another one in each turn of a
+    conversation, whose prompts get longer."""
+    source = f"{seed} {num_prompt_tokens} {sample} {number}".encode()
+    rest, chars = int.from_bytes(blake2b(source, digest_size=8).digest(), "big"), ""
+    for _ in range(CALL_ID_CHARS):
+        rest, place = divmod(rest, len(_ID_ALPHABET))
+        chars += _ID_ALPHABET[place]
+    return chars
 
 
 def reads_tekken(checkpoint_dir: Path, tokenizer: str) -> bool:

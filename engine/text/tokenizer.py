@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 import tokenizers
 
-from cierzo.engine.errors import CheckpointError
-from cierzo.engine.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
+from cierzo.engine.errors import CheckpointError, InvalidRequest
+from cierzo.engine.text.control_tokens import ControlTokens, is_control
+from cierzo.engine.text.tokenizer_config import TokenizerConfig, read_chat_templates, read_tokenizer_config
 from cierzo.engine.text.unicode import refuse_surrogates
 
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 LONG_TEXT_CHARS = 4096  # from here on the interpreter lock is released while encoding
+# Tokens of families of models that fill in the middle: before the text, before its suffix, before the answer.
+FIM_TOKENS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+)
 
 
 class _Step(msgspec.Struct, frozen=True):
@@ -30,6 +38,8 @@ class _Model(msgspec.Struct, frozen=True):
 
     type: str = ""
     byte_fallback: bool = False
+    unk_token: str | None = None
+    unk_id: int | None = None
 
 
 class _Normalizer(msgspec.Struct, frozen=True):
@@ -58,10 +68,19 @@ class _File(msgspec.Struct, frozen=True):
 
 class Tokenizer:
     """Encodes and decodes. Knows the two ways in which tokens spell bytes: byte-level BPE (GPT-2, Tekken) and
-    SentencePiece with byte fallback (Llama 2, older Mistral)."""
+    SentencePiece with byte fallback (Llama 2, older Mistral).
 
-    def __init__(self, inner: tokenizers.Tokenizer, config: TokenizerConfig | None = None) -> None:
-        """Raises CheckpointError for a decoder of another kind."""
+    control_ids: the tokens that no text of a client becomes, by how they are spelled: all special ones, and others
+    that the checkpoint's chat templates, or everyone, use as markers.
+    """
+
+    def __init__(
+        self, inner: tokenizers.Tokenizer, config: TokenizerConfig | None = None, templates: str = ""
+    ) -> None:
+        """Take `inner` over, and change it. templates: the sources of the chat templates.
+
+        Raises CheckpointError for a decoder of another kind.
+        """
         config = config or TokenizerConfig()
         file = msgspec.json.decode(inner.to_str(), type=_File)
         steps = _flat(file.decoder)
@@ -85,35 +104,68 @@ class Tokenizer:
         self.eos_token_id: int | None = inner.token_to_id(self.eos_token) if self.eos_token else None
         self.longest_token_bytes = _longest_token_bytes(inner, file, self._byte_level)
         self.lost_bytes = _lost_bytes(inner) if self._byte_level else b""
-        plain, whole = (self._encode("a", add_special_tokens=add) for add in (False, True))
-        self._leading_id = whole[0] if whole[: len(plain)] != plain else None
+        self._before, self._after = _put_around(inner)
+        controls = {index: token for index, token in added.items() if is_control(token, templates)}
+        self.control_ids: Mapping[str, int] = {token.content: index for index, token in controls.items()}
+        unknown = file.model.unk_id if file.model.unk_token is None else inner.token_to_id(file.model.unk_token)
+        self._controls = ControlTokens(inner, controls, config.split_special_tokens)
+        self._never = set(controls) - {unknown}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a plain text, behind a beginning-of-text token where the checkpoint wants one and the text
-        does not spell it itself. Raises InvalidRequest for what is no Unicode text."""
+        """Token ids of a plain text, in which no text becomes a control token, behind a beginning-of-text token
+        where the checkpoint wants one; the text may begin by spelling that one itself. Raises InvalidRequest for
+        what is no Unicode text."""
         refuse_surrogates("text", text)
-        ids = self._encode(text, add_special_tokens=True)
-        if self._leading_id is not None and ids[1:2] == [self._leading_id]:
-            del ids[0]
-        return ids
-
-    def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of a rendered chat, which spells out its special tokens itself. Raises InvalidRequest for what
-        is no Unicode text."""
-        refuse_surrogates("messages", text)
-        return self._encode(text, add_special_tokens=False)
+        controls = self._controls
+        begins = self._before == [controls.leading_id(text)]
+        ids = self._ids(controls.call_leading(text) if begins else text, "text")
+        return [*([] if begins else self._before), *ids, *self._after]
 
     def encode_piece(self, text: str) -> list[int]:
-        """Token ids of a text alone: nothing is put around it."""
-        return self._encode(text, add_special_tokens=False)
+        """Token ids of a text alone: nothing is put around it, and nothing in it becomes a control token."""
+        refuse_surrogates("text", text)
+        return self._ids(text, "text")
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode_middle(self, text: str, suffix: str) -> list[int]:
+        """Token ids of the prompt for what comes between two texts. Raises InvalidRequest where the vocabulary has
+        no tokens to ask for it, and for what is no Unicode text."""
+        markers = next((names for names in FIM_TOKENS if all(name in self.control_ids for name in names)), None)
+        if markers is None:
+            raise InvalidRequest(
+                "the served model does not fill in the middle: its vocabulary has no tokens for it", field="suffix"
+            )
+        refuse_surrogates("text", text)
+        refuse_surrogates("suffix", suffix)
+        prefix, hole, middle = map(self._controls.call, markers)
+        return [*self._before, *self._ids(f"{prefix}{text}{hole}{suffix}{middle}", "text")]
+
+    def encode_rendered(self, text: str, mark: str = "") -> list[int]:
+        """Token ids of a rendered chat, which spells out its control tokens itself; but not where `mark` breaks the
+        spelling. Raises InvalidRequest for what is no Unicode text."""
+        refuse_surrogates("messages", text)
+        return self._ids(self._controls.call_all(text, mark), "messages")
+
+    def _ids(self, text: str, field: str) -> list[int]:
+        """Token ids of a text that calls control tokens by their secret names."""
+        controls = self._controls
+        ids = self._encode(text)
+        if not self._never.isdisjoint(ids):  # a word of the vocabulary is spelled like a control token
+            ids = controls.without_cuts(self._encode(controls.cut(text)))
+            if found := self._never.intersection(ids):
+                value = self._inner.id_to_token(found.pop())
+                raise InvalidRequest(
+                    f"{field} spells {value}, which the tokenizer can only write as a control token",
+                    field=field,
+                    value=value,
+                )
+        return controls.real(ids) if controls.secret in text else ids
+
+    def _encode(self, text: str) -> list[int]:
         if len(text) < LONG_TEXT_CHARS:
-            ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+            ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
             return ids
         # `encode` keeps the interpreter lock: a long text would stall the front end even from a thread.
-        encoded = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return list(encoded[0].ids)
+        return list(self._inner.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, without special tokens."""
@@ -128,7 +180,9 @@ class Tokenizer:
         return known
 
     def _spelled(self, token_id: int) -> bytes:
-        token: str | None = None if token_id in self._special else self._inner.id_to_token(token_id)
+        without_text = token_id in self._special or token_id >= self._controls.first_id
+        hidden, named = self._controls.hidden, self._inner.id_to_token
+        token: str | None = None if without_text else hidden.get(token_id, named(token_id))
         if token is None:
             return b""
         if self._byte_level:
@@ -153,7 +207,14 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer | None:
     inner.no_truncation()
     config = read_tokenizer_config(checkpoint_dir)
     _apply(config, inner)
-    return Tokenizer(inner, config)
+    return Tokenizer(inner, config, "\n".join(read_chat_templates(checkpoint_dir).values()))
+
+
+def _put_around(inner: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The token ids that come before and after each text."""
+    whole = inner.encode("a", add_special_tokens=True)
+    places = [place for place, sequence in enumerate(whole.sequence_ids) if sequence is not None]
+    return (whole.ids[: places[0]], whole.ids[places[-1] + 1 :]) if places else (whole.ids, [])
 
 
 def _apply(config: TokenizerConfig, inner: tokenizers.Tokenizer) -> None:

@@ -7,7 +7,7 @@ post-processor in that file alone decides what is put around a text.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tokenizers import AddedToken
 
 from cierzo.engine.errors import CheckpointError
 
+IMAGE_TOKEN = "[IMG]"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -97,6 +98,39 @@ def templates_by_name(path: Path, value: Any) -> dict[str, str] | None:
         return msgspec.convert(named, dict[str, str])
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(path, "chat_template", value) from error
+
+
+def read_chat_templates(checkpoint_dir: Path) -> dict[str, str]:
+    """The chat templates of a checkpoint by name, from the first of these places that has any: files of their own,
+    tokenizer_config.json (the order of transformers' tokenizers), and what its processors alone read.
+
+    Raises CheckpointError.
+    """
+    single, several = checkpoint_dir / "chat_template.jinja", checkpoint_dir / "additional_chat_templates"
+    files = {"default": single} if single.exists() else {}
+    files |= {path.name.removesuffix(".jinja"): path for path in several.glob("*.jinja")}
+    if files:
+        return {name: _read(path) for name, path in sorted(files.items())}
+    templates = read_tokenizer_config(checkpoint_dir).chat_templates
+    for name in ("processor_config.json", "chat_template.json"):
+        if templates is None:
+            path = checkpoint_dir / name
+            templates = templates_by_name(path, read_object(path).get("chat_template"))
+    return templates or {}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", field="chat_template") from error
+
+
+def image_token_ids(checkpoint_dir: Path, special_ids: Mapping[str, int]) -> frozenset[int]:
+    """The tokens that stand for a piece of an image, by the names that Mistral gives them, and by config.json."""
+    config = read_object(checkpoint_dir / "config.json")
+    declared = [config.get(name) for name in ("image_token_id", "image_token_index")]
+    return frozenset(index for index in (*declared, special_ids.get(IMAGE_TOKEN)) if isinstance(index, int))
 
 
 def _roles(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -7,9 +7,12 @@ Some templates write the mapping (`call.function | tojson`, `arguments | items`)
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
+
+from cierzo.engine.text.spellings import each_text
 
 SOMETHING = {"a": 1}  # stands in for empty arguments, which a template may pass over
 
@@ -21,14 +24,18 @@ class Arguments(msgspec.Struct, frozen=True):
     value: dict[str, Any] | None
 
     @classmethod
-    def parse(cls, text: str) -> Arguments:
-        """Read a text. It stays text alone if it is no JSON object, or holds what no JSON text in UTF-8 can say."""
+    def parse(cls, text: str, change: Callable[[str], str] = str) -> Arguments:
+        """Read a text. It stays text alone if it is no JSON object, or holds what no JSON text in UTF-8 can say.
+
+        change: what is made of it, and of the strings in it.
+        """
         try:
             value = json.loads(text) if text.strip() else {}
             canonical_json(value).encode()
+            value = each_text(value, change)
         except (ValueError, RecursionError):
-            return cls(text, None)
-        return cls(text, value if isinstance(value, dict) else None)
+            return cls(change(text), None)
+        return cls(change(text), value if isinstance(value, dict) else None)
 
     @property
     def probe(self) -> Arguments:

@@ -24,9 +24,13 @@ class Vocabulary(TokenSizes, Protocol):
     """A tokenizer, as the rest of the house sees it. Without a state: encoding one text changes nothing."""
 
     strip_leading_space: bool
-    special_ids: Mapping[str, int]  # control tokens, which have no text, by how they are spelled
     eos_token: str
     eos_token_id: int | None
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Control tokens, which have no text, by how they are spelled."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain text, in which no text becomes a control token, behind a beginning-of-text token

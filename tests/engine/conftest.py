@@ -1,4 +1,5 @@
-"""The demo model, converted once per test run, and what transformers makes of the file it came from."""
+"""A tokenizer whose ids are bytes; the demo model, converted once per test run, and what transformers makes of the
+file it came from."""
 
 from __future__ import annotations
 
@@ -14,8 +15,21 @@ import gguf
 import pytest
 import torch
 import transformers
+from byte_words import byte_prompts, byte_tokenizer
 
+from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.tokenizer import Tokenizer
 from cierzo.engine.weights.gguf import find_demo_gguf, prepare_demo
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def prompts(tokenizer: Tokenizer) -> PromptEncoder:
+    return byte_prompts(tokenizer)
 
 
 @pytest.fixture(scope="session")

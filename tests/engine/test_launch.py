@@ -13,6 +13,7 @@ from cierzo.engine import LLM, SamplingParams
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.launch import load_prompts, model_info, with_flight_folder
+from cierzo.engine.text import chat
 from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.text.tokenizer import _BYTE_OF
 from cierzo.engine.weights.make import make_checkpoint
@@ -84,6 +85,16 @@ def test_an_eos_token_that_the_model_cannot_say_is_told_and_does_no_harm(configu
     with LLM(resolved.checkpoint, **SETTINGS) as llm:
         params = SamplingParams(max_tokens=3, min_tokens=2, temperature=0.0, stop=("<far>",))
         assert llm.generate("a", params)[0].finish_reason == "length"
+
+
+def test_a_template_that_makes_control_tokens_of_texts_is_told_at_the_start(model, monkeypatch, caplog):
+    for change, told in (("lower", True), ("trim", False)):
+        template = "{% for m in messages %}<s>{{ m.content | " + change + " }}{% endfor %}"
+        monkeypatch.setattr(chat, "read_chat_templates", lambda folder, text=template: {"default": text})
+        _load(model)
+        assert bool(caplog.messages) == told
+        assert all("the content of a user's turn" in message for message in caplog.messages)
+        caplog.clear()
 
 
 def test_a_model_without_a_tokenizer_keeps_the_configs_ids(tmp_path):

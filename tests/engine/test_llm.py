@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from marked import TEMPLATE, bare, ids, marked_level
 
 from cierzo.engine import LLM, SamplingParams
 from cierzo.engine.errors import ConfigError, CoreFailed, InvalidRequest
-from cierzo.engine.messages import ChatMessage
+from cierzo.engine.messages import ChatMessage, Part
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner
@@ -59,11 +60,11 @@ def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def says(folder: Path, text: str) -> LLM:
-    """An engine whose every answer is `text`, byte by byte."""
+def says(folder: Path, text: str | list[int]) -> LLM:
+    """An engine whose every answer is `text`, byte by byte, or these tokens."""
     llm = LLM(folder, runner="fake", **SETTINGS)
     config = llm.config
-    answer = text.encode()
+    answer = text.encode() if isinstance(text, str) else text
     runner = FakeRunner(
         vocab_size=config.model.vocab_size,
         num_blocks=config.cache.num_blocks,
@@ -225,6 +226,57 @@ def test_messages_of_any_kind(with_tokenizer: Path) -> None:
             with pytest.raises(InvalidRequest) as caught:
                 llm.chat(HI, **wrong)
             assert caught.value.field in wrong
+
+
+@pytest.fixture(scope="module")
+def marking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a model that marks its thoughts and calls."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("llm") / "marking", like="small3", dtype="float32")
+    marked_level().save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+CALLING = '[THINK]hm[/THINK]So: [TOOL_CALLS]wind[ARGS]{"at":  1}[TOOL_CALLS]rain[ARGS]{"at"'
+
+
+def test_thoughts_and_calls_are_parts_of_an_output(marking: Path) -> None:
+    with says(marking, ids(CALLING)) as llm:
+        output = llm.chat(HI, max_tokens=len(ids(CALLING)), ignore_eos=True, logprobs=0, seed=1, n=2)
+        assert (output.thinking, output.text) == ("hm", "So: ")
+        assert bare(output.samples[0].parts) == [
+            ("thinking", "", "hm"),
+            ("text", "", "So: "),
+            ("call", "wind", '{"at":  1}'),
+            ("call", "rain", '{"at"'),
+        ]
+        assert (output.finish_reason, output.samples[0].broken_calls) == ("length", [1])
+        (call,) = output.tool_calls
+        assert (call.name, call.arguments) == ("wind", '{"at":  1}')
+        assert call.id != output.samples[1].tool_calls[0].id
+        assert sum(part.num_tokens for part in output.samples[0].parts) == len(output.logprobs)
+        turn = output.turn
+        assert (turn.reasoning, turn.content, turn.tool_calls) == ("hm", "So: ", [call])
+        result = {"role": "tool", "content": "yes", "tool_call_id": call.id, "name": "wind"}
+        again = llm.chat([HI, turn, result], max_tokens=1)
+        prompt = "[user]Hi[assistant]" + CALLING.rpartition("[TOOL_CALLS]")[0] + "[tool]yes"
+        assert again.prompt_token_ids == ids(prompt)
+
+
+def test_one_call_alone_and_how_it_ends(marking: Path) -> None:
+    with says(marking, ids(CALLING)) as llm:
+        output = llm.chat(HI, max_tokens=100, ignore_eos=True, parallel_tool_calls=False, stop="nowhere")
+        assert (output.finish_reason, output.samples[0].stop) == ("tool_calls", "[TOOL_CALLS]")
+        assert output.token_ids == ids(CALLING.rpartition("[TOOL_CALLS]")[0])
+        llm._core.check()
+        assert not llm._core.has_work()
+
+
+def test_an_output_of_text_alone_is_one_part(with_tokenizer: Path) -> None:
+    with says(with_tokenizer, "Salut") as llm:
+        output = llm.generate("Hi", max_tokens=5, ignore_eos=True)[0]
+        assert output.samples[0].parts == [Part(kind="text", text="Salut", num_tokens=5)]
+        assert (output.thinking, output.tool_calls, output.turn.content) == ("", [], "Salut")
 
 
 def test_an_interrupted_call_leaves_nothing_behind(with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:

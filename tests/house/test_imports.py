@@ -45,7 +45,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "scheduler": ("scheduler", "cache"),
     "engine.errors": (),
     "engine.expert_statistics": (),
-    "engine.messages": ("scheduler.params", "scheduler.plan", "engine.expert_statistics"),
+    "engine.conversation": (),
+    "engine.messages": (
+        *("scheduler.params", "scheduler.plan"),
+        *("engine.conversation", "engine.expert_statistics"),
+    ),
     "engine.signs": ("engine.server_process",),
     "engine.server_process": (),
     "engine.number_choice": ("kernels.formats.number_formats", "engine.errors"),

@@ -9,7 +9,7 @@
 import net from "node:net";
 import { decode, encode } from "./msgpack.mjs";
 
-export const FEATURES = ["accounting", "attach", "credit", "keepalive", "resume"];
+export const FEATURES = ["accounting", "attach", "credit", "keepalive", "masks", "parts", "resume"];
 
 export class RpcError extends Error {
   constructor({ code, message, field = null, limit = null, value = null, retry = false, retry_after_s = null }) {
@@ -21,7 +21,20 @@ export class RpcError extends Error {
 export function costOf(delta) {
   const entries = delta.logprobs ?? [];
   const own = 64 + 8 * (delta.token_ids?.length ?? 0) + Buffer.byteLength(delta.text ?? "", "utf8");
-  return entries.reduce((sum, [, , top]) => sum + 32 + 16 * top.length, own);
+  const bytesOf = ({ text = "", name = "", id = "" }) => Buffer.byteLength(text + name + id, "utf8");
+  const parts = (delta.parts ?? []).reduce((sum, part) => sum + 64 + bytesOf(part), 0);
+  return entries.reduce((sum, [, , top]) => sum + 32 + 16 * top.length, own + parts);
+}
+
+// Add what a delta, or the record of a sample's end, has to the parts of the sample.
+export function addParts(joined, { parts = [], text = "", token_ids = [] }) {
+  const pieces = parts.length ? parts : [{ kind: "text", text, num_tokens: token_ids.length }];
+  for (const { kind, call = 0, text = "", name = "", id = "", num_tokens = 0 } of pieces) {
+    const last = joined.at(-1);
+    if (!text && !name && !id && !num_tokens) continue;
+    if (last?.kind !== kind || last.call !== call) joined.push({ kind, call, text, name, id, num_tokens });
+    else Object.assign(last, { text: last.text + text, num_tokens: last.num_tokens + num_tokens });
+  }
 }
 
 // Iterate over its deltas; then `final` is there. `accepted()` waits for the server's word that it has the request.

@@ -1,7 +1,7 @@
 // The cases of the interop list. `node interop.mjs ADDRESS CASE REQUEST` writes what happened, as JSON, for
 // tests/interop/test_interop.py to compare. REQUEST: fields of `generate`, as JSON; "int:..." is a large integer.
 
-import { Connection, costOf, FEATURES } from "./client.mjs";
+import { addParts, Connection, costOf, FEATURES } from "./client.mjs";
 
 const [address, name] = [process.argv[2], process.argv[3]];
 const request = JSON.parse(process.argv[4], (_, value) => (/^int:/.test(value) ? BigInt(value.slice(4)) : value));
@@ -18,9 +18,11 @@ async function rest(generation, answer = { tokens: [], text: [] }) {
   return answer;
 }
 
-function add(answer, { sample = 0, token_ids = [], text = "" }) {
+function add(answer, delta) {
+  const { sample = 0, token_ids = [], text = "" } = delta;
   (answer.tokens[sample] ??= []).push(...token_ids);
   answer.text[sample] = (answer.text[sample] ?? "") + text;
+  addParts(((answer.parts ??= [])[sample] ??= []), delta);
 }
 
 async function first(generation, answer = { tokens: [], text: [] }) {

@@ -9,6 +9,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from .history import Attempt, Body, History, Request
 from .link import POISON, SimulatedLink
 from .network import MOST_DELAY_S
+from .peer import thoughts_of
 from .reference import Answer, References
 
 CANCEL_S = 0.1  # within which a cancel is answered
@@ -22,12 +23,18 @@ class Checker:
     """Collects violations."""
 
     def __init__(
-        self, history: History, link: SimulatedLink, config: FrontendConfig, references: References
+        self,
+        history: History,
+        link: SimulatedLink,
+        config: FrontendConfig,
+        references: References,
+        thinks: bool = False,
     ) -> None:
         self._history = history
         self._link = link
         self._config = config
         self._references = references
+        self._thinks = thinks
         self.wrongs = list(history.wrongs)
 
     def check(self) -> list[str]:
@@ -63,13 +70,16 @@ class Checker:
 
     def _answer(self, attempt: Attempt) -> None:
         """Tokens, text and log-probabilities are those of the reference, as far as they go."""
-        name, answers, final = _name(attempt), self._references.of(attempt.request), attempt.end
+        is_apart = self._thinks and attempt.request.is_apart
+        answers, final = self._references.of(attempt.request, is_apart), attempt.end
+        name = _name(attempt)
         if final is not None and attempt.request.body.get("deltas", True) is False:
             if any(attempt.tokens):
                 self._wrong(f"{name}: deltas nobody wanted")
             for sample in final["samples"]:
                 attempt.tokens[sample["sample"]] = list(sample.get("token_ids", []))
                 attempt.texts[sample["sample"]] = sample.get("text", "")
+                attempt.thoughts[sample["sample"]] = thoughts_of(sample)
                 attempt.logprobs[sample["sample"]] = list(sample.get("logprobs") or [])
         for index, right in enumerate(answers):
             tokens, text, logprobs = attempt.tokens[index], attempt.texts[index], attempt.logprobs[index]
@@ -77,6 +87,9 @@ class Checker:
                 self._wrong(f"{name}: sample {index} has {tokens}, right is {right.tokens}")
             if not right.text.startswith(text) and not self._is_cut_character(attempt, index, right):
                 self._wrong(f"{name}: sample {index} reads {text!r}, right is {right.text!r}")
+            thoughts = attempt.thoughts[index]
+            if not right.thoughts.startswith(thoughts.removesuffix("\ufffd")):
+                self._wrong(f"{name}: sample {index} thinks {thoughts!r}, right is {right.thoughts!r}")
             plain = [[one.token_id, one.logprob, one.top_token_ids, one.top_logprobs] for one in right.logprobs]
             if "logprobs" in attempt.request.body["sampling"] and logprobs != plain[: len(tokens)]:
                 self._wrong(f"{name}: log-probabilities of sample {index}: {logprobs} for {tokens}")
@@ -98,8 +111,9 @@ class Checker:
             if reason in BY_ITSELF:
                 if attempt.request.body["token_ids"][0] == POISON:
                     self._wrong(f"{name}: poison ended by {reason}")
-                got = (attempt.tokens[index], attempt.texts[index], reason, sample.get("stop"))
-                if got != (right.tokens, right.text, right.reason, right.stop):
+                said = (attempt.texts[index], attempt.thoughts[index])
+                got = (attempt.tokens[index], *said, reason, sample.get("stop"))
+                if got != (right.tokens, right.text, right.thoughts, right.reason, right.stop):
                     self._wrong(f"{name}: {got}, right is {right}")
             else:
                 self._early(attempt, reason, sample)

@@ -34,6 +34,7 @@ class Client:
         max_model_len: int,
         poisoned: bool,
         everybody: list[Peer],
+        thinks: bool = False,
     ) -> None:
         self.rng = rng
         self._network = network
@@ -43,6 +44,7 @@ class Client:
         self._max_model_len = max_model_len
         self._poisoned = poisoned
         self._everybody = everybody
+        self._thinks = thinks
         self._loop = asyncio.get_running_loop()
         self.peers: list[Peer] = []
         self.mine: list[Request] = []
@@ -153,6 +155,8 @@ class Client:
     async def _repeat_key(self) -> None:
         peer = await self._peer()
         keyed = [one for one in self._history.requests if "idempotency_key" in one.body]
+        if self._thinks and peer is not None:  # else it depends on who comes first, in which form the answer comes
+            keyed = [one for one in keyed if one.is_apart == ("parts" in peer.features)]
         if peer is not None and keyed and "resume" in peer.features:
             self._send(peer, self.rng.choice(keyed))
 
@@ -297,15 +301,18 @@ class Client:
     def _shortened(self, last: Attempt) -> Attempt:
         """As if the last deltas had not been kept."""
         tokens, texts, logprobs, marks = map(list, (last.tokens, last.texts, last.logprobs, last.marks))
+        thoughts = list(last.thoughts)
         sample = self.rng.randrange(len(tokens))
         if marks[sample]:
             at = self.rng.randrange(len(marks[sample]))
-            num_tokens, num_chars = marks[sample][at]
+            num_tokens, num_chars, num_thought = marks[sample][at]
+            thoughts[sample] = thoughts[sample][:num_thought]
             marks[sample] = marks[sample][: at + 1]
             tokens[sample] = tokens[sample][:num_tokens]
             texts[sample] = texts[sample][:num_chars]
             logprobs[sample] = logprobs[sample][:num_tokens]
-        return replace(last, tokens=tokens, texts=texts, logprobs=logprobs, marks=marks, shortened=True)
+        changed = {"tokens": tokens, "texts": texts, "thoughts": thoughts, "logprobs": logprobs, "marks": marks}
+        return replace(last, **changed, shortened=True)
 
     async def _wait(self, request: Request) -> bool:
         """Wait until an attempt has ended or its connection was lost; whether to look again."""

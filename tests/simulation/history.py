@@ -24,6 +24,11 @@ class Request:
         return int(self.body["sampling"].get("n", 1))
 
     @property
+    def is_apart(self) -> bool:
+        """Whether who asked first has the feature "parts"."""
+        return bool(self.attempts) and "parts" in self.attempts[0].features
+
+    @property
     def request_id(self) -> str | None:
         """The server's name for it, of those told by `accepted` the last."""
         told = [one.accepted["request_id"] for one in self.attempts if one.accepted is not None]
@@ -39,8 +44,9 @@ class Request:
 class Attempt:
     """A stream of one connection: a generate, or a resume, and what came of it.
 
-    tokens, texts, logprobs: by sample, with what earlier attempts had brought. marks: by sample, tokens and
-    characters after each delta. disturbed: for a while the client did not read, or the link was frozen.
+    tokens, texts, thoughts, logprobs: by sample, with what earlier attempts had brought. marks: by sample, tokens,
+    and characters of text and of thoughts, after each delta. disturbed: for a while the client did not read, or the
+    link was frozen.
     """
 
     request: Request
@@ -51,8 +57,9 @@ class Attempt:
     sent_s: float
     tokens: list[list[int]]
     texts: list[str]
+    thoughts: list[str]
     logprobs: list[list[Any]]
-    marks: list[list[tuple[int, int]]]
+    marks: list[list[tuple[int, int, int]]]
     shortened: bool = False  # the client has thrown away some of what had come
     accepted: Body | None = None
     end: Body | None = None
@@ -65,6 +72,10 @@ class Attempt:
     def text_to_resume(self, sample: int) -> str:
         """The text of the tokens that have come: a delta without tokens is not counted, and comes again."""
         return self.texts[sample][: self.marks[sample][-1][1]] if self.marks[sample] else ""
+
+    def thoughts_to_resume(self, sample: int) -> str:
+        """The same of the thoughts."""
+        return self.thoughts[sample][: self.marks[sample][-1][2]] if self.marks[sample] else ""
 
     @property
     def is_open(self) -> bool:

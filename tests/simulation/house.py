@@ -15,7 +15,7 @@ from cierzo.engine.messages import ModelInfo
 from cierzo.engine.text.prompt import PromptEncoder
 
 from .link import SimulatedLink
-from .reference import byte_tokenizer
+from .reference import THOUGHTS, byte_tokenizer
 
 LONGEST_ENCODING_S = 0.005
 
@@ -24,10 +24,16 @@ class House:
     """Front end and server, in virtual time."""
 
     def __init__(
-        self, rng: random.Random, config: FrontendConfig, model: ModelInfo, link: SimulatedLink, clock: VirtualClock
+        self,
+        rng: random.Random,
+        config: FrontendConfig,
+        model: ModelInfo,
+        link: SimulatedLink,
+        clock: VirtualClock,
+        thinks: bool = False,
     ) -> None:
         self.link = link
-        prompts = PromptEncoder(byte_tokenizer())
+        prompts = PromptEncoder(byte_tokenizer(), syntax=THOUGHTS if thinks else None)
         delays, seeds = random.Random(rng.random()), random.Random(rng.random())
         encoders = local_encoders(prompts, config, model, lambda: delays.random() * LONGEST_ENCODING_S)
         self.frontend = Frontend(config, model, prompts, link, encoders, clock)

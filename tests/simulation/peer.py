@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from cierzo.engine import messages
+from cierzo.engine.frontend import delta_cost as costs
 from cierzo.engine.messages import PROTOCOL_VERSION
 
 from .history import Attempt, Body, History, Question, Request
@@ -77,6 +78,7 @@ class Peer:
             sent_s=self._loop.time(),
             tokens=[list(base.tokens[i]) if base else list(given) for i in range(count)],
             texts=[base.text_to_resume(i) if base else "" for i in range(count)],
+            thoughts=[base.thoughts_to_resume(i) if base else "" for i in range(count)],
             logprobs=[list(base.logprobs[i]) if base else [] for i in range(count)],
             marks=[list(base.marks[i]) if base else [] for i in range(count)],
             shortened=base is not None and base.shortened,
@@ -183,15 +185,23 @@ class Peer:
         sample = message.get("sample", 0)
         attempt.tokens[sample] += message.get("token_ids", [])
         attempt.texts[sample] += message.get("text", "")
+        attempt.thoughts[sample] += thoughts_of(message)
         attempt.logprobs[sample] += message.get("logprobs") or []
         if message.get("token_ids"):
-            attempt.marks[sample].append((len(attempt.tokens[sample]), len(attempt.texts[sample])))
+            lengths = (attempt.tokens, attempt.texts, attempt.thoughts)
+            num_tokens, num_chars, num_thought = (len(each[sample]) for each in lengths)
+            attempt.marks[sample].append((num_tokens, num_chars, num_thought))
         if "credit" in self.features:
             self._owed[attempt.stream] += delta_cost(message)
             if not self.withholds_credit:
                 self.give_credit()
 
 
+def thoughts_of(message: Body) -> str:
+    """The thoughts that a delta, or a sample's record, has among its parts."""
+    return "".join(part.get("text", "") for part in message.get("parts", []) if part["kind"] == "thinking")
+
+
 def delta_cost(message: Body) -> int:
     """Credit that a delta takes."""
-    return messages.delta_cost(msgspec.convert({k: v for k, v in message.items() if k != "type"}, messages.Delta))
+    return costs.delta_cost(msgspec.convert({k: v for k, v in message.items() if k != "type"}, messages.Delta))

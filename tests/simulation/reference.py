@@ -14,11 +14,17 @@ from tokenizers import decoders, models, pre_tokenizers
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.messages import SamplingParams, Submit, TokenLogprobs
+from cierzo.engine.text.syntax import Syntax
 from cierzo.engine.text.tokenizer import _BYTE_OF, Tokenizer
 from cierzo.engine.text.tokenizer_config import TokenizerConfig
 
 from .history import Body, Request
 from .link import new_core
+
+# Tokens of some worlds that begin and end a thought.
+THOUGHTS = Syntax(
+    tokens={**dict.fromkeys((3, 23, 43), "think"), **dict.fromkeys((4, 24, 44, 64), "/think")},
+)
 
 
 @lru_cache(maxsize=1)
@@ -40,6 +46,7 @@ class Answer:
     logprobs: list[TokenLogprobs]
     reason: str
     stop: str | int | None
+    thoughts: str = ""
 
 
 class References:
@@ -53,15 +60,16 @@ class References:
         )
         self._config = msgspec.structs.replace(config, scheduler=scheduler, cache=cache)
         self._core = new_core(self._config, lambda: 0.0)
-        self._known: dict[int, list[Answer]] = {}
+        self._known: dict[tuple[int, bool], list[Answer]] = {}
 
-    def of(self, request: Request) -> list[Answer]:
-        """The samples of a request."""
-        if request.number not in self._known:
-            self._known[request.number] = self._alone(request.body)
-        return self._known[request.number]
+    def of(self, request: Request, is_apart: bool = False) -> list[Answer]:
+        """The samples of a request; is_apart: with thoughts apart from the text."""
+        key = (request.number, is_apart)
+        if key not in self._known:
+            self._known[key] = self._alone(request.body, is_apart)
+        return self._known[key]
 
-    def _alone(self, body: Body) -> list[Answer]:
+    def _alone(self, body: Body, is_apart: bool) -> list[Answer]:
         params = msgspec.convert(body["sampling"], SamplingParams)
         room = self._config.scheduler.max_model_len - len(body["token_ids"])
         params = msgspec.structs.replace(params, max_tokens=min(params.max_tokens, room))
@@ -75,7 +83,8 @@ class References:
                 tokens[delta.sample] += delta.token_ids
                 logprobs[delta.sample] += delta.logprobs or []
                 finishes[delta.sample] = delta.finish
-        return [self._answer(params, *each) for each in zip(tokens, logprobs, finishes, strict=True)]
+        answer = _apart if is_apart else self._answer
+        return [answer(params, *each) for each in zip(tokens, logprobs, finishes, strict=True)]
 
     def _answer(
         self, params: SamplingParams, tokens: list[int], logprobs: list[TokenLogprobs], finish: Any
@@ -87,6 +96,34 @@ class References:
                 begin, stop = found
                 return Answer(tokens[:count], text[:begin], logprobs[:count], "stop", stop)
         return Answer(tokens, text, logprobs, finish.reason, finish.stop_token_id)
+
+
+def _apart(params: SamplingParams, tokens: list[int], logprobs: list[TokenLogprobs], finish: Any) -> Answer:
+    """As `_answer`, by a reader of its own: texts and thoughts in turn, each decoded alone."""
+    runs: list[tuple[bool, list[int]]] = [(False, [])]
+    for count, token_id in enumerate(tokens, start=1):
+        mark = THOUGHTS.tokens.get(token_id)
+        is_thought = runs[-1][0]
+        if mark is not None and (mark == "think") != is_thought:
+            runs.append((not is_thought, []))
+        elif mark is None and token_id < 256:
+            runs[-1][1].append(token_id)
+        read = [(thought, bytes(run).decode("utf-8", "replace")) for thought, run in runs]
+        is_last, (thought, text) = count == len(tokens), read[-1]
+        certain = text if is_last else _whole_characters(runs[-1][1])
+        if not thought and (found := _first_stop(certain, params.stop)) is not None:
+            begin, stop = found
+            read[-1] = (False, text[:begin])
+            return Answer(tokens[:count], _joined(read, False), logprobs[:count], "stop", stop, _joined(read, True))
+    return Answer(tokens, _joined(read, False), logprobs, finish.reason, finish.stop_token_id, _joined(read, True))
+
+
+def _whole_characters(run: list[int]) -> str:
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(bytes(run))
+
+
+def _joined(read: list[tuple[bool, str]], thoughts: bool) -> str:
+    return "".join(text for is_thought, text in read if is_thought == thoughts)
 
 
 def _first_stop(text: str, stops: tuple[str, ...]) -> tuple[int, str] | None:

@@ -22,7 +22,7 @@ def history(*ends: Body | None) -> History:
     """One request that was tried so often; None is a connection that was lost."""
     request = Request(0, {"token_ids": [2], "sampling": {}})
     for end in ends:
-        attempt = Attempt(request, "generate", 1, 0, frozenset(), 0.0, [[]], [""], [[]], [[]], end=end)
+        attempt = Attempt(request, "generate", 1, 0, frozenset(), 0.0, [[]], [""], [""], [[]], [[]], end=end)
         attempt.lost_s = 1.0 if end is None else None
         request.attempts.append(attempt)
     return History(requests=[request])

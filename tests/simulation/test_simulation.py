@@ -13,12 +13,25 @@ from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.text.parts import PartsReader
 from simulation.__main__ import COMMAND
 from simulation.world import World
 
 SEEDS, PARTS = 300, 6
 ONCE_RED = (391, 479, 701, 786, 1170, 1242, 1346, 1485, 20_018, 20_129, 20_626, 20_870)
-HAPPENS = {"cancelled", "deadline", "failed", "length", "stop", "overloaded", "lost", "die", "leap", "swizzle"}
+HAPPENS = {
+    "cancelled",
+    "deadline",
+    "failed",
+    "length",
+    "stop",
+    "overloaded",
+    "lost",
+    "die",
+    "leap",
+    "swizzle",
+    "thoughts",
+}
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -94,6 +107,14 @@ def swallow_text(monkeypatch):
     monkeypatch.setattr(Detokenizer, "flush", lambda self: "")
 
 
+def swallow_thoughts(monkeypatch):
+    def flush(self):
+        self.parts = []
+        return ""
+
+    monkeypatch.setattr(PartsReader, "flush", flush)
+
+
 def forget_costs(monkeypatch):
     monkeypatch.setattr(CoreSide, "_account", lambda self, delta: None)
 
@@ -111,7 +132,7 @@ def tell_another_end(monkeypatch):
 
 FAULTS = [
     *(forget_tokens, never_close, ignore_cancels, resume_a_token_early),
-    *(swallow_text, forget_costs, tell_another_end),
+    *(swallow_text, swallow_thoughts, forget_costs, tell_another_end),
 ]
 
 

@@ -93,6 +93,7 @@ class World:
             vocab_size=self.vocab_size,
             eos_token_ids=self.eos,
         )
+        self.thinks = seed % 4 == 0  # the model marks its thoughts
         self.is_calm = False
         self.everybody: list[Peer] = []
 
@@ -107,7 +108,7 @@ class World:
         propagates, logger.propagate = logger.propagate, False
         try:
             loop.run_until_complete(self._live(loop))
-            checker = Checker(self.history, self.link, self.limits, References(self.config))
+            checker = Checker(self.history, self.link, self.limits, References(self.config), self.thinks)
             wrongs = checker.check()
             self._count()
             return wrongs
@@ -121,7 +122,7 @@ class World:
     async def _live(self, loop: VirtualLoop) -> None:
         rng = self.rng
         self.link = SimulatedLink(random.Random(rng.random()), self.config, self.limits, self.clock)
-        house = House(random.Random(rng.random()), self.limits, self._model(), self.link, self.clock)
+        house = House(random.Random(rng.random()), self.limits, self._model(), self.link, self.clock, self.thinks)
         self.frontend, self.server = house.frontend, house.server
         self.network = Network(random.Random(rng.random()), self.server)
         poisoned = rng.random() < 0.15
@@ -156,6 +157,7 @@ class World:
             self.config.scheduler.max_model_len,
             poisoned,
             self.everybody,
+            self.thinks,
         )
 
     def _model(self) -> ModelInfo:
@@ -271,6 +273,7 @@ class World:
         for request in self.history.requests:
             for attempt in request.attempts:
                 self.counts[attempt.kind] += 1
+                self.counts["thoughts"] += any(attempt.thoughts)
                 self.counts["lost"] += attempt.lost_s is not None
                 end = attempt.end
                 if end is not None and end["type"] == "error":

@@ -17,12 +17,11 @@ from typing import IO, Any
 
 import msgspec
 import pytest
-import tokenizers
 import uvloop
-from fake_core import BOS, FakeCores, FakeEngineConfig, fake_model
+from fake_core import FakeCores, FakeEngineConfig, fake_model
 from fake_rpc_server import Script, scripted
 from local_encoders import local_encoders
-from tokenizers import decoders, models, pre_tokenizers, processors
+from marked import marked_prompts
 
 from cierzo.engine.frontend.child import Spawn
 from cierzo.engine.frontend.config import FrontendConfig
@@ -39,10 +38,7 @@ from cierzo.engine.messages import (
     ServerMessage,
     Welcome,
 )
-from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.prompt import PromptEncoder
-from cierzo.engine.text.tokenizer import Tokenizer
-from cierzo.engine.text.tokenizer_config import TokenizerConfig
 from cierzo.engine.weights.make import make_checkpoint
 
 
@@ -70,39 +66,6 @@ class FakeClock:
         return self.now
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Ids 0..255 are bytes, 256 and 257 begin and end a text, 258 is an added word with a space in it."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    from cierzo.engine.text.tokenizer import _BYTE_OF
-
-    vocabulary = {char: _BYTE_OF[char] for char in alphabet}
-    inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<s>", "</s>"])
-    inner.add_tokens(["<two words>"])
-    inner.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", BOS)])
-    eos_token = tokenizers.AddedToken("</s>", special=True)
-    return Tokenizer(inner, TokenizerConfig(named={"eos_token": eos_token}))
-
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "[{{ m.role }}]{{ m.content }}{% endfor %}{% if reasoning_effort %}({{ reasoning_effort }}){% endif %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    return byte_tokenizer()
-
-
-@pytest.fixture
-def prompts(tokenizer: Tokenizer) -> PromptEncoder:
-    return PromptEncoder(tokenizer, ChatTemplate(TEMPLATE, "<s>", "</s>"))
-
-
 @pytest.fixture
 def run() -> Callable[..., None]:
     """Run a test's coroutine on uvloop, and see that it leaves no task behind."""
@@ -126,6 +89,7 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         *,
         cores: FakeCores | None = None,
         text: bool = True,
+        words: PromptEncoder | None = None,
         clock: Callable[[], float] | None = None,
         engine_config: msgspec.Struct = FakeEngineConfig(),  # noqa: B008, it is frozen
         spawn: Spawn | None = None,
@@ -134,7 +98,7 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         **limits: Any,
     ) -> AsyncIterator[House]:
         config = FrontendConfig(**{"address": "127.0.0.1:0", **limits})
-        encoder = prompts if text else PromptEncoder()
+        encoder = words or (prompts if text else PromptEncoder())
         model = fake_model(has_tokenizer=text, has_chat_template=text)
         cores = cores or FakeCores()
         clocks = {} if clock is None else {"clock": clock}
@@ -161,6 +125,14 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
 @pytest.fixture
 def cores() -> FakeCores:
     return FakeCores()
+
+
+@pytest.fixture
+def marking(
+    serving: Callable[..., AbstractAsyncContextManager[House]], cores: FakeCores
+) -> Callable[..., AbstractAsyncContextManager[House]]:
+    """A server of a model that marks its thoughts and calls; the keywords are those of `serving`."""
+    return lambda **limits: serving(cores=cores, words=marked_prompts(), **limits)
 
 
 @pytest.fixture
@@ -268,21 +240,40 @@ class Served:
 
 
 @pytest.fixture
-def served(serving: Callable[..., AbstractAsyncContextManager[House]], cores: FakeCores) -> Iterator[Served]:
-    loop, stop = uvloop.new_event_loop(), asyncio.Event()
-    started: concurrent.futures.Future[House] = concurrent.futures.Future()
+def serves(
+    serving: Callable[..., AbstractAsyncContextManager[House]], cores: FakeCores
+) -> Iterator[Callable[..., Served]]:
+    """Start a front end in another thread; the keywords are those of `serving`."""
+    ends: list[Callable[[], None]] = []
 
-    async def serve() -> None:
-        async with serving(cores=cores) as house:
-            started.set_result(house)
-            await stop.wait()
+    def start(**given: Any) -> Served:
+        loop, stop = uvloop.new_event_loop(), asyncio.Event()
+        started: concurrent.futures.Future[House] = concurrent.futures.Future()
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    yield Served(started.result(20), loop)
-    loop.call_soon_threadsafe(stop.set)
-    thread.join()
-    loop.close()
+        async def serve() -> None:
+            async with serving(cores=cores, **given) as house:
+                started.set_result(house)
+                await stop.wait()
+
+        thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+        thread.start()
+
+        def end() -> None:
+            loop.call_soon_threadsafe(stop.set)
+            thread.join()
+            loop.close()
+
+        ends.append(end)
+        return Served(started.result(20), loop)
+
+    yield start
+    for end in ends:
+        end()
+
+
+@pytest.fixture
+def served(serves: Callable[..., Served]) -> Served:
+    return serves()
 
 
 @dataclass

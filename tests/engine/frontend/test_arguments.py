@@ -18,7 +18,15 @@ import torch
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.arguments import generate_message
 from cierzo.engine.frontend.frames import pack
-from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, ToolCall
+from cierzo.engine.messages import (
+    ChatMessage,
+    Generate,
+    SamplingParams,
+    TextChunk,
+    ThinkingChunk,
+    Tool,
+    ToolCall,
+)
 
 
 class Role(enum.StrEnum):
@@ -138,6 +146,116 @@ def test_content_that_is_none_is_left_out():
     assert message.messages == [ChatMessage(role="assistant", tool_calls=[ToolCall(name="f", arguments="{}")])]
 
 
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "default": None}}}
+TOOL = Tool(name="f", description="d", parameters=PARAMETERS)
+FUNCTION = {"name": "f", "description": "d", "parameters": PARAMETERS}
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        TOOL,
+        FUNCTION,
+        {"type": "function", "function": FUNCTION},
+        {"type": "function", "function": FUNCTION | {"strict": False}, "cache_control": None},
+        {"type": "function", **FUNCTION, "strict": None},
+        MappingProxyType({"function": UserDict(FUNCTION)}),
+    ],
+)
+def test_tools_of_any_kind(tool):
+    for tools in ([tool], (tool,)):
+        assert generate_message(messages=HI, tools=tools, tool_choice="none") == Generate(
+            stream=0, messages=[HI], tools=[TOOL], tool_choice="none"
+        )
+
+
+def test_turns_as_other_interfaces_write_them():
+    """OpenAI's and Mistral's, as their clients dump an answer."""
+    function = {"name": "f", "arguments": '{"a":  1}'}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "hm",
+            "refusal": None,
+            "tool_calls": [
+                {"id": "c1", "type": "function", "index": 0, "function": function},
+                {"id": None, "type": "function", "function": {"name": "g", "arguments": {"é": [1, None]}}},
+            ],
+        },
+        {"role": "tool", "content": "3", "tool_call_id": "c1", "name": "f"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]},
+                {"type": "thinking", "thinking": "z", "closed": False},
+            ],
+            "prefix": True,
+        },
+    ]
+    calls = [
+        ToolCall(id="c1", name="f", arguments='{"a":  1}'),
+        ToolCall(name="g", arguments='{"é": [1, null]}'),
+    ]
+    thoughts = [ThinkingChunk(thinking="xy"), ThinkingChunk(thinking="z", closed=False)]
+    ours = [
+        ChatMessage(role="user", content=[TextChunk(text="a"), TextChunk(text="b")]),
+        ChatMessage(role="assistant", reasoning="hm", tool_calls=calls),
+        ChatMessage(role="tool", content="3", tool_call_id="c1", name="f"),
+        ChatMessage(role="assistant", content=thoughts, prefix=True),
+    ]
+    assert generate_message(messages=turns).messages == ours
+    assert generate_message(messages=ours).messages == ours
+    assert generate_message(
+        messages=[{"role": "assistant", "reasoning": "a", "reasoning_content": "b"}]
+    ).messages == [ChatMessage(role="assistant", reasoning="a")]
+
+
+ASKED = [HI_DICT]
+ANSWER = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": FUNCTION | {"strict": True}}]}, "tools[0].strict"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [FUNCTION, FUNCTION | {"returns": {}}]}, "tools[1].returns"),
+        ({"tools": [FUNCTION | {"parameters": [1]}]}, "tools[0].parameters"),
+        ({"tools": [{"type": "function", "function": {"description": "d"}}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": "f"}]}, "tools[0]"),
+        ({"tools": "f"}, "tools"),
+        ({"tools": ["f"]}, "tools[0]"),
+        (
+            {"messages": [ANSWER | {"tool_calls": [{"type": "custom", "custom": {}}]}]},
+            "messages[0].tool_calls[0].type",
+        ),
+        (
+            {"messages": [ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": {"a": math.nan}}}]}]},
+            "messages[0].tool_calls[0].arguments",
+        ),
+        ({"messages": [ANSWER | {"tool_calls": [ANSWER]}]}, "messages[0].tool_calls[0].role"),
+        (
+            {"messages": [HI_DICT | {"content": [{"type": "image_url", "image_url": {"url": "file:///etc"}}]}]},
+            "messages[0].content[0]",
+        ),
+        ({"messages": [HI_DICT | {"content": [{"text": "a"}]}]}, "messages[0].content[0]"),
+        ({"messages": [HI_DICT | {"content": [{"type": "text", "text": 3}]}]}, "messages[0].content[0].text"),
+        (
+            {"messages": [HI_DICT | {"content": [{"type": "thinking", "thinking": [3]}]}]},
+            "messages[0].content[0].thinking",
+        ),
+    ],
+)
+def test_what_other_interfaces_have_and_this_one_lacks_is_refused_by_name(arguments, field):
+    with pytest.raises(InvalidRequest) as caught:
+        generate_message(**{"messages": ASKED, **arguments})
+    assert caught.value.field == field
+    assert field.rpartition(".")[0] in caught.value.message
+
+
 def test_the_other_fields_of_any_kind():
     message = generate_message(
         text=np.str_("x"),
@@ -199,7 +317,7 @@ deep.append(deep)
         ({"messages": [{"content": "Hi"}]}, "messages[0]", "{'content': 'Hi'}"),
         ({"messages": [{"role": None}]}, "messages[0]", "{}"),
         ({"messages": [HI_DICT, HI_DICT | {"nmae": "x"}]}, "messages[1].nmae", "x"),
-        ({"messages": [HI_DICT | {"content": ["Hi"]}]}, "messages[0].content", "['Hi']"),
+        ({"messages": [HI_DICT | {"content": ["Hi"]}]}, "messages[0].content[0]", "Hi"),
         ({"messages": [HI_DICT | {"content": "\ud800"}]}, "messages[0].content", "'\\ud800'"),
         ({"messages": [ChatMessage(role="user", content="\ud800")]}, "messages[0].content", "'\\ud800'"),
         (

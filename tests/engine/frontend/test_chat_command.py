@@ -6,12 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
+from fake_core import EOS
+from marked import ids, marked_prompts
 
 from cierzo.cli import main
 from cierzo.engine.commands import chat as command
-from cierzo.engine.messages import Abort, Ready, SamplingParams
+from cierzo.engine.commands.screen import DIM, UNDIM, Screen
+from cierzo.engine.messages import Abort, Delta, Part, Ready, SamplingParams
 
 DEADLINE_S = 60
 CIERZO = """
@@ -24,10 +28,8 @@ sys.exit(main())
 HELLO = [ord(char) for char in "Salut"]
 
 
-@pytest.fixture
-def chat(served, cores):
-    """Start `cierzo chat` against a server whose every answer is "Salut", one token a step."""
-    cores.answer = lambda submit, sample: HELLO
+def chats_with(served) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """What starts `cierzo chat` against a server."""
     chats = []
 
     def start(*words: str | bytes) -> subprocess.Popen[bytes]:
@@ -40,6 +42,19 @@ def chat(served, cores):
     for each in chats:
         each.kill()
         each.communicate()
+
+
+@pytest.fixture
+def chat(served, cores):
+    """Start `cierzo chat` against a server whose every answer is "Salut", one token a step."""
+    cores.answer = lambda submit, sample: HELLO
+    yield from chats_with(served)
+
+
+@pytest.fixture
+def marked_chat(serves):
+    """The same, of a model that marks thoughts and calls."""
+    yield from chats_with(serves(words=marked_prompts()))
 
 
 def lines_of(text: bytes) -> list[str]:
@@ -65,6 +80,75 @@ def test_a_line_that_is_no_text_is_refused_and_the_conversation_goes_on(chat, co
     assert line.startswith("cierzo: invalid_request: messages[0].content holds a lone surrogate")
     (submit,) = cores.now.submits
     assert bytes(token for token in submit.prompt_token_ids if token < 256) == b"[user]Hi[assistant]"
+
+
+THOUGHT = Part(kind="thinking", text="hm", num_tokens=3)
+CALL = Part(kind="call", name="wind", id="abcdefghi", num_tokens=4)
+PIECES = [
+    ([THOUGHT], ""),
+    ([Part(kind="text")], ""),
+    ([Part(kind="thinking", text=" so")], ""),
+    ([], "It "),
+    ([], "blows."),
+    ([CALL], ""),
+    ([Part(kind="call", text='{"at": 1'), Part(kind="call", text="}"), Part(kind="call", call=1, name="rain")], ""),
+]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_thoughts_are_dimmed_on_a_terminal_and_calls_are_calls(monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    screen = Screen()
+    for parts, text in PIECES:
+        screen.show(parts, text)
+    screen.close()
+    dim, undim = (DIM, UNDIM) if is_terminal else ("", "")
+    assert capsys.readouterr().out == f'{dim}hm so{undim}\n\nIt blows.\n\nwind({{"at": 1}})\n\nrain()'
+
+
+def test_an_interrupted_thought_does_not_leave_the_terminal_dim(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+
+    class Interrupted:
+        def generate(self, **_):
+            return self
+
+        def cancel(self):
+            pass
+
+        def __iter__(self):
+            yield Delta(stream=1, parts=[THOUGHT])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        command.turn(Interrupted(), [], SamplingParams())
+    assert capsys.readouterr().out.endswith(UNDIM)
+
+
+def test_a_conversation_keeps_thoughts(marked_chat, cores):
+    said = "[THINK]hm[/THINK]Salut"
+    cores.answer = lambda submit, sample: [*ids(said), EOS]
+    talk = marked_chat()
+    out, err = talk.communicate(b"one\ntwo\n", timeout=DEADLINE_S)
+    assert talk.returncode == 0, err
+    assert out.count(b"hm\n\nSalut\n\n[") == 2
+    _, second = cores.now.submits
+    assert second.prompt_token_ids == ids(f"[user]one[assistant]{said}[user]two")
+
+
+def test_a_line_is_the_result_of_a_call(marked_chat, cores):
+    said = "[TOOL_CALLS]wind[ARGS]{}[TOOL_CALLS]rain[ARGS]{}"
+    cores.answer = lambda submit, sample: [*(ids(said) if len(cores.now.submits) == 1 else HELLO), EOS]
+    talk = marked_chat()
+    out, err = talk.communicate(b"one\nblows\nfalls\ntwo\n", timeout=DEADLINE_S)
+    assert talk.returncode == 0, err
+    assert b"> wind({})\n\nrain({})\n\n[" in out
+    assert b"\nwind> rain> Salut" in out
+    _, second, third = cores.now.submits
+    assert second.prompt_token_ids == ids(f"[user]one[assistant]{said}[tool]blows[tool]falls")
+    assert third.prompt_token_ids == ids(
+        f"[user]one[assistant]{said}[tool]blows[tool]falls[assistant]Salut[user]two"
+    )
 
 
 def test_an_interrupt_ends_the_answer_alone(chat, served, cores):

@@ -326,10 +326,12 @@ def test_what_cannot_be_sent_is_refused_at_once_and_takes_nobody_with_it(run, se
 
 
 def test_a_request_longer_than_the_server_reads_is_refused_here(run, serving):
+    """Without the feature "attach", with which it would be cut."""
+
     async def body():
         async with (
             serving(max_frame_bytes=1000) as house,
-            await Client.connect(house.address, features=()) as client,  # with "attach", it would be cut
+            await Client.connect(house.address, features=()) as client,
         ):
             other = client.generate(token_ids=[1, 2, 3], max_tokens=5, seed=4)
             with pytest.raises(FrameTooLarge, match="max_frame_bytes 1000") as caught:

@@ -12,12 +12,12 @@ from streams import tokens_of, until
 
 from cierzo.engine.frontend.client import Client, SyncClient
 from cierzo.engine.frontend.client_link import ClientLink
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.messages import (
     Cancel,
     Credit,
     Generate,
     TokenLogprobs,
-    delta_cost,
 )
 
 CREDIT = LIMITS.stream_credit_bytes

@@ -10,6 +10,7 @@ from fake_rpc_server import accepted, delta, final, scripted
 
 from cierzo.engine.errors import ConnectionLost, ProtocolError
 from cierzo.engine.frontend.client import Client, Reconnect, SyncClient
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.messages import (
     Cancel,
     CancelRequest,
@@ -22,7 +23,6 @@ from cierzo.engine.messages import (
     Ping,
     Pong,
     Resume,
-    delta_cost,
 )
 
 AT_ONCE = Reconnect(first_pause_s=0.0, longest_pause_s=0.0)

@@ -12,6 +12,7 @@ from streams import answer, generate, tokens_of
 
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.outlet import TURN_TOKENS
@@ -32,7 +33,6 @@ from cierzo.engine.messages import (
     StepOutput,
     TokenDelta,
     TokenLogprobs,
-    delta_cost,
 )
 
 CREDIT = Hello(client="test", features=["credit"])

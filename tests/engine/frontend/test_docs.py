@@ -15,8 +15,10 @@ from cierzo.engine import messages
 from cierzo.engine.errors import BY_CODE
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.methods import FEATURE_OF
+from cierzo.engine.frontend.validate import FEATURE_OF_FIELD, FEATURE_OF_PARAMETER
 from cierzo.engine.messages import ClientMessage, SamplingParams, ServerMessage
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "rpc.md").read_text(encoding="utf-8")
@@ -26,11 +28,13 @@ PARTS = (
     messages.Timings,
     messages.Cost,
     messages.SampleEnd,
+    messages.Part,
     messages.CoreStats,
     ExpertStatistics,
     StepBucket,
 )
-STRUCTS = [*get_args(ClientMessage), *get_args(ServerMessage), *PARTS, messages.ChatMessage, messages.ToolCall]
+TURNS = (messages.ChatMessage, messages.ToolCall, messages.Tool, messages.TextChunk, messages.ThinkingChunk)
+STRUCTS = [*get_args(ClientMessage), *get_args(ServerMessage), *PARTS, *TURNS]
 
 
 @pytest.mark.parametrize("struct", [*STRUCTS, SamplingParams], ids=lambda struct: struct.__name__)
@@ -53,17 +57,25 @@ def test_every_feature_is_described_with_what_belongs_to_it():
     )
     assert sorted(rows) == sorted(messages.FEATURES)
     belongings = {kind.__struct_config__.tag: feature for kind, feature in FEATURE_OF.items()}
-    belongings |= {"attached": "attach", "idempotency_key": "resume", "cost": "accounting", "accepted": "resume"}
+    belongings |= {"cost": "accounting", "accepted": "resume", "parts": "parts", "broken_calls": "parts"}
+    belongings |= FEATURE_OF_FIELD | FEATURE_OF_PARAMETER
     assert not [name for name, feature in belongings.items() if f"`{name}`" not in rows[feature]]
 
 
 def test_the_formula_of_a_delta_s_cost():
-    pattern = r"^(\d+) +\+ +(\d+) x tokens .*`logprobs`: (\d+) \+ (\d+) x its top ids$"
+    pattern = (
+        r"^(\d+) +\+ +(\d+) x tokens .*`logprobs`: (\d+) \+ (\d+) x its top ids\n"
+        r" +\+ +for each of `parts`: (\d+) \+ bytes of its `text`, `name` and `id` in UTF-8$"
+    )
     formula = re.search(pattern, TEXT, re.MULTILINE)
-    base, token, entry, alternative = map(int, formula.groups())
+    base, token, entry, alternative, part = map(int, formula.groups())
     logprobs = [messages.TokenLogprobs(1, -1.0, [1, 2, 3], [-1.0, -2.0, -3.0])]
     delta = messages.Delta(stream=1, token_ids=[1, 2], text="é", logprobs=logprobs)
-    assert messages.delta_cost(delta) == base + 2 * token + 2 + entry + 3 * alternative
+    without = base + 2 * token + 2 + entry + 3 * alternative
+    assert delta_cost(delta) == without
+    parts = [messages.Part(kind="text", text="é"), messages.Part(kind="call", text="{}", name="ñ", id="abc")]
+    with_parts = messages.Delta(stream=1, token_ids=[1, 2], text="é", logprobs=logprobs, parts=parts)
+    assert delta_cost(with_parts) == without + 2 * part + 2 + 2 + 2 + 3
 
 
 EXAMPLES = re.findall(r"```\n((?:[0-9a-f]{2}[ \n])+)```\n```json\n(.*?)```", TEXT, re.DOTALL)

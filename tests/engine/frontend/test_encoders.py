@@ -9,14 +9,17 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
+from byte_words import byte_level
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, Overloaded
 from cierzo.engine.frontend import encoders as pool
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.encoders import SHORT_BYTES, Encoders, Late, spawn_encoder
-from cierzo.engine.frontend.encoding import Job, Setup
-from cierzo.engine.messages import ChatMessage, Generate, ModelInfo, SamplingParams
+from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, Setup
+from cierzo.engine.messages import ChatMessage, Failure, Generate, ModelInfo, SamplingParams, Tool
+from cierzo.engine.text.chat import ChatTemplate
+from cierzo.engine.text.template_chat import TemplateChat
 
 FAR = 1e12
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -24,9 +27,9 @@ TEMPLATE = f"{{{{ messages[0].content }}}}{{% if messages[0].content[0] == '!' %
 
 
 @pytest.fixture
-def checkpoint(tokenizer, tmp_path):
+def checkpoint(tmp_path):
     """A folder whose chat template runs in circles for a message that begins with "!"."""
-    tokenizer._inner.save(str(tmp_path / "tokenizer.json"))
+    byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     return tmp_path
 
@@ -99,7 +102,7 @@ def test_a_process_answers_as_the_front_end_would(run, setup, spawned, prompts):
             text = await submit(
                 encoders, Generate(stream=3, text="hi", sampling=SamplingParams(seed=7), priority=2)
             )
-            assert ids_of(text) == prompts.encode(Generate(stream=3, text="hi"))
+            assert ids_of(text) == prompts.encode(Generate(stream=3, text="hi")).token_ids
             assert (text.num_prompt_tokens, text.submit.priority, text.submit.sampling.seed) == (3, 2, 7)
             assert (text.message.stream, text.message.text) == (3, None)
             chat = await submit(encoders, said("yes"))
@@ -400,3 +403,63 @@ def test_closing_while_they_start_leaves_nothing(run, setup, spawned):
                     await asyncio.sleep(0)
 
     run(body())
+
+
+def test_the_server_lives_on_after_what_cannot_be_encoded(run, serving, prompts):
+    template = ChatTemplate("{{ messages[0].content | replace('!', '\\ud800') }}")
+    object.__setattr__(prompts, "template", TemplateChat(template, prompts.tokenizer))
+
+    async def body():
+        async with serving() as house, await Client.connect(house.address) as client:
+            with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
+                await client.complete(messages=[{"role": "user", "content": "hi!"}])
+            assert caught.value.field == "messages"
+            with pytest.raises(InvalidRequest, match="lone surrogate"):  # so long that a process encodes it
+                await client.complete(messages=[{"role": "user", "content": "hi!" * 2_000}])
+            assert (await client.complete(messages=[{"role": "user", "content": "hi"}], max_tokens=2)).samples
+
+    run(body())
+
+
+def _answer(prompts, model_info, message, attached=None, features=("attach", "parts")):
+    """The answer of the one encoder that processes and front end share."""
+    encoder = RequestEncoder(prompts, FrontendConfig(), model_info)
+    job = Job(stream=message.stream, features=list(features), has_attached=attached is not None)
+    frames = encoder.answer(job, msgspec.msgpack.encode(message), attached)
+    answer = msgspec.msgpack.decode(frames[0], type=Encoded | Failure)
+    if isinstance(answer, Failure):
+        return answer
+    return msgspec.msgpack.decode(frames[1])
+
+
+USER = ChatMessage(role="user", content="hi")
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (Generate(stream=1, token_ids=[1, 7]), "token_ids"),
+        (Generate(stream=1, messages=[USER], reasoning_effort="xhigh"), "reasoning_effort"),
+        (Generate(stream=1, messages=[USER], tools=[Tool(name="")]), "tools[0].name"),
+        (Generate(stream=1, messages=[USER], tool_choice="required"), "tool_choice"),
+        (Generate(stream=1, text="a", suffix="b"), "suffix"),
+        (Generate(stream=1, messages=[ChatMessage(role="tool", content="3")]), "messages"),
+    ],
+)
+def test_what_the_served_model_cannot_do_is_refused_by_name(prompts, model_info, message, field):
+    object.__setattr__(prompts, "image_token_ids", frozenset({7}))
+    answer = _answer(prompts, model_info, message)
+    assert (answer.code, answer.field) == ("invalid_request", field)
+
+
+def test_a_conversation_that_was_attached_is_checked_like_any_other(prompts, model_info):
+    goes_on = [USER, ChatMessage(role="assistant", content="yes", prefix=True)]
+    message, data = Generate(stream=1, attached="messages"), msgspec.msgpack.encode(goes_on)
+    ids = _answer(prompts, model_info, message, data)
+    assert bytes(ids[1:]).decode() == "[user]hi[assistant]yes"
+    assert _answer(prompts, model_info, message, data, features=["attach"]).field == "messages[1].prefix"
+    misplaced = msgspec.msgpack.encode([goes_on[1], USER])
+    assert _answer(prompts, model_info, message, misplaced).field == "messages[0].prefix"
+    for stray in ({"tools": [Tool(name="")]}, {"tool_choice": "f"}, {"reasoning_effort": "x"}):
+        asked = Generate(stream=1, attached="messages", **stray)
+        assert _answer(prompts, model_info, asked, data).field.partition("[")[0] == next(iter(stray))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from streams import generate
 
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.messages import (
     Accepted,
@@ -13,7 +14,6 @@ from cierzo.engine.messages import (
     Resume,
     TokenDelta,
     TokenLogprobs,
-    delta_cost,
 )
 
 
@@ -101,5 +101,5 @@ def test_a_sample_that_keeps_nothing_can_be_paused_with_others():
     sample.take(delta(2))
     sample.keep_sent(1)
     sample.append(delta(3))
-    token_ids, _, logprobs = sample.read(10)
+    token_ids, _, logprobs, _ = sample.read(10)
     assert token_ids == [entry.token_id for entry in logprobs] == [3]

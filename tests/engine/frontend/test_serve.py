@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import uvloop
+from byte_words import byte_level
 from msgspec.structs import replace
 
 from cierzo.cache.config import CacheConfig
@@ -125,15 +126,15 @@ def test_a_signal_while_the_core_loads(cores, tmp_path, number, status):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_core_ends_at_the_tokenizers_eos_token(cores, tokenizer, tmp_path):
-    tokenizer._inner.save(str(tmp_path / "tokenizer.json"))
+def test_the_core_ends_at_the_tokenizers_eos_token(cores, tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     cores.error = CoreError(code="checkpoint_error", message="it has been told enough")
     config = replace(CONFIG, checkpoint=str(tmp_path), frontend=FrontendConfig(address=f"unix:{tmp_path / 'sock'}"))
     with pytest.raises(CheckpointError, match="told enough"):
         uvloop.run(launch._serve(config, cores))
     told = msgspec.msgpack.decode(cores.now.hello)
-    assert told["model"]["eos_token_ids"] == [tokenizer.eos_token_id]
+    assert told["model"]["eos_token_ids"] == [257]
 
 
 def test_open_files_follow_the_connections(monkeypatch):

@@ -11,9 +11,9 @@ from fake_rpc_server import LIMITS, accepted, delta, final, scripted
 from streams import answer, final_of, generate, until
 
 from cierzo.engine.errors import SlowReader
-from cierzo.engine.frontend import client as client_module
-from cierzo.engine.frontend import client_link
+from cierzo.engine.frontend import client_link, sync_generation
 from cierzo.engine.frontend.client import Client, SyncClient
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.rpc import Connection
 from cierzo.engine.messages import (
     Credit,
@@ -22,7 +22,6 @@ from cierzo.engine.messages import (
     Generate,
     Hello,
     TokenLogprobs,
-    delta_cost,
 )
 
 CREDIT = Hello(client="test", features=["credit"])
@@ -255,7 +254,7 @@ def test_a_slow_consumer_gives_credit_soon(run, monkeypatch, sampling):
 @pytest.mark.parametrize("sampling", [{}, {"logprobs": 2}])
 def test_a_slow_caller_gives_credit_for_each_delta_it_took(scripting, monkeypatch, sampling):
     monkeypatch.setattr(client_link, "CREDIT_S", 0.01)
-    monkeypatch.setattr(client_module, "TOLD_S", 0.0)
+    monkeypatch.setattr(sync_generation, "TOLD_S", 0.0)
     told = {}
     server = scripting(gives_back(10, told))
     with SyncClient(server.address) as client:
@@ -269,7 +268,7 @@ def test_a_slow_caller_gives_credit_for_each_delta_it_took(scripting, monkeypatc
 
 def test_consumption_is_told_once(scripting, monkeypatch):
     """Whatever is told in between: at the end nothing counts as held, and nothing has been told twice."""
-    monkeypatch.setattr(client_module, "TOLD_S", 0.0)
+    monkeypatch.setattr(sync_generation, "TOLD_S", 0.0)
 
     async def script(peer, number):
         request = await peer.hear(Generate)
@@ -301,7 +300,7 @@ PACE_S, PATIENCE_S = 0.03, 0.3
 def test_a_steady_reader_slower_than_the_model_gets_its_answer(run, serving, monkeypatch, blocking, sampling):
     """A quarter of its credit takes it longer than slow_reader_s."""
     monkeypatch.setattr(client_link, "CREDIT_S", 0.05)
-    monkeypatch.setattr(client_module, "TOLD_S", 0.05)
+    monkeypatch.setattr(sync_generation, "TOLD_S", 0.05)
     credit = 4096 if not sampling else 8192
     asked = {"token_ids": [0], "max_tokens": 150, "seed": 0, **sampling}
 

@@ -17,6 +17,7 @@ from msgspec.msgpack import decode, encode
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.outlet import BOUND_TOKENS
@@ -35,7 +36,6 @@ from cierzo.engine.messages import (
     StepOutput,
     TokenDelta,
     TokenLogprobs,
-    delta_cost,
 )
 
 CONFIG = FrontendConfig(
@@ -264,7 +264,7 @@ class World:
                 self.too_long.append(error.message)
 
     def text_of(self, copy, index):
-        detokenizer = self.frontend._arrivals._prompts.detokenizer(copy.message.sampling)
+        detokenizer = self.frontend._arrivals._prompts.reader(copy.message.sampling)
         return detokenizer.push(copy.token_ids[index])
 
     def give(self):
@@ -328,7 +328,7 @@ class World:
             whole = answer(copy.message.token_ids, index, params.max_tokens)
             got = copy.token_ids[index]
             assert got == whole[: len(got)]
-            detokenizer = self.frontend._arrivals._prompts.detokenizer(params)
+            detokenizer = self.frontend._arrivals._prompts.reader(params)
             text = detokenizer.push(got)
             if isinstance(last, Final) and last.samples[index].output_tokens == len(got):
                 text += detokenizer.flush()

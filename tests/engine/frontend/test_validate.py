@@ -10,7 +10,16 @@ from msgspec.structs import replace
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, ToolCall
+from cierzo.engine.frontend.conversation import MAX_TOOLS
+from cierzo.engine.messages import (
+    ChatMessage,
+    Generate,
+    SamplingParams,
+    TextChunk,
+    ThinkingChunk,
+    Tool,
+    ToolCall,
+)
 
 CONFIG = FrontendConfig(max_samples=4, max_logprobs=5, max_stop_strings=2, max_stop_chars=3, max_stop_token_ids=2)
 PLAIN = Generate(stream=1, token_ids=[1, 2, 3])
@@ -76,7 +85,6 @@ USER = [ChatMessage(role="user", content="Hi")]
         ({"messages": USER}, "token_ids"),
         ({"token_ids": None, "messages": []}, "messages"),
         ({"token_ids": None, "messages": [*USER, ChatMessage(role="robot")]}, "messages[1].role"),
-        ({"token_ids": None, "messages": USER, "reasoning_effort": "huge"}, "reasoning_effort"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"priority": 101}, "priority"),
         ({"priority": -101}, "priority"),
@@ -216,6 +224,145 @@ def test_turns_and_calls_of_a_chat_are_counted(model_info):
         with pytest.raises(InvalidRequest) as caught:
             validate.fields(replace(chat, messages=messages), config, model_info)
         assert (caught.value.field, caught.value.limit, caught.value.value) == (field, "2", "3")
+
+
+def _chat(*turns, **fields):
+    return Generate(stream=1, messages=[ChatMessage(role="user", content="Hi"), *turns], **fields)
+
+
+def _said(**fields):
+    return ChatMessage(role="assistant", **fields)
+
+
+def _result(tool_call_id="", **fields):
+    return ChatMessage(role="tool", tool_call_id=tool_call_id, **fields)
+
+
+CALLS = _said(tool_calls=[ToolCall(name="f", arguments="{}", id=each) for each in ("aaaaaaaaa", "bbbbbbbbb")])
+OPEN = ThinkingChunk(thinking="x", closed=False)
+GOOD_CHATS = {
+    "chunks": _chat(_said(content=[ThinkingChunk(thinking="x"), TextChunk(text="a")])),
+    "chunks of a user": _chat(ChatMessage(role="user", content=[TextChunk(text="a"), TextChunk(text="b")])),
+    "a thought of the system": _chat(ChatMessage(role="system", content=[ThinkingChunk(thinking="x")])),
+    "a prefix": _chat(_said(content="a", prefix=True)),
+    "an open thought": _chat(_said(content=[OPEN], prefix=True)),
+    "results in another order": _chat(CALLS, _result("bbbbbbbbb", name="f"), _result("aaaaaaaaa")),
+    "results without ids": _chat(CALLS, _result(), _result()),
+    "calls without ids": _chat(_said(tool_calls=[ToolCall(name="f", arguments="")]), _result("zzz")),
+    "a result alone": _chat(_result("zzz")),
+    "two rounds": _chat(CALLS, _result("aaaaaaaaa"), _result("bbbbbbbbb"), CALLS, _result(), _result(), _said()),
+    "tools": _chat(tools=[Tool(name="f"), Tool(name="a-B_9" * 12, parameters={"type": "object"})]),
+    "no choice": _chat(tools=[Tool(name="f")], tool_choice="none", parallel_tool_calls=False),
+    "tools of attached messages": Generate(stream=1, attached="messages", tools=[Tool(name="f")]),
+    "a suffix": Generate(stream=1, text="a", suffix=""),
+    "a suffix of an attached text": Generate(stream=1, attached="text", suffix="b"),
+}
+NOT_NAMES = ["", " ", "a b", "a.b", "é", "f\n", "a" * 65, "<tool_call>"]
+BAD_CHATS = {
+    "a thought of a user": (
+        _chat(ChatMessage(role="user", content=[TextChunk(text="a"), ThinkingChunk(thinking="x")])),
+        "messages[1].content[1]",
+    ),
+    "a thought of a tool": (_chat(_result(content=[ThinkingChunk(thinking="x")])), "messages[1].content[0]"),
+    "an open thought without prefix": (_chat(_said(content=[OPEN])), "messages[1].content[0].closed"),
+    "an open thought before a text": (
+        _chat(_said(content=[OPEN, TextChunk(text="a")], prefix=True)),
+        "messages[1].content[0].closed",
+    ),
+    "an open thought before the end": (_chat(_said(content=[OPEN]), _said()), "messages[1].content[0].closed"),
+    "a prefix before the end": (_chat(_said(prefix=True), _said()), "messages[1].prefix"),
+    "a prefix of a user": (_chat(ChatMessage(role="user", prefix=True)), "messages[1].prefix"),
+    "a prefix with calls": (_chat(replace(CALLS, prefix=True)), "messages[1].prefix"),
+    "calls of a user": (
+        _chat(ChatMessage(role="user", tool_calls=CALLS.tool_calls)),
+        "messages[1].tool_calls",
+    ),
+    "reasoning of a user": (_chat(ChatMessage(role="user", reasoning="x")), "messages[1].reasoning"),
+    "an id of an assistant": (_chat(_said(tool_call_id="x")), "messages[1].tool_call_id"),
+    "a name of a user": (_chat(ChatMessage(role="user", name="x")), "messages[1].name"),
+    "a result of no call": (_chat(CALLS, _result("ccccccccc")), "messages[2].tool_call_id"),
+    "a result of an earlier round": (
+        _chat(CALLS, _result(), _result(), _said(tool_calls=[ToolCall(name="f", arguments="", id="c")]),
+              _result("aaaaaaaaa")),
+        "messages[5].tool_call_id",
+    ),
+    "a result twice": (_chat(CALLS, _result("aaaaaaaaa"), _result("aaaaaaaaa")), "messages[3].tool_call_id"),
+    "a call without its result": (_chat(CALLS, _result("aaaaaaaaa")), "messages[3]"),
+    "a result that is missing": (_chat(CALLS, _result("aaaaaaaaa"), _said()), "messages[3]"),
+    "calls without results": (_chat(CALLS, ChatMessage(role="user")), "messages[2]"),
+    "too many chunks": (
+        _chat(*[ChatMessage(role="user", content=[TextChunk(text="")] * 5)] * 2),
+        "messages.content",
+    ),
+    "a tool twice": (_chat(tools=[Tool(name="f"), Tool(name="g"), Tool(name="f")]), "tools[2].name"),
+    "too many tools": (_chat(tools=[Tool(name=f"f{n}") for n in range(MAX_TOOLS + 1)]), "tools"),
+    "parameters that are no object": (
+        _chat(tools=[Tool(name="f", parameters={"type": "array"})]),
+        "tools[0].parameters",
+    ),
+    "parameters that are no JSON": (
+        _chat(tools=[Tool(name="f"), Tool(name="g", parameters={"enum": [b"x"]})]),
+        "tools[1].parameters",
+    ),
+    "a number that JSON lacks": (
+        _chat(tools=[Tool(name="f", parameters={"maximum": INF})]),
+        "tools[0].parameters",
+    ),
+    "tools of a text": (Generate(stream=1, text="a", tools=[Tool(name="f")]), "tools"),
+    "a choice that comes later": (_chat(tools=[Tool(name="f")], tool_choice="required"), "tool_choice"),
+    "a tool by name": (_chat(tools=[Tool(name="f")], tool_choice="f"), "tool_choice"),
+    "a suffix of messages": (_chat(suffix="b"), "suffix"),
+    "a suffix of ids": (Generate(stream=1, token_ids=[1], suffix="b"), "suffix"),
+    **{f"a tool named {name[:9]!r}": (_chat(tools=[Tool(name=name)]), "tools[0].name") for name in NOT_NAMES},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", GOOD_CHATS.values(), ids=GOOD_CHATS)
+def test_good_conversations_pass(model_info, message):
+    validate.fields(message, FrontendConfig(max_turns=9), model_info)
+
+
+@pytest.mark.parametrize(("message", "field"), BAD_CHATS.values(), ids=BAD_CHATS)
+def test_what_is_wrong_with_a_conversation_is_named(model_info, message, field):
+    with pytest.raises(InvalidRequest) as caught:
+        validate.fields(message, FrontendConfig(max_turns=9), model_info)
+    assert caught.value.field == field
+    assert field.partition("[")[0] in caught.value.message
+    assert caught.value.limit
+
+
+@pytest.mark.parametrize("efforts", [("none", "high"), ()])
+def test_an_effort_that_the_model_does_not_know_is_refused(model_info, efforts):
+    for effort in ("none", "low", "high", "x" * 100):
+        message = _chat(reasoning_effort=effort)
+        if effort in efforts:
+            validate.fields(message, CONFIG, model_info, efforts=efforts)
+            continue
+        with pytest.raises(InvalidRequest, match="reasoning_effort") as caught:
+            validate.fields(message, CONFIG, model_info, efforts=efforts)
+        assert (caught.value.field, caught.value.value) == ("reasoning_effort", effort)
+        assert caught.value.limit == (", ".join(efforts) or "left out")
+        assert len(caught.value.message) < 200
+
+
+def test_ids_that_stand_for_an_image_are_refused(model_info):
+    for image_ids, refused in (((), False), ({9}, False), ({2, 9}, True)):
+        if not refused:
+            assert validate.request(PLAIN, [1, 2, 3], 1, 1, model_info, image_token_ids=image_ids)
+            continue
+        with pytest.raises(InvalidRequest, match=r"token_ids\[1\] is 2, which stands for an image") as caught:
+            validate.request(PLAIN, [1, 2, 3], 1, 1, model_info, image_token_ids=image_ids)
+        assert (caught.value.field, caught.value.value) == ("token_ids", "2")
+    chat = _chat()  # what a template writes is its own affair
+    assert validate.request(chat, [1, 2, 3], 1, 1, model_info, image_token_ids={2})
+
+
+def test_a_prefix_belongs_to_the_feature_of_parts():
+    message = _chat(_said(content="a", prefix=True))
+    validate.features(message, frozenset({"parts"}))
+    with pytest.raises(InvalidRequest, match="feature parts") as caught:
+        validate.features(message, frozenset({"masks"}))
+    assert caught.value.field == "messages[1].prefix"
 
 
 def test_more_output_tokens_than_the_model_has_room_for_are_not_looked_at(model_info, monkeypatch):

@@ -40,6 +40,8 @@ FEATURE_FIELDS = {
     "Welcome": {"features"},
     "Limits": {"max_attached_bytes", "stream_credit_bytes", "keepalive_s"},
     "Final": {"cost"},
+    "Delta": {"parts"},
+    "SampleEnd": {"parts", "broken_calls"},
 }
 REMOVED = {"CoreStats": set(CoreStats.__struct_fields__) - set(VERSION_2["CoreStats"].split())}
 PARTS = ("Limits", "Usage", "Timings", "SampleEnd", "CoreStats", "ExpertStatistics", "StepBucket")
@@ -69,6 +71,13 @@ def _unknown(value, name):
         if key in value:
             found += _unknown(value[key], part)
     return found
+
+
+def test_a_turn_without_news_has_no_field_that_version_2_does_not_know():
+    calls = [messages.ToolCall(name="a", arguments="{}", id="b")]
+    turn = messages.ChatMessage(role="assistant", content="x", reasoning="y", tool_calls=calls, tool_call_id="z")
+    known = {"role", "content", "reasoning", "tool_calls", "tool_call_id"}
+    assert set(msgspec.msgpack.decode(msgspec.msgpack.encode(turn))) == known
 
 
 def test_new_counters_are_taken_out():

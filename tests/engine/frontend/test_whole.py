@@ -8,13 +8,23 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
+from marked import ids, marked_prompts
 from streams import generate, until
 
 from cierzo.engine.errors import Interrupted
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.outlet import TURN_TOKENS, Outlets
-from cierzo.engine.frontend.stream import Stream
-from cierzo.engine.frontend.whole import CHUNK_TOKENS, ONE_PIECE_TOKENS, PIECE_BYTES, build, cut, is_long
+from cierzo.engine.frontend.sample import STATE_TOKENS
+from cierzo.engine.frontend.stream import Stream, reader_of
+from cierzo.engine.frontend.whole import (
+    CHUNK_PARTS,
+    CHUNK_TOKENS,
+    ONE_PIECE_TOKENS,
+    PIECE_BYTES,
+    build,
+    cut,
+    is_long,
+)
 from cierzo.engine.messages import (
     Final,
     Finish,
@@ -28,6 +38,7 @@ from cierzo.engine.messages import (
     TokenLogprobs,
 )
 from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.text.prompt import PromptEncoder
 
 FINISH = Finish("length", "", None, 3, 0, 0, 0, 0.0, 0.1, 0.2)
 
@@ -43,13 +54,13 @@ def ended(rng, tokenizer, *, num_tokens, n=1, brought=0, stop=(), logprobs=None)
     params = SamplingParams(n=n, stop=list(stop), logprobs=logprobs, seed=3)
     stream = Stream(0, 2**40, Sink(), False, n, 0, 5.0, 99.0)
 
-    def detokenizer(_):
+    def detokenizer(_stream, _sample):
         return Detokenizer(tokenizer, tuple(stop))
 
     data = "".join(rng.choices("abc €𝄞é", k=num_tokens + brought)).encode()
     before, rest = list(data[:brought]), list(data[brought : brought + num_tokens])
     submit = Submit(request_id=0, prompt_token_ids=[1], sampling=params, output_token_ids=before)
-    stream.start(submit, 3, [detokenizer(params) for _ in range(n)])
+    stream.start(submit, 3, [detokenizer(stream, sample) for sample in range(n)])
     for sample in stream.samples:
         for start in range(0, num_tokens, 999):
             part = rest[start : start + 999]
@@ -94,6 +105,47 @@ def test_a_record_in_pieces_is_the_record(tokenizer, num_tokens, given):
     assert max(map(len, pieces)) <= PIECE_BYTES
 
 
+SAID = [
+    "[THINK]" + "hm € " * 2000 + '[/THINK]It blows.[TOOL_CALLS]wind[ARGS]{"at":  "' + "Z" * 5000 + '"}',
+    "[THINK]a[/THINK]b" * 3000,
+    "no marker " * 900,
+    "[TOOL_CALLS]wind[ARGS]{}" * 500 + "[TOOL_CALLS]wind",
+]
+
+
+@pytest.mark.parametrize("said", SAID)
+@pytest.mark.parametrize("brought", [0, 5, 3500])
+def test_a_record_of_parts_in_pieces_is_the_record(said, brought):
+    prompts: PromptEncoder = marked_prompts()
+    tokens, params = ids(said), SamplingParams(n=2, seed=3, max_tokens=10**5)
+    stream = Stream(0, 1, Sink(), False, 2, 0, 5.0, 99.0, apart=True)
+    new_reader = reader_of(prompts)
+    stream.sampling, stream.num_prompt_tokens = params, 3
+    readers, states = [new_reader(stream, sample) for sample in range(2)], []
+    for start in range(0, brought, STATE_TOKENS):
+        for reader in readers:
+            reader.push(tokens[start : min(start + STATE_TOKENS, brought)])
+        states.append(readers[0].state())
+    submit = Submit(request_id=0, prompt_token_ids=[1], sampling=params, output_token_ids=tokens[:brought])
+    stream.start(submit, 3, readers, states)
+    for sample in stream.samples:
+        for start in range(brought, len(tokens), 999):
+            sample.append(TokenDelta(0, sample.index, tokens[start : start + 999], None, None))
+            sample.remember()
+        stream.end(sample, FINISH)
+    stream.close(7.0)
+    pieces, steps = built(stream, new_reader)
+    message = msgspec.msgpack.decode(b"".join(pieces)[4:], type=ServerMessage)
+    assert message == msgspec.msgpack.decode(pack((stream.last(new_reader),))[4:], type=ServerMessage)
+    end = message.samples[1]
+    assert bool(end.parts) == ("[" in said)
+    counted = sum(part.num_tokens for part in end.parts)  # with those of a call whose first tokens were brought
+    assert not end.parts or len(tokens) - brought <= counted <= len(tokens)
+    assert max(steps) <= CHUNK_PARTS
+    assert is_long(stream)
+    assert message.samples[0].broken_calls == ([500] if said.endswith("wind") else [])
+
+
 def test_an_answer_that_a_stop_string_cut(tokenizer):
     stream, detokenizer = ended(random.Random(1), tokenizer, num_tokens=9000, stop=["a€b"])
     message = msgspec.msgpack.decode(b"".join(built(stream, detokenizer)[0])[4:], type=ServerMessage)
@@ -108,6 +160,12 @@ def test_which_records_are_long(tokenizer):
     assert not is_long(stream(num_tokens=ONE_PIECE_TOKENS))
     assert is_long(stream(num_tokens=ONE_PIECE_TOKENS // 4 + 1, n=4))
     assert is_long(stream(num_tokens=500, logprobs=20))
+    apart = stream(num_tokens=ONE_PIECE_TOKENS // 4)
+    apart.apart = True
+    assert not is_long(apart)
+    apart = stream(num_tokens=ONE_PIECE_TOKENS // 4 + 1)
+    apart.apart = True
+    assert is_long(apart)
     read = stream(num_tokens=9000)
     read.deltas = True
     assert not is_long(read)

@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.frontend import failure
-from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, ToolCall
+from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, Tool, ToolCall
 from cierzo.engine.text.chat import ChatTemplate
-from cierzo.engine.text.prompt import PART_CHARS, PromptEncoder
+from cierzo.engine.text.prompt import PART_CHARS, TOOL_CHARS, PromptEncoder
+from cierzo.engine.text.template_chat import TemplateChat
 
 LONE = "a\ud800b"
 
@@ -61,31 +61,16 @@ def test_a_lone_surrogate_in_a_text_is_refused(tokenizer):
 def test_whatever_a_template_does_the_request_is_refused(tokenizer, source):
     message = Generate(stream=0, messages=[ChatMessage(role="user", content="hi")])
     with pytest.raises(InvalidRequest) as caught:
-        PromptEncoder(tokenizer, ChatTemplate(source)).encode(message)
+        PromptEncoder(tokenizer, TemplateChat(ChatTemplate(source), tokenizer)).encode(message)
     assert caught.value.field == "messages"
     assert len(caught.value.message) < 100 + 6 * 500  # a surrogate is spelled out in six characters
     _sent(caught.value)
 
 
-def test_the_server_lives_on_after_what_cannot_be_encoded(run, serving, prompts):
-    object.__setattr__(prompts, "template", ChatTemplate("{{ messages[0].content | replace('!', '\\ud800') }}"))
-
-    async def body():
-        async with serving() as house, await Client.connect(house.address) as client:
-            with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
-                await client.complete(messages=[{"role": "user", "content": "hi!"}])
-            assert caught.value.field == "messages"
-            with pytest.raises(InvalidRequest, match="lone surrogate"):  # so long that a process encodes it
-                await client.complete(messages=[{"role": "user", "content": "hi!" * 2_000}])
-            assert (await client.complete(messages=[{"role": "user", "content": "hi"}], max_tokens=2)).samples
-
-    run(body())
-
-
-def test_stop_strings_reach_the_detokenizer(prompts):
-    detokenizer = prompts.detokenizer(SamplingParams(stop=("b", "<s>"), min_tokens=2))
+def test_stop_strings_reach_the_reader(prompts):
+    detokenizer = prompts.reader(SamplingParams(stop=("b", "<s>"), min_tokens=2))
     assert (detokenizer.push([256, 97, 256, 98]), detokenizer.stop, detokenizer.num_tokens) == ("a", "<s>", 3)
-    assert PromptEncoder().detokenizer(SamplingParams()) is None
+    assert PromptEncoder().reader(SamplingParams()) is None
     assert PromptEncoder().special_ids == {}
 
 
@@ -100,8 +85,8 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(prompts, monkeyp
     monkeypatch.setattr(type(prompts.tokenizer), "_encode", lambda *_, **__: [1])
     fits, too_long = "\u20ac" * 36, "\u20ac" * 37
     turn = [ChatMessage(role="user", content="x" * 200)]
-    assert prompts.encode(Generate(stream=0, text=fits), 10).token_ids == [1]
-    assert prompts.encode(Generate(stream=0, text=too_long)).token_ids == [1]
+    assert prompts.encode(Generate(stream=0, text=fits), 10).token_ids == [256, 1]
+    assert prompts.encode(Generate(stream=0, text=too_long)).token_ids == [256, 1]
     for field, message in (("text", {"text": too_long}), ("messages", {"messages": turn})):
         with pytest.raises(InvalidRequest, match="cannot fit") as caught:
             prompts.encode(Generate(stream=0, **message), 10)
@@ -114,3 +99,7 @@ def test_turns_calls_and_output_tokens_are_work_too(prompts):
     assert prompts.weight(Generate(stream=0, text="abc", output_token_ids=[1] * 5)) == 8
     assert prompts.weight(Generate(stream=0, messages=[turn] * 2)) == 2 * (5 + 2 + 2 * PART_CHARS)
     assert prompts.weight(Generate(stream=0, token_ids=[1] * 1000)) == 0
+    assert prompts.weight(Generate(stream=0, text="abc", suffix="de")) == 5
+    tools = [Tool(name="f", description="d" * 1000, parameters={"properties": {"a" * 500: {}}})] * 2
+    weight = prompts.weight(Generate(stream=0, messages=[turn], tools=tools))
+    assert 2 * (TOOL_CHARS + 1500) < weight - (5 + 2 + 2 * PART_CHARS) < 2 * (TOOL_CHARS + 1600)

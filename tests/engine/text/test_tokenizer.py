@@ -61,7 +61,7 @@ def _sentence_piece():
 
 
 INNERS = {"byte level": _byte_level(), "sentence piece": _sentence_piece()}
-OURS = {name: Tokenizer(inner) for name, inner in INNERS.items()}
+OURS = {name: Tokenizer(_shape(inner)) for name, inner in INNERS.items()}
 
 
 @pytest.mark.parametrize("kind", INNERS)
@@ -92,8 +92,8 @@ def test_long_texts_are_encoded_alike():
 def test_a_beginning_of_text_is_put_once(tokenizer):
     assert tokenizer.encode("ab") == [256, 97, 98]
     assert tokenizer.encode("<s>ab") == [256, 97, 98]
-    assert tokenizer.encode("<s><s>ab") == [256, 256, 97, 98]
-    assert OURS["byte level"].encode("<s><s>a")[:2] == [OURS["byte level"].special_ids["<s>"]] * 2
+    assert tokenizer.encode("<s><s>ab") == [256, *b"<s>ab"]
+    assert 0 not in OURS["byte level"].encode("<s><s>a")  # it puts none itself
     assert tokenizer.encode_rendered("ab") == [97, 98]
     assert tokenizer.encode("") == [256]
 
@@ -175,7 +175,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("why", UNKNOWN)
 def test_where_a_token_may_stand_for_any_number_of_bytes_there_is_no_bound(why):
-    tokenizer = Tokenizer(UNKNOWN[why])
+    tokenizer = Tokenizer(_shape(UNKNOWN[why]))
     assert tokenizer.longest_token_bytes is None
     assert PromptEncoder(tokenizer).max_text_bytes(10) is None
     assert PromptEncoder(tokenizer).encode(Generate(stream=0, text="a" * 1000), 10) is not None

@@ -1,0 +1,190 @@
+"""An answer as parts: text, thoughts, and calls of tools, joined from the pieces in which they came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from cierzo.engine.messages import (
+    ChatMessage,
+    Content,
+    Delta,
+    Final,
+    Part,
+    SampleEnd,
+    TextChunk,
+    ThinkingChunk,
+    ToolCall,
+)
+
+
+class Answer:
+    """Sample of a generation, as far as it has come. `add` each of its deltas, and at last how it ended.
+
+    messages.append(answer.turn)  # the conversation goes on with it
+    for call in answer.tool_calls:
+        result = run(call.name, call.arguments)
+        messages.append({"role": "tool", "content": result, "tool_call_id": call.id, "name": call.name})
+    """
+
+    __slots__ = ("_broken", "_joining")
+
+    def __init__(self) -> None:
+        self._joining: list[_Joining] = []
+        self._broken: frozenset[int] = frozenset()
+
+    def add(self, delta: Delta) -> None:
+        """Take what is new."""
+        self.take(delta.parts, delta.text, len(delta.token_ids))
+
+    def end(self, end: SampleEnd) -> None:
+        """Take the record of the sample's end, and the output, if that comes in it."""
+        self._broken = frozenset(end.broken_calls)
+        self.take(end.parts, end.text, len(end.token_ids))
+
+    def take(self, parts: list[Part], text: str, num_tokens: int) -> None:
+        """Take pieces; without any, so many tokens of text."""
+        if not parts and self._joining and self._joining[-1].first.kind == "text":
+            self._joining[-1].add(text, num_tokens)
+            return
+        for piece in pieces(parts, text, num_tokens):
+            if not self._joining or not goes_on(self._joining[-1].first, piece):
+                self._joining.append(_Joining(piece))
+            self._joining[-1].add(piece.text, piece.num_tokens)
+
+    @property
+    def parts(self) -> list[Part]:
+        """All parts so far, in order, each whole; text alone is one part too."""
+        return [joining.part() for joining in self._joining]
+
+    @property
+    def text(self) -> str:
+        """The text alone, without thoughts and calls."""
+        return "".join([joining.text() for joining in self._joining if joining.first.kind == "text"])
+
+    @property
+    def thinking(self) -> str:
+        """The thoughts alone."""
+        return "".join([joining.text() for joining in self._joining if joining.first.kind == "thinking"])
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls that it makes, but for broken ones, whose arguments turned out to be no JSON object."""
+        return tool_calls(self.parts, self._broken)
+
+    @property
+    def turn(self) -> ChatMessage:
+        """The assistant's turn that says the same, for the next prompt."""
+        return as_turn(self.parts, self._broken)
+
+
+class Answers:
+    """The samples of a generation, as far as they have come."""
+
+    __slots__ = ("_by_sample", "_has_ended")
+
+    def __init__(self) -> None:
+        self._by_sample: dict[int, Answer] = {}
+        self._has_ended = False
+
+    def add(self, delta: Delta) -> None:
+        """Take what is new of a sample."""
+        answer = self._by_sample.get(delta.sample)
+        if answer is None:
+            answer = self._by_sample[delta.sample] = Answer()
+        answer.take(delta.parts, delta.text, len(delta.token_ids))
+
+    def of(self, sample: int, final: Final | None) -> Answer:
+        """Give a sample; `final` if that has come."""
+        if final is not None and not self._has_ended:
+            self._has_ended = True
+            for end in final.samples:
+                self._by_sample.setdefault(end.sample, Answer()).end(end)
+        return self._by_sample.setdefault(sample, Answer())
+
+
+class _Joining:
+    """A part that may get longer."""
+
+    __slots__ = ("_num_tokens", "_texts", "first")
+
+    def __init__(self, first: Part) -> None:
+        self.first = first
+        self._texts: list[str] = []
+        self._num_tokens = 0
+
+    def add(self, text: str, num_tokens: int) -> None:
+        self._texts.append(text)
+        self._num_tokens += num_tokens
+
+    def text(self) -> str:
+        self._texts = ["".join(self._texts)]
+        return self._texts[0]
+
+    def part(self) -> Part:
+        first = self.first
+        return Part(
+            kind=first.kind,
+            text=self.text(),
+            call=first.call,
+            name=first.name,
+            id=first.id,
+            num_tokens=self._num_tokens,
+        )
+
+
+def goes_on(first: Part, piece: Part) -> bool:
+    """Whether a piece is more of the part that began with `first`."""
+    return first.kind == piece.kind and first.call == piece.call
+
+
+def in_order(parts: list[Part], text: str, num_tokens: int, more: list[Part], held: str) -> list[Part]:
+    """Pieces of one delta, or those that are text, and then what a reader held back of it: none if all is text."""
+    if not parts and not more:
+        return parts
+    return [*(parts or plain(text, num_tokens)), *(more or plain(held, 0))]
+
+
+def plain(text: str, num_tokens: int) -> list[Part]:
+    """Text as pieces."""
+    return [Part(kind="text", text=text, num_tokens=num_tokens)] if text or num_tokens else []
+
+
+def pieces(parts: list[Part], text: str, num_tokens: int) -> list[Part]:
+    """The pieces of a delta that are something: one may only say that of its tokens none is counted yet."""
+    if not parts:
+        return plain(text, num_tokens)
+    return [piece for piece in parts if piece.text or piece.num_tokens or piece.name or piece.id]
+
+
+def joined(parts: list[Part]) -> list[Part]:
+    """The whole parts that pieces are of; none if all is text."""
+    if not parts:
+        return parts
+    answer = Answer()
+    answer.take(parts, "", 0)
+    whole = answer.parts
+    return [] if all(part.kind == "text" for part in whole) else whole
+
+
+def tool_calls(parts: Iterable[Part], broken: Iterable[int] = ()) -> list[ToolCall]:
+    """The calls among parts, but for those of these numbers."""
+    return [
+        ToolCall(name=part.name, arguments=part.text, id=part.id)
+        for part in parts
+        if part.kind == "call" and part.call not in broken
+    ]
+
+
+def as_turn(parts: list[Part], broken: Iterable[int] = ()) -> ChatMessage:
+    """The assistant's turn that an answer is, letter by letter, so that the cache knows its tokens."""
+    said = [part for part in parts if part.kind != "call" and part.text]
+    thoughts = [part.text for part in said if part.kind == "thinking"]
+    calls: dict[str, Any] = {"tool_calls": tool_calls(parts, broken)}
+    if not thoughts or (len(thoughts) == 1 and said[0].kind == "thinking"):
+        text = "".join(part.text for part in said if part.kind == "text")
+        return ChatMessage(role="assistant", content=text, reasoning="".join(thoughts), **calls)
+    content: Content = [
+        TextChunk(text=part.text) if part.kind == "text" else ThinkingChunk(thinking=part.text) for part in said
+    ]
+    return ChatMessage(role="assistant", content=content, **calls)

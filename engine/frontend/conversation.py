@@ -1,0 +1,179 @@
+"""Checks of a conversation, of the tools that an answer may call, and of a text whose middle is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.bounds import MAX_SHOWN_CHARS, count, json_text, one_of
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.messages import ChatMessage, Generate, ThinkingChunk, Tool
+
+ROLES = ("system", "user", "assistant", "tool")
+TOOL_CHOICES = ("auto", "none")
+TOOL_NAME = "1 to 64 of a-z, A-Z, 0-9, _ and -"  # as OpenAI's and Mistral's servers have it
+MAX_TOOLS = 512
+# Fields of a turn that belong to some roles.
+ROLES_OF_FIELD = {
+    **dict.fromkeys(("reasoning", "tool_calls", "prefix"), ("assistant",)),
+    **dict.fromkeys(("tool_call_id", "name"), ("tool",)),
+}
+THINKERS = ("assistant", "system")  # whose content may have thoughts
+_is_tool_name = re.compile(r"[a-zA-Z0-9_-]{1,64}").fullmatch
+_PLAIN = ChatMessage(role="")
+
+
+def conversation(message: Generate, config: FrontendConfig, efforts: Sequence[str] | None) -> None:
+    """Check what a message says of turns, tools and suffix; raises InvalidRequest.
+
+    efforts: the words that `reasoning_effort` may say to the served model; None: not known here.
+    """
+    if message.messages is not None:
+        _turns(message.messages, config)
+    is_chat = message.messages is not None or message.attached == "messages"
+    if message.reasoning_effort is not None:
+        if not is_chat:
+            raise InvalidRequest("reasoning_effort needs messages", field="reasoning_effort", limit="with messages")
+        if efforts is not None:
+            _effort(message.reasoning_effort, efforts)
+    if message.tools:
+        if not is_chat:
+            raise InvalidRequest("tools need messages", field="tools", limit="with messages")
+        _tools(message.tools)
+    if message.tool_choice not in TOOL_CHOICES:
+        shown = repr(message.tool_choice[:MAX_SHOWN_CHARS])
+        raise InvalidRequest(
+            f"tool_choice is {shown}, allowed: auto, none; required and named tools come with grammars, later",
+            field="tool_choice",
+            limit=", ".join(TOOL_CHOICES),
+            value=message.tool_choice,
+        )
+    if message.suffix is not None and message.text is None and message.attached != "text":
+        raise InvalidRequest("suffix needs text, which comes before the answer", field="suffix", limit="with text")
+
+
+def _effort(effort: str, efforts: Sequence[str]) -> None:
+    if efforts:
+        one_of("reasoning_effort", effort, efforts)
+        return
+    raise InvalidRequest(
+        "the served model has no reasoning_effort to choose",
+        field="reasoning_effort",
+        limit="left out",
+        value=effort,
+    )
+
+
+def _turns(turns: list[ChatMessage], config: FrontendConfig) -> None:
+    if not turns:
+        raise InvalidRequest("messages is empty", field="messages", limit="at least 1", value=0)
+    count("messages", turns, config.max_turns)
+    for field, num in (
+        ("messages.tool_calls", sum(len(turn.tool_calls) for turn in turns)),
+        ("messages.content", sum(len(turn.content) for turn in turns if not isinstance(turn.content, str))),
+    ):
+        if num > config.max_turns:
+            raise InvalidRequest(
+                f"{field} has {num} entries in all turns, allowed: {config.max_turns}",
+                field=field,
+                limit=config.max_turns,
+                value=num,
+            )
+    for number, turn in enumerate(turns):
+        field = f"messages[{number}]"
+        one_of(f"{field}.role", turn.role, ROLES)
+        for name, roles in ROLES_OF_FIELD.items():
+            if turn.role not in roles and getattr(turn, name) != getattr(_PLAIN, name):
+                raise _misplaced(f"{field}.{name}", f"a turn of the role {roles[0]}")
+        _prefix(turn, field, is_last=number == len(turns) - 1)
+        if not isinstance(turn.content, str):
+            _thoughts(turn, field)
+    _results(turns)
+
+
+def _prefix(turn: ChatMessage, field: str, *, is_last: bool) -> None:
+    if turn.prefix and not is_last:
+        raise _misplaced(f"{field}.prefix", "the last turn")
+    if turn.prefix and turn.tool_calls:
+        raise _misplaced(f"{field}.prefix", "a turn without tool_calls, which end it")
+
+
+def _thoughts(turn: ChatMessage, field: str) -> None:
+    for number, chunk in enumerate(turn.content):
+        if not isinstance(chunk, ThinkingChunk):
+            continue
+        place = f"{field}.content[{number}]"
+        if turn.role not in THINKERS:
+            raise _misplaced(place, "a turn of the role assistant", "a thought")
+        if not chunk.closed and not (turn.prefix and number == len(turn.content) - 1):
+            raise _misplaced(f"{place}.closed", "the end of a turn with prefix", "a thought that is not closed")
+
+
+def _results(turns: list[ChatMessage]) -> None:
+    """Check that results name calls of the turn before them, each once, and that no call with an id lacks one."""
+    open_ids: set[str] = set()
+    known: set[str] = set()
+    for number, turn in enumerate(turns):
+        field = f"messages[{number}]"
+        if turn.role != "tool":
+            _all_there(open_ids, field)
+            open_ids = known = {call.id for call in turn.tool_calls if call.id}
+        elif turn.tool_call_id and known:
+            if turn.tool_call_id not in open_ids:
+                what = (
+                    "has its result already" if turn.tool_call_id in known else "is no call of the turn before it"
+                )
+                raise InvalidRequest(
+                    f"{field}.tool_call_id {what}: {turn.tool_call_id[:MAX_SHOWN_CHARS]!r}",
+                    field=f"{field}.tool_call_id",
+                    limit=", ".join(sorted(open_ids)) or "none",
+                    value=turn.tool_call_id,
+                )
+            open_ids = open_ids - {turn.tool_call_id}
+        else:
+            open_ids = set()  # results without names are in the order of the calls
+    _all_there(open_ids, f"messages[{len(turns)}]")
+
+
+def _all_there(open_ids: set[str], field: str) -> None:
+    if open_ids:
+        ids = ", ".join(sorted(open_ids))
+        raise InvalidRequest(
+            f"{field} must be the result of a call that has none yet: {ids}",
+            field=field,
+            limit="a result for each call",
+            value=ids,
+        )
+
+
+def _tools(tools: list[Tool]) -> None:
+    count("tools", tools, MAX_TOOLS)
+    names = set()
+    for number, tool in enumerate(tools):
+        field, name = f"tools[{number}].name", tool.name
+        if not _is_tool_name(name):
+            what = f"{field} is {name[:MAX_SHOWN_CHARS]!r}, allowed: {TOOL_NAME}"
+            raise InvalidRequest(what, field=field, limit=TOOL_NAME, value=name)
+        if name in names:
+            raise InvalidRequest(f"{field} is there twice: {name}", field=field, limit="once", value=name)
+        names.add(name)
+        _parameters(f"tools[{number}].parameters", tool)
+
+
+def _parameters(field: str, tool: Tool) -> None:
+    kind = tool.parameters.get("type", "object")
+    if kind != "object":
+        raise InvalidRequest(
+            f"{field}.type is {str(kind)[:MAX_SHOWN_CHARS]!r}, allowed: object",
+            field=field,
+            limit="object",
+            value=kind,
+        )
+    json_text(field, tool.parameters)
+
+
+def _misplaced(field: str, place: str, what: str = "") -> InvalidRequest:
+    return InvalidRequest(
+        f"{field}: {what or field.rpartition('.')[2]} belongs to {place}", field=field, limit=place
+    )

@@ -1,0 +1,91 @@
+"""Turns and tools as clients of OpenAI's and Mistral's interfaces write them, made into the fields of our messages.
+
+They work on plain values, and change only what they know: all else is for the message's own types to refuse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.bounds import json_text
+
+CHUNKS = ("text", "thinking")
+
+
+def turn(value: Any, field: str) -> Any:
+    """A turn of a conversation. A field that is None counts as left out, as OpenAI's clients mean it."""
+    if not isinstance(value, dict):
+        return value
+    fields = _given(value)
+    if "reasoning_content" in fields:
+        thought = fields.pop("reasoning_content")
+        fields["reasoning"] = fields.get("reasoning") or thought
+    if isinstance(content := fields.get("content"), list):
+        fields["content"] = [_chunk(each, f"{field}.content[{number}]") for number, each in enumerate(content)]
+    if isinstance(calls := fields.get("tool_calls"), list):
+        fields["tool_calls"] = [_call(each, f"{field}.tool_calls[{number}]") for number, each in enumerate(calls)]
+    return fields
+
+
+def tool(value: Any, field: str) -> Any:
+    """A tool that an answer may call. Raises InvalidRequest for one whose arguments must fit its schema."""
+    if not isinstance(value, dict):
+        return value
+    fields = _function(_given(value), field)
+    if fields.pop("strict", None):
+        what = "arguments that must fit the schema come with grammars, later"
+        raise InvalidRequest(f"{field}.strict is true: {what}", field=f"{field}.strict", limit="false", value=True)
+    return fields
+
+
+def tool_choice(value: Any) -> Any:
+    """A choice among tools. Raises InvalidRequest for one of them by name."""
+    if isinstance(value, dict):
+        raise InvalidRequest(
+            "tool_choice names a tool, allowed: auto, none; named tools come with grammars, later",
+            field="tool_choice",
+            limit="auto, none",
+            value=value,
+        )
+    return value
+
+
+def _call(value: Any, field: str) -> Any:
+    if not isinstance(value, dict):
+        return value
+    fields = _function(_given(value), field)
+    fields.pop("index", None)  # its place in the list, as deltas of an answer number it
+    if isinstance(arguments := fields.get("arguments"), dict):
+        fields["arguments"] = json_text(f"{field}.arguments", arguments)
+    return fields
+
+
+def _function(fields: dict[Any, Any], field: str) -> dict[Any, Any]:
+    """The fields of a function, out of the object that says that it is one."""
+    kind = fields.pop("type", "function")
+    if kind != "function":
+        raise InvalidRequest(f"{field}.type is {kind!r}, allowed: function", field=f"{field}.type", value=kind)
+    inner = fields.pop("function", None)
+    return {**fields, **_given(inner)} if isinstance(inner, dict) else fields
+
+
+def _chunk(value: Any, field: str) -> Any:
+    if not isinstance(value, dict):
+        return value
+    fields, kind = _given(value), value.get("type")
+    if kind not in CHUNKS:
+        raise InvalidRequest(
+            f"{field} is of type {kind!r}, allowed: {', '.join(CHUNKS)}; images and sounds are not taken",
+            field=field,
+            limit=", ".join(CHUNKS),
+            value=kind,
+        )
+    if isinstance(thoughts := fields.get("thinking"), list):  # as Mistral's interface has them
+        texts = [text for each in thoughts if isinstance(each, dict) and isinstance(text := each.get("text"), str)]
+        fields["thinking"] = "".join(texts) if len(texts) == len(thoughts) else thoughts
+    return fields
+
+
+def _given(fields: dict[Any, Any]) -> dict[Any, Any]:
+    return {name: value for name, value in fields.items() if value is not None}

@@ -1,0 +1,98 @@
+"""Prompts of conversations by a checkpoint's chat template and its tokenizer, in which only the template writes
+control tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.messages import ChatMessage, Generate, ThinkingChunk, Tool, ToolCall
+from cierzo.engine.text.chat import ChatTemplate
+from cierzo.engine.text.spellings import Breaker, free_marks, without
+from cierzo.engine.text.tokenizer import Tokenizer
+from cierzo.engine.text.vocabulary import refuse_unfit
+
+THOUGHT_OPENINGS = ("<think>", "[THINK]")
+HARMLESS = "Hi!"  # ends in no letter, beside which some tokens are none
+
+
+class TemplateChat:
+    """A `Chat`. Strings of clients go into the template with their spellings of control tokens broken."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+        self.template = template
+        self.efforts = template.efforts()
+        self._tokenizer = tokenizer
+        self._breaker = Breaker(tokenizer.control_ids, template.literals)
+
+    def encode(self, message: Generate, max_tokens: int | None) -> tuple[list[int], bool]:
+        """Token ids of the prompt of `message.messages`, up to where the assistant begins to speak, or goes on in
+        its last turn; and whether that is within a thought. Raises InvalidRequest, with the field that is wrong."""
+        turns = message.messages or []
+        mark, end = self._free_marks(turns, message.tools)
+        goes_on = bool(turns) and turns[-1].prefix
+        rendered = self._render(turns, message.tools, message.reasoning_effort, mark, f"{end} " if goes_on else "")
+        refuse_unfit(self._tokenizer, "messages", without(mark, rendered), max_tokens)
+        in_thinking = rendered.rstrip().endswith(THOUGHT_OPENINGS) or (goes_on and is_within_thought(turns[-1]))
+        return self._tokenizer.encode_rendered(rendered, mark), in_thinking
+
+    def unsafe_places(self) -> list[str]:
+        """The fields in which this template would let a client's text become a control token, because it changes
+        what it is given: found by a conversation that spells them all."""
+        spelled = " ".join(
+            form for text in self._tokenizer.control_ids for form in (text, text.upper(), text.lower(), text[1:])
+        )
+        return [
+            place
+            for (place, harmless), (_, spelling) in zip(_places(HARMLESS), _places(spelled), strict=True)
+            if (expected := self._calls(*harmless)) is not None and self._calls(*spelling) not in (None, expected)
+        ]
+
+    def _calls(self, turns: list[ChatMessage], tools: list[Tool]) -> list[int] | None:
+        """The control tokens of a prompt; None if the template refuses it."""
+        mark, _ = self._free_marks(turns, tools)
+        try:
+            ids = self._tokenizer.encode_rendered(self._render(turns, tools, None, mark, ""), mark)
+        except InvalidRequest:
+            return None
+        controls = set(self._tokenizer.control_ids.values())
+        return [token_id for token_id in ids if token_id in controls]
+
+    def _free_marks(self, turns: list[ChatMessage], tools: list[Tool]) -> list[str]:
+        try:
+            taken = msgspec.json.encode([self.template.source, turns, tools])
+        except (RecursionError, TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest(f"the messages or tools are no JSON: {error}", field="messages") from error
+        return free_marks(taken, 2)
+
+    def _render(self, turns: list[ChatMessage], tools: list[Tool], effort: str | None, mark: str, tag: str) -> str:
+        breaker = self._breaker
+        return self.template.render(
+            turns, effort, tools=tools, change=lambda text: breaker.broken(text, mark), tag=tag
+        )
+
+
+def is_within_thought(turn: ChatMessage) -> bool:
+    """Whether the words of a turn end within a thought."""
+    chunks = [] if isinstance(turn.content, str) else turn.content
+    return any(isinstance(chunk, ThinkingChunk) and not chunk.closed for chunk in chunks[-1:])
+
+
+def _places(text: str) -> Iterator[tuple[str, tuple[list[ChatMessage], list[Tool]]]]:
+    """Fields of clients' strings, each with a conversation and tools where `text` stands in it."""
+    user, answer = ChatMessage(role="user", content=HARMLESS), ChatMessage(role="assistant", content=HARMLESS)
+    call = ToolCall(name="f", arguments='{"a": "b"}', id="abcdefghi")
+    with_text = msgspec.json.encode({"a": text}).decode()
+    answered = ChatMessage(role="tool", content=HARMLESS, tool_call_id=call.id, name="f")
+    yield "the content of a system turn", ([ChatMessage(role="system", content=text), user], [])
+    yield "the content of a user's turn", ([ChatMessage(role="user", content=text)], [])
+    yield "the content of an assistant's turn", ([user, ChatMessage(role="assistant", content=text), user], [])
+    yield "a thought", ([user, ChatMessage(role="assistant", content=HARMLESS, reasoning=text)], [])
+    calls = ChatMessage(role="assistant", tool_calls=[msgspec.structs.replace(call, arguments=with_text)])
+    yield "the arguments of a call", ([user, calls, answered], [])
+    calls = ChatMessage(role="assistant", tool_calls=[call])
+    yield "the result of a call", ([user, calls, msgspec.structs.replace(answered, content=text), answer, user], [])
+    yield "a tool's description", ([user], [Tool(name="f", description=text, parameters={"type": "object"})])
+    yield "a tool's parameters", ([user], [Tool(name="f", parameters={"properties": {"a": {"description": text}}})])
