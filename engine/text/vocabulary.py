@@ -25,7 +25,9 @@ class Vocabulary(TokenSizes, Protocol):
 
     strip_leading_space: bool
     special_ids: Mapping[str, int]  # control tokens, which have no text, by how they are spelled
-    control_ids: Mapping[str, int]  # tokens that no text of a client becomes; markers that have a text are among them
+    control_ids: Mapping[
+        str, int
+    ]  # tokens that no text of a client becomes; markers that have a text are among them
     eos_token: str
     eos_token_id: int | None
 
