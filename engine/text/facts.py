@@ -10,8 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.text.chat import read_chat_templates
-from cierzo.engine.text.tokenizer_config import read_object, read_tokenizer_config
+from cierzo.engine.text.tokenizer_config import read_chat_templates, read_object, read_tokenizer_config
 
 TEKKEN, TOKENIZERS = "tekken.json", "tokenizer.json"
 MISTRAL_COMMON = "mistral-common"
