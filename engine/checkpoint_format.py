@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cierzo.engine.errors import CheckpointError
+from cierzo.engine.errors import CheckpointError, amount
 from cierzo.engine.fields import Fields, read_json
 from cierzo.engine.quantisation import COMPRESSED, Quantisation, WeightGroup, described, read_compressed, read_fp8
 
@@ -107,6 +107,13 @@ def find_layout(folder: Path) -> Layout:
     return "native" if not has_config or _has_tensors(folder, "native") else "hf"
 
 
+def found_layouts(folder: Path) -> tuple[str, ...]:
+    """Titles of the layouts that a folder holds whole, a config and tensors; the one that is read comes first."""
+    names: dict[Layout, str] = {"hf": CONFIG_NAME, "native": PARAMS_NAME}
+    found = [layout for layout, name in names.items() if (folder / name).is_file() and _has_tensors(folder, layout)]
+    return tuple(_LAYOUT_TEXT[layout] for layout in found)
+
+
 def find_format(folder: Path) -> CheckpointFormat:
     """Layout and scheme of a folder, from its config.json or params.json alone.
 
@@ -162,6 +169,11 @@ def _native_format(params: Fields) -> CheckpointFormat:
     found = read_compressed(fields)
     alone = all(group.storage == "nvfp4" for group in found.groups)
     return CheckpointFormat("native", "nvfp4" if alone else "compressed", found)
+
+
+def left_aside(num_tensors: int, num_bytes: int) -> str:
+    """Say of a vision tower, which no image reaches, that it is not used."""
+    return f"images are not served: {num_tensors:,} tensors, {amount(num_bytes, 10**9)} GB, are left aside"
 
 
 def adapter_files(folder: Path) -> tuple[str, ...]:

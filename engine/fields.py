@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Fields:
         self._file = file
         self._inherited: dict[str, str] = {}  # field -> what it is called in the file
         self._read: set[str] = set()
+        self._sections: dict[str, Fields] = {}
 
     def error(self, name: str, value: object, expected: str) -> CheckpointError:
         """`name` is not what this engine can run."""
@@ -83,6 +84,16 @@ class Fields:
         """The fields that nobody has asked for so far, in the file's order."""
         return [name for name in self._values if name not in self._read]
 
+    def refuse_unread(self, harmless: Container[str]) -> None:
+        """Raise CheckpointError for a field, in this object or a section that was read, that nobody has asked for:
+        whoever wrote it may mean other arithmetic. A null says nothing. harmless: names with those of their
+        sections, "moe.expert_parallel"."""
+        for name in self.unread():
+            if self._field(name) not in harmless and self._values[name] is not None:
+                raise self.error(name, self._values[name], "left out: it is unknown, and may change the arithmetic")
+        for section in self._sections.values():
+            section.refuse_unread(harmless)
+
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
         return self._values.get(name) is not None
@@ -102,7 +113,7 @@ class Fields:
         value = self.get(name)
         if not isinstance(value, dict):
             raise self.error(name, value, "an object")
-        return Fields(value, f"{self._prefix}{name}.", self._file)
+        return self._sections.setdefault(name, Fields(value, f"{self._prefix}{name}.", self._file))
 
     def optional_section(self, name: str) -> Fields:
         """A nested object; an empty one where it is null or missing."""

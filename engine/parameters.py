@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -112,6 +113,7 @@ class MatrixRequest:
     key: names it among the model's matrices, such as "model.layers.3.self_attn.o_proj". shape: [n,k] or [E,n,k].
     make: gives its values; called at most once, and not at all where the matrix was packed at an earlier start.
     paired: a gate above an up projection, whose rows a kernel reads in pairs. role: decides the number format.
+    parts: the parameters that `make` reads.
     """
 
     key: str
@@ -119,6 +121,7 @@ class MatrixRequest:
     make: Callable[[], Parameter]
     paired: bool = False
     role: MatrixRole = "linear"
+    parts: tuple[Parameter, ...] = ()
 
 
 class MatrixSource(Protocol):
@@ -173,9 +176,10 @@ class Parameters:
 
     def matrix(self, *names: str, paired: bool = False, role: MatrixRole = "linear") -> Matrix:
         """The named parameters, one above the other along their rows."""
-        parts = [self.stored(name) for name in names]
+        parts = tuple(self.stored(name) for name in names)
         shape = (*parts[0].shape[:-2], sum(part.shape[-2] for part in parts), parts[0].shape[-1])
-        return self.derived(MatrixRequest(" + ".join(names), shape, lambda: above_each_other(parts), paired, role))
+        make = partial(above_each_other, parts)
+        return self.derived(MatrixRequest(" + ".join(names), shape, make, paired, role, parts))
 
     def derived(self, request: MatrixRequest) -> Matrix:
         """A matrix made of this layer's parameters; its key is prefixed with the layer's."""

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 
+import msgspec
+
+from cierzo.engine import checkpoint_report
 from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import checkpoint_path
 from cierzo.engine.options import add_checkpoint
-from cierzo.engine.weights import info
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the checkpoint."""
     add_checkpoint(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what the checkpoint holds."""
-    print(info.describe(checkpoint_path(checkpoint_folder(arguments.checkpoint))))
-    return 0
+    """Print what the folder holds and needs; exit status 1 if it would be refused."""
+    path = checkpoint_path(checkpoint_folder(arguments.checkpoint))
+    from cierzo.engine.model.build import parameter_specs  # imports torch
+
+    found = checkpoint_report.report(path, parameter_specs)
+    print(msgspec.json.encode(found).decode() if arguments.json else found)
+    return int(bool(found.refused))

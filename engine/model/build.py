@@ -120,8 +120,11 @@ def _head(config: ModelConfig, parameters: Parameters, shard: Shard) -> Matrix:
     if HEAD in parameters:
         return parameters.matrix(HEAD, role="head")
     rows = shard.width(config.vocab_size, "vocab_size")
-    tied = as_tensor(parameters.stored(EMBEDDING))[shard.rank * rows : (shard.rank + 1) * rows]
-    return parameters.derived(MatrixRequest("lm_head", tuple(tied.shape), lambda: tied, role="head"))
+    embedding = parameters.stored(EMBEDDING)
+    tied = as_tensor(embedding)[shard.rank * rows : (shard.rank + 1) * rows]
+    return parameters.derived(
+        MatrixRequest("lm_head", tuple(tied.shape), lambda: tied, role="head", parts=(embedding,))
+    )
 
 
 def _alone(partial: Tensor) -> Tensor:

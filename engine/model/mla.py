@@ -42,17 +42,15 @@ def build(parameters: Parameters, norm: Tensor, config: ModelConfig, mla: MlaCon
     apart: W_UK above W_UV, by head."""
     heads = shard.width(config.num_heads, "num_attention_heads")
     nope, value, rank = mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank
-    latent = mla.q_lora_rank is not None
+    latent, whole = mla.q_lora_rank is not None, parameters.stored("kv_b_proj.weight")
 
     def part(name: str, begin: int, width: int, transposed: bool = False) -> Matrix:
         def make() -> Tensor:
-            by_head = as_tensor(parameters.stored("kv_b_proj.weight")).view(heads, nope + value, rank)[
-                :, begin : begin + width
-            ]
+            by_head = as_tensor(whole).view(heads, nope + value, rank)[:, begin : begin + width]
             return (by_head.transpose(1, 2) if transposed else by_head).contiguous()
 
         shape = (heads, rank, width) if transposed else (heads, width, rank)
-        return parameters.derived(MatrixRequest(name, shape, make, role="latent"))
+        return parameters.derived(MatrixRequest(name, shape, make, role="latent", parts=(whole,)))
 
     return MlaWeights(
         norm=norm,

@@ -16,6 +16,14 @@ from cierzo.engine.fields import Fields
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, MoeConfig, QueryScaling, check_groups
 from cierzo.engine.model.rope_config import RopeConfig, YarnConfig
 
+# Fields that say nothing about a text model's arithmetic on one device. Images are not served, and quantisation is
+# read elsewhere (checkpoint_format.py); max_seq_len stands in for max_position_embeddings in older files.
+HARMLESS = frozenset(
+    {
+        *("quantization", "quantization_config", "vision_encoder", "max_seq_len"),
+        *("moe.expert_parallel", "moe.expert_model_parallel"),
+    }
+)
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # of every tokenizer of these models
 
 

@@ -10,18 +10,20 @@ from cierzo.engine.checkpoint_format import CONFIG_NAME, PARAMS_NAME, find_forma
 from cierzo.engine.fields import Fields, naming_unreadable, read_json, require_file
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.config_json import parse_config
-from cierzo.engine.model.params_json import read_params
+from cierzo.engine.model.params_json import HARMLESS, read_params
 
 
 def read_model_config(path: Path) -> ModelConfig:
     """Read `path`/config.json, or params.json where that is the layout of the folder (`find_layout`), and the
-    end-of-text ids of `path`/generation_config.json where there is one. A quantisation that cannot be loaded is
-    refused here already. Ids beyond the vocabulary are left out."""
+    end-of-text ids of `path`/generation_config.json where there is one. A quantisation that cannot be loaded, and a
+    field of params.json that is unknown, are refused here already. Ids beyond the vocabulary are left out."""
     with naming_unreadable(path):
         layout = find_format(path).layout
         generation = _generation_config(path)
         if layout == "native":
-            config = read_params(Fields(read_json(path / PARAMS_NAME), file=PARAMS_NAME))
+            params = Fields(read_json(path / PARAMS_NAME), file=PARAMS_NAME)
+            config = read_params(params)
+            params.refuse_unread(HARMLESS)
         else:
             config = parse_config(Fields(read_json(path / CONFIG_NAME)), generation.has("eos_token_id"))
     eos = (*config.eos_token_ids, *generation.token_ids("eos_token_id", config.vocab_size))

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit, ThinkingBudget
+from cierzo.engine.text.syntax import Syntax
 
 
 class Pieces(Protocol):
@@ -24,30 +25,11 @@ class Pieces(Protocol):
         ...
 
 
-class Markers(Protocol):
-    """Tokens that a model marks its thoughts and calls with; None where it has no single token for that."""
-
-    @property
-    def think_open_id(self) -> int | None:
-        """Begins a thought."""
-        ...
-
-    @property
-    def think_close_id(self) -> int | None:
-        """Ends a thought."""
-        ...
-
-    @property
-    def call_open_id(self) -> int | None:
-        """Begins a call, or all calls of an answer."""
-        ...
-
-
 def masked(
     submit: Submit,
     message: Generate,
     vocabulary: Pieces | None,
-    markers: Markers | None,
+    syntax: Syntax | None,
     model: ModelInfo,
     *,
     in_thinking: bool,
@@ -60,16 +42,14 @@ def masked(
     asks = params.bad_words or params.allowed_token_ids or params.max_thinking_tokens is not None
     if not asks and message.tool_choice != "none":
         return submit
-    words = banned(message, vocabulary, markers, model.vocab_size)
-    budget = thinking_budget(params, markers, in_thinking=in_thinking)
+    words = banned(message, vocabulary, syntax, model.vocab_size)
+    budget = thinking_budget(params, syntax, in_thinking=in_thinking)
     if params.allowed_token_ids:
         _refuse_nothing_left(submit, words, budget, model)
     return replace(submit, sampling=replace(params, bad_words=()), banned_token_ids=words, thinking=budget)
 
 
-def banned(
-    message: Generate, vocabulary: Pieces | None, markers: Markers | None, vocab_size: int
-) -> list[list[int]]:
+def banned(message: Generate, vocabulary: Pieces | None, syntax: Syntax | None, vocab_size: int) -> list[list[int]]:
     """Sequences of tokens that an answer may not hold: its bad words, and with `tool_choice` "none" the marker of
     calls. Those with a token that the model does not have are left out. Raises InvalidRequest."""
     found: dict[tuple[int, ...], None] = {}
@@ -83,17 +63,17 @@ def banned(
         if not all(spelled):
             raise InvalidRequest(f"{field} has no tokens: it cannot be banned", field=field, value=word)
         found |= dict.fromkeys(spelled)
-    if message.tool_choice == "none" and markers is not None and markers.call_open_id is not None:
-        found[markers.call_open_id,] = None
+    if message.tool_choice == "none" and syntax is not None and syntax.call_open_id is not None:
+        found[syntax.call_open_id,] = None
     return [[*word] for word in found if max(word) < vocab_size]
 
 
-def thinking_budget(params: SamplingParams, markers: Markers | None, *, in_thinking: bool) -> ThinkingBudget | None:
+def thinking_budget(params: SamplingParams, syntax: Syntax | None, *, in_thinking: bool) -> ThinkingBudget | None:
     """The budget of each thought of an answer. Raises InvalidRequest for a model that marks none by tokens."""
     if params.max_thinking_tokens is None:
         return None
-    open_id = None if markers is None else markers.think_open_id
-    close_id = None if markers is None else markers.think_close_id
+    open_id = None if syntax is None else syntax.think_open_id
+    close_id = None if syntax is None else syntax.think_close_id
     if open_id is None or close_id is None:
         raise InvalidRequest(
             "max_thinking_tokens needs a model that marks its thoughts by single tokens; the served one does not",

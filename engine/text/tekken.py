@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
@@ -30,7 +31,10 @@ class TekkenVocabulary:
         self.version: str = inner.version.value
         self.num_tokens = inner.n_words
         num_special = inner.num_special_tokens
-        self.special_ids = {inner.id_to_piece(token_id): token_id for token_id in range(num_special)}
+        self.special_ids: Mapping[str, int] = {
+            inner.id_to_piece(token_id): token_id for token_id in range(num_special)
+        }
+        self.control_ids: Mapping[str, int] = self.special_ids
         self.eos_token_id = self.special_ids.get(END)
         self.eos_token = "" if self.eos_token_id is None else END
         self._begin = [self.special_ids[BEGIN]] if BEGIN in self.special_ids else []

@@ -97,8 +97,9 @@ class Tokenizer:
         self._inner = inner
         self._bytes: dict[int, bytes] = {}
         added = inner.get_added_tokens_decoder()
-        self.special_ids = {token.content: i for i, token in added.items() if token.special and token.content}
-        self._special = set(self.special_ids.values())
+        special = {token.content: i for i, token in added.items() if token.special and token.content}
+        self.special_ids: Mapping[str, int] = special
+        self._special = set(special.values())
         self.spellings = config.spellings
         self.eos_token = self.spellings.get("eos_token", "")
         self.eos_token_id: int | None = inner.token_to_id(self.eos_token) if self.eos_token else None

@@ -61,8 +61,7 @@ def read_checkpoint_headers(folder: Path) -> tuple[CheckpointFormat, dict[str, T
             message = f"{folder} is not a folder: a checkpoint is a folder with config.json"
             raise CheckpointError(message, value=folder)
         format = find_format(folder)
-        placed = _find_tensors(folder, format)
-    tensors = read_shard_header(placed) if isinstance(placed, Path) else _read_shards(folder, placed)
+    tensors = read_tensors(folder, format)
     for info in tensors.values():
         if format.scheme == "plain" and info.dtype.startswith(("F8", "F4")):
             raise CheckpointError(
@@ -72,6 +71,14 @@ def read_checkpoint_headers(folder: Path) -> tuple[CheckpointFormat, dict[str, T
                 value=info.dtype,
             )
     return format, tensors
+
+
+def read_tensors(folder: Path, format: CheckpointFormat) -> dict[str, TensorInfo]:
+    """All tensors of a folder, in the files of the format's layout. Raises CheckpointError; the scheme is not
+    compared with what they are."""
+    with naming_unreadable(folder):
+        placed = _find_tensors(folder, format)
+    return read_shard_header(placed) if isinstance(placed, Path) else _read_shards(folder, placed)
 
 
 def read_shard_header(path: Path) -> dict[str, TensorInfo]:
@@ -179,11 +186,14 @@ def _read_index(path: Path) -> dict[str, str]:
     placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{path}: weight_map is missing or empty", field="weight_map")
+    names: dict[str, str] = {}  # of files: there are few, and up to 56,000 tensors
     for name, file in placed.items():
-        inside = PurePosixPath(file) if isinstance(file, str) else PurePosixPath()
-        if inside.is_absolute() or ".." in inside.parts or not inside.name:
-            raise CheckpointError(f"{path}: tensor {name}: {file!r} is no file name", field=name)
-        placed[name] = str(inside)  # "./a" is "a"
+        if not isinstance(file, str) or file not in names:
+            inside = PurePosixPath(file) if isinstance(file, str) else PurePosixPath()
+            if inside.is_absolute() or ".." in inside.parts or not inside.name:
+                raise CheckpointError(f"{path}: tensor {name}: {file!r} is no file name", field=name)
+            names[file] = str(inside)  # "./a" is "a"
+        placed[name] = names[file]
     return placed
 
 
@@ -203,14 +213,15 @@ def _hint(others: list[str]) -> str:
 
 def _read_shards(folder: Path, placed: dict[str, str]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
-    for file in sorted(set(placed.values())):
-        for name, info in read_shard_header(folder / file).items():
+    paths = {file: folder / file for file in sorted(set(placed.values()))}
+    for path in paths.values():
+        for name, info in read_shard_header(path).items():
             if name in tensors:
                 raise CheckpointError(f"tensor {name} is in both {tensors[name].file} and {info.file}", field=name)
             tensors[name] = info
     for name, file in placed.items():
-        if name not in tensors or tensors[name].file != folder / file:
-            raise CheckpointError(f"{folder / file} lacks tensor {name}, which the index places there", field=name)
+        if name not in tensors or tensors[name].file is not paths[file]:
+            raise CheckpointError(f"{paths[file]} lacks tensor {name}, which the index places there", field=name)
     for name in tensors:
         if name not in placed:
             raise CheckpointError(f"{tensors[name].file}: tensor {name} is not in the index", field=name)

@@ -1,19 +1,33 @@
-"""Description and size of a checkpoint, from config and headers alone: `cierzo info`. No torch, no tensor data."""
+"""Description and size of a checkpoint, from config and headers alone. No torch, no tensor data."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, CheckpointFormat, adapter_files
+from cierzo.engine.checkpoint_format import (
+    ADAPTER_REMEDY,
+    CheckpointFormat,
+    adapter_files,
+    find_layout,
+    found_layouts,
+    left_aside,
+)
+from cierzo.engine.errors import CheckpointError
+from cierzo.engine.fields import naming_unreadable
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig
 from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.companions import num_weights
-from cierzo.engine.weights.headers import TensorInfo, read_checkpoint_headers
-from cierzo.engine.weights.names import map_names
+from cierzo.engine.weights.headers import TensorInfo, read_checkpoint_headers, read_tensors
+from cierzo.engine.weights.names import NameMap, map_names
+
+if TYPE_CHECKING:  # imports torch
+    from cierzo.engine.parameters import ParameterSpec
 
 # The first that a parameter's name contains is its component.
 _COMPONENTS = (
@@ -26,8 +40,9 @@ _COMPONENTS = (
     (".mlp.gate.", "routers"),
     (".mlp.", "dense MLP"),
 )
-_TOKENIZER_FILE = "tokenizer.json"
-_LABEL_WIDTH = 18
+LABEL_WIDTH = 18
+Rows = Iterable[tuple[str, str]]
+SpecsOf = Callable[[ModelConfig], "Mapping[str, ParameterSpec]"]
 
 
 class ComponentSize(msgspec.Struct, frozen=True):
@@ -39,18 +54,27 @@ class ComponentSize(msgspec.Struct, frozen=True):
     num_bytes: int
 
 
-class CheckpointInfo(msgspec.Struct, frozen=True):
-    """A checkpoint's architecture and sizes; `str()` is what `cierzo info` prints."""
+class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint's architecture and sizes, as far as they can be read; `str()` is what `cierzo info` prints.
+
+    layouts: those that are there whole, the one that is read first. format, model: None where they cannot be read;
+    then there are no components. stored: bytes by the dtypes of the tensors. activation_scales: how many there are.
+    notes: sentences on how quantised weights are served.
+    """
 
     folder: str
-    format: str
-    model: ModelConfig
+    layouts: tuple[str, ...]
+    format: str | None
+    model: ModelConfig | None
     components: tuple[ComponentSize, ...]
-    dtypes: tuple[str, ...]
+    stored: dict[str, int]
     num_tensors: int
     num_shards: int
+    vision_tensors: int
+    vision_bytes: int
+    activation_scales: int
+    notes: tuple[str, ...]
     kv_bytes_per_token: int
-    has_tokenizer: bool
     adapters: tuple[str, ...]
 
     @property
@@ -66,55 +90,128 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(component.num_bytes for component in self.components)
+        return sum(self.stored.values())
 
     def __str__(self) -> str:
-        rows = [("format", self.format), *_model_rows(self.model), *self._size_rows()]
-        return "\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in rows)
+        return as_text(self.rows())
 
-    def _size_rows(self) -> Iterable[tuple[str, str]]:
-        yield "tensors", f"{self.num_tensors:,} in {self.num_shards} file(s), {', '.join(self.dtypes)}"
-        yield "parameters", f"{_millions(self.parameters)}, {self.num_bytes / 1e9:.3f} GB"
+    def rows(self) -> Rows:
+        """Labels and what is printed beside them."""
+        if self.format is not None:
+            yield "format", self.format
+        if len(self.layouts) > 1:
+            yield "layouts", f"{' and '.join(self.layouts)}; {self.layouts[0]} is read, the other left aside"
+        if self.model is not None:
+            yield from _model_rows(self.model)
+        if self.num_tensors:
+            yield "tensors", f"{self.num_tensors:,} in {self.num_shards} file(s), {self.num_bytes / 1e9:.3f} GB"
+            yield "stored as", ", ".join(f"{dtype} {size / 1e9:.3f} GB" for dtype, size in self.stored.items())
+        if self.activation_scales:
+            what = "used for FP8 weights alone, on a GPU where `activations` is fp8; else they have 16 bits"
+            yield "activations", f"{self.activation_scales:,} scales: {what}"
+        for note in self.notes:
+            yield "quantisation", note
+        yield from self._component_rows()
+        if self.model is not None:
+            yield "KV cache", f"{self.kv_bytes_per_token:,} bytes per token in bfloat16"
+        if self.vision_tensors:
+            yield "vision tower", left_aside(self.vision_tensors, self.vision_bytes)
+        if self.adapters:
+            yield "adapter", f"{', '.join(self.adapters)}: NOT applied; {ADAPTER_REMEDY}"
+
+    def _component_rows(self) -> Rows:
+        if not self.components:
+            return
+        yield "parameters", _millions(self.parameters)
         for component in self.components:
             share = component.parameters / self.parameters
             yield f"  {component.name}", f"{_millions(component.parameters)} ({share:.1%})"
         yield "active per token", f"{_millions(self.active_parameters)} (the output head included)"
-        yield "KV cache", f"{self.kv_bytes_per_token:,} bytes per token in bfloat16"
-        tokenizer = _TOKENIZER_FILE if self.has_tokenizer else "none: prompts are token ids"
-        yield "tokenizer", tokenizer
-        if self.adapters:
-            yield "adapter", f"{', '.join(self.adapters)}: NOT applied; {ADAPTER_REMEDY}"
+
+
+def as_text(rows: Rows) -> str:
+    """Rows of labels and texts, one a line."""
+    return "\n".join(f"{label:<{LABEL_WIDTH}}{text}" for label, text in rows)
 
 
 def describe(path: Path | str) -> CheckpointInfo:
     """Read the config and all headers of a checkpoint folder.
 
     Raises CheckpointError where the config or the files are not as they should be; tensors are not compared with
-    the architecture (loading does that).
+    the architecture (loading does that, and `examine`).
     """
-    folder = Path(path)
-    format, tensors = read_checkpoint_headers(folder)
-    model = read_model_config(folder)
-    layout = model.cache_layout(block_tokens=1, dtype="bfloat16")
+    info, wrong = examine(path)
+    if wrong:
+        raise wrong[0]
+    return info
+
+
+def examine(path: Path | str, specs_of: SpecsOf | None = None) -> tuple[CheckpointInfo, list[CheckpointError]]:
+    """Read what can be read of a checkpoint folder, and tell what keeps it from being loaded.
+
+    specs_of: gives a model's parameters; with it, tensors are compared with the architecture. Raises
+    CheckpointError only for a folder of which nothing can be read.
+    """
+    folder, wrong = Path(path), list[CheckpointError]()
+    with naming_unreadable(folder):
+        return _examined(folder, specs_of, wrong), wrong
+
+
+def _examined(folder: Path, specs_of: SpecsOf | None, wrong: list[CheckpointError]) -> CheckpointInfo:
+    format, tensors, model = None, dict[str, TensorInfo](), None
+    try:
+        format, tensors = read_checkpoint_headers(folder)
+    except CheckpointError as error:
+        wrong.append(error)
+        with suppress(CheckpointError):
+            tensors = read_tensors(folder, CheckpointFormat(find_layout(folder), "plain"))
+    try:
+        model = read_model_config(folder)
+    except CheckpointError as error:
+        wrong += [error] if error.message not in [one.message for one in wrong] else []
+    mapped = NameMap(format or CheckpointFormat(find_layout(folder), "plain"))
+    try:
+        mapped = map_names(tensors, mapped.format)
+        if specs_of is not None and model is not None and format is not None:
+            from cierzo.engine.weights.plan import plan_parameters
+
+            plan_parameters(tensors, specs_of(model), mapped)
+    except CheckpointError as error:
+        wrong += [] if format is None else [error]  # by other names than the folder's own
+    return _info(folder, format, tensors, model, mapped)
+
+
+def _info(
+    folder: Path,
+    format: CheckpointFormat | None,
+    tensors: dict[str, TensorInfo],
+    model: ModelConfig | None,
+    mapped: NameMap,
+) -> CheckpointInfo:
+    stored: Counter[str] = Counter()
+    for info in tensors.values():
+        stored[info.dtype] += info.num_bytes
+    known = format is not None and model is not None
     return CheckpointInfo(
         folder=str(folder),
-        format=str(format),
+        layouts=found_layouts(folder),
+        format=None if format is None else str(format),
         model=model,
-        components=_components(tensors, format, model),
-        dtypes=tuple(sorted({info.dtype for info in tensors.values()})),
+        components=_components(tensors, mapped, model) if known and model is not None else (),
+        stored=dict(stored.most_common()),
         num_tensors=len(tensors),
         num_shards=len({info.file for info in tensors.values()}),
-        kv_bytes_per_token=layout.bytes_per_token,
-        has_tokenizer=(folder / _TOKENIZER_FILE).is_file(),
+        vision_tensors=len(mapped.vision),
+        vision_bytes=sum(tensors[name].num_bytes for name in mapped.vision),
+        activation_scales=sum("activation scale" in roles for roles in mapped.companions.values()),
+        notes=() if format is None else tuple(format.quantisation.notes()),
+        kv_bytes_per_token=0 if model is None else model.cache_layout(1, "bfloat16").bytes_per_token,
         adapters=adapter_files(folder),
     )
 
 
-def _components(
-    tensors: dict[str, TensorInfo], format: CheckpointFormat, model: ModelConfig
-) -> tuple[ComponentSize, ...]:
+def _components(tensors: dict[str, TensorInfo], mapped: NameMap, model: ModelConfig) -> tuple[ComponentSize, ...]:
     """Scales of quantised matrices count as bytes of their component, not as parameters."""
-    mapped = map_names(tensors, format)
     vision = set(mapped.vision)
     scales = {scale: owner for owner, roles in mapped.companions.items() for scale in roles.values()}
     plain = {tensor: name for name, tensor in mapped.whole.items()}
@@ -126,7 +223,7 @@ def _components(
         component = "vision" if name in vision else _component(plain.get(owner, owner))
         num_bytes[component] += info.num_bytes
         if name not in scales:
-            parameters[component] += num_weights(info, format)
+            parameters[component] += num_weights(info, mapped.format)
     order = ["embedding", *(name for _, name in _COMPONENTS[3:]), "norms", "output head", "vision", "other"]
     return tuple(
         ComponentSize(name, parameters[name], _active(name, parameters, model), num_bytes[name])
@@ -150,7 +247,7 @@ def _active(component: str, parameters: Counter[str], model: ModelConfig) -> int
     return parameters[component]
 
 
-def _model_rows(model: ModelConfig) -> Iterable[tuple[str, str]]:
+def _model_rows(model: ModelConfig) -> Rows:
     yield "architecture", model.architecture
     yield "layers", f"{model.num_layers}, hidden size {model.hidden_size:,}, vocabulary {model.vocab_size:,}"
     yield "attention", _attention(model)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, adapter_files
+from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, adapter_files, left_aside
 from cierzo.engine.parameters import Parameter, ParameterSpec
 from cierzo.engine.weights.names import NameMap, map_names
 from cierzo.engine.weights.pieces import stored_matrices
@@ -128,7 +128,8 @@ def _log_skipped(reader: CheckpointReader, mapped: NameMap) -> None:
     for note in reader.format.quantisation.notes():
         _log.info("%s: %s", reader.folder, note)
     if mapped.vision:
-        _log.info("%s: %d vision tensors skipped: text only", reader.folder, len(mapped.vision))
+        num_bytes = sum(reader.tensors[name].num_bytes for name in mapped.vision)
+        _log.warning("%s: %s", reader.folder, left_aside(len(mapped.vision), num_bytes))
     skipped = sum("activation scale" in roles for roles in mapped.companions.values())
     if skipped:
         _log.info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Iterable
@@ -16,7 +17,9 @@ HUGE_PAGE_BYTES = 2 << 20
 _MAP_FIXED = 0x10  # Python's mmap module has neither in 3.11
 _MAP_NORESERVE = 0x4000
 _SYNC_FILE_RANGE_WRITE = 2
+_MADV_WILLNEED = 3
 _MADV_DONTNEED = 4
+_MADV_POPULATE_READ = 22  # since Linux 5.14
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -81,9 +84,33 @@ def release_pages(files: Iterable[Path]) -> None:
     They are read again from the file when touched, so nothing may ever have been written to them: true for
     checkpoints, whose tensors are never written to.
     """
+    for begin, end, _ in mapped_ranges(files):
+        _libc.madvise(begin, end - begin, _MADV_DONTNEED)
+
+
+def mapped_ranges(files: Iterable[Path]) -> list[tuple[int, int, str]]:
+    """(first address, end, file) of every private mapping of `files` in this process."""
     paths = {os.path.realpath(file) for file in files}
+    found = []
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         span, permissions, _, _, _, *path = line.split(maxsplit=5)
         if path and path[0] in paths and permissions.endswith("p"):
             begin, end = (int(address, 16) for address in span.split("-"))
-            _libc.madvise(begin, end - begin, _MADV_DONTNEED)
+            found.append((begin, end, path[0]))
+    return found
+
+
+def read_in(begin: int, end: int) -> None:
+    """Have the system read the addresses [begin, end) of a private mapping of a file, to which nothing was written.
+
+    They are in its page cache then, and take none of this process's memory. Meanwhile other threads run. Raises
+    OSError where the file ends before them or cannot be read: whoever touches them is killed. Before Linux 5.14 no
+    error is found, and the reading may still be under way.
+    """
+    first = begin // PAGE_BYTES * PAGE_BYTES
+    _libc.madvise(first, end - first, _MADV_WILLNEED)  # in large pieces, which faults do not read
+    failed = ctypes.get_errno() if _libc.madvise(first, end - first, _MADV_POPULATE_READ) else 0
+    _libc.madvise(first, end - first, _MADV_DONTNEED)
+    if failed not in (0, errno.EINVAL):
+        why = "it has become shorter, or its disk fails" if failed == errno.EFAULT else os.strerror(failed)
+        raise OSError(failed, why)

@@ -30,6 +30,11 @@ class CheckpointReader:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self._open_files: dict[Path, Any] = {}
 
+    @property
+    def files(self) -> set[Path]:
+        """The files that hold tensors."""
+        return {info.file for info in self.tensors.values()}
+
     def read(self, name: str, axis: int = 0, span: Range | None = None) -> Tensor:
         """A tensor as it is stored, or its part [begin, end) along `axis`. It aliases the mapped file: never write.
 

@@ -6,6 +6,7 @@ import argparse
 import logging
 
 from cierzo.engine.server_process import LOG_FORMAT, end_with_parent
+from cierzo.engine.worker import progress
 from cierzo.engine.worker.process import run
 
 
@@ -17,6 +18,7 @@ def main() -> int:
     )
     parser.add_argument("--socket", required=True, metavar="PATH", help="Unix socket of the front end")
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    progress.log.setLevel(logging.INFO)
     return run(parser.parse_args().socket)
 
 

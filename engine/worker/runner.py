@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cierzo.cache.pool import DTYPES, KVPool
 from cierzo.engine.config import EngineConfig, cache_dir
@@ -22,12 +21,14 @@ from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.parameters import MatrixSource, Parameter, PlainMatrices
-from cierzo.engine.weights.loader import Progress, load_parameters
+from cierzo.engine.weights.ahead import ReadAhead, ReadFirst
+from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.matrices import DeviceMatrices, PackedMatrices
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs, Model, cuda_recorder
+from cierzo.engine.worker.progress import loading_progress
 from cierzo.engine.worker.sampling import Sampled, Sampler
 from cierzo.engine.worker.staging import Staging
 from cierzo.engine.worker.step_rows import DeviceRows, rows_in_place
@@ -257,8 +258,8 @@ def load_model(
 ) -> tuple[Decoder, KVPool, str]:
     """Bind the kernels, load the checkpoint, allocate the cache -> also the table of kernels, as text.
 
-    begin: called with the parameters before any of their values is read. A progress bar appears on a terminal if it
-    takes more than two seconds. Raises CheckpointError, ConfigError.
+    begin: called with the parameters before any of their values is read. What takes more than seconds shows its
+    progress (progress.py). Raises CheckpointError, ConfigError.
     """
     torch.set_num_threads(config.threads)
     dtype, device = DTYPES[config.dtype], torch.device(config.device)
@@ -273,21 +274,26 @@ def load_model(
     except native.NativeError as error:
         raise ConfigError(f"pin_threads: {error}", field="pin_threads") from error
     specs = parameter_specs(config.model)
-    with CheckpointReader(Path(config.checkpoint)) as reader, _progress_bar() as progress:
+    with ExitStack() as stack:
+        reader = stack.enter_context(CheckpointReader(Path(config.checkpoint)))
+        progress = stack.enter_context(loading_progress())
         parameters = load_parameters(reader, specs, dtype=dtype, device="cpu", progress=progress)
 
         if begin is not None:
             begin(parameters)
 
-        def build(matrices: MatrixSource) -> Decoder:
+        def build(matrices: MatrixSource, ahead: ReadAhead | None = None) -> Decoder:
+            if ahead is not None:
+                matrices = ReadFirst(matrices, stack.enter_context(ahead), reader, at_once=device.type == "cuda")
             return build_model(config.model, parameters, device=device, dtype=dtype, matrices=matrices)
 
         if table.uses_native:
             matrices = PackedMatrices(reader, config.weights, dtype, cache_dir())
-            model = build(matrices)
+            model = build(matrices, ReadAhead(parameters, reader))
             log.info("weights: %s", matrices.fill(progress))
         elif device.type == "cuda":
-            model = build(DeviceMatrices(config.weights, dtype, device, config.activations))
+            source = DeviceMatrices(config.weights, dtype, device, config.activations)
+            model = build(source, ReadAhead(parameters, reader, progress=progress))
         elif config.weights == PLAIN_FORMATS[dtype]:
             model = build(PlainMatrices())
         else:
@@ -303,14 +309,3 @@ def make_pool(config: EngineConfig) -> KVPool:
     steps is written there."""
     spare_blocks = 0 if config.device == "cpu" else 1
     return KVPool(config.layout, config.cache.num_blocks + spare_blocks, config.device)
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    with tqdm(desc="loading", unit="B", unit_scale=True, delay=2.0, disable=None, leave=False) as bar:
-
-        def show(done_bytes: int, total_bytes: int) -> None:
-            bar.total = total_bytes
-            bar.update(done_bytes - bar.n)
-
-        yield show

@@ -55,7 +55,6 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
             (("bench", "step", "--profile"), ()),
         )
     ),
-    (("info", "{tmp}/empty"), 1, "is no checkpoint: it has no config.json"),
     (("serve", "{tmp}/empty"), 1, "is no checkpoint: it has no config.json"),
     # addresses, refused before the settings are printed
     *(
@@ -466,6 +465,7 @@ def test_a_full_disk_under_the_output_is_told(checkpoints: dict[str, str]) -> No
 
 def test_what_the_terminal_cannot_show_is_escaped(checkpoints: dict[str, str]) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
-    print_it = "import cierzo.engine.weights.info as i; i.describe = lambda _: 'caf\xe9'"
+    print_it = "import cierzo.engine.checkpoint_report as i; from types import SimpleNamespace as n\n"
+    print_it += "i.report = lambda *_: type('r', (n,), {'__str__': lambda _: 'caf\xe9'})(refused=())"
     done = _run(print_it, "info", checkpoints["dense"], stdout=subprocess.PIPE, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9\n", "")

@@ -140,7 +140,7 @@ CIRCLES = {}
 WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.messages", "engine.config"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.device_memory"),
-    "engine.graph_sizes",
+    *("engine.graph_sizes", "engine.requirements"),
     "engine.expert_statistics",
     *("engine.signs", "engine.flight", "engine.server_process", "engine.number_choice"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),

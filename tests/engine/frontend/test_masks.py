@@ -16,13 +16,13 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.encoding import RequestEncoder
 from cierzo.engine.messages import Generate, SamplingParams, ThinkingBudget
 from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.syntax import Syntax
 
 CONFIG = FrontendConfig(max_allowed_token_ids=3, max_bad_words=2, max_bad_word_chars=4)
 PLAIN = Generate(stream=1, token_ids=[1, 2, 3])
 
 
-class Marks:
-    think_open_id, think_close_id, call_open_id = 20, 21, 22
+MARKS = Syntax(tokens={20: "think", 21: "/think", 22: "call"})
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_many_words_are_not_encoded_on_the_loop(prompts):
 
 
 def test_the_core_is_told_tokens_and_no_text(tokenizer, model_info):
-    encoder = RequestEncoder(PromptEncoder(tokenizer, syntax=Marks()), FrontendConfig(), model_info)
+    encoder = RequestEncoder(PromptEncoder(tokenizer, syntax=MARKS), FrontendConfig(), model_info)
     sampling = SamplingParams(bad_words=("ab", "</s>"), max_thinking_tokens=5)
     submit = encoder.encode(replace(PLAIN, sampling=sampling, tool_choice="none")).submit
     assert submit.banned_token_ids[:2] == [[97, 98], [32, 97, 98]]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace as replace_fields
+from tekken_folders import write_tekken
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit, ThinkingBudget
 from cierzo.engine.text.masks import masked
+from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.syntax import Syntax, syntax_of
 
 VOCAB = 300
 ALLOWED = "sampling.allowed_token_ids"
@@ -27,15 +32,16 @@ class Bytes:
         return [*map(ord, joined)]
 
 
-@dataclass(frozen=True)
-class Marks:
-    think_open_id: int | None = 20
-    think_close_id: int | None = 21
-    call_open_id: int | None = 22
+MARKS = Syntax(tokens={20: "think", 21: "/think", 22: "call"})
+
+
+def marks(*ids: int) -> Syntax:
+    """Some of the markers."""
+    return Syntax(tokens={token_id: mark for token_id, mark in MARKS.tokens.items() if token_id in ids})
 
 
 def submit_of(
-    marks: Marks | None = Marks(),
+    syntax: Syntax | None = MARKS,
     *,
     tool_choice: str = "auto",
     in_thinking: bool = False,
@@ -48,7 +54,7 @@ def submit_of(
         stream=1, token_ids=[1], sampling=sampling, tool_choice=tool_choice, output_token_ids=[*output]
     )
     submit = Submit(request_id=1, prompt_token_ids=[1], sampling=sampling, output_token_ids=[*output])
-    return masked(submit, message, vocabulary, marks, MODEL, in_thinking=in_thinking)
+    return masked(submit, message, vocabulary, syntax, MODEL, in_thinking=in_thinking)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +76,12 @@ def test_a_word_is_banned_alone_and_behind_a_space(words: list[str], banned: lis
     assert submit.sampling.bad_words == ()  # no text of a client goes to the core
 
 
-@pytest.mark.parametrize(("marks", "banned"), [(Marks(), [[22]]), (Marks(call_open_id=None), []), (None, [])])
+@pytest.mark.parametrize(("syntax", "banned"), [(MARKS, [[22]]), (marks(20, 21), []), (None, [])])
 def test_without_a_choice_of_tools_the_marker_of_calls_is_banned(
-    marks: Marks | None, banned: list[list[int]]
+    syntax: Syntax | None, banned: list[list[int]]
 ) -> None:
-    assert submit_of(marks, tool_choice="none").banned_token_ids == banned
-    assert submit_of(marks, tool_choice="auto").banned_token_ids == []
+    assert submit_of(syntax, tool_choice="none").banned_token_ids == banned
+    assert submit_of(syntax, tool_choice="auto").banned_token_ids == []
 
 
 @pytest.mark.parametrize("in_thinking", [False, True])
@@ -91,9 +97,9 @@ def test_a_budget_knows_where_thoughts_begin_and_end(in_thinking: bool, tokens: 
     [
         ({"bad_words": ["x"], "vocabulary": None}, "sampling.bad_words[0]", "need a tokenizer"),
         ({"bad_words": ["x", "?"]}, "sampling.bad_words[1]", "has no tokens"),
-        ({"max_thinking_tokens": 5, "marks": None}, "sampling.max_thinking_tokens", "single tokens"),
-        ({"max_thinking_tokens": 5, "marks": Marks(None)}, "sampling.max_thinking_tokens", "single tokens"),
-        ({"max_thinking_tokens": 5, "marks": Marks(20, None)}, "sampling.max_thinking_tokens", "single tokens"),
+        ({"max_thinking_tokens": 5, "syntax": None}, "sampling.max_thinking_tokens", "single tokens"),
+        ({"max_thinking_tokens": 5, "syntax": marks(21, 22)}, "sampling.max_thinking_tokens", "single tokens"),
+        ({"max_thinking_tokens": 5, "syntax": marks(20, 22)}, "sampling.max_thinking_tokens", "single tokens"),
         ({"max_thinking_tokens": 5, "allowed_token_ids": [20, 30]}, ALLOWED, "must hold token 21"),
         ({"allowed_token_ids": [98, 22], "bad_words": ["b"], "tool_choice": "none"}, ALLOWED, "no token"),
         ({"allowed_token_ids": [2, 9], "min_tokens": 2, "stop_token_ids": [9]}, ALLOWED, "no token"),
@@ -121,3 +127,21 @@ def test_what_leaves_a_token_is_taken() -> None:
 def test_a_request_without_masks_is_left_as_it_is() -> None:
     submit = Submit(request_id=1, prompt_token_ids=[1], sampling=SamplingParams())
     assert masked(submit, Generate(stream=1), None, None, MODEL, in_thinking=True) is submit
+
+
+def test_mistral_s_own_tokens(tmp_path: Path) -> None:
+    prompts = PromptEncoder.load(write_tekken(tmp_path, "v15"), "mistral")
+    tokens = prompts.tokenizer
+    assert tokens is not None
+    prompts = replace(prompts, syntax=syntax_of(tokens, None, "v15"))
+    params = SamplingParams(bad_words=("the cat", "[TOOL_CALLS]"), max_thinking_tokens=9)
+    message = Generate(stream=1, token_ids=[1], sampling=params, tool_choice="none")
+    submit = Submit(request_id=1, prompt_token_ids=[1], sampling=params)
+    model = replace_fields(MODEL, vocab_size=1 << 20)
+    submit = prompts.masked(submit, message, model, in_thinking=True)
+    *words, marker = submit.banned_token_ids
+    spelled = [b"".join(map(tokens.token_bytes, word)).decode() for word in words]
+    assert spelled == ["the cat", " the cat", "[TOOL_CALLS]", " [TOOL_CALLS]"]  # text, never the control token
+    special = tokens.special_ids
+    assert marker == [special["[TOOL_CALLS]"]]
+    assert submit.thinking == ThinkingBudget(9, special["[THINK]"], special["[/THINK]"], True)

@@ -1,0 +1,369 @@
+"""`cierzo info` says before anything is loaded what is in a folder, which tokenizer speaks, what it needs, and what
+is refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from header_folders import VISION, write_headers
+from published import SMALL3, SMALL4, Published
+from safetensors.torch import save_file
+
+from cierzo.bench.plan.search import LatencyLimits, Planner
+from cierzo.bench.workload import parse_workload
+from cierzo.cli import main
+from cierzo.engine import requirements
+from cierzo.engine.checkpoint_report import CheckpointReport, report
+from cierzo.engine.config import EngineOptions, resolve
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.model.build import parameter_specs
+from cierzo.engine.text.facts import read_words
+
+TEKKEN: dict[str, Any] = {  # as far as it is no vocabulary; of Small 4
+    "config": {"version": "v15", "default_vocab_size": 131072, "default_num_special_tokens": 1000},
+    "vocab": [{"rank": 0, "token_bytes": "AA==", "token_str": None}],
+    "special_tokens": [
+        {"rank": rank, "token_str": text, "is_control": True}
+        for rank, text in enumerate(
+            ("<unk>", "<s>", "</s>", "[INST]", "[TOOL_CALLS]", "[THINK]", "[/THINK]", "[SUFFIX]")
+        )
+    ],
+    "model_settings_builder": {"reasoning_effort": {"values": ["none", "high"], "default": "none"}},
+}
+TOKENIZER = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 190, "content": "<s>"}]}
+
+
+@pytest.fixture(scope="module")
+def small4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small 4's NVFP4 folder as it is published, vision tower and all, but for the data."""
+    folder = write_headers(tmp_path_factory.mktemp("small4"), "small4", "native-nvfp4", shards=13, vision=True)
+    (folder / "tekken.json").write_text(json.dumps(TEKKEN))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(small4: Path) -> CheckpointReport:
+    return report(small4, parameter_specs)
+
+
+def rows(found: object) -> dict[str, str]:
+    """What is printed beside each label; a line without one belongs to the label above."""
+    said: dict[str, str] = {}
+    for line in str(found).splitlines():
+        label = line[:18].strip() if not line.startswith("refused: ") else "refused"
+        label = label or list(said)[-1]
+        said[label] = f"{said[label]} {line[18:]}" if label in said else line[18:]
+    return said
+
+
+def write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))
+
+
+# --- what is in it
+
+
+def test_the_published_nvfp4_folder_has_the_published_sums(told: CheckpointReport) -> None:
+    checkpoint = told.checkpoint
+    assert (checkpoint.num_tensors, checkpoint.num_shards) == (56_313, 13)
+    assert checkpoint.num_bytes == 70_801_959_560
+    assert checkpoint.parameters == 119_401_298_944
+    assert checkpoint.activation_scales == 36 * 129 * 3
+    assert told.refused == ()
+
+
+def test_the_fp8_folder_has_as_many_values_as_published(tmp_path: Path) -> None:
+    found = report(write_headers(tmp_path, "small4", "hf-fp8", vision=True), parameter_specs)
+    values = sum(size // {"F8_E4M3": 1, "BF16": 2}[dtype] for dtype, size in found.checkpoint.stored.items())
+    assert values == 119_401_317_952
+    assert found.refused == ()
+
+
+def test_pitfall_11_a_folder_without_config_json(small4: Path, told: CheckpointReport) -> None:
+    assert not (small4 / "config.json").exists()
+    said = rows(told)
+    assert said["architecture"] == "mistral4"
+    assert said["format"] == "Mistral-native, NVFP4 (compressed-tensors), experts only"
+    assert said["tokenizer"] == "tekken.json v15, read by mistral-common: 131,072 tokens for the model's 131,072"
+
+
+def test_pitfall_18_the_cache_is_sized_by_latents_and_not_by_heads(told: CheckpointReport) -> None:
+    assert told.checkpoint.kv_bytes_per_token == 23_040
+    assert told.needs is not None
+    assert told.needs.request_tokens == 262_144
+    assert told.needs.request_bytes == {"bf16": 6_039_797_760, "fp8": 3_019_898_880}
+
+
+def test_an_unused_vision_tower_is_said_loudly(told: CheckpointReport) -> None:
+    assert (told.checkpoint.vision_tensors, told.checkpoint.vision_bytes) == (VISION, 856_944_640)
+    expected = "images are not served: 222 tensors, 0.856 GB, are left aside"
+    assert rows(told)["vision tower"] == expected
+
+
+def test_a_folder_with_both_layouts_says_which_is_read(tmp_path: Path) -> None:
+    Published(SMALL4, "native-fp8", seed=7).write(Published(SMALL4, "hf-fp8").write(tmp_path))
+    found = report(tmp_path, parameter_specs)
+    assert rows(found)["layouts"] == "Hugging Face and Mistral-native; Hugging Face is read, the other left aside"
+    assert rows(found)["format"].startswith("Hugging Face")
+    (tmp_path / "config.json").unlink()
+    assert report(tmp_path, parameter_specs).checkpoint.layouts == ("Mistral-native",)
+    assert "layouts" not in rows(report(tmp_path))
+
+
+def test_it_is_quick(small4: Path) -> None:
+    """CPU time in proportion to that of decoding the headers' JSON, so that a slow machine does not fail it: 14
+    times as much, 0.9 s where this was written."""
+    files = [*small4.glob("*.safetensors"), *small4.glob("*.index.json")]
+    texts = [file.read_bytes() for file in files if file.suffix == ".json"]
+    for file in files:
+        with file.open("rb") as stream:
+            if file.suffix == ".safetensors":
+                texts.append(stream.read(int.from_bytes(stream.read(8), "little")))
+
+    def seconds(work: Callable[[], object]) -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    base = min(seconds(lambda: [json.loads(text) for text in texts]) for _ in range(3))
+    assert min(seconds(lambda: report(small4, parameter_specs)) for _ in range(3)) < 35 * base
+
+
+# --- which tokenizer speaks
+
+
+def test_tekken_wins_and_the_other_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "tekken.json", TEKKEN)
+    write(tmp_path / "tokenizer.json", TOKENIZER)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    words, wrong = read_words(tmp_path, 131_072)
+    said = dict(words.rows(131_072))
+    assert not wrong
+    assert words.unused == ("tokenizer.json",)
+    assert said["chat"] == "mistral-common, thinking, tool calls, fill in the middle"
+    assert words.efforts == ("none", "high")
+    assert "reasoning_effort none or high" in said.values()
+
+
+def test_an_older_tekken_has_no_efforts(tmp_path: Path) -> None:
+    write(tmp_path / "tekken.json", {"config": {"version": "v7", "default_vocab_size": 131072}, "vocab": []})
+    words, wrong = read_words(tmp_path, 131_072)
+    assert (words.version, words.efforts, wrong) == ("v7", (), [])
+    assert (words.chat, words.abilities) == ("mistral-common", ("tool calls", "fill in the middle"))
+
+
+def test_a_tekken_without_the_markers_of_chats_has_none(tmp_path: Path) -> None:
+    special = [{"rank": 0, "token_str": "<unk>", "is_control": True}]
+    write(
+        tmp_path / "tekken.json",
+        {"config": {"version": "v7", "default_vocab_size": 272}, "special_tokens": special},
+    )
+    words, wrong = read_words(tmp_path, 272)
+    assert (words.chat, words.num_tokens, wrong) == ("", 272, [])
+
+
+@pytest.mark.parametrize(
+    ("file", "origin"),
+    [
+        ("chat_template.jinja", "chat_template.jinja"),
+        ("tokenizer_config.json", "tokenizer_config.json"),
+        ("chat_template.json", "chat_template.json"),
+    ],
+)
+def test_a_template_is_named_with_what_it_knows(tmp_path: Path, file: str, origin: str) -> None:
+    template = "{% if reasoning_effort %}<think>{% endif %}{{ messages }}"
+    write(tmp_path / "tokenizer.json", TOKENIZER)
+    if file.endswith(".jinja"):
+        (tmp_path / file).write_text(template)
+    else:
+        write(tmp_path / file, {"chat_template": template})
+    words, wrong = read_words(tmp_path, 192)
+    assert (words.chat, words.abilities, words.efforts, wrong) == (origin, ("thinking",), None, [])
+    assert (
+        dict(words.rows(192))["tokenizer"] == "tokenizer.json, read by tokenizers: 191 tokens for the model's 192"
+    )
+
+
+def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
+    write(tmp_path / "tokenizer.json", TOKENIZER)
+    words, _ = read_words(tmp_path, 192)
+    assert dict(words.rows(192))["chat"] == "none: prompts are texts or token ids"
+
+
+def test_no_tokenizer_at_all(tmp_path: Path) -> None:
+    assert list(read_words(tmp_path, 192)[0].rows(192)) == [("tokenizer", "none: prompts are token ids")]
+
+
+# --- what it needs
+
+
+def test_cards_are_those_that_the_engine_would_start_on(small4: Path, told: CheckpointReport) -> None:
+    """One count: with the settings that `info` names the engine starts, and on a card fewer it does not."""
+    assert told.needs is not None
+    fits = {need.weights: need.fits for need in told.needs.cards}
+    assert {name: [fit.device for fit in found] for name, found in fits.items()} == {
+        "bf16": ["4xh100", "2xh200"],
+        "fp8": ["2xh100", "h200"],
+        "nvfp4": ["h100", "2xh100", "h200"],
+    }
+
+    def starts(device: str, weights: Any, tokens: int) -> bool:
+        options = EngineOptions(
+            model=str(small4), device=f"simulated:{device}", weights=weights, max_model_len=tokens
+        )
+        try:
+            return resolve(options).scheduler.max_model_len == tokens
+        except ConfigError:
+            return False
+
+    longest = told.needs.request_tokens
+    for weights, found in fits.items():
+        for fit in found:
+            assert starts(fit.device, weights, fit.max_model_len)
+            assert fit.max_model_len == longest or not starts(fit.device, weights, fit.max_model_len + 32)
+    assert not starts("2xh100", "bf16", longest)
+    assert not starts("h100", "fp8", 1)
+    assert not starts("h200", "bf16", 1)
+    assert "109,472 tokens" in rows(told)["nvfp4"]
+
+
+def test_weights_are_those_of_the_planner(small4: Path, told: CheckpointReport) -> None:
+    options = EngineOptions(model=str(small4), weights="fp8")
+    plan = Planner(options, parse_workload("9/9@1"), LatencyLimits()).plan("h200", changes=False)
+    assert told.needs is not None
+    assert plan.weight_gb == {need.weights: need.weight_bytes for need in told.needs.cards}["fp8"] / 1e9
+
+
+def test_this_machine_fits_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Published(SMALL3, "hf").write(tmp_path)
+    found = report(folder).needs
+    assert found is not None
+    (bf16,) = (host for host in found.host if host.weights == "bf16")
+    assert bf16.fits
+    config = resolve(EngineOptions(model=str(folder)))
+    assert bf16.kv_bytes == config.cache.num_blocks * config.layout.bytes_per_block
+    for spare, fits in ((0, True), (-1, False)):
+        room = bf16.weight_bytes + bf16.kv_bytes + spare
+        monkeypatch.setattr(requirements, "available_memory_bytes", lambda room=room: room)
+        needs = requirements.needs_of(folder, report(folder).checkpoint.model)  # type: ignore[arg-type]
+        assert needs.host[0].fits is fits
+
+
+def test_a_model_that_says_no_length_is_planned_with_the_longest_served(tmp_path: Path) -> None:
+    model = Published(SMALL3, "native")
+    del model.config["max_position_embeddings"]
+    found = report(model.write(tmp_path), parameter_specs)
+    assert found.refused == ()
+    assert rows(found)["positions"] == "not said: max_model_len must be given"
+    assert found.needs is not None
+    assert found.needs.request_tokens == 262_144
+    assert all(host.kv_bytes for host in found.needs.host)
+
+
+# --- what is refused
+
+
+def unknown_quantisation(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    write(folder / "config.json", config | {"quantization_config": {"quant_method": "awq"}})
+    return "quantization_config.quant_method is 'awq'"
+
+
+def a_tensor_short(folder: Path) -> str:
+    model = Published(SMALL3, "hf")
+    del model.stored["language_model.lm_head.weight"]
+    model.write(folder)
+    return "tensor lm_head.weight is missing"
+
+
+def a_tensor_more(folder: Path) -> str:
+    model = Published(SMALL3, "hf")
+    model.stored["eagle_linear.weight"] = torch.ones(2, 2)
+    model.write(folder)
+    return "tensor eagle_linear.weight has no place in this model"
+
+
+def a_broken_shard(folder: Path) -> str:
+    (folder / "model.safetensors").write_bytes(b"short")
+    return "is truncated: 5 bytes"
+
+
+def an_unknown_model(folder: Path) -> str:
+    write(folder / "config.json", {"model_type": "mamba"})
+    return "model_type is 'mamba'"
+
+
+def no_config(folder: Path) -> str:
+    (folder / "config.json").unlink()
+    return "it has no config.json"
+
+
+def an_adapter(folder: Path) -> str:
+    for file in folder.iterdir():
+        file.unlink()
+    write(folder / "adapter_config.json", {"base_model_name_or_path": "example/Base"})
+    save_file({"lora_A": torch.ones(2)}, folder / "adapter_model.safetensors")
+    return "holds an adapter of the base model example/Base"
+
+
+def a_broken_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").write_text("{")
+    return "tokenizer.json cannot be read"
+
+
+def a_tokenizer_too_large(folder: Path) -> str:
+    write(folder / "tekken.json", TEKKEN)
+    return "tekken.json is not this model's: it has 131072 tokens, the model's vocabulary 192"
+
+
+REFUSED = (
+    *(unknown_quantisation, a_tensor_short, a_tensor_more, a_broken_shard, an_unknown_model, no_config),
+    *(an_adapter, a_broken_tokenizer, a_tokenizer_too_large),
+)
+
+
+@pytest.mark.parametrize("spoil", REFUSED)
+def test_a_refused_folder_prints_its_facts_and_why(
+    spoil: Callable[[Path], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Published(SMALL3, "hf").write(tmp_path)
+    why = spoil(folder)
+    assert main(["info", str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert err == ""
+    refusals = [line for line in out.splitlines() if line.startswith("refused: ")]
+    assert len(refusals) == 1
+    assert why in refusals[0]
+    if spoil is not an_adapter and spoil is not a_broken_shard:
+        assert "23 in 1 file(s)" in out or "22 in 1 file(s)" in out or "24 in 1 file(s)" in out
+    if spoil in (a_tensor_short, a_tensor_more, a_broken_shard, a_broken_tokenizer, a_tokenizer_too_large):
+        assert "architecture      mistral\n" in out
+        assert "on GPUs" in out
+
+
+def test_two_things_wrong_are_both_told(tmp_path: Path) -> None:
+    folder = Published(SMALL3, "hf").write(tmp_path)
+    expected = [a_broken_shard(folder), a_broken_tokenizer(folder)]
+    found = report(folder, parameter_specs).refused
+    assert len(found) == 2
+    assert all(why in said for why, said in zip(expected, found, strict=True))
+
+
+def test_json_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Published(SMALL4, "hf-fp8").write(tmp_path)
+    assert main(["info", "--json", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    found, expected = msgspec.json.decode(out, type=CheckpointReport), report(folder, parameter_specs)
+    assert found.checkpoint == expected.checkpoint
+    assert found.words == expected.words
+    assert found.needs is not None
+    assert expected.needs is not None
+    assert found.needs.cards == expected.needs.cards
