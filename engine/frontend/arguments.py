@@ -17,7 +17,7 @@ import msgspec
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend import foreign
 from cierzo.engine.frontend.absent import absent
-from cierzo.engine.frontend.validate import mistyped
+from cierzo.engine.frontend.wire_checks import mistyped
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
 from cierzo.engine.text.unicode import refuse_surrogates
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import msgspec
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, ProtocolError
-from cierzo.engine.frontend import validate
+from cierzo.engine.frontend import validate, wire_checks
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import UNDECODABLE
@@ -161,10 +161,10 @@ class RequestEncoder:
         try:
             message = _decode_generate(body)
         except UNDECODABLE as error:
-            raise validate.undecodable(error) from error
+            raise wire_checks.undecodable(error) from error
         if message.stream != job.stream:
             raise ProtocolError("stream is named twice", field="stream", limit="once", value=message.stream)
-        validate.features(message, frozenset(job.features))
+        wire_checks.features(message, frozenset(job.features))
         num_bytes, most = None if attached is None else len(attached), self._model.max_model_len
         validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
         if message.attached is None or attached is None:
@@ -173,13 +173,13 @@ class RequestEncoder:
             self._check_length(message.attached, attached)
             value = _decode_attached[message.attached](attached)
         except UNDECODABLE as error:
-            refused = validate.undecodable(error)
+            refused = wire_checks.undecodable(error)
             raise InvalidRequest(
                 f"attached {message.attached}: {refused.message}", field=message.attached, limit=refused.limit
             ) from error
         changes = {message.attached: value, "attached": None}
         whole = msgspec.structs.replace(message, **changes)
-        validate.features(whole, frozenset(job.features))
+        wire_checks.features(whole, frozenset(job.features))
         return whole
 
     def _check_length(self, kind: str, attached: bytes | bytearray) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from cierzo.engine.errors import CierzoError, Overloaded, ProtocolError
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.stream import Sink
-from cierzo.engine.frontend.validate import features, require_feature
+from cierzo.engine.frontend.wire_checks import features, require_feature
 from cierzo.engine.messages import (
     Attach,
     Cancel,

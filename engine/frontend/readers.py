@@ -10,7 +10,7 @@ from cierzo.engine.frontend.limits import require_room
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.stream import NewReader, Sink, Stream
-from cierzo.engine.frontend.validate import require_feature
+from cierzo.engine.frontend.wire_checks import require_feature
 from cierzo.engine.messages import Generate, Resume
 
 

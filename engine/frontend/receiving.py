@@ -34,7 +34,7 @@ from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.stream import Sink
-from cierzo.engine.frontend.validate import undecodable
+from cierzo.engine.frontend.wire_checks import undecodable
 from cierzo.engine.messages import MAGIC, OLDEST_VERSION, PROTOCOL_VERSION, Attach, ClientMessage, Message
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import msgspec
 
 from cierzo.engine.errors import FrameTooLarge, InvalidRequest
 from cierzo.engine.frontend.frames import LENGTH_BYTES, pack
-from cierzo.engine.frontend.validate import ATTACHABLE, features
+from cierzo.engine.frontend.wire_checks import ATTACHABLE, features
 from cierzo.engine.messages import Attach, Generate, Limits, Message, Welcome
 
 ATTACH_BYTES = 64  # of an attach frame beside its data, rounded up

@@ -18,7 +18,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.methods import FEATURE_OF
-from cierzo.engine.frontend.validate import FEATURE_OF_FIELD, FEATURE_OF_PARAMETER
+from cierzo.engine.frontend.wire_checks import FEATURE_OF_FIELD, FEATURE_OF_PARAMETER
 from cierzo.engine.messages import ClientMessage, SamplingParams, ServerMessage
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "rpc.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from streams import all_of
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend import validate
+from cierzo.engine.frontend import validate, wire_checks
 from cierzo.engine.frontend.absent import absent
 from cierzo.engine.frontend.arguments import generate_message
 from cierzo.engine.frontend.client import Client
@@ -132,7 +132,7 @@ def test_what_no_server_has_is_refused_by_name(name, ability):
         frame = msgspec.msgpack.encode({"type": "generate", "stream": 1, "token_ids": [1], **message})
         with pytest.raises(msgspec.ValidationError) as refused:
             msgspec.msgpack.decode(frame, type=Generate)
-        refusal = validate.undecodable(refused.value)
+        refusal = wire_checks.undecodable(refused.value)
         assert refusal.field == field
         assert refusal.message == absent(name)
         assert ability in refusal.message
@@ -140,7 +140,7 @@ def test_what_no_server_has_is_refused_by_name(name, ability):
 
 def test_names_that_mean_nothing_are_still_only_unknown():
     assert absent("temprature") == ""
-    assert validate.mistyped("Object contains unknown field `x`").message == "unknown field x"
+    assert wire_checks.mistyped("Object contains unknown field `x`").message == "unknown field x"
     assert not [name for kind in (SamplingParams, Generate) for name in kind.__struct_fields__ if absent(name)]
 
 

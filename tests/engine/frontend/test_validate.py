@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend import validate
+from cierzo.engine.frontend import validate, wire_checks
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.conversation import MAX_TOOLS
 from cierzo.engine.messages import (
@@ -209,7 +209,7 @@ def test_the_limit_of_temperature_names_zero_too(model_info):
     ],
 )
 def test_what_msgspec_refuses_is_named(text, message, field, limit):
-    refusal = validate.mistyped(text)
+    refusal = wire_checks.mistyped(text)
     assert (refusal.message, refusal.field, refusal.limit) == (message, field, limit)
 
 
@@ -359,9 +359,9 @@ def test_ids_that_stand_for_an_image_are_refused(model_info):
 
 def test_a_prefix_belongs_to_the_feature_of_parts():
     message = _chat(_said(content="a", prefix=True))
-    validate.features(message, frozenset({"parts"}))
+    wire_checks.features(message, frozenset({"parts"}))
     with pytest.raises(InvalidRequest, match="feature parts") as caught:
-        validate.features(message, frozenset({"masks"}))
+        wire_checks.features(message, frozenset({"masks"}))
     assert caught.value.field == "messages[1].prefix"
 
 
