@@ -344,7 +344,7 @@ def test_readers_that_are_behind_share_turns_of_the_loop(prompts, model_info):
 @pytest.mark.parametrize("n", [1, 16])
 def test_stalled_readers_stay_small(run, serving, cores, features, n):
     """Readers that never read, twenty alternatives to each token, with every feature and with none: each is paused,
-    and takes less than 1 MiB of heap."""
+    and takes less than 640 KiB of heap; for a moment more, as the core's output that is on its way is heap here."""
 
     async def stalled(house):
         sock = socket.socket()
@@ -368,10 +368,11 @@ def test_stalled_readers_stay_small(run, serving, cores, features, n):
             cores.now.logprobs = lambda sequence, token_ids: None if not token_ids else [entry] * len(token_ids)
             cores.go_on()
             await cores.until(lambda: len(cores.now.aborts) == count)
-            _, peak = tracemalloc.get_traced_memory()
+            now, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
             assert all(stream.paused for stream in house.frontend.streams)
-            assert peak < count * (1 << 20)
+            assert now < count * 640 * 1024
+            assert peak < 1.1 * count * (1 << 20)
             for sock in socks:
                 sock.close()
 
