@@ -17,6 +17,8 @@ from cierzo.engine.messages import (
     ToolCall,
 )
 
+JOINED_AT_ONCE = 64
+
 
 class Answer:
     """Sample of a generation, as far as it has come. `add` each of its deltas, and at last how it ended.
@@ -79,23 +81,30 @@ class Answer:
 
 
 class Answers:
-    """The samples of a generation, as far as they have come."""
+    """The samples of a generation, as far as they have come. Deltas are joined a few at a time, or when somebody
+    asks, as most callers look at the deltas alone."""
 
-    __slots__ = ("_by_sample", "_has_ended")
+    __slots__ = ("_by_sample", "_deltas", "_has_ended")
 
     def __init__(self) -> None:
         self._by_sample: dict[int, Answer] = {}
+        self._deltas: list[Delta] = []
         self._has_ended = False
 
     def add(self, delta: Delta) -> None:
         """Take what is new of a sample."""
-        answer = self._by_sample.get(delta.sample)
-        if answer is None:
-            answer = self._by_sample[delta.sample] = Answer()
-        answer.take(delta.parts, delta.text, len(delta.token_ids))
+        self._deltas.append(delta)
+        if len(self._deltas) >= JOINED_AT_ONCE:
+            self._join()
+
+    def _join(self) -> None:
+        deltas, self._deltas = self._deltas, []
+        for delta in deltas:
+            self._by_sample.setdefault(delta.sample, Answer()).add(delta)
 
     def of(self, sample: int, final: Final | None) -> Answer:
         """Give a sample; `final` if that has come."""
+        self._join()
         if final is not None and not self._has_ended:
             self._has_ended = True
             for end in final.samples:

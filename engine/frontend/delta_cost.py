@@ -15,7 +15,7 @@ def delta_cost(delta: Delta) -> int:
 
 def text_cost(num_tokens: int, text: str) -> int:
     """The part of a delta's cost that it has without log-probabilities."""
-    return 64 + 8 * num_tokens + _utf8_bytes(text)
+    return 64 + 8 * num_tokens + (len(text) if text.isascii() else len(text.encode()))  # of every token: no call
 
 
 def logprobs_cost(logprobs: list[TokenLogprobs]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.absent import absent
@@ -18,22 +19,24 @@ FEATURE_OF_PARAMETER = {
     **dict.fromkeys(("allowed_token_ids", "bad_words"), "masks"),
     "max_thinking_tokens": "parts",
 }
-_PLAIN, _PLAIN_PARAMS = Generate(stream=0), SamplingParams()
+_fields, _parameters = attrgetter(*FEATURE_OF_FIELD), attrgetter(*FEATURE_OF_PARAMETER)
+_PLAIN, _PLAIN_PARAMETERS = _fields(Generate(stream=0)), _parameters(SamplingParams())
 ATTACHABLE = ("text", "messages", "token_ids")
 
 
 def features(message: Generate, granted: frozenset[str]) -> None:
     """Raise InvalidRequest for a field whose feature the connection does not have."""
-    for field, feature in FEATURE_OF_FIELD.items():
-        if getattr(message, field) != getattr(_PLAIN, field):
-            require_feature(granted, feature, field, field)
+    if (values := _fields(message)) != _PLAIN:
+        for (field, feature), value, plain in zip(FEATURE_OF_FIELD.items(), values, _PLAIN, strict=True):
+            if value != plain:
+                require_feature(granted, feature, field, field)
     if message.messages and message.messages[-1].prefix:
         require_feature(granted, "parts", "prefix", f"messages[{len(message.messages) - 1}].prefix")
-    if message.sampling is _PLAIN_PARAMS:
-        return
-    for field, feature in FEATURE_OF_PARAMETER.items():
-        if getattr(message.sampling, field) != getattr(_PLAIN_PARAMS, field):
-            require_feature(granted, feature, field, f"sampling.{field}")
+    if (values := _parameters(message.sampling)) != _PLAIN_PARAMETERS:
+        rows = zip(FEATURE_OF_PARAMETER.items(), values, _PLAIN_PARAMETERS, strict=True)
+        for (field, feature), value, plain in rows:
+            if value != plain:
+                require_feature(granted, feature, field, f"sampling.{field}")
 
 
 def require_feature(granted: frozenset[str], feature: str, what: str, field: str) -> None:
