@@ -270,7 +270,9 @@ class CoreLink:
         """The exit status of a core whose socket has ended; None if it runs on without."""
         assert self._process is not None
         with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(self._process.wait(), EXIT_TIMEOUT_S)
+            # `wait_for` would swallow a cancellation in the very turn in which the process' end is seen
+            async with asyncio.timeout(EXIT_TIMEOUT_S):
+                return await self._process.wait()
         return None
 
     async def _reap(self) -> None:

@@ -448,3 +448,17 @@ def test_commands_of_a_turn_leave_together_and_in_order(run):
         assert len(written) == 3
 
     run(body())
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_core_that_dies_as_the_server_ends_does_not_hold_it_up(run, serving, cores, turns):
+    """Its end may be seen in the very turn of the loop in which everything is cancelled."""
+
+    async def body():
+        async with serving(cores=cores) as house:
+            cores.now.kill()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await asyncio.wait_for(house.link.close(), 5.0)
+
+    run(body())
