@@ -8,10 +8,15 @@ import os
 # busily would take them from the threads that they wait for, which doubled the time of tests that use two.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis
 import pytest
 
 from cierzo.engine.config import default_instruction_set
 from cierzo.kernels import registry
+
+# What an example takes is a matter of the machine and of what else runs on it.
+hypothesis.settings.register_profile("cierzo", deadline=None)
+hypothesis.settings.load_profile("cierzo")
 
 # Triton reads it when a kernel is defined: in this process they run in its interpreter, on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"

@@ -15,6 +15,7 @@ from cierzo.engine.errors import InvalidRequest
 
 # Characters without a meaning in Unicode, then those of private use; JSON escapes each of them by four digits.
 MARKS = (*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900)))
+_ESCAPED = re.compile("u([0-9a-fA-F]{4})")
 NOTHING = "(?!)"  # a pattern that is found nowhere
 
 
@@ -94,9 +95,9 @@ def each_text(value: Any, change: Callable[[str], str]) -> Any:
 def free_marks(taken: bytes, count: int) -> list[str]:
     """Characters that occur nowhere in `taken`, a text in UTF-8, nor as escapes in JSON. Raises InvalidRequest if
     there are none."""
-    lower = taken.lower()
-    free = (mark for mark in MARKS if mark.encode() not in taken and _escape(mark)[1:].encode() not in lower)
-    found = list(islice(free, count))
+    text = taken.decode()
+    held = set(text) | {chr(int(digits, 16)) for digits in _ESCAPED.findall(text)}  # in one pass, whatever it holds
+    found = list(islice((mark for mark in MARKS if mark not in held), count))
     if len(found) < count:
         raise InvalidRequest("the messages hold every character of private use", field="messages")
     return found
