@@ -117,7 +117,7 @@ class MistralChat:
         return tokenized.tokens, is_within_thought(conversation)
 
     def _answer_tokens(self, message: AssistantMessage, is_before_last_user_message: bool) -> list[int]:
-        """A turn of the assistant. Models write what mistral-common does not: nothing, and with v3 text and calls."""
+        """A turn of the assistant. Models write what mistral-common does not: nothing; with v3, text and calls."""
         inner, text, calls = self._vocabulary.inner, message.content, message.tool_calls
         if bool(text) != bool(calls) or (text and self._rules.version >= 7):
             write = type(self._writer).encode_assistant_message
