@@ -91,6 +91,7 @@ def test_broken_calls_are_parts_and_no_calls():
     assert answer.tool_calls == [ToolCall(name="wind", arguments='{"at":  "Zaragoza"}', id="abcdefghi")]
     assert answer.parts == [THOUGHT, WIND, RAIN]
     assert answer.turn.tool_calls == answer.tool_calls
+    assert tool_calls([WIND], [0]) == [], "the server knows what stood around the arguments"
 
 
 def test_a_call_is_one_when_nothing_can_be_added_to_it():
