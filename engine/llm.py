@@ -65,7 +65,8 @@ class SampleOutput:
 
     `parts`: text, thoughts and calls of tools in order, where the model marks them; else all is text. `text` is
     that of the text alone, and empty without a tokenizer; `broken_calls` are the numbers of calls whose arguments
-    are no JSON object. `logprobs` is None unless asked for, else one entry per token, of which each part has its
+    are no JSON object, or whose name no tool can have.
+    `logprobs` is None unless asked for, else one entry per token, of which each part has its
     `num_tokens`. `message` says why an answer failed.
     """
 
@@ -85,12 +86,12 @@ class SampleOutput:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        """Calls that the model makes, but for the broken ones."""
+        """Calls that the model makes, whole ones alone: with a name, and arguments that are a JSON object."""
         return tool_calls(self.parts, self.broken_calls)
 
     @property
     def turn(self) -> ChatMessage:
-        """The assistant's turn that says the same, for the next `chat`."""
+        """The assistant's turn that says the same, without broken calls, for the next `chat`. It may be empty."""
         return as_turn(self.parts, self.broken_calls)
 
 
@@ -132,6 +133,11 @@ class Output:
     def finish_reason(self) -> EndReason:
         """Why sample 0 ended."""
         return self.samples[0].finish_reason
+
+    @property
+    def broken_calls(self) -> list[int]:
+        """Numbers of the calls of sample 0 that are none."""
+        return self.samples[0].broken_calls
 
     @property
     def logprobs(self) -> list[TokenLogprobs] | None:

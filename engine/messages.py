@@ -289,7 +289,7 @@ class SampleEnd(Message, frozen=True, omit_defaults=True):
 
     With `Generate.deltas` false, `token_ids`, `text`, `logprobs` and `parts` carry the whole output; else they are
     empty. With the feature "parts", one that stopped and has a whole call ends as "tool_calls"; `broken_calls`:
-    numbers of the calls whose arguments are no JSON object.
+    numbers of the calls whose arguments are no JSON object, or whose name no tool can have.
     """
 
     sample: int

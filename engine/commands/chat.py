@@ -7,7 +7,7 @@ import io
 import sys
 import time
 
-from cierzo.engine.commands.screen import Screen
+from cierzo.engine.commands.screen import Screen, remark
 from cierzo.engine.errors import CierzoError, CoreFailed
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import ChatMessage, Final, SamplingParams, ToolCall
@@ -86,7 +86,9 @@ def turn(client: SyncClient, messages: list[ChatMessage], params: SamplingParams
     print(f"\n\n{_summary(final, first - started, time.monotonic() - first)}", flush=True)
     if final.samples[0].finish_reason == "failed":
         raise CoreFailed(final.samples[0].message or "the answer failed")
-    return generation.answer().turn
+    answer = generation.answer()
+    remark(answer.finish_reason, answer.parts, answer.broken_calls, sys.stdout)
+    return answer.turn
 
 
 def _summary(final: Final, first_token_s: float, decode_s: float) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import msgspec
 
-from cierzo.engine.commands.screen import Screen
+from cierzo.engine.commands.screen import Screen, remark
 from cierzo.engine.errors import CoreFailed
 from cierzo.engine.llm import LLM
 from cierzo.engine.options import add_engine, add_sampling, engine_options, sampling, text, token_ids
@@ -40,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     screen.close()
     print()
+    remark(output.finish_reason, parts, output.broken_calls, sys.stderr)
     if output.finish_reason == "failed":
         raise CoreFailed(output.samples[0].message)
     return 0

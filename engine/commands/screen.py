@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import sys
+from typing import TextIO
 
 from cierzo.engine.frontend.answer import goes_on, pieces
-from cierzo.engine.messages import Part
+from cierzo.engine.messages import EndReason, Part
 
 DIM, UNDIM = "\x1b[2m", "\x1b[22m"
+CUT = {"length": "cut at its limit of tokens", "deadline": "cut at its deadline"}
+
+
+def remark(reason: EndReason | None, parts: list[Part], broken_calls: list[int], file: TextIO) -> None:
+    """Write in a line that an answer was cut, or has calls that are none."""
+    broken = ", ".join(part.name or "?" for part in parts if part.kind == "call" and part.call in broken_calls)
+    told = [CUT[reason]] if reason in CUT else []
+    told += [f"broken or unfinished, and not called: {broken}"] if broken else []
+    if told:
+        dim, undim = (DIM, UNDIM) if file.isatty() else ("", "")
+        print(f"{dim}[{'; '.join(told)}]{undim}", file=file, flush=True)
 
 
 class Screen:

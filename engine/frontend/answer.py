@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from cierzo.engine.messages import (
     ChatMessage,
     Content,
     Delta,
+    EndReason,
     Final,
     Part,
     SampleEnd,
@@ -16,6 +17,8 @@ from cierzo.engine.messages import (
     ThinkingChunk,
     ToolCall,
 )
+from cierzo.engine.text.tool_arguments import Arguments
+from cierzo.engine.text.tool_names import is_tool_name
 
 JOINED_AT_ONCE = 64
 
@@ -23,17 +26,21 @@ JOINED_AT_ONCE = 64
 class Answer:
     """Sample of a generation, as far as it has come. `add` each of its deltas, and at last how it ended.
 
+    finish_reason: why it ended, None until then. broken_calls: numbers of the calls that turned out to be none,
+    known at the end; they are in `parts` alone.
+
     messages.append(answer.turn)  # the conversation goes on with it
     for call in answer.tool_calls:
         result = run(call.name, call.arguments)
         messages.append({"role": "tool", "content": result, "tool_call_id": call.id, "name": call.name})
     """
 
-    __slots__ = ("_broken", "_joining")
+    __slots__ = ("_joining", "broken_calls", "finish_reason")
 
     def __init__(self) -> None:
         self._joining: list[_Joining] = []
-        self._broken: frozenset[int] = frozenset()
+        self.broken_calls: list[int] = []
+        self.finish_reason: EndReason | None = None
 
     def add(self, delta: Delta) -> None:
         """Take what is new."""
@@ -41,7 +48,7 @@ class Answer:
 
     def end(self, end: SampleEnd) -> None:
         """Take the record of the sample's end, and the output, if that comes in it."""
-        self._broken = frozenset(end.broken_calls)
+        self.finish_reason, self.broken_calls = end.finish_reason, end.broken_calls
         self.take(end.parts, end.text, len(end.token_ids))
 
     def take(self, parts: list[Part], text: str, num_tokens: int) -> None:
@@ -71,13 +78,20 @@ class Answer:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        """The calls that it makes, but for broken ones, whose arguments turned out to be no JSON object."""
-        return tool_calls(self.parts, self._broken)
+        """The calls that it makes, whole ones alone: with a name, and with arguments that are a JSON object. Until
+        it has ended, without what it ends with so far, which may get longer."""
+        return tool_calls(self._settled(), self.broken_calls)
 
     @property
     def turn(self) -> ChatMessage:
-        """The assistant's turn that says the same, for the next prompt."""
-        return as_turn(self.parts, self._broken)
+        """The assistant's turn that says the same, for the next prompt; without calls that are not in `tool_calls`.
+        It may be empty."""
+        said = [part for part in self.parts if part.kind != "call"]
+        return as_turn([*said, *(part for part in self._settled() if part.kind == "call")], self.broken_calls)
+
+    def _settled(self) -> list[Part]:
+        """The parts that do not change any more."""
+        return self.parts if self.finish_reason is not None else self.parts[:-1]
 
 
 class Answers:
@@ -176,16 +190,23 @@ def joined(parts: list[Part]) -> list[Part]:
     return [] if all(part.kind == "text" for part in whole) else whole
 
 
-def tool_calls(parts: Iterable[Part], broken: Iterable[int] = ()) -> list[ToolCall]:
-    """The calls among parts, but for those of these numbers."""
+def tool_calls(parts: Iterable[Part], broken: Collection[int] = ()) -> list[ToolCall]:
+    """The whole calls among parts, but for those of these numbers. Of a resumed answer the first may be the end of
+    one."""
     return [
         ToolCall(name=part.name, arguments=part.text, id=part.id)
         for part in parts
-        if part.kind == "call" and part.call not in broken
+        if part.kind == "call" and part.call not in broken and _is_whole(part)
     ]
 
 
-def as_turn(parts: list[Part], broken: Iterable[int] = ()) -> ChatMessage:
+def _is_whole(call: Part) -> bool:
+    """Whether a conversation can go on with the call."""
+    is_object = call.text.strip() and Arguments.parse(call.text).value is not None
+    return bool(is_object and is_tool_name(call.name))
+
+
+def as_turn(parts: list[Part], broken: Collection[int] = ()) -> ChatMessage:
     """The assistant's turn that an answer is, letter by letter, so that the cache knows its tokens."""
     said = [part for part in parts if part.kind != "call" and part.text]
     thoughts = [part.text for part in said if part.kind == "thinking"]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.bounds import MAX_SHOWN_CHARS, count, json_text, one_of
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import ChatMessage, Generate, ThinkingChunk, Tool
+from cierzo.engine.text.tool_names import TOOL_NAME, is_tool_name
 
 ROLES = ("system", "user", "assistant", "tool")
 TOOL_CHOICES = ("auto", "none")
-TOOL_NAME = "1 to 64 of a-z, A-Z, 0-9, _ and -"  # as OpenAI's and Mistral's servers have it
 MAX_TOOLS = 512
 # Fields of a turn that belong to some roles.
 ROLES_OF_FIELD = {
@@ -20,7 +19,6 @@ ROLES_OF_FIELD = {
     **dict.fromkeys(("tool_call_id", "name"), ("tool",)),
 }
 THINKERS = ("assistant", "system")  # whose content may have thoughts
-_is_tool_name = re.compile(r"[a-zA-Z0-9_-]{1,64}").fullmatch
 _PLAIN = ChatMessage(role="")
 
 
@@ -152,7 +150,7 @@ def _tools(tools: list[Tool]) -> None:
     names = set()
     for number, tool in enumerate(tools):
         field, name = f"tools[{number}].name", tool.name
-        if not _is_tool_name(name):
+        if not is_tool_name(name):
             what = f"{field} is {name[:MAX_SHOWN_CHARS]!r}, allowed: {TOOL_NAME}"
             raise InvalidRequest(what, field=field, limit=TOOL_NAME, value=name)
         if name in names:

@@ -14,6 +14,7 @@ import msgspec
 
 from cierzo.engine.text.json_scan import SPACE, JsonScan
 from cierzo.engine.text.syntax import Mark
+from cierzo.engine.text.tool_names import is_tool_name
 
 MAX_HEAD_CHARS = 16_384  # of a call, before it is known whom it calls
 MAX_NAME_CHARS = 256  # of a name or an id that no JSON string delimits
@@ -55,7 +56,7 @@ class Caller(Protocol):
         ...
 
     def close(self, is_whole: bool) -> None:
-        """The call has ended. `is_whole`: it has a name, and its arguments are a JSON object."""
+        """The call has ended. `is_whole`: its name is one, and its arguments are a JSON object."""
         ...
 
 
@@ -300,7 +301,7 @@ class Calls(msgspec.Struct, omit_defaults=True):
     def _close(self, caller: Caller) -> None:
         if not self.is_open:
             self._open(caller)
-        caller.close(self.is_whole and bool(self.name.strip()))
+        caller.close(self.is_whole and is_tool_name(self.name.strip()) is not None)
 
 
 def _may_be_bare(start: str) -> bool:

@@ -141,12 +141,15 @@ class _Words:
     with the thought."""
 
     def __init__(self, turn: ChatMessage, field: str) -> None:
-        """Raises InvalidRequest for a thought after text, or not of the assistant: no template can write that."""
+        """A thought after text is left out: no template can write that. Raises InvalidRequest where an answer is to
+        go on with it, and for one that is not of the assistant."""
         chunks = [TextChunk(turn.content)] if isinstance(turn.content, str) else turn.content
         self.text, self.thought, self.is_open = "", turn.reasoning, False
         for chunk in chunks:
             if isinstance(chunk, TextChunk):
                 self.text, self.is_open = self.text + chunk.text, False
+            elif self.text and turn.role == "assistant" and chunk.closed and not turn.prefix:
+                continue  # a model may think so, but no template writes it
             elif self.text or turn.role != "assistant":
                 limit = "before the text of an assistant's turn"
                 what = f"a thought where the chat template writes none; it does {limit}"

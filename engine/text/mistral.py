@@ -37,6 +37,7 @@ from cierzo.engine.text.mistral_turns import (
     texts,
     their_messages,
 )
+from cierzo.engine.text.syntax import SPELLED_THOUGHTS, THINK_TAGS
 from cierzo.engine.text.tekken import TekkenVocabulary, load_tekken
 from cierzo.engine.text.tool_arguments import canonical_json
 from cierzo.engine.text.unicode import refuse_surrogates
@@ -71,19 +72,24 @@ class MistralChat:
         number = inner.version.version_num
         thinks = number >= 13 and {"[THINK]", "[/THINK]"} <= special_ids.keys()
         thinkers = ("assistant", "system") if number == 13 else ("assistant",)
-        self._rules = Rules(number, thinkers if thinks else (), tuple(special_ids))
+        spells = inner.version == SPELLED_THOUGHTS and "[THINK]" not in special_ids
+        tags = tuple(THINK_TAGS) if spells else ()
+        self._rules = Rules(number, thinkers if thinks or spells else (), (*special_ids, *tags), tags)
         efforts = None if builder is None else builder.reasoning_effort
         self.efforts = () if efforts is None else tuple(ReasoningEffort(value).value for value in efforts.values)
         self._validator = get_validator(inner.version, ValidationMode.test)
         self._normalizer = get_normalizer(inner.version, builder)
         self._writer = _WRITERS[inner.version](inner)
-        # Three methods of these two objects alone: mistral-common's classes stay as they are.
+        # Changes of these three objects alone: mistral-common's classes stay as they are.
         hooks: dict[str, Callable[..., object]] = {
+            "encode_assistant_message": self._answer_tokens,
             "_encode_tool_calls_in_assistant_message": self._call_tokens,
             "decode": lambda tokens, special_token_policy: "",  # a prompt's text, which nobody reads
         }
         vars(self._writer).update(hooks)
         vars(self._normalizer)["_normalize_tool_call"] = lambda call: call
+        for each in (self._validator, self._normalizer):
+            vars(each)["_allow_tool_call_and_content"] = True  # or neither
 
     def encode(self, message: Generate, max_tokens: int | None) -> tuple[list[int], bool]:
         """Token ids of the prompt of `message.messages`, and whether the answer goes on within a thought. Raises
@@ -109,6 +115,15 @@ class MistralChat:
         except Exception as error:  # it raises errors of its own, pydantic's, and fails assertions
             raise _refusal("messages", error) from error
         return tokenized.tokens, is_within_thought(conversation)
+
+    def _answer_tokens(self, message: AssistantMessage, is_before_last_user_message: bool) -> list[int]:
+        """A turn of the assistant. Models write what mistral-common does not: nothing; with v3, text and calls."""
+        inner, text, calls = self._vocabulary.inner, message.content, message.tool_calls
+        if bool(text) != bool(calls) or (text and self._rules.version >= 7):
+            write = type(self._writer).encode_assistant_message
+            return write(self._writer, message, is_before_last_user_message)
+        tokens = [*inner.encode(str(text), bos=False, eos=False), *self._call_tokens(message)] if text else []
+        return [*tokens, inner.eos_id]
 
     def _call_tokens(self, message: AssistantMessage) -> list[int]:
         """The calls of a turn. Up to v7 they are one JSON list, from v11 on a marker begins each of them."""

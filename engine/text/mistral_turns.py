@@ -18,6 +18,7 @@ from mistral_common.protocol.instruct.tool_calls import ToolCall as TheirCall
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import ChatMessage, TextChunk, ThinkingChunk, ToolCall
 from cierzo.engine.text.tool_arguments import Arguments
+from cierzo.engine.text.tool_names import TOOL_NAME, is_tool_name
 
 Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 FOLLOWERS = {
@@ -26,8 +27,6 @@ FOLLOWERS = {
     "assistant": ("assistant", "user", "tool"),
     "tool": ("tool", "assistant", "user"),
 }
-NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-NAME_LIMIT = "1 to 64 of a-z, A-Z, 0-9, _ and -"
 _OLD_ID = re.compile(r"[a-zA-Z0-9]{9}")
 _NO_ID = "null"  # mistral-common's word for a call that has none
 MAX_VALUE_CHARS = 200
@@ -35,11 +34,12 @@ MAX_VALUE_CHARS = 200
 
 class Rules(msgspec.Struct, frozen=True):
     """Limits of a version of the tokenizer. `thinkers`: roles whose content may hold thoughts. `markers`: how its
-    control tokens are spelled."""
+    control tokens are spelled. `think_tags`: what stands around a thought, where that is text."""
 
     version: int
     thinkers: tuple[str, ...]
     markers: tuple[str, ...]
+    think_tags: tuple[str, ...] = ()
 
 
 def their_messages(turns: Sequence[ChatMessage], rules: Rules) -> list[Message]:
@@ -80,9 +80,6 @@ def _check_order(turns: Sequence[ChatMessage], rules: Rules) -> None:
         if turn.role not in allowed:
             what = f"messages[{index}] is of the role {turn.role[:50]!r}, which cannot follow {before!r}"
             raise _refused(f"messages[{index}].role", what, ", ".join(allowed), turn.role)
-        if turn.tool_calls and before == "assistant" and rules.version < 7:
-            what = f"messages[{index}] calls behind content, which a tokenizer of v{rules.version} cannot write"
-            raise _refused(f"messages[{index}].tool_calls", what, "behind a turn of another role", "assistant")
         if turn.prefix and (turn.role != "assistant" or index != last):
             what = f"messages[{index}] cannot be continued: it is not the last turn, or not the assistant's"
             raise _refused(f"messages[{index}].prefix", what, "the last turn, if it is the assistant's", True)
@@ -168,7 +165,7 @@ def _message(field: str, turn: ChatMessage, rules: Rules) -> Message:
         case "tool":
             return _result(field, turn, content, rules)
         case _:
-            return _answer(field, turn, content, rules)
+            return _answer(field, turn, _spelled(content, rules.think_tags), rules)
 
 
 def _content(field: str, turn: ChatMessage, rules: Rules) -> str | list[theirs.ContentChunk]:
@@ -197,6 +194,20 @@ def _content(field: str, turn: ChatMessage, rules: Rules) -> str | list[theirs.C
     return chunks
 
 
+def _spelled(content: str | list[theirs.ContentChunk], tags: tuple[str, ...]) -> str | list[theirs.ContentChunk]:
+    """The content as the model wrote it, where it spells its thoughts."""
+    if not tags or isinstance(content, str) or not any(isinstance(chunk, theirs.ThinkChunk) for chunk in content):
+        return content
+    begin, end = tags
+    texts = []
+    for chunk in content:
+        if isinstance(chunk, theirs.ThinkChunk):
+            texts.append(f"{begin}{chunk.thinking}{end if chunk.closed else ''}")
+        elif isinstance(chunk, theirs.TextChunk):
+            texts.append(chunk.text)
+    return "".join(texts)
+
+
 def _check_thinks(field: str, turn: ChatMessage, rules: Rules) -> None:
     if turn.role not in rules.thinkers:
         known = ", ".join(rules.thinkers)
@@ -213,11 +224,9 @@ def _result(field: str, turn: ChatMessage, content: str | list[theirs.ContentChu
 
 def _answer(field: str, turn: ChatMessage, content: str | list[theirs.ContentChunk], rules: Rules) -> Message:
     is_empty = not content or (isinstance(content, list) and not any(map(_says_something, content)))
-    if is_empty and not turn.tool_calls:
-        raise _refused(f"{field}.content", f"{field} says nothing and calls nothing", "at least 1 character", "")
-    if turn.tool_calls and not is_empty and rules.version < 7:
-        what = f"{field} has content and calls, which this model's tokenizer (v{rules.version}) cannot write both"
-        raise _refused(f"{field}.content", what, "none beside tool_calls", content)
+    if is_empty and turn.prefix and not turn.tool_calls:
+        what = f"{field} has nothing for the answer to go on with"
+        raise _refused(f"{field}.content", what, "at least 1 character", "")
     calls = [_call(f"{field}.tool_calls[{number}]", call, rules) for number, call in enumerate(turn.tool_calls)]
     return AssistantMessage(content=content, tool_calls=calls or None, prefix=turn.prefix)
 
@@ -238,8 +247,8 @@ def _call(field: str, call: ToolCall, rules: Rules) -> TheirCall:
 
 def check_name(field: str, name: str) -> None:
     """Raise InvalidRequest for what cannot be the name of a tool."""
-    if NAME.fullmatch(name) is None:
-        raise _refused(field, f"{field} is {name[:80]!r}, allowed: {NAME_LIMIT}", NAME_LIMIT, name)
+    if not is_tool_name(name):
+        raise _refused(field, f"{field} is {name[:80]!r}, allowed: {TOOL_NAME}", TOOL_NAME, name)
 
 
 def _check_id(field: str, call_id: str, rules: Rules) -> None:

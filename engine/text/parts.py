@@ -10,7 +10,8 @@ some part, as it was written. What is not as it should be ends so:
 - Stop strings are looked for in text alone, and not across what stands between two texts. A stop string that is a
   control token stops wherever the model writes it.
 - A call whose arguments are cut, or no JSON object, keeps their text, and is one of `broken_calls`; so is a call
-  without a name. Where there is no beginning of arguments, its text is all that was written of it.
+  whose name is none that a tool may have. Where there is no beginning of arguments, its text is all that was
+  written of it.
 - A list of calls goes on behind one that is broken, if brackets and quotes say where that ends.
 - With `parallel` false, what would open a second call stops like a stop string, and `stop` is the marker. If
   that is one token, it is not taken.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.messages import ChatMessage, Generate, ThinkingChunk, Tool, ToolCall
+from cierzo.engine.messages import ChatMessage, Generate, TextChunk, ThinkingChunk, Tool, ToolCall
 from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.spellings import Breaker, free_marks, without
 from cierzo.engine.text.tokenizer import Tokenizer
@@ -33,7 +33,14 @@ class TemplateChat:
         turns = message.messages or []
         mark, end = self._free_marks(turns, message.tools)
         goes_on = bool(turns) and turns[-1].prefix
-        rendered = self._render(turns, message.tools, message.reasoning_effort, mark, f"{end} " if goes_on else "")
+        rest = (message.tools, message.reasoning_effort, mark, f"{end} " if goes_on else "")
+        try:
+            rendered = self._render(turns, *rest)
+        except InvalidRequest:
+            said = [_with_text(turn, mark) if _lacks_text(turn) else turn for turn in turns]
+            if said == turns:
+                raise
+            rendered = self._render(said, *rest)  # the mark is no text, but some templates refuse to write none
         refuse_unfit(self._tokenizer, "messages", without(mark, rendered), max_tokens)
         in_thinking = rendered.rstrip().endswith(THOUGHT_OPENINGS) or (goes_on and is_within_thought(turns[-1]))
         return self._tokenizer.encode_rendered(rendered, mark), in_thinking
@@ -72,6 +79,18 @@ class TemplateChat:
         return self.template.render(
             turns, effort, tools=tools, change=lambda text: breaker.broken(text, mark), tag=tag
         )
+
+
+def _lacks_text(turn: ChatMessage) -> bool:
+    """Whether a turn of the assistant has neither text nor calls: the answer was cut, or a broken call."""
+    chunks = [TextChunk(text=turn.content)] if isinstance(turn.content, str) else turn.content
+    has_text = any(isinstance(chunk, TextChunk) and chunk.text for chunk in chunks)
+    return turn.role == "assistant" and not (turn.tool_calls or turn.prefix or has_text)
+
+
+def _with_text(turn: ChatMessage, text: str) -> ChatMessage:
+    content = text if isinstance(turn.content, str) else [*turn.content, TextChunk(text=text)]
+    return msgspec.structs.replace(turn, content=content)
 
 
 def is_within_thought(turn: ChatMessage) -> bool:

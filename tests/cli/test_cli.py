@@ -400,7 +400,9 @@ def test_a_cache_folder_that_is_not_needed_may_be_anything(
     (tmp_path / "file").touch()
     monkeypatch.setenv("CIERZO_CACHE_DIR", str(tmp_path / "file"))
     assert main(["generate", checkpoints["dense"], "--token-ids", "1", "--max-tokens", "2"]) == 0
-    assert capsys.readouterr().out.count(",") == 1
+    out, err = capsys.readouterr()
+    assert out.count(",") == 1
+    assert err.endswith("[cut at its limit of tokens]\n")
 
 
 # --- the process -------------------------------------------------------------------------------------------

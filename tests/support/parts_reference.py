@@ -263,7 +263,7 @@ def _named(text: str, start: int) -> Call:
     name, call_id, arguments = (part or "" for part in found.groups())
     arguments = re.sub(f"[{ARGS}{ID}]", "", arguments)
     name = name.strip()
-    return Call(start, name, call_id.replace(ID, "").strip(), arguments, bool(name) and _is_object(arguments))
+    return Call(start, name, call_id.replace(ID, "").strip(), arguments, _is_name(name) and _is_object(arguments))
 
 
 def _list(text: str) -> tuple[list[Call], int | None]:
@@ -328,7 +328,7 @@ def _object(text: str, start: int) -> tuple[Call, int | None]:
         at = end
     call.text = text[start:closed] if arguments is None else arguments
     call.name, call.call_id = call.name.strip(), call.call_id.strip()
-    call.is_whole &= bool(call.name)
+    call.is_whole &= _is_name(call.name)
     return call, closed
 
 
@@ -377,6 +377,10 @@ def _string(text: str) -> str:
     except ValueError:
         return ""
     return value.encode(errors="replace").decode() if isinstance(value, str) else ""
+
+
+def _is_name(text: str) -> bool:
+    return re.fullmatch("[a-zA-Z0-9_-]{1,64}", text) is not None
 
 
 def _is_object(text: str) -> bool:

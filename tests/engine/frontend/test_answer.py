@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cierzo.engine.frontend.answer import Answer, Answers, as_turn, in_order, joined
+from cierzo.engine.frontend.answer import Answer, Answers, as_turn, in_order, joined, tool_calls
 from cierzo.engine.messages import (
     Delta,
     Final,
@@ -85,11 +85,35 @@ def test_it_can_be_looked_at_while_it_comes():
 def test_broken_calls_are_parts_and_no_calls():
     answer = Answer()
     answer.take([THOUGHT, WIND, RAIN], "", 16)
-    assert [call.name for call in answer.tool_calls] == ["wind", "rain"], "nobody knows yet"
+    assert (answer.finish_reason, answer.broken_calls) == (None, [])
     answer.end(SampleEnd(sample=0, finish_reason="length", output_tokens=16, broken_calls=[1]))
+    assert (answer.finish_reason, answer.broken_calls) == ("length", [1])
     assert answer.tool_calls == [ToolCall(name="wind", arguments='{"at":  "Zaragoza"}', id="abcdefghi")]
     assert answer.parts == [THOUGHT, WIND, RAIN]
     assert answer.turn.tool_calls == answer.tool_calls
+    assert tool_calls([WIND], [0]) == [], "the server knows what stood around the arguments"
+
+
+def test_a_call_is_one_when_nothing_can_be_added_to_it():
+    answer = Answer()
+    answer.take([WIND], "", 9)
+    assert (answer.tool_calls, answer.turn.tool_calls) == ([], []), "more may come: {} behind it would break it"
+    answer.take([TEXT], "", 5)
+    assert [call.name for call in answer.tool_calls] == ["wind"]
+    assert answer.turn.tool_calls == answer.tool_calls
+    answer.take([RAIN], "", 3)
+    assert [call.name for call in answer.tool_calls] == ["wind"]
+    whole = Answer()
+    whole.take([WIND], "", 9)
+    whole.end(SampleEnd(sample=0, finish_reason="tool_calls", output_tokens=9))
+    assert [call.name for call in whole.tool_calls] == ["wind"]
+
+
+@pytest.mark.parametrize("change", [{"name": ""}, {"name": "w n"}, {"text": ""}, {"text": "[1]"}, {"text": "{}}"}])
+def test_what_is_no_whole_call_is_a_part_alone(change):
+    """Of a resumed answer the first may be the end of a call."""
+    part = msgspec.structs.replace(WIND, **change)
+    assert (tool_calls([part]), as_turn([TEXT, part]).tool_calls) == ([], [])
 
 
 def test_the_turn_says_the_same_letter_by_letter():

@@ -14,7 +14,7 @@ from marked import ids, marked_prompts
 
 from cierzo.cli import main
 from cierzo.engine.commands import chat as command
-from cierzo.engine.commands.screen import DIM, UNDIM, Screen
+from cierzo.engine.commands.screen import DIM, UNDIM, Screen, remark
 from cierzo.engine.messages import Abort, Delta, Part, Ready, SamplingParams
 
 DEADLINE_S = 60
@@ -134,6 +134,35 @@ def test_a_conversation_keeps_thoughts(marked_chat, cores):
     assert out.count(b"hm\n\nSalut\n\n[") == 2
     _, second = cores.now.submits
     assert second.prompt_token_ids == ids(f"[user]one[assistant]{said}[user]two")
+
+
+@pytest.mark.parametrize(
+    ("said", "ends", "told"),
+    [
+        ("Salut", True, ""),
+        ("Salut", False, "[cut at its limit of tokens]"),
+        ("[TOOL_CALLS]wind[ARGS]{", True, "[broken or unfinished, and not called: wind]"),
+        (
+            "[TOOL_CALLS]wind[ARGS]{}[TOOL_CALLS]rain[ARGS]{",
+            False,
+            "[cut at its limit of tokens; broken or unfinished, and not called: rain]",
+        ),
+    ],
+)
+def test_an_answer_that_is_cut_or_broken_is_told_and_the_conversation_goes_on(marked_chat, cores, said, ends, told):
+    cores.answer = lambda submit, sample: [*ids(said), EOS] if ends else ids(said)
+    talk = marked_chat()
+    out, err = talk.communicate(b"one\ntwo\nthree\n", timeout=DEADLINE_S)
+    assert (talk.returncode, err) == (0, b"")
+    assert len(cores.now.submits) == 3
+    lines = [line for line in lines_of(out) if line.startswith("[") and "prompt tokens" not in line]
+    assert lines == ([told] * 3 if told else [])
+
+
+def test_a_remark_is_dimmed_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    remark("deadline", [], [], sys.stdout)
+    assert capsys.readouterr().out == f"{DIM}[cut at its deadline]{UNDIM}\n"
 
 
 def test_a_line_is_the_result_of_a_call(marked_chat, cores):

@@ -32,6 +32,7 @@ def test_a_conversation_with_tools(run, marking, cores):
                     assert (call.name, call.arguments) == ("wind", '{"at":  "here"}')
                     messages.append({"role": "tool", "content": "yes", "tool_call_id": call.id, "name": call.name})
             assert answer.text == "It blows."
+            assert (answer.finish_reason, answer.broken_calls) == ("stop", [])
             first, second = cores.now.submits
             assert second.prompt_token_ids[len(first.prompt_token_ids) :][:6] == [*b"[assis"]
             said = ids('[THINK]hm[/THINK][TOOL_CALLS]wind[ARGS]{"at":  "here"}')

@@ -5,13 +5,17 @@ A pitfall is a fault that other engines had with these models, by its number in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
 from mistral_speakers import Speaker, speaker
 from tekken_folders import VERSIONS
 
-from cierzo.engine.messages import ChatMessage, TextChunk, Tool, ToolCall
+from cierzo.engine.frontend.answer import Answer
+from cierzo.engine.messages import ChatMessage, Generate, SampleEnd, TextChunk, ThinkingChunk, Tool, ToolCall
+from cierzo.engine.text.parts import PartsReader
+from cierzo.engine.text.syntax import syntax_of
 
 BLOCK_TOKENS = 16
 TURNS = 10
@@ -135,3 +139,95 @@ def test_pitfall_31_a_thought_stays_in_the_history() -> None:
 def _marked(ours: Speaker, name: str, text: object) -> list[int]:
     ids = ours.vocabulary.special_ids
     return [ids[f"[{name}]"], *ours.vocabulary.encode_piece(str(text)), ids[f"[/{name}]"]]
+
+
+# --- whatever was generated is taken back ------------------------------------------------------------------
+
+USER = ChatMessage(role="user", content="x")
+CALLS = {
+    # This id is the reader's: one that comes behind the arguments is too late.
+    "v3": '[TOOL_CALLS][{"name": "f", "arguments": {"x":1}, "id": "000000000"}]',
+    "v11": '[TOOL_CALLS]f[CALL_ID]aaaaaaaaa[ARGS]{"x":1}',
+    "v13": '[TOOL_CALLS]f[ARGS]{"x":1}',
+}
+CALLS |= {"v7": CALLS["v3"], "v15": CALLS["v13"]}
+BEGINNINGS = {"v3": '[TOOL_CALLS][{"name": "f", "arguments": {"x', "v7": '[TOOL_CALLS][{"name": "f"'}
+
+
+def _ids(ours: Speaker, spelled: str) -> list[int]:
+    """Tokens of an answer as it is spelled with its markers."""
+    ids = ours.vocabulary.special_ids
+    pieces = re.split("(" + "|".join(map(re.escape, ids)) + ")", spelled)
+    found = [[ids[piece]] if piece in ids else ours.vocabulary.encode_piece(piece) for piece in pieces if piece]
+    return [token_id for each in found for token_id in each]
+
+
+def _turn(ours: Speaker, version: str, token_ids: list[int]) -> ChatMessage:
+    """The turn that a client gets for these tokens."""
+    syntax = syntax_of(ours.vocabulary, None, version)
+    assert syntax is not None
+    reader = PartsReader(ours.vocabulary, syntax)
+    answer = Answer()
+    for token_id in token_ids:
+        text = reader.push([token_id])
+        answer.take(reader.parts, text, 1)
+    text = reader.flush()
+    answer.end(
+        SampleEnd(
+            sample=0,
+            finish_reason="stop",
+            output_tokens=0,
+            text=text,
+            parts=reader.parts,
+            broken_calls=reader.broken_calls,
+        )
+    )
+    return answer.turn
+
+
+def _written(ours: Speaker, turn: ChatMessage) -> list[int]:
+    """What stands for the turn in the next prompt."""
+    results = [ChatMessage(role="tool", content="1", tool_call_id=call.id) for call in turn.tool_calls]
+    first, all_of_it = ours.encode(USER), ours.encode(USER, turn, *(results or [USER]))
+    assert all_of_it[: len(first)] == first
+    return all_of_it[len(first) : all_of_it.index(ours.vocabulary.special_ids["</s>"]) + 1]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_was_generated_is_the_next_prompts_beginning(version: str) -> None:
+    ours, call = speaker(version), CALLS[version]
+    thought = {"v3": "", "v7": "", "v11": "<think>\nhm</think>"}.get(version, "[THINK]\nhm[/THINK]")
+    for spelled in ("Yes", f"{thought}Yes", f"{thought}{call}", f"{thought}\n\nYes:{call}", f"Yes{call}", thought):
+        generated = _ids(ours, spelled)
+        assert _written(ours, _turn(ours, version, generated)) == [*generated, ours.vocabulary.special_ids["</s>"]]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", ["f", "w n", ""])
+def test_a_broken_call_is_left_out_and_what_remains_is_a_turn(version: str, name: str) -> None:
+    ours = speaker(version)
+    broken = (
+        CALLS[version].replace("f", name, 1) if name != "f" else BEGINNINGS.get(version, "[TOOL_CALLS]f[ARGS]{")
+    )
+    for before in ("", "Yes"):
+        written = _written(ours, _turn(ours, version, _ids(ours, before + broken)))
+        assert written == _ids(ours, f"{before}</s>")
+
+
+@pytest.mark.parametrize("version", ["v11", "v13", "v15"])
+def test_a_thought_that_is_cut_is_a_thought(version: str) -> None:
+    ours = speaker(version)
+    begin, end = ("<think>", "</think>") if version == "v11" else ("[THINK]", "[/THINK]")
+    assert _written(ours, _turn(ours, version, _ids(ours, begin))) == _ids(ours, "</s>")
+    assert _written(ours, _turn(ours, version, _ids(ours, f"{begin}so"))) == _ids(ours, f"{begin}so{end}</s>")
+
+
+def test_spelled_thoughts_stay_where_they_were_and_go_on() -> None:
+    ours = speaker("v11")
+    turn = _turn(ours, "v11", _ids(ours, "So <think>hm</think>Yes"))
+    assert isinstance(turn.content, list)
+    assert _written(ours, turn) == _ids(ours, "So <think>hm</think>Yes</s>")
+    last = ChatMessage(role="assistant", content=[ThinkingChunk(thinking="hm", closed=False)], prefix=True)
+    ids, in_thinking = ours.chat.encode(Generate(stream=0, messages=[USER, last]), None)
+    assert in_thinking
+    assert ours.spell(ids).endswith("[/INST]<think>hm")

@@ -60,12 +60,6 @@ EVERYWHERE = {
         "assistant, user, tool",
         "system",
     ),
-    "an answer that says nothing": (
-        [USER, ChatMessage(role="assistant"), USER],
-        "messages[1].content",
-        "at least 1 character",
-        "",
-    ),
     "nothing to go on with": (
         [USER, prefix([TextChunk(text="")])],
         "messages[1].content",
@@ -168,10 +162,10 @@ THINKING = {
         "so",
     ),
     "an open thought that ends in a marker": (
-        [USER, prefix([ThinkingChunk(thinking="[/THINK]", closed=False)])],
+        [USER, prefix([ThinkingChunk(thinking="[INST]", closed=False)])],
         "messages[1].content[0]",
         "text that does not end in a marker",
-        "[/THINK]",
+        "[INST]",
     ),
 }
 OLD_IDS = {
@@ -183,23 +177,17 @@ OLD_IDS = {
         "call-1234",
     ),
 }
+SPELLED = {
+    "a spelled thought that is closed": (
+        [USER, prefix([ThinkingChunk(thinking="so</think>", closed=False)])],
+        "messages[1].content[0]",
+        "text that does not end in a marker",
+        "</think>",
+    )
+}
 NO_THOUGHTS = {
     "reasoning": ([USER, prefix("y", reasoning="so")], "messages[1].reasoning", "none", "assistant"),
     "a thought": ([USER, prefix([OPEN])], "messages[1].content[0]", "none", "assistant"),
-}
-ONE_OF_BOTH = {
-    "content and calls": (
-        [USER, call(A, content="y"), result(A)],
-        "messages[1].content",
-        "none beside tool_calls",
-        "y",
-    ),
-    "calls behind content": (
-        [USER, ANSWER, call(A), result(A)],
-        "messages[2].tool_calls",
-        "behind a turn of another role",
-        "assistant",
-    ),
 }
 SYSTEM_THINKS = {
     "a system prompt thinks": (
@@ -211,9 +199,10 @@ SYSTEM_THINKS = {
 }
 CASES = [
     *((version, *row) for version in VERSIONS for row in EVERYWHERE.items()),
-    *((version, *row) for version in ("v13", "v15") for row in THINKING.items()),
-    *((version, *row) for version in ("v3", "v7", "v11") for row in (OLD_IDS | NO_THOUGHTS).items()),
-    *(("v3", *row) for row in ONE_OF_BOTH.items()),
+    *((version, *row) for version in ("v11", "v13", "v15") for row in THINKING.items()),
+    *((version, *row) for version in ("v3", "v7", "v11") for row in OLD_IDS.items()),
+    *(("v11", *row) for row in SPELLED.items()),
+    *((version, *row) for version in ("v3", "v7") for row in NO_THOUGHTS.items()),
     *((version, *row) for version in ("v3", "v7", "v11", "v15") for row in SYSTEM_THINKS.items()),
 ]
 
@@ -355,14 +344,14 @@ def test_no_text_becomes_a_control_token(version: str) -> None:
 
 
 def _markers(version: str, number: int, text: str) -> list[int]:
-    thought = [ThinkingChunk(thinking=text)] if number >= 13 else []
+    thought = [ThinkingChunk(thinking=text)] if number >= 11 else []
     schema = {"type": "object", "description": text, "properties": {text: {"enum": [text]}}}
     turns = [
         ChatMessage(role="system", content=text),
         ChatMessage(role="user", content=[TextChunk(text=text), TextChunk(text=text)]),
         ChatMessage(role="assistant", content=[*thought, TextChunk(text=text)]),
         ChatMessage(role="user", content=text),
-        call(A, arguments=f'{{"{text}": "{text}"}}', content="" if number < 7 else text),
+        call(A, arguments=f'{{"{text}": "{text}"}}', content=text),
         ChatMessage(role="tool", content=text, tool_call_id=A),
         ChatMessage(role="assistant", reasoning=text if thought else "", content=f"{text} a", prefix=True),
     ]

@@ -457,3 +457,10 @@ def test_what_is_kept_of_a_call_is_bounded():
         assert len(msgspec.msgpack.encode(reader.state())) < 500
         read(reader, token_ids[-1:])
         assert name == "llama" or reader.broken_calls == [0]
+
+
+@pytest.mark.parametrize("name", ["w n", "é", "f.g", "a" * 65, "f:"])
+def test_a_call_of_what_no_tool_can_be_named_is_broken(name):
+    for answer in (f'{name}{{"x": 1}}', f'[{{"name": "{name}", "arguments": {{}}}}]'):
+        parts, reader = _parts("mistral", f"[TOOL_CALLS]{answer}")
+        assert ([said for said, _ in parts], reader.broken_calls) == ([name], [0])

@@ -290,6 +290,30 @@ def test_words_that_a_template_does_not_write_cannot_go_on(chunks, source, field
     assert caught.value.field == field
 
 
+def test_what_a_template_cannot_write_of_an_answer_does_not_end_the_conversation():
+    """An answer that was a broken call alone is an empty turn; one may have thought behind its text."""
+    picky = (
+        "{% for m in messages %}{% if m.role == 'assistant' and not m.content|trim %}{{ raise_exception('no') }}"
+    )
+    picky += "{% endif %}[{{ m.content|trim }}]{% endfor %}"
+    encoder = PromptEncoder.load(write_folder(Path(mkdtemp()), "bytes", picky))
+    user = ChatMessage(role="user", content="a")
+
+    def spelled(**answer):
+        turns = [user, ChatMessage(role="assistant", **answer), user]
+        prompt = encoder.encode(Generate(stream=0, messages=turns))
+        return b"".join(map(encoder.tokenizer.token_bytes, prompt.token_ids)).decode()
+
+    for content in ("", [], [TextChunk(text="")]):
+        assert spelled(content=content) == "[a][][a]"
+    chunks = [TextChunk(text="b"), ThinkingChunk(thinking="c"), TextChunk(text="d")]
+    assert spelled(content=chunks) == "[a][bd][a]"
+    for content in ("", [ThinkingChunk(thinking="c")]):
+        assert spelled(content=content, reasoning="c") == "[a][][a]"
+    with pytest.raises(InvalidRequest, match="refuses the messages: no"):
+        spelled(content=" ")
+
+
 def test_a_prompt_may_end_within_a_thought():
     encoder, user = ours("bytes", "thinking"), [ChatMessage(role="user", content="a")]
     assert encoder.encode(Generate(stream=0, messages=user)).in_thinking
