@@ -303,7 +303,7 @@ def an_unknown_model(folder: Path) -> str:
 
 def no_config(folder: Path) -> str:
     (folder / "config.json").unlink()
-    return "it has no config.json"
+    return "it has neither config.json nor params.json"
 
 
 def an_adapter(folder: Path) -> str:
@@ -346,10 +346,20 @@ def a_broken_template(folder: Path) -> str:
     return "chat template"
 
 
+def a_pointer_for_tekken(folder: Path) -> str:
+    (folder / "tekken.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2\n")
+    return "tekken.json is a pointer of git-lfs"
+
+
+def a_pointer_for_a_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2\n")
+    return "tokenizer.json is a pointer of git-lfs"
+
+
 REFUSED = (
     *(unknown_quantisation, a_tensor_short, a_tensor_more, a_broken_shard, an_unknown_model, no_config),
     *(an_adapter, a_broken_tokenizer, a_tokenizer_too_large, an_unknown_tekken, a_broken_tekken),
-    *(an_empty_tokenizer, a_broken_template),
+    *(an_empty_tokenizer, a_broken_template, a_pointer_for_tekken, a_pointer_for_a_tokenizer),
 )
 
 
