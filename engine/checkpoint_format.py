@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cierzo.engine.errors import CheckpointError, amount
+from cierzo.engine.errors import CheckpointError, size
 from cierzo.engine.fields import Fields, read_json
 from cierzo.engine.quantisation import COMPRESSED, Quantisation, WeightGroup, described, read_compressed, read_fp8
 
@@ -188,7 +188,7 @@ def _native_format(params: Fields) -> CheckpointFormat:
 
 def left_aside(num_tensors: int, num_bytes: int) -> str:
     """Say of a vision tower, which no image reaches, that it is not used."""
-    return f"images are not served: {num_tensors:,} tensors, {amount(num_bytes, 10**9)} GB, are left aside"
+    return f"images are not served: {num_tensors:,} tensors, {size(num_bytes)}, are left aside"
 
 
 def adapter_files(folder: Path) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def test_pitfall_18_the_cache_is_sized_by_latents_and_not_by_heads(told: Checkpo
 
 def test_an_unused_vision_tower_is_said_loudly(told: CheckpointReport) -> None:
     assert (told.checkpoint.vision_tensors, told.checkpoint.vision_bytes) == (VISION, 856_944_640)
-    expected = "images are not served: 222 tensors, 0.856 GB, are left aside"
+    expected = "images are not served: 222 tensors, 856.9 MB, are left aside"
     assert rows(told)["vision tower"] == expected
 
 
@@ -240,6 +240,19 @@ def test_weights_are_those_of_the_planner(small4: Path, told: CheckpointReport) 
     plan = Planner(options, parse_workload("9/9@1"), LatencyLimits()).plan("h200", changes=False)
     assert told.needs is not None
     assert plan.weight_gb == {need.weights: need.weight_bytes for need in told.needs.cards}["fp8"] / 1e9
+
+
+def test_needs_are_told_in_words_and_units_of_their_size(told: CheckpointReport) -> None:
+    said = rows(told)
+    assert told.needs is not None
+    host = msgspec.structs.replace(told.needs.host[0], weight_bytes=1_234_567, kv_bytes=4_050_000_001, fits=True)
+    needs = msgspec.structs.replace(told.needs, free_bytes=15_999_999_999, host=(host,))
+    small = dict(needs.rows())
+    assert said["longest request"] == ("262,144 tokens; the KV cache of one takes 6.04 GB in bf16, 3.02 GB in fp8")
+    assert "KV cache of all requests together unless --kv-cache-gib says otherwise (15.9 GB" in small["on this CPU"]
+    assert small[f"  {host.weights}"] == "1.24 MB of weights, 4.06 GB of cache: fits"
+    assert said["tensors"] == "56,313 in 13 file(s), 70.8 GB"
+    assert said["activations"].startswith("13,932 scales of them are stored: used only with --weights fp8 --activ")
 
 
 def test_this_machine_fits_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
