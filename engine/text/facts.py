@@ -13,7 +13,7 @@ from cierzo.engine.errors import CheckpointError
 from cierzo.engine.text.tokenizer_config import read_chat_templates, read_object, read_tokenizer_config
 from cierzo.engine.text.vocabulary import TEKKEN_FILE, TOKENIZER_FILE
 
-MISTRAL_COMMON = "mistral-common"
+MISTRAL_COMMON: Literal["mistral-common"] = "mistral-common"
 # What a chat can do, and the marks of it: one of them is in the template, or among the control tokens.
 _ABILITIES = {
     "thinking": ("[THINK]", "<think>"),
