@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cierzo.engine.errors import CheckpointError, amount
+from cierzo.engine.errors import CheckpointError, size
 from cierzo.engine.fields import Fields, read_json
 from cierzo.engine.quantisation import COMPRESSED, Quantisation, WeightGroup, described, read_compressed, read_fp8
 
@@ -41,6 +41,7 @@ _FILE_STEM: dict[Layout, str] = {"hf": "model", "native": "consolidated"}
 _LAYOUT_TEXT = {"hf": "Hugging Face", "native": "Mistral-native"}
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_REMEDY = "merge it into its base model first (PEFT: merge_and_unload)"
+UNREADABLE = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")  # files of weights in other formats
 _ADAPTER_PATTERNS = (ADAPTER_CONFIG_NAME, "adapter*.safetensors", "adapter*.bin", "lora*.safetensors")
 
 
@@ -125,6 +126,7 @@ def find_format(folder: Path) -> CheckpointFormat:
         return _native_format(Fields(read_json(folder / PARAMS_NAME), file=PARAMS_NAME))
     if not (folder / CONFIG_NAME).exists():
         refuse_lone_adapter(folder)
+        _refuse_without_config(folder)
     outer = Fields(read_json(folder / CONFIG_NAME))
     outer.only("transformers_weights", (None,), default=None)  # has transformers read another file than model.*
     sections = [outer, outer.section("text_config")] if outer.has("text_config") else [outer]
@@ -132,6 +134,19 @@ def find_format(folder: Path) -> CheckpointFormat:
     if len(declared) == 2 and declared[0] != declared[1]:
         raise sections[1].error("quantization_config", str(declared[1]), f"the same as outside ({declared[0]})")
     return declared[0] if declared else CheckpointFormat(layout, "plain")
+
+
+def _refuse_without_config(folder: Path) -> None:
+    """Raise CheckpointError for a folder without either config: what it holds instead, if that is known."""
+    if not folder.is_dir() or (folder / CONFIG_NAME).is_symlink():
+        return  # no folder, or a link to nothing: their reader tells
+    found = sorted(path.name for pattern in UNREADABLE for path in folder.glob(pattern))
+    hint = "" if any(folder.iterdir()) else ": it is empty"
+    if found:
+        hint = f"; {found[0]} is of a format that is not read: it must be converted to safetensors, with its config"
+    raise CheckpointError(
+        f"{folder} is no checkpoint: it has neither {CONFIG_NAME} nor {PARAMS_NAME}{hint}", field=CONFIG_NAME
+    )
 
 
 def _has_tensors(folder: Path, layout: Layout) -> bool:
@@ -173,7 +188,7 @@ def _native_format(params: Fields) -> CheckpointFormat:
 
 def left_aside(num_tensors: int, num_bytes: int) -> str:
     """Say of a vision tower, which no image reaches, that it is not used."""
-    return f"images are not served: {num_tensors:,} tensors, {amount(num_bytes, 10**9)} GB, are left aside"
+    return f"images are not served: {num_tensors:,} tensors, {size(num_bytes)}, are left aside"
 
 
 def adapter_files(folder: Path) -> tuple[str, ...]:

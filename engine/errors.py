@@ -36,6 +36,14 @@ def amount(num_bytes: int, unit: int, *, up: bool = False) -> str:
     return f"{scaled // scale}.{scaled % scale:0{digits}}"
 
 
+def size(num_bytes: int, *, up: bool = False) -> str:
+    """A number of bytes for a reader, in GB, MB or bytes; rounded as `amount` rounds."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if num_bytes >= unit:
+            return f"{amount(num_bytes, unit, up=up)} {name}"
+    return f"{num_bytes:,} bytes"
+
+
 class CierzoError(Exception):
     """Base. `field`, `limit` and `value` say what was wrong with what, as text, where that applies."""
 

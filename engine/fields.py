@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.git_lfs import refuse_pointer
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises CheckpointError when there is none."""
     try:
         require_file(file)
+        refuse_pointer(file)
         content = msgspec.json.decode(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} is no checkpoint: it has no {file.name}", field=file.name) from None

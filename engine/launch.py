@@ -163,11 +163,10 @@ def load_prompts(config: EngineConfig) -> tuple[EngineConfig, PromptEncoder]:
     """
     folder, model = Path(config.checkpoint), config.model
     kind = "mistral" if reads_tekken(folder, config.tokenizer) else "tokenizers"
+    prompts = PromptEncoder.load(folder, config.tokenizer, model.vocab_size)
     config = msgspec.structs.replace(config, tokenizer=kind)
-    prompts = PromptEncoder.load(folder, kind, model.vocab_size)
-    if places := prompts.unsafe_places():
-        text = "the chat template changes what it is given: a control token that a client spells becomes one in %s"
-        log.warning(text, ", ".join(places))
+    for note in prompts.notes():
+        log.warning("%s", note)
     tokenizer = prompts.tokenizer
     if tokenizer is None or not tokenizer.eos_token:
         return config, prompts

@@ -55,9 +55,9 @@ _STRATEGIES: dict[Storage, tuple[str, ...]] = {
 # Number format that keeps codes and scales as they are, where a user chooses it, and on which devices.
 _KEPT: dict[Storage, tuple[str, str]] = {
     "fp8": ("fp8", "on a GPU"),
-    "packed": ("int4", "on a CPU, where scales have 16 bits"),
-    "nvfp4": ("nvfp4", "for experts, and on a CPU for all"),
-    "mxfp4": ("nvfp4", "for experts, and on a CPU for all"),
+    "packed": ("int4", "on a CPU, which rounds their scales to 16 bits"),
+    "nvfp4": ("nvfp4", "on a CPU, and on a GPU for experts"),
+    "mxfp4": ("nvfp4", "on a CPU, and on a GPU for experts"),
 }
 _INT4_GROUP = 32  # of kernels/formats/int4.py, which finds any grid that a group lies on
 
@@ -94,10 +94,10 @@ class WeightGroup:
 
     @property
     def kept(self) -> str:
-        """The number format of weights that keeps the stored values, and where; "" where there is none."""
+        """The setting that serves the stored values, and where; "" where there is none."""
         if self.storage == "packed" and (self.bits != 4 or self.zero_points or self.columns % _INT4_GROUP):
             return ""
-        return "weights {} {}".format(*_KEPT[self.storage]) if self.storage in _KEPT else ""
+        return "--weights {} {}".format(*_KEPT[self.storage]) if self.storage in _KEPT else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +127,18 @@ class Quantisation:
         if not self.groups:
             return []
         found = []
-        kept = sorted({f"{group} is kept as it is by {group.kept}" for group in self.groups if group.kept})
-        found += kept or ["no number format keeps the stored codes"]
-        found[-1] += "; any other dequantises matrix by matrix, exactly, and rounds once"
+        kept = sorted({f"{group}: served as it is stored with {group.kept}" for group in self.groups if group.kept})
+        found += kept or ["no setting of --weights serves these weights as they are stored"]
+        found[-1] += "; otherwise each matrix is converted exactly, then rounded once to the format that is served"
         meant = sorted({group.activations for group in self.groups if group.activations})
         if meant:
-            but = ", but FP8 matrices meet them in FP8 where `activations` is fp8" if self._has_fp8 else ""
-            how = f"kernels take them in 16 bits, or scale them as they come{but}"
-            found.append(f"declares activations in {', '.join(meant)}: not done so; {how}")
+            done = "activations have 16 bits on a GPU, and 8 bits within a CPU's products, scaled as they come"
+            but = "; --activations fp8 on a GPU has them in FP8, where matrices are FP8" if self._has_fp8 else ""
+            found.append(f"made for activations in {', '.join(meant)}, which is NOT done: {done}{but}")
         if self.kv_cache:
-            found.append(f"declares keys and values in {self.kv_cache}: NOT done, they are kept as `kv_cache` says")
+            found.append(
+                f"made for keys and values in {self.kv_cache}, which is NOT done: --kv-dtype says what they are"
+            )
         return found
 
     @property

@@ -12,7 +12,7 @@ import msgspec
 from cierzo.engine.config import KV_BYTE_FORMAT, EngineOptions, resolve
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
-from cierzo.engine.errors import ConfigError, amount
+from cierzo.engine.errors import ConfigError, size
 from cierzo.engine.host import available_memory_bytes
 from cierzo.engine.kv_room import SERVED_CONTEXT_TOKENS, longest_request
 from cierzo.engine.model.config import ModelConfig
@@ -60,22 +60,21 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Labels and what `cierzo info` prints beside them."""
-        each = (f"{amount(size, GB, up=True)} GB in {format}" for format, size in self.request_bytes.items())
-        yield "longest request", f"{self.request_tokens:,} tokens, their KV cache {', '.join(each)}"
+        each = (f"{size(held, up=True)} in {format}" for format, held in self.request_bytes.items())
+        yield "longest request", f"{self.request_tokens:,} tokens; the KV cache of one takes {', '.join(each)}"
         sizes = ", ".join(f"{name} {sheet.memory_bytes // GB} GB" for name, sheet in DATA_SHEETS.items())
         yield "on GPUs", f"weights, and the fewest cards that have room for them and one such request ({sizes})"
         for need in self.cards:
             fits = ", ".join(self._fit(fit) for fit in need.fits) or "none"
-            yield f"  {need.weights}", f"{amount(need.weight_bytes, GB, up=True)} GB: {fits}"
+            yield f"  {need.weights}", f"{size(need.weight_bytes, up=True)}: {fits}"
         if any(fit.device not in DATA_SHEETS for need in self.cards for fit in need.fits):
             yield "", SEVERAL
-        yield "on this CPU", f"{amount(self.free_bytes, GB)} GB of memory are free"
+        what = "weights, and the KV cache of all requests together unless --kv-cache-gib says otherwise"
+        yield "on this CPU", f"{what} ({size(self.free_bytes)} of memory are free)"
         for host in self.host:
-            weights, cache = (amount(size, GB, up=True) for size in (host.weight_bytes, host.kv_bytes))
-            yield (
-                f"  {host.weights}",
-                f"{weights} GB + {cache} GB of cache: {'fits' if host.fits else 'does not fit'}",
-            )
+            weights, cache = (size(held, up=True) for held in (host.weight_bytes, host.kv_bytes))
+            fits = "fits" if host.fits else "does not fit"
+            yield f"  {host.weights}", f"{weights} of weights, {cache} of cache: {fits}"
 
     def _fit(self, fit: Fit) -> str:
         less = "" if fit.max_model_len >= self.request_tokens else f" (up to {fit.max_model_len:,} tokens)"

@@ -12,7 +12,7 @@ from cierzo.engine.weights.info import describe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the folder, the architecture, its size and its number formats."""
+    """Add the folder, the architecture, its size, its number formats and its tokenizer."""
     parser.add_argument("path", metavar="FOLDER", help="folder to write; must not exist")
     parser.add_argument("--like", choices=("small4", "small3"), required=True, help="whose architecture")
     parser.add_argument(
@@ -28,12 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="hf",
         help="Hugging Face's or Mistral's own layout, and what is quantised",
     )
+    parser.add_argument(
+        "--tokenizer", action="store_true", help="with a tekken.json that fits, so that it takes words and chats"
+    )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the random weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the checkpoint, then print what it holds."""
+    from cierzo.engine.text.short_tekken import short_tekken  # imports mistral-common
     from cierzo.engine.weights.make import make_checkpoint  # imports torch, which --help can do without
 
     if not arguments.path:
@@ -47,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         overwrite=arguments.overwrite,
         progress=True,
+        tokenizer=short_tekken if arguments.tokenizer else None,
     )
     print(describe(folder))
     return 0

@@ -1,5 +1,5 @@
 """Facts about a checkpoint's tokenizer and chats, read from its files without making a tokenizer: which one speaks,
-what its chats know. `cierzo info` prints them; what a server does is up to `PromptEncoder`."""
+what its chats know. `cierzo info` prints them; whether it can be served is up to `PromptEncoder`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import msgspec
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.text.tokenizer_config import read_chat_templates, read_object, read_tokenizer_config
+from cierzo.engine.text.vocabulary import TEKKEN_FILE, TOKENIZER_FILE
 
-TEKKEN, TOKENIZERS = "tekken.json", "tokenizer.json"
-MISTRAL_COMMON = "mistral-common"
+MISTRAL_COMMON: Literal["mistral-common"] = "mistral-common"
 # What a chat can do, and the marks of it: one of them is in the template, or among the control tokens.
 _ABILITIES = {
     "thinking": ("[THINK]", "<think>"),
@@ -27,8 +27,9 @@ _USUAL = {"[INST]", "[TOOL_CALLS]", "[SUFFIX]"}  # among mistral-common's own, w
 class Words(msgspec.Struct, frozen=True, kw_only=True):
     """The tokenizer of a folder and its chats. library: what reads `file`; "" where the folder has none.
 
-    num_tokens: ids that it may give. unused: files of other tokenizers. chat: where prompts of conversations come
-    from, "" for nowhere. efforts: what `reasoning_effort` may say; None where that is up to the template.
+    num_tokens: ids that it may give; 0 where the file cannot be read. unused: files of others. chat: where
+    prompts of conversations come from, "" for nowhere. efforts: what `reasoning_effort` may say; None where that is
+    up to the template.
     """
 
     library: Literal["", "mistral-common", "tokenizers"] = ""
@@ -44,6 +45,9 @@ class Words(msgspec.Struct, frozen=True, kw_only=True):
         """Labels and what `cierzo info` prints beside them. vocab_size: the model's."""
         if not self.library:
             yield "tokenizer", "none: prompts are token ids"
+            return
+        if not self.num_tokens:
+            yield "tokenizer", f"{self.file}, read by {self.library}: REFUSED, see below"
             return
         version = f" {self.version}" if self.version else ""
         of_model = "" if vocab_size is None else f" for the model's {vocab_size:,}"
@@ -100,44 +104,33 @@ class _TokenizerFile(msgspec.Struct):
     added_tokens: list[_Added] = []
 
 
-def read_words(folder: Path, vocab_size: int | None) -> tuple[Words, list[CheckpointError]]:
-    """Facts of a folder, as far as they can be read, and what is wrong with its files. vocab_size: the model's."""
-    found = tuple(name for name in (TEKKEN, TOKENIZERS) if (folder / name).exists())
-    wrong: list[CheckpointError] = []
-    words = Words(unused=found[1:])
-    if not found:
-        return words, wrong
+def read_words(folder: Path, tokenizer: str = "auto") -> Words:
+    """Facts of a folder, as far as its files can be read. tokenizer: the setting of this name."""
+    found = [name for name in (TEKKEN_FILE, TOKENIZER_FILE) if (folder / name).is_file()]
+    asked = {"mistral": TEKKEN_FILE, "tokenizers": TOKENIZER_FILE}.get(tokenizer)
+    file = asked or next(iter(found), None)
+    unused = tuple(name for name in found if name != file)
+    if file == TEKKEN_FILE:
+        words, read = Words(library=MISTRAL_COMMON, file=file, unused=unused), _mistral
+    elif file is not None:
+        words, read = Words(library="tokenizers", file=file, unused=unused), _tokenizers
+    else:
+        return Words()
     try:
-        if found[0] == TEKKEN:
-            words = _mistral(folder / TEKKEN, words)
-        else:
-            words = _tokenizers(folder, words)
-    except CheckpointError as error:
-        wrong.append(error)
-    if vocab_size is not None and words.library == MISTRAL_COMMON and words.num_tokens > vocab_size:
-        wrong.append(
-            CheckpointError(
-                f"{folder / TEKKEN} is not this model's: it has {words.num_tokens} tokens, the model's vocabulary "
-                f"{vocab_size}",
-                field="vocab_size",
-                limit=f"at least {words.num_tokens}",
-                value=vocab_size,
-            )
-        )
-    return words, wrong
+        return read(folder, words)
+    except CheckpointError:
+        return words
 
 
-def _mistral(path: Path, words: Words) -> Words:
+def _mistral(folder: Path, words: Words) -> Words:
     """tekken.json wins wherever there is one; mistral-common makes its prompts, and no template does."""
-    file = _decoded(path, _Tekken)
+    file = _decoded(folder / TEKKEN_FILE, _Tekken)
     listed = file.special_tokens
     spelled = _USUAL if listed is None else {token.token_str for token in listed}
     settings = file.model_settings_builder
     effort = None if settings is None else settings.reasoning_effort
     return msgspec.structs.replace(
         words,
-        library=MISTRAL_COMMON,
-        file=TEKKEN,
         version=file.config.version,
         num_tokens=file.config.default_vocab_size,
         chat=MISTRAL_COMMON if "[INST]" in spelled else "",
@@ -147,14 +140,12 @@ def _mistral(path: Path, words: Words) -> Words:
 
 
 def _tokenizers(folder: Path, words: Words) -> Words:
-    file = _decoded(folder / TOKENIZERS, _TokenizerFile)
+    file = _decoded(folder / TOKENIZER_FILE, _TokenizerFile)
     vocab = file.model.vocab or {}
     ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
     template = read_chat_templates(folder).get("default")
     return msgspec.structs.replace(
         words,
-        library="tokenizers",
-        file=TOKENIZERS,
         num_tokens=1 + max((*ids, *(token.id for token in file.added_tokens)), default=-1),
         chat="" if template is None else _origin(folder),
         abilities=tuple(

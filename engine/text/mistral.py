@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -42,8 +41,6 @@ from cierzo.engine.text.tekken import TekkenVocabulary, load_tekken
 from cierzo.engine.text.tool_arguments import canonical_json
 from cierzo.engine.text.unicode import refuse_surrogates
 from cierzo.engine.text.vocabulary import TEKKEN_FILE, refuse_unfit
-
-log = logging.getLogger(__name__)
 
 _WRITERS: dict[TokenizerVersion, type[InstructTokenizerV3]] = {
     TokenizerVersion.v3: InstructTokenizerV3,
@@ -143,17 +140,18 @@ class MistralChat:
 
 def load_mistral(
     checkpoint_dir: Path, vocab_size: int | None = None
-) -> tuple[TekkenVocabulary, MistralChat | None]:
-    """Read tekken.json. Without a chat where it lacks what a conversation is written with, which is told.
+) -> tuple[TekkenVocabulary, MistralChat | None, str]:
+    """Read tekken.json. Without a chat where it lacks what a conversation is written with; the last is a sentence
+    that says so, or "".
 
     Raises CheckpointError.
     """
     vocabulary = load_tekken(checkpoint_dir, vocab_size)
     try:
-        return vocabulary, MistralChat(vocabulary)
+        return vocabulary, MistralChat(vocabulary), ""
     except ValueError as error:
-        log.warning("%s: text is served, conversations are not: %s", checkpoint_dir / TEKKEN_FILE, error)
-        return vocabulary, None
+        path = checkpoint_dir / TEKKEN_FILE
+        return vocabulary, None, f"{path}: text is served, conversations are not: {error}"
 
 
 def their_tools(tools: list[Tool]) -> list[TheirTool]:

@@ -22,7 +22,7 @@ from cierzo.engine.text.syntax import Syntax, syntax_of
 from cierzo.engine.text.template_chat import TemplateChat
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
 from cierzo.engine.text.tokenizer_config import image_token_ids, read_chat_templates
-from cierzo.engine.text.vocabulary import TEKKEN_FILE, Chat, refuse_unfit
+from cierzo.engine.text.vocabulary import TEKKEN_FILE, TOKENIZER_FILE, Chat, refuse_unfit
 
 if TYPE_CHECKING:
     from cierzo.engine.text.tekken import TekkenVocabulary
@@ -47,27 +47,29 @@ class PromptEncoder:
     """Tokenizer and chat template of what is served; either may be missing, then only `token_ids` (or no
     `messages`) can be asked. `other_templates`: names of chat templates where none is the default.
     `image_token_ids`: the tokens that stand for an image. `syntax`: how the model marks thoughts and calls; None if
-    it marks nothing."""
+    it marks nothing. `missing`: a sentence on what of the files cannot be used, or ""."""
 
     tokenizer: Tokenizer | TekkenVocabulary | None = None
     template: Chat | None = None
     other_templates: tuple[str, ...] = ()
     image_token_ids: frozenset[int] = frozenset()
     syntax: Syntax | None = None
+    missing: str = ""
 
     @classmethod
     def load(cls, checkpoint_dir: Path, tokenizer: str = "auto", vocab_size: int | None = None) -> PromptEncoder:
         """Read tokenizer and chat template from a checkpoint's folder; raises CheckpointError.
 
-        tokenizer: "mistral" reads tekken.json, "tokenizers" tokenizer.json, "auto" the first of them that is there.
+        tokenizer: "mistral" reads tekken.json, "tokenizers" tokenizer.json, and each must be there; "auto" reads
+        the first of them that is.
         vocab_size: of the model.
         """
         if reads_tekken(checkpoint_dir, tokenizer):
             from cierzo.engine.text.mistral import load_mistral  # takes half a second, and memory
 
-            tekken, chat = load_mistral(checkpoint_dir, vocab_size)
+            tekken, chat, missing = load_mistral(checkpoint_dir, vocab_size)
             images = image_token_ids(checkpoint_dir, tekken.special_ids)
-            return cls(tekken, chat, (), images, syntax_of(tekken, None, tekken.version))
+            return cls(tekken, chat, (), images, syntax_of(tekken, None, tekken.version), missing)
         return cls._load_tokenizers(checkpoint_dir)
 
     @classmethod
@@ -94,6 +96,12 @@ class PromptEncoder:
     def unsafe_places(self) -> list[str]:
         """The fields of a conversation in which a client's text may become a control token. Takes milliseconds."""
         return self.template.unsafe_places() if isinstance(self.template, TemplateChat) else []
+
+    def notes(self) -> list[str]:
+        """Sentences for whoever serves this, in a server's log and of `cierzo info`. Takes milliseconds."""
+        found, places = [self.missing] if self.missing else [], ", ".join(self.unsafe_places())
+        text = "the chat template changes what it is given: a control token that a client spells becomes one in"
+        return [*found, f"{text} {places}"] if places else found
 
     def encode(self, message: Generate, max_tokens: int | None = None) -> Prompt:
         """Encode the prompt; raises InvalidRequest, before it encodes, if a text cannot fit `max_tokens`.
@@ -185,16 +193,19 @@ def call_id(seed: int | None, num_prompt_tokens: int, sample: int, number: int) 
 
 def reads_tekken(checkpoint_dir: Path, tokenizer: str) -> bool:
     """Whether the words of a folder are those of its tekken.json, by this setting. Raises CheckpointError where
-    they are to be, and there is none."""
-    path = checkpoint_dir / TEKKEN_FILE
-    if tokenizer == "mistral" and not path.is_file():
+    the setting names a tokenizer whose file is not there."""
+    files = {"mistral": TEKKEN_FILE, "tokenizers": TOKENIZER_FILE}
+    there = [name for name, file in files.items() if (checkpoint_dir / file).is_file()]
+    if tokenizer in files and tokenizer not in there:
+        limit = " or ".join(("auto", *there))
         raise CheckpointError(
-            f"tokenizer is mistral, which reads {TEKKEN_FILE}, and {checkpoint_dir} has none",
+            f"tokenizer is {tokenizer}, which reads {files[tokenizer]}, and {checkpoint_dir} has none; it may be "
+            f"{limit}",
             field="tokenizer",
-            limit="auto, tokenizers",
+            limit=limit,
             value=tokenizer,
         )
-    return tokenizer != "tokenizers" and path.is_file()
+    return tokenizer != "tokenizers" and "mistral" in there
 
 
 def content_chars(turn: ChatMessage) -> int:

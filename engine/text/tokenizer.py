@@ -9,6 +9,7 @@ import msgspec
 import tokenizers
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
+from cierzo.engine.git_lfs import refuse_pointer
 from cierzo.engine.text.control_tokens import ControlTokens, is_control
 from cierzo.engine.text.tokenizer_config import TokenizerConfig, read_chat_templates, read_tokenizer_config
 from cierzo.engine.text.unicode import refuse_surrogates
@@ -200,6 +201,7 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer | None:
     path = checkpoint_dir / "tokenizer.json"
     if not path.exists():
         return None
+    refuse_pointer(path)
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception

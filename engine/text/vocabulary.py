@@ -10,7 +10,8 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import Generate
 from cierzo.engine.text.detok import MAX_CHAR_BYTES
 
-TEKKEN_FILE = "tekken.json"  # of a folder in Mistral's layout; some folders have tokenizer.json too
+TEKKEN_FILE = "tekken.json"  # of a folder in Mistral's layout; some folders have both
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class TokenSizes(Protocol):

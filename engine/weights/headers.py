@@ -15,9 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cierzo.engine.checkpoint_format import PARAMS_NAME, CheckpointFormat, find_format, refuse_lone_adapter
+from cierzo.engine.checkpoint_format import (
+    PARAMS_NAME,
+    UNREADABLE,
+    CheckpointFormat,
+    find_format,
+    refuse_lone_adapter,
+)
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.fields import naming_unreadable, read_json, require_file
+from cierzo.engine.git_lfs import refuse_pointer
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +93,7 @@ def read_shard_header(path: Path) -> dict[str, TensorInfo]:
     try:
         require_file(path)
         file_bytes = path.stat().st_size
+        refuse_pointer(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or length > min(file_bytes - 8, _MAX_HEADER_BYTES):
@@ -176,9 +184,11 @@ def _find_tensors(folder: Path, format: CheckpointFormat) -> dict[str, str] | Pa
 def _no_tensors(folder: Path, format: CheckpointFormat, wanted: str) -> CheckpointError:
     """The error for a folder without tensors: it says what is missing, and what lies there instead."""
     refuse_lone_adapter(folder)
-    patterns = (_OTHER_FORMATS[format.layout], *_UNREADABLE)
+    shards = sorted(path.name for path in folder.glob(f"{format.stem}*.safetensors"))
+    patterns = (_OTHER_FORMATS[format.layout], *UNREADABLE)
     others = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
-    return CheckpointError(f"{folder} holds neither {wanted}{_hint(others)}", field=wanted.split()[0])
+    hint = _hint_at_index(shards) if shards else _hint(others)
+    return CheckpointError(f"{folder} holds neither {wanted}{hint}", field=wanted.split()[0])
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -198,7 +208,11 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 _OTHER_FORMATS = {"hf": "consolidated*.safetensors", "native": "model*.safetensors"}
-_UNREADABLE = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")
+
+
+def _hint_at_index(shards: list[str]) -> str:
+    more = f" and {len(shards) - 1} more lie" if len(shards) > 1 else " lies"
+    return f" ({shards[0]}{more} there; the index, which says what is in which file, comes with them)"
 
 
 def _hint(others: list[str]) -> str:

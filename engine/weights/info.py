@@ -18,7 +18,7 @@ from cierzo.engine.checkpoint_format import (
     found_layouts,
     left_aside,
 )
-from cierzo.engine.errors import CheckpointError
+from cierzo.engine.errors import CheckpointError, size
 from cierzo.engine.fields import naming_unreadable
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig
 from cierzo.engine.model.read_config import read_model_config
@@ -104,11 +104,11 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
         if self.model is not None:
             yield from _model_rows(self.model)
         if self.num_tensors:
-            yield "tensors", f"{self.num_tensors:,} in {self.num_shards} file(s), {self.num_bytes / 1e9:.3f} GB"
-            yield "stored as", ", ".join(f"{dtype} {size / 1e9:.3f} GB" for dtype, size in self.stored.items())
+            yield "tensors", f"{self.num_tensors:,} in {self.num_shards} file(s), {size(self.num_bytes)}"
+            yield "stored as", ", ".join(f"{dtype} {size(held)}" for dtype, held in self.stored.items())
         if self.activation_scales:
-            what = "used for FP8 weights alone, on a GPU where `activations` is fp8; else they have 16 bits"
-            yield "activations", f"{self.activation_scales:,} scales: {what}"
+            what = "used only with --weights fp8 --activations fp8 on a GPU, else ignored"
+            yield "activations", f"{self.activation_scales:,} scales of them are stored: {what}"
         for note in self.notes:
             yield "quantisation", note
         yield from self._component_rows()

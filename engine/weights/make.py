@@ -1,10 +1,12 @@
 """Random checkpoints in the shape of Mistral Small 4 or Small 3, for tests and benchmarks.
 
-They have no tokenizer: prompts are token ids. Their output means nothing, and costs what the real one costs.
+Prompts are token ids, unless a tokenizer is written too. Their output means nothing, and costs what the real one
+costs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from cierzo.engine.errors import refusal
@@ -28,6 +30,7 @@ def make_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: bool = False,
+    tokenizer: Callable[[int], bytes] | None = None,
 ) -> Path:
     """Write a random checkpoint folder at `path`, whole or not at all, and return `path`.
 
@@ -37,7 +40,7 @@ def make_checkpoint(
     standard deviation 0.02; norm weights are 1. A tensor's values depend on the seed and its name alone, not on
     shards or other tensors.
     max_shard_bytes: size limit of one safetensors file. overwrite: replace an existing checkpoint folder.
-    progress: show a bar.
+    progress: show a bar. tokenizer: makes the tekken.json of a vocabulary of so many tokens.
 
     Raises ConfigError for an unknown like, scale, dtype, format or seed, or a format that does not fit the others;
     CheckpointError, with the numbers, when the disk has no room, and when `path` exists and `overwrite` is false.
@@ -51,8 +54,11 @@ def make_checkpoint(
     format = check_format(checkpoint_format, shape, dtype)
     plans = tensor_plans(shape, format, _STORED[dtype])
     config = shape.config(dtype)
+    tekken = None if tokenizer is None else tokenizer(shape.vocab_size)
     with new_folder(path, overwrite=overwrite, num_bytes=sum(plan.num_bytes for plan in plans)) as folder:
         write_json(folder / format.config_name, config_file(shape, format, dtype))
+        if tekken is not None:
+            (folder / "tekken.json").write_bytes(tekken)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         write_json(
             folder / "generation_config.json", {name: config[name] for name in ids if config[name] is not None}

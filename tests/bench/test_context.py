@@ -101,7 +101,7 @@ def test_it_prints_and_writes_what_it_measured(
     ("words", "told"),
     [
         (["{tmp}/none", "--decode", "5"], "checkpoint must be the folder of a checkpoint, got "),
-        (["{tmp}", "--decode", "5"], "is no checkpoint: it has no config.json"),
+        (["{tmp}", "--decode", "5"], "is no checkpoint: it has neither config.json nor params.json"),
         (["{tmp}", "--decode", "5", "--json", "{tmp}/none/x"], "none/x cannot be written"),
         (["{tmp}"], "needs --decode or --prefill"),
         (["{tmp}", "--decode", "0"], "--decode: must be an integer from 1 to 1048576, got '0'"),

@@ -55,7 +55,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
             (("bench", "step", "--profile"), ()),
         )
     ),
-    (("serve", "{tmp}/empty"), 1, "is no checkpoint: it has no config.json"),
+    (("serve", "{tmp}/empty"), 1, "is no checkpoint: it has neither config.json nor params.json: it is empty"),
     # addresses, refused before the settings are printed
     *(
         (

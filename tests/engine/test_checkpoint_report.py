@@ -15,14 +15,17 @@ import torch
 from header_folders import VISION, write_headers
 from published import SMALL3, SMALL4, Published
 from safetensors.torch import save_file
+from tekken_folders import tekken, write_tekken
+from word_folders import byte_level
 
 from cierzo.bench.plan.search import LatencyLimits, Planner
 from cierzo.bench.workload import parse_workload
 from cierzo.cli import main
-from cierzo.engine import requirements
+from cierzo.engine import LLM, requirements
 from cierzo.engine.checkpoint_report import CheckpointReport, report
 from cierzo.engine.config import EngineOptions, resolve
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import CheckpointError, ConfigError
+from cierzo.engine.launch import load_prompts
 from cierzo.engine.model.build import parameter_specs
 from cierzo.engine.text.facts import read_words
 
@@ -44,8 +47,7 @@ TOKENIZER = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 190, 
 def small4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small 4's NVFP4 folder as it is published, vision tower and all, but for the data."""
     folder = write_headers(tmp_path_factory.mktemp("small4"), "small4", "native-nvfp4", shards=13, vision=True)
-    (folder / "tekken.json").write_text(json.dumps(TEKKEN))
-    return folder
+    return write_tekken(folder, full=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_pitfall_18_the_cache_is_sized_by_latents_and_not_by_heads(told: Checkpo
 
 def test_an_unused_vision_tower_is_said_loudly(told: CheckpointReport) -> None:
     assert (told.checkpoint.vision_tensors, told.checkpoint.vision_bytes) == (VISION, 856_944_640)
-    expected = "images are not served: 222 tensors, 0.856 GB, are left aside"
+    expected = "images are not served: 222 tensors, 856.9 MB, are left aside"
     assert rows(told)["vision tower"] == expected
 
 
@@ -119,7 +121,7 @@ def test_a_folder_with_both_layouts_says_which_is_read(tmp_path: Path) -> None:
 
 def test_it_is_quick(small4: Path) -> None:
     """CPU time in proportion to that of decoding the headers' JSON, so that a slow machine does not fail it: 14
-    times as much, 0.9 s where this was written."""
+    times as much, 0.9 s where this was written. Without its tokenizer, whose library takes as long again."""
     files = [*small4.glob("*.safetensors"), *small4.glob("*.index.json")]
     texts = [file.read_bytes() for file in files if file.suffix == ".json"]
     for file in files:
@@ -133,7 +135,7 @@ def test_it_is_quick(small4: Path) -> None:
         return time.process_time() - start
 
     base = min(seconds(lambda: [json.loads(text) for text in texts]) for _ in range(3))
-    assert min(seconds(lambda: report(small4, parameter_specs)) for _ in range(3)) < 35 * base
+    assert min(seconds(lambda: report(small4, parameter_specs, "tokenizers")) for _ in range(3)) < 35 * base
 
 
 # --- which tokenizer speaks
@@ -143,9 +145,8 @@ def test_tekken_wins_and_the_other_is_named(tmp_path: Path) -> None:
     write(tmp_path / "tekken.json", TEKKEN)
     write(tmp_path / "tokenizer.json", TOKENIZER)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    words, wrong = read_words(tmp_path, 131_072)
+    words = read_words(tmp_path)
     said = dict(words.rows(131_072))
-    assert not wrong
     assert words.unused == ("tokenizer.json",)
     assert said["chat"] == "mistral-common, thinking, tool calls, fill in the middle"
     assert words.efforts == ("none", "high")
@@ -154,8 +155,8 @@ def test_tekken_wins_and_the_other_is_named(tmp_path: Path) -> None:
 
 def test_an_older_tekken_has_no_efforts(tmp_path: Path) -> None:
     write(tmp_path / "tekken.json", {"config": {"version": "v7", "default_vocab_size": 131072}, "vocab": []})
-    words, wrong = read_words(tmp_path, 131_072)
-    assert (words.version, words.efforts, wrong) == ("v7", (), [])
+    words = read_words(tmp_path)
+    assert (words.version, words.efforts) == ("v7", ())
     assert (words.chat, words.abilities) == ("mistral-common", ("tool calls", "fill in the middle"))
 
 
@@ -165,8 +166,8 @@ def test_a_tekken_without_the_markers_of_chats_has_none(tmp_path: Path) -> None:
         tmp_path / "tekken.json",
         {"config": {"version": "v7", "default_vocab_size": 272}, "special_tokens": special},
     )
-    words, wrong = read_words(tmp_path, 272)
-    assert (words.chat, words.num_tokens, wrong) == ("", 272, [])
+    words = read_words(tmp_path)
+    assert (words.chat, words.num_tokens) == ("", 272)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +185,8 @@ def test_a_template_is_named_with_what_it_knows(tmp_path: Path, file: str, origi
         (tmp_path / file).write_text(template)
     else:
         write(tmp_path / file, {"chat_template": template})
-    words, wrong = read_words(tmp_path, 192)
-    assert (words.chat, words.abilities, words.efforts, wrong) == (origin, ("thinking",), None, [])
+    words = read_words(tmp_path)
+    assert (words.chat, words.abilities, words.efforts) == (origin, ("thinking",), None)
     assert (
         dict(words.rows(192))["tokenizer"] == "tokenizer.json, read by tokenizers: 191 tokens for the model's 192"
     )
@@ -193,12 +194,12 @@ def test_a_template_is_named_with_what_it_knows(tmp_path: Path, file: str, origi
 
 def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
     write(tmp_path / "tokenizer.json", TOKENIZER)
-    words, _ = read_words(tmp_path, 192)
+    words = read_words(tmp_path)
     assert dict(words.rows(192))["chat"] == "none: prompts are texts or token ids"
 
 
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
-    assert list(read_words(tmp_path, 192)[0].rows(192)) == [("tokenizer", "none: prompts are token ids")]
+    assert list(read_words(tmp_path).rows(192)) == [("tokenizer", "none: prompts are token ids")]
 
 
 # --- what it needs
@@ -239,6 +240,19 @@ def test_weights_are_those_of_the_planner(small4: Path, told: CheckpointReport) 
     plan = Planner(options, parse_workload("9/9@1"), LatencyLimits()).plan("h200", changes=False)
     assert told.needs is not None
     assert plan.weight_gb == {need.weights: need.weight_bytes for need in told.needs.cards}["fp8"] / 1e9
+
+
+def test_needs_are_told_in_words_and_units_of_their_size(told: CheckpointReport) -> None:
+    said = rows(told)
+    assert told.needs is not None
+    host = msgspec.structs.replace(told.needs.host[0], weight_bytes=1_234_567, kv_bytes=4_050_000_001, fits=True)
+    needs = msgspec.structs.replace(told.needs, free_bytes=15_999_999_999, host=(host,))
+    small = dict(needs.rows())
+    assert said["longest request"] == ("262,144 tokens; the KV cache of one takes 6.04 GB in bf16, 3.02 GB in fp8")
+    assert "KV cache of all requests together unless --kv-cache-gib says otherwise (15.9 GB" in small["on this CPU"]
+    assert small[f"  {host.weights}"] == "1.24 MB of weights, 4.06 GB of cache: fits"
+    assert said["tensors"] == "56,313 in 13 file(s), 70.8 GB"
+    assert said["activations"].startswith("13,932 scales of them are stored: used only with --weights fp8 --activ")
 
 
 def test_this_machine_fits_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +316,7 @@ def an_unknown_model(folder: Path) -> str:
 
 def no_config(folder: Path) -> str:
     (folder / "config.json").unlink()
-    return "it has no config.json"
+    return "it has neither config.json nor params.json"
 
 
 def an_adapter(folder: Path) -> str:
@@ -319,14 +333,54 @@ def a_broken_tokenizer(folder: Path) -> str:
 
 
 def a_tokenizer_too_large(folder: Path) -> str:
-    write(folder / "tekken.json", TEKKEN)
-    return "tekken.json is not this model's: it has 131072 tokens, the model's vocabulary 192"
+    num_tokens = tekken("v15")["config"]["default_vocab_size"]
+    write_tekken(folder)
+    return f"tekken.json is not this model's: it has {num_tokens} tokens, the model 192"
+
+
+def an_unknown_tekken(folder: Path) -> str:
+    write_tekken(folder, config=tekken("v15")["config"] | {"version": "v99"})
+    return "tekken.json cannot be read: ValueError: Unknown version: v99"
+
+
+def a_broken_tekken(folder: Path) -> str:
+    (folder / "tekken.json").write_text("{")
+    return "tekken.json cannot be read: JSONDecodeError: "
+
+
+def an_empty_tokenizer(folder: Path) -> str:
+    write(folder / "tokenizer.json", {})
+    return "tokenizer.json cannot be read: "
+
+
+def a_broken_template(folder: Path) -> str:
+    byte_level().save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    return "chat template"
+
+
+def a_pointer_for_tekken(folder: Path) -> str:
+    (folder / "tekken.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2\n")
+    return "tekken.json is a pointer of git-lfs"
+
+
+def a_pointer_for_a_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2\n")
+    return "tokenizer.json is a pointer of git-lfs"
 
 
 REFUSED = (
     *(unknown_quantisation, a_tensor_short, a_tensor_more, a_broken_shard, an_unknown_model, no_config),
-    *(an_adapter, a_broken_tokenizer, a_tokenizer_too_large),
+    *(an_adapter, a_broken_tokenizer, a_tokenizer_too_large, an_unknown_tekken, a_broken_tekken),
+    *(an_empty_tokenizer, a_broken_template, a_pointer_for_tekken, a_pointer_for_a_tokenizer),
 )
+
+
+def as_served(folder: Path, tokenizer: Any = "auto") -> str:
+    """The words in which an engine refuses to start with a folder."""
+    with pytest.raises(CheckpointError) as caught:
+        LLM(folder, tokenizer=tokenizer, threads=1, max_model_len=128, kv_cache_gib=0.02, block_tokens=8)
+    return caught.value.message
 
 
 @pytest.mark.parametrize("spoil", REFUSED)
@@ -341,9 +395,10 @@ def test_a_refused_folder_prints_its_facts_and_why(
     refusals = [line for line in out.splitlines() if line.startswith("refused: ")]
     assert len(refusals) == 1
     assert why in refusals[0]
+    assert refusals[0] == f"refused: {as_served(folder)}"
     if spoil is not an_adapter and spoil is not a_broken_shard:
         assert "23 in 1 file(s)" in out or "22 in 1 file(s)" in out or "24 in 1 file(s)" in out
-    if spoil in (a_tensor_short, a_tensor_more, a_broken_shard, a_broken_tokenizer, a_tokenizer_too_large):
+    if REFUSED.index(spoil) > REFUSED.index(an_adapter) or spoil in (a_tensor_short, a_tensor_more, a_broken_shard):
         assert "architecture      mistral\n" in out
         assert "on GPUs" in out
 
@@ -354,6 +409,53 @@ def test_two_things_wrong_are_both_told(tmp_path: Path) -> None:
     found = report(folder, parameter_specs).refused
     assert len(found) == 2
     assert all(why in said for why, said in zip(expected, found, strict=True))
+
+
+def test_a_tokenizer_that_is_refused_is_not_called_none(tmp_path: Path) -> None:
+    folder = Published(SMALL3, "hf").write(tmp_path)
+    a_broken_tekken(folder)
+    assert rows(report(folder))["tokenizer"] == "tekken.json, read by mistral-common: REFUSED, see below"
+
+
+@pytest.mark.parametrize(("asked", "there"), [("tokenizers", "tekken.json"), ("mistral", "tokenizer.json")])
+def test_a_setting_that_names_a_tokenizer_needs_its_file(
+    asked: str, there: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Published(SMALL3, "hf").write(tmp_path)
+    byte_level().save(str(folder / "tokenizer.json"))
+    write_tekken(folder)
+    (folder / {"tekken.json": "tokenizer.json", "tokenizer.json": "tekken.json"}[there]).unlink()
+    assert main(["info", str(folder), "--tokenizer", asked]) == 1
+    said = as_served(folder, asked)
+    assert said.startswith(f"tokenizer is {asked}, which reads ")
+    assert capsys.readouterr().out.endswith(f"\nrefused: {said}\n")
+
+
+def test_a_setting_chooses_the_tokenizer_that_is_told(tmp_path: Path) -> None:
+    folder = Published(SMALL3, "hf").write(tmp_path)
+    byte_level().save(str(folder / "tokenizer.json"))
+    a_broken_tekken(folder)
+    found = report(folder, parameter_specs, "tokenizers")
+    assert (found.words.file, found.words.unused) == ("tokenizer.json", ("tekken.json",))
+
+
+def test_what_a_server_warns_of_is_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Published(SMALL3, "hf").write(tmp_path)
+    byte_level().save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content | lower }}{% endfor %}")
+    load_prompts(resolve(EngineOptions(model=str(folder))))
+    (warned,) = (text for text in caplog.messages if "chat template" in text)
+    main(["info", str(folder)])
+    assert f"\nnote: {warned}\n" in capsys.readouterr().out
+
+
+def test_a_tekken_that_writes_no_conversation_is_told_to_have_no_chat(tmp_path: Path) -> None:
+    write_tekken(tmp_path, special_tokens=tekken("v13")["special_tokens"])
+    found = report(tmp_path)
+    assert "text is served, conversations are not" in found.notes[0]
+    assert (found.words.chat, found.words.abilities, found.words.efforts) == ("", (), ())
 
 
 def test_json_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -310,9 +310,16 @@ def test_what_is_done_with_activations_and_the_cache_is_said(
         model.stored |= {f"model.layers.{layer}.self_attn.{one}_scale": torch.ones(1) for one in "kv"}
     with caplog.at_level(logging.INFO):
         assert_same(load(model.write(tmp_path)), model)
-    assert "declares activations in FP8 (static): not done so; kernels take them in 16 bits" in caplog.text
-    assert "declares keys and values in FP8 (static): NOT done, they are kept as `kv_cache` says" in caplog.text
-    assert "FP8, one scale a matrix is kept as it is by weights fp8 on a GPU" in caplog.text
+    assert (
+        "made for activations in FP8 (static), which is NOT done: activations have 16 bits on a GPU" in caplog.text
+    )
+    assert (
+        "made for keys and values in FP8 (static), which is NOT done: --kv-dtype says what they are" in caplog.text
+    )
+    assert (
+        "FP8, one scale a matrix: served as it is stored with --weights fp8 on a GPU; otherwise each matrix"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(

@@ -223,5 +223,7 @@ def test_unsupported_values_are_named(tmp_path: Path, values: dict[str, Any], fi
 
 
 def test_no_config_at_all_is_told_as_ever(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no checkpoint: it has no config\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint: it has neither config\.json nor params\.json: it is empty"
+    ):
         read_model_config(tmp_path)

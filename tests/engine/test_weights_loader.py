@@ -102,7 +102,7 @@ def test_vision_tensors_are_left_aside_with_a_warning(tmp_path: Path, caplog: py
     assert_same(load(folder), stored)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == f"{folder}: images are not served: 2 tensors, 0.00000000800 GB, are left aside"
+    assert record.getMessage() == f"{folder}: images are not served: 2 tensors, 8 bytes, are left aside"
 
 
 def test_old_rotary_buffers_are_ignored(tmp_path: Path) -> None:

@@ -18,9 +18,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from cierzo.cli import main
+from cierzo.engine import LLM
+from cierzo.engine.checkpoint_report import report
 from cierzo.engine.errors import CheckpointError, ConfigError
+from cierzo.engine.messages import ChatMessage
 from cierzo.engine.model.build import parameter_specs
 from cierzo.engine.model.read_config import read_model_config
+from cierzo.engine.text.short_tekken import NUM_BYTES, NUM_CONTROL, short_tekken
 from cierzo.engine.weights import make
 from cierzo.engine.weights.folder import new_folder
 from cierzo.engine.weights.headers import INDEX_NAME
@@ -226,3 +231,23 @@ def test_a_piece_too_few_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="2 bytes given for"):
         make_checkpoint(tmp_path / "new", like="small3")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("like", ["small4", "small3"])
+def test_a_random_checkpoint_with_a_tokenizer_takes_words_and_chats(tmp_path: Path, like: str) -> None:
+    assert main(["make-checkpoint", str(tmp_path / "made"), "--like", like, "--tokenizer"]) == 0
+    settings = {"threads": 1, "max_model_len": 256, "kv_cache_gib": 0.02, "block_tokens": 8}
+    with LLM(tmp_path / "made", **settings) as llm:
+        assert len(llm.generate("hola, \u65e5", max_tokens=2)[0].token_ids) == 2
+        asked, effort = [ChatMessage(role="user", content="hola")], "high"
+        assert len(llm.chat(asked, max_tokens=2, reasoning_effort=effort).token_ids) == 2
+    found = report(tmp_path / "made")
+    assert found.words.num_tokens == found.checkpoint.model.vocab_size
+    assert (found.refused, found.notes) == ((), ())
+
+
+def test_a_vocabulary_too_small_for_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    assert short_tekken(NUM_BYTES + NUM_CONTROL)
+    with pytest.raises(ConfigError, match="a vocabulary of 320 or more"):
+        make_checkpoint(tmp_path / "made", like="small4", scale=0.001, tokenizer=short_tekken)
+    assert not (tmp_path / "made").exists()

@@ -66,8 +66,9 @@ def wrong_span(folder: Path) -> None:
     (folder / SECOND).write_bytes(data.replace(b'"shape":[5]', b'"shape":[6]'))
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4938985352\n"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "it has no config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "it has neither config.json nor params.json"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json cannot be read"),
     "config a list": (lambda f: write(f / "config.json", []), "no JSON object"),
@@ -83,9 +84,32 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: save_file({"c": torch.zeros(5, dtype=torch.float8_e4m3fn)}, f / SECOND),
         "tensor c is F8_E4M3, but config.json declares no quantisation",
     ),
-    "no index": (lambda f: (f / INDEX_NAME).unlink(), "neither model.safetensors.index.json nor model.safetensors"),
+    "no index": (
+        lambda f: (f / INDEX_NAME).unlink(),
+        rf"neither {INDEX_NAME} nor model.safetensors \({FIRST} and 1 more lie there; the index, ",
+    ),
+    "no index and one shard": (
+        lambda f: [(f / INDEX_NAME).unlink(), (f / SECOND).unlink()],
+        rf"\({FIRST} lies there; the index, ",
+    ),
+    "GGUF alone": (
+        lambda f: [(f / "config.json").unlink(), (f / "tiny.gguf").touch()],
+        "neither config.json nor params.json; tiny.gguf is of a format that is not read",
+    ),
+    "pointer for a shard": (
+        lambda f: (f / SECOND).write_text(POINTER),
+        f"{SECOND} is a pointer of git-lfs.*git lfs pull",
+    ),
+    "pointer for the index": (
+        lambda f: (f / INDEX_NAME).write_text(POINTER),
+        f"{INDEX_NAME} is a pointer of git-lfs",
+    ),
     "other format": (
-        lambda f: [(f / INDEX_NAME).rename(f / "old"), (f / FIRST).rename(f / "consolidated.safetensors")],
+        lambda f: [
+            (f / INDEX_NAME).unlink(),
+            (f / SECOND).unlink(),
+            (f / FIRST).rename(f / "consolidated.safetensors"),
+        ],
         "consolidated.safetensors would need params.json beside it",
     ),
     "index not JSON": (lambda f: (f / INDEX_NAME).write_text("nonsense"), "index.json cannot be read"),

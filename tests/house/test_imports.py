@@ -14,7 +14,7 @@ Edge = tuple[str, int, str]  # module, line, the full name that it imports
 
 PARAMETERS = (
     *("engine.parameters", "engine.checkpoint_format", "engine.quantisation"),
-    *("engine.fields", "engine.errors"),
+    *("engine.fields", "engine.git_lfs", "engine.errors"),
 )
 WORKER = (
     *("kernels", "engine.model", "engine.weights", *PARAMETERS),
@@ -94,7 +94,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.errors",
     ),
     "engine.cost.step_model": ("engine.cost", "engine.config", "engine.errors"),
-    "engine.fields": ("engine.errors",),
+    "engine.git_lfs": ("engine.errors",),
+    "engine.fields": ("engine.git_lfs", "engine.errors"),
     "engine.quantisation": ("engine.fields",),
     "engine.checkpoint_format": ("engine.quantisation", "engine.fields", "engine.errors"),
     "engine.parameters": ("kernels.formats", "engine.errors"),
@@ -104,7 +105,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("kernels", *PARAMETERS),
     ),
     "engine.worker": WORKER,
-    "engine.text": ("engine.text", "engine.messages", "engine.errors"),
+    "engine.text": ("engine.text", "engine.messages", "engine.git_lfs", "engine.errors"),
     "engine.frontend": (
         "engine.frontend",
         "engine.text",

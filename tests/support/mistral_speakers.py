@@ -51,7 +51,7 @@ def speaker(version: str, *, full: bool = False) -> Speaker:
     """Both readers of a tekken.json of this version."""
     with tempfile.TemporaryDirectory() as name:
         folder = write_tekken(Path(name), version, full=full)
-        vocabulary, chat = load_mistral(folder)
+        vocabulary, chat, _ = load_mistral(folder)
         assert chat is not None
         return Speaker(vocabulary, chat, MistralTokenizer.from_file(folder / "tekken.json"))
 

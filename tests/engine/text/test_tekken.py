@@ -96,7 +96,13 @@ def test_pitfall_19_tekken_speaks_where_both_are_there(tmp_path: Path) -> None:
         prompts = PromptEncoder.load(tmp_path, setting)
         assert (type(prompts.tokenizer), type(prompts.template)) == (vocabulary, chat)
     (tmp_path / "tokenizer.json").unlink()
-    assert PromptEncoder.load(tmp_path, "tokenizers") == PromptEncoder()
+    with pytest.raises(
+        CheckpointError, match=r"which reads tokenizer\.json, and .* has none; it may be auto or m"
+    ) as caught:
+        PromptEncoder.load(tmp_path, "tokenizers")
+    assert (caught.value.field, caught.value.limit) == ("tokenizer", "auto or mistral")
+    (tmp_path / "tekken.json").unlink()
+    assert PromptEncoder.load(tmp_path) == PromptEncoder()
 
 
 def test_prompts_of_a_folder_with_tekken(tmp_path: Path) -> None:
@@ -110,15 +116,13 @@ def test_prompts_of_a_folder_with_tekken(tmp_path: Path) -> None:
     assert prompts.max_text_bytes(2) == 2 * ours.vocabulary.longest_token_bytes
 
 
-def test_a_file_of_bytes_and_few_control_tokens_is_text_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_of_bytes_and_few_control_tokens_is_text_alone(tmp_path: Path) -> None:
     """A chat is told to be missing at start, not when the first one comes."""
     few = [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(CONTROL[:3])]
     config = tekken("v7")["config"] | {"default_vocab_size": 272, "default_num_special_tokens": 16}
     prompts = PromptEncoder.load(write_tekken(tmp_path, "v7", vocab=BYTES, special_tokens=few, config=config))
     assert prompts.encode(Generate(stream=0, text="hola")).token_ids == [1, 120, 127, 124, 113]
-    (said,) = caplog.messages
+    (said,) = prompts.notes()
     assert "conversations are not: Unknown control token [INST]" in said
     for field, ask in (
         ("messages", Generate(stream=0, messages=[ChatMessage(role="user", content="x")])),
@@ -142,11 +146,11 @@ def test_a_file_of_bytes_and_few_control_tokens_is_text_alone(
         ),
     ],
 )
-def test_pitfall_25_a_chat_that_cannot_be_written_is_told_at_start(tmp_path, caplog, version, changes, why) -> None:
+def test_pitfall_25_a_chat_that_cannot_be_written_is_told_at_start(tmp_path, version, changes, why) -> None:
     """Markers are looked up before a request comes."""
     prompts = PromptEncoder.load(write_tekken(tmp_path, version, **changes))
     assert prompts.template is None
-    assert why in caplog.messages[0]
+    assert why in prompts.notes()[0]
 
 
 def test_pitfall_25_a_model_that_thinks_needs_both_markers(tmp_path: Path) -> None:
@@ -226,8 +230,8 @@ def test_a_model_speaks_and_ends_with_tekken(model: Path) -> None:
 def test_a_setting_says_what_speaks_for_a_model(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tokenizer must be one of auto, mistral, tokenizers"):
         LLM(model, tokenizer="tekken", **SETTINGS)
-    with LLM(model, tokenizer="tokenizers", **SETTINGS) as llm, pytest.raises(InvalidRequest, match="no tokenizer"):
-        llm.generate("A")
+    with pytest.raises(CheckpointError, match=r"tokenizer is tokenizers, which reads tokenizer\.json"):
+        LLM(model, tokenizer="tokenizers", **SETTINGS)
     other = write_tekken(shutil.copytree(model, tmp_path / "other"))
     with pytest.raises(CheckpointError, match=r"it has 2113 tokens, the model 1024") as caught:
         LLM(other, **SETTINGS)
