@@ -27,7 +27,8 @@ Shape = Callable[[Arguments], Any]  # from a call's arguments to what a template
 class ChatTemplate:
     """A Jinja template with the helpers that templates on Hugging Face expect, in a sandbox.
 
-    literals: the strings that it writes itself, or may.
+    literals: the strings that it writes itself, or may. reads_tools: tools that it is given come into its text, or
+    may.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ChatTemplate:
         written = [node.data for node in tree.find_all(nodes.TemplateData)]
         constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
         self.literals = {*written, *constants}
+        self.reads_tools = "tools" in self._variables
         given = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {role: text for role, text in given.items() if text is not None} | dict(special_tokens)
 

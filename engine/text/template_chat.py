@@ -30,6 +30,8 @@ class TemplateChat:
     def encode(self, message: Generate, max_tokens: int | None) -> tuple[list[int], bool]:
         """Token ids of the prompt of `message.messages`, up to where the assistant begins to speak, or goes on in
         its last turn; and whether that is within a thought. Raises InvalidRequest, with the field that is wrong."""
+        if message.tools and not self.template.reads_tools:
+            raise _unread(message.tools)
         turns = message.messages or []
         mark, end = self._free_marks(turns, message.tools)
         goes_on = bool(turns) and turns[-1].prefix
@@ -72,6 +74,15 @@ class TemplateChat:
         return self.template.render(
             turns, effort, tools=tools, change=lambda text: breaker.broken(text, mark), tag=tag
         )
+
+
+def _unread(tools: list[Tool]) -> InvalidRequest:
+    return InvalidRequest(
+        "the chat template reads no tools, so the served model would not hear of them",
+        field="tools",
+        limit="left out",
+        value=", ".join(tool.name for tool in tools),
+    )
 
 
 def is_within_thought(turn: ChatMessage) -> bool:

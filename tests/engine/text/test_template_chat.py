@@ -311,6 +311,25 @@ def test_chunks_are_the_text_and_the_thought_of_a_turn():
     )
 
 
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_tools_that_a_template_never_reads_are_refused(choice):
+    tools = [Tool(name="f"), Tool(name="g")]
+    user = [ChatMessage(role="user", content="a")]
+    asked = Generate(stream=0, messages=user, tools=tools, tool_choice=choice)
+    with pytest.raises(InvalidRequest, match="reads no tools") as caught:
+        ours("bytes", "ChatML").encode(asked)
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("tools", "left out", "f, g")
+    for family in ("thinking", "arguments as tags"):
+        assert ours("bytes", family).encode(asked)
+    for source in (
+        "{% set tools = tools or [] %}{{ tools | length }}",
+        "{% macro m() %}{{ tools }}{% endmacro %}{{ m() }}",
+        "{% for m in messages %}{% if loop.last and tools is not none %}{{ tools }}{% endif %}{% endfor %}",
+    ):
+        assert ChatTemplate(source).reads_tools
+    assert not ChatTemplate("{{ messages[0].tools }} tools {# tools #}").reads_tools
+
+
 # --- efforts ------------------------------------------------------------------------------------------------
 
 EFFORTS = {
