@@ -10,6 +10,7 @@ import msgspec
 from cierzo.engine.errors import CierzoError, Overloaded, ProtocolError
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.stream import Sink
+from cierzo.engine.frontend.versions import without_parts
 from cierzo.engine.frontend.wire_checks import features, require_feature
 from cierzo.engine.messages import (
     Attach,
@@ -120,7 +121,8 @@ class Methods:
         )
 
     def _model(self, sink: Sink, message: GetModel) -> None:
-        sink.put(msgspec.structs.replace(self._frontend.model, stream=message.stream))
+        model = msgspec.structs.replace(self._frontend.model, stream=message.stream)
+        sink.put(model if "parts" in sink.features else without_parts(model))
 
     def _drain(self, sink: Sink, message: Drain) -> None:
         if message.undo:
