@@ -65,7 +65,8 @@ class Methods:
             raise ProtocolError("a stream id is negative", field="stream", limit="at least 0", value=message.stream)
         try:
             if (feature := FEATURE_OF.get(type(message))) is not None:
-                require_feature(sink.features, feature, str(type(message).__struct_config__.tag), "type")
+                tag = str(type(message).__struct_config__.tag)
+                require_feature(sink.features, feature, tag, "type", tag)
             self._table[type(message)](sink, message)
         except CierzoError as error:
             if isinstance(error, Overloaded) and isinstance(message, Cancel | CancelRequest):
