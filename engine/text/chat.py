@@ -98,7 +98,12 @@ class ChatTemplate:
                     limit="a JSON object",
                     value=value,
                 ) from error
-            raise InvalidRequest(f"the chat template refuses the messages: {said}", field="messages") from error
+            raise InvalidRequest(
+                f"the chat template refuses the messages: {said}",
+                field="messages",
+                limit="what the chat template takes",
+                value=f"turns of {', '.join(turn.role for turn in messages)}",
+            ) from error
         return _cut(rendered, tag, f"messages[{len(messages) - 1}].prefix") if tag else rendered
 
     def efforts(self) -> tuple[str, ...]:
@@ -133,6 +138,7 @@ def _cut(rendered: str, tag: str, field: str) -> str:
         raise InvalidRequest(
             "the chat template does not write the words of the last turn, so that no answer can go on with them",
             field=field,
+            limit="left out",
             value=True,
         )
     return rendered[:place] if rendered.startswith(tag, place) else rendered[:place].rstrip()
@@ -152,7 +158,7 @@ class _Words:
             elif self.text or turn.role != "assistant":
                 limit = "before the text of an assistant's turn"
                 what = f"a thought where the chat template writes none; it does {limit}"
-                raise InvalidRequest(f"{field} has {what}", field=field, limit=limit)
+                raise InvalidRequest(f"{field} has {what}", field=field, limit=limit, value=turn.role)
             else:
                 self.thought += chunk.thinking
                 self.is_open = not chunk.closed

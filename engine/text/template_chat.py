@@ -12,7 +12,7 @@ from cierzo.engine.messages import ChatMessage, Generate, ThinkingChunk, Tool, T
 from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.spellings import Breaker, free_marks, without
 from cierzo.engine.text.tokenizer import Tokenizer
-from cierzo.engine.text.vocabulary import refuse_unfit
+from cierzo.engine.text.vocabulary import refuse_marker_at_end, refuse_unfit
 
 THOUGHT_OPENINGS = ("<think>", "[THINK]")
 HARMLESS = "Hi!"  # ends in no letter, beside which some tokens are none
@@ -35,6 +35,8 @@ class TemplateChat:
         turns = message.messages or []
         mark, end = self._free_marks(turns, message.tools)
         goes_on = bool(turns) and turns[-1].prefix
+        if goes_on:
+            refuse_marker_at_end(f"messages[{len(turns) - 1}]", turns[-1], tuple(self._tokenizer.control_ids))
         rendered = self._render(turns, message.tools, message.reasoning_effort, mark, f"{end} " if goes_on else "")
         refuse_unfit(self._tokenizer, "messages", without(mark, rendered), max_tokens)
         in_thinking = rendered.rstrip().endswith(THOUGHT_OPENINGS) or (goes_on and is_within_thought(turns[-1]))
@@ -66,7 +68,8 @@ class TemplateChat:
         try:
             taken = msgspec.json.encode([self.template.source, turns, tools])
         except (RecursionError, TypeError, UnicodeEncodeError) as error:
-            raise InvalidRequest(f"the messages or tools are no JSON: {error}", field="messages") from error
+            what = f"the messages or tools are no JSON: {error}"
+            raise InvalidRequest(what, field="messages", limit="JSON", value=type(error).__name__) from error
         return free_marks(taken, 2)
 
     def _render(self, turns: list[ChatMessage], tools: list[Tool], effort: str | None, mark: str, tag: str) -> str:

@@ -127,8 +127,9 @@ def test_good_requests_pass(model_info, changes):
 
 def test_stop_strings_need_a_tokenizer(model_info):
     message = replace(PLAIN, sampling=SamplingParams(stop=("x",)))
-    with pytest.raises(InvalidRequest, match="tokenizer"):
+    with pytest.raises(InvalidRequest, match="tokenizer") as caught:
         validate.fields(message, CONFIG, replace(model_info, has_tokenizer=False))
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("sampling.stop", "left out", "x")
 
 
 SPECIAL = {"<s>": 256, "</s>": 257, "<far>": 300}
