@@ -53,9 +53,10 @@ def shown(value: Any) -> Any:
     """A value as an error tells it: itself where it is short and plain, else what it is."""
     if value is None:
         return "null"
-    if isinstance(value, bool | int | float):
-        is_printable = not isinstance(value, int) or value.bit_length() <= 256  # Python prints no larger ones
-        return value if is_printable else f"an integer of {value.bit_length()} bits"
+    if isinstance(value, int) and value.bit_length() > 256:  # Python prints no very large ones
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, int | float):
+        return value
     if isinstance(value, str):
         return value[:MAX_SHOWN_CHARS] + "..." * (len(value) > MAX_SHOWN_CHARS)
     if not isinstance(value, bytes | bytearray | list | tuple | dict):
