@@ -196,4 +196,7 @@ def model_info(config: EngineConfig, prompts: PromptEncoder) -> ModelInfo:
         eos_token_ids=list(config.model.eos_token_ids),
         has_tokenizer=prompts.tokenizer is not None,
         has_chat_template=prompts.template is not None,
+        reasoning_efforts=list(prompts.efforts or ()),
+        marks_thinking=prompts.syntax is not None and prompts.syntax.marks_thinking,
+        marks_calls=prompts.syntax is not None and prompts.syntax.marks_calls,
     )

@@ -219,6 +219,7 @@ class LLM(OneProcess):
 
         One message alone may be given without its list. The other arguments are those of `generate`. The model may
         call `tools` (tool_choice "none": it may not); without `parallel_tool_calls` its answer ends after one call.
+        Messages, tools and calls may also have the fields that OpenAI's and Mistral's interfaces give them.
         Raises InvalidRequest, CoreFailed.
 
             answer = llm.chat(messages, tools=tools)

@@ -395,8 +395,12 @@ class Stats(Message, frozen=True, tag="stats_reply"):
     core: CoreStats
 
 
-class ModelInfo(Message, frozen=True, tag="model_reply"):
-    """The model that is served. `eos_token_ids` end a generation unless `ignore_eos`."""
+class ModelInfo(Message, frozen=True, tag="model_reply", omit_defaults=True):
+    """The model that is served. `eos_token_ids` end a generation unless `ignore_eos`.
+
+    Told with the feature "parts": `reasoning_efforts`, words that `reasoning_effort` may say; `marks_thinking` and
+    `marks_calls`, whether parts of these kinds are told apart.
+    """
 
     stream: int
     name: str
@@ -410,6 +414,9 @@ class ModelInfo(Message, frozen=True, tag="model_reply"):
     eos_token_ids: list[int]
     has_tokenizer: bool
     has_chat_template: bool
+    reasoning_efforts: list[str] = []
+    marks_thinking: bool = False
+    marks_calls: bool = False
 
 
 class Drained(Message, frozen=True, tag="drained"):

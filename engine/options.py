@@ -123,6 +123,12 @@ def sampling(arguments: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**chosen(arguments, SamplingParams, skip=NOT_OF_ONE_ANSWER))
 
 
+def add_effort(parser: argparse.ArgumentParser) -> None:
+    """Add --reasoning-effort. Which words there are is up to the model, which refuses others with a list."""
+    words = "how much a model that can choose thinks before it answers a message: none, high, ..."
+    parser.add_argument("--reasoning-effort", type=text, metavar="WORD", help=words)
+
+
 def add_rpc(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Add --rpc, the address of a server; `purpose` is its help."""
     parser.add_argument("--rpc", default=FrontendConfig().address, metavar="HOST:PORT|unix:PATH", help=purpose)

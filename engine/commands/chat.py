@@ -11,7 +11,7 @@ from cierzo.engine.commands.screen import Screen, remark
 from cierzo.engine.errors import CierzoError, CoreFailed
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import ChatMessage, Final, SamplingParams, ToolCall
-from cierzo.engine.options import add_rpc, add_sampling, sampling, text
+from cierzo.engine.options import add_effort, add_rpc, add_sampling, sampling, text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--message", type=text, metavar="TEXT", help="one message; default: read them from the terminal"
     )
     parser.add_argument("--system", type=text, metavar="TEXT", help="a system message")
+    add_effort(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Send --message, or lead a conversation."""
-    return chat(arguments.rpc, arguments.message, arguments.system, sampling(arguments))
+    effort = arguments.reasoning_effort
+    return chat(arguments.rpc, arguments.message, arguments.system, sampling(arguments), effort)
 
 
-def chat(address: str, message: str | None, system: str | None, params: SamplingParams) -> int:
+def chat(
+    address: str, message: str | None, system: str | None, params: SamplingParams, effort: str | None = None
+) -> int:
     """Send one message, or lead a conversation that is read from the terminal until its end (Ctrl-D). Where the
     model calls a tool, a line is its result.
 
@@ -41,7 +45,7 @@ def chat(address: str, message: str | None, system: str | None, params: Sampling
     with SyncClient(address) as client:
         _wait_ready(client)
         if message is not None:
-            turn(client, history, params)
+            turn(client, history, params, effort)
             return 0
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text spoil their line alone
@@ -50,7 +54,7 @@ def chat(address: str, message: str | None, system: str | None, params: Sampling
             if _open_calls(history):
                 continue
             try:
-                history.append(turn(client, history, params))
+                history.append(turn(client, history, params, effort))
             except (CierzoError, KeyboardInterrupt) as error:
                 history.pop()
                 told = f"{error.code}: {error}" if isinstance(error, CierzoError) else "the answer was cancelled"
@@ -64,13 +68,15 @@ def _wait_ready(client: SyncClient) -> None:
     client.wait_ready()
 
 
-def turn(client: SyncClient, messages: list[ChatMessage], params: SamplingParams) -> ChatMessage:
+def turn(
+    client: SyncClient, messages: list[ChatMessage], params: SamplingParams, effort: str | None = None
+) -> ChatMessage:
     """Stream one answer into the terminal, then a line of what it took; return the answer as a turn.
 
     An interrupt cancels the answer at the server. Raises CierzoError, also for an answer that failed.
     """
     screen, started, first = Screen(), time.monotonic(), 0.0
-    generation = client.generate(messages=messages, sampling=params)
+    generation = client.generate(messages=messages, sampling=params, reasoning_effort=effort)
     try:
         for delta in generation:
             first = first or time.monotonic()

@@ -7,7 +7,6 @@ A value that no message can carry is refused here, where the caller stands, and 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from operator import index
 from typing import Any
@@ -17,6 +16,7 @@ import msgspec
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend import foreign
 from cierzo.engine.frontend.absent import absent
+from cierzo.engine.frontend.bounds import shown, too_deep
 from cierzo.engine.frontend.wire_checks import mistyped
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
 from cierzo.engine.text.unicode import refuse_surrogates
@@ -36,6 +36,7 @@ def generate_message(**arguments: Any) -> Generate:
     """
     message: dict[str, Any] = {"type": "generate", "stream": 0}
     params: dict[str, Any] = {}
+    name = "sampling"
     try:
         for name, value in arguments.items():
             if name not in _FIELDS:
@@ -50,11 +51,9 @@ def generate_message(**arguments: Any) -> Generate:
         }
         return msgspec.convert(message, Generate)
     except msgspec.ValidationError as error:
-        refusal = mistyped(str(error))
-        value = None if refusal.field is None else _at(refusal.field, message)
-        raise InvalidRequest(refusal.message, field=refusal.field, limit=refusal.limit, value=value) from error
+        raise mistyped(str(error), message) from error
     except RecursionError as error:
-        raise InvalidRequest("an argument is nested too deeply") from error
+        raise too_deep(name) from error
 
 
 def sampling_params(base: Any, params: Mapping[str, Any]) -> SamplingParams:
@@ -80,19 +79,20 @@ def _sampling_fields(base: Any, params: Mapping[str, Any], also_known: Iterable[
     given = {**base, **params}
     for name in given:
         if name not in _DEFAULTS:
-            raise _unknown(name, (*also_known, *_DEFAULTS))
+            raise _unknown(name, given[name], (*also_known, *_DEFAULTS))
     for name in _TUPLES.intersection(given):
         given[name] = getattr(SamplingParams(**{name: given[name]}), name)
     return given
 
 
-def _unknown(name: object, known: Iterable[str]) -> InvalidRequest:
+def _unknown(name: object, value: object, known: Iterable[str]) -> InvalidRequest:
     if reason := absent(str(name)):
-        return InvalidRequest(reason, field=str(name), limit="left out", value=name)
+        return InvalidRequest(reason, field=str(name), limit="left out", value=shown(value))
     known = list(known)
     nearest = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
-    return InvalidRequest(f"unknown argument {name!r}; {hint}", field=str(name), limit=", ".join(known), value=name)
+    what = f"unknown argument {name!r}; {hint}"
+    return InvalidRequest(what, field=str(name), limit=", ".join(known), value=shown(value))
 
 
 def _value(name: str, value: Any) -> Any:
@@ -162,7 +162,7 @@ def held(value: Any, field: str) -> Any:
 
 
 def _entry(key: Any, value: Any, field: str) -> tuple[Any, Any]:
-    place = f"{field}.{key}" if isinstance(key, str) else f"{field}[{_shown(key)}]"
+    place = f"{field}.{key}" if isinstance(key, str) else f"{field}[{shown(key)}]"
     plain = _plain(key, place)
     if isinstance(plain, list | dict):
         raise InvalidRequest(f"{place} has a key of type {_kind(key)}", field=place, value=_kind(key))
@@ -178,21 +178,8 @@ def _text(value: str, field: str) -> str:
 def _integer(value: int, field: str) -> int:
     if LOWEST_INT <= value <= HIGHEST_INT:
         return int(value)
-    limit, shown = "-2^63 to 2^64 - 1", _shown(value)
-    raise InvalidRequest(f"{field} is {shown}, allowed: {limit}", field=field, limit=limit, value=shown)
-
-
-def _shown(value: Any) -> Any:
-    """`value`, but for an integer too large for Python to print."""
-    is_printable = not isinstance(value, int) or value.bit_length() <= 256
-    return value if is_printable else f"an integer of {value.bit_length()} bits"
-
-
-def _at(field: str, message: Any) -> Any:
-    """The part of a message at a path such as "messages[0].role"; of "logit_bias[...]", all of it."""
-    for name, number in re.findall(r"(\w+)|\[(\d+)\]", field):
-        message = message[name] if name else message[int(number)]
-    return message
+    limit, told = "-2^63 to 2^64 - 1", shown(value)
+    raise InvalidRequest(f"{field} is {told}, allowed: {limit}", field=field, limit=limit, value=told)
 
 
 def _kind(value: Any) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from cierzo.engine.errors import InvalidRequest
 
 MAX_SHOWN_CHARS = 50
+MAX_LEVELS = "a few hundred levels"  # Python's own bound, which depends on who calls
 
 
 def count(field: str, values: Sequence[object] | dict[int, float], most: int) -> None:
@@ -33,5 +35,44 @@ def json_text(field: str, value: object) -> str:
     """The JSON of a value, as chat templates write it. Raises InvalidRequest for one that has none."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{field} cannot be JSON: {error}", field=field, limit="JSON") from error
+    except RecursionError as error:
+        raise too_deep(field) from error
+    except (TypeError, ValueError) as error:
+        what = f"{field} cannot be JSON: {error}"
+        raise InvalidRequest(what, field=field, limit="JSON", value=_no_json(value)) from error
+
+
+def too_deep(field: str) -> InvalidRequest:
+    """The error for maps or lists within each other that are too many to be walked through."""
+    return InvalidRequest(
+        f"{field} is nested too deeply, allowed: {MAX_LEVELS}", field=field, limit=MAX_LEVELS, value="more levels"
+    )
+
+
+def shown(value: Any) -> Any:
+    """A value as an error tells it: itself where it is short and plain, else what it is."""
+    if value is None:
+        return "null"
+    if isinstance(value, int) and value.bit_length() > 256:  # Python prints no very large ones
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, str):
+        return value[:MAX_SHOWN_CHARS] + "..." * (len(value) > MAX_SHOWN_CHARS)
+    if not isinstance(value, bytes | bytearray | list | tuple | dict):
+        return type(value).__name__
+    if len(value) <= MAX_SHOWN_CHARS and len(text := str(value)) <= MAX_SHOWN_CHARS:
+        return text
+    return f"{len(value)} {'bytes' if isinstance(value, bytes | bytearray) else 'entries'}"
+
+
+def _no_json(value: Any) -> Any:
+    """The first value within `value` that JSON lacks, as an error tells it; None if there is none."""
+    inner = [*value, *value.values()] if isinstance(value, dict) else value
+    if isinstance(inner, list | tuple):
+        return next((found for each in inner if (found := _no_json(each)) is not None), None)
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return shown(value)
+    return None

@@ -136,7 +136,8 @@ class Client:
 
         Exactly one of `text`, `messages`, `token_ids`. Further keywords are the fields of SamplingParams
         (`max_tokens`, `temperature`, `seed`, `stop`, ...), on top of `sampling` if that is given. The other
-        arguments are those of `messages.Generate`. Raises InvalidRequest for an unknown keyword, for what no
+        arguments are those of `messages.Generate`; messages, tools and calls may also have the fields that OpenAI's
+        and Mistral's interfaces give them. Raises InvalidRequest for an unknown keyword, for what no
         message can carry and for what the server's limits refuse, FrameTooLarge for more than it reads, Overloaded
         for one request too many; the server's own refusals are raised by the iteration.
         """

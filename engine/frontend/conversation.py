@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.bounds import MAX_SHOWN_CHARS, count, json_text, one_of
+from cierzo.engine.frontend.bounds import MAX_SHOWN_CHARS, count, json_text, one_of, shown
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import ChatMessage, Generate, ThinkingChunk, Tool
 from cierzo.engine.text.tool_names import TOOL_NAME, is_tool_name
@@ -32,23 +32,30 @@ def conversation(message: Generate, config: FrontendConfig, efforts: Sequence[st
     is_chat = message.messages is not None or message.attached == "messages"
     if message.reasoning_effort is not None:
         if not is_chat:
-            raise InvalidRequest("reasoning_effort needs messages", field="reasoning_effort", limit="with messages")
+            raise _without("reasoning_effort", "messages", message.reasoning_effort)
         if efforts is not None:
             _effort(message.reasoning_effort, efforts)
     if message.tools:
         if not is_chat:
-            raise InvalidRequest("tools need messages", field="tools", limit="with messages")
+            raise _without("tools", "messages", ", ".join(tool.name for tool in message.tools))
         _tools(message.tools)
     if message.tool_choice not in TOOL_CHOICES:
-        shown = repr(message.tool_choice[:MAX_SHOWN_CHARS])
+        choice = message.tool_choice[:MAX_SHOWN_CHARS]
+        what = "this version does not support required and named tools"
         raise InvalidRequest(
-            f"tool_choice is {shown}, allowed: auto, none; required and named tools come with grammars, later",
+            f"tool_choice is {choice!r}, allowed: auto, none; {what}",
             field="tool_choice",
             limit=", ".join(TOOL_CHOICES),
             value=message.tool_choice,
         )
     if message.suffix is not None and message.text is None and message.attached != "text":
-        raise InvalidRequest("suffix needs text, which comes before the answer", field="suffix", limit="with text")
+        raise _without("suffix", "text", message.suffix)
+
+
+def _without(field: str, prompt: str, value: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field} belongs to a prompt of {prompt}", field=field, limit=f"with {prompt}", value=shown(value)
+    )
 
 
 def _effort(effort: str, efforts: Sequence[str]) -> None:
@@ -82,8 +89,8 @@ def _turns(turns: list[ChatMessage], config: FrontendConfig) -> None:
         field = f"messages[{number}]"
         one_of(f"{field}.role", turn.role, ROLES)
         for name, roles in ROLES_OF_FIELD.items():
-            if turn.role not in roles and getattr(turn, name) != getattr(_PLAIN, name):
-                raise _misplaced(f"{field}.{name}", f"a turn of the role {roles[0]}")
+            if turn.role not in roles and (value := getattr(turn, name)) != getattr(_PLAIN, name):
+                raise _misplaced(f"{field}.{name}", f"a turn of the role {roles[0]}", value)
         _prefix(turn, field, is_last=number == len(turns) - 1)
         if not isinstance(turn.content, str):
             _thoughts(turn, field)
@@ -92,9 +99,9 @@ def _turns(turns: list[ChatMessage], config: FrontendConfig) -> None:
 
 def _prefix(turn: ChatMessage, field: str, *, is_last: bool) -> None:
     if turn.prefix and not is_last:
-        raise _misplaced(f"{field}.prefix", "the last turn")
+        raise _misplaced(f"{field}.prefix", "the last turn", value=True)
     if turn.prefix and turn.tool_calls:
-        raise _misplaced(f"{field}.prefix", "a turn without tool_calls, which end it")
+        raise _misplaced(f"{field}.prefix", "a turn without tool_calls, which end it", value=True)
 
 
 def _thoughts(turn: ChatMessage, field: str) -> None:
@@ -103,9 +110,11 @@ def _thoughts(turn: ChatMessage, field: str) -> None:
             continue
         place = f"{field}.content[{number}]"
         if turn.role not in THINKERS:
-            raise _misplaced(place, "a turn of the role assistant", "a thought")
+            raise _misplaced(place, f"a turn of the role {' or '.join(THINKERS)}", turn.role, "a thought")
         if not chunk.closed and not (turn.prefix and number == len(turn.content) - 1):
-            raise _misplaced(f"{place}.closed", "the end of a turn with prefix", "a thought that is not closed")
+            raise _misplaced(
+                f"{place}.closed", "the end of a turn with prefix", False, "a thought that is not closed"
+            )
 
 
 def _results(turns: list[ChatMessage]) -> None:
@@ -116,7 +125,7 @@ def _results(turns: list[ChatMessage]) -> None:
         field = f"messages[{number}]"
         if turn.role != "tool":
             _all_there(open_ids, field)
-            open_ids = known = {call.id for call in turn.tool_calls if call.id}
+            open_ids = known = _ids(turn, field)
         elif turn.tool_call_id and known:
             if turn.tool_call_id not in open_ids:
                 what = (
@@ -132,6 +141,18 @@ def _results(turns: list[ChatMessage]) -> None:
         else:
             open_ids = set()  # results without names are in the order of the calls
     _all_there(open_ids, f"messages[{len(turns)}]")
+
+
+def _ids(turn: ChatMessage, field: str) -> set[str]:
+    """The ids of a turn's calls. Raises InvalidRequest for one that is there twice."""
+    ids: set[str] = set()
+    for number, call in enumerate(turn.tool_calls):
+        if call.id and call.id in ids:
+            place = f"{field}.tool_calls[{number}].id"
+            what = f"{place} is that of another call of this turn: {call.id[:MAX_SHOWN_CHARS]!r}"
+            raise InvalidRequest(what, field=place, limit="unique", value=call.id)
+        ids.add(call.id)
+    return ids - {""}
 
 
 def _all_there(open_ids: set[str], field: str) -> None:
@@ -166,12 +187,15 @@ def _parameters(field: str, tool: Tool) -> None:
             f"{field}.type is {str(kind)[:MAX_SHOWN_CHARS]!r}, allowed: object",
             field=field,
             limit="object",
-            value=kind,
+            value=shown(kind),
         )
     json_text(field, tool.parameters)
 
 
-def _misplaced(field: str, place: str, what: str = "") -> InvalidRequest:
+def _misplaced(field: str, place: str, value: object, what: str = "") -> InvalidRequest:
     return InvalidRequest(
-        f"{field}: {what or field.rpartition('.')[2]} belongs to {place}", field=field, limit=place
+        f"{field}: {what or field.rpartition('.')[2]} belongs to {place}",
+        field=field,
+        limit=place,
+        value=shown(value),
     )

@@ -161,7 +161,7 @@ class RequestEncoder:
         try:
             message = _decode_generate(body)
         except UNDECODABLE as error:
-            raise wire_checks.undecodable(error) from error
+            raise wire_checks.undecodable(error, body) from error
         if message.stream != job.stream:
             raise ProtocolError("stream is named twice", field="stream", limit="once", value=message.stream)
         wire_checks.features(message, frozenset(job.features))
@@ -173,9 +173,12 @@ class RequestEncoder:
             self._check_length(message.attached, attached)
             value = _decode_attached[message.attached](attached)
         except UNDECODABLE as error:
-            refused = wire_checks.undecodable(error)
+            refused = wire_checks.undecodable(error, attached)
             raise InvalidRequest(
-                f"attached {message.attached}: {refused.message}", field=message.attached, limit=refused.limit
+                f"attached {message.attached}: {refused.message}",
+                field=message.attached,
+                limit=refused.limit,
+                value=refused.value,
             ) from error
         changes = {message.attached: value, "attached": None}
         whole = msgspec.structs.replace(message, **changes)

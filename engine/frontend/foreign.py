@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.bounds import json_text
-
-CHUNKS = ("text", "thinking")
+from cierzo.engine.frontend.bounds import json_text, shown
+from cierzo.engine.frontend.wire_checks import CHUNKS
 
 
 def turn(value: Any, field: str) -> Any:
@@ -34,7 +33,7 @@ def tool(value: Any, field: str) -> Any:
         return value
     fields = _function(_given(value), field)
     if fields.pop("strict", None):
-        what = "arguments that must fit the schema come with grammars, later"
+        what = "this version does not support arguments that must fit the schema"
         raise InvalidRequest(f"{field}.strict is true: {what}", field=f"{field}.strict", limit="false", value=True)
     return fields
 
@@ -43,10 +42,10 @@ def tool_choice(value: Any) -> Any:
     """A choice among tools. Raises InvalidRequest for one of them by name."""
     if isinstance(value, dict):
         raise InvalidRequest(
-            "tool_choice names a tool, allowed: auto, none; named tools come with grammars, later",
+            "tool_choice names a tool, allowed: auto, none; this version does not support named tools",
             field="tool_choice",
             limit="auto, none",
-            value=value,
+            value=shown(value),
         )
     return value
 
@@ -65,7 +64,9 @@ def _function(fields: dict[Any, Any], field: str) -> dict[Any, Any]:
     """The fields of a function, out of the object that says that it is one."""
     kind = fields.pop("type", "function")
     if kind != "function":
-        raise InvalidRequest(f"{field}.type is {kind!r}, allowed: function", field=f"{field}.type", value=kind)
+        told = shown(kind)
+        what = f"{field}.type is {told!r}, allowed: function"
+        raise InvalidRequest(what, field=f"{field}.type", limit="function", value=told)
     inner = fields.pop("function", None)
     return {**fields, **_given(inner)} if isinstance(inner, dict) else fields
 
@@ -79,7 +80,7 @@ def _chunk(value: Any, field: str) -> Any:
             f"{field} is of type {kind!r}, allowed: {', '.join(CHUNKS)}; images and sounds are not taken",
             field=field,
             limit=", ".join(CHUNKS),
-            value=kind,
+            value="left out" if kind is None else shown(kind),
         )
     if isinstance(thoughts := fields.get("thinking"), list):  # as Mistral's interface has them
         texts = [text for each in thoughts if isinstance(each, dict) and isinstance(text := each.get("text"), str)]

@@ -10,6 +10,7 @@ import msgspec
 from cierzo.engine.errors import CierzoError, Overloaded, ProtocolError
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.stream import Sink
+from cierzo.engine.frontend.versions import without_parts
 from cierzo.engine.frontend.wire_checks import features, require_feature
 from cierzo.engine.messages import (
     Attach,
@@ -64,7 +65,8 @@ class Methods:
             raise ProtocolError("a stream id is negative", field="stream", limit="at least 0", value=message.stream)
         try:
             if (feature := FEATURE_OF.get(type(message))) is not None:
-                require_feature(sink.features, feature, str(type(message).__struct_config__.tag), "type")
+                tag = str(type(message).__struct_config__.tag)
+                require_feature(sink.features, feature, tag, "type", tag)
             self._table[type(message)](sink, message)
         except CierzoError as error:
             if isinstance(error, Overloaded) and isinstance(message, Cancel | CancelRequest):
@@ -120,7 +122,8 @@ class Methods:
         )
 
     def _model(self, sink: Sink, message: GetModel) -> None:
-        sink.put(msgspec.structs.replace(self._frontend.model, stream=message.stream))
+        model = msgspec.structs.replace(self._frontend.model, stream=message.stream)
+        sink.put(model if "parts" in sink.features else without_parts(model))
 
     def _drain(self, sink: Sink, message: Drain) -> None:
         if message.undo:

@@ -125,7 +125,7 @@ def receive_large(sink: Sink, methods: Methods, frontend: Frontend, frame: Large
         try:
             data = _decode_attach(frame.body).data
         except UNDECODABLE as error:
-            frontend.fail(sink, found.stream, undecodable(error), attaching=True)
+            frontend.fail(sink, found.stream, undecodable(error, frame.body), attaching=True)
             return
         if len(frame.body) - len(data) > PREFIX_BYTES:  # what is kept would be more than what is charged
             twice = InvalidRequest("data is named twice", field="data", limit="once")
@@ -165,9 +165,9 @@ def _undecodable(sink: Sink, frontend: Frontend, body: memoryview, error: Except
         found = _decode_envelope(body)
     except UNDECODABLE:
         raise ProtocolError(f"a frame holds no message: {error}", field="frame") from error
-    reason = undecodable(error) if found.type in _METHODS else _unknown(found)
+    reason = undecodable(error, body) if found.type in _METHODS else _unknown(found)
     if found.stream < 0:
-        raise ProtocolError(reason.message, field=reason.field, value=reason.value) from error
+        raise ProtocolError(reason.message, field=reason.field, limit=reason.limit, value=reason.value) from error
     frontend.fail(sink, found.stream, reason, attaching=found.type == "attach")
 
 

@@ -193,7 +193,8 @@ def _stop_strings(
     stop: tuple[str, ...], config: FrontendConfig, model: ModelInfo, special_ids: Mapping[str, int]
 ) -> None:
     if stop and not model.has_tokenizer:
-        raise InvalidRequest("stop strings need a tokenizer; the served checkpoint has none", field="sampling.stop")
+        what = "stop strings need a tokenizer; the served checkpoint has none"
+        raise InvalidRequest(what, field="sampling.stop", limit="left out", value=", ".join(stop))
     _count("sampling.stop", stop, config.max_stop_strings)
     for index, string in enumerate(stop):
         field = f"sampling.stop[{index}]"
@@ -216,7 +217,8 @@ def _resume(message: Generate, model: ModelInfo) -> None:
     if params.n != 1:
         raise InvalidRequest("output_token_ids resume one sample", field="sampling.n", limit=1, value=params.n)
     if params.seed is None and params.temperature != 0:
-        raise InvalidRequest("a sampled generation resumes with its seed only", field="sampling.seed")
+        what = "a sampled generation resumes with its seed only"
+        raise InvalidRequest(what, field="sampling.seed", limit=f"0 to {MAX_SEED}", value="null")
     if len(done) >= params.max_tokens:
         raise InvalidRequest(
             "the generation has already ended: max_tokens is reached",

@@ -1,4 +1,4 @@
-"""Messages for clients that speak the version of the protocol before this one."""
+"""Messages for clients that speak the version of the protocol before this one, or know fewer features."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 
 import msgspec
 
-from cierzo.engine.messages import CoreStats, Health, Message, Stats
+from cierzo.engine.messages import CoreStats, Health, Message, ModelInfo, Stats
 
 # Gauges and counters that version 3 added to `CoreStats`. Their defaults are not sent: msgspec knows a float that
 # is the default by its identity, so these are the very objects.
@@ -19,6 +19,11 @@ _NEW_STATS = {
     )
 }
 _without_new = partial(msgspec.structs.replace, **_NEW_STATS)
+
+
+def without_parts(model: ModelInfo) -> ModelInfo:
+    """Take from a model's description what is told with the feature "parts" alone."""
+    return msgspec.structs.replace(model, reasoning_efforts=[], marks_thinking=False, marks_calls=False)
 
 
 def as_version_2(message: Message) -> Message:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from operator import attrgetter
+from typing import Any
+
+import msgspec
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.absent import absent
+from cierzo.engine.frontend.bounds import shown, too_deep
 from cierzo.engine.messages import Generate, SamplingParams
 
 # Fields of `generate`, and of its `sampling`, that belong to a feature.
@@ -22,6 +26,8 @@ FEATURE_OF_PARAMETER = {
 _fields, _parameters = attrgetter(*FEATURE_OF_FIELD), attrgetter(*FEATURE_OF_PARAMETER)
 _PLAIN, _PLAIN_PARAMETERS = _fields(Generate(stream=0)), _parameters(SamplingParams())
 ATTACHABLE = ("text", "messages", "token_ids")
+CHUNKS = ("text", "thinking")
+MAX_READ_AGAIN_BYTES = 64 * 1024  # of a message that is refused, for the value that was wrong in it
 
 
 def features(message: Generate, granted: frozenset[str]) -> None:
@@ -29,42 +35,79 @@ def features(message: Generate, granted: frozenset[str]) -> None:
     if (values := _fields(message)) != _PLAIN:
         for (field, feature), value, plain in zip(FEATURE_OF_FIELD.items(), values, _PLAIN, strict=True):
             if value != plain:
-                require_feature(granted, feature, field, field)
+                told = "given" if field == "idempotency_key" else shown(value)  # a key is a secret
+                require_feature(granted, feature, field, field, told)
     if message.messages and message.messages[-1].prefix:
-        require_feature(granted, "parts", "prefix", f"messages[{len(message.messages) - 1}].prefix")
+        require_feature(granted, "parts", "prefix", f"messages[{len(message.messages) - 1}].prefix", value=True)
     if (values := _parameters(message.sampling)) != _PLAIN_PARAMETERS:
         rows = zip(FEATURE_OF_PARAMETER.items(), values, _PLAIN_PARAMETERS, strict=True)
         for (field, feature), value, plain in rows:
             if value != plain:
-                require_feature(granted, feature, field, f"sampling.{field}")
+                require_feature(granted, feature, field, f"sampling.{field}", shown(value))
 
 
-def require_feature(granted: frozenset[str], feature: str, what: str, field: str) -> None:
+def require_feature(granted: frozenset[str], feature: str, what: str, field: str, value: object = "given") -> None:
     """Raise InvalidRequest if `feature`, which `what` needs, is not among those granted."""
     if feature not in granted:
         raise InvalidRequest(
             f"{what} needs the feature {feature}, which hello did not ask for or welcome did not grant",
             field=field,
             limit=f"with the feature {feature}",
+            value=value,
         )
 
 
-def undecodable(error: Exception) -> InvalidRequest:
+def undecodable(error: Exception, body: bytes | bytearray | memoryview) -> InvalidRequest:
     """The error for a message whose bytes msgspec refused."""
-    not_utf8 = isinstance(error, UnicodeDecodeError)  # which does not say in which field
-    return mistyped(f"a text must be UTF-8: {error}" if not_utf8 else str(error))
+    if isinstance(error, RecursionError):
+        return too_deep("tools")  # no other field holds values of any kind
+    if isinstance(error, UnicodeDecodeError):  # which does not say in which field
+        return mistyped(f"a text must be UTF-8: {error}")
+    return mistyped(str(error), _plain_message(body))
 
 
-def mistyped(text: str) -> InvalidRequest:
-    """The error for a field that msgspec refuses, as in "Expected `int`, got `str` - at `$.sampling.top_k`"."""
+def mistyped(text: str, message: Any = None) -> InvalidRequest:
+    """The error for a field that msgspec refuses, as in "Expected `int`, got `str` - at `$.sampling.top_k`".
+
+    message: what it was said of, in plain values; None if that is not known.
+    """
     reason, _, place = text.partition(" - at ")
     path = re.search(r"`\$\.?([^`]*)`", place)
     expected = re.match(r"Expected `([^`]*)`", reason)
+    missing = re.search(r"missing required field `([^`]*)`", reason)
     unknown = re.search(r"unknown field `([^`]*)`", reason)
-    where = path.group(1) if path else ""
-    field = ".".join(filter(None, (where, unknown.group(1) if unknown else "")))
-    words = reason.removeprefix("Object contains ").replace("`", "")
-    message = f"{where}: {words[:1].lower()}{words[1:]}" if where else words
-    if unknown and (reason := absent(unknown.group(1))):
-        return InvalidRequest(reason, field=field, limit="left out")
-    return InvalidRequest(message, field=field or None, limit=expected.group(1) if expected else None)
+    where, named = path.group(1) if path else "", missing or unknown
+    field = ".".join(filter(None, (where, named.group(1) if named else "")))
+    if missing:
+        return InvalidRequest(f"{field} is missing", field=field, limit="needed", value="left out")
+    value = None if message is None else _at(field, message)
+    if unknown:
+        what = absent(unknown.group(1)) or f"{where}: unknown field {unknown.group(1)}".removeprefix(": ")
+        return InvalidRequest(what, field=field, limit="left out", value=value)
+    limit = expected.group(1) if expected else None
+    if re.search(r"\.content\[\d+\]\.type$", field):
+        limit = ", ".join(CHUNKS)
+    words = reason.replace("`", "")
+    what = f"{where}: {words[:1].lower()}{words[1:]}" if where else words
+    return InvalidRequest(what, field=field or None, limit=limit, value=value)
+
+
+def _plain_message(body: bytes | bytearray | memoryview) -> Any:
+    """The values of a message, of whatever types; None where there are too many, or none can be made."""
+    if len(body) > MAX_READ_AGAIN_BYTES:
+        return None
+    try:
+        return msgspec.msgpack.decode(body)
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _at(field: str, message: Any) -> Any:
+    """The part of a message at a path such as "messages[0].role", as errors tell it; of "logit_bias[...]", all of
+    it. None if there is none, as where a key is said twice."""
+    try:
+        for name, number in re.findall(r"(\w+)|\[(\d+)\]", field):
+            message = message[name] if name else message[int(number)]
+        return shown(message)
+    except (LookupError, TypeError, RecursionError):
+        return None

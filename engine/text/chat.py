@@ -27,7 +27,8 @@ Shape = Callable[[Arguments], Any]  # from a call's arguments to what a template
 class ChatTemplate:
     """A Jinja template with the helpers that templates on Hugging Face expect, in a sandbox.
 
-    literals: the strings that it writes itself, or may.
+    literals: the strings that it writes itself, or may. reads_tools: tools that it is given come into its text, or
+    may.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ChatTemplate:
         written = [node.data for node in tree.find_all(nodes.TemplateData)]
         constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
         self.literals = {*written, *constants}
+        self.reads_tools = "tools" in self._variables
         given = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {role: text for role, text in given.items() if text is not None} | dict(special_tokens)
 
@@ -96,7 +98,12 @@ class ChatTemplate:
                     limit="a JSON object",
                     value=value,
                 ) from error
-            raise InvalidRequest(f"the chat template refuses the messages: {said}", field="messages") from error
+            raise InvalidRequest(
+                f"the chat template refuses the messages: {said}",
+                field="messages",
+                limit="what the chat template takes",
+                value=f"turns of {', '.join(turn.role for turn in messages)}",
+            ) from error
         return _cut(rendered, tag, f"messages[{len(messages) - 1}].prefix") if tag else rendered
 
     def efforts(self) -> tuple[str, ...]:
@@ -131,6 +138,7 @@ def _cut(rendered: str, tag: str, field: str) -> str:
         raise InvalidRequest(
             "the chat template does not write the words of the last turn, so that no answer can go on with them",
             field=field,
+            limit="left out",
             value=True,
         )
     return rendered[:place] if rendered.startswith(tag, place) else rendered[:place].rstrip()
@@ -153,7 +161,7 @@ class _Words:
             elif self.text or turn.role != "assistant":
                 limit = "before the text of an assistant's turn"
                 what = f"a thought where the chat template writes none; it does {limit}"
-                raise InvalidRequest(f"{field} has {what}", field=field, limit=limit)
+                raise InvalidRequest(f"{field} has {what}", field=field, limit=limit, value=turn.role)
             else:
                 self.thought += chunk.thinking
                 self.is_open = not chunk.closed

@@ -16,6 +16,8 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit, ThinkingBudget
 from cierzo.engine.text.syntax import Syntax
 
+MAX_SHOWN_IDS = 20
+
 
 class Pieces(Protocol):
     """The part of a `Vocabulary` that is used."""
@@ -56,12 +58,14 @@ def banned(message: Generate, vocabulary: Pieces | None, syntax: Syntax | None, 
     for index, word in enumerate(message.sampling.bad_words):
         field = f"sampling.bad_words[{index}]"
         if vocabulary is None:
-            raise InvalidRequest("bad_words need a tokenizer; the served checkpoint has none", field=field)
+            what = "bad_words need a tokenizer; the served checkpoint has none"
+            raise InvalidRequest(what, field=field, limit="left out", value=word)
         bare = word.lstrip(" ")
         texts = (bare, f" {bare}") if bare else (word,)
         spelled = [tuple(vocabulary.encode_piece(text)) for text in texts]
         if not all(spelled):
-            raise InvalidRequest(f"{field} has no tokens: it cannot be banned", field=field, value=word)
+            what = f"{field} has no tokens: it cannot be banned"
+            raise InvalidRequest(what, field=field, limit="a word that has tokens", value=word)
         found |= dict.fromkeys(spelled)
     if message.tool_choice == "none" and syntax is not None and syntax.call_open_id is not None:
         found[syntax.call_open_id,] = None
@@ -95,6 +99,7 @@ def _refuse_nothing_left(
             f"{field} with max_thinking_tokens must hold token {budget.close_id}, which closes a thought",
             field=field,
             limit=f"with {budget.close_id}",
+            value=params.allowed_token_ids[:MAX_SHOWN_IDS],
         )
     left = allowed - {word[0] for word in words if len(word) == 1}
     if len(submit.output_token_ids) + 1 < params.min_tokens:

@@ -110,7 +110,8 @@ class MistralChat:
             request = ChatCompletionRequest(messages=turns, tools=tools or None, reasoning_effort=effort)
             tokenized = self._writer.encode_instruct(self._normalizer.from_chat_completion_request(request))
         except Exception as error:  # it raises errors of its own, pydantic's, and fails assertions
-            raise _refusal("messages", error) from error
+            roles = ", ".join(turn.role for turn in conversation)
+            raise _refusal("messages", error, f"turns of {roles}") from error
         return tokenized.tokens, is_within_thought(conversation)
 
     def _answer_tokens(self, message: AssistantMessage, is_before_last_user_message: bool) -> list[int]:
@@ -161,7 +162,7 @@ def their_tools(tools: list[Tool]) -> list[TheirTool]:
     try:
         packed = msgspec.msgpack.encode(tools)
     except (UnicodeEncodeError, RecursionError) as error:
-        raise _refusal("tools", error) from error
+        raise _refusal("tools", error, type(error).__name__) from error
     return _checked_tools(packed) if len(packed) <= MAX_KEPT_BYTES else _checked_tools.__wrapped__(packed)
 
 
@@ -191,10 +192,11 @@ def _in_list(call: TheirCall) -> str:
     return f'{{"name": {name}, "arguments": {call.function.arguments}, "id": {call_id}}}'
 
 
-def _refusal(field: str, error: Exception) -> InvalidRequest:
+def _refusal(field: str, error: Exception, value: str) -> InvalidRequest:
     """The error for what mistral-common raises. It may quote a text as long as a prompt: its beginning is told."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
         field, error = ".".join([field, *map(str, first["loc"])]), ValueError(first["msg"])
     said = str(getattr(error, "message", None) or error)[:MAX_VALUE_CHARS]
-    return InvalidRequest(f"mistral-common refuses {field}: {said}", field=field)
+    what = f"mistral-common refuses {field}: {said}"
+    return InvalidRequest(what, field=field, limit="what mistral-common takes", value=value)

@@ -19,6 +19,7 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import ChatMessage, TextChunk, ThinkingChunk, ToolCall
 from cierzo.engine.text.tool_arguments import Arguments
 from cierzo.engine.text.tool_names import TOOL_NAME, is_tool_name
+from cierzo.engine.text.vocabulary import refuse_marker_at_end
 
 Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 FOLLOWERS = {
@@ -49,7 +50,7 @@ def their_messages(turns: Sequence[ChatMessage], rules: Rules) -> list[Message]:
     _check_order(turns, rules)
     messages = [_message(f"messages[{index}]", turn, rules) for index, turn in enumerate(turns)]
     _check_results(turns)
-    _check_prefix(f"messages[{len(turns) - 1}]", turns[-1], rules)
+    refuse_marker_at_end(f"messages[{len(turns) - 1}]", turns[-1], rules.markers)
     return messages
 
 
@@ -87,7 +88,9 @@ def _check_order(turns: Sequence[ChatMessage], rules: Rules) -> None:
         what = "the last turn is the assistant's already; to have it continued, set its prefix"
         raise _refused(f"messages[{last}].role", what, "user, tool, or assistant with prefix", "assistant")
     if last == 0 and turns[0].role not in ("user", "system"):
-        what = "a conversation does not begin with its only turn being the assistant's or a tool's"
+        what = "messages[0] is the assistant's, and nobody has spoken before it"
+        if turns[0].role == "tool":
+            what = "messages[0] is a tool's result, and no turn before it calls a tool"
         raise _refused("messages[0].role", what, "user, system", turns[0].role)
 
 
@@ -121,28 +124,6 @@ def _check_answered(calls: dict[str, str]) -> None:
         raise _refused(
             field, f"the call {call_id!r} has no result", "a turn of the role tool for each call", call_id
         )
-
-
-def _check_prefix(field: str, turn: ChatMessage, rules: Rules) -> None:
-    """Refuse to go on behind a marker: it would be read as the text that it is, and not as what it says."""
-    if not turn.prefix:
-        return
-    end, place = turn.content, f"{field}.content"
-    if not isinstance(end, str):
-        place += f"[{len(end) - 1}]"
-        end = _open_text(end[-1]) if end else ""
-    end = end.rstrip()
-    if end.endswith(rules.markers):
-        marker = max((marker for marker in rules.markers if end.endswith(marker)), key=len)
-        what = f"{place} ends in the marker {marker}, which would be read as text; send a chunk that it stands for"
-        raise _refused(place, what, "text that does not end in a marker", marker)
-
-
-def _open_text(chunk: TextChunk | ThinkingChunk) -> str:
-    """The text that a model goes on with behind this chunk: none behind a thought that is closed."""
-    if isinstance(chunk, TextChunk):
-        return chunk.text
-    return "" if chunk.closed else chunk.thinking
 
 
 # --- one turn ----------------------------------------------------------------------------------------------

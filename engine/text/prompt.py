@@ -111,7 +111,8 @@ class PromptEncoder:
         if message.token_ids is not None:
             return Prompt(message.token_ids)
         if self.tokenizer is None:
-            raise InvalidRequest("the served checkpoint has no tokenizer: send token_ids", field=_field(message))
+            what, field = "the served checkpoint has no tokenizer: send token_ids", _field(message)
+            raise InvalidRequest(what, field=field, limit="token_ids", value=field)
         if message.text is not None:
             refuse_unfit(self.tokenizer, "text", message.text, max_tokens)
             if message.suffix is None:
@@ -121,7 +122,8 @@ class PromptEncoder:
         if self.template is None:
             named = f"default chat template, only {', '.join(self.other_templates)}"
             known = named if self.other_templates else "chat template"
-            raise InvalidRequest(f"the served checkpoint has no {known}: send text", field="messages")
+            what = f"the served checkpoint has no {known}: send text"
+            raise InvalidRequest(what, field="messages", limit="text, token_ids", value="messages")
         return Prompt(*self.template.encode(message, max_tokens))
 
     def max_text_bytes(self, max_tokens: int) -> int | None:

@@ -46,6 +46,16 @@ class Syntax(msgspec.Struct, frozen=True, omit_defaults=True):
     bare_calls: bool = False
 
     @property
+    def marks_thinking(self) -> bool:
+        """Whether thoughts have markers, of whatever kind."""
+        return "think" in (*self.tokens.values(), *self.spelled.values())
+
+    @property
+    def marks_calls(self) -> bool:
+        """Whether calls can be told from text."""
+        return self.bare_calls or "call" in (*self.tokens.values(), *self.spelled.values())
+
+    @property
     def think_open_id(self) -> int | None:
         """The token that begins a thought."""
         return self._id("think")

@@ -65,7 +65,7 @@ class TekkenVocabulary:
         ids = self.special_ids
         if not {SUFFIX, PREFIX} <= ids.keys() or len(self.encode_piece(BEFORE_SUFFIX)) != CUT_TOKENS:
             what = "the served model does not fill in the middle: its tekken.json is not made for that"
-            raise InvalidRequest(what, field="suffix")
+            raise InvalidRequest(what, field="suffix", limit="left out", value=suffix)
         refuse_surrogates("text", text)
         refuse_surrogates("suffix", suffix)
         behind = self.encode_piece(BEFORE_SUFFIX + suffix)[CUT_TOKENS:] if suffix else []

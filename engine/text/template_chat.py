@@ -12,7 +12,7 @@ from cierzo.engine.messages import ChatMessage, Generate, TextChunk, ThinkingChu
 from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.spellings import Breaker, free_marks, without
 from cierzo.engine.text.tokenizer import Tokenizer
-from cierzo.engine.text.vocabulary import refuse_unfit
+from cierzo.engine.text.vocabulary import refuse_marker_at_end, refuse_unfit
 
 THOUGHT_OPENINGS = ("<think>", "[THINK]")
 HARMLESS = "Hi!"  # ends in no letter, beside which some tokens are none
@@ -30,9 +30,13 @@ class TemplateChat:
     def encode(self, message: Generate, max_tokens: int | None) -> tuple[list[int], bool]:
         """Token ids of the prompt of `message.messages`, up to where the assistant begins to speak, or goes on in
         its last turn; and whether that is within a thought. Raises InvalidRequest, with the field that is wrong."""
+        if message.tools and not self.template.reads_tools:
+            raise _unread(message.tools)
         turns = message.messages or []
         mark, end = self._free_marks(turns, message.tools)
         goes_on = bool(turns) and turns[-1].prefix
+        if goes_on:
+            refuse_marker_at_end(f"messages[{len(turns) - 1}]", turns[-1], tuple(self._tokenizer.control_ids))
         rest = (message.tools, message.reasoning_effort, mark, f"{end} " if goes_on else "")
         try:
             rendered = self._render(turns, *rest)
@@ -71,7 +75,8 @@ class TemplateChat:
         try:
             taken = msgspec.json.encode([self.template.source, turns, tools])
         except (RecursionError, TypeError, UnicodeEncodeError) as error:
-            raise InvalidRequest(f"the messages or tools are no JSON: {error}", field="messages") from error
+            what = f"the messages or tools are no JSON: {error}"
+            raise InvalidRequest(what, field="messages", limit="JSON", value=type(error).__name__) from error
         return free_marks(taken, 2)
 
     def _render(self, turns: list[ChatMessage], tools: list[Tool], effort: str | None, mark: str, tag: str) -> str:
@@ -91,6 +96,15 @@ def _lacks_text(turn: ChatMessage) -> bool:
 def _with_text(turn: ChatMessage, text: str) -> ChatMessage:
     content = text if isinstance(turn.content, str) else [*turn.content, TextChunk(text=text)]
     return msgspec.structs.replace(turn, content=content)
+
+
+def _unread(tools: list[Tool]) -> InvalidRequest:
+    return InvalidRequest(
+        "the chat template reads no tools, so the served model would not hear of them",
+        field="tools",
+        limit="left out",
+        value=", ".join(tool.name for tool in tools),
+    )
 
 
 def is_within_thought(turn: ChatMessage) -> bool:

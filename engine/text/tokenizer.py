@@ -134,7 +134,10 @@ class Tokenizer:
         markers = next((names for names in FIM_TOKENS if all(name in self.control_ids for name in names)), None)
         if markers is None:
             raise InvalidRequest(
-                "the served model does not fill in the middle: its vocabulary has no tokens for it", field="suffix"
+                "the served model does not fill in the middle: its vocabulary has no tokens for it",
+                field="suffix",
+                limit="left out",
+                value=suffix,
             )
         refuse_surrogates("text", text)
         refuse_surrogates("suffix", suffix)

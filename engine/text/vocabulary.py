@@ -1,5 +1,4 @@
-"""The two things that a checkpoint's words come from, whatever library reads them; and the bound of a text's length
-that both hold."""
+"""The two things that a checkpoint's words come from, whatever library reads them; and what both of them refuse."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.messages import Generate
+from cierzo.engine.messages import ChatMessage, Content, Generate, TextChunk
 from cierzo.engine.text.detok import MAX_CHAR_BYTES
 
 TEKKEN_FILE = "tekken.json"  # of a folder in Mistral's layout; some folders have both
@@ -73,3 +72,34 @@ def refuse_unfit(sizes: TokenSizes, field: str, text: str, max_tokens: int | Non
             limit=f"{most} bytes",
             value=num_bytes,
         )
+
+
+def refuse_marker_at_end(field: str, turn: ChatMessage, markers: tuple[str, ...]) -> None:
+    """Raise InvalidRequest for an answer that is to go on behind a marker: it would be read as the text that it is,
+    and not as what it says."""
+    if not turn.prefix:
+        return
+    end = _open_text(turn.content).rstrip()
+    if not end.endswith(markers):
+        return
+    marker = max((marker for marker in markers if end.endswith(marker)), key=len)
+    place = f"{field}.content" if isinstance(turn.content, str) else f"{field}.content[{len(turn.content) - 1}]"
+    instead = "send a thinking chunk" if "think" in marker.lower() else "leave it out"
+    raise InvalidRequest(
+        f"{place} ends in the marker {marker}, which would be read as text: {instead}",
+        field=place,
+        limit="text that does not end in a marker",
+        value=marker,
+    )
+
+
+def _open_text(content: Content) -> str:
+    """The text that a model goes on with behind this content: none behind a thought that is closed."""
+    if isinstance(content, str):
+        return content
+    end = ""
+    for chunk in reversed(content):
+        if not isinstance(chunk, TextChunk):
+            return end if end or chunk.closed else chunk.thinking
+        end = chunk.text + end
+    return end

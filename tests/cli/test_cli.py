@@ -129,6 +129,9 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
         "--prompt: must be text in UTF-8, got 'caf\udce9'",
     ),
     (("generate", "{dense}", "--message", "caf\udce9"), 2, "argument --message: must be text in UTF-8"),
+    ((*GENERATE, "--reasoning-effort", "high"), 2, "reasoning_effort must be with --message, got 'high'"),
+    ((*GENERATE, "--suffix", "x"), 2, "suffix must be with --prompt, got 'x'"),
+    (("generate", "{dense}", "--message", "x", "--suffix", ""), 2, "suffix must be with --prompt, got ''"),
     (("chat", "--message", "caf\udce9"), 2, "argument --message: must be text in UTF-8, got 'caf\udce9'"),
     (("chat", "--system", "caf\udce9"), 2, "argument --system: must be text in UTF-8"),
     (("demo", "--prompt", "caf\udce9"), 2, "argument --prompt: must be text in UTF-8"),
@@ -304,6 +307,25 @@ def test_an_answer_that_failed_is_a_run_that_failed(
     monkeypatch.setattr(LLM, "generate", failing)
     assert main(["generate", checkpoints["dense"], "--runner", "fake", "--token-ids", "1"]) == 1
     assert capsys.readouterr().err == "cierzo: core_failed: logits are not finite\n"
+
+
+def test_effort_and_suffix_go_with_the_prompt(
+    checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str | None, str | None]] = []
+
+    def answer(*_: Any, **fields: Any) -> Output:
+        asked.append((fields.get("reasoning_effort"), fields.get("suffix")))
+        sample = SampleOutput([], "so", "stop", None, None, "")
+        return Output([1], [sample], Usage(prompt_tokens=1, output_tokens=0, cached_tokens=0), 0)
+
+    monkeypatch.setattr(LLM, "chat", answer)
+    monkeypatch.setattr(LLM, "generate", lambda *words, **fields: [answer(*words, **fields)])
+    generate = ["generate", checkpoints["dense"], "--runner", "fake"]
+    assert main([*generate, "--message", "x", "--reasoning-effort", "high"]) == 0
+    assert main([*generate, "--prompt", "x", "--suffix", "y"]) == 0
+    assert main([*generate, "--message", "x"]) == 0
+    assert asked == [("high", None), (None, "y"), (None, None)]
 
 
 def test_paths_may_hold_bytes_that_are_no_text(

@@ -53,6 +53,27 @@ def configured(model: Path) -> Iterator[Callable[[dict[str, object]], Path]]:
     path.unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize(
+    ("template", "efforts", "marks"),
+    [
+        ("{{ messages }}", [], (False, False)),
+        ("{{ messages }}{{ reasoning_effort }}", ["none", "low", "medium", "high"], (False, False)),
+        ("{{ messages }}{% if reasoning_effort == 'high' %}<think>{% endif %}", ["high"], (True, False)),
+        ("{{ messages }}<tool_call>", [], (False, True)),
+    ],
+)
+def test_a_model_tells_its_efforts_and_what_it_marks(
+    configured: Callable[[dict[str, object]], Path], template: str, efforts: list[str], marks: tuple[bool, bool]
+) -> None:
+    folder = configured({"chat_template": template})
+    (folder / "chat_template.jinja").rename(folder / "aside")
+    try:
+        info = model_info(*_load(folder))
+    finally:
+        (folder / "aside").rename(folder / "chat_template.jinja")
+    assert (info.reasoning_efforts, (info.marks_thinking, info.marks_calls)) == (efforts, marks)
+
+
 def _load(model: Path) -> tuple[EngineConfig, PromptEncoder]:
     return load_prompts(resolve(EngineOptions(model=str(model), **SETTINGS)))
 

@@ -17,6 +17,7 @@ from cierzo.engine.text.tokenizer_config import TokenizerConfig
 MARKERS = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]")
 ID_OF = {marker: 258 + place for place, marker in enumerate(MARKERS)}
 TEMPLATE = (
+    "{% if tools %}{% endif %}"  # reads them, and writes none
     "{% for m in messages %}[{{ m.role }}]{% if m.reasoning %}[THINK]{{ m.reasoning }}[/THINK]{% endif %}"
     "{{ m.content }}{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.function.name }}[ARGS]"
     "{{ c.function.arguments }}{% endfor %}{% endfor %}"

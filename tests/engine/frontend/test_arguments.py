@@ -224,8 +224,8 @@ ANSWER = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "argume
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [FUNCTION, FUNCTION | {"returns": {}}]}, "tools[1].returns"),
         ({"tools": [FUNCTION | {"parameters": [1]}]}, "tools[0].parameters"),
-        ({"tools": [{"type": "function", "function": {"description": "d"}}]}, "tools[0]"),
-        ({"tools": [{"type": "function", "function": "f"}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": {"description": "d"}}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "function": "f"}]}, "tools[0].name"),
         ({"tools": "f"}, "tools"),
         ({"tools": ["f"]}, "tools[0]"),
         (
@@ -253,6 +253,7 @@ def test_what_other_interfaces_have_and_this_one_lacks_is_refused_by_name(argume
     with pytest.raises(InvalidRequest) as caught:
         generate_message(**{"messages": ASKED, **arguments})
     assert caught.value.field == field
+    assert None not in (caught.value.limit, caught.value.value)
     assert field.rpartition(".")[0] in caught.value.message
 
 
@@ -294,7 +295,7 @@ deep.append(deep)
         ({"token_ids": [1, 2.0]}, "token_ids[1]", "2.0"),
         ({"token_ids": [1, True]}, "token_ids[1]", "True"),
         ({"token_ids": [1, "2"]}, "token_ids[1]", "2"),
-        ({"token_ids": [1, None]}, "token_ids[1]", None),
+        ({"token_ids": [1, None]}, "token_ids[1]", "null"),
         ({"token_ids": [1, 2**70]}, "token_ids", str(2**70)),
         ({"token_ids": [1, -(2**63) - 1]}, "token_ids", str(-(2**63) - 1)),
         ({"token_ids": [np.int64(1), 2**70]}, "token_ids[1]", str(2**70)),
@@ -314,8 +315,8 @@ deep.append(deep)
         ({"messages": "Hi"}, "messages", "Hi"),
         ({"messages": 3}, "messages", "3"),
         ({"messages": ["Hi"]}, "messages[0]", "Hi"),
-        ({"messages": [{"content": "Hi"}]}, "messages[0]", "{'content': 'Hi'}"),
-        ({"messages": [{"role": None}]}, "messages[0]", "{}"),
+        ({"messages": [{"content": "Hi"}]}, "messages[0].role", "left out"),
+        ({"messages": [{"role": None}]}, "messages[0].role", "left out"),
         ({"messages": [HI_DICT, HI_DICT | {"nmae": "x"}]}, "messages[1].nmae", "x"),
         ({"messages": [HI_DICT | {"content": ["Hi"]}]}, "messages[0].content[0]", "Hi"),
         ({"messages": [HI_DICT | {"content": "\ud800"}]}, "messages[0].content", "'\\ud800'"),
@@ -327,17 +328,17 @@ deep.append(deep)
         ({"messages": [HI_DICT | {"\ud800": "x"}]}, "messages[0].\\ud800", "'\\ud800'"),
         ({"messages": [HI_DICT | {"tool_calls": {"name": "f"}}]}, "messages[0].tool_calls", "{'name': 'f'}"),
         ({"messages": [HI_DICT | {(1, 2): "x"}]}, "messages[0][(1, 2)]", "tuple"),
-        ({"messages": deep}, None, None),
+        ({"messages": deep}, "messages", "more levels"),
         ({"sampling": 5}, "sampling", "int"),
         ({"sampling": "greedy"}, "sampling", "str"),
         ({"sampling": [SamplingParams()]}, "sampling", "list"),
-        ({"sampling": {"max_token": 5}}, "max_token", "max_token"),
-        ({"sampling": {1: 5}}, "1", "1"),
+        ({"sampling": {"max_token": 5}}, "max_token", "5"),
+        ({"sampling": {1: 5}}, "1", "5"),
         ({"max_tokens": 2**64}, "sampling.max_tokens", str(2**64)),
         ({"max_tokens": 10**5000}, "sampling.max_tokens", "an integer of 16610 bits"),
         ({"max_tokens": 3.0}, "sampling.max_tokens", "3.0"),
         ({"max_tokens": True}, "sampling.max_tokens", "True"),
-        ({"max_tokens": None}, "sampling.max_tokens", None),
+        ({"max_tokens": None}, "sampling.max_tokens", "null"),
         ({"max_tokens": np.array([3])}, "sampling.max_tokens", "[3]"),
         ({"seed": "1"}, "sampling.seed", "1"),
         ({"temperature": True}, "sampling.temperature", "True"),
@@ -349,7 +350,7 @@ deep.append(deep)
         ({"stop": [b"x"]}, "sampling.stop[0]", "b'x'"),
         ({"stop": ["x", "\udc80"]}, "sampling.stop[1]", "'\\udc80'"),
         ({"stop": 3}, "sampling.stop", "3"),
-        ({"stop": None}, "sampling.stop", None),
+        ({"stop": None}, "sampling.stop", "null"),
         ({"stop_token_ids": True}, "sampling.stop_token_ids[0]", "True"),
         ({"stop_token_ids": "3"}, "sampling.stop_token_ids", "3"),
         ({"stop_token_ids": [1.5]}, "sampling.stop_token_ids[0]", "1.5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -10,12 +11,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from fake_core import EOS
-from marked import ids, marked_prompts
+from marked import ids, marked_prompts, marked_tokenizer
 
 from cierzo.cli import main
 from cierzo.engine.commands import chat as command
 from cierzo.engine.commands.screen import DIM, UNDIM, Screen, remark
 from cierzo.engine.messages import Abort, Delta, Part, Ready, SamplingParams
+from cierzo.engine.text.chat import ChatTemplate
+from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.engine.text.template_chat import TemplateChat
 
 DEADLINE_S = 60
 CIERZO = """
@@ -80,6 +84,23 @@ def test_a_line_that_is_no_text_is_refused_and_the_conversation_goes_on(chat, co
     assert line.startswith("cierzo: invalid_request: messages[0].content holds a lone surrogate")
     (submit,) = cores.now.submits
     assert bytes(token for token in submit.prompt_token_ids if token < 256) == b"[user]Hi[assistant]"
+
+
+@pytest.mark.parametrize("words", [("--message", "Hi"), ()])
+def test_an_effort_is_that_of_each_turn(serves, cores, words):
+    cores.answer = lambda submit, sample: HELLO
+    tokenizer = marked_tokenizer()
+    template = TemplateChat(ChatTemplate("{{ messages[-1].content }}, {{ reasoning_effort }}"), tokenizer)
+    (start,) = itertools.islice(chats := chats_with(serves(words=PromptEncoder(tokenizer, template))), 1)
+    talk = start("--reasoning-effort", "high", *words)
+    _, err = talk.communicate(b"" if words else b"Hi\nHi\n", timeout=DEADLINE_S)
+    assert talk.returncode == 0, err
+    assert [bytes(each.prompt_token_ids) for each in cores.now.submits] == [b"Hi, high"] * (1 if words else 2)
+    talk = start("--reasoning-effort", "odd", "--message", "Hi")
+    _, err = talk.communicate(timeout=DEADLINE_S)
+    assert talk.returncode
+    assert b"reasoning_effort is 'odd', allowed: none, low, medium, high" in err
+    chats.close()
 
 
 THOUGHT = Part(kind="thinking", text="hm", num_tokens=3)

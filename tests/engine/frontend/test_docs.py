@@ -15,6 +15,7 @@ from cierzo.engine import messages
 from cierzo.engine.errors import BY_CODE
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.conversation import MAX_TOOLS
 from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.methods import FEATURE_OF
@@ -49,6 +50,14 @@ def test_every_code_and_limit_is_described():
     limits = set(FrontendConfig.__struct_fields__)
     internal = {"address", "retry_after_s", "inline_chars", "core_start_timeout_s"}
     assert not [name for name in (set(BY_CODE) | limits) - internal if f"`{name}`" not in TEXT]
+
+
+def test_limits_without_a_setting_are_described():
+    operations = (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert f"call, {MAX_TOOLS} at most" in TEXT
+    assert f"{MAX_TOOLS} `tools` of a request" in TEXT
+    assert f"{MAX_TOOLS}, with names of 1 to 64 letters" in operations
+    assert TEXT.count("1 to 64 of `a-z`, `A-Z`, `0-9`, `_` and `-`") == 2
 
 
 def test_every_feature_is_described_with_what_belongs_to_it():

@@ -127,13 +127,13 @@ def test_a_model_that_marks_no_thoughts_has_no_budget(run, serving, cores):
 def test_what_no_server_has_is_refused_by_name(name, ability):
     with pytest.raises(InvalidRequest, match=f"this engine has no {ability}.*: {name}") as caught:
         generate_message(token_ids=[1], **{name: 1})
-    assert caught.value.field == name
+    assert (caught.value.field, caught.value.value) == (name, "1")
     for message, field in (({name: 1}, name), ({"sampling": {name: 1}}, f"sampling.{name}")):
         frame = msgspec.msgpack.encode({"type": "generate", "stream": 1, "token_ids": [1], **message})
         with pytest.raises(msgspec.ValidationError) as refused:
             msgspec.msgpack.decode(frame, type=Generate)
-        refusal = wire_checks.undecodable(refused.value)
-        assert refusal.field == field
+        refusal = wire_checks.undecodable(refused.value, frame)
+        assert (refusal.field, refusal.limit, refusal.value) == (field, "left out", "1")
         assert refusal.message == absent(name)
         assert ability in refusal.message
 

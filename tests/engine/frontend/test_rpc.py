@@ -80,7 +80,7 @@ ENDS_THE_CONNECTION = {
     "an empty frame": (Hello(), b"", "protocol_error", "frame"),
     "truncated body": (Hello(), msgspec.msgpack.encode(Ping(stream=3))[:-1], "protocol_error", "frame"),
     "no map": (Hello(), [1, 2], "protocol_error", "frame"),
-    "no stream id": (Hello(), {"type": "ping"}, "protocol_error", None),
+    "no stream id": (Hello(), {"type": "ping"}, "protocol_error", "stream"),
     "negative stream id": (Hello(), {"type": "ping", "stream": -7}, "protocol_error", "stream"),
     "a second hello": (Hello(), Hello(), "protocol_error", "type"),
 }

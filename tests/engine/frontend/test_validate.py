@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -11,6 +12,7 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend import validate, wire_checks
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.conversation import MAX_TOOLS
+from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.messages import (
     ChatMessage,
     Generate,
@@ -24,6 +26,9 @@ from cierzo.engine.messages import (
 CONFIG = FrontendConfig(max_samples=4, max_logprobs=5, max_stop_strings=2, max_stop_chars=3, max_stop_token_ids=2)
 PLAIN = Generate(stream=1, token_ids=[1, 2, 3])
 NAN, INF = math.nan, math.inf
+DEEP: dict = {}
+for _ in range(100_000):
+    DEEP = {"properties": DEEP}
 
 SAMPLING = {
     "max_tokens": ([1, 10**12], [0, -1]),
@@ -122,8 +127,9 @@ def test_good_requests_pass(model_info, changes):
 
 def test_stop_strings_need_a_tokenizer(model_info):
     message = replace(PLAIN, sampling=SamplingParams(stop=("x",)))
-    with pytest.raises(InvalidRequest, match="tokenizer"):
+    with pytest.raises(InvalidRequest, match="tokenizer") as caught:
         validate.fields(message, CONFIG, replace(model_info, has_tokenizer=False))
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("sampling.stop", "left out", "x")
 
 
 SPECIAL = {"<s>": 256, "</s>": 257, "<far>": 300}
@@ -198,19 +204,85 @@ def test_the_limit_of_temperature_names_zero_too(model_info):
             "sampling.logit_bias",
             "int",
         ),
-        ("Object contains unknown field `x`", "unknown field x", "x", None),
+        ("Object contains unknown field `x`", "unknown field x", "x", "left out"),
         (
             "Object contains unknown field `x` - at `$.messages[0]`",
             "messages[0]: unknown field x",
             "messages[0].x",
-            None,
+            "left out",
         ),
-        ("Object missing required field `stream`", "Object missing required field stream", None, None),
+        ("Object missing required field `stream`", "stream is missing", "stream", "needed"),
     ],
 )
 def test_what_msgspec_refuses_is_named(text, message, field, limit):
     refusal = wire_checks.mistyped(text)
     assert (refusal.message, refusal.field, refusal.limit) == (message, field, limit)
+
+
+@pytest.mark.parametrize(
+    ("said", "field", "limit", "value"),
+    [
+        ({"suffix": 3}, "suffix", "str | null", "3"),
+        ({"sampling": {"max_thinking_tokens": 1.5}}, "sampling.max_thinking_tokens", "int | null", "1.5"),
+        ({"token_ids": [1, None]}, "token_ids[1]", "int", "null"),
+        ({"text": b"ab"}, "text", "str | null", "b'ab'"),
+        ({"text": ["x" * 60]}, "text", "str | null", "1 entries"),
+        ({"deltas": "x" * 60}, "deltas", "bool", "x" * 50 + "..."),
+        ({"lora": "mine"}, "lora", "left out", "mine"),
+        ({"sampling": {"best_of": 3}}, "sampling.best_of", "left out", "3"),
+        ({"foo": {"a": 1}}, "foo", "left out", "{'a': 1}"),
+        ({"tools": [{"name": "f"}, {}]}, "tools[1].name", "needed", "left out"),
+        ({"tools": [{"name": "f", "type": "function"}]}, "tools[0].type", "left out", "function"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].name", "needed",
+         "left out"),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages[0].content[0].type", "needed",
+         "left out"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type",
+         "text, thinking", "image"),
+        ({"tools": [{"name": "f", "parameters": DEEP}]}, "tools", "a few hundred levels", "more levels"),
+        ({"foo": "x" * 2**16}, "foo", "left out", None),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_on_the_wire_is_named(said, field, limit, value):
+    message = {"type": "generate", "stream": 1, **said}
+    if said.get("tools") and value == "more levels":  # too deep for an encoder
+        levels = b"\x81\xa1a" * 100_000 + b"\x80"
+        whole = msgspec.msgpack.encode({**message, "tools": [{"name": "f", "parameters": {}}]})
+        body = whole.replace(b"\xaaparameters\x80", b"\xaaparameters" + levels)
+    else:
+        body = msgspec.msgpack.encode(message)
+    with pytest.raises(UNDECODABLE) as refused:
+        msgspec.msgpack.decode(body, type=Generate)
+    refusal = wire_checks.undecodable(refused.value, body)
+    assert (refusal.field, refusal.limit, refusal.value) == (field, limit, value)
+    assert field.rpartition(".")[2] in refusal.message or "no " in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "feature", "field", "value"),
+    [
+        ({"suffix": "b"}, "parts", "suffix", "b"),
+        ({"tool_choice": "none"}, "parts", "tool_choice", "none"),
+        ({"parallel_tool_calls": False}, "parts", "parallel_tool_calls", "False"),
+        ({"messages": [ChatMessage(role="assistant", prefix=True)]}, "parts", "messages[0].prefix", "True"),
+        ({"sampling": SamplingParams(max_thinking_tokens=3)}, "parts", "sampling.max_thinking_tokens", "3"),
+        ({"sampling": SamplingParams(bad_words=("a",))}, "masks", "sampling.bad_words", "('a',)"),
+        ({"idempotency_key": "secret"}, "resume", "idempotency_key", "given"),
+    ],
+)
+def test_what_needs_a_feature_is_named_with_its_value(fields, feature, field, value):
+    with pytest.raises(InvalidRequest) as caught:
+        wire_checks.features(Generate(stream=1, **fields), frozenset())
+    limit = f"with the feature {feature}"
+    assert (caught.value.field, caught.value.limit, caught.value.value) == (field, limit, value)
+
+
+def test_the_number_that_json_lacks_is_told(model_info):
+    for number, value in ((INF, "inf"), (NAN, "nan"), (b"x", "b'x'")):
+        parameters = {"properties": {"a": {"enum": [1, "a", None, number]}}}
+        with pytest.raises(InvalidRequest) as caught:
+            validate.fields(_chat(tools=[Tool(name="f", parameters=parameters)]), CONFIG, model_info)
+        assert (caught.value.field, caught.value.value) == ("tools[0].parameters", value)
 
 
 def test_turns_and_calls_of_a_chat_are_counted(model_info):
@@ -280,6 +352,10 @@ BAD_CHATS = {
     "reasoning of a user": (_chat(ChatMessage(role="user", reasoning="x")), "messages[1].reasoning"),
     "an id of an assistant": (_chat(_said(tool_call_id="x")), "messages[1].tool_call_id"),
     "a name of a user": (_chat(ChatMessage(role="user", name="x")), "messages[1].name"),
+    "an id twice": (
+        _chat(_said(tool_calls=[*CALLS.tool_calls, CALLS.tool_calls[0]]), _result("aaaaaaaaa")),
+        "messages[1].tool_calls[2].id",
+    ),
     "a result of no call": (_chat(CALLS, _result("ccccccccc")), "messages[2].tool_call_id"),
     "a result of an earlier round": (
         _chat(CALLS, _result(), _result(), _said(tool_calls=[ToolCall(name="f", arguments="", id="c")]),
@@ -308,6 +384,11 @@ BAD_CHATS = {
         _chat(tools=[Tool(name="f", parameters={"maximum": INF})]),
         "tools[0].parameters",
     ),
+    "parameters that are nested too deeply": (
+        _chat(tools=[Tool(name="f", parameters=DEEP)]),
+        "tools[0].parameters",
+    ),
+    "an effort of a text": (Generate(stream=1, text="a", reasoning_effort="high"), "reasoning_effort"),
     "tools of a text": (Generate(stream=1, text="a", tools=[Tool(name="f")]), "tools"),
     "a choice that comes later": (_chat(tools=[Tool(name="f")], tool_choice="required"), "tool_choice"),
     "a tool by name": (_chat(tools=[Tool(name="f")], tool_choice="f"), "tool_choice"),
@@ -329,6 +410,7 @@ def test_what_is_wrong_with_a_conversation_is_named(model_info, message, field):
     assert caught.value.field == field
     assert field.partition("[")[0] in caught.value.message
     assert caught.value.limit
+    assert caught.value.value is not None
 
 
 @pytest.mark.parametrize("efforts", [("none", "high"), ()])

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
+from marked import marked_prompts
 
 from cierzo.engine import messages
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
@@ -42,6 +43,7 @@ FEATURE_FIELDS = {
     "Final": {"cost"},
     "Delta": {"parts"},
     "SampleEnd": {"parts", "broken_calls"},
+    "ModelInfo": {"reasoning_efforts", "marks_thinking", "marks_calls"},
 }
 REMOVED = {"CoreStats": set(CoreStats.__struct_fields__) - set(VERSION_2["CoreStats"].split())}
 PARTS = ("Limits", "Usage", "Timings", "SampleEnd", "CoreStats", "ExpertStatistics", "StepBucket")
@@ -99,7 +101,7 @@ def test_a_stalled_core_is_loading_to_who_does_not_know_the_word():
 
 def test_a_connection_of_version_2_hears_version_2(run, serving, peering, cores):
     async def body():
-        async with serving(cores=cores) as house, peering(house, None) as peer:
+        async with serving(cores=cores, words=marked_prompts()) as house, peering(house, None) as peer:
 
             async def hear():
                 size = int.from_bytes(await peer.reader.readexactly(4), "big")
@@ -121,6 +123,8 @@ def test_a_connection_of_version_2_hears_version_2(run, serving, peering, cores)
             peer.say({"type": "generate", "stream": 2, "token_ids": [1], "sampling": {"max_tokens": 1}})
             assert not _unknown(await hear(), "Delta")
             assert not _unknown(await hear(), "Final")
+            peer.say({"type": "model", "stream": 3})
+            assert not _unknown(await hear(), "ModelInfo")
 
     run(body())
 
@@ -131,5 +135,22 @@ def test_a_connection_of_version_3_hears_the_new_counters(run, serving, peering)
             house.frontend.core.stats = CoreStats(computed_tokens=5)
             peer.say(messages.GetStats(stream=1))
             assert (await peer.hear()).core.computed_tokens == 5
+
+    run(body())
+
+
+@pytest.mark.parametrize("features", [[], ["credit"], ["parts"]])
+def test_a_model_s_efforts_and_marks_are_told_to_who_has_parts(run, serving, peering, features):
+    async def body():
+        async with serving(words=marked_prompts()) as house, peering(house, Hello(features=features)) as peer:
+            model = msgspec.structs.replace(
+                house.frontend.model, reasoning_efforts=["none", "high"], marks_thinking=True, marks_calls=True
+            )
+            house.frontend.model = model
+            peer.say(messages.GetModel(stream=1))
+            heard = await peer.hear()
+            news = (heard.reasoning_efforts, heard.marks_thinking, heard.marks_calls)
+            assert news == ((["none", "high"], True, True) if "parts" in features else ([], False, False))
+            assert heard.vocab_size == model.vocab_size
 
     run(body())

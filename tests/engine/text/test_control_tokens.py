@@ -153,7 +153,7 @@ def test_a_middle_needs_all_three_tokens():
     for encoder in (PromptEncoder(Tokenizer(inner)), PromptEncoder(OURS["pieces"])):
         with pytest.raises(InvalidRequest, match="does not fill in the middle") as caught:
             encoder.encode(Generate(stream=0, text="a", suffix="b"))
-        assert caught.value.field == "suffix"
+        assert (caught.value.field, caught.value.limit, caught.value.value) == ("suffix", "left out", "b")
 
 
 # --- finding and breaking spellings -------------------------------------------------------------------------

@@ -109,6 +109,7 @@ def test_what_cannot_be_is_refused_by_name(settings: dict[str, Any], field: str,
     with pytest.raises(InvalidRequest, match=said) as caught:
         submit_of(**settings)
     assert caught.value.field == field
+    assert None not in (caught.value.limit, caught.value.value)
 
 
 def test_what_leaves_a_token_is_taken() -> None:

@@ -103,7 +103,7 @@ def test_a_suffix_that_a_vocabulary_would_spoil_is_refused(tmp_path: Path) -> No
         vocabulary = load_tekken(write_tekken(tmp_path, "v7", **changes))
         with pytest.raises(InvalidRequest, match="fill in the middle") as caught:
             vocabulary.encode_middle("a", "b")
-        assert caught.value.field == "suffix"
+        assert (caught.value.field, caught.value.limit, caught.value.value) == ("suffix", "left out", "b")
 
 
 # --- Small 4, id by id, in the published vocabulary --------------------------------------------------------

@@ -53,6 +53,7 @@ EVERYWHERE = {
         "assistant",
     ),
     "an answer is the only turn": ([prefix("y")], "messages[0].role", "user, system", "assistant"),
+    "a result is the only turn": ([result(A)], "messages[0].role", "user, system", "tool"),
     "a result without a call before it": ([USER, result(A)], "messages[1].role", "user, assistant, system", "tool"),
     "a system prompt behind an answer": (
         [USER, ANSWER, SYSTEM],
@@ -221,14 +222,31 @@ def test_an_error_names_field_limit_and_value(version: str, what: str, wrong: tu
     assert len(error.message) < 200
 
 
+@pytest.mark.parametrize(
+    ("turn", "said"), [(result(A), "no turn before it calls"), (prefix("y"), "nobody has spoken")]
+)
+def test_a_chat_that_begins_in_its_middle_hears_why(turn: ChatMessage, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        speaker("v13").encode(turn)
+
+
+@pytest.mark.parametrize(
+    ("marker", "instead"), [("[THINK]", "send a thinking chunk"), ("[TOOL_CALLS]", "leave it out")]
+)
+def test_a_marker_at_the_end_is_told_with_what_to_do(marker: str, instead: str) -> None:
+    with pytest.raises(InvalidRequest, match=instead):
+        speaker("v13").encode(USER, prefix(f"y {marker}"))
+
+
 def test_what_only_mistral_common_refuses_has_a_field_and_is_short() -> None:
     """It does not count the calls of a conversation's first turn."""
     with pytest.raises(InvalidRequest, match="mistral-common refuses messages") as caught:
         speaker("v15").encode(call(A), result(A))
     assert caught.value.field == "messages"
+    assert (caught.value.limit, caught.value.value) == ("what mistral-common takes", "turns of assistant, tool")
     with pytest.raises(ValidationError) as theirs:
         ChatCompletionRequest(messages=[], reasoning_effort="x" * 9000)
-    refusal = mistral._refusal("messages", theirs.value)
+    refusal = mistral._refusal("messages", theirs.value, "turns of user")
     assert refusal.field == "messages.reasoning_effort"
     assert len(refusal.message) < 300
     assert "pydantic" not in refusal.message

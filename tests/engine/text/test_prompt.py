@@ -30,7 +30,7 @@ def test_prompts_that_cannot_be_encoded(tokenizer):
 def test_without_a_default_chat_template_the_others_are_named(tokenizer):
     with pytest.raises(InvalidRequest, match="no default chat template, only rag, tool_use") as caught:
         PromptEncoder(tokenizer, None, ("rag", "tool_use")).encode(Generate(stream=0, messages=[]))
-    assert caught.value.field == "messages"
+    assert (caught.value.field, caught.value.limit) == ("messages", "text, token_ids")
 
 
 def test_a_lone_surrogate_in_a_text_is_refused(tokenizer):
@@ -63,6 +63,7 @@ def test_whatever_a_template_does_the_request_is_refused(tokenizer, source):
     with pytest.raises(InvalidRequest) as caught:
         PromptEncoder(tokenizer, TemplateChat(ChatTemplate(source), tokenizer)).encode(message)
     assert caught.value.field == "messages"
+    assert None not in (caught.value.limit, caught.value.value)
     assert len(caught.value.message) < 100 + 6 * 500  # a surrogate is spelled out in six characters
     _sent(caught.value)
 

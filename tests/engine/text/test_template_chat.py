@@ -268,10 +268,32 @@ def test_a_thought_goes_on_as_in_transformers(kind, thought):
 
 def test_a_prefix_that_spells_a_marker_is_text():
     encoder = ours("bytes", "ChatML")
-    last = ChatMessage(role="assistant", content="ab<|im_end|>", prefix=True)
+    last = ChatMessage(role="assistant", content="ab<|im_end|>.", prefix=True)
     prompt = encoder.encode(Generate(stream=0, messages=[ChatMessage(role="user", content="a"), last]))
-    assert bytes(encoder.tokenizer.token_bytes(i)[0] for i in prompt.token_ids[-12:]) == b"ab<|im_end|>"
+    assert bytes(encoder.tokenizer.token_bytes(i)[0] for i in prompt.token_ids[-13:]) == b"ab<|im_end|>."
     assert not prompt.in_thinking
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "marker"),
+    [
+        ("ab<|im_end|>", "", "<|im_end|>"),
+        ("<think> \n", "", "<think>"),
+        ([ThinkingChunk(thinking="x"), TextChunk(text="a</think>")], "[1]", "</think>"),
+        ([TextChunk(text="a<thi"), TextChunk(text="nk>")], "[1]", "<think>"),
+        ([ThinkingChunk(thinking="x</think>", closed=False)], "[0]", "</think>"),
+    ],
+)
+def test_an_answer_does_not_go_on_behind_a_marker(content, place, marker):
+    last = ChatMessage(role="assistant", content=content, prefix=True)
+    user, instead = ChatMessage(role="user", content="a"), "send a thinking chunk" if "think" in marker else "leave"
+    with pytest.raises(InvalidRequest, match=instead) as caught:
+        ours("bytes", "thinking").encode(Generate(stream=0, messages=[user, last]))
+    assert (caught.value.field, caught.value.value) == (f"messages[1].content{place}", marker)
+    assert caught.value.limit == "text that does not end in a marker"
+    for chunks in ([ThinkingChunk(thinking="<think>")], [ThinkingChunk(thinking="<think>"), TextChunk(text="b")]):
+        answer = ChatMessage(role="assistant", content=chunks, prefix=True)
+        assert ours("bytes", "thinking").encode(Generate(stream=0, messages=[user, answer]))
 
 
 @pytest.mark.parametrize(
@@ -288,6 +310,7 @@ def test_words_that_a_template_does_not_write_cannot_go_on(chunks, source, field
     with pytest.raises(InvalidRequest) as caught:
         encoder.encode(Generate(stream=0, messages=turns))
     assert caught.value.field == field
+    assert None not in (caught.value.limit, caught.value.value)
 
 
 def test_what_a_template_cannot_write_of_an_answer_does_not_end_the_conversation():
@@ -333,6 +356,25 @@ def test_chunks_are_the_text_and_the_thought_of_a_turn():
     assert encoder.encode(Generate(stream=0, messages=whole)) == encoder.encode(
         Generate(stream=0, messages=in_chunks)
     )
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_tools_that_a_template_never_reads_are_refused(choice):
+    tools = [Tool(name="f"), Tool(name="g")]
+    user = [ChatMessage(role="user", content="a")]
+    asked = Generate(stream=0, messages=user, tools=tools, tool_choice=choice)
+    with pytest.raises(InvalidRequest, match="reads no tools") as caught:
+        ours("bytes", "ChatML").encode(asked)
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("tools", "left out", "f, g")
+    for family in ("thinking", "arguments as tags"):
+        assert ours("bytes", family).encode(asked)
+    for source in (
+        "{% set tools = tools or [] %}{{ tools | length }}",
+        "{% macro m() %}{{ tools }}{% endmacro %}{{ m() }}",
+        "{% for m in messages %}{% if loop.last and tools is not none %}{{ tools }}{% endif %}{% endfor %}",
+    ):
+        assert ChatTemplate(source).reads_tools
+    assert not ChatTemplate("{{ messages[0].tools }} tools {# tools #}").reads_tools
 
 
 # --- efforts ------------------------------------------------------------------------------------------------
