@@ -17,7 +17,6 @@ from cierzo.engine.messages import (
     ThinkingChunk,
     ToolCall,
 )
-from cierzo.engine.text.tool_arguments import Arguments
 from cierzo.engine.text.tool_names import is_tool_name
 
 JOINED_AT_ONCE = 64
@@ -202,6 +201,8 @@ def tool_calls(parts: Iterable[Part], broken: Collection[int] = ()) -> list[Tool
 
 def _is_whole(call: Part) -> bool:
     """Whether a conversation can go on with the call."""
+    from cierzo.engine.text.tool_arguments import Arguments  # only who reads calls takes the time to import it
+
     is_object = call.text.strip() and Arguments.parse(call.text).value is not None
     return bool(is_object and is_tool_name(call.name))
 

@@ -380,7 +380,7 @@ def test_yarn_starts_at_the_whole_length_unless_it_is_said(tmp_path: Path) -> No
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"neither config\.json nor params\.json"):
         read_model_config(tmp_path)
     for content, message in (
         (b"{", "cannot be read"),

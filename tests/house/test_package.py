@@ -11,7 +11,9 @@ import pytest
 
 FOLDERS = ("kernels", "cache", "scheduler", "engine", "bench")
 COMPILED = {".cpp", ".h"}  # into kernels/cpu/_native*.so
-MAX_CLIENT_IMPORT = 1.8  # times what asyncio and msgspec, which it stands on, take by themselves
+MAX_CLIENT_IMPORT = (
+    1.9  # times what asyncio and msgspec take by themselves, on which it stands; 1.76 with answers in parts
+)
 RESULTS = Path("bench/results")  # figures, not sources
 
 
