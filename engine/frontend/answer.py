@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import (
     ChatMessage,
     Content,
@@ -19,7 +20,7 @@ from cierzo.engine.messages import (
 )
 from cierzo.engine.text.tool_names import is_tool_name
 
-JOINED_AT_ONCE = 64
+JOINED_AT_ONCE = 32
 
 
 class Answer:
@@ -44,6 +45,15 @@ class Answer:
     def add(self, delta: Delta) -> None:
         """Take what is new."""
         self.take(delta.parts, delta.text, len(delta.token_ids))
+
+    def add_all(self, deltas: list[Delta]) -> None:
+        """Take what is new in several, in order."""
+        if any(delta.parts for delta in deltas):
+            for delta in deltas:
+                self.add(delta)
+        else:  # text alone, which is nearly all that comes
+            num_tokens = sum([len(delta.token_ids) for delta in deltas])
+            self.take([], "".join([delta.text for delta in deltas]), num_tokens)
 
     def end(self, end: SampleEnd) -> None:
         """Take the record of the sample's end, and the output, if that comes in it."""
@@ -95,11 +105,12 @@ class Answer:
 
 class Answers:
     """The samples of a generation, as far as they have come. Deltas are joined a few at a time, or when somebody
-    asks, as most callers look at the deltas alone."""
+    asks, as most callers look at the deltas alone; and only if `joins`, for who has the feature "parts"."""
 
-    __slots__ = ("_by_sample", "_deltas", "_has_ended")
+    __slots__ = ("_by_sample", "_deltas", "_has_ended", "joins")
 
-    def __init__(self) -> None:
+    def __init__(self, joins: bool = True) -> None:
+        self.joins = joins
         self._by_sample: dict[int, Answer] = {}
         self._deltas: list[Delta] = []
         self._has_ended = False
@@ -112,11 +123,20 @@ class Answers:
 
     def _join(self) -> None:
         deltas, self._deltas = self._deltas, []
+        by_sample: dict[int, list[Delta]] = {}
         for delta in deltas:
-            self._by_sample.setdefault(delta.sample, Answer()).add(delta)
+            by_sample.setdefault(delta.sample, []).append(delta)
+        for sample, own in by_sample.items():
+            self._by_sample.setdefault(sample, Answer()).add_all(own)
 
     def of(self, sample: int, final: Final | None) -> Answer:
-        """Give a sample; `final` if that has come."""
+        """Give a sample; `final` if that has come. Raises InvalidRequest for one that came in deltas without the
+        feature "parts"."""
+        is_whole = final is not None and all(end.token_ids or not end.output_tokens for end in final.samples)
+        if not self.joins and not is_whole:
+            raise InvalidRequest(
+                "deltas are joined to an answer with the feature parts alone", field="features", limit="parts"
+            )
         self._join()
         if final is not None and not self._has_ended:
             self._has_ended = True

@@ -195,7 +195,7 @@ class Generation:
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
-        self._answers = Answers()
+        self._answers = Answers(joins="parts" in inbox.link.features)
 
     @property
     def final(self) -> Final:
@@ -209,7 +209,10 @@ class Generation:
 
     def answer(self, sample: int = 0) -> Answer:
         """Give what was taken of a sample so far: its text, thoughts and calls, and, once the iteration has ended,
-        the turn with which the conversation goes on. Of a resumed one, what came behind the tokens received."""
+        the turn with which the conversation goes on. Of a resumed one, what came behind the tokens received.
+
+        Raises InvalidRequest for an answer that came in deltas on a connection without the feature "parts".
+        """
         return self._answers.of(sample, self._inbox.final)
 
     @property
@@ -257,7 +260,8 @@ class Generation:
             if not inbox.deltas:
                 raise inbox.failure or StopAsyncIteration
         delta = inbox.consume()
-        self._answers.add(delta)
+        if self._answers.joins:
+            self._answers.add(delta)
         return delta
 
     async def next(self, timeout_s: float | None = None) -> Delta | None:
@@ -269,8 +273,9 @@ class Generation:
         """All deltas that have come and were not taken, at least one; none at the end. `timeout_s` as in `next`."""
         deltas, cost = await self.take_batch(timeout_s)
         self._inbox.link.consumed(self._inbox, cost)
-        for delta in deltas:
-            self._answers.add(delta)
+        if self._answers.joins:
+            for delta in deltas:
+                self._answers.add(delta)
         return deltas
 
     async def take_batch(self, timeout_s: float | None = None) -> tuple[list[Delta], int]:

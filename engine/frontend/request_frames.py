@@ -26,7 +26,7 @@ def check_request(message: Generate, welcome: Welcome) -> None:
     limits = welcome.limits
     if message.idempotency_key is not None:
         require(welcome, "resume", "idempotency_key")
-    features(message, frozenset(welcome.features))
+    features(message, welcome.features)
     if message.sampling.n > limits.max_samples:
         _refuse("sampling.n", message.sampling.n, "max_samples", limits.max_samples)
     if message.token_ids is not None:

@@ -30,7 +30,7 @@ class SyncGeneration:
         self._part = 0
         self._untold = 0  # cost of deltas that the caller took, and the loop's thread does not know
         self._told_s = time.monotonic()
-        self._answers = Answers()
+        self._answers = Answers(joins="parts" in generation._inbox.link.features)
         self._lock = threading.Lock()  # of these five
 
     @property
@@ -68,7 +68,8 @@ class SyncGeneration:
             with self._lock:
                 if self._batch:
                     delta = self._batch.popleft()
-                    self._answers.add(delta)
+                    if self._answers.joins:
+                        self._answers.add(delta)
                     self._count(delta_cost(delta))
                     return delta
                 self._tell()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from operator import attrgetter
 from typing import Any
 
@@ -30,7 +31,7 @@ CHUNKS = ("text", "thinking")
 MAX_READ_AGAIN_BYTES = 64 * 1024  # of a message that is refused, for the value that was wrong in it
 
 
-def features(message: Generate, granted: frozenset[str]) -> None:
+def features(message: Generate, granted: Collection[str]) -> None:
     """Raise InvalidRequest for a field whose feature the connection does not have."""
     if (values := _fields(message)) != _PLAIN:
         for (field, feature), value, plain in zip(FEATURE_OF_FIELD.items(), values, _PLAIN, strict=True):
@@ -46,7 +47,7 @@ def features(message: Generate, granted: frozenset[str]) -> None:
                 require_feature(granted, feature, field, f"sampling.{field}", shown(value))
 
 
-def require_feature(granted: frozenset[str], feature: str, what: str, field: str, value: object = "given") -> None:
+def require_feature(granted: Collection[str], feature: str, what: str, field: str, value: object = "given") -> None:
     """Raise InvalidRequest if `feature`, which `what` needs, is not among those granted."""
     if feature not in granted:
         raise InvalidRequest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_core import EOS
 from marked import RIGHT, TOKENS, bare, ids
+from streams import tokens_of
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.client import Client, SyncClient
@@ -100,5 +101,20 @@ def test_what_needs_the_feature_is_refused_by_the_client_where_it_is_missing(run
             with pytest.raises(InvalidRequest, match="needs the feature parts") as caught:
                 client.generate(messages=[{"role": "user", "content": "x"}], tools=[{"name": "wind"}])
             assert caught.value.field == "tools"
+
+    run(body())
+
+
+def test_without_the_feature_a_whole_answer_alone_is_joined(run, serving):
+    """Deltas are not kept then, and a part of an answer is not passed off as all of it."""
+
+    async def body():
+        async with serving() as house, await Client.connect(house.address, features=("credit",)) as client:
+            generation = client.generate(token_ids=[1], max_tokens=3)
+            assert len(await tokens_of(generation)) == 3
+            with pytest.raises(InvalidRequest, match="feature parts") as caught:
+                generation.answer()
+            assert (caught.value.field, caught.value.limit) == ("features", "parts")
+            assert (await client.ask(token_ids=[1], max_tokens=3)).finish_reason == "length"
 
     run(body())
