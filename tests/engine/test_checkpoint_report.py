@@ -56,7 +56,7 @@ def told(small4: Path) -> CheckpointReport:
 
 
 def rows(found: object) -> dict[str, str]:
-    """What is printed beside each label; a line without one belongs to the label above."""
+    """The text beside each label; a line without one belongs to the label above."""
     said: dict[str, str] = {}
     for line in str(found).splitlines():
         label = line[:18].strip() if not line.startswith("refused: ") else "refused"
@@ -206,7 +206,7 @@ def test_no_tokenizer_at_all(tmp_path: Path) -> None:
 
 
 def test_cards_are_those_that_the_engine_would_start_on(small4: Path, told: CheckpointReport) -> None:
-    """One count: with the settings that `info` names the engine starts, and on a card fewer it does not."""
+    """The engine starts with the settings that `info` names, and on a card fewer it does not."""
     assert told.needs is not None
     fits = {need.weights: need.fits for need in told.needs.cards}
     assert {name: [fit.device for fit in found] for name, found in fits.items()} == {

@@ -29,7 +29,7 @@ GATE_UP, DOWN = (f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj
 
 
 def on_device(parameters: list[Parameter], format: str, activations: str = "bf16") -> DeviceMatrix:
-    """What a GPU would get, on the CPU."""
+    """The matrix that a GPU would get, on the CPU."""
     joined = above_each_other(parameters)
     source = DeviceMatrices(format, torch.bfloat16, CPU, activations)
     role = "experts" if len(joined.shape) == 3 else "linear"
@@ -152,7 +152,7 @@ def packed(parameter: Parameter, format: str, paired: bool = False) -> Tensor:
 
 
 def test_pitfall_4_fp8_scales_have_several_names(tmp_path: Path) -> None:
-    """One scale a matrix: weight_scale_inv, or weight_scale; or the same scale in every block."""
+    """FP8 with one scale a matrix: weight_scale_inv, or weight_scale; or the same scale in every block."""
     model = Compressed(SMALL3, "fp8-static")
     assert_same(load(model.write(tmp_path / "compressed")), model)
     renamed = {"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}

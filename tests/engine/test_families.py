@@ -222,7 +222,7 @@ def published_name(name: str) -> str:
 
 @torch.inference_mode()
 def loaded_by_transformers(folder: Path, config: dict[str, Any]) -> Tensor:
-    """Its logits, from the folder as it lies there."""
+    """Logits of transformers, from the folder as it lies there."""
     model, told = auto_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
@@ -254,7 +254,7 @@ def test_runs_as_transformers_runs_the_folder(tmp_path: Path, name: str, spellin
 
 
 def test_rope_beyond_the_original_length_matters_here(tmp_path: Path) -> None:
-    """What the comparison above might miss: a query that is not scaled, a frequency that is not stretched."""
+    """Faults that the comparison above might miss: a query not scaled, a frequency not stretched."""
     config = FOLDERS["Ministral 3 8B"]
     folder = write_config(tmp_path, config)
     weights = random_weights(folder, config, tied=False)
@@ -269,7 +269,7 @@ def test_rope_beyond_the_original_length_matters_here(tmp_path: Path) -> None:
 
 
 def test_ministral3_in_fp8_as_published(tmp_path: Path) -> None:
-    """One scale a matrix, inside the multimodal folder, which transformers dequantises."""
+    """A multimodal folder with one scale a matrix, which transformers dequantises."""
     config = {**FOLDERS["Ministral 3 8B"], "quantization_config": {**FP8_CONFIG, "dequantize": False}}
     folder = write_config(tmp_path, FOLDERS["Ministral 3 8B"])
     weights = random_weights(folder, config, tied=False)

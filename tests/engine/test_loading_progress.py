@@ -32,7 +32,7 @@ def test_what_is_quick_says_nothing(caplog: pytest.LogCaptureFixture, capsys: py
 
 
 def test_a_cores_log_has_these_lines() -> None:
-    """It tells warnings else."""
+    """The logger would tell warnings alone otherwise."""
     code = """
 import logging, sys
 from cierzo.engine.worker import __main__ as core

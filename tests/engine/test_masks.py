@@ -1,4 +1,4 @@
-"""What a token may be: by parts against the definitions, and through the engine against direct sampling, whatever
+"""Masks of tokens: by parts against the definitions, and through the engine against direct sampling, whatever
 happens to a request: overlapped steps, random chunks, preemptions, resumed answers, steps that are run again."""
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def text_config(original: int, factor: float, theta: float, **sizes: int) -> dict[str, Any]:
-    """Of a published `ministral3`."""
+    """The rope settings of a published `ministral3`."""
     rope = {
         "beta_fast": 32.0,
         "beta_slow": 1.0,

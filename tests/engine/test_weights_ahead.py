@@ -206,7 +206,7 @@ def test_memory_behind_a_mapping_is_none_of_it() -> None:
 def test_a_shard_that_ends_early_names_file_and_tensor(
     tmp_path: Path, shape: object, name: str, tensor: str
 ) -> None:
-    """It was whole when it was opened: a disk in a network, a file that is copied over."""
+    """The shard was whole when it was opened: a disk in a network, a file that is copied over."""
     model = Published(shape, name)  # type: ignore[arg-type]
     folder = in_shards(tmp_path, model, 2)
     stored = next(full for full in model.stored if full.startswith(tensor))

@@ -11,7 +11,7 @@ BUDGET = {
     "src": 200,
     "engine": 4_430,
     "engine/cost": 1_200,
-    "engine/frontend": 9_330,
+    "engine/frontend": 9_360,
     "engine/model": 1_170,
     "engine/text": 3_890,
     "engine/weights": 4_010,

@@ -26,7 +26,7 @@ def column(first_head: str) -> list[str]:
 
 
 def test_the_families_are_those_that_the_code_knows() -> None:
-    """It names them when it refuses another."""
+    """The code names its families when it refuses another."""
     with pytest.raises(CheckpointError) as caught:
         parse_config(Fields({"model_type": "none of them"}))
     known = set(re.findall(r"\w+", str(caught.value.limit))) - {"or", "around", "one", "of", "them"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tokenizers
 from fake_core import BOS
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -19,12 +21,18 @@ TEMPLATE = (
 )
 
 
-def byte_level() -> tokenizers.Tokenizer:
-    """Ids 0..255 are bytes, 256 and 257 begin and end a text, 258 is an added word with a space in it."""
+def bytes_and(special: Sequence[str]) -> tokenizers.Tokenizer:
+    """Ids 0..255 are bytes, and the next ones these special tokens."""
     inner = tokenizers.Tokenizer(models.BPE(_BYTE_OF, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<s>", "</s>"])
+    inner.add_special_tokens([*special])
+    return inner
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """Ids 0..255 are bytes, 256 and 257 begin and end a text, 258 is an added word with a space in it."""
+    inner = bytes_and(("<s>", "</s>"))
     inner.add_tokens(["<two words>"])
     inner.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", BOS)])
     return inner

@@ -120,7 +120,7 @@ class Compressed:
         return folder
 
     def write_plain(self, folder: Path, dtype: torch.dtype) -> Path:
-        """What compressed-tensors decompressed, in the layout of transformers."""
+        """Weights as compressed-tensors decompressed them, in the layout of transformers."""
         folder.mkdir(exist_ok=True)
         values = {name: tensor.to(dtype).contiguous() for name, tensor in self.plain.items()}
         save_file(values, folder / "model.safetensors")
@@ -191,7 +191,7 @@ def make_scheme(name: str, target: str = "Linear") -> QuantizationScheme:
 def compress(
     weight: Tensor, scheme: QuantizationScheme, scale_dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What compressed-tensors stores of a weight, and what it decompresses that to."""
+    """The tensors that compressed-tensors stores of a weight, and the weight that it decompresses them to."""
     compressor = BaseCompressor.get_value_from_registry(str(scheme.format))
     args = scheme.weights
     low, high = _extremes(weight, args)

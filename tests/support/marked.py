@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import tokenizers
+from byte_words import bytes_and
 from fake_core import EOS
-from tokenizers import decoders, models, pre_tokenizers
 
 from cierzo.engine.messages import Part
 from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.text.syntax import syntax_of
 from cierzo.engine.text.template_chat import TemplateChat
-from cierzo.engine.text.tokenizer import _BYTE_OF, Tokenizer
+from cierzo.engine.text.tokenizer import Tokenizer
 from cierzo.engine.text.tokenizer_config import TokenizerConfig
 
 MARKERS = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]")
@@ -26,11 +26,7 @@ TEMPLATE = (
 
 def marked_level() -> tokenizers.Tokenizer:
     """Ids 0 to 255 are bytes, 256 and 257 begin and end a text, the next ones are the markers."""
-    inner = tokenizers.Tokenizer(models.BPE(_BYTE_OF, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<s>", "</s>", *MARKERS])
-    return inner
+    return bytes_and(("<s>", "</s>", *MARKERS))
 
 
 def marked_tokenizer() -> Tokenizer:

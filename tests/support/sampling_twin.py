@@ -74,7 +74,7 @@ def masked(logits: Tensor, request: Submit, output: list[int]) -> Tensor:
 
 
 def directly(request: Submit, sample: int) -> tuple[list[int], list[TokenLogprobs]]:
-    """One request, token by token, without an engine; it ends where nothing is left to choose."""
+    """A request, token by token, without an engine; it ends where nothing is left to choose."""
     params, prompt = request.sampling, request.prompt_token_ids
     output: list[int] = [*request.output_token_ids]
     logprobs: list[TokenLogprobs] = []

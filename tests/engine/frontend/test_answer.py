@@ -111,7 +111,7 @@ def test_a_call_is_one_when_nothing_can_be_added_to_it():
 
 @pytest.mark.parametrize("change", [{"name": ""}, {"name": "w n"}, {"text": ""}, {"text": "[1]"}, {"text": "{}}"}])
 def test_what_is_no_whole_call_is_a_part_alone(change):
-    """Of a resumed answer the first may be the end of a call."""
+    """The first part of a resumed answer may be the end of a call."""
     part = msgspec.structs.replace(WIND, **change)
     assert (tool_calls([part]), as_turn([TEXT, part]).tool_calls) == ([], [])
 

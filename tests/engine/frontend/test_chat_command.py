@@ -33,7 +33,7 @@ HELLO = [ord(char) for char in "Salut"]
 
 
 def chats_with(served) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """What starts `cierzo chat` against a server."""
+    """The words that start `cierzo chat` against a server."""
     chats = []
 
     def start(*words: str | bytes) -> subprocess.Popen[bytes]:

@@ -322,7 +322,7 @@ def test_a_reader_that_asks_on_and_never_reads_is_heard_no_more_and_closed_in_th
 
 
 def test_a_reader_that_catches_up_is_heard_again(run, serving, peering, monkeypatch):
-    """It takes longer than slow_reader_s, but takes something all the time."""
+    """The reader takes longer than slow_reader_s, but takes something all the time."""
     taken = []
 
     def more(connection):

@@ -1,4 +1,4 @@
-"""What is over is freed at once: the cycle collector is set to come so rarely that it would free it in hours."""
+"""Memory of what is over is freed at once: the cycle collector is set to come too rarely to be waited for."""
 
 from __future__ import annotations
 

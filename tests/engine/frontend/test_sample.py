@@ -125,13 +125,8 @@ class Reader:
 @settings(max_examples=300, deadline=None)
 @example([0, 0], ("ab",), False, False, 2)  # an empty delta, while the reader has everything
 @example([0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], ("ab",), False, True, 15998)  # read again behind the end
-@given(tokens, stops, st.booleans(), st.booleans(), st.integers(0, 2**32))
-def test_a_reader_gets_the_reference_in_any_pieces(token_ids, stop, asks_logprobs, keeps, seed):
-    """Deltas of any length, taken or only logged, read in any pieces, and now and then resumed from any token."""
-    reference, draw = Detokenizer(Pieces(), stop), random.Random(seed)
-    text = reference.push(token_ids) + reference.flush()
-    whole = token_ids[: reference.num_tokens]
-    sample, reader = Sample(0, Detokenizer(Pieces(), stop), keeps=keeps), Reader(stop)
+def live(sample, reader, token_ids, draw, end, *, keeps, logprobs_of=None):
+    """Have a sample get its tokens and its end, and its reader read, in pieces and an order that `draw` decides."""
     rest, ends_apart = list(token_ids), draw.random() < 0.5
     while sample.finish is None or sample.unsent:
         if keeps and draw.random() < 0.1:
@@ -142,7 +137,7 @@ def test_a_reader_gets_the_reference_in_any_pieces(token_ids, stop, asks_logprob
         count = draw.randint(0, 4)
         new, rest = rest[:count], rest[count:]
         is_last = not rest and not (ends_apart and new)
-        delta = TokenDelta(0, 0, new, logprobs(new) if asks_logprobs else None, finish() if is_last else None)
+        delta = TokenDelta(0, 0, new, logprobs_of and logprobs_of(new), end if is_last else None)
         if not sample.cut:
             if sample.unsent or draw.random() < 0.5:
                 sample.append(delta)
@@ -150,6 +145,16 @@ def test_a_reader_gets_the_reference_in_any_pieces(token_ids, stop, asks_logprob
                 reader.take(sample.take(delta))
         if is_last:
             sample.end(delta.finish)
+
+
+@given(tokens, stops, st.booleans(), st.booleans(), st.integers(0, 2**32))
+def test_a_reader_gets_the_reference_in_any_pieces(token_ids, stop, asks_logprobs, keeps, seed):
+    """Deltas of any length, taken or only logged, read in any pieces, and now and then resumed from any token."""
+    reference, draw = Detokenizer(Pieces(), stop), random.Random(seed)
+    text = reference.push(token_ids) + reference.flush()
+    whole = token_ids[: reference.num_tokens]
+    sample, reader = Sample(0, Detokenizer(Pieces(), stop), keeps=keeps), Reader(stop)
+    live(sample, reader, token_ids, draw, finish(), keeps=keeps, logprobs_of=logprobs if asks_logprobs else None)
     assert (reader.token_ids, reader.text + reader.tail, sample.stop) == (whole, text, reference.stop)
     assert reader.logprobs == (logprobs(whole) if asks_logprobs else [])
 
@@ -239,24 +244,7 @@ def test_a_reader_gets_the_parts_of_the_reference_in_any_pieces(token_ids, stop,
     right = joined_of([(in_all, text + held, reference.num_tokens)])
     whole = token_ids[: reference.num_tokens]
     sample, reader = Sample(0, parts_reader(stop, parallel), keeps=keeps), PartsCopy(stop, parallel)
-    rest, ends_apart = list(token_ids), draw.random() < 0.5
-    while sample.finish is None or sample.unsent:
-        if keeps and draw.random() < 0.1:
-            reader.go_back(draw.randint(0, len(reader.token_ids)), sample)
-        if sample.finish is not None or draw.random() < 0.3:
-            reader.take(sample.read(draw.randint(1, 9)))
-            continue
-        count = draw.randint(0, 4)
-        new, rest = rest[:count], rest[count:]
-        is_last = not rest and not (ends_apart and new)
-        delta = TokenDelta(0, 0, new, None, finish("stop") if is_last else None)
-        if not sample.cut:
-            if sample.unsent or draw.random() < 0.5:
-                sample.append(delta)
-            else:
-                reader.take(sample.take(delta))
-        if is_last:
-            sample.end(delta.finish)
+    live(sample, reader, token_ids, draw, finish("stop"), keeps=keeps)
     assert (reader.token_ids, sample.stop) == (whole, reference.stop)
     assert reader.answer == right
     assert sum(part.num_tokens for part in right) == len(whole)

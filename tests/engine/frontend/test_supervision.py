@@ -452,7 +452,7 @@ def test_commands_of_a_turn_leave_together_and_in_order(run):
 
 @pytest.mark.parametrize("turns", range(8))
 def test_a_core_that_dies_as_the_server_ends_does_not_hold_it_up(run, serving, cores, turns):
-    """Its end may be seen in the very turn of the loop in which everything is cancelled."""
+    """The core's end may be seen in the very turn of the loop in which everything is cancelled."""
 
     async def body():
         async with serving(cores=cores) as house:

@@ -37,7 +37,7 @@ def _call(number: int) -> ChatMessage:
 
 
 def _generated(ours: Speaker, call: ToolCall) -> list[int]:
-    """What a model of this version writes to make a call, to the end of its turn."""
+    """The text that a model of this version writes to make a call, to the end of its turn."""
     ids, piece = ours.vocabulary.special_ids, ours.vocabulary.encode_piece
     number = ours.theirs.version.version_num
     if number < 11:
@@ -186,7 +186,7 @@ def _turn(ours: Speaker, version: str, token_ids: list[int]) -> ChatMessage:
 
 
 def _written(ours: Speaker, turn: ChatMessage) -> list[int]:
-    """What stands for the turn in the next prompt."""
+    """The tokens that stand for the turn in the next prompt."""
     results = [ChatMessage(role="tool", content="1", tool_call_id=call.id) for call in turn.tool_calls]
     first, all_of_it = ours.encode(USER), ours.encode(USER, turn, *(results or [USER]))
     assert all_of_it[: len(first)] == first

@@ -239,7 +239,7 @@ def test_a_marker_at_the_end_is_told_with_what_to_do(marker: str, instead: str) 
 
 
 def test_what_only_mistral_common_refuses_has_a_field_and_is_short() -> None:
-    """It does not count the calls of a conversation's first turn."""
+    """mistral-common does not count the calls of a conversation's first turn."""
     with pytest.raises(InvalidRequest, match="mistral-common refuses messages") as caught:
         speaker("v15").encode(call(A), result(A))
     assert caught.value.field == "messages"
@@ -258,7 +258,7 @@ def test_what_only_mistral_common_refuses_has_a_field_and_is_short() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_pitfall_24_an_effort_that_the_model_does_not_know_is_refused_by_name(version: str) -> None:
-    """It is neither dropped nor sent as something else."""
+    """The value is neither dropped nor sent as something else."""
     ours = speaker(version)
     assert ours.chat.efforts == (("none", "high") if version == "v15" else ())
     for effort in ("low", "medium", "High", "", "none", "high"):

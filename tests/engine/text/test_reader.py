@@ -1,4 +1,4 @@
-"""Which reader an answer has, and how its calls are named."""
+"""The reader that an answer has, and the names of its calls."""
 
 from __future__ import annotations
 

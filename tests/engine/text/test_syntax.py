@@ -1,4 +1,4 @@
-"""Which markers a model writes, found out from its vocabulary and template."""
+"""Markers that a model writes, found out from its vocabulary and template."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_texts_come_back_and_are_cut_as_mistral_common_cuts_them(text: str) -> N
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_pitfall_20_control_tokens_have_names_and_no_text(version: str) -> None:
-    """What marks thoughts and calls is known by its id, and never by a text."""
+    """Marks of thoughts and calls are known by their ids, and never by a text."""
     vocabulary = speaker(version).vocabulary
     known = [text for text in CONTROL if text in vocabulary.special_ids]
     assert [vocabulary.special_ids[text] for text in known] == [CONTROL.index(text) for text in known]
