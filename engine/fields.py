@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
+from cierzo.engine.checkpoint_file import require_file
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.git_lfs import refuse_pointer
 
 _log = logging.getLogger(__name__)
 
@@ -29,18 +29,10 @@ def naming_unreadable(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", field=path.name) from error
 
 
-def require_file(path: Path) -> None:
-    """Raise CheckpointError if something else is there: a folder, a link to nothing, a pipe (whose reader would
-    wait for ever). A path where nothing is passes."""
-    if (path.exists() or path.is_symlink()) and not path.is_file():
-        raise CheckpointError(f"{path} is no file, or a link to none", field=path.name)
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises CheckpointError when there is none."""
     try:
         require_file(file)
-        refuse_pointer(file)
         content = msgspec.json.decode(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} is no checkpoint: it has no {file.name}", field=file.name) from None

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import msgspec
 
+from cierzo.engine.checkpoint_file import require_file
 from cierzo.engine.checkpoint_format import CONFIG_NAME, PARAMS_NAME, find_format
-from cierzo.engine.fields import Fields, naming_unreadable, read_json, require_file
+from cierzo.engine.fields import Fields, naming_unreadable, read_json
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.config_json import parse_config
 from cierzo.engine.model.params_json import HARMLESS, read_params

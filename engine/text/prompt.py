@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from cierzo.engine.checkpoint_file import require_file
 from cierzo.engine.errors import CheckpointError, InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, ModelInfo, SamplingParams, Submit, TextChunk
 from cierzo.engine.text.chat import load_chat_template
@@ -195,8 +196,10 @@ def call_id(seed: int | None, num_prompt_tokens: int, sample: int, number: int) 
 
 def reads_tekken(checkpoint_dir: Path, tokenizer: str) -> bool:
     """Whether the words of a folder are those of its tekken.json, by this setting. Raises CheckpointError where
-    the setting names a tokenizer whose file is not there."""
+    the setting names a tokenizer whose file is not there, and where something else than a file is."""
     files = {"mistral": TEKKEN_FILE, "tokenizers": TOKENIZER_FILE}
+    for file in files.values():
+        require_file(checkpoint_dir / file)
     there = [name for name, file in files.items() if (checkpoint_dir / file).is_file()]
     if tokenizer in files and tokenizer not in there:
         limit = " or ".join(("auto", *there))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
+from cierzo.engine.checkpoint_file import require_file
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.git_lfs import refuse_pointer
 from cierzo.engine.text.unicode import refuse_surrogates
 from cierzo.engine.text.vocabulary import TEKKEN_FILE
 
@@ -80,7 +80,7 @@ def load_tekken(checkpoint_dir: Path, vocab_size: int | None = None) -> TekkenVo
     """Read tekken.json. Raises CheckpointError if that cannot be done, or if it has more tokens than the model's
     vocabulary; a model may have more, which no text is made of."""
     path = checkpoint_dir / TEKKEN_FILE
-    refuse_pointer(path)
+    require_file(path)
     logging.getLogger("mistral_common").setLevel(logging.WARNING)  # it counts tokens aloud
     try:
         inner = Tekkenizer.from_file(path)

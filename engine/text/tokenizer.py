@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import tokenizers
 
+from cierzo.engine.checkpoint_file import require_file
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.git_lfs import refuse_pointer
 from cierzo.engine.text.control_tokens import ControlTokens, is_control
 from cierzo.engine.text.tokenizer_config import TokenizerConfig, read_chat_templates, read_tokenizer_config
 from cierzo.engine.text.unicode import refuse_surrogates
@@ -202,9 +202,9 @@ class Tokenizer:
 def load_tokenizer(checkpoint_dir: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint, None where there is no tokenizer.json; raises CheckpointError."""
     path = checkpoint_dir / "tokenizer.json"
+    require_file(path)
     if not path.exists():
         return None
-    refuse_pointer(path)
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from tokenizers import AddedToken
 
+from cierzo.engine.checkpoint_file import require_file
 from cierzo.engine.errors import CheckpointError
 
 IMAGE_TOKEN = "[IMG]"
@@ -75,6 +76,7 @@ def read_tokenizer_config(checkpoint_dir: Path) -> TokenizerConfig:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, an empty one where the file is missing; raises CheckpointError."""
+    require_file(path)
     if not path.exists():
         return {}
     try:
@@ -120,6 +122,7 @@ def read_chat_templates(checkpoint_dir: Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> str:
+    require_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cierzo.engine.checkpoint_file import require_file
 from cierzo.engine.checkpoint_format import (
     PARAMS_NAME,
     UNREADABLE,
@@ -23,8 +24,7 @@ from cierzo.engine.checkpoint_format import (
     refuse_lone_adapter,
 )
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.fields import naming_unreadable, read_json, require_file
-from cierzo.engine.git_lfs import refuse_pointer
+from cierzo.engine.fields import naming_unreadable, read_json
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,6 @@ def read_shard_header(path: Path) -> dict[str, TensorInfo]:
     try:
         require_file(path)
         file_bytes = path.stat().st_size
-        refuse_pointer(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or length > min(file_bytes - 8, _MAX_HEADER_BYTES):

@@ -4,6 +4,7 @@ is refused."""
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -409,6 +410,15 @@ def test_two_things_wrong_are_both_told(tmp_path: Path) -> None:
     found = report(folder, parameter_specs).refused
     assert len(found) == 2
     assert all(why in said for why, said in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    folder = Published(SMALL3, "hf").write(tmp_path)
+    byte_level().save(str(folder / "tokenizer.json"))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert report(folder).refused == (f"{folder / name} is no file, or a link to none",)
 
 
 def test_a_tokenizer_that_is_refused_is_not_called_none(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ Edge = tuple[str, int, str]  # module, line, the full name that it imports
 
 PARAMETERS = (
     *("engine.parameters", "engine.checkpoint_format", "engine.quantisation"),
-    *("engine.fields", "engine.git_lfs", "engine.errors"),
+    *("engine.fields", "engine.checkpoint_file", "engine.errors"),
 )
 WORKER = (
     *("kernels", "engine.model", "engine.weights", *PARAMETERS),
@@ -94,8 +94,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.errors",
     ),
     "engine.cost.step_model": ("engine.cost", "engine.config", "engine.errors"),
-    "engine.git_lfs": ("engine.errors",),
-    "engine.fields": ("engine.git_lfs", "engine.errors"),
+    "engine.checkpoint_file": ("engine.errors",),
+    "engine.fields": ("engine.checkpoint_file", "engine.errors"),
     "engine.quantisation": ("engine.fields",),
     "engine.checkpoint_format": ("engine.quantisation", "engine.fields", "engine.errors"),
     "engine.parameters": ("kernels.formats", "engine.errors"),
@@ -105,7 +105,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("kernels", *PARAMETERS),
     ),
     "engine.worker": WORKER,
-    "engine.text": ("engine.text", "engine.messages", "engine.git_lfs", "engine.errors"),
+    "engine.text": ("engine.text", "engine.messages", "engine.checkpoint_file", "engine.errors"),
     "engine.frontend": (
         "engine.frontend",
         "engine.text",
