@@ -38,8 +38,11 @@ def features(message: Generate, granted: Collection[str]) -> None:
             if value != plain:
                 told = "given" if field == "idempotency_key" else shown(value)  # a key is a secret
                 require_feature(granted, feature, field, field, told)
-    if message.messages and message.messages[-1].prefix:
-        require_feature(granted, "parts", "prefix", f"messages[{len(message.messages) - 1}].prefix", value=True)
+    for index, turn in enumerate(message.messages or ()):
+        if turn.prefix or turn.name or not isinstance(turn.content, str):
+            field = "prefix" if turn.prefix else "name" if turn.name else "content"
+            told = "a list" if field == "content" else getattr(turn, field)
+            require_feature(granted, "parts", field, f"messages[{index}].{field}", told)
     if (values := _parameters(message.sampling)) != _PLAIN_PARAMETERS:
         rows = zip(FEATURE_OF_PARAMETER.items(), values, _PLAIN_PARAMETERS, strict=True)
         for (field, feature), value, plain in rows:

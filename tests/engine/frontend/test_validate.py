@@ -258,6 +258,9 @@ def test_what_is_wrong_on_the_wire_is_named(said, field, limit, value):
     assert field.rpartition(".")[2] in refusal.message or "no " in refusal.message
 
 
+PLAIN_TURN = ChatMessage(role="user", content="a")
+
+
 @pytest.mark.parametrize(
     ("fields", "feature", "field", "value"),
     [
@@ -265,6 +268,8 @@ def test_what_is_wrong_on_the_wire_is_named(said, field, limit, value):
         ({"tool_choice": "none"}, "parts", "tool_choice", "none"),
         ({"parallel_tool_calls": False}, "parts", "parallel_tool_calls", "False"),
         ({"messages": [ChatMessage(role="assistant", prefix=True)]}, "parts", "messages[0].prefix", "True"),
+        ({"messages": [PLAIN_TURN, ChatMessage(role="tool", name="f")]}, "parts", "messages[1].name", "f"),
+        ({"messages": [ChatMessage(role="user", content=[])]}, "parts", "messages[0].content", "a list"),
         ({"sampling": SamplingParams(max_thinking_tokens=3)}, "parts", "sampling.max_thinking_tokens", "3"),
         ({"sampling": SamplingParams(bad_words=("a",))}, "masks", "sampling.bad_words", "('a',)"),
         ({"idempotency_key": "secret"}, "resume", "idempotency_key", "given"),
