@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -19,7 +20,8 @@ class Expiry(Generic[T]):
         self._delay_s = delay_s
         self._clock = clock
         self._due = due
-        self._things: dict[T, float] = {}
+        # of a plain dict the first entry is looked for among all that were deleted before it
+        self._things: OrderedDict[T, float] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -61,11 +63,13 @@ class Expiry(Generic[T]):
     def _fire(self) -> None:
         self._timer = None
         now = self._clock()
-        for thing, at_s in [*self._things.items()]:
+        for _ in range(len(self._things)):  # and none of those that are added meanwhile
+            if not self._things:
+                break
+            thing, at_s = next(iter(self._things.items()))
             if at_s > now:
                 break
-            if self._things.get(thing) == at_s:  # a thing that came before did not take it away
-                del self._things[thing]
-                self._due(thing)
+            del self._things[thing]
+            self._due(thing)
         if self._things and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(max(self.next_s, 0.001), self._fire)

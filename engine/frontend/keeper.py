@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Keeper:
         self._names = _random_names()
         self._named: dict[str, Stream] = {}
         self._keys: dict[str, _Key] = {}
-        self._kept: dict[Stream, int] = {}  # those that have ended, oldest first -> bytes
+        self._kept: OrderedDict[Stream, int] = OrderedDict()  # those that have ended, oldest first -> bytes
         self._orphans: Expiry[Stream] = Expiry(config.orphan_s, clock, abandon)
         self._ended: Expiry[Stream] = Expiry(config.orphan_s, clock, self._forget)
         self._ended_keys: Expiry[str] = Expiry(config.idempotency_s, clock, self._forget_key)
