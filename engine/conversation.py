@@ -67,8 +67,9 @@ class Part(Piece, frozen=True, omit_defaults=True):
 
     In deltas: pieces that follow each other and have the same `kind` (and `call`) are one part, `text` is what is
     new of it. In a final record: a whole part. Of a call, `text` is the JSON of its arguments, as it was generated,
-    `call` its number in the sample, from 0; `name` and `id` come with its first piece. `num_tokens`: tokens that it
-    was made of, as far as that is certain; markers belong to what they open or close. Of all parts they are all.
+    `call` its number in the sample, from 0; `name` comes with its first piece, and so does `id`, unless the model
+    may write it behind the arguments: then with the last. `num_tokens`: tokens that it was made of, as far as that
+    is certain; markers belong to what they open or close. Of all parts they are all.
     """
 
     kind: PartKind

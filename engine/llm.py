@@ -50,6 +50,7 @@ from cierzo.engine.messages import (
     Usage,
 )
 from cierzo.engine.settings import settings_of
+from cierzo.engine.text.prompt import call_limit
 from cierzo.engine.worker.core import EngineCore
 from cierzo.kernels.fault import DeviceFault
 
@@ -316,7 +317,7 @@ class LLM(OneProcess):
                     submit.sampling,
                     apart=True,
                     in_thinking=prompt.in_thinking,
-                    parallel=message.parallel_tool_calls,
+                    calls=call_limit(message),
                     sample=index,
                     num_prompt_tokens=len(prompt.token_ids),
                 ),

@@ -68,7 +68,7 @@ class Answer:
         for piece in pieces(parts, text, num_tokens):
             if not self._joining or not goes_on(self._joining[-1].first, piece):
                 self._joining.append(_Joining(piece))
-            self._joining[-1].add(piece.text, piece.num_tokens)
+            self._joining[-1].add(piece.text, piece.num_tokens, piece.id)
 
     @property
     def parts(self) -> list[Part]:
@@ -148,16 +148,18 @@ class Answers:
 class _Joining:
     """A part that may get longer."""
 
-    __slots__ = ("_num_tokens", "_texts", "first")
+    __slots__ = ("_id", "_num_tokens", "_texts", "first")
 
     def __init__(self, first: Part) -> None:
         self.first = first
         self._texts: list[str] = []
         self._num_tokens = 0
+        self._id = ""
 
-    def add(self, text: str, num_tokens: int) -> None:
+    def add(self, text: str, num_tokens: int, call_id: str = "") -> None:
         self._texts.append(text)
         self._num_tokens += num_tokens
+        self._id = self._id or call_id
 
     def text(self) -> str:
         self._texts = ["".join(self._texts)]
@@ -170,7 +172,7 @@ class _Joining:
             text=self.text(),
             call=first.call,
             name=first.name,
-            id=first.id,
+            id=self._id,
             num_tokens=self._num_tokens,
         )
 

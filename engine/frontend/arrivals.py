@@ -212,7 +212,6 @@ class Arrivals:
             arrived=arrived,
             deadline_at_s=arrived + (message.deadline_s or self._config.default_deadline_s),
             apart=self._prompts.syntax is not None and "parts" in sink.features,
-            parallel=message.parallel_tool_calls,
         )
         if "resume" in sink.features:
             self._keeper.enter(stream)
@@ -270,7 +269,6 @@ class Arrivals:
         require_room(self._config, "max_open_samples", num_samples)
         self._streams.resize(stream, message.sampling.n)
         stream.deltas, stream.sampling = message.deltas, message.sampling
-        stream.parallel = message.parallel_tool_calls
         stream.deadline_at_s = stream.arrived + (message.deadline_s or self._config.default_deadline_s)
         self._core.opened(stream)
         return True
@@ -298,7 +296,7 @@ class Arrivals:
         require_room(self._config, "max_open_tokens", self._streams.num_tokens + num_tokens)
         if not stream.deltas:
             require_bounded(submit, self._config.max_answer_bytes)
-        stream.sampling, stream.in_thinking = submit.sampling, encoded.in_thinking
+        stream.sampling, stream.in_thinking, stream.calls = submit.sampling, encoded.in_thinking, encoded.calls
         stream.num_prompt_tokens = encoded.num_prompt_tokens
         readers = [self._reader(stream, encoded, sample) for sample in range(stream.num_samples)]
         stream.start(submit, encoded.num_prompt_tokens, readers, encoded.states)

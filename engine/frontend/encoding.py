@@ -20,7 +20,7 @@ from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.sample import STATE_TOKENS
 from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit
 from cierzo.engine.text.parts import PartsReader
-from cierzo.engine.text.prompt import Prompt, PromptEncoder
+from cierzo.engine.text.prompt import CallLimit, Prompt, PromptEncoder, call_limit
 from cierzo.engine.text.reader_state import ReaderState
 
 _decode_generate = msgspec.msgpack.Decoder(Generate).decode
@@ -57,8 +57,9 @@ class Job(Message, frozen=True):
 class Encoded(Message, frozen=True, tag="encoded"):
     """A request that is valid. `message` lacks its prompt, `submit` too, and its seed if the client gave none.
 
-    in_thinking: the prompt ends within a thought. tail: `Detokenizer.tail` of the output tokens; where the answer
-    comes in parts, instead `states` of their reader, after each STATE_TOKENS of them and after all.
+    in_thinking: the prompt ends within a thought. calls: how many the answer may hold. tail: `Detokenizer.tail` of
+    the output tokens; where the answer comes in parts, instead `states` of their reader, after each STATE_TOKENS of
+    them and after all.
     content: `digest` of the whole message, if it has an idempotency key.
     """
 
@@ -69,6 +70,7 @@ class Encoded(Message, frozen=True, tag="encoded"):
     states: list[ReaderState]
     content: bytes = b""
     in_thinking: bool = False
+    calls: CallLimit = "many"
 
 
 Answer = Loaded | Encoded | Failure
@@ -114,6 +116,7 @@ class RequestEncoder:
             num_prompt_tokens=len(prompt.token_ids),
             content=b"" if message.idempotency_key is None else digest(message),
             in_thinking=prompt.in_thinking,
+            calls=call_limit(message),
             tail=tail,
             states=states,
         )
@@ -125,8 +128,8 @@ class RequestEncoder:
         states: list[ReaderState] = []
         if not (brought := message.output_token_ids):
             return [], states
-        in_thinking, parallel = prompt.in_thinking, message.parallel_tool_calls
-        reader = self._prompts.reader(submit.sampling, apart=apart, in_thinking=in_thinking, parallel=parallel)
+        in_thinking, calls = prompt.in_thinking, call_limit(message)
+        reader = self._prompts.reader(submit.sampling, apart=apart, in_thinking=in_thinking, calls=calls)
         if reader is None:
             return [], states
         for start in range(0, len(brought), STATE_TOKENS):

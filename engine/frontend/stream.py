@@ -28,7 +28,7 @@ from cierzo.engine.messages import (
     Timings,
     Usage,
 )
-from cierzo.engine.text.prompt import PromptEncoder, Reader
+from cierzo.engine.text.prompt import CallLimit, PromptEncoder, Reader
 from cierzo.engine.text.reader_state import ReaderState
 
 _NOTHING = SamplingParams()
@@ -82,8 +82,8 @@ class Stream:
     each sample that a reader who gives credit has for sure; it has `mark` too after so many `mark_bytes` of credit.
 
     apart: text, thoughts and calls are told apart, for whoever reads it: the model marks them, and the connection
-    that asked has the feature "parts". in_thinking: the prompt ends within a thought. parallel: several calls may
-    follow each other.
+    that asked has the feature "parts". in_thinking: the prompt ends within a thought. calls: how many the answer
+    may hold.
     """
 
     request_id: int
@@ -119,7 +119,7 @@ class Stream:
     mark_bytes: int = 0
     apart: bool = False
     in_thinking: bool = False
-    parallel: bool = True
+    calls: CallLimit = "many"
 
     def start(
         self,
@@ -313,7 +313,7 @@ def reader_of(prompts: PromptEncoder) -> NewReader:
             stream.sampling,
             apart=stream.apart,
             in_thinking=stream.in_thinking,
-            parallel=stream.parallel,
+            calls=stream.calls,
             sample=sample,
             num_prompt_tokens=stream.num_prompt_tokens,
         )

@@ -47,15 +47,15 @@ class Caller(Protocol):
         """Whether another call may begin, at index `at` of the present text; if not, no more of it is read."""
         ...
 
-    def call(self, name: str, call_id: str) -> None:
-        """A call begins."""
+    def call(self, name: str, call_id: str, *, id_may_follow: bool) -> None:
+        """A call begins. id_may_follow: its id was not there yet, and may come with its end."""
         ...
 
     def argue(self, text: str) -> None:
         """More of its arguments."""
         ...
 
-    def close(self, is_whole: bool) -> None:
+    def close(self, is_whole: bool, call_id: str) -> None:
         """The call has ended. `is_whole`: its name is one, and its arguments are a JSON object."""
         ...
 
@@ -293,7 +293,8 @@ class Calls(msgspec.Struct, omit_defaults=True):
     def _open(self, caller: Caller) -> None:
         """Begin the call, with what was kept of it."""
         self.is_open = True
-        caller.call(self.name.strip(), self.call_id.strip())
+        id_may_follow = self.is_list and self.is_named and not self.call_id and self.place != "broken"
+        caller.call(self.name.strip(), self.call_id.strip(), id_may_follow=id_may_follow)
         if self.head:
             caller.argue(self.head)
         self.head = self.string = ""
@@ -301,7 +302,7 @@ class Calls(msgspec.Struct, omit_defaults=True):
     def _close(self, caller: Caller) -> None:
         if not self.is_open:
             self._open(caller)
-        caller.close(self.is_whole and is_tool_name(self.name.strip()) is not None)
+        caller.close(self.is_whole and is_tool_name(self.name.strip()) is not None, self.call_id.strip())
 
 
 def _may_be_bare(start: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import jinja2
 from jinja2 import meta, nodes
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.messages import ChatMessage, TextChunk, Tool
+from cierzo.engine.messages import ChatMessage, TextChunk, Tool, ToolCall
 from cierzo.engine.text.spellings import each_text
 from cierzo.engine.text.template_environment import template_environment
 from cierzo.engine.text.tokenizer_config import read_chat_templates, read_tokenizer_config
@@ -21,6 +23,9 @@ USUAL_EFFORTS = ("none", "low", "medium", "high")
 OTHER_EFFORTS = ("minimal", "xhigh", "max")  # known to few templates, which spell them
 THOUGHT_SWITCHES = ("enable_thinking", "thinking")  # variables by which a template thinks or does not
 REASONING_FIELDS = ("thinking", "reasoning", "reasoning_content")  # each name that a template may read
+SAMPLE_CALL = ToolCall(name="sample_function", arguments='{"a": "b"}', id="abcdefghi")
+SAMPLE_TURNS = (ChatMessage(role="user", content="Hi"), ChatMessage(role="assistant", tool_calls=[SAMPLE_CALL]))
+_GAPS = re.compile(r"%[^a-zA-Z%]*[a-zA-Z]|\{[^{}]*\}")  # in a string, where formatting puts another one
 Shape = Callable[[Arguments], Any]  # from a call's arguments to what a template sees of them
 
 
@@ -28,7 +33,7 @@ class ChatTemplate:
     """A Jinja template with the helpers that templates on Hugging Face expect, in a sandbox.
 
     literals: the strings that it writes itself, or may. reads_tools: tools that it is given come into its text, or
-    may.
+    may. writes_calls: so do the calls of a turn.
     """
 
     def __init__(
@@ -54,7 +59,7 @@ class ChatTemplate:
         self.source = source
         written = [node.data for node in tree.find_all(nodes.TemplateData)]
         constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
-        self.literals = {*written, *constants}
+        self.literals = {*written, *constants, *(piece for text in constants for piece in _GAPS.split(text))}
         self.reads_tools = "tools" in self._variables
         given = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {role: text for role, text in given.items() if text is not None} | dict(special_tokens)
@@ -105,6 +110,13 @@ class ChatTemplate:
                 value=f"turns of {', '.join(turn.role for turn in messages)}",
             ) from error
         return _cut(rendered, tag, f"messages[{len(messages) - 1}].prefix") if tag else rendered
+
+    @cached_property
+    def writes_calls(self) -> bool:
+        try:
+            return self.render(SAMPLE_TURNS) != self.render((SAMPLE_TURNS[0], ChatMessage(role="assistant")))
+        except InvalidRequest:
+            return True  # in some other conversation, it may
 
     def efforts(self) -> tuple[str, ...]:
         """Words that `reasoning_effort` may say: each that the template does not refuse, and that makes a

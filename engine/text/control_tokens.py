@@ -58,6 +58,7 @@ class ControlTokens:
         single = [token.content for token in called if token.single_word]
         pattern = pattern_of([text for text in self._called if text not in single])
         self._find = re.compile(f"{pattern}|(?<!\\w){pattern_of(single)}(?!\\w)")
+        self._spelled = re.compile(pattern_of(self._called))
         self._begin = re.compile(f"(?<!{self.secret})(?={pattern_of(list(self._ids))}).", re.DOTALL)
 
     def _rename(
@@ -84,6 +85,10 @@ class ControlTokens:
         """`text` with each control token that it spells called by its secret name, and then without `mark`."""
         text = self._find.sub(lambda found: self.secret + found[0], text)
         return without(mark, text) if mark else text
+
+    def spelled(self, text: str) -> list[str]:
+        """The control tokens that `text` spells, in order, also where one beside a letter is none."""
+        return self._spelled.findall(text)
 
     def leading_id(self, text: str) -> int | None:
         """The id of the control token that `text` begins with, None if with another text."""

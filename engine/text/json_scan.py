@@ -1,17 +1,21 @@
 """A reader of JSON that is still being written: where a value ends, and whether it is JSON.
 
 It keeps where it is, not what it has read, so that a value of any length costs a constant per character and its
-state can be sent. Where the text is no JSON, it goes on by quotes and brackets alone, and still finds the end.
+state can be sent. Where the text is no JSON, it goes on by quotes and brackets alone, and still finds the end. What
+JSON can write, and no conversation could repeat, is none: numbers beyond a double or MAX_NUMBER_CHARS, and halves
+of surrogate pairs.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from string import hexdigits
 
 import msgspec
 
 SPACE = " \t\n\r"
+MAX_NUMBER_CHARS = 4300  # Python's limit on the digits of an integer
 MAX_DEPTH = 256  # a value that is nested deeper is taken for no JSON, and for one that never ends
 _plain = re.compile(r'[^"\\\x00-\x1f]*').match
 _CLOSED_BY = {"{": "}", "[": "]"}
@@ -37,12 +41,16 @@ class JsonScan(msgspec.Struct):
     a value or "]" ("a"), a key ("q"), a key or "}" ("k"), ":" or "," (or a closing bracket).
     scalar: what it is within: a string ('"', '\\' after a backslash, "1" to "4" before so many hexadecimal digits),
     a number ("n" and the key of _NUMBER), a literal ("l" and the rest of it), too many brackets ("!"), or nothing.
+    number: the number so far, or the hexadecimal digits. is_half: the string ends in the first half of a surrogate
+    pair.
     """
 
     first: str = ""
     stack: str = ""
     expect: str = "v"
     scalar: str = ""
+    number: str = ""
+    is_half: bool = False
     is_key: bool = False
     is_valid: bool = True
     is_done: bool = False
@@ -58,8 +66,11 @@ class JsonScan(msgspec.Struct):
         while at < end and not self.is_done:
             if self.scalar == "!":
                 return end
-            if self.scalar == '"' and (at := _skipped(text, at)) == end:
-                break
+            if self.scalar == '"':
+                if self.is_half and text[at] != "\\":
+                    self.is_valid = self.is_half = False
+                if (at := _skipped(text, at)) == end:
+                    break
             at += self._within(text[at]) if self.scalar else self._between(text[at])
         return at
 
@@ -74,8 +85,8 @@ class JsonScan(msgspec.Struct):
         if kind == '"':
             return self._in_string(char)
         if kind == "\\":
-            self.is_valid &= char in '"\\/bfnrtu'
-            self.scalar = "4" if char == "u" else '"'
+            self.is_valid &= char in '"\\/bfnrtu' and (char == "u" or not self.is_half)
+            self.scalar, self.number = "4" if char == "u" else '"', ""
             return 1
         if kind == "n":
             after = _NUMBER[self.scalar[1]].get(_DIGITS.get(char, char))
@@ -83,6 +94,7 @@ class JsonScan(msgspec.Struct):
                 self._end_number()
                 return 0
             self.scalar = "n" + after
+            self._add_digit(char)
             return 1
         if kind == "l":
             if char != self.scalar[1]:
@@ -95,8 +107,17 @@ class JsonScan(msgspec.Struct):
         if char not in hexdigits:
             self.is_valid, self.scalar = False, '"'
             return 0
+        self.number += char
         self.scalar = '"' if kind == "1" else str(int(kind) - 1)
+        if kind == "1":
+            self._end_escape(int(self.number, 16))
         return 1
+
+    def _end_escape(self, code: int) -> None:
+        """Note half a surrogate pair: a first one is nothing without a second, and the other way round."""
+        is_second = 0xDC00 <= code < 0xE000
+        self.is_valid &= is_second == self.is_half
+        self.is_half = 0xD800 <= code < 0xDC00
 
     def _in_string(self, char: str) -> int:
         if char == "\\":
@@ -129,7 +150,7 @@ class JsonScan(msgspec.Struct):
         elif char in _LITERALS:
             self.scalar = "l" + _LITERALS[char] if self.is_valid else ""
         elif char in "-0123456789":
-            self.scalar = "n" + (char if char in "-0" else "i") if self.is_valid else ""
+            self.scalar, self.number = "n" + (char if char in "-0" else "i") if self.is_valid else "", char
         else:
             self.is_valid = False
         return 1
@@ -156,8 +177,16 @@ class JsonScan(msgspec.Struct):
         self._end_value()
         return 1
 
+    def _add_digit(self, char: str) -> None:
+        if len(self.number) < MAX_NUMBER_CHARS:
+            self.number += char
+        else:
+            self.is_valid = False
+
     def _end_number(self) -> None:
         self.is_valid &= self.scalar[1] in "0ifx"
+        if self.is_valid and self.scalar[1] in "fx":
+            self.is_valid = math.isfinite(float(self.number))
         self._end_value()
 
     def _end_value(self) -> None:

@@ -1,9 +1,10 @@
 """Masks of a request, from what its client says to what the core is told: words become sequences of token ids.
 
-A bad word is banned as its tokens spell it, alone and behind one space: the token ids of the text without its
-leading spaces, and of a space and that text. Of each of these two sequences the last token may not be chosen where
-the answer ends in those before it. So the sequences are banned, and not the text: other tokens that spell it,
-or a longer token that holds it, are not seen.
+A bad word is banned as its tokens spell it: alone, behind one space, and behind a line break, where a vocabulary
+with a mark for spaces spells it otherwise. These are the token ids of the text without its leading spaces, of a
+space and that text, and what a line break and the text have more than the break. Of each sequence the last token
+may not be chosen where the answer ends in those before it. So the sequences are banned, and not the text: other
+tokens that spell it, or a longer token that holds it, are not seen.
 """
 
 from __future__ import annotations
@@ -60,9 +61,7 @@ def banned(message: Generate, vocabulary: Pieces | None, syntax: Syntax | None, 
         if vocabulary is None:
             what = "bad_words need a tokenizer; the served checkpoint has none"
             raise InvalidRequest(what, field=field, limit="left out", value=word)
-        bare = word.lstrip(" ")
-        texts = (bare, f" {bare}") if bare else (word,)
-        spelled = [tuple(vocabulary.encode_piece(text)) for text in texts]
+        spelled = _spelled(vocabulary, word)
         if not all(spelled):
             what = f"{field} has no tokens: it cannot be banned"
             raise InvalidRequest(what, field=field, limit="a word that has tokens", value=word)
@@ -70,6 +69,18 @@ def banned(message: Generate, vocabulary: Pieces | None, syntax: Syntax | None, 
     if message.tool_choice == "none" and syntax is not None and syntax.call_open_id is not None:
         found[syntax.call_open_id,] = None
     return [[*word] for word in found if max(word) < vocab_size]
+
+
+def _spelled(vocabulary: Pieces, word: str) -> list[tuple[int, ...]]:
+    """The token ids of a word in the places where it may begin."""
+    bare = word.lstrip(" ")
+    texts = (bare, f" {bare}") if bare else (word,)
+    spelled = [tuple(vocabulary.encode_piece(text)) for text in texts]
+    line_break = vocabulary.encode_piece("\n")
+    behind = vocabulary.encode_piece(f"\n{bare}")
+    if len(behind) > len(line_break) and behind[: len(line_break)] == line_break:
+        spelled.append(tuple(behind[len(line_break) :]))
+    return spelled
 
 
 def thinking_budget(params: SamplingParams, syntax: Syntax | None, *, in_thinking: bool) -> ThinkingBudget | None:

@@ -1,8 +1,9 @@
 """From token ids to the parts of an answer: text, thoughts, and calls of tools, as they come.
 
-What belongs to no part: markers; of a call, all but its name, its arguments and, if it comes before these and is 9
-letters or digits, its id; the spaces between a call's end and what follows. All else that the tokens spell is in
-some part, as it was written. What is not as it should be ends so:
+What belongs to no part: markers; of a call, all but its name, its arguments and, if it is 9 letters or digits, its
+id, which in a list of calls may come behind the arguments, and then is in the call's last piece; the spaces between
+a call's end and what follows. All else that the tokens spell is in some part, as it was written. What is not as it
+should be ends so:
 
 - A marker acts wherever it stands, except within its like: one that ends what has not begun, or begins a thought
   within a thought, is passed over. What begins ends what is open: a call ends a thought, a thought ends a call.
@@ -48,8 +49,8 @@ class PartsReader(TextReader):
     """Parts of one sample. `push` and `flush` return its text, and leave all that they read in `parts`.
 
     in_thinking: the prompt ended within a thought. parallel: there may be several calls. call_id: an id for a call,
-    by its number, if the model gives none. num_calls: calls that have begun. broken_calls: numbers of those that
-    ended as no whole call.
+    by its number, if the model gives none. num_calls: calls that have begun. call_ids: of those that have one.
+    broken_calls: numbers of those that ended as no whole call.
     """
 
     __slots__ = (
@@ -70,6 +71,7 @@ class PartsReader(TextReader):
         "_unclaimed",
         "_unsure",
         "broken_calls",
+        "call_ids",
         "num_calls",
     )
 
@@ -102,6 +104,7 @@ class PartsReader(TextReader):
         self._calls: Calls | None = None
         self._pieces: list[Piece] = []
         self.num_calls = 0
+        self.call_ids: list[str] = []
         self.broken_calls: list[int] = []
         self._plain = self._plain_part()
 
@@ -119,7 +122,8 @@ class PartsReader(TextReader):
         """Another one that stands at the same place."""
         fork = super().fork()
         fork._calls = None if self._calls is None else self._calls.copy()
-        fork._unsure, fork._pieces, fork.broken_calls = [*self._unsure], [], [*self.broken_calls]
+        fork._unsure, fork._pieces = [*self._unsure], []
+        fork.call_ids, fork.broken_calls = [*self.call_ids], [*self.broken_calls]
         return fork
 
     def state(self) -> ReaderState:
@@ -133,6 +137,7 @@ class PartsReader(TextReader):
             unclaimed=self._unclaimed,
             unsure=[*self._unsure],
             num_calls=self.num_calls,
+            call_ids=[*self.call_ids],
             broken_calls=[*self.broken_calls],
             calls=None if self._calls is None else self._calls.copy(),
         )
@@ -145,7 +150,8 @@ class PartsReader(TextReader):
         self._at_start = state.at_start
         self._mode, self._target, self._unclaimed = state.mode, state.target, state.unclaimed
         self._last, self._unsure = state.target or TEXT, [*state.unsure]
-        self.num_calls, self.broken_calls = state.num_calls, [*state.broken_calls]
+        self.num_calls = state.num_calls
+        self.call_ids, self.broken_calls = [*state.call_ids], [*state.broken_calls]
         self._calls = None if state.calls is None else state.calls.copy()
         if self._spelled is not None:
             for char in "".join(self._unsure):
@@ -200,7 +206,7 @@ class PartsReader(TextReader):
         self.stop = self._syntax.call_marker
         return False
 
-    def call(self, name: str, call_id: str) -> None:
+    def call(self, name: str, call_id: str, *, id_may_follow: bool) -> None:
         """A call begins."""
         if self._mode == "guess":  # and was none before
             self._unclaimed += len(self._unsure) - 1
@@ -209,15 +215,26 @@ class PartsReader(TextReader):
         self.num_calls += 1
         part: PartName = ("call", number)
         self._target = part
-        self._piece(part).begin(name, call_id if _is_call_id(call_id) else self._call_id(number))
+        self._piece(part).name = name
+        if not id_may_follow:
+            self._name(call_id)
         self._credit(0)
+
+    def _name(self, call_id: str) -> None:
+        """Give the present call an id: the model's, if it is one that no other call of the answer has."""
+        number = self.num_calls - 1
+        is_own = _is_call_id(call_id) is not None and call_id not in self.call_ids
+        self.call_ids.append(call_id if is_own else self._call_id(number))
+        self._piece(("call", number)).call_id = self.call_ids[-1]
 
     def argue(self, text: str) -> None:
         """More of the call's arguments."""
         self._piece(("call", self.num_calls - 1)).texts.append(text)
 
-    def close(self, is_whole: bool) -> None:
+    def close(self, is_whole: bool, call_id: str) -> None:
         """The call has ended."""
+        if len(self.call_ids) < self.num_calls:
+            self._name(call_id)
         if not is_whole:
             self.broken_calls.append(self.num_calls - 1)
 

@@ -20,10 +20,6 @@ class Piece:
         self.name = self.call_id = ""
         self.num_tokens = 0
 
-    def begin(self, name: str, call_id: str) -> None:
-        """Note how the call begins."""
-        self.name, self.call_id = name, call_id
-
     def whole(self) -> Part:
         """The piece, as it is sent."""
         kind, call = self.part

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -34,6 +34,7 @@ WORD_CHARS = 16  # a text of its own takes a tokenizer as long as so many charac
 CALL_ID_CHARS = 9  # what every version of Mistral's templates takes
 _ID_ALPHABET = string.ascii_letters + string.digits
 Reader = Detokenizer | PartsReader
+CallLimit = Literal["many", "one", "none"]  # calls that an answer may hold
 
 
 class Prompt(msgspec.Struct, frozen=True, gc=False):
@@ -95,13 +96,14 @@ class PromptEncoder:
         return None if self.template is None else self.template.efforts
 
     def unsafe_places(self) -> list[str]:
-        """The fields of a conversation in which a client's text may become a control token. Takes milliseconds."""
+        """The fields of a conversation in which a client's text would become a control token, and is refused. Takes
+        milliseconds."""
         return self.template.unsafe_places() if isinstance(self.template, TemplateChat) else []
 
     def notes(self) -> list[str]:
         """Sentences for whoever serves this, in a server's log and of `cierzo info`. Takes milliseconds."""
         found, places = [self.missing] if self.missing else [], ", ".join(self.unsafe_places())
-        text = "the chat template changes what it is given: a control token that a client spells becomes one in"
+        text = "the chat template changes what it is given: requests are refused that spell a control token in"
         return [*found, f"{text} {places}"] if places else found
 
     def encode(self, message: Generate, max_tokens: int | None = None) -> Prompt:
@@ -125,7 +127,8 @@ class PromptEncoder:
             known = named if self.other_templates else "chat template"
             what = f"the served checkpoint has no {known}: send text"
             raise InvalidRequest(what, field="messages", limit="text, token_ids", value="messages")
-        return Prompt(*self.template.encode(message, max_tokens))
+        token_ids, in_thinking = self.template.encode(message, max_tokens)
+        return Prompt(token_ids, in_thinking and self.syntax is not None and self.syntax.marks_thinking)
 
     def max_text_bytes(self, max_tokens: int) -> int | None:
         """UTF-8 bytes of the longest text that fits so many tokens; None if only its reader can tell."""
@@ -139,15 +142,15 @@ class PromptEncoder:
         *,
         apart: bool = False,
         in_thinking: bool = False,
-        parallel: bool = True,
+        calls: CallLimit = "many",
         sample: int = 0,
         num_prompt_tokens: int = 0,
     ) -> Reader | None:
         """A reader of one sample's tokens; None without a tokenizer.
 
         apart: one that tells text, thoughts and calls apart, if the model marks them. in_thinking: the prompt ends
-        within a thought. parallel: several calls may follow each other. The ids of calls depend on the last two,
-        and on the seed.
+        within a thought. calls: with "none", what is spelled like a call is text; the token that opens one still
+        does. The ids of calls depend on the last two, and on the seed.
         """
         if self.tokenizer is None:
             return None
@@ -156,12 +159,12 @@ class PromptEncoder:
             return Detokenizer(self.tokenizer, params.stop, params.min_tokens, stop_tokens)
         return PartsReader(
             self.tokenizer,
-            self.syntax,
+            self.syntax.without_spelled_calls() if calls == "none" else self.syntax,
             params.stop,
             params.min_tokens,
             stop_tokens,
             in_thinking=in_thinking,
-            parallel=parallel,
+            parallel=calls != "one",
             call_id=partial(call_id, params.seed, num_prompt_tokens, sample),
         )
 
@@ -172,7 +175,7 @@ class PromptEncoder:
     def weight(self, message: Generate) -> int:
         """The work to encode a message, in characters of text that take as long. Token ids take none."""
         weight = len(message.output_token_ids)
-        weight += sum(2 * (WORD_CHARS + len(word)) for word in message.sampling.bad_words)
+        weight += sum(4 * (WORD_CHARS + len(word)) for word in message.sampling.bad_words)
         if message.text is not None:
             return weight + len(message.text) + len(message.suffix or "")
         if message.tools:
@@ -181,6 +184,13 @@ class PromptEncoder:
             weight += PART_CHARS + content_chars(turn) + len(turn.reasoning)
             weight += sum(PART_CHARS + len(call.arguments) for call in turn.tool_calls)
         return weight
+
+
+def call_limit(message: Generate) -> CallLimit:
+    """How many calls the answer to a message may hold: none where its client wants none, or offers no tools."""
+    if message.tool_choice == "none" or (message.messages is not None and not message.tools):
+        return "none"
+    return "many" if message.parallel_tool_calls else "one"
 
 
 def call_id(seed: int | None, num_prompt_tokens: int, sample: int, number: int) -> str:

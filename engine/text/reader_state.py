@@ -30,5 +30,6 @@ class ReaderState(msgspec.Struct, frozen=True, omit_defaults=True):
     unclaimed: int = 0
     unsure: list[str] = []
     num_calls: int = 0
+    call_ids: list[str] = []
     broken_calls: list[int] = []
     calls: Calls | None = None

@@ -28,6 +28,7 @@ MISTRAL: dict[str, Mark] = {
 THINK_TAGS: dict[str, Mark] = {"<think>": "think", "</think>": "/think"}
 CALL_TAGS: dict[str, Mark] = {"<tool_call>": "call", "</tool_call>": "/call"}
 LLAMA_CALL = "<|python_tag|>"
+CALL_MARKS: tuple[Mark, ...] = ("call", "/call")
 SPELLED_THOUGHTS = "v11"  # of Mistral's tokenizers, the one whose reasoning models spell their think tags
 
 
@@ -44,6 +45,13 @@ class Syntax(msgspec.Struct, frozen=True, omit_defaults=True):
     call_marker: str = ""
     named_calls: bool = False
     bare_calls: bool = False
+
+    def without_spelled_calls(self) -> Syntax:
+        """These markers but for those of calls that are no tokens: what looks like such a call is text."""
+        spelled = {spelling: mark for spelling, mark in self.spelled.items() if mark not in CALL_MARKS}
+        if len(spelled) == len(self.spelled) and not self.bare_calls:
+            return self
+        return msgspec.structs.replace(self, spelled=spelled, bare_calls=False)
 
     @property
     def marks_thinking(self) -> bool:

@@ -3,7 +3,8 @@ control tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
 
 import msgspec
 
@@ -12,9 +13,10 @@ from cierzo.engine.messages import ChatMessage, Generate, TextChunk, ThinkingChu
 from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.spellings import Breaker, free_marks, without
 from cierzo.engine.text.tokenizer import Tokenizer
-from cierzo.engine.text.vocabulary import refuse_marker_at_end, refuse_unfit
+from cierzo.engine.text.vocabulary import open_text, refuse_marker_at_end, refuse_unfit
 
-THOUGHT_OPENINGS = ("<think>", "[THINK]")
+THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+MAX_SHOWN_CHARS = 200
 HARMLESS = "Hi!"  # ends in no letter, beside which some tokens are none
 
 
@@ -33,20 +35,32 @@ class TemplateChat:
         if message.tools and not self.template.reads_tools:
             raise _unread(message.tools)
         turns = message.messages or []
+        self._check_calls(turns)
         mark, end = self._free_marks(turns, message.tools)
         goes_on = bool(turns) and turns[-1].prefix
         if goes_on:
             refuse_marker_at_end(f"messages[{len(turns) - 1}]", turns[-1], tuple(self._tokenizer.control_ids))
-        rest = (message.tools, message.reasoning_effort, mark, f"{end} " if goes_on else "")
+        breaker, may_spell = self._breaker, False
+
+        def broken(text: str) -> str:
+            nonlocal may_spell
+            may_spell = may_spell or breaker.may_spell(text)
+            return breaker.broken(text, mark)
+
+        rest = (message.reasoning_effort, message.tools, f"{end} " if goes_on else "")
         try:
-            rendered = self._render(turns, *rest)
+            rendered = self._render(turns, broken, *rest)
         except InvalidRequest:
             said = [_with_text(turn, mark) if _lacks_text(turn) else turn for turn in turns]
             if said == turns:
                 raise
-            rendered = self._render(said, *rest)  # the mark is no text, but some templates refuse to write none
+            turns, rendered = said, self._render(said, broken, *rest)  # the mark is no text, but not nothing
         refuse_unfit(self._tokenizer, "messages", without(mark, rendered), max_tokens)
-        in_thinking = rendered.rstrip().endswith(THOUGHT_OPENINGS) or (goes_on and is_within_thought(turns[-1]))
+        written = rendered
+        if may_spell:
+            written = self._render(turns, breaker.disguised, *rest)
+            self._refuse_made(rendered, written)
+        in_thinking = written.rstrip().endswith(tuple(THOUGHTS)) or (goes_on and self._is_within_thought(turns[-1]))
         return self._tokenizer.encode_rendered(rendered, mark), in_thinking
 
     def unsafe_places(self) -> list[str]:
@@ -61,15 +75,64 @@ class TemplateChat:
             if (expected := self._calls(*harmless)) is not None and self._calls(*spelling) not in (None, expected)
         ]
 
-    def _calls(self, turns: list[ChatMessage], tools: list[Tool]) -> list[int] | None:
+    def _check_calls(self, turns: list[ChatMessage]) -> None:
+        """Refuse calls and results that a template would leave out, or write without what they refer to."""
+        ids: set[str] = set()
+        has_calls = False
+        for index, turn in enumerate(turns):
+            field = f"messages[{index}]"
+            has_calls = has_calls or bool(turn.tool_calls)
+            if turn.tool_calls and not self.template.writes_calls:
+                what = f"{field} has calls, which the chat template does not write"
+                raise _refused(f"{field}.tool_calls", what, "left out", len(turn.tool_calls))
+            own = [call.id for call in turn.tool_calls if call.id]
+            for number, call in enumerate(turn.tool_calls):
+                place = f"{field}.tool_calls[{number}]"
+                if not call.name:
+                    raise _refused(f"{place}.name", f"{place} calls a tool without a name", "a name", "")
+                if own.count(call.id) > 1:
+                    what = f"{place}.id is that of another call of this turn"
+                    raise _refused(f"{place}.id", what, "unique", call.id)
+            ids.update(own)
+            if turn.role != "tool" or not self.template.writes_calls:
+                continue
+            if not has_calls:
+                what = f"{field} is a tool's result, and no turn before it calls a tool"
+                raise _refused(f"{field}.role", what, "behind a turn with tool_calls", turn.role)
+            if turn.tool_call_id and ids and turn.tool_call_id not in ids:
+                what = f"{field} is the result of the call {turn.tool_call_id[:50]!r}, which is not before it"
+                raise _refused(f"{field}.tool_call_id", what, ", ".join(sorted(ids)), turn.tool_call_id)
+
+    def _is_within_thought(self, turn: ChatMessage) -> bool:
+        """Whether the words of a turn end within a thought: one of its own, or one that they spell."""
+        if is_within_thought(turn):
+            return True
+        text, controls = open_text(turn.content), self._tokenizer.control_ids
+        spelled = {begin: end for begin, end in THOUGHTS.items() if begin not in controls}
+        return any(text.rfind(begin) > text.rfind(end) for begin, end in spelled.items())
+
+    def _refuse_made(self, rendered: str, disguised: str) -> None:
+        """Refuse a prompt unless its control tokens are those of the same conversation in words that spell none:
+        the others would be a client's, put together by a template that changes texts."""
+        own, found = self._tokenizer.spelled_controls(disguised), self._tokenizer.spelled_controls(rendered)
+        if own == found:
+            return
+        made = next(ours or theirs for ours, theirs in zip_longest(found, own) if ours != theirs)
+        raise InvalidRequest(
+            f"the chat template changes what it is given, and would make the control token {made} of it",
+            field="messages",
+            limit="texts of which the chat template makes no control token",
+            value=made,
+        )
+
+    def _calls(self, turns: list[ChatMessage], tools: list[Tool]) -> list[str] | None:
         """The control tokens of a prompt; None if the template refuses it."""
         mark, _ = self._free_marks(turns, tools)
         try:
-            ids = self._tokenizer.encode_rendered(self._render(turns, tools, None, mark, ""), mark)
+            rendered = self._render(turns, lambda text: self._breaker.broken(text, mark), None, tools, "")
         except InvalidRequest:
             return None
-        controls = set(self._tokenizer.control_ids.values())
-        return [token_id for token_id in ids if token_id in controls]
+        return self._tokenizer.spelled_controls(rendered)
 
     def _free_marks(self, turns: list[ChatMessage], tools: list[Tool]) -> list[str]:
         try:
@@ -79,11 +142,19 @@ class TemplateChat:
             raise InvalidRequest(what, field="messages", limit="JSON", value=type(error).__name__) from error
         return free_marks(taken, 2)
 
-    def _render(self, turns: list[ChatMessage], tools: list[Tool], effort: str | None, mark: str, tag: str) -> str:
-        breaker = self._breaker
-        return self.template.render(
-            turns, effort, tools=tools, change=lambda text: breaker.broken(text, mark), tag=tag
-        )
+    def _render(
+        self,
+        turns: list[ChatMessage],
+        change: Callable[[str], str],
+        effort: str | None,
+        tools: list[Tool],
+        tag: str,
+    ) -> str:
+        return self.template.render(turns, effort, tools=tools, change=change, tag=tag)
+
+
+def _refused(field: str, what: str, limit: str, value: object) -> InvalidRequest:
+    return InvalidRequest(what, field=field, limit=limit[:MAX_SHOWN_CHARS], value=str(value)[:MAX_SHOWN_CHARS])
 
 
 def _lacks_text(turn: ChatMessage) -> bool:

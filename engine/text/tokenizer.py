@@ -150,6 +150,10 @@ class Tokenizer:
         refuse_surrogates("messages", text)
         return self._ids(self._controls.call_all(text, mark), "messages")
 
+    def spelled_controls(self, text: str) -> list[str]:
+        """The control tokens that a rendered chat spells, in order, also where one beside a letter is none."""
+        return self._controls.spelled(text)
+
     def _ids(self, text: str, field: str) -> list[int]:
         """Token ids of a text that calls control tokens by their secret names."""
         controls = self._controls

@@ -79,7 +79,7 @@ def refuse_marker_at_end(field: str, turn: ChatMessage, markers: tuple[str, ...]
     and not as what it says."""
     if not turn.prefix:
         return
-    end = _open_text(turn.content).rstrip()
+    end = open_text(turn.content).rstrip()
     if not end.endswith(markers):
         return
     marker = max((marker for marker in markers if end.endswith(marker)), key=len)
@@ -93,7 +93,7 @@ def refuse_marker_at_end(field: str, turn: ChatMessage, markers: tuple[str, ...]
     )
 
 
-def _open_text(content: Content) -> str:
+def open_text(content: Content) -> str:
     """The text that a model goes on with behind this content: none behind a thought that is closed."""
     if isinstance(content, str):
         return content

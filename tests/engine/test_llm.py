@@ -18,7 +18,7 @@ from marked import TEMPLATE, bare, ids, marked_level
 
 from cierzo.engine import LLM, SamplingParams
 from cierzo.engine.errors import ConfigError, CoreFailed, InvalidRequest
-from cierzo.engine.messages import ChatMessage, Part
+from cierzo.engine.messages import ChatMessage, Part, Tool
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner
@@ -265,7 +265,14 @@ def test_thoughts_and_calls_are_parts_of_an_output(marking: Path) -> None:
 
 def test_one_call_alone_and_how_it_ends(marking: Path) -> None:
     with says(marking, ids(CALLING)) as llm:
-        output = llm.chat(HI, max_tokens=100, ignore_eos=True, parallel_tool_calls=False, stop="nowhere")
+        output = llm.chat(
+            HI,
+            tools=[Tool(name="wind")],
+            max_tokens=100,
+            ignore_eos=True,
+            parallel_tool_calls=False,
+            stop="nowhere",
+        )
         assert (output.finish_reason, output.samples[0].stop) == ("tool_calls", "[TOOL_CALLS]")
         assert output.token_ids == ids(CALLING.rpartition("[TOOL_CALLS]")[0])
         llm._core.check()

@@ -165,12 +165,12 @@ def joined(pieces: Iterable[Part]) -> list[Part]:
     """The whole parts that all pieces of an answer make up, those of text too."""
     parts: list[Part] = []
     for piece in pieces:
-        if not (piece.text or piece.num_tokens or piece.id):
+        if not (piece.text or piece.num_tokens or piece.name or piece.id):
             continue
         if parts and (parts[-1].kind, parts[-1].call) == (piece.kind, piece.call):
-            assert piece.name == piece.id == ""
             last = parts.pop()
+            assert piece.name == "" == (last.id and piece.id)
             text, num_tokens = last.text + piece.text, last.num_tokens + piece.num_tokens
-            piece = msgspec.structs.replace(last, text=text, num_tokens=num_tokens)
+            piece = msgspec.structs.replace(last, text=text, id=last.id or piece.id, num_tokens=num_tokens)
         parts.append(piece)
     return parts

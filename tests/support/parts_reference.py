@@ -215,7 +215,7 @@ class _Walk:
     def parsed(self, call_id: Callable[[int], str]) -> Parsed:
         counts = [(time, spot, None) for time, spot in self.last.values()]
         events = sorted([*self.wrote, *counts], key=lambda event: (event[0], event[2] is None))
-        parts, begun = [], set()
+        parts, begun, ids = [], set(), set()
         for spot, group in groupby(events, key=lambda event: event[1]):
             texts = [text for _, _, text in group]
             kind, number = spot
@@ -223,7 +223,9 @@ class _Walk:
             if kind == "call" and number not in begun:
                 begun.add(number)
                 name, given = self.calls[number].name, self.calls[number].call_id
-                given = given if re.fullmatch("[a-zA-Z0-9]{9}", given) else call_id(number)
+                is_own = re.fullmatch("[a-zA-Z0-9]{9}", given) and given not in ids
+                given = given if is_own else call_id(number)
+                ids.add(given)
             text = "".join(text for text in texts if text is not None)
             parts.append(Part(kind=kind, text=text, call=number, name=name, id=given, num_tokens=texts.count(None)))
         broken = [number for number, call in enumerate(self.calls) if not call.is_whole]
@@ -251,7 +253,7 @@ def _calls(body: str, is_named: bool) -> tuple[list[Call], int | None]:
     text = "".join(body[place] for place in places)
     if text[0] not in "[{":
         return [Call(start, text=text)], None
-    calls, end = _list(text) if text[0] == "[" else _single(text)
+    calls, end = _list(text, is_named) if text[0] == "[" else _single(text)
     for call in calls:
         call.start = places[call.start]
     return calls, end
@@ -266,7 +268,7 @@ def _named(text: str, start: int) -> Call:
     return Call(start, name, call_id.replace(ID, "").strip(), arguments, _is_name(name) and _is_object(arguments))
 
 
-def _list(text: str) -> tuple[list[Call], int | None]:
+def _list(text: str, has_late_ids: bool) -> tuple[list[Call], int | None]:
     calls: list[Call] = []
     at = 1
     while at < len(text):
@@ -277,7 +279,7 @@ def _list(text: str) -> tuple[list[Call], int | None]:
         elif text[at] != "{":
             return [*calls, Call(at, text=text[at:])], None
         else:
-            call, end = _object(text, at)
+            call, end = _object(text, at, has_late_ids)
             calls.append(call)
             if end is None:
                 break
@@ -286,12 +288,13 @@ def _list(text: str) -> tuple[list[Call], int | None]:
 
 
 def _single(text: str) -> tuple[list[Call], int | None]:
-    call, end = _object(text, 0)
+    call, end = _object(text, 0, False)
     return [call], end
 
 
-def _object(text: str, start: int) -> tuple[Call, int | None]:
+def _object(text: str, start: int, has_late_ids: bool) -> tuple[Call, int | None]:
     call, at, is_open = Call(start), start + 1, False
+    is_late = False  # the call began without an id, and may get one
     arguments: str | None = None
     closed: int | None = None
     while at < len(text):
@@ -317,12 +320,13 @@ def _object(text: str, start: int) -> tuple[Call, int | None]:
         value, name = text[at : len(text) if end is None else end], _string(key[0])
         if name in ("arguments", "parameters") and arguments is None and at < len(text):
             arguments, is_open = value, bool(call.name)
+            is_late = is_open and has_late_ids and not call.call_id
             call.is_whole = end is not None and _is_object(value)
-        elif end is not None and not is_open:
-            if name == "name":
-                call.name, is_open = _string(value), arguments is not None
-            elif name == "id":
-                call.call_id = _string(value)
+        elif end is not None and name == "id" and (is_late or not is_open):
+            call.call_id = _string(value)
+        elif end is not None and name == "name" and not is_open:
+            call.name, is_open = _string(value), arguments is not None
+            is_late = is_open and has_late_ids and not call.call_id
         if end is None:
             break
         at = end
@@ -388,6 +392,8 @@ def _is_object(text: str) -> bool:
         raise ValueError(word)
 
     try:
-        return isinstance(json.loads(text, parse_constant=refuse), dict)
+        value = json.loads(text, parse_constant=refuse)
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        return isinstance(value, dict)
     except ValueError:
         return False

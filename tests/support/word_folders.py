@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from cierzo.engine.messages import ChatMessage, Generate, Tool, ToolCall
+from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.text.tokenizer import _BYTE_OF
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<|user|>", "<|end|>")
@@ -115,3 +119,28 @@ def write_folder(folder: Path, tokenizer: str, template: str | None) -> Path:
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+@lru_cache
+def folder(tokenizer: str, family: str) -> Path:
+    """A folder of this kind, made once."""
+    return write_folder(Path(mkdtemp()), tokenizer, FAMILIES[family])
+
+
+@lru_cache
+def ours(tokenizer: str, family: str) -> PromptEncoder:
+    """What encodes prompts with it."""
+    return PromptEncoder.load(folder(tokenizer, family))
+
+
+def message(turns: list[dict], tools: list[dict] = (), **fields) -> Generate:
+    """The request for turns and tools as transformers takes them."""
+    made = []
+    for turn in turns:
+        calls = [
+            ToolCall(name=call["function"]["name"], arguments=json.dumps(call["function"]["arguments"]))
+            for call in turn.get("tool_calls", ())
+        ]
+        reasoning = turn.get("reasoning", "")
+        made.append(ChatMessage(role=turn["role"], content=turn["content"], reasoning=reasoning, tool_calls=calls))
+    return Generate(stream=0, messages=made, tools=[Tool(**tool["function"]) for tool in tools], **fields)

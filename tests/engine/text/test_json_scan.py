@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import msgspec
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cierzo.engine.text.json_scan import MAX_DEPTH, JsonScan
+from cierzo.engine.text.json_scan import MAX_DEPTH, MAX_NUMBER_CHARS, JsonScan
+from cierzo.engine.text.tool_arguments import canonical_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -22,7 +24,7 @@ def _is_json(text):
         raise ValueError(word)
 
     try:
-        json.loads(text, parse_constant=refuse)
+        canonical_json(json.loads(text, parse_constant=refuse)).encode()
     except ValueError:
         return False
     return True
@@ -90,6 +92,31 @@ def test_the_end_of_a_broken_object_is_told_by_its_brackets(value, fault, cuts):
     )
     scan, end = _scanned(text + "}]", cuts)
     assert (scan.is_valid, scan.is_done, end) == (False, True, len(text))
+
+
+@given(
+    st.lists(
+        st.sampled_from(("\\ud83d", "\\ude00", "\\uDBFF", "\\uD7FF", "\\ue000", "a", "\\n", "é")), max_size=5
+    ).map("".join),
+    CUTS,
+)
+def test_halves_of_surrogate_pairs_are_no_json(inner, cuts):
+    for text in (f'"{inner}"', f'{{"{inner}":0}}'):
+        scan, _ = _scanned(text, cuts)
+        assert scan.is_valid == _is_json(text)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        *("1e999", "-1e999", "1e308", "1.8e308", "1e-999", "0e999", "9" * 400 + ".0", "9" * 308 + ".0"),
+        *("1" * MAX_NUMBER_CHARS, "1" * (MAX_NUMBER_CHARS + 1), "1e" + "0" * 400 + "1"),
+    ],
+)
+def test_numbers_that_nobody_could_repeat_are_no_json(number):
+    for text in (number, f'{{"a":[{number}]}}'):
+        scan, _ = _scanned(text, range(0, 50, 7))
+        assert scan.is_valid == _is_json(text)
 
 
 def test_a_value_that_is_nested_too_deep_is_no_json():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace as replace_fields
 from tekken_folders import write_tekken
+from word_folders import TOKENIZERS, folder
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit, ThinkingBudget
@@ -74,6 +75,17 @@ def test_a_word_is_banned_alone_and_behind_a_space(words: list[str], banned: lis
     submit = submit_of(bad_words=words)
     assert submit.banned_token_ids == banned
     assert submit.sampling.bad_words == ()  # no text of a client goes to the core
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_word_is_banned_behind_a_line_break(kind: str) -> None:
+    """Pieces with a mark for spaces have other tokens there."""
+    words = PromptEncoder.load(folder(kind, "ChatML")).tokenizer
+    assert words is not None
+    banned = submit_of(vocabulary=words, bad_words=["ab"]).banned_token_ids
+    for before in ("", "x ", "\n", "x\n", "x(", "\n\n"):
+        ids = words.encode_piece(f"{before}ab")
+        assert any(ids[-len(word) :] == word for word in banned), before
 
 
 @pytest.mark.parametrize(("syntax", "banned"), [(MARKS, [[22]]), (marks(20, 21), []), (None, [])])

@@ -145,8 +145,7 @@ def _marked(ours: Speaker, name: str, text: object) -> list[int]:
 
 USER = ChatMessage(role="user", content="x")
 CALLS = {
-    # This id is the reader's: one that comes behind the arguments is too late.
-    "v3": '[TOOL_CALLS][{"name": "f", "arguments": {"x":1}, "id": "000000000"}]',
+    "v3": '[TOOL_CALLS][{"name": "f", "arguments": {"x":1}, "id": "Ab1cd2Ef3"}]',
     "v11": '[TOOL_CALLS]f[CALL_ID]aaaaaaaaa[ARGS]{"x":1}',
     "v13": '[TOOL_CALLS]f[ARGS]{"x":1}',
 }

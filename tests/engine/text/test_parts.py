@@ -306,6 +306,39 @@ def test_what_is_not_as_it_should_be_ends_so(what):
     assert (parts, reader.broken_calls) == (expected, broken)
 
 
+NEXT = numbered(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ('[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "aaaaaaaaa"}]', ["aaaaaaaaa"]),
+        ('[TOOL_CALLS][{"name": "f", "id": "aaaaaaaaa", "arguments": {}, "id": "bbbbbbbbb"}]', ["aaaaaaaaa"]),
+        (
+            '[TOOL_CALLS][{"arguments": {}, "name": "f", "id": "aaaaaaaaa"}, {"name": "g"',
+            ["aaaaaaaaa", "000000001"],
+        ),
+        ('[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "no id"}]', ["000000000"]),
+        ('[TOOL_CALLS][{"name": "f", "arguments": {"x": 1', ["000000000"]),
+        (
+            "[TOOL_CALLS]f[CALL_ID]aaaaaaaaa[ARGS]{}[TOOL_CALLS]f[CALL_ID]aaaaaaaaa[ARGS]{}",
+            ["aaaaaaaaa", "000000001"],
+        ),
+        ('[TOOL_CALLS]{"name": "f", "arguments": {}, "id": "aaaaaaaaa"}', ["000000000"]),
+    ],
+)
+def test_a_call_has_the_model_s_id_unless_another_call_has_it(text, ids):
+    """In a list it may come behind the arguments, as v3 and v7 write it: then it is in the call's last piece."""
+    vocabulary, syntax = Pieces(), SYNTAXES["mistral"]
+    token_ids = _tokens(vocabulary, text)
+    for place in range(len(token_ids)):
+        reader, again = PartsReader(vocabulary, syntax), PartsReader(vocabulary, syntax)
+        first = [part for token_id in token_ids[:place] if reader.push([token_id]) == "" for part in reader.parts]
+        again.go_on_after(place, reader.state())
+        _, rest = read(again, token_ids[place:])
+        assert [part.id for part in joined([*first, *rest]) if part.kind == "call"] == ids
+
+
 def test_pitfall_20_markers_without_text_are_read_as_tokens():
     """Control tokens are deleted from the text before anyone could look for them there."""
     vocabulary = Pieces()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from marked import ids, marked_prompts, marked_tokenizer
 
-from cierzo.engine.messages import SamplingParams
+from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, Tool
 from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.parts import PartsReader
-from cierzo.engine.text.prompt import PromptEncoder, call_id
+from cierzo.engine.text.prompt import PromptEncoder, call_id, call_limit
+from cierzo.engine.text.syntax import CALL_TAGS, Syntax
 
 
 def test_a_reader_of_parts_where_they_are_wanted_and_marked():
@@ -18,11 +22,39 @@ def test_a_reader_of_parts_where_they_are_wanted_and_marked():
         (unmarked, True, Detokenizer),
     ):
         assert type(encoder.reader(SamplingParams(), apart=apart)) is kind
-    reader = marked.reader(SamplingParams(seed=1), apart=True, in_thinking=True, parallel=False)
+    reader = marked.reader(SamplingParams(seed=1), apart=True, in_thinking=True, calls="one")
     assert reader.in_thinking
     reader.push(ids("hm[/THINK][TOOL_CALLS]wind[ARGS]{}[TOOL_CALLS]"))
     assert reader.stop == "[TOOL_CALLS]"
     assert reader.parts[-1].id == call_id(1, 0, 0, 0)
+
+
+def test_who_offers_no_tools_or_wants_no_call_may_get_none():
+    turns, tools = [ChatMessage(role="user", content="Hi")], [Tool(name="f")]
+    for message, limit in (
+        (Generate(stream=1, messages=turns), "none"),
+        (Generate(stream=1, messages=turns, tools=tools), "many"),
+        (Generate(stream=1, messages=turns, tools=tools, parallel_tool_calls=False), "one"),
+        (Generate(stream=1, messages=turns, tools=tools, tool_choice="none"), "none"),
+        (Generate(stream=1, text="Hi"), "many"),
+        (Generate(stream=1, token_ids=[1], parallel_tool_calls=False), "one"),
+    ):
+        assert call_limit(message) == limit
+
+
+@pytest.mark.parametrize(
+    ("syntax", "words"),
+    [
+        (Syntax(bare_calls=True), '{"name": "f", "parameters": {}}'),
+        (Syntax(spelled=CALL_TAGS, call_marker="<tool_call>"), '<tool_call>{"name": "f"}</tool_call>'),
+    ],
+)
+def test_what_only_looks_like_a_call_is_text_where_there_may_be_none(syntax, words):
+    prompts = replace(marked_prompts(), syntax=syntax)
+    for calls, kind in (("many", "call"), ("none", "text")):
+        reader = prompts.reader(SamplingParams(), apart=True, calls=calls)
+        text = reader.push(ids(words)) + reader.flush()
+        assert (text == words, reader.num_calls) == (kind == "text", int(kind == "call"))
 
 
 def test_the_ids_of_calls_depend_on_seed_prompt_sample_and_number():

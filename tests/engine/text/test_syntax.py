@@ -89,6 +89,25 @@ def test_llama_calls_without_a_marker():
     assert (spelled.spelled, spelled.bare_calls, spelled.call_open_id) == (THINK_TAGS, False, 500)
 
 
+@pytest.mark.parametrize(
+    ("words", "source"),
+    [
+        (Words(), QWEN + REASONING),
+        (Words((LLAMA_CALL,)), LLAMA),
+        (Words((*THINK_TAGS, *CALL_TAGS)), QWEN),
+        (Words(("[TOOL_CALLS]",)), ""),
+    ],
+)
+def test_without_spelled_calls_thoughts_and_tokens_are_left(words, source):
+    syntax = syntax_of(words, source, None)
+    assert syntax is not None
+    without = syntax.without_spelled_calls()
+    assert (without.tokens, without.marks_thinking) == (syntax.tokens, syntax.marks_thinking)
+    assert not without.bare_calls
+    assert not {"call", "/call"}.intersection(without.spelled.values())
+    assert without.without_spelled_calls() is without
+
+
 def test_a_model_that_marks_nothing_has_no_syntax():
     assert syntax_of(Words(("<s>", "</s>")), "{{ messages[0].content }}", None) is None
     assert syntax_of(Words(), None, None) is None

@@ -4,6 +4,7 @@ stays a text wherever it stands."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
-from word_folders import FAMILIES, NOT_SPECIAL, SPECIAL, TOKENIZERS, write_folder
+from word_folders import FAMILIES, NOT_SPECIAL, SPECIAL, TOKENIZERS, folder, message, ours, write_folder
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, TextChunk, ThinkingChunk, Tool, ToolCall
@@ -29,18 +30,8 @@ HOSTILE = st.lists(st.sampled_from((*PIECES, "<", ">", " ", "\n", "a", "\ufdd0",
 
 
 @lru_cache
-def folder(kind: str, family: str) -> Path:
-    return write_folder(Path(mkdtemp()), kind, FAMILIES[family])
-
-
-@lru_cache
 def theirs(kind: str, family: str):
     return AutoTokenizer.from_pretrained(folder(kind, family))
-
-
-@lru_cache
-def ours(kind: str, family: str) -> PromptEncoder:
-    return PromptEncoder.load(folder(kind, family))
 
 
 def conversations(texts: st.SearchStrategy[str], family: str) -> st.SearchStrategy[dict]:
@@ -50,7 +41,7 @@ def conversations(texts: st.SearchStrategy[str], family: str) -> st.SearchStrate
     )
     call = st.builds(
         lambda name, arguments: {"type": "function", "id": "", "function": {"name": name, "arguments": arguments}},
-        st.just("f") if family == "thinking" else texts,
+        st.just("f") if family == "thinking" else texts.filter(bool),
         st.dictionaries(texts, texts, min_size=1, max_size=2),
     )
     answer = st.builds(
@@ -73,24 +64,20 @@ def conversations(texts: st.SearchStrategy[str], family: str) -> st.SearchStrate
         st.dictionaries(texts, texts, max_size=2),
     )
     result = st.builds(lambda content: {"role": "tool", "content": content}, texts)
+    turns = st.lists(st.one_of(turn, answer, result), min_size=1, max_size=4)
+    if ours("bytes", family).template.template.writes_calls:  # then a result belongs to one
+        turns = turns.map(_results_behind_calls).filter(bool)
     return st.fixed_dictionaries(
         {
-            "turns": st.lists(st.one_of(turn, answer, result), min_size=1, max_size=4),
+            "turns": turns,
             "tools": st.lists(tool, max_size=1) if family in ("thinking", "arguments as tags") else st.just([]),
         }
     )
 
 
-def message(turns: list[dict], tools: list[dict] = (), **fields) -> Generate:
-    made = []
-    for turn in turns:
-        calls = [
-            ToolCall(name=call["function"]["name"], arguments=json.dumps(call["function"]["arguments"]))
-            for call in turn.get("tool_calls", ())
-        ]
-        reasoning = turn.get("reasoning", "")
-        made.append(ChatMessage(role=turn["role"], content=turn["content"], reasoning=reasoning, tool_calls=calls))
-    return Generate(stream=0, messages=made, tools=[Tool(**tool["function"]) for tool in tools], **fields)
+def _results_behind_calls(turns: list[dict]) -> list[dict]:
+    first = next((place for place, turn in enumerate(turns) if "tool_calls" in turn), len(turns))
+    return [turn for place, turn in enumerate(turns) if turn["role"] != "tool" or place > first]
 
 
 def expected(kind: str, family: str, turns: list[dict], tools: list[dict] = (), **options) -> list[int]:
@@ -347,6 +334,25 @@ def test_a_prompt_may_end_within_a_thought():
         assert not ours("bytes", family).encode(asked).in_thinking
 
 
+@pytest.mark.parametrize(
+    ("content", "is_thought"),
+    [("<think>hm", True), ("a<think>b</think>c", False), ("<think>b</think><think>", True), ("</think>", False)],
+)
+def test_an_answer_may_go_on_within_a_thought_that_is_spelled(content, is_thought):
+    """Where the tags are tokens, what a client spells is text; see above."""
+    source = FAMILIES["ChatML"] + "{# <think></think> #}"
+    folder = write_folder(Path(mkdtemp()), "bytes", source)
+    file = json.loads((folder / "tokenizer.json").read_text())
+    file["added_tokens"] = [token for token in file["added_tokens"] if "think" not in token["content"]]
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    encoder, user = PromptEncoder.load(folder), ChatMessage(role="user", content="a")
+    turns = [user, ChatMessage(role="assistant", content=content, prefix=True)]
+    assert encoder.encode(Generate(stream=0, messages=turns)).in_thinking == is_thought
+    assert not encoder.encode(Generate(stream=0, messages=[ChatMessage(role="user", content=content)])).in_thinking
+    no_thoughts = replace(encoder, syntax=None)
+    assert not no_thoughts.encode(Generate(stream=0, messages=turns)).in_thinking
+
+
 def test_chunks_are_the_text_and_the_thought_of_a_turn():
     encoder = ours("bytes", "thinking")
     chunks = [ThinkingChunk(thinking="x"), ThinkingChunk(thinking="y"), TextChunk(text="a"), TextChunk(text="b")]
@@ -375,82 +381,3 @@ def test_tools_that_a_template_never_reads_are_refused(choice):
     ):
         assert ChatTemplate(source).reads_tools
     assert not ChatTemplate("{{ messages[0].tools }} tools {# tools #}").reads_tools
-
-
-# --- efforts ------------------------------------------------------------------------------------------------
-
-EFFORTS = {
-    "{{ messages[0].content }}": (),
-    "{{ reasoning_effort }}": ("none", "low", "medium", "high"),
-    "{{ reasoning_effort if reasoning_effort is defined else 'medium' }}": ("none", "low", "medium", "high"),
-    "{% if reasoning_effort == 'high' %}think{% endif %}": ("high",),
-    "{% set effort = reasoning_effort or 'none' %}{% if effort not in ['none', 'high'] %}"
-    "{{ raise_exception('no') }}{% endif %}": ("none", "high"),
-    "{% set reasoning_effort = reasoning_effort if reasoning_effort is defined else 'low' %}{{ reasoning_effort }}"
-    "{% if reasoning_effort == 'xhigh' %}!{% endif %}": ("none", "low", "medium", "high", "xhigh"),
-    FAMILIES["thinking"]: ("none", "low", "medium", "high"),
-    "{% if thinking %}<think>{% endif %}": ("none", "low", "medium", "high"),
-    "{{ raise_exception('always') }}{{ reasoning_effort }}": (),
-}
-
-
-@pytest.mark.parametrize(("source", "efforts"), EFFORTS.items())
-def test_the_efforts_of_a_template(source, efforts):
-    template = ChatTemplate(source)
-    assert template.efforts() == efforts
-    for effort in efforts:
-        template.render([ChatMessage(role="user", content="a")], effort)
-
-
-def test_a_template_that_is_switched_thinks_unless_the_effort_is_none():
-    template, user = ChatTemplate("{{ enable_thinking }}"), [ChatMessage(role="user", content="a")]
-    rendered = [template.render(user, effort) for effort in (None, "none", "low", "high")]
-    assert rendered == ["", "False", "True", "True"]
-
-
-# --- templates that change what they are given --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_templates_in_the_manner_of_known_ones_keep_texts_apart(family):
-    assert ours("bytes", family).unsafe_places() == []
-
-
-USER, DESCRIPTION = "the content of a user's turn", "a tool's description"
-
-
-@pytest.mark.parametrize(
-    ("source", "places"),
-    [
-        ("{% for m in messages %}{{ m.content | lower }}{% endfor %}", [USER]),
-        ("{{ messages[-1].content.encode('ascii', 'ignore').decode() }}", [USER]),
-        ("{{ messages[-1].content | select('ne', 'a') | join | replace('\ufdd0', '') }}", []),
-        ("{% for t in tools or [] %}{{ '<' ~ t.function.description[1:] }}{% endfor %}", []),
-        ("{% for t in tools or [] %}{{ t.function.description.encode('ascii', 'ignore').decode() }}{% endfor %}",
-         [DESCRIPTION]),
-    ],
-)  # fmt: skip
-def test_a_template_that_makes_control_tokens_of_texts_is_named(source, places):
-    encoder = PromptEncoder.load(write_folder(Path(mkdtemp()), "bytes", source))
-    assert set(places) <= set(encoder.unsafe_places())
-    assert bool(places) == bool(encoder.unsafe_places())
-
-
-def test_every_character_of_private_use_at_once_is_refused():
-    every = "".join(map(chr, (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))))
-    encoder = ours("bytes", "ChatML")
-    assert encoder.encode(Generate(stream=0, messages=[ChatMessage(role="user", content=every[:-2])]))
-    with pytest.raises(InvalidRequest, match="private use") as caught:
-        encoder.encode(Generate(stream=0, messages=[ChatMessage(role="user", content=every[:-1])]))
-    assert caught.value.field == "messages"
-
-
-def test_tools_nested_too_deeply_are_refused():
-    schema: dict = {}
-    for _ in range(100_000):
-        schema = {"properties": schema}
-    tools = [Tool(name="f", parameters=schema)]
-    user = [ChatMessage(role="user", content="a")]
-    with pytest.raises(InvalidRequest) as caught:
-        ours("bytes", "thinking").encode(Generate(stream=0, messages=user, tools=tools))
-    assert caught.value.field == "messages"
