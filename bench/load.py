@@ -30,7 +30,7 @@ from cierzo.engine.options import MAX_SEED, add_options, add_rpc, chosen, seed
 
 READY_TIMEOUT_S = 600.0  # for weights to load
 WHOLE = ("stop", "tool_calls", "length", "")  # reasons of an answer that came to its end; "": its server tells none
-FEATURES = ("accounting", "credit", "keepalive")  # a load is not resumed, nor are its prompts longer than a frame
+FEATURES = ("accounting", "batches", "credit", "keepalive")  # not resumed, and no prompt is longer than a frame
 SHARED_INDEX = -1  # no request's: the random prompt that all others may begin with
 
 

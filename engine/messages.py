@@ -28,7 +28,7 @@ from cierzo.scheduler.plan import Finish, FinishReason, TokenDelta, TokenLogprob
 PROTOCOL_VERSION = 3
 OLDEST_VERSION = 2  # spoken too; it knows no features
 # Named abilities, which hello asks for and welcome grants. What belongs to one that was not granted is an error.
-FEATURES = ("accounting", "attach", "credit", "keepalive", "masks", "parts", "resume")
+FEATURES = ("accounting", "attach", "batches", "credit", "keepalive", "masks", "parts", "resume")
 MAGIC = "cierzo"
 EndReason = FinishReason | Literal["tool_calls"]
 
@@ -251,6 +251,12 @@ class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
     parts: list[Part] = []
 
 
+class Deltas(Message, frozen=True, tag="deltas"):
+    """Deltas of several streams and samples, in the order in which they would be sent alone (feature "batches")."""
+
+    deltas: list[Delta]
+
+
 class Usage(Message, frozen=True):
     """Token counts; `cached_tokens` of the prompt came from the prefix cache."""
 
@@ -425,9 +431,8 @@ class Drained(Message, frozen=True, tag="drained"):
     stream: int
 
 
-ServerMessage = (
-    Welcome | Accepted | Delta | Final | Failure | Ping | Pong | Done | Health | Stats | ModelInfo | Drained
-)  # Hello is answered by Welcome; every other client message by the reply that carries its stream id
+Answer = Pong | Done | Health | Stats | ModelInfo | Drained  # carries the stream id of what it answers
+ServerMessage = Welcome | Accepted | Delta | Deltas | Final | Failure | Ping | Answer
 
 # --- front end -> core -------------------------------------------------------------------------------------
 

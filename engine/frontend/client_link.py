@@ -19,9 +19,11 @@ from cierzo.engine.messages import (
     OLDEST_VERSION,
     PROTOCOL_VERSION,
     Accepted,
+    Answer,
     Cancel,
     Credit,
     Delta,
+    Deltas,
     Failure,
     Final,
     Generate,
@@ -117,8 +119,10 @@ class ClientLink(asyncio.Protocol):
         try:
             for body in self._splitter.feed(data):
                 message = _decode(body)
-                if type(message) is Delta:
-                    self._delta(message)
+                if isinstance(message, Deltas):
+                    self._take(message.deltas)
+                elif isinstance(message, Delta):
+                    self._take((message,))
                 else:
                     self._receive(message)
         except (*UNDECODABLE, ProtocolError) as error:
@@ -164,8 +168,9 @@ class ClientLink(asyncio.Protocol):
             self._write(request_frames(message, self.welcome))
         else:
             self.send(message)
-        inbox.stream = self._new_stream()
+        inbox.stream, inbox.settles_at = self._new_stream(), self._credit_part
         self._inboxes[inbox.stream] = inbox
+        self._credit_soon()
         self._watch_on()
 
     async def call(self, method: Callable[..., Message], **fields: Any) -> Any:
@@ -199,17 +204,19 @@ class ClientLink(asyncio.Protocol):
 
     def consumed(self, inbox: Inbox, cost: int) -> None:
         """Deltas that cost so much have left the inbox for good: the server may send others."""
-        if cost > inbox.held:
-            cost = inbox.held  # deltas of an earlier connection count no more
+        cost = min(cost, inbox.held)  # deltas of an earlier connection count no more
         inbox.held -= cost
+        inbox.unsettled += cost
+        if inbox.unsettled >= inbox.settles_at:
+            self.settle(inbox)
+
+    def settle(self, inbox: Inbox) -> None:
+        """Give credit back for what was consumed; on a connection without credit, read on if it is enough."""
         if self._credit_part:
-            inbox.uncredited += cost
-            if inbox.uncredited >= self._credit_part:
-                self._credit(inbox)
-            elif self._crediting is None:
-                self._crediting = self.loop.call_later(CREDIT_S, self._credit_all)
+            self._credit(inbox)
             return
-        self._unread_bytes -= cost
+        self._unread_bytes -= inbox.unsettled
+        inbox.unsettled = 0
         if not self._is_reading and 2 * self._unread_bytes < self._max_unread_bytes:
             self._is_reading = True
             self._heard_s = self.loop.time()  # the silence until now was our own
@@ -218,15 +225,21 @@ class ClientLink(asyncio.Protocol):
 
     def _credit(self, inbox: Inbox) -> None:
         """Give back what has been consumed."""
-        if inbox.uncredited and self._inboxes.get(inbox.stream) is inbox:
-            self.send(Credit(stream=inbox.stream, bytes=inbox.uncredited))
-            inbox.uncredited = 0
+        if inbox.unsettled and self._inboxes.get(inbox.stream) is inbox:
+            self.send(Credit(stream=inbox.stream, bytes=inbox.unsettled))
+            inbox.unsettled = 0
 
     def _credit_all(self) -> None:
         """Once in a while, what is too little to be given back by itself."""
         self._crediting = None
         for inbox in self._inboxes.values():
             self._credit(inbox)
+        self._credit_soon()
+
+    def _credit_soon(self) -> None:
+        """Look at what has been consumed after a while, as long as something is open."""
+        if self._credit_part and self._inboxes and self._crediting is None:
+            self._crediting = self.loop.call_later(CREDIT_S, self._credit_all)
 
     def close(self, reason: CierzoError | None = None) -> None:
         """Send what waits, then close. What still waits for an answer fails with `reason`."""
@@ -256,7 +269,7 @@ class ClientLink(asyncio.Protocol):
 
     # --- what comes ------------------------------------------------------------------------------------
 
-    def _receive(self, message: ServerMessage) -> None:
+    def _receive(self, message: Welcome | Accepted | Final | Failure | Ping | Answer) -> None:
         if isinstance(message, Final):
             self.had_news = True
             ended = self._inboxes.pop(message.stream, None)
@@ -278,22 +291,23 @@ class ClientLink(asyncio.Protocol):
             if call is not None and not call.done():
                 call.set_result(message)
 
-    def _delta(self, delta: Delta) -> None:
-        inbox = self._inboxes.get(delta.stream)
-        if inbox is None:
-            return
-        self.had_news = True
-        cost = delta_cost(delta)
-        inbox.held += cost
-        if not self._credit_part:
-            self._unread_bytes += cost
-            if self._is_reading and self._unread_bytes > self._max_unread_bytes and self._transport is not None:
-                self._is_reading = False
-                self._transport.pause_reading()
-        if inbox.dropped or (inbox.reopened and inbox.repeats(delta)):
-            self.consumed(inbox, cost)
-        else:
-            inbox.add(delta, cost)
+    def _take(self, deltas: Iterable[Delta]) -> None:
+        for delta in deltas:
+            inbox = self._inboxes.get(delta.stream)
+            if inbox is None:
+                continue
+            self.had_news = True
+            cost = delta_cost(delta)
+            inbox.held += cost
+            if not self._credit_part:
+                self._unread_bytes += cost
+                if self._is_reading and self._unread_bytes > self._max_unread_bytes and self._transport is not None:
+                    self._is_reading = False
+                    self._transport.pause_reading()
+            if inbox.dropped or (inbox.reopened and inbox.repeats(delta)):
+                self.consumed(inbox, cost)
+            else:
+                inbox.add(delta, cost)
 
     def _greeted(self, welcome: Welcome) -> None:
         if self.welcomed.done():

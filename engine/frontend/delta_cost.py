@@ -7,7 +7,8 @@ from cierzo.engine.messages import Delta, Part, TokenLogprobs
 
 def delta_cost(delta: Delta) -> int:
     """Bytes that `delta` counts for: about what it takes of a heap."""
-    cost = text_cost(len(delta.token_ids), delta.text)
+    text = delta.text  # as `text_cost`, of every token: no call
+    cost = 64 + 8 * len(delta.token_ids) + (len(text) if text.isascii() else len(text.encode()))
     if delta.parts:
         cost += parts_cost(delta.parts)
     return cost if delta.logprobs is None else cost + logprobs_cost(delta.logprobs)
@@ -15,7 +16,7 @@ def delta_cost(delta: Delta) -> int:
 
 def text_cost(num_tokens: int, text: str) -> int:
     """The part of a delta's cost that it has without log-probabilities."""
-    return 64 + 8 * num_tokens + (len(text) if text.isascii() else len(text.encode()))  # of every token: no call
+    return 64 + 8 * num_tokens + (len(text) if text.isascii() else len(text.encode()))
 
 
 def logprobs_cost(logprobs: list[TokenLogprobs]) -> int:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
 from struct import Struct as Layout
+from typing import cast
 
 import msgspec
 
 from cierzo.engine.errors import FrameTooLarge
+from cierzo.engine.messages import Delta, Deltas
 
 Buffer = bytes | bytearray | memoryview
+BATCH_DELTAS = 256  # in one frame, at most
 LENGTH = Layout(">I")
 LENGTH_BYTES = LENGTH.size
 _NO_LENGTH = bytes(LENGTH_BYTES)
@@ -27,6 +31,17 @@ def pack(messages: Iterable[msgspec.Struct]) -> bytearray:
         _encode_into(message, frames, start + LENGTH_BYTES)
         LENGTH.pack_into(frames, start, len(frames) - start - LENGTH_BYTES)
     return frames
+
+
+def in_batches(messages: Iterable[msgspec.Struct]) -> Iterator[msgspec.Struct]:
+    """The messages, but deltas that follow each other together: one frame costs both sides less than many."""
+    for kind, run in groupby(messages, type):
+        if kind is Delta:
+            deltas = cast(Iterator[Delta], run)
+            while batch := [*islice(deltas, BATCH_DELTAS)]:
+                yield Deltas(deltas=batch) if len(batch) > 1 else batch[0]
+        else:
+            yield from run
 
 
 def too_large(size: int, limit: int) -> FrameTooLarge:

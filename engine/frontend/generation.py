@@ -25,12 +25,16 @@ class Link(Protocol):
     def consumed(self, inbox: Inbox, cost: int) -> None:
         """Deltas that cost so much have left the inbox for good."""
 
+    def settle(self, inbox: Inbox) -> None:
+        """Account for the consumed deltas of which the connection was not told yet."""
+
 
 class Inbox:
     """Messages that have come for one generation and were not taken yet, over all connections that it had.
 
     stream: its id on the present connection, which has sent deltas that cost `held` and are not consumed, and those
-    that cost `uncredited`, which are, but the server was not told yet. costs: of each of `deltas`.
+    that cost `unsettled`, which are, but the connection was not told yet; it is when they are `settles_at`. costs:
+    of each of `deltas`.
     request: what asked for it; None once the server has accepted it, for a prompt may be long.
     received: tokens of each sample that were taken, last: the last delta of each that was; empty where the
     generation ends with its connection.
@@ -52,14 +56,14 @@ class Inbox:
             "link",
             "received",
         ),
-        *("reopened", "request", "stream", "uncredited", "waiters"),
+        *("reopened", "request", "settles_at", "stream", "unsettled", "waiters"),
     )
 
     def __init__(self, link: Link, request: Generate | Resume, received: list[int]) -> None:
         self.link = link
         self.stream = -1
         self.held = 0
-        self.uncredited = 0
+        self.unsettled = self.settles_at = 0
         self.request: Generate | Resume | None = request
         self.received = received
         self.last: list[Delta | None] = [None] * len(received)
@@ -86,7 +90,7 @@ class Inbox:
         return None if self.error is None else self.error.with_traceback(None)
 
     def add(self, delta: Delta, cost: int) -> None:
-        """Take in a delta of this cost, and wake those who wait for one."""
+        """Take in a delta of this cost, which is `held`, and wake those who wait for one."""
         self.deltas.append(delta)
         self.costs.append(cost)
         for waiter in self.waiters:
@@ -113,7 +117,7 @@ class Inbox:
         """The connection is lost: what was not taken will come again."""
         self.deltas.clear()
         self.costs.clear()
-        self.held = self.uncredited = 0
+        self.held = self.unsettled = 0
         self.reopened = True
 
     def take(self) -> Delta:
@@ -127,7 +131,11 @@ class Inbox:
     def consume(self) -> Delta:
         """The next delta, with which its taker is done at once."""
         delta = self.take() if self.received else self.deltas.popleft()
-        self.link.consumed(self, self.costs.popleft())
+        cost = self.costs.popleft()
+        self.held -= cost
+        self.unsettled += cost
+        if self.unsettled >= self.settles_at:
+            self.link.settle(self)
         return delta
 
     def repeats(self, delta: Delta) -> bool:
@@ -255,10 +263,17 @@ class Generation:
 
     async def __anext__(self) -> Delta:
         inbox = self._inbox
-        if not inbox.deltas:
-            await inbox.until(inbox.deltas.__len__, None, inbox.waiters)
-            if not inbox.deltas:
+        while not inbox.deltas:  # as `until`, whose own coroutine each token would pay for
+            if inbox.final is not None or inbox.error is not None:
                 raise inbox.failure or StopAsyncIteration
+            inbox.waiters.append(waiter := inbox.link.loop.create_future())
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                inbox.cancel()
+                raise
+            finally:
+                inbox.waiters.remove(waiter)
         delta = inbox.consume()
         if self._answers.joins:
             self._answers.add(delta)

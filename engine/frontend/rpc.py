@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fcntl import ioctl
 from ipaddress import ip_address
 from struct import Struct as Layout
@@ -28,7 +28,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frame_reader import SMALL_FRAME_BYTES, FrameReader, Large, Skipped
-from cierzo.engine.frontend.frames import Buffer, pack
+from cierzo.engine.frontend.frames import Buffer, in_batches, pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.keepalive import Keepalive
 from cierzo.engine.frontend.limits import require_room
@@ -208,7 +208,7 @@ class Connection(asyncio.Protocol):
         if self._ending or self._transport is None:
             return
         self._ending = True
-        self._close(bytes(pack(self._outbox) + self._late))
+        self._close(bytes(self._packed(self._outbox) + self._late))
         self._server.frontend.disconnect(self)
 
     # --- inside ----------------------------------------------------------------------------------------
@@ -217,7 +217,10 @@ class Connection(asyncio.Protocol):
         """Write what was put while there was room, also if there is none any more: it comes before what waits."""
         outbox, self._outbox = self._outbox, []
         if outbox and self._transport is not None and not self._ending:
-            self._write(pack(outbox))
+            self._write(self._packed(outbox))
+
+    def _packed(self, messages: Iterable[Message]) -> bytearray:
+        return pack(in_batches(messages) if "batches" in self.features else messages)
 
     def _wait(self, messages: Sequence[Message]) -> None:
         """Keep what is no delta until there is room. Who lets too much of it wait is not heard until then: what it

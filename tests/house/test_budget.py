@@ -9,11 +9,11 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 200,
-    "engine": 4_430,
+    "engine": 4_450,
     "engine/cost": 1_200,
-    "engine/frontend": 9_360,
+    "engine/frontend": 9_430,
     "engine/model": 1_170,
-    "engine/text": 3_890,
+    "engine/text": 4_090,
     "engine/weights": 4_010,
     "engine/worker": 3_750,
     "engine/commands": 480,

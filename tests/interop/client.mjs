@@ -9,7 +9,7 @@
 import net from "node:net";
 import { decode, encode } from "./msgpack.mjs";
 
-export const FEATURES = ["accounting", "attach", "credit", "keepalive", "masks", "parts", "resume"];
+export const FEATURES = ["accounting", "attach", "batches", "credit", "keepalive", "masks", "parts", "resume"];
 
 export class RpcError extends Error {
   constructor({ code, message, field = null, limit = null, value = null, retry = false, retry_after_s = null }) {
@@ -33,7 +33,7 @@ export function addParts(joined, { parts = [], text = "", token_ids = [] }) {
     const last = joined.at(-1);
     if (!text && !name && !id && !num_tokens) continue;
     if (last?.kind !== kind || last.call !== call) joined.push({ kind, call, text, name, id, num_tokens });
-    else Object.assign(last, { text: last.text + text, num_tokens: last.num_tokens + num_tokens });
+    else Object.assign(last, { text: last.text + text, id: last.id || id, num_tokens: last.num_tokens + num_tokens });
   }
 }
 
@@ -194,6 +194,7 @@ export class Connection {
     if (message.type === "welcome") return this.welcomed.resolve(message);
     if (message.type === "ping") return this.send({ type: "pong", stream: message.stream });
     if (message.stream === -1) return this.lost(new RpcError(message));
+    if (message.type === "deltas") return message.deltas.forEach((delta) => this.handle(delta));
     const one = this.open.get(message.stream);
     if (message.type !== "delta" && message.type !== "accepted") this.open.delete(message.stream);
     one?.take(message);

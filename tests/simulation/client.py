@@ -48,7 +48,9 @@ class Client:
         self._loop = asyncio.get_running_loop()
         self.peers: list[Peer] = []
         self.mine: list[Request] = []
-        self._features = rng.choice((None, None, None, (), ("resume",), ("resume", "credit", "accounting")))
+        self._features = rng.choice(
+            (None, None, None, (), ("resume",), ("resume", "credit", "accounting", "batches"))
+        )
 
     # --- the whole life --------------------------------------------------------------------------------
 

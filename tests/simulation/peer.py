@@ -158,6 +158,9 @@ class Peer:
             self.failure = message
         elif kind == "ping":
             self.say({"type": "pong", "stream": stream})
+        elif kind == "deltas":
+            for delta in message["deltas"]:
+                self._hear(delta)
         elif stream in self.questions:
             question = self.questions.pop(stream)
             question.answer = message

@@ -31,6 +31,8 @@ from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import (
+    Delta,
+    Deltas,
     Hello,
     ModelInfo,
     Ping,
@@ -157,6 +159,7 @@ class Peer:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self._batch: list[Delta] = []
 
     def raw(self, data: bytes) -> None:
         self.writer.write(data)
@@ -168,7 +171,16 @@ class Peer:
         self.frame(msgspec.msgpack.encode(message))
 
     async def hear(self) -> Any:
-        """The next message, None at the end of the connection."""
+        """The next message, whether it came alone or with others; None at the end of the connection."""
+        if not self._batch:
+            message = await self.hear_frame()
+            if not isinstance(message, Deltas):
+                return message
+            self._batch = [*message.deltas]
+        return self._batch.pop(0)
+
+    async def hear_frame(self) -> Any:
+        """The message of the next frame, None at the end of the connection."""
         try:
             size = int.from_bytes(await self.reader.readexactly(4), "big")
             return msgspec.msgpack.decode(await self.reader.readexactly(size), type=ServerMessage)

@@ -28,6 +28,7 @@ from cierzo.engine.messages import (
     Cancel,
     CancelRequest,
     Credit,
+    Deltas,
     Done,
     Drain,
     Failure,
@@ -118,8 +119,8 @@ def test_whatever_is_granted_a_generation_runs(run, granted):
         request = await peer.hear(Generate)
         if "resume" in granted:
             peer.say(accepted(request.stream))
-        for token in range(65, 91):
-            peer.say(delta(request.stream, [token]))
+        deltas = [delta(request.stream, [token]) for token in range(65, 91)]
+        peer.say(*([Deltas(deltas=deltas)] if "batches" in granted else deltas))
         peer.say(final(request.stream, 26))
         while (message := await peer.hear()) is not None:
             assert isinstance(message, Credit)

@@ -10,6 +10,7 @@ import msgspec
 from fake_rpc_server import LIMITS, accepted, delta, final, scripted
 from streams import tokens_of, until
 
+from cierzo.engine.frontend import client_link
 from cierzo.engine.frontend.client import Client, SyncClient
 from cierzo.engine.frontend.client_link import ClientLink
 from cierzo.engine.frontend.delta_cost import delta_cost
@@ -105,6 +106,25 @@ def test_a_cancelled_and_a_forgotten_generation_give_their_credit_back(run):
             del left
             gc.collect()
             assert await tokens_of(kept) == [65] * (CREDIT // 73)
+
+    run(body())
+
+
+def test_a_consumer_who_takes_little_gives_it_back_each_time(run, monkeypatch):
+    monkeypatch.setattr(client_link, "CREDIT_S", 0.01)
+
+    async def script(peer, number):
+        stream = (await peer.hear(Generate)).stream
+        for token in (65, 66, 67):
+            part = delta(stream, [token])
+            peer.say(part)
+            assert await peer.hear(Credit) == Credit(stream=stream, bytes=delta_cost(part))
+        peer.say(final(stream, 3))
+        await peer.hear()
+
+    async def body():
+        async with scripted(script) as address, await Client.connect(address) as client:
+            assert await tokens_of(client.generate(token_ids=[1])) == [65, 66, 67]
 
     run(body())
 

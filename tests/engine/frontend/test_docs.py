@@ -89,8 +89,8 @@ def test_the_formula_of_a_delta_s_cost():
 
 EXAMPLES = re.findall(r"```\n((?:[0-9a-f]{2}[ \n])+)```\n```json\n(.*?)```", TEXT, re.DOTALL)
 MESSAGES = [
-    *("hello", "welcome", "generate", "accepted", "delta", "final", "error", "credit", "resume", "cancel_request"),
-    *("attach", "ping", "pong", "drain", "done"),
+    *("hello", "welcome", "generate", "accepted", "delta", "deltas", "final", "error", "credit", "resume"),
+    *("cancel_request", "attach", "ping", "pong", "drain", "done"),
 ]
 
 

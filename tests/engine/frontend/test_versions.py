@@ -35,7 +35,12 @@ VERSION_2 = {
     "StepBucket": "most_tokens steps tokens distinct",
 }
 STATES = {"loading", "ready", "draining", "failed"}
-OF_A_FEATURE = {"Accepted", "Done", "Ping"}  # messages that answer, or belong to, what version 2 cannot say
+OF_A_FEATURE = {
+    "Accepted",
+    "Deltas",
+    "Done",
+    "Ping",
+}  # messages that answer, or belong to, what version 2 cannot say
 # Fields that are set for a feature alone, and not sent while they have their default.
 FEATURE_FIELDS = {
     "Welcome": {"features"},
