@@ -18,6 +18,7 @@ from cierzo.engine.text.template_environment import template_environment
 from cierzo.engine.text.tokenizer_config import read_chat_templates, read_tokenizer_config
 from cierzo.engine.text.tool_arguments import Arguments
 
+TOOLS_TEMPLATE = "tool_use"  # the name of one for conversations with tools, as transformers takes it
 MAX_REASON_CHARS = 500  # of what a template says against the messages
 USUAL_EFFORTS = ("none", "low", "medium", "high")
 OTHER_EFFORTS = ("minimal", "xhigh", "max")  # known to few templates, which spell them
@@ -272,9 +273,9 @@ def _try(text: Callable[[Shape], str], shape: Shape) -> str | Exception:
         return error
 
 
-def load_chat_template(checkpoint_dir: Path) -> ChatTemplate | None:
-    """The default chat template of a checkpoint, None where it has none; raises CheckpointError."""
-    source = read_chat_templates(checkpoint_dir).get("default")
+def load_chat_template(checkpoint_dir: Path, name: str = "default") -> ChatTemplate | None:
+    """A chat template of a checkpoint, None where it has none of this name; raises CheckpointError."""
+    source = read_chat_templates(checkpoint_dir).get(name)
     if source is None:
         return None
     return ChatTemplate(source, special_tokens=read_tokenizer_config(checkpoint_dir).spellings)

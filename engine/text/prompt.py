@@ -15,7 +15,7 @@ import msgspec
 from cierzo.engine.checkpoint_file import require_file
 from cierzo.engine.errors import CheckpointError, InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, ModelInfo, SamplingParams, Submit, TextChunk
-from cierzo.engine.text.chat import load_chat_template
+from cierzo.engine.text.chat import TOOLS_TEMPLATE, load_chat_template
 from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.masks import masked
 from cierzo.engine.text.parts import PartsReader
@@ -80,10 +80,14 @@ class PromptEncoder:
         if tokenizer is None:
             return cls()
         template, sources = load_chat_template(checkpoint_dir), read_chat_templates(checkpoint_dir)
-        chat = None if template is None else TemplateChat(template, tokenizer)
+        with_tools = load_chat_template(checkpoint_dir, TOOLS_TEMPLATE)
+        chat = None if template is None else TemplateChat(template, tokenizer, with_tools)
         others = () if template else tuple(sorted(sources))
         images = image_token_ids(checkpoint_dir, tokenizer.special_ids)
-        return cls(tokenizer, chat, others, images, syntax_of(tokenizer, sources.get("default"), None))
+        used = [sources[name] for name in ("default", TOOLS_TEMPLATE) if name in sources]
+        return cls(
+            tokenizer, chat, others, images, syntax_of(tokenizer, "\n".join(used) if template else None, None)
+        )
 
     @property
     def special_ids(self) -> Mapping[str, int]:

@@ -21,21 +21,28 @@ HARMLESS = "Hi!"  # ends in no letter, beside which some tokens are none
 
 
 class TemplateChat:
-    """A `Chat`. Strings of clients go into the template with their spellings of control tokens broken."""
+    """A `Chat`. Strings of clients go into the template with their spellings of control tokens broken.
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    tools_template: what conversations with tools are written by, where a checkpoint has another one for these.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, tokenizer: Tokenizer, tools_template: ChatTemplate | None = None
+    ) -> None:
         self.template = template
+        self._tools_template = tools_template or template
         self.efforts = template.efforts()
         self._tokenizer = tokenizer
-        self._breaker = Breaker(tokenizer.control_ids, template.literals)
+        self._breaker = Breaker(tokenizer.control_ids, template.literals | self._tools_template.literals)
 
     def encode(self, message: Generate, max_tokens: int | None) -> tuple[list[int], bool]:
         """Token ids of the prompt of `message.messages`, up to where the assistant begins to speak, or goes on in
         its last turn; and whether that is within a thought. Raises InvalidRequest, with the field that is wrong."""
-        if message.tools and not self.template.reads_tools:
+        template = self._tools_template if message.tools else self.template
+        if message.tools and not template.reads_tools:
             raise _unread(message.tools)
         turns = message.messages or []
-        self._check_calls(turns)
+        _check_calls(turns, template.writes_calls)
         mark, end = self._free_marks(turns, message.tools)
         goes_on = bool(turns) and turns[-1].prefix
         if goes_on:
@@ -75,34 +82,6 @@ class TemplateChat:
             if (expected := self._calls(*harmless)) is not None and self._calls(*spelling) not in (None, expected)
         ]
 
-    def _check_calls(self, turns: list[ChatMessage]) -> None:
-        """Refuse calls and results that a template would leave out, or write without what they refer to."""
-        ids: set[str] = set()
-        has_calls = False
-        for index, turn in enumerate(turns):
-            field = f"messages[{index}]"
-            has_calls = has_calls or bool(turn.tool_calls)
-            if turn.tool_calls and not self.template.writes_calls:
-                what = f"{field} has calls, which the chat template does not write"
-                raise _refused(f"{field}.tool_calls", what, "left out", len(turn.tool_calls))
-            own = [call.id for call in turn.tool_calls if call.id]
-            for number, call in enumerate(turn.tool_calls):
-                place = f"{field}.tool_calls[{number}]"
-                if not call.name:
-                    raise _refused(f"{place}.name", f"{place} calls a tool without a name", "a name", "")
-                if own.count(call.id) > 1:
-                    what = f"{place}.id is that of another call of this turn"
-                    raise _refused(f"{place}.id", what, "unique", call.id)
-            ids.update(own)
-            if turn.role != "tool" or not self.template.writes_calls:
-                continue
-            if not has_calls:
-                what = f"{field} is a tool's result, and no turn before it calls a tool"
-                raise _refused(f"{field}.role", what, "behind a turn with tool_calls", turn.role)
-            if turn.tool_call_id and ids and turn.tool_call_id not in ids:
-                what = f"{field} is the result of the call {turn.tool_call_id[:50]!r}, which is not before it"
-                raise _refused(f"{field}.tool_call_id", what, ", ".join(sorted(ids)), turn.tool_call_id)
-
     def _is_within_thought(self, turn: ChatMessage) -> bool:
         """Whether the words of a turn end within a thought: one of its own, or one that they spell."""
         if is_within_thought(turn):
@@ -136,7 +115,7 @@ class TemplateChat:
 
     def _free_marks(self, turns: list[ChatMessage], tools: list[Tool]) -> list[str]:
         try:
-            taken = msgspec.json.encode([self.template.source, turns, tools])
+            taken = msgspec.json.encode([self.template.source, self._tools_template.source, turns, tools])
         except (RecursionError, TypeError, UnicodeEncodeError) as error:
             what = f"the messages or tools are no JSON: {error}"
             raise InvalidRequest(what, field="messages", limit="JSON", value=type(error).__name__) from error
@@ -150,7 +129,37 @@ class TemplateChat:
         tools: list[Tool],
         tag: str,
     ) -> str:
-        return self.template.render(turns, effort, tools=tools, change=change, tag=tag)
+        template = self._tools_template if tools else self.template
+        return template.render(turns, effort, tools=tools, change=change, tag=tag)
+
+
+def _check_calls(turns: list[ChatMessage], writes_calls: bool) -> None:
+    """Refuse calls and results that a template would leave out, or write without what they refer to."""
+    ids: set[str] = set()
+    has_calls = False
+    for index, turn in enumerate(turns):
+        field = f"messages[{index}]"
+        has_calls = has_calls or bool(turn.tool_calls)
+        if turn.tool_calls and not writes_calls:
+            what = f"{field} has calls, which the chat template does not write"
+            raise _refused(f"{field}.tool_calls", what, "left out", len(turn.tool_calls))
+        own = [call.id for call in turn.tool_calls if call.id]
+        for number, call in enumerate(turn.tool_calls):
+            place = f"{field}.tool_calls[{number}]"
+            if not call.name:
+                raise _refused(f"{place}.name", f"{place} calls a tool without a name", "a name", "")
+            if own.count(call.id) > 1:
+                what = f"{place}.id is that of another call of this turn"
+                raise _refused(f"{place}.id", what, "unique", call.id)
+        ids.update(own)
+        if turn.role != "tool" or not writes_calls:
+            continue
+        if not has_calls:
+            what = f"{field} is a tool's result, and no turn before it calls a tool"
+            raise _refused(f"{field}.role", what, "behind a turn with tool_calls", turn.role)
+        if turn.tool_call_id and ids and turn.tool_call_id not in ids:
+            what = f"{field} is the result of the call {turn.tool_call_id[:50]!r}, which is not before it"
+            raise _refused(f"{field}.tool_call_id", what, ", ".join(sorted(ids)), turn.tool_call_id)
 
 
 def _refused(field: str, what: str, limit: str, value: object) -> InvalidRequest:

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
+from transformers import AutoTokenizer
 from word_folders import FAMILIES, message, ours, write_folder
 
 from cierzo.engine.errors import InvalidRequest
@@ -52,6 +53,25 @@ def test_calls_and_results_that_a_template_cannot_tell_are_refused(family, turns
 )
 def test_other_histories_with_tools_are_taken(family, turns):
     assert ours("bytes", family).encode(Generate(stream=0, messages=turns)).token_ids
+
+
+def test_a_template_for_tools_writes_the_conversations_that_have_some():
+    """As in transformers: the template named tool_use, if there is one."""
+    folder = write_folder(Path(mkdtemp()), "bytes", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    others = folder / "additional_chat_templates"
+    others.mkdir()
+    source = (
+        "{% for t in tools %}<tool_call>{{ t.function.name }}{% endfor %}{% for m in messages %}<|end|>{% endfor %}"
+    )
+    (others / "tool_use.jinja").write_text(source)
+    encoder, theirs = PromptEncoder.load(folder), AutoTokenizer.from_pretrained(folder)
+    turns, tools = [{"role": "user", "content": "Hi"}], [{"type": "function", "function": {"name": "f"}}]
+    for given in (tools, []):
+        text = theirs.apply_chat_template(turns, tools=given or None, tokenize=False)
+        assert (
+            encoder.encode(message(turns, given)).token_ids == theirs(text, add_special_tokens=False)["input_ids"]
+        )
+    assert encoder.syntax.call_marker == "<tool_call>"
 
 
 # --- efforts ------------------------------------------------------------------------------------------------
