@@ -61,15 +61,17 @@ class Expiry(Generic[T]):
             self._timer = None
 
     def _fire(self) -> None:
-        self._timer = None
         now = self._clock()
-        for _ in range(len(self._things)):  # and none of those that are added meanwhile
-            if not self._things:
-                break
-            thing, at_s = next(iter(self._things.items()))
-            if at_s > now:
-                break
-            del self._things[thing]
-            self._due(thing)
-        if self._things and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(max(self.next_s, 0.001), self._fire)
+        try:
+            for _ in range(len(self._things)):  # and none of those that are added meanwhile
+                if not self._things:
+                    break
+                thing, at_s = next(iter(self._things.items()))
+                if at_s > now:
+                    break
+                del self._things[thing]
+                self._due(thing)
+        finally:  # not before: what is added meanwhile is not the next one that is due
+            self.close()
+            if self._things:
+                self._timer = asyncio.get_running_loop().call_later(max(self.next_s, 0.001), self._fire)

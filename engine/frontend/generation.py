@@ -131,7 +131,7 @@ class Inbox:
     def consume(self) -> Delta:
         """The next delta, with which its taker is done at once."""
         delta = self.take() if self.received else self.deltas.popleft()
-        cost = self.costs.popleft()
+        cost = min(self.costs.popleft(), self.held)  # less where a batch of an earlier connection was given back
         self.held -= cost
         self.unsettled += cost
         if self.unsettled >= self.settles_at:
@@ -298,8 +298,9 @@ class Generation:
         are not in `answer`."""
         inbox = self._inbox
         await self._more(timeout_s)
+        cost = sum(inbox.costs)
         inbox.costs.clear()
-        return [inbox.take() for _ in range(len(inbox.deltas))], inbox.held
+        return [inbox.take() for _ in range(len(inbox.deltas))], cost
 
     def consumed(self, cost: int) -> None:
         """Deltas of a batch, of this cost, are in use no more: the server may send others. Any thread may call."""

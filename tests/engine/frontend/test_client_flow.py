@@ -7,6 +7,7 @@ import gc
 import itertools
 
 import msgspec
+import pytest
 from fake_rpc_server import LIMITS, accepted, delta, final, scripted
 from streams import tokens_of, until
 
@@ -14,6 +15,7 @@ from cierzo.engine.frontend import client_link
 from cierzo.engine.frontend.client import Client, SyncClient
 from cierzo.engine.frontend.client_link import ClientLink
 from cierzo.engine.frontend.delta_cost import delta_cost
+from cierzo.engine.frontend.generation import Generation, Inbox
 from cierzo.engine.messages import (
     Cancel,
     Credit,
@@ -125,6 +127,36 @@ def test_a_consumer_who_takes_little_gives_it_back_each_time(run, monkeypatch):
     async def body():
         async with scripted(script) as address, await Client.connect(address) as client:
             assert await tokens_of(client.generate(token_ids=[1])) == [65, 66, 67]
+
+    run(body())
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_what_batches_hold_is_given_back_once(run, is_lost):
+    """Whatever is consumed in which order, and on whichever connection it came."""
+
+    async def body():
+        link = ClientLink(asyncio.get_running_loop(), "peer")
+        inbox = Inbox(link, None, [])
+        inbox.stream = inbox.settles_at = 1 << 40  # credit gathers
+        link._inboxes[inbox.stream] = inbox
+        one = delta(inbox.stream, [65])
+        generation, cost = Generation(inbox), delta_cost(one)
+        link._take([one, one])
+        _, first = await generation.take_batch()
+        if is_lost:
+            inbox.rewind()
+        link._take([one, one, one])
+        if not is_lost:
+            _, second = await generation.take_batch()
+            link.consumed(inbox, second)
+            assert (second, inbox.held) == (3 * cost, 2 * cost)
+            link._take([one])
+        link.consumed(inbox, first)
+        assert [len((await anext(generation)).token_ids) for _ in range(3 if is_lost else 1)]
+        sent = 3 if is_lost else 6
+        assert (inbox.unsettled, inbox.held) == (sent * cost, 0)
+        link.connection_lost(None)
 
     run(body())
 

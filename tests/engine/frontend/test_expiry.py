@@ -93,6 +93,28 @@ def test_many_that_are_due_at_once_take_a_constant_each(run):
     run(body())
 
 
+def test_what_is_added_anew_meanwhile_does_not_delay_the_others(run):
+    async def body():
+        due, began = [], time.monotonic()
+
+        def took(thing):
+            due.append((thing, time.monotonic() - began))
+            if len(due) == 1:
+                expiry.add(thing)
+
+        expiry = Expiry(0.2, time.monotonic, took)
+        expiry.add("a")
+        await asyncio.sleep(0.05)
+        expiry.add("b")
+        async with asyncio.timeout(5.0):
+            while len(due) < 3:
+                await asyncio.sleep(0.005)
+        assert [thing for thing, _ in due] == ["a", "b", "a"]
+        assert due[1][1] < due[2][1] - 0.1
+
+    run(body())
+
+
 def test_the_loop_calls_when_it_is_time(run):
     async def body():
         due = []
