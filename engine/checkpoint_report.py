@@ -46,8 +46,9 @@ def report(folder: Path, specs_of: SpecsOf | None = None, tokenizer: str = "auto
         wrong += [] if error.field in told else [error]
     else:
         notes = prompts.notes()
+        words = msgspec.structs.replace(words, efforts=prompts.efforts or ())
         if prompts.template is None:
-            words = msgspec.structs.replace(words, chat="", abilities=(), efforts=())
+            words = msgspec.structs.replace(words, chat="", abilities=())
     return CheckpointReport(
         checkpoint=checkpoint,
         words=words,

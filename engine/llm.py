@@ -50,7 +50,6 @@ from cierzo.engine.messages import (
     Usage,
 )
 from cierzo.engine.settings import settings_of
-from cierzo.engine.text.prompt import call_limit
 from cierzo.engine.worker.core import EngineCore
 from cierzo.kernels.fault import DeviceFault
 
@@ -124,6 +123,11 @@ class Output:
     def tool_calls(self) -> list[ToolCall]:
         """Whole calls of sample 0."""
         return self.samples[0].tool_calls
+
+    @property
+    def parts(self) -> list[Part]:
+        """Parts of sample 0."""
+        return self.samples[0].parts
 
     @property
     def turn(self) -> ChatMessage:
@@ -317,7 +321,7 @@ class LLM(OneProcess):
                     submit.sampling,
                     apart=True,
                     in_thinking=prompt.in_thinking,
-                    calls=call_limit(message),
+                    calls=prompts.call_limit(message),
                     sample=index,
                     num_prompt_tokens=len(prompt.token_ids),
                 ),

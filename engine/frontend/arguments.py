@@ -28,6 +28,14 @@ _TUPLES = {"stop", "stop_token_ids", "bad_words", "allowed_token_ids"}  # one al
 _FIELDS = dict.fromkeys(name for name in Generate.__struct_fields__ if name not in ("stream", "attached"))
 
 
+def whole_answer(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `generate` for an answer that comes at once. Raises InvalidRequest if they want deltas."""
+    if arguments.get("deltas"):
+        what = "an answer that comes at once has no deltas; generate gives some"
+        raise InvalidRequest(what, field="deltas", limit="false, or left out", value=arguments["deltas"])
+    return {**arguments, "deltas": False}
+
+
 def generate_message(**arguments: Any) -> Generate:
     """The message that asks for `arguments`: fields of Generate, and fields of SamplingParams on top of `sampling`.
 

@@ -42,7 +42,7 @@ from typing import Any, Self, TypeVar, cast
 from cierzo.engine.errors import ConnectionLost, CoreFailed, Draining, InvalidRequest, VersionMismatch
 from cierzo.engine.frontend.address import Address, TcpAddress, parse_address
 from cierzo.engine.frontend.answer import Answer
-from cierzo.engine.frontend.arguments import generate_message
+from cierzo.engine.frontend.arguments import generate_message, whole_answer
 from cierzo.engine.frontend.client_link import ClientLink
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.loop_thread import LoopThread
@@ -181,7 +181,7 @@ class Client:
         return (await self._whole(arguments)).answer()
 
     async def _whole(self, arguments: dict[str, Any]) -> Generation:
-        generation = self.generate(deltas=False, **arguments)
+        generation = self.generate(**whole_answer(arguments))
         async for _ in generation:
             pass
         return generation
@@ -373,7 +373,7 @@ class SyncClient(OneProcess):
         return self._whole(arguments).answer()
 
     def _whole(self, arguments: dict[str, Any]) -> SyncGeneration:
-        generation = self.generate(deltas=False, **arguments)
+        generation = self.generate(**whole_answer(arguments))
         for _ in generation:
             pass
         return generation

@@ -20,7 +20,7 @@ from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.sample import STATE_TOKENS
 from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit
 from cierzo.engine.text.parts import PartsReader
-from cierzo.engine.text.prompt import CallLimit, Prompt, PromptEncoder, call_limit
+from cierzo.engine.text.prompt import CallLimit, Prompt, PromptEncoder
 from cierzo.engine.text.reader_state import ReaderState
 
 _decode_generate = msgspec.msgpack.Decoder(Generate).decode
@@ -116,7 +116,7 @@ class RequestEncoder:
             num_prompt_tokens=len(prompt.token_ids),
             content=b"" if message.idempotency_key is None else digest(message),
             in_thinking=prompt.in_thinking,
-            calls=call_limit(message),
+            calls=prompts.call_limit(message),
             tail=tail,
             states=states,
         )
@@ -128,7 +128,7 @@ class RequestEncoder:
         states: list[ReaderState] = []
         if not (brought := message.output_token_ids):
             return [], states
-        in_thinking, calls = prompt.in_thinking, call_limit(message)
+        in_thinking, calls = prompt.in_thinking, self._prompts.call_limit(message)
         reader = self._prompts.reader(submit.sampling, apart=apart, in_thinking=in_thinking, calls=calls)
         if reader is None:
             return [], states

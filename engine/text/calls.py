@@ -311,5 +311,5 @@ def _may_be_bare(start: str) -> bool:
 
 
 def _decoded(string: str) -> str:
-    """The text of a JSON string; what is no Unicode in it is replaced."""
-    return str(json.loads(string)).encode(errors="replace").decode()
+    """The text of a JSON string."""
+    return str(json.loads(string))

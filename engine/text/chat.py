@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import msgspec
 from jinja2 import meta, nodes
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
@@ -25,6 +26,7 @@ OTHER_EFFORTS = ("minimal", "xhigh", "max")  # known to few templates, which spe
 THOUGHT_SWITCHES = ("enable_thinking", "thinking")  # variables by which a template thinks or does not
 REASONING_FIELDS = ("thinking", "reasoning", "reasoning_content")  # each name that a template may read
 SAMPLE_CALL = ToolCall(name="sample_function", arguments='{"a": "b"}', id="abcdefghi")
+SAMPLE_TOOL = Tool(name=SAMPLE_CALL.name, parameters={"type": "object", "properties": {"a": {"type": "string"}}})
 SAMPLE_TURNS = (ChatMessage(role="user", content="Hi"), ChatMessage(role="assistant", tool_calls=[SAMPLE_CALL]))
 _GAPS = re.compile(r"%[^a-zA-Z%]*[a-zA-Z]|\{[^{}]*\}")  # in a string, where formatting puts another one
 Shape = Callable[[Arguments], Any]  # from a call's arguments to what a template sees of them
@@ -114,10 +116,29 @@ class ChatTemplate:
 
     @cached_property
     def writes_calls(self) -> bool:
+        without = (SAMPLE_TURNS[0], ChatMessage(role="assistant"))
         try:
-            return self.render(SAMPLE_TURNS) != self.render((SAMPLE_TURNS[0], ChatMessage(role="assistant")))
+            return any(
+                self.render(SAMPLE_TURNS, tools=tools) != self.render(without, tools=tools)
+                for tools in ((), (SAMPLE_TOOL,))
+            )
         except InvalidRequest:
             return True  # in some other conversation, it may
+
+    @cached_property
+    def takes_one_call(self) -> bool:
+        """Whether it refuses a turn with two calls, and not one with one."""
+        user, turn = SAMPLE_TURNS
+        calls = [SAMPLE_CALL, msgspec.structs.replace(SAMPLE_CALL, id="123456789")]
+        try:
+            self.render(SAMPLE_TURNS, tools=(SAMPLE_TOOL,))
+        except InvalidRequest:
+            return False
+        try:
+            self.render((user, msgspec.structs.replace(turn, tool_calls=calls)), tools=(SAMPLE_TOOL,))
+        except InvalidRequest:
+            return True
+        return False
 
     def efforts(self) -> tuple[str, ...]:
         """Words that `reasoning_effort` may say: each that the template does not refuse, and that makes a

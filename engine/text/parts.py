@@ -57,6 +57,7 @@ class PartsReader(TextReader):
         "_call_id",
         "_calls",
         "_first",
+        "_known_ids",
         "_last",
         "_marks",
         "_mode",
@@ -105,6 +106,7 @@ class PartsReader(TextReader):
         self._pieces: list[Piece] = []
         self.num_calls = 0
         self.call_ids: list[str] = []
+        self._known_ids: set[str] = set()
         self.broken_calls: list[int] = []
         self._plain = self._plain_part()
 
@@ -124,6 +126,7 @@ class PartsReader(TextReader):
         fork._calls = None if self._calls is None else self._calls.copy()
         fork._unsure, fork._pieces = [*self._unsure], []
         fork.call_ids, fork.broken_calls = [*self.call_ids], [*self.broken_calls]
+        fork._known_ids = {*self.call_ids}
         return fork
 
     def state(self) -> ReaderState:
@@ -152,6 +155,7 @@ class PartsReader(TextReader):
         self._last, self._unsure = state.target or TEXT, [*state.unsure]
         self.num_calls = state.num_calls
         self.call_ids, self.broken_calls = [*state.call_ids], [*state.broken_calls]
+        self._known_ids = {*state.call_ids}
         self._calls = None if state.calls is None else state.calls.copy()
         if self._spelled is not None:
             for char in "".join(self._unsure):
@@ -223,8 +227,9 @@ class PartsReader(TextReader):
     def _name(self, call_id: str) -> None:
         """Give the present call an id: the model's, if it is one that no other call of the answer has."""
         number = self.num_calls - 1
-        is_own = _is_call_id(call_id) is not None and call_id not in self.call_ids
+        is_own = _is_call_id(call_id) is not None and call_id not in self._known_ids
         self.call_ids.append(call_id if is_own else self._call_id(number))
+        self._known_ids.add(self.call_ids[-1])
         self._piece(("call", number)).call_id = self.call_ids[-1]
 
     def argue(self, text: str) -> None:

@@ -84,10 +84,13 @@ class PromptEncoder:
         chat = None if template is None else TemplateChat(template, tokenizer, with_tools)
         others = () if template else tuple(sorted(sources))
         images = image_token_ids(checkpoint_dir, tokenizer.special_ids)
-        used = [sources[name] for name in ("default", TOOLS_TEMPLATE) if name in sources]
-        return cls(
-            tokenizer, chat, others, images, syntax_of(tokenizer, "\n".join(used) if template else None, None)
-        )
+        used = "\n".join(sources[name] for name in ("default", TOOLS_TEMPLATE) if name in sources)
+        syntax = syntax_of(tokenizer, used if template else None, None)
+        if syntax is not None and chat is not None and not chat.writes_calls:
+            # a turn that holds some could not be sent back; special tokens have no text that they could be
+            syntax = syntax.without_calls(kept=tokenizer.special_ids.values())
+            chat.takes_calls = syntax.marks_calls
+        return cls(tokenizer, chat, others, images, syntax)
 
     @property
     def special_ids(self) -> Mapping[str, int]:
@@ -100,14 +103,14 @@ class PromptEncoder:
         return None if self.template is None else self.template.efforts
 
     def unsafe_places(self) -> list[str]:
-        """The fields of a conversation in which a client's text would become a control token, and is refused. Takes
-        milliseconds."""
+        """The fields of a conversation in which a client's text may become a control token, or is refused for it.
+        Takes milliseconds."""
         return self.template.unsafe_places() if isinstance(self.template, TemplateChat) else []
 
     def notes(self) -> list[str]:
         """Sentences for whoever serves this, in a server's log and of `cierzo info`. Takes milliseconds."""
         found, places = [self.missing] if self.missing else [], ", ".join(self.unsafe_places())
-        text = "the chat template changes what it is given: requests are refused that spell a control token in"
+        text = "the chat template changes what it is given: a client can spell a control token, or is refused, in"
         return [*found, f"{text} {places}"] if places else found
 
     def encode(self, message: Generate, max_tokens: int | None = None) -> Prompt:
@@ -172,6 +175,14 @@ class PromptEncoder:
             call_id=partial(call_id, params.seed, num_prompt_tokens, sample),
         )
 
+    def call_limit(self, message: Generate) -> CallLimit:
+        """How many calls the answer to a message may hold: none where its client wants none, or offers no tools;
+        one where the client wants one, or the chat template writes no more in a turn."""
+        if message.tool_choice == "none" or (message.messages is not None and not message.tools):
+            return "none"
+        takes_one = isinstance(self.template, TemplateChat) and self.template.takes_one_call
+        return "one" if takes_one or not message.parallel_tool_calls else "many"
+
     def masked(self, submit: Submit, message: Generate, model: ModelInfo, *, in_thinking: bool) -> Submit:
         """`submit` with what its message says that a token may be; see masks.py. Raises InvalidRequest."""
         return masked(submit, message, self.tokenizer, self.syntax, model, in_thinking=in_thinking)
@@ -188,13 +199,6 @@ class PromptEncoder:
             weight += PART_CHARS + content_chars(turn) + len(turn.reasoning)
             weight += sum(PART_CHARS + len(call.arguments) for call in turn.tool_calls)
         return weight
-
-
-def call_limit(message: Generate) -> CallLimit:
-    """How many calls the answer to a message may hold: none where its client wants none, or offers no tools."""
-    if message.tool_choice == "none" or (message.messages is not None and not message.tools):
-        return "none"
-    return "many" if message.parallel_tool_calls else "one"
 
 
 def call_id(seed: int | None, num_prompt_tokens: int, sample: int, number: int) -> str:

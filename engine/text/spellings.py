@@ -17,6 +17,7 @@ from cierzo.engine.errors import InvalidRequest
 MARKS = (*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900)))
 _ESCAPED = re.compile("u([0-9a-fA-F]{4})")
 FIRST_PRIVATE = 0xF0000  # of the second plane of private use, where every other character can have one of its own
+BRACKETS = {"<", "["}  # with which markers begin also where they are no tokens
 NOTHING = "(?!)"  # a pattern that is found nowhere
 
 
@@ -51,9 +52,9 @@ class Breaker:
         self._within = re.compile(f"(?={pattern_of(spellings)}).", re.DOTALL)
         self._heads = {text[:end] for text in spellings for end in range(1, len(text))}
         self._longest = max(map(len, spellings), default=0)
-        self._begins = re.compile("|".join({re.escape(text[0]) for text in spellings}) or NOTHING)
-        chars = {*map(chr, range(0x80)), *"".join(spellings)}
-        self._disguise = {ord(char): FIRST_PRIVATE + ord(char) for char in chars if not char.isspace()}
+        firsts = sorted({text[0] for text in spellings if not text[0].isalnum()} | BRACKETS)
+        self._begins = re.compile("|".join(map(re.escape, firsts)) or NOTHING)
+        self._disguise = {ord(first): FIRST_PRIVATE + ord(first) for first in firsts}
         # What a client could add to the beginning of a control token that ends one of the template's own strings.
         rests = {
             text[len(head) :]
@@ -77,12 +78,11 @@ class Breaker:
         return self._within.sub(rf"\g<0>{mark}", text)
 
     def may_spell(self, text: str) -> bool:
-        """Whether there is a character in `text` with which a control token begins."""
+        """Whether there is a character in `text` with which a control token begins, letters and digits left out."""
         return self._begins.search(text) is not None
 
     def disguised(self, text: str) -> str:
-        """`text` with others in the place of all characters that could spell a control token, and as long. Texts
-        that differ still do, and spaces stay."""
+        """`text` with others in the place of these characters: as long, and in words the same."""
         return text.translate(self._disguise)
 
     def _open_ends(self, text: str) -> list[str]:

@@ -7,7 +7,7 @@ one, because then the model was trained to write that token, and letters that lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import msgspec
@@ -45,6 +45,11 @@ class Syntax(msgspec.Struct, frozen=True, omit_defaults=True):
     call_marker: str = ""
     named_calls: bool = False
     bare_calls: bool = False
+
+    def without_calls(self, kept: Collection[int]) -> Syntax:
+        """These markers but for those of calls, if they are not tokens that are kept."""
+        tokens = {one: mark for one, mark in self.tokens.items() if one in kept or mark not in CALL_MARKS}
+        return msgspec.structs.replace(self.without_spelled_calls(), tokens=tokens)
 
     def without_spelled_calls(self) -> Syntax:
         """These markers but for those of calls that are no tokens: what looks like such a call is text."""

@@ -3,8 +3,10 @@ control tokens."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
+from typing import Any
 
 import msgspec
 
@@ -17,6 +19,7 @@ from cierzo.engine.text.vocabulary import open_text, refuse_marker_at_end, refus
 
 THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 MAX_SHOWN_CHARS = 200
+MOST_TRIED = 8  # control tokens, each in several ways
 HARMLESS = "Hi!"  # ends in no letter, beside which some tokens are none
 
 
@@ -24,6 +27,8 @@ class TemplateChat:
     """A `Chat`. Strings of clients go into the template with their spellings of control tokens broken.
 
     tools_template: what conversations with tools are written by, where a checkpoint has another one for these.
+    writes_calls, takes_one_call: what a turn's calls are to these templates. takes_calls: a turn may have some,
+    even where no template writes them, because answers do.
     """
 
     def __init__(
@@ -31,6 +36,9 @@ class TemplateChat:
     ) -> None:
         self.template = template
         self._tools_template = tools_template or template
+        self.writes_calls = template.writes_calls or self._tools_template.writes_calls
+        self.takes_calls = self.writes_calls
+        self.takes_one_call = self._tools_template.takes_one_call
         self.efforts = template.efforts()
         self._tokenizer = tokenizer
         self._breaker = Breaker(tokenizer.control_ids, template.literals | self._tools_template.literals)
@@ -42,7 +50,7 @@ class TemplateChat:
         if message.tools and not template.reads_tools:
             raise _unread(message.tools)
         turns = message.messages or []
-        _check_calls(turns, template.writes_calls)
+        _check_calls(turns, template.writes_calls, self.takes_calls)
         mark, end = self._free_marks(turns, message.tools)
         goes_on = bool(turns) and turns[-1].prefix
         if goes_on:
@@ -65,22 +73,25 @@ class TemplateChat:
         refuse_unfit(self._tokenizer, "messages", without(mark, rendered), max_tokens)
         written = rendered
         if may_spell:
-            written = self._render(turns, breaker.disguised, *rest)
+            written = self._without_heads(turns, mark, *rest)
             self._refuse_made(rendered, written)
         in_thinking = written.rstrip().endswith(tuple(THOUGHTS)) or (goes_on and self._is_within_thought(turns[-1]))
         return self._tokenizer.encode_rendered(rendered, mark), in_thinking
 
     def unsafe_places(self) -> list[str]:
-        """The fields in which this template would let a client's text become a control token, because it changes
-        what it is given: found by a conversation that spells them all."""
-        spelled = " ".join(
-            form for text in self._tokenizer.control_ids for form in (text, text.upper(), text.lower(), text[1:])
-        )
-        return [
-            place
-            for (place, harmless), (_, spelling) in zip(_places(HARMLESS), _places(spelled), strict=True)
-            if (expected := self._calls(*harmless)) is not None and self._calls(*spelling) not in (None, expected)
-        ]
+        """The fields in which this template would make a control token of a client's text, because it changes what
+        it is given: found by conversations that spell them in ways that templates undo."""
+        controls = list(self._tokenizer.control_ids)
+        sources = self.template.source + self._tools_template.source
+        written = [text for text in controls if text in sources][:MOST_TRIED] or controls[:MOST_TRIED]
+        together = " ".join(form for text in controls for form in (text, text.upper(), text.lower(), text[1:]))
+        expected = [self._calls(*conversation) for _, conversation in _places(HARMLESS)]
+        found: dict[str, None] = {}
+        for spelled in (together, *(form for text in written for form in _disguises(text))):
+            for right, (place, conversation) in zip(expected, _places(spelled), strict=True):
+                if right is not None and place not in found and self._calls(*conversation) not in (None, right):
+                    found[place] = None
+        return list(found)
 
     def _is_within_thought(self, turn: ChatMessage) -> bool:
         """Whether the words of a turn end within a thought: one of its own, or one that they spell."""
@@ -90,10 +101,19 @@ class TemplateChat:
         spelled = {begin: end for begin, end in THOUGHTS.items() if begin not in controls}
         return any(text.rfind(begin) > text.rfind(end) for begin, end in spelled.items())
 
-    def _refuse_made(self, rendered: str, disguised: str) -> None:
-        """Refuse a prompt unless its control tokens are those of the same conversation in words that spell none:
-        the others would be a client's, put together by a template that changes texts."""
-        own, found = self._tokenizer.spelled_controls(disguised), self._tokenizer.spelled_controls(rendered)
+    def _without_heads(self, turns: list[ChatMessage], mark: str, *rest: Any) -> str:
+        """The conversation without the characters with which a client could begin a control token; nothing where
+        the template does not take that."""
+        breaker = self._breaker
+        try:
+            return self._render(turns, lambda text: breaker.disguised(breaker.broken(text, mark)), *rest)
+        except InvalidRequest:
+            return ""
+
+    def _refuse_made(self, rendered: str, without_heads: str) -> None:
+        """Refuse a prompt unless its control tokens are those that are there without a client's `<` or `[`: the
+        others would be a client's, put together by a template that changes texts."""
+        own, found = self._tokenizer.spelled_controls(without_heads), self._tokenizer.spelled_controls(rendered)
         if own == found:
             return
         made = next(ours or theirs for ours, theirs in zip_longest(found, own) if ours != theirs)
@@ -133,25 +153,26 @@ class TemplateChat:
         return template.render(turns, effort, tools=tools, change=change, tag=tag)
 
 
-def _check_calls(turns: list[ChatMessage], writes_calls: bool) -> None:
+def _check_calls(turns: list[ChatMessage], writes_calls: bool, takes_calls: bool) -> None:
     """Refuse calls and results that a template would leave out, or write without what they refer to."""
     ids: set[str] = set()
     has_calls = False
     for index, turn in enumerate(turns):
         field = f"messages[{index}]"
         has_calls = has_calls or bool(turn.tool_calls)
-        if turn.tool_calls and not writes_calls:
+        if turn.tool_calls and not (writes_calls or takes_calls):
             what = f"{field} has calls, which the chat template does not write"
             raise _refused(f"{field}.tool_calls", what, "left out", len(turn.tool_calls))
-        own = [call.id for call in turn.tool_calls if call.id]
+        own: set[str] = set()
         for number, call in enumerate(turn.tool_calls):
             place = f"{field}.tool_calls[{number}]"
             if not call.name:
                 raise _refused(f"{place}.name", f"{place} calls a tool without a name", "a name", "")
-            if own.count(call.id) > 1:
+            if call.id and call.id in own:
                 what = f"{place}.id is that of another call of this turn"
                 raise _refused(f"{place}.id", what, "unique", call.id)
-        ids.update(own)
+            own.add(call.id)
+        ids |= own - {""}
         if turn.role != "tool" or not writes_calls:
             continue
         if not has_calls:
@@ -191,6 +212,15 @@ def is_within_thought(turn: ChatMessage) -> bool:
     """Whether the words of a turn end within a thought."""
     chunks = [] if isinstance(turn.content, str) else turn.content
     return any(isinstance(chunk, ThinkingChunk) and not chunk.closed for chunk in chunks[-1:])
+
+
+def _disguises(spelling: str) -> list[str]:
+    """Texts of which a template that changes letters, brackets or HTML may make the spelling."""
+    inner = spelling.strip("<>[]|")
+    return [
+        *(spelling.upper(), inner.upper(), f"{inner}/x", html.escape(spelling)),
+        *(spelling.translate(str.maketrans("<>[]", "{}()")), "{" + spelling[1:]),
+    ]
 
 
 def _places(text: str) -> Iterator[tuple[str, tuple[list[ChatMessage], list[Tool]]]]:

@@ -255,6 +255,7 @@ def test_thoughts_and_calls_are_parts_of_an_output(marking: Path) -> None:
         assert (call.name, call.arguments) == ("wind", '{"at":  1}')
         assert call.id != output.samples[1].tool_calls[0].id
         assert sum(part.num_tokens for part in output.samples[0].parts) == len(output.logprobs)
+        assert output.parts == output.samples[0].parts
         turn = output.turn
         assert (turn.reasoning, turn.content, turn.tool_calls) == ("hm", "So: ", [call])
         result = {"role": "tool", "content": "yes", "tool_call_id": call.id, "name": "wind"}

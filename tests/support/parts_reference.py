@@ -378,9 +378,10 @@ def _value_end(text: str, at: int) -> int | None:
 def _string(text: str) -> str:
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # a half of a surrogate pair is none
     except ValueError:
         return ""
-    return value.encode(errors="replace").decode() if isinstance(value, str) else ""
+    return value if isinstance(value, str) else ""
 
 
 def _is_name(text: str) -> bool:

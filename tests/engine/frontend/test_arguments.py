@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.arguments import generate_message
+from cierzo.engine.frontend.arguments import generate_message, whole_answer
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.messages import (
     ChatMessage,
@@ -398,3 +398,14 @@ def test_an_error_of_the_caller_s_own_iterable_is_not_renamed():
 
     with pytest.raises(LookupError, match="mine"):
         generate_message(token_ids=ids())
+
+
+def test_an_answer_at_once_has_no_deltas():
+    assert (
+        whole_answer({"text": "a", "deltas": False})
+        == whole_answer({"text": "a"})
+        == {"text": "a", "deltas": False}
+    )
+    with pytest.raises(InvalidRequest) as caught:
+        whole_answer({"text": "a", "deltas": True})
+    assert (caught.value.field, caught.value.value) == ("deltas", "True")

@@ -10,7 +10,7 @@ from marked import ids, marked_prompts, marked_tokenizer
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, Tool
 from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.parts import PartsReader
-from cierzo.engine.text.prompt import PromptEncoder, call_id, call_limit
+from cierzo.engine.text.prompt import PromptEncoder, call_id
 from cierzo.engine.text.syntax import CALL_TAGS, Syntax
 
 
@@ -39,7 +39,7 @@ def test_who_offers_no_tools_or_wants_no_call_may_get_none():
         (Generate(stream=1, text="Hi"), "many"),
         (Generate(stream=1, token_ids=[1], parallel_tool_calls=False), "one"),
     ):
-        assert call_limit(message) == limit
+        assert marked_prompts().call_limit(message) == limit
 
 
 @pytest.mark.parametrize(

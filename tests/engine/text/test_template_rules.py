@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -26,7 +27,7 @@ def _calling(*ids: str, name: str = "f") -> ChatMessage:
     ("family", "turns", "field"),
     [
         ("thinking", [_calling("a", name="")], "messages[0].tool_calls[0].name"),
-        ("thinking", [_calling("a", "b", "a")], "messages[0].tool_calls[0].id"),
+        ("thinking", [_calling("a", "b", "a")], "messages[0].tool_calls[2].id"),
         ("thinking", [ChatMessage(role="tool", content="1")], "messages[0].role"),
         ("thinking", [_calling("a"), ChatMessage(role="tool", tool_call_id="b")], "messages[1].tool_call_id"),
         ("thinking", [ChatMessage(role="tool", tool_call_id="a"), _calling("a")], "messages[0].role"),
@@ -72,6 +73,38 @@ def test_a_template_for_tools_writes_the_conversations_that_have_some():
             encoder.encode(message(turns, given)).token_ids == theirs(text, add_special_tokens=False)["input_ids"]
         )
     assert encoder.syntax.call_marker == "<tool_call>"
+
+
+LLAMA_LIKE = """{% for m in messages %}{% if m.tool_calls %}
+{% if m.tool_calls | length != 1 %}{{ raise_exception('one call') }}{% endif %}
+<tool_call>{{ m.tool_calls[0].function | tojson }}</tool_call>{% else %}{{ m.content }}{% endif %}
+{% endfor %}{{ tools }}"""
+
+
+def test_an_answer_holds_no_more_calls_than_a_turn_of_its_template():
+    asked = Generate(stream=0, messages=[ChatMessage(role="user", content="a")], tools=[Tool(name="f")])
+    for source, limit in ((LLAMA_LIKE, "one"), (FAMILIES["thinking"], "many"), (FAMILIES["ChatML"], "many")):
+        encoder = PromptEncoder.load(write_folder(Path(mkdtemp()), "bytes", source))
+        assert encoder.call_limit(asked) == limit
+        assert encoder.syntax.marks_calls == (source is not FAMILIES["ChatML"])  # it writes none
+
+
+def test_calls_of_special_tokens_are_told_apart_and_taken_back_though_no_template_writes_them():
+    """As text they would have no markers."""
+    folder = write_folder(Path(mkdtemp()), "bytes", FAMILIES["ChatML"])
+    file = json.loads((folder / "tokenizer.json").read_text())
+    for token in file["added_tokens"]:
+        token["special"] = token["special"] or "tool_call" in token["content"]
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    encoder = PromptEncoder.load(folder)
+    assert encoder.syntax.marks_calls
+    assert encoder.encode(Generate(stream=0, messages=[_calling("a")])).token_ids
+
+
+def test_calls_that_are_written_beside_tools_alone_may_be_in_a_history():
+    source = "{% for m in messages %}{{ m.content }}{% if tools %}{{ m.tool_calls }}{% endif %}{% endfor %}"
+    encoder = PromptEncoder.load(write_folder(Path(mkdtemp()), "bytes", source))
+    assert encoder.encode(Generate(stream=0, messages=[_calling("a")], tools=[Tool(name="f")])).token_ids
 
 
 # --- efforts ------------------------------------------------------------------------------------------------
@@ -122,9 +155,12 @@ USER, DESCRIPTION = "the content of a user's turn", "a tool's description"
         ("{% for m in messages %}{{ m.content | lower }}{% endfor %}", [USER]),
         ("{{ messages[-1].content.encode('ascii', 'ignore').decode() }}", [USER]),
         ("{{ messages[-1].content | select('ne', 'a') | join | replace('\ufdd0', '') }}", []),
-        ("{% for t in tools or [] %}{{ '<' ~ t.function.description[1:] }}{% endfor %}", []),
+        ("{% for t in tools or [] %}{{ '<' ~ t.function.description[1:] }}{% endfor %}", [DESCRIPTION]),
         ("{% for t in tools or [] %}{{ t.function.description.encode('ascii', 'ignore').decode() }}{% endfor %}",
          [DESCRIPTION]),
+        ("{% for m in messages %}{{ m.content | replace('{', '<') }}{% endfor %}", [USER]),
+        ("{% for m in messages %}{{ m.content.replace('&lt;', '<').replace('&gt;', '>') }}{% endfor %}", [USER]),
+        ("{% for m in messages %}{{ '<|' ~ m.content.split('/')[0] ~ '|>' }}{% endfor %}{# <|end|> #}", [USER]),
     ],
 )  # fmt: skip
 def test_a_template_that_makes_control_tokens_of_texts_is_named(source, places):
@@ -176,6 +212,26 @@ def test_names_ids_and_schemas_that_a_template_changes_make_no_control_token():
         with pytest.raises(InvalidRequest, match="would make the control token") as caught:
             encoder.encode(Generate(stream=0, messages=turns, tools=tools))
         assert (caught.value.field, caught.value.value) == ("messages", "<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if '/no_think' in messages[0].content %}<think>{% endif %}",
+        "{% if 'Cutoff' not in messages[0].content %}<|im_start|>{% endif %}",
+        "{% for t in tools %}{{ t.function.parameters.properties.city.type }}{% endfor %}",
+        "{% for t in tools %}{% if t.function.name == 'python' %}<tool_call>{% endif %}{% endfor %}",
+        "{% for c in messages[1].tool_calls %}{{ c.function.arguments.city + '!' }}{% endfor %}",
+    ],
+)
+def test_a_template_may_decide_by_what_it_is_given(source):
+    """Keys, names and words of a conversation are the same when it is looked at for control tokens."""
+    encoder = PromptEncoder.load(write_folder(Path(mkdtemp()), "bytes", source + "{{ messages[0].content }}"))
+    call = ToolCall(name="python", arguments='{"city": "<b>"}')
+    turns = [ChatMessage(role="system", content="/no_think Cutoff: a < b[0]")]
+    turns.append(ChatMessage(role="assistant", tool_calls=[call] if "tool_calls" in source else []))
+    tools = [Tool(name="python", parameters={"properties": {"city": {"type": "<string>"}}})]
+    assert encoder.encode(Generate(stream=0, messages=turns, tools=tools if "tools" in source else [])).token_ids
 
 
 def test_what_a_template_writes_because_of_a_text_is_its_own():
