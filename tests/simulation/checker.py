@@ -152,7 +152,7 @@ class Checker:
             "deadline_unreachable": attempt.accepted is None,
             "core_stalled": attempt.accepted is None and bool(self._link.stalls),
             "core_failed": self._link.has_failed,
-            "slow_reader": attempt.disturbed or attempt.kind == "resume" or leapt_s > 0,
+            "slow_reader": attempt.disturbed or leapt_s > 0 or self._joins_slow_reader(attempt),
             "taken_over": len(attempt.request.attempts) > 1,
             "not_found": (attempt.kind == "resume" and self._may_be_forgotten(before, attempt))
             or (before is not None and attempt.kind == "generate" and self._may_lack_logprobs(attempt)),
@@ -197,10 +197,23 @@ class Checker:
         deadline_s = attempt.request.body.get("deadline_s", self._config.default_deadline_s)
         return any(at <= lost_s for at in attempt.request.cancelled_s) or lost_s >= first.sent_s + deadline_s
 
+    def _joins_slow_reader(self, attempt: Attempt) -> bool:
+        """Whether it is told how the stream ended that it resumes, or that its key names."""
+        earlier = (one.end for one in attempt.request.attempts if one is not attempt)
+        return attempt.kind == "resume" or any(
+            end is not None and end.get("code") == "slow_reader" for end in earlier
+        )
+
     def _may_be_forgotten(self, before: Attempt | None, attempt: Attempt) -> bool:
-        if before is None or before.disturbed or before.taken or before.lost_s is None:
-            return True
-        return attempt.end_s - before.lost_s > 0.5 * self._config.orphan_s
+        """Whether the request may have been without a reader for long, since the last attempt that surely reached
+        the server: others were lost, perhaps on their way."""
+        attempts = attempt.request.attempts
+        for earlier in reversed(attempts[: attempts.index(attempt)]) if before is not None else ():
+            if earlier.disturbed or earlier.taken or earlier.lost_s is None:
+                return True
+            if earlier.accepted is not None:
+                return attempt.end_s - earlier.lost_s > 0.5 * self._config.orphan_s
+        return True
 
     def _times(self, attempt: Attempt) -> None:
         """Bounds in time, of streams whose client and connection were sound."""

@@ -81,6 +81,31 @@ def test_a_final_costs_what_cores_told():
         assert not wrongs_of(final(cost=dear, samples=[sample]))
 
 
+def test_a_request_may_be_forgotten_since_the_last_attempt_that_surely_came():
+    """Two connections were lost, the second as soon as it had asked: the server may not have heard of that."""
+    for second_was_heard, end_s, may_be in ((False, 10.0, True), (True, 10.0, False), (False, 5.0, False)):
+        told = history(None, None, refusal("not_found"))
+        first, second, last = told.requests[0].attempts
+        for attempt in told.requests[0].attempts:
+            attempt.kind = "resume"
+        first.accepted, second.accepted = {"type": "accepted"}, {"type": "accepted"} if second_was_heard else None
+        first.lost_s, second.lost_s, last.end_s = 4.0, 9.9, end_s
+        link = SimpleNamespace(has_failed=False, stalls=[], withdrawals={(2,): 0})
+        checker = Checker(told, cast(Any, link), FrontendConfig(orphan_s=10.0), cast(Any, None))
+        checker._error(second, last)
+        assert bool(checker.wrongs) is not may_be
+
+
+def test_a_key_may_name_a_stream_that_its_reader_was_too_slow_for():
+    for first, is_wrong in ((refusal("slow_reader"), False), (None, True)):
+        told = history(first, refusal("slow_reader"))
+        link = SimpleNamespace(has_failed=False, stalls=[], withdrawals={(2,): 0})
+        checker = Checker(told, cast(Any, link), FrontendConfig(), cast(Any, None))
+        before, last = told.requests[0].attempts
+        checker._error(before, last)
+        assert bool(checker.wrongs) is is_wrong
+
+
 def test_times_do_not_count_while_a_link_is_frozen():
     """Also for what was sent before; of other connections they do."""
 
