@@ -148,6 +148,10 @@ class Talk(asyncio.Protocol):
 
     def _hear(self, message: Body) -> None:
         kind, stream = message["type"], message.get("stream", -1)
+        if kind == "deltas":
+            for delta in message["deltas"]:
+                self._hear(delta)
+            return
         if kind == "welcome":
             self.welcome.set_result(message)
         elif kind == "ping":
