@@ -161,6 +161,11 @@ USER, DESCRIPTION = "the content of a user's turn", "a tool's description"
         ("{% for m in messages %}{{ m.content | replace('{', '<') }}{% endfor %}", [USER]),
         ("{% for m in messages %}{{ m.content.replace('&lt;', '<').replace('&gt;', '>') }}{% endfor %}", [USER]),
         ("{% for m in messages %}{{ '<|' ~ m.content.split('/')[0] ~ '|>' }}{% endfor %}{# <|end|> #}", [USER]),
+        ("{% for t in tools or [] %}{{ '<' ~ t.function.name | lower ~ '>' }}{% endfor %}", ["a tool's name"]),
+        ("{% for t in tools or [] %}{% for k in t.function.parameters.properties or {} %}"
+         "{{ '<' ~ k | lower ~ '>' }}{% endfor %}{% endfor %}", ["a name in a tool's parameters"]),
+        ("{% for m in messages %}{% for c in m.tool_calls or [] %}{% for k in c.function.arguments %}"
+         "{{ '<' ~ k | lower ~ '>' }}{% endfor %}{% endfor %}{% endfor %}", ["a name in the arguments of a call"]),
     ],
 )  # fmt: skip
 def test_a_template_that_makes_control_tokens_of_texts_is_named(source, places):
