@@ -13,7 +13,7 @@ BUDGET = {
     "engine/cost": 1_200,
     "engine/frontend": 9_430,
     "engine/model": 1_170,
-    "engine/text": 4_150,
+    "engine/text": 4_160,
     "engine/weights": 4_010,
     "engine/worker": 3_750,
     "engine/commands": 480,
