@@ -431,8 +431,8 @@ class Drained(Message, frozen=True, tag="drained"):
     stream: int
 
 
-Answer = Pong | Done | Health | Stats | ModelInfo | Drained  # carries the stream id of what it answers
-ServerMessage = Welcome | Accepted | Delta | Deltas | Final | Failure | Ping | Answer
+Reply = Pong | Done | Health | Stats | ModelInfo | Drained  # carries the stream id of what it answers
+ServerMessage = Welcome | Accepted | Delta | Deltas | Final | Failure | Ping | Reply
 
 # --- front end -> core -------------------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ from cierzo.engine.messages import (
     OLDEST_VERSION,
     PROTOCOL_VERSION,
     Accepted,
-    Answer,
     Cancel,
     Credit,
     Delta,
@@ -32,6 +31,7 @@ from cierzo.engine.messages import (
     Message,
     Ping,
     Pong,
+    Reply,
     Resume,
     ServerMessage,
     Welcome,
@@ -269,7 +269,7 @@ class ClientLink(asyncio.Protocol):
 
     # --- what comes ------------------------------------------------------------------------------------
 
-    def _receive(self, message: Welcome | Accepted | Final | Failure | Ping | Answer) -> None:
+    def _receive(self, message: Welcome | Accepted | Final | Failure | Ping | Reply) -> None:
         if isinstance(message, Final):
             self.had_news = True
             ended = self._inboxes.pop(message.stream, None)

@@ -116,6 +116,7 @@ class ChatTemplate:
 
     @cached_property
     def writes_calls(self) -> bool:
+        """Whether the calls of a turn come into its text, or may."""
         without = (SAMPLE_TURNS[0], ChatMessage(role="assistant"))
         try:
             return any(

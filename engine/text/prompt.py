@@ -80,17 +80,18 @@ class PromptEncoder:
         if tokenizer is None:
             return cls()
         template, sources = load_chat_template(checkpoint_dir), read_chat_templates(checkpoint_dir)
-        with_tools = load_chat_template(checkpoint_dir, TOOLS_TEMPLATE)
-        chat = None if template is None else TemplateChat(template, tokenizer, with_tools)
-        others = () if template else tuple(sorted(sources))
         images = image_token_ids(checkpoint_dir, tokenizer.special_ids)
-        used = "\n".join(sources[name] for name in ("default", TOOLS_TEMPLATE) if name in sources)
-        syntax = syntax_of(tokenizer, used if template else None, None)
-        if syntax is not None and chat is not None and not chat.writes_calls:
+        if template is None:
+            return cls(tokenizer, None, tuple(sorted(sources)), images, syntax_of(tokenizer, None, None))
+        with_tools = load_chat_template(checkpoint_dir, TOOLS_TEMPLATE) or template
+        syntax = syntax_of(tokenizer, f"{template.source}\n{with_tools.source}", None)
+        takes_calls = template.writes_calls or with_tools.writes_calls
+        if syntax is not None and not takes_calls:
             # a turn that holds some could not be sent back; special tokens have no text that they could be
-            syntax = syntax.without_calls(kept=tokenizer.special_ids.values())
-            chat.takes_calls = syntax.marks_calls
-        return cls(tokenizer, chat, others, images, syntax)
+            syntax = syntax.without_calls(kept={*tokenizer.special_ids.values()})
+            takes_calls = syntax is not None and syntax.marks_calls
+        chat = TemplateChat(template, tokenizer, with_tools, takes_calls=takes_calls)
+        return cls(tokenizer, chat, (), images, syntax)
 
     @property
     def special_ids(self) -> Mapping[str, int]:

@@ -16,7 +16,7 @@ from cierzo.engine.errors import InvalidRequest
 # Characters without a meaning in Unicode, then those of private use; JSON escapes each of them by four digits.
 MARKS = (*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900)))
 _ESCAPED = re.compile("u([0-9a-fA-F]{4})")
-FIRST_PRIVATE = 0xF0000  # of the second plane of private use, where every other character can have one of its own
+FIRST_PRIVATE = 0xF0000  # from here on the characters have no meaning, and there is one for each of Unicode's first
 BRACKETS = {"<", "["}  # with which markers begin also where they are no tokens
 NOTHING = "(?!)"  # a pattern that is found nowhere
 
@@ -53,7 +53,7 @@ class Breaker:
         self._heads = {text[:end] for text in spellings for end in range(1, len(text))}
         self._longest = max(map(len, spellings), default=0)
         firsts = sorted({text[0] for text in spellings if not text[0].isalnum()} | BRACKETS)
-        self._begins = re.compile("|".join(map(re.escape, firsts)) or NOTHING)
+        self._begins = re.compile("|".join(map(re.escape, firsts)))
         self._disguise = {ord(first): FIRST_PRIVATE + ord(first) for first in firsts}
         # What a client could add to the beginning of a control token that ends one of the template's own strings.
         rests = {
@@ -82,7 +82,7 @@ class Breaker:
         return self._begins.search(text) is not None
 
     def disguised(self, text: str) -> str:
-        """`text` with others in the place of these characters: as long, and in words the same."""
+        """`text` with characters that mean nothing in the place of those: as long, and the same in its words."""
         return text.translate(self._disguise)
 
     def _open_ends(self, text: str) -> list[str]:

@@ -46,10 +46,11 @@ class Syntax(msgspec.Struct, frozen=True, omit_defaults=True):
     named_calls: bool = False
     bare_calls: bool = False
 
-    def without_calls(self, kept: Collection[int]) -> Syntax:
-        """These markers but for those of calls, if they are not tokens that are kept."""
+    def without_calls(self, kept: Collection[int]) -> Syntax | None:
+        """These markers but for those of calls that are not among the tokens `kept`; None if no marker is left."""
         tokens = {one: mark for one, mark in self.tokens.items() if one in kept or mark not in CALL_MARKS}
-        return msgspec.structs.replace(self.without_spelled_calls(), tokens=tokens)
+        left = msgspec.structs.replace(self.without_spelled_calls(), tokens=tokens)
+        return left if left.tokens or left.spelled else None
 
     def without_spelled_calls(self) -> Syntax:
         """These markers but for those of calls that are no tokens: what looks like such a call is text."""

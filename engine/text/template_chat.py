@@ -26,18 +26,21 @@ HARMLESS = "Hi!"  # ends in no letter, beside which some tokens are none
 class TemplateChat:
     """A `Chat`. Strings of clients go into the template with their spellings of control tokens broken.
 
-    tools_template: what conversations with tools are written by, where a checkpoint has another one for these.
-    writes_calls, takes_one_call: what a turn's calls are to these templates. takes_calls: a turn may have some,
-    even where no template writes them, because answers do.
+    tools_template: the one that writes conversations with tools, where that is another. takes_calls: a turn may
+    have calls even where the template writes none, because answers have some. takes_one_call: but not two.
     """
 
     def __init__(
-        self, template: ChatTemplate, tokenizer: Tokenizer, tools_template: ChatTemplate | None = None
+        self,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
+        tools_template: ChatTemplate | None = None,
+        *,
+        takes_calls: bool = True,
     ) -> None:
         self.template = template
         self._tools_template = tools_template or template
-        self.writes_calls = template.writes_calls or self._tools_template.writes_calls
-        self.takes_calls = self.writes_calls
+        self._takes_calls = takes_calls
         self.takes_one_call = self._tools_template.takes_one_call
         self.efforts = template.efforts()
         self._tokenizer = tokenizer
@@ -50,7 +53,7 @@ class TemplateChat:
         if message.tools and not template.reads_tools:
             raise _unread(message.tools)
         turns = message.messages or []
-        _check_calls(turns, template.writes_calls, self.takes_calls)
+        _check_calls(turns, template.writes_calls, self._takes_calls)
         mark, end = self._free_marks(turns, message.tools)
         goes_on = bool(turns) and turns[-1].prefix
         if goes_on:

@@ -129,7 +129,7 @@ def folder(tokenizer: str, family: str) -> Path:
 
 @lru_cache
 def ours(tokenizer: str, family: str) -> PromptEncoder:
-    """What encodes prompts with it."""
+    """The encoder of prompts that is read from it, made once."""
     return PromptEncoder.load(folder(tokenizer, family))
 
 

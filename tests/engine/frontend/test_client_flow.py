@@ -133,7 +133,7 @@ def test_a_consumer_who_takes_little_gives_it_back_each_time(run, monkeypatch):
 
 @pytest.mark.parametrize("is_lost", [True, False])
 def test_what_batches_hold_is_given_back_once(run, is_lost):
-    """Whatever is consumed in which order, and on whichever connection it came."""
+    """In any order of consumption, and also if the connection was lost in between."""
 
     async def body():
         link = ClientLink(asyncio.get_running_loop(), "peer")

@@ -1,4 +1,4 @@
-"""What a chat template reads, changes, and does not write."""
+"""Chat templates that change texts, decide by them, or leave calls out; and their efforts."""
 
 from __future__ import annotations
 
