@@ -57,12 +57,26 @@ def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def settled_descriptors(pids: list[int], expected: list[int]) -> list[int]:
-    """Open files of processes, once they are as many as expected or some seconds have passed."""
-    until_s = time.monotonic() + 5.0
-    while (now := [descriptors(pid) for pid in pids]) != expected and time.monotonic() < until_s:
+def idle_descriptors(pids: list[int]) -> list[int]:
+    """Open files of idle processes: the fewest seen within half a second.
+
+    A connection that its client has closed, such as the last call for figures, is still open here for a moment.
+    """
+    seen = []
+    for _ in range(10):
+        seen.append([descriptors(pid) for pid in pids])
         time.sleep(0.05)
-    return now
+    return [min(counts) for counts in zip(*seen, strict=True)]
+
+
+def more_descriptors(pids: list[int], before: list[int]) -> list[int]:
+    """Open files of processes beyond those before, once there are none or some seconds have passed."""
+    until_s = time.monotonic() + 5.0
+    while True:
+        more = [max(0, descriptors(pid) - count) for pid, count in zip(pids, before, strict=True)]
+        if not any(more) or time.monotonic() > until_s:
+            return more
+        time.sleep(0.05)
 
 
 @contextmanager
