@@ -5,6 +5,8 @@ CierzoError
 │   └── ProtocolError     the bytes on the wire are not the protocol
 │       └── VersionMismatch, FrameTooLarge, UnknownMethod
 ├── NotFound              no request has this id
+├── Unauthorized          no key, or one that the server does not know
+├── Forbidden             the key lacks a right
 ├── KeyReused             an idempotency key came again with another request
 ├── Overloaded            a bounded queue is full: try again after `retry_after_s`
 │   └── DeadlineUnreachable   the queue before it is too long for its deadline
@@ -120,6 +122,20 @@ class NotFound(CierzoError):
 
     code = "not_found"
     http_status = 404
+
+
+class Unauthorized(CierzoError):
+    """The connection has no key, or one that the server does not know or knows no more: it is not told which."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class Forbidden(CierzoError):
+    """The connection's key lacks the right that the message needs; the right is named."""
+
+    code = "forbidden"
+    http_status = 403
 
 
 class KeyReused(CierzoError):

@@ -28,7 +28,10 @@ from cierzo.scheduler.plan import Finish, FinishReason, TokenDelta, TokenLogprob
 PROTOCOL_VERSION = 3
 OLDEST_VERSION = 2  # spoken too; it knows no features
 # Named abilities, which hello asks for and welcome grants. What belongs to one that was not granted is an error.
-FEATURES = ("accounting", "attach", "batches", "credit", "keepalive", "masks", "parts", "resume")
+FEATURES = (
+    *("accounting", "attach", "batches", "credit", "keepalive"),
+    *("masks", "parts", "probes", "resume", "trace"),
+)
 MAGIC = "cierzo"
 EndReason = FinishReason | Literal["tool_calls"]
 
@@ -60,12 +63,13 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 class Hello(Message, frozen=True, tag="hello"):
     """First frame of a connection. `features`: names of FEATURES that the client wants; welcome grants those that
-    the server has."""
+    the server has. `key`: the secret by which the server knows its tenant, left out where there is none."""
 
     magic: str = MAGIC
     version: int = PROTOCOL_VERSION
     client: str = ""
     features: list[str] = []
+    key: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Attach(Message, frozen=True, tag="attach"):
@@ -90,6 +94,9 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     Of the feature "parts": `tools`, which `messages` may call; `tool_choice` "auto" or "none"; with
     `parallel_tool_calls` false an answer ends after its first call; `suffix`: what comes behind the answer to
     `text` (fill in the middle).
+
+    Of the feature "trace": `caller_id`, the caller's own name of the request, and `traceparent`, the W3C trace
+    context that it is part of; the server's logs and records repeat both.
     """
 
     stream: int
@@ -108,6 +115,8 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
     suffix: str | None = None
+    caller_id: str = ""
+    traceparent: str = ""
 
 
 class Resume(Message, frozen=True, tag="resume"):
@@ -341,12 +350,20 @@ class Done(Message, frozen=True, tag="done"):
     stream: int
 
 
-class Health(Message, frozen=True, tag="health_reply"):
-    """`state` is loading, ready, stalled, draining or failed."""
+class Health(Message, frozen=True, tag="health_reply", omit_defaults=True):
+    """`state` is loading, ready, stalled, draining or failed.
+
+    Told with the feature "probes": `startup`, the model has been loaded once; `live`, the server need not be
+    restarted; `ready`, it takes requests; `notes`, what an operator should know ahead.
+    """
 
     stream: int
     state: str
     uptime_s: float
+    startup: bool = False
+    live: bool = False
+    ready: bool = False
+    notes: list[str] = []
 
 
 class CoreStats(Message, frozen=True, omit_defaults=True):

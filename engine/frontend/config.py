@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -15,6 +15,25 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     address: Annotated[str, Meta(description='"HOST:PORT" or "unix:PATH"')] = "127.0.0.1:7071"
+
+    # who may come
+    keys: Annotated[str, Meta(description="file of tenants and digests of keys; none: everybody may come")] = ""
+    tls_certificate: Annotated[str, Meta(description="file of the certificate chain (PEM); none: no TLS")] = ""
+    tls_key: Annotated[str, Meta(description="file of the certificate's private key (PEM)")] = ""
+    tls_client_ca: Annotated[
+        str, Meta(description="file of authorities (PEM): clients must show a certificate of theirs")
+    ] = ""
+    insecure: Annotated[
+        bool, Meta(description="listen beyond this machine without keys, or without TLS, all the same")
+    ] = False
+
+    # what is told
+    usage_file: Annotated[str, Meta(description="file that a line is added to for each request and its cost")] = ""
+    max_usage_bytes: Annotated[
+        int, Meta(ge=4096, description="size of that file from which on a new one is begun; four old ones are kept")
+    ] = 256 * 1024 * 1024
+    metrics: Annotated[str, Meta(description='"HOST:PORT" or "unix:PATH" of metrics and probes, over HTTP')] = ""
+    log_format: Annotated[Literal["text", "json"], Meta(description="how a line of the log is written")] = "text"
 
     # connections
     max_frame_bytes: Annotated[int, Meta(ge=1024, description="longest frame of a client, bytes")] = 4 * 1024 * 1024

@@ -46,6 +46,7 @@ class AnyHello(msgspec.Struct, tag="hello"):
     magic: str = ""
     version: int = -1
     features: list[str] = []
+    key: str = ""
 
 
 class LargeAttach(Message, frozen=True, tag="attach"):

@@ -34,6 +34,7 @@ from cierzo.engine.frontend.keepalive import Keepalive
 from cierzo.engine.frontend.limits import require_room
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.receiving import foreign, greeting, receive_large, receive_skipped, receive_small
+from cierzo.engine.frontend.tenants import EVERYBODY
 from cierzo.engine.frontend.turns import Turns
 from cierzo.engine.frontend.versions import as_version_2
 from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, Limits, Message, Ping, Welcome
@@ -53,6 +54,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, server: RpcServer) -> None:
         self.features: frozenset[str] = frozenset()
+        self.access = EVERYBODY
+        self.peer = ""
         self._server = server
         self._frames = FrameReader(server.config.max_frame_bytes, server.frontend.budget)
         self._transport: asyncio.Transport | None = None

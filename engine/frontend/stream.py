@@ -16,6 +16,7 @@ from cierzo.engine.frontend.accounting import add_run
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.sample import Sample
+from cierzo.engine.frontend.tenants import Access, Tenant
 from cierzo.engine.messages import (
     Cost,
     Final,
@@ -38,6 +39,8 @@ class Sink(Protocol):
     """Where a stream's messages go: one connection, with the features that it was granted."""
 
     features: frozenset[str]
+    access: Access
+    peer: str  # where it comes from, for people
     is_paused: bool  # the reader does not keep up: streams keep their output back
 
     @property
@@ -84,6 +87,8 @@ class Stream:
     apart: text, thoughts and calls are told apart, for whoever reads it: the model marks them, and the connection
     that asked has the feature "parts". in_thinking: the prompt ends within a thought. calls: how many the answer
     may hold.
+
+    tenant: whose it is. peer: where it came from. caller_id, traceparent: as the request names itself.
     """
 
     request_id: int
@@ -120,6 +125,10 @@ class Stream:
     apart: bool = False
     in_thinking: bool = False
     calls: CallLimit = "many"
+    tenant: Tenant = field(default_factory=Tenant)
+    peer: str = ""
+    caller_id: str = ""
+    traceparent: str = ""
 
     def start(
         self,

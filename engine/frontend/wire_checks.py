@@ -19,6 +19,7 @@ FEATURE_OF_FIELD = {
     "attached": "attach",
     "idempotency_key": "resume",
     **dict.fromkeys(("tools", "tool_choice", "parallel_tool_calls", "suffix"), "parts"),
+    **dict.fromkeys(("caller_id", "traceparent"), "trace"),
 }
 FEATURE_OF_PARAMETER = {
     **dict.fromkeys(("allowed_token_ids", "bad_words"), "masks"),
