@@ -93,6 +93,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
         prepare_memory()
         return_large_blocks()
         _say(f"{startup}\nready: {config.name} at {server.address}")
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
         return await _until_stopped(signals, frontend)
     finally:
         await server.close()

@@ -461,6 +461,8 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     `arrival_s` (None: now) and `deadline_at_s` are readings of the machine's monotonic clock, which both processes
     share. `first_sample`: the samples are numbered from here (a restart resubmits only those that still run).
     `banned_token_ids`: sequences of tokens that no output holds; `thinking`: the budget of its thoughts.
+    `tenant`, `weight`: whose it is, and that one's share beside others; `cache_salt`: prompts with different ones
+    share no blocks.
     """
 
     request_id: int
@@ -473,6 +475,9 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     first_sample: int = 0
     banned_token_ids: list[list[int]] = []
     thinking: ThinkingBudget | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    cache_salt: bytes = b""
 
 
 class Abort(Message, frozen=True, tag="abort"):

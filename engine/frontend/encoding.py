@@ -202,7 +202,8 @@ def digest(message: Generate) -> bytes:
     params = message.sampling
     if params.logit_bias:
         params = msgspec.structs.replace(params, logit_bias=dict(sorted(params.logit_bias.items())))
-    content = msgspec.structs.replace(message, stream=0, deadline_s=None, idempotency_key=None, sampling=params)
+    named: dict[str, Any] = {"idempotency_key": None, "caller_id": "", "traceparent": ""}
+    content = msgspec.structs.replace(message, stream=0, deadline_s=None, sampling=params, **named)
     return hashlib.blake2b(_encode(content), digest_size=16).digest()
 
 

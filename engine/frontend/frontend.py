@@ -25,6 +25,7 @@ from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.stream import Sink, Stream, reader_of
+from cierzo.engine.frontend.tenancy import Tenancy
 from cierzo.engine.messages import Credit, FinishReason, Generate, ModelInfo, Resume, TokenDelta
 from cierzo.engine.text.prompt import PromptEncoder
 
@@ -57,15 +58,16 @@ class Frontend:
         self.model = model
         self.budget = encoders.budget
         self.counters = Counters()
-        self.streams = Registry()
+        self.tenancy = Tenancy(config, clock, encoders.budget.pool)
+        self.streams = Registry(self.tenancy)
         self.core = CoreSide(config, core, self.streams, self, clock)
-        self.keeper = Keeper(config, clock, self._abandon)
-        self.heap = Heap(config, self.keeper, self._overflow)
+        self.keeper = Keeper(config, self.tenancy, clock, self._abandon)
+        self.heap = Heap(config, self.tenancy, self.keeper, self._overflow)
         new_reader = reader_of(prompts)
         self.outlets = Outlets(config, self.streams, self.core, self, new_reader, self.heap, clock)
         self._readers = Readers(config, self.streams, self.keeper, self.outlets, new_reader)
         self._arrivals = Arrivals(
-            *(config, model, prompts, encoders, self.streams, self.core),
+            *(config, model, prompts, encoders, self.tenancy, self.streams, self.core),
             *(self.keeper, self._readers, self.outlets, self.heap, self, clock),
         )
         self._cancels = CancelLimiter(config, clock)
@@ -88,11 +90,15 @@ class Frontend:
     # --- from the connections --------------------------------------------------------------------------
 
     def connect(self, sink: Sink) -> None:
-        """A connection finished its handshake."""
+        """A connection finished its handshake. Raises Overloaded if its tenant can have no other."""
+        self.tenancy.require("max_connections", sink.access.tenant, 1)
+        self.tenancy.add("max_connections", sink.access.tenant, 1)
         self.streams.connect(sink)
 
     def disconnect(self, sink: Sink) -> None:
         """A connection is gone: its streams go on if they can be resumed, else nobody waits for them."""
+        if self.streams.has(sink):
+            self.tenancy.add("max_connections", sink.access.tenant, -1)
         for stream in self.streams.disconnect(sink):
             if stream in self.streams:
                 if stream.name and (stream.submit is not None or stream.key is not None):
@@ -145,7 +151,7 @@ class Frontend:
 
     def cancel_request(self, sink: Sink, request_id: str) -> None:
         """End a request, whoever reads it. Raises NotFound; and Overloaded as `cancel` does."""
-        self._cancel(self.keeper.find(request_id))
+        self._cancel(self.keeper.find(request_id, sink.access.tenant))
         self._cancels.count(sink)
 
     def fail(self, sink: Sink, stream_id: int, error: CierzoError, *, attaching: bool = False) -> None:
@@ -242,6 +248,8 @@ class Frontend:
         """Take new tokens, or the end, of a sample."""
         if stream.first_token_s is None and delta.token_ids:
             self.streams.began(stream, self._clock() - stream.arrived)
+        if self.tenancy.is_rated:
+            self.tenancy.generated(stream.tenant, len(delta.token_ids))
         sample = stream.samples[delta.sample]
         was_cut = sample.cut
         if not was_cut:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import socket
-import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from fcntl import ioctl
@@ -22,7 +21,7 @@ from typing import cast
 import msgspec
 
 from cierzo import __version__
-from cierzo.engine.errors import CierzoError, ConfigError, ProtocolError
+from cierzo.engine.errors import CierzoError, ConfigError, ProtocolError, Unauthorized
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.expiry import Expiry
@@ -31,10 +30,12 @@ from cierzo.engine.frontend.frame_reader import SMALL_FRAME_BYTES, FrameReader, 
 from cierzo.engine.frontend.frames import Buffer, in_batches, pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.keepalive import Keepalive
+from cierzo.engine.frontend.keys import Door, digest_of
 from cierzo.engine.frontend.limits import require_room
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.receiving import foreign, greeting, receive_large, receive_skipped, receive_small
-from cierzo.engine.frontend.tenants import EVERYBODY
+from cierzo.engine.frontend.sockets import find_half_open, peer_of, remove_stale
+from cierzo.engine.frontend.tenants import EVERYBODY, Visitor
 from cierzo.engine.frontend.turns import Turns
 from cierzo.engine.frontend.versions import as_version_2
 from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, Limits, Message, Ping, Welcome
@@ -42,7 +43,6 @@ from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, L
 log = logging.getLogger(__name__)
 
 LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
-KEEPALIVE_PROBES = 4
 KERNEL_BYTES = 128 * 1024  # that the kernel takes beyond what it can send: a reader that stalls is seen early
 INT = Layout("i")
 MAX_REFUSED = 16  # connections past `max_connections` that may linger: each has a descriptor
@@ -55,6 +55,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: RpcServer) -> None:
         self.features: frozenset[str] = frozenset()
         self.access = EVERYBODY
+        self.visitor = Visitor()
         self.peer = ""
         self._server = server
         self._frames = FrameReader(server.config.max_frame_bytes, server.frontend.budget)
@@ -64,6 +65,7 @@ class Connection(asyncio.Protocol):
         self._version = PROTOCOL_VERSION
         self._has_spoken = False
         self._welcomed = False
+        self._is_local = False
         self._ending = False
         self.is_paused = False
         self.is_refused = False  # it is one too many
@@ -86,6 +88,7 @@ class Connection(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_BYTES)
             find_half_open(sock, config.keepalive_s)
+        self.peer, self._is_local = peer_of(transport.get_extra_info("peername"))
         self._timer = asyncio.get_running_loop().call_later(config.handshake_timeout_s, self._silent)
         try:
             self._server.joined(self)
@@ -136,6 +139,20 @@ class Connection(asyncio.Protocol):
         except CierzoError as error:
             self._end(error)
             return False
+
+    def look_again(self, door: Door) -> None:
+        """The keys have changed: end a connection that is nobody's now, or another one's."""
+        if not self._welcomed or self._ending:
+            return
+        try:
+            access = door.access(self.visitor)
+            if access.tenant.name != self.access.tenant.name:
+                raise Unauthorized("this key is of another tenant now", field="key", limit="a new connection")
+        except CierzoError as error:
+            log.warning("a connection from %s is closed: its key is known no more", self.peer)
+            self._end(error)
+        else:
+            self.access = access
 
     def hold(self) -> None:
         """Read no more from the peer: what came waits for its turn."""
@@ -297,6 +314,13 @@ class Connection(asyncio.Protocol):
             limit = f"hello, of at most {SMALL_FRAME_BYTES} bytes"
             raise ProtocolError("the first frame is too long for a hello", field="type", limit=limit)
         hello = greeting(frame)
+        self.visitor = Visitor(key_digest=digest_of(hello.key), is_local=self._is_local)
+        try:
+            self.access = self._server.door.access(self.visitor)
+        except CierzoError:
+            log.warning("no key that is known came from %s: the connection is closed", self.peer)
+            raise
+        self._frames.tenant = self.access.tenant.name
         self._welcomed = True
         self._version = hello.version
         if hello.version > OLDEST_VERSION:
@@ -310,8 +334,7 @@ class Connection(asyncio.Protocol):
 
     def _turn_away(self, protocol: str, answer: bytes) -> None:
         """The peer speaks another protocol: say so in its own words, where it has some."""
-        peer = None if self._transport is None else self._transport.get_extra_info("peername")
-        log.warning("%s came to the RPC's port from %s: the connection is closed", protocol, peer or "a local peer")
+        log.warning("%s came to the RPC's port from %s: the connection is closed", protocol, self.peer)
         self._ending = True
         self._close(answer)
 
@@ -357,8 +380,11 @@ class RpcServer:
     """Listens, and keeps the set of connections."""
 
     def __init__(self, config: FrontendConfig, frontend: Frontend) -> None:
+        """Raises ConfigError for a key file that is wrong."""
         self.config = config
         self.frontend = frontend
+        self.door = Door(config.keys)
+        frontend.tenancy.arrange(self.door.tenants.values())
         self.methods = Methods(frontend)
         self.turns = Turns()
         self.deaf: Expiry[Connection] = Expiry(config.slow_reader_s, time.monotonic, Connection.look)
@@ -375,7 +401,7 @@ class RpcServer:
         loop, address = asyncio.get_running_loop(), parse_address(self.config.address)
         try:
             if isinstance(address, UnixAddress):
-                _remove_stale(address.path)
+                remove_stale(address.path)
                 self._server = await loop.create_unix_server(self._connection, address.path)
                 self._socket_path = address.path
             else:
@@ -392,6 +418,13 @@ class RpcServer:
                 limit="one that is free",
                 value=address,
             ) from error
+
+    def reload(self) -> None:
+        """Read the key file anew, and end connections of keys that are gone. If it is wrong, nothing changes."""
+        if self.door.reload():
+            self.frontend.tenancy.arrange(self.door.tenants.values())
+            for connection in list(self._connections):
+                connection.look_again(self.door)
 
     async def close(self) -> None:
         """Stop listening, send every connection what is left for it, and wait until they are gone: at most
@@ -448,31 +481,3 @@ class RpcServer:
 
     def _connection(self) -> Connection:
         return Connection(self)
-
-
-def find_half_open(sock: socket.socket, keepalive_s: float) -> None:
-    """Have the kernel look for a peer that is gone without a word: after `keepalive_s` of silence, and as long
-    again until the connection ends; also while something is on its way to it."""
-    quiet_s = max(1, round(keepalive_s))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, quiet_s)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, quiet_s // KEEPALIVE_PROBES))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2000 * quiet_s)
-
-
-def _remove_stale(path: str) -> None:
-    """Remove the socket file of a server that died; raises OSError if one listens, or if it is another file."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError(17, "the file exists and is no socket")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        else:
-            raise OSError(98, "another server listens there")

@@ -14,6 +14,7 @@ from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, packed
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.limits import ByteBudget
+from cierzo.engine.frontend.tenants import DEFAULT
 from cierzo.engine.messages import Failure, ModelInfo
 from cierzo.engine.text.prompt import PromptEncoder
 
@@ -27,12 +28,12 @@ class LocalEncoders:
     delay_s: Callable[[], float] | None = None
 
     def submit(
-        self, job: Job, body: Buffer, attached: list[Buffer], deadline_at_s: float
+        self, job: Job, body: Buffer, attached: list[Buffer], deadline_at_s: float, tenant: str = DEFAULT
     ) -> asyncio.Future[Encoded]:
         num_bytes, loop = len(body) + sum(map(len, attached)), asyncio.get_running_loop()
-        self.budget.take(num_bytes)
+        self.budget.take(num_bytes, tenant)
         future: asyncio.Future[Encoded] = loop.create_future()
-        future.add_done_callback(lambda _: self.budget.give(num_bytes))
+        future.add_done_callback(lambda _: self.budget.give(num_bytes, tenant))
         answer = partial(self._answer, future, job, bytes(body), b"".join(attached))
         if self.delay_s is None:
             loop.call_soon(answer)

@@ -16,6 +16,7 @@ from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.outlet import TURN_TOKENS
+from cierzo.engine.frontend.tenants import EVERYBODY
 from cierzo.engine.messages import (
     FEATURES,
     Accepted,
@@ -298,6 +299,7 @@ def test_readers_that_are_behind_share_turns_of_the_loop(prompts, model_info):
 
     class Sink:
         features, is_paused, num_taken = frozenset(["resume"]), False, 0
+        access, peer = EVERYBODY, "a test"
 
         def __init__(self):
             self.parts, self.heard = [], []
