@@ -57,7 +57,7 @@ _KINDS: dict[str, type[Line]] = {"tenant": Tenant, "key": KeyLine, "certificate"
 
 
 class KeyFile(msgspec.Struct, frozen=True):
-    """What a key file says: tenants by name, access by the digest of a key and by a certificate's name."""
+    """Contents of a key file: tenants by name, access by the digest of a key and by a certificate's name."""
 
     tenants: dict[str, Tenant]
     keys: dict[bytes, Access]
@@ -202,7 +202,7 @@ def _text(path: str) -> str:
     """The text of the file, if nobody else can read or write it. Its mode is looked at once it is open, so that
     it cannot be exchanged in between."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"keys: {path} is no file", field="keys", limit="a file", value=path)
@@ -222,6 +222,11 @@ def _text(path: str) -> str:
     except UnicodeDecodeError as error:
         number = data[: error.start].count(b"\n") + 1
         raise _wrong(path, number, "this is no UTF-8", "UTF-8") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a pipe without waiting for whoever writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _wrong(path: str, number: int, what: str, limit: str) -> ConfigError:

@@ -51,9 +51,8 @@ class Pool:
         more = after - reserved - self.over(tenant)
         if self._excess + more <= self._common:
             return
-        others = (
-            f", of which other tenants have a part that is kept for them: {self._limit - reserved - self._common}"
-        )
+        kept = self._limit - reserved - self._common
+        others = f", of which {kept} are kept for other tenants"
         shared = self.num + count <= self._limit
         raise Overloaded(
             f"{self._name} is {self._limit}{others if shared else ''}",

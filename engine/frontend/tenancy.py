@@ -1,4 +1,4 @@
-"""What each tenant has open, and how much of what there is only so much of it may have.
+"""Books of what each tenant has open, and the limits that it meets.
 
 Its own limits stand in its line of the key file; the server's limits are shared by all (`pool.py`).
 """
@@ -22,7 +22,7 @@ POOLS = (
 
 @dataclass(slots=True, eq=False)
 class Book:
-    """What a tenant has open. level: tokens that it may have now, of those of a minute; below 0 it is in debt."""
+    """Record of what a tenant has open. level: tokens of this minute that it may still have; below 0: a debt."""
 
     tenant: Tenant
     num_requests: int = 0

@@ -56,8 +56,8 @@ EVERYBODY = Access()  # of a server without a key file
 
 
 class Visitor(msgspec.Struct, frozen=True):
-    """What a connection shows of itself: the digest of its key, the name in its certificate ("" for none), and
-    whether it comes from this machine."""
+    """Evidence that a connection shows of itself: the digest of its key, the name in its certificate ("" for none),
+    and whether it comes from this machine."""
 
     key_digest: bytes = b""
     certificate: str = ""

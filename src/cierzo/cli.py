@@ -24,6 +24,7 @@ COMMANDS = (
     ("generate", "engine.commands.generate", "generate in this process, without a server"),
     ("chat", "engine.commands.chat", "talk to a running server"),
     ("demo", "engine.commands.demo", "serve the demo model and ask it one question"),
+    ("make-key", "engine.commands.make_key", "make a key that opens a server to a tenant"),
     ("make-checkpoint", "engine.commands.make_checkpoint", "write a random checkpoint"),
     ("replay", "engine.commands.replay", "run again what a core that died had recorded"),
     ("info", "engine.commands.info", "describe a checkpoint"),
