@@ -107,7 +107,8 @@ class CoreSide:
     def require_in_time(self, stream: Stream, num_tokens: int, priority: int) -> None:
         """Raise DeadlineUnreachable if the first token of a new request is estimated to come too late."""
         now = self._clock()
-        self._admission.require(num_tokens, priority, stream.deadline_at_s - now, now)
+        tenant = stream.tenant
+        self._admission.require(num_tokens, priority, stream.deadline_at_s - now, now, tenant.name, tenant.weight)
 
     def opened(self, stream: Stream) -> None:
         """A stream was opened, or its deadline became known: it counts, whatever the stream waits for."""
@@ -250,7 +251,8 @@ class CoreSide:
         self._recovery.sent(stream, stream.running)
         submits = stream.submits(stream.run_id)
         num_tokens = stream.num_prompt_tokens + sum(len(submit.output_token_ids) for submit in submits)
-        self._admission.sent(stream.run_id, num_tokens, submits[0].priority, now)
+        tenant = stream.tenant
+        self._admission.sent(stream.run_id, num_tokens, submits[0].priority, now, tenant.name, tenant.weight)
         for submit in submits:
             self._core.send(submit)
 
