@@ -130,8 +130,9 @@ class Tenancy:
         when it has had none for a minute."""
         limit, now = book.tenant.max_tokens_per_minute, self._clock()
         per_s = limit / MINUTE_S
-        book.level = min(float(limit), book.level + per_s * max(0.0, now - book.filled_s))
-        book.filled_s = now
+        if now > book.filled_s:
+            book.level = min(float(limit), book.level + per_s * (now - book.filled_s))
+            book.filled_s = now
         lacking = min(num_tokens, limit) - book.level
         if lacking > 0:
             used = round(limit - book.level) + num_tokens

@@ -106,6 +106,7 @@ def test_a_file_that_others_may_read_or_write_is_refused(write, mode):
     assert (caught.value.limit, caught.value.value) == ("0600", f"{mode:04o}")
 
 
+@pytest.mark.timeout(20)
 def test_what_is_no_file_or_too_large_is_refused(write, tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         read_key_file(str(tmp_path / "none"))
