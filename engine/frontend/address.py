@@ -1,7 +1,10 @@
-"""Addresses of the RPC: "HOST:PORT" or "unix:PATH"."""
+"""Addresses to listen on: "HOST:PORT" or "unix:PATH"."""
 
 from __future__ import annotations
 
+import os
+import socket
+import stat
 from dataclasses import dataclass
 
 from cierzo.engine.errors import refusal
@@ -53,3 +56,20 @@ def parse_address(text: str) -> Address:
     except UnicodeError:
         pass  # no name of a file or host
     raise refusal("address", limit, text)
+
+
+def remove_stale(path: str) -> None:
+    """Remove the socket file of a server that died; raises OSError if one listens, or if it is another file."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(17, "the file exists and is no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise OSError(98, "another server listens there")

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import socket
-import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from fcntl import ioctl
@@ -23,7 +22,7 @@ import msgspec
 
 from cierzo import __version__
 from cierzo.engine.errors import CierzoError, ConfigError, ProtocolError
-from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
+from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address, remove_stale
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.failures import failure
@@ -375,7 +374,7 @@ class RpcServer:
         loop, address = asyncio.get_running_loop(), parse_address(self.config.address)
         try:
             if isinstance(address, UnixAddress):
-                _remove_stale(address.path)
+                remove_stale(address.path)
                 self._server = await loop.create_unix_server(self._connection, address.path)
                 self._socket_path = address.path
             else:
@@ -459,20 +458,3 @@ def find_half_open(sock: socket.socket, keepalive_s: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, quiet_s // KEEPALIVE_PROBES))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2000 * quiet_s)
-
-
-def _remove_stale(path: str) -> None:
-    """Remove the socket file of a server that died; raises OSError if one listens, or if it is another file."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError(17, "the file exists and is no socket")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        else:
-            raise OSError(98, "another server listens there")

@@ -20,6 +20,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frontend import Frontend
+from cierzo.engine.frontend.tenants import EVERYBODY
 from cierzo.engine.frontend.outlet import BOUND_TOKENS
 from cierzo.engine.messages import (
     Abort,
@@ -133,6 +134,7 @@ class FakeSink:
 
     def __init__(self, features):
         self.features = frozenset(features)
+        self.access, self.peer = EVERYBODY, ""
         self.is_paused = False
         self.num_taken = 0
         self.open = {}  # stream id -> Copy
