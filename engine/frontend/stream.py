@@ -276,7 +276,11 @@ class Stream:
         return Final(
             stream=self.stream_id,
             samples=samples,
-            usage=self.usage(),
+            usage=Usage(
+                prompt_tokens=self.num_prompt_tokens,
+                output_tokens=sum([len(sample.token_ids) for sample in self.samples]),
+                cached_tokens=self.num_cached,
+            ),
             timings=self.timings(),
             seed=self.sampling.seed or 0,
             cost=self.cost if self.sink is not None and "accounting" in self.sink.features else None,
@@ -301,14 +305,11 @@ class Stream:
             ends.append((sample, end))
         return ends
 
-    def usage(self) -> Usage:
-        """Tokens of prompt and answer."""
+    @property
+    def num_cached(self) -> int:
+        """Tokens of the prompt that came from the prefix cache, for all samples, as far as a core has said so."""
         cached = [sample.finish.cached_tokens for sample in self.samples if sample.finish is not None]
-        return Usage(
-            prompt_tokens=self.num_prompt_tokens,
-            output_tokens=sum([len(sample.token_ids) for sample in self.samples]),
-            cached_tokens=min(min(cached, default=0), self.num_prompt_tokens),
-        )
+        return min(min(cached), self.num_prompt_tokens) if cached else 0
 
     def timings(self) -> Timings:
         """Durations of one that has ended: by the front end's clock, but for the wait until the first step, which
@@ -318,11 +319,14 @@ class Stream:
         """
         assert self.ended_at_s is not None
         total_s = self.ended_at_s - self.arrived
-        finishes = [sample.finish for sample in self.samples if sample.finish is not None]
-        started_s = min([finish.queue_s for finish in finishes], default=total_s)
+        started_s, has_run = total_s, False
+        for sample in self.samples:
+            if (finish := sample.finish) is not None:
+                started_s = min(started_s, finish.queue_s)
+                has_run = has_run or finish.prefill_s > 0
+        if not has_run:
+            started_s = total_s
         first_token_s = total_s if self.first_token_s is None else self.first_token_s
-        if not any([finish.prefill_s for finish in finishes]):
-            started_s = total_s  # it never ran
         queue_s = started_s if started_s <= first_token_s else 0.0
         return Timings(
             queue_s=queue_s,

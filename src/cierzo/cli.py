@@ -26,6 +26,7 @@ COMMANDS = (
     ("demo", "engine.commands.demo", "serve the demo model and ask it one question"),
     ("make-checkpoint", "engine.commands.make_checkpoint", "write a random checkpoint"),
     ("replay", "engine.commands.replay", "run again what a core that died had recorded"),
+    ("usage", "engine.commands.usage", "sum the cost records of a server, by tenant"),
     ("info", "engine.commands.info", "describe a checkpoint"),
     ("plan", "bench.plan.command", "plan a workload on devices that need not be here"),
     ("bench", "", "measure"),

@@ -1,7 +1,7 @@
 """Metrics for Prometheus, made of the front end's own numbers when they are asked for.
 
-Nothing of prometheus_client is touched while requests are served. Names of vLLM are told beside ours where they mean
-the same, with its label `model_name`. docs/operations.md, "What to watch", has each name.
+Nothing of prometheus_client is touched while requests are served. Names of vLLM are told beside ours where they
+mean the same, with its label `model_name`. docs/operations.md, "What to watch", has each name.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ class Collector:
             ("open_samples", "Answers in progress, waiting ones included.", frontend.streams.num_samples),
             ("open_tokens", "Prompt and resumed tokens of open requests.", frontend.streams.num_tokens),
             ("answer_heap_bytes", "Heap of all open answers.", frontend.heap.num_bytes),
-            ("kept_answer_bytes", "Heap of answers that have ended and can be resumed.", frontend.keeper.kept_bytes),
+            (
+                "kept_answer_bytes",
+                "Heap of ended answers that can be resumed.",
+                frontend.keeper.kept_bytes,
+            ),
         ):
             yield GaugeMetricFamily(f"cierzo_{name}", text, value)
         yield CounterMetricFamily("cierzo_core_restarts", "Cores that died or hung.", frontend.core.num_restarts)
@@ -89,9 +93,7 @@ class Collector:
         yield _labelled(GaugeMetricFamily, "cierzo_kv_blocks", text, "state", blocks)
         text = "Share of the KV cache that sequences hold."
         usage = in_use / stats.total_blocks if stats.total_blocks else 0.0
-        yield from self._both(
-            GaugeMetricFamily, "cierzo_kv_cache_usage_ratio", "kv_cache_usage_perc", text, usage
-        )
+        yield from self._both(GaugeMetricFamily, "cierzo_kv_cache_usage_ratio", "kv_cache_usage_perc", text, usage)
         for field, name, theirs, text in COUNTS:
             value = getattr(stats, field) + getattr(past, field)
             if theirs:
@@ -187,9 +189,7 @@ def _by(kind: type[Metric], name: str, text: str, labels: dict[str, str], values
     return family
 
 
-def _labelled(
-    kind: type[Metric], name: str, text: str, label: str, values: Iterable[tuple[str, float]]
-) -> Metric:
+def _labelled(kind: type[Metric], name: str, text: str, label: str, values: Iterable[tuple[str, float]]) -> Metric:
     """A family with one label."""
     family = kind(name, text, labels=[label])
     for value_of_label, value in values:

@@ -1,5 +1,5 @@
-"""What the front end tells of its requests: numbers by tenant, records of their cost, a line of the log for each
-that did not end as planned."""
+"""Observer of the front end's requests: numbers by tenant, records of their cost, a line of the log for each that
+did not end as planned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.observe.tallies import TenantTally
 from cierzo.engine.frontend.observe.usage_file import UsageFile
-from cierzo.engine.frontend.observe.usage_record import UsageRecord, record_of, refusal_of
+from cierzo.engine.frontend.observe.usage_record import UsageRecord, ends_of, record_of, refusal_of
 from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.frontend.tenants import DEFAULT
 
@@ -49,20 +49,24 @@ class Observer:
 
     def ended(self, stream: Stream) -> None:
         """A request has ended, and all that cores owe of its cost is known."""
-        record = record_of(stream)
-        tally = self._tally(record.tenant)
-        tally.count(record.end[0] if len(record.end) == 1 else gravest(record.end))
-        tally.prompt_tokens += record.prompt_tokens
-        tally.cached_tokens += record.cached_tokens
-        tally.output_tokens += record.output_tokens
-        tally.computed_tokens += record.computed_tokens
-        tally.recomputed_tokens += record.recomputed_tokens
-        tally.steps += record.steps
-        tally.preemptions += record.preemptions
-        tally.kv_block_s += record.kv_block_s
+        cost, ends, num_cached = stream.cost, ends_of(stream), stream.num_cached
+        tally = self._tally(stream.tenant.name)
+        tally.count(ends[0] if len(ends) == 1 else gravest(ends))
+        tally.prompt_tokens += stream.num_prompt_tokens
+        tally.cached_tokens += num_cached
+        tally.output_tokens += stream.num_generated
+        tally.computed_tokens += cost.computed_tokens
+        tally.recomputed_tokens += cost.recomputed_tokens
+        tally.steps += cost.steps
+        tally.preemptions += cost.preemptions
+        tally.kv_block_s += cost.kv_block_s
+        is_logged = self.logs_ends and not PLANNED.issuperset(ends)
+        if self.usage is None and not is_logged:
+            return
+        record = record_of(stream, ends, num_cached)
         if self.usage is not None:
             self.usage.add(record)
-        if self.logs_ends and not PLANNED.issuperset(record.end):
+        if is_logged:
             self._log("a request ended", record, stream.error)
 
     def refused(

@@ -37,9 +37,7 @@ class UsageFile:
     """Appends records. The file is readable by its owner alone; at `max_bytes` a new one is begun, and KEPT_FILES
     old ones are kept. num_written, num_lost: records."""
 
-    def __init__(
-        self, path: str, max_bytes: int, write: Callable[[int, bytes], int] = os.write
-    ) -> None:
+    def __init__(self, path: str, max_bytes: int, write: Callable[[int, bytes], int] = os.write) -> None:
         """Raises ConfigError if the file cannot be had, unless the disk is full."""
         self.num_written = self.num_lost = 0
         self._path = path

@@ -44,9 +44,9 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     total_s: float = 0.0
 
 
-def record_of(stream: Stream) -> UsageRecord:
-    """The record of a stream that has ended."""
-    usage, timings, cost = stream.usage(), stream.timings(), stream.cost
+def record_of(stream: Stream, ends: list[str], num_cached: int) -> UsageRecord:
+    """The record of a stream that has ended; `ends` as `ends_of` gives them."""
+    timings, cost = stream.timings(), stream.cost
     return UsageRecord(
         time=datetime.now(UTC),
         request_id=stream.name or str(stream.request_id),
@@ -54,9 +54,9 @@ def record_of(stream: Stream) -> UsageRecord:
         traceparent=stream.traceparent,
         tenant=stream.tenant.name,
         peer=stream.peer,
-        end=[*ends_of(stream)],
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
+        end=ends,
+        prompt_tokens=stream.num_prompt_tokens,
+        cached_tokens=num_cached,
         output_tokens=stream.num_generated,
         computed_tokens=cost.computed_tokens,
         recomputed_tokens=cost.recomputed_tokens,

@@ -1,7 +1,7 @@
 """Metrics and probes over HTTP, on an address of their own: GET and HEAD of four paths, one request a connection.
 
-Whoever reads them takes little of the loop: a page of metrics is made again once ten times the time that it took has
-passed, so that scrapes cost a tenth of the loop at most, however many come.
+Readers take little of the loop: a page of metrics is made again once ten times the time that it took has passed, so
+that scrapes cost a tenth of the loop at most, however many come.
 """
 
 from __future__ import annotations

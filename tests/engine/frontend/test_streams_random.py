@@ -20,8 +20,8 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.tenants import EVERYBODY
 from cierzo.engine.frontend.outlet import BOUND_TOKENS
+from cierzo.engine.frontend.tenants import EVERYBODY
 from cierzo.engine.messages import (
     Abort,
     Accepted,
