@@ -18,6 +18,7 @@ SUMMED = (
     *("prompt_tokens", "cached_tokens", "output_tokens", "computed_tokens", "recomputed_tokens"),
     *("steps", "preemptions", "kv_block_s", "total_s"),
 )
+BEGINNING = b'{"time":'  # of a record
 _decode = msgspec.json.Decoder(UsageRecord).decode
 
 
@@ -65,13 +66,14 @@ class Reader:
     def records(self, path: str) -> Iterator[UsageRecord]:
         """The records of a file."""
         for number, line in enumerate(_lines(path), start=1):
+            line = line.removesuffix(b"\n")  # the next start has ended one that was cut
             try:
                 record = _decode(line)
                 if record.time.tzinfo is None:
                     raise ValueError("time has no zone")
                 yield record
             except (ValueError, UnicodeDecodeError) as error:  # a DecodeError is a ValueError
-                is_cut = line.startswith(b'{"time":') and "truncated" in str(error)
+                is_cut = line[: len(BEGINNING)] == BEGINNING[: len(line)] and "truncated" in str(error)
                 self.num_cut += is_cut
                 self.num_bad += not is_cut
                 self._bad(path, number, "was cut short" if is_cut else str(error))

@@ -1,4 +1,4 @@
-"""What telling costs, in this process: `python observe_cost.py`.
+"""What telling costs, in this process: `python tests/support/observe_cost.py`.
 
 Prints the time that a page of metrics takes with 1,024 open streams and with 64 tenants; and, paired, what counting
 costs for a token and what the record of a request costs, written to a file.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from fake_core import fake_model
+from local_encoders import local_encoders
 
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
@@ -21,10 +25,6 @@ from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.frontend.tenants import EVERYBODY, Access, Tenant
 from cierzo.engine.messages import Finish, Generate, SamplingParams, StepOutput, TokenDelta
 from cierzo.engine.text.prompt import PromptEncoder
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "support")]
-from fake_core import fake_model
-from local_encoders import local_encoders
 
 STREAMS, TENANTS = 1024, 64
 TOKENS = 2000
@@ -52,10 +52,10 @@ class Sink:
         """Forget it."""
 
 
-def front_end(**given: object) -> Frontend:
+def front_end(clock: Callable[[], float] = time.monotonic, **given: Any) -> Frontend:
     """A front end that is ready."""
     config, model, prompts = FrontendConfig(**given), fake_model(), PromptEncoder()
-    frontend = Frontend(config, model, prompts, NoCore(), local_encoders(prompts, config, model))
+    frontend = Frontend(config, model, prompts, NoCore(), local_encoders(prompts, config, model), clock)
     frontend.core.ready()
     return frontend
 
@@ -122,7 +122,7 @@ def token_s() -> float:
     return statistics.median(counted(Pace(), things) - bare(things) for _ in range(7)) / TOKENS / len(things)
 
 
-async def request_s(**given: object) -> float:
+async def request_s(**given: Any) -> float:
     """Seconds that a request costs more than where nobody is told of it, its line in the file included."""
     taken: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(7):
