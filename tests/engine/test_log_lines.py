@@ -133,7 +133,8 @@ def test_a_process_learns_later_how_lines_are_written(root, capsys):
 
 
 def test_warnings_of_libraries_are_lines_too():
-    code = "from cierzo.engine.log_lines import plain_lines; import warnings; plain_lines('json'); warnings.warn('old')"
+    code = "from cierzo.engine.log_lines import plain_lines; plain_lines('json')"
+    code += "; import warnings; warnings.warn('old')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "old" in msgspec.json.decode(done.stderr)["message"]
 
