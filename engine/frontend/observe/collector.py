@@ -16,6 +16,7 @@ from cierzo import __version__
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.observe.tallies import BOUNDS_S, Histogram
 
+Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
 STATES = ("loading", "ready", "stalled", "draining", "failed")
 # Ends of requests in vLLM's words; all else is an error, or was refused, which it does not count.
 VLLM_ENDS = {"stop": "stop", "tool_calls": "stop", "length": "length", "cancelled": "abort", "deadline": "abort"}
@@ -148,7 +149,7 @@ class Collector:
         text = "Lines of the log that were lost because nobody took them."
         yield CounterMetricFamily("cierzo_log_lines_lost", text, observer.num_lost_lines())
 
-    def _both(self, kind: type[Metric], name: str, theirs: str, text: str, value: float) -> Iterator[Metric]:
+    def _both(self, kind: Kind, name: str, theirs: str, text: str, value: float) -> Iterator[Metric]:
         """A number under our name, and under vLLM's."""
         yield _by(kind, name, text, {}, [value])
         yield _by(kind, f"vllm:{theirs}", text, {"model_name": self._frontend.model.name}, [value])
@@ -182,14 +183,14 @@ COUNTS = (
 )
 
 
-def _by(kind: type[Metric], name: str, text: str, labels: dict[str, str], values: list[float]) -> Metric:
+def _by(kind: Kind, name: str, text: str, labels: dict[str, str], values: list[float]) -> Metric:
     family = kind(name, text, labels=[*labels])
     for value in values:
         family.add_metric([*labels.values()], value)
     return family
 
 
-def _labelled(kind: type[Metric], name: str, text: str, label: str, values: Iterable[tuple[str, float]]) -> Metric:
+def _labelled(kind: Kind, name: str, text: str, label: str, values: Iterable[tuple[str, float]]) -> Metric:
     """A family with one label."""
     family = kind(name, text, labels=[label])
     for value_of_label, value in values:

@@ -23,7 +23,7 @@ _decode = msgspec.json.Decoder(UsageRecord).decode
 
 
 class Sums(msgspec.Struct):
-    """What the requests of a tenant came to. `ends`: how many samples, or requests with an error, ended how."""
+    """Sums over the requests of a tenant. `ends`: how many samples, or requests with an error, ended how."""
 
     requests: int = 0
     ends: dict[str, int] = {}
