@@ -29,7 +29,7 @@ class TextLines(logging.Formatter):
     def __init__(self) -> None:
         super().__init__(TEXT)
 
-    def formatException(self, exc_info: ExcInfo) -> str:  # type: ignore[override]
+    def formatException(self, exc_info: ExcInfo) -> str:
         """Give frames and types, of causes first."""
         return "\n".join(_trace(exc_info[1]))
 
@@ -84,11 +84,13 @@ class LineQueue(QueueHandler):
 class _Writer(QueueListener):
     """Thread that writes lines. It ends as soon as they are written, or is left behind."""
 
+    queue: queue.Queue[logging.LogRecord | None]
+
     def stop(self) -> None:
         """Wait for the lines that are left, CLOSE_S at most: nobody may read them any more."""
         if self._thread is not None:
             with contextlib.suppress(queue.Full):
-                self.queue.put(self._sentinel, timeout=CLOSE_S)
+                self.queue.put(None, timeout=CLOSE_S)  # ends it, as `enqueue_sentinel` would if it could wait
             self._thread.join(CLOSE_S)
             self._thread = None
 
