@@ -1,4 +1,4 @@
-"""Addresses of the RPC: "HOST:PORT" or "unix:PATH"."""
+"""Addresses to listen on: "HOST:PORT" or "unix:PATH"."""
 
 from __future__ import annotations
 

@@ -65,6 +65,14 @@ class Owner(Protocol):
         """A stream was refused: nothing of it is left."""
         ...
 
+    def refused(self, error: CierzoError, sink: Sink, message: Generate | None = None) -> None:
+        """Learn that a request was refused before a stream was opened for it."""
+        ...
+
+    def refused_late(self, error: CierzoError, stream: Stream) -> None:
+        """Learn that a request was refused for what its prompt turned out to be."""
+        ...
+
 
 class Arrivals:
     """Takes requests until the core has them. A request is refused here, or started."""
@@ -134,8 +142,8 @@ class Arrivals:
             if attached is not None or message.attached is not None:
                 num_bytes, most = None if attached is None else attached.num_bytes, self._model.max_model_len
                 validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
-        except CierzoError:
-            self._owner.counters.refused += 1
+        except CierzoError as error:
+            self._owner.refused(error, sink, message)
             raise
         stream = self._open(sink, message)
         try:
@@ -145,8 +153,8 @@ class Arrivals:
                 self._encode_aside(stream, msgspec.msgpack.encode(message), attached)
             else:
                 self._start(stream, self._inline.encode(message, apart=stream.apart))
-        except CierzoError:
-            self._refuse(stream)
+        except CierzoError as error:
+            self._refuse(stream, error)
             raise
 
     def generate_large(self, sink: Sink, stream_id: int, body: bytearray, deadline_s: float | None) -> None:
@@ -156,16 +164,16 @@ class Arrivals:
         try:
             self._readers.place(sink, stream_id)
             self._admit(sink.access.tenant, 1)
-        except CierzoError:
-            self._owner.counters.refused += 1
+        except CierzoError as error:
+            self._owner.refused(error, sink)
             raise
         if deadline_s is not None and not 0 < deadline_s <= self._config.max_deadline_s:
             deadline_s = None  # which will be refused
         stream = self._open(sink, Generate(stream=stream_id, deadline_s=deadline_s))  # the true one comes later
         try:
             self._encode_aside(stream, body, attached)
-        except CierzoError:
-            self._refuse(stream)
+        except CierzoError as error:
+            self._refuse(stream, error)
             raise
 
     def forget_attached(self, sink: Sink, stream_id: int) -> None:
@@ -252,7 +260,7 @@ class Arrivals:
             self._owner.end(stream, "deadline")
         except CierzoError as error:
             if was_refused and error.field == "attached":
-                self._refuse(stream)
+                self._refuse(stream, error)
             else:
                 self._refuse_late(stream, error)
         except Exception as error:
@@ -345,14 +353,14 @@ class Arrivals:
         )
         sink.put(failure(stream_id, error))
 
-    def _refuse(self, stream: Stream) -> None:
+    def _refuse(self, stream: Stream, error: CierzoError) -> None:
         if stream in self._streams:
-            self._owner.counters.refused += 1
+            self._owner.refused_late(error, stream)
             self._leave(stream)
 
     def _refuse_late(self, stream: Stream, error: CierzoError) -> None:
         sink = stream.sink
-        self._refuse(stream)
+        self._refuse(stream, error)
         if sink is not None:
             sink.put(failure(stream.stream_id, error))
 

@@ -86,7 +86,11 @@ class Methods:
         self._frontend.attach(sink, message.stream, message.data)
 
     def _generate(self, sink: Sink, message: Generate) -> None:
-        features(message, sink.features)
+        try:
+            features(message, sink.features)
+        except CierzoError as error:
+            self._frontend.refused(error, sink, message)
+            raise
         self._frontend.generate(sink, message)
 
     def _pong(self, sink: Sink, message: Pong) -> None:
@@ -104,7 +108,10 @@ class Methods:
 
     def _health(self, sink: Sink, message: GetHealth) -> None:
         frontend = self._frontend
-        sink.put(Health(stream=message.stream, state=frontend.health, uptime_s=frontend.uptime_s))
+        health = Health(stream=message.stream, state=frontend.health, uptime_s=frontend.uptime_s)
+        if "probes" in sink.features:
+            health = msgspec.structs.replace(health, **frontend.probes._asdict())
+        sink.put(health)
 
     def _stats(self, sink: Sink, message: GetStats) -> None:
         require_right(sink, "stats")

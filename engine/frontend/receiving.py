@@ -146,6 +146,8 @@ def receive_skipped(sink: Sink, frontend: Frontend, frame: Skipped) -> None:
     found = peek(frame.prefix)
     if found.stream < 0:
         raise frame.error
+    if found.type == "generate":
+        frontend.refused(frame.error, sink)
     frontend.fail(sink, found.stream, frame.error, attaching=found.type == "attach")
 
 
@@ -169,6 +171,8 @@ def _undecodable(sink: Sink, frontend: Frontend, body: memoryview, error: Except
     reason = undecodable(error, body) if found.type in _METHODS else _unknown(found)
     if found.stream < 0:
         raise ProtocolError(reason.message, field=reason.field, limit=reason.limit, value=reason.value) from error
+    if found.type == "generate":
+        frontend.refused(reason, sink)
     frontend.fail(sink, found.stream, reason, attaching=found.type == "attach")
 
 

@@ -27,6 +27,7 @@ COMMANDS = (
     ("make-key", "engine.commands.make_key", "make a key that opens a server to a tenant"),
     ("make-checkpoint", "engine.commands.make_checkpoint", "write a random checkpoint"),
     ("replay", "engine.commands.replay", "run again what a core that died had recorded"),
+    ("usage", "engine.commands.usage", "sum the cost records of a server, by tenant"),
     ("info", "engine.commands.info", "describe a checkpoint"),
     ("plan", "bench.plan.command", "plan a workload on devices that need not be here"),
     ("bench", "", "measure"),

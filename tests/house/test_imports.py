@@ -20,7 +20,7 @@ WORKER = (
     *("kernels", "engine.model", "engine.weights", *PARAMETERS),
     *("engine.cost", "cache", "scheduler", "engine.worker"),
     *("engine.messages", "engine.expert_statistics", "engine.config", "engine.graph_sizes"),
-    *("engine.signs", "engine.flight", "engine.server_process"),
+    *("engine.signs", "engine.flight", "engine.server_process", "engine.log_lines"),
 )
 MESSAGES = ("engine.messages", "engine.expert_statistics", "engine.errors")
 CLIENT = (
@@ -53,6 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "engine.signs": ("engine.server_process",),
     "engine.server_process": (),
+    "engine.log_lines": (),
     "engine.number_choice": ("kernels.formats.number_formats", "engine.errors"),
     "engine.flight": ("engine.messages", "engine.errors"),
     "engine.settings": ("engine.errors",),
@@ -114,6 +115,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.errors",
         "engine.signs",
         "engine.server_process",
+        "engine.log_lines",
         "engine.flight",
         "scheduler.params",
         "scheduler.plan",
@@ -144,7 +146,7 @@ WITHOUT_TORCH = (
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.device_memory"),
     *("engine.graph_sizes", "engine.requirements"),
     *("engine.expert_statistics", "engine.core_stats"),
-    *("engine.signs", "engine.flight", "engine.server_process", "engine.number_choice"),
+    *("engine.signs", "engine.flight", "engine.server_process", "engine.log_lines", "engine.number_choice"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
     "engine.quantisation",
     *("engine.model.config", "engine.model.config_json", "engine.model.params_json", "engine.model.read_config"),

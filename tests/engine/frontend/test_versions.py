@@ -46,6 +46,7 @@ FEATURE_FIELDS = {
     "Welcome": {"features"},
     "Limits": {"max_attached_bytes", "stream_credit_bytes", "keepalive_s"},
     "Final": {"cost"},
+    "Health": {"startup", "live", "ready", "notes"},
     "Delta": {"parts"},
     "SampleEnd": {"parts", "broken_calls"},
     "ModelInfo": {"reasoning_efforts", "marks_thinking", "marks_calls"},
