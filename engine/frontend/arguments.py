@@ -17,6 +17,7 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend import foreign
 from cierzo.engine.frontend.absent import absent
 from cierzo.engine.frontend.bounds import shown, too_deep
+from cierzo.engine.frontend.client_options import GenerateArguments
 from cierzo.engine.frontend.wire_checks import mistyped
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
 from cierzo.engine.text.unicode import refuse_surrogates
@@ -28,7 +29,7 @@ _TUPLES = {"stop", "stop_token_ids", "bad_words", "allowed_token_ids"}  # one al
 _FIELDS = dict.fromkeys(name for name in Generate.__struct_fields__ if name not in ("stream", "attached"))
 
 
-def whole_answer(arguments: dict[str, Any]) -> dict[str, Any]:
+def whole_answer(arguments: GenerateArguments) -> GenerateArguments:
     """The arguments of `generate` for an answer that comes at once. Raises InvalidRequest if they want deltas."""
     if arguments.get("deltas"):
         what = "an answer that comes at once has no deltas; generate gives some"
