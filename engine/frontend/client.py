@@ -66,7 +66,7 @@ from cierzo.engine.messages import (
     Welcome,
 )
 
-__all__ = ["Client", "Generation", "Reconnect", "Retry", "SyncClient", "SyncGeneration"]
+__all__ = ["Client", "GenerateArguments", "Generation", "Reconnect", "Retry", "SyncClient", "SyncGeneration"]
 
 CONNECT_TIMEOUT_S = 10.0
 FIRST_READY_POLL_S, LONGEST_READY_POLL_S = 0.05, 1.0
@@ -90,13 +90,13 @@ class Client:
         """Connect to "HOST:PORT" or "unix:PATH", or to several of them, which serve the same model.
 
         connections: to each address (1). reconnect: mend lost connections, and go on with what was open on them,
-        where the server has the feature "resume" (True; a `Reconnect` has bounds of its own). retry: repeat requests
-        that were refused for now and certainly did not run, elsewhere or later (None: if there are several
+        where the server has the feature "resume" (True; a `Reconnect` has bounds of its own). retry: repeat
+        requests that were refused for now and certainly did not run, elsewhere or later (None: if there are several
         addresses; a `Retry` has bounds of its own). keepalive_s: seconds after which a silent server, of which
         something is awaited, is pinged; as many later the connection counts as lost (None: what the server tells,
-        else 20). default_deadline_s: of requests that have none of their own. features: of the protocol, to be asked
-        for; who needs few of them costs both sides less. key: what the server knows its tenant by. tls: True, the
-        path of a file of certificates to trust, or an ssl.SSLContext, for addresses that are no Unix sockets;
+        else 20). default_deadline_s: of requests that have none of their own. features: of the protocol, to be
+        asked for; who needs few of them costs both sides less. key: what the server knows its tenant by. tls: True,
+        the path of a file of certificates to trust, or an ssl.SSLContext, for addresses that are no Unix sockets;
         tls_certificate, tls_key: paths of what this client proves itself with.
         Raises ConnectionLost where no server answers, ProtocolError where something else does, ConfigError where
         TLS does not suit, or the refusal: Unauthorized, where the server does not take the key.
@@ -211,9 +211,8 @@ class Client:
         InvalidRequest if none of them is named."""
         if address is None and len(self._session.places) > 1:
             limit = ", ".join(place.name for place in self._session.places)
-            raise InvalidRequest(
-                f"address names the server that is to drain: {limit}", field="address", limit=limit
-            )
+            what = f"address must say which server is to drain: {limit}"
+            raise InvalidRequest(what, field="address", limit=limit)
         await self._call(Drain, address, undo=undo)
 
     async def _call(self, method: Callable[..., Any], address: str | None, **fields: Any) -> Any:

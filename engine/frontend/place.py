@@ -23,7 +23,9 @@ Connect = Callable[[bool], Awaitable[ClientLink]]  # is the server known to us?
 class Owner(Protocol):
     """The client that an address belongs to."""
 
-    is_awaiting: bool
+    @property
+    def is_awaiting(self) -> bool:
+        """Whether something waits for a connection to any address."""
 
     def park(self, inbox: Inbox) -> None:
         """A generation waits for a connection, no longer than its deadline."""
