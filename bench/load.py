@@ -120,7 +120,8 @@ async def run_load(
 
     async def ours(address: str) -> LoadClient:
         options = access(settings.key_file, settings.tls_ca)
-        return await Client.connect(address, features=FEATURES, reconnect=False, **options)
+        options.update(features=FEATURES, reconnect=False)
+        return await Client.connect(address, **options)
 
     connect = connect or ours
     clients = [await connect(settings.rpc) for _ in range(settings.connections)]

@@ -56,7 +56,7 @@ _decode = msgspec.msgpack.Decoder(ServerMessage).decode
 
 
 def _tls_question(speaks_tls: bool) -> str:
-    return " does it speak TLS?" if speaks_tls else " does it want TLS?"
+    return " does it want a certificate of its clients?" if speaks_tls else " does it want TLS?"
 
 
 def tls_failure(peer: str, error: ssl.SSLError) -> CierzoError:

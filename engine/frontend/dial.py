@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from cierzo.engine.errors import ConfigError, ConnectionLost, InvalidRequest, VersionMismatch, refusal
 from cierzo.engine.frontend.address import Address, TcpAddress
@@ -14,15 +13,23 @@ from cierzo.engine.frontend.client_options import PathName
 from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION
 
 
-@dataclass(frozen=True, slots=True)
 class Dial:
-    """A way to connect; `key` is a secret, and `tls` None is plain text."""
+    """A way to connect; `key` is a secret, which nothing shows, and `tls` None is plain text."""
 
-    timeout_s: float
-    keepalive_s: float | None
-    features: tuple[str, ...]
-    key: str | None = field(repr=False)
-    tls: ssl.SSLContext | None
+    def __init__(
+        self,
+        *,
+        timeout_s: float,
+        keepalive_s: float | None,
+        features: tuple[str, ...],
+        key: str | None,
+        tls: ssl.SSLContext | None,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._keepalive_s = keepalive_s
+        self._features = features
+        self._key = key
+        self._tls = tls
 
     async def connect(self, where: Address, is_known: bool) -> ClientLink:
         """A connection that was welcomed, by a server of this version or the one before. `is_known`: it has
@@ -31,9 +38,9 @@ class Dial:
         Raises ConnectionLost where no server answers, ProtocolError where something else does, ConfigError where
         one side's TLS does not suit the other, or the refusal.
         """
-        until_s = asyncio.get_running_loop().time() + self.timeout_s
+        until_s = asyncio.get_running_loop().time() + self._timeout_s
         try:
-            return await self._welcomed(where, PROTOCOL_VERSION, self.features, until_s, is_known)
+            return await self._welcomed(where, PROTOCOL_VERSION, self._features, until_s, is_known)
         except VersionMismatch as error:
             if error.limit != str(OLDEST_VERSION):
                 raise
@@ -43,14 +50,14 @@ class Dial:
         self, where: Address, version: int, features: tuple[str, ...], until_s: float, is_known: bool
     ) -> ClientLink:
         loop = asyncio.get_running_loop()
-        tls = self.tls if isinstance(where, TcpAddress) else None
+        tls = self._tls if isinstance(where, TcpAddress) else None
         link = ClientLink(
             loop,
             str(where),
             version=version,
             features=features,
-            keepalive_s=self.keepalive_s,
-            key=self.key,
+            keepalive_s=self._keepalive_s,
+            key=self._key,
             speaks_tls=tls is not None,
             is_known=is_known,
         )
@@ -77,11 +84,11 @@ class Dial:
     def _unanswered(self, where: Address, link: ClientLink, error: Exception) -> str:
         """The reason why there is no connection, in words: a TimeoutError of asyncio has none."""
         if link.is_connected:
-            told = f"within {self.timeout_s:g} s{link.question}"
+            told = f"within {self._timeout_s:g} s{link.question}"
             return f"{where} takes connections, but did not say welcome {told}"
         if link.speaks_tls and isinstance(error, ConnectionError) and not isinstance(error, ConnectionRefusedError):
-            return f"{where} has closed the connection within TLS's handshake{link.question}"
-        return f"no server answers at {where}: {str(error) or f'not connected within {self.timeout_s:g} s'}"
+            return f"{where} has closed the connection within TLS's handshake: does it speak TLS?"
+        return f"no server answers at {where}: {str(error) or f'not connected within {self._timeout_s:g} s'}"
 
 
 def known_features(features: Iterable[str]) -> tuple[str, ...]:
@@ -98,7 +105,7 @@ def known_features(features: Iterable[str]) -> tuple[str, ...]:
 def tls_context(
     tls: bool | PathName | ssl.SSLContext, certificate: PathName | None, key: PathName | None
 ) -> ssl.SSLContext | None:
-    """What TLS is spoken with: by the authorities that the system trusts (True), those of a file, or as a context
+    """Settle how TLS is spoken: by the authorities that the system trusts (True), those of a file, or as a context
     says; None for plain text. certificate, key: files by which the client proves who it is.
 
     Raises ConfigError, for files that are none, too.

@@ -176,7 +176,7 @@ class Inbox:
         return is_refused and not self.is_running and not self.uncertain
 
     def sent(self, is_resumed: bool) -> None:
-        """It is on a connection now."""
+        """Note that it is on a connection now."""
         self.was_sent = True
         self.has_run |= is_resumed
         self.unset_timer()
@@ -197,7 +197,7 @@ class Inbox:
         self.reopened = True
 
     def move(self, request: Generate, interruption: CierzoError) -> None:
-        """Its server has ended it unfinished: it goes on at another one, with what came and this request."""
+        """Have it go on at another server, from what came, by this request: its own has ended it unfinished."""
         self.link.consumed(self, self.held)  # no connection waits for what is left to be taken
         self.link.settle(self)
         self.held = self.unsettled = 0

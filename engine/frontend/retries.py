@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+
+import msgspec
 
 from cierzo.engine.errors import (
     CierzoError,
@@ -23,8 +24,7 @@ _REFUSALS = (Overloaded, Draining, CoreStalled, InvalidRequest, NotFound, KeyReu
 _ENDS_RUNNING = "max_kept_bytes"  # the one limit whose `overloaded` also ends requests that run
 
 
-@dataclass(frozen=True, slots=True)
-class Reconnect:
+class Reconnect(msgspec.Struct, frozen=True):
     """Bounds on the mending of a lost connection; past them its requests end with ConnectionLost.
 
     max_attempts, within_s: connections tried, and seconds since the loss; both count from the last connection on
@@ -43,8 +43,7 @@ class Reconnect:
         return pause_s * random.uniform(0.5, 1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Retry:
+class Retry(msgspec.Struct, frozen=True):
     """Bounds on the repetition of requests that a server refused for now.
 
     max_attempts: of one request, the first included. ratio, burst: of all requests together, such a part may be

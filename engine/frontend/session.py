@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -360,4 +360,4 @@ class Session:
 
 
 def _new_key() -> str:
-    return secrets.token_hex(KEY_BYTES)
+    return os.urandom(KEY_BYTES).hex()

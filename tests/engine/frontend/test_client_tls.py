@@ -79,9 +79,8 @@ def test_a_client_proves_itself_by_a_certificate(run, authority, trusted, tmp_pa
 
     async def body():
         async with answering(serving_with(authority.issue_cert("127.0.0.1"), authority)) as address:
-            with pytest.raises(CierzoError) as caught:
+            with pytest.raises(CierzoError, match="certificate"):
                 await Client.connect(address, tls=trusted)
-            assert "does not trust this client" in str(caught.value)
             options = {"tls": trusted, "tls_certificate": chain, "tls_key": key}
             async with await Client.connect(address, **options) as client:
                 assert [part.text async for part in client.generate(token_ids=[1])] == ["A"]
