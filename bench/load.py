@@ -120,7 +120,7 @@ async def run_load(
 
     async def ours(address: str) -> LoadClient:
         options = access(settings.key_file, settings.tls_ca)
-        options.update(features=FEATURES, reconnect=False)
+        options["features"], options["reconnect"] = FEATURES, False
         return await Client.connect(address, **options)
 
     connect = connect or ours

@@ -6,7 +6,6 @@ A value that no message can carry is refused here, where the caller stands, and 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from operator import index
 from typing import Any
@@ -97,6 +96,8 @@ def _sampling_fields(base: Any, params: Mapping[str, Any], also_known: Iterable[
 def _unknown(name: object, value: object, known: Iterable[str]) -> InvalidRequest:
     if reason := absent(str(name)):
         return InvalidRequest(reason, field=str(name), limit="left out", value=shown(value))
+    import difflib  # seldom needed, and a client is to start fast
+
     known = list(known)
     nearest = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"

@@ -8,15 +8,15 @@ of its own. The exit status is 1 if the longest pause is 100 ms or more, the mem
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import resource
 import statistics
 import sys
 import time
 
-from fake_rpc_server import LIMITS, Peer, accepted, delta, final, scripted
-
 import msgspec
+from fake_rpc_server import LIMITS, Peer, accepted, delta, final, scripted
 
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import Generate, Resume
@@ -39,12 +39,12 @@ async def _losing(peer: Peer, number: int) -> None:
 
 
 async def pauses() -> list[float]:
-    """Seconds between two tokens of a stream between which its connection was lost; 20 ms of them are the server's."""
+    """Seconds between two tokens between which a stream's connection was lost; 20 ms of them are the server's."""
     times = []
     async with scripted(_losing) as address, await Client.connect(address) as client:
         async for _ in client.generate(token_ids=[1]):
             times.append(time.perf_counter())
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 async def _steady(peer: Peer, number: int) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from cierzo.engine.frontend.client_options import GenerateArguments
 from cierzo.engine.messages import Generate, SamplingParams
@@ -29,14 +28,18 @@ def test_mypy_finds_what_is_wrong_and_nothing_else(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("mode", ["strict"])
-def test_pyright_finds_what_is_wrong_and_nothing_else(tmp_path, mode):
+def test_pyright_finds_what_is_wrong_and_nothing_else(tmp_path):
     pyright = Path(sys.executable).with_name("basedpyright")
     command = str(pyright) if pyright.exists() else shutil.which("basedpyright")
     assert command is not None, "basedpyright is of the test extra"
-    (tmp_path / "pyrightconfig.json").write_text(
-        f'{{"typeCheckingMode": "{mode}", "extraPaths": ["{ROOT / "src"}"], "include": ["{PROGRAM}"]}}'
-    )
+    settings = {
+        "typeCheckingMode": "strict",
+        "reportUnnecessaryTypeIgnoreComment": "error",
+        "enableTypeIgnoreComments": False,  # those are mypy's
+        "extraPaths": [str(ROOT / "src")],
+        "include": [str(PROGRAM)],
+    }
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
     arguments = (command, "-p", str(tmp_path), "--pythonpath", sys.executable)
     done = subprocess.run(arguments, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,5 @@
-"""A program of a user who checks types: mypy and pyright, in their strict modes, find nothing wrong with it but what
-is marked. Nothing here is run."""
+"""A program of a user who checks types: mypy and pyright, in their strict modes, find nothing wrong with it but
+what is marked. Nothing here is run."""
 
 from __future__ import annotations
 
