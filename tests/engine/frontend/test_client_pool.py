@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from fake_rpc_server import accepted, delta, final, scripted
 
+from cierzo.cli import main
 from cierzo.engine.errors import (
     ConfigError,
     ConnectionLost,
@@ -431,3 +432,24 @@ def test_a_deadline_that_could_be_met_later_is_asked_for_elsewhere(run):
                 await anext(client.generate(token_ids=[1], deadline_s=1.0))
 
     run(body())
+
+
+def test_the_command_line_takes_the_file_of_a_key(scripting, tmp_path, capsys):
+    heard = []
+
+    async def script(peer, number):
+        heard.append(peer.hello.key)
+        while (message := await peer.hear((GetHealth, Generate))) is not None:
+            if isinstance(message, GetHealth):
+                peer.say(Health(stream=message.stream, state="ready", uptime_s=1.0))
+            else:
+                peer.say(accepted(message.stream), delta(message.stream, [65]), final(message.stream, 1))
+
+    path, server = tmp_path / "key", scripting(script)
+    path.write_text("s3cret\n")
+    assert main(["chat", "--rpc", server.address, "--message", "Hi", "--key-file", str(path)]) == 0
+    assert heard == ["s3cret"]
+    assert main(["chat", "--rpc", server.address, "--message", "Hi", "--key-file", f"{path}x"]) == 2
+    told = capsys.readouterr()
+    assert "key_file must be a file that holds a key" in told.err
+    assert "s3cret" not in told.out + told.err
