@@ -107,7 +107,7 @@ class Place:
         """Cancel what still runs, and close the connections."""
         self._is_closed = True
         self._end_waiting(reason)
-        if self._mending is not None:
+        if self._mending is not None and self.is_mending:
             self._mending.cancel()
             await asyncio.wait([self._mending])
         links = self.links or ([] if self.last is None else [self.last])

@@ -181,7 +181,8 @@ class Session:
             inbox.put(reason)
         self._waiting.clear()
         self._pausing.clear()
-        await asyncio.gather(*(place.close(reason) for place in self.places))
+        for place in self.places:
+            await place.close(reason)
 
     # --- where a request goes --------------------------------------------------------------------------
 

@@ -215,17 +215,19 @@ def test_an_interrupted_answer_that_cannot_go_on_says_that_it_ran(run):
             peer.say(Failure(stream=request.stream, code="interrupted", message="stops", value="7"))
 
     async def body():
+        other = Server()
         async with scripted(stops) as first, await Client.connect(first, retry=SOON) as client:
             with pytest.raises(Interrupted) as caught:
                 await text_of(client.generate(token_ids=[1]))
             assert caught.value.may_have_run
         async with (
             scripted(stops) as first,
-            scripted(stops) as second,
+            scripted(other) as second,
             await Client.connect([first, second]) as client,
         ):
             with pytest.raises(Interrupted):  # two samples have no common offset
                 await text_of(client.generate(token_ids=[1], n=2))
+            assert not other.requests
 
     run(body())
 
