@@ -245,7 +245,7 @@ class Admission:
                 count, num_tokens, squares = count + sums[0], num_tokens + sums[1], squares + sums[2]
         return count, num_tokens, squares
 
-    def _seconds(self, num_tokens: int, squares: int) -> float:
+    def _seconds(self, num_tokens: float, squares: float) -> float:
         """Seconds of work on prompts, with nothing else to do: by the core's price; without one, all tokens are
         alike."""
         stats = self._stats
