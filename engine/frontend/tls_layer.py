@@ -1,8 +1,8 @@
 """TLS between a socket's transport and a `Connection`: a protocol below, a transport above.
 
 The event loops' own TLS says nothing to a peer whose handshake fails, nor to one that speaks no TLS, and keeps
-bytes that nobody counts. Here what is written is encrypted at once, so that the socket's transport is the only place
-where bytes wait, and the rules for slow readers are the same with TLS and without.
+bytes that nobody counts. Here what is written is encrypted at once: the socket's transport is the only place where
+bytes wait, and the rules for slow readers are the same with TLS and without.
 """
 
 from __future__ import annotations
