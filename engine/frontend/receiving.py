@@ -68,6 +68,7 @@ _HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
     % len(_NOT_HTTP)
 ) + _NOT_HTTP
+_TLS_ALERT = bytes((0x15, 3, 3, 0, 2, 2, 10))  # fatal: an unexpected message
 
 
 def foreign(data: bytes) -> tuple[str, bytes] | None:
@@ -75,7 +76,7 @@ def foreign(data: bytes) -> tuple[str, bytes] | None:
     if data.startswith(_HTTP):
         return "HTTP", _HTTP_ANSWER
     if data.startswith(b"\x16\x03"):
-        return "TLS", b""
+        return "TLS", _TLS_ALERT
     return None
 
 

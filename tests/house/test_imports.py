@@ -120,6 +120,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "scheduler.params",
         "scheduler.plan",
     ),
+    "engine.testing": (
+        *("engine.testing", "engine.frontend", "engine.text", "engine.messages", "engine.errors"),
+        "engine.settings",
+    ),
+    "testing": ("engine.testing",),
     "engine": HOUSE,  # llm, launch, commands and what they alone use
     "bench": CLIENT,
     "bench.step": (*CLIENT, *WORKER, "engine.checkpoint"),
@@ -147,6 +152,7 @@ WITHOUT_TORCH = (
     *("engine.graph_sizes", "engine.requirements"),
     *("engine.expert_statistics", "engine.core_stats"),
     *("engine.signs", "engine.flight", "engine.server_process", "engine.log_lines", "engine.number_choice"),
+    *("engine.testing", "testing"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
     "engine.quantisation",
     *("engine.model.config", "engine.model.config_json", "engine.model.params_json", "engine.model.read_config"),

@@ -20,8 +20,8 @@ from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.address import Address, TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
+from cierzo.engine.frontend.listening import remove_stale
 from cierzo.engine.frontend.observe.collector import Collector
-from cierzo.engine.frontend.sockets import remove_stale
 
 MAX_HEAD_BYTES = 8192
 MAX_CONNECTIONS = 32

@@ -7,7 +7,6 @@ import socket
 import tracemalloc
 
 import pytest
-from local_encoders import local_encoders
 from streams import answer, generate, tokens_of
 
 from cierzo.engine.frontend.client import Client
@@ -35,6 +34,7 @@ from cierzo.engine.messages import (
     TokenDelta,
     TokenLogprobs,
 )
+from cierzo.engine.testing.local_encoders import local_encoders
 
 CREDIT = Hello(client="test", features=["credit"])
 

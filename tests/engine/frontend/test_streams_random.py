@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import pytest
 from fake_core import as_sent
-from local_encoders import local_encoders
 from msgspec.msgpack import decode, encode
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound, Overloaded
@@ -38,6 +37,7 @@ from cierzo.engine.messages import (
     TokenDelta,
     TokenLogprobs,
 )
+from cierzo.engine.testing.local_encoders import local_encoders
 
 CONFIG = FrontendConfig(
     stream_credit_bytes=1024,

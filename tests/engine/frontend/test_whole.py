@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
-from marked import ids, marked_prompts
+from marked import ids
 from streams import generate, until
 
 from cierzo.engine.errors import Interrupted
@@ -38,6 +38,7 @@ from cierzo.engine.messages import (
     TokenDelta,
     TokenLogprobs,
 )
+from cierzo.engine.testing.words import marked_prompts
 from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.prompt import PromptEncoder
 
