@@ -90,6 +90,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQ
     server, metrics = RpcServer(config.frontend, frontend), MetricsServer(config.frontend, frontend)
     try:
         await server.start()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
         await metrics.start()
         _say(config.describe() + recorder)
         encoders.start()
@@ -99,7 +100,6 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQ
         prepare_memory()
         return_large_blocks()
         _say(f"{startup}\nready: {config.name} at {server.address}")
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
         return await _until_stopped(signals, frontend)
     finally:
         await server.close()

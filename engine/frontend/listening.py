@@ -47,7 +47,7 @@ async def _require_guarded(config: FrontendConfig, address: TcpAddress) -> None:
     found = await asyncio.get_running_loop().getaddrinfo(
         address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
-    if all(ip_address(where[0].partition("%")[0]).is_loopback for *_, where in found):
+    if all(ip_address(str(where[0]).partition("%")[0]).is_loopback for *_, where in found):
         return
     lacking = [name for name, given in (("keys", config.keys), ("TLS", config.tls_certificate)) if not given]
     if not lacking:

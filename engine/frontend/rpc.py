@@ -384,7 +384,7 @@ class RpcServer:
         self.config = config
         self.frontend = frontend
         self.door = Door(config.keys)
-        frontend.tenancy.arrange(self.door.tenants.values())
+        self._arrange()
         self.methods = Methods(frontend)
         self.turns = Turns()
         self.deaf: Expiry[Connection] = Expiry(config.slow_reader_s, time.monotonic, Connection.look)
@@ -413,6 +413,8 @@ class RpcServer:
             self.address = str(TcpAddress(address.host, self._server.sockets[0].getsockname()[1]))
         if self.tls is not None:
             self.tls.start()
+            self.frontend.notes.append(self.tls.note)
+            self.frontend.observer.certificate_expires_s = self.tls.expires_s
 
     def reload(self) -> None:
         """Read certificate and key file anew, and end connections of keys that are gone. What is wrong changes
@@ -420,7 +422,7 @@ class RpcServer:
         if self.tls is not None:
             self.tls.reload()
         if self.door.reload():
-            self.frontend.tenancy.arrange(self.door.tenants.values())
+            self._arrange()
             for connection in list(self._connections):
                 connection.look_again(self.door)
 
@@ -490,6 +492,11 @@ class RpcServer:
 
     def _connection(self) -> Connection:
         return Connection(self)
+
+    def _arrange(self) -> None:
+        """Have tenants counted, and told apart, as the key file says."""
+        self.frontend.tenancy.arrange(self.door.tenants.values())
+        self.frontend.observer.expect(self.door.tenants)
 
     def _has_room(self) -> bool:
         return len(self._connections) + len(self._shaking) < self.config.max_connections + MAX_REFUSED

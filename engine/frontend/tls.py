@@ -64,6 +64,14 @@ class Tls:
         """Seconds until the first of the server's certificates expires; negative when it has."""
         return (self.expires_at - self._now()).total_seconds()
 
+    def expires_s(self) -> float:
+        """Unix time at which the first of the server's certificates expires."""
+        return self.expires_at.timestamp()
+
+    def note(self) -> str | None:
+        """The first of the `notes`, if there is any."""
+        return next(iter(self.notes()), None)
+
     def notes(self) -> list[str]:
         """Sentences on what an operator has to do soon."""
         left = self.expires_at - self._now()

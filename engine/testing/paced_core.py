@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from cierzo.engine.frontend.core_side import CoreSide
 from cierzo.engine.messages import Abort, CoreCommand, Submit
@@ -58,14 +59,14 @@ class PacedCore:
         self._core = FakeCore(_answer)
         self._events: CoreSide | None = None
         self._timer: asyncio.Handle | None = None
-        self._stop_listening = None
+        self._stop_listening: Callable[[], None] | None = None
 
     def start(self, events: CoreSide) -> None:
         """Tell these what is made."""
         self._events = events
         if isinstance(self._clock, ManualClock):
             loop = asyncio.get_running_loop()
-            self._stop_listening = self._clock.listen(lambda: loop.call_soon_threadsafe(self.go_on))
+            self._stop_listening = self._clock.listen(partial(_soon, loop, self.go_on))
 
     def stop(self) -> None:
         """Make nothing any more."""
@@ -129,3 +130,8 @@ class PacedCore:
 def _answer(submit: Submit, sample: int) -> list[int]:
     assert isinstance(submit, Scripted)
     return submit.tokens
+
+
+def _soon(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
+    """Call it on its loop, from whatever thread."""
+    loop.call_soon_threadsafe(what)

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -200,7 +200,7 @@ def _checked(answer: object) -> object:
     return answer
 
 
-def _are_tokens(value: Any) -> bool:
+def _are_tokens(value: Any) -> TypeGuard[Sequence[int]]:
     """Whether it is one list of token ids, and not of answers."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         return False

@@ -61,8 +61,9 @@ class FakeServer:
         self._pace = (first_token_s, token_s, clock)
         self._first_health = health
         prompts = marked_prompts()
-        words = {"template": prompts.template, "syntax": prompts.syntax, "script": self._script}
-        self._prompts = ScriptedPrompts(prompts.tokenizer, **words)
+        self._prompts = ScriptedPrompts(
+            prompts.tokenizer, template=prompts.template, syntax=prompts.syntax, script=self._script
+        )
         self._model = fake_model(
             name=model,
             max_model_len=max_model_len,
@@ -157,7 +158,11 @@ class FakeServer:
 
     def disconnect(self) -> None:
         """Cut all connections now."""
-        self._do(lambda: [connection.cut() for connection in self._running.server.connections])
+        self._do(self._cut_all)
+
+    def _cut_all(self) -> None:
+        for connection in self._running.server.connections:
+            connection.cut()
 
     def restart(self, *, down_s: float = 0.0) -> None:
         """End as a server that is killed, and start again at the same address `down_s` later: its connections,
