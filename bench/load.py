@@ -13,9 +13,8 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, Unpack
 
 import uvloop
 from msgspec import Meta
@@ -24,9 +23,9 @@ from cierzo.bench.latency import LoadResult, RequestSample, result_table, summar
 from cierzo.bench.report import Recording, progress
 from cierzo.bench.workload import Count, Workload, poisson_arrivals, random_prompt
 from cierzo.engine.errors import CierzoError, ConnectionLost, refusal
-from cierzo.engine.frontend.client import Client
+from cierzo.engine.frontend.client import Client, GenerateArguments
 from cierzo.engine.messages import Delta
-from cierzo.engine.options import MAX_SEED, add_options, add_rpc, chosen, seed
+from cierzo.engine.options import MAX_SEED, KeyFile, TlsAuthorities, access, add_options, add_rpc, chosen, seed
 
 READY_TIMEOUT_S = 600.0  # for weights to load
 WHOLE = ("stop", "tool_calls", "length", "")  # reasons of an answer that came to its end; "": its server tells none
@@ -37,7 +36,7 @@ SHARED_INDEX = -1  # no request's: the random prompt that all others may begin w
 class LoadClient(Protocol):
     """The part of a connection that a load needs; `Client` has it."""
 
-    def generate(self, **request: Any) -> AsyncIterator[Delta]:
+    def generate(self, **request: Unpack[GenerateArguments]) -> AsyncIterator[Delta]:
         """Stream one answer. If the iterator has a `final` afterwards, that says how the answer ended."""
         ...
 
@@ -66,6 +65,8 @@ class LoadSettings(Workload, frozen=True, kw_only=True):
     connections: Annotated[Count, Meta(description="connections that share the load")] = 1
     prompt: Annotated[str | None, Meta(description="the prompt of every request; default: random tokens")] = None
     temperature: Annotated[float, Meta(description="0: greedy")] = 0.0
+    key_file: KeyFile = None
+    tls_ca: TlsAuthorities = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _load_when_ready(settings: LoadSettings) -> LoadResult:
-    async with await Client.connect(settings.rpc) as client:
+    async with await Client.connect(settings.rpc, **access(settings.key_file, settings.tls_ca)) as client:
         if (await client.health()).state == "loading":
             print(f"waiting: the server at {settings.rpc} loads its model", file=sys.stderr)
         await client.wait_ready(READY_TIMEOUT_S)
@@ -116,7 +117,13 @@ async def run_load(
     speak our RPC; `clock` tells seconds. Raises ConfigError for prompts that the server's context cannot hold,
     ConnectionLost where no server answers.
     """
-    connect = connect or partial(Client.connect, features=FEATURES)
+
+    async def ours(address: str) -> LoadClient:
+        options = access(settings.key_file, settings.tls_ca)
+        options["features"], options["reconnect"] = FEATURES, False
+        return await Client.connect(address, **options)
+
+    connect = connect or ours
     clients = [await connect(settings.rpc) for _ in range(settings.connections)]
     try:
         info = await clients[0].model_info()

@@ -47,11 +47,16 @@ def size(num_bytes: int, *, up: bool = False) -> str:
 
 
 class CierzoError(Exception):
-    """Base. `field`, `limit` and `value` say what was wrong with what, as text, where that applies."""
+    """Base. `field`, `limit` and `value` say what was wrong with what, as text, where that applies.
+
+    may_have_run: of an error that a client raises about a request: whether the server may have worked on it, so
+    that sending it again could have it done twice; False: it certainly did not. None: it is about no request.
+    """
 
     code: ClassVar[str] = "internal"
     http_status: ClassVar[int] = 500
     retry: ClassVar[bool] = False
+    may_have_run: bool | None = None
 
     def __init__(
         self,

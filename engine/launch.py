@@ -25,9 +25,11 @@ from cierzo.engine.frontend.encoders import Encoders
 from cierzo.engine.frontend.encoding import Setup
 from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend
+from cierzo.engine.frontend.observe.web import MetricsServer, metrics_address
 from cierzo.engine.frontend.rpc import RpcServer
+from cierzo.engine.log_lines import LineQueue, queued_lines
 from cierzo.engine.messages import ModelInfo
-from cierzo.engine.server_process import LOG_FORMAT, prepare_memory, return_large_blocks
+from cierzo.engine.server_process import prepare_memory, return_large_blocks
 from cierzo.engine.text.prompt import PromptEncoder, reads_tekken
 
 log = logging.getLogger(__name__)
@@ -41,11 +43,12 @@ def serve(options: EngineOptions) -> int:
 
     Raises ConfigError (the port in use included) and CheckpointError before anything is served.
     """
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    config = resolve(options)
-    parse_address(config.frontend.address)  # refused before anything is made of it
-    _allow_files(config.frontend.max_connections + SPARE_FILES)
-    return uvloop.run(_serve(config))
+    with queued_lines(options.frontend.log_format) as lines:
+        config = resolve(options)
+        parse_address(config.frontend.address)  # refused before anything is made of it
+        metrics_address(config.frontend)
+        _allow_files(config.frontend.max_connections + SPARE_FILES)
+        return uvloop.run(_serve(config, lines=lines))
 
 
 def _allow_files(wanted: int) -> None:
@@ -69,7 +72,7 @@ def _say(text: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, what is kept of the old one is not tried again at the end
 
 
-async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
+async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQueue | None = None) -> int:
     """Bind first, so that an address that cannot be had is all that is told; take requests once the weights are
     read."""
     signals = _signals()
@@ -82,11 +85,15 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
     setup = Setup(checkpoint=checkpoint, tokenizer=config.tokenizer, frontend=config.frontend, model=model)
     encoders = Encoders(config.frontend, setup)
     frontend = Frontend(config.frontend, model, prompts, link, encoders)
-    server = RpcServer(config.frontend, frontend)
-    await server.start()
-    _say(config.describe() + recorder)
-    encoders.start()
+    if lines is not None:
+        frontend.observer.num_lost_lines = lines.lost
+    server, metrics = RpcServer(config.frontend, frontend), MetricsServer(config.frontend, frontend)
     try:
+        await server.start()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
+        await metrics.start()
+        _say(config.describe() + recorder)
+        encoders.start()
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):
             return 0 if startup == signal.SIGTERM else 128 + startup
@@ -96,6 +103,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker) -> int:
         return await _until_stopped(signals, frontend)
     finally:
         await server.close()
+        await metrics.close()
         await frontend.close()
         await encoders.close()
         await link.close()

@@ -21,6 +21,7 @@ from cierzo.engine.conversation import (
     Tool,
     ToolCall,
 )
+from cierzo.engine.core_stats import CoreStats
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 from cierzo.scheduler.plan import Finish, FinishReason, TokenDelta, TokenLogprobs
@@ -38,6 +39,7 @@ EndReason = FinishReason | Literal["tool_calls"]
 __all__ = [
     "ChatMessage",
     "Content",
+    "CoreStats",
     "ExpertStatistics",
     "Finish",
     "FinishReason",
@@ -366,43 +368,6 @@ class Health(Message, frozen=True, tag="health_reply", omit_defaults=True):
     notes: list[str] = []
 
 
-class CoreStats(Message, frozen=True, omit_defaults=True):
-    """Gauges and counters of scheduler and cache, as the core last published them.
-
-    computed_tokens, recomputed_tokens, sequence_steps, kv_block_s: sums of what `Cost` says of each request.
-    waiting_tokens: known tokens of running and waiting sequences that are not computed yet. prefill_tokens_per_s:
-    rate at which steps with prompts in them computed their tokens of late; 0 before the first one. step_s: time of
-    a step of late. prompt_row_s, prompt_pair_s: predicted seconds of a prompt's token, and of a pair of one and one
-    before it; 0 while no price is known. prefill_share: such seconds of work a second of the steps with prompts in
-    them, of late. max_chunk_tokens: longer prompts leave half a step to others. Version 2 has none of these.
-    experts: which ones the tokens of all its steps chose; None where they are not counted.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    free_blocks: int = 0
-    cached_blocks: int = 0
-    total_blocks: int = 0
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    preemptions: int = 0
-    finished: int = 0
-    computed_tokens: int = 0
-    recomputed_tokens: int = 0
-    sequence_steps: int = 0
-    kv_block_s: float = 0.0
-    waiting_tokens: int = 0
-    prefill_tokens_per_s: float = 0.0
-    step_s: float = 0.0
-    prompt_row_s: float = 0.0
-    prompt_pair_s: float = 0.0
-    prefill_share: float = 0.0
-    max_chunk_tokens: int = 0
-    experts: ExpertStatistics | None = None
-
-
 class Stats(Message, frozen=True, tag="stats_reply"):
     """Counters since the start of the front end, and the core's last gauges. `device` is the model's: figures of a
     simulated one say so."""
@@ -461,6 +426,8 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     `arrival_s` (None: now) and `deadline_at_s` are readings of the machine's monotonic clock, which both processes
     share. `first_sample`: the samples are numbered from here (a restart resubmits only those that still run).
     `banned_token_ids`: sequences of tokens that no output holds; `thinking`: the budget of its thoughts.
+    `tenant`, `weight`: whose it is, and that one's share beside others; `cache_salt`: prompts with different ones
+    share no blocks.
     """
 
     request_id: int
@@ -473,6 +440,9 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     first_sample: int = 0
     banned_token_ids: list[list[int]] = []
     thinking: ThinkingBudget | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    cache_salt: bytes = b""
 
 
 class Abort(Message, frozen=True, tag="abort"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -12,6 +13,8 @@ from msgspec import Meta
 
 from cierzo.engine.checkpoint import DEMO, checkpoint_folder
 from cierzo.engine.config import EngineOptions
+from cierzo.engine.errors import refusal
+from cierzo.engine.frontend.client_options import ConnectOptions
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import SamplingParams
 from cierzo.engine.settings import unwrap, word_reader
@@ -127,6 +130,31 @@ def add_effort(parser: argparse.ArgumentParser) -> None:
     """Add --reasoning-effort. Which words there are is up to the model, which refuses others with a list."""
     words = "how much a model that can choose thinks before it answers a message: none, high, ..."
     parser.add_argument("--reasoning-effort", type=text, metavar="WORD", help=words)
+
+
+KeyFile = Annotated[str | None, Meta(description="file that holds the server's key for this client")]
+TlsAuthorities = Annotated[
+    str | None, Meta(description="file of the certificates that vouch for the server, which speaks TLS")
+]
+
+
+class Access(msgspec.Struct, frozen=True):
+    """Options by which a server lets a client in."""
+
+    key_file: KeyFile = None
+    tls_ca: TlsAuthorities = None
+
+
+def access(key_file: str | None, tls_ca: str | None) -> ConnectOptions:
+    """The arguments of a client that the options of `Access` stand for. Raises ConfigError."""
+    options: ConnectOptions = {} if tls_ca is None else {"tls": tls_ca}
+    if key_file is not None:
+        try:
+            options["key"] = Path(key_file).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not ASCII"
+            raise refusal("key_file", "a file that holds a key", key_file, str(reason)) from None
+    return options
 
 
 def add_rpc(parser: argparse.ArgumentParser, purpose: str) -> None:

@@ -1,5 +1,5 @@
-"""Properties of every process of a server: its log lines, its end together with its parent, its collections and its
-heap, and how it opens files of its own."""
+"""Properties of every process of a server: its end together with its parent, its collections and its heap, and how
+it opens files of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PR_SET_PDEATHSIG = 1  # of prctl
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 LARGE_BYTES = 256 * 1024

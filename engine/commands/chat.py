@@ -10,14 +10,16 @@ import time
 from cierzo.engine.commands.screen import Screen, remark
 from cierzo.engine.errors import CierzoError, CoreFailed
 from cierzo.engine.frontend.client import SyncClient
+from cierzo.engine.frontend.client_options import ConnectOptions
 from cierzo.engine.messages import ChatMessage, Final, SamplingParams, ToolCall
-from cierzo.engine.options import add_effort, add_rpc, add_sampling, sampling, text
+from cierzo.engine.options import Access, access, add_effort, add_options, add_rpc, add_sampling, sampling, text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sampling parameters, the server's address and the messages."""
     add_sampling(parser)
     add_rpc(parser, "server to talk to")
+    add_options(parser, Access)
     parser.add_argument(
         "--message", type=text, metavar="TEXT", help="one message; default: read them from the terminal"
     )
@@ -28,11 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Send --message, or lead a conversation."""
     effort = arguments.reasoning_effort
-    return chat(arguments.rpc, arguments.message, arguments.system, sampling(arguments), effort)
+    options = access(arguments.key_file, arguments.tls_ca)
+    return chat(arguments.rpc, arguments.message, arguments.system, sampling(arguments), effort, options)
 
 
 def chat(
-    address: str, message: str | None, system: str | None, params: SamplingParams, effort: str | None = None
+    address: str,
+    message: str | None,
+    system: str | None,
+    params: SamplingParams,
+    effort: str | None = None,
+    options: ConnectOptions | None = None,
 ) -> int:
     """Send one message, or lead a conversation that is read from the terminal until its end (Ctrl-D). Where the
     model calls a tool, a line is its result.
@@ -42,7 +50,7 @@ def chat(
     history = [ChatMessage(role="system", content=system)] if system else []
     if message is not None:
         history.append(ChatMessage(role="user", content=message))
-    with SyncClient(address) as client:
+    with SyncClient(address, **(options or {})) as client:
         _wait_ready(client)
         if message is not None:
             turn(client, history, params, effort)

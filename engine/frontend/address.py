@@ -1,8 +1,8 @@
-"""Addresses of the RPC: "HOST:PORT" or "unix:PATH"."""
+"""Addresses to listen on: "HOST:PORT" or "unix:PATH"."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from cierzo.engine.errors import refusal
 
@@ -10,8 +10,7 @@ MAX_PORT = 65_535
 MAX_PATH_BYTES = 107  # of a Unix socket, on Linux
 
 
-@dataclass(frozen=True, slots=True)
-class TcpAddress:
+class TcpAddress(msgspec.Struct, frozen=True):
     """A TCP endpoint; port 0 lets the system choose when serving. IPv6 hosts are written in brackets."""
 
     host: str
@@ -21,8 +20,7 @@ class TcpAddress:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class UnixAddress:
+class UnixAddress(msgspec.Struct, frozen=True):
     """A Unix stream socket."""
 
     path: str

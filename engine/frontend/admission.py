@@ -5,6 +5,9 @@ them do such work. That rate is the engine's best only while there is more to co
 was then is believed for a while. Measured here: what has been sent since the core told, and, while requests
 queue in the core, the rate at which they get their first token, as they may wait for a place rather than for
 the prompts before them. Nothing is refused without evidence of either kind. Pure bookkeeping.
+
+The core shares its work among tenants by weight: who floods it waits behind itself. So a tenant's request has
+before it what its own tenant asked for, at its share of the rate, and at most what all did, at the whole rate.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 
 from cierzo.engine.errors import DeadlineUnreachable
 from cierzo.engine.frontend.prompt_line import PromptLine
+from cierzo.engine.frontend.tenants import DEFAULT
 from cierzo.engine.messages import CoreStats
 
 EVIDENCE_S = 10.0  # how long a rate is believed
@@ -23,20 +27,40 @@ MOST_STARTS = 64
 OPTIMISM = 0.75  # of the estimate: a request is refused if it would be late even so. In doubt it is let in
 
 
+_Run = tuple[int, int, str]  # tokens, priority, tenant
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A request's place in the queue. share: its tenant's part of the rate, at which that one's requests alone are
+    before it; 1: everybody's are before it, at the whole rate."""
+
+    priority: int
+    tenant: str
+    share: float
+
+    def is_behind(self, priority: int, tenant: str) -> bool:
+        """Whether a request of this priority and tenant goes before it."""
+        return priority <= self.priority if tenant == self.tenant else self.share == 1
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Seconds to a first token: until the core comes to the prompt, and from there."""
 
     queue_s: float
     own_s: float
+    place: _Place
 
 
 class _Prompts:
-    """Prompts that wait, summed up by priority."""
+    """Prompts of a tenant that wait, summed up by priority."""
 
-    __slots__ = ("_sums",)
+    __slots__ = ("_sums", "num_runs", "num_tokens", "weight")
 
     def __init__(self) -> None:
+        self.num_runs = self.num_tokens = 0  # these, and those that steps cut
+        self.weight = 1.0
         self._sums: dict[int, list[int]] = {}
 
     def add(self, num_tokens: int, priority: int, count: int = 1) -> None:
@@ -48,10 +72,14 @@ class _Prompts:
         sums[1] += count * num_tokens
         sums[2] += count * num_tokens * num_tokens
 
-    def before(self, priority: int) -> tuple[int, int, int]:
+    def clear(self) -> None:
+        """Count none of them."""
+        self._sums.clear()
+
+    def before(self, priority: int | None) -> tuple[int, int, int]:
         """Sums over what goes before a request of this priority that comes now: prompts, their tokens, and the
-        squares of these."""
-        sums = [each for level, each in self._sums.items() if level <= priority]
+        squares of these. priority None: that of another tenant, so all of it."""
+        sums = [each for level, each in self._sums.items() if priority is None or level <= priority]
         return sum(each[0] for each in sums), sum(each[1] for each in sums), sum(each[2] for each in sums)
 
 
@@ -64,10 +92,10 @@ class Admission:
         self._backlogged = False  # when the core last told
         self._rate = 0.0  # work on prompts a second that the engine can do, as far as known
         self._rate_s = float("-inf")  # when that was seen
-        self._runs: dict[int, tuple[int, int]] = {}  # sent, without a token yet: (tokens, priority)
+        self._runs: dict[int, _Run] = {}  # sent, without a token yet
         self._num_tokens = 0  # of these
-        self._short = _Prompts()  # those of them that steps do not cut to leave something for others
-        self._long: dict[int, tuple[int, int]] = {}  # the others
+        self._short: dict[str, _Prompts] = {}  # of each tenant, those that steps do not cut
+        self._long: dict[int, _Run] = {}  # the others
         self._unknown: dict[int, float] = {}  # when they were sent, of those sent after the core last looked
         self._unknown_tokens = 0
         self._starts: deque[float] = deque(maxlen=MOST_STARTS)  # of requests, while others waited in the core
@@ -88,11 +116,17 @@ class Admission:
                 return
             self._known(run_id)
 
-    def sent(self, run_id: int, num_tokens: int, priority: int, now: float) -> None:
-        """A run was sent to the core: tokens to compute until it gives one."""
-        self._runs[run_id] = (num_tokens, priority)
+    def sent(
+        self, run_id: int, num_tokens: int, priority: int, now: float, tenant: str = DEFAULT, weight: float = 1.0
+    ) -> None:
+        """A tenant's run was sent to the core: tokens to compute until it gives one."""
+        run = self._runs[run_id] = (num_tokens, priority, tenant)
         self._num_tokens += num_tokens
-        self._enter(run_id, num_tokens, priority)
+        prompts = self._short.setdefault(tenant, _Prompts())
+        prompts.weight = weight
+        prompts.num_runs += 1
+        prompts.num_tokens += num_tokens
+        self._enter(run_id, run)
         self._unknown[run_id] = now
         self._unknown_tokens += num_tokens
 
@@ -101,26 +135,38 @@ class Admission:
         if run_id not in self._runs:
             return
         self._known(run_id)
-        num_tokens, priority = self._runs.pop(run_id)
+        num_tokens, priority, tenant = self._runs.pop(run_id)
         self._num_tokens -= num_tokens
+        prompts = self._short[tenant]
+        prompts.num_runs -= 1
+        prompts.num_tokens -= num_tokens
         if self._long.pop(run_id, None) is None:
-            self._short.add(num_tokens, priority, -1)
+            prompts.add(num_tokens, priority, -1)
+        if not prompts.num_runs:
+            del self._short[tenant]
         if started and self._stats.waiting:
             self._starts.append(now)
 
-    def estimate(self, num_tokens: int, priority: int, now: float) -> Estimate | None:
-        """The time to the first token of a request that was sent now; None while no rate is known."""
-        line, start_s = self._line(priority, now), self._start_s(priority, now)
-        if line is None and start_s is None:
-            return None
-        own_s = self._seconds(num_tokens, num_tokens * num_tokens) if line is not None else 0.0
-        queue_s = line.queue_s(own_s) if line is not None else 0.0
-        return Estimate(max(queue_s, start_s or 0.0), own_s + self._stats.step_s)
+    def estimate(
+        self, num_tokens: int, priority: int, now: float, tenant: str = DEFAULT, weight: float = 1.0
+    ) -> Estimate | None:
+        """The time to the first token of a tenant's request that was sent now; None while no rate is known."""
+        share = self._share(tenant, weight)
+        found = [self._estimate(num_tokens, _Place(priority, tenant, part), now) for part in {1.0, share}]
+        return min((each for each in found if each is not None), key=lambda each: each.queue_s, default=None)
 
-    def require(self, num_tokens: int, priority: int, deadline_s: float, now: float) -> None:
+    def require(
+        self,
+        num_tokens: int,
+        priority: int,
+        deadline_s: float,
+        now: float,
+        tenant: str = DEFAULT,
+        weight: float = 1.0,
+    ) -> None:
         """Raise DeadlineUnreachable if the first token is late even if it comes earlier than estimated, by
         OPTIMISM."""
-        estimate = self.estimate(num_tokens, priority, now)
+        estimate = self.estimate(num_tokens, priority, now, tenant, weight)
         if estimate is None or OPTIMISM * (estimate.queue_s + estimate.own_s) <= deadline_s:
             return
         if OPTIMISM * estimate.own_s > deadline_s:
@@ -135,43 +181,71 @@ class Admission:
             field="deadline_s",
             limit=f"at least {OPTIMISM * (estimate.queue_s + estimate.own_s):.3g} s at this time",
             value=f"{deadline_s:.3g} s left",
-            retry_after_s=self._retry_after_s(estimate, priority, deadline_s, now),
+            retry_after_s=self._retry_after_s(estimate, deadline_s, now),
         )
 
-    def _retry_after_s(self, estimate: Estimate, priority: int, deadline_s: float, now: float) -> float:
+    def _share(self, tenant: str, weight: float) -> float:
+        """A tenant's part of the rate, beside all whose prompts wait."""
+        others = sum(prompts.weight for name, prompts in self._short.items() if name != tenant)
+        return weight / (weight + others)
+
+    def _estimate(self, num_tokens: int, place: _Place, now: float) -> Estimate | None:
+        line, start_s = self._line(place, now), self._start_s(place, now)
+        if line is None and start_s is None:
+            return None
+        own_s = self._seconds(num_tokens, num_tokens * num_tokens) if line is not None else 0.0
+        queue_s = line.queue_s(own_s / place.share) + own_s * (1 / place.share - 1) if line is not None else 0.0
+        return Estimate(max(queue_s, start_s or 0.0), own_s + self._stats.step_s, place)
+
+    def _retry_after_s(self, estimate: Estimate, deadline_s: float, now: float) -> float:
         """Seconds after which, by the estimate and if nobody else comes, the first token would be in time."""
-        line, start_s = self._line(priority, now), self._start_s(priority, now)
+        line, start_s = self._line(estimate.place, now), self._start_s(estimate.place, now)
         wait_s = 0.0 if start_s is None else start_s + estimate.own_s - deadline_s
         if line is not None:
-            wait_s = max(wait_s, line.time_until(estimate.own_s, max(0.0, deadline_s - estimate.own_s)))
+            own_s = estimate.own_s / estimate.place.share
+            wait_s = max(wait_s, line.time_until(own_s, max(0.0, deadline_s - own_s)))
         return wait_s + self._stats.step_s  # it does not come as a step begins
 
-    def _line(self, priority: int, now: float) -> PromptLine | None:
-        """Work that is to be computed before or beside a request of this priority; None while no rate is known."""
+    def _line(self, place: _Place, now: float) -> PromptLine | None:
+        """Work that is to be computed before or beside a request in this place, in seconds at its share of the
+        rate; None while no rate is known."""
         if now - self._rate_s > EVIDENCE_S:
             return None
-        stats = self._stats
-        done = max(0, self._num_tokens - self._unknown_tokens - stats.waiting_tokens)
+        stats, share = self._stats, place.share
+        done: float = max(0, self._num_tokens - self._unknown_tokens - stats.waiting_tokens)
+        if share < 1 and self._num_tokens:  # of what is done, its part
+            mine = self._short.get(place.tenant)
+            done *= 0 if mine is None else mine.num_tokens / self._num_tokens
         long_s = []
-        for num_tokens, level in self._long.values():
-            if level <= priority:
+        for num_tokens, level, whose in self._long.values():
+            if place.is_behind(level, whose):
                 computed = min(done, num_tokens)
                 done -= computed
-                long_s.append(self._seconds(num_tokens - computed, num_tokens**2 - computed**2))
-        _, num_tokens, squares = self._short.before(priority)
+                long_s.append(self._seconds(num_tokens - computed, num_tokens**2 - computed**2) / share)
+        _, num_tokens, squares = self._sums(place)
         left = max(0.0, 1 - done / num_tokens) if num_tokens else 0.0
         since_s = min(now - self._published_s, self._seconds(stats.waiting_tokens, 0))  # it goes on meanwhile
-        return PromptLine(long_s, left * self._seconds(num_tokens, squares)).after(since_s)
+        return PromptLine(long_s, left * self._seconds(num_tokens, squares) / share).after(since_s)
 
-    def _start_s(self, priority: int, now: float) -> float | None:
+    def _start_s(self, place: _Place, now: float) -> float | None:
         """Seconds until a place is free, by the rate at which requests got their first token while others waited
         for it; None while there is none."""
         if len(self._starts) < FEWEST_STARTS:
             return None
-        requests = self._short.before(priority)[0] + sum(level <= priority for _, level in self._long.values())
-        return requests * (now - self._starts[0]) / len(self._starts)
+        requests = self._sums(place)[0]
+        requests += sum(place.is_behind(level, whose) for _, level, whose in self._long.values())
+        return requests * (now - self._starts[0]) / len(self._starts) / place.share
 
-    def _seconds(self, num_tokens: int, squares: int) -> float:
+    def _sums(self, place: _Place) -> tuple[int, int, int]:
+        """Sums over the short prompts that go before a request in this place, as of `_Prompts.before`."""
+        count = num_tokens = squares = 0
+        for whose, prompts in self._short.items():
+            if whose == place.tenant or place.share == 1:
+                sums = prompts.before(place.priority if whose == place.tenant else None)
+                count, num_tokens, squares = count + sums[0], num_tokens + sums[1], squares + sums[2]
+        return count, num_tokens, squares
+
+    def _seconds(self, num_tokens: float, squares: float) -> float:
         """Seconds of work on prompts, with nothing else to do: by the core's price; without one, all tokens are
         alike."""
         stats = self._stats
@@ -195,15 +269,18 @@ class Admission:
 
     def _sort(self) -> None:
         """Learn from which length on prompts are long."""
-        self._short, self._long = _Prompts(), {}
-        for run_id, (num_tokens, priority) in self._runs.items():
-            self._enter(run_id, num_tokens, priority)
+        self._long = {}
+        for prompts in self._short.values():
+            prompts.clear()
+        for run_id, run in self._runs.items():
+            self._enter(run_id, run)
 
-    def _enter(self, run_id: int, num_tokens: int, priority: int) -> None:
+    def _enter(self, run_id: int, run: _Run) -> None:
+        num_tokens, priority, tenant = run
         if 0 < self._stats.max_chunk_tokens < num_tokens:
-            self._long[run_id] = (num_tokens, priority)
+            self._long[run_id] = run
         else:
-            self._short.add(num_tokens, priority)
+            self._short[tenant].add(num_tokens, priority)
 
     def _known(self, run_id: int) -> None:
         """The core's gauges count this run, or it has left the queue."""

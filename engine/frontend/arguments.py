@@ -6,7 +6,6 @@ A value that no message can carry is refused here, where the caller stands, and 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from operator import index
 from typing import Any
@@ -17,6 +16,7 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend import foreign
 from cierzo.engine.frontend.absent import absent
 from cierzo.engine.frontend.bounds import shown, too_deep
+from cierzo.engine.frontend.client_options import GenerateArguments
 from cierzo.engine.frontend.wire_checks import mistyped
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
 from cierzo.engine.text.unicode import refuse_surrogates
@@ -28,7 +28,7 @@ _TUPLES = {"stop", "stop_token_ids", "bad_words", "allowed_token_ids"}  # one al
 _FIELDS = dict.fromkeys(name for name in Generate.__struct_fields__ if name not in ("stream", "attached"))
 
 
-def whole_answer(arguments: dict[str, Any]) -> dict[str, Any]:
+def whole_answer(arguments: GenerateArguments) -> GenerateArguments:
     """The arguments of `generate` for an answer that comes at once. Raises InvalidRequest if they want deltas."""
     if arguments.get("deltas"):
         what = "an answer that comes at once has no deltas; generate gives some"
@@ -96,6 +96,8 @@ def _sampling_fields(base: Any, params: Mapping[str, Any], also_known: Iterable[
 def _unknown(name: object, value: object, known: Iterable[str]) -> InvalidRequest:
     if reason := absent(str(name)):
         return InvalidRequest(reason, field=str(name), limit="left out", value=shown(value))
+    import difflib  # seldom needed, and a client is to start fast
+
     known = list(known)
     nearest = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"

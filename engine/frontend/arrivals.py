@@ -22,14 +22,15 @@ from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.keeper import Keeper
-from cierzo.engine.frontend.limits import require_room
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import require_bounded
 from cierzo.engine.frontend.stream import Sink, Stream, reader_of
+from cierzo.engine.frontend.tenancy import Tenancy
+from cierzo.engine.frontend.tenants import Tenant
 from cierzo.engine.frontend.validate import SEED_BITS
-from cierzo.engine.messages import FinishReason, Generate, ModelInfo
+from cierzo.engine.messages import FinishReason, Generate, ModelInfo, Submit
 from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import PromptEncoder, Reader
@@ -64,6 +65,14 @@ class Owner(Protocol):
         """A stream was refused: nothing of it is left."""
         ...
 
+    def refused(self, error: CierzoError, sink: Sink, message: Generate | None = None) -> None:
+        """Learn that a request was refused before a stream was opened for it."""
+        ...
+
+    def refused_late(self, error: CierzoError, stream: Stream) -> None:
+        """Learn that a request was refused for what its prompt turned out to be."""
+        ...
+
 
 class Arrivals:
     """Takes requests until the core has them. A request is refused here, or started."""
@@ -74,6 +83,7 @@ class Arrivals:
         model: ModelInfo,
         prompts: PromptEncoder,
         encoders: Encoder,
+        tenancy: Tenancy,
         streams: Registry,
         core: CoreSide,
         keeper: Keeper,
@@ -91,6 +101,7 @@ class Arrivals:
         self._encoders = encoders
         self._encoding: dict[int, asyncio.Future[Encoded]] = {}  # by request id
         self._attachments = Attachments(config, encoders.budget, clock, self._attachment_expired)
+        self._tenancy = tenancy
         self._streams = streams
         self._core = core
         self._keeper = keeper
@@ -122,17 +133,17 @@ class Arrivals:
             attached = None
         try:
             self._readers.place(sink, message.stream)
-            if attached is None and (stream := self._keeper.find_key(message)) is not None:
+            if attached is None and (stream := self._keeper.find_key(message, sink.access.tenant)) is not None:
                 self._readers.join(sink, message, stream)
                 return
             prompts = self._prompts
             validate.fields(message, self._config, self._model, prompts.special_ids, efforts=prompts.efforts)
-            self._admit(message.sampling.n)
+            self._admit(sink.access.tenant, message.sampling.n)
             if attached is not None or message.attached is not None:
                 num_bytes, most = None if attached is None else attached.num_bytes, self._model.max_model_len
                 validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
-        except CierzoError:
-            self._owner.counters.refused += 1
+        except CierzoError as error:
+            self._owner.refused(error, sink, message)
             raise
         stream = self._open(sink, message)
         try:
@@ -142,8 +153,8 @@ class Arrivals:
                 self._encode_aside(stream, msgspec.msgpack.encode(message), attached)
             else:
                 self._start(stream, self._inline.encode(message, apart=stream.apart))
-        except CierzoError:
-            self._refuse(stream)
+        except CierzoError as error:
+            self._refuse(stream, error)
             raise
 
     def generate_large(self, sink: Sink, stream_id: int, body: bytearray, deadline_s: float | None) -> None:
@@ -152,17 +163,17 @@ class Arrivals:
         attached = self._attachments.take(sink, stream_id)
         try:
             self._readers.place(sink, stream_id)
-            self._admit(1)
-        except CierzoError:
-            self._owner.counters.refused += 1
+            self._admit(sink.access.tenant, 1)
+        except CierzoError as error:
+            self._owner.refused(error, sink)
             raise
         if deadline_s is not None and not 0 < deadline_s <= self._config.max_deadline_s:
             deadline_s = None  # which will be refused
         stream = self._open(sink, Generate(stream=stream_id, deadline_s=deadline_s))  # the true one comes later
         try:
             self._encode_aside(stream, body, attached)
-        except CierzoError:
-            self._refuse(stream)
+        except CierzoError as error:
+            self._refuse(stream, error)
             raise
 
     def forget_attached(self, sink: Sink, stream_id: int) -> None:
@@ -190,12 +201,12 @@ class Arrivals:
 
     # --- inside ----------------------------------------------------------------------------------------
 
-    def _admit(self, num_samples: int) -> None:
+    def _admit(self, tenant: Tenant, num_samples: int) -> None:
         if self._owner.is_refusing:
             raise Draining("the server is draining", retry_after_s=self._config.retry_after_s)
         self._core.require()
-        self._heap.require()
-        require_room(self._config, "max_open_samples", self._streams.num_samples + num_samples)
+        self._heap.require(tenant)
+        self._tenancy.require_request(tenant, num_samples)
 
     def _open(self, sink: Sink, message: Generate) -> Stream:
         request_id = self._next_request_id
@@ -212,6 +223,10 @@ class Arrivals:
             arrived=arrived,
             deadline_at_s=arrived + (message.deadline_s or self._config.default_deadline_s),
             apart=self._prompts.syntax is not None and "parts" in sink.features,
+            tenant=sink.access.tenant,
+            peer=sink.peer,
+            caller_id=message.caller_id,
+            traceparent=message.traceparent,
         )
         if "resume" in sink.features:
             self._keeper.enter(stream)
@@ -227,7 +242,7 @@ class Arrivals:
         attached = None if was_refused else attached
         job = Job(stream=stream.stream_id, features=features, has_attached=attached is not None)
         pieces = [] if attached is None else attached.pieces
-        future = self._encoders.submit(job, body, pieces, stream.deadline_at_s)
+        future = self._encoders.submit(job, body, pieces, stream.deadline_at_s, stream.tenant.name)
         self._encoding[stream.request_id] = future
         future.add_done_callback(lambda done: self._encoded(stream, done, was_refused))
 
@@ -245,7 +260,7 @@ class Arrivals:
             self._owner.end(stream, "deadline")
         except CierzoError as error:
             if was_refused and error.field == "attached":
-                self._refuse(stream)
+                self._refuse(stream, error)
             else:
                 self._refuse_late(stream, error)
         except Exception as error:
@@ -257,7 +272,7 @@ class Arrivals:
         names another stream, which its reader gets instead."""
         message = encoded.message
         if message.idempotency_key is not None and stream.key is None:
-            known = self._keeper.find_key(message, encoded.content)
+            known = self._keeper.find_key(message, stream.tenant, encoded.content)
             if known is not None:
                 sink = stream.sink
                 self._leave(stream)
@@ -265,10 +280,10 @@ class Arrivals:
                     self._join(sink, message, known)
                 return False
             self._keeper.claim(stream, message, encoded.content)
-        num_samples = self._streams.num_samples + message.sampling.n - stream.num_samples
-        require_room(self._config, "max_open_samples", num_samples)
+        self._tenancy.require("max_open_samples", stream.tenant, message.sampling.n - stream.num_samples)
         self._streams.resize(stream, message.sampling.n)
         stream.deltas, stream.sampling = message.deltas, message.sampling
+        stream.caller_id, stream.traceparent = message.caller_id, message.traceparent
         stream.deadline_at_s = stream.arrived + (message.deadline_s or self._config.default_deadline_s)
         self._core.opened(stream)
         return True
@@ -293,7 +308,7 @@ class Arrivals:
                 value=num_tokens,
             )
         self._core.require_in_time(stream, num_tokens, submit.priority)
-        require_room(self._config, "max_open_tokens", self._streams.num_tokens + num_tokens)
+        submit = self._as_tenant(stream, submit, num_tokens)
         if not stream.deltas:
             require_bounded(submit, self._config.max_answer_bytes)
         stream.sampling, stream.in_thinking, stream.calls = submit.sampling, encoded.in_thinking, encoded.calls
@@ -307,6 +322,18 @@ class Arrivals:
         if stream.sink is not None:
             self._outlets.attach(stream)
         self._core.submit(stream)
+
+    def _as_tenant(self, stream: Stream, submit: Submit, num_tokens: int) -> Submit:
+        """The request within its tenant's limits. Raises the CierzoError that says why it is not; num_tokens: of
+        prompt and resumed answer."""
+        tenant = self._tenancy.book(stream.tenant).tenant
+        self._tenancy.require_tokens(tenant, num_tokens, submit.priority)
+        room, sampling = tenant.max_model_len - num_tokens + len(submit.output_token_ids), submit.sampling
+        if sampling.max_tokens > room:
+            sampling = msgspec.structs.replace(sampling, max_tokens=room)
+        return msgspec.structs.replace(
+            submit, sampling=sampling, tenant=tenant.name, weight=tenant.weight, cache_salt=tenant.cache_salt
+        )
 
     def _reader(self, stream: Stream, encoded: Encoded, sample: int) -> Reader | None:
         """A new one, which has seen what a resumed request brings."""
@@ -326,14 +353,14 @@ class Arrivals:
         )
         sink.put(failure(stream_id, error))
 
-    def _refuse(self, stream: Stream) -> None:
+    def _refuse(self, stream: Stream, error: CierzoError) -> None:
         if stream in self._streams:
-            self._owner.counters.refused += 1
+            self._owner.refused_late(error, stream)
             self._leave(stream)
 
     def _refuse_late(self, stream: Stream, error: CierzoError) -> None:
         sink = stream.sink
-        self._refuse(stream)
+        self._refuse(stream, error)
         if sink is not None:
             sink.put(failure(stream.stream_id, error))
 

@@ -70,7 +70,7 @@ class Attachments:
                 limit=most,
                 value=num_bytes,
             )
-        self._budget.take(len(data))
+        self._budget.take(len(data), sink.access.tenant.name)
         entry.append(data)
 
     def refuse(self, sink: Sink, stream_id: int) -> None:
@@ -98,7 +98,7 @@ class Attachments:
         entry = self._sinks.get(sink, {}).pop(stream_id, None)
         if entry is not None:
             self._expiry.discard((sink, stream_id))
-            self._budget.give(ENTRY_BYTES + entry.num_bytes)
+            self._budget.give(ENTRY_BYTES + entry.num_bytes, sink.access.tenant.name)
         return entry
 
     def disconnect(self, sink: Sink) -> None:
@@ -117,7 +117,7 @@ class Attachments:
         entry = entries.get(stream_id)
         if entry is None:
             require_room(self._config, "max_streams_per_connection", len(entries) + 1)
-            self._budget.take(ENTRY_BYTES)
+            self._budget.take(ENTRY_BYTES, sink.access.tenant.name)
             entry = entries[stream_id] = Attached()
         self._expiry.add((sink, stream_id))
         return entry

@@ -36,24 +36,24 @@ A lost connection ends its generations with ConnectionLost, unless the client ma
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import Any, Self, TypeVar, cast
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Self, TypeVar, Unpack, cast
 
-from cierzo.engine.errors import ConnectionLost, CoreFailed, Draining, InvalidRequest, VersionMismatch
-from cierzo.engine.frontend.address import Address, TcpAddress, parse_address
+from cierzo.engine.errors import ConnectionLost, CoreFailed, Draining, InvalidRequest, refusal
+from cierzo.engine.frontend.address import parse_address
 from cierzo.engine.frontend.answer import Answer
 from cierzo.engine.frontend.arguments import generate_message, whole_answer
-from cierzo.engine.frontend.client_link import ClientLink
+from cierzo.engine.frontend.client_options import ConnectOptions, GenerateArguments
+from cierzo.engine.frontend.dial import Dial, known_features, secret, tls_context
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.loop_thread import LoopThread
 from cierzo.engine.frontend.one_process import OneProcess
-from cierzo.engine.frontend.session import Reconnect, Session
+from cierzo.engine.frontend.place import Place
+from cierzo.engine.frontend.retries import Reconnect, Retry
+from cierzo.engine.frontend.session import Session, unsent
 from cierzo.engine.frontend.sync_generation import SyncGeneration
 from cierzo.engine.messages import (
     FEATURES,
-    OLDEST_VERSION,
-    PROTOCOL_VERSION,
-    ChatMessage,
     Drain,
     Final,
     GetHealth,
@@ -62,17 +62,15 @@ from cierzo.engine.messages import (
     Health,
     ModelInfo,
     Ping,
-    SamplingParams,
     Stats,
-    Tool,
     Welcome,
 )
 
-__all__ = ["Client", "Generation", "Reconnect", "SyncClient", "SyncGeneration"]
+__all__ = ["Client", "GenerateArguments", "Generation", "Reconnect", "Retry", "SyncClient", "SyncGeneration"]
 
 CONNECT_TIMEOUT_S = 10.0
 FIRST_READY_POLL_S, LONGEST_READY_POLL_S = 0.05, 1.0
-Message = ChatMessage | Mapping[str, Any]
+UNREACHABLE = "out of reach"
 T = TypeVar("T")
 
 
@@ -85,80 +83,46 @@ class Client:
     @classmethod
     async def connect(
         cls,
-        address: str,
+        addresses: str | Iterable[str],
         timeout_s: float = CONNECT_TIMEOUT_S,
-        *,
-        reconnect: bool | Reconnect = False,
-        keepalive_s: float | None = None,
-        features: Iterable[str] = FEATURES,
+        **options: Unpack[ConnectOptions],
     ) -> Self:
-        """Connect to "HOST:PORT" or "unix:PATH".
+        """Connect to "HOST:PORT" or "unix:PATH", or to several of them, which serve the same model.
 
-        reconnect: mend lost connections, and go on with what was open on them; where the server has the feature
-        "resume". keepalive_s: seconds after which a silent server, of which something is awaited, is pinged; as
-        many later the connection counts as lost (None: what the server tells, else 20). features: of the protocol,
-        to be asked for; who needs few of them costs both sides less.
-        Raises ConnectionLost where no server answers, ProtocolError where something else does, or the refusal.
+        connections: to each address (1). reconnect: mend lost connections, and go on with what was open on them,
+        where the server has the feature "resume" (True; a `Reconnect` has bounds of its own). retry: repeat
+        requests that were refused for now and certainly did not run, elsewhere or later (None: if there are several
+        addresses; a `Retry` has bounds of its own). keepalive_s: seconds after which a silent server, of which
+        something is awaited, is pinged; as many later the connection counts as lost (None: what the server tells,
+        else 20). default_deadline_s: of requests that have none of their own. features: of the protocol, to be
+        asked for; who needs few of them costs both sides less. key: what the server knows its tenant by. tls: True,
+        the path of a file of certificates to trust, or an ssl.SSLContext, for addresses that are no Unix sockets;
+        tls_certificate, tls_key: paths of what this client proves itself with.
+        Raises ConnectionLost where no server answers, ProtocolError where something else does, ConfigError where
+        TLS does not suit, or the refusal: Unauthorized, where the server does not take the key.
         """
-        where, features = parse_address(address), _known(features)
-
-        async def again() -> ClientLink:
-            return await _connected(where, timeout_s, keepalive_s, features, is_known=True)
-
-        policy = reconnect if isinstance(reconnect, Reconnect) else Reconnect() if reconnect else None
-        return cls(Session(await _connected(where, timeout_s, keepalive_s, features), again, policy))
+        session = _session(addresses, timeout_s, options)
+        await session.open()
+        return cls(session)
 
     @property
     def welcome(self) -> Welcome:
         """The server's description of itself, its limits, and the features that it grants."""
         return self._session.link.welcome
 
-    def generate(
-        self,
-        *,
-        text: str | None = None,
-        messages: Message | Iterable[Message] | None = None,
-        token_ids: Iterable[Any] | None = None,
-        sampling: SamplingParams | Mapping[str, Any] | None = None,
-        output_token_ids: Iterable[Any] | None = None,
-        tools: Iterable[Tool | Mapping[str, Any]] | None = None,
-        tool_choice: str = "auto",
-        parallel_tool_calls: bool = True,
-        suffix: str | None = None,
-        reasoning_effort: str | None = None,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        deltas: bool = True,
-        idempotency_key: str | None = None,
-        **params: Any,
-    ) -> Generation:
+    def generate(self, **arguments: Unpack[GenerateArguments]) -> Generation:
         """Send a request now, and give what iterates over its answer.
 
-        Exactly one of `text`, `messages`, `token_ids`. Further keywords are the fields of SamplingParams
-        (`max_tokens`, `temperature`, `seed`, `stop`, ...), on top of `sampling` if that is given. The other
-        arguments are those of `messages.Generate`; messages, tools and calls may also have the fields that OpenAI's
-        and Mistral's interfaces give them. Raises InvalidRequest for an unknown keyword, for what no
-        message can carry and for what the server's limits refuse, FrameTooLarge for more than it reads, Overloaded
-        for one request too many; the server's own refusals are raised by the iteration.
+        Exactly one of `text`, `messages`, `token_ids`. Other keywords are the fields of `messages.Generate` and of
+        SamplingParams (`max_tokens`, `temperature`, `seed`, `stop`, ...), on top of `sampling` if that is given;
+        messages, tools and calls may also have the fields that OpenAI's and Mistral's interfaces give them.
+        `caller_id` and `traceparent` are the caller's own names of it, for the logs of a server that takes them.
+        Raises InvalidRequest for an unknown keyword, for what no message can carry and for what the server's limits
+        refuse, FrameTooLarge for more than it reads, Overloaded for one request too many; the server's own refusals
+        are raised by the iteration. Errors say in `may_have_run` whether a server may have worked on the request.
         """
-        message = generate_message(
-            text=text,
-            messages=messages,
-            token_ids=token_ids,
-            sampling=sampling,
-            output_token_ids=output_token_ids,
-            tools=tools,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-            suffix=suffix,
-            reasoning_effort=reasoning_effort,
-            priority=priority,
-            deadline_s=deadline_s,
-            deltas=deltas,
-            idempotency_key=idempotency_key,
-            **params,
-        )
-        return self._session.generate(message)
+        with unsent():
+            return self._session.generate(generate_message(**arguments))
 
     def resume(self, request_id: str, received: Iterable[int]) -> Generation:
         """Go on with a request, of a lost connection or of another client's, behind its first tokens.
@@ -172,58 +136,87 @@ class Client:
         """Cancel a request by its id, whichever connection it is of. Raises NotFound."""
         await self._session.cancel_request(request_id)
 
-    async def complete(self, **arguments: Any) -> Final:
+    async def complete(self, **arguments: Unpack[GenerateArguments]) -> Final:
         """As `generate`, but the whole answer at once: `final.samples[i].text`, `.token_ids`, `.logprobs`."""
         return (await self._whole(arguments)).final
 
-    async def ask(self, **arguments: Any) -> Answer:
+    async def ask(self, **arguments: Unpack[GenerateArguments]) -> Answer:
         """As `complete`, but what was said: text, thoughts and calls of sample 0, and the turn that they are."""
         return (await self._whole(arguments)).answer()
 
-    async def _whole(self, arguments: dict[str, Any]) -> Generation:
+    async def _whole(self, arguments: GenerateArguments) -> Generation:
         generation = self.generate(**whole_answer(arguments))
         async for _ in generation:
             pass
         return generation
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
-        """Wait until the server takes requests; that it still loads its model, or finds its core hung, is no error.
+        """Wait until a server takes requests; that it still loads its model, or finds its core hung, is no error.
 
-        Raises Draining or CoreFailed if it never will, and TimeoutError with the state seen last.
+        Raises Draining or CoreFailed if none ever will, and TimeoutError with the states seen last.
         """
-        state, pause_s = "unknown, as it does not answer", FIRST_READY_POLL_S
+        states, pause_s = ["unknown, as it does not answer"], FIRST_READY_POLL_S
         try:
             async with asyncio.timeout(timeout_s):
-                while (state := (await self.health()).state) in ("loading", "stalled"):
+                while "ready" not in (states := await self._states()):
+                    if not {"loading", "stalled", UNREACHABLE}.intersection(states):
+                        break
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, LONGEST_READY_POLL_S)
         except TimeoutError:
-            raise TimeoutError(f"the server is not ready after {timeout_s:g} s; its state is {state}") from None
-        if state == "draining":
+            seen = ", ".join(states)
+            raise TimeoutError(f"the server is not ready after {timeout_s:g} s; its state is {seen}") from None
+        if "ready" in states:
+            return
+        if "draining" in states:
             raise Draining("the server drains: it takes no new requests")
-        if state != "ready":
-            raise CoreFailed(f"the server takes no requests: its state is {state}")
+        raise CoreFailed(f"the server takes no requests: its state is {', '.join(states)}")
 
-    async def ping(self) -> None:
-        """Wait for an answer of the front end."""
-        await self._session.call(Ping)
+    async def _states(self) -> list[str]:
+        """The state of each server."""
+        places = self._session.places
+        if len(places) == 1:
+            return [(await self.health()).state]
+        return await asyncio.gather(*map(self._state, places))
 
-    async def health(self) -> Health:
-        """The server's state: loading, ready, stalled, draining or failed."""
-        return cast(Health, await self._session.call(GetHealth))
+    async def _state(self, place: Place) -> str:
+        if not place.links:
+            place.grow()
+            return UNREACHABLE
+        try:
+            return cast(Health, await self._session.call(GetHealth, place)).state
+        except ConnectionLost:
+            return UNREACHABLE
 
-    async def stats(self) -> Stats:
-        """Counters and gauges of the server."""
-        return cast(Stats, await self._session.call(GetStats))
+    async def ping(self, address: str | None = None) -> None:
+        """Wait for an answer of a front end: that of one of this client's addresses, or any."""
+        await self._call(Ping, address)
 
-    async def model_info(self) -> ModelInfo:
-        """Describe the model that is served, and its limits."""
-        return cast(ModelInfo, await self._session.call(GetModel))
+    async def health(self, address: str | None = None) -> Health:
+        """The server's state: loading, ready, stalled, draining or failed; where it has the feature "probes" also
+        `startup`, `live` and `ready` apart, and `notes`. address: as in `ping`."""
+        return cast(Health, await self._call(GetHealth, address))
 
-    async def drain(self, *, undo: bool = False) -> None:
+    async def stats(self, address: str | None = None) -> Stats:
+        """Counters and gauges of the server. address: as in `ping`."""
+        return cast(Stats, await self._call(GetStats, address))
+
+    async def model_info(self, address: str | None = None) -> ModelInfo:
+        """Describe the model that is served, and its limits. address: as in `ping`."""
+        return cast(ModelInfo, await self._call(GetModel, address))
+
+    async def drain(self, address: str | None = None, *, undo: bool = False) -> None:
         """Have the server take nothing more, and wait until it has finished what it had, or, after its `drain_s`,
-        has ended that as Interrupted. undo: have it take requests again."""
-        await self._session.call(Drain, undo=undo)
+        has ended that as Interrupted. undo: have it take requests again. address: which server, of several; raises
+        InvalidRequest if none of them is named."""
+        if address is None and len(self._session.places) > 1:
+            limit = ", ".join(place.name for place in self._session.places)
+            what = f"address must say which server is to drain: {limit}"
+            raise InvalidRequest(what, field="address", limit=limit)
+        await self._call(Drain, address, undo=undo)
+
+    async def _call(self, method: Callable[..., Any], address: str | None, **fields: Any) -> Any:
+        return await self._session.call(method, self._session.place(address), **fields)
 
     async def close(self) -> None:
         """Close the connection; what still runs is cancelled by the server, and fails here with ConnectionLost."""
@@ -236,68 +229,32 @@ class Client:
         await self.close()
 
 
-def _known(features: Iterable[str]) -> tuple[str, ...]:
-    """The features, if each is one that there is; raises InvalidRequest."""
-    for feature in (features := tuple(features)):
-        if feature not in FEATURES:
-            limit = ", ".join(FEATURES)
-            raise InvalidRequest(
-                f"there is no feature {feature!r}, only {limit}", field="features", limit=limit, value=feature
-            )
-    return features
-
-
-async def _connected(
-    where: Address, timeout_s: float, keepalive_s: float | None, features: tuple[str, ...], is_known: bool = False
-) -> ClientLink:
-    """A connection that was welcomed, by a server of this version or the one before. `is_known`: it has welcomed us
-    before."""
-    until_s = asyncio.get_running_loop().time() + timeout_s
-    try:
-        return await _welcomed(where, PROTOCOL_VERSION, features, until_s, timeout_s, keepalive_s, is_known)
-    except VersionMismatch as error:
-        if error.limit != str(OLDEST_VERSION):
-            raise
-    return await _welcomed(where, OLDEST_VERSION, (), until_s, timeout_s, keepalive_s, is_known)
-
-
-async def _welcomed(
-    where: Address,
-    version: int,
-    features: tuple[str, ...],
-    until_s: float,
-    timeout_s: float,
-    keepalive_s: float | None,
-    is_known: bool,
-) -> ClientLink:
-    loop = asyncio.get_running_loop()
-    link = ClientLink(
-        loop, str(where), version=version, features=features, keepalive_s=keepalive_s, is_known=is_known
+def _session(addresses: str | Iterable[str], timeout_s: float, options: ConnectOptions) -> Session:
+    """The session that the arguments of `Client.connect` ask for, which is not open yet."""
+    names = [addresses] if isinstance(addresses, str) else [*addresses]
+    places = [*dict.fromkeys(map(parse_address, names))]
+    connections = options.get("connections", 1)
+    if not places:
+        raise refusal("addresses", "at least one", "none")
+    if connections < 1:
+        raise refusal("connections", "at least 1", connections)
+    reconnect, retry = options.get("reconnect", True), options.get("retry")
+    dial = Dial(
+        timeout_s=timeout_s,
+        keepalive_s=options.get("keepalive_s"),
+        features=known_features(options.get("features", FEATURES)),
+        key=secret(options.get("key")),
+        tls=tls_context(options.get("tls", False), options.get("tls_certificate"), options.get("tls_key")),
     )
-
-    def protocol() -> ClientLink:
-        return link
-
-    try:
-        async with asyncio.timeout_at(until_s):
-            if isinstance(where, TcpAddress):
-                await loop.create_connection(protocol, where.host, where.port)
-            else:
-                await loop.create_unix_connection(protocol, where.path)
-            await link.welcomed
-            return link
-    except BaseException as error:
-        link.close()
-        if isinstance(error, OSError):  # a TimeoutError too
-            raise ConnectionLost(_unanswered(where, link, error, timeout_s)) from error
-        raise
-
-
-def _unanswered(where: Address, link: ClientLink, error: Exception, timeout_s: float) -> str:
-    """The reason why there is no client, in words: a TimeoutError of asyncio has none."""
-    if link.is_connected:
-        return f"{where} takes connections, but did not say welcome within {timeout_s:g} s{link.question}"
-    return f"no server answers at {where}: {str(error) or f'not connected within {timeout_s:g} s'}"
+    retry = len(places) > 1 if retry is None else retry
+    return Session(
+        places,
+        dial.connect,
+        connections=connections,
+        reconnect=(reconnect if isinstance(reconnect, Reconnect) else Reconnect() if reconnect else None),
+        retry=retry if isinstance(retry, Retry) else Retry() if retry else None,
+        default_deadline_s=options.get("default_deadline_s"),
+    )
 
 
 class SyncClient(OneProcess):
@@ -314,21 +271,16 @@ class SyncClient(OneProcess):
 
     def __init__(
         self,
-        address: str,
+        addresses: str | Iterable[str],
         timeout_s: float = CONNECT_TIMEOUT_S,
-        *,
-        reconnect: bool | Reconnect = False,
-        keepalive_s: float | None = None,
-        features: Iterable[str] = FEATURES,
+        **options: Unpack[ConnectOptions],
     ) -> None:
         """Connect; arguments and errors are those of `Client.connect`."""
         super().__init__()
         self._thread = LoopThread("cierzo-client")
 
         async def connect() -> Client:
-            client = await Client.connect(
-                address, timeout_s, reconnect=reconnect, keepalive_s=keepalive_s, features=features
-            )
+            client = await Client.connect(addresses, timeout_s, **options)
             return await self._thread.exits.enter_async_context(client)
 
         try:
@@ -342,14 +294,15 @@ class SyncClient(OneProcess):
         """The server's description of itself and its limits."""
         return self._client.welcome
 
-    def generate(self, **arguments: Any) -> SyncGeneration:
+    def generate(self, **arguments: Unpack[GenerateArguments]) -> SyncGeneration:
         """As `Client.generate`; iterate with `for`."""
-        message = generate_message(**arguments)  # in this thread: an iterable may ask this client as well
+        with unsent():
+            message = generate_message(**arguments)  # in this thread: an iterable may ask this client as well
 
-        async def send() -> Generation:
-            return self._client._session.generate(message)
+            async def send() -> Generation:
+                return self._client._session.generate(message)
 
-        return SyncGeneration(self._run(send), self._run)
+            return SyncGeneration(self._run(send), self._run)
 
     def resume(self, request_id: str, received: Iterable[int]) -> SyncGeneration:
         """As `Client.resume`; iterate with `for`."""
@@ -364,15 +317,15 @@ class SyncClient(OneProcess):
         """As `Client.cancel_request`."""
         self._run(lambda: self._client.cancel_request(request_id))
 
-    def complete(self, **arguments: Any) -> Final:
+    def complete(self, **arguments: Unpack[GenerateArguments]) -> Final:
         """As `Client.complete`."""
         return self._whole(arguments).final
 
-    def ask(self, **arguments: Any) -> Answer:
+    def ask(self, **arguments: Unpack[GenerateArguments]) -> Answer:
         """As `Client.ask`."""
         return self._whole(arguments).answer()
 
-    def _whole(self, arguments: dict[str, Any]) -> SyncGeneration:
+    def _whole(self, arguments: GenerateArguments) -> SyncGeneration:
         generation = self.generate(**whole_answer(arguments))
         for _ in generation:
             pass
@@ -382,25 +335,25 @@ class SyncClient(OneProcess):
         """As `Client.wait_ready`."""
         self._run(lambda: self._client.wait_ready(timeout_s))
 
-    def ping(self) -> None:
+    def ping(self, address: str | None = None) -> None:
         """As `Client.ping`."""
-        self._run(self._client.ping)
+        self._run(lambda: self._client.ping(address))
 
-    def health(self) -> Health:
+    def health(self, address: str | None = None) -> Health:
         """As `Client.health`."""
-        return self._run(self._client.health)
+        return self._run(lambda: self._client.health(address))
 
-    def stats(self) -> Stats:
+    def stats(self, address: str | None = None) -> Stats:
         """As `Client.stats`."""
-        return self._run(self._client.stats)
+        return self._run(lambda: self._client.stats(address))
 
-    def model_info(self) -> ModelInfo:
+    def model_info(self, address: str | None = None) -> ModelInfo:
         """As `Client.model_info`."""
-        return self._run(self._client.model_info)
+        return self._run(lambda: self._client.model_info(address))
 
-    def drain(self, *, undo: bool = False) -> None:
+    def drain(self, address: str | None = None, *, undo: bool = False) -> None:
         """As `Client.drain`."""
-        self._run(lambda: self._client.drain(undo=undo))
+        self._run(lambda: self._client.drain(address, undo=undo))
 
     def close(self) -> None:
         """Close the connection and end the thread. Does nothing the second time, nor in a forked child."""

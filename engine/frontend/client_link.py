@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError, ConnectionLost, Overloaded, ProtocolError
+from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost, Overloaded, ProtocolError
 from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter, pack
@@ -39,6 +40,7 @@ from cierzo.engine.messages import (
 
 MAX_WELCOME_FRAME_BYTES = 65536  # the first bytes of another protocol, read as a length, are nearly all larger
 SHOWN_BYTES = 40  # of what another protocol answers
+TLS_ALERT = b"\x15\x03"  # begins what a server that speaks TLS says to one that does not
 MAX_SERVER_FRAME_BYTES = 1 << 30  # a final record can hold a whole long answer with log-probabilities
 KEEPALIVE_S = 20.0  # of a server that does not tell
 MAX_UNREAD_BYTES = 4 << 20  # cost of deltas that nobody has taken, over all generations of a server without credit
@@ -53,6 +55,27 @@ NO_WELCOME = Welcome(
 _decode = msgspec.msgpack.Decoder(ServerMessage).decode
 
 
+def _tls_question(speaks_tls: bool) -> str:
+    return " does it want a certificate of its clients?" if speaks_tls else " does it want TLS?"
+
+
+def tls_failure(peer: str, error: ssl.SSLError) -> CierzoError:
+    """The error for a connection that TLS has ended: who did not trust whom, or that one side does not speak it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = f"the certificate of {peer} is not trusted: {error.verify_message}"
+    elif isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return ConnectionLost(f"{peer} has closed the connection within TLS's handshake: does it speak TLS?")
+    elif "ALERT" in (error.reason or "") and "VERSION" not in (error.reason or ""):
+        why = f"{peer} does not trust this client, or its certificate: {_reason(error)}"
+    else:
+        why = f"{peer} does not speak TLS that this client understands: {_reason(error)}"
+    return ConfigError(why, field="tls")
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or str(error)).replace("_", " ").lower()
+
+
 def _all(inboxes: list[Inbox], error: CierzoError) -> list[Inbox]:
     return inboxes
 
@@ -63,6 +86,7 @@ class ClientLink(asyncio.Protocol):
     on_lost: called once with the generations that were open and the reason; gives back those that it ends.
     had_news: whether the server has done more than to take requests.
     question: what to ask of a peer that does not say welcome; nothing if it did before (is_known).
+    last_used: number of the request that was sent last, among those of the whole client.
     """
 
     def __init__(
@@ -74,6 +98,8 @@ class ClientLink(asyncio.Protocol):
         features: Iterable[str] = FEATURES,
         keepalive_s: float | None = None,
         max_unread_bytes: int = MAX_UNREAD_BYTES,
+        key: str | None = None,
+        speaks_tls: bool = False,
         is_known: bool = False,
     ) -> None:
         self.loop = loop
@@ -84,8 +110,11 @@ class ClientLink(asyncio.Protocol):
         self.error: CierzoError | None = None
         self.on_lost: Callable[[list[Inbox], CierzoError], list[Inbox]] = _all
         self.had_news = False
-        self.question = "" if is_known else ": is it a cierzo server?"
-        self._peer = peer
+        self.speaks_tls = speaks_tls
+        self.question = "" if is_known else f": is it a cierzo server?{_tls_question(speaks_tls)}"
+        self.last_used = 0
+        self._key = key
+        self.peer = peer
         self._version = version
         self._wanted = [] if version <= OLDEST_VERSION else [*features]
         self._keepalive_s = keepalive_s
@@ -108,11 +137,19 @@ class ClientLink(asyncio.Protocol):
         """Whether somebody has accepted the connection, whoever that is."""
         return self._transport is not None
 
+    @property
+    def num_open(self) -> int:
+        """Generations that are open on it."""
+        return len(self._inboxes)
+
     # --- asyncio.Protocol ------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.write(pack([Hello(version=self._version, client="cierzo python", features=self._wanted)]))
+        is_told = self._key is not None and self._version > OLDEST_VERSION  # which has no keys
+        key = cast(str, self._key) if is_told else msgspec.UNSET
+        hello = Hello(version=self._version, client="cierzo python", features=self._wanted, key=key)
+        self._transport.write(pack([hello]))
 
     def data_received(self, data: bytes) -> None:
         self._heard_s = self.loop.time()
@@ -126,18 +163,26 @@ class ClientLink(asyncio.Protocol):
                 else:
                     self._receive(message)
         except (*UNDECODABLE, ProtocolError) as error:
+            if not self.welcomed.done() and data.startswith(TLS_ALERT):
+                why = f"{self.peer} speaks TLS, and this client does not: connect with tls="
+                self.close(ConfigError(why, field="tls", limit="True, or a file of certificates"))
+                return
             begins = "" if self.welcomed.done() else f" (its answer begins with {data[:SHOWN_BYTES]!r})"
-            self.close(ProtocolError(f"{self._peer} does not speak cierzo's protocol{begins}: {error}"))
+            self.close(ProtocolError(f"{self.peer} does not speak cierzo's protocol{begins}: {error}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._watch, self._crediting):
             if timer is not None:
                 timer.cancel()
+        if isinstance(exc, ssl.SSLError) and not self.welcomed.done():
+            self.error = self.error or tls_failure(self.peer, exc)
         when = "" if self.welcomed.done() else f" before it said welcome{self.question}"
         reason = f": {exc}" if exc is not None and not when else ""
-        error = self.error or ConnectionLost(f"{self._peer} has closed the connection{when}{reason}")
+        error = self.error or ConnectionLost(f"{self.peer} has closed the connection{when}{reason}")
         self.error = error
         inboxes, self._inboxes = [*self._inboxes.values()], {}
+        for inbox in inboxes:
+            inbox.uncertain = True
         for inbox in self.on_lost(inboxes, error):
             inbox.put(error)
         for call in [self.welcomed, *self._calls.values()]:
@@ -169,6 +214,7 @@ class ClientLink(asyncio.Protocol):
         else:
             self.send(message)
         inbox.stream, inbox.settles_at = self._new_stream(), self._credit_part
+        inbox.sent(isinstance(request, Resume))
         self._inboxes[inbox.stream] = inbox
         self._credit_soon()
         self._watch_on()
@@ -351,7 +397,7 @@ class ClientLink(asyncio.Protocol):
         is_silent = now >= max(self._heard_s, self._pinged_s) + self._keepalive_s
         if is_silent and self._pinged_s > self._heard_s:
             self.error = self.error or ConnectionLost(
-                f"{self._peer} has been silent for {now - self._heard_s:.3g} s, and does not answer a ping",
+                f"{self.peer} has been silent for {now - self._heard_s:.3g} s, and does not answer a ping",
                 field="keepalive_s",
                 limit=self._keepalive_s,
             )

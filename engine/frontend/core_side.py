@@ -15,6 +15,7 @@ from typing import Protocol
 from cierzo.engine.errors import CierzoError, CoreFailed, CoreStalled, Overloaded
 from cierzo.engine.frontend.admission import Admission
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.observe.tallies import Pace
 from cierzo.engine.frontend.recovery import Recovery
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
@@ -61,6 +62,10 @@ class Owner(Protocol):
         """There will be no core any more."""
         ...
 
+    def settled(self, stream: Stream) -> None:
+        """Learn that no core owes the cost of a stream that has ended."""
+        ...
+
 
 @dataclass(slots=True)
 class _Withdrawn:
@@ -77,8 +82,11 @@ class CoreSide:
         self, config: FrontendConfig, core: Core, streams: Registry, owner: Owner, clock: Callable[[], float]
     ) -> None:
         self.state = "loading"
+        self.has_been_ready = False
         self.stats = CoreStats()
+        self.past = CoreStats()  # counters of cores that died
         self.num_restarts = 0
+        self.pace = Pace()
         self._config = config
         self._core = core
         self._streams = streams
@@ -107,7 +115,8 @@ class CoreSide:
     def require_in_time(self, stream: Stream, num_tokens: int, priority: int) -> None:
         """Raise DeadlineUnreachable if the first token of a new request is estimated to come too late."""
         now = self._clock()
-        self._admission.require(num_tokens, priority, stream.deadline_at_s - now, now)
+        tenant = stream.tenant
+        self._admission.require(num_tokens, priority, stream.deadline_at_s - now, now, tenant.name, tenant.weight)
 
     def opened(self, stream: Stream) -> None:
         """A stream was opened, or its deadline became known: it counts, whatever the stream waits for."""
@@ -139,8 +148,10 @@ class CoreSide:
         if stream.sent_s is not None:
             if self.state in ("ready", "stalled"):
                 self._core.send(Abort(request_id=stream.run_id))
-                self._withdrawn[stream.run_id] = _Withdrawn(stream, stream.running)
+                self._owe(stream, stream.running)
             self._end_run(stream)
+        for sample in stream.samples:
+            sample.last_s = -1.0  # a pause of its reader is no gap between tokens
         self._recovery.ended(stream)
         self._send_due()
 
@@ -157,6 +168,7 @@ class CoreSide:
     def ready(self) -> int:
         """A core is up; if it replaces one that died, it gets all that the old one had not finished: how many."""
         self.state = "ready"
+        self.has_been_ready = True
         unsent = self._unsent()
         self._send_all(self._recovery.restart(unsent))
         self._send_due()
@@ -178,9 +190,10 @@ class CoreSide:
         """
         self.state = "loading"
         self.num_restarts += 1
+        self.past, self.stats = added(self.past, self.stats), CoreStats()
         self._runs.clear()
         self._fresh.clear()
-        self._withdrawn.clear()
+        self.settle()
         self._admission = Admission()
         found = self._recovery.died()
         if found is not None or self._recovery.searching:
@@ -194,6 +207,12 @@ class CoreSide:
             self._owner.end(found, "failed", "the core process died each time that it began this request")
         self._report(committed)
 
+    def settle(self) -> None:
+        """No core will tell more of what runs have cost."""
+        withdrawn, self._withdrawn = self._withdrawn, {}
+        for run in withdrawn.values():
+            self._paid(run.stream)
+
     def failed(self, error: CierzoError) -> None:
         """There will be no core any more: every open stream fails with `error`."""
         self.state = "failed"
@@ -202,6 +221,7 @@ class CoreSide:
     def step(self, step: StepOutput) -> None:
         """Deliver a step: every delta to its stream."""
         now = self._clock()
+        self.pace.step(now)
         if step.stats is not None:
             self.stats = step.stats
             self._admission.published(step.stats, now)
@@ -250,7 +270,8 @@ class CoreSide:
         self._recovery.sent(stream, stream.running)
         submits = stream.submits(stream.run_id)
         num_tokens = stream.num_prompt_tokens + sum(len(submit.output_token_ids) for submit in submits)
-        self._admission.sent(stream.run_id, num_tokens, submits[0].priority, now)
+        tenant = stream.tenant
+        self._admission.sent(stream.run_id, num_tokens, submits[0].priority, now, tenant.name, tenant.weight)
         for submit in submits:
             self._core.send(submit)
 
@@ -283,11 +304,21 @@ class CoreSide:
         run = self._withdrawn.get(delta.request_id)
         if run is None or delta.finish is None:
             return
-        if run.stream.samples:  # else its answer was dropped, and only an error is told
-            run.stream.spend(run.stream.samples[delta.sample], delta.finish)
+        run.stream.spend(delta.sample, delta.finish)
         run.samples -= 1
         if run.samples == 0:
             del self._withdrawn[delta.request_id]
+            self._paid(run.stream)
+
+    def _owe(self, stream: Stream, samples: int) -> None:
+        """Expect the core's account of a run that is not wanted any more."""
+        self._withdrawn[stream.run_id] = _Withdrawn(stream, samples)
+        stream.owed += 1
+
+    def _paid(self, stream: Stream) -> None:
+        stream.owed -= 1
+        if stream.owed == 0 and stream.ended_at_s is not None:
+            self._owner.settled(stream)
 
     def _set_timer(self, stream: Stream, seconds: float) -> None:
         loop = asyncio.get_running_loop()
@@ -306,8 +337,12 @@ class CoreSide:
         if stream.run_id != run_id or stream not in self._streams:
             return
         if whole:
+            self._owe(stream, stream.running)
             self._owner.end(stream, reason)
-        elif stream.end_cut(self._clock()):
+            return
+        num_cut = sum(sample.cut and sample.finish is None for sample in stream.samples)
+        if stream.end_cut(self._clock()):
+            self._owe(stream, num_cut)
             self._owner.finish(stream)
 
     def _report(self, committed: bool) -> None:
@@ -320,3 +355,14 @@ class CoreSide:
                 len(self._recovery.group),
                 [stream.request_id for stream in self._recovery.group],
             )
+
+
+COUNTERS = (
+    *("steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "finished"),
+    *("computed_tokens", "recomputed_tokens", "sequence_steps", "kv_block_s"),
+)
+
+
+def added(past: CoreStats, stats: CoreStats) -> CoreStats:
+    """The counters of both; no gauges."""
+    return CoreStats(**{name: getattr(past, name) + getattr(stats, name) for name in COUNTERS})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import signal
 import socket
 from collections.abc import Iterable
@@ -20,7 +19,8 @@ from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.encoding import Job, Loaded, RequestEncoder, Setup
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import LENGTH_BYTES
-from cierzo.engine.server_process import LOG_FORMAT, end_with_parent
+from cierzo.engine.log_lines import plain_lines
+from cierzo.engine.server_process import end_with_parent
 from cierzo.engine.text.prompt import PromptEncoder
 
 
@@ -31,7 +31,7 @@ def main() -> int:
         prog="cierzo.engine.frontend.encoder_process", description="Encodes prompts.", allow_abbrev=False
     )
     parser.add_argument("--socket", required=True, metavar="PATH", help="Unix socket of the front end")
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    plain_lines("text")
     return run(parser.parse_args().socket)
 
 
@@ -42,6 +42,7 @@ def run(socket_path: str) -> int:
     connection.connect(socket_path)
     with connection, connection.makefile("rb") as incoming, contextlib.suppress(EOFError, ConnectionError):
         setup = msgspec.msgpack.decode(_read(incoming), type=Setup)
+        plain_lines(setup.frontend.log_format)
         try:
             folder = Path(setup.checkpoint)
             prompts = PromptEncoder.load(folder, setup.tokenizer) if setup.checkpoint else PromptEncoder()

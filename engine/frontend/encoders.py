@@ -31,6 +31,7 @@ from cierzo.engine.frontend.encoding import Answer, Encoded, Job, Loaded, Setup,
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer, FrameSplitter, pack
 from cierzo.engine.frontend.limits import ByteBudget
+from cierzo.engine.frontend.tenants import DEFAULT
 from cierzo.engine.frontend.watch import process_state
 from cierzo.engine.messages import Failure
 
@@ -61,7 +62,7 @@ class Encoder(Protocol):
     budget: ByteBudget
 
     def submit(
-        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float
+        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float, tenant: str = DEFAULT
     ) -> asyncio.Future[Encoded]:
         """Have a request encoded; the future's `submit` has its prompt packed. Cancel it to drop the job.
 
@@ -91,6 +92,7 @@ class _Ticket:
     rank: float
     deadline_at_s: float
     answer: asyncio.Future[Encoded]
+    tenant: str
     timer: asyncio.TimerHandle | None = None
     tries: int = 0
 
@@ -200,18 +202,19 @@ class Encoders:
             self._over(ticket)
 
     def submit(
-        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float
+        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float, tenant: str = DEFAULT
     ) -> asyncio.Future[Encoded]:
         """Queue a job. Raises Overloaded."""
         now, loop = self._clock(), asyncio.get_running_loop()
         num_bytes = len(body) + sum(map(len, attached))
-        self.budget.take(num_bytes)
+        self.budget.take(num_bytes, tenant)
         ticket = _Ticket(
             [[msgspec.msgpack.encode(job)], [body], *([[*attached]] if job.has_attached else [])],
             num_bytes,
             num_bytes + AGEING_BYTES_PER_S * now,
             deadline_at_s,
             loop.create_future(),
+            tenant,
         )
         ticket.timer = loop.call_later(max(0.0, deadline_at_s - now), self._late, ticket)
         ticket.answer.add_done_callback(lambda _: self._forget(ticket))
@@ -236,7 +239,7 @@ class Encoders:
         if ticket.timer is not None:
             ticket.timer.cancel()
             ticket.timer = None
-            self.budget.give(ticket.num_bytes)
+            self.budget.give(ticket.num_bytes, ticket.tenant)
         ticket.frames.clear()
 
     def _late(self, ticket: _Ticket) -> None:

@@ -87,7 +87,7 @@ class RequestEncoder:
     def answer(self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None) -> list[bytes]:
         """The frames of the answer. Never raises."""
         try:
-            encoded, token_ids = self._encode(job, body, attached)
+            encoded, token_ids = self.encode_job(job, body, attached)
             return [_encode(encoded), token_ids]
         except CierzoError as error:
             return [_encode(failure(job.stream, error))]
@@ -144,9 +144,10 @@ class RequestEncoder:
                 states.append(reader.state())
         return [] if isinstance(reader, PartsReader) else reader.tail(brought, len(brought)), states
 
-    def _encode(
+    def encode_job(
         self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None
     ) -> tuple[Encoded, bytes]:
+        """Encode a message as it came, with what was attached; the prompt's ids are apart. Raises CierzoError."""
         message = self._message(job, body, attached)
         prompts = self._prompts
         validate.fields(message, self._config, self._model, prompts.special_ids, efforts=prompts.efforts)
@@ -202,7 +203,8 @@ def digest(message: Generate) -> bytes:
     params = message.sampling
     if params.logit_bias:
         params = msgspec.structs.replace(params, logit_bias=dict(sorted(params.logit_bias.items())))
-    content = msgspec.structs.replace(message, stream=0, deadline_s=None, idempotency_key=None, sampling=params)
+    named: dict[str, Any] = {"idempotency_key": None, "caller_id": "", "traceparent": ""}
+    content = msgspec.structs.replace(message, stream=0, deadline_s=None, sampling=params, **named)
     return hashlib.blake2b(_encode(content), digest_size=16).digest()
 
 

@@ -13,6 +13,7 @@ import msgspec
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.frames import LENGTH, LENGTH_BYTES, UNDECODABLE, too_large
 from cierzo.engine.frontend.limits import ByteBudget
+from cierzo.engine.frontend.tenants import DEFAULT
 
 SMALL_FRAME_BYTES = 64 * 1024  # decoding the worst one takes the loop 2 ms
 READABLE_BYTES = 2 * 1024 * 1024  # msgspec passes over the worst one, lists of lists, in 9 ms
@@ -53,10 +54,11 @@ _decode_int = msgspec.msgpack.Decoder(int).decode
 class FrameReader:
     """Cuts what `feed` brings; `next` gives the next frame: a small one's body, Large or Skipped, or None."""
 
-    __slots__ = ("_at", "_budget", "_data", "_frame", "_left", "_size", "_why", "max_frame_bytes")
+    __slots__ = ("_at", "_budget", "_data", "_frame", "_left", "_size", "_why", "max_frame_bytes", "tenant")
 
     def __init__(self, max_frame_bytes: int, budget: ByteBudget) -> None:
         self.max_frame_bytes = max_frame_bytes
+        self.tenant = DEFAULT  # that long frames are charged to
         self._budget = budget
         self._data = b""  # what came last; read up to _at
         self._at = 0
@@ -73,7 +75,7 @@ class FrameReader:
     def close(self) -> None:
         """Let go of what is kept."""
         if self._size > SMALL_FRAME_BYTES:
-            self._budget.give(len(self._frame))
+            self._budget.give(len(self._frame), self.tenant)
         self._data, self._at, self._size = b"", 0, -1
         self._frame.clear()
 
@@ -129,7 +131,7 @@ class FrameReader:
         piece = self._take(size - len(self._frame))
         if size > SMALL_FRAME_BYTES:
             try:
-                self._budget.take(len(piece))
+                self._budget.take(len(piece), self.tenant)
             except CierzoError as error:
                 return self._give_up(piece, error)
         self._frame += piece
@@ -138,12 +140,12 @@ class FrameReader:
         body, self._frame, self._size = self._frame, bytearray(), -1
         if size <= SMALL_FRAME_BYTES:
             return memoryview(body)
-        self._budget.give(size)  # to who gets the frame, which takes it again
+        self._budget.give(size, self.tenant)  # to who gets the frame, which takes it again
         return Large(body)
 
     def _give_up(self, piece: memoryview, error: CierzoError) -> Skipped | None:
         """There is no room for the rest of a frame."""
-        self._budget.give(len(self._frame))
+        self._budget.give(len(self._frame), self.tenant)
         self._left = self._size - len(self._frame) - len(piece)
         self._frame += piece[:PREFIX_BYTES]
         del self._frame[PREFIX_BYTES:]

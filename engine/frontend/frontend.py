@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from cierzo.engine.errors import CierzoError, Interrupted, InvalidRequest
 from cierzo.engine.frontend.arrivals import Arrivals, Counters
@@ -21,10 +22,12 @@ from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.limits import CancelLimiter
+from cierzo.engine.frontend.observe.observer import Observer
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.stream import Sink, Stream, reader_of
+from cierzo.engine.frontend.tenancy import Tenancy
 from cierzo.engine.messages import Credit, FinishReason, Generate, ModelInfo, Resume, TokenDelta
 from cierzo.engine.text.prompt import PromptEncoder
 
@@ -42,6 +45,16 @@ def interruption(stream: Stream) -> Interrupted:
     )
 
 
+class Probes(NamedTuple):
+    """The model has been loaded once; the server need not be restarted; it takes requests; and what an operator
+    should know ahead."""
+
+    startup: bool
+    live: bool
+    ready: bool
+    notes: list[str]
+
+
 class Frontend:
     """Owns the streams; every accepted one ends in exactly one Final or Failure, for whoever reads it then."""
 
@@ -57,21 +70,27 @@ class Frontend:
         self.model = model
         self.budget = encoders.budget
         self.counters = Counters()
-        self.streams = Registry()
+        self.observer = Observer(config)
+        self.notes: list[Callable[[], str | None]] = []  # of what an operator should know ahead
+        self.tenancy = Tenancy(config, clock, encoders.budget.pool)
+        self.streams = Registry(self.tenancy)
         self.core = CoreSide(config, core, self.streams, self, clock)
-        self.keeper = Keeper(config, clock, self._abandon)
-        self.heap = Heap(config, self.keeper, self._overflow)
+        self._pace = self.core.pace
+        self.keeper = Keeper(config, self.tenancy, clock, self._abandon)
+        self.heap = Heap(config, self.tenancy, self.keeper, self._overflow)
         new_reader = reader_of(prompts)
         self.outlets = Outlets(config, self.streams, self.core, self, new_reader, self.heap, clock)
         self._readers = Readers(config, self.streams, self.keeper, self.outlets, new_reader)
         self._arrivals = Arrivals(
-            *(config, model, prompts, encoders, self.streams, self.core),
+            *(config, model, prompts, encoders, self.tenancy, self.streams, self.core),
             *(self.keeper, self._readers, self.outlets, self.heap, self, clock),
         )
         self._cancels = CancelLimiter(config, clock)
         self._clock = clock
         self._started = clock()
         self._drain = Drain(config, self)
+        if self.observer.usage is not None:
+            self.notes.append(self.observer.usage.why_not)
 
     # --- what is going on ------------------------------------------------------------------------------
 
@@ -85,14 +104,29 @@ class Frontend:
         """Seconds since this object was made."""
         return self._clock() - self._started
 
+    @property
+    def probes(self) -> Probes:
+        """Answers to an orchestrator."""
+        health = self.health
+        return Probes(
+            startup=self.core.has_been_ready,
+            live=health != "failed",
+            ready=health == "ready",
+            notes=[told for note in self.notes if (told := note()) is not None],
+        )
+
     # --- from the connections --------------------------------------------------------------------------
 
     def connect(self, sink: Sink) -> None:
-        """A connection finished its handshake."""
+        """A connection finished its handshake. Raises Overloaded if its tenant can have no other."""
+        self.tenancy.require("max_connections", sink.access.tenant, 1)
+        self.tenancy.add("max_connections", sink.access.tenant, 1)
         self.streams.connect(sink)
 
     def disconnect(self, sink: Sink) -> None:
         """A connection is gone: its streams go on if they can be resumed, else nobody waits for them."""
+        if self.streams.has(sink):
+            self.tenancy.add("max_connections", sink.access.tenant, -1)
         for stream in self.streams.disconnect(sink):
             if stream in self.streams:
                 if stream.name and (stream.submit is not None or stream.key is not None):
@@ -145,7 +179,7 @@ class Frontend:
 
     def cancel_request(self, sink: Sink, request_id: str) -> None:
         """End a request, whoever reads it. Raises NotFound; and Overloaded as `cancel` does."""
-        self._cancel(self.keeper.find(request_id))
+        self._cancel(self.keeper.find(request_id, sink.access.tenant))
         self._cancels.count(sink)
 
     def fail(self, sink: Sink, stream_id: int, error: CierzoError, *, attaching: bool = False) -> None:
@@ -206,6 +240,8 @@ class Frontend:
         self.outlets.close()
         self.keeper.close()
         self._arrivals.close()
+        self.core.settle()
+        self.observer.close()
 
     # --- from the drain --------------------------------------------------------------------------------
 
@@ -236,13 +272,46 @@ class Frontend:
         """A stream was refused: nothing of it is left."""
         self._drain.check()
 
+    def refused(self, error: CierzoError, sink: Sink, message: Generate | None = None) -> None:
+        """A request was refused before a stream was opened for it; `message`: as far as it could be read."""
+        self.counters.refused += 1
+        self.observer.refused(
+            error,
+            tenant=sink.access.tenant.name,
+            peer=sink.peer,
+            caller_id="" if message is None else message.caller_id,
+            traceparent="" if message is None else message.traceparent,
+        )
+
+    def refused_late(self, error: CierzoError, stream: Stream) -> None:
+        """A request was refused for what its prompt turned out to be."""
+        self.counters.refused += 1
+        self.observer.refused(
+            error,
+            tenant=stream.tenant.name,
+            peer=stream.peer,
+            request_id=stream.name or str(stream.request_id),
+            caller_id=stream.caller_id,
+            traceparent=stream.traceparent,
+            total_s=self._clock() - stream.arrived,
+        )
+
     # --- from the core's side --------------------------------------------------------------------------
 
     def deliver(self, stream: Stream, delta: TokenDelta) -> None:
         """Take new tokens, or the end, of a sample."""
-        if stream.first_token_s is None and delta.token_ids:
-            self.streams.began(stream, self._clock() - stream.arrived)
+        if self.tenancy.is_rated:
+            self.tenancy.generated(stream.tenant, len(delta.token_ids))
         sample = stream.samples[delta.sample]
+        if delta.token_ids:
+            pace = self._pace
+            if sample.last_s == pace.before_s:
+                pace.num_shared += 1
+            else:
+                pace.apart(sample)
+                if stream.first_token_s is None:
+                    self._began(stream)
+            sample.last_s = pace.now_s
         was_cut = sample.cut
         if not was_cut:
             self.outlets.add(stream, sample, delta)
@@ -251,6 +320,10 @@ class Frontend:
                 self.finish(stream)
         elif sample.cut and not was_cut:
             self.core.abort(stream, "stop", sample)
+
+    def settled(self, stream: Stream) -> None:
+        """No core owes the cost of a stream that has ended."""
+        self.observer.ended(stream)
 
     def end(self, stream: Stream, reason: FinishReason, message: str = "") -> None:
         """End a stream that the core will not end."""
@@ -288,6 +361,12 @@ class Frontend:
 
     # --- inside ----------------------------------------------------------------------------------------
 
+    def _began(self, stream: Stream) -> None:
+        """The first token of a stream has come."""
+        first_token_s = self._clock() - stream.arrived
+        self.streams.began(stream, first_token_s)
+        self.observer.first_token(stream, first_token_s)
+
     def _cancel(self, stream: Stream) -> None:
         """End a stream; output that its reader has not been sent by now is not sent any more."""
         self.outlets.skip(stream)
@@ -296,7 +375,7 @@ class Frontend:
 
     def _overflow(self, stream: Stream, error: CierzoError) -> None:
         """The heap is full: a stream ends, and its answer goes."""
-        stream.samples = []
+        stream.drop_answer()
         if stream.sink is not None:
             stream.error = error  # also if it has ended, and its reader has not got all
             self.give_up(stream, error)
@@ -324,6 +403,8 @@ class Frontend:
     def _close(self, stream: Stream, error: CierzoError | None = None) -> None:
         """Nothing of a stream is computed any more, whatever the reason: its reader gets what is left and why."""
         stream.close(self._clock(), error)
+        if not stream.owed:
+            self.observer.ended(stream)
         self._arrivals.ended(stream)
         self.streams.close(stream)
         self.core.forget(stream)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol, Self
 
 from cierzo.engine.errors import CierzoError, ConnectionLost, InvalidRequest, NotFound, ProtocolError
 from cierzo.engine.frontend.answer import Answer, Answers
+from cierzo.engine.frontend.retries import is_refusal
 from cierzo.engine.messages import Accepted, Delta, Final, Generate, Resume
 
 
@@ -29,13 +31,28 @@ class Link(Protocol):
         """Account for the consumed deltas of which the connection was not told yet."""
 
 
+class Keeper(Protocol):
+    """The owner of a client's connections, who may have a generation go on on another one."""
+
+    def recovers(self, inbox: Inbox, error: CierzoError) -> bool:
+        """Whether the generation goes on in spite of this error."""
+
+    def withdrawn(self, inbox: Inbox) -> None:
+        """Nobody wants it any more: it may be on no connection."""
+
+
 class Inbox:
     """Messages that have come for one generation and were not taken yet, over all connections that it had.
 
     stream: its id on the present connection, which has sent deltas that cost `held` and are not consumed, and those
     that cost `unsettled`, which are, but the connection was not told yet; it is when they are `settles_at`. costs:
     of each of `deltas`.
-    request: what asked for it; None once the server has accepted it, for a prompt may be long.
+    request: what asked for it; None once the server has accepted it, for a prompt may be long, unless it is to be
+    kept (`keeps`) to go on at another server, as are the `tokens` that came of its only sample.
+    has_run: a server has accepted it, or something came of it; is_running: the present one has. uncertain: a
+    connection that it was sent on was lost, and none has accepted it since.
+    until_s: its deadline by the loop's clock. tries: refusals, `tried` at which places. timer: what happens
+    when it has waited for long enough for a connection, or for another attempt. interruption: of the server before.
     received: tokens of each sample that were taken, last: the last delta of each that was; empty where the
     generation ends with its connection.
     reopened: the present connection is not the one that it began on.
@@ -45,22 +62,42 @@ class Inbox:
         *(
             "accepted",
             "accepting",
+            "began_s",
             "cancelled",
             "costs",
             "deltas",
             "dropped",
             "error",
             "final",
+            "has_own_key",
+            "has_run",
             "held",
+            "interruption",
+            "is_running",
+            "keeper",
+            "keeps",
             "last",
             "link",
             "received",
         ),
-        *("reopened", "request", "settles_at", "stream", "unsettled", "waiters"),
+        *("reopened", "request", "settles_at", "stream", "timer", "tokens", "tried", "tries", "uncertain"),
+        *("unsettled", "until_s", "waiters", "was_sent"),
     )
 
-    def __init__(self, link: Link, request: Generate | Resume, received: list[int]) -> None:
+    def __init__(
+        self, link: Link, request: Generate | Resume, received: list[int], keeper: Keeper | None = None
+    ) -> None:
         self.link = link
+        self.keeper = keeper
+        self.keeps = self.has_own_key = False
+        self.has_run = self.is_running = self.uncertain = self.was_sent = False
+        self.interruption: CierzoError | None = None
+        self.began_s = link.loop.time()
+        self.tokens: list[int] = []
+        self.tries = 0
+        self.tried: tuple[object, ...] = ()
+        self.until_s: float | None = None
+        self.timer: asyncio.TimerHandle | None = None
         self.stream = -1
         self.held = 0
         self.unsettled = self.settles_at = 0
@@ -93,6 +130,9 @@ class Inbox:
         """Take in a delta of this cost, which is `held`, and wake those who wait for one."""
         self.deltas.append(delta)
         self.costs.append(cost)
+        self.has_run = self.is_running = True
+        if self.keeps:
+            self.tokens += delta.token_ids
         for waiter in self.waiters:
             if not waiter.done():
                 waiter.set_result(True)
@@ -101,24 +141,68 @@ class Inbox:
         """Take in other news, and wake those who wait for it."""
         woken = self.accepting
         if isinstance(message, Accepted):
-            self.accepted, self.request = message, None
+            self.accepted, self.uncertain = message, False
+            self.has_run = self.is_running = True
+            if not self.keeps:
+                self.request = None
         elif isinstance(message, Final):
             self.final = message
-        elif self.reopened and self.accepted is not None and isinstance(message, NotFound | InvalidRequest):
-            self.error = ConnectionLost(f"the connection was lost, and the server knows no more of it: {message}")
+        elif self.keeper is not None and self.keeper.recovers(self, message):
+            return
         else:
-            self.error = message
+            self.error = self._told(message)
         if self.ended:
+            self.request, self.keeper = None, None
+            self.unset_timer()
             woken = woken + self.waiters
         for waiter in woken:
             _settle(waiter, True)
+
+    def _told(self, error: CierzoError) -> CierzoError:
+        """The error as the caller gets it: one that ends a connection is others' too, of which each has its own."""
+        if self.reopened and self.accepted is not None and isinstance(error, NotFound | InvalidRequest):
+            what = f"the connection was lost, and the server knows no more of it: {error}; it may have run"
+            error = ConnectionLost(what)
+        elif self.interruption is not None and self.accepted is None and isinstance(error, InvalidRequest):
+            error = copy.copy(self.interruption)  # of an answer that was complete but for its last record
+        else:
+            error = copy.copy(error)
+        error.may_have_run = self.has_run or (self.was_sent and not self.is_refused(error))
+        return error
+
+    def is_refused(self, error: CierzoError) -> bool:
+        """Whether this error says that its server does not work on it."""
+        is_refused = is_refusal(error, tells_acceptance="resume" in self.link.features)
+        return is_refused and not self.is_running and not self.uncertain
+
+    def sent(self, is_resumed: bool) -> None:
+        """Note that it is on a connection now."""
+        self.was_sent = True
+        self.has_run |= is_resumed
+        self.unset_timer()
+
+    def unset_timer(self) -> None:
+        """Nothing happens to it any more while it waits."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
     def rewind(self) -> None:
         """The connection is lost: what was not taken will come again."""
         self.deltas.clear()
         self.costs.clear()
         self.held = self.unsettled = 0
+        if self.keeps:
+            del self.tokens[self.received[0] :]
         self.reopened = True
+
+    def move(self, request: Generate, interruption: CierzoError) -> None:
+        """Have it go on at another server, from what came, by this request: its own has ended it unfinished."""
+        self.link.consumed(self, self.held)  # no connection waits for what is left to be taken
+        self.link.settle(self)
+        self.held = self.unsettled = 0
+        self.request, self.accepted, self.interruption = request, None, interruption
+        self.reopened = self.is_running = False
 
     def take(self) -> Delta:
         """The next delta, which counts as received; whoever takes it says `consumed` once it is done with it."""
@@ -172,6 +256,8 @@ class Inbox:
         if not self.ended and not self.cancelled:
             self.cancelled = True
             self.link.cancel(self)
+            if self.keeper is not None:
+                self.keeper.withdrawn(self)
 
     def drop(self) -> None:
         """Nobody reads this generation any more."""

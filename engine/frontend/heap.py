@@ -14,6 +14,8 @@ from typing import Protocol
 from cierzo.engine.errors import CierzoError, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.stream import Stream
+from cierzo.engine.frontend.tenancy import Tenancy
+from cierzo.engine.frontend.tenants import Tenant
 
 TURN_BYTES = 16 * 1024 * 1024  # of logs that are cut in a turn of the loop
 STREAM_BYTES = 64 * 1024  # what a stream counts for besides: its turn
@@ -33,12 +35,19 @@ class Kept(Protocol):
 class Heap:
     """Counts the answers of streams: `measure` one from time to time, `release` it when nobody has it any more."""
 
-    def __init__(self, config: FrontendConfig, kept: Kept, overflow: Callable[[Stream, CierzoError], None]) -> None:
+    def __init__(
+        self,
+        config: FrontendConfig,
+        tenancy: Tenancy,
+        kept: Kept,
+        overflow: Callable[[Stream, CierzoError], None],
+    ) -> None:
         """overflow: ends a stream with an error, now, and lets go of its answer."""
         self.num_bytes = 0
         self._limit = config.max_kept_bytes
         self._soft = self._limit * 3 // 4
         self._retry_after_s = config.retry_after_s
+        self._pool = tenancy.pools["max_kept_bytes"]
         self._kept = kept
         self._overflow = overflow
         self._held: dict[Stream, int] = {}
@@ -47,15 +56,18 @@ class Heap:
         self._busy = False
         self._turn: asyncio.Handle | None = None
 
-    def require(self) -> None:
-        """Raise Overloaded if there is no room for the answer of another request."""
-        if self.num_bytes > self._soft:
+    def require(self, tenant: Tenant) -> None:
+        """Raise Overloaded if there is no room for the answer of another request. A tenant that has no more than
+        its part is not refused for what others take."""
+        if self.num_bytes > self._soft and self._pool.has_more_than_its_part(tenant.name):
             raise self._error(f"open answers take {self.num_bytes} bytes, three quarters of it")
 
     def measure(self, stream: Stream) -> None:
         """Take note of what a stream's answer takes now."""
         num_bytes = stream.num_bytes
-        self.num_bytes += num_bytes - self._held.get(stream, 0)
+        more = num_bytes - self._held.get(stream, 0)
+        self.num_bytes += more
+        self._pool.add(stream.tenant.name, more)
         self._held[stream] = num_bytes
         self.fit()
         if self.num_bytes > self._look_at and not self._busy:
@@ -70,7 +82,9 @@ class Heap:
 
     def release(self, stream: Stream) -> None:
         """A stream has ended, and its reader has all of it or is gone."""
-        self.num_bytes -= self._held.pop(stream, 0)
+        num_bytes = self._held.pop(stream, 0)
+        self.num_bytes -= num_bytes
+        self._pool.add(stream.tenant.name, -num_bytes)
         if self.num_bytes <= self._soft:
             self._look_at = self._soft
 
@@ -89,7 +103,7 @@ class Heap:
                 stream.forget_sent()
                 self.measure(stream)
         if left > 0 and self.num_bytes > self._limit:
-            for stream in sorted(self._held, key=lambda each: (each.sink is not None, -self._held[each])):
+            for stream in sorted(self._held, key=self._cost_of_ending):
                 if self.num_bytes <= self._limit or left <= 0:
                     break
                 left -= STREAM_BYTES
@@ -100,6 +114,11 @@ class Heap:
             return
         self._look_at = max(self._soft, min(self.num_bytes + self._limit // STEPS, self._limit))
         self._busy = False
+
+    def _cost_of_ending(self, stream: Stream) -> tuple[bool, bool, int]:
+        """Order of streams to be ended, least first: of who takes too much, then those that nobody reads."""
+        is_within = not self._pool.has_more_than_its_part(stream.tenant.name)
+        return is_within, stream.sink is not None, -self._held[stream]
 
     def _error(self, why: str) -> Overloaded:
         return Overloaded(

@@ -8,7 +8,9 @@ from weakref import WeakKeyDictionary
 
 from cierzo.engine.errors import Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.pool import Pool
 from cierzo.engine.frontend.stream import Sink
+from cierzo.engine.frontend.tenants import DEFAULT
 
 RESET_WINDOW_S = 10
 
@@ -22,24 +24,29 @@ def require_room(config: FrontendConfig, name: str, value: int, retry_after_s: f
 
 
 class ByteBudget:
-    """Bytes of prompts that are not encoded yet, of all connections, charged as they come: `max_unencoded_bytes`.
+    """Bytes of prompts that are not encoded yet, of all connections, charged to a tenant as they come:
+    `max_unencoded_bytes`.
 
     Whoever keeps bytes takes so many, and gives them back when it lets go.
     """
 
     def __init__(self, config: FrontendConfig) -> None:
-        self.num_bytes = 0
-        self._config = config
+        self.pool = Pool("max_unencoded_bytes", config.max_unencoded_bytes)
+        self._hint_s = config.retry_after_s
 
-    def take(self, num_bytes: int) -> None:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are charged."""
+        return self.pool.num
+
+    def take(self, num_bytes: int, tenant: str = DEFAULT) -> None:
         """Charge bytes; raises Overloaded, and charges nothing, if they are too many."""
-        require_room(self._config, "max_unencoded_bytes", self.num_bytes + num_bytes)
-        self.num_bytes += num_bytes
+        self.pool.require(tenant, num_bytes, self._hint_s)
+        self.pool.add(tenant, num_bytes)
 
-    def give(self, num_bytes: int) -> None:
+    def give(self, num_bytes: int, tenant: str = DEFAULT) -> None:
         """Give back what was charged."""
-        self.num_bytes -= num_bytes
-        assert self.num_bytes >= 0, self.num_bytes
+        self.pool.add(tenant, -num_bytes)
 
 
 @dataclass(slots=True)

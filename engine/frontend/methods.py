@@ -7,9 +7,10 @@ from typing import Any
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError, Overloaded, ProtocolError
+from cierzo.engine.errors import CierzoError, Forbidden, Overloaded, ProtocolError
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.stream import Sink
+from cierzo.engine.frontend.tenants import Right
 from cierzo.engine.frontend.versions import without_parts
 from cierzo.engine.frontend.wire_checks import features, require_feature
 from cierzo.engine.messages import (
@@ -85,7 +86,11 @@ class Methods:
         self._frontend.attach(sink, message.stream, message.data)
 
     def _generate(self, sink: Sink, message: Generate) -> None:
-        features(message, sink.features)
+        try:
+            features(message, sink.features)
+        except CierzoError as error:
+            self._frontend.refused(error, sink, message)
+            raise
         self._frontend.generate(sink, message)
 
     def _pong(self, sink: Sink, message: Pong) -> None:
@@ -103,10 +108,17 @@ class Methods:
 
     def _health(self, sink: Sink, message: GetHealth) -> None:
         frontend = self._frontend
-        sink.put(Health(stream=message.stream, state=frontend.health, uptime_s=frontend.uptime_s))
+        health = Health(stream=message.stream, state=frontend.health, uptime_s=frontend.uptime_s)
+        if "probes" in sink.features:
+            health = msgspec.structs.replace(health, **frontend.probes._asdict())
+        sink.put(health)
 
     def _stats(self, sink: Sink, message: GetStats) -> None:
+        require_right(sink, "stats")
         frontend, counters = self._frontend, self._frontend.counters
+        core = frontend.core.stats
+        if core.experts is not None and "experts" not in sink.access.rights:
+            core = msgspec.structs.replace(core, experts=None)
         sink.put(
             Stats(
                 stream=message.stream,
@@ -117,7 +129,7 @@ class Methods:
                 refused=counters.refused,
                 finished=counters.finished,
                 core_restarts=frontend.core.num_restarts,
-                core=frontend.core.stats,
+                core=core,
             )
         )
 
@@ -126,8 +138,15 @@ class Methods:
         sink.put(model if "parts" in sink.features else without_parts(model))
 
     def _drain(self, sink: Sink, message: Drain) -> None:
+        require_right(sink, "drain")
         if message.undo:
             self._frontend.undo_drain()
             sink.put(Done(stream=message.stream))
         else:
             self._frontend.drain(sink, message.stream)
+
+
+def require_right(sink: Sink, right: Right) -> None:
+    """Raise Forbidden unless the connection's key has this right."""
+    if right not in sink.access.rights:
+        raise Forbidden(f"this key lacks the right {right}", field="rights", limit=right)

@@ -45,7 +45,7 @@ class Readers:
     def resume(self, sink: Sink, message: Resume) -> None:
         """Give a request to a reader who has some of it. Raises the CierzoError that says why not."""
         self.place(sink, message.stream)
-        stream = self._keeper.find(message.request_id)
+        stream = self._keeper.find(message.request_id, sink.access.tenant)
         if stream.apart:
             require_feature(sink.features, "parts", "this request, whose answer comes in parts,", "request_id")
         if len(message.received) != stream.num_samples:

@@ -68,6 +68,7 @@ _HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
     % len(_NOT_HTTP)
 ) + _NOT_HTTP
+_TLS_ALERT = bytes((0x15, 3, 3, 0, 2, 2, 10))  # fatal: an unexpected message
 
 
 def foreign(data: bytes) -> tuple[str, bytes] | None:
@@ -75,7 +76,7 @@ def foreign(data: bytes) -> tuple[str, bytes] | None:
     if data.startswith(_HTTP):
         return "HTTP", _HTTP_ANSWER
     if data.startswith(b"\x16\x03"):
-        return "TLS", b""
+        return "TLS", _TLS_ALERT
     return None
 
 
@@ -146,6 +147,8 @@ def receive_skipped(sink: Sink, frontend: Frontend, frame: Skipped) -> None:
     found = peek(frame.prefix)
     if found.stream < 0:
         raise frame.error
+    if found.type == "generate":
+        frontend.refused(frame.error, sink)
     frontend.fail(sink, found.stream, frame.error, attaching=found.type == "attach")
 
 
@@ -169,6 +172,8 @@ def _undecodable(sink: Sink, frontend: Frontend, body: memoryview, error: Except
     reason = undecodable(error, body) if found.type in _METHODS else _unknown(found)
     if found.stream < 0:
         raise ProtocolError(reason.message, field=reason.field, limit=reason.limit, value=reason.value) from error
+    if found.type == "generate":
+        frontend.refused(reason, sink)
     frontend.fail(sink, found.stream, reason, attaching=found.type == "attach")
 
 

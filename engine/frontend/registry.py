@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cierzo.engine.frontend.stream import Sink, Stream
+from cierzo.engine.frontend.tenancy import Tenancy
 
 
 class Registry:
     """The tables of streams. Each enters by `open`. It leaves the open ones by `close`, when no more is computed
     for it, and its connection by `detach` or `disconnect`: when that has its last message, or is gone.
 
-    num_samples, num_tokens: of all open streams, samples, and tokens of prompts and resumed answers. num_tokenless:
-    open streams without a first token. num_read: streams that have a connection.
+    Samples, and tokens of prompts and resumed answers, of open streams are counted in the books of their tenants.
+    num_read: streams that have a connection.
     """
 
-    def __init__(self) -> None:
-        self.num_samples = 0
-        self.num_tokens = 0
-        self.num_tokenless = 0
+    def __init__(self, tenancy: Tenancy) -> None:
         self.num_read = 0
+        self._tenancy = tenancy
         self._streams: dict[int, Stream] = {}  # by request id; an orphan's sink is None
         self._sinks: dict[Sink, dict[int, Stream]] = {}  # by the client's stream id
 
@@ -38,6 +37,16 @@ class Registry:
         """Connections that said Hello."""
         return len(self._sinks)
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of all open streams."""
+        return self._tenancy.pools["max_open_samples"].num
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and resumed tokens of all open streams."""
+        return self._tenancy.pools["max_open_tokens"].num
+
     def connect(self, sink: Sink) -> None:
         """A connection finished its handshake."""
         self._sinks[sink] = {}
@@ -49,6 +58,10 @@ class Registry:
         for stream in streams:
             stream.sink = None
         return streams
+
+    def has(self, sink: Sink) -> bool:
+        """Whether a connection said Hello and is there."""
+        return sink in self._sinks
 
     def of(self, sink: Sink) -> dict[int, Stream]:
         """The streams of a connection by the client's ids; empty for one that is gone. Not to be changed."""
@@ -67,39 +80,45 @@ class Registry:
         """Enter a stream of a connection."""
         assert stream.sink is not None
         self._streams[stream.request_id] = stream
-        self.num_samples += stream.num_samples
-        self.num_tokenless += 1
+        self._tenancy.add("max_open_samples", stream.tenant, stream.num_samples)
+        book = self._tenancy.book(stream.tenant)
+        book.num_requests += 1
+        book.num_tokenless += 1
         self.attach(stream, stream.sink, stream.stream_id)
 
     def began(self, stream: Stream, first_token_s: float) -> None:
         """The first token has come."""
         stream.first_token_s = first_token_s
-        self.num_tokenless -= 1
+        self._tenancy.book(stream.tenant).num_tokenless -= 1
 
     def position(self, stream: Stream) -> int:
-        """Open streams before this one that have no token yet."""
+        """Open streams of the same tenant before this one that have no token yet: of others it learns nothing."""
         if stream.first_token_s is not None or stream not in self:
             return 0
         if next(reversed(self._streams)) == stream.request_id:
-            return self.num_tokenless - 1
-        return sum(o.first_token_s is None for o in self if o.request_id < stream.request_id)
+            return self._tenancy.book(stream.tenant).num_tokenless - 1
+        name, before = stream.tenant.name, stream.request_id
+        return sum(o.first_token_s is None and o.tenant.name == name for o in self if o.request_id < before)
 
     def resize(self, stream: Stream, num_samples: int) -> None:
         """Learn how many samples an open stream has."""
-        self.num_samples += num_samples - stream.num_samples
+        self._tenancy.add("max_open_samples", stream.tenant, num_samples - stream.num_samples)
         stream.num_samples = num_samples
 
     def charge(self, stream: Stream, num_tokens: int) -> None:
         """Count the tokens of a stream, until it is closed."""
         stream.num_tokens = num_tokens
-        self.num_tokens += num_tokens
+        self._tenancy.charge(stream.tenant, num_tokens)
 
     def close(self, stream: Stream) -> None:
         """Remove a stream from the open ones; its connection keeps it until it has got its last message."""
         del self._streams[stream.request_id]
-        self.num_samples -= stream.num_samples
-        self.num_tokens -= stream.num_tokens
-        self.num_tokenless -= stream.first_token_s is None
+        tenancy, tenant = self._tenancy, stream.tenant
+        tenancy.add("max_open_samples", tenant, -stream.num_samples)
+        tenancy.charge(tenant, -stream.num_tokens)
+        book = tenancy.book(tenant)
+        book.num_requests -= 1
+        book.num_tokenless -= stream.first_token_s is None
 
     def attach(self, stream: Stream, sink: Sink, stream_id: int) -> None:
         """Give a stream to a connection, under an id that is free there."""

@@ -10,11 +10,9 @@ import asyncio
 import logging
 import os
 import socket
-import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from fcntl import ioctl
-from ipaddress import ip_address
 from struct import Struct as Layout
 from termios import TIOCOUTQ
 from typing import cast
@@ -22,7 +20,7 @@ from typing import cast
 import msgspec
 
 from cierzo import __version__
-from cierzo.engine.errors import CierzoError, ConfigError, ProtocolError
+from cierzo.engine.errors import CierzoError, ProtocolError, Unauthorized, refusal
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.expiry import Expiry
@@ -31,10 +29,14 @@ from cierzo.engine.frontend.frame_reader import SMALL_FRAME_BYTES, FrameReader, 
 from cierzo.engine.frontend.frames import Buffer, in_batches, pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.keepalive import Keepalive
+from cierzo.engine.frontend.keys import Door, digest_of
 from cierzo.engine.frontend.limits import require_room
+from cierzo.engine.frontend.listening import LINGER_S, listen, peer_of, watch_socket
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.receiving import foreign, greeting, receive_large, receive_skipped, receive_small
-from cierzo.engine.frontend.tenants import EVERYBODY
+from cierzo.engine.frontend.tenants import EVERYBODY, Visitor
+from cierzo.engine.frontend.tls import Tls
+from cierzo.engine.frontend.tls_layer import TlsLayer
 from cierzo.engine.frontend.turns import Turns
 from cierzo.engine.frontend.versions import as_version_2
 from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, Limits, Message, Ping, Welcome
@@ -42,11 +44,8 @@ from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, L
 log = logging.getLogger(__name__)
 
 LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
-KEEPALIVE_PROBES = 4
-KERNEL_BYTES = 128 * 1024  # that the kernel takes beyond what it can send: a reader that stalls is seen early
 INT = Layout("i")
 MAX_REFUSED = 16  # connections past `max_connections` that may linger: each has a descriptor
-LINGER_S = 2.0  # how long a peer may take to read what its connection ends with
 
 
 class Connection(asyncio.Protocol):
@@ -55,7 +54,9 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: RpcServer) -> None:
         self.features: frozenset[str] = frozenset()
         self.access = EVERYBODY
+        self.visitor = Visitor()
         self.peer = ""
+        self.subject = ""  # of its certificate, where clients show one
         self._server = server
         self._frames = FrameReader(server.config.max_frame_bytes, server.frontend.budget)
         self._transport: asyncio.Transport | None = None
@@ -64,6 +65,7 @@ class Connection(asyncio.Protocol):
         self._version = PROTOCOL_VERSION
         self._has_spoken = False
         self._welcomed = False
+        self._is_local = False
         self._ending = False
         self.is_paused = False
         self.is_refused = False  # it is one too many
@@ -81,11 +83,11 @@ class Connection(asyncio.Protocol):
         config = self._server.config
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=config.high_water_bytes)
+        self.subject = self._transport.get_extra_info("subject", "")
         sock = self._transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_BYTES)
-            find_half_open(sock, config.keepalive_s)
+            watch_socket(sock, config.keepalive_s)
+        self.peer, self._is_local = peer_of(transport.get_extra_info("peername"))
         self._timer = asyncio.get_running_loop().call_later(config.handshake_timeout_s, self._silent)
         try:
             self._server.joined(self)
@@ -136,6 +138,20 @@ class Connection(asyncio.Protocol):
         except CierzoError as error:
             self._end(error)
             return False
+
+    def look_again(self, door: Door) -> None:
+        """The keys have changed: end a connection that is nobody's now, or another one's."""
+        if not self._welcomed or self._ending:
+            return
+        try:
+            access = door.access(self.visitor)
+            if access.tenant.name != self.access.tenant.name:
+                raise Unauthorized("this key is of another tenant now", field="key", limit="a new connection")
+        except CierzoError as error:
+            log.warning("a connection from %s is closed: its key is known no more", self.peer)
+            self._end(error)
+        else:
+            self.access = access
 
     def hold(self) -> None:
         """Read no more from the peer: what came waits for its turn."""
@@ -190,7 +206,8 @@ class Connection(asyncio.Protocol):
             (in_kernel,) = INT.unpack(ioctl(sock.fileno(), TIOCOUTQ, bytes(INT.size)))
         except (AttributeError, OSError):
             in_kernel = 0
-        return self._num_written - queued - cast(int, in_kernel)
+        written = self._transport.get_extra_info("num_written", self._num_written)  # TLS counts what it makes of it
+        return written - queued - cast(int, in_kernel)
 
     @property
     def unsent_bytes(self) -> int:
@@ -297,6 +314,13 @@ class Connection(asyncio.Protocol):
             limit = f"hello, of at most {SMALL_FRAME_BYTES} bytes"
             raise ProtocolError("the first frame is too long for a hello", field="type", limit=limit)
         hello = greeting(frame)
+        self.visitor = Visitor(digest_of(hello.key), self.subject, self._is_local)
+        try:
+            self.access = self._server.door.access(self.visitor)
+        except CierzoError:
+            log.warning("no key that is known came from %s: the connection is closed", self.peer)
+            raise
+        self._frames.tenant = self.access.tenant.name
         self._welcomed = True
         self._version = hello.version
         if hello.version > OLDEST_VERSION:
@@ -310,8 +334,7 @@ class Connection(asyncio.Protocol):
 
     def _turn_away(self, protocol: str, answer: bytes) -> None:
         """The peer speaks another protocol: say so in its own words, where it has some."""
-        peer = None if self._transport is None else self._transport.get_extra_info("peername")
-        log.warning("%s came to the RPC's port from %s: the connection is closed", protocol, peer or "a local peer")
+        log.warning("%s came to the RPC's port from %s: the connection is closed", protocol, self.peer)
         self._ending = True
         self._close(answer)
 
@@ -357,8 +380,11 @@ class RpcServer:
     """Listens, and keeps the set of connections."""
 
     def __init__(self, config: FrontendConfig, frontend: Frontend) -> None:
+        """Raises ConfigError for a key file that is wrong."""
         self.config = config
         self.frontend = frontend
+        self.door = Door(config.keys)
+        self._arrange()
         self.methods = Methods(frontend)
         self.turns = Turns()
         self.deaf: Expiry[Connection] = Expiry(config.slow_reader_s, time.monotonic, Connection.look)
@@ -366,38 +392,49 @@ class RpcServer:
         self._connections: set[Connection] = set()
         self._num_refused = 0  # of these, those past `max_connections`
         self._server: asyncio.Server | None = None
+        self.tls: Tls | None = None
+        self._shaking: set[TlsLayer] = set()
         self._socket_path: str | None = None
         self._empty = asyncio.Event()
         self._empty.set()
 
     async def start(self) -> None:
-        """Bind and listen. `address` then names the port that was bound. Raises ConfigError if it is taken."""
-        loop, address = asyncio.get_running_loop(), parse_address(self.config.address)
-        try:
+        """Bind and listen. `address` then names the port that was bound. Raises ConfigError if it is taken, or may
+        not be served like this."""
+        address, config = parse_address(self.config.address), self.config
+        if config.tls_certificate or config.tls_key or config.tls_client_ca:
             if isinstance(address, UnixAddress):
-                _remove_stale(address.path)
-                self._server = await loop.create_unix_server(self._connection, address.path)
-                self._socket_path = address.path
-            else:
-                self._server = await loop.create_server(self._connection, address.host, address.port)
-                port = self._server.sockets[0].getsockname()[1]
-                hosts = [sock.getsockname()[0] for sock in self._server.sockets]
-                if not all(ip_address(host).is_loopback for host in hosts):
-                    log.warning("%s is reached from other machines, and has neither keys nor TLS", address)
-                self.address = str(TcpAddress(address.host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {address}: {error.strerror or error}",
-                field="address",
-                limit="one that is free",
-                value=address,
-            ) from error
+                raise refusal("address", "HOST:PORT with TLS", str(address), "a Unix socket has none")
+            self.tls = Tls(config)
+        self._server = await listen(config, address, self._protocol)
+        if isinstance(address, UnixAddress):
+            self._socket_path = address.path
+        else:
+            self.address = str(TcpAddress(address.host, self._server.sockets[0].getsockname()[1]))
+        if self.tls is not None:
+            self.tls.start()
+            self.frontend.notes.append(self.tls.note)
+            self.frontend.observer.certificate_expires_s = self.tls.expires_s
+
+    def reload(self) -> None:
+        """Read certificate and key file anew, and end connections of keys that are gone. What is wrong changes
+        nothing."""
+        if self.tls is not None:
+            self.tls.reload()
+        if self.door.reload():
+            self._arrange()
+            for connection in list(self._connections):
+                connection.look_again(self.door)
 
     async def close(self) -> None:
         """Stop listening, send every connection what is left for it, and wait until they are gone: at most
         `LINGER_S`."""
         if self._server is not None:
             self._server.close()
+        if self.tls is not None:
+            self.tls.close()
+        for layer in list(self._shaking):
+            layer.abort()
         for connection in list(self._connections):
             connection.finish()
         await self._empty.wait()
@@ -446,33 +483,20 @@ class RpcServer:
         if not self._connections:
             self._empty.set()
 
+    def _protocol(self) -> asyncio.Protocol:
+        """Whatever a peer meets first."""
+        connection = self._connection()
+        if self.tls is None:
+            return connection
+        return TlsLayer(self.tls.context, self.config, connection, self._shaking, self._has_room)
+
     def _connection(self) -> Connection:
         return Connection(self)
 
+    def _arrange(self) -> None:
+        """Have tenants counted, and told apart, as the key file says."""
+        self.frontend.tenancy.arrange(self.door.tenants.values())
+        self.frontend.observer.expect(self.door.tenants)
 
-def find_half_open(sock: socket.socket, keepalive_s: float) -> None:
-    """Have the kernel look for a peer that is gone without a word: after `keepalive_s` of silence, and as long
-    again until the connection ends; also while something is on its way to it."""
-    quiet_s = max(1, round(keepalive_s))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, quiet_s)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, quiet_s // KEEPALIVE_PROBES))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2000 * quiet_s)
-
-
-def _remove_stale(path: str) -> None:
-    """Remove the socket file of a server that died; raises OSError if one listens, or if it is another file."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError(17, "the file exists and is no socket")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        else:
-            raise OSError(98, "another server listens there")
+    def _has_room(self) -> bool:
+        return len(self._connections) + len(self._shaking) < self.config.max_connections + MAX_REFUSED

@@ -124,7 +124,8 @@ class Sample:
     sent: the cursor; the reader has the tokens before it. keeps: log-probabilities are kept after they were sent.
     whole: nothing is sent before the end (deltas=false). states: where a reader of parts stood within the tokens
     that a resumed request brought, after each STATE_TOKENS and after all.
-    computed: positions that runs before the present one have computed for sure.
+    computed: positions that runs before the present one have computed for sure. last_s: when its last tokens came,
+    by the clock; -1 before the first ones.
     cut: a stop string was found, or a call too many; whatever the core still sends is overrun.
     tail_apart: it ended without a last token, so the text that was held back comes in a delta without tokens.
     """
@@ -144,6 +145,7 @@ class Sample:
         "detokenizer",
         "finish",
         "index",
+        "last_s",
         "num_brought",
         "sent",
         "stop",
@@ -167,6 +169,7 @@ class Sample:
         self.num_brought = self.sent = len(self.token_ids)
         self.stop: str | int | None = None
         self.computed = 0
+        self.last_s = -1.0
         self.cut = False
         self.finish: Finish | None = None
         self.tail_apart: bool | None = None

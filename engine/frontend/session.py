@@ -1,193 +1,364 @@
-"""A client over its connections: the one in use, and the requests that outlive it."""
+"""A client over its connections: which one a request is sent on, and where it goes on when that fails."""
 
 from __future__ import annotations
 
 import asyncio
-import random
-import secrets
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError, ConnectionLost
+from cierzo.engine.errors import CierzoError, ConnectionLost, Interrupted, NotFound, refusal
+from cierzo.engine.frontend.address import Address
 from cierzo.engine.frontend.client_link import ClientLink
 from cierzo.engine.frontend.generation import Generation, Inbox
+from cierzo.engine.frontend.place import Place
 from cierzo.engine.frontend.request_frames import check_request, require
+from cierzo.engine.frontend.retries import Budget, Reconnect, Retry, is_of_server, is_worth_repeating
 from cierzo.engine.messages import CancelRequest, Generate, Message, Resume
 
 KEY_BYTES = 16  # of an idempotency key that the client makes
+GRACE_S = 0.25  # for the other addresses to connect, once one has
+KEYLESS_S = 60.0  # for which no keys are made, once a server has no room for them
+Connect = Callable[[Address, bool], Awaitable[ClientLink]]
 
 
-@dataclass(frozen=True, slots=True)
-class Reconnect:
-    """Bounds on the mending of a lost connection; past them its requests end with ConnectionLost.
-
-    max_attempts, within_s: connections tried, and seconds since the loss; both count from the last connection on
-    which something came for a request. The pause before an attempt doubles up to `longest_pause_s`, and is cut at
-    random to a half at least, so that many clients do not come back at once.
-    """
-
-    max_attempts: int = 10
-    within_s: float = 30.0
-    first_pause_s: float = 0.05
-    longest_pause_s: float = 5.0
-
-
-Connect = Callable[[], Awaitable[ClientLink]]
+@contextmanager
+def unsent() -> Iterator[None]:
+    """Say of what is raised within that no server had to do with it."""
+    try:
+        yield
+    except CierzoError as error:
+        error.may_have_run = False
+        raise
 
 
 class Session:
-    """The connection of one client. With a `policy`, a lost one is replaced, and what was open on it goes on:
-    accepted requests from the tokens that were taken, others by their idempotency key.
+    """The connections of one client, to one address or several.
+
+    A request goes to the connection with the fewest open ones, at an address that has not failed of late. If a
+    server refuses it for now, it is repeated elsewhere, or later, within the bounds of `retry`. If a server stops
+    before the answer is complete, that goes on at another address, from the tokens that came.
     """
 
-    def __init__(self, link: ClientLink, connect: Connect, policy: Reconnect | None) -> None:
-        self.link = link
-        self._connect = connect
-        self._policy = policy
+    def __init__(
+        self,
+        addresses: Sequence[Address],
+        connect: Connect,
+        *,
+        connections: int,
+        reconnect: Reconnect | None,
+        retry: Retry | None,
+        default_deadline_s: float | None,
+    ) -> None:
+        def connecting(address: Address) -> Callable[[bool], Awaitable[ClientLink]]:
+            return lambda is_known: connect(address, is_known)
+
+        self.places = [
+            Place(str(address), connecting(address), reconnect, connections, self) for address in addresses
+        ]
+        self._loop = asyncio.get_running_loop()
+        self._is_mended = reconnect is not None
+        self._retry = retry
+        self._budget = Budget(retry or Retry())
+        self._default_deadline_s = default_deadline_s
         self._end: CierzoError | None = None  # the client was closed
-        self._waiting: list[Inbox] = []  # for a connection
-        self._mending: asyncio.Task[CierzoError | None] | None = None
-        self._attempts = 0
-        self._lost_s: float | None = None
-        link.on_lost = self._lost
+        self._waiting: list[Inbox] = []  # for a connection to any address
+        self._pausing: dict[Inbox, CierzoError] = {}  # until they are sent again, and why they were refused
+        self._num_calls = 0  # that wait for a connection
+        self._num_requests = 0
+        self._keyless_until_s = 0.0
+
+    async def open(self) -> None:
+        """Connect, to one address at least. Raises the errors of `Dial.connect`."""
+        left = {place.start() for place in self.places}
+        try:
+            while left and self._choose() is None:
+                done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            if left:
+                await asyncio.wait(left, timeout=GRACE_S)
+            errors = [place.error for place in self.places if place.error is not None]
+            wrong = next((error for error in errors if not error.retry), None)
+            if wrong is not None or self._choose() is None:
+                raise wrong or errors[0]
+        except BaseException:
+            await self.close()
+            raise
+
+    @property
+    def link(self) -> ClientLink:
+        """The connection that the next request goes to; one that was lost, if there is none."""
+        link = self._choose() or next((place.last for place in self.places if place.last is not None), None)
+        assert link is not None
+        return link
+
+    def place(self, address: str | None) -> Place | None:
+        """The place of an address; None for none. Raises InvalidRequest for another one."""
+        if address is None:
+            return None
+        for place in self.places:
+            if place.name == address:
+                return place
+        limit = ", ".join(place.name for place in self.places)
+        raise refusal("address", f"one of this client's: {limit}", address)
 
     def generate(self, message: Generate) -> Generation:
         """Send a request. Raises what the limits of the server are known to refuse."""
-        if self._end is None and self.link.error is None:
-            check_request(message, self.link.welcome)
-        is_kept = self._policy is not None and "resume" in self.link.features
-        if is_kept and message.idempotency_key is None:
-            message = msgspec.structs.replace(message, idempotency_key=secrets.token_hex(KEY_BYTES))
-        return self._open(message, [len(message.output_token_ids)] * message.sampling.n)
+        if message.deadline_s is None and self._default_deadline_s is not None:
+            message = msgspec.structs.replace(message, deadline_s=self._default_deadline_s)
+        link = self.link
+        if "trace" not in link.features and (message.caller_id or message.traceparent):
+            message = msgspec.structs.replace(message, caller_id="", traceparent="")
+        if self._end is None and link.error is None:
+            check_request(message, link.welcome)
+        makes_key = (
+            self._is_mended
+            and "resume" in link.features
+            and message.idempotency_key is None
+            and self._loop.time() >= self._keyless_until_s
+        )
+        if makes_key:
+            message = msgspec.structs.replace(message, idempotency_key=_new_key())
+        inbox = self._inbox(link, message, [len(message.output_token_ids)] * message.sampling.n)
+        inbox.has_own_key = makes_key
+        if self._is_mended and len(self.places) > 1:
+            inbox.keeps, inbox.tokens = True, [*message.output_token_ids]
+        if message.deadline_s is not None:
+            inbox.until_s = self._loop.time() + message.deadline_s
+        self._budget.earn()
+        return self._begin(inbox, message)
 
     def resume(self, request_id: str, received: Iterable[int]) -> Generation:
-        """Go on with a request whose first tokens are known. Raises InvalidRequest without the feature "resume"."""
-        require(self.link.welcome, "resume", "resume")
-        tokens = [*received]
-        return self._open(Resume(stream=0, request_id=request_id, received=tokens), tokens)
+        """Go on with a request whose first tokens are known, at whichever address knows it. Raises InvalidRequest
+        without the feature "resume"."""
+        link = self.link
+        require(link.welcome, "resume", "resume")
+        request = Resume(stream=0, request_id=request_id, received=[*received])
+        return self._begin(self._inbox(link, request, request.received), request)
 
     async def cancel_request(self, request_id: str) -> None:
-        """Cancel a request of whatever connection. Raises NotFound."""
+        """Cancel a request of whatever connection, at whichever address knows it. Raises NotFound."""
         require(self.link.welcome, "resume", "cancel_request")
-        await self.call(CancelRequest, request_id=request_id)
+        for place in self.places[1:]:
+            try:
+                await self.call(CancelRequest, place, request_id=request_id)
+                return
+            except CierzoError:  # what the first one says is told
+                continue
+        await self.call(CancelRequest, self.places[0], request_id=request_id)
 
-    async def call(self, method: Callable[..., Message], **fields: Any) -> Any:
+    async def call(self, method: Callable[..., Message], place: Place | None = None, **fields: Any) -> Any:
         """Send a message that has one answer, and wait for it; first for a connection, if one is being made."""
-        while self.link.error is not None:
-            if self._end is not None or self._policy is None or not self.link.error.retry:
-                raise self._end or self.link.error
-            await asyncio.wait([mending := self._mend()])
-            if not mending.cancelled() and (error := mending.result()) is not None:
-                raise error
-        return await self.link.call(method, **fields)
+        places = self.places if place is None else [place]
+        while (link := self._choose(places)) is None:
+            mendable = [place for place in places if place.may_mend]
+            if self._end is not None or not mendable:
+                raise self._end or self._reason(places)
+            if errors := await self._mended(mendable):
+                raise errors[0]
+        return await link.call(method, **fields)
+
+    async def _mended(self, places: list[Place]) -> list[CierzoError]:
+        """Wait until there is a connection to one of the places, or why there is none to any."""
+        self._num_calls += 1
+        left, errors = {place.mend() for place in places}, []
+        try:
+            while left and self._choose(places) is None:
+                done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                errors += [error for task in done if not task.cancelled() and (error := task.result()) is not None]
+        finally:
+            self._num_calls -= 1
+        return errors if self._choose(places) is None else []
 
     async def close(self) -> None:
-        """Cancel what still runs, and close the connection."""
+        """Cancel what still runs, and close the connections."""
         reason = self._end = self._end or ConnectionLost("this client is closed")
-        if self._mending is not None:
-            self._mending.cancel()
-        self._give_up(reason)
-        self.link.cancel_all()
-        self.link.close(reason)
-        await asyncio.shield(self.link.closed)
+        for inbox in [*self._waiting, *self._pausing]:
+            inbox.put(reason)
+        self._waiting.clear()
+        self._pausing.clear()
+        for place in self.places:
+            await place.close(reason)
 
-    def _open(self, request: Generate | Resume, received: list[int]) -> Generation:
-        inbox = Inbox(self.link, request, [] if self._policy is None else [*received])
+    # --- where a request goes --------------------------------------------------------------------------
+
+    def _choose(self, places: Iterable[Place] | None = None, *, but: Collection[object] = ()) -> ClientLink | None:
+        """The connection for another request, at none of the places `but`; None if there is none."""
+        best: ClientLink | None = None
+        least: tuple[Any, ...] = ()
+        for place in self.places if places is None else places:
+            if place in but:
+                continue
+            for link in place.links:
+                if link.error is None:
+                    is_full = link.num_open >= link.welcome.limits.max_streams
+                    order = (is_full, place.is_resting, link.num_open, link.last_used)
+                    if best is None or order < least:
+                        best, least = link, order
+        return best
+
+    def _inbox(self, link: ClientLink, request: Generate | Resume, received: list[int]) -> Inbox:
+        return Inbox(link, request, [*received] if self._is_mended else [], self)
+
+    def _begin(self, inbox: Inbox, request: Generate | Resume) -> Generation:
+        """Send a new request. Raises what its connection has no room for."""
+        link = inbox.link
+        assert isinstance(link, ClientLink)
         if self._end is not None:
             inbox.put(self._end)
-        elif self._policy is not None and self.link.error is not None and self.link.error.retry:
-            self._waiting.append(inbox)
-            self._mend()
+        elif link.error is None:
+            self._use(link)
+            link.open(inbox, request)
+            for place in self.places:
+                place.grow()
         else:
-            self.link.open(inbox, request)
+            self._await_connection(inbox)
         return Generation(inbox)
 
-    # --- lost connections ------------------------------------------------------------------------------
+    def _use(self, link: ClientLink) -> None:
+        self._num_requests += 1
+        link.last_used = self._num_requests
 
-    def _lost(self, inboxes: list[Inbox], error: CierzoError) -> list[Inbox]:
-        """Keep the generations that can go on elsewhere; the others are given back, to fail."""
-        if self._policy is None or self._end is not None or not error.retry:
-            return inboxes
-        if self.link.had_news:
-            self._attempts, self._lost_s = 0, None
-        given_back = []
-        for inbox in inboxes:
-            if _again(inbox) is None:
-                given_back.append(inbox)
-            else:
-                inbox.rewind()
-                self._waiting.append(inbox)
-        if self._waiting:
-            self._mend()
-        return given_back
+    def _await_connection(self, inbox: Inbox) -> None:
+        """Have a generation sent by whichever connection there is next."""
+        mendable = [place for place in self.places if place.may_mend]
+        if not mendable:
+            inbox.put(self._reason(self.places))
+            return
+        self._waiting.append(inbox)
+        self.park(inbox)
+        for place in mendable:
+            place.mend()
 
-    def _mend(self) -> asyncio.Task[CierzoError | None]:
-        """The task that makes a connection; it gives the reason if there is none to be had."""
-        if self._mending is None or self._mending.done():
-            assert self._policy is not None
-            self._mending = self.link.loop.create_task(self._reconnect(self._policy))
-        return self._mending
+    def _send(self, inbox: Inbox) -> None:
+        """Send a request again that no server works on, on the best connection there is now."""
+        self._pausing.pop(inbox, None)
+        if inbox.ended or self._end is not None:
+            return
+        link = self._choose(but=inbox.tried) or self._choose()
+        if link is None:
+            self._await_connection(inbox)
+            return
+        self._use(link)
+        self._place_of(link).reopen(inbox, link)
 
-    async def _reconnect(self, policy: Reconnect) -> CierzoError | None:
-        loop, pause_s = self.link.loop, policy.first_pause_s
-        self._lost_s = loop.time() if self._lost_s is None else self._lost_s
-        error, until_s = self.link.error, self._lost_s + policy.within_s
-        while self._attempts < policy.max_attempts and loop.time() < until_s:
-            self._attempts += 1
-            try:
-                async with asyncio.timeout_at(until_s):
-                    await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-                    link = await self._connect()
-            except TimeoutError:
-                break
-            except CierzoError as refused:
-                error = refused
-                if not refused.retry:
-                    break
-                pause_s = max(min(2 * pause_s, policy.longest_pause_s), refused.retry_after_s or 0.0)
-            else:
-                if (error := link.error) is None:
-                    self._take_over(link)
-                    return None
-        failed = ConnectionLost(f"the connection was lost: {error} (tried to connect again {self._attempts} times)")
-        self._attempts, self._lost_s = 0, None
-        self._give_up(failed)
-        return failed
+    def _place_of(self, link: object) -> Place:
+        """The place that a connection is of."""
+        assert isinstance(link, ClientLink)
+        return next(place for place in self.places if place.name == link.peer)
 
-    def _take_over(self, link: ClientLink) -> None:
-        """Open on a new connection what was open on the last one."""
-        link.on_lost, self.link = self._lost, link
+    def _reason(self, places: Iterable[Place]) -> CierzoError:
+        """Why there is no connection."""
+        link_errors = [link.error for place in places for link in place.links]
+        errors = [error for error in (*(place.error for place in places), *link_errors) if error is not None]
+        return errors[0] if errors else ConnectionLost("there is no connection")
+
+    # --- what waits ------------------------------------------------------------------------------------
+
+    @property
+    def is_awaiting(self) -> bool:
+        """Whether something waits for a connection to any address."""
+        return bool(self._waiting or self._num_calls)
+
+    def park(self, inbox: Inbox) -> None:
+        """A generation waits for a connection, no longer than its deadline."""
+        if inbox.until_s is not None:
+            inbox.unset_timer()
+            inbox.timer = self._loop.call_at(inbox.until_s, self._expire, inbox)
+
+    def _expire(self, inbox: Inbox) -> None:
+        for waiting in (self._waiting, *(place.waiting for place in self.places)):
+            if inbox in waiting:
+                waiting.remove(inbox)
+        what = "its deadline passed while there was no connection"
+        inbox.put(ConnectionLost(what, field="deadline_s"))
+
+    def connected(self, place: Place) -> None:
+        """There is a connection, for whatever waits for any."""
         waiting, self._waiting = self._waiting, []
         for inbox in waiting:
-            request = _again(inbox) if inbox.reopened else inbox.request
-            if inbox.dropped or request is None:
-                if inbox.accepted is not None and "resume" in link.features:
-                    link.tell(CancelRequest, request_id=inbox.accepted.request_id)
-                continue
-            try:
-                if isinstance(request, Resume) or request.idempotency_key is not None:
-                    require(link.welcome, "resume", "going on after a lost connection")
-                link.open(inbox, request)
-            except CierzoError as error:
+            self._send(inbox)
+
+    def gave_up(self, place: Place, error: CierzoError) -> None:
+        """There will be none to this place for now; what waits for any ends if there is no other either."""
+        if not any(other.is_mending for other in self.places if other is not place):
+            waiting, self._waiting = self._waiting, []
+            for inbox in waiting:
                 inbox.put(error)
-                continue
-            if inbox.cancelled:
-                link.cancel(inbox)
 
-    def _give_up(self, error: CierzoError) -> None:
-        waiting, self._waiting = self._waiting, []
-        for inbox in waiting:
+    # --- what goes on ----------------------------------------------------------------------------------
+
+    def recovers(self, inbox: Inbox, error: CierzoError) -> bool:
+        """Whether a generation goes on in spite of this error: elsewhere, or later."""
+        request = inbox.request
+        if self._end is not None or inbox.cancelled or inbox.dropped or request is None:
+            return False
+        if isinstance(request, Generate) and isinstance(error, Interrupted):
+            return inbox.keeps and self._move(inbox, request, error)
+        if not inbox.was_sent or not inbox.is_refused(error):
+            return False
+        if isinstance(request, Resume):
+            return isinstance(error, NotFound) and self._elsewhere(inbox)
+        if inbox.has_own_key and error.field == "max_idempotency_keys":
+            self._keyless_until_s = self._loop.time() + KEYLESS_S
+            inbox.request, inbox.has_own_key = msgspec.structs.replace(request, idempotency_key=None), False
+            self._loop.call_soon(self._send, inbox)
+            return True
+        return self._retry is not None and is_worth_repeating(error) and self._repeat(inbox, error, self._retry)
+
+    def _move(self, inbox: Inbox, request: Generate, interruption: Interrupted) -> bool:
+        """Have an answer that its server has interrupted go on elsewhere, from the tokens that came."""
+        num_known = len(request.output_token_ids)
+        came = bool(inbox.deltas) or any(received > num_known for received in inbox.received)
+        if came and request.sampling.n > 1:
+            return False
+        self._place_of(inbox.link).rest()
+        inbox.tried = ()
+        if not self._elsewhere(inbox):
+            return False
+        if interruption.value is not None:
+            params = msgspec.structs.replace(request.sampling, seed=int(interruption.value))
+            request = msgspec.structs.replace(request, sampling=params, output_token_ids=[*inbox.tokens])
+        if inbox.has_own_key:
+            request = msgspec.structs.replace(request, idempotency_key=_new_key())
+        inbox.move(request, interruption)
+        return True
+
+    def _elsewhere(self, inbox: Inbox) -> bool:
+        """Send a request at a place that it was not at, if there is one with a connection."""
+        inbox.tried = (*inbox.tried, self._place_of(inbox.link))
+        if self._choose(but=inbox.tried) is None:
+            return False
+        self._loop.call_soon(self._send, inbox)
+        return True
+
+    def _repeat(self, inbox: Inbox, error: CierzoError, policy: Retry) -> bool:
+        """Send a request that was refused again: at another place now or, where there is none, later."""
+        inbox.tries += 1
+        if is_of_server(error):
+            self._place_of(inbox.link).rest(error.retry_after_s or 0.0)
+        if inbox.tries >= policy.max_attempts:
+            return False
+        at_s = self._loop.time() + policy.pause_s(inbox.tries, error)
+        last_s = inbox.began_s + policy.within_s
+        is_late = at_s > (last_s if inbox.until_s is None else min(last_s, inbox.until_s))
+        has_other = self._choose(but=(*inbox.tried, self._place_of(inbox.link))) is not None
+        if (is_late and not has_other) or not self._budget.spend():
+            return False
+        if not self._elsewhere(inbox):
+            self._pausing[inbox] = error
+            inbox.timer = self._loop.call_at(at_s, self._send, inbox)
+        return True
+
+    def withdrawn(self, inbox: Inbox) -> None:
+        """Nobody wants a generation any more that may wait for its next attempt."""
+        if (error := self._pausing.pop(inbox, None)) is not None:
             inbox.put(error)
 
 
-def _again(inbox: Inbox) -> Generate | Resume | None:
-    """The message by which a generation goes on on another connection, if one can."""
-    request = inbox.request
-    if inbox.accepted is not None:
-        return Resume(stream=0, request_id=inbox.accepted.request_id, received=[*inbox.received])
-    if isinstance(request, Resume):
-        return msgspec.structs.replace(request, received=[*inbox.received])
-    return request if request is not None and request.idempotency_key is not None else None
+def _new_key() -> str:
+    return os.urandom(KEY_BYTES).hex()

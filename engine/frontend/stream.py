@@ -75,7 +75,9 @@ class Stream:
 
     `arrived`, `deadline_at_s` and `ended_at_s` (None: it runs) are times of the clock in seconds; `sent_s` (None:
     the core that runs now has not got it) and `first_token_s` count from arrival. `run_id`: the core's name of its
-    present run. `cost`: of the runs that cores have reported. `error`: what it ended with, if not as planned.
+    present run. `cost`: of the runs that cores have reported; `owed`: runs whose cost a core has still to report.
+    `num_dropped`: tokens that were generated, of an answer that has been dropped.
+    `error`: what it ended with, if not as planned.
 
     name: the request id that `accepted` tells, "" without the feature "resume". key: its idempotency key.
     sink: the connection that reads it, under `stream_id`; None for an orphan. credit: what that reader may still be
@@ -109,6 +111,8 @@ class Stream:
     sent_s: float | None = None
     first_token_s: float | None = None
     cost: Cost = field(default_factory=Cost)
+    owed: int = 0
+    num_dropped: int = 0
     ended_at_s: float | None = None
     error: CierzoError | None = None
     samples: list[Sample] = field(default_factory=list)
@@ -167,15 +171,15 @@ class Stream:
 
     def end(self, sample: Sample, finish: Finish) -> bool:
         """Record the end of a sample; True if it was the last one."""
-        self.spend(sample, finish)
+        self.spend(sample.index, finish)
         if sample.finish is None:
             sample.end(finish)
             self.running -= 1
         return self.running == 0
 
-    def spend(self, sample: Sample, finish: Finish) -> None:
-        """Add what a core reported of a run of a sample to the cost."""
-        self.cost = add_run(self.cost, finish, sample.computed)
+    def spend(self, index: int, finish: Finish) -> None:
+        """Add what a core reported of a run of a sample to the cost. Its answer may have been dropped."""
+        self.cost = add_run(self.cost, finish, self.samples[index].computed if self.samples else 0)
 
     def end_all(self, reason: FinishReason, now: float, message: str = "") -> None:
         """End what still runs without the core's word: it is not there to be asked."""
@@ -191,6 +195,16 @@ class Stream:
         self.submit = None
         if self.sampling.logit_bias or self.sampling.allowed_token_ids:
             self.sampling = msgspec.structs.replace(self.sampling, logit_bias={}, allowed_token_ids=())
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of the answer, without those that the request brought."""
+        return self.num_dropped + sum([len(sample.token_ids) - sample.num_brought for sample in self.samples])
+
+    def drop_answer(self) -> None:
+        """Let go of it all; what it ends with is an error."""
+        self.num_dropped = self.num_generated
+        self.samples = []
 
     @property
     def num_bytes(self) -> int:
@@ -259,17 +273,15 @@ class Stream:
 
     def final(self, samples: list[SampleEnd]) -> Final:
         """The final record, with these records of its samples."""
-        assert self.ended_at_s is not None
-        finishes = [sample.finish for sample in self.samples if sample.finish is not None]
         return Final(
             stream=self.stream_id,
             samples=samples,
             usage=Usage(
                 prompt_tokens=self.num_prompt_tokens,
-                output_tokens=sum(len(sample.token_ids) for sample in self.samples),
-                cached_tokens=min(min((f.cached_tokens for f in finishes), default=0), self.num_prompt_tokens),
+                output_tokens=sum([len(sample.token_ids) for sample in self.samples]),
+                cached_tokens=self.num_cached,
             ),
-            timings=self._timings(finishes, self.ended_at_s - self.arrived),
+            timings=self.timings(),
             seed=self.sampling.seed or 0,
             cost=self.cost if self.sink is not None and "accounting" in self.sink.features else None,
         )
@@ -293,15 +305,28 @@ class Stream:
             ends.append((sample, end))
         return ends
 
-    def _timings(self, finishes: list[Finish], total_s: float) -> Timings:
-        """By the front end's clock, but for the wait until the first step, which only the core knows.
+    @property
+    def num_cached(self) -> int:
+        """Tokens of the prompt that came from the prefix cache, for all samples, as far as a core has said so."""
+        cached = [sample.finish.cached_tokens for sample in self.samples if sample.finish is not None]
+        return min(min(cached), self.num_prompt_tokens) if cached else 0
+
+    def timings(self) -> Timings:
+        """Durations of one that has ended: by the front end's clock, but for the wait until the first step, which
+        only the core knows.
 
         If a core has died since the first token, nobody knows that wait any more: it counts as prefill.
         """
-        started_s = min(finish.queue_s for finish in finishes)
+        assert self.ended_at_s is not None
+        total_s = self.ended_at_s - self.arrived
+        started_s, has_run = total_s, False
+        for sample in self.samples:
+            if (finish := sample.finish) is not None:
+                started_s = min(started_s, finish.queue_s)
+                has_run = has_run or finish.prefill_s > 0
+        if not has_run:
+            started_s = total_s
         first_token_s = total_s if self.first_token_s is None else self.first_token_s
-        if not any(finish.prefill_s for finish in finishes):
-            started_s = total_s  # it never ran
         queue_s = started_s if started_s <= first_token_s else 0.0
         return Timings(
             queue_s=queue_s,

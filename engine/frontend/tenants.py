@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-RIGHTS = ("drain", "experts", "stats")  # what belongs to nobody's own requests
+Right = Literal["drain", "experts", "stats"]  # to what belongs to nobody's own requests
+RIGHTS: tuple[Right, ...] = ("drain", "experts", "stats")
 DEFAULT = "default"  # the tenant of whoever has no key
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+Name = Annotated[str, Meta(pattern=NAME)]
 NO_LIMIT = sys.maxsize
 
 
-class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A service, or a group of them, that is one party where the server is shared.
+class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"name": "tenant"}):
+    """A service, or several that count as one where the server is shared; a line of the key file, which names it by
+    "tenant".
 
     weight: its share of the model's work beside those of others. cache_group: tenants of the same group share the
     prefix cache; "": nobody shares with it. The limits are of all its connections together: requests that are open,
@@ -29,16 +32,33 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_requests: Annotated[int, Meta(ge=1)] = NO_LIMIT
     max_open_tokens: Annotated[int, Meta(ge=1)] = NO_LIMIT
     max_tokens_per_minute: Annotated[int, Meta(ge=1)] = NO_LIMIT
-    max_model_len: Annotated[int, Meta(ge=1)] = NO_LIMIT
+    max_model_len: Annotated[int, Meta(ge=2)] = NO_LIMIT
     min_priority: int = -NO_LIMIT
     max_priority: int = NO_LIMIT
 
+    @property
+    def cache_salt(self) -> bytes:
+        """The salt of its blocks in the prefix cache: tenants with the same one share them. Empty for the default
+        tenant alone, so that a server without keys has one cache."""
+        if self.cache_group:
+            return b"group:" + self.cache_group.encode()
+        return b"" if self.name == DEFAULT else b"tenant:" + self.name.encode()
+
 
 class Access(msgspec.Struct, frozen=True):
-    """Who a connection is of, and the RIGHTS that it has."""
+    """Who a connection is of, and the rights that it has."""
 
     tenant: Tenant = Tenant()
-    rights: frozenset[str] = frozenset(RIGHTS)
+    rights: frozenset[Right] = frozenset(RIGHTS)
 
 
-EVERYBODY = Access()
+EVERYBODY = Access()  # of a server without a key file
+
+
+class Visitor(msgspec.Struct, frozen=True):
+    """Evidence that a connection shows of itself: the digest of its key, the name in its certificate ("" for none),
+    and whether it comes from this machine."""
+
+    key_digest: bytes = b""
+    certificate: str = ""
+    is_local: bool = False

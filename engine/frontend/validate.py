@@ -6,13 +6,14 @@ Past this file nothing checks a request again.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.bounds import count as _count
-from cierzo.engine.frontend.bounds import one_of
+from cierzo.engine.frontend.bounds import one_of, shown
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.conversation import conversation
 from cierzo.engine.frontend.wire_checks import ATTACHABLE
@@ -22,6 +23,9 @@ MAX_SEED = 2**63 - 1
 SEED_BITS = 53  # of seeds drawn for clients: they survive those whose numbers are doubles
 MAX_BIAS = 100.0
 MAX_ID_BYTES = 9  # of a token id in MessagePack; the longest head of a list or text has 5
+
+MAX_CALLER_ID_CHARS = 128
+TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, section 3.2
 
 
 def fields(
@@ -49,6 +53,8 @@ def fields(
     if message.output_token_ids:
         _count("output_token_ids", message.output_token_ids, model.max_model_len)
         _resume(message, model)
+    if message.caller_id or message.traceparent:
+        _names(message)
 
 
 def request(
@@ -98,6 +104,19 @@ def request(
         output_token_ids=message.output_token_ids,
         priority=message.priority,
     )
+
+
+def _names(message: Generate) -> None:
+    """Check the names that a request gives itself: a line of a log can hold them."""
+    caller_id, traceparent = message.caller_id, message.traceparent
+    if len(caller_id) > MAX_CALLER_ID_CHARS or not caller_id.isprintable():
+        limit = f"{MAX_CALLER_ID_CHARS} characters, all of them printable"
+        told = shown(caller_id.encode("unicode_escape").decode())
+        raise InvalidRequest(f"caller_id must be at most {limit}", field="caller_id", limit=limit, value=told)
+    if traceparent and not TRACEPARENT.fullmatch(traceparent):
+        limit = "as in 00-<32 hex digits>-<16 hex digits>-<2 hex digits>"
+        told = shown(traceparent.encode("unicode_escape").decode())
+        raise InvalidRequest(f"traceparent must be {limit}", field="traceparent", limit=limit, value=told)
 
 
 def attached(message: Generate, num_bytes: int | None, max_model_len: int, text_bytes: int | None) -> None:

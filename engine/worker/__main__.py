@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 
-from cierzo.engine.server_process import LOG_FORMAT, end_with_parent
+from cierzo.engine.log_lines import plain_lines
+from cierzo.engine.server_process import end_with_parent
 from cierzo.engine.worker import progress
 from cierzo.engine.worker.process import run
 
@@ -17,7 +18,7 @@ def main() -> int:
         prog="cierzo.engine.worker", description="The core process.", allow_abbrev=False
     )
     parser.add_argument("--socket", required=True, metavar="PATH", help="Unix socket of the front end")
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    plain_lines("text")
     progress.log.setLevel(logging.INFO)
     return run(parser.parse_args().socket)
 

@@ -17,6 +17,7 @@ import msgspec
 
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.errors import CierzoError, CoreFailed
+from cierzo.engine.log_lines import plain_lines
 from cierzo.engine.messages import (
     Abort,
     CoreError,
@@ -152,6 +153,7 @@ def run(socket_path: str) -> int:
     pipe = CorePipe(connection)
     try:
         config = _read_config(pipe)
+        plain_lines(config.frontend.log_format)
         readings = Readings() if config.flight_folder else None
         with _ends_with_front_end(connection):
             core = EngineCore(config, clock=readings or time.monotonic)

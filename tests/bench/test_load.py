@@ -45,7 +45,7 @@ class ScriptedClient:
         self.answering = asyncio.Event()
 
     @classmethod
-    async def connect(cls, address: str, features: Sequence[str] = ()) -> ScriptedClient:
+    async def connect(cls, address: str, features: Sequence[str] = (), reconnect: bool = True) -> ScriptedClient:
         assert (address, *features) in (("unix:/nowhere",), ("unix:/nowhere", *load.FEATURES))
         cls.opened.append(cls())
         return cls.opened[-1]

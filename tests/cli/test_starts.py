@@ -63,7 +63,7 @@ def test_a_server_serves_without_bench_and_numpy(tmp_path: Path) -> None:
 
     checkpoint = str(make_checkpoint(tmp_path / "dense", like="small3"))
     code = "import sys; from cierzo.engine import launch\n"
-    code += "async def ended(config):\n    launch.load_prompts(config)\n    return 0\n"
+    code += "async def ended(config, **more):\n    launch.load_prompts(config)\n    return 0\n"
     code += "launch._serve = ended\nfrom cierzo.cli import main\nassert main() == 0\nprint(*sys.modules)"
     command = [sys.executable, "-c", code, "serve", checkpoint, "--rpc", f"unix:{tmp_path}/rpc"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

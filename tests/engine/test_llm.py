@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from marked import TEMPLATE, bare, ids, marked_level
+from marked import bare, ids
 
 from cierzo.engine import LLM, SamplingParams
 from cierzo.engine.errors import ConfigError, CoreFailed, InvalidRequest
 from cierzo.engine.messages import ChatMessage, Part, Tool
+from cierzo.engine.testing.words import TEMPLATE, marked_level
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner

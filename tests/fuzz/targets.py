@@ -16,7 +16,6 @@ import msgspec
 from simulation.house import House
 from simulation.link import SimulatedLink
 from simulation.world import bytes_kept
-from support.fake_core import fake_model
 from support.part_answers import IDS, SYNTAXES, Pieces, joined, read
 from support.parts_reference import parse
 
@@ -28,6 +27,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import UNDECODABLE, FrameSplitter
 from cierzo.engine.frontend.limits import ByteBudget
 from cierzo.engine.messages import FEATURES, ClientMessage, Generate, Hello, ServerMessage
+from cierzo.engine.testing.words import fake_model
 from cierzo.engine.text.parts import PartsReader, numbered
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig

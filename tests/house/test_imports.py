@@ -20,7 +20,7 @@ WORKER = (
     *("kernels", "engine.model", "engine.weights", *PARAMETERS),
     *("engine.cost", "cache", "scheduler", "engine.worker"),
     *("engine.messages", "engine.expert_statistics", "engine.config", "engine.graph_sizes"),
-    *("engine.signs", "engine.flight", "engine.server_process"),
+    *("engine.signs", "engine.flight", "engine.server_process", "engine.log_lines"),
 )
 MESSAGES = ("engine.messages", "engine.expert_statistics", "engine.errors")
 CLIENT = (
@@ -46,12 +46,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.errors": (),
     "engine.expert_statistics": (),
     "engine.conversation": (),
+    "engine.core_stats": ("engine.expert_statistics",),
     "engine.messages": (
         *("scheduler.params", "scheduler.plan"),
-        *("engine.conversation", "engine.expert_statistics"),
+        *("engine.conversation", "engine.core_stats", "engine.expert_statistics"),
     ),
     "engine.signs": ("engine.server_process",),
     "engine.server_process": (),
+    "engine.log_lines": (),
     "engine.number_choice": ("kernels.formats.number_formats", "engine.errors"),
     "engine.flight": ("engine.messages", "engine.errors"),
     "engine.settings": ("engine.errors",),
@@ -113,10 +115,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.errors",
         "engine.signs",
         "engine.server_process",
+        "engine.log_lines",
         "engine.flight",
         "scheduler.params",
         "scheduler.plan",
     ),
+    "engine.testing": (
+        *("engine.testing", "engine.frontend", "engine.text", "engine.messages", "engine.errors"),
+        "engine.settings",
+    ),
+    "testing": ("engine.testing",),
     "engine": HOUSE,  # llm, launch, commands and what they alone use
     "bench": CLIENT,
     "bench.step": (*CLIENT, *WORKER, "engine.checkpoint"),
@@ -142,8 +150,9 @@ WITHOUT_TORCH = (
     *("scheduler", "cache", "engine.frontend", "engine.messages", "engine.config"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.device_memory"),
     *("engine.graph_sizes", "engine.requirements"),
-    "engine.expert_statistics",
-    *("engine.signs", "engine.flight", "engine.server_process", "engine.number_choice"),
+    *("engine.expert_statistics", "engine.core_stats"),
+    *("engine.signs", "engine.flight", "engine.server_process", "engine.log_lines", "engine.number_choice"),
+    *("engine.testing", "testing"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
     "engine.quantisation",
     *("engine.model.config", "engine.model.config_json", "engine.model.params_json", "engine.model.read_config"),

@@ -46,10 +46,11 @@ def test_an_ordinary_build_has_every_file(root: Path, tracked: list[Path], tmp_p
         "cierzo.engine.frontend.frontend",
         "cierzo.scheduler.scheduler",
         "cierzo.cache.manager",
+        "cierzo.testing",
     ],
 )
 def test_starts_without_torch(module: str) -> None:
-    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'pytest'}} & set(sys.modules)))"
     assert _python(code).strip() == ""
 
 

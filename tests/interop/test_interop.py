@@ -15,13 +15,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import tokenizers
-from marked import MARKERS
 from tokenizers import decoders, models, pre_tokenizers
 
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.answer import Answer
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import FEATURES
+from cierzo.engine.testing.words import MARKERS
 from cierzo.engine.text.tokenizer import _BYTE_OF
 from cierzo.engine.weights.make import make_checkpoint
 

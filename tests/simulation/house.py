@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 from typing import Any, cast
 
-from support.local_encoders import local_encoders
-
 from cierzo.bench.virtual import VirtualClock
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import ModelInfo
+from cierzo.engine.testing.local_encoders import local_encoders
 from cierzo.engine.text.prompt import PromptEncoder
 
 from .link import SimulatedLink

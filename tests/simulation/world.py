@@ -7,14 +7,13 @@ import logging
 import random
 from collections import Counter
 
-from support.fake_core import fake_model
-
 from cierzo.bench.virtual import VirtualClock, VirtualLoop
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.frontend import rpc
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import PATIENCE_S
 from cierzo.engine.messages import ModelInfo
+from cierzo.engine.testing.words import fake_model
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import tokenizers
 import uvloop
-from fake_core import fake_model
 from tokenizers import decoders, models, pre_tokenizers
 
 from cierzo.engine.frontend.config import FrontendConfig
@@ -28,6 +27,7 @@ from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import CoreCommand, Finish, StepOutput, Submit, TokenDelta, TokenLogprobs
+from cierzo.engine.testing.words import fake_model
 from cierzo.engine.text.prompt import PromptEncoder
 
 WATCH_S = 0.001

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import tokenizers
-from fake_core import BOS
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import processors
 
+from cierzo.engine.testing.words import BOS, bytes_and
 from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.text.template_chat import TemplateChat
-from cierzo.engine.text.tokenizer import _BYTE_OF, Tokenizer
+from cierzo.engine.text.tokenizer import Tokenizer
 from cierzo.engine.text.tokenizer_config import TokenizerConfig
 
 TEMPLATE = (
@@ -19,15 +17,6 @@ TEMPLATE = (
     "[{{ m.role }}]{{ m.content }}{% endfor %}{% if reasoning_effort %}({{ reasoning_effort }}){% endif %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-
-
-def bytes_and(special: Sequence[str]) -> tokenizers.Tokenizer:
-    """Ids 0..255 are bytes, and the next ones these special tokens."""
-    inner = tokenizers.Tokenizer(models.BPE(_BYTE_OF, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([*special])
-    return inner
 
 
 def byte_level() -> tokenizers.Tokenizer:

@@ -6,29 +6,14 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
 from cierzo.engine.frontend.frames import FrameSplitter, pack
-from cierzo.engine.messages import (
-    Abort,
-    CoreCommand,
-    CoreError,
-    CoreStats,
-    Finish,
-    Message,
-    ModelInfo,
-    Ready,
-    Shutdown,
-    StepOutput,
-    Submit,
-    TokenDelta,
-    TokenLogprobs,
-)
-
-BOS, EOS, VOCAB = 256, 257, 300
-Answer = Callable[[Submit, int], list[int]]  # (request, sample) -> all its output tokens
+from cierzo.engine.messages import Abort, CoreCommand, CoreError, Message, Ready, Shutdown, Submit
+from cierzo.engine.testing import fake_core
+from cierzo.engine.testing.fake_core import Answer, plain_answer
 
 
 class FakeEngineConfig(msgspec.Struct, frozen=True):
@@ -37,56 +22,22 @@ class FakeEngineConfig(msgspec.Struct, frozen=True):
     name: str = "fake"
 
 
-def fake_model(**changed: Any) -> ModelInfo:
-    """What a fake core serves, but for some fields."""
-    model = ModelInfo(
-        stream=0,
-        name="fake",
-        architecture="none",
-        dtype="float32",
-        device="cpu",
-        vocab_size=VOCAB,
-        max_model_len=4096,
-        block_tokens=16,
-        num_blocks=64,
-        eos_token_ids=[EOS],
-        has_tokenizer=True,
-        has_chat_template=True,
-    )
-    return msgspec.structs.replace(model, **changed)
-
-
 def as_sent(command: CoreCommand) -> CoreCommand:
     """A command as a core reads it: a prompt that is packed is a list again."""
     return msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=CoreCommand)
 
 
-def plain_answer(submit: Submit, sample: int) -> list[int]:
-    """`max_tokens` tokens that depend on prompt, seed, sample and position."""
-    start = sum(submit.prompt_token_ids) + (submit.sampling.seed or 0) + 17 * sample
-    return [(start + 7 * position) % 256 for position in range(submit.sampling.max_tokens)]
-
-
-@dataclass
-class Sequence:
-    submit: Submit
-    answer: list[int]
-    done: int
-
-
-class FakeCore(asyncio.Protocol):
+class FakeCore(asyncio.Protocol, fake_core.FakeCore):
     """One life of a core process: speaks the pipe's protocol, one token per running sequence and step.
 
     Runs freely while `gate` is set; with the gate closed, `step()` runs one step. `error` instead of Ready, if set.
     """
 
     def __init__(self, owner: FakeCores) -> None:
+        fake_core.FakeCore.__init__(self, lambda submit, sample: owner.answer(submit, sample))
         self.owner = owner
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.hello: bytes | None = None
-        self.submits: list[Submit] = []
-        self.aborts: list[Abort] = []
-        self.running: dict[tuple[int, int], Sequence] = {}
         self.splitter = FrameSplitter(1 << 30)
         self.transport: asyncio.Transport | None = None
         self.scheduled = False
@@ -128,7 +79,7 @@ class FakeCore(asyncio.Protocol):
                 continue
             command = msgspec.msgpack.decode(body, type=CoreCommand)
             if isinstance(command, Submit):
-                self.submit(command)
+                self.take(command)
             elif isinstance(command, Abort):
                 self.abort(command)
             elif isinstance(command, Shutdown) and self.transport is not None:
@@ -136,48 +87,13 @@ class FakeCore(asyncio.Protocol):
         self.owner.news.set()
         self.go_on()
 
-    def submit(self, submit: Submit) -> None:
-        self.submits.append(submit)
-        for sample in range(submit.first_sample, submit.first_sample + submit.sampling.n):
-            key = (submit.request_id, sample)
-            assert key not in self.running
-            answer = self.owner.answer(submit, sample)
-            assert answer[: len(submit.output_token_ids)] == submit.output_token_ids
-            self.running[key] = Sequence(submit, answer, len(submit.output_token_ids))
-
     def abort(self, abort: Abort) -> None:
-        self.aborts.append(abort)
-        keys = [k for k in self.running if k[0] == abort.request_id and abort.sample in (None, k[1])]
-        self.say(StepOutput(deltas=[self.end(key, abort.reason) for key in keys]))
-
-    def end(self, key: tuple[int, int], reason: str, token_ids: tuple[int, ...] = ()) -> TokenDelta:
-        sequence = self.running.pop(key)
-        stop = token_ids[-1] if reason == "stop" and token_ids else None
-        finish = Finish(
-            cast(Any, reason), "", stop, len(sequence.submit.prompt_token_ids), sequence.done, 3, 1, 0.1, 0.2, 0.3
-        )
-        return TokenDelta(*key, list(token_ids), self.logprobs(sequence, token_ids), finish)
-
-    def logprobs(self, sequence: Sequence, token_ids: tuple[int, ...]) -> list[TokenLogprobs] | None:
-        if sequence.submit.sampling.logprobs is None:
-            return None
-        return [TokenLogprobs(token, -1.0, [token, 0], [-1.0, -2.0]) for token in token_ids]
+        """End a request, and say so."""
+        self.say(self.drop(abort))
 
     def step(self) -> None:
         """One token for every running sequence."""
-        deltas = []
-        for key, sequence in list(self.running.items()):
-            token = sequence.answer[sequence.done]
-            sequence.done += 1
-            sampling = sequence.submit.sampling
-            stops = (*sampling.stop_token_ids, *([] if sampling.ignore_eos else [EOS]))
-            if token in stops and sequence.done >= sampling.min_tokens:
-                deltas.append(self.end(key, "stop", (token,)))
-            elif sequence.done == len(sequence.answer):
-                deltas.append(self.end(key, "length", (token,)))
-            else:
-                deltas.append(TokenDelta(*key, [token], self.logprobs(sequence, (token,)), None))
-        self.say(StepOutput(deltas=deltas, stats=CoreStats(running=len(self.running), total_blocks=9)))
+        self.say(self.make())
 
     def go_on(self) -> None:
         if not self.scheduled and self.running and self.owner.free and self.transport is not None:

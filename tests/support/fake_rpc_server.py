@@ -44,7 +44,7 @@ class Peer:
         self._reader = reader
         self._writer = writer
 
-    async def hear(self, kind: type = object) -> Any:
+    async def hear(self, kind: type | tuple[type, ...] = object) -> Any:
         """The client's next message, None at the end of the connection; others than `kind` are passed over."""
         while True:
             try:

@@ -18,10 +18,8 @@ from typing import IO, Any
 import msgspec
 import pytest
 import uvloop
-from fake_core import FakeCores, FakeEngineConfig, fake_model
+from fake_core import FakeCores, FakeEngineConfig
 from fake_rpc_server import Script, scripted
-from local_encoders import local_encoders
-from marked import marked_prompts
 
 from cierzo.engine.frontend.child import Spawn
 from cierzo.engine.frontend.config import FrontendConfig
@@ -40,6 +38,8 @@ from cierzo.engine.messages import (
     ServerMessage,
     Welcome,
 )
+from cierzo.engine.testing.local_encoders import local_encoders
+from cierzo.engine.testing.words import fake_model, marked_prompts
 from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.weights.make import make_checkpoint
 

@@ -8,13 +8,14 @@ import time
 
 import pytest
 from fake_core import as_sent
-from local_encoders import local_encoders
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.frontend.accounting import add_run
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
+from cierzo.engine.frontend.tenants import EVERYBODY
 from cierzo.engine.messages import Abort, Cost, Final, Finish, Generate, Hello, SamplingParams, StepOutput, Submit
+from cierzo.engine.testing.local_encoders import local_encoders
 from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner, fake_config
@@ -64,6 +65,7 @@ class Client:
 
     def __init__(self, *features):
         self.features = frozenset(features)
+        self.access, self.peer = EVERYBODY, "a test"
         self.is_paused = False
         self.finals = {}
 

@@ -217,6 +217,42 @@ def test_only_what_goes_first_counts():
     assert admission.estimate(0, 5, 0.3).queue_s == 0.0
 
 
+def test_who_floods_waits_behind_itself_and_nobody_else_does():
+    admission = _knowing(100.0)
+    for run in range(10):
+        admission.sent(run, 1000, 0, 0.1, "flood", 1.0)
+
+    def queue_s(num_tokens, tenant, weight=1.0, priority=0):
+        return admission.estimate(num_tokens, priority, 0.1, tenant, weight).queue_s
+
+    assert queue_s(100, "flood") == 100.0
+    assert queue_s(100, "mail") == pytest.approx(1.0)  # its own second takes two, at half of the rate
+    assert queue_s(100, "mail", weight=3.0) == pytest.approx(1 / 3)
+    assert queue_s(100, "mail", priority=100) == pytest.approx(1.0)  # priorities order its own requests alone
+    assert queue_s(100_000, "mail") == pytest.approx(100.0)  # what all others have is all that it can wait for
+    admission.require(100, 0, 2.5, 0.1, "mail")
+    with pytest.raises(DeadlineUnreachable):
+        admission.require(100, 0, 2.5, 0.1, "flood")
+    admission.sent(20, 200, 0, 0.1, "mail", 1.0)
+    assert queue_s(100, "mail") == pytest.approx(
+        5.0
+    )  # three seconds' work, one of them its own, at half of the rate
+    with pytest.raises(DeadlineUnreachable) as caught:
+        admission.require(100, 0, 2.5, 0.1, "mail")
+    assert caught.value.retry_after_s == pytest.approx(4.0, abs=0.6)
+    for run in range(10):
+        admission.left(run, 0.1)
+    assert queue_s(100, "mail") == pytest.approx(2.0)  # alone it has all
+    assert queue_s(100, "flood") == pytest.approx(1.0)
+
+
+def test_long_prompts_of_another_tenant_are_not_in_line():
+    admission = _knowing(100.0, max_chunk_tokens=512)
+    admission.sent(1, 10_000, 0, 0.1, "flood", 1.0)
+    assert admission.estimate(100, 0, 0.1, "mail", 1.0).queue_s == pytest.approx(1.0)
+    assert admission.estimate(1000, 0, 0.1, "flood", 1.0).queue_s == pytest.approx(10.0)
+
+
 def test_what_was_sent_within_the_cores_last_step_is_not_in_its_gauges():
     admission = _knowing(100.0)
     admission.sent(1, 50, 0, 0.5)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from fake_core import EOS
-from marked import ID_OF, RIGHT, SAID, TOKENS, bare, ids
+from marked import RIGHT, SAID, TOKENS, bare, ids
 
 from cierzo.engine.frontend.answer import Answers
 from cierzo.engine.frontend.delta_cost import delta_cost
@@ -20,6 +19,7 @@ from cierzo.engine.messages import (
     Resume,
     SamplingParams,
 )
+from cierzo.engine.testing.words import EOS, ID_OF
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import PromptEncoder
 

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from fake_core import EOS
-from marked import ids, marked_prompts, marked_tokenizer
+from marked import ids
 
 from cierzo.cli import main
 from cierzo.engine.commands import chat as command
 from cierzo.engine.commands.screen import DIM, UNDIM, Screen, remark
 from cierzo.engine.messages import Abort, Delta, Part, Ready, SamplingParams
+from cierzo.engine.testing.words import EOS, marked_prompts, marked_tokenizer
 from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.text.template_chat import TemplateChat

@@ -267,7 +267,7 @@ def test_the_connection_ends_in_the_middle(run, serving, cores):
 
     async def body():
         async with serving(cores=cores) as house:
-            client = await Client.connect(house.address)
+            client = await Client.connect(house.address, reconnect=False)
             generation = client.generate(token_ids=[1], max_tokens=9)
             await cores.until(lambda: cores.now.submits)
             await house.server.close()

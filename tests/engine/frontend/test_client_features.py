@@ -410,7 +410,10 @@ def test_a_client_leaves_a_server_that_hangs(run):
             pass
 
     async def body():
-        async with scripted(script) as address, await Client.connect(address, keepalive_s=0.02) as client:
+        async with (
+            scripted(script) as address,
+            await Client.connect(address, keepalive_s=0.02, reconnect=False) as client,
+        ):
             for ask in (lambda: anext(client.generate(token_ids=[1])), client.health):
                 with pytest.raises(ConnectionLost, match="does not answer a ping"):
                     await ask()

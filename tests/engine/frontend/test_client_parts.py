@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from fake_core import EOS
 from marked import RIGHT, TOKENS, bare, ids
 from streams import tokens_of
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.client import Client, SyncClient
 from cierzo.engine.messages import FEATURES, Part
+from cierzo.engine.testing.words import EOS
 
 
 @pytest.fixture(autouse=True)

@@ -195,14 +195,14 @@ def test_what_was_not_accepted_is_sent_again_under_its_key(run):
     run(body())
 
 
-def test_by_default_nothing_is_mended_and_no_key_is_made(run):
+def test_without_mending_no_key_is_made(run):
     async def script(peer, number):
         assert number == 0
         assert (await peer.hear()).idempotency_key is None
         peer.drop()
 
     async def body():
-        async with scripted(script) as address, await Client.connect(address) as client:
+        async with scripted(script) as address, await Client.connect(address, reconnect=False) as client:
             with pytest.raises(ConnectionLost):
                 await anext(client.generate(token_ids=[1]))
             for ask in (client.ping, lambda: anext(client.generate(token_ids=[1]))):

@@ -7,7 +7,6 @@ import socket
 import tracemalloc
 
 import pytest
-from local_encoders import local_encoders
 from streams import answer, generate, tokens_of
 
 from cierzo.engine.frontend.client import Client
@@ -16,6 +15,7 @@ from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.outlet import TURN_TOKENS
+from cierzo.engine.frontend.tenants import EVERYBODY
 from cierzo.engine.messages import (
     FEATURES,
     Accepted,
@@ -34,6 +34,7 @@ from cierzo.engine.messages import (
     TokenDelta,
     TokenLogprobs,
 )
+from cierzo.engine.testing.local_encoders import local_encoders
 
 CREDIT = Hello(client="test", features=["credit"])
 
@@ -298,6 +299,7 @@ def test_readers_that_are_behind_share_turns_of_the_loop(prompts, model_info):
 
     class Sink:
         features, is_paused, num_taken = frozenset(["resume"]), False, 0
+        access, peer = EVERYBODY, "a test"
 
         def __init__(self):
             self.parts, self.heard = [], []

@@ -14,6 +14,8 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import CoreSide
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.stream import Stream
+from cierzo.engine.frontend.tenancy import Tenancy
+from cierzo.engine.frontend.tenants import EVERYBODY
 from cierzo.engine.messages import Abort, Finish, SamplingParams, StepOutput, Submit, TokenDelta
 
 
@@ -58,12 +60,13 @@ class Bench:
     """A core's side alone, on the loop's clock."""
 
     def __init__(self):
-        self.link, self.streams = Link(), Registry()
-        self.owner = Owner(self.streams)
         clock = asyncio.get_running_loop().time
+        self.link, self.streams = Link(), Registry(Tenancy(FrontendConfig(), clock))
+        self.owner = Owner(self.streams)
         self.side = self.owner.side = CoreSide(FrontendConfig(), self.link, self.streams, self.owner, clock)
         self.side.ready()
         self.features = frozenset()  # it is its own sink
+        self.access, self.peer = EVERYBODY, "a test"
         self.streams.connect(self)
 
     def open(self, number, deadline_s=60.0, submitted=True, **sampling):

@@ -11,6 +11,7 @@ import time
 
 import msgspec
 import pytest
+from fake_core import FakeCores
 from streams import generate, tokens_of, until
 
 from cierzo.engine.errors import Draining, Interrupted
@@ -83,6 +84,36 @@ def test_what_is_left_when_the_time_is_over_can_be_resumed_elsewhere(run, servin
             rest = client.generate(**arguments, seed=seed, output_token_ids=tokens)
             tokens += await tokens_of(rest)
             assert tokens == [(3 + seed + 7 * position) % 256 for position in range(8)]
+
+    run(body())
+
+
+def test_the_client_goes_on_elsewhere_by_itself(run, serving):
+    """Text too: what the first server held back, as it may begin the stop string, comes from the other one once."""
+    first_cores, second_cores = FakeCores(), FakeCores()
+    first_cores.free = False
+    arguments = {"token_ids": [97], "max_tokens": 8, "seed": 0, "stop": ["vw"]}
+
+    async def body():
+        async with (
+            serving(cores=first_cores, drain_s=0.05) as first,
+            serving(cores=second_cores) as second,
+            await Client.connect([first.address, second.address]) as client,
+            await Client.connect(second.address) as direct,
+        ):
+            cut = client.generate(**arguments)
+            await first_cores.until(lambda: first_cores.now.submits)
+            for _ in range(4):
+                first_cores.now.step()  # the fourth token is a "v"
+            parts = [await anext(cut)]
+            await client.drain(first.address)
+            parts += [part async for part in cut]
+            whole = (await direct.complete(**arguments)).samples[0]
+            assert [token for part in parts for token in part.token_ids] == whole.token_ids
+            assert "".join(part.text for part in parts) == whole.text
+            assert cut.final.samples[0].output_tokens == len(whole.token_ids) == 8
+            (again, _) = second_cores.now.submits
+            assert again.output_token_ids[:1] == [97]
 
     run(body())
 

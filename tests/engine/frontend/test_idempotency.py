@@ -253,3 +253,15 @@ def test_the_digest_knows_what_is_asked_for():
     message = generate(logit_bias={1: 1.0, 2: 2.0})
     assert digest(message) == digest(generate(7, "other", deadline_s=3.0, logit_bias={2: 2.0, 1: 1.0}))
     assert digest(message) != digest(generate(logit_bias={1: 1.0, 2: 2.5}))
+
+
+def test_a_retry_may_have_another_trace(run, serving, peering):
+    async def body():
+        async with serving() as house, peering(house, Hello(client="test", features=["resume", "trace"])) as peer:
+            names = set()
+            for stream, caller_id in ((1, "first"), (2, "second")):
+                peer.say(msgspec.structs.replace(generate(stream), caller_id=caller_id))
+                names.add((await hear_all(peer, stream))[0])
+            assert len(names) == 1
+
+    run(body())

@@ -168,14 +168,23 @@ def test_what_is_refused_is_named_in_plain_words(run, serving, peering):
 @pytest.mark.parametrize(
     ("address", "warns"), [("0.0.0.0:0", True), ("127.0.0.1:0", False), ("localhost:0", False)]
 )
-def test_an_address_beyond_loopback_is_warned_of(run, serving, caplog, address, warns):
+def test_an_address_beyond_loopback_has_to_be_wanted(run, serving, caplog, monkeypatch, address, warns):
+    what = "0.0.0.0:0 is reached from other machines, and has no keys and no TLS"
+
     async def body():
-        async with serving(address=address):
+        if warns:
+            with monkeypatch.context() as patched:
+                patched.setattr(type(asyncio.get_running_loop()), "create_server", None, raising=False)
+                with pytest.raises(ConfigError, match=what) as caught:
+                    async with serving(address=address):
+                        pass
+            assert (caught.value.field, caught.value.value) == ("address", address)
+        async with serving(address=address, insecure=warns):
             pass
 
     run(body())
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert said == ["0.0.0.0:0 is reached from other machines, and has neither keys nor TLS"] * warns
+    assert said == [what] * warns
 
 
 def test_a_faulty_message_about_an_open_stream_ends_that_stream(run, serving, peering, cores):

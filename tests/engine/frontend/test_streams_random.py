@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import pytest
 from fake_core import as_sent
-from local_encoders import local_encoders
 from msgspec.msgpack import decode, encode
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound, Overloaded
@@ -21,6 +20,7 @@ from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.outlet import BOUND_TOKENS
+from cierzo.engine.frontend.tenants import EVERYBODY
 from cierzo.engine.messages import (
     Abort,
     Accepted,
@@ -37,6 +37,7 @@ from cierzo.engine.messages import (
     TokenDelta,
     TokenLogprobs,
 )
+from cierzo.engine.testing.local_encoders import local_encoders
 
 CONFIG = FrontendConfig(
     stream_credit_bytes=1024,
@@ -133,6 +134,7 @@ class FakeSink:
 
     def __init__(self, features):
         self.features = frozenset(features)
+        self.access, self.peer = EVERYBODY, "a test"
         self.is_paused = False
         self.num_taken = 0
         self.open = {}  # stream id -> Copy
@@ -234,7 +236,7 @@ class World:
             sink.put(failure(message.stream, error))
         key = message.idempotency_key
         if key is not None and copy.name:
-            self.begun[key, self.frontend.keeper._keys[key].digest].add(copy.name)
+            self.begun[key, self.frontend.keeper._keys["default", key].digest].add(copy.name)
 
     def resume(self):
         """Go on with a lost answer, or take one over, from a token that the client has."""
@@ -287,7 +289,7 @@ class World:
             for reader in (reader for sink in self.sinks for reader in sink.open.values()):
                 reader.cancelled |= reader.name == copy.name
             try:
-                self.frontend.cancel_request(self, copy.name)
+                self.frontend.cancel_request(self.sinks[0], copy.name)
             except NotFound:
                 self.num_forgotten += 1
 
@@ -343,7 +345,9 @@ class World:
         registry = self.frontend.streams
         assert registry.num_samples == sum(stream.num_samples for stream in streams)
         assert registry.num_tokens == sum(stream.num_tokens for stream in streams)
-        assert registry.num_tokenless == sum(stream.first_token_s is None for stream in streams)
+        (book,) = self.frontend.tenancy.books()
+        assert book.num_tokenless == sum(stream.first_token_s is None for stream in streams)
+        assert (book.num_requests, book.num_tokens) == (len(streams), registry.num_tokens)
         assert registry.num_read == sum(len(registry.of(sink)) for sink in self.sinks)
         for sink in self.sinks:
             assert set(registry.of(sink)) == set(sink.open)
@@ -356,7 +360,8 @@ class World:
         for names in self.begun.values():
             assert len(names) == 1
         assert self.frontend.keeper.kept_bytes <= CONFIG.max_kept_bytes
-        assert self.frontend.keeper.kept_bytes == sum(self.frontend.keeper._kept.values())
+        kept = [num_bytes for each in self.frontend.keeper._kept.values() for num_bytes in each.values()]
+        assert self.frontend.keeper.kept_bytes == sum(kept)
 
 
 def _fields(message):
@@ -400,8 +405,14 @@ async def _finish(world):
     await _turns()
     frontend = world.frontend
     registry, keeper, outlets = frontend.streams, frontend.keeper, frontend.outlets
-    sums = (registry.num_samples, registry.num_tokens, registry.num_tokenless, registry.num_read, len(registry))
+    (book,) = frontend.tenancy.books()
+    sums = (registry.num_samples, registry.num_tokens, book.num_tokenless, registry.num_read, len(registry))
     assert sums == (0, 0, 0, 0, 0)
+    assert all(
+        not pool.num
+        for pool in frontend.tenancy.pools.values()
+        if pool is not frontend.tenancy.pools["max_connections"]
+    )
     assert (len(keeper), keeper.kept_bytes, keeper._keys, keeper._kept) == (0, 0, {}, {})
     assert not frontend.core._runs
     assert not world.core.sequences

@@ -159,7 +159,7 @@ def test_what_waits_in_other_threads_when_the_client_closes(served, cores):
 
 
 def test_closing_after_the_connection_is_lost(served):
-    with SyncClient(served.address) as client:
+    with SyncClient(served.address, reconnect=False) as client:
         generation = client.generate(token_ids=[1], max_tokens=4000)
         served.do(served.house.server.close)
         with pytest.raises(ConnectionLost, match=f"{served.address} has closed the connection"):

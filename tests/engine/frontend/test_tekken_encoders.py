@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from fake_core import fake_model
 from mistral_speakers import speaker
 from tekken_folders import write_tekken
 
@@ -18,6 +17,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.encoders import Encoders, spawn_encoder
 from cierzo.engine.frontend.encoding import Encoded, Job, Setup
 from cierzo.engine.messages import ChatMessage, Generate, Tool
+from cierzo.engine.testing.words import fake_model
 from cierzo.engine.text.tokenizer import Tokenizer
 
 USER = ChatMessage(role="user", content="What time is it?")

@@ -6,12 +6,12 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from marked import marked_prompts
 
 from cierzo.engine import messages
 from cierzo.engine.expert_statistics import ExpertStatistics, StepBucket
 from cierzo.engine.frontend.versions import as_version_2
 from cierzo.engine.messages import CoreStats, Hello, ServerMessage
+from cierzo.engine.testing.words import marked_prompts
 
 # Fields of the server's messages, and of the maps in them, as commit 98f17af had them. Never to be changed.
 VERSION_2 = {
@@ -46,6 +46,7 @@ FEATURE_FIELDS = {
     "Welcome": {"features"},
     "Limits": {"max_attached_bytes", "stream_credit_bytes", "keepalive_s"},
     "Final": {"cost"},
+    "Health": {"startup", "live", "ready", "notes"},
     "Delta": {"parts"},
     "SampleEnd": {"parts", "broken_calls"},
     "ModelInfo": {"reasoning_efforts", "marks_thinking", "marks_calls"},

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
-from marked import ids, marked_prompts
+from marked import ids
 from streams import generate, until
 
 from cierzo.engine.errors import Interrupted
@@ -16,6 +16,7 @@ from cierzo.engine.frontend.frames import pack
 from cierzo.engine.frontend.outlet import TURN_TOKENS, Outlets
 from cierzo.engine.frontend.sample import STATE_TOKENS
 from cierzo.engine.frontend.stream import Stream, reader_of
+from cierzo.engine.frontend.tenants import EVERYBODY
 from cierzo.engine.frontend.whole import (
     CHUNK_PARTS,
     CHUNK_TOKENS,
@@ -37,6 +38,7 @@ from cierzo.engine.messages import (
     TokenDelta,
     TokenLogprobs,
 )
+from cierzo.engine.testing.words import marked_prompts
 from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.prompt import PromptEncoder
 
@@ -45,6 +47,8 @@ FINISH = Finish("length", "", None, 3, 0, 0, 0, 0.0, 0.1, 0.2)
 
 class Sink:
     features = frozenset(["accounting"])
+    access = EVERYBODY
+    peer = "a test"
     is_paused = False
     num_taken = 0
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from marked import ids, marked_prompts, marked_tokenizer
+from marked import ids
 
 from cierzo.engine.messages import ChatMessage, Generate, SamplingParams, Tool
+from cierzo.engine.testing.words import marked_prompts, marked_tokenizer
 from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import PromptEncoder, call_id

@@ -1,20 +1,21 @@
-"""Encoders without a process, for tests where that is not the point."""
+"""Encoders without a process of their own, for front ends that are started in a test."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import msgspec
 
+from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, packed
-from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.limits import ByteBudget
-from cierzo.engine.messages import Failure, ModelInfo
+from cierzo.engine.frontend.tenants import DEFAULT
+from cierzo.engine.messages import ModelInfo
 from cierzo.engine.text.prompt import PromptEncoder
 
 
@@ -27,12 +28,13 @@ class LocalEncoders:
     delay_s: Callable[[], float] | None = None
 
     def submit(
-        self, job: Job, body: Buffer, attached: list[Buffer], deadline_at_s: float
+        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float, tenant: str = DEFAULT
     ) -> asyncio.Future[Encoded]:
+        """Have a request encoded, as `Encoders.submit` does."""
         num_bytes, loop = len(body) + sum(map(len, attached)), asyncio.get_running_loop()
-        self.budget.take(num_bytes)
+        self.budget.take(num_bytes, tenant)
         future: asyncio.Future[Encoded] = loop.create_future()
-        future.add_done_callback(lambda _: self.budget.give(num_bytes))
+        future.add_done_callback(lambda _: self.budget.give(num_bytes, tenant))
         answer = partial(self._answer, future, job, bytes(body), b"".join(attached))
         if self.delay_s is None:
             loop.call_soon(answer)
@@ -43,13 +45,13 @@ class LocalEncoders:
     def _answer(self, future: asyncio.Future[Encoded], job: Job, body: bytes, attached: bytes) -> None:
         if future.done():
             return
-        first, *rest = self.encoder.answer(job, body, attached if job.has_attached else None)
-        answer = msgspec.msgpack.decode(first, type=Encoded | Failure)
-        if isinstance(answer, Failure):
-            future.set_exception(error_of(answer))
+        try:
+            encoded, token_ids = self.encoder.encode_job(job, body, attached if job.has_attached else None)
+        except CierzoError as error:
+            future.set_exception(error)
             return
-        submit = msgspec.structs.replace(answer.submit, prompt_token_ids=packed(rest[0]))
-        future.set_result(msgspec.structs.replace(answer, submit=submit))
+        submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=packed(token_ids))
+        future.set_result(msgspec.structs.replace(encoded, submit=submit))
 
 
 def local_encoders(

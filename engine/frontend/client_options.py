@@ -1,0 +1,71 @@
+"""Arguments of the clients, for type checkers: what connections are made with, and what a request may say."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Iterable, Mapping
+from typing import Any, SupportsFloat, SupportsIndex, TypedDict
+
+from cierzo.engine.frontend.retries import Reconnect, Retry
+from cierzo.engine.messages import ChatMessage, SamplingParams, Tool
+
+Turn = ChatMessage | Mapping[str, Any]
+PathName = str | os.PathLike[str]
+
+
+class ConnectOptions(TypedDict, total=False):
+    """Arguments of `Client.connect` and `SyncClient`, beside the addresses and the timeout."""
+
+    connections: int
+    reconnect: bool | Reconnect
+    retry: bool | Retry | None
+    keepalive_s: float | None
+    default_deadline_s: float | None
+    features: Iterable[str]
+    key: str | None
+    tls: bool | PathName | ssl.SSLContext
+    tls_certificate: PathName | None
+    tls_key: PathName | None
+
+
+class GenerateArguments(TypedDict, total=False):
+    """Arguments of `generate`, `complete` and `ask`: fields of messages.Generate, and of SamplingParams on top of
+    `sampling`. Numbers and lists may be other libraries'."""
+
+    text: str | None
+    messages: Turn | Iterable[Turn] | None
+    token_ids: Iterable[Any] | None
+    sampling: SamplingParams | Mapping[str, Any] | None
+    output_token_ids: Iterable[Any] | None
+    tools: Iterable[Tool | Mapping[str, Any]] | None
+    tool_choice: Any
+    parallel_tool_calls: bool
+    suffix: str | None
+    reasoning_effort: str | None
+    priority: SupportsIndex
+    deadline_s: SupportsFloat | None
+    deltas: bool
+    idempotency_key: str | None
+    caller_id: str
+    traceparent: str
+
+    max_tokens: SupportsIndex
+    min_tokens: SupportsIndex
+    temperature: SupportsFloat
+    top_k: SupportsIndex
+    top_p: SupportsFloat
+    min_p: SupportsFloat
+    repetition_penalty: SupportsFloat
+    presence_penalty: SupportsFloat
+    frequency_penalty: SupportsFloat
+    logit_bias: Mapping[Any, SupportsFloat]
+    seed: SupportsIndex | None
+    n: SupportsIndex
+    stop: str | Iterable[str]
+    stop_token_ids: SupportsIndex | Iterable[Any]
+    ignore_eos: bool
+    logprobs: SupportsIndex | None
+    allowed_token_ids: SupportsIndex | Iterable[Any]
+    bad_words: str | Iterable[str]
+    max_thinking_tokens: SupportsIndex | None

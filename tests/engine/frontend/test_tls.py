@@ -1,0 +1,548 @@
+"""TLS: what is served with it, who is turned away, and how certificates come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+import os
+import socket
+import ssl
+
+import msgspec
+import pytest
+import trustme
+from streams import until
+
+from cierzo.engine.errors import ConfigError
+from cierzo.engine.frontend import tls_layer
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.frames import pack
+from cierzo.engine.frontend.tls import Tls, subject_of
+from cierzo.engine.messages import (
+    FEATURES,
+    Credit,
+    Delta,
+    Failure,
+    Final,
+    Generate,
+    Hello,
+    Ping,
+    Pong,
+    SamplingParams,
+    ServerMessage,
+    Welcome,
+)
+
+VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+NOW = datetime.datetime.now(datetime.UTC)
+DAY = datetime.timedelta(days=1)
+ANSWER_TOKENS = 3000
+
+
+@pytest.fixture(scope="module")
+def ca():
+    return trustme.CA()
+
+
+@pytest.fixture
+def issue(ca, tmp_path):
+    """Write a certificate and its key; the settings that name them."""
+
+    def write(authority=ca, name="server", **options):
+        certificate = authority.issue_cert("localhost", "127.0.0.1", **options)
+        files = {"tls_certificate": tmp_path / f"{name}.pem", "tls_key": tmp_path / f"{name}.key"}
+        chain = b"".join(each.bytes() for each in certificate.cert_chain_pems)
+        files["tls_certificate"].write_bytes(chain)
+        files["tls_key"].write_bytes(certificate.private_key_pem.bytes())
+        return {field: str(path) for field, path in files.items()}
+
+    return write
+
+
+@pytest.fixture
+def client_ca(ca, tmp_path):
+    path = tmp_path / "clients.pem"
+    ca.cert_pem.write_to_path(str(path))
+    return {"tls_client_ca": str(path)}
+
+
+@pytest.fixture
+def trusting(ca):
+    """A client's context of one version of TLS, with a certificate of `shown` if that is given."""
+
+    def make(version=VERSIONS[1], shown=None):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = context.maximum_version = version
+        ca.configure_trust(context)
+        if shown is not None:
+            shown.configure_cert(context)
+        return context
+
+    return make
+
+
+class Peer:
+    """A client on TLS by the standard library's own means."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    def say(self, *messages):
+        self.writer.write(bytes(pack(messages)))
+
+    async def hear(self):
+        size = int.from_bytes(await self.reader.readexactly(4), "big")
+        return msgspec.msgpack.decode(await self.reader.readexactly(size), type=ServerMessage)
+
+    async def hear_until(self, kind):
+        while not isinstance(message := await self.hear(), kind):
+            pass
+        return message
+
+
+@contextlib.asynccontextmanager
+async def connected(house, context, hello=Hello(client="test")):  # noqa: B008, it is frozen
+    """A connection that was welcomed."""
+    host, port = house.address.split(":")
+    peer = Peer(*await asyncio.open_connection(host, int(port), ssl=context, server_hostname="localhost"))
+    try:
+        peer.say(hello)
+        assert isinstance(await peer.hear(), Welcome)
+        yield peer
+    finally:
+        peer.writer.close()
+        with contextlib.suppress(OSError):
+            await peer.writer.wait_closed()
+
+
+def address_of(house):
+    host, port = house.address.split(":")
+    return host, int(port)
+
+
+# --- what is served ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_requests_of_any_size(run, serving, issue, trusting, cores, version, size):
+    cores.answer = lambda submit, sample: [65 + place % 26 for place in range(ANSWER_TOKENS)]
+
+    async def body():
+        async with serving(cores=cores, **issue()) as house, connected(house, trusting(version)) as peer:
+            assert peer.writer.get_extra_info("ssl_object").version() == version.name.replace("_", ".")
+            sampling = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
+            for deltas in (True, False):
+                peer.say(Generate(stream=1, token_ids=[1], sampling=sampling, deltas=deltas))
+                got = []
+                while not isinstance(message := await peer.hear(), Final):
+                    got += message.token_ids
+                got = got or message.samples[0].token_ids
+                assert got == cores.answer(None, 0)
+            peer.say(Generate(stream=1, text="x" * size, sampling=sampling))
+            refused = await peer.hear()
+            assert isinstance(refused, Failure if size > 4096 else Delta)
+
+    run(body(), 60)
+
+
+def test_frames_that_are_cut_anywhere(run, serving, issue, trusting):
+    async def body():
+        async with serving(**issue()) as house, connected(house, trusting()) as peer:
+            for byte in bytes(pack([Ping(stream=3)])):
+                peer.writer.write(bytes([byte]))
+                await peer.writer.drain()
+            assert await peer.hear() == Pong(stream=3)
+            peer.say(*[Ping(stream=stream) for stream in range(5000)])  # many records, and turns, at once
+            for stream in range(5000):
+                assert await peer.hear() == Pong(stream=stream)
+
+    run(body())
+
+
+def test_nothing_is_negotiated_anew_and_nothing_is_resumed(issue, run, serving, trusting):
+    tls = Tls(FrontendConfig(**issue()))
+    assert tls.context.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert tls.context.options & ssl.OP_NO_RENEGOTIATION
+    assert tls.context.num_tickets == 0
+
+    async def body():
+        async with serving(**issue()) as house:
+            for version in VERSIONS:
+                async with connected(house, trusting(version)) as peer:
+                    session = peer.writer.get_extra_info("ssl_object").session
+                    assert session is None or not session.has_ticket
+
+    run(body())
+
+
+def test_the_settings_of_a_socket_are_those_of_a_plain_one(run, serving, issue, trusting):
+    async def body():
+        async with serving(keepalive_s=7.0, **issue()) as house, connected(house, trusting()) as peer:
+            (connection,) = house.server._connections
+            sock = connection._transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 7
+            peer.say(Ping(stream=1))
+            await peer.hear()
+            before = connection.num_taken
+            peer.say(Ping(stream=1))
+            await peer.hear()
+            assert connection.num_taken > before + 20
+            assert connection.unsent_bytes == 0
+
+    run(body())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_reader_that_stops_costs_no_more_than_without_tls(run, serving, issue, trusting, cores, version):
+    """Its connection becomes full, `num_taken` stands still, and moves again when it reads."""
+    cores.answer = lambda submit, sample: [65] * submit.sampling.max_tokens
+
+    async def body():
+        async with serving(cores=cores, **issue()) as house, connected(house, trusting(version)) as peer:
+            (connection,) = house.server._connections
+            peer.writer.transport.pause_reading()
+            sampling = SamplingParams(max_tokens=4000, logprobs=20)
+            for stream in range(60):
+                peer.say(Generate(stream=stream, token_ids=[1], sampling=sampling))
+            await until(lambda: connection.is_paused)
+            await until(
+                lambda: not house.frontend.streams.num_read or all(s.unsent for s in house.frontend.streams)
+            )
+            assert connection._transport.get_write_buffer_size() < 600_000
+            peer.writer.transport.resume_reading()
+            ended = 0
+            while ended < 60:
+                ended += isinstance(await peer.hear(), Final)
+            assert not connection.is_paused
+
+    run(body(), 60)
+
+
+def test_num_taken_stands_still_while_nothing_is_taken(run, serving, issue, trusting, cores):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores, **issue()) as house, connected(house, trusting()) as peer:
+            (connection,) = house.server._connections
+            peer.writer.transport.pause_reading()
+            while not connection.is_paused:
+                connection._write(bytes(100_000))
+                await asyncio.sleep(0)
+            await until(lambda: _stands_still(connection))
+            taken = connection.num_taken
+            for _ in range(10):
+                connection._write(b"x" * 37)  # of which TLS makes more
+            assert connection.num_taken == taken
+            connection.drop()
+
+    run(body())
+
+
+def _stands_still(connection, seen=[0, 0]):  # noqa: B006, what was seen before
+    seen[:] = [seen[1], connection.num_taken]
+    return seen[0] == seen[1]
+
+
+# --- ends ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_reason_of_an_end_arrives_before_the_end(run, serving, issue, trusting, version):
+    async def body():
+        async with serving(**issue()) as house, connected(house, trusting(version)) as peer:
+            peer.say(Hello())
+            said = await peer.hear()
+            assert (said.code, said.stream) == ("protocol_error", -1)
+            assert await peer.reader.read() == b"", "an end that TLS vouches for"
+
+    run(body())
+
+
+@pytest.mark.parametrize("how", ["close", "abort", "half", "cut record"])
+def test_a_peer_that_leaves_takes_its_requests_with_it(run, serving, issue, trusting, cores, how):
+    cores.free = False
+
+    async def body():
+        async with serving(cores=cores, **issue()) as house, connected(house, trusting()) as peer:
+            peer.say(Generate(stream=1, token_ids=[1]))
+            await cores.until(lambda: cores.now.submits)
+            transport = peer.writer.transport
+            if how == "abort":
+                transport.abort()
+            elif how == "close":
+                transport.close()
+            else:
+                sock = transport.get_extra_info("socket")
+                descriptor = socket.socket(fileno=os.dup(sock.fileno()))
+                if how == "cut record":
+                    descriptor.send(b"\x17\x03\x03\x01\x00abc")
+                descriptor.shutdown(socket.SHUT_WR)
+                descriptor.close()
+            await cores.until(lambda: cores.now.aborts)
+            await until(lambda: not house.server._connections)
+
+    run(body())
+
+
+def test_bytes_that_are_no_tls_end_a_connection(run, serving, issue, trusting, cores):
+    async def body():
+        async with serving(**issue()) as house, connected(house, trusting()) as peer:
+            sock = peer.writer.transport.get_extra_info("socket")
+            with socket.socket(fileno=os.dup(sock.fileno())) as behind:
+                behind.send(b"\x17\x03\x03\x00\x20" + bytes(32))
+            await until(lambda: not house.server._connections)
+            async with connected(house, trusting()) as other:
+                other.say(Ping(stream=1))
+                assert await other.hear() == Pong(stream=1)
+
+    run(body())
+
+
+# --- who is turned away --------------------------------------------------------------------------------------
+
+
+def warned(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def answer_to(house, data):
+    """All that the server says to these bytes."""
+    reader, writer = await asyncio.open_connection(*address_of(house))
+    writer.write(data)
+    said = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return said
+
+
+def test_plain_text_on_a_tls_port(run, serving, issue, caplog):
+    async def body():
+        async with serving(**issue()) as house:
+            said = await answer_to(house, bytes(pack([Hello()])))
+            failure = msgspec.msgpack.decode(said[4:], type=ServerMessage)
+            assert (failure.code, failure.stream, failure.field) == ("protocol_error", -1, "tls")
+            assert "this port speaks TLS" in failure.message
+            for data in (b"GET / HTTP/1.1\r\n\r\n", b"SSH-2.0-x\r\n"):
+                said = await answer_to(house, data)
+                assert said.startswith(b"HTTP/1.1 400 ")
+                assert said.endswith(b"\r\n\r\nthis port speaks TLS, and the client does not\n")
+            await until(lambda: not house.server._shaking)
+
+    run(body())
+    assert len(warned(caplog)) == 3
+    assert all("('127.0.0.1', " in line and "without TLS" in line for line in warned(caplog))
+
+
+def test_tls_on_a_plain_port(run, serving, trusting, caplog):
+    async def body():
+        async with serving() as house:
+            with pytest.raises(ssl.SSLError, match="UNEXPECTED_MESSAGE"):
+                await asyncio.open_connection(*address_of(house), ssl=trusting(), server_hostname="localhost")
+
+    run(body())
+    (line,) = warned(caplog)
+    assert line.startswith("TLS came to the RPC's port from ('127.0.0.1', ")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_clients_show_a_certificate_of_the_authority(run, serving, ca, issue, client_ca, trusting, caplog, version):
+    shown = ca.issue_cert("billing.example", common_name="billing")
+    foreign = trustme.CA().issue_cert("billing.example", common_name="billing")
+
+    async def body():
+        async with serving(**issue(), **client_ca) as house:
+            async with connected(house, trusting(version, shown)):
+                assert [connection.subject for connection in house.server._connections] == ["billing"]
+            for wrong in (None, foreign):
+                with pytest.raises(ssl.SSLError, match="ALERT"):  # 1.3: only what is read then tells it
+                    async with connected(house, trusting(version, wrong)):
+                        pass
+            await until(lambda: not house.server._connections)
+
+    run(body())
+    assert len(warned(caplog)) == 2
+
+
+def test_a_certificate_without_a_common_name_has_its_first_dns_name_or_uri():
+    subject = ((("organizationName", "trustme"),),)
+    names = (("email", "a@b"), ("DNS", "one"), ("URI", "spiffe://x"), ("DNS", "two"))
+    assert subject_of({"subject": subject, "subjectAltName": names}) == "one"
+    assert subject_of({"subject": subject, "subjectAltName": names[2:3]}) == "spiffe://x"
+    assert subject_of({"subject": (*subject, (("commonName", "cn"),)), "subjectAltName": names}) == "cn"
+    assert subject_of({}) == ""
+
+
+def test_old_versions_are_refused(run, serving, issue, trusting, caplog):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+
+    async def body():
+        async with serving(**issue()) as house:
+            with pytest.raises(ssl.SSLError):
+                await asyncio.open_connection(*address_of(house), ssl=context, server_hostname="localhost")
+
+    run(body())
+
+
+def test_a_handshake_has_its_time_and_holds_nobody_up(run, serving, issue, trusting, caplog, monkeypatch):
+    monkeypatch.setattr(tls_layer, "LINGER_S", 0.05)
+
+    async def body():
+        async with serving(handshake_timeout_s=0.3, **issue()) as house:
+            silent = [await asyncio.open_connection(*address_of(house)) for _ in range(3)]
+            silent[1][1].write(b"\x16\x03\x01\x02\x00")
+            async with connected(house, trusting()) as peer:
+                peer.say(Ping(stream=1))
+                assert await peer.hear() == Pong(stream=1)
+                assert len(house.server._shaking) == 3
+                for reader, writer in silent:
+                    assert await reader.read() == b""
+                    writer.close()
+                await until(lambda: not house.server._shaking)
+                peer.say(Ping(stream=1))
+                assert await peer.hear() == Pong(stream=1)
+
+    run(body())
+    assert ["no handshake came in time" in line for line in warned(caplog)] == [True] * 3
+
+
+def test_handshakes_count_among_the_connections(run, serving, issue, monkeypatch):
+    async def body():
+        async with serving(max_connections=2, handshake_timeout_s=30.0, **issue()) as house:
+            silent = [await asyncio.open_connection(*address_of(house)) for _ in range(2 + 16)]
+            await until(lambda: len(house.server._shaking) == 18)
+            reader, writer = await asyncio.open_connection(*address_of(house))
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+            for _, one in (*silent, (reader, writer)):
+                one.close()
+            await until(lambda: not house.server._shaking)
+
+    run(body())
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+def test_wrong_files_are_named(issue, client_ca, tmp_path):
+    good, other = issue(), issue(name="other")
+    junk, missing = tmp_path / "junk", str(tmp_path / "missing")
+    junk.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    locked = tmp_path / "locked"
+    locked.write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n")
+    broken = tmp_path / "broken"
+    broken.write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
+    for changed, field, what in (
+        ({"tls_certificate": ""}, "tls_certificate", "tls_key is of no use without"),
+        ({"tls_certificate": "", "tls_key": "", **client_ca}, "tls_certificate", "tls_client_ca is of no use"),
+        ({"tls_certificate": missing}, "tls_certificate", "No such file"),
+        ({"tls_certificate": str(tmp_path)}, "tls_certificate", "Is a directory"),
+        ({"tls_certificate": str(junk)}, "tls_certificate", "no certificates in PEM"),
+        ({"tls_certificate": good["tls_key"]}, "tls_certificate", "no certificates in PEM"),
+        ({"tls_key": missing}, "tls_key", "No such file"),
+        ({"tls_key": ""}, "tls_certificate", "holds no private key"),
+        ({"tls_key": good["tls_certificate"]}, "tls_key", "holds no private key"),
+        ({"tls_key": other["tls_key"]}, "tls_key", "the key of another certificate"),
+        ({"tls_key": str(locked)}, "tls_key", "encrypted"),
+        ({"tls_key": str(broken)}, "tls_key", ""),
+        ({"tls_client_ca": missing}, "tls_client_ca", "No such file"),
+        ({"tls_client_ca": str(junk)}, "tls_client_ca", "no certificates in PEM"),
+    ):
+        with pytest.raises(ConfigError, match=what) as caught:
+            Tls(FrontendConfig(**{**good, **changed}))
+        error = caught.value
+        assert error.field == field
+        assert error.limit
+        assert error.value == {**good, **changed}[field]
+
+
+def test_key_and_certificate_may_be_one_file(issue, tmp_path):
+    files = issue()
+    both = tmp_path / "both"
+    both.write_bytes(b"".join(open(path, "rb").read() for path in files.values()))  # noqa: SIM115
+    assert Tls(FrontendConfig(tls_certificate=str(both))).context is not None
+
+
+def test_certificates_count_for_a_time(issue):
+    expired = issue(name="old", not_before=NOW - 9 * DAY, not_after=NOW - DAY)
+    with pytest.raises(ConfigError, match="the certificate has expired on") as caught:
+        Tls(FrontendConfig(**expired))
+    assert caught.value.field == "tls_certificate"
+    early = issue(name="early", not_before=NOW + DAY, not_after=NOW + 9 * DAY)
+    with pytest.raises(ConfigError, match="the certificate is not valid before"):
+        Tls(FrontendConfig(**early))
+
+
+@pytest.mark.parametrize(
+    ("days", "note"),
+    [(21, None), (20.9, "expires in 20 days, on "), (1.5, "in 1 day,"), (0.5, "today"), (-1, "has expired on")],
+)
+def test_the_end_of_a_certificate_is_told_ahead(issue, days, note):
+    tls = Tls(FrontendConfig(**issue(not_after=NOW + 90 * DAY)))
+    tls._now = lambda: tls.expires_at - days * DAY
+    assert tls.seconds_left == pytest.approx(days * 86_400)
+    assert [note in line for line in tls.notes()] == [True] * (note is not None)
+
+
+def test_a_server_tells_it_when_it_starts(run, serving, issue, caplog):
+    async def body():
+        async with serving(**issue(not_after=datetime.datetime.now(datetime.UTC) + 3.5 * DAY)) as house:
+            assert house.server.tls._timer.when() - asyncio.get_running_loop().time() > 86_000
+            assert house.server.tls.notes()
+
+    run(body())
+    (line,) = warned(caplog)
+    assert line.startswith("the TLS certificate expires in 3 days, on ")
+
+
+def test_a_reload_is_for_new_connections_and_only_if_all_is_well(run, serving, ca, issue, trusting, caplog):
+    async def body():
+        async with serving(**issue(common_name="first")) as house:
+
+            def name(peer):
+                return subject_of(peer.writer.get_extra_info("peercert"))
+
+            async with connected(house, trusting()) as old:
+                assert name(old) == "first"
+                issue(common_name="second")
+                assert house.server.tls.reload()
+                async with connected(house, trusting()) as new:
+                    assert name(new) == "second"
+                issue(common_name="third", not_before=NOW - 9 * DAY, not_after=NOW - DAY)
+                assert not house.server.tls.reload()
+                async with connected(house, trusting()) as new:
+                    assert name(new) == "second"
+                old.say(Ping(stream=1))
+                assert await old.hear() == Pong(stream=1)
+
+    run(body())
+    (line,) = warned(caplog)
+    assert line.startswith("the certificate stays the one before: tls_certificate: ")
+
+
+def test_sockets_of_the_machine_have_no_tls(run, serving, issue, tmp_path):
+    async def body():
+        with pytest.raises(ConfigError, match="a Unix socket has none") as caught:
+            async with serving(address=f"unix:{tmp_path}/s", **issue()):
+                pass
+        assert caught.value.field == "address"
+
+    run(body())
+
+
+def test_the_features_and_credit_work_on_it(run, serving, issue, trusting, cores):
+    hello = Hello(client="test", features=list(FEATURES))
+
+    async def body():
+        async with serving(cores=cores, **issue()) as house, connected(house, trusting(), hello) as peer:
+            peer.say(Generate(stream=1, token_ids=[1], sampling=SamplingParams(max_tokens=50)))
+            peer.say(Credit(stream=1, bytes=10))
+            assert (await peer.hear_until(Final)).usage.output_tokens == 50
+
+    run(body())
