@@ -51,19 +51,16 @@ class JumpingScheduler(Scheduler):
     """The engine's scheduler, which can also take many decode steps at once.
 
     `advance` leaves the running requests (tokens, counts, blocks), their tenants (counter, blocks), the deltas, the
-    accounts and the counters of steps and output tokens as `schedule` and `commit` would, step by step; it touches nothing else of the
-    scheduler's state.
+    accounts and the counters of steps and output tokens as `schedule` and `commit` would, step by step; it touches
+    nothing else of the scheduler's state.
     """
 
     def steady(self) -> Row:
         """The coming steps that are sure to be alike: in each every running sequence decodes a token, and nothing
         else happens unless somebody adds or aborts. Must not be asked while a step is in flight."""
         running = self._running.values()
-        others = (
-            len(self._gate)
-            or (self._tenants.num_waiting and not self._blocked)
-            or self._deadlines.first() is not None
-        )
+        waiting = self._tenants.num_waiting and not self._blocked
+        others = len(self._gate) or waiting or self._deadlines.first() is not None
         if others or not running or any(len(one.tokens) - one.num_planned != 1 for one in running):
             return Row(0, 0, 0, repeat=0)
         before_an_end = min(one.stop.limit_tokens - len(one.tokens) for one in running) - 1

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 MAX_LOOKED_PAST = 64  # waiting sequences in one step, each asked once; more, and a step would be spent on asking
 PRICED_STRIDE = 16  # of steps that only decode, with nobody waiting, one in so many is priced: they are much alike
 HOPELESS = 2.0  # a prompt is given up when it takes, by prediction, so many times the seconds that it has left
-# Service, in the unit of a prompt token. A generated token counts for two, as in "Fairness in Serving Large Language
-# Models" (Sheng et al., OSDI 2024), whose virtual token counter `Tenants` keeps.
+# Service in units of a prompt token: what a generated one counts for in "Fairness in Serving Large Language Models"
+# (Sheng et al., OSDI 2024), whose virtual token counter `Tenants` keeps.
 GENERATED_CHARGE = 2.0
 ROUNDING = 1e-9  # of shares, which are sums of fractions
 

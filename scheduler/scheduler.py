@@ -60,9 +60,7 @@ class Scheduler:
         self._deadlines = RequestHeap()
         self._free_slots = list(range(config.max_running - 1, -1, -1))  # a stack
         self._deltas: list[TokenDelta] = []
-        self._num_arrivals = 0
-        self._num_epochs = 0
-        self._num_steps = 0
+        self._num_arrivals = self._num_epochs = self._num_steps = 0
         self._blocked = False  # whoever waits found no room, and nothing has changed since
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._num_preemptions = self.num_finished = 0
@@ -295,16 +293,9 @@ class Scheduler:
             key = request.key
             request.num_planned += 1
             request.num_pending += 1
+            token_ids, num_prompt = [tokens[start] if start < len(tokens) else PENDING], request.num_prompt_tokens
             plans[key] = SeqPlan(
-                key,
-                request.slot,
-                request.epoch,
-                start,
-                [tokens[start] if start < len(tokens) else PENDING],
-                request.num_prompt_tokens,
-                new_block_ids,
-                True,
-                None,
+                key, request.slot, request.epoch, start, token_ids, num_prompt, new_block_ids, True, None
             )
         return plans, others, all_pending
 
@@ -385,8 +376,8 @@ class Scheduler:
         )
 
     def _admit(self, request: Request, budget: StepBudget, now: float) -> bool:
-        """Give a waiting sequence a slot and blocks. Where there are none, a tenant within its share takes them from
-        those above theirs. Whether it runs now."""
+        """Give a waiting sequence a slot and blocks; a tenant within its share takes them from those above theirs.
+        Whether it runs now."""
         blocks = request.blocks
         while True:
             reserve = policy.reserve_blocks(len(self._running))
@@ -397,9 +388,8 @@ class Scheduler:
             if not self._tenants.are_several or not self._has_a_claim(request):
                 return False
             lacking = (blocks.refused_blocks or self._cache.blocks_for(len(request.tokens))) + reserve
-            victims = self._tenants.victims(
-                self._running.values(), 1 - len(self._free_slots), lacking - self._cache.num_free
-            )
+            lacking -= self._cache.num_free
+            victims = self._tenants.victims(self._running.values(), 1 - len(self._free_slots), lacking)
             if not victims:
                 return False
             for victim in victims:

@@ -1,9 +1,9 @@
 """Tenants: what each was served, who is next, and who holds more of the machine than its share.
 
-Service is counted as in "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024): a virtual token counter
-for each tenant, service received divided by weight, and the least counter goes first. Virtual time is the level that
-the counters have reached. Whoever begins to wait is lifted to it, so that nobody gains credit by asking for little; who
-was served beyond it keeps the debt. Beside the paper, turns are taken within a step, and room is shared too.
+Service is counted as in "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024): a virtual token
+counter for each tenant, service received divided by weight, and the least counter goes first. Virtual time is the
+level that the counters have reached. Whoever begins to wait is lifted to it, so that nobody gains credit by asking
+for little; who was served beyond it keeps the debt. Not in the paper: turns within a step, and shares of the room.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cierzo.scheduler.request import Request, State
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """A tenant's books, written by `Tenants`; but generated tokens are added to `counter` where they are taken in."""
+    """Books of a tenant, written by `Tenants`; the scheduler adds generated tokens to `counter`, blocks to `held`."""
 
     name: str
     number: int  # unique, by first arrival
@@ -132,7 +132,7 @@ class Tenants:
         self.num_waiting -= before - len(waiting)
 
     def turns(self, prompts: Iterable[Request], admits: bool) -> Turns:
-        """The turns of a step. prompts: those that run, in order. admits: whether those that wait have turns too."""
+        """The turns of a step. prompts: those that run, in order. admits: whether those that wait have turns."""
         return Turns(prompts, [tenant for tenant in self._active if tenant.waiting] if admits else [])
 
     # --- room --------------------------------------------------------------------------------------------------
@@ -163,8 +163,8 @@ class Tenants:
         return {one: self.excess(one, one.num_running, len(one.held)) for one in self._active}
 
     def has_a_claim(self, request: Request, num_blocks: int) -> bool:
-        """Whether a tenant would be at most at its share of the room with one more sequence of `num_blocks`. (What it
-        shares with others counts in full: nobody who was admitted by a claim is then above its share.)"""
+        """Whether its tenant would be at most at its share of the room with a sequence of `num_blocks` more. Blocks
+        that it would find count too: nobody whom a claim has let in is then above its share."""
         tenant = request.tenant
         with_it = self.excess(tenant, tenant.num_running + 1, len(tenant.held) + num_blocks)
         return with_it <= 1.0 + policy.ROUNDING
@@ -205,15 +205,15 @@ class Tenants:
             books = (tenant.num_live, tenant.num_running, tenant.held)
             assert books == (num_live[name], num_running[name], held.get(name, Counter())), f"{name}: {books}"
             assert (tenant in self._active) == (tenant.num_live > 0), name
-            assert tenant.weight > 0 and math.isfinite(tenant.counter), f"{name}: {tenant.counter}"
+            assert math.isfinite(tenant.counter), f"{name}: {tenant.counter}"
         assert num_live.keys() <= self._table.keys(), f"tenants without books: {num_live.keys()}"
         assert all(self._table[request.tenant.name] is request.tenant for request in live), "a tenant kept twice"
         assert self.num_waiting == sum(1 for _ in self.waiting()), f"{self.num_waiting} wait"
 
 
 class Turns:
-    """Turns of a step's prompts: the tenant with the least counter is next, its first running prompt, or else its first
-    that waits. Each prompt has one turn. Whoever takes a turn is charged for it before the next one is asked for."""
+    """Turns of a step's prompts: next is the tenant with the least counter, its first running prompt, or else its
+    first that waits. Each prompt has one turn, and is charged before the next turn is asked for."""
 
     def __init__(self, prompts: Iterable[Request], admitting: Iterable[Tenant]) -> None:
         self._prompts: dict[Tenant, deque[Request]] = {}
