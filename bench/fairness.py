@@ -2,9 +2,9 @@
 
 The real core, a step at a time, on a fake runner, on a simulated card in virtual time, or on a model. Three
 questions: what the others are served beside a tenant that asks for ten times its share; how many steps a modest one
-waits for its first token beside that flood, and how many alone; and what all are served together, beside what they are
-served as one tenant, first come first served. Service is counted from outside, by what comes back: the tokens of a
-prompt count once its first answer is there, a generated one counts for two.
+waits for its first token beside that flood, and how many alone; and what all are served together, beside what they
+are served as one tenant, first come first served. Service is counted from outside, by what comes back: a generated
+token counts for two, and those of a prompt count once its first answer is there.
 
 The modest tenant asks for half of its share, at random moments. What it asks for at once must fit into its share of
 slots, and a prompt into that of a step, else it waits for itself.
@@ -49,6 +49,7 @@ class FairnessSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: Annotated[str, Meta(description="as of `cierzo serve`; simulated:h200 for a card that is not here")] = (
         "cpu"
     )
+    weights: Annotated[str, Meta(description="number format of the weights, as of `cierzo serve`")] = "auto"
     tenants: Annotated[Number, Meta(description="tenants, one of which floods")] = 4
     max_running: Annotated[Number, Meta(description="sequences that run, at most")] = 128
     input_tokens: Annotated[Number, Meta(description="mean length of a prompt")] = 256
@@ -104,6 +105,7 @@ class Machine:
             EngineOptions(
                 model=settings.model,
                 device=settings.device,
+                weights=settings.weights,
                 max_running=settings.max_running,
                 max_model_len=longest,
                 max_waiting=1 << 16,
@@ -171,8 +173,8 @@ class Load:
 
 
 def flood(settings: FairnessSettings, *, apart: bool) -> Served:
-    """Let one tenant ask for FLOOD times its share of the slots, and each other for twice its own. The first quarter
-    of the steps is not counted."""
+    """Let one tenant ask for FLOOD times its share of the slots, and each other for twice its own. The first
+    quarter of the steps is not counted."""
     machine = Machine(settings)
     load = Load(machine, settings, apart=apart)
     share = -(-settings.max_running // settings.tenants)
