@@ -18,7 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -32,6 +32,7 @@ from cierzo.engine.messages import SamplingParams, Submit, TokenDelta
 from cierzo.engine.options import add_options, chosen
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import fake_config
+from cierzo.kernels.formats.number_formats import FormatName
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.policy import GENERATED_CHARGE
 
@@ -49,7 +50,7 @@ class FairnessSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: Annotated[str, Meta(description="as of `cierzo serve`; simulated:h200 for a card that is not here")] = (
         "cpu"
     )
-    weights: Annotated[str, Meta(description="number format of the weights, as of `cierzo serve`")] = "auto"
+    weights: Annotated[Literal["auto", FormatName], Meta(description="as of `cierzo serve`")] = "auto"
     tenants: Annotated[Number, Meta(description="tenants, one of which floods")] = 4
     max_running: Annotated[Number, Meta(description="sequences that run, at most")] = 128
     input_tokens: Annotated[Number, Meta(description="mean length of a prompt")] = 256

@@ -105,13 +105,13 @@ class Tenants:
         tenant.counter += tokens / tenant.weight
 
     def lift(self, tenant: Tenant) -> None:
-        """Take away whatever credit a tenant has gathered while it did not ask for its turn."""
+        """Take away the credit that a tenant gathered while it asked for nothing or filled its share of the room."""
         tenant.counter = max(tenant.counter, self.virtual_time(but=tenant))
 
     # --- the queue ---------------------------------------------------------------------------------------------
 
     def waiting(self) -> Iterator[Request]:
-        """Those that wait, tenant by tenant."""
+        """Sequences that wait, tenant by tenant."""
         return (request for tenant in self._active for request in tenant.waiting)
 
     def wait(self, request: Request) -> None:

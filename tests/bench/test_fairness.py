@@ -39,5 +39,5 @@ def test_without_tenants_a_flood_takes_nearly_all_and_others_wait() -> None:
 
 
 def test_the_command_prints_the_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "fairness", "--steps", "300", "--max-running", "64"]) == 0
+    assert main(["bench", "fairness", "--steps", "300"]) == 0
     assert "of first come, first served" in capsys.readouterr().out
