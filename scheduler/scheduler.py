@@ -394,7 +394,6 @@ class Scheduler:
                 return False
             for victim in victims:
                 self._preempt(victim)
-                self._tenants.lift(victim.tenant)
             budget.withdraw({victim.key for victim in victims})
             turns.refresh()
 

@@ -105,7 +105,7 @@ class Tenants:
         tenant.counter += tokens / tenant.weight
 
     def lift(self, tenant: Tenant) -> None:
-        """Take away the credit that a tenant gathered while it asked for nothing or filled its share of the room."""
+        """Take away what credit a tenant gathered while it asked for nothing or filled its share of the room."""
         tenant.counter = max(tenant.counter, self.virtual_time(but=tenant))
 
     # --- the queue ---------------------------------------------------------------------------------------------

@@ -193,8 +193,6 @@ class Twin:
         else:
             self.seen["claims"] += 1
             self.late.add(victim.new.tenant)
-            name = victim.new.tenant
-            self.counters[name] = max(self.counters[name], self.time(but=name))
             assert mine > 1.0
 
     # --- after each step ---
