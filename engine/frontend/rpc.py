@@ -417,8 +417,7 @@ class RpcServer:
             self.frontend.observer.certificate_expires_s = self.tls.expires_s
 
     def reload(self) -> None:
-        """Read certificate and key file anew, and end connections of keys that are gone. What is wrong changes
-        nothing."""
+        """Read certificate and keys anew, and end connections of keys that are gone. What is wrong changes nothing."""
         if self.tls is not None:
             self.tls.reload()
         if self.door.reload():

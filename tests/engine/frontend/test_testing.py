@@ -252,7 +252,7 @@ def test_bad_orders(server, field, order):
 @pytest.mark.parametrize("after_deltas", [0, 1, 4])
 def test_a_reset_in_the_middle_of_an_answer(server, after_deltas):
     server.reset(after_deltas=after_deltas, times=2)
-    with SyncClient(server.address) as client:
+    with SyncClient(server.address, reconnect=False) as client:
         generation, got = client.generate(text="Hi", seed=1), []
         with pytest.raises(ConnectionLost):
             got.extend(generation)
@@ -286,7 +286,7 @@ def test_a_reset_without_the_feature_resume(server, run):
 def test_a_refused_request_leaves_the_reset_to_the_next_one(server):
     server.reset()
     server.refuse(Overloaded)
-    with SyncClient(server.address) as client:
+    with SyncClient(server.address, reconnect=False) as client:
         with pytest.raises(Overloaded):
             client.ask(text="Hi")
         with pytest.raises(ConnectionLost):
@@ -311,7 +311,7 @@ def test_a_restart_forgets_the_requests():
 
 def test_all_connections_are_cut(server, client):
     client.ping()
-    with SyncClient(server.address) as other:
+    with SyncClient(server.address, reconnect=False) as other:
         other.ping()
         server.disconnect()
         with pytest.raises(ConnectionLost):

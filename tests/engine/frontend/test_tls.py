@@ -345,7 +345,7 @@ def test_tls_on_a_plain_port(run, serving, trusting, caplog):
 
     run(body())
     (line,) = warned(caplog)
-    assert line.startswith("TLS came to the RPC's port from ('127.0.0.1', ")
+    assert line.startswith("TLS came to the RPC's port from 127.0.0.1:")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
