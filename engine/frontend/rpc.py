@@ -328,7 +328,9 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         if "keepalive" in self.features:
-            self._keepalive = Keepalive(self._server.config.keepalive_s, self._ping, self._gone)
+            self._keepalive = Keepalive(
+                self._server.config.keepalive_s, lambda: self.put(Ping(stream=0)), self._gone
+            )
         self._server.frontend.connect(self)
         self.put(self._server.welcome(hello.version, self.features))
 
@@ -337,9 +339,6 @@ class Connection(asyncio.Protocol):
         log.warning("%s came to the RPC's port from %s: the connection is closed", protocol, self.peer)
         self._ending = True
         self._close(answer)
-
-    def _ping(self) -> None:
-        self.put(Ping(stream=0))
 
     def _gone(self) -> None:
         """The peer has not answered a ping."""
@@ -417,7 +416,7 @@ class RpcServer:
             self.frontend.observer.certificate_expires_s = self.tls.expires_s
 
     def reload(self) -> None:
-        """Read certificate and keys anew, and end connections of keys that are gone. What is wrong changes nothing."""
+        """Read certificate and keys anew; connections of keys that are gone end. What is wrong changes nothing."""
         if self.tls is not None:
             self.tls.reload()
         if self.door.reload():

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from local_encoders import local_encoders
-
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.observe.tallies import Pace
@@ -23,6 +21,7 @@ from cierzo.engine.frontend.observe.web import MetricsServer
 from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.frontend.tenants import EVERYBODY, Access, Tenant
 from cierzo.engine.messages import Finish, Generate, SamplingParams, StepOutput, TokenDelta
+from cierzo.engine.testing.local_encoders import local_encoders
 from cierzo.engine.testing.words import fake_model
 from cierzo.engine.text.prompt import PromptEncoder
 

@@ -257,7 +257,7 @@ def test_a_reset_in_the_middle_of_an_answer(server, after_deltas):
         with pytest.raises(ConnectionLost):
             got.extend(generation)
         assert "".join(delta.text for delta in got) == "Hello."[:after_deltas]
-    with SyncClient(server.address) as client:
+    with SyncClient(server.address, reconnect=False) as client:
         rest = client.resume(generation.request_id, received=[after_deltas])
         assert "".join(delta.text for delta in rest) == "Hello."[after_deltas:]
         lost = client.generate(text="Hi")
