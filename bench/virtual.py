@@ -50,16 +50,17 @@ class VirtualClock:
 class JumpingScheduler(Scheduler):
     """The engine's scheduler, which can also take many decode steps at once.
 
-    `advance` leaves the running requests (tokens, counts, blocks), the deltas, the accounts and the counters of
-    steps and output tokens as `schedule` and `commit` would, step by step; it touches nothing else of the
-    scheduler's state.
+    `advance` leaves the running requests (tokens, counts, blocks), their tenants (counter, blocks), the deltas, the
+    accounts and the counters of steps and output tokens as `schedule` and `commit` would, step by step; it touches
+    nothing else of the scheduler's state.
     """
 
     def steady(self) -> Row:
         """The coming steps that are sure to be alike: in each every running sequence decodes a token, and nothing
         else happens unless somebody adds or aborts. Must not be asked while a step is in flight."""
         running = self._running.values()
-        others = len(self._gate) or (self._waiting and not self._blocked) or self._deadlines.first() is not None
+        waiting = self._tenants.num_waiting and not self._blocked
+        others = len(self._gate) or waiting or self._deadlines.first() is not None
         if others or not running or any(len(one.tokens) - one.num_planned != 1 for one in running):
             return Row(0, 0, 0, repeat=0)
         before_an_end = min(one.stop.limit_tokens - len(one.tokens) for one in running) - 1
@@ -84,9 +85,11 @@ class JumpingScheduler(Scheduler):
                     accounts.hold(request, full // self._cache.block_tokens, begins_s[full - first])
                 block_ids = self._cache.allocate(blocks, computed)
                 assert block_ids is not None, too_many
+                request.tenant.held.update(block_ids)
                 grown.append((request.slot, block_ids))
             if computed >= blocks.next_index_tokens:
                 self._cache.index(blocks, computed)
+            request.tenant.counter += num_steps * request.tenant.token_charge
             self._deltas.append(TokenDelta(*request.key, new, None, None))
         self._num_steps += num_steps
         self._output_tokens += num_steps * len(self._running)

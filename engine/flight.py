@@ -59,7 +59,8 @@ class Open(Record, frozen=True, tag="o"):
 
     pieces: where they are not, a digest of each piece of prompt and output, as blocks of the KV cache cut them.
     Their key was of the core process alone: they tell which pieces are equal, and nothing else. Empty: there was no
-    room. banned: the sequences that the output may not hold, if tokens are recorded; banned_digest: else.
+    room. banned: the sequences that the output may not hold, if tokens are recorded; banned_digest: else. salt: of
+    the prefix cache; a digest of it where tokens are not recorded.
     """
 
     request_id: int
@@ -76,6 +77,9 @@ class Open(Record, frozen=True, tag="o"):
     thinking: ThinkingBudget | None = None
     banned: list[list[int]] = []
     banned_digest: bytes = b""
+    tenant: str = ""
+    weight: float = 1.0
+    salt: bytes = b""
 
 
 class Submitted(Record, frozen=True, tag="c"):
@@ -95,6 +99,9 @@ class Submitted(Record, frozen=True, tag="c"):
     thinking: ThinkingBudget | None = None
     banned: list[list[int]] = []
     banned_digest: bytes = b""
+    tenant: str = ""
+    weight: float = 1.0
+    salt: bytes = b""
 
 
 class Aborted(Record, frozen=True, tag="a"):

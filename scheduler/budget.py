@@ -1,13 +1,15 @@
-"""Budget of a step: tokens and predicted seconds that are left, and the work that it has taken on."""
+"""Budget of a step: tokens and predicted seconds that are left, and what it has taken on."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Container, Iterable
 
 from cierzo.scheduler import policy
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.cost import LEAST_CHUNK, StepCost, StepWork
+from cierzo.scheduler.plan import RequestKey, SeqPlan
 
 
 class StepBudget:
@@ -18,7 +20,7 @@ class StepBudget:
     """
 
     __slots__ = (
-        *("tokens", "num_prompts", "_limits", "_cost", "_seconds"),
+        *("tokens", "seqs", "num_prompts", "_num_decodes", "_limits", "_cost", "_seconds"),
         *("_sequences", "_decode_context", "_rows", "_rows_left", "_pairs", "_context"),
     )
 
@@ -26,11 +28,13 @@ class StepBudget:
         self,
         limits: SchedulerConfig,
         cost: StepCost | None,
-        num_decodes: int,
+        decodes: Iterable[SeqPlan],
         decode_context: int,
         num_prompts: int,
     ) -> None:
         """decode_context: tokens that the decode rows read. num_prompts: running sequences that get chunks."""
+        self.seqs = [*decodes]  # of the step, so far
+        self._num_decodes = num_decodes = len(self.seqs)
         self.tokens = limits.budget_tokens - num_decodes
         self.num_prompts = num_prompts
         self._limits, self._cost = limits, cost
@@ -79,6 +83,27 @@ class StepBudget:
             self._pairs += count * (start + (count + 1) / 2)
             self._context += start + count
         return count
+
+    def withdraw(self, keys: Container[RequestKey]) -> None:
+        """Take sequences out of the step again."""
+        kept = []
+        for index, seq in enumerate(self.seqs):
+            if seq.key not in keys:
+                kept.append(seq)
+                continue
+            start, count = seq.start, len(seq.token_ids)
+            self.tokens += count
+            self._sequences -= 1
+            if index < self._num_decodes:
+                self._decode_context -= start + 1
+                continue
+            self._seconds += self._cost.chunk_s(start, count) if self._cost is not None else 0.0
+            self._rows -= count
+            self._rows_left += count
+            self._pairs -= count * (start + (count + 1) / 2)
+            self._context -= start + count
+        self._num_decodes -= sum(seq.key in keys for seq in self.seqs[: self._num_decodes])
+        self.seqs = kept
 
     def work(self) -> StepWork:
         """All that the step has taken on."""

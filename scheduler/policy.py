@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
+from cierzo.scheduler.cost import StepCost
 from cierzo.scheduler.request import Request
+
+if TYPE_CHECKING:
+    from cierzo.scheduler.tenants import Tenant
 
 MAX_LOOKED_PAST = 64  # waiting sequences in one step, each asked once; more, and a step would be spent on asking
 PRICED_STRIDE = 16  # of steps that only decode, with nobody waiting, one in so many is priced: they are much alike
 HOPELESS = 2.0  # a prompt is given up when it takes, by prediction, so many times the seconds that it has left
+# Service in units of a prompt token: what a generated one counts for in "Fairness in Serving Large Language Models"
+# (Sheng et al., OSDI 2024), whose virtual token counter `Tenants` keeps.
+GENERATED_CHARGE = 2.0
+ROUNDING = 1e-9  # of shares, which are sums of fractions
 
 
 def waiting_order(arrived_at: float, priority: int, priority_aging_s: float, sequence: int) -> tuple[float, int]:
@@ -40,7 +49,41 @@ def reserve_blocks(num_running: int) -> int:
     return num_running
 
 
-def choose_victim(running: Iterable[Request]) -> Request:
-    """Whom to preempt: the last in the waiting order. The first one is never chosen while others run, hence it
-    always advances, and each gets to be the first."""
-    return max(running, key=lambda request: request.order)
+def is_hopeless(request: Request, cost: StepCost | None, now: float) -> bool:
+    """Whether a prompt is sure to miss its deadline: what is left of it would take more than HOPELESS times the
+    seconds that are left, if it had the machine to itself."""
+    deadline_at_s = request.new.deadline_at_s
+    if deadline_at_s is None or cost is None:
+        return False
+    least_s = cost.prompt_seconds(request.num_planned, len(request.tokens))
+    return least_s > HOPELESS * (deadline_at_s - now)
+
+
+def choose_victim(running: Iterable[Request], excess: Mapping[Tenant, float]) -> Request:
+    """Whom to preempt when a running sequence grows: of the tenant most above its share of the room, by `excess`,
+    the last in the waiting order. The first of all is never chosen while others run, hence it always advances, and
+    each gets to be the first."""
+    first, *others = sorted(running, key=lambda request: request.order)
+    return max(others, key=lambda request: (excess[request.tenant], request.order), default=first)
+
+
+# --- shares between tenants ------------------------------------------------------------------------------------
+
+
+def first_computed(start: int, count: int, num_charged: int, num_given: int) -> tuple[int, int]:
+    """Tokens of a chunk that are computed for the first time, and `num_charged` from then on.
+
+    num_charged: leading positions that were charged before, or found by then. num_given: tokens that the request
+    came with; those behind them were charged when they were generated. A last one that remains alone will be a
+    decode row, which nobody charges: it is charged with the chunk before it.
+    """
+    end = start + count
+    if end == num_given - 1:
+        end = num_given
+    first, end = max(start, num_charged), min(end, num_given)
+    return max(0, end - first), max(num_charged, end)
+
+
+def use_of_room(num_running: int, max_running: int, num_blocks: int, all_blocks: int) -> float:
+    """Part of the machine that a tenant holds: of its slots or of its blocks, whichever is more."""
+    return max(num_running / max_running, num_blocks / all_blocks)

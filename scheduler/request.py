@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from cierzo.cache.manager import SequenceBlocks
 from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 from cierzo.scheduler.plan import Admission, Finish, FinishReason, RequestKey
-from cierzo.scheduler.stop import StopRule
+from cierzo.scheduler.stop import StopReason, StopRule
+
+if TYPE_CHECKING:
+    from cierzo.scheduler.tenants import Tenant
 
 # Block-seconds are counted in these parts, so that sums of them are exact in floating point, in whatever order.
 TICKS_PER_S = 1 << 16
@@ -29,7 +34,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     `output_token_ids` resumes: tokens generated before, which count as output and are not delivered again.
     `arrival_s` (None: now) and `deadline_at_s` are readings of the scheduler's clock. `banned`, `thinking`: as in
-    Admission; no decision here depends on them.
+    Admission; no decision here depends on them. `weight`: of the tenant, from now on. Requests of different `salt`
+    share no block.
     """
 
     request_id: int
@@ -43,6 +49,21 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     priority: int = 0
     arrival_s: float | None = None
     deadline_at_s: float | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    salt: bytes = b""
+
+    def require(self, max_model_len: int) -> None:
+        """Raise ValueError for what cannot be run."""
+        key = (self.request_id, self.sample)
+        if self.sampling.seed is None:
+            raise ValueError(f"request {key} has no seed")
+        if not 1 <= len(self.prompt_token_ids) <= max_model_len:
+            raise ValueError(
+                f"request {key}: prompt of {len(self.prompt_token_ids)} tokens, must be 1 to {max_model_len}"
+            )
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"request {key}: weight {self.weight} of tenant {self.tenant!r} must be above 0")
 
 
 class State(Enum):
@@ -98,12 +119,14 @@ class Request:
     stop: StopRule
     order: tuple[float, int]  # waiting order, least first; unique
     arrived_at: float
+    tenant: Tenant
     state: State = State.HELD
     num_computed: int = 0
     num_planned: int = 0
     num_pending: int = 0
     slot: int = -1
     epoch: int = -1
+    num_charged: int = 0  # leading positions that its tenant was charged for, or that were found
     num_cached_prompt_tokens: int = 0  # at the first admission
     num_preemptions: int = 0
     admitted_at: float | None = None  # first admission
@@ -114,6 +137,24 @@ class Request:
         """Change state; an illegal move is a bug of the scheduler."""
         assert state in LEGAL_MOVES[self.state], f"request {self.key}: {self.state} -> {state}"
         self.state = state
+
+    def complete(self) -> StopReason | None:
+        """Why it needs no token more than those that it came with, if that is so."""
+        if self.new.output_token_ids:
+            return self.stop.check(self.tokens[-1], len(self.tokens))
+        return "length" if len(self.tokens) >= self.stop.limit_tokens else None
+
+    def check(self) -> None:
+        """Assert what holds of it in its state."""
+        if self.state is State.RUNNING:
+            assert self.num_computed < len(self.tokens) < self.stop.limit_tokens, self
+            assert self.num_computed <= self.num_planned <= self.blocks.capacity_tokens, self
+            assert self.num_planned < len(self.tokens) + self.num_pending, self
+            assert 0 <= self.num_pending <= 2, self
+        else:
+            assert not self.blocks.block_ids, self
+            assert (self.num_computed, self.slot) == (0, -1), self
+            assert (self.num_planned, self.num_pending) == (0, 0), self
 
     def admission(self) -> Admission:
         """The facts that the runner is told at (re)admission."""

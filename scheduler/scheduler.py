@@ -26,6 +26,7 @@ from cierzo.scheduler.plan import (
 from cierzo.scheduler.queue import RequestHeap, SiblingGate
 from cierzo.scheduler.request import DuplicateRequest, NewRequest, QueueFull, Request, State
 from cierzo.scheduler.stop import stop_rule
+from cierzo.scheduler.tenants import Tenants
 
 
 class Scheduler:
@@ -54,14 +55,12 @@ class Scheduler:
         self._clock = clock
         self._live: dict[int, dict[int, Request]] = {}  # request id -> sample -> request
         self._running: dict[RequestKey, Request] = {}  # in admission order
-        self._waiting = RequestHeap()
+        self._tenants = Tenants(config.max_running, cache.num_blocks)
         self._gate = SiblingGate()
         self._deadlines = RequestHeap()
         self._free_slots = list(range(config.max_running - 1, -1, -1))  # a stack
         self._deltas: list[TokenDelta] = []
-        self._num_arrivals = 0
-        self._num_epochs = 0
-        self._num_steps = 0
+        self._num_arrivals = self._num_epochs = self._num_steps = 0
         self._blocked = False  # whoever waits found no room, and nothing has changed since
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._num_preemptions = self.num_finished = 0
@@ -76,7 +75,7 @@ class Scheduler:
     def add(self, new: NewRequest) -> None:
         """Accept a sequence: from now on it ends exactly once, in a delta with `finish`.
 
-        Raises QueueFull, DuplicateRequest; ValueError for an empty prompt, one beyond max_model_len, or no seed.
+        Raises QueueFull, DuplicateRequest; ValueError as of NewRequest.require.
         """
         key = (new.request_id, new.sample)
         self._refuse(new, key)
@@ -90,8 +89,9 @@ class Scheduler:
             new=new,
             tokens=tokens,
             num_prompt_tokens=num_prompt_tokens,
-            blocks=self._cache.open(tokens, num_prompt_tokens),
+            blocks=self._cache.open(tokens, num_prompt_tokens, new.salt),
             stop=stop_rule(new.sampling, new.eos_token_ids, num_prompt_tokens, config.max_model_len),
+            tenant=self._tenants.arrive(new.tenant, new.weight),
             order=order,
             arrived_at=arrived_at,
         )
@@ -127,10 +127,10 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Gauges and counters of this moment."""
-        accounts, live = self._accounts, [*self._running.values(), *self._waiting]
+        accounts, live = self._accounts, [*self._running.values(), *self._tenants.waiting()]
         return SchedulerStats(
             running=len(self._running),
-            waiting=len(self._waiting) + len(self._gate),
+            waiting=self._tenants.num_waiting + len(self._gate),
             waiting_tokens=sum(len(one.tokens) - one.num_computed for one in live),
             steps=self._num_steps,
             prompt_tokens=self._prompt_tokens,
@@ -155,16 +155,15 @@ class Scheduler:
         self._expire(now)
         preemptions = self._num_preemptions
         decodes, prefills, num_pending = self._plan_decodes()
-        seqs = [*decodes.values()]
         if prefills:
             prefills = [request for request in prefills if request.state is State.RUNNING]
-        is_priced = bool(prefills or self._waiting or self._num_steps % policy.PRICED_STRIDE == 0)
-        context = sum([seq.start for seq in seqs]) + len(seqs) if is_priced else 0
-        budget = StepBudget(self._config, self._cost, len(seqs), context, len(prefills))
+        is_priced = bool(prefills or self._tenants.num_waiting or self._num_steps % policy.PRICED_STRIDE == 0)
+        context = sum([seq.start for seq in decodes.values()]) + len(decodes) if is_priced else 0
+        budget = StepBudget(self._config, self._cost, decodes.values(), context, len(prefills))
+        # after a preemption there is no room, and nobody is admitted
+        self._plan_prompts(prefills, budget, now, admits=preemptions == self._num_preemptions)
+        seqs = budget.seqs
         ahead = num_pending > 0 and PENDING in [seq.token_ids[-1] for seq in seqs]
-        self._plan_chunks(prefills, seqs, budget, now)
-        if preemptions == self._num_preemptions:  # else there is no room, and the victims are first in line
-            self._admit(seqs, budget, now)
         self._num_steps += 1
         work = budget.work() if is_priced else None
         if work is not None and seqs and self._cost is not None:
@@ -221,22 +220,15 @@ class Scheduler:
         """Assert every invariant of scheduler and cache. O(tokens): for tests and idle moments."""
         live = {request.key: request for request in self.requests()}
         for request in live.values():
-            places = (request.key in self._waiting, request.key in self._running)
+            places = (request.key in request.tenant.waiting, request.key in self._running)
             assert places == (request.state is State.WAITING, request.state is State.RUNNING), request
-            if request.state is State.RUNNING:
-                assert request.num_computed < len(request.tokens) < request.stop.limit_tokens, request
-                assert request.num_computed <= request.num_planned <= request.blocks.capacity_tokens, request
-                assert request.num_planned < len(request.tokens) + request.num_pending, request
-                assert 0 <= request.num_pending <= 2, request
-            else:
-                assert not request.blocks.block_ids, request
-                assert (request.num_computed, request.slot) == (0, -1), request
-                assert (request.num_planned, request.num_pending) == (0, 0), request
-        assert len(live) == len(self._running) + len(self._waiting) + len(self._gate), live
+            request.check()
+        assert len(live) == len(self._running) + self._tenants.num_waiting + len(self._gate), live
         slots = [*self._free_slots, *(request.slot for request in self._running.values())]
         assert sorted(slots) == list(range(self._config.max_running)), f"slots {slots}"
         assert all(live.get(request.key) is request for request in self._deadlines), "a dead request has a deadline"
         self._gate.check(live)
+        self._tenants.check(live.values(), self._running.values())
         self._cache.check(request.blocks for request in self._running.values())
 
     # --- arrival -----------------------------------------------------------------------------------------------
@@ -246,32 +238,21 @@ class Scheduler:
         config = self._config
         if new.sample in self._live.get(new.request_id, {}):
             raise DuplicateRequest(f"request {key} is still alive")
-        if new.sampling.seed is None:
-            raise ValueError(f"request {key} has no seed")
-        if not 1 <= len(new.prompt_token_ids) <= config.max_model_len:
-            raise ValueError(
-                f"request {key}: prompt of {len(new.prompt_token_ids)} tokens, must be 1 to {config.max_model_len}"
-            )
-        if len(self._waiting) + len(self._gate) >= config.max_waiting:
+        new.require(config.max_model_len)
+        if self._tenants.num_waiting + len(self._gate) >= config.max_waiting:
             raise QueueFull(f"{config.max_waiting} sequences are waiting (max_waiting)")
 
     def _ends_on_arrival(self, request: Request) -> bool:
         """A resumed sequence may be complete already, and a prompt may leave no room for a token."""
-        if request.new.output_token_ids:
-            token_id = request.tokens[-1]
-            reason = request.stop.check(token_id, len(request.tokens))
-            if reason is not None:
-                self._finish(request, reason, stop_token_id=token_id if reason == "stop" else None)
-            return reason is not None
-        if len(request.tokens) >= request.stop.limit_tokens:
-            self._finish(request, "length")
-            return True
-        return False
+        reason = request.complete()
+        if reason is not None:
+            self._finish(request, reason, stop_token_id=request.tokens[-1] if reason == "stop" else None)
+        return reason is not None
 
     def _enqueue(self, request: Request) -> None:
         if request.state is not State.WAITING:
             request.move(State.WAITING)
-        self._waiting.push(request, request.order)
+        self._tenants.wait(request)
         self._blocked = False
 
     # --- planning ----------------------------------------------------------------------------------------------
@@ -312,46 +293,64 @@ class Scheduler:
             key = request.key
             request.num_planned += 1
             request.num_pending += 1
+            token_ids, num_prompt = [tokens[start] if start < len(tokens) else PENDING], request.num_prompt_tokens
             plans[key] = SeqPlan(
-                key,
-                request.slot,
-                request.epoch,
-                start,
-                [tokens[start] if start < len(tokens) else PENDING],
-                request.num_prompt_tokens,
-                new_block_ids,
-                True,
-                None,
+                key, request.slot, request.epoch, start, token_ids, num_prompt, new_block_ids, True, None
             )
         return plans, others, all_pending
 
     def _grow(self, request: Request, num_tokens: int, plans: dict[RequestKey, SeqPlan]) -> list[int] | None:
         """Blocks for `num_tokens` tokens, preempting for them if need be; None if `request` itself had to go."""
         while (new := self._cache.allocate(request.blocks, num_tokens)) is None:
-            victim = policy.choose_victim(self._running.values())
+            victim = policy.choose_victim(self._running.values(), self._tenants.excesses())
             self._preempt(victim)
             plans.pop(victim.key, None)
             if victim is request:
                 return None
         self._accounts.hold(request, len(request.blocks.block_ids) - len(new), self._clock())
+        request.tenant.held.update(new)
         return new
 
-    def _plan_chunks(self, prefills: list[Request], seqs: list[SeqPlan], budget: StepBudget, now: float) -> None:
-        """Append chunks of the running prompts. Their blocks were allocated at admission."""
-        for request in prefills:
+    def _plan_prompts(self, prefills: list[Request], budget: StepBudget, now: float, *, admits: bool) -> None:
+        """Append chunks of the prompts that run, and of those that wait until the first that finds no room, in the
+        order of the tenants' turns.
+
+        One whose next block another sequence is about to compute is looked past: it finds that block later, instead
+        of computing it too. Its place stays, and so does that of all who share a prefix that is being computed.
+        """
+        looked_past: list[Request] = []
+        turns, num_epochs = self._tenants.turns(prefills, admits), self._num_epochs
+        for request, waits in turns:
             if budget.is_spent:
                 break
-            self._plan_chunk(request, seqs, budget, now, admitted=False)
+            if not waits:
+                self._plan_chunk(request, budget, now, admitted=False)
+            elif not self._free_slots and not self._tenants.are_several:
+                break
+            elif len(looked_past) < policy.MAX_LOOKED_PAST and self._cache.is_coming(request.blocks):
+                self._tenants.discard(request)
+                looked_past.append(request)
+            elif self._admit(request, budget, now):
+                budget.num_prompts += 1
+                self._plan_chunk(request, budget, now, admitted=True)
+            elif request.tenant.num_running and not self._has_a_claim(request):
+                self._tenants.lift(request.tenant)
+                turns.skip(request.tenant)
+            else:
+                turns.close()
+        for request in looked_past:
+            self._tenants.put_back(request)
+        if admits:
+            found_none = not budget.is_spent and not looked_past and self._num_epochs == num_epochs
+            self._blocked = found_none and not self._tenants.are_several
 
-    def _plan_chunk(
-        self, request: Request, seqs: list[SeqPlan], budget: StepBudget, now: float, *, admitted: bool
-    ) -> None:
+    def _plan_chunk(self, request: Request, budget: StepBudget, now: float, *, admitted: bool) -> None:
         """Append the next chunk of a prompt (or of what a preemption lost), if there is time for one."""
         start, num_tokens = request.num_planned, len(request.tokens)
-        if self._is_hopeless(request, now):
+        if policy.is_hopeless(request, self._cost, now):
             self._finish(request, "deadline", "what is left of the prompt takes longer than its deadline")
             return
-        num_waiting = len(self._waiting)
+        num_waiting = self._tenants.num_waiting
         contended = len(self._running) + num_waiting > 1
         count = budget.chunk(
             start, num_tokens - start, contended=contended, num_waiting=num_waiting, admitted=admitted
@@ -359,9 +358,10 @@ class Scheduler:
         if not count:
             return
         samples = start + count == num_tokens
+        self._tenants.charge(request, start, count)
         request.num_planned += count
         request.num_pending += samples
-        seqs.append(
+        budget.seqs.append(
             SeqPlan(
                 key=request.key,
                 slot=request.slot,
@@ -375,45 +375,39 @@ class Scheduler:
             )
         )
 
-    def _is_hopeless(self, request: Request, now: float) -> bool:
-        """Whether a prompt is sure to miss its deadline: what is left of it would take more than HOPELESS times the
-        seconds that are left, if it had the machine to itself."""
-        deadline_at_s, cost = request.new.deadline_at_s, self._cost
-        if deadline_at_s is None or cost is None:
-            return False
-        least_s = cost.prompt_seconds(request.num_planned, len(request.tokens))
-        return least_s > policy.HOPELESS * (deadline_at_s - now)
+    def _admit(self, request: Request, budget: StepBudget, now: float) -> bool:
+        """Give a waiting sequence a slot and blocks; a tenant within its share takes them from those above theirs.
+        Whether it runs now."""
+        blocks = request.blocks
+        while True:
+            reserve = policy.reserve_blocks(len(self._running))
+            cached_tokens = self._cache.admit(blocks, reserve) if self._free_slots else None
+            if cached_tokens is not None:
+                self._start(request, cached_tokens, now)
+                return True
+            if not self._tenants.are_several or not self._has_a_claim(request):
+                return False
+            lacking = (blocks.refused_blocks or self._cache.blocks_for(len(request.tokens))) + reserve
+            lacking -= self._cache.num_free
+            victims = self._tenants.victims(self._running.values(), 1 - len(self._free_slots), lacking)
+            if not victims:
+                return False
+            for victim in victims:
+                self._preempt(victim)
+            budget.withdraw({victim.key for victim in victims})
 
-    def _admit(self, seqs: list[SeqPlan], budget: StepBudget, now: float) -> None:
-        """Start waiting sequences in order, until the first that finds no room.
-
-        One whose next block another sequence is about to compute is looked past: it finds that block later, instead
-        of computing it too. Its place stays, and so does that of all who share a prefix that is being computed.
-        """
-        looked_past: list[Request] = []
-        num_running = len(self._running)
-        while not budget.is_spent and self._free_slots and (entry := self._waiting.first()) is not None:
-            request = entry[2]
-            if len(looked_past) < policy.MAX_LOOKED_PAST and self._cache.is_coming(request.blocks):
-                self._waiting.discard(request)
-                looked_past.append(request)
-                continue
-            cached_tokens = self._cache.admit(request.blocks, policy.reserve_blocks(len(self._running)))
-            if cached_tokens is None:
-                break
-            self._start(request, cached_tokens, now)
-            budget.num_prompts += 1
-            self._plan_chunk(request, seqs, budget, now, admitted=True)
-        for request in looked_past:
-            self._waiting.push(request, request.order)
-        self._blocked = not budget.is_spent and not looked_past and len(self._running) == num_running
+    def _has_a_claim(self, request: Request) -> bool:
+        reserve = policy.reserve_blocks(len(self._running))
+        return self._tenants.has_a_claim(request, self._cache.blocks_for(len(request.tokens)) + reserve)
 
     def _start(self, request: Request, cached_tokens: int, now: float) -> None:
-        self._waiting.discard(request)
+        self._tenants.discard(request)
         request.move(State.RUNNING)
         request.slot = self._free_slots.pop()
+        self._tenants.begin(request)
         request.epoch = self._num_epochs  # never given twice: a late result cannot meet a later run
         request.num_computed = request.num_planned = cached_tokens
+        request.num_charged = max(request.num_charged, cached_tokens)
         self._accounts.begin(request, now)
         self._num_epochs += 1
         self._running[request.key] = request
@@ -436,12 +430,14 @@ class Scheduler:
             reason = check(token_id, len(tokens))
             if reason is not None:
                 self._output_tokens += count
+                request.tenant.counter += count * request.tenant.token_charge
                 request.spent.other_steps += 1 - count
                 logprobs = None if logprobs is None else logprobs[:count]
                 stop_token_id = token_id if reason == "stop" else None
                 self._finish(request, reason, "", new[:count], logprobs, stop_token_id)
                 return
         self._output_tokens += count
+        request.tenant.counter += count * request.tenant.token_charge
         if count > 1:
             request.spent.other_steps += 1 - count
         request_id, sample = request.key
@@ -460,7 +456,7 @@ class Scheduler:
         request.move(State.WAITING)
         request.num_preemptions += 1
         self._num_preemptions += 1
-        self._waiting.push(request, request.order)
+        self._tenants.wait(request)
 
     def _leave_slot(self, request: Request) -> None:
         """A running sequence gives slot and blocks back."""
@@ -469,6 +465,7 @@ class Scheduler:
         del self._running[request.key]
         self._free_slots.append(request.slot)
         request.slot = -1
+        self._tenants.end(request)
         request.num_computed = request.num_planned = request.num_pending = 0
         self._cache.free(request.blocks)
 
@@ -485,8 +482,9 @@ class Scheduler:
         if request.state is State.RUNNING:
             self._leave_slot(request)
         request.move(State.ENDED)
-        self._waiting.discard(request)
+        self._tenants.discard(request)
         self._deadlines.discard(request)
+        self._tenants.leave(request.tenant)
         request_id, sample = request.key
         samples = self._live[request_id]
         del samples[sample]

@@ -129,6 +129,9 @@ class EngineCore:
                 priority=submit.priority,
                 arrival_s=submit.arrival_s,
                 deadline_at_s=submit.deadline_at_s,
+                tenant=submit.tenant,
+                weight=submit.weight,
+                salt=submit.cache_salt,
             )
             try:
                 self._scheduler.add(new)

@@ -90,6 +90,12 @@ class PieceDigests:
             state.update(pack_tokens([len(word), *word]))
         return state.digest()
 
+    def of_salt(self, salt: bytes) -> bytes:
+        """Digest of a salt of the prefix cache."""
+        state = self._keyed.copy()
+        state.update(salt)
+        return state.digest()
+
 
 class Recorder:
     """A writer of flight records. It switches itself off, with one line of the log, when the disk refuses.
@@ -146,6 +152,9 @@ class Recorder:
                     thinking=command.thinking,
                     banned=command.banned_token_ids if self._with_prompts else [],
                     banned_digest=self._banned_digest(command.banned_token_ids),
+                    tenant=command.tenant,
+                    weight=command.weight,
+                    salt=self._shown_salt(command.cache_salt),
                 )
             case Abort():
                 record = Aborted(
@@ -273,6 +282,9 @@ class Recorder:
                 thinking=new.thinking,
                 banned=[[*word] for word in new.banned] if self._with_prompts else [],
                 banned_digest=self._banned_digest(new.banned),
+                tenant=new.tenant,
+                weight=request.tenant.weight,
+                salt=self._shown_salt(new.salt),
             )
             self._append(packed(record))
 
@@ -281,6 +293,10 @@ class Recorder:
         if self._with_prompts or not banned or not self.is_on:
             return b""
         return self._pieces.of_words(banned)
+
+    def _shown_salt(self, salt: bytes) -> bytes:
+        """Tell salts apart; whoever knows one could probe the cache for prompts."""
+        return salt if self._with_prompts or not salt else self._pieces.of_salt(salt)
 
     def _shown(self, sampling: SamplingParams) -> SamplingParams:
         """Sampling parameters without text of the user's, unless prompts are recorded; the core needs none."""

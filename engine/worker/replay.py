@@ -197,6 +197,9 @@ class Replay:
             first_sample=first_sample,
             banned_token_ids=record.banned,
             thinking=record.thinking,
+            tenant=record.tenant,
+            weight=record.weight,
+            cache_salt=record.salt,
         )
         self._clock.seek()
         try:

@@ -14,6 +14,7 @@ from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.queue import COMPACT_ABOVE, RequestHeap, SiblingGate
 from cierzo.scheduler.request import LEGAL_MOVES, NewRequest, Request, State
 from cierzo.scheduler.stop import stop_rule
+from cierzo.scheduler.tenants import Tenants
 
 SAMPLING = SamplingParams(seed=0)
 
@@ -21,7 +22,8 @@ SAMPLING = SamplingParams(seed=0)
 def request(request_id: int, sample: int = 0, order: tuple[float, int] = (0.0, 0)) -> Request:
     blocks = KVCacheManager(CacheConfig(num_blocks=1)).open([1], 1)
     new = NewRequest(request_id=request_id, sample=sample, prompt_token_ids=(1,), sampling=SAMPLING)
-    return Request((request_id, sample), new, [1], 1, blocks, stop_rule(SAMPLING, (), 1, 8), order, 0.0)
+    rule, tenant = stop_rule(SAMPLING, (), 1, 8), Tenants(1, 1).arrive("", 1.0)
+    return Request((request_id, sample), new, [1], 1, blocks, rule, order, 0.0, tenant)
 
 
 # --- stop ------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ class Traffic:
         running = self.scheduler._running
         admitted = [running[seq.key].order for seq in plan.seqs if seq.admission is not None]
         is_coming = self.scheduler._cache.is_coming  # who waits for a prefix may be overtaken
-        waiting = [request.order for request in self.scheduler._waiting if not is_coming(request.blocks)]
+        waiting = [request.order for request in self.scheduler._tenants.waiting() if not is_coming(request.blocks)]
         assert not admitted or not waiting or max(admitted) < min(waiting), "someone overtook"
 
     def collect(self) -> None:
