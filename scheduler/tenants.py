@@ -22,7 +22,7 @@ from cierzo.scheduler.request import Request, State
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """Books of a tenant, written by `Tenants`; the scheduler adds generated tokens to `counter`, blocks to `held`."""
+    """Books of a tenant, written by `Tenants`; the scheduler adds tokens to `counter`, and blocks to `held`."""
 
     name: str
     number: int  # unique, by first arrival
@@ -110,7 +110,7 @@ class Tenants:
     # --- the queue ---------------------------------------------------------------------------------------------
 
     def waiting(self) -> Iterator[Request]:
-        """Those that wait, tenant by tenant."""
+        """Sequences that wait, tenant by tenant."""
         return (request for tenant in self._active for request in tenant.waiting)
 
     def wait(self, request: Request) -> None:

@@ -63,10 +63,7 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._keepalive: Keepalive | None = None
         self._version = PROTOCOL_VERSION
-        self._has_spoken = False
-        self._welcomed = False
-        self._is_local = False
-        self._ending = False
+        self._has_spoken = self._welcomed = self._is_local = self._ending = False
         self.is_paused = False
         self.is_refused = False  # it is one too many
         self._is_full = False
@@ -339,6 +336,9 @@ class Connection(asyncio.Protocol):
         log.warning("%s came to the RPC's port from %s: the connection is closed", protocol, self.peer)
         self._ending = True
         self._close(answer)
+
+    def _ping(self) -> None:
+        self.put(Ping(stream=0))
 
     def _gone(self) -> None:
         """The peer has not answered a ping."""

@@ -62,13 +62,12 @@ def front_end(clock: Callable[[], float] = time.monotonic, **given: Any) -> Fron
 
 def opened(frontend: Frontend, count: int, tenants: int = 1) -> list[Stream]:
     """Open so many streams, of so many tenants."""
+    frontend.tenancy.arrange(Tenant(name=f"tenant-{number}") for number in range(tenants))
     for number in range(count):
         sink = Sink(Access(tenant=Tenant(name=f"tenant-{number % tenants}")))
         frontend.connect(sink)
         sampling = SamplingParams(seed=1, max_tokens=4000)
         frontend.generate(sink, Generate(stream=number, token_ids=[1, 2, 3], sampling=sampling))
-        (stream,) = frontend.streams.of(sink).values()
-        stream.tenant = sink.access.tenant
     return [*frontend.streams]
 
 
