@@ -26,7 +26,7 @@ from cierzo.scheduler.plan import (
 from cierzo.scheduler.queue import RequestHeap, SiblingGate
 from cierzo.scheduler.request import DuplicateRequest, NewRequest, QueueFull, Request, State
 from cierzo.scheduler.stop import stop_rule
-from cierzo.scheduler.tenants import Tenants
+from cierzo.scheduler.tenants import Tenants, Turns
 
 
 class Scheduler:
@@ -328,9 +328,9 @@ class Scheduler:
             elif not self._free_slots and not self._tenants.are_several:
                 break
             elif len(looked_past) < policy.MAX_LOOKED_PAST and self._cache.is_coming(request.blocks):
-                self._tenants.discard(request)
+                self._tenants.put_aside(request)
                 looked_past.append(request)
-            elif self._admit(request, budget, now):
+            elif self._admit(request, budget, turns, now):
                 budget.num_prompts += 1
                 self._plan_chunk(request, budget, now, admitted=True)
             elif request.tenant.num_running and not self._has_a_claim(request):
@@ -375,7 +375,7 @@ class Scheduler:
             )
         )
 
-    def _admit(self, request: Request, budget: StepBudget, now: float) -> bool:
+    def _admit(self, request: Request, budget: StepBudget, turns: Turns, now: float) -> bool:
         """Give a waiting sequence a slot and blocks; a tenant within its share takes them from those above theirs.
         Whether it runs now."""
         blocks = request.blocks
@@ -395,6 +395,7 @@ class Scheduler:
             for victim in victims:
                 self._preempt(victim)
             budget.withdraw({victim.key for victim in victims})
+            turns.refresh()
 
     def _has_a_claim(self, request: Request) -> bool:
         reserve = policy.reserve_blocks(len(self._running))
@@ -404,11 +405,10 @@ class Scheduler:
         self._tenants.discard(request)
         request.move(State.RUNNING)
         request.slot = self._free_slots.pop()
-        self._tenants.begin(request)
         request.epoch = self._num_epochs  # never given twice: a late result cannot meet a later run
         request.num_computed = request.num_planned = cached_tokens
-        request.num_charged = max(request.num_charged, cached_tokens)
         self._accounts.begin(request, now)
+        self._tenants.begin(request)
         self._num_epochs += 1
         self._running[request.key] = request
         if request.admitted_at is None:
@@ -421,6 +421,7 @@ class Scheduler:
 
     def _append(self, request: Request, new: list[int], logprobs: list[TokenLogprobs] | None, now: float) -> None:
         """Take in sampled tokens up to the one that ends the sequence, and report them."""
+        request.tenant.counter += len(new) * request.tenant.token_charge
         if request.first_token_at is None:
             self._first_token(request, now)
         request.num_pending -= 1
@@ -430,14 +431,12 @@ class Scheduler:
             reason = check(token_id, len(tokens))
             if reason is not None:
                 self._output_tokens += count
-                request.tenant.counter += count * request.tenant.token_charge
                 request.spent.other_steps += 1 - count
                 logprobs = None if logprobs is None else logprobs[:count]
                 stop_token_id = token_id if reason == "stop" else None
                 self._finish(request, reason, "", new[:count], logprobs, stop_token_id)
                 return
         self._output_tokens += count
-        request.tenant.counter += count * request.tenant.token_charge
         if count > 1:
             request.spent.other_steps += 1 - count
         request_id, sample = request.key

@@ -22,7 +22,7 @@ from cierzo.scheduler.request import Request, State
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """Books of a tenant, written by `Tenants`; the scheduler adds tokens to `counter`, and blocks to `held`."""
+    """Books of a tenant. `Tenants` keeps them; the scheduler adds tokens to `counter` and new blocks to `held`."""
 
     name: str
     number: int  # unique, by first arrival
@@ -31,6 +31,7 @@ class Tenant:
     token_charge: float = 0.0  # what a generated token adds to it
     num_live: int = 0  # sequences
     num_running: int = 0
+    num_aside: int = 0  # that wait, and are out of `waiting` for a moment
     waiting: RequestHeap = field(default_factory=RequestHeap)
     held: Counter[int] = field(default_factory=Counter)  # block -> its running sequences that hold it
 
@@ -115,12 +116,21 @@ class Tenants:
 
     def wait(self, request: Request) -> None:
         """Let a sequence wait; a tenant that had none waiting is lifted."""
-        if not request.tenant.waiting:
+        if not request.tenant.waiting and not request.tenant.num_aside:
             self.lift(request.tenant)
-        self.put_back(request)
+        self._push(request)
+
+    def put_aside(self, request: Request) -> None:
+        """Take a sequence out of the queue for a moment; it counts as waiting all the same."""
+        self.discard(request)
+        request.tenant.num_aside += 1
 
     def put_back(self, request: Request) -> None:
-        """Let a sequence wait on, that was discarded for a moment."""
+        """Let a sequence that was put aside wait on, in its old place."""
+        request.tenant.num_aside -= 1
+        self._push(request)
+
+    def _push(self, request: Request) -> None:
         request.tenant.waiting.push(request, request.order)
         self.num_waiting += 1
 
@@ -138,7 +148,8 @@ class Tenants:
     # --- room --------------------------------------------------------------------------------------------------
 
     def begin(self, request: Request) -> None:
-        """Count slot and blocks of a sequence that begins to run."""
+        """Count slot and blocks of a sequence that begins to run. What it found is free."""
+        request.num_charged = max(request.num_charged, request.num_computed)
         request.tenant.num_running += 1
         request.tenant.held.update(request.blocks.block_ids)
 
@@ -237,6 +248,11 @@ class Turns:
             else:
                 continue
             heapq.heappush(self._heap, (tenant.rank(), tenant))
+
+    def refresh(self) -> None:
+        """Take notice of preemptions, which change ranks."""
+        self._heap = [(tenant.rank(), tenant) for _, tenant in self._heap]
+        heapq.heapify(self._heap)
 
     def skip(self, tenant: Tenant) -> None:
         """Admit no more of a tenant's in this step."""

@@ -34,6 +34,7 @@ COMMANDS = (
     ("bench load", "bench.load", "load a running server: closed or open loop"),
     ("bench experts", "bench.experts", "count which experts real traffic chooses"),
     ("bench step", "bench.step", "time the step loop, or a model's step by operation"),
+    ("bench fairness", "bench.fairness", "what a flood by one tenant takes from the others"),
 )
 EPILOG = (
     "Exit status: 0 done; 1 the run failed; 2 something was given wrongly: an argument, a setting, a request that "

@@ -57,7 +57,7 @@ def run_out(core: VirtualCore, most_steps: int = 4096) -> dict[int, float]:
 def test_steps_taken_together_change_nothing(settings: dict[str, Any], kv_cache_gib: float) -> None:
     """The second size preempts."""
     config = configure(kv_cache_gib=kv_cache_gib, max_model_len=2048)
-    results, totals, stats = [], [], []
+    results, totals, stats, served = [], [], [], []
     for one_at_a_time in (False, True):
         server = SimulatedServer(config, step_at_a_time=one_at_a_time)
         result = load(server, **settings)
@@ -66,6 +66,8 @@ def test_steps_taken_together_change_nothing(settings: dict[str, Any], kv_cache_
         results.append(sorted((s.due_s, s.delta_s[0], s.end_s, sum(s.delta_tokens)) for s in result.samples))
         totals.append(server.totals)
         stats.append(server.core.stats())
+        served.append(server.core._scheduler._tenants.virtual_time())
+    assert served[0] == served[1] > 0
     for together, single in zip(*results, strict=True):
         assert together == pytest.approx(single, rel=1e-9)
     for name in ("preemptions", "computed_tokens", "recomputed_tokens", "sequence_steps", "steps", "output_tokens"):

@@ -184,6 +184,36 @@ def test_masks_are_part_of_a_record(tmp_path, overlap):
             assert "in the record" in replay.departure
 
 
+@pytest.mark.parametrize("with_prompts", [False, True])
+def test_tenants_weights_and_salts_are_part_of_a_record(tmp_path, with_prompts):
+    """Who goes first follows from tenant and weight, what is found in the cache from the salt."""
+    recorded = Recorded(tmp_path, with_prompts=with_prompts)
+    draw = random.Random(5)
+    for request_id in range(40):
+        tenant, weight = draw.choice([("a", 1.0), ("a", 1.0), ("b", 3.0)])
+        prompt = [7] * 24 + [draw.randrange(300) for _ in range(draw.randint(1, 40))]
+        plain = submit(request_id, prompt, max_tokens=draw.randint(1, 12))
+        salt = draw.choice([b"salt of one", b"salt of another"])
+        recorded.tell(replace(plain, tenant=tenant, weight=weight, cache_salt=salt))
+        if request_id % 8 == 7:
+            recorded.turn()
+    recorded.recorder._begin_segment()
+    recorded.run()
+    records = records_of(tmp_path)
+    found = [one for one in records if isinstance(one, Submitted | Open)]
+    assert {type(one) for one in found} == {Submitted, Open}
+    assert {(one.tenant, one.weight) for one in found} == {("a", 1.0), ("b", 3.0)}
+    assert len({one.salt for one in found}) == 2
+    assert any(b"salt" in one.salt for one in found) == with_prompts
+    replay = Replay(records)
+    replay.run()
+    assert replay.departure == ""
+    for change in ({"tenant": "a"}, {"weight": 1.0}, {"salt": b""}):
+        replay = Replay([replace(one, **change) if isinstance(one, Submitted) else one for one in records])
+        replay.run()
+        assert "in the record" in replay.departure, change
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_without_prompts_masks_are_told_apart_and_not_recorded(tmp_path, overlap):
     """Equal requests share what they have generated, others do not; no row depends on a token."""
