@@ -18,7 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -49,7 +49,9 @@ class FairnessSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: Annotated[str, Meta(description="as of `cierzo serve`; simulated:h200 for a card that is not here")] = (
         "cpu"
     )
-    weights: Annotated[str, Meta(description="number format of the weights, as of `cierzo serve`")] = "auto"
+    weights: Annotated[
+        Literal["auto", "bf16", "fp8", "int8", "int4", "nvfp4"], Meta(description="number format of the weights")
+    ] = "auto"
     tenants: Annotated[Number, Meta(description="tenants, one of which floods")] = 4
     max_running: Annotated[Number, Meta(description="sequences that run, at most")] = 128
     input_tokens: Annotated[Number, Meta(description="mean length of a prompt")] = 256
