@@ -144,6 +144,7 @@ def test_limits_and_stops_of_a_request_count(server, client):
     assert client.ask(text="Hi", ignore_eos=True, max_tokens=12).text == "Hello.Hello"
     assert client.ask(text="Hi", min_tokens=10, max_tokens=40).text == "Hello.Hello."
     assert client.ask(text="Hi", output_token_ids=[*b"Say"], seed=1).text == "lo."
+    assert client.ask(text="Hi", output_token_ids=[*b"Say it all"], seed=1).text == "lo."
 
 
 def test_what_no_answer_is_is_refused_where_it_is_given():
@@ -185,6 +186,22 @@ def test_no_token_comes_before_its_time():
             assert "".join(delta.text for delta in generation) == "d"
         with pytest.raises(ValueError, match="forward"):
             clock.advance(-1)
+
+
+def test_requests_have_times_of_their_own():
+    clock = ManualClock()
+    with FakeServer("ab", first_token_s=10.0, clock=clock) as server, SyncClient(server.address) as client:
+        first = client.generate(text="Hi")
+        first.accepted()
+        clock.advance(9.0)
+        second = client.generate(text="Hi")
+        second.accepted()
+        clock.advance(1.0)
+        assert "".join(delta.text for delta in first) == "ab"
+        with pytest.raises(TimeoutError):
+            second.next(timeout_s=0.05)
+        clock.advance(9.0)
+        assert "".join(delta.text for delta in second) == "ab"
 
 
 def test_delays_in_seconds_of_the_machine():

@@ -79,6 +79,21 @@ def test_frames_that_are_cut_anywhere(run, serving, issue, trusting):
     run(body())
 
 
+def test_what_comes_while_a_connection_is_held_is_read_afterwards(run, serving, issue, trusting):
+    async def body():
+        async with serving(**issue()) as house, connected(house, trusting()) as peer:
+            (connection,) = house.server._connections
+            layer = connection._transport
+            connection.hold()
+            layer._raw.resume_reading()  # as if more had been on its way up already
+            peer.say(Ping(stream=3))
+            await until(lambda: layer._incoming.pending)
+            connection.release()
+            assert await peer.hear() == Pong(stream=3)
+
+    run(body())
+
+
 def test_nothing_is_negotiated_anew_and_nothing_is_resumed(issue, run, serving, trusting):
     tls = Tls(FrontendConfig(**issue()))
     assert tls.context.minimum_version == ssl.TLSVersion.TLSv1_2
