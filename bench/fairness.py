@@ -25,7 +25,6 @@ from msgspec import Meta
 
 from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.report import Recording
-from cierzo.bench.virtual import VirtualClock, VirtualCore
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.messages import SamplingParams, Submit, TokenDelta
@@ -115,6 +114,8 @@ class Machine:
         )
         self.vocab_size = config.model.vocab_size
         if config.runner == "simulated":
+            from cierzo.bench.virtual import VirtualClock, VirtualCore  # which bring all of the load client
+
             clock = VirtualClock()
             self.core, self.seconds = VirtualCore(config, clock), clock
         else:
