@@ -26,6 +26,8 @@ RUNTIME = [
     "mistral-common>=1.13.1,<1.14",
     "jinja2>=3.1",
     "tqdm>=4.66",
+    "cryptography>=44",  # reads the times of certificates, where there is TLS
+    "prometheus-client>=0.20",
 ]
 DEMO = ["gguf>=0.17"]
 BENCH = ["matplotlib>=3.8"]  # the pictures of bench/peers
@@ -40,6 +42,9 @@ TEST = [
     "compressed-tensors>=0.20,<0.21",
     "accelerate>=1.0",  # transformers refuses gguf_file= without it
     "psutil>=6",
+    "trustme>=1.2",
+    "pyyaml>=6",
+    "basedpyright>=1.31",  # types as users of the client see them
     "triton>=3.6",  # kernels are interpreted and compiled without a GPU; torch for CUDA asks for one version of it
     "nvidia-cuda-nvrtc==13.0.*",  # compiles CUDA C++ without a GPU
     "ruff>=0.9",

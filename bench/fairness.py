@@ -25,14 +25,12 @@ from msgspec import Meta
 
 from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.report import Recording
-from cierzo.bench.virtual import VirtualClock, VirtualCore
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.messages import SamplingParams, Submit, TokenDelta
 from cierzo.engine.options import add_options, chosen
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import fake_config
-from cierzo.kernels.formats.number_formats import FormatName
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.policy import GENERATED_CHARGE
 
@@ -50,7 +48,9 @@ class FairnessSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: Annotated[str, Meta(description="as of `cierzo serve`; simulated:h200 for a card that is not here")] = (
         "cpu"
     )
-    weights: Annotated[Literal["auto", FormatName], Meta(description="as of `cierzo serve`")] = "auto"
+    weights: Annotated[
+        Literal["auto", "bf16", "fp8", "int8", "int4", "nvfp4"], Meta(description="number format of the weights")
+    ] = "auto"
     tenants: Annotated[Number, Meta(description="tenants, one of which floods")] = 4
     max_running: Annotated[Number, Meta(description="sequences that run, at most")] = 128
     input_tokens: Annotated[Number, Meta(description="mean length of a prompt")] = 256
@@ -114,6 +114,8 @@ class Machine:
         )
         self.vocab_size = config.model.vocab_size
         if config.runner == "simulated":
+            from cierzo.bench.virtual import VirtualClock, VirtualCore  # which bring all of the load client
+
             clock = VirtualClock()
             self.core, self.seconds = VirtualCore(config, clock), clock
         else:

@@ -63,10 +63,7 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._keepalive: Keepalive | None = None
         self._version = PROTOCOL_VERSION
-        self._has_spoken = False
-        self._welcomed = False
-        self._is_local = False
-        self._ending = False
+        self._has_spoken = self._welcomed = self._is_local = self._ending = False
         self.is_paused = False
         self.is_refused = False  # it is one too many
         self._is_full = False
@@ -328,7 +325,9 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         if "keepalive" in self.features:
-            self._keepalive = Keepalive(self._server.config.keepalive_s, self._ping, self._gone)
+            self._keepalive = Keepalive(
+                self._server.config.keepalive_s, lambda: self.put(Ping(stream=0)), self._gone
+            )
         self._server.frontend.connect(self)
         self.put(self._server.welcome(hello.version, self.features))
 
@@ -417,8 +416,7 @@ class RpcServer:
             self.frontend.observer.certificate_expires_s = self.tls.expires_s
 
     def reload(self) -> None:
-        """Read certificate and key file anew, and end connections of keys that are gone. What is wrong changes
-        nothing."""
+        """Read certificate and keys anew; connections of keys that are gone end. What is wrong changes nothing."""
         if self.tls is not None:
             self.tls.reload()
         if self.door.reload():

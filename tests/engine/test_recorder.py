@@ -162,14 +162,14 @@ def test_a_segment_begins_between_two_turns(tmp_path):
 
 
 def test_segments_take_turns_and_each_begins_with_what_is_in_flight(tmp_path):
-    recorded = Recorded(tmp_path, with_prompts=True, segment_bytes=6000)
+    recorded = Recorded(tmp_path, with_prompts=True, segment_bytes=7000)
     for request_id in range(200):
         recorded.tell(submit(request_id, max_tokens=4))
         recorded.turn()
     assert len(segments(tmp_path)) == 2
     old, new = parts(tmp_path)
     assert new[0].number == old[0].number + 1 > 2
-    assert {path.stat().st_size for path in segments(tmp_path)} == {6000}
+    assert {path.stat().st_size for path in segments(tmp_path)} == {7000}
     last = [record for record in old if isinstance(record, Step)][-1]
     first = next(record for record in new if isinstance(record, Step))
     assert first.step == last.step + 1

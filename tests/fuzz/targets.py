@@ -265,7 +265,7 @@ class Connections(logging.Handler):
 def _read_all(written: bytearray) -> list[dict[str, Any]]:
     """The server's messages: whole frames, each of them one that is in the protocol."""
     messages, at = [], 0
-    if written.startswith(b"HTTP/1.1 400 "):  # to one who speaks HTTP
+    if written.startswith((b"HTTP/1.1 400 ", b"\x15\x03\x03")):  # to one who speaks HTTP, or TLS
         return []
     while at < len(written):
         end = at + 4 + int.from_bytes(written[at : at + 4], "big")

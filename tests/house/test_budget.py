@@ -8,15 +8,16 @@ import pytest
 
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
-    "src": 200,
-    "engine": 4_450,
+    "src": 220,
+    "engine": 4_750,
     "engine/cost": 1_200,
-    "engine/frontend": 9_430,
+    "engine/frontend": 12_750,
+    "engine/testing": 960,
     "engine/model": 1_170,
     "engine/text": 4_160,
     "engine/weights": 4_010,
-    "engine/worker": 3_750,
-    "engine/commands": 480,
+    "engine/worker": 3_770,
+    "engine/commands": 620,
     "kernels": 600,
     "kernels/cpu": 1_550,
     "kernels/cuda": 750,
@@ -24,14 +25,14 @@ BUDGET = {
     "kernels/ops": 1_220,
     "kernels/ref": 850,
     "kernels/triton": 3_800,
-    "scheduler": 1_430,
+    "scheduler": 1_810,
     "cache": 670,
-    "bench": 8_400,
+    "bench": 8_670,
     "bench/plan": 1_500,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 11_100
+MEASURING_BUDGET = 11_350
 
 
 @pytest.fixture(scope="module")

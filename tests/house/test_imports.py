@@ -129,6 +129,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench": CLIENT,
     "bench.step": (*CLIENT, *WORKER, "engine.checkpoint"),
     "bench.context": (*CLIENT, *WORKER, "engine.checkpoint"),  # it and the next run a model by hand
+    "bench.fairness": (*CLIENT, *WORKER),
     "bench.profile": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
     "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint"),

@@ -11,9 +11,7 @@ import pytest
 
 FOLDERS = ("kernels", "cache", "scheduler", "engine", "bench")
 COMPILED = {".cpp", ".h"}  # into kernels/cpu/_native*.so
-MAX_CLIENT_IMPORT = (
-    1.9  # times what asyncio and msgspec take by themselves, on which it stands; 1.76 with answers in parts
-)
+MAX_CLIENT_IMPORT = 2.1  # times what asyncio and msgspec take by themselves; 1.87 with the pool, retries and TLS
 RESULTS = Path("bench/results")  # figures, not sources
 
 

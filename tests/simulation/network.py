@@ -81,7 +81,7 @@ class ServerTransport(asyncio.Transport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Tell nothing: there is no socket."""
-        return ("simulated", self._wire.number) if name == "peername" else default
+        return ("127.0.0.1", self._wire.number) if name == "peername" else default
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         """Set the marks between which the protocol is paused and resumed."""

@@ -14,9 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fake_core import fake_model
-from local_encoders import local_encoders
-
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.observe.tallies import Pace
@@ -24,6 +21,8 @@ from cierzo.engine.frontend.observe.web import MetricsServer
 from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.frontend.tenants import EVERYBODY, Access, Tenant
 from cierzo.engine.messages import Finish, Generate, SamplingParams, StepOutput, TokenDelta
+from cierzo.engine.testing.local_encoders import local_encoders
+from cierzo.engine.testing.words import fake_model
 from cierzo.engine.text.prompt import PromptEncoder
 
 STREAMS, TENANTS = 1024, 64
@@ -63,13 +62,12 @@ def front_end(clock: Callable[[], float] = time.monotonic, **given: Any) -> Fron
 
 def opened(frontend: Frontend, count: int, tenants: int = 1) -> list[Stream]:
     """Open so many streams, of so many tenants."""
+    frontend.tenancy.arrange(Tenant(name=f"tenant-{number}") for number in range(tenants))
     for number in range(count):
         sink = Sink(Access(tenant=Tenant(name=f"tenant-{number % tenants}")))
         frontend.connect(sink)
         sampling = SamplingParams(seed=1, max_tokens=4000)
         frontend.generate(sink, Generate(stream=number, token_ids=[1, 2, 3], sampling=sampling))
-        (stream,) = frontend.streams.of(sink).values()
-        stream.tenant = sink.access.tenant
     return [*frontend.streams]
 
 

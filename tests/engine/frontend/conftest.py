@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import IO, Any
 
 import msgspec
 import pytest
+import trustme
 import uvloop
 from fake_core import FakeCores, FakeEngineConfig
 from fake_rpc_server import Script, scripted
@@ -367,3 +369,45 @@ def start(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[subp
         server.wait()
         assert server.stdout is not None
         server.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def ca():
+    return trustme.CA()
+
+
+@pytest.fixture
+def issue(ca, tmp_path):
+    """Write a certificate and its key; the settings that name them."""
+
+    def write(authority=ca, name="server", **options):
+        certificate = authority.issue_cert("localhost", "127.0.0.1", **options)
+        files = {"tls_certificate": tmp_path / f"{name}.pem", "tls_key": tmp_path / f"{name}.key"}
+        chain = b"".join(each.bytes() for each in certificate.cert_chain_pems)
+        files["tls_certificate"].write_bytes(chain)
+        files["tls_key"].write_bytes(certificate.private_key_pem.bytes())
+        return {field: str(path) for field, path in files.items()}
+
+    return write
+
+
+@pytest.fixture
+def client_ca(ca, tmp_path):
+    path = tmp_path / "clients.pem"
+    ca.cert_pem.write_to_path(str(path))
+    return {"tls_client_ca": str(path)}
+
+
+@pytest.fixture
+def trusting(ca):
+    """A client's context of one version of TLS, with a certificate of `shown` if that is given."""
+
+    def make(version=ssl.TLSVersion.TLSv1_3, shown=None):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = context.maximum_version = version
+        ca.configure_trust(context)
+        if shown is not None:
+            shown.configure_cert(context)
+        return context
+
+    return make

@@ -289,7 +289,7 @@ class World:
             for reader in (reader for sink in self.sinks for reader in sink.open.values()):
                 reader.cancelled |= reader.name == copy.name
             try:
-                self.frontend.cancel_request(self.sinks[0], copy.name)
+                self.frontend.cancel_request(FakeSink(()), copy.name)
             except NotFound:
                 self.num_forgotten += 1
 

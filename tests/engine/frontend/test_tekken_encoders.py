@@ -57,9 +57,9 @@ def test_a_process_encodes_as_mistral_common_does_and_has_no_torch(run, tmp_path
             with pytest.raises(InvalidRequest) as caught:
                 await _ask(encoders, Generate(stream=1, messages=[USER], tools=[Tool(name="a b")]))
             assert caught.value.field == "tools[0].name"
-            loaded = Path(f"/proc/{processes[0].pid}/maps").read_text()
-            assert "tiktoken" in loaded
-            assert "libtorch" not in loaded
+            loaded = [Path(f"/proc/{process.pid}/maps").read_text() for process in processes]
+            assert any("tiktoken" in each for each in loaded)  # of two, one may still be starting
+            assert not any("libtorch" in each for each in loaded)
         finally:
             await encoders.close()
 

@@ -144,6 +144,7 @@ def test_limits_and_stops_of_a_request_count(server, client):
     assert client.ask(text="Hi", ignore_eos=True, max_tokens=12).text == "Hello.Hello"
     assert client.ask(text="Hi", min_tokens=10, max_tokens=40).text == "Hello.Hello."
     assert client.ask(text="Hi", output_token_ids=[*b"Say"], seed=1).text == "lo."
+    assert client.ask(text="Hi", output_token_ids=[*b"Say it all"], seed=1).text == "lo."
 
 
 def test_what_no_answer_is_is_refused_where_it_is_given():
@@ -185,6 +186,22 @@ def test_no_token_comes_before_its_time():
             assert "".join(delta.text for delta in generation) == "d"
         with pytest.raises(ValueError, match="forward"):
             clock.advance(-1)
+
+
+def test_requests_have_times_of_their_own():
+    clock = ManualClock()
+    with FakeServer("ab", first_token_s=10.0, clock=clock) as server, SyncClient(server.address) as client:
+        first = client.generate(text="Hi")
+        first.accepted()
+        clock.advance(9.0)
+        second = client.generate(text="Hi")
+        second.accepted()
+        clock.advance(1.0)
+        assert "".join(delta.text for delta in first) == "ab"
+        with pytest.raises(TimeoutError):
+            second.next(timeout_s=0.05)
+        clock.advance(9.0)
+        assert "".join(delta.text for delta in second) == "ab"
 
 
 def test_delays_in_seconds_of_the_machine():
@@ -252,12 +269,12 @@ def test_bad_orders(server, field, order):
 @pytest.mark.parametrize("after_deltas", [0, 1, 4])
 def test_a_reset_in_the_middle_of_an_answer(server, after_deltas):
     server.reset(after_deltas=after_deltas, times=2)
-    with SyncClient(server.address) as client:
+    with SyncClient(server.address, reconnect=False) as client:
         generation, got = client.generate(text="Hi", seed=1), []
         with pytest.raises(ConnectionLost):
             got.extend(generation)
         assert "".join(delta.text for delta in got) == "Hello."[:after_deltas]
-    with SyncClient(server.address) as client:
+    with SyncClient(server.address, reconnect=False) as client:
         rest = client.resume(generation.request_id, received=[after_deltas])
         assert "".join(delta.text for delta in rest) == "Hello."[after_deltas:]
         lost = client.generate(text="Hi")
@@ -286,7 +303,7 @@ def test_a_reset_without_the_feature_resume(server, run):
 def test_a_refused_request_leaves_the_reset_to_the_next_one(server):
     server.reset()
     server.refuse(Overloaded)
-    with SyncClient(server.address) as client:
+    with SyncClient(server.address, reconnect=False) as client:
         with pytest.raises(Overloaded):
             client.ask(text="Hi")
         with pytest.raises(ConnectionLost):
@@ -311,7 +328,7 @@ def test_a_restart_forgets_the_requests():
 
 def test_all_connections_are_cut(server, client):
     client.ping()
-    with SyncClient(server.address) as other:
+    with SyncClient(server.address, reconnect=False) as other:
         other.ping()
         server.disconnect()
         with pytest.raises(ConnectionLost):
