@@ -295,10 +295,7 @@ class Arrivals:
             sink.put(failure(message.stream, error))
 
     def _start(self, stream: Stream, encoded: Encoded) -> None:
-        submit = pack_prompt(encoded.submit)
-        if submit.sampling.seed is None:
-            seed = self._random.getrandbits(SEED_BITS)
-            submit = msgspec.structs.replace(submit, sampling=msgspec.structs.replace(submit.sampling, seed=seed))
+        submit = encoded.submit
         num_tokens = encoded.num_prompt_tokens + len(submit.output_token_ids)
         if num_tokens > (most := self._config.max_open_tokens):
             raise InvalidRequest(
@@ -308,7 +305,7 @@ class Arrivals:
                 value=num_tokens,
             )
         self._core.require_in_time(stream, num_tokens, submit.priority)
-        submit = self._as_tenant(stream, submit, num_tokens)
+        submit = self._as_sent(stream, submit, num_tokens)
         if not stream.deltas:
             require_bounded(submit, self._config.max_answer_bytes)
         stream.sampling, stream.in_thinking, stream.calls = submit.sampling, encoded.in_thinking, encoded.calls
@@ -323,16 +320,22 @@ class Arrivals:
             self._outlets.attach(stream)
         self._core.submit(stream)
 
-    def _as_tenant(self, stream: Stream, submit: Submit, num_tokens: int) -> Submit:
-        """The request within its tenant's limits. Raises the CierzoError that says why it is not; num_tokens: of
-        prompt and resumed answer."""
-        tenant = self._tenancy.book(stream.tenant).tenant
+    def _as_sent(self, stream: Stream, submit: Submit, num_tokens: int) -> Submit:
+        """The request with a seed, as its tenant's and within that one's limits. Raises the CierzoError that says
+        why it is not; num_tokens: of prompt and resumed answer."""
+        tenant, sampling = self._tenancy.book(stream.tenant).tenant, submit.sampling
         self._tenancy.require_tokens(tenant, num_tokens, submit.priority)
-        room, sampling = tenant.max_model_len - num_tokens + len(submit.output_token_ids), submit.sampling
-        if sampling.max_tokens > room:
-            sampling = msgspec.structs.replace(sampling, max_tokens=room)
+        room = tenant.max_model_len - num_tokens + len(submit.output_token_ids)
+        if sampling.seed is None or sampling.max_tokens > room:
+            seed = self._random.getrandbits(SEED_BITS) if sampling.seed is None else sampling.seed
+            sampling = msgspec.structs.replace(sampling, seed=seed, max_tokens=min(sampling.max_tokens, room))
         return msgspec.structs.replace(
-            submit, sampling=sampling, tenant=tenant.name, weight=tenant.weight, cache_salt=tenant.cache_salt
+            submit,
+            prompt_token_ids=pack_prompt(submit.prompt_token_ids),
+            sampling=sampling,
+            tenant=tenant.name,
+            weight=tenant.weight,
+            cache_salt=tenant.cache_salt,
         )
 
     def _reader(self, stream: Stream, encoded: Encoded, sample: int) -> Reader | None:

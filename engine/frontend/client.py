@@ -45,10 +45,10 @@ from cierzo.engine.frontend.answer import Answer
 from cierzo.engine.frontend.arguments import generate_message, whole_answer
 from cierzo.engine.frontend.client_options import ConnectOptions, GenerateArguments
 from cierzo.engine.frontend.dial import Dial, known_features, secret, tls_context
+from cierzo.engine.frontend.endpoint import Endpoint
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.loop_thread import LoopThread
 from cierzo.engine.frontend.one_process import OneProcess
-from cierzo.engine.frontend.place import Place
 from cierzo.engine.frontend.retries import Reconnect, Retry
 from cierzo.engine.frontend.session import Session, unsent
 from cierzo.engine.frontend.sync_generation import SyncGeneration
@@ -174,17 +174,17 @@ class Client:
 
     async def _states(self) -> list[str]:
         """The state of each server."""
-        places = self._session.places
-        if len(places) == 1:
+        endpoints = self._session.endpoints
+        if len(endpoints) == 1:
             return [(await self.health()).state]
-        return await asyncio.gather(*map(self._state, places))
+        return await asyncio.gather(*map(self._state, endpoints))
 
-    async def _state(self, place: Place) -> str:
-        if not place.links:
-            place.grow()
+    async def _state(self, endpoint: Endpoint) -> str:
+        if not endpoint.links:
+            endpoint.grow()
             return UNREACHABLE
         try:
-            return cast(Health, await self._session.call(GetHealth, place)).state
+            return cast(Health, await self._session.call(GetHealth, endpoint)).state
         except ConnectionLost:
             return UNREACHABLE
 
@@ -209,14 +209,14 @@ class Client:
         """Have the server take nothing more, and wait until it has finished what it had, or, after its `drain_s`,
         has ended that as Interrupted. undo: have it take requests again. address: which server, of several; raises
         InvalidRequest if none of them is named."""
-        if address is None and len(self._session.places) > 1:
-            limit = ", ".join(place.name for place in self._session.places)
+        if address is None and len(self._session.endpoints) > 1:
+            limit = ", ".join(endpoint.name for endpoint in self._session.endpoints)
             what = f"address must say which server is to drain: {limit}"
             raise InvalidRequest(what, field="address", limit=limit)
         await self._call(Drain, address, undo=undo)
 
     async def _call(self, method: Callable[..., Any], address: str | None, **fields: Any) -> Any:
-        return await self._session.call(method, self._session.place(address), **fields)
+        return await self._session.call(method, self._session.endpoint(address), **fields)
 
     async def close(self) -> None:
         """Close the connection; what still runs is cancelled by the server, and fails here with ConnectionLost."""
@@ -232,9 +232,9 @@ class Client:
 def _session(addresses: str | Iterable[str], timeout_s: float, options: ConnectOptions) -> Session:
     """The session that the arguments of `Client.connect` ask for, which is not open yet."""
     names = [addresses] if isinstance(addresses, str) else [*addresses]
-    places = [*dict.fromkeys(map(parse_address, names))]
+    endpoints = [*dict.fromkeys(map(parse_address, names))]
     connections = options.get("connections", 1)
-    if not places:
+    if not endpoints:
         raise refusal("addresses", "at least one", "none")
     if connections < 1:
         raise refusal("connections", "at least 1", connections)
@@ -246,9 +246,9 @@ def _session(addresses: str | Iterable[str], timeout_s: float, options: ConnectO
         key=secret(options.get("key")),
         tls=tls_context(options.get("tls", False), options.get("tls_certificate"), options.get("tls_key")),
     )
-    retry = len(places) > 1 if retry is None else retry
+    retry = len(endpoints) > 1 if retry is None else retry
     return Session(
-        places,
+        endpoints,
         dial.connect,
         connections=connections,
         reconnect=(reconnect if isinstance(reconnect, Reconnect) else Reconnect() if reconnect else None),

@@ -18,7 +18,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.observe.tallies import Pace
 from cierzo.engine.frontend.recovery import Recovery
 from cierzo.engine.frontend.registry import Registry
-from cierzo.engine.frontend.sample import Sample
+from cierzo.engine.frontend.sample import NEVER_S, Sample
 from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.messages import Abort, CoreCommand, CoreStats, FinishReason, StepOutput, TokenDelta
 
@@ -151,7 +151,7 @@ class CoreSide:
                 self._owe(stream, stream.running)
             self._end_run(stream)
         for sample in stream.samples:
-            sample.last_s = -1.0  # a pause of its reader is no gap between tokens
+            sample.last_s = NEVER_S  # a pause of its reader is no gap between tokens
         self._recovery.ended(stream)
         self._send_due()
 

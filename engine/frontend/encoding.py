@@ -213,11 +213,9 @@ def packed(token_ids: bytes) -> list[int]:
     return cast("list[int]", msgspec.Raw(token_ids))
 
 
-def pack_prompt(submit: Submit) -> Submit:
+def pack_prompt(token_ids: list[int]) -> list[int]:
     """Pack the prompt of a message to the core, if it is not yet."""
-    if isinstance(submit.prompt_token_ids, msgspec.Raw):
-        return submit
-    return msgspec.structs.replace(submit, prompt_token_ids=packed(_encode(submit.prompt_token_ids)))
+    return token_ids if isinstance(token_ids, msgspec.Raw) else packed(_encode(token_ids))
 
 
 def _list_length(data: bytes | bytearray) -> int:

@@ -31,7 +31,7 @@ class Link(Protocol):
         """Account for the consumed deltas of which the connection was not told yet."""
 
 
-class Keeper(Protocol):
+class Owner(Protocol):
     """The owner of a client's connections, who may have a generation go on on another one."""
 
     def recovers(self, inbox: Inbox, error: CierzoError) -> bool:
@@ -51,7 +51,7 @@ class Inbox:
     kept (`keeps`) to go on at another server, as are the `tokens` that came of its only sample.
     has_run: a server has accepted it, or something came of it; is_running: the present one has. uncertain: a
     connection that it was sent on was lost, and none has accepted it since.
-    until_s: its deadline by the loop's clock. tries: refusals, `tried` at which places. timer: what happens
+    until_s: its deadline by the loop's clock. tries: refusals, `tried` at which endpoints. timer: what happens
     when it has waited for long enough for a connection, or for another attempt. interruption: of the server before.
     received: tokens of each sample that were taken, last: the last delta of each that was; empty where the
     generation ends with its connection.
@@ -74,7 +74,7 @@ class Inbox:
             "held",
             "interruption",
             "is_running",
-            "keeper",
+            "owner",
             "keeps",
             "last",
             "link",
@@ -85,10 +85,10 @@ class Inbox:
     )
 
     def __init__(
-        self, link: Link, request: Generate | Resume, received: list[int], keeper: Keeper | None = None
+        self, link: Link, request: Generate | Resume, received: list[int], owner: Owner | None = None
     ) -> None:
         self.link = link
-        self.keeper = keeper
+        self.owner = owner
         self.keeps = self.has_own_key = False
         self.has_run = self.is_running = self.uncertain = self.was_sent = False
         self.interruption: CierzoError | None = None
@@ -147,12 +147,12 @@ class Inbox:
                 self.request = None
         elif isinstance(message, Final):
             self.final = message
-        elif self.keeper is not None and self.keeper.recovers(self, message):
+        elif self.owner is not None and self.owner.recovers(self, message):
             return
         else:
             self.error = self._told(message)
         if self.ended:
-            self.request, self.keeper = None, None
+            self.request, self.owner = None, None
             self.unset_timer()
             woken = woken + self.waiters
         for waiter in woken:
@@ -256,8 +256,8 @@ class Inbox:
         if not self.ended and not self.cancelled:
             self.cancelled = True
             self.link.cancel(self)
-            if self.keeper is not None:
-                self.keeper.withdrawn(self)
+            if self.owner is not None:
+                self.owner.withdrawn(self)
 
     def drop(self) -> None:
         """Nobody reads this generation any more."""

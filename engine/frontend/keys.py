@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Meta
 
 from cierzo.engine.errors import ConfigError, Unauthorized
-from cierzo.engine.frontend.tenants import DEFAULT, EVERYBODY, Access, Name, Right, Tenant, Visitor
+from cierzo.engine.frontend.tenants import DEFAULT, EVERYBODY, RIGHTS, Access, Name, Right, Tenant, Visitor
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ MAX_TENANTS, MAX_KEYS = 256, 1024  # every key is compared with whatever a conne
 SECRET_BYTES = 32
 KEY_PREFIX = "cierzo-"  # by which scanners for leaked secrets can know one
 DIGEST_PREFIX = "sha256:"
+DIGEST_LIMIT = "sha256: and 64 hex digits"
 T = TypeVar("T")
 
 
@@ -110,7 +111,7 @@ def read_key_file(path: str) -> KeyFile:
         for name, (number, line) in found.items():
             if line.of not in tenants:
                 known = ", ".join(sorted(tenants)[:10]) or "none"
-                raise _wrong(path, number, f"there is no line of a tenant {line.of}", f"one of: {known}")
+                raise _wrong(path, number, "there is no line of the tenant that it is of", f"one of: {known}")
             access[kind][name] = Access(tenants[line.of], frozenset(line.rights))
     return KeyFile(tenants, access["key"], access["certificate"])
 
@@ -122,11 +123,6 @@ class Door:
         """path: the key file; "" for none: everybody may come, and do everything. Raises ConfigError."""
         self._path = path
         self._file = read_key_file(path) if path else None
-
-    @property
-    def has_keys(self) -> bool:
-        """Whether there is a key file."""
-        return self._file is not None
 
     @property
     def tenants(self) -> dict[str, Tenant]:
@@ -185,11 +181,12 @@ def _line(path: str, number: int, text: str) -> Line:
     try:
         return msgspec.convert(fields, _KINDS[kinds[0]])
     except msgspec.ValidationError as error:
-        if kinds[0] == "key" and "$.key" in str(error):  # perhaps a key stands there, where its digest should
-            raise _wrong(path, number, "key is no digest", "sha256: and 64 hex digits") from None
-        raise _wrong(
-            path, number, str(error).replace("`", "").replace("$.", ""), "see docs/operations.md"
-        ) from None
+        what, _, where = str(error).replace("`", "").partition(" - at $.")
+        if kinds[0] != "tenant":  # a key may stand where none should: what stands there is not told
+            what = f"it may have {', '.join(_KINDS[kinds[0]].__struct_fields__)}; rights are {', '.join(RIGHTS)}"
+            what = "key is no digest" if where == "key" else what
+        limit = DIGEST_LIMIT if where == "key" else "see docs/operations.md"
+        raise _wrong(path, number, f"{where}: {what}".removeprefix(": "), limit) from None
 
 
 def _put(into: dict[Any, T], name: Any, value: T, path: str, number: int, what: str) -> None:

@@ -22,6 +22,7 @@ from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import Reader
 from cierzo.engine.text.reader_state import ReaderState
 
+NEVER_S = -1.0  # a time before all others
 TOKEN_BYTES = 4
 TEXT_BYTES = 4  # of a token, about; of an answer in parts its states instead
 ENTRY_BYTES, ALTERNATIVE_BYTES = 29, 14  # most that a token's log-probabilities, and each alternative, take
@@ -125,7 +126,7 @@ class Sample:
     whole: nothing is sent before the end (deltas=false). states: where a reader of parts stood within the tokens
     that a resumed request brought, after each STATE_TOKENS and after all.
     computed: positions that runs before the present one have computed for sure. last_s: when its last tokens came,
-    by the clock; -1 before the first ones.
+    by the clock; NEVER_S before the first ones, and after a pause of its reader.
     cut: a stop string was found, or a call too many; whatever the core still sends is overrun.
     tail_apart: it ended without a last token, so the text that was held back comes in a delta without tokens.
     """
@@ -169,7 +170,7 @@ class Sample:
         self.num_brought = self.sent = len(self.token_ids)
         self.stop: str | int | None = None
         self.computed = 0
-        self.last_s = -1.0
+        self.last_s = NEVER_S
         self.cut = False
         self.finish: Finish | None = None
         self.tail_apart: bool | None = None

@@ -13,8 +13,8 @@ import msgspec
 from cierzo.engine.errors import CierzoError, ConnectionLost, Interrupted, NotFound, refusal
 from cierzo.engine.frontend.address import Address
 from cierzo.engine.frontend.client_link import ClientLink
+from cierzo.engine.frontend.endpoint import Endpoint
 from cierzo.engine.frontend.generation import Generation, Inbox
-from cierzo.engine.frontend.place import Place
 from cierzo.engine.frontend.request_frames import check_request, require
 from cierzo.engine.frontend.retries import Budget, Reconnect, Retry, is_of_server, is_worth_repeating
 from cierzo.engine.messages import CancelRequest, Generate, Message, Resume
@@ -56,8 +56,8 @@ class Session:
         def connecting(address: Address) -> Callable[[bool], Awaitable[ClientLink]]:
             return lambda is_known: connect(address, is_known)
 
-        self.places = [
-            Place(str(address), connecting(address), reconnect, connections, self) for address in addresses
+        self.endpoints = [
+            Endpoint(str(address), connecting(address), reconnect, connections, self) for address in addresses
         ]
         self._loop = asyncio.get_running_loop()
         self._is_mended = reconnect is not None
@@ -73,7 +73,7 @@ class Session:
 
     async def open(self) -> None:
         """Connect, to one address at least. Raises the errors of `Dial.connect`."""
-        left = {place.start() for place in self.places}
+        left = {endpoint.start() for endpoint in self.endpoints}
         try:
             while left and self._choose() is None:
                 done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
@@ -81,7 +81,7 @@ class Session:
                     task.result()
             if left:
                 await asyncio.wait(left, timeout=GRACE_S)
-            errors = [place.error for place in self.places if place.error is not None]
+            errors = [endpoint.error for endpoint in self.endpoints if endpoint.error is not None]
             wrong = next((error for error in errors if not error.retry), None)
             if wrong is not None or self._choose() is None:
                 raise wrong or errors[0]
@@ -92,18 +92,20 @@ class Session:
     @property
     def link(self) -> ClientLink:
         """The connection that the next request goes to; one that was lost, if there is none."""
-        link = self._choose() or next((place.last for place in self.places if place.last is not None), None)
+        link = self._choose() or next(
+            (endpoint.last for endpoint in self.endpoints if endpoint.last is not None), None
+        )
         assert link is not None
         return link
 
-    def place(self, address: str | None) -> Place | None:
-        """The place of an address; None for none. Raises InvalidRequest for another one."""
+    def endpoint(self, address: str | None) -> Endpoint | None:
+        """The endpoint at an address; None for none. Raises InvalidRequest for another one."""
         if address is None:
             return None
-        for place in self.places:
-            if place.name == address:
-                return place
-        limit = ", ".join(place.name for place in self.places)
+        for endpoint in self.endpoints:
+            if endpoint.name == address:
+                return endpoint
+        limit = ", ".join(endpoint.name for endpoint in self.endpoints)
         raise refusal("address", f"one of this client's: {limit}", address)
 
     def generate(self, message: Generate) -> Generation:
@@ -125,7 +127,7 @@ class Session:
             message = msgspec.structs.replace(message, idempotency_key=_new_key())
         inbox = self._inbox(link, message, [len(message.output_token_ids)] * message.sampling.n)
         inbox.has_own_key = makes_key
-        if self._is_mended and len(self.places) > 1:
+        if self._is_mended and len(self.endpoints) > 1:
             inbox.keeps, inbox.tokens = True, [*message.output_token_ids]
         if message.deadline_s is not None:
             inbox.until_s = self._loop.time() + message.deadline_s
@@ -143,36 +145,36 @@ class Session:
     async def cancel_request(self, request_id: str) -> None:
         """Cancel a request of whatever connection, at whichever address knows it. Raises NotFound."""
         require(self.link.welcome, "resume", "cancel_request")
-        for place in self.places[1:]:
+        for endpoint in self.endpoints[1:]:
             try:
-                await self.call(CancelRequest, place, request_id=request_id)
+                await self.call(CancelRequest, endpoint, request_id=request_id)
                 return
             except CierzoError:  # what the first one says is told
                 continue
-        await self.call(CancelRequest, self.places[0], request_id=request_id)
+        await self.call(CancelRequest, self.endpoints[0], request_id=request_id)
 
-    async def call(self, method: Callable[..., Message], place: Place | None = None, **fields: Any) -> Any:
+    async def call(self, method: Callable[..., Message], endpoint: Endpoint | None = None, **fields: Any) -> Any:
         """Send a message that has one answer, and wait for it; first for a connection, if one is being made."""
-        places = self.places if place is None else [place]
-        while (link := self._choose(places)) is None:
-            mendable = [place for place in places if place.may_mend]
+        endpoints = self.endpoints if endpoint is None else [endpoint]
+        while (link := self._choose(endpoints)) is None:
+            mendable = [endpoint for endpoint in endpoints if endpoint.may_mend]
             if self._end is not None or not mendable:
-                raise self._end or self._reason(places)
+                raise self._end or self._reason(endpoints)
             if errors := await self._mended(mendable):
                 raise errors[0]
         return await link.call(method, **fields)
 
-    async def _mended(self, places: list[Place]) -> list[CierzoError]:
-        """Wait until there is a connection to one of the places, or why there is none to any."""
+    async def _mended(self, endpoints: list[Endpoint]) -> list[CierzoError]:
+        """Wait until there is a connection to one of the endpoints, or why there is none to any."""
         self._num_calls += 1
-        left, errors = {place.mend() for place in places}, []
+        left, errors = {endpoint.mend() for endpoint in endpoints}, []
         try:
-            while left and self._choose(places) is None:
+            while left and self._choose(endpoints) is None:
                 done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
                 errors += [error for task in done if not task.cancelled() and (error := task.result()) is not None]
         finally:
             self._num_calls -= 1
-        return errors if self._choose(places) is None else []
+        return errors if self._choose(endpoints) is None else []
 
     async def close(self) -> None:
         """Cancel what still runs, and close the connections."""
@@ -181,22 +183,24 @@ class Session:
             inbox.put(reason)
         self._waiting.clear()
         self._pausing.clear()
-        for place in self.places:
-            await place.close(reason)
+        for endpoint in self.endpoints:
+            await endpoint.close(reason)
 
     # --- where a request goes --------------------------------------------------------------------------
 
-    def _choose(self, places: Iterable[Place] | None = None, *, but: Collection[object] = ()) -> ClientLink | None:
-        """The connection for another request, at none of the places `but`; None if there is none."""
+    def _choose(
+        self, endpoints: Iterable[Endpoint] | None = None, *, but: Collection[object] = ()
+    ) -> ClientLink | None:
+        """The connection for another request, at none of the endpoints `but`; None if there is none."""
         best: ClientLink | None = None
         least: tuple[Any, ...] = ()
-        for place in self.places if places is None else places:
-            if place in but:
+        for endpoint in self.endpoints if endpoints is None else endpoints:
+            if endpoint in but:
                 continue
-            for link in place.links:
+            for link in endpoint.links:
                 if link.error is None:
                     is_full = link.num_open >= link.welcome.limits.max_streams
-                    order = (is_full, place.is_resting, link.num_open, link.last_used)
+                    order = (is_full, endpoint.is_resting, link.num_open, link.last_used)
                     if best is None or order < least:
                         best, least = link, order
         return best
@@ -213,8 +217,8 @@ class Session:
         elif link.error is None:
             self._use(link)
             link.open(inbox, request)
-            for place in self.places:
-                place.grow()
+            for endpoint in self.endpoints:
+                endpoint.grow()
         else:
             self._await_connection(inbox)
         return Generation(inbox)
@@ -225,14 +229,14 @@ class Session:
 
     def _await_connection(self, inbox: Inbox) -> None:
         """Have a generation sent by whichever connection there is next."""
-        mendable = [place for place in self.places if place.may_mend]
+        mendable = [endpoint for endpoint in self.endpoints if endpoint.may_mend]
         if not mendable:
-            inbox.put(self._reason(self.places))
+            inbox.put(self._reason(self.endpoints))
             return
         self._waiting.append(inbox)
         self.park(inbox)
-        for place in mendable:
-            place.mend()
+        for endpoint in mendable:
+            endpoint.mend()
 
     def _send(self, inbox: Inbox) -> None:
         """Send a request again that no server works on, on the best connection there is now."""
@@ -244,17 +248,19 @@ class Session:
             self._await_connection(inbox)
             return
         self._use(link)
-        self._place_of(link).reopen(inbox, link)
+        self._endpoint_of(link).reopen(inbox, link)
 
-    def _place_of(self, link: object) -> Place:
-        """The place that a connection is of."""
+    def _endpoint_of(self, link: object) -> Endpoint:
+        """The endpoint that a connection is of."""
         assert isinstance(link, ClientLink)
-        return next(place for place in self.places if place.name == link.peer)
+        return next(endpoint for endpoint in self.endpoints if endpoint.name == link.peer)
 
-    def _reason(self, places: Iterable[Place]) -> CierzoError:
+    def _reason(self, endpoints: Iterable[Endpoint]) -> CierzoError:
         """Why there is no connection."""
-        link_errors = [link.error for place in places for link in place.links]
-        errors = [error for error in (*(place.error for place in places), *link_errors) if error is not None]
+        link_errors = [link.error for endpoint in endpoints for link in endpoint.links]
+        errors = [
+            error for error in (*(endpoint.error for endpoint in endpoints), *link_errors) if error is not None
+        ]
         return errors[0] if errors else ConnectionLost("there is no connection")
 
     # --- what waits ------------------------------------------------------------------------------------
@@ -271,21 +277,21 @@ class Session:
             inbox.timer = self._loop.call_at(inbox.until_s, self._expire, inbox)
 
     def _expire(self, inbox: Inbox) -> None:
-        for waiting in (self._waiting, *(place.waiting for place in self.places)):
+        for waiting in (self._waiting, *(endpoint.waiting for endpoint in self.endpoints)):
             if inbox in waiting:
                 waiting.remove(inbox)
         what = "its deadline passed while there was no connection"
         inbox.put(ConnectionLost(what, field="deadline_s"))
 
-    def connected(self, place: Place) -> None:
+    def connected(self, endpoint: Endpoint) -> None:
         """There is a connection, for whatever waits for any."""
         waiting, self._waiting = self._waiting, []
         for inbox in waiting:
             self._send(inbox)
 
-    def gave_up(self, place: Place, error: CierzoError) -> None:
-        """There will be none to this place for now; what waits for any ends if there is no other either."""
-        if not any(other.is_mending for other in self.places if other is not place):
+    def gave_up(self, endpoint: Endpoint, error: CierzoError) -> None:
+        """There will be none to this endpoint for now; what waits for any ends if there is no other either."""
+        if not any(other.is_mending for other in self.endpoints if other is not endpoint):
             waiting, self._waiting = self._waiting, []
             for inbox in waiting:
                 inbox.put(error)
@@ -316,7 +322,7 @@ class Session:
         came = bool(inbox.deltas) or any(received > num_known for received in inbox.received)
         if came and request.sampling.n > 1:
             return False
-        self._place_of(inbox.link).rest()
+        self._endpoint_of(inbox.link).rest()
         inbox.tried = ()
         if not self._elsewhere(inbox):
             return False
@@ -329,24 +335,24 @@ class Session:
         return True
 
     def _elsewhere(self, inbox: Inbox) -> bool:
-        """Send a request at a place that it was not at, if there is one with a connection."""
-        inbox.tried = (*inbox.tried, self._place_of(inbox.link))
+        """Send a request at an endpoint that it was not at, if there is one with a connection."""
+        inbox.tried = (*inbox.tried, self._endpoint_of(inbox.link))
         if self._choose(but=inbox.tried) is None:
             return False
         self._loop.call_soon(self._send, inbox)
         return True
 
     def _repeat(self, inbox: Inbox, error: CierzoError, policy: Retry) -> bool:
-        """Send a request that was refused again: at another place now or, where there is none, later."""
+        """Send a request that was refused again: at another endpoint now or, where there is none, later."""
         inbox.tries += 1
         if is_of_server(error):
-            self._place_of(inbox.link).rest(error.retry_after_s or 0.0)
+            self._endpoint_of(inbox.link).rest(error.retry_after_s or 0.0)
         if inbox.tries >= policy.max_attempts:
             return False
         at_s = self._loop.time() + policy.pause_s(inbox.tries, error)
         last_s = inbox.began_s + policy.within_s
         is_late = at_s > (last_s if inbox.until_s is None else min(last_s, inbox.until_s))
-        has_other = self._choose(but=(*inbox.tried, self._place_of(inbox.link))) is not None
+        has_other = self._choose(but=(*inbox.tried, self._endpoint_of(inbox.link))) is not None
         if (is_late and not has_other) or not self._budget.spend():
             return False
         if not self._elsewhere(inbox):

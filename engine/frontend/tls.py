@@ -39,7 +39,7 @@ class Tls:
 
     def start(self) -> None:
         """Say in the log, at once and then daily, that a certificate soon expires, or has expired."""
-        for note in self.notes():
+        if (note := self.note()) is not None:
             log.warning("%s", note)
         self._timer = asyncio.get_running_loop().call_later(TELL_EVERY_S, self.start)
 
@@ -59,29 +59,20 @@ class Tls:
         log.info("the certificate was read again; it expires on %s", _day(self.expires_at))
         return True
 
-    @property
-    def seconds_left(self) -> float:
-        """Seconds until the first of the server's certificates expires; negative when it has."""
-        return (self.expires_at - self._now()).total_seconds()
-
     def expires_s(self) -> float:
         """Unix time at which the first of the server's certificates expires."""
         return self.expires_at.timestamp()
 
     def note(self) -> str | None:
-        """The first of the `notes`, if there is any."""
-        return next(iter(self.notes()), None)
-
-    def notes(self) -> list[str]:
-        """Sentences on what an operator has to do soon."""
+        """A sentence on what an operator has to do soon, if there is something."""
         left = self.expires_at - self._now()
         if left >= TOLD_AHEAD:
-            return []
+            return None
         if left < timedelta(0):
-            return [f"the TLS certificate has expired on {_day(self.expires_at)}: clients refuse it"]
+            return f"the TLS certificate has expired on {_day(self.expires_at)}: clients refuse it"
         days = left // timedelta(days=1)
         when = "today" if days == 0 else "in 1 day" if days == 1 else f"in {days} days"
-        return [f"the TLS certificate expires {when}, on {_day(self.expires_at)}"]
+        return f"the TLS certificate expires {when}, on {_day(self.expires_at)}"
 
 
 def subject_of(certificate: Any) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from math import nan
 
-from cierzo.engine.frontend.sample import Sample
+from cierzo.engine.frontend.sample import NEVER_S, Sample
 
 # Upper bounds of latencies, seconds.
 BOUNDS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-NEVER_S = -1.0  # of `Sample.last_s`: it has no token, or its stream was paused since
 
 
 class Histogram:

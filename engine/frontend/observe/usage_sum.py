@@ -14,10 +14,6 @@ from cierzo.engine.frontend.observe.usage_file import KEPT_FILES, aged
 from cierzo.engine.frontend.observe.usage_record import UsageRecord
 
 MAX_LINE_BYTES = 1 << 16
-SUMMED = (
-    *("prompt_tokens", "cached_tokens", "output_tokens", "computed_tokens", "recomputed_tokens"),
-    *("steps", "preemptions", "kv_block_s", "total_s"),
-)
 BEGINNING = b'{"time":'  # of a record
 _decode = msgspec.json.Decoder(UsageRecord).decode
 
@@ -44,6 +40,9 @@ class Sums(msgspec.Struct):
             self.ends[end] = self.ends.get(end, 0) + 1
         for name in SUMMED:
             setattr(self, name, getattr(self, name) + getattr(record, name))
+
+
+SUMMED = [name for name in Sums.__struct_fields__ if name not in ("requests", "ends")]
 
 
 class Reader:

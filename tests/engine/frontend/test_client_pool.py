@@ -74,7 +74,7 @@ def test_requests_go_to_the_connection_with_the_fewest(run):
             generations = [client.generate(token_ids=[number]) for number in range(8)]
             for generation in generations:
                 await generation.accepted()
-            links = [link for place in client._session.places for link in place.links]
+            links = [link for endpoint in client._session.endpoints for link in endpoint.links]
             assert [link.num_open for link in links] == [2, 2, 2, 2]
             assert (len(one.requests), len(two.requests)) == (4, 4)
 

@@ -30,14 +30,14 @@ class Owner(Protocol):
     def park(self, inbox: Inbox) -> None:
         """A generation waits for a connection, no longer than its deadline."""
 
-    def connected(self, place: Place) -> None:
+    def connected(self, endpoint: Endpoint) -> None:
         """There is a connection, for whatever waits for any."""
 
-    def gave_up(self, place: Place, error: CierzoError) -> None:
+    def gave_up(self, endpoint: Endpoint, error: CierzoError) -> None:
         """There will be none for now, and this is why."""
 
 
-class Place:
+class Endpoint:
     """An address. With a `policy`, lost connections are replaced, and what was open on them goes on there:
     accepted requests from the tokens that were taken, others by their idempotency key.
 
