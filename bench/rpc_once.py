@@ -1,6 +1,6 @@
 """A script, not a module: load a server with the client of whichever tree PYTHONPATH names, for `bench.rpc`.
 
-    python -P bench/rpc_once.py ADDRESS CLIENTS REQUESTS:TOKENS ...
+    python -P bench/rpc_once.py ADDRESS CLIENTS REQUESTS:TOKENS ... [key_file=PATH] [tls_ca=PATH]
 
 Prints requests and tokens a second of each load, as JSON. It keeps to what older trees have too.
 """
@@ -11,6 +11,7 @@ import asyncio
 import json
 import sys
 import time
+from typing import Any
 
 import uvloop
 
@@ -21,12 +22,18 @@ from cierzo.engine.frontend.client import Client
 START_S = 60.0
 
 
-async def main(address: str, clients: str, *loads: str) -> None:
+async def main(address: str, clients: str, *words: str) -> None:
     """Wait until the server is ready, then run the loads one after the other."""
+    given: dict[str, Any] = dict(word.split("=", 1) for word in words if "=" in word)
+    options: dict[str, Any] = {}
+    if given:
+        from cierzo.engine.options import access  # which older trees lack
+
+        options = {**access(given.get("key_file"), given.get("tls_ca"))}
     until_s = time.monotonic() + START_S
     while True:
         try:
-            client = await Client.connect(address)
+            client = await Client.connect(address, **options)
             is_ready = (await client.health()).state == "ready"
             await client.close()
             if is_ready:
@@ -36,9 +43,9 @@ async def main(address: str, clients: str, *loads: str) -> None:
                 raise
         await asyncio.sleep(0.05)
     figures = []
-    for requests, tokens in (load.split(":") for load in loads):
+    for requests, tokens in (load.split(":") for load in words if "=" not in load):
         settings = LoadSettings(
-            rpc=address, requests=int(requests), concurrency=int(clients), output_tokens=int(tokens)
+            rpc=address, requests=int(requests), concurrency=int(clients), output_tokens=int(tokens), **given
         )
         result = await run_load(settings)
         assert not result.errors, result.errors

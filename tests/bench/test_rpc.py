@@ -25,7 +25,7 @@ def turns_of(figures):
 )
 def test_medians_are_judged(ours, status, capsys):
     theirs = [(1000.0, 1000.0)] * 3
-    assert rpc.paired([turns_of(ours), turns_of(theirs)], 3, "abc") == status
+    assert rpc.paired([turns_of(ours), turns_of(theirs)], ("this tree", "abc"), 3, rpc.RATIOS) == status
     told = capsys.readouterr().out
     assert told.count("this tree") == told.count("abc") == 3
     assert ("BELOW" in told) == bool(status)
@@ -41,7 +41,7 @@ def test_turns_alternate():
 
         return run
 
-    assert rpc.paired([turn("A"), turn("B")], 2, "x") == 0
+    assert rpc.paired([turn("A"), turn("B")], ("this tree", "x"), 2, rpc.RATIOS) == 0
     assert order == ["A", "B", "A", "B"]
 
 
@@ -62,3 +62,14 @@ def test_this_tree_against_a_commit(tmp_path, monkeypatch, capsys):
     assert told.count("requests/s") == 3
     assert "1  this tree" in told
     assert "1  HEAD" in told
+
+
+@pytest.mark.parametrize("guard", ["keys", "tls"])
+def test_behind_keys_and_without(guard, monkeypatch, capsys):
+    """For real, with few requests."""
+    monkeypatch.setattr(rpc, "GUARDED", dict.fromkeys(rpc.GUARDED, (0.0, 0.0)))
+    monkeypatch.setattr(sys, "argv", ["rpc", "--guard", guard, "--pairs", "1", "--requests", "70"])
+    assert rpc.main() == 0
+    told = capsys.readouterr().out
+    assert f"1  {guard}" in told
+    assert "1  without" in told
