@@ -13,7 +13,7 @@ before it what its own tenant asked for, at its share of the rate, and at most w
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cierzo.engine.errors import DeadlineUnreachable
 from cierzo.engine.frontend.prompt_line import PromptLine
@@ -30,8 +30,7 @@ OPTIMISM = 0.75  # of the estimate: a request is refused if it would be late eve
 _Run = tuple[int, int, str]  # tokens, priority, tenant
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """A request's place in the queue. share: its tenant's part of the rate, at which that one's requests alone are
     before it; 1: everybody's are before it, at the whole rate."""
 
@@ -44,8 +43,7 @@ class _Place:
         return priority <= self.priority if tenant == self.tenant else self.share == 1
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Seconds to a first token: until the core comes to the prompt, and from there."""
 
     queue_s: float
@@ -122,7 +120,9 @@ class Admission:
         """A tenant's run was sent to the core: tokens to compute until it gives one."""
         run = self._runs[run_id] = (num_tokens, priority, tenant)
         self._num_tokens += num_tokens
-        prompts = self._short.setdefault(tenant, _Prompts())
+        prompts = self._short.get(tenant)
+        if prompts is None:
+            prompts = self._short[tenant] = _Prompts()
         prompts.weight = weight
         prompts.num_runs += 1
         prompts.num_tokens += num_tokens
@@ -151,9 +151,11 @@ class Admission:
         self, num_tokens: int, priority: int, now: float, tenant: str = DEFAULT, weight: float = 1.0
     ) -> Estimate | None:
         """The time to the first token of a tenant's request that was sent now; None while no rate is known."""
-        share = self._share(tenant, weight)
-        found = [self._estimate(num_tokens, _Place(priority, tenant, part), now) for part in {1.0, share}]
-        return min((each for each in found if each is not None), key=lambda each: each.queue_s, default=None)
+        whole = self._estimate(num_tokens, _Place(priority, tenant, 1.0), now)
+        if whole is None or (share := self._share(tenant, weight)) == 1:
+            return whole
+        own = self._estimate(num_tokens, _Place(priority, tenant, share), now)
+        return whole if own is None or whole.queue_s <= own.queue_s else own
 
     def require(
         self,
@@ -186,7 +188,9 @@ class Admission:
 
     def _share(self, tenant: str, weight: float) -> float:
         """A tenant's part of the rate, beside all whose prompts wait."""
-        others = sum(prompts.weight for name, prompts in self._short.items() if name != tenant)
+        if len(self._short) == (tenant in self._short):
+            return 1.0
+        others = sum([prompts.weight for name, prompts in self._short.items() if name != tenant])
         return weight / (weight + others)
 
     def _estimate(self, num_tokens: int, place: _Place, now: float) -> Estimate | None:

@@ -206,7 +206,7 @@ class Arrivals:
             raise Draining("the server is draining", retry_after_s=self._config.retry_after_s)
         self._core.require()
         self._heap.require(tenant)
-        self._tenancy.require_request(tenant, num_samples)
+        self._tenancy.require_request(self._tenancy.book(tenant), num_samples)
 
     def _open(self, sink: Sink, message: Generate) -> Stream:
         request_id = self._next_request_id
@@ -223,7 +223,7 @@ class Arrivals:
             arrived=arrived,
             deadline_at_s=arrived + (message.deadline_s or self._config.default_deadline_s),
             apart=self._prompts.syntax is not None and "parts" in sink.features,
-            tenant=sink.access.tenant,
+            book=self._tenancy.book(sink.access.tenant),
             peer=sink.peer,
             caller_id=message.caller_id,
             traceparent=message.traceparent,
@@ -323,8 +323,8 @@ class Arrivals:
     def _as_sent(self, stream: Stream, submit: Submit, num_tokens: int) -> Submit:
         """The request with a seed, as its tenant's and within that one's limits. Raises the CierzoError that says
         why it is not; num_tokens: of prompt and resumed answer."""
-        tenant, sampling = self._tenancy.book(stream.tenant).tenant, submit.sampling
-        self._tenancy.require_tokens(tenant, num_tokens, submit.priority)
+        tenant, sampling = stream.tenant, submit.sampling
+        self._tenancy.require_tokens(stream.book, num_tokens, submit.priority)
         room = tenant.max_model_len - num_tokens + len(submit.output_token_ids)
         if sampling.seed is None or sampling.max_tokens > room:
             seed = self._random.getrandbits(SEED_BITS) if sampling.seed is None else sampling.seed

@@ -300,8 +300,8 @@ class Frontend:
 
     def deliver(self, stream: Stream, delta: TokenDelta) -> None:
         """Take new tokens, or the end, of a sample."""
-        if self.tenancy.is_rated:
-            self.tenancy.generated(stream.tenant, len(delta.token_ids))
+        if stream.book.is_rated:
+            stream.book.level -= len(delta.token_ids)
         sample = stream.samples[delta.sample]
         if delta.token_ids:
             pace = self._pace

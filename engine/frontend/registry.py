@@ -18,7 +18,8 @@ class Registry:
 
     def __init__(self, tenancy: Tenancy) -> None:
         self.num_read = 0
-        self._tenancy = tenancy
+        self._samples, self._tokens = tenancy.pools["max_open_samples"], tenancy.pools["max_open_tokens"]
+        self._charge = tenancy.charge
         self._streams: dict[int, Stream] = {}  # by request id; an orphan's sink is None
         self._sinks: dict[Sink, dict[int, Stream]] = {}  # by the client's stream id
 
@@ -40,12 +41,12 @@ class Registry:
     @property
     def num_samples(self) -> int:
         """Samples of all open streams."""
-        return self._tenancy.pools["max_open_samples"].num
+        return self._samples.num
 
     @property
     def num_tokens(self) -> int:
         """Prompt and resumed tokens of all open streams."""
-        return self._tenancy.pools["max_open_tokens"].num
+        return self._tokens.num
 
     def connect(self, sink: Sink) -> None:
         """A connection finished its handshake."""
@@ -80,8 +81,8 @@ class Registry:
         """Enter a stream of a connection."""
         assert stream.sink is not None
         self._streams[stream.request_id] = stream
-        self._tenancy.add("max_open_samples", stream.tenant, stream.num_samples)
-        book = self._tenancy.book(stream.tenant)
+        book = stream.book
+        self._samples.add(book.tenant.name, stream.num_samples)
         book.num_requests += 1
         book.num_tokenless += 1
         self.attach(stream, stream.sink, stream.stream_id)
@@ -89,34 +90,33 @@ class Registry:
     def began(self, stream: Stream, first_token_s: float) -> None:
         """The first token has come."""
         stream.first_token_s = first_token_s
-        self._tenancy.book(stream.tenant).num_tokenless -= 1
+        stream.book.num_tokenless -= 1
 
     def position(self, stream: Stream) -> int:
         """Open streams of the same tenant before this one that have no token yet: of others it learns nothing."""
         if stream.first_token_s is not None or stream not in self:
             return 0
         if next(reversed(self._streams)) == stream.request_id:
-            return self._tenancy.book(stream.tenant).num_tokenless - 1
-        name, before = stream.tenant.name, stream.request_id
-        return sum(o.first_token_s is None and o.tenant.name == name for o in self if o.request_id < before)
+            return stream.book.num_tokenless - 1
+        book, before = stream.book, stream.request_id
+        return sum(o.first_token_s is None and o.book is book for o in self if o.request_id < before)
 
     def resize(self, stream: Stream, num_samples: int) -> None:
         """Learn how many samples an open stream has."""
-        self._tenancy.add("max_open_samples", stream.tenant, num_samples - stream.num_samples)
+        self._samples.add(stream.tenant.name, num_samples - stream.num_samples)
         stream.num_samples = num_samples
 
     def charge(self, stream: Stream, num_tokens: int) -> None:
         """Count the tokens of a stream, until it is closed."""
         stream.num_tokens = num_tokens
-        self._tenancy.charge(stream.tenant, num_tokens)
+        self._charge(stream.book, num_tokens)
 
     def close(self, stream: Stream) -> None:
         """Remove a stream from the open ones; its connection keeps it until it has got its last message."""
         del self._streams[stream.request_id]
-        tenancy, tenant = self._tenancy, stream.tenant
-        tenancy.add("max_open_samples", tenant, -stream.num_samples)
-        tenancy.charge(tenant, -stream.num_tokens)
-        book = tenancy.book(tenant)
+        book = stream.book
+        self._samples.add(book.tenant.name, -stream.num_samples)
+        self._charge(book, -stream.num_tokens)
         book.num_requests -= 1
         book.num_tokenless -= stream.first_token_s is None
 

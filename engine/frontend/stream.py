@@ -16,6 +16,7 @@ from cierzo.engine.frontend.accounting import add_run
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.sample import Sample
+from cierzo.engine.frontend.tenancy import Book
 from cierzo.engine.frontend.tenants import Access, Tenant
 from cierzo.engine.messages import (
     Cost,
@@ -90,7 +91,7 @@ class Stream:
     that asked has the feature "parts". in_thinking: the prompt ends within a thought. calls: how many the answer
     may hold.
 
-    tenant: whose it is. peer: where it came from. caller_id, traceparent: as the request names itself.
+    book: of the tenant whose it is. peer: where it came from. caller_id, traceparent: as the request names itself.
     """
 
     request_id: int
@@ -129,10 +130,15 @@ class Stream:
     apart: bool = False
     in_thinking: bool = False
     calls: CallLimit = "many"
-    tenant: Tenant = field(default_factory=Tenant)
+    book: Book = field(default_factory=lambda: Book(Tenant()))
     peer: str = ""
     caller_id: str = ""
     traceparent: str = ""
+
+    @property
+    def tenant(self) -> Tenant:
+        """The tenant whose it is, with the limits that are in force."""
+        return self.book.tenant
 
     def start(
         self,

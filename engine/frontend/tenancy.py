@@ -43,7 +43,6 @@ class Tenancy:
         self._books: dict[str, Book] = {}
         self.pools = {name: Pool(name, getattr(config, name)) for name in POOLS}
         self._all_pools = [*self.pools.values(), *more]
-        self.is_rated = False  # any of them has a limit of tokens in a minute
         self.arrange([Tenant()])
 
     def arrange(self, tenants: Iterable[Tenant]) -> None:
@@ -54,7 +53,6 @@ class Tenancy:
         for name in self._books.keys() - {tenant.name for tenant in tenants}:
             if not self._books[name].num_requests:
                 del self._books[name]
-        self.is_rated = any(book.is_rated for book in self._books.values())
         for pool in self._all_pools:
             pool.divide(tenants)
 
@@ -70,19 +68,18 @@ class Tenancy:
         """The books of all tenants, to be read."""
         return self._books.values()
 
-    def require_request(self, tenant: Tenant, num_samples: int) -> None:
+    def require_request(self, book: Book, num_samples: int) -> None:
         """Raise Overloaded if a tenant cannot open another request."""
-        book = self.book(tenant)
         if book.num_requests >= book.tenant.max_requests:
             raise self._refusal(book, "max_requests", book.tenant.max_requests, book.num_requests + 1)
         if book.is_rated:
             self._require_rate(book, 1)
-        self.require("max_open_samples", tenant, num_samples)
+        self.require("max_open_samples", book.tenant, num_samples)
 
-    def require_tokens(self, tenant: Tenant, num_tokens: int, priority: int) -> None:
+    def require_tokens(self, book: Book, num_tokens: int, priority: int) -> None:
         """Raise the CierzoError that says why a tenant cannot have a request of so many prompt and resumed tokens,
         of this priority."""
-        book = self.book(tenant)
+        tenant = book.tenant
         if not tenant.min_priority <= priority <= tenant.max_priority:
             allowed = f"{tenant.min_priority} to {tenant.max_priority}"
             text = f"priority is {priority}, the tenant {tenant.name} may have {allowed}"
@@ -110,19 +107,12 @@ class Tenancy:
         """Take so much of a pool for a tenant, or (less than 0) give it back."""
         self.pools[name].add(tenant.name, count)
 
-    def charge(self, tenant: Tenant, num_tokens: int) -> None:
+    def charge(self, book: Book, num_tokens: int) -> None:
         """Count prompt and resumed tokens of a request, which use up those of a minute; or (less than 0) count them
         no more."""
-        book = self.book(tenant)
         book.num_tokens += num_tokens
-        self.pools["max_open_tokens"].add(tenant.name, num_tokens)
+        self.pools["max_open_tokens"].add(book.tenant.name, num_tokens)
         if book.is_rated and num_tokens > 0:
-            book.level -= num_tokens
-
-    def generated(self, tenant: Tenant, num_tokens: int) -> None:
-        """Count tokens of an answer, which use up those of a minute."""
-        book = self.book(tenant)
-        if book.is_rated:
             book.level -= num_tokens
 
     def _require_rate(self, book: Book, num_tokens: int) -> None:

@@ -70,6 +70,15 @@ def test_nobody_is_refused_within_its_part_and_all_together_stay_within_the_limi
         assert [pool.over(each) for each in NAMES] == [max(0, used[each] - parts[each]) for each in NAMES]
 
 
+def test_nothing_is_left_of_who_has_gone():
+    pool = Pool("max_things", 10)
+    pool.divide([Tenant(name="a")])
+    for name in ("stranger", "another"):
+        pool.add(name, 3)
+        pool.add(name, -3)
+    assert pool._parts.keys() == {"a"}
+
+
 @given(moves, st.lists(st.floats(0.01, 100), min_size=3, max_size=3))
 @settings(max_examples=100, deadline=None)
 def test_another_division_counts_what_is_taken_already(moves, weights):

@@ -215,13 +215,14 @@ def test_the_core_hears_whose_a_request_is_and_what_it_shares(run, serving, peer
 
 
 def test_the_queue_position_tells_nothing_of_others():
-    registry = Registry(Tenancy(FrontendConfig(), lambda: 0.0))
+    tenancy = Tenancy(FrontendConfig(), lambda: 0.0)
+    registry = Registry(tenancy)
     sink = type("Sink", (), {"features": frozenset()})()
     registry.connect(sink)
     streams = []
     for request_id, name in enumerate(("ann", "ann", "bob", "bob", "ann", "bob")):
-        own = {"tenant": Tenant(name=name), "sink": sink, "request_id": request_id, "stream_id": request_id}
-        stream = Stream(**own, deltas=True, num_samples=1, num_tokens=0, arrived=0.0, deadline_at_s=1.0)
+        book = tenancy.book(Tenant(name=name))
+        stream = Stream(request_id, request_id, sink, True, 1, 0, 0.0, 1.0, book=book)
         registry.open(stream)
         streams.append(stream)
     assert [registry.position(stream) for stream in streams] == [0, 1, 0, 1, 2, 2]
