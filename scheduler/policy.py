@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from cierzo.scheduler.cost import StepCost
@@ -59,12 +59,20 @@ def is_hopeless(request: Request, cost: StepCost | None, now: float) -> bool:
     return least_s > HOPELESS * (deadline_at_s - now)
 
 
-def choose_victim(running: Iterable[Request], excess: Mapping[Tenant, float]) -> Request:
+def spared(running: Collection[Request]) -> Request:
+    """The sequence that is not preempted while others run, hence it always advances, and each gets to be it: the
+    first in the waiting order; of several tenants' the first that arrived, as priorities order a tenant's own."""
+    several = len({request.tenant for request in running}) > 1
+    return min(running, key=lambda request: request.order[1] if several else request.order)
+
+
+def choose_victim(running: Collection[Request], excess: Mapping[Tenant, float]) -> Request:
     """Whom to preempt when a running sequence grows: of the tenant most above its share of the room, by `excess`,
-    the last in the waiting order. The first of all is never chosen while others run, hence it always advances, and
-    each gets to be the first."""
-    first, *others = sorted(running, key=lambda request: request.order)
-    return max(others, key=lambda request: (excess[request.tenant], request.order), default=first)
+    the last in the waiting order, but not the one that is spared unless it is alone."""
+    first = spared(running)
+    others = [request for request in running if request is not first] or [first]
+    most = max((request.tenant for request in others), key=lambda tenant: (excess[tenant], tenant.number))
+    return max((request for request in others if request.tenant is most), key=lambda request: request.order)
 
 
 # --- shares between tenants ------------------------------------------------------------------------------------

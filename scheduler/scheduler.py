@@ -336,8 +336,10 @@ class Scheduler:
             elif request.tenant.num_running and not self._has_a_claim(request):
                 self._tenants.lift(request.tenant)
                 turns.skip(request.tenant)
-            else:
+            elif self._tenants.may_close(request, self._running.values(), self._cache.blocks_for):
                 turns.close()
+            else:
+                turns.skip(request.tenant)
         for request in looked_past:
             self._tenants.put_back(request)
         if admits:

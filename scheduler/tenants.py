@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -180,12 +180,15 @@ class Tenants:
         with_it = self.excess(tenant, tenant.num_running + 1, len(tenant.held) + num_blocks)
         return with_it <= 1.0 + policy.ROUNDING
 
-    def victims(self, running: Iterable[Request], slots: int, blocks: int) -> list[Request]:
+    def victims(self, running: Collection[Request], slots: int, blocks: int) -> list[Request]:
         """Whom to preempt to gain so many slots and blocks: of the tenant most above its share the last in order,
-        and again, while one is above it. Empty if all of them were not enough. The first in order of all is spared.
+        and again, while one is above it. Empty if all of them were not enough. One is spared (`policy.spared`).
         """
         left: dict[Tenant, list[Request]] = {}
-        for request in sorted(running, key=lambda request: request.order)[1:]:
+        spared = policy.spared(running)
+        for request in sorted(running, key=lambda request: request.order):
+            if request is spared:
+                continue
             left.setdefault(request.tenant, []).append(request)
         uses = {one: (one.num_running, len(one.held)) for one in left}
         victims: list[Request] = []
@@ -202,6 +205,25 @@ class Tenants:
             uses[most] = uses[most][0] - 1, uses[most][1] - num_blocks
             slots, blocks = slots - 1, blocks - num_blocks
         return victims
+
+    def may_close(self, request: Request, running: Collection[Request], blocks_for: Callable[[int], int]) -> bool:
+        """Whether nobody else is admitted until a waiting sequence fits. With one tenant nobody passes anybody.
+        With several, others pass it as long as it has to wait for those that came before it for longer than it is
+        worth: for more service to those that run than it has tokens itself. Their `max_tokens` tells how long."""
+        if not self.are_several:
+            return True
+        older = [one for one in running if one.order[1] < request.order[1]]
+        older.sort(key=lambda one: one.stop.limit_tokens - len(one.tokens))
+        slots, steps = self._max_running - len(older), 0
+        blocks = (
+            self._all_blocks - policy.reserve_blocks(len(older)) - sum(len(one.blocks.block_ids) for one in older)
+        )
+        for one in older:
+            if slots > 0 and blocks >= blocks_for(len(request.tokens)):
+                break
+            slots, blocks = slots + 1, blocks + 1 + len(one.blocks.block_ids)
+            steps = one.stop.limit_tokens - len(one.tokens)
+        return steps * len(running) * policy.GENERATED_CHARGE <= len(request.tokens)
 
     # --- invariants --------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ BUDGET = {
     "kernels/ops": 1_220,
     "kernels/ref": 850,
     "kernels/triton": 3_800,
-    "scheduler": 1_810,
+    "scheduler": 1_840,
     "cache": 670,
     "bench": 8_730,
     "bench/plan": 1_500,

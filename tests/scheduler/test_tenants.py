@@ -217,6 +217,42 @@ def test_a_large_request_is_not_starved_by_a_flood_of_small_ones() -> None:
     assert large not in {request.key[0] for request in bench.scheduler.requests()}
 
 
+def test_a_request_that_waits_for_a_long_answer_stops_nobody_else() -> None:
+    def served(num_tokens: int) -> Counter[str]:
+        """Prompt tokens of each in 100 steps, beside an answer that holds a fifth of the room all the time."""
+        bench = Bench(num_blocks=100, max_model_len=400, max_running=8, max_waiting=2000)
+        bench.add("c", num_tokens=60, max_tokens=300)
+        bench.steps(5)
+        if num_tokens:
+            bench.add("b", num_tokens=num_tokens)
+        return bench_served(bench)
+
+    def bench_served(bench: Bench) -> Counter[str]:
+        before = bench.computed.copy()
+        for _ in range(100):
+            bench.add("a", num_tokens=4, max_tokens=6)
+            bench.step()
+        return bench.computed - before
+
+    alone, beside = served(0), served(340)
+    assert beside["b"] == 0
+    assert beside["a"] >= 0.95 * alone["a"]
+    assert served(240)["b"] == 240  # this one waits for nobody but those who come later
+
+
+def test_priorities_order_a_tenant_s_own_requests_alone() -> None:
+    for priority in (0, -100):
+        bench = Bench(num_blocks=40, max_model_len=160, max_running=8)
+        old = bench.add("a", num_tokens=8, max_tokens=100)
+        bench.steps(3)
+        bench.add("b", num_tokens=100, max_tokens=40, priority=priority)
+        bench.steps(12)
+        claims = bench.add("a", num_tokens=40, max_tokens=1)  # within its half of the room
+        bench.steps(8)
+        assert claims not in {request.key[0] for request in bench.scheduler.requests()}, priority
+        assert old in bench.running()
+
+
 def test_room_that_nobody_claims_is_anybody_s() -> None:
     bench = Bench(max_running=4)
     bench.add("b", max_tokens=100)

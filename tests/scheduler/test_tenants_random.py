@@ -37,6 +37,7 @@ class Twin:
         self.current: Request | None = None  # whose turn it is
         self.had_work: set[str] = set()
         self.past: set[Request] = set()
+        self.prompts: list[Request] = []
         for owner in (self.scheduler._tenants, self.scheduler):
             for name in ("leave", "wait", "put_aside", "begin", "charge", "_append", "_preempt"):
                 if hasattr(owner, name):
@@ -148,13 +149,16 @@ class Twin:
     # --- room ---
 
     def skip(self, tenant: Tenant) -> None:
-        """Only who has something running, and asks for more than its share, is passed over."""
+        """Who asks for more than its share beside what it has is passed over, and loses its credit. Whoever
+        others would have to wait for longer than it is worth is passed over too, and keeps it."""
         assert self.current is not None
         self.refused(self.current)
-        assert self.live(tenant.name, State.RUNNING)
-        assert self.with_it(self.current) > 1.0
-        self.seen["skips"] += 1
-        self.counters[tenant.name] = max(self.counters[tenant.name], self.time(but=tenant.name))
+        if self.live(tenant.name, State.RUNNING) and self.with_it(self.current) > JUST_ABOVE:
+            self.seen["skips"] += 1
+            self.counters[tenant.name] = max(self.counters[tenant.name], self.time(but=tenant.name))
+        else:
+            self.seen["passes"] += 1
+            assert not self.is_worth_a_wait(self.current)
         self.skipped.add(tenant.name)
         self.real.skip(tenant)
 
@@ -164,8 +168,21 @@ class Twin:
     def close(self) -> None:
         assert self.current is not None
         self.refused(self.current)
+        assert len(self.names()) == 1 or self.is_worth_a_wait(self.current)
         self.admits = False
         self.real.close()
+
+    def is_worth_a_wait(self, request: Request) -> bool:
+        """Try each number of steps after which older sequences are sure to have ended."""
+        running = self.live(state=State.RUNNING)
+        older = [one for one in running if one.order[1] < request.order[1]]
+        left = {one: one.stop.limit_tokens - len(one.tokens) for one in older}
+        for steps in sorted({0, *left.values()}):
+            there = [one for one in older if left[one] > steps]
+            room = self.cache.num_blocks - sum(len(one.blocks.block_ids) + 1 for one in there)
+            if len(there) < self.limits.max_running and self.cache.blocks_for(len(request.tokens)) <= room:
+                return 2 * steps * len(running) <= len(request.tokens)
+        raise AssertionError("it fits nowhere")
 
     def refused(self, request: Request) -> None:
         """Nobody waits beside room."""
@@ -182,7 +199,10 @@ class Twin:
     def preempt(self, victim: Request) -> None:
         """The first in order is spared; the last of the tenant most above its share goes."""
         running = self.live(state=State.RUNNING)
-        first = min(running, key=lambda one: one.order)
+        several = len({one.new.tenant for one in running}) > 1
+        first = min(running, key=lambda one: one.order[1] if several else one.order)
+        if victim in self.prompts:
+            self.prompts.remove(victim)
         assert victim is not first or running == [first]
         left = [one for one in running if one is not first] or running
         mine = self.excess(victim.new.tenant)
@@ -280,4 +300,4 @@ def test_counters_and_choices_are_the_twin_s(seed: int) -> None:
 
 def test_every_kind_of_choice_is_tried() -> None:
     seen: Counter[str] = sum((_run(seed) for seed in range(60)), Counter())
-    assert min(seen[kind] for kind in ("choices", "skips", "claims", "growths")) >= 10, seen
+    assert min(seen[kind] for kind in ("choices", "skips", "claims", "growths", "passes")) >= 10, seen
