@@ -60,7 +60,7 @@ class Heap:
         """Raise Overloaded if there is no room for the answer of another request. A tenant that has no more than
         its part is not refused for what others take."""
         if self.num_bytes > self._soft and self._pool.has_more_than_its_part(tenant.name):
-            raise self._error(f"open answers take {self.num_bytes} bytes, three quarters of it")
+            raise self._error("open answers take three quarters of it", tenant)
 
     def measure(self, stream: Stream) -> None:
         """Take note of what a stream's answer takes now."""
@@ -107,7 +107,7 @@ class Heap:
                 if self.num_bytes <= self._limit or left <= 0:
                     break
                 left -= STREAM_BYTES
-                self._overflow(stream, self._error("open answers take more"))
+                self._overflow(stream, self._error("open answers take more", stream.tenant))
                 self.release(stream)
         if left <= 0:
             self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
@@ -120,11 +120,12 @@ class Heap:
         is_within = not self._pool.has_more_than_its_part(stream.tenant.name)
         return is_within, stream.sink is not None, -self._held[stream]
 
-    def _error(self, why: str) -> Overloaded:
+    def _error(self, why: str, tenant: Tenant) -> Overloaded:
+        """The error for a tenant, which is told its own answers' bytes."""
         return Overloaded(
             f"max_kept_bytes is {self._limit}: {why}",
             field="max_kept_bytes",
             limit=self._limit,
-            value=self.num_bytes,
+            value=self._pool.used(tenant.name),
             retry_after_s=self._retry_after_s,
         )

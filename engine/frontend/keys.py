@@ -24,7 +24,17 @@ import msgspec
 from msgspec import Meta
 
 from cierzo.engine.errors import ConfigError, Unauthorized
-from cierzo.engine.frontend.tenants import DEFAULT, EVERYBODY, RIGHTS, Access, Name, Right, Tenant, Visitor
+from cierzo.engine.frontend.tenants import (
+    DEFAULT,
+    EVERYBODY,
+    NAME_LIMIT,
+    RIGHTS,
+    Access,
+    Name,
+    Right,
+    Tenant,
+    Visitor,
+)
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +97,7 @@ def read_key_file(path: str) -> KeyFile:
     opened: dict[str, dict[Any, tuple[int, KeyLine | CertificateLine]]] = {"key": {}, "certificate": {}}
     for number, line in _lines(path):
         if isinstance(line, Tenant):
-            _put(tenants, line.name, line, path, number, f"the tenant {line.name}")
+            _put(tenants, line.name, line, path, number, "this tenant")
             if line.min_priority > line.max_priority:
                 raise _wrong(path, number, "min_priority is above max_priority", f"at most {line.max_priority}")
         elif isinstance(line, KeyLine):
@@ -97,7 +107,7 @@ def read_key_file(path: str) -> KeyFile:
             _put(opened["key"], digest, (number, line), path, number, "this key")
         else:
             name = line.certificate
-            _put(opened["certificate"], name, (number, line), path, number, f"the certificate {name}")
+            _put(opened["certificate"], name, (number, line), path, number, "this certificate")
     for limit, most, count in (
         ("tenants", MAX_TENANTS, len(tenants)),
         ("keys", MAX_KEYS, len(opened["key"])),
@@ -106,6 +116,9 @@ def read_key_file(path: str) -> KeyFile:
         if count > most:
             text = f"keys: {path} has {count} {limit}, allowed: {most}"
             raise ConfigError(text, field="keys", limit=most, value=count)
+    if not opened["key"] and not opened["certificate"] and DEFAULT not in tenants:
+        text = f"keys: {path} has no line of a key or a certificate, and no tenant {DEFAULT}: nobody could come"
+        raise ConfigError(text, field="keys", limit="at least one key", value=path)
     access: dict[str, dict[Any, Access]] = {"key": {}, "certificate": {}}
     for kind, found in opened.items():
         for name, (number, line) in found.items():
@@ -173,7 +186,7 @@ def _lines(path: str) -> Iterator[tuple[int, Line]]:
 def _line(path: str, number: int, text: str) -> Line:
     try:
         fields = msgspec.json.decode(text.encode())
-    except (msgspec.DecodeError, UnicodeEncodeError):
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
         raise _wrong(path, number, "this is no JSON object", "a JSON object") from None
     kinds = [kind for kind in _KINDS if isinstance(fields, dict) and kind in fields]
     if len(kinds) != 1:
@@ -181,12 +194,22 @@ def _line(path: str, number: int, text: str) -> Line:
     try:
         return msgspec.convert(fields, _KINDS[kinds[0]])
     except msgspec.ValidationError as error:
-        what, _, where = str(error).replace("`", "").partition(" - at $.")
-        if kinds[0] != "tenant":  # a key may stand where none should: what stands there is not told
-            what = f"it may have {', '.join(_KINDS[kinds[0]].__struct_fields__)}; rights are {', '.join(RIGHTS)}"
-            what = "key is no digest" if where == "key" else what
-        limit = DIGEST_LIMIT if where == "key" else "see docs/operations.md"
-        raise _wrong(path, number, f"{where}: {what}".removeprefix(": "), limit) from None
+        raise _wrong(path, number, *_told(kinds[0], str(error))) from None
+
+
+def _told(kind: str, error: str) -> tuple[str, str]:
+    """Find words for what is wrong with a line, and what is allowed. Nothing that stands in it is told: it may
+    be a key in the wrong place."""
+    reason, _, where = error.replace("`", "").partition(" - at $.")
+    if where == "key":
+        return f"key is no digest: {DIGEST_LIMIT}, as cierzo make-key writes it", DIGEST_LIMIT
+    if where in ("tenant", "of"):
+        return f"{where} is no name of a tenant: {NAME_LIMIT}", NAME_LIMIT
+    if kind == "tenant" and where:
+        return f"{where}: {reason[:1].lower()}{reason[1:]}", reason
+    fields = ", ".join(field.encode_name for field in msgspec.structs.fields(_KINDS[kind]))
+    rights = "" if kind == "tenant" else f"; rights are {', '.join(RIGHTS)}"
+    return f"it may have {fields}{rights}", fields
 
 
 def _put(into: dict[Any, T], name: Any, value: T, path: str, number: int, what: str) -> None:
@@ -208,8 +231,8 @@ def _text(path: str) -> str:
                 text = f"keys: others may read or change {path} (mode {shown}): chmod 600 {path}"
                 raise ConfigError(text, field="keys", limit="0600", value=shown)
             data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        text = f"keys: {path}: {error.strerror or error}"
+    except (OSError, ValueError) as error:
+        text = f"keys: {path}: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(text, field="keys", limit="a file that can be read", value=path) from error
     if len(data) > MAX_FILE_BYTES:
         text = f"keys: {path} has more than {MAX_FILE_BYTES} bytes"

@@ -149,4 +149,4 @@ class Methods:
 def require_right(sink: Sink, right: Right) -> None:
     """Raise Forbidden unless the connection's key has this right."""
     if right not in sink.access.rights:
-        raise Forbidden(f"this key lacks the right {right}", field="rights", limit=right)
+        raise Forbidden(f"this connection lacks the right {right}", field="rights", limit=right)

@@ -65,13 +65,12 @@ class Pool:
         after = part.used + count
         if after <= part.kept or self._excess + after - max(part.used, part.kept) <= self._common:
             return
-        is_full = self.num + count > self._limit
-        kept = self._limit - part.kept - self._common
+        others = self._num_kept > 1  # of whom a tenant learns nothing here
         raise Overloaded(
-            f"{self._name} is {self._limit}{'' if is_full else f', of which {kept} are kept for other tenants'}",
+            f"{self._name} is {self._limit}{', for all tenants together' if others else ''}",
             field=self._name,
-            limit=self._limit if is_full else max(part.used, part.kept) + self._common - self._excess,
-            value=self.num + count if is_full else after,
+            limit=f"{self._limit}, for all tenants together" if others else self._limit,
+            value=after if others else self.num + count,
             retry_after_s=retry_after_s,
         )
 

@@ -58,7 +58,7 @@ class Connection(asyncio.Protocol):
         self.peer = ""
         self.subject = ""  # of its certificate, where clients show one
         self._server = server
-        self._frames = FrameReader(server.config.max_frame_bytes, server.frontend.budget)
+        self._frames = FrameReader(SMALL_FRAME_BYTES, server.frontend.budget)  # until it has said hello
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._keepalive: Keepalive | None = None
@@ -145,7 +145,7 @@ class Connection(asyncio.Protocol):
             if access.tenant.name != self.access.tenant.name:
                 raise Unauthorized("this key is of another tenant now", field="key", limit="a new connection")
         except CierzoError as error:
-            log.warning("a connection from %s is closed: its key is known no more", self.peer)
+            log.warning("a connection from %s is closed: %s", self.peer, error.message)
             self._end(error)
         else:
             self.access = access
@@ -307,9 +307,7 @@ class Connection(asyncio.Protocol):
     def _greet(self, frame: memoryview | Large | Skipped) -> None:
         if isinstance(frame, Skipped):
             raise frame.error
-        if isinstance(frame, Large):
-            limit = f"hello, of at most {SMALL_FRAME_BYTES} bytes"
-            raise ProtocolError("the first frame is too long for a hello", field="type", limit=limit)
+        assert not isinstance(frame, Large), "longer ones are skipped before hello"
         hello = greeting(frame)
         self.visitor = Visitor(digest_of(hello.key), self.subject, self._is_local)
         try:
@@ -317,7 +315,8 @@ class Connection(asyncio.Protocol):
         except CierzoError:
             log.warning("no key that is known came from %s: the connection is closed", self.peer)
             raise
-        self._frames.tenant = self.access.tenant.name
+        frames, config = self._frames, self._server.config
+        frames.tenant, frames.max_frame_bytes = self.access.tenant.name, config.max_frame_bytes
         self._welcomed = True
         self._version = hello.version
         if hello.version > OLDEST_VERSION:
@@ -325,9 +324,7 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         if "keepalive" in self.features:
-            self._keepalive = Keepalive(
-                self._server.config.keepalive_s, lambda: self.put(Ping(stream=0)), self._gone
-            )
+            self._keepalive = Keepalive(config.keepalive_s, self._ping, self._gone)
         self._server.frontend.connect(self)
         self.put(self._server.welcome(hello.version, self.features))
 

@@ -11,6 +11,7 @@ from msgspec import Meta
 Right = Literal["drain", "experts", "stats"]  # to what belongs to nobody's own requests
 RIGHTS: tuple[Right, ...] = ("drain", "experts", "stats")
 DEFAULT = "default"  # the tenant of whoever has no key
+NAME_LIMIT = "1 to 64 letters, digits, dots, underscores and hyphens, the first of them a letter or digit"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
 Name = Annotated[str, Meta(pattern=NAME)]
 NO_LIMIT = sys.maxsize

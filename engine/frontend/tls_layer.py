@@ -18,13 +18,14 @@ from cierzo.engine.errors import ProtocolError
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer, pack
-from cierzo.engine.frontend.listening import LINGER_S
+from cierzo.engine.frontend.listening import LINGER_S, peer_of
 from cierzo.engine.frontend.tls import subject_of
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE = 0x16  # how a TLS record with a handshake begins
 RECORD_BYTES = 16 * 1024
+MAX_OWN_BYTES = 16 * 1024  # that TLS itself may have to say to a peer that does not read
 _WRONG = "this port speaks TLS, and the client does not"
 _IN_OURS = bytes(pack([failure(-1, ProtocolError(_WRONG, field="tls", limit="a TLS handshake"))]))
 _IN_HTTP = (
@@ -62,7 +63,7 @@ class TlsLayer(asyncio.Protocol, asyncio.Transport):
         self._is_ended = False  # nothing that comes counts any more
         self._is_held = False
         self._has_spoken = False
-        self._num_written = 0
+        self._num_written = self._num_own = 0
         self._subject = ""
 
     # --- asyncio.Protocol, of the socket's transport ------------------------------------------------------
@@ -115,6 +116,7 @@ class TlsLayer(asyncio.Protocol, asyncio.Transport):
 
     def resume_writing(self) -> None:
         """The peer reads again."""
+        self._num_own = 0
         if self._is_up:
             self._app.resume_writing()
 
@@ -229,6 +231,11 @@ class TlsLayer(asyncio.Protocol, asyncio.Transport):
             pass
         except ssl.SSLError as failed:
             error = failed
+        self._num_own += self._outgoing.pending
+        if self._num_own > MAX_OWN_BYTES and self.get_write_buffer_size() > self._config.high_water_bytes:
+            log.warning("%s asks for new keys of TLS and does not read them: the connection is closed", self._peer)
+            self.abort()
+            return
         self._send()  # what TLS itself has to say
         if chunks and not self._is_ended:
             self._app.data_received(b"".join(chunks))
@@ -265,5 +272,5 @@ class TlsLayer(asyncio.Protocol, asyncio.Transport):
         self._timer = asyncio.get_running_loop().call_later(LINGER_S, self._raw.abort)
 
     @property
-    def _peer(self) -> object:
-        return self.get_extra_info("peername") or "a local peer"
+    def _peer(self) -> str:
+        return peer_of(self.get_extra_info("peername"))[0]

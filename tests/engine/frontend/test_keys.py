@@ -70,13 +70,13 @@ def test_no_name_of_a_tenant_is_a_group_s_salt():
         (['{"weight": 1}'], 1, "one of tenant, key, certificate"),
         (["", "# a", '{"tenant": "a b"}'], 3, "tenant"),
         (['{"tenant": ""}'], 1, "tenant"),
-        (['{"tenant": "a", "wieght": 2}'], 1, "wieght"),
+        (['{"tenant": "a", "wieght": 2}'], 1, "it may have tenant, weight, cache_group"),
         (['{"tenant": "a", "weight": 0}'], 1, "weight"),
         (['{"tenant": "a", "weight": 1e309}'], 1, "no JSON"),
         (['{"tenant": "a", "max_requests": 0}'], 1, "max_requests"),
         (['{"tenant": "a", "max_requests": "9"}'], 1, "max_requests"),
         (['{"tenant": "a", "min_priority": 5, "max_priority": 4}'], 1, "min_priority"),
-        (['{"tenant": "a"}', '{"tenant": "a"}'], 2, "the tenant a is there twice"),
+        (['{"tenant": "a"}', '{"tenant": "a"}'], 2, "this tenant is there twice"),
         (['{"tenant": "a"}', key_line(KEY, "a"), key_line(KEY, "a")], 3, "this key is there twice"),
         (['{"tenant": "a"}', key_line(KEY, "b")], 2, "no line of the tenant"),
         (['{"tenant": "a"}', '{"key": "sha256:12", "of": "a"}'], 2, "key is no digest"),
@@ -89,6 +89,11 @@ def test_no_name_of_a_tenant_is_a_group_s_salt():
         (['{"tenant": "a"}', f'{{"certificate": "c", "of": "{SECRET} "}}'], 2, "of"),
         (['{"tenant": "a"}', '{"certificate": "", "of": "a"}'], 2, "certificate"),
         (['{"tenant": "a"}', '{"certificate": "c", "of": "a"}', '{"certificate": "c", "of": "a"}'], 3, "twice"),
+        ([f'{{"tenant": "{SECRET}"}}', f'{{"tenant": "{SECRET}"}}'], 2, "this tenant is there twice"),
+        ([f'{{"tenant": "a", "{SECRET}": 1}}'], 1, "it may have tenant"),
+        ([f'{{"tenant": "{SECRET} "}}'], 1, "1 to 64 letters, digits"),
+        ([f'{{"tenant": "a", "weight": "{SECRET}"}}'], 1, "weight: expected float, got str"),
+        (["[" * 100_000], 1, "no JSON object"),
         ([b'{"tenant": "a"}', b"# ok", b'{"tenant": "\xff"}'], 3, "no UTF-8"),
     ],
 )
@@ -120,6 +125,13 @@ def test_what_is_no_file_or_too_large_is_refused(write, tmp_path):
         read_key_file(str(tmp_path / "pipe"))
     with pytest.raises(ConfigError, match="bytes"):
         read_key_file(write("#" * (5 << 20)))
+    for path in ("a\0b", "a\ud800b"):
+        with pytest.raises(ConfigError, match="keys: "):
+            read_key_file(path)
+    for lines in ([], ["# nobody"], ['{"tenant": "a"}']):
+        with pytest.raises(ConfigError, match="nobody could come"):
+            read_key_file(write(*lines))
+    assert read_key_file(write('{"tenant": "default"}')).tenants
     with pytest.raises(ConfigError, match="257 tenants, allowed: 256"):
         read_key_file(write(*(f'{{"tenant": "t{index}"}}' for index in range(257))))
 

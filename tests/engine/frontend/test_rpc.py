@@ -69,7 +69,7 @@ ENDS_THE_CONNECTION = {
     "no hello": (None, {"type": "ping", "stream": 1}, "protocol_error", "type"),
     "garbage instead of hello": (None, b"\xc1\xc1\xc1", "protocol_error", "type"),
     "maps without end": (Hello(), b"\x81\xa1x" * 50_000, "protocol_error", "frame"),
-    "maps without end for hello": (None, b"\x81\xa1x" * 50_000, "protocol_error", "type"),
+    "maps without end for hello": (None, b"\x81\xa1x" * 50_000, "frame_too_large", "frame"),
     "no UTF-8 in hello": (
         None,
         b"\x83\xa4type\xa5hello\xa5magic\xa3\xed\xa0\x80\xa7version\x02",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 import pytest
 
@@ -98,6 +100,22 @@ def test_whoever_has_no_known_key_hears_the_same_words_and_nothing_else(run, ser
             assert house.frontend.counters.accepted == 0
             assert "no key that is known came from 127.0.0.1:" in caplog.text
             assert not key or key not in caplog.text
+
+    run(body())
+
+
+def test_a_stranger_takes_no_memory_that_others_share(run, serving, peering, keys):
+    async def body():
+        async with serving(keys=keys()) as house, peering(house, None) as peer:
+            peer.raw((4 << 20).to_bytes(4, "big") + bytes(3 << 20))
+            error = await peer.hear()
+            assert (error.stream, error.code, error.limit) == (-1, "frame_too_large", str(64 * 1024))
+            assert house.frontend.budget.num_bytes == 0
+        async with serving(keys=keys()) as house, peering(house, hello(ANN)) as peer:
+            peer.raw((4 << 20).to_bytes(4, "big") + bytes(1 << 20))
+            while house.frontend.budget.num_bytes < 1 << 20:
+                await asyncio.sleep(0)
+            assert house.frontend.budget.pool.used("ann") == 1 << 20
 
     run(body())
 
@@ -328,7 +346,11 @@ def test_a_flood_of_one_leaves_room_for_the_other(run, serving, peering, keys, c
             for stream in range(1, 9):
                 if isinstance(message := await answer_of(ann, generate(stream)), Failure):
                     refused = refused or message
-            assert (refused.field, refused.limit, refused.value) == ("max_open_samples", "6", "7")
+            assert (refused.field, refused.limit, refused.value) == (
+                "max_open_samples",
+                "8, for all tenants together",
+                "7",
+            )
             async with peering(house, hello(ANN)), peering(house, hello(ANN)), peering(house, None) as third:
                 error = await answer_of(third, hello(ANN))
                 assert (error.stream, error.code, error.field) == (-1, "overloaded", "max_connections")

@@ -179,6 +179,27 @@ def _stands_still(connection, seen=[0, 0]):  # noqa: B006, what was seen before
     return seen[0] == seen[1]
 
 
+def test_who_asks_for_new_keys_and_does_not_read_is_ended(run, serving, issue, trusting, monkeypatch, caplog):
+    """Bytes that TLS says by itself are bounded too. Python cannot ask for new keys, so the server answers as if."""
+
+    async def body():
+        async with serving(**issue()) as house, connected(house, trusting()) as peer:
+            (connection,) = house.server._connections
+            layer = connection._transport
+            peer.writer.transport.pause_reading()
+            layer.get_write_buffer_size = lambda: house.server.config.high_water_bytes + 1
+            for _ in range(tls_layer.MAX_OWN_BYTES // 4096):
+                layer._outgoing.write(bytes(4096))
+                layer._read()
+            assert not layer.is_closing()
+            layer._outgoing.write(bytes(4096))
+            layer._read()
+            await until(lambda: not house.server._connections)
+
+    run(body())
+    assert "asks for new keys of TLS" in caplog.text
+
+
 # --- ends ----------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +283,7 @@ def test_plain_text_on_a_tls_port(run, serving, issue, caplog):
 
     run(body())
     assert len(warned(caplog)) == 3
-    assert all("('127.0.0.1', " in line and "without TLS" in line for line in warned(caplog))
+    assert all("127.0.0.1:" in line and "without TLS" in line for line in warned(caplog))
 
 
 def test_tls_on_a_plain_port(run, serving, trusting, caplog):
