@@ -38,9 +38,11 @@ def test_half_is_kept_by_weight():
     pool = Pool("max_things", 100)
     pool.divide([Tenant(name="a", weight=3), Tenant(name="b")])
     assert fits(pool, "b", 62)  # 12 that are its own, and the common half
+    pool.add("a", 7)
     with pytest.raises(Overloaded, match="max_things is 100, for all tenants together") as caught:
         pool.require("b", 2, 1.0)
     assert (caught.value.limit, caught.value.value) == ("100, for all tenants together", "64")  # its own alone
+    pool.add("a", -7)
     assert fits(pool, "a", 37)
     pool.add("b", -10)
     assert fits(pool, "a", 10)

@@ -179,8 +179,8 @@ def _stands_still(connection, seen=[0, 0]):  # noqa: B006, what was seen before
     return seen[0] == seen[1]
 
 
-def test_who_asks_for_new_keys_and_does_not_read_is_ended(run, serving, issue, trusting, monkeypatch, caplog):
-    """Bytes that TLS says by itself are bounded too. Python cannot ask for new keys, so the server answers as if."""
+def test_who_asks_for_new_keys_and_does_not_read_is_ended(run, serving, issue, trusting, caplog):
+    """Bytes that TLS says by itself are bounded too. As Python cannot ask for new keys, some are made up."""
 
     async def body():
         async with serving(**issue()) as house, connected(house, trusting()) as peer:
