@@ -25,7 +25,18 @@ from cierzo.bench.workload import Count, Workload, poisson_arrivals, random_prom
 from cierzo.engine.errors import CierzoError, ConnectionLost, refusal
 from cierzo.engine.frontend.client import Client, GenerateArguments
 from cierzo.engine.messages import Delta
-from cierzo.engine.options import MAX_SEED, KeyFile, TlsAuthorities, access, add_options, add_rpc, chosen, seed
+from cierzo.engine.options import (
+    MAX_SEED,
+    KeyFile,
+    TlsAuthorities,
+    TlsCertificate,
+    TlsKey,
+    access,
+    add_options,
+    add_rpc,
+    chosen,
+    seed,
+)
 
 READY_TIMEOUT_S = 600.0  # for weights to load
 WHOLE = ("stop", "tool_calls", "length", "")  # reasons of an answer that came to its end; "": its server tells none
@@ -67,6 +78,8 @@ class LoadSettings(Workload, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(description="0: greedy")] = 0.0
     key_file: KeyFile = None
     tls_ca: TlsAuthorities = None
+    tls_certificate: TlsCertificate = None
+    tls_key: TlsKey = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _load_when_ready(settings: LoadSettings) -> LoadResult:
-    async with await Client.connect(settings.rpc, **access(settings.key_file, settings.tls_ca)) as client:
+    async with await Client.connect(settings.rpc, **access(settings)) as client:
         if (await client.health()).state == "loading":
             print(f"waiting: the server at {settings.rpc} loads its model", file=sys.stderr)
         await client.wait_ready(READY_TIMEOUT_S)
@@ -119,7 +132,7 @@ async def run_load(
     """
 
     async def ours(address: str) -> LoadClient:
-        options = access(settings.key_file, settings.tls_ca)
+        options = access(settings)
         options["features"], options["reconnect"] = FEATURES, False
         return await Client.connect(address, **options)
 

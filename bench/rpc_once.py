@@ -27,9 +27,9 @@ async def main(address: str, clients: str, *words: str) -> None:
     given: dict[str, Any] = dict(word.split("=", 1) for word in words if "=" in word)
     options: dict[str, Any] = {}
     if given:
-        from cierzo.engine.options import access  # which older trees lack
+        from cierzo.engine.options import Access, access  # which older trees lack
 
-        options = {**access(given.get("key_file"), given.get("tls_ca"))}
+        options = {**access(Access(**given))}
     until_s = time.monotonic() + START_S
     while True:
         try:

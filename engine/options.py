@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 from msgspec import Meta
@@ -136,6 +136,10 @@ KeyFile = Annotated[str | None, Meta(description="file that holds the server's k
 TlsAuthorities = Annotated[
     str | None, Meta(description="file of the certificates that vouch for the server, which speaks TLS")
 ]
+TlsCertificate = Annotated[
+    str | None, Meta(description="file of the certificate (PEM) by which this client shows the server who it is")
+]
+TlsKey = Annotated[str | None, Meta(description="file of its private key, if the certificate's has none")]
 
 
 class Access(msgspec.Struct, frozen=True):
@@ -143,18 +147,28 @@ class Access(msgspec.Struct, frozen=True):
 
     key_file: KeyFile = None
     tls_ca: TlsAuthorities = None
+    tls_certificate: TlsCertificate = None
+    tls_key: TlsKey = None
 
 
-def access(key_file: str | None, tls_ca: str | None) -> ConnectOptions:
-    """The arguments of a client that the options of `Access` stand for. Raises ConfigError."""
-    options: ConnectOptions = {} if tls_ca is None else {"tls": tls_ca}
-    if key_file is not None:
-        try:
-            options["key"] = Path(key_file).read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not ASCII"
-            raise refusal("key_file", "a file that holds a key", key_file, str(reason)) from None
-    return options
+def access(given: Any) -> ConnectOptions:
+    """The arguments of a client that the fields of `Access` stand for, which `given` has. Raises ConfigError."""
+    key = None if given.key_file is None else _key(given.key_file)
+    paths = {"tls": given.tls_ca, "tls_certificate": given.tls_certificate, "tls_key": given.tls_key}
+    options = {name: value for name, value in {"key": key, **paths}.items() if value is not None}
+    return cast(ConnectOptions, options)
+
+
+def _key(path: str) -> str:
+    """The key in a file. Raises ConfigError, which does not repeat it."""
+    try:
+        key = Path(path).read_text(encoding="ascii").strip()
+        why = "" if key.isprintable() and key else "it has none" if not key else "it has more lines than one"
+    except (OSError, UnicodeDecodeError) as error:
+        key, why = "", (error.strerror or "") if isinstance(error, OSError) else "it is not ASCII"
+    if why:
+        raise refusal("key_file", "a file that holds a key", path, why)
+    return key
 
 
 def add_rpc(parser: argparse.ArgumentParser, purpose: str) -> None:

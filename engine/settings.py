@@ -109,7 +109,8 @@ def limit_of(annotation: Any, value: Any = None) -> str:
     if all(isinstance(kind, str) for kind in kinds):
         return "one of " + ", ".join(kinds)
     if bool in kinds:
-        return "True or False"
+        structs = [f", or a {kind.__name__}" for kind in kinds if issubclass(kind, msgspec.Struct)]
+        return "True or False" + "".join(structs)
     if int in kinds:
         too_large = isinstance(value, Integral) and int(value) > LARGEST_INT and _first(metas, "le") is None
         return f"an integer of at most {LARGEST_INT}" if too_large else "an integer" + _bounds(metas)

@@ -30,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Send --message, or lead a conversation."""
     effort = arguments.reasoning_effort
-    options = access(arguments.key_file, arguments.tls_ca)
-    return chat(arguments.rpc, arguments.message, arguments.system, sampling(arguments), effort, options)
+    return chat(arguments.rpc, arguments.message, arguments.system, sampling(arguments), effort, access(arguments))
 
 
 def chat(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from cierzo.engine.errors import InvalidRequest
@@ -29,6 +30,16 @@ def one_of(field: str, value: str, allowed: Sequence[str]) -> None:
             limit=", ".join(allowed),
             value=value,
         )
+
+
+def timeout(timeout_s: Any) -> float | None:
+    """The seconds that a caller is ready to wait; None for ever. Raises InvalidRequest for what is no number."""
+    if timeout_s is None or (
+        isinstance(timeout_s, Real) and not isinstance(timeout_s, bool) and timeout_s == timeout_s
+    ):
+        return timeout_s
+    limit, told = "a number of seconds, or None", shown(timeout_s)
+    raise InvalidRequest(f"timeout_s must be {limit}, got {told!r}", field="timeout_s", limit=limit, value=told)
 
 
 def json_text(field: str, value: object) -> str:

@@ -43,7 +43,8 @@ from cierzo.engine.errors import ConnectionLost, CoreFailed, Draining, InvalidRe
 from cierzo.engine.frontend.address import parse_address
 from cierzo.engine.frontend.answer import Answer
 from cierzo.engine.frontend.arguments import generate_message, whole_answer
-from cierzo.engine.frontend.client_options import ConnectOptions, GenerateArguments
+from cierzo.engine.frontend.bounds import timeout
+from cierzo.engine.frontend.client_options import ConnectOptions, ConnectSettings, GenerateArguments
 from cierzo.engine.frontend.dial import Dial, known_features, secret, tls_context
 from cierzo.engine.frontend.endpoint import Endpoint
 from cierzo.engine.frontend.generation import Generation
@@ -53,7 +54,6 @@ from cierzo.engine.frontend.retries import Reconnect, Retry
 from cierzo.engine.frontend.session import Session, unsent
 from cierzo.engine.frontend.sync_generation import SyncGeneration
 from cierzo.engine.messages import (
-    FEATURES,
     Drain,
     Final,
     GetHealth,
@@ -65,8 +65,18 @@ from cierzo.engine.messages import (
     Stats,
     Welcome,
 )
+from cierzo.engine.settings import settings_of
 
-__all__ = ["Client", "GenerateArguments", "Generation", "Reconnect", "Retry", "SyncClient", "SyncGeneration"]
+__all__ = [
+    "Client",
+    "ConnectOptions",
+    "GenerateArguments",
+    "Generation",
+    "Reconnect",
+    "Retry",
+    "SyncClient",
+    "SyncGeneration",
+]
 
 CONNECT_TIMEOUT_S = 10.0
 FIRST_READY_POLL_S, LONGEST_READY_POLL_S = 0.05, 1.0
@@ -157,7 +167,7 @@ class Client:
         """
         states, pause_s = ["unknown, as it does not answer"], FIRST_READY_POLL_S
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout(timeout_s)):
                 while "ready" not in (states := await self._states()):
                     if not {"loading", "stalled", UNREACHABLE}.intersection(states):
                         break
@@ -233,27 +243,27 @@ def _session(addresses: str | Iterable[str], timeout_s: float, options: ConnectO
     """The session that the arguments of `Client.connect` ask for, which is not open yet."""
     names = [addresses] if isinstance(addresses, str) else [*addresses]
     endpoints = [*dict.fromkeys(map(parse_address, names))]
-    connections = options.get("connections", 1)
     if not endpoints:
         raise refusal("addresses", "at least one", "none")
-    if connections < 1:
-        raise refusal("connections", "at least 1", connections)
-    reconnect, retry = options.get("reconnect", True), options.get("retry")
+    known = ConnectSettings.__struct_fields__  # the value of a name that is none may be a secret: it is not told
+    given = {name: value if name in known else None for name, value in options.items()}
+    settings = settings_of(ConnectSettings, {"timeout_s": timeout_s, **given})
     dial = Dial(
-        timeout_s=timeout_s,
-        keepalive_s=options.get("keepalive_s"),
-        features=known_features(options.get("features", FEATURES)),
-        key=secret(options.get("key")),
-        tls=tls_context(options.get("tls", False), options.get("tls_certificate"), options.get("tls_key")),
+        timeout_s=settings.timeout_s,
+        keepalive_s=settings.keepalive_s,
+        features=known_features(settings.features),
+        key=secret(settings.key),
+        tls=tls_context(settings.tls, settings.tls_certificate, settings.tls_key),
     )
+    reconnect, retry = settings.reconnect, settings.retry
     retry = len(endpoints) > 1 if retry is None else retry
     return Session(
         endpoints,
         dial.connect,
-        connections=connections,
+        connections=settings.connections,
         reconnect=(reconnect if isinstance(reconnect, Reconnect) else Reconnect() if reconnect else None),
         retry=retry if isinstance(retry, Retry) else Retry() if retry else None,
-        default_deadline_s=options.get("default_deadline_s"),
+        default_deadline_s=settings.default_deadline_s,
     )
 
 

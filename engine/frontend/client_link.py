@@ -41,6 +41,7 @@ from cierzo.engine.messages import (
 MAX_WELCOME_FRAME_BYTES = 65536  # the first bytes of another protocol, read as a length, are nearly all larger
 SHOWN_BYTES = 40  # of what another protocol answers
 TLS_ALERT = b"\x15\x03"  # begins what a server that speaks TLS says to one that does not
+DISTRUST = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "HANDSHAKE_FAILURE")  # in the names of a server's alerts
 MAX_SERVER_FRAME_BYTES = 1 << 30  # a final record can hold a whole long answer with log-probabilities
 KEEPALIVE_S = 20.0  # of a server that does not tell
 MAX_UNREAD_BYTES = 4 << 20  # cost of deltas that nobody has taken, over all generations of a server without credit
@@ -65,10 +66,12 @@ def tls_failure(peer: str, error: ssl.SSLError) -> CierzoError:
         why = f"the certificate of {peer} is not trusted: {error.verify_message}"
     elif isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return ConnectionLost(f"{peer} has closed the connection within TLS's handshake: does it speak TLS?")
-    elif "ALERT" in (error.reason or "") and "VERSION" not in (error.reason or ""):
-        why = f"{peer} does not trust this client, or its certificate: {_reason(error)}"
+    elif "ALERT" in (error.reason or "") and any(word in (error.reason or "") for word in DISTRUST):
+        why = f"{peer} does not trust this client: {_reason(error)}"
+        why = f"{why}; it shows who it is by tls_certificate= (--tls-certificate)"
     else:
-        why = f"{peer} does not speak TLS that this client understands: {_reason(error)}"
+        why = f"{peer} does not speak TLS, or none that this client understands: {_reason(error)}"
+        why = f"{why}; to a plain port connect without tls= (--tls-ca)"
     return ConfigError(why, field="tls")
 
 
@@ -164,8 +167,7 @@ class ClientLink(asyncio.Protocol):
                     self._receive(message)
         except (*UNDECODABLE, ProtocolError) as error:
             if not self.welcomed.done() and data.startswith(TLS_ALERT):
-                why = f"{self.peer} speaks TLS, and this client does not: connect with tls="
-                self.close(ConfigError(why, field="tls", limit="True, or a file of certificates"))
+                self.close(self._wants_tls())
                 return
             begins = "" if self.welcomed.done() else f" (its answer begins with {data[:SHOWN_BYTES]!r})"
             self.close(ProtocolError(f"{self.peer} does not speak cierzo's protocol{begins}: {error}"))
@@ -369,7 +371,7 @@ class ClientLink(asyncio.Protocol):
     def _failed(self, message: Failure) -> None:
         error = error_of(message)
         if message.stream < 0:
-            self.close(error)
+            self.close(self._wants_tls() if error.field == "tls" and not self.welcomed.done() else error)
             return
         inbox = self._inboxes.pop(message.stream, None)
         if inbox is not None:
@@ -377,6 +379,10 @@ class ClientLink(asyncio.Protocol):
         call = self._calls.pop(message.stream, None)
         if call is not None and not call.done():
             call.set_exception(error)
+
+    def _wants_tls(self) -> CierzoError:
+        why = f"{self.peer} speaks TLS, and this client does not: connect with tls= (--tls-ca)"
+        return ConfigError(why, field="tls", limit="True, or a file of certificates")
 
     # --- keepalive -------------------------------------------------------------------------------------
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Iterable, Mapping
-from typing import Any, SupportsFloat, SupportsIndex, TypedDict
+from typing import Annotated, Any, SupportsFloat, SupportsIndex, TypedDict
+
+import msgspec
+from msgspec import Meta
 
 from cierzo.engine.frontend.retries import Reconnect, Retry
-from cierzo.engine.messages import ChatMessage, SamplingParams, Tool
+from cierzo.engine.messages import FEATURES, ChatMessage, SamplingParams, Tool
 
+MAX_CONNECTIONS = 64  # to each address: one carries any number of generations
+Seconds = Annotated[float, Meta(gt=0)]
 Turn = ChatMessage | Mapping[str, Any]
 PathName = str | os.PathLike[str]
 
@@ -24,9 +29,25 @@ class ConnectOptions(TypedDict, total=False):
     default_deadline_s: float | None
     features: Iterable[str]
     key: str | None
-    tls: bool | PathName | ssl.SSLContext
+    tls: bool | PathName | ssl.SSLContext | None
     tls_certificate: PathName | None
     tls_key: PathName | None
+
+
+class ConnectSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The same with defaults and bounds, for `settings_of` to hold values against; `dial` looks at those of Any."""
+
+    timeout_s: Seconds
+    connections: Annotated[int, Meta(ge=1, le=MAX_CONNECTIONS)] = 1
+    reconnect: bool | Reconnect = True
+    retry: bool | Retry | None = None
+    keepalive_s: Seconds | None = None
+    default_deadline_s: Seconds | None = None
+    features: Any = FEATURES
+    key: Any = None
+    tls: Any = None
+    tls_certificate: Any = None
+    tls_key: Any = None
 
 
 class GenerateArguments(TypedDict, total=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import Iterable
 
@@ -103,23 +104,26 @@ def known_features(features: Iterable[str]) -> tuple[str, ...]:
 
 
 def tls_context(
-    tls: bool | PathName | ssl.SSLContext, certificate: PathName | None, key: PathName | None
+    tls: bool | PathName | ssl.SSLContext | None, certificate: PathName | None, key: PathName | None
 ) -> ssl.SSLContext | None:
     """Settle how TLS is spoken: by the authorities that the system trusts (True), those of a file, or as a context
-    says; None for plain text. certificate, key: files by which the client proves who it is.
+    says; not at all by False and None. certificate, key: files by which the client proves who it is.
 
     Raises ConfigError, for files that are none, too.
     """
     if isinstance(tls, ssl.SSLContext):
         context = tls
-    elif tls is False:
+    elif tls is False or tls is None:
         if certificate is not None or key is not None:
-            raise refusal("tls_certificate", "given together with tls", str(certificate or key))
+            raise refusal("tls_certificate", "given together with tls= (--tls-ca)", str(certificate or key))
         return None
+    elif tls is not True and not (isinstance(tls, str | os.PathLike) and os.fspath(tls)):
+        kinds = "True, a file of certificates in PEM, an ssl.SSLContext, or False or None for plain text"
+        raise refusal("tls", kinds, tls)
     else:
         try:
             context = ssl.create_default_context(cafile=None if tls is True else tls)
-        except (OSError, TypeError) as error:  # an SSLError, too
+        except OSError as error:  # an SSLError, too
             raise ConfigError(
                 f"tls: {tls} is no file of certificates in PEM: {error}", field="tls", value=tls
             ) from error
@@ -127,7 +131,10 @@ def tls_context(
         try:
             context.load_cert_chain(certificate, key)
         except (OSError, TypeError) as error:
-            what = f"tls_certificate, tls_key: {certificate} and {key or 'itself'} are no certificate and its key"
+            what = f"tls_certificate, tls_key: {certificate} and {key} are no certificate and its private key"
+            if key is None:
+                what = f"tls_certificate: {certificate} has not both a certificate and its private key"
+                what = f"{what}, which can be given in a file of its own as tls_key"
             raise ConfigError(f"{what}: {error}", field="tls_certificate", value=certificate) from error
     elif key is not None:
         raise refusal("tls_key", "given together with tls_certificate", str(key))

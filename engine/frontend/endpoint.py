@@ -74,8 +74,9 @@ class Endpoint:
 
     @property
     def may_mend(self) -> bool:
-        """Whether there may be a connection again."""
-        return self._policy is not None and (self.error is None or self.error.retry)
+        """Whether a connection that is lost is made again: by whoever needs one next, also after a refusal that
+        no repetition would mend, for keys and certificates change."""
+        return self._policy is not None
 
     def start(self) -> asyncio.Task[CierzoError | None]:
         """The task that makes all connections, at the start; it gives the reason if one is missing."""
@@ -143,9 +144,9 @@ class Endpoint:
     async def _open(self) -> CierzoError | None:
         made = await asyncio.gather(*(self._connect(False) for _ in range(self._wanted)), return_exceptions=True)
         for link in made:
-            if isinstance(link, ClientLink):
+            if isinstance(link, ClientLink) and link.error is None:
                 self._adopt(link)
-        for error in made:
+        for error in (link.error if isinstance(link, ClientLink) else link for link in made):
             if isinstance(error, CierzoError):
                 self.error = error
                 self.rest()
@@ -167,11 +168,13 @@ class Endpoint:
         if link in self.links:  # else it was closed while it was made
             self.links.remove(link)
         self.error = error
-        if self._policy is None or self._is_closed or not error.retry:
+        if self._policy is None or self._is_closed:
             return inboxes
-        if link.had_news:
+        if link.had_news or not error.retry:
             self._attempts, self._failures, self._lost_s = 0, 0, None
         self.rest()
+        if not error.retry:
+            return inboxes
         kept = [inbox for inbox in inboxes if _again(inbox) is not None]
         for inbox in kept:
             inbox.rewind()
@@ -188,15 +191,19 @@ class Endpoint:
         return [inbox for inbox in inboxes if inbox not in kept]
 
     async def _reconnect(self, policy: Reconnect) -> CierzoError | None:
-        """Make a connection, in as many attempts as somebody waits for."""
+        """Make a connection, in as many attempts as somebody waits for; after a refusal that no repetition would
+        mend at once, and in one."""
         self._lost_s = self._loop.time() if self._lost_s is None else self._lost_s
         until_s = self._lost_s + policy.within_s
         while self._attempts < policy.max_attempts and self._loop.time() < until_s:
             self._attempts += 1
             try:
                 async with asyncio.timeout_at(until_s):
-                    await asyncio.sleep(max(0.0, self._rest_until_s - self._loop.time()))
+                    if self.error is None or self.error.retry:
+                        await asyncio.sleep(max(0.0, self._rest_until_s - self._loop.time()))
                     link = await self._connect(self.last is not None)
+                if link.error is not None:
+                    raise link.error
             except TimeoutError:
                 break
             except CierzoError as refused:
@@ -205,11 +212,8 @@ class Endpoint:
                 if not refused.retry or not (self.waiting or self._owner.is_awaiting):
                     break
             else:
-                self.error = link.error
-                if self.error is None:
-                    self._adopt(link)
-                    return None
-                self.rest()
+                self._adopt(link)
+                return None
         return self._give_up()
 
     def _give_up(self) -> CierzoError:

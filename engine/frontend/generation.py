@@ -11,6 +11,7 @@ from typing import Protocol, Self
 
 from cierzo.engine.errors import CierzoError, ConnectionLost, InvalidRequest, NotFound, ProtocolError
 from cierzo.engine.frontend.answer import Answer, Answers
+from cierzo.engine.frontend.bounds import timeout
 from cierzo.engine.frontend.retries import is_refusal
 from cierzo.engine.messages import Accepted, Delta, Final, Generate, Resume
 
@@ -235,7 +236,7 @@ class Inbox:
         """Wait, among those who are woken for it, until `is_there`, or the generation has ended. Raises
         TimeoutError."""
         loop = self.link.loop
-        until_s = None if timeout_s is None else loop.time() + timeout_s
+        until_s = None if timeout(timeout_s) is None else loop.time() + timeout_s
         while not is_there() and self.final is None and self.error is None:
             waiter = loop.create_future()
             waiters.append(waiter)

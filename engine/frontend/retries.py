@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from cierzo.engine.errors import (
     CierzoError,
@@ -21,6 +23,8 @@ from cierzo.engine.errors import (
 
 # Errors by which a server refuses, and does not end, a request; it also says others of one that runs.
 _REFUSALS = (Overloaded, Draining, CoreStalled, InvalidRequest, NotFound, KeyReused)
+Attempts = Annotated[int, Meta(ge=1)]
+Amount = Annotated[float, Meta(ge=0)]
 _ENDS_RUNNING = "max_kept_bytes"  # the one limit whose `overloaded` also ends requests that run
 
 
@@ -32,10 +36,10 @@ class Reconnect(msgspec.Struct, frozen=True):
     random to a half at least, so that many clients do not come back at once.
     """
 
-    max_attempts: int = 10
-    within_s: float = 30.0
-    first_pause_s: float = 0.05
-    longest_pause_s: float = 5.0
+    max_attempts: Attempts = 10
+    within_s: Amount = 30.0
+    first_pause_s: Amount = 0.05
+    longest_pause_s: Amount = 5.0
 
     def pause_s(self, num_failures: int) -> float:
         """Seconds for which an address is left alone after so many failures in a row."""
@@ -53,12 +57,12 @@ class Retry(msgspec.Struct, frozen=True):
     on top of what was asked for.
     """
 
-    max_attempts: int = 3
-    ratio: float = 0.1
-    burst: float = 10.0
-    first_pause_s: float = 0.1
-    longest_pause_s: float = 5.0
-    within_s: float = 30.0
+    max_attempts: Attempts = 3
+    ratio: Amount = 0.1
+    burst: Amount = 10.0
+    first_pause_s: Amount = 0.1
+    longest_pause_s: Amount = 5.0
+    within_s: Amount = 30.0
 
     def pause_s(self, num_tries: int, error: CierzoError) -> float:
         """Seconds to wait after `num_tries` refusals, of which `error` was the last."""

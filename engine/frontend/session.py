@@ -81,10 +81,9 @@ class Session:
                     task.result()
             if left:
                 await asyncio.wait(left, timeout=GRACE_S)
-            errors = [endpoint.error for endpoint in self.endpoints if endpoint.error is not None]
-            wrong = next((error for error in errors if not error.retry), None)
+            wrong = next((error for error in _errors(self.endpoints) if not error.retry), None)
             if wrong is not None or self._choose() is None:
-                raise wrong or errors[0]
+                raise wrong or _reason(_errors(self.endpoints))
         except BaseException:
             await self.close()
             raise
@@ -159,9 +158,9 @@ class Session:
         while (link := self._choose(endpoints)) is None:
             mendable = [endpoint for endpoint in endpoints if endpoint.may_mend]
             if self._end is not None or not mendable:
-                raise self._end or self._reason(endpoints)
+                raise self._end or _reason(_errors(endpoints))
             if errors := await self._mended(mendable):
-                raise errors[0]
+                raise _reason(errors)
         return await link.call(method, **fields)
 
     async def _mended(self, endpoints: list[Endpoint]) -> list[CierzoError]:
@@ -231,7 +230,7 @@ class Session:
         """Have a generation sent by whichever connection there is next."""
         mendable = [endpoint for endpoint in self.endpoints if endpoint.may_mend]
         if not mendable:
-            inbox.put(self._reason(self.endpoints))
+            inbox.put(_reason(_errors(self.endpoints)))
             return
         self._waiting.append(inbox)
         self.park(inbox)
@@ -254,14 +253,6 @@ class Session:
         """The endpoint that a connection is of."""
         assert isinstance(link, ClientLink)
         return next(endpoint for endpoint in self.endpoints if endpoint.name == link.peer)
-
-    def _reason(self, endpoints: Iterable[Endpoint]) -> CierzoError:
-        """Why there is no connection."""
-        link_errors = [link.error for endpoint in endpoints for link in endpoint.links]
-        errors = [
-            error for error in (*(endpoint.error for endpoint in endpoints), *link_errors) if error is not None
-        ]
-        return errors[0] if errors else ConnectionLost("there is no connection")
 
     # --- what waits ------------------------------------------------------------------------------------
 
@@ -364,6 +355,21 @@ class Session:
         """Nobody wants a generation any more that may wait for its next attempt."""
         if (error := self._pausing.pop(inbox, None)) is not None:
             inbox.put(error)
+
+
+def _errors(endpoints: Sequence[Endpoint]) -> list[CierzoError]:
+    """Why endpoints have no connection, or have lost one."""
+    lost = [link.error for endpoint in endpoints for link in endpoint.links]
+    return [error for error in (*(endpoint.error for endpoint in endpoints), *lost) if error is not None]
+
+
+def _reason(errors: Sequence[CierzoError]) -> CierzoError:
+    """The error for no connection at all: one that no repetition mends before others, and else all of them."""
+    if not errors:
+        return ConnectionLost("there is no connection")
+    wrong = next((error for error in errors if not error.retry), None)
+    told = [*dict.fromkeys(error.message for error in errors)]
+    return wrong or (errors[0] if len(told) == 1 else ConnectionLost("; ".join(told)))
 
 
 def _new_key() -> str:

@@ -9,10 +9,11 @@ from typing import cast
 
 from cierzo.engine.errors import CierzoError, CoreFailed
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.rpc import Connection, RpcServer
 from cierzo.engine.frontend.stream import Sink
-from cierzo.engine.messages import Accepted, Delta, Generate, Message, ModelInfo
+from cierzo.engine.messages import Accepted, Delta, Final, Generate, Message, ModelInfo
 from cierzo.engine.testing.local_encoders import local_encoders
 from cierzo.engine.testing.paced_core import PacedCore
 from cierzo.engine.testing.script import Script, ScriptedPrompts
@@ -30,6 +31,8 @@ class CuttableConnection(Connection):
 
     def put(self, message: Message) -> None:
         """Send a message, unless the connection was cut before it."""
+        if isinstance(message, Final) and message.stream in self.deltas_left:
+            self.cut()  # fewer deltas have come than it was to end behind: it ends before the last record
         if self._is_cut:
             return
         super().put(message)
@@ -37,6 +40,13 @@ class CuttableConnection(Connection):
             self.deltas_left[message.stream] -= isinstance(message, Delta)
             if self.deltas_left[message.stream] <= 0:
                 self.cut()
+
+    def put_frame(self, pieces: Iterator[Buffer]) -> None:
+        """Send a long last record, unless the connection is to be cut before one."""
+        if any(left > 0 for left in self.deltas_left.values()):
+            self.cut()
+        if not self._is_cut:
+            super().put_frame(pieces)
 
     def cut(self) -> None:
         """End behind what was put, once whoever puts it is done."""

@@ -36,7 +36,8 @@ class FakeServer:
     an answer ends with one more, unless limits or stops of the request end it before; all n answers are the same.
     first_token_s, token_s: seconds before the first token, and between tokens, by `clock`.
     health: the state in which it starts. model: its name. Further keywords are the limits of a server, as fields of
-    FrontendConfig: address, max_open_samples, tls_certificate, ... Raises ConfigError for what it cannot be.
+    FrontendConfig: address, max_open_samples, tls_certificate, ..., but no metrics. Raises ConfigError for what it
+    cannot be.
     """
 
     def __init__(
@@ -56,6 +57,10 @@ class FakeServer:
                 raise refusal(name, "a finite number of at least 0", seconds)
         if health not in STATES:
             raise refusal("health", f"one of {', '.join(STATES)}", health)
+        if max_model_len < 1:
+            raise refusal("max_model_len", "at least 1", max_model_len)
+        if "metrics" in limits:
+            raise refusal("metrics", "left out", limits["metrics"], "a FakeServer tells none")
         self._config = settings_of(FrontendConfig, {"address": "127.0.0.1:0", **limits})
         self._script = Script(answers)
         self._pace = (first_token_s, token_s, clock)
@@ -150,7 +155,8 @@ class FakeServer:
 
     def reset(self, *, after_deltas: int = 0, times: int = 1) -> None:
         """Cut the connection of each of the next `times` requests behind so many deltas of its answer, or where it
-        is 0 once it is accepted. The answer goes on without it, and can be resumed."""
+        is 0 once it is accepted; before the last record at the latest, which is all that comes of an answer without
+        deltas (`ask`, `complete`). The answer goes on without it, and can be resumed."""
         for name, value, least in (("after_deltas", after_deltas, 0), ("times", times, 1)):
             if value < least:
                 raise refusal(name, f"at least {least}", value)

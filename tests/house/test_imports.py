@@ -112,6 +112,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.frontend",
         "engine.text",
         "engine.messages",
+        "engine.settings",
         "engine.errors",
         "engine.signs",
         "engine.server_process",
