@@ -25,18 +25,7 @@ from cierzo.bench.workload import Count, Workload, poisson_arrivals, random_prom
 from cierzo.engine.errors import CierzoError, ConnectionLost, refusal
 from cierzo.engine.frontend.client import Client, GenerateArguments
 from cierzo.engine.messages import Delta
-from cierzo.engine.options import (
-    MAX_SEED,
-    KeyFile,
-    TlsAuthorities,
-    TlsCertificate,
-    TlsKey,
-    access,
-    add_options,
-    add_rpc,
-    chosen,
-    seed,
-)
+from cierzo.engine.options import MAX_SEED, Access, access, add_options, add_rpc, chosen, seed
 
 READY_TIMEOUT_S = 600.0  # for weights to load
 WHOLE = ("stop", "tool_calls", "length", "")  # reasons of an answer that came to its end; "": its server tells none
@@ -76,10 +65,7 @@ class LoadSettings(Workload, frozen=True, kw_only=True):
     connections: Annotated[Count, Meta(description="connections that share the load")] = 1
     prompt: Annotated[str | None, Meta(description="the prompt of every request; default: random tokens")] = None
     temperature: Annotated[float, Meta(description="0: greedy")] = 0.0
-    key_file: KeyFile = None
-    tls_ca: TlsAuthorities = None
-    tls_certificate: TlsCertificate = None
-    tls_key: TlsKey = None
+    access: Access = Access()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,13 +75,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     apart = ({"concurrency", "rate"}, {"prompt", "input_tokens"})
     for names in apart:
         add_options(parser.add_mutually_exclusive_group(), LoadSettings, skip=every - names)
-    add_options(parser, LoadSettings, skip={"rpc", "trace"}.union(*apart), readers={"seed": seed})
+    add_options(parser, LoadSettings, skip={"rpc", "trace", "access"}.union(*apart), readers={"seed": seed})
+    add_options(parser, Access)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and raw samples here")
 
 
 def settings_of(arguments: argparse.Namespace) -> LoadSettings:
     """Settings as the options of `add_arguments` give them."""
-    given = chosen(arguments, LoadSettings, skip={"trace"})
+    given = chosen(arguments, LoadSettings, skip={"trace", "access"})
+    given["access"] = Access(**chosen(arguments, Access))
     return LoadSettings(**(given if "rate" in given else {"concurrency": 8} | given))
 
 
@@ -113,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _load_when_ready(settings: LoadSettings) -> LoadResult:
-    async with await Client.connect(settings.rpc, **access(settings)) as client:
+    async with await Client.connect(settings.rpc, **access(settings.access)) as client:
         if (await client.health()).state == "loading":
             print(f"waiting: the server at {settings.rpc} loads its model", file=sys.stderr)
         await client.wait_ready(READY_TIMEOUT_S)
@@ -132,7 +120,7 @@ async def run_load(
     """
 
     async def ours(address: str) -> LoadClient:
-        options = access(settings)
+        options = access(settings.access)
         options["features"], options["reconnect"] = FEATURES, False
         return await Client.connect(address, **options)
 

@@ -29,7 +29,7 @@ async def main(address: str, clients: str, *words: str) -> None:
     if given:
         from cierzo.engine.options import Access, access  # which older trees lack
 
-        options = {**access(Access(**given))}
+        options, given = {**access(Access(**given))}, {"access": Access(**given)}
     until_s = time.monotonic() + START_S
     while True:
         try:

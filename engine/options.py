@@ -132,27 +132,23 @@ def add_effort(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reasoning-effort", type=text, metavar="WORD", help=words)
 
 
-KeyFile = Annotated[str | None, Meta(description="file that holds the server's key for this client")]
-TlsAuthorities = Annotated[
-    str | None, Meta(description="file of the certificates that vouch for the server, which speaks TLS")
-]
-TlsCertificate = Annotated[
-    str | None, Meta(description="file of the certificate (PEM) by which this client shows the server who it is")
-]
-TlsKey = Annotated[str | None, Meta(description="file of its private key, if the certificate's has none")]
-
-
-class Access(msgspec.Struct, frozen=True):
+class Access(msgspec.Struct, frozen=True, kw_only=True):
     """Options by which a server lets a client in."""
 
-    key_file: KeyFile = None
-    tls_ca: TlsAuthorities = None
-    tls_certificate: TlsCertificate = None
-    tls_key: TlsKey = None
+    key_file: Annotated[str | None, Meta(description="file that holds the server's key for this client")] = None
+    tls_ca: Annotated[
+        str | None, Meta(description="file of the certificates that vouch for the server, which speaks TLS")
+    ] = None
+    tls_certificate: Annotated[
+        str | None, Meta(description="file of the certificate (PEM) by which this client shows who it is")
+    ] = None
+    tls_key: Annotated[str | None, Meta(description="file of its private key, if the certificate's has none")] = (
+        None
+    )
 
 
-def access(given: Any) -> ConnectOptions:
-    """The arguments of a client that the fields of `Access` stand for, which `given` has. Raises ConfigError."""
+def access(given: Access | argparse.Namespace) -> ConnectOptions:
+    """The arguments of a client that the options stand for. Raises ConfigError."""
     key = None if given.key_file is None else _key(given.key_file)
     paths = {"tls": given.tls_ca, "tls_certificate": given.tls_certificate, "tls_key": given.tls_key}
     options = {name: value for name, value in {"key": key, **paths}.items() if value is not None}

@@ -27,10 +27,18 @@ Waits can be limited:
     await generation.accepted(timeout_s=1.0)  # TimeoutError, or the refusal
     delta = await generation.next(timeout_s=5.0)  # TimeoutError; the generation goes on
 
-A lost connection ends its generations with ConnectionLost, unless the client may mend it, and they go on then:
+A lost connection is made again, and its generations go on from where they were. With several addresses of servers
+of one model a request goes to the one with the fewest, what one refuses for now is repeated at another one, and an
+answer that a server interrupts goes on there:
 
-    client = await Client.connect("127.0.0.1:7071", reconnect=True)  # or a Reconnect, with limits of its own
+    client = await Client.connect(["one:7071", "two:7071"])
+    client = await Client.connect("one:7071", reconnect=False)  # a lost connection ends its generations, for good
+    client = await Client.connect("one:7071", retry=True, default_deadline_s=60.0)  # repeats at one address, too
     generation = client.resume(request_id, received=[17])  # by hand: the answer from its 18th token on
+
+Where the server has keys, or speaks TLS:
+
+    client = await Client.connect("one:7071", key=secret, tls=True)  # or tls="authorities.pem"
 """
 
 from __future__ import annotations
@@ -85,7 +93,10 @@ T = TypeVar("T")
 
 
 class Client:
-    """A connection to a server, for any number of generations at a time. For use on one event loop."""
+    """A server, or several of one model, to ask for any number of generations at a time, on one event loop.
+
+    `connect` makes one, which holds connections until it is closed, as `async with` does at its end.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -99,17 +110,18 @@ class Client:
     ) -> Self:
         """Connect to "HOST:PORT" or "unix:PATH", or to several of them, which serve the same model.
 
-        connections: to each address (1). reconnect: mend lost connections, and go on with what was open on them,
-        where the server has the feature "resume" (True; a `Reconnect` has bounds of its own). retry: repeat
+        connections: to each address, 1 to 64 (1). reconnect: mend lost connections, and go on with what was open on
+        them, where the server has the feature "resume" (True; a `Reconnect` has bounds of its own). retry: repeat
         requests that were refused for now and certainly did not run, elsewhere or later (None: if there are several
         addresses; a `Retry` has bounds of its own). keepalive_s: seconds after which a silent server, of which
         something is awaited, is pinged; as many later the connection counts as lost (None: what the server tells,
         else 20). default_deadline_s: of requests that have none of their own. features: of the protocol, to be
         asked for; who needs few of them costs both sides less. key: what the server knows its tenant by. tls: True,
-        the path of a file of certificates to trust, or an ssl.SSLContext, for addresses that are no Unix sockets;
-        tls_certificate, tls_key: paths of what this client proves itself with.
-        Raises ConnectionLost where no server answers, ProtocolError where something else does, ConfigError where
-        TLS does not suit, or the refusal: Unauthorized, where the server does not take the key.
+        the path of a file of certificates to trust, or an ssl.SSLContext, for addresses that are no Unix sockets
+        (None: plain text); tls_certificate, tls_key: paths of what this client proves itself with.
+        Raises ConfigError for an unknown option, for a value beyond its bounds, and where TLS does not suit,
+        ConnectionLost where no server answers, ProtocolError where something else does, or the refusal:
+        Unauthorized, where the server does not take the key.
         """
         session = _session(addresses, timeout_s, options)
         await session.open()
@@ -147,11 +159,14 @@ class Client:
         await self._session.cancel_request(request_id)
 
     async def complete(self, **arguments: Unpack[GenerateArguments]) -> Final:
-        """As `generate`, but the whole answer at once: `final.samples[i].text`, `.token_ids`, `.logprobs`."""
+        """Wait for the whole answer, and give its last record: `final.samples[i].text`, `.token_ids`, `.logprobs`,
+        `final.usage`. Arguments and errors are those of `generate`."""
         return (await self._whole(arguments)).final
 
     async def ask(self, **arguments: Unpack[GenerateArguments]) -> Answer:
-        """As `complete`, but what was said: text, thoughts and calls of sample 0, and the turn that they are."""
+        """Wait for the whole answer, and give what the model said: its text, its thoughts, its calls of tools, and
+        `turn`, the message to append to a conversation. Arguments and errors are those of `generate`; of several
+        samples it is the first."""
         return (await self._whole(arguments)).answer()
 
     async def _whole(self, arguments: GenerateArguments) -> Generation:
@@ -199,7 +214,8 @@ class Client:
             return UNREACHABLE
 
     async def ping(self, address: str | None = None) -> None:
-        """Wait for an answer of a front end: that of one of this client's addresses, or any."""
+        """Ask a server for a sign of life, and wait for it. address: which one of those that this client was given;
+        without it, the one that the next request would go to. Says nothing of the model: `health` does."""
         await self._call(Ping, address)
 
     async def health(self, address: str | None = None) -> Health:

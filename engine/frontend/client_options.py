@@ -35,7 +35,7 @@ class ConnectOptions(TypedDict, total=False):
 
 
 class ConnectSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The same with defaults and bounds, for `settings_of` to hold values against; `dial` looks at those of Any."""
+    """Defaults and bounds of the same, for `settings_of` to hold values against; `dial` looks at those of Any."""
 
     timeout_s: Seconds
     connections: Annotated[int, Meta(ge=1, le=MAX_CONNECTIONS)] = 1

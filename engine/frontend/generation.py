@@ -381,8 +381,9 @@ class Generation:
         return deltas
 
     async def take_batch(self, timeout_s: float | None = None) -> tuple[list[Delta], int]:
-        """As `next_batch`, but the deltas, of the cost given here, count as waiting until `consumed` is called, and
-        are not in `answer`."""
+        """As `next_batch`, for who handles deltas elsewhere, such as in another thread: they come with their cost,
+        and until `consumed` is told so much, the server sends no more than it would if they still waited here.
+        `answer` does not have them."""
         inbox = self._inbox
         await self._more(timeout_s)
         cost = sum(inbox.costs)
@@ -390,7 +391,8 @@ class Generation:
         return [inbox.take() for _ in range(len(inbox.deltas))], cost
 
     def consumed(self, cost: int) -> None:
-        """Deltas of a batch, of this cost, are in use no more: the server may send others. Any thread may call."""
+        """Say of deltas that `take_batch` gave, in parts or all, that they are dealt with: for this cost the server
+        may send others. Any thread may call."""
         link = self._inbox.link
         with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
             link.loop.call_soon_threadsafe(link.consumed, self._inbox, cost)

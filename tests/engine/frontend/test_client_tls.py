@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import re
 import ssl
 from contextlib import asynccontextmanager
 
@@ -11,9 +12,12 @@ import pytest
 import trustme
 from fake_rpc_server import LIMITS, Peer, accepted, delta, final, scripted
 
+from cierzo.cli import main
 from cierzo.engine.errors import CierzoError, ConfigError, ConnectionLost
 from cierzo.engine.frontend.client import Client, SyncClient
+from cierzo.engine.frontend.client_link import tls_failure
 from cierzo.engine.messages import Generate, Hello, Welcome
+from cierzo.testing import FakeServer
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,95 @@ def test_tls_on_one_side_only(run, authority, trusted):
                 await Client.connect(address)
 
     run(body())
+
+
+def test_a_cierzo_server_with_tls_and_one_without(run, serving, issue, trusted):
+    """Each side's mistake is told in the client's words, with what to do."""
+
+    async def body():
+        async with serving() as plain:
+            with pytest.raises(ConfigError, match=r"does not speak TLS, .*unexpected message; .* without tls="):
+                await Client.connect(plain.address, tls=trusted)
+        async with serving(**issue()) as house:
+            with pytest.raises(
+                ConfigError, match=r"speaks TLS, and this client does not: connect with tls= "
+            ) as caught:
+                await Client.connect(house.address)
+            assert caught.value.field == "tls"
+
+    run(body())
+
+
+def alert(reason):
+    error = ssl.SSLError(1, "told")
+    error.reason = reason
+    return error
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "does not trust this client: .*tls_certificate="),
+        ("TLSV1_ALERT_UNKNOWN_CA", "does not trust this client"),
+        ("SSLV3_ALERT_BAD_CERTIFICATE", "does not trust this client"),
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", "does not trust this client"),  # of 1.2, where a certificate is missing
+        ("SSLV3_ALERT_UNEXPECTED_MESSAGE", "does not speak TLS"),
+        ("TLSV1_ALERT_PROTOCOL_VERSION", "none that this client understands"),
+        ("TLSV1_ALERT_INTERNAL_ERROR", "none that this client understands"),
+        ("WRONG_VERSION_NUMBER", "does not speak TLS"),
+        (None, "does not speak TLS"),
+    ],
+)
+def test_alerts_in_words(reason, words):
+    told = tls_failure("one:7071", alert(reason))
+    assert isinstance(told, ConfigError)
+    assert re.search(f"^one:7071 .*{words}", told.message)
+
+
+def test_a_certificate_without_its_key_says_where_the_key_is_given(run, trusted):
+    with pytest.raises(ConfigError, match="as tls_key: "):
+        run(Client.connect("127.0.0.1:1", tls=trusted, tls_certificate=trusted))
+    with pytest.raises(ConfigError, match=f"{trusted} and {trusted} are no certificate and its private key"):
+        run(Client.connect("127.0.0.1:1", tls=trusted, tls_certificate=trusted, tls_key=trusted))
+
+
+# --- on the command line -------------------------------------------------------------------------------------
+
+
+def test_commands_show_a_certificate(issue, ca, client_ca, tmp_path, capsys):
+    shown = ca.issue_cert("client@example.org")
+    chain, key, whole = tmp_path / "client.pem", tmp_path / "client.key", tmp_path / "whole.pem"
+    shown.cert_chain_pems[0].write_to_path(chain)
+    shown.private_key_pem.write_to_path(key)
+    shown.private_key_and_cert_chain_pem.write_to_path(whole)
+    trusts = ["--tls-ca", client_ca["tls_client_ca"]]
+    with FakeServer("Salut", **issue(), **client_ca) as server:
+        for command in (["chat", "--message", "Hi"], ["bench", "load", "--requests", "2", "--output-tokens", "2"]):
+            line = [*command, "--rpc", server.address]
+            assert main([*line, *trusts, "--tls-certificate", str(chain), "--tls-key", str(key)]) == 0
+            assert main([*line, *trusts, "--tls-certificate", str(whole)]) == 0
+            told = capsys.readouterr()
+            assert told.out
+            for options, words in (
+                ([], "connect with tls= (--tls-ca)"),
+                (trusts, "tls_certificate= (--tls-certificate)"),
+                (["--tls-certificate", str(whole)], "together with tls= (--tls-ca)"),
+            ):
+                assert main([*line, *options]) == 2
+                assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("written", "why"), [(b"", "it has none"), (b"one\ntwo\n", "more lines than one"), (b"\xe9", "not ASCII")]
+)
+def test_a_file_that_holds_no_key_is_named_and_not_repeated(tmp_path, capsys, written, why):
+    path = tmp_path / "key"
+    path.write_bytes(written)
+    assert main(["chat", "--rpc", "127.0.0.1:1", "--message", "Hi", "--key-file", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert str(path) in told
+    assert why in told
+    assert "two" not in told
 
 
 def test_unix_sockets_and_lost_files(run, trusted, tmp_path):

@@ -158,6 +158,8 @@ def test_what_no_answer_is_is_refused_where_it_is_given():
         ("health", "well"),
         ("max_samples", 0),
         ("max_sample", 1),
+        ("max_model_len", 0),
+        ("metrics", "127.0.0.1:0"),
     ):
         with pytest.raises(ConfigError) as caught:
             FakeServer(**{name: value})
@@ -284,6 +286,30 @@ def test_a_reset_in_the_middle_of_an_answer(server, after_deltas):
         assert client.ask(text="Hi").text == "Hello."
         server.reset(after_deltas=after_deltas)
         assert "".join(delta.text for delta in client.generate(text="Hi")) == "Hello."
+
+
+@pytest.mark.parametrize("after_deltas", [0, 3, 100])
+def test_a_reset_of_an_answer_that_comes_at_once_is_before_its_last_record(server, after_deltas):
+    for wants in ({"deltas": False}, {"deltas": after_deltas < 100}, {"deltas": True}):
+        server.reset(after_deltas=after_deltas)
+        with SyncClient(server.address, reconnect=False) as client:
+            generation = client.generate(text="Hi", **wants)
+            with pytest.raises(ConnectionLost):
+                list(generation)
+        with SyncClient(server.address) as client:
+            server.reset(after_deltas=after_deltas)
+            assert client.ask(text="Hi").text == "Hello.", "resumed"
+    assert len(server.requests) == 6
+
+
+def test_a_reset_before_a_last_record_that_is_sent_in_pieces():
+    long = "x" * 50_000
+    with FakeServer(long, max_model_len=100_000) as server, SyncClient(server.address, reconnect=False) as client:
+        server.reset(after_deltas=1)
+        with pytest.raises(ConnectionLost):
+            client.ask(text="Hi", max_tokens=60_000)
+        with SyncClient(server.address) as other:
+            assert other.ask(text="Hi", max_tokens=60_000).text == long
 
 
 def test_a_reset_without_the_feature_resume(server, run):
