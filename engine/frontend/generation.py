@@ -236,7 +236,8 @@ class Inbox:
         """Wait, among those who are woken for it, until `is_there`, or the generation has ended. Raises
         TimeoutError."""
         loop = self.link.loop
-        until_s = None if timeout(timeout_s) is None else loop.time() + timeout_s
+        limit_s = timeout(timeout_s)
+        until_s = None if limit_s is None else loop.time() + limit_s
         while not is_there() and self.final is None and self.error is None:
             waiter = loop.create_future()
             waiters.append(waiter)

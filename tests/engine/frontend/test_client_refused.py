@@ -13,6 +13,7 @@ from cierzo.engine.frontend.client import Client, Reconnect
 from cierzo.engine.messages import Failure, Generate, Hello, Ping, Pong, Welcome
 
 AT_ONCE = Reconnect(first_pause_s=0.0, longest_pause_s=0.0)
+WELCOME = Welcome(version=3, server="x", model="m", limits=LIMITS, features=["resume"])
 REFUSED = Failure(stream=-1, code="unauthorized", message="no")
 
 
@@ -45,8 +46,9 @@ def test_a_connection_that_the_server_refuses(run, code, error):
 class Guarded:
     """A server that takes one key at a time: says it to new connections, and ends those of another key."""
 
-    def __init__(self, key="good"):
+    def __init__(self, key="good", words=()):
         self.key = key
+        self.words = words  # before those of a refusal
         self.attempts = 0
         self.peers = []
 
@@ -55,10 +57,10 @@ class Guarded:
         hello = await peer.hear(Hello)
         self.attempts += 1
         if hello.key != self.key:
-            peer.say(REFUSED)
+            peer.say(*self.words, REFUSED)
         else:
             self.peers.append(peer)
-            peer.say(Welcome(version=3, server="x", model="m", limits=LIMITS, features=["resume"]))
+            peer.say(WELCOME)
             while (message := await peer.hear((Generate, Ping))) is not None:
                 if isinstance(message, Ping):
                     peer.say(Pong(stream=message.stream))
@@ -87,11 +89,15 @@ async def listening(serve):
     await asyncio.gather(*tasks)
 
 
-def test_a_key_that_counts_again_is_taken_again(run):
+@pytest.mark.parametrize("words", [(), (WELCOME,)])
+def test_a_key_that_counts_again_is_taken_again(run, words):
     """Each call and each request makes one attempt, and hears at once that it is refused again."""
 
     async def body():
-        server, slow = Guarded(), Reconnect(first_pause_s=3600.0, longest_pause_s=3600.0, within_s=7200.0)
+        server, slow = (
+            Guarded(words=words),
+            Reconnect(first_pause_s=3600.0, longest_pause_s=3600.0, within_s=7200.0),
+        )
         async with (
             listening(server) as address,
             await Client.connect(address, key="good", reconnect=slow) as client,
@@ -140,8 +146,7 @@ def test_a_connection_that_ends_as_it_is_welcomed(run, is_refused):
     async def serve(reader, writer):
         peer = Peer(reader, writer)
         await peer.hear(Hello)
-        welcome = Welcome(version=3, server="x", model="m", limits=LIMITS, features=[])
-        peer.say(welcome, *[REFUSED] * is_refused)
+        peer.say(WELCOME, *[REFUSED] * is_refused)
         await peer.close()
 
     async def body():
