@@ -157,3 +157,26 @@ def test_a_connection_that_ends_as_it_is_welcomed(run, is_refused):
                         await client.ping()
 
     run(body())
+
+
+def test_a_connection_that_ended_as_it_was_welcomed_is_made_again_beside_the_other_one(run):
+    server = Guarded()
+
+    async def serve(reader, writer):
+        if server.attempts:
+            await server(reader, writer)
+            return
+        server.attempts, peer = 1, Peer(reader, writer)
+        await peer.hear(Hello)
+        peer.say(WELCOME)
+        await peer.close()
+
+    async def body():
+        async with (
+            listening(serve) as address,
+            await Client.connect(address, key="good", connections=2, reconnect=AT_ONCE) as client,
+        ):
+            while server.attempts < 3:
+                assert await text_of(client.generate(token_ids=[1])) == "A"
+
+    run(body())
