@@ -28,7 +28,7 @@ Waits can be limited:
     delta = await generation.next(timeout_s=5.0)  # TimeoutError; the generation goes on
 
 A lost connection is made again, and its generations go on from where they were. With several addresses of servers
-of one model a request goes to the one with the fewest, what one refuses for now is repeated at another one, and an
+of one model a request goes to where the fewest are open, what one refuses for now is repeated elsewhere, and an
 answer that a server interrupts goes on there:
 
     client = await Client.connect(["one:7071", "two:7071"])
