@@ -78,6 +78,7 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQ
     read."""
     signals = _signals()
     # From here to the first wait of the loop, which is where handlers are called, there is a server to be told.
+    server: RpcServer
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: server.reload())
     config, prompts = load_prompts(config)
     config, recorder = with_flight_folder(config)
@@ -94,7 +95,8 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQ
     try:
         await server.start()
         await metrics.start()
-        _say(config.describe() + recorder + describe_door(config.frontend, len(server.door.tenants), metrics.address))
+        door = describe_door(config.frontend, len(server.door.tenants), metrics.address)
+        _say(config.describe() + recorder + door)
         encoders.start()
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):

@@ -83,7 +83,7 @@ def add_options(
 
 
 def _metavar(description: str, kind: type) -> str:
-    """What stands for the option's word: FILE where the description begins with "file"."""
+    """The word that stands for an option's value in the help: FILE where the description begins with "file"."""
     first = description.partition(" ")[0]
     return first.upper() if first in ("file", "folder") else _METAVARS[kind]
 

@@ -180,7 +180,7 @@ class TlsLayer(asyncio.Protocol, asyncio.Transport):
                 asyncio.get_running_loop().call_soon(self._read)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Give "subject", the name in the client's certificate, "num_written", or what the socket's transport tells."""
+        """Give the peer's certificate's "subject", "num_written", or what the socket's transport tells."""
         if name == "subject":
             return self._subject
         if name == "num_written":

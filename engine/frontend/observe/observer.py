@@ -25,8 +25,8 @@ PLANNED = {"stop", "length", "tool_calls"}
 
 
 class Observer:
-    """Hears of first tokens, ends and refusals. `tenants`: sums by tenant. refusals: counts by error code, by the limit
-    that was met ("" for none), and by whose it is: "server", or "tenant" for one in the tenant's line of the key file.
+    """Hears of first tokens, ends and refusals. `tenants`: sums by tenant. refusals: counts by error code, by the
+    limit that was met ("" for none), and by whose it is: "tenant" (in its line of the key file) or "server".
 
     logs_ends: each request that did not end as planned has a line in the log. num_lost_lines: lines of the log that
     were lost. certificate_expires_s: when the server's certificate expires (Unix time), if it has one.

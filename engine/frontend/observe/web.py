@@ -130,7 +130,7 @@ class MetricsServer:
         task = asyncio.current_task()
         assert task is not None
         if len(self._answering) >= MAX_CONNECTIONS:  # a probe is always answered, so it is another one that goes
-            oldest = min(self._answering, key=self._answering.__getitem__)  # of those that have sent no head, if any
+            oldest = min(self._answering, key=self._answering.__getitem__)  # that has sent no head, if any
             del self._answering[oldest]
             oldest.cancel()
         self._answering[task] = False

@@ -126,7 +126,7 @@ def test_a_signal_while_the_core_loads(cores, tmp_path, number, status):
     assert not list(tmp_path.iterdir())
 
 
-def test_keys_metrics_and_records_are_told_at_the_start_and_no_hangup_is_lost(cores, tmp_path, monkeypatch, capsys):
+def test_what_is_on_is_told_at_the_start_and_no_hangup_is_lost(cores, tmp_path, monkeypatch, capsys):
     """SIGHUP while the tokenizer is read: `python -m cierzo serve` has ignored it up to there."""
     ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     reloads, load = [], launch.load_prompts
@@ -163,7 +163,8 @@ def test_keys_metrics_and_records_are_told_at_the_start_and_no_hangup_is_lost(co
 def test_what_is_not_set_has_no_line():
     assert launch.describe_door(FrontendConfig(), 1, "") == ""
     with_tls = FrontendConfig(tls_certificate="c.pem", tls_key="k.pem", tls_client_ca="ca.pem")
-    assert launch.describe_door(with_tls, 1, "") == "\nTLS            c.pem, clients show one that ca.pem vouches for"
+    told = launch.describe_door(with_tls, 1, "")
+    assert told == "\nTLS            c.pem, clients show one that ca.pem vouches for"
 
 
 def test_the_core_ends_at_the_tokenizers_eos_token(cores, tmp_path):
