@@ -77,9 +77,8 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQ
     """Bind first, so that an address that cannot be had is all that is told; take requests once the weights are
     read."""
     signals = _signals()
-    # From here to the first wait of the loop, which is where handlers are called, there is a server to be told.
-    server: RpcServer
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: server.reload())
+    loop, hangups = asyncio.get_running_loop(), list[signal.Signals]()
+    loop.add_signal_handler(signal.SIGHUP, hangups.append, signal.SIGHUP)
     config, prompts = load_prompts(config)
     config, recorder = with_flight_folder(config)
     flights = Flights.under(config.flight_folder, config.record_prompts)
@@ -94,6 +93,9 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQ
     server, metrics = RpcServer(config.frontend, frontend), MetricsServer(config.frontend, frontend)
     try:
         await server.start()
+        loop.add_signal_handler(signal.SIGHUP, server.reload)
+        if hangups:  # that came after the keys were read
+            server.reload()
         await metrics.start()
         door = describe_door(config.frontend, len(server.door.tenants), metrics.address)
         _say(config.describe() + recorder + door)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cierzo.cli import main
+from cierzo.engine.commands import make_key as make_key_command
 from cierzo.engine.frontend.keys import digest_of, read_key_file
 
 BEFORE = '# ours\n{"tenant": "search", "weight": 2}'  # without an end of the line
@@ -95,6 +97,22 @@ def test_a_key_that_nobody_could_read_opens_nothing(keys: Path) -> None:
         done = make_key("mail", "--keys", str(keys), stdout=full.fileno())
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert keys.read_text(encoding="utf-8") == BEFORE
+
+
+def test_what_another_adds_while_it_waits_is_seen_and_kept(
+    keys: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = f'{BEFORE}\n{{"tenant": "mail"}}\n'
+
+    def waits(_: object, how: int) -> None:
+        assert how == fcntl.LOCK_EX
+        keys.write_text(theirs, encoding="utf-8")
+
+    monkeypatch.setattr(make_key_command.fcntl, "flock", waits)
+    assert main(["make-key", "mail", "--keys", str(keys)]) == 0
+    assert "is new there" not in capsys.readouterr().err
+    added = keys.read_text(encoding="utf-8").removeprefix(theirs)
+    assert [line[:7] for line in added.splitlines()] == ['{"key":']
 
 
 def test_several_at_once_keep_each_other_s_lines(keys: Path) -> None:
