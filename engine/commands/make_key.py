@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import os
 import sys
@@ -49,10 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _added(path: str, tenant: str, line: str) -> Iterator[list[str]]:
-    """The lines that were appended to the key file; they are taken back if it is wrong with them, or if the key
+    """Append to the key file, and give the lines; they are taken back if it is wrong with them, or if the key
     cannot be told. Raises ConfigError if it is wrong as it is. Meanwhile no other make-key changes it."""
     try:
-        file = open(path, "ab+", opener=_open)  # noqa: SIM115, it is closed below
+        file = open(path, "ab+", buffering=0, opener=_open)  # noqa: SIM115, it is closed below
     except OSError as error:
         raise refusal("keys", "a file that can be written", path, str(error.strerror or error)) from None
     with file:
@@ -62,8 +63,9 @@ def _added(path: str, tenant: str, line: str) -> Iterator[list[str]]:
         size = os.fstat(file.fileno()).st_size
         ends = size == 0 or os.pread(file.fileno(), 1, size - 1) == b"\n"
         try:
-            file.write(("" if ends else "\n").encode() + "".join(f"{each}\n" for each in lines).encode())
-            file.flush()
+            data = ("" if ends else "\n").encode() + "".join(f"{each}\n" for each in lines).encode()
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
             read_key_file(path)
             yield lines
         except BaseException:
