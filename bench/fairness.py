@@ -46,9 +46,7 @@ class FairnessSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings. Prompts and answers have half to one and a half of the given lengths, by chance."""
 
     model: Annotated[str, Meta(description="fake, or as of `cierzo serve`")] = "fake"
-    device: Annotated[str, Meta(description="as of `cierzo serve`; simulated:h200 for a card that is not here")] = (
-        "cpu"
-    )
+    device: Annotated[str, Meta(description="as of `cierzo serve`, such as simulated:h200")] = "cpu"
     weights: Annotated[
         Literal["auto", "bf16", "fp8", "int8", "int4", "nvfp4"], Meta(description="number format of the weights")
     ] = "auto"
@@ -242,6 +240,8 @@ def measure(settings: FairnessSettings) -> Fairness:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the machine, the load and the length of a run."""
+    told = f"{LEAST_KEPT} of a share, first tokens {MOST_STEPS_LATER} steps later than alone, {LEAST_TOTAL}"
+    parser.epilog = f"Exit status 1: a bound is missed ({told} of first come, first served)."
     add_options(parser, FairnessSettings)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
 

@@ -51,12 +51,14 @@ class CierzoError(Exception):
 
     may_have_run: of an error that a client raises about a request: whether the server may have worked on it, so
     that sending it again could have it done twice; False: it certainly did not. None: it is about no request.
+    is_quota: the limit is the tenant's own, and not one of the server.
     """
 
     code: ClassVar[str] = "internal"
     http_status: ClassVar[int] = 500
     retry: ClassVar[bool] = False
     may_have_run: bool | None = None
+    is_quota: bool = False
 
     def __init__(
         self,

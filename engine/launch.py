@@ -20,6 +20,7 @@ from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.errors import CoreFailed, refusal
 from cierzo.engine.frontend.address import parse_address
 from cierzo.engine.frontend.child import Spawn
+from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_link import CoreLink, spawn_worker
 from cierzo.engine.frontend.encoders import Encoders
 from cierzo.engine.frontend.encoding import Setup
@@ -76,6 +77,8 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQ
     """Bind first, so that an address that cannot be had is all that is told; take requests once the weights are
     read."""
     signals = _signals()
+    loop, hangups = asyncio.get_running_loop(), list[signal.Signals]()
+    loop.add_signal_handler(signal.SIGHUP, hangups.append, signal.SIGHUP)
     config, prompts = load_prompts(config)
     config, recorder = with_flight_folder(config)
     flights = Flights.under(config.flight_folder, config.record_prompts)
@@ -90,9 +93,12 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQ
     server, metrics = RpcServer(config.frontend, frontend), MetricsServer(config.frontend, frontend)
     try:
         await server.start()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
+        loop.add_signal_handler(signal.SIGHUP, server.reload)
+        if hangups:  # that came after the keys were read
+            server.reload()
         await metrics.start()
-        _say(config.describe() + recorder)
+        door = describe_door(config.frontend, len(server.door.tenants), metrics.address)
+        _say(config.describe() + recorder + door)
         encoders.start()
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):
@@ -147,6 +153,18 @@ async def _first(*awaitables: Coroutine[Any, Any, Any]) -> Any:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def describe_door(config: FrontendConfig, num_tenants: int, metrics: str) -> str:
+    """Lines of the banner that say who may come, and where what is told. metrics: the address that was bound."""
+    clients = f", clients show one that {config.tls_client_ca} vouches for" if config.tls_client_ca else ""
+    rows = (
+        ("keys", config.keys, f"{config.keys} (tenants: {num_tenants})"),
+        ("TLS", config.tls_certificate, f"{config.tls_certificate}{clients}"),
+        ("metrics", config.metrics, metrics),
+        ("usage file", config.usage_file, config.usage_file),
+    )
+    return "".join(f"\n{key:<14} {text}" for key, is_set, text in rows if is_set)
 
 
 def with_flight_folder(config: EngineConfig) -> tuple[EngineConfig, str]:

@@ -77,9 +77,15 @@ def add_options(
                 type=str if choices else readers.get(field.name) or word_reader(field.type),
                 choices=choices or None,
                 default=default,
-                metavar=None if choices else _METAVARS[kinds[0]],
+                metavar=None if choices else _metavar(description, kinds[0]),
                 help=description,
             )
+
+
+def _metavar(description: str, kind: type) -> str:
+    """The word that stands for an option's value in the help: FILE where the description begins with "file"."""
+    first = description.partition(" ")[0]
+    return first.upper() if first in ("file", "folder") else _METAVARS[kind]
 
 
 def chosen(

@@ -20,6 +20,7 @@ from msgspec import Meta
 
 from cierzo.engine.errors import ConfigError, refusal
 
+ENDS = r"\Z"  # of a pattern: what it is about is the whole word
 LARGEST_INT = 2**63 - 1  # that a message between processes can carry
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -117,7 +118,8 @@ def limit_of(annotation: Any, value: Any = None) -> str:
     if float in kinds:
         return "a finite number" + _bounds(metas)
     if str in kinds:
-        return "text in UTF-8"
+        pattern = _first(metas, "pattern")
+        return "text in UTF-8" if pattern is None else f"text like {pattern.removeprefix('^').removesuffix(ENDS)}"
     name = kinds[0].__name__
     return f"a {name}, or a mapping with its fields" if issubclass(kinds[0], msgspec.Struct) else f"a {name}"
 

@@ -8,12 +8,19 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.launch import serve
 from cierzo.engine.options import add_engine, add_options, add_rpc, chosen, engine_options
 
+WHO_MAY_COME = ("keys", "tls_certificate", "tls_key", "tls_client_ca", "insecure")
+WHAT_IS_TOLD = ("usage_file", "max_usage_bytes", "metrics", "log_format")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the engine's settings, the address and the limits of the front end."""
+    """Add the engine's settings, the address, and the settings of the front end."""
     add_engine(parser)
     add_rpc(parser, "where to listen")
-    add_options(parser.add_argument_group("limits of the front end"), FrontendConfig, skip={"address"})
+    fields = {*FrontendConfig.__struct_fields__} - {"address"}
+    limits = fields.difference(WHO_MAY_COME, WHAT_IS_TOLD)
+    groups = {"who may come": WHO_MAY_COME, "what is told": WHAT_IS_TOLD, "limits of the front end": limits}
+    for title, names in groups.items():
+        add_options(parser.add_argument_group(title), FrontendConfig, skip={"address"} | fields.difference(names))
 
 
 def run(arguments: argparse.Namespace) -> int:

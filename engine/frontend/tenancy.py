@@ -83,7 +83,7 @@ class Tenancy:
         if not tenant.min_priority <= priority <= tenant.max_priority:
             allowed = f"{tenant.min_priority} to {tenant.max_priority}"
             text = f"priority is {priority}, the tenant {tenant.name} may have {allowed}"
-            raise InvalidRequest(text, field="priority", limit=allowed, value=priority)
+            raise _quota(InvalidRequest(text, field="priority", limit=allowed, value=priority))
         if num_tokens >= tenant.max_model_len or num_tokens > tenant.max_open_tokens:
             is_long = num_tokens >= tenant.max_model_len
             name, most = (
@@ -92,7 +92,7 @@ class Tenancy:
                 else ("max_open_tokens", tenant.max_open_tokens)
             )
             text = f"{num_tokens} prompt and resumed tokens, the tenant {tenant.name} may have {most} ({name})"
-            raise InvalidRequest(text, field=name, limit=most, value=num_tokens)
+            raise _quota(InvalidRequest(text, field=name, limit=most, value=num_tokens))
         if book.num_tokens + num_tokens > tenant.max_open_tokens:
             raise self._refusal(book, "max_open_tokens", tenant.max_open_tokens, book.num_tokens + num_tokens)
         if book.is_rated:
@@ -140,10 +140,12 @@ class Tenancy:
     def _refusal(
         self, book: Book, name: str, limit: int, value: int, retry_after_s: float | None = None
     ) -> CierzoError:
-        return Overloaded(
-            f"the tenant {book.tenant.name} may have {name} {limit}",
-            field=name,
-            limit=limit,
-            value=value,
-            retry_after_s=self._hint_s if retry_after_s is None else retry_after_s,
-        )
+        hint_s = self._hint_s if retry_after_s is None else retry_after_s
+        text = f"the tenant {book.tenant.name} may have {name} {limit}"
+        return _quota(Overloaded(text, field=name, limit=limit, value=value, retry_after_s=hint_s))
+
+
+def _quota(error: CierzoError) -> CierzoError:
+    """The error, as one that tells of a limit in the tenant's line."""
+    error.is_quota = True
+    return error

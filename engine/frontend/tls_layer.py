@@ -164,7 +164,7 @@ class TlsLayer(asyncio.Protocol, asyncio.Transport):
             self._raw.abort()
 
     def is_closing(self) -> bool:
-        """Whether it has ended, or is about to."""
+        """Say whether the connection has ended, or is about to."""
         return self._raw is None or self._raw.is_closing()
 
     def pause_reading(self) -> None:
@@ -182,7 +182,7 @@ class TlsLayer(asyncio.Protocol, asyncio.Transport):
                 asyncio.get_running_loop().call_soon(self._read)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """As of the socket's transport, with a few of its own."""
+        """Give the peer's certificate's "subject", "num_written", or what the socket's transport tells."""
         if name == "subject":
             return self._subject
         if name == "num_written":

@@ -132,7 +132,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """A formatter that shows a default where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        hidden = action.default is None or isinstance(action.default, bool)
+        hidden = action.default in (None, "") or isinstance(action.default, bool)
         return action.help if hidden else super()._get_help_string(action)
 
 

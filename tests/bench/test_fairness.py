@@ -1,4 +1,4 @@
-"""What a flood by one tenant takes from the others, measured: short runs of `cierzo bench fairness`."""
+"""Short runs of `cierzo bench fairness`: what tenants are still served beside one that asks for too much."""
 
 from __future__ import annotations
 

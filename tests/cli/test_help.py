@@ -10,6 +10,7 @@ import pytest
 
 from cierzo.bench import rpc
 from cierzo.cli import Parser, build_parser
+from cierzo.engine.frontend.config import FrontendConfig
 
 
 def _commands(parser: Parser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -60,6 +61,25 @@ def test_help_says_what_every_option_is(path: tuple[str, ...], capsys: pytest.Ca
         if not isinstance(action, argparse._SubParsersAction) and not (action.help or "").strip()
     ]
     assert not bare, f"without a help text: {bare}"
+
+
+def test_settings_of_a_server_stand_in_their_groups_once_each() -> None:
+    groups = {group.title: group._group_actions for group in _find(("serve",))._action_groups}
+    names = {title: [action.dest for action in actions] for title, actions in groups.items()}
+    assert names["who may come"] == ["keys", "tls_certificate", "tls_key", "tls_client_ca", "insecure"]
+    assert names["what is told"] == ["usage_file", "max_usage_bytes", "metrics", "log_format"]
+    told = [*names["who may come"], *names["what is told"], *names["limits of the front end"]]
+    assert sorted(told) == sorted({*FrontendConfig.__struct_fields__} - {"address"})
+    metavars = {action.dest: action.metavar for actions in groups.values() for action in actions}
+    assert (metavars["keys"], metavars["usage_file"], metavars["flight_folder"]) == ("FILE", "FILE", "FOLDER")
+
+
+def test_no_default_is_shown_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["serve", "--help"])
+    out = capsys.readouterr().out
+    assert "(default: )" not in out
+    assert "(default: 127.0.0.1:7071)" in out
 
 
 @pytest.mark.parametrize("path", COMMANDS)

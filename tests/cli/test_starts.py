@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,14 @@ def test_commands_of_the_engine_import_no_bench_and_no_torch(words: str) -> None
 @pytest.mark.parametrize("words", ["serve", "chat", "demo", "info"])
 def test_a_server_and_its_clients_start_without_numpy(words: str) -> None:
     assert "numpy" not in imported(words, "--help")
+
+
+@pytest.mark.parametrize(("word", "status"), [("serve", 0), ("chat", -signal.SIGHUP)])
+def test_a_hangup_while_a_server_is_imported_does_not_end_it(word: str, status: int) -> None:
+    code = "import os, signal, sys; from cierzo import __main__, cli; "
+    code += "cli.main = lambda: os.kill(os.getpid(), signal.SIGHUP) or 0; sys.exit(__main__.main())"
+    done = subprocess.run([sys.executable, "-c", code, word], timeout=60, check=False)
+    assert done.returncode == status
 
 
 def test_a_server_serves_without_bench_and_numpy(tmp_path: Path) -> None:

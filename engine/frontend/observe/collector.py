@@ -86,7 +86,8 @@ class Collector:
         )
         text = "Known tokens that are not computed yet."
         yield GaugeMetricFamily("cierzo_waiting_tokens", text, stats.waiting_tokens)
-        yield GaugeMetricFamily("cierzo_step_seconds", "Time of a step of late.", stats.step_s)
+        text = "Duration of a step: an average over the latest ones."
+        yield GaugeMetricFamily("cierzo_step_seconds", text, stats.step_s)
         in_use = stats.total_blocks - stats.free_blocks
         blank = stats.free_blocks - stats.cached_blocks  # what can be taken is blank, or holds a prefix
         blocks = [("blank", blank), ("cached", stats.cached_blocks), ("used", in_use)]
@@ -105,8 +106,11 @@ class Collector:
     def _requests(self) -> Iterator[Metric]:
         frontend, observer = self._frontend, self._frontend.observer
         yield CounterMetricFamily("cierzo_accepted", "Requests that were accepted.", frontend.counters.accepted)
-        text = "Requests that were refused, by error code."
-        yield _labelled(CounterMetricFamily, "cierzo_refused", text, "code", observer.refusals.items())
+        text = "Requests that were refused: error code, the limit that was met, and whether it is the tenant's own."
+        refused = CounterMetricFamily("cierzo_refused", text, labels=["code", "limit", "whose"])
+        for labels, count in observer.refusals.items():
+            refused.add_metric(labels, count)
+        yield refused
         ends = CounterMetricFamily("cierzo_requests", "Requests that ended, and how.", labels=["tenant", "end"])
         theirs: Counter[str] = Counter(dict.fromkeys(("stop", "length", "abort"), 0))
         theirs["error"] = -sum(observer.refusals.values())
@@ -176,10 +180,10 @@ COUNTS = (
     ("prompt_tokens", "prompt_tokens", "prompt_tokens", "Prompt tokens of sequences that were admitted."),
     ("output_tokens", "generation_tokens", "generation_tokens", "Tokens that were generated."),
     ("prompt_tokens", "prefix_cache_query_tokens", "prefix_cache_queries", "Tokens looked up in the prefix cache."),
-    ("cached_tokens", "prefix_cache_hit_tokens", "prefix_cache_hits", "Of these, tokens that it had."),
+    ("cached_tokens", "prefix_cache_hit_tokens", "prefix_cache_hits", "Tokens found in the prefix cache."),
     ("preemptions", "preemptions", "num_preemptions", "Sequences that gave their blocks back to wait again."),
     ("computed_tokens", "computed_tokens", "", "Rows of steps, of sequences that have ended."),
-    ("recomputed_tokens", "recomputed_tokens", "", "Of these, rows that computed a token for the second time."),
+    ("recomputed_tokens", "recomputed_tokens", "", "Rows that computed a token for the second time."),
 )
 
 

@@ -4,6 +4,7 @@ did not end as planned."""
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from cierzo.engine.errors import CierzoError
@@ -12,18 +13,20 @@ from cierzo.engine.frontend.observe.tallies import TenantTally
 from cierzo.engine.frontend.observe.usage_file import UsageFile
 from cierzo.engine.frontend.observe.usage_record import UsageRecord, ends_of, record_of, refusal_of
 from cierzo.engine.frontend.stream import Stream
-from cierzo.engine.frontend.tenants import DEFAULT
+from cierzo.engine.frontend.tenants import DEFAULT, Tenant
 
 log = logging.getLogger(__name__)
 
 MAX_TENANTS = 64  # told apart, that of all others included
-OTHERS = "other"
+OTHERS = "(others)"  # which is no name that a tenant can have
+LIMITS = {*FrontendConfig.__struct_fields__, *Tenant.__struct_fields__, "priority"}  # that are told by name
 GRAVEST = ("failed", "deadline", "cancelled", "length", "tool_calls", "stop")
 PLANNED = {"stop", "length", "tool_calls"}
 
 
 class Observer:
-    """Hears of first tokens, ends and refusals. `tenants`: sums by tenant. refusals: counts by error code.
+    """Hears of first tokens, ends and refusals. `tenants`: sums by tenant. refusals: counts by error code, by the
+    limit that was met ("" for none), and by whose it is: "tenant" (in its line of the key file) or "server".
 
     logs_ends: each request that did not end as planned has a line in the log. num_lost_lines: lines of the log that
     were lost. certificate_expires_s: when the server's certificate expires (Unix time), if it has one.
@@ -32,7 +35,7 @@ class Observer:
     def __init__(self, config: FrontendConfig) -> None:
         """Raises ConfigError if the usage file cannot be had."""
         self.tenants: dict[str, TenantTally] = {DEFAULT: TenantTally()}
-        self.refusals: dict[str, int] = {}
+        self.refusals: Counter[tuple[str, str, str]] = Counter()
         self.usage = UsageFile(config.usage_file, config.max_usage_bytes) if config.usage_file else None
         self.logs_ends = config.log_format == "json"
         self.num_lost_lines: Callable[[], int] = lambda: 0
@@ -81,7 +84,7 @@ class Observer:
         total_s: float = 0.0,
     ) -> None:
         """A request was refused: at once, or after its prompt had been looked at."""
-        self.refusals[error.code] = self.refusals.get(error.code, 0) + 1
+        self.refusals[error.code, _limit(error) or "", "tenant" if error.is_quota else "server"] += 1
         self._tally(tenant).count(error.code)
         if self.usage is None and not self.logs_ends:
             return
@@ -106,9 +109,8 @@ class Observer:
         return tally
 
     def _log(self, what: str, record: UsageRecord, error: CierzoError | None) -> None:
-        """Write a line. Errors are told by their code and what limit it was: their words, values and even fields
-        may hold what the request said."""
-        limit = error.field if error is not None and error.field in FrontendConfig.__struct_fields__ else None
+        """Write a line. Errors are told by their code and what limit it was: their words and values may hold what
+        the request said."""
         told = {
             "request_id": record.request_id,
             "caller_id": record.caller_id,
@@ -116,9 +118,14 @@ class Observer:
             "tenant": record.tenant,
             "peer": record.peer,
             "why": ",".join(record.end),
-            "limit": limit,
+            "limit": _limit(error),
         }
         log.info("%s: %s", what, told["why"], extra={"told": told})
+
+
+def _limit(error: CierzoError | None) -> str | None:
+    """Name of the limit that an error tells of; other fields may hold what the request said."""
+    return error.field if error is not None and error.field in LIMITS else None
 
 
 def gravest(ends: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ SHOWN_CHARS = 128  # of what a refused request says of itself
 
 
 class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """How a request ended, and what it cost.
+    """A line of the usage file: who sent a request, how it ended, and what it cost.
 
     time: by the wall clock, of the end, or of when the core had told the cost; all durations are of the monotonic
     one. request_id: as `accepted` told it, or a number of this server; "" if it was refused at once. caller_id,

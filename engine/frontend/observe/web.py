@@ -57,7 +57,7 @@ class MetricsServer:
         self._page_until = float("-inf")
         self._server: asyncio.Server | None = None
         self._socket_path: str | None = None
-        self._answering: set[asyncio.Task[None]] = set()
+        self._answering: dict[asyncio.Task[None], bool] = {}  # oldest first; whether a head has come
 
     async def start(self) -> None:
         """Bind and listen. Raises ConfigError if the address is taken, or reached from other machines without
@@ -127,22 +127,25 @@ class MetricsServer:
         return status, "application/json", msgspec.json.encode(told) + b"\n"
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._answering) >= MAX_CONNECTIONS:
-            writer.transport.abort()
-            return
         task = asyncio.current_task()
         assert task is not None
-        self._answering.add(task)
+        if len(self._answering) >= MAX_CONNECTIONS:  # a probe is always answered, so it is another one that goes
+            oldest = min(self._answering, key=self._answering.__getitem__)  # that has sent no head, if any
+            del self._answering[oldest]
+            oldest.cancel()
+        self._answering[task] = False
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                await self._answer(reader, writer)
+                await self._answer(reader, writer, task)
         except (OSError, TimeoutError, asyncio.CancelledError):
             writer.transport.abort()
         finally:
-            self._answering.discard(task)
+            self._answering.pop(task, None)
             writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answer(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, task: asyncio.Task[None]
+    ) -> None:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
@@ -151,6 +154,7 @@ class MetricsServer:
             head, (status, kind, body) = b"", _words(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         else:
             status, kind, body = self.page(head)
+        self._answering[task] = True
         writer.write(
             f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {kind}\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode("latin-1")

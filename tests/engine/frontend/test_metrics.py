@@ -145,8 +145,8 @@ def test_requests_are_counted_by_how_they_ended(serving, cores, run):
         ends = {"length": 1, "stop": 1, "cancelled": 1, "invalid_request": 1, "draining": 1}
         for end, count in ends.items():
             assert page("cierzo_requests_total", tenant="default", end=end) == count
-        assert page("cierzo_refused_total", code="invalid_request") == 1
-        assert page("cierzo_refused_total", code="draining") == 1
+        assert page("cierzo_refused_total", code="invalid_request", limit="", whose="server") == 1
+        assert page("cierzo_refused_total", code="draining", limit="", whose="server") == 1
         assert page("cierzo_accepted_total") == 3
         for reason, count in {"stop": 1, "length": 1, "abort": 1, "error": 0}.items():
             assert page("vllm:request_success_total", model_name="fake", finished_reason=reason) == count
@@ -423,25 +423,38 @@ def test_whatever_is_asked_has_an_answer(run, request_bytes, status):
     run(body())
 
 
-def test_connections_are_bounded_and_end_with_the_server(run):
+async def probed(server):
+    """A connection that has an answer, and stays open."""
+    reader, writer = await asyncio.open_connection(*server.address.split(":"))
+    writer.write(b"GET /health/live HTTP/1.1\r\n\r\n")
+    assert (await reader.readuntil(b"\r\n")).endswith(b"200 OK\r\n")
+    return reader, writer
+
+
+def test_a_probe_is_answered_beside_as_many_connections_as_there_may_be(run):
+    """The oldest one goes that has sent no head, or the oldest where all have."""
+
     async def body():
         server = MetricsServer(FrontendConfig(metrics="127.0.0.1:0"), front_end())
         await server.start()
-        host, port = server.address.split(":")
-        silent = [await asyncio.open_connection(host, int(port)) for _ in range(MAX_CONNECTIONS)]
+        open_now = [await probed(server)]
+        (first,) = server._answering
+        for _ in range(MAX_CONNECTIONS - 1):
+            open_now.append(await asyncio.open_connection(*server.address.split(":")))
         await until(lambda: len(server._answering) == MAX_CONNECTIONS)
-        reader, writer = await asyncio.open_connection(host, int(port))
         began = asyncio.get_running_loop().time()
-        with suppress(ConnectionResetError):
-            assert not await reader.read()
+        kept = []
+        for _ in range(MAX_CONNECTIONS):
+            open_now.append(await probed(server))
+            kept.append((first in server._answering, len(server._answering)))
         waited_s = asyncio.get_running_loop().time() - began
-        writer.close()
         await server.close()
-        assert waited_s < TIMEOUT_S / 2, "at once, and not when its time is over"
-        for reader, writer in silent:
+        for reader, writer in open_now:
             with suppress(ConnectionResetError):
-                assert not await reader.read()
+                await reader.read()
             writer.close()
+        assert kept == [(True, MAX_CONNECTIONS)] * (MAX_CONNECTIONS - 1) + [(False, MAX_CONNECTIONS)]
+        assert waited_s < TIMEOUT_S / 2, "at once, and not when a time is over"
 
     run(body())
 

@@ -126,6 +126,47 @@ def test_a_signal_while_the_core_loads(cores, tmp_path, number, status):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_on_is_told_at_the_start_and_no_hangup_is_lost(cores, tmp_path, monkeypatch, capsys):
+    """SIGHUP while the tokenizer is read: `python -m cierzo serve` has ignored it up to there."""
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    reloads, load = [], launch.load_prompts
+    monkeypatch.setattr(launch.RpcServer, "reload", lambda server: reloads.append(server.door.tenants))
+
+    def hung_up(config):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return load(config)
+
+    async def spawn(path):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return await cores(path)
+
+    monkeypatch.setattr(launch, "load_prompts", hung_up)
+    cores.silent = True
+    keys, usage = tmp_path / "keys", tmp_path / "usage"
+    keys.touch(mode=0o600)
+    keys.write_text('{"tenant": "ann"}\n{"tenant": "bob"}')
+    frontend = FrontendConfig(
+        address=f"unix:{tmp_path / 'sock'}", keys=str(keys), usage_file=str(usage), metrics="127.0.0.1:0"
+    )
+    try:
+        assert uvloop.run(launch._serve(replace(CONFIG, frontend=frontend), spawn)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    assert [sorted(tenants) for tenants in reloads] == [["ann", "bob"]]
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-3:])
+    assert told["keys"] == f"{keys} (tenants: 2)"
+    assert told["usage"].split() == ["file", str(usage)]
+    host, _, port = told["metrics"].partition(":")
+    assert (host, int(port) > 0) == ("127.0.0.1", True)
+
+
+def test_what_is_not_set_has_no_line():
+    assert launch.describe_door(FrontendConfig(), 1, "") == ""
+    with_tls = FrontendConfig(tls_certificate="c.pem", tls_key="k.pem", tls_client_ca="ca.pem")
+    told = launch.describe_door(with_tls, 1, "")
+    assert told == "\nTLS            c.pem, clients show one that ca.pem vouches for"
+
+
 def test_the_core_ends_at_the_tokenizers_eos_token(cores, tmp_path):
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')

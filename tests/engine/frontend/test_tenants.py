@@ -291,6 +291,41 @@ def test_a_tenant_s_limits_name_themselves_and_leave_others_alone(run, serving, 
     run(body())
 
 
+def test_it_is_told_which_limit_refused_and_whose_it_is(run, serving, peering, keys, cores, caplog):
+    caplog.set_level("INFO")
+
+    async def body():
+        ann_s = ', "max_requests": 1, "max_open_tokens": 30, "max_model_len": 20, "max_tokens_per_minute": 60'
+        path = keys(ann=ann_s + ', "max_priority": 3')
+        async with (
+            serving(keys=path, cores=cores, log_format="json", max_open_tokens=100, max_samples=2) as house,
+            peering(house, hello(ANN)) as ann,
+            peering(house, hello(BOB)) as bob,
+        ):
+            for asked in (generate(1, priority=4), generate(1, prompt=[1] * 20), generate(1, prompt=[1] * 31)):
+                assert isinstance(await answer_of(ann, asked), Failure)
+            cores.free = False
+            ann.say(generate(1))
+            assert isinstance(await ann.hear(), Accepted)
+            assert (await answer_of(ann, generate(2))).code == "overloaded"
+            bob.say(generate(1, prompt=[1] * 60))
+            assert isinstance(await bob.hear(), Accepted)
+            assert (await answer_of(bob, generate(2, prompt=[1] * 60))).code == "overloaded"
+            assert (await answer_of(bob, generate(3, prompt=[999_999]))).code == "invalid_request"
+            cores.go_on()
+            assert house.frontend.observer.refusals == {
+                ("invalid_request", "priority", "tenant"): 1,
+                ("invalid_request", "max_model_len", "tenant"): 2,
+                ("overloaded", "max_requests", "tenant"): 1,
+                ("overloaded", "max_open_tokens", "server"): 1,
+                ("invalid_request", "", "server"): 1,
+            }
+        told = [each.told["limit"] for each in caplog.records if hasattr(each, "told")]
+        assert told[:6] == ["priority", "max_model_len", "max_model_len", "max_requests", "max_open_tokens", None]
+
+    run(body())
+
+
 def test_tokens_of_a_minute_come_back_with_time(run, serving, peering, keys, clock, cores):
     async def body():
         path = keys(ann=', "max_tokens_per_minute": 60')
@@ -336,7 +371,7 @@ def test_a_tenant_s_context_ends_its_answers(run, serving, peering, keys):
 
 
 def test_a_flood_of_one_leaves_room_for_the_other(run, serving, peering, keys, cores):
-    """Of connections, open answers and their tokens a part is kept for each tenant."""
+    """Each tenant has a part of the connections, of the open answers and of their tokens."""
 
     async def body():
         limits = {"max_open_samples": 8, "max_open_tokens": 400, "max_connections": 4}

@@ -130,7 +130,7 @@ def test_the_settings_of_a_socket_are_those_of_a_plain_one(run, serving, issue, 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_reader_that_stops_costs_no_more_than_without_tls(run, serving, issue, trusting, cores, version):
-    """Its connection becomes full, `num_taken` stands still, and moves again when it reads."""
+    """The server stops writing to a client that does not read: `num_taken` stands still until it reads again."""
     cores.answer = lambda submit, sample: [65] * submit.sampling.max_tokens
 
     async def body():
