@@ -8,16 +8,16 @@ import pytest
 
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
-    "src": 220,
-    "engine": 4_750,
+    "src": 230,
+    "engine": 4_790,
     "engine/cost": 1_200,
-    "engine/frontend": 12_750,
-    "engine/testing": 960,
+    "engine/frontend": 12_900,
+    "engine/testing": 970,
     "engine/model": 1_170,
     "engine/text": 4_160,
     "engine/weights": 4_010,
     "engine/worker": 3_770,
-    "engine/commands": 620,
+    "engine/commands": 660,
     "kernels": 600,
     "kernels/cpu": 1_550,
     "kernels/cuda": 750,
